@@ -1,0 +1,1 @@
+"""Offline converters: image folders and archives to FFCV `.beton` files with a manifest beside each."""

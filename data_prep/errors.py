@@ -1,0 +1,26 @@
+"""Errors meant for the person at the keyboard: one paragraph that names the thing and the next step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Something the user can mend: a path, a flag, a file. Shown without a traceback by `exit_cleanly`."""
+
+
+class BetonError(UserError):
+    """A `.beton` file that is missing, foreign, unfinished, cut short or inconsistent."""
+
+
+def exit_cleanly(main: Callable[[], None]) -> None:
+    """Run a command's `main`; turn a `UserError` into one paragraph on stderr and exit code 2, Ctrl-C into 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,112 @@
+"""The sidecar `FILE.beton.json`: what a `.beton` cannot say itself (class names, origin, checksum, what was skipped).
+
+Its order of writing: the old manifest is removed, the new `.beton` takes its name, the new manifest takes its name.
+Two renames cannot be one step, so a crash may leave a `.beton` without a manifest, but never one beside the manifest
+of another file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from data_prep.atomic import replacing, sync_directory
+from data_prep.errors import BetonError
+
+SCHEMA_VERSION = 1
+"""Goes up when the meaning of a key changes; new keys alone leave it, since readers ignore keys they do not know."""
+CONVERTER_VERSION = 1
+"""Goes up when the same source and options give other bytes than before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A source image that is not in the `.beton`."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The sidecar's content; two conversions of the same source with the same libraries give equal ones."""
+
+    num_samples: int
+    classes: tuple[str, ...]
+    """Class names, in the order of the labels."""
+    reasons: dict[str, int]
+    """How many samples were stored for which reason; see `data_prep.jpeg`."""
+    skipped: tuple[Skipped, ...]
+    source: str
+    """The source as the user gave it."""
+    options: dict[str, str | int | None]
+    """The options that decide the bytes; the number of workers is not one of them."""
+    libraries: dict[str, str]
+    """Versions of what decoded and encoded the images."""
+    file_bytes: int
+    sha256: str
+    """Hexadecimal, of the whole `.beton`."""
+    schema_version: int = SCHEMA_VERSION
+    converter_version: int = CONVERTER_VERSION
+
+
+def manifest_path(beton: Path) -> Path:
+    """Where the manifest of `beton` lies: FILE.beton -> FILE.beton.json."""
+    return beton.with_name(beton.name + ".json")
+
+
+def write_manifest(beton: Path, manifest: Manifest) -> None:
+    """Write the manifest of `beton` atomically. Raises `UserError` if it cannot be written."""
+    with replacing(manifest_path(beton)) as file:
+        file.write((json.dumps(asdict(manifest), indent=1) + "\n").encode("ascii"))
+
+
+def remove_manifest(beton: Path) -> None:
+    """Remove the manifest of `beton`, if there is one, before `beton` is replaced. Raises `OSError`."""
+    path = manifest_path(beton)
+    path.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def read_manifest(beton: Path) -> Manifest:
+    """Read and check the manifest of `beton`. Raises `BetonError` if it is missing, damaged or too new."""
+    path = manifest_path(beton)
+    again = "Convert the source again with `python -m data_prep`."
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BetonError(
+            f"{path} is missing: the conversion was cut off, or it was not copied along. {again}"
+        ) from error
+    except OSError as error:
+        raise BetonError(f"{path} cannot be read: {error.strerror}. Check its permissions and the disk.") from error
+    except (ValueError, RecursionError) as error:
+        raise BetonError(f"{path} is not valid JSON: {error}. {again}") from error
+    try:
+        return _from_json(content)
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"lacks the key {error}" if isinstance(error, KeyError) else str(error)
+        raise BetonError(f"{path} is not a manifest of this version: {what}. {again}") from error
+
+
+def _from_json(content: Any) -> Manifest:
+    if not isinstance(content, dict):
+        raise TypeError(f"expected an object, found {type(content).__name__}")
+    if content["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"schema_version is {content['schema_version']!r}, expected {SCHEMA_VERSION}")
+    values = {field.name: content[field.name] for field in fields(Manifest)}
+    for names, kind in (
+        (("num_samples", "file_bytes", "converter_version"), int),
+        (("source", "sha256"), str),
+        (("classes", "skipped"), list),
+        (("reasons", "options", "libraries"), dict),
+    ):
+        for name in names:
+            if not isinstance(values[name], kind):
+                raise TypeError(f"{name} is {type(values[name]).__name__}, expected {kind.__name__}")
+    if not all(isinstance(name, str) for name in values["classes"]):
+        raise TypeError("classes holds something that is not a string")
+    skipped = tuple(Skipped(name=entry["name"], reason=entry["reason"]) for entry in values.pop("skipped"))
+    return Manifest(**{**values, "classes": tuple(values["classes"])}, skipped=skipped)

@@ -1,0 +1,131 @@
+"""The slow twin of reading: FFCV's own, unmodified `Loader` reads what `data_prep` writes, and the other way round."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+from ffcv.fields import IntField, RGBImageField
+from ffcv.fields.basics import IntDecoder
+from ffcv.fields.rgb_image import CenterCropRGBImageDecoder, SimpleRGBImageDecoder
+from ffcv.loader import Loader, OrderOption
+from ffcv.pipeline.operation import Operation
+from ffcv.writer import DatasetWriter
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+
+from data_prep.beton_format import MODE_JPEG, MODE_RAW, read_tables
+from data_prep.convert import convert_digits, convert_image_folder
+from data_prep.sources import digits_indices, image_folder
+
+JPEG_TOLERANCE = 2.0
+"""Mean difference in grey levels: FFCV asks libjpeg-turbo for its fast inverse DCT, PIL for the exact one."""
+
+
+def read_all(beton: Path, decoder: Operation, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (N, H, W, 3) and labels int64 (N,), in file order, through the stock loader."""
+    loader = Loader(
+        str(beton),
+        batch_size=batch_size,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        drop_last=False,
+        pipelines={"image": [decoder], "label": [IntDecoder()]},
+    )
+    # The loader re-uses its buffers, so copy every batch.
+    batches = [(images.copy(), labels.copy()) for images, labels in loader]
+    return np.concatenate([b[0] for b in batches]), np.concatenate([b[1] for b in batches])[:, 0]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs that ship with scikit-image and scikit-learn, as JPEG and PNG of various sizes, in two classes."""
+    root = tmp_path_factory.mktemp("photos")
+    china, flower = load_sample_images().images
+    images = {
+        "animal/astronaut.png": skimage.data.astronaut(),
+        "animal/chelsea.jpg": skimage.data.chelsea(),
+        "thing/china.jpg": china,
+        "thing/coffee.png": skimage.data.coffee(),
+        "thing/flower.jpg": flower,
+        "thing/rocket.jpg": skimage.data.rocket(),
+    }
+    for name, pixels in images.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(root / name, quality=92)
+    return root
+
+
+@pytest.fixture(scope="module")
+def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("digits")
+    convert_digits(directory)
+    return directory
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_digits_are_read_exactly(digits_dir: Path, split: Literal["train", "val"]) -> None:
+    expected, labels = load_digits(return_X_y=True)
+    indices = digits_indices(split, len(labels))
+    images, read_labels = read_all(digits_dir / f"{split}.beton", SimpleRGBImageDecoder(), 100)
+    assert np.array_equal(read_labels, labels[indices])
+    grey = np.floor(expected[indices].reshape(-1, 8, 8) * 255 / 16 + 0.5).astype(np.uint8)
+    assert np.array_equal(images, np.repeat(grey[..., None], 3, axis=-1))
+
+
+def test_photographs_of_one_size_match_pil(photos: Path, tmp_path: Path) -> None:
+    """Three 640 x 427 JPEGs stored byte for byte: FFCV's decode against PIL's decode of the source files."""
+    names = ["china.jpg", "flower.jpg", "rocket.jpg"]
+    (tmp_path / "src" / "view").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "src" / "view" / name).symlink_to(photos / "thing" / name)
+    out = tmp_path / "view.beton"
+    conversion = convert_image_folder(tmp_path / "src", out, max_side=640, workers=1)
+    assert conversion.manifest.reasons == {"passthrough": 3}
+    images, labels = read_all(out, SimpleRGBImageDecoder(), 3)
+    assert labels.tolist() == [0, 0, 0]
+    for image, name in zip(images, names, strict=True):
+        with Image.open(photos / "thing" / name) as source:
+            difference = np.abs(image.astype(np.int64) - np.asarray(source))
+        assert difference.mean() < JPEG_TOLERANCE
+
+
+def test_photographs_of_many_sizes_match_pil(photos: Path, tmp_path: Path) -> None:
+    """Mixed formats and sizes, resized to 256: FFCV's centre crop against PIL's decode with the same crop."""
+    conversion = convert_image_folder(photos, tmp_path / "photos.beton", max_side=256, quality=95, workers=1)
+    assert conversion.manifest.reasons == {"format": 2, "resized": 4}
+    images, labels = read_all(tmp_path / "photos.beton", CenterCropRGBImageDecoder((96, 96), 1.0), 6)
+    source = image_folder(photos)
+    assert labels.tolist() == [sample.label for sample in source.samples]
+    for image, sample in zip(images, source.samples, strict=True):
+        with Image.open(photos / sample.name) as original:
+            original.thumbnail((256, 256), Image.Resampling.LANCZOS, reducing_gap=None)
+            pixels = np.asarray(original.convert("RGB"))
+        height, width, _ = pixels.shape
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        crop = np.ascontiguousarray(pixels[top : top + side, left : left + side])
+        expected = cv2.resize(crop, (96, 96), interpolation=cv2.INTER_AREA)
+        assert np.abs(image.astype(np.int64) - expected).mean() < 2 * JPEG_TOLERANCE, sample.name
+
+
+def test_files_of_the_stock_writer_are_understood(photos: Path, tmp_path: Path) -> None:
+    samples = []
+    for sample in image_folder(photos).samples:
+        with Image.open(photos / sample.name) as image:
+            samples.append((np.asarray(image.convert("RGB")), sample.label))
+    fields = {"image": RGBImageField(write_mode="smart", smart_threshold=500_000), "label": IntField()}
+    DatasetWriter(str(tmp_path / "stock.beton"), fields, num_workers=1).from_indexed_dataset(samples)
+    tables = read_tables(tmp_path / "stock.beton")
+    assert tables.labels.tolist() == [label for _, label in samples]
+    assert list(zip(tables.heights, tables.widths, strict=True)) == [image.shape[:2] for image, _ in samples]
+    assert set(tables.modes) == {MODE_JPEG, MODE_RAW}
+    data = (tmp_path / "stock.beton").read_bytes()
+    for i in np.flatnonzero(tables.modes == MODE_JPEG):
+        with Image.open(io.BytesIO(data[tables.pointers[i] :][: tables.sizes[i]])) as image:
+            assert image.size == (tables.widths[i], tables.heights[i])

@@ -1,0 +1,300 @@
+"""Sources and the writer: what is listed, what is stored, and what is left behind when something goes wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.beton_format import MIN_PAGE_SIZE, MODE_RAW, read_tables
+from data_prep.convert import convert_digits, convert_image_folder
+from data_prep.errors import BetonError, UserError
+from data_prep.jpeg import EncodedImage
+from data_prep.manifest import Manifest, manifest_path, read_manifest, write_manifest
+from data_prep.parallel import CHUNK, CHUNKS_AHEAD, map_ordered
+from data_prep.sources import Sample, digits, digits_indices, image_folder
+from data_prep.write_beton import write_beton
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three classes; 5 + 5 + 60 small JPEGs, one of them too large for --max-side 32."""
+    rng = np.random.default_rng(0)
+    for name, count in (("ant", 5), ("bee", 5), ("cat", 60)):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        for i in range(count):
+            side = 40 if (name, i) == ("ant", 0) else 24
+            image = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
+            image.save(tmp_path / "src" / name / f"{i:03d}.jpg")
+    return tmp_path / "src"
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_folder_is_listed_in_sorted_order(folder: Path) -> None:
+    (folder / "bee" / "deeper" / "still").mkdir(parents=True)
+    (folder / "bee" / "000.jpg").rename(folder / "bee" / "deeper" / "still" / "000.JPEG")
+    (folder / "bee" / "notes.txt").write_text("not an image")
+    (folder / "bee" / "._001.jpg").write_bytes(b"left by another file manager")
+    (folder / ".cache").mkdir()
+    (folder / "bee" / "again").symlink_to(folder / "bee")
+    source = image_folder(folder)
+    assert source.classes == ("ant", "bee", "cat")
+    assert source.name == str(folder)
+    bees = [sample.name for sample in source.samples if sample.label == 1]
+    assert bees == ["bee/001.jpg", "bee/002.jpg", "bee/003.jpg", "bee/004.jpg", "bee/deeper/still/000.JPEG"]
+    assert [sample.label for sample in source.samples] == [0] * 5 + [1] * 5 + [2] * 60
+
+
+def test_class_folders_may_be_links(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "subset").mkdir()
+    (tmp_path / "subset" / "bee").symlink_to(folder / "bee")
+    assert len(image_folder(tmp_path / "subset").samples) == 5
+
+
+def test_subset_of_classes_is_sorted_too(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("\ufeffcat\r\n\r\nant\r\n", encoding="utf-8")
+    source = image_folder(folder, tmp_path / "classes.txt")
+    assert source.classes == ("ant", "cat")
+    assert {sample.label for sample in source.samples if sample.name.startswith("cat/")} == {1}
+
+
+def test_source_errors_name_the_thing(folder: Path, tmp_path: Path) -> None:
+    listing = tmp_path / "classes.txt"
+    with pytest.raises(UserError, match=r"none does not exist"):
+        image_folder(tmp_path / "none")
+    with pytest.raises(UserError, match=r"000\.jpg is not a directory"):
+        image_folder(folder / "ant" / "000.jpg")
+    with pytest.raises(UserError, match="ant has no class folders"):
+        image_folder(folder / "ant")
+    listing.write_text("ant\ndog\n")
+    with pytest.raises(UserError, match=r"lacks 1 of the 2 classes .*: dog"):
+        image_folder(folder, listing)
+    listing.write_text("\n")
+    with pytest.raises(UserError, match="names no class"):
+        image_folder(folder, listing)
+    with pytest.raises(UserError, match="cannot be read"):
+        image_folder(folder, tmp_path / "none.txt")
+    with pytest.raises(UserError, match="not UTF-8"):
+        image_folder(folder, folder / "ant" / "000.jpg")
+    (folder / "dog").mkdir()
+    with pytest.raises(UserError, match="dog holds no image"):
+        image_folder(folder)
+    (tmp_path / "root").mkdir()
+    folder.rename(tmp_path / "root" / "train")
+    with pytest.raises(UserError, match=r"look like splits.*--src .*train"):
+        image_folder(tmp_path / "root")
+
+
+def test_digits_split_is_a_fixed_partition() -> None:
+    train, val = digits_indices("train", 1797), digits_indices("val", 1797)
+    assert (len(train), len(val)) == (1437, 360)
+    assert np.array_equal(np.sort(np.concatenate([train, val])), np.arange(1797))
+    digest = hashlib.sha256(np.concatenate([train, val]).astype("<i8").tobytes()).hexdigest()
+    assert digest == "0cb1b774f2536b82c0fe7bc3b3e49b27d3d7003310afe96328187eb70a1b4213"
+
+
+def test_digits_pixels_and_labels() -> None:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    for split in ("train", "val"):
+        source, indices = digits(split), digits_indices(split, 1797)
+        assert source.classes == tuple("0123456789")
+        assert [sample.label for sample in source.samples] == labels[indices].tolist()
+        pixels = np.stack([sample.pixels for sample in source.samples if sample.pixels is not None])
+        expected = np.floor(images[indices].reshape(-1, 8, 8) * 255 / 16 + 0.5)
+        assert pixels.dtype == np.uint8
+        assert np.array_equal(pixels, np.repeat(expected[..., None], 3, axis=-1))
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(folder: Path, tmp_path: Path) -> None:
+    written = [
+        convert_image_folder(folder, tmp_path / f"{workers}.beton", max_side=32, workers=workers) for workers in (1, 2)
+    ]
+    assert (tmp_path / "1.beton").read_bytes() == (tmp_path / "2.beton").read_bytes()
+    assert written[0].manifest == written[1].manifest
+    assert written[0].manifest.reasons == {"passthrough": 69, "resized": 1}
+
+
+def test_stored_jpegs_are_the_files_themselves(folder: Path, tmp_path: Path) -> None:
+    convert_image_folder(folder, tmp_path / "out.beton", workers=1)
+    tables, data = read_tables(tmp_path / "out.beton"), (tmp_path / "out.beton").read_bytes()
+    for i, sample in enumerate(image_folder(folder).samples):
+        assert data[tables.pointers[i] :][: tables.sizes[i]] == (folder / sample.name).read_bytes()
+        assert tables.labels[i] == sample.label
+
+
+def fill(sample: Sample, size: int) -> EncodedImage:
+    return EncodedImage(MODE_RAW, size // 3, 1, bytes([sample.label]) * size, "raw")
+
+
+def test_samples_fill_pages_and_never_span_them(tmp_path: Path) -> None:
+    sizes = [3 * int(n) for n in np.random.default_rng(0).integers(1, 65536, 200)]
+    samples = [Sample(i, str(i)) for i in range(len(sizes))]
+    write_beton(tmp_path / "a.beton", samples, lambda s: fill(s, sizes[s.label]), page_size=MIN_PAGE_SIZE)
+    tables, data = read_tables(tmp_path / "a.beton"), (tmp_path / "a.beton").read_bytes()
+    assert tables.sizes.tolist() == sizes
+    pointer, expected = MIN_PAGE_SIZE, []  # the metadata takes less than the first page
+    for size in sizes:
+        if pointer % MIN_PAGE_SIZE + size > MIN_PAGE_SIZE:
+            pointer = -(-pointer // MIN_PAGE_SIZE) * MIN_PAGE_SIZE
+        expected.append(pointer)
+        pointer += size
+    assert tables.pointers.tolist() == expected
+    for i, size in enumerate(sizes):
+        assert data[tables.pointers[i] :][:size] == bytes([i]) * size
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (EncodedImage(MODE_RAW, 1000, 1000, bytes(3_000_000), "raw"), "big takes 3,000,000 bytes, more than the 2,097"),
+        (EncodedImage(MODE_RAW, 65536, 1, bytes(65536 * 3), "raw"), "big has 65536 x 1 pixels"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(tmp_path: Path, image: EncodedImage, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        write_beton(tmp_path / "a.beton", [Sample(0, "big")], lambda sample: image, page_size=MIN_PAGE_SIZE)
+    assert names_in(tmp_path) == []
+
+
+def spoil(folder: Path) -> list[str]:
+    """Damage 13 images in four ways; their names in order."""
+    (folder / "ant" / "001.jpg").write_bytes(b"")
+    (folder / "bee" / "002.jpg").write_text("text")
+    bad = ["ant/001.jpg", "bee/002.jpg"]
+    for i in range(10, 21):
+        path = folder / "cat" / f"{i:03d}.jpg"
+        path.write_bytes(path.read_bytes()[: -30 * (i - 9)])
+        bad.append(f"cat/{path.name}")
+    return bad
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_bad_images_are_listed_and_nothing_is_written(folder: Path, tmp_path: Path, workers: int) -> None:
+    bad = spoil(folder)
+    with pytest.raises(UserError, match="13 of 70 images cannot be converted") as caught:
+        convert_image_folder(folder, tmp_path / "out" / "a.beton", workers=workers)
+    for name in bad[:10]:
+        assert f"  {name}: " in str(caught.value)
+    assert "and 3 more" in str(caught.value)
+    assert names_in(tmp_path / "out") == []
+
+
+def test_skipped_images_are_recorded(folder: Path, tmp_path: Path) -> None:
+    bad = spoil(folder)
+    conversion = convert_image_folder(folder, tmp_path / "a.beton", workers=1, on_bad="skip")
+    assert [image.name for image in conversion.manifest.skipped] == bad
+    assert conversion.manifest.skipped[0].reason == "the file is empty"
+    assert conversion.manifest.num_samples == len(read_tables(tmp_path / "a.beton").labels) == 57
+    assert read_manifest(tmp_path / "a.beton") == conversion.manifest
+
+
+def test_only_bad_images_are_an_error_even_when_skipping(folder: Path, tmp_path: Path) -> None:
+    for path in folder.rglob("*.jpg"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="70 of 70 images"):
+        convert_image_folder(folder, tmp_path / "a.beton", workers=1, on_bad="skip")
+    assert names_in(tmp_path) == ["src"]
+
+
+def test_an_unreadable_image_stops_even_when_skipping(folder: Path, tmp_path: Path) -> None:
+    (folder / "cat" / "999.jpg").symlink_to(tmp_path / "gone.jpg")
+    with pytest.raises(UserError, match=r"999\.jpg cannot be read"):
+        convert_image_folder(folder, tmp_path / "a.beton", workers=2, on_bad="skip")
+    assert names_in(tmp_path) == ["src"]
+
+
+def test_an_interrupted_run_leaves_the_old_pair(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "a.beton"
+    convert_image_folder(folder, out, workers=1)
+    before = [path.read_bytes() for path in (out, manifest_path(out))]
+
+    def interrupted(sample: Sample) -> EncodedImage:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_beton(out, [Sample(0, "x")], interrupted)
+    assert names_in(out.parent) == ["a.beton", "a.beton.json"]
+    assert [path.read_bytes() for path in (out, manifest_path(out))] == before
+
+
+def test_a_full_disk_is_a_clear_error(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MIN_PAGE_SIZE + 100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"a\.beton cannot be written: .* Check the free space"):
+            write_beton(tmp_path / "a.beton", [Sample(0, "x")], lambda s: fill(s, 3000), page_size=MIN_PAGE_SIZE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names_in(tmp_path) == []
+
+
+def test_a_directory_in_the_way_is_found_before_converting(tmp_path: Path) -> None:
+    (tmp_path / "a.beton").mkdir()
+    with pytest.raises(UserError, match=r"a\.beton cannot be written: Is a directory"):
+        write_beton(tmp_path / "a.beton", [Sample(0, "x")], lambda s: pytest.fail("converted"))
+
+
+def test_a_crash_never_pairs_a_beton_with_a_foreign_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop before each of the two renames in turn; what is left may lack a manifest, but not have a wrong one."""
+    rename, out = os.replace, tmp_path / "train.beton"
+    for renames_done in (0, 1):
+        convert_digits(tmp_path)
+        write_beton(out, [Sample(0, "x")], lambda s: fill(s, 30))
+        write_manifest(out, Manifest(1, ("a",), {}, (), "old", {}, {}, out.stat().st_size, "old"))
+        calls = []
+
+        def stop(source: Path, target: Path, calls: list[Path] = calls, allowed: int = renames_done) -> None:
+            if len(calls) == allowed:
+                raise KeyboardInterrupt
+            calls.append(target)
+            rename(source, target)
+
+        monkeypatch.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert_digits(tmp_path)
+        monkeypatch.undo()
+        assert names_in(tmp_path) == ["train.beton", "val.beton", "val.beton.json"]
+        with pytest.raises(BetonError, match="is missing"):
+            read_manifest(out)
+        assert len(read_tables(out).labels) == (1, 1437)[renames_done]
+
+
+def test_output_is_as_readable_as_the_umask_says_and_links_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.beton").symlink_to(tmp_path / "disk" / "real.beton")
+    write_beton(tmp_path / "link.beton", [Sample(0, "x")], lambda s: fill(s, 30))
+    assert (tmp_path / "link.beton").is_symlink()
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "disk" / "real.beton").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_map_keeps_order_and_stays_bounded(workers: int) -> None:
+    taken = []
+    source = (taken.append(i) or i for i in range(1000))
+    results = map_ordered(math.factorial, source, workers)
+    assert next(results) == 1
+    assert len(taken) <= max(1, CHUNKS_AHEAD * workers * CHUNK)
+    results.close()
+    assert list(map_ordered(math.sqrt, map(float, range(200)), workers)) == [math.sqrt(i) for i in range(200)]
+
+
+def test_a_dead_worker_is_a_clear_error() -> None:
+    with pytest.raises(UserError, match="a worker process died"):
+        list(map_ordered(os._exit, [3] * 100, 2))
+
+
+def test_an_exception_in_a_worker_arrives() -> None:
+    with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
+        list(map_ordered(math.sqrt, [1.0, -1.0], 2))
