@@ -1,0 +1,24 @@
+"""The one type by which the stages of the data path know each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowrank_vit.data.plan import BatchPlan
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B decoded, cropped, resized and flipped images with their labels, on the trainer's device."""
+
+    images: Tensor
+    """uint8 (B, 3, S, S), RGB 0-255, channels_last (a permuted view of the decoder's NHWC)."""
+    targets: Tensor
+    """int64 (B,), labels."""
+    plan: BatchPlan
+    """Where the images come from and what is still to be done to them (on the host)."""
+
+    def __len__(self) -> int:
+        return len(self.plan.ids)

@@ -1,0 +1,191 @@
+"""The plan is reproducible, elastic over ranks, and draws what torchvision and timm draw."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from timm.data.mixup import rand_bbox
+from torchvision.transforms import RandomResizedCrop
+
+from data_prep.errors import UserError
+from lowrank_vit.data.plan import EvalPlan, TrainPlan, TrainRules, center_windows, cut_box
+
+
+def make_plan(num_samples=101, rules=None, **kwargs):
+    options = {"seed": 7, "img_size": 32, "batch_size": 8} | kwargs
+    heights = np.full(num_samples, 375)
+    widths = np.full(num_samples, 500)
+    return TrainPlan(heights, widths, rules or TrainRules(), **options)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 1000))
+def test_order_is_a_permutation(num_samples, seed, epoch):
+    order = make_plan(num_samples, seed=seed, batch_size=1).order(epoch)
+    assert np.array_equal(np.sort(order), np.arange(num_samples))
+
+
+def test_order_changes_with_seed_and_epoch_only():
+    plan = make_plan()
+    assert np.array_equal(plan.order(3), make_plan(batch_size=16).order(3))
+    assert not np.array_equal(plan.order(3), plan.order(4))
+    assert not np.array_equal(plan.order(3), make_plan(seed=8).order(3))
+
+
+def test_positions_in_the_order_are_uniform():
+    plan = make_plan(10, batch_size=1)
+    first = np.bincount([plan.order(epoch)[0] for epoch in range(5000)], minlength=10)
+    assert stats.chisquare(first).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ranks_share_one_stream(world_size):
+    rules = TrainRules(mixup=0.8, cutmix=1.0)
+    one = make_plan(rules=rules, batch_size=16)
+    ranks = [
+        make_plan(rules=rules, batch_size=16 // world_size, rank=r, world_size=world_size) for r in range(world_size)
+    ]
+    for step in range(one.steps_per_epoch):
+        whole = one.batch(2, step, one.ids(2)[step])
+        parts = [rank.batch(2, step, rank.ids(2)[step]) for rank in ranks]
+        assert np.array_equal(whole.ids, np.concatenate([p.ids for p in parts]))
+        assert np.array_equal(whole.windows, np.concatenate([p.windows for p in parts]))
+        assert np.array_equal(whole.flips, np.concatenate([p.flips for p in parts]))
+        assert all(p.mix == whole.mix for p in parts)
+
+
+def test_training_drops_the_tail():
+    plan = make_plan(101, batch_size=8)
+    assert plan.steps_per_epoch == 12
+    assert plan.ids(0).shape == (12, 8)
+
+
+def test_batch_larger_than_data_is_an_error():
+    with pytest.raises(UserError, match=r"global batch of 32 .* 20 samples.*--batch-size 20"):
+        make_plan(20, batch_size=32)
+
+
+def test_windows_lie_inside_and_do_not_depend_on_the_batch():
+    rng = np.random.default_rng(0)
+    heights, widths = rng.integers(1, 900, 500), rng.integers(1, 900, 500)
+    plan = TrainPlan(heights, widths, TrainRules(), seed=3, img_size=32, batch_size=4)
+    ids = np.arange(500)
+    windows = plan.windows(5, ids)
+    top, left, height, width = windows.T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (height > 0).all()
+    assert (width > 0).all()
+    assert (top + height <= heights).all()
+    assert (left + width <= widths).all()
+    shuffled = rng.permutation(500)
+    assert np.array_equal(plan.windows(5, ids[shuffled]), windows[shuffled])
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (64, 64), (40, 400)])
+def test_windows_have_torchvisions_distribution(height, width):
+    """Area share, aspect ratio and position against RandomResizedCrop's own draws (two-sample Kolmogorov-Smirnov)."""
+    count = 6000
+    plan = TrainPlan(np.full(count, height), np.full(count, width), TrainRules(), seed=1, img_size=32, batch_size=4)
+    ours = plan.windows(0, np.arange(count)).astype(float)
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(count)], dtype=float
+    )
+    for measure in (
+        lambda w: w[:, 2] * w[:, 3],
+        lambda w: w[:, 3] / w[:, 2],
+        lambda w: w[:, 0],
+        lambda w: w[:, 1],
+    ):
+        assert stats.ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-4
+
+
+def test_extreme_images_fall_back_to_a_centre_crop():
+    plan = TrainPlan(np.array([10, 1000]), np.array([1000, 10]), TrainRules(), seed=1, img_size=32, batch_size=1)
+    wide, tall = plan.windows(0, np.array([0, 1]))
+    # A 100:1 image can hold no window of 8 % of its area with an aspect ratio below 4:3.
+    assert wide.tolist() == [0, (1000 - 13) // 2, 10, 13]
+    assert tall.tolist() == [(1000 - 13) // 2, 0, 13, 10]
+
+
+def test_flip_probability():
+    for probability in (0.0, 0.3, 1.0):
+        flips = make_plan(20_000, TrainRules(hflip=probability)).flips(1, np.arange(20_000))
+        assert flips.mean() == pytest.approx(probability, abs=0.015)
+
+
+def test_flips_and_windows_are_independent_of_one_another():
+    plan = make_plan(20_000)
+    ids = np.arange(20_000)
+    correlation = np.corrcoef(plan.flips(0, ids), plan.windows(0, ids)[:, 1])[0, 1]
+    assert abs(correlation) < 0.03
+
+
+def test_mix_follows_its_probabilities():
+    rules = TrainRules(mixup=0.8, cutmix=1.0, mixup_prob=0.6, mixup_switch_prob=0.25)
+    plan = make_plan(rules=rules)
+    mixes = [plan.mix(epoch, step) for epoch in range(20) for step in range(200)]
+    mixed = [m for m in mixes if m.lam < 1.0]
+    assert len(mixed) / len(mixes) == pytest.approx(0.6, abs=0.03)
+    assert np.mean([m.is_cutmix for m in mixed]) == pytest.approx(0.25, abs=0.03)
+    lams = [m.lam for m in mixed if not m.is_cutmix]
+    assert stats.kstest(lams, stats.beta(0.8, 0.8).cdf).pvalue > 1e-4
+
+
+def test_mix_can_be_off():
+    assert make_plan().mix(0, 0).lam == 1.0
+    late = make_plan(rules=TrainRules(mixup=0.8, mixup_off_epoch=3))
+    assert late.mix(2, 0).lam < 1.0
+    assert late.mix(3, 0).lam == 1.0
+    assert all(not make_plan(rules=TrainRules(mixup=0.8)).mix(0, step).is_cutmix for step in range(50))
+    assert all(make_plan(rules=TrainRules(cutmix=1.0)).mix(0, step).is_cutmix for step in range(50))
+
+
+def test_cut_box_is_timms():
+    """Timm draws the box's centre with numpy; give both the same centre."""
+    for seed in range(200):
+        lam = random.Random(seed).random()
+        np.random.seed(seed)
+        expected = rand_bbox((1, 3, 224, 224), lam)
+        np.random.seed(seed)
+        row, column = np.random.randint(0, 224), np.random.randint(0, 224)
+        assert cut_box(224, lam, row / 224 + 1e-9, column / 224 + 1e-9) == tuple(int(v) for v in expected)
+
+
+def test_cutmix_lam_is_the_area_kept():
+    plan = make_plan(rules=TrainRules(cutmix=1.0))
+    for step in range(100):
+        mix = plan.mix(0, step)
+        top, bottom, left, right = mix.box
+        assert mix.lam == 1 - (bottom - top) * (right - left) / 32**2
+        assert 0 <= top <= bottom <= 32
+        assert 0 <= left <= right <= 32
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_evaluation_covers_every_sample_once(world_size):
+    sizes = np.full(53, 40)
+    plans = [
+        EvalPlan(sizes, sizes, img_size=32, crop_pct=0.9, batch_size=4, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
+    seen = np.concatenate([ids for plan in plans for ids in plan.ids(0)])
+    assert np.array_equal(np.sort(seen), np.arange(53))
+
+
+def test_center_window_is_timms_crop_in_source_pixels():
+    # 224 / 0.9 -> 248: of a 375 x 500 image the centre 224/248 of the short side stays.
+    side = round(375 * 224 / math.floor(224 / 0.9))
+    assert center_windows(np.array([375]), np.array([500]), 224, 0.9).tolist() == [
+        [(375 - side) // 2, (500 - side) // 2, side, side]
+    ]
+    assert center_windows(np.array([8]), np.array([8]), 16, 1.0).tolist() == [[0, 0, 8, 8]]

@@ -1,0 +1,63 @@
+"""Batched crop, resize and flip against PIL on real photographs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from lowrank_vit.data.resize import crop_resize_flip
+
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def both(photo, window, flip, size, kernel):
+    """The same crop by us and by PIL, int64 (size, size, 3) each."""
+    top, left, height, width = window
+    ours = crop_resize_flip(torch.from_numpy(photo)[None], torch.tensor([window]), torch.tensor([flip]), size, kernel)[
+        0
+    ].numpy()
+    image = Image.fromarray(photo).crop((left, top, left + width, top + height)).resize((size, size), FILTERS[kernel])
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return ours.astype(int), np.asarray(image).astype(int)
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["temple", "flower"])
+def photo(request):
+    return np.ascontiguousarray(load_sample_images().images[request.param][::2, ::2])
+
+
+@pytest.mark.parametrize("kernel", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_enlarging_is_pils_within_one_level(photo, kernel, flip):
+    for window in [(0, 0, 32, 32), (10, 20, 17, 29), (5, 5, 1, 40), (100, 200, 3, 3)]:
+        ours, pil = both(photo, window, flip, 64, kernel)
+        assert np.abs(ours - pil).max() <= 1
+
+
+@pytest.mark.parametrize("kernel", ["bilinear", "bicubic"])
+def test_shrinking_is_pils_but_for_the_order_of_passes(photo, kernel):
+    for window in [(0, 0, 200, 300), (3, 7, 180, 90), (20, 20, 100, 290)]:
+        ours, pil = both(photo, window, False, 64, kernel)
+        assert np.abs(ours - pil).max() <= 8
+        assert np.mean((ours - pil) ** 2) < 255**2 / 10**4.8  # a PSNR above 48 dB
+
+
+def test_same_size_copies_the_pixels(photo):
+    crop = photo[4:36, 8:40]
+    ours = crop_resize_flip(
+        torch.from_numpy(photo)[None], torch.tensor([[4, 8, 32, 32]]), torch.tensor([False]), 32, "bicubic"
+    )
+    assert np.array_equal(ours[0].numpy(), crop)
+
+
+def test_samples_of_a_batch_do_not_mix(photo):
+    images = torch.from_numpy(np.stack([photo[:64, :64], photo[64:128, 64:128]]))
+    windows, flips = torch.tensor([[0, 0, 30, 40], [9, 9, 50, 20]]), torch.tensor([True, False])
+    together = crop_resize_flip(images, windows, flips, 24, "bilinear")
+    for n in range(2):
+        alone = crop_resize_flip(images[n : n + 1], windows[n : n + 1], flips[n : n + 1], 24, "bilinear")
+        assert torch.equal(together[n], alone[0])
