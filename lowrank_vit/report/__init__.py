@@ -1,0 +1,1 @@
+"""Turns a run directory into pictures and one self-contained HTML page."""

@@ -1,0 +1,95 @@
+"""The run's numbers as tables of text: how it ended, its best epoch, and what became of the spectra."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lowrank_vit.report.read_run import Run, series
+from lowrank_vit.spectral.metrics import effective_rank, stable_rank
+from lowrank_vit.spectral.select import module_type
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading and rows of text; the first cell of a row is its name."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+_MEASURES = (
+    ("eval_top1", "top-1 accuracy (%)", max),
+    ("eval_ema_top1", "top-1 accuracy, EMA (%)", max),
+    ("eval_top5", "top-5 accuracy (%)", max),
+    ("eval_ema_top5", "top-5 accuracy, EMA (%)", max),
+    ("eval_loss", "eval loss", min),
+    ("eval_ema_loss", "eval loss, EMA", min),
+    ("train_loss", "train loss, epoch mean", min),
+)
+
+
+def headline(run: Run) -> list[tuple[str, str]]:
+    """The few figures a reader looks for first, as (label, value)."""
+    figures: list[tuple[str, str]] = []
+    for name, label in (("eval_top1", "best top-1"), ("eval_ema_top1", "best top-1, EMA")):
+        values = _finite(run.epochs.get(name))
+        if values.size:
+            figures.append((label, f"{values.max():.2f} %"))
+    if run.epochs:
+        figures.append(("epochs", f"{len(run.epochs['update']):,}"))
+    updates = [int(columns["update"][-1]) for columns in (run.epochs, run.train) if columns]
+    if updates:
+        figures.append(("updates", f"{max(updates):,}"))
+    columns = run.epochs if _finite(run.epochs.get("img_per_s")).size else run.train
+    rates = _finite(columns.get("img_per_s"))
+    if rates.size:
+        figures.append(("median images / s", f"{np.median(rates):,.0f}"))
+    waits = _finite(columns.get("data_wait"))
+    if waits.size:
+        figures.append(("median data wait", f"{100 * np.median(waits):.1f} %"))
+    return figures
+
+
+def final_numbers(run: Run) -> Table:
+    """Last and best value of every measured quantity; empty while no epoch is finished."""
+    rows: list[list[str]] = []
+    for name, label, better in _MEASURES:
+        values = run.epochs.get(name)
+        finite = _finite(values)
+        if values is None or not finite.size:
+            continue
+        best = better(finite)
+        at = int(np.flatnonzero(values == best)[0])
+        epochs = run.epochs.get("epoch")
+        where = f"epoch {epochs[at]:.0f}" if epochs is not None else f"update {run.epochs['update'][at]:.0f}"
+        digits = 2 if "top" in name else 4
+        last = f"{values[-1]:.{digits}f}" if np.isfinite(values[-1]) else "not measured"
+        rows.append([label, last, f"{best:.{digits}f}", where])
+    return Table("Final numbers", ["", "last", "best", "best at"], rows)
+
+
+def spectral_numbers(run: Run) -> Table:
+    """Means by type of matrix at the first and the last refresh, of the model and of its EMA; empty without spectra."""
+    rows: list[list[str]] = []
+    for kind, suffix in (("spec", ""), ("spec_ema", ", EMA")):
+        _, modules = series(run, kind)
+        for module in dict.fromkeys(module_type(name) for name in modules):
+            group = [s_TK for name, s_TK in modules.items() if module_type(name) == module]
+            cells = []
+            for measure in (_sigma_max, stable_rank, effective_rank):
+                first, last = (np.mean([measure(s_TK[t]) for s_TK in group]) for t in (0, -1))
+                cells.append(f"{first:.4g} → {last:.4g}")
+            rows.append([f"{module}{suffix}", str(len(group)), *cells])
+    columns = ["", "layers", "mean σ₁", "mean stable rank", "mean effective rank"]
+    return Table("Spectra, first → last refresh", columns, rows)
+
+
+def _sigma_max(s: np.ndarray) -> float:
+    return float(s[0])
+
+
+def _finite(values: np.ndarray | None) -> np.ndarray:
+    return np.empty(0) if values is None else values[np.isfinite(values)]

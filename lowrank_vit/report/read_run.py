@@ -1,0 +1,191 @@
+"""Reads a run directory, finished or not: what is there, and a note on everything that is not."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from data_prep.errors import UserError
+from lowrank_vit.spectral.store import StoredSpectra, list_spectra, read_spectra
+
+MAX_SNAPSHOTS = 240
+"""More refreshes than a picture has columns for are thinned evenly to this many."""
+
+Columns = dict[str, np.ndarray]
+"""A table by column: name to float64 array, all of one length; NaN where a cell is empty."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory's contents. Any part may be empty; `notes` then says so in words for the reader."""
+
+    path: Path
+    epochs: Columns
+    """`summary.csv`, a row an epoch, by update."""
+    train: Columns
+    """The "train" events of `metrics.jsonl`, by update."""
+    args: dict[str, Any]
+    environment: dict[str, Any]
+    """`environment.json` with nested names joined by dots."""
+    spectra: list[StoredSpectra]
+    """By update; each "spec/<module>" or "spec_ema/<module>" to its singular values."""
+    notes: list[str] = field(default_factory=list)
+
+
+def read_run(path: Path) -> Run:
+    """Read what `lowrank_vit.train` has written to `path` so far.
+
+    A half-written last line, a damaged file or a missing one is left out with a note, never an error.
+
+    Raises:
+        UserError: there is no such directory, or nothing of a run in it.
+    """
+    if not path.is_dir():
+        raise UserError(
+            f"no run directory at {path}. Give the directory that `python -m lowrank_vit.train` wrote, "
+            "usually output/<experiment>."
+        )
+    notes: list[str] = []
+    run = Run(
+        path,
+        epochs=_read_summary(path / "summary.csv", notes),
+        train=_read_train_events(path / "metrics.jsonl", notes),
+        args=_read_args(path / "args.yaml", notes),
+        environment=_read_environment(path / "environment.json", notes),
+        spectra=_read_all_spectra(path / "spectra", notes),
+        notes=notes,
+    )
+    if not (run.epochs or run.train or run.args or run.environment or run.spectra):
+        raise UserError(
+            f"{path} holds no run: expected some of summary.csv, metrics.jsonl, args.yaml, environment.json, spectra/. "
+            "Give the directory that `python -m lowrank_vit.train` wrote, usually output/<experiment>."
+        )
+    return run
+
+
+def series(run: Run, kind: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The spectra of one kind ("spec" or "spec_ema") over time.
+
+    Returns:
+        updates (T,) int64, and module to (T, K) float64, descending along K, in model order. Refreshes that lack a
+        module or hold another size of it (another run's leftovers) are left out of both.
+    """
+    prefix = kind + "/"
+    refreshes = [
+        (stored.update, {key.removeprefix(prefix): s for key, s in stored.spectra.items() if key.startswith(prefix)})
+        for stored in run.spectra
+    ]
+    if not refreshes or not refreshes[-1][1]:
+        return np.empty(0, dtype=np.int64), {}
+    modules = {name: s.shape for name, s in refreshes[-1][1].items()}
+    kept = [(update, s) for update, s in refreshes if {name: v.shape for name, v in s.items()} == modules]
+    updates = np.array([update for update, _ in kept], dtype=np.int64)
+    return updates, {name: np.stack([s[name] for _, s in kept]) for name in modules}
+
+
+def _read_summary(path: Path, notes: list[str]) -> Columns:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [{key: _float(cell) for key, cell in row.items() if key} for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        notes.append("summary.csv is not there yet: no epoch has been finished.")
+        return {}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        notes.append(f"summary.csv cannot be read ({error}).")
+        return {}
+    whole = [row for row in rows if not math.isnan(row.get("update", math.nan))]
+    if len(whole) < len(rows):
+        notes.append(f"summary.csv has {len(rows) - len(whole)} incomplete row(s), left out.")
+    return _by_update(whole)
+
+
+def _read_train_events(path: Path, notes: list[str]) -> Columns:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        notes.append("metrics.jsonl is not there: no curve between the epochs.")
+        return {}
+    rows: list[dict[str, float]] = []
+    damaged: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line)
+        except ValueError:  # also a line cut inside a UTF-8 character
+            damaged.append(number)
+            continue
+        if isinstance(event, dict) and event.get("kind") == "train":
+            row = {key: _float(value) for key, value in event.items() if key != "kind"}
+            if not math.isnan(row.get("update", math.nan)):
+                rows.append(row)
+    if damaged == [len(lines)]:
+        notes.append("The last line of metrics.jsonl is half written (the run was writing it or was cut off).")
+    elif damaged:
+        notes.append(f"metrics.jsonl has {len(damaged)} unreadable line(s), the first is line {damaged[0]}; left out.")
+    return _by_update(rows)
+
+
+def _read_args(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        notes.append("args.yaml is missing or cannot be read: the run's arguments are not shown.")
+        return {}
+    return dict(content) if isinstance(content, Mapping) else {}
+
+
+def _read_environment(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        notes.append("environment.json is missing or cannot be read: versions and hardware are not shown.")
+        return {}
+    return _flatten(content) if isinstance(content, Mapping) else {}
+
+
+def _read_all_spectra(store_dir: Path, notes: list[str]) -> list[StoredSpectra]:
+    paths = list_spectra(store_dir)
+    if not paths:
+        notes.append("There are no spectra: the spectral monitor was off or has not stored any yet.")
+    if len(paths) > MAX_SNAPSHOTS:
+        notes.append(f"{MAX_SNAPSHOTS} of {len(paths)} stored spectra are used, evenly spaced.")
+        paths = [paths[i] for i in np.linspace(0, len(paths) - 1, MAX_SNAPSHOTS).round().astype(int)]
+    spectra: list[StoredSpectra] = []
+    for path in paths:
+        try:
+            spectra.append(read_spectra(path))
+        except UserError:
+            notes.append(f"{path.name} is damaged, left out.")
+    return spectra
+
+
+def _by_update(rows: list[dict[str, float]]) -> Columns:
+    """Rows to columns, sorted; of two rows of one update (a resumed run repeats some) the later one counts."""
+    latest = {row["update"]: row for row in rows}
+    ordered = [latest[update] for update in sorted(latest)]
+    names = dict.fromkeys(name for row in ordered for name in row)
+    return {name: np.array([row.get(name, math.nan) for row in ordered]) for name in names}
+
+
+def _float(value: object) -> float:
+    try:
+        return float(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,78 @@
+"""The look that all pictures share. Matplotlib by its object interface: no global state, no display."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+INK = "#22303c"
+MUTED = "#6b7a88"
+GRID = "#dfe5ea"
+TRAIN = "#9aa7b3"
+MODEL = "#20639b"
+EMA = "#d1603d"
+
+
+def new_figure(width_in: float, height_in: float) -> Figure:
+    """An empty white figure, rendered by Agg, that makes room for its labels itself."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)  # inches
+    figure = Figure(figsize=(width_in, height_in), layout=layout, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def heading(figure: Figure, title: str, subtitle: str) -> None:
+    """A bold title and a lighter line of explanation under it, at the left."""
+    figure.suptitle(f"{title}\n", x=0.012, ha="left", fontsize=15, fontweight="bold", color=INK)
+    # Placed by hand under the title: the constrained layout has reserved the empty second line for it.
+    height = figure.get_size_inches()[1]
+    figure.text(0.012, 1 - 0.36 / height, subtitle, ha="left", va="top", fontsize=10, color=MUTED)
+
+
+def tidy(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> None:
+    """Title and labels, a light grid, no box."""
+    axes.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold")
+    axes.set_xlabel(xlabel, fontsize=9.5, color=MUTED)
+    axes.set_ylabel(ylabel, fontsize=9.5, color=MUTED)
+    axes.tick_params(which="both", labelsize=8.5, colors=MUTED)
+    axes.grid(visible=True, color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(GRID)
+
+
+def log_ticks(axis: Axis) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5 times the powers of ten, as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def update_ticks(axis: Axis) -> None:
+    """Few and short ticks for counts that may reach millions: 0, 50k, 100k."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True))
+    axis.set_major_formatter(EngFormatter(sep=""))
+
+
+def png(figure: Figure, dpi: int = 130) -> bytes:
+    """The figure as the bytes of a PNG, without a date or version inside, so that equal data give equal files."""
+    figure.draw_without_rendering()  # lays it out, ...
+    figure.set_layout_engine("none")  # ... which saving would otherwise do again, at a good part of the whole time
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,166 @@
+"""The solver and the monitor on a CUDA device. Not yet run on a GPU: written against torch's documentation."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lowrank_vit.spectral import monitor as monitor_module
+from lowrank_vit.spectral import store
+from lowrank_vit.spectral.monitor import SpectralMonitor
+from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
+from lowrank_vit.spectral.solve import MatrixStack, singular_values, singular_values_svd, solve_stack
+
+pytestmark = pytest.mark.gpu
+
+LONG_S = 60
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_gpu() -> None:
+    if torch.cuda.is_available():
+        return
+    if os.environ.get("LRV_REQUIRE_GPU") == "1":
+        pytest.fail("LRV_REQUIRE_GPU=1, but torch sees no CUDA device")
+    pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Holds the worker back until set."""
+    gate = threading.Event()
+
+    def held(stack: MatrixStack) -> dict[str, np.ndarray]:
+        assert gate.wait(LONG_S)
+        return solve_stack(stack)
+
+    monkeypatch.setattr(monitor_module, "solve_stack", held)
+    yield gate
+    gate.set()
+
+
+def small_vit() -> VisionTransformer:
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=192, depth=3, num_heads=3, num_classes=10)
+    return vit.to("cuda")
+
+
+def watch(model: VisionTransformer, store_dir: Path, every: int = 1) -> SpectralMonitor:
+    return SpectralMonitor(model, model, targets=DEFAULT_TARGETS, every=every, topk=4, interval=1, store_dir=store_dir)
+
+
+def targets(model: VisionTransformer) -> dict[str, torch.Tensor]:
+    return select_targets(dict(model.named_parameters()), DEFAULT_TARGETS)
+
+
+@pytest.mark.parametrize("shape", [(576, 192), (192, 768), (192, 192)])
+def test_values_agree_with_the_cpu_twin_within_the_stated_error(shape: tuple[int, int]) -> None:
+    weights = {f"m{i}": torch.randn(shape, generator=torch.Generator().manual_seed(i)) * 0.02 for i in range(4)}
+    solved = singular_values({name: w.cuda() for name, w in weights.items()})
+    for name, expected in singular_values_svd(weights).items():
+        tolerance = 1e-12 + 16 * np.finfo(np.float64).eps * (expected[0] / expected) ** 2
+        assert (np.abs(solved[name] / expected - 1) <= tolerance).all()
+
+
+def test_tf32_and_autocast_do_not_touch_the_bits() -> None:
+    weights = {"m": torch.randn(256, 192, generator=torch.Generator().manual_seed(0)).cuda()}
+    expected = singular_values(weights)["m"]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            actual = singular_values(weights)["m"]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_a_nan_matrix_does_not_harm_its_batch() -> None:
+    weights = {f"m{i}": torch.randn(64, 48, generator=torch.Generator().manual_seed(i)).cuda() for i in range(3)}
+    weights["m1"][5, 7] = torch.nan
+    solved = singular_values(weights)
+    assert np.isnan(solved["m1"]).all()
+    for name in ("m0", "m2"):
+        expected = singular_values_svd({name: weights[name]})[name]
+        np.testing.assert_allclose(solved[name], expected, rtol=1e-9)
+
+
+def test_stored_spectra_equal_an_offline_computation_on_the_same_device(tmp_path: Path) -> None:
+    model = small_vit()
+    expected = singular_values(targets(model))
+    with watch(model, tmp_path) as monitor:
+        monitor.observe(0)
+    stored = store.read_spectra(tmp_path / "update_00000000.npz").spectra
+    for name, s in expected.items():
+        np.testing.assert_array_equal(stored[f"spec/{name}"], s)
+        np.testing.assert_array_equal(stored[f"spec_ema/{name}"], s)
+
+
+def test_a_snapshot_holds_while_the_weights_move_on_and_memory_is_reused(tmp_path: Path, gate: threading.Event) -> None:
+    model = small_vit()
+    expected = singular_values(targets(model))
+    with watch(model, tmp_path) as monitor:
+        monitor.observe(0)
+        for _ in range(20):  # frees and takes blocks of the snapshot's sizes on the main stream
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.copy_(torch.full_like(parameter, 7.0))
+        gate.set()
+    stored = store.read_spectra(tmp_path / "update_00000000.npz").spectra
+    for name, s in expected.items():
+        np.testing.assert_array_equal(stored[f"spec/{name}"], s)
+
+
+def test_observe_never_waits_for_the_device(tmp_path: Path, gate: threading.Event) -> None:
+    model = small_vit()
+    with watch(model, tmp_path) as monitor:
+        torch.cuda.synchronize()
+        # The mode holds for the whole process, and the worker may wait; so it is kept back until the mode is off.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            monitor.observe(0)
+            monitor.observe(1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        gate.set()
+    assert monitor.skipped == 1
+    assert [record.update for record in monitor.records()] == [0]
+
+
+def train(store_dir: Path | None) -> tuple[list[float], torch.Tensor]:
+    model = small_vit()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    monitor = watch(model, store_dir, every=2) if store_dir else None
+    torch.manual_seed(1)
+    losses: list[torch.Tensor] = []
+    for step in range(12):
+        if monitor:
+            monitor.observe(step)
+        images, labels = torch.randn(16, 3, 32, 32, device="cuda"), torch.randint(10, (16,), device="cuda")
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels' backward pass adds up in no fixed order
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    if monitor:
+        monitor.close()
+        assert monitor.records()
+    return torch.stack(losses).tolist(), torch.cuda.get_rng_state()
+
+
+def test_losses_and_random_numbers_are_the_same_bits_with_and_without_the_monitor(tmp_path: Path) -> None:
+    plain_losses, plain_rng = train(None)
+    again_losses, _ = train(None)
+    assert again_losses == plain_losses, "the training step itself does not repeat, so this cannot be judged"
+    watched_losses, watched_rng = train(tmp_path)
+    assert watched_losses == plain_losses
+    assert torch.equal(watched_rng, plain_rng)

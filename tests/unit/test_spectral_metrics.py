@@ -1,0 +1,104 @@
+"""Numbers read off known spectra."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowrank_vit.spectral.metrics import effective_rank, recorded_indices, spectrum_metrics, stable_rank
+
+sizes = st.integers(1, 60)
+
+
+@pytest.mark.parametrize(
+    ("rank", "topk", "interval", "top", "last"),
+    [
+        (768, 3, 1, [1, 2, 3], [768, 767, 766]),
+        (768, 3, 10, [1, 11, 21], [768, 758, 748]),
+        (5, 8, 3, [1, 4], [5, 2]),
+        (1, 8, 1, [1], [1]),
+        (4, 4, 1, [1, 2, 3, 4], [4, 3, 2, 1]),
+    ],
+)
+def test_recorded_indices_by_hand(rank: int, topk: int, interval: int, top: list[int], last: list[int]) -> None:
+    assert recorded_indices(rank, topk, interval) == (top, last)
+
+
+@given(rank=sizes, topk=sizes, interval=sizes)
+def test_recorded_indices_stay_inside_and_mirror_each_other(rank: int, topk: int, interval: int) -> None:
+    top, last = recorded_indices(rank, topk, interval)
+    assert top[0] == 1
+    assert last[0] == rank
+    assert all(1 <= index <= rank for index in top + last)
+    assert all(b - a == interval for a, b in itertools.pairwise(top))
+    assert [rank + 1 - index for index in last] == top
+    assert len(top) == min(topk, math.ceil(rank / interval))
+
+
+@pytest.mark.parametrize("arguments", [(0, 1, 1), (4, 0, 1), (4, 1, 0), (4, -1, 1)])
+def test_recorded_indices_below_one_are_refused(arguments: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        recorded_indices(*arguments)
+
+
+def test_ranks_of_spectra_with_a_known_answer() -> None:
+    flat = np.full(7, 0.3)
+    assert stable_rank(flat) == pytest.approx(7)
+    assert effective_rank(flat) == pytest.approx(7)
+    one = np.array([5.0, 0.0, 0.0])
+    assert stable_rank(one) == 1
+    assert effective_rank(one) == 1
+    # p = (2/3, 1/3): H = ln 3 - (2/3) ln 2; |W|_F^2 / s1^2 = 5/4
+    two = np.array([2.0, 1.0])
+    assert stable_rank(two) == pytest.approx(1.25)
+    assert effective_rank(two) == pytest.approx(3 / 2 ** (2 / 3))
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30), st.sampled_from([1e-200, 1e-3, 1e3, 1e200]))
+def test_ranks_lie_between_1_and_k_are_ordered_and_do_not_depend_on_scale(values: list[float], scale: float) -> None:
+    s = np.sort(np.array(values))[::-1]
+    stable, effective = stable_rank(s), effective_rank(s)
+    # The stable rank counts squares, so it can only be the smaller: exp(H(p)) >= exp(H_inf(p)) = sum(s)/s1 >= it.
+    assert 1 - 1e-9 <= stable <= effective * (1 + 1e-9)
+    assert effective <= s.size * (1 + 1e-9)
+    assert stable_rank(s * scale) == pytest.approx(stable)
+    assert effective_rank(s * scale) == pytest.approx(effective)
+
+
+def test_metrics_name_the_right_values() -> None:
+    s = np.array([9.0, 7.0, 5.0, 3.0, 1.0])
+    metrics = spectrum_metrics(s, topk=2, interval=2)
+    assert {k: v for k, v in metrics.items() if not k.endswith("rank")} == {
+        "sigma_max": 9.0,
+        "sv1": 9.0,
+        "sv2": 5.0,
+        "sv_last1": 1.0,
+        "sv_last2": 5.0,
+    }
+    assert metrics["stable_rank"] == stable_rank(s)
+    assert metrics["effective_rank"] == effective_rank(s)
+    assert all(type(value) is float for value in metrics.values())
+
+
+def test_short_spectra_have_fewer_keys() -> None:
+    keys = set(spectrum_metrics(np.array([2.0, 1.0]), topk=8, interval=1))
+    assert keys == {"sigma_max", "sv1", "sv2", "sv_last1", "sv_last2", "stable_rank", "effective_rank"}
+
+
+def test_zero_and_nan_spectra_have_defined_values() -> None:
+    zero = spectrum_metrics(np.zeros(3), topk=2, interval=1)
+    assert set(zero.values()) == {0.0}
+    nan = spectrum_metrics(np.full(3, np.nan), topk=2, interval=1)
+    assert all(math.isnan(value) for value in nan.values())
+    assert nan.keys() == zero.keys()
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 2)])
+def test_what_is_no_spectrum_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="one-dimensional spectrum"):
+        spectrum_metrics(np.zeros(shape), topk=1, interval=1)
