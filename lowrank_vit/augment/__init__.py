@@ -1,0 +1,1 @@
+"""Augmentation on the device, from the parameters of the plan."""

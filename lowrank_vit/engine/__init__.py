@@ -1,0 +1,1 @@
+"""Model, optimizer, training step, evaluation, checkpoints and the loop that joins them."""

@@ -1,0 +1,93 @@
+"""What a run prints while it goes: a live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+T = TypeVar("T")
+
+
+class Clock:
+    """Splits training time into waiting for data and the rest; leaves out what lies between two epochs."""
+
+    def __init__(self) -> None:
+        self.wait_s = 0.0
+        self.train_s = 0.0
+        self._mark = time.perf_counter()
+
+    def restart(self) -> None:
+        """Begin a new interval now, with both sums at zero."""
+        self.wait_s = self.train_s = 0.0
+        self._mark = time.perf_counter()
+
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
+        """Yield from `batches`, adding the time spent waiting for each to `wait_s`."""
+        self._mark = time.perf_counter()
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            got = time.perf_counter()
+            self.wait_s += got - asked
+            if batch is None:
+                return
+            yield batch
+            now = time.perf_counter()
+            self.train_s += now - self._mark
+            self._mark = now
+
+    @property
+    def wait_share(self) -> float:
+        """Share of the training time spent waiting for data, 0-1."""
+        return self.wait_s / self.train_s if self.train_s > 0 else 0.0
+
+
+class Display:
+    """The progress of all epochs. In a terminal one live line; elsewhere nothing but what `say` prints."""
+
+    def __init__(self, total_updates: int, done_updates: int) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("{task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} img/s  wait {task.fields[wait]:.0%}"),
+            TextColumn("ETA {task.fields[eta]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            expand=True,
+            transient=True,
+        )
+        self._total, self._first, self._began = total_updates, done_updates, time.perf_counter()
+        self._task: TaskID = self._progress.add_task(
+            "", total=total_updates, completed=done_updates, epoch="", loss=float("nan"), rate=0.0, wait=0.0, eta="-"
+        )
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def say(self, line: str) -> None:
+        """Print a line above the live one."""
+        self.console.print(line)
+
+    def update(self, updates: int, epoch: str, loss: float, img_per_s: float, wait_share: float) -> None:
+        """Show the newest figures; the ETA counts validation in, since it is taken from the whole run so far."""
+        done = updates - self._first
+        left_s = (time.perf_counter() - self._began) / max(1, done) * (self._total - updates)
+        self._progress.update(
+            self._task, completed=updates, epoch=epoch, loss=loss, rate=img_per_s, wait=wait_share, eta=duration(left_s)
+        )
+
+
+def duration(seconds: float) -> str:
+    """`75` as 1:15, `3700` as 1:01:40."""
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"

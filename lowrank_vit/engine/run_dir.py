@@ -1,0 +1,148 @@
+"""The run directory: made once, owned by one process at a time, and able to tell how it came about."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from data_prep.errors import UserError
+from lowrank_vit import __version__
+
+
+class RunDir:
+    """A directory under `--output`, locked while its process lives."""
+
+    def __init__(self, path: Path, lock: IO[str]) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def create(cls, output: Path, experiment: str, default_name: str) -> RunDir:
+        """Make `output/experiment`, or a new timed name. Raises `UserError` if that directory already holds a run."""
+        if experiment:
+            path = output / experiment
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                last = path / "last.pth.tar"
+                resume = f", continue it with --resume {last}" if last.exists() else ""
+                raise UserError(
+                    f"The output directory {path} is in use: it already holds files. Choose another --experiment"
+                    f"{resume}, or remove it."
+                )
+        else:
+            path = _unused(output / f"{default_name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"The output directory {path} cannot be made: {error.strerror}. Choose --output."
+            ) from error
+        run_dir = cls(path, _lock(path))
+        run_dir._link_latest()
+        return run_dir
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunDir:
+        """Own an existing run directory, to continue it. Raises `UserError` while another process does."""
+        return cls(path, _lock(path))
+
+    def _link_latest(self) -> None:
+        latest = self.path.parent / "latest"
+        with contextlib.suppress(OSError):  # a convenience only: some file systems have no links
+            if latest.is_symlink():
+                latest.unlink()
+            latest.symlink_to(self.path.name, target_is_directory=True)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file atomically."""
+        temporary = self.path / f".{name}.part"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path / name)
+
+    def close(self) -> None:
+        """Let others use the directory."""
+        self._lock.close()
+
+
+def _unused(path: Path) -> Path:
+    candidate, n = path, 1
+    while candidate.exists():
+        n += 1
+        candidate = path.with_name(f"{path.name}-{n}")
+    return candidate
+
+
+def _lock(path: Path) -> IO[str]:
+    try:
+        file = (path / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"The run directory {path} cannot be written: {error.strerror}. Choose another.") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"The run directory {path} is in use by another process. Wait for it, stop it, or choose another "
+            "--experiment."
+        ) from None
+    return file
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure needs beside it: device, driver, versions, commit, command. No host names, users or paths."""
+    result: dict[str, Any] = {
+        "lowrank_vit": __version__,
+        "commit": _commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "cpu": _cpu_name(),
+        "device": str(device),
+    }
+    for package in ("torch", "torchvision", "timm", "ffcv", "numba", "numpy", "pillow", "wandb"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            result[package] = metadata.version(package)
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        result["gpu"] = properties.name
+        result["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        result["cuda"] = torch.version.cuda
+        result["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+    return result
+
+
+def environment_json(device: torch.device) -> str:
+    """`environment` as indented JSON."""
+    return json.dumps(environment(device), indent=2) + "\n"
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _commit() -> str:
+    root = str(Path(__file__).resolve().parents[2])
+    commit = _output("git", "-C", root, "rev-parse", "--short=12", "HEAD")
+    return commit + "+changes" if commit and _output("git", "-C", root, "status", "--porcelain") else commit
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

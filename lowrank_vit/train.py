@@ -1,0 +1,50 @@
+"""`python -m lowrank_vit.train`: train a ViT from `.beton` files and watch its spectra."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from data_prep.errors import exit_cleanly
+from lowrank_vit.config import Config, parse
+from lowrank_vit.engine.progress import duration
+from lowrank_vit.engine.trainer import Result, Trainer
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line, train, and say what came of it and what to do next."""
+    argv = sys.argv[1:] if argv is None else argv
+    config = parse(argv)
+    result = Trainer(config, default_name(argv, config)).run()
+    print(_farewell(result))
+
+
+def default_name(argv: list[str], config: Config) -> str:
+    """How a run directory's name begins: the configuration file's name, else the model's."""
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        if flag == "--config":
+            return Path(value).stem
+        if flag.startswith("--config="):
+            return Path(flag).stem
+    return config.model.model
+
+
+def _farewell(result: Result) -> str:
+    run, best = result.run_dir, result.run_dir / "model_best.pth.tar"
+    return f"""
+top-1 {result.top1:.2f} % (best, epoch {result.best_epoch + 1}), {duration(result.train_s)} of training
+
+  {run}/
+    args.yaml         every option; --config on it repeats the run
+    summary.csv       one row an epoch        metrics.jsonl  everything, spectra too
+    spectra/          full spectra, one file a refresh
+    last.pth.tar      to resume from          model_best.pth.tar  best weights
+
+next:
+  python -m lowrank_vit.report {run}
+  python -m lowrank_vit.analyze_spectrum --checkpoint {best} --use-ema
+  python -m lowrank_vit.validate --checkpoint {best} --use-ema"""
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,101 @@
+"""`python -m lowrank_vit.validate`: score a checkpoint on a validation set."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from tyro.conf import arg
+
+from data_prep.errors import UserError, exit_cleanly
+from lowrank_vit.augment.pipeline import Augment
+from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.loader import open_loader
+from lowrank_vit.data.plan import EvalPlan
+from lowrank_vit.engine.checkpoint import load_weights, read_checkpoint
+from lowrank_vit.engine.evaluate import Evaluator, Scores
+from lowrank_vit.engine.model import create_model, input_spec
+from lowrank_vit.engine.trainer import pick_device
+
+
+@dataclass(frozen=True)
+class Options:
+    """Score a checkpoint. Model, size, crop and data default to those that the checkpoint was trained with."""
+
+    checkpoint: Path
+    """A run's model_best.pth.tar or last.pth.tar."""
+    data: Path | None = None
+    """A .beton file; default: val.beton of the checkpoint's --data-dir."""
+    use_ema: bool = False
+    """Score the EMA weights."""
+    model: str = ""
+    """timm model name; default: the checkpoint's."""
+    model_kwargs: tuple[str, ...] = ()
+    """NAME=VALUE ...; default: the checkpoint's."""
+    img_size: int | None = None
+    """Pixels; default: the checkpoint's."""
+    crop_pct: float | None = None
+    """Default: the checkpoint's."""
+    batch_size: Annotated[int, arg(aliases=["-b"])] = 128
+    """Images a step."""
+    loader: Literal["auto", "ffcv", "resident"] = "auto"
+    """Decode backend."""
+    workers: Annotated[int, arg(aliases=["-j"])] = 4
+    """Decode threads of the ffcv backend."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    amp: bool = field(default_factory=torch.cuda.is_available)
+    """bfloat16 autocast; on by default with CUDA."""
+
+
+def validate(options: Options) -> Scores:
+    """Load the checkpoint and score it on every sample exactly once. Raises `UserError`."""
+    checkpoint = read_checkpoint(options.checkpoint)
+    weights = checkpoint.weights(options.use_ema)
+    args = checkpoint.args
+    model_name = options.model or checkpoint.arch
+    if not model_name:
+        raise UserError(f"{options.checkpoint} does not name its model. Give --model.")
+    path = options.data or Path(str(args.get("data-dir", "data"))) / "val.beton"
+    beton = Beton(path)
+    img_size = options.img_size or args.get("img-size")
+    model = create_model(
+        model_name,
+        int(checkpoint.content.get("num_classes") or beton.num_classes),
+        img_size=img_size,
+        model_kwargs=options.model_kwargs or tuple(args.get("model-kwargs", ())),
+    )
+    load_weights(model, checkpoint, weights, model_name)
+    device = pick_device(options.device)
+    spec = input_spec(model, img_size, options.crop_pct or args.get("crop-pct"))
+    num_classes = int(checkpoint.content.get("num_classes") or beton.num_classes)
+    if beton.num_classes > num_classes:
+        raise UserError(f"{path} has {beton.num_classes} classes, the model only {num_classes}. Give its own data.")
+    augment = Augment(spec.mean, spec.std, num_classes, smoothing=0.0).to(device)
+    batch_size = min(options.batch_size, beton.num_samples)
+    plan = EvalPlan(beton.heights, beton.widths, img_size=spec.img_size, crop_pct=spec.crop_pct, batch_size=batch_size)
+    loader, line = open_loader(options.loader, beton, plan, device, options.workers)
+    print(line)
+    try:
+        return Evaluator(model.to(device), augment, amp=options.amp, compile=False)(loader, batch_size)
+    finally:
+        loader.close()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line, score, print."""
+    options = tyro.cli(Options, args=sys.argv[1:] if argv is None else argv, prog="python -m lowrank_vit.validate")
+    scores = validate(options)
+    kind = "EMA weights" if options.use_ema else "weights"
+    print(
+        f"{options.checkpoint} ({kind}): top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %  "
+        f"loss {scores.loss:.4f}  on {scores.num_samples} samples"
+    )
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
