@@ -1,0 +1,50 @@
+# What a user types; see README.md. `make train` and `make test` set everything up on first use.
+CFG   ?= configs/quickstart.yaml
+ARGS  ?=
+PY    ?= .venv/bin/python
+JOBS  ?= 2
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+
+# With an interpreter of the user's own (PY=python3) nothing is installed.
+ifeq ($(PY),.venv/bin/python)
+READY := .venv/.ready
+endif
+
+.PHONY: help setup train test lint report gpu-check clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train [CFG=configs/quickstart.yaml] [ARGS='--epochs 1']   set up on first use, then train"
+	@echo "make test         the whole test suite          make lint    ruff and pyright"
+	@echo "make setup        .venv with everything         make report RUN=output/latest"
+	@echo "make gpu-check [PY=python3]   all GPU tests, recorded as JSON in output/"
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt scripts/system_libraries.sh
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; give its path with PYTHON=..."; exit 1; }
+	sh scripts/system_libraries.sh "$(PYTHON)"
+	test -x .venv/bin/python || "$(PYTHON)" -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: $(READY)
+	$(PY) -m lowrank_vit.train --config $(CFG) $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+report: $(READY)
+	$(PY) -m lowrank_vit.report $(or $(RUN),output/latest)
+
+gpu-check: $(READY)
+	LRV_REQUIRE_GPU=1 $(PY) -m pytest -m gpu --gpu-record output/gpu-check.json $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,69 @@
+"""Markers, the GPU record, and small data that several rooms' tests share."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.convert import convert_digits
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu-record", type=Path, help="write device, versions, commit and test results as JSON")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU, skip the tests marked gpu, unless LRV_REQUIRE_GPU=1 wants them to fail."""
+    if torch.cuda.is_available() or os.environ.get("LRV_REQUIRE_GPU") == "1":
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _gpu_there(request: pytest.FixtureRequest) -> None:
+    if "gpu" in request.keywords and not torch.cuda.is_available():
+        pytest.fail("LRV_REQUIRE_GPU=1, but torch sees no CUDA device")
+
+
+class _Record:
+    """Collects the outcome and duration of every test that ran."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, dict[str, object]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.results[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 3)}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu-record"):
+        config.pluginmanager.register(_Record(), "gpu_record")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    path: Path | None = session.config.getoption("--gpu-record")
+    record = session.config.pluginmanager.get_plugin("gpu_record")
+    if path is None or record is None:
+        return
+    from lowrank_vit.engine.run_dir import environment
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    content = {"environment": environment(device), "exit_status": int(exitstatus), "tests": record.results}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.beton and val.beton of the handwritten digits."""
+    folder = tmp_path_factory.mktemp("digits")
+    convert_digits(folder)
+    return folder
