@@ -19,7 +19,7 @@ from lowrank_vit.data.plan import EvalPlan
 from lowrank_vit.engine.checkpoint import load_weights, read_checkpoint
 from lowrank_vit.engine.evaluate import Evaluator, Scores
 from lowrank_vit.engine.model import create_model, input_spec
-from lowrank_vit.engine.trainer import pick_device
+from lowrank_vit.engine.setup import pick_device
 
 
 @dataclass(frozen=True)

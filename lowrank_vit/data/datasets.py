@@ -9,7 +9,7 @@ from lowrank_vit.data.beton import Beton
 
 
 def open_datasets(dataset: str, data_dir: Path, num_classes: int | None) -> tuple[Beton, Beton, int]:
-    """Training set, validation set and number of classes of a folder with train.beton and val.beton.
+    """Open a folder with train.beton and val.beton: training set, validation set, number of classes.
 
     `dataset` "digits" writes both files there first if they are missing. Raises `UserError` if a file is missing or
     damaged, if the two sets disagree about their classes, or if `num_classes` is too small for the labels.
@@ -22,8 +22,8 @@ def open_datasets(dataset: str, data_dir: Path, num_classes: int | None) -> tupl
     for path in paths:
         if not path.exists():
             raise UserError(
-                f"--data-dir {data_dir}: {path.name} is not there. Write it with `python -m data_prep imagefolder --src "
-                f"DIR --out {path}`, or train on the embedded digits with --dataset digits."
+                f"--data-dir {data_dir}: {path.name} is not there. Write it with `python -m data_prep imagefolder "
+                f"--src DIR --out {path}`, or train on the embedded digits with --dataset digits."
             )
     train, val = (Beton(path) for path in paths)
     if train.classes and val.classes and train.classes != val.classes:

@@ -1,15 +1,17 @@
 """The FFCV backend: FFCV's own Loader decodes on CPU threads; order, crop windows and flips come from the plan.
 
 FFCV's loader compiles a decoder that receives sample ids and its run-time metadata array. The plan's windows and flips
-travel as extra columns of that array, one fresh copy an epoch, so nothing is recompiled and an epoch that was left early
-cannot see the next one's values. What FFCV leaves open is closed here: the JPEG decoder's return code is checked, its
-threads end with the epoch, and batches are copied out of its re-used buffers.
+travel as extra columns of that array, one fresh copy an epoch, so nothing is recompiled and an epoch that was left
+early cannot see the next one's values. What FFCV leaves open is closed here: the JPEG decoder's return code is checked,
+its threads end with the epoch, and batches are copied out of its re-used buffers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from queue import Empty
 from typing import Any
@@ -17,6 +19,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from PIL import Image
 
 from data_prep.beton_format import IMAGE, MODE_JPEG
 from data_prep.errors import BetonError
@@ -65,7 +68,14 @@ def _decode_batch(ids, images, codes, samples, file_bytes):
         codes[n, 0] = 0
         if sample.mode == MODE_JPEG:
             pixels = scratch[numba.get_thread_id()][: height * width * 3]
-            codes[n, 0] = _decode_jpeg(data, pixels, height, width, height, width, 0, 0, 1, 1, False, False)
+            codes[n, 0] = _decode_jpeg(
+                data,
+                pixels,
+                height,  # type: ignore[arg-type]
+                width,  # type: ignore[arg-type]
+                height,
+                width,
+            )
             image = pixels.reshape(height, width, 3)
         else:
             image = data.reshape(height, width, 3)
@@ -88,7 +98,7 @@ class _PlannedDecoder(SimpleRGBImageDecoder):
         super().__init__()
         self._size = size
 
-    def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, tuple[AllocationQuery, ...]]:
+    def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
         shape, dtype = (self._size, self._size, 3), np.dtype("u1")
         memory = (AllocationQuery(shape, dtype), AllocationQuery((1,), np.dtype("<i4")))
         return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), memory
@@ -112,8 +122,8 @@ class _PlannedOrder(TraversalOrder):
     def __call__(self, loader: Loader) -> _PlannedOrder:
         return self
 
-    def sample_order(self, epoch: int) -> np.ndarray:
-        return self.ids
+    def sample_order(self, epoch: int) -> Sequence[int]:
+        return self.ids  # type: ignore[return-value]  # FFCV takes slices of an array
 
 
 class FfcvBackend:
@@ -160,15 +170,25 @@ class FfcvBackend:
         try:
             for plan in plans:
                 images, codes = self._next(iterator)
-                failed = np.flatnonzero(codes[:, 0])
-                if len(failed):
-                    raise BetonError(
-                        f"{self._beton.path}: sample {plan.ids[failed[0]]} does not decode as a JPEG; the file is "
-                        "damaged. Convert it again with `python -m data_prep`."
-                    )
+                for sample_id in plan.ids[codes[:, 0] != 0]:
+                    self._raise_if_damaged(int(sample_id))
                 yield self._to_batch(images, plan)
         finally:
             _stop(iterator)
+
+    def _raise_if_damaged(self, sample_id: int) -> None:
+        """Judge a sample whose decoding returned an error code.
+
+        libjpeg-turbo returns one code for errors and for mere warnings (bytes too many before a marker, as in some
+        images of ImageNet, which decode whole); PIL raises for the first only, so it decides. This is rare.
+        """
+        try:
+            Image.open(io.BytesIO(self._beton.sample(sample_id).tobytes())).load()
+        except (OSError, ValueError, SyntaxError) as error:
+            raise BetonError(
+                f"{self._beton.path}: sample {sample_id} does not decode as a JPEG ({error}); the file is damaged. "
+                "Convert it again with `python -m data_prep`."
+            ) from error
 
     def _planned_metadata(self, plans: list[Any]) -> np.ndarray:
         wide = np.zeros(len(self._narrow), _PLANNED_SAMPLE)
@@ -216,9 +236,7 @@ def _stop(iterator: Any) -> None:
     iterator.iter_ixes = iter(())
     iterator.terminate_event.set()
     while iterator.is_alive():
-        try:
+        with contextlib.suppress(Empty):
             iterator.output_queue.get(timeout=0.02)
-        except Empty:
-            pass
     iterator.join()
     iterator.close()

@@ -57,7 +57,8 @@ def open_loader(
 ) -> tuple[Loader, str]:
     """Open `auto`, `ffcv` or `resident`; returns the loader and one line that says which and why.
 
-    The resident backend resizes as PIL does: bilinear in training, bicubic in evaluation. FFCV has OpenCV's area filter.
+    The resident backend resizes as PIL does, bilinear in training and bicubic in evaluation; FFCV has OpenCV's area
+    filter.
     """
     if kind == "auto":
         kind, reason = choose_backend(beton, device)

@@ -110,7 +110,7 @@ class TrainPlan:
     def order(self, epoch: int) -> np.ndarray:
         """int64 (N,): the permutation of all sample ids for this epoch, the same on every rank.
 
-        Samples are sorted by a random 64-bit number each: uniform up to ties, which have probability below N**2 / 2**65.
+        Samples are sorted by a random 64-bit number each: uniform up to ties, less likely than N**2 / 2**65.
         """
         return np.argsort(_order_keys(self._key, self.num_samples, epoch), kind="stable")
 
@@ -235,7 +235,7 @@ def _crop_windows(key, epoch, ids, heights, widths, scale_min, scale_max, ratio_
     windows = np.empty((len(ids), 4), np.int32)
     for n in range(len(ids)):
         height, width = heights[n], widths[n]
-        found = False
+        top, left, h, w = 0, 0, 0, 0
         for attempt in range(CROP_ATTEMPTS):
             w0, w1, w2, w3 = philox(key, attempt, ids[n], epoch, 1)  # Stream.CROP
             area = height * width * (scale_min + (scale_max - scale_min) * to_unit(w0))
@@ -244,9 +244,8 @@ def _crop_windows(key, epoch, ids, heights, widths, scale_min, scale_max, ratio_
             h = int(round(math.sqrt(area / aspect)))
             if 0 < w <= width and 0 < h <= height:
                 top, left = to_below(w2, height - h + 1), to_below(w3, width - w + 1)
-                found = True
                 break
-        if not found:
+        else:
             h, w = height, width
             if width / height < ratio_min:
                 h = min(height, int(round(width / ratio_min)))

@@ -25,7 +25,8 @@ class ResidentBackend:
         reason = why_not_resident(beton)
         if reason:
             raise UserError(f"--loader resident cannot hold {beton.path}: {reason}. Use --loader ffcv.")
-        self._plan, self._device, self._kernel = plan, device, kernel
+        self._plan, self._device = plan, device
+        self._kernel: Filter = kernel
         height, width = int(beton.heights[0]), int(beton.widths[0])
         pixels = np.empty((beton.num_samples, height, width, 3), np.uint8)
         for i in range(beton.num_samples):

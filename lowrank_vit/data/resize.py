@@ -40,7 +40,9 @@ def _round_to_byte(values: Tensor) -> Tensor:
 
 
 def _resample_matrix(start: Tensor, length: Tensor, extent: int, size: int, kernel: Filter) -> Tensor:
-    """float32 (B, size, extent), reckoned in float64 so that ties fall as in PIL: row i holds the weights by which output pixel i sums up the input pixels.
+    """float32 (B, size, extent): row i holds the weights by which output pixel i sums up the input pixels.
+
+    Reckoned in float64, so that ties fall as in PIL.
 
     The window `[start, start + length)` of an axis of `extent` pixels is stretched to `size`; pixels outside the window
     get no weight, as if the image had been cropped first.

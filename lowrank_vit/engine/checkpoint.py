@@ -109,7 +109,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: dict[str, Te
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write atomically: `path` is either the old file or the complete new one. Raises `UserError` if the disk is full."""
+    """Write atomically: `path` is either the old file or the complete new one. Raises `UserError` on a full disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:

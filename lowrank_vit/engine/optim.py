@@ -40,8 +40,9 @@ FUSED = {"adam", "adamw", "sgd", "momentum"}
 
 def create_optimizer(optim: Optim, model: nn.Module, lr: float) -> Optimizer:
     """Timm's optimizer with its parameter groups: layer decay, and no weight decay on vectors and embeddings."""
-    if optim.opt.lower() not in timm.optim.list_optimizers():
-        near = difflib.get_close_matches(optim.opt.lower(), timm.optim.list_optimizers(), n=3)
+    names = [str(name) for name in timm.optim.list_optimizers()]
+    if optim.opt.lower() not in names:
+        near = difflib.get_close_matches(optim.opt.lower(), names, n=3)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
         raise UserError(f"--opt {optim.opt} is not a timm optimizer.{hint}")
     extra: dict[str, Any] = {}

@@ -20,10 +20,11 @@ class Clock:
         self.train_s = 0.0
         self._mark = time.perf_counter()
 
-    def restart(self) -> None:
-        """Begin a new interval now, with both sums at zero."""
-        self.wait_s = self.train_s = 0.0
-        self._mark = time.perf_counter()
+    def tick(self) -> None:
+        """Add the time since the last tick or batch to `train_s`."""
+        now = time.perf_counter()
+        self.train_s += now - self._mark
+        self._mark = now
 
     def timed(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield from `batches`, adding the time spent waiting for each to `wait_s`."""
@@ -36,9 +37,7 @@ class Clock:
             if batch is None:
                 return
             yield batch
-            now = time.perf_counter()
-            self.train_s += now - self._mark
-            self._mark = now
+            self.tick()
 
     @property
     def wait_share(self) -> float:
