@@ -21,7 +21,7 @@ def test_index_of_the_digits(digits_dir):
     assert beton.is_raw
     assert beton.is_uniform
     assert beton.sample(0).shape == (8 * 8 * 3,)
-    pixels = {i.astype(np.uint8).tobytes() for i in np.rint(load_digits().images * 255 / 16)}
+    pixels = {i.astype(np.uint8).tobytes() for i in np.rint(load_digits(return_X_y=True)[0] * 255 / 16)}
     assert all(beton.sample(i)[::3].tobytes() in pixels for i in range(360))
 
 

@@ -119,7 +119,7 @@ def test_epochs_left_early_leave_no_thread(digits_dir):
         batches = loader.batches(epoch)
         for _ in range(epoch % 4):
             next(batches)
-        batches.close()
+        del batches  # what a `break` in a training loop does
     assert threading.active_count() == before
     assert torch.get_num_threads() == torch_threads
 
@@ -149,6 +149,24 @@ def test_a_damaged_jpeg_is_named(photos, tmp_path):
     with pytest.raises(BetonError, match=r"damaged.beton: sample 7 does not decode"):
         list(loader.batches(0))
     assert threading.active_count() == before
+
+
+def test_a_jpeg_with_a_mere_warning_is_decoded(tmp_path):
+    """Some images of ImageNet have stray bytes before a marker: libjpeg warns, and decodes them whole."""
+    (tmp_path / "src" / "temple").mkdir(parents=True)
+    file = tmp_path / "src" / "temple" / "a.jpg"
+    Image.fromarray(load_sample_images().images[0][:96, :96]).save(file, quality=90)
+    clean = np.asarray(Image.open(file))
+    content = file.read_bytes()
+    assert content.endswith(b"\xff\xd9")
+    file.write_bytes(content[:-2] + bytes(5) + content[-2:])
+    convert_image_folder(tmp_path / "src", tmp_path / "a.beton", workers=1)
+    beton = Beton(tmp_path / "a.beton")
+    assert beton.sample(0).tobytes() == file.read_bytes()
+    plan = EvalPlan(beton.heights, beton.widths, img_size=96, crop_pct=1.0, batch_size=1)
+    loader, _ = open_loader("ffcv", beton, plan, CPU, workers=1)
+    (batch,) = loader.batches(0)
+    assert psnr(batch.images[0].permute(1, 2, 0).numpy(), clean) > 35
 
 
 def test_auto_says_which_and_why(photos, digits_dir, monkeypatch):

@@ -1,0 +1,79 @@
+"""What only a GPU can show: no host wait and no recompilation in a warm step, and the CPU's own images and losses.
+
+Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lowrank_vit.config import parse
+from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.loader import open_loader
+from lowrank_vit.data.plan import TrainPlan, TrainRules
+from lowrank_vit.engine.trainer import Trainer
+
+pytestmark = pytest.mark.gpu
+CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture
+def argv(digits_dir, tmp_path):
+    more = "--device cuda --epochs 2 --warmup-epochs 1 --batch-size 64 --mixup 0.8 --cutmix 1.0 --no-spec-monitor"
+    return [*f"--config {CONFIG} --data-dir {digits_dir} --output {tmp_path}".split(), *more.split()]
+
+
+def losses(run: Path) -> list[float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+@pytest.mark.parametrize("loader", ["resident", "ffcv"])
+@pytest.mark.parametrize("compiled", ["--no-compile", "--compile"])
+def test_a_warm_step_never_waits_and_never_recompiles(argv, loader, compiled):
+    trainer = Trainer(parse([*argv, "--loader", loader, compiled, "--amp"]), "warm")
+    trainer.parts.model.train()
+    batches = trainer.parts.train_loader.batches(0)
+    for batch in islice(batches, 8):
+        trainer.parts.step(batch)
+    torch.cuda.synchronize()
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in islice(batches, 8):
+            trainer.parts.step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
+    trainer.run_dir.close()
+
+
+@pytest.mark.parametrize("loader", ["resident", "ffcv"])
+def test_images_are_the_cpus(digits_dir, loader):
+    beton = Beton(digits_dir / "train.beton")
+    plan = TrainPlan(beton.heights, beton.widths, TrainRules(), seed=5, img_size=32, batch_size=64)
+    on_gpu, _ = open_loader(loader, beton, plan, torch.device("cuda"), workers=2)
+    on_cpu, _ = open_loader(loader, beton, plan, torch.device("cpu"), workers=2)
+    for a, b in islice(zip(on_gpu.batches(1), on_cpu.batches(1), strict=True), 5):
+        assert a.images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(a.targets.cpu(), b.targets)
+        assert (a.images.cpu().int() - b.images.int()).abs().max() <= 1  # float32 sums in another order
+
+
+def test_losses_are_the_cpus(argv):
+    exact = [*argv, "--no-amp", "--no-compile", "--log-interval", "1", "--epochs", "1", "--warmup-epochs", "0"]
+    gpu = losses(Trainer(parse(exact), "gpu").run().run_dir)
+    cpu = losses(Trainer(parse([*exact, "--device", "cpu"]), "cpu").run().run_dir)
+    np.testing.assert_allclose(gpu, cpu, rtol=5e-3)
+
+
+def test_quickstart_learns_in_bf16_compiled_with_the_monitor(argv):
+    result = Trainer(parse([*argv, "--epochs", "8", "--mixup", "0", "--cutmix", "0", "--spec-monitor"]), "q").run()
+    assert result.top1 > 50
+    assert list((result.run_dir / "spectra").glob("*.npz"))

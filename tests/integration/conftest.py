@@ -1,0 +1,34 @@
+"""A small, quick training command that the integration tests vary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lowrank_vit.config import parse
+from lowrank_vit.engine.trainer import Result, Trainer
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    f"--config={ROOT / 'configs' / 'quickstart.yaml'}",
+    *"--model-kwargs patch_size=4 embed_dim=32 depth=2 num_heads=2 class_token=False global_pool=avg".split(),
+    *"--epochs 2 --warmup-epochs 1 --batch-size 128 --device cpu --log-interval 5 --spec-every 10".split(),
+]
+
+
+@pytest.fixture
+def small(digits_dir: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """The small command's arguments, with others after them; output goes to tmp_path."""
+
+    def arguments(*more: str) -> list[str]:
+        return [*SMALL, "--data-dir", str(digits_dir), "--output", str(tmp_path), *more]
+
+    return arguments
+
+
+@pytest.fixture
+def train(small: Callable[..., list[str]]) -> Callable[..., Result]:
+    """Train the small command with other arguments after it."""
+    return lambda *more: Trainer(parse(small(*more)), "small").run()

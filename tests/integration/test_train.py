@@ -1,0 +1,227 @@
+"""The whole way in one process: what a run leaves behind, and that it can be repeated, resumed and scored."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+
+from data_prep.errors import UserError
+from lowrank_vit import analyze_spectrum
+from lowrank_vit import train as train_command
+from lowrank_vit.config import parse
+from lowrank_vit.data.beton import Beton
+from lowrank_vit.engine.checkpoint import read_checkpoint
+from lowrank_vit.engine.trainer import Trainer
+from lowrank_vit.report.__main__ import main as report_main
+from lowrank_vit.validate import Options, validate
+
+
+def lines(run: Path, kind: str) -> list[dict]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def finished(digits_dir, tmp_path_factory) -> Path:
+    """The run directory of one small finished run, trained through the command itself."""
+    from tests.integration.conftest import SMALL
+
+    output = tmp_path_factory.mktemp("output")
+    argv = [*SMALL, "--data-dir", str(digits_dir), "--output", str(output), "--experiment", "run"]
+    train_command.main(argv)
+    return output / "run"
+
+
+def test_run_directory_is_complete(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        "args.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "summary.csv",
+        "last.pth.tar",
+        "model_best.pth.tar",
+        "spectra",
+    }
+    assert not [name for name in names if name.endswith(".part")]
+    assert (finished.parent / "latest").resolve() == finished.resolve()
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__.partition("+")[0] or environment["torch"] == torch.__version__
+    with (finished / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [0, 1]
+    assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert {"eval_loss", "eval_top1", "eval_top5", "eval_ema_top1", "lr", "img_per_s", "data_wait"} <= set(rows[0])
+
+
+def test_metrics_hold_training_validation_and_spectra(finished):
+    updates = 1437 // 128 * 2
+    assert [r["update"] for r in lines(finished, "train")][-1] == updates
+    assert [r["update"] for r in lines(finished, "eval")] == [updates // 2, updates]
+    spectra = lines(finished, "spec")
+    assert [r["update"] for r in spectra] == [0, 10, 20]
+    for kind in ("spec", "spec_ema"):
+        for module in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+            prefix = f"{kind}/blocks.1.{module}"
+            assert spectra[2][f"{prefix}/sigma_max"] == spectra[2][f"{prefix}/sv1"] >= spectra[2][f"{prefix}/sv8"]
+            assert spectra[2][f"{prefix}/sv_last1"] <= spectra[2][f"{prefix}/sv_last8"]
+    stored = np.load(finished / "spectra" / "update_00000020.npz")
+    assert stored["spec/blocks.1.attn.qkv"][0] == spectra[2]["spec/blocks.1.attn.qkv/sv1"]
+
+
+def test_monitored_spectra_are_those_of_the_weights(train, tmp_path):
+    """An independent path: numpy's SVD of the checkpoint's weights against what the monitor wrote."""
+    train("--experiment", "a", "--epochs", "2", "--spec-every", "11")
+    stored = np.load(tmp_path / "a" / "spectra" / "update_00000022.npz")
+    checkpoint = read_checkpoint(tmp_path / "a" / "last.pth.tar")
+    for kind, use_ema in (("spec", False), ("spec_ema", True)):
+        weights = checkpoint.weights(use_ema)
+        for name in ("blocks.0.attn.qkv", "blocks.1.mlp.fc2"):
+            expected = np.linalg.svd(weights[f"{name}.weight"].double().numpy(), compute_uv=False)
+            np.testing.assert_allclose(stored[f"{kind}/{name}"], expected, rtol=1e-9)
+
+
+def test_checkpoint_loads_in_plain_timm(finished):
+    options = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        num_classes=10,
+        img_size=16,
+        checkpoint_path=str(finished / "model_best.pth.tar"),
+        **options,
+    )
+    best = torch.load(finished / "model_best.pth.tar", weights_only=True)
+    # timm prefers the EMA weights of a checkpoint.
+    assert torch.equal(model.state_dict()["head.weight"], best["state_dict_ema"]["head.weight"])
+
+
+def test_validate_repeats_the_runs_own_score(finished):
+    last = lines(finished, "eval")[-1]
+    for use_ema, prefix in ((False, "eval_"), (True, "eval_ema_")):
+        for batch_size in (128, 77, 1000):  # with and without a short last batch
+            scores = validate(Options(finished / "last.pth.tar", use_ema=use_ema, batch_size=batch_size, device="cpu"))
+            assert scores.num_samples == 360
+            assert scores.top1 == pytest.approx(last[f"{prefix}top1"], abs=1e-9)
+            assert scores.loss == pytest.approx(last[f"{prefix}loss"], rel=1e-5)
+
+
+def test_validation_is_plain_timms(finished, digits_dir):
+    """The same accuracy from nothing of ours but the weights: PIL resizes, timm's model classifies."""
+    from PIL import Image
+
+    checkpoint = read_checkpoint(finished / "last.pth.tar")
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        num_classes=10,
+        img_size=16,
+        patch_size=4,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        class_token=False,
+        global_pool="avg",
+    )
+    model.load_state_dict(checkpoint.weights(use_ema=False))
+    beton = Beton(digits_dir / "val.beton")
+    images = [
+        np.asarray(Image.fromarray(beton.sample(i).reshape(8, 8, 3)).resize((16, 16), Image.Resampling.BICUBIC))
+        for i in range(360)
+    ]
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        predictions = model.eval()((pixels - 0.5) / 0.5).argmax(1).numpy()
+    expected = 100 * np.mean(predictions == beton.labels)
+    assert lines(finished, "eval")[-1]["eval_top1"] == pytest.approx(expected, abs=0.3)  # one sample in 360
+
+
+def test_next_commands_work(finished, tmp_path, capsys):
+    report_main([str(finished)])
+    assert (finished / "report.html").stat().st_size > 10_000
+    assert (finished / "report" / "spectra.png").exists()
+    checkpoint = str(finished / "model_best.pth.tar")
+    analyze_spectrum.main(["--checkpoint", checkpoint, "--use-ema", "--save-dir", str(tmp_path)])
+    assert "blocks.1" in capsys.readouterr().out
+
+
+def losses(result) -> list[float]:
+    return [record["loss"] for record in lines(result.run_dir, "train")]
+
+
+def test_args_yaml_repeats_the_run_bit_for_bit(train, tmp_path):
+    first = train("--experiment", "a", "--no-spec-monitor", "--drop-path", "0.1", "--mixup", "0.8", "--cutmix", "1")
+    again = Trainer(parse(["--config", str(tmp_path / "a" / "args.yaml"), "--experiment", "b"]), "x").run()
+    assert losses(first) == losses(again)
+    flat = [yaml.safe_load((tmp_path / name / "args.yaml").read_text()) for name in "ab"]
+    assert {key for key in flat[0] if flat[0][key] != flat[1][key]} == {"experiment"}
+
+
+def test_the_monitor_changes_no_bit(train):
+    assert losses(train("--experiment", "on")) == losses(train("--experiment", "off", "--no-spec-monitor"))
+
+
+@pytest.mark.parametrize("loader", ["resident", "ffcv"])
+def test_resumed_is_uninterrupted(train, tmp_path, loader):
+    common = ("--no-spec-monitor", "--drop-path", "0.1", "--mixup", "0.8", "--loader", loader)
+    whole = train("--experiment", "whole", "--epochs", "3", *common)
+    part = Trainer(parse_small(train, "--experiment", "part", "--epochs", "3", *common), "x")
+    part.parts.num_epochs = 2  # as if stopped after two of three epochs
+    part.run()
+    resumed = train("--resume", str(tmp_path / "part" / "last.pth.tar"), "--epochs", "3", *common)
+    assert losses(resumed) == losses(whole)
+    assert (tmp_path / "part" / "summary.csv").read_text().count("\n") == 4
+    a, b = (torch.load(tmp_path / n / "last.pth.tar", weights_only=True) for n in ("whole", "part"))
+    for key in ("state_dict", "state_dict_ema"):
+        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+
+
+def parse_small(train, *more):
+    """The configuration that the `train` fixture would train."""
+    return parse(train.__closure__[0].cell_contents(*more))
+
+
+def test_compiled_and_bf16_training_learns(train):
+    model = "patch_size=4 embed_dim=32 depth=1 num_heads=2 class_token=False global_pool=avg".split()
+    common = ("--no-model-ema", "--no-spec-monitor", "--model-kwargs", *model)
+    eager = train("--experiment", "eager", *common)
+    compiled = train("--experiment", "compiled", "--compile", "--amp", *common)
+    np.testing.assert_allclose(losses(compiled), losses(eager), rtol=0.02)
+
+
+def test_wandb_works_offline(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    result = train("--experiment", "w", "--log-wandb", "--wandb-project", "test", "--epochs", "2")
+    (log,) = (result.run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+    assert log.stat().st_size > 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
+    with pytest.raises(UserError, match=r"not finite at update \d+ \(learning rate 1e\+30\)"):
+        train("--experiment", "nan", "--opt", "sgd", "--lr", "1e30", "--warmup-epochs", "0")
+    assert not (tmp_path / "nan" / "last.pth.tar").exists()
+
+
+def test_console_script_and_exit_codes(tmp_path):
+    environment = os.environ | {"COLUMNS": "80"}
+    done = subprocess.run(
+        [sys.executable, "-m", "lowrank_vit", "train", "--data-dir", str(tmp_path / "nowhere")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --data-dir")
+    assert "Traceback" not in done.stderr
+    helped = subprocess.run([sys.executable, "-m", "lowrank_vit"], capture_output=True, text=True, check=True)
+    assert "analyze-spectrum" in helped.stdout

@@ -1,0 +1,56 @@
+"""Checkpoints appear whole or not at all."""
+
+from __future__ import annotations
+
+import resource
+import signal
+
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from lowrank_vit.engine.checkpoint import read_checkpoint, write_checkpoint
+
+
+def test_round_trip(tmp_path):
+    content = {"state_dict": {"w": torch.arange(3.0)}, "arch": "m", "epoch": 4, "args": {"lr": 0.1}}
+    write_checkpoint(tmp_path / "last.pth.tar", content)
+    checkpoint = read_checkpoint(tmp_path / "last.pth.tar")
+    assert (checkpoint.arch, checkpoint.epoch, checkpoint.args) == ("m", 4, {"lr": 0.1})
+    assert torch.equal(checkpoint.weights(use_ema=False)["w"], torch.arange(3.0))
+    with pytest.raises(UserError, match="holds no EMA"):
+        checkpoint.weights(use_ema=True)
+    with pytest.raises(UserError, match="lacks `optimizer`"):
+        checkpoint.training_state("optimizer")
+
+
+def test_a_bare_state_dict_is_a_checkpoint_too(tmp_path):
+    torch.save({"w": torch.zeros(2)}, tmp_path / "bare.pth")
+    assert list(read_checkpoint(tmp_path / "bare.pth").weights(use_ema=False)) == ["w"]
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path):
+    path = tmp_path / "last.pth.tar"
+    write_checkpoint(path, {"state_dict": {"w": torch.zeros(2)}})
+    before = path.read_bytes()
+    old_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write past the limit fails with EFBIG
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old_limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"last.pth.tar cannot be written.*older last.pth.tar is kept"):
+            write_checkpoint(path, {"state_dict": {"w": torch.zeros(1_000_000)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
+        signal.signal(signal.SIGXFSZ, old_handler)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pth.tar"]
+
+
+def test_a_cut_file_is_named(tmp_path):
+    path = tmp_path / "last.pth.tar"
+    write_checkpoint(path, {"state_dict": {"w": torch.zeros(1000)}})
+    whole = path.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"last\.pth\.tar cannot be read"):
+            read_checkpoint(path)
