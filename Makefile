@@ -24,9 +24,10 @@ setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt scripts/system_libraries.sh
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; give its path with PYTHON=..."; exit 1; }
-	sh scripts/system_libraries.sh "$(PYTHON)"
-	test -x .venv/bin/python || "$(PYTHON)" -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@sh scripts/system_libraries.sh "$(PYTHON)"
+	@test -x .venv/bin/python || "$(PYTHON)" -m venv .venv
+	@echo "installing Python packages into .venv (6 GB on disk; minutes on a fast network)"
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 train: $(READY)

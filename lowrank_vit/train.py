@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     config = parse(argv)
     result = Trainer(config, default_name(argv, config)).run()
-    print(_farewell(result))
+    print(_farewell(result, config.model.model_ema))
 
 
 def default_name(argv: list[str], config: Config) -> str:
@@ -29,8 +29,9 @@ def default_name(argv: list[str], config: Config) -> str:
     return config.model.model
 
 
-def _farewell(result: Result) -> str:
+def _farewell(result: Result, has_ema: bool) -> str:
     run, best = result.run_dir, result.run_dir / "model_best.pth.tar"
+    python, ema = _python(), " --use-ema" if has_ema else ""
     return f"""
 top-1 {result.top1:.2f} % (best, epoch {result.best_epoch + 1}), {duration(result.train_s)} of training
 
@@ -41,9 +42,17 @@ top-1 {result.top1:.2f} % (best, epoch {result.best_epoch + 1}), {duration(resul
     last.pth.tar      to resume from          model_best.pth.tar  best weights
 
 next:
-  python -m lowrank_vit.report {run}
-  python -m lowrank_vit.analyze_spectrum --checkpoint {best} --use-ema
-  python -m lowrank_vit.validate --checkpoint {best} --use-ema"""
+  {python} -m lowrank_vit.report {run}
+  {python} -m lowrank_vit.analyze_spectrum{ema} --checkpoint \\
+      {best}
+  {python} -m lowrank_vit.validate{ema} --checkpoint \\
+      {best}"""
+
+
+def _python() -> str:
+    """The interpreter as it can be typed here: .venv/bin/python after `make`, else python."""
+    local = Path(".venv/bin/python")
+    return str(local) if local.exists() and Path(sys.prefix).resolve() == Path(".venv").resolve() else "python"
 
 
 if __name__ == "__main__":
