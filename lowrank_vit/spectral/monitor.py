@@ -114,7 +114,10 @@ class SpectralMonitor:
         self._closed = False
         # A daemon, so that a crash of the main thread that never reaches `close` cannot hang the interpreter's exit.
         self._worker = threading.Thread(target=self._work, name="spectral-monitor", daemon=True)
+        cpu_threads, self._is_single_threaded = torch.get_num_threads(), threading.Event()
         self._worker.start()
+        self._is_single_threaded.wait()
+        torch.set_num_threads(cpu_threads)  # the worker's call below also set the default of threads to come
 
     def observe(self, num_updates: int) -> None:
         """Call after every optimizer update with the updates made so far, and once with 0 before the first.
@@ -187,6 +190,11 @@ class SpectralMonitor:
     # Below: the worker thread.
 
     def _work(self) -> None:
+        # On the CPU the worker must not have a team of OpenMP threads of its own: with more of them than cores, waiting
+        # threads sleep instead of spinning, and every small operation of the training step then pays for waking them.
+        torch.get_num_threads()  # a thread's first use takes the process's default, so let that be over
+        torch.set_num_threads(1)
+        self._is_single_threaded.set()
         while (snapshot := self._handed_over.get()) is not None:
             try:
                 self._refresh(snapshot)

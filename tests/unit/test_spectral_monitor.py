@@ -332,3 +332,29 @@ def test_stores_sort_by_update_and_damaged_files_are_named(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"update_00000003\.npz"):
         store.read_spectra(path)
     assert store.list_spectra(tmp_path / "none") == []
+
+
+def test_the_worker_uses_one_cpu_thread_and_leaves_the_others_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a second team of OpenMP threads, small training steps on the CPU took twice their time."""
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+
+        def solve(stack: MatrixStack) -> dict[str, np.ndarray]:
+            torch.ones(1_000_000).sum()  # a parallel operation, which may reset the number
+            seen.append(torch.get_num_threads())
+            return solve_stack(stack)
+
+        monkeypatch.setattr(monitor_module, "solve_stack", solve)
+        with watch(tiny_vit(), tmp_path) as monitor:
+            monitor.observe(0)
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert torch.get_num_threads() == 2
+        assert set(seen[:-1]) == {1}
+        assert seen[-1] == 2
+    finally:
+        torch.set_num_threads(before)
