@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -15,12 +16,15 @@ class BetonError(UserError):
 
 
 def exit_cleanly(main: Callable[[], None]) -> None:
-    """Run a command's `main`; turn a `UserError` into one paragraph on stderr and exit code 2, Ctrl-C into 130."""
+    """Run a command's `main`; turn a `UserError` into one paragraph on stderr and exit code 2, Ctrl-C into 130, a closed pipe into 141."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output is gone, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains while it exits
+        sys.exit(141)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

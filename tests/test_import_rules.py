@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,8 @@ def test_files_can_be_read_in_one_sitting():
         if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400
     }
     assert not too_long
+
+
+def test_converting_needs_no_torch():
+    code = "import sys, data_prep.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

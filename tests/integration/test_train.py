@@ -225,3 +225,30 @@ def test_console_script_and_exit_codes(tmp_path):
     assert "Traceback" not in done.stderr
     helped = subprocess.run([sys.executable, "-m", "lowrank_vit"], capture_output=True, text=True, check=True)
     assert "analyze-spectrum" in helped.stdout
+
+
+def test_photographs_from_folder_to_score(tmp_path):
+    """The user's own way: an image folder of JPEGs of many sizes, converted, trained on FFCV's threads, scored."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    from data_prep.__main__ import main as prep
+
+    for split, count in (("train", 24), ("val", 6)):
+        for label, name in enumerate(("temple", "flower")):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for n in range(count):
+                left, top = 13 * n % 300, 29 * n % 150
+                crop = load_sample_images().images[label][top : top + 200 + n, left : left + 300 - n]
+                Image.fromarray(crop).save(folder / f"{n}.jpg")
+        out = str(tmp_path / "data" / f"{split}.beton")
+        prep(["imagefolder", "--src", str(tmp_path / split), "--out", out, "--workers", "1"])
+    model = "--model vit_tiny_patch16_224 --img-size 32 --model-kwargs patch_size=8 embed_dim=48 depth=2 num_heads=3"
+    recipe = "--epochs 25 --warmup-epochs 2 -b 16 --opt adamw --lr 2e-3 --model-ema-decay 0.9 --device cpu --no-compile"
+    train_command.main(
+        [*f"{model} {recipe}".split(), "--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "output")]
+    )
+    scores = validate(Options(tmp_path / "output" / "latest" / "last.pth.tar", device="cpu"))
+    assert scores.num_samples == 12
+    assert scores.top1 > 80  # a temple is no flower
