@@ -16,7 +16,10 @@ class BetonError(UserError):
 
 
 def exit_cleanly(main: Callable[[], None]) -> None:
-    """Run a command's `main`; turn a `UserError` into one paragraph on stderr and exit code 2, Ctrl-C into 130, a closed pipe into 141."""
+    """Run a command's `main`; a `UserError` becomes one paragraph on stderr and exit code 2.
+
+    Ctrl-C becomes exit code 130, a reader of the output that went away 141.
+    """
     try:
         main()
     except UserError as error:

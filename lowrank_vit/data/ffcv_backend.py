@@ -151,6 +151,8 @@ class FfcvBackend:
             )
         torch.set_num_threads(torch_threads)  # FFCV sets it to its own number of workers
         self._narrow = self._loader.reader.metadata
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copied: torch.cuda.Event | None = None
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the epoch's batches from `first_step` on; leaving early stops FFCV's thread.
@@ -174,6 +176,7 @@ class FfcvBackend:
                     self._raise_if_damaged(int(sample_id))
                 yield self._to_batch(images, plan)
         finally:
+            self._wait_for_copy()
             _stop(iterator)
 
     def _raise_if_damaged(self, sample_id: int) -> None:
@@ -203,6 +206,7 @@ class FfcvBackend:
 
     def _next(self, iterator: Any) -> tuple[np.ndarray, np.ndarray]:
         """FFCV's `next`, but a dead decoding thread is an error instead of an endless wait."""
+        self._wait_for_copy()
         while True:
             try:
                 item = iterator.output_queue.get(timeout=_POLL_S)
@@ -212,17 +216,32 @@ class FfcvBackend:
                         f"{self._beton.path}: FFCV's decoding thread stopped; its own message stands above."
                     ) from None
                 continue
-            slot, (result,) = item
-            if torch.cuda.is_available():
-                iterator.current_stream.wait_stream(iterator.cuda_streams[slot])
+            _, (result,) = item  # decoded on the host: FFCV's own CUDA streams have nothing to do
             return result
+
+    def _wait_for_copy(self) -> None:
+        """Wait until the last batch has left its host buffer, before FFCV is asked for another.
+
+        The host writes into these buffers, so no stream order protects them. The copy's stream holds nothing else,
+        hence this does not wait for training steps.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
 
     def _to_batch(self, images: np.ndarray, plan: Any) -> Batch:
         targets = torch.from_numpy(self._beton.labels[plan.ids])
         on_host = torch.from_numpy(images)  # pinned by FFCV where there is a CUDA device
-        if self._device.type == "cuda":
-            images_NHWC = on_host.to(self._device, non_blocking=True)
-            targets = targets.pin_memory().to(self._device, non_blocking=True)
+        if self._copy_stream is not None:
+            training = torch.cuda.current_stream(self._device)
+            with torch.cuda.stream(self._copy_stream):
+                images_NHWC = on_host.to(self._device, non_blocking=True)
+                targets = targets.pin_memory().to(self._device, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(self._copy_stream)
+            training.wait_event(self._copied)
+            for tensor in (images_NHWC, targets):
+                tensor.record_stream(training)  # its memory is not given to another copy before the step is done
         else:
             images_NHWC = on_host.clone()  # FFCV writes the next batches into the same buffers
         return Batch(images_NHWC.permute(0, 3, 1, 2), targets, plan)

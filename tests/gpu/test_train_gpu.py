@@ -66,6 +66,22 @@ def test_images_are_the_cpus(digits_dir, loader):
         assert (a.images.cpu().int() - b.images.int()).abs().max() <= 1  # float32 sums in another order
 
 
+def test_batches_survive_a_trainer_that_runs_ahead(digits_dir):
+    """FFCV re-uses its host buffers; with the GPU far behind the host, no batch may be overwritten before its copy."""
+    beton = Beton(digits_dir / "train.beton")
+    plan = TrainPlan(beton.heights, beton.widths, TrainRules(), seed=5, img_size=64, batch_size=64)
+    busy = torch.randn(4096, 4096, device="cuda")
+    loader, _ = open_loader("ffcv", beton, plan, torch.device("cuda"), workers=2)
+    kept = []
+    for batch in loader.batches(0):
+        for _ in range(50):
+            busy = busy @ busy / 64  # keeps the training stream many milliseconds behind
+        kept.append(batch.images.clone())
+    expected, _ = open_loader("ffcv", beton, plan, torch.device("cpu"), workers=2)
+    for images, batch in zip(kept, expected.batches(0), strict=True):
+        assert torch.equal(images.cpu(), batch.images)
+
+
 def test_losses_are_the_cpus(argv):
     exact = [*argv, "--no-amp", "--no-compile", "--log-interval", "1", "--epochs", "1", "--warmup-epochs", "0"]
     gpu = losses(Trainer(parse(exact), "gpu").run().run_dir)
