@@ -132,7 +132,7 @@ class Optim:
     """Clip gradients at this value; default: no clipping."""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     """What --clip-grad bounds."""
-    sched: Literal["cosine", "tanh", "step", "multistep", "poly", "plateau"] = "cosine"
+    sched: Literal["cosine", "tanh", "step", "multistep", "poly"] = "cosine"
     """timm learning-rate schedule."""
     sched_on_updates: bool = False
     """Move the schedule at every update instead of every epoch."""
@@ -178,9 +178,9 @@ class Step:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
-    amp: bool = field(default_factory=torch.cuda.is_available)
+    amp: bool = field(default_factory=lambda: torch.cuda.is_available())
     """bfloat16 autocast; on by default with CUDA."""
-    compile: bool = field(default_factory=torch.cuda.is_available)
+    compile: bool = field(default_factory=lambda: torch.cuda.is_available())
     """torch.compile the step; on by default with CUDA (it takes about a minute)."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """torch.compile's mode."""
@@ -241,10 +241,13 @@ def leaves(config: Config | None = None) -> Iterator[tuple[str, Any, Any]]:
     """Yield `(flag name without dashes, type hint with its Range, value)` of every option; values of `config`."""
     config = config or Config()
     for group in dataclasses.fields(config):
-        options = getattr(config, group.name)
-        hints = get_type_hints(type(options), include_extras=True)
-        for option in dataclasses.fields(options):
-            yield option.name.replace("_", "-"), hints[option.name], getattr(options, option.name)
+        yield from _flags(getattr(config, group.name))
+
+
+def _flags(options: Any) -> Iterator[tuple[str, Any, Any]]:
+    hints = get_type_hints(type(options), include_extras=True)
+    for option in dataclasses.fields(options):
+        yield option.name.replace("_", "-"), hints[option.name], getattr(options, option.name)
 
 
 def parse(argv: list[str], prog: str = "python -m lowrank_vit.train") -> Config:
@@ -255,20 +258,32 @@ def parse(argv: list[str], prog: str = "python -m lowrank_vit.train") -> Config:
     """
     if "--help" in argv or "-h" in argv:
         print("--config FILE   flat YAML whose keys are the flags below; flags given beside it win\n", flush=True)
-    config = tyro.cli(OmitArgPrefixes[Config], args=_expand_config_files(argv), prog=prog, description=Config.__doc__)
+    from_files, own = _expand_config_files(argv)
+    config = tyro.cli(OmitArgPrefixes[Config], args=from_files + own, prog=prog, description=Config.__doc__)
+    config = _fit_defaults(config, from_files, own)
     check(config)
     return config
 
 
+def _fit_defaults(config: Config, from_files: list[str], own: list[str]) -> Config:
+    """Let values that the user did not give follow from those given: `--device cpu`, and a small `--epochs`."""
+    optim, step = config.optim, config.step
+    if step.device == "cpu":  # the defaults of these two look for a GPU, which --device cpu does not use
+        given = {token.replace("_", "-") for token in from_files + own}
+        for name in ("amp", "compile"):
+            if not given & {f"--{name}", f"--no-{name}"}:
+                step = dataclasses.replace(step, **{name: False})
+    is_warmup_asked = any(token.replace("_", "-").startswith("--warmup-epochs") for token in own)
+    if optim.warmup_epochs >= optim.epochs and not is_warmup_asked:
+        optim = dataclasses.replace(optim, warmup_epochs=optim.epochs - 1)
+        print(f"note: --warmup-epochs shortened to {optim.warmup_epochs}, since --epochs is {optim.epochs}", flush=True)
+    return dataclasses.replace(config, optim=optim, step=step)
+
+
 def check(config: Config) -> None:
     """Raise `UserError` for the first option outside its range, or for options that exclude one another."""
-    for name, hint, value in leaves(config):
-        for allowed in getattr(hint, "__metadata__", ()):
-            if not isinstance(allowed, Range):
-                continue
-            for number in value if isinstance(value, tuple) else (value,):
-                if number is not None and number not in allowed:
-                    raise UserError(f"--{name} {number:g} is out of range: it must be {allowed}.")
+    for group in dataclasses.fields(config):
+        check_ranges(getattr(config, group.name))
     for name, pair in (("scale", config.data.scale), ("ratio", config.data.ratio)):
         if pair[0] > pair[1]:
             raise UserError(f"--{name} {pair[0]:g} {pair[1]:g}: the smaller number comes first.")
@@ -282,6 +297,17 @@ def check(config: Config) -> None:
     if name and (Path(name).name != name or name == ".."):
         raise UserError(f"--experiment {name} must be a plain name; set its parent with --output.")
     _check_not_there_yet(config)
+
+
+def check_ranges(options: Any) -> None:
+    """Raise `UserError` for the first field of a dataclass whose number lies outside its annotated `Range`."""
+    for name, hint, value in _flags(options):
+        for allowed in getattr(hint, "__metadata__", ()):
+            if not isinstance(allowed, Range):
+                continue
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and number not in allowed:
+                    raise UserError(f"--{name} {number:g} is out of range: it must be {allowed}.")
 
 
 def _check_not_there_yet(config: Config) -> None:
@@ -299,8 +325,8 @@ def _check_not_there_yet(config: Config) -> None:
         )
 
 
-def _expand_config_files(argv: list[str]) -> list[str]:
-    """Replace `--config FILE` by the file's options, put before all other tokens."""
+def _expand_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Split `argv` into the options that its `--config FILE`s stand for and the user's own tokens."""
     from_files: list[str] = []
     own: list[str] = []
     tokens = iter(argv)
@@ -314,7 +340,7 @@ def _expand_config_files(argv: list[str]) -> list[str]:
             from_files += yaml_tokens(Path(token.removeprefix("--config=")))
         else:
             own.append(token)
-    return from_files + own
+    return from_files, own
 
 
 def yaml_tokens(path: Path) -> list[str]:
@@ -357,9 +383,14 @@ def _option_tokens(path: Path, name: str, hint: Any, value: Any) -> list[str]:
 
 
 def to_yaml(config: Config) -> str:
-    """A flat YAML of every option, defaults included; `--config` reads it back to an equal `Config`."""
+    """A flat YAML of every option, defaults included; `--config` on it repeats the run.
+
+    Left out are the run's own name and what it was resumed from: a repetition is a run of its own.
+    """
     flat: dict[str, Any] = {}
     for name, _, value in leaves(config):
+        if name in ("experiment", "resume"):
+            continue
         if isinstance(value, tuple):
             value = list(value)
         flat[name] = str(value) if isinstance(value, Path) else value

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from tyro.conf import arg
 
 from data_prep.errors import UserError, exit_cleanly
 from lowrank_vit.augment.pipeline import Augment
+from lowrank_vit.config import POSITIVE, Range, check_ranges
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.loader import open_loader
 from lowrank_vit.data.plan import EvalPlan
@@ -36,24 +36,25 @@ class Options:
     """timm model name; default: the checkpoint's."""
     model_kwargs: tuple[str, ...] = ()
     """NAME=VALUE ...; default: the checkpoint's."""
-    img_size: int | None = None
+    img_size: Annotated[int | None, POSITIVE] = None
     """Pixels; default: the checkpoint's."""
-    crop_pct: float | None = None
+    crop_pct: Annotated[float | None, Range(0, 1, open_low=True)] = None
     """Default: the checkpoint's."""
-    batch_size: Annotated[int, arg(aliases=["-b"])] = 128
+    batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE] = 128
     """Images a step."""
     loader: Literal["auto", "ffcv", "resident"] = "auto"
     """Decode backend."""
-    workers: Annotated[int, arg(aliases=["-j"])] = 4
+    workers: Annotated[int, arg(aliases=["-j"]), POSITIVE] = 4
     """Decode threads of the ffcv backend."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
-    amp: bool = field(default_factory=torch.cuda.is_available)
-    """bfloat16 autocast; on by default with CUDA."""
+    amp: bool = False
+    """bfloat16 autocast."""
 
 
 def validate(options: Options) -> Scores:
     """Load the checkpoint and score it on every sample exactly once. Raises `UserError`."""
+    check_ranges(options)
     checkpoint = read_checkpoint(options.checkpoint)
     weights = checkpoint.weights(options.use_ema)
     args = checkpoint.args

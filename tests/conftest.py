@@ -33,7 +33,7 @@ def _gpu_there(request: pytest.FixtureRequest) -> None:
 
 
 class _Record:
-    """Collects the outcome and duration of every test that ran."""
+    """Collects the outcome and duration of every test that ran, and why it failed."""
 
     def __init__(self) -> None:
         self.results: dict[str, dict[str, object]] = {}
@@ -41,6 +41,12 @@ class _Record:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             self.results[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 3)}
+            if report.failed:
+                self.results[report.nodeid]["message"] = report.longreprtext[-4000:]
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.results[report.nodeid] = {"outcome": "not collected", "message": report.longreprtext[-4000:]}
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -20,9 +20,23 @@ MAY_IMPORT = {
     "lowrank_vit/spectral": ("data_prep.errors", "lowrank_vit.spectral", "lowrank_vit.engine.checkpoint"),
     "lowrank_vit/report": ("data_prep.errors", "lowrank_vit.report", "lowrank_vit.spectral"),
     "lowrank_vit/config.py": ("data_prep.errors",),
+    "lowrank_vit/engine": (
+        "data_prep.errors",
+        "lowrank_vit.__version__",
+        "lowrank_vit.config",
+        "lowrank_vit.data",
+        "lowrank_vit.augment",
+        "lowrank_vit.engine",
+        "lowrank_vit.spectral",
+    ),
 }
 HEAVY = ("wandb", "matplotlib", "nvidia", "sklearn", "plotly", "pandas")
-RANDOM = {"random", "rand", "randn", "randint", "randperm", "default_rng", "rand_like", "randn_like", "manual_seed"}
+RANDOM = set(
+    """
+    random rand randn randint randperm rand_like randn_like manual_seed default_rng Generator bernoulli bernoulli_
+    normal normal_ uniform uniform_ permutation shuffle choice multinomial beta gamma exponential_ random_
+    """.split()
+)
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:

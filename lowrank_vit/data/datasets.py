@@ -11,11 +11,11 @@ from lowrank_vit.data.beton import Beton
 def open_datasets(dataset: str, data_dir: Path, num_classes: int | None) -> tuple[Beton, Beton, int]:
     """Open a folder with train.beton and val.beton: training set, validation set, number of classes.
 
-    `dataset` "digits" writes both files there first if they are missing. Raises `UserError` if a file is missing or
+    `dataset` "digits" writes both files there first if neither exists. Raises `UserError` if a file is missing or
     damaged, if the two sets disagree about their classes, or if `num_classes` is too small for the labels.
     """
     paths = [data_dir / "train.beton", data_dir / "val.beton"]
-    if dataset == "digits" and not all(path.exists() for path in paths):
+    if dataset == "digits" and not any(path.exists() for path in paths):  # never over a file of the user's
         from data_prep.__main__ import convert_digits
 
         convert_digits(data_dir)

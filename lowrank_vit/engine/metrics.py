@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 from typing import IO, Any
 
+from data_prep.errors import UserError
+
 
 class RunLog:
     """Appends to the files of one run directory. Use as a context manager."""
@@ -16,8 +18,8 @@ class RunLog:
         """`wandb_project` None: no W&B. `start_epoch` > 0 continues a run: later rows of summary.csv are dropped."""
         self._summary = run_dir / "summary.csv"
         self._rows = _rows_before(self._summary, start_epoch) if start_epoch else []
-        self._jsonl: IO[str] = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
+        self._jsonl: IO[str] = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
 
     def log(self, kind: str, update: int, values: dict[str, Any]) -> None:
         """One line in metrics.jsonl: `kind` is train, eval or spec; `update` the number of optimizer updates so far."""
@@ -58,7 +60,13 @@ def _rows_before(summary: Path, epoch: int) -> list[dict[str, str]]:
 def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
     import wandb  # heavy: only where asked for
 
-    run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=config)
+    try:
+        run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=config)
+    except wandb.Error as error:
+        raise UserError(
+            f"--log-wandb: Weights & Biases cannot start: {error} Log in with `wandb login`, or log to files only with "
+            "WANDB_MODE=offline in the environment."
+        ) from error
     run.define_metric("update")
     run.define_metric("*", step_metric="update")
     return run

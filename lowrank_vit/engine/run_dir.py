@@ -99,7 +99,7 @@ def _lock(path: Path) -> IO[str]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure needs beside it: device, driver, versions, commit, command. No host names, users or paths."""
+    """What a figure needs beside it: device, driver, versions, commit, command. The command stands as it was typed."""
     result: dict[str, Any] = {
         "lowrank_vit": __version__,
         "commit": _commit(),

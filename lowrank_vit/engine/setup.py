@@ -133,6 +133,8 @@ def _make_ema(config: Config, model: nn.Module, resumed: Checkpoint | None) -> M
         return None
     ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
     if resumed:
+        if not resumed.content.get("state_dict_ema"):
+            raise UserError(f"{resumed.path} is of a run without an EMA. Resume it with --no-model-ema.")
         load_weights(ema.module, resumed, resumed.weights(use_ema=True), options.model)
     return ema
 

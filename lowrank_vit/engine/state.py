@@ -13,6 +13,15 @@ from lowrank_vit.config import Config, leaves
 from lowrank_vit.engine.checkpoint import Checkpoint
 from lowrank_vit.engine.setup import Parts
 
+MAY_CHANGE = set(
+    """
+    dataset data-dir loader workers validation-batch-size initial-checkpoint epochs cooldown-epochs
+    device amp compile compile-mode spec-monitor spec-every spec-topk spec-interval spec-targets
+    output experiment resume log-interval val-interval log-wandb wandb-project
+    """.split()
+)
+"""Options that a resumed run may be given anew: they do not change what an update does to the weights."""
+
 
 @dataclass
 class Progress:
@@ -49,13 +58,11 @@ def capture(config: Config, parts: Parts, progress: Progress) -> dict[str, Any]:
 
 def restore(config: Config, parts: Parts, resumed: Checkpoint) -> Progress:
     """Put back optimizer, schedule and generators (weights and EMA are the parts' already). Raises `UserError`."""
-    saved_opt, opt = str(resumed.args.get("opt", "")), config.optim.opt
+    _check_same_run(config, resumed)
     try:
-        if saved_opt != opt:
-            raise ValueError(f"--opt {saved_opt}, here --opt {opt}")
         parts.optimizer.load_state_dict(resumed.training_state("optimizer"))
     except (ValueError, KeyError) as error:
-        raise UserError(f"{resumed.path} was saved with another optimizer: {error}. Give its own flags.") from error
+        raise UserError(f"{resumed.path} was saved with another optimizer: {error}.") from error
     progress = Progress(
         next_epoch=resumed.epoch + 1,
         best_top1=resumed.training_state("metric"),
@@ -74,6 +81,20 @@ def restore(config: Config, parts: Parts, resumed: Checkpoint) -> Progress:
     if parts.device.type == "cuda" and "cuda" in rng:
         torch.cuda.set_rng_state(rng["cuda"])
     return progress
+
+
+def _check_same_run(config: Config, resumed: Checkpoint) -> None:
+    """Raise `UserError` for options that would make another run of it: the optimizer's state holds the old ones."""
+    changed = [
+        f"--{name} was {resumed.args[name]}, now {_plain(value)}"
+        for name, _, value in leaves(config)
+        if name not in MAY_CHANGE and name in resumed.args and resumed.args[name] != _plain(value)
+    ]
+    if changed:
+        raise UserError(
+            f"{resumed.path} belongs to a run with other options: {'; '.join(changed)}. Resume with the run's own "
+            f"(--config {resumed.path.parent / 'args.yaml'}), or start anew from its weights with --initial-checkpoint."
+        )
 
 
 def _plain(value: Any) -> Any:

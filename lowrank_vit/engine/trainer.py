@@ -92,6 +92,11 @@ class Trainer:
             if self.monitor:
                 self.monitor.close()
                 self._log_spectra()
+                if self.monitor.skipped:
+                    self.display.say(
+                        f"{self.monitor.skipped} spectral refreshes were skipped, since the one before was still "
+                        "running; a greater --spec-every avoids that"
+                    )
         return Result(path, self.progress.best_top1, self.progress.best_epoch, train_s)
 
     def _make_monitor(self) -> SpectralMonitor:
@@ -173,6 +178,6 @@ class Trainer:
 
     def _save(self, is_best: bool) -> None:
         content = capture(self.config, self.parts, self.progress)
-        write_checkpoint(self.run_dir.path / "last.pth.tar", content)
-        if is_best:
+        if is_best:  # first, since `last` remembers the best score and a resumed run would not write it again
             write_checkpoint(self.run_dir.path / "model_best.pth.tar", content)
+        write_checkpoint(self.run_dir.path / "last.pth.tar", content)

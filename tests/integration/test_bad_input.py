@@ -76,7 +76,7 @@ def test_checkpoint_of_another_model(small, train, tmp_path):
     message = refused(small("--initial-checkpoint", last, "--num-classes", "12"))
     assert "head.weight is (10, 32) there, (12, 32) here" in message
     assert "nothing is left to train" in refused(small("--resume", last, "--epochs", "1", "--warmup-epochs", "0"))
-    assert "another optimizer" in refused(small("--resume", last, "--opt", "sgd"))
+    assert "--opt was adamw, now sgd" in refused(small("--resume", last, "--opt", "sgd"))
 
 
 def test_files_that_are_no_checkpoint(small, tmp_path):

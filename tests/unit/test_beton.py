@@ -55,6 +55,14 @@ def test_datasets_must_agree(digits_dir, tmp_path):
         open_datasets("", tmp_path, None)
 
 
+def test_digits_are_never_written_over_a_file_of_the_users(digits_dir, tmp_path):
+    shutil.copy(digits_dir / "val.beton", tmp_path / "train.beton")
+    before = (tmp_path / "train.beton").read_bytes()
+    with pytest.raises(UserError, match=r"val.beton is not there"):
+        open_datasets("digits", tmp_path, None)
+    assert (tmp_path / "train.beton").read_bytes() == before
+
+
 def test_digits_are_written_on_first_use_only(tmp_path):
     open_datasets("digits", tmp_path, None)
     written = (tmp_path / "train.beton").stat().st_mtime_ns

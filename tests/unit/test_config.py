@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from data_prep.errors import UserError
-from lowrank_vit.config import Config, leaves, parse, to_yaml
+from lowrank_vit.config import Config, Step, leaves, parse, to_yaml
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 # What a user types is a contract: a flag may be added here, but not renamed or dropped.
@@ -56,7 +56,7 @@ def test_yaml_comes_first_and_the_command_line_wins(tmp_path):
 
 
 def test_args_yaml_repeats_the_configuration(tmp_path):
-    argv = shlex.split("-b 3 --model-kwargs a=1 b=x --opt-betas 0.9 0.95 --no-compile --experiment x --lr 1e-5")
+    argv = shlex.split("-b 3 --model-kwargs a=1 b=x --opt-betas 0.9 0.95 --no-compile --output x --lr 1e-5")
     config = parse(argv)
     (tmp_path / "args.yaml").write_text(to_yaml(config))
     assert parse(["--config", str(tmp_path / "args.yaml")]) == config
@@ -167,6 +167,29 @@ def test_six_published_recipes():
         assert flat["aa"] == "rand-m9-mstd0.5-inc1"
         assert flat["drop-path"] == (0.1 if not base else 0.3 if "imagenet1k" in name else 0.2)
         assert flat.get("layer-decay") == (0.65 if name == "imagenet1k_vit_base" else None)
+
+
+def test_a_run_of_its_own_name_is_repeated_under_another(tmp_path):
+    path = tmp_path / "args.yaml"
+    path.write_text(to_yaml(parse(["--experiment", "x", "--resume", "x/last.pth.tar", "--lr", "1e-5"])))
+    again = parse(["--config", str(path)])
+    assert (again.run.experiment, again.run.resume, again.optim.lr) == ("", None, 1e-5)
+
+
+def test_a_short_run_shortens_the_warm_up_unless_it_is_asked_for(tmp_path, capsys):
+    path = tmp_path / "long.yaml"
+    path.write_text("epochs: 300\nwarmup-epochs: 20\n")
+    assert parse(["--config", str(path), "--epochs", "1"]).optim.warmup_epochs == 0
+    assert "shortened to 0" in capsys.readouterr().out
+    with pytest.raises(UserError, match="at most 0"):
+        parse(["--config", str(path), "--epochs", "1", "--warmup-epochs", "3"])
+
+
+def test_cpu_turns_off_what_is_meant_for_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert parse([]).step == Step(amp=True, compile=True)
+    assert parse(["--device", "cpu"]).step == Step(device="cpu", amp=False, compile=False)
+    assert parse(["--device", "cpu", "--amp"]).step == Step(device="cpu", amp=True, compile=False)
 
 
 def test_default_config_is_valid():
