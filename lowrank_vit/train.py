@@ -37,9 +37,9 @@ top-1 {result.top1:.2f} % (best, epoch {result.best_epoch + 1}), {duration(resul
 
   {run}/
     args.yaml         every option; --config on it repeats the run
-    summary.csv       one row an epoch        metrics.jsonl  everything, spectra too
+    summary.csv       one row an epoch; metrics.jsonl has everything
     spectra/          full spectra, one file a refresh
-    last.pth.tar      to resume from          model_best.pth.tar  best weights
+    last.pth.tar      to resume from; model_best.pth.tar has the best weights
 
 next:
   {python} -m lowrank_vit.report {run}

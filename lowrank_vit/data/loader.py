@@ -37,10 +37,8 @@ def choose_backend(beton: Beton, device: torch.device) -> tuple[str, str]:
         return "ffcv", reason
     raw_bytes = int(beton.sizes.sum())
     budget = RESIDENT_SHARE * memory_bytes(device)
-    size = f"its {raw_bytes / 1e6:.1f} MB of pixels"
-    if raw_bytes > budget:
-        return "ffcv", f"{size} exceed {RESIDENT_SHARE:.0%} of the memory of {device}"
-    return "resident", f"{size} fit into {RESIDENT_SHARE:.0%} of the memory of {device}"
+    size, share = f"{raw_bytes / 1e6:.1f} MB raw", f"{RESIDENT_SHARE:.0%} of {device} memory"
+    return ("ffcv", f"{size} exceed {share}") if raw_bytes > budget else ("resident", f"{size} fit {share}")
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -53,8 +53,7 @@ class Display:
         self._progress = Progress(
             TextColumn("{task.fields[epoch]}"),
             BarColumn(bar_width=None),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} img/s  wait {task.fields[wait]:.0%}"),
-            TextColumn("ETA {task.fields[eta]}"),
+            TextColumn("{task.fields[status]}"),
             console=self.console,
             disable=not self.console.is_terminal,
             expand=True,
@@ -62,7 +61,7 @@ class Display:
         )
         self._total, self._first, self._began = total_updates, done_updates, time.perf_counter()
         self._task: TaskID = self._progress.add_task(
-            "", total=total_updates, completed=done_updates, epoch="", loss=float("nan"), rate=0.0, wait=0.0, eta="-"
+            "", total=total_updates, completed=done_updates, epoch="", status="first updates"
         )
 
     def __enter__(self) -> Display:
@@ -80,9 +79,8 @@ class Display:
         """Show the newest figures; the ETA counts validation in, since it is taken from the whole run so far."""
         done = updates - self._first
         left_s = (time.perf_counter() - self._began) / max(1, done) * (self._total - updates)
-        self._progress.update(
-            self._task, completed=updates, epoch=epoch, loss=loss, rate=img_per_s, wait=wait_share, eta=duration(left_s)
-        )
+        status = f"loss {loss:.3f}  {img_per_s:,.0f} img/s  wait {wait_share:.0%}  ETA {duration(left_s)}"
+        self._progress.update(self._task, completed=updates, epoch=epoch, status=status)
 
 
 def duration(seconds: float) -> str:

@@ -171,7 +171,7 @@ def test_a_jpeg_with_a_mere_warning_is_decoded(tmp_path):
 
 def test_auto_says_which_and_why(photos, digits_dir, monkeypatch):
     digits = Beton(digits_dir / "train.beton")
-    assert choose_backend(digits, CPU) == ("resident", "its 0.3 MB of pixels fit into 25% of the memory of cpu")
+    assert choose_backend(digits, CPU) == ("resident", "0.3 MB raw fit 25% of cpu memory")
     assert choose_backend(Beton(photos[0]), CPU) == ("ffcv", "it holds JPEG samples")
     monkeypatch.setattr("lowrank_vit.data.loader.memory_bytes", lambda device: 1000)
     kind, reason = choose_backend(digits, CPU)
