@@ -45,7 +45,7 @@ report: $(READY)
 	$(PY) -m lowrank_vit.report $(or $(RUN),output/latest)
 
 gpu-check: $(READY)
-	LRV_REQUIRE_GPU=1 $(PY) -m pytest tests/gpu -m gpu --gpu-record output/gpu-check.json $(ARGS)
+	LRV_REQUIRE_GPU=1 $(PY) -m pytest tests/gpu -m gpu --gpu-record=output/gpu-check.json $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -66,10 +66,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file fails in many ways inside torch
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"Checkpoint {path} cannot be read: {first_line[:200]} It must be a file saved by torch with tensors and "
-            "plain values only, such as a run's last.pth.tar."
+            f"Checkpoint {path} cannot be read: it is damaged, cut short, or no file saved by torch with tensors and "
+            "plain values only. Give a file such as a run's last.pth.tar."
         ) from error
     if isinstance(content, dict) and "state_dict" not in content and _is_state_dict(content):
         content = {"state_dict": content}
