@@ -11,13 +11,17 @@ ifeq ($(PY),.venv/bin/python)
 READY := .venv/.ready
 endif
 
-.PHONY: help setup train test lint report gpu-check clean
+.PHONY: help setup train test lint report gpu-check bench prep-cifar100 prep-imagenet prep-imagenet100 clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [CFG=configs/quickstart.yaml] [ARGS='--epochs 1']   set up on first use, then train"
 	@echo "make test         the whole test suite          make lint    ruff and pyright"
 	@echo "make setup        .venv with everything         make report RUN=output/latest"
+	@echo "make prep-cifar100 [SRC=archive] OUT=dir         without SRC it is downloaded"
+	@echo "make prep-imagenet SRC=dir OUT=dir              SRC holds train/ and val/"
+	@echo "make prep-imagenet100 SRC=dir OUT=dir           100 classes of the same"
+	@echo "make bench [WHAT=prep]                          measured against peers"
 	@echo "make gpu-check [PY=python3]   all GPU tests, recorded as JSON in output/"
 
 setup: .venv/.ready
@@ -46,6 +50,22 @@ report: $(READY)
 
 gpu-check: $(READY)
 	LRV_REQUIRE_GPU=1 $(PY) -m pytest tests/gpu -m gpu --gpu-record=output/gpu-check.json $(ARGS)
+
+# ARGS adds options of `python -m data_prep`, for example ARGS="--max-side 400 --on-bad skip".
+prep-cifar100: $(READY)
+	@test -n "$(OUT)" || { echo "Say where to write: make prep-cifar100 OUT=data/cifar100 [SRC=archive]"; exit 2; }
+	$(PY) -m data_prep cifar100 --out "$(OUT)" $(if $(SRC),--src "$(SRC)",--download) $(ARGS)
+
+prep-imagenet: $(READY)
+	@test -n "$(SRC)" -a -n "$(OUT)" || { echo "Say from where to where: make prep-imagenet SRC=dir OUT=dir"; exit 2; }
+	$(PY) -m data_prep imagefolder --src "$(SRC)" --out "$(OUT)" $(ARGS)
+
+prep-imagenet100: $(READY)
+	@test -n "$(SRC)" -a -n "$(OUT)" || { echo "Say from where to where: make prep-imagenet100 SRC=dir OUT=dir"; exit 2; }
+	$(PY) -m data_prep imagefolder --src "$(SRC)" --out "$(OUT)" --classes configs/imagenet100_classes.txt $(ARGS)
+
+bench: $(READY)
+	$(PY) -m lowrank_vit.bench $(or $(WHAT),prep) $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info

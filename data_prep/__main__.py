@@ -12,10 +12,23 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from rich.console import Console
 
-from data_prep.convert import Conversion, convert_digits, convert_image_folder
-from data_prep.errors import exit_cleanly
+from data_prep.convert import (
+    Conversion,
+    available_cores,
+    convert_cifar100,
+    convert_digits,
+    convert_image_folder,
+    convert_splits,
+)
+from data_prep.errors import UserError, exit_cleanly
+from data_prep.info import info_table, plot_info
+from data_prep.jpeg import ImageOptions
 from data_prep.manifest import manifest_path
+from data_prep.parts import parse_shard
+from data_prep.progress import counts_in_words
+from data_prep.verify import verify
 
 app = tyro.extras.SubcommandApp()
 
@@ -35,59 +48,133 @@ def digits_command(out: Annotated[Path, tyro.conf.arg(metavar="DIR")]) -> None:
         print(summary(conversion))
 
 
+@app.command(name="cifar100")
+def cifar100_command(
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
+    src: Annotated[Path | None, tyro.conf.arg(metavar="ARCHIVE_OR_DIR", help_behavior_hint="(default: none)")] = None,
+    download: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+) -> None:
+    """Convert CIFAR-100 (60,000 images, 32x32) from its official archive.
+
+    - Writes train.beton (50,000 images) and val.beton (10,000), raw pixels with fine labels, into DIR.
+    - The manifests hold the class names and the coarse classes.
+
+    Args:
+        out: Directory to write into; made if it is missing.
+        src: cifar-100-python.tar.gz or cifar-100-binary.tar.gz, packed or unpacked.
+        download: Fetch the archive (169 MB) into DIR first, through torchvision, and check it.
+    """
+    if (src is None) != download:
+        raise UserError("give either --src ARCHIVE_OR_DIR or --download.")
+    for conversion in convert_cifar100(src, out, progress=True):
+        print(summary(conversion))
+
+
 @app.command(name="imagefolder")
 def imagefolder_command(
     src: Annotated[Path, tyro.conf.arg(metavar="DIR")],
-    out: Annotated[Path, tyro.conf.arg(metavar="FILE.beton")],
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE.beton|DIR")],
     classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: all)")] = None,
     max_side: int = 500,
     quality: int = 90,
+    raw: Annotated[int | None, tyro.conf.arg(metavar="SIZE", help_behavior_hint="(default: store JPEGs)")] = None,
+    baseline: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    verify: Literal["decode", "header"] = "decode",
     workers: Annotated[
         int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")
     ] = None,
+    shard: Annotated[str | None, tyro.conf.arg(metavar="I/N", help_behavior_hint="(default: everything)")] = None,
     on_bad: Literal["error", "skip"] = "error",
 ) -> None:
     """Convert a directory with one sub-folder of images for each class.
 
+    - With --out DIR: both splits, --src DIR/train and DIR/val (or timm's synonyms), to train.beton and val.beton.
     - An RGB JPEG, upright and within --max-side, is stored byte for byte.
     - Every other image is converted to one, once.
-    - Each image is decoded completely, so that damage shows now.
-    - The output does not depend on the number of workers.
+    - The output depends neither on the number of workers nor on interruptions.
+    - The same command goes on with a conversion that was interrupted.
     - An existing FILE.beton is replaced in one step, at the very end.
 
     Args:
         src: Directory with one sub-folder for each class. Labels follow the sorted names.
-        out: File to write. The manifest FILE.beton.json goes beside it.
+        out: File to write, or directory for both splits. FILE.beton.json and FILE.beton.samples go beside it.
         classes: Text file with one folder name a line: convert only these classes.
         max_side: Longest side in pixels, 16 to 65500; larger images are made smaller.
         quality: JPEG quality of converted images, 1 to 100.
-        workers: Worker processes, 1 or more.
+        raw: Store uncompressed pixels instead: short side resized to SIZE, centre crop to a square.
+        baseline: Rewrite progressive JPEGs as baseline ones, which hardware decoders need; no pixel changes.
+        verify: "decode" decodes every image completely, so that damage shows now; "header" only parses those JPEGs
+            that are stored as they are.
+        workers: Threads, 1 or more.
+        shard: Convert only part I of N, to FILE-I-of-N.beton, so that N machines can share the work.
         on_bad: What to do about images that do not decode: list them all and write nothing, or leave them out and
             list them in the manifest.
     """
-    conversion = convert_image_folder(
+    convert_one_or_both = convert_image_folder if out.suffix == ".beton" else convert_splits
+    conversions = convert_one_or_both(
         src,
         out,
+        image=ImageOptions(max_side, quality, verify, baseline, raw),
         classes=classes,
-        max_side=max_side,
-        quality=quality,
+        part=None if shard is None else parse_shard(shard),
         workers=workers,
         on_bad=on_bad,
         progress=True,
     )
-    print(summary(conversion))
+    for conversion in conversions if isinstance(conversions, list) else [conversions]:
+        print(summary(conversion))
+
+
+@app.command(name="verify")
+def verify_command(
+    beton: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FILE.beton")]],
+    full: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    workers: Annotated[
+        int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")
+    ] = None,
+) -> None:
+    """Check a .beton against its sidecars: any changed byte is found, damaged samples are named.
+
+    Args:
+        beton: File to check.
+        full: Decode every sample too.
+        workers: Threads for --full.
+    """
+    verified = verify(beton, full=full, workers=available_cores() if workers is None else workers, progress=True)
+    what = "tables, sidecars, SHA-256" + (" and every decoded sample" if verified.decoded else "")
+    print(
+        f"{beton} is as it was written: {verified.num_samples:,} samples, {verified.file_bytes / 1e6:,.1f} MB ({what})"
+    )
+
+
+@app.command(name="info")
+def info_command(
+    beton: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FILE.beton")]],
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png", help_behavior_hint="(default: none)")] = None,
+) -> None:
+    """Show what a .beton holds: samples, classes, sizes, origin.
+
+    Args:
+        beton: File to describe.
+        plot: Draw histograms and a contact sheet of random samples, too.
+    """
+    Console().print(info_table(beton))
+    if plot is not None:
+        plot_info(beton, plot)
+        print(f"wrote {plot}")
 
 
 def summary(conversion: Conversion) -> str:
     """A short paragraph: what was written, how many, how long, where."""
     manifest, seconds = conversion.manifest, conversion.seconds
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.reasons.items())
     lines = [
         f"wrote {conversion.beton}",
         f"  {manifest.num_samples:,} images, {len(manifest.classes):,} classes, {manifest.file_bytes / 1e6:,.1f} MB "
         f"in {seconds:.1f} s ({manifest.num_samples / seconds:,.0f} img/s)",
-        f"  stored as: {reasons}",
+        f"  stored as: {counts_in_words(manifest.reasons)}",
     ]
+    if conversion.resumed:
+        lines.append(f"  of these, {conversion.resumed:,} were finished by an interrupted run")
     if manifest.skipped:
         lines.append(f"  left out: {len(manifest.skipped):,} bad, listed in {manifest_path(conversion.beton)}")
     return "\n".join(lines)

@@ -1,11 +1,14 @@
-"""The conversions themselves, for the command line and for other code: a source in, a `.beton` and its manifest out."""
+"""The conversions themselves, for the command line and for other code: a source in, `.beton` and sidecars out."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -16,10 +19,18 @@ from PIL import features
 
 from data_prep.beton_format import MIN_PAGE_SIZE, PAGE_SIZE
 from data_prep.errors import UserError
-from data_prep.jpeg import JPEG_MAX_SIDE, EncodedImage, encode_file, encode_pixels
-from data_prep.manifest import Manifest, write_manifest
-from data_prep.sources import DIGITS_SPLIT_SEED, Sample, Source, digits, image_folder
-from data_prep.write_beton import write_beton
+from data_prep.image_folder import image_folder, split_folders
+from data_prep.jpeg import JPEG_MAX_SIDE, EncodedImage, ImageOptions, encode_file, encode_pixels
+from data_prep.manifest import CONVERTER_VERSION, Manifest, write_manifest
+from data_prep.parts import part_path
+from data_prep.sample_table import write_sample_table
+from data_prep.sources import DIGITS_SPLIT_SEED, Sample, Source, digits, file_list_sha256, shard
+from data_prep.write_beton import Resume, write_beton
+
+DEFAULT_IMAGE_OPTIONS = ImageOptions()
+Options = dict[str, str | int | bool | None]
+RAW_MAX_SIDE = 1672
+"""Pixels; a square of raw pixels must fit one page of 8 MiB."""
 
 
 @dataclass(frozen=True)
@@ -30,79 +41,196 @@ class Conversion:
     manifest: Manifest
     seconds: float
     """Wall-clock time from listing the source to the finished manifest."""
+    resumed: int = 0
+    """How many images an interrupted run had finished already."""
 
 
 def convert_digits(out_dir: Path) -> tuple[Conversion, Conversion]:
     """Write `out_dir`/train.beton and val.beton: 1,437 and 360 raw 8x8 digits. Raises `UserError`."""
-    options: dict[str, str | int | None] = {"split_seed": DIGITS_SPLIT_SEED}
+    options: Options = {"split_seed": DIGITS_SPLIT_SEED}
     # The smallest page FFCV allows: all digits fill a seventh of one, so larger pages would only be empty.
     write = partial(_convert, encode=encode_pixels, options=options, page_size=MIN_PAGE_SIZE)
     return (
-        write(lambda: digits("train"), out_dir / "train.beton"),
-        write(lambda: digits("val"), out_dir / "val.beton"),
+        write(digits("train"), out_dir / "train.beton"),
+        write(digits("val"), out_dir / "val.beton"),
     )
+
+
+def convert_cifar100(archive: Path | None, out_dir: Path, *, progress: bool = False) -> tuple[Conversion, Conversion]:
+    """Write `out_dir`/train.beton and val.beton: 50,000 and 10,000 raw 32x32 images with their fine labels.
+
+    `archive` is one of the official archives, packed or unpacked; None downloads it into `out_dir`.
+    Raises `UserError`.
+    """
+    from data_prep.cifar100 import cifar100, download
+
+    if archive is None:
+        archive = download(out_dir)
+    sources = cifar100(archive, "train"), cifar100(archive, "val")
+    if sources[0].classes != sources[1].classes or sources[0].superclasses != sources[1].superclasses:
+        raise UserError(f"--src {archive}: its training and test files have different classes. Download it again.")
+    write = partial(_convert, encode=encode_pixels, options={}, progress=progress)
+    return write(sources[0], out_dir / "train.beton"), write(sources[1], out_dir / "val.beton")
 
 
 def convert_image_folder(
     src: Path,
     out: Path,
     *,
+    image: ImageOptions = DEFAULT_IMAGE_OPTIONS,
     classes: Path | None = None,
-    max_side: int = 500,
-    quality: int = 90,
+    part: tuple[int, int] | None = None,
     workers: int | None = None,
     on_bad: Literal["error", "skip"] = "error",
     progress: bool = False,
 ) -> Conversion:
-    """Convert `src`/class/**/image to `out`; see `image_folder`, `encode_image` and `write_beton` for the options.
+    """Convert `src`/class/**/image to `out`, going on where an interrupted conversion stopped.
 
-    `max_side` is in pixels (16..65500), `quality` is JPEG's (1..100), `workers` None means one a core. With several
-    workers the calling script needs the usual `if __name__ == "__main__":`. Raises `UserError`.
+    See `image_folder` for `classes`, `encode_image` for `image`, `write_beton` for the rest. `workers` None means one
+    thread a core. `part` (i, n) converts only part i of n, counted from 1, to `part_path(out, i, n)`.
+    Raises `UserError`.
     """
-    if not 16 <= max_side <= JPEG_MAX_SIDE:
-        raise UserError(f"--max-side is {max_side}, expected 16 to {JPEG_MAX_SIDE} pixels.")
-    if not 1 <= quality <= 100:
-        raise UserError(f"--quality is {quality}, expected 1 (smallest file) to 100 (best image).")
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers is {workers}, expected 1 or more. Leave it out for one a core.")
     if out.suffix != ".beton":
         raise UserError(
             f"--out {out} does not end in .beton. Give the file to write, for example --out {out / 'train.beton'}."
         )
-    encode = partial(encode_file, root=src, max_side=max_side, quality=quality)
-    options: dict[str, str | int | None] = {
-        "classes": None if classes is None else str(classes),
-        "max_side": max_side,
-        "quality": quality,
-        "on_bad": on_bad,
-    }
-    return _convert(
-        lambda: image_folder(src, classes),
-        out,
-        encode,
-        options,
-        workers=_available_cores() if workers is None else workers,
-        on_bad=on_bad,
-        progress=progress,
-    )
+    return _convert_folders({out: src}, image, classes, part, workers, on_bad, progress)[0]
+
+
+def convert_splits(
+    src: Path,
+    out_dir: Path,
+    *,
+    image: ImageOptions = DEFAULT_IMAGE_OPTIONS,
+    classes: Path | None = None,
+    part: tuple[int, int] | None = None,
+    workers: int | None = None,
+    on_bad: Literal["error", "skip"] = "error",
+    progress: bool = False,
+) -> list[Conversion]:
+    """`convert_image_folder` of `src`/train and `src`/val (or timm's synonyms) to train.beton and val.beton.
+
+    Raises `UserError` also if neither is there, or if they have different classes.
+    """
+    folders = split_folders(src)
+    if not folders:
+        raise UserError(
+            f"--src {src} holds no split such as train or val. Give the directory that holds both, or, to convert "
+            f"one folder of classes, the file to write: --out {out_dir / 'train.beton'}."
+        )
+    outs = {out_dir / f"{split}.beton": folder for split, folder in folders.items()}
+    return _convert_folders(outs, image, classes, part, workers, on_bad, progress)
+
+
+def _check(image: ImageOptions, workers: int | None, part: tuple[int, int] | None) -> None:
+    if not 16 <= image.max_side <= JPEG_MAX_SIDE:
+        raise UserError(f"--max-side is {image.max_side}, expected 16 to {JPEG_MAX_SIDE} pixels.")
+    if not 1 <= image.quality <= 100:
+        raise UserError(f"--quality is {image.quality}, expected 1 (smallest file) to 100 (best image).")
+    if image.raw is not None and not 1 <= image.raw <= RAW_MAX_SIDE:
+        raise UserError(f"--raw is {image.raw}, expected 1 to {RAW_MAX_SIDE} pixels.")
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers is {workers}, expected 1 or more. Leave it out for one a core.")
+    if part is not None and not 1 <= part[0] <= part[1]:
+        raise UserError(f"--shard is {part[0]}/{part[1]}, expected i/n with i from 1 to n.")
+
+
+def _convert_folders(
+    folders: dict[Path, Path],
+    image: ImageOptions,
+    classes: Path | None,
+    part: tuple[int, int] | None,
+    workers: int | None,
+    on_bad: Literal["error", "skip"],
+    progress: bool,
+) -> list[Conversion]:
+    """Convert {out: folder}; everything that can be wrong with the folders is found before the first is begun."""
+    _check(image, workers, part)
+    sources = {out: image_folder(folder, classes) for out, folder in folders.items()}
+    _check_same_classes(list(sources.values()))
+    options: Options = {"classes": None if classes is None else str(classes), **asdict(image), "on_bad": on_bad}
+    conversions = []
+    for out, source in sources.items():
+        if part is not None:
+            if len(source.samples) < part[1]:
+                raise UserError(
+                    f"--shard {part[0]}/{part[1]}: there are only {len(source.samples):,} images in {source.name}."
+                )
+            source, out = replace(source, samples=shard(source.samples, *part)), part_path(out, *part)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's remarks on odd metadata; what counts is whether an image decodes
+            conversions.append(
+                _convert(
+                    source,
+                    out,
+                    partial(encode_file, root=Path(source.name), options=image),
+                    options,
+                    part=part,
+                    workers=available_cores() if workers is None else workers,
+                    on_bad=on_bad,
+                    progress=progress,
+                    source_stat=partial(_source_stat, Path(source.name)),
+                )
+            )
+    return conversions
+
+
+def _check_same_classes(sources: list[Source]) -> None:
+    differing = sorted(set(sources[0].classes) ^ set(sources[-1].classes))
+    if differing:
+        shown = ", ".join(differing[:10]) + (", ..." if len(differing) > 10 else "")
+        raise UserError(
+            f"{sources[0].name} and {sources[-1].name} have different classes, so their labels would not agree; in one "
+            f"only: {shown}. Mend the folders, or choose classes that both have with --classes."
+        )
+
+
+def _source_stat(root: Path, sample: Sample) -> tuple[int, int]:
+    try:
+        stat = (root / sample.name).stat()
+    except OSError:
+        return 0, 0  # reading the file will say why
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _convert(
-    list_source: Callable[[], Source],
+    source: Source,
     out: Path,
     encode: Callable[[Sample], EncodedImage],
-    options: dict[str, str | int | None],
+    options: Options,
     *,
+    part: tuple[int, int] | None = None,
     workers: int = 1,
     on_bad: Literal["error", "skip"] = "error",
     progress: bool = False,
     page_size: int = PAGE_SIZE,
+    source_stat: Callable[[Sample], tuple[int, int]] | None = None,
 ) -> Conversion:
     start = time.perf_counter()
-    source = list_source()
+    libraries = {
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "libjpeg_turbo": str(features.version("libjpeg_turbo")),
+    }
+    files = file_list_sha256(source.samples)
+    resume = None
+    if source_stat is not None:
+        # All that decides the bytes of the images that are finished; whether a bad one stops the rest does not.
+        deciding = {key: value for key, value in options.items() if key not in ("on_bad", "classes")}
+        key = json.dumps([CONVERTER_VERSION, libraries, files, str(Path(source.name).resolve()), page_size, deciding])
+        resume = Resume(hashlib.sha256(key.encode()).hexdigest(), source_stat)
     written = write_beton(
-        out, source.samples, encode, workers=workers, on_bad=on_bad, progress=progress, page_size=page_size
+        out,
+        source.samples,
+        encode,
+        workers=workers,
+        on_bad=on_bad,
+        progress=progress,
+        page_size=page_size,
+        resume=resume,
     )
+    table = written.table.to_bytes()
+    write_sample_table(out, table)
     manifest = Manifest(
         num_samples=written.num_samples,
         classes=source.classes,
@@ -110,18 +238,21 @@ def _convert(
         skipped=written.skipped,
         source=source.name,
         options=options,
-        libraries={
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-            "libjpeg_turbo": str(features.version("libjpeg_turbo")),
-        },
+        libraries=libraries,
         file_bytes=written.file_bytes,
         sha256=written.sha256,
+        sample_bytes=written.sample_bytes,
+        page_size=page_size,
+        file_list_sha256=files,
+        sample_table_sha256=hashlib.sha256(table).hexdigest(),
+        shard=part,
+        superclasses=source.superclasses,
     )
     write_manifest(out, manifest)
-    return Conversion(out, manifest, time.perf_counter() - start)
+    return Conversion(out, manifest, time.perf_counter() - start, written.resumed)
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
+    """How many cores this process may use."""
     # Only Linux says how many cores this process may use; elsewhere take all.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,16 +18,23 @@ class BetonError(UserError):
 def exit_cleanly(main: Callable[[], None]) -> None:
     """Run a command's `main`; a `UserError` becomes one paragraph on stderr and exit code 2.
 
-    Ctrl-C becomes exit code 130, a reader of the output that went away 141.
+    Ctrl-C becomes exit code 130, a reader of the output that went away 141. Notes added to the exception are shown.
     """
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *_notes(error), sep="\n", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output is gone, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains while it exits
         sys.exit(141)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("interrupted", *_notes(interrupt), sep="\n", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as stop:  # a batch system's SIGTERM, or `sys.exit` of an argument parser
+        print(*_notes(stop), sep="\n", end="\n" if _notes(stop) else "", file=sys.stderr)
+        raise
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])

@@ -2,48 +2,88 @@
 
 Reasons, the first that holds (they are counted in the manifest):
 
-    format       not a baseline or progressive JPEG (PNG, GIF's first frame, lossless or arithmetic-coded JPEG, ...)
-    mode         a JPEG that is not 8-bit RGB (grey, CMYK)
-    orientation  its EXIF or XMP orientation is not 1; decoders disagree on whether to obey it, so the pixels are turned
-    resized      its longer side is above the limit
-    bytes        an RGB JPEG with more metadata than one page of a `.beton` can hold
-    passthrough  none of these: stored byte for byte
+    raw           pixels were asked for
+    coding        a JPEG that is not 8-bit Huffman-coded (arithmetic, lossless, 12 bits)
+    gray          a JPEG of one component
+    cmyk, ycck    a JPEG of four components, without and with Adobe's colour transform
+    orientation   a JPEG whose Exif or XMP orientation is not 1; decoders disagree on whether to obey it
+    resized       its longer side is above the limit
+    extraneous    a JPEG that decodes whole but has a few bytes too many, of which strict decoders complain
+    bytes         an RGB JPEG with more metadata than one page of a `.beton` can hold
+    baseline      a progressive JPEG, rewritten without loss because baseline was asked for
+    passthrough   none of these: stored byte for byte
+    16-bit, palette, alpha, png, bmp, gif, tiff, webp, ppm     other formats, by what makes them special, else by name
 """
 
 from __future__ import annotations
 
 import io
-import warnings
+import os
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from data_prep import jpeg_header, turbojpeg
 from data_prep.beton_format import MODE_JPEG, MODE_RAW, PAGE_SIZE
 from data_prep.errors import UserError
+from data_prep.jpeg_header import JpegHeader
 from data_prep.sources import Sample
 
 # Named one by one because a file's suffix proves nothing, and PIL would hand an EPS file to Ghostscript.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP")
+REASONS = tuple(
+    """passthrough raw baseline coding gray cmyk ycck orientation resized extraneous bytes
+    16-bit palette alpha png bmp gif tiff webp ppm""".split()
+)
 ORIENTATION_TAG = 0x0112
-HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)
-"""Start-of-frame markers (ITU T.81, table B.1) of the baseline, extended and progressive JPEG every decoder reads."""
+_TURNS = {  # Exif orientation -> what turns the stored pixels upright, as `ImageOps.exif_transpose` does
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 JPEG_MAX_SIDE = 65500
 """libjpeg's limit in pixels; just below the 65535 that a `.beton` can hold."""
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+"""Larger images are refused unread as possible decompression bombs: 179 million pixels, where PIL refuses too."""
+MAX_FILE_BYTES = 1 << 30
+EXTRANEOUS_SHARE = 0.01
+"""Extraneous bytes, as a share of the file, that a JPEG may have. Much more means that data were overwritten."""
 
 
 class BadImageError(UserError):
     """A file that is there but does not decode to an image we can store."""
 
     def __init__(self, path: str, reason: str) -> None:
-        # Both go to `args`, from which the exception is rebuilt when it comes back from a worker process.
         super().__init__(path, reason)
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """What decides the stored bytes of an image file."""
+
+    max_side: int = 500
+    """Pixels; longer sides are made smaller."""
+    quality: int = 90
+    """JPEG quality of converted images, 1..100."""
+    verify: Literal["decode", "header"] = "decode"
+    """Decode every image completely, or only parse JPEGs that can be stored as they are."""
+    baseline: bool = False
+    """Rewrite progressive JPEGs as baseline ones, without loss."""
+    raw: int | None = None
+    """Store this many pixels square, uncompressed, instead of JPEGs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +97,14 @@ class EncodedImage:
     data: bytes
     """A JPEG file, or uint8 pixels (height, width, 3) in C order."""
     reason: str
-    """Why it was converted, or "passthrough", or "raw"."""
+    """One of `REASONS`."""
+    source_stat: tuple[int, int] = (0, 0)
+    """Size in bytes and modification time in ns of the file it was made from; zeros where there is none."""
 
 
-def encode_file(sample: Sample, root: Path, max_side: int, quality: int) -> EncodedImage:
+def encode_file(sample: Sample, root: Path, options: ImageOptions) -> EncodedImage:
     """`encode_image` of the file that `sample` names below `root`."""
-    return encode_image(root / sample.name, max_side, quality)
+    return encode_image(root / sample.name, options)
 
 
 def encode_pixels(sample: Sample) -> EncodedImage:
@@ -72,78 +114,154 @@ def encode_pixels(sample: Sample) -> EncodedImage:
     return EncodedImage(MODE_RAW, width, height, sample.pixels.tobytes(), "raw")
 
 
-def encode_image(path: Path, max_side: int, quality: int) -> EncodedImage:
-    """Decode all of `path`; return its own bytes if they will do, else a JPEG of `quality` within `max_side` pixels.
+def encode_image(path: Path, options: ImageOptions) -> EncodedImage:
+    """The bytes of `path` as they are to be stored: its own if they will do, else a JPEG within the options' limits.
 
-    A conversion turns the image upright, lays transparency over white, scales 16-bit grey down to 8 bits, resizes with
-    an antialiasing Lanczos filter and drops metadata (colour profiles are not applied, as in every training loader).
+    A conversion turns the image upright, lays transparency over white, scales 16-bit grey down to 8 bits, resizes
+    without aliasing and drops metadata (colour profiles are not applied, as in every training loader). PIL may warn of
+    odd metadata; only an image that does not decode is bad.
     Raises `BadImageError` if it does not decode completely, `UserError` if it cannot be read at all.
     """
+    bad = partial(BadImageError, str(path))
     try:
-        data = path.read_bytes()
+        with path.open("rb", buffering=0) as file:
+            stat = os.fstat(file.fileno())
+            if stat.st_size > MAX_FILE_BYTES:
+                raise bad(f"the file has {stat.st_size:,} bytes, more than the limit of {MAX_FILE_BYTES:,}")
+            data = file.readall()
     except OSError as error:
         raise UserError(
             f"{path} cannot be read: {error.strerror}. Check for a broken link, its permissions and the disk."
         ) from error
-    bad = partial(BadImageError, str(path))
     if not data:
         raise bad("the file is empty")
-    # A library in this process may have switched on tolerance; a cut file must never pass.
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on odd metadata; all that decides is whether it decodes
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return _encode(image, data, max_side, quality)
+        mode, width, height, stored, reason = _encode(data, options)
     except (UserError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise bad("not an image in a known format") from error
-    except Image.DecompressionBombError as error:
-        raise bad(f"too many pixels, possibly a decompression bomb: {error}") from error
+    except _TooManyPixels as error:
+        raise bad(f"{error}; make the image smaller") from error
     except Exception as error:  # PIL's decoders raise nearly every built-in exception on damaged files
-        raise bad(f"does not decode: {type(error).__name__}: {error}") from error
+        raise bad(f"does not decode: {error or type(error).__name__}") from error
+    return EncodedImage(mode, width, height, stored, reason, (stat.st_size, stat.st_mtime_ns))
 
 
-def _encode(image: ImageFile.ImageFile, data: bytes, max_side: int, quality: int) -> EncodedImage:
-    reason = _why_convert(image, data, max_side)
-    if reason == "passthrough":
-        image.load()
-        return EncodedImage(MODE_JPEG, image.width, image.height, data, reason)
-    # Let libjpeg shrink large JPEGs while decoding, to twice the final size at least: 3 times as fast, same look.
-    width, height = _fit(image.size, max_side)
-    image.draft(None, (2 * width, 2 * height))
-    ImageOps.exif_transpose(image, in_place=True)
-    rgb = _to_rgb(image)
-    if max(rgb.size) > max_side:
-        rgb = rgb.resize(_fit(rgb.size, max_side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    rgb.save(buffer, "JPEG", quality=quality, subsampling="4:2:0", comment=b"")
-    return EncodedImage(MODE_JPEG, rgb.width, rgb.height, buffer.getvalue(), reason)
+class _TooManyPixels(ValueError):
+    pass
 
 
-def _why_convert(image: ImageFile.ImageFile, data: bytes, max_side: int) -> str:
-    if image.format != "JPEG" or _first_frame_marker(data) not in HUFFMAN_FRAMES:
-        return "format"
-    if image.mode != "RGB":
-        return "mode"
-    if image.getexif().get(ORIENTATION_TAG, 1) != 1:
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise _TooManyPixels(
+            f"{width} x {height} pixels are more than the limit of {MAX_PIXELS:,} (a decompression bomb?)"
+        )
+
+
+def _encode(data: bytes, options: ImageOptions) -> tuple[int, int, int, bytes, str]:
+    """Mode, width, height, bytes and reason."""
+    header = jpeg_header.read_header(data) if data.startswith(jpeg_header.START) else None
+    if header is None:
+        pixels, reason = _decode_with_pil(data)
+        return _encode_pixels(pixels, "raw" if options.raw else reason, options)
+    _check_pixels(header.width, header.height)
+    orientation = _orientation(data) if header.may_be_turned else 1
+    reason = _why_convert(data, header, orientation, options)
+    if reason != "passthrough":
+        return _encode_pixels(_decode_jpeg(data, header, orientation, reason, options), reason, options)
+    # A file cut short lacks its end marker: even where only headers are to be parsed that much is free to see.
+    if options.verify == "decode" or data.rfind(jpeg_header.END, -4096) < 0:
+        try:
+            turbojpeg.decode(data, header.width, header.height, colours="grey", shrink=8)
+        except turbojpeg.JpegDataError as error:
+            _raise_unless_extraneous(error, len(data))
+            pixels = turbojpeg.decode(data, header.width, header.height, stop_on_warning=False)
+            return _encode_pixels(pixels, "extraneous", options)
+    if options.baseline and header.frame == jpeg_header.PROGRESSIVE:
+        data, reason = turbojpeg.to_baseline(data), "baseline"
+    return MODE_JPEG, header.width, header.height, data, reason
+
+
+def _why_convert(data: bytes, header: JpegHeader, orientation: int, options: ImageOptions) -> str:
+    if options.raw:
+        return "raw"
+    if not _is_common(header):
+        return "coding"
+    if header.components != 3:
+        return "gray" if header.components == 1 else "ycck" if header.adobe_transform == 2 else "cmyk"
+    if orientation != 1:
         return "orientation"
-    if max(image.size) > max_side:
+    if max(header.width, header.height) > options.max_side:
         return "resized"
     return "bytes" if len(data) > PAGE_SIZE else "passthrough"
 
 
-def _first_frame_marker(data: bytes) -> int:
-    """Second byte of the first start-of-frame marker of a JPEG; -1 if its segments do not follow one another."""
-    offset = 2
-    while offset + 4 <= len(data) and data[offset] == 0xFF:
-        marker = data[offset + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return marker
-        # 0xFF may be repeated as filling; every other marker in front of the frame is followed by its length.
-        offset += 1 if marker == 0xFF else 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
-    return -1
+def _is_common(header: JpegHeader) -> bool:
+    huffman = header.frame in (jpeg_header.BASELINE, jpeg_header.EXTENDED, jpeg_header.PROGRESSIVE)
+    return huffman and header.precision == 8 and header.components in (1, 3, 4)
+
+
+def _raise_unless_extraneous(error: turbojpeg.JpegDataError, file_bytes: int) -> None:
+    """Let pass what some cameras write and every decoder skips: a few bytes between the last pixel and a marker."""
+    found = re.search(r"(\d+) extraneous bytes before marker", str(error))
+    if not error.is_warning or not found or int(found[1]) > EXTRANEOUS_SHARE * file_bytes:
+        raise error
+
+
+def _orientation(data: bytes) -> int:
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            orientation = image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # damaged Exif data do no harm to the pixels
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def _decode_jpeg(data: bytes, header: JpegHeader, orientation: int, reason: str, options: ImageOptions) -> np.ndarray:
+    """uint8 (height, width, 3), upright, at least twice as large as it will be stored or at its own size."""
+    if not _is_common(header):
+        return _decode_with_pil(data)[0]
+    width, height = header.width, header.height
+    if header.components == 4:
+        turbojpeg.decode(data, width, height, colours="cmyk", shrink=8)  # PIL would not see damage
+        return _decode_with_pil(data)[0]
+    shrink = _shrink(width, height, options)
+    try:
+        pixels = turbojpeg.decode(data, width, height, shrink=shrink)
+    except turbojpeg.JpegDataError as error:
+        _raise_unless_extraneous(error, len(data))
+        pixels = turbojpeg.decode(data, width, height, shrink=shrink, stop_on_warning=False)
+    if orientation != 1:
+        pixels = np.asarray(Image.fromarray(pixels).transpose(_TURNS[orientation]))
+    return pixels
+
+
+def _shrink(width: int, height: int, options: ImageOptions) -> Literal[1, 2, 4, 8]:
+    """How much libjpeg may shrink while decoding, which is much faster, for a good resize after it."""
+    scale = min(width, height) / options.raw if options.raw else max(width, height) / options.max_side
+    return 8 if scale >= 16 else 4 if scale >= 8 else 2 if scale >= 4 else 1
+
+
+def _decode_with_pil(data: bytes) -> tuple[np.ndarray, str]:
+    """uint8 (height, width, 3), upright, and the reason for the conversion."""
+    # A library in this process may have switched on tolerance; a cut file must never pass.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        _check_pixels(*image.size)
+        reason = _pil_reason(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(_to_rgb(image)), reason
+
+
+def _pil_reason(image: ImageFile.ImageFile) -> str:
+    if image.format in ("JPEG", "MPO"):
+        return "coding"
+    if image.mode.startswith("I"):
+        return "16-bit"
+    if image.mode in ("P", "PA"):
+        return "palette"
+    return "alpha" if image.has_transparency_data else str(image.format).lower()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -160,7 +278,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _fit(size: tuple[int, int], max_side: int) -> tuple[int, int]:
-    """(width, height) scaled down, aspect kept, so that the longer side is at most `max_side`; never below 1."""
-    scale = min(1.0, max_side / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+def _encode_pixels(pixels: np.ndarray, reason: str, options: ImageOptions) -> tuple[int, int, int, bytes, str]:
+    """Store uint8 (height, width, 3) as the options say."""
+    height, width, _ = pixels.shape
+    if options.raw:
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        square = _resize(pixels[top : top + side, left : left + side], options.raw, options.raw)
+        return MODE_RAW, options.raw, options.raw, square.tobytes(), reason
+    scale = min(1.0, options.max_side / max(height, width))
+    width, height = max(1, round(width * scale)), max(1, round(height * scale))
+    return MODE_JPEG, width, height, turbojpeg.encode(_resize(pixels, width, height), options.quality), reason
+
+
+def _resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Resize without aliasing; PIL's Hamming filter is about as sharp as its Lanczos here, at half the time."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    grows = height > pixels.shape[0] or width > pixels.shape[1]
+    kernel = Image.Resampling.BICUBIC if grows else Image.Resampling.HAMMING
+    return np.asarray(Image.fromarray(pixels).resize((width, height), kernel))

@@ -1,23 +1,24 @@
 """The sidecar `FILE.beton.json`: what a `.beton` cannot say itself (class names, origin, checksum, what was skipped).
 
-Its order of writing: the old manifest is removed, the new `.beton` takes its name, the new manifest takes its name.
-Two renames cannot be one step, so a crash may leave a `.beton` without a manifest, but never one beside the manifest
-of another file.
+Its order of writing: the old sidecars are removed, the new `.beton` takes its name, then the new sample table, last the
+new manifest. Renames cannot be one step, so a crash may leave a `.beton` without a manifest, but never one beside the
+manifest of another file.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from data_prep.atomic import replacing, sync_directory
 from data_prep.errors import BetonError
+from data_prep.sources import Superclasses
 
 SCHEMA_VERSION = 1
 """Goes up when the meaning of a key changes; new keys alone leave it, since readers ignore keys they do not know."""
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Goes up when the same source and options give other bytes than before."""
 
 
@@ -41,13 +42,24 @@ class Manifest:
     skipped: tuple[Skipped, ...]
     source: str
     """The source as the user gave it."""
-    options: dict[str, str | int | None]
+    options: dict[str, str | int | bool | None]
     """The options that decide the bytes; the number of workers is not one of them."""
     libraries: dict[str, str]
     """Versions of what decoded and encoded the images."""
     file_bytes: int
     sha256: str
     """Hexadecimal, of the whole `.beton`."""
+    sample_bytes: int = 0
+    """Sum of the samples' sizes; the rest of `file_bytes` is tables and padding."""
+    page_size: int = 0
+    file_list_sha256: str = ""
+    """Of the labels and names of all source images, see `data_prep.sources.file_list_sha256`."""
+    sample_table_sha256: str = ""
+    """Of the sidecar `FILE.beton.samples`."""
+    shard: tuple[int, int] | None = None
+    """(i, n): this is part i of n, counted from 1."""
+    superclasses: Superclasses | None = None
+    """A coarser grouping of the classes."""
     schema_version: int = SCHEMA_VERSION
     converter_version: int = CONVERTER_VERSION
 
@@ -96,10 +108,12 @@ def _from_json(content: Any) -> Manifest:
         raise TypeError(f"expected an object, found {type(content).__name__}")
     if content["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"schema_version is {content['schema_version']!r}, expected {SCHEMA_VERSION}")
-    values = {field.name: content[field.name] for field in fields(Manifest)}
+    # Keys that came later have defaults, so that a manifest of an earlier converter is read too.
+    always = {f.name for f in fields(Manifest) if f.default is MISSING} | {"schema_version", "converter_version"}
+    values = {f.name: content[f.name] if f.name in always else content.get(f.name, f.default) for f in fields(Manifest)}
     for names, kind in (
-        (("num_samples", "file_bytes", "converter_version"), int),
-        (("source", "sha256"), str),
+        (("num_samples", "file_bytes", "converter_version", "sample_bytes", "page_size"), int),
+        (("source", "sha256", "file_list_sha256", "sample_table_sha256"), str),
         (("classes", "skipped"), list),
         (("reasons", "options", "libraries"), dict),
     ):
@@ -108,5 +122,12 @@ def _from_json(content: Any) -> Manifest:
                 raise TypeError(f"{name} is {type(values[name]).__name__}, expected {kind.__name__}")
     if not all(isinstance(name, str) for name in values["classes"]):
         raise TypeError("classes holds something that is not a string")
-    skipped = tuple(Skipped(name=entry["name"], reason=entry["reason"]) for entry in values.pop("skipped"))
-    return Manifest(**{**values, "classes": tuple(values["classes"])}, skipped=skipped)
+    values["skipped"] = tuple(Skipped(name=entry["name"], reason=entry["reason"]) for entry in values["skipped"])
+    values["classes"] = tuple(values["classes"])
+    if values["shard"] is not None:
+        index, count = values["shard"]
+        values["shard"] = int(index), int(count)
+    if values["superclasses"] is not None:
+        names, of_class = values["superclasses"]["names"], values["superclasses"]["of_class"]
+        values["superclasses"] = Superclasses(tuple(map(str, names)), tuple(map(int, of_class)))
+    return Manifest(**values)

@@ -1,33 +1,48 @@
-"""Write a `.beton`: the same bytes for any number of workers, complete or not there at all."""
+"""Write a `.beton`: the same bytes for any number of workers and interruptions, complete or not there at all."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from data_prep import beton_format as layout
-from data_prep.atomic import replacing
 from data_prep.errors import UserError
-from data_prep.jpeg import BadImageError, EncodedImage
+from data_prep.jpeg import REASONS, BadImageError, EncodedImage
 from data_prep.manifest import Skipped, remove_manifest
 from data_prep.parallel import map_ordered
+from data_prep.partial import BAD, RECORD, STORED, PartialFile, resumable
 from data_prep.progress import ConversionProgress
+from data_prep.sample_table import SampleTable, checksum, sample_table_path
 from data_prep.sources import Sample
 
 BAD_IMAGES_SHOWN = 10
+"""Where nothing at all is good; else every bad image is listed."""
+
+Encode = Callable[[Sample], EncodedImage]
 
 
 @dataclass(frozen=True)
+class Resume:
+    """What `write_beton` needs to go on with an interrupted run."""
+
+    key: str
+    """64 hexadecimal digits for all that decides the output."""
+    source_stat: Callable[[Sample], tuple[int, int]]
+    """A sample's size in bytes and modification time in ns now, to compare with `EncodedImage.source_stat`."""
+
+
+@dataclass
 class Written:
     """What `write_beton` wrote."""
 
@@ -36,52 +51,133 @@ class Written:
     skipped: tuple[Skipped, ...]
     file_bytes: int
     sha256: str
+    sample_bytes: int
+    """Sum of the samples' sizes."""
+    table: SampleTable
+    resumed: int = 0
+    """How many images an interrupted run had finished."""
 
 
 def write_beton(
     out: Path,
     samples: Sequence[Sample],
-    encode: Callable[[Sample], EncodedImage],
+    encode: Encode,
     *,
     workers: int = 1,
     on_bad: Literal["error", "skip"] = "error",
     progress: bool = False,
     page_size: int = layout.PAGE_SIZE,
+    resume: Resume | None = None,
 ) -> Written:
     """Encode `samples` in order and write them to `out`, which appears, or is replaced, in one step at the end.
 
-    `encode` must pickle if `workers` > 1. Where it raises `BadImageError` the image is left out (`on_bad="skip"`), or
-    all bad images are collected and nothing is written ("error"). A manifest beside an older `out` is removed, since it
-    describes another file. `progress` shows a bar on stderr if that is a terminal.
-    Raises `UserError`: bad images, an image larger than a page, a full disk, a dead worker.
+    `encode` runs in `workers` threads. Where it raises `BadImageError` the image is left out (`on_bad="skip"`), or all
+    bad images are listed and the file does not appear ("error"). The sidecars of an older `out` are removed, since they
+    describe another file. With `resume` an interrupted run is continued, and can be; without it
+    nothing is kept. `progress` shows a bar on stderr if that is a terminal.
+
+    Memory: tables of 50 bytes a sample, its name, one page, and the encoded images that wait for their turn (48 a
+    worker); see `map_ordered`.
+    Raises `UserError`: bad images, an image larger than a page, a full disk, another process at the same file.
     """
-    bad: list[Skipped] = []
-    reasons: Counter[str] = Counter()
-    with replacing(out) as file, ConversionProgress(len(samples), progress) as bar:
-        beton = _BetonFile(file, len(samples), page_size)
-        results = map_ordered(partial(_encode_or_report, encode), samples, workers)
+    report = partial(_encode_or_report, encode)
+    with (
+        resumable(out, resume.key if resume else None) as partial_file,
+        ConversionProgress(len(samples), progress) as bar,
+    ):
+        work = _Work(_BetonFile(partial_file, len(samples), page_size), bar, on_bad == "skip")
+        done = _replay(partial_file, samples, report, resume, work) if resume else 0
+        results = map_ordered(report, islice(samples, done, None), workers)
         with closing(results):
-            for sample, image in zip(samples, results, strict=True):
-                if isinstance(image, Skipped):
-                    bad.append(image)
-                elif not bad or on_bad == "skip":  # otherwise the file is lost: only look for more bad images
-                    beton.append(sample, image)
-                    reasons[image.reason] += 1
-                bar.advance(0 if isinstance(image, Skipped) else len(image.data))
+            for sample, image in zip(islice(samples, done, None), results, strict=True):
+                work.add(sample, image)
+        beton, bad = work.beton, work.bad
         if bad and (on_bad == "error" or beton.num_samples == 0):
             raise UserError(_bad_images_message(bad, len(samples)))
         if beton.num_samples == 0:
             raise UserError(f"{out} would hold no images. Check the source.")
         file_bytes = beton.finish()
         bar.describe("checksum")
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        # Side by side: the disk takes the last pages while the checksum is computed from memory. A failing disk shows
+        # here, while an older output and its sidecars are still untouched.
+        with ThreadPoolExecutor(1) as pool:
+            on_disk = pool.submit(os.fsync, partial_file.file.fileno())
+            partial_file.file.seek(0)
+            sha256 = hashlib.file_digest(partial_file.file, "sha256").hexdigest()
+            on_disk.result()
         # The last thing before the rename, see `data_prep.manifest`.
         remove_manifest(out)
-    return Written(beton.num_samples, dict(sorted(reasons.items())), tuple(bad), file_bytes, sha256)
+        sample_table_path(out).unlink(missing_ok=True)
+    names = (sample.name for sample, stored in zip(samples, beton.stored, strict=True) if stored)
+    n = beton.num_samples
+    table = SampleTable.of(beton.checksums[:n], beton.reasons[:n], names)
+    reasons = dict(sorted(work.reasons.items()))
+    sample_bytes = int(beton.sizes.sum(dtype=np.uint64))
+    return Written(n, reasons, tuple(bad), file_bytes, sha256, sample_bytes, table, done)
 
 
-def _encode_or_report(encode: Callable[[Sample], EncodedImage], sample: Sample) -> EncodedImage | Skipped:
+@dataclass
+class _Work:
+    """What the loop over the samples updates."""
+
+    beton: _BetonFile
+    bar: ConversionProgress
+    skip_bad: bool
+    bad: list[Skipped] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, sample: Sample, image: EncodedImage | Skipped) -> None:
+        if isinstance(image, Skipped):
+            self.bad.append(image)
+            if self.skip_bad:
+                self.beton.append_bad()
+        elif not self.bad or self.skip_bad:  # otherwise the file is lost: only look for more bad images
+            self.beton.append(sample, image)
+            self.reasons[image.reason] += 1
+        self.bar.advance(0 if isinstance(image, Skipped) else len(image.data), self.reasons, len(self.bad))
+
+
+def _replay(
+    partial_file: PartialFile,
+    samples: Sequence[Sample],
+    report: Callable[[Sample], EncodedImage | Skipped],
+    resume: Resume,
+    work: _Work,
+) -> int:
+    """Take over what an interrupted run finished, as long as it is still true; return how many samples that is.
+
+    Every sample's data are read back and compared with their checksum, and its source file must not have changed.
+    """
+    beton, count = work.beton, 0
+    beton.replaying = True
+    work.bar.describe("resume")
+    for record, sample in zip(partial_file.records(), samples, strict=False):
+        image: EncodedImage | Skipped
+        if record["outcome"] == BAD:
+            image = report(sample)
+            if not isinstance(image, Skipped) or not work.skip_bad:
+                break
+        elif record["outcome"] == STORED and record["reason"] < len(REASONS):
+            stat = int(record["source_size"]), int(record["source_mtime_ns"])
+            size = int(record["size"])
+            if resume.source_stat(sample) != stat or size > beton.page_size:
+                break
+            data = beton.read_at(beton.next_pointer(size), size)
+            mode, width, height = (int(record[name]) for name in ("mode", "width", "height"))
+            image = EncodedImage(mode, width, height, data, REASONS[record["reason"]], stat)
+            if len(data) != size or beton.checksum_of(sample, image) != record["checksum"]:
+                break
+        else:
+            break
+        work.add(sample, image)
+        count += 1
+    beton.replaying = False
+    partial_file.keep_records(count - len(beton.unwritten))
+    work.bar.describe("convert")
+    return count
+
+
+def _encode_or_report(encode: Encode, sample: Sample) -> EncodedImage | Skipped:
     try:
         return encode(sample)
     except BadImageError as error:
@@ -91,32 +187,62 @@ def _encode_or_report(encode: Callable[[Sample], EncodedImage], sample: Sample) 
 
 
 def _bad_images_message(bad: list[Skipped], total: int) -> str:
-    lines = [f"  {image.name}: {image.reason}" for image in bad[:BAD_IMAGES_SHOWN]]
-    if len(bad) > BAD_IMAGES_SHOWN:
-        lines.append(f"  ... and {len(bad) - BAD_IMAGES_SHOWN:,} more")
+    shown = bad if len(bad) < total else bad[:BAD_IMAGES_SHOWN]
+    lines = [f"  {image.name}: {image.reason}" for image in shown]
+    if len(bad) > len(shown):
+        lines.append(f"  ... and {len(bad) - len(shown):,} more")
     what = f"{len(bad):,} of {total:,} images cannot be converted, so nothing was written:"
     advice = "Check the source." if len(bad) == total else "Mend or remove them, or leave them out with --on-bad skip."
     return "\n".join([what, *lines, advice])
 
 
 class _BetonFile:
-    """The growing file: samples go into pages, the tables into memory (48 bytes a sample), the header in last."""
+    """The growing file: samples go into pages, the tables into memory (46 bytes a sample), the header in last."""
 
-    def __init__(self, file: io.BufferedRandom, capacity: int, page_size: int) -> None:
-        self.file, self.page_size = file, page_size
-        self.rows = np.zeros(capacity, layout.SAMPLE)
-        self.table = np.zeros(capacity, layout.ALLOCATION)
-        self.num_samples = 0
+    def __init__(self, partial_file: PartialFile, capacity: int, page_size: int) -> None:
+        self.partial_file, self.file, self.page_size = partial_file, partial_file.file, page_size
+        self.rows = bytearray(capacity * layout.SAMPLE.itemsize)
+        self.pointers = np.zeros(capacity, np.uint64)
+        self.sizes = np.zeros(capacity, np.uint32)
+        self.checksums = np.zeros(capacity, np.uint64)
+        self.reasons = np.zeros(capacity, np.uint8)
+        self.stored = np.zeros(capacity, bool)
+        self.num_samples = self.num_seen = 0
+        self.unwritten: list[tuple[int, ...]] = []
+        """Journal records of the page in memory."""
+        self.replaying = False
+        """The pages are on the disk already."""
         self.page = bytearray(page_size)
         self.page_used = 0
-        self.page_start = layout.align_to_page(layout.METADATA_START + self.rows.nbytes, page_size)
+        self.page_start = layout.align_to_page(layout.METADATA_START + len(self.rows), page_size)
+
+    def next_pointer(self, size: int) -> int:
+        """Where a sample of `size` bytes goes."""
+        start, used = self.page_start, self.page_used
+        return start + used if used + size <= self.page_size else start + self.page_size
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Bytes of the file; fewer at its end."""
+        return os.pread(self.file.fileno(), size, offset)
+
+    def checksum_of(self, sample: Sample, image: EncodedImage) -> int:
+        """`checksum` of the next sample."""
+        pointer = self.next_pointer(len(image.data))
+        row = layout.PACK_SAMPLE.pack(image.mode, image.width, image.height, pointer, sample.label)
+        return checksum(row, image.data)
+
+    def append_bad(self) -> None:
+        """Note a sample that is left out."""
+        self.num_seen += 1
+        self.unwritten.append((BAD, 0, 0, 0, 0, 0, 0, 0, 0))
 
     def append(self, sample: Sample, image: EncodedImage) -> None:
+        """Add a sample. Raises `UserError` if it does not fit a page or the format."""
         size = len(image.data)
         if size > self.page_size:
             raise UserError(
                 f"{sample.name} takes {size:,} bytes, more than the {self.page_size:,} of a page. "
-                "Lower --max-side or --quality."
+                "Lower --max-side, --quality or --raw."
             )
         if not (1 <= image.width <= 65535 and 1 <= image.height <= 65535):
             raise UserError(
@@ -125,35 +251,47 @@ class _BetonFile:
             )
         if self.page_used + size > self.page_size:
             self._flush_page()
-        pointer = self.page_start + self.page_used
+        n, pointer, reason = self.num_samples, self.page_start + self.page_used, REASONS.index(image.reason)
         self.page[self.page_used : self.page_used + size] = image.data
         self.page_used += size
-        self.rows[self.num_samples] = ((image.mode, image.width, image.height, pointer), sample.label)
-        self.table[self.num_samples] = (self.num_samples, pointer, size)
+        row = layout.PACK_SAMPLE.pack(image.mode, image.width, image.height, pointer, sample.label)
+        self.rows[n * len(row) : (n + 1) * len(row)] = row
+        self.pointers[n], self.sizes[n] = pointer, size
+        self.checksums[n] = code = checksum(row, image.data)
+        self.reasons[n] = reason
+        self.stored[self.num_seen] = True
         self.num_samples += 1
+        self.num_seen += 1
+        self.unwritten.append((STORED, image.mode, reason, image.width, image.height, size, code, *image.source_stat))
 
     def _flush_page(self) -> None:
         # Whole pages only, as FFCV writes them: its page cache reads whole ones.
         self.page[self.page_used :] = bytes(self.page_size - self.page_used)
-        self.file.seek(self.page_start)
-        self.file.write(self.page)
+        if not self.replaying:
+            self.file.seek(self.page_start)
+            self.file.write(self.page)
+            self.partial_file.add_records(np.array(self.unwritten, RECORD))
+        self.unwritten.clear()
         self.page_start += self.page_size
         self.page_used = 0
 
     def finish(self) -> int:
         """Write the tables and, last, the header; return the file's size in bytes."""
         self._flush_page()
-        self.file.write(self.table[: self.num_samples].tobytes())
+        table = np.zeros(self.num_samples, layout.ALLOCATION)
+        table["sample_id"] = np.arange(self.num_samples)
+        table["ptr"], table["size"] = self.pointers[: self.num_samples], self.sizes[: self.num_samples]
+        self.file.seek(self.page_start)
+        self.file.write(table.tobytes())
         file_bytes = self.file.tell()
+        self.file.truncate(file_bytes)
         fields = np.zeros(2, layout.FIELD)
         fields["type_id"] = layout.TYPE_RGB_IMAGE, layout.TYPE_INT
         fields["name"] = b"image", b"label"
         self.file.seek(layout.HEADER.itemsize)
-        self.file.write(fields.tobytes() + self.rows[: self.num_samples].tobytes())
+        self.file.write(fields.tobytes() + self.rows[: self.num_samples * layout.SAMPLE.itemsize])
         header = np.array((layout.VERSION, 2, self.page_size, self.num_samples, self.page_start), layout.HEADER)
         self.file.seek(0)
         self.file.write(header.tobytes())
-        # Find out about a failing disk now, while an older output and its manifest are still untouched.
         self.file.flush()
-        os.fsync(self.file.fileno())
         return file_bytes

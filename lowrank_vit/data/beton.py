@@ -1,50 +1,76 @@
-"""The index of a `.beton`: what its samples are and where they lie, without decoding any."""
+"""The index of a `.beton`, or of its parts: what its samples are and where they lie, without decoding any."""
 
 from __future__ import annotations
 
 import os
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.beton_format import MODE_RAW, read_tables
 from data_prep.errors import BetonError
-from data_prep.manifest import manifest_path, read_manifest
+from data_prep.manifest import Manifest, manifest_path, read_manifest
+from data_prep.parts import find_parts
+from data_prep.sample_table import read_sample_table, sample_table_path
+from lowrank_vit.data.mapped_files import map_files
 
 
 class Beton:
-    """A safely opened `.beton` of N images with integer labels.
+    """A safely opened `.beton` of N images with integer labels, in one file or in parts.
+
+    `path` FILE.beton stands for FILE-1-of-n.beton and so on where it is not there itself; a list of files is taken as
+    parts in that order. Sample ids run through the parts, so that they are those of the undivided file.
 
     Opening checks the header, the metadata and the allocation table, and the manifest if one lies beside the file;
     anything wrong is a `BetonError` that names the file and the next step. Samples are memory-mapped, not read.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        tables = read_tables(self.path)
-        self.num_samples = len(tables.labels)
-        self.heights, self.widths = tables.heights, tables.widths
+    def __init__(self, path: str | os.PathLike[str] | list[Path]) -> None:
+        if isinstance(path, list):
+            self.path, self.parts = path[0], path
+        else:
+            self.path = Path(path)
+            self.parts = [self.path] if self.path.exists() else find_parts(self.path) or [self.path]
+        tables = [read_tables(part) for part in self.parts]
+        self._file_sizes = [t.file_bytes for t in tables]
+        self._first_ids = np.cumsum([0, *(len(t.labels) for t in tables)]).tolist()
+        self.num_samples: int = self._first_ids[-1]
+        self.heights = np.concatenate([t.heights for t in tables])
+        self.widths = np.concatenate([t.widths for t in tables])
         """int32 (N,), pixels."""
-        self.labels = tables.labels
+        self.labels = np.concatenate([t.labels for t in tables])
         """int64 (N,)."""
-        self.pointers, self.sizes = tables.pointers, tables.sizes
+        self.modes = np.concatenate([t.modes for t in tables])
+        """uint8 (N,): MODE_JPEG or MODE_RAW."""
+        self._pointers, self.sizes = [t.pointers for t in tables], np.concatenate([t.sizes for t in tables])
         """int64 (N,), bytes."""
-        self.is_raw = bool((tables.modes == MODE_RAW).all())
+        self.is_raw = bool((self.modes == MODE_RAW).all())
         self.classes = self._read_classes()
         """Class names in label order, or None without a manifest."""
 
     def _read_classes(self) -> list[str] | None:
-        if not manifest_path(self.path).exists():
+        manifests = [self._read_manifest(n) for n in range(len(self.parts))]
+        known = [m for m in manifests if m is not None]
+        for one, other in pairwise(known):
+            if one.classes != other.classes:
+                raise BetonError(f"{self.path}: its parts have different classes. Convert all parts from one source.")
+        return list(known[0].classes) if known else None
+
+    def _read_manifest(self, part: int) -> Manifest | None:
+        path = self.parts[part]
+        if not manifest_path(path).exists():
             return None
-        manifest = read_manifest(self.path)
-        if manifest.num_samples != self.num_samples or manifest.file_bytes != self.path.stat().st_size:
+        manifest = read_manifest(path)
+        num_samples = self._first_ids[part + 1] - self._first_ids[part]
+        if manifest.num_samples != num_samples or manifest.file_bytes != self._file_sizes[part]:
             raise BetonError(
-                f"{self.path} does not belong to its manifest {manifest_path(self.path).name}: the manifest speaks of "
-                f"{manifest.num_samples} samples in {manifest.file_bytes} bytes, the file has {self.num_samples} "
-                f"samples in {self.path.stat().st_size} bytes. Convert it again with `python -m data_prep`."
+                f"{path} does not belong to its manifest {manifest_path(path).name}: the manifest speaks of "
+                f"{manifest.num_samples} samples in {manifest.file_bytes} bytes, the file has {num_samples} "
+                f"samples in {self._file_sizes[part]} bytes. Convert it again with `python -m data_prep`."
             )
-        return list(manifest.classes)
+        return manifest
 
     @property
     def num_classes(self) -> int:
@@ -57,11 +83,31 @@ class Beton:
         return bool((self.heights == self.heights[0]).all() and (self.widths == self.widths[0]).all())
 
     @cached_property
+    def _mapped(self) -> tuple[np.ndarray, list[int]]:
+        return map_files(self.parts, self._file_sizes)
+
+    @property
     def bytes(self) -> np.ndarray:
-        """uint8 (file size,): the whole file, read-only, mapped on first use."""
-        return np.memmap(self.path, np.uint8, mode="r")
+        """uint8 (bytes of all parts,): the whole set, read-only, mapped on first use."""
+        return self._mapped[0]
+
+    @cached_property
+    def pointers(self) -> np.ndarray:
+        """int64 (N,): where each sample begins in `bytes`."""
+        starts = self._mapped[1]
+        return np.concatenate([pointers + start for pointers, start in zip(self._pointers, starts, strict=True)])
 
     def sample(self, sample_id: int) -> np.ndarray:
         """uint8 (size,): one sample's stored bytes, a read-only view of the map."""
         start = self.pointers[sample_id]
         return self.bytes[start : start + self.sizes[sample_id]]
+
+    def describe(self, sample_id: int) -> str:
+        """A sample in words: its file, its number there, and its source file where that is known."""
+        part = int(np.searchsorted(self._first_ids, sample_id, side="right")) - 1
+        path, local = self.parts[part], sample_id - self._first_ids[part]
+        words = f"{path}: sample {local}"
+        if sample_table_path(path).exists() and manifest_path(path).exists():
+            source = Path(read_manifest(path).source) / read_sample_table(path).names[local]
+            words += f" (from {source})"
+        return words

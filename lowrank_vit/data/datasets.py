@@ -5,22 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_prep.errors import UserError
+from data_prep.parts import find_parts
 from lowrank_vit.data.beton import Beton
 
 
 def open_datasets(dataset: str, data_dir: Path, num_classes: int | None) -> tuple[Beton, Beton, int]:
-    """Open a folder with train.beton and val.beton: training set, validation set, number of classes.
+    """Open a folder with train.beton and val.beton, or their parts: training set, validation set, number of classes.
 
     `dataset` "digits" writes both files there first if neither exists. Raises `UserError` if a file is missing or
     damaged, if the two sets disagree about their classes, or if `num_classes` is too small for the labels.
     """
     paths = [data_dir / "train.beton", data_dir / "val.beton"]
     if dataset == "digits" and not any(path.exists() for path in paths):  # never over a file of the user's
-        from data_prep.__main__ import convert_digits
+        from data_prep.convert import convert_digits
 
         convert_digits(data_dir)
     for path in paths:
-        if not path.exists():
+        if not path.exists() and not find_parts(path):
             raise UserError(
                 f"--data-dir {data_dir}: {path.name} is not there. Write it with `python -m data_prep imagefolder "
                 f"--src DIR --out {path}`, or train on the embedded digits with --dataset digits."

@@ -140,7 +140,7 @@ class FfcvBackend:
         # would also change numba's uint8 array type for the whole process (`state_type` sets its `mutable`).
         with patch.object(OSCacheManager, "compile_reader", lambda manager: None):
             self._loader: Any = loader_class(
-                str(beton.path),
+                str(beton.parts[0]),
                 batch_size=plan.batch_size,
                 num_workers=min(workers, numba.config.NUMBA_NUM_THREADS),  # type: ignore[attr-defined]
                 os_cache=True,
@@ -150,7 +150,7 @@ class FfcvBackend:
                 pipelines={"image": [_PlannedDecoder(plan.img_size)], "label": None},
             )
         torch.set_num_threads(torch_threads)  # FFCV sets it to its own number of workers
-        self._narrow = self._loader.reader.metadata
+        self._loader.memory_manager.context.mmap = beton.bytes  # all parts of the set, where FFCV would map one file
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
 
@@ -189,15 +189,15 @@ class FfcvBackend:
             Image.open(io.BytesIO(self._beton.sample(sample_id).tobytes())).load()
         except (OSError, ValueError, SyntaxError) as error:
             raise BetonError(
-                f"{self._beton.path}: sample {sample_id} does not decode as a JPEG ({error}); the file is damaged. "
+                f"{self._beton.describe(sample_id)} does not decode as a JPEG ({error}); the file is damaged. "
                 "Convert it again with `python -m data_prep`."
             ) from error
 
     def _planned_metadata(self, plans: list[Any]) -> np.ndarray:
-        wide = np.zeros(len(self._narrow), _PLANNED_SAMPLE)
-        for name in IMAGE.names or ():
-            wide["f0"][name] = self._narrow["f0"][name]
-        wide["f0"]["data_size"] = self._beton.sizes
+        wide, beton = np.zeros(self._beton.num_samples, _PLANNED_SAMPLE), self._beton
+        columns = {"mode": beton.modes, "width": beton.widths, "height": beton.heights}
+        for name, values in {**columns, "data_ptr": beton.pointers, "data_size": beton.sizes}.items():
+            wide["f0"][name] = values
         windows = np.concatenate([plan.windows for plan in plans])
         for column, name in enumerate(("top", "left", "crop_height", "crop_width")):
             wide["f0"][name][self._order.ids] = windows[:, column]

@@ -1,4 +1,9 @@
-"""The slow twin of reading: FFCV's own, unmodified `Loader` reads what `data_prep` writes, and the other way round."""
+"""The slow twin of reading: FFCV's own `Loader` reads what `data_prep` writes, and the other way round.
+
+FFCV's code is as it comes, but for one type: `OSCacheManager.state_type` changes numba's interned array type, for the
+whole process, after which other compiled code no longer finds its own types. A type of the same meaning is put in its
+place, and the same reader is compiled with it, so that this file may run in one process with others.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import cv2
+import numba
 import numpy as np
 import pytest
 import skimage.data
@@ -14,17 +20,36 @@ from ffcv.fields import IntField, RGBImageField
 from ffcv.fields.basics import IntDecoder
 from ffcv.fields.rgb_image import CenterCropRGBImageDecoder, SimpleRGBImageDecoder
 from ffcv.loader import Loader, OrderOption
+from ffcv.memory_managers import OSCacheManager
+from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.operation import Operation
 from ffcv.writer import DatasetWriter
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
 
 from data_prep.beton_format import MODE_JPEG, MODE_RAW, read_tables
 from data_prep.convert import convert_digits, convert_image_folder
-from data_prep.sources import digits_indices, image_folder
+from data_prep.image_folder import image_folder
+from data_prep.jpeg import ImageOptions
+from data_prep.sources import digits_indices
 
 JPEG_TOLERANCE = 2.0
 """Mean difference in grey levels: FFCV asks libjpeg-turbo for its fast inverse DCT, PIL for the exact one."""
+
+
+@pytest.fixture(autouse=True)
+def _types_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, table = numba.types.Array(numba.uint8, 1, "C", readonly=True), numba.uint64[::1]
+    state_type = numba.types.Tuple([data, table, table])
+
+    def read(address, state):
+        size = state[2][np.searchsorted(state[1], address)]
+        return state[0][address : address + size]
+
+    monkeypatch.setattr(OSCacheManager, "state_type", state_type)
+    monkeypatch.setattr(
+        OSCacheManager, "compile_reader", lambda manager: Compiler.compile(read, data(numba.uint64, state_type))
+    )
 
 
 def read_all(beton: Path, decoder: Operation, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +110,7 @@ def test_photographs_of_one_size_match_pil(photos: Path, tmp_path: Path) -> None
     for name in names:
         (tmp_path / "src" / "view" / name).symlink_to(photos / "thing" / name)
     out = tmp_path / "view.beton"
-    conversion = convert_image_folder(tmp_path / "src", out, max_side=640, workers=1)
+    conversion = convert_image_folder(tmp_path / "src", out, image=ImageOptions(max_side=640), workers=1)
     assert conversion.manifest.reasons == {"passthrough": 3}
     images, labels = read_all(out, SimpleRGBImageDecoder(), 3)
     assert labels.tolist() == [0, 0, 0]
@@ -97,8 +122,10 @@ def test_photographs_of_one_size_match_pil(photos: Path, tmp_path: Path) -> None
 
 def test_photographs_of_many_sizes_match_pil(photos: Path, tmp_path: Path) -> None:
     """Mixed formats and sizes, resized to 256: FFCV's centre crop against PIL's decode with the same crop."""
-    conversion = convert_image_folder(photos, tmp_path / "photos.beton", max_side=256, quality=95, workers=1)
-    assert conversion.manifest.reasons == {"format": 2, "resized": 4}
+    conversion = convert_image_folder(
+        photos, tmp_path / "photos.beton", image=ImageOptions(max_side=256, quality=95), workers=1
+    )
+    assert conversion.manifest.reasons == {"png": 2, "resized": 4}
     images, labels = read_all(tmp_path / "photos.beton", CenterCropRGBImageDecoder((96, 96), 1.0), 6)
     source = image_folder(photos)
     assert labels.tolist() == [sample.label for sample in source.samples]
@@ -112,6 +139,44 @@ def test_photographs_of_many_sizes_match_pil(photos: Path, tmp_path: Path) -> No
         crop = np.ascontiguousarray(pixels[top : top + side, left : left + side])
         expected = cv2.resize(crop, (96, 96), interpolation=cv2.INTER_AREA)
         assert np.abs(image.astype(np.int64) - expected).mean() < 2 * JPEG_TOLERANCE, sample.name
+
+
+def test_lossless_baseline_is_read_as_the_progressive_source_is(photos: Path, tmp_path: Path) -> None:
+    """FFCV decodes the rewritten JPEGs to the very pixels of the progressive ones."""
+    (tmp_path / "src" / "view").mkdir(parents=True)
+    for name in ("china.jpg", "flower.jpg", "rocket.jpg"):
+        with Image.open(photos / "thing" / name) as image:
+            image.save(tmp_path / "src" / "view" / name, quality=92, progressive=True)
+    images = []
+    for baseline in (False, True):
+        options = ImageOptions(max_side=640, baseline=baseline)
+        manifest = convert_image_folder(tmp_path / "src", tmp_path / "a.beton", image=options, workers=1).manifest
+        assert manifest.reasons == {"baseline" if baseline else "passthrough": 3}
+        images.append(read_all(tmp_path / "a.beton", SimpleRGBImageDecoder(), 3)[0])
+    assert np.array_equal(*images)
+
+
+def test_raw_photographs_are_read_exactly(photos: Path, tmp_path: Path) -> None:
+    convert_image_folder(photos, tmp_path / "raw.beton", image=ImageOptions(raw=64), workers=2)
+    images, labels = read_all(tmp_path / "raw.beton", SimpleRGBImageDecoder(), 4)
+    source = image_folder(photos)
+    assert labels.tolist() == [sample.label for sample in source.samples]
+    for image, sample in zip(images, source.samples, strict=True):
+        with Image.open(photos / sample.name) as original:
+            twin = ImageOps.fit(original.convert("RGB"), (64, 64), Image.Resampling.HAMMING)
+        assert np.abs(image.astype(np.int64) - np.asarray(twin)).mean() < 2.5, sample.name
+
+
+def test_parts_are_read_one_by_one(photos: Path, tmp_path: Path) -> None:
+    whole = convert_image_folder(photos, tmp_path / "whole.beton", image=ImageOptions(raw=48), workers=1)
+    expected = read_all(whole.beton, SimpleRGBImageDecoder(), 6)
+    parts = [
+        convert_image_folder(photos, tmp_path / "a.beton", image=ImageOptions(raw=48), part=(i, 3), workers=1)
+        for i in (1, 2, 3)
+    ]
+    read = [read_all(part.beton, SimpleRGBImageDecoder(), 2) for part in parts]
+    assert np.array_equal(np.concatenate([images for images, _ in read]), expected[0])
+    assert np.array_equal(np.concatenate([labels for _, labels in read]), expected[1])
 
 
 def test_files_of_the_stock_writer_are_understood(photos: Path, tmp_path: Path) -> None:

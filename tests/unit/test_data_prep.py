@@ -15,10 +15,11 @@ from PIL import Image
 from data_prep.beton_format import MIN_PAGE_SIZE, MODE_RAW, read_tables
 from data_prep.convert import convert_digits, convert_image_folder
 from data_prep.errors import BetonError, UserError
-from data_prep.jpeg import EncodedImage
+from data_prep.image_folder import image_folder
+from data_prep.jpeg import EncodedImage, ImageOptions
 from data_prep.manifest import Manifest, manifest_path, read_manifest, write_manifest
 from data_prep.parallel import CHUNK, CHUNKS_AHEAD, map_ordered
-from data_prep.sources import Sample, digits, digits_indices, image_folder
+from data_prep.sources import Sample, digits, digits_indices
 from data_prep.write_beton import write_beton
 
 
@@ -37,61 +38,6 @@ def folder(tmp_path: Path) -> Path:
 
 def names_in(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
-
-
-def test_folder_is_listed_in_sorted_order(folder: Path) -> None:
-    (folder / "bee" / "deeper" / "still").mkdir(parents=True)
-    (folder / "bee" / "000.jpg").rename(folder / "bee" / "deeper" / "still" / "000.JPEG")
-    (folder / "bee" / "notes.txt").write_text("not an image")
-    (folder / "bee" / "._001.jpg").write_bytes(b"left by another file manager")
-    (folder / ".cache").mkdir()
-    (folder / "bee" / "again").symlink_to(folder / "bee")
-    source = image_folder(folder)
-    assert source.classes == ("ant", "bee", "cat")
-    assert source.name == str(folder)
-    bees = [sample.name for sample in source.samples if sample.label == 1]
-    assert bees == ["bee/001.jpg", "bee/002.jpg", "bee/003.jpg", "bee/004.jpg", "bee/deeper/still/000.JPEG"]
-    assert [sample.label for sample in source.samples] == [0] * 5 + [1] * 5 + [2] * 60
-
-
-def test_class_folders_may_be_links(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "subset").mkdir()
-    (tmp_path / "subset" / "bee").symlink_to(folder / "bee")
-    assert len(image_folder(tmp_path / "subset").samples) == 5
-
-
-def test_subset_of_classes_is_sorted_too(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "classes.txt").write_text("\ufeffcat\r\n\r\nant\r\n", encoding="utf-8")
-    source = image_folder(folder, tmp_path / "classes.txt")
-    assert source.classes == ("ant", "cat")
-    assert {sample.label for sample in source.samples if sample.name.startswith("cat/")} == {1}
-
-
-def test_source_errors_name_the_thing(folder: Path, tmp_path: Path) -> None:
-    listing = tmp_path / "classes.txt"
-    with pytest.raises(UserError, match=r"none does not exist"):
-        image_folder(tmp_path / "none")
-    with pytest.raises(UserError, match=r"000\.jpg is not a directory"):
-        image_folder(folder / "ant" / "000.jpg")
-    with pytest.raises(UserError, match="ant has no class folders"):
-        image_folder(folder / "ant")
-    listing.write_text("ant\ndog\n")
-    with pytest.raises(UserError, match=r"lacks 1 of the 2 classes .*: dog"):
-        image_folder(folder, listing)
-    listing.write_text("\n")
-    with pytest.raises(UserError, match="names no class"):
-        image_folder(folder, listing)
-    with pytest.raises(UserError, match="cannot be read"):
-        image_folder(folder, tmp_path / "none.txt")
-    with pytest.raises(UserError, match="not UTF-8"):
-        image_folder(folder, folder / "ant" / "000.jpg")
-    (folder / "dog").mkdir()
-    with pytest.raises(UserError, match="dog holds no image"):
-        image_folder(folder)
-    (tmp_path / "root").mkdir()
-    folder.rename(tmp_path / "root" / "train")
-    with pytest.raises(UserError, match=r"look like splits.*--src .*train"):
-        image_folder(tmp_path / "root")
 
 
 def test_digits_split_is_a_fixed_partition() -> None:
@@ -118,7 +64,8 @@ def test_digits_pixels_and_labels() -> None:
 
 def test_bytes_do_not_depend_on_the_number_of_workers(folder: Path, tmp_path: Path) -> None:
     written = [
-        convert_image_folder(folder, tmp_path / f"{workers}.beton", max_side=32, workers=workers) for workers in (1, 2)
+        convert_image_folder(folder, tmp_path / f"{workers}.beton", image=ImageOptions(max_side=32), workers=workers)
+        for workers in (1, 2)
     ]
     assert (tmp_path / "1.beton").read_bytes() == (tmp_path / "2.beton").read_bytes()
     assert written[0].manifest == written[1].manifest
@@ -184,9 +131,8 @@ def test_all_bad_images_are_listed_and_nothing_is_written(folder: Path, tmp_path
     bad = spoil(folder)
     with pytest.raises(UserError, match="13 of 70 images cannot be converted") as caught:
         convert_image_folder(folder, tmp_path / "out" / "a.beton", workers=workers)
-    for name in bad[:10]:
+    for name in bad:
         assert f"  {name}: " in str(caught.value)
-    assert "and 3 more" in str(caught.value)
     assert names_in(tmp_path / "out") == []
 
 
@@ -202,7 +148,7 @@ def test_skipped_images_are_recorded(folder: Path, tmp_path: Path) -> None:
 def test_only_bad_images_are_an_error_even_when_skipping(folder: Path, tmp_path: Path) -> None:
     for path in folder.rglob("*.jpg"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="70 of 70 images"):
+    with pytest.raises(UserError, match=r"70 of 70 images(.|\n)*and 60 more"):
         convert_image_folder(folder, tmp_path / "a.beton", workers=1, on_bad="skip")
     assert names_in(tmp_path) == ["src"]
 
@@ -224,7 +170,7 @@ def test_an_interrupted_run_leaves_the_old_pair(folder: Path, tmp_path: Path) ->
 
     with pytest.raises(KeyboardInterrupt):
         write_beton(out, [Sample(0, "x")], interrupted)
-    assert names_in(out.parent) == ["a.beton", "a.beton.json"]
+    assert names_in(out.parent) == ["a.beton", "a.beton.json", "a.beton.samples"]
     assert [path.read_bytes() for path in (out, manifest_path(out))] == before
 
 
@@ -264,7 +210,7 @@ def test_a_crash_never_pairs_a_beton_with_a_foreign_manifest(tmp_path: Path, mon
         with pytest.raises(KeyboardInterrupt):
             convert_digits(tmp_path)
         monkeypatch.undo()
-        assert names_in(tmp_path) == ["train.beton", "val.beton", "val.beton.json"]
+        assert [name for name in names_in(tmp_path) if name.startswith("train")] == ["train.beton"]
         with pytest.raises(BetonError, match="is missing"):
             read_manifest(out)
         assert len(read_tables(out).labels) == (1, 1437)[renames_done]
@@ -288,11 +234,6 @@ def test_map_keeps_order_and_stays_bounded(workers: int) -> None:
     assert len(taken) <= max(1, CHUNKS_AHEAD * workers * CHUNK)
     results.close()
     assert list(map_ordered(math.sqrt, map(float, range(200)), workers)) == [math.sqrt(i) for i in range(200)]
-
-
-def test_a_dead_worker_is_a_clear_error() -> None:
-    with pytest.raises(UserError, match="a worker process died"):
-        list(map_ordered(os._exit, [3] * 100, 2))
 
 
 def test_an_exception_in_a_worker_arrives() -> None:

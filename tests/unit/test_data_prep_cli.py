@@ -32,7 +32,15 @@ def test_imagefolder_says_what_it_wrote(folder: Path, tmp_path: Path, capsys: py
     assert "2 images, 2 classes" in printed.out
     assert "2 resized" in printed.out
     assert printed.err == ""
-    assert read_manifest(out).options == {"classes": None, "max_side": 16, "quality": 90, "on_bad": "error"}
+    assert read_manifest(out).options == {
+        "classes": None,
+        "max_side": 16,
+        "quality": 90,
+        "on_bad": "error",
+        "verify": "decode",
+        "baseline": False,
+        "raw": None,
+    }
 
 
 def test_imagefolder_replaces_and_takes_a_subset(
@@ -65,8 +73,12 @@ def test_digits_writes_both_splits(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--max-side", "65501"], "--max-side is 65501, expected 16"),
         (["--src", "nowhere"], "--src nowhere does not exist"),
         (["--classes", "nowhere.txt"], "--classes nowhere.txt cannot be read"),
-        (["--out", "."], "--out . does not end in .beton"),
-        (["--out", "train"], "--out train does not end in .beton"),
+        (["--raw", "1673"], "--raw is 1673, expected 1 to 1672 pixels"),
+        (["--shard", "3/2"], "--shard is 3/2, expected i/n with i from 1 to n"),
+        (["--shard", "0/2"], "--shard is 0/2, expected i/n"),
+        (["--shard", "half"], "--shard is half, expected i/n"),
+        (["--shard", "1/3"], "there are only 2 images"),
+        (["--out", "train"], "holds no split such as train or val"),
         (["--out", "/dev/null/a.beton"], "/dev/null/a.beton cannot be written: Not a directory"),
     ],
 )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,23 @@ import numpy as np
 import pytest
 import skimage.data
 from PIL import Image, ImageFile
+from torchvision.transforms import v2
 
-from data_prep.beton_format import MODE_JPEG, PAGE_SIZE
+import data_prep.jpeg
+from data_prep import turbojpeg
+from data_prep.beton_format import MODE_JPEG, MODE_RAW, PAGE_SIZE
 from data_prep.errors import UserError
-from data_prep.jpeg import BadImageError, EncodedImage, encode_image
+from data_prep.jpeg import BadImageError, EncodedImage, ImageOptions
+from data_prep.jpeg import encode_image as encode_with_options
 
 PHOTO = Image.fromarray(skimage.data.rocket()).convert("RGB").resize((120, 80))
+
+
+def encode_image(path: Path, max_side: int = 500, quality: int = 90, **options: Any) -> EncodedImage:
+    """`encode_image`, without the modification time that no test can know."""
+    encoded = encode_with_options(path, ImageOptions(max_side, quality, **options))
+    assert encoded.source_stat == (path.stat().st_size, path.stat().st_mtime_ns)
+    return replace(encoded, source_stat=(0, 0))
 
 
 def save(path: Path, image: Image.Image = PHOTO, **options: Any) -> Path:
@@ -69,21 +83,21 @@ def test_resizing_does_not_alias(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "ppm"])
 def test_other_formats_become_jpeg(tmp_path: Path, suffix: str) -> None:
     encoded = encode_image(save(tmp_path / f"photo.{suffix}"), 500, 90)
-    assert encoded.reason == "format"
+    assert encoded.reason == suffix
     assert_looks_like(encoded, PHOTO)
 
 
 def test_a_suffix_proves_nothing(tmp_path: Path) -> None:
     path = save(tmp_path / "photo.jpg", format="PNG")
-    assert encode_image(path, 500, 90).reason == "format"
+    assert encode_image(path, 500, 90).reason == "png"
     path = save(tmp_path / "photo.png", format="JPEG")
     assert encode_image(path, 500, 90).data == path.read_bytes()
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_grey_and_cmyk_jpeg_become_rgb(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "reason"), [("L", "gray"), ("CMYK", "cmyk")])
+def test_grey_and_cmyk_jpeg_become_rgb(tmp_path: Path, mode: str, reason: str) -> None:
     encoded = encode_image(save(tmp_path / "photo.jpg", PHOTO.convert(mode), quality=95), 500, 95)
-    assert encoded.reason == "mode"
+    assert encoded.reason == reason
     assert_looks_like(encoded, PHOTO.convert(mode).convert("RGB"))
 
 
@@ -126,7 +140,7 @@ def test_a_rotated_image_is_turned_upright(tmp_path: Path, suffix: str, orientat
     exif = Image.Exif()
     exif[0x0112] = orientation
     encoded = encode_image(save(tmp_path / f"photo.{suffix}", exif=exif), 500, 90)
-    assert encoded.reason == ("orientation" if suffix == "jpg" else "format")
+    assert encoded.reason == ("orientation" if suffix == "jpg" else suffix)
     upright = Image.fromarray(np.ascontiguousarray(UPRIGHT[orientation](np.asarray(PHOTO))))
     assert_looks_like(encoded, upright, 5.0)
     with Image.open(io.BytesIO(encoded.data)) as image:
@@ -162,8 +176,8 @@ def jpeg_bytes() -> bytes:
     ("name", "data", "message"),
     [
         ("empty.jpg", b"", "empty"),
-        ("half.jpg", jpeg_bytes()[: len(jpeg_bytes()) // 2], "truncated"),
-        ("no_end.jpg", jpeg_bytes()[:-2], "truncated"),
+        ("half.jpg", jpeg_bytes()[: len(jpeg_bytes()) // 2], "Premature end"),
+        ("no_end.jpg", jpeg_bytes()[:-2], "Premature end"),
         ("header_only.jpg", jpeg_bytes()[:20], "not an image|does not decode"),
         ("text.png", b"this is not an image\n" * 100, "not an image"),
         ("zeros.jpg", bytes(5000), "not an image"),
@@ -194,11 +208,34 @@ def test_float_pixels_are_refused(tmp_path: Path) -> None:
         encode_image(path, 500, 90)
 
 
-def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save(tmp_path / "photo.jpg")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 120 * 80 // 2 - 1)
-    with pytest.raises(BadImageError, match="too many pixels"):
-        encode_image(path, 500, 90)
+@pytest.mark.parametrize("verify", ["decode", "header"])
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_decompression_bomb_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, verify: str
+) -> None:
+    path = save(tmp_path / f"photo.{suffix}")
+    monkeypatch.setattr(data_prep.jpeg, "MAX_PIXELS", 120 * 80 - 1)
+    with pytest.raises(BadImageError, match="120 x 80 pixels are more than the limit of 9,599"):
+        encode_image(path, verify=verify)
+    monkeypatch.setattr(data_prep.jpeg, "MAX_PIXELS", 120 * 80)
+    encode_image(path, verify=verify)
+
+
+def test_a_real_bomb_is_refused_quickly(tmp_path: Path) -> None:
+    """A PNG of 900 million black pixels in 110 KB, and a JPEG header that promises 4 billion."""
+    rows = zlib.compress(bytes(1 + 30_000 // 8), 9)
+    bomb = io.BytesIO()
+    Image.new("1", (8, 8)).save(bomb, "PNG")
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "bomb.png").write_bytes(bomb.getvalue()[:8] + chunk + bomb.getvalue()[33:] + rows)
+    data = bytearray(jpeg_bytes())
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", 65500, 65500)
+    (tmp_path / "bomb.jpg").write_bytes(data)
+    for name in ("bomb.png", "bomb.jpg"):
+        with pytest.raises(BadImageError, match=r"limit of 178,?956,?970"):
+            encode_image(tmp_path / name)
 
 
 def test_an_unreadable_file_is_not_a_bad_image(tmp_path: Path) -> None:
@@ -206,3 +243,97 @@ def test_an_unreadable_file_is_not_a_bad_image(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read: No such file") as caught:
         encode_image(tmp_path / "gone.jpg", 500, 90)
     assert not isinstance(caught.value, BadImageError)
+
+
+def grown(data: bytes, extra: int) -> bytes:
+    """Insert `extra` bytes between the last pixel and the end marker, as some cameras do."""
+    return data[:-2] + bytes(extra) + data[-2:]
+
+
+@pytest.mark.parametrize("verify", ["decode", "header"])
+def test_truncation_is_caught(tmp_path: Path, verify: str) -> None:
+    """Also where only headers are parsed, since the end marker is lacking."""
+    data = jpeg_bytes()
+    for length in range(700, len(data) - 1, 97):
+        (tmp_path / "cut.jpg").write_bytes(data[:length])
+        with pytest.raises(BadImageError):
+            encode_image(tmp_path / "cut.jpg", verify=verify)
+
+
+def test_damage_that_pil_lets_pass_is_caught(tmp_path: Path) -> None:
+    """Data cut out of the middle, and an early end marker: PIL decodes both to grey blocks without a word."""
+    data = jpeg_bytes()
+    middle = len(data) // 2
+    for name, damaged in (
+        ("hole.jpg", data[:middle] + data[middle + 400 :]),
+        ("early_end.jpg", data[:middle] + b"\xff\xd9" + data[middle + 2 :]),
+    ):
+        (tmp_path / name).write_bytes(damaged)
+        with Image.open(tmp_path / name) as image:
+            image.load()
+        with pytest.raises(BadImageError, match="does not decode"):
+            encode_image(tmp_path / name)
+        with pytest.raises(BadImageError, match="does not decode"):  # on the way to another size too
+            encode_image(tmp_path / name, 100)
+
+
+def test_a_few_extraneous_bytes_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(grown(jpeg_bytes(), 8))
+    encoded = encode_image(path, quality=95)
+    assert encoded.reason == "extraneous"
+    assert_looks_like(encoded, Image.open(io.BytesIO(jpeg_bytes())))
+    turbojpeg.decode(encoded.data, 120, 80)
+    path.write_bytes(grown(jpeg_bytes(), 800))
+    with pytest.raises(BadImageError, match="extraneous bytes"):
+        encode_image(path)
+
+
+def test_a_progressive_jpeg_becomes_baseline_without_loss(tmp_path: Path) -> None:
+    path = save(tmp_path / "photo.jpg", progressive=True, quality=92, icc_profile=b"a colour profile")
+    encoded = encode_image(path, baseline=True)
+    assert encoded.reason == "baseline"
+    assert (b"\xff\xc2" in path.read_bytes(), b"\xff\xc2" in encoded.data) == (True, False)
+    with Image.open(path) as image:
+        assert np.array_equal(decode(encoded), np.asarray(image))
+        assert image.info["icc_profile"] == Image.open(io.BytesIO(encoded.data)).info["icc_profile"]
+    baseline = save(tmp_path / "baseline.jpg")
+    assert encode_image(baseline, baseline=True) == encode_image(baseline)
+
+
+@pytest.mark.parametrize("size", [(120, 80), (80, 120), (40, 33), (1600, 1000)])
+def test_raw_pixels_are_the_resized_centre(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Short side 64, centre crop: torchvision's Resize and CenterCrop are the twin."""
+    photo = PHOTO.resize(size)
+    encoded = encode_image(save(tmp_path / "photo.png", photo), raw=64)
+    assert (encoded.mode, encoded.width, encoded.height, encoded.reason) == (MODE_RAW, 64, 64, "raw")
+    twin = v2.Compose([v2.Resize(64, v2.InterpolationMode.BICUBIC), v2.CenterCrop(64)])(photo)
+    pixels = np.frombuffer(encoded.data, np.uint8).reshape(64, 64, 3).astype(np.int64)
+    assert np.abs(pixels - np.asarray(twin)).mean() < 3
+    assert np.abs(pixels[:, ::-1] - np.asarray(twin)).mean() > 10
+
+
+def test_a_ycck_jpeg_is_told_from_cmyk(tmp_path: Path) -> None:
+    """PIL writes CMYK without Adobe's transform; stating one makes it YCCK."""
+    data = save(tmp_path / "cmyk.jpg", PHOTO.convert("CMYK")).read_bytes()
+    adobe = data.index(b"Adobe")
+    (tmp_path / "ycck.jpg").write_bytes(data[: adobe + 11] + b"\x02" + data[adobe + 12 :])
+    assert encode_image(tmp_path / "ycck.jpg").reason == "ycck"
+
+
+@pytest.mark.parametrize("shrink", [1, 2, 4, 8])
+def test_turbojpeg_decodes_as_pil_does(shrink: int) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(skimage.data.rocket()).save(buffer, "JPEG", quality=90)  # 640 x 427
+    pixels = turbojpeg.decode(buffer.getvalue(), 640, 427, shrink=shrink)  # type: ignore[arg-type]
+    with Image.open(buffer) as image:
+        image.draft(None, (640 // shrink, 427 // shrink))
+        assert image.size == (pixels.shape[1], pixels.shape[0])
+        assert np.abs(pixels.astype(np.int64) - np.asarray(image)).max() <= 1
+
+
+def test_turbojpeg_encodes_what_pil_can_read() -> None:
+    pixels = skimage.data.astronaut()
+    with Image.open(io.BytesIO(turbojpeg.encode(pixels, 95))) as image:
+        assert np.abs(np.asarray(image).astype(np.int64) - pixels).mean() < 3
+        assert "exif" not in image.info

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 from data_prep.convert import Conversion, convert_digits
 from data_prep.errors import BetonError
 from data_prep.manifest import Manifest, Skipped, manifest_path, read_manifest, write_manifest
+from data_prep.sources import Superclasses
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +37,38 @@ def test_manifest_round_trip_with_odd_names(tmp_path: Path, converted: Conversio
     assert read_manifest(tmp_path / "a.beton") == manifest
 
 
-@pytest.mark.parametrize("key", [*asdict(Manifest(0, (), {}, (), "", {}, {}, 0, ""))])
+EMPTY = Manifest(0, (), {}, (), "", {}, {}, 0, "")
+LATER = {field.name for field in fields(Manifest) if field.default is not MISSING} - {
+    "schema_version",
+    "converter_version",
+}
+
+
+@pytest.mark.parametrize("key", [*asdict(EMPTY)])
 def test_a_manifest_without_a_key_or_of_another_type_is_refused(
     tmp_path: Path, converted: Conversion, key: str
 ) -> None:
     content = asdict(converted.manifest)
-    for damage in ({k: v for k, v in content.items() if k != key}, {**content, key: None}):
-        manifest_path(tmp_path / "a.beton").write_text(json.dumps(damage))
-        with pytest.raises(BetonError, match=key):
+    damages = [{**content, key: [object] if key in ("shard", "superclasses") else None}]
+    if key not in LATER:
+        damages.append({k: v for k, v in content.items() if k != key})
+    for damage in damages:
+        manifest_path(tmp_path / "a.beton").write_text(json.dumps(damage, default=str))
+        with pytest.raises(BetonError, match="not a manifest" if key in ("shard", "superclasses") else key):
             read_manifest(tmp_path / "a.beton")
+
+
+def test_a_manifest_of_an_earlier_converter_is_read(tmp_path: Path, converted: Conversion) -> None:
+    """Keys that came later have defaults; a file that was written before them need not be converted again."""
+    content = {key: value for key, value in asdict(converted.manifest).items() if key not in LATER}
+    manifest_path(tmp_path / "a.beton").write_text(json.dumps(content))
+    assert read_manifest(tmp_path / "a.beton").sha256 == converted.manifest.sha256
+
+
+def test_coarse_classes_and_shard_survive(tmp_path: Path, converted: Conversion) -> None:
+    manifest = replace(converted.manifest, superclasses=Superclasses(("a", "b"), (0, 1, 1)), shard=(2, 8))
+    write_manifest(tmp_path / "a.beton", manifest)
+    assert read_manifest(tmp_path / "a.beton") == manifest
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""What a `.beton` holds, as a table for the terminal and as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.table import Table
+
+from data_prep.beton_format import MODE_RAW, Tables, read_tables
+from data_prep.errors import UserError
+from data_prep.manifest import Manifest, manifest_path, read_manifest
+from data_prep.progress import counts_in_words
+
+SHEET_ROWS, SHEET_COLUMNS = 4, 8
+THUMBNAIL = 96
+"""Pixels a side on the contact sheet."""
+
+
+def info_table(beton: Path) -> Table:
+    """A two-column table of a `.beton`, with what its manifest adds if one lies beside it. Raises `BetonError`."""
+    tables, manifest = read_tables(beton), _manifest(beton)
+    table = Table(title=beton.name, show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _facts(tables, manifest):
+        table.add_row(name, value)
+    return table
+
+
+def _manifest(beton: Path) -> Manifest | None:
+    return read_manifest(beton) if manifest_path(beton).exists() else None
+
+
+def _facts(tables: Tables, manifest: Manifest | None) -> list[tuple[str, str]]:
+    n = len(tables.labels)
+    per_class = np.bincount(tables.labels)
+    raw = int((tables.modes == MODE_RAW).sum())
+    pages = len(np.unique(tables.pointers // tables.page_size))
+    facts = [
+        (
+            "samples",
+            f"{n:,}" + (f" (part {manifest.shard[0]} of {manifest.shard[1]})" if manifest and manifest.shard else ""),
+        ),
+        ("classes", f"{len(manifest.classes) if manifest else len(per_class):,}"),
+        ("images a class", _spread(per_class[per_class > 0])),
+        ("stored as", f"{n - raw:,} JPEG, {raw:,} raw"),
+        ("width", _spread(tables.widths) + " pixels"),
+        ("height", _spread(tables.heights) + " pixels"),
+        ("bytes a sample", _spread(tables.sizes)),
+        ("file", f"{tables.file_bytes / 1e6:,.1f} MB, {int(tables.sizes.sum()) / tables.file_bytes:.1%} of it samples"),
+        ("pages", f"{pages:,} of {tables.page_size >> 20} MiB"),
+    ]
+    if manifest is None:
+        return [*facts, ("manifest", "none: class names, origin and checksums are unknown")]
+    some = ", ".join(manifest.classes[:6]) + (", ..." if len(manifest.classes) > 6 else "")
+    facts += [
+        ("class names", some),
+        ("reasons", counts_in_words(manifest.reasons)),
+        ("left out", f"{len(manifest.skipped):,} bad images"),
+        ("source", manifest.source),
+        ("options", _pairs(manifest.options)),
+        ("libraries", _pairs(manifest.libraries)),
+        ("SHA-256", manifest.sha256),
+    ]
+    if manifest.superclasses:
+        facts.insert(2, ("coarse classes", f"{len(manifest.superclasses.names):,}"))
+    return facts
+
+
+def _pairs(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None) or "none"
+
+
+def _spread(values: np.ndarray) -> str:
+    low, middle, high = (int(v) for v in np.percentile(values, [0, 50, 100]))
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}, median {middle:,}"
+
+
+def plot_info(beton: Path, out: Path, seed: int = 0) -> None:
+    """Draw histograms and a contact sheet of random samples to the PNG `out`. Raises `UserError`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tables, manifest = read_tables(beton), _manifest(beton)
+    per_class = np.bincount(tables.labels)
+    figure = Figure(figsize=(10, 8.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{beton.name}: {len(tables.labels):,} samples")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.2))  # type: ignore[misc]
+    for axes, (title, values) in zip(
+        top.subplots(1, 4),
+        (
+            ("width (pixels)", tables.widths),
+            ("height (pixels)", tables.heights),
+            ("size (kB)", tables.sizes / 1000),
+            ("images a class", per_class[per_class > 0]),
+        ),
+        strict=True,
+    ):
+        _histogram(axes, title, values)
+    ids = np.random.default_rng(seed).permutation(len(tables.labels))[: SHEET_ROWS * SHEET_COLUMNS]
+    cells = bottom.subplots(SHEET_ROWS, SHEET_COLUMNS).ravel()
+    for axes, sample_id in zip(cells, ids.tolist(), strict=False):
+        label = int(tables.labels[sample_id])
+        axes.imshow(_thumbnail(beton, tables, sample_id))
+        axes.set_title(_short(manifest.classes[label] if manifest else str(label)), fontsize=7)
+    for axes in cells:
+        axes.set_axis_off()
+    try:
+        figure.savefig(out, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {out} cannot be written: {error}. Give a path that ends in .png.") from error
+
+
+def _histogram(axes: Any, title: str, values: np.ndarray) -> None:
+    axes.set_title(title, fontsize=9)
+    if (values == values[0]).all():
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, f"all {values[0]:,}", ha="center", transform=axes.transAxes)
+        return
+    axes.hist(values, bins=min(40, len(np.unique(values))), color="#3b6ea5")
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _thumbnail(beton: Path, tables: Tables, sample_id: int) -> np.ndarray:
+    with beton.open("rb") as file:
+        file.seek(int(tables.pointers[sample_id]))
+        data = file.read(int(tables.sizes[sample_id]))
+    if tables.modes[sample_id] == MODE_RAW:
+        shape = int(tables.heights[sample_id]), int(tables.widths[sample_id]), 3
+        image = Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
+    else:
+        try:
+            image = Image.open(io.BytesIO(data), formats=("JPEG",)).convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(
+                f"{beton}: sample {sample_id} does not decode ({error}). Try `python -m data_prep verify {beton}`."
+            ) from error
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return np.asarray(image)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 14 else name[:13] + "…"

@@ -1,0 +1,135 @@
+"""Check a `.beton` against its sidecars, down to the byte, and name the damaged samples and their source files."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import jpeg_header, turbojpeg
+from data_prep.beton_format import METADATA_START, MODE_JPEG, SAMPLE, Tables, read_tables
+from data_prep.errors import BetonError
+from data_prep.manifest import Manifest, manifest_path, read_manifest
+from data_prep.parallel import map_ordered
+from data_prep.progress import ConversionProgress
+from data_prep.sample_table import SampleTable, checksum, read_sample_table, sample_table_path
+
+DAMAGED_SHOWN = 100
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A file in which nothing wrong was found."""
+
+    beton: Path
+    num_samples: int
+    file_bytes: int
+    decoded: bool
+    """Whether every sample was decoded too."""
+
+
+def verify(beton: Path, *, full: bool = False, workers: int = 1, progress: bool = False) -> Verified:
+    """Check tables, sidecars and the SHA-256 of `beton`; with `full` decode every sample in `workers` threads too.
+
+    Any changed byte is found. Raises `BetonError`, which lists every damaged sample with its source file; if none is,
+    it says where else the damage lies.
+    """
+    tables, manifest = read_tables(beton), read_manifest(beton)
+    names = _read_names(beton, manifest, len(tables.labels))
+    if manifest.num_samples != len(tables.labels) or manifest.file_bytes != tables.file_bytes:
+        raise BetonError(
+            f"{beton} does not belong to {manifest_path(beton).name}, which speaks of {manifest.num_samples:,} samples "
+            f"in {manifest.file_bytes:,} bytes; the file has {len(tables.labels):,} in {tables.file_bytes:,}. "
+            "Copy both again, or convert the source again."
+        )
+    try:
+        with beton.open("rb") as file, closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as data:
+            if hashlib.sha256(data).hexdigest() != manifest.sha256:
+                raise BetonError(_describe_damage(beton, tables, names, manifest, data))
+            if full:
+                _decode_all(beton, tables, names, manifest, data, workers, progress)
+    except OSError as error:
+        raise BetonError(f"{beton} cannot be read: {error.strerror}. Check its permissions and the disk.") from error
+    return Verified(beton, manifest.num_samples, tables.file_bytes, full)
+
+
+def _read_names(beton: Path, manifest: Manifest, num_samples: int) -> SampleTable:
+    names = read_sample_table(beton)
+    path = sample_table_path(beton)
+    if manifest.sample_table_sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != manifest.sample_table_sha256:
+        raise BetonError(f"{path} was changed after the conversion: its SHA-256 is not the manifest's. Copy it again.")
+    if len(names.names) != num_samples:
+        raise BetonError(f"{path} speaks of {len(names.names):,} samples, {beton.name} holds {num_samples:,}.")
+    return names
+
+
+def _describe_damage(beton: Path, tables: Tables, names: SampleTable, manifest: Manifest, data: mmap.mmap) -> str:
+    row_bytes = SAMPLE.itemsize
+    damaged = []
+    with memoryview(data) as view:
+        for i, (pointer, size) in enumerate(zip(tables.pointers.tolist(), tables.sizes.tolist(), strict=True)):
+            row = bytes(view[METADATA_START + i * row_bytes :][:row_bytes])
+            with view[pointer : pointer + size] as stored:
+                if checksum(row, stored) != names.checksums[i]:
+                    damaged.append((i, "its bytes are not those that were written"))
+    if damaged:
+        return damaged_message(beton, damaged, names, manifest)
+    return (
+        f"{beton} was changed after the conversion, but no sample: the damage lies in its header, in its field "
+        "descriptors or in the padding between pages. Copy it again, or convert the source again."
+    )
+
+
+def damaged_message(beton: Path, damaged: list[tuple[int, str]], names: SampleTable, manifest: Manifest) -> str:
+    """A paragraph that lists `(sample id, what is wrong)` with the source files."""
+    lines = [
+        f"  sample {i} (from {Path(manifest.source) / names.names[i]}): {what}" for i, what in damaged[:DAMAGED_SHOWN]
+    ]
+    if len(damaged) > DAMAGED_SHOWN:
+        lines.append(f"  ... and {len(damaged) - DAMAGED_SHOWN:,} more")
+    what = f"{beton}: {len(damaged):,} of {len(names.names):,} samples are damaged:"
+    return "\n".join([what, *lines, "Copy the file again, or convert the source again."])
+
+
+def _decode_all(
+    beton: Path,
+    tables: Tables,
+    names: SampleTable,
+    manifest: Manifest,
+    data: mmap.mmap,
+    workers: int,
+    progress: bool,
+) -> None:
+    ids = np.flatnonzero(tables.modes == MODE_JPEG).tolist()  # the size of raw samples is known to be right
+    damaged = []
+    with ConversionProgress(len(ids), progress) as bar:
+        bar.describe("decode")
+        with closing(map_ordered(partial(_why_bad, tables, data), ids, workers)) as results:
+            for i, why in zip(ids, results, strict=True):
+                if why:
+                    damaged.append((i, why))
+                bar.advance(int(tables.sizes[i]), {}, len(damaged))
+    if damaged:
+        raise BetonError(damaged_message(beton, damaged, names, manifest))
+
+
+def _why_bad(tables: Tables, data: mmap.mmap, sample_id: int) -> str:
+    """What is wrong with a stored JPEG, or an empty string."""
+    pointer, size = int(tables.pointers[sample_id]), int(tables.sizes[sample_id])
+    stored = data[pointer : pointer + size]
+    header = jpeg_header.read_header(stored)
+    height, width = int(tables.heights[sample_id]), int(tables.widths[sample_id])
+    if header is None or header.components != 3:
+        return "it is not an RGB JPEG"
+    if (header.height, header.width) != (height, width):
+        return f"it has {header.width} x {header.height} pixels, not {width} x {height}"
+    try:
+        turbojpeg.decode(stored, width, height, colours="grey", shrink=8)
+    except turbojpeg.JpegDataError as error:
+        return f"it does not decode: {error}"
+    return ""
