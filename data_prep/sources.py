@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,12 +58,12 @@ class FileList(Sequence[Sample]):
     @classmethod
     def pack(cls, files: Iterable[tuple[int, str]]) -> FileList:
         """Pack `(label, name)` pairs, in order."""
-        labels, names, ends = [], bytearray(), []
+        labels, names, ends = array("i"), bytearray(), array("q")
         for label, name in files:
             labels.append(label)
             names += os.fsencode(name)
             ends.append(len(names))
-        return cls(np.array(labels, np.int32), bytes(names), np.array(ends, np.int64))
+        return cls(np.frombuffer(labels, np.intc), bytes(names), np.frombuffer(ends, np.int64))
 
     def __len__(self) -> int:
         return len(self._ends)

@@ -20,7 +20,7 @@ from data_prep.errors import UserError
 
 _PIXEL_FORMATS = {"rgb": (0, 3), "grey": (6, 1), "cmyk": (11, 4)}
 _SUBSAMPLING_420 = 2
-_STOP_ON_WARNING, _LIMIT_SCANS = 8192, 32768
+_FAST_DCT, _STOP_ON_WARNING, _LIMIT_SCANS = 2048, 8192, 32768
 _WARNING_CODE = 0
 
 
@@ -38,28 +38,40 @@ def decode(
     width: int,
     height: int,
     *,
-    colours: Literal["rgb", "grey", "cmyk"] = "rgb",
+    colours: Literal["rgb", "cmyk"] = "rgb",
     shrink: Literal[1, 2, 4, 8] = 1,
     stop_on_warning: bool = True,
 ) -> np.ndarray:
     """Decode a JPEG of `width` x `height` pixels to uint8 (ceil(height / shrink), ceil(width / shrink), channels).
 
-    All compressed data are read whatever `shrink` is: "grey" at an eighth finds every damage at 70 % of the time.
     Raises `JpegDataError`; with `stop_on_warning` at libjpeg's first warning too. A progressive JPEG of more than 500
     scans is refused (it would decode for minutes).
     """
-    pixel_format, channels = _PIXEL_FORMATS[colours]
-    pixels = np.empty((-(-height // shrink), -(-width // shrink), channels), np.uint8)
-    flags = _LIMIT_SCANS | (_STOP_ON_WARNING if stop_on_warning else 0)
-    handle, library = _handle("tjInitDecompress"), _library()
-    code = library.tjDecompress2(
-        handle, data, len(data), pixels.ctypes.data, pixels.shape[1], 0, pixels.shape[0], pixel_format, flags
+    pixels = np.empty((-(-height // shrink), -(-width // shrink), _PIXEL_FORMATS[colours][1]), np.uint8)
+    try:
+        _decompress(data, pixels, colours, _LIMIT_SCANS | (_STOP_ON_WARNING if stop_on_warning else 0))
+    except JpegDataError as error:
+        if stop_on_warning or not error.is_warning:
+            raise
+    return pixels
+
+
+def _decompress(data: bytes, pixels: np.ndarray, colours: str, flags: int) -> None:
+    handle, (height, width) = _handle("tjInitDecompress"), pixels.shape[:2]
+    code = _library().tjDecompress2(
+        handle, data, len(data), pixels.ctypes.data, width, 0, height, _PIXEL_FORMATS[colours][0], flags
     )
     if code != 0:
-        error = _last_error(handle)
-        if stop_on_warning or not error.is_warning:
-            raise error
-    return pixels
+        raise _last_error(handle)
+
+
+def check(data: bytes, width: int, height: int) -> None:
+    """Read all compressed data of a JPEG without a picture as the result. Raises `JpegDataError` at the first warning.
+
+    Grey at an eighth of the size spares libjpeg nearly everything but the entropy decoding, where all damage shows.
+    """
+    pixels = np.empty((-(-height // 8), -(-width // 8)), np.uint8)
+    _decompress(data, pixels, "grey", _LIMIT_SCANS | _STOP_ON_WARNING | _FAST_DCT)
 
 
 def encode(pixels: np.ndarray, quality: int) -> bytes:

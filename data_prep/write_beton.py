@@ -282,14 +282,15 @@ class _BetonFile:
         table["sample_id"] = np.arange(self.num_samples)
         table["ptr"], table["size"] = self.pointers[: self.num_samples], self.sizes[: self.num_samples]
         self.file.seek(self.page_start)
-        self.file.write(table.tobytes())
+        self.file.write(memoryview(table).cast("B"))
         file_bytes = self.file.tell()
         self.file.truncate(file_bytes)
         fields = np.zeros(2, layout.FIELD)
         fields["type_id"] = layout.TYPE_RGB_IMAGE, layout.TYPE_INT
         fields["name"] = b"image", b"label"
         self.file.seek(layout.HEADER.itemsize)
-        self.file.write(fields.tobytes() + self.rows[: self.num_samples * layout.SAMPLE.itemsize])
+        self.file.write(fields.tobytes())
+        self.file.write(memoryview(self.rows)[: self.num_samples * layout.SAMPLE.itemsize])
         header = np.array((layout.VERSION, 2, self.page_size, self.num_samples, self.page_start), layout.HEADER)
         self.file.seek(0)
         self.file.write(header.tobytes())

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "lowrank_vit/augment": ("data_prep.errors", "lowrank_vit.augment", "lowrank_vit.data.plan"),
     "lowrank_vit/spectral": ("data_prep.errors", "lowrank_vit.spectral", "lowrank_vit.engine.checkpoint"),
     "lowrank_vit/report": ("data_prep.errors", "lowrank_vit.report", "lowrank_vit.spectral"),
+    "lowrank_vit/bench": ("data_prep", "lowrank_vit"),
     "lowrank_vit/config.py": ("data_prep.errors",),
     "lowrank_vit/engine": (
         "data_prep.errors",

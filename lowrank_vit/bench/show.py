@@ -1,0 +1,114 @@
+"""A bench's result for people: a table that fits 80 columns, a bar chart, and the files that --json and --plot name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from data_prep.errors import UserError
+from lowrank_vit.bench.measure import Result, Samples
+
+_FILE = tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")
+_BAR_HEIGHT_IN = 0.42
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a result goes beside the terminal."""
+
+    json: Annotated[Path | None, _FILE] = None
+    """Write environment, samples, medians and ratios to this file."""
+    plot: Annotated[Path | None, _FILE] = None
+    """Draw the cases as bars, with whiskers from the lowest to the highest sample, to this .png file."""
+
+    def check(self) -> None:
+        """Make the files' folders. Raises `UserError` now, rather than after minutes of measuring."""
+        if self.plot is not None and self.plot.suffix.lower() != ".png":
+            raise UserError(f"--plot {self.plot} does not end in .png.")
+        for flag, path in (("--json", self.json), ("--plot", self.plot)):
+            if path is None:
+                continue
+            if path.is_dir():
+                raise UserError(f"{flag} {path} is a directory. Give the file to write.")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{flag} {path}: its folder cannot be made: {error.strerror}.") from error
+
+    def write(self, result: Result) -> None:
+        """Write what was asked for. Raises `UserError`."""
+        try:
+            if self.json is not None:
+                self.json.write_text(result.to_json(), encoding="utf-8")
+            if self.plot is not None:
+                self.plot.write_bytes(bar_chart(result))
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be written: {error.strerror}.") from error
+
+
+def print_result(result: Result, console: Console) -> None:
+    """Cases, ratios, settings and limits, and under them what they were measured on."""
+    console.print(_table(result.bench, result.cases), "")
+    if result.ratios:
+        console.print(_table("ratio, round by round", result.ratios), "")
+    known = result.environment
+    hardware = [f"{known.get('cpu_cores')} cores", known.get("cpu"), known.get("gpu"), f"commit {known.get('commit')}"]
+    remarks = [(name, case.setting) for name, case in result.cases.items() if case.setting]
+    remarks += [("note", limit) for limit in result.limits]
+    remarks += [("measured on", ", ".join(str(part) for part in hardware if part))]
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for name, remark in remarks:
+        grid.add_row(Text(name), Text(remark))
+    console.print(grid)
+
+
+def bar_chart(result: Result) -> bytes:
+    """The cases as horizontal bars at the median with whiskers from min to max, as a PNG; one panel for each unit."""
+    from lowrank_vit.report.style import INK, MODEL, MUTED, heading, new_figure, png, tidy
+
+    units = sorted({case.unit for case in result.cases.values()})
+    groups = [{name: case for name, case in result.cases.items() if case.unit == unit} for unit in units]
+    heights = [_BAR_HEIGHT_IN * len(group) + 0.7 for group in groups]
+    figure = new_figure(7.6, 0.9 + sum(heights))
+    panels = figure.subplots(len(units), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, unit, group in zip(panels, units, groups, strict=True):
+        tidy(axes, xlabel=f"{unit}, median; whiskers: lowest and highest sample")
+        axes.grid(visible=False, axis="y")
+        names, medians = list(group), [case.median for case in group.values()]
+        low = [case.median - min(case.samples) for case in group.values()]
+        high = [max(case.samples) - case.median for case in group.values()]
+        bars = axes.barh(names, medians, xerr=[low, high], color=MODEL, height=0.62, ecolor=INK, capsize=3)
+        labels = [f"{number(case.median)}" for case in group.values()]
+        axes.bar_label(bars, labels, padding=6, fontsize=8.5, color=MUTED)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_xlim(left=0)
+    known = result.environment
+    heading(figure, f"Bench: {result.bench}", f"{known.get('cpu_cores')} cores, {known.get('gpu') or known.get('cpu')}")
+    return png(figure)
+
+
+def number(value: float) -> str:
+    """Three significant digits or all before the point: 12,345, 98.7, 1.53, 0.0421."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def _table(title: str, rows: Mapping[str, Samples]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column(title, overflow="fold")
+    table.add_column("median", justify="right")
+    table.add_column("min .. max", justify="right")
+    with_unit = any(row.unit for row in rows.values())
+    if with_unit:
+        table.add_column("unit")
+    for name, row in rows.items():
+        spread = f"{number(min(row.samples))} .. {number(max(row.samples))}"
+        table.add_row(name, number(row.median), spread, *([row.unit] * with_unit))
+    return table
