@@ -18,6 +18,7 @@ import PIL
 from PIL import features
 
 from data_prep.beton_format import MIN_PAGE_SIZE, PAGE_SIZE
+from data_prep.cifar100 import cifar100, download
 from data_prep.errors import UserError
 from data_prep.image_folder import image_folder, split_folders
 from data_prep.jpeg import JPEG_MAX_SIDE, EncodedImage, ImageOptions, encode_file, encode_pixels
@@ -62,8 +63,6 @@ def convert_cifar100(archive: Path | None, out_dir: Path, *, progress: bool = Fa
     `archive` is one of the official archives, packed or unpacked; None downloads it into `out_dir`.
     Raises `UserError`.
     """
-    from data_prep.cifar100 import cifar100, download
-
     if archive is None:
         archive = download(out_dir)
     sources = cifar100(archive, "train"), cifar100(archive, "val")

@@ -282,7 +282,7 @@ class _BetonFile:
         table["sample_id"] = np.arange(self.num_samples)
         table["ptr"], table["size"] = self.pointers[: self.num_samples], self.sizes[: self.num_samples]
         self.file.seek(self.page_start)
-        self.file.write(memoryview(table).cast("B"))
+        self.file.write(table.view(np.uint8).data)
         file_bytes = self.file.tell()
         self.file.truncate(file_bytes)
         fields = np.zeros(2, layout.FIELD)
