@@ -7,7 +7,6 @@ both and the command line wins. Every leaf name is unique over all groups, since
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import yaml
 from tyro.conf import OmitArgPrefixes, arg
 
 from data_prep.errors import UserError
+from lowrank_vit.config_yaml import expand_config_files
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ class Data:
     """Random resized crop: least and greatest aspect ratio, width / height."""
     hflip: Annotated[float, SHARE] = 0.5
     """Probability of a horizontal flip in training."""
+    vflip: Annotated[float, SHARE] = 0.0
+    """Probability of a vertical flip in training."""
+    train_interpolation: Literal["random", "bilinear", "bicubic"] = "random"
+    """Of the crop (ffcv: always area) and of geometric operations; random: drawn for each image, each operation."""
 
 
 @dataclass(frozen=True)
@@ -153,11 +157,17 @@ class Augment:
     """Augmentation on the device; names and meanings are timm's."""
 
     aa: str = "none"
-    """AutoAugment policy, e.g. rand-m9-mstd0.5-inc1 (not there yet: only none runs)."""
+    """Policy: rand-m9-mstd0.5-inc1 and all of timm's RandAugment, original, originalr, v0, v0r, 3a, or none."""
+    color_jitter: Annotated[tuple[float, ...], NOT_NEGATIVE] = (0.4,)
+    """Strength of colour jitter, one number or brightness, contrast, saturation; off with any --aa but 3a."""
     reprob: Annotated[float, SHARE] = 0.0
-    """Random erasing probability (not there yet: only 0 runs)."""
+    """Random erasing probability."""
     remode: Literal["const", "rand", "pixel"] = "pixel"
-    """Random erasing fill."""
+    """Random erasing fill: zeros, one normal colour a box, or normal noise."""
+    recount: Annotated[int, POSITIVE] = 1
+    """Random erasing: greatest number of boxes an image."""
+    resplit: bool = False
+    """Leave the first augmentation split unerased; without splits it changes nothing, as in timm."""
     smoothing: Annotated[float, SHARE_BELOW_1] = 0.1
     """Label smoothing."""
     mixup: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -168,6 +178,10 @@ class Augment:
     """Probability that a batch is mixed at all."""
     mixup_switch_prob: Annotated[float, SHARE] = 0.5
     """Probability of cutmix where both are on."""
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    """One draw for the batch, for each pair, or for each image."""
+    cutmix_minmax: Annotated[tuple[float, float] | None, SHARE] = None
+    """Least and greatest side of cutmix's box as a share of the image; replaces --cutmix."""
     mixup_off_epoch: Annotated[int, NOT_NEGATIVE] = 0
     """Epoch from which no batch is mixed; 0: never."""
 
@@ -258,7 +272,7 @@ def parse(argv: list[str], prog: str = "python -m lowrank_vit.train") -> Config:
     """
     if "--help" in argv or "-h" in argv:
         print("--config FILE   flat YAML whose keys are the flags below; flags given beside it win\n", flush=True)
-    from_files, own = _expand_config_files(argv)
+    from_files, own = expand_config_files(argv, {name: hint for name, hint, _ in leaves()})
     config = tyro.cli(OmitArgPrefixes[Config], args=from_files + own, prog=prog, description=Config.__doc__)
     config = _fit_defaults(config, from_files, own)
     check(config)
@@ -284,14 +298,19 @@ def check(config: Config) -> None:
     """Raise `UserError` for the first option outside its range, or for options that exclude one another."""
     for group in dataclasses.fields(config):
         check_ranges(getattr(config, group.name))
-    for name, pair in (("scale", config.data.scale), ("ratio", config.data.ratio)):
-        if pair[0] > pair[1]:
+    pairs = {"scale": config.data.scale, "ratio": config.data.ratio, "cutmix-minmax": config.augment.cutmix_minmax}
+    for name, pair in pairs.items():
+        if pair is not None and pair[0] > pair[1]:
             raise UserError(f"--{name} {pair[0]:g} {pair[1]:g}: the smaller number comes first.")
     optim = config.optim
     if optim.warmup_epochs >= optim.epochs:
         raise UserError(
             f"--warmup-epochs {optim.warmup_epochs} leaves nothing of --epochs {optim.epochs}: "
             f"the warm-up must be shorter, at most {optim.epochs - 1}."
+        )
+    if len(config.augment.color_jitter) not in (1, 3):
+        raise UserError(
+            "--color-jitter takes one number, or three: brightness, contrast, saturation. Hue is not there."
         )
     name = config.run.experiment
     if name and (Path(name).name != name or name == ".."):
@@ -313,73 +332,6 @@ def check_ranges(options: Any) -> None:
 def _check_not_there_yet(config: Config) -> None:
     if config.data.loader == "dali":
         raise UserError("--loader dali is not there yet. Use --loader auto, ffcv or resident.")
-    if config.augment.aa not in ("", "none"):
-        raise UserError(
-            f"--aa {config.augment.aa} is not there yet: RandAugment on the device is still to come. "
-            "To train without it, say so with --aa none."
-        )
-    if config.augment.reprob > 0:
-        raise UserError(
-            f"--reprob {config.augment.reprob:g} is not there yet: random erasing on the device is still to come. "
-            "To train without it, say so with --reprob 0."
-        )
-
-
-def _expand_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Split `argv` into the options that its `--config FILE`s stand for and the user's own tokens."""
-    from_files: list[str] = []
-    own: list[str] = []
-    tokens = iter(argv)
-    for token in tokens:
-        if token == "--config":
-            path = next(tokens, None)
-            if path is None:
-                raise UserError("--config needs a file: --config configs/quickstart.yaml")
-            from_files += yaml_tokens(Path(path))
-        elif token.startswith("--config="):
-            from_files += yaml_tokens(Path(token.removeprefix("--config=")))
-        else:
-            own.append(token)
-    return from_files, own
-
-
-def yaml_tokens(path: Path) -> list[str]:
-    """The command-line tokens that a flat YAML file stands for. Raises `UserError` naming file and key."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f" That folder has: {', '.join(near)}." if near else ""
-        raise UserError(f"--config {path}: {error.strerror}.{hint}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} must be a flat mapping of flag names to values, e.g. `epochs: 300`.")
-    hints = {name: hint for name, hint, _ in leaves()}
-    tokens: list[str] = []
-    for key, value in content.items():
-        name = str(key).replace("_", "-")
-        if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
-            hint = f" Did you mean `{near[0]}`?" if near else " See --help for all names."
-            raise UserError(f"--config {path}: `{key}` is not an option.{hint}")
-        tokens += _option_tokens(path, name, hints[name], value)
-    return tokens
-
-
-def _option_tokens(path: Path, name: str, hint: Any, value: Any) -> list[str]:
-    is_flag = hint is bool or getattr(hint, "__origin__", None) is bool
-    if is_flag:
-        if not isinstance(value, bool):
-            raise UserError(f"--config {path}: `{name}: {value}` must be true or false.")
-        return [f"--{name}" if value else f"--no-{name}"]
-    if isinstance(value, bool):
-        raise UserError(f"--config {path}: `{name}: {str(value).lower()}` must be a value, not true or false.")
-    if isinstance(value, dict):  # model-kwargs: {patch_size: 2}
-        return [f"--{name}", *(f"{k}={v}" for k, v in value.items())]
-    if isinstance(value, (list, tuple)):
-        return [f"--{name}", *(str(v) for v in value)]
-    return [f"--{name}", str(value)]
 
 
 def to_yaml(config: Config) -> str:

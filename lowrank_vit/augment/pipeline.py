@@ -1,30 +1,90 @@
-"""What happens to a decoded batch before the model sees it, in timm's order; pure tensor code that compiles."""
+"""What happens to a decoded batch before the model sees it, in timm's order.
+
+Vertical flip, image operations (uint8), normalisation, erasing; then, inside the compiled step, mixup or cutmix.
+"""
 
 from __future__ import annotations
 
+import numba
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_prep.errors import UserError
+from lowrank_vit.augment import ops, ops_cpu
+from lowrank_vit.augment.erase import Mode, erase, normalize_and_erase_cpu
 from lowrank_vit.augment.mix import mix_images, mix_targets
+from lowrank_vit.data.plan import BatchPlan
 
 
 class Augment(nn.Module):
     """uint8 images and labels to normalised float images and soft targets."""
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int, smoothing: float) -> None:
+    def __init__(
+        self,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        num_classes: int,
+        smoothing: float,
+        remode: Mode = "const",
+    ) -> None:
         """`mean`, `std`: of RGB in 0-1, the model's own; `smoothing`: label smoothing in [0, 1)."""
         super().__init__()
         self.num_classes, self.smoothing = num_classes, smoothing
+        self.remode: Mode = remode
         self.mean: Tensor
         self.std: Tensor
+        self.fill: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+        # timm's colour of what an operation brings in from outside the image
+        fill = [min(255, round(255 * value)) for value in mean]
+        self.register_buffer("fill", torch.tensor(fill, dtype=torch.uint8), persistent=False)
+
+    @torch.no_grad()
+    def prepare(self, images: Tensor, plan: BatchPlan) -> Tensor:
+        """Apply the plan to uint8 (B, 3, S, S) channels_last images: all that comes before mixing.
+
+        Changes `images`. Returns them, still uint8, or float32 (normalised) where something was erased; a plan with
+        nothing of the kind costs nothing. The host does not wait for the device. Raises `UserError` for another dtype
+        or layout.
+        """
+        if plan.vflips is None and plan.ops is None and plan.erase is None:
+            return images
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise UserError(f"augmentation takes uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
+        if not images.is_contiguous(memory_format=torch.channels_last):
+            raise UserError("augmentation takes channels_last images: .contiguous(memory_format=torch.channels_last).")
+        images_BHWC = images.permute(0, 2, 3, 1)
+        if not images.is_cuda:
+            numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        if plan.vflips is not None:
+            rows = torch.from_numpy(np.flatnonzero(plan.vflips)).to(images.device, non_blocking=True)
+            images_BHWC[rows] = images_BHWC[rows].flip(1)
+        if plan.ops is not None:
+            if images.is_cuda:
+                ops.apply_ops(images_BHWC, plan.ops, self.fill)
+            else:
+                planned = plan.ops.kinds, plan.ops.args, plan.ops.kernels
+                ops_cpu.apply_ops(images_BHWC.numpy(), *planned, self.fill.numpy())
+        return self._erase(images, plan)
+
+    def _erase(self, images: Tensor, plan: BatchPlan) -> Tensor:
+        if plan.erase is None:
+            return images
+        boxes, keys = plan.erase.boxes, plan.erase.keys
+        if images.is_cuda:
+            on_device = [torch.from_numpy(x).pin_memory().to(images.device, non_blocking=True) for x in (boxes, keys)]
+            return erase(self.normalize(images), on_device[0], on_device[1].long(), self.remode)
+        scale = self.mean.flatten().numpy(), self.std.flatten().numpy()
+        erased = normalize_and_erase_cpu(images.permute(0, 2, 3, 1).numpy(), *scale, boxes, keys, self.remode)
+        return torch.from_numpy(erased).permute(0, 3, 1, 2)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) in 0-255 to float32 with the model's mean and standard deviation."""
-        return (images.float() - self.mean) / self.std
+        """uint8 (B, 3, S, S) in 0-255 to float32 with the model's mean and standard deviation; floats stay."""
+        return (images.float() - self.mean) / self.std if images.dtype == torch.uint8 else images
 
     def forward(self, images: Tensor, targets: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
-        """Training: normalise, then mix. `mix` as by `mix_to_tensor`, on the images' device."""
+        """Training: normalise what `prepare` left, then mix. `mix` as by `mix_to_tensor`, on the images' device."""
         mixed = mix_images(self.normalize(images), mix)
         return mixed, mix_targets(targets, self.num_classes, self.smoothing, mix)

@@ -55,8 +55,7 @@ def open_loader(
 ) -> tuple[Loader, str]:
     """Open `auto`, `ffcv` or `resident`; returns the loader and one line that says which and why.
 
-    The resident backend resizes as PIL does, bilinear in training and bicubic in evaluation; FFCV has OpenCV's area
-    filter.
+    The resident backend resizes as PIL does, with the plan's interpolation; FFCV has OpenCV's area filter.
     """
     if kind == "auto":
         kind, reason = choose_backend(beton, device)
@@ -64,7 +63,7 @@ def open_loader(
         reason = f"--loader {kind}"
     line = f"{beton.path.name}: {beton.num_samples} samples, {kind} loader ({reason})"
     if kind == "resident":
-        return ResidentBackend(beton, plan, device, "bicubic" if isinstance(plan, EvalPlan) else "bilinear"), line
+        return ResidentBackend(beton, plan, device), line
     from lowrank_vit.data.ffcv_backend import FfcvBackend  # imports and compiles for a second
 
     return FfcvBackend(beton, plan, device, workers), line

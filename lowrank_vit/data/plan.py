@@ -1,22 +1,25 @@
 """The plan: every random choice about the data, as a pure function of (seed, epoch, sample id or step).
 
-Order, crop windows, flips and mixing come from Philox4x32-10 with the seed as key and the counter
-`(draw, sample id or step, epoch, stream)`. The plan knows each image's size from the index, so that nothing has to be
-decoded first; decoders, ranks, worker counts and restarts cannot change what it says. Nothing else in the project
-draws a random number about the data.
+Order, crop windows, flips, image operations, erased boxes and mixing come from Philox4x32-10 with the seed as key and
+the counter `(draw, sample id or step, epoch, stream)`. The plan knows each image's size from the index, so that nothing
+has to be decoded first; decoders, ranks, worker counts and restarts cannot change what it says. Nothing else in the
+project draws a random number about the data.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
 from numba import njit
 
 from data_prep.errors import UserError
-from lowrank_vit.data.philox import beta, philox, to_below, to_unit
+from lowrank_vit.data.philox import philox, to_below, to_unit
+from lowrank_vit.data.plan_erase import Erase, draw_erase_boxes
+from lowrank_vit.data.plan_mix import NO_MIX, Mix, MixRules, draw_mix
+from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR, ImageOps, Policy, draw_jitter, draw_ops, join_ops
 
 CROP_ATTEMPTS = 10
 """As torchvision's and timm's RandomResizedCrop."""
@@ -29,22 +32,12 @@ class Stream(IntEnum):
     CROP = 1
     FLIP = 2
     MIX = 3
-
-
-@dataclass(frozen=True)
-class Mix:
-    """How one batch is mixed with its own reverse: `x * weight + x.flip(0) * (1 - weight)`.
-
-    `lam` is the share of the first label, corrected to the cut area. `box` is `(top, bottom, left, right)` in pixels of
-    the model's input, empty unless the batch is cut-mixed; `lam` 1 and an empty box leave the batch as it is.
-    """
-
-    lam: float
-    is_cutmix: bool
-    box: tuple[int, int, int, int] = (0, 0, 0, 0)
-
-
-NO_MIX = Mix(lam=1.0, is_cutmix=False)
+    VFLIP = 4
+    OPS = 5
+    JITTER = 6
+    ERASE = 7
+    MIX_SAMPLE = 8
+    KERNEL = 9
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,16 @@ class BatchPlan:
     """int32 (B, 4): top, left, height, width of the crop, in pixels of the stored image."""
     flips: np.ndarray
     """bool (B,): mirror left and right after resizing."""
-    mix: Mix
+    kernels: np.ndarray
+    """int8 (B,): BILINEAR or BICUBIC resizing, where the decoder has the choice."""
+    mix: tuple[Mix, ...]
+    """One for the whole batch, or one for each sample."""
+    vflips: np.ndarray | None = None
+    """bool (B,): turn upside down; None: nothing to turn."""
+    ops: ImageOps | None = None
+    """Operations on uint8 pixels, after the flips; None: nothing to do."""
+    erase: Erase | None = None
+    """Rectangles to erase after normalising; None: nothing to erase."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,15 @@ class TrainRules:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mixup_prob: float = 1.0
-    mixup_switch_prob: float = 0.5
+    vflip: float = 0.0
+    policy: Policy | None = None
+    color_jitter: tuple[float, ...] | None = None
+    """Strength of brightness, contrast and saturation."""
+    kernel: int | None = None
+    """Interpolation of the crop and of geometric operations, BILINEAR or BICUBIC; None: drawn for each."""
+    reprob: float = 0.0
+    recount: int = 1
+    mixing: MixRules = field(default_factory=MixRules)
     mixup_off_epoch: int = 0
 
 
@@ -128,28 +135,59 @@ class TrainPlan:
 
     def flips(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         """Bool (B,): whether each sample is mirrored in this epoch."""
-        return _flips(self._key, epoch, ids, self.rules.hflip)
+        return _flips(self._key, epoch, ids, self.rules.hflip, Stream.FLIP)
 
-    def mix(self, epoch: int, step: int) -> Mix:
-        """Mixup or cutmix of the global batch `step` in timm's `batch` mode; the same on every rank."""
-        rules = self.rules
-        is_off = rules.mixup_off_epoch and epoch >= rules.mixup_off_epoch
-        if is_off or (rules.mixup == 0 and rules.cutmix == 0):
-            return NO_MIX
-        u_mixed, u_cutmix, u_row, u_column = _uniforms(self._key, 0, step, epoch, Stream.MIX)
-        if u_mixed >= rules.mixup_prob:
-            return NO_MIX
-        is_cutmix = rules.cutmix > 0 and (rules.mixup == 0 or u_cutmix < rules.mixup_switch_prob)
-        lam = float(beta(self._key, rules.cutmix if is_cutmix else rules.mixup, step, epoch, Stream.MIX))
-        if not is_cutmix:
-            return Mix(lam, is_cutmix=False)
-        box = cut_box(self.img_size, lam, u_row, u_column)
-        area = (box[1] - box[0]) * (box[3] - box[2])
-        return Mix(1.0 - area / self.img_size**2, is_cutmix=True, box=box)
+    def kernels(self, epoch: int, ids: np.ndarray) -> np.ndarray:
+        """int8 (B,): the interpolation with which each crop is resized."""
+        if self.rules.kernel is not None:
+            return np.full(len(ids), self.rules.kernel, np.int8)
+        return np.where(_flips(self._key, epoch, ids, 0.5, Stream.KERNEL), BILINEAR, BICUBIC).astype(np.int8)
+
+    def mix(self, epoch: int, step: int, ids: np.ndarray) -> tuple[Mix, ...]:
+        """Mixup or cutmix in timm's `batch` mode (one for the global batch), `pair` or `elem` mode (one a sample).
+
+        A sample's partner is its mirror image in this rank's batch; both of a pair share one draw.
+        """
+        rules, key = self.rules.mixing, self._key
+        is_off = self.rules.mixup_off_epoch and epoch >= self.rules.mixup_off_epoch
+        if is_off or not rules.is_on:
+            return (NO_MIX,) * (1 if rules.mode == "batch" else len(ids))
+        if rules.mode == "batch":
+            return (draw_mix(rules, self.img_size, key, epoch, step, Stream.MIX),)
+        drawn = ids if rules.mode == "elem" else ids[: len(ids) // 2]
+        mixes = tuple(draw_mix(rules, self.img_size, key, epoch, int(i), Stream.MIX_SAMPLE) for i in drawn)
+        return mixes if rules.mode == "elem" else mixes + (NO_MIX,) * (len(ids) % 2) + mixes[::-1]
+
+    def ops(self, epoch: int, ids: np.ndarray) -> ImageOps | None:
+        """The operations of the policy, then colour jitter, for each id."""
+        rules, parts = self.rules, []
+        if rules.policy is not None:
+            parts.append(draw_ops(rules.policy, rules.kernel, self.img_size, self._key, epoch, ids, Stream.OPS))
+        if rules.color_jitter is not None:
+            parts.append(draw_jitter(rules.color_jitter, self._key, epoch, ids, Stream.JITTER))
+        return join_ops(parts)
+
+    def erase(self, epoch: int, ids: np.ndarray) -> Erase | None:
+        """Random erasing's boxes for each id."""
+        rules, size = self.rules, self.img_size
+        if rules.reprob == 0:
+            return None
+        return Erase(*draw_erase_boxes(self._key, epoch, ids, Stream.ERASE, rules.reprob, rules.recount, size, size))
 
     def batch(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan:
         """The batch whose ids are row `step` of `ids(epoch)`."""
-        return BatchPlan(epoch, step, ids, self.windows(epoch, ids), self.flips(epoch, ids), self.mix(epoch, step))
+        return BatchPlan(
+            epoch,
+            step,
+            ids,
+            self.windows(epoch, ids),
+            self.flips(epoch, ids),
+            self.kernels(epoch, ids),
+            self.mix(epoch, step, ids),
+            _flips(self._key, epoch, ids, self.rules.vflip, Stream.VFLIP) if self.rules.vflip > 0 else None,
+            self.ops(epoch, ids),
+            self.erase(epoch, ids),
+        )
 
 
 class EvalPlan:
@@ -178,7 +216,8 @@ class EvalPlan:
 
     def batch(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan:
         """The centre crops of `ids`, unmirrored and unmixed."""
-        return BatchPlan(epoch, step, ids, self._windows[ids], np.zeros(len(ids), dtype=bool), NO_MIX)
+        flips, kernels = np.zeros(len(ids), bool), np.full(len(ids), BICUBIC, np.int8)
+        return BatchPlan(epoch, step, ids, self._windows[ids], flips, kernels, (NO_MIX,))
 
 
 Plan = TrainPlan | EvalPlan
@@ -196,21 +235,6 @@ def center_windows(heights: np.ndarray, widths: np.ndarray, img_size: int, crop_
     return np.stack([top, left, side, side], axis=1).astype(np.int32)
 
 
-def cut_box(img_size: int, lam: float, u_row: float, u_column: float) -> tuple[int, int, int, int]:
-    """CutMix's box, (top, bottom, left, right) clipped to the image, as timm's `rand_bbox` (Yun et al., ICCV 2019)."""
-    cut = int(img_size * math.sqrt(1.0 - lam))
-    row, column = int(u_row * img_size), int(u_column * img_size)
-    top, bottom = max(row - cut // 2, 0), min(row + (cut + 1) // 2, img_size)
-    left, right = max(column - cut // 2, 0), min(column + (cut + 1) // 2, img_size)
-    return top, bottom, left, right
-
-
-@njit(cache=True)
-def _uniforms(key, draw, index, epoch, stream):
-    w0, w1, w2, w3 = philox(key, draw, index, epoch, stream)
-    return to_unit(w0), to_unit(w1), to_unit(w2), to_unit(w3)
-
-
 @njit(cache=True)
 def _order_keys(key, num_samples, epoch):
     keys = np.empty(num_samples, np.uint64)
@@ -221,10 +245,10 @@ def _order_keys(key, num_samples, epoch):
 
 
 @njit(cache=True)
-def _flips(key, epoch, ids, probability):
+def _flips(key, epoch, ids, probability, stream):
     flips = np.empty(len(ids), np.bool_)
     for n in range(len(ids)):
-        flips[n] = to_unit(philox(key, 0, ids[n], epoch, 2)[0]) < probability  # Stream.FLIP
+        flips[n] = to_unit(philox(key, 0, ids[n], epoch, stream)[0]) < probability
     return flips
 
 

@@ -12,7 +12,8 @@ from data_prep.errors import UserError
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan
-from lowrank_vit.data.resize import Filter, crop_resize_flip
+from lowrank_vit.data.plan_ops import BICUBIC
+from lowrank_vit.data.resize import crop_resize_flip
 
 
 class ResidentBackend:
@@ -20,13 +21,12 @@ class ResidentBackend:
 
     name = "resident"
 
-    def __init__(self, beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, kernel: Filter) -> None:
+    def __init__(self, beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device) -> None:
         """Copy the whole set to `device`. Raises `UserError` where samples are JPEG or of several sizes."""
         reason = why_not_resident(beton)
         if reason:
             raise UserError(f"--loader resident cannot hold {beton.path}: {reason}. Use --loader ffcv.")
         self._plan, self._device = plan, device
-        self._kernel: Filter = kernel
         height, width = int(beton.heights[0]), int(beton.widths[0])
         pixels = np.empty((beton.num_samples, height, width, 3), np.uint8)
         for i in range(beton.num_samples):
@@ -41,10 +41,12 @@ class ResidentBackend:
             yield self._decode(self._plan.batch(epoch, step, rows[step]))
 
     def _decode(self, plan: BatchPlan) -> Batch:
-        host = np.column_stack([plan.ids, plan.windows, plan.flips])  # one int64 (B, 6) transfer
+        host = np.column_stack(
+            [plan.ids, plan.windows, plan.flips, plan.kernels == BICUBIC]
+        )  # one int64 (B, 7) transfer
         parameters = self._to_device(torch.from_numpy(host))
-        ids, windows, flips = parameters[:, 0], parameters[:, 1:5], parameters[:, 5].bool()
-        images_NHWC = crop_resize_flip(self._images_NHWC[ids], windows, flips, self._plan.img_size, self._kernel)
+        ids, windows, (flips, cubic) = parameters[:, 0], parameters[:, 1:5], parameters[:, 5:7].bool().unbind(1)
+        images_NHWC = crop_resize_flip(self._images_NHWC[ids], windows, flips, cubic, self._plan.img_size)
         return Batch(images_NHWC.permute(0, 3, 1, 2), self._labels[ids], plan)
 
     def _to_device(self, host: Tensor) -> Tensor:

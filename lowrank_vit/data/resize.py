@@ -9,25 +9,21 @@ against fixed point), elsewhere by a few levels on few pixels.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Filter = Literal["bilinear", "bicubic"]
-_SUPPORT: dict[Filter, float] = {"bilinear": 1.0, "bicubic": 2.0}
 
-
-def crop_resize_flip(images_NHWC: Tensor, windows: Tensor, flips: Tensor, size: int, kernel: Filter) -> Tensor:
+def crop_resize_flip(images_NHWC: Tensor, windows: Tensor, flips: Tensor, cubic: Tensor, size: int) -> Tensor:
     """Cut `windows` out of uint8 (B, H, W, 3) images, resize to `size` and mirror: uint8 (B, size, size, 3).
 
-    `windows`: int (B, 4) top, left, height, width, inside the image; `flips`: bool (B,). All on one device.
+    `windows`: int (B, 4) top, left, height, width, inside the image; `flips`: bool (B,); `cubic`: bool (B,), bicubic
+    instead of bilinear. All on one device.
     """
     B, H, W, C = images_NHWC.shape
     top, left, height, width = windows.double().unbind(1)
-    to_columns = _resample_matrix(left, width, W, size, kernel)
+    to_columns = _resample_matrix(left, width, W, size, cubic)
     to_columns = torch.where(flips[:, None, None], to_columns.flip(1), to_columns)
-    to_rows = _resample_matrix(top, height, H, size, kernel)
+    to_rows = _resample_matrix(top, height, H, size, cubic)
     # Columns first, as PIL does: the larger second product then writes NHWC directly.
     columns_first = images_NHWC.permute(0, 2, 1, 3).reshape(B, W, H * C).float()
     resized = _round_to_byte(to_columns @ columns_first).view(B, size, H, C)
@@ -39,7 +35,7 @@ def _round_to_byte(values: Tensor) -> Tensor:
     return values.add_(0.5).floor_().clamp_(0, 255)
 
 
-def _resample_matrix(start: Tensor, length: Tensor, extent: int, size: int, kernel: Filter) -> Tensor:
+def _resample_matrix(start: Tensor, length: Tensor, extent: int, size: int, cubic: Tensor) -> Tensor:
     """float32 (B, size, extent): row i holds the weights by which output pixel i sums up the input pixels.
 
     Reckoned in float64, so that ties fall as in PIL.
@@ -49,22 +45,22 @@ def _resample_matrix(start: Tensor, length: Tensor, extent: int, size: int, kern
     """
     scale = (length / size)[:, None, None]
     stretch = scale.clamp(min=1.0)
-    support = _SUPPORT[kernel] * stretch
+    cubic = cubic[:, None, None]
+    support = torch.where(cubic, 2.0, 1.0) * stretch
     pixel = torch.arange(extent, device=start.device, dtype=torch.float64)[None, None, :] - start[:, None, None]
     center = (torch.arange(size, device=start.device, dtype=torch.float64)[None, :, None] + 0.5) * scale
     # PIL takes the pixels from int(center - support + 0.5) to int(center + support + 0.5), within the window.
     first = (center - support + 0.5).floor().clamp(min=0.0)
     last = torch.minimum((center + support + 0.5).floor(), length[:, None, None])
-    weights = _kernel((pixel + 0.5 - center) / stretch, kernel)
+    weights = _kernel((pixel + 0.5 - center) / stretch, cubic)
     weights = torch.where((pixel >= first) & (pixel < last), weights, 0.0)
     return (weights / weights.sum(2, keepdim=True)).float()
 
 
-def _kernel(x: Tensor, kernel: Filter) -> Tensor:
+def _kernel(x: Tensor, cubic: Tensor) -> Tensor:
     x = x.abs()
-    if kernel == "bilinear":
-        return (1.0 - x).clamp(min=0.0)
+    linear = (1.0 - x).clamp(min=0.0)
     a = -0.5  # PIL's bicubic (Keys 1981)
     near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
     far = (((x - 5.0) * x + 8.0) * x - 4.0) * a
-    return torch.where(x < 1.0, near, torch.where(x < 2.0, far, 0.0))
+    return torch.where(cubic, torch.where(x < 1.0, near, torch.where(x < 2.0, far, 0.0)), linear)

@@ -47,7 +47,8 @@ class TrainStep:
         mix = mix_to_tensor(batch.plan.mix)
         if batch.images.is_cuda:
             mix = mix.pin_memory().to(batch.images.device, non_blocking=True)
-        loss = self._loss_of(batch.images, batch.targets, mix)
+        images = self._augment.prepare(batch.images, batch.plan)
+        loss = self._loss_of(images, batch.targets, mix)
         loss.backward()
         if self._clip_grad is not None:
             dispatch_clip_grad(self._model.parameters(), self._clip_grad, mode=self._clip_mode)

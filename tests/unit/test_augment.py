@@ -10,7 +10,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from lowrank_vit.augment.mix import mix_images, mix_targets, mix_to_tensor
 from lowrank_vit.augment.pipeline import Augment
-from lowrank_vit.data.plan import NO_MIX, Mix
+from lowrank_vit.data.plan_mix import NO_MIX, Mix
 
 
 class FixedMixup(timm.data.mixup.Mixup):
@@ -46,20 +46,20 @@ def test_mixing_is_timms(mix):
     images = torch.randn(6, 3, 16, 16, generator=generator)
     targets = torch.randint(0, 10, (6,), generator=generator)
     expected_images, expected_targets = timms(images, targets, mix.lam, mix.box if mix.is_cutmix else None)
-    vector = mix_to_tensor(mix)
+    vector = mix_to_tensor([mix])
     torch.testing.assert_close(mix_images(images, vector), expected_images, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(mix_targets(targets, 10, 0.1, vector), expected_targets, rtol=1e-6, atol=1e-7)
 
 
 def test_no_mix_leaves_every_bit():
     images = torch.randn(5, 3, 8, 8)
-    assert torch.equal(mix_images(images, mix_to_tensor(NO_MIX)), images)
+    assert torch.equal(mix_images(images, mix_to_tensor([NO_MIX])), images)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
 def test_targets_sum_to_one_and_give_timms_smoothed_loss(smoothing):
     logits, targets = torch.randn(7, 10), torch.randint(0, 10, (7,))
-    soft = mix_targets(targets, 10, smoothing, mix_to_tensor(NO_MIX))
+    soft = mix_targets(targets, 10, smoothing, mix_to_tensor([NO_MIX]))
     torch.testing.assert_close(soft.sum(1), torch.ones(7))
     torch.testing.assert_close(
         SoftTargetCrossEntropy()(logits, soft), LabelSmoothingCrossEntropy(smoothing)(logits, targets)

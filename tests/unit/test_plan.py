@@ -15,7 +15,10 @@ from timm.data.mixup import rand_bbox
 from torchvision.transforms import RandomResizedCrop
 
 from data_prep.errors import UserError
-from lowrank_vit.data.plan import EvalPlan, TrainPlan, TrainRules, center_windows, cut_box
+from lowrank_vit.data.plan import EvalPlan, TrainPlan, TrainRules, center_windows
+from lowrank_vit.data.plan_mix import MixRules, cut_box
+
+NO_IDS = np.zeros(0, np.int64)
 
 
 def make_plan(num_samples=101, rules=None, **kwargs):
@@ -47,7 +50,7 @@ def test_positions_in_the_order_are_uniform():
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_ranks_share_one_stream(world_size):
-    rules = TrainRules(mixup=0.8, cutmix=1.0)
+    rules = TrainRules(mixing=MixRules(mixup=0.8, cutmix=1.0))
     one = make_plan(rules=rules, batch_size=16)
     ranks = [
         make_plan(rules=rules, batch_size=16 // world_size, rank=r, world_size=world_size) for r in range(world_size)
@@ -131,9 +134,9 @@ def test_flips_and_windows_are_independent_of_one_another():
 
 
 def test_mix_follows_its_probabilities():
-    rules = TrainRules(mixup=0.8, cutmix=1.0, mixup_prob=0.6, mixup_switch_prob=0.25)
+    rules = TrainRules(mixing=MixRules(mixup=0.8, cutmix=1.0, prob=0.6, switch_prob=0.25))
     plan = make_plan(rules=rules)
-    mixes = [plan.mix(epoch, step) for epoch in range(20) for step in range(200)]
+    mixes = [plan.mix(epoch, step, NO_IDS)[0] for epoch in range(20) for step in range(200)]
     mixed = [m for m in mixes if m.lam < 1.0]
     assert len(mixed) / len(mixes) == pytest.approx(0.6, abs=0.03)
     assert np.mean([m.is_cutmix for m in mixed]) == pytest.approx(0.25, abs=0.03)
@@ -142,12 +145,17 @@ def test_mix_follows_its_probabilities():
 
 
 def test_mix_can_be_off():
-    assert make_plan().mix(0, 0).lam == 1.0
-    late = make_plan(rules=TrainRules(mixup=0.8, mixup_off_epoch=3))
-    assert late.mix(2, 0).lam < 1.0
-    assert late.mix(3, 0).lam == 1.0
-    assert all(not make_plan(rules=TrainRules(mixup=0.8)).mix(0, step).is_cutmix for step in range(50))
-    assert all(make_plan(rules=TrainRules(cutmix=1.0)).mix(0, step).is_cutmix for step in range(50))
+    assert make_plan().mix(0, 0, NO_IDS)[0].lam == 1.0
+    late = make_plan(rules=TrainRules(mixing=MixRules(mixup=0.8), mixup_off_epoch=3))
+    assert late.mix(2, 0, NO_IDS)[0].lam < 1.0
+    assert late.mix(3, 0, NO_IDS)[0].lam == 1.0
+    assert all(
+        not make_plan(rules=TrainRules(mixing=MixRules(mixup=0.8))).mix(0, step, NO_IDS)[0].is_cutmix
+        for step in range(50)
+    )
+    assert all(
+        make_plan(rules=TrainRules(mixing=MixRules(cutmix=1.0))).mix(0, step, NO_IDS)[0].is_cutmix for step in range(50)
+    )
 
 
 def test_cut_box_is_timms():
@@ -162,9 +170,9 @@ def test_cut_box_is_timms():
 
 
 def test_cutmix_lam_is_the_area_kept():
-    plan = make_plan(rules=TrainRules(cutmix=1.0))
+    plan = make_plan(rules=TrainRules(mixing=MixRules(cutmix=1.0)))
     for step in range(100):
-        mix = plan.mix(0, step)
+        mix = plan.mix(0, step, NO_IDS)[0]
         top, bottom, left, right = mix.box
         assert mix.lam == 1 - (bottom - top) * (right - left) / 32**2
         assert 0 <= top <= bottom <= 32

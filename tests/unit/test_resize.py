@@ -16,9 +16,9 @@ FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BI
 def both(photo, window, flip, size, kernel):
     """The same crop by us and by PIL, int64 (size, size, 3) each."""
     top, left, height, width = window
-    ours = crop_resize_flip(torch.from_numpy(photo)[None], torch.tensor([window]), torch.tensor([flip]), size, kernel)[
-        0
-    ].numpy()
+    cubic = torch.tensor([kernel == "bicubic"])
+    images, windows, flips = torch.from_numpy(photo)[None], torch.tensor([window]), torch.tensor([flip])
+    ours = crop_resize_flip(images, windows, flips, cubic, size)[0].numpy()
     image = Image.fromarray(photo).crop((left, top, left + width, top + height)).resize((size, size), FILTERS[kernel])
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -48,16 +48,16 @@ def test_shrinking_is_pils_but_for_the_order_of_passes(photo, kernel):
 
 def test_same_size_copies_the_pixels(photo):
     crop = photo[4:36, 8:40]
-    ours = crop_resize_flip(
-        torch.from_numpy(photo)[None], torch.tensor([[4, 8, 32, 32]]), torch.tensor([False]), 32, "bicubic"
-    )
+    no, yes = torch.tensor([False]), torch.tensor([True])
+    ours = crop_resize_flip(torch.from_numpy(photo)[None], torch.tensor([[4, 8, 32, 32]]), no, yes, 32)
     assert np.array_equal(ours[0].numpy(), crop)
 
 
 def test_samples_of_a_batch_do_not_mix(photo):
     images = torch.from_numpy(np.stack([photo[:64, :64], photo[64:128, 64:128]]))
     windows, flips = torch.tensor([[0, 0, 30, 40], [9, 9, 50, 20]]), torch.tensor([True, False])
-    together = crop_resize_flip(images, windows, flips, 24, "bilinear")
+    together = crop_resize_flip(images, windows, flips, ~flips, 24)
     for n in range(2):
-        alone = crop_resize_flip(images[n : n + 1], windows[n : n + 1], flips[n : n + 1], 24, "bilinear")
+        one = slice(n, n + 1)
+        alone = crop_resize_flip(images[one], windows[one], flips[one], ~flips[one], 24)
         assert torch.equal(together[n], alone[0])

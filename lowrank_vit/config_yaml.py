@@ -1,0 +1,71 @@
+"""Flat YAML files as command-line tokens, so that one parser judges both."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.errors import UserError
+
+
+def expand_config_files(argv: list[str], hints: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Split `argv` into the options that its `--config FILE`s stand for and the user's own tokens."""
+    from_files: list[str] = []
+    own: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        if token == "--config":
+            path = next(tokens, None)
+            if path is None:
+                raise UserError("--config needs a file: --config configs/quickstart.yaml")
+            from_files += yaml_tokens(Path(path), hints)
+        elif token.startswith("--config="):
+            from_files += yaml_tokens(Path(token.removeprefix("--config=")), hints)
+        else:
+            own.append(token)
+    return from_files, own
+
+
+def yaml_tokens(path: Path, hints: Mapping[str, Any]) -> list[str]:
+    """The command-line tokens that a flat YAML file stands for; `hints` are all options and their types.
+
+    Raises `UserError` naming file and key.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f" That folder has: {', '.join(near)}." if near else ""
+        raise UserError(f"--config {path}: {error.strerror}.{hint}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must be a flat mapping of flag names to values, e.g. `epochs: 300`.")
+    tokens: list[str] = []
+    for key, value in content.items():
+        name = str(key).replace("_", "-")
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
+            hint = f" Did you mean `{near[0]}`?" if near else " See --help for all names."
+            raise UserError(f"--config {path}: `{key}` is not an option.{hint}")
+        tokens += _option_tokens(path, name, hints[name], value)
+    return tokens
+
+
+def _option_tokens(path: Path, name: str, hint: Any, value: Any) -> list[str]:
+    is_flag = hint is bool or getattr(hint, "__origin__", None) is bool
+    if is_flag:
+        if not isinstance(value, bool):
+            raise UserError(f"--config {path}: `{name}: {value}` must be true or false.")
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, bool):
+        raise UserError(f"--config {path}: `{name}: {str(value).lower()}` must be a value, not true or false.")
+    if isinstance(value, dict):  # model-kwargs: {patch_size: 2}
+        return [f"--{name}", *(f"{k}={v}" for k, v in value.items())]
+    if isinstance(value, (list, tuple)):
+        return [f"--{name}", *(str(v) for v in value)]
+    return [f"--{name}", str(value)]

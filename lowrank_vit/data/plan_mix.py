@@ -1,0 +1,96 @@
+"""What the plan draws for mixing: mixup or cutmix, how much, and where.
+
+Zhang et al., "mixup", ICLR 2018; Yun et al., "CutMix", ICCV 2019; in the variant of timm's `Mixup`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numba import njit
+
+from lowrank_vit.data.philox import beta, philox, to_unit
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How one batch is mixed with its own reverse: `x * weight + x.flip(0) * (1 - weight)`.
+
+    `lam` is the share of the first label, corrected to the cut area. `box` is `(top, bottom, left, right)` in pixels of
+    the model's input, empty unless the batch is cut-mixed; `lam` 1 and an empty box leave the batch as it is.
+    """
+
+    lam: float
+    is_cutmix: bool
+    box: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+NO_MIX = Mix(lam=1.0, is_cutmix=False)
+
+
+@dataclass(frozen=True)
+class MixRules:
+    """Ranges of the random choices; meanings are those of timm's flags."""
+
+    mixup: float = 0.0
+    """Alpha of the Beta distribution that lam comes from; 0: no mixup."""
+    cutmix: float = 0.0
+    """The same of cutmix."""
+    minmax: tuple[float, float] | None = None
+    """Least and greatest side of cutmix's box as a share of the image; replaces `cutmix`."""
+    prob: float = 1.0
+    switch_prob: float = 0.5
+    mode: Literal["batch", "pair", "elem"] = "batch"
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is ever mixed."""
+        return self.mixup > 0 or self.cutmix > 0 or self.minmax is not None
+
+
+def draw_mix(rules: MixRules, img_size: int, key: np.uint64, epoch: int, index: int, stream: int) -> Mix:
+    """One draw for `index`: a step, or a sample id."""
+    u_mixed, u_cutmix, u_row, u_column = _uniforms(key, 0, index, epoch, stream)
+    if u_mixed >= rules.prob:
+        return NO_MIX
+    alpha = rules.cutmix if rules.minmax is None else 1.0
+    is_cutmix = alpha > 0 and (rules.mixup == 0 or u_cutmix < rules.switch_prob)
+    lam = float(beta(key, alpha if is_cutmix else rules.mixup, index, epoch, stream))
+    if not is_cutmix:
+        return Mix(lam, is_cutmix=False)
+    if rules.minmax is None:
+        box = cut_box(img_size, lam, u_row, u_column)
+    else:
+        # The draw counter far from those that `beta` may have used.
+        u_height, u_width, _, _ = _uniforms(key, 1 << 20, index, epoch, stream)
+        box = minmax_box(img_size, rules.minmax, u_height, u_width, u_row, u_column)
+    area = (box[1] - box[0]) * (box[3] - box[2])
+    return Mix(1.0 - area / img_size**2, is_cutmix=True, box=box)
+
+
+def cut_box(img_size: int, lam: float, u_row: float, u_column: float) -> tuple[int, int, int, int]:
+    """CutMix's box, (top, bottom, left, right) clipped to the image, as timm's `rand_bbox` (Yun et al., ICCV 2019)."""
+    cut = int(img_size * math.sqrt(1.0 - lam))
+    row, column = int(u_row * img_size), int(u_column * img_size)
+    top, bottom = max(row - cut // 2, 0), min(row + (cut + 1) // 2, img_size)
+    left, right = max(column - cut // 2, 0), min(column + (cut + 1) // 2, img_size)
+    return top, bottom, left, right
+
+
+def minmax_box(
+    img_size: int, minmax: tuple[float, float], u_height: float, u_width: float, u_row: float, u_column: float
+) -> tuple[int, int, int, int]:
+    """CutMix's box with sides between two shares of the image, as timm's `rand_bbox_minmax`."""
+    low, high = int(img_size * minmax[0]), int(img_size * minmax[1])
+    height, width = low + int(u_height * (high - low)), low + int(u_width * (high - low))
+    top, left = int(u_row * (img_size - height + 1)), int(u_column * (img_size - width + 1))
+    return top, top + height, left, left + width
+
+
+@njit(cache=True)
+def _uniforms(key, draw, index, epoch, stream):
+    w0, w1, w2, w3 = philox(key, draw, index, epoch, stream)
+    return to_unit(w0), to_unit(w1), to_unit(w2), to_unit(w3)
