@@ -80,8 +80,8 @@ class Data:
     """Probability of a horizontal flip in training."""
     vflip: Annotated[float, SHARE] = 0.0
     """Probability of a vertical flip in training."""
-    train_interpolation: Literal["random", "bilinear", "bicubic"] = "random"
-    """Of the crop (ffcv: always area) and of geometric operations; random: drawn for each image, each operation."""
+    train_interpolation: Literal["random", "nearest", "bilinear", "bicubic"] = "random"
+    """Of the crop (ffcv: always area) and of geometric operations; random: bilinear or bicubic, drawn for each."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.augment.ops_cpu import blur_weights
-from lowrank_vit.data.plan_ops import BICUBIC, GEOMETRIC, ImageOps, Kind
+from lowrank_vit.data.plan_ops import BICUBIC, GEOMETRIC, NEAREST, ImageOps, Kind
 
 _TABLES = (Kind.AUTOCONTRAST, Kind.EQUALIZE, Kind.INVERT, Kind.POSTERIZE, Kind.SOLARIZE, Kind.SOLARIZE_ADD)
 _TABLES += (Kind.BRIGHTNESS, Kind.CONTRAST)
-_ROUNDING = 1 / 4096
+_ROUNDING = 1 / 16384
 """Added before cutting off, because weights may sum to a rounding less than 1."""
 
 
@@ -112,7 +112,10 @@ def _stretch(counts: Tensor) -> Tensor:
     present, levels = counts > 0, torch.arange(256, device=counts.device)
     low = torch.where(present, levels, 256).amin(-1, keepdim=True)
     high = torch.where(present, levels, -1).amax(-1, keepdim=True)
-    scale = 255.0 / (high - low).clamp(min=1).double()
+    span = (high - low).clamp(min=1).double()
+    scale = (
+        torch.full_like(span, 255.0) / span
+    )  # not `255.0 / span`: torch multiplies by the reciprocal, a rounding off
     stretched = (levels * scale + -low * scale).clamp(0, 255).floor()
     return torch.where(high <= low, levels.double(), stretched)
 
@@ -166,7 +169,7 @@ def _blur(images: Tensor, sigmas: np.ndarray) -> Tensor:
 
 
 def _resample(images: Tensor, kinds: np.ndarray, args: np.ndarray, kernels: np.ndarray, fill: Tensor) -> Tensor:
-    """Affine resampling as in PIL's `Geometry.c`: bilinear, or bicubic with a = -1; edges repeat, outside is `fill`."""
+    """Affine resampling as in PIL's `Geometry.c`; bicubic has a = -1, edges repeat, outside is `fill`."""
     G, H, W, C = images.shape
     a, b, c, d, e, f = _to(_affine(kinds, args, H, W), images).view(6, G, 1, 1).unbind(0)
     x = torch.arange(W, device=images.device, dtype=torch.float64) + 0.5
@@ -175,8 +178,15 @@ def _resample(images: Tensor, kinds: np.ndarray, args: np.ndarray, kernels: np.n
     is_inside = (xin >= 0) & (xin < W) & (yin >= 0) & (yin < H)
     x1, y1 = (xin - 0.5).floor(), (yin - 0.5).floor()
     cubic = _to(kernels == BICUBIC, images).view(G, 1, 1)
-    weights_x, weights_y = _weights((xin - 0.5 - x1).float(), cubic), _weights((yin - 0.5 - y1).float(), cubic)
+    dx, dy = (xin - 0.5 - x1).float(), (yin - 0.5 - y1).float()
     x1, y1 = x1.long(), y1.long()
+    if (kernels == NEAREST).any():
+        x, y = _nearest(_fixed_point(_affine(kinds, args, H, W), kinds), images)
+        nearest = _to(kernels == NEAREST, images).view(G, 1, 1)
+        is_inside = torch.where(nearest, (x >= 0) & (x < W) & (y >= 0) & (y < H), is_inside)
+        x1, y1 = torch.where(nearest, x, x1), torch.where(nearest, y, y1)
+        dx, dy = torch.where(nearest, 0.0, dx), torch.where(nearest, 0.0, dy)
+    weights_x, weights_y = _weights(dx, cubic), _weights(dy, cubic)
     flat, total = images.view(G, H * W, C), torch.zeros(G, H, W, C, device=images.device)
     # Where every sample is bilinear the outer taps have no weight.
     taps = range(4) if (kernels == BICUBIC).any() else (1, 2)
@@ -187,6 +197,24 @@ def _resample(images: Tensor, kinds: np.ndarray, args: np.ndarray, kernels: np.n
             weight = (weights_y[ty] * weights_x[tx])[..., None]
             total += weight * flat.gather(1, index).view(G, H, W, C)
     return torch.where(is_inside[..., None], (total + _ROUNDING).clamp_(0, 255).to(torch.uint8), fill)
+
+
+def _nearest(matrices: np.ndarray, images: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 (G, H, W) twice: column and row of the nearest pixel, from `_fixed_point`."""
+    G, H, W, _ = images.shape
+    a, b, c, d, e, f = _to(matrices, images).view(6, G, 1, 1).unbind(0)
+    x = torch.arange(W, device=images.device)
+    y = torch.arange(H, device=images.device)[:, None]
+    return (a * x + b * y + c) >> 16, (d * x + e * y + f) >> 16
+
+
+def _fixed_point(matrices: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """int64 (6, G): `_affine` for pixel numbers, in the 16.16 fixed point of PIL's nearest resampling."""
+    a, b, c, d, e, f = matrices
+    starts = [c + a * 0.5 + b * 0.5, f + d * 0.5 + e * 0.5]
+    exact = np.isin(kinds, (Kind.TRANSLATE_X, Kind.TRANSLATE_Y))  # PIL reckons these in float64
+    c, f = (np.where(exact, np.floor(start) + 0.5, start) for start in starts)
+    return np.floor(np.stack([a, b, c, d, e, f]) * 65536.0 + 0.5).astype(np.int64)
 
 
 def _weights(d: Tensor, cubic: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

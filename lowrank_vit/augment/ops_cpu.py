@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from lowrank_vit.data.plan_ops import BICUBIC, Kind
+from lowrank_vit.data.plan_ops import BICUBIC, NEAREST, Kind
 
 _EQUALIZE, _AUTOCONTRAST, _INVERT = int(Kind.EQUALIZE), int(Kind.AUTOCONTRAST), int(Kind.INVERT)
 _POSTERIZE, _SOLARIZE, _SOLARIZE_ADD = int(Kind.POSTERIZE), int(Kind.SOLARIZE), int(Kind.SOLARIZE_ADD)
@@ -244,8 +244,22 @@ def _weights(d, kernel):
 @njit(cache=True, inline="always")
 def _to_byte(value):
     """Cut off towards zero, as PIL; the weights' sum may lie a rounding below 1, which must not cost a whole level."""
-    value += np.float32(1 / 4096)
+    value += np.float32(1 / 16384)
     return np.uint8(0) if value <= 0 else np.uint8(255) if value >= 255 else np.uint8(value)
+
+
+@njit(cache=True, inline="always")
+def _fixed(value):
+    """PIL's 16.16 fixed point, in which it reckons where the nearest pixel lies."""
+    return np.int64(math.floor(value * 65536.0 + 0.5))
+
+
+@njit(cache=True)
+def _nearest(arg, line, is_shear):
+    """How many whole pixels a shear or translation shifts a line by."""
+    if is_shear:
+        return (_fixed(0.5 + 0.5 * arg) + line * _fixed(arg)) >> 16
+    return np.int64(math.floor(0.5 + arg))
 
 
 @njit(cache=True)
@@ -255,6 +269,12 @@ def _along_rows(image, out, arg, is_shear, kernel, fill):
     for y in range(H):
         shift = arg * (y + 0.5) if is_shear else arg
         whole = int(math.floor(shift))
+        if kernel == NEAREST:
+            whole = _nearest(arg, y, is_shear)
+            for x in range(W):
+                for c in range(3):
+                    out[y, x, c] = image[y, x + whole, c] if 0 <= x + whole < W else fill[c]
+            continue
         w0, w1, w2, w3 = _weights(np.float32(shift - whole), kernel)
         for x in range(W):
             if not 0.0 <= x + 0.5 + shift < W:
@@ -278,6 +298,11 @@ def _along_columns(image, out, arg, is_shear, kernel, fill):
     for y in range(H):
         for x in range(W):
             shift = arg * (x + 0.5) if is_shear else arg
+            if kernel == NEAREST:
+                y1 = y + _nearest(arg, x, is_shear)
+                for c in range(3):
+                    out[y, x, c] = image[y1, x, c] if 0 <= y1 < H else fill[c]
+                continue
             if not 0.0 <= y + 0.5 + shift < H:
                 for c in range(3):
                     out[y, x, c] = fill[c]
@@ -299,8 +324,16 @@ def _rotate(image, out, degrees, kernel, fill):
     """`Image.rotate` about the middle."""
     H, W, _ = image.shape
     cosine, sine = math.cos(math.radians(-degrees)), math.sin(math.radians(-degrees))
+    u, v = 0.5 - W / 2, 0.5 - H / 2
+    x_fixed, y_fixed = _fixed(cosine * u + sine * v + W / 2), _fixed(cosine * v - sine * u + H / 2)
     for y in range(H):
         for x in range(W):
+            if kernel == NEAREST:
+                x1 = (x_fixed + x * _fixed(cosine) + y * _fixed(sine)) >> 16
+                y1 = (y_fixed - x * _fixed(sine) + y * _fixed(cosine)) >> 16
+                for c in range(3):
+                    out[y, x, c] = image[y1, x1, c] if 0 <= x1 < W and 0 <= y1 < H else fill[c]
+                continue
             u, v = x + 0.5 - W / 2, y + 0.5 - H / 2
             xin, yin = cosine * u + sine * v + W / 2, cosine * v - sine * u + H / 2
             if not (0.0 <= xin < W and 0.0 <= yin < H):

@@ -53,7 +53,7 @@ class BatchPlan:
     flips: np.ndarray
     """bool (B,): mirror left and right after resizing."""
     kernels: np.ndarray
-    """int8 (B,): BILINEAR or BICUBIC resizing, where the decoder has the choice."""
+    """int8 (B,): NEAREST, BILINEAR or BICUBIC resizing, where the decoder has the choice."""
     mix: tuple[Mix, ...]
     """One for the whole batch, or one for each sample."""
     vflips: np.ndarray | None = None
@@ -76,7 +76,7 @@ class TrainRules:
     color_jitter: tuple[float, ...] | None = None
     """Strength of brightness, contrast and saturation."""
     kernel: int | None = None
-    """Interpolation of the crop and of geometric operations, BILINEAR or BICUBIC; None: drawn for each."""
+    """Of the crop and of geometric operations, NEAREST, BILINEAR or BICUBIC; None: one of the last two for each."""
     reprob: float = 0.0
     recount: int = 1
     mixing: MixRules = field(default_factory=MixRules)

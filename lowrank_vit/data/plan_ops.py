@@ -50,7 +50,7 @@ class Kind(IntEnum):
 
 
 GEOMETRIC = (Kind.ROTATE, Kind.SHEAR_X, Kind.SHEAR_Y, Kind.TRANSLATE_X, Kind.TRANSLATE_Y)
-BILINEAR, BICUBIC = 1, 2
+NEAREST, BILINEAR, BICUBIC = 0, 1, 2
 
 # timm's name -> (kind, how its argument follows from the level 0..10)
 NAMES: dict[str, tuple[Kind, str]] = {
@@ -123,7 +123,7 @@ class ImageOps:
     args: np.ndarray
     """float64 (B, L)."""
     kernels: np.ndarray
-    """int8 (B, L): BILINEAR or BICUBIC, for geometric operations."""
+    """int8 (B, L): NEAREST, BILINEAR or BICUBIC, for geometric operations."""
 
 
 def draw_ops(

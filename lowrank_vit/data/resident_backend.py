@@ -12,7 +12,6 @@ from data_prep.errors import UserError
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan
-from lowrank_vit.data.plan_ops import BICUBIC
 from lowrank_vit.data.resize import crop_resize_flip
 
 
@@ -41,12 +40,10 @@ class ResidentBackend:
             yield self._decode(self._plan.batch(epoch, step, rows[step]))
 
     def _decode(self, plan: BatchPlan) -> Batch:
-        host = np.column_stack(
-            [plan.ids, plan.windows, plan.flips, plan.kernels == BICUBIC]
-        )  # one int64 (B, 7) transfer
+        host = np.column_stack([plan.ids, plan.windows, plan.flips, plan.kernels])  # one int64 (B, 7) transfer
         parameters = self._to_device(torch.from_numpy(host))
-        ids, windows, (flips, cubic) = parameters[:, 0], parameters[:, 1:5], parameters[:, 5:7].bool().unbind(1)
-        images_NHWC = crop_resize_flip(self._images_NHWC[ids], windows, flips, cubic, self._plan.img_size)
+        ids, windows, flips, kernels = parameters[:, 0], parameters[:, 1:5], parameters[:, 5].bool(), parameters[:, 6]
+        images_NHWC = crop_resize_flip(self._images_NHWC[ids], windows, flips, kernels, self._plan.img_size)
         return Batch(images_NHWC.permute(0, 3, 1, 2), self._labels[ids], plan)
 
     def _to_device(self, host: Tensor) -> Tensor:

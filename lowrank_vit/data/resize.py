@@ -12,18 +12,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowrank_vit.data.plan_ops import BICUBIC, NEAREST
 
-def crop_resize_flip(images_NHWC: Tensor, windows: Tensor, flips: Tensor, cubic: Tensor, size: int) -> Tensor:
+
+def crop_resize_flip(images_NHWC: Tensor, windows: Tensor, flips: Tensor, kernels: Tensor, size: int) -> Tensor:
     """Cut `windows` out of uint8 (B, H, W, 3) images, resize to `size` and mirror: uint8 (B, size, size, 3).
 
-    `windows`: int (B, 4) top, left, height, width, inside the image; `flips`: bool (B,); `cubic`: bool (B,), bicubic
-    instead of bilinear. All on one device.
+    `windows`: int (B, 4) top, left, height, width, inside the image; `flips`: bool (B,); `kernels`: int (B,),
+    NEAREST, BILINEAR or BICUBIC. All on one device.
     """
     B, H, W, C = images_NHWC.shape
     top, left, height, width = windows.double().unbind(1)
-    to_columns = _resample_matrix(left, width, W, size, cubic)
+    to_columns = _resample_matrix(left, width, W, size, kernels)
     to_columns = torch.where(flips[:, None, None], to_columns.flip(1), to_columns)
-    to_rows = _resample_matrix(top, height, H, size, cubic)
+    to_rows = _resample_matrix(top, height, H, size, kernels)
     # Columns first, as PIL does: the larger second product then writes NHWC directly.
     columns_first = images_NHWC.permute(0, 2, 1, 3).reshape(B, W, H * C).float()
     resized = _round_to_byte(to_columns @ columns_first).view(B, size, H, C)
@@ -35,7 +37,7 @@ def _round_to_byte(values: Tensor) -> Tensor:
     return values.add_(0.5).floor_().clamp_(0, 255)
 
 
-def _resample_matrix(start: Tensor, length: Tensor, extent: int, size: int, cubic: Tensor) -> Tensor:
+def _resample_matrix(start: Tensor, length: Tensor, extent: int, size: int, kernels: Tensor) -> Tensor:
     """float32 (B, size, extent): row i holds the weights by which output pixel i sums up the input pixels.
 
     Reckoned in float64, so that ties fall as in PIL.
@@ -45,15 +47,16 @@ def _resample_matrix(start: Tensor, length: Tensor, extent: int, size: int, cubi
     """
     scale = (length / size)[:, None, None]
     stretch = scale.clamp(min=1.0)
-    cubic = cubic[:, None, None]
-    support = torch.where(cubic, 2.0, 1.0) * stretch
+    kernels = kernels[:, None, None]
+    support = torch.where(kernels == BICUBIC, 2.0, 1.0) * stretch
     pixel = torch.arange(extent, device=start.device, dtype=torch.float64)[None, None, :] - start[:, None, None]
     center = (torch.arange(size, device=start.device, dtype=torch.float64)[None, :, None] + 0.5) * scale
     # PIL takes the pixels from int(center - support + 0.5) to int(center + support + 0.5), within the window.
     first = (center - support + 0.5).floor().clamp(min=0.0)
     last = torch.minimum((center + support + 0.5).floor(), length[:, None, None])
-    weights = _kernel((pixel + 0.5 - center) / stretch, cubic)
+    weights = _kernel((pixel + 0.5 - center) / stretch, kernels == BICUBIC)
     weights = torch.where((pixel >= first) & (pixel < last), weights, 0.0)
+    weights = torch.where(kernels == NEAREST, (pixel == center.floor()).double(), weights)
     return (weights / weights.sum(2, keepdim=True)).float()
 
 

@@ -20,7 +20,7 @@ from lowrank_vit.data.datasets import open_datasets
 from lowrank_vit.data.loader import Loader, open_loader
 from lowrank_vit.data.plan import EvalPlan, TrainPlan, TrainRules
 from lowrank_vit.data.plan_mix import MixRules
-from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR
+from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR, NEAREST
 from lowrank_vit.engine.checkpoint import Checkpoint, load_weights, read_checkpoint
 from lowrank_vit.engine.evaluate import Evaluator
 from lowrank_vit.engine.model import InputSpec, create_model, input_spec
@@ -152,7 +152,7 @@ def _make_train_plan(config: Config, train_set: Beton, spec: InputSpec) -> Train
         vflip=data.vflip,
         policy=parse_policy(augment.aa),
         color_jitter=_color_jitter(augment),
-        kernel={"random": None, "bilinear": BILINEAR, "bicubic": BICUBIC}[data.train_interpolation],
+        kernel=_KERNELS[data.train_interpolation],
         reprob=augment.reprob,
         recount=augment.recount,
         mixing=MixRules(
@@ -173,6 +173,9 @@ def _make_train_plan(config: Config, train_set: Beton, spec: InputSpec) -> Train
         img_size=spec.img_size,
         batch_size=data.batch_size,
     )
+
+
+_KERNELS = {"random": None, "nearest": NEAREST, "bilinear": BILINEAR, "bicubic": BICUBIC}
 
 
 def _color_jitter(augment: AugmentOptions) -> tuple[float, ...] | None:

@@ -17,7 +17,7 @@ from lowrank_vit.engine.trainer import Trainer
 
 GOLDEN = Path(__file__).with_name("losses.json")
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-# Other thread counts differ by 1e-7 at this learning rate (at 5e-3 by 5e-4: training amplifies a rounding). Doubling the
+# Other thread counts differ by 1e-7 at this learning rate (at 5e-3 by 5e-4: training amplifies roundings). Doubling the
 # weight decay shows as 3e-5; a changed learning rate, crop range, magnitude or smoothing as far more.
 RELATIVE_TOLERANCE = 1e-5
 

@@ -8,17 +8,22 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR
 from lowrank_vit.data.resize import crop_resize_flip
 
-FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
 
 
 def both(photo, window, flip, size, kernel):
     """The same crop by us and by PIL, int64 (size, size, 3) each."""
     top, left, height, width = window
-    cubic = torch.tensor([kernel == "bicubic"])
+    kernels = torch.tensor([list(FILTERS).index(kernel)])
     images, windows, flips = torch.from_numpy(photo)[None], torch.tensor([window]), torch.tensor([flip])
-    ours = crop_resize_flip(images, windows, flips, cubic, size)[0].numpy()
+    ours = crop_resize_flip(images, windows, flips, kernels, size)[0].numpy()
     image = Image.fromarray(photo).crop((left, top, left + width, top + height)).resize((size, size), FILTERS[kernel])
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -30,7 +35,7 @@ def photo(request):
     return np.ascontiguousarray(load_sample_images().images[request.param][::2, ::2])
 
 
-@pytest.mark.parametrize("kernel", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("kernel", FILTERS)
 @pytest.mark.parametrize("flip", [False, True])
 def test_enlarging_is_pils_within_one_level(photo, kernel, flip):
     for window in [(0, 0, 32, 32), (10, 20, 17, 29), (5, 5, 1, 40), (100, 200, 3, 3)]:
@@ -48,16 +53,17 @@ def test_shrinking_is_pils_but_for_the_order_of_passes(photo, kernel):
 
 def test_same_size_copies_the_pixels(photo):
     crop = photo[4:36, 8:40]
-    no, yes = torch.tensor([False]), torch.tensor([True])
-    ours = crop_resize_flip(torch.from_numpy(photo)[None], torch.tensor([[4, 8, 32, 32]]), no, yes, 32)
+    images, windows = torch.from_numpy(photo)[None], torch.tensor([[4, 8, 32, 32]])
+    ours = crop_resize_flip(images, windows, torch.tensor([False]), torch.tensor([BICUBIC]), 32)
     assert np.array_equal(ours[0].numpy(), crop)
 
 
 def test_samples_of_a_batch_do_not_mix(photo):
     images = torch.from_numpy(np.stack([photo[:64, :64], photo[64:128, 64:128]]))
     windows, flips = torch.tensor([[0, 0, 30, 40], [9, 9, 50, 20]]), torch.tensor([True, False])
-    together = crop_resize_flip(images, windows, flips, ~flips, 24)
+    kernels = torch.tensor([BILINEAR, BICUBIC])
+    together = crop_resize_flip(images, windows, flips, kernels, 24)
     for n in range(2):
         one = slice(n, n + 1)
-        alone = crop_resize_flip(images[one], windows[one], flips[one], ~flips[one], 24)
+        alone = crop_resize_flip(images[one], windows[one], flips[one], kernels[one], 24)
         assert torch.equal(together[n], alone[0])
