@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from data_prep.errors import UserError
 from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.data.plan import TrainPlan, TrainRules
 from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR, ImageOps, Kind
+from tests.distributions import UNLIKELY, assert_same_distribution
 
 SAMPLES = 20_000
 IMG_SIZE = 224
@@ -54,7 +54,6 @@ POLICIES = [
     "v0r-mstd1",
     "3a",
 ]
-UNLIKELY = 1e-5  # there are about 200 comparisons with fixed seeds
 
 
 def timms_draws(text: str) -> list[list[tuple[Kind, float, int]]]:
@@ -63,7 +62,7 @@ def timms_draws(text: str) -> list[list[tuple[Kind, float, int]]]:
     np.random.seed(1)
     parse = timms.rand_augment_transform if text.startswith("rand") else timms.auto_augment_transform
     transform = parse(text, {"translate_const": 100, "img_mean": (124, 116, 104)})
-    rows = transform.policy if hasattr(transform, "policy") else [transform.ops]
+    rows = transform.policy if isinstance(transform, timms.AutoAugment) else [transform.ops]
     drawn: list[tuple[Kind, float, int]] = []
 
     def record(function):
@@ -108,53 +107,43 @@ def planned_ops(rules: TrainRules) -> ImageOps:
     return planned
 
 
-def assert_same_distribution(ours: list, theirs: list, what: object) -> None:
-    """Two samples of hashable outcomes, by a chi-square test of homogeneity; rare outcomes count as one."""
-    counts = Counter(ours), Counter(theirs)
-    total = counts[0] + counts[1]
-    common = [key for key in total if total[key] >= 20]
-    table = np.array([[c[key] for key in common] for c in counts])
-    rare = np.array([[len(ours) - table[0].sum()], [len(theirs) - table[1].sum()]])
-    table = np.concatenate([table, rare], axis=1) if rare.sum() >= 20 else table
-    assert rare.sum() < 0.2 * (len(ours) + len(theirs)), what
-    if table.shape[1] > 1:
-        assert stats.chi2_contingency(table).pvalue > UNLIKELY, what
-
-
 @pytest.mark.parametrize("text", POLICIES)
 def test_frequencies_and_magnitudes_are_timms(text):
     ours, theirs = our_draws(TrainRules(policy=parse_policy(text))), timms_draws(text)
+    both = (ours, theirs)
     # which operations come together, in which order; and how many of them
-    assert_same_distribution(*([tuple(o[0] for o in sample[:2]) for sample in d] for d in (ours, theirs)), text)
-    assert_same_distribution(*([len(sample) for sample in draws] for draws in (ours, theirs)), text)
-    by_kind = [{}, {}]
-    for found, draws in zip(by_kind, (ours, theirs), strict=True):
+    first, second = ([tuple(op[0] for op in sample[:2]) for sample in draws] for draws in both)
+    assert_same_distribution(first, second, text)
+    first, second = ([len(sample) for sample in draws] for draws in both)
+    assert_same_distribution(first, second, text)
+    by_kind: list[dict[Kind, list[tuple[float, int]]]] = [{}, {}]
+    for found, draws in zip(by_kind, both, strict=True):
         for kind, arg, kernel in (op for sample in draws for op in sample):
             found.setdefault(kind, []).append((arg, kernel))
     assert by_kind[0].keys() == by_kind[1].keys()
     for kind in by_kind[0]:
-        args = [np.array([arg for arg, _ in found[kind]]) for found in by_kind]
-        for sign in (-1, 1):
-            sizes = [(sign * a > 0).sum() for a in args]
-            assert (
-                stats.chi2_contingency([[sizes[0] + 1, len(args[0])], [sizes[1] + 1, len(args[1])]]).pvalue > UNLIKELY
-            )
-        # magnitudes, in up to twenty bins with the same number of draws; rounded, since both divide in another order
-        edges = np.unique(
-            np.quantile(np.concatenate(args).round(9), np.linspace(0, 1, 1 + min(20, len(args[0]) // 40)))
-        )
-        binned = [np.digitize(a.round(9), edges).tolist() for a in args]
-        assert_same_distribution(*binned, (text, kind.name))
+        # Rounded, since both divide in another order.
+        args = [np.array([arg for arg, _ in found[kind]]).round(9) for found in by_kind]
+        # magnitudes, in up to twenty bins with the same number of draws
+        edges = np.unique(np.quantile(np.concatenate(args), np.linspace(0, 1, 1 + min(20, len(args[0]) // 40))))
+        first, second = (np.digitize(a, edges).tolist() for a in args)
+        assert_same_distribution(first, second, (text, kind.name))
+        if (args[0] < 0).any():
+            first, second = (np.sign(a).tolist() for a in args)
+            assert_same_distribution(first, second, (text, kind.name, "signs"))
         if kind in (Kind.ROTATE, Kind.SHEAR_X, Kind.TRANSLATE_Y):
-            assert_same_distribution(*([k for _, k in found[kind]] for found in by_kind), (text, kind.name, "kernels"))
+            first, second = ([kernel for _, kernel in found[kind]] for found in by_kind)
+            assert_same_distribution(first, second, (text, kind.name, "kernels"))
 
 
 def test_order_and_factors_of_colour_jitter_are_torchvisions():
     planned = planned_ops(TrainRules(color_jitter=(0.4, 0.2, 1.5)))
+    ranges = [(0.6, 1.4), (0.8, 1.2), (0.0, 2.5)]
     jitter = ColorJitter(0.4, 0.2, 1.5)
+    assert [jitter.brightness, jitter.contrast, jitter.saturation] == ranges
     orders, factors = [], []
     for _ in range(SAMPLES):
-        order, *drawn, _ = ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, None)
+        order, *drawn, _ = ColorJitter.get_params(*ranges, None)  # type: ignore[arg-type]
         orders.append(tuple(int(i) for i in order if i != 3))
         factors.append(drawn)
     kinds = (Kind.BRIGHTNESS, Kind.CONTRAST, Kind.COLOR)
@@ -162,7 +151,7 @@ def test_order_and_factors_of_colour_jitter_are_torchvisions():
     for i, kind in enumerate(kinds):
         ours = planned.args[planned.kinds == kind]
         assert len(ours) == SAMPLES
-        assert stats.ks_2samp(ours, np.array(factors, float)[:, i]).pvalue > UNLIKELY
+        assert float(stats.ks_2samp(ours, np.array(factors, float)[:, i])[1]) > UNLIKELY  # type: ignore[arg-type]
 
 
 def test_interpolation_can_be_fixed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from timm.data.mixup import rand_bbox
+from timm.data.mixup import rand_bbox, rand_bbox_minmax
 from torchvision.transforms import RandomResizedCrop
 
 from data_prep.errors import UserError
-from lowrank_vit.data.plan import EvalPlan, TrainPlan, TrainRules, center_windows
+from lowrank_vit.augment.policy import parse_policy
+from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan, TrainRules, center_windows
 from lowrank_vit.data.plan_mix import MixRules, cut_box
+from tests.distributions import assert_same_distribution
 
 NO_IDS = np.zeros(0, np.int64)
 
@@ -48,9 +51,30 @@ def test_positions_in_the_order_are_uniform():
     assert stats.chisquare(first).pvalue > 1e-4
 
 
+EVERYTHING = TrainRules(
+    vflip=0.3,
+    policy=parse_policy("rand-m9-mstd0.5-inc1"),
+    color_jitter=(0.4, 0.4, 0.4),
+    reprob=0.5,
+    recount=2,
+    mixing=MixRules(mixup=0.8, cutmix=1.0),
+)
+
+
+def arrays_of(batch: BatchPlan) -> list:
+    """All that a batch's plan says of its samples, one row each."""
+    assert batch.ops is not None
+    assert batch.erase is not None
+    return [
+        *(batch.ids, batch.windows, batch.flips, batch.kernels, batch.vflips, batch.ops.kinds, batch.ops.args),
+        *(batch.ops.kernels, batch.erase.boxes, batch.erase.keys),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["batch", "elem"])
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_ranks_share_one_stream(world_size):
-    rules = TrainRules(mixing=MixRules(mixup=0.8, cutmix=1.0))
+def test_ranks_share_one_stream(world_size, mode):
+    rules = replace(EVERYTHING, mixing=replace(EVERYTHING.mixing, mode=mode))
     one = make_plan(rules=rules, batch_size=16)
     ranks = [
         make_plan(rules=rules, batch_size=16 // world_size, rank=r, world_size=world_size) for r in range(world_size)
@@ -58,10 +82,35 @@ def test_ranks_share_one_stream(world_size):
     for step in range(one.steps_per_epoch):
         whole = one.batch(2, step, one.ids(2)[step])
         parts = [rank.batch(2, step, rank.ids(2)[step]) for rank in ranks]
-        assert np.array_equal(whole.ids, np.concatenate([p.ids for p in parts]))
-        assert np.array_equal(whole.windows, np.concatenate([p.windows for p in parts]))
-        assert np.array_equal(whole.flips, np.concatenate([p.flips for p in parts]))
-        assert all(p.mix == whole.mix for p in parts)
+        for whole_array, *part_arrays in zip(arrays_of(whole), *(arrays_of(p) for p in parts), strict=True):
+            assert np.array_equal(whole_array, np.concatenate(part_arrays))
+        if mode == "batch":
+            assert all(p.mix == whole.mix for p in parts)
+        else:
+            assert sum((p.mix for p in parts), ()) == whole.mix
+
+
+def test_augmentation_of_a_sample_changes_with_the_epoch_and_the_seed_alone():
+    plan, ids = make_plan(rules=EVERYTHING), np.arange(64)
+    here = arrays_of(plan.batch(1, 0, ids))
+    for same in (plan.batch(1, 5, ids), make_plan(rules=EVERYTHING, batch_size=3).batch(1, 0, ids)):
+        assert all(np.array_equal(a, b) for a, b in zip(here, arrays_of(same), strict=True))
+    for other in (plan.batch(2, 0, ids), make_plan(rules=EVERYTHING, seed=8).batch(1, 0, ids)):
+        assert not any(np.array_equal(a, b) for a, b in list(zip(here, arrays_of(other), strict=True))[1:])
+
+
+def test_what_is_drawn_for_one_use_is_independent_of_the_others():
+    """Correlations between the uses of a sample's draws, over 20,000 samples."""
+    ids = np.arange(20_000)
+    batch = make_plan(20_000, rules=replace(EVERYTHING, mixing=MixRules(mixup=1.0, mode="elem"))).batch(0, 0, ids)
+    assert batch.ops is not None
+    assert batch.erase is not None
+    uses = [
+        *(batch.windows[:, 1], batch.flips, batch.kernels, batch.vflips, batch.ops.kinds[:, 0], batch.ops.args[:, 2]),
+        *(batch.erase.boxes[:, 0, 0], batch.erase.keys[:, 0], [mix.lam for mix in batch.mix]),
+    ]
+    correlations = np.corrcoef(np.array(uses, np.float64)) - np.eye(len(uses))
+    assert np.abs(correlations).max() < 0.035
 
 
 def test_training_drops_the_tail():
@@ -177,6 +226,25 @@ def test_cutmix_lam_is_the_area_kept():
         assert mix.lam == 1 - (bottom - top) * (right - left) / 32**2
         assert 0 <= top <= bottom <= 32
         assert 0 <= left <= right <= 32
+
+
+def test_boxes_between_two_sides_have_timms_distribution():
+    plan = make_plan(rules=TrainRules(mixing=MixRules(minmax=(0.2, 0.8))))
+    ours = np.array([plan.mix(epoch, step, NO_IDS)[0].box for epoch in range(40) for step in range(100)])
+    np.random.seed(0)
+    theirs = np.array([[int(v) for v in rand_bbox_minmax((3, 32, 32), (0.2, 0.8))] for _ in range(4000)])
+    for measure in (lambda b: b[:, 1] - b[:, 0], lambda b: b[:, 3] - b[:, 2], lambda b: b[:, 0], lambda b: b[:, 2]):
+        assert_same_distribution(measure(ours).tolist(), measure(theirs).tolist())
+
+
+def test_both_of_a_pair_are_mixed_alike_and_the_middle_one_stays():
+    plan = make_plan(rules=TrainRules(mixing=MixRules(mixup=0.8, cutmix=1.0, mode="pair")))
+    for count in (1, 6, 7):
+        mixes = plan.mix(0, 0, np.arange(count))
+        assert len(mixes) == count
+        assert mixes == mixes[::-1]
+        assert len({mix.lam for mix in mixes}) == (count + 1) // 2
+        assert count % 2 == 0 or mixes[count // 2].lam == 1.0
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
