@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import math
 
+import numba
 import numpy as np
 from numba import njit, prange
 
 from lowrank_vit.data.plan_ops import BICUBIC, NEAREST, Kind
+
+# FFCV's thread runs numba's parallel code too, beside the main thread; numba's own "workqueue" would abort the process.
+if numba.config.THREADING_LAYER == "default":  # type: ignore[attr-defined]
+    numba.config.THREADING_LAYER = "threadsafe"  # type: ignore[attr-defined]
 
 _EQUALIZE, _AUTOCONTRAST, _INVERT = int(Kind.EQUALIZE), int(Kind.AUTOCONTRAST), int(Kind.INVERT)
 _POSTERIZE, _SOLARIZE, _SOLARIZE_ADD = int(Kind.POSTERIZE), int(Kind.SOLARIZE), int(Kind.SOLARIZE_ADD)

@@ -170,7 +170,8 @@ def test_the_monitor_changes_no_bit(train):
 
 @pytest.mark.parametrize("loader", ["resident", "ffcv"])
 def test_resumed_is_uninterrupted(train, tmp_path, loader):
-    common = ("--no-spec-monitor", "--drop-path", "0.1", "--mixup", "0.8", "--loader", loader)
+    recipe = "--drop-path 0.1 --mixup 0.8 --cutmix 1 --aa rand-m9-mstd0.5-inc1 --reprob 0.25 --vflip 0.2".split()
+    common = ("--no-spec-monitor", "--loader", loader, *recipe)
     whole = train("--experiment", "whole", "--epochs", "3", *common)
     part = Trainer(parse_small(train, "--experiment", "part", "--epochs", "3", *common), "x")
     part.parts.num_epochs = 2  # as if stopped after two of three epochs
