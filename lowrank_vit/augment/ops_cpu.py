@@ -1,7 +1,7 @@
 """The image operations on a CPU: one image a thread, each pixel touched once an operation; compiled by numba.
 
 Twins: PIL's own operations, and the batched tensor version in `ops.py`. Sources: `src/libImaging/{Blend,Filter,
-Geometry,BoxBlur}.c` and `src/PIL/{ImageOps,ImageEnhance}.py` of Pillow 13.
+BoxBlur}.c` and `src/PIL/{ImageOps,ImageEnhance}.py` of Pillow 13.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import numba
 import numpy as np
 from numba import njit, prange
 
-from lowrank_vit.data.plan_ops import BICUBIC, NEAREST, Kind
+from lowrank_vit.augment.resample_cpu import along_columns, along_rows, rotate
+from lowrank_vit.data.plan_ops import Kind
 
 # FFCV's thread runs numba's parallel code too, beside the main thread; numba's own "workqueue" would abort the process.
 if numba.config.THREADING_LAYER == "default":  # type: ignore[attr-defined]
@@ -50,11 +51,11 @@ def apply_ops(images_NHWC, kinds, args, kernels, fill):
                 elif kind == _BLUR:
                     _blur(image, other, arg)
                 elif kind == _ROTATE:
-                    _rotate(image, other, arg, kernel, fill)
+                    rotate(image, other, arg, kernel, fill)
                 elif kind in (_SHEAR_X, _TRANSLATE_X):
-                    _along_rows(image, other, arg, kind == _SHEAR_X, kernel, fill)
+                    along_rows(image, other, arg, kind == _SHEAR_X, kernel, fill)
                 else:
-                    _along_columns(image, other, arg, kind == _SHEAR_Y, kernel, fill)
+                    along_columns(image, other, arg, kind == _SHEAR_Y, kernel, fill)
                 image[:] = other
 
 
@@ -180,18 +181,21 @@ def _color(image, factor):
 def _sharpness(image, out, factor):
     """Blend with PIL's SMOOTH filter: the 3 x 3 mean with a five-fold centre; the outermost pixels stay."""
     H, W, _ = image.shape
+    rows, out_rows = image.reshape(H, W * 3), out.reshape(H, W * 3)
+    sums = np.empty(W * 3, np.float32)
+    half, share = np.float32(6.5), np.float32(1 / 13)
     for y in range(H):
-        for x in range(W):
-            for c in range(3):
-                centre = np.int64(image[y, x, c])
-                smooth = centre
-                if 0 < y < H - 1 and 0 < x < W - 1:
-                    total = 4 * centre
-                    for dy in range(-1, 2):
-                        for dx in range(-1, 2):
-                            total += image[y + dy, x + dx, c]
-                    smooth = (2 * total + 13) // 26
-                out[y, x, c] = _blend(np.float32(smooth), np.float32(centre), factor)
+        for i in range(W * 3):
+            out_rows[y, i] = rows[y, i]
+        if not 0 < y < H - 1:
+            continue
+        for i in range(W * 3):
+            sums[i] = np.float32(rows[y - 1, i]) + np.float32(rows[y, i]) + np.float32(rows[y + 1, i])
+        for i in range(3, W * 3 - 3):
+            centre = np.float32(rows[y, i])
+            total = np.float32(4) * centre + sums[i - 3] + sums[i] + sums[i + 3]
+            # The rounded thirteenth: `total + 6.5` lies well between two multiples of 13.
+            out_rows[y, i] = _blend(np.floor((total + half) * share), centre, factor)
 
 
 @njit(cache=True)
@@ -235,142 +239,3 @@ def _blur(image, out, sigma):
                             out[k, i, c] = value
                         else:
                             out[i, k, c] = value
-
-
-@njit(cache=True, inline="always")
-def _weights(d, kernel):
-    """Weights of the four pixels around a point that lies `d` (0-1) behind the second: PIL's BICUBIC (Keys, a = -1)."""
-    one, two = np.float32(1), np.float32(2)
-    if kernel == BICUBIC:
-        return d * (d * (two - d) - one), one + d * d * (d - two), d * (one + d * (one - d)), d * d * (d - one)
-    return np.float32(0), one - d, d, np.float32(0)
-
-
-@njit(cache=True, inline="always")
-def _to_byte(value):
-    """Cut off towards zero, as PIL; the weights' sum may lie a rounding below 1, which must not cost a whole level."""
-    value += np.float32(1 / 16384)
-    return np.uint8(0) if value <= 0 else np.uint8(255) if value >= 255 else np.uint8(value)
-
-
-@njit(cache=True, inline="always")
-def _fixed(value):
-    """PIL's 16.16 fixed point, in which it reckons where the nearest pixel lies."""
-    return np.int64(math.floor(value * 65536.0 + 0.5))
-
-
-@njit(cache=True)
-def _nearest(arg, line, is_shear):
-    """How many whole pixels a shear or translation shifts a line by."""
-    if is_shear:
-        return (_fixed(0.5 + 0.5 * arg) + line * _fixed(arg)) >> 16
-    return np.int64(math.floor(0.5 + arg))
-
-
-@njit(cache=True)
-def _along_rows(image, out, arg, is_shear, kernel, fill):
-    """Shear or translate along x: within a row every pixel moves by the same distance."""
-    H, W, _ = image.shape
-    for y in range(H):
-        shift = arg * (y + 0.5) if is_shear else arg
-        whole = int(math.floor(shift))
-        if kernel == NEAREST:
-            whole = _nearest(arg, y, is_shear)
-            for x in range(W):
-                for c in range(3):
-                    out[y, x, c] = image[y, x + whole, c] if 0 <= x + whole < W else fill[c]
-            continue
-        w0, w1, w2, w3 = _weights(np.float32(shift - whole), kernel)
-        for x in range(W):
-            if not 0.0 <= x + 0.5 + shift < W:
-                for c in range(3):
-                    out[y, x, c] = fill[c]
-                continue
-            x1 = x + whole
-            x0, x2, x3 = max(x1 - 1, 0), min(x1 + 1, W - 1), min(x1 + 2, W - 1)
-            x1 = max(x1, 0)
-            for c in range(3):
-                value = w1 * np.float32(image[y, x1, c]) + w2 * np.float32(image[y, x2, c])
-                if kernel == BICUBIC:
-                    value += w0 * np.float32(image[y, x0, c]) + w3 * np.float32(image[y, x3, c])
-                out[y, x, c] = _to_byte(value)
-
-
-@njit(cache=True)
-def _along_columns(image, out, arg, is_shear, kernel, fill):
-    """Shear or translate along y."""
-    H, W, _ = image.shape
-    for y in range(H):
-        for x in range(W):
-            shift = arg * (x + 0.5) if is_shear else arg
-            if kernel == NEAREST:
-                y1 = y + _nearest(arg, x, is_shear)
-                for c in range(3):
-                    out[y, x, c] = image[y1, x, c] if 0 <= y1 < H else fill[c]
-                continue
-            if not 0.0 <= y + 0.5 + shift < H:
-                for c in range(3):
-                    out[y, x, c] = fill[c]
-                continue
-            whole = int(math.floor(shift))
-            w0, w1, w2, w3 = _weights(np.float32(shift - whole), kernel)
-            y1 = y + whole
-            y0, y2, y3 = max(y1 - 1, 0), min(y1 + 1, H - 1), min(y1 + 2, H - 1)
-            y1 = max(y1, 0)
-            for c in range(3):
-                value = w1 * np.float32(image[y1, x, c]) + w2 * np.float32(image[y2, x, c])
-                if kernel == BICUBIC:
-                    value += w0 * np.float32(image[y0, x, c]) + w3 * np.float32(image[y3, x, c])
-                out[y, x, c] = _to_byte(value)
-
-
-@njit(cache=True)
-def _rotate(image, out, degrees, kernel, fill):
-    """`Image.rotate` about the middle."""
-    H, W, _ = image.shape
-    cosine, sine = math.cos(math.radians(-degrees)), math.sin(math.radians(-degrees))
-    u, v = 0.5 - W / 2, 0.5 - H / 2
-    x_fixed, y_fixed = _fixed(cosine * u + sine * v + W / 2), _fixed(cosine * v - sine * u + H / 2)
-    for y in range(H):
-        for x in range(W):
-            if kernel == NEAREST:
-                x1 = (x_fixed + x * _fixed(cosine) + y * _fixed(sine)) >> 16
-                y1 = (y_fixed - x * _fixed(sine) + y * _fixed(cosine)) >> 16
-                for c in range(3):
-                    out[y, x, c] = image[y1, x1, c] if 0 <= x1 < W and 0 <= y1 < H else fill[c]
-                continue
-            u, v = x + 0.5 - W / 2, y + 0.5 - H / 2
-            xin, yin = cosine * u + sine * v + W / 2, cosine * v - sine * u + H / 2
-            if not (0.0 <= xin < W and 0.0 <= yin < H):
-                for c in range(3):
-                    out[y, x, c] = fill[c]
-                continue
-            x1, y1 = int(math.floor(xin - 0.5)), int(math.floor(yin - 0.5))
-            a0, a1, a2, a3 = _weights(np.float32(xin - 0.5 - x1), kernel)
-            b0, b1, b2, b3 = _weights(np.float32(yin - 0.5 - y1), kernel)
-            x0, x2, x3 = max(x1 - 1, 0), min(x1 + 1, W - 1), min(x1 + 2, W - 1)
-            y0, y2, y3 = max(y1 - 1, 0), min(y1 + 1, H - 1), min(y1 + 2, H - 1)
-            x1, y1 = max(x1, 0), max(y1, 0)
-            for c in range(3):
-                if kernel == BICUBIC:
-                    value = (
-                        b0 * _row(image, y0, x0, x1, x2, x3, c, a0, a1, a2, a3)
-                        + b1 * _row(image, y1, x0, x1, x2, x3, c, a0, a1, a2, a3)
-                        + b2 * _row(image, y2, x0, x1, x2, x3, c, a0, a1, a2, a3)
-                        + b3 * _row(image, y3, x0, x1, x2, x3, c, a0, a1, a2, a3)
-                    )
-                else:
-                    upper = a1 * np.float32(image[y1, x1, c]) + a2 * np.float32(image[y1, x2, c])
-                    lower = a1 * np.float32(image[y2, x1, c]) + a2 * np.float32(image[y2, x2, c])
-                    value = b1 * upper + b2 * lower
-                out[y, x, c] = _to_byte(value)
-
-
-@njit(cache=True, inline="always")
-def _row(image, y, x0, x1, x2, x3, c, a0, a1, a2, a3):
-    return (
-        a0 * np.float32(image[y, x0, c])
-        + a1 * np.float32(image[y, x1, c])
-        + a2 * np.float32(image[y, x2, c])
-        + a3 * np.float32(image[y, x3, c])
-    )

@@ -80,7 +80,7 @@ def both(boxes: np.ndarray, keys: np.ndarray, mode, size: int) -> list[np.ndarra
 def test_numba_and_torch_erase_alike(mode):
     drawn = planned(40, reprob=0.8, recount=3)
     by_numba, by_torch = both(drawn.boxes[:50], drawn.keys[:50], mode, 40)
-    np.testing.assert_allclose(by_numba, by_torch, rtol=0, atol=3e-6)
+    np.testing.assert_allclose(by_numba, by_torch, rtol=0, atol=1e-6)  # normalising: numba multiplies in another order
 
 
 def test_modes():
@@ -111,7 +111,7 @@ def test_noise_is_standard_normal_and_independent():
     noise = normalize_and_erase_cpu(np.zeros((64, size, size, 3), np.uint8), MEAN, STD, boxes, keys, "pixel")
     assert float(stats.kstest(noise.ravel(), "norm")[1]) > UNLIKELY  # type: ignore[arg-type]
     assert abs(noise.mean()) < 4 / noise.size**0.5
-    assert np.abs(noise).max() < 7
+    assert 4 < np.abs(noise).max() < 4.4
     bound = 5 / (noise.size / 3) ** 0.5
     red = noise[..., 0]
     for other in (np.roll(red, 1, 0), np.roll(red, 1, 1), np.roll(red, 1, 2), noise[..., 1], noise[..., 2]):
