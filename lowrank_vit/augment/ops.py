@@ -29,7 +29,7 @@ def apply_ops(images_BHWC: Tensor, ops: ImageOps, fill: Tensor) -> None:
             rows = np.flatnonzero(np.isin(kinds, family))
             if len(rows) == 0:
                 continue
-            group = _to(rows, images_BHWC)
+            group = to_device(rows, images_BHWC)
             images = images_BHWC[group]
             if family is _TABLES:
                 changed = _look_up(images, kinds[rows], args[rows])
@@ -44,14 +44,15 @@ def apply_ops(images_BHWC: Tensor, ops: ImageOps, fill: Tensor) -> None:
             images_BHWC.index_copy_(0, group, changed)
 
 
-def _to(values: np.ndarray, like: Tensor) -> Tensor:
+def to_device(values: np.ndarray, like: Tensor) -> Tensor:
+    """A copy on the device of `like`; from pinned memory, so that the host does not wait."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor
 
 
 def _column(values: np.ndarray, like: Tensor) -> Tensor:
     """float32 (G, 1, 1, 1)."""
-    return _to(values.astype(np.float32), like).view(-1, 1, 1, 1)
+    return to_device(values.astype(np.float32), like).view(-1, 1, 1, 1)
 
 
 def _blend(degenerate: Tensor, original: Tensor, factor: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def _look_up(images: Tensor, kinds: np.ndarray, args: np.ndarray) -> Tensor:
 def _tables(images: Tensor, kinds: np.ndarray, args: np.ndarray) -> Tensor:
     """uint8 (G, 3, 256): what each level of each channel of each sample becomes."""
     levels = torch.arange(256, device=images.device, dtype=torch.float32)
-    kind, arg = _to(kinds, images).view(-1, 1), _to(args, images).view(-1, 1)
+    kind, arg = to_device(kinds, images).view(-1, 1), to_device(args, images).view(-1, 1)
     # bits 0-8; 2 ** (8 - bits) levels fall together, all of them at 0 bits
     step = torch.exp2(8 - arg.clamp(0, 8))
     tables = torch.where(kind == Kind.POSTERIZE, (levels / step).floor() * step, levels)
@@ -91,7 +92,7 @@ def _tables(images: Tensor, kinds: np.ndarray, args: np.ndarray) -> Tensor:
     tables = tables[:, None].to(torch.uint8).repeat(1, 3, 1)
     rows = np.flatnonzero(np.isin(kinds, (Kind.AUTOCONTRAST, Kind.EQUALIZE)))
     if len(rows):
-        some = _to(rows, images)
+        some = to_device(rows, images)
         counts = _histograms(images[some])
         stretches = (kind[some] == Kind.AUTOCONTRAST)[:, None]
         tables.index_copy_(0, some, torch.where(stretches, _stretch(counts), _equalize(counts)).to(torch.uint8))
@@ -154,7 +155,7 @@ def _blur(images: Tensor, sigmas: np.ndarray) -> Tensor:
     for row, (inner, edge, radius) in zip(taps, parameters, strict=True):
         row[reach - radius : reach + radius + 1] = inner
         row[[reach - radius - 1, reach + radius + 1]] = edge
-    weights = _to(taps, images)
+    weights = to_device(taps, images)
     blurred = images.long()
     for axis in (2, 1):
         length = blurred.shape[axis]
@@ -171,18 +172,18 @@ def _blur(images: Tensor, sigmas: np.ndarray) -> Tensor:
 def _resample(images: Tensor, kinds: np.ndarray, args: np.ndarray, kernels: np.ndarray, fill: Tensor) -> Tensor:
     """Affine resampling as in PIL's `Geometry.c`; bicubic has a = -1, edges repeat, outside is `fill`."""
     G, H, W, C = images.shape
-    a, b, c, d, e, f = _to(_affine(kinds, args, H, W), images).view(6, G, 1, 1).unbind(0)
+    a, b, c, d, e, f = to_device(_affine(kinds, args, H, W), images).view(6, G, 1, 1).unbind(0)
     x = torch.arange(W, device=images.device, dtype=torch.float64) + 0.5
     y = torch.arange(H, device=images.device, dtype=torch.float64)[:, None] + 0.5
     xin, yin = a * x + b * y + c, d * x + e * y + f
     is_inside = (xin >= 0) & (xin < W) & (yin >= 0) & (yin < H)
     x1, y1 = (xin - 0.5).floor(), (yin - 0.5).floor()
-    cubic = _to(kernels == BICUBIC, images).view(G, 1, 1)
+    cubic = to_device(kernels == BICUBIC, images).view(G, 1, 1)
     dx, dy = (xin - 0.5 - x1).float(), (yin - 0.5 - y1).float()
     x1, y1 = x1.long(), y1.long()
     if (kernels == NEAREST).any():
         x, y = _nearest(_fixed_point(_affine(kinds, args, H, W), kinds), images)
-        nearest = _to(kernels == NEAREST, images).view(G, 1, 1)
+        nearest = to_device(kernels == NEAREST, images).view(G, 1, 1)
         is_inside = torch.where(nearest, (x >= 0) & (x < W) & (y >= 0) & (y < H), is_inside)
         x1, y1 = torch.where(nearest, x, x1), torch.where(nearest, y, y1)
         dx, dy = torch.where(nearest, 0.0, dx), torch.where(nearest, 0.0, dy)
@@ -202,7 +203,7 @@ def _resample(images: Tensor, kinds: np.ndarray, args: np.ndarray, kernels: np.n
 def _nearest(matrices: np.ndarray, images: Tensor) -> tuple[Tensor, Tensor]:
     """int64 (G, H, W) twice: column and row of the nearest pixel, from `_fixed_point`."""
     G, H, W, _ = images.shape
-    a, b, c, d, e, f = _to(matrices, images).view(6, G, 1, 1).unbind(0)
+    a, b, c, d, e, f = to_device(matrices, images).view(6, G, 1, 1).unbind(0)
     x = torch.arange(W, device=images.device)
     y = torch.arange(H, device=images.device)[:, None]
     return (a * x + b * y + c) >> 16, (d * x + e * y + f) >> 16

@@ -59,7 +59,7 @@ class Augment(nn.Module):
         if not images.is_cuda:
             numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         if plan.vflips is not None:
-            rows = torch.from_numpy(np.flatnonzero(plan.vflips)).to(images.device, non_blocking=True)
+            rows = ops.to_device(np.flatnonzero(plan.vflips), images)
             images_BHWC[rows] = images_BHWC[rows].flip(1)
         if plan.ops is not None:
             if images.is_cuda:
@@ -74,8 +74,8 @@ class Augment(nn.Module):
             return images
         boxes, keys = plan.erase.boxes, plan.erase.keys
         if images.is_cuda:
-            on_device = [torch.from_numpy(x).pin_memory().to(images.device, non_blocking=True) for x in (boxes, keys)]
-            return erase(self.normalize(images), on_device[0], on_device[1].long(), self.remode)
+            on_device = ops.to_device(boxes, images), ops.to_device(keys.astype(np.int64), images)
+            return erase(self.normalize(images), *on_device, self.remode)
         scale = self.mean.flatten().numpy(), self.std.flatten().numpy()
         erased = normalize_and_erase_cpu(images.permute(0, 2, 3, 1).numpy(), *scale, boxes, keys, self.remode)
         return torch.from_numpy(erased).permute(0, 3, 1, 2)

@@ -145,9 +145,8 @@ def draw_ops(
     kinds, args = np.zeros((B, L), np.int8), np.zeros((B, L))
     for name in {op.name for op in specs}:
         mask = applied & np.array([op.name == name for op in specs])[chosen]
-        kind, rule = NAMES[name]
-        kinds[mask] = kind
-        args[mask] = _argument(rule, levels[mask], signs[mask], uniforms[:, :, 5][mask], policy.translate * img_size)
+        kinds[mask] = NAMES[name][0]
+        args[mask] = argument(name, levels[mask], signs[mask], uniforms[:, :, 5][mask], policy.translate * img_size)
     drawn = np.where(uniforms[:, :, 6] < 0.5, BILINEAR, BICUBIC)
     return ImageOps(kinds, args, (drawn if kernel is None else np.full((B, L), kernel)).astype(np.int8))
 
@@ -198,10 +197,15 @@ def _levels(std: float, base: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     return base + std * radius * np.cos(2.0 * np.pi * uniforms[:, :, 3])
 
 
-def _argument(rule: str, level: np.ndarray, sign: np.ndarray, u: np.ndarray, translate: float) -> np.ndarray:
-    """As timm's `*_level_to_arg`; `int()` there cuts off, and so does `np.trunc`."""
+def argument(name: str, level: np.ndarray, sign: np.ndarray, u: np.ndarray, translate: float) -> np.ndarray:
+    """float64, as `level`: an operation's argument at levels of 0-10, as timm's `*_level_to_arg` has it.
+
+    `name`: a key of `NAMES`; `sign`: +-1, for operations with a direction; `u`: uniform in (0, 1), for those that draw
+    more; `translate`: pixels that level 10 translates by.
+    """
     x = level / LEVELS
-    match rule.split():
+    # `int()` there cuts off, and so does `np.trunc`.
+    match NAMES[name][1].split():
         case ["none"]:
             return np.zeros_like(x)
         case ["signed", scale]:
@@ -230,7 +234,7 @@ def _argument(rule: str, level: np.ndarray, sign: np.ndarray, u: np.ndarray, tra
             return np.clip(0.1 + 1.9 * x, 0.1, 2.0)
         case ["blur", "random"]:
             return 0.1 + (2.0 * np.clip(x, 0.0, 1.0) - 0.1) * u
-    raise AssertionError(rule)
+    raise AssertionError(name)
 
 
 @njit(cache=True)

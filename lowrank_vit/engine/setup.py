@@ -12,15 +12,12 @@ from torch.optim import Optimizer
 
 from data_prep.errors import UserError
 from lowrank_vit.augment.pipeline import Augment
-from lowrank_vit.augment.policy import parse_policy
-from lowrank_vit.config import Augment as AugmentOptions
+from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.config import Config
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.datasets import open_datasets
 from lowrank_vit.data.loader import Loader, open_loader
-from lowrank_vit.data.plan import EvalPlan, TrainPlan, TrainRules
-from lowrank_vit.data.plan_mix import MixRules
-from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR, NEAREST
+from lowrank_vit.data.plan import EvalPlan, TrainPlan
 from lowrank_vit.engine.checkpoint import Checkpoint, load_weights, read_checkpoint
 from lowrank_vit.engine.evaluate import Evaluator
 from lowrank_vit.engine.model import InputSpec, create_model, input_spec
@@ -144,43 +141,11 @@ def _make_ema(config: Config, model: nn.Module, resumed: Checkpoint | None) -> M
 
 
 def _make_train_plan(config: Config, train_set: Beton, spec: InputSpec) -> TrainPlan:
-    data, augment = config.data, config.augment
-    rules = TrainRules(
-        scale=data.scale,
-        ratio=data.ratio,
-        hflip=data.hflip,
-        vflip=data.vflip,
-        policy=parse_policy(augment.aa),
-        color_jitter=_color_jitter(augment),
-        kernel=_KERNELS[data.train_interpolation],
-        reprob=augment.reprob,
-        recount=augment.recount,
-        mixing=MixRules(
-            mixup=augment.mixup,
-            cutmix=augment.cutmix,
-            minmax=augment.cutmix_minmax,
-            prob=augment.mixup_prob,
-            switch_prob=augment.mixup_switch_prob,
-            mode=augment.mixup_mode,
-        ),
-        mixup_off_epoch=augment.mixup_off_epoch,
-    )
     return TrainPlan(
         train_set.heights,
         train_set.widths,
-        rules,
+        train_rules(config),
         seed=config.run.seed,
         img_size=spec.img_size,
-        batch_size=data.batch_size,
+        batch_size=config.data.batch_size,
     )
-
-
-_KERNELS = {"random": None, "nearest": NEAREST, "bilinear": BILINEAR, "bicubic": BICUBIC}
-
-
-def _color_jitter(augment: AugmentOptions) -> tuple[float, ...] | None:
-    """Strengths of brightness, contrast and saturation; None for none. As in timm any policy but 3a switches it off."""
-    has_policy = augment.aa not in ("", "none")
-    if (has_policy and "3a" not in augment.aa) or not any(augment.color_jitter):
-        return None
-    return augment.color_jitter * 3 if len(augment.color_jitter) == 1 else augment.color_jitter

@@ -1,0 +1,165 @@
+"""`python -m lowrank_vit.augment --preview FILE.png`: what the training flags beside it do to images."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from data_prep.beton_format import MODE_RAW
+from data_prep.errors import UserError, exit_cleanly
+from data_prep.parts import find_parts
+from lowrank_vit.augment.pipeline import Augment
+from lowrank_vit.augment.policy import parse_policy
+from lowrank_vit.augment.preview import LEVELS, as_the_model_sees_them, by_level, caption
+from lowrank_vit.augment.recipe import train_rules
+from lowrank_vit.config import Config, parse
+from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.plan import TrainPlan
+from lowrank_vit.data.plan_ops import Policy
+from lowrank_vit.data.resize import crop_resize_flip
+from lowrank_vit.report.augment_plot import preview_plot
+
+HELP = """usage: python -m lowrank_vit.augment --preview FILE.png [training flags]
+
+Draw what augmentation does: each operation at every level, and a batch as the
+model sees it, with its labels. The flags are those of lowrank_vit.train:
+--config, --aa, --reprob, --mixup, --cutmix, --img-size, --seed, ... Images come
+from --data-dir; where it has no train.beton, from photographs that ship with
+scikit-image.
+"""
+IMG_SIZE = 224
+SHOWN = 24
+DEFAULT_POLICY = "rand-m9-mstd0.5-inc1"
+
+Images = tuple[list[np.ndarray], np.ndarray, list[str], str]
+"""uint8 (H, W, 3) each, labels, class names, and where they come from."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line `argv` (default: the process's own). Raises `UserError`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or {"-h", "--help"} & set(argv):
+        print(HELP)
+        return
+    path, flags = _take_preview(argv)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--preview {path} does not end in .png.")
+    picture = preview(parse(flags, prog="python -m lowrank_vit.augment --preview FILE.png"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture)
+    except OSError as error:
+        raise UserError(f"--preview {path} cannot be written: {error.strerror}.") from error
+    print(f"wrote {path}")
+
+
+def _take_preview(argv: list[str]) -> tuple[Path, list[str]]:
+    for n, token in enumerate(argv):
+        if token.startswith("--preview="):
+            return Path(token.removeprefix("--preview=")), argv[:n] + argv[n + 1 :]
+        if token == "--preview" and n + 1 < len(argv):
+            return Path(argv[n + 1]), argv[:n] + argv[n + 2 :]
+    raise UserError("--preview FILE.png is missing: the picture to draw.")
+
+
+def preview(config: Config) -> bytes:
+    """The picture of a training configuration, a PNG. Raises `UserError` for a wrong policy or damaged data."""
+    size, smoothing = config.data.img_size or IMG_SIZE, config.augment.smoothing
+    rules = train_rules(config)
+    count = min(SHOWN, config.data.batch_size)
+    (heights, widths), read = _open_images(config.data.data_dir)
+    if config.data.batch_size > len(heights):
+        raise UserError(f"--data-dir {config.data.data_dir} has {len(heights)} samples, less than one --batch-size.")
+    plan = TrainPlan(heights, widths, rules, seed=config.run.seed, img_size=size, batch_size=count)
+    batch = plan.batch(0, 0, plan.ids(0)[0])
+    images, labels, classes, origin = read(batch.ids)
+    kernels, flips = torch.from_numpy(batch.kernels), torch.from_numpy(batch.flips)
+    windows = torch.from_numpy(batch.windows)
+    crops = [
+        crop_resize_flip(
+            torch.from_numpy(image.copy())[None], windows[n : n + 1], flips[n : n + 1], kernels[n : n + 1], size
+        )
+        for n, image in enumerate(images)
+    ]
+    augment = Augment(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, len(classes), smoothing, config.augment.remode)
+    shown, soft = as_the_model_sees_them(torch.cat(crops).numpy(), labels, batch, augment)
+    policy = rules.policy or _must_parse(DEFAULT_POLICY)
+    grid = by_level(_whole(images[0], size), replace(policy, level_std=0.0), augment.fill.numpy())
+    captions = [caption(row, smoothing, classes) for row in soft]
+    return preview_plot(grid, LEVELS, shown, captions, _describe(config), origin)
+
+
+def _must_parse(text: str) -> Policy:
+    policy = parse_policy(text)
+    assert policy is not None
+    return policy
+
+
+def _whole(image_HWC: np.ndarray, size: int) -> np.ndarray:
+    """The centre of an image, uint8 (size, size, 3)."""
+    from PIL import Image, ImageOps
+
+    return np.asarray(ImageOps.fit(Image.fromarray(image_HWC), (size, size)))
+
+
+def _describe(config: Config) -> str:
+    augment = config.augment
+    flags = {
+        "aa": augment.aa,
+        "reprob": augment.reprob,
+        "remode": augment.remode if augment.reprob else None,
+        "mixup": augment.mixup,
+        "cutmix": augment.cutmix,
+        "vflip": config.data.vflip,
+    }
+    return " ".join(f"--{name} {value}" for name, value in flags.items() if value not in (None, 0.0, ""))
+
+
+def _open_images(data_dir: Path) -> tuple[tuple[np.ndarray, np.ndarray], Callable[[np.ndarray], Images]]:
+    """Heights and widths of all images, and a function that reads those of some ids."""
+    path = data_dir / "train.beton"
+    if path.exists() or find_parts(path):
+        beton = Beton(path)
+        return (beton.heights, beton.widths), lambda ids: _of_beton(beton, ids)
+    try:
+        import skimage.data
+    except ImportError as error:
+        raise UserError(
+            f"--data-dir {data_dir} has no train.beton, and the photographs to show instead come with scikit-image, "
+            "which is not installed. Give --data-dir, or pip install scikit-image."
+        ) from error
+    sources = {"astronaut": skimage.data.astronaut(), "cat": skimage.data.chelsea()}
+    sources |= {"coffee": skimage.data.coffee(), "rocket": skimage.data.rocket()}
+    sizes = np.array([image.shape[:2] for image in sources.values()])[np.arange(4096) % len(sources)]
+
+    def read(ids: np.ndarray) -> Images:
+        which = ids % len(sources)
+        return [list(sources.values())[n] for n in which], which, list(sources), "photographs of scikit-image"
+
+    return (sizes[:, 0], sizes[:, 1]), read
+
+
+def _of_beton(beton: Beton, ids: np.ndarray) -> Images:
+    from io import BytesIO
+
+    from PIL import Image
+
+    images = []
+    for i in ids:
+        stored = beton.sample(int(i))
+        if beton.modes[i] == MODE_RAW:
+            images.append(stored.reshape(int(beton.heights[i]), int(beton.widths[i]), 3))
+        else:
+            images.append(np.asarray(Image.open(BytesIO(stored.tobytes())).convert("RGB")))
+    classes = beton.classes or [str(n) for n in range(beton.num_classes)]
+    return images, beton.labels[ids], classes, str(beton.path)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

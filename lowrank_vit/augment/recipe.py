@@ -1,0 +1,44 @@
+"""The plan's rules from the command line's flags, with timm's meanings."""
+
+from __future__ import annotations
+
+from lowrank_vit.augment.policy import parse_policy
+from lowrank_vit.config import Augment, Config
+from lowrank_vit.data.plan import TrainRules
+from lowrank_vit.data.plan_mix import MixRules
+from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR, NEAREST
+
+_KERNELS = {"random": None, "nearest": NEAREST, "bilinear": BILINEAR, "bicubic": BICUBIC}
+
+
+def train_rules(config: Config) -> TrainRules:
+    """What the plan may draw in training. Raises `UserError` for a policy that is not there."""
+    data, augment = config.data, config.augment
+    return TrainRules(
+        scale=data.scale,
+        ratio=data.ratio,
+        hflip=data.hflip,
+        vflip=data.vflip,
+        policy=parse_policy(augment.aa),
+        color_jitter=_color_jitter(augment),
+        kernel=_KERNELS[data.train_interpolation],
+        reprob=augment.reprob,
+        recount=augment.recount,
+        mixing=MixRules(
+            mixup=augment.mixup,
+            cutmix=augment.cutmix,
+            minmax=augment.cutmix_minmax,
+            prob=augment.mixup_prob,
+            switch_prob=augment.mixup_switch_prob,
+            mode=augment.mixup_mode,
+        ),
+        mixup_off_epoch=augment.mixup_off_epoch,
+    )
+
+
+def _color_jitter(augment: Augment) -> tuple[float, ...] | None:
+    """Strengths of brightness, contrast and saturation; None for none. As in timm any policy but 3a switches it off."""
+    has_policy = augment.aa not in ("", "none")
+    if (has_policy and "3a" not in augment.aa) or not any(augment.color_jitter):
+        return None
+    return augment.color_jitter * 3 if len(augment.color_jitter) == 1 else augment.color_jitter

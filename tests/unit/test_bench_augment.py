@@ -1,0 +1,52 @@
+"""The bench `augment`: its cases run and do what they say. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from lowrank_vit.bench import augment
+from lowrank_vit.bench.__main__ import main
+
+
+def test_smoke(tmp_path, capsys):
+    path = tmp_path / "augment.json"
+    main(["augment", *f"-b 8 --batches 2 --img-size 32 --device cpu --repeats 1 --workers 2 --json {path}".split()])
+    result = json.loads(path.read_text())
+    assert list(result["cases"]) == ["full_recipe", "plan", "timm"]
+    assert list(result["ratios"]) == ["full_recipe_vs_timm"]
+    assert all(case["unit"] == "img/s" and case["median"] > 0 for case in result["cases"].values())
+    assert (result["batch_size"], result["img_size"], result["workers"]) == (8, 32, 2)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_both_sides_do_the_same_work():
+    """The same share of pixels is erased, and the same share of images changed, by ours and by timm's."""
+    crops = augment._make_crops(64, 48)
+    assert crops.shape == (64, 48, 48, 3)
+    ours = augment._Ours(crops, 1, torch.device("cpu"))
+    plan = ours._plan.batch(0, 0, ours._rows[0])
+    assert plan.ops is not None
+    assert plan.erase is not None
+    mean, std = np.array(augment.MEAN, np.float32), np.array(augment.STD, np.float32)
+    plain = (crops / np.float32(255) - mean) / std
+    prepared = ours._augment.prepare(torch.from_numpy(crops.copy()).permute(0, 3, 1, 2), plan).permute(0, 2, 3, 1)
+    output = torch.empty(64, 3, 48, 48)
+    augment._start_worker(crops, output)
+    augment._run_worker(range(64), 0)
+    shares = []
+    for images in (prepared.numpy(), output.permute(0, 2, 3, 1).numpy()):
+        assert np.isfinite(images).all()
+        is_changed = np.abs(images - plain).max((1, 2, 3)) > 1e-3
+        shares.append(is_changed.mean())
+    # Two operations at 0.5 each and erasing at 0.25 leave 0.19 of the images as they are, some more by small levels.
+    assert shares == pytest.approx([0.78, 0.78], abs=0.12)
+
+
+def test_wrong_options():
+    with pytest.raises(UserError, match="--batch-size is 0, expected 1 or more"):
+        augment.run(augment.Options(batch_size=0))
