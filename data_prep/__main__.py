@@ -167,6 +167,8 @@ def info_command(
 def summary(conversion: Conversion) -> str:
     """A short paragraph: what was written, how many, how long, where."""
     manifest, seconds = conversion.manifest, conversion.seconds
+    if conversion.was_finished:
+        return f"{conversion.beton} was finished by an earlier run, and its source has not changed: nothing to do"
     lines = [
         f"wrote {conversion.beton}",
         f"  {manifest.num_samples:,} images, {len(manifest.classes):,} classes, {manifest.file_bytes / 1e6:,.1f} MB "

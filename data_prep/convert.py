@@ -15,18 +15,18 @@ from typing import Literal
 
 import numpy as np
 import PIL
-from PIL import features
 
+from data_prep import turbojpeg
 from data_prep.beton_format import MIN_PAGE_SIZE, PAGE_SIZE
 from data_prep.cifar100 import cifar100, download
 from data_prep.errors import UserError
+from data_prep.finished import find_finished, rename_pending, write_pending
 from data_prep.image_folder import image_folder, split_folders
 from data_prep.jpeg import JPEG_MAX_SIDE, EncodedImage, ImageOptions, encode_file, encode_pixels
-from data_prep.manifest import CONVERTER_VERSION, Manifest, write_manifest
+from data_prep.manifest import CONVERTER_VERSION, Manifest
 from data_prep.parts import part_path
-from data_prep.sample_table import write_sample_table
 from data_prep.sources import DIGITS_SPLIT_SEED, Sample, Source, digits, file_list_sha256, shard
-from data_prep.write_beton import Resume, write_beton
+from data_prep.write_beton import BadImagesError, Resume, Written, joined, write_beton
 
 DEFAULT_IMAGE_OPTIONS = ImageOptions()
 Options = dict[str, str | int | bool | None]
@@ -44,6 +44,8 @@ class Conversion:
     """Wall-clock time from listing the source to the finished manifest."""
     resumed: int = 0
     """How many images an interrupted run had finished already."""
+    was_finished: bool = False
+    """An earlier run had finished all of it; nothing was written."""
 
 
 def convert_digits(out_dir: Path) -> tuple[Conversion, Conversion]:
@@ -148,29 +150,35 @@ def _convert_folders(
     sources = {out: image_folder(folder, classes) for out, folder in folders.items()}
     _check_same_classes(list(sources.values()))
     options: Options = {"classes": None if classes is None else str(classes), **asdict(image), "on_bad": on_bad}
-    conversions = []
+    conversions, bad = [], []
     for out, source in sources.items():
         if part is not None:
             if len(source.samples) < part[1]:
                 raise UserError(
                     f"--shard {part[0]}/{part[1]}: there are only {len(source.samples):,} images in {source.name}."
                 )
+            whole_list = file_list_sha256(source.samples)
             source, out = replace(source, samples=shard(source.samples, *part)), part_path(out, *part)
+        else:
+            whole_list = ""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's remarks on odd metadata; what counts is whether an image decodes
-            conversions.append(
-                _convert(
-                    source,
-                    out,
-                    partial(encode_file, root=Path(source.name), options=image),
-                    options,
-                    part=part,
-                    workers=available_cores() if workers is None else workers,
-                    on_bad=on_bad,
-                    progress=progress,
-                    source_stat=partial(_source_stat, Path(source.name)),
-                )
+            convert = partial(
+                _convert,
+                part=part,
+                whole_list=whole_list,
+                workers=available_cores() if workers is None else workers,
+                on_bad=on_bad,
+                progress=progress,
+                source_stat=partial(_source_stat, Path(source.name)),
             )
+            try:
+                encode = partial(encode_file, root=Path(source.name), options=image)
+                conversions.append(convert(source, out, encode, options))
+            except BadImagesError as error:  # those of the next split belong into the same list
+                bad.append(error)
+    if bad:
+        raise joined(bad)
     return conversions
 
 
@@ -199,6 +207,7 @@ def _convert(
     options: Options,
     *,
     part: tuple[int, int] | None = None,
+    whole_list: str = "",
     workers: int = 1,
     on_bad: Literal["error", "skip"] = "error",
     progress: bool = False,
@@ -206,18 +215,43 @@ def _convert(
     source_stat: Callable[[Sample], tuple[int, int]] | None = None,
 ) -> Conversion:
     start = time.perf_counter()
-    libraries = {
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
-        "libjpeg_turbo": str(features.version("libjpeg_turbo")),
-    }
+    libraries = library_versions() if source_stat else {"numpy": np.__version__}
+    # All that decides the bytes of the images that are finished; whether a bad one stops the rest does not, nor does
+    # the list of files, which is compared one by one.
+    deciding = {key: value for key, value in options.items() if key not in ("on_bad", "classes")}
+    key = json.dumps([CONVERTER_VERSION, libraries, str(Path(source.name).resolve()), page_size, deciding])
+    key = hashlib.sha256(key.encode()).hexdigest()
     files = file_list_sha256(source.samples)
-    resume = None
-    if source_stat is not None:
-        # All that decides the bytes of the images that are finished; whether a bad one stops the rest does not.
-        deciding = {key: value for key, value in options.items() if key not in ("on_bad", "classes")}
-        key = json.dumps([CONVERTER_VERSION, libraries, files, str(Path(source.name).resolve()), page_size, deciding])
-        resume = Resume(hashlib.sha256(key.encode()).hexdigest(), source_stat)
+    if source_stat and (finished := find_finished(out, key, files, source.samples, source_stat, on_bad)):
+        return Conversion(out, finished, time.perf_counter() - start, was_finished=True)
+    manifest: list[Manifest] = []
+
+    def write_sidecars(written: Written) -> None:
+        table = written.table.to_bytes()
+        manifest.append(
+            Manifest(
+                num_samples=written.num_samples,
+                classes=source.classes,
+                reasons=written.reasons,
+                skipped=written.skipped,
+                source=source.name,
+                options=options,
+                libraries=libraries,
+                file_bytes=written.file_bytes,
+                sha256=written.sha256,
+                sample_bytes=written.sample_bytes,
+                page_size=page_size,
+                file_list_sha256=files,
+                whole_list_sha256=whole_list or files,
+                source_stat_sha256=written.source_stat_sha256 if source_stat else "",
+                resume_key=key if source_stat else "",
+                sample_table_sha256=hashlib.sha256(table).hexdigest(),
+                shard=part,
+                superclasses=source.superclasses,
+            )
+        )
+        write_pending(out, table, manifest[0])
+
     written = write_beton(
         out,
         source.samples,
@@ -226,29 +260,23 @@ def _convert(
         on_bad=on_bad,
         progress=progress,
         page_size=page_size,
-        resume=resume,
+        resume=Resume(key, source_stat) if source_stat else None,
+        before_rename=write_sidecars,
     )
-    table = written.table.to_bytes()
-    write_sample_table(out, table)
-    manifest = Manifest(
-        num_samples=written.num_samples,
-        classes=source.classes,
-        reasons=written.reasons,
-        skipped=written.skipped,
-        source=source.name,
-        options=options,
-        libraries=libraries,
-        file_bytes=written.file_bytes,
-        sha256=written.sha256,
-        sample_bytes=written.sample_bytes,
-        page_size=page_size,
-        file_list_sha256=files,
-        sample_table_sha256=hashlib.sha256(table).hexdigest(),
-        shard=part,
-        superclasses=source.superclasses,
-    )
-    write_manifest(out, manifest)
-    return Conversion(out, manifest, time.perf_counter() - start, written.resumed)
+    rename_pending(out)
+    return Conversion(out, manifest[0], time.perf_counter() - start, written.resumed)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what reads, resizes and writes images."""
+    import cv2
+
+    return {
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "opencv": cv2.__version__,
+        "turbojpeg": turbojpeg.identity(),
+    }
 
 
 def available_cores() -> int:

@@ -14,9 +14,11 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tif
 """torchvision's list, which contains timm's; compared in lower case."""
 SPLIT_NAMES = {
     "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "eval", "evaluation", "test"),
+    "val": ("val", "valid", "validation", "eval", "evaluation"),
 }
 """timm's synonyms; where a directory has several of them, the first one here is taken."""
+_NO_CLASSES = {"test", *(name for names in SPLIT_NAMES.values() for name in names)}
+"""Folders of these names alone are splits, not classes."""
 
 
 def image_folder(root: Path, classes_file: Path | None = None) -> Source:
@@ -29,7 +31,7 @@ def image_folder(root: Path, classes_file: Path | None = None) -> Source:
     classes = _class_folders(root)
     if not classes:
         raise UserError(_no_classes_message(root))
-    if set(classes) <= {name for names in SPLIT_NAMES.values() for name in names}:
+    if set(classes) <= _NO_CLASSES:
         raise UserError(
             f"--src {root} holds {', '.join(classes)}: these look like splits, not classes. Convert both in one "
             f"command by giving a directory as --out, or one of them with --src {root / classes[0]}."

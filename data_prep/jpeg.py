@@ -23,6 +23,7 @@ import re
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Literal
 
 import numpy as np
@@ -60,7 +61,7 @@ EXTRANEOUS_SHARE = 0.01
 
 
 class BadImageError(UserError):
-    """A file that is there but does not decode to an image we can store."""
+    """A file that does not decode to an image we can store."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
@@ -68,6 +69,10 @@ class BadImageError(UserError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+class UnreadableImageError(BadImageError):
+    """A file that cannot even be read: the fault lies with the disk or the permissions, not with the image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,19 +125,20 @@ def encode_image(path: Path, options: ImageOptions) -> EncodedImage:
     A conversion turns the image upright, lays transparency over white, scales 16-bit grey down to 8 bits, resizes
     without aliasing and drops metadata (colour profiles are not applied, as in every training loader). PIL may warn of
     odd metadata; only an image that does not decode is bad.
-    Raises `BadImageError` if it does not decode completely, `UserError` if it cannot be read at all.
+    Raises `BadImageError` if it does not decode completely, `UnreadableImageError` if it cannot be read at all.
     """
     bad = partial(BadImageError, str(path))
     try:
-        with path.open("rb", buffering=0) as file:
+        # Opening a pipe would wait for its writer, for ever.
+        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             stat = os.fstat(file.fileno())
+            if not S_ISREG(stat.st_mode):
+                raise bad("not a regular file")
             if stat.st_size > MAX_FILE_BYTES:
                 raise bad(f"the file has {stat.st_size:,} bytes, more than the limit of {MAX_FILE_BYTES:,}")
             data = file.readall()
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read: {error.strerror}. Check for a broken link, its permissions and the disk."
-        ) from error
+        raise UnreadableImageError(str(path), f"cannot be read: {error.strerror}") from error
     if not data:
         raise bad("the file is empty")
     try:
@@ -175,12 +181,19 @@ def _encode(data: bytes, options: ImageOptions) -> tuple[int, int, int, bytes, s
         try:
             turbojpeg.check(data, header.width, header.height)
         except turbojpeg.JpegDataError as error:
-            _raise_unless_extraneous(error, len(data))
-            pixels = turbojpeg.decode(data, header.width, header.height, stop_on_warning=False)
-            return _encode_pixels(pixels, "extraneous", options)
+            return _encode_pixels(_decode_extraneous(error, data, header), "extraneous", options)
     if options.baseline and header.frame == jpeg_header.PROGRESSIVE:
-        data, reason = turbojpeg.to_baseline(data), "baseline"
+        try:
+            data, reason = turbojpeg.to_baseline(data), "baseline"
+        except turbojpeg.JpegDataError as error:
+            return _encode_pixels(_decode_extraneous(error, data, header), "extraneous", options)
     return MODE_JPEG, header.width, header.height, data, reason
+
+
+def _decode_extraneous(error: turbojpeg.JpegDataError, data: bytes, header: JpegHeader) -> np.ndarray:
+    """The pixels of a JPEG in which `error` found harmless extraneous bytes; raises any other `error`."""
+    _raise_unless_extraneous(error, len(data))
+    return turbojpeg.decode(data, header.width, header.height, stop_on_warning=False)
 
 
 def _why_convert(data: bytes, header: JpegHeader, orientation: int, options: ImageOptions) -> str:
@@ -224,7 +237,10 @@ def _decode_jpeg(data: bytes, header: JpegHeader, orientation: int, reason: str,
         return _decode_with_pil(data)[0]
     width, height = header.width, header.height
     if header.components == 4:
-        turbojpeg.decode(data, width, height, colours="cmyk", shrink=8)  # PIL would not see damage
+        try:
+            turbojpeg.decode(data, width, height, colours="cmyk", shrink=8)  # PIL would not see damage
+        except turbojpeg.JpegDataError as error:
+            _raise_unless_extraneous(error, len(data))
         return _decode_with_pil(data)[0]
     shrink = _shrink(width, height, options)
     try:
@@ -249,6 +265,9 @@ def _decode_with_pil(data: bytes) -> tuple[np.ndarray, str]:
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_pixels(*image.size)
+        if image.format == "PNG":  # decoding does not look at the checksums of PNG's chunks
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as again:
+                again.verify()
         reason = _pil_reason(image)
         ImageOps.exif_transpose(image, in_place=True)
         return np.asarray(_to_rgb(image)), reason
@@ -257,7 +276,8 @@ def _decode_with_pil(data: bytes) -> tuple[np.ndarray, str]:
 def _pil_reason(image: ImageFile.ImageFile) -> str:
     if image.format in ("JPEG", "MPO"):
         return "coding"
-    if image.mode.startswith("I"):
+    # Colours of 16 bits become 8 while they are read, but the tiles tell what the file holds.
+    if image.mode.startswith("I") or ";16" in str(image.tile):
         return "16-bit"
     if image.mode in ("P", "PA"):
         return "palette"

@@ -9,7 +9,7 @@ END = b"\xff\xd9"
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 """Start-of-frame markers (table B.1) of the Huffman-coded frames that every decoder reads."""
 _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
-_APP1, _APP14 = 0xE1, 0xEE
+_SCAN, _APP1, _APP14 = 0xDA, 0xE1, 0xEE
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +26,13 @@ class JpegHeader:
     adobe_transform: int | None
     """Adobe's colour transform: 0 none, 1 YCbCr, 2 YCCK; None without the segment."""
     may_be_turned: bool
-    """An Exif or XMP segment is there that may state an orientation."""
+    """An Exif or XMP segment, before the frame header or behind it, may state an orientation."""
 
 
 def read_header(data: bytes) -> JpegHeader | None:
-    """Parse the segments up to the first frame header; None if they do not follow one another or none comes."""
-    offset, adobe_transform, may_be_turned = 2, None, False
+    """Parse the segments up to the first scan; None if no frame header comes, or they do not follow one another."""
+    offset, frame = 2, None
+    adobe_transform, may_be_turned = None, False
     while offset + 4 <= len(data) and data[offset] == 0xFF:
         marker = data[offset + 1]
         if marker == 0xFF:  # may be repeated as filling
@@ -46,10 +47,12 @@ def read_header(data: bytes) -> JpegHeader | None:
                 int.from_bytes(data[body + 1 : body + 3], "big"),
                 int.from_bytes(data[body + 3 : body + 5], "big"),
             )
-            return JpegHeader(marker, data[body], width, height, data[body + 5], adobe_transform, may_be_turned)
-        if marker == _APP1:
+            frame = frame or (marker, data[body], width, height, data[body + 5])
+        elif marker == _SCAN:
+            break
+        elif marker == _APP1:
             may_be_turned |= data.startswith(b"Exif", body) or data.find(b"Orientation", body, end) >= 0
         elif marker == _APP14 and length >= 14 and data.startswith(b"Adobe", body):
             adobe_transform = data[body + 11]
         offset = end if length >= 2 else len(data)
-    return None
+    return None if frame is None else JpegHeader(*frame, adobe_transform, may_be_turned)

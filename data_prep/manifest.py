@@ -1,12 +1,14 @@
 """The sidecar `FILE.beton.json`: what a `.beton` cannot say itself (class names, origin, checksum, what was skipped).
 
-Its order of writing: the old sidecars are removed, the new `.beton` takes its name, then the new sample table, last the
-new manifest. Renames cannot be one step, so a crash may leave a `.beton` without a manifest, but never one beside the
-manifest of another file.
+Its order of writing: the new sidecars are put beside the unfinished file under hidden names, the old ones are removed,
+the new `.beton` takes its name, then the new sample table, last the new manifest. Renames cannot be one step, so a
+crash may leave a `.beton` without a manifest, but never one beside the manifest of another file; the same command then
+finishes the renames.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -54,6 +56,12 @@ class Manifest:
     page_size: int = 0
     file_list_sha256: str = ""
     """Of the labels and names of all source images, see `data_prep.sources.file_list_sha256`."""
+    whole_list_sha256: str = ""
+    """The same of the source before it was divided into parts."""
+    source_stat_sha256: str = ""
+    """Of the source files' sizes and modification times, see `data_prep.write_beton.pack_stat`."""
+    resume_key: str = ""
+    """Of all that decides the bytes but the source files, so that a finished conversion is not done again."""
     sample_table_sha256: str = ""
     """Of the sidecar `FILE.beton.samples`."""
     shard: tuple[int, int] | None = None
@@ -69,10 +77,18 @@ def manifest_path(beton: Path) -> Path:
     return beton.with_name(beton.name + ".json")
 
 
-def write_manifest(beton: Path, manifest: Manifest) -> None:
-    """Write the manifest of `beton` atomically. Raises `UserError` if it cannot be written."""
-    with replacing(manifest_path(beton)) as file:
-        file.write((json.dumps(asdict(manifest), indent=1) + "\n").encode("ascii"))
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write a manifest to `path` atomically. Raises `UserError` if it cannot be written."""
+    content = asdict(manifest)
+    content["manifest_sha256"] = _own_sha256(content)
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode("ascii"))
+
+
+def _own_sha256(content: dict[str, Any]) -> str:
+    """Of all the other keys, as JSON without spaces and with sorted keys."""
+    others = {key: value for key, value in content.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
 def remove_manifest(beton: Path) -> None:
@@ -83,8 +99,12 @@ def remove_manifest(beton: Path) -> None:
 
 
 def read_manifest(beton: Path) -> Manifest:
-    """Read and check the manifest of `beton`. Raises `BetonError` if it is missing, damaged or too new."""
-    path = manifest_path(beton)
+    """Read and check the manifest of `beton`. Raises `BetonError` if it is missing, damaged, changed or too new."""
+    return read_manifest_file(manifest_path(beton))
+
+
+def read_manifest_file(path: Path) -> Manifest:
+    """`read_manifest`, by the manifest's own path."""
     again = "Convert the source again with `python -m data_prep`."
     try:
         content = json.loads(path.read_bytes())
@@ -97,10 +117,15 @@ def read_manifest(beton: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise BetonError(f"{path} is not valid JSON: {error}. {again}") from error
     try:
-        return _from_json(content)
-    except (KeyError, TypeError, ValueError) as error:
+        manifest = _from_json(content)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         what = f"lacks the key {error}" if isinstance(error, KeyError) else str(error)
         raise BetonError(f"{path} is not a manifest of this version: {what}. {again}") from error
+    if content.get("manifest_sha256", "") not in ("", _own_sha256(content)):
+        raise BetonError(
+            f"{path} was changed after the conversion: it has another SHA-256. Copy it again, or convert again."
+        )
+    return manifest
 
 
 def _from_json(content: Any) -> Manifest:
@@ -113,7 +138,8 @@ def _from_json(content: Any) -> Manifest:
     values = {f.name: content[f.name] if f.name in always else content.get(f.name, f.default) for f in fields(Manifest)}
     for names, kind in (
         (("num_samples", "file_bytes", "converter_version", "sample_bytes", "page_size"), int),
-        (("source", "sha256", "file_list_sha256", "sample_table_sha256"), str),
+        (("source", "sha256", "file_list_sha256", "whole_list_sha256", "source_stat_sha256"), str),
+        (("sample_table_sha256", "resume_key"), str),
         (("classes", "skipped"), list),
         (("reasons", "options", "libraries"), dict),
     ):
@@ -122,6 +148,8 @@ def _from_json(content: Any) -> Manifest:
                 raise TypeError(f"{name} is {type(values[name]).__name__}, expected {kind.__name__}")
     if not all(isinstance(name, str) for name in values["classes"]):
         raise TypeError("classes holds something that is not a string")
+    if not all(isinstance(count, int) for count in values["reasons"].values()):
+        raise TypeError("reasons holds something that is not a number")
     values["skipped"] = tuple(Skipped(name=entry["name"], reason=entry["reason"]) for entry in values["skipped"])
     values["classes"] = tuple(values["classes"])
     if values["shard"] is not None:

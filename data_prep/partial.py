@@ -31,6 +31,7 @@ RECORD = np.dtype(
         ("checksum", "<u8"),
         ("source_size", "<u8"),
         ("source_mtime_ns", "<u8"),
+        ("name_hash", "<u8"),
     ]
 )
 STORED, BAD = 1, 2
@@ -51,10 +52,12 @@ class PartialFile:
         data = self._journal.read()
         return np.frombuffer(data[: len(data) // RECORD.itemsize * RECORD.itemsize], RECORD)
 
-    def keep_records(self, count: int) -> None:
-        """Forget all but the first `count` records."""
-        self._journal.truncate(_KEY_BYTES + count * RECORD.itemsize)
-        self._journal.seek(0, io.SEEK_END)
+    def replace_records(self, records: np.ndarray) -> None:
+        """Forget all records but these, some of the present ones."""
+        self._journal.seek(_KEY_BYTES)
+        self._journal.write(records.tobytes())
+        self._journal.truncate()
+        self._journal.flush()
 
     def add_records(self, records: np.ndarray) -> None:
         """Note samples whose data have been written to `file`."""

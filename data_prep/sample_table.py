@@ -73,9 +73,9 @@ class SampleTable:
         return buffer.getvalue()
 
 
-def write_sample_table(beton: Path, content: bytes) -> None:
-    """Write the sidecar of `beton` atomically. Raises `UserError` if it cannot be written."""
-    with replacing(sample_table_path(beton)) as file:
+def write_sample_table(path: Path, content: bytes) -> None:
+    """Write the sidecar to `path` atomically. Raises `UserError` if it cannot be written."""
+    with replacing(path) as file:
         file.write(content)
 
 

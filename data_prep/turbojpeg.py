@@ -8,6 +8,8 @@ Source: https://libjpeg-turbo.org/Documentation/Documentation, TurboJPEG C API 2
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import threading
 from functools import cache
 from importlib.util import find_spec
@@ -146,6 +148,24 @@ def _handle(kind: str) -> ctypes.c_void_p:
     if kind not in _handles.by_kind:
         _handles.by_kind[kind] = ctypes.c_void_p(getattr(_library(), kind)())
     return _handles.by_kind[kind]
+
+
+@cache
+def identity() -> str:
+    """The loaded library's file name and the beginning of its SHA-256; it has no function that tells its version."""
+
+    class SymbolInfo(ctypes.Structure):  # Dl_info of dladdr(3)
+        _fields_ = (
+            *(("file", ctypes.c_char_p), ("base", ctypes.c_void_p)),
+            *(("symbol", ctypes.c_char_p), ("address", ctypes.c_void_p)),
+        )
+
+    found = SymbolInfo()
+    address = ctypes.cast(_library().tjDecompress2, ctypes.c_void_p)
+    if not ctypes.CDLL(None).dladdr(address, ctypes.byref(found)) or not found.file:
+        return "unknown"
+    path = Path(os.fsdecode(found.file)).resolve()
+    return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +13,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import xxhash
 
 from data_prep import beton_format as layout
 from data_prep.errors import UserError
-from data_prep.jpeg import REASONS, BadImageError, EncodedImage
+from data_prep.jpeg import REASONS, BadImageError, EncodedImage, UnreadableImageError
 from data_prep.manifest import Skipped, remove_manifest
 from data_prep.parallel import map_ordered
 from data_prep.partial import BAD, RECORD, STORED, PartialFile, resumable
@@ -28,6 +30,19 @@ from data_prep.sources import Sample
 
 BAD_IMAGES_SHOWN = 10
 """Where nothing at all is good; else every bad image is listed."""
+
+
+class BadImagesError(UserError):
+    """Images that keep a file from being written; all of them are listed."""
+
+
+def joined(errors: Sequence[BadImagesError]) -> BadImagesError:
+    """One error that says what all of them say."""
+    error = BadImagesError("\n".join(map(str, errors)))
+    for note in (note for one in errors for note in getattr(one, "__notes__", [])):
+        error.add_note(note)
+    return error
+
 
 Encode = Callable[[Sample], EncodedImage]
 
@@ -54,6 +69,8 @@ class Written:
     sample_bytes: int
     """Sum of the samples' sizes."""
     table: SampleTable
+    source_stat_sha256: str
+    """Of all source files' sizes and modification times, see `source_stat_sha256`."""
     resumed: int = 0
     """How many images an interrupted run had finished."""
 
@@ -68,32 +85,34 @@ def write_beton(
     progress: bool = False,
     page_size: int = layout.PAGE_SIZE,
     resume: Resume | None = None,
+    before_rename: Callable[[Written], None] = lambda written: None,
 ) -> Written:
     """Encode `samples` in order and write them to `out`, which appears, or is replaced, in one step at the end.
 
     `encode` runs in `workers` threads. Where it raises `BadImageError` the image is left out (`on_bad="skip"`), or all
-    bad images are listed and the file does not appear ("error"). The sidecars of an older `out` are removed, since they
-    describe another file. With `resume` an interrupted run is continued, and can be; without it
-    nothing is kept. `progress` shows a bar on stderr if that is a terminal.
+    bad images are listed and the file does not appear ("error"); unreadable files always end so. The sidecars of an
+    older `out` are removed, since they describe another file. With `resume` an interrupted run is continued, and can
+    be; without it nothing is kept. `before_rename` is told the result when all is on the disk but the name. `progress`
+    shows a bar on stderr if that is a terminal.
 
     Memory: tables of 50 bytes a sample, its name, one page, and the encoded images that wait for their turn (48 a
     worker); see `map_ordered`.
-    Raises `UserError`: bad images, an image larger than a page, a full disk, another process at the same file.
+    Raises `BadImagesError`, and `UserError`: an image larger than a page, a full disk, another process at the file.
     """
     report = partial(_encode_or_report, encode)
     with (
         resumable(out, resume.key if resume else None) as partial_file,
         ConversionProgress(len(samples), progress) as bar,
     ):
-        work = _Work(_BetonFile(partial_file, len(samples), page_size), bar, on_bad == "skip")
+        work = _Work(_BetonFile(partial_file, len(samples), page_size), bar)
         done = _replay(partial_file, samples, report, resume, work) if resume else 0
         results = map_ordered(report, islice(samples, done, None), workers)
         with closing(results):
             for sample, image in zip(islice(samples, done, None), results, strict=True):
                 work.add(sample, image)
         beton, bad = work.beton, work.bad
-        if bad and (on_bad == "error" or beton.num_samples == 0):
-            raise UserError(_bad_images_message(bad, len(samples)))
+        if work.unreadable or (bad and (on_bad == "error" or beton.num_samples == 0)):
+            raise BadImagesError(_bad_images_message(out, bad, work.unreadable, len(samples)))
         if beton.num_samples == 0:
             raise UserError(f"{out} would hold no images. Check the source.")
         file_bytes = beton.finish()
@@ -105,15 +124,29 @@ def write_beton(
             partial_file.file.seek(0)
             sha256 = hashlib.file_digest(partial_file.file, "sha256").hexdigest()
             on_disk.result()
+        written = _written(samples, work, file_bytes, sha256, done)
+        before_rename(written)
         # The last thing before the rename, see `data_prep.manifest`.
         remove_manifest(out)
         sample_table_path(out).unlink(missing_ok=True)
+    return written
+
+
+def _written(samples: Sequence[Sample], work: _Work, file_bytes: int, sha256: str, resumed: int) -> Written:
+    beton = work.beton
     names = (sample.name for sample, stored in zip(samples, beton.stored, strict=True) if stored)
     n = beton.num_samples
-    table = SampleTable.of(beton.checksums[:n], beton.reasons[:n], names)
-    reasons = dict(sorted(work.reasons.items()))
-    sample_bytes = int(beton.sizes.sum(dtype=np.uint64))
-    return Written(n, reasons, tuple(bad), file_bytes, sha256, sample_bytes, table, done)
+    return Written(
+        num_samples=n,
+        reasons=dict(sorted(work.reasons.items())),
+        skipped=tuple(work.bad),
+        file_bytes=file_bytes,
+        sha256=sha256,
+        sample_bytes=int(beton.sizes.sum(dtype=np.uint64)),
+        table=SampleTable.of(beton.checksums[:n], beton.reasons[:n], names),
+        source_stat_sha256=work.stats.hexdigest(),
+        resumed=resumed,
+    )
 
 
 @dataclass
@@ -122,40 +155,65 @@ class _Work:
 
     beton: _BetonFile
     bar: ConversionProgress
-    skip_bad: bool
     bad: list[Skipped] = field(default_factory=list)
+    unreadable: int = 0
+    """How many of `bad`."""
     reasons: Counter[str] = field(default_factory=Counter)
+    stats: Any = field(default_factory=hashlib.sha256)
 
-    def add(self, sample: Sample, image: EncodedImage | Skipped) -> None:
-        if isinstance(image, Skipped):
-            self.bad.append(image)
-            if self.skip_bad:
-                self.beton.append_bad()
-        elif not self.bad or self.skip_bad:  # otherwise the file is lost: only look for more bad images
+    def add(self, sample: Sample, image: EncodedImage | BadImageError) -> None:
+        if isinstance(image, BadImageError):
+            self.bad.append(Skipped(sample.name, image.reason))
+            self.unreadable += isinstance(image, UnreadableImageError)
+            self.beton.append_bad(sample)
+            size, stat = 0, (0, 0)
+        else:
             self.beton.append(sample, image)
             self.reasons[image.reason] += 1
-        self.bar.advance(0 if isinstance(image, Skipped) else len(image.data), self.reasons, len(self.bad))
+            size, stat = len(image.data), image.source_stat
+        self.stats.update(pack_stat(stat))
+        self.bar.advance(size, self.reasons, len(self.bad))
+
+
+def pack_stat(stat: tuple[int, int]) -> bytes:
+    """A source file's size and modification time in ns; `Written.source_stat_sha256` is of all, zeros for bad ones."""
+    return struct.pack("<QQ", *stat)
+
+
+def name_hash(sample: Sample) -> int:
+    """XXH3-64 of a sample's name."""
+    return xxhash.xxh3_64_intdigest(os.fsencode(sample.name))
 
 
 def _replay(
     partial_file: PartialFile,
     samples: Sequence[Sample],
-    report: Callable[[Sample], EncodedImage | Skipped],
+    report: Callable[[Sample], EncodedImage | BadImageError],
     resume: Resume,
     work: _Work,
 ) -> int:
     """Take over what an interrupted run finished, as long as it is still true; return how many samples that is.
 
-    Every sample's data are read back and compared with their checksum, and its source file must not have changed.
+    Every sample's data are read back and compared with their checksum, and its source file must not have changed. Of
+    the bad images those count that are still bad, and it does not matter if they have been removed.
     """
     beton, count = work.beton, 0
     beton.replaying = True
     work.bar.describe("resume")
-    for record, sample in zip(partial_file.records(), samples, strict=False):
-        image: EncodedImage | Skipped
+    records = partial_file.records()
+    kept = np.zeros(len(records), bool)
+    for n, record in enumerate(records):
+        if count == len(samples):
+            break
+        sample = samples[count]
+        image: EncodedImage | BadImageError
+        if record["name_hash"] != name_hash(sample):
+            if record["outcome"] == BAD:
+                continue
+            break
         if record["outcome"] == BAD:
             image = report(sample)
-            if not isinstance(image, Skipped) or not work.skip_bad:
+            if not isinstance(image, BadImageError):
                 break
         elif record["outcome"] == STORED and record["reason"] < len(REASONS):
             stat = int(record["source_size"]), int(record["source_mtime_ns"])
@@ -170,29 +228,36 @@ def _replay(
         else:
             break
         work.add(sample, image)
+        kept[n] = True
         count += 1
     beton.replaying = False
-    partial_file.keep_records(count - len(beton.unwritten))
+    # Those of the page in memory are written again with it.
+    on_disk = np.flatnonzero(kept)[: count - len(beton.unwritten)]
+    partial_file.replace_records(records[on_disk])
     work.bar.describe("convert")
     return count
 
 
-def _encode_or_report(encode: Encode, sample: Sample) -> EncodedImage | Skipped:
+def _encode_or_report(encode: Encode, sample: Sample) -> EncodedImage | BadImageError:
     try:
         return encode(sample)
     except BadImageError as error:
-        return Skipped(sample.name, error.reason)
+        return error
     except MemoryError as error:
         raise UserError(f"memory ran out at {sample.name}. Try again with fewer --workers.") from error
 
 
-def _bad_images_message(bad: list[Skipped], total: int) -> str:
+def _bad_images_message(out: Path, bad: list[Skipped], unreadable: int, total: int) -> str:
     shown = bad if len(bad) < total else bad[:BAD_IMAGES_SHOWN]
     lines = [f"  {image.name}: {image.reason}" for image in shown]
     if len(bad) > len(shown):
         lines.append(f"  ... and {len(bad) - len(shown):,} more")
-    what = f"{len(bad):,} of {total:,} images cannot be converted, so nothing was written:"
-    advice = "Check the source." if len(bad) == total else "Mend or remove them, or leave them out with --on-bad skip."
+    what = f"{len(bad):,} of {total:,} images cannot be converted, so {out} was not written:"
+    advice = "Mend or remove them, or leave them out with --on-bad skip."
+    if unreadable:
+        advice = "Check the unreadable files: broken links, permissions, the disk. They cannot be skipped."
+    if len(bad) == total:
+        advice = "Check the source."
     return "\n".join([what, *lines, advice])
 
 
@@ -231,10 +296,10 @@ class _BetonFile:
         row = layout.PACK_SAMPLE.pack(image.mode, image.width, image.height, pointer, sample.label)
         return checksum(row, image.data)
 
-    def append_bad(self) -> None:
+    def append_bad(self, sample: Sample) -> None:
         """Note a sample that is left out."""
         self.num_seen += 1
-        self.unwritten.append((BAD, 0, 0, 0, 0, 0, 0, 0, 0))
+        self.unwritten.append((BAD, 0, 0, 0, 0, 0, 0, 0, 0, name_hash(sample)))
 
     def append(self, sample: Sample, image: EncodedImage) -> None:
         """Add a sample. Raises `UserError` if it does not fit a page or the format."""
@@ -262,7 +327,8 @@ class _BetonFile:
         self.stored[self.num_seen] = True
         self.num_samples += 1
         self.num_seen += 1
-        self.unwritten.append((STORED, image.mode, reason, image.width, image.height, size, code, *image.source_stat))
+        stored = (STORED, image.mode, reason, image.width, image.height, size, code)
+        self.unwritten.append((*stored, *image.source_stat, name_hash(sample)))
 
     def _flush_page(self) -> None:
         # Whole pages only, as FFCV writes them: its page cache reads whole ones.

@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.beton_format import MODE_RAW, read_tables
 from data_prep.errors import BetonError
 from data_prep.manifest import Manifest, manifest_path, read_manifest
-from data_prep.parts import find_parts
+from data_prep.parts import find_parts, part_path
 from data_prep.sample_table import read_sample_table, sample_table_path
 from lowrank_vit.data.mapped_files import map_files
 
@@ -32,7 +32,12 @@ class Beton:
             self.path, self.parts = path[0], path
         else:
             self.path = Path(path)
-            self.parts = [self.path] if self.path.exists() else find_parts(self.path) or [self.path]
+            self.parts = find_parts(self.path) or [self.path]
+            if self.parts != [self.path] and self.path.exists():
+                raise BetonError(
+                    f"{self.path} lies beside parts of the same name, such as {self.parts[0].name}. "
+                    "Remove the one or the others."
+                )
         tables = [read_tables(part) for part in self.parts]
         self._file_sizes = [t.file_bytes for t in tables]
         self._first_ids = np.cumsum([0, *(len(t.labels) for t in tables)]).tolist()
@@ -54,8 +59,19 @@ class Beton:
         manifests = [self._read_manifest(n) for n in range(len(self.parts))]
         known = [m for m in manifests if m is not None]
         for one, other in pairwise(known):
-            if one.classes != other.classes:
-                raise BetonError(f"{self.path}: its parts have different classes. Convert all parts from one source.")
+            differing = {
+                "classes": one.classes != other.classes,
+                "options": one.options != other.options or one.converter_version != other.converter_version,
+                "lists of files": one.whole_list_sha256 != other.whole_list_sha256,
+            }
+            if any(differing.values()):
+                what = next(name for name, differs in differing.items() if differs)
+                raise BetonError(f"{self.path}: its parts have different {what}. Convert all parts from one source.")
+        for n, manifest in enumerate(manifests):
+            is_named = self.parts[n] == part_path(self.path, n + 1, len(self.parts))  # a list may have any order
+            if is_named and manifest and manifest.shard != (n + 1, len(self.parts)):
+                i, count = manifest.shard or (1, 1)
+                raise BetonError(f"{self.parts[n]} says that it is part {i} of {count}. It must have been renamed.")
         return list(known[0].classes) if known else None
 
     def _read_manifest(self, part: int) -> Manifest | None:

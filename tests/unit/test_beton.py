@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits, load_sample_images
 
 from data_prep.convert import convert_image_folder
 from data_prep.errors import BetonError, UserError
+from data_prep.manifest import manifest_path, read_manifest, write_manifest
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.datasets import open_datasets
 from lowrank_vit.data.loader import open_loader
@@ -55,9 +56,9 @@ def test_datasets_must_agree(digits_dir, tmp_path):
     assert open_datasets("", tmp_path, 12)[2] == 12
     with pytest.raises(UserError, match=r"--num-classes 5 is too small: .* 10 classes"):
         open_datasets("", tmp_path, 5)
-    manifest = json.loads((tmp_path / "val.beton.json").read_text())
-    manifest["classes"][3] = "drei"
-    (tmp_path / "val.beton.json").write_text(json.dumps(manifest))
+    path = tmp_path / "val.beton.json"
+    manifest = read_manifest(tmp_path / "val.beton")
+    write_manifest(path, replace(manifest, classes=tuple("drei" if c == "3" else c for c in manifest.classes)))
     with pytest.raises(UserError, match=r"different classes \(3 against drei\)"):
         open_datasets("", tmp_path, None)
 
@@ -136,9 +137,21 @@ def test_parts_that_do_not_belong_together(parted, tmp_path):
     with pytest.raises(BetonError, match=r"lacks 1 of the 3 parts of train.beton: train-2-of-3.beton"):
         Beton(tmp_path / "train.beton")
     shutil.copy(parted / "train-2-of-3.beton", tmp_path)
-    path = tmp_path / "train-3-of-3.beton.json"
-    path.write_text(path.read_text().replace("temple", "castle"))
-    with pytest.raises(BetonError, match="different classes"):
+    third = tmp_path / "train-3-of-3.beton"
+    manifest = read_manifest(third)
+    for change, message in (
+        ({"classes": ("castle", *manifest.classes[1:])}, "different classes"),
+        ({"options": {**manifest.options, "quality": 20}}, "different options"),
+        ({"whole_list_sha256": "0"}, "different lists of files"),
+        ({"shard": (2, 3)}, r"train-3-of-3\.beton says that it is part 2 of 3"),
+    ):
+        write_manifest(manifest_path(third), replace(manifest, **change))
+        with pytest.raises(BetonError, match=message):
+            Beton(tmp_path / "train.beton")
+    write_manifest(manifest_path(third), manifest)
+    assert Beton(tmp_path / "train.beton").num_samples > 0
+    shutil.copy(third, tmp_path / "train.beton")
+    with pytest.raises(BetonError, match=r"train\.beton lies beside parts of the same name"):
         Beton(tmp_path / "train.beton")
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,7 +156,10 @@ def test_only_bad_images_are_an_error_even_when_skipping(folder: Path, tmp_path:
 
 def test_an_unreadable_image_stops_even_when_skipping(folder: Path, tmp_path: Path) -> None:
     (folder / "cat" / "999.jpg").symlink_to(tmp_path / "gone.jpg")
-    with pytest.raises(UserError, match=r"999\.jpg cannot be read"):
+    (folder / "cat" / "998.jpg").write_text("not an image")
+    with pytest.raises(
+        UserError, match=r"998\.jpg: not an image(.|\n)*999\.jpg: cannot be read(.|\n)*cannot be skipped"
+    ):
         convert_image_folder(folder, tmp_path / "a.beton", workers=2, on_bad="skip")
     assert names_in(tmp_path) == ["src"]
 
@@ -191,29 +195,80 @@ def test_a_directory_in_the_way_is_found_before_converting(tmp_path: Path) -> No
         write_beton(tmp_path / "a.beton", [Sample(0, "x")], lambda s: pytest.fail("converted"))
 
 
-def test_a_crash_never_pairs_a_beton_with_a_foreign_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stop before each of the two renames in turn; what is left may lack a manifest, but not have a wrong one."""
-    rename, out = os.replace, tmp_path / "train.beton"
-    for renames_done in (0, 1):
+class Crash:
+    """os.replace that raises KeyboardInterrupt after a number of renames."""
+
+    def __init__(self, renames: int) -> None:
+        self.left, self.rename = renames, os.replace
+
+    def __call__(self, source: Path, target: Path) -> None:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.rename(source, target)
+
+
+@pytest.mark.parametrize("renames", range(5))
+def test_a_crash_never_pairs_a_beton_with_a_foreign_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    """Stop before each of the renames; what is left has its own manifest or none."""
+    out = tmp_path / "train.beton"
+    write_beton(out, [Sample(0, "x")], lambda s: fill(s, 30))
+    write_manifest(manifest_path(out), Manifest(1, ("a",), {}, (), "old", {}, {}, out.stat().st_size, "old"))
+    monkeypatch.setattr(os, "replace", Crash(renames))
+    with pytest.raises(KeyboardInterrupt):
         convert_digits(tmp_path)
-        write_beton(out, [Sample(0, "x")], lambda s: fill(s, 30))
-        write_manifest(out, Manifest(1, ("a",), {}, (), "old", {}, {}, out.stat().st_size, "old"))
-        calls = []
-
-        def stop(source: Path, target: Path, calls: list[Path] = calls, allowed: int = renames_done) -> None:
-            if len(calls) == allowed:
-                raise KeyboardInterrupt
-            calls.append(target)
-            rename(source, target)
-
-        monkeypatch.setattr(os, "replace", stop)
-        with pytest.raises(KeyboardInterrupt):
-            convert_digits(tmp_path)
-        monkeypatch.undo()
-        assert [name for name in names_in(tmp_path) if name.startswith("train")] == ["train.beton"]
+    monkeypatch.undo()
+    num_samples = len(read_tables(out).labels)
+    assert num_samples == (1 if renames < 3 else 1437)
+    if renames < 2:
+        assert read_manifest(out).source == "old"
+    else:
         with pytest.raises(BetonError, match="is missing"):
             read_manifest(out)
-        assert len(read_tables(out).labels) == (1, 1437)[renames_done]
+
+
+@pytest.mark.parametrize("renames", range(5))
+def test_after_a_crash_between_renames_the_same_command_ends_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    out = tmp_path / "a.beton"
+    convert_image_folder(folder, tmp_path / "whole.beton", workers=1)
+    monkeypatch.setattr(os, "replace", Crash(renames))
+    with pytest.raises(KeyboardInterrupt):
+        convert_image_folder(folder, out, workers=1)
+    monkeypatch.undo()
+    assert convert_image_folder(folder, out, workers=1).was_finished == (renames >= 3)
+    for suffix in ("", ".samples", ".json"):
+        assert Path(f"{out}{suffix}").read_bytes() == (tmp_path / f"whole.beton{suffix}").read_bytes()
+    assert convert_image_folder(folder, out, workers=1).was_finished
+    assert [name for name in names_in(tmp_path) if name.startswith(".") and not name.endswith("journal")] == []
+
+
+def test_what_is_finished_is_not_done_again_unless_something_changed(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.beton"
+
+    def is_done(**options: Any) -> bool:
+        return convert_image_folder(folder, out, workers=1, **options).was_finished
+
+    assert not is_done()
+    assert is_done()
+    assert not is_done(image=ImageOptions(quality=80))
+    assert is_done(image=ImageOptions(quality=80))
+    image = next(folder.rglob("*.jpg"))
+    os.utime(image, ns=(1, 1))
+    assert not is_done()
+    image.rename(image.with_name("renamed.jpg"))
+    assert not is_done()
+    with out.open("ab") as file:
+        file.write(b"x")
+    assert not is_done()
+    (folder / "cat" / "bad.jpg").write_text("not an image")
+    assert not is_done(on_bad="skip")
+    assert is_done(on_bad="skip")
+    with pytest.raises(UserError, match=r"bad\.jpg"):
+        is_done()
 
 
 def test_output_is_as_readable_as_the_umask_says_and_links_are_followed(tmp_path: Path) -> None:

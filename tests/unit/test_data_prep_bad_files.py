@@ -180,10 +180,13 @@ def test_a_refused_read_is_an_error_even_when_skipping(tmp_path: Path, monkeypat
     """What `--on-bad skip` must not hide: permission denied, also seen as root."""
     (tmp_path / "src" / "a").mkdir(parents=True)
     (tmp_path / "src" / "a" / "x.jpg").write_bytes(FILES["baseline.jpg"])
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(UserError, match=r"x\.jpg cannot be read: Permission denied"):
+    opened = os.open
+
+    def refuse(path: str | Path, *args: int, **kwargs: int) -> int:
+        if str(path).endswith(".jpg"):
+            raise PermissionError(13, os.strerror(13), str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match=r"x\.jpg: cannot be read: Permission denied(.|\n)*Check the source"):
         convert_image_folder(tmp_path / "src", tmp_path / "a.beton", on_bad="skip", workers=1)
-
-
-def refuse(path: Path, *args: object, **kwargs: object) -> None:
-    raise PermissionError(13, os.strerror(13), str(path))

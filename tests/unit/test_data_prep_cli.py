@@ -123,6 +123,8 @@ def test_as_a_process_with_workers(folder: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert process.returncode == 2
-    assert process.stderr.startswith("error: 1 of 3 images cannot be converted, so nothing was written:\n  bee/bad.jpg")
+    out = tmp_path / "a.beton"
+    message = f"error: 1 of 3 images cannot be converted, so {out} was not written:\n  bee/bad.jpg"
+    assert process.stderr.startswith(message)
     assert "Traceback" not in process.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]

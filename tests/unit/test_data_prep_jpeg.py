@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -19,8 +20,7 @@ from torchvision.transforms import v2
 import data_prep.jpeg
 from data_prep import turbojpeg
 from data_prep.beton_format import MODE_JPEG, MODE_RAW, PAGE_SIZE
-from data_prep.errors import UserError
-from data_prep.jpeg import BadImageError, EncodedImage, ImageOptions
+from data_prep.jpeg import BadImageError, EncodedImage, ImageOptions, UnreadableImageError
 from data_prep.jpeg import encode_image as encode_with_options
 
 PHOTO = Image.fromarray(skimage.data.rocket()).convert("RGB").resize((120, 80))
@@ -240,9 +240,50 @@ def test_a_real_bomb_is_refused_quickly(tmp_path: Path) -> None:
 
 def test_an_unreadable_file_is_not_a_bad_image(tmp_path: Path) -> None:
     """`--on-bad skip` must not leave out images because a disk failed."""
-    with pytest.raises(UserError, match="cannot be read: No such file") as caught:
+    with pytest.raises(UnreadableImageError, match="cannot be read: No such file"):
         encode_image(tmp_path / "gone.jpg", 500, 90)
-    assert not isinstance(caught.value, BadImageError)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    for name in ("pipe.jpg", "zero.jpg"):
+        with pytest.raises(BadImageError, match="not a regular file"):
+            encode_image(tmp_path / name, 500, 90)
+
+
+@pytest.mark.parametrize("position", [0.3, 0.6, 0.9])
+def test_one_flipped_bit_of_a_png_is_found(tmp_path: Path, position: float) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 40, (60, 80, 3), np.uint8)).save(tmp_path / "x.png")
+    content = bytearray((tmp_path / "x.png").read_bytes())
+    content[int(position * len(content))] ^= 4
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(BadImageError, match="does not decode"):
+        encode_image(tmp_path / "x.png", 500, 90)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_colours_of_16_bits_are_counted_as_such(tmp_path: Path, suffix: str) -> None:
+    import cv2
+
+    cv2.imwrite(str(tmp_path / f"x.{suffix}"), np.full((20, 30, 3), 40_000, np.uint16))
+    encoded = encode_image(tmp_path / f"x.{suffix}", 500, 90)
+    assert (encoded.reason, encoded.width, encoded.height) == ("16-bit", 30, 20)
+
+
+def test_an_orientation_behind_the_frame_header_is_obeyed(tmp_path: Path) -> None:
+    plain, turned = io.BytesIO(), io.BytesIO()
+    image, exif = Image.fromarray(np.zeros((40, 60, 3), np.uint8)), Image.Exif()
+    exif[0x0112] = 6
+    image.save(plain, "JPEG")
+    image.save(turned, "JPEG", exif=exif)
+    segment_at = turned.getvalue().index(b"\xff\xe1")
+    length = 2 + int.from_bytes(turned.getvalue()[segment_at + 2 : segment_at + 4], "big")
+    segment, data = turned.getvalue()[segment_at : segment_at + length], plain.getvalue()
+    scan = data.index(b"\xff\xda")
+    (tmp_path / "late.jpg").write_bytes(data[:scan] + segment + data[scan:])
+    encoded = encode_image(tmp_path / "late.jpg", 500, 90)
+    assert (encoded.reason, encoded.width, encoded.height) == ("orientation", 40, 60)
 
 
 def grown(data: bytes, extra: int) -> bytes:

@@ -33,7 +33,7 @@ def test_manifest_round_trip_with_odd_names(tmp_path: Path, converted: Conversio
     manifest = replace(
         converted.manifest, classes=("ä b", "类"), skipped=(Skipped("x/\udcff.jpg", 'why "not"\n'),), source="/a dir"
     )
-    write_manifest(tmp_path / "a.beton", manifest)
+    write_manifest(manifest_path(tmp_path / "a.beton"), manifest)
     assert read_manifest(tmp_path / "a.beton") == manifest
 
 
@@ -65,9 +65,18 @@ def test_a_manifest_of_an_earlier_converter_is_read(tmp_path: Path, converted: C
     assert read_manifest(tmp_path / "a.beton").sha256 == converted.manifest.sha256
 
 
+@pytest.mark.parametrize(("old", "new"), [('"raw"', '"rau"'), ('"sha256": "', '"sha256": "0'), ('"0"', '"O"')])
+def test_a_changed_manifest_is_refused(tmp_path: Path, converted: Conversion, old: str, new: str) -> None:
+    text = manifest_path(converted.beton).read_text()
+    assert old in text
+    manifest_path(tmp_path / "a.beton").write_text(text.replace(old, new, 1))
+    with pytest.raises(BetonError, match=r"a\.beton\.json was changed after the conversion"):
+        read_manifest(tmp_path / "a.beton")
+
+
 def test_coarse_classes_and_shard_survive(tmp_path: Path, converted: Conversion) -> None:
     manifest = replace(converted.manifest, superclasses=Superclasses(("a", "b"), (0, 1, 1)), shard=(2, 8))
-    write_manifest(tmp_path / "a.beton", manifest)
+    write_manifest(manifest_path(tmp_path / "a.beton"), manifest)
     assert read_manifest(tmp_path / "a.beton") == manifest
 
 

@@ -90,15 +90,15 @@ def tree(root: Path, *folders: str) -> Path:
 
 
 @pytest.mark.parametrize("train", ["train", "training"])
-@pytest.mark.parametrize("val", ["val", "valid", "validation", "eval", "evaluation", "test"])
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "eval", "evaluation"])
 def test_splits_have_timms_names(tmp_path: Path, train: str, val: str) -> None:
     tree(tmp_path, f"{train}/ant", f"{val}/ant", "docs/x")
     assert split_folders(tmp_path) == {"train": tmp_path / train, "val": tmp_path / val}
 
 
-def test_val_is_preferred_to_test(tmp_path: Path) -> None:
-    tree(tmp_path, "test/ant", "val/ant")
-    assert split_folders(tmp_path) == {"val": tmp_path / "val"}
+def test_a_test_set_is_no_validation_set(tmp_path: Path) -> None:
+    tree(tmp_path, "test/ant", "train/ant")
+    assert split_folders(tmp_path) == {"train": tmp_path / "train"}
 
 
 def test_both_splits_in_one_command(tmp_path: Path) -> None:
