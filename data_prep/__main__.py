@@ -26,7 +26,7 @@ from data_prep.errors import UserError, exit_cleanly
 from data_prep.info import info_table, plot_info
 from data_prep.jpeg import ImageOptions
 from data_prep.manifest import manifest_path
-from data_prep.parts import parse_shard
+from data_prep.parts import file_or_parts, parse_shard
 from data_prep.progress import counts_in_words
 from data_prep.verify import verify
 
@@ -136,15 +136,15 @@ def verify_command(
     """Check a .beton against its sidecars: any changed byte is found, damaged samples are named.
 
     Args:
-        beton: File to check.
+        beton: File to check, or set of parts.
         full: Decode every sample too.
         workers: Threads for --full.
     """
-    verified = verify(beton, full=full, workers=available_cores() if workers is None else workers, progress=True)
-    what = "tables, sidecars, SHA-256" + (" and every decoded sample" if verified.decoded else "")
-    print(
-        f"{beton} is as it was written: {verified.num_samples:,} samples, {verified.file_bytes / 1e6:,.1f} MB ({what})"
-    )
+    for part in file_or_parts(beton):
+        verified = verify(part, full=full, workers=available_cores() if workers is None else workers, progress=True)
+        what = "tables, sidecars, SHA-256" + (" and every decoded sample" if verified.decoded else "")
+        size = f"{verified.num_samples:,} samples, {verified.file_bytes / 1e6:,.1f} MB"
+        print(f"{part} is as it was written: {size} ({what})")
 
 
 @app.command(name="info")
@@ -155,13 +155,17 @@ def info_command(
     """Show what a .beton holds: samples, classes, sizes, origin.
 
     Args:
-        beton: File to describe.
+        beton: File to describe, or set of parts.
         plot: Draw histograms and a contact sheet of random samples, too.
     """
-    Console().print(info_table(beton))
+    parts = file_or_parts(beton)
+    for part in parts:
+        Console().print(info_table(part))
     if plot is not None:
-        plot_info(beton, plot)
-        print(f"wrote {plot}")
+        for n, part in enumerate(parts, 1):
+            path = plot if len(parts) == 1 else plot.with_name(f"{plot.stem}-{n}{plot.suffix}")
+            plot_info(part, path)
+            print(f"wrote {path}")
 
 
 def summary(conversion: Conversion) -> str:

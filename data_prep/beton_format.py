@@ -144,7 +144,9 @@ def _check_samples(
 
     def fail(bad: np.ndarray, what: str) -> None:
         if bad.any():
-            raise BetonError(f"{path}: sample {int(np.flatnonzero(bad)[0])} {what}. {again}")
+            error = BetonError(f"{path}: sample {int(np.flatnonzero(bad)[0])} {what}. {again}")
+            error.sample_id = int(np.flatnonzero(bad)[0])
+            raise error
 
     fail((modes != MODE_JPEG) & (modes != MODE_RAW), "has an unknown storage mode")
     fail((heights == 0) | (widths == 0), "has no pixels")

@@ -14,6 +14,9 @@ class UserError(ValueError):
 class BetonError(UserError):
     """A `.beton` file that is missing, foreign, unfinished, cut short or inconsistent."""
 
+    sample_id: int | None = None
+    """The first sample that is wrong, where one is."""
+
 
 def exit_cleanly(main: Callable[[], None]) -> None:
     """Run a command's `main`; a `UserError` becomes one paragraph on stderr and exit code 2.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from rich.table import Table
+from rich.text import Text
 
 from data_prep.beton_format import MODE_RAW, Tables, read_tables
 from data_prep.errors import UserError
@@ -24,12 +26,19 @@ THUMBNAIL = 96
 def info_table(beton: Path) -> Table:
     """A two-column table of a `.beton`, with what its manifest adds if one lies beside it. Raises `BetonError`."""
     tables, manifest = read_tables(beton), _manifest(beton)
-    table = Table(title=beton.name, show_header=False, title_justify="left")
+    # Names from the file system may look like rich's markup, so they are given as plain `Text`.
+    table = Table(title=Text(_printable(beton.name)), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _facts(tables, manifest):
-        table.add_row(name, value)
+        table.add_row(name, Text(_printable(value)))
     return table
+
+
+def _printable(name: str) -> str:
+    """With escapes for bytes that are not UTF-8 and for control characters."""
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
 
 
 def _manifest(beton: Path) -> Manifest | None:
@@ -38,7 +47,7 @@ def _manifest(beton: Path) -> Manifest | None:
 
 def _facts(tables: Tables, manifest: Manifest | None) -> list[tuple[str, str]]:
     n = len(tables.labels)
-    per_class = np.bincount(tables.labels)
+    per_class = np.unique(tables.labels, return_counts=True)[1]
     raw = int((tables.modes == MODE_RAW).sum())
     pages = len(np.unique(tables.pointers // tables.page_size))
     facts = [
@@ -47,7 +56,7 @@ def _facts(tables: Tables, manifest: Manifest | None) -> list[tuple[str, str]]:
             f"{n:,}" + (f" (part {manifest.shard[0]} of {manifest.shard[1]})" if manifest and manifest.shard else ""),
         ),
         ("classes", f"{len(manifest.classes) if manifest else len(per_class):,}"),
-        ("images a class", _spread(per_class[per_class > 0])),
+        ("images a class", _spread(per_class)),
         ("stored as", f"{n - raw:,} JPEG, {raw:,} raw"),
         ("width", _spread(tables.widths) + " pixels"),
         ("height", _spread(tables.heights) + " pixels"),
@@ -86,11 +95,13 @@ def plot_info(beton: Path, out: Path, seed: int = 0) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--plot {out} does not end in .png.")
     tables, manifest = read_tables(beton), _manifest(beton)
-    per_class = np.bincount(tables.labels)
+    per_class = np.unique(tables.labels, return_counts=True)[1]
     figure = Figure(figsize=(10, 8.4), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{beton.name}: {len(tables.labels):,} samples")
+    figure.suptitle(f"{_printable(beton.name)}: {len(tables.labels):,} samples", parse_math=False)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.2))  # type: ignore[misc]
     for axes, (title, values) in zip(
         top.subplots(1, 4),
@@ -98,7 +109,7 @@ def plot_info(beton: Path, out: Path, seed: int = 0) -> None:
             ("width (pixels)", tables.widths),
             ("height (pixels)", tables.heights),
             ("size (kB)", tables.sizes / 1000),
-            ("images a class", per_class[per_class > 0]),
+            ("images a class", per_class),
         ),
         strict=True,
     ):
@@ -108,13 +119,17 @@ def plot_info(beton: Path, out: Path, seed: int = 0) -> None:
     for axes, sample_id in zip(cells, ids.tolist(), strict=False):
         label = int(tables.labels[sample_id])
         axes.imshow(_thumbnail(beton, tables, sample_id))
-        axes.set_title(_short(manifest.classes[label] if manifest else str(label)), fontsize=7)
+        classes = manifest.classes if manifest else ()
+        name = _printable(classes[label]) if label < len(classes) else str(label)
+        axes.set_title(_short(name), fontsize=7, parse_math=False)
     for axes in cells:
         axes.set_axis_off()
     try:
-        figure.savefig(out, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot {out} cannot be written: {error}. Give a path that ends in .png.") from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box is drawn in its place
+            figure.savefig(out, dpi=120, format="png")
+    except OSError as error:
+        raise UserError(f"--plot {out} cannot be written: {error.strerror}. Check its folder.") from error
 
 
 def _histogram(axes: Any, title: str, values: np.ndarray) -> None:

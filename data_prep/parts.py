@@ -40,6 +40,11 @@ def find_parts(out: Path) -> list[Path]:
     return [part_path(out, i, count) for i in range(1, count + 1)]
 
 
+def file_or_parts(beton: Path) -> list[Path]:
+    """`beton` itself, or its parts where it is not there and they are. Raises `BetonError`, see `find_parts`."""
+    return [beton] if beton.exists() else find_parts(beton) or [beton]
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     """Read the command line's "2/16" as (2, 16). Raises `UserError`."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)

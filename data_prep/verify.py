@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,11 @@ def verify(beton: Path, *, full: bool = False, workers: int = 1, progress: bool 
     Any changed byte is found. Raises `BetonError`, which lists every damaged sample with its source file; if none is,
     it says where else the damage lies.
     """
-    tables, manifest = read_tables(beton), read_manifest(beton)
+    try:
+        tables = read_tables(beton)
+    except BetonError as error:
+        raise BetonError(f"{error}{_source_of(beton, error.sample_id)}") from error
+    manifest = read_manifest(beton)
     names = _read_names(beton, manifest, len(tables.labels))
     if manifest.num_samples != len(tables.labels) or manifest.file_bytes != tables.file_bytes:
         raise BetonError(
@@ -56,6 +60,16 @@ def verify(beton: Path, *, full: bool = False, workers: int = 1, progress: bool 
     except OSError as error:
         raise BetonError(f"{beton} cannot be read: {error.strerror}. Check its permissions and the disk.") from error
     return Verified(beton, manifest.num_samples, tables.file_bytes, full)
+
+
+def _source_of(beton: Path, sample_id: int | None) -> str:
+    """Which source file a sample was made from, a sentence; nothing where that is unknown."""
+    if sample_id is None:
+        return ""
+    with suppress(BetonError, IndexError):
+        source = Path(read_manifest(beton).source) / read_sample_table(beton).names[sample_id]
+        return f" The sample was made from {source}."
+    return ""
 
 
 def _read_names(beton: Path, manifest: Manifest, num_samples: int) -> SampleTable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -183,3 +184,55 @@ def test_picture_shows_samples(beton: Path, tmp_path: Path, digits_dir: Path) ->
         pixels = np.asarray(Image.open(tmp_path / "info.png").convert("RGB"))
         assert pixels.shape[0] > 800
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+def test_a_damaged_row_names_the_source_file(beton: Path) -> None:
+    data = bytearray(beton.read_bytes())
+    data[METADATA_START + SAMPLE.itemsize + 5] ^= 1  # the pointer of sample 1
+    beton.write_bytes(data)
+    with pytest.raises(BetonError, match=r"sample 1 .*The sample was made from .*\.(jpg|png)\."):
+        verify(beton)
+
+
+ODD_CLASSES = ["[red]", "$\\frac$", "类", os.fsdecode(b"\xff\xfe"), "a\nb"]
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """Classes that are no plain words, below a folder that looks like markup."""
+    for n, name in enumerate(ODD_CLASSES):
+        (tmp_path / "[/x]" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 30), (40 * n, 10, 10)).save(tmp_path / "[/x]" / name / "0.jpg")
+    convert_image_folder(tmp_path / "[/x]", tmp_path / "[bold]x.beton", workers=1)
+    return tmp_path / "[bold]x.beton"
+
+
+@pytest.mark.filterwarnings("error")
+def test_odd_names_are_shown_as_they_are(odd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["info", str(odd), "--plot", str(odd.with_name("p.png"))])
+    shown = capsys.readouterr().out
+    for text in ("[bold]x.beton", "[red]", "$\\frac$", "类", "\\xff\\xfe", "a\\nb", "[/x]"):
+        assert text in shown
+    assert odd.with_name("p.png").stat().st_size > 10_000
+
+
+def test_a_huge_label_is_only_a_number(beton: Path, tmp_path: Path) -> None:
+    data = bytearray(beton.read_bytes())
+    data[METADATA_START + SAMPLE.itemsize - 2] = 0x7F
+    beton.write_bytes(data)
+    plot_info(beton, tmp_path / "p.png")
+    Console(file=io.StringIO()).print(info_table(beton))
+
+
+def test_parts_are_checked_and_shown_one_after_the_other(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in (1, 2):
+        convert_image_folder(source, tmp_path / "s.beton", part=(i, 2), workers=1)
+    main(["verify", str(tmp_path / "s.beton")])
+    main(["info", str(tmp_path / "s.beton"), "--plot", str(tmp_path / "p.png")])
+    shown = capsys.readouterr().out
+    for i in (1, 2):
+        assert f"s-{i}-of-2.beton is as it was written" in shown
+        assert f"part {i} of 2" in shown
+        assert (tmp_path / f"p-{i}.png").exists()
