@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.atomic import sync_directory
+from data_prep.direct_io import sha256_of
 from data_prep.errors import BetonError, UserError
 from data_prep.manifest import Manifest, manifest_path, read_manifest, read_manifest_file, write_manifest
 from data_prep.sample_table import sample_table_path, write_sample_table
@@ -76,9 +77,8 @@ def _recover(out: Path, key: str) -> None:
         return
     with suppress(OSError, UserError):
         manifest = read_manifest_file(manifest_file)
-        with out.open("rb") as file:  # a seldom case, so there is time to make sure
-            if manifest.resume_key != key or hashlib.file_digest(file, "sha256").hexdigest() != manifest.sha256:
-                return
+        if manifest.resume_key != key or sha256_of(out) != manifest.sha256:  # a seldom case: there is time to make sure
+            return
         if table_path.exists():
             rename_pending(out)
         else:  # the crash came between the two renames

@@ -18,8 +18,10 @@ Reasons, the first that holds (they are counted in the manifest):
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
+import threading
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -56,6 +58,7 @@ JPEG_MAX_SIDE = 65500
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """Larger images are refused unread as possible decompression bombs: 179 million pixels, where PIL refuses too."""
 MAX_FILE_BYTES = 1 << 30
+_SCRATCH_BYTES = 1 << 26
 EXTRANEOUS_SHARE = 0.01
 """Extraneous bytes, as a share of the file, that a JPEG may have. Much more means that data were overwritten."""
 
@@ -244,10 +247,10 @@ def _decode_jpeg(data: bytes, header: JpegHeader, orientation: int, reason: str,
         return _decode_with_pil(data)[0]
     shrink = _shrink(width, height, options)
     try:
-        pixels = turbojpeg.decode(data, width, height, shrink=shrink)
+        pixels = turbojpeg.decode(data, width, height, shrink=shrink, empty=_decoded.empty)
     except turbojpeg.JpegDataError as error:
         _raise_unless_extraneous(error, len(data))
-        pixels = turbojpeg.decode(data, width, height, shrink=shrink, stop_on_warning=False)
+        pixels = turbojpeg.decode(data, width, height, shrink=shrink, stop_on_warning=False, empty=_decoded.empty)
     if orientation != 1:
         pixels = np.asarray(Image.fromarray(pixels).transpose(_TURNS[orientation]))
     return pixels
@@ -317,7 +320,30 @@ def _resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
         return pixels
     opencv = _opencv()
     grows = height > pixels.shape[0] or width > pixels.shape[1]
-    return opencv.resize(pixels, (width, height), interpolation=opencv.INTER_CUBIC if grows else opencv.INTER_AREA)
+    interpolation = opencv.INTER_CUBIC if grows else opencv.INTER_AREA
+    return opencv.resize(pixels, (width, height), _resized.empty((height, width, 3)), interpolation=interpolation)
+
+
+class _Scratch(threading.local):
+    """Memory of one thread for an image that is needed no longer than until its next one.
+
+    Buffers of this size come anew from the system each time, and touching new pages costs a tenth of the whole.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def empty(self, shape: tuple[int, int, int]) -> np.ndarray:
+        """uint8 of `shape`; it takes the place of what was given out before."""
+        size = math.prod(shape)
+        if size > _SCRATCH_BYTES:
+            return np.empty(shape, np.uint8)
+        if size > self._bytes.size:
+            self._bytes = np.empty(size, np.uint8)
+        return self._bytes[:size].reshape(shape)
+
+
+_decoded, _resized = _Scratch(), _Scratch()
 
 
 @cache

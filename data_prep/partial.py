@@ -12,12 +12,13 @@ import fcntl
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.atomic import sync_directory
+from data_prep.direct_io import PageWriter
 from data_prep.errors import UserError
 
 RECORD = np.dtype(
@@ -42,8 +43,8 @@ _KEY_BYTES = 64
 class PartialFile:
     """The open file and its journal."""
 
-    def __init__(self, file: io.BufferedRandom, journal: io.BufferedRandom) -> None:
-        self.file = file
+    def __init__(self, path: Path, file: io.BufferedRandom, journal: io.BufferedRandom, pages: PageWriter) -> None:
+        self.path, self.file, self.pages = path, file, pages
         self._journal = journal
 
     def records(self) -> np.ndarray:
@@ -60,8 +61,7 @@ class PartialFile:
         self._journal.flush()
 
     def add_records(self, records: np.ndarray) -> None:
-        """Note samples whose data have been written to `file`."""
-        self.file.flush()
+        """Note samples whose pages have been written."""
         self._journal.write(records.tobytes())
         self._journal.flush()
 
@@ -84,8 +84,12 @@ def resumable(path: Path, key: str | None) -> Iterator[PartialFile]:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not target.parent.exists():  # where the parent is a file, opening says so and `mkdir` does not
             target.parent.mkdir(parents=True, exist_ok=True)
-        with _open_locked(partial, path) as file, _open(journal) as records:
-            opened = PartialFile(file, records)
+        with (
+            _open_locked(partial, path) as file,
+            _open(journal) as records,
+            closing(PageWriter(partial, file)) as pages,
+        ):
+            opened = PartialFile(partial, file, records, pages)
             if key is None or records.read(_KEY_BYTES) != key.encode("ascii"):
                 file.truncate(0)
                 records.seek(0)

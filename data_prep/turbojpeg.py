@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +36,10 @@ class JpegDataError(ValueError):
         """libjpeg could go on, with grey or shifted blocks; a decoder that ignores warnings shows those."""
 
 
+def _empty(shape: tuple[int, int, int]) -> np.ndarray:
+    return np.empty(shape, np.uint8)
+
+
 def decode(
     data: bytes,
     width: int,
@@ -43,13 +48,14 @@ def decode(
     colours: Literal["rgb", "cmyk"] = "rgb",
     shrink: Literal[1, 2, 4, 8] = 1,
     stop_on_warning: bool = True,
+    empty: Callable[[tuple[int, int, int]], np.ndarray] = _empty,
 ) -> np.ndarray:
     """Decode a JPEG of `width` x `height` pixels to uint8 (ceil(height / shrink), ceil(width / shrink), channels).
 
-    Raises `JpegDataError`; with `stop_on_warning` at libjpeg's first warning too. A progressive JPEG of more than 500
-    scans is refused (it would decode for minutes).
+    `empty` makes the result's array. Raises `JpegDataError`; with `stop_on_warning` at libjpeg's first warning too. A
+    progressive JPEG of more than 500 scans is refused (it would decode for minutes).
     """
-    pixels = np.empty((-(-height // shrink), -(-width // shrink), _PIXEL_FORMATS[colours][1]), np.uint8)
+    pixels = empty((-(-height // shrink), -(-width // shrink), _PIXEL_FORMATS[colours][1]))
     try:
         _decompress(data, pixels, colours, _LIMIT_SCANS | (_STOP_ON_WARNING if stop_on_warning else 0))
     except JpegDataError as error:

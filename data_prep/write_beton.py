@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from data_prep import beton_format as layout
+from data_prep.direct_io import sha256_of
 from data_prep.errors import UserError
 from data_prep.jpeg import REASONS, BadImageError, EncodedImage, UnreadableImageError
 from data_prep.manifest import Skipped, remove_manifest
@@ -95,7 +96,7 @@ def write_beton(
     be; without it nothing is kept. `before_rename` is told the result when all is on the disk but the name. `progress`
     shows a bar on stderr if that is a terminal.
 
-    Memory: tables of 50 bytes a sample, its name, one page, and the encoded images that wait for their turn (48 a
+    Memory: tables of 50 bytes a sample, its name, three pages, and the encoded images that wait for their turn (48 a
     worker); see `map_ordered`.
     Raises `BadImagesError`, and `UserError`: an image larger than a page, a full disk, another process at the file.
     """
@@ -108,8 +109,11 @@ def write_beton(
         done = _replay(partial_file, samples, report, resume, work) if resume else 0
         results = map_ordered(report, islice(samples, done, None), workers)
         with closing(results):
-            for sample, image in zip(islice(samples, done, None), results, strict=True):
-                work.add(sample, image)
+            try:
+                for sample, image in zip(islice(samples, done, None), results, strict=True):
+                    work.add(sample, image)
+            finally:
+                work.beton.note_pages(wait=True)
         beton, bad = work.beton, work.bad
         if work.unreadable or (bad and (on_bad == "error" or beton.num_samples == 0)):
             raise BadImagesError(_bad_images_message(out, bad, work.unreadable, len(samples)))
@@ -117,12 +121,11 @@ def write_beton(
             raise UserError(f"{out} would hold no images. Check the source.")
         file_bytes = beton.finish()
         bar.describe("checksum")
-        # Side by side: the disk takes the last pages while the checksum is computed from memory. A failing disk shows
-        # here, while an older output and its sidecars are still untouched.
+        # Side by side: the disk finishes while the checksum is computed. A failing disk shows here, while an older
+        # output and its sidecars are still untouched.
         with ThreadPoolExecutor(1) as pool:
             on_disk = pool.submit(os.fsync, partial_file.file.fileno())
-            partial_file.file.seek(0)
-            sha256 = hashlib.file_digest(partial_file.file, "sha256").hexdigest()
+            sha256 = sha256_of(partial_file.path, partial_file.pages.kept)
             on_disk.result()
         written = _written(samples, work, file_bytes, sha256, done)
         before_rename(written)
@@ -277,7 +280,9 @@ class _BetonFile:
         """Journal records of the page in memory."""
         self.replaying = False
         """The pages are on the disk already."""
-        self.page = bytearray(page_size)
+        self.page = partial_file.pages.empty_page(page_size)
+        self.writing: deque[tuple[Future[None], np.ndarray]] = deque()
+        """Pages under way to the disk, and their journal records."""
         self.page_used = 0
         self.page_start = layout.align_to_page(layout.METADATA_START + len(self.rows), page_size)
 
@@ -334,16 +339,25 @@ class _BetonFile:
         # Whole pages only, as FFCV writes them: its page cache reads whole ones.
         self.page[self.page_used :] = bytes(self.page_size - self.page_used)
         if not self.replaying:
-            self.file.seek(self.page_start)
-            self.file.write(self.page)
-            self.partial_file.add_records(np.array(self.unwritten, RECORD))
+            written = self.partial_file.pages.write(self.page, self.page_start)
+            self.writing.append((written, np.array(self.unwritten, RECORD)))
+            self.note_pages(wait=False)
+            self.page = self.partial_file.pages.empty_page(self.page_size)
         self.unwritten.clear()
         self.page_start += self.page_size
         self.page_used = 0
 
+    def note_pages(self, *, wait: bool) -> None:
+        """Note in the journal the pages that are on the disk, or `wait` for all. Raises `OSError`."""
+        while self.writing and (wait or self.writing[0][0].done()):
+            written, records = self.writing.popleft()
+            written.result()
+            self.partial_file.add_records(records)
+
     def finish(self) -> int:
         """Write the tables and, last, the header; return the file's size in bytes."""
         self._flush_page()
+        self.note_pages(wait=True)
         table = np.zeros(self.num_samples, layout.ALLOCATION)
         table["sample_id"] = np.arange(self.num_samples)
         table["ptr"], table["size"] = self.pointers[: self.num_samples], self.sizes[: self.num_samples]

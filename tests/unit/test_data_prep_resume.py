@@ -219,7 +219,7 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_bytes(tmp_path: Path) 
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         (tmp_path / "src" / split / "a").mkdir(parents=True)
-        for i in range(1200):
+        for i in range(1600):
             path = tmp_path / "src" / split / "a" / f"{i:04d}.jpg"
             if i < 40:
                 Image.fromarray(rng.integers(0, 256, (300, 300, 3), np.uint8)).save(path)
