@@ -21,11 +21,13 @@ from data_prep.convert import convert_image_folder
 from data_prep.errors import UserError
 from lowrank_vit.bench.measure import nothing
 
-COUNTS = (10_000, 100_000)
-BASELINE_COUNT = 5000
-"""Tiny images that fill one page exactly, as any multiple of them fills pages: a page that is partly empty costs up to
-its size while it is written, which would be taken for a cost of the images."""
-IMAGE_BYTES = PAGE_SIZE // BASELINE_COUNT
+COUNTS = (50_000, 100_000)
+PAGE_COUNT = 5000
+"""Tiny images that fill one page exactly: a page that is partly empty costs up to its size while it is written, which
+would be taken for a cost of the images."""
+BASELINE_COUNT = 4 * PAGE_COUNT
+"""More pages than are in memory at a time."""
+IMAGE_BYTES = PAGE_SIZE // PAGE_COUNT
 SIDE = 16
 _COMMENT_MARKER_BYTES = 4
 _FILES_A_CLASS = 1000

@@ -135,4 +135,4 @@ def test_peak_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tiny_images_fill_a_page(tmp_path: Path) -> None:
     peak_memory._write_tiny_images(tmp_path, 3)
     sizes = {path.stat().st_size for path in tmp_path.rglob("*.jpg")}
-    assert sizes == {peak_memory.PAGE_SIZE // peak_memory.BASELINE_COUNT}
+    assert sizes == {peak_memory.PAGE_SIZE // peak_memory.PAGE_COUNT}
