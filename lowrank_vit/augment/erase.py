@@ -61,10 +61,19 @@ def _hash(x: Tensor) -> Tensor:
 
 
 def normalize_and_erase_cpu(
-    images_BHWC: np.ndarray, mean: np.ndarray, std: np.ndarray, boxes: np.ndarray, keys: np.ndarray, mode: Mode
+    images_BHWC: np.ndarray,
+    mean: np.ndarray,
+    std: np.ndarray,
+    boxes: np.ndarray,
+    keys: np.ndarray,
+    mode: Mode,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """uint8 (B, H, W, 3) to float32: `(x - mean) / std`, then as `erase`; `mean` and `std` float32 (3,) in 0-255."""
-    out = np.empty(images_BHWC.shape, np.float32)
+    """uint8 (B, H, W, 3) to float32: `(x - mean) / std`, then as `erase`; `mean` and `std` float32 (3,) in 0-255.
+
+    `out`: where to, float32 (B, H, W, 3).
+    """
+    out = np.empty(images_BHWC.shape, np.float32) if out is None else out
     _normalize_and_erase(images_BHWC, mean, std, boxes, keys, _MODES.index(mode), _NORMAL.numpy(), out)
     return out
 

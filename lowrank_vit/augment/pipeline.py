@@ -37,6 +37,8 @@ class Augment(nn.Module):
         self.fill: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+        # Kept from batch to batch: touching new memory for every batch takes longer than the arithmetic.
+        self._normalized = np.empty((0, 0, 0, 3), np.float32)
         # timm's colour of what an operation brings in from outside the image
         fill = [min(255, round(255 * value)) for value in mean]
         self.register_buffer("fill", torch.tensor(fill, dtype=torch.uint8), persistent=False)
@@ -45,8 +47,9 @@ class Augment(nn.Module):
     def prepare(self, images: Tensor, plan: BatchPlan) -> Tensor:
         """Apply the plan to uint8 (B, 3, S, S) channels_last images: all that comes before mixing.
 
-        Changes `images`. Returns them, still uint8, or float32 (normalised) where something was erased; a plan with
-        nothing of the kind costs nothing. The host does not wait for the device. Raises `UserError` for another dtype
+        Changes `images`. Returns them, still uint8, or float32 (normalised) where something was erased, on a CPU in
+        memory that the next call uses again; a plan with nothing of the kind costs nothing. The host does not wait for
+        the device. Raises `UserError` for another dtype
         or layout.
         """
         if plan.vflips is None and plan.ops is None and plan.erase is None:
@@ -77,8 +80,11 @@ class Augment(nn.Module):
             on_device = ops.to_device(boxes, images), ops.to_device(keys.astype(np.int64), images)
             return erase(self.normalize(images), *on_device, self.remode)
         scale = self.mean.flatten().numpy(), self.std.flatten().numpy()
-        erased = normalize_and_erase_cpu(images.permute(0, 2, 3, 1).numpy(), *scale, boxes, keys, self.remode)
-        return torch.from_numpy(erased).permute(0, 3, 1, 2)
+        images_BHWC = images.permute(0, 2, 3, 1).numpy()
+        if self._normalized.shape != images_BHWC.shape:
+            self._normalized = np.empty(images_BHWC.shape, np.float32)
+        normalize_and_erase_cpu(images_BHWC, *scale, boxes, keys, self.remode, self._normalized)
+        return torch.from_numpy(self._normalized).permute(0, 3, 1, 2)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) in 0-255 to float32 with the model's mean and standard deviation; floats stay."""
