@@ -234,9 +234,8 @@ def _replay(
         kept[n] = True
         count += 1
     beton.replaying = False
-    # Those of the page in memory are written again with it.
-    on_disk = np.flatnonzero(kept)[: count - len(beton.unwritten)]
-    partial_file.replace_records(records[on_disk])
+    beton.journaled = len(beton.unwritten)
+    partial_file.replace_records(records[kept])
     work.bar.describe("convert")
     return count
 
@@ -278,6 +277,8 @@ class _BetonFile:
         self.num_samples = self.num_seen = 0
         self.unwritten: list[tuple[int, ...]] = []
         """Journal records of the page in memory."""
+        self.journaled = 0
+        """How many of them are in the journal already: those of a page that is written again, with more behind them."""
         self.replaying = False
         """The pages are on the disk already."""
         self.page = partial_file.pages.empty_page(page_size)
@@ -340,7 +341,8 @@ class _BetonFile:
         self.page[self.page_used :] = bytes(self.page_size - self.page_used)
         if not self.replaying:
             written = self.partial_file.pages.write(self.page, self.page_start)
-            self.writing.append((written, np.array(self.unwritten, RECORD)))
+            self.writing.append((written, np.array(self.unwritten[self.journaled :], RECORD)))
+            self.journaled = 0
             self.note_pages(wait=False)
             self.page = self.partial_file.pages.empty_page(self.page_size)
         self.unwritten.clear()

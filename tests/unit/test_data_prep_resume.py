@@ -104,6 +104,13 @@ def test_it_can_be_interrupted_again_and_again(folder: Folder) -> None:
     assert folder.out.read_bytes() == expected
 
 
+def test_runs_that_stop_at_once_lose_nothing(folder: Folder) -> None:
+    for _ in range(7):
+        folder.interrupted(50)
+    assert folder.write().resumed > 50 - 15, "at most one page is lost"
+    assert folder.out.read_bytes() == folder.whole()
+
+
 def test_a_source_file_that_changed_is_read_again(folder: Folder) -> None:
     folder.interrupted(50)
     folder.contents[20] = folder.contents[20][:-30]
