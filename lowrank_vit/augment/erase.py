@@ -7,7 +7,6 @@ functions, 2018), twice, once for each word of the key.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -20,12 +19,15 @@ _MODES: tuple[Mode, ...] = ("const", "rand", "pixel")
 _RAND, _PIXEL = 1, 2
 _LOW = 0xFFFFFFFF
 _M0, _M1 = 0x7FEB352D, 0x846CA68B
-_NORMAL = torch.special.ndtri((torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)).float()
-"""Quantiles of the standard normal distribution."""
+NORMAL = torch.special.ndtri((torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)).float()
+"""float32 (65536,): quantiles of the standard normal distribution."""
 
 
-def erase(images_BCHW: Tensor, boxes: Tensor, keys: Tensor, mode: Mode) -> Tensor:
-    """Erase rectangles of float images; `boxes` int32 (B, K, 4), `keys` int64 (B, 2), on the images' device."""
+def erase(images_BCHW: Tensor, boxes: Tensor, keys: Tensor, mode: Mode, normal: Tensor) -> Tensor:
+    """Erase rectangles of float images; `boxes` int32 (B, K, 4), `keys` int64 (B, 2).
+
+    `normal`: `NORMAL`. All on the images' device.
+    """
     B, C, H, W = images_BCHW.shape
     rows = torch.arange(H, device=images_BCHW.device)[:, None]
     columns = torch.arange(W, device=images_BCHW.device)
@@ -37,20 +39,14 @@ def erase(images_BCHW: Tensor, boxes: Tensor, keys: Tensor, mode: Mode) -> Tenso
             noise = torch.zeros((), device=images_BCHW.device, dtype=images_BCHW.dtype)
         else:
             index = (channels * H + rows) * W + columns if mode == "pixel" else channels + 3 * k
-            noise = _normal(index, keys.view(B, 2, 1, 1, 1)).to(images_BCHW.dtype)
+            noise = normal[_word(index, keys.view(B, 2, 1, 1, 1))].to(images_BCHW.dtype)
         images_BCHW = torch.where(is_inside, noise, images_BCHW)
     return images_BCHW
 
 
-def _normal(index: Tensor, keys: Tensor) -> Tensor:
-    """float32 standard normal numbers of the shape that `index` and `keys[:, 0]` broadcast to."""
-    word = _hash(_hash(index ^ keys[:, 0]) ^ keys[:, 1])
-    return _normal_on(index.device)[word >> 16]
-
-
-@cache
-def _normal_on(device: torch.device) -> Tensor:
-    return _NORMAL.to(device)
+def _word(index: Tensor, keys: Tensor) -> Tensor:
+    """int64 in [0, 65536), of the shape that `index` and `keys[:, 0]` broadcast to."""
+    return _hash(_hash(index ^ keys[:, 0]) ^ keys[:, 1]) >> 16
 
 
 def _hash(x: Tensor) -> Tensor:
@@ -74,7 +70,7 @@ def normalize_and_erase_cpu(
     `out`: where to, float32 (B, H, W, 3).
     """
     out = np.empty(images_BHWC.shape, np.float32) if out is None else out
-    _normalize_and_erase(images_BHWC, mean, std, boxes, keys, _MODES.index(mode), _NORMAL.numpy(), out)
+    _normalize_and_erase(images_BHWC, mean, std, boxes, keys, _MODES.index(mode), NORMAL.numpy(), out)
     return out
 
 
@@ -98,14 +94,14 @@ def _normalize_and_erase(images, mean, std, boxes, keys, mode, normal, out):
                     for c in range(C):
                         value = np.float32(0)
                         if mode == _PIXEL:
-                            value = normal[_word(np.uint32((c * H + y) * W + x), key0, key1)]
+                            value = normal[_word_cpu(np.uint32((c * H + y) * W + x), key0, key1)]
                         elif mode == _RAND:
-                            value = normal[_word(np.uint32(c + 3 * k), key0, key1)]
+                            value = normal[_word_cpu(np.uint32(c + 3 * k), key0, key1)]
                         out[n, y, x, c] = value
 
 
 @njit(cache=True, inline="always")
-def _word(index, key0, key1):
+def _word_cpu(index, key0, key1):
     return np.uint32(_hash_cpu(_hash_cpu(index ^ key0) ^ key1)) >> np.uint32(16)
 
 

@@ -8,6 +8,9 @@ Shape legend: B batch, G group, H, W pixels, C = 3 channels; images are NHWC.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,27 +24,54 @@ _ROUNDING = 1 / 16384
 """Added before cutting off, because weights may sum to a rounding less than 1."""
 
 
-def apply_ops(images_BHWC: Tensor, ops: ImageOps, fill: Tensor) -> None:
-    """Apply the plan's operations in place to uint8 (B, H, W, 3); `fill`: uint8 (3,), colour from outside the image."""
+def apply_ops(images_BHWC: Tensor, ops: ImageOps, fill: Tensor, *, compiled: bool = False) -> None:
+    """Apply the plan's operations in place to uint8 (B, H, W, 3); `fill`: uint8 (3,), colour from outside the image.
+
+    `compiled` fuses each of the larger operations into one kernel; sums may then fall on the other side of a level.
+    """
+    run = _compile if compiled else _as_it_is
     for layer in range(ops.kinds.shape[1]):
         kinds, args, kernels = ops.kinds[:, layer], ops.args[:, layer], ops.kernels[:, layer]
         for family in (_TABLES, (Kind.COLOR,), (Kind.SHARPNESS,), (Kind.BLUR,), GEOMETRIC):
             rows = np.flatnonzero(np.isin(kinds, family))
             if len(rows) == 0:
                 continue
+            if compiled and len(rows) == 1:  # torch.compile takes a size of 1 for another shape
+                rows = rows.repeat(2)
             group = to_device(rows, images_BHWC)
             images = images_BHWC[group]
             if family is _TABLES:
                 changed = _look_up(images, kinds[rows], args[rows])
             elif family is GEOMETRIC:
-                changed = _resample(images, kinds[rows], args[rows], kernels[rows], fill)
+                # Where every sample is bilinear the outer taps have no weight.
+                wide = compiled or bool((kernels[rows] == BICUBIC).any())
+                affine = _Affine(images, kinds[rows], args[rows], kernels[rows])
+                changed = run(_resample)(images, affine.matrices, affine.fixed, affine.is_kernel, fill, wide)
             elif Kind.COLOR in family:
-                changed = _blend(_grey(images)[..., None].float(), images.float(), _column(args[rows], images))
+                changed = run(_color)(images, _column(args[rows], images))
             elif Kind.SHARPNESS in family:
-                changed = _blend(_smooth(images), images.float(), _column(args[rows], images))
+                changed = run(_sharpen)(images, _column(args[rows], images))
             else:
                 changed = _blur(images, args[rows])
             images_BHWC.index_copy_(0, group, changed)
+
+
+@cache
+def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One graph for groups of any size; the size of the images is a constant in it."""
+    compiled = torch.compile(function)
+
+    def run(images: Tensor, *args: Tensor | bool | None) -> Tensor:
+        for tensor in (images, *(arg for arg in args if isinstance(arg, Tensor))):
+            if tensor.ndim > 1:  # the group's samples lie along the first axis of images, the last of tables
+                torch._dynamo.mark_dynamic(tensor, 0 if tensor.ndim == 4 else 1)
+        return compiled(images, *args)
+
+    return run
+
+
+def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return function
 
 
 def to_device(values: np.ndarray, like: Tensor) -> Tensor:
@@ -57,7 +87,15 @@ def _column(values: np.ndarray, like: Tensor) -> Tensor:
 
 def _blend(degenerate: Tensor, original: Tensor, factor: Tensor) -> Tensor:
     """PIL's `Image.blend` in float32, cut off towards zero: uint8."""
-    return (degenerate + factor * (original - degenerate)).clamp_(0, 255).to(torch.uint8)
+    return (degenerate + factor * (original - degenerate)).clamp(0, 255).to(torch.uint8)
+
+
+def _color(images: Tensor, factors: Tensor) -> Tensor:
+    return _blend(_grey(images)[..., None].float(), images.float(), factors)
+
+
+def _sharpen(images: Tensor, factors: Tensor) -> Tensor:
+    return _blend(_smooth(images), images.float(), factors)
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -169,41 +207,60 @@ def _blur(images: Tensor, sigmas: np.ndarray) -> Tensor:
     return blurred.to(torch.uint8)
 
 
-def _resample(images: Tensor, kinds: np.ndarray, args: np.ndarray, kernels: np.ndarray, fill: Tensor) -> Tensor:
-    """Affine resampling as in PIL's `Geometry.c`; bicubic has a = -1, edges repeat, outside is `fill`."""
+class _Affine:
+    """Where each output pixel of a group comes from."""
+
+    def __init__(self, images: Tensor, kinds: np.ndarray, args: np.ndarray, kernels: np.ndarray) -> None:
+        height, width = images.shape[1:3]
+        matrices = _affine(kinds, args, height, width)
+        self.matrices = to_device(matrices, images)
+        """float64 (6, G), see `_affine`."""
+        is_nearest = kernels == NEAREST
+        self.fixed = to_device(_fixed_point(matrices, kinds), images) if is_nearest.any() else None
+        """int64 (6, G), see `_fixed_point`; None where no sample is nearest."""
+        self.is_kernel = to_device(np.stack([kernels == BICUBIC, is_nearest]), images)
+        """bool (2, G): bicubic, nearest."""
+
+
+def _resample(
+    images: Tensor, matrices: Tensor, fixed: Tensor | None, is_kernel: Tensor, fill: Tensor, wide: bool
+) -> Tensor:
+    """Affine resampling as in PIL's `Geometry.c`; bicubic has a = -1, edges repeat, outside is `fill`.
+
+    `wide`: take all sixteen pixels around a point rather than the inner four.
+    """
     G, H, W, C = images.shape
-    a, b, c, d, e, f = to_device(_affine(kinds, args, H, W), images).view(6, G, 1, 1).unbind(0)
+    a, b, c, d, e, f = matrices.view(6, G, 1, 1).unbind(0)
     x = torch.arange(W, device=images.device, dtype=torch.float64) + 0.5
     y = torch.arange(H, device=images.device, dtype=torch.float64)[:, None] + 0.5
     xin, yin = a * x + b * y + c, d * x + e * y + f
     is_inside = (xin >= 0) & (xin < W) & (yin >= 0) & (yin < H)
     x1, y1 = (xin - 0.5).floor(), (yin - 0.5).floor()
-    cubic = to_device(kernels == BICUBIC, images).view(G, 1, 1)
     dx, dy = (xin - 0.5 - x1).float(), (yin - 0.5 - y1).float()
     x1, y1 = x1.long(), y1.long()
-    if (kernels == NEAREST).any():
-        x, y = _nearest(_fixed_point(_affine(kinds, args, H, W), kinds), images)
-        nearest = to_device(kernels == NEAREST, images).view(G, 1, 1)
-        is_inside = torch.where(nearest, (x >= 0) & (x < W) & (y >= 0) & (y < H), is_inside)
-        x1, y1 = torch.where(nearest, x, x1), torch.where(nearest, y, y1)
+    cubic, nearest = is_kernel.view(2, G, 1, 1).unbind(0)
+    if fixed is not None:
+        x_nearest, y_nearest = _nearest(fixed, images)
+        is_there = (x_nearest >= 0) & (x_nearest < W) & (y_nearest >= 0) & (y_nearest < H)
+        is_inside = torch.where(nearest, is_there, is_inside)
+        x1, y1 = torch.where(nearest, x_nearest, x1), torch.where(nearest, y_nearest, y1)
         dx, dy = torch.where(nearest, 0.0, dx), torch.where(nearest, 0.0, dy)
     weights_x, weights_y = _weights(dx, cubic), _weights(dy, cubic)
     flat, total = images.view(G, H * W, C), torch.zeros(G, H, W, C, device=images.device)
-    # Where every sample is bilinear the outer taps have no weight.
-    taps = range(4) if (kernels == BICUBIC).any() else (1, 2)
+    taps = range(4) if wide else (1, 2)
     for ty in taps:
         row = (y1 + (ty - 1)).clamp(0, H - 1) * W
         for tx in taps:
             index = (row + (x1 + (tx - 1)).clamp(0, W - 1)).view(G, H * W, 1).expand(-1, -1, C)
             weight = (weights_y[ty] * weights_x[tx])[..., None]
-            total += weight * flat.gather(1, index).view(G, H, W, C)
-    return torch.where(is_inside[..., None], (total + _ROUNDING).clamp_(0, 255).to(torch.uint8), fill)
+            total = total + weight * flat.gather(1, index).view(G, H, W, C)
+    return torch.where(is_inside[..., None], (total + _ROUNDING).clamp(0, 255).to(torch.uint8), fill)
 
 
-def _nearest(matrices: np.ndarray, images: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest(fixed: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """int64 (G, H, W) twice: column and row of the nearest pixel, from `_fixed_point`."""
     G, H, W, _ = images.shape
-    a, b, c, d, e, f = to_device(matrices, images).view(6, G, 1, 1).unbind(0)
+    a, b, c, d, e, f = fixed.view(6, G, 1, 1).unbind(0)
     x = torch.arange(W, device=images.device)
     y = torch.arange(H, device=images.device)[:, None]
     return (a * x + b * y + c) >> 16, (d * x + e * y + f) >> 16

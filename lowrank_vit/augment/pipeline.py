@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from lowrank_vit.augment import ops, ops_cpu
-from lowrank_vit.augment.erase import Mode, erase, normalize_and_erase_cpu
+from lowrank_vit.augment.erase import NORMAL, Mode, erase, normalize_and_erase_cpu
 from lowrank_vit.augment.mix import mix_images, mix_targets
 from lowrank_vit.data.plan import BatchPlan
 
@@ -27,14 +27,23 @@ class Augment(nn.Module):
         num_classes: int,
         smoothing: float,
         remode: Mode = "const",
+        *,
+        compile: bool = False,
     ) -> None:
-        """`mean`, `std`: of RGB in 0-1, the model's own; `smoothing`: label smoothing in [0, 1)."""
+        """`mean`, `std`: of RGB in 0-1, the model's own; `smoothing`: label smoothing in [0, 1).
+
+        `compile`: fuse operations and erasing on CUDA with torch.compile.
+        """
         super().__init__()
         self.num_classes, self.smoothing = num_classes, smoothing
         self.remode: Mode = remode
+        self._compiled = compile
+        self._erase_on_cuda = torch.compile(self._normalize_and_erase) if compile else self._normalize_and_erase
         self.mean: Tensor
         self.std: Tensor
         self.fill: Tensor
+        self.normal: Tensor
+        self.register_buffer("normal", NORMAL.clone(), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
         # Kept from batch to batch: touching new memory for every batch takes longer than the arithmetic.
@@ -66,7 +75,7 @@ class Augment(nn.Module):
             images_BHWC[rows] = images_BHWC[rows].flip(1)
         if plan.ops is not None:
             if images.is_cuda:
-                ops.apply_ops(images_BHWC, plan.ops, self.fill)
+                ops.apply_ops(images_BHWC, plan.ops, self.fill, compiled=self._compiled)
             else:
                 planned = plan.ops.kinds, plan.ops.args, plan.ops.kernels
                 ops_cpu.apply_ops(images_BHWC.numpy(), *planned, self.fill.numpy())
@@ -78,13 +87,16 @@ class Augment(nn.Module):
         boxes, keys = plan.erase.boxes, plan.erase.keys
         if images.is_cuda:
             on_device = ops.to_device(boxes, images), ops.to_device(keys.astype(np.int64), images)
-            return erase(self.normalize(images), *on_device, self.remode)
+            return self._erase_on_cuda(images, *on_device)
         scale = self.mean.flatten().numpy(), self.std.flatten().numpy()
         images_BHWC = images.permute(0, 2, 3, 1).numpy()
         if self._normalized.shape != images_BHWC.shape:
             self._normalized = np.empty(images_BHWC.shape, np.float32)
         normalize_and_erase_cpu(images_BHWC, *scale, boxes, keys, self.remode, self._normalized)
         return torch.from_numpy(self._normalized).permute(0, 3, 1, 2)
+
+    def _normalize_and_erase(self, images: Tensor, boxes: Tensor, keys: Tensor) -> Tensor:
+        return erase(self.normalize(images), boxes, keys, self.remode, self.normal)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) in 0-255 to float32 with the model's mean and standard deviation; floats stay."""

@@ -64,7 +64,7 @@ class _Ours:
         rules = TrainRules(policy=parse_policy(POLICY), reprob=REPROB)
         self._plan = TrainPlan(sides, sides, rules, seed=0, img_size=size, batch_size=count)
         self._rows = self._plan.ids(0)
-        self._augment = Augment(MEAN, STD, 1000, 0.1, "pixel").to(device)
+        self._augment = Augment(MEAN, STD, 1000, 0.1, "pixel", compile=device.type == "cuda").to(device)
         self._crops = torch.from_numpy(crops_BHWC).to(device).permute(0, 3, 1, 2)
         self._images = torch.empty_like(self._crops)
 

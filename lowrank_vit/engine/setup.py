@@ -65,7 +65,8 @@ def make_parts(config: Config, resumed: Checkpoint | None) -> Parts:
     )
     if config.spectra.spec_monitor:
         select_targets(dict(model.named_parameters()), config.spectra.spec_targets)  # names a wrong target now
-    augment = Augment(spec.mean, spec.std, num_classes, config.augment.smoothing, config.augment.remode).to(device)
+    smoothing, remode = config.augment.smoothing, config.augment.remode
+    augment = Augment(spec.mean, spec.std, num_classes, smoothing, remode, compile=config.step.compile).to(device)
     ema = _make_ema(config, model, resumed)
     lr, lr_origin = learning_rate(config.optim, batch_size)
     optimizer = create_optimizer(config.optim, model, lr)

@@ -25,7 +25,8 @@ CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 @pytest.fixture
 def argv(digits_dir, tmp_path):
-    more = "--device cuda --epochs 2 --warmup-epochs 1 --batch-size 64 --mixup 0.8 --cutmix 1.0 --no-spec-monitor"
+    more = "--device cuda --epochs 2 --warmup-epochs 1 --batch-size 64 --mixup 0.8 --cutmix 1.0 "
+    more += "--aa rand-m9-mstd0.5-inc1 --reprob 0.25 --no-spec-monitor"
     return [*f"--config {CONFIG} --data-dir {digits_dir} --output {tmp_path}".split(), *more.split()]
 
 

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import normalize, to_tensor
 
 from data_prep.errors import UserError
 from lowrank_vit.augment import ops
-from lowrank_vit.augment.erase import erase
+from lowrank_vit.augment.erase import NORMAL, erase
 from lowrank_vit.augment.mix import mix_images, mix_targets, mix_to_tensor
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.policy import parse_policy
@@ -167,7 +167,7 @@ def test_the_tensor_code_for_gpus_gives_what_the_cpu_code_gives(remode):
     ops.apply_ops(images_BHWC, plan.ops, augment.fill)
     normalized = augment.normalize(images_BHWC.permute(0, 3, 1, 2))
     keys = torch.from_numpy(plan.erase.keys.astype(np.int64))
-    by_torch = erase(normalized, torch.from_numpy(plan.erase.boxes), keys, remode)
+    by_torch = erase(normalized, torch.from_numpy(plan.erase.boxes), keys, remode, NORMAL)
     error = (by_numba - by_torch).abs()
     # A level, where float32 sums of the two fall on either side of a whole number.
     assert error.max() < 3 / 255 / min(STD)

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from timm.data import random_erasing
 
-from lowrank_vit.augment.erase import erase, normalize_and_erase_cpu
+from lowrank_vit.augment.erase import NORMAL, erase, normalize_and_erase_cpu
 from lowrank_vit.data.plan import TrainPlan, TrainRules
 from lowrank_vit.data.plan_erase import Erase
 from tests.distributions import UNLIKELY, assert_same_counts, assert_same_distribution
@@ -72,7 +72,7 @@ def both(boxes: np.ndarray, keys: np.ndarray, mode, size: int) -> list[np.ndarra
     images = np.random.default_rng(0).integers(0, 256, (len(boxes), size, size, 3), dtype=np.uint8)
     by_numba = normalize_and_erase_cpu(images, MEAN, STD, boxes, keys, mode)
     normalized = (torch.from_numpy(images).permute(0, 3, 1, 2).float() - 120) / 60
-    by_torch = erase(normalized, torch.from_numpy(boxes), torch.from_numpy(keys.astype(np.int64)), mode)
+    by_torch = erase(normalized, torch.from_numpy(boxes), torch.from_numpy(keys.astype(np.int64)), mode, NORMAL)
     return [by_numba, by_torch.permute(0, 2, 3, 1).numpy()]
 
 
