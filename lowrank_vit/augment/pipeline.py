@@ -42,8 +42,8 @@ class Augment(nn.Module):
         self.mean: Tensor
         self.std: Tensor
         self.fill: Tensor
-        self.normal: Tensor
-        self.register_buffer("normal", NORMAL.clone(), persistent=False)
+        self.quantiles: Tensor
+        self.register_buffer("quantiles", NORMAL.clone(), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
         # Kept from batch to batch: touching new memory for every batch takes longer than the arithmetic.
@@ -96,7 +96,7 @@ class Augment(nn.Module):
         return torch.from_numpy(self._normalized).permute(0, 3, 1, 2)
 
     def _normalize_and_erase(self, images: Tensor, boxes: Tensor, keys: Tensor) -> Tensor:
-        return erase(self.normalize(images), boxes, keys, self.remode, self.normal)
+        return erase(self.normalize(images), boxes, keys, self.remode, self.quantiles)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) in 0-255 to float32 with the model's mean and standard deviation; floats stay."""
