@@ -92,7 +92,7 @@ def imagefolder_command(
     - An RGB JPEG, upright and within --max-side, is stored byte for byte.
     - Every other image is converted to one, once.
     - The output depends neither on the number of workers nor on interruptions.
-    - The same command goes on with a conversion that was interrupted.
+    - The same command goes on with a conversion that was interrupted, and does nothing where all is finished.
     - An existing FILE.beton is replaced in one step, at the very end.
 
     Args:

@@ -12,6 +12,7 @@ COMMANDS = {
     "validate": ("lowrank_vit.validate", "score a checkpoint on a validation set"),
     "analyze-spectrum": ("lowrank_vit.analyze_spectrum", "singular values of a checkpoint's weights"),
     "report": ("lowrank_vit.report.__main__", "a run directory as one HTML page and PNGs"),
+    "augment": ("lowrank_vit.augment.__main__", "draw what the training flags do to images"),
     "bench": ("lowrank_vit.bench.__main__", "measure this project beside its peers"),
     "prep": ("data_prep.__main__", "write .beton files (also: python -m data_prep)"),
 }
