@@ -65,9 +65,8 @@ class PageWriter:
             try:
                 return os.pwrite(self._direct, data, offset)
             except OSError as error:
-                if (
-                    error.errno != errno.EINVAL
-                ):  # another alignment is wanted, by this file system or after a short write
+                # EINVAL: the file system wants another alignment, or a short write has left one.
+                if error.errno != errno.EINVAL:
                     raise
                 self._close_direct()
         return os.pwrite(self._file.fileno(), data, offset)

@@ -64,10 +64,9 @@ def find_finished(
     is_whole = file_bytes == manifest.file_bytes and _sha256(table) == manifest.sample_table_sha256
     if not is_same or not is_whole or (manifest.skipped and on_bad == "error"):
         return None
-    bad = {skipped.name for skipped in manifest.skipped}
     stats = hashlib.sha256()
     for sample in samples:
-        stats.update(pack_stat((0, 0) if sample.name in bad else source_stat(sample)))
+        stats.update(pack_stat(source_stat(sample)))
     return manifest if stats.hexdigest() == manifest.source_stat_sha256 else None
 
 

@@ -105,7 +105,7 @@ def write_beton(
         resumable(out, resume.key if resume else None) as partial_file,
         ConversionProgress(len(samples), progress) as bar,
     ):
-        work = _Work(_BetonFile(partial_file, len(samples), page_size), bar)
+        work = _Work(_BetonFile(partial_file, len(samples), page_size), bar, resume)
         done = _replay(partial_file, samples, report, resume, work) if resume else 0
         results = map_ordered(report, islice(samples, done, None), workers)
         with closing(results):
@@ -158,6 +158,7 @@ class _Work:
 
     beton: _BetonFile
     bar: ConversionProgress
+    resume: Resume | None
     bad: list[Skipped] = field(default_factory=list)
     unreadable: int = 0
     """How many of `bad`."""
@@ -169,7 +170,7 @@ class _Work:
             self.bad.append(Skipped(sample.name, image.reason))
             self.unreadable += isinstance(image, UnreadableImageError)
             self.beton.append_bad(sample)
-            size, stat = 0, (0, 0)
+            size, stat = 0, self.resume.source_stat(sample) if self.resume else (0, 0)
         else:
             self.beton.append(sample, image)
             self.reasons[image.reason] += 1
@@ -179,7 +180,7 @@ class _Work:
 
 
 def pack_stat(stat: tuple[int, int]) -> bytes:
-    """A source file's size and modification time in ns; `Written.source_stat_sha256` is of all, zeros for bad ones."""
+    """A source file's size and modification time in ns; `Written.source_stat_sha256` is of all."""
     return struct.pack("<QQ", *stat)
 
 

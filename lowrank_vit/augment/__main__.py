@@ -72,10 +72,8 @@ def preview(config: Config) -> bytes:
     """The picture of a training configuration, a PNG. Raises `UserError` for a wrong policy or damaged data."""
     size, smoothing = config.data.img_size or IMG_SIZE, config.augment.smoothing
     rules = train_rules(config)
-    count = min(SHOWN, config.data.batch_size)
     (heights, widths), read = _open_images(config.data.data_dir)
-    if config.data.batch_size > len(heights):
-        raise UserError(f"--data-dir {config.data.data_dir} has {len(heights)} samples, less than one --batch-size.")
+    count = min(SHOWN, config.data.batch_size, len(heights))
     plan = TrainPlan(heights, widths, rules, seed=config.run.seed, img_size=size, batch_size=count)
     batch = plan.batch(0, 0, plan.ids(0)[0])
     images, labels, classes, origin = read(batch.ids)

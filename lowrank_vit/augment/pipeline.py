@@ -58,8 +58,7 @@ class Augment(nn.Module):
 
         Changes `images`. Returns them, still uint8, or float32 (normalised) where something was erased, on a CPU in
         memory that the next call uses again; a plan with nothing of the kind costs nothing. The host does not wait for
-        the device. Raises `UserError` for another dtype
-        or layout.
+        the device. Raises `UserError` for another dtype or layout.
         """
         if plan.vflips is None and plan.ops is None and plan.erase is None:
             return images

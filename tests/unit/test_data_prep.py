@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,9 @@ def test_what_is_finished_is_not_done_again_unless_something_changed(folder: Pat
     assert is_done(on_bad="skip")
     with pytest.raises(UserError, match=r"bad\.jpg"):
         is_done()
+    shutil.copy(image.with_name("renamed.jpg"), folder / "cat" / "bad.jpg")  # mended
+    assert not is_done(on_bad="skip")
+    assert is_done()
 
 
 def test_output_is_as_readable_as_the_umask_says_and_links_are_followed(tmp_path: Path) -> None:
