@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 from data_prep.errors import exit_cleanly
-from lowrank_vit.config import Config, parse
+from lowrank_vit.config import parse
 from lowrank_vit.engine.progress import duration
 from lowrank_vit.engine.trainer import Result, Trainer
+from lowrank_vit.options import Config
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from tyro.conf import arg
 
 from data_prep.errors import UserError, exit_cleanly
 from lowrank_vit.augment.pipeline import Augment
-from lowrank_vit.config import POSITIVE, Range, check_ranges
+from lowrank_vit.config import check_ranges
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.loader import open_loader
 from lowrank_vit.data.plan import EvalPlan
@@ -20,6 +20,7 @@ from lowrank_vit.engine.checkpoint import load_weights, read_checkpoint
 from lowrank_vit.engine.evaluate import Evaluator, Scores
 from lowrank_vit.engine.model import create_model, input_spec
 from lowrank_vit.engine.setup import pick_device
+from lowrank_vit.options import POSITIVE, Range
 
 
 @dataclass(frozen=True)

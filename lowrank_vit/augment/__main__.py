@@ -18,11 +18,12 @@ from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.augment.preview import LEVELS, as_the_model_sees_them, by_level, caption
 from lowrank_vit.augment.recipe import train_rules
-from lowrank_vit.config import Config, parse
+from lowrank_vit.config import parse
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.plan import TrainPlan
 from lowrank_vit.data.plan_ops import Policy
 from lowrank_vit.data.resize import crop_resize_flip
+from lowrank_vit.options import Config
 from lowrank_vit.report.augment_plot import preview_plot
 
 HELP = """usage: python -m lowrank_vit.augment --preview FILE.png [training flags]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lowrank_vit.augment.policy import parse_policy
-from lowrank_vit.config import Augment, Config
 from lowrank_vit.data.plan import TrainRules
 from lowrank_vit.data.plan_mix import MixRules
 from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR, NEAREST
+from lowrank_vit.options import Augment, Config
 
 _KERNELS = {"random": None, "nearest": NEAREST, "bilinear": BILINEAR, "bicubic": BICUBIC}
 

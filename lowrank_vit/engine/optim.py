@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from data_prep.errors import UserError
-from lowrank_vit.config import Optim
+from lowrank_vit.options import Optim
 
 
 def learning_rate(optim: Optim, global_batch: int) -> tuple[float, str]:

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from data_prep.errors import UserError
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.recipe import train_rules
-from lowrank_vit.config import Config
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.datasets import open_datasets
 from lowrank_vit.data.loader import Loader, open_loader
@@ -23,6 +22,7 @@ from lowrank_vit.engine.evaluate import Evaluator
 from lowrank_vit.engine.model import InputSpec, create_model, input_spec
 from lowrank_vit.engine.optim import create_optimizer, create_scheduler, learning_rate
 from lowrank_vit.engine.step import TrainStep
+from lowrank_vit.options import Config
 from lowrank_vit.spectral.select import select_targets
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from data_prep.errors import UserError
-from lowrank_vit.config import Config, leaves
+from lowrank_vit.config import leaves
 from lowrank_vit.engine.checkpoint import Checkpoint
 from lowrank_vit.engine.setup import Parts
+from lowrank_vit.options import Config
 
 MAY_CHANGE = set(
     """

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from data_prep.errors import UserError
 from lowrank_vit.augment.mix import mix_to_tensor
 from lowrank_vit.augment.pipeline import Augment
-from lowrank_vit.config import Config
 from lowrank_vit.data.batch import Batch
+from lowrank_vit.options import Config
 
 
 class TrainStep:

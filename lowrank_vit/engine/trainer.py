@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowrank_vit import config as configuration
-from lowrank_vit.config import Config
 from lowrank_vit.engine.checkpoint import read_checkpoint, write_checkpoint
 from lowrank_vit.engine.distributed import rank_and_world_size
 from lowrank_vit.engine.metrics import RunLog
@@ -15,6 +14,7 @@ from lowrank_vit.engine.progress import Clock, Display, duration
 from lowrank_vit.engine.run_dir import RunDir, environment_json
 from lowrank_vit.engine.setup import make_parts
 from lowrank_vit.engine.state import Progress, capture, restore
+from lowrank_vit.options import Config
 from lowrank_vit.spectral.monitor import SpectralMonitor
 
 

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from data_prep.errors import UserError
-from lowrank_vit.config import Config, Step, leaves, parse, to_yaml
+from lowrank_vit.config import leaves, parse, to_yaml
+from lowrank_vit.options import Config, Step
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 # What a user types is a contract: a flag may be added here, but not renamed or dropped.

@@ -9,8 +9,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 
 from data_prep.errors import UserError
-from lowrank_vit.config import Optim
 from lowrank_vit.engine.optim import create_optimizer, create_scheduler, learning_rate
+from lowrank_vit.options import Optim
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,243 @@
+"""A run's options: one frozen dataclass a group, a docstring and a `Range` to each field.
+
+Groups do not show in the flags, so every field's name is unique over all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from tyro.conf import arg
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values a number may take; `low` and `high` are allowed unless marked open."""
+
+    low: float = float("-inf")
+    high: float = float("inf")
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        if self.high == float("inf"):
+            return f"{'above' if self.open_low else 'at least'} {self.low:g} (and finite)"
+        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        return f"{low} and {'below' if self.open_high else 'at most'} {self.high:g}"
+
+
+POSITIVE = Range(1)
+NOT_NEGATIVE = Range(0)
+SHARE = Range(0, 1)
+SHARE_BELOW_1 = Range(0, 1, open_high=True)
+ABOVE_0 = Range(0, open_low=True)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the images come from and how they are cut."""
+
+    dataset: Literal["", "digits"] = ""
+    """`digits` writes scikit-learn's handwritten digits into --data-dir on first use."""
+    data_dir: Path = Path("data")
+    """Folder with train.beton and val.beton, as `python -m data_prep` writes them."""
+    loader: Literal["auto", "ffcv", "resident", "dali"] = "auto"
+    """Decode backend; auto: resident when the set is raw and fits device memory, else ffcv."""
+    workers: Annotated[int, arg(aliases=["-j"]), POSITIVE] = 4
+    """Decode threads of the ffcv backend."""
+    batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE] = 128
+    """Training images a step on each device."""
+    validation_batch_size: Annotated[int | None, arg(aliases=["-vb"]), POSITIVE] = None
+    """Validation images a step; default: --batch-size."""
+    img_size: Annotated[int | None, POSITIVE] = None
+    """Side of the square image that the model sees, pixels; default: the model's own."""
+    crop_pct: Annotated[float | None, Range(0, 1, open_low=True)] = None
+    """Validation centre crop as a share of the short side; default: the model's own."""
+    scale: Annotated[tuple[float, float], Range(0, 1, open_low=True)] = (0.08, 1.0)
+    """Random resized crop: least and greatest share of the image's area."""
+    ratio: Annotated[tuple[float, float], ABOVE_0] = (0.75, 1.3333333333333333)
+    """Random resized crop: least and greatest aspect ratio, width / height."""
+    hflip: Annotated[float, SHARE] = 0.5
+    """Probability of a horizontal flip in training."""
+    vflip: Annotated[float, SHARE] = 0.0
+    """Probability of a vertical flip in training."""
+    train_interpolation: Literal["random", "nearest", "bilinear", "bicubic"] = "random"
+    """Of the crop (ffcv: always area) and of geometric operations; random: bilinear or bicubic, drawn for each."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network: any timm model."""
+
+    model: str = "vit_small_patch16_224"
+    """timm model name."""
+    model_kwargs: tuple[str, ...] = ()
+    """Arguments for the model's constructor: NAME=VALUE ..."""
+    num_classes: Annotated[int | None, Range(2)] = None
+    """Number of classes; default: that of the data."""
+    drop: Annotated[float, SHARE_BELOW_1] = 0.0
+    """Dropout rate before the classifier."""
+    drop_path: Annotated[float | None, SHARE_BELOW_1] = None
+    """Stochastic depth rate of the last block."""
+    initial_checkpoint: Path | None = None
+    """Start from the weights of this checkpoint (no optimizer, epoch 0)."""
+    model_ema: bool = True
+    """Keep an exponential moving average of the weights, and validate it."""
+    model_ema_decay: Annotated[float, SHARE_BELOW_1] = 0.9998
+    """Decay of the moving average a step."""
+    model_ema_warmup: bool = False
+    """Let the decay grow from 0 over the first steps, as timm's ModelEmaV3 does."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Optimizer and learning rate; names and meanings are timm's."""
+
+    opt: str = "sgd"
+    """timm optimizer name, e.g. adamw."""
+    opt_eps: Annotated[float | None, ABOVE_0] = None
+    """Optimizer epsilon; default: the optimizer's own."""
+    opt_betas: Annotated[tuple[float, float] | None, SHARE_BELOW_1] = None
+    """Optimizer betas; default: the optimizer's own."""
+    momentum: Annotated[float, SHARE_BELOW_1] = 0.9
+    """Momentum of sgd-like optimizers."""
+    weight_decay: Annotated[float, arg(aliases=["--wd"]), NOT_NEGATIVE] = 2e-5
+    """Weight decay."""
+    lr: Annotated[float | None, ABOVE_0] = None
+    """Learning rate, taken as it is; default: --lr-base scaled by the global batch."""
+    lr_base: Annotated[float, ABOVE_0] = 0.1
+    """Learning rate at a global batch of --lr-base-size."""
+    lr_base_size: Annotated[int, POSITIVE] = 256
+    """Global batch that --lr-base is meant for."""
+    lr_base_scale: Literal["", "linear", "sqrt"] = ""
+    """How --lr-base grows with the batch; default: sqrt for ada* and lamb, else linear."""
+    layer_decay: Annotated[float | None, Range(0, 1, open_low=True)] = None
+    """Learning-rate factor from each layer to the one before it."""
+    clip_grad: Annotated[float | None, ABOVE_0] = None
+    """Clip gradients at this value; default: no clipping."""
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    """What --clip-grad bounds."""
+    sched: Literal["cosine", "tanh", "step", "multistep", "poly"] = "cosine"
+    """timm learning-rate schedule."""
+    sched_on_updates: bool = False
+    """Move the schedule at every update instead of every epoch."""
+    epochs: Annotated[int, POSITIVE] = 300
+    """Training epochs, warm-up included."""
+    warmup_epochs: Annotated[int, NOT_NEGATIVE] = 5
+    """Epochs of linear warm-up."""
+    warmup_lr: Annotated[float, NOT_NEGATIVE] = 1e-5
+    """Learning rate at the start of the warm-up."""
+    min_lr: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Learning rate at the end."""
+    cooldown_epochs: Annotated[int, NOT_NEGATIVE] = 0
+    """Epochs at --min-lr after the schedule."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Augmentation on the device; names and meanings are timm's."""
+
+    aa: str = "none"
+    """Policy: rand-m9-mstd0.5-inc1 and all of timm's RandAugment, original, originalr, v0, v0r, 3a, or none."""
+    color_jitter: Annotated[tuple[float, ...], NOT_NEGATIVE] = (0.4,)
+    """Strength of colour jitter, one number or brightness, contrast, saturation; off with any --aa but 3a."""
+    reprob: Annotated[float, SHARE] = 0.0
+    """Random erasing probability."""
+    remode: Literal["const", "rand", "pixel"] = "pixel"
+    """Random erasing fill: zeros, one normal colour a box, or normal noise."""
+    recount: Annotated[int, POSITIVE] = 1
+    """Random erasing: greatest number of boxes an image."""
+    resplit: bool = False
+    """Leave the first augmentation split unerased; without splits it changes nothing, as in timm."""
+    smoothing: Annotated[float, SHARE_BELOW_1] = 0.1
+    """Label smoothing."""
+    mixup: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Mixup alpha; 0: no mixup."""
+    cutmix: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Cutmix alpha; 0: no cutmix."""
+    mixup_prob: Annotated[float, SHARE] = 1.0
+    """Probability that a batch is mixed at all."""
+    mixup_switch_prob: Annotated[float, SHARE] = 0.5
+    """Probability of cutmix where both are on."""
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    """One draw for the batch, for each pair, or for each image."""
+    cutmix_minmax: Annotated[tuple[float, float] | None, SHARE] = None
+    """Least and greatest side of cutmix's box as a share of the image; replaces --cutmix."""
+    mixup_off_epoch: Annotated[int, NOT_NEGATIVE] = 0
+    """Epoch from which no batch is mixed; 0: never."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a step is computed."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    amp: bool = field(default_factory=lambda: torch.cuda.is_available())
+    """bfloat16 autocast; on by default with CUDA."""
+    compile: bool = field(default_factory=lambda: torch.cuda.is_available())
+    """torch.compile the step; on by default with CUDA (it takes about a minute)."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """torch.compile's mode."""
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """The spectral monitor: singular values of the weights while they train."""
+
+    spec_monitor: bool = False
+    """Record spectra of the model and of its EMA."""
+    spec_every: Annotated[int, POSITIVE] = 100
+    """Optimizer updates between two refreshes."""
+    spec_topk: Annotated[int, POSITIVE] = 8
+    """How many singular values to log from each end (the full spectra are always stored)."""
+    spec_interval: Annotated[int, POSITIVE] = 1
+    """Distance between the logged indices: 1, 1+i, 1+2i, ..."""
+    spec_targets: str = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
+    """Endings of the modules to watch, separated by commas."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where results go and how much is said."""
+
+    output: Path = Path("output")
+    """Parent of the run directories."""
+    experiment: str = ""
+    """Name of the run directory; default: a name made of configuration or model and time."""
+    resume: Path | None = None
+    """Continue the run of this last.pth.tar, in its own run directory."""
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 42
+    """Seed of the plan and of the model's own randomness."""
+    log_interval: Annotated[int, POSITIVE] = 50
+    """Updates between two lines in metrics.jsonl."""
+    val_interval: Annotated[int, POSITIVE] = 1
+    """Epochs between two validations (the last epoch is always validated)."""
+    log_wandb: bool = False
+    """Log to Weights & Biases (works offline with WANDB_MODE=offline)."""
+    wandb_project: str = "lowrank-vit"
+    """Weights & Biases project."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a ViT from .beton files and watch its spectra."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    augment: Augment = field(default_factory=Augment)
+    step: Step = field(default_factory=Step)
+    spectra: Spectra = field(default_factory=Spectra)
+    run: Run = field(default_factory=Run)
