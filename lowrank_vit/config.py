@@ -84,7 +84,6 @@ def check(config: Config) -> None:
     name = config.run.experiment
     if name and (Path(name).name != name or name == ".."):
         raise UserError(f"--experiment {name} must be a plain name; set its parent with --output.")
-    _check_not_there_yet(config)
 
 
 def check_ranges(options: Any) -> None:
@@ -96,11 +95,6 @@ def check_ranges(options: Any) -> None:
             for number in value if isinstance(value, tuple) else (value,):
                 if number is not None and number not in allowed:
                     raise UserError(f"--{name} {number:g} is out of range: it must be {allowed}.")
-
-
-def _check_not_there_yet(config: Config) -> None:
-    if config.data.loader == "dali":
-        raise UserError("--loader dali is not there yet. Use --loader auto, ffcv or resident.")
 
 
 def to_yaml(config: Config) -> str:

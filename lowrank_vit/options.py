@@ -52,10 +52,17 @@ class Data:
     """`digits` writes scikit-learn's handwritten digits into --data-dir on first use."""
     data_dir: Path = Path("data")
     """Folder with train.beton and val.beton, as `python -m data_prep` writes them."""
-    loader: Literal["auto", "ffcv", "resident", "dali"] = "auto"
-    """Decode backend; auto: resident when the set is raw and fits device memory, else ffcv."""
+    loader: Literal["auto", "resident", "dali", "ffcv"] = "auto"
+    """Decode backend; auto: resident if a quarter of the device's memory holds the set, else dali with a GPU, else the
+    faster one here."""
     workers: Annotated[int, arg(aliases=["-j"]), POSITIVE] = 4
-    """Decode threads of the ffcv backend."""
+    """CPU threads that decode."""
+    prefetch: Annotated[int, POSITIVE] = 2
+    """Decoded batches that may wait for the trainer."""
+    hw_decoder_load: Annotated[float, SHARE] = 0.65
+    """dali on a GPU: share of a batch for its JPEG engine."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """A damaged sample: stop, or train on the next one in its stead and say so."""
     batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE] = 128
     """Training images a step on each device."""
     validation_batch_size: Annotated[int | None, arg(aliases=["-vb"]), POSITIVE] = None
@@ -73,7 +80,7 @@ class Data:
     vflip: Annotated[float, SHARE] = 0.0
     """Probability of a vertical flip in training."""
     train_interpolation: Literal["random", "nearest", "bilinear", "bicubic"] = "random"
-    """Of the crop (ffcv: always area) and of geometric operations; random: bilinear or bicubic, drawn for each."""
+    """Of the crop and of geometric operations; random: bilinear or bicubic, drawn for each."""
 
 
 @dataclass(frozen=True)

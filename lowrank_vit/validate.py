@@ -14,7 +14,8 @@ from data_prep.errors import UserError, exit_cleanly
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.config import check_ranges
 from lowrank_vit.data.beton import Beton
-from lowrank_vit.data.loader import open_loader
+from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.loader import OnBadSample
 from lowrank_vit.data.plan import EvalPlan
 from lowrank_vit.engine.checkpoint import load_weights, read_checkpoint
 from lowrank_vit.engine.evaluate import Evaluator, Scores
@@ -43,10 +44,12 @@ class Options:
     """Default: the checkpoint's."""
     batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE] = 128
     """Images a step."""
-    loader: Literal["auto", "ffcv", "resident"] = "auto"
+    loader: Literal["auto", "resident", "dali", "ffcv"] = "auto"
     """Decode backend."""
     workers: Annotated[int, arg(aliases=["-j"]), POSITIVE] = 4
-    """Decode threads of the ffcv backend."""
+    """CPU threads that decode."""
+    on_bad_sample: OnBadSample = "error"
+    """A damaged sample: stop, or leave it out and say so."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     amp: bool = False
@@ -80,7 +83,8 @@ def validate(options: Options) -> Scores:
     augment = Augment(spec.mean, spec.std, num_classes, smoothing=0.0).to(device)
     batch_size = min(options.batch_size, beton.num_samples)
     plan = EvalPlan(beton.heights, beton.widths, img_size=spec.img_size, crop_pct=spec.crop_pct, batch_size=batch_size)
-    loader, line = open_loader(options.loader, beton, plan, device, options.workers)
+    decoding = LoaderOptions(options.loader, options.workers, on_bad_sample=options.on_bad_sample)
+    loader, line = open_loader(beton, plan, device, decoding)
     print(line)
     try:
         return Evaluator(model.to(device), augment, amp=options.amp, compile=False)(loader, batch_size)

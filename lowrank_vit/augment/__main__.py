@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from data_prep.beton_format import MODE_RAW
@@ -20,9 +19,9 @@ from lowrank_vit.augment.preview import LEVELS, as_the_model_sees_them, by_level
 from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.config import parse
 from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.pil_decode import crop_and_resize
 from lowrank_vit.data.plan import TrainPlan
 from lowrank_vit.data.plan_ops import Policy
-from lowrank_vit.data.resize import crop_resize_flip
 from lowrank_vit.options import Config
 from lowrank_vit.report.augment_plot import preview_plot
 
@@ -78,16 +77,9 @@ def preview(config: Config) -> bytes:
     plan = TrainPlan(heights, widths, rules, seed=config.run.seed, img_size=size, batch_size=count)
     batch = plan.batch(0, 0, plan.ids(0)[0])
     images, labels, classes, origin = read(batch.ids)
-    kernels, flips = torch.from_numpy(batch.kernels), torch.from_numpy(batch.flips)
-    windows = torch.from_numpy(batch.windows)
-    crops = [
-        crop_resize_flip(
-            torch.from_numpy(image.copy())[None], windows[n : n + 1], flips[n : n + 1], kernels[n : n + 1], size
-        )
-        for n, image in enumerate(images)
-    ]
+    crops = np.stack([crop_and_resize(image, batch, n, size) for n, image in enumerate(images)])
     augment = Augment(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, len(classes), smoothing, config.augment.remode)
-    shown, soft = as_the_model_sees_them(torch.cat(crops).numpy(), labels, batch, augment)
+    shown, soft = as_the_model_sees_them(crops, labels, batch, augment)
     policy = rules.policy or _must_parse(DEFAULT_POLICY)
     grid = by_level(_whole(images[0], size), replace(policy, level_std=0.0), augment.fill.numpy())
     captions = [caption(row, smoothing, classes) for row in soft]

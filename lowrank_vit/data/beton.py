@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -52,6 +53,7 @@ class Beton:
         self._pointers, self.sizes = [t.pointers for t in tables], np.concatenate([t.sizes for t in tables])
         """int64 (N,), bytes."""
         self.is_raw = bool((self.modes == MODE_RAW).all())
+        self._descriptors: list[int] = []  # of the mapped files
         self.classes = self._read_classes()
         """Class names in label order, or None without a manifest."""
 
@@ -100,7 +102,20 @@ class Beton:
 
     @cached_property
     def _mapped(self) -> tuple[np.ndarray, list[int]]:
+        self._descriptors = [os.open(part, os.O_RDONLY) for part in self.parts]
+        weakref.finalize(self, _close_all, self._descriptors)
         return map_files(self.parts, self._file_sizes)
+
+    def check_unchanged(self) -> None:
+        """Raise `BetonError` if a mapped file has lost bytes: reading them would kill the process (SIGBUS).
+
+        A file that is merely removed or replaced by another stays readable through the map.
+        """
+        for part, descriptor, size in zip(self.parts, self._descriptors, self._file_sizes, strict=False):
+            if (now := os.fstat(descriptor).st_size) < size:
+                raise BetonError(
+                    f"{part} was cut from {size:,} to {now:,} bytes while it was open. Restore it and resume."
+                )
 
     @property
     def bytes(self) -> np.ndarray:
@@ -127,3 +142,8 @@ class Beton:
             source = Path(read_manifest(path).source) / read_sample_table(path).names[local]
             words += f" (from {source})"
         return words
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -1,17 +1,17 @@
 """The FFCV backend: FFCV's own Loader decodes on CPU threads; order, crop windows and flips come from the plan.
 
-FFCV's loader compiles a decoder that receives sample ids and its run-time metadata array. The plan's windows and flips
-travel as extra columns of that array, one fresh copy an epoch, so nothing is recompiled and an epoch that was left
-early cannot see the next one's values. What FFCV leaves open is closed here: the JPEG decoder's return code is checked,
-its threads end with the epoch, and batches are copied out of its re-used buffers.
+FFCV's loader compiles a decoder that receives sample ids and its run-time metadata array. What the plan says of a
+sample travels as extra columns of that array, filled in batch by batch in FFCV's own thread, so nothing is recompiled.
+What FFCV leaves open is closed here: the JPEG decoder's return code is checked, its threads end with the epoch, and
+batches are copied out of its re-used buffers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from queue import Empty
 from typing import Any
@@ -19,55 +19,59 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from PIL import Image
 
 from data_prep.beton_format import IMAGE, MODE_JPEG
 from data_prep.errors import BetonError
+from lowrank_vit.data.backend import DamagedSamples, new_meter, to_device
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.beton import Beton
-from lowrank_vit.data.plan import EvalPlan, TrainPlan
+from lowrank_vit.data.geometry import spans
+from lowrank_vit.data.pil_decode import find_damage
+from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan
+from lowrank_vit.data.resize_cpu import resize_into
+from lowrank_vit.data.schedule import Schedule
 
 _torch_threads = torch.get_num_threads()
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # ffcv 1.0.2 imports distutils.log and numba's deprecated names
     import numba
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-    from ffcv.libffcv import imdecode, resize_crop
+    from ffcv.libffcv import imdecode
     from ffcv.loader import Loader
     from ffcv.memory_managers import OSCacheManager
+    from ffcv.memory_managers.base import MemoryContext
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.traversal_order.base import TraversalOrder
 
 torch.set_num_threads(_torch_threads)  # importing ffcv sets it to 1
 
 _PLANNED_IMAGE = np.dtype(
-    [*((name, IMAGE[name]) for name in IMAGE.names or ())]
-    + [("data_size", "<u8")]
-    + [(name, "<u2") for name in ("top", "left", "crop_height", "crop_width")]
-    + [("flip", "u1")]
+    [
+        *((name, IMAGE[name]) for name in IMAGE.names or ()),
+        *(("data_size", "<u8"), ("spans", "<f8", (2, 4)), ("kernel", "u1"), ("flip", "u1")),
+    ]
 )
 _PLANNED_SAMPLE = np.dtype({"names": ["f0", "f1"], "formats": [_PLANNED_IMAGE, "<i8"]}, align=True)
 _POLL_S = 1.0
 
 
-_decode_jpeg, _cut_and_resize = numba.njit(imdecode), numba.njit(resize_crop)  # FFCV's C functions
+_decode_jpeg = numba.njit(imdecode)  # FFCV's C function
 
 
 @numba.njit(parallel=True, nogil=True)
 def _decode_batch(ids, images, codes, samples, file_bytes):
-    """Decode, cut the planned window, resize with OpenCV's INTER_AREA, mirror; one image a thread at a time."""
+    """Decode, then cut, resize and mirror as planned; one image a thread at a time."""
     largest = np.int64(0)
     for n in range(len(ids)):
         largest = max(largest, np.int64(samples[ids[n]].height) * np.int64(samples[ids[n]].width) * 3)
     scratch = np.empty((numba.get_num_threads(), largest), np.uint8)  # one whole image a thread, not one a sample
-    size = images.shape[1]
     for n in numba.prange(len(ids)):
         sample = samples[ids[n]]
         height, width = np.int64(sample.height), np.int64(sample.width)
         data = file_bytes[np.int64(sample.data_ptr) : np.int64(sample.data_ptr) + np.int64(sample.data_size)]
         codes[n, 0] = 0
+        pixels = scratch[numba.get_thread_id()][: height * width * 3]
         if sample.mode == MODE_JPEG:
-            pixels = scratch[numba.get_thread_id()][: height * width * 3]
             codes[n, 0] = _decode_jpeg(
                 data,
                 pixels,
@@ -76,19 +80,9 @@ def _decode_batch(ids, images, codes, samples, file_bytes):
                 height,
                 width,
             )
-            image = pixels.reshape(height, width, 3)
         else:
-            image = data.reshape(height, width, 3)
-        top, left = np.int64(sample.top), np.int64(sample.left)
-        bottom, right = top + np.int64(sample.crop_height), left + np.int64(sample.crop_width)
-        _cut_and_resize(image, top, bottom, left, right, images[n])
-        if sample.flip:
-            for row in range(size):
-                for column in range(size // 2):
-                    for channel in range(3):
-                        kept = images[n, row, column, channel]
-                        images[n, row, column, channel] = images[n, row, size - 1 - column, channel]
-                        images[n, row, size - 1 - column, channel] = kept
+            pixels = data
+        resize_into(pixels, 3 * width, sample.spans, sample.kernel, sample.flip, images[n])
 
 
 class _PlannedDecoder(SimpleRGBImageDecoder):
@@ -114,30 +108,89 @@ class _PlannedDecoder(SimpleRGBImageDecoder):
 
 
 class _PlannedOrder(TraversalOrder):
-    """A traversal order that FFCV asks for once an epoch (FFCV calls the object where it expects a class)."""
+    """The schedule's rows of ids, in the guise of the flat order that FFCV cuts into batches.
 
-    def __init__(self, ids: np.ndarray) -> None:
-        self.ids = ids
+    FFCV asks for the order once an epoch, takes `order[:n]` of it and then slices of `batch_size`; each of those is one
+    row here, whatever its length. (FFCV calls the object where it expects a class.)
+    """
+
+    def __init__(self, rows: list[np.ndarray], batch_size: int) -> None:
+        self.rows, self._batch_size = rows, batch_size
 
     def __call__(self, loader: Loader) -> _PlannedOrder:
         return self
 
-    def sample_order(self, epoch: int) -> Sequence[int]:
-        return self.ids  # type: ignore[return-value]  # FFCV takes slices of an array
+    def sample_order(self, epoch: int) -> Any:
+        return self
+
+    def __len__(self) -> int:
+        return len(self.rows) * self._batch_size
+
+    def __getitem__(self, part: slice) -> Any:
+        return self if part.start is None else self.rows[part.start // self._batch_size]
+
+
+class _PlannedMemory(MemoryContext):
+    """FFCV's source of sample bytes. FFCV tells it of each batch before decoding, which is where the plan comes in.
+
+    Called in FFCV's thread. An error there would end that thread with no word to the consumer, so it is kept.
+    """
+
+    def __init__(self, beton: Beton, img_size: int) -> None:
+        self._beton, self._img_size = beton, img_size
+        self.metadata = np.zeros(beton.num_samples, _PLANNED_SAMPLE)
+        stored = {"mode": beton.modes, "width": beton.widths, "height": beton.heights}
+        for name, values in {**stored, "data_ptr": beton.pointers, "data_size": beton.sizes}.items():
+            self.metadata["f0"][name] = values
+        self.schedule: Schedule | None = None
+        self.plans: list[BatchPlan] = []
+        self.error: Exception | None = None
+
+    def schedule_epoch(self, schedule: Any) -> _PlannedMemory:
+        self.plans, self.error = [], None
+        return self
+
+    @property
+    def state(self) -> tuple[np.ndarray]:
+        return (self._beton.bytes,)  # all parts of the set, where FFCV would map one file
+
+    def start_batch(self, batch: int) -> None:
+        assert self.schedule is not None
+        try:
+            plan = self.schedule.plan(batch)
+        except Exception as error:
+            self.error = error
+            raise StopIteration from error  # FFCV's thread takes it for the epoch's end
+        # An id stands in one batch of an epoch only (or with the same window), so nothing here is still being read.
+        ids, beton = plan.ids, self._beton
+        columns = self.metadata["f0"]
+        columns["spans"][ids] = spans(plan, beton.heights[ids], beton.widths[ids], self._img_size)
+        columns["kernel"][ids] = plan.kernels
+        columns["flip"][ids] = plan.flips
+        self.plans.append(plan)
+
+    def __enter__(self) -> _PlannedMemory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 class FfcvBackend:
-    """Batches of any `.beton`, decoded on `workers` CPU threads beside the training step."""
+    """Batches of any `.beton`, decoded on `workers` CPU threads beside the training step; filters as PIL's."""
 
     name = "ffcv"
 
-    def __init__(self, beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, workers: int) -> None:
-        self._beton, self._plan, self._device = beton, plan, device
-        self._order = _PlannedOrder(np.arange(beton.num_samples))
+    def __init__(
+        self, beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, workers: int, *, prefetch: int = 3
+    ) -> None:
+        """`prefetch`: decoded batches that may wait."""
+        self._beton, self._device = beton, device
+        self._order = _PlannedOrder([np.arange(1)], plan.batch_size)
         torch_threads = torch.get_num_threads()
         loader_class: Any = Loader  # FFCV's annotations ask for a class where its code calls an object
-        # FFCV's own reader of sample bytes is not needed, since the index knows their place and size; compiling it
-        # would also change numba's uint8 array type for the whole process (`state_type` sets its `mutable`).
+        # FFCV's own reader of sample bytes is not needed, and compiling it would change numba's uint8 array type for
+        # the whole process (`state_type` sets its `mutable`).
         with patch.object(OSCacheManager, "compile_reader", lambda manager: None):
             self._loader: Any = loader_class(
                 str(beton.parts[0]),
@@ -148,61 +201,48 @@ class FfcvBackend:
                 drop_last=False,
                 seed=0,
                 pipelines={"image": [_PlannedDecoder(plan.img_size)], "label": None},
+                batches_ahead=prefetch,
             )
         torch.set_num_threads(torch_threads)  # FFCV sets it to its own number of workers
-        self._loader.memory_manager.context.mmap = beton.bytes  # all parts of the set, where FFCV would map one file
+        self._memory = self._loader.memory_manager = _PlannedMemory(beton, plan.img_size)
+        self._loader.reader.metadata = self._memory.metadata
+        self.decode_ms = new_meter()
+        ((decode, outputs),), results = self._loader.code
+        self._loader.code = [(self._timed(decode), outputs)], results
+        self._iterator: Any = None
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """Yield the epoch's batches from `first_step` on; leaving early stops FFCV's thread.
+    def _timed(self, decode: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(**arguments: Any) -> Any:
+            begun = time.perf_counter()
+            result = decode(**arguments)
+            self.decode_ms.append(1e3 * (time.perf_counter() - begun))
+            return result
 
-        Raises `BetonError` naming file and sample where a JPEG does not decode.
-        """
-        rows = self._plan.ids(epoch)[first_step:]
-        if len(rows) == 0:
+        return timed
+
+    def decode(self, schedule: Schedule) -> Iterator[Batch]:
+        """Yield the schedule's batches; FFCV's thread ends with this generator."""
+        if len(schedule) == 0:
             return
-        plans = [self._plan.batch(epoch, first_step + n, ids) for n, ids in enumerate(rows)]
-        self._order.ids = np.concatenate([plan.ids for plan in plans])
-        self._loader.reader.metadata = self._planned_metadata(plans)
-        self._loader.first_traversal_order = self._order.ids  # FFCV takes the epoch's length from it
+        self._order.rows, self._memory.schedule = schedule.ids, schedule
         torch_threads = torch.get_num_threads()
-        iterator = iter(self._loader)
+        iterator = self._iterator = iter(self._loader)
         torch.set_num_threads(torch_threads)
         try:
-            for plan in plans:
+            for n in range(len(schedule)):
                 images, codes = self._next(iterator)
-                for sample_id in plan.ids[codes[:, 0] != 0]:
-                    self._raise_if_damaged(int(sample_id))
+                plan = self._memory.plans[n]
+                # libjpeg-turbo returns one code for errors and for mere warnings (bytes too many before a marker, as in
+                # some images of ImageNet, which decode whole); PIL raises for the first only, so it decides.
+                if reasons := find_damage(self._beton, plan.ids[codes[:, 0] != 0]):
+                    raise DamagedSamples(reasons)
                 yield self._to_batch(images, plan)
         finally:
             self._wait_for_copy()
             _stop(iterator)
-
-    def _raise_if_damaged(self, sample_id: int) -> None:
-        """Judge a sample whose decoding returned an error code.
-
-        libjpeg-turbo returns one code for errors and for mere warnings (bytes too many before a marker, as in some
-        images of ImageNet, which decode whole); PIL raises for the first only, so it decides. This is rare.
-        """
-        try:
-            Image.open(io.BytesIO(self._beton.sample(sample_id).tobytes())).load()
-        except (OSError, ValueError, SyntaxError) as error:
-            raise BetonError(
-                f"{self._beton.describe(sample_id)} does not decode as a JPEG ({error}); the file is damaged. "
-                "Convert it again with `python -m data_prep`."
-            ) from error
-
-    def _planned_metadata(self, plans: list[Any]) -> np.ndarray:
-        wide, beton = np.zeros(self._beton.num_samples, _PLANNED_SAMPLE), self._beton
-        columns = {"mode": beton.modes, "width": beton.widths, "height": beton.heights}
-        for name, values in {**columns, "data_ptr": beton.pointers, "data_size": beton.sizes}.items():
-            wide["f0"][name] = values
-        windows = np.concatenate([plan.windows for plan in plans])
-        for column, name in enumerate(("top", "left", "crop_height", "crop_width")):
-            wide["f0"][name][self._order.ids] = windows[:, column]
-        wide["f0"]["flip"][self._order.ids] = np.concatenate([plan.flips for plan in plans])
-        return wide
+            self._iterator = None
 
     def _next(self, iterator: Any) -> tuple[np.ndarray, np.ndarray]:
         """FFCV's `next`, but a dead decoding thread is an error instead of an endless wait."""
@@ -216,6 +256,8 @@ class FfcvBackend:
                         f"{self._beton.path}: FFCV's decoding thread stopped; its own message stands above."
                     ) from None
                 continue
+            if item is None:
+                raise self._memory.error or BetonError(f"{self._beton.path}: FFCV ended the epoch early.")
             _, (result,) = item  # decoded on the host: FFCV's own CUDA streams have nothing to do
             return result
 
@@ -229,22 +271,26 @@ class FfcvBackend:
             self._copied.synchronize()
             self._copied = None
 
-    def _to_batch(self, images: np.ndarray, plan: Any) -> Batch:
-        targets = torch.from_numpy(self._beton.labels[plan.ids])
+    def _to_batch(self, images: np.ndarray, plan: BatchPlan) -> Batch:
         on_host = torch.from_numpy(images)  # pinned by FFCV where there is a CUDA device
         if self._copy_stream is not None:
-            training = torch.cuda.current_stream(self._device)
+            current = torch.cuda.current_stream(self._device)
             with torch.cuda.stream(self._copy_stream):
                 images_NHWC = on_host.to(self._device, non_blocking=True)
-                targets = targets.pin_memory().to(self._device, non_blocking=True)
+                targets = to_device(self._beton.labels[plan.ids], self._device)
             self._copied = torch.cuda.Event()
             self._copied.record(self._copy_stream)
-            training.wait_event(self._copied)
+            current.wait_event(self._copied)
             for tensor in (images_NHWC, targets):
-                tensor.record_stream(training)  # its memory is not given to another copy before the step is done
+                tensor.record_stream(current)  # its memory is not given to another copy before it was read
         else:
             images_NHWC = on_host.clone()  # FFCV writes the next batches into the same buffers
+            targets = torch.from_numpy(self._beton.labels[plan.ids])
         return Batch(images_NHWC.permute(0, 3, 1, 2), targets, plan)
+
+    def ready(self) -> int:
+        """How many decoded batches wait."""
+        return self._iterator.output_queue.qsize() if self._iterator else 0
 
     def close(self) -> None:
         """Nothing to give back: every epoch ends its own thread."""

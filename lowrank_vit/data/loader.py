@@ -1,69 +1,239 @@
-"""Choose the decode backend for a set and a device."""
+"""The loader: a backend driven through the plan, batch by batch, with its position, its faults and its figures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from data_prep.errors import BetonError, UserError
+from lowrank_vit.data.backend import Backend, DamagedSamples
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.beton import Beton
-from lowrank_vit.data.plan import EvalPlan, TrainPlan
-from lowrank_vit.data.resident_backend import ResidentBackend, why_not_resident
+from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan
+from lowrank_vit.data.schedule import Schedule
 
-RESIDENT_SHARE = 0.25
-"""`auto` lets a set take at most this share of the device's memory."""
+Prepare = Callable[[Tensor, BatchPlan], Tensor]
+OnBadSample = Literal["error", "skip"]
 
 
-class Loader(Protocol):
-    """What every backend offers: the plan's batches, decoded."""
+@dataclass(frozen=True)
+class LoaderStats:
+    """What a loader did since it was last asked."""
 
-    name: str
+    queue_depth: float
+    """Mean number of decoded batches that waited when one was asked for; 0: the trainer waits for the decoder."""
+    decode_ms_p50: float
+    """Milliseconds to decode a batch, median of the last ones; see the backend for what is counted."""
+    decode_ms_p90: float
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch (0-based) from `first_step` on, in the plan's order."""
-        ...
+
+class Loader:
+    """Batches of a plan on the trainer's device, decoded, prepared, in the plan's order.
+
+    On CUDA a batch is decoded and prepared on a stream of the loader's own, one batch ahead, so that this runs beside
+    the step on the batch before; the trainer's stream is made to wait by an event, the host never waits.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        beton: Beton,
+        plan: TrainPlan | EvalPlan,
+        device: torch.device,
+        *,
+        on_bad_sample: OnBadSample = "error",
+        prepare: Prepare | None = None,
+        say: Callable[[str], object] = print,
+    ) -> None:
+        """`prepare` turns the images of a batch into what the step takes; `say` is told of samples left out."""
+        self.name, self._backend, self._beton, self.plan = backend.name, backend, beton, plan
+        self._on_bad_sample, self._prepare, self._say = on_bad_sample, prepare, say
+        self._hand_over = _OwnStream(device) if device.type == "cuda" else _SameThread()
+        self._bad: set[int] = set()
+        self._depths: list[int] = []
+        self._running: Iterator[Batch] | None = None
+        self._epoch, self._step = 0, 0
+
+    @property
+    def num_bad(self) -> int:
+        """How many samples were found damaged and left out."""
+        return len(self._bad)
+
+    def batches(self, epoch: int, first_step: int | None = None) -> Iterator[Batch]:
+        """Yield the batches of an epoch (0-based) from `first_step` on, by default from the loaded position.
+
+        Only one epoch runs at a time: a second call, like `close`, ends the first. Raises `BetonError` naming file,
+        sample and source for a damaged sample (unless those are skipped) and for a file that changed meanwhile.
+        """
+        self._end()
+        if first_step is None:
+            first_step = self._step if epoch == self._epoch else 0
+        self._epoch, self._step = epoch, first_step
+        self._running = self._hand_over.run(self._decoded(epoch, first_step), self._prepare)
+        return self._counted(self._running)
+
+    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        try:
+            while True:
+                self._depths.append(self._backend.ready())
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                # What was handed out counts as done: the next is asked for when the trainer has finished with it.
+                self._step = batch.plan.step + 1
+                yield batch
+            if self._running is batches:  # and not ended in favour of another epoch
+                self._epoch, self._step = self._epoch + 1, 0
+        finally:
+            _close(batches)
+
+    def _decoded(self, epoch: int, step: int) -> Iterator[Batch]:
+        while True:
+            schedule = Schedule(self.plan, epoch, step, self._bad, self._beton.check_unchanged)
+            batches = self._backend.decode(schedule)
+            try:
+                for batch in batches:
+                    step = batch.plan.step + 1
+                    yield batch
+                return
+            except DamagedSamples as damaged:
+                self._report(damaged)
+            finally:
+                _close(batches)
+
+    def _report(self, damaged: DamagedSamples) -> None:
+        """Raise, or remember the samples as bad and say so; the epoch then goes on without them."""
+        for sample_id, reason in damaged.reasons.items():
+            where = self._beton.describe(sample_id)
+            if self._on_bad_sample == "error":
+                raise BetonError(
+                    f"{where} does not decode ({reason}); the file is damaged. Convert it again with "
+                    "`python -m data_prep`, or leave such samples out with --on-bad-sample skip."
+                )
+            self._bad.add(sample_id)
+            self._say(f"left out as damaged ({len(self._bad)} so far): {where} ({reason})")
+        if len(self._bad) == self._beton.num_samples:
+            raise BetonError(f"{self._beton.path}: none of its samples decodes. Convert it again.")
+
+    def stats(self) -> LoaderStats:
+        """Figures since the last call; decode times reach further back where there are few."""
+        depths, self._depths = self._depths, []
+        times = list(self._backend.decode_ms)
+        p50, p90 = np.percentile(times, [50, 90]).tolist() if times else (0.0, 0.0)
+        return LoaderStats(float(np.mean(depths)) if depths else 0.0, p50, p90)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position behind the last batch that was handed out; batches decoded ahead do not count."""
+        return {**self._stream_id(), "epoch": self._epoch, "step": self._step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to a position: `batches(state["epoch"])` then begins there. Any number of ranks may go on from it.
+
+        Raises `UserError` if the position belongs to another seed, data set or global batch.
+        """
+        for name, value in self._stream_id().items():
+            if state.get(name) != value:
+                raise UserError(
+                    f"the position in the data belongs to another stream: its {name.replace('_', ' ')} was "
+                    f"{state.get(name)}, now it is {value}. Resume with the same data, seed and global batch."
+                )
+        self._end()
+        self._epoch, self._step = state["epoch"], state["step"]
+
+    def _stream_id(self) -> dict[str, int]:
+        plan = self.plan
+        if isinstance(plan, EvalPlan):
+            return {"num_samples": plan.num_samples}
+        return {
+            "num_samples": plan.num_samples,
+            "seed": plan.seed,
+            "global_batch": plan.batch_size * plan.world_size,
+        }
+
+    def _end(self) -> None:
+        if self._running is not None:
+            _close(self._running)
+            self._running = None
 
     def close(self) -> None:
-        """Give back memory and threads."""
-        ...
+        """End a running epoch, with its threads, and give back memory."""
+        self._end()
+        self._hand_over.close()
+        self._backend.close()
 
 
-def choose_backend(beton: Beton, device: torch.device) -> tuple[str, str]:
-    """`("resident" | "ffcv", the reason in words)` for `--loader auto`."""
-    reason = why_not_resident(beton)
-    if reason:
-        return "ffcv", reason
-    raw_bytes = int(beton.sizes.sum())
-    budget = RESIDENT_SHARE * memory_bytes(device)
-    size, share = f"{raw_bytes / 1e6:.1f} MB raw", f"{RESIDENT_SHARE:.0%} of {device} memory"
-    return ("ffcv", f"{size} exceed {share}") if raw_bytes > budget else ("resident", f"{size} fit {share}")
+class _SameThread:
+    """Prepares a batch when it is asked for: on a CPU nothing can run beside the step."""
+
+    def run(self, batches: Iterator[Batch], prepare: Prepare | None) -> Iterator[Batch]:
+        try:
+            for batch in batches:
+                yield _prepared(batch, prepare)
+        finally:
+            _close(batches)
+
+    def close(self) -> None:
+        pass
 
 
-def memory_bytes(device: torch.device) -> int:
-    """Total memory of the device, or of the host for `cpu`, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    import psutil
+class _OwnStream:
+    """Makes batches on a stream of their own, one ahead, and hands them over to the trainer's stream by an event."""
 
-    return psutil.virtual_memory().total
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        # DALI's memory is not torch's to watch over: a batch is kept until the step that reads it is done.
+        self._in_use: deque[tuple[torch.cuda.Event, tuple[Batch, Batch]]] = deque()
+
+    def run(self, batches: Iterator[Batch], prepare: Prepare | None) -> Iterator[Batch]:
+        try:
+            ahead = self._make(batches, prepare)
+            while ahead is not None:
+                decoded, batch, made = ahead
+                ahead = self._make(batches, prepare)
+                training = torch.cuda.current_stream(self._device)
+                training.wait_event(made)
+                for tensor in (batch.images, batch.targets):
+                    tensor.record_stream(training)
+                yield batch
+                self._keep_until_read((decoded, batch), training)
+        finally:
+            _close(batches)
+
+    def _make(self, batches: Iterator[Batch], prepare: Prepare | None) -> tuple[Batch, Batch, torch.cuda.Event] | None:
+        with torch.cuda.stream(self._stream):
+            decoded = next(batches, None)
+            if decoded is None:
+                return None
+            batch = _prepared(decoded, prepare)
+            made = torch.cuda.Event()
+            made.record(self._stream)
+            return decoded, batch, made
+
+    def _keep_until_read(self, used: tuple[Batch, Batch], training: torch.cuda.Stream) -> None:
+        read = torch.cuda.Event()
+        read.record(training)
+        self._in_use.append((read, used))
+        while self._in_use and self._in_use[0][0].query():
+            self._in_use.popleft()
+
+    def close(self) -> None:
+        self._stream.synchronize()
+        for read, _ in self._in_use:
+            read.synchronize()
+        self._in_use.clear()
 
 
-def open_loader(
-    kind: str, beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, workers: int
-) -> tuple[Loader, str]:
-    """Open `auto`, `ffcv` or `resident`; returns the loader and one line that says which and why.
+def _prepared(batch: Batch, prepare: Prepare | None) -> Batch:
+    return replace(batch, images=prepare(batch.images, batch.plan)) if prepare else batch
 
-    The resident backend resizes as PIL does, with the plan's interpolation; FFCV has OpenCV's area filter.
-    """
-    if kind == "auto":
-        kind, reason = choose_backend(beton, device)
-    else:
-        reason = f"--loader {kind}"
-    line = f"{beton.path.name}: {beton.num_samples} samples, {kind} loader ({reason})"
-    if kind == "resident":
-        return ResidentBackend(beton, plan, device), line
-    from lowrank_vit.data.ffcv_backend import FfcvBackend  # imports and compiles for a second
 
-    return FfcvBackend(beton, plan, device, workers), line
+def _close(batches: Iterator[Batch]) -> None:
+    """End a generator now rather than when the garbage collector finds it."""
+    if close := getattr(batches, "close", None):
+        close()

@@ -41,6 +41,16 @@ class Stream(IntEnum):
 
 
 @dataclass(frozen=True)
+class CenterCrops:
+    """Evaluation crops of B images, as timm makes them: resize the whole image, then cut out the middle."""
+
+    resized: np.ndarray
+    """int32 (B, 2): height and width to which the whole image is resized, pixels."""
+    corners: np.ndarray
+    """int32 (B, 2): top and left of the square cut out of that."""
+
+
+@dataclass(frozen=True)
 class BatchPlan:
     """What one rank's batch of B samples consists of."""
 
@@ -49,7 +59,7 @@ class BatchPlan:
     ids: np.ndarray
     """int64 (B,), sample numbers in the `.beton`."""
     windows: np.ndarray
-    """int32 (B, 4): top, left, height, width of the crop, in pixels of the stored image."""
+    """int32 (B, 4): top, left, height, width of the crop, in pixels of the stored image (rounded where `center` is)."""
     flips: np.ndarray
     """bool (B,): mirror left and right after resizing."""
     kernels: np.ndarray
@@ -62,6 +72,8 @@ class BatchPlan:
     """Operations on uint8 pixels, after the flips; None: nothing to do."""
     erase: Erase | None = None
     """Rectangles to erase after normalising; None: nothing to erase."""
+    center: CenterCrops | None = None
+    """Evaluation: what `windows` says to the fraction of a pixel; None: stretch `windows` to the size."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ class TrainPlan:
         self.num_samples = len(heights)
         self.rules, self.img_size = rules, img_size
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self._key = np.uint64(seed)
+        self.seed, self._key = seed, np.uint64(seed)
         global_batch = batch_size * world_size
         if global_batch > self.num_samples:
             raise UserError(
@@ -204,8 +216,9 @@ class EvalPlan:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self._windows = center_windows(heights, widths, img_size, crop_pct)
-        self.batch_size, self.img_size = batch_size, img_size
+        self.resized, self.corners = center_crops(heights, widths, img_size, crop_pct)
+        self._windows = center_windows(heights, widths, self.resized, self.corners, img_size)
+        self.num_samples, self.batch_size, self.img_size = len(heights), batch_size, img_size
         own = np.array_split(np.arange(len(heights)), world_size)[rank]
         self._batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
         self.steps_per_epoch = len(self._batches)
@@ -217,22 +230,36 @@ class EvalPlan:
     def batch(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan:
         """The centre crops of `ids`, unmirrored and unmixed."""
         flips, kernels = np.zeros(len(ids), bool), np.full(len(ids), BICUBIC, np.int8)
-        return BatchPlan(epoch, step, ids, self._windows[ids], flips, kernels, (NO_MIX,))
+        center = CenterCrops(self.resized[ids], self.corners[ids])
+        return BatchPlan(epoch, step, ids, self._windows[ids], flips, kernels, (NO_MIX,), center=center)
 
 
 Plan = TrainPlan | EvalPlan
 
 
-def center_windows(heights: np.ndarray, widths: np.ndarray, img_size: int, crop_pct: float) -> np.ndarray:
-    """int32 (N, 4): the windows that resizing the short side to floor(img_size / crop_pct) and a centre crop keep.
+def center_crops(
+    heights: np.ndarray, widths: np.ndarray, img_size: int, crop_pct: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """int32 (N, 2) each, (height, width) and (top, left): timm's evaluation resize and centre crop.
 
-    timm's evaluation crop, expressed in the stored image's pixels and rounded to whole ones.
+    The short side becomes floor(img_size / crop_pct), the long one is truncated (torchvision `Resize`), and the corner
+    is rounded half to even (torchvision `CenterCrop`).
     """
-    short = np.minimum(heights, widths).astype(np.float64)
-    resized = math.floor(img_size / crop_pct)
-    side = np.maximum(1, np.rint(short * img_size / resized)).astype(np.int64)
-    top, left = (heights - side) // 2, (widths - side) // 2
-    return np.stack([top, left, side, side], axis=1).astype(np.int32)
+    sides = np.stack([heights, widths], axis=1).astype(np.int64)
+    short = sides.min(1, keepdims=True)
+    resized = math.floor(img_size / crop_pct) * sides // short
+    return resized.astype(np.int32), np.rint((resized - img_size) / 2).astype(np.int32)
+
+
+def center_windows(
+    heights: np.ndarray, widths: np.ndarray, resized: np.ndarray, corners: np.ndarray, img_size: int
+) -> np.ndarray:
+    """int32 (N, 4): the stored pixels that `center_crops` keeps, top, left, height, width, rounded to whole ones."""
+    sides = np.stack([heights, widths], axis=1).astype(np.float64)
+    scale = sides / resized
+    low = np.rint(corners * scale)
+    size = np.maximum(1, np.minimum(np.rint(img_size * scale), sides - low))
+    return np.concatenate([low, size], axis=1).astype(np.int32)
 
 
 @njit(cache=True)

@@ -1,64 +1,120 @@
-"""The resident backend: a small raw set held in device memory, cropped and resized there batch by batch."""
+"""The resident backend: the whole set in device memory as uint8, cropped and resized there batch by batch."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.errors import UserError
+from lowrank_vit.data.backend import DamagedSamples, new_meter, to_device
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.geometry import LENGTH, cropped, spans
+from lowrank_vit.data.pil_decode import decode
 from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan
-from lowrank_vit.data.resize import crop_resize_flip
+from lowrank_vit.data.resize import gather_regions, resize
+from lowrank_vit.data.resize_cpu import resize_batch
+from lowrank_vit.data.schedule import Schedule
+
+_IMAGES_AT_A_TIME = 256
+"""Images that are resized at a time, as float32: bounds the scratch memory."""
 
 
 class ResidentBackend:
-    """Batches of a raw `.beton` with images of one size; the host sends only ids, windows and flips."""
+    """Batches of any `.beton` that fits; the host sends only ids, windows, flips and filters.
+
+    JPEGs are decoded once, by Pillow, at the start. Images of one size are kept as one (N, H, W, 3) tensor, others one
+    behind the other. They are resized as batched matrix products on CUDA, image by image on `workers` CPU threads.
+    """
 
     name = "resident"
 
-    def __init__(self, beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device) -> None:
-        """Copy the whole set to `device`. Raises `UserError` where samples are JPEG or of several sizes."""
-        reason = why_not_resident(beton)
-        if reason:
-            raise UserError(f"--loader resident cannot hold {beton.path}: {reason}. Use --loader ffcv.")
-        self._plan, self._device = plan, device
-        height, width = int(beton.heights[0]), int(beton.widths[0])
-        pixels = np.empty((beton.num_samples, height, width, 3), np.uint8)
-        for i in range(beton.num_samples):
-            pixels[i] = beton.sample(i).reshape(height, width, 3)
-        self._images_NHWC = torch.from_numpy(pixels).to(device)
+    def __init__(self, beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, workers: int) -> None:
+        """Decode with `workers` threads and copy the set to `device`: `resident_bytes` of it."""
+        self._img_size, self._device = plan.img_size, device
+        self._workers = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        self._heights, self._widths = beton.heights.astype(np.int64), beton.widths.astype(np.int64)
+        pixels = 3 * self._heights * self._widths
+        self._starts = np.cumsum(pixels) - pixels
+        self._damaged: dict[int, str] = {}
+        flat = np.zeros(int(pixels.sum()), np.uint8)
+
+        def fill(sample_id: int) -> None:
+            try:
+                start = self._starts[sample_id]
+                flat[start : start + pixels[sample_id]] = decode(beton, sample_id).reshape(-1)
+            except ValueError as error:
+                self._damaged[sample_id] = str(error)
+
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(fill, range(beton.num_samples)))
+        self._flat = torch.from_numpy(flat).to(device)
+        self._images_NHWC: Tensor | None = None
+        if beton.is_uniform:
+            self._images_NHWC = self._flat.view(-1, int(self._heights[0]), int(self._widths[0]), 3)
         self._labels = torch.from_numpy(beton.labels).to(device)
+        self.decode_ms = new_meter()
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """Yield the epoch's batches from `first_step` on."""
-        rows = self._plan.ids(epoch)
-        for step in range(first_step, self._plan.steps_per_epoch):
-            yield self._decode(self._plan.batch(epoch, step, rows[step]))
+    def decode(self, schedule: Schedule) -> Iterator[Batch]:
+        """Yield the schedule's batches. Times are the host's: on CUDA, of queueing the work."""
+        for plan in schedule:
+            begun = time.perf_counter()
+            if damaged := {int(i): self._damaged[int(i)] for i in plan.ids if int(i) in self._damaged}:
+                raise DamagedSamples(damaged)
+            batch = self._cut(plan)
+            self.decode_ms.append(1e3 * (time.perf_counter() - begun))
+            yield batch
 
-    def _decode(self, plan: BatchPlan) -> Batch:
-        host = np.column_stack([plan.ids, plan.windows, plan.flips, plan.kernels])  # one int64 (B, 7) transfer
-        parameters = self._to_device(torch.from_numpy(host))
-        ids, windows, flips, kernels = parameters[:, 0], parameters[:, 1:5], parameters[:, 5].bool(), parameters[:, 6]
-        images_NHWC = crop_resize_flip(self._images_NHWC[ids], windows, flips, kernels, self._plan.img_size)
-        return Batch(images_NHWC.permute(0, 3, 1, 2), self._labels[ids], plan)
+    def _cut(self, plan: BatchPlan) -> Batch:
+        return self._cut_on_threads(plan) if self._device.type == "cpu" else self._cut_on_device(plan)
 
-    def _to_device(self, host: Tensor) -> Tensor:
-        # From pinned memory the copy does not make the host wait; the caching allocator keeps it until it is done.
-        return host.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else host
+    def _cut_on_threads(self, plan: BatchPlan) -> Batch:
+        ids, size = plan.ids, self._img_size
+        heights, widths = self._heights[ids], self._widths[ids]
+        planned = spans(plan, heights, widths, size)
+        images_NHWC = np.empty((len(ids), size, size, 3), np.uint8)
+        addresses = self._flat.data_ptr() + self._starts[ids]
+        numba.set_num_threads(self._workers)
+        resize_batch(addresses, 3 * heights * widths, 3 * widths, planned, plan.kernels, plan.flips, images_NHWC)
+        return Batch(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2), self._labels[torch.from_numpy(ids)], plan)
+
+    def _cut_on_device(self, plan: BatchPlan) -> Batch:
+        ids = plan.ids
+        heights, widths = self._heights[ids], self._widths[ids]
+        planned = spans(plan, heights, widths, self._img_size)
+        columns = [ids, plan.flips, plan.kernels, self._starts[ids], widths, planned.reshape(len(ids), 8)]
+        table = to_device(np.column_stack(columns), self._device)  # float64; the step's only transfer
+        parts = []
+        for first in range(0, len(ids), _IMAGES_AT_A_TIME):
+            rows = slice(first, first + _IMAGES_AT_A_TIME)
+            height, width = planned[rows, :, LENGTH].max(0).astype(int).tolist()
+            parts.append(self._resize(table[rows], height, width))
+        images_NHWC = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return Batch(images_NHWC.permute(0, 3, 1, 2), self._labels[table[:, 0].long()], plan)
+
+    def _resize(self, table: Tensor, height: int, width: int) -> Tensor:
+        """uint8 (B, S, S, 3) from those columns; `height` and `width` are those of the largest region."""
+        ids, flips, kernels, starts, row_pixels = table[:, :5].long().unbind(1)
+        planned = table[:, 5:].view(-1, 2, 4)
+        if self._images_NHWC is not None:
+            return resize(self._images_NHWC[ids], planned, flips.bool(), kernels, self._img_size)
+        images_NHWC = gather_regions(self._flat, starts, row_pixels, planned, height, width)
+        return resize(images_NHWC, cropped(planned), flips.bool(), kernels, self._img_size)
+
+    def ready(self) -> int:
+        """None: a batch is made when it is asked for."""
+        return 0
 
     def close(self) -> None:
-        """Give the device memory back."""
-        del self._images_NHWC, self._labels
+        """Give the memory back."""
+        self._flat, self._images_NHWC = torch.empty(0), None
 
 
-def why_not_resident(beton: Beton) -> str:
-    """The reason why a set cannot be resident, or an empty string."""
-    if not beton.is_raw:
-        return "it holds JPEG samples"
-    if not beton.is_uniform:
-        return "its images have several sizes"
-    return ""
+def resident_bytes(beton: Beton) -> int:
+    """Memory that the decoded set takes, in bytes."""
+    return int((3 * beton.heights.astype(np.int64) * beton.widths).sum())

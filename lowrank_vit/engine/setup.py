@@ -14,8 +14,9 @@ from data_prep.errors import UserError
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.datasets import open_datasets
-from lowrank_vit.data.loader import Loader, open_loader
+from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.plan import EvalPlan, TrainPlan
 from lowrank_vit.engine.checkpoint import Checkpoint, load_weights, read_checkpoint
 from lowrank_vit.engine.evaluate import Evaluator
@@ -72,8 +73,9 @@ def make_parts(config: Config, resumed: Checkpoint | None) -> Parts:
     optimizer = create_optimizer(config.optim, model, lr)
     scheduler, num_epochs = create_scheduler(config.optim, optimizer, plan.steps_per_epoch)
     evaluated = {"": model} | ({"ema_": ema.module} if ema else {})
-    train_loader, train_line = open_loader(data.loader, train_set, plan, device, data.workers)
-    val_loader, val_line = open_loader(data.loader, val_set, val_plan, device, data.workers)
+    decoding = LoaderOptions(data.loader, data.workers, data.prefetch, data.hw_decoder_load, data.on_bad_sample)
+    train_loader, train_line = open_loader(train_set, plan, device, decoding, prepare=augment.prepare)
+    val_loader, val_line = open_loader(val_set, val_plan, device, decoding)
     parameters = sum(p.numel() for p in model.parameters())
     return Parts(
         device=device,

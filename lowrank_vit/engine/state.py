@@ -16,7 +16,8 @@ from lowrank_vit.options import Config
 
 MAY_CHANGE = set(
     """
-    dataset data-dir loader workers validation-batch-size initial-checkpoint epochs cooldown-epochs
+    dataset data-dir loader workers prefetch hw-decoder-load on-bad-sample validation-batch-size initial-checkpoint
+    epochs cooldown-epochs
     device amp compile compile-mode spec-monitor spec-every spec-topk spec-interval spec-targets
     output experiment resume log-interval val-interval log-wandb wandb-project
     """.split()

@@ -1,4 +1,4 @@
-"""One training step: augment, forward, loss, backward, update. The host never waits for the device here."""
+"""One training step: mix, forward, loss, backward, update. The host never waits for the device here."""
 
 from __future__ import annotations
 
@@ -43,12 +43,11 @@ class TrainStep:
         return torch.sum(-soft_targets * torch.log_softmax(logits.float(), dim=1), dim=1).mean()
 
     def __call__(self, batch: Batch) -> None:
-        """Run one update. The model must be in training mode."""
+        """Run one update on a batch that `augment.prepare` has gone over. The model must be in training mode."""
         mix = mix_to_tensor(batch.plan.mix)
         if batch.images.is_cuda:
             mix = mix.pin_memory().to(batch.images.device, non_blocking=True)
-        images = self._augment.prepare(batch.images, batch.plan)
-        loss = self._loss_of(images, batch.targets, mix)
+        loss = self._loss_of(batch.images, batch.targets, mix)
         loss.backward()
         if self._clip_grad is not None:
             dispatch_clip_grad(self._model.parameters(), self._clip_grad, mode=self._clip_mode)

@@ -15,7 +15,7 @@ import torch
 
 from lowrank_vit.config import parse
 from lowrank_vit.data.beton import Beton
-from lowrank_vit.data.loader import open_loader
+from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.plan import TrainPlan, TrainRules
 from lowrank_vit.engine.trainer import Trainer
 
@@ -35,7 +35,7 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records if record["kind"] == "train"]
 
 
-@pytest.mark.parametrize("loader", ["resident", "ffcv"])
+@pytest.mark.parametrize("loader", ["resident", "ffcv", "dali"])
 @pytest.mark.parametrize("compiled", ["--no-compile", "--compile"])
 def test_a_warm_step_never_waits_and_never_recompiles(argv, loader, compiled):
     trainer = Trainer(parse([*argv, "--loader", loader, compiled, "--amp"]), "warm")
@@ -55,12 +55,12 @@ def test_a_warm_step_never_waits_and_never_recompiles(argv, loader, compiled):
     trainer.run_dir.close()
 
 
-@pytest.mark.parametrize("loader", ["resident", "ffcv"])
+@pytest.mark.parametrize("loader", ["resident", "ffcv", "dali"])
 def test_images_are_the_cpus(digits_dir, loader):
     beton = Beton(digits_dir / "train.beton")
     plan = TrainPlan(beton.heights, beton.widths, TrainRules(), seed=5, img_size=32, batch_size=64)
-    on_gpu, _ = open_loader(loader, beton, plan, torch.device("cuda"), workers=2)
-    on_cpu, _ = open_loader(loader, beton, plan, torch.device("cpu"), workers=2)
+    on_gpu, _ = open_loader(beton, plan, torch.device("cuda"), LoaderOptions(loader, 2))
+    on_cpu, _ = open_loader(beton, plan, torch.device("cpu"), LoaderOptions(loader, 2))
     for a, b in islice(zip(on_gpu.batches(1), on_cpu.batches(1), strict=True), 5):
         assert a.images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(a.targets.cpu(), b.targets)
@@ -72,13 +72,13 @@ def test_batches_survive_a_trainer_that_runs_ahead(digits_dir):
     beton = Beton(digits_dir / "train.beton")
     plan = TrainPlan(beton.heights, beton.widths, TrainRules(), seed=5, img_size=64, batch_size=64)
     busy = torch.randn(4096, 4096, device="cuda")
-    loader, _ = open_loader("ffcv", beton, plan, torch.device("cuda"), workers=2)
+    loader, _ = open_loader(beton, plan, torch.device("cuda"), LoaderOptions("ffcv", 2))
     kept = []
     for batch in loader.batches(0):
         for _ in range(50):
             busy = busy @ busy / 64  # keeps the training stream many milliseconds behind
         kept.append(batch.images.clone())
-    expected, _ = open_loader("ffcv", beton, plan, torch.device("cpu"), workers=2)
+    expected, _ = open_loader(beton, plan, torch.device("cpu"), LoaderOptions("ffcv", 2))
     for images, batch in zip(kept, expected.batches(0), strict=True):
         assert torch.equal(images.cpu(), batch.images)
 

@@ -17,8 +17,8 @@ from data_prep.convert import convert_image_folder
 from data_prep.errors import BetonError, UserError
 from data_prep.manifest import manifest_path, read_manifest, write_manifest
 from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.datasets import open_datasets
-from lowrank_vit.data.loader import open_loader
 from lowrank_vit.data.plan import TrainPlan, TrainRules
 
 
@@ -120,7 +120,7 @@ def test_both_orders_of_batches_agree(parted):
     for name in ("whole", "train"):
         beton = Beton(parted / f"{name}.beton")
         plan = TrainPlan(beton.heights, beton.widths, TrainRules(), seed=1, img_size=32, batch_size=11)
-        loader, _ = open_loader("ffcv", beton, plan, torch.device("cpu"), workers=1)
+        loader, _ = open_loader(beton, plan, torch.device("cpu"), LoaderOptions("ffcv", 1))
         decoded.append(torch.cat([batch.images for batch in loader.batches(0)]))
         loader.close()
     assert torch.equal(*decoded)

@@ -1,180 +1,182 @@
-"""The backends decode the plan's batches, and only those; FFCV's threads end with the epoch."""
+"""All backends decode one stream: the plan's batches in the plan's order, from any step, on any number of ranks."""
 
 from __future__ import annotations
 
-import threading
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_images
 
-from data_prep.convert import convert_image_folder
-from data_prep.errors import BetonError, UserError
+from data_prep.errors import UserError
+from lowrank_vit.augment.pipeline import Augment
+from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.data.beton import Beton
-from lowrank_vit.data.loader import choose_backend, open_loader
+from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.plan import EvalPlan, TrainPlan, TrainRules
+from tests.photos import write_sets
 
 CPU = torch.device("cpu")
+BACKENDS = ["ffcv", "dali", "resident"]
+EPOCH = 3
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> tuple[Path, dict[int, np.ndarray]]:
-    """A JPEG `.beton` of 24 crops of real photographs, sizes all different, and PIL's decode of each by sample id."""
-    root = tmp_path_factory.mktemp("photos")
-    for label, name in enumerate(("temple", "flower")):
-        (root / "src" / name).mkdir(parents=True)
-        photo = load_sample_images().images[label]
-        for n in range(12):
-            crop = photo[n * 5 : n * 5 + 150 + 3 * n, n * 7 : n * 7 + 200 - 4 * n]
-            Image.fromarray(crop).save(root / "src" / name / f"{n:02d}.jpg", quality=95)
-    convert_image_folder(root / "src", root / "photos.beton", workers=1)
-    files = sorted((root / "src").rglob("*.jpg"), key=lambda p: (p.parent.name != "flower", p.name))
-    return root / "photos.beton", {i: np.asarray(Image.open(file)) for i, file in enumerate(files)}
+def sets(tmp_path_factory) -> dict[str, Path]:
+    return write_sets(tmp_path_factory.mktemp("photos"))
 
 
-def train_plan(beton, batch_size, img_size, **rules):
-    return TrainPlan(beton.heights, beton.widths, TrainRules(**rules), seed=5, img_size=img_size, batch_size=batch_size)
+def train_plan(beton: Beton, batch_size: int = 4, img_size: int = 16, **more) -> TrainPlan:
+    rules = TrainRules(scale=(0.3, 1.0))
+    return TrainPlan(beton.heights, beton.widths, rules, seed=5, img_size=img_size, batch_size=batch_size, **more)
 
 
-def psnr(a, b):
-    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2))
+def open_one(kind: str, beton: Beton, plan, workers: int = 2, **more) -> Loader:
+    return open_loader(beton, plan, CPU, LoaderOptions(kind, workers, **more))[0]
 
 
-def test_ffcv_cuts_the_planned_windows_of_photographs(photos):
-    path, decoded = photos
-    beton = Beton(path)
-    plan = train_plan(beton, 8, 32, scale=(0.3, 1.0))
-    loader, _ = open_loader("ffcv", beton, plan, CPU, workers=2)
-    scores = []
-    for batch in loader.batches(3):
-        assert batch.images.dtype == torch.uint8
-        assert batch.images.is_contiguous(memory_format=torch.channels_last)
-        for n, sample_id in enumerate(batch.plan.ids):
-            ours = batch.images[n].permute(1, 2, 0).numpy()
-            top, left, height, width = batch.plan.windows[n]
-            flip = batch.plan.flips[n]
-            planned = psnr(ours, shrunk(decoded[sample_id], top, left, height, width, flip))
-            shifted = psnr(ours, shrunk(decoded[sample_id], top + 2, left + 2, height, width, flip))
-            assert planned > shifted + 3
-            assert batch.targets[n] == beton.labels[sample_id]
-            scores.append(planned)
-    assert len(scores) == 24
-    assert np.mean(scores) > 35
-    assert min(scores) > 30
+def stream(batches) -> list[tuple]:
+    """What the trainer gets to see, but for the pixels; in order."""
+    return [
+        (b.plan.step, *(v.tolist() for v in (b.plan.ids, b.plan.windows, b.plan.flips, b.plan.kernels, b.targets)))
+        for b in batches
+    ]
 
 
-def shrunk(image, top, left, height, width, flip):
-    """PIL's box filter, which OpenCV's INTER_AREA is when it shrinks; libjpeg-turbo's fast DCT makes the difference."""
-    crop = Image.fromarray(image).crop((left, top, left + width, top + height))
-    pixels = np.asarray(crop.resize((32, 32), Image.Resampling.BOX))
-    return pixels[:, ::-1] if flip else pixels
+@pytest.mark.parametrize("kind", ["jpeg", "raw", "mixed"])
+def test_backends_and_workers_give_one_stream(sets, kind):
+    beton = Beton(sets[kind])
+    plan = train_plan(beton)
+    expected = None
+    for backend in BACKENDS:
+        for workers in (1, 3):
+            loader = open_one(backend, beton, plan, workers)
+            for epoch in (0, EPOCH):
+                seen = stream(loader.batches(epoch))
+            loader.close()
+            expected = expected or seen
+            assert seen == expected
+    assert expected
+    assert [step for step, *_ in expected] == list(range(plan.steps_per_epoch))
+    assert [ids for _, ids, *_ in expected] == plan.ids(EPOCH).tolist()
 
 
-def test_both_backends_give_the_same_stream(digits_dir):
-    beton = Beton(digits_dir / "train.beton")
-    plan = train_plan(beton, 100, 8, scale=(1.0, 1.0), ratio=(1.0, 1.0))
-    resident, _ = open_loader("resident", beton, plan, CPU, workers=2)
-    ffcv, _ = open_loader("ffcv", beton, plan, CPU, workers=2)
-    for epoch in (0, 1):
-        pairs = list(zip(resident.batches(epoch), ffcv.batches(epoch), strict=True))
-        assert len(pairs) == plan.steps_per_epoch
-        for a, b in pairs:
-            assert np.array_equal(a.plan.ids, b.plan.ids)
-            assert torch.equal(a.targets, b.targets)
-            assert torch.equal(a.images, b.images)  # whole 8x8 images: nothing to resample
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ranks_share_one_stream(sets, backend, world_size):
+    beton = Beton(sets["jpeg"])
+    one = stream(open_one("resident", beton, train_plan(beton, 8)).batches(EPOCH))
+    ranks = []
+    for rank in range(world_size):
+        loader = open_one(backend, beton, train_plan(beton, 8 // world_size, rank=rank, world_size=world_size))
+        ranks.append(stream(loader.batches(EPOCH)))
+        loader.close()
+    for whole, *parts in zip(one, *ranks, strict=True):
+        joined = [[value for part in parts for value in part[n]] for n in range(1, len(whole))]
+        assert [whole[0], *joined] == list(whole)
 
 
-def test_a_resumed_epoch_goes_on_where_it_stopped(digits_dir):
-    beton = Beton(digits_dir / "train.beton")
-    plan = train_plan(beton, 200, 16)
-    for kind in ("resident", "ffcv"):
-        loader, _ = open_loader(kind, beton, plan, CPU, workers=1)
-        whole = list(loader.batches(4))
-        for first_step in (0, 1, plan.steps_per_epoch - 1, plan.steps_per_epoch):
-            rest = list(loader.batches(4, first_step))
-            assert [b.plan.step for b in rest] == list(range(first_step, plan.steps_per_epoch))
-            assert all(torch.equal(a.images, b.images) for a, b in zip(whole[first_step:], rest, strict=True))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("done", [0, 1, 10, 11])
+def test_an_interrupted_epoch_goes_on_where_it_stopped(sets, backend, done):
+    beton = Beton(sets["jpeg"])
+    plan = train_plan(beton, 2)  # 12 steps
+    whole = list(open_one(backend, beton, plan).batches(EPOCH))
+    first = open_one(backend, beton, plan, prefetch=3)
+    batches = first.batches(EPOCH)
+    for _ in range(done):
+        next(batches)
+    state = json.loads(json.dumps(first.state_dict()))  # batches decoded ahead by now must not count
+    first.close()
+    assert len(json.dumps(state)) < 100
+    second = open_one(backend, beton, plan)
+    second.load_state_dict(state)
+    rest = list(second.batches(EPOCH if done else state["epoch"]))
+    if done == 0:
+        assert state["epoch"] == EPOCH
+    assert stream(rest) == stream(whole[done:])
+    assert all(torch.equal(a.images, b.images) for a, b in zip(rest, whole[done:], strict=True))
+    assert second.state_dict() == {**state, "epoch": EPOCH + 1, "step": 0}
+    assert stream(second.batches(EPOCH + 1)) == stream(first_epoch(backend, beton, plan))
 
 
-def test_evaluation_sees_every_sample_once(digits_dir):
-    beton = Beton(digits_dir / "val.beton")
-    plan = EvalPlan(beton.heights, beton.widths, img_size=16, crop_pct=1.0, batch_size=100)
-    for kind in ("resident", "ffcv"):
-        loader, _ = open_loader(kind, beton, plan, CPU, workers=2)
-        batches = list(loader.batches(0))
-        assert [len(b) for b in batches] == [100, 100, 100, 60]
-        assert np.array_equal(np.concatenate([b.plan.ids for b in batches]), np.arange(360))
-        assert np.array_equal(torch.cat([b.targets for b in batches]).numpy(), beton.labels)
+def first_epoch(backend, beton, plan):
+    return open_one(backend, beton, plan).batches(EPOCH + 1)
 
 
-def test_epochs_left_early_leave_no_thread(digits_dir):
-    beton = Beton(digits_dir / "train.beton")
-    loader, _ = open_loader("ffcv", beton, train_plan(beton, 50, 16), CPU, workers=1)
-    torch_threads = torch.get_num_threads()
-    before = threading.active_count()
-    for epoch in range(20):
-        batches = loader.batches(epoch)
-        for _ in range(epoch % 4):
-            next(batches)
-        del batches  # what a `break` in a training loop does
-    assert threading.active_count() == before
-    assert torch.get_num_threads() == torch_threads
+def test_a_run_may_go_on_with_another_number_of_ranks_and_another_backend(sets):
+    beton = Beton(sets["jpeg"])
+    one = open_one("ffcv", beton, train_plan(beton, 4))
+    batches = one.batches(EPOCH)
+    next(batches)
+    next(batches)
+    state = one.state_dict()
+    rest = stream(batches)
+    parts = []
+    for rank in range(2):
+        loader = open_one("dali", beton, train_plan(beton, 2, rank=rank, world_size=2))
+        loader.load_state_dict(state)
+        parts.append(stream(loader.batches(EPOCH)))
+        loader.close()
+    assert [step for step, *_ in rest] == [step for step, *_ in parts[0]] == [2, 3, 4, 5]
+    assert [ids for _, ids, *_ in rest] == [a[1] + b[1] for a, b in zip(*parts, strict=True)]
 
 
-def test_a_batch_is_not_overwritten_by_later_ones(digits_dir):
-    beton = Beton(digits_dir / "train.beton")
-    loader, _ = open_loader("ffcv", beton, train_plan(beton, 50, 16), CPU, workers=1)
-    batches = loader.batches(0)
+def test_a_position_of_another_stream_is_refused(sets):
+    beton = Beton(sets["jpeg"])
+    state = open_one("resident", beton, train_plan(beton, 4)).state_dict()
+    other = open_one("resident", beton, train_plan(beton, 6))
+    with pytest.raises(UserError, match=r"its global batch was 4, now it is 6\. Resume with the same"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_sees_every_sample_once(sets, backend, world_size):
+    beton = Beton(sets["mixed"])
+    seen = []
+    for rank in range(world_size):
+        share = {"rank": rank, "world_size": world_size}
+        plan = EvalPlan(beton.heights, beton.widths, img_size=16, crop_pct=0.9, batch_size=5, **share)
+        loader = open_one(backend, beton, plan)
+        for batch in loader.batches(0):
+            assert np.array_equal(batch.targets.numpy(), beton.labels[batch.plan.ids])
+            seen += batch.plan.ids.tolist()
+        loader.close()
+    assert seen == list(range(48))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_is_not_overwritten_by_later_ones(sets, backend):
+    beton = Beton(sets["jpeg"])
+    batches = open_one(backend, beton, train_plan(beton, 2, 32), prefetch=1).batches(0)
     first = next(batches)
     kept = first.images.clone()
-    for _ in batches:
-        pass
+    assert len(list(batches)) == 11
     assert torch.equal(first.images, kept)
 
 
-def test_a_damaged_jpeg_is_named(photos, tmp_path):
-    path, _ = photos
-    damaged = tmp_path / "damaged.beton"
-    content = bytearray(path.read_bytes())
-    beton = Beton(path)
-    start = int(beton.pointers[7])
-    content[start : start + int(beton.sizes[7])] = bytes(int(beton.sizes[7]))
-    damaged.write_bytes(content)
-    beton = Beton(damaged)
-    loader, _ = open_loader("ffcv", beton, train_plan(beton, 8, 32), CPU, workers=1)
-    before = threading.active_count()
-    with pytest.raises(BetonError, match=r"damaged.beton: sample 7 does not decode"):
-        list(loader.batches(0))
-    assert threading.active_count() == before
+def test_images_are_prepared_as_the_step_wants_them(sets):
+    beton = Beton(sets["jpeg"])
+    rules = TrainRules(policy=parse_policy("rand-m9-mstd0.5-inc1"), reprob=0.5)
+    plan = TrainPlan(beton.heights, beton.widths, rules, seed=5, img_size=32, batch_size=4)
+    augment = Augment((0.5,) * 3, (0.5,) * 3, 10, 0.1)
+    options = LoaderOptions("resident", 1)
+    prepared = open_loader(beton, plan, CPU, options, prepare=augment.prepare)[0]
+    for a, b in zip(prepared.batches(1), open_one("resident", beton, plan).batches(1), strict=True):
+        assert a.images.dtype == torch.float32
+        assert torch.equal(a.images, augment.prepare(b.images.clone(), b.plan))
 
 
-def test_a_jpeg_with_a_mere_warning_is_decoded(tmp_path):
-    """Some images of ImageNet have stray bytes before a marker: libjpeg warns, and decodes them whole."""
-    (tmp_path / "src" / "temple").mkdir(parents=True)
-    file = tmp_path / "src" / "temple" / "a.jpg"
-    Image.fromarray(load_sample_images().images[0][:96, :96]).save(file, quality=90)
-    clean = np.asarray(Image.open(file))
-    content = file.read_bytes()
-    assert content.endswith(b"\xff\xd9")
-    file.write_bytes(content[:-2] + bytes(5) + content[-2:])
-    convert_image_folder(tmp_path / "src", tmp_path / "a.beton", workers=1)
-    beton = Beton(tmp_path / "a.beton")
-    assert beton.sample(0).tobytes() == file.read_bytes()
-    plan = EvalPlan(beton.heights, beton.widths, img_size=96, crop_pct=1.0, batch_size=1)
-    loader, _ = open_loader("ffcv", beton, plan, CPU, workers=1)
-    (batch,) = loader.batches(0)
-    assert psnr(batch.images[0].permute(1, 2, 0).numpy(), clean) > 35
-
-
-def test_auto_says_which_and_why(photos, digits_dir, monkeypatch):
-    digits = Beton(digits_dir / "train.beton")
-    assert choose_backend(digits, CPU) == ("resident", "0.3 MB raw fit 25% of cpu memory")
-    assert choose_backend(Beton(photos[0]), CPU) == ("ffcv", "it holds JPEG samples")
-    monkeypatch.setattr("lowrank_vit.data.loader.memory_bytes", lambda device: 1000)
-    kind, reason = choose_backend(digits, CPU)
-    assert (kind, "exceed" in reason) == ("ffcv", True)
-    with pytest.raises(UserError, match=r"resident cannot hold .*photos.beton: it holds JPEG.*--loader ffcv"):
-        open_loader("resident", Beton(photos[0]), train_plan(Beton(photos[0]), 8, 32), CPU, workers=1)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_figures_tell_of_what_was_decoded(sets, backend):
+    beton = Beton(sets["jpeg"])
+    loader = open_one(backend, beton, train_plan(beton))
+    assert loader.stats().decode_ms_p50 == 0
+    assert len(list(loader.batches(0))) == 6
+    stats = loader.stats()
+    assert 0 < stats.decode_ms_p50 <= stats.decode_ms_p90
+    assert 0 <= stats.queue_depth <= 2
+    assert loader.stats().queue_depth == 0  # nothing was asked for since

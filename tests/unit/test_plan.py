@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from timm.data.mixup import rand_bbox, rand_bbox_minmax
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 
 from data_prep.errors import UserError
 from lowrank_vit.augment.policy import parse_policy
-from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan, TrainRules, center_windows
+from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan, TrainRules, center_crops, center_windows
 from lowrank_vit.data.plan_mix import MixRules, cut_box
 from tests.distributions import assert_same_distribution
 
@@ -258,10 +258,22 @@ def test_evaluation_covers_every_sample_once(world_size):
     assert np.array_equal(np.sort(seen), np.arange(53))
 
 
-def test_center_window_is_timms_crop_in_source_pixels():
-    # 224 / 0.9 -> 248: of a 375 x 500 image the centre 224/248 of the short side stays.
-    side = round(375 * 224 / math.floor(224 / 0.9))
-    assert center_windows(np.array([375]), np.array([500]), 224, 0.9).tolist() == [
-        [(375 - side) // 2, (500 - side) // 2, side, side]
-    ]
-    assert center_windows(np.array([8]), np.array([8]), 16, 1.0).tolist() == [[0, 0, 8, 8]]
+def test_evaluation_crops_are_torchvisions_resize_and_center_crop():
+    rng = np.random.default_rng(0)
+    heights, widths = rng.integers(1, 700, 200), rng.integers(1, 700, 200)
+    for img_size, crop_pct in ((224, 0.9), (33, 0.875), (32, 1.0)):
+        resized, corners = center_crops(heights, widths, img_size, crop_pct)
+        for n in range(200):
+            image = torch.arange(widths[n]).expand(1, heights[n], -1).float()
+            expected = Resize(math.floor(img_size / crop_pct), InterpolationMode.NEAREST)(image)
+            assert resized[n].tolist() == list(expected.shape[1:])
+            columns = torch.arange(resized[n, 1]).expand(1, resized[n, 0], -1)
+            assert CenterCrop(img_size)(columns)[0, 0, 0] == corners[n, 1]
+
+
+def test_evaluation_windows_are_the_crops_in_stored_pixels():
+    resized, corners = center_crops(np.array([375, 8]), np.array([500, 8]), 224, 0.9)
+    windows = center_windows(np.array([375, 8]), np.array([500, 8]), resized, corners, 224)
+    side, top, left = 375 * 224 / 248, 12 * 375 / 248, 53 * 500 / 330
+    assert windows[0].tolist() == [round(top), round(left), round(side), round(500 * 224 / 330)]
+    assert windows[1].tolist() == [0, 0, 7, 7]

@@ -1,0 +1,118 @@
+"""Choose the decode backend for a set and a device, and open the loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from data_prep.errors import UserError
+from lowrank_vit.data.backend import Backend
+from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.dali_backend import DaliBackend, check_dali, why_no_dali
+from lowrank_vit.data.loader import Loader, OnBadSample, Prepare
+from lowrank_vit.data.plan import EvalPlan, TrainPlan
+from lowrank_vit.data.resident_backend import ResidentBackend, resident_bytes
+from lowrank_vit.data.speed import kept_or_measured
+
+RESIDENT_SHARE = 0.25
+"""A set may take at most this share of the device's memory where `auto` chooses."""
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How to decode; see the flags of the same names."""
+
+    loader: str = "auto"
+    """auto, resident, dali or ffcv."""
+    workers: int = 4
+    prefetch: int = 2
+    hw_decoder_load: float = 0.65
+    on_bad_sample: OnBadSample = "error"
+
+
+def open_loader(
+    beton: Beton,
+    plan: TrainPlan | EvalPlan,
+    device: torch.device,
+    options: LoaderOptions,
+    *,
+    prepare: Prepare | None = None,
+    say: Callable[[str], object] = print,
+) -> tuple[Loader, str]:
+    """Open a loader; returns it and one line that says which backend it has and why. Raises `UserError`."""
+    kind, reason = options.loader, f"--loader {options.loader}"
+    if kind == "auto":
+        kind, reason = choose_backend(beton, plan, device, options)
+    backend = make_backend(kind, beton, plan, device, options)
+    loader = Loader(backend, beton, plan, device, on_bad_sample=options.on_bad_sample, prepare=prepare, say=say)
+    return loader, f"{beton.path.name}: {beton.num_samples:,} samples, {kind} loader ({reason})"
+
+
+def make_backend(
+    kind: str, beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions
+) -> Backend:
+    """The backend of that name. Raises `UserError` where it cannot be had."""
+    if kind == "resident":
+        return _make_resident(beton, plan, device, options.workers)
+    if kind == "dali":
+        check_dali()
+        load = options.hw_decoder_load
+        return DaliBackend(beton, plan, device, options.workers, prefetch=options.prefetch, hw_decoder_load=load)
+    from lowrank_vit.data.ffcv_backend import FfcvBackend  # imports and compiles for a second
+
+    return FfcvBackend(beton, plan, device, options.workers, prefetch=options.prefetch)
+
+
+def choose_backend(
+    beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions
+) -> tuple[str, str]:
+    """`("resident" | "dali" | "ffcv", the reason in words)` for `--loader auto`.
+
+    Resident if the decoded set takes at most `RESIDENT_SHARE` of the device's memory, else DALI with a GPU, else
+    whichever of FFCV and DALI decodes this set faster on this CPU; that measurement is kept beside the set.
+    """
+    size = resident_bytes(beton)
+    budget = RESIDENT_SHARE * memory_bytes(device)
+    in_words, share = f"{size / 1e6:,.1f} MB decoded", f"{RESIDENT_SHARE:.0%} of {device} memory"
+    if size <= budget:
+        return "resident", f"{in_words} fit {share}"
+    too_big = f"{in_words} exceed {share}"
+    if missing := why_no_dali():
+        return "ffcv", f"{too_big}; {missing}"
+    if device.type == "cuda":
+        return "dali", f"{too_big}; decoding on the GPU"
+    makers = {kind: lambda kind=kind: make_backend(kind, beton, plan, device, options) for kind in ("ffcv", "dali")}
+    speeds, origin = kept_or_measured(beton, plan, options.workers, makers)
+    if not speeds:
+        return "ffcv", f"{too_big}; {origin}"
+    in_words = ", ".join(f"{kind} {speed:,.0f} img/s" for kind, speed in speeds.items())
+    return max(speeds, key=lambda kind: speeds[kind]), f"{too_big}; {origin}: {in_words}"
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Total memory of the device, or of the host for `cpu`, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
+def _make_resident(beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, workers: int) -> ResidentBackend:
+    size, free = resident_bytes(beton), _free_bytes(device)
+    if size > free:
+        raise UserError(
+            f"--loader resident: {beton.path} takes {size / 1e9:.1f} GB decoded, but {device} has {free / 1e9:.1f} GB "
+            "free. Use --loader auto."
+        )
+    return ResidentBackend(beton, plan, device, workers)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available

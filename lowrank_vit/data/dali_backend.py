@@ -1,0 +1,232 @@
+"""The DALI backend: NVIDIA DALI decodes, cuts, resizes and mirrors, on the GPU or on CPU threads.
+
+DALI only ever computes. Which sample comes when, its window and flip, where an epoch ends and what a short batch is,
+all come from the plan, by way of external sources that one thread here fills with views of the mapped file. So there
+are no worker processes, no copies of JPEG bytes, no random numbers of DALI's and none of its epochs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import nullcontext
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+from data_prep.beton_format import MODE_RAW
+from data_prep.errors import BetonError, UserError
+from lowrank_vit.data.backend import DamagedSamples, new_meter, to_device
+from lowrank_vit.data.batch import Batch
+from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.dali_pipeline import PipelineShape, Sources, define, tiny_batch
+from lowrank_vit.data.geometry import LENGTH, cropped, spans
+from lowrank_vit.data.pil_decode import find_damage
+from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan
+from lowrank_vit.data.resize_cpu import resize_batch
+from lowrank_vit.data.schedule import Schedule
+
+_POLL_S = 0.2
+
+
+class _StoppedError(Exception):
+    """The consumer has left the epoch."""
+
+
+class DaliBackend:
+    """Batches of any `.beton`. Filters are PIL's; on a GPU DALI's antialiased ones, which are close to them."""
+
+    name = "dali"
+
+    def __init__(
+        self,
+        beton: Beton,
+        plan: TrainPlan | EvalPlan,
+        device: torch.device,
+        workers: int,
+        *,
+        prefetch: int = 2,
+        hw_decoder_load: float = 0.65,
+    ) -> None:
+        """`workers`: DALI's CPU threads; `prefetch`: batches that DALI works on at a time, and as many may wait.
+
+        `hw_decoder_load`: share of a batch for the GPU's JPEG engine, 0-1. Raises `UserError` where DALI is missing.
+        """
+        self._beton, self._device, self._prefetch = beton, device, prefetch
+        self._shape = PipelineShape(
+            img_size=plan.img_size,
+            batch_size=plan.batch_size,
+            has_jpeg=bool((beton.modes != MODE_RAW).any()),
+            has_raw=bool((beton.modes == MODE_RAW).any()),
+            is_evaluation=isinstance(plan, EvalPlan),
+            device_id=None if device.type == "cpu" else device.index or 0,
+            resize=device.type != "cpu",
+            num_threads=workers,
+            prefetch=prefetch,
+            hw_decoder_load=hw_decoder_load,
+        )
+        self._threads = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        self.decode_ms = new_meter()
+        self._queue: Queue[Any] = Queue(prefetch)
+        self._pipeline: Any = None
+        self._build()
+
+    def _build(self) -> None:
+        """Make the pipeline and run it dry once: the first `schedule_run` starts `prefetch` runs, each later one."""
+        pipeline = define(self._shape)
+        sources = tiny_batch(self._shape)
+        for _ in range(self._prefetch):
+            sources.feed(pipeline)
+        pipeline.schedule_run()
+        for _ in range(self._prefetch):
+            pipeline.outputs()
+        self._pipeline = pipeline
+
+    def decode(self, schedule: Schedule) -> Iterator[Batch]:
+        """Yield the schedule's batches; a thread keeps DALI busy meanwhile and ends with this generator."""
+        if self._pipeline is None:
+            self._build()
+        self._queue, stop = Queue(self._prefetch), Event()
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        thread = Thread(target=self._pump, args=(schedule, stream, stop), name="dali", daemon=True)
+        thread.start()
+        try:
+            while True:
+                item = self._next(thread)
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    return
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    def _next(self, thread: Thread) -> Any:
+        while True:
+            try:
+                return self._queue.get(timeout=_POLL_S)
+            except Empty:
+                if not thread.is_alive() and self._queue.empty():
+                    return BetonError(f"{self._beton.path}: the thread that feeds DALI has ended without a word.")
+
+    def _pump(self, schedule: Schedule, stream: torch.cuda.Stream | None, stop: Event) -> None:
+        """Feed DALI and collect what it made, always `prefetch` batches ahead; runs in its own thread."""
+        in_flight: deque[tuple[BatchPlan, Sources]] = deque()
+        with torch.cuda.stream(stream) if stream else nullcontext():
+            try:
+                for plan in schedule:
+                    begun = time.perf_counter()
+                    sources = self._sources(plan)
+                    sources.feed(self._pipeline)
+                    in_flight.append((plan, sources))
+                    self._pipeline.schedule_run()
+                    if len(in_flight) == self._prefetch:
+                        self._collect(in_flight, stream, stop, begun)
+                while in_flight:
+                    self._collect(in_flight, stream, stop, time.perf_counter())
+                self._put(None, stop)
+            except _StoppedError:
+                self._drain(in_flight)
+            except RuntimeError as error:  # all of DALI's errors; the pipeline is of no more use
+                self._pipeline = None
+                self._put(self._explain(error, [plan for plan, _ in in_flight]), stop, give_up=False)
+            except Exception as error:  # of the plan: the file has changed
+                self._drain(in_flight)
+                self._put(error, stop, give_up=False)
+
+    def _collect(
+        self, in_flight: deque[tuple[BatchPlan, Sources]], stream: torch.cuda.Stream | None, stop: Event, begun: float
+    ) -> None:
+        (made,) = self._pipeline.outputs(stream) if stream else self._pipeline.outputs()
+        plan, _ = in_flight.popleft()
+        images_NHWC = torch.from_dlpack(made.as_tensor()) if self._shape.resize else self._resized(made, plan)
+        self.decode_ms.append(1e3 * (time.perf_counter() - begun))
+        targets = to_device(self._beton.labels[plan.ids], self._device)
+        self._put(Batch(images_NHWC.permute(0, 3, 1, 2), targets, plan), stop)
+
+    def _resized(self, decoded: Any, plan: BatchPlan) -> torch.Tensor:
+        """uint8 (B, S, S, 3) from the windows, or whole images, that DALI has decoded on the CPU."""
+        size, heights, widths = self._shape.img_size, self._beton.heights[plan.ids], self._beton.widths[plan.ids]
+        planned = cropped(spans(plan, heights, widths, size))
+        sides = planned[:, :, LENGTH].astype(np.int64)
+        addresses = np.array([decoded[n].data_ptr() for n in range(len(plan.ids))])
+        images_NHWC = np.empty((len(plan.ids), size, size, 3), np.uint8)
+        numba.set_num_threads(self._threads)
+        row_bytes = 3 * sides[:, 1]
+        resize_batch(addresses, sides[:, 0] * row_bytes, row_bytes, planned, plan.kernels, plan.flips, images_NHWC)
+        return torch.from_numpy(images_NHWC)
+
+    def _put(self, item: Any, stop: Event, *, give_up: bool = True) -> None:
+        while not stop.is_set():
+            try:
+                self._queue.put(item, timeout=_POLL_S)
+                return
+            except Full:
+                continue
+        if give_up:
+            raise _StoppedError
+
+    def _drain(self, in_flight: deque[tuple[BatchPlan, Sources]]) -> None:
+        """Take what DALI still makes out of it, so that the next epoch begins with an empty pipeline."""
+        try:
+            while in_flight:
+                self._pipeline.outputs()
+                in_flight.popleft()
+        except RuntimeError:
+            self._pipeline = None
+
+    def _explain(self, error: RuntimeError, plans: list[BatchPlan]) -> Exception:
+        """DALI does not say which sample it could not decode; Pillow does."""
+        for plan in plans:
+            if reasons := find_damage(self._beton, plan.ids):
+                return DamagedSamples(reasons)
+        return BetonError(
+            f"{self._beton.path}: DALI failed at step {plans[0].step if plans else '?'} though Pillow decodes all of "
+            f"its samples: {_last_words(error)} Use --loader ffcv."
+        )
+
+    def _sources(self, plan: BatchPlan) -> Sources:
+        beton, ids = self._beton, plan.ids
+        sizes = np.stack([beton.heights[ids], beton.widths[ids], np.full(len(ids), 3)], axis=1)
+        return Sources(
+            data=[beton.sample(sample_id) for sample_id in ids],
+            plan=plan,
+            is_raw=beton.modes[ids] == MODE_RAW,
+            stored_shapes=sizes.astype(np.int32),
+            shape=self._shape,
+        )
+
+    def ready(self) -> int:
+        """How many decoded batches wait."""
+        return self._queue.qsize()
+
+    def close(self) -> None:
+        """Give DALI's threads and memory back."""
+        self._pipeline = None
+
+
+def why_no_dali() -> str:
+    """The reason why DALI cannot be used, or an empty string."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        return f"NVIDIA DALI cannot be imported ({error})"
+    return ""
+
+
+def check_dali() -> None:
+    """Raise `UserError` where DALI cannot be used."""
+    if reason := why_no_dali():
+        raise UserError(f"--loader dali: {reason}. Install it with `pip install nvidia-dali-cuda130`.")
+
+
+def _last_words(error: RuntimeError) -> str:
+    """DALI's message without its traceback."""
+    text = str(error)
+    return " ".join(text.split("encountered:")[-1].split("C++ context")[0].split())[:300]

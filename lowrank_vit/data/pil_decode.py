@@ -1,0 +1,58 @@
+"""One sample by Pillow: the judge of what is damaged, and the slow twin of every backend."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from data_prep.beton_format import MODE_RAW
+from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.plan import BatchPlan
+from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR, NEAREST
+
+_FILTERS = {
+    NEAREST: Image.Resampling.NEAREST,
+    BILINEAR: Image.Resampling.BILINEAR,
+    BICUBIC: Image.Resampling.BICUBIC,
+}
+
+
+def decode(beton: Beton, sample_id: int) -> np.ndarray:
+    """A whole stored sample, uint8 (H, W, 3) RGB. Raises `ValueError` with Pillow's words if it is damaged."""
+    stored, height, width = beton.sample(sample_id), int(beton.heights[sample_id]), int(beton.widths[sample_id])
+    if beton.modes[sample_id] == MODE_RAW:
+        return stored.reshape(height, width, 3)
+    try:
+        pixels = np.asarray(Image.open(io.BytesIO(stored.tobytes())).convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(str(error).replace("<_io.BytesIO object at ", "<").split(" <")[0]) from error
+    if pixels.shape != (height, width, 3):
+        found = f"{pixels.shape[1]} x {pixels.shape[0]}"
+        raise ValueError(f"the JPEG is {found} pixels, the index says {width} x {height}")
+    return pixels
+
+
+def find_damage(beton: Beton, ids: np.ndarray) -> dict[int, str]:
+    """Those of the samples that Pillow cannot decode, with its reasons."""
+    damaged = {}
+    for sample_id in ids:
+        try:
+            decode(beton, int(sample_id))
+        except ValueError as error:
+            damaged[int(sample_id)] = str(error)
+    return damaged
+
+
+def crop_and_resize(pixels: np.ndarray, plan: BatchPlan, n: int, size: int) -> np.ndarray:
+    """What sample `n` of the plan becomes, uint8 (size, size, 3), from its whole image."""
+    image, kernel = Image.fromarray(pixels), _FILTERS[int(plan.kernels[n])]
+    if plan.center is not None:
+        (height, width), (top, left) = plan.center.resized[n].tolist(), plan.center.corners[n].tolist()
+        image = image.resize((width, height), kernel).crop((left, top, left + size, top + size))
+    else:
+        top, left, height, width = plan.windows[n].tolist()
+        image = image.crop((left, top, left + width, top + height)).resize((size, size), kernel)
+    result = np.asarray(image)
+    return result[:, ::-1] if plan.flips[n] else result

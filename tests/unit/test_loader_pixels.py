@@ -1,0 +1,107 @@
+"""What the backends make of real photographs, against Pillow, and against timm's own evaluation transform."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.transforms_factory import create_transform
+
+from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.dali_backend import DaliBackend
+from lowrank_vit.data.loader import Loader
+from lowrank_vit.data.pil_decode import crop_and_resize, decode
+from lowrank_vit.data.plan import EvalPlan, TrainPlan, TrainRules
+from lowrank_vit.data.resident_backend import ResidentBackend
+from tests.photos import psnr, write_sets
+
+CPU = torch.device("cpu")
+SIZE = 64
+FLOOR = {"ffcv": (44.0, 41.5), "dali": (55.0, 53.0), "resident": (55.0, 53.0)}
+"""Mean and worst PSNR against Pillow, decibels. FFCV decodes with libjpeg-turbo's fast, less accurate DCT."""
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> dict[str, Path]:
+    return write_sets(tmp_path_factory.mktemp("photos"))
+
+
+def plan_of(beton: Beton, kind: str):
+    if kind == "evaluation":
+        return EvalPlan(beton.heights, beton.widths, img_size=SIZE, crop_pct=0.9, batch_size=7)
+    rules = TrainRules(scale=(0.3, 1.0))
+    return TrainPlan(beton.heights, beton.widths, rules, seed=5, img_size=SIZE, batch_size=8)
+
+
+def scores(loader: Loader, beton: Beton) -> list[float]:
+    """Each sample's PSNR against Pillow, which decodes, crops and resizes it alone."""
+    found = []
+    for batch in loader.batches(2):
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        for n, sample_id in enumerate(batch.plan.ids):
+            expected = crop_and_resize(decode(beton, sample_id), batch.plan, n, SIZE)
+            found.append(psnr(batch.images[n].permute(1, 2, 0).numpy(), expected))
+    loader.close()
+    return found
+
+
+@pytest.mark.parametrize("use", ["training", "evaluation"])
+@pytest.mark.parametrize("stored", ["jpeg", "raw", "mixed"])
+@pytest.mark.parametrize("backend", FLOOR)
+def test_pixels_are_pillows(sets, backend, stored, use):
+    beton = Beton(sets[stored])
+    loader, _ = open_loader(beton, plan_of(beton, use), CPU, LoaderOptions(backend, 2))
+    found = scores(loader, beton)
+    assert len(found) == beton.num_samples
+    mean, worst = FLOOR[backend] if stored == "jpeg" else (44.0, 41.5)
+    assert np.mean(found) > mean
+    assert min(found) > worst
+
+
+@pytest.mark.parametrize("use", ["training", "evaluation"])
+@pytest.mark.parametrize("stored", ["jpeg", "mixed"])
+def test_the_graph_that_dali_runs_on_a_gpu_gives_pillows_pixels_on_a_cpu(sets, stored, use, monkeypatch):
+    """There DALI resizes and mirrors as well; here the same graph runs on CPU threads."""
+    from lowrank_vit.data import dali_backend
+
+    shape = dali_backend.PipelineShape
+    monkeypatch.setattr(dali_backend, "PipelineShape", lambda **fields: shape(**{**fields, "resize": True}))
+    beton = Beton(sets[stored])
+    plan = plan_of(beton, use)
+    found = scores(Loader(DaliBackend(beton, plan, CPU, 2), beton, plan, CPU), beton)
+    assert np.mean(found) > 48
+    assert min(found) > 44
+
+
+@pytest.mark.parametrize("use", ["training", "evaluation"])
+@pytest.mark.parametrize("stored", ["jpeg", "raw"])
+def test_what_a_gpu_computes_of_a_resident_set_gives_pillows_pixels_on_a_cpu(sets, stored, use, monkeypatch):
+    beton = Beton(sets[stored])
+    plan = plan_of(beton, use)
+    backend = ResidentBackend(beton, plan, CPU, 2)
+    monkeypatch.setattr(backend, "_cut", backend._cut_on_device)
+    found = scores(Loader(backend, beton, plan, CPU), beton)
+    assert np.mean(found) > 54
+    assert min(found) > 48
+
+
+@pytest.mark.parametrize("backend", FLOOR)
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
+def test_evaluation_crops_are_timms(sets, backend, crop_pct):
+    beton = Beton(sets["jpeg"])
+    plan = EvalPlan(beton.heights, beton.widths, img_size=SIZE, crop_pct=crop_pct, batch_size=24)
+    loader, _ = open_loader(beton, plan, CPU, LoaderOptions(backend, 2))
+    (batch,) = loader.batches(0)
+    transform = create_transform((3, SIZE, SIZE), crop_pct=crop_pct, interpolation="bicubic", normalize=False)
+    found = []
+    for n, sample_id in enumerate(batch.plan.ids):
+        expected: torch.Tensor = transform(Image.fromarray(decode(beton, sample_id)))  # type: ignore[operator]
+        found.append(psnr(batch.images[n].numpy(), expected.numpy()))
+    loader.close()
+    assert np.mean(found) > FLOOR[backend][0] - 1
+    assert min(found) > FLOOR[backend][1] - 1
