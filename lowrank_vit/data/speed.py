@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from data_prep.atomic import replacing
+from data_prep.errors import UserError
 from lowrank_vit.data.backend import Backend, DamagedSamples
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.plan import EvalPlan, TrainPlan
@@ -47,7 +48,7 @@ def kept_or_measured(
     try:
         with replacing(path) as file:
             file.write(json.dumps({**kept, key: speeds}, indent=1).encode() + b"\n")
-    except OSError:
+    except UserError:
         return speeds, "measured (but the folder cannot be written to keep it)"
     return speeds, "measured just now"
 

@@ -9,6 +9,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from lowrank_vit.data.loader import LoaderStats
+
 T = TypeVar("T")
 
 
@@ -75,11 +77,18 @@ class Display:
         """Print a line above the live one."""
         self.console.print(line)
 
-    def update(self, updates: int, epoch: str, loss: float, img_per_s: float, wait_share: float) -> None:
-        """Show the newest figures; the ETA counts validation in, since it is taken from the whole run so far."""
+    def update(
+        self, updates: int, epoch: str, loss: float, img_per_s: float, wait_share: float, loading: LoaderStats
+    ) -> None:
+        """Show the newest figures; the ETA counts validation in, since it is taken from the whole run so far.
+
+        `queue` is how many decoded batches wait on average, `decode` the median and the 90th percentile of a batch.
+        """
         done = updates - self._first
         left_s = (time.perf_counter() - self._began) / max(1, done) * (self._total - updates)
-        status = f"loss {loss:.3f}  {img_per_s:,.0f} img/s  wait {wait_share:.0%}  ETA {duration(left_s)}"
+        data = f"wait {wait_share:.0%} queue {loading.queue_depth:.0f}"
+        data += f" decode {loading.decode_ms_p50:.0f}/{loading.decode_ms_p90:.0f} ms"
+        status = f"loss {loss:.3f} {img_per_s:,.0f} img/s {data} ETA {duration(left_s)}"
         self._progress.update(self._task, completed=updates, epoch=epoch, status=status)
 
 

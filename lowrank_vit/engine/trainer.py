@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lowrank_vit import config as configuration
@@ -135,11 +135,12 @@ class Trainer:
                 loss_sum += loss * (n - logged)
                 logged = n
                 img_per_s = n * batch_size / clock.train_s
+                loading = parts.train_loader.stats()
                 values = {"epoch": epoch, "loss": loss, "lr": lr, "img_per_s": img_per_s, "data_wait": clock.wait_share}
-                self.log.log("train", parts.step.num_updates, values)
+                self.log.log("train", parts.step.num_updates, {**values, **asdict(loading)})
                 self._log_spectra()
-                name = f"epoch {epoch + 1}/{parts.num_epochs}"
-                self.display.update(parts.step.num_updates, name, loss, img_per_s, clock.wait_share)
+                name, figures = f"{epoch + 1}/{parts.num_epochs}", (img_per_s, clock.wait_share, loading)
+                self.display.update(parts.step.num_updates, name, loss, *figures)
         img_per_s = steps * batch_size / clock.train_s
         return EpochStats(loss_sum / steps, lr, img_per_s, clock.wait_share, clock.train_s)
 
