@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from lowrank_vit.data.loader import LoaderStats
 
 T = TypeVar("T")
+_NARROW = 100
+"""Columns up to which the figures leave the bar only a stub."""
 
 
 class Clock:
@@ -54,11 +56,11 @@ class Display:
         self.console = Console(highlight=False, soft_wrap=True)
         self._progress = Progress(
             TextColumn("{task.fields[epoch]}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=None if self.console.width > _NARROW else 4),
             TextColumn("{task.fields[status]}"),
             console=self.console,
             disable=not self.console.is_terminal,
-            expand=True,
+            expand=self.console.width > _NARROW,
             transient=True,
         )
         self._total, self._first, self._began = total_updates, done_updates, time.perf_counter()
@@ -87,9 +89,13 @@ class Display:
         done = updates - self._first
         left_s = (time.perf_counter() - self._began) / max(1, done) * (self._total - updates)
         data = f"wait {wait_share:.0%} queue {loading.queue_depth:.0f}"
-        data += f" decode {loading.decode_ms_p50:.0f}/{loading.decode_ms_p90:.0f} ms"
+        data += f" decode {_short(loading.decode_ms_p50)}/{_short(loading.decode_ms_p90)} ms"
         status = f"loss {loss:.3f} {img_per_s:,.0f} img/s {data} ETA {duration(left_s)}"
         self._progress.update(self._task, completed=updates, epoch=epoch, status=status)
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,97 @@
+"""What the bench `loader` measures beside: each peer as its own documentation sets it up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def stock_ffcv(path: Path, *, batch_size: int, img_size: int, workers: int) -> Callable[[], None]:
+    """An epoch of FFCV's own loader and operations."""
+    from lowrank_vit.bench.ffcv_writer import import_ffcv
+
+    import_ffcv()  # without its warnings
+    import torch
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
+    torch_threads = torch.get_num_threads()
+    loader: Any = Loader(
+        str(path),
+        batch_size=batch_size,
+        num_workers=workers,
+        os_cache=True,
+        order=OrderOption.RANDOM,
+        drop_last=True,
+        pipelines={
+            "image": [RandomResizedCropRGBImageDecoder((img_size, img_size)), RandomHorizontalFlip(), ToTensor()],
+            "label": [IntDecoder(), ToTensor()],
+        },
+    )
+
+    def run() -> None:
+        for _ in loader:
+            pass
+        torch.set_num_threads(torch_threads)
+
+    return run
+
+
+def stock_dali(folder: Path, *, steps: int, batch_size: int, img_size: int, workers: int) -> Callable[[], None]:
+    """`steps` batches of a plain DALI pipeline on the CPU."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=batch_size, num_threads=workers, device_id=None, seed=0)
+    def graph() -> Any:
+        files, labels = fn.readers.file(file_root=str(folder), random_shuffle=True, name="reader")
+        images = fn.decoders.image_random_crop(
+            files,
+            device="cpu",
+            output_type=types.RGB,  # type: ignore[attr-defined]
+            random_area=[0.08, 1.0],
+            random_aspect_ratio=[3 / 4, 4 / 3],
+        )
+        images = fn.resize(images, size=[img_size, img_size])
+        return fn.flip(images, horizontal=fn.random.coin_flip()), labels
+
+    pipeline: Any = graph()
+    pipeline.build()
+
+    def run() -> None:
+        for _ in range(steps):
+            pipeline.run()
+
+    return run
+
+
+@contextmanager
+def timm_loader(folder: Path, *, batch_size: int, img_size: int, workers: int) -> Iterator[Callable[[], None]]:
+    """An epoch of timm's loader: uint8 batches as its processes collate them, before normalising."""
+    import torch
+    from timm.data import create_dataset, create_loader
+
+    dataset: Any = create_dataset("", root=str(folder), split="train", search_split=False, is_training=True)
+    prefetching: Any = create_loader(
+        dataset,
+        input_size=(3, img_size, img_size),
+        batch_size=batch_size,
+        is_training=True,
+        color_jitter=0.0,
+        interpolation="random",
+        num_workers=workers,
+        device=torch.device("cpu"),
+        pin_memory=False,
+    )
+    loader = prefetching.loader  # without the part that normalises
+
+    def run() -> None:
+        for _ in loader:
+            pass
+
+    try:
+        yield run
+    finally:
+        loader._iterator = None  # ends its persistent processes
