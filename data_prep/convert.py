@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import PIL
@@ -95,7 +95,8 @@ def convert_image_folder(
         raise UserError(
             f"--out {out} does not end in .beton. Give the file to write, for example --out {out / 'train.beton'}."
         )
-    return _convert_folders({out: src}, image, classes, part, workers, on_bad, progress)[0]
+    options: dict[str, Any] = {"image": image, "classes": classes, "part": part, "workers": workers}
+    return convert_folders({out: src}, **options, on_bad=on_bad, progress=progress)[0]
 
 
 def convert_splits(
@@ -120,7 +121,8 @@ def convert_splits(
             f"one folder of classes, the file to write: --out {out_dir / 'train.beton'}."
         )
     outs = {out_dir / f"{split}.beton": folder for split, folder in folders.items()}
-    return _convert_folders(outs, image, classes, part, workers, on_bad, progress)
+    options: dict[str, Any] = {"image": image, "classes": classes, "part": part, "workers": workers}
+    return convert_folders(outs, **options, on_bad=on_bad, progress=progress)
 
 
 def _check(image: ImageOptions, workers: int | None, part: tuple[int, int] | None) -> None:
@@ -136,16 +138,20 @@ def _check(image: ImageOptions, workers: int | None, part: tuple[int, int] | Non
         raise UserError(f"--shard is {part[0]}/{part[1]}, expected i/n with i from 1 to n.")
 
 
-def _convert_folders(
+def convert_folders(
     folders: dict[Path, Path],
-    image: ImageOptions,
-    classes: Path | None,
-    part: tuple[int, int] | None,
-    workers: int | None,
-    on_bad: Literal["error", "skip"],
-    progress: bool,
+    *,
+    image: ImageOptions = DEFAULT_IMAGE_OPTIONS,
+    classes: Path | None = None,
+    part: tuple[int, int] | None = None,
+    workers: int | None = None,
+    on_bad: Literal["error", "skip"] = "error",
+    progress: bool = False,
 ) -> list[Conversion]:
-    """Convert {out: folder}; everything that can be wrong with the folders is found before the first is begun."""
+    """Convert {out: folder}; everything that can be wrong with the folders is found before the first is begun.
+
+    See `convert_image_folder`. Raises `UserError`, also if the folders have different classes.
+    """
     _check(image, workers, part)
     sources = {out: image_folder(folder, classes) for out, folder in folders.items()}
     _check_same_classes(list(sources.values()))

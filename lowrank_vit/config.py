@@ -41,6 +41,8 @@ def parse(argv: list[str], prog: str = "python -m lowrank_vit.train") -> Config:
     """
     if "--help" in argv or "-h" in argv:
         print("--config FILE   flat YAML whose keys are the flags below; flags given beside it win\n", flush=True)
+    if argv and not argv[0].startswith("-"):  # timm's way: train.py DIR --model ...
+        argv = ["--data-dir", *argv]
     from_files, own = expand_config_files(argv, {name: hint for name, hint, _ in leaves()})
     config = tyro.cli(OmitArgPrefixes[Config], args=from_files + own, prog=prog, description=Config.__doc__)
     config = _fit_defaults(config, from_files, own)

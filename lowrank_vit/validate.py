@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import arg
@@ -16,6 +16,7 @@ from lowrank_vit.config import check_ranges
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.loader import OnBadSample
+from lowrank_vit.data.locate import DataOptions, locate, locate_validation
 from lowrank_vit.data.plan import EvalPlan
 from lowrank_vit.engine.checkpoint import load_weights, read_checkpoint
 from lowrank_vit.engine.evaluate import Evaluator, Scores
@@ -31,7 +32,9 @@ class Options:
     checkpoint: Path
     """A run's model_best.pth.tar or last.pth.tar."""
     data: Path | None = None
-    """A .beton file; default: val.beton of the checkpoint's --data-dir."""
+    """A .beton file, or a folder of images (also the first argument); default: what the checkpoint was validated on."""
+    beton_dir: Path | None = None
+    """Where images are converted to; default: DATA/.lowrank_vit."""
     use_ema: bool = False
     """Score the EMA weights."""
     model: str = ""
@@ -65,7 +68,7 @@ def validate(options: Options) -> Scores:
     model_name = options.model or checkpoint.arch
     if not model_name:
         raise UserError(f"{options.checkpoint} does not name its model. Give --model.")
-    path = options.data or Path(str(args.get("data-dir", "data"))) / "val.beton"
+    path = _find_data(options, args)
     beton = Beton(path)
     img_size = options.img_size or args.get("img-size")
     model = create_model(
@@ -92,9 +95,29 @@ def validate(options: Options) -> Scores:
         loader.close()
 
 
+def _find_data(options: Options, args: dict[str, Any]) -> Path:
+    """The `.beton` to score, converted now if need be."""
+    kept = {name: args.get(name.replace("_", "-")) for name in ("data_dir", "beton_dir", "val_split")}
+    beton_dir = options.beton_dir or kept["beton_dir"]
+    where = DataOptions(
+        dataset=str(args.get("dataset", "")),
+        data_dir=Path(kept["data_dir"]) if kept["data_dir"] else None,
+        beton_dir=Path(beton_dir) if beton_dir else None,
+        train_split=str(args.get("train-split", "train")),
+        val_split=str(kept["val_split"] or "validation"),
+        on_bad=options.on_bad_sample,
+    )
+    if options.data:
+        return locate_validation(options.data, replace(where, beton_dir=options.beton_dir))
+    return locate(where)[1]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, score, print."""
-    options = tyro.cli(Options, args=sys.argv[1:] if argv is None else argv, prog="python -m lowrank_vit.validate")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and not argv[0].startswith("-"):  # timm's way: validate.py DIR --checkpoint ...
+        argv = ["--data", *argv]
+    options = tyro.cli(Options, args=argv, prog="python -m lowrank_vit.validate")
     scores = validate(options)
     kind = "EMA weights" if options.use_ema else "weights"
     print(

@@ -72,7 +72,7 @@ def preview(config: Config) -> bytes:
     """The picture of a training configuration, a PNG. Raises `UserError` for a wrong policy or damaged data."""
     size, smoothing = config.data.img_size or IMG_SIZE, config.augment.smoothing
     rules = train_rules(config)
-    (heights, widths), read = _open_images(config.data.data_dir)
+    (heights, widths), read = _open_images(config.data.data_dir or Path("data"))
     count = min(SHOWN, config.data.batch_size, len(heights))
     plan = TrainPlan(heights, widths, rules, seed=config.run.seed, img_size=size, batch_size=count)
     batch = plan.batch(0, 0, plan.ids(0)[0])

@@ -1,4 +1,4 @@
-"""Find a run's `.beton` files, and make the embedded ones on first use."""
+"""Open a run's two sets and see that they fit each other."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from pathlib import Path
 from data_prep.errors import UserError
 from data_prep.parts import find_parts
 from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.locate import DataOptions, Say, locate
+from lowrank_vit.data.staging import stage
 
 
-def open_datasets(dataset: str, data_dir: Path, num_classes: int | None) -> tuple[Beton, Beton, int]:
-    """Open a folder with train.beton and val.beton, or their parts: training set, validation set, number of classes.
+def open_datasets(
+    options: DataOptions, num_classes: int | None, stage_dir: Path | None = None, say: Say = print
+) -> tuple[Beton, Beton, int]:
+    """Find or make the sets and open them: training set, validation set, number of classes.
 
-    `dataset` "digits" writes both files there first if neither exists. Raises `UserError` if a file is missing or
-    damaged, if the two sets disagree about their classes, or if `num_classes` is too small for the labels.
+    `stage_dir`: open copies there. Raises `UserError` if something is missing or damaged, if the two sets disagree
+    about their classes, or if `num_classes` is too small for the labels.
     """
-    paths = [data_dir / "train.beton", data_dir / "val.beton"]
-    if dataset == "digits" and not any(path.exists() for path in paths):  # never over a file of the user's
-        from data_prep.convert import convert_digits
-
-        convert_digits(data_dir)
+    paths = locate(options, say)
     for path in paths:
         if not path.exists() and not find_parts(path):
             raise UserError(
-                f"--data-dir {data_dir}: {path.name} is not there. Write it with `python -m data_prep imagefolder "
-                f"--src DIR --out {path}`, or train on the embedded digits with --dataset digits."
+                f"{path.parent}: {path.name} is not there. Write it with `python -m data_prep imagefolder "
+                f"--src DIR --out {path}`."
             )
+    if stage_dir is not None:
+        paths = stage(paths[0], stage_dir, say), stage(paths[1], stage_dir, say)
     train, val = (Beton(path) for path in paths)
     if train.classes and val.classes and train.classes != val.classes:
         both = next((pair for pair in zip(train.classes, val.classes, strict=False) if pair[0] != pair[1]), None)
@@ -37,7 +39,7 @@ def open_datasets(dataset: str, data_dir: Path, num_classes: int | None) -> tupl
     of_data = max(train.num_classes, val.num_classes)
     if num_classes is not None and num_classes < of_data:
         raise UserError(
-            f"--num-classes {num_classes} is too small: {data_dir} has {of_data} classes. "
+            f"--num-classes {num_classes} is too small: {paths[0].parent} has {of_data} classes. "
             f"Leave the flag out or give at least {of_data}."
         )
     return train, val, num_classes or of_data

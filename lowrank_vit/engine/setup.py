@@ -17,6 +17,7 @@ from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.datasets import open_datasets
 from lowrank_vit.data.loader import Loader
+from lowrank_vit.data.locate import DataOptions
 from lowrank_vit.data.plan import EvalPlan, TrainPlan
 from lowrank_vit.engine.checkpoint import Checkpoint, load_weights, read_checkpoint
 from lowrank_vit.engine.evaluate import Evaluator
@@ -56,7 +57,11 @@ def make_parts(config: Config, resumed: Checkpoint | None) -> Parts:
     device = pick_device(config.step.device)
     torch.manual_seed(config.run.seed)
     data, batch_size = config.data, config.data.batch_size
-    train_set, val_set, num_classes = open_datasets(data.dataset, data.data_dir, config.model.num_classes)
+    where = DataOptions(
+        *(data.dataset, data.data_dir, data.dataset_download, data.beton_dir, data.train_split, data.val_split),
+        on_bad=data.on_bad_sample,
+    )
+    train_set, val_set, num_classes = open_datasets(where, config.model.num_classes, data.stage_dir)
     model = _make_model(config, num_classes, resumed).to(device)
     spec = input_spec(model, data.img_size, data.crop_pct)
     plan = _make_train_plan(config, train_set, spec)

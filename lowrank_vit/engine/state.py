@@ -16,10 +16,10 @@ from lowrank_vit.options import Config
 
 MAY_CHANGE = set(
     """
-    dataset data-dir loader workers prefetch hw-decoder-load on-bad-sample validation-batch-size initial-checkpoint
-    epochs cooldown-epochs
-    device amp compile compile-mode spec-monitor spec-every spec-topk spec-interval spec-targets
-    output experiment resume log-interval val-interval log-wandb wandb-project
+    dataset dataset-download data-dir val-split beton-dir stage-dir loader workers prefetch hw-decoder-load
+    on-bad-sample validation-batch-size initial-checkpoint epochs cooldown-epochs device amp compile compile-mode
+    spec-monitor spec-every spec-topk spec-interval spec-targets output experiment resume log-interval val-interval
+    log-wandb wandb-project
     """.split()
 )
 """Options that a resumed run may be given anew: they do not change what an update does to the weights."""

@@ -29,7 +29,7 @@ def data(digits_dir, tmp_path):
 
 def test_wrong_paths(small, tmp_path):
     message = refused([*small(), "--dataset", "", "--data-dir", str(tmp_path / "no")])
-    assert "train.beton is not there" in message
+    assert "neither train.beton nor a folder of images" in message
     assert "python -m data_prep" in message
     assert "does not exist" in refused(small("--resume", str(tmp_path / "no.pth.tar")))
     assert "does not exist" in refused(small("--initial-checkpoint", str(tmp_path / "no.pth.tar")))

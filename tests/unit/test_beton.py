@@ -19,6 +19,7 @@ from data_prep.manifest import manifest_path, read_manifest, write_manifest
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.datasets import open_datasets
+from lowrank_vit.data.locate import DataOptions
 from lowrank_vit.data.plan import TrainPlan, TrainRules
 
 
@@ -48,33 +49,33 @@ def test_a_manifest_of_another_file_is_an_error(digits_dir, tmp_path):
 
 
 def test_datasets_must_agree(digits_dir, tmp_path):
-    with pytest.raises(UserError, match=r"train.beton is not there.*--dataset digits"):
-        open_datasets("", tmp_path, None)
+    with pytest.raises(UserError, match=r"neither train.beton nor a folder.*--dataset digits"):
+        open_datasets(DataOptions("", tmp_path), None)
     for name in ("train.beton", "val.beton", "train.beton.json", "val.beton.json"):
         shutil.copy(digits_dir / name, tmp_path)
-    assert open_datasets("", tmp_path, None)[2] == 10
-    assert open_datasets("", tmp_path, 12)[2] == 12
+    assert open_datasets(DataOptions("", tmp_path), None)[2] == 10
+    assert open_datasets(DataOptions("", tmp_path), 12)[2] == 12
     with pytest.raises(UserError, match=r"--num-classes 5 is too small: .* 10 classes"):
-        open_datasets("", tmp_path, 5)
+        open_datasets(DataOptions("", tmp_path), 5)
     path = tmp_path / "val.beton.json"
     manifest = read_manifest(tmp_path / "val.beton")
     write_manifest(path, replace(manifest, classes=tuple("drei" if c == "3" else c for c in manifest.classes)))
     with pytest.raises(UserError, match=r"different classes \(3 against drei\)"):
-        open_datasets("", tmp_path, None)
+        open_datasets(DataOptions("", tmp_path), None)
 
 
 def test_digits_are_never_written_over_a_file_of_the_users(digits_dir, tmp_path):
     shutil.copy(digits_dir / "val.beton", tmp_path / "train.beton")
     before = (tmp_path / "train.beton").read_bytes()
     with pytest.raises(UserError, match=r"val.beton is not there"):
-        open_datasets("digits", tmp_path, None)
+        open_datasets(DataOptions("digits", tmp_path), None)
     assert (tmp_path / "train.beton").read_bytes() == before
 
 
 def test_digits_are_written_on_first_use_only(tmp_path):
-    open_datasets("digits", tmp_path, None)
+    open_datasets(DataOptions("digits", tmp_path), None)
     written = (tmp_path / "train.beton").stat().st_mtime_ns
-    open_datasets("digits", tmp_path, None)
+    open_datasets(DataOptions("digits", tmp_path), None)
     assert (tmp_path / "train.beton").stat().st_mtime_ns == written
 
 
