@@ -12,7 +12,8 @@ from lowrank_vit.augment import ops_cpu
 from lowrank_vit.augment.mix import mix_to_tensor
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.data.plan import BatchPlan
-from lowrank_vit.data.plan_ops import BICUBIC, NAMES, Policy, argument
+from lowrank_vit.data.plan_levels import argument_of
+from lowrank_vit.data.plan_ops import BICUBIC, NAMES, Policy
 
 LEVELS = (0, 2, 4, 6, 8, 10)
 """Of the grid's columns, on timm's scale."""
@@ -25,10 +26,12 @@ def by_level(image_HWC: np.ndarray, policy: Policy, fill: np.ndarray) -> dict[st
     uint8 (3,).
     """
     names = dict.fromkeys(op.name for row in policy.rows for op in row)
-    shape, one = (len(LEVELS), 1), np.ones(len(LEVELS))
+    shape = (len(LEVELS), 1)
     grid = {}
     for name in names:
-        args = argument(name, np.array(LEVELS, np.float64), one, one / 2, policy.translate * image_HWC.shape[1])
+        _, formula, factor = NAMES[name]
+        translate = policy.translate * image_HWC.shape[1]
+        args = np.array([argument_of(formula, factor, float(level), 1.0, 0.5, translate) for level in LEVELS])
         images = np.repeat(image_HWC[None], len(LEVELS), axis=0)
         kinds, kernels = np.full(shape, NAMES[name][0], np.int8), np.full(shape, BICUBIC, np.int8)
         ops_cpu.apply_ops(images, kinds, args.reshape(shape), kernels, fill)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 
 import numpy as np
 from numba import njit
 
 from lowrank_vit.data.philox import philox, to_unit
-
-LEVELS = 10.0
-"""Greatest level of timm's scale, unless `mmax` says otherwise."""
+from lowrank_vit.data.plan_levels import LEVELS, Formula, argument_of
 
 
 class Kind(IntEnum):
@@ -52,27 +51,27 @@ class Kind(IntEnum):
 GEOMETRIC = (Kind.ROTATE, Kind.SHEAR_X, Kind.SHEAR_Y, Kind.TRANSLATE_X, Kind.TRANSLATE_Y)
 NEAREST, BILINEAR, BICUBIC = 0, 1, 2
 
-# timm's name -> (kind, how its argument follows from the level 0..10)
-NAMES: dict[str, tuple[Kind, str]] = {
-    "AutoContrast": (Kind.AUTOCONTRAST, "none"),
-    "Equalize": (Kind.EQUALIZE, "none"),
-    "Invert": (Kind.INVERT, "none"),
-    "Rotate": (Kind.ROTATE, "signed 30"),
-    "Posterize": (Kind.POSTERIZE, "posterize"),
-    "PosterizeIncreasing": (Kind.POSTERIZE, "posterize increasing"),
-    "PosterizeOriginal": (Kind.POSTERIZE, "posterize original"),
-    "Solarize": (Kind.SOLARIZE, "solarize"),
-    "SolarizeIncreasing": (Kind.SOLARIZE, "solarize increasing"),
-    "SolarizeAdd": (Kind.SOLARIZE_ADD, "solarize add"),
-    "ShearX": (Kind.SHEAR_X, "signed 0.3"),
-    "ShearY": (Kind.SHEAR_Y, "signed 0.3"),
-    "TranslateXRel": (Kind.TRANSLATE_X, "translate"),
-    "TranslateYRel": (Kind.TRANSLATE_Y, "translate"),
-    "Desaturate": (Kind.COLOR, "desaturate"),
-    "GaussianBlur": (Kind.BLUR, "blur"),
-    "GaussianBlurRand": (Kind.BLUR, "blur random"),
+# timm's name -> (kind, how its argument follows from the level 0..10, the formula's factor)
+NAMES: dict[str, tuple[Kind, Formula, float]] = {
+    "AutoContrast": (Kind.AUTOCONTRAST, Formula.NONE, 0),
+    "Equalize": (Kind.EQUALIZE, Formula.NONE, 0),
+    "Invert": (Kind.INVERT, Formula.NONE, 0),
+    "Rotate": (Kind.ROTATE, Formula.SIGNED, 30),
+    "Posterize": (Kind.POSTERIZE, Formula.POSTERIZE, 0),
+    "PosterizeIncreasing": (Kind.POSTERIZE, Formula.POSTERIZE_INCREASING, 0),
+    "PosterizeOriginal": (Kind.POSTERIZE, Formula.POSTERIZE_ORIGINAL, 0),
+    "Solarize": (Kind.SOLARIZE, Formula.SOLARIZE, 0),
+    "SolarizeIncreasing": (Kind.SOLARIZE, Formula.SOLARIZE_INCREASING, 0),
+    "SolarizeAdd": (Kind.SOLARIZE_ADD, Formula.SOLARIZE_ADD, 0),
+    "ShearX": (Kind.SHEAR_X, Formula.SIGNED, 0.3),
+    "ShearY": (Kind.SHEAR_Y, Formula.SIGNED, 0.3),
+    "TranslateXRel": (Kind.TRANSLATE_X, Formula.TRANSLATE, 0),
+    "TranslateYRel": (Kind.TRANSLATE_Y, Formula.TRANSLATE, 0),
+    "Desaturate": (Kind.COLOR, Formula.DESATURATE, 0),
+    "GaussianBlur": (Kind.BLUR, Formula.BLUR, 0),
+    "GaussianBlurRand": (Kind.BLUR, Formula.BLUR_RANDOM, 0),
     **{
-        f"{name}{suffix}": (kind, f"enhance{' increasing' * bool(suffix)}")
+        f"{name}{suffix}": (kind, Formula.ENHANCE_INCREASING if suffix else Formula.ENHANCE, 0)
         for name, kind in (
             ("Color", Kind.COLOR),
             ("Contrast", Kind.CONTRAST),
@@ -134,21 +133,45 @@ def draw_ops(
     uniforms = uniform_table(key, epoch, ids, stream, 2 * L).reshape(B, L, 8)
     rows = _pick_rows(policy, uniforms[:, :, 0])
     column = np.zeros(L, np.int64) if policy.picks_each_layer else np.arange(L)
-    specs = [op for row in policy.rows for op in row]
-    width = len(policy.rows[0])
-    chosen = rows * width + column  # (B, L), index into specs
-    probs = np.array([op.prob for op in specs])[chosen]
-    base = np.array([op.level for op in specs])[chosen]
-    applied = uniforms[:, :, 1] < probs
-    levels = np.clip(_levels(policy.level_std, base, uniforms), 0.0, policy.level_max)
-    signs = np.where(uniforms[:, :, 4] < 0.5, -1.0, 1.0)
-    kinds, args = np.zeros((B, L), np.int8), np.zeros((B, L))
-    for name in {op.name for op in specs}:
-        mask = applied & np.array([op.name == name for op in specs])[chosen]
-        kinds[mask] = NAMES[name][0]
-        args[mask] = argument(name, levels[mask], signs[mask], uniforms[:, :, 5][mask], policy.translate * img_size)
+    chosen = rows * len(policy.rows[0]) + column  # (B, L), index into the tables
+    probs, levels, kinds_of, formulas, factors = _tables(policy)
+    spread = policy.level_std, policy.level_max
+    translate = policy.translate * img_size
+    kinds, args = _draw(uniforms, chosen, probs, levels, kinds_of, formulas, factors, *spread, translate)
     drawn = np.where(uniforms[:, :, 6] < 0.5, BILINEAR, BICUBIC)
     return ImageOps(kinds, args, (drawn if kernel is None else np.full((B, L), kernel)).astype(np.int8))
+
+
+@cache
+def _tables(policy: Policy) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of all operations, row by row: probability, level, kind, formula and factor."""
+    specs = [op for row in policy.rows for op in row]
+    kinds, formulas, factors = zip(*(NAMES[op.name] for op in specs), strict=True)
+    codes = np.array(kinds, np.int8), np.array(formulas, np.int8), np.array(factors, np.float64)
+    return np.array([op.prob for op in specs]), np.array([op.level for op in specs], np.float64), *codes
+
+
+@njit(cache=True)
+def _draw(uniforms, chosen, probs, levels, kinds_of, formulas, factors, std, level_max, translate):
+    """int8 and float64 (B, L): kind and argument of each operation, from its eight uniforms."""
+    B, L = chosen.shape
+    kinds, args = np.zeros((B, L), np.int8), np.zeros((B, L))
+    for n in range(B):
+        for layer in range(L):
+            u, op = uniforms[n, layer], chosen[n, layer]
+            if u[1] >= probs[op]:
+                continue
+            level = levels[op]
+            if math.isinf(std):
+                level *= u[2]
+            elif std > 0:
+                radius = math.sqrt(-2.0 * math.log(u[2]))  # Box and Muller, 1958
+                level += std * radius * math.cos(2.0 * math.pi * u[3])
+            level = min(max(level, 0.0), level_max)
+            sign = -1.0 if u[4] < 0.5 else 1.0
+            kinds[n, layer] = kinds_of[op]
+            args[n, layer] = argument_of(formulas[op], factors[op], level, sign, u[5], translate)
+    return kinds, args
 
 
 def draw_jitter(strengths: tuple[float, ...], key: np.uint64, epoch: int, ids: np.ndarray, stream: int) -> ImageOps:
@@ -186,55 +209,6 @@ def _pick_rows(policy: Policy, uniforms_BL: np.ndarray) -> np.ndarray:
         rows[:, layer] = (uniforms_BL[:, layer : layer + 1] * cumulative[:, -1:] >= cumulative).sum(axis=1)
         np.put_along_axis(left, rows[:, layer : layer + 1], 0.0, axis=1)
     return rows
-
-
-def _levels(std: float, base: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-    if std == 0.0:
-        return base
-    if math.isinf(std):
-        return base * uniforms[:, :, 2]
-    radius = np.sqrt(-2.0 * np.log(uniforms[:, :, 2]))  # Box and Muller, 1958
-    return base + std * radius * np.cos(2.0 * np.pi * uniforms[:, :, 3])
-
-
-def argument(name: str, level: np.ndarray, sign: np.ndarray, u: np.ndarray, translate: float) -> np.ndarray:
-    """float64, as `level`: an operation's argument at levels of 0-10, as timm's `*_level_to_arg` has it.
-
-    `name`: a key of `NAMES`; `sign`: +-1, for operations with a direction; `u`: uniform in (0, 1), for those that draw
-    more; `translate`: pixels that level 10 translates by.
-    """
-    x = level / LEVELS
-    # `int()` there cuts off, and so does `np.trunc`.
-    match NAMES[name][1].split():
-        case ["none"]:
-            return np.zeros_like(x)
-        case ["signed", scale]:
-            return sign * x * float(scale)
-        case ["translate"]:
-            return sign * x * translate
-        case ["posterize"]:
-            return np.trunc(x * 4)
-        case ["posterize", "increasing"]:
-            return 4 - np.trunc(x * 4)
-        case ["posterize", "original"]:
-            return 4 + np.trunc(x * 4)
-        case ["solarize"]:
-            return np.minimum(256, np.trunc(x * 256))
-        case ["solarize", "increasing"]:
-            return 256 - np.minimum(256, np.trunc(x * 256))
-        case ["solarize", "add"]:
-            return np.minimum(128, np.trunc(x * 110))
-        case ["enhance"]:
-            return x * 1.8 + 0.1
-        case ["enhance", "increasing"]:
-            return np.maximum(0.1, 1.0 + sign * x * 0.9)
-        case ["desaturate"]:
-            return np.clip(1.0 - np.clip(0.5 + 0.5 * x, 0.5, 1.0), 0.0, 1.0)
-        case ["blur"]:
-            return np.clip(0.1 + 1.9 * x, 0.1, 2.0)
-        case ["blur", "random"]:
-            return 0.1 + (2.0 * np.clip(x, 0.0, 1.0) - 0.1) * u
-    raise AssertionError(name)
 
 
 @njit(cache=True)

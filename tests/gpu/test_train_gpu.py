@@ -55,7 +55,7 @@ def test_a_warm_step_never_waits_and_never_recompiles(argv, loader, compiled):
     trainer.run_dir.close()
 
 
-@pytest.mark.parametrize("loader", ["resident", "ffcv", "dali"])
+@pytest.mark.parametrize("loader", ["resident", "ffcv"])
 def test_images_are_the_cpus(digits_dir, loader):
     beton = Beton(digits_dir / "train.beton")
     plan = TrainPlan(beton.heights, beton.widths, TrainRules(), seed=5, img_size=32, batch_size=64)
@@ -65,22 +65,6 @@ def test_images_are_the_cpus(digits_dir, loader):
         assert a.images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(a.targets.cpu(), b.targets)
         assert (a.images.cpu().int() - b.images.int()).abs().max() <= 1  # float32 sums in another order
-
-
-def test_batches_survive_a_trainer_that_runs_ahead(digits_dir):
-    """FFCV re-uses its host buffers; with the GPU far behind the host, no batch may be overwritten before its copy."""
-    beton = Beton(digits_dir / "train.beton")
-    plan = TrainPlan(beton.heights, beton.widths, TrainRules(), seed=5, img_size=64, batch_size=64)
-    busy = torch.randn(4096, 4096, device="cuda")
-    loader, _ = open_loader(beton, plan, torch.device("cuda"), LoaderOptions("ffcv", 2))
-    kept = []
-    for batch in loader.batches(0):
-        for _ in range(50):
-            busy = busy @ busy / 64  # keeps the training stream many milliseconds behind
-        kept.append(batch.images.clone())
-    expected, _ = open_loader(beton, plan, torch.device("cpu"), LoaderOptions("ffcv", 2))
-    for images, batch in zip(kept, expected.batches(0), strict=True):
-        assert torch.equal(images.cpu(), batch.images)
 
 
 def test_losses_are_the_cpus(argv):

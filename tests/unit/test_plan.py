@@ -161,6 +161,29 @@ def test_windows_have_torchvisions_distribution(height, width):
         assert float(stats.ks_2samp(measure(ours), measure(theirs))[1]) > 1e-4  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333)])
+def test_areas_and_aspect_ratios_are_torchvisions_by_chi_square(height, width):
+    """Counts in a common grid of areas and of aspect ratios, and of both together."""
+    count, bins = 20_000, 12
+    plan = TrainPlan(np.full(count, height), np.full(count, width), TrainRules(), seed=4, img_size=32, batch_size=4)
+    torch.manual_seed(1)
+    image = torch.empty(3, height, width)
+    draws = [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
+    ours, theirs = plan.windows(0, np.arange(count)).astype(float), np.array(draws, dtype=float)
+    (area, aspect), (their_area, their_aspect) = ((w[:, 2] * w[:, 3], w[:, 3] / w[:, 2]) for w in (ours, theirs))
+    edges = [np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1]) for values in (their_area, their_aspect)]
+    cells = [np.searchsorted(edges[0], area), np.searchsorted(edges[1], aspect)]
+    their_cells = [np.searchsorted(edges[0], their_area), np.searchsorted(edges[1], their_aspect)]
+    for one, other, size in (
+        (cells[0], their_cells[0], bins),
+        (cells[1], their_cells[1], bins),
+        (cells[0] * bins + cells[1], their_cells[0] * bins + their_cells[1], bins * bins),
+    ):
+        table = np.stack([np.bincount(one, minlength=size), np.bincount(other, minlength=size)])
+        table = table[:, table.sum(0) >= 10]
+        assert stats.chi2_contingency(table)[1] > 1e-4  # type: ignore[operator]
+
+
 def test_extreme_images_fall_back_to_a_centre_crop():
     plan = TrainPlan(np.array([10, 1000]), np.array([1000, 10]), TrainRules(), seed=1, img_size=32, batch_size=1)
     wide, tall = plan.windows(0, np.array([0, 1]))

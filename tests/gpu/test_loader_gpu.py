@@ -1,0 +1,125 @@
+"""The loaders on a GPU: Pillow's pixels, no batch overwritten, no host wait, nothing left behind.
+
+Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.choose import LoaderOptions, choose_backend, open_loader
+from lowrank_vit.data.pil_decode import crop_and_resize, decode
+from lowrank_vit.data.plan import EvalPlan, TrainPlan, TrainRules
+from tests.photos import psnr, write_sets
+
+pytestmark = pytest.mark.gpu
+BACKENDS = ["ffcv", "dali", "resident"]
+FLOOR = {"ffcv": (44.0, 41.5), "dali": (38.0, 32.0), "resident": (54.0, 48.0)}
+"""Mean and worst PSNR against Pillow, decibels; dali's is what its JPEG engine is to reach at least."""
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    return write_sets(tmp_path_factory.mktemp("photos"))
+
+
+def train_plan(beton: Beton, batch_size: int = 4, img_size: int = 64) -> TrainPlan:
+    rules = TrainRules(scale=(0.3, 1.0))
+    return TrainPlan(beton.heights, beton.widths, rules, seed=5, img_size=img_size, batch_size=batch_size)
+
+
+def open_on(device: str, backend: str, beton: Beton, plan, **more):
+    return open_loader(beton, plan, torch.device(device), LoaderOptions(backend, 2), **more)[0]
+
+
+@pytest.mark.parametrize("use", ["training", "evaluation"])
+@pytest.mark.parametrize("stored", ["jpeg", "raw", "mixed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pixels_are_pillows(sets, backend, stored, use):
+    beton = Beton(sets[stored])
+    plan = train_plan(beton)
+    if use == "evaluation":
+        plan = EvalPlan(beton.heights, beton.widths, img_size=64, crop_pct=0.9, batch_size=7)
+    loader, found = open_on("cuda", backend, beton, plan), []
+    for batch in loader.batches(2):
+        assert batch.images.is_cuda
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert np.array_equal(batch.targets.cpu().numpy(), beton.labels[batch.plan.ids])
+        for n, sample_id in enumerate(batch.plan.ids):
+            expected = crop_and_resize(decode(beton, sample_id), batch.plan, n, 64)
+            found.append(psnr(batch.images[n].permute(1, 2, 0).cpu().numpy(), expected))
+    loader.close()
+    assert len(found) == beton.num_samples
+    assert np.mean(found) > FLOOR[backend][0]
+    assert min(found) > FLOOR[backend][1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_survive_a_trainer_that_runs_ahead(sets, backend):
+    """With the GPU far behind the host, no batch may be overwritten or freed before it was read."""
+    beton = Beton(sets["jpeg"])
+    plan = train_plan(beton, 2)
+    busy = torch.randn(4096, 4096, device="cuda")
+    kept = []
+    for batch in open_on("cuda", backend, beton, plan).batches(0):
+        for _ in range(50):
+            busy = busy @ busy / 64  # keeps the training stream many milliseconds behind
+        kept.append(batch.images.clone())
+    expected = open_on("cuda", backend, beton, plan).batches(0)
+    for images, batch in zip(kept, expected, strict=True):
+        torch.cuda.synchronize()
+        assert torch.equal(images, batch.images)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_warm_loader_never_waits(sets, backend):
+    beton = Beton(sets["jpeg"])
+    loader = open_on("cuda", backend, beton, train_plan(beton, 2), prepare=lambda images, plan: images.float())
+    for _ in loader.batches(0):
+        pass
+    batches = loader.batches(1)
+    for _ in islice(batches, 4):
+        pass
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        assert sum(1 for _ in islice(batches, 6)) == 6
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    loader.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_epochs_left_early_leave_threads_and_memory(sets, backend):
+    beton = Beton(sets["jpeg"])
+    loader = open_on("cuda", backend, beton, train_plan(beton, 2))
+
+    def leave(epochs: range) -> None:
+        for epoch in epochs:
+            for _ in islice(loader.batches(epoch), epoch % 5):
+                pass
+
+    leave(range(10))
+    torch.cuda.synchronize()
+    threads, memory = threading.active_count(), torch.cuda.memory_allocated()
+    leave(range(10, 60))
+    torch.cuda.synchronize()
+    loader._end()
+    assert threading.active_count() <= threads
+    assert torch.cuda.memory_allocated() - memory < 2**24
+    loader.close()
+
+
+def test_auto_takes_the_gpu(sets, monkeypatch):
+    beton = Beton(sets["jpeg"])
+    plan, options = train_plan(beton), LoaderOptions(workers=2)
+    assert choose_backend(beton, plan, torch.device("cuda"), options)[0] == "resident"
+    monkeypatch.setattr("lowrank_vit.data.choose.memory_bytes", lambda device: 1000)
+    assert choose_backend(beton, plan, torch.device("cuda"), options)[0] == "dali"
