@@ -64,7 +64,7 @@ class DaliBackend:
             has_jpeg=bool((beton.modes != MODE_RAW).any()),
             has_raw=bool((beton.modes == MODE_RAW).any()),
             is_evaluation=isinstance(plan, EvalPlan),
-            device_id=None if device.type == "cpu" else device.index or 0,
+            device_id=None if device.type == "cpu" else torch.empty(0, device=device).device.index,
             resize=device.type != "cpu",
             num_threads=workers,
             prefetch=prefetch,

@@ -200,8 +200,10 @@ class _OwnStream:
                 training.wait_event(made)
                 for tensor in (batch.images, batch.targets):
                     tensor.record_stream(training)
-                yield batch
-                self._keep_until_read((decoded, batch), training)
+                try:
+                    yield batch
+                finally:  # also where the epoch is left here
+                    self._keep_until_read((decoded, batch), training)
         finally:
             _close(batches)
 

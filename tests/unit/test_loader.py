@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -180,3 +181,90 @@ def test_figures_tell_of_what_was_decoded(sets, backend):
     assert 0 < stats.decode_ms_p50 <= stats.decode_ms_p90
     assert 0 <= stats.queue_depth <= 2
     assert loader.stats().queue_depth == 0  # nothing was asked for since
+
+
+class FakeCuda:
+    """Stands in for CUDA's streams and events, and notes what is asked of them in order."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.log: list[str] = []
+        self.reading = True
+        fake = self
+
+        class Stream:
+            def __init__(self, device=None) -> None:
+                self.name = "training" if device is None else "loader"
+
+            def wait_event(self, event) -> None:
+                fake.log.append(f"{self.name} waits for {event.name}")
+
+            def synchronize(self) -> None:
+                fake.log.append("host waits")
+
+        class Event(Stream):
+            def record(self, stream) -> None:
+                self.name = f"event {sum('record' in line for line in fake.log)}"
+                fake.log.append(f"record {self.name} on {stream.name}")
+
+            def query(self) -> bool:
+                return not fake.reading
+
+        training = Stream()
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: training)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+
+
+def in_use(loader: Loader):
+    return loader._hand_over._in_use  # type: ignore[union-attr]
+
+
+def test_on_a_gpu_the_next_batch_is_made_before_one_is_handed_over(sets, monkeypatch):
+    cuda, beton = FakeCuda(monkeypatch), Beton(sets["jpeg"])
+    plan = train_plan(beton)
+    backend = open_one("resident", beton, plan)._backend
+
+    def prepare(images, plan):
+        cuda.log.append(f"prepare {plan.step}")
+        return images
+
+    loader = Loader(backend, beton, plan, torch.device("cuda"), prepare=prepare)
+    batches = loader.batches(0)
+    assert next(batches).plan.step == 0
+    assert cuda.log == [
+        *("prepare 0", "record event 0 on loader", "prepare 1", "record event 1 on loader"),
+        "training waits for event 0",
+    ]
+    assert loader.state_dict()["step"] == 1  # the batch that waits does not count
+    cuda.log.clear()
+    assert next(batches).plan.step == 1
+    assert cuda.log[0] == "record event 0 on training"  # from here on batch 0 was read
+    assert cuda.log[1] == "prepare 2"
+    assert [batch.plan.step for batch in batches] == [2, 3, 4, 5]
+    assert "host waits" not in cuda.log
+    assert len(in_use(loader)) == 6  # none was read yet, so none may be freed
+    cuda.reading = False
+    more = loader.batches(1)
+    next(more)
+    next(more)
+    assert len(in_use(loader)) == 0
+    cuda.reading = True
+    loader._end()  # while the step on the batch handed out last is still to be done
+    assert len(in_use(loader)) == 1
+
+
+def test_decoded_images_are_kept_until_the_step_has_read_them(sets, monkeypatch):
+    """DALI's memory goes back to DALI with the last reference to it, whatever the GPU still reads."""
+    cuda, beton = FakeCuda(monkeypatch), Beton(sets["jpeg"])
+    plan = train_plan(beton)
+    backend = open_one("resident", beton, plan)._backend
+    loader = Loader(backend, beton, plan, torch.device("cuda"), prepare=lambda images, plan: images.float())
+    batches = loader.batches(0)
+    next(batches)
+    next(batches)
+    ((_, (decoded, prepared)),) = in_use(loader)
+    assert decoded.images.dtype == torch.uint8
+    assert prepared.images.dtype == torch.float32
+    assert cuda.reading
