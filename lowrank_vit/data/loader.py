@@ -58,7 +58,7 @@ class Loader:
         self._bad: set[int] = set()
         self._depths: list[int] = []
         self._running: Iterator[Batch] | None = None
-        self._epoch, self._step = 0, 0
+        self._epoch, self._step, self._is_loaded = 0, 0, False
 
     @property
     def num_bad(self) -> int:
@@ -66,14 +66,17 @@ class Loader:
         return len(self._bad)
 
     def batches(self, epoch: int, first_step: int | None = None) -> Iterator[Batch]:
-        """Yield the batches of an epoch (0-based) from `first_step` on, by default from the loaded position.
+        """Yield the batches of an epoch (0-based) from `first_step` on.
+
+        Without it from the beginning, or, in the first call after `load_state_dict`, from the loaded position.
 
         Only one epoch runs at a time: a second call, like `close`, ends the first. Raises `BetonError` naming file,
         sample and source for a damaged sample (unless those are skipped) and for a file that changed meanwhile.
         """
         self._end()
         if first_step is None:
-            first_step = self._step if epoch == self._epoch else 0
+            first_step = self._step if self._is_loaded and epoch == self._epoch else 0
+        self._is_loaded = False
         self._epoch, self._step = epoch, first_step
         self._running = self._hand_over.run(self._decoded(epoch, first_step), self._prepare)
         return self._counted(self._running)
@@ -144,7 +147,7 @@ class Loader:
                     f"{state.get(name)}, now it is {value}. Resume with the same data, seed and global batch."
                 )
         self._end()
-        self._epoch, self._step = state["epoch"], state["step"]
+        self._epoch, self._step, self._is_loaded = state["epoch"], state["step"], True
 
     def _stream_id(self) -> dict[str, int]:
         plan = self.plan

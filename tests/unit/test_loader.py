@@ -107,6 +107,18 @@ def first_epoch(backend, beton, plan):
     return open_one(backend, beton, plan).batches(EPOCH + 1)
 
 
+def test_an_epoch_begins_anew_unless_a_position_was_loaded(sets):
+    beton = Beton(sets["jpeg"])
+    loader = open_one("resident", beton, train_plan(beton))
+    for _ in range(3):
+        batches = loader.batches(EPOCH)
+        assert next(batches).plan.step == 0
+        next(batches)
+    loader.load_state_dict(loader.state_dict())
+    assert next(loader.batches(EPOCH)).plan.step == 2
+    assert next(loader.batches(EPOCH)).plan.step == 0
+
+
 def test_a_run_may_go_on_with_another_number_of_ranks_and_another_backend(sets):
     beton = Beton(sets["jpeg"])
     one = open_one("ffcv", beton, train_plan(beton, 4))
