@@ -10,6 +10,7 @@ from data_prep.errors import UserError, exit_cleanly
 COMMANDS = {
     "train": ("lowrank_vit.train", "train a ViT from .beton files and watch its spectra"),
     "validate": ("lowrank_vit.validate", "score a checkpoint on a validation set"),
+    "inference": ("lowrank_vit.inference", "what a checkpoint says of some images"),
     "analyze-spectrum": ("lowrank_vit.analyze_spectrum", "singular values of a checkpoint's weights"),
     "report": ("lowrank_vit.report.__main__", "a run directory as one HTML page and PNGs"),
     "augment": ("lowrank_vit.augment.__main__", "draw what the training flags do to images"),

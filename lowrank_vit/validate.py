@@ -11,16 +11,14 @@ import tyro
 from tyro.conf import arg
 
 from data_prep.errors import UserError, exit_cleanly
-from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.config import check_ranges
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.loader import OnBadSample
 from lowrank_vit.data.locate import DataOptions, locate, locate_validation
 from lowrank_vit.data.plan import EvalPlan
-from lowrank_vit.engine.checkpoint import load_weights, read_checkpoint
 from lowrank_vit.engine.evaluate import Evaluator, Scores
-from lowrank_vit.engine.model import create_model, input_spec
+from lowrank_vit.engine.scoring import Scorer, load_scorer
 from lowrank_vit.engine.setup import pick_device
 from lowrank_vit.options import POSITIVE, Range
 
@@ -62,37 +60,35 @@ class Options:
 def validate(options: Options) -> Scores:
     """Load the checkpoint and score it on every sample exactly once. Raises `UserError`."""
     check_ranges(options)
-    checkpoint = read_checkpoint(options.checkpoint)
-    weights = checkpoint.weights(options.use_ema)
-    args = checkpoint.args
-    model_name = options.model or checkpoint.arch
-    if not model_name:
-        raise UserError(f"{options.checkpoint} does not name its model. Give --model.")
-    path = _find_data(options, args)
-    beton = Beton(path)
-    img_size = options.img_size or args.get("img-size")
-    model = create_model(
-        model_name,
-        int(checkpoint.content.get("num_classes") or beton.num_classes),
-        img_size=img_size,
-        model_kwargs=options.model_kwargs or tuple(args.get("model-kwargs", ())),
-    )
-    load_weights(model, checkpoint, weights, model_name)
     device = pick_device(options.device)
-    spec = input_spec(model, img_size, options.crop_pct or args.get("crop-pct"))
-    num_classes = int(checkpoint.content.get("num_classes") or beton.num_classes)
-    if beton.num_classes > num_classes:
-        raise UserError(f"{path} has {beton.num_classes} classes, the model only {num_classes}. Give its own data.")
-    augment = Augment(spec.mean, spec.std, num_classes, smoothing=0.0).to(device)
+    own = {name: getattr(options, name) for name in ("use_ema", "model", "model_kwargs", "img_size", "crop_pct")}
+    scorer = load_scorer(options.checkpoint, device, **own)
+    path = _find_data(options, scorer.checkpoint.args)
+    beton, spec = Beton(path), scorer.spec
+    _check_classes(scorer, beton, path)
     batch_size = min(options.batch_size, beton.num_samples)
     plan = EvalPlan(beton.heights, beton.widths, img_size=spec.img_size, crop_pct=spec.crop_pct, batch_size=batch_size)
     decoding = LoaderOptions(options.loader, options.workers, on_bad_sample=options.on_bad_sample)
     loader, line = open_loader(beton, plan, device, decoding)
     print(line)
     try:
-        return Evaluator(model.to(device), augment, amp=options.amp, compile=False)(loader, batch_size)
+        return Evaluator(scorer.model, scorer.augment, amp=options.amp, compile=False)(loader, batch_size)
     finally:
         loader.close()
+
+
+def _check_classes(scorer: Scorer, beton: Beton, path: Path) -> None:
+    """Raise `UserError` if the labels of the set cannot be those that the model was trained on."""
+    if beton.num_classes > scorer.num_classes:
+        raise UserError(
+            f"{path} has {beton.num_classes} classes, the model only {scorer.num_classes}. Give its own data."
+        )
+    trained = scorer.checkpoint.content.get("class_names")
+    if trained and beton.classes and list(trained) != beton.classes:
+        one = next((f"{a} against {b}" for a, b in zip(trained, beton.classes, strict=False) if a != b), "fewer")
+        raise UserError(
+            f"{path} has other classes than the model was trained on ({one}), so its labels do not mean the same."
+        )
 
 
 def _find_data(options: Options, args: dict[str, Any]) -> Path:

@@ -34,6 +34,8 @@ class Parts:
 
     device: torch.device
     num_classes: int
+    class_names: list[str] | None
+    """In label order, where the data tell."""
     spec: InputSpec
     model: nn.Module
     """Raw, not compiled."""
@@ -85,6 +87,7 @@ def make_parts(config: Config, resumed: Checkpoint | None) -> Parts:
     return Parts(
         device=device,
         num_classes=num_classes,
+        class_names=train_set.classes,
         spec=spec,
         model=model,
         ema=ema,

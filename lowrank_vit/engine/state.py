@@ -47,6 +47,7 @@ def capture(config: Config, parts: Parts, progress: Progress) -> dict[str, Any]:
         "best_epoch": progress.best_epoch,
         "num_updates": parts.step.num_updates,
         "num_classes": parts.num_classes,
+        "class_names": parts.class_names,
         "input": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(parts.spec).items()},
         "rng": {"cpu": torch.get_rng_state()},
         "args": {name: _plain(value) for name, _, value in leaves(config)},

@@ -1,0 +1,109 @@
+"""Predictions for images on disk: those of validation, with class names; what is no image is skipped and said."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_prep.errors import UserError
+from lowrank_vit import inference, train, validate
+from tests.integration.test_data_given_directly import TINY
+from tests.photos import write_folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """A folder of images, and the checkpoint of a tiny model that was trained on them."""
+    root = tmp_path_factory.mktemp("inference")
+    write_folder(root / "images" / "train")
+    shutil.copytree(root / "images" / "train", root / "images" / "val")
+    train.main(["--data-dir", str(root / "images"), *TINY, "--output", str(root / "output")])
+    return root / "images" / "val", next((root / "output").glob("vit*/last.pth.tar"))
+
+
+def test_predictions_are_those_of_validation(trained, tmp_path, capsys):
+    folder, checkpoint = trained
+    inference.main(
+        [str(folder), "--checkpoint", str(checkpoint), "--device", "cpu", "--output", str(tmp_path / "a.csv")]
+    )
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert len(rows) == 24
+    assert {row["class_1"] for row in rows} | {row["class_2"] for row in rows} == {"flower", "temple"}
+    assert all(float(row["probability_1"]) >= float(row["probability_2"]) for row in rows)
+    hits = np.mean([row["class_1"] == Path(row["file"]).parent.name for row in rows])
+    capsys.readouterr()
+    validate.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--loader", "resident"])
+    assert f"top-1 {100 * hits:.2f} %" in capsys.readouterr().out
+
+
+def test_a_prediction_does_not_depend_on_the_others(trained):
+    folder, checkpoint = trained
+    files = tuple(sorted(folder.rglob("*.jpg"))[:5])
+    together = inference.predict(inference.Options(checkpoint, files, device="cpu", batch_size=3)).found
+    for file, prediction in zip(files, together, strict=True):
+        (alone,) = inference.predict(inference.Options(checkpoint, (file,), device="cpu")).found
+        assert alone.classes == prediction.classes
+        assert np.allclose(alone.probabilities, prediction.probabilities, atol=1e-5)
+
+
+def test_any_format_is_read_and_what_is_no_image_is_skipped(trained, tmp_path, capsys):
+    folder, checkpoint = trained
+    photo = Image.open(next(folder.rglob("*.jpg")))
+    for name, mode in (("a.png", "RGBA"), ("b.webp", "RGB"), ("c.bmp", "L"), ("d.tiff", "CMYK")):
+        photo.convert(mode).save(tmp_path / name)
+    (tmp_path / "e.jpg").write_bytes(b"no image")
+    (tmp_path / "f.jpg").write_bytes(next(folder.rglob("*.jpg")).read_bytes()[:900])
+    (tmp_path / "notes.txt").write_text("not an image, and not asked for")
+    out = tmp_path / "out.json"
+    inference.main(["--input", str(tmp_path), "--checkpoint", str(checkpoint), "--device", "cpu", "--output", str(out)])
+    content = json.loads(out.read_text())
+    assert [Path(p["file"]).name for p in content["predictions"]] == ["a.png", "b.webp", "c.bmp", "d.tiff"]
+    assert content["skipped"][str(tmp_path / "e.jpg")] == "cannot identify image file"
+    assert "truncated" in content["skipped"][str(tmp_path / "f.jpg")]
+    assert f"skipped {tmp_path / 'e.jpg'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--input", "nowhere"], "--input nowhere does not exist"),
+        (["--input", "{empty}"], "holds no image"),
+        (["--input", "{bad}"], "None of the 1 files could be read"),
+        (["--input", "{bad}", "--output", "x.txt"], r"--output x.txt must end in .csv or .json"),
+        (["--input", "{bad}", "--topk", "0"], "--topk 0 is out of range"),
+    ],
+)
+def test_wrong_use(trained, tmp_path, argv, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    places = {"empty": tmp_path / "empty", "bad": tmp_path / "bad.jpg"}
+    with pytest.raises(UserError, match=message):
+        inference.main([*(token.format(**places) for token in argv), "--checkpoint", str(trained[1])])
+
+
+def test_a_checkpoint_of_timm_has_numbers_for_classes(trained, tmp_path):
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "timm.pth.tar")
+    file = next(trained[0].rglob("*.jpg"))
+    options = inference.Options(
+        tmp_path / "timm.pth.tar", (file,), model="vit_tiny_patch16_224", img_size=32, device="cpu", topk=9
+    )
+    (found,) = inference.predict(options).found
+    assert sorted(found.classes) == [str(n) for n in range(7)]
+    assert sum(found.probabilities) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_validation_refuses_other_classes(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "val")
+    (tmp_path / "val" / "temple").rename(tmp_path / "val" / "zoo")
+    with pytest.raises(UserError, match=r"has other classes than the model was trained on \(temple against zoo\)"):
+        validate.main([str(tmp_path / "val"), "--checkpoint", str(trained[1])])
