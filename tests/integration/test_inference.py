@@ -30,10 +30,9 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
 
 def test_predictions_are_those_of_validation(trained, tmp_path, capsys):
     folder, checkpoint = trained
-    inference.main(
-        [str(folder), "--checkpoint", str(checkpoint), "--device", "cpu", "--output", str(tmp_path / "a.csv")]
-    )
-    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    out = tmp_path / "a.csv"
+    inference.main([str(folder), "--checkpoint", str(checkpoint), "--device", "cpu", "--output", str(out)])
+    rows = list(csv.DictReader(out.read_text().splitlines()))
     assert len(rows) == 24
     assert {row["class_1"] for row in rows} | {row["class_2"] for row in rows} == {"flower", "temple"}
     assert all(float(row["probability_1"]) >= float(row["probability_2"]) for row in rows)
