@@ -18,6 +18,7 @@ MAY_CHANGE = set(
     """
     dataset data-dir loader workers validation-batch-size initial-checkpoint epochs cooldown-epochs
     device amp compile compile-mode spec-monitor spec-every spec-topk spec-interval spec-targets
+    spec-split-qkv spec-solver spec-on-cpu spec-cpu-threads spec-store-gb
     output experiment resume log-interval val-interval log-wandb wandb-project
     """.split()
 )
