@@ -53,10 +53,10 @@ def _table(
         table.add_column(heading, justify="right", no_wrap=True)
     for name, numbers in rows.items():
         shape = [] if shapes is None else [shapes[name]]
-        table.add_row(name, *shape, *(_text(numbers.get(key, float("nan"))) for key in columns))
+        table.add_row(name, *shape, *(_text(key, numbers.get(key, float("nan"))) for key in columns))
     return table
 
 
-def _text(value: float) -> str:
-    """Four significant digits: 12.35, 0.0421, 3.1e-07."""
-    return f"{value:.4g}"
+def _text(key: str, value: float) -> str:
+    """Four significant digits: 12.35, 0.0421, 3.1e-07; three of alpha, whose error is in the second."""
+    return f"{value:.3g}" if key == "alpha" else f"{value:.4g}"

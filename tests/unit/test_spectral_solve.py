@@ -224,7 +224,7 @@ def test_sigma_1_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = torch.stack([CASES["tall"], 1e-170 * CASES["tall"], 0 * CASES["tall"], CASES["tall"] + torch.nan])
     found = largest_values(stack)
     true = np.linalg.norm(CASES["tall"].numpy(), 2)
-    np.testing.assert_allclose(found, [true, 1e-170 * true, 0.0, np.nan], rtol=1e-14)
+    np.testing.assert_allclose(found, np.array([true, 1e-170 * true, 0.0, np.nan]), rtol=1e-14)
 
 
 def test_cancelling_stops_between_two_matrices() -> None:
