@@ -98,7 +98,7 @@ def drift_metrics(before: Solved, now: Solved) -> dict[str, float]:
     return {"delta_sv_rel": relative_change(before, now)} | cosine_metrics("cos", before, now)
 
 
-def update_norms(before: MatrixStack, now: MatrixStack) -> dict[str, dict[str, float]]:
+def update_norms(before: MatrixStack, now: MatrixStack, cpu_threads: int = 1) -> dict[str, dict[str, float]]:
     """By name: "update_norm2" |W - W'|_2 = sigma_1(W - W') and "update_normF" |W - W'|_F, in the weights' unit.
 
     The greatest singular value comes from a float64 Gram matrix (relative error about 1e-15); see Golub & Van Loan,
@@ -106,7 +106,7 @@ def update_norms(before: MatrixStack, now: MatrixStack) -> dict[str, dict[str, f
     """
     with torch.no_grad():
         change = now.matrices_NRC.double() - before.matrices_NRC.double()
-        spectral = largest_values(change)
+        spectral = largest_values(change, cpu_threads)
         if change.is_cuda:
             frobenius = torch.linalg.vector_norm(change, dim=(1, 2)).cpu().numpy()
         else:
@@ -136,7 +136,7 @@ def refresh(
         found = solve_all(of_kind, settings, cancelled=cancelled, log=lambda line, kind=kind: log(f"{kind}: {line}"))
         norms: dict[str, dict[str, float]] = {}
         for before, now in zip(memory.weights.get(kind, ()), of_kind, strict=False):
-            norms |= update_norms(before, now)
+            norms |= update_norms(before, now, settings.cpu_threads)
         for name, solved in found.items():
             key = f"{kind}/{name}"
             values = matrix_metrics(solved, settings)

@@ -6,10 +6,11 @@ Shape legend: N matrices of one shape, R rows, C columns, K = min(R, C) singular
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from lowrank_vit.spectral import gram_batched, gram_cpu
 from lowrank_vit.spectral.ends import EPS, Solved, Solver, Triplets, not_finite
 from lowrank_vit.spectral.lapack import one_blas_thread
+
+T = TypeVar("T")
 
 LOG = logging.getLogger(__name__)
 
@@ -133,17 +136,19 @@ def solve(
     return {name: solved[name] for name in weights}
 
 
-def largest_values(matrices_NRC: Tensor) -> np.ndarray:
+def largest_values(matrices_NRC: Tensor, cpu_threads: int = 1) -> np.ndarray:
     """sigma_1 of each matrix (N,), from the Gram matrix in float64: relative error about eps. NaN where not finite."""
     with torch.no_grad():
         scales = _scales(matrices_NRC)
         usable = np.isfinite(scales)
         result = np.full(len(scales), np.nan)
         if not matrices_NRC.is_cuda:
-            with one_blas_thread():
-                for i in np.flatnonzero(usable):
-                    a_RC = _as_float64(matrices_NRC[i], scales[i]).numpy()
-                    result[i] = gram_cpu.largest_value(a_RC) * scales[i] if a_RC.size else 0.0
+
+            def one(i: int) -> float:
+                a_RC = _float64_numpy(matrices_NRC[i], scales[i])
+                return gram_cpu.largest_value(a_RC) * scales[i] if a_RC.size else 0.0
+
+            result[usable] = _side_by_side(one, np.flatnonzero(usable).tolist(), cpu_threads)
         elif usable.any():
             gram = gram_batched.gram_stack(_divided(matrices_NRC, scales))
             top = torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0.0).sqrt().cpu().numpy()
@@ -189,15 +194,21 @@ def _gram_on_cpu(
             raise Cancelled
         if not np.isfinite(scales[i]):
             return None
-        # numpy and not torch: in a thread of its own torch would start a second team of threads for every copy.
-        matrix = matrices_NRC[i]
-        a_RC = matrix.numpy() if matrix.dtype in (torch.float32, torch.float64) else matrix.float().numpy()
         try:
-            return gram_cpu.solve_matrix(np.divide(a_RC, scales[i], dtype=np.float64, order="C"), m)
+            return gram_cpu.solve_matrix(_float64_numpy(matrices_NRC[i], scales[i]), m)
         except np.linalg.LinAlgError as error:
-            return not_finite((a_RC.shape[0], a_RC.shape[1]), m), str(error)
+            return not_finite((matrices_NRC.shape[1], matrices_NRC.shape[2]), m), str(error)
 
-    indices = range(len(matrices_NRC))
+    return _side_by_side(one, range(len(matrices_NRC)), cpu_threads)
+
+
+def _float64_numpy(matrix: Tensor, scale: float) -> np.ndarray:
+    """As `_as_float64`. By numpy, since in a thread of its own torch would start a second team of threads to copy."""
+    a_RC = matrix.numpy() if matrix.dtype in (torch.float32, torch.float64) else matrix.float().numpy()
+    return np.divide(a_RC, scale, dtype=np.float64, order="C")
+
+
+def _side_by_side(one: Callable[[int], T], indices: Iterable[int], cpu_threads: int) -> list[T]:
     with one_blas_thread():
         if cpu_threads == 1:
             return [one(i) for i in indices]
