@@ -219,11 +219,21 @@ class Spectra:
     spec_every: Annotated[int, POSITIVE] = 100
     """Optimizer updates between two refreshes."""
     spec_topk: Annotated[int, POSITIVE] = 8
-    """How many singular values to log from each end (the full spectra are always stored)."""
+    """How many singular values and vectors to record from each end (the full spectra are always stored)."""
     spec_interval: Annotated[int, POSITIVE] = 1
-    """Distance between the logged indices: 1, 1+i, 1+2i, ..."""
+    """Distance between the recorded indices: 1, 1+i, 1+2i, ..."""
     spec_targets: str = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
     """Endings of the modules to watch, separated by commas."""
+    spec_split_qkv: bool = False
+    """Watch Q, K and V as three matrices."""
+    spec_solver: Literal["gram64", "svd"] = "gram64"
+    """float64 Gram matrix, certified, or the slow reference: float64 SVD."""
+    spec_on_cpu: bool = False
+    """Compute on CPU threads even when the model is on a GPU."""
+    spec_cpu_threads: Annotated[int | None, POSITIVE] = None
+    """Cores that the monitor may use of a CPU; default: a quarter of them, at least 1."""
+    spec_store_gb: Annotated[float, ABOVE_0] = 2.0
+    """Size limit of the run's spectra/, 10^9 bytes; beyond it older refreshes are thinned out evenly."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ class RunLog:
         self._jsonl.write(json.dumps({"kind": kind, "update": update, **finite}, allow_nan=False) + "\n")
         self._jsonl.flush()
         if self._wandb is not None:
-            self._wandb.log({"update": update, **values})
+            # Spectra are finished some updates after they were taken, so they have a step axis of their own.
+            self._wandb.log({"spec_update" if kind == "spec" else "update": update, **values})
 
     def log_epoch(self, row: dict[str, Any]) -> None:
         """One row in summary.csv; `row` has the same keys in every epoch that is validated."""
@@ -69,4 +70,7 @@ def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
         ) from error
     run.define_metric("update")
     run.define_metric("*", step_metric="update")
+    run.define_metric("spec_update")
+    for kind in ("spec", "spec_ema"):
+        run.define_metric(f"{kind}/*", step_metric="spec_update")
     return run

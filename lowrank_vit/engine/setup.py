@@ -25,7 +25,7 @@ from lowrank_vit.engine.model import InputSpec, create_model, input_spec
 from lowrank_vit.engine.optim import create_optimizer, create_scheduler, learning_rate
 from lowrank_vit.engine.step import TrainStep
 from lowrank_vit.options import Config
-from lowrank_vit.spectral.select import select_targets
+from lowrank_vit.spectral.select import choose_parts
 
 
 @dataclass
@@ -72,7 +72,10 @@ def make_parts(config: Config, resumed: Checkpoint | None) -> Parts:
         val_set.heights, val_set.widths, img_size=spec.img_size, crop_pct=spec.crop_pct, batch_size=val_batch
     )
     if config.spectra.spec_monitor:
-        select_targets(dict(model.named_parameters()), config.spectra.spec_targets)  # names a wrong target now
+        spectra = config.spectra
+        choose_parts(
+            dict(model.named_parameters()), spectra.spec_targets, spectra.spec_split_qkv
+        )  # names a wrong target
     smoothing, remode = config.augment.smoothing, config.augment.remode
     augment = Augment(spec.mean, spec.std, num_classes, smoothing, remode, compile=config.step.compile).to(device)
     ema = _make_ema(config, model, resumed)

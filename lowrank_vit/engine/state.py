@@ -18,8 +18,9 @@ MAY_CHANGE = set(
     """
     dataset dataset-download data-dir val-split beton-dir stage-dir loader workers prefetch hw-decoder-load
     on-bad-sample validation-batch-size initial-checkpoint epochs cooldown-epochs device amp compile compile-mode
-    spec-monitor spec-every spec-topk spec-interval spec-targets output experiment resume log-interval val-interval
-    log-wandb wandb-project
+    spec-monitor spec-every spec-topk spec-interval spec-targets
+    spec-split-qkv spec-solver spec-on-cpu spec-cpu-threads spec-store-gb
+    output experiment resume log-interval val-interval log-wandb wandb-project
     """.split()
 )
 """Options that a resumed run may be given anew: they do not change what an update does to the weights."""

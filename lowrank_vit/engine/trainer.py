@@ -15,7 +15,8 @@ from lowrank_vit.engine.run_dir import RunDir, environment_json
 from lowrank_vit.engine.setup import make_parts
 from lowrank_vit.engine.state import Progress, capture, restore
 from lowrank_vit.options import Config
-from lowrank_vit.spectral.monitor import SpectralMonitor
+from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
+from lowrank_vit.spectral.refresh import Settings
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,21 @@ class Trainer:
         train_s = 0.0
         with ExitStack() as stack:
             stack.callback(self.run_dir.close)
-            self.run_dir.write_text("args.yaml", configuration.to_yaml(config))
             self.run_dir.write_text("environment.json", environment_json(parts.device))
+            self.monitor = stack.enter_context(self._make_monitor()) if config.spectra.spec_monitor else None
+            indices = self.monitor.indices_by_type() if self.monitor else {}
+            recorded = "".join(f"# spectra of {kind}: singular indices {found}\n" for kind, found in indices.items())
+            self.run_dir.write_text("args.yaml", configuration.to_yaml(config) + recorded)
             stack.callback(parts.train_loader.close)
             stack.callback(parts.val_loader.close)
             self.log = stack.enter_context(
                 RunLog(
                     path,
                     wandb_project=config.run.wandb_project if config.run.log_wandb else None,
-                    config={name: value for name, _, value in configuration.leaves(config)},
+                    config={name: value for name, _, value in configuration.leaves(config)} | {"spec-indices": indices},
                     start_epoch=self.progress.next_epoch,
                 )
             )
-            self.monitor = stack.enter_context(self._make_monitor()) if config.spectra.spec_monitor else None
             total_updates = parts.num_epochs * parts.plan.steps_per_epoch
             self.display = stack.enter_context(Display(total_updates, parts.step.num_updates))
             self._say_what_runs()
@@ -106,9 +109,17 @@ class Trainer:
             self.parts.ema.module if self.parts.ema else None,
             targets=options.spec_targets,
             every=options.spec_every,
-            topk=options.spec_topk,
-            interval=options.spec_interval,
             store_dir=self.run_dir.path / "spectra",
+            settings=Settings(
+                options.spec_topk,
+                options.spec_interval,
+                options.spec_solver,
+                options.spec_on_cpu,
+                options.spec_cpu_threads or default_cpu_threads(),
+            ),
+            split_qkv=options.spec_split_qkv,
+            limit_gb=options.spec_store_gb,
+            resumed_update=self.parts.step.num_updates if self.progress.next_epoch else None,
         )
 
     def _say_what_runs(self) -> None:

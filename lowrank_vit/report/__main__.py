@@ -1,4 +1,4 @@
-"""`python -m lowrank_vit.report RUN`: RUN/report.html and its pictures in RUN/report/."""
+"""`python -m lowrank_vit.report RUN`: RUN/report.html and its pictures in RUN/report/; RUN may be an analysis too."""
 
 from __future__ import annotations
 
@@ -9,15 +9,26 @@ import tyro
 from rich.console import Console
 
 from data_prep.errors import UserError, exit_cleanly
+from lowrank_vit.report.bulk_plot import bulk_plot
+from lowrank_vit.report.ema_plot import ema_plot
+from lowrank_vit.report.heat_maps import cosine_plot, stable_rank_plot
 from lowrank_vit.report.html import report_html
+from lowrank_vit.report.profile_plot import profile_plot
+from lowrank_vit.report.read_analysis import find_analysis, read_analysis
 from lowrank_vit.report.read_run import read_run
-from lowrank_vit.report.spectra_plots import spectra_plot, stable_rank_plot
+from lowrank_vit.report.spectra_plots import spectra_plot
 from lowrank_vit.report.training_plot import training_plot
+from lowrank_vit.report.vector_plots import vectors_plot
 
 _PICTURES = (
     ("training.png", "Loss, accuracy, learning rate and throughput over the updates", training_plot),
     ("spectra.png", "Singular values of the weights over the updates", spectra_plot),
+    ("bulk.png", "Newest spectra as histograms with the Marchenko-Pastur law and its edge", bulk_plot),
     ("stable_rank.png", "Stable and effective rank of every block over the updates", stable_rank_plot),
+    ("cosines.png", "Principal cosines of the top subspaces with the refresh before and with the start", cosine_plot),
+    ("vectors.png", "Cosines between the recorded singular vectors then and now", vectors_plot),
+    ("ema.png", "Largest singular value and stable rank of the model and of its moving average", ema_plot),
+    ("profile.png", "Newest numbers of every matrix over its depth", profile_plot),
 )
 
 
@@ -26,16 +37,19 @@ class Options:
     """Draw a run, finished or not: RUN/report.html, self-contained, and its pictures in RUN/report/."""
 
     run: tyro.conf.Positional[Path]
-    """The directory that `python -m lowrank_vit.train` wrote, usually output/<experiment>."""
+    """What `python -m lowrank_vit.train` wrote, usually output/<experiment>; or a folder or *_spectral.json of
+    `python -m lowrank_vit.analyze_spectrum`."""
 
 
-def write_report(run_dir: Path) -> list[str]:
-    """Write the report of one run; returns the notes on what was missing.
+def write_report(path: Path) -> tuple[Path, list[str]]:
+    """Write the report of one run or analysis; returns the folder it is in and the notes on what was missing.
 
     Raises:
-        UserError: `run_dir` is no run, or cannot be written.
+        UserError: `path` is neither, or its folder cannot be written.
     """
-    run = read_run(run_dir)
+    analysis = find_analysis(path)
+    run = read_analysis(analysis) if analysis else read_run(path)
+    run_dir = run.path
     drawn = {name: (caption, png) for name, caption, draw in _PICTURES if (png := draw(run)) is not None}
     html = report_html(run, dict(drawn.values()))
     folder = run_dir / "report"
@@ -51,16 +65,17 @@ def write_report(run_dir: Path) -> list[str]:
         raise UserError(
             f"cannot write the report into {run_dir}: {error.strerror or error}; is it writable?"
         ) from error
-    return run.notes
+    return run_dir, run.notes
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command with `argv` (default: the process's arguments). Raises `UserError`, see `write_report`."""
     run_dir = tyro.cli(Options, args=argv, prog="python -m lowrank_vit.report").run
     console = Console(soft_wrap=True, highlight=False)
-    for note in write_report(run_dir):
+    folder, notes = write_report(run_dir)
+    for note in notes:
         console.print(f"note: {note}", markup=False)
-    console.print(f"wrote {run_dir / 'report.html'} and {run_dir / 'report'}/*.png", markup=False)
+    console.print(f"wrote {folder / 'report.html'} and {folder / 'report'}/*.png", markup=False)
 
 
 if __name__ == "__main__":

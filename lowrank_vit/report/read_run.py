@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -14,13 +15,29 @@ import numpy as np
 import yaml
 
 from data_prep.errors import UserError
-from lowrank_vit.spectral.store import StoredSpectra, list_spectra, read_spectra
+from lowrank_vit.spectral.store import (
+    StoredSpectra,
+    StoredVectors,
+    list_spectra,
+    list_vectors,
+    read_spectra,
+    read_vectors,
+)
 
 MAX_SNAPSHOTS = 240
 """More refreshes than a picture has columns for are thinned evenly to this many."""
 
+SCALARS = frozenset(
+    """sigma_max stable_rank effective_rank alpha mp_outliers chance_u chance_v cos_u_mean cos_v_mean cos0_u_mean
+    cos0_v_mean ema_cos_u_mean ema_cos_v_mean seconds skipped fallbacks""".split()
+)
+"""What the report shows of the scalars that a run logs of its spectra."""
+
 Columns = dict[str, np.ndarray]
 """A table by column: name to float64 array, all of one length; NaN where a cell is empty."""
+
+
+_SPEC_EVENT = b'{"kind": "spec"'
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,12 @@ class Run:
     """`environment.json` with nested names joined by dots."""
     spectra: list[StoredSpectra]
     """By update; each "spec/<module>" or "spec_ema/<module>" to its singular values."""
+    scalars: Columns = field(default_factory=dict)
+    """The "spec" events of `metrics.jsonl`, by update; of each matrix those of `SCALARS`."""
+    vectors: list[StoredVectors] = field(default_factory=list)
+    """The first, the last but one and the newest that are stored, or fewer."""
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Matrix to (rows, columns)."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -61,6 +84,9 @@ def read_run(path: Path) -> Run:
         args=_read_args(path / "args.yaml", notes),
         environment=_read_environment(path / "environment.json", notes),
         spectra=_read_all_spectra(path / "spectra", notes),
+        scalars=_read_spec_events(path / "metrics.jsonl"),
+        vectors=_read_some_vectors(path / "spectra"),
+        shapes=_read_shapes(path / "spectra" / "index.json"),
         notes=notes,
     )
     if not (run.epochs or run.train or run.args or run.environment or run.spectra):
@@ -116,6 +142,8 @@ def _read_train_events(path: Path, notes: list[str]) -> Columns:
     rows: list[dict[str, float]] = []
     damaged: list[int] = []
     for number, line in enumerate(lines, start=1):
+        if line.startswith(_SPEC_EVENT) and line.endswith(b"}"):
+            continue  # long, many, and read elsewhere
         try:
             event = json.loads(line)
         except ValueError:  # also a line cut inside a UTF-8 character
@@ -130,6 +158,43 @@ def _read_train_events(path: Path, notes: list[str]) -> Columns:
     elif damaged:
         notes.append(f"metrics.jsonl has {len(damaged)} unreadable line(s), the first is line {damaged[0]}; left out.")
     return _by_update(rows)
+
+
+def _read_spec_events(path: Path) -> Columns:
+    """At most MAX_SNAPSHOTS of them, evenly spaced; damaged lines are noted with those of the training."""
+    try:
+        with path.open("rb") as file:
+            count = sum(line.startswith(_SPEC_EVENT) for line in file)
+        wanted = set(np.linspace(0, count - 1, min(count, MAX_SNAPSHOTS)).round().astype(int).tolist())
+        with path.open("rb") as file:
+            lines = (line for line in file if line.startswith(_SPEC_EVENT))
+            chosen = [line for number, line in enumerate(lines) if number in wanted]
+    except OSError:
+        return {}
+    rows: list[dict[str, float]] = []
+    for line in chosen:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            shown = {key: value for key, value in event.items() if key.rpartition("/")[2] in SCALARS}
+            rows.append({key: _float(value) for key, value in shown.items()} | {"update": _float(event.get("update"))})
+    return _by_update([row for row in rows if not math.isnan(row["update"])])
+
+
+def _read_some_vectors(store_dir: Path) -> list[StoredVectors]:
+    paths = list_vectors(store_dir)
+    found: list[StoredVectors] = []
+    for path in dict.fromkeys([*paths[:1], *paths[-2:]]):
+        with contextlib.suppress(UserError):
+            found.append(read_vectors(path))
+    return found
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, int]]:
+    try:
+        matrices = json.loads(path.read_text(encoding="utf-8"))["matrices"]
+        return {name: (int(one["shape"][0]), int(one["shape"][1])) for name, one in matrices.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return {}
 
 
 def _read_args(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -162,7 +227,8 @@ def _read_all_spectra(store_dir: Path, notes: list[str]) -> list[StoredSpectra]:
         try:
             spectra.append(read_spectra(path))
         except UserError:
-            notes.append(f"{path.name} is damaged, left out.")
+            if path.exists():  # a run that goes on may have thinned it out meanwhile
+                notes.append(f"{path.name} is damaged, left out.")
     return spectra
 
 

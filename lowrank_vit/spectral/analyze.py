@@ -1,91 +1,172 @@
-"""The spectra of one set of weights, offline: the same numbers as the monitor's, as tables and as JSON."""
+"""The spectra of one set of weights, or the drift between two, offline: the same numbers as the monitor's, as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
-from lowrank_vit.spectral.metrics import effective_rank, recorded_indices, stable_rank
-from lowrank_vit.spectral.select import module_type, select_targets
-from lowrank_vit.spectral.solve import singular_values
+from lowrank_vit.spectral.ends import EPS, Solved, Triplets, not_finite
+from lowrank_vit.spectral.metrics import recorded_indices
+from lowrank_vit.spectral.refresh import (
+    MODEL,
+    Settings,
+    aggregates,
+    drift_metrics,
+    matrix_metrics,
+    solve_all,
+    update_norms,
+)
+from lowrank_vit.spectral.select import Part, choose_parts, take_parts
+from lowrank_vit.spectral.solve import stack_by_shape
+
+Precision = Literal["float64", "float32"]
+_LISTED = ("sv", "sv_last")
 
 
 @dataclass(frozen=True)
-class LayerSpectrum:
-    """One weight matrix: its shape (rows, columns) and all its singular values, float64, descending."""
+class Analysis:
+    """Matrices by name, in model order: what was solved and every scalar about it."""
 
-    shape: tuple[int, int]
-    s: np.ndarray
-
-    @property
-    def stable_rank(self) -> float:
-        """See `metrics.stable_rank`."""
-        return stable_rank(self.s)
+    settings: Settings
+    solved: dict[str, Solved]
+    values: dict[str, dict[str, float]]
+    weights: dict[str, Tensor] = field(repr=False)
 
     @property
-    def effective_rank(self) -> float:
-        """See `metrics.effective_rank`."""
-        return effective_rank(self.s)
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(rows, columns) by name."""
+        return {name: (w.shape[0], w.shape[1]) for name, w in self.weights.items()}
+
+    @property
+    def types(self) -> dict[str, dict[str, float]]:
+        """Means over the layers of a type; see `refresh.aggregates`."""
+        return _group("type", self.values)
+
+    @property
+    def depths(self) -> dict[str, dict[str, float]]:
+        """Means over the matrices of a block, by its number."""
+        return _group("depth", self.values)
 
 
-def analyze_weights(weights: Mapping[str, Tensor], targets: str) -> dict[str, LayerSpectrum]:
-    """Module name to its spectrum, in model order; computed where the weights are.
+def choose_weights(
+    state: Mapping[str, Tensor], targets: str, split_qkv: bool, device: torch.device
+) -> dict[str, Tensor]:
+    """Name to matrix, on `device`. Raises `UserError`, see `choose_parts`."""
+    parts: dict[str, Part] = choose_parts(state, targets, split_qkv)
+    matrices = take_parts(lambda module: state[f"{module}.weight"], parts)
+    return {name: matrix.detach().to(device) for name, matrix in matrices.items()}
 
-    Args:
-        weights: a state dict.
-        targets: see `select_targets`, whose `UserError` this raises.
+
+def analyze_weights(weights: Mapping[str, Tensor], settings: Settings, precision: Precision = "float64") -> Analysis:
+    """Solve the matrices where they are and describe them, as the monitor does.
+
+    With `precision` float32 a plain float32 SVD is described instead, with its certificates: what the usual code sees.
     """
-    chosen = select_targets(weights, targets)
-    spectra = singular_values(chosen)
-    return {name: LayerSpectrum((w.shape[0], w.shape[1]), spectra[name]) for name, w in chosen.items()}
+    if precision == "float64":
+        solved = solve_all(stack_by_shape(weights), settings)
+    else:
+        solved = {name: _float32_svd(weight, settings) for name, weight in weights.items()}
+    solved = {name: solved[name] for name in weights}
+    values = {name: matrix_metrics(one, settings) for name, one in solved.items()}
+    return Analysis(settings, solved, values, dict(weights))
 
 
-def by_type(layers: Mapping[str, LayerSpectrum]) -> dict[str, list[LayerSpectrum]]:
-    """The layers grouped by `module_type`, in model order."""
-    groups: dict[str, list[LayerSpectrum]] = {}
-    for name, layer in layers.items():
-        groups.setdefault(module_type(name), []).append(layer)
-    return groups
+def compare(before: Analysis, after: Analysis) -> dict[str, dict[str, float]]:
+    """By name, what the monitor would log at `after` with `before` as the refresh before it.
 
-
-def as_json(layers: Mapping[str, LayerSpectrum], meta: Mapping[str, Any], topk: int, interval: int) -> dict[str, Any]:
-    """What goes into `<model>_spectral.json`: {"meta", "layers": {module: numbers}, "types": {type: means}}.
-
-    Every float is the float64 itself (Python writes the shortest text that reads back to the same bits); a NaN, which
-    JSON does not know, is null. "sv_topk" and "sv_lastk" follow `recorded_indices`.
+    Raises:
+        UserError: they are not of the same matrices.
     """
-    rows: dict[str, Any] = {}
-    for name, layer in layers.items():
-        top, last = recorded_indices(layer.s.size, topk, interval)
-        rows[name] = {
-            "shape": list(layer.shape),
-            "sigma_max": _number(layer.s[0]),
-            "sigma_min": _number(layer.s[-1]),
-            "sv_topk": [_number(layer.s[i - 1]) for i in top],
-            "sv_lastk": [_number(layer.s[i - 1]) for i in last],
-            "stable_rank": _number(layer.stable_rank),
-            "effective_rank": _number(layer.effective_rank),
+    if before.shapes != after.shapes:
+        different = sorted(set(before.shapes.items()) ^ set(after.shapes.items()))[0]
+        raise UserError(
+            f"--compare: the checkpoints are of different models: {different[0]} of shape "
+            f"{'x'.join(map(str, different[1]))} is only in one. Give two checkpoints of one model."
+        )
+    norms: dict[str, dict[str, float]] = {}
+    for old, new in zip(stack_by_shape(before.weights), stack_by_shape(after.weights), strict=True):
+        norms |= update_norms(old, new)
+    return {name: drift_metrics(before.solved[name], now) | norms[name] for name, now in after.solved.items()}
+
+
+def as_json(analysis: Analysis, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes into `<model>_spectral.json`: {"meta", "layers": {name: numbers}, "types": ..., "depths": ...}.
+
+    Every float is the float64 itself (Python writes the shortest text that reads back to the same bits); a NaN or an
+    infinity, which JSON does not know, is null. "sv_topk" and "sv_lastk" are the values at "indices_top" and
+    "indices_last" (see `recorded_indices`), the other names are the monitor's.
+    """
+    settings, layers = analysis.settings, {}
+    for name, solved in analysis.solved.items():
+        top, last = recorded_indices(solved.s.size, settings.topk, settings.interval)
+        values = analysis.values[name]
+        layers[name] = {
+            "shape": list(analysis.shapes[name]),
+            "solver": solved.solver,
+            "note": solved.note,
+            "indices_top": top,
+            "indices_last": last,
+            "sv_topk": _plain([values[f"sv{k}"] for k in range(1, len(top) + 1)]),
+            "sv_lastk": _plain([values[f"sv_last{k}"] for k in range(1, len(last) + 1)]),
+            "sigma_min": _plain(float(solved.s[-1])),
+            **{key: _plain(value) for key, value in values.items() if key.rstrip("0123456789") not in _LISTED},
         }
-    types = {
-        kind: {
-            "layers": len(group),
-            "sigma_max_mean": _number(_mean_sigma_max(group)),
-            "stable_rank_mean": _number(_mean(layer.stable_rank for layer in group)),
-            "effective_rank_mean": _number(_mean(layer.effective_rank for layer in group)),
-        }
-        for kind, group in by_type(layers).items()
-    }
-    return {"meta": dict(meta) | {"topk": topk, "interval": interval}, "layers": rows, "types": types}
+    content = {"meta": dict(meta) | {"topk": settings.topk, "interval": settings.interval}, "layers": layers}
+    for heading, groups in (("types", analysis.types), ("depths", analysis.depths)):
+        content[heading] = {name: {key: _plain(v) for key, v in group.items()} for name, group in groups.items()}
+    return content
+
+
+def drift_as_json(drift: Mapping[str, Mapping[str, float]], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes into `<model>_drift.json`: {"meta", "layers", "types", "depths"} of the numbers of `compare`."""
+    content: dict[str, Any] = {"meta": dict(meta)}
+    groups = {"layers": drift, "types": _group("type", drift), "depths": _group("depth", drift)}
+    for heading, group in groups.items():
+        content[heading] = {name: {key: _plain(v) for key, v in numbers.items()} for name, numbers in group.items()}
+    return content
+
+
+def arrays_of(analysis: Analysis, *, vectors: bool, full: bool) -> dict[str, np.ndarray]:
+    """The arrays to save, float64, by "<name>:<what>".
+
+    "s" (K,) all values. With `vectors` also "top:u" (R, k), "top:v" (C, k), "last:u", "last:v" at the recorded indices;
+    or with `full` as well "u" (R, K), "v" (C, K) of all of them (a float64 SVD of its own), u diag(s) v^T = the matrix.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name, solved in analysis.solved.items():
+        arrays[f"{name}:s"] = solved.s
+        if vectors and full and solved.solver != "none":
+            u, s, vh = torch.linalg.svd(analysis.weights[name].double(), full_matrices=False)
+            u_RK, s_K, v_CK = (x.cpu().numpy() for x in (u, s, vh.mT))
+            arrays |= {f"{name}:u": u_RK, f"{name}:s": s_K, f"{name}:v": v_CK}
+        elif vectors:
+            for end, triplets in (("top", solved.top), ("last", solved.last)):
+                arrays |= {f"{name}:{end}:u": triplets.u, f"{name}:{end}:v": triplets.v}
+    return arrays
+
+
+def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    """Write to .npz or, as tensors, to .pt; atomically. Raises `UserError`."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            if path.suffix == ".npz":
+                np.savez(file, allow_pickle=False, **arrays)
+            else:
+                torch.save({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}, file)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        raise UserError(f"cannot write {path}: {error}; choose another --save-dir") from error
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
@@ -103,43 +184,34 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --save-dir") from error
 
 
-def print_tables(layers: Mapping[str, LayerSpectrum], console: Console) -> None:
-    """One line a layer, then one line a type. Fits 80 columns for a ViT's names."""
-    table = _table("Spectra by layer", "layer", "shape", "σ max", "σ min", "stable\nrank", "effective\nrank")
-    for name, layer in layers.items():
-        rows, cols = layer.shape
-        numbers = (layer.s[0], layer.s[-1], layer.stable_rank, layer.effective_rank)
-        table.add_row(name, f"{rows}x{cols}", *(_text(number) for number in numbers))
-    console.print(table)
-    headings = ("layers", "mean\nσ max", "largest\nσ max", "mean\nstable rank", "mean\neffective rank")
-    table = _table("Spectra by type", "type", *headings)
-    for kind, group in by_type(layers).items():
-        largest = float(np.max([layer.s[0] for layer in group]))
-        ranks = (_mean(layer.stable_rank for layer in group), _mean(layer.effective_rank for layer in group))
-        table.add_row(kind, str(len(group)), *(_text(v) for v in (_mean_sigma_max(group), largest, *ranks)))
-    console.print(table)
+def _group(by: str, values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    prefix = f"{MODEL}/{by}/"
+    found = aggregates({f"{MODEL}/{name}": numbers for name, numbers in values.items()})
+    return {key.removeprefix(prefix): group for key, group in found.items() if key.startswith(prefix)}
 
 
-def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column(first, overflow="fold")
-    for heading in others:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
+def _float32_svd(weight: Tensor, settings: Settings) -> Solved:
+    rows, cols = weight.shape
+    top, last = recorded_indices(min(rows, cols), settings.topk, settings.interval)
+    if not bool(torch.isfinite(weight).all()):
+        return not_finite((rows, cols), len(top))
+    found = torch.linalg.svd(weight.float(), full_matrices=False)
+    u, s, vh = (x.cpu().numpy().astype(np.float64) for x in found)
+    a = weight.double().cpu().numpy()
+
+    def end(indices: list[int]) -> Triplets:
+        at = [i - 1 for i in indices]
+        left, right = u[:, at], vh[at].T
+        ahead = np.linalg.norm(a @ right - left * s[at], axis=0)
+        back = np.linalg.norm(a.T @ left - right * s[at], axis=0)
+        return Triplets(s[at], left, right, np.sqrt((ahead**2 + back**2) / 2) + EPS * max(a.shape) ** 0.5 * s[0])
+
+    ends = end(top), end(last)
+    off = max(float(np.abs(x.T @ x - np.eye(x.shape[1])).max()) for one in ends for x in (one.u, one.v))
+    return Solved(s, *ends, off, "float32 svd")
 
 
-def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
-
-
-def _mean_sigma_max(group: list[LayerSpectrum]) -> float:
-    return _mean(layer.s[0] for layer in group)
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
-
-
-def _text(value: float) -> str:
-    """Four significant digits: 12.35, 0.0421, 3.1e-07."""
-    return f"{value:.4g}"
+def _plain(value: float | Iterable[float]) -> Any:
+    if isinstance(value, Iterable):
+        return [_plain(one) for one in value]
+    return value if math.isfinite(value) else None

@@ -1,16 +1,26 @@
-"""Numbers read off one spectrum. Pure numpy; `s` is always all K singular values, float64, descending."""
+"""Numbers read off one spectrum. Pure numpy; `s` is always all K singular values, float64, descending.
+
+Zero matrices have defined values where a formula has none (stated below); a spectrum with a NaN gives NaN everywhere.
+`docs/spectra.md` tells how to read each number and when not to trust it.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
+from lowrank_vit.spectral.ends import Recorded
+from lowrank_vit.spectral.tails import marchenko_pastur, power_law
 
-def recorded_indices(rank: int, topk: int, interval: int) -> tuple[list[int], list[int]]:
+ENERGIES = (90, 95, 99)
+"""Percent of the squared Frobenius norm, for `energy_rank`."""
+
+
+def recorded_indices(rank: int, topk: int, interval: int) -> Recorded:
     """Which singular values are logged one by one, as 1-based indices into a descending spectrum of `rank` values.
 
     Returns:
-        (from the top, from the end): 1, 1+interval, 1+2*interval, ... and rank, rank-interval, ...; `topk` of each,
-        fewer where the spectrum is too short. The two may overlap.
+        (top, last): 1, 1+interval, 1+2*interval, ... and rank, rank-interval, ...; `topk` of each, fewer where the
+        spectrum is too short. The two may overlap.
 
     Raises:
         ValueError: an argument is below 1.
@@ -18,13 +28,18 @@ def recorded_indices(rank: int, topk: int, interval: int) -> tuple[list[int], li
     if min(rank, topk, interval) < 1:
         raise ValueError(f"rank, topk and interval must be at least 1, got {rank}, {topk}, {interval}")
     top = list(range(1, rank + 1, interval))[:topk]
-    return top, [rank + 1 - index for index in top]
+    return Recorded(top, [rank + 1 - index for index in top])
+
+
+def reach(topk: int, interval: int) -> int:
+    """How many triplets of each end a solver must give for `recorded_indices`: 1 + (topk - 1) * interval."""
+    return 1 + (topk - 1) * interval
 
 
 def stable_rank(s: np.ndarray) -> float:
-    """|W|_F^2 / sigma_1^2 = sum_i sigma_i^2 / sigma_1^2, between 1 and K (Rudelson & Vershynin 2007).
+    """|W|_F^2 / sigma_1^2 = sum_i sigma_i^2 / sigma_1^2, between 1 and K; 0 for a zero matrix.
 
-    0 for a zero matrix, NaN when any value is NaN.
+    Rudelson & Vershynin, "Sampling from large matrices", J. ACM 54 (2007).
     """
     relative = _relative_to_first(s)
     return float(np.sum(relative**2))
@@ -34,7 +49,7 @@ def effective_rank(s: np.ndarray) -> float:
     """exp(H(p)) with p_i = sigma_i / sum_j sigma_j and H the Shannon entropy in nats, between 1 and K.
 
     Roy & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007. The weights are the
-    singular values themselves, not their squares. 0 for a zero matrix (undefined there), NaN when any value is NaN.
+    singular values themselves, not their squares. 0 for a zero matrix (undefined there).
     """
     relative = _relative_to_first(s)
     total = float(np.sum(relative))
@@ -45,17 +60,65 @@ def effective_rank(s: np.ndarray) -> float:
     return float(np.exp(-np.sum(p * np.log(p))))
 
 
-def spectrum_metrics(s: np.ndarray, topk: int, interval: int) -> dict[str, float]:
-    """The scalars logged for one matrix at one refresh.
+def energy_rank(s: np.ndarray, percent: float) -> float:
+    """The least k with sum_{i<=k} sigma_i^2 >= percent/100 * sum_i sigma_i^2: how many directions carry that share.
+
+    The usual choice of components in principal component analysis (Jolliffe 2002, section 6.1.1). 0 for a zero matrix.
+    """
+    energy = np.cumsum(_relative_to_first(s) ** 2)
+    if np.isnan(energy[-1]):
+        return float("nan")
+    if energy[-1] == 0.0:
+        return 0.0
+    # A hair less than asked, so that rounding of the sums cannot move an exact boundary.
+    return float(np.searchsorted(energy, percent / 100 * energy[-1] * (1 - 1e-12)) + 1)
+
+
+def nuclear_norm(s: np.ndarray) -> float:
+    """sum_i sigma_i, in the unit of the weights (Ky Fan 1951; the convex envelope of the rank, Fazel 2002)."""
+    return float(np.sum(s))
+
+
+def condition_number(s: np.ndarray) -> float:
+    """sigma_1 / sigma_K in the 2-norm, at least 1; infinite where sigma_K = 0 (Golub & Van Loan, section 2.6)."""
+    if np.isnan(s[-1]):
+        return float("nan")
+    return float(s[0] / s[-1]) if s[-1] > 0 else float("inf")
+
+
+def relative_gap(s: np.ndarray, indices: list[int]) -> float:
+    """Min |sigma_i - sigma_j| / max(sigma_i, sigma_j) over i among `indices` (1-based) and j not among them, 0-1.
+
+    For 1..k this is the gap at k, (sigma_k - sigma_{k+1}) / sigma_k. By Wedin's theorem (BIT 12, 1972) a change E of
+    the matrix turns the subspace by at most about |E| / (gap * sigma_k): near a gap of 0 its cosines mean nothing.
+    NaN where nothing is left outside, 0 between equal values.
+    """
+    inside = np.zeros(s.size, dtype=bool)
+    inside[np.array(indices, dtype=int) - 1] = True
+    if inside.all():
+        return float("nan")
+    # In a descending spectrum the nearest value outside is the next or the one before, over a change of membership.
+    change = np.flatnonzero(inside[1:] != inside[:-1])
+    upper, lower = s[change], s[change + 1]
+    with np.errstate(invalid="ignore"):
+        gaps = np.where(upper > 0, (upper - lower) / upper, np.where(np.isnan(upper), np.nan, 0.0))
+    return float(np.min(gaps))
+
+
+def spectrum_metrics(s: np.ndarray, shape: tuple[int, int], topk: int, interval: int) -> dict[str, float]:
+    """The scalars of one matrix at one moment that follow from its spectrum alone.
 
     Args:
         s: (K,) all singular values, descending.
+        shape: (rows, columns) of the matrix.
         topk, interval: see `recorded_indices`.
 
     Returns:
         "sigma_max"; "sv1".."sv<topk>", the recorded values from the top in order (sv2 is sigma_2 at interval 1,
         sigma_11 at interval 10); "sv_last1".."sv_last<topk>" likewise from the end (sv_last1 is the smallest);
-        "stable_rank"; "effective_rank". Fewer sv keys where the spectrum is short. All NaN for a NaN spectrum.
+        "gap_k" and "gap_last" of the recorded indices; "stable_rank", "effective_rank", "rank90", "rank95", "rank99",
+        "nuclear_norm", "condition"; "alpha", "alpha_ks", "alpha_sigma", "alpha_tail" (see `tails.power_law`);
+        "mp_sigma", "mp_edge", "mp_outliers" (see `tails.marchenko_pastur`). Fewer sv keys where the spectrum is short.
 
     Raises:
         ValueError: an empty or not one-dimensional spectrum, or an argument below 1.
@@ -66,7 +129,13 @@ def spectrum_metrics(s: np.ndarray, topk: int, interval: int) -> dict[str, float
     values = {"sigma_max": float(s[0])}
     values |= {f"sv{k}": float(s[index - 1]) for k, index in enumerate(top, start=1)}
     values |= {f"sv_last{k}": float(s[index - 1]) for k, index in enumerate(last, start=1)}
-    return values | {"stable_rank": stable_rank(s), "effective_rank": effective_rank(s)}
+    values |= {"gap_k": relative_gap(s, top), "gap_last": relative_gap(s, last)}
+    values |= {"stable_rank": stable_rank(s), "effective_rank": effective_rank(s)}
+    values |= {f"rank{percent}": energy_rank(s, percent) for percent in ENERGIES}
+    values |= {"nuclear_norm": nuclear_norm(s), "condition": condition_number(s)}
+    fit, noise = power_law(s), marchenko_pastur(s, shape)
+    values |= {"alpha": fit.alpha, "alpha_ks": fit.ks, "alpha_sigma": fit.sigma, "alpha_tail": fit.tail}
+    return values | {"mp_sigma": noise.sigma, "mp_edge": noise.edge, "mp_outliers": noise.outliers}
 
 
 def _relative_to_first(s: np.ndarray) -> np.ndarray:

@@ -1,41 +1,36 @@
-"""Watches the spectra of a model while it trains, from a thread of its own."""
+"""Watches the spectra of a model while it trains: the training thread's side. The work itself is in `worker.py`."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data_prep.errors import UserError
-from lowrank_vit.spectral.metrics import spectrum_metrics
-from lowrank_vit.spectral.select import select_targets
-from lowrank_vit.spectral.solve import MatrixStack, solve_stack, stack_by_shape
-from lowrank_vit.spectral.store import write_spectra
+from lowrank_vit.spectral.metrics import recorded_indices
+from lowrank_vit.spectral.ranks import OneRank, Ranks, share_out
+from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, Settings
+from lowrank_vit.spectral.select import Part, choose_parts, module_type, take_parts
+from lowrank_vit.spectral.solve import stack_by_shape
+from lowrank_vit.spectral.store import SpectraStore
+from lowrank_vit.spectral.worker import Snapshot, SpectralRecord, Worker
 
 T = TypeVar("T")
 
-
-class SpectralRecord(NamedTuple):
-    """The scalars of one refresh: "<kind>/<module>/<metric>", kind "spec" or "spec_ema"; see `spectrum_metrics`."""
-
-    update: int
-    values: dict[str, float]
+DEFAULT_LIMIT_GB = 2.0
+_JOIN_S = 30.0
 
 
-@dataclass(frozen=True)
-class _Snapshot:
-    update: int
-    stacks: dict[str, list[MatrixStack]]  # kind -> copies of its matrices
-    ready: torch.cuda.Event | None  # the copies are complete once this has passed
+def default_cpu_threads() -> int:
+    """A quarter of the cores that this process may use, at least 1: what the monitor takes of a CPU."""
+    return max(1, len(os.sched_getaffinity(0)) // 4)
 
 
 class SpectralMonitor:
@@ -45,11 +40,15 @@ class SpectralMonitor:
     losses with it and without it are the same bits. `observe` never waits for the device. A thread is needed because
     the eigensolver's error check waits on the host even when it runs on a side stream.
 
-    Each refresh is stored as `store_dir/update_00000100.npz` (all singular values) and queued as a `SpectralRecord`.
-    A failed refresh raises in the caller's thread at the next `observe`, `records` or `close`: `UserError` when the
-    store cannot be written, `RuntimeError` otherwise. Use it as a context manager, or call `close`.
+    Each refresh goes to a `SpectraStore` in `store_dir` and is queued as a `SpectralRecord`. A failed refresh raises in
+    the caller's thread at the next `observe`, `records` or `close`: `UserError` when the store cannot be written,
+    `RuntimeError` otherwise. Use it as a context manager, or call `close`.
 
-    With several ranks make one on rank 0; all ranks hold the same weights.
+    Memory on the weights' device: a copy of the targets while a refresh runs, and one of the refresh before it, of the
+    model and of its EMA each.
+
+    With several ranks make one on every rank: each computes its share of the matrices, and rank 0 stores and records. A
+    refresh that not all ranks have begun is given up and counted as skipped.
     """
 
     def __init__(
@@ -59,9 +58,12 @@ class SpectralMonitor:
         *,
         targets: str,
         every: int,
-        topk: int,
-        interval: int,
         store_dir: Path,
+        settings: Settings | None = None,
+        split_qkv: bool = False,
+        limit_gb: float = DEFAULT_LIMIT_GB,
+        resumed_update: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Choose the targets and start the worker.
 
@@ -70,31 +72,54 @@ class SpectralMonitor:
             ema_model: the averaged module itself (timm: `ema.module`), on any device, or None.
             targets: comma-separated endings of module names, see `select_targets`.
             every: updates between refreshes.
-            topk, interval: which singular values a record lists, see `recorded_indices`.
             store_dir: made if missing.
+            settings: what is computed; default: `Settings()`.
+            split_qkv: see `choose_parts`.
+            limit_gb: size limit of the store, in 10^9 bytes.
+            resumed_update: the update that a resumed run continues from. What the store holds of later ones is deleted,
+                and the next refresh is compared with the newest that is left.
+            ranks: how several ranks share the work; default: this process does it all.
 
         Raises:
-            UserError: a target matches nothing, a number is below 1, or `store_dir` cannot be made.
+            UserError: a target matches nothing, a number is out of range, or `store_dir` cannot be made.
             ValueError: model and EMA differ in their targets.
         """
-        for flag, value in (("every", every), ("topk", topk), ("interval", interval)):
+        settings = settings or Settings()
+        numbers = {
+            "every": every,
+            "topk": settings.topk,
+            "interval": settings.interval,
+            "threads": settings.cpu_threads,
+        }
+        for flag, value in numbers.items():
             if value < 1:
                 raise UserError(f"spectral {flag} is {value}; expected 1 or more")
-        self._models = {"spec": model} if ema_model is None else {"spec": model, "spec_ema": ema_model}
-        selected = {kind: select_targets(dict(m.named_parameters()), targets) for kind, m in self._models.items()}
-        self._names = tuple(selected["spec"])
-        if any(tuple(chosen) != self._names for chosen in selected.values()):
+        self._models = {MODEL: model} if ema_model is None else {MODEL: model, EMA: ema_model}
+        chosen = {
+            kind: choose_parts(dict(one.named_parameters()), targets, split_qkv) for kind, one in self._models.items()
+        }
+        parts = chosen[MODEL]
+        if any(list(of_kind) != list(parts) for of_kind in chosen.values()):
             raise ValueError("the EMA's targets differ from the model's; pass both without wrappers (ema.module)")
-        self._every, self._topk, self._interval = every, topk, interval
-        self._store_dir = store_dir
-        try:
-            store_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot make {store_dir} for the spectra: {error.strerror}; choose a writable output directory"
-            ) from error
+        ranks = ranks or OneRank()
+        shapes = {name: tuple(w.shape) for name, w in _matrices(model, parts).items()}
+        mine = share_out(shapes, ranks.world_size)[ranks.rank]
+        self._parts = {name: parts[name] for name in mine}
+        self._every, self._num_ranks = every, ranks.world_size
+        self.matrices: dict[str, dict[str, Any]] = {
+            name: {"shape": list(shape), **recorded_indices(min(shape), settings.topk, settings.interval)._asdict()}
+            for name, shape in shapes.items()
+        }
+        """By name: "shape", and the recorded indices "top" and "last", 1-based."""
+        store = SpectraStore(store_dir, limit_gb * 1e9)
+        if ranks.rank == 0:
+            options = {"targets": targets, "every": every, "split_qkv": split_qkv, "limit_gb": limit_gb}
+            store.write_index({"format": 2, **options, **asdict(settings), "matrices": self.matrices})
+            if resumed_update is not None:
+                store.forget_after(resumed_update)
+        memory = Memory() if resumed_update is None else self._remember(store, resumed_update)
 
-        devices = {weight.device for chosen in selected.values() for weight in chosen.values()}
+        devices = {p.device for one in self._models.values() for p in one.parameters()}
         for device in devices:
             # torch loads its linear algebra lazily and not thread-safely, so the first call must not be the worker's.
             torch.linalg.eigvalsh(torch.eye(2, dtype=torch.float64, device=device))
@@ -102,22 +127,22 @@ class SpectralMonitor:
         # 0 is the lowest priority CUDA has, and the default stream's: to put the step first, run that on a stream
         # of priority -1.
         self._stream = None if cuda_device is None else torch.cuda.Stream(cuda_device, priority=0)
-
-        self.skipped = 0
-        """Refreshes that were due while the one before was still being computed."""
-        self._handed_over: queue.SimpleQueue[_Snapshot | None] = queue.SimpleQueue()
-        self._finished: queue.SimpleQueue[SpectralRecord] = queue.SimpleQueue()
-        self._idle = threading.Event()
-        self._idle.set()
-        self._cancelled = threading.Event()
-        self._failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()
+        self._busy = 0
         self._closed = False
-        # A daemon, so that a crash of the main thread that never reaches `close` cannot hang the interpreter's exit.
-        self._worker = threading.Thread(target=self._work, name="spectral-monitor", daemon=True)
-        cpu_threads, self._is_single_threaded = torch.get_num_threads(), threading.Event()
-        self._worker.start()
-        self._is_single_threaded.wait()
-        torch.set_num_threads(cpu_threads)  # the worker's call below also set the default of threads to come
+        keys = [f"{kind}/{name}" for kind in self._models for name in parts]
+        self._worker = Worker(settings, store, memory, ranks, keys, self._stream)
+
+    @property
+    def skipped(self) -> int:
+        """Refreshes that were due while the one before was still being computed, here or on another rank."""
+        return self._busy + self._worker.dropped
+
+    def indices_by_type(self) -> dict[str, dict[str, list[int]]]:
+        """The recorded indices for people to read: those of the first matrix of each type."""
+        found: dict[str, dict[str, list[int]]] = {}
+        for name, matrix in self.matrices.items():
+            found.setdefault(module_type(name), {end: matrix[end] for end in ("top", "last")})
+        return found
 
     def observe(self, num_updates: int) -> None:
         """Call after every optimizer update with the updates made so far, and once with 0 before the first.
@@ -131,21 +156,28 @@ class SpectralMonitor:
         if num_updates % self._every != 0:
             return
         if num_updates == 0:
-            self._idle.wait()
-        if not self._idle.is_set():
-            self.skipped += 1
+            self._worker.idle.wait()
+        if not self._worker.idle.is_set():
+            self._busy += 1
             return
-        snapshot = self._take_snapshot(num_updates)
-        self._idle.clear()
-        self._handed_over.put(snapshot)
+        stacks = {kind: stack_by_shape(_matrices(one, self._parts)) for kind, one in self._models.items()}
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self._stream.device))
+        self._worker.idle.clear()
+        self._worker.inbox.put(Snapshot(num_updates, stacks, ready))
 
     def records(self) -> list[SpectralRecord]:
         """The refreshes finished since the last call, oldest first; never waits. Still works after `close`."""
         self._raise_failure()
-        return _drain(self._finished)
+        records = _drain(self._worker.finished)
+        for record in records:
+            record.values["spec/refresh/skipped"] = float(self.skipped)
+        return records
 
     def close(self, cancel: bool = False) -> None:
-        """Finish the running refresh and join the worker; with `cancel`, abandon it at the next shape. Idempotent."""
+        """Finish the running refresh and join the worker; with `cancel`, abandon it at the next matrix. Idempotent."""
         self._stop(cancel)
         self._raise_failure()
 
@@ -159,27 +191,34 @@ class SpectralMonitor:
         if error is None:  # else the error on its way out matters more than one of ours
             self._raise_failure()
 
-    def _take_snapshot(self, update: int) -> _Snapshot:
-        stacks = {
-            kind: stack_by_shape({name: model.get_parameter(f"{name}.weight") for name in self._names})
-            for kind, model in self._models.items()
-        }
-        ready = None
-        if self._stream is not None:
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(self._stream.device))
-        return _Snapshot(update, stacks, ready)
+    def _remember(self, store: SpectraStore, update: int) -> Memory:
+        """What an earlier process has stored up to `update`, as far as it recorded the same vectors."""
+        first, last_update, last = store.first_and_last(update)
+        keys = {f"{kind}/{name}": name for kind in self._models for name in self._parts}
+
+        def fits(key: str, found: Any) -> bool:
+            matrix = self.matrices[keys[key]]
+            expected = [(side, len(matrix[end])) for end in ("top", "last") for side in matrix["shape"]]
+            shapes = [side.shape for end in (found.top, found.last) for side in (end.u, end.v)]
+            return shapes == expected
+
+        for of in (first, last):
+            for key in list(of):
+                if key not in keys or not fits(key, of[key]):
+                    del of[key]
+        return Memory(first, last, last_update if last else None)
 
     def _stop(self, cancel: bool) -> None:
         if cancel:
-            self._cancelled.set()
+            self._worker.cancelled.set()
         if not self._closed:
             self._closed = True
-            self._handed_over.put(None)
-        self._worker.join()
+            self._worker.inbox.put(None)
+        # Of several ranks one may have died, and this one's worker waits for it; that must not hold up the exit.
+        self._worker.join(_JOIN_S if cancel and self._num_ranks > 1 else None)
 
     def _raise_failure(self) -> None:
-        failures = _drain(self._failures)
+        failures = _drain(self._worker.failures)
         if not failures:
             return
         failure = failures[0]  # later ones are most likely the same
@@ -187,54 +226,9 @@ class SpectralMonitor:
             raise failure
         raise RuntimeError(f"the spectral monitor failed: {type(failure).__name__}: {failure}") from failure
 
-    # Below: the worker thread.
 
-    def _work(self) -> None:
-        # On the CPU the worker must not have a team of OpenMP threads of its own: with more of them than cores, waiting
-        # threads sleep instead of spinning, and every small operation of the training step then pays for waking them.
-        torch.get_num_threads()  # a thread's first use takes the process's default, so let that be over
-        torch.set_num_threads(1)
-        self._is_single_threaded.set()
-        while (snapshot := self._handed_over.get()) is not None:
-            try:
-                self._refresh(snapshot)
-            except Exception as error:  # whatever it is, it belongs to the main thread
-                self._failures.put(error)
-            finally:
-                snapshot = None  # else its memory is held until the next one comes
-                self._idle.set()
-
-    def _refresh(self, snapshot: _Snapshot) -> None:
-        spectra: dict[str, np.ndarray] = {}
-        with self._side_stream(snapshot):
-            for kind, stacks in snapshot.stacks.items():
-                solved: dict[str, np.ndarray] = {}
-                for stack in stacks:
-                    if self._cancelled.is_set():
-                        return
-                    solved |= solve_stack(stack)
-                spectra |= {f"{kind}/{name}": solved[name] for name in self._names}
-        write_spectra(self._store_dir, snapshot.update, spectra)
-        values = {
-            f"{key}/{metric}": value
-            for key, s in spectra.items()
-            for metric, value in spectrum_metrics(s, self._topk, self._interval).items()
-        }
-        self._finished.put(SpectralRecord(snapshot.update, values))
-
-    @contextlib.contextmanager
-    def _side_stream(self, snapshot: _Snapshot) -> Iterator[None]:
-        if self._stream is None or snapshot.ready is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):  # sets this thread's device too
-            self._stream.wait_event(snapshot.ready)
-            for stacks in snapshot.stacks.values():
-                for stack in stacks:
-                    if stack.matrices_NRC.is_cuda:
-                        # The copies come from the main stream's pool: it must not reuse them while we still read.
-                        stack.matrices_NRC.record_stream(self._stream)
-            yield
+def _matrices(model: nn.Module, parts: dict[str, Part]) -> dict[str, Tensor]:
+    return take_parts(lambda module: model.get_parameter(f"{module}.weight"), parts)
 
 
 def _drain(items: queue.SimpleQueue[T]) -> list[T]:

@@ -1,9 +1,10 @@
-"""Which weight matrices are watched: name patterns to modules."""
+"""Which weight matrices are watched: name patterns to modules, and qkv to its three parts."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,6 +14,14 @@ DEFAULT_TARGETS = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
 """The four matrices of every block of a timm ViT."""
 
 _WEIGHT = ".weight"
+_QKV = ("q", "k", "v")
+
+
+class Part(NamedTuple):
+    """A watched matrix: the weight of a module, or with `third` 0, 1 or 2 that third of its rows (Q, K or V)."""
+
+    module: str
+    third: int | None = None
 
 
 def select_targets(weights: Mapping[str, Tensor], patterns: str) -> dict[str, Tensor]:
@@ -37,6 +46,48 @@ def select_targets(weights: Mapping[str, Tensor], patterns: str) -> dict[str, Te
         if not any(_matches(name, pattern) for name in matrices):
             raise UserError(_no_match(pattern, list(matrices)))
     return {name: w for name, w in matrices.items() if any(_matches(name, pattern) for pattern in wanted)}
+
+
+def choose_parts(weights: Mapping[str, Tensor], patterns: str, split_qkv: bool = False) -> dict[str, Part]:
+    """The matrices that the patterns name, by name and in model order.
+
+    With `split_qkv` a module named qkv gives three, "blocks.0.attn.qkv.q", "....k" and "....v": its rows in three equal
+    parts, in this order as in timm's attention (`qkv(x).reshape(B, N, 3, heads, -1)`).
+
+    Raises:
+        UserError: as `select_targets`; or nothing is there to split, or its rows do not divide by 3.
+    """
+    chosen = select_targets(weights, patterns)
+    if not split_qkv:
+        return {name: Part(name) for name in chosen}
+    parts: dict[str, Part] = {}
+    for name, weight in chosen.items():
+        if name.rpartition(".")[2] != "qkv":
+            parts[name] = Part(name)
+        elif weight.shape[0] % 3:
+            raise UserError(
+                f"{name} has {weight.shape[0]} rows, which do not divide into Q, K and V; leave out split-qkv"
+            )
+        else:
+            parts |= {f"{name}.{letter}": Part(name, third) for third, letter in enumerate(_QKV)}
+    if all(part.third is None for part in parts.values()):
+        raise UserError(f"split-qkv: none of the spectral targets {patterns!r} is a qkv module; leave it out")
+    return parts
+
+
+def take_parts(weight_of: Callable[[str], Tensor], parts: Mapping[str, Part]) -> dict[str, Tensor]:
+    """The matrices themselves as views, in the order of `parts`; `weight_of` maps a module's name to its weight."""
+    matrices: dict[str, Tensor] = {}
+    for name, (module, third) in parts.items():
+        weight = weight_of(module)
+        rows = weight.shape[0] // 3
+        matrices[name] = weight if third is None else weight[third * rows : (third + 1) * rows]
+    return matrices
+
+
+def module_depth(name: str) -> str:
+    """Where a module sits: its numbers, "blocks.3.attn.qkv" -> "3", "layers.2.blocks.11.mlp.fc1" -> "2.11", else ""."""
+    return ".".join(part for part in name.split(".") if part.isdigit())
 
 
 def module_type(name: str) -> str:

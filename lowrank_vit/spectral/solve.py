@@ -1,16 +1,32 @@
-"""All singular values of many matrices at once: the fast way, and its slow twin.
+"""Certified spectra of many matrices at once: the fast solver, its slow twin, and when one falls back to the other.
 
 Shape legend: N matrices of one shape, R rows, C columns, K = min(R, C) singular values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lowrank_vit.spectral import gram_batched, gram_cpu
+from lowrank_vit.spectral.ends import EPS, Solved, Solver, Triplets, not_finite
+from lowrank_vit.spectral.lapack import one_blas_thread
+
+T = TypeVar("T")
+
+LOG = logging.getLogger(__name__)
+
+
+class Cancelled(Exception):
+    """A refresh was given up between two matrices."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +35,11 @@ class MatrixStack:
 
     names: tuple[str, ...]
     matrices_NRC: Tensor
+
+
+def never() -> bool:
+    """Nobody cancels."""
+    return False
 
 
 def stack_by_shape(weights: Mapping[str, Tensor]) -> list[MatrixStack]:
@@ -38,73 +59,206 @@ def stack_by_shape(weights: Mapping[str, Tensor]) -> list[MatrixStack]:
         return [MatrixStack(tuple(names), torch.stack([weights[n] for n in names])) for names in groups.values()]
 
 
-def solve_stack(stack: MatrixStack) -> dict[str, np.ndarray]:
-    """Singular values of every matrix of one stack; see `singular_values` for the numbers and their error."""
-    with torch.no_grad():
-        values_NK = _gram_singular_values(stack.matrices_NRC).cpu().numpy()
-    return dict(zip(stack.names, values_NK, strict=True))
+def solve_stack(
+    stack: MatrixStack,
+    m: int,
+    solver: Solver = "gram64",
+    *,
+    cpu_threads: int = 1,
+    cancelled: Callable[[], bool] = never,
+    log: Callable[[str], object] = LOG.warning,
+) -> dict[str, Solved]:
+    """Solve every matrix of one stack, where the stack is; results on the host, float64.
 
+    `gram64`: eigenvalues of the Gram matrix on the short side, in float64; the first and last m values and vectors are
+    then refined against the matrix itself (Rayleigh-Ritz). Accuracy: a triplet's certificate r = sqrt((|A v - s u|^2 +
+    |A^T u - s v|^2) / 2) bounds its distance to a true singular value (Parlett, The Symmetric Eigenvalue Problem,
+    theorem 4.5.1, for [[0, A], [A^T, 0]]); for sigma_i it is about eps sigma_1^2 / sigma_i (eps = 2.2e-16). Values
+    between the two ends err by about eps (sigma_1 / sigma_i)^2 relatively. A matrix whose checks fail
+    (`ends.objection`: ill-conditioned or rank-deficient beyond that) is solved again by `svd`, and `log` is told. So
+    is, silently, one with K <= 2 m.
 
-def singular_values(weights: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """All singular values of each matrix, as square roots of the eigenvalues of its Gram matrix.
+    `svd`: `torch.linalg.svd` in float64, errors of about eps sigma_1 everywhere.
 
-    The Gram matrix on the short side (A^T A or A A^T, K x K) and its eigenvalues are computed in float64, batched by
-    shape, on the device where the weights are. TF32 and autocast apply to 32-bit inputs only and cannot touch it.
-
-    Error: the eigenvalues are right to about eps * sigma_1^2 (eps = 2.2e-16, times a modest function of the size),
-    so sigma_i has a relative error of about eps * (sigma_1 / sigma_i)^2. The top values are exact to rounding; at
-    sigma_i = 1e-5 sigma_1 six digits remain; anything below about 1e-8 sigma_1 is noise of that size, so an exactly
-    rank-deficient matrix shows values near 1e-8 sigma_1 where the truth is 0. Where those matter use
-    `singular_values_svd`.
-
-    The same set of matrices on the same device (and thread count, on a CPU) gives the same bits.
+    The result of a matrix on a CPU does not depend on its neighbours, on `cpu_threads` or on the number of cores.
 
     Args:
-        weights: name to matrix (R, C), any real dtype and device, shapes may differ. Entries beyond about 1e150
-            (float64 only) overflow the Gram matrix and count as not finite.
-
-    Returns:
-        Name to float64 array (K,) on the host, descending, in the order of `weights`. A matrix with a NaN or an
-        infinity has NaN values; the others are unaffected.
+        stack: any real dtype and device. A matrix with a NaN or an infinity gives NaN, and `solver` "none".
+        m: triplets wanted from each end; fewer where K is smaller.
+        solver: see above.
+        cpu_threads: matrices solved side by side, on a CPU only.
+        cancelled: asked before every matrix (CPU) or stack.
+        log: called with a line when a matrix is not solved as asked.
 
     Raises:
-        ValueError: a tensor is not 2-D.
+        Cancelled: `cancelled()` was true.
     """
-    solved: dict[str, np.ndarray] = {}
+    if cancelled():
+        raise Cancelled
+    n, rows, cols = stack.matrices_NRC.shape
+    k = min(rows, cols)
+    m = min(m, k)
+    if k == 0:
+        empty = Triplets(np.empty(0), np.empty((rows, 0)), np.empty((cols, 0)), np.empty(0))
+        return {name: Solved(np.empty(0), empty, empty, 0.0, solver) for name in stack.names}
+    with torch.no_grad():
+        scales = _scales(stack.matrices_NRC)
+        if solver == "svd" or 2 * m >= k:
+            first = [None] * n
+        elif stack.matrices_NRC.is_cuda:
+            first = _gram_on_device(stack.matrices_NRC, m, scales)
+        else:
+            first = _gram_on_cpu(stack.matrices_NRC, m, scales, cpu_threads, cancelled)
+        solved: dict[str, Solved] = {}
+        for name, matrix, scale, found in zip(stack.names, stack.matrices_NRC, scales, first, strict=True):
+            if not np.isfinite(scale):
+                log(f"spectra of {name}: the matrix holds a NaN or an infinity, so its values are NaN")
+                solved[name] = not_finite((rows, cols), m)
+            elif found is not None and not found[1]:
+                solved[name] = _scaled(found[0], scale)
+            else:
+                if cancelled():
+                    raise Cancelled
+                note = found[1] if found is not None else ""
+                if note:
+                    log(f"spectra of {name}: {note}; solved by float64 SVD instead")
+                solved[name] = replace(_scaled(_svd(_as_float64(matrix, scale), m), scale), note=note)
+    return solved
+
+
+def solve(
+    weights: Mapping[str, Tensor], m: int, solver: Solver = "gram64", *, cpu_threads: int = 1
+) -> dict[str, Solved]:
+    """`solve_stack` of matrices of any shapes, in the order of `weights`. Raises `ValueError` for a tensor not 2-D."""
+    solved: dict[str, Solved] = {}
     for stack in stack_by_shape(weights):
-        solved |= solve_stack(stack)
+        solved |= solve_stack(stack, m, solver, cpu_threads=cpu_threads)
     return {name: solved[name] for name in weights}
 
 
-def singular_values_svd(weights: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """The slow twin of `singular_values`: float64 `torch.linalg.svdvals`, one matrix after another.
+def largest_values(matrices_NRC: Tensor, cpu_threads: int = 1) -> np.ndarray:
+    """sigma_1 of each matrix (N,), from the Gram matrix in float64: relative error about eps. NaN where not finite."""
+    with torch.no_grad():
+        scales = _scales(matrices_NRC)
+        usable = np.isfinite(scales)
+        result = np.full(len(scales), np.nan)
+        if not matrices_NRC.is_cuda:
 
-    Accurate to about eps * sigma_1 in absolute terms, so also for the smallest values of a rank-deficient matrix.
-    Same arguments, results and errors.
-    """
-    values: dict[str, np.ndarray] = {}
-    for name, weight in weights.items():
-        if weight.ndim != 2:
-            raise ValueError(f"{name} has shape {tuple(weight.shape)}; expected a matrix (2 dimensions)")
-        matrix = weight.detach().double()
-        if bool(torch.isfinite(matrix).all()):
-            values[name] = torch.linalg.svdvals(matrix).cpu().numpy()
-        else:
-            values[name] = np.full(min(matrix.shape), np.nan)
-    return values
+            def one(i: int) -> float:
+                a_RC = _float64_numpy(matrices_NRC[i], scales[i])
+                return gram_cpu.largest_value(a_RC) * scales[i] if a_RC.size else 0.0
+
+            result[usable] = _side_by_side(one, np.flatnonzero(usable).tolist(), cpu_threads)
+        elif usable.any():
+            gram = gram_batched.gram_stack(_divided(matrices_NRC, scales))
+            top = torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0.0).sqrt().cpu().numpy()
+            result[usable] = (top * np.where(usable, scales, 1.0))[usable]
+    return result
 
 
-def _gram_singular_values(matrices_NRC: Tensor) -> Tensor:
-    n, rows, cols = matrices_NRC.shape
-    k = min(rows, cols)
-    gram_NKK = matrices_NRC.new_empty((n, k, k), dtype=torch.float64)
-    # One product a matrix: a float64 copy of a whole stack would double the memory, and each is large enough alone.
-    for matrix, gram in zip(matrices_NRC, gram_NKK, strict=True):
-        a = matrix.double()
-        torch.mm(a, a.T, out=gram) if rows < cols else torch.mm(a.T, a, out=gram)
-    # Given a NaN an eigensolver may raise for the whole batch or return plausible numbers (LAPACK does): solve zeros
-    # in its place and mark the answer. Done with masks, so that nothing here asks the device for a value.
-    bad_N = ~torch.isfinite(gram_NKK).flatten(1).all(1)
-    gram_NKK.masked_fill_(bad_N[:, None, None], 0.0)
-    values_NK = torch.linalg.eigvalsh(gram_NKK).clamp_min_(0.0).sqrt_().flip(-1)
-    return values_NK.masked_fill_(bad_N[:, None], torch.nan)
+def _scales(matrices_NRC: Tensor) -> np.ndarray:
+    """A power of two above the greatest entry of each, so that no square overflows; inf where one is not finite."""
+    low, high = torch.aminmax(matrices_NRC.flatten(1), dim=1)
+    greatest = torch.maximum(low.abs(), high.abs()).double().cpu().numpy()
+    _, exponent = np.frexp(greatest)
+    scales = np.ldexp(1.0, np.clip(exponent, -1021, 1023))
+    return np.where(np.isfinite(greatest), scales, np.inf)
+
+
+def _as_float64(matrix: Tensor, scale: float) -> Tensor:
+    """The matrix over `scale`, exactly, as contiguous float64."""
+    return (matrix.double() / scale).contiguous()
+
+
+def _divided(matrices_NRC: Tensor, scales: np.ndarray) -> Tensor:
+    """Every matrix over its scale; zeros for one that is not finite, so that no solver meets a NaN."""
+    if np.isfinite(scales).all() and (np.abs(np.log2(scales)) < 100).all():
+        return matrices_NRC  # float32 weights of usual size need no scaling, hence no copy
+    bad = torch.from_numpy(~np.isfinite(scales)).to(matrices_NRC.device)
+    factors = torch.from_numpy(np.where(np.isfinite(scales), scales, 1.0)).to(matrices_NRC.device)
+    return (matrices_NRC.double() / factors[:, None, None]).masked_fill(bad[:, None, None], 0.0)
+
+
+def _scaled(solved: Solved, scale: float) -> Solved:
+    def of(t: Triplets) -> Triplets:
+        return replace(t, s=t.s * scale, certificate=t.certificate * scale)
+
+    return replace(solved, s=solved.s * scale, top=of(solved.top), last=of(solved.last))
+
+
+def _gram_on_cpu(
+    matrices_NRC: Tensor, m: int, scales: np.ndarray, cpu_threads: int, cancelled: Callable[[], bool]
+) -> list[tuple[Solved, str] | None]:
+    def one(i: int) -> tuple[Solved, str] | None:
+        if cancelled():
+            raise Cancelled
+        if not np.isfinite(scales[i]):
+            return None
+        try:
+            return gram_cpu.solve_matrix(_float64_numpy(matrices_NRC[i], scales[i]), m)
+        except np.linalg.LinAlgError as error:
+            return not_finite((matrices_NRC.shape[1], matrices_NRC.shape[2]), m), str(error)
+
+    return _side_by_side(one, range(len(matrices_NRC)), cpu_threads)
+
+
+def _float64_numpy(matrix: Tensor, scale: float) -> np.ndarray:
+    """As `_as_float64`. By numpy, since in a thread of its own torch would start a second team of threads to copy."""
+    a_RC = matrix.numpy() if matrix.dtype in (torch.float32, torch.float64) else matrix.float().numpy()
+    return np.divide(a_RC, scale, dtype=np.float64, order="C")
+
+
+def _side_by_side(one: Callable[[int], T], indices: Iterable[int], cpu_threads: int) -> list[T]:
+    with one_blas_thread():
+        if cpu_threads == 1:
+            return [one(i) for i in indices]
+        with ThreadPoolExecutor(cpu_threads, thread_name_prefix="spectral-solve") as pool:
+            return list(pool.map(one, indices))
+
+
+def _gram_on_device(matrices_NRC: Tensor, m: int, scales: np.ndarray) -> list[tuple[Solved, str] | None]:
+    divided = _divided(matrices_NRC, scales)
+    try:
+        found = gram_batched.solve_stack(divided, m)
+    except torch.linalg.LinAlgError as error:
+        return [(not_finite((divided.shape[1], divided.shape[2]), m), f"no convergence ({error})")] * len(scales)
+    if divided is not matrices_NRC:
+        return list(found)
+    # Nothing was divided, so take out what `_scaled` will multiply in.
+    return [(_scaled(solved, 1 / scale), note) for (solved, note), scale in zip(found, scales, strict=True)]
+
+
+def _svd(a_RC: Tensor, m: int) -> Solved:
+    """The reference: a full float64 SVD, its ends certified in the same way."""
+    with _one_torch_thread(a_RC):
+        try:
+            u, s, vh = torch.linalg.svd(a_RC, full_matrices=False)
+        except torch.linalg.LinAlgError as error:
+            return replace(not_finite((a_RC.shape[0], a_RC.shape[1]), m), note=f"no convergence ({error})")
+        k = s.numel()
+        columns = torch.cat([torch.arange(m), torch.arange(k - 1, k - m - 1, -1)]).to(a_RC.device)
+        u, v, ends = u[:, columns], vh.mT[:, columns], s[columns]
+        ahead = torch.linalg.vector_norm(a_RC @ v - u * ends, dim=0)
+        back = torch.linalg.vector_norm(a_RC.mT @ u - v * ends, dim=0)
+        eye = torch.eye(m, dtype=torch.float64, device=a_RC.device)
+        halves = [x[:, part] for x in (u, v) for part in (slice(m), slice(m, None))]
+        off = max(float((x.mT @ x - eye).abs().max()) for x in halves)
+    allowance = EPS * max(a_RC.shape) ** 0.5 * s[0]
+    certificate = torch.sqrt((ahead**2 + back**2) / 2) + allowance
+    ends_np, u_np, v_np, certificate_np = (x.cpu().numpy() for x in (ends, u, v, certificate))
+    both = Triplets(ends_np, u_np, v_np, certificate_np)
+    return Solved(s.cpu().numpy(), both.pick(list(range(m))), both.pick(list(range(m, 2 * m))), off, "svd")
+
+
+@contextmanager
+def _one_torch_thread(a_RC: Tensor) -> Iterator[None]:
+    """On a CPU one thread: LAPACK's bits depend on their number, and the monitor's worker has one."""
+    threads = torch.get_num_threads()
+    if a_RC.is_cuda or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

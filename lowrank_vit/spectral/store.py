@@ -1,4 +1,9 @@
-"""The spectra on disk: one `update_00000100.npz` a refresh, holding "update" and a float64 array per "<kind>/<module>".
+"""The spectra on disk: a directory that grows by whole files, stays below a stated size, and is readable at any moment.
+
+`update_00000100.npz`   "update" and a float64 array (K,) per "<kind>/<name>": all singular values, descending.
+`vectors_00000100.npz`  "update" and the recorded triplets, float64: per "<kind>/<name>" and end (top, last)
+                        "<key>:top:u" (R, k), ":v" (C, k), ":s" (k,) and ":certificate" (k,).
+`index.json`            the recorded indices and shapes of every matrix, and the options.
 
 Kinds are "spec" (the model) and "spec_ema" (its moving average). A file is there whole or not at all.
 """
@@ -6,35 +11,205 @@ Kinds are "spec" (the model) and "spec_ema" (its moving average). A file is ther
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_prep.errors import UserError
+from lowrank_vit.spectral.ends import Solved, Triplets
+
+SPECTRA, VECTORS = "update", "vectors"
+SPECTRA_SHARE = 0.25
+"""Of the size limit; the rest is for vectors."""
+_ENDS = ("top", "last")
+_FIELDS = ("u", "v", "s", "certificate")
 
 
 class StoredSpectra(NamedTuple):
-    """One refresh: the update it was taken at, and "<kind>/<module>" to (K,) float64 singular values, descending."""
+    """One refresh: the update it was taken at, and "<kind>/<name>" to (K,) float64 singular values, descending."""
 
     update: int
     spectra: dict[str, np.ndarray]
 
 
+class StoredVectors(NamedTuple):
+    """One refresh: the update it was taken at, and "<kind>/<name>" to the recorded (top, last) triplets."""
+
+    update: int
+    ends: dict[str, tuple[Triplets, Triplets]]
+
+
+class SpectraStore:
+    """Writes refreshes into one directory and keeps it below `limit_bytes`.
+
+    Where a series (spectra, vectors) would outgrow its share, every second refresh of it goes and only every second one
+    to come is kept: the series thins out evenly. The first and the newest always stay, so the least size is that of
+    two refreshes.
+    """
+
+    def __init__(self, path: Path, limit_bytes: float) -> None:
+        """`path` is made if missing. Raises `UserError` where it cannot be."""
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make {path} for the spectra: {error.strerror}; choose a writable output directory"
+            ) from error
+        shares = {SPECTRA: SPECTRA_SHARE, VECTORS: 1 - SPECTRA_SHARE}
+        self._series = {prefix: _Series(path, prefix, share * limit_bytes) for prefix, share in shares.items()}
+
+    def save(self, update: int, solved: Mapping[str, Solved]) -> None:
+        """Write one refresh, replacing an earlier one of the same update. Raises `UserError` (full, gone)."""
+        write_spectra(self.path, update, {key: one.s for key, one in solved.items()})
+        arrays = {
+            f"{key}:{end}:{name}": getattr(getattr(one, end), name)
+            for key, one in solved.items()
+            for end in _ENDS
+            for name in _FIELDS
+        }
+        _write(self.path, VECTORS, update, arrays)
+        for series in self._series.values():
+            series.thin()
+
+    def write_index(self, content: Mapping[str, Any]) -> None:
+        """Write `index.json`. Raises `UserError`."""
+        path = self.path / "index.json"
+        partial = path.with_suffix(".json.partial")
+        try:
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; choose a writable output directory") from error
+
+    def forget_after(self, update: int) -> None:
+        """Delete what a run that was cut off has stored after the checkpoint it is resumed from."""
+        for prefix in (SPECTRA, VECTORS):
+            for path in _files(self.path, prefix):
+                if _update_of(path) > update:
+                    path.unlink(missing_ok=True)
+
+    def first_and_last(self, until: int) -> tuple[dict[str, Solved], int | None, dict[str, Solved]]:
+        """The first refresh, and the newest up to the update `until`, with its update; empty where none can be read."""
+        usable: list[tuple[int, dict[str, Solved]]] = []
+        paths = [path for path in _files(self.path, VECTORS) if _update_of(path) <= until]
+        for candidates in (paths, paths[::-1]):
+            for path in candidates:
+                with contextlib.suppress(UserError):
+                    usable.append(_read_solved(self.path, path))
+                    break
+        if not usable:
+            return {}, None, {}
+        return usable[0][1], usable[1][0], usable[1][1]
+
+
+class _Series:
+    """The files of one prefix, the least distance between two of them in updates, and their limit."""
+
+    def __init__(self, folder: Path, prefix: str, limit_bytes: float) -> None:
+        self._folder, self._prefix, self._limit = folder, prefix, limit_bytes
+        updates = [_update_of(path) for path in _files(folder, prefix)][:-1]  # the newest may be nearer than the rest
+        self._spacing = min((b - a for a, b in itertools.pairwise(updates)), default=0)
+
+    def thin(self) -> None:
+        """Delete what is not to be kept beside the newest file."""
+        paths = _files(self._folder, self._prefix)
+        if len(paths) > 2 and _update_of(paths[-2]) - _update_of(paths[-3]) < self._spacing:
+            paths.pop(-2).unlink(missing_ok=True)
+        while len(paths) > 2 and sum(map(_size, paths)) > self._limit:
+            updates = [_update_of(path) for path in paths[:-1]]
+            nearest = min((b - a for a, b in itertools.pairwise(updates)), default=0)
+            self._spacing = 2 * max(self._spacing, nearest)
+            for path in paths[1:-1:2]:
+                path.unlink(missing_ok=True)
+            paths = _files(self._folder, self._prefix)
+
+
 def write_spectra(store_dir: Path, update: int, spectra: Mapping[str, np.ndarray]) -> Path:
-    """Write one refresh, replacing an earlier one of the same update; return its path.
+    """Write the spectra of one refresh, replacing an earlier one of the same update; return its path.
 
     Raises:
         UserError: the directory cannot be written (full, read-only, gone).
     """
-    path = store_dir / f"update_{update:08d}.npz"
+    return _write(store_dir, SPECTRA, update, spectra)
+
+
+def list_spectra(store_dir: Path) -> list[Path]:
+    """The stored refreshes in the order of their updates; empty when there is no such directory."""
+    return _files(store_dir, SPECTRA)
+
+
+def list_vectors(store_dir: Path) -> list[Path]:
+    """The stored vectors in the order of their updates; empty when there is no such directory."""
+    return _files(store_dir, VECTORS)
+
+
+def read_spectra(path: Path) -> StoredSpectra:
+    """Read one refresh, matrices in model order.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    return StoredSpectra(*_read(path))
+
+
+def read_vectors(path: Path) -> StoredVectors:
+    """Read the recorded triplets of one refresh, matrices in model order.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    update, arrays = _read(path)
+    ends: dict[str, tuple[Triplets, Triplets]] = {}
+    try:
+        for key in dict.fromkeys(name.rsplit(":", 2)[0] for name in arrays):
+            top, last = ({f: arrays[f"{key}:{end}:{f}"] for f in _FIELDS} for end in _ENDS)
+            ends[key] = (Triplets(**top), Triplets(**last))
+    except KeyError as error:
+        raise UserError(f"cannot read the vectors in {path}: {error} is missing") from error
+    return StoredVectors(update, ends)
+
+
+def _read_solved(folder: Path, vectors: Path) -> tuple[int, dict[str, Solved]]:
+    update, ends = read_vectors(vectors)
+    # Spectra are thinned less than vectors, but on their own stride; what is compared later needs only sigma_1 of them.
+    path = _path(folder, SPECTRA, update)
+    spectra = read_spectra(path).spectra if path.exists() else {}
+    return update, {
+        key: Solved(spectra.get(key, top.s), top, last, float("nan"), "stored") for key, (top, last) in ends.items()
+    }
+
+
+def _path(folder: Path, prefix: str, update: int) -> Path:
+    return folder / f"{prefix}_{update:08d}.npz"
+
+
+def _files(folder: Path, prefix: str) -> list[Path]:
+    return sorted(folder.glob(f"{prefix}_*.npz"), key=lambda path: (len(path.name), path.name))
+
+
+def _update_of(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+def _write(folder: Path, prefix: str, update: int, arrays: Mapping[str, np.ndarray]) -> Path:
+    path = _path(folder, prefix, update)
     partial = path.with_suffix(".npz.partial")
     try:
         with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, update=np.int64(update), **spectra)
+            np.savez(file, allow_pickle=False, update=np.int64(update), **arrays)
             file.flush()
             os.fsync(file.fileno())  # a full or remote disk may report only here; better now than a torn file later
         partial.replace(path)
@@ -42,27 +217,17 @@ def write_spectra(store_dir: Path, update: int, spectra: Mapping[str, np.ndarray
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise UserError(
-            f"cannot store the spectra of update {update} in {store_dir}: {error.strerror or error}. "
+            f"cannot store the spectra of update {update} in {folder}: {error.strerror or error}. "
             "Free some space or choose a writable output directory, then resume."
         ) from error
     return path
 
 
-def list_spectra(store_dir: Path) -> list[Path]:
-    """The stored refreshes in the order of their updates; empty when there is no such directory."""
-    return sorted(store_dir.glob("update_*.npz"), key=lambda path: (len(path.name), path.name))
-
-
-def read_spectra(path: Path) -> StoredSpectra:
-    """Read one refresh, modules in model order.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+def _read(path: Path) -> tuple[int, dict[str, np.ndarray]]:
     try:
         # Opened here: np.load leaves the file open when it finds the archive damaged.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            spectra = {key: stored[key] for key in stored.files if key != "update"}
-            return StoredSpectra(int(stored["update"]), spectra)
+            arrays = {key: stored[key] for key in stored.files if key != "update"}
+            return int(stored["update"]), arrays
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read the spectra in {path}: {error}") from error

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,15 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lowrank_vit.spectral import monitor as monitor_module
+from lowrank_vit.spectral import refresh as refresh_module
 from lowrank_vit.spectral import store
+from lowrank_vit.spectral.analyze import analyze_weights
+from lowrank_vit.spectral.ends import Solved
 from lowrank_vit.spectral.monitor import SpectralMonitor
+from lowrank_vit.spectral.refresh import Settings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
-from lowrank_vit.spectral.solve import MatrixStack, singular_values, singular_values_svd, solve_stack
+from lowrank_vit.spectral.solve import MatrixStack, largest_values, solve, solve_stack
+from tests.spectra import sine, with_spectrum
 
 pytestmark = pytest.mark.gpu
 
@@ -38,11 +43,11 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Holds the worker back until set."""
     gate = threading.Event()
 
-    def held(stack: MatrixStack) -> dict[str, np.ndarray]:
+    def held(stack: MatrixStack, *args: Any, **more: Any) -> dict[str, Solved]:
         assert gate.wait(LONG_S)
-        return solve_stack(stack)
+        return solve_stack(stack, *args, **more)
 
-    monkeypatch.setattr(monitor_module, "solve_stack", held)
+    monkeypatch.setattr(refresh_module, "solve_stack", held)
     yield gate
     gate.set()
 
@@ -53,60 +58,83 @@ def small_vit() -> VisionTransformer:
     return vit.to("cuda")
 
 
-def watch(model: VisionTransformer, store_dir: Path, every: int = 1) -> SpectralMonitor:
-    return SpectralMonitor(model, model, targets=DEFAULT_TARGETS, every=every, topk=4, interval=1, store_dir=store_dir)
+def watch(model: VisionTransformer, store_dir: Path, every: int = 1, on_cpu: bool = False) -> SpectralMonitor:
+    settings = Settings(topk=4, on_cpu=on_cpu)
+    return SpectralMonitor(model, model, targets=DEFAULT_TARGETS, every=every, settings=settings, store_dir=store_dir)
 
 
 def targets(model: VisionTransformer) -> dict[str, torch.Tensor]:
     return select_targets(dict(model.named_parameters()), DEFAULT_TARGETS)
 
 
-@pytest.mark.parametrize("shape", [(576, 192), (192, 768), (192, 192)])
-def test_values_agree_with_the_cpu_twin_within_the_stated_error(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", [(576, 192), (192, 768), (192, 192), (2304, 768)])
+def test_values_and_vectors_agree_with_the_cpu_twin(shape: tuple[int, int]) -> None:
     weights = {f"m{i}": torch.randn(shape, generator=torch.Generator().manual_seed(i)) * 0.02 for i in range(4)}
-    solved = singular_values({name: w.cuda() for name, w in weights.items()})
-    for name, expected in singular_values_svd(weights).items():
-        tolerance = 1e-12 + 16 * np.finfo(np.float64).eps * (expected[0] / expected) ** 2
-        assert (np.abs(solved[name] / expected - 1) <= tolerance).all()
+    solved = solve({name: w.cuda() for name, w in weights.items()}, 8)
+    for name, expected in solve(weights, 8, "svd").items():
+        found = solved[name]
+        tolerance = 1e-12 + 16 * np.finfo(np.float64).eps * (expected.s[0] / expected.s) ** 2
+        assert (np.abs(found.s / expected.s - 1) <= tolerance).all()
+        for end, true in ((found.top, expected.top), (found.last, expected.last)):
+            assert (np.abs(end.s - true.s) <= end.certificate + true.certificate).all()
+            assert sine(end.u, true.u) <= 1e-6
+            assert sine(end.v, true.v) <= 1e-6
+
+
+@pytest.mark.parametrize("condition", [1e3, 1e6, 1e7])
+def test_ill_conditioned_matrices_are_right_or_fall_back(condition: float) -> None:
+    s = np.geomspace(1, 1 / condition, 128)
+    found = solve({"m": with_spectrum(s, 192, 128).cuda()}, 8)["m"]
+    assert np.abs(found.top.s / s[:8] - 1).max() <= 1e-12
+    assert np.abs(found.last.s / s[::-1][:8] - 1).max() <= 1e-6
+
+
+def test_sigma_1_alone_agrees_with_the_cpu() -> None:
+    stack = torch.randn(3, 100, 60, generator=torch.Generator().manual_seed(0))
+    stack[1] *= 1e-20
+    np.testing.assert_allclose(largest_values(stack.cuda()), largest_values(stack), rtol=1e-12)
 
 
 def test_tf32_and_autocast_do_not_touch_the_bits() -> None:
     weights = {"m": torch.randn(256, 192, generator=torch.Generator().manual_seed(0)).cuda()}
-    expected = singular_values(weights)["m"]
+    expected = solve(weights, 4)["m"]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            actual = singular_values(weights)["m"]
+            actual = solve(weights, 4)["m"]
     finally:
         torch.set_float32_matmul_precision(before)
-    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal(actual.s, expected.s)
+    np.testing.assert_array_equal(actual.top.u, expected.top.u)
 
 
 def test_a_nan_matrix_does_not_harm_its_batch() -> None:
     weights = {f"m{i}": torch.randn(64, 48, generator=torch.Generator().manual_seed(i)).cuda() for i in range(3)}
     weights["m1"][5, 7] = torch.nan
-    solved = singular_values(weights)
-    assert np.isnan(solved["m1"]).all()
+    solved = solve(weights, 4)
+    assert np.isnan(solved["m1"].s).all()
     for name in ("m0", "m2"):
-        expected = singular_values_svd({name: weights[name]})[name]
-        np.testing.assert_allclose(solved[name], expected, rtol=1e-9)
+        expected = solve({name: weights[name]}, 4, "svd")[name]
+        np.testing.assert_allclose(solved[name].s, expected.s, rtol=1e-9)
 
 
-def test_stored_spectra_equal_an_offline_computation_on_the_same_device(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_stored_spectra_equal_an_offline_computation_on_the_same_device(tmp_path: Path, on_cpu: bool) -> None:
     model = small_vit()
-    expected = singular_values(targets(model))
-    with watch(model, tmp_path) as monitor:
+    weights = {name: w.cpu() if on_cpu else w for name, w in targets(model).items()}
+    expected = analyze_weights(weights, Settings(topk=4)).solved
+    with watch(model, tmp_path, on_cpu=on_cpu) as monitor:
         monitor.observe(0)
     stored = store.read_spectra(tmp_path / "update_00000000.npz").spectra
-    for name, s in expected.items():
-        np.testing.assert_array_equal(stored[f"spec/{name}"], s)
-        np.testing.assert_array_equal(stored[f"spec_ema/{name}"], s)
+    for name, one in expected.items():
+        np.testing.assert_array_equal(stored[f"spec/{name}"], one.s)
+        np.testing.assert_array_equal(stored[f"spec_ema/{name}"], one.s)
 
 
 def test_a_snapshot_holds_while_the_weights_move_on_and_memory_is_reused(tmp_path: Path, gate: threading.Event) -> None:
     model = small_vit()
-    expected = singular_values(targets(model))
+    expected = solve(targets(model), 4)
     with watch(model, tmp_path) as monitor:
         monitor.observe(0)
         for _ in range(20):  # frees and takes blocks of the snapshot's sizes on the main stream
@@ -115,8 +143,8 @@ def test_a_snapshot_holds_while_the_weights_move_on_and_memory_is_reused(tmp_pat
                     parameter.copy_(torch.full_like(parameter, 7.0))
         gate.set()
     stored = store.read_spectra(tmp_path / "update_00000000.npz").spectra
-    for name, s in expected.items():
-        np.testing.assert_array_equal(stored[f"spec/{name}"], s)
+    for name, one in expected.items():
+        np.testing.assert_array_equal(stored[f"spec/{name}"], one.s)
 
 
 def test_observe_never_waits_for_the_device(tmp_path: Path, gate: threading.Event) -> None:

@@ -22,8 +22,8 @@ model-kwargs num-classes drop drop-path initial-checkpoint model-ema model-ema-d
 opt-betas momentum weight-decay lr lr-base lr-base-size lr-base-scale layer-decay clip-grad clip-mode sched
 sched-on-updates epochs warmup-epochs warmup-lr min-lr cooldown-epochs aa color-jitter reprob remode recount resplit
 smoothing mixup cutmix mixup-prob mixup-switch-prob mixup-mode cutmix-minmax mixup-off-epoch device amp compile
-compile-mode spec-monitor spec-every spec-topk spec-interval spec-targets output experiment resume seed log-interval
-val-interval log-wandb wandb-project
+compile-mode spec-monitor spec-every spec-topk spec-interval spec-targets spec-split-qkv spec-solver spec-on-cpu
+spec-cpu-threads spec-store-gb output experiment resume seed log-interval val-interval log-wandb wandb-project
 """.split()
 
 

@@ -14,10 +14,17 @@ import pytest
 from data_prep.errors import UserError
 from lowrank_vit.report import read_run as read_run_module
 from lowrank_vit.report.__main__ import main, write_report
+from lowrank_vit.report.bulk_plot import bulk_plot
+from lowrank_vit.report.ema_plot import ema_plot
+from lowrank_vit.report.heat_maps import cosine_plot, matrix_scalars, stable_rank_plot
 from lowrank_vit.report.numbers import final_numbers, headline, spectral_numbers
+from lowrank_vit.report.profile_plot import profile_plot
+from lowrank_vit.report.read_analysis import read_analysis
 from lowrank_vit.report.read_run import read_run, series
-from lowrank_vit.report.spectra_plots import spectra_plot, stable_rank_plot
-from lowrank_vit.spectral.store import write_spectra
+from lowrank_vit.report.spectra_plots import spectra_plot
+from lowrank_vit.report.vector_plots import vectors_plot
+from lowrank_vit.spectral.ends import Solved, Triplets
+from lowrank_vit.spectral.store import SpectraStore, write_spectra
 
 PNG = b"\x89PNG\r\n\x1a\n"
 KINDS = {"attn.qkv": 6, "attn.proj": 6, "mlp.fc1": 6, "mlp.fc2": 6}
@@ -55,6 +62,39 @@ def add_spectra(run: Path, refreshes: int = 3, *, scale: float = 1.0) -> None:
         write_spectra(run / "spectra", 10 * i, spectra)
 
 
+PICTURES = "training spectra bulk stable_rank cosines vectors ema profile".split()
+
+
+def solved(seed: int) -> Solved:
+    rng = np.random.default_rng(seed)
+
+    def end() -> Triplets:
+        u, v = (np.linalg.qr(rng.standard_normal((n, 3)))[0] for n in (12, 6))
+        return Triplets(np.array([3.0, 2, 1]), u, v, np.zeros(3))
+
+    return Solved(np.linspace(3, 0.1, 6), end(), end(), 0.0, "gram64")
+
+
+def add_monitor(run: Path, refreshes: int = 3) -> None:
+    """What a monitor leaves: spectra, vectors, the index and the logged scalars."""
+    store = SpectraStore(run / "spectra", 1e9)
+    names = [f"blocks.{block}.{kind}" for block in range(3) for kind in KINDS]
+    store.write_index({"matrices": {name: {"shape": [12, 6]} for name in names}})
+    lines = []
+    for i in range(refreshes):
+        keys = [f"{kind}/{name}" for kind in ("spec", "spec_ema") for name in names]
+        store.save(10 * i, {key: solved(100 * i + n) for n, key in enumerate(keys)})
+        values = {f"{key}/{m}": 1 + i for key in keys for m in ("sigma_max", "stable_rank", "alpha", "sv1")}
+        values |= {f"spec/type/attn.qkv/{m}": 9.0 for m in ("sigma_max", "cos_u_mean")}
+        values |= {f"spec/{name}/{m}": 0.5 for name in names for m in ("ema_cos_u_mean", "chance_u")}
+        if i:
+            cosines = ("cos_u_mean", "cos_v_mean", "cos0_u_mean", "cos0_v_mean")
+            values |= {f"{key}/{m}": 1 - 0.1 * i for key in keys for m in cosines}
+        lines.append(json.dumps({"kind": "spec", "update": 10 * i, **values}) + "\n")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(lines)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     path = tmp_path / "my experiment"
@@ -65,6 +105,7 @@ def run(tmp_path: Path) -> Path:
 def fill(run: Path) -> Path:
     add_summary(run)
     add_metrics(run)
+    add_monitor(run)
     add_spectra(run)
     args = "model: vit_small_patch16_224\nscale: [0.35, 1.0]\nnote: <script>alert(1)</script>\n"
     (run / "args.yaml").write_text(args)
@@ -86,16 +127,16 @@ def embedded_pictures(html: str) -> list[bytes]:
     return [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', html)]
 
 
-def test_a_finished_run_gives_three_pictures_and_one_page_that_holds_them(reported: Path) -> None:
+def test_a_finished_run_gives_all_pictures_and_one_page_that_holds_them(reported: Path) -> None:
     pictures = {path.name: path.read_bytes() for path in (reported / "report").iterdir()}
-    assert sorted(pictures) == ["spectra.png", "stable_rank.png", "training.png"]
+    assert sorted(pictures) == sorted(f"{name}.png" for name in PICTURES)
     for png in pictures.values():
         assert png.startswith(PNG)
         width, height = struct.unpack(">II", png[16:24])
         assert width >= 1000
         assert height >= 500
     html = (reported / "report.html").read_text()
-    assert embedded_pictures(html) == [pictures[name] for name in ("training.png", "spectra.png", "stable_rank.png")]
+    assert embedded_pictures(html) == [pictures[f"{name}.png"] for name in PICTURES]
     for text in ("my experiment", "61.25", "62.25 %", "epoch 1", "vit_small_patch16_224", "0.35 1.0", "gpu.name"):
         assert text in html
     assert 'class="notes"' not in html
@@ -118,7 +159,7 @@ def test_equal_runs_give_equal_pictures(reported: Path) -> None:
 
 def test_a_run_in_its_first_epoch_is_drawn_and_says_what_is_missing(run: Path) -> None:
     add_metrics(run, end='{"kind": "train", "upd')
-    notes = write_report(run)
+    _, notes = write_report(run)
     assert [path.name for path in (run / "report").iterdir()] == ["training.png"]
     html = (run / "report.html").read_text()
     assert len(embedded_pictures(html)) == 1
@@ -132,6 +173,70 @@ def test_spectra_alone_are_drawn_and_one_refresh_needs_no_time_axis(run: Path) -
     add_spectra(run, refreshes=1)
     write_report(run)
     assert [path.name for path in (run / "report").iterdir()] == ["spectra.png"]
+
+
+def test_a_run_with_one_refresh_shows_what_it_can(run: Path) -> None:
+    add_monitor(run, refreshes=1)
+    write_report(run)
+    assert sorted(path.stem for path in (run / "report").iterdir()) == ["bulk", "profile", "spectra"]
+
+
+def test_logged_scalars_are_read_without_aggregates_and_a_torn_line_is_left_out(run: Path) -> None:
+    add_monitor(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "spec", "update": 30, "spec/blocks.0.attn.qkv/sigma_max": 4')
+    found = read_run(run)
+    np.testing.assert_array_equal(found.scalars["update"], [0, 10, 20])
+    values = matrix_scalars(found, "spec", "sigma_max")
+    assert list(values) == [f"blocks.{block}.{kind}" for block in range(3) for kind in KINDS]
+    np.testing.assert_array_equal(values["blocks.2.mlp.fc2"], [1, 2, 3])
+    assert "spec/blocks.0.attn.qkv/sv1" not in found.scalars
+    assert np.isnan(matrix_scalars(found, "spec", "cos_u_mean")["blocks.0.attn.qkv"][0])
+    assert [v.update for v in found.vectors] == [0, 10, 20]
+    assert any("half written" in note for note in found.notes)
+
+
+def test_many_spec_events_are_thinned(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_run_module, "MAX_SNAPSHOTS", 3)
+    add_monitor(run, refreshes=9)
+    np.testing.assert_array_equal(read_run(run).scalars["update"], [0, 40, 80])
+
+
+def analysis_file(folder: Path, *flags: str) -> Path:
+    import torch
+
+    from lowrank_vit.analyze_spectrum import main as analyze
+    from tests.spectra import tiny_vit
+
+    checkpoint = folder / "model.pth"
+    torch.save({"state_dict": tiny_vit().state_dict(), "arch": "vit", "epoch": 4}, checkpoint)
+    analyze(["--checkpoint", str(checkpoint), "--save-dir", str(folder), "--topk", "3", *flags])
+    return folder / "vit_spectral.json"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_analysis_is_reported_too(tmp_path: Path, full: bool) -> None:
+    path = analysis_file(tmp_path, *(["--full"] if full else []))
+    for given in (path, tmp_path):
+        folder, notes = write_report(given)
+        assert folder == tmp_path
+        assert bool(notes) is not full
+    drawn = sorted(p.stem for p in (tmp_path / "report").iterdir())
+    assert drawn == (["bulk", "profile", "spectra"] if full else ["profile"])
+    html = (tmp_path / "report.html").read_text()
+    assert len(embedded_pictures(html)) == len(drawn)
+    content = json.loads(path.read_text())
+    values = matrix_scalars(read_analysis(path), "spec", "alpha")
+    assert {n: v[0] for n, v in values.items()} == {n: layer["alpha"] for n, layer in content["layers"].items()}
+
+
+def test_several_analyses_or_a_foreign_file_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a_spectral.json").write_text("{}")
+    with pytest.raises(UserError, match=r"cannot be read as an analysis.*analyze_spectrum"):
+        write_report(tmp_path)
+    (tmp_path / "b_spectral.json").write_text("{}")
+    with pytest.raises(UserError, match=r"several analyses \(a_spectral\.json, b_spectral\.json\)"):
+        write_report(tmp_path)
 
 
 def test_a_picture_of_an_earlier_report_does_not_stay_when_its_data_are_gone(run: Path) -> None:
@@ -210,9 +315,12 @@ def test_many_refreshes_are_thinned_evenly_with_both_ends_kept(run: Path, monkey
 
 @pytest.mark.parametrize("scale", [float("nan"), 0.0], ids=["nan", "zero"])
 def test_a_diverged_run_is_drawn_all_the_same(run: Path, scale: float) -> None:
+    add_monitor(run)
     add_spectra(run, scale=scale)
+    text = (run / "metrics.jsonl").read_text().replace(": 0.9", ": null").replace(": 3", ": null")
+    (run / "metrics.jsonl").write_text(text)
     found = read_run(run)
-    for draw in (spectra_plot, stable_rank_plot):
+    for draw in (spectra_plot, stable_rank_plot, bulk_plot, cosine_plot, ema_plot, profile_plot, vectors_plot):
         png = draw(found)
         assert png is not None
         assert png.startswith(PNG)

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_vit.spectral.metrics import effective_rank, recorded_indices, spectrum_metrics, stable_rank
+from lowrank_vit.spectral.metrics import (
+    effective_rank,
+    energy_rank,
+    recorded_indices,
+    relative_gap,
+    spectrum_metrics,
+    stable_rank,
+)
 
 sizes = st.integers(1, 60)
 
@@ -70,10 +77,13 @@ def test_ranks_lie_between_1_and_k_are_ordered_and_do_not_depend_on_scale(values
     assert effective_rank(s * scale) == pytest.approx(effective)
 
 
+SHAPE = (9, 5)
+
+
 def test_metrics_name_the_right_values() -> None:
     s = np.array([9.0, 7.0, 5.0, 3.0, 1.0])
-    metrics = spectrum_metrics(s, topk=2, interval=2)
-    assert {k: v for k, v in metrics.items() if not k.endswith("rank")} == {
+    metrics = spectrum_metrics(s, SHAPE, topk=2, interval=2)
+    assert {k: v for k, v in metrics.items() if k.startswith(("sigma", "sv"))} == {
         "sigma_max": 9.0,
         "sv1": 9.0,
         "sv2": 5.0,
@@ -82,18 +92,33 @@ def test_metrics_name_the_right_values() -> None:
     }
     assert metrics["stable_rank"] == stable_rank(s)
     assert metrics["effective_rank"] == effective_rank(s)
+    assert metrics["nuclear_norm"] == 25
+    assert metrics["condition"] == 9
     assert all(type(value) is float for value in metrics.values())
+    names = "gap_k gap_last rank90 rank95 rank99 alpha alpha_ks alpha_sigma alpha_tail mp_sigma mp_edge mp_outliers"
+    assert set(names.split()) <= set(metrics)
 
 
 def test_short_spectra_have_fewer_keys() -> None:
-    keys = set(spectrum_metrics(np.array([2.0, 1.0]), topk=8, interval=1))
-    assert keys == {"sigma_max", "sv1", "sv2", "sv_last1", "sv_last2", "stable_rank", "effective_rank"}
+    keys = {k for k in spectrum_metrics(np.array([2.0, 1.0]), (3, 2), topk=8, interval=1) if k.startswith("sv")}
+    assert keys == {"sv1", "sv2", "sv_last1", "sv_last2"}
 
 
 def test_zero_and_nan_spectra_have_defined_values() -> None:
-    zero = spectrum_metrics(np.zeros(3), topk=2, interval=1)
-    assert set(zero.values()) == {0.0}
-    nan = spectrum_metrics(np.full(3, np.nan), topk=2, interval=1)
+    zero = spectrum_metrics(np.zeros(5), SHAPE, topk=2, interval=1)
+    undefined = {k for k, v in zero.items() if v != 0}
+    assert undefined == {
+        "condition",
+        "alpha",
+        "alpha_ks",
+        "alpha_sigma",
+        "alpha_tail",
+        "mp_sigma",
+        "mp_edge",
+        "mp_outliers",
+    }
+    assert zero["condition"] == np.inf
+    nan = spectrum_metrics(np.full(5, np.nan), SHAPE, topk=2, interval=1)
     assert all(math.isnan(value) for value in nan.values())
     assert nan.keys() == zero.keys()
 
@@ -101,4 +126,40 @@ def test_zero_and_nan_spectra_have_defined_values() -> None:
 @pytest.mark.parametrize("shape", [(0,), (2, 2)])
 def test_what_is_no_spectrum_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="one-dimensional spectrum"):
-        spectrum_metrics(np.zeros(shape), topk=1, interval=1)
+        spectrum_metrics(np.zeros(shape), SHAPE, topk=1, interval=1)
+
+
+spectra = st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=40).map(lambda values: np.sort(np.array(values))[::-1])
+
+
+@given(spectra, st.sampled_from([50, 90, 95, 99, 100]))
+def test_energy_rank_is_the_least_number_of_values_with_that_share(s: np.ndarray, percent: float) -> None:
+    k = int(energy_rank(s, percent))
+    total = math.fsum(s**2)
+    assert math.fsum(s[:k] ** 2) >= percent / 100 * total * (1 - 1e-9)
+    assert math.fsum(s[: k - 1] ** 2) < percent / 100 * total * (1 + 1e-9)
+
+
+def test_energy_ranks_by_hand() -> None:
+    s = np.sqrt([80.0, 10.0, 5.0, 5.0])
+    assert [energy_rank(s, p) for p in (50, 80, 90, 95, 96, 100)] == [1, 1, 2, 3, 4, 4]
+
+
+@given(spectra, st.data())
+def test_the_gap_is_the_least_over_all_pairs_inside_and_outside(s: np.ndarray, data: st.DataObject) -> None:
+    indices = data.draw(st.lists(st.integers(1, s.size), min_size=1, unique=True))
+    outside = [j for j in range(1, s.size + 1) if j not in indices]
+    expected = [abs(s[i - 1] - s[j - 1]) / max(s[i - 1], s[j - 1]) for i in indices for j in outside]
+    gap = relative_gap(s, indices)
+    if expected:
+        assert gap == pytest.approx(min(expected), abs=1e-12)
+    else:
+        assert math.isnan(gap)
+
+
+def test_gaps_at_both_ends_by_hand() -> None:
+    s = np.array([10.0, 9.0, 6.0, 3.0, 1.0, 0.5])
+    assert relative_gap(s, [1, 2]) == pytest.approx(3 / 9)
+    assert relative_gap(s, [6, 5]) == pytest.approx(2 / 3)
+    assert relative_gap(np.array([2.0, 0.0, 0.0]), [1, 2]) == 0
+    assert relative_gap(np.array([2.0, 2.0]), [1]) == 0

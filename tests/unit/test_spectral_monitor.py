@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,39 +17,43 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from data_prep.errors import UserError
-from lowrank_vit.spectral import monitor as monitor_module
+from lowrank_vit.spectral import refresh as refresh_module
 from lowrank_vit.spectral import store
-from lowrank_vit.spectral.metrics import spectrum_metrics
+from lowrank_vit.spectral.analyze import analyze_weights
+from lowrank_vit.spectral.ends import Solved
 from lowrank_vit.spectral.monitor import SpectralMonitor
+from lowrank_vit.spectral.refresh import Memory, Settings, refresh
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
-from lowrank_vit.spectral.solve import MatrixStack, singular_values, solve_stack
+from lowrank_vit.spectral.solve import MatrixStack, solve, solve_stack, stack_by_shape
+from tests.spectra import tiny_vit
 
 LONG_S = 30  # for waits that end at once unless something is broken
-
-
-def tiny_vit(seed: int = 0) -> VisionTransformer:
-    torch.manual_seed(seed)
-    return VisionTransformer(
-        img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3, proj_drop_rate=0.1
-    )
+SETTINGS = Settings(topk=3)
+TIMES = ("refresh/seconds", "refresh/skipped")
 
 
 def watch(model: nn.Module, store_dir: Path, ema: nn.Module | None = None, **changes: Any) -> SpectralMonitor:
-    options: dict[str, Any] = {"targets": DEFAULT_TARGETS, "every": 2, "topk": 3, "interval": 1, "store_dir": store_dir}
+    options: dict[str, Any] = {"targets": DEFAULT_TARGETS, "every": 2, "settings": SETTINGS, "store_dir": store_dir}
     return SpectralMonitor(model, ema, **options | changes)
 
 
 def wait_until_idle(monitor: SpectralMonitor) -> None:
-    assert monitor._idle.wait(LONG_S)
+    assert monitor._worker.idle.wait(LONG_S)
+
+
+def targets(model: nn.Module) -> dict[str, torch.Tensor]:
+    return select_targets(dict(model.named_parameters()), DEFAULT_TARGETS)
 
 
 def expected_spectra(model: nn.Module, kind: str) -> dict[str, np.ndarray]:
-    chosen = select_targets(dict(model.named_parameters()), DEFAULT_TARGETS)
-    return {f"{kind}/{name}": s for name, s in singular_values(chosen).items()}
+    return {f"{kind}/{name}": one.s for name, one in solve(targets(model), SETTINGS.topk).items()}
+
+
+def stored(folder: Path) -> list[int]:
+    return [store.read_spectra(path).update for path in store.list_spectra(folder)]
 
 
 class Gate:
@@ -55,16 +62,16 @@ class Gate:
     def __init__(self) -> None:
         self.asked, self.open = threading.Event(), threading.Event()
 
-    def __call__(self, stack: MatrixStack) -> dict[str, np.ndarray]:
+    def __call__(self, stack: MatrixStack, *args: Any, **more: Any) -> dict[str, Solved]:
         self.asked.set()
         assert self.open.wait(LONG_S)
-        return solve_stack(stack)
+        return solve_stack(stack, *args, **more)
 
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate()
-    monkeypatch.setattr(monitor_module, "solve_stack", gate)
+    monkeypatch.setattr(refresh_module, "solve_stack", gate)
     yield gate
     gate.open.set()
 
@@ -81,15 +88,20 @@ def test_stored_spectra_and_records_equal_an_offline_computation_bit_for_bit(tmp
     expected = expected_spectra(model, "spec") | expected_spectra(ema, "spec_ema")
     with watch(model, tmp_path, ema) as monitor:
         monitor.observe(0)
-    assert [path.name for path in tmp_path.iterdir()] == ["update_00000000.npz"]
-    update, stored = store.read_spectra(tmp_path / "update_00000000.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "index.json", "update_00000000.npz", "vectors_00000000.npz",
+    ]  # fmt: skip
+    update, found = store.read_spectra(tmp_path / "update_00000000.npz")
     assert update == 0
-    assert list(stored) == list(expected)
+    assert list(found) == list(expected)
     for key, s in expected.items():
-        np.testing.assert_array_equal(stored[key], s)
+        np.testing.assert_array_equal(found[key], s)
     (record,) = monitor.records()
     assert record.update == 0
-    assert record.values == {f"{k}/{m}": v for k, s in expected.items() for m, v in spectrum_metrics(s, 3, 1).items()}
+    for kind, one in (("spec", model), ("spec_ema", ema)):
+        for name, values in analyze_weights(targets(one), SETTINGS).values.items():
+            for metric, value in values.items():
+                np.testing.assert_array_equal(record.values[f"{kind}/{name}/{metric}"], value)
     assert monitor.records() == []
 
 
@@ -147,7 +159,7 @@ def test_only_multiples_of_every_are_taken_and_records_come_in_order(tmp_path: P
             wait_until_idle(monitor)
         assert [record.update for record in monitor.records()] == [0, 3, 6]
     assert monitor.skipped == 0
-    assert [store.read_spectra(path).update for path in store.list_spectra(tmp_path)] == [0, 3, 6]
+    assert stored(tmp_path) == [0, 3, 6]
 
 
 def test_a_refresh_due_while_one_is_running_is_skipped_and_counted(tmp_path: Path, gate: Gate) -> None:
@@ -178,19 +190,20 @@ def test_update_0_waits_rather_than_be_skipped(tmp_path: Path, gate: Gate) -> No
     assert [record.update for record in monitor.records()] == [2, 0]
 
 
-def test_a_snapshot_is_given_back_once_it_is_solved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_the_snapshots_only_the_newest_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[weakref.ref[torch.Tensor]] = []
 
-    def solve(stack: MatrixStack) -> dict[str, np.ndarray]:
+    def solve(stack: MatrixStack, *args: Any, **more: Any) -> dict[str, Solved]:
         seen.append(weakref.ref(stack.matrices_NRC))
-        return solve_stack(stack)
+        return solve_stack(stack, *args, **more)
 
-    monkeypatch.setattr(monitor_module, "solve_stack", solve)
+    monkeypatch.setattr(refresh_module, "solve_stack", solve)
     with watch(tiny_vit(), tmp_path) as monitor:
-        monitor.observe(0)
-        wait_until_idle(monitor)
-        assert len(seen) == 4  # shapes
-        assert [ref() for ref in seen] == [None] * 4
+        for update in (0, 2, 4):
+            monitor.observe(update)
+            wait_until_idle(monitor)
+        assert len(seen) == 3 * 4  # shapes
+        assert [ref() is None for ref in seen] == [True] * 8 + [False] * 4  # the update's norm needs the last
 
 
 def test_close_finishes_the_refresh_in_flight(tmp_path: Path, gate: Gate) -> None:
@@ -211,12 +224,12 @@ def test_cancelling_abandons_the_refresh_in_flight(tmp_path: Path, gate: Gate) -
     assert gate.asked.wait(LONG_S)
     closing = threading.Thread(target=monitor.close, kwargs={"cancel": True})
     closing.start()
-    assert monitor._cancelled.wait(LONG_S)
+    assert monitor._worker.cancelled.wait(LONG_S)
     gate.open.set()
     closing.join(LONG_S)
     assert not closing.is_alive()
     assert monitor.records() == []
-    assert list(tmp_path.iterdir()) == []
+    assert stored(tmp_path) == []
 
 
 def test_closing_twice_is_fine_and_observing_after_it_is_an_error(tmp_path: Path) -> None:
@@ -227,8 +240,8 @@ def test_closing_twice_is_fine_and_observing_after_it_is_an_error(tmp_path: Path
         monitor.observe(2)
 
 
-def failing(error: Exception) -> Callable[[MatrixStack], dict[str, np.ndarray]]:
-    def solve(stack: MatrixStack) -> dict[str, np.ndarray]:
+def failing(error: Exception) -> Callable[..., dict[str, Solved]]:
+    def solve(*_: Any, **__: Any) -> dict[str, Solved]:
         raise error
 
     return solve
@@ -238,7 +251,7 @@ def failing(error: Exception) -> Callable[[MatrixStack], dict[str, np.ndarray]]:
 def test_an_error_of_the_worker_is_raised_once_in_the_callers_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    monkeypatch.setattr(monitor_module, "solve_stack", failing(ArithmeticError("no convergence")))
+    monkeypatch.setattr(refresh_module, "solve_stack", failing(ArithmeticError("no convergence")))
     monitor = watch(tiny_vit(), tmp_path)
     monitor.observe(0)
     wait_until_idle(monitor)
@@ -251,7 +264,7 @@ def test_an_error_of_the_worker_is_raised_once_in_the_callers_thread(
 def test_the_monitor_lives_on_after_a_failed_refresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with watch(tiny_vit(), tmp_path) as monitor:
         with monkeypatch.context() as patch:
-            patch.setattr(monitor_module, "solve_stack", failing(ArithmeticError("once")))
+            patch.setattr(refresh_module, "solve_stack", failing(ArithmeticError("once")))
             monitor.observe(0)
             wait_until_idle(monitor)
         with pytest.raises(RuntimeError, match="once"):
@@ -264,7 +277,7 @@ def test_the_monitor_lives_on_after_a_failed_refresh(tmp_path: Path, monkeypatch
 def test_an_error_on_its_way_out_is_not_hidden_by_one_of_the_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(monitor_module, "solve_stack", failing(ArithmeticError("hidden")))
+    monkeypatch.setattr(refresh_module, "solve_stack", failing(ArithmeticError("hidden")))
 
     def fail_while_watching() -> None:
         with watch(tiny_vit(), tmp_path) as monitor:
@@ -286,7 +299,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_no_torn_file(tmp_path: Path, mo
     monitor.observe(0)
     with pytest.raises(UserError, match=r"spectra of update 0 .*No space left on device.*Free some space"):
         monitor.close()
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
 
 
 def test_a_store_that_vanishes_or_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
@@ -312,7 +325,17 @@ def test_nan_weights_are_recorded_as_nan_beside_good_ones(tmp_path: Path) -> Non
     assert np.isfinite(record.values["spec/blocks.0.mlp.fc1/sigma_max"])
 
 
-@pytest.mark.parametrize("change", [{"every": 0}, {"topk": 0}, {"interval": -1}, {"targets": "attn.qvk"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"every": 0},
+        {"settings": Settings(topk=0)},
+        {"settings": Settings(interval=-1)},
+        {"settings": Settings(cpu_threads=0)},
+        {"targets": "attn.qvk"},
+        {"targets": "mlp.fc1", "split_qkv": True},
+    ],
+)
 def test_wrong_options_are_user_errors(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         watch(tiny_vit(), tmp_path, **change)
@@ -323,17 +346,6 @@ def test_a_wrapped_ema_is_refused_with_a_hint(tmp_path: Path) -> None:
         watch(tiny_vit(), tmp_path, nn.ModuleDict({"module": tiny_vit()}))
 
 
-def test_stores_sort_by_update_and_damaged_files_are_named(tmp_path: Path) -> None:
-    for update in (100_000_000, 20, 3):
-        store.write_spectra(tmp_path, update, {"spec/head": np.ones(2)})
-    assert [store.read_spectra(path).update for path in store.list_spectra(tmp_path)] == [3, 20, 100_000_000]
-    path = store.list_spectra(tmp_path)[0]
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"update_00000003\.npz"):
-        store.read_spectra(path)
-    assert store.list_spectra(tmp_path / "none") == []
-
-
 def test_the_worker_uses_one_cpu_thread_and_leaves_the_others_theirs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,12 +354,12 @@ def test_the_worker_uses_one_cpu_thread_and_leaves_the_others_theirs(
     torch.set_num_threads(2)
     try:
 
-        def solve(stack: MatrixStack) -> dict[str, np.ndarray]:
+        def solve(stack: MatrixStack, *args: Any, **more: Any) -> dict[str, Solved]:
             torch.ones(1_000_000).sum()  # a parallel operation, which may reset the number
             seen.append(torch.get_num_threads())
-            return solve_stack(stack)
+            return solve_stack(stack, *args, **more)
 
-        monkeypatch.setattr(monitor_module, "solve_stack", solve)
+        monkeypatch.setattr(refresh_module, "solve_stack", solve)
         with watch(tiny_vit(), tmp_path) as monitor:
             monitor.observe(0)
         later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
@@ -358,3 +370,236 @@ def test_the_worker_uses_one_cpu_thread_and_leaves_the_others_theirs(
         assert seen[-1] == 2
     finally:
         torch.set_num_threads(before)
+
+
+def nudge(model: nn.Module, seed: int, size: float = 0.02) -> None:
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=noise))
+
+
+def test_keys_of_the_first_and_of_later_refreshes(tmp_path: Path) -> None:
+    model, ema = tiny_vit(0), tiny_vit(1)
+    settings = Settings(topk=2, interval=3)
+    with watch(model, tmp_path, ema, settings=settings) as monitor:
+        monitor.observe(0)
+        wait_until_idle(monitor)
+        nudge(model, 1)
+        monitor.observe(2)
+    first, second = (
+        {k: v for k, v in r.values.items() if k.startswith("spec/blocks.0.attn.qkv/")} for r in monitor.records()
+    )
+
+    def family(prefix: str) -> set[str]:
+        names = {f"{prefix}_{x}{end}{i}" for x in "uv" for end in ("", "_last") for i in (1, 2)}
+        return names | {f"{prefix}_{x}_{what}" for x in "uv" for what in ("max", "mean")}
+
+    single = set(
+        "sigma_max sv1 sv2 sv_last1 sv_last2 gap_k gap_last stable_rank effective_rank rank90 rank95 rank99 "
+        "nuclear_norm condition alpha alpha_ks alpha_sigma alpha_tail mp_sigma mp_edge mp_outliers "
+        "certificate_max orthogonality chance_u chance_v".split()
+    )
+    drift = {"delta_sv_rel", "update_norm2", "update_normF"} | family("cos") | family("cos0")
+    assert {k.rpartition("/")[2] for k in first} == single | family("ema_cos")
+    assert {k.rpartition("/")[2] for k in second} == single | family("ema_cos") | drift
+    s = store.read_spectra(tmp_path / "update_00000002.npz").spectra["spec/blocks.0.attn.qkv"]
+    assert [second[f"spec/blocks.0.attn.qkv/{n}"] for n in ("sv1", "sv2", "sv_last1", "sv_last2")] == [
+        s[0], s[3], s[15], s[12],
+    ]  # fmt: skip
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["matrices"]["blocks.0.attn.qkv"] == {"shape": [48, 16], "top": [1, 4], "last": [16, 13]}
+    assert monitor.indices_by_type()["mlp.fc2"] == {"top": [1, 4], "last": [16, 13]}
+
+
+def test_drift_and_norms_are_those_of_plain_numpy(tmp_path: Path) -> None:
+    model, ema = tiny_vit(0), tiny_vit(1)
+    moments = []
+    with watch(model, tmp_path, ema, settings=Settings(topk=3)) as monitor:
+        for update in (0, 2, 4):
+            moments.append({n: w.detach().double().numpy().copy() for n, w in targets(model).items()})
+            monitor.observe(update)
+            wait_until_idle(monitor)
+            nudge(model, update)
+    record = monitor.records()[-1]
+    averaged = {n: w.detach().double().numpy() for n, w in targets(ema).items()}
+    svd = [{n: np.linalg.svd(w, full_matrices=False) for n, w in m.items()} for m in (*moments, averaged)]
+    for name in moments[0]:
+        key = f"spec/{name}"
+        change = moments[2][name] - moments[1][name]
+        assert record.values[f"{key}/update_norm2"] == pytest.approx(np.linalg.norm(change, 2), rel=1e-12)
+        assert record.values[f"{key}/update_normF"] == pytest.approx(np.linalg.norm(change), rel=1e-12)
+        old, new = svd[1][name].S[:3], svd[2][name].S[:3]
+        assert record.values[f"{key}/delta_sv_rel"] == pytest.approx(np.mean(np.abs(new - old) / old), rel=1e-9)
+        for prefix, then in (("cos", svd[1]), ("cos0", svd[0]), ("ema_cos", svd[3])):
+            for side, before, now in (
+                ("u", then[name].U, svd[2][name].U),
+                ("v", then[name].Vh.T, svd[2][name].Vh.T),
+            ):
+                for end, columns in (("", slice(3)), ("_last", slice(-3, None))):
+                    expected = np.linalg.svd(before[:, columns].T @ now[:, columns], compute_uv=False)
+                    found = [record.values[f"{key}/{prefix}_{side}{end}{i}"] for i in (1, 2, 3)]
+                    np.testing.assert_allclose(found, expected, atol=1e-7)
+                    if not end:
+                        assert record.values[f"{key}/{prefix}_{side}_mean"] == pytest.approx(expected.mean(), abs=1e-7)
+                        assert record.values[f"{key}/{prefix}_{side}_max"] == found[0]
+
+
+def test_aggregates_are_means_over_types_and_depths(tmp_path: Path) -> None:
+    with watch(tiny_vit(), tmp_path) as monitor:
+        monitor.observe(0)
+    (record,) = monitor.records()
+    values = record.values
+    ranks = [values[f"spec/blocks.{block}.attn.qkv/stable_rank"] for block in (0, 1)]
+    assert values["spec/type/attn.qkv/stable_rank"] == pytest.approx(np.mean(ranks))
+    kinds = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    alphas = [values[f"spec/blocks.1.{kind}/alpha"] for kind in kinds]
+    assert values["spec/depth/1/alpha"] == pytest.approx(np.mean(alphas))
+    assert "spec/type/attn.qkv/sv1" not in values
+    assert values["spec/refresh/skipped"] == values["spec/refresh/fallbacks"] == 0
+    assert values["spec/refresh/seconds"] > 0
+
+
+def test_split_qkv_watches_three_matrices(tmp_path: Path) -> None:
+    model = tiny_vit()
+    with watch(model, tmp_path, targets="attn.qkv,mlp.fc1", split_qkv=True) as monitor:
+        monitor.observe(0)
+    spectra = store.read_spectra(tmp_path / "update_00000000.npz").spectra
+    names = [f"spec/blocks.{b}.{k}" for b in (0, 1) for k in ("attn.qkv.q", "attn.qkv.k", "attn.qkv.v", "mlp.fc1")]
+    assert list(spectra) == names
+    weight = model.get_parameter("blocks.1.attn.qkv.weight").detach().double().numpy()
+    for n, letter in enumerate("qkv"):
+        expected = np.linalg.svd(weight[16 * n : 16 * n + 16], compute_uv=False)
+        np.testing.assert_allclose(spectra[f"spec/blocks.1.attn.qkv.{letter}"], expected, rtol=1e-6)
+    assert "spec/type/attn.qkv.k/stable_rank" in monitor.records()[0].values
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_weights_are_reported_once_and_recovered_from(tmp_path: Path, caplog, bad: float) -> None:
+    model = tiny_vit()
+    weight = model.get_parameter("blocks.1.mlp.fc1.weight")
+    good = weight.detach().clone()
+    with watch(model, tmp_path) as monitor:
+        for update, entry in ((0, 1.0), (2, bad), (4, bad), (6, 2.0)):
+            with torch.no_grad():
+                weight.copy_(good)[0, 0] = entry
+            monitor.observe(update)
+            wait_until_idle(monitor)
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "blocks.1.mlp.fc1: the matrix holds a NaN or an infinity" in warnings[0]
+    key = "spec/blocks.1.mlp.fc1"
+    records = monitor.records()
+    assert [bool(np.isnan(r.values[f"{key}/sigma_max"])) for r in records] == [False, True, True, False]
+    assert [r.values["spec/refresh/fallbacks"] for r in records] == [0, 1, 1, 0]
+    assert np.isnan(records[3].values[f"{key}/cos_u1"])
+    assert np.isfinite(records[3].values[f"{key}/cos0_u1"])
+    assert np.isfinite([v for r in records for k, v in r.values.items() if "blocks.0" in k and "mp_" not in k]).all()
+    assert np.isfinite(records[1].values["spec/type/mlp.fc1/sigma_max"])
+
+
+def comparable(values: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if not key.endswith(TIMES)}
+
+
+def test_a_resumed_monitor_goes_on_as_if_there_had_been_no_break(tmp_path: Path) -> None:
+    def observe(monitor: SpectralMonitor, model: nn.Module, updates: range) -> list[dict[str, float]]:
+        for update in updates:
+            nudge(model, update)
+            monitor.observe(update)
+            wait_until_idle(monitor)
+        return [comparable(record.values) for record in monitor.records()]
+
+    model = tiny_vit()
+    with watch(model, tmp_path / "whole", model) as monitor:
+        expected = observe(monitor, model, range(0, 12, 2))
+    model = tiny_vit()
+    with watch(model, tmp_path / "broken", model) as monitor:
+        observe(monitor, model, range(0, 6, 2))
+        checkpoint = deepcopy(model.state_dict())
+        observe(monitor, model, range(6, 10, 2))  # lost with the process
+    model.load_state_dict(checkpoint)
+    with watch(model, tmp_path / "broken", model, resumed_update=5) as monitor:
+        assert stored(tmp_path / "broken") == [0, 2, 4]
+        resumed = observe(monitor, model, range(6, 12, 2))
+    # The weights before the break are gone, so the first update after it has no norm.
+    lost = {key for key in expected[3] if "update_norm" in key}
+    assert resumed[0] == {key: value for key, value in expected[3].items() if key not in lost}
+    assert resumed[1:] == expected[4:]
+    assert stored(tmp_path / "broken") == stored(tmp_path / "whole")
+
+
+def test_what_another_monitor_recorded_is_not_compared_with(tmp_path: Path) -> None:
+    with watch(tiny_vit(), tmp_path, settings=Settings(topk=2)) as monitor:
+        monitor.observe(0)
+    with watch(tiny_vit(), tmp_path, settings=Settings(topk=3), resumed_update=2) as monitor:
+        monitor.observe(2)
+    (record,) = monitor.records()
+    assert not [key for key in record.values if "/cos" in key]
+
+
+def test_a_checkpoint_taken_while_a_refresh_runs_is_of_the_training_alone(tmp_path: Path, gate: Gate) -> None:
+    model = tiny_vit()
+    before = deepcopy(model.state_dict())
+    with watch(model, tmp_path) as monitor:
+        monitor.observe(0)
+        assert gate.asked.wait(LONG_S)
+        torch.save(model.state_dict(), tmp_path / "checkpoint")
+        gate.open.set()
+    saved = torch.load(tmp_path / "checkpoint", weights_only=True)
+    assert all(torch.equal(saved[key], value) for key, value in before.items())
+    assert stored(tmp_path) == [0]
+
+
+def test_an_exception_in_the_training_cancels_the_refresh_in_flight(tmp_path: Path, gate: Gate) -> None:
+    def train_and_fail() -> None:
+        with watch(tiny_vit(), tmp_path) as monitor:
+            monitor.observe(0)
+            assert gate.asked.wait(LONG_S)
+            threading.Timer(0.1, gate.open.set).start()
+            raise KeyError("out of data")
+
+    with pytest.raises(KeyError, match="out of data"):
+        train_and_fail()
+    assert stored(tmp_path) == []
+
+
+def test_a_process_that_exits_with_a_refresh_in_flight_does_not_hang(tmp_path: Path) -> None:
+    code = f"""
+import threading
+from pathlib import Path
+from lowrank_vit.spectral import refresh
+from lowrank_vit.spectral.monitor import SpectralMonitor
+from tests.spectra import tiny_vit
+asked = threading.Event()
+refresh.solve_stack = lambda *a, **k: (asked.set(), threading.Event().wait())
+monitor = SpectralMonitor(tiny_vit(), None, targets="mlp.fc1", every=1, store_dir=Path({str(tmp_path)!r}))
+monitor.observe(0)
+asked.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=LONG_S, check=False)
+    assert done.returncode == 0
+
+
+def test_on_cpu_and_more_threads_change_no_bit(tmp_path: Path) -> None:
+    model = tiny_vit()
+    records = []
+    for n, settings in enumerate((Settings(topk=3), Settings(topk=3, on_cpu=True, cpu_threads=3))):
+        with watch(model, tmp_path / str(n), settings=settings) as monitor:
+            monitor.observe(0)
+        records.append(comparable(monitor.records()[0].values))
+    assert records[0] == records[1]
+
+
+def test_both_solvers_agree(tmp_path: Path) -> None:
+    weights = {f"m{i}": 0.02 * torch.randn(96, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)}
+    values = {}
+    for solver in ("gram64", "svd"):
+        settings, memory = Settings(topk=4, solver=solver), Memory()
+        refresh(0, {"spec": stack_by_shape(weights)}, settings, memory)
+        later = {"spec": stack_by_shape({n: 1.1 * w + 0.001 for n, w in weights.items()})}
+        values[solver] = refresh(1, later, settings, memory).values
+    for key, numbers in values["gram64"].items():
+        for metric, value in numbers.items():
+            if metric not in ("certificate_max", "orthogonality"):
+                assert value == pytest.approx(values["svd"][key][metric], rel=1e-9, nan_ok=True), metric

@@ -7,7 +7,14 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from data_prep.errors import UserError
-from lowrank_vit.spectral.select import DEFAULT_TARGETS, module_type, select_targets
+from lowrank_vit.spectral.select import (
+    DEFAULT_TARGETS,
+    choose_parts,
+    module_depth,
+    module_type,
+    select_targets,
+    take_parts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +86,35 @@ def test_no_pattern_and_no_matrix_are_errors(vit: VisionTransformer) -> None:
 )
 def test_module_type_is_what_follows_the_last_number(name: str, kind: str) -> None:
     assert module_type(name) == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"), [("blocks.3.attn.qkv", "3"), ("layers.2.blocks.11.mlp.fc1", "2.11"), ("head", "")]
+)
+def test_module_depth_is_its_numbers(name: str, depth: str) -> None:
+    assert module_depth(name) == depth
+
+
+def test_splitting_gives_what_the_attention_computes_with(vit: VisionTransformer) -> None:
+    weights = dict(vit.named_parameters())
+    parts = choose_parts(weights, "attn.qkv,attn.proj", split_qkv=True)
+    assert list(parts)[:4] == [
+        "blocks.0.attn.qkv.q",
+        "blocks.0.attn.qkv.k",
+        "blocks.0.attn.qkv.v",
+        "blocks.0.attn.proj",
+    ]
+    matrices = take_parts(lambda module: weights[f"{module}.weight"], parts)
+    x = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
+    q, k, v = torch.nn.functional.linear(x, weights["blocks.0.attn.qkv.weight"]).reshape(1, 5, 3, 8).unbind(2)
+    for letter, expected in (("q", q), ("k", k), ("v", v)):
+        torch.testing.assert_close(x @ matrices[f"blocks.0.attn.qkv.{letter}"].T, expected)
+    assert [module_type(name) for name in parts][:2] == ["attn.qkv.q", "attn.qkv.k"]
+    assert matrices["blocks.0.attn.proj"] is weights["blocks.0.attn.proj.weight"]
+
+
+def test_splitting_needs_a_qkv_that_divides_by_three(vit: VisionTransformer) -> None:
+    with pytest.raises(UserError, match="none of the spectral targets"):
+        choose_parts(dict(vit.named_parameters()), "mlp.fc1", split_qkv=True)
+    with pytest.raises(UserError, match="16 rows, which do not divide"):
+        choose_parts({"attn.qkv.weight": torch.ones(16, 4)}, "qkv", split_qkv=True)

@@ -1,0 +1,138 @@
+"""What a solver returns: all singular values of a matrix and, from both ends of the spectrum, certified triplets.
+
+Shape legend: N matrices of one shape, R rows, C columns, K = min(R, C), M = 2 m triplets (m of each end).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Solver = Literal["gram64", "svd"]
+
+EPS = float(np.finfo(np.float64).eps)
+RELATIVE_LIMIT, ABSOLUTE_LIMIT = 1e-6, 1e-12
+"""A value is accepted when its error is proved to be at most RELATIVE_LIMIT sigma_i or ABSOLUTE_LIMIT sigma_1."""
+ANGLE_LIMIT, LEAST_GAP = 1e-6, 1e-3
+"""The angle of a vector to its end's true subspace is at most ANGLE_LIMIT, where the relative gap is LEAST_GAP or more
+(with less of a gap the subspace itself is not well defined)."""
+ORTHOGONALITY_LIMIT = 1e-10
+TRACE_LIMIT = 1e-12
+
+
+class Recorded(NamedTuple):
+    """Which singular indices are recorded one by one, 1-based in a descending spectrum; see `metrics`."""
+
+    top: list[int]
+    last: list[int]
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """M singular triplets, float64: `s` (M,), unit columns of `u` (R, M) and `v` (C, M), `certificate` (M,).
+
+    A true singular value lies within `certificate[i]` of `s[i]` (absolute, same unit as the weights).
+    """
+
+    s: np.ndarray
+    u: np.ndarray
+    v: np.ndarray
+    certificate: np.ndarray
+
+    def pick(self, columns: list[int]) -> Triplets:
+        """The triplets of these columns, copied."""
+        return Triplets(self.s[columns], self.u[:, columns], self.v[:, columns], self.certificate[columns])
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One matrix: all its values (K,), descending, float64, and its first and last triplets.
+
+    From a solver `top` holds the first m triplets and `last` the last m, the smallest *first*; `recorded` picks.
+    """
+
+    s: np.ndarray
+    top: Triplets
+    last: Triplets
+    orthogonality: float
+    """Greatest entry of |U^T U - I| and |V^T V - I| within each end."""
+    solver: str
+    """Which solver's numbers these are: gram64, svd, or none for a matrix with a NaN or an infinity."""
+    note: str = ""
+    """Why that is not the solver asked for; empty otherwise."""
+
+    def recorded(self, indices: Recorded) -> Solved:
+        """With only the triplets of the recorded indices, in their order."""
+        k = self.s.size
+        top = self.top.pick([i - 1 for i in indices.top])
+        return replace(self, top=top, last=self.last.pick([k - i for i in indices.last]))
+
+    @property
+    def certificate_max(self) -> float:
+        """The greatest certificate relative to sigma_1; 0 for a zero matrix, NaN for one that is not finite."""
+        worst = max((float(np.max(t.certificate)) for t in (self.top, self.last) if t.s.size), default=0.0)
+        return worst / float(self.s[0]) if self.s.size and self.s[0] != 0 else worst
+
+
+def not_finite(shape: tuple[int, int], m: int) -> Solved:
+    """What stands for a matrix with a NaN or an infinity: everything NaN."""
+    rows, cols = shape
+    nan = Triplets(np.full(m, np.nan), np.full((rows, m), np.nan), np.full((cols, m), np.nan), np.full(m, np.nan))
+    note = "the matrix holds a NaN or an infinity"
+    return Solved(np.full(min(shape), np.nan), nan, nan, float("nan"), "none", note)
+
+
+def assemble(
+    s_K: np.ndarray,
+    u_RM: np.ndarray,
+    ends_M: np.ndarray,
+    v_CM: np.ndarray,
+    residual_M: np.ndarray,
+    orthogonality: float,
+) -> Solved:
+    """Put a solver's arrays together: M = 2 m columns, the first m of the spectrum, then the last m, descending.
+
+    The certificate is the residual plus an allowance for the rounding of the residual itself. The values of the ends
+    replace those of `s_K`, which are less accurate there.
+    """
+    m = ends_M.size // 2
+    k = s_K.size
+    certificate = residual_M + EPS * np.sqrt(max(u_RM.shape[0], v_CM.shape[0])) * ends_M.max(initial=0.0)
+    merged = np.concatenate([ends_M[:m], s_K[m : k - m], ends_M[m:]])
+    values = np.sort(merged)[::-1].copy()  # neighbours of nearly equal size may come from both
+    both = Triplets(ends_M, u_RM, v_CM, certificate)
+    backwards = list(range(2 * m - 1, m - 1, -1))
+    return Solved(values, both.pick(list(range(m))), both.pick(backwards), orthogonality, "gram64")
+
+
+def objection(solved: Solved, squares_K: np.ndarray, frobenius_squared: float) -> str:
+    """Why a result must not be trusted, in words; empty when it may be.
+
+    Args:
+        solved: what `assemble` made, m of each end.
+        squares_K: the eigenvalues of the Gram matrix, descending.
+        frobenius_squared: |A|_F^2, summed from the entries.
+    """
+    s, m = solved.s, solved.top.s.size
+    if s.size == 0 or s[0] == 0.0:
+        return ""
+    if not np.isfinite(solved.orthogonality) or solved.orthogonality > ORTHOGONALITY_LIMIT:
+        return f"vectors are orthogonal only to {solved.orthogonality:.0e}"
+    if abs(float(np.sum(squares_K)) / frobenius_squared - 1) > TRACE_LIMIT:
+        return "the sum of the squared values is not the squared Frobenius norm"
+    for end, boundary in ((solved.top, s[m]), (solved.last, s[s.size - m - 1])):
+        allowed = np.maximum(RELATIVE_LIMIT * end.s, ABSOLUTE_LIMIT * s[0])
+        gap = np.abs(end.s - boundary)
+        # Rayleigh-Ritz values of a block err by its residual squared over the gap to the rest (Mathias 1998).
+        quadratic = np.sum(end.certificate**2) / gap.min() if gap.min() > 0 else np.inf
+        if not (np.minimum(end.certificate, quadratic) <= allowed).all():
+            worst = int(np.argmax(end.certificate / allowed))
+            return f"certificate {end.certificate[worst] / s[0]:.0e} at value {end.s[worst] / s[0]:.0e} (of sigma_1)"
+        if gap.min() > LEAST_GAP * boundary and not (end.certificate <= ANGLE_LIMIT * gap).all():
+            return f"vectors may be off by {np.max(end.certificate / gap):.0e}"
+    at_ends = np.concatenate([squares_K[:m], squares_K[squares_K.size - m :][::-1]])
+    if np.abs(np.concatenate([solved.top.s, solved.last.s]) ** 2 - at_ends).max() > 1e-11 * squares_K[0]:
+        return "values from both steps of the method differ"
+    return ""

@@ -1,0 +1,176 @@
+"""The few BLAS and LAPACK routines of a partial symmetric eigenproblem, called without holding Python's lock.
+
+torch has no eigensolver for some of the vectors, and scipy's Python wrappers hold the lock for the whole call, which
+would stop the training thread for tens of milliseconds at a time. scipy also exports the routines as C functions
+(`scipy.linalg.cython_lapack`, `cython_blas`), and ctypes lets go of the lock while it calls one. Names and arguments
+are LAPACK's: https://www.netlib.org/lapack/explore-html/. All arrays are float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+
+@cache
+def _routine(library: str, name: str) -> Callable[..., Any]:
+    """A routine as a function of references; raises `ImportError` where scipy does not export it."""
+    from importlib import import_module
+
+    module: ModuleType = import_module(f"scipy.linalg.{library}")
+    capsule = module.__pyx_capi__[name]  # type: ignore[attr-defined]
+    api = ctypes.pythonapi
+    api.PyCapsule_GetName.restype, api.PyCapsule_GetName.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    signature = api.PyCapsule_GetName(capsule)
+    address = api.PyCapsule_GetPointer(capsule, signature)
+    num_arguments = signature.count(b",") + 1
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * num_arguments)(address)
+
+
+def _call(library: str, name: str, *arguments: str | int | float | np.ndarray) -> int:
+    """Call a routine by reference; returns its last argument where that is an integer (LAPACK's `info`)."""
+    holders: list[Any] = []
+    pointers: list[ctypes.c_void_p] = []
+    for argument in arguments:
+        if isinstance(argument, np.ndarray):
+            pointers.append(ctypes.c_void_p(argument.ctypes.data))
+            continue
+        holder = (
+            ctypes.c_char(argument.encode())
+            if isinstance(argument, str)
+            else (ctypes.c_int(argument) if isinstance(argument, int) else ctypes.c_double(argument))
+        )
+        holders.append(holder)
+        pointers.append(ctypes.cast(ctypes.byref(holder), ctypes.c_void_p))
+    _routine(library, name)(*pointers)
+    return int(holders[-1].value) if isinstance(arguments[-1], int) else 0
+
+
+def _lapack(name: str, *arguments: str | int | float | np.ndarray) -> None:
+    """Call a LAPACK routine whose last argument is `info`. Raises `numpy.linalg.LinAlgError` where that is not 0."""
+    info = _call("cython_lapack", name, *arguments, 0)
+    if info != 0:
+        raise np.linalg.LinAlgError(f"LAPACK's {name} returned info = {info}")
+
+
+def gram(a_RC: np.ndarray) -> np.ndarray:
+    """The lower triangle of A^T A (C <= R) or A A^T, (K, K) in Fortran order; the upper triangle holds no meaning.
+
+    `a_RC` is C-contiguous float64. A symmetric product (dsyrk) costs R*C*K operations, half of a general one.
+    """
+    rows, cols = a_RC.shape
+    k, long = min(rows, cols), max(rows, cols)
+    # To Fortran the row-major (R, C) is the column-major (C, R): so "N" gives A^T A, and "T" A A^T.
+    trans = "N" if cols <= rows else "T"
+    result = np.zeros((k, k), order="F")
+    _call("cython_blas", "dsyrk", "L", trans, k, long, 1.0, a_RC, cols, 0.0, result, k)
+    return result
+
+
+def tridiagonalize(matrix_KK: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Q^T A Q = T of the lower triangle (dsytrd), in place: `matrix_KK` then holds Q's reflectors.
+
+    Returns T's diagonal (K,), its subdiagonal (K-1,), and the reflectors' factors (K-1,). About 4/3 K^3 operations.
+    """
+    k = matrix_KK.shape[0]
+    d, e, tau = np.empty(k), np.empty(k), np.empty(k)  # one longer than needed: no empty array for k = 1
+    work = np.empty(64 * k)
+    _lapack("dsytrd", "L", k, matrix_KK, k, d, e, tau, work, work.size)
+    return d, e[: k - 1], tau[: k - 1]
+
+
+def tridiagonal_values(d: np.ndarray, e: np.ndarray) -> np.ndarray:
+    """All eigenvalues of T, ascending (dsterf: QR without square roots, about 30 K^2 operations)."""
+    values, off = d.copy(), np.append(e, 0.0)
+    _lapack("dsterf", d.size, values, off)
+    return values
+
+
+def tridiagonal_vectors(d: np.ndarray, e: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Eigenvectors (K, M), Fortran order, of the eigenvalues `values[chosen]`; `chosen` ascending.
+
+    Inverse iteration with Gram-Schmidt inside clusters (dstein). It needs the blocks of T where an off-diagonal is
+    negligible; such a T goes through the slower dstemr instead, which finds them itself.
+    """
+    k, m = d.size, chosen.size
+    tiny = np.finfo(np.float64).eps * np.sqrt(np.abs(d[:-1])) * np.sqrt(np.abs(d[1:]))
+    if (np.abs(e) <= tiny).any():
+        return _vectors_mrrr(d, e, chosen)
+    vectors = np.empty((k, m), order="F")
+    int32 = np.int32
+    block, ends, fails = np.ones(k, int32), np.full(k, k, int32), np.empty(m, int32)
+    work, integers = np.empty(5 * k), np.empty(k, int32)
+    off = np.append(e, 0.0)
+    wanted = np.ascontiguousarray(values[chosen])
+    _lapack("dstein", k, d, off, m, wanted, block, ends, vectors, k, work, integers, fails)
+    return vectors
+
+
+def _vectors_mrrr(d: np.ndarray, e: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """As `tridiagonal_vectors`, run by run of `chosen`, by relatively robust representations (dstemr)."""
+    k = d.size
+    runs = np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1)
+    parts = []
+    for run in runs:
+        diagonal, off, m = d.copy(), np.append(e, 0.0), len(run)
+        w, z, support = np.empty(k), np.empty((k, m), order="F"), np.empty(2 * k, np.int32)
+        work, integers = np.empty(18 * k), np.empty(10 * k, np.int32)
+        found = np.zeros(1, np.int32)
+        _lapack(
+            "dstemr", "V", "I", k, diagonal, off, 0.0, 0.0, int(run[0]) + 1, int(run[-1]) + 1, found, w, z, k, m,
+            support, 1, work, work.size, integers, integers.size,
+        )  # fmt: skip
+        parts.append(z)
+    return np.asfortranarray(np.concatenate(parts, axis=1))
+
+
+def apply_reflectors(reflectors_KK: np.ndarray, tau: np.ndarray, vectors_KM: np.ndarray) -> np.ndarray:
+    """Q times the vectors, in place (dormtr); both from `tridiagonalize` and in Fortran order."""
+    k, m = vectors_KM.shape
+    if k > 1:
+        work = np.empty(64 * max(m, 1) + 64 * 65)
+        args = ("L", "L", "N", k, m, reflectors_KK, k, np.append(tau, 0.0), vectors_KM, k, work, work.size)
+        _lapack("dormtr", *args)
+    return vectors_KM
+
+
+class _OneThread:
+    """Sets every BLAS library of the process to one thread while anybody is inside, and back afterwards."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._controller: Any = None
+        self._limit: Any = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if self._controller is None:
+                import scipy.linalg.cython_lapack  # noqa: F401 (a library that is loaded later would not be limited)
+                from threadpoolctl import ThreadpoolController
+
+                self._controller = ThreadpoolController()
+            if self._inside == 0:
+                self._limit = self._controller.limit(limits=1, user_api="blas")
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._limit.restore_original_limits()
+
+
+one_blas_thread = _OneThread()
+"""`with one_blas_thread():` numpy's and scipy's BLAS use one thread a call, so that matrices can be solved side by side
+and a matrix has the same bits whatever the number of cores. (torch's own BLAS is another library and not touched.)"""

@@ -1,0 +1,178 @@
+"""From copies of the weights to every number about them: the monitor's work, and the offline analysis's.
+
+A key is "<kind>/<name>": kind "spec" (the model) or "spec_ema" (its moving average), name a matrix's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from lowrank_vit.spectral.ends import Solved, Solver
+from lowrank_vit.spectral.lapack import one_blas_thread
+from lowrank_vit.spectral.metrics import reach, recorded_indices, spectrum_metrics
+from lowrank_vit.spectral.select import module_depth, module_type
+from lowrank_vit.spectral.solve import LOG, MatrixStack, largest_values, never, solve_stack
+from lowrank_vit.spectral.subspace import chance_level, cosine_metrics, relative_change
+
+MODEL, EMA = "spec", "spec_ema"
+Stacks = dict[str, list[MatrixStack]]
+"""Kind to the copies of its matrices."""
+
+# A number of its own for each recorded index: not averaged over layers.
+_ONE_OF_MANY = re.compile(r"(^sv|_[uv])(_last)?\d+$")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is computed of each matrix; see the options of the same names."""
+
+    topk: int = 8
+    interval: int = 1
+    solver: Solver = "gram64"
+    on_cpu: bool = False
+    """Move copies on a GPU to the CPU first."""
+    cpu_threads: int = 1
+    """Matrices solved side by side on a CPU; changes no bit of the result."""
+
+
+@dataclass
+class Refreshed:
+    """What one refresh found out, or one rank's share of it; every dictionary is by key."""
+
+    update: int
+    solved: dict[str, Solved] = field(default_factory=dict)
+    """With the recorded triplets only."""
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass
+class Memory:
+    """What the next refresh is compared with."""
+
+    first: dict[str, Solved] = field(default_factory=dict)
+    """At initialisation, or the first refresh that there was."""
+    last: dict[str, Solved] = field(default_factory=dict)
+    last_update: int | None = None
+    weights: Stacks = field(default_factory=dict)
+    """Copies of the last refresh; empty after a restart."""
+
+
+def solve_all(
+    stacks: Iterable[MatrixStack],
+    settings: Settings,
+    *,
+    cancelled: Callable[[], bool] = never,
+    log: Callable[[str], object] = LOG.warning,
+) -> dict[str, Solved]:
+    """Name to the solved matrix with its recorded triplets. Raises `Cancelled`."""
+    solved: dict[str, Solved] = {}
+    m = reach(settings.topk, settings.interval)
+    for stack in stacks:
+        found = solve_stack(stack, m, settings.solver, cpu_threads=settings.cpu_threads, cancelled=cancelled, log=log)
+        for name, one in found.items():
+            solved[name] = one.recorded(recorded_indices(one.s.size, settings.topk, settings.interval))
+    return solved
+
+
+def matrix_metrics(solved: Solved, settings: Settings) -> dict[str, float]:
+    """All scalars of one matrix at one moment.
+
+    Returns:
+        `metrics.spectrum_metrics`, and "certificate_max" (`Solved.certificate_max`, relative to sigma_1),
+        "orthogonality", "chance_u" and "chance_v" (`subspace.chance_level` of the recorded top vectors).
+    """
+    shape = (solved.top.u.shape[0], solved.top.v.shape[0])
+    values = spectrum_metrics(solved.s, shape, settings.topk, settings.interval)
+    values |= {"certificate_max": solved.certificate_max, "orthogonality": solved.orthogonality}
+    k = solved.top.s.size
+    return values | {"chance_u": chance_level(k, shape[0]), "chance_v": chance_level(k, shape[1])}
+
+
+def drift_metrics(before: Solved, now: Solved) -> dict[str, float]:
+    """What changed between two moments: "delta_sv_rel" and "cos_*"; see `subspace`."""
+    return {"delta_sv_rel": relative_change(before, now)} | cosine_metrics("cos", before, now)
+
+
+def update_norms(before: MatrixStack, now: MatrixStack, cpu_threads: int = 1) -> dict[str, dict[str, float]]:
+    """By name: "update_norm2" |W - W'|_2 = sigma_1(W - W') and "update_normF" |W - W'|_F, in the weights' unit.
+
+    The greatest singular value comes from a float64 Gram matrix (relative error about 1e-15); see Golub & Van Loan,
+    section 2.3, for both norms.
+    """
+    with torch.no_grad():
+        change = now.matrices_NRC.double() - before.matrices_NRC.double()
+        spectral = largest_values(change, cpu_threads)
+        if change.is_cuda:
+            frobenius = torch.linalg.vector_norm(change, dim=(1, 2)).cpu().numpy()
+        else:
+            with one_blas_thread():
+                frobenius = [float(np.sqrt(np.vdot(d, d))) for d in change.numpy()]
+    return {
+        name: {"update_norm2": float(two), "update_normF": float(f)}
+        for name, two, f in zip(now.names, spectral, frobenius, strict=True)
+    }
+
+
+def refresh(
+    update: int,
+    stacks: Stacks,
+    settings: Settings,
+    memory: Memory,
+    *,
+    cancelled: Callable[[], bool] = never,
+    log: Callable[[str], object] = LOG.warning,
+) -> Refreshed:
+    """Solve the copies, compare them with `memory`, and put them into it (only once everything has succeeded).
+
+    Raises `Cancelled`.
+    """
+    result = Refreshed(update)
+    for kind, of_kind in stacks.items():
+        found = solve_all(of_kind, settings, cancelled=cancelled, log=lambda line, kind=kind: log(f"{kind}: {line}"))
+        norms: dict[str, dict[str, float]] = {}
+        for before, now in zip(memory.weights.get(kind, ()), of_kind, strict=False):
+            norms |= update_norms(before, now, settings.cpu_threads)
+        for name, solved in found.items():
+            key = f"{kind}/{name}"
+            values = matrix_metrics(solved, settings)
+            if key in memory.last:
+                values |= drift_metrics(memory.last[key], solved)
+            if key in memory.first:
+                values |= cosine_metrics("cos0", memory.first[key], solved)
+            result.solved[key], result.values[key] = solved, values | norms.get(name, {})
+    for key, solved in result.solved.items():
+        kind, _, name = key.partition("/")
+        if kind == MODEL and f"{EMA}/{name}" in result.solved:
+            result.values[key] |= cosine_metrics("ema_cos", result.solved[f"{EMA}/{name}"], solved)
+    memory.first = result.solved | memory.first
+    memory.last, memory.last_update, memory.weights = dict(result.solved), update, stacks
+    return result
+
+
+def aggregates(values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Means over the layers of a type and over the matrices of a depth: by "spec/type/attn.qkv", "spec/depth/3".
+
+    Only what is one number a matrix is averaged, over its finite values; NaN where there are none.
+    """
+    groups: dict[str, list[Mapping[str, float]]] = {}
+    for key, metrics in values.items():
+        kind, _, name = key.partition("/")
+        groups.setdefault(f"{kind}/type/{module_type(name)}", []).append(metrics)
+        if depth := module_depth(name):
+            groups.setdefault(f"{kind}/depth/{depth}", []).append(metrics)
+    return {group: _means(members) for group, members in groups.items()}
+
+
+def _means(members: list[Mapping[str, float]]) -> dict[str, float]:
+    metrics = dict.fromkeys(m for member in members for m in member if not _ONE_OF_MANY.search(m))
+    means: dict[str, float] = {}
+    for metric in metrics:
+        found = np.array([member[metric] for member in members if metric in member])
+        finite = found[np.isfinite(found)]
+        means[metric] = float(np.mean(finite)) if finite.size else float("nan")
+    return means

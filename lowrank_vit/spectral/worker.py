@@ -1,0 +1,186 @@
+"""The monitor's other half: the thread that turns snapshots into stored spectra and records."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from lowrank_vit.spectral.ranks import STOP, Ranks
+from lowrank_vit.spectral.refresh import Memory, Refreshed, Settings, Stacks, aggregates, refresh
+from lowrank_vit.spectral.solve import LOG, Cancelled, MatrixStack
+from lowrank_vit.spectral.store import SpectraStore
+
+
+class SpectralRecord(NamedTuple):
+    """The scalars of one refresh, by "<kind>/<name>/<metric>", kind "spec" or "spec_ema".
+
+    Metrics are those of `refresh.matrix_metrics`, `refresh.drift_metrics`, `refresh.update_norms` and
+    `subspace.cosine_metrics`; `refresh.aggregates` adds "<kind>/type/..." and "<kind>/depth/...". About the refresh
+    itself: "spec/refresh/seconds", "spec/refresh/skipped" (refreshes so far that were due and left out),
+    "spec/refresh/fallbacks" (matrices not solved by the solver asked for) and "spec/refresh/since" (updates since the
+    one it is compared with; absent in the first).
+    """
+
+    update: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies of the weights after an update."""
+
+    update: int
+    stacks: Stacks
+    ready: torch.cuda.Event | None
+    """The copies are complete once this has passed; None without CUDA."""
+
+
+class Worker:
+    """One thread that takes snapshots one by one until it gets None. Every attribute may be read from other threads."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: SpectraStore,
+        memory: Memory,
+        ranks: Ranks,
+        keys: list[str],
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        """Start the thread; `keys` are those of all ranks, in the order in which they are stored."""
+        self._settings, self._store, self._memory, self._ranks = settings, store, memory, ranks
+        self._keys, self._stream = keys, stream
+        self._noted: set[str] = set()
+        self._last_exchange_over = False
+        self.inbox: queue.SimpleQueue[Snapshot | None] = queue.SimpleQueue()
+        self.finished: queue.SimpleQueue[SpectralRecord] = queue.SimpleQueue()
+        self.failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()
+        self.idle = threading.Event()
+        self.idle.set()
+        self.cancelled = threading.Event()
+        self.dropped = 0
+        """Snapshots given up because another rank had none of that update."""
+        # A daemon, so that a crash of the main thread that never reaches `close` cannot hang the interpreter's exit.
+        self._thread = threading.Thread(target=self._work, name="spectral-monitor", daemon=True)
+        cpu_threads, self._is_single_threaded = torch.get_num_threads(), threading.Event()
+        self._thread.start()
+        self._is_single_threaded.wait()
+        torch.set_num_threads(cpu_threads)  # the worker's call below also set the default of threads to come
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait for the thread's end, which putting None into `inbox` brings about."""
+        self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        # On the CPU the worker must not have a team of OpenMP threads of its own: with more of them than cores, waiting
+        # threads sleep instead of spinning, and every small operation of the training step then pays for waking them.
+        torch.get_num_threads()  # a thread's first use takes the process's default, so let that be over
+        torch.set_num_threads(1)
+        self._is_single_threaded.set()
+        while (snapshot := self.inbox.get()) is not None:
+            try:
+                if self._all_ranks_hold(snapshot.update):
+                    self._refresh(snapshot)
+                else:
+                    self.dropped += not self.cancelled.is_set()
+            except Exception as error:  # whatever it is, it belongs to the main thread
+                self.failures.put(error)
+            finally:
+                snapshot = None  # else its memory is held until the next one comes
+                self.idle.set()
+        if not self._last_exchange_over:
+            with contextlib.suppress(RuntimeError):  # at the end another rank may be gone already
+                self._ranks.exchange(STOP)
+
+    def _all_ranks_hold(self, update: int) -> bool:
+        """Agree with the other ranks on this update. A rank that has skipped it will never hold it: then give it up."""
+        while not self._last_exchange_over:
+            held = self._ranks.exchange(STOP if self.cancelled.is_set() else update)
+            if STOP in held:
+                self._last_exchange_over = True
+            elif min(held) == max(held):
+                return True
+            elif update < max(held):
+                return False
+            # Else this rank is ahead: the others give theirs up and come back with a later one.
+        return False
+
+    def _refresh(self, snapshot: Snapshot) -> None:
+        start = time.perf_counter()
+        part: Refreshed | None = None
+        failure: Exception | None = None
+        since = self._memory.last_update
+        try:
+            with self._side_stream(snapshot):
+                stacks = self._on_cpu(snapshot.stacks) if self._settings.on_cpu else snapshot.stacks
+                part = refresh(
+                    snapshot.update,
+                    stacks,
+                    self._settings,
+                    self._memory,
+                    cancelled=self.cancelled.is_set,
+                    log=self._note,
+                )
+        except Cancelled:
+            pass
+        except Exception as error:
+            failure = error
+        parts = self._ranks.gather(part)  # also after a failure, since the others are waiting here
+        if failure is not None:
+            raise failure
+        if parts is None or any(one is None for one in parts):
+            return
+        whole = Refreshed(snapshot.update)
+        for one in parts:
+            assert one is not None
+            whole.solved |= one.solved
+            whole.values |= one.values
+        whole.solved = {key: whole.solved[key] for key in self._keys}
+        self._store.save(whole.update, whole.solved)
+        values = {key: whole.values[key] for key in self._keys}
+        flat = {
+            f"{key}/{m}": v
+            for group in (values, aggregates(values))
+            for key, ms in group.items()
+            for m, v in ms.items()
+        }
+        fallbacks = sum(bool(one.note) for one in whole.solved.values())
+        flat |= {"spec/refresh/fallbacks": float(fallbacks), "spec/refresh/seconds": time.perf_counter() - start}
+        if since is not None:
+            flat["spec/refresh/since"] = float(snapshot.update - since)
+        self.finished.put(SpectralRecord(whole.update, flat))
+
+    def _note(self, line: str) -> None:
+        """Warn of a matrix once, not at every refresh; later lines of it go to the debug log."""
+        matrix = ": ".join(line.split(": ")[:2])  # "spec: spectra of blocks.0.attn.qkv"
+        LOG.log(logging.DEBUG if matrix in self._noted else logging.WARNING, "%s", line)
+        self._noted.add(matrix)
+
+    @staticmethod
+    def _on_cpu(stacks: Stacks) -> Stacks:
+        return {
+            kind: [MatrixStack(stack.names, stack.matrices_NRC.cpu()) for stack in of_kind]
+            for kind, of_kind in stacks.items()
+        }
+
+    @contextlib.contextmanager
+    def _side_stream(self, snapshot: Snapshot) -> Iterator[None]:
+        if self._stream is None or snapshot.ready is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):  # sets this thread's device too
+            self._stream.wait_event(snapshot.ready)
+            for stacks in snapshot.stacks.values():
+                for stack in stacks:
+                    if stack.matrices_NRC.is_cuda:
+                        # The copies come from the main stream's pool: it must not reuse them while we still read.
+                        stack.matrices_NRC.record_stream(self._stream)
+            yield
