@@ -71,6 +71,8 @@ class DaliBackend:
             hw_decoder_load=hw_decoder_load,
         )
         self._threads = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        # Of the feeding thread's own: on the consumer's, its work on one batch would wait for the decoding of the next.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.decode_ms = new_meter()
         self._queue: Queue[Any] = Queue(prefetch)
         self._pipeline: Any = None
@@ -92,8 +94,7 @@ class DaliBackend:
         if self._pipeline is None:
             self._build()
         self._queue, stop = Queue(self._prefetch), Event()
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        thread = Thread(target=self._pump, args=(schedule, stream, stop), name="dali", daemon=True)
+        thread = Thread(target=self._pump, args=(schedule, stop), name="dali", daemon=True)
         thread.start()
         try:
             while True:
@@ -102,7 +103,10 @@ class DaliBackend:
                     raise item
                 if item is None:
                     return
-                yield item
+                batch, made = item
+                if made is not None:
+                    torch.cuda.current_stream(self._device).wait_event(made)
+                yield batch
         finally:
             stop.set()
             thread.join()
@@ -115,10 +119,10 @@ class DaliBackend:
                 if not thread.is_alive() and self._queue.empty():
                     return BetonError(f"{self._beton.path}: the thread that feeds DALI has ended without a word.")
 
-    def _pump(self, schedule: Schedule, stream: torch.cuda.Stream | None, stop: Event) -> None:
+    def _pump(self, schedule: Schedule, stop: Event) -> None:
         """Feed DALI and collect what it made, always `prefetch` batches ahead; runs in its own thread."""
         in_flight: deque[tuple[BatchPlan, Sources]] = deque()
-        with torch.cuda.stream(stream) if stream else nullcontext():
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             try:
                 for plan in schedule:
                     begun = time.perf_counter()
@@ -127,9 +131,9 @@ class DaliBackend:
                     in_flight.append((plan, sources))
                     self._pipeline.schedule_run()
                     if len(in_flight) == self._prefetch:
-                        self._collect(in_flight, stream, stop, begun)
+                        self._collect(in_flight, stop, begun)
                 while in_flight:
-                    self._collect(in_flight, stream, stop, time.perf_counter())
+                    self._collect(in_flight, stop, time.perf_counter())
                 self._put(None, stop)
             except _StoppedError:
                 self._drain(in_flight)
@@ -140,15 +144,18 @@ class DaliBackend:
                 self._drain(in_flight)
                 self._put(error, stop, give_up=False)
 
-    def _collect(
-        self, in_flight: deque[tuple[BatchPlan, Sources]], stream: torch.cuda.Stream | None, stop: Event, begun: float
-    ) -> None:
-        (made,) = self._pipeline.outputs(stream) if stream else self._pipeline.outputs()
+    def _collect(self, in_flight: deque[tuple[BatchPlan, Sources]], stop: Event, begun: float) -> None:
+        # With a stream DALI makes that one wait for the GPU, else the host.
+        (made,) = self._pipeline.outputs(self._stream) if self._stream else self._pipeline.outputs()
         plan, _ = in_flight.popleft()
         images_NHWC = torch.from_dlpack(made.as_tensor()) if self._shape.resize else self._resized(made, plan)
         self.decode_ms.append(1e3 * (time.perf_counter() - begun))
         targets = to_device(self._beton.labels[plan.ids], self._device)
-        self._put(Batch(images_NHWC.permute(0, 3, 1, 2), targets, plan), stop)
+        done = None
+        if self._stream is not None:
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        self._put((Batch(images_NHWC.permute(0, 3, 1, 2), targets, plan), done), stop)
 
     def _resized(self, decoded: Any, plan: BatchPlan) -> torch.Tensor:
         """uint8 (B, S, S, 3) from the windows, or whole images, that DALI has decoded on the CPU."""
