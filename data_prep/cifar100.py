@@ -61,21 +61,26 @@ def cifar100(archive: Path, split: Literal["train", "val"]) -> Source:
 def download(directory: Path) -> Path:
     """Fetch the official archive (169 MB) into `directory` unless it is there, check its MD5, return its path.
 
-    Raises `UserError`.
+    What lies there under its name is whole: it is fetched beside it. Raises `UserError`.
     """
     try:
         from torchvision.datasets import CIFAR100
-        from torchvision.datasets.utils import download_url
+        from torchvision.datasets.utils import check_integrity, download_url
     except ImportError as error:
         raise UserError("--download needs torchvision, which cannot be imported: `pip install torchvision`.") from error
+    archive, beside = directory / CIFAR100.filename, directory / f".{CIFAR100.filename}.download"
     try:
-        download_url(CIFAR100.url, directory, CIFAR100.filename, CIFAR100.tgz_md5)
+        if not check_integrity(archive, CIFAR100.tgz_md5):
+            beside.mkdir(parents=True, exist_ok=True)
+            download_url(CIFAR100.url, beside, CIFAR100.filename, CIFAR100.tgz_md5)
+            (beside / CIFAR100.filename).replace(archive)
+            beside.rmdir()
     except (OSError, RuntimeError) as error:  # no network; or a checksum that is wrong
         raise UserError(
             f"{CIFAR100.url} could not be fetched into {directory}: {error}. Download it by other means, then give "
             f"its path with --src {CIFAR100.filename}."
         ) from error
-    return directory / CIFAR100.filename
+    return archive
 
 
 class _Damaged:

@@ -176,7 +176,7 @@ def convert_folders(
                 workers=available_cores() if workers is None else workers,
                 on_bad=on_bad,
                 progress=progress,
-                source_stat=partial(_source_stat, Path(source.name)),
+                source_stat=partial(file_stat, source.name),
             )
             try:
                 encode = partial(encode_file, root=Path(source.name), options=image)
@@ -198,9 +198,10 @@ def _check_same_classes(sources: list[Source]) -> None:
         )
 
 
-def _source_stat(root: Path, sample: Sample) -> tuple[int, int]:
+def file_stat(root: str, sample: Sample) -> tuple[int, int]:
+    """Size in bytes and modification time in ns of a source file below `root`; zeros if it cannot be looked at."""
     try:
-        stat = (root / sample.name).stat()
+        stat = os.stat(f"{root}/{sample.name}")  # noqa: PTH116  half the time of a `Path`, a million times over
     except OSError:
         return 0, 0  # reading the file will say why
     return stat.st_size, stat.st_mtime_ns

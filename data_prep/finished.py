@@ -13,7 +13,7 @@ from data_prep.direct_io import sha256_of
 from data_prep.errors import BetonError, UserError
 from data_prep.manifest import Manifest, manifest_path, read_manifest, read_manifest_file, write_manifest
 from data_prep.sample_table import sample_table_path, write_sample_table
-from data_prep.sources import Sample
+from data_prep.sources import Sample, file_list_sha256
 from data_prep.write_beton import pack_stat
 
 
@@ -56,18 +56,42 @@ def find_finished(
     _recover(out, key)
     try:
         manifest = read_manifest(out)
-        table = sample_table_path(out).read_bytes()
-        file_bytes = out.stat().st_size
-    except (BetonError, OSError):
+    except BetonError:
         return None
     is_same = manifest.resume_key == key and manifest.file_list_sha256 == files
-    is_whole = file_bytes == manifest.file_bytes and _sha256(table) == manifest.sample_table_sha256
-    if not is_same or not is_whole or (manifest.skipped and on_bad == "error"):
+    if not is_same or not _is_whole(out, manifest) or (manifest.skipped and on_bad == "error"):
         return None
+    return manifest if _stat_sha256(samples, source_stat) == manifest.source_stat_sha256 else None
+
+
+def is_current(
+    out: Path, manifest: Manifest, samples: Sequence[Sample], source_stat: Callable[[Sample], tuple[int, int]]
+) -> bool:
+    """Whether `out` is whole and was made of just these source files as they are now.
+
+    Unlike `find_finished` it does not ask where the files lie, by which versions of libraries they were converted and
+    with which options. `manifest` is that of `out`.
+    """
+    return (
+        _is_whole(out, manifest)
+        and manifest.file_list_sha256 == file_list_sha256(samples)
+        and manifest.source_stat_sha256 == _stat_sha256(samples, source_stat)
+    )
+
+
+def _is_whole(out: Path, manifest: Manifest) -> bool:
+    try:
+        table = sample_table_path(out).read_bytes()
+        return out.stat().st_size == manifest.file_bytes and _sha256(table) == manifest.sample_table_sha256
+    except OSError:
+        return False
+
+
+def _stat_sha256(samples: Sequence[Sample], source_stat: Callable[[Sample], tuple[int, int]]) -> str:
     stats = hashlib.sha256()
     for sample in samples:
         stats.update(pack_stat(source_stat(sample)))
-    return manifest if stats.hexdigest() == manifest.source_stat_sha256 else None
+    return stats.hexdigest()
 
 
 def _recover(out: Path, key: str) -> None:
