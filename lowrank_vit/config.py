@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 import yaml
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from data_prep.errors import UserError
 from lowrank_vit.config_yaml import expand_config_files
@@ -33,6 +33,24 @@ def _flags(options: Any) -> Iterator[tuple[str, Any, Any]]:
         yield option.name.replace("_", "-"), hints[option.name], getattr(options, option.name)
 
 
+@dataclasses.dataclass(frozen=True)
+class _CommandLine(Config):
+    """The options, and timm's old form `train.py DIR --model ...`."""
+
+    dir: Positional[Annotated[Path | None, arg(metavar="[DIR]")]] = None
+    """The same as --data-dir DIR."""
+
+    def config(self, own: list[str]) -> Config:
+        """The options alone; `own` are the user's tokens. Raises `UserError` for two data directories."""
+        groups = {group.name: getattr(self, group.name) for group in dataclasses.fields(Config)}
+        if self.dir is not None:
+            flags = {token.partition("=")[0].replace("_", "-") for token in own}
+            if flags & {"--data", "--data-dir"}:
+                raise UserError(f"{self.dir} and --data-dir {self.data.data_dir}: give the data directory once.")
+            groups["data"] = dataclasses.replace(self.data, data_dir=self.dir)
+        return Config(**groups)
+
+
 def parse(argv: list[str], prog: str = "python -m lowrank_vit.train") -> Config:
     """Turn a command line (with any `--config FILE` in it) into a checked `Config`.
 
@@ -41,10 +59,9 @@ def parse(argv: list[str], prog: str = "python -m lowrank_vit.train") -> Config:
     """
     if "--help" in argv or "-h" in argv:
         print("--config FILE   flat YAML whose keys are the flags below; flags given beside it win\n", flush=True)
-    if argv and not argv[0].startswith("-"):  # timm's way: train.py DIR --model ...
-        argv = ["--data-dir", *argv]
     from_files, own = expand_config_files(argv, {name: hint for name, hint, _ in leaves()})
-    config = tyro.cli(OmitArgPrefixes[Config], args=from_files + own, prog=prog, description=Config.__doc__)
+    line = tyro.cli(OmitArgPrefixes[_CommandLine], args=from_files + own, prog=prog, description=Config.__doc__)
+    config = line.config(own)
     config = _fit_defaults(config, from_files, own)
     check(config)
     return config

@@ -48,21 +48,20 @@ ABOVE_0 = Range(0, open_low=True)
 class Data:
     """Where the images come from and how they are cut."""
 
-    dataset: Literal["", "folder", "digits", "torch/cifar100"] = ""
-    """digits: scikit-learn's handwritten ones, written into --data-dir on first use; else what --data-dir holds."""
+    dataset: str = ""
+    """folder or nothing: what --data-dir holds; torch/cifar100; digits: scikit-learn's, written to --data-dir."""
     dataset_download: bool = False
-    """torch/cifar100: download the archive where it is missing."""
-    data_dir: Path | None = None
-    """Folder with train.beton and val.beton, or with images in train/ and val/, which are converted once; also the
-    first argument. Default: data; for torch/cifar100 ~/.cache/torch/datasets."""
+    """torch/cifar100: download the archive where it is missing or damaged."""
+    data_dir: Annotated[Path | None, arg(aliases=["--data"])] = None
+    """Folder with train.beton and val.beton, or with train/CLASS/ and val/CLASS/, converted once; default: data."""
     train_split: str = "train"
-    """Name of the folder with training images; timm's synonyms count."""
+    """Name of the training set in --data-dir; timm's synonyms count."""
     val_split: str = "validation"
-    """Name of the folder with validation images; timm's synonyms count."""
+    """Name of the validation set in --data-dir; timm's synonyms count, and test where there is no other."""
     beton_dir: Path | None = None
-    """Where images are converted to; default: DATA_DIR/.lowrank_vit."""
+    """Where images are converted to; default: DATA_DIR/.lowrank_vit, DATA_DIR/cifar100.lowrank_vit."""
     stage_dir: Path | None = None
-    """Copy the .beton files to this folder on a fast local disk, and read the copies."""
+    """Copy the .beton files to this folder on a fast local disk, once, and read the copies."""
     loader: Literal["auto", "resident", "dali", "ffcv"] = "auto"
     """Decode backend; auto: resident if a quarter of the device's memory holds the set, else dali with a GPU, else the
     faster one here."""

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from data_prep.errors import UserError, exit_cleanly
 from lowrank_vit.config import check_ranges
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.loader import OnBadSample
-from lowrank_vit.data.locate import DataOptions, locate, locate_validation
+from lowrank_vit.data.locate import DataOptions, kind_of, locate_validation
 from lowrank_vit.data.plan import EvalPlan
+from lowrank_vit.data.staging import stage
 from lowrank_vit.engine.evaluate import Evaluator, Scores
 from lowrank_vit.engine.scoring import Scorer, load_scorer
 from lowrank_vit.engine.setup import pick_device
@@ -29,10 +30,18 @@ class Options:
 
     checkpoint: Path
     """A run's model_best.pth.tar or last.pth.tar."""
-    data: Path | None = None
-    """A .beton file, or a folder of images (also the first argument); default: what the checkpoint was validated on."""
+    data: Annotated[Path | None, arg(aliases=["--data-dir"])] = None
+    """A .beton file, or a folder of images or .beton files; default: what the checkpoint was validated on."""
+    dataset: str = ""
+    """folder or nothing: what --data holds; torch/cifar100; digits. Without --data the default is the checkpoint's."""
+    dataset_download: bool = False
+    """torch/cifar100: download the archive where it is missing or damaged."""
+    split: Annotated[str, arg(aliases=["--val-split"])] = ""
+    """Name of the set in --data; timm's synonyms count. Default: that of the checkpoint's validation."""
     beton_dir: Path | None = None
     """Where images are converted to; default: DATA/.lowrank_vit."""
+    stage_dir: Path | None = None
+    """Copy the .beton file to this folder on a fast local disk, once, and read the copy."""
     use_ema: bool = False
     """Score the EMA weights."""
     model: str = ""
@@ -92,28 +101,35 @@ def _check_classes(scorer: Scorer, beton: Beton, path: Path) -> None:
 
 
 def _find_data(options: Options, args: dict[str, Any]) -> Path:
-    """The `.beton` to score, converted now if need be."""
-    kept = {name: args.get(name.replace("_", "-")) for name in ("data_dir", "beton_dir", "val_split")}
-    beton_dir = options.beton_dir or kept["beton_dir"]
-    where = DataOptions(
-        dataset=str(args.get("dataset", "")),
-        data_dir=Path(kept["data_dir"]) if kept["data_dir"] else None,
-        beton_dir=Path(beton_dir) if beton_dir else None,
-        train_split=str(args.get("train-split", "train")),
-        val_split=str(kept["val_split"] or "validation"),
-        on_bad=options.on_bad_sample,
-    )
-    if options.data:
-        return locate_validation(options.data, replace(where, beton_dir=options.beton_dir))
-    return locate(where)[1]
+    """The `.beton` to score, converted and staged now if need be; `args` are the flags of the checkpoint's run."""
+    split = options.split or str(args.get("val-split") or "validation")
+    where = DataOptions(options.dataset, None, options.dataset_download, options.beton_dir, val_split=split)
+    where = replace(where, on_bad=options.on_bad_sample)
+    dataset = str(args.get("dataset") or "")
+    if options.data is None and kind_of(options.dataset or dataset) == kind_of(dataset):  # the checkpoint's own
+        kept = {name: Path(value) for name in ("data-dir", "beton-dir") if (value := args.get(name))}
+        beton_dir = options.beton_dir or kept.get("beton-dir")
+        where = replace(where, dataset=dataset, data_dir=kept.get("data-dir"), beton_dir=beton_dir)
+    path = locate_validation(options.data, where)
+    return stage(path, options.stage_dir) if options.stage_dir else path
+
+
+@dataclass(frozen=True)
+class _CommandLine(Options):
+    """The options, and timm's old form `validate.py DIR --checkpoint ...`."""
+
+    dir: Positional[Annotated[Path | None, arg(metavar="[DATA]")]] = None
+    """The same as --data DATA."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, score, print."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and not argv[0].startswith("-"):  # timm's way: validate.py DIR --checkpoint ...
-        argv = ["--data", *argv]
-    options = tyro.cli(Options, args=argv, prog="python -m lowrank_vit.validate")
+    prog = "python -m lowrank_vit.validate"
+    options = tyro.cli(_CommandLine, args=argv, prog=prog, description=Options.__doc__)
+    if options.dir is not None and options.data is not None:
+        raise UserError(f"{options.dir} and --data {options.data}: give the data once.")
+    options = replace(options, data=options.data or options.dir)
     scores = validate(options)
     kind = "EMA weights" if options.use_ema else "weights"
     print(

@@ -7,8 +7,9 @@ from pathlib import Path
 from data_prep.errors import UserError
 from data_prep.parts import find_parts
 from lowrank_vit.data.beton import Beton
-from lowrank_vit.data.locate import DataOptions, Say, locate
-from lowrank_vit.data.staging import stage
+from lowrank_vit.data.locate import DataOptions, locate
+from lowrank_vit.data.one_process import Say
+from lowrank_vit.data.staging import stage_all
 
 
 def open_datasets(
@@ -27,7 +28,7 @@ def open_datasets(
                 f"--src DIR --out {path}`."
             )
     if stage_dir is not None:
-        paths = stage(paths[0], stage_dir, say), stage(paths[1], stage_dir, say)
+        paths = stage_all(paths, stage_dir, say)
     train, val = (Beton(path) for path in paths)
     if train.classes and val.classes and train.classes != val.classes:
         both = next((pair for pair in zip(train.classes, val.classes, strict=False) if pair[0] != pair[1]), None)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_prep.errors import BetonError, UserError
-from data_prep.image_folder import SPLIT_NAMES
-from data_prep.manifest import Manifest, manifest_path, read_manifest
+from data_prep.errors import UserError
 from data_prep.parts import find_parts
-from lowrank_vit.data.one_process import one_process_in
+from lowrank_vit.data.cifar import cifar100, find_archive
+from lowrank_vit.data.image_dirs import FOLDER, converted, names_of, split_folder
+from lowrank_vit.data.one_process import Say, one_process_in
 
-FOLDER = ".lowrank_vit"
-"""Converted images lie below their folder in this one."""
-CIFAR100_FOLDER = "cifar100.lowrank_vit"
-TORCH_DATASETS = Path("~/.cache/torch/datasets")
-"""timm's own default for `torch/...` data sets."""
-Say = Callable[[str], object]
+Split = Literal["train", "val"]
+FOLDERS = ("", "folder", "imagefolder", "image_folder", "torch/folder", "torch/image_folder")
+"""timm's names for a folder of images."""
+DEFAULT_DIR = Path("data")
+_ADVICE = (
+    "Give a folder with train/ and val/, one folder a class in each, or with files that `python -m data_prep` wrote, "
+    "or train on the embedded digits with --dataset digits."
+)
 
 
 @dataclass(frozen=True)
@@ -39,135 +39,116 @@ class DataOptions:
 def locate(options: DataOptions, say: Say = print) -> tuple[Path, Path]:
     """The training and the validation `.beton` (either may stand for its parts), converted now if need be.
 
-    Raises `UserError`: nothing there, no split, not writable, images that do not decode.
+    Raises `UserError`: a data set that is not known, nothing there, no split, not writable, images that do not decode.
     """
-    if options.dataset == "torch/cifar100":
-        return _cifar100(options, say)
-    root = options.data_dir or Path("data")
-    if _is_there(root / "train.beton") or _is_there(root / "val.beton"):
-        return root / "train.beton", root / "val.beton"
-    if options.dataset == "digits":
+    train, val = _locate(options, ("train", "val"), say)
+    return train, val
+
+
+def locate_validation(path: Path | None, options: DataOptions, say: Say = print) -> Path:
+    """The validation `.beton` alone: `path` itself, or what `options` mean with it for --data-dir.
+
+    `path` may also be a folder of class folders without splits. Raises `UserError`.
+    """
+    if path is None:
+        return _locate(options, ("val",), say)[0]
+    if not path.is_dir() and (path.suffix == ".beton" or path.is_file()):
+        return path
+    given = DataOptions(options.dataset, path, options.dataset_download, options.beton_dir, val_split=options.val_split)
+    is_single = kind_of(options.dataset) == "" and path.is_dir() and not _betons(given, ("val",))
+    if is_single and not any((path / name).is_dir() for name in (*names_of(options.val_split), "test", FOLDER)):
+        place = options.beton_dir or path.resolve().parent / FOLDER
+        return converted([path], place, say, is_own=options.beton_dir is None, on_bad=options.on_bad)[0]
+    return _locate(given, ("val",), say)[0]
+
+
+def _locate(options: DataOptions, wanted: tuple[Split, ...], say: Say) -> list[Path]:
+    kind = kind_of(options.dataset)
+    splits = options.train_split, options.val_split
+    for flag, name in zip(("--train-split", "--val-split"), splits, strict=True):
+        if not name or Path(name).name != name or name == "..":
+            raise UserError(f"{flag} '{name}' must be the name of a folder in --data-dir, for example {flag} train.")
+    if kind == "cifar100":
+        both = cifar100(options.data_dir, options.beton_dir, download=options.dataset_download, splits=splits, say=say)
+        return [both[("train", "val").index(split)] for split in wanted]
+    root = options.data_dir or DEFAULT_DIR
+    if kind == "digits" and not _betons(options, ("train", "val")):  # never over a file of the user's
         from data_prep.convert import convert_digits
 
-        convert_digits(root)
-        return root / "train.beton", root / "val.beton"
-    folders = [_split(root, name) for name in (options.train_split, options.val_split)]
-    if not any(folders):
-        raise UserError(
-            f"--data-dir {root}: there is neither train.beton nor a folder of images named {options.train_split}. Give "
-            "a folder with train/ and val/, one folder a class in each, or files that `python -m data_prep` wrote, or "
-            "train on the embedded digits with --dataset digits."
+        with one_process_in(root, say, "Give a folder that can be written with --data-dir."):
+            if not _betons(options, ("train", "val")):
+                convert_digits(root)
+    there = _betons(options, wanted)
+    if there or kind == "digits":
+        return [there.get(split, root / f"{split}.beton") for split in wanted]
+    return _from_images(root, options, wanted, say)
+
+
+def kind_of(dataset: str) -> Literal["", "digits", "cifar100"]:
+    """What --dataset means; an empty string for a folder. Raises `UserError` for what is not there."""
+    name = dataset.lower()
+    if name in FOLDERS:
+        return ""
+    if name == "digits":
+        return "digits"
+    if name == "torch/cifar100":
+        return "cifar100"
+    hint = (
+        "Did you mean torch/cifar100?" if name == "cifar100" else "Save its images as TRAIN_OR_VAL/CLASS/FILE.jpg and"
+    )
+    hint += "" if name == "cifar100" else " give their folder with --data-dir; they are converted once."
+    raise UserError(
+        f"--dataset {dataset} is not there. There are: folder (the default: --data-dir holds images or .beton files), "
+        f"torch/cifar100, digits. {hint}"
+    )
+
+
+def _betons(options: DataOptions, wanted: tuple[Split, ...], folder: Path | None = None) -> dict[Split, Path]:
+    """Those of the wanted sets that lie in `folder`, by default the data directory, by timm's names of splits."""
+    root = folder or options.data_dir or DEFAULT_DIR
+    names = {"train": options.train_split, "val": options.val_split}
+    found: dict[Split, Path] = {}
+    for split in wanted:
+        candidates = (root / f"{name}.beton" for name in names_of(names[split]))
+        first = next((path for path in candidates if path.exists() or find_parts(path)), None)
+        if first:
+            found[split] = first
+    return found
+
+
+def _from_images(root: Path, options: DataOptions, wanted: tuple[Split, ...], say: Say) -> list[Path]:
+    names = {"train": options.train_split, "val": options.val_split}
+    found = {split: split_folder(root, names[split], say) for split in wanted}
+    folders = [folder for folder in found.values() if folder]
+    place = options.beton_dir or root / FOLDER
+    if len(folders) == len(wanted):
+        return converted(folders, place, say, is_own=options.beton_dir is None, on_bad=options.on_bad)
+    done = _betons(options, wanted, place)
+    if not folders and len(done) == len(wanted):
+        say(f"the images of {root} are gone: what was converted in {place} is used")
+        return [done[split] for split in wanted]
+    missing: dict[Split, str] = {split: names[split] for split in wanted if not found[split]}
+    raise UserError(_what_is_missing(root, missing, is_split=bool(folders) or wanted == ("val",)))
+
+
+def _what_is_missing(root: Path, missing: dict[Split, str], *, is_split: bool) -> str:
+    if not root.is_dir():
+        what = "is a file, not a folder" if root.exists() else "does not exist"
+        return (
+            f"--data-dir {root} {what}, so there is neither train.beton nor a folder of images named train. {_ADVICE}"
         )
-    train, val = folders
-    if train is None or val is None:
-        flag, wanted = ("--train-split", options.train_split) if train is None else ("--val-split", options.val_split)
-        raise UserError(
-            f"--data-dir {root} has {(train or val or root).name}/ but no folder for {flag} {wanted}. Add it, or name "
-            f"another with {flag}."
+    if find_archive(root):
+        return f"--data-dir {root} holds CIFAR-100's archive. Add --dataset torch/cifar100."
+    present = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    holds = (
+        f"it holds {', '.join(present[:6])}{', ...' if len(present) > 6 else ''}" if present else "it has no folders"
+    )
+    split, name = next(iter(missing.items()))
+    flag = f"--{split}-split"
+    if is_split and present:
+        also = ", ".join(n for n in (*names_of(name), *(("test",) if split == "val" else ())) if n != name)
+        return (
+            f"--data-dir {root} has no folder for {flag} {name}{f' (nor {also})' if also else ''}; {holds}. Put images "
+            f"into {root / name}, one folder a class, or name another folder with {flag}."
         )
-    return _converted(train, val, options, say)
-
-
-def locate_validation(path: Path, options: DataOptions, say: Say = print) -> Path:
-    """The `.beton` that `path` means: itself, val.beton in it, or the validation split of a folder of images.
-
-    A folder of class folders is taken as it is. Raises `UserError`.
-    """
-    if not path.is_dir():
-        return path
-    if _is_there(path / "val.beton"):
-        return path / "val.beton"
-    folder = _split(path, options.val_split) or path
-    out = (options.beton_dir or (path if folder != path else path.parent) / FOLDER) / f"{folder.name}.beton"
-    if not _is_current(out, folder):
-        _convert({out: folder}, out.parent, options, say)
-    return out
-
-
-def _is_there(beton: Path) -> bool:
-    return beton.exists() or bool(find_parts(beton))
-
-
-def _split(root: Path, name: str) -> Path | None:
-    """The folder of a split, by its own name or one of timm's synonyms."""
-    synonyms = next((names for names in SPLIT_NAMES.values() if name in names), ())
-    return next((root / n for n in (name, *synonyms) if (root / n).is_dir()), None)
-
-
-def _converted(train: Path, val: Path, options: DataOptions, say: Say) -> tuple[Path, Path]:
-    out_dir = options.beton_dir or train.parent / FOLDER
-    folders = {out_dir / f"{folder.name}.beton": folder for folder in (train, val)}
-    if not all(_is_current(out, folder) for out, folder in folders.items()):
-        _convert(folders, out_dir, options, say)
-    first, second = folders
-    return first, second
-
-
-def _convert(folders: dict[Path, Path], out_dir: Path, options: DataOptions, say: Say) -> None:
-    from data_prep.convert import convert_folders
-
-    with one_process_in(out_dir, say, "Give a folder that can be written with --beton-dir."):
-        if not all(_is_current(out, folder) for out, folder in folders.items()):
-            say(f"converting {' and '.join(str(folder) for folder in folders.values())} into {out_dir} (once)")
-            convert_folders(folders, on_bad=options.on_bad, progress=True)
-            for out in folders:  # what changed before now is in it
-                os.utime(manifest_path(out))
-
-
-def _is_current(out: Path, folder: Path) -> bool:
-    """Whether `out` was finished from `folder`, and no file was added to or removed from a class since.
-
-    Looks at the class folders alone: to list a million files takes a minute. The converter looks at each of them.
-    """
-    manifest = _manifest(out)
-    if manifest is None or Path(manifest.source).resolve() != folder.resolve():
-        return False
-    written = manifest_path(out).stat().st_mtime
-    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-    return list(manifest.classes) == classes and all((folder / c).stat().st_mtime <= written for c in classes)
-
-
-def _manifest(out: Path) -> Manifest | None:
-    try:
-        return read_manifest(out) if out.exists() else None
-    except BetonError:
-        return None
-
-
-def _cifar100(options: DataOptions, say: Say) -> tuple[Path, Path]:
-    root = options.data_dir or _default_root(say)
-    for folder in (root, out_dir := options.beton_dir or root / CIFAR100_FOLDER):
-        paths = folder / "train.beton", folder / "val.beton"
-        if all(_is_there(path) and _manifest(path) for path in paths):
-            return paths
-    from data_prep.cifar100 import download
-    from data_prep.convert import convert_cifar100
-
-    with one_process_in(out_dir, say, "Give a folder that can be written with --data-dir or --beton-dir."):
-        paths = out_dir / "train.beton", out_dir / "val.beton"
-        if not all(_manifest(path) for path in paths):
-            names = ("cifar-100-python", "cifar-100-python.tar.gz", "cifar-100-binary", "cifar-100-binary.tar.gz")
-            archive = next((root / name for name in names if (root / name).exists()), None)
-            if archive is None and not options.dataset_download:
-                raise UserError(
-                    f"--dataset torch/cifar100: {root} holds neither {names[0]}/ nor {names[1]}. Add "
-                    "--dataset-download (169 MB), or give the folder that holds it with --data-dir."
-                )
-            archive = archive or download(root)
-            say(f"converting {archive} into {out_dir} (once)")
-            convert_cifar100(archive, out_dir, progress=True)
-    return paths
-
-
-def _default_root(say: Say) -> Path:
-    root = TORCH_DATASETS.expanduser()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        is_writable = os.access(root, os.W_OK)
-    except OSError:
-        is_writable = False
-    if not is_writable:
-        say(f"data root ./data, since {root} cannot be written (--data-dir chooses another)")
-        return Path("data")
-    say(f"data root {root} (--data-dir chooses another)")
-    return root
+    return f"--data-dir {root}: there is neither {split}.beton nor a folder of images named {name}; {holds}. {_ADVICE}"

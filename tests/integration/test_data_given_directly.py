@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from data_prep.errors import UserError
 from lowrank_vit import train, validate
-from tests.photos import write_folder
-from tests.unit.test_locate import write_archive
+from tests.photos import NUM_PHOTOS
+from tests.sources import write_archive, write_splits
 
 TINY = """--model vit_tiny_patch16_224 --img-size 16 --epochs 1 --warmup-epochs 0 -b 8 -j 2 --opt adamw --lr 1e-3
 --no-model-ema --device cpu --model-kwargs patch_size=4 embed_dim=32 depth=1 num_heads=2""".split()
@@ -20,9 +20,7 @@ TINY = """--model vit_tiny_patch16_224 --img-size 16 --epochs 1 --warmup-epochs 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    write_folder(tmp_path / "images" / "train")
-    shutil.copytree(tmp_path / "images" / "train", tmp_path / "images" / "val")
-    return tmp_path / "images"
+    return write_splits(tmp_path / "images")
 
 
 def start(*argv: str, output: Path) -> str:
@@ -40,32 +38,95 @@ def test_a_folder_is_converted_and_trained_on_and_the_second_run_converts_nothin
     written = (folder / ".lowrank_vit" / "train.beton").stat()
     second = start("--data-dir", str(folder), "--stage-dir", str(tmp_path / "fast"), output=tmp_path / "output")
     assert "converting" not in second
-    assert "copying train.beton and 2 more files" in second
+    assert "copying train.beton and val.beton with sidecars" in second
     assert (folder / ".lowrank_vit" / "train.beton").stat() == written
+    third = start("--data", str(folder), "--stage-dir", str(tmp_path / "fast"), output=tmp_path / "output")
+    assert "copying" not in third
+    assert f"staged copy of train.beton and val.beton in {tmp_path / 'fast'} is up to date" in third
     record = json.loads(next((tmp_path / "output").glob("vit*/metrics.jsonl")).read_text().splitlines()[0])
     assert record["decode_ms_p50"] > 0
     assert {"queue_depth", "decode_ms_p90", "data_wait", "img_per_s"} < set(record)
 
 
-@pytest.mark.parametrize("given", ["nothing", "the folder"])
-def test_validation_finds_the_same_images(folder, tmp_path, capsys, given):
-    train.main(["--data-dir", str(folder), *TINY, "--output", str(tmp_path / "output")])
+def last_epoch(said: str) -> str:
+    return [line for line in said.splitlines() if line.startswith("epoch")][-1]
+
+
+def score_of(said: str) -> str:
+    """The top-1 that `validate` prints, as `train` prints it."""
+    return f"top-1 {float(said.split('top-1 ')[1].split(' %')[0]):5.2f} %"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "FOLDER",
+        "--data FOLDER",
+        "--data-dir FOLDER/val",
+        "--split val",
+        "--stage-dir FOLDER/fast",
+        "--dataset folder",
+    ],
+)
+def test_validation_finds_the_same_images(trained, capsys, given):
+    folder, checkpoint, in_training = trained
+    validate.main([*given.replace("FOLDER", str(folder)).split(), "--checkpoint", str(checkpoint), "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert f"on {NUM_PHOTOS} samples" in said
+    assert "converting" not in said
+    assert score_of(said) in in_training
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path, str]:
+    """A folder of images, the checkpoint of a run on it, and what the run said of its last epoch."""
+    root = tmp_path_factory.mktemp("trained")
+    folder = write_splits(root / "images")
+    said = start("--data-dir", str(folder), output=root / "output")
+    return folder, next((root / "output").glob("vit*/last.pth.tar")), last_epoch(said)
+
+
+def test_validation_of_another_split_and_of_new_images(trained, capsys, tmp_path):
+    _, checkpoint, _ = trained
+    folder = write_splits(tmp_path / "other", val="sketches")
+    argv = ["--checkpoint", str(checkpoint), "--device", "cpu"]
+    validate.main([str(folder), "--split", "sketches", *argv])
+    said = capsys.readouterr().out
+    assert f"converting {folder}/sketches into {folder}/.lowrank_vit (once)" in said
+    assert f"on {NUM_PHOTOS} samples" in said
+    with pytest.raises(UserError, match="has no folder for --val-split validation"):
+        validate.main([str(folder), *argv])
+    with pytest.raises(UserError, match="give the data once"):
+        validate.main([str(folder), "--data", str(folder), *argv])
+
+
+def test_cifar100_is_trained_on_and_scored_from_its_archive(tmp_path, capsys):
+    root = tmp_path / "root"
+    archive = write_archive(root)
+    argv = ["--dataset", "torch/cifar100", "--dataset-download", "--data-dir", str(root), *TINY]
+    train.main([*argv, "--output", str(tmp_path / "output")])
+    first = capsys.readouterr().out
+    assert f"CIFAR-100: data root {root} (--data-dir)\nconverting {archive} into" in first
+    assert "100 classes" in first
+    assert "train.beton: 130 samples, resident loader" in first
+    train.main([*argv, "--output", str(tmp_path / "output")])
+    assert "converting" not in capsys.readouterr().out
     checkpoint = str(next((tmp_path / "output").glob("vit*/last.pth.tar")))
-    in_training = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")][-1]
-    validate.main([*([str(folder)] if given == "the folder" else []), "--checkpoint", checkpoint, "--device", "cpu"])
-    said = capsys.readouterr().out
-    assert "on 24 samples" in said
-    top1 = said.split("top-1 ")[1].split(" %")[0]
-    assert f"top-1 {float(top1):5.2f} %" in in_training
+    for given in ([], ["--data", str(root), "--dataset", "torch/cifar100", "--split", "test"]):
+        validate.main([*given, "--checkpoint", checkpoint, "--device", "cpu"])
+        said = capsys.readouterr().out
+        assert "on 110 samples" in said
+        assert score_of(said) in last_epoch(first)
 
 
-def test_cifar100_is_trained_on_from_its_archive(tmp_path, capsys):
-    write_archive(tmp_path / "root")
-    argv = ["--dataset", "torch/cifar100", "--dataset-download", "--data-dir", str(tmp_path / "root")]
-    train.main([*argv, *TINY, "--output", str(tmp_path / "output")])
-    said = capsys.readouterr().out
-    assert "100 classes" in said
-    assert "train.beton: 130 samples, resident loader" in said
+def test_a_damaged_archive_stops_before_there_is_a_run_directory(tmp_path):
+    archive = write_archive(tmp_path / "root")
+    archive.write_bytes(archive.read_bytes()[:3000])
+    argv = ["--dataset", "torch/cifar100", "--data-dir", str(tmp_path / "root"), "--output", str(tmp_path / "output")]
+    with pytest.raises(UserError, match="--dataset-download"):
+        train.main([*argv, *TINY])
+    assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize("loader", ["ffcv", "dali", "resident"])

@@ -44,6 +44,24 @@ def test_timms_spelling():
     assert config.spectra.spec_every == 10
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["DIR --model x", "--model x DIR", "--mixup 0.8 DIR --model x", "--data-dir DIR", "--data DIR", "--data=DIR"],
+)
+def test_timms_forms_of_the_data_directory(line, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("data-dir: data/cifar100\n")
+    assert parse(line.split()).data.data_dir == Path("DIR")
+    assert parse([*line.split(), "--config", str(path)]).data.data_dir == Path("DIR")
+    assert parse(["--config", str(path)]).data.data_dir == Path("data/cifar100")
+    assert parse([]).data.data_dir is None
+
+
+def test_two_data_directories_are_refused():
+    with pytest.raises(UserError, match="DIR and --data-dir OTHER: give the data directory once"):
+        parse(["DIR", "--data-dir", "OTHER"])
+
+
 def test_yaml_comes_first_and_the_command_line_wins(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(

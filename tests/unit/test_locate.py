@@ -1,32 +1,24 @@
-"""Folders of images and CIFAR-100 are found, converted once, by one process, and used again."""
+"""Which `.beton` files the data flags mean: files that are there, digits, folders by timm's names, and wrong uses."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data_prep.errors import UserError
-from lowrank_vit.data import locate as locate_module
 from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.datasets import open_datasets
 from lowrank_vit.data.locate import DataOptions, locate, locate_validation
-from tests.photos import NUM_PHOTOS, write_folder
-from tests.unit.test_cifar100 import PYTHON_FORM, write_tar
+from tests.photos import NUM_PHOTOS
+from tests.sources import Said, run_at_once, write_archive, write_splits
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """train/ and val/ of 24 JPEGs each."""
-    root = tmp_path_factory.mktemp("images")
-    write_folder(root / "train")
-    shutil.copytree(root / "train", root / "val")
-    return root
+    return write_splits(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture
@@ -34,170 +26,165 @@ def folder(images, tmp_path) -> Path:
     return Path(shutil.copytree(images, tmp_path / "images"))
 
 
-def write_archive(root: Path) -> Path:
-    """A small CIFAR-100 in the official form."""
-    root.mkdir(parents=True, exist_ok=True)
-    return write_tar(root / "cifar-100-python.tar.gz", PYTHON_FORM, "cifar-100-python")
-
-
-class Said(list):
-    def __call__(self, line: str) -> None:
-        self.append(line)
-
-
-def test_a_folder_of_images_is_converted_once(folder):
-    said, options = Said(), DataOptions(data_dir=folder)
-    paths = locate(options, said)
-    assert paths == (folder / ".lowrank_vit" / "train.beton", folder / ".lowrank_vit" / "val.beton")
-    assert said == [f"converting {folder}/train and {folder}/val into {folder}/.lowrank_vit (once)"]
-    assert Beton(paths[0]).num_samples == NUM_PHOTOS
-    assert Beton(paths[1]).classes == ["flower", "temple"]
-    written = paths[0].stat()
-    assert locate(options, said) == paths
-    assert len(said) == 1
-    assert paths[0].stat() == written
-
-
-def test_a_finished_conversion_needs_no_writing(folder, monkeypatch):
-    locate(DataOptions(data_dir=folder), Said())
-    monkeypatch.setattr(locate_module, "one_process_in", lambda *_: pytest.fail("wants to write"))
-    locate(DataOptions(data_dir=folder), Said())
-
-
-@pytest.mark.parametrize("change", ["add", "remove", "add a class"])
-def test_a_changed_folder_is_converted_anew(folder, change):
-    options, said = DataOptions(data_dir=folder), Said()
-    train, _ = locate(options, said)
-    time.sleep(0.01)
-    for split in ("train", "val"):
-        first = folder / split / "flower" / "00.jpg"
-        if change == "add":
-            shutil.copy(first, first.with_name("zz.jpg"))
-        elif change == "remove":
-            first.unlink()
-        else:
-            shutil.copytree(first.parent, first.parent.with_name("aaa"))
-    locate(options, said)
-    assert len(said) == 2
-    expected = {"add": NUM_PHOTOS + 1, "remove": NUM_PHOTOS - 1, "add a class": NUM_PHOTOS * 3 // 2}[change]
-    assert Beton(train).num_samples == expected
-    locate(options, said)
-    assert len(said) == 2
-
-
-def test_timms_names_of_splits(folder):
-    (folder / "val").rename(folder / "validation")
-    (folder / "train").rename(folder / "training")
-    shutil.copytree(folder / "validation", folder / "test")
-    options = DataOptions(data_dir=folder)
-    assert [path.name for path in locate(options, Said())] == ["training.beton", "validation.beton"]
-    assert locate(replace(options, val_split="test"), Said())[1].name == "test.beton"
-    assert locate(replace(options, val_split="val"), Said())[1].name == "validation.beton"
-
-
-def test_another_place_for_what_is_converted(folder, tmp_path):
-    train, _ = locate(DataOptions(data_dir=folder, beton_dir=tmp_path / "elsewhere"), Said())
-    assert train == tmp_path / "elsewhere" / "train.beton"
-    assert not (folder / ".lowrank_vit").exists()
+def refused(options: DataOptions) -> str:
+    with pytest.raises(UserError) as caught:
+        locate(options, Said())
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def test_betons_that_are_there_are_taken(digits_dir):
-    assert locate(DataOptions(data_dir=digits_dir), Said()) == (digits_dir / "train.beton", digits_dir / "val.beton")
+    said = Said()
+    for dataset in ("", "folder", "imagefolder", "torch/image_folder"):
+        options = DataOptions(dataset, digits_dir)
+        assert locate(options, said) == (digits_dir / "train.beton", digits_dir / "val.beton")
+    assert not said
 
 
-def test_what_is_missing_is_named(folder, tmp_path):
-    with pytest.raises(UserError, match=r"neither train.beton nor a folder of images named train\. Give .*digits"):
-        locate(DataOptions(data_dir=tmp_path / "nowhere"), Said())
-    shutil.rmtree(folder / "val")
-    with pytest.raises(UserError, match=r"has train/ but no folder for --val-split validation\. Add it"):
-        locate(DataOptions(data_dir=folder), Said())
+def test_betons_are_found_by_the_names_of_splits_too(digits_dir, tmp_path):
+    for name, copy in (("train", "training"), ("val", "validation"), ("val", "test")):
+        shutil.copy(digits_dir / f"{name}.beton", tmp_path / f"{copy}.beton")
+    options = DataOptions(data_dir=tmp_path)
+    assert [path.name for path in locate(options, Said())] == ["training.beton", "validation.beton"]
+    assert [path.name for path in locate(replace(options, val_split="test"), Said())] == [
+        "training.beton",
+        "test.beton",
+    ]
 
 
-def test_a_folder_that_cannot_be_written(folder, monkeypatch):
-    monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    with pytest.raises(UserError, match=r"\.lowrank_vit cannot be written: Permission denied.*with --beton-dir"):
-        locate(DataOptions(data_dir=folder), Said())
+def test_betons_win_over_images_beside_them(folder, digits_dir):
+    for name in ("train", "val"):
+        shutil.copy(digits_dir / f"{name}.beton", folder)
+    assert locate(DataOptions(data_dir=folder), Said()) == (folder / "train.beton", folder / "val.beton")
 
 
-def test_a_bad_image_stops_the_conversion_or_is_left_out(folder):
-    (folder / "train" / "flower" / "00.jpg").write_bytes(b"no image")
-    options = DataOptions(data_dir=folder)
-    with pytest.raises(UserError, match=r"flower/00.jpg"):
-        locate(options, Said())
-    train, _ = locate(replace(options, on_bad="skip"), Said())
-    assert Beton(train).num_samples == NUM_PHOTOS - 1
-
-
-def test_two_processes_at_once_convert_once(folder):
+def test_digits_are_written_once_by_one_of_several_processes(tmp_path):
     code = f"""
 from pathlib import Path
 from lowrank_vit.data.locate import DataOptions, locate
-print(*locate(DataOptions(data_dir=Path({str(folder)!r}))), flush=True)
+train, val = locate(DataOptions("digits", Path({str(tmp_path / "digits")!r})))
+print(train.stat().st_ino)
 """
-    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [process.communicate(timeout=120)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0]
-    assert sum("converting" in text for text in said) == 1
-    assert len({text.splitlines()[-1] for text in said}) == 1
+    assert len({text.splitlines()[-1] for text in run_at_once(code)}) == 1
 
 
-@pytest.mark.parametrize("given", ["file", "folder of splits", "folder of classes", "folder of betons"])
-def test_validation_takes_what_it_is_given(folder, digits_dir, given):
+@pytest.mark.parametrize("train", ["train", "training"])
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "eval", "evaluation"])
+def test_timms_names_of_splits(images, tmp_path, train, val):
+    (tmp_path / train).symlink_to(images / "train")
+    (tmp_path / val).symlink_to(images / "val")
+    assert [path.name for path in locate(DataOptions(data_dir=tmp_path), Said())] == [f"{train}.beton", f"{val}.beton"]
+
+
+def test_the_exact_name_wins_over_its_synonyms(folder):
+    shutil.copytree(folder / "val", folder / "validation")
+    options = DataOptions(data_dir=folder)
+    assert locate(options, Said())[1].name == "validation.beton"  # the default's own name
+    assert locate(replace(options, val_split="val"), Said())[1].name == "val.beton"
+    assert locate(replace(options, val_split="eval"), Said())[1].name == "val.beton"
+
+
+def test_a_test_set_validates_where_there_is_no_other_and_that_is_said(folder):
+    (folder / "val").rename(folder / "test")
+    said = Said()
+    assert locate(DataOptions(data_dir=folder), said)[1].name == "test.beton"
+    assert said.about("validating on test/ (--val-split chooses)")
+    shutil.copytree(folder / "test", folder / "val")
+    said.clear()
+    assert locate(DataOptions(data_dir=folder), said)[1].name == "val.beton"
+    assert not said.about("validating")
+
+
+def test_splits_of_any_name(folder):
+    (folder / "train").rename(folder / "in_distribution")
+    (folder / "val").rename(folder / "sketches")
+    options = DataOptions(data_dir=folder, train_split="in_distribution", val_split="sketches")
+    assert [path.name for path in locate(options, Said())] == ["in_distribution.beton", "sketches.beton"]
+    same = replace(options, val_split="in_distribution")
+    assert [path.name for path in locate(same, Said())] == ["in_distribution.beton"] * 2
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "/train"])
+def test_a_split_is_a_name(folder, name):
+    assert f"--val-split '{name}' must be the name of a folder" in refused(DataOptions(data_dir=folder, val_split=name))
+
+
+def test_what_is_missing_is_named(folder, tmp_path):
+    message = refused(DataOptions(data_dir=tmp_path / "nowhere"))
+    assert "nowhere does not exist" in message
+    assert "--dataset digits" in message
+    (tmp_path / "file").touch()
+    assert "file is a file, not a folder" in refused(DataOptions(data_dir=tmp_path / "file"))
+    (tmp_path / "empty").mkdir()
+    message = refused(DataOptions(data_dir=tmp_path / "empty"))
+    assert "there is neither train.beton nor a folder of images named train; it has no folders" in message
+    assert "flower, temple" in refused(DataOptions(data_dir=folder / "train"))  # classes without a split
+    shutil.rmtree(folder / "val")
+    message = refused(DataOptions(data_dir=folder))
+    assert (
+        "has no folder for --val-split validation (nor val, valid, eval, evaluation, test); it holds train." in message
+    )
+    assert "name another folder with --val-split" in message
+    (folder / "train").rename(folder / "val")
+    assert "has no folder for --train-split train (nor training); it holds val." in refused(
+        DataOptions(data_dir=folder)
+    )
+    assert not (folder / ".lowrank_vit").exists()
+
+
+def test_half_a_set_of_betons_is_named(digits_dir, tmp_path):
+    shutil.copy(digits_dir / "train.beton", tmp_path)
+    with pytest.raises(UserError, match=r"val\.beton is not there\. Write it with `python -m data_prep"):
+        open_datasets(DataOptions(data_dir=tmp_path), None, say=Said())
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said"),
+    [
+        ("torch/cifar10", "give their folder with --data-dir"),
+        ("hfds/imagenet-1k", "give their folder with --data-dir"),
+        ("wds/imagenet", "There are: folder (the default"),
+        ("tfds/cifar100", "torch/cifar100, digits"),
+        ("cifar100", "Did you mean torch/cifar100?"),
+    ],
+)
+def test_data_sets_that_are_not_there(dataset, said):
+    message = refused(DataOptions(dataset))
+    assert f"--dataset {dataset} is not there" in message
+    assert said in message
+
+
+def test_an_archive_taken_for_a_folder_is_recognised(tmp_path):
+    write_archive(tmp_path)
+    assert "holds CIFAR-100's archive. Add --dataset torch/cifar100" in refused(DataOptions(data_dir=tmp_path))
+
+
+@pytest.mark.parametrize("given", ["file", "parts", "splits", "classes", "betons"])
+def test_validation_takes_what_it_is_given(folder, digits_dir, tmp_path, given):
     wanted, expected = {
         "file": (digits_dir / "val.beton", digits_dir / "val.beton"),
-        "folder of splits": (folder, folder / ".lowrank_vit" / "val.beton"),
-        "folder of classes": (folder / "val", folder / ".lowrank_vit" / "val.beton"),
-        "folder of betons": (digits_dir, digits_dir / "val.beton"),
+        "parts": (tmp_path / "parted.beton", tmp_path / "parted.beton"),
+        "splits": (folder, folder / ".lowrank_vit" / "val.beton"),
+        "classes": (folder / "val", folder / ".lowrank_vit" / "val.beton"),
+        "betons": (digits_dir, digits_dir / "val.beton"),
     }[given]
+    shutil.copy(digits_dir / "val.beton", tmp_path / "parted-1-of-1.beton")
     assert locate_validation(wanted, DataOptions(), Said()) == expected
-    assert expected.exists()
+    assert Beton(expected).num_samples == (NUM_PHOTOS if given in ("splits", "classes") else 360)
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "home" / ".cache" / "torch" / "datasets"
+def test_validation_converts_its_own_split_only(folder):
+    shutil.rmtree(folder / "train")
+    assert locate_validation(folder, DataOptions(), Said()) == folder / ".lowrank_vit" / "val.beton"
+    assert not (folder / ".lowrank_vit" / "train.beton").exists()
+    assert locate_validation(None, DataOptions(data_dir=folder), Said()) == folder / ".lowrank_vit" / "val.beton"
 
 
-def test_cifar100_is_converted_from_the_archive_in_the_data_root(home):
-    said, options = Said(), DataOptions(dataset="torch/cifar100")
-    with pytest.raises(UserError, match=r"holds neither cifar-100-python/ nor .*Add --dataset-download \(169 MB\)"):
-        locate(options, said)
-    assert said == [f"data root {home} (--data-dir chooses another)"]
-    archive = write_archive(home)
-    train, val = locate(options, said)
-    assert said[-1] == f"converting {archive} into {home}/cifar100.lowrank_vit (once)"
-    assert Beton(train).classes == Beton(val).classes
-    count = len(said)
-    assert locate(replace(options, dataset_download=True), said) == (train, val)  # nothing left to download
-    assert len(said) == count + 1
-
-
-def test_cifar100_is_downloaded_if_that_is_asked_for(home, monkeypatch):
-    asked = []
-
-    def download(root: Path) -> Path:
-        asked.append(root)
-        return write_archive(root)
-
-    monkeypatch.setattr("data_prep.cifar100.download", download)
-    train, _ = locate(DataOptions(dataset="torch/cifar100", dataset_download=True), Said())
-    assert asked == [home]
-    assert train.exists()
-
-
-def test_the_data_root_is_here_where_home_cannot_be_written(home, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    said = Said()
-    with pytest.raises(UserError, match=r"--dataset torch/cifar100: data holds neither"):
-        locate(DataOptions(dataset="torch/cifar100"), said)
-    assert said == [f"data root ./data, since {home} cannot be written (--data-dir chooses another)"]
-
-
-def test_cifar100_that_was_converted_before_is_taken(home, tmp_path):
-    from data_prep.convert import convert_cifar100
-
-    convert_cifar100(write_archive(tmp_path), tmp_path / "done")
-    options = DataOptions(dataset="torch/cifar100", data_dir=tmp_path / "done")
-    assert locate(options, Said())[0] == tmp_path / "done" / "train.beton"
+def test_validation_of_what_is_not_there(tmp_path, folder):
+    for wanted, message in (
+        (tmp_path / "nowhere", "nowhere does not exist"),
+        (folder / "val" / "flower", "flower has no class folders"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            locate_validation(wanted, DataOptions(), Said())
+        assert "--src" not in str(caught.value)

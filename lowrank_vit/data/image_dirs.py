@@ -1,0 +1,167 @@
+"""Folders of images as training data: found by timm's names of splits, converted once, and again when they change."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.convert import DEFAULT_IMAGE_OPTIONS, convert_folders, file_stat
+from data_prep.errors import BetonError, UserError
+from data_prep.finished import is_current
+from data_prep.image_folder import SPLIT_NAMES, image_folder
+from data_prep.jpeg import ImageOptions
+from data_prep.manifest import Manifest, manifest_path, read_manifest
+from data_prep.parts import find_parts
+from lowrank_vit.data.one_process import Say, one_process_in
+
+FOLDER = ".lowrank_vit"
+"""Converted images lie below their folder in this one."""
+_TEST = "test"
+SLOW_CHECK_S = 2.0
+"""A check of the images that took longer is worth a line."""
+
+
+def names_of(split: str) -> tuple[str, ...]:
+    """The names under which timm looks for a split: its own, then the synonyms."""
+    synonyms = next((names for names in SPLIT_NAMES.values() if split in names), ())
+    return tuple(dict.fromkeys((split, *synonyms)))
+
+
+def split_folder(root: Path, split: str, say: Say) -> Path | None:
+    """The folder of a split by timm's names; where no other validation set is there, `test` is taken, and said."""
+    found = next((root / name for name in names_of(split) if (root / name).is_dir()), None)
+    if found is None and split in SPLIT_NAMES["val"] and (root / _TEST).is_dir():
+        say(f"{root} has no folder named {split}: validating on {_TEST}/ (--val-split chooses)")
+        return root / _TEST
+    return found
+
+
+def converted(
+    folders: Sequence[Path], place: Path, say: Say, *, is_own: bool, on_bad: Literal["error", "skip"]
+) -> list[Path]:
+    """`place`/NAME.beton of each folder NAME of class folders, converted now unless that is done and still true.
+
+    Every image's name, size and time is compared with those that were converted (8 s for 1.3 million on a local disk).
+    Parts, NAME-1-of-2.beton and so on, are taken as they are. `is_own`: nothing of the user's lies in `place`;
+    elsewhere only a conversion of the same folder is replaced. An interrupted conversion is gone on with; other
+    processes wait. Raises `UserError`.
+    """
+    asked = [place / f"{folder.name}.beton" for folder in folders]
+    outs = {out: folder.resolve() for out, folder in zip(asked, folders, strict=True)}
+    seen = {out: _identity(out) for out in outs}
+    begun = time.monotonic()
+    stale = {out: why for out, folder in outs.items() if (why := _why_stale(out, folder))}
+    if (seconds := time.monotonic() - begun) > SLOW_CHECK_S:
+        say(f"compared the images in {_names(outs.values())} with {place} in {seconds:.0f} s")
+    for out in stale:
+        if not is_own:
+            _refuse_foreign(out, outs[out])
+    if stale:
+        with one_process_in(place, say, "Give a folder that can be written with --beton-dir."):
+            # Where another process has converted meanwhile, that is as new as what we would do.
+            stale = {out: why for out, why in stale.items() if _identity(out) == seen[out]}
+            if stale:
+                _convert({out: outs[out] for out in stale}, ", ".join(dict.fromkeys(stale.values())), say, on_bad)
+    for out in outs:
+        manifest = manifest_of(out)
+        if manifest and manifest.skipped:
+            bad = "1 bad image" if len(manifest.skipped) == 1 else f"{len(manifest.skipped):,} bad images"
+            say(f"{out.name} leaves out {bad}, listed in {manifest_path(out)}")
+    return asked
+
+
+def _convert(outs: dict[Path, Path], why: str, say: Say, on_bad: Literal["error", "skip"]) -> None:
+    manifests = [manifest for out in outs if (manifest := manifest_of(out))]
+    image = _image_options(manifests[0]) if manifests else DEFAULT_IMAGE_OPTIONS
+    place = next(iter(outs)).parent
+    say(f"converting {_names(outs.values())} into {place} ({why})")
+    begun = time.monotonic()
+    try:
+        done = convert_folders(outs, image=image, on_bad=on_bad, progress=True)
+    except UserError as error:
+        raise _in_the_trainers_words(error, outs) from error
+    for conversion in done:
+        gone_on = f", {conversion.resumed:,} of them by an interrupted run" if conversion.resumed else ""
+        say(f"  {conversion.beton.name}: {conversion.manifest.num_samples:,} images{gone_on}")
+    say(f"  converted in {time.monotonic() - begun:.0f} s")
+
+
+def _image_options(manifest: Manifest) -> ImageOptions:
+    """The options by which a set was converted, so that a person's own choice outlives a change of the images."""
+    known: dict[str, Any] = {
+        f.name: manifest.options[f.name] for f in fields(ImageOptions) if f.name in manifest.options
+    }
+    return ImageOptions(**known)
+
+
+def _why_stale(out: Path, folder: Path) -> str:
+    """Why `out` is not what `folder` holds now; an empty string if it is."""
+    if not out.exists() and find_parts(out):
+        return ""
+    manifest = manifest_of(out)
+    if manifest is None:
+        return "once"
+    if manifest.options.get("classes"):  # chosen by hand, and the list of them may be gone
+        return ""
+    try:
+        source = image_folder(folder)
+    except UserError as error:
+        raise _in_the_trainers_words(error, {out: folder}) from error
+    if is_current(out, manifest, source.samples, partial(file_stat, source.name)):
+        return ""
+    return "again, since the images have changed"
+
+
+def manifest_of(out: Path) -> Manifest | None:
+    """The manifest of a finished file; None where the file or a readable manifest is missing."""
+    with suppress(BetonError):
+        return read_manifest(out) if out.exists() else None
+    return None
+
+
+def _identity(out: Path) -> tuple[int, int] | None:
+    """Changes with every conversion."""
+    try:
+        stat = manifest_path(out).stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def _refuse_foreign(out: Path, folder: Path) -> None:
+    """Raise `UserError` if `out` is there and was not converted from `folder`."""
+    is_cut_off = out.with_name(f".{out.name}.partial.json").exists()  # between two renames; the converter ends it
+    if not out.exists() or is_cut_off:
+        return
+    manifest = manifest_of(out)
+    if manifest is None or Path(manifest.source).resolve() != folder:
+        origin = f"made from {manifest.source}" if manifest else "not a finished conversion"
+        raise UserError(
+            f"--beton-dir {out.parent}: {out.name} is there already, and is {origin}, not from {folder}. "
+            "Give another --beton-dir, or remove that file."
+        )
+
+
+def _names(folders: Iterable[Path]) -> str:
+    return " and ".join(map(str, folders))
+
+
+def _in_the_trainers_words(error: UserError, outs: dict[Path, Path]) -> UserError:
+    """The converter's message without its own flags, but with the command that has them."""
+    text = str(error).replace("--src ", "").replace("another --out", "another --beton-dir")
+    text = text.replace("--on-bad skip", "--on-bad-sample skip")
+    if any(flag in text for flag in ("--classes", "--max-side", "--quality", "--workers")):
+        src, place = os.path.commonpath([folder.parent for folder in outs.values()]), "OTHER"
+        text += (
+            f" Those are flags of `python -m data_prep imagefolder --src {src} --out {place}`; then --data-dir {place}."
+        )
+    message = UserError(text)
+    for note in getattr(error, "__notes__", []):
+        message.add_note(note)
+    return message
