@@ -47,13 +47,13 @@ def converted(
 ) -> list[Path]:
     """`place`/NAME.beton of each folder NAME of class folders, converted now unless that is done and still true.
 
-    Every image's name, size and time is compared with those that were converted (8 s for 1.3 million on a local disk).
+    Every image's name, size and time is compared with those that were converted (0.7 s for 100,000 on a local disk).
     Parts, NAME-1-of-2.beton and so on, are taken as they are. `is_own`: nothing of the user's lies in `place`;
     elsewhere only a conversion of the same folder is replaced. An interrupted conversion is gone on with; other
     processes wait. Raises `UserError`.
     """
     asked = [place / f"{folder.name}.beton" for folder in folders]
-    outs = {out: folder.resolve() for out, folder in zip(asked, folders, strict=True)}
+    outs = dict(zip(asked, folders, strict=True))
     seen = {out: _identity(out) for out in outs}
     begun = time.monotonic()
     stale = {out: why for out, folder in outs.items() if (why := _why_stale(out, folder))}
@@ -83,13 +83,16 @@ def _convert(outs: dict[Path, Path], why: str, say: Say, on_bad: Literal["error"
     say(f"converting {_names(outs.values())} into {place} ({why})")
     begun = time.monotonic()
     try:
-        done = convert_folders(outs, image=image, on_bad=on_bad, progress=True)
+        # Where they really are: a manifest's relative path would mean nothing from another working directory.
+        done = convert_folders(
+            {out: folder.resolve() for out, folder in outs.items()}, image=image, on_bad=on_bad, progress=True
+        )
     except UserError as error:
         raise _in_the_trainers_words(error, outs) from error
     for conversion in done:
         gone_on = f", {conversion.resumed:,} of them by an interrupted run" if conversion.resumed else ""
         say(f"  {conversion.beton.name}: {conversion.manifest.num_samples:,} images{gone_on}")
-    say(f"  converted in {time.monotonic() - begun:.0f} s")
+    say(f"  converted in {time.monotonic() - begun:.1f} s")
 
 
 def _image_options(manifest: Manifest) -> ImageOptions:
@@ -140,7 +143,7 @@ def _refuse_foreign(out: Path, folder: Path) -> None:
     if not out.exists() or is_cut_off:
         return
     manifest = manifest_of(out)
-    if manifest is None or Path(manifest.source).resolve() != folder:
+    if manifest is None or Path(manifest.source).resolve() != folder.resolve():
         origin = f"made from {manifest.source}" if manifest else "not a finished conversion"
         raise UserError(
             f"--beton-dir {out.parent}: {out.name} is there already, and is {origin}, not from {folder}. "

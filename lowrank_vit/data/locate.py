@@ -57,6 +57,8 @@ def locate_validation(path: Path | None, options: DataOptions, say: Say = print)
     given = DataOptions(options.dataset, path, options.dataset_download, options.beton_dir, val_split=options.val_split)
     is_single = kind_of(options.dataset) == "" and path.is_dir() and not _betons(given, ("val",))
     if is_single and not any((path / name).is_dir() for name in (*names_of(options.val_split), "test", FOLDER)):
+        if not _folders_in(path):  # before anything is made
+            raise UserError(f"--data-dir {path} has no class folders. Put the images of each class into a sub-folder.")
         place = options.beton_dir or path.resolve().parent / FOLDER
         return converted([path], place, say, is_own=options.beton_dir is None, on_bad=options.on_bad)[0]
     return _locate(given, ("val",), say)[0]
@@ -93,10 +95,9 @@ def kind_of(dataset: str) -> Literal["", "digits", "cifar100"]:
         return "digits"
     if name == "torch/cifar100":
         return "cifar100"
-    hint = (
-        "Did you mean torch/cifar100?" if name == "cifar100" else "Save its images as TRAIN_OR_VAL/CLASS/FILE.jpg and"
-    )
-    hint += "" if name == "cifar100" else " give their folder with --data-dir; they are converted once."
+    hint = "Save its images as train/CLASS/FILE.jpg and val/CLASS/FILE.jpg, and give that folder with --data-dir."
+    if name == "cifar100":
+        hint = "Did you mean torch/cifar100?"
     raise UserError(
         f"--dataset {dataset} is not there. There are: folder (the default: --data-dir holds images or .beton files), "
         f"torch/cifar100, digits. {hint}"
@@ -131,6 +132,10 @@ def _from_images(root: Path, options: DataOptions, wanted: tuple[Split, ...], sa
     raise UserError(_what_is_missing(root, missing, is_split=bool(folders) or wanted == ("val",)))
 
 
+def _folders_in(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def _what_is_missing(root: Path, missing: dict[Split, str], *, is_split: bool) -> str:
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
@@ -139,7 +144,7 @@ def _what_is_missing(root: Path, missing: dict[Split, str], *, is_split: bool) -
         )
     if find_archive(root):
         return f"--data-dir {root} holds CIFAR-100's archive. Add --dataset torch/cifar100."
-    present = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    present = _folders_in(root)
     holds = (
         f"it holds {', '.join(present[:6])}{', ...' if len(present) > 6 else ''}" if present else "it has no folders"
     )

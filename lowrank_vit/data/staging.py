@@ -175,7 +175,7 @@ def _copy_sets(sets: list[_Set], stage_dir: Path, say: Say) -> None:
         for one in sets:
             _copy_set(one, lambda count: bar.advance(task, count))
     seconds = time.monotonic() - begun
-    say(f"  copied and read back in {seconds:.0f} s ({size_in_words(int(total / max(seconds, 1e-3)))}/s)")
+    say(f"  copied and read back in {seconds:.1f} s ({size_in_words(int(total / max(seconds, 1e-3)))}/s)")
 
 
 def _copy_set(one: _Set, advance: Callable[[int], object]) -> None:

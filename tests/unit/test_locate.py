@@ -141,8 +141,8 @@ def test_half_a_set_of_betons_is_named(digits_dir, tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "said"),
     [
-        ("torch/cifar10", "give their folder with --data-dir"),
-        ("hfds/imagenet-1k", "give their folder with --data-dir"),
+        ("torch/cifar10", "give that folder with --data-dir"),
+        ("hfds/imagenet-1k", "give that folder with --data-dir"),
         ("wds/imagenet", "There are: folder (the default"),
         ("tfds/cifar100", "torch/cifar100, digits"),
         ("cifar100", "Did you mean torch/cifar100?"),
@@ -188,3 +188,4 @@ def test_validation_of_what_is_not_there(tmp_path, folder):
         with pytest.raises(UserError, match=message) as caught:
             locate_validation(wanted, DataOptions(), Said())
         assert "--src" not in str(caught.value)
+    assert not (folder / "val" / ".lowrank_vit").exists()
