@@ -21,7 +21,7 @@ help:
 	@echo "make prep-cifar100 [SRC=archive] OUT=dir         without SRC it is downloaded"
 	@echo "make prep-imagenet SRC=dir OUT=dir              SRC holds train/ and val/"
 	@echo "make prep-imagenet100 SRC=dir OUT=dir           100 classes of the same"
-	@echo "make bench [WHAT=prep|augment|loader]                  measured against peers"
+	@echo "make bench [WHAT=prep|augment|loader|spectral]  measured against peers"
 	@echo "make gpu-check [PY=python3]   all GPU tests, recorded as JSON in output/"
 
 setup: .venv/.ready

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,14 +23,14 @@ class _Training:
 
     def __init__(self, model_name: str, batch_size: int, steps: int, device: torch.device) -> None:
         import timm
-        import timm.data
         from timm.utils import ModelEmaV3
 
         self._steps, self._device, self._updates = steps, device, 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.model: nn.Module = timm.create_model(model_name).to(device)
-            side = int(timm.data.resolve_model_data_config(self.model)["input_size"][-1])
+            embedding: Any = self.model.get_submodule("patch_embed")
+            side = embedding.img_size[0]
             images = torch.randn(batch_size, 3, side, side)
         self._images = images.to(device).contiguous(memory_format=torch.channels_last)
         self._targets = torch.zeros(batch_size, dtype=torch.long, device=device)

@@ -75,6 +75,7 @@ class DaliBackend:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.decode_ms = new_meter()
         self._queue: Queue[Any] = Queue(prefetch)
+        self._being_read: deque[tuple[torch.cuda.Event, Sources]] = deque()
         self._pipeline: Any = None
         self._build()
 
@@ -147,7 +148,7 @@ class DaliBackend:
     def _collect(self, in_flight: deque[tuple[BatchPlan, Sources]], stop: Event, begun: float) -> None:
         # With a stream DALI makes that one wait for the GPU, else the host.
         (made,) = self._pipeline.outputs(self._stream) if self._stream else self._pipeline.outputs()
-        plan, _ = in_flight.popleft()
+        plan, sources = in_flight.popleft()
         images_NHWC = torch.from_dlpack(made.as_tensor()) if self._shape.resize else self._resized(made, plan)
         self.decode_ms.append(1e3 * (time.perf_counter() - begun))
         targets = to_device(self._beton.labels[plan.ids], self._device)
@@ -155,6 +156,9 @@ class DaliBackend:
         if self._stream is not None:
             done = torch.cuda.Event()
             done.record(self._stream)
+            self._being_read.append((done, sources))  # the GPU may still copy from there
+            while self._being_read[0][0].query() and len(self._being_read) > 1:
+                self._being_read.popleft()
         self._put((Batch(images_NHWC.permute(0, 3, 1, 2), targets, plan), done), stop)
 
     def _resized(self, decoded: Any, plan: BatchPlan) -> torch.Tensor:

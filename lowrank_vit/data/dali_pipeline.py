@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,12 @@ class Sources:
 
     def feed(self, pipeline: Any) -> None:
         """Give the batch to the pipeline's external sources."""
-        for name, values in self._arrays().items():
+        for name, values in self.arrays.items():
             pipeline.feed_input(name, values)
 
-    def _arrays(self) -> dict[str, Any]:
+    @cached_property
+    def arrays(self) -> dict[str, Any]:
+        """What each external source gets; kept with the batch, for DALI reads it in place."""
         plan, shape = self.plan, self.shape
         arrays: dict[str, Any] = {"data": self.data}
         if not shape.is_evaluation:

@@ -31,6 +31,8 @@ class LoaderStats:
     decode_ms_p50: float
     """Milliseconds to decode a batch, median of the last ones; see the backend for what is counted."""
     decode_ms_p90: float
+    bad_samples: int
+    """Different samples found damaged and left out so far."""
 
 
 class Loader:
@@ -129,7 +131,7 @@ class Loader:
         depths, self._depths = self._depths, []
         times = list(self._backend.decode_ms)
         p50, p90 = np.percentile(times, [50, 90]).tolist() if times else (0.0, 0.0)
-        return LoaderStats(float(np.mean(depths)) if depths else 0.0, p50, p90)
+        return LoaderStats(float(np.mean(depths)) if depths else 0.0, p50, p90, self.num_bad)
 
     def state_dict(self) -> dict[str, int]:
         """The position behind the last batch that was handed out; batches decoded ahead do not count."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lowrank_vit.report.layout import by_type, first_middle_last, subtitle
+from lowrank_vit.report.layout import by_type, first_middle_last, moment
 from lowrank_vit.report.read_run import Run, series
 from lowrank_vit.report.style import EMA, INK, MODEL, MUTED, TRAIN, heading, new_figure, png, tidy
 from lowrank_vit.spectral.tails import bulk_density, marchenko_pastur, power_law
@@ -34,9 +34,8 @@ def bulk_plot(run: Run) -> bytes | None:
             bottom = row == len(names) - 1
             tidy(axes, names[row], "singular value σᵢ" if bottom else "", "density" if column == 0 else "")
             _histogram(axes, modules[names[row]], run.shapes[names[row]])
-    moment = f"at update {updates_T[-1]:,}" if len(updates_T) > 1 else subtitle(run, updates_T)
     text = "grey: values now; blue: noise of the same median; red: its edge (99 %), what lies beyond is counted"
-    heading(figure, "Spectra and the Marchenko-Pastur edge", f"{text}  ·  {moment}")
+    heading(figure, "Spectra and the Marchenko-Pastur edge", f"{text}  ·  {moment(run, updates_T[-1])}")
     return png(figure)
 
 

@@ -45,7 +45,14 @@ def style_bar(bar: Colorbar, label: str) -> None:
     bar.outline.set_visible(False)
 
 
+def moment(run: Run, update: int) -> str:
+    """When something was measured: the update, or what the analysis was made of."""
+    return run.moment or f"at update {update:,}"
+
+
 def subtitle(run: Run, updates_T: np.ndarray) -> str:
     """The model and how many refreshes were made when."""
     model = f"{run.args['model']}  ·  " if run.args.get("model") else ""
+    if len(updates_T) == 1:
+        return model + moment(run, updates_T[0])
     return f"{model}{len(updates_T)} refreshes, updates {updates_T[0]:,} to {updates_T[-1]:,}"

@@ -40,7 +40,5 @@ def profile_plot(run: Run) -> bytes | None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         if n == 0:
             axes.legend(fontsize=8, frameon=False, labelcolor=MUTED)
-    updates_T = run.scalars["update"].astype(np.int64)
-    moment = f"at update {updates_T[-1]:,}" if len(updates_T) > 1 else subtitle(run, updates_T)
-    heading(figure, "Every matrix by depth", moment)
+    heading(figure, "Every matrix by depth", subtitle(run, run.scalars["update"].astype(np.int64)[-1:]))
     return png(figure)

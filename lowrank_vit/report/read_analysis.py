@@ -45,8 +45,8 @@ def read_analysis(path: Path) -> Run:
         raise UserError(
             f"{path} cannot be read as an analysis ({error}); write it with `python -m lowrank_vit.analyze_spectrum`."
         ) from error
-    update = max(0, int(meta.get("epoch", 0)))
-    scalars: Columns = {"update": np.array([float(update)])}
+    epoch, weights = int(meta.get("epoch", -1)), "EMA weights" if meta.get("use_ema") else "raw weights"
+    scalars: Columns = {"update": np.zeros(1)}
     for name, numbers in layers.items():
         scalars |= {
             f"spec/{name}/{key}": np.array([math.nan if value is None else float(value)])
@@ -63,9 +63,10 @@ def read_analysis(path: Path) -> Run:
         train={},
         args=_shown(meta),
         environment={},
-        spectra=[StoredSpectra(update, spectra)] if spectra else [],
+        spectra=[StoredSpectra(0, spectra)] if spectra else [],
         scalars=scalars,
         shapes=shapes,
+        moment=f"epoch {epoch}, {weights}" if epoch >= 0 else weights,
         notes=notes,
     )
 

@@ -60,6 +60,8 @@ class Run:
     """The first, the last but one and the newest that are stored, or fewer."""
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Matrix to (rows, columns)."""
+    moment: str = ""
+    """When an analysis was made of, in words; empty for a run, which has updates."""
     notes: list[str] = field(default_factory=list)
 
 

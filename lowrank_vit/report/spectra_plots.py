@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lowrank_vit.report.layout import by_type, first_middle_last, style_bar, subtitle
+from lowrank_vit.report.layout import by_type, first_middle_last, moment, style_bar, subtitle
 from lowrank_vit.report.read_run import Run, series
 from lowrank_vit.report.style import MUTED, heading, log_ticks, new_figure, png, tidy, update_ticks
 
@@ -49,7 +49,7 @@ def spectra_plot(run: Run) -> bytes | None:
             update_ticks(axes.xaxis)
             fans.append(axes)
         axes = figure.add_subplot(grid[fan_rows, column])
-        title = f"{kind}: start and now" if fan_rows else f"{kind}: at update {updates_T[0]:,}"
+        title = f"{kind}: start and now" if fan_rows else f"{kind}: {moment(run, updates_T[0])}"
         tidy(axes, title, "index i", "singular value σᵢ" if column == 0 else "")
         _first_and_last(axes, {name: modules[name] for name in names})
         axes.set(yscale="log", ylim=limits)

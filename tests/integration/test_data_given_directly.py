@@ -144,3 +144,6 @@ def test_a_damaged_sample_is_left_out_on_request(folder, tmp_path, capsys, loade
     said = capsys.readouterr().out
     assert said.count("left out as damaged (1 so far)") == 1
     assert "flower/03.jpg" in said
+    newest = max((tmp_path / "output").glob("vit*/metrics.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    records = [json.loads(line) for line in newest.read_text().splitlines()]
+    assert [record["bad_samples"] for record in records if record["kind"] == "train"][-1] == 1

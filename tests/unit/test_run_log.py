@@ -90,3 +90,27 @@ def test_clock_counts_waiting_as_part_of_the_time(monkeypatch):
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.4, "1:15"), (3700, "1:01:40")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_spectra_have_their_own_step_axis_in_wandb(tmp_path, monkeypatch):
+    import wandb
+
+    defined, logged = {}, []
+
+    class Run:
+        def define_metric(self, name, step_metric=None):
+            defined[name] = step_metric
+
+        def log(self, values):
+            logged.append(values)
+
+        def finish(self):
+            pass
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    with RunLog(tmp_path, wandb_project="p", config={}, start_epoch=0) as log:
+        log.log("train", 120, {"loss": 1.0})
+        log.log("spec", 100, {"spec/blocks.0.mlp.fc1/sigma_max": 2.0})  # late: taken at 100, finished after 120
+    assert defined["spec/*"] == defined["spec_ema/*"] == "spec_update"
+    assert defined["*"] == "update"
+    assert logged == [{"update": 120, "loss": 1.0}, {"spec_update": 100, "spec/blocks.0.mlp.fc1/sigma_max": 2.0}]
