@@ -59,7 +59,7 @@ def find_finished(
     except BetonError:
         return None
     is_same = manifest.resume_key == key and manifest.file_list_sha256 == files
-    if not is_same or not _is_whole(out, manifest) or (manifest.skipped and on_bad == "error"):
+    if not is_same or not is_whole(out, manifest) or (manifest.skipped and on_bad == "error"):
         return None
     return manifest if _stat_sha256(samples, source_stat) == manifest.source_stat_sha256 else None
 
@@ -73,13 +73,14 @@ def is_current(
     with which options. `manifest` is that of `out`.
     """
     return (
-        _is_whole(out, manifest)
+        is_whole(out, manifest)
         and manifest.file_list_sha256 == file_list_sha256(samples)
         and manifest.source_stat_sha256 == _stat_sha256(samples, source_stat)
     )
 
 
-def _is_whole(out: Path, manifest: Manifest) -> bool:
+def is_whole(out: Path, manifest: Manifest) -> bool:
+    """Whether `out` has the size, and its sample table the content, that its manifest tells."""
     try:
         table = sample_table_path(out).read_bytes()
         return out.stat().st_size == manifest.file_bytes and _sha256(table) == manifest.sample_table_sha256

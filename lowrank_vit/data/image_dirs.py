@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from data_prep.convert import DEFAULT_IMAGE_OPTIONS, convert_folders, file_stat
 from data_prep.errors import BetonError, UserError
-from data_prep.finished import is_current
+from data_prep.finished import is_current, is_whole
 from data_prep.image_folder import SPLIT_NAMES, image_folder
 from data_prep.jpeg import ImageOptions
 from data_prep.manifest import Manifest, manifest_path, read_manifest
@@ -110,6 +110,8 @@ def _why_stale(out: Path, folder: Path) -> str:
     manifest = manifest_of(out)
     if manifest is None:
         return "once"
+    if not is_whole(out, manifest):
+        return "again, since the converted file was damaged"
     if manifest.options.get("classes"):  # chosen by hand, and the list of them may be gone
         return ""
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -54,7 +54,7 @@ def locate_validation(path: Path | None, options: DataOptions, say: Say = print)
         return _locate(options, ("val",), say)[0]
     if not path.is_dir() and (path.suffix == ".beton" or path.is_file()):
         return path
-    given = DataOptions(options.dataset, path, options.dataset_download, options.beton_dir, val_split=options.val_split)
+    given = replace(options, data_dir=path)
     is_single = kind_of(options.dataset) == "" and path.is_dir() and not _betons(given, ("val",))
     if is_single and not any((path / name).is_dir() for name in (*names_of(options.val_split), "test", FOLDER)):
         if not _folders_in(path):  # before anything is made

@@ -6,7 +6,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_prep.errors import UserError
@@ -31,8 +31,9 @@ def one_process_in(folder: Path, say: Say, advice: str) -> Iterator[None]:
         raise UserError(f"{folder} cannot be written: {error.strerror}. {advice}") from error
     with file:
         _lock(file.fileno(), folder, say)
-        os.ftruncate(file.fileno(), 0)
-        os.pwrite(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        with suppress(OSError):  # a full disk: the others then wait for "another process"
+            os.ftruncate(file.fileno(), 0)
+            os.pwrite(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
 
 

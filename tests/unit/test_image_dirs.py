@@ -126,8 +126,18 @@ def test_a_damaged_conversion_is_made_again(done, harm):
         out.with_name("val.beton" + {"no manifest": ".json", "no samples": ".samples", "no beton": ""}[harm]).unlink()
     said = Said()
     locate(DataOptions(data_dir=done), said)
-    assert said.about("converting")
+    why = "again, since the converted file was damaged" if harm in ("cut", "no samples") else "once"
+    assert said[0] == f"converting {done}/val into {done}/.lowrank_vit ({why})"
     assert Beton(out).num_samples == NUM_PHOTOS
+
+
+def test_a_choice_of_classes_by_hand_is_left_alone(folder, tmp_path):
+    (tmp_path / "classes.txt").write_text("temple\n")
+    convert_splits(folder, folder / ".lowrank_vit", classes=tmp_path / "classes.txt", workers=1)
+    (tmp_path / "classes.txt").unlink()
+    said = Said()
+    assert Beton(locate(DataOptions(data_dir=folder), said)[0]).classes == ["temple"]
+    assert not said
 
 
 def test_images_that_are_gone_leave_what_was_converted(done):

@@ -180,6 +180,15 @@ def test_validation_converts_its_own_split_only(folder):
     assert locate_validation(None, DataOptions(data_dir=folder), Said()) == folder / ".lowrank_vit" / "val.beton"
 
 
+@pytest.mark.parametrize("given", ["splits", "classes"])
+def test_validation_leaves_bad_images_out_on_request(folder, given):
+    (folder / "val" / "temple" / "00.jpg").write_bytes(b"no image")
+    path = folder if given == "splits" else folder / "val"
+    with pytest.raises(UserError, match=r"temple/00\.jpg"):
+        locate_validation(path, DataOptions(), Said())
+    assert Beton(locate_validation(path, DataOptions(on_bad="skip"), Said())).num_samples == NUM_PHOTOS - 1
+
+
 def test_validation_of_what_is_not_there(tmp_path, folder):
     for wanted, message in (
         (tmp_path / "nowhere", "nowhere does not exist"),
