@@ -62,6 +62,8 @@ class Data:
     """Where images are converted to; default: DATA_DIR/.lowrank_vit, DATA_DIR/cifar100.lowrank_vit."""
     stage_dir: Path | None = None
     """Copy the .beton files to this folder on a fast local disk, once, and read the copies."""
+    synthetic: bool = False
+    """No data: one made-up batch that stays on the device, 100 updates an epoch. The speed of the model alone."""
     loader: Literal["auto", "resident", "dali", "ffcv"] = "auto"
     """Decode backend; auto: resident if a quarter of the device's memory holds the set, else dali with a GPU, else the
     faster one here."""
@@ -107,8 +109,14 @@ class Model:
     """Dropout rate before the classifier."""
     drop_path: Annotated[float | None, SHARE_BELOW_1] = None
     """Stochastic depth rate of the last block."""
+    pretrained: bool = False
+    """Start from the weights that timm publishes for the model."""
+    pretrained_path: Path | None = None
+    """The same from a local file; position embedding and classifier are made to fit."""
     initial_checkpoint: Path | None = None
     """Start from the weights of this checkpoint (no optimizer, epoch 0)."""
+    grad_checkpointing: bool = False
+    """Compute activations anew in the backward pass: less memory, a third more time."""
     model_ema: bool = True
     """Keep an exponential moving average of the weights, and validate it."""
     model_ema_decay: Annotated[float, SHARE_BELOW_1] = 0.9998
@@ -145,6 +153,8 @@ class Optim:
     """Clip gradients at this value; default: no clipping."""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     """What --clip-grad bounds."""
+    grad_accum_steps: Annotated[int, POSITIVE] = 1
+    """Batches an update; the same update as one batch as large as all of them."""
     sched: Literal["cosine", "tanh", "step", "multistep", "poly"] = "cosine"
     """timm learning-rate schedule."""
     sched_on_updates: bool = False
@@ -179,6 +189,12 @@ class Augment:
     """Leave the first augmentation split unerased; without splits it changes nothing, as in timm."""
     smoothing: Annotated[float, SHARE_BELOW_1] = 0.1
     """Label smoothing."""
+    bce_loss: bool = False
+    """Binary cross entropy of each class instead of cross entropy."""
+    bce_sum: bool = False
+    """With --bce-loss: sum over the classes instead of their mean."""
+    bce_target_thresh: Annotated[float | None, SHARE] = None
+    """With --bce-loss: targets above this count as 1, others as 0."""
     mixup: Annotated[float, NOT_NEGATIVE] = 0.0
     """Mixup alpha; 0: no mixup."""
     cutmix: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -202,11 +218,17 @@ class Step:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     amp: bool = field(default_factory=lambda: torch.cuda.is_available())
-    """bfloat16 autocast; on by default with CUDA."""
+    """Mixed precision; on by default with CUDA."""
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """What --amp computes in; float16 scales the loss."""
+    tf32: bool = True
+    """Without --amp: TF32 in matrix products on CUDA, as in timm. Spectra never use it."""
     compile: bool = field(default_factory=lambda: torch.cuda.is_available())
     """torch.compile the step; on by default with CUDA (it takes about a minute)."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """torch.compile's mode."""
+    compile_cache: Path | None = None
+    """Where compiled code is kept for the next start; default: ~/.cache/lowrank-vit, or TORCHINDUCTOR_CACHE_DIR."""
 
 
 @dataclass(frozen=True)
@@ -251,10 +273,22 @@ class Run:
     """Updates between two lines in metrics.jsonl."""
     val_interval: Annotated[int, POSITIVE] = 1
     """Epochs between two validations (the last epoch is always validated)."""
+    eval_metric: Literal["top1", "top5", "loss"] = "top1"
+    """Which validation score tells the best checkpoint, of the EMA where there is one."""
+    tta: Literal[0, 2] = 0
+    """2: score the mean of each validation image and its mirror image."""
+    checkpoint_hist: Annotated[int, POSITIVE] = 10
+    """How many of the best validated epochs to keep as checkpoint-EPOCH.pth.tar."""
+    checkpoint_interval: str = ""
+    """Save last.pth.tar also every so many updates (500) or minutes (10m); default: after each epoch."""
     log_wandb: bool = False
     """Log to Weights & Biases (works offline with WANDB_MODE=offline)."""
     wandb_project: str = "lowrank-vit"
     """Weights & Biases project."""
+    wandb_tags: tuple[str, ...] = ()
+    """Weights & Biases tags."""
+    wandb_resume_id: str = ""
+    """Go on with this W&B run; default with --resume: the checkpoint's."""
 
 
 @dataclass(frozen=True)

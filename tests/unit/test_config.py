@@ -16,14 +16,16 @@ from lowrank_vit.options import Config, Step
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 # What a user types is a contract: a flag may be added here, but not renamed or dropped.
 FLAGS = """
-dataset dataset-download data-dir train-split val-split beton-dir stage-dir loader workers prefetch hw-decoder-load
-on-bad-sample batch-size validation-batch-size img-size crop-pct scale ratio hflip vflip train-interpolation model
-model-kwargs num-classes drop drop-path initial-checkpoint model-ema model-ema-decay model-ema-warmup opt opt-eps
-opt-betas momentum weight-decay lr lr-base lr-base-size lr-base-scale layer-decay clip-grad clip-mode sched
-sched-on-updates epochs warmup-epochs warmup-lr min-lr cooldown-epochs aa color-jitter reprob remode recount resplit
-smoothing mixup cutmix mixup-prob mixup-switch-prob mixup-mode cutmix-minmax mixup-off-epoch device amp compile
-compile-mode spec-monitor spec-every spec-topk spec-interval spec-targets spec-split-qkv spec-solver spec-on-cpu
-spec-cpu-threads spec-store-gb output experiment resume seed log-interval val-interval log-wandb wandb-project
+dataset dataset-download data-dir train-split val-split beton-dir stage-dir synthetic loader workers prefetch
+hw-decoder-load on-bad-sample batch-size validation-batch-size img-size crop-pct scale ratio hflip vflip
+train-interpolation model model-kwargs num-classes drop drop-path pretrained pretrained-path initial-checkpoint
+grad-checkpointing model-ema model-ema-decay model-ema-warmup opt opt-eps opt-betas momentum weight-decay lr lr-base
+lr-base-size lr-base-scale layer-decay clip-grad clip-mode grad-accum-steps sched sched-on-updates epochs
+warmup-epochs warmup-lr min-lr cooldown-epochs aa color-jitter reprob remode recount resplit smoothing bce-loss
+bce-sum bce-target-thresh mixup cutmix mixup-prob mixup-switch-prob mixup-mode cutmix-minmax mixup-off-epoch device
+amp amp-dtype tf32 compile compile-mode compile-cache spec-monitor spec-every spec-topk spec-interval spec-targets
+spec-split-qkv spec-solver spec-on-cpu spec-cpu-threads spec-store-gb output experiment resume seed log-interval
+val-interval eval-metric tta checkpoint-hist checkpoint-interval log-wandb wandb-project wandb-tags wandb-resume-id
 """.split()
 
 
