@@ -7,6 +7,7 @@ both and the command line wins.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -18,6 +19,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from data_prep.errors import UserError
 from lowrank_vit.config_yaml import expand_config_files
 from lowrank_vit.options import Config, Range
+from lowrank_vit.timm_flags import SHORT, check_flags
 
 
 def leaves(config: Config | None = None) -> Iterator[tuple[str, Any, Any]]:
@@ -59,6 +61,8 @@ def parse(argv: list[str], prog: str = "python -m lowrank_vit.train") -> Config:
     """
     if "--help" in argv or "-h" in argv:
         print("--config FILE   flat YAML whose keys are the flags below; flags given beside it win\n", flush=True)
+    check_flags(argv)
+    argv = [SHORT.get(token, token) for token in argv]
     from_files, own = expand_config_files(argv, {name: hint for name, hint, _ in leaves()})
     line = tyro.cli(OmitArgPrefixes[_CommandLine], args=from_files + own, prog=prog, description=Config.__doc__)
     config = line.config(own)
@@ -78,7 +82,11 @@ def _fit_defaults(config: Config, from_files: list[str], own: list[str]) -> Conf
     is_warmup_asked = any(token.replace("_", "-").startswith("--warmup-epochs") for token in own)
     if optim.warmup_epochs >= optim.epochs and not is_warmup_asked:
         optim = dataclasses.replace(optim, warmup_epochs=optim.epochs - 1)
-        print(f"note: --warmup-epochs shortened to {optim.warmup_epochs}, since --epochs is {optim.epochs}", flush=True)
+        if os.environ.get("RANK", "0") in ("", "0"):  # of several processes one speaks
+            print(
+                f"note: --warmup-epochs shortened to {optim.warmup_epochs}, since --epochs is {optim.epochs}",
+                flush=True,
+            )
     return dataclasses.replace(config, optim=optim, step=step)
 
 
@@ -100,9 +108,36 @@ def check(config: Config) -> None:
         raise UserError(
             "--color-jitter takes one number, or three: brightness, contrast, saturation. Hue is not there."
         )
+    augment, model = config.augment, config.model
+    mixes = augment.mixup > 0 or augment.cutmix > 0 or augment.cutmix_minmax is not None
+    if mixes and config.data.batch_size == 1:
+        raise UserError(
+            "--batch-size 1 cannot be mixed: --mixup and --cutmix mix an image with another one of its batch. Use a "
+            "batch of 2 or more, with --grad-accum-steps for a larger update."
+        )
+    if not augment.bce_loss and (augment.bce_sum or augment.bce_target_thresh is not None):
+        raise UserError("--bce-sum and --bce-target-thresh change --bce-loss. Add that, or leave them out.")
+    if model.initial_checkpoint and (model.pretrained or model.pretrained_path):
+        raise UserError("--initial-checkpoint and --pretrained both say which weights to start from. Give one of them.")
+    parse_interval(config.run.checkpoint_interval)
     name = config.run.experiment
     if name and (Path(name).name != name or name == ".."):
         raise UserError(f"--experiment {name} must be a plain name; set its parent with --output.")
+
+
+def parse_interval(text: str) -> tuple[int | None, float | None]:
+    """--checkpoint-interval as (updates, seconds): "500" is 500 updates, "10m" ten minutes, "" neither."""
+    number, is_minutes = text.removesuffix("m"), text.endswith("m")
+    try:
+        if not text:
+            return None, None
+        if is_minutes and 0 < float(number) < float("inf"):
+            return None, 60 * float(number)
+        if not is_minutes and int(number) > 0:
+            return int(number), None
+    except ValueError:
+        pass
+    raise UserError(f"--checkpoint-interval {text}: give updates, e.g. 500, or minutes, e.g. 10m.")
 
 
 def check_ranges(options: Any) -> None:

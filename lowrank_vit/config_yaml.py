@@ -10,6 +10,18 @@ from typing import Any
 import yaml
 
 from data_prep.errors import UserError
+from lowrank_vit.timm_flags import INSTEAD
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would take the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        twice = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(problem=f"`{twice}` is there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def expand_config_files(argv: list[str], hints: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -36,7 +48,7 @@ def yaml_tokens(path: Path, hints: Mapping[str, Any]) -> list[str]:
     Raises `UserError` naming file and key.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except OSError as error:
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f" That folder has: {', '.join(near)}." if near else ""
@@ -48,6 +60,8 @@ def yaml_tokens(path: Path, hints: Mapping[str, Any]) -> list[str]:
     tokens: list[str] = []
     for key, value in content.items():
         name = str(key).replace("_", "-")
+        if name in INSTEAD:
+            raise UserError(f"--config {path}: `{key}` is a flag of timm that is not here. Instead: {INSTEAD[name]}.")
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
             hint = f" Did you mean `{near[0]}`?" if near else " See --help for all names."

@@ -7,17 +7,29 @@ from pathlib import Path
 
 from data_prep.errors import exit_cleanly
 from lowrank_vit.config import parse
+from lowrank_vit.engine.distributed import World, environment_world, exit_together, joined
 from lowrank_vit.engine.progress import duration
+from lowrank_vit.engine.setup import pick_device
 from lowrank_vit.engine.trainer import Result, Trainer
 from lowrank_vit.options import Config
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, train, and say what came of it and what to do next."""
+    """Parse the command line, train, and say what came of it and what to do next. Under torchrun: one of the ranks."""
     argv = sys.argv[1:] if argv is None else argv
+    world = environment_world()
+    if world.size > 1:
+        exit_together(lambda: _train(argv, world), world)
+    else:
+        _train(argv, world)
+
+
+def _train(argv: list[str], world: World) -> None:
     config = parse(argv)
-    result = Trainer(config, default_name(argv, config)).run()
-    print(_farewell(result, config.model.model_ema))
+    with joined(world, pick_device(config.step.device, world.local_rank)):
+        result = Trainer(config, default_name(argv, config), world).run()
+        if world.is_first:
+            print(_farewell(result, config.model.model_ema))
 
 
 def default_name(argv: list[str], config: Config) -> str:
@@ -33,8 +45,13 @@ def default_name(argv: list[str], config: Config) -> str:
 def _farewell(result: Result, has_ema: bool) -> str:
     run, best = result.run_dir, result.run_dir / "model_best.pth.tar"
     python, ema = _python(), " --use-ema" if has_ema else ""
+    if result.stopped_by:
+        return f"""
+stopped by {result.stopped_by} after update {result.num_updates}; everything is saved. Go on with:
+  {python} -m lowrank_vit.train --config {run}/args.yaml \\
+      --resume {run}/last.pth.tar"""
     return f"""
-top-1 {result.top1:.2f} % (best, epoch {result.best_epoch + 1}), {duration(result.train_s)} of training
+{_best(result)}, {duration(result.train_s)} of training
 
   {run}/
     args.yaml         every option; --config on it repeats the run
@@ -48,6 +65,11 @@ next:
       {best}
   {python} -m lowrank_vit.validate{ema} --checkpoint \\
       {best}"""
+
+
+def _best(result: Result) -> str:
+    name, percent = ("loss", "") if result.metric == "loss" else (result.metric.replace("top", "top-"), " %")
+    return f"{name} {result.best:.4g}{percent} (best, epoch {result.best_epoch + 1})"
 
 
 def _python() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +20,10 @@ from lowrank_vit.data.locate import DataOptions, kind_of, locate_validation
 from lowrank_vit.data.plan import EvalPlan
 from lowrank_vit.data.staging import stage
 from lowrank_vit.engine.evaluate import Evaluator, Scores
+from lowrank_vit.engine.score_files import class_rows, interval, picture_beside, to_csv, to_dict
 from lowrank_vit.engine.scoring import Scorer, load_scorer
 from lowrank_vit.engine.setup import pick_device
+from lowrank_vit.engine.step import DTYPES
 from lowrank_vit.options import POSITIVE, Range
 
 
@@ -63,12 +66,23 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     amp: bool = False
-    """bfloat16 autocast."""
+    """Mixed precision."""
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """What --amp computes in."""
+    tta: Literal[0, 2] = 0
+    """2: score the mean of each image and its mirror image."""
+    per_class: Path | None = None
+    """Write a table of the classes to this .csv file, and a picture of the confusions beside it."""
+    json: Annotated[Path | None, arg(aliases=["--results-file"])] = None
+    """Write all scores to this .json file."""
 
 
 def validate(options: Options) -> Scores:
     """Load the checkpoint and score it on every sample exactly once. Raises `UserError`."""
     check_ranges(options)
+    for flag, path, suffix in (("--per-class", options.per_class, ".csv"), ("--json", options.json, ".json")):
+        if path is not None and path.suffix != suffix:
+            raise UserError(f"{flag} {path} must end in {suffix}.")
     device = pick_device(options.device)
     own = {name: getattr(options, name) for name in ("use_ema", "model", "model_kwargs", "img_size", "crop_pct")}
     scorer = load_scorer(options.checkpoint, device, **own)
@@ -80,10 +94,44 @@ def validate(options: Options) -> Scores:
     decoding = LoaderOptions(options.loader, options.workers, on_bad_sample=options.on_bad_sample)
     loader, line = open_loader(beton, plan, device, decoding)
     print(line)
+    precision = {"amp": options.amp, "amp_dtype": DTYPES[options.amp_dtype]}
+    evaluate = Evaluator(scorer.model, scorer.augment, **precision, compile=False, tta=options.tta)
     try:
-        return Evaluator(scorer.model, scorer.augment, amp=options.amp, compile=False)(loader, batch_size)
+        scores = evaluate(loader, batch_size, by_class=options.per_class is not None)
     finally:
         loader.close()
+    _write_files(options, scores, scorer, path)
+    return scores
+
+
+def _write_files(options: Options, scores: Scores, scorer: Scorer, data: Path) -> None:
+    content: dict[str, Any] = {
+        "checkpoint": str(options.checkpoint),
+        "weights": "ema" if options.use_ema else "model",
+        "model": options.model or scorer.checkpoint.arch,
+        "data": str(data),
+        "img_size": scorer.spec.img_size,
+        "crop_pct": scorer.spec.crop_pct,
+        "tta": options.tta,
+        **to_dict(scores),
+    }
+    try:
+        if options.per_class:
+            names = scorer.class_names
+            content["classes"] = class_rows(scores, names)
+            options.per_class.parent.mkdir(parents=True, exist_ok=True)
+            options.per_class.write_text(to_csv(content["classes"]), encoding="utf-8")
+            from lowrank_vit.report.confusion_plot import confusion_plot  # draws: only where asked for
+
+            assert scores.confusion is not None
+            subtitle = f"{content['model']}  ·  {scores.num_samples:,} samples  ·  top-1 {scores.top1:.2f} %"
+            picture = confusion_plot(scores.confusion.numpy(), names, subtitle)
+            picture_beside(options.per_class).write_bytes(picture)
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be written: {error.strerror}.") from error
 
 
 def _check_classes(scorer: Scorer, beton: Beton, path: Path) -> None:
@@ -132,10 +180,14 @@ def main(argv: list[str] | None = None) -> None:
     options = replace(options, data=options.data or options.dir)
     scores = validate(options)
     kind = "EMA weights" if options.use_ema else "weights"
-    print(
-        f"{options.checkpoint} ({kind}): top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %  "
-        f"loss {scores.loss:.4f}  on {scores.num_samples} samples"
-    )
+    print(f"{options.checkpoint} ({kind}), {scores.num_samples:,} samples")
+    for name, percent in (("top-1", scores.top1), ("top-5", scores.top5)):
+        low, high = interval(percent, scores.num_samples)
+        print(f"  {name}  {percent:6.2f} %   95 % interval {low:.2f} to {high:.2f}")
+    print(f"  loss   {scores.loss:.4f}")
+    written = (options.per_class, options.per_class and picture_beside(options.per_class), options.json)
+    if files := ", ".join(str(path) for path in written if path):
+        print(f"written: {files}")
 
 
 if __name__ == "__main__":

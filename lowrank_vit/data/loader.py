@@ -60,6 +60,7 @@ class Loader:
         self._bad: set[int] = set()
         self._depths: list[int] = []
         self._running: Iterator[Batch] | None = None
+        self._accum_steps = plan.accum_steps if isinstance(plan, TrainPlan) else 1
         self._epoch, self._step, self._is_loaded = 0, 0, False
 
     @property
@@ -134,8 +135,8 @@ class Loader:
         return LoaderStats(float(np.mean(depths)) if depths else 0.0, p50, p90, self.num_bad)
 
     def state_dict(self) -> dict[str, int]:
-        """The position behind the last batch that was handed out; batches decoded ahead do not count."""
-        return {**self._stream_id(), "epoch": self._epoch, "step": self._step}
+        """The position behind the last update whose batches were handed out; batches decoded ahead do not count."""
+        return {**self._stream_id(), "epoch": self._epoch, "update": self._step // self._accum_steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position: `batches(state["epoch"])` then begins there. Any number of ranks may go on from it.
@@ -149,7 +150,7 @@ class Loader:
                     f"{state.get(name)}, now it is {value}. Resume with the same data, seed and global batch."
                 )
         self._end()
-        self._epoch, self._step, self._is_loaded = state["epoch"], state["step"], True
+        self._epoch, self._step, self._is_loaded = state["epoch"], state["update"] * self._accum_steps, True
 
     def _stream_id(self) -> dict[str, int]:
         plan = self.plan
@@ -158,7 +159,7 @@ class Loader:
         return {
             "num_samples": plan.num_samples,
             "seed": plan.seed,
-            "global_batch": plan.batch_size * plan.world_size,
+            "global_batch": plan.global_batch,
         }
 
     def _end(self) -> None:

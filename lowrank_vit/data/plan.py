@@ -96,7 +96,13 @@ class TrainRules:
 
 
 class TrainPlan:
-    """The shuffled, cropped, flipped and mixed training stream; whole global batches only (the tail is dropped)."""
+    """The shuffled, cropped, flipped and mixed training stream; whole global batches only (the tail is dropped).
+
+    A global batch of G samples is dealt out to S slots, one for each of `accum_steps` batches of each rank, so that two
+    samples that mirror each other in it (positions i and G - 1 - i) lie in one slot and mirror each other there. Mixing
+    a batch with its own reverse then pairs the same samples whatever the ranks and the accumulation, if the batch size
+    is even.
+    """
 
     def __init__(
         self,
@@ -109,22 +115,28 @@ class TrainPlan:
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        accum_steps: int = 1,
     ) -> None:
-        """`heights`, `widths`: int (N,), pixels; `batch_size`: samples a step of this rank; raises `UserError`."""
+        """`heights`, `widths`: int (N,), pixels; `batch_size`: samples a step of this rank; raises `UserError`.
+
+        `accum_steps`: steps to an update.
+        """
         self.heights, self.widths = heights.astype(np.int64), widths.astype(np.int64)
         self.num_samples = len(heights)
         self.rules, self.img_size = rules, img_size
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.batch_size, self.rank, self.world_size, self.accum_steps = batch_size, rank, world_size, accum_steps
         self.seed, self._key = seed, np.uint64(seed)
-        global_batch = batch_size * world_size
+        self.global_batch = global_batch = batch_size * world_size * accum_steps
         if global_batch > self.num_samples:
             raise UserError(
                 f"The global batch of {global_batch} is larger than the training set of {self.num_samples} samples, "
-                f"which leaves no whole batch. Use --batch-size {max(1, self.num_samples // world_size)} or less."
+                "which leaves no whole batch. Use --batch-size "
+                f"{max(1, self.num_samples // (world_size * accum_steps))} or less."
             )
         if self.num_samples >= 2**32:
             raise UserError(f"{self.num_samples} samples are more than the plan can number (2**32 - 1).")
-        self.steps_per_epoch = self.num_samples // global_batch
+        self.updates_per_epoch = self.num_samples // global_batch
+        self.steps_per_epoch = self.updates_per_epoch * accum_steps
 
     def order(self, epoch: int) -> np.ndarray:
         """int64 (N,): the permutation of all sample ids for this epoch, the same on every rank.
@@ -134,9 +146,17 @@ class TrainPlan:
         return np.argsort(_order_keys(self._key, self.num_samples, epoch), kind="stable")
 
     def ids(self, epoch: int) -> np.ndarray:
-        """int64 (steps, batch_size): this rank's share of the epoch's order."""
-        order = self.order(epoch)[: self.steps_per_epoch * self.batch_size * self.world_size]
-        return np.ascontiguousarray(order.reshape(self.steps_per_epoch, self.world_size, self.batch_size)[:, self.rank])
+        """int64 (steps, batch_size): this rank's share of the epoch's order, `accum_steps` rows to an update."""
+        updates, batch, slots = self.updates_per_epoch, self.batch_size, self.world_size * self.accum_steps
+        order_UG = self.order(epoch)[: updates * self.global_batch].reshape(updates, self.global_batch)
+        if batch % 2:  # one sample of each slot stays without its mirror image
+            dealt_USB = order_UG.reshape(updates, slots, batch)
+        else:
+            halves = order_UG[:, : self.global_batch // 2], order_UG[:, : self.global_batch // 2 - 1 : -1]
+            first_USH, mirrored_USH = (half.reshape(updates, slots, batch // 2) for half in halves)
+            dealt_USB = np.concatenate([first_USH, mirrored_USH[..., ::-1]], axis=2)
+        own_UAB = dealt_USB.reshape(updates, self.accum_steps, self.world_size, batch)[:, :, self.rank]
+        return np.ascontiguousarray(own_UAB).reshape(self.steps_per_epoch, batch)
 
     def windows(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         """int32 (B, 4), top, left, height, width: RandomResizedCrop of torchvision and timm for each id."""
@@ -158,14 +178,14 @@ class TrainPlan:
     def mix(self, epoch: int, step: int, ids: np.ndarray) -> tuple[Mix, ...]:
         """Mixup or cutmix in timm's `batch` mode (one for the global batch), `pair` or `elem` mode (one a sample).
 
-        A sample's partner is its mirror image in this rank's batch; both of a pair share one draw.
+        A sample's partner is its mirror image in the batch; in `pair` mode both share one draw.
         """
         rules, key = self.rules.mixing, self._key
         is_off = self.rules.mixup_off_epoch and epoch >= self.rules.mixup_off_epoch
         if is_off or not rules.is_on:
             return (NO_MIX,) * (1 if rules.mode == "batch" else len(ids))
         if rules.mode == "batch":
-            return (draw_mix(rules, self.img_size, key, epoch, step, Stream.MIX),)
+            return (draw_mix(rules, self.img_size, key, epoch, step // self.accum_steps, Stream.MIX),)
         drawn = ids if rules.mode == "elem" else ids[: len(ids) // 2]
         mixes = tuple(draw_mix(rules, self.img_size, key, epoch, int(i), Stream.MIX_SAMPLE) for i in drawn)
         return mixes if rules.mode == "elem" else mixes + (NO_MIX,) * (len(ids) % 2) + mixes[::-1]

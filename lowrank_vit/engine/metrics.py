@@ -5,48 +5,84 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep.errors import UserError
+from lowrank_vit.engine.wandb_log import WandbLog
+
+_AXES = {"spec": "spec_update"}
+"""W&B's name of the update number, by kind; `update` for the others."""
 
 
 class RunLog:
-    """Appends to the files of one run directory. Use as a context manager."""
+    """Appends to the files of one run directory. Use as a context manager.
 
-    def __init__(self, run_dir: Path, *, wandb_project: str | None, config: dict[str, Any], start_epoch: int) -> None:
-        """`wandb_project` None: no W&B. `start_epoch` > 0 continues a run: later rows of summary.csv are dropped."""
-        self._summary = run_dir / "summary.csv"
+    What cannot be written (a full disk) is said once, and training goes on.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        wandb: WandbLog | None = None,
+        start_epoch: int = 0,
+        start_update: int = 0,
+        say: Callable[[str], object] = print,
+    ) -> None:
+        """A run that goes on: rows of `start_epoch` and later, and records of later updates, are dropped."""
+        self._summary, self._wandb, self._say, self._has_failed = run_dir / "summary.csv", wandb, say, False
         self._rows = _rows_before(self._summary, start_epoch) if start_epoch else []
-        self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
-        self._jsonl: IO[str] = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        path = run_dir / "metrics.jsonl"
+        if path.exists():
+            _drop_after(path, start_update)
+        self._jsonl: IO[str] = path.open("a", encoding="utf-8")
 
     def log(self, kind: str, update: int, values: dict[str, Any]) -> None:
         """One line in metrics.jsonl: `kind` is train, eval or spec; `update` the number of optimizer updates so far."""
         # JSON has no NaN: a value that is not finite becomes null.
         finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in values.items()}
-        self._jsonl.write(json.dumps({"kind": kind, "update": update, **finite}, allow_nan=False) + "\n")
-        self._jsonl.flush()
-        if self._wandb is not None:
-            # Spectra are finished some updates after they were taken, so they have a step axis of their own.
-            self._wandb.log({"spec_update" if kind == "spec" else "update": update, **values})
+        try:
+            self._jsonl.write(json.dumps({"kind": kind, "update": update, **finite}, allow_nan=False) + "\n")
+            self._jsonl.flush()
+        except OSError as error:
+            self._tell(error, "metrics.jsonl")
+        if self._wandb is None:
+            return
+        if kind == "train":
+            self._wandb.log({"update": update, **{f"train/{name}": value for name, value in values.items()}})
+        else:
+            self._wandb.log({_AXES.get(kind, "update"): update, **values})
 
     def log_epoch(self, row: dict[str, Any]) -> None:
-        """One row in summary.csv; `row` has the same keys in every epoch that is validated."""
+        """A validated epoch: a row in summary.csv, and a line of kind eval. `row` has `update` among its keys."""
+        self.log("eval", row["update"], {name: value for name, value in row.items() if name != "update"})
         self._rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
         columns = list(dict.fromkeys(key for r in self._rows for key in r))
         temporary = self._summary.with_name(".summary.csv.part")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows(self._rows)
-        temporary.replace(self._summary)
+        try:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, columns, restval="")
+                writer.writeheader()
+                writer.writerows(self._rows)
+            temporary.replace(self._summary)
+        except OSError as error:
+            self._tell(error, "summary.csv")
+
+    def _tell(self, error: OSError, name: str) -> None:
+        if not self._has_failed:
+            self._say(f"warning: {name} cannot be written ({error.strerror}); its numbers are lost until it can be.")
+        self._has_failed = True
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._jsonl.close()
+        try:
+            self._jsonl.close()
+        except OSError as error:
+            self._tell(error, "metrics.jsonl")
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -58,19 +94,20 @@ def _rows_before(summary: Path, epoch: int) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
 
 
-def _start_wandb(project: str, run_dir: Path, config: dict[str, Any]) -> Any:
-    import wandb  # heavy: only where asked for
+def _drop_after(path: Path, update: int) -> None:
+    """Keep the records up to `update`, so that a run that goes on from there has each once; atomically.
 
-    try:
-        run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=config)
-    except wandb.Error as error:
-        raise UserError(
-            f"--log-wandb: Weights & Biases cannot start: {error} Log in with `wandb login`, or log to files only with "
-            "WANDB_MODE=offline in the environment."
-        ) from error
-    run.define_metric("update")
-    run.define_metric("*", step_metric="update")
-    run.define_metric("spec_update")
-    for kind in ("spec", "spec_ema"):
-        run.define_metric(f"{kind}/*", step_metric="spec_update")
-    return run
+    A last line that was cut short when the run was killed goes too.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    with path.open(encoding="utf-8") as old, temporary.open("w", encoding="utf-8") as new:
+        for line in old:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if record["update"] <= update:
+                new.write(line if line.endswith("\n") else line + "\n")
+        new.flush()
+        os.fsync(new.fileno())
+    temporary.replace(path)

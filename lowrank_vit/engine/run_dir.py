@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import time
@@ -19,11 +20,15 @@ import torch
 from data_prep.errors import UserError
 from lowrank_vit import __version__
 
+_LAUNCH = ".launch"
+"""Which torchrun has made a directory, so that its next attempt finds it."""
+
 
 class RunDir:
     """A directory under `--output`, locked while its process lives."""
 
-    def __init__(self, path: Path, lock: IO[str]) -> None:
+    def __init__(self, path: Path, lock: IO[str] | None) -> None:
+        """`lock` None: the directory of another process, which this one only knows."""
         self.path = path
         self._lock = lock
 
@@ -49,12 +54,31 @@ class RunDir:
             ) from error
         run_dir = cls(path, _lock(path))
         run_dir._link_latest()
+        if launch := launch_id():
+            run_dir.write_text(_LAUNCH, launch)
         return run_dir
 
     @classmethod
     def reopen(cls, path: Path) -> RunDir:
         """Own an existing run directory, to continue it. Raises `UserError` while another process does."""
-        return cls(path, _lock(path))
+        run_dir = cls(path, _lock(path))
+        for unfinished in path.glob(".*.part"):  # of a process that was killed while it wrote
+            unfinished.unlink(missing_ok=True)
+        return run_dir
+
+    @classmethod
+    def restarted(cls, output: Path, experiment: str) -> Path | None:
+        """The directory in which torchrun's earlier attempts at this run have worked; None in the first attempt.
+
+        Without `--experiment` it is the newest that this torchrun has made.
+        """
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) == 0:
+            return None
+        if experiment:
+            return output / experiment if (output / experiment).is_dir() else None
+        launch = launch_id()
+        made = [path.parent for path in output.glob(f"*/{_LAUNCH}") if path.read_text(encoding="utf-8") == launch]
+        return max(made, key=lambda path: path.stat().st_ctime, default=None)
 
     def _link_latest(self) -> None:
         latest = self.path.parent / "latest"
@@ -69,9 +93,21 @@ class RunDir:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.path / name)
 
+    def forget(self) -> None:
+        """Remove the records of an attempt that was ended before its first checkpoint."""
+        for name in ("metrics.jsonl", "summary.csv"):
+            (self.path / name).unlink(missing_ok=True)
+
     def close(self) -> None:
         """Let others use the directory."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
+
+
+def launch_id() -> str:
+    """What all attempts of one torchrun have in common; empty without torchrun."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{socket.gethostname()}-{os.getppid()}" if run_id == "none" else run_id
 
 
 def _unused(path: Path) -> Path:

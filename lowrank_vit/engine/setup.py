@@ -18,14 +18,22 @@ from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.datasets import open_datasets
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.locate import DataOptions
+from lowrank_vit.data.one_process import Say
 from lowrank_vit.data.plan import EvalPlan, TrainPlan
+from lowrank_vit.data.synthetic import SyntheticLoader, synthetic_plan
 from lowrank_vit.engine.checkpoint import Checkpoint, load_weights, read_checkpoint
+from lowrank_vit.engine.compiling import keep_compiled_code, set_float32_policy
+from lowrank_vit.engine.distributed import World
 from lowrank_vit.engine.evaluate import Evaluator
 from lowrank_vit.engine.model import InputSpec, create_model, input_spec
 from lowrank_vit.engine.optim import create_optimizer, create_scheduler, learning_rate
-from lowrank_vit.engine.step import TrainStep
+from lowrank_vit.engine.peak import Peak, peak_flops, train_flops_per_image
+from lowrank_vit.engine.step import DTYPES, TrainStep
 from lowrank_vit.options import Config
 from lowrank_vit.spectral.select import choose_parts
+
+SYNTHETIC_CLASSES = 1000
+"""With --synthetic and without --num-classes: ImageNet-1k's."""
 
 
 @dataclass
@@ -46,31 +54,40 @@ class Parts:
     num_epochs: int
     step: TrainStep
     evaluators: dict[str, Evaluator]
-    """By prefix of the metric's name: "" for the model, "ema_" for its EMA."""
-    train_loader: Loader
-    val_loader: Loader
+    """By prefix of the metric's name: "" for the model, "ema_" for its EMA. None of them: nothing to validate on."""
+    train_loader: Loader | SyntheticLoader
+    val_loader: Loader | None
     val_batch: int
+    train_flops: float | None
+    """Of one image; None where they cannot be counted."""
+    peak: Peak
     description: list[str]
     """What was made, a line each."""
 
 
-def make_parts(config: Config, resumed: Checkpoint | None) -> Parts:
-    """Make all but the run directory; weights and EMA are those of `resumed` if given. Raises `UserError`."""
-    device = pick_device(config.step.device)
+@dataclass(frozen=True)
+class _Sets:
+    """Where the images come from; nothing with --synthetic."""
+
+    train: Beton
+    val: Beton
+
+
+def make_parts(config: Config, resumed: Checkpoint | None, world: World | None = None) -> Parts:
+    """Make all but the run directory; weights and EMA are those of `resumed` if given. Raises `UserError`.
+
+    Every rank makes the same, but for its own share of the data.
+    """
+    world = world or World()
+    device = pick_device(config.step.device, world.local_rank)
+    set_float32_policy(device, tf32=config.step.tf32)
+    if config.step.compile:
+        keep_compiled_code(config.step.compile_cache)
+    say = print if world.is_first else _silent
+    sets, num_classes = _open_sets(config, say)
     torch.manual_seed(config.run.seed)
-    data, batch_size = config.data, config.data.batch_size
-    where = DataOptions(
-        *(data.dataset, data.data_dir, data.dataset_download, data.beton_dir, data.train_split, data.val_split),
-        on_bad=data.on_bad_sample,
-    )
-    train_set, val_set, num_classes = open_datasets(where, config.model.num_classes, data.stage_dir)
-    model = _make_model(config, num_classes, resumed).to(device)
-    spec = input_spec(model, data.img_size, data.crop_pct)
-    plan = _make_train_plan(config, train_set, spec)
-    val_batch = min(data.validation_batch_size or batch_size, val_set.num_samples)
-    val_plan = EvalPlan(
-        val_set.heights, val_set.widths, img_size=spec.img_size, crop_pct=spec.crop_pct, batch_size=val_batch
-    )
+    model = _make_model(config, num_classes, resumed, say).to(device)
+    spec = input_spec(model, config.data.img_size, config.data.crop_pct)
     if config.spectra.spec_monitor:
         spectra = config.spectra
         choose_parts(
@@ -79,18 +96,27 @@ def make_parts(config: Config, resumed: Checkpoint | None) -> Parts:
     smoothing, remode = config.augment.smoothing, config.augment.remode
     augment = Augment(spec.mean, spec.std, num_classes, smoothing, remode, compile=config.step.compile).to(device)
     ema = _make_ema(config, model, resumed)
-    lr, lr_origin = learning_rate(config.optim, batch_size)
+    plan, train_loader, line = _make_train_loader(config, sets, num_classes, spec, world, device, augment)
+    lines, evaluators, val_loader, val_batch = [line], dict[str, Evaluator](), None, 0
+    if sets:
+        val_batch = min(config.data.validation_batch_size or config.data.batch_size, sets.val.num_samples)
+        val_loader, line = _make_val_loader(config, sets.val, val_batch, spec, world, device)
+        lines.append(line)
+        evaluators = {"": _make_evaluator(config, model, augment)}
+        if ema:
+            evaluators["ema_"] = _make_evaluator(config, ema.module, augment)
+    lr, lr_origin = learning_rate(config.optim, plan.global_batch)
     optimizer = create_optimizer(config.optim, model, lr)
-    scheduler, num_epochs = create_scheduler(config.optim, optimizer, plan.steps_per_epoch)
-    evaluated = {"": model} | ({"ema_": ema.module} if ema else {})
-    decoding = LoaderOptions(data.loader, data.workers, data.prefetch, data.hw_decoder_load, data.on_bad_sample)
-    train_loader, train_line = open_loader(train_set, plan, device, decoding, prepare=augment.prepare)
-    val_loader, val_line = open_loader(val_set, val_plan, device, decoding)
+    scheduler, num_epochs = create_scheduler(config.optim, optimizer, plan.updates_per_epoch)
+    train_flops = train_flops_per_image(model, spec.img_size)
+    peak = peak_flops(
+        device, DTYPES[config.step.amp_dtype] if config.step.amp else torch.float32, tf32=config.step.tf32
+    )
     parameters = sum(p.numel() for p in model.parameters())
     return Parts(
         device=device,
         num_classes=num_classes,
-        class_names=train_set.classes,
+        class_names=sets.train.classes if sets else None,
         spec=spec,
         model=model,
         ema=ema,
@@ -98,35 +124,106 @@ def make_parts(config: Config, resumed: Checkpoint | None) -> Parts:
         optimizer=optimizer,
         scheduler=scheduler,
         num_epochs=num_epochs,
-        step=TrainStep(config, model, augment, optimizer, ema),
-        evaluators={
-            prefix: Evaluator(module, augment, amp=config.step.amp, compile=config.step.compile)
-            for prefix, module in evaluated.items()
-        },
+        step=TrainStep(config, model, augment, optimizer, ema, world),
+        evaluators=evaluators,
         train_loader=train_loader,
         val_loader=val_loader,
         val_batch=val_batch,
+        train_flops=train_flops,
+        peak=peak,
         description=[
             f"{config.model.model}: {parameters / 1e6:.2f} M parameters, {spec.img_size} px, "
             f"{num_classes} classes, on {device}",
-            train_line,
-            val_line,
-            f"peak learning rate {lr:.3g} ({lr_origin}), batch {batch_size}, "
-            f"{plan.steps_per_epoch} updates an epoch, {num_epochs} epochs",
+            *lines,
+            f"peak learning rate {lr:.3g} ({lr_origin}), {_batch_in_words(plan)}, "
+            f"{plan.updates_per_epoch} updates an epoch, {num_epochs} epochs",
+            *([f"{train_flops / 1e9:.3g} GFLOP a training image; MFU is against {peak.name}"] if train_flops else []),
         ],
     )
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device. Raises `UserError` for cuda without a GPU."""
+def _open_sets(config: Config, say: Say) -> tuple[_Sets | None, int]:
+    """The sets and the number of classes. Raises `UserError`."""
+    data, num_classes = config.data, config.model.num_classes
+    if data.synthetic:
+        return None, num_classes or SYNTHETIC_CLASSES
+    where = DataOptions(
+        *(data.dataset, data.data_dir, data.dataset_download, data.beton_dir, data.train_split, data.val_split),
+        on_bad=data.on_bad_sample,
+    )
+    train, val, num_classes = open_datasets(where, num_classes, data.stage_dir, say)
+    return _Sets(train, val), num_classes
+
+
+def _make_train_loader(
+    config: Config,
+    sets: _Sets | None,
+    num_classes: int,
+    spec: InputSpec,
+    world: World,
+    device: torch.device,
+    augment: Augment,
+) -> tuple[TrainPlan, Loader | SyntheticLoader, str]:
+    """The plan, the loader, and a line about it."""
+    data = config.data
+    share = {"rank": world.rank, "world_size": world.size, "accum_steps": config.optim.grad_accum_steps}
+    of_batch = {"img_size": spec.img_size, "batch_size": data.batch_size, "seed": config.run.seed}
+    if sets is None:
+        plan = synthetic_plan(**of_batch, **share)
+        loader = SyntheticLoader(plan, num_classes, device)
+        return plan, loader, "synthetic images that stay on the device: no data, no augmentation, no validation"
+    plan = TrainPlan(sets.train.heights, sets.train.widths, train_rules(config), **of_batch, **share)
+    return plan, *open_loader(sets.train, plan, device, _decoding(config), prepare=augment.prepare)
+
+
+def _make_val_loader(
+    config: Config, val: Beton, batch_size: int, spec: InputSpec, world: World, device: torch.device
+) -> tuple[Loader, str]:
+    sides = {"img_size": spec.img_size, "crop_pct": spec.crop_pct}
+    share = {"rank": world.rank, "world_size": world.size}
+    plan = EvalPlan(val.heights, val.widths, **sides, batch_size=batch_size, **share)
+    return open_loader(val, plan, device, _decoding(config))
+
+
+def _decoding(config: Config) -> LoaderOptions:
+    data = config.data
+    return LoaderOptions(data.loader, data.workers, data.prefetch, data.hw_decoder_load, data.on_bad_sample)
+
+
+def _make_evaluator(config: Config, model: nn.Module, augment: Augment) -> Evaluator:
+    step = config.step
+    dtype = DTYPES[step.amp_dtype]
+    return Evaluator(model, augment, amp=step.amp, compile=step.compile, amp_dtype=dtype, tta=config.run.tta)
+
+
+def _silent(line: str) -> None:
+    """For the ranks that do not speak."""
+
+
+def _batch_in_words(plan: TrainPlan) -> str:
+    factors = {"ranks": plan.world_size, "accumulation steps": plan.accum_steps}
+    of = "".join(f" x {number} {name}" for name, number in factors.items() if number > 1)
+    return f"batch {plan.global_batch}{f' ({plan.batch_size}{of})' if of else ''}"
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto`, `cpu` or `cuda` as a device; of several GPUs that of the rank. Raises `UserError` where there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device. Check nvidia-smi, or use --device cpu.")
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"--device cuda: process {local_rank + 1} of this machine has no GPU left, torch sees "
+            f"{torch.cuda.device_count()}. Start at most that many with torchrun --nproc-per-node."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
-def _make_model(config: Config, num_classes: int, resumed: Checkpoint | None) -> nn.Module:
+def _make_model(config: Config, num_classes: int, resumed: Checkpoint | None, say: Say) -> nn.Module:
     options = config.model
     model = create_model(
         options.model,
@@ -135,6 +232,10 @@ def _make_model(config: Config, num_classes: int, resumed: Checkpoint | None) ->
         drop=options.drop,
         drop_path=options.drop_path,
         model_kwargs=options.model_kwargs,
+        pretrained=options.pretrained and not resumed,
+        pretrained_path=None if resumed else options.pretrained_path,
+        grad_checkpointing=options.grad_checkpointing,
+        say=say,
     )
     source = resumed or (read_checkpoint(options.initial_checkpoint) if options.initial_checkpoint else None)
     if source:
@@ -152,14 +253,3 @@ def _make_ema(config: Config, model: nn.Module, resumed: Checkpoint | None) -> M
             raise UserError(f"{resumed.path} is of a run without an EMA. Resume it with --no-model-ema.")
         load_weights(ema.module, resumed, resumed.weights(use_ema=True), options.model)
     return ema
-
-
-def _make_train_plan(config: Config, train_set: Beton, spec: InputSpec) -> TrainPlan:
-    return TrainPlan(
-        train_set.heights,
-        train_set.widths,
-        train_rules(config),
-        seed=config.run.seed,
-        img_size=spec.img_size,
-        batch_size=config.data.batch_size,
-    )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from data_prep.errors import UserError
 from lowrank_vit.config import leaves
@@ -17,73 +15,108 @@ from lowrank_vit.options import Config
 MAY_CHANGE = set(
     """
     dataset dataset-download data-dir val-split beton-dir stage-dir loader workers prefetch hw-decoder-load
-    on-bad-sample validation-batch-size initial-checkpoint epochs cooldown-epochs device amp compile compile-mode
+    on-bad-sample batch-size grad-accum-steps validation-batch-size initial-checkpoint pretrained pretrained-path
+    grad-checkpointing epochs cooldown-epochs device amp amp-dtype tf32 compile compile-mode compile-cache
     spec-monitor spec-every spec-topk spec-interval spec-targets
     spec-split-qkv spec-solver spec-on-cpu spec-cpu-threads spec-store-gb
-    output experiment resume log-interval val-interval log-wandb wandb-project
+    output experiment resume log-interval val-interval tta checkpoint-hist checkpoint-interval
+    log-wandb wandb-project wandb-tags wandb-resume-id
     """.split()
 )
-"""Options that a resumed run may be given anew: they do not change what an update does to the weights."""
+"""Options that a resumed run may be given anew: they do not change what an update does to the weights.
+
+(Batch size and accumulation: the global batch must stay, see `Loader.load_state_dict`.)
+"""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
     """How far a run has come; epochs are 0-based."""
 
-    next_epoch: int = 0
-    best_top1: float = -1.0
-    """Percent."""
+    epoch: int = 0
+    """The one that is trained or comes next."""
+    updates_done: int = 0
+    """Of this epoch."""
+    updates_logged: int = 0
+    """Of this epoch; the others are in the step's meter."""
+    loss_sum: float = 0.0
+    """Of the logged updates of this epoch."""
+    best_metric: float | None = None
+    """Of --eval-metric."""
     best_epoch: int = -1
+    kept: tuple[tuple[float, int], ...] = field(default=())
+    """Metric and epoch of each checkpoint-EPOCH.pth.tar, best first."""
+    wandb_id: str = ""
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything was trained."""
+        return self.epoch > 0 or self.updates_done > 0
+
+    def after_validation(
+        self, metric: float, *, lower_is_better: bool, num_kept: int
+    ) -> tuple[Progress, bool, list[int]]:
+        """Count a validated epoch in: the new progress, whether it is the best, the epochs no longer to be kept.
+
+        This epoch is among those if `num_kept` others are better. Ties keep the older, as timm does.
+        """
+        sign = 1 if lower_is_better else -1
+        ranked = sorted([*self.kept, (metric, self.epoch)], key=lambda one: sign * one[0])
+        is_best = self.best_metric is None or sign * metric < sign * self.best_metric
+        best = {"best_metric": metric, "best_epoch": self.epoch} if is_best else {}
+        progress = replace(self, kept=tuple(ranked[:num_kept]), **best)
+        return progress, is_best, [epoch for _, epoch in ranked[num_kept:]]
 
 
 def capture(config: Config, parts: Parts, progress: Progress) -> dict[str, Any]:
-    """A checkpoint's content in timm's layout, tensors and plain values only (loads with `weights_only=True`)."""
+    """A checkpoint's content in timm's layout, tensors and plain values only (loads with `weights_only=True`).
+
+    Between two updates. Every rank calls it together; all get the same but for statistics of normalisation.
+    """
     content: dict[str, Any] = {
         "version": 2,  # of timm's layout
         "arch": config.model.model,
-        "epoch": progress.next_epoch - 1,
+        "epoch": progress.epoch - 1,  # the last that is finished
         "state_dict": parts.model.state_dict(),
         "optimizer": parts.optimizer.state_dict(),
-        "metric": progress.best_top1,
-        "best_epoch": progress.best_epoch,
-        "num_updates": parts.step.num_updates,
+        "metric": progress.best_metric,
+        "progress": {**asdict(progress), "kept": [list(one) for one in progress.kept]},
+        "step": parts.step.state_dict(),
+        # Where the loader stands, or will stand when it is asked: an epoch that is at its end is not yet finished.
+        "data": {**parts.train_loader.state_dict(), "epoch": progress.epoch, "update": progress.updates_done},
         "num_classes": parts.num_classes,
         "class_names": parts.class_names,
         "input": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(parts.spec).items()},
-        "rng": {"cpu": torch.get_rng_state()},
         "args": {name: _plain(value) for name, _, value in leaves(config)},
     }
-    if parts.device.type == "cuda":
-        content["rng"]["cuda"] = torch.cuda.get_rng_state()
     if parts.ema:
         content["state_dict_ema"] = parts.ema.module.state_dict()
     return content
 
 
 def restore(config: Config, parts: Parts, resumed: Checkpoint) -> Progress:
-    """Put back optimizer, schedule and generators (weights and EMA are the parts' already). Raises `UserError`."""
+    """Put back all but weights and EMA, which are the parts' already. Raises `UserError`."""
     _check_same_run(config, resumed)
     try:
         parts.optimizer.load_state_dict(resumed.training_state("optimizer"))
     except (ValueError, KeyError) as error:
         raise UserError(f"{resumed.path} was saved with another optimizer: {error}.") from error
-    progress = Progress(
-        next_epoch=resumed.epoch + 1,
-        best_top1=resumed.training_state("metric"),
-        best_epoch=resumed.training_state("best_epoch"),
-    )
-    if progress.next_epoch >= parts.num_epochs:
+    saved = resumed.training_state("progress")
+    progress = Progress(**{**saved, "kept": tuple((metric, epoch) for metric, epoch in saved["kept"])})
+    if progress.epoch >= parts.num_epochs:
         raise UserError(
-            f"{resumed.path} has finished epoch {progress.next_epoch} of {parts.num_epochs}: nothing is left to train. "
+            f"{resumed.path} has finished epoch {progress.epoch} of {parts.num_epochs}: nothing is left to train. "
             "Give a greater --epochs to go on."
         )
-    parts.step.num_updates = resumed.training_state("num_updates")
-    parts.scheduler.step(progress.next_epoch)
+    parts.step.load_state_dict(resumed.training_state("step"))
+    try:
+        parts.train_loader.load_state_dict(resumed.training_state("data"))
+    except UserError as error:
+        raise UserError(f"{resumed.path}: {error}") from error
+    # Within an epoch the optimizer's own learning rates are those of the interrupted run, to the bit.
+    if progress.updates_done == 0:
+        parts.scheduler.step(progress.epoch)
     parts.scheduler.step_update(parts.step.num_updates)
-    rng = resumed.training_state("rng")
-    torch.set_rng_state(rng["cpu"])
-    if parts.device.type == "cuda" and "cuda" in rng:
-        torch.cuda.set_rng_state(rng["cuda"])
     return progress
 
 

@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from lowrank_vit import config as configuration
-from lowrank_vit.engine.checkpoint import read_checkpoint, write_checkpoint
-from lowrank_vit.engine.distributed import rank_and_world_size
-from lowrank_vit.engine.metrics import RunLog
-from lowrank_vit.engine.progress import Clock, Display, duration
-from lowrank_vit.engine.run_dir import RunDir, environment_json
+from lowrank_vit.data.batch import Batch
+from lowrank_vit.data.loader import Loader
+from lowrank_vit.engine.checkpoint import read_checkpoint
+from lowrank_vit.engine.distributed import World
+from lowrank_vit.engine.evaluate import Scores
+from lowrank_vit.engine.outputs import Outputs
+from lowrank_vit.engine.peak import memory_gb, mfu
+from lowrank_vit.engine.progress import Clock, Figures
+from lowrank_vit.engine.run_dir import RunDir
+from lowrank_vit.engine.saver import BEST, LAST
 from lowrank_vit.engine.setup import make_parts
 from lowrank_vit.engine.state import Progress, capture, restore
+from lowrank_vit.engine.stop import StopRequest
 from lowrank_vit.options import Config
 from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
+from lowrank_vit.spectral.ranks import GlooRanks
 from lowrank_vit.spectral.refresh import Settings
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run has to say."""
+    """What a run has to say when it ends."""
 
     run_dir: Path
-    top1: float
-    """Best validation top-1, percent: of the EMA where there is one."""
+    metric: str
+    """--eval-metric, e.g. top1."""
+    best: float | None
+    """Best validation score: of the EMA where there is one. None: nothing was validated."""
     best_epoch: int
     """0-based."""
     train_s: float
     """Seconds in training steps, without validation."""
+    stopped_by: str = ""
+    """The signal on which it ended before its last epoch."""
+    num_updates: int = 0
 
 
 @dataclass(frozen=True)
 class EpochStats:
-    """One epoch of training."""
+    """One epoch of training, as far as this process did it."""
 
     loss: float
     lr: float
@@ -45,62 +60,69 @@ class EpochStats:
     train_s: float
 
 
+class _Stopped(Exception):
+    """All ranks are to end here; the state is that after the last update."""
+
+
 class Trainer:
     """One run of one configuration. Everything that can be wrong is found before the run directory is made."""
 
-    def __init__(self, config: Config, default_name: str) -> None:
+    def __init__(self, config: Config, default_name: str, world: World | None = None) -> None:
         """`default_name` begins the run directory's name where `--experiment` is not given. Raises `UserError`."""
+        self.world = world or World()
+        is_first = self.world.is_first
+        earlier = RunDir.restarted(config.run.output, config.run.experiment) if is_first else None
+        earlier = self.world.from_first(earlier)
+        if earlier and not config.run.resume and (earlier / LAST).exists():
+            config = replace(config, run=replace(config.run, resume=earlier / LAST))
         self.config = config
-        rank_and_world_size()
         resumed = read_checkpoint(config.run.resume) if config.run.resume else None
-        self.parts = make_parts(config, resumed)
+        self.parts = make_parts(config, resumed, self.world)
         self.progress = restore(config, self.parts, resumed) if resumed else Progress()
-        self.run_dir = (
-            RunDir.reopen(resumed.path.parent)
-            if resumed
-            else RunDir.create(config.run.output, config.run.experiment, default_name)
-        )
+        self.run_dir = RunDir(Path(), None)
+        if is_first and (resumed or earlier):
+            self.run_dir = RunDir.reopen(resumed.path.parent if resumed else earlier)
+        elif is_first:
+            self.run_dir = RunDir.create(config.run.output, config.run.experiment, default_name)
+        if is_first and not resumed:
+            self.run_dir.forget()
+        self.run_dir.path = self.world.from_first(self.run_dir.path)
+        self.stop = StopRequest(self.world)
 
     def run(self) -> Result:
         """Train to the last epoch. The run directory holds everything; see `docs/architecture.md`."""
-        config, parts, path = self.config, self.parts, self.run_dir.path
-        train_s = 0.0
+        parts, stopped_by = self.parts, ""
+        self.train_s = 0.0
+        self._interval_updates, self._interval_s = configuration.parse_interval(self.config.run.checkpoint_interval)
+        self._saved_at = time.monotonic()
         with ExitStack() as stack:
             stack.callback(self.run_dir.close)
-            self.run_dir.write_text("environment.json", environment_json(parts.device))
-            self.monitor = stack.enter_context(self._make_monitor()) if config.spectra.spec_monitor else None
-            indices = self.monitor.indices_by_type() if self.monitor else {}
-            recorded = "".join(f"# spectra of {kind}: singular indices {found}\n" for kind, found in indices.items())
-            self.run_dir.write_text("args.yaml", configuration.to_yaml(config) + recorded)
-            stack.callback(parts.train_loader.close)
-            stack.callback(parts.val_loader.close)
-            self.log = stack.enter_context(
-                RunLog(
-                    path,
-                    wandb_project=config.run.wandb_project if config.run.log_wandb else None,
-                    config={name: value for name, _, value in configuration.leaves(config)} | {"spec-indices": indices},
-                    start_epoch=self.progress.next_epoch,
-                )
-            )
-            total_updates = parts.num_epochs * parts.plan.steps_per_epoch
-            self.display = stack.enter_context(Display(total_updates, parts.step.num_updates))
-            self._say_what_runs()
+            self.monitor = stack.enter_context(self._make_monitor()) if self.config.spectra.spec_monitor else None
+            for loader in (parts.train_loader, parts.val_loader):
+                if loader:
+                    stack.callback(loader.close)
+            self.outputs = stack.enter_context(self._make_outputs())
+            self.progress = replace(self.progress, wandb_id=self.outputs.wandb_id)
             if self.monitor and parts.step.num_updates == 0:
                 self.monitor.observe(0)
-            for epoch in range(self.progress.next_epoch, parts.num_epochs):
-                stats = self._train_epoch(epoch)
-                train_s += stats.train_s
-                self._finish_epoch(epoch, stats)
-                parts.scheduler.step(epoch + 1)
-            if self.monitor:
-                self.monitor.close()
-                self._log_spectra()
-                if self.monitor.skipped:
-                    self.display.say(
-                        f"{self.monitor.skipped} spectral refreshes were skipped, since the one before was still "
-                        "running; a greater --spec-every avoids that"
-                    )
-        return Result(path, self.progress.best_top1, self.progress.best_epoch, train_s)
+            try:
+                with self.stop.noted():
+                    for epoch in range(self.progress.epoch, parts.num_epochs):
+                        stats = self._train_epoch(epoch)
+                        self._finish_epoch(epoch, stats)
+            except _Stopped:
+                stopped_by = self.world.stop_reason
+                self._save()
+            self._finish_spectra()
+            self.outputs.finish()
+        progress, updates = self.progress, parts.step.num_updates
+        best = progress.best_metric, progress.best_epoch
+        return Result(self.run_dir.path, self.config.run.eval_metric, *best, self.train_s, stopped_by, updates)
+
+    def _make_outputs(self) -> Outputs:
+        indices = self.monitor.indices_by_type() if self.monitor else {}
+        common = self.config, self.parts, self.run_dir, self.progress
+        return Outputs(*common, is_first=self.world.is_first, indices=indices)
 
     def _make_monitor(self) -> SpectralMonitor:
         options = self.config.spectra
@@ -119,77 +141,139 @@ class Trainer:
             ),
             split_qkv=options.spec_split_qkv,
             limit_gb=options.spec_store_gb,
-            resumed_update=self.parts.step.num_updates if self.progress.next_epoch else None,
+            resumed_update=self.parts.step.num_updates if self.progress.is_begun else None,
+            ranks=GlooRanks() if self.world.size > 1 else None,
         )
 
-    def _say_what_runs(self) -> None:
-        for line in (*self.parts.description, f"run directory {self.run_dir.path}"):
-            self.display.say(line)
-        if self.progress.next_epoch:
-            best = f"best top-1 so far {self.progress.best_top1:.2f} %"
-            self.display.say(f"resumed after epoch {self.progress.next_epoch}, {best}")
+    def _finish_spectra(self) -> None:
+        if not self.monitor:
+            return
+        self.monitor.close()
+        self.outputs.log_spectra(self.monitor.records())
+        if self.monitor.skipped:
+            self.outputs.display.say(
+                f"{self.monitor.skipped} spectral refreshes were skipped, since the one before was still running; a "
+                "greater --spec-every avoids that"
+            )
 
     def _train_epoch(self, epoch: int) -> EpochStats:
-        parts, batch_size = self.parts, self.config.data.batch_size
+        """The rest of an epoch. Raises `_Stopped` after the update at which all ranks are to end."""
+        parts, interval = self.parts, self.config.run.log_interval
         parts.model.train()
-        clock, steps, loss_sum, logged = Clock(), parts.plan.steps_per_epoch, 0.0, 0
-        lr = parts.step.lr
-        for n, batch in enumerate(clock.timed(parts.train_loader.batches(epoch)), start=1):
+        updates, done = parts.plan.updates_per_epoch, self.progress.updates_done
+        clock, lr, num_images, logged = Clock(), parts.step.lr, 0, _Mark()
+        batches = parts.train_loader.batches(epoch) if done < updates else iter(())
+        for batch in clock.timed(batches):
             lr = parts.step.lr
-            parts.step(batch)
+            is_due = (done + 1) % interval == 0 or done + 1 == updates
+            num_images += len(batch) * self.world.size
+            if not parts.step(batch, measure_norm=is_due):
+                continue
+            done += 1
+            self.progress = replace(self.progress, updates_done=done)
             parts.scheduler.step_update(parts.step.num_updates)
             if self.monitor:
                 self.monitor.observe(parts.step.num_updates)
-            if n % self.config.run.log_interval == 0 or n == steps:
-                loss = parts.step.read_loss()  # waits for the device, so the clock is right
-                clock.tick()
-                loss_sum += loss * (n - logged)
-                logged = n
-                img_per_s = n * batch_size / clock.train_s
-                loading = parts.train_loader.stats()
-                values = {"epoch": epoch, "loss": loss, "lr": lr, "img_per_s": img_per_s, "data_wait": clock.wait_share}
-                self.log.log("train", parts.step.num_updates, {**values, **asdict(loading)})
-                self._log_spectra()
-                name, figures = f"{epoch + 1}/{parts.num_epochs}", (img_per_s, clock.wait_share, loading)
-                self.display.update(parts.step.num_updates, name, loss, *figures)
-        img_per_s = steps * batch_size / clock.train_s
-        return EpochStats(loss_sum / steps, lr, img_per_s, clock.wait_share, clock.train_s)
+            if is_due:
+                logged = self._log_interval(epoch, lr, clock, num_images, logged)
+            self._save_if_due(is_due)
+            if self.world.stops_after(parts.step.num_updates):
+                raise _Stopped
+        self.train_s += clock.train_s
+        img_per_s = num_images / clock.train_s if num_images else 0.0
+        return EpochStats(self.progress.loss_sum / updates, lr, img_per_s, clock.wait_share, clock.train_s)
+
+    def _log_interval(self, epoch: int, lr: float, clock: Clock, num_images: int, before: _Mark) -> _Mark:
+        """Log what happened since `before`; the mark for the next time."""
+        parts, progress = self.parts, self.progress
+        means = parts.step.meter.read(self.world)  # waits for the device, so the clock is right
+        clock.tick()
+        new = progress.updates_done - progress.updates_logged
+        loss_sum = progress.loss_sum + means.loss * new
+        self.progress = replace(progress, updates_logged=progress.updates_done, loss_sum=loss_sum)
+        now = _Mark(num_images, clock.train_s, clock.wait_s)
+        img_per_s = (now.images - before.images) / (now.train_s - before.train_s)
+        norm = parts.step.grad_norm
+        figures = Figures(
+            loss=means.loss,
+            lr=lr,
+            img_per_s=img_per_s,
+            wait_share=(now.wait_s - before.wait_s) / (now.train_s - before.train_s),
+            memory_gb=memory_gb(parts.device),
+            loading=parts.train_loader.stats(),
+            mfu=mfu(img_per_s, parts.train_flops, parts.peak, self.world.size) if parts.train_flops else None,
+            grad_norm=None if norm is None else float(norm),
+        )
+        self.outputs.log_interval(epoch, parts.step.num_updates, figures, means.top1)
+        self.outputs.log_spectra(self.monitor.records() if self.monitor else [])
+        return now
+
+    def _save_if_due(self, is_logged: bool) -> None:
+        """Save between two validations, by --checkpoint-interval."""
+        updates, seconds = self._interval_updates, self._interval_s
+        # By the clock only where nothing is in the meter, since the ranks' clocks differ and its sums are common.
+        is_time = bool(seconds) and is_logged and time.monotonic() - self._saved_at >= seconds
+        if is_time or (updates and self.parts.step.num_updates % updates == 0):
+            self._save()
 
     def _finish_epoch(self, epoch: int, stats: EpochStats) -> None:
         """Validate where that is due, save, log."""
-        self.progress = replace(self.progress, next_epoch=epoch + 1)
-        is_last = epoch == self.parts.num_epochs - 1
-        if not is_last and (epoch + 1) % self.config.run.val_interval:
-            self._save(is_best=False)
-            return
-        scores = {
-            prefix: evaluate(self.parts.val_loader, self.parts.val_batch)
-            for prefix, evaluate in self.parts.evaluators.items()
-        }
-        decisive = scores.get("ema_", scores[""])
-        is_best = decisive.top1 > self.progress.best_top1
-        if is_best:
-            self.progress = replace(self.progress, best_top1=decisive.top1, best_epoch=epoch)
-        self._save(is_best)
-        update = self.parts.step.num_updates
-        values: dict[str, float] = {}
-        for prefix, score in scores.items():
-            values |= {f"eval_{prefix}{k}": getattr(score, k) for k in ("loss", "top1", "top5")}
-        self.log.log("eval", update, {"epoch": epoch, **values})
+        config, parts = self.config, self.parts
+        is_last = epoch == parts.num_epochs - 1
+        scores: dict[str, Scores] = {}
+        if is_last or (epoch + 1) % config.run.val_interval == 0:
+            scores = self._validate()
+        names, obsolete, progress = (LAST,), [], self.progress
+        if scores:
+            decisive: float = getattr(scores.get("ema_", scores[""]), config.run.eval_metric)
+            progress, is_best, dropped = progress.after_validation(
+                decisive, lower_is_better=config.run.eval_metric == "loss", num_kept=config.run.checkpoint_hist
+            )
+            # `last` last: it remembers the best score, and a resumed run would not write that again.
+            best = (BEST,) if is_best else ()
+            names = (*best, *(() if epoch in dropped else (_kept_name(epoch),)), LAST)
+            obsolete = [_kept_name(one) for one in dropped if one != epoch]
+        self.progress = replace(progress, epoch=epoch + 1, updates_done=0, updates_logged=0, loss_sum=0.0)
+        self._save(names, tuple(obsolete))
+        row = {"epoch": epoch, "update": parts.step.num_updates, "train_loss": stats.loss}
         speed = {"lr": stats.lr, "img_per_s": stats.img_per_s, "data_wait": stats.data_wait}
-        self.log.log_epoch({"epoch": epoch, "update": update, "train_loss": stats.loss, **values, **speed})
-        ema = f" (EMA {scores['ema_'].top1:.2f})" if "ema_" in scores else ""
-        self.display.say(
-            f"epoch {epoch + 1:>3}/{self.parts.num_epochs}  loss {stats.loss:.3f}  top-1 {scores[''].top1:5.2f}{ema} %"
-            f"  {stats.img_per_s:,.0f} img/s  wait {stats.data_wait:.0%}  {duration(stats.train_s)}"
-        )
+        self.outputs.log_epoch(row | speed, scores, stats.train_s)
+        parts.scheduler.step(epoch + 1)
 
-    def _log_spectra(self) -> None:
-        for record in self.monitor.records() if self.monitor else ():
-            self.log.log("spec", record.update, record.values)
+    def _validate(self) -> dict[str, Scores]:
+        """By prefix of the metric's name."""
+        parts, world = self.parts, self.world
+        if parts.val_loader is None:
+            return {}
+        world.average_buffers(parts.model)
+        loader = parts.val_loader if world.size > 1 else _UntilStopped(parts.val_loader, world)
+        return {prefix: evaluate(loader, parts.val_batch, world.sum) for prefix, evaluate in parts.evaluators.items()}
 
-    def _save(self, is_best: bool) -> None:
-        content = capture(self.config, self.parts, self.progress)
-        if is_best:  # first, since `last` remembers the best score and a resumed run would not write it again
-            write_checkpoint(self.run_dir.path / "model_best.pth.tar", content)
-        write_checkpoint(self.run_dir.path / "last.pth.tar", content)
+    def _save(self, names: tuple[str, ...] = (LAST,), obsolete: tuple[str, ...] = ()) -> None:
+        self.outputs.save(capture(self.config, self.parts, self.progress), names, obsolete)  # captured on every rank
+        self._saved_at = time.monotonic()
+
+
+class _Mark(NamedTuple):
+    """Where an interval of the log begins, counted from the beginning of the epoch."""
+
+    images: int = 0
+    train_s: float = 0.0
+    wait_s: float = 0.0
+
+
+def _kept_name(epoch: int) -> str:
+    return f"checkpoint-{epoch}.pth.tar"
+
+
+class _UntilStopped:
+    """A validation loader that gives up when the run is to end; the epoch is then validated after resuming."""
+
+    def __init__(self, loader: Loader, world: World) -> None:
+        self._loader, self._world = loader, world
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        for batch in self._loader.batches(epoch):
+            if self._world.is_asked_to_stop:
+                raise _Stopped
+            yield batch

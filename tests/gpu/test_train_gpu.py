@@ -81,5 +81,6 @@ def test_quickstart_learns_in_bf16_compiled_with_the_monitor(argv):
         ),
         "q",
     ).run()
-    assert result.top1 > 50
+    assert result.best is not None
+    assert result.best > 50
     assert list((result.run_dir / "spectra").glob("*.npz"))

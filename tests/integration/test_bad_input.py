@@ -113,11 +113,6 @@ def test_missing_cuda(small):
     assert "torch sees no CUDA device" in refused(small("--device", "cuda"))
 
 
-def test_several_processes_are_refused(small, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert "not there yet" in refused(small())
-
-
 def test_spectral_targets_that_match_nothing(small):
     message = refused(small("--spec-targets", "attn.qvk"))
     assert "attn.qvk" in message

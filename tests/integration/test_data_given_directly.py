@@ -73,7 +73,7 @@ def test_validation_finds_the_same_images(trained, capsys, given):
     folder, checkpoint, in_training = trained
     validate.main([*given.replace("FOLDER", str(folder)).split(), "--checkpoint", str(checkpoint), "--device", "cpu"])
     said = capsys.readouterr().out
-    assert f"on {NUM_PHOTOS} samples" in said
+    assert f"{NUM_PHOTOS} samples" in said
     assert "converting" not in said
     assert score_of(said) in in_training
 
@@ -94,7 +94,7 @@ def test_validation_of_another_split_and_of_new_images(trained, capsys, tmp_path
     validate.main([str(folder), "--split", "sketches", *argv])
     said = capsys.readouterr().out
     assert f"converting {folder}/sketches into {folder}/.lowrank_vit (once)" in said
-    assert f"on {NUM_PHOTOS} samples" in said
+    assert f"{NUM_PHOTOS} samples" in said
     with pytest.raises(UserError, match="has no folder for --val-split validation"):
         validate.main([str(folder), *argv])
     with pytest.raises(UserError, match="give the data once"):
@@ -116,7 +116,7 @@ def test_cifar100_is_trained_on_and_scored_from_its_archive(tmp_path, capsys):
     for given in ([], ["--data", str(root), "--dataset", "torch/cifar100", "--split", "test"]):
         validate.main([*given, "--checkpoint", checkpoint, "--device", "cpu"])
         said = capsys.readouterr().out
-        assert "on 110 samples" in said
+        assert "110 samples" in said
         assert score_of(said) in last_epoch(first)
 
 

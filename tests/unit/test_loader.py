@@ -18,6 +18,7 @@ from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.plan import EvalPlan, TrainPlan, TrainRules
 from tests.photos import write_sets
+from tests.slots import joined
 
 CPU = torch.device("cpu")
 BACKENDS = ["ffcv", "dali", "resident"]
@@ -75,8 +76,7 @@ def test_ranks_share_one_stream(sets, backend, world_size):
         ranks.append(stream(loader.batches(EPOCH)))
         loader.close()
     for whole, *parts in zip(one, *ranks, strict=True):
-        joined = [[value for part in parts for value in part[n]] for n in range(1, len(whole))]
-        assert [whole[0], *joined] == list(whole)
+        assert [whole[0], *(joined([part[n] for part in parts]) for n in range(1, len(whole)))] == list(whole)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -99,7 +99,7 @@ def test_an_interrupted_epoch_goes_on_where_it_stopped(sets, backend, done):
         assert state["epoch"] == EPOCH
     assert stream(rest) == stream(whole[done:])
     assert all(torch.equal(a.images, b.images) for a, b in zip(rest, whole[done:], strict=True))
-    assert second.state_dict() == {**state, "epoch": EPOCH + 1, "step": 0}
+    assert second.state_dict() == {**state, "epoch": EPOCH + 1, "update": 0}
     assert stream(second.batches(EPOCH + 1)) == stream(first_epoch(backend, beton, plan))
 
 
@@ -134,7 +134,22 @@ def test_a_run_may_go_on_with_another_number_of_ranks_and_another_backend(sets):
         parts.append(stream(loader.batches(EPOCH)))
         loader.close()
     assert [step for step, *_ in rest] == [step for step, *_ in parts[0]] == [2, 3, 4, 5]
-    assert [ids for _, ids, *_ in rest] == [a[1] + b[1] for a, b in zip(*parts, strict=True)]
+    assert [ids for _, ids, *_ in rest] == [joined([a[1], b[1]]) for a, b in zip(*parts, strict=True)]
+
+
+def test_a_position_is_that_of_a_whole_update(sets):
+    """A run that stops between the batches of one update repeats it, and may go on without accumulation."""
+    beton = Beton(sets["jpeg"])
+    one = open_one("resident", beton, train_plan(beton, 2, accum_steps=2))
+    batches = one.batches(EPOCH)
+    for _ in range(5):
+        next(batches)
+    state = one.state_dict()
+    assert state["update"] == 2
+    for accum_steps, first_step in ((2, 4), (1, 2)):
+        other = open_one("resident", beton, train_plan(beton, 4 // accum_steps, accum_steps=accum_steps))
+        other.load_state_dict(state)
+        assert next(other.batches(EPOCH)).plan.step == first_step
 
 
 def test_a_position_of_another_stream_is_refused(sets):
@@ -249,7 +264,7 @@ def test_on_a_gpu_the_next_batch_is_made_before_one_is_handed_over(sets, monkeyp
         *("prepare 0", "record event 0 on loader", "prepare 1", "record event 1 on loader"),
         "training waits for event 0",
     ]
-    assert loader.state_dict()["step"] == 1  # the batch that waits does not count
+    assert loader.state_dict()["update"] == 1  # the batch that waits does not count
     cuda.log.clear()
     assert next(batches).plan.step == 1
     assert cuda.log[0] == "record event 0 on training"  # from here on batch 0 was read

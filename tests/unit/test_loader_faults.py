@@ -26,6 +26,7 @@ from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.plan import EvalPlan, TrainPlan, TrainRules
 from lowrank_vit.data.schedule import Schedule
 from tests.photos import NUM_PHOTOS, psnr, write_sets
+from tests.slots import joined
 
 CPU = torch.device("cpu")
 BACKENDS = ["ffcv", "dali", "resident"]
@@ -111,7 +112,7 @@ def test_a_damaged_sample_is_replaced_by_the_next_of_the_order(damaged, backend,
         order = whole.order(epoch).tolist()
         stand_in = order[(order.index(BAD) + 1) % NUM_PHOTOS]
         expected += [[stand_in if i == BAD else i for i in ids] for ids in whole.ids(epoch).tolist()]
-    assert [np.concatenate(parts).tolist() for parts in zip(*seen, strict=True)] == expected
+    assert [joined(parts) for parts in zip(*seen, strict=True)] == expected
     assert all("left out as damaged (1 so far)" in line and "sample 7" in line for line in said)
     assert said
 
@@ -234,7 +235,7 @@ def test_a_second_epoch_ends_the_first(sets, backend):
     second = loader.batches(1)
     next(second)
     assert list(first) == []
-    assert loader.state_dict()["step"] == 1
+    assert loader.state_dict()["update"] == 1
     assert len(list(second)) == 5
 
 
@@ -281,6 +282,7 @@ import torch
 from tests.unit.test_loader_faults import *
 loader = open_one({backend!r}, Beton({str(sets["jpeg"])!r}), prefetch=1)
 print("ready", flush=True)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background has it ignored
 for epoch in range(10**9):
     for batch in loader.batches(epoch):
         pass
@@ -290,6 +292,9 @@ for epoch in range(10**9):
     assert process.stdout.readline() == "ready\n"
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()  # a failure must not leave it running
     assert process.returncode != 0
     assert "KeyboardInterrupt" in errors

@@ -20,6 +20,7 @@ from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan, TrainRules, center_crops, center_windows
 from lowrank_vit.data.plan_mix import MixRules, cut_box
 from tests.distributions import assert_same_distribution
+from tests.slots import joined
 
 NO_IDS = np.zeros(0, np.int64)
 
@@ -71,23 +72,40 @@ def arrays_of(batch: BatchPlan) -> list:
     ]
 
 
-@pytest.mark.parametrize("mode", ["batch", "elem"])
-@pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_ranks_share_one_stream(world_size, mode):
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize(("world_size", "accum_steps"), [(2, 1), (4, 1), (8, 1), (1, 2), (1, 8), (2, 4), (4, 2)])
+def test_ranks_and_accumulation_share_one_stream(world_size, accum_steps, mode):
     rules = replace(EVERYTHING, mixing=replace(EVERYTHING.mixing, mode=mode))
-    one = make_plan(rules=rules, batch_size=16)
-    ranks = [
-        make_plan(rules=rules, batch_size=16 // world_size, rank=r, world_size=world_size) for r in range(world_size)
-    ]
-    for step in range(one.steps_per_epoch):
-        whole = one.batch(2, step, one.ids(2)[step])
-        parts = [rank.batch(2, step, rank.ids(2)[step]) for rank in ranks]
+    one = make_plan(rules=rules, batch_size=32)
+    batch_size = 32 // world_size // accum_steps
+    shares = {"batch_size": batch_size, "world_size": world_size, "accum_steps": accum_steps}
+    ranks = [make_plan(rules=rules, rank=r, **shares) for r in range(world_size)]
+    for update in range(one.steps_per_epoch):
+        whole = one.batch(2, update, one.ids(2)[update])
+        steps = range(update * accum_steps, (update + 1) * accum_steps)
+        parts = [rank.batch(2, step, rank.ids(2)[step]) for step in steps for rank in ranks]
         for whole_array, *part_arrays in zip(arrays_of(whole), *(arrays_of(p) for p in parts), strict=True):
-            assert np.array_equal(whole_array, np.concatenate(part_arrays))
+            assert np.array_equal(whole_array, joined(part_arrays))
         if mode == "batch":
             assert all(p.mix == whole.mix for p in parts)
         else:
-            assert sum((p.mix for p in parts), ()) == whole.mix
+            assert tuple(joined([p.mix for p in parts])) == whole.mix
+        # The partner in a part's own reverse is the partner in the reverse of the whole.
+        partner = dict(zip(whole.ids, whole.ids[::-1], strict=True))
+        assert all(partner[a] == b for p in parts for a, b in zip(p.ids, p.ids[::-1], strict=True))
+
+
+def test_odd_batches_of_several_ranks_cover_the_same_samples():
+    one = make_plan(batch_size=15)
+    ranks = [make_plan(batch_size=5, rank=r, world_size=3) for r in range(3)]
+    for whole, *parts in zip(one.ids(1), *(rank.ids(1) for rank in ranks), strict=True):
+        assert np.array_equal(whole, joined(parts))
+
+
+def test_an_epoch_has_whole_updates_only():
+    plan = make_plan(100, batch_size=8, world_size=2, accum_steps=3)
+    assert (plan.updates_per_epoch, plan.steps_per_epoch) == (2, 6)
+    assert plan.ids(0).shape == (6, 8)
 
 
 def test_augmentation_of_a_sample_changes_with_the_epoch_and_the_seed_alone():

@@ -23,18 +23,18 @@ def rows(path):
 
 
 def test_jsonl_is_json_even_for_nan(tmp_path):
-    with RunLog(tmp_path, wandb_project=None, config={}, start_epoch=0) as log:
+    with RunLog(tmp_path) as log:
         log.log("train", 3, {"loss": 0.5, "bad": math.nan, "worse": -math.inf})
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line) == {"kind": "train", "update": 3, "loss": 0.5, "bad": None, "worse": None}
 
 
 def test_a_resumed_summary_has_each_epoch_once(tmp_path):
-    with RunLog(tmp_path, wandb_project=None, config={}, start_epoch=0) as log:
+    with RunLog(tmp_path) as log:
         for epoch in range(3):
-            log.log_epoch({"epoch": epoch, "eval_top1": 10.0 * epoch})
-    with RunLog(tmp_path, wandb_project=None, config={}, start_epoch=2) as log:
-        log.log_epoch({"epoch": 2, "eval_top1": 99.0, "eval_ema_top1": 98.0})
+            log.log_epoch({"epoch": epoch, "update": 9, "eval_top1": 10.0 * epoch})
+    with RunLog(tmp_path, start_epoch=2) as log:
+        log.log_epoch({"epoch": 2, "update": 9, "eval_top1": 99.0, "eval_ema_top1": 98.0})
     assert [(r["epoch"], r["eval_top1"], r["eval_ema_top1"]) for r in rows(tmp_path)] == [
         ("0", "0", ""),
         ("1", "10", ""),
@@ -92,25 +92,30 @@ def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
-def test_spectra_have_their_own_step_axis_in_wandb(tmp_path, monkeypatch):
-    import wandb
+def test_a_resumed_run_has_each_record_once(tmp_path):
+    with RunLog(tmp_path) as log:
+        for update in (5, 10, 15):
+            log.log("train", update, {"loss": 1.0})
+        log.log("spec", 8, {"sigma": 2.0})  # finished after 15
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "upd')  # killed while it wrote
+    with RunLog(tmp_path, start_update=10) as log:
+        log.log("train", 15, {"loss": 7.0})
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["kind"], r["update"]) for r in records] == [("train", 5), ("train", 10), ("spec", 8), ("train", 15)]
+    assert records[-1]["loss"] == 7.0
+    assert not list(tmp_path.glob(".*"))
 
-    defined, logged = {}, []
 
-    class Run:
-        def define_metric(self, name, step_metric=None):
-            defined[name] = step_metric
-
-        def log(self, values):
-            logged.append(values)
-
-        def finish(self):
-            pass
-
-    monkeypatch.setattr(wandb, "init", lambda **_: Run())
-    with RunLog(tmp_path, wandb_project="p", config={}, start_epoch=0) as log:
-        log.log("train", 120, {"loss": 1.0})
-        log.log("spec", 100, {"spec/blocks.0.mlp.fc1/sigma_max": 2.0})  # late: taken at 100, finished after 120
-    assert defined["spec/*"] == defined["spec_ema/*"] == "spec_update"
-    assert defined["*"] == "update"
-    assert logged == [{"update": 120, "loss": 1.0}, {"spec_update": 100, "spec/blocks.0.mlp.fc1/sigma_max": 2.0}]
+def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path):
+    said: list[str] = []
+    log = RunLog(tmp_path, say=said.append)
+    log._jsonl.close()
+    log._jsonl = open("/dev/full", "a")  # noqa: PTH123, SIM115
+    for update in range(3):
+        log.log("train", update, {"loss": 1.0})
+    assert said == [
+        "warning: metrics.jsonl cannot be written (No space left on device); its numbers are lost until it can be."
+    ]
+    log.__exit__()
+    assert len(said) == 1

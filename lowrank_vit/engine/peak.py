@@ -1,0 +1,113 @@
+"""How much of the device's arithmetic a training step uses: model FLOPs, the device's peak, and their ratio, MFU."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+# Dense (no sparsity) peaks of the vendors' data sheets, TFLOP/s: bf16 or float16 with float32 sums, TF32.
+# A name is looked for in torch's device name, the longest first.
+_LISTED = {
+    "H100 PCIe": (756.0, 378.0),
+    "H100 NVL": (835.0, 417.5),
+    "H100": (989.4, 494.7),  # SXM
+    "H200 NVL": (835.5, 417.7),
+    "H200": (989.4, 494.7),
+    "GH200": (989.4, 494.7),
+    "B200": (2250.0, 1125.0),
+    "A100": (312.0, 156.0),
+    "A800": (312.0, 156.0),
+    "H800": (989.4, 494.7),
+    "A40": (149.7, 74.8),
+    "A10G": (70.0, 35.0),
+    "A10": (125.0, 62.5),
+    "A30": (165.0, 82.0),
+    "L40S": (362.05, 183.0),
+    "L40": (181.05, 90.5),
+    "L4": (121.0, 60.0),
+}
+_MEASURED_SIDE = {"cuda": 8192, "cpu": 1024}
+_MEASUREMENTS = 5
+
+
+class Peak(NamedTuple):
+    """The most arithmetic a device can do."""
+
+    flops_per_s: float
+    name: str
+    """Where the figure comes from."""
+
+
+def train_flops_per_image(model: nn.Module, img_size: int) -> float | None:
+    """FLOPs (a multiply-add is two) of one training image: three times those of the forward pass.
+
+    The backward pass takes two products for each of the forward pass (Chowdhery et al., PaLM, appendix B); what
+    gradient checkpointing computes again does not count. The forward pass is counted by torch's FlopCounterMode on
+    tensors without data. None where the model cannot be counted so.
+    """
+    try:
+        with torch.device("meta"):
+            image = torch.empty(1, 3, img_size, img_size)
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        without_data = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            torch.func.functional_call(model, without_data, (image,))
+    except Exception:  # only a figure beside the training: no model may fail for want of it
+        return None
+    return 3.0 * counter.get_total_flops()
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, *, tf32: bool = False) -> Peak:
+    """The vendor's figure where the device is listed, else the best of a few matrix products measured now.
+
+    `dtype`: of the products; `tf32`: float32 products may use TF32. About 0.2 s on a CPU.
+    """
+    if device.type == "cuda":
+        found = torch.cuda.get_device_name(device)
+        for name in sorted(_LISTED, key=len, reverse=True):
+            if name in found and (dtype in (torch.bfloat16, torch.float16) or tf32):
+                half, tf32_peak = _LISTED[name]
+                kind, tflops = (
+                    ("TF32", tf32_peak) if dtype is torch.float32 else (str(dtype).removeprefix("torch."), half)
+                )
+                return Peak(tflops * 1e12, f"{found}, listed {tflops:g} TFLOP/s {kind}")
+    return _measured(device, dtype)
+
+
+def _measured(device: torch.device, dtype: torch.dtype) -> Peak:
+    side = _MEASURED_SIDE[device.type]
+    a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(_MEASUREMENTS + 1):  # the first warms up
+        _wait(device)
+        start = time.perf_counter()
+        torch.matmul(a, b)
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    flops_per_s = 2 * side**3 / median(seconds[1:])
+    kind = str(dtype).removeprefix("torch.")
+    return Peak(flops_per_s, f"a {side} x {side} {kind} product measured here, {flops_per_s / 1e12:.2g} TFLOP/s")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def mfu(img_per_s: float, flops_per_image: float, peak: Peak, num_devices: int = 1) -> float:
+    """Model FLOPs utilisation, 0-1: arithmetic done for the model over what `num_devices` could do at their peak."""
+    return img_per_s * flops_per_image / (peak.flops_per_s * num_devices)
+
+
+def memory_gb(device: torch.device) -> float:
+    """10^9 bytes: on CUDA the most that tensors took so far, on a CPU what the process takes. No waiting."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import psutil
+
+    return psutil.Process().memory_info().rss / 1e9

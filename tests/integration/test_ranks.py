@@ -1,0 +1,183 @@
+"""Several processes under torchrun: the losses of one, and how they end together. Gloo, on the CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lowrank_vit import train as train_command
+from lowrank_vit.engine.checkpoint import read_checkpoint
+from tests.photos import write_sets
+from tests.runs import records
+
+RECIPE = """
+--epochs 2 --log-interval 4 --mixup 0.8 --cutmix 1 --reprob 0.25 --aa rand-m9-mstd0.5-inc1 --spec-every 11
+""".split()
+UPDATES = 11
+
+
+def torchrun(processes: int, argv: list[str], *options: str) -> list[str]:
+    """The command line of that many ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*launcher, *options, "-m", "lowrank_vit.train", *argv]
+
+
+def start(command: list[str], **more: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LOGLEVEL": "ERROR"} | more
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(command: list[str], **more: str) -> tuple[int, str, str]:
+    process = start(command, **more)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def one(digits_dir, tmp_path_factory) -> Path:
+    """The run of one process."""
+    from tests.integration.conftest import SMALL
+
+    output = tmp_path_factory.mktemp("one")
+    train_command.main([*SMALL, *RECIPE, "--data-dir", str(digits_dir), "--output", str(output), "--experiment", "one"])
+    return output / "one"
+
+
+def assert_same_run(run: Path, one: Path) -> None:
+    """Up to rounding: losses, accuracy, gradient norms, validation, weights and spectra."""
+    for kind, names in (("train", ("loss", "top1", "grad_norm", "lr")), ("eval", ("eval_loss", "eval_ema_top1"))):
+        ours, expected = records(run, kind), records(one, kind)
+        assert [record["update"] for record in ours] == [record["update"] for record in expected]
+        for name in names:
+            values = [[record[name] for record in found] for found in (ours, expected)]
+            np.testing.assert_allclose(*values, rtol=2e-4, atol=1e-9)
+    first, second = (torch.load(path / "last.pth.tar", weights_only=True) for path in (run, one))
+    for key in ("state_dict", "state_dict_ema"):
+        for name, weight in second[key].items():
+            torch.testing.assert_close(first[key][name], weight, rtol=1e-3, atol=1e-4)
+    stored = [np.load(path / "spectra" / "update_00000022.npz") for path in (run, one)]
+    assert list(stored[0]) == list(stored[1])
+    for name in stored[1]:
+        np.testing.assert_allclose(stored[0][name], stored[1][name], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("processes", "more"),
+    [
+        (2, ("-b", "64")),
+        (2, ("-b", "32", "--grad-accum-steps", "2", "--compile")),
+        (4, ("-b", "32", "--validation-batch-size", "50")),
+    ],
+)
+def test_ranks_train_as_one(small, one, tmp_path, processes, more):
+    code, out, err = finish(torchrun(processes, small(*RECIPE, *more, "--experiment", "n")))
+    assert code == 0, err
+    assert f"batch 128 ({more[1]} x {processes} ranks" in out
+    assert out.count("top-1") == 3  # two epochs and the end, said by one rank
+    assert_same_run(tmp_path / "n", one)
+
+
+def test_a_signal_stops_all_ranks_and_one_process_goes_on(small, one, tmp_path):
+    argv = small(*RECIPE, "--epochs", "2", "--experiment", "s")
+    process = start(torchrun(2, [*argv, "-b", "64", "--checkpoint-interval", "1"]))
+    last = tmp_path / "s" / "last.pth.tar"
+    while not last.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(int(children.split()[-1]), signal.SIGUSR1)  # one of the ranks, as a batch system may do
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    if "stopped by SIGUSR1" in out:  # else it was through already
+        said = int(out.partition("after update ")[2].partition(";")[0])
+        assert read_checkpoint(last).content["step"]["num_updates"] == said
+        train_command.main([*argv, "--resume", str(last)])
+    assert_same_run(tmp_path / "s", one)
+
+
+def test_a_rank_that_fails_ends_all_with_its_own_error_first(small, tmp_path):
+    """A damaged image in one rank's share."""
+    from lowrank_vit.data.beton import Beton
+
+    photos = write_sets(tmp_path)["jpeg"]
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train", "val"):
+        for path in photos.parent.glob(photos.name + "*"):
+            (data / path.name.replace(photos.stem, name, 1)).write_bytes(path.read_bytes())
+    with (data / "train.beton").open("r+b") as file:
+        start_of = int(Beton(data / "train.beton").pointers[7])
+        file.seek(start_of)
+        file.write(bytes(200))
+    argv = small(*RECIPE, "--dataset", "", "--data-dir", str(data), "-b", "2", "--loader", "ffcv", "--img-size", "16")
+    began = time.monotonic()
+    code, _, err = finish(torchrun(2, [*argv, "--no-spec-monitor"]))
+    assert code != 0
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, err
+    assert "rank " in errors[0]
+    assert "sample 7" in errors[0]
+    assert "does not decode" in errors[0]
+    assert "Traceback" not in err.partition("error: ")[0]
+    assert time.monotonic() - began < 200
+
+
+def test_a_mistake_on_the_command_line_is_told_once(small):
+    code, _, err = finish(torchrun(2, small("--epochs", "0")))
+    assert code != 0
+    assert err.count("error: --epochs 0 is out of range") == 1
+
+
+def kill_one_rank_after_first_save(process: subprocess.Popen, last: Path) -> None:
+    while not last.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(int(children.split()[-1]), signal.SIGKILL)
+
+
+def test_a_killed_rank_ends_the_others(small, tmp_path):
+    process = start(torchrun(2, small(*RECIPE, "--epochs", "1000", "-b", "64", "--experiment", "k")))
+    kill_one_rank_after_first_save(process, tmp_path / "k" / "last.pth.tar")
+    process.communicate(timeout=100)  # torchrun itself would wait 30 s before it kills
+    assert process.returncode != 0
+    assert read_checkpoint(tmp_path / "k" / "last.pth.tar").content["state_dict"]
+
+
+def test_elastic_restarts_go_on_from_the_last_checkpoint(small, one, tmp_path):
+    argv = [*small(*RECIPE), "-b", "64", "--checkpoint-interval", "3"]  # without --experiment: the run has to be found
+    process = start(torchrun(2, argv, "--max-restarts=1"))
+    while not (found := list(tmp_path.glob("*/last.pth.tar"))):
+        assert process.poll() is None
+        time.sleep(0.02)
+    kill_one_rank_after_first_save(process, found[0])
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "resumed in epoch" in out
+    (run,) = {path.parent for path in tmp_path.glob("*/args.yaml")} - {tmp_path / "latest"}
+    assert_same_run(run, one)
+
+
+def test_a_port_in_use_is_told(small):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        code, _, err = finish([sys.executable, "-m", "lowrank_vit.train", *small()], **place)
+    assert code == 2
+    assert f"cannot meet the others at 127.0.0.1:{port}" in err
+    assert "--master-port" in err
+
+
+def test_an_incomplete_environment_is_told(small):
+    code, _, err = finish([sys.executable, "-m", "lowrank_vit.train", *small()], WORLD_SIZE="2", RANK="0")
+    assert code == 2
+    assert "LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set. Start several processes with torchrun" in err

@@ -1,0 +1,51 @@
+"""What the tests read of a run directory, and how they stop a run."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import torch
+
+from lowrank_vit.engine.trainer import Trainer
+
+
+def records(run: Path, kind: str) -> list[dict]:
+    """The lines of one kind in metrics.jsonl."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """By the number of updates, as logged."""
+    found = [(record["update"], record["loss"]) for record in records(run, "train")]
+    assert len(found) == len(dict(found))  # no update is logged twice
+    return dict(found)
+
+
+def stop_after(trainer: Trainer, update: int) -> None:
+    """Have the run stop as if a signal came during this update."""
+    step_update = trainer.parts.scheduler.step_update
+
+    def and_stop(num_updates: int, metric: float | None = None) -> None:
+        step_update(num_updates, metric)
+        if num_updates == update:
+            trainer.world.ask_to_stop(signal.SIGTERM)
+
+    trainer.parts.scheduler.step_update = and_stop
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    """Whether two checkpoints hold the same bits: weights, EMA and optimizer."""
+    first, second = (torch.load(path, weights_only=True) for path in (a, b))
+    states = first["optimizer"]["state"], second["optimizer"]["state"]
+    return (
+        all(
+            torch.equal(first[key][name], second[key][name])
+            for key in ("state_dict", "state_dict_ema")
+            for name in first[key]
+        )
+        and all(torch.equal(states[0][n][k], states[1][n][k]) for n in states[0] for k in states[0][n])
+        and first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
+    )
