@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,6 +16,10 @@ import torch
 from torch import nn
 
 from data_prep.errors import UserError
+from lowrank_vit.engine.pretrained import load_pretrained_file, load_published
+
+FLAG_OF = {"num_classes": "num-classes", "img_size": "img-size", "drop_rate": "drop", "drop_path_rate": "drop-path"}
+"""Arguments of a constructor that have a flag of their own, which data and run look at too."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ def parse_model_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
             raise UserError(f"--model-kwargs {pair}: expected NAME=VALUE, e.g. patch_size=2.")
+        if name in FLAG_OF:
+            raise UserError(f"--model-kwargs {pair}: give it as --{FLAG_OF[name]} {text}.")
         try:
             kwargs[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -49,24 +58,60 @@ def create_model(
     drop: float = 0.0,
     drop_path: float | None = None,
     model_kwargs: tuple[str, ...] = (),
+    pretrained: bool = False,
+    pretrained_path: Path | None = None,
+    grad_checkpointing: bool = False,
+    say: Callable[[str], object] = print,
 ) -> nn.Module:
-    """A freshly initialised timm model in channels_last on the CPU; draws from torch's generator.
+    """A timm model in channels_last on the CPU, freshly initialised (from torch's generator) or pretrained.
 
-    Raises `UserError` for an unknown name or arguments that its constructor does not take.
+    `pretrained`: with the weights that timm publishes; `pretrained_path`: with those of a file, of any format that timm
+    reads. timm interpolates their position embedding to `img_size`; the classifier is a new one where the number of
+    classes differs, which is said. Raises `UserError` for an unknown name, arguments that the constructor does not
+    take, and weights that cannot be had or do not fit.
+
+    `grad_checkpointing` computes each block's activations anew in the backward pass, compiled or not; gradients stay
+    the same. An `img_size` that the constructor does not take (of a convolutional network) is left to the data.
     """
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
         raise UserError(f"--model {name} is not a timm model.{hint}")
-    kwargs = parse_model_kwargs(model_kwargs)
+    kwargs: dict[str, Any] = {"num_classes": num_classes, "drop_rate": drop, "drop_path_rate": drop_path}
+    kwargs |= parse_model_kwargs(model_kwargs)
     if img_size is not None:
         kwargs["img_size"] = img_size
-    try:
-        model = timm.create_model(name, num_classes=num_classes, drop_rate=drop, drop_path_rate=drop_path, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        given = f"--model {name} with {', '.join(f'{k}={v}' for k, v in kwargs.items())}"
-        raise UserError(f"{given} cannot be built: {error}. Check --model-kwargs and --img-size.") from error
+    if pretrained_path is not None:
+        model = load_pretrained_file(partial(_build, name, kwargs), name, pretrained_path, num_classes, say)
+    elif pretrained:
+        model = load_published(partial(_build, name, kwargs), name, num_classes, say)
+    else:
+        model = _build(name, kwargs)
+    if grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AttributeError, AssertionError) as error:
+            raise UserError(f"--grad-checkpointing: --model {name} cannot do that. Leave it out.") from error
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _build(name: str, kwargs: dict[str, Any], **pretrained: Any) -> nn.Module:
+    """Call timm's `create_model`. Raises `UserError` for arguments; errors of loading weights are the caller's."""
+    try:
+        return timm.create_model(name, **kwargs, **pretrained)
+    except TypeError as error:
+        if "img_size" in kwargs and "img_size" in str(error):  # convolutional models take images of any size
+            return _build(name, {key: value for key, value in kwargs.items() if key != "img_size"}, **pretrained)
+        raise _cannot_be_built(name, kwargs, error) from error
+    except (ValueError, AssertionError, RuntimeError) as error:
+        if pretrained:
+            raise
+        raise _cannot_be_built(name, kwargs, error) from error
+
+
+def _cannot_be_built(name: str, kwargs: dict[str, Any], error: Exception) -> UserError:
+    given = f"--model {name} with {', '.join(f'{k}={v}' for k, v in kwargs.items() if v not in (None, 0.0))}"
+    return UserError(f"{given} cannot be built: {error}. Check --model-kwargs and --img-size.")
 
 
 def input_spec(model: nn.Module, img_size: int | None, crop_pct: float | None) -> InputSpec:
