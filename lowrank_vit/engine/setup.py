@@ -135,6 +135,9 @@ def _make_model(config: Config, num_classes: int, resumed: Checkpoint | None) ->
         drop=options.drop,
         drop_path=options.drop_path,
         model_kwargs=options.model_kwargs,
+        pretrained=options.pretrained and not resumed,
+        pretrained_path=None if resumed else options.pretrained_path,
+        grad_checkpointing=options.grad_checkpointing,
     )
     source = resumed or (read_checkpoint(options.initial_checkpoint) if options.initial_checkpoint else None)
     if source:
