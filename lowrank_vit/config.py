@@ -6,8 +6,11 @@ both and the command line wins.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -17,9 +20,9 @@ import yaml
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from data_prep.errors import UserError
-from lowrank_vit.config_yaml import expand_config_files
+from lowrank_vit.config_yaml import config_files, yaml_tokens
 from lowrank_vit.options import Config, Range
-from lowrank_vit.timm_flags import SHORT, check_flags
+from lowrank_vit.timm_flags import check_flags, with_long_names
 
 
 def leaves(config: Config | None = None) -> Iterator[tuple[str, Any, Any]]:
@@ -43,14 +46,23 @@ class _CommandLine(Config):
     """The same as --data-dir DIR."""
 
     def config(self, own: list[str]) -> Config:
-        """The options alone; `own` are the user's tokens. Raises `UserError` for two data directories."""
+        """The options alone; `own` are the user's tokens. Raises `UserError` for data given twice, or for nothing."""
         groups = {group.name: getattr(self, group.name) for group in dataclasses.fields(Config)}
+        flags = _flags_in(own)
         if self.dir is not None:
-            flags = {token.partition("=")[0].replace("_", "-") for token in own}
             if flags & {"--data", "--data-dir"}:
                 raise UserError(f"{self.dir} and --data-dir {self.data.data_dir}: give the data directory once.")
             groups["data"] = dataclasses.replace(self.data, data_dir=self.dir)
+        # A recipe's file names its data; to measure it with --synthetic beside it is no contradiction.
+        unread = "--data-dir" if self.dir or "--data" in flags else min(flags & {"--data-dir", "--dataset"}, default="")
+        if self.data.synthetic and unread:
+            raise UserError(f"--synthetic reads no data, so {unread} would go unused. Leave one of the two out.")
         return Config(**groups)
+
+
+def _flags_in(tokens: list[str]) -> set[str]:
+    """The flags among command-line tokens, without their values and with dashes inside."""
+    return {token.partition("=")[0].replace("_", "-") for token in tokens if token.startswith("--")}
 
 
 def parse(argv: list[str], prog: str = "python -m lowrank_vit.train") -> Config:
@@ -62,31 +74,62 @@ def parse(argv: list[str], prog: str = "python -m lowrank_vit.train") -> Config:
     if "--help" in argv or "-h" in argv:
         print("--config FILE   flat YAML whose keys are the flags below; flags given beside it win\n", flush=True)
     check_flags(argv)
-    argv = [SHORT.get(token, token) for token in argv]
-    from_files, own = expand_config_files(argv, {name: hint for name, hint, _ in leaves()})
-    line = tyro.cli(OmitArgPrefixes[_CommandLine], args=from_files + own, prog=prog, description=Config.__doc__)
+    paths, own = config_files(with_long_names(argv))
+    hints = {name: hint for name, hint, _ in leaves()}
+    from_files = [token for path in paths for token in yaml_tokens(path, hints)]
+    try:
+        line = _tyro(from_files + own, prog)
+    except SystemExit as stop:
+        if stop.code:
+            _name_wrong_file(stop, paths, hints)
+        raise
     config = line.config(own)
     config = _fit_defaults(config, from_files, own)
     check(config)
+    _tell_what_resuming_overrides(config)
     return config
+
+
+def _tyro(tokens: list[str], prog: str = "") -> _CommandLine:
+    return tyro.cli(OmitArgPrefixes[_CommandLine], args=tokens, prog=prog, description=Config.__doc__)
+
+
+def _name_wrong_file(stop: SystemExit, paths: list[Path], hints: dict[str, Any]) -> None:
+    """Add the YAML file to tyro's message, which names the flag alone, where the wrong value is the file's."""
+    for path in paths:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                _tyro(yaml_tokens(path, hints))
+        except SystemExit:
+            stop.add_note(f"error: the wrong value stands in --config {path}")
+
+
+def _say(line: str) -> None:
+    """Of the processes of one run the first speaks."""
+    if os.environ.get("RANK", "") in ("", "0"):
+        print(f"note: {line}", flush=True)
+
+
+def _tell_what_resuming_overrides(config: Config) -> None:
+    """A run is resumed with its own args.yaml, which may name other weights: those of --resume win."""
+    model = config.model
+    flags = {"initial-checkpoint": model.initial_checkpoint, "pretrained": model.pretrained or model.pretrained_path}
+    unused = [f"--{flag}" for flag, is_given in flags.items() if is_given]
+    if config.run.resume and unused:
+        _say(f"the weights are those of --resume {config.run.resume}; {unused[0]} is not read again")
 
 
 def _fit_defaults(config: Config, from_files: list[str], own: list[str]) -> Config:
     """Let values that the user did not give follow from those given: `--device cpu`, and a small `--epochs`."""
     optim, step = config.optim, config.step
     if step.device == "cpu":  # the defaults of these two look for a GPU, which --device cpu does not use
-        given = {token.replace("_", "-") for token in from_files + own}
+        given = _flags_in(from_files + own)
         for name in ("amp", "compile"):
             if not given & {f"--{name}", f"--no-{name}"}:
                 step = dataclasses.replace(step, **{name: False})
-    is_warmup_asked = any(token.replace("_", "-").startswith("--warmup-epochs") for token in own)
-    if optim.warmup_epochs >= optim.epochs and not is_warmup_asked:
+    if optim.warmup_epochs >= optim.epochs and "--warmup-epochs" not in _flags_in(own):
         optim = dataclasses.replace(optim, warmup_epochs=optim.epochs - 1)
-        if os.environ.get("RANK", "0") in ("", "0"):  # of several processes one speaks
-            print(
-                f"note: --warmup-epochs shortened to {optim.warmup_epochs}, since --epochs is {optim.epochs}",
-                flush=True,
-            )
+        _say(f"--warmup-epochs shortened to {optim.warmup_epochs}, since --epochs is {optim.epochs}")
     return dataclasses.replace(config, optim=optim, step=step)
 
 
@@ -108,16 +151,8 @@ def check(config: Config) -> None:
         raise UserError(
             "--color-jitter takes one number, or three: brightness, contrast, saturation. Hue is not there."
         )
-    augment, model = config.augment, config.model
-    mixes = augment.mixup > 0 or augment.cutmix > 0 or augment.cutmix_minmax is not None
-    if mixes and config.data.batch_size == 1:
-        raise UserError(
-            "--batch-size 1 cannot be mixed: --mixup and --cutmix mix an image with another one of its batch. Use a "
-            "batch of 2 or more, with --grad-accum-steps for a larger update."
-        )
-    if not augment.bce_loss and (augment.bce_sum or augment.bce_target_thresh is not None):
-        raise UserError("--bce-sum and --bce-target-thresh change --bce-loss. Add that, or leave them out.")
-    if model.initial_checkpoint and (model.pretrained or model.pretrained_path):
+    _check_mixing_and_loss(config)
+    if config.model.initial_checkpoint and (config.model.pretrained or config.model.pretrained_path):
         raise UserError("--initial-checkpoint and --pretrained both say which weights to start from. Give one of them.")
     parse_interval(config.run.checkpoint_interval)
     name = config.run.experiment
@@ -125,19 +160,34 @@ def check(config: Config) -> None:
         raise UserError(f"--experiment {name} must be a plain name; set its parent with --output.")
 
 
+def _check_mixing_and_loss(config: Config) -> None:
+    augment = config.augment
+    mixing = {"mixup": augment.mixup, "cutmix": augment.cutmix, "cutmix-minmax": augment.cutmix_minmax}
+    mixed_by = next((name for name, value in mixing.items() if value), None)
+    if mixed_by and config.data.batch_size == 1:
+        raise UserError(
+            f"--{mixed_by} mixes each image with another one of its batch, and --batch-size 1 has no other. Use at "
+            "least 2; --grad-accum-steps makes an update of more."
+        )
+    changes = {"bce-sum": augment.bce_sum, "bce-target-thresh": augment.bce_target_thresh is not None}
+    for name, is_given in changes.items():
+        if is_given and not augment.bce_loss:
+            raise UserError(f"--{name} is about --bce-loss, which is not there. Add --bce-loss, or leave it out.")
+
+
 def parse_interval(text: str) -> tuple[int | None, float | None]:
-    """--checkpoint-interval as (updates, seconds): "500" is 500 updates, "10m" ten minutes, "" neither."""
-    number, is_minutes = text.removesuffix("m"), text.endswith("m")
-    try:
-        if not text:
-            return None, None
-        if is_minutes and 0 < float(number) < float("inf"):
-            return None, 60 * float(number)
-        if not is_minutes and int(number) > 0:
-            return int(number), None
-    except ValueError:
-        pass
-    raise UserError(f"--checkpoint-interval {text}: give updates, e.g. 500, or minutes, e.g. 10m.")
+    """--checkpoint-interval as (updates, seconds): "500" is 500 updates, "10m" ten minutes, "" neither.
+
+    Raises `UserError` for anything else.
+    """
+    if not text:
+        return None, None
+    match = re.fullmatch(r"(?P<updates>[0-9]+)|(?P<minutes>[0-9]+(\.[0-9]+)?)m", text)
+    if not match or float(text.removesuffix("m")) == 0:
+        raise UserError(f"--checkpoint-interval {text} must be updates, e.g. 500, or minutes, e.g. 10m; both above 0.")
+    if match["updates"]:
+        return int(match["updates"]), None
+    return None, 60 * float(match["minutes"])
 
 
 def check_ranges(options: Any) -> None:

@@ -5,41 +5,40 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from data_prep.errors import UserError
-from lowrank_vit.timm_flags import INSTEAD
+from lowrank_vit.timm_flags import check_name
 
 
 class _OnceLoader(yaml.SafeLoader):
     """Refuses a key that is there twice, of which YAML would take the last one without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
         if twice is not None:
             raise yaml.constructor.ConstructorError(problem=f"`{twice}` is there twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
-def expand_config_files(argv: list[str], hints: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Split `argv` into the options that its `--config FILE`s stand for and the user's own tokens."""
-    from_files: list[str] = []
+def config_files(argv: list[str]) -> tuple[list[Path], list[str]]:
+    """Split `argv` into the files of its `--config FILE`s and all other tokens."""
+    paths: list[Path] = []
     own: list[str] = []
     tokens = iter(argv)
     for token in tokens:
-        if token == "--config":
-            path = next(tokens, None)
-            if path is None:
-                raise UserError("--config needs a file: --config configs/quickstart.yaml")
-            from_files += yaml_tokens(Path(path), hints)
-        elif token.startswith("--config="):
-            from_files += yaml_tokens(Path(token.removeprefix("--config=")), hints)
-        else:
+        flag, equals, value = token.partition("=")
+        if flag != "--config":
             own.append(token)
-    return from_files, own
+            continue
+        path = value if equals else next(tokens, None)
+        if not path:
+            raise UserError("--config needs a file: --config configs/quickstart.yaml")
+        paths.append(Path(path))
+    return paths, own
 
 
 def yaml_tokens(path: Path, hints: Mapping[str, Any]) -> list[str]:
@@ -58,10 +57,13 @@ def yaml_tokens(path: Path, hints: Mapping[str, Any]) -> list[str]:
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must be a flat mapping of flag names to values, e.g. `epochs: 300`.")
     tokens: list[str] = []
+    seen: dict[str, str] = {}
     for key, value in content.items():
         name = str(key).replace("_", "-")
-        if name in INSTEAD:
-            raise UserError(f"--config {path}: `{key}` is a flag of timm that is not here. Instead: {INSTEAD[name]}.")
+        check_name(name, f"--config {path}: `{key}`")
+        if name in seen:
+            raise UserError(f"--config {path}: `{key}` and `{seen[name]}` are the same option. Keep one of them.")
+        seen[name] = str(key)
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
             hint = f" Did you mean `{near[0]}`?" if near else " See --help for all names."
@@ -71,7 +73,10 @@ def yaml_tokens(path: Path, hints: Mapping[str, Any]) -> list[str]:
 
 
 def _option_tokens(path: Path, name: str, hint: Any, value: Any) -> list[str]:
-    is_flag = hint is bool or getattr(hint, "__origin__", None) is bool
+    plain = getattr(hint, "__origin__", hint) if hasattr(hint, "__metadata__") else hint  # without its Range
+    if value is None and type(None) not in get_args(plain):
+        raise UserError(f"--config {path}: `{name}` has no value. Give one, or leave the line out.")
+    is_flag = plain is bool
     if is_flag:
         if not isinstance(value, bool):
             raise UserError(f"--config {path}: `{name}: {value}` must be true or false.")

@@ -18,6 +18,9 @@ from torch import nn
 from data_prep.errors import UserError
 from lowrank_vit.engine.pretrained import load_pretrained_file, load_published
 
+FLAG_OF = {"num_classes": "num-classes", "img_size": "img-size", "drop_rate": "drop", "drop_path_rate": "drop-path"}
+"""Arguments of a constructor that have a flag of their own, which data and run look at too."""
+
 
 @dataclass(frozen=True)
 class InputSpec:
@@ -38,6 +41,8 @@ def parse_model_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
             raise UserError(f"--model-kwargs {pair}: expected NAME=VALUE, e.g. patch_size=2.")
+        if name in FLAG_OF:
+            raise UserError(f"--model-kwargs {pair}: give it as --{FLAG_OF[name]} {text}.")
         try:
             kwargs[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -64,6 +69,9 @@ def create_model(
     reads. timm interpolates their position embedding to `img_size`; the classifier is a new one where the number of
     classes differs, which is said. Raises `UserError` for an unknown name, arguments that the constructor does not
     take, and weights that cannot be had or do not fit.
+
+    `grad_checkpointing` computes each block's activations anew in the backward pass, compiled or not; gradients stay
+    the same. An `img_size` that the constructor does not take (of a convolutional network) is left to the data.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
@@ -74,7 +82,7 @@ def create_model(
     if img_size is not None:
         kwargs["img_size"] = img_size
     if pretrained_path is not None:
-        model = load_pretrained_file(partial(_build, name, kwargs), pretrained_path, num_classes, say)
+        model = load_pretrained_file(partial(_build, name, kwargs), name, pretrained_path, num_classes, say)
     elif pretrained:
         model = load_published(partial(_build, name, kwargs), name, num_classes, say)
     else:
@@ -88,7 +96,7 @@ def create_model(
 
 
 def _build(name: str, kwargs: dict[str, Any], **pretrained: Any) -> nn.Module:
-    """`timm.create_model`. Raises `UserError` for arguments; errors of loading weights are the caller's."""
+    """Call timm's `create_model`. Raises `UserError` for arguments; errors of loading weights are the caller's."""
     try:
         return timm.create_model(name, **kwargs, **pretrained)
     except TypeError as error:

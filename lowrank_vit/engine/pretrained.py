@@ -1,22 +1,33 @@
-"""Pretrained weights, through timm: those that it publishes, or those of a local file."""
+"""Pretrained weights, through timm: those that it publishes, or those of a local file.
+
+timm fits them to the model: position embeddings are interpolated to another image size, patch embeddings to another
+patch size, and the head is made anew for another number of classes. What it then leaves out without a word is looked
+at here.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
-import torch
-from timm.models import load_state_dict
-from torch import nn
+import numpy as np
+import timm
+import timm.models
+from torch import Tensor, nn
 
 from data_prep.errors import UserError
 
 Say = Callable[[str], object]
+CONNECT_S = 5.0
+"""How long to wait for the hub before it counts as out of reach."""
+SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors", ".npz")
+HEADS = ("head", "head.fc", "fc", "classifier")
+"""What the last layer is called where timm does not tell: in files of other programs."""
 
 
 class Build(Protocol):
@@ -30,95 +41,160 @@ class Build(Protocol):
 def load_published(build: Build, name: str, num_classes: int, say: Say) -> nn.Module:
     """The model with the weights that timm publishes, from the Hugging Face hub or its local cache.
 
-    Raises `UserError` where there are none or they cannot be fetched.
+    Raises `UserError` where there are none, where they cannot be fetched, or where they do not fit.
     """
+    published = timm.models.get_pretrained_cfg(name)
     try:
-        with _quick_without_network():
+        with _quick_without_network(), _recorded_loads() as loads:
             model = build(pretrained=True)
     except UserError:
         raise
     except OSError as error:  # the hub's errors are among them
         raise UserError(
             f"--pretrained: the weights of {name} cannot be fetched from the Hugging Face hub (no network?), and its "
-            "cache does not have them. Fetch them elsewhere and give the file with --pretrained-path FILE."
+            "local cache does not have them. Fetch them elsewhere and give the file with --pretrained-path FILE."
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AssertionError, KeyError) as error:
         raise UserError(
-            f"--pretrained: {error} Choose another --model, or give a file of weights with --pretrained-path FILE."
+            f"--pretrained: timm has no weights for {name} with these options: {_in_one_line(error)} Choose another "
+            "--model, or give a file of weights with --pretrained-path FILE."
         ) from error
-    published = getattr(model, "pretrained_cfg", {}).get("num_classes")
-    _tell_of_head(published, num_classes, say)
+    _check_fit(model, name, loads, "--pretrained", say)
+    _tell_of_head(published.num_classes if published else None, num_classes, say)
     return model
 
 
-def load_pretrained_file(build: Build, path: Path, num_classes: int, say: Say) -> nn.Module:
+def load_pretrained_file(build: Build, name: str, path: Path, num_classes: int, say: Say) -> nn.Module:
     """The model with the weights of a file; a checkpoint's EMA weights where it has them, as timm prefers.
 
     Raises `UserError` for a file that is missing, damaged, or of another model.
     """
-    if not path.is_file():
-        raise UserError(f"--pretrained-path {path} does not exist or is no file.")
+    flag = f"--pretrained-path {path}"
+    in_file = _classes_in(path, _head_names(name))
+    # timm keeps the head where both numbers agree, and wants every tensor then. -1: there is none to keep.
+    overlay = {"file": str(path), "num_classes": in_file or -1, "label_offset": 0, "custom_load": _is_npz(path)}
     try:
-        weights = {} if path.suffix in (".npz", ".npy") else load_state_dict(str(path))
-    except Exception as error:  # a damaged or foreign file fails in many ways
-        raise UserError(
-            f"--pretrained-path {path} cannot be read: it is damaged, cut short, or holds no weights in a format that "
-            "timm reads (.pth, .pth.tar, .safetensors, .npz)."
-        ) from error
-    state = torch.get_rng_state()
-    fresh = build()
-    head = _head_name(fresh)
-    # timm keeps the head where the counts agree and makes a new one where they differ.
-    in_file = int(weights[f"{head}.weight"].shape[0]) if f"{head}.weight" in weights else num_classes
-    overlay = {"file": str(path), "num_classes": in_file, "custom_load": path.suffix in (".npz", ".npy")}
-    torch.set_rng_state(state)  # what is not loaded is then initialised as it was before
-    try:
-        model = build(pretrained=True, pretrained_cfg_overlay=overlay)
-    except (RuntimeError, KeyError, ValueError, AttributeError, AssertionError) as error:
-        raise _does_not_fit(path, " ".join(str(error).split())[:200] + " ...") from error
-    # With another head timm loads whatever fits, so a file of another model would pass unnoticed.
-    before, after = fresh.state_dict(), model.state_dict()
-    missing = [key for key in before if before[key].ndim > 1 and torch.equal(before[key], after[key])]
-    unknown = [key for key in weights if key not in before] if before.keys() & weights.keys() else []
-    for keys, what in ((missing, "are not in it"), (unknown, "of it have no place in the model")):
-        others = [key for key in keys if not key.startswith(head)]
-        if others:
-            raise _does_not_fit(path, f"{len(others)} tensors {what}, for example {others[0]}")
+        with _recorded_loads() as loads:
+            model = build(pretrained=True, pretrained_cfg_overlay=overlay)
+    except UserError:
+        raise
+    except (RuntimeError, KeyError, IndexError, ValueError, AttributeError, AssertionError, TypeError) as error:
+        raise _does_not_fit(flag, _in_one_line(error)) from error
+    _check_fit(model, name, loads, flag, say)
     _tell_of_head(in_file, num_classes, say)
     return model
 
 
-def _does_not_fit(path: Path, reason: str) -> UserError:
+def _classes_in(path: Path, heads: tuple[str, ...]) -> int | None:
+    """How many classes the head in a file tells apart; None for a file without a head. Raises `UserError`."""
+    if not path.is_file():
+        found = sorted(str(p) for p in path.glob("*") if p.suffix in SUFFIXES) if path.is_dir() else []
+        hint = f" That folder has: {', '.join(found)}." if found else ""
+        raise UserError(f"--pretrained-path {path} does not exist or is no file.{hint}")
+    try:
+        if _is_npz(path):
+            with path.open("rb") as file, np.load(file) as arrays:  # numpy leaves a damaged file open
+                biases = (arrays[key] for key in arrays.files if key.endswith("head/bias"))
+                return next((len(bias) for bias in biases), None)
+        weights = timm.models.load_state_dict(str(path))
+        tensors = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
+        if not tensors:
+            raise ValueError("no tensors")
+    except Exception as error:  # a damaged or foreign file fails in many ways
+        raise UserError(
+            f"--pretrained-path {path} cannot be read: it is damaged, cut short, or holds no weights in a form that "
+            f"timm reads ({', '.join(SUFFIXES)}). Give a file such as a run's model_best.pth.tar."
+        ) from error
+    return next((int(tensors[f"{head}.weight"].shape[0]) for head in heads if f"{head}.weight" in tensors), None)
+
+
+def _is_npz(path: Path) -> bool:
+    """Google's own format, which each timm model reads in a way of its own."""
+    return path.suffix == ".npz"
+
+
+def _head_names(name: str) -> tuple[str, ...]:
+    cfg = timm.models.get_pretrained_cfg(name)
+    own = (cfg.classifier if cfg else None) or ()
+    return (*((own,) if isinstance(own, str) else own), *HEADS)
+
+
+@contextlib.contextmanager
+def _recorded_loads() -> Iterator[list[Any]]:
+    """Keep what `load_state_dict` answers timm, which drops it: the missing and the unexpected keys."""
+    original, answers = nn.Module.load_state_dict, list[Any]()
+
+    def load_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        answers.append(original(self, *args, **kwargs))
+        return answers[-1]
+
+    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    try:
+        yield answers
+    finally:
+        nn.Module.load_state_dict = original  # type: ignore[method-assign]
+
+
+def _check_fit(model: nn.Module, name: str, loads: list[Any], flag: str, say: Say) -> None:
+    """Raise `UserError` for weights of another model; say which layers stay new (a pooling's norm) or go unused.
+
+    With a new head timm loads whatever it finds, so that weights of another depth would pass unnoticed.
+    """
+    heads = tuple(f"{head}." for head in _head_names(name))
+    own = model.state_dict()
+    missing = [key for load in loads for key in load.missing_keys if not key.startswith(heads)]
+    unused = [key for load in loads for key in load.unexpected_keys if not key.startswith(heads)]
+    loaded = _tops(own.keys() - set(missing))
+    lacks = [key for key in missing if key.partition(".")[0] in loaded]
+    has_more = [key for key in unused if key.partition(".")[0] in loaded]
+    if lacks:
+        raise _does_not_fit(flag, f"it lacks {len(lacks)} tensors, for example {lacks[0]}")
+    if has_more:
+        raise _does_not_fit(flag, f"{len(has_more)} of its tensors have no place, for example {has_more[0]}")
+    if sum(own[key].numel() for key in missing) > 0.5 * sum(value.numel() for value in own.values()):
+        raise _does_not_fit(flag, f"it lacks most layers, for example {missing[0]}")
+    if missing:
+        say(f"pretrained weights: they have no {', '.join(sorted(_tops(missing)))}, which stays freshly initialised")
+    if unused:
+        say(f"pretrained weights: their {', '.join(sorted(_tops(unused)))} has no place in the model and is not used")
+
+
+def _tops(keys: Any) -> set[str]:
+    return {key.partition(".")[0] for key in keys}
+
+
+def _does_not_fit(flag: str, reason: str) -> UserError:
     return UserError(
-        f"--pretrained-path {path} does not fit the model: {reason}. Give the --model and --model-kwargs that it was "
-        "trained with."
+        f"{flag} does not fit the model: {reason}. Give the --model and --model-kwargs that the weights were trained "
+        "with."
     )
 
 
-def _head_name(model: nn.Module) -> str:
-    """Of the classifier, e.g. `head`; of several the first."""
-    name = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
-    return name if isinstance(name, str) else name[0]
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
-def _tell_of_head(in_file: int | None, num_classes: int, say: Say) -> None:
-    if in_file and in_file != num_classes:
-        say(f"pretrained weights: the classifier of {in_file} classes is replaced by a new one of {num_classes}")
+def _tell_of_head(before: int | None, num_classes: int, say: Say) -> None:
+    if not before:
+        say(f"pretrained weights: they have no head, a new one of {num_classes} classes is made")
+    elif before != num_classes:
+        say(f"pretrained weights: head of {before} classes replaced by one of {num_classes}")
 
 
 @contextlib.contextmanager
 def _quick_without_network() -> Iterator[None]:
-    """Without a way to the hub look in its cache only, rather than try again and again for half a minute."""
+    """Where the hub cannot be reached, look in its local cache alone rather than try again for most of a minute."""
     from huggingface_hub import constants
 
-    host = urlparse(constants.ENDPOINT).hostname or "huggingface.co"
-    has_proxy = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    url = urlparse(constants.ENDPOINT)
     before = constants.HF_HUB_OFFLINE
-    if not has_proxy:
+    if not before and not urllib.request.getproxies():  # a proxy finds the way where this machine cannot
+        address = url.hostname or "huggingface.co", url.port or (80 if url.scheme == "http" else 443)
         try:
-            socket.getaddrinfo(host, 443)
+            socket.create_connection(address, timeout=CONNECT_S).close()
         except OSError:
-            constants.HF_HUB_OFFLINE = True
+            constants.HF_HUB_OFFLINE = True  # what the environment variable would set
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from data_prep.errors import UserError
-from lowrank_vit.config import leaves, parse, to_yaml
+from lowrank_vit.config import leaves, parse, parse_interval, to_yaml
 from lowrank_vit.options import Config, Step
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -93,6 +93,11 @@ def test_args_yaml_repeats_the_configuration(tmp_path):
         ("epochs: true", "`epochs: true` must be a value"),
         ("- epochs", "must be a flat mapping"),
         ("epochs: [", "not valid YAML"),
+        ("lr: 1\nepochs: 3\nlr: 2", "not valid YAML: .*`lr` is there twice"),
+        ("model-kwargs: {depth: 1, depth: 2}", "not valid YAML: .*`depth` is there twice"),
+        ("batch_size: 8\nbatch-size: 8", "`batch-size` and `batch_size` are the same option"),
+        ("epochs:", "`epochs` has no value"),
+        ("experiment: null", "`experiment` has no value"),
     ],
 )
 def test_bad_yaml_names_file_and_key(tmp_path, line, message):
@@ -163,6 +168,18 @@ def test_values_out_of_range(argv):
         ("--experiment ..", "plain name"),
         ("--color-jitter 0.4 0.4", "one number, or three"),
         ("--cutmix-minmax 0.8 0.2", "smaller number comes first"),
+        ("--mixup 0.8 --batch-size 1", "--mixup mixes each image with another .*--batch-size 1"),
+        ("--cutmix 1 -b 1", "--cutmix mixes each image with another .*--batch-size 1"),
+        ("--cutmix-minmax 0.2 0.8 -b 1", "--cutmix-minmax mixes"),
+        ("--bce-sum", "--bce-sum is about --bce-loss"),
+        ("--bce-target-thresh 0", "--bce-target-thresh is about --bce-loss"),
+        ("--pretrained --initial-checkpoint a.pth", "Give one of them"),
+        ("--pretrained-path b.pth --initial-checkpoint a.pth", "Give one of them"),
+        ("--synthetic --data-dir x", "--synthetic reads no data, so --data-dir"),
+        ("--synthetic --data x", "--synthetic reads no data, so --data-dir"),
+        ("x --synthetic", "--synthetic reads no data, so --data-dir"),
+        ("--dataset digits --synthetic", "--synthetic reads no data, so --dataset"),
+        ("--checkpoint-interval soon", "--checkpoint-interval soon must be updates, e.g. 500, or minutes"),
     ],
 )
 def test_options_that_cannot_be_had(argv, message):
@@ -216,3 +233,67 @@ def test_cpu_turns_off_what_is_meant_for_a_gpu(monkeypatch):
 
 def test_default_config_is_valid():
     assert parse([]) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", (None, None)), ("500", (500, None)), ("10m", (None, 600.0)), ("0.5m", (None, 30.0)), ("1", (1, None))],
+)
+def test_checkpoint_intervals(text, expected):
+    assert parse_interval(text) == expected
+    assert parse(["--checkpoint-interval", text]).run.checkpoint_interval == text
+
+
+@pytest.mark.parametrize("text", ["0", "0m", "-5", "1.5", "10s", "m", "1e3", "infm", "nanm", "5 m", "1_0"])
+def test_bad_checkpoint_intervals(text):
+    with pytest.raises(UserError, match=r"must be updates, e\.g\. 500, or minutes, e\.g\. 10m"):
+        parse_interval(text)
+
+
+def test_an_odd_batch_can_be_mixed():
+    assert parse(["--mixup", "0.8", "--cutmix", "1", "-b", "3"]).data.batch_size == 3
+
+
+def test_a_recipe_can_be_measured_without_its_data(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("dataset: digits\ndata-dir: data/digits\n")
+    config = parse(["--config", str(path), "--synthetic"])
+    assert config.data.synthetic
+    (tmp_path / "args.yaml").write_text(to_yaml(config))
+    assert parse(["--config", str(tmp_path / "args.yaml")]) == config
+
+
+def test_a_wrong_type_in_a_file_names_the_file(tmp_path, capsys):
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("epochs: 3\n")
+    bad.write_text("lr: fast\n")
+    with pytest.raises(SystemExit) as caught:
+        parse(["--config", str(good), "--config", str(bad)])
+    assert caught.value.__notes__ == [f"error: the wrong value stands in --config {bad}"]
+    assert "--lr" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        parse(["--config", str(good), "--lr", "fast"])
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_merge_keys_of_yaml_work(tmp_path):
+    path = tmp_path / "merge.yaml"
+    path.write_text("model-kwargs: {<<: {depth: 2}, embed_dim: 32}\n")
+    assert set(parse(["--config", str(path)]).model.model_kwargs) == {"depth=2", "embed_dim=32"}
+
+
+def test_a_resumed_run_says_whose_weights_it_takes(capsys):
+    for line in ("--pretrained", "--pretrained-path a.pth", "--initial-checkpoint a.pth"):
+        parse(["--resume", "run/last.pth.tar", *line.split()])
+        flag = line.split()[0].removesuffix("-path")
+        note = f"note: the weights are those of --resume run/last.pth.tar; {flag} is not read again\n"
+        assert capsys.readouterr().out == note
+    parse(["--resume", "run/last.pth.tar"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("rank", "speaks"), [("", True), ("0", True), ("1", False), ("7", False)])
+def test_of_several_ranks_one_speaks(rank, speaks, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    parse(["--epochs", "1"])
+    assert ("shortened to 0" in capsys.readouterr().out) == speaks
