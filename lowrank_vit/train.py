@@ -50,6 +50,8 @@ def _farewell(result: Result, has_ema: bool) -> str:
 stopped by {result.stopped_by} after update {result.num_updates}; everything is saved. Go on with:
   {python} -m lowrank_vit.train --config {run}/args.yaml \\
       --resume {run}/last.pth.tar"""
+    if result.best is None:
+        return f"\n{result.num_updates} updates in {duration(result.train_s)}, see {run}/metrics.jsonl"
     return f"""
 {_best(result)}, {duration(result.train_s)} of training
 

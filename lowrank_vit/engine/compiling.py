@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ def keep_compiled_code(folder: Path | None) -> Path:
     (torch's own default is in /tmp, which clusters empty). Call it before anything is compiled. Raises `UserError` if
     the folder cannot be made.
     """
-    kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if folder is None and kept:
+    kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    # torch itself writes its default there when it is imported; what else stands there is the user's.
+    if folder is None and kept and not kept.startswith(f"{tempfile.gettempdir()}/torchinductor_"):
         return Path(kept)
     folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowrank-vit"
     try:

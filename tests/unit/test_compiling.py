@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -39,6 +40,8 @@ def test_a_second_start_finds_the_first_ones_code(tmp_path):
 def test_where_it_is_kept(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert keep_compiled_code(None) == tmp_path / "xdg" / "lowrank-vit"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_me")  # torch's own doing
     assert keep_compiled_code(None) == tmp_path / "xdg" / "lowrank-vit"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
     assert keep_compiled_code(None) == tmp_path / "own"  # the user's
