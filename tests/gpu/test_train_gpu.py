@@ -17,7 +17,9 @@ from lowrank_vit.config import parse
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.plan import TrainPlan, TrainRules
+from lowrank_vit.engine.saver import Saver
 from lowrank_vit.engine.trainer import Trainer
+from tests.runs import stop_after
 
 pytestmark = pytest.mark.gpu
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -84,3 +86,52 @@ def test_quickstart_learns_in_bf16_compiled_with_the_monitor(argv):
     assert result.best is not None
     assert result.best > 50
     assert list((result.run_dir / "spectra").glob("*.npz"))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_compile_modes_and_accumulation_train_as_eager(argv, mode, accum_steps):
+    """Gradients of several runs of a CUDA graph must add up although its outputs are overwritten."""
+    batch = ["--batch-size", str(64 // accum_steps), "--grad-accum-steps", str(accum_steps)]
+    common = [*argv, *batch, "--no-amp", "--no-tf32", "--epochs", "1", "--warmup-epochs", "0", "--log-interval", "1"]
+    compiled = losses(Trainer(parse([*common, "--compile", "--compile-mode", mode]), "c").run().run_dir)
+    eager = losses(Trainer(parse([*common, "--no-compile"]), "e").run().run_dir)
+    np.testing.assert_allclose(compiled, eager, rtol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_trains_as_float32(argv, dtype):
+    common = [*argv, "--epochs", "1", "--warmup-epochs", "0", "--log-interval", "1", "--no-compile"]
+    mixed = losses(Trainer(parse([*common, "--amp", "--amp-dtype", dtype]), "m").run().run_dir)
+    exact = losses(Trainer(parse([*common, "--no-amp", "--no-tf32"]), "x").run().run_dir)
+    np.testing.assert_allclose(mixed, exact, rtol=0.02)
+
+
+def test_a_checkpoint_is_the_state_when_it_was_saved(tmp_path):
+    """The copy is taken on the step's stream, and fetched while the weights already change."""
+    weights = torch.zeros(50_000_000, device="cuda")
+    saver = Saver(tmp_path, weights.device, print)
+    for value in range(3):
+        weights.fill_(value)
+        saver.save({"state_dict": {"w": weights}}, (f"{value}.pth.tar",))
+        weights.fill_(-1)
+    saver.close()
+    for value in range(3):
+        saved = torch.load(tmp_path / f"{value}.pth.tar", weights_only=True)["state_dict"]["w"]
+        assert saved.device.type == "cpu"
+        assert bool((saved == value).all())
+
+
+def test_resumed_is_uninterrupted(argv):
+    """In float32 without compilation; nothing of torch's generators is saved."""
+    exact = [*argv, "--no-amp", "--no-compile", "--drop-path", "0.1", "--log-interval", "4"]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        whole = Trainer(parse([*exact, "--experiment", "whole"]), "x").run().run_dir
+        part = Trainer(parse([*exact, "--experiment", "part"]), "x")
+        stop_after(part, 7)
+        run = part.run().run_dir
+        Trainer(parse([*exact, "--resume", str(run / "last.pth.tar")]), "x").run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    np.testing.assert_allclose(losses(run), losses(whole), rtol=1e-5)  # atomics of some kernels differ in the last bits
