@@ -12,6 +12,7 @@ from lowrank_vit.engine.progress import duration
 from lowrank_vit.engine.setup import pick_device
 from lowrank_vit.engine.trainer import Result, Trainer
 from lowrank_vit.options import Config
+from lowrank_vit.timm_flags import with_long_names
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,6 +35,7 @@ def _train(argv: list[str], world: World) -> None:
 
 def default_name(argv: list[str], config: Config) -> str:
     """How a run directory's name begins: the configuration file's name, else the model's."""
+    argv = with_long_names(argv)
     for flag, value in zip(argv, [*argv[1:], ""], strict=True):
         if flag == "--config":
             return Path(value).stem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         hint = f" That folder has: {', '.join(found)}." if found else ""
         raise UserError(f"Checkpoint {path} does not exist or is no file.{hint}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's `args`: a bag of plain values
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file fails in many ways inside torch
         raise UserError(
             f"Checkpoint {path} cannot be read: it is damaged, cut short, or no file saved by torch with tensors and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import resource
 import signal
 
@@ -27,6 +28,17 @@ def test_round_trip(tmp_path):
 def test_a_bare_state_dict_is_a_checkpoint_too(tmp_path):
     torch.save({"w": torch.zeros(2)}, tmp_path / "bare.pth")
     assert list(read_checkpoint(tmp_path / "bare.pth").weights(use_ema=False)) == ["w"]
+
+
+def test_a_checkpoint_of_timms_is_read(tmp_path):
+    """It has its arguments as a Namespace."""
+    args = argparse.Namespace(model="vit_tiny_patch16_224", lr=0.1)
+    torch.save(
+        {"state_dict": {"w": torch.zeros(2)}, "arch": "vit_tiny_patch16_224", "args": args}, tmp_path / "t.pth.tar"
+    )
+    checkpoint = read_checkpoint(tmp_path / "t.pth.tar")
+    assert checkpoint.arch == "vit_tiny_patch16_224"
+    assert checkpoint.args == {}  # other names than ours
 
 
 def test_a_full_disk_keeps_the_old_file(tmp_path):
