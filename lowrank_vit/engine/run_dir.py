@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import platform
@@ -68,17 +69,18 @@ class RunDir:
 
     @classmethod
     def restarted(cls, output: Path, experiment: str) -> Path | None:
-        """The directory in which torchrun's earlier attempts at this run have worked; None in the first attempt.
+        """The newest directory in which earlier attempts of this torchrun have worked; None in the first attempt.
 
-        Without `--experiment` it is the newest that this torchrun has made.
+        Never one of another run: `--experiment` with the name of an old run must not change that when torchrun, after
+        the first attempt was refused, tries again.
         """
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) == 0:
             return None
-        if experiment:
-            return output / experiment if (output / experiment).is_dir() else None
         launch = launch_id()
-        made = [path.parent for path in output.glob(f"*/{_LAUNCH}") if path.read_text(encoding="utf-8") == launch]
-        return max(made, key=lambda path: path.stat().st_ctime, default=None)
+        marks = output.glob(f"{glob.escape(experiment) if experiment else '*'}/{_LAUNCH}")
+        made = [mark for mark in marks if not mark.parent.is_symlink() and mark.read_text(encoding="utf-8") == launch]
+        newest = max(made, key=lambda mark: mark.stat().st_mtime, default=None)
+        return newest.parent if newest else None
 
     def _link_latest(self) -> None:
         latest = self.path.parent / "latest"

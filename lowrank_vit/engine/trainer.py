@@ -214,7 +214,7 @@ class Trainer:
         # By the clock only where nothing is in the meter, since the ranks' clocks differ and its sums are common.
         is_time = bool(seconds) and is_logged and time.monotonic() - self._saved_at >= seconds
         if is_time or (updates and self.parts.step.num_updates % updates == 0):
-            self._save()
+            self._save(may_skip=True)
 
     def _finish_epoch(self, epoch: int, stats: EpochStats) -> None:
         """Validate where that is due, save, log."""
@@ -249,8 +249,14 @@ class Trainer:
         loader = parts.val_loader if world.size > 1 else _UntilStopped(parts.val_loader, world)
         return {prefix: evaluate(loader, parts.val_batch, world.sum) for prefix, evaluate in parts.evaluators.items()}
 
-    def _save(self, names: tuple[str, ...] = (LAST,), obsolete: tuple[str, ...] = ()) -> None:
-        self.outputs.save(capture(self.config, self.parts, self.progress), names, obsolete)  # captured on every rank
+    def _save(
+        self, names: tuple[str, ...] = (LAST,), obsolete: tuple[str, ...] = (), *, may_skip: bool = False
+    ) -> None:
+        """Save the state; with `may_skip` not while the checkpoint before is still being written: that would stall."""
+        content = capture(self.config, self.parts, self.progress)  # on every rank
+        if may_skip and self.outputs.is_saving:
+            return
+        self.outputs.save(content, names, obsolete)
         self._saved_at = time.monotonic()
 
 

@@ -158,10 +158,11 @@ def test_checkpoints_between_validations(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(saver_module, "write_checkpoint", note)
     Trainer(parse(small(*RECIPE, "--checkpoint-interval", "5")), "x").run()
-    assert written == [5, 10, 11, 15, 20, 22, 25, 30, 33]
+    assert {11, 22, 33} < set(written) <= {5, 10, 11, 15, 20, 22, 25, 30, 33}  # none while another is being written
+    assert written == sorted(written)
     written.clear()
     Trainer(parse(small(*RECIPE, "--checkpoint-interval", "0.0001m")), "x").run()  # at every line of the log
-    assert written == [4, 8, 11, 11, 15, 19, 22, 22, 26, 30, 33, 33]
+    assert {11, 22, 33} < set(written) <= {4, 8, 11, 15, 19, 22, 26, 30, 33}
 
 
 def test_the_best_epochs_are_kept(small, tmp_path):
