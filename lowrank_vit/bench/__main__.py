@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 
 from data_prep.errors import exit_cleanly
-from lowrank_vit.bench import augment, loader, prep, spectral
+from lowrank_vit.bench import augment, end_to_end, loader, prep, spectral, step
 from lowrank_vit.bench.measure import Result, nothing
 from lowrank_vit.bench.show import Output, print_result
 
@@ -55,6 +55,26 @@ def spectral_command(
     Takes about half a minute a round on 2 cores.
     """
     _bench(partial(spectral.run, bench), output, spectral.print_accuracy)
+
+
+@app.command(name="step")
+def step_command(bench: tyro.conf.OmitArgPrefixes[step.Options], output: tyro.conf.OmitArgPrefixes[Output]) -> None:
+    """Training steps on synthetic images, eager and compiled, beside those of timm's train.py.
+
+    Takes about ten seconds a round on 2 cores, and a minute to compile.
+    """
+    _bench(partial(step.run, bench), output)
+
+
+@app.command(name="end-to-end")
+def end_to_end_command(
+    bench: tyro.conf.OmitArgPrefixes[end_to_end.Options], output: tyro.conf.OmitArgPrefixes[Output]
+) -> None:
+    """Train from a .beton with the full recipe: the phases of a step, its bottleneck, and the step without data.
+
+    Takes about ten seconds a round on 2 cores.
+    """
+    _bench(partial(end_to_end.run, bench), output)
 
 
 def _bench(
