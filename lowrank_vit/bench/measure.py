@@ -27,8 +27,8 @@ class Case:
 
     run: Callable[[], object]
     """The timed part; on an accelerator it waits for the device before it returns."""
-    items: int
-    """How many items `run` handles; a sample is items / seconds."""
+    items: float
+    """How many items `run` handles (GB are no whole number); a sample is items / seconds."""
     unit: str = "img/s"
     setting: str = ""
     """One sentence for the reader: which settings, what is inside the timed part."""

@@ -1,0 +1,140 @@
+"""What the machine could do at most, measured in the rounds of the cases that are held against it.
+
+Each limit is a case that does nothing but the least that the measured cases must do: the products of a model as one
+large matrix product, the copy of a batch, the decoding of the files. A case's ratio to it is its share of the limit.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_prep import turbojpeg
+from lowrank_vit.bench.measure import Case
+
+_PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}
+_DTYPE_NAMES = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Products:
+    """Square matrix products of at least a given number of FLOPs."""
+
+    a: Tensor
+    b: Tensor
+    out: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, flops: float, device: torch.device, dtype: torch.dtype) -> Products:
+        """As few as do `flops` (a multiply-add is two)."""
+        side = _PRODUCT_SIDE[device.type]
+        # Random, since a GPU at its power limit is faster on zeros.
+        a, b, out = (torch.rand(side, side, device=device).to(dtype) for _ in range(3))
+        return cls(a, b, out, math.ceil(flops / (2 * side**3)))
+
+    @property
+    def flops(self) -> int:
+        """Of all products together."""
+        return self.count * 2 * len(self.a) ** 3
+
+    def run(self) -> None:
+        """Do them, and wait for the device."""
+        for _ in range(self.count):
+            torch.matmul(self.a, self.b, out=self.out)
+        wait(self.a.device)
+
+
+def products_case(
+    flops_per_item: float, items: int, unit: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Case:
+    """Items a second if all the arithmetic of an item ran at the speed of one large matrix product."""
+    products = Products.of(flops_per_item * items, device, dtype)
+    side, name = len(products.a), _DTYPE_NAMES[dtype]
+    setting = f"limit: {products.count} products of {side} x {side} {name} matrices, the FLOPs of {items:,} items"
+    # A rounded-up number of products counts for more items, so nothing is lost by rounding.
+    return Case(products.run, round(products.flops / flops_per_item), unit, setting)
+
+
+def decode_case(files: Sequence[Path], workers: int) -> Case:
+    """Images a second if whole JPEGs are only read from the page cache and decoded by libjpeg-turbo."""
+    from PIL import Image
+
+    def size_of(file: Path) -> tuple[int, int]:
+        with Image.open(file) as image:
+            return image.size
+
+    sizes = [size_of(file) for file in files]
+
+    def decode(n: int) -> None:
+        turbojpeg.decode(files[n].read_bytes(), *sizes[n])
+
+    def run() -> None:
+        with ThreadPoolExecutor(workers) as pool:
+            for done in [pool.submit(_decode_share, decode, share) for share in shares]:
+                done.result()
+
+    shares = [range(worker, len(files), workers) for worker in range(workers)]
+    return Case(run, len(files), setting=f"limit: libjpeg-turbo alone, whole images, {workers} threads")
+
+
+def _decode_share(decode: Callable[[int], None], share: range) -> None:
+    for n in share:
+        decode(n)
+
+
+def normalizing_case(images: Tensor, repeats: int) -> Case:
+    """Images a second if uint8 images are only turned to float32 ones: reading and writing a batch, no arithmetic."""
+    out = torch.empty(images.shape, dtype=torch.float32, device=images.device, memory_format=torch.channels_last)
+
+    def run() -> None:
+        for _ in range(repeats):
+            out.copy_(images)
+        wait(images.device)
+
+    return Case(run, len(images) * repeats, setting="limit: the images are read and written as float32, nothing else")
+
+
+def copy_case(device: torch.device, num_bytes: int, repeats: int) -> Case:
+    """GB/s (10^9 bytes) of copying memory on the device; each byte counts once read and once written."""
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)  # written to, so that its pages are there
+
+    def run() -> None:
+        for _ in range(repeats):
+            target.copy_(source)
+        wait(device)
+
+    gb = 2 * num_bytes * repeats / 1e9
+    return Case(run, gb, "GB/s", f"{num_bytes / 1e6:,.0f} MB copied {repeats} times, read and write counted")
+
+
+def page_cache_case(file: Path) -> Case:
+    """GB/s of reading a file that the system holds in memory into one buffer again and again."""
+    buffer = memoryview(mmap.mmap(-1, _BLOCK))
+
+    def run() -> None:
+        with file.open("rb", buffering=0) as opened:
+            while opened.readinto(buffer):
+                pass
+
+    return Case(run, file.stat().st_size / 1e9, "GB/s", f"{file.name} read in blocks of 1 MiB from the page cache")
+
+
+def wait(device: torch.device) -> None:
+    """Wait for what was asked of an accelerator."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
