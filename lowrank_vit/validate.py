@@ -73,7 +73,7 @@ class Options:
     """2: score the mean of each image and its mirror image."""
     per_class: Path | None = None
     """Write a table of the classes to this .csv file, and a picture of the confusions beside it."""
-    json: Annotated[Path | None, arg(aliases=["--results-file"])] = None
+    json: Path | None = None
     """Write all scores to this .json file."""
 
 

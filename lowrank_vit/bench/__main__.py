@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from data_prep.errors import exit_cleanly
-from lowrank_vit.bench import augment, end_to_end, everything, loader, prep, spectral, step
+from lowrank_vit.bench import augment, end_to_end, everything, loader, prep, record, spectral, step
 from lowrank_vit.bench.measure import Result, nothing
 from lowrank_vit.bench.show import Output, print_result
 
@@ -93,6 +93,12 @@ def all_command(
     output.write(result)
     if result.extra["failed"]:
         sys.exit(1)
+
+
+@app.command(name="record")
+def record_command(options: tyro.conf.OmitArgPrefixes[record.Options]) -> None:
+    """Join the GPU tests' record and that of `all` into one JSON file and one page for docs/benchmarks."""
+    print(f"written: {record.write(options)}")
 
 
 def _bench(

@@ -102,8 +102,11 @@ def _joined(
     everywhere = {bench: results.get(bench, {}) for bench in wanted}
     verdicts = [
         {
-            "bench": verdict.aim.bench, "name": verdict.aim.name, "aim": verdict.aim.least,
-            "median": verdict.median, "reached": verdict.is_reached,
+            "bench": verdict.aim.bench,
+            "name": verdict.aim.name,
+            "aim": verdict.aim.least,
+            "median": verdict.median,
+            "reached": verdict.is_reached,
         }
         for verdict in judge(everywhere)
     ]

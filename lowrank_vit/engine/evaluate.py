@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from data_prep.errors import UserError
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.data.batch import Batch
 
@@ -79,8 +80,9 @@ class Evaluator:
         """Score all of `loader`; a short last batch is padded to `batch_size` and the padding left out of the sums.
 
         Puts the model into evaluation mode. The sums stay on the device until the end. `reduce` adds a tensor up over
-        the ranks, in place, where each has a share of the samples; it is called once (twice with `by_class`) by every
-        rank, also by one whose share is empty. `by_class`: count confusions, too.
+        the ranks, in place, where each has a share of the samples; it is called once by every rank, also by one whose
+        share is empty. `by_class`: count the confusions of this rank's samples, too. Raises `UserError` if there is no
+        sample at all.
         """
         self._model.eval()
         device = next(self._model.parameters()).device
@@ -99,6 +101,8 @@ class Evaluator:
         if reduce:
             reduce(sums)
         loss, top1, top5, num_samples = sums.tolist()
+        if num_samples == 0:
+            raise UserError("There is no sample to score: all were left out as damaged. Convert the set again.")
         found = (counts.confusion.cpu(), counts.top5.cpu()) if counts else ()
         scores = loss / num_samples, 100 * top1 / num_samples, 100 * top5 / num_samples
         return Scores(int(num_samples), *scores, *found)

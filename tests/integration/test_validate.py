@@ -43,7 +43,7 @@ def test_ema_and_mirror_images_change_the_score(checkpoint, digits_dir, tmp_path
     losses = []
     for n, more in enumerate(((), ("--use-ema",), ("--tta", "2"), ("--amp",))):
         path = tmp_path / f"{n}.json"
-        argv = ["--data", str(digits_dir), "--checkpoint", checkpoint, "--results-file", str(path), "--device", "cpu"]
+        argv = ["--data", str(digits_dir), "--checkpoint", checkpoint, "--json", str(path), "--device", "cpu"]
         validate_command.main([*argv, *more])
         losses.append(json.loads(path.read_text())["loss"])
     assert len(set(losses)) == 4
