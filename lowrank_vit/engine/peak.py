@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -69,8 +68,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype, *, tf32: bool = False) 
     """
     if device.type == "cuda":
         found = torch.cuda.get_device_name(device)
+        is_whole = "MIG" not in found  # a slice of a GPU has a share of its peak
         for name in sorted(_LISTED, key=len, reverse=True):
-            if name in found and (dtype in (torch.bfloat16, torch.float16) or tf32):
+            if is_whole and name in found and (dtype in (torch.bfloat16, torch.float16) or tf32):
                 half, tf32_peak = _LISTED[name]
                 kind, tflops = (
                     ("TF32", tf32_peak) if dtype is torch.float32 else (str(dtype).removeprefix("torch."), half)
@@ -83,13 +83,13 @@ def _measured(device: torch.device, dtype: torch.dtype) -> Peak:
     side = _MEASURED_SIDE[device.type]
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     seconds = []
-    for _ in range(_MEASUREMENTS + 1):  # the first warms up
+    for _ in range(_MEASUREMENTS):
         _wait(device)
         start = time.perf_counter()
         torch.matmul(a, b)
         _wait(device)
         seconds.append(time.perf_counter() - start)
-    flops_per_s = 2 * side**3 / median(seconds[1:])
+    flops_per_s = 2 * side**3 / min(seconds)
     kind = str(dtype).removeprefix("torch.")
     return Peak(flops_per_s, f"a {side} x {side} {kind} product measured here, {flops_per_s / 1e12:.2g} TFLOP/s")
 
