@@ -111,16 +111,24 @@ class World:
         """The signal's name, e.g. SIGTERM; empty without one."""
         return signal.Signals(self._signal).name if self._signal else ""
 
-    def watch(self) -> None:
-        """Start the thread that reads the store."""
-        threading.Thread(target=self._watch, args=(self.store.clone(),), name="ranks", daemon=True).start()
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """While it lasts a thread reads the store, and ends the process when another rank has failed."""
+        is_over = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(self.store.clone(), is_over), name="ranks", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            # It must not be inside torch's C++ code when the interpreter ends: that aborts the process.
+            is_over.set()
+            thread.join()
 
-    def _watch(self, store: Any) -> None:
+    def _watch(self, store: Any, is_over: threading.Event) -> None:
         with contextlib.suppress(RuntimeError):  # the store goes away with the run
-            while True:
+            while not is_over.wait(_POLL_S):
                 if store.check([_FAILED]) and not self._is_failing:
                     os._exit(1)  # the main thread may sit in a collective that never ends
-                time.sleep(_POLL_S)
 
     def is_first_to_fail(self) -> bool:
         """Note that this rank fails; whether no other did before, whose doing this may be then."""
@@ -186,13 +194,10 @@ def joined(world: World, device: torch.device) -> Iterator[World]:
         device_id=device if device.type == "cuda" else None,
     )
     world.store = dist.PrefixStore(f"lowrank_vit/{attempt}", store)
-    world.watch()
-    try:
+    with world.watched():
         yield world
         dist.barrier()
-    finally:
-        if sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+    dist.destroy_process_group()  # not after an error: another rank may be stuck
 
 
 def _first_line(error: BaseException) -> str:

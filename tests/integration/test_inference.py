@@ -39,7 +39,7 @@ def test_predictions_are_those_of_validation(trained, tmp_path, capsys):
     hits = np.mean([row["class_1"] == Path(row["file"]).parent.name for row in rows])
     capsys.readouterr()
     validate.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--loader", "resident"])
-    assert f"top-1 {100 * hits:.2f} %" in capsys.readouterr().out
+    assert f"top-1  {100 * hits:6.2f} %" in capsys.readouterr().out
 
 
 def test_a_prediction_does_not_depend_on_the_others(trained):
