@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from data_prep.errors import exit_cleanly
-from lowrank_vit.bench import augment, end_to_end, everything, loader, prep, spectral, step
+from lowrank_vit.bench import augment, end_to_end, everything, loader, machine, prep, spectral, step
 from lowrank_vit.bench.measure import Result, nothing
 from lowrank_vit.bench.show import Output, print_result
 
@@ -76,6 +76,17 @@ def end_to_end_command(
     Takes about ten seconds a round on 2 cores.
     """
     _bench(partial(end_to_end.run, bench), output)
+
+
+@app.command(name="limits")
+def limits_command(
+    bench: tyro.conf.OmitArgPrefixes[machine.Options], output: tyro.conf.OmitArgPrefixes[Output]
+) -> None:
+    """What the machine can do at most: JPEG decoding, copying memory, reading cached files, matrix products.
+
+    Takes about five seconds a round on 2 cores.
+    """
+    _bench(partial(machine.run, bench), output)
 
 
 @app.command(name="all")

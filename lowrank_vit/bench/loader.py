@@ -20,6 +20,7 @@ from data_prep.jpeg import ImageOptions
 from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.bench import loader_peers
 from lowrank_vit.bench.environment import environment
+from lowrank_vit.bench.limits import decode_case
 from lowrank_vit.bench.measure import DEFAULT_REPEATS, Case, Result, Samples, measure, nothing
 from lowrank_vit.bench.photos import ensure_photos
 from lowrank_vit.bench.prep import CACHE
@@ -30,10 +31,13 @@ from lowrank_vit.data.plan import TrainPlan, TrainRules
 from lowrank_vit.data.plan_mix import MixRules
 
 SMALL_SIDE = 32
+LIMITED = ("ffcv", "dali_cpu", "stock_ffcv", "stock_dali", "timm", "torchvision")
+"""What decodes JPEGs, and is held against decoding alone."""
 LIMITS = (
     "All files are in memory after the warm-up, so a slow disk or network in front of them does not show.",
     "Ours resize with PIL's bilinear and bicubic filters in turn, as timm does; stock FFCV with OpenCV's area filter, "
     "the plain DALI pipeline with its linear one.",
+    "decode_limit decodes whole images; DALI's decoder leaves out what lies far outside of the crop.",
     "A round of ours is an epoch, begun with nothing decoded; the plain DALI pipeline and timm's processes go on "
     "from the round before.",
 )
@@ -84,9 +88,12 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
             **_our_cases(options, beton, small, device, workers, stack),
             **_peer_cases(options, folder, beton, workers, stack),
             **_plan_cases(options),
+            "decode_limit": decode_case(sorted(folder.glob("*/*.jpg")), workers),
         }
         ratios = {"ffcv_vs_stock_ffcv": ("ffcv", "stock_ffcv"), "dali_cpu_vs_stock_dali": ("dali_cpu", "stock_dali")}
         ratios |= {f"{kind}_vs_timm": (kind, "timm") for kind in ("ffcv", "dali_cpu")}
+        ratios |= {f"{kind}_vs_torchvision": (kind, "torchvision") for kind in ("ffcv", "dali_cpu")}
+        ratios |= {f"{kind}_share_of_limit": (kind, "decode_limit") for kind in LIMITED}
         repeats = options.repeats
         result = measure("loader", cases, ratios, environment=surroundings, repeats=repeats, limits=LIMITS, note=note)
     best = max(("ffcv", "dali_cpu"), key=lambda kind: result.cases[kind].median)
@@ -149,6 +156,10 @@ def _peer_cases(options: Options, folder: Path, beton: Beton, workers: int, stac
         "timm": (
             stack.enter_context(loader_peers.timm_loader(folder, **wanted)),
             f"create_loader of an ImageFolder, crop and flip only, not yet normalised; {workers} processes",
+        ),
+        "torchvision": (
+            stack.enter_context(loader_peers.torch_loader(folder, **wanted)),
+            f"DataLoader, ImageFolder with decode_image, v2.RandomResizedCrop and flip of uint8; {workers} processes",
         ),
     }
     count = steps * options.batch_size

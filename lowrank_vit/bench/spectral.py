@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from lowrank_vit.bench.environment import environment
+from lowrank_vit.bench.limits import products_case
 from lowrank_vit.bench.measure import DEFAULT_REPEATS, Case, Result, Samples, measure, nothing
 from lowrank_vit.bench.spectral_step import step_cases
 from lowrank_vit.spectral.ends import Solved
@@ -97,6 +98,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     for name in dict.fromkeys(options.models):
         cases |= _solver_cases(name, threads, device)
         ratios[f"gram64_vs_inline_svd_{name}"] = (f"gram64_{name}", f"inline_svd_{name}")
+        ratios[f"gram64_share_of_limit_{name}"] = (f"gram64_{name}", f"product_limit_{name}")
     if options.step or device.type == "cuda":
         for batch in options.step_batches:
             with_monitor, without = f"step_{batch}_with_monitor", f"step_{batch}"
@@ -239,6 +241,7 @@ def _solver_cases(name: str, threads: int, device: torch.device) -> dict[str, Ca
         _wait(device)
 
     where = f"{threads} threads" if device.type == "cpu" else "the GPU"
+    flops = 1e9 * sum(operations(name).values()) / count
     return {
         f"inline_svd_{name}": Case(
             inline, count, unit, f"float32 torch.linalg.svd of each of {MODELS[name]}'s {count} matrices (model and "
@@ -250,6 +253,7 @@ def _solver_cases(name: str, threads: int, device: torch.device) -> dict[str, Ca
         f"refresh_{name}": Case(
             whole, count, unit, "the same, and all metrics and the update's norms: a whole refresh but for the disk"
         ),
+        f"product_limit_{name}": products_case(flops, count, unit, device, torch.float64),
     }  # fmt: skip
 
 
