@@ -80,8 +80,8 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
     folder = ensure_photos(options.scratch / f"photos_{options.count}", options.count, note=note)
     note("converting")
-    beton = _converted(folder, "", ImageOptions())
-    small = _converted(folder, f"_{SMALL_SIDE}", ImageOptions(raw=SMALL_SIDE))
+    beton = converted(folder, "", ImageOptions())
+    small = converted(folder, f"_{SMALL_SIDE}", ImageOptions(raw=SMALL_SIDE))
     surroundings = environment(device.type)
     with ExitStack() as stack:
         cases = {
@@ -102,7 +102,8 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     return replace(result, ratios=named, extra=extra)
 
 
-def _converted(folder: Path, suffix: str, image: ImageOptions) -> Beton:
+def converted(folder: Path, suffix: str, image: ImageOptions) -> Beton:
+    """The photographs of `folder` as FOLDER`suffix`.beton beside it, made once."""
     out = folder.with_name(f"{folder.name}{suffix}.beton")
     convert_image_folder(folder, out, image=image)  # finds itself done where it was
     return Beton(out)
@@ -112,12 +113,12 @@ def _our_cases(
     options: Options, beton: Beton, small: Beton, device: torch.device, workers: int, stack: ExitStack
 ) -> dict[str, Case]:
     def case(kind: str, beton: Beton, device: torch.device, setting: str) -> Case:
-        plan = _plan_of(beton.heights, beton.widths, options, TrainRules())
+        plan = plan_of(beton.heights, beton.widths, options, TrainRules())
         loader, _ = open_loader(beton, plan, device, LoaderOptions(kind, workers))
         stack.callback(loader.close)
         epochs = iter(range(2**31))
         return Case(
-            partial(_read_epoch, loader, epochs, device),
+            partial(read_epoch, loader, epochs, device),
             plan.steps_per_epoch * options.batch_size,
             setting=f"{setting}; uint8 on {device}",
         )
@@ -134,7 +135,8 @@ def _our_cases(
     return cases
 
 
-def _read_epoch(loader: Loader, epochs: Iterator[int], device: torch.device) -> None:
+def read_epoch(loader: Loader, epochs: Iterator[int], device: torch.device) -> None:
+    """Read the next epoch to its end."""
     for _ in loader.batches(next(epochs)):
         pass
     if device.type == "cuda":
@@ -180,7 +182,7 @@ def _plan_cases(options: Options) -> dict[str, Case]:
     big = replace(options, batch_size=256)
     cases = {}
     for name, (rules, setting) in uses.items():
-        plan = _plan_of(heights, widths, big, rules)
+        plan = plan_of(heights, widths, big, rules)
         count = plan.steps_per_epoch * plan.batch_size
         cases[name] = Case(partial(_draw_epoch, plan), count, unit="samples/s", setting=setting)
     return cases
@@ -191,5 +193,6 @@ def _draw_epoch(plan: TrainPlan) -> None:
         plan.batch(0, step, ids)
 
 
-def _plan_of(heights: np.ndarray, widths: np.ndarray, options: Options, rules: TrainRules) -> TrainPlan:
+def plan_of(heights: np.ndarray, widths: np.ndarray, options: Options, rules: TrainRules) -> TrainPlan:
+    """Of images of these sides, with the bench's batch and crops."""
     return TrainPlan(heights, widths, rules, seed=0, img_size=options.img_size, batch_size=options.batch_size)

@@ -219,7 +219,7 @@ def operations(model: str) -> dict[str, float]:
 
 
 def _solver_cases(name: str, threads: int, device: torch.device) -> dict[str, Case]:
-    stacks = _stacks(MODELS[name], device)
+    stacks = stacks_of(MODELS[name], device)
     weights = [w for of_kind in stacks.values() for stack in of_kind for w in stack.matrices_NRC]
     settings = Settings(TOPK, cpu_threads=threads)
     count, unit = len(weights), "matrices/s"
@@ -257,7 +257,8 @@ def _solver_cases(name: str, threads: int, device: torch.device) -> dict[str, Ca
     }  # fmt: skip
 
 
-def _stacks(model: str, device: torch.device) -> Stacks:
+def stacks_of(model: str, device: torch.device) -> Stacks:
+    """Initial weights of the model and of another draw for its EMA, chosen and stacked as the monitor does."""
     import timm
 
     # The global generator is put back: whoever calls this may count on its own draws.
