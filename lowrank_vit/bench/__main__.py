@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from data_prep.errors import exit_cleanly
-from lowrank_vit.bench import augment, end_to_end, everything, loader, prep, record, spectral, step
+from lowrank_vit.bench import augment, end_to_end, everything, growth, loader, machine, prep, record, spectral, step
 from lowrank_vit.bench.measure import Result, nothing
 from lowrank_vit.bench.show import Output, print_result
 
@@ -78,6 +78,26 @@ def end_to_end_command(
     _bench(partial(end_to_end.run, bench), output)
 
 
+@app.command(name="limits")
+def limits_command(
+    bench: tyro.conf.OmitArgPrefixes[machine.Options], output: tyro.conf.OmitArgPrefixes[Output]
+) -> None:
+    """What the machine can do at most: JPEG decoding, copying memory, reading cached files, matrix products.
+
+    Takes about five seconds a round on 2 cores.
+    """
+    _bench(partial(machine.run, bench), output)
+
+
+@app.command(name="growth")
+def growth_command(bench: tyro.conf.OmitArgPrefixes[growth.Options], output: tyro.conf.OmitArgPrefixes[Output]) -> None:
+    """How speed and memory grow with workers, batch, image size, samples and the model's width.
+
+    Takes about a minute a round on 2 cores.
+    """
+    _bench(partial(growth.run, bench), output, chart=growth.growth_chart)
+
+
 @app.command(name="all")
 def all_command(
     bench: tyro.conf.OmitArgPrefixes[everything.Options], output: tyro.conf.OmitArgPrefixes[Output]
@@ -102,13 +122,16 @@ def record_command(options: tyro.conf.OmitArgPrefixes[record.Options]) -> None:
 
 
 def _bench(
-    run: Callable[..., Result], output: Output, print_more: Callable[[Result, Console], object] = nothing
+    run: Callable[..., Result],
+    output: Output,
+    print_more: Callable[[Result, Console], object] = nothing,
+    chart: Callable[[Result], bytes] | None = None,
 ) -> None:
     output.check()
     result = run(note=_note())
     print_more(result, Console())
     print_result(result, Console())
-    output.write(result)
+    output.write(result, chart)
 
 
 def _note() -> Callable[[str], object]:

@@ -25,7 +25,9 @@ from torch import Tensor
 from data_prep.errors import UserError
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.policy import parse_policy
+from lowrank_vit.bench.augment_peers import SETTING, dali_rand_augment
 from lowrank_vit.bench.environment import environment
+from lowrank_vit.bench.limits import normalizing_case
 from lowrank_vit.bench.measure import DEFAULT_REPEATS, Case, Result, measure, nothing
 from lowrank_vit.bench.photos import make_photos
 from lowrank_vit.data.plan import TrainPlan, TrainRules
@@ -168,7 +170,14 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
                 "write into shared memory; no collating",
             ),
         }
-        ratios = {"full_recipe_vs_timm": ("full_recipe", "timm")}
+        run_dali = dali_rand_augment(crops, options.batches, device, workers, MEAN, STD)
+        cases["dali"] = Case(run_dali, count, setting=f"{SETTING}; on {where}")
+        cases["copy_limit"] = normalizing_case(torch.from_numpy(crops).to(device).permute(0, 3, 1, 2), options.batches)
+        ratios = {
+            "full_recipe_vs_timm": ("full_recipe", "timm"),
+            "full_recipe_vs_dali": ("full_recipe", "dali"),
+            "full_recipe_share_of_limit": ("full_recipe", "copy_limit"),
+        }
         if device.type == "cuda":
             cases["vit_small_step"] = _step_case(options, count, device)
             ratios["full_recipe_share_of_step"] = ("vit_small_step", "full_recipe")

@@ -22,7 +22,7 @@ from data_prep.errors import UserError
 from lowrank_vit.bench.aims import judge, print_verdicts
 from lowrank_vit.bench.measure import Result, Samples, nothing
 
-BENCHES = ("prep", "loader", "augment", "spectral", "step", "end-to-end")
+BENCHES = ("prep", "loader", "augment", "spectral", "step", "end-to-end", "limits")
 SHORT: Mapping[str, Sequence[str]] = {
     "prep": ("--count", "1000"),
     "loader": ("--count", "600"),
@@ -30,6 +30,7 @@ SHORT: Mapping[str, Sequence[str]] = {
     "spectral": (),
     "step": ("--steps", "2"),
     "end-to-end": ("--count", "600", "--steps", "2"),
+    "limits": ("--count", "600"),
 }
 """Flags of the short form: the same cases and rounds on fewer images."""
 

@@ -20,12 +20,6 @@ from data_prep import turbojpeg
 from lowrank_vit.bench.measure import Case
 
 _PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}
-_DTYPE_NAMES = {
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float32: "float32",
-    torch.float64: "float64",
-}
 _BLOCK = 1 << 20
 
 
@@ -43,7 +37,8 @@ class Products:
         """As few as do `flops` (a multiply-add is two)."""
         side = _PRODUCT_SIDE[device.type]
         # Random, since a GPU at its power limit is faster on zeros.
-        a, b, out = (torch.rand(side, side, device=device).to(dtype) for _ in range(3))
+        generator = torch.Generator(device).manual_seed(0)
+        a, b, out = (torch.rand(side, side, device=device, generator=generator).to(dtype) for _ in range(3))
         return cls(a, b, out, math.ceil(flops / (2 * side**3)))
 
     @property
@@ -59,14 +54,24 @@ class Products:
 
 
 def products_case(
-    flops_per_item: float, items: int, unit: str, device: torch.device, dtype: torch.dtype = torch.float32
+    flops_per_item: float,
+    items: int,
+    unit: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    unit_flops: float | None = None,
 ) -> Case:
-    """Items a second if all the arithmetic of an item ran at the speed of one large matrix product."""
+    """Items a second if all the arithmetic of an item ran at the speed of one large matrix product.
+
+    `unit_flops`: count in so many FLOPs instead of in items.
+    """
     products = Products.of(flops_per_item * items, device, dtype)
-    side, name = len(products.a), _DTYPE_NAMES[dtype]
-    setting = f"limit: {products.count} products of {side} x {side} {name} matrices, the FLOPs of {items:,} items"
+    side = len(products.a)
+    what = "" if unit_flops else f", the FLOPs of {items:,} items"
+    matrices = f"{side} x {side} {str(dtype).removeprefix('torch.')} matrices"
+    setting = f"limit: {products.count} product{'s' * (products.count > 1)} of {matrices}{what}"
     # A rounded-up number of products counts for more items, so nothing is lost by rounding.
-    return Case(products.run, round(products.flops / flops_per_item), unit, setting)
+    return Case(products.run, products.flops / (unit_flops or flops_per_item), unit, setting)
 
 
 def decode_case(files: Sequence[Path], workers: int) -> Case:
@@ -108,18 +113,20 @@ def normalizing_case(images: Tensor, repeats: int) -> Case:
     return Case(run, len(images) * repeats, setting="limit: the images are read and written as float32, nothing else")
 
 
-def copy_case(device: torch.device, num_bytes: int, repeats: int) -> Case:
-    """GB/s (10^9 bytes) of copying memory on the device; each byte counts once read and once written."""
-    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)  # written to, so that its pages are there
+def copy_case(source: Tensor, target: Tensor, repeats: int) -> Case:
+    """GB/s (10^9 bytes) of copying memory; on one device each byte counts twice, once read and once written."""
+    assert source.nbytes == target.nbytes
 
     def run() -> None:
         for _ in range(repeats):
-            target.copy_(source)
-        wait(device)
+            target.copy_(source, non_blocking=True)
+        wait(source.device)
+        wait(target.device)
 
-    gb = 2 * num_bytes * repeats / 1e9
-    return Case(run, gb, "GB/s", f"{num_bytes / 1e6:,.0f} MB copied {repeats} times, read and write counted")
+    is_inside = source.device == target.device
+    counted = "read and write counted" if is_inside else f"from {source.device.type} to {target.device.type}"
+    gb = (2 if is_inside else 1) * source.nbytes * repeats / 1e9
+    return Case(run, gb, "GB/s", f"{source.nbytes / 1e6:,.0f} MB copied {repeats} times, {counted}")
 
 
 def page_cache_case(file: Path) -> Case:

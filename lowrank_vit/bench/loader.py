@@ -20,6 +20,7 @@ from data_prep.jpeg import ImageOptions
 from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.bench import loader_peers
 from lowrank_vit.bench.environment import environment
+from lowrank_vit.bench.limits import decode_case
 from lowrank_vit.bench.measure import DEFAULT_REPEATS, Case, Result, Samples, measure, nothing
 from lowrank_vit.bench.photos import ensure_photos
 from lowrank_vit.bench.prep import CACHE
@@ -30,10 +31,13 @@ from lowrank_vit.data.plan import TrainPlan, TrainRules
 from lowrank_vit.data.plan_mix import MixRules
 
 SMALL_SIDE = 32
+LIMITED = ("ffcv", "dali_cpu", "stock_ffcv", "stock_dali", "timm", "torchvision")
+"""What decodes JPEGs, and is held against decoding alone."""
 LIMITS = (
     "All files are in memory after the warm-up, so a slow disk or network in front of them does not show.",
     "Ours resize with PIL's bilinear and bicubic filters in turn, as timm does; stock FFCV with OpenCV's area filter, "
     "the plain DALI pipeline with its linear one.",
+    "decode_limit decodes whole images; DALI's decoder leaves out what lies far outside of the crop.",
     "A round of ours is an epoch, begun with nothing decoded; the plain DALI pipeline and timm's processes go on "
     "from the round before.",
 )
@@ -76,17 +80,20 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
     folder = ensure_photos(options.scratch / f"photos_{options.count}", options.count, note=note)
     note("converting")
-    beton = _converted(folder, "", ImageOptions())
-    small = _converted(folder, f"_{SMALL_SIDE}", ImageOptions(raw=SMALL_SIDE))
+    beton = converted(folder, "", ImageOptions())
+    small = converted(folder, f"_{SMALL_SIDE}", ImageOptions(raw=SMALL_SIDE))
     surroundings = environment(device.type)
     with ExitStack() as stack:
         cases = {
             **_our_cases(options, beton, small, device, workers, stack),
             **_peer_cases(options, folder, beton, workers, stack),
             **_plan_cases(options),
+            "decode_limit": decode_case(sorted(folder.glob("*/*.jpg")), workers),
         }
         ratios = {"ffcv_vs_stock_ffcv": ("ffcv", "stock_ffcv"), "dali_cpu_vs_stock_dali": ("dali_cpu", "stock_dali")}
         ratios |= {f"{kind}_vs_timm": (kind, "timm") for kind in ("ffcv", "dali_cpu")}
+        ratios |= {f"{kind}_vs_torchvision": (kind, "torchvision") for kind in ("ffcv", "dali_cpu")}
+        ratios |= {f"{kind}_share_of_limit": (kind, "decode_limit") for kind in LIMITED}
         repeats = options.repeats
         result = measure("loader", cases, ratios, environment=surroundings, repeats=repeats, limits=LIMITS, note=note)
     best = max(("ffcv", "dali_cpu"), key=lambda kind: result.cases[kind].median)
@@ -95,7 +102,8 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     return replace(result, ratios=named, extra=extra)
 
 
-def _converted(folder: Path, suffix: str, image: ImageOptions) -> Beton:
+def converted(folder: Path, suffix: str, image: ImageOptions) -> Beton:
+    """The photographs of `folder` as FOLDER`suffix`.beton beside it, made once."""
     out = folder.with_name(f"{folder.name}{suffix}.beton")
     convert_image_folder(folder, out, image=image)  # finds itself done where it was
     return Beton(out)
@@ -105,12 +113,12 @@ def _our_cases(
     options: Options, beton: Beton, small: Beton, device: torch.device, workers: int, stack: ExitStack
 ) -> dict[str, Case]:
     def case(kind: str, beton: Beton, device: torch.device, setting: str) -> Case:
-        plan = _plan_of(beton.heights, beton.widths, options, TrainRules())
+        plan = plan_of(beton.heights, beton.widths, options, TrainRules())
         loader, _ = open_loader(beton, plan, device, LoaderOptions(kind, workers))
         stack.callback(loader.close)
         epochs = iter(range(2**31))
         return Case(
-            partial(_read_epoch, loader, epochs, device),
+            partial(read_epoch, loader, epochs, device),
             plan.steps_per_epoch * options.batch_size,
             setting=f"{setting}; uint8 on {device}",
         )
@@ -127,7 +135,8 @@ def _our_cases(
     return cases
 
 
-def _read_epoch(loader: Loader, epochs: Iterator[int], device: torch.device) -> None:
+def read_epoch(loader: Loader, epochs: Iterator[int], device: torch.device) -> None:
+    """Read the next epoch to its end."""
     for _ in loader.batches(next(epochs)):
         pass
     if device.type == "cuda":
@@ -150,6 +159,10 @@ def _peer_cases(options: Options, folder: Path, beton: Beton, workers: int, stac
             stack.enter_context(loader_peers.timm_loader(folder, **wanted)),
             f"create_loader of an ImageFolder, crop and flip only, not yet normalised; {workers} processes",
         ),
+        "torchvision": (
+            stack.enter_context(loader_peers.torch_loader(folder, **wanted)),
+            f"DataLoader, ImageFolder with decode_image, v2.RandomResizedCrop and flip of uint8; {workers} processes",
+        ),
     }
     count = steps * options.batch_size
     return {name: Case(run, count, setting=f"{setting}; uint8") for name, (run, setting) in peers.items()}
@@ -169,7 +182,7 @@ def _plan_cases(options: Options) -> dict[str, Case]:
     big = replace(options, batch_size=256)
     cases = {}
     for name, (rules, setting) in uses.items():
-        plan = _plan_of(heights, widths, big, rules)
+        plan = plan_of(heights, widths, big, rules)
         count = plan.steps_per_epoch * plan.batch_size
         cases[name] = Case(partial(_draw_epoch, plan), count, unit="samples/s", setting=setting)
     return cases
@@ -180,5 +193,6 @@ def _draw_epoch(plan: TrainPlan) -> None:
         plan.batch(0, step, ids)
 
 
-def _plan_of(heights: np.ndarray, widths: np.ndarray, options: Options, rules: TrainRules) -> TrainPlan:
+def plan_of(heights: np.ndarray, widths: np.ndarray, options: Options, rules: TrainRules) -> TrainPlan:
+    """Of images of these sides, with the bench's batch and crops."""
     return TrainPlan(heights, widths, rules, seed=0, img_size=options.img_size, batch_size=options.batch_size)

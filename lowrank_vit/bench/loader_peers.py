@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,3 +98,34 @@ def timm_loader(folder: Path, *, batch_size: int, img_size: int, workers: int) -
         yield run
     finally:
         loader._iterator = None  # ends its persistent processes
+
+
+@contextmanager
+def torch_loader(folder: Path, *, batch_size: int, img_size: int, workers: int) -> Iterator[Callable[[], None]]:
+    """An epoch of torch's DataLoader with torchvision's v2 transforms as its documentation asks for: uint8 tensors."""
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    transform = v2.Compose([v2.RandomResizedCrop(img_size, antialias=True), v2.RandomHorizontalFlip()])
+    dataset = ImageFolder(str(folder), transform=transform, loader=_decode_rgb)
+    loader: Any = DataLoader(
+        dataset, batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True
+    )
+
+    def run() -> None:
+        for _ in loader:
+            pass
+
+    try:
+        yield run
+    finally:
+        loader._iterator = None  # ends its persistent processes
+
+
+def _decode_rgb(path: str) -> Any:
+    from torchvision.io import ImageReadMode, decode_image
+
+    with warnings.catch_warnings():  # torchvision 0.29 announces that its decoder will move to a package of its own
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return decode_image(path, mode=ImageReadMode.RGB)

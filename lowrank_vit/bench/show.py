@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -42,13 +42,13 @@ class Output:
             except OSError as error:
                 raise UserError(f"{flag} {path}: its folder cannot be made: {error.strerror}.") from error
 
-    def write(self, result: Result) -> None:
-        """Write what was asked for. Raises `UserError`."""
+    def write(self, result: Result, chart: Callable[[Result], bytes] | None = None) -> None:
+        """Write what was asked for; `chart` draws it (default: `bar_chart`). Raises `UserError`."""
         try:
             if self.json is not None:
                 self.json.write_text(result.to_json(), encoding="utf-8")
             if self.plot is not None:
-                self.plot.write_bytes(bar_chart(result))
+                self.plot.write_bytes((chart or bar_chart)(result))
         except OSError as error:
             raise UserError(f"{error.filename} cannot be written: {error.strerror}.") from error
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from lowrank_vit.bench.environment import environment
+from lowrank_vit.bench.limits import products_case
 from lowrank_vit.bench.measure import DEFAULT_REPEATS, Case, Result, Samples, measure, nothing
 from lowrank_vit.bench.spectral_step import step_cases
 from lowrank_vit.spectral.ends import Solved
@@ -97,6 +98,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     for name in dict.fromkeys(options.models):
         cases |= _solver_cases(name, threads, device)
         ratios[f"gram64_vs_inline_svd_{name}"] = (f"gram64_{name}", f"inline_svd_{name}")
+        ratios[f"gram64_share_of_limit_{name}"] = (f"gram64_{name}", f"product_limit_{name}")
     if options.step or device.type == "cuda":
         for batch in options.step_batches:
             with_monitor, without = f"step_{batch}_with_monitor", f"step_{batch}"
@@ -217,7 +219,7 @@ def operations(model: str) -> dict[str, float]:
 
 
 def _solver_cases(name: str, threads: int, device: torch.device) -> dict[str, Case]:
-    stacks = _stacks(MODELS[name], device)
+    stacks = stacks_of(MODELS[name], device)
     weights = [w for of_kind in stacks.values() for stack in of_kind for w in stack.matrices_NRC]
     settings = Settings(TOPK, cpu_threads=threads)
     count, unit = len(weights), "matrices/s"
@@ -239,6 +241,7 @@ def _solver_cases(name: str, threads: int, device: torch.device) -> dict[str, Ca
         _wait(device)
 
     where = f"{threads} threads" if device.type == "cpu" else "the GPU"
+    flops = 1e9 * sum(operations(name).values()) / count
     return {
         f"inline_svd_{name}": Case(
             inline, count, unit, f"float32 torch.linalg.svd of each of {MODELS[name]}'s {count} matrices (model and "
@@ -250,10 +253,12 @@ def _solver_cases(name: str, threads: int, device: torch.device) -> dict[str, Ca
         f"refresh_{name}": Case(
             whole, count, unit, "the same, and all metrics and the update's norms: a whole refresh but for the disk"
         ),
+        f"product_limit_{name}": products_case(flops, count, unit, device, torch.float64),
     }  # fmt: skip
 
 
-def _stacks(model: str, device: torch.device) -> Stacks:
+def stacks_of(model: str, device: torch.device) -> Stacks:
+    """Initial weights of the model and of another draw for its EMA, chosen and stacked as the monitor does."""
     import timm
 
     # The global generator is put back: whoever calls this may count on its own draws.

@@ -17,8 +17,8 @@ def test_smoke(tmp_path, capsys):
     path = tmp_path / "augment.json"
     main(["augment", *f"-b 8 --batches 2 --img-size 32 --device cpu --repeats 1 --workers 2 --json {path}".split()])
     result = json.loads(path.read_text())
-    assert list(result["cases"]) == ["full_recipe", "plan", "timm"]
-    assert list(result["ratios"]) == ["full_recipe_vs_timm"]
+    assert list(result["cases"]) == ["full_recipe", "plan", "timm", "dali", "copy_limit"]
+    assert list(result["ratios"]) == ["full_recipe_vs_timm", "full_recipe_vs_dali", "full_recipe_share_of_limit"]
     assert all(case["unit"] == "img/s" and case["median"] > 0 for case in result["cases"].values())
     assert (result["batch_size"], result["img_size"], result["workers"]) == (8, 32, 2)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
@@ -45,6 +45,17 @@ def test_both_sides_do_the_same_work():
         shares.append(is_changed.mean())
     # Two operations at 0.5 each and erasing at 0.25 leave 0.19 of the images as they are, some more by small levels.
     assert shares == pytest.approx([0.78, 0.78], abs=0.12)
+
+
+def test_dali_augments_and_normalises_the_same_crops():
+    """Its mean and deviation are those of normalised photographs, and most images are changed."""
+    crops = augment._make_crops(16, 48)
+    out = np.asarray(augment.dali_rand_augment(crops, 2, torch.device("cpu"), 2, augment.MEAN, augment.STD)())
+    assert out.shape == (16, 3, 48, 48)
+    plain = (crops / 255 - np.array(augment.MEAN)) / np.array(augment.STD)
+    changed = np.abs(out.transpose(0, 2, 3, 1) - plain).max((1, 2, 3)) > 1e-3
+    assert changed.mean() > 0.5
+    assert out.mean() == pytest.approx(plain.mean(), abs=0.5)
 
 
 def test_wrong_options():

@@ -62,12 +62,18 @@ def test_a_small_round_runs_and_reads_back(monkeypatch: pytest.MonkeyPatch, caps
     assert torch.equal(torch.get_rng_state(), before)
     content = json.loads(result.to_json())
     assert set(content["ratios"]) == {
-        "gram64_vs_inline_svd", "gram64_vs_inline_svd_small", "step_time_2_with_vs_without",
+        "gram64_vs_inline_svd", "gram64_vs_inline_svd_small", "gram64_share_of_limit_small",
+        "step_time_2_with_vs_without",
     }  # fmt: skip
     assert content["ratios"]["gram64_vs_inline_svd"] == content["ratios"]["gram64_vs_inline_svd_small"]
-    assert {"inline_svd_small", "gram64_small", "refresh_small", "step_2", "step_2_with_monitor"} == set(
-        content["cases"]
-    )
+    assert {
+        "inline_svd_small",
+        "gram64_small",
+        "refresh_small",
+        "product_limit_small",
+        "step_2",
+        "step_2_with_monitor",
+    } == set(content["cases"])
     refreshes = content["refreshes"]["batch_2"]
     assert len(refreshes["refresh_s"]) == 2  # the warm-up's and the round's
     assert refreshes["skipped"] == [0, 0]

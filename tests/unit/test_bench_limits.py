@@ -1,0 +1,64 @@
+"""The limits: positive, in the right unit, and counted as they are said to be. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from lowrank_vit.bench import limits, machine
+from lowrank_vit.bench.__main__ import main
+from lowrank_vit.bench.limits import Products
+
+CPU = torch.device("cpu")
+
+
+def test_smoke(tmp_path, capsys):
+    path, scratch = tmp_path / "limits.json", tmp_path / "scratch"
+    sizes = "--count 10 --megabytes 2 --gflop 1 --device cpu --repeats 1".split()
+    main(["limits", *sizes, "--scratch", str(scratch), "--json", str(path)])
+    result = json.loads(path.read_text())
+    units = {name: case["unit"] for name, case in result["cases"].items()}
+    assert all(case["median"] > 0 for case in result["cases"].values())
+    assert units["memory_copy"] == units["page_cache_read"] == "GB/s"
+    assert units["jpeg_decode_1_core"] == units["jpeg_entropy_1_core"] == "img/s"
+    assert {units[f"cpu_product_{dtype}"] for dtype in ("float32", "float64", "bfloat16")} == {"TFLOP/s"}
+    assert [one.name for one in scratch.iterdir()] == ["photos_10"]  # the file that was read is gone
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    with pytest.raises(UserError, match="--megabytes is 0, expected 1 or more"):
+        machine.run(machine.Options(megabytes=0))
+
+
+def test_products_do_at_least_the_arithmetic_asked_for_and_count_what_they_do():
+    state = torch.get_rng_state()
+    products = Products.of(3e9, CPU, torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert 3e9 <= products.flops < 6e9
+    products.run()
+    torch.testing.assert_close(products.out, products.a @ products.b)
+    assert limits.products_case(1e9, 3, "img/s", CPU).items == products.flops / 1e9
+    assert limits.products_case(3e9, 1, "TFLOP/s", CPU, unit_flops=1e12).items == products.flops / 1e12
+
+
+def test_copies_copy_and_count_each_byte_read_and_written(tmp_path):
+    source, target = torch.arange(1000, dtype=torch.float32), torch.zeros(1000)
+    case = limits.copy_case(source, target, 3)
+    case.run()
+    assert torch.equal(source, target)
+    assert case.items == 2 * 4000 * 3 / 1e9
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 3_000_000)
+    case = limits.page_cache_case(file)
+    case.run()
+    assert case.items == 0.003
+
+
+def test_the_least_of_augmentation_writes_every_image():
+    images = torch.randint(256, (4, 8, 8, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    case = limits.normalizing_case(images, 3)
+    case.run()
+    assert case.items == 12
+    cells = dict(zip(case.run.__code__.co_freevars, case.run.__closure__ or (), strict=True))
+    assert torch.equal(cells["out"].cell_contents, images.float())
