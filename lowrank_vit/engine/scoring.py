@@ -30,8 +30,8 @@ class Scorer:
     @property
     def class_names(self) -> list[str]:
         """Of the training set, in label order; the labels' numbers where the checkpoint does not tell."""
-        names = self.checkpoint.content.get("class_names")
-        return list(names) if names else [str(label) for label in range(self.num_classes)]
+        names = list(self.checkpoint.content.get("class_names") or ())
+        return names + [str(label) for label in range(len(names), self.num_classes)]  # --num-classes may exceed them
 
 
 def load_scorer(

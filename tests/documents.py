@@ -1,0 +1,99 @@
+"""The blocks of code in the documents, and what bash calls when it runs them.
+
+Bash itself takes a block apart: it runs with a PATH on which there are only recorders of their own arguments, so
+quoting, variables and continued lines mean what they mean to a user, and a command that nobody thought of is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RECORDED = ("python", "torchrun", "make", "docker", "wandb")
+RECORDER = """#!{python} -IS
+import json, os, sys
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_MODE")
+told = {{name: os.environ[name] for name in names if name in os.environ}}
+with open(os.environ["RECORD"], "a") as file:
+    file.write(json.dumps([os.path.basename(sys.argv[0]), sys.argv[1:], told]) + "\\n")
+"""
+SLURM = {"srun": 'exec "$@"', "scontrol": "echo node1", "head": 'read -r line; echo "$line"'}
+"""What a batch script calls, as one of its ranks sees it."""
+Call = tuple[str, list[str], dict[str, str]]
+"""A command's name, its arguments, and what its environment tells."""
+NOTE_UNKNOWN = 'command_not_found_handle() { echo "$1" >>"$UNKNOWN"; }; export -f command_not_found_handle\n'
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code of a document."""
+
+    line: int
+    language: str
+    """As the fence tells; "bash" for an indented block."""
+    text: str
+
+
+def blocks(document: str) -> list[Block]:
+    """All blocks of code, fenced or indented."""
+    found: list[Block] = []
+    fence: tuple[int, str] | None = None
+    lines: list[str] = []
+    before = ""
+    for number, line in enumerate([*(ROOT / document).read_text(encoding="utf-8").splitlines(), ""], 1):
+        if line.startswith("```"):
+            if fence:
+                found.append(Block(*fence, "\n".join(lines)))
+            fence, lines = None if fence else (number, line[3:].strip()), []
+        elif fence:
+            lines.append(line)
+        elif line.startswith("    ") and (lines or not before.strip()):
+            lines.append(line[4:])
+        elif lines:
+            found.append(Block(number - len(lines), "bash", "\n".join(lines)))
+            lines = []
+        before = line
+    assert fence is None, f"{document}: the fence of line {fence} is not closed"
+    return found
+
+
+def calls_of(text: str, folder: Path) -> list[Call]:
+    """What bash calls when it runs `text` in `folder`."""
+    record, unknown = folder / "record.jsonl", folder / "unknown.txt"
+    for file in (record, unknown):
+        file.write_text("")
+    told = {"PATH": str(folder / "bin"), "RECORD": str(record), "UNKNOWN": str(unknown)}
+    slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16", "SLURM_JOB_NODELIST": "node[1-2]"}
+    command = [tool("bash"), "-euo", "pipefail", "-c", NOTE_UNKNOWN + text]
+    done = subprocess.run(
+        command, cwd=folder, env=told | slurm, capture_output=True, text=True, timeout=60, check=False
+    )
+    missed = unknown.read_text().split()
+    assert not missed, f"no test knows what to do with {', '.join(missed)}"
+    assert done.returncode == 0, f"bash stops at\n{text}\n{done.stderr}"
+    return [tuple(json.loads(line)) for line in record.read_text().splitlines()]
+
+
+def tool(name: str) -> str:
+    """Where a program of this machine is."""
+    path = shutil.which(name)
+    assert path, f"{name} is not installed"
+    return path
+
+
+def write_recorders(folder: Path) -> None:
+    """Commands that only note how they were called, in `folder`/bin and in `folder`/.venv/bin."""
+    for bin_dir in (folder / "bin", folder / ".venv" / "bin"):
+        bin_dir.mkdir(parents=True)
+        scripts = {name: RECORDER.format(python=sys.executable) for name in RECORDED}
+        scripts |= {name: f"#!{tool('bash')}\n{line}\n" for name, line in SLURM.items()}
+        for name, script in scripts.items():
+            (bin_dir / name).write_text(script)
+            (bin_dir / name).chmod(0o755)
+    (folder / "bin" / "bash").symlink_to(tool("bash"))
+    (folder / ".venv" / "bin" / "activate").touch()
