@@ -5,25 +5,33 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 from lowrank_vit.engine.distributed import World
 
+ONE_WISH_S = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Notes the first signal and passes it on to all ranks; a second Ctrl-C or SIGTERM ends the process at once."""
+    """Notes the first signal and passes it on to all ranks; a second Ctrl-C or SIGTERM ends the process at once.
+
+    What comes within `ONE_WISH_S` of the first is not a second: Ctrl-C reaches torchrun and its ranks alike, and
+    torchrun passes it on to the ranks again.
+    """
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._is_asked = False
+        self._asked_at: float | None = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._is_asked and number != signal.SIGUSR1:
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        elif number != signal.SIGUSR1 and now - self._asked_at > ONE_WISH_S:
             signal.default_int_handler(number, frame)  # raises KeyboardInterrupt
-        self._is_asked = True
         self._world.ask_to_stop(number)
 
     @contextlib.contextmanager

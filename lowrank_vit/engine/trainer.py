@@ -105,16 +105,16 @@ class Trainer:
             self.progress = replace(self.progress, wandb_id=self.outputs.wandb_id)
             if self.monitor and parts.step.num_updates == 0:
                 self.monitor.observe(0)
-            try:
-                with self.stop.noted():
+            with self.stop.noted():  # to the end: what asked for it once may ask again while all is saved
+                try:
                     for epoch in range(self.progress.epoch, parts.num_epochs):
                         stats = self._train_epoch(epoch)
                         self._finish_epoch(epoch, stats)
-            except _Stopped:
-                stopped_by = self.world.stop_reason
-                self._save()
-            self._finish_spectra()
-            self.outputs.finish()
+                except _Stopped:
+                    stopped_by = self.world.stop_reason
+                    self._save()
+                self._finish_spectra()
+                self.outputs.finish()
         progress, updates = self.progress, parts.step.num_updates
         best = progress.best_metric, progress.best_epoch
         return Result(self.run_dir.path, self.config.run.eval_metric, *best, self.train_s, stopped_by, updates)
