@@ -42,6 +42,10 @@ def dali_rand_augment(
         device_id=(device.index or 0) if on_gpu else None,
         seed=0,
         enable_conditionals=True,
+        # Nothing is made ahead: on the same cores that would take time from the next case of the bench.
+        exec_pipelined=on_gpu,
+        exec_async=on_gpu,
+        prefetch_queue_depth=2 if on_gpu else 1,
     )
     def graph() -> Any:
         images = fn.external_source(
