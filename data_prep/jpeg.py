@@ -272,8 +272,7 @@ def _decode_with_pil(data: bytes) -> tuple[np.ndarray, str]:
             with Image.open(io.BytesIO(data), formats=("PNG",)) as again:
                 again.verify()
         reason = _pil_reason(image)
-        ImageOps.exif_transpose(image, in_place=True)
-        return np.asarray(_to_rgb(image)), reason
+        return np.asarray(upright_rgb(image)), reason
 
 
 def _pil_reason(image: ImageFile.ImageFile) -> str:
@@ -287,7 +286,12 @@ def _pil_reason(image: ImageFile.ImageFile) -> str:
     return "alpha" if image.has_transparency_data else str(image.format).lower()
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The image as it is converted: turned as its Exif data say, 8 bits, on white where it is transparent.
+
+    Changes `image`. Raises `ValueError` for pixel values whose white is not defined.
+    """
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # "I;16..." and, from some formats, 16 bits in a 32-bit "I"
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:

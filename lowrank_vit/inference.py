@@ -20,6 +20,7 @@ from tyro.conf import arg
 
 from data_prep.errors import UserError, exit_cleanly
 from data_prep.image_folder import IMAGE_SUFFIXES
+from data_prep.jpeg import upright_rgb
 from lowrank_vit.config import check_ranges
 from lowrank_vit.data.pil_decode import crop_and_resize
 from lowrank_vit.data.plan import EvalPlan
@@ -128,7 +129,7 @@ def _crop(file: Path, scorer: Scorer) -> np.ndarray | str:
     """uint8 (S, S, 3), cropped as in validation; the reason where there is no image in the file."""
     try:
         with Image.open(file) as image:
-            pixels = np.asarray(image.convert("RGB"))
+            pixels = np.asarray(upright_rgb(image))  # as the training set was converted
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return "cannot identify image file" if "cannot identify" in str(error) else str(error)
     size = scorer.spec.img_size

@@ -52,6 +52,30 @@ def test_a_prediction_does_not_depend_on_the_others(trained):
         assert np.allclose(alone.probabilities, prediction.probabilities, atol=1e-5)
 
 
+def test_pixels_mean_what_they_mean_in_conversion(trained, tmp_path):
+    """A turned photograph, 16 bits and transparency are read as the converter reads them."""
+    folder, checkpoint = trained
+    with Image.open(next(folder.rglob("*.jpg"))) as opened:
+        photo = opened.convert("RGB")
+    photo.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    grey = photo.convert("L")
+    grey.save(tmp_path / "grey.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    clear = photo.copy()
+    clear.putalpha(0)
+    clear.save(tmp_path / "clear.png")
+    Image.new("RGB", photo.size, "white").save(tmp_path / "white.png")
+    pairs = (("turned", "upright"), ("grey16", "grey"), ("clear", "white"))
+    for one, other in pairs:
+        files = tuple(tmp_path / f"{name}.png" for name in (one, other))
+        a, b = inference.predict(inference.Options(checkpoint, files, device="cpu")).found
+        assert a.classes == b.classes
+        assert a.probabilities == b.probabilities, (one, other)
+
+
 def test_any_format_is_read_and_what_is_no_image_is_skipped(trained, tmp_path, capsys):
     folder, checkpoint = trained
     photo = Image.open(next(folder.rglob("*.jpg")))
