@@ -52,7 +52,9 @@ class WandbLog:
         import wandb  # heavy: only where asked for
         from wandb.errors import AuthenticationError, UsageError
 
-        arguments: dict[str, Any] = {"project": project, "name": run_dir.name, "dir": str(run_dir), "config": config}
+        # Absolute, since W&B's service is a process of its own, which may have been started in another folder.
+        where = str(run_dir.absolute())
+        arguments: dict[str, Any] = {"project": project, "name": run_dir.name, "dir": where, "config": config}
         arguments |= {"tags": list(tags), "settings": wandb.Settings(init_timeout=init_timeout_s)}
         if resume_id:
             arguments |= {"id": resume_id, "resume": "allow"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +105,22 @@ def test_a_real_server_that_is_away(tmp_path, monkeypatch):
     wandb.teardown()
     assert len(said) == 1
     assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_runs_of_one_process_started_in_different_folders(tmp_path, monkeypatch):
+    """W&B's service stays in the folder of the first."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        folder.joinpath("run").mkdir(parents=True)
+        monkeypatch.chdir(folder)
+        log = WandbLog.start("p", Path("run"), {})
+        log.log({"epoch": 0, "train_loss": 1.0})
+        log.finish()
+        assert list(folder.glob("run/wandb/offline-run-*/run-*.wandb"))
+    wandb.teardown()
 
 
 def test_a_missing_login_is_the_users(tmp_path, monkeypatch):
