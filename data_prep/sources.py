@@ -49,6 +49,10 @@ class Source:
     superclasses: Superclasses | None = None
 
 
+_UNPACKED = 4096
+"""Entries of a `FileList` that are unpacked at a time."""
+
+
 class FileList(Sequence[Sample]):
     """Files to convert, packed: about 12 bytes a file and its name, where a list of `Sample` takes 200 more."""
 
@@ -79,9 +83,11 @@ class FileList(Sequence[Sample]):
 
     def __iter__(self) -> Iterator[Sample]:
         start = 0
-        for label, end in zip(self._labels, self._ends, strict=True):
-            yield Sample(int(label), os.fsdecode(self._names[start:end]))
-            start = end
+        for first in range(0, len(self), _UNPACKED):  # Python's own integers are twice as fast here as NumPy's
+            part = slice(first, first + _UNPACKED)
+            for label, end in zip(self._labels[part].tolist(), self._ends[part].tolist(), strict=True):
+                yield Sample(label, os.fsdecode(self._names[start:end]))
+                start = end
 
 
 def file_list_sha256(samples: Iterable[Sample]) -> str:
