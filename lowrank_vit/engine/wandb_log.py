@@ -14,6 +14,14 @@ FINISH_TIMEOUT_S = 120.0
 """For the last uploads; after that the files on disk are complete and can be sent later."""
 
 
+AXES = {
+    "epoch": ("train_loss", "lr", "img_per_s", "data_wait", "eval_*"),
+    "update": ("train/*",),
+    "spec_update": ("spec/*", "spec_ema/*"),
+}
+"""The axis of each metric. No name fits two patterns: W&B would take any of them, another one in each run."""
+
+
 class WandbLog:
     """One W&B run. Once its server or its library fails, that is said, and no more is sent.
 
@@ -23,14 +31,16 @@ class WandbLog:
     """
 
     def __init__(self, run: Any, run_dir: Path, say: Callable[[str], object]) -> None:
-        """`run`: a W&B run; `say` is told when something goes wrong."""
+        """`run`: a W&B run, None for nothing; `say` is told when something goes wrong."""
         self._run, self._run_dir, self._say = run, run_dir, say
-        self.run_id: str = run.id
+        self.run_id: str = run.id if run else ""
         """With which a resumed run goes on."""
-        for axis, names in {"epoch": "*", "update": "train/*", "spec_update": "spec/*"}.items():
+        if not run:
+            return
+        for axis, names in AXES.items():
             run.define_metric(axis)
-            run.define_metric(names, step_metric=axis)
-        run.define_metric("spec_ema/*", step_metric="spec_update")
+            for name in names:
+                run.define_metric(name, step_metric=axis)
 
     @classmethod
     def start(
@@ -46,8 +56,9 @@ class WandbLog:
     ) -> WandbLog:
         """Start a run, or go on with the one of `resume_id`.
 
-        Where the server does not answer the run is kept on disk (W&B's offline mode). Raises `UserError` without a
-        login, which would otherwise be noticed only after the training.
+        Where the server does not answer the run is kept on disk (W&B's offline mode); where that fails, too, that is
+        said and nothing is sent. Raises `UserError` without a login, which would otherwise be noticed only after the
+        training.
         """
         import wandb  # heavy: only where asked for
         from wandb.errors import AuthenticationError, UsageError
@@ -68,7 +79,11 @@ class WandbLog:
         except (wandb.Error, OSError) as error:
             reason = str(error).partition("\n")[0]
             say(f"warning: W&B's server does not answer ({reason}); the run is kept on disk. {_sync_advice(run_dir)}")
-            run = wandb.init(**arguments, mode="offline")
+            try:
+                run = wandb.init(**arguments, mode="offline")
+            except Exception as offline_error:  # whatever it is: training matters more
+                say(f"warning: W&B cannot keep the run on disk either ({offline_error}); it goes on without W&B.")
+                run = None
         return cls(run, run_dir, say)
 
     def log(self, values: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from wandb.errors import CommError, UsageError
 from data_prep.errors import UserError
 from lowrank_vit.engine.metrics import RunLog
 from lowrank_vit.engine.wandb_log import WandbLog
+from tests.wandb_files import logged_rows
 
 
 class FakeRun:
@@ -46,13 +47,33 @@ def test_names_and_axes(tmp_path):
         log.log("train", 120, {"loss": 1.0, "lr": 0.1})
         log.log("spec", 100, {"spec/blocks.0.mlp.fc1/sigma_max": 2.0})  # late: taken at 100, finished after 120
         log.log_epoch({"epoch": 3, "update": 120, "train_loss": 1.5, "eval_top1": 7.0})
-    assert (run.axes["*"], run.axes["train/*"]) == ("epoch", "update")
+    assert (run.axes["train_loss"], run.axes["eval_*"], run.axes["train/*"]) == ("epoch", "epoch", "update")
     assert run.axes["spec/*"] == run.axes["spec_ema/*"] == "spec_update"
     assert run.logged == [
         {"update": 120, "train/loss": 1.0, "train/lr": 0.1},
         {"spec_update": 100, "spec/blocks.0.mlp.fc1/sigma_max": 2.0},
         {"update": 120, "epoch": 3, "train_loss": 1.5, "eval_top1": 7.0},
     ]
+
+
+def test_every_metric_gets_its_own_axis(tmp_path, monkeypatch):
+    """W&B adds a metric's axis to a row without it, so rows that are as they were sent have no other axis.
+
+    Many names, since W&B takes any of the patterns that fit a name.
+    """
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()
+    sent = [{"update": n, f"train/k{n}": 1.0} for n in range(20)]
+    sent += [{"spec_update": n, f"spec/k{n}": 1.0, f"spec_ema/k{n}": 1.0} for n in range(20)]
+    names = "train_loss lr img_per_s data_wait eval_loss eval_top1 eval_ema_top5".split()
+    sent += [{"epoch": n, name: 1.0} for n, name in enumerate(names)]
+    log = WandbLog.start("p", tmp_path, {})
+    for row in sent:
+        log.log(row)
+    log.finish()
+    wandb.teardown()
+    assert logged_rows(tmp_path / "wandb") == sent
 
 
 @pytest.mark.parametrize("failing", ["log", "finish"])
@@ -90,6 +111,19 @@ def test_without_the_server_the_run_is_kept_on_disk(tmp_path, monkeypatch, error
     assert modes == ["", "offline"]
     assert said[0].startswith("warning: W&B's server does not answer")
     assert f"wandb sync {tmp_path}" in said[0]
+
+
+def test_without_server_and_disk_training_goes_on(tmp_path, monkeypatch):
+    def init(**_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(wandb, "init", init)
+    said: list[str] = []
+    log = WandbLog.start("p", tmp_path, {}, say=said.append)
+    log.log({"epoch": 0, "train_loss": 1.0})
+    log.finish()
+    assert log.run_id == ""
+    assert "goes on without W&B" in said[-1]
 
 
 def test_a_real_server_that_is_away(tmp_path, monkeypatch):
