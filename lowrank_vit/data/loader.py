@@ -33,6 +33,8 @@ class LoaderStats:
     decode_ms_p90: float
     bad_samples: int
     """Different samples found damaged and left out so far."""
+    device_wait_s: float = 0.0
+    """Seconds for which a GPU had nothing to do but wait for its next batch; beside the host's own waiting."""
 
 
 class Loader:
@@ -132,7 +134,8 @@ class Loader:
         depths, self._depths = self._depths, []
         times = list(self._backend.decode_ms)
         p50, p90 = np.percentile(times, [50, 90]).tolist() if times else (0.0, 0.0)
-        return LoaderStats(float(np.mean(depths)) if depths else 0.0, p50, p90, self.num_bad)
+        depth = float(np.mean(depths)) if depths else 0.0
+        return LoaderStats(depth, p50, p90, self.num_bad, self._hand_over.device_wait_s())
 
     def state_dict(self) -> dict[str, int]:
         """The position behind the last update whose batches were handed out; batches decoded ahead do not count."""
@@ -184,6 +187,9 @@ class _SameThread:
         finally:
             _close(batches)
 
+    def device_wait_s(self) -> float:
+        return 0.0
+
     def close(self) -> None:
         pass
 
@@ -195,6 +201,9 @@ class _OwnStream:
         self._device, self._stream = device, torch.cuda.Stream(device)
         # DALI's memory is not torch's to watch over: a batch is kept until the step that reads it is done.
         self._in_use: deque[tuple[torch.cuda.Event, tuple[Batch, Batch]]] = deque()
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        """On the trainer's stream, before and behind the waiting for a batch, where that is not known to be over."""
+        self._waited_ms = 0.0
 
     def run(self, batches: Iterator[Batch], prepare: Prepare | None) -> Iterator[Batch]:
         try:
@@ -203,7 +212,7 @@ class _OwnStream:
                 decoded, batch, made = ahead
                 ahead = self._make(batches, prepare)
                 training = torch.cuda.current_stream(self._device)
-                training.wait_event(made)
+                self._wait_timed(training, made)
                 for tensor in (batch.images, batch.targets):
                     tensor.record_stream(training)
                 try:
@@ -222,6 +231,25 @@ class _OwnStream:
             made = torch.cuda.Event()
             made.record(self._stream)
             return decoded, batch, made
+
+    def _wait_timed(self, training: torch.cuda.Stream, made: torch.cuda.Event) -> None:
+        before, behind = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record(training)
+        training.wait_event(made)
+        behind.record(training)
+        self._waits.append((before, behind))
+        self._count_waits()
+
+    def _count_waits(self) -> None:
+        while self._waits and self._waits[0][1].query():
+            before, behind = self._waits.popleft()
+            self._waited_ms += before.elapsed_time(behind)
+
+    def device_wait_s(self) -> float:
+        """Of the batches since the last call whose waiting is over; the host does not wait."""
+        self._count_waits()
+        waited_ms, self._waited_ms = self._waited_ms, 0.0
+        return waited_ms / 1e3
 
     def _keep_until_read(self, used: tuple[Batch, Batch], training: torch.cuda.Stream) -> None:
         read = torch.cuda.Event()

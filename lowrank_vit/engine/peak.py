@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 # Dense (no sparsity) peaks of the vendors' data sheets, TFLOP/s: bf16 or float16 with float32 sums, TF32.
-# A name is looked for in torch's device name, the longest first.
+# A name is looked for in torch's device name, as whole words, the longest first.
 _LISTED = {
     "H100 PCIe": (756.0, 378.0),
     "H100 NVL": (835.0, 417.5),
@@ -70,7 +71,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, *, tf32: bool = False) 
         found = torch.cuda.get_device_name(device)
         is_whole = "MIG" not in found  # a slice of a GPU has a share of its peak
         for name in sorted(_LISTED, key=len, reverse=True):
-            if is_whole and name in found and (dtype in (torch.bfloat16, torch.float16) or tf32):
+            if is_whole and re.search(rf"\b{name}\b", found) and (dtype in (torch.bfloat16, torch.float16) or tf32):
                 half, tf32_peak = _LISTED[name]
                 kind, tflops = (
                     ("TF32", tf32_peak) if dtype is torch.float32 else (str(dtype).removeprefix("torch."), half)

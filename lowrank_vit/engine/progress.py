@@ -46,11 +46,6 @@ class Clock:
             yield batch
             self.tick()
 
-    @property
-    def wait_share(self) -> float:
-        """Share of the training time spent waiting for data, 0-1."""
-        return self.wait_s / self.train_s if self.train_s > 0 else 0.0
-
 
 @dataclass(frozen=True)
 class Figures:

@@ -1,4 +1,7 @@
-"""One training step: mix, forward, loss, backward, update. The host never waits for the device here."""
+"""One training step: mix, forward, loss, backward, update.
+
+The host never waits for the device here, but where it is so far ahead that the device cannot run dry (`Pace`).
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from lowrank_vit.data.batch import Batch
 from lowrank_vit.engine.distributed import World
 from lowrank_vit.engine.losses import Loss
 from lowrank_vit.engine.meter import Meter
+from lowrank_vit.engine.pace import Pace
 from lowrank_vit.options import Config
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,6 +71,7 @@ class TrainStep:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         self._num_batches = 0
+        self._pace = Pace(device)
         self.meter = Meter(device)
         self.num_updates = 0
         self.grad_norm: Tensor | None = None
@@ -91,6 +96,7 @@ class TrainStep:
         self._num_batches = 0 if is_last else self._num_batches + 1
         if is_last:
             self._update(measure_norm)
+        self._pace.step()
         return is_last
 
     def _update(self, measure_norm: bool) -> None:

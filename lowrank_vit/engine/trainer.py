@@ -16,6 +16,7 @@ from lowrank_vit.engine.checkpoint import read_checkpoint
 from lowrank_vit.engine.distributed import World
 from lowrank_vit.engine.evaluate import Scores
 from lowrank_vit.engine.outputs import Outputs
+from lowrank_vit.engine.pace import wait_for
 from lowrank_vit.engine.peak import memory_gb, mfu
 from lowrank_vit.engine.progress import Clock, Figures
 from lowrank_vit.engine.run_dir import RunDir
@@ -27,6 +28,11 @@ from lowrank_vit.options import Config
 from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
 from lowrank_vit.spectral.ranks import GlooRanks
 from lowrank_vit.spectral.refresh import Settings
+
+
+COLD_UPDATES = {False: 2, True: 20}
+"""The first updates of a process, without and with --compile: compilers, autotuning and memory pools get ready in them,
+so they are no part of img/s, MFU and the share of waiting."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,11 @@ class EpochStats:
     lr: float
     """In the epoch's last update."""
     img_per_s: float
+    """Of all ranks, without the process's first updates, which compile."""
     data_wait: float
-    """Share of the time spent waiting for data, 0-1."""
+    """Share of that time spent waiting for data, 0-1."""
     train_s: float
+    """With them."""
 
 
 class _Stopped(Exception):
@@ -93,6 +101,7 @@ class Trainer:
         """Train to the last epoch. The run directory holds everything; see `docs/architecture.md`."""
         parts, stopped_by = self.parts, ""
         self.train_s = 0.0
+        self._cold_updates = COLD_UPDATES[self.config.step.compile]
         self._interval_updates, self._interval_s = configuration.parse_interval(self.config.run.checkpoint_interval)
         self._saved_at = time.monotonic()
         with ExitStack() as stack:
@@ -161,7 +170,8 @@ class Trainer:
         parts, interval = self.parts, self.config.run.log_interval
         parts.model.train()
         updates, done = parts.plan.updates_per_epoch, self.progress.updates_done
-        clock, lr, num_images, logged = Clock(), parts.step.lr, 0, _Mark()
+        clock, lr, num_images, begun, logged = Clock(), parts.step.lr, 0, _Mark(), _Mark()
+        warm_at = done + min(self._cold_updates, (updates - done) // 2)
         batches = parts.train_loader.batches(epoch) if done < updates else iter(())
         for batch in clock.timed(batches):
             lr = parts.step.lr
@@ -176,12 +186,17 @@ class Trainer:
                 self.monitor.observe(parts.step.num_updates)
             if is_due:
                 logged = self._log_interval(epoch, lr, clock, num_images, logged)
+            if done == warm_at:
+                wait_for(parts.device)  # what was asked of it so far is no part of what follows
+                clock.tick()
+                begun = logged = _Mark(num_images, clock.train_s, clock.wait_s)
+                self._cold_updates = 0
             self._save_if_due(is_due)
             if self.world.stops_after(parts.step.num_updates):
                 raise _Stopped
         self.train_s += clock.train_s
-        img_per_s = num_images / clock.train_s if num_images else 0.0
-        return EpochStats(self.progress.loss_sum / updates, lr, img_per_s, clock.wait_share, clock.train_s)
+        speed = begun.until(_Mark(num_images, clock.train_s, clock.wait_s))
+        return EpochStats(self.progress.loss_sum / updates, lr, *speed, clock.train_s)
 
     def _log_interval(self, epoch: int, lr: float, clock: Clock, num_images: int, before: _Mark) -> _Mark:
         """Log what happened since `before`; the mark for the next time."""
@@ -191,16 +206,18 @@ class Trainer:
         new = progress.updates_done - progress.updates_logged
         loss_sum = progress.loss_sum + means.loss * new
         self.progress = replace(progress, updates_logged=progress.updates_done, loss_sum=loss_sum)
+        loading = parts.train_loader.stats()
+        clock.wait_s += loading.device_wait_s
         now = _Mark(num_images, clock.train_s, clock.wait_s)
-        img_per_s = (now.images - before.images) / (now.train_s - before.train_s)
+        img_per_s, wait_share = before.until(now)
         norm = parts.step.grad_norm
         figures = Figures(
             loss=means.loss,
             lr=lr,
             img_per_s=img_per_s,
-            wait_share=(now.wait_s - before.wait_s) / (now.train_s - before.train_s),
+            wait_share=wait_share,
             memory_gb=memory_gb(parts.device),
-            loading=parts.train_loader.stats(),
+            loading=loading,
             mfu=mfu(img_per_s, parts.train_flops, parts.peak, self.world.size) if parts.train_flops else None,
             grad_norm=None if norm is None else float(norm),
         )
@@ -261,11 +278,18 @@ class Trainer:
 
 
 class _Mark(NamedTuple):
-    """Where an interval of the log begins, counted from the beginning of the epoch."""
+    """A place between two updates, counted from the beginning of the epoch."""
 
     images: int = 0
     train_s: float = 0.0
     wait_s: float = 0.0
+
+    def until(self, end: _Mark) -> tuple[float, float]:
+        """Images a second, and the share of the time spent waiting for data, 0-1, from here on; zeros for nothing."""
+        seconds = end.train_s - self.train_s
+        if seconds <= 0:
+            return 0.0, 0.0
+        return (end.images - self.images) / seconds, min(1.0, (end.wait_s - self.wait_s) / seconds)
 
 
 def _kept_name(epoch: int) -> str:

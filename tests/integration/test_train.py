@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,8 @@ from lowrank_vit import train as train_command
 from lowrank_vit.config import parse
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.engine.checkpoint import read_checkpoint
-from lowrank_vit.engine.trainer import Trainer
+from lowrank_vit.engine.step import TrainStep
+from lowrank_vit.engine.trainer import COLD_UPDATES, Trainer
 from lowrank_vit.report.__main__ import main as report_main
 from lowrank_vit.validate import Options, validate
 from tests.runs import stop_after
@@ -182,6 +185,28 @@ def test_compiled_and_bf16_training_learns(train):
     eager = train("--experiment", "eager", *common)
     compiled = train("--experiment", "compiled", "--compile", "--amp", *common)
     np.testing.assert_allclose(losses(compiled), losses(eager), rtol=0.02)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_first_updates_of_a_process_are_no_part_of_its_speed(train, monkeypatch, compiled):
+    """By a clock that only the steps move: the cold ones 100 s each, the others 1 s."""
+    now = [0.0]
+    monkeypatch.setattr("lowrank_vit.engine.progress.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    trainer = Trainer(parse_small(train, "--experiment", "cold", "--epochs", "2", "--no-spec-monitor"), "x")
+    trainer.config = replace(trainer.config, step=replace(trainer.config.step, compile=compiled))
+    cold = min(COLD_UPDATES[compiled], trainer.parts.plan.updates_per_epoch // 2)
+    original = TrainStep.__call__
+
+    def timed(step, batch, **more):
+        now[0] += 100.0 if step.num_updates < cold else 1.0
+        return original(step, batch, **more)
+
+    monkeypatch.setattr(TrainStep, "__call__", timed)
+    run = trainer.run().run_dir
+    batch = trainer.parts.plan.batch_size
+    with (run / "summary.csv").open() as file:
+        assert [float(row["img_per_s"]) for row in csv.DictReader(file)] == [batch, batch]
+    assert [record["img_per_s"] for record in lines(run, "train")][-1] == batch
 
 
 def test_wandb_works_offline_and_goes_on_with_the_same_run(train, tmp_path, monkeypatch):

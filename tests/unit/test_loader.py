@@ -216,6 +216,8 @@ class FakeCuda:
     def __init__(self, monkeypatch) -> None:
         self.log: list[str] = []
         self.reading = True
+        self.wait_ms = 0.0
+        """What lies between two timed events."""
         fake = self
 
         class Stream:
@@ -229,7 +231,17 @@ class FakeCuda:
                 fake.log.append("host waits")
 
         class Event(Stream):
+            def __init__(self, enable_timing: bool = False) -> None:
+                self.is_timed = enable_timing
+
+            def elapsed_time(self, end) -> float:
+                assert self.is_timed
+                assert end.is_timed
+                return fake.wait_ms
+
             def record(self, stream) -> None:
+                if self.is_timed:
+                    return
                 self.name = f"event {sum('record' in line for line in fake.log)}"
                 fake.log.append(f"record {self.name} on {stream.name}")
 
@@ -280,6 +292,20 @@ def test_on_a_gpu_the_next_batch_is_made_before_one_is_handed_over(sets, monkeyp
     cuda.reading = True
     loader._end()  # while the step on the batch handed out last is still to be done
     assert len(in_use(loader)) == 1
+
+
+def test_on_a_gpu_the_devices_own_waiting_is_counted_once(sets, monkeypatch):
+    cuda, beton = FakeCuda(monkeypatch), Beton(sets["jpeg"])
+    plan = train_plan(beton)
+    loader = Loader(open_one("resident", beton, plan)._backend, beton, plan, torch.device("cuda"))
+    batches, cuda.wait_ms = loader.batches(0), 2.0
+    for _ in range(3):
+        next(batches)
+    assert loader.stats().device_wait_s == 0  # none is known to be over
+    cuda.reading = False
+    next(batches)
+    assert loader.stats().device_wait_s == pytest.approx(4 * 0.002)
+    assert loader.stats().device_wait_s == 0
 
 
 def test_decoded_images_are_kept_until_the_step_has_read_them(sets, monkeypatch):

@@ -67,6 +67,14 @@ def test_listed_devices_have_their_vendors_figure(monkeypatch, name, dtype, tf32
     assert "listed" in peak.name
 
 
+@pytest.mark.parametrize("name", ["NVIDIA RTX A4000", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA GB200", "A100X"])
+def test_devices_with_a_listed_name_inside_their_own_are_measured(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    measured = Peak(1e12, "measured")
+    monkeypatch.setattr("lowrank_vit.engine.peak._measured", lambda device, dtype: measured)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) is measured
+
+
 def test_other_devices_are_measured():
     peak = peak_flops(CPU, torch.float32)
     assert 1e8 < peak.flops_per_s < 1e14
