@@ -28,7 +28,7 @@ def logged_rows(wandb_dir: Path) -> list[dict[str, Any]]:
         piece += content[position : position + length]
         position += length
         if kind in (1, 4):
-            record = wandb_internal_pb2.Record.FromString(piece)
+            record: Any = wandb_internal_pb2.Record.FromString(piece)  # type: ignore[attr-defined]  # made at import
             piece = b""
             if record.WhichOneof("record_type") == "history":
                 items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}

@@ -29,7 +29,6 @@ from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
 from lowrank_vit.spectral.ranks import GlooRanks
 from lowrank_vit.spectral.refresh import Settings
 
-
 COLD_UPDATES = {False: 2, True: 20}
 """The first updates of a process, without and with --compile: compilers, autotuning and memory pools get ready in them,
 so they are no part of img/s, MFU and the share of waiting."""
