@@ -1,0 +1,1 @@
+import lowrank_vit  # noqa: F401  before torch, see there
