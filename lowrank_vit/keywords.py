@@ -45,8 +45,7 @@ def take_keyword(pairs: Iterable[str], name: str) -> tuple[tuple[str, ...], str 
 def square_side(text: str, flag: str = "--model-kwargs img_size") -> int:
     """The side that `224` or `(224, 224)` means. Raises `UserError` for anything else."""
     size = literal(text)
-    sides = set(size) if isinstance(size, (tuple, list)) and len(size) == 2 else {size}
-    side = sides.pop() if len(sides) == 1 else None
-    if type(side) is not int or side < 1:
+    sides: list[Any] = list(size) if isinstance(size, (tuple, list)) else [size, size]
+    if len(sides) != 2 or type(sides[0]) is not int or sides[0] != sides[1] or sides[0] < 1:
         raise UserError(f"{flag}={text}: images are square here, so it takes one whole number of pixels, e.g. 224.")
-    return side
+    return sides[0]

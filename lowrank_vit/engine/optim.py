@@ -62,7 +62,7 @@ def check_optimizer(optim: Optim) -> None:
         warnings.simplefilter("ignore")  # an optimizer's own are said when it is made for the model
         model = nn.Linear(2, 2)
         optimizer = create_optimizer(replace(optim, layer_decay=None), model, optim.lr or optim.lr_base)
-        if optim.opt_betas is None or len(optim.opt_betas) == 2:
+        if optim.opt_betas is None:
             return
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
@@ -105,7 +105,7 @@ def create_optimizer(optim: Optim, model: nn.Module, lr: float) -> Optimizer:
             layer_decay_no_opt_scale=optim.layer_decay_no_opt_scale,
             **extra,
         )
-    except (TypeError, ValueError, ImportError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, ImportError, RuntimeError, AssertionError, LookupError) as error:
         raise UserError(
             f"--opt {optim.opt} cannot be made: {' '.join(str(error).split())}. Check --opt-eps, --opt-betas and "
             "--opt-kwargs; an optimizer of another package needs that package."

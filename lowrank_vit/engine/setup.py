@@ -135,7 +135,7 @@ def make_parts(config: Config, resumed: Checkpoint | None, world: World | None =
             f"{num_classes} classes, on {device}",
             *lines,
             f"peak learning rate {lr:.3g} ({lr_origin}), {_batch_in_words(plan)}, "
-            f"{plan.updates_per_epoch} updates an epoch, {num_epochs} epochs",
+            f"{plan.updates_per_epoch} updates an epoch, {num_epochs} epoch{'s' if num_epochs != 1 else ''}",
             *([f"{train_flops / 1e9:.3g} GFLOP a training image; MFU is against {peak.name}"] if train_flops else []),
         ],
     )

@@ -68,7 +68,7 @@ def interrupted(small, *more: str, after: int) -> Path:
         (UPDATES + 3, ("--warmup-epochs", "0", "--opt", "sgd")),
         (4, ("--amp", "--amp-dtype", "float16")),  # with a scaled loss
         (UPDATES + 3, ("--sched", "none", "--opt", "lookahead_adamw", "--mean", "0.4", "--std", "0.3")),
-        (UPDATES + 3, ("--lr-noise", "0.1", "--sched-on-updates", "--lr-cycle-limit", "2", "--epochs", "2")),
+        (UPDATES + 3, ("--lr-noise", "0.1", "--sched-on-updates", "--sched", "wsd")),
     ],
 )
 def test_resumed_is_uninterrupted(small, whole, after, more):

@@ -79,7 +79,7 @@ def test_one_data_directory_given_twice_is_one():
         "--scale 0.1 1 DIR",
     ],
 )
-def test_a_list_of_numbers_does_not_swallow_the_data_directory(line):
+def test_a_list_of_numbers_does_not_swallow_the_data_directory(line: str):
     config = parse(line.split())
     assert config.data.data_dir == Path("DIR")
     name, *numbers = line.partition(" DIR")[0].split()
@@ -185,7 +185,7 @@ def test_names_in_a_file_may_be_aliases(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("data: x\nb: 8\nvb: 4\nj: 2\nwd: 0.1\ndr: 0.5\n")
     config = parse(["--config", str(path)])
-    assert config == parse("--data-dir x -b 8 -vb 4 -j 2 --wd 0.1 --dr 0.5".split())
+    assert config == parse(shlex.split("--data-dir x -b 8 -vb 4 -j 2 --wd 0.1 --dr 0.5"))
 
 
 def test_null_in_a_file_means_the_default(tmp_path):
@@ -295,6 +295,8 @@ def test_values_out_of_range(argv):
         ("--img-size 32 --model-kwargs img_size=64", "--img-size 32 and --model-kwargs img_size=64 differ"),
         ("--model-kwargs img_size=(32,64)", "images are square here"),
         ("--model-kwargs img_size=x", "images are square here"),
+        ("--model-kwargs img_size=[32,32,32]", "images are square here"),
+        ("--model-kwargs img_size={}", "images are square here"),
         ("--model-kwargs depth", "--model-kwargs depth: expected NAME=VALUE"),
         ("--opt-kwargs nesterov", "--opt-kwargs nesterov: expected NAME=VALUE"),
         ("--mean 0.5 0.5", "--mean takes one number, or three"),

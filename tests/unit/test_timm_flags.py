@@ -128,7 +128,7 @@ def test_flags_whose_effect_is_there_change_nothing_but_a_note(line: str, capsys
 
 
 def test_there_is_one_note_for_all_of_them_on_the_first_rank(monkeypatch, capsys):
-    argv = "--pin-mem --worker-seeding all --aug-splits 0".split()
+    argv = shlex.split("--pin-mem --worker-seeding all --aug-splits 0")
     parse(argv)
     assert capsys.readouterr().out.count("note:") == 1
     monkeypatch.setenv("RANK", "1")
@@ -210,7 +210,7 @@ def test_timms_own_args_yaml_is_a_config(tmp_path, capsys):
     path = timms_yaml(tmp_path, model="vit_base_patch16_224", lr=1e-4, device="cpu")
     config = parse(["--config", str(path), "--epochs", "10"])
     assert (config.model.model, config.optim.lr, config.optim.epochs) == ("vit_base_patch16_224", 1e-4, 10)
-    ours = parse("--model vit_base_patch16_224 --lr 1e-4 --device cpu --amp-dtype float16 --epochs 10".split())
+    ours = parse(shlex.split("--model vit_base_patch16_224 --lr 1e-4 --device cpu --amp-dtype float16 --epochs 10"))
     model = dataclasses.replace(ours.model, model_ema=False)
     assert config == dataclasses.replace(ours, model=model, optim=dataclasses.replace(ours.optim, decay_epochs=90))
     (note,) = capsys.readouterr().out.splitlines()
