@@ -10,57 +10,76 @@ import contextlib
 import dataclasses
 import io
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import tyro
 import yaml
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
 from data_prep.errors import UserError
-from lowrank_vit.config_yaml import config_files, yaml_tokens
-from lowrank_vit.options import Config, Range
-from lowrank_vit.timm_flags import check_flags, with_long_names
-
-
-def leaves(config: Config | None = None) -> Iterator[tuple[str, Any, Any]]:
-    """Yield `(flag name without dashes, type hint with its Range, value)` of every option; values of `config`."""
-    config = config or Config()
-    for group in dataclasses.fields(config):
-        yield from _flags(getattr(config, group.name))
-
-
-def _flags(options: Any) -> Iterator[tuple[str, Any, Any]]:
-    hints = get_type_hints(type(options), include_extras=True)
-    for option in dataclasses.fields(options):
-        yield option.name.replace("_", "-"), hints[option.name], getattr(options, option.name)
+from lowrank_vit.config_check import check, leaves
+from lowrank_vit.config_yaml import FromFile, config_files, read_config
+from lowrank_vit.keywords import square_side, take_keyword
+from lowrank_vit.option_types import Hints
+from lowrank_vit.options import Config, Model
+from lowrank_vit.timm_flags import HIDDEN, with_long_names
+from lowrank_vit.timm_line import in_words, translate
 
 
 @dataclasses.dataclass(frozen=True)
 class _CommandLine(Config):
-    """The options, and timm's old form `train.py DIR --model ...`."""
+    """The options; timm's old form `train.py DIR --model ...`; and timm's flags that stand for several options."""
 
+    gp: Suppress[str] = ""
+    no_aug: Suppress[bool] = False
     dir: Positional[Annotated[Path | None, arg(metavar="[DIR]")]] = None
     """The same as --data-dir DIR."""
 
-    def config(self, own: list[str]) -> Config:
-        """The options alone; `own` are the user's tokens. Raises `UserError` for data given twice, or for nothing."""
+    def config(self, own: set[str], in_files: set[str]) -> Config:
+        """The options alone; `own` are the flags that the user typed, `in_files` those of files.
+
+        Raises `UserError` for data given twice, or for nothing, and for two poolings.
+        """
         groups = {group.name: getattr(self, group.name) for group in dataclasses.fields(Config)}
-        flags = _flags_in(own)
+        given = own & {"--data", "--data-dir"}
         if self.dir is not None:
-            if flags & {"--data", "--data-dir"}:
+            if given and self.data.data_dir not in (None, self.dir):
                 raise UserError(f"{self.dir} and --data-dir {self.data.data_dir}: give the data directory once.")
             groups["data"] = dataclasses.replace(self.data, data_dir=self.dir)
         # A recipe's file names its data; to measure it with --synthetic beside it is no contradiction.
-        unread = "--data-dir" if self.dir or "--data" in flags else min(flags & {"--data-dir", "--dataset"}, default="")
+        unread = "--data-dir" if self.dir or given else min(own & {"--dataset"}, default="")
         if self.data.synthetic and unread:
             raise UserError(f"--synthetic reads no data, so {unread} would go unused. Leave one of the two out.")
-        return Config(**groups)
+        if self.gp:
+            groups["model"] = _with_pooling(self.model, self.gp, own, in_files)
+        config = Config(**groups)
+        return _without_augmentation(config) if self.no_aug else config
 
 
-def _flags_in(tokens: list[str]) -> set[str]:
+def _with_pooling(model: Model, pooling: str, own: set[str], in_files: set[str]) -> Model:
+    """The model options with `--gp`; of it and `global_pool` in --model-kwargs the one typed wins over a file's."""
+    rest, other = take_keyword(model.model_kwargs, "global_pool")
+    if other not in (None, pooling):
+        origins = [("--gp" in flags, "--model-kwargs" in flags) for flags in (own, in_files)]
+        if origins[0] == (False, True):
+            return model
+        if origins[0] != (True, False):
+            raise UserError(f"--gp {pooling} and --model-kwargs global_pool={other} differ. Give one of them.")
+    return dataclasses.replace(model, model_kwargs=(*rest, f"global_pool={pooling}"))
+
+
+def _without_augmentation(config: Config) -> Config:
+    """Timm's --no-aug: the whole image, its short side cut out of the middle, resized; mixing is not a part of it."""
+    data = dataclasses.replace(config.data, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, vflip=0.0)
+    if data.train_interpolation == "random":
+        data = dataclasses.replace(data, train_interpolation="bilinear")
+    augment = dataclasses.replace(config.augment, aa="none", color_jitter=(0.0,), reprob=0.0)
+    return dataclasses.replace(config, data=data, augment=augment)
+
+
+def _flags_in(tokens: Iterable[str]) -> set[str]:
     """The flags among command-line tokens, without their values and with dashes inside."""
     return {token.partition("=")[0].replace("_", "-") for token in tokens if token.startswith("--")}
 
@@ -73,33 +92,70 @@ def parse(argv: list[str], prog: str = "python -m lowrank_vit.train") -> Config:
     """
     if "--help" in argv or "-h" in argv:
         print("--config FILE   flat YAML whose keys are the flags below; flags given beside it win\n", flush=True)
-    check_flags(argv)
+    hints: Hints = {name: hint for name, hint, _ in leaves()} | HIDDEN
     paths, own = config_files(with_long_names(argv))
-    hints = {name: hint for name, hint, _ in leaves()}
-    from_files = [token for path in paths for token in yaml_tokens(path, hints)]
+    line = translate(own, hints)
+    files = {path: read_config(path, hints) for path in paths}
+    from_files = [token for tokens in _merged(files.values()).values() for token in tokens]
     try:
-        line = _tyro(from_files + own, prog)
+        recipe = _with_img_size(_tyro(from_files), _flags_in(from_files)) if from_files else None
     except SystemExit as stop:
-        if stop.code:
-            _name_wrong_file(stop, paths, hints)
+        _name_wrong_file(stop, files)
         raise
-    config = line.config(own)
-    config = _fit_defaults(config, from_files, own)
+    typed = _flags_in(line.tokens)
+    parsed = _with_img_size(_tyro(line.tokens, prog, recipe), typed)
+    config = parsed.config(typed, _flags_in(from_files))
+    config = _fit_defaults(config, typed, _flags_in(from_files))
     check(config)
     _tell_what_resuming_overrides(config)
+    _tell_of_timms(files, line.held)
     return config
 
 
-def _tyro(tokens: list[str], prog: str = "") -> _CommandLine:
-    return tyro.cli(OmitArgPrefixes[_CommandLine], args=tokens, prog=prog, description=Config.__doc__)
+def _merged(files: Iterable[FromFile]) -> dict[str, list[str]]:
+    """The tokens by option; of several files the last that names an option counts."""
+    return {name: tokens for file in files for name, tokens in file.tokens.items()}
 
 
-def _name_wrong_file(stop: SystemExit, paths: list[Path], hints: dict[str, Any]) -> None:
-    """Add the YAML file to tyro's message, which names the flag alone, where the wrong value is the file's."""
-    for path in paths:
+def _tyro(tokens: list[str], prog: str = "", default: _CommandLine | None = None) -> _CommandLine:
+    known: dict[str, Any] = {} if default is None else {"default": default}
+    shown, hidden = _take_hidden(tokens)
+    line = tyro.cli(OmitArgPrefixes[_CommandLine], args=shown, prog=prog, description=Config.__doc__, **known)
+    return dataclasses.replace(line, **hidden)
+
+
+def _take_hidden(tokens: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Tokens without the flags of `HIDDEN`, and the fields of `_CommandLine` that those set: tyro shows or drops."""
+    hidden = {"--gp": ("gp", None), "--no-aug": ("no_aug", True), "--no-no-aug": ("no_aug", False)}
+    rest, fields = list[str](), dict[str, Any]()
+    for token in tokens:
+        flag, _, value = token.partition("=")
+        if flag in hidden:
+            name, switch = hidden[flag]
+            fields[name] = value if switch is None else switch
+        else:
+            rest.append(token)
+    return rest, fields
+
+
+def _with_img_size(line: _CommandLine, given: set[str]) -> _CommandLine:
+    """`img_size` of --model-kwargs as --img-size, which timm wants beside it. Raises `UserError` if they differ."""
+    rest, text = take_keyword(line.model.model_kwargs, "img_size")
+    if text is None:
+        return line
+    side, own = square_side(text), line.data.img_size
+    if "--img-size" in given and own is not None and own != side:
+        raise UserError(f"--img-size {own} and --model-kwargs img_size={text} differ. Give one of them, or one size.")
+    model, data = dataclasses.replace(line.model, model_kwargs=rest), dataclasses.replace(line.data, img_size=side)
+    return dataclasses.replace(line, model=model, data=data)
+
+
+def _name_wrong_file(stop: SystemExit, files: dict[Path, FromFile]) -> None:
+    """Add the YAML file to tyro's message, which names the flag alone."""
+    for path, file in files.items():
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                _tyro(yaml_tokens(path, hints))
+                _tyro([token for tokens in file.tokens.values() for token in tokens])
         except SystemExit:
             stop.add_note(f"error: the wrong value stands in --config {path}")
 
@@ -108,6 +164,16 @@ def _say(line: str) -> None:
     """Of the processes of one run the first speaks."""
     if os.environ.get("RANK", "") in ("", "0"):
         print(f"note: {line}", flush=True)
+
+
+def _tell_of_timms(files: dict[Path, FromFile], held: list[str]) -> None:
+    """Say which of timm's options change nothing here: one line a file, and one for what was asked for."""
+    for path, file in files.items():
+        if file.num_skipped:
+            _say(f"{file.num_skipped} options of timm's that are not here stand at neutral values in {path}: skipped")
+    held = [*(one for file in files.values() for one in file.held), *held]
+    if held:
+        _say(in_words(held))
 
 
 def _tell_what_resuming_overrides(config: Config) -> None:
@@ -119,86 +185,22 @@ def _tell_what_resuming_overrides(config: Config) -> None:
         _say(f"the weights are those of --resume {config.run.resume}; {unused[0]} is not read again")
 
 
-def _fit_defaults(config: Config, from_files: list[str], own: list[str]) -> Config:
+def _fit_defaults(config: Config, own: set[str], in_files: set[str]) -> Config:
     """Let values that the user did not give follow from those given: `--device cpu`, and a small `--epochs`."""
     optim, step = config.optim, config.step
     if step.device == "cpu":  # the defaults of these two look for a GPU, which --device cpu does not use
-        given = _flags_in(from_files + own)
+        given = in_files | own
         for name in ("amp", "compile"):
             if not given & {f"--{name}", f"--no-{name}"}:
                 step = dataclasses.replace(step, **{name: False})
-    if optim.warmup_epochs >= optim.epochs and "--warmup-epochs" not in _flags_in(own):
+    if optim.warmup_epochs >= optim.epochs and not optim.warmup_prefix and "--warmup-epochs" not in own:
         optim = dataclasses.replace(optim, warmup_epochs=optim.epochs - 1)
         _say(f"--warmup-epochs shortened to {optim.warmup_epochs}, since --epochs is {optim.epochs}")
-    return dataclasses.replace(config, optim=optim, step=step)
-
-
-def check(config: Config) -> None:
-    """Raise `UserError` for the first option outside its range, or for options that exclude one another."""
-    for group in dataclasses.fields(config):
-        check_ranges(getattr(config, group.name))
-    pairs = {"scale": config.data.scale, "ratio": config.data.ratio, "cutmix-minmax": config.augment.cutmix_minmax}
-    for name, pair in pairs.items():
-        if pair is not None and pair[0] > pair[1]:
-            raise UserError(f"--{name} {pair[0]:g} {pair[1]:g}: the smaller number comes first.")
-    optim = config.optim
-    if optim.warmup_epochs >= optim.epochs:
-        raise UserError(
-            f"--warmup-epochs {optim.warmup_epochs} leaves nothing of --epochs {optim.epochs}: "
-            f"the warm-up must be shorter, at most {optim.epochs - 1}."
-        )
-    if len(config.augment.color_jitter) not in (1, 3):
-        raise UserError(
-            "--color-jitter takes one number, or three: brightness, contrast, saturation. Hue is not there."
-        )
-    _check_mixing_and_loss(config)
-    if config.model.initial_checkpoint and (config.model.pretrained or config.model.pretrained_path):
-        raise UserError("--initial-checkpoint and --pretrained both say which weights to start from. Give one of them.")
-    parse_interval(config.run.checkpoint_interval)
-    name = config.run.experiment
-    if name and (Path(name).name != name or name == ".."):
-        raise UserError(f"--experiment {name} must be a plain name; set its parent with --output.")
-
-
-def _check_mixing_and_loss(config: Config) -> None:
-    augment = config.augment
-    mixing = {"mixup": augment.mixup, "cutmix": augment.cutmix, "cutmix-minmax": augment.cutmix_minmax}
-    mixed_by = next((name for name, value in mixing.items() if value), None)
-    if mixed_by and config.data.batch_size == 1:
-        raise UserError(
-            f"--{mixed_by} mixes each image with another one of its batch, and --batch-size 1 has no other. Use at "
-            "least 2; --grad-accum-steps makes an update of more."
-        )
-    changes = {"bce-sum": augment.bce_sum, "bce-target-thresh": augment.bce_target_thresh is not None}
-    for name, is_given in changes.items():
-        if is_given and not augment.bce_loss:
-            raise UserError(f"--{name} is about --bce-loss, which is not there. Add --bce-loss, or leave it out.")
-
-
-def parse_interval(text: str) -> tuple[int | None, float | None]:
-    """--checkpoint-interval as (updates, seconds): "500" is 500 updates, "10m" ten minutes, "" neither.
-
-    Raises `UserError` for anything else.
-    """
-    if not text:
-        return None, None
-    match = re.fullmatch(r"(?P<updates>[0-9]+)|(?P<minutes>[0-9]+(\.[0-9]+)?)m", text)
-    if not match or float(text.removesuffix("m")) == 0:
-        raise UserError(f"--checkpoint-interval {text} must be updates, e.g. 500, or minutes, e.g. 10m; both above 0.")
-    if match["updates"]:
-        return int(match["updates"]), None
-    return None, 60 * float(match["minutes"])
-
-
-def check_ranges(options: Any) -> None:
-    """Raise `UserError` for the first field of a dataclass whose number lies outside its annotated `Range`."""
-    for name, hint, value in _flags(options):
-        for allowed in getattr(hint, "__metadata__", ()):
-            if not isinstance(allowed, Range):
-                continue
-            for number in value if isinstance(value, tuple) else (value,):
-                if number is not None and number not in allowed:
-                    raise UserError(f"--{name} {number:g} is out of range: it must be {allowed}.")
+    data = config.data
+    if data.workers == 0:
+        data = dataclasses.replace(data, workers=1)
+        _say("--workers 0 is --workers 1: images are decoded by a thread of this process")
+    return dataclasses.replace(config, data=data, optim=optim, step=step)
 
 
 def to_yaml(config: Config) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
 from data_prep.errors import UserError
-from lowrank_vit.timm_flags import check_name
+from lowrank_vit.option_types import Hints, aliases, is_number, kind_of, problem
+from lowrank_vit.timm_flags import HOLDS, NOT_NEUTRAL_AT_0, OF_OTHERS, TIMM_WRITES
+from lowrank_vit.timm_line import FOREIGN, foreign, refuse_value
 
 
 class _OnceLoader(yaml.SafeLoader):
@@ -41,10 +43,22 @@ def config_files(argv: list[str]) -> tuple[list[Path], list[str]]:
     return paths, own
 
 
-def yaml_tokens(path: Path, hints: Mapping[str, Any]) -> list[str]:
-    """The command-line tokens that a flat YAML file stands for; `hints` are all options and their types.
+@dataclass
+class FromFile:
+    """What a flat YAML file says, as command-line tokens."""
 
-    Raises `UserError` naming file and key.
+    tokens: dict[str, list[str]] = field(default_factory=dict)
+    """By option; none for one whose value is null, which means its default."""
+    held: list[str] = field(default_factory=list)
+    """Options of timm's whose effect is there without them."""
+    num_skipped: int = 0
+    """Options of timm's that are not here, at values that change nothing."""
+
+
+def read_config(path: Path, hints: Hints) -> FromFile:
+    """The options that a flat YAML file names; `hints` are all that there are.
+
+    timm's own args.yaml is such a file. Raises `UserError` naming file and key.
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
@@ -56,35 +70,76 @@ def yaml_tokens(path: Path, hints: Mapping[str, Any]) -> list[str]:
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must be a flat mapping of flag names to values, e.g. `epochs: 300`.")
-    tokens: list[str] = []
-    seen: dict[str, str] = {}
+    found, seen, names = FromFile(), dict[str, str](), aliases(hints)
     for key, value in content.items():
         name = str(key).replace("_", "-")
-        check_name(name, f"--config {path}: `{key}`")
-        if name in seen:
-            raise UserError(f"--config {path}: `{key}` and `{seen[name]}` are the same option. Keep one of them.")
-        seen[name] = str(key)
+        name = names.get(name, name)
+        shown = f"--config {path}: `{key}`"
+        if name in FOREIGN:
+            _foreign(found, name, value, shown)
+            continue
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(name, [*hints, *names], n=1, cutoff=0.5)
             hint = f" Did you mean `{near[0]}`?" if near else " See --help for all names."
-            raise UserError(f"--config {path}: `{key}` is not an option.{hint}")
-        tokens += _option_tokens(path, name, hints[name], value)
-    return tokens
+            raise UserError(f"{shown} is not an option.{hint}")
+        if name in seen and value is not None and found.tokens[name]:
+            raise UserError(f"{shown} and `{seen[name]}` are the same option. Keep one of them.")
+        if name not in seen or value is not None:
+            found.tokens[name] = [] if value is None else _option_tokens(shown, name, hints[name], value)
+            seen[name] = str(key)
+    return found
 
 
-def _option_tokens(path: Path, name: str, hint: Any, value: Any) -> list[str]:
-    plain = getattr(hint, "__origin__", hint) if hasattr(hint, "__metadata__") else hint  # without its Range
-    if value is None and type(None) not in get_args(plain):
-        raise UserError(f"--config {path}: `{name}` has no value. Give one, or leave the line out.")
-    is_flag = plain is bool
-    if is_flag:
+def _foreign(found: FromFile, name: str, value: Any, shown: str) -> None:
+    """An option of timm's under a name that the parser does not know."""
+    if (not value and name not in NOT_NEUTRAL_AT_0) or value is None or name in OF_OTHERS:
+        found.num_skipped += 1
+        return
+    values = [str(one) for one in value] if isinstance(value, list) else [] if value is True else [str(value)]
+    tokens = foreign(name, values, shown)
+    if tokens:
+        found.tokens[name] = tokens
+    elif name in HOLDS and value != TIMM_WRITES.get(name):
+        found.held.append(name)
+    else:
+        found.num_skipped += 1
+
+
+def _option_tokens(shown: str, name: str, hint: Any, value: Any) -> list[str]:
+    """An option and its value as tokens none of which can be taken for another flag, or for the data directory."""
+    kind = kind_of(hint)
+    if kind.element is bool:
         if not isinstance(value, bool):
-            raise UserError(f"--config {path}: `{name}: {value}` must be true or false.")
+            raise UserError(f"{shown[:-1]}: {value}` must be true or false.")
         return [f"--{name}" if value else f"--no-{name}"]
     if isinstance(value, bool):
-        raise UserError(f"--config {path}: `{name}: {str(value).lower()}` must be a value, not true or false.")
-    if isinstance(value, dict):  # model-kwargs: {patch_size: 2}
-        return [f"--{name}", *(f"{k}={v}" for k, v in value.items())]
-    if isinstance(value, (list, tuple)):
-        return [f"--{name}", *(str(v) for v in value)]
-    return [f"--{name}", str(value)]
+        raise UserError(f"{shown[:-1]}: {str(value).lower()}` must be a value, not true or false.")
+    if value == "" and kind.element is Path:
+        return []
+    if kind.is_tuple:
+        return [f"--{name}", *_elements(shown, name, hint, value)]
+    if isinstance(value, (list, dict)):
+        what = "a list" if isinstance(value, list) else "a mapping"
+        raise UserError(f"{shown} is {what}, but takes one value.")
+    if message := problem(shown, hint, [str(value)]):
+        raise UserError(f"{message}.")
+    refuse_value(name, str(value), f"{shown}:")
+    return [f"--{name}={value}"]
+
+
+def _elements(shown: str, name: str, hint: Any, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        if not name.endswith("-kwargs"):
+            raise UserError(f"{shown} is a mapping, but takes a list of values.")
+        texts = [f"{key}={one}" for key, one in value.items()]  # model-kwargs: {patch_size: 2}
+    else:
+        values = value if isinstance(value, list) else [value]
+        if any(one is None or isinstance(one, (bool, list, dict)) for one in values):
+            raise UserError(f"{shown} is a list of which each element must be one value.")
+        texts = [str(one) for one in values]
+    if message := problem(shown, hint, texts):
+        raise UserError(f"{message}.")
+    flags = [text for text in texts if text.startswith("-") and not is_number(text)]
+    if flags:
+        raise UserError(f"{shown}: an element cannot begin with a dash, as `{flags[0]}` does.")
+    return texts

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from tyro.conf import arg
 from data_prep.errors import UserError, exit_cleanly
 from data_prep.image_folder import IMAGE_SUFFIXES
 from data_prep.jpeg import upright_rgb
-from lowrank_vit.config import check_ranges
+from lowrank_vit.config_check import check_ranges
 from lowrank_vit.data.pil_decode import crop_and_resize
 from lowrank_vit.data.plan import EvalPlan
 from lowrank_vit.engine.scoring import Scorer, load_scorer
@@ -58,8 +58,8 @@ class Options:
     """Images a step."""
     workers: Annotated[int, arg(aliases=["-j"]), POSITIVE] = 4
     """Threads that open images."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda or cuda:N."""
     amp: bool = False
     """bfloat16 autocast."""
 

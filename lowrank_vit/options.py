@@ -30,11 +30,18 @@ class Range:
         below = value < self.high if self.open_high else value <= self.high
         return above and below
 
-    def __str__(self) -> str:
+    def in_words(self, *, is_whole: bool) -> str:
+        """What a message says of it; `is_whole`: about an option that takes whole numbers only."""
+        low = f"{'above' if self.open_low else 'at least'} {_plain(self.low)}"
+        if self.low == float("-inf"):
+            return "a finite number"
         if self.high == float("inf"):
-            return f"{'above' if self.open_low else 'at least'} {self.low:g} (and finite)"
-        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
-        return f"{low} and {'below' if self.open_high else 'at most'} {self.high:g}"
+            return low if is_whole else f"{low} (and finite)"
+        return f"{low} and {'below' if self.open_high else 'at most'} {_plain(self.high)}"
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 POSITIVE = Range(1)
@@ -68,7 +75,7 @@ class Data:
     """Decode backend; auto: resident if a quarter of the device's memory holds the set, else dali with a GPU, else the
     faster one here."""
     workers: Annotated[int, arg(aliases=["-j"]), POSITIVE] = 4
-    """CPU threads that decode."""
+    """CPU threads that decode; 0 is 1."""
     prefetch: Annotated[int, POSITIVE] = 2
     """Decoded batches that may wait for the trainer."""
     hw_decoder_load: Annotated[float, SHARE] = 0.65
@@ -83,6 +90,10 @@ class Data:
     """Side of the square image that the model sees, pixels; default: the model's own."""
     crop_pct: Annotated[float | None, Range(0, 1, open_low=True)] = None
     """Validation centre crop as a share of the short side; default: the model's own."""
+    mean: Annotated[tuple[float, ...] | None, Range()] = None
+    """Pixel value that the model sees as 0, in 0-1: one number, or red, green, blue; default: the model's own."""
+    std: Annotated[tuple[float, ...] | None, ABOVE_0] = None
+    """Standard deviation that pixels are divided by, in the same form; default: the model's own."""
     scale: Annotated[tuple[float, float], Range(0, 1, open_low=True)] = (0.08, 1.0)
     """Random resized crop: least and greatest share of the image's area."""
     ratio: Annotated[tuple[float, float], ABOVE_0] = (0.75, 1.3333333333333333)
@@ -105,6 +116,12 @@ class Model:
     """Arguments for the model's constructor: NAME=VALUE ..."""
     num_classes: Annotated[int | None, Range(2)] = None
     """Number of classes; default: that of the data."""
+    head_init_scale: Annotated[float | None, Range()] = None
+    """Multiply the classifier's first weights and bias by this."""
+    head_init_bias: Annotated[float | None, Range()] = None
+    """First bias of the classifier."""
+    sync_bn: bool = False
+    """As in timm, for models without BatchNorm, of which it is true; for others it is refused."""
     drop: Annotated[float, SHARE_BELOW_1] = 0.0
     """Dropout rate before the classifier."""
     drop_path: Annotated[float | None, SHARE_BELOW_1] = None
@@ -130,11 +147,13 @@ class Optim:
     """Optimizer and learning rate; names and meanings are timm's."""
 
     opt: str = "sgd"
-    """timm optimizer name, e.g. adamw."""
+    """timm optimizer name, e.g. adamw, or lookahead_adamw."""
     opt_eps: Annotated[float | None, ABOVE_0] = None
     """Optimizer epsilon; default: the optimizer's own."""
-    opt_betas: Annotated[tuple[float, float] | None, SHARE_BELOW_1] = None
-    """Optimizer betas; default: the optimizer's own."""
+    opt_betas: Annotated[tuple[float, ...] | None, SHARE_BELOW_1] = None
+    """Optimizer betas, two or more; default: the optimizer's own."""
+    opt_kwargs: tuple[str, ...] = ()
+    """Other arguments for the optimizer's constructor: NAME=VALUE ..."""
     momentum: Annotated[float, SHARE_BELOW_1] = 0.9
     """Momentum of sgd-like optimizers."""
     weight_decay: Annotated[float, arg(aliases=["--wd"]), NOT_NEGATIVE] = 2e-5
@@ -149,26 +168,56 @@ class Optim:
     """How --lr-base grows with the batch; default: sqrt for ada* and lamb, else linear."""
     layer_decay: Annotated[float | None, Range(0, 1, open_low=True)] = None
     """Learning-rate factor from each layer to the one before it."""
+    layer_decay_min_scale: Annotated[float, SHARE] = 0.0
+    """With --layer-decay: least factor of a layer."""
+    layer_decay_no_opt_scale: Annotated[float | None, SHARE] = None
+    """With --layer-decay: layers whose factor is below this are not trained."""
     clip_grad: Annotated[float | None, ABOVE_0] = None
     """Clip gradients at this value; default: no clipping."""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     """What --clip-grad bounds."""
     grad_accum_steps: Annotated[int, POSITIVE] = 1
     """Batches an update; the same update as one batch as large as all of them."""
-    sched: Literal["cosine", "tanh", "step", "multistep", "poly"] = "cosine"
-    """timm learning-rate schedule."""
+    sched: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"] = "cosine"
+    """timm learning-rate schedule; constant: after the warm-up; none: no warm-up either, nor --layer-decay."""
     sched_on_updates: bool = False
     """Move the schedule at every update instead of every epoch."""
     epochs: Annotated[int, POSITIVE] = 300
     """Training epochs, warm-up included."""
     warmup_epochs: Annotated[int, NOT_NEGATIVE] = 5
     """Epochs of linear warm-up."""
+    warmup_prefix: bool = False
+    """Put the warm-up before --epochs, which are then all the schedule's."""
     warmup_lr: Annotated[float, NOT_NEGATIVE] = 1e-5
     """Learning rate at the start of the warm-up."""
     min_lr: Annotated[float, NOT_NEGATIVE] = 0.0
     """Learning rate at the end."""
     cooldown_epochs: Annotated[int, NOT_NEGATIVE] = 0
     """Epochs at --min-lr after the schedule."""
+    decay_epochs: Annotated[float | None, ABOVE_0] = None
+    """step: epochs between two decays, default 90; wsd and rsqrt: length of the decay, default a fifth (0.2) of all."""
+    decay_rate: Annotated[float, arg(aliases=["--dr"]), ABOVE_0] = 0.1
+    """step and multistep: factor of a decay; poly: the power."""
+    decay_milestones: Annotated[tuple[int, ...], POSITIVE] = (90, 180, 270)
+    """multistep: epochs, counted from 1, that begin with a decay."""
+    lr_decay_fn: Literal["", "linear", "1-sqrt", "cosine", "power", "exp"] = ""
+    """wsd and rsqrt: form of the decay; default: 1-sqrt for wsd, linear for rsqrt."""
+    lr_stable_timescale: Annotated[float | None, ABOVE_0] = None
+    """rsqrt: its time scale, epochs; default: --warmup-epochs."""
+    lr_cycle_mul: Annotated[float, ABOVE_0] = 1.0
+    """cosine, tanh, poly: length of each cycle by that before it."""
+    lr_cycle_decay: Annotated[float, ABOVE_0] = 0.5
+    """cosine, tanh, poly: peak learning rate of each cycle by that before it."""
+    lr_cycle_limit: Annotated[int, POSITIVE] = 1
+    """cosine, tanh, poly: number of cycles; --epochs is the length of the first."""
+    lr_k_decay: Annotated[float, ABOVE_0] = 1.0
+    """cosine, poly: k of k-decay."""
+    lr_noise: Annotated[tuple[float, ...] | None, NOT_NEGATIVE] = None
+    """Noise on the learning rate: where it begins, and where it ends, as shares of --epochs."""
+    lr_noise_pct: Annotated[float, ABOVE_0] = 0.67
+    """Greatest noise, as a share of the learning rate."""
+    lr_noise_std: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Standard deviation of the noise."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +264,8 @@ class Augment:
 class Step:
     """How a step is computed."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda, or cuda:N; with torchrun each process has the GPU of its rank."""
     amp: bool = field(default_factory=lambda: torch.cuda.is_available())
     """Mixed precision; on by default with CUDA."""
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"

@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from data_prep.errors import UserError, exit_cleanly
-from lowrank_vit.config import check_ranges
+from lowrank_vit.config_check import check_ranges
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.loader import OnBadSample
@@ -63,8 +63,8 @@ class Options:
     """CPU threads that decode."""
     on_bad_sample: OnBadSample = "error"
     """A damaged sample: stop, or leave it out and say so."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda or cuda:N."""
     amp: bool = False
     """Mixed precision."""
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"

@@ -128,10 +128,13 @@ class TrainPlan:
         self.seed, self._key = seed, np.uint64(seed)
         self.global_batch = global_batch = batch_size * world_size * accum_steps
         if global_batch > self.num_samples:
+            most = self.num_samples // (world_size * accum_steps)
+            advice = (
+                f"--batch-size {most} or less" if most else f"fewer --grad-accum-steps than {accum_steps}, or ranks"
+            )
             raise UserError(
                 f"The global batch of {global_batch} is larger than the training set of {self.num_samples} samples, "
-                "which leaves no whole batch. Use --batch-size "
-                f"{max(1, self.num_samples // (world_size * accum_steps))} or less."
+                f"which leaves no whole batch. Use {advice}."
             )
         if self.num_samples >= 2**32:
             raise UserError(f"{self.num_samples} samples are more than the plan can number (2**32 - 1).")

@@ -57,13 +57,18 @@ class Checkpoint:
         return self.content[key]
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint without running any code in it. Raises `UserError` naming the file."""
-    path = Path(path)
+def require_file(path: Path) -> None:
+    """Raise `UserError` where there is no checkpoint, naming those of a folder."""
     if not path.is_file():
         found = sorted(str(p) for p in path.glob("*.pth*")) if path.is_dir() else []
         hint = f" That folder has: {', '.join(found)}." if found else ""
         raise UserError(f"Checkpoint {path} does not exist or is no file.{hint}")
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint without running any code in it. Raises `UserError` naming the file."""
+    path = Path(path)
+    require_file(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's `args`: a bag of plain values
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -72,14 +77,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"Checkpoint {path} cannot be read: it is damaged, cut short, or no file saved by torch with tensors and "
             "plain values only. Give a file such as a run's last.pth.tar."
         ) from error
-    if isinstance(content, dict) and "state_dict" not in content and _is_state_dict(content):
+    if isinstance(content, dict) and "state_dict" not in content and is_state_dict(content):
         content = {"state_dict": content}
-    if not isinstance(content, dict) or not _is_state_dict(content.get("state_dict")):
+    if not isinstance(content, dict) or not is_state_dict(content.get("state_dict")):
         raise UserError(f"Checkpoint {path} holds no `state_dict`. Give a checkpoint of this program or of timm.")
     return Checkpoint(path, content)
 
 
-def _is_state_dict(value: Any) -> bool:
+def is_state_dict(value: Any) -> bool:
+    """Whether this is a mapping of names to tensors, and of nothing else."""
     return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 

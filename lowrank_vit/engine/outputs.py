@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from data_prep.errors import UserError
-from lowrank_vit import config as configuration
+from lowrank_vit.config import to_yaml
+from lowrank_vit.config_check import leaves
 from lowrank_vit.engine.evaluate import Scores
 from lowrank_vit.engine.metrics import RunLog
 from lowrank_vit.engine.progress import Display, Figures, duration
@@ -51,7 +52,7 @@ class Outputs:
             if self._is_first:
                 run_dir.write_text("environment.json", environment_json(parts.device))
                 recorded = (f"# spectra of {kind}: singular indices {found}\n" for kind, found in self._indices.items())
-                run_dir.write_text("args.yaml", configuration.to_yaml(config) + "".join(recorded))
+                run_dir.write_text("args.yaml", to_yaml(config) + "".join(recorded))
                 wandb = self._start_wandb() if config.run.log_wandb else None
                 begin = {"start_epoch": progress.epoch, "start_update": done}
                 self._log = stack.enter_context(RunLog(run_dir.path, wandb=wandb, **begin, say=self.display.say))
@@ -71,7 +72,7 @@ class Outputs:
 
     def _start_wandb(self) -> WandbLog:
         run = self._config.run
-        flags = {name: value for name, _, value in configuration.leaves(self._config)}
+        flags = {name: value for name, _, value in leaves(self._config)}
         content = {**flags, "spec-indices": self._indices, "environment": environment(self._parts.device)}
         wandb = WandbLog.start(
             run.wandb_project,

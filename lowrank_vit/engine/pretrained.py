@@ -8,6 +8,7 @@ at here.
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -50,11 +51,8 @@ def load_published(build: Build, name: str, num_classes: int, say: Say) -> nn.Mo
     except UserError:
         raise
     except OSError as error:  # the hub's errors are among them
-        raise UserError(
-            f"--pretrained: the weights of {name} cannot be fetched from the Hugging Face hub (no network?), and its "
-            "local cache does not have them. Fetch them elsewhere and give the file with --pretrained-path FILE."
-        ) from error
-    except (RuntimeError, ValueError, AssertionError, KeyError) as error:
+        raise _out_of_reach(name) from error
+    except (RuntimeError, ValueError, AssertionError, LookupError, AttributeError, TypeError) as error:
         raise UserError(
             f"--pretrained: timm has no weights for {name} with these options: {_in_one_line(error)} Choose another "
             "--model, or give a file of weights with --pretrained-path FILE."
@@ -85,12 +83,43 @@ def load_pretrained_file(build: Build, name: str, path: Path, num_classes: int, 
     return model
 
 
-def _classes_in(path: Path, heads: tuple[str, ...]) -> int | None:
-    """How many classes the head in a file tells apart; None for a file without a head. Raises `UserError`."""
+def require_weights(path: Path) -> None:
+    """Raise `UserError` where --pretrained-path names no file."""
     if not path.is_file():
         found = sorted(str(p) for p in path.glob("*") if p.suffix in SUFFIXES) if path.is_dir() else []
         hint = f" That folder has: {', '.join(found)}." if found else ""
         raise UserError(f"--pretrained-path {path} does not exist or is no file.{hint}")
+
+
+def check_published(name: str) -> None:
+    """Raise `UserError` where timm has no weights for a model, or where they are neither in reach nor in the cache."""
+    cfg = timm.models.get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        raise UserError(
+            f"--pretrained: timm has no weights for {name}. Choose another --model, or give a file of weights with "
+            "--pretrained-path FILE."
+        )
+    if not cfg.hf_hub_id or cfg.file or cfg.state_dict:
+        return
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    with _quick_without_network():
+        is_out_of_reach = constants.HF_HUB_OFFLINE
+    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    if is_out_of_reach and not any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, one), str) for one in names):
+        raise _out_of_reach(name)
+
+
+def _out_of_reach(name: str) -> UserError:
+    return UserError(
+        f"--pretrained: the weights of {name} cannot be fetched from the Hugging Face hub (no network?), and its "
+        "local cache does not have them. Fetch them elsewhere and give the file with --pretrained-path FILE."
+    )
+
+
+def _classes_in(path: Path, heads: tuple[str, ...]) -> int | None:
+    """How many classes the head in a file tells apart; None for a file without a head. Raises `UserError`."""
+    require_weights(path)
     try:
         if _is_npz(path):
             with path.open("rb") as file, np.load(file) as arrays:  # numpy leaves a damaged file open
@@ -121,17 +150,24 @@ def _head_names(name: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _recorded_loads() -> Iterator[list[Any]]:
-    """Keep what `load_state_dict` answers timm, which drops it: the missing and the unexpected keys."""
+    """Keep what `load_state_dict` answers timm, which drops it: the missing and the unexpected keys.
+
+    timm's own lines about them are held back, since the caller says which of them matter.
+    """
     original, answers = nn.Module.load_state_dict, list[Any]()
+    log = logging.getLogger("timm.models._builder")
+    is_silent = log.disabled
 
     def load_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         answers.append(original(self, *args, **kwargs))
         return answers[-1]
 
     nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    log.disabled = True
     try:
         yield answers
     finally:
+        log.disabled = is_silent
         nn.Module.load_state_dict = original  # type: ignore[method-assign]
 
 

@@ -37,14 +37,8 @@ class RunDir:
     def create(cls, output: Path, experiment: str, default_name: str) -> RunDir:
         """Make `output/experiment`, or a new timed name. Raises `UserError` if that directory already holds a run."""
         if experiment:
+            cls.require_free(output, experiment)
             path = output / experiment
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                last = path / "last.pth.tar"
-                resume = f", continue it with --resume {last}" if last.exists() else ""
-                raise UserError(
-                    f"The output directory {path} is in use: it already holds files. Choose another --experiment"
-                    f"{resume}, or remove it."
-                )
         else:
             path = _unused(output / f"{default_name}-{time.strftime('%Y%m%d-%H%M%S')}")
         try:
@@ -58,6 +52,18 @@ class RunDir:
         if launch := launch_id():
             run_dir.write_text(_LAUNCH, launch)
         return run_dir
+
+    @staticmethod
+    def require_free(output: Path, experiment: str) -> None:
+        """Raise `UserError` if `output/experiment` already holds something. Without a name a free one is found."""
+        path = output / experiment
+        if experiment and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            last = path / "last.pth.tar"
+            resume = f", continue it with --resume {last}" if last.exists() else ""
+            raise UserError(
+                f"The output directory {path} is in use: it already holds files. Choose another --experiment"
+                f"{resume}, or remove it."
+            )
 
     @classmethod
     def reopen(cls, path: Path) -> RunDir:

@@ -12,7 +12,7 @@ from torch import nn
 from data_prep.errors import UserError
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.engine.checkpoint import Checkpoint, load_weights, read_checkpoint
-from lowrank_vit.engine.model import InputSpec, create_model, input_spec
+from lowrank_vit.engine.model import InputSpec, create_model, input_spec, parse_model_kwargs
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ def load_scorer(
     name = model or checkpoint.arch
     if not name:
         raise UserError(f"{path} does not name its model. Give --model.")
-    img_size = img_size or args.get("img-size")
     kwargs = model_kwargs or tuple(args.get("model-kwargs", ()))
+    img_size = img_size or parse_model_kwargs(kwargs).get("img_size") or args.get("img-size")
     num_classes = int(checkpoint.content.get("num_classes") or _outputs(weights, path))
     made = create_model(name, num_classes, img_size=img_size, model_kwargs=kwargs)
     load_weights(made, checkpoint, weights, name)
-    spec = input_spec(made, img_size, crop_pct or args.get("crop-pct"))
+    spec = input_spec(made, img_size, crop_pct or args.get("crop-pct"), args.get("mean"), args.get("std"))
     augment = Augment(spec.mean, spec.std, num_classes, smoothing=0.0).to(device)
     return Scorer(checkpoint, made.to(device).eval(), spec, augment, num_classes)
 

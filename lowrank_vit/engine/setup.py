@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -21,16 +22,17 @@ from lowrank_vit.data.locate import DataOptions
 from lowrank_vit.data.one_process import Say
 from lowrank_vit.data.plan import EvalPlan, TrainPlan
 from lowrank_vit.data.synthetic import SyntheticLoader, synthetic_plan
-from lowrank_vit.engine.checkpoint import Checkpoint, load_weights, read_checkpoint
+from lowrank_vit.engine.checkpoint import Checkpoint, load_weights
 from lowrank_vit.engine.compiling import keep_compiled_code, set_float32_policy
 from lowrank_vit.engine.distributed import World
 from lowrank_vit.engine.evaluate import Evaluator
-from lowrank_vit.engine.model import InputSpec, create_model, input_spec
-from lowrank_vit.engine.optim import create_optimizer, create_scheduler, learning_rate
+from lowrank_vit.engine.initial import load_initial
+from lowrank_vit.engine.model import InputSpec, create_model, input_spec, set_head
+from lowrank_vit.engine.optim import Constant, create_optimizer, create_scheduler, learning_rate
 from lowrank_vit.engine.peak import Peak, peak_flops, train_flops_per_image
+from lowrank_vit.engine.preflight import check_before_data
 from lowrank_vit.engine.step import DTYPES, TrainStep
 from lowrank_vit.options import Config
-from lowrank_vit.spectral.select import choose_parts
 
 SYNTHETIC_CLASSES = 1000
 """With --synthetic and without --num-classes: ImageNet-1k's."""
@@ -50,7 +52,7 @@ class Parts:
     ema: ModelEmaV3 | None
     plan: TrainPlan
     optimizer: Optimizer
-    scheduler: Scheduler
+    scheduler: Scheduler | Constant
     num_epochs: int
     step: TrainStep
     evaluators: dict[str, Evaluator]
@@ -84,15 +86,12 @@ def make_parts(config: Config, resumed: Checkpoint | None, world: World | None =
     if config.step.compile:
         keep_compiled_code(config.step.compile_cache)
     say = print if world.is_first else _silent
+    check_before_data(config, is_resumed=resumed is not None)
     sets, num_classes = _open_sets(config, say)
     torch.manual_seed(config.run.seed)
     model = _make_model(config, num_classes, resumed, say).to(device)
-    spec = input_spec(model, config.data.img_size, config.data.crop_pct)
-    if config.spectra.spec_monitor:
-        spectra = config.spectra
-        choose_parts(
-            dict(model.named_parameters()), spectra.spec_targets, spectra.spec_split_qkv
-        )  # names a wrong target
+    data = config.data
+    spec = input_spec(model, data.img_size, data.crop_pct, data.mean, data.std)
     smoothing, remode = config.augment.smoothing, config.augment.remode
     augment = Augment(spec.mean, spec.std, num_classes, smoothing, remode, compile=config.step.compile).to(device)
     ema = _make_ema(config, model, resumed)
@@ -107,7 +106,7 @@ def make_parts(config: Config, resumed: Checkpoint | None, world: World | None =
             evaluators["ema_"] = _make_evaluator(config, ema.module, augment)
     lr, lr_origin = learning_rate(config.optim, plan.global_batch)
     optimizer = create_optimizer(config.optim, model, lr)
-    scheduler, num_epochs = create_scheduler(config.optim, optimizer, plan.updates_per_epoch)
+    scheduler, num_epochs = create_scheduler(config.optim, optimizer, plan.updates_per_epoch, config.run.seed)
     train_flops = train_flops_per_image(model, spec.img_size)
     peak = peak_flops(
         device, DTYPES[config.step.amp_dtype] if config.step.amp else torch.float32, tf32=config.step.tf32
@@ -136,7 +135,7 @@ def make_parts(config: Config, resumed: Checkpoint | None, world: World | None =
             f"{num_classes} classes, on {device}",
             *lines,
             f"peak learning rate {lr:.3g} ({lr_origin}), {_batch_in_words(plan)}, "
-            f"{plan.updates_per_epoch} updates an epoch, {num_epochs} epochs",
+            f"{plan.updates_per_epoch} updates an epoch, {num_epochs} epoch{'s' if num_epochs != 1 else ''}",
             *([f"{train_flops / 1e9:.3g} GFLOP a training image; MFU is against {peak.name}"] if train_flops else []),
         ],
     )
@@ -207,20 +206,27 @@ def _batch_in_words(plan: TrainPlan) -> str:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device; of several GPUs that of the rank. Raises `UserError` where there is none."""
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device; under torchrun the GPU is that of the rank, whatever N.
+
+    Raises `UserError` where there is none.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device. Check nvidia-smi, or use --device cpu.")
-    if name == "cpu":
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or name.startswith("cpu:"):
+        raise UserError(f"--device {name} is not known: it must be auto, cpu, cuda or cuda:N.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch sees no CUDA device. Check nvidia-smi, or use --device cpu.")
+    if kind == "cpu":
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"--device cuda: process {local_rank + 1} of this machine has no GPU left, torch sees "
-            f"{torch.cuda.device_count()}. Start at most that many with torchrun --nproc-per-node."
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    is_one_of_many = "LOCAL_RANK" in os.environ
+    index = int(number) if number and not is_one_of_many else local_rank
+    if index >= torch.cuda.device_count():
+        what = f"process {local_rank + 1} of this machine has" if is_one_of_many or not number else "there is"
+        advice = "Start at most that many with torchrun --nproc-per-node" if what[0] == "p" else "Give a smaller number"
+        raise UserError(f"--device {name}: {what} no GPU left, torch sees {torch.cuda.device_count()}. {advice}.")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def _make_model(config: Config, num_classes: int, resumed: Checkpoint | None, say: Say) -> nn.Module:
@@ -237,9 +243,12 @@ def _make_model(config: Config, num_classes: int, resumed: Checkpoint | None, sa
         grad_checkpointing=options.grad_checkpointing,
         say=say,
     )
-    source = resumed or (read_checkpoint(options.initial_checkpoint) if options.initial_checkpoint else None)
-    if source:
-        load_weights(model, source, source.weights(use_ema=False), options.model)
+    if resumed:
+        load_weights(model, resumed, resumed.weights(use_ema=False), options.model)
+        return model
+    if options.initial_checkpoint:
+        load_initial(model, options.initial_checkpoint, options.model, say)
+    set_head(model, options.head_init_scale, options.head_init_bias)
     return model
 
 

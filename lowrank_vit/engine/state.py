@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from lowrank_vit.config import leaves
+from lowrank_vit.config_check import leaves
 from lowrank_vit.engine.checkpoint import Checkpoint
 from lowrank_vit.engine.setup import Parts
 from lowrank_vit.options import Config
@@ -16,6 +16,7 @@ MAY_CHANGE = set(
     """
     dataset dataset-download data-dir val-split beton-dir stage-dir loader workers prefetch hw-decoder-load
     on-bad-sample batch-size grad-accum-steps validation-batch-size initial-checkpoint pretrained pretrained-path
+    head-init-scale head-init-bias sync-bn
     grad-checkpointing epochs cooldown-epochs device amp amp-dtype tf32 compile compile-mode compile-cache
     spec-monitor spec-every spec-topk spec-interval spec-targets
     spec-split-qkv spec-solver spec-on-cpu spec-cpu-threads spec-store-gb

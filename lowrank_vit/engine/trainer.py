@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lowrank_vit import config as configuration
+from lowrank_vit.config_check import parse_interval
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.engine.checkpoint import read_checkpoint
@@ -72,7 +72,7 @@ class _Stopped(Exception):
 
 
 class Trainer:
-    """One run of one configuration. Everything that can be wrong is found before the run directory is made."""
+    """One run of one  Everything that can be wrong is found before the run directory is made."""
 
     def __init__(self, config: Config, default_name: str, world: World | None = None) -> None:
         """`default_name` begins the run directory's name where `--experiment` is not given. Raises `UserError`."""
@@ -83,6 +83,8 @@ class Trainer:
         if earlier and not config.run.resume and (earlier / LAST).exists():
             config = replace(config, run=replace(config.run, resume=earlier / LAST))
         self.config = config
+        if is_first and not earlier and not config.run.resume:
+            RunDir.require_free(config.run.output, config.run.experiment)  # before data are converted for nothing
         resumed = read_checkpoint(config.run.resume) if config.run.resume else None
         self.parts = make_parts(config, resumed, self.world)
         self.progress = restore(config, self.parts, resumed) if resumed else Progress()
@@ -101,7 +103,7 @@ class Trainer:
         parts, stopped_by = self.parts, ""
         self.train_s = 0.0
         self._cold_updates = COLD_UPDATES[self.config.step.compile]
-        self._interval_updates, self._interval_s = configuration.parse_interval(self.config.run.checkpoint_interval)
+        self._interval_updates, self._interval_s = parse_interval(self.config.run.checkpoint_interval)
         self._saved_at = time.monotonic()
         with ExitStack() as stack:
             stack.callback(self.run_dir.close)

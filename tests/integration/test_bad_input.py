@@ -58,6 +58,8 @@ def test_damaged_beton(small, data, spoil, said):
 def test_counts_that_do_not_fit(small):
     assert "--num-classes 5 is too small" in refused(small("--num-classes", "5"))
     assert "larger than the training set of 1437" in refused(small("--batch-size", "2000"))
+    assert "Use --batch-size 718 or less" in refused(small("--batch-size", "800", "--grad-accum-steps", "2"))
+    assert "fewer --grad-accum-steps than 2000" in refused(small("--batch-size", "1", "--grad-accum-steps", "2000"))
 
 
 def test_names_that_do_not_exist(small):

@@ -67,6 +67,8 @@ def interrupted(small, *more: str, after: int) -> Path:
         (UPDATES + 3, ("--batch-size", "32", "--grad-accum-steps", "4", "--clip-grad", "1")),
         (UPDATES + 3, ("--warmup-epochs", "0", "--opt", "sgd")),
         (4, ("--amp", "--amp-dtype", "float16")),  # with a scaled loss
+        (UPDATES + 3, ("--sched", "none", "--opt", "lookahead_adamw", "--mean", "0.4", "--std", "0.3")),
+        (UPDATES + 3, ("--lr-noise", "0.1", "--sched-on-updates", "--sched", "wsd")),
     ],
 )
 def test_resumed_is_uninterrupted(small, whole, after, more):

@@ -22,6 +22,7 @@ from lowrank_vit import train as train_command
 from lowrank_vit.config import parse
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.engine.checkpoint import read_checkpoint
+from lowrank_vit.engine.scoring import load_scorer
 from lowrank_vit.engine.step import TrainStep
 from lowrank_vit.engine.trainer import COLD_UPDATES, Trainer
 from lowrank_vit.report.__main__ import main as report_main
@@ -299,3 +300,27 @@ def test_photographs_from_folder_to_score(tmp_path):
     scores = validate(Options(tmp_path / "output" / "latest" / "last.pth.tar", device="cpu"))
     assert scores.num_samples == 12
     assert scores.top1 > 80  # a temple is no flower
+
+
+def test_mean_and_std_are_stored_and_honoured_by_validation_and_inference(train, tmp_path):
+    own = train(
+        "--experiment", "own", "--epochs", "1", "--warmup-epochs", "0", "--mean", "0.1", "0.2", "0.3", "--std", "0.4"
+    )
+    checkpoint = read_checkpoint(own.run_dir / "last.pth.tar")
+    assert checkpoint.content["input"]["mean"] == [0.1, 0.2, 0.3]
+    assert checkpoint.content["input"]["std"] == [0.4] * 3
+    scorer = load_scorer(own.run_dir / "last.pth.tar", torch.device("cpu"))
+    assert (scorer.spec.mean, scorer.spec.std) == ((0.1, 0.2, 0.3), (0.4, 0.4, 0.4))
+    scores = validate(Options(own.run_dir / "last.pth.tar", device="cpu"))
+    assert lines(own.run_dir, "eval")[0]["eval_loss"] == pytest.approx(scores.loss, rel=1e-5)
+
+
+def test_the_head_begins_as_it_is_told(small):
+    trainer = Trainer(parse(small("--head-init-bias", "-4", "--head-init-scale", "0")), "x")
+    trainer.run_dir.close()
+    parts = trainer.parts
+    head = parts.model.get_classifier()  # type: ignore[operator]
+    assert not head.weight.any()
+    assert torch.equal(head.bias, torch.full((10,), -4.0))
+    assert parts.ema is not None
+    assert not parts.ema.module.get_classifier().weight.any()

@@ -10,22 +10,26 @@ import pytest
 import yaml
 
 from data_prep.errors import UserError
-from lowrank_vit.config import leaves, parse, parse_interval, to_yaml
+from lowrank_vit.config import parse, to_yaml
+from lowrank_vit.config_check import leaves, parse_interval
 from lowrank_vit.options import Config, Step
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 # What a user types is a contract: a flag may be added here, but not renamed or dropped.
 FLAGS = """
 dataset dataset-download data-dir train-split val-split beton-dir stage-dir synthetic loader workers prefetch
-hw-decoder-load on-bad-sample batch-size validation-batch-size img-size crop-pct scale ratio hflip vflip
-train-interpolation model model-kwargs num-classes drop drop-path pretrained pretrained-path initial-checkpoint
-grad-checkpointing model-ema model-ema-decay model-ema-warmup opt opt-eps opt-betas momentum weight-decay lr lr-base
-lr-base-size lr-base-scale layer-decay clip-grad clip-mode grad-accum-steps sched sched-on-updates epochs
-warmup-epochs warmup-lr min-lr cooldown-epochs aa color-jitter reprob remode recount resplit smoothing bce-loss
-bce-sum bce-target-thresh mixup cutmix mixup-prob mixup-switch-prob mixup-mode cutmix-minmax mixup-off-epoch device
-amp amp-dtype tf32 compile compile-mode compile-cache spec-monitor spec-every spec-topk spec-interval spec-targets
-spec-split-qkv spec-solver spec-on-cpu spec-cpu-threads spec-store-gb output experiment resume seed log-interval
-val-interval eval-metric tta checkpoint-hist checkpoint-interval log-wandb wandb-project wandb-tags wandb-resume-id
+hw-decoder-load on-bad-sample batch-size validation-batch-size img-size crop-pct mean std scale ratio hflip vflip
+train-interpolation model model-kwargs num-classes head-init-scale head-init-bias sync-bn drop drop-path pretrained
+pretrained-path initial-checkpoint grad-checkpointing model-ema model-ema-decay model-ema-warmup opt opt-eps opt-betas
+opt-kwargs momentum weight-decay lr lr-base lr-base-size lr-base-scale layer-decay layer-decay-min-scale
+layer-decay-no-opt-scale clip-grad clip-mode grad-accum-steps sched sched-on-updates epochs warmup-epochs warmup-prefix
+warmup-lr min-lr cooldown-epochs decay-epochs decay-rate decay-milestones lr-decay-fn lr-stable-timescale lr-cycle-mul
+lr-cycle-decay lr-cycle-limit lr-k-decay lr-noise lr-noise-pct lr-noise-std aa color-jitter reprob remode recount
+resplit smoothing bce-loss bce-sum bce-target-thresh mixup cutmix mixup-prob mixup-switch-prob mixup-mode cutmix-minmax
+mixup-off-epoch device amp amp-dtype tf32 compile compile-mode compile-cache spec-monitor spec-every spec-topk
+spec-interval spec-targets spec-split-qkv spec-solver spec-on-cpu spec-cpu-threads spec-store-gb output experiment
+resume seed log-interval val-interval eval-metric tta checkpoint-hist checkpoint-interval log-wandb wandb-project
+wandb-tags wandb-resume-id
 """.split()
 
 
@@ -57,6 +61,34 @@ def test_timms_forms_of_the_data_directory(line, tmp_path):
     assert parse([*line.split(), "--config", str(path)]).data.data_dir == Path("DIR")
     assert parse(["--config", str(path)]).data.data_dir == Path("data/cifar100")
     assert parse([]).data.data_dir is None
+
+
+def test_one_data_directory_given_twice_is_one():
+    assert parse(["DIR", "--data-dir", "DIR"]).data.data_dir == Path("DIR")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--color-jitter 0.4 DIR",
+        "--color-jitter 0.4 0.3 0.2 DIR --epochs 7",
+        "--opt-betas 0.9 0.95 0.99 DIR",
+        "--mean 0.5 DIR",
+        "--decay-milestones 3 5 DIR",
+        "--lr-noise 0.4 DIR",
+        "--scale 0.1 1 DIR",
+    ],
+)
+def test_a_list_of_numbers_does_not_swallow_the_data_directory(line: str):
+    config = parse(line.split())
+    assert config.data.data_dir == Path("DIR")
+    name, *numbers = line.partition(" DIR")[0].split()
+    assert list({n: v for n, _, v in leaves(config)}[name[2:]]) == [float(number) for number in numbers]
+
+
+def test_no_worker_is_one(capsys):
+    assert parse(["-j", "0"]).data.workers == 1
+    assert "note: --workers 0 is --workers 1" in capsys.readouterr().out
 
 
 def test_two_data_directories_are_refused():
@@ -96,8 +128,22 @@ def test_args_yaml_repeats_the_configuration(tmp_path):
         ("lr: 1\nepochs: 3\nlr: 2", "not valid YAML: .*`lr` is there twice"),
         ("model-kwargs: {depth: 1, depth: 2}", "not valid YAML: .*`depth` is there twice"),
         ("batch_size: 8\nbatch-size: 8", "`batch-size` and `batch_size` are the same option"),
-        ("epochs:", "`epochs` has no value"),
-        ("experiment: null", "`experiment` has no value"),
+        ("lr: [1, 2]", "`lr` is a list, but takes one value"),
+        ("experiment: [a]", "`experiment` is a list, but takes one value"),
+        ("experiment: {a: 1}", "`experiment` is a mapping, but takes one value"),
+        ("scale: {a: 1}", "`scale` is a mapping, but takes a list"),
+        ("scale: [0.1, 0.5, DIR]", "`scale` takes numbers, got `DIR`"),
+        ("scale: [0.1, 0.5, 1]", "`scale` takes 2 numbers, got 3"),
+        ("scale: 0.5", "`scale` takes 2 numbers, got 1"),
+        ("scale: [0.1, null]", "`scale` is a list of which each element must be one value"),
+        ("opt-betas: [0.9]", "`opt-betas` takes 2 or more numbers, got 1"),
+        ("wandb-tags: [a, --no-amp]", "`wandb-tags`: an element cannot begin with a dash, as `--no-amp`"),
+        ("model-kwargs: {--lr: 3}", "`model-kwargs`: an element cannot begin with a dash, as `--lr=3`"),
+        ("model-kwargs: {depth: 2, -b: 3}", "cannot begin with a dash"),
+        ("img-size: x", "`img-size` takes a whole number, got `x`"),
+        ("weight-decai: 1", "Did you mean `weight-decay`"),
+        ("data: a\ndata_dir: b", "`data_dir` and `data` are the same option"),
+        ("sched: plateau", "`sched`: plateau is not here"),
     ],
 )
 def test_bad_yaml_names_file_and_key(tmp_path, line, message):
@@ -106,6 +152,84 @@ def test_bad_yaml_names_file_and_key(tmp_path, line, message):
     with pytest.raises(UserError, match=message) as caught:
         parse(["--config", str(path)])
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"experiment": "--no-amp"},
+        {"experiment": "-b"},
+        {"experiment": "a b"},
+        {"wandb-project": "--epochs=1"},
+        {"wandb-resume-id": "-"},
+        {"spec-targets": "-1"},
+        {"wandb-tags": ["a"]},
+        {"model-kwargs": {"a": "--lr 3"}},
+        {"model-kwargs": ["a=1"]},
+        {"opt-kwargs": {}},
+    ],
+)
+def test_nothing_in_a_file_becomes_another_flag_or_the_data_directory(content, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(content))
+    config = parse(["--config", str(path)])
+    ((name, value),) = content.items()
+    if isinstance(value, dict):
+        value = [f"{k}={v}" for k, v in value.items()]
+    changed = {n: v for n, _, v in leaves(config) if v != {n: v for n, _, v in leaves(Config())}[n]}
+    assert changed == ({name: tuple(value) if isinstance(value, list) else value} if value else {})
+    assert parse(["DIR", "--config", str(path)]).data.data_dir == Path("DIR")  # right behind the file's own values
+
+
+def test_names_in_a_file_may_be_aliases(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("data: x\nb: 8\nvb: 4\nj: 2\nwd: 0.1\ndr: 0.5\n")
+    config = parse(["--config", str(path)])
+    assert config == parse(shlex.split("--data-dir x -b 8 -vb 4 -j 2 --wd 0.1 --dr 0.5"))
+
+
+def test_null_in_a_file_means_the_default(tmp_path):
+    path, other = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    path.write_text("".join(f"{name}: null\n" for name in [*FLAGS, "gp", "no-aug", "data", "wd"]))
+    assert parse(["--config", str(path)]) == parse([])
+    other.write_text("epochs: 7\nmodel-kwargs: {depth: 2}\n")
+    assert parse(["--config", str(other), "--config", str(path)]) == parse([])
+
+
+@pytest.mark.parametrize(
+    "name", "resume initial-checkpoint pretrained-path data-dir beton-dir stage-dir compile-cache output".split()
+)
+def test_an_empty_text_for_a_path_means_that_none_is_given(name, tmp_path):
+    assert parse([f"--{name}", ""]) == parse([f"--{name}="]) == Config()
+    assert parse([f"--{name}", "", "DIR"]).data.data_dir == Path("DIR")
+    path = tmp_path / "a.yaml"
+    path.write_text(f'{name}: ""\n')
+    assert parse(["--config", str(path)]) == Config()
+    if name != "output":
+        path.write_text(f"{name}: x\n")
+        assert parse(["--config", str(path), f"--{name}="]) == Config()
+
+
+@pytest.mark.parametrize(
+    ("line", "size"),
+    [
+        ("--model-kwargs img_size=32", 32),
+        ("--model-kwargs img_size=(32,32) depth=2", 32),
+        ("--model-kwargs img_size=[32,32] --img-size 32", 32),
+        ("--img-size 32 --model-kwargs depth=2 img_size=32", 32),
+        ("--config FILE --img-size 32", 32),
+        ("--config FILE --model-kwargs img_size=32", 32),
+        ("--config FILE --model-kwargs depth=2", 64),
+    ],
+)
+def test_the_image_size_may_be_given_as_timm_wants_it(line, size, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("img_size: 64\nmodel_kwargs: {img_size: 64}\n")
+    config = parse(line.replace("FILE", str(path)).split())
+    assert config.data.img_size == size
+    assert config.model.model_kwargs == (("depth=2",) if "depth" in line else ())
+    path.write_text(to_yaml(config))
+    assert parse(["--config", str(path)]) == config
 
 
 def test_missing_yaml_lists_its_neighbours(tmp_path):
@@ -167,6 +291,25 @@ def test_values_out_of_range(argv):
         ("--experiment a/b", "plain name"),
         ("--experiment ..", "plain name"),
         ("--color-jitter 0.4 0.4", "one number, or three"),
+        ("--color-jitter strong", "--color-jitter takes numbers, got `strong`"),
+        ("--img-size 32 --model-kwargs img_size=64", "--img-size 32 and --model-kwargs img_size=64 differ"),
+        ("--model-kwargs img_size=(32,64)", "images are square here"),
+        ("--model-kwargs img_size=x", "images are square here"),
+        ("--model-kwargs img_size=[32,32,32]", "images are square here"),
+        ("--model-kwargs img_size={}", "images are square here"),
+        ("--model-kwargs depth", "--model-kwargs depth: expected NAME=VALUE"),
+        ("--opt-kwargs nesterov", "--opt-kwargs nesterov: expected NAME=VALUE"),
+        ("--mean 0.5 0.5", "--mean takes one number, or three"),
+        ("--decay-milestones 60 30", "--decay-milestones must grow"),
+        ("--lr-noise 0.1 0.2 0.3", "--lr-noise takes one share"),
+        ("--opt-betas 0.9", "^--opt-betas takes 2 or more numbers, got 1.$"),
+        ("--opt-betas=0.9", "^--opt-betas takes 2 or more numbers, got 1.$"),
+        ("--scale 1", "^--scale takes 2 numbers, got 1.$"),
+        ("--img-size x", "^--img-size takes a whole number, got `x`.$"),
+        ("--lr fast", "^--lr takes a number, got `fast`.$"),
+        ("--seed 9223372036854775808", "^--seed 9223372036854775808 is out of .* at most 9223372036854775807.$"),
+        ("--epochs 0", "^--epochs 0 is out of range: it must be at least 1.$"),
+        ("--device tpu", "--device tpu is not known"),
         ("--cutmix-minmax 0.8 0.2", "smaller number comes first"),
         ("--mixup 0.8 --batch-size 1", "--mixup mixes each image with another .*--batch-size 1"),
         ("--cutmix 1 -b 1", "--cutmix mixes each image with another .*--batch-size 1"),
@@ -266,13 +409,13 @@ def test_a_recipe_can_be_measured_without_its_data(tmp_path):
 def test_a_wrong_type_in_a_file_names_the_file(tmp_path, capsys):
     good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
     good.write_text("epochs: 3\n")
-    bad.write_text("lr: fast\n")
+    bad.write_text("epochs: fast\n")
     with pytest.raises(SystemExit) as caught:
         parse(["--config", str(good), "--config", str(bad)])
     assert caught.value.__notes__ == [f"error: the wrong value stands in --config {bad}"]
-    assert "--lr" in capsys.readouterr().err
+    assert "--epochs" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
-        parse(["--config", str(good), "--lr", "fast"])
+        parse(["--config", str(good), "--epochs", "fast"])
     assert not hasattr(caught.value, "__notes__")
 
 

@@ -18,7 +18,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
-from lowrank_vit.engine.model import create_model, input_spec
+from lowrank_vit.engine.model import create_model, input_spec, set_head
 
 NAME = "vit_tiny_patch16_224"
 TINY: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -314,3 +314,60 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert stored[1] < stored[0] / 2
     with pytest.raises(UserError, match="--grad-checkpointing: --model dla46_c cannot do that"):
         create_model("dla46_c", 7, grad_checkpointing=True)
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ("in_chans=1", "--model-kwargs in_chans=1 is not here: images are RGB"),
+        ("pretrained_cfg=3", "--model-kwargs pretrained_cfg=3 is not here: .*--pretrained"),
+        ("img_size=(32,64)", "images are square"),
+        ("num_heads=0", "cannot be built: integer modulo by zero"),
+        ("norm_layer=3", "cannot be built: AssertionError|cannot be built: "),
+        ("embed_dim=wide", "cannot be built"),
+    ],
+)
+def test_arguments_of_the_constructor_that_make_no_sense_are_named(pair, said):
+    with pytest.raises(UserError, match=said) as caught:
+        create_model(NAME, 7, model_kwargs=(pair,))
+    assert ": . Check" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pair", ["img_size=48", "img_size=(48,48)", "img_size=[48, 48]"])
+def test_the_size_may_stand_among_the_arguments(pair):
+    for size in (None, 48):
+        model = create_model(NAME, 7, img_size=size, model_kwargs=(*KWARGS, pair, "in_chans=3"))
+        assert model.state_dict()["pos_embed"].shape == (1, 37, 32)
+    with pytest.raises(UserError, match="--img-size 32 and --model-kwargs img_size=48 differ"):
+        create_model(NAME, 7, img_size=32, model_kwargs=(*KWARGS, pair))
+
+
+def test_models_of_the_hub_are_refused_in_a_sentence():
+    with pytest.raises(UserError, match=r"--model hf-hub:timm/x: models are known by timm's names.*--pretrained-path"):
+        create_model("hf-hub:timm/x", 7)
+
+
+def test_mean_and_std_replace_the_models():
+    model = seeded(1)
+    assert input_spec(model, 32, None, (0.1, 0.2, 0.3), (0.5,)).mean == (0.1, 0.2, 0.3)
+    assert input_spec(model, 32, None, (0.1, 0.2, 0.3), [0.25]).std == (0.25, 0.25, 0.25)
+    assert input_spec(model, 32, None).mean == (0.5, 0.5, 0.5)
+
+
+def test_the_heads_first_values_are_timms():
+    model, before = seeded(1), seeded(1).state_dict()
+    nn.init.ones_(model.head.bias)  # type: ignore[arg-type, union-attr]
+    set_head(model, 0.5, None)
+    assert torch.equal(model.state_dict()["head.weight"], before["head.weight"] * 0.5)
+    assert torch.equal(model.state_dict()["head.bias"], torch.full((7,), 0.5))
+    set_head(model, None, -3.0)
+    assert torch.equal(model.state_dict()["head.bias"], torch.full((7,), -3.0))
+    assert torch.equal(model.state_dict()["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
+    with pytest.raises(UserError, match="need a model with one classifier"):
+        set_head(seeded(1, num_classes=0), 0.5, None)
+
+
+def test_timms_own_lines_about_keys_are_held_back(file, caplog):
+    with caplog.at_level("INFO"):
+        load(file, num_classes=12, model_kwargs=(*KWARGS, "global_pool=avg"))
+    assert not [record for record in caplog.records if "keys" in record.getMessage()]
