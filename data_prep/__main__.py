@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
+def _exit_on_sigterm() -> Generator[None]:
     # Batch systems stop a job with SIGTERM: leave through the same clean-up as for Ctrl-C.
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield

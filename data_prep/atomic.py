@@ -6,7 +6,7 @@ import errno
 import io
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from data_prep.errors import UserError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[io.BufferedRandom]:
+def replacing(path: Path) -> Generator[io.BufferedRandom]:
     """Yield a hidden file beside `path`, open for writing and reading, that takes `path`'s place at the end.
 
     On leaving without an error its bytes are on the disk before it is renamed. On any exception, Ctrl-C included, it

@@ -11,7 +11,7 @@ import errno
 import fcntl
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -67,7 +67,7 @@ class PartialFile:
 
 
 @contextmanager
-def resumable(path: Path, key: str | None) -> Iterator[PartialFile]:
+def resumable(path: Path, key: str | None) -> Generator[PartialFile]:
     """Yield a partial file that takes `path`'s place at the end.
 
     `key`, 64 hexadecimal digits, stands for all that decides the content; a partial file with another key is begun

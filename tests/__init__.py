@@ -1,1 +1,1 @@
-import lowrank_vit  # noqa: F401  before torch, see there
+import lowrank_vit  # noqa: F401  # pyright: ignore[reportUnusedImport]  before torch, see there

@@ -75,7 +75,16 @@ def normalize_and_erase_cpu(
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _normalize_and_erase(images, mean, std, boxes, keys, mode, normal, out):
+def _normalize_and_erase(
+    images: np.ndarray,
+    mean: np.ndarray,
+    std: np.ndarray,
+    boxes: np.ndarray,
+    keys: np.ndarray,
+    mode: int,
+    normal: np.ndarray,
+    out: np.ndarray,
+) -> None:
     B, H, W, C = images.shape
     for n in prange(B):
         table = np.empty((C, 256), np.float32)
@@ -101,12 +110,12 @@ def _normalize_and_erase(images, mean, std, boxes, keys, mode, normal, out):
 
 
 @njit(cache=True, inline="always")
-def _word_cpu(index, key0, key1):
+def _word_cpu(index: np.uint32, key0: np.uint32, key1: np.uint32) -> np.uint32:
     return np.uint32(_hash_cpu(_hash_cpu(index ^ key0) ^ key1)) >> np.uint32(16)
 
 
 @njit(cache=True)
-def _hash_cpu(x):
+def _hash_cpu(x: np.uint32) -> np.uint32:
     x = np.uint32(x ^ (x >> np.uint32(16))) * np.uint32(_M0)
     x = np.uint32(x) ^ (np.uint32(x) >> np.uint32(15))
     x = np.uint32(x) * np.uint32(_M1)

@@ -18,8 +18,10 @@ from torch import Tensor
 from lowrank_vit.augment.ops_cpu import blur_weights
 from lowrank_vit.data.plan_ops import BICUBIC, GEOMETRIC, NEAREST, ImageOps, Kind
 
-_TABLES = (Kind.AUTOCONTRAST, Kind.EQUALIZE, Kind.INVERT, Kind.POSTERIZE, Kind.SOLARIZE, Kind.SOLARIZE_ADD)
-_TABLES += (Kind.BRIGHTNESS, Kind.CONTRAST)
+_TABLES = (
+    *(Kind.AUTOCONTRAST, Kind.EQUALIZE, Kind.INVERT, Kind.POSTERIZE, Kind.SOLARIZE, Kind.SOLARIZE_ADD),
+    *(Kind.BRIGHTNESS, Kind.CONTRAST),
+)
 _ROUNDING = 1 / 16384
 """Added before cutting off, because weights may sum to a rounding less than 1."""
 
@@ -63,8 +65,10 @@ def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def run(images: Tensor, *args: Tensor | bool | None) -> Tensor:
         for tensor in (images, *(arg for arg in args if isinstance(arg, Tensor))):
-            if tensor.ndim > 1:  # the group's samples lie along the first axis of images, the last of tables
-                torch._dynamo.mark_dynamic(tensor, 0 if tensor.ndim == 4 else 1)
+            if tensor.ndim > 1:
+                # The group's samples lie along the first axis of images, the last of tables.
+                axis = 0 if tensor.ndim == 4 else 1
+                torch._dynamo.mark_dynamic(tensor, axis)  # pyright: ignore[reportPrivateUsage]  documented so
         return compiled(images, *args)
 
     return run

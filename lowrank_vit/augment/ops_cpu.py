@@ -28,7 +28,9 @@ _TRANSLATE_X, _TRANSLATE_Y = int(Kind.TRANSLATE_X), int(Kind.TRANSLATE_Y)
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def apply_ops(images_NHWC, kinds, args, kernels, fill):
+def apply_ops(
+    images_NHWC: np.ndarray, kinds: np.ndarray, args: np.ndarray, kernels: np.ndarray, fill: np.ndarray
+) -> None:
     """Apply int8 `kinds` (N, L) with float64 `args` and int8 `kernels`, in order, to uint8 (N, H, W, 3) in place.
 
     `fill` is uint8 (3,), the colour of what comes from outside the image.
@@ -60,7 +62,7 @@ def apply_ops(images_NHWC, kinds, args, kernels, fill):
 
 
 @njit(cache=True)
-def _look_up(image, table):
+def _look_up(image: np.ndarray, table: np.ndarray) -> None:
     H, W, _ = image.shape
     for y in range(H):
         for x in range(W):
@@ -70,7 +72,7 @@ def _look_up(image, table):
 
 
 @njit(cache=True)
-def _table(image, kind, arg):
+def _table(image: np.ndarray, kind: int, arg: float) -> np.ndarray:
     """uint8 (3, 256): what each level of each channel becomes."""
     table = np.empty((3, 256), np.uint8)
     if kind in (_AUTOCONTRAST, _EQUALIZE):
@@ -102,14 +104,14 @@ def _table(image, kind, arg):
 
 
 @njit(cache=True, inline="always")
-def _blend(degenerate, original, factor):
+def _blend(degenerate: np.float32, original: np.float32, factor: np.float32) -> np.uint8:
     """PIL's `Image.blend`, cut off towards zero; float32 in all three."""
     value = degenerate + factor * (original - degenerate)
     return np.uint8(0) if value <= 0 else np.uint8(255) if value >= 255 else np.uint8(value)
 
 
 @njit(cache=True)
-def _histogram(image):
+def _histogram(image: np.ndarray) -> np.ndarray:
     counts = np.zeros((3, 256), np.int64)
     H, W, _ = image.shape
     for y in range(H):
@@ -121,7 +123,7 @@ def _histogram(image):
 
 
 @njit(cache=True)
-def _stretch(counts, table):
+def _stretch(counts: np.ndarray, table: np.ndarray) -> None:
     """`ImageOps.autocontrast`: the darkest level to 0, the brightest to 255."""
     low, high = 0, 255
     while low < 255 and counts[low] == 0:
@@ -137,7 +139,7 @@ def _stretch(counts, table):
 
 
 @njit(cache=True)
-def _equalize(counts, table):
+def _equalize(counts: np.ndarray, table: np.ndarray) -> None:
     """`ImageOps.equalize`: a flat histogram."""
     last, levels, total = 0, 0, 0
     for i in range(256):
@@ -152,13 +154,13 @@ def _equalize(counts, table):
 
 
 @njit(cache=True, inline="always")
-def _grey(red, green, blue):
+def _grey(red: np.uint8, green: np.uint8, blue: np.uint8) -> np.int64:
     """PIL's RGB to L: ITU-R 601 in 16-bit fixed point, rounded."""
     return (np.int64(red) * 19595 + np.int64(green) * 38470 + np.int64(blue) * 7471 + 0x8000) >> 16
 
 
 @njit(cache=True)
-def _mean_grey(image):
+def _mean_grey(image: np.ndarray) -> int:
     H, W, _ = image.shape
     total = 0
     for y in range(H):
@@ -168,7 +170,7 @@ def _mean_grey(image):
 
 
 @njit(cache=True)
-def _color(image, factor):
+def _color(image: np.ndarray, factor: np.float32) -> None:
     H, W, _ = image.shape
     for y in range(H):
         for x in range(W):
@@ -178,7 +180,7 @@ def _color(image, factor):
 
 
 @njit(cache=True)
-def _sharpness(image, out, factor):
+def _sharpness(image: np.ndarray, out: np.ndarray, factor: np.float32) -> None:
     """Blend with PIL's SMOOTH filter: the 3 x 3 mean with a five-fold centre; the outermost pixels stay."""
     H, W, _ = image.shape
     rows, out_rows = image.reshape(H, W * 3), out.reshape(H, W * 3)
@@ -199,7 +201,7 @@ def _sharpness(image, out, factor):
 
 
 @njit(cache=True)
-def blur_weights(sigma):
+def blur_weights(sigma: float | np.float32) -> tuple[np.int64, np.int64, int]:
     """(inner, edge): 24-bit fixed-point weights of PIL's extended box blur of three passes, and its whole radius.
 
     Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering", 2011.
@@ -217,7 +219,7 @@ def blur_weights(sigma):
 
 
 @njit(cache=True)
-def _blur(image, out, sigma):
+def _blur(image: np.ndarray, out: np.ndarray, sigma: float) -> None:
     """PIL's GaussianBlur: three box blurs along the rows, three along the columns, each rounded to 8 bits."""
     H, W, _ = image.shape
     inner, edge, radius = blur_weights(sigma)

@@ -14,7 +14,7 @@ from lowrank_vit.data.plan_ops import BICUBIC, NEAREST
 
 
 @njit(cache=True)
-def along_rows(image, out, arg, is_shear, kernel, fill):
+def along_rows(image: np.ndarray, out: np.ndarray, arg: float, is_shear: bool, kernel: int, fill: np.ndarray) -> None:
     """Shear or translate along x: within a row every pixel moves by the same distance."""
     H, W, _ = image.shape
     rows, out_rows = image.reshape(H, W * 3), out.reshape(H, W * 3)
@@ -58,7 +58,9 @@ def along_rows(image, out, arg, is_shear, kernel, fill):
 
 
 @njit(cache=True)
-def along_columns(image, out, arg, is_shear, kernel, fill):
+def along_columns(
+    image: np.ndarray, out: np.ndarray, arg: float, is_shear: bool, kernel: int, fill: np.ndarray
+) -> None:
     """Shear or translate along y: within a column every pixel moves by the same distance."""
     H, W, _ = image.shape
     rows, out_rows = image.reshape(H, W * 3), out.reshape(H, W * 3)
@@ -110,7 +112,7 @@ def along_columns(image, out, arg, is_shear, kernel, fill):
 
 
 @njit(cache=True)
-def rotate(image, out, degrees, kernel, fill):
+def rotate(image: np.ndarray, out: np.ndarray, degrees: float, kernel: int, fill: np.ndarray) -> None:
     """`Image.rotate` about the middle."""
     H, W, _ = image.shape
     cosine, sine = math.cos(math.radians(-degrees)), math.sin(math.radians(-degrees))
@@ -152,7 +154,19 @@ def rotate(image, out, degrees, kernel, fill):
 
 
 @njit(cache=True, inline="always")
-def _row(image, y, x0, x1, x2, x3, c, a0, a1, a2, a3):
+def _row(
+    image: np.ndarray,
+    y: int,
+    x0: int,
+    x1: int,
+    x2: int,
+    x3: int,
+    c: int,
+    a0: np.float32,
+    a1: np.float32,
+    a2: np.float32,
+    a3: np.float32,
+) -> np.float32:
     return (
         a0 * np.float32(image[y, x0, c])
         + a1 * np.float32(image[y, x1, c])
@@ -162,7 +176,7 @@ def _row(image, y, x0, x1, x2, x3, c, a0, a1, a2, a3):
 
 
 @njit(cache=True, inline="always")
-def _weights(d, kernel):
+def _weights(d: np.float32, kernel: int) -> tuple[np.float32, np.float32, np.float32, np.float32]:
     """Weights of the four pixels around a point that lies `d` (0-1) behind the second: PIL's BICUBIC (Keys, a = -1)."""
     one, two = np.float32(1), np.float32(2)
     if kernel == BICUBIC:
@@ -171,35 +185,44 @@ def _weights(d, kernel):
 
 
 @njit(cache=True, inline="always")
-def _to_byte(value):
+def _to_byte(value: np.float32) -> np.uint8:
     """Cut off towards zero, as PIL; the weights' sum may lie a rounding below 1, which must not cost a whole level."""
     value += np.float32(1 / 16384)
     return np.uint8(0) if value <= 0 else np.uint8(255) if value >= 255 else np.uint8(value)
 
 
 @njit(cache=True, inline="always")
-def _sum2(p1, p2, w1, w2):
+def _sum2(p1: np.uint8, p2: np.uint8, w1: np.float32, w2: np.float32) -> np.uint8:
     return _to_byte(w1 * np.float32(p1) + w2 * np.float32(p2))
 
 
 @njit(cache=True, inline="always")
-def _sum4(p0, p1, p2, p3, w0, w1, w2, w3):
+def _sum4(
+    p0: np.uint8,
+    p1: np.uint8,
+    p2: np.uint8,
+    p3: np.uint8,
+    w0: np.float32,
+    w1: np.float32,
+    w2: np.float32,
+    w3: np.float32,
+) -> np.uint8:
     return _to_byte(w0 * np.float32(p0) + w1 * np.float32(p1) + w2 * np.float32(p2) + w3 * np.float32(p3))
 
 
 @njit(cache=True, inline="always")
-def _put(out, y, x, color):
+def _put(out: np.ndarray, y: int, x: int, color: np.ndarray) -> None:
     out[y, x, 0], out[y, x, 1], out[y, x, 2] = color[0], color[1], color[2]
 
 
 @njit(cache=True, inline="always")
-def _fixed(value):
+def _fixed(value: float) -> np.int64:
     """PIL's 16.16 fixed point, in which it reckons where the nearest pixel lies."""
     return np.int64(math.floor(value * 65536.0 + 0.5))
 
 
 @njit(cache=True)
-def _nearest(arg, line, is_shear):
+def _nearest(arg: float, line: int, is_shear: bool) -> np.int64:
     """How many whole pixels a shear or translation shifts a line by."""
     if is_shear:
         return (_fixed(0.5 + 0.5 * arg) + line * _fixed(arg)) >> 16

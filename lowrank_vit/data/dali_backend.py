@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
+from importlib import import_module
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import Any
@@ -225,7 +226,7 @@ class DaliBackend:
 def why_no_dali() -> str:
     """The reason why DALI cannot be used, or an empty string."""
     try:
-        import nvidia.dali  # noqa: F401
+        import_module("nvidia.dali")
     except ImportError as error:
         return f"NVIDIA DALI cannot be imported ({error})"
     return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,7 +17,7 @@ LOCK = ".lock"
 
 
 @contextmanager
-def one_process_in(folder: Path, say: Say, advice: str) -> Iterator[None]:
+def one_process_in(folder: Path, say: Say, advice: str) -> Generator[None]:
     """Hold `folder`'s lock; wait, and say so, while another process has it.
 
     The lock is the system's own (flock on FOLDER/.lock), so a process that dies gives it back. The folder is made if it

@@ -16,10 +16,11 @@ _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 _TO_UNIT = 2.0**-32
+_Word = int | np.uint64
 
 
 @njit(cache=True, inline="always")
-def philox(key, c0, c1, c2, c3):
+def philox(key: _Word, c0: _Word, c1: _Word, c2: _Word, c3: _Word) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
     """Ten rounds of Philox4x32.
 
     `key` is a uint64, its low 32 bits the first key word; `c0..c3` are 32-bit counter words.
@@ -35,19 +36,19 @@ def philox(key, c0, c1, c2, c3):
 
 
 @njit(cache=True, inline="always")
-def to_unit(word):
+def to_unit(word: np.uint64) -> float:
     """A 32-bit word as a float64 strictly inside (0, 1)."""
     return (np.float64(word) + 0.5) * _TO_UNIT
 
 
 @njit(cache=True, inline="always")
-def to_below(word, bound):
+def to_below(word: np.uint64, bound: int) -> np.int64:
     """A 32-bit word as an int64 in [0, bound); the bias is below bound / 2**32."""
     return np.int64((np.uint64(word) * np.uint64(bound)) >> _32)
 
 
 @njit(cache=True)
-def _gamma(key, alpha, draw, step, epoch, stream):
+def _gamma(key: np.uint64, alpha: float, draw: int, step: int, epoch: int, stream: int) -> tuple[float, int]:
     """One Gamma(alpha, 1) draw and the next free draw counter: Marsaglia and Tsang, ACM TOMS 26 (2000).
 
     For alpha < 1 their boost Gamma(alpha + 1) * U**(1 / alpha) is used, in logarithms. Returns (log of the draw, draw).
@@ -68,7 +69,7 @@ def _gamma(key, alpha, draw, step, epoch, stream):
 
 
 @njit(cache=True)
-def beta(key, alpha, step, epoch, stream):
+def beta(key: np.uint64, alpha: float, step: int, epoch: int, stream: int) -> float:
     """One Beta(alpha, alpha) draw in [0, 1] from the counters (1.., step, epoch, stream); alpha > 0."""
     log_x, draw = _gamma(key, alpha, 1, step, epoch, stream)
     log_y, _ = _gamma(key, alpha, draw, step, epoch, stream)

@@ -286,7 +286,7 @@ def center_windows(
 
 
 @njit(cache=True)
-def _order_keys(key, num_samples, epoch):
+def _order_keys(key: np.uint64, num_samples: int, epoch: int) -> np.ndarray:
     keys = np.empty(num_samples, np.uint64)
     for i in range(num_samples):
         w0, w1, _, _ = philox(key, 0, i, epoch, 0)  # Stream.ORDER
@@ -295,7 +295,7 @@ def _order_keys(key, num_samples, epoch):
 
 
 @njit(cache=True)
-def _flips(key, epoch, ids, probability, stream):
+def _flips(key: np.uint64, epoch: int, ids: np.ndarray, probability: float, stream: int) -> np.ndarray:
     flips = np.empty(len(ids), np.bool_)
     for n in range(len(ids)):
         flips[n] = to_unit(philox(key, 0, ids[n], epoch, stream)[0]) < probability
@@ -303,7 +303,17 @@ def _flips(key, epoch, ids, probability, stream):
 
 
 @njit(cache=True)
-def _crop_windows(key, epoch, ids, heights, widths, scale_min, scale_max, ratio_min, ratio_max):
+def _crop_windows(
+    key: np.uint64,
+    epoch: int,
+    ids: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    scale_min: float,
+    scale_max: float,
+    ratio_min: float,
+    ratio_max: float,
+) -> np.ndarray:
     """Torchvision's RandomResizedCrop.get_params: ten attempts, one Philox block each, then a centre crop."""
     log_min, log_max = math.log(ratio_min), math.log(ratio_max)
     windows = np.empty((len(ids), 4), np.int32)

@@ -29,7 +29,9 @@ class Erase:
 
 
 @njit(cache=True)
-def draw_erase_boxes(key, epoch, ids, stream, prob, max_count, height, width):
+def draw_erase_boxes(
+    key: np.uint64, epoch: int, ids: np.ndarray, stream: int, prob: float, max_count: int, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(boxes int32 (B, max_count, 4), keys uint32 (B, 2)) for images of `height` x `width` pixels."""
     boxes = np.zeros((len(ids), max_count, 4), np.int32)
     keys = np.zeros((len(ids), 2), np.uint32)

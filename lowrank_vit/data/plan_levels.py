@@ -31,7 +31,7 @@ class Formula(IntEnum):
 
 
 @njit(cache=True)
-def argument_of(formula, factor, level, sign, u, translate):
+def argument_of(formula: int, factor: float, level: float, sign: float, u: float, translate: float) -> float:
     """The argument at a level of 0-10, a float.
 
     `factor`: of SIGNED; `sign`: +-1, for operations with a direction; `u`: uniform in (0, 1), for those that draw more;

@@ -91,6 +91,6 @@ def minmax_box(
 
 
 @njit(cache=True)
-def _uniforms(key, draw, index, epoch, stream):
+def _uniforms(key: np.uint64, draw: int, index: int, epoch: int, stream: int) -> tuple[float, float, float, float]:
     w0, w1, w2, w3 = philox(key, draw, index, epoch, stream)
     return to_unit(w0), to_unit(w1), to_unit(w2), to_unit(w3)

@@ -152,13 +152,24 @@ def _tables(policy: Policy) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
 
 
 @njit(cache=True)
-def _draw(uniforms, chosen, probs, levels, kinds_of, formulas, factors, std, level_max, translate):
+def _draw(
+    uniforms: np.ndarray,
+    chosen: np.ndarray,
+    probs: np.ndarray,
+    levels: np.ndarray,
+    kinds_of: np.ndarray,
+    formulas: np.ndarray,
+    factors: np.ndarray,
+    std: float,
+    level_max: float,
+    translate: float,
+) -> tuple[np.ndarray, np.ndarray]:
     """int8 and float64 (B, L): kind and argument of each operation, from its eight uniforms."""
     B, L = chosen.shape
     kinds, args = np.zeros((B, L), np.int8), np.zeros((B, L))
     for n in range(B):
         for layer in range(L):
-            u, op = uniforms[n, layer], chosen[n, layer]
+            u, op = uniforms[n, layer], int(chosen[n, layer])
             if u[1] >= probs[op]:
                 continue
             level = levels[op]
@@ -212,7 +223,7 @@ def _pick_rows(policy: Policy, uniforms_BL: np.ndarray) -> np.ndarray:
 
 
 @njit(cache=True)
-def uniform_table(key, epoch, ids, stream, blocks):
+def uniform_table(key: np.uint64, epoch: int, ids: np.ndarray, stream: int, blocks: int) -> np.ndarray:
     """float64 (B, 4 * blocks) strictly inside (0, 1): the draws 0..blocks-1 of each sample id."""
     table = np.empty((len(ids), 4 * blocks))
     for n in range(len(ids)):

@@ -7,6 +7,8 @@ are PIL's.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
@@ -18,7 +20,7 @@ from lowrank_vit.data.plan_ops import BICUBIC, NEAREST
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
-def _cubic(x):
+def _cubic(x: float) -> float:
     x = abs(x)  # Keys 1981 with a = -0.5, as PIL
     if x < 1.0:
         return (1.5 * x - 2.5) * x * x + 1.0
@@ -28,7 +30,7 @@ def _cubic(x):
 
 
 @numba.njit(nogil=True, cache=True)
-def _taps(span, kernel, size):
+def _taps(span: np.ndarray, kernel: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each output pixel: the first input pixel, how many, and their weights (which add up to 1)."""
     scale, low, length = span[SCALE], span[LOW], span[LENGTH]
     stretch = max(scale, 1.0)
@@ -55,12 +57,14 @@ def _taps(span, kernel, size):
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
-def _byte(value):
+def _byte(value: np.float32) -> np.uint8:
     return np.uint8(np.int32(min(np.float32(255), max(np.float32(0), value))))
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"})
-def resize_into(pixels, row_bytes, spans, kernel, flip, out):
+def resize_into(
+    pixels: np.ndarray, row_bytes: int | np.int64, spans: np.ndarray, kernel: int, flip: bool, out: np.ndarray
+) -> None:
     """Resample one image into `out`, uint8 (S, S, 3).
 
     `pixels`: uint8 (bytes,), RGB rows of `row_bytes`; `spans`: float64 (2, 4), see `geometry`; `flip`: mirror.
@@ -96,18 +100,26 @@ def resize_into(pixels, row_bytes, spans, kernel, flip, out):
 
 
 @intrinsic
-def _as_pointer(typing_context, address):
+def _as_pointer(typing_context: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
     """An integer address as a pointer to bytes, which numba has no name for."""
     signature = types.CPointer(types.uint8)(types.int64)
 
-    def generate(context, builder, signature, arguments):
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return signature, generate
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def resize_batch(addresses, num_bytes, row_bytes, spans, kernels, flips, out):
+def resize_batch(
+    addresses: np.ndarray,
+    num_bytes: np.ndarray,
+    row_bytes: np.ndarray,
+    spans: np.ndarray,
+    kernels: np.ndarray,
+    flips: np.ndarray,
+    out: np.ndarray,
+) -> None:
     """`resize_into` for B images that lie at `addresses`, on numba's threads.
 
     `addresses`, `num_bytes`, `row_bytes`: int64 (B,); `spans`: float64 (B, 2, 4); `out`: uint8 (B, S, S, 3).

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -152,7 +152,7 @@ class _OneThread:
         self._limit: Any = None
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
+    def __call__(self) -> Generator[None]:
         with self._lock:
             if self._controller is None:
                 import scipy.linalg.cython_lapack  # noqa: F401 (a library that is loaded later would not be limited)

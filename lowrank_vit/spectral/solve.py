@@ -6,7 +6,7 @@ Shape legend: N matrices of one shape, R rows, C columns, K = min(R, C) singular
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -251,7 +251,7 @@ def _svd(a_RC: Tensor, m: int) -> Solved:
 
 
 @contextmanager
-def _one_torch_thread(a_RC: Tensor) -> Iterator[None]:
+def _one_torch_thread(a_RC: Tensor) -> Generator[None]:
     """On a CPU one thread: LAPACK's bits depend on their number, and the monitor's worker has one."""
     threads = torch.get_num_threads()
     if a_RC.is_cuda or threads == 1:

@@ -14,10 +14,16 @@ _COLUMNS = {
     "sigma_min": "σ min",
     "stable_rank": "stable\nrank",
     "effective_rank": "effect.\nrank",
+    "alpha": "α",
+    "mp_outliers": "out-\nliers",
 }
-_COLUMNS |= {"alpha": "α", "mp_outliers": "out-\nliers"}
-_DRIFT = {"update_normF": "|ΔW|F", "update_norm2": "|ΔW|₂", "delta_sv_rel": "Δσ/σ"}
-_DRIFT |= {"cos_u_mean": "cos u\nmean", "cos_v_mean": "cos v\nmean"}
+_DRIFT = {
+    "update_normF": "|ΔW|F",
+    "update_norm2": "|ΔW|₂",
+    "delta_sv_rel": "Δσ/σ",
+    "cos_u_mean": "cos u\nmean",
+    "cos_v_mean": "cos v\nmean",
+}
 
 
 def print_analysis(analysis: Analysis, console: Console) -> None:

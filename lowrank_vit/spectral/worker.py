@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -172,7 +172,7 @@ class Worker:
         }
 
     @contextlib.contextmanager
-    def _side_stream(self, snapshot: Snapshot) -> Iterator[None]:
+    def _side_stream(self, snapshot: Snapshot) -> Generator[None]:
         if self._stream is None or snapshot.ready is None:
             yield
             return

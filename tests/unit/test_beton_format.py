@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def damaged(beton: Path, patches: list[tuple[int, bytes]], length: int | None = None) -> Iterator[None]:
+def damaged(beton: Path, patches: list[tuple[int, bytes]], length: int | None = None) -> Generator[None]:
     """Overwrite bytes of `beton` in place, optionally change its length, and put everything back afterwards."""
     with beton.open("r+b") as file:
         before = []

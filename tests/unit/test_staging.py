@@ -7,9 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -25,6 +25,10 @@ from tests.photos import write_sets
 from tests.sources import Said, run_at_once
 
 ENDS = ("", ".json", ".samples")
+
+
+class Usage(NamedTuple):
+    free: int
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +101,14 @@ def test_a_manifest_that_alone_changed_is_copied_too(source, tmp_path):
 
 def test_both_sets_of_a_run_are_staged(digits_dir, tmp_path, monkeypatch):
     asked = []
-    usage = namedtuple("usage", "free")
     needed = sum(path.stat().st_size for path in digits_dir.glob("*.beton*"))
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: asked.append(path) or usage(needed))
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: asked.append(path) or Usage(needed))
     train, val, _ = open_datasets(DataOptions(data_dir=digits_dir), None, tmp_path / "fast", Said())
     assert [beton.num_samples for beton in (train, val)] == [1437, 360]
     assert all(beton.path.is_relative_to(tmp_path / "fast") for beton in (train, val))
     assert asked == [tmp_path / "fast"]  # room for both, once
     shutil.rmtree(tmp_path / "fast")
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage(needed - 1))
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: Usage(needed - 1))
     with pytest.raises(UserError, match=r"train\.beton and val\.beton and what belongs to them take"):
         open_datasets(DataOptions(data_dir=digits_dir), None, tmp_path / "fast", Said())
     assert not list((tmp_path / "fast").glob("*.beton"))
@@ -168,8 +171,7 @@ def test_a_disk_that_garbles_is_noticed(source, tmp_path, monkeypatch):
 
 
 def test_room_is_looked_for_first(source, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage(12_345))
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: Usage(12_345))
     with pytest.raises(UserError) as caught:
         stage(source, tmp_path / "fast", Said())
     needed = size_in_words(sum(path.stat().st_size for path in source.parent.iterdir()))
