@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
+import torch
 import tyro
 from rich.console import Console
 
-from data_prep.errors import exit_cleanly
+from data_prep.errors import UserError, exit_cleanly
 from lowrank_vit.bench import augment, end_to_end, everything, growth, loader, machine, prep, record, spectral, step
 from lowrank_vit.bench.measure import Result, nothing
+from lowrank_vit.bench.peak_memory import peak_resident_bytes
 from lowrank_vit.bench.show import Output, print_result
 
 # A further bench is a module with `Options` and `run`, and a command here.
@@ -128,10 +132,23 @@ def _bench(
     chart: Callable[[Result], bytes] | None = None,
 ) -> None:
     output.check()
-    result = run(note=_note())
+    result = with_memory(run(note=_note()))
+    output.write(result, chart)  # before anything is printed: a reader that goes away costs no figures
     print_more(result, Console())
     print_result(result, Console())
-    output.write(result, chart)
+    if result.is_broken:
+        sys.exit(1)
+
+
+def with_memory(result: Result) -> Result:
+    """With the sections peak_memory_gib and, where a GPU was used, peak_gpu_memory_gib: of this process, all cases."""
+    peaks = {}
+    with suppress(UserError):  # only Linux tells
+        peaks["peak_memory_gib"] = peak_resident_bytes()
+    if torch.cuda.is_initialized():
+        peaks["peak_gpu_memory_gib"] = torch.cuda.max_memory_reserved()
+    rounded = {name: round(value / 2**30, 2) for name, value in peaks.items()}
+    return replace(result, extra={**result.extra, **rounded})
 
 
 def _note() -> Callable[[str], object]:
