@@ -15,6 +15,7 @@ from rich.console import Console
 from data_prep.errors import UserError, exit_cleanly
 from lowrank_vit.bench import augment, end_to_end, everything, growth, loader, machine, prep, record, spectral, step
 from lowrank_vit.bench.aims_chart import aims_chart
+from lowrank_vit.bench.growth_chart import growth_chart
 from lowrank_vit.bench.measure import Result, nothing
 from lowrank_vit.bench.peak_memory import peak_resident_bytes
 from lowrank_vit.bench.show import Output, print_result
@@ -98,9 +99,9 @@ def limits_command(
 def growth_command(bench: tyro.conf.OmitArgPrefixes[growth.Options], output: tyro.conf.OmitArgPrefixes[Output]) -> None:
     """How speed and memory grow with workers, batch, image size, samples and the model's width.
 
-    Takes about a minute a round on 2 cores.
+    Takes about a minute a round on 2 cores, most of it for the processes whose memory is measured.
     """
-    _bench(partial(growth.run, bench), output, chart=growth.growth_chart)
+    _bench(partial(growth.run, bench), output, chart=growth_chart)
 
 
 @app.command(name="all")

@@ -6,6 +6,7 @@ Processes of their own, since torch, numba, DALI and FFCV each keep threads and 
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -94,7 +95,8 @@ def run(
     """Run them; cases and ratios are named BENCH/NAME, and the section `benches` holds each result whole.
 
     A bench that fails in any way, hangs, or comes too late for --budget is in the section `failed` with the reason,
-    and the others go on. `start` runs one (by default in a process); `save` gets what there is after each of them. Raises `UserError` for wrong options.
+    and the others go on. `start` runs one (by default in a process); `save` gets what there is after each of them.
+    Raises `UserError` for wrong options.
     """
     from lowrank_vit.engine.setup import pick_device
 
@@ -135,7 +137,8 @@ def read_result(path: Path) -> dict[str, Any]:
             raise TypeError("environment")
         for section in ("cases", "ratios"):
             for one in content[section].values():
-                float(one["median"]), [float(sample) for sample in one["samples"]][0]
+                if not all(math.isfinite(figure) for figure in (one["median"], *one["samples"], one["samples"][0])):
+                    raise ValueError("a figure that is none")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"its JSON is not that of a bench ({reason_of(error)}).") from error
     return content

@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from data_prep.errors import UserError
+
+T = TypeVar("T")
 
 DEFAULT_REPEATS = 5
 MAX_REASON = 400
@@ -194,7 +196,7 @@ def check_repeats(repeats: int) -> None:
         raise UserError(f"--repeats is {repeats}, expected 1 or more ({DEFAULT_REPEATS} or more for a figure to keep).")
 
 
-def order_of(names: Sequence[str], n: int) -> list[str]:
+def order_of(names: Sequence[T], n: int) -> list[T]:
     """The order in round `n`: every second round backwards, and every two rounds one case further.
 
     Three cases stand in all their six orders in six rounds; two run A B, B A, B A, A B.

@@ -1,7 +1,7 @@
 """What the bench `all` runs on which device: each bench's flags, its short form, and how long it may take.
 
-The short forms are sized so that a round of every case lasts long enough to be timed (about half a second on a GPU, whose
-compiled steps are warmed up for 20 iterations first) while all of them fit `BUDGET_MINUTES`.
+The short forms are sized so that a round of every case lasts long enough to be timed (about half a second on a GPU,
+whose compiled steps are warmed up for 20 iterations first) while all of them fit `BUDGET_MINUTES`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ CPU: Mapping[str, Entry] = {
         expected_s=90,
     ),
 }
-"""In this order. `expected_s` is of 2 cores without a GPU: 12 minutes in all, and two more when the photographs are made
-for the first time."""
+"""In this order. `expected_s` is of 2 cores without a GPU, reckoned from the speeds of the cases: 12 minutes in all,
+and two more when the photographs are made for the first time."""
 
 CUDA: Mapping[str, Entry] = {
     # The same photographs as end-to-end: making 4,096 takes half a minute.
@@ -76,10 +76,12 @@ CUDA: Mapping[str, Entry] = {
     "prep": Entry("prep", ("--count", "4096"), expected_s=50, has_device=False),
     "growth": Entry("growth", is_short=False),
 }
-"""What has figures to reach comes first, since the budget may end before the last; growth is left out of the short form.
+"""What has figures to reach comes first, since the budget may end before the last; the short form has no growth.
 
-`expected_s` is an estimate for one H100 with 16 cores, not a measurement: about 10 s for each process to start, 30 s for
-each step that is compiled for the first time, 5 s a round. It sums to 8 minutes; with a warm compile cache to about 5."""
+`expected_s` is an estimate for one H100 with 16 cores, not a measurement: about 10 s for each process to start, 30 s
+for each step that is compiled for the first time, 5 s a round. It sums to 8 minutes; with a warm compile cache to
+about 5.
+"""
 
 PROGRAMMES: Mapping[str, Mapping[str, Entry]] = {"cpu": CPU, "cuda": CUDA}
 """By type of device; the names are those of results and aims."""
