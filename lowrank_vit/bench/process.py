@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread
+from typing import IO
 
 from data_prep.errors import UserError
 
@@ -50,11 +51,12 @@ def run_limited(command: Sequence[str], limit_s: float) -> None:
         raise UserError(f"ended with code {code}{': ' if last else '.'}{''.join(last)}")
 
 
-def _pass_on(lines: Iterable[str], last: deque[str]) -> None:
-    for line in lines:
-        sys.stderr.write(line)
-        if line.strip():
-            last.append(line.strip())
+def _pass_on(lines: IO[str], last: deque[str]) -> None:
+    with lines:
+        for line in lines:
+            sys.stderr.write(line)
+            if line.strip():
+                last.append(line.strip())
 
 
 def _end(process: subprocess.Popen[str]) -> None:
