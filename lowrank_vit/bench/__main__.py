@@ -13,7 +13,19 @@ import tyro
 from rich.console import Console
 
 from data_prep.errors import UserError, exit_cleanly
-from lowrank_vit.bench import augment, end_to_end, everything, growth, loader, machine, prep, record, spectral, step
+from lowrank_vit.bench import (
+    augment,
+    end_to_end,
+    everything,
+    gpu_check,
+    growth,
+    loader,
+    machine,
+    prep,
+    record,
+    spectral,
+    step,
+)
 from lowrank_vit.bench.aims_chart import aims_chart
 from lowrank_vit.bench.growth_chart import growth_chart
 from lowrank_vit.bench.measure import Result, nothing
@@ -125,6 +137,18 @@ def all_command(
 def record_command(options: tyro.conf.OmitArgPrefixes[record.Options]) -> None:
     """Join the GPU tests' record and that of `all` into one JSON file and one page for docs/benchmarks."""
     print(f"written: {record.write(options)}")
+
+
+@app.command(name="gpu-check")
+def gpu_check_command(options: tyro.conf.OmitArgPrefixes[gpu_check.Options]) -> None:
+    """The GPU tests, all benches in their short form, and the record of both: what `make gpu-check` does.
+
+    Takes 8 minutes. Exits with 1 if a test or something of ours in a bench failed; the record is written all the same.
+    """
+    page, is_clean = gpu_check.run(options, note=_note())
+    print(f"written: {page}")
+    if not is_clean:
+        sys.exit(1)
 
 
 def _bench(
