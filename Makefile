@@ -21,7 +21,7 @@ help:
 	@echo "make prep-cifar100 [SRC=archive] OUT=dir         without SRC it is downloaded"
 	@echo "make prep-imagenet SRC=dir OUT=dir              SRC holds train/ and val/"
 	@echo "make prep-imagenet100 SRC=dir OUT=dir           100 classes of the same"
-	@echo "make bench [WHAT=prep|loader|augment|spectral|step|end-to-end]   measured against peers; all without WHAT"
+	@echo "make bench [WHAT=prep|loader|augment|spectral|step|end-to-end|limits|growth]   beside peers; all without WHAT"
 	@echo "make gpu-check [PY=python3]   GPU tests and all benches, as a page in docs/benchmarks/"
 
 setup: .venv/.ready
@@ -49,11 +49,7 @@ report: $(READY)
 	$(PY) -m lowrank_vit.report $(or $(RUN),output/latest)
 
 gpu-check: $(READY)
-	@rm -f output/gpu-check.json output/gpu-bench.json
-	@LRV_REQUIRE_GPU=1 $(PY) -m pytest tests/gpu -m gpu --gpu-record=output/gpu-check.json $(ARGS); tests=$$?; \
-	$(PY) -m lowrank_vit.bench all --short --json output/gpu-bench.json; benches=$$?; \
-	$(PY) -m lowrank_vit.bench record --tests output/gpu-check.json --benches output/gpu-bench.json && \
-	exit $$((tests + benches))
+	$(PY) -m lowrank_vit.bench gpu-check $(ARGS)
 
 # ARGS adds options of `python -m data_prep`, for example ARGS="--max-side 400 --on-bad skip".
 prep-cifar100: $(READY)

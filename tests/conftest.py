@@ -33,7 +33,7 @@ def _gpu_there(request: pytest.FixtureRequest) -> None:
 
 
 class _Record:
-    """Collects the outcome and duration of every test that ran, and why it failed."""
+    """Collects the outcome and duration of every test that ran, and why it failed or was skipped."""
 
     def __init__(self) -> None:
         self.results: dict[str, dict[str, object]] = {}
@@ -43,6 +43,8 @@ class _Record:
             self.results[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 3)}
             if report.failed:
                 self.results[report.nodeid]["message"] = report.longreprtext[-4000:]
+            elif report.skipped and isinstance(report.longrepr, tuple):
+                self.results[report.nodeid]["message"] = report.longrepr[2].removeprefix("Skipped: ")
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:

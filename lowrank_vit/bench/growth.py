@@ -1,5 +1,5 @@
 """The bench `growth`: how throughput grows with workers, batch, image size and samples, memory with samples, and the
-time of the spectra with the width of the model.
+time of a refresh of the spectra with the width of the model.
 
 `python -m lowrank_vit.bench.growth KIND FILE.beton IMG_SIZE BATCH WORKERS` reads an epoch and prints its peak in bytes.
 """
@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count as counted
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -23,9 +23,21 @@ import tyro
 from data_prep.errors import UserError
 from data_prep.jpeg import ImageOptions
 from lowrank_vit.bench.environment import environment
+from lowrank_vit.bench.limits import wait
 from lowrank_vit.bench.loader import Options as LoaderBench
 from lowrank_vit.bench.loader import converted, plan_of, read_epoch
-from lowrank_vit.bench.measure import DEFAULT_REPEATS, Case, Result, Samples, measure, nothing
+from lowrank_vit.bench.measure import (
+    DEFAULT_REPEATS,
+    SECONDS,
+    Case,
+    Result,
+    Samples,
+    check_repeats,
+    measure,
+    nothing,
+    order_of,
+    reason_of,
+)
 from lowrank_vit.bench.peak_memory import peak_resident_bytes
 from lowrank_vit.bench.photos import NUM_CLASSES, ensure_photos
 from lowrank_vit.bench.prep import CACHE
@@ -33,21 +45,17 @@ from lowrank_vit.bench.spectral import TOPK, stacks_of
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.plan import TrainRules
-from lowrank_vit.spectral.refresh import Settings, solve_all
+from lowrank_vit.spectral.refresh import Memory, Settings, Stacks, refresh, solve_all
 
 Sweep = Literal["workers", "batch", "size", "samples", "memory", "width"]
 SWEEPS: tuple[Sweep, ...] = ("workers", "batch", "size", "samples", "memory", "width")
-LABELS = {
-    "workers": "decoding threads",
-    "batch": "images a batch",
-    "size": "side of the crop, pixels",
-    "samples": "samples in the set",
-    "memory": "samples in the set",
-    "width": "width of the ViT (192 tiny, 384 small, 768 base)",
-}
 WIDTHS = {192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224", 768: "vit_base_patch16_224"}
 KINDS = ("ffcv", "dali")
-LIMITS = ("Each sweep runs by itself; its points run round by round like the cases of any bench.",)
+LIMITS = (
+    "Each sweep runs by itself; its points run round by round like the cases of any bench.",
+    "memory is the host's, of processes of their own that read on the CPU; with fewer samples than 3 rounds its "
+    "medians say little.",
+)
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,10 @@ class Options:
     """Sides of the crops; the others use the one before the last."""
     widths: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = tuple(WIDTHS)
     """Widths of the ViTs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where images and weights have to be; memory is measured on a CPU always."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
-    """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
+    """Rounds that count, after one that does not (but for memory). Fewer than 5 are a smoke test."""
     scratch: Annotated[Path, tyro.conf.arg(metavar="DIR")] = CACHE
     """Where photographs and converted sets are kept."""
 
@@ -86,6 +96,15 @@ class _Growth:
 
     cases: dict[str, Samples] = field(default_factory=dict)
     lines: dict[str, dict[str, dict[int, str]]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def take(self, sweep: str, line: str, x: int, result: Result) -> None:
+        """A point of a sweep that `measure` has measured, or why it has not."""
+        case = f"{line} {x}"
+        if case in result.failed:
+            self.failed[f"{sweep}={x}/{line}"] = result.failed[case]
+        else:
+            self.add(sweep, line, x, result.cases[case])
 
     def add(self, sweep: str, line: str, x: int, samples: Samples) -> None:
         name = f"{sweep}={x}/{line}"
@@ -96,25 +115,33 @@ class _Growth:
 def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     """Measure the sweeps; the section `growth` names the case of each point: sweep, line, place. Raises `UserError`."""
     _check(options)
-    surroundings, growth = environment(), _Growth()
+    from lowrank_vit.engine.setup import pick_device
+
+    device = pick_device(options.device)
+    surroundings, growth = environment(device.type), _Growth()
     for sweep in dict.fromkeys(options.sweeps):
         note(f"{sweep}:")
         if sweep == "memory":
             _add_memory(growth, options, note)
             continue
         with ExitStack() as stack:
-            cases = _width_cases(options) if sweep == "width" else _loader_cases(sweep, options, stack, note)
+            if sweep == "width":
+                cases = _width_cases(options, device)
+            else:
+                cases = _loader_cases(sweep, options, device, stack, note)
             named = {f"{line} {x}": case for (line, x), case in cases.items()}
             result = measure("growth", named, {}, environment=surroundings, repeats=options.repeats, note=note)
             for line, x in cases:
-                growth.add(sweep, line, x, result.cases[f"{line} {x}"])
+                growth.take(sweep, line, x, result)
     few = () if options.repeats >= DEFAULT_REPEATS else ("Fewer than 5 rounds: a smoke test, not a measurement.",)
-    return Result("growth", surroundings, growth.cases, {}, (*few, *LIMITS), {"growth": growth.lines})
+    extra = {"growth": growth.lines}
+    return Result("growth", surroundings, growth.cases, {}, (*few, *LIMITS), extra, growth.failed)
 
 
 def _check(options: Options) -> None:
-    if options.repeats < 1:
-        raise UserError(f"--repeats is {options.repeats}, expected 1 or more.")
+    check_repeats(options.repeats)
+    if not options.sweeps:
+        raise UserError(f"--sweeps names nothing; expected some of {', '.join(SWEEPS)}.")
     if len(options.batches) < 2 or len(options.sizes) < 2 or min(*options.batches, *options.sizes) < 1:
         raise UserError("--batches and --sizes each take two or more numbers of 1 or more.")
     if unknown := set(options.widths) - set(WIDTHS):
@@ -149,97 +176,92 @@ def _beton(options: Options, count: int, note: Callable[[str], object] = nothing
 
 
 def _loader_cases(
-    sweep: str, options: Options, stack: ExitStack, note: Callable[[str], object]
+    sweep: str, options: Options, device: torch.device, stack: ExitStack, note: Callable[[str], object]
 ) -> dict[tuple[str, int], Case]:
     cases = {}
     for x, point in _points(sweep, options).items():
         beton = _beton(options, point.count, note)
         for kind in (*KINDS, *(("resident",) if sweep == "samples" else ())):
-            run, images = _epoch(kind, beton, point, stack)
-            setting = f"--loader {kind}, batch {point.batch}, {point.size} px, {point.workers} threads"
+            run, images = _epoch(kind, beton, point, device, stack)
+            setting = (
+                f"--loader {kind}, batch {point.batch}, {point.size} px, {point.workers} threads, on {device.type}"
+            )
             cases[kind, x] = Case(run, images, setting=setting)
     return cases
 
 
-def _epoch(kind: str, beton: Beton, point: Point, stack: ExitStack) -> tuple[Callable[[], None], int]:
+def _epoch(
+    kind: str, beton: Beton, point: Point, device: torch.device, stack: ExitStack
+) -> tuple[Callable[[], None], int]:
     """A function that reads an epoch, and its number of images."""
-    bench, cpu = LoaderBench(batch_size=point.batch, img_size=point.size), torch.device("cpu")
+    bench = LoaderBench(batch_size=point.batch, img_size=point.size)
     plan = plan_of(beton.heights, beton.widths, bench, TrainRules())
-    loader, _ = open_loader(beton, plan, cpu, LoaderOptions(kind, point.workers))
+    loader, _ = open_loader(beton, plan, device, LoaderOptions(kind, point.workers))
     stack.callback(loader.close)
     epochs: Iterator[int] = counted()
-    return partial(read_epoch, loader, epochs, cpu), plan.steps_per_epoch * point.batch
+    return partial(read_epoch, loader, epochs, device), plan.steps_per_epoch * point.batch
 
 
-def _width_cases(options: Options) -> dict[tuple[str, int], Case]:
-    """Matrices a second: values, vectors of both ends and certificates of a ViT's 48, and of its EMA's."""
+def _width_cases(options: Options, device: torch.device) -> dict[tuple[str, int], Case]:
+    """Of a ViT's 48 matrices and its EMA's: matrices a second of the solver, and seconds of a whole refresh."""
     settings = Settings(TOPK, cpu_threads=len(os.sched_getaffinity(0)))
 
-    def solve(stacks: Mapping[str, Any]) -> None:
+    def solve(stacks: Stacks) -> None:
         for of_kind in stacks.values():
             solve_all(of_kind, settings)
+        wait(device)
+
+    def whole(stacks: Stacks, memory: Memory) -> None:
+        refresh(0, stacks, settings, memory)
+        wait(device)
 
     cases = {}
     for width in options.widths:
-        stacks = stacks_of(WIDTHS[width], torch.device("cpu"))
-        number = sum(len(stack.matrices_NRC) for of_kind in stacks.values() for stack in of_kind)
-        setting = f"gram64 on all {number} matrices of {WIDTHS[width]} and its EMA"
-        cases["gram64", width] = Case(partial(solve, stacks), number, "matrices/s", setting)
+        stacks = stacks_of(WIDTHS[width], device)
+        number = sum(len(stack.names) for of_kind in stacks.values() for stack in of_kind)
+        what = f"all {number} matrices of {WIDTHS[width]} and its EMA"
+        values = f"values, vectors of both ends and certificates of {what}, on {device.type}"
+        cases["gram64", width] = Case(partial(solve, stacks), number, "matrices/s", values)
+        # After the first round it has what to compare with, as every refresh but a run's first.
+        all_of_it = f"the same with all metrics and the update's norms: a refresh of {what}, but for the disk"
+        cases["refresh", width] = Case(partial(whole, stacks, Memory()), 1, SECONDS, all_of_it)
     return cases
 
 
 def _add_memory(growth: _Growth, options: Options, note: Callable[[str], object]) -> None:
+    """Each point once a round, so that what changes on the machine meanwhile meets all of them."""
     usual = _usual(options)
-    for count in _sets(options):
-        path = _beton(options, count, note).path
-        for kind in ("resident", *KINDS):
-            note(f"peak memory of {kind} on {count:,} samples")
-            numbers = map(str, (usual.size, usual.batch, usual.workers))
-            command = [sys.executable, "-m", "lowrank_vit.bench.growth", kind, str(path), *numbers]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise UserError(f"reading {path} with --loader {kind} failed:\n{done.stderr.strip()}")
-            peak_mb = int(done.stdout.split()[-1]) / 1e6
+    paths = {count: _beton(options, count, note).path for count in _sets(options)}
+    found: dict[tuple[str, int], list[float]] = {(kind, n): [] for kind in ("resident", *KINDS) for n in paths}
+    for n in range(options.repeats):
+        note(f"round {n + 1} of {options.repeats}")
+        for kind, count in order_of([*found], n):
+            if f"memory={count}/{kind}" in growth.failed:
+                continue
+            try:
+                found[kind, count].append(_peak_mb(kind, paths[count], usual))
+            except RuntimeError as error:
+                growth.failed[f"memory={count}/{kind}"] = reason_of(error)
+                note(f"{kind} on {count:,} samples failed: {reason_of(error)}")
+    for (kind, count), peaks in found.items():
+        if f"memory={count}/{kind}" not in growth.failed:
             setting = f"peak of a process that reads one epoch with --loader {kind}, torch and all"
-            growth.add("memory", kind, count, Samples((peak_mb,), "MB", setting))
+            growth.add("memory", kind, count, Samples(tuple(peaks), "MB", setting))
 
 
-def growth_chart(result: Result) -> bytes:
-    """A panel for each sweep: the medians, with whiskers from the lowest to the highest sample, as a PNG."""
-    from lowrank_vit.report.style import EMA, INK, MODEL, heading, new_figure, png, tidy
-
-    lines: Mapping[str, Mapping[str, Mapping[int, str]]] = result.extra["growth"]
-    rows = -(-len(lines) // 2)
-    figure = new_figure(9.2, 0.9 + 2.5 * rows)
-    panels = figure.subplots(rows, 2, squeeze=False).flatten()
-    colours = {"ffcv": MODEL, "dali": EMA}
-    for axes, (sweep, of_sweep) in zip(panels, lines.items(), strict=False):
-        unit = ""
-        for line, places in of_sweep.items():
-            cases = [result.cases[name] for name in places.values()]
-            unit, medians = cases[0].unit, [case.median for case in cases]
-            low = [case.median - min(case.samples) for case in cases]
-            high = [max(case.samples) - case.median for case in cases]
-            axes.errorbar(
-                list(places), medians, yerr=[low, high], label=line, marker="o", ms=4, capsize=3,
-                color=colours.get(line, INK),
-            )  # fmt: skip
-        tidy(axes, xlabel=LABELS[sweep], ylabel=unit)
-        axes.set_title("memory" if sweep == "memory" else "spectra" if sweep == "width" else "loading", loc="left")
-        axes.set_xticks(sorted({x for places in of_sweep.values() for x in places}))
-        axes.set_ylim(bottom=0)
-        if len(of_sweep) > 1:
-            axes.legend(frameon=False, fontsize=8.5)
-    for axes in panels[len(lines) :]:
-        axes.set_visible(False)
-    known = result.environment
-    heading(figure, "Bench: growth", f"{known.get('cpu_cores')} cores, {known.get('cpu')}")
-    return png(figure)
+def _peak_mb(kind: str, path: Path, point: Point) -> float:
+    numbers = map(str, (point.size, point.batch, point.workers))
+    command = [sys.executable, "-m", "lowrank_vit.bench.growth", kind, str(path), *numbers]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().rpartition("\n")[2]
+        raise RuntimeError(f"reading {path.name} ended with code {done.returncode}: {last}")
+    return int(done.stdout.split()[-1]) / 1e6
 
 
 def _print_peak(kind: str, path: Path, point: Point) -> None:
     with ExitStack() as stack:
-        run, _ = _epoch(kind, Beton(path), point, stack)
+        run, _ = _epoch(kind, Beton(path), point, torch.device("cpu"), stack)
         run()
     print(peak_resident_bytes())
 

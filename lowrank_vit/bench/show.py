@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -17,6 +17,8 @@ from lowrank_vit.bench.measure import Result, Samples
 
 _FILE = tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")
 _BAR_HEIGHT_IN = 0.42
+_NAME_WIDTH = 28
+_TOO_UNEQUAL = 30
 
 
 @dataclass(frozen=True)
@@ -44,34 +46,61 @@ class Output:
 
     def write(self, result: Result, chart: Callable[[Result], bytes] | None = None) -> None:
         """Write what was asked for; `chart` draws it (default: `bar_chart`). Raises `UserError`."""
+        self.write_json(result)
         try:
-            if self.json is not None:
-                self.json.write_text(result.to_json(), encoding="utf-8")
-            if self.plot is not None:
+            if self.plot is not None and result.cases:
                 self.plot.write_bytes((chart or bar_chart)(result))
         except OSError as error:
             raise UserError(f"{error.filename} cannot be written: {error.strerror}.") from error
 
+    def write_json(self, result: Result) -> None:
+        """Write --json alone. Whoever is interrupted meanwhile keeps the file of before. Raises `UserError`."""
+        if self.json is None:
+            return
+        part = self.json.with_name(f".{self.json.name}.part")
+        try:
+            part.write_text(result.to_json(), encoding="utf-8")
+            part.replace(self.json)
+        except OSError as error:
+            raise UserError(f"--json {self.json} cannot be written: {error.strerror}.") from error
+
 
 def print_result(result: Result, console: Console) -> None:
-    """Cases, ratios, settings and limits, and under them what they were measured on."""
-    console.print(_table(result.bench, result.cases), "")
+    """Cases, ratios, settings, what failed and limits, and under them what they were measured on."""
+    if result.cases:
+        console.print(_table(result.bench, result.cases), "")
     if result.ratios:
         console.print(_table("ratio, round by round", result.ratios), "")
-    known = result.environment
-    hardware = [f"{known.get('cpu_cores')} cores", known.get("cpu"), known.get("gpu"), f"commit {known.get('commit')}"]
     remarks = [(name, case.setting) for name, case in result.cases.items() if case.setting]
+    remarks += [("note", f"{name} failed: {reason}") for name, reason in result.failed.items()]
     remarks += [("note", limit) for limit in result.limits]
-    remarks += [("measured on", ", ".join(str(part) for part in hardware if part))]
+    remarks += [("measured on", machine_of(result.environment))] if result.environment else []
+    print_remarks(remarks, console)
+
+
+def print_remarks(remarks: Iterable[tuple[str, str]], console: Console) -> None:
+    """Names, and beside each its text in as many lines as it takes."""
     grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(overflow="fold", max_width=_NAME_WIDTH)
+    grid.add_column()
     for name, remark in remarks:
         grid.add_row(Text(name), Text(remark))
     console.print(grid)
 
 
+def machine_of(environment: Mapping[str, Any]) -> str:
+    """Cores, processor, GPU and commit, as far as they are known."""
+    cores, commit = environment.get("cpu_cores"), environment.get("commit")
+    parts = [cores and f"{cores} cores", environment.get("cpu"), environment.get("gpu"), commit and f"commit {commit}"]
+    return ", ".join(str(part) for part in parts if part)
+
+
 def bar_chart(result: Result) -> bytes:
-    """The cases as horizontal bars at the median with whiskers from min to max, as a PNG; one panel for each unit."""
-    from lowrank_vit.report.style import INK, MODEL, MUTED, heading, new_figure, png, tidy
+    """The cases as horizontal bars at the median with whiskers from min to max, as a PNG; one panel for each unit.
+
+    Where the largest is many times the smallest, the axis is logarithmic: else only the largest could be read.
+    """
+    from lowrank_vit.report.style import INK, MODEL, MUTED, heading, log_ticks, new_figure, png, tidy
 
     units = sorted({case.unit for case in result.cases.values()})
     groups = [{name: case for name, case in result.cases.items() if case.unit == unit} for unit in units]
@@ -89,10 +118,21 @@ def bar_chart(result: Result) -> bytes:
         axes.bar_label(bars, labels, padding=6, fontsize=8.5, color=MUTED)
         axes.invert_yaxis()
         axes.margins(x=0.12)
-        axes.set_xlim(left=0)
-    known = result.environment
-    heading(figure, f"Bench: {result.bench}", f"{known.get('cpu_cores')} cores, {known.get('gpu') or known.get('cpu')}")
+        if max(medians) > _TOO_UNEQUAL * min(medians):
+            axes.set_xscale("log")
+            log_ticks(axes.xaxis)
+            axes.set_xlim(left=0.5 * min(medians))
+        else:
+            axes.set_xlim(left=0)
+    heading(figure, f"Bench: {result.bench}", where(result))
     return png(figure)
+
+
+def where(result: Result) -> str:
+    """The subtitle of a picture: cores, and the GPU or the processor."""
+    known = result.environment
+    cores = known.get("cpu_cores")
+    return ", ".join(str(part) for part in (cores and f"{cores} cores", known.get("gpu") or known.get("cpu")) if part)
 
 
 def number(value: float) -> str:

@@ -7,8 +7,8 @@ EMA. Ours are all values, the first and last 8 vectors of both sides, and their 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -43,6 +43,8 @@ class Options:
     """Where both run."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")] = None
     """CPU threads of both."""
+    inline_layers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")] = None
+    """Time the inline SVD on so many layers of model and EMA only: it takes most of the time, the same for each."""
     step: bool = False
     """Also time training steps with the monitor and without; always on cuda."""
     step_model: str = MODELS["base"]
@@ -80,7 +82,12 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     """Measure everything; the result's extra section `accuracy` has an `Accuracy` for each case. Raises `UserError`."""
     if not options.models:
         raise UserError("--models names no model; expected small, base or both.")
-    given = {"threads": (options.threads,), "steps": (options.steps,), "step-batches": options.step_batches}
+    given = {
+        "threads": (options.threads,),
+        "inline-layers": (options.inline_layers,),
+        "steps": (options.steps,),
+        "step-batches": options.step_batches,
+    }
     for flag, values in given.items():
         if any(value is not None and value < 1 for value in values):
             raise UserError(f"--{flag} is {' '.join(map(str, values))}, expected 1 or more.")
@@ -96,7 +103,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     ratios: dict[str, tuple[str, str]] = {}
     refreshes: dict[str, dict[str, list[float]]] = {}
     for name in dict.fromkeys(options.models):
-        cases |= _solver_cases(name, threads, device)
+        cases |= _solver_cases(name, threads, device, options.inline_layers)
         ratios[f"gram64_vs_inline_svd_{name}"] = (f"gram64_{name}", f"inline_svd_{name}")
         ratios[f"gram64_share_of_limit_{name}"] = (f"gram64_{name}", f"product_limit_{name}")
     if options.step or device.type == "cuda":
@@ -105,24 +112,31 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
             of_batch, figures = step_cases(options.step_model, batch, options.steps, device, without, with_monitor)
             cases |= of_batch
             refreshes[f"batch_{batch}"] = figures
-            ratios[f"step_time_{batch}_with_vs_without"] = (without, with_monitor)
+            ratios[f"with_monitor_vs_without_{batch}"] = (with_monitor, without)
     result = measure(
         "spectral", cases, ratios, environment=surroundings, repeats=options.repeats, limits=_LIMITS, note=note
     )
-    by_model = [result.ratios[f"gram64_vs_inline_svd_{name}"].samples for name in dict.fromkeys(options.models)]
-    lower = Samples(tuple(min(samples) for samples in zip(*by_model, strict=True)))
     extra = {"accuracy": {name: asdict(one) | {"passes": one.passes} for name, one in accuracy.items()}}
     extra |= {
         "threads": threads,
         "refreshes": refreshes,
         "operations": {name: operations(name) for name in options.models},
     }
-    all_ratios = {"gram64_vs_inline_svd": lower, **result.ratios}
-    return Result(result.bench, result.environment, result.cases, all_ratios, result.limits, extra)
+    return replace(result, ratios=_with_lowest(result.ratios), extra=extra)
+
+
+def _with_lowest(ratios: Mapping[str, Samples]) -> dict[str, Samples]:
+    """Before them, of each kind the lowest of its models or batch sizes in each round."""
+    lowest = {}
+    for kind in ("gram64_vs_inline_svd", "with_monitor_vs_without"):
+        of_kind = [ratio.samples for name, ratio in ratios.items() if name.startswith(f"{kind}_")]
+        if of_kind:
+            lowest[kind] = Samples(tuple(min(samples) for samples in zip(*of_kind, strict=True)))
+    return {**lowest, **ratios}
 
 
 _LIMITS = (
-    "gram64_vs_inline_svd is the lower of the models' ratios in each round.",
+    "gram64_vs_inline_svd and with_monitor_vs_without are the lowest of the models and batch sizes in each round.",
     "The weights are timm's initial ones. A trained matrix that is ill-conditioned falls back to a float64 SVD.",
 )
 
@@ -218,14 +232,15 @@ def operations(model: str) -> dict[str, float]:
     return {stage: count * flops / 1e9 for stage, flops in stages.items()}
 
 
-def _solver_cases(name: str, threads: int, device: torch.device) -> dict[str, Case]:
+def _solver_cases(name: str, threads: int, device: torch.device, inline_layers: int | None) -> dict[str, Case]:
     stacks = stacks_of(MODELS[name], device)
-    weights = [w for of_kind in stacks.values() for stack in of_kind for w in stack.matrices_NRC]
+    # A stack is one kind of matrix of all layers, so that a part of each keeps the mixture of shapes.
+    inline_weights = [w for of_kind in stacks.values() for stack in of_kind for w in stack.matrices_NRC[:inline_layers]]
     settings = Settings(TOPK, cpu_threads=threads)
-    count, unit = len(weights), "matrices/s"
+    count, unit = sum(len(stack.names) for of_kind in stacks.values() for stack in of_kind), "matrices/s"
 
     def inline() -> None:
-        for weight in weights:
+        for weight in inline_weights:
             torch.linalg.svd(weight, full_matrices=False)
         _wait(device)
 
@@ -244,11 +259,11 @@ def _solver_cases(name: str, threads: int, device: torch.device) -> dict[str, Ca
     flops = 1e9 * sum(operations(name).values()) / count
     return {
         f"inline_svd_{name}": Case(
-            inline, count, unit, f"float32 torch.linalg.svd of each of {MODELS[name]}'s {count} matrices (model and "
-            f"EMA), full_matrices=False, on {where}",
+            inline, len(inline_weights), unit, f"float32 torch.linalg.svd of {len(inline_weights)} of {MODELS[name]}'s "
+            f"{count} matrices (model and EMA) one by one, full_matrices=False, on {where}", peer=True,
         ),
         f"gram64_{name}": Case(
-            gram64, count, unit, f"the same in float64: all values, {TOPK} vectors of each end, certificates"
+            gram64, count, unit, f"all of them in float64: all values, {TOPK} vectors of each end, certificates"
         ),
         f"refresh_{name}": Case(
             whole, count, unit, "the same, and all metrics and the update's norms: a whole refresh but for the disk"

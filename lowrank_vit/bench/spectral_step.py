@@ -16,6 +16,8 @@ from lowrank_vit.spectral.refresh import Settings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
 
 EVERY = 10
+WARM_UP_STEPS = 20
+"""Before the first block: compiling, cuDNN's and the allocator's first steps."""
 
 
 class _Training:
@@ -36,7 +38,10 @@ class _Training:
         self._targets = torch.zeros(batch_size, dtype=torch.long, device=device)
         self._ema = ModelEmaV3(self.model)
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device.type == "cuda")
-        self._loss = torch.compile(self._compute_loss) if device.type == "cuda" else self._compute_loss
+        # dynamic=False: else the second batch size would be compiled for any, slower than the first.
+        is_compiled = device.type == "cuda"
+        self._loss = torch.compile(self._compute_loss, dynamic=False) if is_compiled else self._compute_loss
+        self._warm_up_steps = WARM_UP_STEPS if is_compiled else 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._monitor: SpectralMonitor | None = None
 
@@ -56,9 +61,16 @@ class _Training:
             store_dir=Path(self._folder.name),
         )
 
+    def warm_up(self) -> None:
+        """Not timed, once."""
+        self._train(self._warm_up_steps)
+
     def run(self) -> None:
         """The timed part: it ends when the steps are done, not when the last refresh is."""
-        for _ in range(self._steps):
+        self._train(self._steps)
+
+    def _train(self, steps: int) -> None:
+        for _ in range(steps):
             self._loss(self._images, self._targets).backward()
             self._optimizer.step()
             self._optimizer.zero_grad()
@@ -90,11 +102,12 @@ def step_cases(
     figures: dict[str, list[float]] = {"refresh_s": [], "skipped": []}
     images, setting = batch_size * steps, f"{model_name}, batch {batch_size}, AdamW and EMA, {steps} steps a block"
     cases = {
-        without: Case(training.run, images, setting=setting),
+        without: Case(training.run, images, setting=setting, first=training.warm_up),
         with_monitor: Case(
             training.run,
             images,
             setting=f"the same with a refresh every {EVERY} updates, model and EMA",
+            first=training.warm_up,
             before=training.start_monitor,
             after=lambda: training.stop_monitor(figures),
         ),

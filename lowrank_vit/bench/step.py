@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from lowrank_vit.bench.environment import environment
-from lowrank_vit.bench.limits import products_case, wait
+from lowrank_vit.bench.limits import copy_case, products_case, wait
 from lowrank_vit.bench.measure import DEFAULT_REPEATS, Case, Result, measure, nothing
 from lowrank_vit.config import parse
 from lowrank_vit.data.batch import Batch
@@ -46,6 +47,13 @@ WORKLOADS = {
     "cpu": Workload("vit_tiny_patch16_224", 64, 64, 4),
 }
 """By device: small enough for a CPU, and what ImageNet is trained with on a GPU."""
+
+WARM_UP_STEPS = 20
+"""Of compiled steps, before the first round: compiling, and what is chosen or allocated in the first few."""
+UPDATE_BYTES = 10 * 4
+"""A parameter's least traffic in an update, float32: AdamW reads weight, gradient and both moments and writes weight
+and moments (7 numbers; Loshchilov & Hutter, Decoupled Weight Decay Regularization, algorithm 2); the EMA reads weight
+and average and writes the average (3). Gradients are set to None, not to zero; writing them is the backward pass's."""
 
 _BY_DEVICE = "(default: by the device)"
 
@@ -87,24 +95,41 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     surroundings = environment(device.type)
     ways = ("eager", "compiled") if options.compile else ("eager",)
     cases: dict[str, Case] = {}
-    flops, dtype = None, torch.float32
+    flops, dtype, num_params = None, torch.float32, 0
     for way in ways:
         note(f"making the {way} steps")
         config = config_of(load, device, way)
         parts = make_parts(config, None)
         flops, dtype = parts.train_flops, dtype_of(config)
+        num_params = sum(p.numel() for p in parts.model.parameters())
         cases[f"ours_{way}"] = _our_case(parts, load, way, config)
-        cases[f"timm_{way}"] = _timm_case(load, device, way, config)
+        cases[f"timm_{way}"] = Case.of_peer(partial(_timm_case, load, device, way, config))
+    steps = list(cases)
     ratios = {f"{way}_vs_timm_{way}": (f"ours_{way}", f"timm_{way}") for way in ways}
     if options.compile:
         ratios["compiled_vs_timm_eager"] = ("ours_compiled", "timm_eager")
+    items = load.batch_size * load.steps
     if flops:
-        items = load.batch_size * load.steps
         cases["product_limit"] = products_case(flops, items, "img/s", device, dtype)
-        ratios |= {f"mfu_{name}": (name, "product_limit") for name in list(cases)[:-1]}
+        ratios |= {f"mfu_{name}": (name, "product_limit") for name in steps}
+    cases["update_limit"] = update_case(num_params, load, device)
+    ratios |= {f"update_share_{name}": (name, "update_limit") for name in steps}
     result = measure("step", cases, ratios, environment=surroundings, repeats=options.repeats, limits=LIMITS, note=note)
     about = {"model": load.model, "img_size": load.img_size, "batch_size": load.batch_size, "steps": load.steps}
-    return replace(result, extra={"workload": about, "train_flops_per_image": flops})
+    extra = {"workload": about, "train_flops_per_image": flops, "update_bytes": UPDATE_BYTES * num_params}
+    return replace(result, extra=extra)
+
+
+def update_case(num_params: int, load: Workload, device: torch.device) -> Case:
+    """Images a second if a step only moved the bytes of its update: a case's ratio to it is their share of its step."""
+    # A copy reads and writes each byte, so half of the bytes are copied.
+    source = torch.ones(num_params * UPDATE_BYTES // 2, dtype=torch.uint8, device=device)
+    copies = copy_case(source, torch.zeros_like(source).fill_(2), load.steps)
+    megabytes = num_params * UPDATE_BYTES / 1e6
+    setting = (
+        f"limit: {megabytes:,.0f} MB a step read and written, what AdamW and the EMA move of {num_params:,} weights"
+    )
+    return replace(copies, items=load.batch_size * load.steps, unit="img/s", setting=setting)
 
 
 def config_of(load: Workload, device: torch.device, way: str, *more: str) -> Config:
@@ -134,15 +159,21 @@ def _our_case(parts: Parts, load: Workload, way: str, config: Config) -> Case:
     batches = endless(parts.train_loader)
     parts.model.train()
 
-    def steps() -> None:
-        for _ in range(load.steps):
+    def steps(count: int) -> None:
+        for _ in range(count):
             parts.step(next(batches))
         wait(parts.device)
 
     kind = "torch.compile of normalising, mixing, model and loss" if way == "compiled" else "eager"
     precision = f"{config.step.amp_dtype} autocast" if config.step.amp else "float32"
     setting = f"{load.model}, {load.img_size} px, batch {load.batch_size}, {precision}, AdamW, EMA, loss meter; {kind}"
-    return Case(steps, load.batch_size * load.steps, setting=setting)
+    return _case(steps, load, way, setting)
+
+
+def _case(steps: Callable[[int], None], load: Workload, way: str, setting: str) -> Case:
+    """Of a function that runs so many steps."""
+    warm_up = partial(steps, WARM_UP_STEPS) if way == "compiled" else nothing
+    return Case(partial(steps, load.steps), load.batch_size * load.steps, setting=setting, first=warm_up)
 
 
 def _timm_case(load: Workload, device: torch.device, way: str, config: Config) -> Case:
@@ -165,9 +196,9 @@ def _timm_case(load: Workload, device: torch.device, way: str, config: Config) -
     images, targets = _normalized_batch(load, device)
     num_updates = 0
 
-    def steps() -> None:
+    def steps(count: int) -> None:
         nonlocal num_updates
-        for _ in range(load.steps):
+        for _ in range(count):
             with torch.autocast(device.type, dtype_of(config), enabled=config.step.amp):
                 loss = task(images, targets)["loss"]
             loss.backward()
@@ -179,7 +210,7 @@ def _timm_case(load: Workload, device: torch.device, way: str, config: Config) -
 
     kind = "--torchcompile" if way == "compiled" else "eager"
     setting = f"ClassificationTask as in timm's train.py, --channels-last --model-ema, fused AdamW; {kind}"
-    return Case(steps, load.batch_size * load.steps, setting=setting)
+    return _case(steps, load, way, setting)
 
 
 def _normalized_batch(load: Workload, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,11 @@ import torch
 from data_prep.errors import UserError
 from lowrank_vit import __version__
 
+PACKAGES = (
+    *("torch", "torchvision", "timm", "ffcv", "nvidia-dali-cuda130", "spdl", "numba", "numpy", "pillow", "wandb"),
+    *("scikit-image", "scikit-learn"),
+)
+"""Whose versions are noted where they are installed: what computes, decodes, and carries the benches' photographs."""
 _LAUNCH = ".launch"
 """Which torchrun has made a directory, so that its next attempt finds it."""
 
@@ -154,7 +159,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "device": str(device),
     }
-    for package in ("torch", "torchvision", "timm", "ffcv", "numba", "numpy", "pillow", "wandb"):
+    for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             result[package] = metadata.version(package)
     if torch.cuda.is_available():

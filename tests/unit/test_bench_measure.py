@@ -14,7 +14,7 @@ from rich.console import Console
 
 from data_prep.errors import UserError
 from lowrank_vit.bench.environment import environment
-from lowrank_vit.bench.measure import DEFAULT_REPEATS, Case, Result, Samples, measure
+from lowrank_vit.bench.measure import DEFAULT_REPEATS, Case, Result, Samples, measure, order_of
 from lowrank_vit.bench.show import Output, bar_chart, number, print_result
 
 
@@ -54,7 +54,7 @@ def printed(result: Result, width: int = 80) -> str:
     return file.getvalue()
 
 
-def test_every_round_runs_every_case_once_in_order() -> None:
+def test_every_round_runs_every_case_once_between_its_own_preparations() -> None:
     order: list[str] = []
     cases = {
         name: Case(
@@ -62,12 +62,25 @@ def test_every_round_runs_every_case_once_in_order() -> None:
             items=1,
             before=lambda name=name: order.append(f"before {name}"),
             after=lambda name=name: order.append(f"after {name}"),
+            first=lambda name=name: order.append(f"first {name}"),
         )
         for name in "AB"
     }
-    measure("x", cases, {}, environment={}, repeats=2)
-    one_round = ["before A", "A", "after A", "before B", "B", "after B"]
-    assert order == one_round * 3  # one to warm up and two that count
+    measure("x", cases, {}, environment={}, repeats=3)
+    once = {name: [f"before {name}", name, f"after {name}"] for name in "AB"}
+    rounds = ["AB", "BA", "BA", "AB"]  # one to warm up and three that count
+    later = [step for names in rounds[1:] for name in names for step in once[name]]
+    assert order == ["first A", *once["A"], "first B", *once["B"], *later]
+
+
+def test_no_case_always_follows_the_same_one() -> None:
+    assert {"".join(order_of("ABC", n)) for n in range(6)} == {"ABC", "CBA", "BCA", "ACB", "CAB", "BAC"}
+    names = [f"case {n}" for n in range(9)]
+    rounds = [order_of(names, n) for n in range(6)]
+    assert rounds[0] == names
+    for name in names:
+        before = {order[order.index(name) - 1] for order in rounds if order[0] != name}
+        assert len(before) > 1
 
 
 def test_five_rounds_by_default_and_the_warm_up_does_not_count() -> None:
@@ -115,6 +128,73 @@ def test_fewer_rounds_are_called_a_smoke_test() -> None:
         measure("x", {}, {}, environment={}, repeats=0)
 
 
+def test_seconds_are_samples_of_the_unit_s() -> None:
+    clock = Clock()
+    cases = {"a": clock.case([8, 4, 2], items=2, unit="s")}
+    result = measure("x", cases, {}, environment={}, repeats=2, clock=clock)
+    assert result.cases["a"].samples == (2, 1)
+
+
+def failing(error: Exception, clock: Clock | None = None, rounds_before: int = 0) -> Case:
+    left = iter(range(rounds_before))
+
+    def run() -> None:
+        if clock is None or next(left, None) is None:
+            raise error
+        clock.now += 1
+
+    return Case(run, 1)
+
+
+@pytest.mark.parametrize("rounds_before", [0, 2])
+def test_a_case_that_fails_does_not_take_the_others_with_it(rounds_before: int) -> None:
+    clock = Clock()
+    cases = {
+        "a": clock.case([1] * 6),
+        "broken": replace(failing(RuntimeError("no kernel\nand much more"), clock, rounds_before), peer=True),
+        "b": clock.case([2] * 6),
+    }
+    ratios = {"a_vs_b": ("a", "b"), "a_vs_broken": ("a", "broken"), "broken_vs_b": ("broken", "b")}
+    heard: list[str] = []
+    result = measure("x", cases, ratios, environment={}, clock=clock, note=heard.append)
+    assert list(result.cases) == ["a", "b"]
+    assert list(result.ratios) == ["a_vs_b"]
+    assert result.failed == {"broken": "RuntimeError: no kernel"}
+    assert not result.is_broken
+    assert heard.count("broken failed: RuntimeError: no kernel") == 1
+    data = json.loads(result.to_json())
+    assert (data["failed"], data["peers"]) == (result.failed, ["broken"])
+
+
+def test_what_is_ours_and_fails_breaks_the_bench_but_not_the_peers_figures() -> None:
+    clock = Clock()
+    cases = {"ours": failing(ValueError()), "peer": clock.case([1] * 6, peer=True)}
+    result = measure("x", cases, {}, environment={}, clock=clock)
+    assert result.is_broken
+    assert result.failed == {"ours": "ValueError"}
+    assert "peer" in result.cases
+    assert "smoke test" not in printed(result)
+    assert "ours failed: ValueError" in " ".join(printed(result).split())
+
+
+def test_a_users_error_of_ours_ends_it_and_a_peers_does_not() -> None:
+    case = failing(UserError("--data is wrong."))
+    with pytest.raises(UserError, match="--data is wrong"):
+        measure("x", {"a": case}, {}, environment={})
+    result = measure("x", {"a": replace(case, peer=True)}, {}, environment={})
+    assert result.failed == {"a": "--data is wrong."}
+
+
+def test_a_peer_that_cannot_even_be_made_is_a_case_that_fails() -> None:
+    def make() -> Case:
+        raise ImportError("no module named spdl")
+
+    result = measure("x", {"spdl": Case.of_peer(make)}, {}, environment={})
+    assert result.failed == {"spdl": "ImportError: no module named spdl"}
+    assert not result.is_broken
+    assert Case.of_peer(lambda: Case(make, 3)).peer
+
+
 def test_json_has_the_projects_schema() -> None:
     data = json.loads(result_of(a=(1.0, 3.0, 2.0)).to_json())
     assert data["bench"] == "prep"
@@ -156,6 +236,18 @@ def test_output_writes_what_was_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == bar_chart(result)
     width, height = struct.unpack(">II", bar_chart(result)[16:24])
     assert width > height > 100
+
+
+def test_bars_that_differ_too_much_are_on_a_logarithmic_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowrank_vit.report import style
+
+    drawn: list[object] = []
+    log_ticks = style.log_ticks
+    monkeypatch.setattr(style, "log_ticks", lambda axis: (drawn.append(axis), log_ticks(axis)))
+    bar_chart(result_of(a=(1.0, 2.0), b=(20.0, 30.0)))
+    assert not drawn
+    bar_chart(result_of(a=(1.0, 2.0), b=(200.0, 300.0)))
+    assert len(drawn) == 1
 
 
 def test_output_complains_before_anything_is_measured(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 from data_prep.errors import UserError
-from lowrank_vit.bench import spectral
-from lowrank_vit.bench.measure import Result
+from lowrank_vit.bench import spectral, spectral_step
+from lowrank_vit.bench.measure import Result, Samples
 from lowrank_vit.spectral.ends import Solved
 from lowrank_vit.spectral.solve import solve
 
@@ -63,7 +63,7 @@ def test_a_small_round_runs_and_reads_back(monkeypatch: pytest.MonkeyPatch, caps
     content = json.loads(result.to_json())
     assert set(content["ratios"]) == {
         "gram64_vs_inline_svd", "gram64_vs_inline_svd_small", "gram64_share_of_limit_small",
-        "step_time_2_with_vs_without",
+        "with_monitor_vs_without", "with_monitor_vs_without_2",
     }  # fmt: skip
     assert content["ratios"]["gram64_vs_inline_svd"] == content["ratios"]["gram64_vs_inline_svd_small"]
     assert {
@@ -85,10 +85,57 @@ def test_a_small_round_runs_and_reads_back(monkeypatch: pytest.MonkeyPatch, caps
     assert np.isfinite(content["cases"]["gram64_small"]["median"])
 
 
+def test_the_lowest_ratio_of_each_round_is_the_figure() -> None:
+    found = spectral._with_lowest(
+        {
+            "gram64_vs_inline_svd_small": Samples((3.0, 5.0)),
+            "gram64_vs_inline_svd_base": Samples((4.0, 2.0)),
+            "gram64_share_of_limit_base": Samples((0.1, 0.1)),
+        }
+    )
+    assert found["gram64_vs_inline_svd"].samples == (3.0, 2.0)
+    assert "with_monitor_vs_without" not in found
+
+
+def test_a_part_of_the_layers_has_the_shapes_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(torch.linalg, "svd", lambda weight, **_: seen.append(tuple(weight.shape)))
+    for layers, factor in ((2, 2), (None, 12)):
+        seen.clear()
+        cases = spectral._solver_cases("small", 1, torch.device("cpu"), layers)
+        cases["inline_svd_small"].run()
+        assert cases["inline_svd_small"].items == len(seen) == 8 * factor
+        assert {shape: seen.count(shape) for shape in seen} == dict.fromkeys(
+            [(1152, 384), (384, 384), (1536, 384), (384, 1536)], 2 * factor
+        )
+        assert cases["gram64_small"].items == 96
+
+
+def test_compiled_steps_are_warmed_up_and_eager_ones_need_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    created = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=1, num_heads=2, num_classes=4)
+    monkeypatch.setattr(timm, "create_model", lambda _name: created)
+    compiled: list[dict] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: (compiled.append(how), function)[1])
+    cpu = torch.device("cpu")
+    training = spectral_step._Training("x", 2, 3, cpu)
+    assert compiled == []  # on a CPU these steps are eager, and need no warming up
+    training.warm_up()
+    assert training._updates == 0
+    training._warm_up_steps = spectral_step.WARM_UP_STEPS
+    training.warm_up()
+    training.run()
+    assert training._updates == 20 + 3
+    cases, _ = spectral_step.step_cases("x", 2, 3, cpu, "without", "with")
+    assert all(case.first.__name__ == "warm_up" for case in cases.values())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"threads": 0}, "--threads is 0"),
+        ({"inline_layers": 0}, "--inline-layers is 0"),
         ({"step_batches": (64, 0)}, "--step-batches is 64 0"),
         ({"models": ()}, "--models names no model"),
     ],

@@ -19,8 +19,12 @@ def test_step_smoke(tmp_path, capsys):
     path = tmp_path / "step.json"
     main(["step", *TINY, "--no-compile", "--json", str(path)])
     result = json.loads(path.read_text())
-    assert list(result["cases"]) == ["ours_eager", "timm_eager", "product_limit"]
-    assert set(result["ratios"]) == {"eager_vs_timm_eager", "mfu_ours_eager", "mfu_timm_eager"}
+    assert list(result["cases"]) == ["ours_eager", "timm_eager", "product_limit", "update_limit"]
+    shares = {f"{kind}_{case}" for kind in ("mfu", "update_share") for case in ("ours_eager", "timm_eager")}
+    assert set(result["ratios"]) == {"eager_vs_timm_eager", *shares}
+    assert result["peers"] == ["timm_eager"]
+    # 5.7 million weights of ViT-Ti/16, 40 bytes each
+    assert 5.4e6 * 40 < result["update_bytes"] < 5.8e6 * 40
     assert 0 < result["ratios"]["mfu_ours_eager"]["median"] < 1.5
     assert result["workload"] == {"model": "vit_tiny_patch16_224", "img_size": 32, "batch_size": 4, "steps": 2}
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
@@ -33,7 +37,7 @@ def test_both_steps_train_the_same_model():
     config = step.config_of(load, cpu, "eager")
     parts = step.make_parts(config, None)
     timms = step._timm_case(load, cpu, "eager", config)
-    cells = dict(zip(timms.run.__code__.co_freevars, timms.run.__closure__ or (), strict=True))
+    cells = dict(zip(timms.run.func.__code__.co_freevars, timms.run.func.__closure__ or (), strict=True))
     optimizer = cells["optimizer"].cell_contents
 
     def groups(of: torch.optim.Optimizer) -> list[tuple[float, int]]:
@@ -52,6 +56,40 @@ def test_both_steps_train_the_same_model():
         moved = [not torch.equal(a, b) for a, b in zip(before, ema.module.parameters(), strict=True)]
         assert any(moved)
         assert case.items == 4
+
+
+def test_only_compiled_steps_are_warmed_up_and_by_enough():
+    ran: list[int] = []
+    load = step.Workload("vit_tiny_patch16_224", 32, 4, 3)
+    for way, expected in (("eager", [3]), ("compiled", [20, 3])):
+        ran.clear()
+        case = step._case(ran.append, load, way, "")
+        case.first()
+        case.run()
+        assert ran == expected
+        assert case.items == 12
+
+
+def test_the_limit_of_the_update_moves_its_bytes():
+    case = step.update_case(1000, step.Workload("", 32, 4, 3), torch.device("cpu"))
+    case.run()
+    cells = dict(zip(case.run.__code__.co_freevars, case.run.__closure__ or (), strict=True))
+    source, target = cells["source"].cell_contents, cells["target"].cell_contents
+    assert torch.equal(source, target)
+    assert 2 * source.nbytes == 1000 * step.UPDATE_BYTES
+    assert (case.items, case.unit) == (12, "img/s")
+
+
+def test_a_peer_that_breaks_leaves_our_figures(monkeypatch):
+    def broken(*_args: object) -> None:
+        raise AttributeError("timm has changed")
+
+    monkeypatch.setattr(step, "_timm_case", broken)
+    options = step.Options(img_size=32, batch_size=4, steps=1, device="cpu", compile=False, repeats=1)
+    result = step.run(options)
+    assert result.failed == {"timm_eager": "AttributeError: timm has changed"}
+    assert "ours_eager" in result.cases
+    assert not result.is_broken
 
 
 def test_end_to_end_smoke(tmp_path, capsys):
