@@ -21,6 +21,8 @@ from lowrank_vit.bench.measure import Case
 
 _PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}
 _BLOCK = 1 << 20
+_HELD_BATCHES = 4
+"""Different batches to copy from, so that the source is not in a cache already."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,21 @@ def normalizing_case(images: Tensor, repeats: int) -> Case:
         wait(images.device)
 
     return Case(run, len(images) * repeats, setting="limit: the images are read and written as float32, nothing else")
+
+
+def batch_copy_case(count: int, batch_size: int, side: int, device: torch.device) -> Case:
+    """Images a second if decoded images of `side` pixels are only copied, each batch into memory of its own."""
+    images = torch.zeros(batch_size, side, side, 3, dtype=torch.uint8, device=device)
+    held = [images, *(torch.empty_like(images).copy_(images) for _ in range(_HELD_BATCHES - 1))]
+    batches = max(1, count // batch_size)
+
+    def run() -> None:
+        for n in range(batches):
+            torch.empty_like(images).copy_(held[n % len(held)])
+        wait(device)
+
+    setting = f"limit: {side}-pixel images copied once, batch by batch into new memory on {device}"
+    return Case(run, batches * batch_size, setting=setting)
 
 
 def copy_case(source: Tensor, target: Tensor, repeats: int) -> Case:

@@ -14,14 +14,14 @@ import numpy as np
 from data_prep.beton_format import MODE_RAW
 from data_prep.convert import convert_image_folder
 from data_prep.errors import UserError
-from data_prep.jpeg import ImageOptions
+from data_prep.jpeg import JPEG_MAX_SIDE, ImageOptions
 from data_prep.parts import file_or_parts, part_path
 from lowrank_vit.bench.measure import nothing
 from lowrank_vit.bench.photos import ensure_photos
 from lowrank_vit.data.beton import Beton
 
 STAMP = ".files.json"
-AS_STORED = ImageOptions(max_side=65_535)
+AS_STORED = ImageOptions(max_side=JPEG_MAX_SIDE)
 """Whatever their size, the bytes of JPEGs go in as they are."""
 
 
