@@ -187,7 +187,7 @@ def _peer_cases(options: Options, folder: Path, beton: Beton, workers: int, stac
     batch_size, img_size = _batch(options)
     steps = beton.num_samples // batch_size
     fair = loader_peers.fair_steps(steps, workers)
-    wanted = {"batch_size": batch_size, "img_size": img_size, "workers": workers}
+    wanted: dict[str, Any] = {"batch_size": batch_size, "img_size": img_size, "workers": workers}
     processes = f"{workers} processes, {fair} batches a round, as many for each process"
     peers = {
         "stock_ffcv": (

@@ -83,8 +83,9 @@ def timm_loader(
     from timm.data import create_dataset, create_loader
 
     dataset: Any = create_dataset("", root=str(folder), split="train", search_split=False, is_training=True)
+    repeated: Any = _Repeated(dataset, steps * batch_size)
     prefetching: Any = create_loader(
-        _Repeated(dataset, steps * batch_size),
+        repeated,
         input_size=(3, img_size, img_size),
         batch_size=batch_size,
         is_training=True,

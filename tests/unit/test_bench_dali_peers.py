@@ -93,8 +93,7 @@ def test_batches_are_crops_of_the_files(monkeypatch, folder):
 
 @pytest.mark.parametrize("batches", [1, 2, 7])
 def test_a_round_makes_its_batches_and_leaves_none_under_way(batches):
-    from nvidia import dali
-
+    dali: Any = pytest.importorskip("nvidia.dali")
     asked: list[int] = []
 
     def source() -> np.ndarray:
