@@ -11,9 +11,10 @@ import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -30,23 +31,32 @@ from lowrank_vit.bench.environment import environment
 from lowrank_vit.bench.limits import normalizing_case
 from lowrank_vit.bench.measure import DEFAULT_REPEATS, Case, Result, measure, nothing
 from lowrank_vit.bench.photos import make_photos
+from lowrank_vit.bench.sets import chosen, open_given
+from lowrank_vit.data.pil_decode import decode
 from lowrank_vit.data.plan import TrainPlan, TrainRules
 
 POLICY, REPROB = "rand-m9-mstd0.5-inc1", 0.25
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STEP_MODEL = "vit_small_patch16_224"
+SIZES = {"cuda": (1024, 60), "cpu": (256, 8)}
+"""By device: images in a batch, and batches a round. On a GPU fewer would take no time worth measuring."""
 MAX_PHOTOS = 256
 """Different crops; a larger batch repeats them."""
+ROWS_A_TASK = 16
+"""Images that a process of timm's takes at a time: few, so that all of them end together."""
+_BY_DEVICE = "(default: by the device)"
 
 
 @dataclass(frozen=True)
 class Options:
     """Options of the bench."""
 
-    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"], metavar="N")] = 256
-    """Images a batch."""
-    batches: Annotated[int, tyro.conf.arg(metavar="N")] = 8
-    """Batches a round."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: photographs)")] = None
+    """Take the crops from images of this .beton instead of the bench's photographs."""
+    batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"], metavar="N", help_behavior_hint=_BY_DEVICE)] = None
+    """Images a batch; 1024 on cuda, 256."""
+    batches: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=_BY_DEVICE)] = None
+    """Batches a round; 60 on cuda, 8."""
     img_size: Annotated[int, tyro.conf.arg(metavar="N")] = 224
     """Side of the crops, pixels."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -114,29 +124,39 @@ def _start_worker(crops_BHWC: np.ndarray, output: Tensor) -> None:
 
 
 def _run_worker(rows: range, seed: int) -> None:
+    """Transform images `rows` of the round; those of all batches go through the one batch of crops and of output."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     for n in rows:
-        _output[n] = _transform(Image.fromarray(_crops[n]))
+        row = n % len(_crops)
+        _output[row] = _transform(Image.fromarray(_crops[row]))
 
 
 @contextmanager
 def _timms(crops_BHWC: np.ndarray, batches: int, workers: int) -> Iterator[Callable[[], None]]:
-    """A function that puts all batches through timm's transforms, in processes that share crops and output."""
+    """A function that puts all batches through timm's transforms, in processes that share crops and output.
+
+    Each process takes the next images whenever it has done some: nobody waits at the end of a batch, as the processes
+    of a loader do not.
+    """
     count, size = crops_BHWC.shape[:2]
     output = torch.empty(count, 3, size, size).share_memory_()
-    shares = [range(worker, count, workers) for worker in range(workers)]
+    tasks = tasks_of(count * batches, workers)
     with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (crops_BHWC, output)) as pool:
 
         def run() -> None:
-            for batch in range(batches):
-                seeds = range(batch * workers, (batch + 1) * workers)
-                list(pool.map(_run_worker, shares, seeds))
+            list(pool.map(_run_worker, tasks, range(len(tasks))))
             if not output.isfinite().all():
                 raise UserError("timm's transforms gave numbers that are not finite.")
 
         yield run
+
+
+def tasks_of(count: int, workers: int) -> list[range]:
+    """A round of `count` images cut into tasks of a few, at least four for each process where there are as many."""
+    rows = max(1, min(ROWS_A_TASK, count // (4 * workers)))
+    return [range(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
 def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
@@ -148,44 +168,47 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     from lowrank_vit.engine.setup import pick_device
 
     device = pick_device(options.device)
+    of_batch, batches = SIZES[device.type]
+    batch_size, batches = options.batch_size or of_batch, options.batches or batches
     workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
     note("decoding crops")
-    crops = _make_crops(options.batch_size, options.img_size)
+    crops = _make_crops(batch_size, options.img_size, options.data)
     # timm's processes are forked before a device is touched.
-    with _timms(crops, options.batches, workers) as run_timm:
+    with _timms(crops, batches, workers) as run_timm:
         run_timm()
         torch.set_num_threads(workers)
         surroundings = environment(device.type)
-        ours = _Ours(crops, options.batches, device)
-        count = options.batch_size * options.batches
+        ours = _Ours(crops, batches, device)
+        count = batch_size * batches
         where = f"{workers} threads" if device.type == "cpu" else "the GPU"
         recipe = f"--aa {POLICY} --reprob {REPROB} --remode pixel"
         cases = {
             "full_recipe": Case(ours.run, count, setting=f"{recipe}, drawing the plan included, on {where}"),
-            "plan": Case(ours.draw, count, setting="drawing alone, on one thread"),
+            "plan": Case(ours.draw, count, "samples/s", "drawing alone, on one thread"),
             "timm": Case(
                 run_timm,
                 count,
                 setting=f"transforms_imagenet_train of the same recipe without its crop, {workers} processes that "
-                "write into shared memory; no collating",
+                "take images as they are free and write into shared memory; left out: collating into batches and the "
+                "hand-over to the training process",
             ),
         }
-        run_dali = dali_rand_augment(crops, options.batches, device, workers, MEAN, STD)
+        run_dali = dali_rand_augment(crops, batches, device, workers, MEAN, STD)
         cases["dali"] = Case(run_dali, count, setting=f"{SETTING}; on {where}")
-        cases["copy_limit"] = normalizing_case(torch.from_numpy(crops).to(device).permute(0, 3, 1, 2), options.batches)
+        cases["copy_limit"] = normalizing_case(torch.from_numpy(crops).to(device).permute(0, 3, 1, 2), batches)
         ratios = {
             "full_recipe_vs_timm": ("full_recipe", "timm"),
             "full_recipe_vs_dali": ("full_recipe", "dali"),
             "full_recipe_share_of_limit": ("full_recipe", "copy_limit"),
         }
         if device.type == "cuda":
-            cases["vit_small_step"] = _step_case(options, count, device)
+            cases["vit_small_step"] = _step_case(batch_size, options.img_size, batches, device)
             ratios["full_recipe_share_of_step"] = ("vit_small_step", "full_recipe")
         result = measure(
             "augment", cases, ratios, environment=surroundings, repeats=options.repeats, limits=_LIMITS, note=note
         )
-    extra = {"recipe": recipe, "workers": workers, "batch_size": options.batch_size, "img_size": options.img_size}
-    return Result(result.bench, result.environment, result.cases, result.ratios, result.limits, extra)
+    extra = {"recipe": recipe, "workers": workers, "batch_size": batch_size, "batches": batches}
+    return replace(result, extra={**extra, "img_size": options.img_size})
 
 
 _LIMITS = (
@@ -193,23 +216,28 @@ _LIMITS = (
 )
 
 
-def _make_crops(count: int, size: int) -> np.ndarray:
-    """uint8 (count, size, size, 3): crops of the bench's photographs."""
-    photos = make_photos(min(count, MAX_PHOTOS))
-    crops = [np.asarray(ImageOps.fit(Image.open(io.BytesIO(photo)), (size, size))) for photo in photos]
+def _make_crops(count: int, size: int, data: Path | None = None) -> np.ndarray:
+    """uint8 (count, size, size, 3): crops of the bench's photographs, or of images of the .beton `data`."""
+    different = min(count, MAX_PHOTOS)
+    if data is None:
+        images: Iterator[Image.Image] = (Image.open(io.BytesIO(photo)) for photo in make_photos(different))
+    else:
+        beton = open_given(data)
+        images = (Image.fromarray(decode(beton, sample_id)) for sample_id in chosen(beton, different).tolist())
+    crops = [np.asarray(ImageOps.fit(image, (size, size))) for image in images]
     return np.stack([crops[n % len(crops)] for n in range(count)])
 
 
-def _step_case(options: Options, count: int, device: torch.device) -> Case:
+def _step_case(batch_size: int, img_size: int, batches: int, device: torch.device) -> Case:
     """Training steps of a compiled ViT-Small in bfloat16, what the augmentation has to hide behind."""
     import timm
 
-    model = timm.create_model(STEP_MODEL, img_size=options.img_size).to(device)
+    model = timm.create_model(STEP_MODEL, img_size=img_size).to(device)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    images = torch.randn(options.batch_size, 3, options.img_size, options.img_size, device=device)
+    images = torch.randn(batch_size, 3, img_size, img_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
-    targets = torch.zeros(options.batch_size, dtype=torch.long, device=device)
+    targets = torch.zeros(batch_size, dtype=torch.long, device=device)
 
     @partial(torch.compile, dynamic=False)
     def loss_of(images: Tensor, targets: Tensor) -> Tensor:
@@ -217,10 +245,10 @@ def _step_case(options: Options, count: int, device: torch.device) -> Case:
             return torch.nn.functional.cross_entropy(model(images).float(), targets)
 
     def steps() -> None:
-        for _ in range(options.batches):
+        for _ in range(batches):
             loss_of(images, targets).backward()
             optimizer.step()
             optimizer.zero_grad()
         torch.cuda.synchronize()
 
-    return Case(steps, count, setting=f"{STEP_MODEL}, forward, backward, AdamW, bfloat16, torch.compile")
+    return Case(steps, batch_size * batches, setting=f"{STEP_MODEL}, forward, backward, AdamW, bfloat16, torch.compile")

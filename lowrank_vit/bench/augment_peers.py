@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lowrank_vit.bench.dali_peers import PREFETCH, in_whole_rounds
+
 OPERATIONS, MAGNITUDE = 2, 9
 SETTING = (
     f"nvidia.dali.auto_aug rand_augment(n={OPERATIONS}, m={MAGNITUDE}), crop_mirror_normalize to float32; every image "
@@ -42,10 +44,7 @@ def dali_rand_augment(
         device_id=(device.index or 0) if on_gpu else None,
         seed=0,
         enable_conditionals=True,
-        # Nothing is made ahead: on the same cores that would take time from the next case of the bench.
-        exec_pipelined=on_gpu,
-        exec_async=on_gpu,
-        prefetch_queue_depth=2 if on_gpu else 1,
+        prefetch_queue_depth=PREFETCH,
     )
     def graph() -> Any:
         images = fn.external_source(
@@ -58,11 +57,10 @@ def dali_rand_augment(
     with warnings.catch_warnings(record=True):
         pipeline: Any = graph()
         pipeline.build()
+    make = in_whole_rounds(pipeline)
 
     def run() -> Any:
-        out: Any = None
-        for _ in range(batches):
-            (out,) = pipeline.run()
+        (out,) = make(batches)
         return out.as_tensor()
 
     return run

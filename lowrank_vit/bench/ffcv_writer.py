@@ -25,6 +25,11 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self._samples)
 
+    @property
+    def names(self) -> list[str]:
+        """The files below the root, in order."""
+        return [name for name, _ in self._samples]
+
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         name, label = self._samples[index]
         with Image.open(self._root / name) as image:

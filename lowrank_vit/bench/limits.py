@@ -6,21 +6,28 @@ large matrix product, the copy of a batch, the decoding of the files. A case's r
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data_prep import turbojpeg
+from data_prep.errors import UserError
 from lowrank_vit.bench.measure import Case
 
 _PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}
-_BLOCK = 1 << 20
+_BLOCK, _READS_AHEAD = 1 << 20, 4
+_JPEG_START = b"\xff\xd8"
+_HELD_BATCHES = 4
+"""Different batches to copy from, so that the source is not in a cache already."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,6 @@ def products_case(
 
 def decode_case(files: Sequence[Path], workers: int) -> Case:
     """Images a second if whole JPEGs are only read from the page cache and decoded by libjpeg-turbo."""
-    from PIL import Image
 
     def size_of(file: Path) -> tuple[int, int]:
         with Image.open(file) as image:
@@ -96,6 +102,22 @@ def decode_case(files: Sequence[Path], workers: int) -> Case:
     return Case(run, len(files), setting=f"limit: libjpeg-turbo alone, whole images, {workers} threads")
 
 
+def decodable(files: Sequence[Path], at_most: int = 2000) -> list[Path]:
+    """Those that libjpeg-turbo decodes to RGB, of `at_most` files from all over the list."""
+    found = []
+    for file in files[:: max(1, len(files) // at_most)][:at_most]:
+        data = file.read_bytes()
+        if not data.startswith(_JPEG_START):
+            continue
+        try:
+            with Image.open(file) as image:
+                turbojpeg.decode(data, *image.size)
+        except (ValueError, OSError):
+            continue
+        found.append(file)
+    return found
+
+
 def _decode_share(decode: Callable[[int], None], share: range) -> None:
     for n in share:
         decode(n)
@@ -111,6 +133,21 @@ def normalizing_case(images: Tensor, repeats: int) -> Case:
         wait(images.device)
 
     return Case(run, len(images) * repeats, setting="limit: the images are read and written as float32, nothing else")
+
+
+def batch_copy_case(count: int, batch_size: int, side: int, device: torch.device) -> Case:
+    """Images a second if decoded images of `side` pixels are only copied, each batch into memory of its own."""
+    images = torch.zeros(batch_size, side, side, 3, dtype=torch.uint8, device=device)
+    held = [images, *(torch.empty_like(images).copy_(images) for _ in range(_HELD_BATCHES - 1))]
+    batches = max(1, count // batch_size)
+
+    def run() -> None:
+        for n in range(batches):
+            torch.empty_like(images).copy_(held[n % len(held)])
+        wait(device)
+
+    setting = f"limit: {side}-pixel images copied once, batch by batch into new memory on {device}"
+    return Case(run, batches * batch_size, setting=setting)
 
 
 def copy_case(source: Tensor, target: Tensor, repeats: int) -> Case:
@@ -139,6 +176,84 @@ def page_cache_case(file: Path) -> Case:
                 pass
 
     return Case(run, file.stat().st_size / 1e9, "GB/s", f"{file.name} read in blocks of 1 MiB from the page cache")
+
+
+def disk_write_case(file: Path, num_bytes: int) -> Case:
+    """GB/s of writing `num_bytes` to `file`, past the page cache where possible, until they are on the disk."""
+    block = _random_block()
+    blocks = max(1, num_bytes // _BLOCK)
+
+    def run() -> None:
+        try:
+            descriptor, _ = _open_past_cache(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            with os.fdopen(descriptor, "wb", buffering=0) as opened:
+                for _ in range(blocks):
+                    if opened.write(block) != _BLOCK:
+                        raise OSError(errno.ENOSPC, "No space left on device")
+                os.fsync(descriptor)
+        except OSError as error:
+            raise UserError(
+                f"{file} cannot be written: {error.strerror}. Choose --scratch on a larger disk."
+            ) from error
+
+    way = _way_of(file, os.O_WRONLY | os.O_CREAT)
+    return Case(run, blocks * _BLOCK / 1e9, "GB/s", f"{blocks:,} MiB written in blocks of 1 MiB {way}, then fsync")
+
+
+def disk_read_case(file: Path) -> Case:
+    """GB/s of reading `file` from the disk, past the page cache where possible; its size is a multiple of 1 MiB."""
+    buffers = [mmap.mmap(-1, _BLOCK) for _ in range(_READS_AHEAD)]  # several at a time keep a fast disk busy
+    blocks = file.stat().st_size // _BLOCK
+
+    def read(descriptor: int, share: range, buffer: mmap.mmap) -> None:
+        for block in share:
+            os.preadv(descriptor, [buffer], block * _BLOCK)
+
+    def run() -> None:
+        descriptor, _ = _open_past_cache(file, os.O_RDONLY)
+        try:
+            with ThreadPoolExecutor(_READS_AHEAD) as pool:
+                shares = [range(n, blocks, _READS_AHEAD) for n in range(_READS_AHEAD)]
+                for done in [pool.submit(read, descriptor, *of) for of in zip(shares, buffers, strict=True)]:
+                    done.result()
+        finally:
+            os.close(descriptor)
+
+    way = _way_of(file, os.O_RDONLY)
+    return Case(
+        run, blocks * _BLOCK / 1e9, "GB/s", f"{file.name} read in blocks of 1 MiB, {_READS_AHEAD} at a time, {way}"
+    )
+
+
+def store_case(files: Sequence[Path], out: Path) -> Case:
+    """Images a second if the bytes of the files, held in memory, are only written to one file on the disk."""
+    num_bytes = sum(file.stat().st_size for file in files)
+    case = disk_write_case(out, num_bytes)
+    setting = f"limit: as many bytes as the images have, {case.setting}"
+    return Case(case.run, len(files) * case.items * 1e9 / num_bytes, setting=setting, after=lambda: out.unlink())
+
+
+def _random_block() -> mmap.mmap:
+    block = mmap.mmap(-1, _BLOCK)  # at a page's beginning, as O_DIRECT wants it
+    block.write(os.urandom(_BLOCK))
+    return block
+
+
+def _open_past_cache(file: Path, flags: int) -> tuple[int, bool]:
+    """A descriptor, and whether it goes past the page cache, which some file systems refuse."""
+    if direct := getattr(os, "O_DIRECT", 0):
+        try:
+            return os.open(file, flags | direct), True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return os.open(file, flags), False
+
+
+def _way_of(file: Path, flags: int) -> str:
+    descriptor, is_direct = _open_past_cache(file, flags)
+    os.close(descriptor)
+    return "past the page cache (O_DIRECT)" if is_direct else "through the page cache, which this disk insists on"
 
 
 def wait(device: torch.device) -> None:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import tyro
 
-from data_prep.convert import convert_image_folder
 from data_prep.errors import UserError
 from data_prep.jpeg import ImageOptions
 from lowrank_vit.augment.policy import parse_policy
-from lowrank_vit.bench import loader_peers
+from lowrank_vit.bench import dali_peers, loader_peers, spdl_peer
 from lowrank_vit.bench.environment import environment
-from lowrank_vit.bench.limits import decode_case
+from lowrank_vit.bench.limits import batch_copy_case, decode_case
 from lowrank_vit.bench.measure import DEFAULT_REPEATS, Case, Result, Samples, measure, nothing
-from lowrank_vit.bench.photos import ensure_photos
 from lowrank_vit.bench.prep import CACHE
+from lowrank_vit.bench.sets import AS_STORED, converted, files_of, open_given, photographs
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.loader import Loader
@@ -31,26 +30,37 @@ from lowrank_vit.data.plan import TrainPlan, TrainRules
 from lowrank_vit.data.plan_mix import MixRules
 
 SMALL_SIDE = 32
-LIMITED = ("ffcv", "dali_cpu", "stock_ffcv", "stock_dali", "timm", "torchvision")
-"""What decodes JPEGs, and is held against decoding alone."""
+SIZES = {"cuda": (4096, 256), "cpu": (2000, 64)}
+"""By device: images in the set, and in a batch. On a GPU fewer would take no time worth measuring."""
+LIMITED = {
+    **dict.fromkeys(("ffcv", "dali_cpu", "stock_ffcv", "stock_dali", "timm", "torchvision", "spdl"), "decode_limit"),
+    **dict.fromkeys(("dali_gpu", "stock_dali_gpu"), "gpu_decode_limit"),
+    **dict.fromkeys(("resident", "resident_32px"), "copy_limit"),
+}
+"""Case -> the limit it is held against, where both were run."""
 LIMITS = (
     "All files are in memory after the warm-up, so a slow disk or network in front of them does not show.",
     "Ours resize with PIL's bilinear and bicubic filters in turn, as timm does; stock FFCV with OpenCV's area filter, "
     "the plain DALI pipeline with its linear one.",
     "decode_limit decodes whole images; DALI's decoder leaves out what lies far outside of the crop.",
-    "A round of ours is an epoch, begun with nothing decoded; the plain DALI pipeline and timm's processes go on "
-    "from the round before.",
+    "A round of each case begins with nothing decoded and ends with nothing under way, but for the reader of the plain "
+    "DALI pipelines, which has one batch of files in memory. Ours and FFCV's are an epoch.",
 )
+
+
+_BY_DEVICE = "(default: by the device)"
 
 
 @dataclass(frozen=True)
 class Options:
     """Options of the bench."""
 
-    count: Annotated[int, tyro.conf.arg(metavar="N")] = 2000
-    """Photographs of 500 x 375 pixels, made once and kept in data/bench."""
-    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"], metavar="N")] = 64
-    """Images a batch."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: photographs)")] = None
+    """Read the JPEGs of this .beton instead; --count of them are copied to files, which the peers need."""
+    count: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=_BY_DEVICE)] = None
+    """Photographs of 500 x 375 pixels, made once and kept in data/bench, or samples of --data; 4096 on cuda, 2000."""
+    batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"], metavar="N", help_behavior_hint=_BY_DEVICE)] = None
+    """Images a batch; 256 on cuda, 64."""
     img_size: Annotated[int, tyro.conf.arg(metavar="N")] = 224
     """Side of the crops, pixels."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -72,41 +82,71 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}, expected 1 or more.")
-    if options.batch_size > options.count:
-        raise UserError(f"--batch-size {options.batch_size} is more than the --count of {options.count} photographs.")
     from lowrank_vit.engine.setup import pick_device
 
     device = pick_device(options.device)
+    count, batch_size = SIZES[device.type]
+    options = replace(options, count=options.count or count, batch_size=options.batch_size or batch_size)
     workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
-    folder = ensure_photos(options.scratch / f"photos_{options.count}", options.count, note=note)
-    note("converting")
-    beton = converted(folder, "", ImageOptions())
-    small = converted(folder, f"_{SMALL_SIDE}", ImageOptions(raw=SMALL_SIDE))
+    folder, beton, small = _sets(options, note)
     surroundings = environment(device.type)
+    files = sorted(folder.glob("*/*.jpg"))
+    no_spdl = spdl_peer.why_no_spdl(files[0])
     with ExitStack() as stack:
         cases = {
             **_our_cases(options, beton, small, device, workers, stack),
             **_peer_cases(options, folder, beton, workers, stack),
+            **({} if no_spdl else {"spdl": _spdl_case(options, files, workers)}),
+            **(_gpu_peer_cases(options, folder, beton, workers) if device.type == "cuda" else {}),
             **_plan_cases(options),
-            "decode_limit": decode_case(sorted(folder.glob("*/*.jpg")), workers),
+            "decode_limit": decode_case(files, workers),
+            "copy_limit": batch_copy_case(len(beton.labels), *_batch(options), device),
         }
-        ratios = {"ffcv_vs_stock_ffcv": ("ffcv", "stock_ffcv"), "dali_cpu_vs_stock_dali": ("dali_cpu", "stock_dali")}
-        ratios |= {f"{kind}_vs_timm": (kind, "timm") for kind in ("ffcv", "dali_cpu")}
-        ratios |= {f"{kind}_vs_torchvision": (kind, "torchvision") for kind in ("ffcv", "dali_cpu")}
-        ratios |= {f"{kind}_share_of_limit": (kind, "decode_limit") for kind in LIMITED}
-        repeats = options.repeats
-        result = measure("loader", cases, ratios, environment=surroundings, repeats=repeats, limits=LIMITS, note=note)
+        limits = (*LIMITS, *([f"SPDL: not measured, because {no_spdl}."] if no_spdl else []))
+        repeats, ratios = options.repeats, ratios_of(cases)
+        result = measure("loader", cases, ratios, environment=surroundings, repeats=repeats, limits=limits, note=note)
     best = max(("ffcv", "dali_cpu"), key=lambda kind: result.cases[kind].median)
     named = {**result.ratios, "best_vs_timm": Samples(result.ratios[f"{best}_vs_timm"].samples)}
-    extra = {"best": best, "batch_size": options.batch_size, "img_size": options.img_size, "workers": workers}
-    return replace(result, ratios=named, extra=extra)
+    extra: dict[str, Any] = {"best": best, "batch_size": options.batch_size, "img_size": options.img_size}
+    extra |= {"workers": workers, "images": beton.num_samples, "data": str(options.data or "the bench's photographs")}
+    return replace(result, ratios=named, extra={**extra, "spdl": no_spdl or "measured"})
 
 
-def converted(folder: Path, suffix: str, image: ImageOptions) -> Beton:
-    """The photographs of `folder` as FOLDER`suffix`.beton beside it, made once."""
-    out = folder.with_name(f"{folder.name}{suffix}.beton")
-    convert_image_folder(folder, out, image=image)  # finds itself done where it was
-    return Beton(out)
+def ratios_of(cases: Collection[str]) -> dict[str, tuple[str, str]]:
+    """All that can be formed of these cases."""
+    ratios = {f"{kind}_vs_stock_{kind}": (kind, f"stock_{kind}") for kind in ("ffcv", "dali_gpu")}
+    ratios |= {"dali_cpu_vs_stock_dali": ("dali_cpu", "stock_dali")}
+    peers = ("timm", "torchvision", "spdl")
+    ratios |= {f"{kind}_vs_{peer}": (kind, peer) for peer in peers for kind in ("ffcv", "dali_cpu")}
+    ratios |= {f"{kind}_share_of_limit": (kind, limit) for kind, limit in LIMITED.items()}
+    return {name: pair for name, pair in ratios.items() if set(pair) <= set(cases)}
+
+
+def _sets(options: Options, note: Callable[[str], object]) -> tuple[Path, Beton, Beton]:
+    """The same images as files, as a .beton of their bytes, and as one of small raw pixels. Raises `UserError`."""
+    count, batch_size = _count(options), _batch(options)[0]
+    if options.data is not None:
+        folder, image, what = files_of(open_given(options.data), count, options.scratch, note), AS_STORED, "samples"
+    else:
+        folder, image, what = photographs(options.scratch, count, note), ImageOptions(), "photographs"
+    note("converting")
+    beton, small = converted(folder, "", image), converted(folder, f"_{SMALL_SIDE}", ImageOptions(raw=SMALL_SIDE))
+    if batch_size > beton.num_samples:
+        raise UserError(
+            f"--batch-size {batch_size} is more than the {beton.num_samples} {what}. Give a greater --count."
+        )
+    return folder, beton, small
+
+
+def _count(options: Options) -> int:
+    assert options.count is not None
+    return options.count
+
+
+def _batch(options: Options) -> tuple[int, int]:
+    """Images a batch, and their side."""
+    assert options.batch_size is not None
+    return options.batch_size, options.img_size
 
 
 def _our_cases(
@@ -119,7 +159,7 @@ def _our_cases(
         epochs = iter(range(2**31))
         return Case(
             partial(read_epoch, loader, epochs, device),
-            plan.steps_per_epoch * options.batch_size,
+            plan.steps_per_epoch * plan.batch_size,
             setting=f"{setting}; uint8 on {device}",
         )
 
@@ -144,28 +184,64 @@ def read_epoch(loader: Loader, epochs: Iterator[int], device: torch.device) -> N
 
 
 def _peer_cases(options: Options, folder: Path, beton: Beton, workers: int, stack: ExitStack) -> dict[str, Case]:
-    steps = options.count // options.batch_size
-    wanted = {"batch_size": options.batch_size, "img_size": options.img_size, "workers": workers}
+    batch_size, img_size = _batch(options)
+    steps = beton.num_samples // batch_size
+    fair = loader_peers.fair_steps(steps, workers)
+    wanted: dict[str, Any] = {"batch_size": batch_size, "img_size": img_size, "workers": workers}
+    processes = f"{workers} processes, {fair} batches a round, as many for each process"
     peers = {
         "stock_ffcv": (
             loader_peers.stock_ffcv(beton.path, **wanted),
+            steps,
             f"Loader(os_cache=True): RandomResizedCropRGBImageDecoder, RandomHorizontalFlip; {workers} threads",
         ),
         "stock_dali": (
-            loader_peers.stock_dali(folder, steps=steps, **wanted),
+            dali_peers.stock_dali(folder, steps=steps, **wanted),
+            steps,
             f"readers.file, decoders.image_random_crop, resize, flip on the CPU; {workers} threads",
         ),
         "timm": (
-            stack.enter_context(loader_peers.timm_loader(folder, **wanted)),
-            f"create_loader of an ImageFolder, crop and flip only, not yet normalised; {workers} processes",
+            stack.enter_context(loader_peers.timm_loader(folder, steps=fair, **wanted)),
+            fair,
+            f"create_loader of an ImageFolder, crop and flip only, not yet normalised; {processes}",
         ),
         "torchvision": (
-            stack.enter_context(loader_peers.torch_loader(folder, **wanted)),
-            f"DataLoader, ImageFolder with decode_image, v2.RandomResizedCrop and flip of uint8; {workers} processes",
+            stack.enter_context(loader_peers.torch_loader(folder, steps=fair, **wanted)),
+            fair,
+            f"DataLoader, ImageFolder with decode_image, v2.RandomResizedCrop and flip of uint8; {processes}",
         ),
     }
-    count = steps * options.batch_size
-    return {name: Case(run, count, setting=f"{setting}; uint8") for name, (run, setting) in peers.items()}
+    return {
+        name: Case(run, steps * batch_size, setting=f"{setting}; uint8")
+        for name, (run, steps, setting) in peers.items()
+    }
+
+
+def _spdl_case(options: Options, files: Sequence[Path], workers: int) -> Case:
+    batch_size, img_size = _batch(options)
+    steps = loader_peers.fair_steps(len(files) // batch_size, workers)
+    batches = spdl_peer.spdl_loader(files, steps=steps, batch_size=batch_size, img_size=img_size, workers=workers)
+
+    def run() -> None:
+        for _ in batches():
+            pass
+
+    setting = f"{spdl_peer.SETTING.format(workers=workers)}; {steps} batches a round, as many for each thread; uint8"
+    return Case(run, steps * batch_size, setting=setting)
+
+
+def _gpu_peer_cases(options: Options, folder: Path, beton: Beton, workers: int) -> dict[str, Case]:
+    batch_size, img_size = _batch(options)
+    steps = beton.num_samples // batch_size
+    wanted: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "workers": workers, "device": "gpu"}
+    shared = f"hw_decoder_load={dali_peers.HW_DECODER_LOAD}, {workers} threads beside the GPU"
+    peer = f'readers.file, decoders.image_random_crop(device="mixed"), resize and flip on the GPU; {shared}; uint8'
+    limit = f'limit: decoders.image(device="mixed") of whole images, nothing else; {shared}'
+    count = steps * batch_size
+    return {
+        "stock_dali_gpu": Case(dali_peers.stock_dali(folder, img_size=img_size, **wanted), count, setting=peer),
+        "gpu_decode_limit": Case(dali_peers.decoder_alone(folder, **wanted), count, setting=limit),
+    }
 
 
 def _plan_cases(options: Options) -> dict[str, Case]:
@@ -195,4 +271,5 @@ def _draw_epoch(plan: TrainPlan) -> None:
 
 def plan_of(heights: np.ndarray, widths: np.ndarray, options: Options, rules: TrainRules) -> TrainPlan:
     """Of images of these sides, with the bench's batch and crops."""
-    return TrainPlan(heights, widths, rules, seed=0, img_size=options.img_size, batch_size=options.batch_size)
+    batch_size, img_size = _batch(options)
+    return TrainPlan(heights, widths, rules, seed=0, img_size=img_size, batch_size=batch_size)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+LEAST_BATCHES_A_PROCESS = 4
+
 
 def stock_ffcv(path: Path, *, batch_size: int, img_size: int, workers: int) -> Callable[[], None]:
     """An epoch of FFCV's own loader and operations."""
@@ -41,44 +43,49 @@ def stock_ffcv(path: Path, *, batch_size: int, img_size: int, workers: int) -> C
     return run
 
 
-def stock_dali(folder: Path, *, steps: int, batch_size: int, img_size: int, workers: int) -> Callable[[], None]:
-    """`steps` batches of a plain DALI pipeline on the CPU."""
-    from nvidia import dali
+def fair_steps(batches: int, processes: int) -> int:
+    """Batches a round for a loader whose processes make whole batches: about `batches`, or more.
 
-    fn, types, pipeline_def = (getattr(dali, name) for name in ("fn", "types", "pipeline_def"))  # not typed
+    A multiple of the processes, since else some of them have nothing to do at the end, and at least four for each,
+    since at the beginning all of them start with nothing.
+    """
+    return processes * max(LEAST_BATCHES_A_PROCESS, -(-batches // processes))
 
-    @pipeline_def(batch_size=batch_size, num_threads=workers, device_id=None, seed=0)
-    def graph() -> Any:
-        files, labels = fn.readers.file(file_root=str(folder), random_shuffle=True, name="reader")
-        images = fn.decoders.image_random_crop(
-            files,
-            device="cpu",
-            output_type=types.RGB,
-            random_area=[0.08, 1.0],
-            random_aspect_ratio=[3 / 4, 4 / 3],
-        )
-        images = fn.resize(images, size=[img_size, img_size])
-        return fn.flip(images, horizontal=fn.random.coin_flip()), labels
 
-    pipeline: Any = graph()
-    pipeline.build()
+class _Repeated:
+    """`length` samples of a dataset, which begins again where it ends."""
 
-    def run() -> None:
-        for _ in range(steps):
-            pipeline.run()
+    def __init__(self, dataset: Any, length: int) -> None:
+        self._dataset, self._length = dataset, length
 
-    return run
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset[index % len(self._dataset)]
+
+    @property
+    def transform(self) -> Any:
+        """The dataset's own, which timm sets."""
+        return self._dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self._dataset.transform = transform
 
 
 @contextmanager
-def timm_loader(folder: Path, *, batch_size: int, img_size: int, workers: int) -> Iterator[Callable[[], None]]:
-    """An epoch of timm's loader: uint8 batches as its processes collate them, before normalising."""
+def timm_loader(
+    folder: Path, *, steps: int, batch_size: int, img_size: int, workers: int
+) -> Iterator[Callable[[], None]]:
+    """`steps` batches of timm's loader: uint8 batches as its processes collate them, before normalising."""
     import torch
     from timm.data import create_dataset, create_loader
 
     dataset: Any = create_dataset("", root=str(folder), split="train", search_split=False, is_training=True)
+    repeated: Any = _Repeated(dataset, steps * batch_size)
     prefetching: Any = create_loader(
-        dataset,
+        repeated,
         input_size=(3, img_size, img_size),
         batch_size=batch_size,
         is_training=True,
@@ -101,14 +108,16 @@ def timm_loader(folder: Path, *, batch_size: int, img_size: int, workers: int) -
 
 
 @contextmanager
-def torch_loader(folder: Path, *, batch_size: int, img_size: int, workers: int) -> Iterator[Callable[[], None]]:
-    """An epoch of torch's DataLoader with torchvision's v2 transforms as its documentation asks for: uint8 tensors."""
+def torch_loader(
+    folder: Path, *, steps: int, batch_size: int, img_size: int, workers: int
+) -> Iterator[Callable[[], None]]:
+    """`steps` batches of torch's DataLoader with torchvision's v2 transforms as it advises: uint8 tensors."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
     transform = v2.Compose([v2.RandomResizedCrop(img_size, antialias=True), v2.RandomHorizontalFlip()])
-    dataset = ImageFolder(str(folder), transform=transform, loader=_decode_rgb)
+    dataset: Any = _Repeated(ImageFolder(str(folder), transform=transform, loader=_decode_rgb), steps * batch_size)
     loader: Any = DataLoader(
         dataset, batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +16,24 @@ import tyro
 from data_prep import turbojpeg
 from data_prep.errors import UserError
 from lowrank_vit.bench.environment import environment
-from lowrank_vit.bench.limits import copy_case, decode_case, page_cache_case, products_case
+from lowrank_vit.bench.limits import (
+    copy_case,
+    decode_case,
+    disk_read_case,
+    disk_write_case,
+    page_cache_case,
+    products_case,
+)
 from lowrank_vit.bench.measure import DEFAULT_REPEATS, Case, Result, measure, nothing
-from lowrank_vit.bench.photos import HEIGHT, WIDTH, ensure_photos
+from lowrank_vit.bench.photos import HEIGHT, WIDTH
 from lowrank_vit.bench.prep import CACHE
+from lowrank_vit.bench.sets import photographs
 
 _TERA = 1e12
-NOTES = ("Each of the other benches measures the limit of its own cases in its own rounds; these are for orientation.",)
+NOTES = (
+    "Each of the other benches measures the limit of its own cases in its own rounds; these are for orientation.",
+    "A virtual machine's disk may have a cache of its own below the system's, which fsync and O_DIRECT do not see.",
+)
 
 
 @dataclass(frozen=True)
@@ -31,15 +43,15 @@ class Options:
     count: Annotated[int, tyro.conf.arg(metavar="N")] = 500
     """Photographs of 500 x 375 pixels, made once and kept in data/bench."""
     megabytes: Annotated[int, tyro.conf.arg(metavar="N")] = 256
-    """Size of the memory that is copied and of the file that is read."""
-    gflop: Annotated[float, tyro.conf.arg(metavar="N", help_behavior_hint="(default: by the device)")] = 0.0
+    """Size of the memory that is copied and of the files that are written and read."""
+    gflop: Annotated[float | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: by the device)")] = None
     """Arithmetic a round in matrix products; 20 on a CPU, 20,000 on cuda."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """On cuda its memory and its products are measured as well."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
     """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
     scratch: Annotated[Path, tyro.conf.arg(metavar="DIR")] = CACHE
-    """Where photographs and the file are kept: the disk whose cached files are read."""
+    """Where photographs and the files are kept: the disk under test."""
 
 
 def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
@@ -47,25 +59,27 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     for name in ("count", "megabytes"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}, expected 1 or more.")
+    if options.gflop is not None and not (0 < options.gflop < math.inf):
+        raise UserError(f"--gflop is {options.gflop:g}, expected more than 0.")
     from lowrank_vit.engine.setup import pick_device
 
     device, cpu = pick_device(options.device), torch.device("cpu")
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
-    photos = sorted(
-        ensure_photos(options.scratch / f"photos_{options.count}", options.count, note=note).glob("*/*.jpg")
-    )
+    photos = sorted(photographs(options.scratch, options.count, note).glob("*/*.jpg"))
     num_bytes = options.megabytes * 10**6
-    file = options.scratch / f"zeros_{options.megabytes}.bin"
+    file, written = (options.scratch / f"{use}_{options.megabytes}.bin" for use in ("read", "written"))
     memory = {where: _two_buffers(num_bytes, where) for where in {cpu, device}}
     try:
-        file.write_bytes(os.urandom(1 << 20) * (num_bytes >> 20))
+        _write_and_sync(file, num_bytes)
         cases = {
             "jpeg_decode_1_core": decode_case(photos, 1),
             f"jpeg_decode_{cores}_cores": decode_case(photos, cores),
             "jpeg_entropy_1_core": _entropy_case(photos),
             "memory_copy": copy_case(*memory[cpu], 2),
             "page_cache_read": page_cache_case(file),
+            "disk_write": disk_write_case(written, num_bytes),
+            "disk_read": disk_read_case(file),
             **_products(cpu, options.gflop or 20.0, (torch.float32, torch.float64, torch.bfloat16)),
         }
         if device.type == "cuda":
@@ -79,7 +93,16 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror}. Choose --scratch on a larger disk.") from error
     finally:
-        file.unlink(missing_ok=True)
+        for one in (file, written):
+            one.unlink(missing_ok=True)
+
+
+def _write_and_sync(file: Path, num_bytes: int) -> None:
+    """Whole MiB, on the disk when this returns: what is not yet written cannot be read from there."""
+    with file.open("wb") as opened:
+        opened.write(os.urandom(1 << 20) * max(1, num_bytes >> 20))
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def _two_buffers(num_bytes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,6 +22,7 @@ from data_prep.image_folder import image_folder
 from data_prep.jpeg import ImageOptions
 from lowrank_vit.bench.environment import environment
 from lowrank_vit.bench.ffcv_writer import ImageFiles, import_ffcv, write_with_ffcv
+from lowrank_vit.bench.limits import decodable, decode_case, store_case
 from lowrank_vit.bench.measure import DEFAULT_REPEATS, Case, Result, measure, nothing
 from lowrank_vit.bench.peak_memory import measure_memory
 from lowrank_vit.bench.photos import ensure_photos
@@ -35,9 +36,15 @@ RATIOS = {
     "reencode_vs_ffcv": ("reencode", "ffcv_400"),
     "passthrough_header_vs_cp": ("passthrough_header", "cp"),
     "passthrough_header_vs_cp_one_file": ("passthrough_header", "cp_one_file"),
+    "passthrough_decode_share_of_decode_limit": ("passthrough_decode", "decode_limit"),
+    "passthrough_header_share_of_disk_limit": ("passthrough_header", "disk_limit"),
+    "reencode_share_of_decode_limit": ("reencode", "decode_limit"),
+    "ffcv_500_share_of_decode_limit": ("ffcv_500", "decode_limit"),
 }
 LIMITS = (
     "The source files are in memory after the warm-up, so a slow disk or network in front of them does not show.",
+    "decode_limit stores nothing and disk_limit reads nothing; a conversion does both, and reads back what it has "
+    "written for its checksum.",
     "Our conversions and cp end with their data on the disk (fsync, sync); FFCV's writer leaves them to the system.",
 )
 
@@ -49,7 +56,7 @@ class Options:
     count: Annotated[int, tyro.conf.arg(metavar="N")] = 4000
     """Photographs of 500 x 375 pixels to convert, made once and kept in data/bench."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: photographs)")] = None
-    """Convert this directory of class folders instead."""
+    """Convert this directory of class folders (JPEGs below DIR/CLASS/) instead; not a .beton, which is the output."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")] = None
     """Threads of ours, processes of FFCV's."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
@@ -81,7 +88,15 @@ class _Bench:
             "ffcv_400": self._ffcv("ffcv_400", SMALL_SIDE),
             "cp": self._copy("cp", self.src, f"the same {len(self.files):,} files"),
             "cp_one_file": self._copy("cp_one_file", self._kept, "one .beton with the same images"),
+            **self._limits(),
         }
+
+    def _limits(self) -> dict[str, Case]:
+        """Of decoding, where there are JPEGs, and of the disk."""
+        paths = [self.src / name for name in self.files.names]
+        jpegs = decodable(paths)
+        decoding = {"decode_limit": decode_case(jpegs, self.workers)} if jpegs else {}
+        return {**decoding, "disk_limit": store_case(paths, self.scratch / "disk_limit.bin")}
 
     @property
     def _kept(self) -> Path:
@@ -165,7 +180,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
     if workers < 1:
         raise UserError(f"--workers is {workers}, expected 1 or more. Leave it out for one a core.")
-    src = options.data or ensure_photos(CACHE / f"photos-{options.count}", options.count, note=note)
+    src = options.data or ensure_photos(CACHE / f"photos_{options.count}", options.count, note=note)
     samples, mean_bytes = _list(src)
     what = "the bench's photographs" if options.data is None else "--data"
     extra: dict[str, Any] = {
@@ -177,9 +192,9 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     with _temporary_directory(options.scratch or CACHE) as scratch:
         bench = _Bench(src, scratch, ImageFiles(src, samples), workers)
         bench.prepare()
-        result = measure(
-            "prep", bench.cases(), RATIOS, environment=surroundings, repeats=options.repeats, limits=LIMITS, note=note
-        )
+        cases, repeats = bench.cases(), options.repeats
+        ratios = {name: pair for name, pair in RATIOS.items() if set(pair) <= set(cases)}
+        result = measure("prep", cases, ratios, environment=surroundings, repeats=repeats, limits=LIMITS, note=note)
         extra["stored"] = bench.stored
         if options.memory:
             extra["memory"] = memory = measure_memory(scratch, workers, note=note)

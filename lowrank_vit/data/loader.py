@@ -89,7 +89,7 @@ class Loader:
     def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         try:
             while True:
-                self._depths.append(self._backend.ready())
+                self._depths.append(self.waiting)
                 batch = next(batches, None)
                 if batch is None:
                     break
@@ -128,6 +128,11 @@ class Loader:
             self._say(f"left out as damaged ({len(self._bad)} so far): {where} ({reason})")
         if len(self._bad) == self._beton.num_samples:
             raise BetonError(f"{self._beton.path}: none of its samples decodes. Convert it again.")
+
+    @property
+    def waiting(self) -> int:
+        """How many decoded batches wait now; on CUDA one more may be prepared already."""
+        return self._backend.ready()
 
     def stats(self) -> LoaderStats:
         """Figures since the last call; decode times reach further back where there are few."""

@@ -14,20 +14,21 @@ from lowrank_vit.bench.__main__ import main
 from lowrank_vit.bench.ffcv_writer import ImageFiles, write_with_ffcv
 from lowrank_vit.bench.photos import ensure_photos
 
-CASES = ["passthrough_decode", "passthrough_header", "reencode", "ffcv_500", "ffcv_400", "cp", "cp_one_file"]
+OURS = ["passthrough_decode", "passthrough_header", "reencode"]
+CASES = [*OURS, "ffcv_500", "ffcv_400", "cp", "cp_one_file", "decode_limit", "disk_limit"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory to stand in, with 24 photographs where the bench looks for them."""
     folder = tmp_path_factory.mktemp("bench")
-    ensure_photos(folder / prep.CACHE / "photos-24", 24)
+    ensure_photos(folder / prep.CACHE / "photos_24", 24)
     return folder
 
 
 @pytest.fixture
 def samples(folder: Path) -> list[tuple[str, int]]:
-    root = folder / prep.CACHE / "photos-24"
+    root = folder / prep.CACHE / "photos_24"
     return [(str(path.relative_to(root)), i % 3) for i, path in enumerate(sorted(root.rglob("*.jpg")))]
 
 
@@ -43,6 +44,10 @@ def test_smoke(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
         "reencode_vs_ffcv",
         "passthrough_header_vs_cp",
         "passthrough_header_vs_cp_one_file",
+        "passthrough_decode_share_of_decode_limit",
+        "passthrough_header_share_of_disk_limit",
+        "reencode_share_of_decode_limit",
+        "ffcv_500_share_of_decode_limit",
     }
     for case in result["cases"].values():
         assert case["unit"] == "img/s"
@@ -57,7 +62,7 @@ def test_smoke(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
     }
     assert result["source"]["images"] == 24
     assert (folder / "prep.png").stat().st_size > 0
-    assert [path.name for path in (folder / prep.CACHE).iterdir()] == ["photos-24"]
+    assert [path.name for path in (folder / prep.CACHE).iterdir()] == ["photos_24"]
     out, err = capfd.readouterr()
     assert "passthrough_header_vs_cp" in out
     assert "it/s" not in err  # FFCV's own bar
@@ -67,7 +72,7 @@ def test_smoke(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
 def test_an_own_folder_and_scratch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = {"cases": {"10000": {"peak_bytes": 2_000_000, "bytes_per_image": 120.4}}}
     monkeypatch.setattr(prep, "measure_memory", lambda *args, **kwargs: memory)
-    root = folder / prep.CACHE / "photos-24"
+    root = folder / prep.CACHE / "photos_24"
     result = prep.run(prep.Options(data=root, scratch=tmp_path / "new", workers=1, repeats=1, memory=True))
     assert result.extra["source"]["images"] == 24
     assert result.to_dict()["memory"] == memory
@@ -101,7 +106,7 @@ def test_wrong_options(options: prep.Options, message: str, tmp_path: Path, monk
 
 
 def test_a_short_output_is_found(folder: Path, samples: list[tuple[str, int]], tmp_path: Path) -> None:
-    root = folder / prep.CACHE / "photos-24"
+    root = folder / prep.CACHE / "photos_24"
     bench = prep._Bench(root, tmp_path, ImageFiles(root, [*samples, samples[0]]), workers=1)
     case = bench.cases()["passthrough_header"]
     case.run()
@@ -110,7 +115,7 @@ def test_a_short_output_is_found(folder: Path, samples: list[tuple[str, int]], t
 
 
 def test_ffcv_writes_every_sample(folder: Path, samples: list[tuple[str, int]], tmp_path: Path) -> None:
-    files = ImageFiles(folder / prep.CACHE / "photos-24", samples)
+    files = ImageFiles(folder / prep.CACHE / "photos_24", samples)
     write_with_ffcv(files, tmp_path / "out.beton", max_resolution=400, quality=90, workers=2)
     tables = read_tables(tmp_path / "out.beton")
     assert tables.labels.tolist() == [label for _, label in samples]
