@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_both_steps_train_the_same_model():
     load = step.Workload("vit_tiny_patch16_224", 32, 4, 1)
     config = step.config_of(load, cpu, "eager")
     parts = step.make_parts(config, None)
-    timms = step._timm_case(load, cpu, "eager", config)
+    timms: Any = step._timm_case(load, cpu, "eager", config)
     cells = dict(zip(timms.run.func.__code__.co_freevars, timms.run.func.__closure__ or (), strict=True))
     optimizer = cells["optimizer"].cell_contents
 
