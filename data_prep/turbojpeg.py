@@ -174,6 +174,11 @@ def identity() -> str:
     return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
 
 
+def address(name: str) -> int:
+    """Where a function of the library lies, for compiled code that calls it without Python."""
+    return ctypes.cast(getattr(_library(), name), ctypes.c_void_p).value or 0
+
+
 @cache
 def _library() -> Any:
     library = _load()
