@@ -15,6 +15,7 @@ from data_prep.errors import UserError, exit_cleanly
 from lowrank_vit.config import check_ranges
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.faithful import remarks
 from lowrank_vit.data.loader import OnBadSample
 from lowrank_vit.data.locate import DataOptions, kind_of, locate_validation
 from lowrank_vit.data.plan import EvalPlan
@@ -94,6 +95,8 @@ def validate(options: Options) -> Scores:
     decoding = LoaderOptions(options.loader, options.workers, on_bad_sample=options.on_bad_sample)
     loader, line = open_loader(beton, plan, device, decoding)
     print(line)
+    for remark in remarks(beton, spec.img_size, spec.crop_pct):
+        print(f"note: {remark}")
     precision = {"amp": options.amp, "amp_dtype": DTYPES[options.amp_dtype]}
     evaluate = Evaluator(scorer.model, scorer.augment, **precision, compile=False, tta=options.tta)
     try:

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from timm.data.transforms_factory import create_transform
 
 from lowrank_vit.validate import Options, validate
@@ -64,3 +65,17 @@ def our_loss(folder: Path, checkpoint: Path, loader: str = "resident") -> float:
 @pytest.mark.parametrize("loader", ["ffcv", "dali", "resident"])
 def test_the_loss_is_plain_timms_whatever_decodes(photos, checkpoint, loader):
     assert our_loss(photos, checkpoint, loader) == pytest.approx(plain_loss(photos, checkpoint), abs=1e-3)
+
+
+@pytest.mark.parametrize("loader", ["ffcv", "dali", "resident"])
+def test_larger_images_and_other_formats_are_scored_as_they_are(checkpoint, tmp_path, loader):
+    folder = tmp_path / "val"
+    for label, name in enumerate(("a", "b")):
+        (folder / name).mkdir(parents=True)
+        photo = Image.fromarray(load_sample_images().images[label])
+        for n in range(4):
+            larger = photo.crop((40 * n, 0, 40 * n + 400, 300)).resize((700 + 60 * n, 600))
+            larger.save(folder / name / f"{n}.jpg", quality=95)
+            larger.crop((0, 0, 300 + n, 200)).save(folder / name / f"{n}.png")
+        photo.convert("L").save(folder / name / "grey.jpg", quality=95)
+    assert our_loss(folder, checkpoint, loader) == pytest.approx(plain_loss(folder, checkpoint), abs=1e-3)
