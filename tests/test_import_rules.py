@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "lowrank_vit/report": ("data_prep.errors", "lowrank_vit.report", "lowrank_vit.spectral"),
     "lowrank_vit/bench": ("data_prep", "lowrank_vit"),
     "lowrank_vit/timm_flags.py": ("data_prep.errors",),
+    "lowrank_vit/score_flags.py": ("data_prep.errors",),
     "lowrank_vit/config_yaml.py": ("data_prep.errors", "lowrank_vit.timm_flags"),
     "lowrank_vit/options.py": (),
     "lowrank_vit/config.py": (

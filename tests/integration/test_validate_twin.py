@@ -38,13 +38,13 @@ def photos(tmp_path_factory) -> Path:
     return write_folder(tmp_path_factory.mktemp("photos") / "val")
 
 
-def plain_loss(folder: Path, checkpoint: Path) -> float:
+def plain_loss(folder: Path, checkpoint: Path, **more: Any) -> float:
     """As timm's validate.py computes it."""
     model: Any = timm.create_model(MODEL, num_classes=2, img_size=SIZE, **KWARGS).eval()
     model.load_state_dict(torch.load(checkpoint, weights_only=True))
     own = model.pretrained_cfg
-    look = {"mean": own["mean"], "std": own["std"], "crop_pct": CROP_PCT}
-    transform: Any = create_transform((3, SIZE, SIZE), interpolation="bicubic", **look)
+    look = {"mean": own["mean"], "std": own["std"], "crop_pct": CROP_PCT, "interpolation": "bicubic", **more}
+    transform: Any = create_transform((3, SIZE, SIZE), **look)
     losses = []
     for label, name in enumerate(sorted(path.name for path in folder.iterdir() if path.is_dir())):
         for path in sorted((folder / name).iterdir()):
@@ -55,11 +55,11 @@ def plain_loss(folder: Path, checkpoint: Path) -> float:
     return float(np.mean(losses))
 
 
-def our_loss(folder: Path, checkpoint: Path, loader: str = "resident") -> float:
+def our_loss(folder: Path, checkpoint: Path, loader: str = "resident", **more: Any) -> float:
     kwargs = tuple(f"{name}={value}" for name, value in KWARGS.items())
     look = {"model": MODEL, "model_kwargs": kwargs, "img_size": SIZE, "crop_pct": CROP_PCT}
     decoding = {"loader": loader, "device": "cpu", "batch_size": 7, "workers": 2}
-    return validate(Options(checkpoint, folder, **look, **decoding)).loss  # type: ignore[arg-type]
+    return validate(Options(checkpoint, data=folder, **look, **decoding, **more)).loss  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("loader", ["ffcv", "dali", "resident"])
@@ -79,3 +79,12 @@ def test_larger_images_and_other_formats_are_scored_as_they_are(checkpoint, tmp_
             larger.crop((0, 0, 300 + n, 200)).save(folder / name / f"{n}.png")
         photo.convert("L").save(folder / name / "grey.jpg", quality=95)
     assert our_loss(folder, checkpoint, loader) == pytest.approx(plain_loss(folder, checkpoint), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "more", [{"interpolation": "bilinear"}, {"mean": (0.4, 0.45, 0.5), "std": (0.2, 0.25, 0.3)}], ids=str
+)
+def test_other_filters_and_normalisations(photos, checkpoint, more):
+    expected = plain_loss(photos, checkpoint, **more)
+    assert abs(expected - plain_loss(photos, checkpoint)) > 2e-3
+    assert our_loss(photos, checkpoint, **more) == pytest.approx(expected, abs=1e-3)
