@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +15,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from data_prep.convert import DEFAULT_IMAGE_OPTIONS as DEFAULTS
 from data_prep.convert import (
     Conversion,
     available_cores,
@@ -24,7 +26,7 @@ from data_prep.convert import (
 )
 from data_prep.errors import UserError, exit_cleanly
 from data_prep.info import info_table, plot_info
-from data_prep.jpeg import ImageOptions
+from data_prep.jpeg import LOSSLESS, ImageOptions
 from data_prep.manifest import manifest_path
 from data_prep.parts import file_or_parts, parse_shard
 from data_prep.progress import counts_in_words
@@ -79,6 +81,7 @@ def imagefolder_command(
     quality: int = 90,
     raw: Annotated[int | None, tyro.conf.arg(metavar="SIZE", help_behavior_hint="(default: store JPEGs)")] = None,
     baseline: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    lossless: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     verify: Literal["decode", "header"] = "decode",
     workers: Annotated[
         int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")
@@ -103,6 +106,8 @@ def imagefolder_command(
         quality: JPEG quality of converted images, 1 to 100.
         raw: Store uncompressed pixels instead: short side resized to SIZE, centre crop to a square.
         baseline: Rewrite progressive JPEGs as baseline ones, which hardware decoders need; no pixel changes.
+        lossless: Keep every image's own pixels and size as far as the format allows, for validation sets: JPEGs go in
+            byte for byte, other formats uncompressed.
         verify: "decode" decodes every image completely, so that damage shows now; "header" only parses those JPEGs
             that are stored as they are.
         workers: Threads, 1 or more.
@@ -110,11 +115,16 @@ def imagefolder_command(
         on_bad: What to do about images that do not decode: list them all and write nothing, or leave them out and
             list them in the manifest.
     """
+    image = ImageOptions(max_side, quality, verify, baseline, raw)
+    if lossless:
+        if (max_side, quality, raw) != (DEFAULTS.max_side, DEFAULTS.quality, None):
+            raise UserError("--lossless keeps size and pixels, so leave out --max-side, --quality and --raw.")
+        image = replace(LOSSLESS, verify=verify, baseline=baseline)
     convert_one_or_both = convert_image_folder if out.suffix == ".beton" else convert_splits
     conversions = convert_one_or_both(
         src,
         out,
-        image=ImageOptions(max_side, quality, verify, baseline, raw),
+        image=image,
         classes=classes,
         part=None if shard is None else parse_shard(shard),
         workers=workers,

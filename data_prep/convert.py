@@ -7,7 +7,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -141,7 +141,7 @@ def _check(image: ImageOptions, workers: int | None, part: tuple[int, int] | Non
 def convert_folders(
     folders: dict[Path, Path],
     *,
-    image: ImageOptions = DEFAULT_IMAGE_OPTIONS,
+    image: ImageOptions | Mapping[Path, ImageOptions] = DEFAULT_IMAGE_OPTIONS,
     classes: Path | None = None,
     part: tuple[int, int] | None = None,
     workers: int | None = None,
@@ -150,14 +150,18 @@ def convert_folders(
 ) -> list[Conversion]:
     """Convert {out: folder}; everything that can be wrong with the folders is found before the first is begun.
 
-    See `convert_image_folder`. Raises `UserError`, also if the folders have different classes.
+    See `convert_image_folder`; `image` may tell the options of each out. Raises `UserError`, also if the folders have
+    different classes.
     """
-    _check(image, workers, part)
+    images = dict.fromkeys(folders, image) if isinstance(image, ImageOptions) else image
+    for one in images.values():
+        _check(one, workers, part)
     sources = {out: image_folder(folder, classes) for out, folder in folders.items()}
     _check_same_classes(list(sources.values()))
-    options: Options = {"classes": None if classes is None else str(classes), **asdict(image), "on_bad": on_bad}
     conversions, bad = [], []
     for out, source in sources.items():
+        image = images[out]
+        options: Options = {"classes": None if classes is None else str(classes), **asdict(image), "on_bad": on_bad}
         if part is not None:
             if len(source.samples) < part[1]:
                 raise UserError(

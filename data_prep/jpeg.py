@@ -92,6 +92,18 @@ class ImageOptions:
     """Rewrite progressive JPEGs as baseline ones, without loss."""
     raw: int | None = None
     """Store this many pixels square, uncompressed, instead of JPEGs."""
+    lossless: bool = False
+    """Store what is no JPEG as raw pixels where they fit a page, and encode without subsampling; see `LOSSLESS`."""
+
+
+LOSSLESS = ImageOptions(max_side=JPEG_MAX_SIDE, quality=100, lossless=True)
+"""As near to the source's pixels as a `.beton` allows, for sets whose scores are to be published.
+
+Usual JPEGs of any size go in byte for byte, other formats as raw pixels; JPEGs that have to be decoded (grey, CMYK,
+turned) and images too large for a page are encoded at quality 100, which moves a pixel by about half a grey level.
+"""
+JPEG_REASONS = frozenset("coding gray cmyk ycck orientation resized extraneous bytes".split())
+"""Of JPEGs that cannot be stored as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,9 +325,14 @@ def _encode_pixels(pixels: np.ndarray, reason: str, options: ImageOptions) -> tu
         top, left = (height - side) // 2, (width - side) // 2
         square = _resize(pixels[top : top + side, left : left + side], options.raw, options.raw)
         return MODE_RAW, options.raw, options.raw, square.tobytes(), reason
+    fits = pixels.nbytes <= PAGE_SIZE and max(height, width) <= options.max_side
+    if options.lossless and fits and reason not in JPEG_REASONS:
+        return MODE_RAW, width, height, pixels.tobytes(), reason
     scale = min(1.0, options.max_side / max(height, width))
     width, height = max(1, round(width * scale)), max(1, round(height * scale))
-    return MODE_JPEG, width, height, turbojpeg.encode(_resize(pixels, width, height), options.quality), reason
+    subsampling = "4:4:4" if options.lossless else "4:2:0"
+    data = turbojpeg.encode(_resize(pixels, width, height), options.quality, subsampling)
+    return MODE_JPEG, width, height, data, reason
 
 
 def _resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:

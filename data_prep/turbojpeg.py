@@ -22,7 +22,7 @@ import numpy as np
 from data_prep.errors import UserError
 
 _PIXEL_FORMATS = {"rgb": (0, 3), "grey": (6, 1), "cmyk": (11, 4)}
-_SUBSAMPLING_420 = 2
+_SUBSAMPLING = {"4:4:4": 0, "4:2:0": 2}
 _FAST_DCT, _STOP_ON_WARNING, _LIMIT_SCANS = 2048, 8192, 32768
 _WARNING_CODE = 0
 
@@ -82,15 +82,15 @@ def check(data: bytes, width: int, height: int) -> None:
     _decompress(data, pixels, "grey", _LIMIT_SCANS | _STOP_ON_WARNING | _FAST_DCT)
 
 
-def encode(pixels: np.ndarray, quality: int) -> bytes:
-    """Encode uint8 (height, width, 3) as a baseline 4:2:0 JPEG of `quality` 1..100 without metadata."""
+def encode(pixels: np.ndarray, quality: int, subsampling: Literal["4:2:0", "4:4:4"] = "4:2:0") -> bytes:
+    """Encode uint8 (height, width, 3) as a baseline JPEG of `quality` 1..100 without metadata."""
     pixels = np.ascontiguousarray(pixels)
     height, width, _ = pixels.shape
     handle, library = _handle("tjInitCompress"), _library()
     jpeg, size = ctypes.c_void_p(), ctypes.c_ulong()
     code = library.tjCompress2(
         *(handle, pixels.ctypes.data, width, 0, height, 0),
-        *(ctypes.byref(jpeg), ctypes.byref(size), _SUBSAMPLING_420, quality, 0),
+        *(ctypes.byref(jpeg), ctypes.byref(size), _SUBSAMPLING[subsampling], quality, 0),
     )
     return _take(code, handle, jpeg, size)
 
@@ -172,6 +172,11 @@ def identity() -> str:
         return "unknown"
     path = Path(os.fsdecode(found.file)).resolve()
     return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+
+
+def address(name: str) -> int:
+    """Where a function of the library lies, for compiled code that calls it without Python."""
+    return ctypes.cast(getattr(_library(), name), ctypes.c_void_p).value or 0
 
 
 @cache

@@ -1,59 +1,65 @@
-"""`python -m lowrank_vit.inference`: what a checkpoint says of some images."""
+"""`python -m lowrank_vit.inference`: what a checkpoint, or published weights, say of some images."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import tyro
-from PIL import Image
 from tyro.conf import arg
 
 from data_prep.errors import UserError, exit_cleanly
-from data_prep.image_folder import IMAGE_SUFFIXES
-from data_prep.jpeg import upright_rgb
 from lowrank_vit.config_check import check_ranges
+from lowrank_vit.data.image_files import images_below, read_image
 from lowrank_vit.data.pil_decode import crop_and_resize
 from lowrank_vit.data.plan import EvalPlan
-from lowrank_vit.engine.scoring import Scorer, load_scorer
+from lowrank_vit.engine.labels import LabelType, labels_of
+from lowrank_vit.engine.predictions import Prediction, Predictions, to_csv, to_json
+from lowrank_vit.engine.score_files import make_folder_of
+from lowrank_vit.engine.score_progress import ScoringProgress
+from lowrank_vit.engine.scoring import KERNELS, ModelOptions, Scorer, load_scorer
 from lowrank_vit.engine.setup import pick_device
-from lowrank_vit.options import POSITIVE, Range
+from lowrank_vit.engine.step import DTYPES
+from lowrank_vit.options import POSITIVE
+from lowrank_vit.score_flags import INFERENCE_INSTEAD, INFERENCE_UNUSED, fit_flags, with_images_first, with_suffix_of
 
 SHOWN = 3
 """Predictions of an image that the terminal shows."""
+Note = Callable[[str], object]
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
     """Classify images. Model, size and crop default to those that the checkpoint was trained with."""
 
-    checkpoint: Path
-    """A run's model_best.pth.tar or last.pth.tar."""
-    input: tuple[Path, ...]
-    """Images, and folders to search for images; also the first arguments."""
+    input: Annotated[tuple[Path, ...], arg(aliases=["--data-dir"])] = ()
+    """Images, and folders to search for images; also without a flag."""
     topk: Annotated[int, POSITIVE] = 5
     """Predictions for each image."""
     output: Path | None = None
     """Write all predictions to this .csv or .json file."""
-    use_ema: bool = False
-    """Use the EMA weights."""
-    model: str = ""
-    """timm model name; default: the checkpoint's."""
-    model_kwargs: tuple[str, ...] = ()
-    """NAME=VALUE ...; default: the checkpoint's."""
-    img_size: Annotated[int | None, POSITIVE] = None
-    """Pixels; default: the checkpoint's."""
-    crop_pct: Annotated[float | None, Range(0, 1, open_low=True)] = None
-    """Default: the checkpoint's."""
+    results_dir: Path | None = None
+    """timm's way to say the same: the folder of --results-file, which is named after model and size by default."""
+    results_file: Path | None = None
+    """In --results-dir."""
+    results_format: tuple[Literal["csv", "json"], ...] = ("csv",)
+    """Of --results-file."""
+    label_type: LabelType = "auto"
+    """What classes are called: auto, none (numbers), name, description or detail (of ImageNet's classes)."""
+    include_index: bool = False
+    """Write the classes' numbers, too."""
+    output_type: Literal["prob", "logit"] = "prob"
+    """Write probabilities, or the model's outputs."""
+    exclude_output: bool = False
+    """Write classes alone."""
+    no_console_results: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print no predictions."""
     batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE] = 64
     """Images a step."""
     workers: Annotated[int, arg(aliases=["-j"]), POSITIVE] = 4
@@ -61,133 +67,142 @@ class Options:
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda or cuda:N."""
     amp: bool = False
-    """bfloat16 autocast."""
+    """Mixed precision."""
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """What --amp computes in."""
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says of one image, likeliest class first."""
+def predict(
+    options: Options, note: Note = lambda text: None, show: Callable[[Prediction], object] = lambda prediction: None
+) -> Predictions:
+    """Classify all images, each shown when its batch is done; what cannot be opened is noted and skipped.
 
-    file: Path
-    classes: list[str]
-    probabilities: list[float]
-    """0-1, as the classes."""
-
-
-@dataclass
-class Predictions:
-    """All of a call."""
-
-    found: list[Prediction] = field(default_factory=list)
-    skipped: dict[Path, str] = field(default_factory=dict)
-    """Files that are no images, with the reason."""
-
-
-def predict(options: Options, note: Callable[[str], object] = lambda text: None) -> Predictions:
-    """Classify all images; files that cannot be opened are noted and skipped. Raises `UserError`."""
+    Raises `UserError`.
+    """
     check_ranges(options)
-    if options.output and options.output.suffix not in (".csv", ".json"):
-        raise UserError(f"--output {options.output} must end in .csv or .json.")
-    files = _images(options.input)
+    files = _images(options.input, note)
     device = pick_device(options.device)
-    own = {name: getattr(options, name) for name in ("use_ema", "model", "model_kwargs", "img_size", "crop_pct")}
-    scorer = load_scorer(options.checkpoint, device, **own)
+    scorer = load_scorer(options, device, note)
+    labels = labels_of(scorer, options.label_type)
     predictions = Predictions()
-    with ThreadPoolExecutor(options.workers) as pool:
-        for first in range(0, len(files), options.batch_size):
-            batch = files[first : first + options.batch_size]
+    with ThreadPoolExecutor(options.workers) as pool, ScoringProgress(len(files)) as progress:
+        for batch in _decoded(files, scorer, options.batch_size, pool):
             crops = []
-            for file, crop in zip(batch, pool.map(lambda file: _crop(file, scorer), batch), strict=True):
+            for file, crop in batch:
                 if isinstance(crop, str):
                     predictions.skipped[file] = crop
                     note(f"skipped {file}: {crop}")
                 else:
                     crops.append((file, crop))
-            if crops:
-                predictions.found += _classify(scorer, crops, options, device)
+            for prediction in _classify(scorer, labels, crops, options, device) if crops else ():
+                predictions.found.append(prediction)
+                show(prediction)
+            progress.advance(len(batch))
     return predictions
 
 
-def _images(paths: tuple[Path, ...]) -> list[Path]:
+def _images(paths: tuple[Path, ...], note: Note) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+            inside, others = images_below(path)
+            kinds = ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in others.most_common(5))
             if not inside:
-                raise UserError(f"--input {path} holds no image ({' '.join(IMAGE_SUFFIXES)}).")
+                raise UserError(f"--input {path} holds no image{f', only other files ({kinds})' if kinds else ''}.")
+            if kinds:
+                note(f"{path}: left out {others.total():,} files that are no images by their suffix ({kinds})")
             found += inside
         elif path.exists():
             found.append(path)
         else:
             raise UserError(f"--input {path} does not exist.")
     if not found:
-        raise UserError("Give images or folders with --input.")
+        raise UserError("Give images or folders, with --input or without a flag.")
     return found
+
+
+def _decoded(
+    files: Sequence[Path], scorer: Scorer, batch_size: int, pool: ThreadPoolExecutor
+) -> Iterator[list[tuple[Path, np.ndarray | str]]]:
+    """Files with their crops, batch by batch; the next batch is decoded while the caller computes with this one."""
+    waiting: list[list[tuple[Path, Future[np.ndarray | str]]]] = []
+    for first in range(0, len(files), batch_size):
+        waiting.append([(file, pool.submit(_crop, file, scorer)) for file in files[first : first + batch_size]])
+        if len(waiting) == 2:
+            yield [(file, crop.result()) for file, crop in waiting.pop(0)]
+    for batch in waiting:
+        yield [(file, crop.result()) for file, crop in batch]
 
 
 def _crop(file: Path, scorer: Scorer) -> np.ndarray | str:
     """uint8 (S, S, 3), cropped as in validation; the reason where there is no image in the file."""
-    try:
-        with Image.open(file) as image:
-            pixels = np.asarray(upright_rgb(image))  # as the training set was converted
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return "cannot identify image file" if "cannot identify" in str(error) else str(error)
-    size = scorer.spec.img_size
+    pixels = read_image(file)
+    if isinstance(pixels, str):
+        return pixels
+    size, kernel = scorer.spec.img_size, KERNELS[scorer.interpolation]
     sides = np.array(pixels.shape[:1]), np.array(pixels.shape[1:2])
-    plan = EvalPlan(*sides, img_size=size, crop_pct=scorer.spec.crop_pct, batch_size=1)
+    plan = EvalPlan(*sides, img_size=size, crop_pct=scorer.spec.crop_pct, batch_size=1, kernel=kernel)
     return crop_and_resize(pixels, plan.batch(0, 0, np.zeros(1, np.int64)), 0, size)
 
 
 @torch.inference_mode()
 def _classify(
-    scorer: Scorer, crops: list[tuple[Path, np.ndarray]], options: Options, device: torch.device
-) -> Iterator[Prediction]:
+    scorer: Scorer, labels: list[str], crops: list[tuple[Path, np.ndarray]], options: Options, device: torch.device
+) -> list[Prediction]:
     images_NHWC = torch.from_numpy(np.stack([crop for _, crop in crops])).to(device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.amp):
-        logits = scorer.model(scorer.augment.normalize(images_NHWC.permute(0, 3, 1, 2)))
-    top = logits.float().softmax(1).topk(min(options.topk, scorer.num_classes))
-    names = scorer.class_names
-    for (file, _), labels, shares in zip(crops, top.indices.tolist(), top.values.tolist(), strict=True):
-        yield Prediction(file, [names[label] for label in labels], shares)
+    with torch.autocast(device.type, dtype=DTYPES[options.amp_dtype], enabled=options.amp):
+        logits = scorer.model(scorer.augment.normalize(images_NHWC.permute(0, 3, 1, 2))).float()
+    top = logits.topk(min(options.topk, scorer.num_classes))
+    shares = logits.softmax(1).gather(1, top.indices)
+    rows = zip(crops, top.indices.tolist(), shares.tolist(), top.values.tolist(), strict=True)
+    return [Prediction(file, [labels[n] for n in found], p, found, raw) for (file, _), found, p, raw in rows]
 
 
-def to_csv(predictions: Predictions) -> str:
-    """A row an image: file, class_1, probability_1, class_2, ...; skipped files are left out."""
-    text = io.StringIO()
-    count = max((len(p.classes) for p in predictions.found), default=0)
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", *(f"{name}_{n + 1}" for n in range(count) for name in ("class", "probability"))])
-    for p in predictions.found:
-        pairs = zip(p.classes, p.probabilities, strict=True)
-        writer.writerow([p.file, *(value for name, share in pairs for value in (name, f"{share:.6g}"))])
-    return text.getvalue()
+def _outputs(options: Options) -> list[Path]:
+    """The files to write, whose folders are made now. Raises `UserError`."""
+    paths = [options.output] if options.output else []
+    if options.output and options.output.suffix not in (".csv", ".json"):
+        raise UserError(f"--output {options.output} must end in .csv or .json.")
+    if options.results_file or options.results_dir:
+        named = options.results_file or Path(options.model or "predictions")
+        base = (options.results_dir or Path()) / named
+        suffixes = () if base.suffix in (".csv", ".json") else options.results_format
+        paths += [with_suffix_of(base, suffix) for suffix in suffixes] or [base]
+    for path in paths:
+        make_folder_of(path)
+    return paths
 
 
-def to_json(predictions: Predictions) -> str:
-    """{"predictions": [{"file", "classes", "probabilities"}], "skipped": {file: reason}}."""
-    content: dict[str, Any] = {
-        "predictions": [{**vars(p), "file": str(p.file)} for p in predictions.found],
-        "skipped": {str(file): reason for file, reason in predictions.skipped.items()},
-    }
-    return json.dumps(content, indent=1) + "\n"
+@dataclass(frozen=True)
+class _Printer:
+    """Predictions as lines on stdout."""
+
+    output_type: str
+
+    def __call__(self, p: Prediction) -> None:
+        values = [f"{share:.1%}" for share in p.probabilities]
+        if self.output_type == "logit":
+            values = [f"{logit:.3f}" for logit in p.logits]
+        shown = zip(p.classes[:SHOWN], values[:SHOWN], strict=True)
+        print(f"{p.file}  " + "  ".join(f"{name} {value}" for name, value in shown), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, classify, print. Exits with 1 where no image could be read."""
+    """Parse the command line, classify, print. Raises `UserError` where no image could be read."""
     argv = sys.argv[1:] if argv is None else argv
-    inputs = next((n for n, token in enumerate(argv) if token.startswith("-")), len(argv))
-    argv = argv[inputs:] + (["--input", *argv[:inputs]] if inputs else [])  # timm's way: inference.py DIR --model ...
+    note: Note = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    argv = with_images_first(fit_flags(argv, INFERENCE_INSTEAD, INFERENCE_UNUSED, note), Options)
     options = tyro.cli(Options, args=argv, prog="python -m lowrank_vit.inference", description=Options.__doc__)
-    predictions = predict(options, note=lambda text: print(text, file=sys.stderr))
-    if options.output:
-        text = to_json(predictions) if options.output.suffix == ".json" else to_csv(predictions)
+    outputs = _outputs(options)
+    show = (lambda prediction: None) if options.no_console_results else _Printer(options.output_type)
+    predictions = predict(options, note, show)
+    columns = {"index": options.include_index, "value": "" if options.exclude_output else options.output_type}
+    for path in outputs:
+        text = to_json(predictions, **columns) if path.suffix == ".json" else to_csv(predictions, **columns)
         try:
-            options.output.write_text(text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--output {options.output} cannot be written: {error.strerror}.") from error
-    for p in predictions.found:
-        shown = zip(p.classes[:SHOWN], p.probabilities[:SHOWN], strict=True)
-        print(f"{p.file}  " + "  ".join(f"{name} {share:.1%}" for name, share in shown))
+            raise UserError(f"{path} cannot be written: {error.strerror}.") from error
     if not predictions.found:
         raise UserError(f"None of the {len(predictions.skipped)} files could be read as an image.")
 

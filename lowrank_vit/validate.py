@@ -1,9 +1,11 @@
-"""`python -m lowrank_vit.validate`: score a checkpoint on a validation set."""
+"""`python -m lowrank_vit.validate`: score a checkpoint, or published weights, on a validation set."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,24 +17,33 @@ from data_prep.errors import UserError, exit_cleanly
 from lowrank_vit.config_check import check_ranges
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.faithful import remarks
 from lowrank_vit.data.loader import OnBadSample
 from lowrank_vit.data.locate import DataOptions, kind_of, locate_validation
 from lowrank_vit.data.plan import EvalPlan
 from lowrank_vit.data.staging import stage
 from lowrank_vit.engine.evaluate import Evaluator, Scores
-from lowrank_vit.engine.score_files import class_rows, interval, picture_beside, to_csv, to_dict
-from lowrank_vit.engine.scoring import Scorer, load_scorer
+from lowrank_vit.engine.score_files import (
+    class_rows,
+    interval,
+    make_folder_of,
+    picture_beside,
+    timm_columns,
+    to_csv,
+    to_dict,
+)
+from lowrank_vit.engine.score_progress import Counted, ScoringProgress
+from lowrank_vit.engine.scoring import KERNELS, ModelOptions, Scorer, load_scorer
 from lowrank_vit.engine.setup import pick_device
 from lowrank_vit.engine.step import DTYPES
-from lowrank_vit.options import POSITIVE, Range
+from lowrank_vit.options import POSITIVE
+from lowrank_vit.score_flags import VALIDATE_INSTEAD, VALIDATE_UNUSED, fit_flags, with_suffix_of
 
 
-@dataclass(frozen=True)
-class Options:
-    """Score a checkpoint. Model, size, crop and data default to those that the checkpoint was trained with."""
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    """Score a model. Model, size, crop and data default to those that the checkpoint was trained with."""
 
-    checkpoint: Path
-    """A run's model_best.pth.tar or last.pth.tar."""
     data: Annotated[Path | None, arg(aliases=["--data-dir"])] = None
     """A .beton file, or a folder of images or .beton files; default: what the checkpoint was validated on."""
     dataset: str = ""
@@ -45,16 +56,6 @@ class Options:
     """Where images are converted to; default: DATA/.lowrank_vit."""
     stage_dir: Path | None = None
     """Copy the .beton file to this folder on a fast local disk, once, and read the copy."""
-    use_ema: bool = False
-    """Score the EMA weights."""
-    model: str = ""
-    """timm model name; default: the checkpoint's."""
-    model_kwargs: tuple[str, ...] = ()
-    """NAME=VALUE ...; default: the checkpoint's."""
-    img_size: Annotated[int | None, POSITIVE] = None
-    """Pixels; default: the checkpoint's."""
-    crop_pct: Annotated[float | None, Range(0, 1, open_low=True)] = None
-    """Default: the checkpoint's."""
     batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE] = 128
     """Images a step."""
     loader: Literal["auto", "resident", "dali", "ffcv"] = "auto"
@@ -75,51 +76,76 @@ class Options:
     """Write a table of the classes to this .csv file, and a picture of the confusions beside it."""
     json: Path | None = None
     """Write all scores to this .json file."""
+    results_file: Path | None = None
+    """The same to a .json file, or a line with timm's columns to a .csv file."""
+    results_format: Literal["csv", "json"] = "csv"
+    """The form of --results-file where its name does not tell."""
 
 
-def validate(options: Options) -> Scores:
-    """Load the checkpoint and score it on every sample exactly once. Raises `UserError`."""
+def validate(options: Options, say: Callable[[str], object] = print) -> Scores:
+    """Load the weights and score them on every sample exactly once. Raises `UserError`."""
+    return _validate(options, say)[0]
+
+
+def _validate(options: Options, say: Callable[[str], object]) -> tuple[Scores, Scorer]:
     check_ranges(options)
-    for flag, path, suffix in (("--per-class", options.per_class, ".csv"), ("--json", options.json, ".json")):
-        if path is not None and path.suffix != suffix:
+    for path, suffix in _written(options).items():
+        if path.suffix != suffix:
+            flag = "--per-class" if path == options.per_class else "--json"
             raise UserError(f"{flag} {path} must end in {suffix}.")
+        make_folder_of(path)
     device = pick_device(options.device)
-    own = {name: getattr(options, name) for name in ("use_ema", "model", "model_kwargs", "img_size", "crop_pct")}
-    scorer = load_scorer(options.checkpoint, device, **own)
-    path = _find_data(options, scorer.checkpoint.args)
+    scorer = load_scorer(options, device, say)
+    path = _find_data(options, scorer.args)
     beton, spec = Beton(path), scorer.spec
     _check_classes(scorer, beton, path)
     batch_size = min(options.batch_size, beton.num_samples)
-    plan = EvalPlan(beton.heights, beton.widths, img_size=spec.img_size, crop_pct=spec.crop_pct, batch_size=batch_size)
+    size = {"img_size": spec.img_size, "crop_pct": spec.crop_pct, "kernel": KERNELS[scorer.interpolation]}
+    plan = EvalPlan(beton.heights, beton.widths, **size, batch_size=batch_size)
     decoding = LoaderOptions(options.loader, options.workers, on_bad_sample=options.on_bad_sample)
     loader, line = open_loader(beton, plan, device, decoding)
-    print(line)
+    say(line)
+    for remark in remarks(beton, spec.img_size, spec.crop_pct):
+        say(f"note: {remark}")
     precision = {"amp": options.amp, "amp_dtype": DTYPES[options.amp_dtype]}
     evaluate = Evaluator(scorer.model, scorer.augment, **precision, compile=False, tta=options.tta)
     try:
-        scores = evaluate(loader, batch_size, by_class=options.per_class is not None)
+        with ScoringProgress(beton.num_samples) as progress:
+            scores = evaluate(Counted(loader, progress), batch_size, by_class=options.per_class is not None)
     finally:
         loader.close()
-    _write_files(options, scores, scorer, path)
-    return scores
+    _write_files(options, scores, scorer, beton)
+    return scores, scorer
 
 
-def _write_files(options: Options, scores: Scores, scorer: Scorer, data: Path) -> None:
+def _written(options: Options) -> dict[Path, str]:
+    """The files that will be written, and the suffix of each."""
+    files: dict[Path, str] = {}
+    if options.per_class:
+        files[options.per_class] = ".csv"
+    if options.json:
+        files[options.json] = ".json"
+    if options.results_file:
+        path = with_suffix_of(options.results_file, options.results_format)
+        files[path] = path.suffix
+    return files
+
+
+def _write_files(options: Options, scores: Scores, scorer: Scorer, beton: Beton) -> None:
+    look = {"img_size": scorer.spec.img_size, "crop_pct": scorer.spec.crop_pct, "interpolation": scorer.interpolation}
     content: dict[str, Any] = {
-        "checkpoint": str(options.checkpoint),
-        "weights": "ema" if options.use_ema else "model",
-        "model": options.model or scorer.checkpoint.arch,
-        "data": str(data),
-        "img_size": scorer.spec.img_size,
-        "crop_pct": scorer.spec.crop_pct,
+        "checkpoint": str(options.checkpoint) if options.checkpoint else None,
+        "weights": "ema" if options.use_ema else "model" if options.checkpoint else scorer.origin,
+        "model": scorer.name,
+        "data": str(beton.path),
+        **look,
         "tta": options.tta,
         **to_dict(scores),
     }
     try:
         if options.per_class:
-            names = scorer.class_names
+            names = scorer.class_names(beton.classes)
             content["classes"] = class_rows(scores, names)
-            options.per_class.parent.mkdir(parents=True, exist_ok=True)
             options.per_class.write_text(to_csv(content["classes"]), encoding="utf-8")
             from lowrank_vit.report.confusion_plot import confusion_plot  # draws: only where asked for
 
@@ -127,9 +153,13 @@ def _write_files(options: Options, scores: Scores, scorer: Scorer, data: Path) -
             subtitle = f"{content['model']}  ·  {scores.num_samples:,} samples  ·  top-1 {scores.top1:.2f} %"
             picture = confusion_plot(scores.confusion.numpy(), names, subtitle)
             picture_beside(options.per_class).write_bytes(picture)
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        for path, suffix in _written(options).items():
+            if suffix == ".json":
+                path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            elif path != options.per_class:
+                parameters = sum(parameter.numel() for parameter in scorer.model.parameters())
+                row = {"model": scorer.name, **look, **timm_columns(scores), "param_count": round(parameters / 1e6, 2)}
+                path.write_text(to_csv([row]), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{error.filename} cannot be written: {error.strerror}.") from error
 
@@ -140,8 +170,8 @@ def _check_classes(scorer: Scorer, beton: Beton, path: Path) -> None:
         raise UserError(
             f"{path} has {beton.num_classes} classes, the model only {scorer.num_classes}. Give its own data."
         )
-    trained = scorer.checkpoint.content.get("class_names")
-    if trained and beton.classes and list(trained) != beton.classes:
+    trained = scorer.trained_names
+    if trained and beton.classes and trained != beton.classes:
         one = next((f"{a} against {b}" for a, b in zip(trained, beton.classes, strict=False) if a != b), "fewer")
         raise UserError(
             f"{path} has other classes than the model was trained on ({one}), so its labels do not mean the same."
@@ -162,7 +192,7 @@ def _find_data(options: Options, args: dict[str, Any]) -> Path:
     return stage(path, options.stage_dir) if options.stage_dir else path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _CommandLine(Options):
     """The options, and timm's old form `validate.py DIR --checkpoint ...`."""
 
@@ -174,18 +204,20 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line, score, print."""
     argv = sys.argv[1:] if argv is None else argv
     prog = "python -m lowrank_vit.validate"
+    argv = fit_flags(argv, VALIDATE_INSTEAD, VALIDATE_UNUSED, print)
     options = tyro.cli(_CommandLine, args=argv, prog=prog, description=Options.__doc__)
     if options.dir is not None and options.data is not None:
         raise UserError(f"{options.dir} and --data {options.data}: give the data once.")
     options = replace(options, data=options.data or options.dir)
-    scores = validate(options)
-    kind = "EMA weights" if options.use_ema else "weights"
-    print(f"{options.checkpoint} ({kind}), {scores.num_samples:,} samples")
+    scores, scorer = _validate(options, print)
+    print(f"{scorer.origin}, {scores.num_samples:,} samples")
     for name, percent in (("top-1", scores.top1), ("top-5", scores.top5)):
         low, high = interval(percent, scores.num_samples)
         print(f"  {name}  {percent:6.2f} %   95 % interval {low:.2f} to {high:.2f}")
     print(f"  loss   {scores.loss:.4f}")
-    written = (options.per_class, options.per_class and picture_beside(options.per_class), options.json)
+    if not math.isfinite(scores.loss):
+        print("note: the loss is not finite, so some outputs are not either, and no score of them means anything")
+    written = (options.per_class and picture_beside(options.per_class), *_written(options))
     if files := ", ".join(str(path) for path in written if path):
         print(f"written: {files}")
 

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "lowrank_vit/bench": ("data_prep", "lowrank_vit"),
     "lowrank_vit/timm_flags.py": (),
     "lowrank_vit/option_types.py": (),
+    "lowrank_vit/score_flags.py": ("data_prep.errors",),
     "lowrank_vit/options.py": (),
     "lowrank_vit/keywords.py": ("data_prep.errors",),
     "lowrank_vit/timm_line.py": ("data_prep.errors", "lowrank_vit.option_types", "lowrank_vit.timm_flags"),

@@ -54,10 +54,12 @@ class Beton:
         """int64 (N,), bytes."""
         self.is_raw = bool((self.modes == MODE_RAW).all())
         self._descriptors: list[int] = []  # of the mapped files
-        self.classes = self._read_classes()
+        self.manifests = self._read_manifests()
+        """Of the parts that have one."""
+        self.classes = list(self.manifests[0].classes) if self.manifests else None
         """Class names in label order, or None without a manifest."""
 
-    def _read_classes(self) -> list[str] | None:
+    def _read_manifests(self) -> list[Manifest]:
         manifests = [self._read_manifest(n) for n in range(len(self.parts))]
         known = [m for m in manifests if m is not None]
         for one, other in pairwise(known):
@@ -74,7 +76,7 @@ class Beton:
             if is_named and manifest and manifest.shard != (n + 1, len(self.parts)):
                 i, count = manifest.shard or (1, 1)
                 raise BetonError(f"{self.parts[n]} says that it is part {i} of {count}. It must have been renamed.")
-        return list(known[0].classes) if known else None
+        return known
 
     def _read_manifest(self, part: int) -> Manifest | None:
         path = self.parts[part]

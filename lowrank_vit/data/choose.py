@@ -70,8 +70,9 @@ def choose_backend(
 ) -> tuple[str, str]:
     """`("resident" | "dali" | "ffcv", the reason in words)` for `--loader auto`.
 
-    Resident if the decoded set takes at most `RESIDENT_SHARE` of the device's memory, else DALI with a GPU, else
-    whichever of FFCV and DALI decodes this set faster on this CPU; that measurement is kept beside the set.
+    Resident if the decoded set takes at most `RESIDENT_SHARE` of the device's memory, else DALI with a GPU or for
+    evaluation, whose scores must not follow from a measurement of speed; else whichever of FFCV and DALI decodes this
+    set faster on this CPU. That measurement is kept beside the set.
     """
     size = resident_bytes(beton)
     budget = RESIDENT_SHARE * memory_bytes(device)
@@ -83,6 +84,8 @@ def choose_backend(
         return "ffcv", f"{too_big}; {missing}"
     if device.type == "cuda":
         return "dali", f"{too_big}; decoding on the GPU"
+    if isinstance(plan, EvalPlan):
+        return "dali", f"{too_big}; evaluation"
     makers = {kind: lambda kind=kind: make_backend(kind, beton, plan, device, options) for kind in ("ffcv", "dali")}
     speeds, origin = kept_or_measured(beton, plan, options.workers, makers)
     if not speeds:

@@ -3,7 +3,8 @@
 FFCV's loader compiles a decoder that receives sample ids and its run-time metadata array. What the plan says of a
 sample travels as extra columns of that array, filled in batch by batch in FFCV's own thread, so nothing is recompiled.
 What FFCV leaves open is closed here: the JPEG decoder's return code is checked, its threads end with the epoch, and
-batches are copied out of its re-used buffers.
+batches are copied out of its re-used buffers. Evaluation decodes as Pillow does, so that scores do not depend on the
+backend; training with FFCV's own function, which is faster and less exact.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from data_prep.errors import BetonError
 from lowrank_vit.data.backend import DamagedSamples, new_meter, to_device
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.exact_jpeg import decode_exactly
 from lowrank_vit.data.geometry import spans
 from lowrank_vit.data.pil_decode import find_damage
 from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan
@@ -59,7 +61,7 @@ _decode_jpeg = numba.njit(imdecode)  # FFCV's C function
 
 
 @numba.njit(parallel=True, nogil=True)
-def _decode_batch(ids, images, codes, samples, file_bytes):
+def _decode_batch(ids, images, codes, samples, file_bytes, is_exact):
     """Decode, then cut, resize and mirror as planned; one image a thread at a time."""
     largest = np.int64(0)
     for n in range(len(ids)):
@@ -71,7 +73,9 @@ def _decode_batch(ids, images, codes, samples, file_bytes):
         data = file_bytes[np.int64(sample.data_ptr) : np.int64(sample.data_ptr) + np.int64(sample.data_size)]
         codes[n, 0] = 0
         pixels = scratch[numba.get_thread_id()][: height * width * 3]
-        if sample.mode == MODE_JPEG:
+        if sample.mode == MODE_JPEG and is_exact:
+            codes[n, 0] = decode_exactly(data, pixels, height, width)
+        elif sample.mode == MODE_JPEG:
             codes[n, 0] = _decode_jpeg(
                 data,
                 pixels,
@@ -88,9 +92,9 @@ def _decode_batch(ids, images, codes, samples, file_bytes):
 class _PlannedDecoder(SimpleRGBImageDecoder):
     """The operation that FFCV calls for each batch: the decoded images, and each JPEG decode's return code."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, is_exact: bool) -> None:
         super().__init__()
-        self._size = size
+        self._size, self._is_exact = size, is_exact
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
         shape, dtype = (self._size, self._size, 3), np.dtype("u1")
@@ -99,9 +103,11 @@ class _PlannedDecoder(SimpleRGBImageDecoder):
 
     def generate_code(self) -> Callable[..., Any]:
         # Compiled by FFCV for every loader; the work is in `_decode_batch`, which is compiled once a process.
+        is_exact = self._is_exact
+
         def decode(batch_indices, memory, metadata, storage_state):
             images, codes = memory
-            _decode_batch(batch_indices, images, codes, metadata, storage_state[0])
+            _decode_batch(batch_indices, images, codes, metadata, storage_state[0], is_exact)
             return images, codes
 
         return decode
@@ -177,7 +183,10 @@ class _PlannedMemory(MemoryContext):
 
 
 class FfcvBackend:
-    """Batches of any `.beton`, decoded on `workers` CPU threads beside the training step; filters as PIL's."""
+    """Batches of any `.beton`, decoded on `workers` CPU threads beside the training step; filters as PIL's.
+
+    With an `EvalPlan` JPEGs are decoded to Pillow's pixels, too.
+    """
 
     name = "ffcv"
 
@@ -187,6 +196,7 @@ class FfcvBackend:
         """`prefetch`: decoded batches that may wait."""
         self._beton, self._device = beton, device
         self._order = _PlannedOrder([np.arange(1)], plan.batch_size)
+        decoder = _PlannedDecoder(plan.img_size, is_exact=isinstance(plan, EvalPlan))
         torch_threads = torch.get_num_threads()
         loader_class: Any = Loader  # FFCV's annotations ask for a class where its code calls an object
         # FFCV's own reader of sample bytes is not needed, and compiling it would change numba's uint8 array type for
@@ -200,7 +210,10 @@ class FfcvBackend:
                 order=self._order,
                 drop_last=False,
                 seed=0,
-                pipelines={"image": [_PlannedDecoder(plan.img_size)], "label": None},
+                pipelines={
+                    "image": [decoder],
+                    "label": None,
+                },
                 batches_ahead=prefetch,
             )
         torch.set_num_threads(torch_threads)  # FFCV sets it to its own number of workers

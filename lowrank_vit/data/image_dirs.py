@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
@@ -15,13 +15,16 @@ from data_prep.convert import DEFAULT_IMAGE_OPTIONS, convert_folders, file_stat
 from data_prep.errors import BetonError, UserError
 from data_prep.finished import is_current, is_whole
 from data_prep.image_folder import SPLIT_NAMES, image_folder
-from data_prep.jpeg import ImageOptions
+from data_prep.jpeg import LOSSLESS, ImageOptions
 from data_prep.manifest import Manifest, manifest_path, read_manifest
 from data_prep.parts import find_parts
 from lowrank_vit.data.one_process import Say, one_process_in
 
+Role = Literal["train", "val"]
 FOLDER = ".lowrank_vit"
 """Converted images lie below their folder in this one."""
+IMAGE_OPTIONS: dict[Role, ImageOptions] = {"train": DEFAULT_IMAGE_OPTIONS, "val": LOSSLESS}
+"""How images are converted: for training small and fast to decode, for scores with their own pixels."""
 _TEST = "test"
 SLOW_CHECK_S = 2.0
 """A check of the images that took longer is worth a line."""
@@ -43,20 +46,24 @@ def split_folder(root: Path, split: str, say: Say) -> Path | None:
 
 
 def converted(
-    folders: Sequence[Path], place: Path, say: Say, *, is_own: bool, on_bad: Literal["error", "skip"]
+    folders: Sequence[tuple[Path, Role]], place: Path, say: Say, *, is_own: bool, on_bad: Literal["error", "skip"]
 ) -> list[Path]:
     """`place`/NAME.beton of each folder NAME of class folders, converted now unless that is done and still true.
+
+    A role says what the folder is for, and so how it is converted: see `IMAGE_OPTIONS`. Options that a person chose,
+    other than the converter's defaults, are kept.
 
     Every image's name, size and time is compared with those that were converted (0.7 s for 100,000 on a local disk).
     Parts, NAME-1-of-2.beton and so on, are taken as they are. `is_own`: nothing of the user's lies in `place`;
     elsewhere only a conversion of the same folder is replaced. An interrupted conversion is gone on with; other
     processes wait. Raises `UserError`.
     """
-    asked = [place / f"{folder.name}.beton" for folder in folders]
-    outs = dict(zip(asked, folders, strict=True))
+    asked = [place / _file_name(folder, role) for folder, role in folders]
+    outs = {out: folder for out, (folder, _) in zip(asked, folders, strict=True)}
+    wanted = {out: IMAGE_OPTIONS[role] for out, (_, role) in zip(asked, folders, strict=True)}
     seen = {out: _identity(out) for out in outs}
     begun = time.monotonic()
-    stale = {out: why for out, folder in outs.items() if (why := _why_stale(out, folder))}
+    stale = {out: why for out, folder in outs.items() if (why := _why_stale(out, folder, wanted[out]))}
     if (seconds := time.monotonic() - begun) > SLOW_CHECK_S:
         say(f"compared the images in {_names(outs.values())} with {place} in {seconds:.0f} s")
     for out in stale:
@@ -67,7 +74,8 @@ def converted(
             # Where another process has converted meanwhile, that is as new as what we would do.
             stale = {out: why for out, why in stale.items() if _identity(out) == seen[out]}
             if stale:
-                _convert({out: outs[out] for out in stale}, ", ".join(dict.fromkeys(stale.values())), say, on_bad)
+                why = ", ".join(dict.fromkeys(stale.values()))
+                _convert({out: outs[out] for out in stale}, wanted, why, say, on_bad)
     for out in outs:
         manifest = manifest_of(out)
         if manifest and manifest.skipped:
@@ -76,9 +84,20 @@ def converted(
     return asked
 
 
-def _convert(outs: dict[Path, Path], why: str, say: Say, on_bad: Literal["error", "skip"]) -> None:
-    manifests = [manifest for out in outs if (manifest := manifest_of(out))]
-    image = _image_options(manifests[0]) if manifests else DEFAULT_IMAGE_OPTIONS
+def _file_name(folder: Path, role: Role) -> str:
+    """A training set that is also scored is converted twice, so that scoring it does not change it."""
+    is_train = role == "val" and folder.name in SPLIT_NAMES["train"]
+    return f"{folder.name}.lossless.beton" if is_train else f"{folder.name}.beton"
+
+
+def _convert(
+    outs: dict[Path, Path],
+    wanted: Mapping[Path, ImageOptions],
+    why: str,
+    say: Say,
+    on_bad: Literal["error", "skip"],
+) -> None:
+    image = {out: _chosen_by_hand(manifest_of(out)) or wanted[out] for out in outs}
     place = next(iter(outs)).parent
     say(f"converting {_names(outs.values())} into {place} ({why})")
     begun = time.monotonic()
@@ -95,16 +114,19 @@ def _convert(outs: dict[Path, Path], why: str, say: Say, on_bad: Literal["error"
     say(f"  converted in {time.monotonic() - begun:.1f} s")
 
 
-def _image_options(manifest: Manifest) -> ImageOptions:
-    """The options by which a set was converted, so that a person's own choice outlives a change of the images."""
+def _chosen_by_hand(manifest: Manifest | None) -> ImageOptions | None:
+    """The options by which a set was converted, unless they are the defaults: a person's choice outlives changes."""
+    if manifest is None:
+        return None
     known: dict[str, Any] = {
         f.name: manifest.options[f.name] for f in fields(ImageOptions) if f.name in manifest.options
     }
-    return ImageOptions(**known)
+    options = ImageOptions(**known)
+    return None if options == DEFAULT_IMAGE_OPTIONS else options
 
 
-def _why_stale(out: Path, folder: Path) -> str:
-    """Why `out` is not what `folder` holds now; an empty string if it is."""
+def _why_stale(out: Path, folder: Path, wanted: ImageOptions) -> str:
+    """Why `out` is not what `folder` holds now, or not as it is wanted; an empty string if it is."""
     if not out.exists() and find_parts(out):
         return ""
     manifest = manifest_of(out)
@@ -118,9 +140,11 @@ def _why_stale(out: Path, folder: Path) -> str:
         source = image_folder(folder)
     except UserError as error:
         raise _in_the_trainers_words(error, {out: folder}) from error
-    if is_current(out, manifest, source.samples, partial(file_stat, source.name)):
-        return ""
-    return "again, since the images have changed"
+    if not is_current(out, manifest, source.samples, partial(file_stat, source.name)):
+        return "again, since the images have changed"
+    if wanted.lossless and not _chosen_by_hand(manifest) and set(manifest.reasons) - {"passthrough"}:
+        return "again, since scores are of the images' own pixels"
+    return ""
 
 
 def manifest_of(out: Path) -> Manifest | None:

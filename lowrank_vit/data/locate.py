@@ -60,7 +60,7 @@ def locate_validation(path: Path | None, options: DataOptions, say: Say = print)
         if not _folders_in(path):  # before anything is made
             raise UserError(f"--data-dir {path} has no class folders. Put the images of each class into a sub-folder.")
         place = options.beton_dir or path.resolve().parent / FOLDER
-        return converted([path], place, say, is_own=options.beton_dir is None, on_bad=options.on_bad)[0]
+        return converted([(path, "val")], place, say, is_own=options.beton_dir is None, on_bad=options.on_bad)[0]
     return _locate(given, ("val",), say)[0]
 
 
@@ -119,8 +119,8 @@ def _betons(options: DataOptions, wanted: tuple[Split, ...], folder: Path | None
 
 def _from_images(root: Path, options: DataOptions, wanted: tuple[Split, ...], say: Say) -> list[Path]:
     names = {"train": options.train_split, "val": options.val_split}
-    found = {split: split_folder(root, names[split], say) for split in wanted}
-    folders = [folder for folder in found.values() if folder]
+    found: dict[Split, Path | None] = {split: split_folder(root, names[split], say) for split in wanted}
+    folders: list[tuple[Path, Split]] = [(folder, split) for split, folder in found.items() if folder]
     place = options.beton_dir or root / FOLDER
     if len(folders) == len(wanted):
         return converted(folders, place, say, is_own=options.beton_dir is None, on_bad=options.on_bad)

@@ -238,7 +238,10 @@ class EvalPlan:
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        kernel: int = BICUBIC,
     ) -> None:
+        """`kernel`: how images are resized, NEAREST, BILINEAR or BICUBIC."""
+        self._kernel = kernel
         self.resized, self.corners = center_crops(heights, widths, img_size, crop_pct)
         self._windows = center_windows(heights, widths, self.resized, self.corners, img_size)
         self.num_samples, self.batch_size, self.img_size = len(heights), batch_size, img_size
@@ -252,7 +255,7 @@ class EvalPlan:
 
     def batch(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan:
         """The centre crops of `ids`, unmirrored and unmixed."""
-        flips, kernels = np.zeros(len(ids), bool), np.full(len(ids), BICUBIC, np.int8)
+        flips, kernels = np.zeros(len(ids), bool), np.full(len(ids), self._kernel, np.int8)
         center = CenterCrops(self.resized[ids], self.corners[ids])
         return BatchPlan(epoch, step, ids, self._windows[ids], flips, kernels, (NO_MIX,), center=center)
 

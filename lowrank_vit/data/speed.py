@@ -16,7 +16,7 @@ from data_prep.atomic import replacing
 from data_prep.errors import UserError
 from lowrank_vit.data.backend import Backend, DamagedSamples
 from lowrank_vit.data.beton import Beton
-from lowrank_vit.data.plan import EvalPlan, TrainPlan
+from lowrank_vit.data.plan import TrainPlan
 from lowrank_vit.data.schedule import Schedule
 
 _SAMPLES = 256
@@ -30,7 +30,7 @@ def speed_path(beton: Beton) -> Path:
 
 
 def kept_or_measured(
-    beton: Beton, plan: TrainPlan | EvalPlan, workers: int, makers: Mapping[str, Callable[[], Backend]]
+    beton: Beton, plan: TrainPlan, workers: int, makers: Mapping[str, Callable[[], Backend]]
 ) -> tuple[dict[str, float], str]:
     """Images a second by backend, and in words where that comes from.
 
@@ -53,7 +53,7 @@ def kept_or_measured(
     return speeds, "measured just now"
 
 
-def measure(backends: Mapping[str, Backend], plan: TrainPlan | EvalPlan) -> dict[str, float]:
+def measure(backends: Mapping[str, Backend], plan: TrainPlan) -> dict[str, float]:
     """Median images a second of each, taken in turn on the same batches. Closes the backends."""
     taken: dict[str, list[float]] = {kind: [] for kind in backends}
     try:
@@ -73,19 +73,18 @@ def measure(backends: Mapping[str, Backend], plan: TrainPlan | EvalPlan) -> dict
 class _Few(Schedule):
     """The first batches of the first epoch, about `_SAMPLES` samples."""
 
-    def __init__(self, plan: TrainPlan | EvalPlan) -> None:
+    def __init__(self, plan: TrainPlan) -> None:
         super().__init__(plan, 0, 0, set())
         self.ids = self.ids[: max(2, _SAMPLES // plan.batch_size)]
 
 
-def _key(beton: Beton, plan: TrainPlan | EvalPlan, workers: int) -> str:
+def _key(beton: Beton, plan: TrainPlan, workers: int) -> str:
     return json.dumps(
         {
             "cpu": _cpu(),
             "cores": len(os.sched_getaffinity(0)),
             "workers": workers,
             "img_size": plan.img_size,
-            "kind": "evaluation" if isinstance(plan, EvalPlan) else "training",
             "bytes": int(beton.sizes.sum()),
             "samples": beton.num_samples,
             "ffcv": metadata.version("ffcv"),

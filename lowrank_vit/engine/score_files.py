@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.errors import UserError
 from lowrank_vit.engine.evaluate import Scores
 
 CONFIDENCE = 0.95
@@ -34,8 +37,30 @@ def to_dict(scores: Scores) -> dict[str, Any]:
         "top1_interval": list(interval(scores.top1, scores.num_samples)),
         "top5": scores.top5,
         "top5_interval": list(interval(scores.top5, scores.num_samples)),
-        "loss": scores.loss,
+        "loss": scores.loss if math.isfinite(scores.loss) else None,  # JSON has no NaN
     }
+
+
+def timm_columns(scores: Scores) -> dict[str, Any]:
+    """Scores under the names that timm's validate.py gives its results; errors are percent, too."""
+    return {
+        "num_samples": scores.num_samples,
+        "loss": scores.loss,
+        "top1": scores.top1,
+        "top1_err": 100 - scores.top1,
+        "top5": scores.top5,
+        "top5_err": 100 - scores.top5,
+    }
+
+
+def make_folder_of(path: Path) -> None:
+    """Make the folder that a file will be written to, before hours of work. Raises `UserError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: {'it is a folder' if path.is_dir() else 'Permission denied'}.")
 
 
 def class_rows(scores: Scores, class_names: list[str]) -> list[dict[str, Any]]:

@@ -45,9 +45,9 @@ def test_predictions_are_those_of_validation(trained, tmp_path, capsys):
 def test_a_prediction_does_not_depend_on_the_others(trained):
     folder, checkpoint = trained
     files = tuple(sorted(folder.rglob("*.jpg"))[:5])
-    together = inference.predict(inference.Options(checkpoint, files, device="cpu", batch_size=3)).found
+    together = inference.predict(inference.Options(checkpoint, input=files, device="cpu", batch_size=3)).found
     for file, prediction in zip(files, together, strict=True):
-        (alone,) = inference.predict(inference.Options(checkpoint, (file,), device="cpu")).found
+        (alone,) = inference.predict(inference.Options(checkpoint, input=(file,), device="cpu")).found
         assert alone.classes == prediction.classes
         assert np.allclose(alone.probabilities, prediction.probabilities, atol=1e-5)
 
@@ -71,7 +71,7 @@ def test_pixels_mean_what_they_mean_in_conversion(trained, tmp_path):
     pairs = (("turned", "upright"), ("grey16", "grey"), ("clear", "white"))
     for one, other in pairs:
         files = tuple(tmp_path / f"{name}.png" for name in (one, other))
-        a, b = inference.predict(inference.Options(checkpoint, files, device="cpu")).found
+        a, b = inference.predict(inference.Options(checkpoint, input=files, device="cpu")).found
         assert a.classes == b.classes
         assert a.probabilities == b.probabilities, (one, other)
 
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_timm_has_numbers_for_classes(trained, tmp_path):
     torch.save({"state_dict": model.state_dict()}, tmp_path / "timm.pth.tar")
     file = next(trained[0].rglob("*.jpg"))
     options = inference.Options(
-        tmp_path / "timm.pth.tar", (file,), model="vit_tiny_patch16_224", img_size=32, device="cpu", topk=9
+        tmp_path / "timm.pth.tar", input=(file,), model="vit_tiny_patch16_224", img_size=32, device="cpu", topk=9
     )
     (found,) = inference.predict(options).found
     assert sorted(found.classes) == [str(n) for n in range(7)]

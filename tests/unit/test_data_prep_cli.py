@@ -40,7 +40,19 @@ def test_imagefolder_says_what_it_wrote(folder: Path, tmp_path: Path, capsys: py
         "verify": "decode",
         "baseline": False,
         "raw": None,
+        "lossless": False,
     }
+
+
+def test_lossless_keeps_pixels_and_is_not_combined_with_what_changes_them(folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (600, 16), "green").save(folder / "ant" / "a.png")
+    command = ["imagefolder", "--src", str(folder), "--out", str(tmp_path / "a.beton"), "--lossless"]
+    main(command)
+    tables = read_tables(tmp_path / "a.beton")
+    assert (tables.modes.tolist(), tables.widths.tolist()) == ([0, 1, 0], [24, 600, 24])
+    for more in (["--raw", "16"], ["--max-side", "600"], ["--quality", "95"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, *more])
 
 
 def test_imagefolder_replaces_and_takes_a_subset(

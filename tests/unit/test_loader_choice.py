@@ -121,6 +121,9 @@ def test_resident_says_when_there_is_no_room(beton, monkeypatch):
         open_loader(beton, plan_of(beton), CPU, LoaderOptions("resident", 2))
 
 
-def test_evaluation_is_measured_apart_from_training(beton):
+def test_evaluation_is_never_left_to_a_measurement(beton, small_memory, monkeypatch):
+    monkeypatch.setattr(choose, "kept_or_measured", lambda *_: pytest.fail("measures"))
     plan = EvalPlan(beton.heights, beton.widths, img_size=16, crop_pct=0.9, batch_size=4)
-    assert speed._key(beton, plan, 2) != speed._key(beton, plan_of(beton), 2)
+    assert choose_backend(beton, plan, CPU, AUTO) == ("dali", "2.1 MB decoded exceed 25% of cpu memory; evaluation")
+    monkeypatch.setattr(choose, "memory_bytes", lambda device: 100_000_000)
+    assert choose_backend(beton, plan, CPU, AUTO)[0] == "resident"
