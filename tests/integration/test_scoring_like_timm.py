@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -20,7 +21,7 @@ from data_prep.errors import UserError
 from lowrank_vit import inference, validate
 from tests.photos import write_folder
 
-TINY = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
+TINY: dict[str, Any] = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
 KWARGS = " ".join(f"{name}={value}" for name, value in TINY.items())
 SMALL = f"--model-kwargs {KWARGS} --img-size 32 --device cpu"
 
