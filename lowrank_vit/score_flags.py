@@ -118,7 +118,7 @@ def with_suffix_of(path: Path, results_format: str) -> Path:
     return path if path.suffix in (".csv", ".json") else path.with_name(f"{path.name}.{results_format}")
 
 
-def with_images_first(argv: list[str], options: type) -> list[str]:
+def with_images_first(argv: Iterable[str], options: type) -> list[str]:
     """The command line with words that belong to no flag behind --input: images may stand before flags or after them.
 
     `options` is the dataclass of the flags, which tells how many values each takes.
