@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -20,17 +19,19 @@ def usage_name(module: str) -> str:
 
 
 def typed(module: str) -> str:
-    """The same, ready to be pasted into this shell: with the interpreter of `.venv`, where the shell has another one."""
+    """The same, ready to paste here: with the interpreter of `.venv` where the shell finds another one."""
     name = usage_name(module)
     if _is_script():
         found = shutil.which(SCRIPT)
         is_on_path = bool(found) and Path(found).resolve() == Path(sys.argv[0]).resolve()
-        return name if is_on_path else name.replace(SCRIPT, os.path.relpath(sys.argv[0]), 1)
+        path = Path(sys.argv[0]).absolute()
+        near = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        return name if is_on_path else name.replace(SCRIPT, str(near), 1)
     return name.replace("python", interpreter(), 1)
 
 
 def interpreter() -> str:
-    """This interpreter as it can be typed: `python` where that is it, `.venv/bin/python` after `make`, else its path."""
+    """This interpreter as it can be typed: `python` if that is it, `.venv/bin/python` after `make`, else its path."""
     found = shutil.which("python")
     if found and Path(found).absolute() == Path(sys.executable).absolute():
         return "python"

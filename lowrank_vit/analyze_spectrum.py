@@ -103,7 +103,7 @@ def _analyze(options: Options, console: Console) -> None:
         path = options.save_dir / f"{name}_vectors.{options.format}"
         write_arrays(arrays_of(analysis, vectors=options.save_vectors, full=options.full), path)
         written.append(path)
-    epoch = f"epoch {meta['epoch']}, " if meta["epoch"] >= 0 else ""
+    epoch = f"epoch {meta['epoch'] + 1}, " if meta["epoch"] >= 0 else ""
     console.print(f"{name}, {epoch}{'EMA' if options.use_ema else 'raw'} weights")
     print_analysis(analysis, console)
     for path in written:
@@ -118,7 +118,7 @@ def _compare(options: Options, paths: tuple[Path, Path], console: Console) -> No
     path = options.save_dir / f"{new['model']}_drift.json"
     write_json(content, path)
     weights = "EMA weights" if options.use_ema else "raw weights"
-    console.print(f"{new['model']}, {weights}, epoch {old['epoch']} to {new['epoch']}")
+    console.print(f"{new['model']}, {weights}, epoch {old['epoch'] + 1} to {new['epoch'] + 1}")
     print_drift(drift, content["types"], console)
     console.print(f"wrote {path}", soft_wrap=True)
 

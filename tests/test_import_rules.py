@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "lowrank_vit/data": ("data_prep", "lowrank_vit.data"),
     "lowrank_vit/augment": ("data_prep.errors", "lowrank_vit.augment", "lowrank_vit.options", "lowrank_vit.data.plan"),
     "lowrank_vit/spectral": ("data_prep.errors", "lowrank_vit.spectral"),
-    "lowrank_vit/report": ("data_prep.errors", "lowrank_vit.report", "lowrank_vit.spectral"),
+    "lowrank_vit/report": ("data_prep.errors", "data_prep.typed", "lowrank_vit.report", "lowrank_vit.spectral"),
     "lowrank_vit/bench": ("data_prep", "lowrank_vit"),
     "lowrank_vit/timm_flags.py": ("data_prep.errors",),
     "lowrank_vit/config_yaml.py": ("data_prep.errors", "lowrank_vit.timm_flags"),
