@@ -10,6 +10,7 @@ WORKDIR /app
 # Packages first: a change of the code alone then installs nothing anew.
 COPY pyproject.toml constraints.txt README.md LICENSE Makefile ./
 COPY scripts scripts
+COPY configs configs
 COPY lowrank_vit/__init__.py lowrank_vit/__init__.py
 COPY data_prep/__init__.py data_prep/__init__.py
 RUN make setup

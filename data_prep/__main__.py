@@ -29,6 +29,7 @@ from data_prep.jpeg import ImageOptions
 from data_prep.manifest import manifest_path
 from data_prep.parts import file_or_parts, parse_shard
 from data_prep.progress import counts_in_words
+from data_prep.shipped import CLASSES, find_shipped
 from data_prep.typed import usage_name
 from data_prep.verify import verify
 
@@ -100,7 +101,8 @@ def imagefolder_command(
     Args:
         src: Directory with one sub-folder for each class. Labels follow the sorted names.
         out: File to write, or directory for both splits. FILE.beton.json and FILE.beton.samples go beside it.
-        classes: Text file with one folder name a line: convert only these classes.
+        classes: Text file with one folder name a line: convert only these classes. imagenet100_classes.txt ships with
+            the program.
         max_side: Longest side in pixels, 16 to 65500; larger images are made smaller.
         quality: JPEG quality of converted images, 1 to 100.
         raw: Store uncompressed pixels instead: short side resized to SIZE, centre crop to a square.
@@ -117,7 +119,7 @@ def imagefolder_command(
         src,
         out,
         image=ImageOptions(max_side, quality, verify, baseline, raw),
-        classes=classes,
+        classes=classes and find_shipped(classes, CLASSES),
         part=None if shard is None else parse_shard(shard),
         workers=workers,
         on_bad=on_bad,

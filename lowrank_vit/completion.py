@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError, exit_cleanly
+from data_prep.shipped import CLASSES, CONFIGS, shipped_names
 from lowrank_vit.commands import COMMANDS
-from lowrank_vit.shipped import CLASSES, CONFIGS, shipped_names
 
 SHELLS = ("bash", "zsh")
 HELP = """usage: lowrank-vit completion {bash,zsh}

@@ -12,10 +12,10 @@ import pytest
 
 from data_prep import typed
 from data_prep.errors import UserError
+from data_prep.shipped import CLASSES, CONFIGS, find_shipped, shipped_names
 from lowrank_vit import __version__, completion
 from lowrank_vit.__main__ import run
 from lowrank_vit.commands import COMMANDS
-from lowrank_vit.shipped import CLASSES, CONFIGS, find_shipped, shipped_names
 
 ROOT = Path(__file__).parents[2]
 SHELL = shutil.which("bash")

@@ -7,7 +7,8 @@ from pathlib import Path
 CONFIGS, CLASSES = ".yaml", ".txt"
 """Suffixes of configurations and of lists of classes."""
 # In an installed package beside the code; in the repository where people look for them.
-_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+_ROOT = Path(__file__).parents[1]
+_FOLDERS = (_ROOT / "lowrank_vit" / "configs", _ROOT / "configs")
 
 
 def shipped_names(suffix: str) -> tuple[str, ...]:
