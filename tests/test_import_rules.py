@@ -21,10 +21,12 @@ MAY_IMPORT = {
     "lowrank_vit/report": ("data_prep.errors", "data_prep.typed", "lowrank_vit.report", "lowrank_vit.spectral"),
     "lowrank_vit/bench": ("data_prep", "lowrank_vit"),
     "lowrank_vit/timm_flags.py": ("data_prep.errors",),
-    "lowrank_vit/config_yaml.py": ("data_prep.errors", "lowrank_vit.timm_flags"),
+    "lowrank_vit/config_yaml.py": ("data_prep.errors", "data_prep.shipped", "lowrank_vit.timm_flags"),
     "lowrank_vit/options.py": (),
     "lowrank_vit/config.py": (
         "data_prep.errors",
+        "data_prep.help_text",
+        "data_prep.typed",
         "lowrank_vit.config_yaml",
         "lowrank_vit.options",
         "lowrank_vit.timm_flags",
