@@ -1,5 +1,6 @@
 # Not built or run by the tests. On a machine with the NVIDIA container toolkit:
-#   docker build -t lowrank-vit . && docker run --gpus all --ipc=host -v $PWD/output:/app/output lowrank-vit
+#   docker build -t lowrank-vit .
+#   docker run --gpus all --ipc=host -v "$PWD/output:/app/output" -v "$PWD/data:/app/data" lowrank-vit
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
 RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
