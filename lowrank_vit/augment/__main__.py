@@ -18,12 +18,14 @@ from data_prep.errors import UserError, exit_cleanly
 from data_prep.help_text import fitted_help
 from data_prep.parts import find_parts
 from data_prep.typed import usage_name
+from lowrank_vit.augment import ops_cpu
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.augment.preview import LEVELS, as_the_model_sees_them, by_level, caption
 from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.config import parse
 from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.compiled import NOTE, must_compile
 from lowrank_vit.data.pil_decode import crop_and_resize
 from lowrank_vit.data.plan import TrainPlan
 from lowrank_vit.data.plan_ops import Policy
@@ -80,7 +82,10 @@ def main(argv: list[str] | None = None) -> None:
     path, flags = _take_preview(argv)
     if path.suffix.lower() != ".png":
         raise UserError(f"--preview {path} does not end in .png.")
-    picture = preview(parse(flags, prog=f"{prog} --preview FILE.png"))
+    config = parse(flags, prog=f"{prog} --preview FILE.png")
+    if must_compile(ops_cpu.apply_ops):
+        print(NOTE, flush=True)
+    picture = preview(config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture)
