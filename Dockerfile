@@ -1,5 +1,6 @@
 # Not built or run by the tests. On a machine with the NVIDIA container toolkit:
-#   docker build -t lowrank-vit . && docker run --gpus all --ipc=host -v $PWD/output:/app/output lowrank-vit
+#   docker build -t lowrank-vit .
+#   docker run --gpus all --ipc=host -v "$PWD/output:/app/output" -v "$PWD/data:/app/data" lowrank-vit
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
 RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
@@ -10,6 +11,7 @@ WORKDIR /app
 # Packages first: a change of the code alone then installs nothing anew.
 COPY pyproject.toml constraints.txt README.md LICENSE Makefile ./
 COPY scripts scripts
+COPY configs configs
 COPY lowrank_vit/__init__.py lowrank_vit/__init__.py
 COPY data_prep/__init__.py data_prep/__init__.py
 RUN make setup

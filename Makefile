@@ -15,14 +15,21 @@ endif
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train [CFG=configs/quickstart.yaml] [ARGS='--epochs 1']   set up on first use, then train"
-	@echo "make test         the whole test suite          make lint    ruff and pyright"
-	@echo "make setup        .venv with everything         make report RUN=output/latest"
-	@echo "make prep-cifar100 [SRC=archive] OUT=dir         without SRC it is downloaded"
-	@echo "make prep-imagenet SRC=dir OUT=dir              SRC holds train/ and val/"
-	@echo "make prep-imagenet100 SRC=dir OUT=dir           100 classes of the same"
-	@echo "make bench [WHAT=prep|loader|augment|spectral|step|end-to-end|limits|growth]   beside peers; all without WHAT"
-	@echo "make gpu-check [PY=python3]   GPU tests and all benches, as a page in docs/benchmarks/"
+	@echo "make train [CFG=configs/quickstart.yaml] [ARGS='--epochs 1']"
+	@echo "                                        set up on first use, then train"
+	@echo "make setup                              .venv with everything"
+	@echo "make test                               the whole test suite"
+	@echo "make lint                               ruff and pyright"
+	@echo "make report [RUN=output/latest]         a run as report.html and pictures"
+	@echo "make prep-cifar100 [SRC=archive] OUT=dir    downloads it without SRC"
+	@echo "make prep-imagenet SRC=dir OUT=dir      SRC holds train/ and val/"
+	@echo "make prep-imagenet100 SRC=dir OUT=dir   100 classes of the same"
+	@echo "make bench [WHAT=...]                   measured beside peers: prep, loader,"
+	@echo "                                        augment, spectral, step, end-to-end,"
+	@echo "                                        limits, growth; all without WHAT"
+	@echo "make gpu-check [PY=python3]             GPU tests and all benches, as a page"
+	@echo "                                        in docs/benchmarks/"
+	@echo "make clean                              remove .venv and built packages"
 
 setup: .venv/.ready
 

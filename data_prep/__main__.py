@@ -25,11 +25,14 @@ from data_prep.convert import (
     convert_splits,
 )
 from data_prep.errors import UserError, exit_cleanly
+from data_prep.help_text import fitted_help
 from data_prep.info import info_table, plot_info
 from data_prep.jpeg import LOSSLESS, ImageOptions
 from data_prep.manifest import manifest_path
 from data_prep.parts import file_or_parts, parse_shard
 from data_prep.progress import counts_in_words
+from data_prep.shipped import CLASSES, find_shipped
+from data_prep.typed import usage_name
 from data_prep.verify import verify
 
 app = tyro.extras.SubcommandApp()
@@ -39,7 +42,7 @@ app = tyro.extras.SubcommandApp()
 def digits_command(out: Annotated[Path, tyro.conf.arg(metavar="DIR")]) -> None:
     """Convert scikit-learn's 1,797 handwritten digits (8x8); no download.
 
-    - Writes train.beton (1,437 images) and val.beton (360) into DIR.
+    - Writes train.beton and val.beton (four to one) into DIR.
     - A manifest, FILE.beton.json, goes beside each.
     - Files that are there already are replaced, each in one step.
 
@@ -58,7 +61,7 @@ def cifar100_command(
 ) -> None:
     """Convert CIFAR-100 (60,000 images, 32x32) from its official archive.
 
-    - Writes train.beton (50,000 images) and val.beton (10,000), raw pixels with fine labels, into DIR.
+    - Writes train.beton and val.beton (five to one), raw pixels with fine labels, into DIR.
     - The manifests hold the class names and the coarse classes.
 
     Args:
@@ -101,7 +104,8 @@ def imagefolder_command(
     Args:
         src: Directory with one sub-folder for each class. Labels follow the sorted names.
         out: File to write, or directory for both splits. FILE.beton.json and FILE.beton.samples go beside it.
-        classes: Text file with one folder name a line: convert only these classes.
+        classes: Text file with one folder name a line: convert only these classes. imagenet100_classes.txt ships with
+            the program.
         max_side: Longest side in pixels, 16 to 65500; larger images are made smaller.
         quality: JPEG quality of converted images, 1 to 100.
         raw: Store uncompressed pixels instead: short side resized to SIZE, centre crop to a square.
@@ -112,8 +116,8 @@ def imagefolder_command(
             that are stored as they are.
         workers: Threads, 1 or more.
         shard: Convert only part I of N, to FILE-I-of-N.beton, so that N machines can share the work.
-        on_bad: What to do about images that do not decode: list them all and write nothing, or leave them out and
-            list them in the manifest.
+        on_bad: What to do about images that do not decode: go through all, list the bad ones and finish nothing (after
+            they are mended the same command goes on), or leave them out and list them in the manifest.
     """
     image = ImageOptions(max_side, quality, verify, baseline, raw)
     if lossless:
@@ -125,7 +129,7 @@ def imagefolder_command(
         src,
         out,
         image=image,
-        classes=classes,
+        classes=classes and find_shipped(classes, CLASSES),
         part=None if shard is None else parse_shard(shard),
         workers=workers,
         on_bad=on_bad,
@@ -198,8 +202,8 @@ def summary(conversion: Conversion) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv` (default: the process's own). Exits with 2 on a user's error, 130 on Ctrl-C."""
-    command = partial(app.cli, args=argv, prog="python -m data_prep", description=__doc__)
-    with _exit_on_sigterm():
+    command = partial(app.cli, args=argv, prog=usage_name("data_prep"), description=__doc__)
+    with _exit_on_sigterm(), fitted_help(argv):
         exit_cleanly(command)
 
 

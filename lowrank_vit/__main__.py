@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 
 from data_prep.errors import UserError, exit_cleanly
-
-COMMANDS = {
-    "train": ("lowrank_vit.train", "train a ViT from .beton files and watch its spectra"),
-    "validate": ("lowrank_vit.validate", "score a checkpoint on a validation set"),
-    "inference": ("lowrank_vit.inference", "what a checkpoint says of some images"),
-    "analyze-spectrum": ("lowrank_vit.analyze_spectrum", "singular values of a checkpoint's weights"),
-    "report": ("lowrank_vit.report.__main__", "a run directory as one HTML page and PNGs"),
-    "augment": ("lowrank_vit.augment.__main__", "draw what the training flags do to images"),
-    "bench": ("lowrank_vit.bench.__main__", "measure this project beside its peers"),
-    "prep": ("data_prep.__main__", "write .beton files (also: python -m data_prep)"),
-}
+from lowrank_vit import __version__
+from lowrank_vit.commands import COMMANDS
 
 
 def run(argv: list[str]) -> None:
@@ -25,10 +17,17 @@ def run(argv: list[str]) -> None:
         print("usage: lowrank-vit COMMAND ...   (COMMAND --help tells more)\n")
         for name, (_, description) in COMMANDS.items():
             print(f"  {name:<18}{description}")
+        print(f"\n  {'--version':<18}print the version")
         return
-    if argv[0] not in COMMANDS:
-        raise UserError(f"`{argv[0]}` is not a command. Choose one of: {', '.join(COMMANDS)}.")
-    importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+    if argv[0] == "--version":
+        print(f"lowrank-vit {__version__}")
+        return
+    name = argv[0].replace("_", "-")  # analyze_spectrum, as the module is called
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"Did you mean `{near[0]}`? " if near else ""
+        raise UserError(f"`{argv[0]}` is not a command. {hint}Choose one of: {', '.join(COMMANDS)}.")
+    importlib.import_module(COMMANDS[name][0]).main(argv[1:])
 
 
 def main() -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from rich.console import Console
+from timm import is_model
+from timm.models import get_pretrained_cfg
 from torch import Tensor
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
 
 from data_prep.errors import UserError, exit_cleanly
+from data_prep.help_text import fitted_help
+from data_prep.typed import usage_name
 from lowrank_vit.engine.checkpoint import read_checkpoint
+from lowrank_vit.engine.model import create_model
 from lowrank_vit.spectral.analyze import (
     Analysis,
     Precision,
@@ -31,43 +37,74 @@ from lowrank_vit.spectral.refresh import Settings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
 from lowrank_vit.spectral.tables import print_analysis, print_drift
 
+NONE = "(default: none)"
+"""Of options without a value of their own."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of: --checkpoint; --model with --pretrained; --compare."""
+
+    checkpoint: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=NONE)] = None
+    """A checkpoint of this project or of timm, e.g. output/<experiment>/last.pth.tar."""
+    use_ema: Annotated[bool, FlagCreatePairsOff] = False
+    """Read a checkpoint's averaged weights instead of the raw ones."""
+    model: Annotated[str, arg(metavar="NAME", help_behavior_hint="(default: the checkpoint's)")] = ""
+    """timm model name; with --pretrained its published weights are analyzed, else it only names the output."""
+    pretrained: Annotated[bool, FlagCreatePairsOff] = False
+    """Fetch timm's weights of --model (needs a network or timm's cache)."""
+    compare: Annotated[tuple[Path, Path] | None, arg(metavar="BEFORE AFTER", help_behavior_hint=NONE)] = None
+    """Instead: how far two checkpoints of one model lie apart, in <save-dir>/<model>_drift.json."""
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Which matrices, and what is recorded of each."""
+
+    targets: Annotated[str, arg(metavar="NAMES")] = DEFAULT_TARGETS
+    """Comma-separated endings of module names."""
+    split_qkv: Annotated[bool, FlagCreatePairsOff] = False
+    """Take Q, K and V as three matrices."""
+    topk: Annotated[int, arg(metavar="N")] = 8
+    """How many singular values and vectors to record from each end."""
+    interval: Annotated[int, arg(metavar="N")] = 1
+    """Distance between the recorded ones: 1 lists 1, 2, 3, ...; 10 lists 1, 11, 21, ..."""
+
+
+@dataclass(frozen=True)
+class Solving:
+    """How they are solved."""
+
+    solver: Solver = "gram64"
+    """float64 Gram matrix, certified, or the slow reference: float64 SVD."""
+    dtype: Precision = "float64"
+    """float32: a plain float32 SVD, to see what it loses."""
+    svd_on_cpu: Annotated[bool, FlagCreatePairsOff] = False
+    """Stay on the CPU where there is a GPU."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """What is written."""
+
+    full: Annotated[bool, FlagCreatePairsOff] = False
+    """Save all singular values, and with --save-vectors all vectors, to <save-dir>/<model>_vectors.<format>."""
+    save_vectors: Annotated[bool, FlagCreatePairsOff] = False
+    """Save the recorded vectors there."""
+    format: Literal["npz", "pt"] = "npz"
+    """Of the saved arrays."""
+    save_dir: Annotated[Path, arg(metavar="DIR")] = Path("out")
+    """Where files go; made if missing."""
+
 
 @dataclass(frozen=True)
 class Options:
     """Spectra of weight matrices: tables here, numbers in <save-dir>/<model>_spectral.json."""
 
-    checkpoint: Path | None = None
-    """A checkpoint of this project or of timm, e.g. output/<experiment>/last.pth.tar."""
-    use_ema: bool = False
-    """Read a checkpoint's averaged weights instead of the raw ones."""
-    model: str = ""
-    """timm model name; with --pretrained its published weights are analyzed, else it only names the output."""
-    pretrained: bool = False
-    """Fetch timm's weights of --model (needs a network or timm's cache)."""
-    compare: Annotated[tuple[Path, Path] | None, tyro.conf.arg(metavar="BEFORE AFTER")] = None
-    """Instead: how far two checkpoints of one model lie apart, in <save-dir>/<model>_drift.json."""
-    targets: str = DEFAULT_TARGETS
-    """Comma-separated endings of module names."""
-    split_qkv: bool = False
-    """Take Q, K and V as three matrices."""
-    topk: int = 8
-    """How many singular values and vectors to record from each end."""
-    interval: int = 1
-    """Distance between the recorded ones: 1 lists 1, 2, 3, ...; 10 lists 1, 11, 21, ..."""
-    solver: Solver = "gram64"
-    """float64 Gram matrix, certified, or the slow reference: float64 SVD."""
-    dtype: Precision = "float64"
-    """float32: a plain float32 SVD, to see what it loses."""
-    svd_on_cpu: bool = False
-    """Stay on the CPU where there is a GPU."""
-    full: bool = False
-    """Save all singular values, and with --save-vectors all vectors, to <save-dir>/<model>_vectors.<format>."""
-    save_vectors: bool = False
-    """Save the recorded vectors there."""
-    format: Literal["npz", "pt"] = "npz"
-    """Of the saved arrays."""
-    save_dir: Path = Path("out")
-    """Where files go; made if missing."""
+    source: Source = field(default_factory=Source)
+    matrices: Matrices = field(default_factory=Matrices)
+    solving: Solving = field(default_factory=Solving)
+    files: Files = field(default_factory=Files)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,35 +113,36 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UserError: the weights cannot be read, a target matches nothing, flags contradict, or output cannot be written.
     """
-    options = tyro.cli(Options, args=argv, prog="python -m lowrank_vit.analyze_spectrum")
-    if min(options.topk, options.interval) < 1:
-        raise UserError(f"--topk {options.topk} --interval {options.interval}: expected 1 or more for both")
-    sources = [bool(options.checkpoint), options.pretrained, bool(options.compare)]
-    if sum(sources) != 1:
+    with fitted_help(argv):
+        options = tyro.cli(OmitArgPrefixes[Options], args=argv, prog=usage_name("lowrank_vit.analyze_spectrum"))
+    source, matrices = options.source, options.matrices
+    if min(matrices.topk, matrices.interval) < 1:
+        raise UserError(f"--topk {matrices.topk} --interval {matrices.interval}: expected 1 or more for both")
+    if sum([bool(source.checkpoint), source.pretrained, bool(source.compare)]) != 1:
         raise UserError("Give one of --checkpoint FILE, --model NAME --pretrained, or --compare BEFORE AFTER.")
     console = Console(highlight=False)
-    if options.compare:
-        _compare(options, options.compare, console)
+    if source.compare:
+        _compare(options, source.compare, console)
     else:
         _analyze(options, console)
 
 
 def _analyze(options: Options, console: Console) -> None:
-    if options.checkpoint:
-        weights, meta = _read(options, options.checkpoint)
+    if options.source.checkpoint:
+        weights, meta = _read(options, options.source.checkpoint)
     else:
         weights, meta = _fetch(options)
     analysis = _solve(options, weights)
     name = meta["model"]
-    path = options.save_dir / f"{name}_spectral.json"
+    path = options.files.save_dir / f"{name}_spectral.json"
     write_json(as_json(analysis, meta | _settings(options)), path)
     written = [path]
-    if options.full or options.save_vectors:
-        path = options.save_dir / f"{name}_vectors.{options.format}"
-        write_arrays(arrays_of(analysis, vectors=options.save_vectors, full=options.full), path)
+    if options.files.full or options.files.save_vectors:
+        path = options.files.save_dir / f"{name}_vectors.{options.files.format}"
+        write_arrays(arrays_of(analysis, vectors=options.files.save_vectors, full=options.files.full), path)
         written.append(path)
-    epoch = f"epoch {meta['epoch']}, " if meta["epoch"] >= 0 else ""
-    console.print(f"{name}, {epoch}{'EMA' if options.use_ema else 'raw'} weights")
+    epoch = f"epoch {meta['epoch'] + 1}, " if meta["epoch"] >= 0 else ""
+    console.print(f"{name}, {epoch}{'EMA' if options.source.use_ema else 'raw'} weights")
     print_analysis(analysis, console)
     for path in written:
         console.print(f"wrote {path}", soft_wrap=True)
@@ -114,54 +152,51 @@ def _compare(options: Options, paths: tuple[Path, Path], console: Console) -> No
     (before, old), (after, new) = (_read(options, path) for path in paths)
     drift = compare(_solve(options, before), _solve(options, after))
     meta = {"model": new["model"], "before": old, "after": new, **_settings(options)}
-    content = drift_as_json(drift, meta | {"topk": options.topk, "interval": options.interval})
-    path = options.save_dir / f"{new['model']}_drift.json"
+    content = drift_as_json(drift, meta | {"topk": options.matrices.topk, "interval": options.matrices.interval})
+    path = options.files.save_dir / f"{new['model']}_drift.json"
     write_json(content, path)
-    weights = "EMA weights" if options.use_ema else "raw weights"
-    console.print(f"{new['model']}, {weights}, epoch {old['epoch']} to {new['epoch']}")
+    weights = "EMA weights" if options.source.use_ema else "raw weights"
+    console.print(f"{new['model']}, {weights}, epoch {old['epoch'] + 1} to {new['epoch'] + 1}")
     print_drift(drift, content["types"], console)
     console.print(f"wrote {path}", soft_wrap=True)
 
 
 def _solve(options: Options, state: dict[str, Tensor]) -> Analysis:
-    device = torch.device("cuda" if torch.cuda.is_available() and not options.svd_on_cpu else "cpu")
-    weights = choose_weights(state, options.targets, options.split_qkv, device)
+    matrices, solving = options.matrices, options.solving
+    device = torch.device("cuda" if torch.cuda.is_available() and not solving.svd_on_cpu else "cpu")
+    weights = choose_weights(state, matrices.targets, matrices.split_qkv, device)
     threads = len(os.sched_getaffinity(0))
-    settings = Settings(options.topk, options.interval, options.solver, options.svd_on_cpu, threads)
-    return analyze_weights(weights, settings, options.dtype)
+    settings = Settings(matrices.topk, matrices.interval, solving.solver, solving.svd_on_cpu, threads)
+    return analyze_weights(weights, settings, solving.dtype)
 
 
 def _read(options: Options, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     checkpoint = read_checkpoint(path)
     # A bare state dict does not tell its model.
-    name = options.model or checkpoint.arch or path.name.split(".")[0]
-    meta = {"model": name, "checkpoint": str(path), "epoch": checkpoint.epoch, "use_ema": options.use_ema}
-    return checkpoint.weights(options.use_ema), meta
+    name = options.source.model or checkpoint.arch or path.name.split(".")[0]
+    meta = {"model": name, "checkpoint": str(path), "epoch": checkpoint.epoch, "use_ema": options.source.use_ema}
+    return checkpoint.weights(options.source.use_ema), meta
 
 
 def _fetch(options: Options) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    import timm
-
-    if not options.model:
+    name = options.source.model
+    if not name:
         raise UserError("--pretrained: give the timm model's name too, e.g. --model vit_small_patch16_224.")
-    if options.use_ema:
+    if options.source.use_ema:
         raise UserError("--use-ema reads a checkpoint's averaged weights; leave it out with --pretrained.")
-    if not timm.is_model(options.model):
-        near = timm.list_models(f"*{options.model.split('.')[0][:8]}*")[:5]
-        raise UserError(f"--model {options.model}: timm has no such model. Similar: {', '.join(near) or 'none'}.")
+    published = get_pretrained_cfg(name) if is_model(name) else None
+    num_classes = published.num_classes if published else 0  # with its own head there is none to replace
     try:
-        model = timm.create_model(options.model, pretrained=True)
-    except Exception as error:  # a missing network, cache or weight file fails in many ways
-        raise UserError(
-            f"--model {options.model} --pretrained: its weights cannot be had: {error}. Connect to a network, or "
-            "give a file with --checkpoint."
-        ) from error
-    return model.state_dict(), {"model": options.model, "checkpoint": "pretrained", "epoch": -1, "use_ema": False}
+        model = create_model(name, num_classes, pretrained=True, say=lambda line: None)
+    except UserError as error:
+        raise UserError(str(error).replace("--pretrained-path FILE", "--checkpoint FILE")) from error
+    return model.state_dict(), {"model": name, "checkpoint": "pretrained", "epoch": -1, "use_ema": False}
 
 
 def _settings(options: Options) -> dict[str, Any]:
-    names = ("targets", "split_qkv", "solver", "dtype")
-    return {name: getattr(options, name) for name in names} | {"torch": torch.__version__}
+    matrices, solving = options.matrices, options.solving
+    chosen = {"targets": matrices.targets, "split_qkv": matrices.split_qkv}
+    return chosen | {"solver": solving.solver, "dtype": solving.dtype, "torch": torch.__version__}
 
 
 if __name__ == "__main__":

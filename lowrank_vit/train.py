@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 from data_prep.errors import exit_cleanly
-from lowrank_vit.config import parse
+from data_prep.typed import usage_name
+from lowrank_vit.config import leaves, parse
 from lowrank_vit.engine.distributed import World, environment_world, exit_together, joined
 from lowrank_vit.engine.progress import duration
 from lowrank_vit.engine.setup import pick_device
 from lowrank_vit.engine.trainer import Result, Trainer
 from lowrank_vit.options import Config
+from lowrank_vit.report.next_steps import next_steps, shown
 from lowrank_vit.timm_flags import with_long_names
 
 
@@ -26,11 +28,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _train(argv: list[str], world: World) -> None:
-    config = parse(argv)
+    config = parse(argv, usage_name("lowrank_vit.train"))
     with joined(world, pick_device(config.step.device, world.local_rank)):
         result = Trainer(config, default_name(argv, config), world).run()
         if world.is_first:
-            print(_farewell(result, config.model.model_ema))
+            print(_farewell(result, config, world))
 
 
 def default_name(argv: list[str], config: Config) -> str:
@@ -44,42 +46,38 @@ def default_name(argv: list[str], config: Config) -> str:
     return config.model.model
 
 
-def _farewell(result: Result, has_ema: bool) -> str:
-    run, best = result.run_dir, result.run_dir / "model_best.pth.tar"
-    python, ema = _python(), " --use-ema" if has_ema else ""
+def _farewell(result: Result, config: Config, world: World) -> str:
+    run = result.run_dir
+    args = {name: value for name, _, value in leaves(config)}
+    launcher = "torchrun ..." if world.size > 1 else ""
+    steps = next_steps(run, args, is_finished=not result.stopped_by, launcher=launcher)
     if result.stopped_by:
-        return f"""
-stopped by {result.stopped_by} after update {result.num_updates}; everything is saved. Go on with:
-  {python} -m lowrank_vit.train --config {run}/args.yaml \\
-      --resume {run}/last.pth.tar"""
-    if result.best is None:
-        return f"\n{result.num_updates} updates in {duration(result.train_s)}, see {run}/metrics.jsonl"
-    return f"""
-{_best(result)}, {duration(result.train_s)} of training
+        heading = f"stopped by {result.stopped_by} after update {result.num_updates}; everything is saved"
+    elif result.best is None:
+        heading = f"{result.num_updates} updates in {duration(result.train_s)}"
+    else:
+        heading = f"{_best(result)}, {duration(result.train_s)} of training"
+    there = (f"    {name:<18}{what}" for name, pattern, what in _FILES if any(run.glob(pattern)))
+    commands = (step.command("  ") for step in steps)
+    return "\n".join(["", heading, "", f"  {shown(run)}/", *there, "", "next:", *commands])
 
-  {run}/
-    args.yaml         every option; --config on it repeats the run
-    summary.csv       one row an epoch; metrics.jsonl has everything
-    spectra/          full spectra, one file a refresh
-    last.pth.tar      to resume from; model_best.pth.tar has the best weights
 
-next:
-  {python} -m lowrank_vit.report {run}
-  {python} -m lowrank_vit.analyze_spectrum{ema} --checkpoint \\
-      {best}
-  {python} -m lowrank_vit.validate{ema} --checkpoint \\
-      {best}"""
+_FILES = (
+    ("args.yaml", "args.yaml", "every option; --config on it repeats the run"),
+    ("metrics.jsonl", "metrics.jsonl", "all numbers, a line each time"),
+    ("summary.csv", "summary.csv", "one row an epoch"),
+    ("spectra/", "spectra/*.npz", "full spectra, one file a refresh"),
+    ("last.pth.tar", "last.pth.tar", "to resume from"),
+    ("model_best.pth.tar", "model_best.pth.tar", "the best weights"),
+    ("wandb/", "wandb/run-*", "sent to Weights & Biases"),
+    ("wandb/", "wandb/offline-run-*", "kept for Weights & Biases, not sent yet"),
+)
+"""Of what a run leaves: its name, the files that show it is there, and what it is for."""
 
 
 def _best(result: Result) -> str:
     name, percent = ("loss", "") if result.metric == "loss" else (result.metric.replace("top", "top-"), " %")
     return f"{name} {result.best:.4g}{percent} (best, epoch {result.best_epoch + 1})"
-
-
-def _python() -> str:
-    """The interpreter as it can be typed here: .venv/bin/python after `make`, else python."""
-    local = Path(".venv/bin/python")
-    return str(local) if local.exists() and Path(sys.prefix).resolve() == Path(".venv").resolve() else "python"
 
 
 if __name__ == "__main__":

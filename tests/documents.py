@@ -7,6 +7,7 @@ quoting, variables and continued lines mean what they mean to a user, and a comm
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-RECORDED = ("python", "torchrun", "make", "docker", "wandb")
+RECORDED = ("python", "torchrun", "make", "docker", "wandb", "lowrank-vit")
 RECORDER = """#!{python} -IS
 import json, os, sys
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_MODE")
@@ -60,6 +61,19 @@ def blocks(document: str) -> list[Block]:
         before = line
     assert fence is None, f"{document}: the fence of line {fence} is not closed"
     return found
+
+
+def spans(document: str) -> list[str]:
+    """The pieces of code within its prose, each in one line."""
+    prose = re.sub(r"(?ms)^```.*?^```|^    .*?$", "", (ROOT / document).read_text(encoding="utf-8"))
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+
+
+def header_commands(path: Path) -> str:
+    """The commands in a file's leading comment: its indented lines."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = lines[: next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))]
+    return "\n".join(line[1:].strip().partition("   ")[0] for line in comment if line.startswith("#   "))
 
 
 def calls_of(text: str, folder: Path) -> list[Call]:

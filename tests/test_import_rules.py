@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "lowrank_vit/data": ("data_prep", "lowrank_vit.data"),
     "lowrank_vit/augment": ("data_prep.errors", "lowrank_vit.augment", "lowrank_vit.options", "lowrank_vit.data.plan"),
     "lowrank_vit/spectral": ("data_prep.errors", "lowrank_vit.spectral"),
-    "lowrank_vit/report": ("data_prep.errors", "lowrank_vit.report", "lowrank_vit.spectral"),
+    "lowrank_vit/report": ("data_prep.errors", "data_prep.typed", "lowrank_vit.report", "lowrank_vit.spectral"),
     "lowrank_vit/bench": ("data_prep", "lowrank_vit"),
     "lowrank_vit/timm_flags.py": (),
     "lowrank_vit/option_types.py": (),
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "lowrank_vit/timm_line.py": ("data_prep.errors", "lowrank_vit.option_types", "lowrank_vit.timm_flags"),
     "lowrank_vit/config_yaml.py": (
         "data_prep.errors",
+        "data_prep.shipped",
         "lowrank_vit.option_types",
         "lowrank_vit.timm_flags",
         "lowrank_vit.timm_line",
@@ -40,6 +41,8 @@ MAY_IMPORT = {
     ),
     "lowrank_vit/config.py": (
         "data_prep.errors",
+        "data_prep.help_text",
+        "data_prep.typed",
         "lowrank_vit.config_check",
         "lowrank_vit.config_yaml",
         "lowrank_vit.keywords",

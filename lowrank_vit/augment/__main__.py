@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from tyro.conf import OmitArgPrefixes, arg
 
 from data_prep.beton_format import MODE_RAW
 from data_prep.errors import UserError, exit_cleanly
+from data_prep.help_text import fitted_help
 from data_prep.parts import find_parts
+from data_prep.typed import usage_name
+from lowrank_vit.augment import ops_cpu
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.augment.preview import LEVELS, as_the_model_sees_them, by_level, caption
 from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.config import parse
 from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.compiled import NOTE, must_compile
 from lowrank_vit.data.pil_decode import crop_and_resize
 from lowrank_vit.data.plan import TrainPlan
 from lowrank_vit.data.plan_ops import Policy
-from lowrank_vit.options import Config
+from lowrank_vit.options import Augment as AugmentOptions
+from lowrank_vit.options import Config, Data, Run
 from lowrank_vit.report.augment_plot import preview_plot
 
-HELP = """usage: python -m lowrank_vit.augment --preview FILE.png [training flags]
+HELP = """Draw what augmentation does: each operation at every level, and a batch as the model sees it, with its labels.
 
-Draw what augmentation does: each operation at every level, and a batch as the
-model sees it, with its labels. The flags are those of lowrank_vit.train:
---config, --aa, --reprob, --mixup, --cutmix, --img-size, --seed, ... Images come
-from --data-dir; where it has no train.beton, from photographs that ship with
-scikit-image.
+The flags are those of lowrank_vit.train, all of which are taken; here are those that change the picture.
 """
 IMG_SIZE = 224
 SHOWN = 24
@@ -41,16 +45,47 @@ Images = tuple[list[np.ndarray], np.ndarray, list[str], str]
 """uint8 (H, W, 3) each, labels, class names, and where they come from."""
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """The flags that --help lists; `parse` reads them, and all others of training."""
+
+    preview: Annotated[Path, arg(metavar="FILE.png")]
+    """The picture to draw."""
+    config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
+    """A run's configuration; flags given beside it win."""
+    data_dir: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: data)")] = None
+    """Where train.beton is; where there is none, photographs that ship with scikit-image are shown."""
+    batch_size: Annotated[int, arg(metavar="N")] = SHOWN
+    """Images of the batch, at most 24."""
+    img_size: Annotated[int, arg(metavar="N")] = IMG_SIZE
+    """Side of the square image, pixels."""
+    scale: Annotated[tuple[float, float], arg(metavar="LEAST GREATEST")] = Data.scale
+    """Random resized crop: share of the image's area."""
+    ratio: Annotated[tuple[float, float], arg(metavar="LEAST GREATEST")] = Data.ratio
+    """Random resized crop: aspect ratio, width / height."""
+    hflip: float = Data.hflip
+    """Probability of a horizontal flip."""
+    vflip: float = Data.vflip
+    """Probability of a vertical flip."""
+    seed: int = Run.seed
+    """Another one draws other crops and operations."""
+    augment: AugmentOptions = field(default_factory=AugmentOptions)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv` (default: the process's own). Raises `UserError`."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or {"-h", "--help"} & set(argv):
-        print(HELP)
-        return
+    prog = usage_name("lowrank_vit.augment")
+    if not argv or {"-h", "--help"} & set(argv):  # which ends the process
+        with fitted_help(["--help"]):
+            tyro.cli(OmitArgPrefixes[_Shown], args=["--help"], prog=prog, description=HELP)
     path, flags = _take_preview(argv)
     if path.suffix.lower() != ".png":
         raise UserError(f"--preview {path} does not end in .png.")
-    picture = preview(parse(flags, prog="python -m lowrank_vit.augment --preview FILE.png"))
+    config = parse(flags, prog=f"{prog} --preview FILE.png")
+    if must_compile(ops_cpu.apply_ops):
+        print(NOTE, flush=True)
+    picture = preview(config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture)

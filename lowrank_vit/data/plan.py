@@ -40,6 +40,10 @@ class Stream(IntEnum):
     KERNEL = 9
 
 
+# Numbers for compiled code, which does not know enumerations.
+_ORDER, _CROP = int(Stream.ORDER), int(Stream.CROP)
+
+
 @dataclass(frozen=True)
 class CenterCrops:
     """Evaluation crops of B images, as timm makes them: resize the whole image, then cut out the middle."""
@@ -260,9 +264,6 @@ class EvalPlan:
         return BatchPlan(epoch, step, ids, self._windows[ids], flips, kernels, (NO_MIX,), center=center)
 
 
-Plan = TrainPlan | EvalPlan
-
-
 def center_crops(
     heights: np.ndarray, widths: np.ndarray, img_size: int, crop_pct: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -292,7 +293,7 @@ def center_windows(
 def _order_keys(key: np.uint64, num_samples: int, epoch: int) -> np.ndarray:
     keys = np.empty(num_samples, np.uint64)
     for i in range(num_samples):
-        w0, w1, _, _ = philox(key, 0, i, epoch, 0)  # Stream.ORDER
+        w0, w1, _, _ = philox(key, 0, i, epoch, _ORDER)
         keys[i] = (w0 << np.uint64(32)) | w1
     return keys
 
@@ -324,7 +325,7 @@ def _crop_windows(
         height, width = heights[n], widths[n]
         top, left, h, w = 0, 0, 0, 0
         for attempt in range(CROP_ATTEMPTS):
-            w0, w1, w2, w3 = philox(key, attempt, ids[n], epoch, 1)  # Stream.CROP
+            w0, w1, w2, w3 = philox(key, attempt, ids[n], epoch, _CROP)
             area = height * width * (scale_min + (scale_max - scale_min) * to_unit(w0))
             aspect = math.exp(log_min + (log_max - log_min) * to_unit(w1))
             w = int(round(math.sqrt(area * aspect)))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from data_prep.errors import UserError, exit_cleanly
+from data_prep.help_text import fitted_help
+from data_prep.typed import usage_name
 from lowrank_vit.report.bulk_plot import bulk_plot
 from lowrank_vit.report.ema_plot import ema_plot
 from lowrank_vit.report.heat_maps import cosine_plot, stable_rank_plot
@@ -36,7 +39,7 @@ _PICTURES = (
 class Options:
     """Draw a run, finished or not: RUN/report.html, self-contained, and its pictures in RUN/report/."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """What `python -m lowrank_vit.train` wrote, usually output/<experiment>; or a folder or *_spectral.json of
     `python -m lowrank_vit.analyze_spectrum`."""
 
@@ -70,7 +73,8 @@ def write_report(path: Path) -> tuple[Path, list[str]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command with `argv` (default: the process's arguments). Raises `UserError`, see `write_report`."""
-    run_dir = tyro.cli(Options, args=argv, prog="python -m lowrank_vit.report").run
+    with fitted_help(argv):
+        run_dir = tyro.cli(Options, args=argv, prog=usage_name("lowrank_vit.report")).run
     console = Console(soft_wrap=True, highlight=False)
     folder, notes = write_report(run_dir)
     for note in notes:

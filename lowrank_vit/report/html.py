@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from lowrank_vit.report.next_steps import next_steps
 from lowrank_vit.report.numbers import Table, final_numbers, headline, spectral_numbers
 from lowrank_vit.report.read_run import Run
 
@@ -37,6 +38,9 @@ thead th { border-top: 0; color: var(--muted); font-weight: 500; }
 th:first-child, td:first-child { text-align: left; font-weight: 500; }
 .pairs td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .pairs td:first-child { color: var(--muted); width: 1%; white-space: nowrap; }
+.next { padding: .2rem .9rem .7rem; }
+.next p { margin: .7rem 0 .1rem; color: var(--muted); }
+.next pre { margin: 0; font-size: .88rem; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem 1.5rem;
            align-items: start; }
 .columns > * { min-width: 0; }
@@ -53,12 +57,14 @@ def report_html(run: Run, pictures: Mapping[str, bytes]) -> str:
     title = run.path.resolve().name
     model = str(run.args.get("model") or "")
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="sub">{escape(model)}</p>' if model else "", _headline(run)]
-    if run.notes:
-        parts.append('<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in run.notes) + "</ul>")
+    status = run.how_far.in_words if run.how_far else ""
+    notes = [note for note in (status, *run.notes) if note]
+    if notes:
+        parts.append('<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>")
     for caption, png in pictures.items():
         data = base64.b64encode(png).decode("ascii")
         parts.append(f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}"></figure>')
-    parts += [_table(final_numbers(run)), _table(spectral_numbers(run))]
+    parts += [_table(final_numbers(run)), _table(spectral_numbers(run)), _what_next(run)]
     pairs = _pairs("Arguments", run.args) + _pairs("Environment", run.environment)
     parts.append(f'<div class="columns">{pairs}</div>')
     return (
@@ -82,6 +88,16 @@ def _table(table: Table) -> str:
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
     content = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<h2>{escape(table.title)}</h2><div class="card">{content}</div>'
+
+
+def _what_next(run: Run) -> str:
+    """Commands with this run's paths, as they are typed where the report was made."""
+    if run.how_far is None:
+        return ""
+    goes_on, is_over = run.how_far.is_running, run.how_far.is_finished
+    steps = next_steps(run.path, run.args, is_finished=is_over or goes_on, is_drawn=is_over and not goes_on)
+    rows = "".join(f"<p>{escape(step.what)}</p><pre>{escape(step.command())}</pre>" for step in steps)
+    return f'<h2>What next</h2><div class="card next">{rows}</div>'
 
 
 def _pairs(title: str, values: Mapping[str, Any]) -> str:

@@ -38,11 +38,12 @@ def headline(run: Run) -> list[tuple[str, str]]:
         values = _finite(run.epochs.get(name))
         if values.size:
             figures.append((label, f"{values.max():.2f} %"))
-    if run.epochs:
-        figures.append(("epochs", f"{len(run.epochs['update']):,}"))
-    updates = [int(columns["update"][-1]) for columns in (run.epochs, run.train) if columns]
-    if updates:
-        figures.append(("updates", f"{max(updates):,}"))
+    if not figures and (losses := _finite(run.train.get("loss"))).size:  # nothing to validate on, or not yet
+        figures.append(("newest train loss", f"{losses[-1]:.4g}"))
+    if run.how_far:
+        of_planned = f" of {run.how_far.planned:,}" if run.how_far.planned else ""
+        figures.append(("epochs", f"{run.how_far.epochs:,}{of_planned}"))
+        figures.append(("updates", f"{run.how_far.updates:,}"))
     columns = run.epochs if _finite(run.epochs.get("img_per_s")).size else run.train
     rates = _finite(columns.get("img_per_s"))
     if rates.size:
@@ -64,7 +65,7 @@ def final_numbers(run: Run) -> Table:
         best = better(finite)
         at = int(np.flatnonzero(values == best)[0])
         epochs = run.epochs.get("epoch")
-        where = f"epoch {epochs[at]:.0f}" if epochs is not None else f"update {run.epochs['update'][at]:.0f}"
+        where = f"epoch {epochs[at] + 1:.0f}" if epochs is not None else f"update {run.epochs['update'][at]:.0f}"
         digits = 2 if "top" in name else 4
         last = f"{values[-1]:.{digits}f}" if np.isfinite(values[-1]) else "not measured"
         rows.append([label, last, f"{best:.{digits}f}", where])

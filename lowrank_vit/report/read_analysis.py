@@ -66,7 +66,7 @@ def read_analysis(path: Path) -> Run:
         spectra=[StoredSpectra(0, spectra)] if spectra else [],
         scalars=scalars,
         shapes=shapes,
-        moment=f"epoch {epoch}, {weights}" if epoch >= 0 else weights,
+        moment=f"epoch {epoch + 1}, {weights}" if epoch >= 0 else weights,
         notes=notes,
     )
 

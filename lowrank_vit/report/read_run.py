@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from data_prep.errors import UserError
+from lowrank_vit.report.how_far import HowFar, how_far
 from lowrank_vit.spectral.store import (
     StoredSpectra,
     StoredVectors,
@@ -62,6 +63,8 @@ class Run:
     """Matrix to (rows, columns)."""
     moment: str = ""
     """When an analysis was made of, in words; empty for a run, which has updates."""
+    how_far: HowFar | None = None
+    """Of a run; None for an analysis."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -79,16 +82,20 @@ def read_run(path: Path) -> Run:
             "usually output/<experiment>."
         )
     notes: list[str] = []
+    args = _read_args(path / "args.yaml", notes)
+    epochs = _read_summary(path / "summary.csv", [] if args.get("synthetic") else notes)  # nothing to validate on
+    train = _read_train_events(path / "metrics.jsonl", notes)
     run = Run(
         path,
-        epochs=_read_summary(path / "summary.csv", notes),
-        train=_read_train_events(path / "metrics.jsonl", notes),
-        args=_read_args(path / "args.yaml", notes),
+        epochs=epochs,
+        train=train,
+        args=args,
         environment=_read_environment(path / "environment.json", notes),
         spectra=_read_all_spectra(path / "spectra", notes),
         scalars=_read_spec_events(path / "metrics.jsonl"),
         vectors=_read_some_vectors(path / "spectra"),
         shapes=_read_shapes(path / "spectra" / "index.json"),
+        how_far=how_far(path, args, epochs, train),
         notes=notes,
     )
     if not (run.epochs or run.train or run.args or run.environment or run.spectra):
@@ -124,7 +131,7 @@ def _read_summary(path: Path, notes: list[str]) -> Columns:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [{key: _float(cell) for key, cell in row.items() if key} for row in csv.DictReader(file)]
     except FileNotFoundError:
-        notes.append("summary.csv is not there yet: no epoch has been finished.")
+        notes.append("summary.csv is not there yet: no epoch has been validated.")
         return {}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         notes.append(f"summary.csv cannot be read ({error}).")
@@ -220,7 +227,7 @@ def _read_environment(path: Path, notes: list[str]) -> dict[str, Any]:
 def _read_all_spectra(store_dir: Path, notes: list[str]) -> list[StoredSpectra]:
     paths = list_spectra(store_dir)
     if not paths:
-        notes.append("There are no spectra: the spectral monitor was off or has not stored any yet.")
+        notes.append("There are no spectra: the spectral monitor (--spec-monitor) was off or has not stored any yet.")
     if len(paths) > MAX_SNAPSHOTS:
         notes.append(f"{MAX_SNAPSHOTS} of {len(paths)} stored spectra are used, evenly spaced.")
         paths = [paths[i] for i in np.linspace(0, len(paths) - 1, MAX_SNAPSHOTS).round().astype(int)]

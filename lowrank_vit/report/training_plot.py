@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -41,16 +41,16 @@ def training_plot(run: Run) -> bytes | None:
 
 def _subtitle(run: Run) -> str:
     parts = [str(run.args["model"])] if run.args.get("model") else []
-    if run.epochs:
-        parts.append(f"{len(run.epochs['update'])} epochs, {int(run.epochs['update'][-1]):,} updates")
-    elif run.train:
-        parts.append(f"{int(run.train['update'][-1]):,} updates, no epoch finished yet")
+    if run.how_far:
+        of_planned = f" of {run.how_far.planned:,}" if run.how_far.planned else ""
+        parts.append(f"{run.how_far.epochs:,}{of_planned} epochs, {run.how_far.updates:,} updates")
     return "  ·  ".join(parts)
 
 
 def _loss(axes: Axes, run: Run) -> None:
     tidy(axes, "Loss", "update", "loss (cross-entropy, nats)")
-    _line(axes, run.train, "loss", "train, each report", TRAIN, linewidth=0.8, alpha=0.7)
+    if not _is_covered(run.train, run.epochs):
+        _line(axes, run.train, "loss", "train, each report", TRAIN, linewidth=0.8, alpha=0.7)
     _line(axes, run.epochs, "train_loss", "train, epoch mean", MUTED, linewidth=1.6)
     _line(axes, run.epochs, "eval_loss", "eval", MODEL, linewidth=2)
     _line(axes, run.epochs, "eval_ema_loss", "eval, EMA", EMA, linewidth=2)
@@ -69,7 +69,7 @@ def _accuracy(axes: Axes, run: Run) -> None:
     _line(axes, run.epochs, "eval_top1", "top-1", MODEL, linewidth=2)
     _line(axes, run.epochs, "eval_ema_top1", "top-1, EMA", EMA, linewidth=2)
     axes.set_ylim(0, 102)
-    _legend(axes, loc="lower right")
+    _legend(axes)
 
 
 def _learning_rate(axes: Axes, run: Run) -> None:
@@ -83,7 +83,7 @@ def _throughput(axes: Axes, run: Run) -> None:
     tidy(axes, "Throughput", "update", "images / s")
     columns = run.train if _has(run.train, "img_per_s") else run.epochs
     _line(axes, columns, "img_per_s", "images / s", MODEL, linewidth=1.6)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * np.nanmax(columns["img_per_s"]) or 1)
     if not _has(columns, "data_wait"):
         return
     waiting = axes.twinx()
@@ -101,13 +101,18 @@ def _has(columns: Columns, name: str) -> bool:
     return name in columns and bool(np.isfinite(columns[name]).any())
 
 
+def _is_covered(train: Columns, epochs: Columns) -> bool:
+    """Whether every report stands at the end of an epoch, where the epoch's mean is the same number."""
+    return "train_loss" in epochs and set(train.get("update", ())) <= set(epochs["update"])
+
+
 def _line(axes: Axes, columns: Columns, name: str, label: str, color: str, **style: float | str) -> None:
     if _has(columns, name):
-        few = len(columns[name]) <= 30
+        few = np.isfinite(columns[name]).sum() <= 30  # a lone point has no line
         marker = {"marker": "o", "markersize": 3} if few else {}
         axes.plot(columns["update"], columns[name], label=label, color=color, **marker, **style)  # pyright: ignore[reportArgumentType]
 
 
-def _legend(axes: Axes, loc: Literal["best", "lower right"] = "best") -> None:
+def _legend(axes: Axes) -> None:
     if len(axes.get_lines()) > 1:
-        axes.legend(fontsize=8.5, frameon=False, loc=loc, labelcolor=MUTED)
+        axes.legend(fontsize=8.5, frameon=False, labelcolor=MUTED)

@@ -23,6 +23,7 @@ from timm.models import VisionTransformer
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from lowrank_vit import train as train_command
+from lowrank_vit.commands import COMMANDS as COMMAND_MODULES
 from lowrank_vit.config import parse
 from lowrank_vit.engine.checkpoint import read_checkpoint
 from tests.documents import ROOT, Block, blocks, calls_of, tool, write_recorders
@@ -30,7 +31,7 @@ from tests.integration.test_published_commands import COMMANDS
 from tests.photos import write_folder
 from tests.sources import write_archive
 
-DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 ENGLISH, CHINESE = "docs/guide.md", "docs/guide_zh.md"
 PICTURES = ("image folders / CIFAR-100 archive / digits",)
 """First lines of fenced blocks without a language that are drawings, not commands."""
@@ -109,6 +110,8 @@ class Reader:
         if name == "python":
             assert arguments[0] == "-m"
             self.module(arguments[1], arguments[2:], told)
+        elif name == "lowrank-vit":
+            self.module(COMMAND_MODULES[arguments[0]][0].removesuffix(".__main__"), arguments[1:], told)
         elif name == "make":
             for call in calls_of(self.recipe(arguments), self.place):
                 self.call(*call)

@@ -218,12 +218,12 @@ def test_wrong_use_is_one_clear_error(checkpoint: Path, tmp_path: Path) -> None:
         main(["--checkpoint", str(checkpoint), "--pretrained", "--model", ARCH])
     with pytest.raises(UserError, match="timm model's name"):
         main(["--pretrained"])
-    with pytest.raises(UserError, match=r"no such model\. Similar: .*vit_tiny"):
+    with pytest.raises(UserError, match=r"is not a timm model\. Did you mean .*vit_tiny"):
         main(["--pretrained", "--model", "vit_tiny_patch17"])
 
 
 def test_pretrained_weights_are_timms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timm.create_model", lambda name, pretrained: tiny_vit(4) if pretrained else None)
+    monkeypatch.setattr("timm.create_model", lambda name, pretrained=False, **_: tiny_vit(4) if pretrained else None)
     main(["--model", ARCH, "--pretrained", "--save-dir", str(tmp_path), "--topk", "2"])
     content = json.loads((tmp_path / f"{ARCH}_spectral.json").read_text())
     weight = tiny_vit(4).state_dict()["blocks.0.mlp.fc1.weight"].double().numpy()
@@ -231,10 +231,10 @@ def test_pretrained_weights_are_timms(tmp_path: Path, monkeypatch: pytest.Monkey
     assert content["meta"]["checkpoint"] == "pretrained"
 
     def offline(*_: object, **__: object) -> None:
-        raise ConnectionError("no route to host")
+        raise ConnectionError("no route to host")  # as the hub's errors, an OSError
 
     monkeypatch.setattr("timm.create_model", offline)
-    with pytest.raises(UserError, match=r"cannot be had: no route to host.*--checkpoint"):
+    with pytest.raises(UserError, match=r"cannot be fetched from the Hugging Face hub.*--checkpoint FILE"):
         main(["--model", ARCH, "--pretrained", "--save-dir", str(tmp_path)])
 
 

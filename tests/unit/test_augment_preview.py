@@ -71,5 +71,6 @@ def test_errors(argv, message):
 
 
 def test_help(capsys):
-    main(["--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

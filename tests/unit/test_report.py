@@ -119,7 +119,9 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "my experiment"
     run.mkdir()
     fill(run)
-    main([str(run)])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(run.parent)
+        main([run.name])
     return run
 
 
@@ -137,7 +139,7 @@ def test_a_finished_run_gives_all_pictures_and_one_page_that_holds_them(reported
         assert height >= 500
     html = (reported / "report.html").read_text()
     assert embedded_pictures(html) == [pictures[f"{name}.png"] for name in PICTURES]
-    for text in ("my experiment", "61.25", "62.25 %", "epoch 1", "vit_small_patch16_224", "0.35 1.0", "gpu.name"):
+    for text in ("my experiment", "61.25", "62.25 %", "epoch 2", "vit_small_patch16_224", "0.35 1.0", "gpu.name"):
         assert text in html
     assert 'class="notes"' not in html
 
@@ -251,10 +253,10 @@ def test_final_numbers_are_the_last_and_the_best_and_ema_columns_may_be_absent(r
     add_summary(run, ema=False)
     table = final_numbers(read_run(run))
     assert table.rows == [
-        ["top-1 accuracy (%)", "60.50", "61.25", "epoch 1"],
-        ["top-5 accuracy (%)", "90.00", "90.00", "epoch 0"],
-        ["eval loss", "0.9000", "0.9000", "epoch 2"],
-        ["train loss, epoch mean", "1.0000", "1.0000", "epoch 2"],
+        ["top-1 accuracy (%)", "60.50", "61.25", "epoch 2"],
+        ["top-5 accuracy (%)", "90.00", "90.00", "epoch 1"],
+        ["eval loss", "0.9000", "0.9000", "epoch 3"],
+        ["train loss, epoch mean", "1.0000", "1.0000", "epoch 3"],
     ]
     assert dict(headline(read_run(run))) == {
         "best top-1": "61.25 %",
@@ -293,7 +295,7 @@ def test_damaged_files_are_left_out_with_a_note(run: Path) -> None:
     assert [stored.update for stored in found.spectra] == [0, 20]
     assert len(found.epochs["update"]) == 3
     assert [note.split()[0] for note in found.notes] == [
-        "summary.csv", "args.yaml", "environment.json", "update_00000010.npz",
+        "args.yaml", "summary.csv", "environment.json", "update_00000010.npz",
     ]  # fmt: skip
 
 
@@ -332,7 +334,7 @@ def test_losses_that_became_nan_are_drawn_and_not_taken_for_the_best(run: Path) 
     (run / "summary.csv").write_text(text + "3,40,nan,,nan,nan,nan,nan,nan,0.001,3000,0.02\n")
     (run / "metrics.jsonl").write_text("".join(train_line(u, None if u > 5 else 1.0) for u in range(1, 10)))
     write_report(run)
-    assert final_numbers(read_run(run)).rows[0] == ["top-1 accuracy (%)", "not measured", "61.25", "epoch 1"]
+    assert final_numbers(read_run(run)).rows[0] == ["top-1 accuracy (%)", "not measured", "61.25", "epoch 2"]
 
 
 def test_a_wrong_path_names_the_next_step(tmp_path: Path) -> None:
