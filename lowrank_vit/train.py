@@ -8,7 +8,8 @@ from pathlib import Path
 from data_prep.errors import exit_cleanly
 from data_prep.typed import usage_name
 from lowrank_vit.config import leaves, parse
-from lowrank_vit.engine.distributed import World, environment_world, exit_together, joined
+from lowrank_vit.engine.distributed import World, environment_world, joined
+from lowrank_vit.engine.failing import exit_together
 from lowrank_vit.engine.progress import duration
 from lowrank_vit.engine.setup import pick_device
 from lowrank_vit.engine.trainer import Result, Trainer

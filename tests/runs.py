@@ -31,7 +31,7 @@ def stop_after(trainer: Trainer, update: int) -> None:
     def and_stop(num_updates: int, metric: float | None = None) -> None:
         step_update(num_updates, metric)
         if num_updates == update:
-            trainer.world.ask_to_stop(signal.SIGTERM)
+            trainer.stop.ask(signal.SIGTERM)
 
     trainer.parts.scheduler.step_update = and_stop
 

@@ -117,6 +117,10 @@ class Outputs:
         """Whether a checkpoint is still being written."""
         return self._saver is not None and self._saver.is_busy
 
+    def settle(self) -> list[str]:
+        """Wait until no checkpoint is being written; the names that could not be, see `Saver.settle`."""
+        return self._saver.settle() if self._saver else []
+
     def save(self, content: dict[str, Any], names: tuple[str, ...] = (LAST,), obsolete: tuple[str, ...] = ()) -> None:
         """Write a checkpoint in the background, see `Saver.save`."""
         if self._saver:

@@ -119,7 +119,7 @@ class Display:
 
     def say(self, line: str) -> None:
         """Print a line above the live one."""
-        self.console.print(line)
+        self.console.print(line, markup=False)  # a path or an error may hold [brackets]
 
     def update(self, updates: int, epoch: str, figures: Figures) -> None:
         """Show the newest figures; the ETA counts validation in, since it is taken from the whole run so far."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import glob
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import time
@@ -26,8 +24,6 @@ PACKAGES = (
     *("scikit-image", "scikit-learn"),
 )
 """Whose versions are noted where they are installed: what computes, decodes, and carries the benches' photographs."""
-_LAUNCH = ".launch"
-"""Which torchrun has made a directory, so that its next attempt finds it."""
 
 
 class RunDir:
@@ -54,8 +50,6 @@ class RunDir:
             ) from error
         run_dir = cls(path, _lock(path))
         run_dir._link_latest()
-        if launch := launch_id():
-            run_dir.write_text(_LAUNCH, launch)
         return run_dir
 
     @staticmethod
@@ -77,21 +71,6 @@ class RunDir:
         for unfinished in path.glob(".*.part"):  # of a process that was killed while it wrote
             unfinished.unlink(missing_ok=True)
         return run_dir
-
-    @classmethod
-    def restarted(cls, output: Path, experiment: str) -> Path | None:
-        """The newest directory in which earlier attempts of this torchrun have worked; None in the first attempt.
-
-        Never one of another run: `--experiment` with the name of an old run must not change that when torchrun, after
-        the first attempt was refused, tries again.
-        """
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) == 0:
-            return None
-        launch = launch_id()
-        marks = output.glob(f"{glob.escape(experiment) if experiment else '*'}/{_LAUNCH}")
-        made = [mark for mark in marks if not mark.parent.is_symlink() and mark.read_text(encoding="utf-8") == launch]
-        newest = max(made, key=lambda mark: mark.stat().st_mtime, default=None)
-        return newest.parent if newest else None
 
     def _link_latest(self) -> None:
         latest = self.path.parent / "latest"
@@ -115,12 +94,6 @@ class RunDir:
         """Let others use the directory."""
         if self._lock is not None:
             self._lock.close()
-
-
-def launch_id() -> str:
-    """What all attempts of one torchrun have in common; empty without torchrun."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"{socket.gethostname()}-{os.getppid()}" if run_id == "none" else run_id
 
 
 def _unused(path: Path) -> Path:

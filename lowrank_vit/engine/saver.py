@@ -16,25 +16,32 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
-from lowrank_vit.engine.checkpoint import write_checkpoint
+from lowrank_vit.engine.checkpoint import IS_FINITE, write_checkpoint
 
 LAST, BEST = "last.pth.tar", "model_best.pth.tar"
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
     content: dict[str, Any]
+    """Emptied when the device's copies are fetched, so that their memory is free while the disk is at work."""
     ready: torch.cuda.Event | None
     """The copies on the device are complete once this has passed; None without CUDA."""
-    names: tuple[str, ...]
+    names: list[str]
+    """Those that are still to be written."""
     obsolete: tuple[str, ...]
+
+
+class Diverged(UserError):
+    """A state that is not finite: nothing that may take the place of one that was."""
 
 
 class Saver:
     """Copies a run's state at once and writes it behind the run's back, one file at a time, each whole or not at all.
 
-    What cannot be written (a full disk) leaves the older file as it is, is said, and does not stop the run; only if the
-    last one fails does `close` raise `UserError`. On CUDA the copy stays on the device until the thread fetches it, so
+    What cannot be written (a full disk) leaves the older file as it is, is said once until it can be again, and does
+    not stop the run; only if the last one fails does `close` raise `UserError`. A state that is not finite is refused:
+    the older files are what such a run is worth. On CUDA the copy stays on the device until the thread fetches it, so
     it takes as much memory there as the state itself, for a short time.
     """
 
@@ -42,6 +49,7 @@ class Saver:
         self._folder, self._device, self._say = folder, device, say
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._failure: UserError | None = None
+        self._lost: list[str] = []
         # A daemon, so that a crash elsewhere never waits for the disk.
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
@@ -62,7 +70,13 @@ class Saver:
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
-        self._jobs.put(_Job(copy, ready, names, obsolete))
+        self._jobs.put(_Job(copy, ready, list(names), obsolete))
+
+    def settle(self) -> list[str]:
+        """Wait until nothing is being written; the names that could not be written since the last call."""
+        self._jobs.join()
+        lost, self._lost = self._lost, []
+        return lost
 
     def close(self) -> None:
         """Wait until all is written. Raises `UserError` if the newest checkpoint could not be. Idempotent."""
@@ -79,26 +93,40 @@ class Saver:
                 self._write(job, stream)
                 self._failure = None
             except UserError as error:
-                self._failure = error
-                self._say(f"warning: {error} Training goes on.")
+                self._note(error, job)
             except Exception as error:  # whatever it is, it must reach the user
-                self._failure = UserError(f"A checkpoint could not be written: {type(error).__name__}: {error}")
-                self._say(f"warning: {self._failure} Training goes on.")
+                self._note(UserError(f"A checkpoint could not be written: {type(error).__name__}: {error}"), job)
             finally:
                 job = None  # else its memory is held until the next one comes
                 self._jobs.task_done()
         self._jobs.task_done()
 
+    def _note(self, error: UserError, job: _Job) -> None:
+        if type(error) is not type(self._failure):
+            goes_on = "" if isinstance(error, Diverged) else " Training goes on."
+            self._say(f"warning: {error}{goes_on}")
+        self._failure = error
+        self._lost += job.names
+
     def _write(self, job: _Job, stream: torch.cuda.Stream | None) -> None:
-        content = job.content
+        content, job.content = job.content, {}
         if stream is not None and job.ready is not None:
             with torch.cuda.stream(stream):
                 stream.wait_event(job.ready)
                 content = _mapped(content, lambda tensor: tensor.cpu())
+        if not content.get(IS_FINITE, True):
+            last = self._folder / LAST
+            raise Diverged(
+                "The run has diverged: its loss or its weights are not finite. That state is not saved; "
+                f"{last} {'is the one before' if last.exists() else 'does not exist yet'}. "
+                "Try a smaller --lr, a longer --warmup-epochs or --clip-grad 1."
+            )
         first = self._folder / job.names[0]
         write_checkpoint(first, content)
-        for name in job.names[1:]:
-            _link(first, self._folder / name)
+        job.names.pop(0)
+        while job.names:
+            _link(first, self._folder / job.names[0])
+            job.names.pop(0)
         for name in job.obsolete:
             with contextlib.suppress(OSError):
                 (self._folder / name).unlink()
@@ -114,7 +142,8 @@ def _link(there: Path, path: Path) -> None:
             shutil.copyfile(there, temporary)
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"Checkpoint {path} cannot be written: {error}. The older one is kept.") from error
+        reason = error.strerror or error
+        raise UserError(f"Checkpoint {path} cannot be written: {reason}. The older one is kept.") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -6,9 +6,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from data_prep.errors import UserError
 from lowrank_vit.config_check import leaves
-from lowrank_vit.engine.checkpoint import Checkpoint
+from lowrank_vit.engine.checkpoint import IS_FINITE, Checkpoint
+from lowrank_vit.engine.meter import NEVER
 from lowrank_vit.engine.setup import Parts
 from lowrank_vit.options import Config
 
@@ -42,6 +46,8 @@ class Progress:
     """Of this epoch; the others are in the step's meter."""
     loss_sum: float = 0.0
     """Of the logged updates of this epoch."""
+    lr: float = 0.0
+    """In the last update."""
     best_metric: float | None = None
     """Of --eval-metric."""
     best_epoch: int = -1
@@ -74,6 +80,7 @@ def capture(config: Config, parts: Parts, progress: Progress) -> dict[str, Any]:
 
     Between two updates. Every rank calls it together; all get the same but for statistics of normalisation.
     """
+    step = parts.step.state_dict()
     content: dict[str, Any] = {
         "version": 2,  # of timm's layout
         "arch": config.model.model,
@@ -82,7 +89,8 @@ def capture(config: Config, parts: Parts, progress: Progress) -> dict[str, Any]:
         "optimizer": parts.optimizer.state_dict(),
         "metric": progress.best_metric,
         "progress": {**asdict(progress), "kept": [list(one) for one in progress.kept]},
-        "step": parts.step.state_dict(),
+        "step": step,
+        IS_FINITE: _is_finite(parts) & (step["meter"]["bad_update"] == NEVER),
         # Where the loader stands, or will stand when it is asked: an epoch that is at its end is not yet finished.
         "data": {**parts.train_loader.state_dict(), "epoch": progress.epoch, "update": progress.updates_done},
         "num_classes": parts.num_classes,
@@ -93,6 +101,15 @@ def capture(config: Config, parts: Parts, progress: Progress) -> dict[str, Any]:
     if parts.ema:
         content["state_dict_ema"] = parts.ema.module.state_dict()
     return content
+
+
+@torch.no_grad()
+def _is_finite(parts: Parts) -> Tensor:
+    """() bool on the device, known once the device has come so far: whether weights, EMA and optimizer hold numbers."""
+    tensors = [*parts.model.parameters(), *(parts.ema.module.parameters() if parts.ema else ())]
+    states = (value for state in parts.optimizer.state.values() for value in state.values())
+    tensors += [value for value in states if isinstance(value, Tensor) and value.is_floating_point() and value.ndim]
+    return torch.nn.utils.get_total_norm(tensors).isfinite()
 
 
 def restore(config: Config, parts: Parts, resumed: Checkpoint) -> Progress:

@@ -72,7 +72,7 @@ class TrainStep:
                 parameter.grad = torch.zeros_like(parameter)
         self._num_batches = 0
         self._pace = Pace(device)
-        self.meter = Meter(device)
+        self.meter = Meter(device, self._accum_steps)
         self.num_updates = 0
         self.grad_norm: Tensor | None = None
         """Norm of all gradients, before clipping, in the last update that was asked to measure it; on the device."""

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lowrank_vit.config_check import parse_interval
-from lowrank_vit.data.batch import Batch
-from lowrank_vit.data.loader import Loader
-from lowrank_vit.engine.checkpoint import read_checkpoint
 from lowrank_vit.engine.distributed import World
 from lowrank_vit.engine.evaluate import Scores
+from lowrank_vit.engine.failing import told_at_once
+from lowrank_vit.engine.keeper import Keeper
 from lowrank_vit.engine.outputs import Outputs
 from lowrank_vit.engine.pace import wait_for
 from lowrank_vit.engine.peak import memory_gb, mfu
 from lowrank_vit.engine.progress import Clock, Figures
 from lowrank_vit.engine.run_dir import RunDir
-from lowrank_vit.engine.saver import BEST, LAST
 from lowrank_vit.engine.setup import make_parts
-from lowrank_vit.engine.state import Progress, capture, restore
-from lowrank_vit.engine.stop import StopRequest
+from lowrank_vit.engine.starting import find_start, open_run_dir
+from lowrank_vit.engine.state import Progress, restore
+from lowrank_vit.engine.stop import Stopped, StopRequest, UntilStopped
 from lowrank_vit.options import Config
 from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
 from lowrank_vit.spectral.ranks import GlooRanks
@@ -67,34 +63,17 @@ class EpochStats:
     """With them."""
 
 
-class _Stopped(Exception):
-    """All ranks are to end here; the state is that after the last update."""
-
-
 class Trainer:
-    """One run of one  Everything that can be wrong is found before the run directory is made."""
+    """One run of one configuration. Everything that can be wrong is found before the run directory is made."""
 
     def __init__(self, config: Config, default_name: str, world: World | None = None) -> None:
         """`default_name` begins the run directory's name where `--experiment` is not given. Raises `UserError`."""
         self.world = world or World()
-        is_first = self.world.is_first
-        earlier = RunDir.restarted(config.run.output, config.run.experiment) if is_first else None
-        earlier = self.world.from_first(earlier)
-        if earlier and not config.run.resume and (earlier / LAST).exists():
-            config = replace(config, run=replace(config.run, resume=earlier / LAST))
-        self.config = config
-        if is_first and not earlier and not config.run.resume:
-            RunDir.require_free(config.run.output, config.run.experiment)  # before data are converted for nothing
-        resumed = read_checkpoint(config.run.resume) if config.run.resume else None
-        self.parts = make_parts(config, resumed, self.world)
-        self.progress = restore(config, self.parts, resumed) if resumed else Progress()
-        self.run_dir = RunDir(Path(), None)
-        if is_first and (resumed or earlier):
-            self.run_dir = RunDir.reopen(resumed.path.parent if resumed else earlier)
-        elif is_first:
-            self.run_dir = RunDir.create(config.run.output, config.run.experiment, default_name)
-        if is_first and not resumed:
-            self.run_dir.forget()
+        start = find_start(config, self.world)
+        self.config = start.config
+        self.parts = make_parts(self.config, start.resumed, self.world)
+        self.progress = restore(self.config, self.parts, start.resumed) if start.resumed else Progress()
+        self.run_dir = open_run_dir(start, default_name) if self.world.is_first else RunDir(Path(), None)
         self.run_dir.path = self.world.from_first(self.run_dir.path)
         self.stop = StopRequest(self.world)
 
@@ -103,16 +82,16 @@ class Trainer:
         parts, stopped_by = self.parts, ""
         self.train_s = 0.0
         self._cold_updates = COLD_UPDATES[self.config.step.compile]
-        self._interval_updates, self._interval_s = parse_interval(self.config.run.checkpoint_interval)
-        self._saved_at = time.monotonic()
-        with ExitStack() as stack:
+        with ExitStack() as stack, told_at_once(self.world):  # before what follows an error is closed
             stack.callback(self.run_dir.close)
             self.monitor = stack.enter_context(self._make_monitor()) if self.config.spectra.spec_monitor else None
             for loader in (parts.train_loader, parts.val_loader):
                 if loader:
                     stack.callback(loader.close)
             self.outputs = stack.enter_context(self._make_outputs())
-            self.progress = replace(self.progress, wandb_id=self.outputs.wandb_id)
+            # Without --log-wandb the run's id is kept for the next time.
+            self.progress = replace(self.progress, wandb_id=self.outputs.wandb_id or self.progress.wandb_id)
+            self.keeper = Keeper(self.config, parts, self.outputs)
             if self.monitor and parts.step.num_updates == 0:
                 self.monitor.observe(0)
             with self.stop.noted():  # to the end: what asked for it once may ask again while all is saved
@@ -120,9 +99,9 @@ class Trainer:
                     for epoch in range(self.progress.epoch, parts.num_epochs):
                         stats = self._train_epoch(epoch)
                         self._finish_epoch(epoch, stats)
-                except _Stopped:
-                    stopped_by = self.world.stop_reason
-                    self._save()
+                except Stopped:
+                    stopped_by = self.stop.reason
+                    self.progress = self.keeper.save(self.progress)
                 self._finish_spectra()
                 self.outputs.finish()
         progress, updates = self.progress, parts.step.num_updates
@@ -167,12 +146,13 @@ class Trainer:
             )
 
     def _train_epoch(self, epoch: int) -> EpochStats:
-        """The rest of an epoch. Raises `_Stopped` after the update at which all ranks are to end."""
+        """The rest of an epoch. Raises `Stopped` after the update at which all ranks are to end."""
         parts, interval = self.parts, self.config.run.log_interval
         parts.model.train()
         updates, done = parts.plan.updates_per_epoch, self.progress.updates_done
-        clock, lr, num_images, begun, logged = Clock(), parts.step.lr, 0, _Mark(), _Mark()
+        clock, num_images, begun, logged = Clock(), 0, _Mark(), _Mark()
         warm_at = done + min(self._cold_updates, (updates - done) // 2)
+        self.stop.begin(parts.step.num_updates)
         batches = parts.train_loader.batches(epoch) if done < updates else iter(())
         for batch in clock.timed(batches):
             lr = parts.step.lr
@@ -181,25 +161,25 @@ class Trainer:
             if not parts.step(batch, measure_norm=is_due):
                 continue
             done += 1
-            self.progress = replace(self.progress, updates_done=done)
+            self.progress = replace(self.progress, updates_done=done, lr=lr)
             parts.scheduler.step_update(parts.step.num_updates)
             if self.monitor:
                 self.monitor.observe(parts.step.num_updates)
             if is_due:
-                logged = self._log_interval(epoch, lr, clock, num_images, logged)
+                logged = self._log_interval(epoch, clock, num_images, logged)
             if done == warm_at:
                 wait_for(parts.device)  # what was asked of it so far is no part of what follows
                 clock.tick()
                 begun = logged = _Mark(num_images, clock.train_s, clock.wait_s)
                 self._cold_updates = 0
-            self._save_if_due(is_due)
-            if self.world.stops_after(parts.step.num_updates):
-                raise _Stopped
+            self.progress = self.keeper.save_if_due(self.progress, is_logged=is_due)
+            if self.stop.comes_after(parts.step.num_updates):
+                raise Stopped
         self.train_s += clock.train_s
         speed = begun.until(_Mark(num_images, clock.train_s, clock.wait_s))
-        return EpochStats(self.progress.loss_sum / updates, lr, *speed, clock.train_s)
+        return EpochStats(self.progress.loss_sum / updates, self.progress.lr, *speed, clock.train_s)
 
-    def _log_interval(self, epoch: int, lr: float, clock: Clock, num_images: int, before: _Mark) -> _Mark:
+    def _log_interval(self, epoch: int, clock: Clock, num_images: int, before: _Mark) -> _Mark:
         """Log what happened since `before`; the mark for the next time."""
         parts, progress = self.parts, self.progress
         means = parts.step.meter.read(self.world)  # waits for the device, so the clock is right
@@ -214,7 +194,7 @@ class Trainer:
         norm = parts.step.grad_norm
         figures = Figures(
             loss=means.loss,
-            lr=lr,
+            lr=progress.lr,
             img_per_s=img_per_s,
             wait_share=wait_share,
             memory_gb=memory_gb(parts.device),
@@ -226,56 +206,28 @@ class Trainer:
         self.outputs.log_spectra(self.monitor.records() if self.monitor else [])
         return now
 
-    def _save_if_due(self, is_logged: bool) -> None:
-        """Save between two validations, by --checkpoint-interval."""
-        updates, seconds = self._interval_updates, self._interval_s
-        # By the clock only where nothing is in the meter, since the ranks' clocks differ and its sums are common.
-        is_time = bool(seconds) and is_logged and time.monotonic() - self._saved_at >= seconds
-        if is_time or (updates and self.parts.step.num_updates % updates == 0):
-            self._save(may_skip=True)
-
     def _finish_epoch(self, epoch: int, stats: EpochStats) -> None:
         """Validate where that is due, save, log."""
-        config, parts = self.config, self.parts
+        parts = self.parts
         is_last = epoch == parts.num_epochs - 1
-        scores: dict[str, Scores] = {}
-        if is_last or (epoch + 1) % config.run.val_interval == 0:
-            scores = self._validate()
-        names, obsolete, progress = (LAST,), [], self.progress
-        if scores:
-            decisive: float = getattr(scores.get("ema_", scores[""]), config.run.eval_metric)
-            progress, is_best, dropped = progress.after_validation(
-                decisive, lower_is_better=config.run.eval_metric == "loss", num_kept=config.run.checkpoint_hist
-            )
-            # `last` last: it remembers the best score, and a resumed run would not write that again.
-            best = (BEST,) if is_best else ()
-            names = (*best, *(() if epoch in dropped else (_kept_name(epoch),)), LAST)
-            obsolete = [_kept_name(one) for one in dropped if one != epoch]
-        self.progress = replace(progress, epoch=epoch + 1, updates_done=0, updates_logged=0, loss_sum=0.0)
-        self._save(names, tuple(obsolete))
+        scores = self._validate() if is_last or (epoch + 1) % self.config.run.val_interval == 0 else {}
+        self.progress = self.keeper.save_epoch(self.progress, scores)
         row = {"epoch": epoch, "update": parts.step.num_updates, "train_loss": stats.loss}
         speed = {"lr": stats.lr, "img_per_s": stats.img_per_s, "data_wait": stats.data_wait}
         self.outputs.log_epoch(row | speed, scores, stats.train_s)
         parts.scheduler.step(epoch + 1)
 
     def _validate(self) -> dict[str, Scores]:
-        """By prefix of the metric's name."""
+        """By prefix of the metric's name. Raises `Stopped` where all ranks are to end meanwhile."""
         parts, world = self.parts, self.world
         if parts.val_loader is None:
             return {}
         world.average_buffers(parts.model)
-        loader = parts.val_loader if world.size > 1 else _UntilStopped(parts.val_loader, world)
+        # A validation may be long: what ends the run meanwhile must not cost the epoch.
+        self.progress = self.keeper.save(self.progress, may_skip=True)
+        most_batches = int(world.greatest(parts.val_loader.plan.steps_per_epoch))
+        loader = UntilStopped(parts.val_loader, most_batches, self.stop)
         return {prefix: evaluate(loader, parts.val_batch, world.sum) for prefix, evaluate in parts.evaluators.items()}
-
-    def _save(
-        self, names: tuple[str, ...] = (LAST,), obsolete: tuple[str, ...] = (), *, may_skip: bool = False
-    ) -> None:
-        """Save the state; with `may_skip` not while the checkpoint before is still being written: that would stall."""
-        content = capture(self.config, self.parts, self.progress)  # on every rank
-        if may_skip and self.outputs.is_saving:
-            return
-        self.outputs.save(content, names, obsolete)
-        self._saved_at = time.monotonic()
 
 
 class _Mark(NamedTuple):
@@ -291,20 +243,3 @@ class _Mark(NamedTuple):
         if seconds <= 0:
             return 0.0, 0.0
         return (end.images - self.images) / seconds, min(1.0, (end.wait_s - self.wait_s) / seconds)
-
-
-def _kept_name(epoch: int) -> str:
-    return f"checkpoint-{epoch}.pth.tar"
-
-
-class _UntilStopped:
-    """A validation loader that gives up when the run is to end; the epoch is then validated after resuming."""
-
-    def __init__(self, loader: Loader, world: World) -> None:
-        self._loader, self._world = loader, world
-
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        for batch in self._loader.batches(epoch):
-            if self._world.is_asked_to_stop:
-                raise _Stopped
-            yield batch

@@ -25,7 +25,7 @@ from lowrank_vit.spectral.worker import Snapshot, SpectralRecord, Worker
 T = TypeVar("T")
 
 DEFAULT_LIMIT_GB = 2.0
-_JOIN_S = 30.0
+_JOIN_S = 2.0
 
 
 def default_cpu_threads() -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -23,16 +25,36 @@ RECIPE = """
 --epochs 2 --log-interval 4 --mixup 0.8 --cutmix 1 --reprob 0.25 --aa rand-m9-mstd0.5-inc1 --spec-every 11
 """.split()
 UPDATES = 11
+ROOT = Path(__file__).parents[2]
 
 
-def torchrun(processes: int, argv: list[str], *options: str) -> list[str]:
-    """The command line of that many ranks."""
+def torchrun(processes: int, argv: list[str], *options: str, program: tuple[str, ...] = ()) -> list[str]:
+    """The command line of that many ranks of the training command, or of a program that calls it."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launcher, *options, "-m", "lowrank_vit.train", *argv]
+    return [*launcher, *options, *(program or ("-m", "lowrank_vit.train")), *argv]
+
+
+def altered(folder: Path, change: str) -> tuple[str, ...]:
+    """A program that trains like the command, but for a change to the trainer `t` of each rank."""
+    path = folder / "altered.py"
+    path.write_text(f"""
+import os, signal, threading, time
+from data_prep.errors import exit_cleanly
+from lowrank_vit import train
+from lowrank_vit.engine.trainer import Trainer
+made, rank = Trainer.__init__, int(os.environ["RANK"])
+def make(t, *args):
+    made(t, *args)
+{textwrap.indent(textwrap.dedent(change), "    ")}
+Trainer.__init__ = make
+exit_cleanly(train.main)
+""")
+    return (str(path),)
 
 
 def start(command: list[str], **more: str) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "LOGLEVEL": "ERROR"} | more
+    # A script is not run with the working directory in the path, as a module is.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LOGLEVEL": "ERROR", "PYTHONPATH": str(ROOT)} | more
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -120,7 +142,7 @@ def test_a_rank_that_fails_ends_all_with_its_own_error_first(small, tmp_path):
         file.write(bytes(200))
     argv = small(*RECIPE, "--dataset", "", "--data-dir", str(data), "-b", "2", "--loader", "ffcv", "--img-size", "16")
     began = time.monotonic()
-    code, _, err = finish(torchrun(2, [*argv, "--no-spec-monitor"]))
+    code, _, err = finish(torchrun(2, argv))
     assert code != 0
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, err
@@ -128,6 +150,8 @@ def test_a_rank_that_fails_ends_all_with_its_own_error_first(small, tmp_path):
     assert "sample 7" in errors[0]
     assert "does not decode" in errors[0]
     assert "Traceback" not in err.partition("error: ")[0]
+    rank = errors[0].partition("rank ")[2][0]
+    assert re.search(rf"Root Cause .*?rank +: {rank} ", err, re.DOTALL), err
     assert time.monotonic() - began < 200
 
 
@@ -146,11 +170,60 @@ def kill_one_rank_after_first_save(process: subprocess.Popen, last: Path) -> Non
 
 
 def test_a_killed_rank_ends_the_others(small, tmp_path):
-    process = start(torchrun(2, small(*RECIPE, "--epochs", "1000", "-b", "64", "--experiment", "k")))
-    kill_one_rank_after_first_save(process, tmp_path / "k" / "last.pth.tar")
-    process.communicate(timeout=100)  # torchrun itself would wait 30 s before it kills
-    assert process.returncode != 0
-    assert read_checkpoint(tmp_path / "k" / "last.pth.tar").content["state_dict"]
+    """Even if the main thread of another waits for what will never come, as for a GPU that waits for the lost one."""
+    program = altered(
+        tmp_path,
+        """
+        step_update = t.parts.scheduler.step_update
+        def and_die(n, metric=None):
+            step_update(n, metric)
+            if n == 14 and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif n == 14:
+                threading.Event().wait()
+        t.parts.scheduler.step_update = and_die
+        """,
+    )
+    code, _, err = finish(torchrun(2, small(*RECIPE, "-b", "64", "--experiment", "k"), program=program))
+    assert code != 0
+    assert "error: rank 0: rank 1 is gone without a word" in err
+    assert read_checkpoint(tmp_path / "k" / "last.pth.tar").content["step"]["num_updates"] == UPDATES
+
+
+def test_a_signal_in_validation_stops_all_ranks_and_nothing_is_lost(small, one, tmp_path):
+    program = altered(
+        tmp_path,
+        """
+        batches = t.parts.val_loader.batches
+        def slow(epoch):
+            for batch in batches(epoch):
+                if t.parts.step.num_updates == 22:
+                    print("validating", flush=True)
+                    time.sleep(1)
+                yield batch
+        t.parts.val_loader.batches = slow
+        """,
+    )
+    argv = small(*RECIPE, "-b", "64", "--experiment", "v")
+    process = start(torchrun(2, [*argv, "-vb", "10"], program=program))
+    assert process.stdout is not None
+    said = ""
+    while "validating" not in said:
+        line = process.stdout.readline()
+        assert line, "it has ended"
+        said += line
+    last = tmp_path / "v" / "last.pth.tar"
+    while read_checkpoint(last).content["step"]["num_updates"] < 22:  # saved before, if the run should be killed now
+        assert process.poll() is None
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(int(children.split()[-1]), signal.SIGUSR1)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "stopped by SIGUSR1 after update 22" in out
+    assert [record["update"] for record in records(tmp_path / "v", "eval")] == [11]
+    train_command.main([*argv, "-b", "128", "--resume", str(last)])
+    assert_same_run(tmp_path / "v", one)
 
 
 def test_elastic_restarts_go_on_from_the_last_checkpoint(small, one, tmp_path):

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_prep.errors import UserError
 from lowrank_vit.config import parse
@@ -63,7 +65,7 @@ def interrupted(small, *more: str, after: int) -> Path:
         (8, ()),  # just after one
         (UPDATES, ()),  # at an epoch's end, before it is validated
         (UPDATES + 1, ("--loader", "ffcv")),
-        (2 * UPDATES + 5, ("--sched-on-updates",)),
+        (2 * UPDATES, ("--sched-on-updates",)),
         (UPDATES + 3, ("--batch-size", "32", "--grad-accum-steps", "4", "--clip-grad", "1")),
         (UPDATES + 3, ("--warmup-epochs", "0", "--opt", "sgd")),
         (4, ("--amp", "--amp-dtype", "float16")),  # with a scaled loss
@@ -80,6 +82,7 @@ def test_resumed_is_uninterrupted(small, whole, after, more):
     assert same_weights(part / "last.pth.tar", expected / "last.pth.tar")
     epochs = [line.split(",")[0] for line in (part / "summary.csv").read_text().splitlines()]
     assert epochs == ["epoch", "0", "1", "2"]
+    assert [r["lr"] for r in records(part, "eval")] == [r["lr"] for r in records(expected, "eval")]
 
 
 def test_a_run_interrupted_twice_with_other_batches_goes_on(small, whole):
@@ -91,12 +94,15 @@ def test_a_run_interrupted_twice_with_other_batches_goes_on(small, whole):
     halves = ("--batch-size", "64", "--grad-accum-steps", "2", "--drop", "0", "--drop-path", "0")
     with pytest.raises(UserError, match=r"other options: --drop was 0\.1"):
         Trainer(parse([*small(*RECIPE, *halves), "--resume", str(part / "last.pth.tar")]), "x")
+    saved = read_checkpoint(part / "last.pth.tar").content["step"]["meter"]
+    assert len(saved["lrs"]) == 2  # of updates 12 and 13, which are logged with the next two
     Trainer(parse([*small(*RECIPE, *halves[:4]), "--resume", str(part / "last.pth.tar")]), "x").run()
     expected = losses(whole())
     found = losses(part)
     assert found.keys() == expected.keys()
     same = [update for update in found if update <= UPDATES + 2]
     assert all(found[update] == expected[update] for update in same)
+    assert found[UPDATES + 4] == pytest.approx(expected[UPDATES + 4], rel=0.03)  # but for the draws of dropout
 
 
 def test_another_global_batch_is_refused(small):
@@ -111,7 +117,7 @@ def test_stopping_in_validation_validates_after_resuming(small, whole, monkeypat
     batches = trainer.parts.val_loader.batches
 
     def and_stop(epoch):
-        trainer.world.ask_to_stop(signal.SIGINT)
+        trainer.stop.ask(signal.SIGINT)
         yield from batches(epoch)
 
     monkeypatch.setattr(trainer.parts.val_loader, "batches", and_stop)
@@ -129,14 +135,37 @@ def test_stopping_in_validation_validates_after_resuming(small, whole, monkeypat
 def test_spectra_go_on_after_an_interruption(small, tmp_path):
     """Each is taken once, and of the same weights as without the interruption."""
     more = ("--spec-monitor", "--spec-every", "9")
-    expected = Trainer(parse(small(*RECIPE, *more, "--experiment", "all")), "x").run().run_dir
-    part = interrupted(small, *more, "--experiment", "part", after=13)
-    Trainer(parse([*small(*RECIPE, *more), "--resume", str(part / "last.pth.tar")]), "x").run()
-    for name in ("update_00000009.npz", "update_00000027.npz"):
-        if (expected / "spectra" / name).exists() and (part / "spectra" / name).exists():
-            assert (expected / "spectra" / name).read_bytes() == (part / "spectra" / name).read_bytes()
-    updates = [record["update"] for record in records(part, "spec")]
-    assert updates == sorted(set(updates))
+    expected = trained(Trainer(parse(small(*RECIPE, *more, "--experiment", "all")), "x"))
+    trainer = Trainer(parse(small(*RECIPE, *more, "--experiment", "part")), "x")
+    stop_after(trainer, 13)
+    part = trained(trainer)
+    trained(Trainer(parse([*small(*RECIPE, *more), "--resume", str(part / "last.pth.tar")]), "x"))
+    updates = [0, 9, 18, 27]
+    for update in updates:
+        name = f"update_{update:08d}.npz"
+        assert (expected / "spectra" / name).read_bytes() == (part / "spectra" / name).read_bytes()
+    ours, theirs = records(part, "spec"), records(expected, "spec")
+    assert [record["update"] for record in ours] == [record["update"] for record in theirs] == updates
+    for record, other in zip(ours, theirs, strict=True):
+        # The weights of the refresh before are in memory only, so the first one after resuming has no distance to them.
+        is_first = record["update"] in (0, 18)
+        absent = {name for name in other if name not in record}
+        assert absent == {name for name in other if "/update_norm" in name and is_first}
+        same = {name for name in record if "seconds" not in name}
+        assert {name: record[name] for name in same} == {name: other[name] for name in same}
+
+
+def trained(trainer: Trainer) -> Path:
+    """Run it; no refresh is left out because the one before is still being computed."""
+    step_update = trainer.parts.scheduler.step_update
+
+    def and_wait(num_updates: int, metric: float | None = None) -> None:
+        step_update(num_updates, metric)
+        assert trainer.monitor is not None
+        assert trainer.monitor._worker.idle.wait(60)
+
+    trainer.parts.scheduler.step_update = and_wait
+    return trainer.run().run_dir
 
 
 def test_resuming_with_other_options_is_refused(train, tmp_path):
@@ -258,3 +287,74 @@ def test_a_killed_run_leaves_a_checkpoint_that_loads(small, tmp_path):
     assert updates == sorted(set(updates))
     Trainer(parse([*small(*RECIPE, "--epochs", "1000", *more), *resume]), "x").run_dir.close()
     assert not list((tmp_path / "k").glob(".*.part"))
+
+
+def at_update(trainer: Trainer, update: int, do) -> None:
+    """Have something happen at the end of an update."""
+    step_update = trainer.parts.scheduler.step_update
+
+    def and_do(num_updates: int, metric: float | None = None) -> None:
+        step_update(num_updates, metric)
+        if num_updates == update:
+            do()
+
+    trainer.parts.scheduler.step_update = and_do
+
+
+def spoil(trainer: Trainer) -> None:
+    with torch.no_grad():
+        next(trainer.parts.model.parameters()).mul_(float("nan"))
+
+
+@pytest.mark.parametrize("update", [UPDATES + 1, 2 * UPDATES])  # in an epoch; at the end of one, which is validated
+def test_a_diverged_run_keeps_its_last_good_checkpoint(small, capsys, update):
+    """Its weights are not finite from one update on, its losses from the next."""
+    trainer = Trainer(parse(small(*RECIPE, "--checkpoint-interval", "1", "--log-interval", "100")), "x")
+    at_update(trainer, update, lambda: spoil(trainer))
+    with pytest.raises(UserError, match=rf"not finite at update {update} .*Nothing was saved since"):
+        trainer.run()
+    run = trainer.run_dir.path
+    # (A checkpoint that is due while another is being written is left out.)
+    assert UPDATES <= read_checkpoint(run / "last.pth.tar").content["step"]["num_updates"] < update
+    assert read_checkpoint(run / "model_best.pth.tar").epoch == 0
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-0.pth.tar"]
+    for name in ("last.pth.tar", "model_best.pth.tar"):
+        assert all(weight.isfinite().all() for weight in read_checkpoint(run / name).weights(use_ema=False).values())
+    assert capsys.readouterr().out.count("has diverged") == 1
+
+
+def test_a_signal_to_a_diverged_run_saves_nothing_and_says_so(small):
+    trainer = Trainer(parse(small(*RECIPE, "--log-interval", "100")), "x")
+    at_update(trainer, UPDATES + 1, lambda: spoil(trainer))
+    stop_after(trainer, UPDATES + 3)
+    with pytest.raises(UserError, match=r"The run has diverged.* That state is not saved; .*last\.pth\.tar is the one"):
+        trainer.run()
+    assert read_checkpoint(trainer.run_dir.path / "last.pth.tar").content["step"]["num_updates"] == UPDATES
+
+
+def test_the_best_epoch_is_one_whose_file_is_there(small, monkeypatch):
+    """The best of all cannot be written; a later one, better than the one before it, takes its place."""
+    scores = iter([20.0, 90.0, 30.0, 25.0])
+    monkeypatch.setattr("lowrank_vit.engine.keeper._score", lambda *_: next(scores))
+
+    def full(path, content):
+        if content["progress"]["best_metric"] == 90.0:
+            raise UserError(f"Checkpoint {path} cannot be written: No space left on device.")
+        write_checkpoint(path, content)
+
+    monkeypatch.setattr(saver_module, "write_checkpoint", full)
+    result = Trainer(parse(small(*RECIPE, "--epochs", "4", "--checkpoint-hist", "2")), "x").run()
+    assert (result.best, result.best_epoch) == (30.0, 2)
+    assert read_checkpoint(result.run_dir / "model_best.pth.tar").epoch == 2
+    kept = {path.name: read_checkpoint(path).epoch for path in result.run_dir.glob("checkpoint-*.pth.tar")}
+    assert kept == {"checkpoint-2.pth.tar": 2, "checkpoint-3.pth.tar": 3}
+    progress = read_checkpoint(result.run_dir / "last.pth.tar").content["progress"]
+    assert (progress["best_metric"], progress["kept"]) == (30.0, [[30.0, 2], [25.0, 3]])
+
+
+def test_the_wandb_run_is_remembered_while_it_is_not_used(small):
+    trainer = Trainer(parse(small(*RECIPE)), "x")
+    trainer.progress = replace(trainer.progress, wandb_id="abc123")
+    stop_after(trainer, 3)
+    run = trainer.run().run_dir
+    assert read_checkpoint(run / "last.pth.tar").content["progress"]["wandb_id"] == "abc123"

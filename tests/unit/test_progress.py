@@ -54,3 +54,10 @@ def test_other_ranks_are_silent(capsys):
         display.say("hello")
         display.update(5, "1/2", FIGURES)
     assert capsys.readouterr().out == ""
+
+
+def test_what_is_said_stands_as_it_is(capsys):
+    """Rich would take [brackets] for its own markup."""
+    with Display(10, 0) as display:
+        display.say("[enforce fail at file.cc:5] of [/tmp/run] [bold]")
+    assert capsys.readouterr().out == "[enforce fail at file.cc:5] of [/tmp/run] [bold]\n"

@@ -64,25 +64,6 @@ def test_default_names_never_collide(tmp_path):
         RunDir.create(tmp_path, first.path.name, "x")
 
 
-def test_a_restarted_attempt_finds_its_own_directory_and_no_other(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")
-    RunDir.create(tmp_path, "ours", "x").close()
-    RunDir.create(tmp_path, "", "timed").close()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-6")
-    RunDir.create(tmp_path, "old", "x").close()
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    RunDir.create(tmp_path, "older", "x").close()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")
-    assert RunDir.restarted(tmp_path, "ours") is None  # the first attempt
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert RunDir.restarted(tmp_path, "ours") == tmp_path / "ours"
-    assert RunDir.restarted(tmp_path, "old") is None
-    assert RunDir.restarted(tmp_path, "older") is None
-    found = RunDir.restarted(tmp_path, "")
-    assert found is not None
-    assert found.name.startswith("timed")
-
-
 def test_environment_names_versions_but_no_paths():
     found = environment(torch.device("cpu"))
     assert found["torch"].startswith(torch.__version__.partition("+")[0])

@@ -10,7 +10,7 @@ import torch
 
 from data_prep.errors import UserError
 from lowrank_vit.engine import saver as saver_module
-from lowrank_vit.engine.checkpoint import read_checkpoint, write_checkpoint
+from lowrank_vit.engine.checkpoint import IS_FINITE, read_checkpoint, write_checkpoint
 from lowrank_vit.engine.saver import LAST, Saver
 
 CPU = torch.device("cpu")
@@ -87,6 +87,7 @@ def test_what_cannot_be_written_is_said_and_tried_again(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="disk full"):  # the newest is what counts
         saver.close()
     assert value(tmp_path / LAST) == 2.0  # and nothing is deleted for one that failed
+    assert saver.settle() == [LAST, LAST]
     assert len(said) == 2
     assert said[0].startswith("warning: Checkpoint")
 
@@ -100,3 +101,54 @@ def test_a_bug_in_the_thread_reaches_the_user(tmp_path, monkeypatch):
     saver.save(content(0.0))
     with pytest.raises(UserError, match="TypeError: cannot pickle that"):
         saver.close()
+
+
+def test_a_full_disk_is_said_once_until_there_is_room_again(tmp_path, monkeypatch):
+    said: list[str] = []
+    full = [True, True, False, True, True]
+
+    def maybe(path, content):
+        if full.pop(0):
+            raise UserError("disk full.")
+        write_checkpoint(path, content)
+
+    monkeypatch.setattr(saver_module, "write_checkpoint", maybe)
+    saver = Saver(tmp_path, CPU, said.append)
+    for n in range(5):
+        saver.save(content(n), (f"{n}",))
+    assert saver.settle() == ["0", "1", "3", "4"]
+    assert saver.settle() == []
+    assert said == ["warning: disk full. Training goes on."] * 2
+
+
+def test_only_names_that_were_not_written_are_lost(tmp_path, monkeypatch):
+    link = saver_module._link
+
+    def maybe(there, path):
+        if path.name == "checkpoint-0.pth.tar":
+            raise UserError("disk full.")
+        link(there, path)
+
+    monkeypatch.setattr(saver_module, "_link", maybe)
+    saver = Saver(tmp_path, CPU, lambda line: None)
+    saver.save(content(1.0), ("model_best.pth.tar", "checkpoint-0.pth.tar", LAST))
+    assert saver.settle() == ["checkpoint-0.pth.tar", LAST]  # not `last`, which tells of both
+    assert [path.name for path in tmp_path.iterdir()] == ["model_best.pth.tar"]
+
+
+def test_a_state_that_is_not_finite_takes_no_files_place(tmp_path):
+    said: list[str] = []
+    saver = Saver(tmp_path, CPU, said.append)
+    saver.save({**content(1.0), IS_FINITE: torch.tensor(True)}, ("checkpoint-0.pth.tar", LAST))
+    for _ in range(2):
+        saver.save(
+            {**content(float("nan")), IS_FINITE: torch.tensor(False)},
+            ("model_best.pth.tar", LAST),
+            obsolete=("checkpoint-0.pth.tar",),
+        )
+    with pytest.raises(UserError, match="has diverged"):
+        saver.close()
+    assert {path.name: value(path) for path in tmp_path.iterdir()} == {"checkpoint-0.pth.tar": 1.0, LAST: 1.0}
+    assert len(said) == 1
+    assert f"{tmp_path / LAST} is the one before" in said[0]
+    assert "goes on" not in said[0]

@@ -189,14 +189,43 @@ def test_the_first_loss_that_is_not_finite_is_named():
         meter.read(World())
 
 
-def test_means_are_over_all_batches_since_the_last_look():
-    meter = Meter(torch.device("cpu"))
+def test_means_are_over_all_updates_since_the_last_look_whatever_they_are_made_of():
+    """Interrupted, and gone on with another number of batches in an update."""
+    meter = Meter(torch.device("cpu"), accum_steps=2)
     for loss, hits in ((1.0, 4), (2.0, 0)):
         meter.add(torch.tensor(loss), torch.tensor(hits), 4, 0, 0.1)
+    state = meter.state_dict(World())
+    for accum_steps in (1, 2, 3):
+        again = Meter(torch.device("cpu"), accum_steps)
+        again.load_state_dict(state)
+        for _ in range(accum_steps):
+            again.add(torch.tensor(4.5), torch.tensor(3), 4, 1, 0.1)
+        assert again.read(World()) == pytest.approx((3.0, 62.5))
+        for _ in range(accum_steps):
+            again.add(torch.tensor(5.0), torch.tensor(4), 4, 2, 0.1)
+        assert again.read(World()) == pytest.approx((5.0, 100.0))
+
+
+def test_the_first_bad_update_of_all_ranks_is_remembered(monkeypatch):
+    """Also by a run that goes on from there, whose own learning rates do not reach back so far."""
+    monkeypatch.setattr(World, "sum", lambda self, values: None)
+    monkeypatch.setattr(World, "least", lambda self, value: value.clamp(max=7))  # what the other rank has seen
+    meter = Meter(torch.device("cpu"))
+    meter.add(torch.tensor(1.0), torch.tensor(3), 4, 9, 0.5)
+    state = meter.state_dict(World(size=2))
+    assert int(state["bad_update"]) == 7
     again = Meter(torch.device("cpu"))
-    again.load_state_dict(meter.state_dict(World()))
-    for one in (meter, again):
-        one.add(torch.tensor(6.0), torch.tensor(2), 4, 1, 0.1)
-        assert one.read(World()) == (3.0, 50.0)
-        one.add(torch.tensor(5.0), torch.tensor(4), 4, 2, 0.1)
-        assert one.read(World()) == (5.0, 100.0)
+    again.load_state_dict(state)
+    again.add(torch.tensor(float("nan")), torch.tensor(3), 4, 10, 0.5)
+    with pytest.raises(UserError, match=r"not finite at update 7\."):
+        again.read(World())
+
+
+def test_only_running_statistics_are_averaged(monkeypatch):
+    """Three times a constant over three is another number in the last digit."""
+    monkeypatch.setattr(World, "sum", lambda self, values: values.mul_(3.5))
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    module.register_buffer("constant", torch.tensor([0.1, 0.7]))
+    World(size=3).average_buffers(module)
+    assert torch.equal(module.get_buffer("constant"), torch.tensor([0.1, 0.7]))
+    torch.testing.assert_close(module.get_buffer("0.running_var"), torch.full((2,), 3.5 / 3))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 
 import pytest
+import torch
 
 from lowrank_vit.engine.distributed import World
-from lowrank_vit.engine.stop import ONE_WISH_S, SIGNALS, StopRequest
+from lowrank_vit.engine.stop import ONE_WISH_S, SIGNALS, Stopped, StopRequest, UntilStopped
 
 
 @pytest.fixture
@@ -22,11 +24,11 @@ def clock(monkeypatch):
 def test_a_signal_is_a_wish(clock, number):
     world = World()
     before = signal.getsignal(number)
-    with StopRequest(world).noted():
-        assert not world.stops_after(1)
+    with StopRequest(world).noted() as stop:
+        assert not stop.comes_after(1)
         os.kill(os.getpid(), number)
-        assert world.stops_after(2)
-        assert world.stop_reason == signal.Signals(number).name
+        assert stop.comes_after(2)
+        assert stop.reason == signal.Signals(number).name
     assert signal.getsignal(number) == before
 
 
@@ -41,3 +43,71 @@ def test_the_same_wish_may_come_twice_and_a_later_signal_is_an_order(clock):
         os.kill(os.getpid(), signal.SIGUSR1)  # never an order
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Ranks:
+    """Two ranks' sums: the other one's numbers are given."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.theirs: list[float] = [0.0, 0.0]
+        self.calls = 0
+        monkeypatch.setattr("torch.distributed.all_reduce", self.all_reduce)
+
+    def all_reduce(self, values: torch.Tensor, operation: object) -> None:
+        assert operation == torch.distributed.ReduceOp.MAX
+        self.calls += 1
+        values.copy_(torch.maximum(values, torch.tensor(self.theirs, dtype=values.dtype)))
+
+
+def test_ranks_agree_about_every_two_seconds_wherever_a_run_goes_on(clock, monkeypatch):
+    """A machine that was booted a moment ago, and a run that has many updates behind it."""
+    ranks = Ranks(monkeypatch)
+    clock[0] = 0.5
+    stop = StopRequest(World(size=2))
+    clock[0] = 3.0  # all was made ready
+    stop.begin(50_000)
+    asked = []
+    for update in range(50_001, 50_061):
+        clock[0] += 0.1
+        calls = ranks.calls
+        assert not stop.comes_after(update)
+        asked += [update] * (ranks.calls - calls)
+    assert asked[0] == 50_001
+    assert all(19 <= b - a <= 20 for a, b in itertools.pairwise(asked))
+    ranks.theirs = [float(signal.SIGTERM), 0.0]
+    assert [stop.comes_after(update) for update in range(asked[-1] + 1, asked[-1] + 21)].count(True) == 1
+    assert stop.reason == "SIGTERM"
+
+
+def test_a_signal_during_an_agreement_is_for_the_next(clock, monkeypatch):
+    """Else this rank alone would end."""
+    stop = StopRequest(World(size=2))
+
+    class Late(Ranks):
+        def all_reduce(self, values, operation):
+            super().all_reduce(values, operation)
+            stop.ask(signal.SIGINT)
+
+    Late(monkeypatch)
+    assert not stop.comes_after(1)
+    assert stop.comes_after(2_000)
+
+
+def test_ranks_with_fewer_validation_batches_agree_as_often(clock, monkeypatch):
+    class Loader:
+        def __init__(self, count: int) -> None:
+            self.count = count
+
+        def batches(self, epoch: int):
+            for n in range(self.count):
+                clock[0] += 4.0
+                yield n
+
+    ranks = Ranks(monkeypatch)
+    for count in (5, 4, 0):
+        ranks.calls, ranks.theirs = 0, [0.0, 4.0]
+        assert list(UntilStopped(Loader(count), 5, StopRequest(World(size=2))).batches(0)) == list(range(count))
+        assert ranks.calls == 5
+        ranks.theirs = [float(signal.SIGTERM), 4.0]
+        with pytest.raises(Stopped):
+            list(UntilStopped(Loader(count), 5, StopRequest(World(size=2))).batches(0))
