@@ -8,12 +8,12 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Protocol
 
 import torch
 
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.engine.distributed import World
+from lowrank_vit.engine.evaluate import Batches
 
 ONE_WISH_S = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -94,14 +94,10 @@ class StopRequest:
         return number > 0
 
 
-class _Loader(Protocol):
-    def batches(self, epoch: int) -> Iterator[Batch]: ...
-
-
 class UntilStopped:
     """A validation loader that raises `Stopped` when all ranks are to end; the epoch is validated after resuming."""
 
-    def __init__(self, loader: _Loader, num_batches: int, stop: StopRequest) -> None:
+    def __init__(self, loader: Batches, num_batches: int, stop: StopRequest) -> None:
         """`num_batches`: of the rank that has most. The others go on agreeing when they are through with theirs."""
         self._loader, self._num_batches, self._stop = loader, num_batches, stop
 

@@ -133,6 +133,19 @@ def test_a_checkpoint_is_the_state_when_it_was_saved(tmp_path):
         assert bool((saved == value).all())
 
 
+def test_a_copy_does_not_stay_on_the_device_while_the_disk_is_at_work(tmp_path, monkeypatch):
+    taken = []
+    weights = torch.zeros(50_000_000, device="cuda")
+    before = torch.cuda.memory_allocated()
+    monkeypatch.setattr(
+        "lowrank_vit.engine.saver.write_checkpoint", lambda *_: taken.append(torch.cuda.memory_allocated() - before)
+    )
+    saver = Saver(tmp_path, weights.device, print)
+    saver.save({"state_dict": {"w": weights}})
+    saver.close()
+    assert taken == [0]
+
+
 def test_resumed_is_uninterrupted(argv):
     """In float32 without compilation; nothing of torch's generators is saved."""
     exact = [*argv, "--no-amp", "--no-compile", "--drop-path", "0.1", "--log-interval", "4"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -103,11 +104,15 @@ def test_ranks_with_fewer_validation_batches_agree_as_often(clock, monkeypatch):
                 clock[0] += 4.0
                 yield n
 
+    def validation(count: int) -> UntilStopped:
+        loader: Any = Loader(count)
+        return UntilStopped(loader, 5, StopRequest(World(size=2)))
+
     ranks = Ranks(monkeypatch)
     for count in (5, 4, 0):
         ranks.calls, ranks.theirs = 0, [0.0, 4.0]
-        assert list(UntilStopped(Loader(count), 5, StopRequest(World(size=2))).batches(0)) == list(range(count))
+        assert list(validation(count).batches(0)) == list(range(count))
         assert ranks.calls == 5
         ranks.theirs = [float(signal.SIGTERM), 4.0]
         with pytest.raises(Stopped):
-            list(UntilStopped(Loader(count), 5, StopRequest(World(size=2))).batches(0))
+            list(validation(count).batches(0))
