@@ -19,6 +19,8 @@ import yaml
 from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
 from data_prep.errors import UserError
+from data_prep.help_text import fitted_help
+from data_prep.typed import usage_name
 from lowrank_vit.config_check import check, leaves
 from lowrank_vit.config_yaml import FromFile, config_files, read_config
 from lowrank_vit.keywords import square_side, take_keyword
@@ -84,8 +86,8 @@ def _flags_in(tokens: Iterable[str]) -> set[str]:
     return {token.partition("=")[0].replace("_", "-") for token in tokens if token.startswith("--")}
 
 
-def parse(argv: list[str], prog: str = "python -m lowrank_vit.train") -> Config:
-    """Turn a command line (with any `--config FILE` in it) into a checked `Config`.
+def parse(argv: list[str], prog: str = "") -> Config:
+    """Turn a command line (with any `--config FILE` in it) into a checked `Config`; usage lines call it `prog`.
 
     Raises `UserError` for a bad YAML file or a value out of range; exits with code 2 and tyro's message, which names
     the nearest flag, for a misspelt flag or a wrong type.
@@ -103,7 +105,7 @@ def parse(argv: list[str], prog: str = "python -m lowrank_vit.train") -> Config:
         _name_wrong_file(stop, files)
         raise
     typed = _flags_in(line.tokens)
-    parsed = _with_img_size(_tyro(line.tokens, prog, recipe), typed)
+    parsed = _with_img_size(_tyro(line.tokens, prog or usage_name("lowrank_vit.train"), recipe), typed)
     config = parsed.config(typed, _flags_in(from_files))
     config = _fit_defaults(config, typed, _flags_in(from_files))
     check(config)
@@ -120,7 +122,8 @@ def _merged(files: Iterable[FromFile]) -> dict[str, list[str]]:
 def _tyro(tokens: list[str], prog: str = "", default: _CommandLine | None = None) -> _CommandLine:
     known: dict[str, Any] = {} if default is None else {"default": default}
     shown, hidden = _take_hidden(tokens)
-    line = tyro.cli(OmitArgPrefixes[_CommandLine], args=shown, prog=prog, description=Config.__doc__, **known)
+    with fitted_help(shown):
+        line = tyro.cli(OmitArgPrefixes[_CommandLine], args=shown, prog=prog, description=Config.__doc__, **known)
     return dataclasses.replace(line, **hidden)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from data_prep.errors import UserError
+from data_prep.shipped import CONFIGS, find_shipped, shipped_names
 from lowrank_vit.option_types import Hints, aliases, is_number, kind_of, problem
 from lowrank_vit.timm_flags import HOLDS, NOT_NEUTRAL_AT_0, OF_OTHERS, TIMM_WRITES
 from lowrank_vit.timm_line import FOREIGN, foreign, refuse_value
@@ -27,7 +28,10 @@ class _OnceLoader(yaml.SafeLoader):
 
 
 def config_files(argv: list[str]) -> tuple[list[Path], list[str]]:
-    """Split `argv` into the files of its `--config FILE`s and all other tokens."""
+    """Split `argv` into the files of its `--config FILE`s and all other tokens.
+
+    A file that ships with the program may be named without its folder: `--config quickstart`.
+    """
     paths: list[Path] = []
     own: list[str] = []
     tokens = iter(argv)
@@ -38,8 +42,8 @@ def config_files(argv: list[str]) -> tuple[list[Path], list[str]]:
             continue
         path = value if equals else next(tokens, None)
         if not path:
-            raise UserError("--config needs a file: --config configs/quickstart.yaml")
-        paths.append(Path(path))
+            raise UserError(f"--config needs a file, or one of {', '.join(shipped_names(CONFIGS))}.")
+        paths.append(find_shipped(Path(path), CONFIGS))
     return paths, own
 
 
@@ -64,7 +68,7 @@ def read_config(path: Path, hints: Hints) -> FromFile:
         content = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except OSError as error:
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f" That folder has: {', '.join(near)}." if near else ""
+        hint = f" That folder has: {', '.join(near)}." if near else f" There are: {', '.join(shipped_names(CONFIGS))}."
         raise UserError(f"--config {path}: {error.strerror}.{hint}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error

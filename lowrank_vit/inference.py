@@ -15,6 +15,8 @@ import tyro
 from tyro.conf import arg
 
 from data_prep.errors import UserError, exit_cleanly
+from data_prep.help_text import fitted_help
+from data_prep.typed import usage_name
 from lowrank_vit.config_check import check_ranges
 from lowrank_vit.data.image_files import images_below, read_image
 from lowrank_vit.data.pil_decode import crop_and_resize
@@ -192,7 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     note: Note = lambda text: print(text, file=sys.stderr)  # noqa: E731
     argv = with_images_first(fit_flags(argv, INFERENCE_INSTEAD, INFERENCE_UNUSED, note), Options)
-    options = tyro.cli(Options, args=argv, prog="python -m lowrank_vit.inference", description=Options.__doc__)
+    with fitted_help(argv):
+        options = tyro.cli(Options, args=argv, prog=usage_name("lowrank_vit.inference"), description=Options.__doc__)
     outputs = _outputs(options)
     show = (lambda prediction: None) if options.no_console_results else _Printer(options.output_type)
     predictions = predict(options, note, show)

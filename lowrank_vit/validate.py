@@ -14,6 +14,8 @@ import tyro
 from tyro.conf import Positional, arg
 
 from data_prep.errors import UserError, exit_cleanly
+from data_prep.help_text import fitted_help
+from data_prep.typed import usage_name
 from lowrank_vit.config_check import check_ranges
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
@@ -168,14 +170,21 @@ def _check_classes(scorer: Scorer, beton: Beton, path: Path) -> None:
     """Raise `UserError` if the labels of the set cannot be those that the model was trained on."""
     if beton.num_classes > scorer.num_classes:
         raise UserError(
-            f"{path} has {beton.num_classes} classes, the model only {scorer.num_classes}. Give its own data."
+            f"{path} has {beton.num_classes} classes, the model only {scorer.num_classes}. {_own_data(scorer, path)}"
         )
     trained = scorer.trained_names
     if trained and beton.classes and trained != beton.classes:
         one = next((f"{a} against {b}" for a, b in zip(trained, beton.classes, strict=False) if a != b), "fewer")
         raise UserError(
-            f"{path} has other classes than the model was trained on ({one}), so its labels do not mean the same."
+            f"{path} has other classes than the model was trained on ({one}), so its labels do not mean the same. "
+            f"{_own_data(scorer, path)}"
         )
+
+
+def _own_data(scorer: Scorer, path: Path) -> str:
+    folder = scorer.args.get("data-dir")
+    own = f"the data it was trained on, --data {folder}" if folder else "the data it was trained on with --data"
+    return f"Give {own}, or a checkpoint that was trained on {path}."
 
 
 def _find_data(options: Options, args: dict[str, Any]) -> Path:
@@ -203,9 +212,10 @@ class _CommandLine(Options):
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, score, print."""
     argv = sys.argv[1:] if argv is None else argv
-    prog = "python -m lowrank_vit.validate"
+    prog = usage_name("lowrank_vit.validate")
     argv = fit_flags(argv, VALIDATE_INSTEAD, VALIDATE_UNUSED, print)
-    options = tyro.cli(_CommandLine, args=argv, prog=prog, description=Options.__doc__)
+    with fitted_help(argv):
+        options = tyro.cli(_CommandLine, args=argv, prog=prog, description=Options.__doc__)
     if options.dir is not None and options.data is not None:
         raise UserError(f"{options.dir} and --data {options.data}: give the data once.")
     options = replace(options, data=options.data or options.dir)

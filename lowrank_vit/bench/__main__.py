@@ -13,6 +13,8 @@ import tyro
 from rich.console import Console
 
 from data_prep.errors import UserError, exit_cleanly
+from data_prep.help_text import fitted_help
+from data_prep.typed import usage_name
 from lowrank_vit.bench import (
     augment,
     end_to_end,
@@ -184,7 +186,12 @@ def _note() -> Callable[[str], object]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv` (default: the process's own). Exits with 2 on a user's error, 130 on Ctrl-C."""
-    exit_cleanly(lambda: app.cli(args=argv, prog="python -m lowrank_vit.bench", description=__doc__))
+
+    def run() -> None:
+        with fitted_help(argv):
+            app.cli(args=argv, prog=usage_name("lowrank_vit.bench"), description=__doc__)
+
+    exit_cleanly(run)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ class World:
     local_rank: int = 0
     """Among the processes of this machine; the number of its GPU."""
     size: int = 1
-    local_size: int = 1
     store: Any = None
     """torch.distributed.Store of this attempt, None for one process."""
     is_failing: bool = False
@@ -110,7 +109,7 @@ def environment_world() -> World:
             "--nproc-per-node=N -m lowrank_vit.train ..., or unset WORLD_SIZE."
         )
     rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
-    return World(rank, local_rank, size, _number("LOCAL_WORLD_SIZE", 1))
+    return World(rank, local_rank, size)
 
 
 def _number(name: str, default: int) -> int:

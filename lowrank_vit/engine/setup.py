@@ -12,15 +12,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from data_prep.errors import UserError
+from lowrank_vit.augment.ops_cpu import apply_ops
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.compiled import NOTE as COMPILING
+from lowrank_vit.data.compiled import must_compile
 from lowrank_vit.data.datasets import open_datasets
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.locate import DataOptions
 from lowrank_vit.data.one_process import Say
 from lowrank_vit.data.plan import EvalPlan, TrainPlan
+from lowrank_vit.data.resize_cpu import resize_batch
 from lowrank_vit.data.synthetic import SyntheticLoader, synthetic_plan
 from lowrank_vit.engine.checkpoint import Checkpoint, load_weights
 from lowrank_vit.engine.compiling import keep_compiled_code, set_float32_policy
@@ -136,6 +140,7 @@ def make_parts(config: Config, resumed: Checkpoint | None, world: World | None =
             *lines,
             f"peak learning rate {lr:.3g} ({lr_origin}), {_batch_in_words(plan)}, "
             f"{plan.updates_per_epoch} updates an epoch, {num_epochs} epoch{'s' if num_epochs != 1 else ''}",
+            *([COMPILING] if sets and device.type == "cpu" and _must_compile(config) else []),
             *([f"{train_flops / 1e9:.3g} GFLOP a training image; MFU is against {peak.name}"] if train_flops else []),
         ],
     )
@@ -193,6 +198,10 @@ def _make_evaluator(config: Config, model: nn.Module, augment: Augment) -> Evalu
     step = config.step
     dtype = DTYPES[step.amp_dtype]
     return Evaluator(model, augment, amp=step.amp, compile=step.compile, amp_dtype=dtype, tta=config.run.tta)
+
+
+def _must_compile(config: Config) -> bool:
+    return must_compile(resize_batch, *((apply_ops,) if config.augment.aa != "none" else ()))
 
 
 def _silent(line: str) -> None:
