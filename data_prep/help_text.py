@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TextIO
 
@@ -32,7 +32,7 @@ class _Captured(io.StringIO):
 
 
 @contextmanager
-def fitted_help(argv: Sequence[str] | None) -> Iterator[None]:
+def fitted_help(argv: Sequence[str] | None) -> Generator[None, None, None]:
     """Fit what is printed within to the terminal, if `argv` (None: the process's own) asks for help."""
     if not {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
         yield

@@ -199,7 +199,10 @@ def main(argv: list[str] | None = None) -> None:
     outputs = _outputs(options)
     show = (lambda prediction: None) if options.no_console_results else _Printer(options.output_type)
     predictions = predict(options, note, show)
-    columns = {"index": options.include_index, "value": "" if options.exclude_output else options.output_type}
+    columns: dict[str, Any] = {
+        "index": options.include_index,
+        "value": "" if options.exclude_output else options.output_type,
+    }
     for path in outputs:
         text = to_json(predictions, **columns) if path.suffix == ".json" else to_csv(predictions, **columns)
         try:

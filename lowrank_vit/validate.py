@@ -102,14 +102,18 @@ def _validate(options: Options, say: Callable[[str], object]) -> tuple[Scores, S
     beton, spec = Beton(path), scorer.spec
     _check_classes(scorer, beton, path)
     batch_size = min(options.batch_size, beton.num_samples)
-    size = {"img_size": spec.img_size, "crop_pct": spec.crop_pct, "kernel": KERNELS[scorer.interpolation]}
+    size: dict[str, Any] = {
+        "img_size": spec.img_size,
+        "crop_pct": spec.crop_pct,
+        "kernel": KERNELS[scorer.interpolation],
+    }
     plan = EvalPlan(beton.heights, beton.widths, **size, batch_size=batch_size)
     decoding = LoaderOptions(options.loader, options.workers, on_bad_sample=options.on_bad_sample)
     loader, line = open_loader(beton, plan, device, decoding)
     say(line)
     for remark in remarks(beton, spec.img_size, spec.crop_pct):
         say(f"note: {remark}")
-    precision = {"amp": options.amp, "amp_dtype": DTYPES[options.amp_dtype]}
+    precision: dict[str, Any] = {"amp": options.amp, "amp_dtype": DTYPES[options.amp_dtype]}
     evaluate = Evaluator(scorer.model, scorer.augment, **precision, compile=False, tta=options.tta)
     try:
         with ScoringProgress(beton.num_samples) as progress:

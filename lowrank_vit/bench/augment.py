@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -114,7 +114,8 @@ def _start_worker(crops_BHWC: np.ndarray, output: Tensor) -> None:
         return posterize(image, bits, **more) if bits else Image.new("RGB", image.size)
 
     names = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
-    auto_augment.NAME_TO_OP.update(dict.fromkeys(names, mended))
+    operations: dict[str, Any] = auto_augment.NAME_TO_OP
+    operations.update(dict.fromkeys(names, mended))
     stages: Any = transforms_imagenet_train(
         crops_BHWC.shape[1], auto_augment=POLICY, mean=MEAN, std=STD, re_prob=REPROB, re_mode="pixel", separate=True
     )
@@ -134,7 +135,7 @@ def _run_worker(rows: range, seed: int) -> None:
 
 
 @contextmanager
-def _timms(crops_BHWC: np.ndarray, batches: int, workers: int) -> Iterator[Callable[[], None]]:
+def _timms(crops_BHWC: np.ndarray, batches: int, workers: int) -> Generator[Callable[[], None], None, None]:
     """A function that puts all batches through timm's transforms, in processes that share crops and output.
 
     Each process takes the next images whenever it has done some: nobody waits at the end of a batch, as the processes

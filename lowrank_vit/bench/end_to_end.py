@@ -147,7 +147,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
 
 def what_was_seen(rounds: Sequence[Round], steps: int, prefetch: int) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Of the loader's queue and of the monitor: sentences for the reader, and the sections `queue` and `refreshes`."""
-    queue = {
+    queue: dict[str, Any] = {
         "prefetch": prefetch,
         "mean": [one.queue_depth for one in rounds],
         "at_start": [one.waiting_at_start for one in rounds],

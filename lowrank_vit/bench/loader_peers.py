@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class _Repeated:
 @contextmanager
 def timm_loader(
     folder: Path, *, steps: int, batch_size: int, img_size: int, workers: int
-) -> Iterator[Callable[[], None]]:
+) -> Generator[Callable[[], None], None, None]:
     """`steps` batches of timm's loader: uint8 batches as its processes collate them, before normalising."""
     import torch
     from timm.data import create_dataset, create_loader
@@ -110,7 +110,7 @@ def timm_loader(
 @contextmanager
 def torch_loader(
     folder: Path, *, steps: int, batch_size: int, img_size: int, workers: int
-) -> Iterator[Callable[[], None]]:
+) -> Generator[Callable[[], None], None, None]:
     """`steps` batches of torch's DataLoader with torchvision's v2 transforms as it advises: uint8 tensors."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder

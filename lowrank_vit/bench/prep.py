@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -238,7 +238,7 @@ def _list(src: Path) -> tuple[list[tuple[str, int]], int]:
 
 
 @contextmanager
-def _temporary_directory(parent: Path) -> Iterator[Path]:
+def _temporary_directory(parent: Path) -> Generator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         made = tempfile.TemporaryDirectory(dir=parent, prefix=".bench-")

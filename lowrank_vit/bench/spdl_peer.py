@@ -17,7 +17,7 @@ def why_no_spdl(photo: Path) -> str:
     """The reason why SPDL cannot be measured, or an empty string; tried by decoding `photo`."""
     try:
         import spdl.io  # pyright: ignore[reportMissingImports]
-        import spdl.pipeline  # pyright: ignore[reportMissingImports]
+        import spdl.pipeline  # pyright: ignore[reportMissingImports, reportUnusedImport]  only tried
     except ImportError as error:
         return f"it cannot be imported ({error}); pip install 'lowrank-vit[bench-peers]' brings it"
     try:

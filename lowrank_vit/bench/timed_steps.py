@@ -117,7 +117,8 @@ class TimedSteps:
     def _hook_step(self) -> None:
         """Have forward, backward, optimizer and EMA tell when they end."""
         parts, timer = self.parts, self._timer
-        loss_of: Any = parts.step._loss_of  # the compiled module; hooks on it run outside of the compiled code
+        # The compiled module, which is nobody else's business; hooks on it run outside of the compiled code.
+        loss_of: Any = parts.step._loss_of  # pyright: ignore[reportPrivateUsage]
         loss_of.register_forward_hook(lambda *_: timer.end("forward"))
         parts.optimizer.register_step_pre_hook(lambda *_: timer.end("backward"))
         assert parts.ema is not None

@@ -11,6 +11,7 @@ import ctypes
 from typing import Any
 
 import numba
+import numpy as np
 
 from data_prep import turbojpeg
 
@@ -28,7 +29,7 @@ _destroy = _function("tjDestroy", _INT, _VOID)
 
 
 @numba.njit
-def decode_exactly(data, pixels, height, width):
+def decode_exactly(data: np.ndarray, pixels: np.ndarray, height: Any, width: Any) -> int:
     """Decode the bytes of a JPEG into `pixels`, flat uint8; not 0 after an error or a warning of libjpeg.
 
     A decoder is made for each image, which takes microseconds and keeps no state between threads and loaders.

@@ -61,7 +61,9 @@ _decode_jpeg = numba.njit(imdecode)  # FFCV's C function
 
 
 @numba.njit(parallel=True, nogil=True)
-def _decode_batch(ids, images, codes, samples, file_bytes, is_exact):
+def _decode_batch(
+    ids: np.ndarray, images: np.ndarray, codes: np.ndarray, samples: Any, file_bytes: np.ndarray, is_exact: bool
+) -> None:
     """Decode, then cut, resize and mirror as planned; one image a thread at a time."""
     largest = np.int64(0)
     for n in range(len(ids)):
@@ -105,7 +107,7 @@ class _PlannedDecoder(SimpleRGBImageDecoder):
         # Compiled by FFCV for every loader; the work is in `_decode_batch`, which is compiled once a process.
         is_exact = self._is_exact
 
-        def decode(batch_indices, memory, metadata, storage_state):
+        def decode(batch_indices: np.ndarray, memory: Any, metadata: Any, storage_state: Any) -> Any:
             images, codes = memory
             _decode_batch(batch_indices, images, codes, metadata, storage_state[0], is_exact)
             return images, codes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -157,7 +157,7 @@ class _Output:
 
 
 @contextlib.contextmanager
-def _saying_why(output: _Output) -> Iterator[None]:
+def _saying_why(output: _Output) -> Generator[None, None, None]:
     """Raise the file's own error where torch makes a `RuntimeError` of it, which tells a position and no reason."""
     try:
         yield

@@ -9,7 +9,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -121,7 +121,7 @@ def _number(name: str, default: int) -> int:
 
 
 @contextlib.contextmanager
-def joined(world: World, device: torch.device) -> Iterator[World]:
+def joined(world: World, device: torch.device) -> Generator[World, None, None]:
     """The world with its ranks joined for collectives: NCCL on CUDA, Gloo on the CPU. Raises `UserError`."""
     if world.size == 1:
         yield world

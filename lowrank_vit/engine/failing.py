@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -36,7 +36,7 @@ _FAILED, _GONE = "failed", "gone"
 
 
 @contextlib.contextmanager
-def watched(world: World) -> Iterator[None]:
+def watched(world: World) -> Generator[None, None, None]:
     """While it lasts threads end this process when another rank has failed or was killed. Every rank calls it."""
     is_over = threading.Event()
     watching = threading.Thread(target=_watch, args=(world, world.store.clone(), is_over), name="ranks", daemon=True)
@@ -95,7 +95,7 @@ class _Neighbour:
 
 
 @contextlib.contextmanager
-def told_at_once(world: World) -> Iterator[None]:
+def told_at_once(world: World) -> Generator[None, None, None]:
     """An error that leaves it is noted and printed there and then, before files and threads are closed.
 
     For several ranks; alone a process has nobody to tell before it ends.

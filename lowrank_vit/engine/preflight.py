@@ -40,7 +40,7 @@ def check_before_data(config: Config, *, is_resumed: bool) -> None:
 
 def refuse_batch_norm(model: nn.Module, name: str) -> None:
     """Raise `UserError` for a model whose BatchNorm --sync-bn would change."""
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for module in model.modules()):
         raise UserError(
             f"--sync-bn: --model {name} has BatchNorm, whose statistics are those of each process here, averaged for "
             "validation. Leave the flag out."

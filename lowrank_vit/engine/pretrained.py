@@ -11,7 +11,7 @@ import contextlib
 import logging
 import socket
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
@@ -149,7 +149,7 @@ def _head_names(name: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _recorded_loads() -> Iterator[list[Any]]:
+def _recorded_loads() -> Generator[list[Any], None, None]:
     """Keep what `load_state_dict` answers timm, which drops it: the missing and the unexpected keys.
 
     timm's own lines about them are held back, since the caller says which of them matter.
@@ -219,7 +219,7 @@ def _tell_of_head(before: int | None, num_classes: int, say: Say) -> None:
 
 
 @contextlib.contextmanager
-def _quick_without_network() -> Iterator[None]:
+def _quick_without_network() -> Generator[None, None, None]:
     """Where the hub cannot be reached, look in its local cache alone rather than try again for most of a minute."""
     from huggingface_hub import constants
 

@@ -120,7 +120,7 @@ def _published(options: ModelOptions, device: torch.device, say: Say) -> Scorer:
     source = f"--pretrained-path {path}" if path else f"--pretrained {name}"
     _check_number(options, num_classes, source)
     size, kwargs = options.img_size, options.model_kwargs
-    weights = {"pretrained": path is None, "pretrained_path": path}
+    weights: dict[str, Any] = {"pretrained": path is None, "pretrained_path": path}
     made = create_model(name, num_classes, img_size=size, model_kwargs=kwargs, say=say, **weights)
     scorer = _scorer(made, name, options, device, say, size, {}, num_classes, is_ours=False)
     return replace(scorer, origin=str(path) if path else f"{name} (timm's weights)")

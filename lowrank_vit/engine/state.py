@@ -120,7 +120,8 @@ def restore(config: Config, parts: Parts, resumed: Checkpoint) -> Progress:
     except (ValueError, KeyError) as error:
         raise UserError(f"{resumed.path} was saved with another optimizer: {error}.") from error
     saved = resumed.training_state("progress")
-    progress = Progress(**{**saved, "kept": tuple((metric, epoch) for metric, epoch in saved["kept"])})
+    fields: dict[str, Any] = {**saved, "kept": tuple((metric, epoch) for metric, epoch in saved["kept"])}
+    progress = Progress(**fields)
     if progress.epoch >= parts.num_epochs:
         raise UserError(
             f"{resumed.path} has finished epoch {progress.epoch} of {parts.num_epochs}: nothing is left to train. "

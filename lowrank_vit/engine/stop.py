@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from types import FrameType
 
 import torch
@@ -46,7 +46,7 @@ class StopRequest:
         self.ask(number)
 
     @contextlib.contextmanager
-    def noted(self) -> Iterator[StopRequest]:
+    def noted(self) -> Generator[StopRequest]:
         """Within it signals are only noted. Does nothing outside the main thread, where Python cannot do so."""
         if threading.current_thread() is not threading.main_thread():
             yield self

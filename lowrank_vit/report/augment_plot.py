@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lowrank_vit.report.style import INK, MUTED, heading, new_figure, png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _TILE_IN, _SAMPLE_IN, _SAMPLES_A_ROW = 0.95, 1.55, 6
 
@@ -45,7 +49,7 @@ def preview_plot(
     return png(figure, dpi=100)
 
 
-def _show(axes, image: np.ndarray) -> None:
+def _show(axes: Axes, image: np.ndarray) -> None:
     axes.imshow(image, interpolation="nearest" if len(image) < 96 else "antialiased")
     axes.set_xticks([])
     axes.set_yticks([])

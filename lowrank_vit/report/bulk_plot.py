@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from lowrank_vit.report.layout import by_type, first_middle_last, moment
 from lowrank_vit.report.read_run import Run, series
 from lowrank_vit.report.style import EMA, INK, MODEL, MUTED, TRAIN, heading, new_figure, png, tidy
 from lowrank_vit.spectral.tails import bulk_density, marchenko_pastur, power_law
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BINS = 48
 
@@ -39,7 +44,7 @@ def bulk_plot(run: Run) -> bytes | None:
     return png(figure)
 
 
-def _histogram(axes, s_K: np.ndarray, shape: tuple[int, int]) -> None:
+def _histogram(axes: Axes, s_K: np.ndarray, shape: tuple[int, int]) -> None:
     axes.grid(visible=False)
     if not np.isfinite(s_K).all() or s_K[0] <= 0:
         axes.text(0.5, 0.5, "not finite or zero", transform=axes.transAxes, ha="center", color=MUTED)

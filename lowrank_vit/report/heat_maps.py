@@ -5,6 +5,7 @@ Shape legend: T refreshes, B matrices of one type (blocks).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,7 +66,13 @@ def matrix_scalars(run: Run, kind: str, metric: str) -> dict[str, np.ndarray]:
     return {name: values for name, values in found.items() if not name.startswith(("type/", "depth/"))}
 
 
-def _heat_maps(run: Run, title: str, updates_T: np.ndarray, rows, norms) -> bytes:
+def _heat_maps(
+    run: Run,
+    title: str,
+    updates_T: np.ndarray,
+    rows: Sequence[tuple[str, Mapping[str, list[float]]]],
+    norms: Sequence[Callable[[np.ndarray], Normalize]],
+) -> bytes:
     types = by_type(rows[0][1])
     figure = new_figure(1.8 + 2.9 * len(types), 1.1 + 2.45 * len(rows))
     # A refresh stands for the time around it, from half-way to the one before to half-way to the next.
