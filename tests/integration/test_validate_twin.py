@@ -82,7 +82,7 @@ def test_larger_images_and_other_formats_are_scored_as_they_are(checkpoint, tmp_
 
 
 def test_another_normalisation(photos, checkpoint):
-    more = {"mean": (0.4, 0.45, 0.5), "std": (0.2, 0.25, 0.3)}
+    more: dict[str, Any] = {"mean": (0.4, 0.45, 0.5), "std": (0.2, 0.25, 0.3)}
     expected = plain_loss(photos, checkpoint, **more)
     assert abs(expected - plain_loss(photos, checkpoint)) > 0.01
     assert our_loss(photos, checkpoint, **more) == pytest.approx(expected, abs=1e-3)
