@@ -81,11 +81,8 @@ def test_larger_images_and_other_formats_are_scored_as_they_are(checkpoint, tmp_
     assert our_loss(folder, checkpoint, loader) == pytest.approx(plain_loss(folder, checkpoint), abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "more", [{"interpolation": "bilinear"}, {"mean": (0.4, 0.45, 0.5), "std": (0.2, 0.25, 0.3)}], ids=str
-)
-def test_other_filters_and_normalisations(photos, checkpoint, more):
+def test_another_normalisation(photos, checkpoint):
+    more: dict[str, Any] = {"mean": (0.4, 0.45, 0.5), "std": (0.2, 0.25, 0.3)}
     expected = plain_loss(photos, checkpoint, **more)
-    effect = abs(expected - plain_loss(photos, checkpoint))
-    assert effect > 5e-4
-    assert our_loss(photos, checkpoint, **more) == pytest.approx(expected, abs=min(1e-3, effect / 3))
+    assert abs(expected - plain_loss(photos, checkpoint)) > 0.01
+    assert our_loss(photos, checkpoint, **more) == pytest.approx(expected, abs=1e-3)

@@ -16,9 +16,11 @@ from lowrank_vit.data.dali_backend import DaliBackend
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.pil_decode import crop_and_resize, decode
 from lowrank_vit.data.plan import EvalPlan, TrainPlan, TrainRules
+from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR
 from lowrank_vit.data.resident_backend import ResidentBackend
 from tests.photos import psnr, write_sets
 
+KERNELS = {"bicubic": BICUBIC, "bilinear": BILINEAR}
 CPU = torch.device("cpu")
 SIZE = 64
 EXACT = (55.0, 53.0)
@@ -94,13 +96,16 @@ def test_what_a_gpu_computes_of_a_resident_set_gives_pillows_pixels_on_a_cpu(set
 
 
 @pytest.mark.parametrize("backend", FLOOR)
-@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
-def test_evaluation_crops_are_timms(sets, backend, crop_pct):
+@pytest.mark.parametrize(
+    ("crop_pct", "kernel"), [(0.875, "bicubic"), (0.9, "bicubic"), (1.0, "bicubic"), (0.9, "bilinear")]
+)
+def test_evaluation_crops_are_timms(sets, backend, crop_pct, kernel):
     beton = Beton(sets["jpeg"])
-    plan = EvalPlan(beton.heights, beton.widths, img_size=SIZE, crop_pct=crop_pct, batch_size=24)
+    look = {"img_size": SIZE, "crop_pct": crop_pct, "kernel": KERNELS[kernel]}
+    plan = EvalPlan(beton.heights, beton.widths, **look, batch_size=24)
     loader, _ = open_loader(beton, plan, CPU, LoaderOptions(backend, 2))
     (batch,) = loader.batches(0)
-    transform = create_transform((3, SIZE, SIZE), crop_pct=crop_pct, interpolation="bicubic", normalize=False)
+    transform = create_transform((3, SIZE, SIZE), crop_pct=crop_pct, interpolation=kernel, normalize=False)
     found = []
     for n, sample_id in enumerate(batch.plan.ids):
         expected: torch.Tensor = transform(Image.fromarray(decode(beton, sample_id)))  # type: ignore[operator]
