@@ -102,12 +102,14 @@ def _validate(options: Options, say: Callable[[str], object]) -> tuple[Scores, S
     beton, spec = Beton(path), scorer.spec
     _check_classes(scorer, beton, path)
     batch_size = min(options.batch_size, beton.num_samples)
-    size: dict[str, Any] = {
-        "img_size": spec.img_size,
-        "crop_pct": spec.crop_pct,
-        "kernel": KERNELS[scorer.interpolation],
-    }
-    plan = EvalPlan(beton.heights, beton.widths, **size, batch_size=batch_size)
+    plan = EvalPlan(
+        beton.heights,
+        beton.widths,
+        img_size=spec.img_size,
+        crop_pct=spec.crop_pct,
+        batch_size=batch_size,
+        kernel=KERNELS[scorer.interpolation],
+    )
     decoding = LoaderOptions(options.loader, options.workers, on_bad_sample=options.on_bad_sample)
     loader, line = open_loader(beton, plan, device, decoding)
     say(line)
