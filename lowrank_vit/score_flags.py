@@ -123,7 +123,7 @@ def with_images_first(argv: Iterable[str], options: type) -> list[str]:
 
     `options` is the dataclass of the flags, which tells how many values each takes.
     """
-    takes: dict[str, int | None] = {"-h": 0, "--help": 0}
+    takes: dict[str, int | None] = {"-h": 0, "--help": 0, "--tyro-write-completion": 2}
     for name, hint in get_type_hints(options, include_extras=True).items():
         short = [alias for note in getattr(hint, "__metadata__", ()) for alias in getattr(note, "aliases", None) or ()]
         for flag in (f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}", *short):

@@ -22,7 +22,7 @@ from lowrank_vit import train as train_command
 from lowrank_vit.config import parse
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.engine.checkpoint import read_checkpoint
-from lowrank_vit.engine.scoring import load_scorer
+from lowrank_vit.engine.scoring import ModelOptions, load_scorer
 from lowrank_vit.engine.step import TrainStep
 from lowrank_vit.engine.trainer import COLD_UPDATES, Trainer
 from lowrank_vit.report.__main__ import main as report_main
@@ -309,7 +309,7 @@ def test_mean_and_std_are_stored_and_honoured_by_validation_and_inference(train,
     checkpoint = read_checkpoint(own.run_dir / "last.pth.tar")
     assert checkpoint.content["input"]["mean"] == [0.1, 0.2, 0.3]
     assert checkpoint.content["input"]["std"] == [0.4] * 3
-    scorer = load_scorer(own.run_dir / "last.pth.tar", torch.device("cpu"))
+    scorer = load_scorer(ModelOptions(own.run_dir / "last.pth.tar"), torch.device("cpu"))
     assert (scorer.spec.mean, scorer.spec.std) == ((0.1, 0.2, 0.3), (0.4, 0.4, 0.4))
     scores = validate(Options(own.run_dir / "last.pth.tar", device="cpu"))
     assert lines(own.run_dir, "eval")[0]["eval_loss"] == pytest.approx(scores.loss, rel=1e-5)
