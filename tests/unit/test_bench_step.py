@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +39,9 @@ def test_both_steps_train_the_same_model():
     config = step.config_of(load, cpu, "eager")
     parts = step.make_parts(config, None)
     timms = step._timm_case(load, cpu, "eager", config)
-    cells = dict(zip(timms.run.func.__code__.co_freevars, timms.run.func.__closure__ or (), strict=True))
+    assert isinstance(timms.run, partial)
+    run: Any = timms.run.func
+    cells = dict(zip(run.__code__.co_freevars, run.__closure__ or (), strict=True))
     optimizer = cells["optimizer"].cell_contents
 
     def groups(of: torch.optim.Optimizer) -> list[tuple[float, int]]:
