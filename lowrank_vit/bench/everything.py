@@ -217,10 +217,14 @@ def print_summary(result: Result, console: Console) -> None:
 
 
 def settings_of_peers(benches: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """BENCH/CASE -> how it was set, of the peers' cases; of a bench that names no peers, of all but its limits."""
+    """BENCH/CASE -> how it was set, of the peers' cases.
+
+    Of a bench that compares (a ratio has "_vs_" in its name) and names no peers, all but its limits.
+    """
     found = {}
     for bench, result in benches.items():
         settings, peers = result.get("settings", {}), result.get("peers", [])
-        wanted = peers or [name for name, setting in settings.items() if not setting.startswith("limit:")]
-        found |= {f"{bench}/{name}": settings[name] for name in wanted if settings.get(name)}
+        if not peers and any("_vs_" in ratio for ratio in result.get("ratios", {})):
+            peers = [name for name, setting in settings.items() if not setting.startswith("limit:")]
+        found |= {f"{bench}/{name}": settings[name] for name in peers if settings.get(name)}
     return found

@@ -21,7 +21,7 @@ TITLES = {
     "batch": "Loading, by batch size",
     "size": "Loading, by image size",
     "samples": "Loading, by number of samples",
-    "memory": "Peak memory of a process, by number of samples",
+    "memory": "Peak memory, by number of samples",
     "width": "Spectra, by width",
 }
 APART = ("resident",)
@@ -53,7 +53,7 @@ def panels_of(result: Result) -> list[Panel]:
         for (unit, own), lines in groups.items():
             title = TITLES[sweep]
             if own:
-                title = title.replace("Loading", "Loading a set decoded in memory")
+                title = title.replace("Loading", "Resident loading")
             elif unit == SECONDS:
                 title = title.replace("Spectra", "A whole refresh of the spectra")
             panels.append(Panel(sweep, title, unit, lines))

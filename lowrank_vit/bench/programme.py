@@ -33,8 +33,8 @@ class Entry:
 
     @property
     def limit_s(self) -> int:
-        """After which the short form is ended: compiling and a cold disk vary, a bench that hangs never ends."""
-        return 60 + 2 * self.expected_s
+        """After which the short form is ended: a busy machine and compiling take long, a bench that hangs for ever."""
+        return 60 + 3 * self.expected_s
 
 
 CPU: Mapping[str, Entry] = {

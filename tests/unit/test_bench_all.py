@@ -280,6 +280,18 @@ time.sleep(600)
     assert not status.exists() or ") Z " in status.read_text()
 
 
+def test_settings_are_those_of_what_is_compared_with():
+    settings = {"ours": "a", "peer": "b", "most": "limit: c", "quiet": ""}
+    found = everything.settings_of_peers(
+        {
+            "named": {"settings": settings, "peers": ["peer"], "ratios": {}},
+            "unnamed": {"settings": settings, "ratios": {"ours_vs_peer": {}}},
+            "alone": {"settings": settings, "ratios": {}},
+        }
+    )
+    assert found == {"named/peer": "b", "unnamed/ours": "a", "unnamed/peer": "b"}
+
+
 def test_a_picture_of_the_aims_is_drawn_with_and_without_figures():
     result = everything.run(Options(device="cpu"), start=writer(0.9, broken={"spectral": fail(UserError("no."))}))
     empty = everything.run(Options(device="cpu", only=("limits",)), start=writer(1.0))

@@ -120,6 +120,7 @@ def test_a_panel_has_one_unit_and_nothing_that_hides_the_others():
     assert ("width", "s", ["refresh"]) in found
     assert ("memory", "MB", ["ffcv", "dali", "resident"]) in found
     assert len({panel.title for panel in panels}) == len(panels)
+    assert max(len(panel.title) for panel in panels) <= 40  # else it runs into its neighbour
 
 
 def test_a_picture_of_all_sweeps_is_small():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from data_prep.errors import UserError
 from lowrank_vit.bench import end_to_end, step
 from lowrank_vit.bench.__main__ import main
 from lowrank_vit.bench.phases import PHASES, Phases, Timer
-from lowrank_vit.bench.timed_steps import Round
 
 TINY = "-b 4 --img-size 32 --steps 2 --device cpu --repeats 1".split()
 
@@ -38,8 +38,10 @@ def test_both_steps_train_the_same_model():
     load = step.Workload("vit_tiny_patch16_224", 32, 4, 1)
     config = step.config_of(load, cpu, "eager")
     parts = step.make_parts(config, None)
-    timms: Any = step._timm_case(load, cpu, "eager", config)
-    cells = dict(zip(timms.run.func.__code__.co_freevars, timms.run.func.__closure__ or (), strict=True))
+    timms = step._timm_case(load, cpu, "eager", config)
+    assert isinstance(timms.run, partial)
+    run: Any = timms.run.func
+    cells = dict(zip(run.__code__.co_freevars, run.__closure__ or (), strict=True))
     optimizer = cells["optimizer"].cell_contents
 
     def groups(of: torch.optim.Optimizer) -> list[tuple[float, int]]:
@@ -96,7 +98,7 @@ def test_a_peer_that_breaks_leaves_our_figures(monkeypatch):
 
 def test_end_to_end_smoke(tmp_path, capsys):
     path = tmp_path / "end.json"
-    data = "--count 24 --loader ffcv --workers 1".split()
+    data = "--count 24 --loader ffcv --workers 1 --spec-every 2".split()
     main(["end-to-end", *TINY, *data, "--scratch", str(tmp_path / "scratch"), "--json", str(path)])
     result = json.loads(path.read_text())
     assert list(result["cases"]) == ["end_to_end", "synthetic", "product_limit", *(f"phase_{n}" for n in PHASES)]
@@ -106,9 +108,6 @@ def test_end_to_end_smoke(tmp_path, capsys):
     # The phases are the round: nothing of a step is left out or counted twice.
     step_ms = sum(result["cases"][f"phase_{name}"]["samples"][0] for name in PHASES)
     assert step_ms == pytest.approx(1e3 * 4 / result["cases"]["end_to_end"]["samples"][0], rel=0.2)
-    assert result["refreshes"]["by_round"] == [1]
-    assert [len(result["queue"][name]) for name in ("mean", "at_start", "at_end")] == [1, 1, 1]
-    assert "a smoke test" in result["limits"][0]
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
@@ -142,19 +141,3 @@ def test_wrong_options(tmp_path):
         end_to_end.run(end_to_end.Options(device="cpu", spec_every=0))
     with pytest.raises(UserError, match=r"nothing\.beton is not a file"):
         end_to_end.run(end_to_end.Options(device="cpu", data=tmp_path / "nothing.beton"))
-
-
-def test_the_reader_is_told_of_idle_monitors_and_of_rounds_that_are_too_short():
-    def one(refreshes: int) -> Round:
-        return Round({}, 1.5, waiting_at_start=2, waiting_at_end=1, refreshes=refreshes, skipped=0, refresh_tail_s=0.5)
-
-    said, seen = end_to_end.what_was_seen([one(1), one(1)], 20, 2)
-    assert not any("idle" in text or "smoke" in text for text in said)
-    assert "2 in 2 rounds" in said[1]
-    assert "went on for 0.5 s" in said[1]
-    assert seen["queue"] == {"prefetch": 2, "mean": [1.5, 1.5], "at_start": [2, 2], "at_end": [1, 1]}
-    assert seen["refreshes"]["by_round"] == [1, 1]
-    said, _ = end_to_end.what_was_seen([one(1), one(0)], 20, 2)
-    assert said[0].startswith("1 of 2 rounds had no refresh")
-    said, _ = end_to_end.what_was_seen([one(1)], 2, 2)
-    assert said[0] == "Of 2 batches a round up to 5 may be decoded before it: a smoke test."
