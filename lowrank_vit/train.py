@@ -58,7 +58,7 @@ def _farewell(result: Result, config: Config, world: World) -> str:
         heading = f"{result.num_updates} updates in {duration(result.train_s)}"
     else:
         heading = f"{_best(result)}, {duration(result.train_s)} of training"
-    there = (f"    {name:<18}{what}" for name, pattern, what in _FILES if any(run.glob(pattern)))
+    there = (f"    {name:<20}{what}" for name, pattern, what in _FILES if any(run.glob(pattern)))
     commands = (step.command("  ") for step in steps)
     return "\n".join(["", heading, "", f"  {shown(run)}/", *there, "", "next:", *commands])
 
