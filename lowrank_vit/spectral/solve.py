@@ -105,7 +105,7 @@ def solve_stack(
         scales = _scales(stack.matrices_NRC)
         if solver == "svd" or 2 * m >= k:
             first = [None] * n
-        elif stack.matrices_NRC.is_cuda:
+        elif _takes_whole_stacks(stack.matrices_NRC):
             first = _gram_on_device(stack.matrices_NRC, m, scales)
         else:
             first = _gram_on_cpu(stack.matrices_NRC, m, scales, cpu_threads, cancelled)
@@ -142,7 +142,7 @@ def largest_values(matrices_NRC: Tensor, cpu_threads: int = 1) -> np.ndarray:
         scales = _scales(matrices_NRC)
         usable = np.isfinite(scales)
         result = np.full(len(scales), np.nan)
-        if not matrices_NRC.is_cuda:
+        if not _takes_whole_stacks(matrices_NRC):
 
             def one(i: int) -> float:
                 a_RC = _float64_numpy(matrices_NRC[i], scales[i])
@@ -150,10 +150,16 @@ def largest_values(matrices_NRC: Tensor, cpu_threads: int = 1) -> np.ndarray:
 
             result[usable] = _side_by_side(one, np.flatnonzero(usable).tolist(), cpu_threads)
         elif usable.any():
-            gram = gram_batched.gram_stack(_divided(matrices_NRC, scales))
+            divided, divisors = _divided(matrices_NRC, scales)
+            gram = gram_batched.gram_stack(divided)
             top = torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0.0).sqrt().cpu().numpy()
-            result[usable] = (top * np.where(usable, scales, 1.0))[usable]
+            result[usable] = (top * divisors)[usable]
     return result
+
+
+def _takes_whole_stacks(matrices_NRC: Tensor) -> bool:
+    """Whether the batched solver is the faster one there: on an accelerator. Tests have it run on a CPU, too."""
+    return matrices_NRC.is_cuda
 
 
 def _scales(matrices_NRC: Tensor) -> np.ndarray:
@@ -170,13 +176,18 @@ def _as_float64(matrix: Tensor, scale: float) -> Tensor:
     return (matrix.double() / scale).contiguous()
 
 
-def _divided(matrices_NRC: Tensor, scales: np.ndarray) -> Tensor:
-    """Every matrix over its scale; zeros for one that is not finite, so that no solver meets a NaN."""
-    if np.isfinite(scales).all() and (np.abs(np.log2(scales)) < 100).all():
-        return matrices_NRC  # float32 weights of usual size need no scaling, hence no copy
-    bad = torch.from_numpy(~np.isfinite(scales)).to(matrices_NRC.device)
-    factors = torch.from_numpy(np.where(np.isfinite(scales), scales, 1.0)).to(matrices_NRC.device)
-    return (matrices_NRC.double() / factors[:, None, None]).masked_fill(bad[:, None, None], 0.0)
+def _divided(matrices_NRC: Tensor, scales: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """Every matrix over its scale, and what it was divided by, float64 (N,).
+
+    One that is not finite becomes zeros, so that no solver meets a NaN. Float32 weights of usual size need no scaling,
+    hence no copy: they come back as they are, divided by 1.
+    """
+    usable = np.isfinite(scales)
+    if usable.all() and (np.abs(np.log2(scales)) < 100).all():
+        return matrices_NRC, np.ones(len(scales))
+    divisors = np.where(usable, scales, 1.0)
+    bad, factors = (torch.from_numpy(x).to(matrices_NRC.device)[:, None, None] for x in (~usable, divisors))
+    return (matrices_NRC.double() / factors).masked_fill(bad, 0.0), divisors
 
 
 def _scaled(solved: Solved, scale: float) -> Solved:
@@ -217,15 +228,14 @@ def _side_by_side(one: Callable[[int], T], indices: Iterable[int], cpu_threads: 
 
 
 def _gram_on_device(matrices_NRC: Tensor, m: int, scales: np.ndarray) -> list[tuple[Solved, str] | None]:
-    divided = _divided(matrices_NRC, scales)
+    divided, divisors = _divided(matrices_NRC, scales)
     try:
         found = gram_batched.solve_stack(divided, m)
     except torch.linalg.LinAlgError as error:
         return [(not_finite((divided.shape[1], divided.shape[2]), m), f"no convergence ({error})")] * len(scales)
-    if divided is not matrices_NRC:
-        return list(found)
-    # Nothing was divided, so take out what `_scaled` will multiply in.
-    return [(_scaled(solved, 1 / scale), note) for (solved, note), scale in zip(found, scales, strict=True)]
+    # As of the matrix over its scale, whatever it was divided by: the caller multiplies the scale in.
+    factors = divisors / np.where(np.isfinite(scales), scales, 1.0)
+    return [(_scaled(solved, factor), note) for (solved, note), factor in zip(found, factors, strict=True)]
 
 
 def _svd(a_RC: Tensor, m: int) -> Solved:

@@ -6,6 +6,7 @@ Not yet run on a GPU.
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -52,20 +53,20 @@ def losses(run: Path) -> list[float]:
 def test_a_warm_step_never_waits_and_never_recompiles(argv, loader, way):
     """But for the event of a step long done, which `Pace` waits for and torch does not count."""
     trainer = Trainer(parse([*argv, "--batch-size", "32", "--loader", loader, *way.split()]), "warm")
-    trainer.parts.model.train()
-    batches = trainer.parts.train_loader.batches(0)
-    for n, batch in enumerate(islice(batches, 20)):
-        trainer.parts.step(batch, measure_norm=n % 2 == 0)
-    torch.cuda.synchronize()
-    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    try:
-        torch.cuda.set_sync_debug_mode("error")
+    with closing(trainer.run_dir), closing(trainer.parts.train_loader):
+        trainer.parts.model.train()
+        batches = trainer.parts.train_loader.batches(0)
         for n, batch in enumerate(islice(batches, 20)):
             trainer.parts.step(batch, measure_norm=n % 2 == 0)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
-    trainer.run_dir.close()
+        torch.cuda.synchronize()
+        compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            for n, batch in enumerate(islice(batches, 20)):
+                trainer.parts.step(batch, measure_norm=n % 2 == 0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
 
 
 @pytest.mark.parametrize("loader", ["resident", "ffcv"])

@@ -18,6 +18,13 @@ EPS = float(np.finfo(np.float64).eps)
 SOLVERS: list[Solver] = ["gram64", "svd"]
 
 
+@pytest.fixture(params=["threads", "stacks"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which way matrices are solved: one by one as on a CPU, or a whole stack at once as on a GPU."""
+    monkeypatch.setattr("lowrank_vit.spectral.solve._takes_whole_stacks", lambda _: request.param == "stacks")
+    return request.param
+
+
 def check_against_numpy(solved: Solved, matrix: torch.Tensor, m: int) -> None:
     """Values, certificates and residuals against numpy's SVD of the same float64 matrix."""
     a = matrix.double().numpy()
@@ -76,6 +83,7 @@ CASES = {
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("path")
 def test_hard_cases_keep_their_accuracy_and_their_certificates(name: str, solver: Solver) -> None:
     check_against_numpy(solve({name: CASES[name]}, 6, solver, cpu_threads=2)[name], CASES[name], 6)
 
@@ -117,6 +125,7 @@ def test_a_float32_gram_matrix_would_not_do() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(96, 32), (32, 96), (48, 48)], ids=["tall", "wide", "square"])
+@pytest.mark.usefixtures("path")
 def test_random_weights_of_every_dtype(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weights = {
         f"m{i}": (torch.randn(shape, generator=torch.Generator().manual_seed(i)) * 0.02).to(dtype) for i in range(3)
@@ -220,11 +229,16 @@ def test_order_is_kept_over_mixed_shapes_and_dtypes_and_gradients_are_not_asked_
     assert solved["e"].s.shape == (0,)
 
 
-def test_sigma_1_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    stack = torch.stack([CASES["tall"], 1e-170 * CASES["tall"], 0 * CASES["tall"], CASES["tall"] + torch.nan])
-    found = largest_values(stack)
-    true = np.linalg.norm(CASES["tall"].numpy(), 2)
-    np.testing.assert_allclose(found, np.array([true, 1e-170 * true, 0.0, np.nan]), rtol=1e-14)
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "factors", [(1.0, 3.0, 1e-5), (0.7, 1e-170, 0.0), (0.011, 1e160, torch.nan)], ids=["usual", "tiny", "not finite"]
+)
+def test_sigma_1_alone(factors: tuple[float, ...], dtype: torch.dtype) -> None:
+    """Also where nothing needs scaling, and with greatest entries that are no power of two."""
+    matrices = [(factor * CASES["tall"]).to(dtype) for factor in factors]
+    expected = [np.linalg.norm(one.double().numpy(), 2) if one.isfinite().all() else np.nan for one in matrices]
+    np.testing.assert_allclose(largest_values(torch.stack(matrices)), expected, rtol=1e-14)
 
 
 def test_cancelling_stops_between_two_matrices() -> None:
