@@ -21,6 +21,7 @@ from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 from data_prep.errors import UserError
 from data_prep.help_text import fitted_help
 from data_prep.typed import usage_name
+from lowrank_vit import meaning
 from lowrank_vit.config_check import check, leaves
 from lowrank_vit.config_yaml import FromFile, config_files, read_config
 from lowrank_vit.keywords import square_side, take_keyword
@@ -170,8 +171,12 @@ def _say(line: str) -> None:
 
 
 def _tell_of_timms(files: dict[Path, FromFile], held: list[str]) -> None:
-    """Say which of timm's options change nothing here: one line a file, and one for what was asked for."""
+    """Say what files are taken to mean, and which of timm's options change nothing here: one line a file, and one for
+    what was asked for.
+    """
     for path, file in files.items():
+        for note in file.notes:
+            _say(note)
         if file.num_skipped:
             _say(f"{file.num_skipped} options of timm's that are not here stand at neutral values in {path}: skipped")
     held = [*(one for file in files.values() for one in file.held), *held]
@@ -207,11 +212,11 @@ def _fit_defaults(config: Config, own: set[str], in_files: set[str]) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """A flat YAML of every option, defaults included; `--config` on it repeats the run.
+    """A flat YAML of every option, defaults included, and of what they mean; `--config` on it repeats the run.
 
     Left out are the run's own name and what it was resumed from: a repetition is a run of its own.
     """
-    flat: dict[str, Any] = {}
+    flat: dict[str, Any] = {meaning.KEY: meaning.now()}
     for name, _, value in leaves(config):
         if name in ("experiment", "resume"):
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,6 +20,19 @@ def leaves(config: Config | None = None) -> Iterator[tuple[str, Any, Any]]:
     config = config or Config()
     for group in dataclasses.fields(config):
         yield from _flags(getattr(config, group.name))
+
+
+def with_options(config: Config, values: Mapping[str, Any]) -> Config:
+    """The same with some options, by their flags' names without dashes in front, at other values; lists are tuples."""
+    groups: dict[str, Any] = {}
+    for group in dataclasses.fields(config):
+        options = getattr(config, group.name)
+        own = {
+            f.name: values[name] for f in dataclasses.fields(options) if (name := f.name.replace("_", "-")) in values
+        }
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+        groups[group.name] = dataclasses.replace(options, **plain)
+    return Config(**groups)
 
 
 def _flags(options: Any) -> Iterator[tuple[str, Any, Any]]:

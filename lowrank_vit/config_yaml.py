@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 
 from data_prep.errors import UserError
 from data_prep.shipped import CONFIGS, find_shipped, shipped_names
+from lowrank_vit import meaning
 from lowrank_vit.option_types import Hints, aliases, is_number, kind_of, problem
 from lowrank_vit.timm_flags import HOLDS, NOT_NEUTRAL_AT_0, OF_OTHERS, TIMM_WRITES
 from lowrank_vit.timm_line import FOREIGN, foreign, refuse_value
@@ -57,6 +59,8 @@ class FromFile:
     """Options of timm's whose effect is there without them."""
     num_skipped: int = 0
     """Options of timm's that are not here, at values that change nothing."""
+    notes: list[str] = field(default_factory=list)
+    """What an older run's file is taken to mean, in words."""
 
 
 def read_config(path: Path, hints: Hints) -> FromFile:
@@ -75,7 +79,10 @@ def read_config(path: Path, hints: Hints) -> FromFile:
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must be a flat mapping of flag names to values, e.g. `epochs: 300`.")
     found, seen, names = FromFile(), dict[str, str](), aliases(hints)
+    number = meaning.number_in(content, f"--config {path}")
     for key, value in content.items():
+        if key == meaning.KEY:
+            continue
         name = str(key).replace("_", "-")
         name = names.get(name, name)
         shown = f"--config {path}: `{key}`"
@@ -91,7 +98,31 @@ def read_config(path: Path, hints: Hints) -> FromFile:
         if name not in seen or value is not None:
             found.tokens[name] = [] if value is None else _option_tokens(shown, name, hints[name], value)
             seen[name] = str(key)
+    if number is None and _is_whole(found, hints):
+        number = meaning.FIRST
+    if number is not None:
+        args = {str(key).replace("_", "-"): value for key, value in content.items()}
+        _take_as_meant(found, number, args, hints, f"--config {path}")
     return found
+
+
+def _is_whole(found: FromFile, hints: Hints) -> bool:
+    """Whether these are all options of a run of ours, as in its args.yaml, and not those that someone has chosen."""
+    return "spec-every" in found.tokens and len(found.tokens) > len(hints) / 2
+
+
+def _take_as_meant(found: FromFile, number: int, args: Mapping[str, Any], hints: Hints, source: str) -> None:
+    """Give options that an older run knew nothing of the values with which everything is as it was then."""
+    before = meaning.values_before(number, args)
+    for change in meaning.changes_since(number, args):
+        new = [name for name in change.before if not found.tokens.get(name)]
+        for name in new:
+            found.tokens[name] = _option_tokens(f"{source}: `{name}`", name, hints[name], before[name])
+        if new:
+            as_then = " ".join(token for name in new for token in found.tokens[name])
+            found.notes.append(f"{source} is an older run's: {change.what}. It is taken as it was meant: {as_then}")
+        elif change.cannot:
+            found.notes.append(f"{source} is an older run's: {change.what}. A new run does as now: {change.cannot}")
 
 
 def _foreign(found: FromFile, name: str, value: Any, shown: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
+from lowrank_vit import meaning
 
 IS_FINITE = "is_finite"
 """Key of a checkpoint's content: () bool, whether the run was still sound. Files never hold False."""
@@ -42,6 +43,11 @@ class Checkpoint:
         """The run's flags by name; empty for files of other programs."""
         args = self.content.get("args")
         return args if isinstance(args, dict) else {}
+
+    @property
+    def meaning(self) -> int:
+        """The number of what its seeds and flags mean. Raises `UserError` for one of a newer program."""
+        return meaning.number_in(self.content, str(self.path)) or meaning.FIRST
 
     def weights(self, use_ema: bool) -> dict[str, Tensor]:
         """The model's state dict, or its EMA's. Raises `UserError` where there is no EMA."""

@@ -11,6 +11,7 @@ from lowrank_vit.engine import launch
 from lowrank_vit.engine.checkpoint import Checkpoint, read_checkpoint
 from lowrank_vit.engine.distributed import World
 from lowrank_vit.engine.run_dir import RunDir
+from lowrank_vit.engine.state import as_resumed
 from lowrank_vit.options import Config
 
 
@@ -19,7 +20,7 @@ class Start:
     """What all ranks agree on before the parts are made."""
 
     config: Config
-    """With --resume where an earlier attempt has left a checkpoint."""
+    """With --resume where an earlier attempt has left a checkpoint, and with what an older run means."""
     resumed: Checkpoint | None
     earlier: Path | None
     """The directory of an earlier attempt, to be used again."""
@@ -39,7 +40,10 @@ def find_start(config: Config, world: World) -> Start:
     if world.is_first and not resume and not earlier:
         RunDir.require_free(run.output, run.experiment)  # before data are converted for nothing
     config = replace(config, run=replace(run, resume=resume))
-    return Start(config, _read_alike(resume, world) if resume else None, earlier, agents)
+    resumed = _read_alike(resume, world) if resume else None
+    if resumed:
+        config = as_resumed(config, resumed, print if world.is_first else lambda _: None)
+    return Start(config, resumed, earlier, agents)
 
 
 def _read_alike(path: Path, world: World) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
-from lowrank_vit.config_check import leaves
+from lowrank_vit import meaning
+from lowrank_vit.config_check import leaves, with_options
 from lowrank_vit.engine.checkpoint import IS_FINITE, Checkpoint
 from lowrank_vit.engine.meter import NEVER
 from lowrank_vit.engine.setup import Parts
@@ -83,6 +85,7 @@ def capture(config: Config, parts: Parts, progress: Progress) -> dict[str, Any]:
     step = parts.step.state_dict()
     content: dict[str, Any] = {
         "version": 2,  # of timm's layout
+        meaning.KEY: meaning.now(),
         "arch": config.model.model,
         "epoch": progress.epoch - 1,  # the last that is finished
         "state_dict": parts.model.state_dict(),
@@ -110,6 +113,25 @@ def _is_finite(parts: Parts) -> Tensor:
     states = (value for state in parts.optimizer.state.values() for value in state.values())
     tensors += [value for value in states if isinstance(value, Tensor) and value.is_floating_point() and value.ndim]
     return torch.nn.utils.get_total_norm(tensors).isfinite()
+
+
+def as_resumed(config: Config, resumed: Checkpoint, say: Callable[[str], object]) -> Config:
+    """`config`, where options that the run knew nothing of have the values that give its own meaning.
+
+    Only those that stand at their defaults: others are then refused as another run's. `say` is told of each. Raises
+    `UserError` where this program cannot go on as the run began.
+    """
+    number, args = resumed.meaning, resumed.args
+    meaning.check_can_go_on(number, args, str(resumed.path))
+    before, usual = meaning.values_before(number, args), {name: value for name, _, value in leaves()}
+    given = {name: value for name, _, value in leaves(config)}
+    for change in meaning.changes_since(number, args):
+        old = {name: before[name] for name in change.before if name not in args and given[name] == usual[name]}
+        config = with_options(config, old)
+        if old:
+            values = ", ".join(f"--{name} {_plain(value)}" for name, value in old.items())
+            say(f"note: {resumed.path} is of an older run: {change.what}. It goes on as it began: {values}")
+    return config
 
 
 def restore(config: Config, parts: Parts, resumed: Checkpoint) -> Progress:
@@ -141,10 +163,11 @@ def restore(config: Config, parts: Parts, resumed: Checkpoint) -> Progress:
 
 def _check_same_run(config: Config, resumed: Checkpoint) -> None:
     """Raise `UserError` for options that would make another run of it: the optimizer's state holds the old ones."""
+    args = {**meaning.values_before(resumed.meaning, resumed.args), **resumed.args}
     changed = [
-        f"--{name} was {resumed.args[name]}, now {_plain(value)}"
+        f"--{name} was {args[name]}, now {_plain(value)}"
         for name, _, value in leaves(config)
-        if name not in MAY_CHANGE and name in resumed.args and resumed.args[name] != _plain(value)
+        if name not in MAY_CHANGE and name in args and args[name] != _plain(value)
     ]
     if changed:
         raise UserError(
