@@ -11,14 +11,15 @@ ifeq ($(PY),.venv/bin/python)
 READY := .venv/.ready
 endif
 
-.PHONY: help setup train test lint report gpu-check bench prep-cifar100 prep-imagenet prep-imagenet100 clean
+.PHONY: help setup train test test-slow lint report gpu-check bench prep-cifar100 prep-imagenet prep-imagenet100 clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [CFG=configs/quickstart.yaml] [ARGS='--epochs 1']"
 	@echo "                                        set up on first use, then train"
 	@echo "make setup                              .venv with everything"
-	@echo "make test                               the whole test suite"
+	@echo "make test                               the test suite, all but its slow half"
+	@echo "make test-slow                          the slow half: many mutated files, kills"
 	@echo "make lint                               ruff and pyright"
 	@echo "make report [RUN=output/latest]         a run as report.html and pictures"
 	@echo "make prep-cifar100 [SRC=archive] OUT=dir    downloads it without SRC"
@@ -44,8 +45,12 @@ setup: .venv/.ready
 train: $(READY)
 	$(PY) -m lowrank_vit.train --config $(CFG) $(ARGS)
 
+# pytest takes the last -m, so ARGS="-m gpu" replaces these.
 test: $(READY)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+
+test-slow: $(READY)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile -m slow $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
