@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from functools import cached_property
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep import turbojpeg
 from data_prep.beton_format import MODE_RAW, read_tables
 from data_prep.errors import BetonError
+from data_prep.jpeg import MAX_PIXELS
 from data_prep.manifest import Manifest, manifest_path, read_manifest
 from data_prep.parts import find_parts, part_path
 from data_prep.sample_table import read_sample_table, sample_table_path
@@ -54,6 +57,7 @@ class Beton:
         """int64 (N,), bytes."""
         self.is_raw = bool((self.modes == MODE_RAW).all())
         self._descriptors: list[int] = []  # of the mapped files
+        self._contradicts: np.ndarray | None = None
         self.manifests = self._read_manifests()
         """Of the parts that have one."""
         self.classes = list(self.manifests[0].classes) if self.manifests else None
@@ -134,6 +138,21 @@ class Beton:
         """uint8 (size,): one sample's stored bytes, a read-only view of the map."""
         start = self.pointers[sample_id]
         return self.bytes[start : start + self.sizes[sample_id]]
+
+    def contradicting(self, ids: np.ndarray) -> np.ndarray:
+        """Those of the samples whose JPEG has another size than the index says, is too large, or is none.
+
+        A sample is looked at once, without decoding it, when it is first asked about. (That raw samples have the size
+        of their pixels is known from opening.)
+        """
+        if self._contradicts is None:
+            self._contradicts = np.where(self.modes == MODE_RAW, np.int8(0), np.int8(-1))  # -1: not yet looked at
+        start = self.bytes.ctypes.data
+        for i in ids[self._contradicts[ids] < 0].tolist():
+            size = int(self.heights[i]), int(self.widths[i])
+            found = turbojpeg.size_at(start + int(self.pointers[i]), int(self.sizes[i]))
+            self._contradicts[i] = found != size or math.prod(size) > MAX_PIXELS
+        return ids[self._contradicts[ids] == 1]
 
     def describe(self, sample_id: int) -> str:
         """A sample in words: its file, its number there, and its source file where that is known."""

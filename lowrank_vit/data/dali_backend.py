@@ -127,6 +127,11 @@ class DaliBackend:
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             try:
                 for plan in schedule:
+                    # DALI believes the sizes that it is fed, and reads beyond a smaller image where they are wrong.
+                    if reasons := find_damage(self._beton, self._beton.contradicting(plan.ids)):
+                        while in_flight:
+                            self._collect(in_flight, stop, time.perf_counter())
+                        raise DamagedSamples(reasons)
                     begun = time.perf_counter()
                     sources = self._sources(plan)
                     sources.feed(self._pipeline)
@@ -142,7 +147,7 @@ class DaliBackend:
             except RuntimeError as error:  # all of DALI's errors; the pipeline is of no more use
                 self._pipeline = None
                 self._put(self._explain(error, [plan for plan, _ in in_flight]), stop, give_up=False)
-            except Exception as error:  # of the plan: the file has changed
+            except Exception as error:  # a damaged sample; or of the plan: the file has changed
                 self._drain(in_flight)
                 self._put(error, stop, give_up=False)
 
@@ -167,11 +172,19 @@ class DaliBackend:
         size, heights, widths = self._shape.img_size, self._beton.heights[plan.ids], self._beton.widths[plan.ids]
         planned = cropped(spans(plan, heights, widths, size))
         sides = planned[:, :, LENGTH].astype(np.int64)
-        addresses = np.array([decoded[n].data_ptr() for n in range(len(plan.ids))])
-        images_NHWC = np.empty((len(plan.ids), size, size, 3), np.uint8)
+        made = [decoded[n] for n in range(len(plan.ids))]
+        shapes = np.array([image.shape() for image in made], np.int64)
+        addresses = np.array([image.data_ptr() for image in made])
+        images_NHWC = np.zeros((len(plan.ids), size, size, 3), np.uint8)
         numba.set_num_threads(self._threads)
-        row_bytes = 3 * sides[:, 1]
-        resize_batch(addresses, sides[:, 0] * row_bytes, row_bytes, planned, plan.kernels, plan.flips, images_NHWC)
+        row_bytes = 3 * shapes[:, 1]
+        is_written = resize_batch(
+            addresses, shapes.prod(axis=1), row_bytes, planned, plan.kernels, plan.flips, images_NHWC
+        )
+        if (wrong := ~is_written | (shapes != np.insert(sides, 2, 3, axis=1)).any(axis=1)).any():
+            n = int(np.flatnonzero(wrong)[0])
+            found, wanted = (" x ".join(map(str, sizes[:2])) for sizes in (shapes[n], sides[n]))
+            raise DamagedSamples({int(plan.ids[n]): f"DALI decodes {found} pixels (height x width), not {wanted}"})
         return torch.from_numpy(images_NHWC)
 
     def _put(self, item: Any, stop: Event, *, give_up: bool = True) -> None:

@@ -24,8 +24,24 @@ def _function(name: str, result: type, *arguments: type) -> Any:
 
 
 _init = _function("tjInitDecompress", _VOID)
+_header = _function("tjDecompressHeader3", _INT, _VOID, _VOID, ctypes.c_ulong, *[_VOID] * 4)
 _decompress = _function("tjDecompress2", _INT, _VOID, _VOID, ctypes.c_ulong, _VOID, *[_INT] * 5)
 _destroy = _function("tjDestroy", _INT, _VOID)
+
+
+@numba.njit
+def is_of_size(data: np.ndarray, height: Any, width: Any) -> bool:
+    """Whether the bytes of a JPEG say that it has this size in pixels, by libturbojpeg's own reading of them.
+
+    Asked before decoding, since libturbojpeg writes a smaller image into a buffer meant for a larger one and calls it
+    success: the rest of the buffer is then whatever it was.
+    """
+    decoder = _init()
+    found = np.zeros(4, np.int32)  # width, height, subsampling, colour space; zeros stay where no header was read
+    at = found.ctypes.data
+    _header(decoder, data.ctypes.data, data.size, at, at + 4, at + 8, at + 12)
+    _destroy(decoder)
+    return found[0] == width and found[1] == height
 
 
 @numba.njit

@@ -23,12 +23,13 @@ import torch
 
 from data_prep.beton_format import IMAGE, MODE_JPEG
 from data_prep.errors import BetonError
+from data_prep.jpeg import MAX_PIXELS
 from lowrank_vit.data.backend import DamagedSamples, new_meter, to_device
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.beton import Beton
-from lowrank_vit.data.exact_jpeg import decode_exactly
+from lowrank_vit.data.exact_jpeg import decode_exactly, is_of_size
 from lowrank_vit.data.geometry import spans
-from lowrank_vit.data.pil_decode import find_damage
+from lowrank_vit.data.pil_decode import crop_and_resize, decode
 from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan
 from lowrank_vit.data.resize_cpu import resize_into
 from lowrank_vit.data.schedule import Schedule
@@ -55,6 +56,8 @@ _PLANNED_IMAGE = np.dtype(
 )
 _PLANNED_SAMPLE = np.dtype({"names": ["f0", "f1"], "formats": [_PLANNED_IMAGE, "<i8"]}, align=True)
 _POLL_S = 1.0
+_CONTRADICTS = -2
+"""Code of a sample that is not what the index says; libjpeg's errors and warnings are -1."""
 
 
 _decode_jpeg = numba.njit(imdecode)  # FFCV's C function
@@ -64,16 +67,30 @@ _decode_jpeg = numba.njit(imdecode)  # FFCV's C function
 def _decode_batch(
     ids: np.ndarray, images: np.ndarray, codes: np.ndarray, samples: Any, file_bytes: np.ndarray, is_exact: bool
 ) -> None:
-    """Decode, then cut, resize and mirror as planned; one image a thread at a time."""
-    largest = np.int64(0)
-    for n in range(len(ids)):
-        largest = max(largest, np.int64(samples[ids[n]].height) * np.int64(samples[ids[n]].width) * 3)
-    scratch = np.empty((numba.get_num_threads(), largest), np.uint8)  # one whole image a thread, not one a sample
+    """Decode, then cut, resize and mirror as planned; one image a thread at a time.
+
+    Where `codes` is not 0 afterwards, `images` holds nothing.
+    """
+    # What a JPEG says of itself is compared with the index first: whatever does not fit is never decoded.
     for n in numba.prange(len(ids)):
         sample = samples[ids[n]]
         height, width = np.int64(sample.height), np.int64(sample.width)
         data = file_bytes[np.int64(sample.data_ptr) : np.int64(sample.data_ptr) + np.int64(sample.data_size)]
-        codes[n, 0] = 0
+        if sample.mode == MODE_JPEG:
+            codes[n, 0] = 0 if height * width <= MAX_PIXELS and is_of_size(data, height, width) else _CONTRADICTS
+        else:
+            codes[n, 0] = 0 if data.size == height * width * 3 else _CONTRADICTS
+    largest = np.int64(0)
+    for n in range(len(ids)):
+        if codes[n, 0] == 0:
+            largest = max(largest, np.int64(samples[ids[n]].height) * np.int64(samples[ids[n]].width) * 3)
+    scratch = np.empty((numba.get_num_threads(), largest), np.uint8)  # one whole image a thread, not one a sample
+    for n in numba.prange(len(ids)):
+        if codes[n, 0] != 0:
+            continue
+        sample = samples[ids[n]]
+        height, width = np.int64(sample.height), np.int64(sample.width)
+        data = file_bytes[np.int64(sample.data_ptr) : np.int64(sample.data_ptr) + np.int64(sample.data_size)]
         pixels = scratch[numba.get_thread_id()][: height * width * 3]
         if sample.mode == MODE_JPEG and is_exact:
             codes[n, 0] = decode_exactly(data, pixels, height, width)
@@ -88,7 +105,11 @@ def _decode_batch(
             )
         else:
             pixels = data
-        resize_into(pixels, 3 * width, sample.spans, sample.kernel, sample.flip, images[n])
+        # After an error the scratch memory holds what was there before.
+        if codes[n, 0] == 0 and not resize_into(
+            pixels, 3 * width, sample.spans, sample.kernel, sample.flip, images[n]
+        ):
+            codes[n, 0] = _CONTRADICTS
 
 
 class _PlannedDecoder(SimpleRGBImageDecoder):
@@ -249,15 +270,30 @@ class FfcvBackend:
             for n in range(len(schedule)):
                 images, codes = self._next(iterator)
                 plan = self._memory.plans[n]
-                # libjpeg-turbo returns one code for errors and for mere warnings (bytes too many before a marker, as in
-                # some images of ImageNet, which decode whole); PIL raises for the first only, so it decides.
-                if reasons := find_damage(self._beton, plan.ids[codes[:, 0] != 0]):
-                    raise DamagedSamples(reasons)
+                self._judge(plan, images, np.flatnonzero(codes[:, 0]))
                 yield self._to_batch(images, plan)
         finally:
             self._wait_for_copy()
             _stop(iterator)
             self._iterator = None
+
+    def _judge(self, plan: BatchPlan, images: np.ndarray, failed: np.ndarray) -> None:
+        """Have Pillow decode the samples at the positions `failed` of the batch. Raises `DamagedSamples`.
+
+        libjpeg-turbo returns one code for errors and for mere warnings (bytes too many before a marker, as in some
+        images of ImageNet, which decode whole); PIL raises for the first only, so it decides.
+        """
+        reasons = {}
+        for n in failed.tolist():
+            sample_id = int(plan.ids[n])
+            try:
+                pixels = decode(self._beton, sample_id)
+            except ValueError as error:
+                reasons[sample_id] = str(error)
+            else:
+                images[n] = crop_and_resize(pixels, plan, n, len(images[n]))
+        if reasons:
+            raise DamagedSamples(reasons)
 
     def _next(self, iterator: Any) -> tuple[np.ndarray, np.ndarray]:
         """FFCV's `next`, but a dead decoding thread is an error instead of an endless wait."""

@@ -20,18 +20,29 @@ _FILTERS = {
 
 
 def decode(beton: Beton, sample_id: int) -> np.ndarray:
-    """A whole stored sample, uint8 (H, W, 3) RGB. Raises `ValueError` with Pillow's words if it is damaged."""
+    """A whole stored sample, uint8 (H, W, 3) RGB, of the index's size.
+
+    Raises `ValueError` with Pillow's words if it is damaged, of another size, or no JPEG where it should be one.
+    """
     stored, height, width = beton.sample(sample_id), int(beton.heights[sample_id]), int(beton.widths[sample_id])
     if beton.modes[sample_id] == MODE_RAW:
         return stored.reshape(height, width, 3)
     try:
-        pixels = np.asarray(Image.open(io.BytesIO(stored.tobytes())).convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(str(error).replace("<_io.BytesIO object at ", "<").split(" <")[0]) from error
-    if pixels.shape != (height, width, 3):
-        found = f"{pixels.shape[1]} x {pixels.shape[0]}"
-        raise ValueError(f"the JPEG is {found} pixels, the index says {width} x {height}")
-    return pixels
+        # Named, because the bytes may be anything: Pillow would hand an EPS file to Ghostscript.
+        with Image.open(io.BytesIO(stored.tobytes()), formats=("JPEG",)) as image:
+            if image.size != (width, height):  # before anything is decoded: its own size may be enormous
+                found = f"{image.width} x {image.height}"
+                raise ValueError(f"the JPEG is {found} pixels, the index says {width} x {height}")
+            return np.asarray(image.convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly every built-in exception on damaged files
+        raise ValueError(pillow_says(error)) from error
+
+
+def pillow_says(error: Exception) -> str:
+    """What Pillow complains of, without the addresses of our own objects."""
+    return str(error).replace("<_io.BytesIO object at ", "<").split(" <")[0] or type(error).__name__
 
 
 def find_damage(beton: Beton, ids: np.ndarray) -> dict[int, str]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_prep.errors import UserError
 from lowrank_vit.data.backend import DamagedSamples, new_meter, to_device
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.beton import Beton
@@ -40,14 +41,23 @@ class ResidentBackend:
         self._workers = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         self._heights, self._widths = beton.heights.astype(np.int64), beton.widths.astype(np.int64)
         pixels = 3 * self._heights * self._widths
+        wrong = beton.contradicting(np.arange(beton.num_samples))
+        pixels[wrong] = 0  # no memory for sizes that no image has
         self._starts = np.cumsum(pixels) - pixels
-        self._damaged: dict[int, str] = {}
-        flat = np.zeros(int(pixels.sum()), np.uint8)
+        self._damaged = dict.fromkeys(wrong.tolist(), "its JPEG is not of the size that the index says")
+        try:
+            flat = np.zeros(int(pixels.sum()), np.uint8)
+        except MemoryError as error:
+            raise UserError(
+                f"--loader resident: {beton.path} takes {pixels.sum() / 1e9:.1f} GB decoded, for which memory does not "
+                "suffice. Use --loader auto."
+            ) from error
 
         def fill(sample_id: int) -> None:
             try:
-                start = self._starts[sample_id]
-                flat[start : start + pixels[sample_id]] = decode(beton, sample_id).reshape(-1)
+                decoded, start = decode(beton, sample_id).reshape(-1), self._starts[sample_id]
+                if sample_id not in self._damaged:
+                    flat[start : start + pixels[sample_id]] = decoded
             except ValueError as error:
                 self._damaged[sample_id] = str(error)
 
@@ -55,7 +65,7 @@ class ResidentBackend:
             list(pool.map(fill, range(beton.num_samples)))
         self._flat = torch.from_numpy(flat).to(device)
         self._images_NHWC: Tensor | None = None
-        if beton.is_uniform:
+        if beton.is_uniform and not len(wrong):
             self._images_NHWC = self._flat.view(-1, int(self._heights[0]), int(self._widths[0]), 3)
         self._labels = torch.from_numpy(beton.labels).to(device)
         self.decode_ms = new_meter()
@@ -77,10 +87,12 @@ class ResidentBackend:
         ids, size = plan.ids, self._img_size
         heights, widths = self._heights[ids], self._widths[ids]
         planned = spans(plan, heights, widths, size)
-        images_NHWC = np.empty((len(ids), size, size, 3), np.uint8)
+        images_NHWC = np.zeros((len(ids), size, size, 3), np.uint8)
         addresses = self._flat.data_ptr() + self._starts[ids]
         numba.set_num_threads(self._workers)
-        resize_batch(addresses, 3 * heights * widths, 3 * widths, planned, plan.kernels, plan.flips, images_NHWC)
+        rows = 3 * widths
+        is_written = resize_batch(addresses, heights * rows, rows, planned, plan.kernels, plan.flips, images_NHWC)
+        assert is_written.all(), "a window leaves its image"
         return Batch(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2), self._labels[torch.from_numpy(ids)], plan)
 
     def _cut_on_device(self, plan: BatchPlan) -> Batch:

@@ -61,17 +61,29 @@ def _byte(value: np.float32) -> np.uint8:
     return np.uint8(np.int32(min(np.float32(255), max(np.float32(0), value))))
 
 
+@numba.njit(nogil=True, cache=True)
+def _are_inside(first: np.ndarray, count: np.ndarray, extent: int | np.int64) -> bool:
+    """Whether all taps lie within an axis of `extent` pixels."""
+    for i in range(len(first)):  # noqa: SIM110  numba knows no all()
+        if first[i] < 0 or count[i] < 0 or first[i] + count[i] > extent:
+            return False
+    return True
+
+
 @numba.njit(nogil=True, cache=True, fastmath={"contract"})
 def resize_into(
     pixels: np.ndarray, row_bytes: int | np.int64, spans: np.ndarray, kernel: int, flip: bool, out: np.ndarray
-) -> None:
-    """Resample one image into `out`, uint8 (S, S, 3).
+) -> bool:
+    """Resample one image into `out`, uint8 (S, S, 3); False, and nothing is written, if a span leaves the image.
 
     `pixels`: uint8 (bytes,), RGB rows of `row_bytes`; `spans`: float64 (2, 4), see `geometry`; `flip`: mirror.
     """
     size = out.shape[0]
     first_x, count_x, weights_x = _taps(spans[1], kernel, size)
     first_y, count_y, weights_y = _taps(spans[0], kernel, size)
+    rows = len(pixels) // row_bytes if row_bytes > 0 else 0
+    if not (_are_inside(first_x, count_x, row_bytes // 3) and _are_inside(first_y, count_y, rows)):
+        return False
     left = first_x[0]
     width = 3 * (first_x[size - 1] + count_x[size - 1] - left)
     row = np.empty(width, np.float32)
@@ -97,6 +109,7 @@ def resize_into(
                 place += three
             to = three * np.uintp(size - 1 - x if flip else x)
             line[to], line[to + np.uintp(1)], line[to + np.uintp(2)] = _byte(red), _byte(green), _byte(blue)
+    return True
 
 
 @intrinsic
@@ -119,12 +132,15 @@ def resize_batch(
     kernels: np.ndarray,
     flips: np.ndarray,
     out: np.ndarray,
-) -> None:
-    """`resize_into` for B images that lie at `addresses`, on numba's threads.
+) -> np.ndarray:
+    """`resize_into` for B images that lie at `addresses`, on numba's threads: bool (B,), what it returned.
 
-    `addresses`, `num_bytes`, `row_bytes`: int64 (B,); `spans`: float64 (B, 2, 4); `out`: uint8 (B, S, S, 3).
+    `addresses`, `num_bytes`, `row_bytes`: int64 (B,), of the memory as it is, whatever an index says of it; `spans`:
+    float64 (B, 2, 4); `out`: uint8 (B, S, S, 3).
     """
+    is_written = np.zeros(len(out), np.bool_)
     for n in numba.prange(len(out)):
         pointer = _as_pointer(addresses[n])  # type: ignore[call-arg]  # numba passes the first argument
         pixels = numba.carray(pointer, (num_bytes[n],), np.uint8)
-        resize_into(pixels, row_bytes[n], spans[n], kernels[n], flips[n], out[n])
+        is_written[n] = resize_into(pixels, row_bytes[n], spans[n], kernels[n], flips[n], out[n])
+    return is_written
