@@ -158,7 +158,7 @@ def verify_command(
         verified = verify(part, full=full, workers=available_cores() if workers is None else workers, progress=True)
         what = "tables, sidecars, SHA-256" + (" and every decoded sample" if verified.decoded else "")
         size = f"{verified.num_samples:,} samples, {verified.file_bytes / 1e6:,.1f} MB"
-        print(f"{part} is as it was written: {size} ({what})")
+        print(f"{part} is as it was written: {size} ({what})" + (f". {verified.note}" if verified.note else ""))
 
 
 @app.command(name="info")

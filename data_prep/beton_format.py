@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from data_prep.errors import BetonError
 
@@ -66,6 +67,19 @@ class Tables:
     """int64 (N,), byte offset of the sample's data in the file."""
     sizes: np.ndarray
     """int64 (N,), bytes."""
+    index_xxh3: str
+    """`index_checksum` of the file."""
+
+
+def index_checksum(*index: bytes | bytearray | memoryview) -> str:
+    """XXH3-64 in hexadecimal of header and field descriptors, rows, allocation table, in this order.
+
+    It runs at several GB/s: 62 MB for ImageNet's 1.3 million samples (https://xxhash.com).
+    """
+    digest = xxhash.xxh3_64()
+    for part in index:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def read_tables(path: str | os.PathLike[str]) -> Tables:
@@ -95,7 +109,8 @@ def read_tables(path: str | os.PathLike[str]) -> Tables:
     if len(sample_bytes) != num_samples * SAMPLE.itemsize or len(table_bytes) != num_samples * ALLOCATION.itemsize:
         raise BetonError(f"{path} became shorter while it was read. {again}")
     samples, table = np.frombuffer(sample_bytes, SAMPLE), np.frombuffer(table_bytes, ALLOCATION)
-    return _check_samples(path, samples, table, int(header["page_size"]), table_start, file_bytes)
+    checksum = index_checksum(head, sample_bytes, table_bytes)
+    return _check_samples(path, samples, table, int(header["page_size"]), table_start, file_bytes, checksum)
 
 
 def _check_header(path: Path, header: np.void, head: bytes, file_bytes: int) -> None:
@@ -134,7 +149,13 @@ def _check_header(path: Path, header: np.void, head: bytes, file_bytes: int) -> 
 
 
 def _check_samples(
-    path: Path, samples: np.ndarray, table: np.ndarray, page_size: int, table_start: int, file_bytes: int
+    path: Path,
+    samples: np.ndarray,
+    table: np.ndarray,
+    page_size: int,
+    table_start: int,
+    file_bytes: int,
+    checksum: str,
 ) -> Tables:
     again = "The file is damaged; convert it again with `python -m data_prep`."
     num_samples = len(samples)
@@ -172,4 +193,4 @@ def _check_samples(
     overlaps = np.zeros(num_samples, bool)
     overlaps[by_address[1:]] = (starts[1:] < ends[:-1]) & ((starts[1:] != starts[:-1]) | (ends[1:] != ends[:-1]))
     fail(overlaps, "overlaps another sample")
-    return Tables(page_size, file_bytes, modes, heights, widths, labels, pointers, sizes)
+    return Tables(page_size, file_bytes, modes, heights, widths, labels, pointers, sizes, checksum)

@@ -250,6 +250,7 @@ def _convert(
                 libraries=libraries,
                 file_bytes=written.file_bytes,
                 sha256=written.sha256,
+                index_xxh3=written.index_xxh3,
                 sample_bytes=written.sample_bytes,
                 page_size=page_size,
                 file_list_sha256=files,

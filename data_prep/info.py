@@ -15,7 +15,7 @@ from rich.text import Text
 
 from data_prep.beton_format import MODE_RAW, Tables, read_tables
 from data_prep.errors import UserError
-from data_prep.manifest import Manifest, manifest_path, read_manifest
+from data_prep.manifest import Manifest, check_index, manifest_path, read_manifest
 from data_prep.progress import counts_in_words
 
 SHEET_ROWS, SHEET_COLUMNS = 4, 8
@@ -25,7 +25,7 @@ THUMBNAIL = 96
 
 def info_table(beton: Path) -> Table:
     """A two-column table of a `.beton`, with what its manifest adds if one lies beside it. Raises `BetonError`."""
-    tables, manifest = read_tables(beton), _manifest(beton)
+    tables, manifest = _read(beton)
     # Names from the file system may look like rich's markup, so they are given as plain `Text`.
     table = Table(title=Text(_printable(beton.name)), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
@@ -41,8 +41,13 @@ def _printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
 
 
-def _manifest(beton: Path) -> Manifest | None:
-    return read_manifest(beton) if manifest_path(beton).exists() else None
+def _read(beton: Path) -> tuple[Tables, Manifest | None]:
+    tables = read_tables(beton)
+    if not manifest_path(beton).exists():
+        return tables, None
+    manifest = read_manifest(beton)
+    check_index(beton, tables.index_xxh3, manifest)
+    return tables, manifest
 
 
 def _facts(tables: Tables, manifest: Manifest | None) -> list[tuple[str, str]]:
@@ -75,6 +80,7 @@ def _facts(tables: Tables, manifest: Manifest | None) -> list[tuple[str, str]]:
         ("options", _pairs(manifest.options)),
         ("libraries", _pairs(manifest.libraries)),
         ("SHA-256", manifest.sha256),
+        ("index", "verified" if manifest.index_xxh3 else "not verified; `python -m data_prep verify` does it once"),
     ]
     if manifest.superclasses:
         facts.insert(2, ("coarse classes", f"{len(manifest.superclasses.names):,}"))
@@ -97,7 +103,7 @@ def plot_info(beton: Path, out: Path, seed: int = 0) -> None:
 
     if out.suffix.lower() != ".png":
         raise UserError(f"--plot {out} does not end in .png.")
-    tables, manifest = read_tables(beton), _manifest(beton)
+    tables, manifest = _read(beton)
     per_class = np.unique(tables.labels, return_counts=True)[1]
     figure = Figure(figsize=(10, 8.4), layout="constrained")
     FigureCanvasAgg(figure)

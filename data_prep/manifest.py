@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ class Manifest:
     file_bytes: int
     sha256: str
     """Hexadecimal, of the whole `.beton`."""
+    index_xxh3: str = ""
+    """Of header, rows and allocation table, see `beton_format.index_checksum`; empty in manifests of earlier versions,
+    until `verify` adds it."""
     sample_bytes: int = 0
     """Sum of the samples' sizes; the rest of `file_bytes` is tables and padding."""
     page_size: int = 0
@@ -79,10 +83,34 @@ def manifest_path(beton: Path) -> Path:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write a manifest to `path` atomically. Raises `UserError` if it cannot be written."""
-    content = asdict(manifest)
+    _write(path, asdict(manifest))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    if not content["index_xxh3"]:
+        del content["index_xxh3"]
     content["manifest_sha256"] = _own_sha256(content)
     with replacing(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode("ascii"))
+
+
+def add_index_checksum(beton: Path, index_xxh3: str) -> None:
+    """Write the index's checksum into a manifest that has none; its other keys stay, unknown ones too.
+
+    Raises `UserError` if it cannot be written.
+    """
+    path = manifest_path(beton)
+    _write(path, {**json.loads(path.read_bytes()), "index_xxh3": index_xxh3})
+
+
+def check_index(beton: Path, index_xxh3: str, manifest: Manifest) -> None:
+    """Raise `BetonError` if the index of `beton` has another checksum than its manifest tells."""
+    if manifest.index_xxh3 and manifest.index_xxh3 != index_xxh3:
+        raise BetonError(
+            f"{beton}: its index (header, sizes, labels, addresses) is not the one that was written, by the checksum "
+            f"in {manifest_path(beton).name}. `python -m data_prep verify {beton}` names the samples. Copy the file "
+            "again, or convert the source again."
+        )
 
 
 def _own_sha256(content: dict[str, Any]) -> str:
@@ -139,7 +167,7 @@ def _from_json(content: Any) -> Manifest:
     for names, kind in (
         (("num_samples", "file_bytes", "converter_version", "sample_bytes", "page_size"), int),
         (("source", "sha256", "file_list_sha256", "whole_list_sha256", "source_stat_sha256"), str),
-        (("sample_table_sha256", "resume_key"), str),
+        (("sample_table_sha256", "resume_key", "index_xxh3"), str),
         (("classes", "skipped"), list),
         (("reasons", "options", "libraries"), dict),
     ):
@@ -152,6 +180,8 @@ def _from_json(content: Any) -> Manifest:
         raise TypeError("reasons holds something that is not a number")
     values["skipped"] = tuple(Skipped(name=entry["name"], reason=entry["reason"]) for entry in values["skipped"])
     values["classes"] = tuple(values["classes"])
+    if "index_xxh3" in content and not re.fullmatch("[0-9a-f]{16}", values["index_xxh3"]):
+        raise ValueError("index_xxh3 is not 16 hexadecimal digits")
     if values["shard"] is not None:
         index, count = values["shard"]
         values["shard"] = int(index), int(count)

@@ -13,8 +13,8 @@ import numpy as np
 
 from data_prep import jpeg_header, turbojpeg
 from data_prep.beton_format import METADATA_START, MODE_JPEG, SAMPLE, Tables, read_tables
-from data_prep.errors import BetonError
-from data_prep.manifest import Manifest, manifest_path, read_manifest
+from data_prep.errors import BetonError, UserError
+from data_prep.manifest import Manifest, add_index_checksum, check_index, manifest_path, read_manifest
 from data_prep.parallel import map_ordered
 from data_prep.progress import ConversionProgress
 from data_prep.sample_table import SampleTable, checksum, read_sample_table, sample_table_path
@@ -31,13 +31,15 @@ class Verified:
     file_bytes: int
     decoded: bool
     """Whether every sample was decoded too."""
+    note: str = ""
+    """What became of a manifest of an earlier version, which has no checksum of the index; a sentence."""
 
 
 def verify(beton: Path, *, full: bool = False, workers: int = 1, progress: bool = False) -> Verified:
     """Check tables, sidecars and the SHA-256 of `beton`; with `full` decode every sample in `workers` threads too.
 
-    Any changed byte is found. Raises `BetonError`, which lists every damaged sample with its source file; if none is,
-    it says where else the damage lies.
+    Any changed byte is found. A manifest of an earlier version gets the checksum of the index. Raises `BetonError`,
+    which lists every damaged sample with its source file; if none is, it says where else the damage lies.
     """
     try:
         tables = read_tables(beton)
@@ -59,7 +61,17 @@ def verify(beton: Path, *, full: bool = False, workers: int = 1, progress: bool 
                 _decode_all(beton, tables, names, manifest, data, workers, progress)
     except OSError as error:
         raise BetonError(f"{beton} cannot be read: {error.strerror}. Check its permissions and the disk.") from error
-    return Verified(beton, manifest.num_samples, tables.file_bytes, full)
+    check_index(beton, tables.index_xxh3, manifest)
+    note = "" if manifest.index_xxh3 else _add_index_checksum(beton, tables.index_xxh3)
+    return Verified(beton, manifest.num_samples, tables.file_bytes, full, note)
+
+
+def _add_index_checksum(beton: Path, index_xxh3: str) -> str:
+    try:
+        add_index_checksum(beton, index_xxh3)
+    except UserError as error:
+        return f"The checksum of its index could not be added to the manifest: {error}"
+    return "A checksum of its index was added to its manifest, so that opening verifies it."
 
 
 def _source_of(beton: Path, sample_id: int | None) -> str:

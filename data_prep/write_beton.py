@@ -67,6 +67,8 @@ class Written:
     skipped: tuple[Skipped, ...]
     file_bytes: int
     sha256: str
+    index_xxh3: str
+    """See `beton_format.index_checksum`."""
     sample_bytes: int
     """Sum of the samples' sizes."""
     table: SampleTable
@@ -145,6 +147,7 @@ def _written(samples: Sequence[Sample], work: _Work, file_bytes: int, sha256: st
         skipped=tuple(work.bad),
         file_bytes=file_bytes,
         sha256=sha256,
+        index_xxh3=beton.index_xxh3,
         sample_bytes=int(beton.sizes.sum(dtype=np.uint64)),
         table=SampleTable.of(beton.checksums[:n], beton.reasons[:n], names),
         source_stat_sha256=work.stats.hexdigest(),
@@ -276,6 +279,7 @@ class _BetonFile:
         self.reasons = np.zeros(capacity, np.uint8)
         self.stored = np.zeros(capacity, bool)
         self.num_samples = self.num_seen = 0
+        self.index_xxh3 = ""  # known when it is finished
         self.unwritten: list[tuple[int, ...]] = []
         """Journal records of the page in memory."""
         self.journaled = 0
@@ -365,7 +369,8 @@ class _BetonFile:
         table["sample_id"] = np.arange(self.num_samples)
         table["ptr"], table["size"] = self.pointers[: self.num_samples], self.sizes[: self.num_samples]
         self.file.seek(self.page_start)
-        self.file.write(table.view(np.uint8).data)
+        table_bytes = table.view(np.uint8).data
+        self.file.write(table_bytes)
         file_bytes = self.file.tell()
         self.file.truncate(file_bytes)
         fields = np.zeros(2, layout.FIELD)
@@ -373,9 +378,11 @@ class _BetonFile:
         fields["name"] = b"image", b"label"
         self.file.seek(layout.HEADER.itemsize)
         self.file.write(fields.tobytes())
-        self.file.write(memoryview(self.rows)[: self.num_samples * layout.SAMPLE.itemsize])
+        rows = memoryview(self.rows)[: self.num_samples * layout.SAMPLE.itemsize]
+        self.file.write(rows)
         header = np.array((layout.VERSION, 2, self.page_size, self.num_samples, self.page_start), layout.HEADER)
         self.file.seek(0)
         self.file.write(header.tobytes())
         self.file.flush()
+        self.index_xxh3 = layout.index_checksum(header.tobytes() + fields.tobytes(), rows, table_bytes)
         return file_bytes

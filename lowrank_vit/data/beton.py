@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import weakref
+from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +16,13 @@ from data_prep import turbojpeg
 from data_prep.beton_format import MODE_RAW, read_tables
 from data_prep.errors import BetonError
 from data_prep.jpeg import MAX_PIXELS
-from data_prep.manifest import Manifest, manifest_path, read_manifest
+from data_prep.manifest import Manifest, check_index, manifest_path, read_manifest
 from data_prep.parts import find_parts, part_path
-from data_prep.sample_table import read_sample_table, sample_table_path
+from data_prep.sample_table import read_sample_table
 from lowrank_vit.data.mapped_files import map_files
+
+LABELS_UNNAMED = 1 << 16
+"""Without a manifest labels are below this, or below the number of samples where that is more."""
 
 
 class Beton:
@@ -27,8 +31,9 @@ class Beton:
     `path` FILE.beton stands for FILE-1-of-n.beton and so on where it is not there itself; a list of files is taken as
     parts in that order. Sample ids run through the parts, so that they are those of the undivided file.
 
-    Opening checks the header, the metadata and the allocation table, and the manifest if one lies beside the file;
-    anything wrong is a `BetonError` that names the file and the next step. Samples are memory-mapped, not read.
+    Opening checks the header, the metadata and the allocation table, and the manifest if one lies beside the file, with
+    the checksum of the index and the labels; anything wrong is a `BetonError` that names the file and the next step.
+    Samples are memory-mapped, not read.
     """
 
     def __init__(self, path: str | os.PathLike[str] | list[Path]) -> None:
@@ -43,7 +48,7 @@ class Beton:
                     "Remove the one or the others."
                 )
         tables = [read_tables(part) for part in self.parts]
-        self._file_sizes = [t.file_bytes for t in tables]
+        self._file_sizes, self._index_xxh3 = [t.file_bytes for t in tables], [t.index_xxh3 for t in tables]
         self._first_ids = np.cumsum([0, *(len(t.labels) for t in tables)]).tolist()
         self.num_samples: int = self._first_ids[-1]
         self.heights = np.concatenate([t.heights for t in tables])
@@ -62,6 +67,7 @@ class Beton:
         """Of the parts that have one."""
         self.classes = list(self.manifests[0].classes) if self.manifests else None
         """Class names in label order, or None without a manifest."""
+        self._check_labels()
 
     def _read_manifests(self) -> list[Manifest]:
         manifests = [self._read_manifest(n) for n in range(len(self.parts))]
@@ -94,7 +100,36 @@ class Beton:
                 f"{manifest.num_samples} samples in {manifest.file_bytes} bytes, the file has {num_samples} "
                 f"samples in {self._file_sizes[part]} bytes. Convert it again with `python -m data_prep`."
             )
+        check_index(path, self._index_xxh3[part], manifest)
         return manifest
+
+    def _check_labels(self) -> None:
+        # Without a manifest any label might be meant; but not one that asks for a head of gigabytes.
+        limit = len(self.classes) if self.classes else max(self.num_samples, LABELS_UNNAMED)
+        beyond = np.flatnonzero(self.labels >= limit)
+        if len(beyond):
+            part = self.parts[self._part_of(int(beyond[0]))]
+            known = (
+                f"its manifest names {limit} classes"
+                if self.classes
+                else (f"there is no manifest, and {self.num_samples:,} samples cannot have that many classes")
+            )
+            raise BetonError(
+                f"{self.describe(int(beyond[0]))} has the label {self.labels[beyond[0]]}, but {known}. The file is "
+                f"damaged, or its manifest is another's: see `python -m data_prep verify {part}`, or convert it again."
+            )
+
+    @property
+    def unverified(self) -> str:
+        """A line about an index that no checksum vouches for; empty where all parts have one."""
+        if all(m.index_xxh3 for m in self.manifests) and len(self.manifests) == len(self.parts):
+            return ""
+        if not self.manifests:
+            return f"{self.path.name}: index not verified, since no manifest lies beside it"
+        return (
+            f"{self.path.name}: index not verified, since its manifest is of an earlier version; "
+            f"`python -m data_prep verify {self.path}` checks it once and adds the checksum"
+        )
 
     @property
     def num_classes(self) -> int:
@@ -154,14 +189,16 @@ class Beton:
             self._contradicts[i] = found != size or math.prod(size) > MAX_PIXELS
         return ids[self._contradicts[ids] == 1]
 
+    def _part_of(self, sample_id: int) -> int:
+        return int(np.searchsorted(self._first_ids, sample_id, side="right")) - 1
+
     def describe(self, sample_id: int) -> str:
         """A sample in words: its file, its number there, and its source file where that is known."""
-        part = int(np.searchsorted(self._first_ids, sample_id, side="right")) - 1
+        part = self._part_of(sample_id)
         path, local = self.parts[part], sample_id - self._first_ids[part]
         words = f"{path}: sample {local}"
-        if sample_table_path(path).exists() and manifest_path(path).exists():
-            source = Path(read_manifest(path).source) / read_sample_table(path).names[local]
-            words += f" (from {source})"
+        with suppress(BetonError, IndexError):  # without sidecars, or damaged ones, there is no more to say
+            words += f" (from {Path(read_manifest(path).source) / read_sample_table(path).names[local]})"
         return words
 
 

@@ -106,9 +106,7 @@ def _decode_batch(
         else:
             pixels = data
         # After an error the scratch memory holds what was there before.
-        if codes[n, 0] == 0 and not resize_into(
-            pixels, 3 * width, sample.spans, sample.kernel, sample.flip, images[n]
-        ):
+        if codes[n, 0] == 0 and not resize_into(pixels, 3 * width, sample.spans, sample.kernel, sample.flip, images[n]):
             codes[n, 0] = _CONTRADICTS
 
 

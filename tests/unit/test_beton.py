@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
+from data_prep.__main__ import main
+from data_prep.beton_format import HEADER, METADATA_START, SAMPLE
 from data_prep.convert import convert_image_folder
 from data_prep.errors import BetonError, UserError
 from data_prep.manifest import manifest_path, read_manifest, write_manifest
+from data_prep.verify import verify
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.datasets import open_datasets
@@ -168,3 +172,94 @@ def test_a_mapped_set_is_given_back(parted):
         gc.collect()
         counts.append(maps.read_text().count("train-2-of-3.beton"))
     assert counts[-1] == 0
+
+
+def with_row(path: Path, sample_id: int, **values: int) -> Path:
+    """Change fields of a sample's row in the file."""
+    content = bytearray(path.read_bytes())
+    row = np.frombuffer(content, SAMPLE, count=1, offset=METADATA_START + sample_id * SAMPLE.itemsize)
+    for name, value in values.items():
+        (row if name == "label" else row["image"])[name] = value
+    path.write_bytes(content)
+    return path
+
+
+@pytest.fixture
+def digits(digits_dir, tmp_path) -> Path:
+    """A copy of the validation digits with its sidecars."""
+    for path in digits_dir.glob("val.beton*"):
+        shutil.copy(path, tmp_path)
+    return tmp_path / "val.beton"
+
+
+def make_earlier(beton: Path, **others: object) -> None:
+    """Give `beton` a manifest as versions without a checksum of the index wrote it."""
+    path = manifest_path(beton)
+    content = {key: value for key, value in json.loads(path.read_bytes()).items() if key != "index_xxh3"}
+    path.write_text(json.dumps({**content, **others, "manifest_sha256": ""}))
+
+
+@pytest.mark.parametrize("change", [{"label": 3}, {"height": 4, "width": 16}, {"data_ptr": 0}])
+def test_a_changed_index_is_refused_at_opening(digits, change):
+    with_row(digits, 7, **change)
+    with pytest.raises(BetonError, match=r"val.beton: (its index .* is not the one that was written|sample 7 lies)"):
+        Beton(digits)
+
+
+def test_descriptors_and_allocation_table_are_part_of_the_index(digits):
+    content = bytearray(digits.read_bytes())
+    content[HEADER.itemsize + 1] ^= 1  # the name of a field, which nobody reads
+    digits.write_bytes(content)
+    with pytest.raises(BetonError, match="its index"):
+        Beton(digits)
+    assert not Beton(digits.rename(digits.with_name("other.beton"))).manifests
+
+
+def test_an_index_that_nothing_vouches_for_is_said_until_it_is_verified(digits, capsys):
+    assert Beton(digits).unverified == ""
+    make_earlier(digits, some_later_key=[1])
+    assert "val.beton: index not verified" in Beton(digits).unverified
+    main(["info", str(digits)])
+    main(["verify", str(digits)])
+    assert "not verified" in capsys.readouterr().out
+    assert Beton(digits).unverified == ""
+    assert json.loads(manifest_path(digits).read_bytes())["some_later_key"] == [1]
+    with_row(digits, 7, label=3)
+    with pytest.raises(BetonError, match="its index"):
+        Beton(digits)
+    manifest_path(digits).unlink()
+    assert "no manifest" in Beton(digits).unverified
+
+
+def test_a_damaged_file_gets_no_checksum(digits):
+    make_earlier(digits)
+    with_row(digits, 7, label=3)
+    with pytest.raises(BetonError, match=r"sample 7 .*its bytes are not those that were written"):
+        verify(digits)
+    assert "not verified" in Beton(digits).unverified
+
+
+@pytest.mark.parametrize("claimed", ["", "0", "G" * 16, "A" * 16, 5, None])
+def test_a_manifest_that_claims_a_checksum_must_have_one(digits, claimed):
+    make_earlier(digits, index_xxh3=claimed)
+    with pytest.raises(BetonError, match="not a manifest of this version: index_xxh3 is"):
+        Beton(digits)
+
+
+def test_a_checksum_of_another_index_is_refused_by_verify_too(digits):
+    write_manifest(manifest_path(digits), replace(read_manifest(digits), index_xxh3="0" * 16))
+    for read in (Beton, verify):
+        with pytest.raises(BetonError, match="its index"):
+            read(digits)
+
+
+def test_a_label_beyond_the_classes_is_found_at_opening(digits):
+    make_earlier(digits)
+    with_row(digits, 7, label=10)
+    with pytest.raises(BetonError, match=r"sample 7 .* has the label 10, but its manifest names 10 classes"):
+        Beton(digits)
+    manifest_path(digits).unlink()
+    assert Beton(digits).num_classes == 11
+    with_row(digits, 7, label=1 << 32)
+    with pytest.raises(BetonError, match=r"sample 7 has the label 4294967296, but there is no manifest"):
+        Beton(digits)
