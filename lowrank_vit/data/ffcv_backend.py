@@ -44,6 +44,7 @@ with warnings.catch_warnings():
     from ffcv.memory_managers import OSCacheManager
     from ffcv.memory_managers.base import MemoryContext
     from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
     from ffcv.traversal_order.base import TraversalOrder
 
 torch.set_num_threads(_torch_threads)  # importing ffcv sets it to 1
@@ -123,7 +124,6 @@ class _PlannedDecoder(SimpleRGBImageDecoder):
         return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), memory
 
     def generate_code(self) -> Callable[..., Any]:
-        # Compiled by FFCV for every loader; the work is in `_decode_batch`, which is compiled once a process.
         is_exact = self._is_exact
 
         def decode(batch_indices: np.ndarray, memory: Any, metadata: Any, storage_state: Any) -> Any:
@@ -222,7 +222,9 @@ class FfcvBackend:
         loader_class: Any = Loader  # FFCV's annotations ask for a class where its code calls an object
         # FFCV's own reader of sample bytes is not needed, and compiling it would change numba's uint8 array type for
         # the whole process (`state_type` sets its `mutable`).
-        with patch.object(OSCacheManager, "compile_reader", lambda manager: None):
+        # Nor need it compile the operation: its work is in `_decode_batch`, which is compiled once a process.
+        unused = patch.object(OSCacheManager, "compile_reader", lambda manager: None)
+        with unused, patch.object(Compiler, "is_enabled", False):
             self._loader: Any = loader_class(
                 str(beton.parts[0]),
                 batch_size=plan.batch_size,
