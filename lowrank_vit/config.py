@@ -74,10 +74,8 @@ def _with_pooling(model: Model, pooling: str, own: set[str], in_files: set[str])
 
 
 def _without_augmentation(config: Config) -> Config:
-    """Timm's --no-aug: the whole image, its short side cut out of the middle, resized; mixing is not a part of it."""
-    data = dataclasses.replace(config.data, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, vflip=0.0)
-    if data.train_interpolation == "random":
-        data = dataclasses.replace(data, train_interpolation="bilinear")
+    """Timm's --no-aug: the whole image, resized to a square; mixing is not a part of it."""
+    data = dataclasses.replace(config.data, train_crop_mode="whole", hflip=0.0, vflip=0.0, train_interpolation="model")
     augment = dataclasses.replace(config.augment, aa="none", color_jitter=(0.0,), reprob=0.0)
     return dataclasses.replace(config, data=data, augment=augment)
 

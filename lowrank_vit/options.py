@@ -94,6 +94,8 @@ class Data:
     """Pixel value that the model sees as 0, in 0-1: one number, or red, green, blue; default: the model's own."""
     std: Annotated[tuple[float, ...] | None, ABOVE_0] = None
     """Standard deviation that pixels are divided by, in the same form; default: the model's own."""
+    train_crop_mode: Literal["rrc", "whole"] = "rrc"
+    """In training: rrc, random resized crops by --scale and --ratio; whole: the whole image, stretched to a square."""
     scale: Annotated[tuple[float, float], Range(0, 1, open_low=True)] = (0.08, 1.0)
     """Random resized crop: least and greatest share of the image's area."""
     ratio: Annotated[tuple[float, float], ABOVE_0] = (0.75, 1.3333333333333333)
@@ -102,8 +104,8 @@ class Data:
     """Probability of a horizontal flip in training."""
     vflip: Annotated[float, SHARE] = 0.0
     """Probability of a vertical flip in training."""
-    train_interpolation: Literal["random", "nearest", "bilinear", "bicubic"] = "random"
-    """Of the crop and of geometric operations; random: bilinear or bicubic, drawn for each."""
+    train_interpolation: Literal["random", "nearest", "bilinear", "bicubic", "model"] = "random"
+    """Of the crop and of geometric operations; random: bilinear or bicubic, drawn for each; model: the model's own."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,6 @@ INSTEAD = {
     "start-epoch": "--resume FILE, which knows the epoch",
     "no-resume-opt": "--initial-checkpoint FILE, which takes the weights alone",
     # augmentation and loss
-    "train-crop-mode": "leave it out, crops in training are RandomResizedCrop's (--scale, --ratio)",
     "color-jitter-prob": "leave it out, --color-jitter is applied to every image",
     "grayscale-prob": "--aa 3a, of which grey images are a part",
     "gaussian-blur-prob": "--aa 3a, of which blurring is a part",
@@ -96,8 +95,8 @@ RENAMED = {
     "drop-connect": "`--drop-path`",
     "input-size": "`--img-size`: `3 N N` is N, images are square and RGB",
     "gp": "`--model-kwargs global_pool=`",
-    "no-aug": "`--scale 1 1 --ratio 1 1 --hflip 0 --vflip 0 --color-jitter 0 --aa none --reprob 0`, and "
-    "`--train-interpolation bilinear` where that is random; it wins over flags beside it, and mixing stays",
+    "no-aug": "`--train-crop-mode whole --train-interpolation model` (bicubic for ViTs) `--hflip 0 --vflip 0 "
+    "--color-jitter 0 --aa none --reprob 0`; it wins over flags beside it, and mixing stays",
 }
 """Flags that are accepted for others, and what they stand for."""
 HIDDEN = {"gp": str, "no-aug": bool}
@@ -118,7 +117,6 @@ SAME_ANYWAY = {
     "input-img-mode": ("RGB",),
     "interpolation": ("bicubic",),
     "model-dtype": ("float32",),
-    "train-crop-mode": ("rrc",),
 }
 """Values, beside those that say "none", with which a flag changes nothing here."""
 NOT_NEUTRAL_AT_0 = frozenset("bn-momentum bn-eps bce-pos-weight color-jitter-prob train-num-samples".split())

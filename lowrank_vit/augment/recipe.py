@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import timm
+
 from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.data.plan import TrainRules
 from lowrank_vit.data.plan_mix import MixRules
@@ -15,13 +17,14 @@ def train_rules(config: Config) -> TrainRules:
     """What the plan may draw in training. Raises `UserError` for a policy that is not there."""
     data, augment = config.data, config.augment
     return TrainRules(
+        is_cropped=data.train_crop_mode == "rrc",
         scale=data.scale,
         ratio=data.ratio,
         hflip=data.hflip,
         vflip=data.vflip,
         policy=parse_policy(augment.aa),
         color_jitter=_color_jitter(augment),
-        kernel=_KERNELS[data.train_interpolation],
+        kernel=_KERNELS[_own(config.model.model) if data.train_interpolation == "model" else data.train_interpolation],
         reprob=augment.reprob,
         recount=augment.recount,
         mixing=MixRules(
@@ -34,6 +37,12 @@ def train_rules(config: Config) -> TrainRules:
         ),
         mixup_off_epoch=augment.mixup_off_epoch,
     )
+
+
+def _own(model: str) -> str:
+    """The interpolation with which timm's weights of a model were trained; bicubic where timm does not say."""
+    config = timm.get_pretrained_cfg(model)
+    return config.interpolation if config else "bicubic"
 
 
 def _color_jitter(augment: Augment) -> tuple[float, ...] | None:

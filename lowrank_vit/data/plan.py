@@ -84,6 +84,8 @@ class BatchPlan:
 class TrainRules:
     """Ranges of the random choices; names and meanings are timm's flags."""
 
+    is_cropped: bool = True
+    """By `scale` and `ratio`; else whole images are stretched to a square."""
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
@@ -167,6 +169,9 @@ class TrainPlan:
 
     def windows(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         """int32 (B, 4), top, left, height, width: RandomResizedCrop of torchvision and timm for each id."""
+        if not self.rules.is_cropped:
+            corner = np.zeros(len(ids), np.int64)
+            return np.stack([corner, corner, self.heights[ids], self.widths[ids]], axis=1).astype(np.int32)
         (scale_min, scale_max), (ratio_min, ratio_max) = self.rules.scale, self.rules.ratio
         return _crop_windows(
             self._key, epoch, ids, self.heights[ids], self.widths[ids], scale_min, scale_max, ratio_min, ratio_max

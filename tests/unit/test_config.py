@@ -18,8 +18,9 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 # What a user types is a contract: a flag may be added here, but not renamed or dropped.
 FLAGS = """
 dataset dataset-download data-dir train-split val-split beton-dir stage-dir synthetic loader workers prefetch
-hw-decoder-load on-bad-sample batch-size validation-batch-size img-size crop-pct mean std scale ratio hflip vflip
-train-interpolation model model-kwargs num-classes head-init-scale head-init-bias sync-bn drop drop-path pretrained
+hw-decoder-load on-bad-sample batch-size validation-batch-size img-size crop-pct mean std
+train-crop-mode scale ratio hflip vflip train-interpolation
+model model-kwargs num-classes head-init-scale head-init-bias sync-bn drop drop-path pretrained
 pretrained-path initial-checkpoint grad-checkpointing model-ema model-ema-decay model-ema-warmup opt opt-eps opt-betas
 opt-kwargs momentum weight-decay lr lr-base lr-base-size lr-base-scale layer-decay layer-decay-min-scale
 layer-decay-no-opt-scale clip-grad clip-mode grad-accum-steps sched sched-on-updates epochs warmup-epochs warmup-prefix

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage.data import coffee
+from timm import get_pretrained_cfg
+from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 
+from lowrank_vit.augment.recipe import train_rules
+from lowrank_vit.config import parse
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.dali_backend import DaliBackend
@@ -113,3 +118,20 @@ def test_evaluation_crops_are_timms(sets, backend, crop_pct, kernel):
     loader.close()
     assert np.mean(found) > EXACT[0] - 1
     assert min(found) > EXACT[1] - 1
+
+
+@pytest.mark.parametrize(("model", "kernel"), [("vit_tiny_patch16_224", BICUBIC), ("cspresnet50", BILINEAR)])
+@pytest.mark.parametrize("typed", ["", "--train-interpolation nearest"])
+def test_no_aug_is_timms_own_transform_for_that_model(model, kernel, typed):
+    """With the interpolation that timm's train.py then takes: the model's own, whatever --train-interpolation says."""
+    own = resolve_data_config({}, pretrained_cfg=get_pretrained_cfg(model).to_dict())
+    timms = create_transform((3, 60, 60), True, no_aug=True, interpolation=own["interpolation"], use_prefetcher=True)
+    photos = [Image.fromarray(coffee()).crop((0, 0, *sides)) for sides in ((400, 400), (300, 400), (599, 301))]
+    rules = train_rules(parse(["--no-aug", "--aa", "rand-m9", "--model", model, *typed.split()]))
+    heights, widths = np.array([[photo.height, photo.width] for photo in photos]).T
+    plan = TrainPlan(heights, widths, rules, seed=0, img_size=60, batch_size=3).batch(0, 0, np.arange(3))
+    assert (plan.ops, plan.vflips, plan.erase) == (None, None, None)
+    assert (plan.kernels == kernel).all()
+    for n, photo in enumerate(photos):
+        expected = np.asarray(timms(photo)).transpose(1, 2, 0)
+        assert np.array_equal(crop_and_resize(np.asarray(photo), plan, n, 60), expected)

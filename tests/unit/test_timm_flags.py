@@ -42,6 +42,7 @@ SHARED: dict[str, Any] = {
     "bce-target-thresh": None, "reprob": 0.0, "remode": "pixel", "recount": 1, "resplit": False, "mixup": 0.0,
     "cutmix": 0.0, "cutmix-minmax": None, "mixup-prob": 1.0, "mixup-switch-prob": 0.5, "mixup-mode": "batch",
     "mixup-off-epoch": 0, "smoothing": 0.1, "train-interpolation": "random", "drop": 0.0, "drop-path": None,
+    "train-crop-mode": None,
     "sync-bn": False, "model-ema": False, "model-ema-decay": 0.9998, "model-ema-warmup": False, "seed": 42,
     "log-interval": 50, "val-interval": 1, "checkpoint-hist": 10, "workers": 4, "output": "", "experiment": "",
     "eval-metric": "top1", "tta": 0, "log-wandb": False, "wandb-project": None, "wandb-tags": [], "wandb-resume-id": "",
@@ -53,7 +54,7 @@ OTHERS: dict[str, Any] = {
     "input-size": None, "interpolation": "", "channels-last": False, "fuser": "", "fast-norm": False,
     "torchcompile-mode": None, "torchscript": False, "torchcompile": None, "model-dtype": None, "no-ddp-bb": False,
     "synchronize-step": False, "local-rank": 0, "device-modules": None, "epoch-repeats": 0.0, "start-epoch": None,
-    "patience-epochs": 10, "no-aug": False, "train-crop-mode": None, "color-jitter-prob": None,
+    "patience-epochs": 10, "no-aug": False, "color-jitter-prob": None,
     "grayscale-prob": None, "gaussian-blur-prob": None, "aug-repeats": 0, "aug-splits": 0, "jsd-loss": False,
     "bce-pos-weight": None, "drop-connect": None, "drop-block": None, "bn-momentum": None, "bn-eps": None,
     "dist-bn": "reduce", "split-bn": False, "model-ema-force-cpu": False, "worker-seeding": "all",
@@ -70,7 +71,9 @@ OLDER = "amp-impl native-amp apex-amp prefetcher".split()
 OF_THE_LIBRARY = "lr-decay-fn lr-stable-timescale".split()
 """Options that timm's scheduler factory reads from the parsed flags."""
 
-WITHOUT = "--scale 1 1 --ratio 1 1 --hflip 0 --vflip 0 --color-jitter 0 --aa none --reprob 0"
+WITHOUT = (
+    "--train-crop-mode whole --train-interpolation model --hflip 0 --vflip 0 --color-jitter 0 --aa none --reprob 0"
+)
 OURS = {name: value for name, _, value in leaves(Config())}
 
 
@@ -172,10 +175,9 @@ def test_what_would_change_results_is_refused(line, tmp_path):
         ("--dr 0.5", "--decay-rate 0.5"),
         (
             "--no-aug --aa rand-m9 --hflip 1 --vflip 1 --reprob 0.5 --mixup 0.8",
-            "--scale 1 1 --ratio 1 1 --hflip 0 --vflip 0 --color-jitter 0 --aa none --reprob 0 --mixup 0.8 "
-            "--train-interpolation bilinear",
+            f"{WITHOUT} --mixup 0.8",
         ),
-        ("--no-aug --train-interpolation bicubic", f"{WITHOUT} --train-interpolation bicubic"),
+        ("--no-aug --train-interpolation bilinear --scale 0.5 1", f"{WITHOUT} --scale 0.5 1"),
     ],
 )
 def test_flags_under_another_name(line, ours, tmp_path):
