@@ -1,15 +1,13 @@
-"""The image operations as tensor code for any device, a group of samples at a time; on the CPU `ops_cpu.py` is faster.
+"""The image operations as tensor code for any device, a group of samples at a time: the slow twin.
 
-Which sample gets which operation is known on the host, so grouping them costs no synchronisation. Pixels come out as
-in `ops_cpu.py`, and as PIL makes them, where the sources of the formulas are named.
+On a CPU `ops_cpu.py` is faster, on a GPU `ops_triton.py`. Which sample gets which operation is known on the host, so
+grouping them costs no synchronisation. Pixels come out as in `ops_cpu.py`, and as PIL makes them, where the sources of
+the formulas are named.
 
 Shape legend: B batch, G group, H, W pixels, C = 3 channels; images are NHWC.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import torch
@@ -26,56 +24,30 @@ _ROUNDING = 1 / 16384
 """Added before cutting off, because weights may sum to a rounding less than 1."""
 
 
-def apply_ops(images_BHWC: Tensor, ops: ImageOps, fill: Tensor, *, compiled: bool = False) -> None:
-    """Apply the plan's operations in place to uint8 (B, H, W, 3); `fill`: uint8 (3,), colour from outside the image.
-
-    `compiled` fuses each of the larger operations into one kernel; sums may then fall on the other side of a level.
-    """
-    run = _compile if compiled else _as_it_is
+def apply_ops(images_BHWC: Tensor, ops: ImageOps, fill: Tensor) -> None:
+    """Apply the plan's operations in place to uint8 (B, H, W, 3); `fill`: uint8 (3,), colour from outside the image."""
     for layer in range(ops.kinds.shape[1]):
         kinds, args, kernels = ops.kinds[:, layer], ops.args[:, layer], ops.kernels[:, layer]
         for family in (_TABLES, (Kind.COLOR,), (Kind.SHARPNESS,), (Kind.BLUR,), GEOMETRIC):
             rows = np.flatnonzero(np.isin(kinds, family))
             if len(rows) == 0:
                 continue
-            if compiled and len(rows) == 1:  # torch.compile takes a size of 1 for another shape
-                rows = rows.repeat(2)
             group = to_device(rows, images_BHWC)
             images = images_BHWC[group]
             if family is _TABLES:
                 changed = _look_up(images, kinds[rows], args[rows])
             elif family is GEOMETRIC:
                 # Where every sample is bilinear the outer taps have no weight.
-                wide = compiled or bool((kernels[rows] == BICUBIC).any())
-                affine = _Affine(images, kinds[rows], args[rows], kernels[rows])
-                changed = run(_resample)(images, affine.matrices, affine.fixed, affine.is_kernel, fill, wide)
+                wide = bool((kernels[rows] == BICUBIC).any())
+                maps = _Affine(images, kinds[rows], args[rows], kernels[rows])
+                changed = _resample(images, maps.matrices, maps.fixed, maps.is_kernel, fill, wide)
             elif Kind.COLOR in family:
-                changed = run(_color)(images, _column(args[rows], images))
+                changed = _blend(_grey(images)[..., None].float(), images.float(), _column(args[rows], images))
             elif Kind.SHARPNESS in family:
-                changed = run(_sharpen)(images, _column(args[rows], images))
+                changed = _blend(_smooth(images), images.float(), _column(args[rows], images))
             else:
-                changed = _blur(images, args[rows])
+                changed = blur(images, args[rows])
             images_BHWC.index_copy_(0, group, changed)
-
-
-@cache
-def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """One graph for groups of any size; the size of the images is a constant in it."""
-    compiled = torch.compile(function)
-
-    def run(images: Tensor, *args: Tensor | bool | None) -> Tensor:
-        for tensor in (images, *(arg for arg in args if isinstance(arg, Tensor))):
-            if tensor.ndim > 1:
-                # The group's samples lie along the first axis of images, the last of tables.
-                axis = 0 if tensor.ndim == 4 else 1
-                torch._dynamo.mark_dynamic(tensor, axis)  # pyright: ignore[reportPrivateUsage]  documented so
-        return compiled(images, *args)
-
-    return run
-
-
-def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return function
 
 
 def to_device(values: np.ndarray, like: Tensor) -> Tensor:
@@ -92,14 +64,6 @@ def _column(values: np.ndarray, like: Tensor) -> Tensor:
 def _blend(degenerate: Tensor, original: Tensor, factor: Tensor) -> Tensor:
     """PIL's `Image.blend` in float32, cut off towards zero: uint8."""
     return (degenerate + factor * (original - degenerate)).clamp(0, 255).to(torch.uint8)
-
-
-def _color(images: Tensor, factors: Tensor) -> Tensor:
-    return _blend(_grey(images)[..., None].float(), images.float(), factors)
-
-
-def _sharpen(images: Tensor, factors: Tensor) -> Tensor:
-    return _blend(_smooth(images), images.float(), factors)
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -189,7 +153,7 @@ def _smooth(images: Tensor) -> Tensor:
     return smooth
 
 
-def _blur(images: Tensor, sigmas: np.ndarray) -> Tensor:
+def blur(images: Tensor, sigmas: np.ndarray) -> Tensor:
     """PIL's GaussianBlur: three box blurs along the rows, three along the columns, each rounded to 8 bits."""
     parameters = [blur_weights(sigma) for sigma in sigmas]
     reach = max(radius for _, _, radius in parameters) + 1
@@ -216,12 +180,12 @@ class _Affine:
 
     def __init__(self, images: Tensor, kinds: np.ndarray, args: np.ndarray, kernels: np.ndarray) -> None:
         height, width = images.shape[1:3]
-        matrices = _affine(kinds, args, height, width)
+        matrices = affine(kinds, args, height, width)
         self.matrices = to_device(matrices, images)
-        """float64 (6, G), see `_affine`."""
+        """float64 (6, G), see `affine`."""
         is_nearest = kernels == NEAREST
-        self.fixed = to_device(_fixed_point(matrices, kinds), images) if is_nearest.any() else None
-        """int64 (6, G), see `_fixed_point`; None where no sample is nearest."""
+        self.fixed = to_device(fixed_point(matrices, kinds), images) if is_nearest.any() else None
+        """int64 (6, G), see `fixed_point`; None where no sample is nearest."""
         self.is_kernel = to_device(np.stack([kernels == BICUBIC, is_nearest]), images)
         """bool (2, G): bicubic, nearest."""
 
@@ -262,7 +226,7 @@ def _resample(
 
 
 def _nearest(fixed: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 (G, H, W) twice: column and row of the nearest pixel, from `_fixed_point`."""
+    """int64 (G, H, W) twice: column and row of the nearest pixel, from `fixed_point`."""
     G, H, W, _ = images.shape
     a, b, c, d, e, f = fixed.view(6, G, 1, 1).unbind(0)
     x = torch.arange(W, device=images.device)
@@ -270,8 +234,8 @@ def _nearest(fixed: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     return (a * x + b * y + c) >> 16, (d * x + e * y + f) >> 16
 
 
-def _fixed_point(matrices: np.ndarray, kinds: np.ndarray) -> np.ndarray:
-    """int64 (6, G): `_affine` for pixel numbers, in the 16.16 fixed point of PIL's nearest resampling."""
+def fixed_point(matrices: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """int64 (6, G): `affine` for pixel numbers, in the 16.16 fixed point of PIL's nearest resampling."""
     a, b, c, d, e, f = matrices
     starts = [c + a * 0.5 + b * 0.5, f + d * 0.5 + e * 0.5]
     exact = np.isin(kinds, (Kind.TRANSLATE_X, Kind.TRANSLATE_Y))  # PIL reckons these in float64
@@ -289,7 +253,7 @@ def _weights(d: Tensor, cubic: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _affine(kinds: np.ndarray, args: np.ndarray, height: int, width: int) -> np.ndarray:
+def affine(kinds: np.ndarray, args: np.ndarray, height: int, width: int) -> np.ndarray:
     """float64 (6, G): input x = a x + b y + c, y = d x + e y + f for each output pixel's centre (x, y)."""
     matrices = np.zeros((6, len(kinds)))
     matrices[0] = matrices[4] = 1.0

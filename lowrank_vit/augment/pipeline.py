@@ -32,12 +32,11 @@ class Augment(nn.Module):
     ) -> None:
         """`mean`, `std`: of RGB in 0-1, the model's own; `smoothing`: label smoothing in [0, 1).
 
-        `compile`: fuse operations and erasing on CUDA with torch.compile.
+        `compile`: fuse normalising and erasing on CUDA with torch.compile.
         """
         super().__init__()
         self.num_classes, self.smoothing = num_classes, smoothing
         self.remode: Mode = remode
-        self._compiled = compile
         self._erase_on_cuda = torch.compile(self._normalize_and_erase) if compile else self._normalize_and_erase
         self.mean: Tensor
         self.std: Tensor
@@ -74,7 +73,10 @@ class Augment(nn.Module):
             images_BHWC[rows] = images_BHWC[rows].flip(1)
         if plan.ops is not None:
             if images.is_cuda:
-                ops.apply_ops(images_BHWC, plan.ops, self.fill, compiled=self._compiled)
+                from lowrank_vit.augment import ops_triton  # comes with torch's builds for GPUs
+
+                images_BHWC = ops_triton.apply_ops(images_BHWC, plan.ops, self.fill)
+                images = images_BHWC.permute(0, 3, 1, 2)
             else:
                 planned = plan.ops.kinds, plan.ops.args, plan.ops.kernels
                 ops_cpu.apply_ops(images_BHWC.numpy(), *planned, self.fill.numpy())

@@ -9,28 +9,23 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 import torch
-from torch import Tensor
 
 from data_prep.errors import UserError
 from lowrank_vit.data.backend import DamagedSamples, new_meter, to_device
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.beton import Beton
-from lowrank_vit.data.geometry import LENGTH, cropped, spans
+from lowrank_vit.data.geometry import LENGTH, spans
 from lowrank_vit.data.pil_decode import decode
 from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan
-from lowrank_vit.data.resize import gather_regions, resize
 from lowrank_vit.data.resize_cpu import resize_batch
 from lowrank_vit.data.schedule import Schedule
-
-_IMAGES_AT_A_TIME = 256
-"""Images that are resized at a time, as float32: bounds the scratch memory."""
 
 
 class ResidentBackend:
     """Batches of any `.beton` that fits; the host sends only ids, windows, flips and filters.
 
-    JPEGs are decoded once, by Pillow, at the start. Images of one size are kept as one (N, H, W, 3) tensor, others one
-    behind the other. They are resized as batched matrix products on CUDA, image by image on `workers` CPU threads.
+    JPEGs are decoded once, by Pillow, at the start, and lie one behind the other. They are resized by two kernels on
+    CUDA, image by image on `workers` CPU threads.
     """
 
     name = "resident"
@@ -64,9 +59,6 @@ class ResidentBackend:
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(fill, range(beton.num_samples)))
         self._flat = torch.from_numpy(flat).to(device)
-        self._images_NHWC: Tensor | None = None
-        if beton.is_uniform and not len(wrong):
-            self._images_NHWC = self._flat.view(-1, int(self._heights[0]), int(self._widths[0]), 3)
         self._labels = torch.from_numpy(beton.labels).to(device)
         self.decode_ms = new_meter()
 
@@ -96,27 +88,14 @@ class ResidentBackend:
         return Batch(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2), self._labels[torch.from_numpy(ids)], plan)
 
     def _cut_on_device(self, plan: BatchPlan) -> Batch:
-        ids = plan.ids
-        heights, widths = self._heights[ids], self._widths[ids]
-        planned = spans(plan, heights, widths, self._img_size)
-        columns = [ids, plan.flips, plan.kernels, self._starts[ids], widths, planned.reshape(len(ids), 8)]
-        table = to_device(np.column_stack(columns), self._device)  # float64; the step's only transfer
-        parts = []
-        for first in range(0, len(ids), _IMAGES_AT_A_TIME):
-            rows = slice(first, first + _IMAGES_AT_A_TIME)
-            height, width = planned[rows, :, LENGTH].max(0).astype(int).tolist()
-            parts.append(self._resize(table[rows], height, width))
-        images_NHWC = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return Batch(images_NHWC.permute(0, 3, 1, 2), self._labels[table[:, 0].long()], plan)
+        from lowrank_vit.data.resize_triton import resize  # comes with torch's builds for GPUs
 
-    def _resize(self, table: Tensor, height: int, width: int) -> Tensor:
-        """uint8 (B, S, S, 3) from those columns; `height` and `width` are those of the largest region."""
-        ids, flips, kernels, starts, row_pixels = table[:, :5].long().unbind(1)
-        planned = table[:, 5:].view(-1, 2, 4)
-        if self._images_NHWC is not None:
-            return resize(self._images_NHWC[ids], planned, flips.bool(), kernels, self._img_size)
-        images_NHWC = gather_regions(self._flat, starts, row_pixels, planned, height, width)
-        return resize(images_NHWC, cropped(planned), flips.bool(), kernels, self._img_size)
+        ids = plan.ids
+        planned = spans(plan, self._heights[ids], self._widths[ids], self._img_size)
+        columns = [plan.flips, plan.kernels, self._starts[ids], self._widths[ids], planned.reshape(len(ids), 8), ids]
+        table = to_device(np.column_stack(columns), self._device)  # float64; the step's only transfer
+        images_NHWC = resize(self._flat, table, int(planned[:, 1, LENGTH].max()), self._img_size)
+        return Batch(images_NHWC.permute(0, 3, 1, 2), self._labels[table[:, -1].long()], plan)
 
     def ready(self) -> int:
         """None: a batch is made when it is asked for."""
@@ -124,7 +103,7 @@ class ResidentBackend:
 
     def close(self) -> None:
         """Give the memory back."""
-        self._flat, self._images_NHWC = torch.empty(0), None
+        self._flat = torch.empty(0)
 
 
 def resident_bytes(beton: Beton) -> int:
