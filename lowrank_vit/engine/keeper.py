@@ -8,10 +8,12 @@ from dataclasses import replace
 from lowrank_vit.config_check import parse_interval
 from lowrank_vit.engine.evaluate import Scores
 from lowrank_vit.engine.outputs import Outputs
-from lowrank_vit.engine.saver import BEST, LAST
+from lowrank_vit.engine.run_dir import LAST
+from lowrank_vit.engine.saver import BEST
 from lowrank_vit.engine.setup import Parts
 from lowrank_vit.engine.state import Progress, capture
 from lowrank_vit.options import Config
+from lowrank_vit.spectral.monitor import SpectralMonitor
 
 
 class Keeper:
@@ -21,9 +23,9 @@ class Keeper:
     are again those whose files are there, so that a later one may take their place.
     """
 
-    def __init__(self, config: Config, parts: Parts, outputs: Outputs) -> None:
-        """`outputs` writes; a new interval begins now."""
-        self._config, self._parts, self._outputs = config, parts, outputs
+    def __init__(self, config: Config, parts: Parts, outputs: Outputs, monitor: SpectralMonitor | None = None) -> None:
+        """`outputs` writes, also what `monitor` has found so far; a new interval begins now."""
+        self._config, self._parts, self._outputs, self._monitor = config, parts, outputs, monitor
         self._updates, self._seconds = parse_interval(config.run.checkpoint_interval)
         self._saved_at = time.monotonic()
         self._before = Progress()
@@ -67,7 +69,11 @@ class Keeper:
             progress = self._settled(progress)
         content = capture(self._config, self._parts, progress)  # on every rank
         if not is_skipped:
-            self._outputs.save(content, names, obsolete)
+            kept = None
+            if self._monitor:
+                kept = self._monitor.kept()
+                self._outputs.log_spectra(self._monitor.records())
+            self._outputs.save(content, names, obsolete, kept)
             self._saved_at = time.monotonic()
         return progress
 

@@ -15,7 +15,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from lowrank_vit.engine.saver import LAST
+from lowrank_vit.engine.run_dir import LAST
 
 MARK = ".launch"
 

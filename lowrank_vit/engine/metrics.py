@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -36,7 +37,7 @@ class RunLog:
         self._rows = _rows_before(self._summary, start_epoch) if start_epoch else []
         path = run_dir / "metrics.jsonl"
         if path.exists():
-            _drop_after(path, start_update)
+            _drop_after(path, start_update, start_epoch)
         self._jsonl: IO[str] = path.open("a", encoding="utf-8")
 
     def log(self, kind: str, update: int, values: dict[str, Any]) -> None:
@@ -94,8 +95,22 @@ def _rows_before(summary: Path, epoch: int) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
 
 
-def _drop_after(path: Path, update: int) -> None:
+def last_recorded(run_dir: Path, kind: str, until: int) -> int:
+    """The greatest `update` up to `until` of a record of that kind; -1 without one."""
+    newest = -1
+    with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if record["kind"] == kind and record["update"] <= until:
+                    newest = max(newest, record["update"])
+    return newest
+
+
+def _drop_after(path: Path, update: int, epoch: int) -> None:
     """Keep the records up to `update`, so that a run that goes on from there has each once; atomically.
+
+    An epoch's end is an update's too: `epoch` is the first whose scores are still to come.
 
     A last line that was cut short when the run was killed goes too.
     """
@@ -106,7 +121,7 @@ def _drop_after(path: Path, update: int) -> None:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if record["update"] <= update:
+            if record["update"] <= update and not (record["kind"] == "eval" and record["epoch"] >= epoch):
                 new.write(line if line.endswith("\n") else line + "\n")
         new.flush()
         os.fsync(new.fileno())

@@ -13,12 +13,16 @@ from lowrank_vit.engine.evaluate import Scores
 from lowrank_vit.engine.metrics import RunLog
 from lowrank_vit.engine.progress import Display, Figures, duration
 from lowrank_vit.engine.run_dir import RunDir, environment, environment_json
-from lowrank_vit.engine.saver import LAST, Saver
+from lowrank_vit.engine.saver import Beside, Saver
 from lowrank_vit.engine.setup import Parts
 from lowrank_vit.engine.state import Progress
 from lowrank_vit.engine.wandb_log import WandbLog
 from lowrank_vit.options import Config
+from lowrank_vit.spectral.store import Kept, kept_name
 from lowrank_vit.spectral.worker import SpectralRecord
+
+SPECTRA = "spectra"
+"""The store's folder in the run directory."""
 
 
 class Outputs:
@@ -61,7 +65,11 @@ class Outputs:
             self._stack = stack.pop_all()
         for line in (*parts.description, f"run directory {run_dir.path}"):
             self.display.say(line)
-        if progress.is_begun:
+        if progress.epoch >= parts.num_epochs:
+            self.display.say(
+                f"all {parts.num_epochs} epochs are done: nothing is left to train. A greater --epochs would go on"
+            )
+        elif progress.is_begun:
             best = progress.best_metric
             so_far = "" if best is None else f", best {config.run.eval_metric} so far {best:.4g}"
             self.display.say(f"resumed in epoch {progress.epoch + 1}, after update {done}{so_far}")
@@ -121,10 +129,13 @@ class Outputs:
         """Wait until no checkpoint is being written; the names that could not be, see `Saver.settle`."""
         return self._saver.settle() if self._saver else []
 
-    def save(self, content: dict[str, Any], names: tuple[str, ...] = (LAST,), obsolete: tuple[str, ...] = ()) -> None:
-        """Write a checkpoint in the background, see `Saver.save`."""
+    def save(
+        self, content: dict[str, Any], names: tuple[str, ...], obsolete: tuple[str, ...], kept: Kept | None
+    ) -> None:
+        """Write a checkpoint in the background, see `Saver.save`, and what the spectral monitor keeps with it."""
         if self._saver:
-            self._saver.save(content, names, obsolete)
+            beside = Beside(SPECTRA, kept_name(kept.update), kept.content()) if kept else None
+            self._saver.save(content, names, obsolete, beside)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is written. Raises `UserError` if it could not be."""

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +27,14 @@ PACKAGES = (
 """Whose versions are noted where they are installed: what computes, decodes, and carries the benches' photographs."""
 
 
+LAST = "last.pth.tar"
+_BEFORE_A_CHECKPOINT = {
+    *(".lock", ".launch", "args.yaml", "environment.json", "metrics.jsonl", "summary.csv", "spectra", "wandb"),
+    *("report", "report.html"),
+}
+"""What a run may have left when it has not yet saved anything."""
+
+
 class RunDir:
     """A directory under `--output`, locked while its process lives."""
 
@@ -36,9 +45,11 @@ class RunDir:
 
     @classmethod
     def create(cls, output: Path, experiment: str, default_name: str) -> RunDir:
-        """Make `output/experiment`, or a new timed name. Raises `UserError` if that directory already holds a run."""
+        """Make `output/experiment`, or a new timed name. Raises `UserError` if that directory already holds a run.
+
+        What an attempt that ended before its first checkpoint has left there is removed, and a line says so.
+        """
         if experiment:
-            cls.require_free(output, experiment)
             path = output / experiment
         else:
             path = _unused(output / f"{default_name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -49,27 +60,34 @@ class RunDir:
                 f"The output directory {path} cannot be made: {error.strerror}. Choose --output."
             ) from error
         run_dir = cls(path, _lock(path))
+        try:
+            is_used = _holds_an_attempt(path)  # looked at under the lock, lest another process begins meanwhile
+        except UserError:
+            run_dir.close()
+            raise
+        if is_used:
+            print(f"note: {path} holds an attempt that ended before its first checkpoint; it begins anew", flush=True)
+            run_dir.forget()
         run_dir._link_latest()
         return run_dir
 
     @staticmethod
     def require_free(output: Path, experiment: str) -> None:
-        """Raise `UserError` if `output/experiment` already holds something. Without a name a free one is found."""
+        """Raise `UserError` where `create` would, as far as that is known now. Without a name a free one is found."""
         path = output / experiment
-        if experiment and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            last = path / "last.pth.tar"
-            resume = f", continue it with --resume {last}" if last.exists() else ""
-            raise UserError(
-                f"The output directory {path} is in use: it already holds files. Choose another --experiment"
-                f"{resume}, or remove it."
-            )
+        if experiment and path.exists():
+            _holds_an_attempt(path)
+            if (path / ".lock").exists():
+                _lock(path).close()
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"The output directory {path} cannot be made: {existing} is not writable. Choose --output.")
 
     @classmethod
     def reopen(cls, path: Path) -> RunDir:
         """Own an existing run directory, to continue it. Raises `UserError` while another process does."""
         run_dir = cls(path, _lock(path))
-        for unfinished in path.glob(".*.part"):  # of a process that was killed while it wrote
-            unfinished.unlink(missing_ok=True)
+        run_dir._remove_unfinished()
         return run_dir
 
     def _link_latest(self) -> None:
@@ -89,11 +107,38 @@ class RunDir:
         """Remove the records of an attempt that was ended before its first checkpoint."""
         for name in ("metrics.jsonl", "summary.csv"):
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "spectra", ignore_errors=True)
+        self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        for unfinished in self.path.glob(".*.part"):  # of a process that was killed while it wrote
+            unfinished.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let others use the directory."""
         if self._lock is not None:
             self._lock.close()
+
+
+def _holds_an_attempt(path: Path) -> bool:
+    """Whether a run directory holds what a run leaves before its first checkpoint.
+
+    Raises `UserError` where it holds a checkpoint, or files that are no run's.
+    """
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    if checkpoints := sorted(name for name in names if name.endswith(".pth.tar")):
+        resume = LAST if LAST in checkpoints else checkpoints[-1]
+        raise UserError(
+            f"The output directory {path} is in use: it holds a run. Choose another --experiment, continue it with "
+            f"--resume {path / resume}, or remove it."
+        )
+    foreign = sorted(name for name in names - _BEFORE_A_CHECKPOINT if not name.endswith(".part"))
+    if foreign:
+        raise UserError(
+            f"The output directory {path} is in use: {foreign[0]} is no file of a run. Choose another --experiment, or "
+            "remove it."
+        )
+    return bool(names - {".lock"})
 
 
 def _unused(path: Path) -> Path:

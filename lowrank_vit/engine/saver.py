@@ -17,8 +17,20 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from lowrank_vit.engine.checkpoint import IS_FINITE, write_checkpoint
+from lowrank_vit.engine.run_dir import LAST
 
-LAST, BEST = "last.pth.tar", "model_best.pth.tar"
+BEST = "model_best.pth.tar"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A file that a checkpoint needs beside it, in a folder of the run directory; older ones of its kind then go."""
+
+    folder: str
+    name: str
+    """KIND_NUMBER.SUFFIX; a file of that name has this content already."""
+    content: dict[str, Any]
+    """Tensors in it never change, so they are not copied."""
 
 
 @dataclass
@@ -30,6 +42,7 @@ class _Job:
     names: list[str]
     """Those that are still to be written."""
     obsolete: tuple[str, ...]
+    beside: Beside | None
 
 
 class Diverged(UserError):
@@ -50,6 +63,7 @@ class Saver:
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._failure: UserError | None = None
         self._lost: list[str] = []
+        self._has_missed = False
         # A daemon, so that a crash elsewhere never waits for the disk.
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
@@ -59,8 +73,14 @@ class Saver:
         """Whether a checkpoint is still being written."""
         return self._jobs.unfinished_tasks > 0
 
-    def save(self, content: dict[str, Any], names: tuple[str, ...] = (LAST,), obsolete: tuple[str, ...] = ()) -> None:
-        """Copy `content` and write it under `names`, in that order; then delete the `obsolete` files.
+    def save(
+        self,
+        content: dict[str, Any],
+        names: tuple[str, ...] = (LAST,),
+        obsolete: tuple[str, ...] = (),
+        beside: Beside | None = None,
+    ) -> None:
+        """Copy `content` and write it under `names`, in that order, behind `beside`; then delete the `obsolete` files.
 
         Waits only where an older one is still being written, lest copies pile up.
         """
@@ -70,7 +90,7 @@ class Saver:
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
-        self._jobs.put(_Job(copy, ready, list(names), obsolete))
+        self._jobs.put(_Job(copy, ready, list(names), obsolete, beside))
 
     def settle(self) -> list[str]:
         """Wait until nothing is being written; the names that could not be written since the last call."""
@@ -122,6 +142,8 @@ class Saver:
                 "Try a smaller --lr, a longer --warmup-epochs or --clip-grad 1."
             )
         first = self._folder / job.names[0]
+        if job.beside:
+            self._write_beside(job.beside, stream)
         write_checkpoint(first, content)
         job.names.pop(0)
         while job.names:
@@ -130,6 +152,28 @@ class Saver:
         for name in job.obsolete:
             with contextlib.suppress(OSError):
                 (self._folder / name).unlink()
+        if job.beside:
+            path = self._folder / job.beside.folder / job.beside.name
+            for older in path.parent.glob(f"{path.name.rpartition('_')[0]}_*{path.suffix}"):
+                if older != path:
+                    with contextlib.suppress(OSError):
+                        older.unlink()
+
+    def _write_beside(self, beside: Beside, stream: torch.cuda.Stream | None) -> None:
+        """What cannot be written is missed only after an interruption: not a reason to do without the checkpoint."""
+        path = self._folder / beside.folder / beside.name
+        if path.exists():
+            return
+        content = beside.content
+        if stream is not None:
+            with torch.cuda.stream(stream):  # which has waited for all that was enqueued before the checkpoint
+                content = _mapped(content, lambda tensor: tensor.cpu())
+        try:
+            write_checkpoint(path, content)
+        except UserError as error:
+            if not self._has_missed:
+                self._say(f"warning: {error} Training goes on.")
+            self._has_missed = True
 
 
 def _link(there: Path, path: Path) -> None:

@@ -89,8 +89,8 @@ def make_parts(config: Config, resumed: Checkpoint | None, world: World | None =
     set_float32_policy(device, tf32=config.step.tf32)
     if config.step.compile:
         keep_compiled_code(config.step.compile_cache)
-    say = print if world.is_first else _silent
-    check_before_data(config, is_resumed=resumed is not None)
+    say = print if world.is_first else silent
+    check_before_data(config, is_resumed=resumed is not None, world=world)
     sets, num_classes = _open_sets(config, say)
     torch.manual_seed(config.run.seed)
     model = _make_model(config, num_classes, resumed, say).to(device)
@@ -204,7 +204,7 @@ def _must_compile(config: Config) -> bool:
     return must_compile(resize_batch, *((apply_ops,) if config.augment.aa != "none" else ()))
 
 
-def _silent(line: str) -> None:
+def silent(line: str) -> None:
     """For the ranks that do not speak."""
 
 

@@ -11,6 +11,7 @@ from lowrank_vit.engine import launch
 from lowrank_vit.engine.checkpoint import Checkpoint, read_checkpoint
 from lowrank_vit.engine.distributed import World
 from lowrank_vit.engine.run_dir import RunDir
+from lowrank_vit.engine.setup import silent
 from lowrank_vit.engine.state import as_resumed
 from lowrank_vit.options import Config
 
@@ -42,7 +43,7 @@ def find_start(config: Config, world: World) -> Start:
     config = replace(config, run=replace(run, resume=resume))
     resumed = _read_alike(resume, world) if resume else None
     if resumed:
-        config = as_resumed(config, resumed, print if world.is_first else lambda _: None)
+        config = as_resumed(config, resumed, print if world.is_first else silent)
     return Start(config, resumed, earlier, agents)
 
 

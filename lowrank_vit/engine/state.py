@@ -118,10 +118,12 @@ def _is_finite(parts: Parts) -> Tensor:
 def as_resumed(config: Config, resumed: Checkpoint, say: Callable[[str], object]) -> Config:
     """`config`, where options that the run knew nothing of have the values that give its own meaning.
 
-    Only those that stand at their defaults: others are then refused as another run's. `say` is told of each. Raises
-    `UserError` where this program cannot go on as the run began.
+    Only those that stand at their defaults. `say` is told of each. Raises `UserError` for options of another run, and
+    where this program cannot go on as the run began.
     """
     number, args = resumed.meaning, resumed.args
+    if not args:  # weights alone: they cannot be resumed, which is said where the rest is looked for
+        return config
     meaning.check_can_go_on(number, args, str(resumed.path))
     before, usual = meaning.values_before(number, args), {name: value for name, _, value in leaves()}
     given = {name: value for name, _, value in leaves(config)}
@@ -131,12 +133,12 @@ def as_resumed(config: Config, resumed: Checkpoint, say: Callable[[str], object]
         if old:
             values = ", ".join(f"--{name} {_plain(value)}" for name, value in old.items())
             say(f"note: {resumed.path} is of an older run: {change.what}. It goes on as it began: {values}")
+    _check_same_run(config, resumed)
     return config
 
 
 def restore(config: Config, parts: Parts, resumed: Checkpoint) -> Progress:
     """Put back all but weights and EMA, which are the parts' already. Raises `UserError`."""
-    _check_same_run(config, resumed)
     try:
         parts.optimizer.load_state_dict(resumed.training_state("optimizer"))
     except (ValueError, KeyError) as error:
@@ -144,11 +146,6 @@ def restore(config: Config, parts: Parts, resumed: Checkpoint) -> Progress:
     saved = resumed.training_state("progress")
     fields: dict[str, Any] = {**saved, "kept": tuple((metric, epoch) for metric, epoch in saved["kept"])}
     progress = Progress(**fields)
-    if progress.epoch >= parts.num_epochs:
-        raise UserError(
-            f"{resumed.path} has finished epoch {progress.epoch} of {parts.num_epochs}: nothing is left to train. "
-            "Give a greater --epochs to go on."
-        )
     parts.step.load_state_dict(resumed.training_state("step"))
     try:
         parts.train_loader.load_state_dict(resumed.training_state("data"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +12,13 @@ from lowrank_vit.engine.distributed import World
 from lowrank_vit.engine.evaluate import Scores
 from lowrank_vit.engine.failing import told_at_once
 from lowrank_vit.engine.keeper import Keeper
-from lowrank_vit.engine.outputs import Outputs
+from lowrank_vit.engine.metrics import last_recorded
+from lowrank_vit.engine.outputs import SPECTRA, Outputs
 from lowrank_vit.engine.pace import wait_for
 from lowrank_vit.engine.peak import memory_gb, mfu
 from lowrank_vit.engine.progress import Clock, Figures
 from lowrank_vit.engine.run_dir import RunDir
-from lowrank_vit.engine.setup import make_parts
+from lowrank_vit.engine.setup import make_parts, silent
 from lowrank_vit.engine.starting import find_start, open_run_dir
 from lowrank_vit.engine.state import Progress, restore
 from lowrank_vit.engine.stop import Stopped, StopRequest, UntilStopped
@@ -82,6 +84,7 @@ class Trainer:
         parts, stopped_by = self.parts, ""
         self.train_s = 0.0
         self._cold_updates = COLD_UPDATES[self.config.step.compile]
+        self._say: Callable[[str], object] = print if self.world.is_first else silent
         with ExitStack() as stack, told_at_once(self.world):  # before what follows an error is closed
             stack.callback(self.run_dir.close)
             self.monitor = stack.enter_context(self._make_monitor()) if self.config.spectra.spec_monitor else None
@@ -89,9 +92,10 @@ class Trainer:
                 if loader:
                     stack.callback(loader.close)
             self.outputs = stack.enter_context(self._make_outputs())
+            self._say = self.outputs.display.say
             # Without --log-wandb the run's id is kept for the next time.
             self.progress = replace(self.progress, wandb_id=self.outputs.wandb_id or self.progress.wandb_id)
-            self.keeper = Keeper(self.config, parts, self.outputs)
+            self.keeper = Keeper(self.config, parts, self.outputs, self.monitor)
             if self.monitor and parts.step.num_updates == 0:
                 self.monitor.observe(0)
             with self.stop.noted():  # to the end: what asked for it once may ask again while all is saved
@@ -114,13 +118,15 @@ class Trainer:
         return Outputs(*common, is_first=self.world.is_first, indices=indices)
 
     def _make_monitor(self) -> SpectralMonitor:
-        options = self.config.spectra
+        options, store_dir = self.config.spectra, self.run_dir.path / SPECTRA
+        done = self.parts.step.num_updates if self.progress.is_begun else None
+        recorded = -1 if done is None else last_recorded(self.run_dir.path, "spec", done)
         return SpectralMonitor(
             self.parts.model,
             self.parts.ema.module if self.parts.ema else None,
             targets=options.spec_targets,
             every=options.spec_every,
-            store_dir=self.run_dir.path / "spectra",
+            store_dir=store_dir,
             settings=Settings(
                 options.spec_topk,
                 options.spec_interval,
@@ -130,8 +136,10 @@ class Trainer:
             ),
             split_qkv=options.spec_split_qkv,
             limit_gb=options.spec_store_gb,
-            resumed_update=self.parts.step.num_updates if self.progress.is_begun else None,
+            resumed_update=done,
+            recorded_update=self.world.from_first(recorded),
             ranks=GlooRanks() if self.world.size > 1 else None,
+            say=lambda line: self._say(line),
         )
 
     def _finish_spectra(self) -> None:
@@ -140,9 +148,13 @@ class Trainer:
         self.monitor.close()
         self.outputs.log_spectra(self.monitor.records())
         if self.monitor.skipped:
-            self.outputs.display.say(
+            self._say(
                 f"{self.monitor.skipped} spectral refreshes were skipped, since the one before was still running; a "
                 "greater --spec-every avoids that"
+            )
+        if self.monitor.failed:
+            self._say(
+                f"{self.monitor.failed} spectral refreshes failed, the first as was said; training missed nothing"
             )
 
     def _train_epoch(self, epoch: int) -> EpochStats:
@@ -165,6 +177,7 @@ class Trainer:
             parts.scheduler.step_update(parts.step.num_updates)
             if self.monitor:
                 self.monitor.observe(parts.step.num_updates)
+                self.outputs.log_spectra(self.monitor.records())
             if is_due:
                 logged = self._log_interval(epoch, clock, num_images, logged)
             if done == warm_at:
@@ -203,7 +216,6 @@ class Trainer:
             grad_norm=None if norm is None else float(norm),
         )
         self.outputs.log_interval(epoch, parts.step.num_updates, figures, means.top1)
-        self.outputs.log_spectra(self.monitor.records() if self.monitor else [])
         return now
 
     def _finish_epoch(self, epoch: int, stats: EpochStats) -> None:
@@ -211,10 +223,10 @@ class Trainer:
         parts = self.parts
         is_last = epoch == parts.num_epochs - 1
         scores = self._validate() if is_last or (epoch + 1) % self.config.run.val_interval == 0 else {}
-        self.progress = self.keeper.save_epoch(self.progress, scores)
         row = {"epoch": epoch, "update": parts.step.num_updates, "train_loss": stats.loss}
         speed = {"lr": stats.lr, "img_per_s": stats.img_per_s, "data_wait": stats.data_wait}
-        self.outputs.log_epoch(row | speed, scores, stats.train_s)
+        self.outputs.log_epoch(row | speed, scores, stats.train_s)  # before the checkpoint that counts it as done
+        self.progress = self.keeper.save_epoch(self.progress, scores)
         parts.scheduler.step(epoch + 1)
 
     def _validate(self) -> dict[str, Scores]:

@@ -72,10 +72,7 @@ class WandbLog:
         try:
             run = wandb.init(**arguments)
         except (UsageError, AuthenticationError) as error:
-            raise UserError(
-                f"--log-wandb: Weights & Biases cannot start: {error} Log in with `wandb login`, or log to files only "
-                "with WANDB_MODE=offline in the environment."
-            ) from error
+            raise _cannot_start(error) from error
         except (wandb.Error, OSError) as error:
             reason = str(error).partition("\n")[0]
             say(f"warning: W&B's server does not answer ({reason}); the run is kept on disk. {_sync_advice(run_dir)}")
@@ -110,6 +107,27 @@ class WandbLog:
         if thread.is_alive() or failures:
             reason = failures[0] if failures else f"not done after {timeout_s:.0f} s"
             self._say(f"warning: W&B could not send everything ({reason}). {_sync_advice(self._run_dir)}")
+
+
+def check_login() -> None:
+    """Raise `UserError` where a run would be sent to W&B's server without a login. May ask for a key in a terminal."""
+    import wandb
+    from wandb.errors import AuthenticationError, UsageError
+
+    try:
+        if wandb.setup().settings.mode in ("online", "shared"):
+            wandb.login()
+    except (UsageError, AuthenticationError) as error:
+        raise _cannot_start(error) from error
+    except Exception:  # a server that does not answer is met when the run starts
+        return
+
+
+def _cannot_start(error: Exception) -> UserError:
+    return UserError(
+        f"--log-wandb: Weights & Biases cannot start: {error} Log in with `wandb login`, or log to files only with "
+        "WANDB_MODE=offline in the environment."
+    )
 
 
 def _finish(run: Any, failures: list[Exception]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from lowrank_vit.spectral.metrics import recorded_indices
 from lowrank_vit.spectral.ranks import OneRank, Ranks, share_out
-from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, Settings
+from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, Settings, Stacks
 from lowrank_vit.spectral.select import Part, choose_parts, module_type, take_parts
-from lowrank_vit.spectral.solve import stack_by_shape
-from lowrank_vit.spectral.store import SpectraStore
+from lowrank_vit.spectral.solve import LOG, stack_by_shape
+from lowrank_vit.spectral.store import Kept, SpectraStore
 from lowrank_vit.spectral.worker import Snapshot, SpectralRecord, Worker
 
 T = TypeVar("T")
@@ -40,15 +41,17 @@ class SpectralMonitor:
     losses with it and without it are the same bits. `observe` never waits for the device. A thread is needed because
     the eigensolver's error check waits on the host even when it runs on a side stream.
 
-    Each refresh goes to a `SpectraStore` in `store_dir` and is queued as a `SpectralRecord`. A failed refresh raises in
-    the caller's thread at the next `observe`, `records` or `close`: `UserError` when the store cannot be written,
-    `RuntimeError` otherwise. Use it as a context manager, or call `close`.
+    Each refresh goes to a `SpectraStore` in `store_dir` and is queued as a `SpectralRecord`. One that fails, or that
+    cannot be stored, never raises: it is counted in `failed`, and the first is said. Use it as a context manager, or
+    call `close`.
 
     Memory on the weights' device: a copy of the targets while a refresh runs, and one of the refresh before it, of the
-    model and of its EMA each.
+    model and of its EMA each. Of several ranks the first has them twice: of its share, and of all matrices.
 
     With several ranks make one on every rank: each computes its share of the matrices, and rank 0 stores and records. A
     refresh that not all ranks have begun is given up and counted as skipped.
+
+    A run that is resumed goes on as if it had not ended if `kept()` was written with its checkpoint.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class SpectralMonitor:
         split_qkv: bool = False,
         limit_gb: float = DEFAULT_LIMIT_GB,
         resumed_update: int | None = None,
+        recorded_update: int | None = None,
         ranks: Ranks | None = None,
+        say: Callable[[str], object] = LOG.warning,
     ) -> None:
         """Choose the targets and start the worker.
 
@@ -78,10 +83,13 @@ class SpectralMonitor:
             limit_gb: size limit of the store, in 10^9 bytes.
             resumed_update: the update that a resumed run continues from. What the store holds of later ones is deleted,
                 and the next refresh is compared with the newest that is left.
+            recorded_update: that of the newest record which the resumed run still has, -1 for none. A newer refresh
+                that was kept is done again, at once. None: all are there.
             ranks: how several ranks share the work; default: this process does it all.
+            say: told of failures, from the worker's thread too.
 
         Raises:
-            UserError: a target matches nothing, a number is out of range, or `store_dir` cannot be made.
+            UserError: a target matches nothing, or a number is out of range.
             ValueError: model and EMA differ in their targets.
         """
         settings = settings or Settings()
@@ -111,13 +119,23 @@ class SpectralMonitor:
             for name, shape in shapes.items()
         }
         """By name: "shape", and the recorded indices "top" and "last", 1-based."""
-        store = SpectraStore(store_dir, limit_gb * 1e9)
+        options = {"targets": targets, "every": every, "split_qkv": split_qkv, "limit_gb": limit_gb}
+        index = {"format": 2, **options, **asdict(settings), "matrices": self.matrices}
+        store = SpectraStore(store_dir, limit_gb * 1e9, index)
         if ranks.rank == 0:
-            options = {"targets": targets, "every": every, "split_qkv": split_qkv, "limit_gb": limit_gb}
-            store.write_index({"format": 2, **options, **asdict(settings), "matrices": self.matrices})
-            if resumed_update is not None:
-                store.forget_after(resumed_update)
-        memory = Memory() if resumed_update is None else self._remember(store, resumed_update)
+            try:
+                store.begin()
+                if resumed_update is not None:
+                    store.forget_after(resumed_update)
+            except (UserError, OSError) as error:  # it may be mended before the next refresh
+                say(f"warning: {error}. Training goes on.")
+        kept = None if resumed_update is None else store.kept(resumed_update)
+        again = kept if kept and recorded_update is not None and kept.update > recorded_update else None
+        stacks = self._stacks_of(again) if again else {}
+        if stacks and again:
+            memory = self._remember(store, again.update - 1, again.before)
+        else:
+            memory = Memory() if resumed_update is None else self._remember(store, resumed_update, kept)
 
         devices = {p.device for one in self._models.values() for p in one.parameters()}
         for device in devices:
@@ -129,13 +147,25 @@ class SpectralMonitor:
         self._stream = None if cuda_device is None else torch.cuda.Stream(cuda_device, priority=0)
         self._busy = 0
         self._closed = False
+        self._all_parts = parts if ranks.rank == 0 else {}
+        self._newest: Kept | None = None
         keys = [f"{kind}/{name}" for kind in self._models for name in parts]
-        self._worker = Worker(settings, store, memory, ranks, keys, self._stream)
+        self._worker = Worker(settings, store, memory, ranks, keys, self._stream, say)
+        if kept and ranks.rank == 0:
+            self._newest = kept._replace(before=None)
+        self._is_again = bool(stacks)
+        if stacks and again:
+            self._hand_over(again.update, stacks, again.before if ranks.rank == 0 else None)
 
     @property
     def skipped(self) -> int:
         """Refreshes that were due while the one before was still being computed, here or on another rank."""
         return self._busy + self._worker.dropped
+
+    @property
+    def failed(self) -> int:
+        """Refreshes of this process that came to nothing, or could not be stored."""
+        return self._worker.failed
 
     def indices_by_type(self) -> dict[str, dict[str, list[int]]]:
         """The recorded indices for people to read: those of the first matrix of each type."""
@@ -152,34 +182,63 @@ class SpectralMonitor:
         """
         if self._closed:
             raise RuntimeError("this spectral monitor is closed; make a new one to observe further updates")
-        self._raise_failure()
         if num_updates % self._every != 0:
             return
-        if num_updates == 0:
+        if num_updates == 0 or self._is_again:
             self._worker.idle.wait()
+            self._is_again = False
         if not self._worker.idle.is_set():
             self._busy += 1
             return
-        stacks = {kind: stack_by_shape(_matrices(one, self._parts)) for kind, one in self._models.items()}
+        try:
+            stacks = {kind: stack_by_shape(_matrices(one, self._parts)) for kind, one in self._models.items()}
+            before, self._newest = self._newest, self._kept(num_updates, stacks)
+            self._hand_over(num_updates, stacks, before)
+        except Exception as error:  # such as no memory for the copies
+            self._worker.fail(num_updates, error)
+
+    def _kept(self, update: int, stacks: Stacks) -> Kept | None:
+        """On the first rank the copies of all matrices, whichever rank computes them."""
+        if not self._all_parts:
+            return None
+        if self._num_ranks > 1:
+            stacks = {kind: stack_by_shape(_matrices(one, self._all_parts)) for kind, one in self._models.items()}
+        weights = {
+            f"{kind}/{name}": matrix
+            for kind, of_kind in stacks.items()
+            for stack in of_kind
+            for name, matrix in zip(stack.names, stack.matrices_NRC, strict=True)
+        }
+        return Kept(update, weights)
+
+    def _hand_over(self, update: int, stacks: Stacks, before: Kept | None) -> None:
+        """Have the worker compute the spectra of copies that were enqueued on the current stream."""
         ready = None
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._stream.device))
-        self._worker.idle.clear()
-        self._worker.inbox.put(Snapshot(num_updates, stacks, ready))
+        self._worker.take(Snapshot(update, stacks, ready, before))
 
     def records(self) -> list[SpectralRecord]:
         """The refreshes finished since the last call, oldest first; never waits. Still works after `close`."""
-        self._raise_failure()
         records = _drain(self._worker.finished)
         for record in records:
             record.values["spec/refresh/skipped"] = float(self.skipped)
+            record.values["spec/refresh/failed"] = float(self.failed)
         return records
+
+    def kept(self) -> Kept | None:
+        """What to write, under `kept_name`, beside a checkpoint of now, for a run that is resumed from that.
+
+        None before the first snapshot, and on all ranks but the first. Tensors are on the weights' device; they do not
+        change. Call it before `records`, whose refreshes must then be recorded before the checkpoint is written.
+        """
+        current = self._worker.current
+        return self._newest and self._newest._replace(before=current.before if current else None)
 
     def close(self, cancel: bool = False) -> None:
         """Finish the running refresh and join the worker; with `cancel`, abandon it at the next matrix. Idempotent."""
         self._stop(cancel)
-        self._raise_failure()
 
     def __enter__(self) -> SpectralMonitor:
         return self
@@ -188,11 +247,20 @@ class SpectralMonitor:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop(cancel=error is not None)
-        if error is None:  # else the error on its way out matters more than one of ours
-            self._raise_failure()
 
-    def _remember(self, store: SpectraStore, update: int) -> Memory:
-        """What an earlier process has stored up to `update`, as far as it recorded the same vectors."""
+    def _stacks_of(self, kept: Kept) -> Stacks:
+        """This rank's share of kept weights, as `observe` would have copied it; empty if these are other matrices."""
+        stacks: Stacks = {}
+        for kind, model in self._models.items():
+            own = _matrices(model, self._parts)
+            found = {name: kept.weights.get(f"{kind}/{name}") for name in own}
+            if any(w is None or w.shape != own[name].shape for name, w in found.items()):
+                return {}
+            stacks[kind] = stack_by_shape({name: w.to(own[name]) for name, w in found.items() if w is not None})
+        return stacks
+
+    def _remember(self, store: SpectraStore, update: int, kept: Kept | None) -> Memory:
+        """What an earlier process has stored up to `update`, as far as it recorded the same vectors, and has kept."""
         first, last_update, last = store.first_and_last(update)
         keys = {f"{kind}/{name}": name for kind in self._models for name in self._parts}
 
@@ -206,7 +274,8 @@ class SpectralMonitor:
             for key in list(of):
                 if key not in keys or not fits(key, of[key]):
                     del of[key]
-        return Memory(first, last, last_update if last else None)
+        weights = self._stacks_of(kept) if kept and last and kept.update == last_update else {}
+        return Memory(first, last, last_update if last else None, weights)
 
     def _stop(self, cancel: bool) -> None:
         if cancel:
@@ -216,15 +285,6 @@ class SpectralMonitor:
             self._worker.inbox.put(None)
         # Of several ranks one may have died, and this one's worker waits for it; that must not hold up the exit.
         self._worker.join(_JOIN_S if cancel and self._num_ranks > 1 else None)
-
-    def _raise_failure(self) -> None:
-        failures = _drain(self._worker.failures)
-        if not failures:
-            return
-        failure = failures[0]  # later ones are most likely the same
-        if isinstance(failure, UserError):
-            raise failure
-        raise RuntimeError(f"the spectral monitor failed: {type(failure).__name__}: {failure}") from failure
 
 
 def _matrices(model: nn.Module, parts: dict[str, Part]) -> dict[str, Tensor]:

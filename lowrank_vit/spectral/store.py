@@ -4,6 +4,8 @@
 `vectors_00000100.npz`  "update" and the recorded triplets, float64: per "<kind>/<name>" and end (top, last)
                         "<key>:top:u" (R, k), ":v" (C, k), ":s" (k,) and ":certificate" (k,).
 `index.json`            the recorded indices and shapes of every matrix, and the options.
+`weights_00000100.pth`  for a run that is resumed: the weights that the newest refresh was taken of, see `Kept`. Written
+                        with a checkpoint, by whoever writes that; one file, of the newest checkpoint.
 
 Kinds are "spec" (the model) and "spec_ema" (its moving average). A file is there whole or not at all.
 """
@@ -20,11 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from data_prep.errors import UserError
 from lowrank_vit.spectral.ends import Solved, Triplets
 
-SPECTRA, VECTORS = "update", "vectors"
+SPECTRA, VECTORS, WEIGHTS = "update", "vectors", "weights"
 SPECTRA_SHARE = 0.25
 """Of the size limit; the rest is for vectors."""
 _ENDS = ("top", "last")
@@ -45,6 +49,28 @@ class StoredVectors(NamedTuple):
     ends: dict[str, tuple[Triplets, Triplets]]
 
 
+class Kept(NamedTuple):
+    """What a resumed run needs, beside the store, to go on as if it had never ended."""
+
+    update: int
+    """Of the newest snapshot."""
+    weights: dict[str, Tensor]
+    """Its matrices by "<kind>/<name>"."""
+    before: Kept | None = None
+    """The snapshot before, while the newest is still being computed: after a kill that is done again."""
+
+    def content(self) -> dict[str, Any]:
+        """For `torch.save`."""
+        before = self.before.content() if self.before else None
+        return {"update": self.update, "weights": self.weights, "before": before}
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Kept:
+        """Of what `content` returned."""
+        before = content["before"]
+        return cls(int(content["update"]), dict(content["weights"]), cls.of(before) if before else None)
+
+
 class SpectraStore:
     """Writes refreshes into one directory and keeps it below `limit_bytes`.
 
@@ -53,20 +79,16 @@ class SpectraStore:
     two refreshes.
     """
 
-    def __init__(self, path: Path, limit_bytes: float) -> None:
-        """`path` is made if missing. Raises `UserError` where it cannot be."""
-        self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot make {path} for the spectra: {error.strerror}; choose a writable output directory"
-            ) from error
+    def __init__(self, path: Path, limit_bytes: float, index: Mapping[str, Any] | None = None) -> None:
+        """`path` and its `index.json` are made when something is written. Without an `index` it is only read."""
+        self.path, self._index = path, index
         shares = {SPECTRA: SPECTRA_SHARE, VECTORS: 1 - SPECTRA_SHARE}
         self._series = {prefix: _Series(path, prefix, share * limit_bytes) for prefix, share in shares.items()}
 
     def save(self, update: int, solved: Mapping[str, Solved]) -> None:
-        """Write one refresh, replacing an earlier one of the same update. Raises `UserError` (full, gone)."""
+        """Write one refresh, replacing an earlier one of the same update. Raises `UserError` (full, read-only)."""
+        if not self.path.exists() and self.path.parent.exists():  # it went, but not the run with it
+            self.begin()
         write_spectra(self.path, update, {key: one.s for key, one in solved.items()})
         arrays = {
             f"{key}:{end}:{name}": getattr(getattr(one, end), name)
@@ -78,22 +100,39 @@ class SpectraStore:
         for series in self._series.values():
             series.thin()
 
-    def write_index(self, content: Mapping[str, Any]) -> None:
-        """Write `index.json`. Raises `UserError`."""
+    def begin(self) -> None:
+        """Make the directory, if it is missing, and `index.json` anew. Raises `UserError`."""
         path = self.path / "index.json"
         partial = path.with_suffix(".json.partial")
         try:
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make {self.path} for the spectra: {error.strerror}; choose a writable output directory"
+            ) from error
+        if self._index is None:
+            return
+        try:
+            partial.write_text(json.dumps(dict(self._index), indent=1) + "\n", encoding="utf-8")
             partial.replace(path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; choose a writable output directory") from error
 
     def forget_after(self, update: int) -> None:
         """Delete what a run that was cut off has stored after the checkpoint it is resumed from."""
-        for prefix in (SPECTRA, VECTORS):
+        for prefix in (SPECTRA, VECTORS, WEIGHTS):
             for path in _files(self.path, prefix):
                 if _update_of(path) > update:
                     path.unlink(missing_ok=True)
+        for partial in (*self.path.glob("*.partial"), *self.path.glob(".*.part")):  # of a process that was killed
+            partial.unlink(missing_ok=True)
+
+    def kept(self, until: int) -> Kept | None:
+        """What was kept with the checkpoint of the update `until` or before; None without a readable file."""
+        for path in reversed([path for path in _files(self.path, WEIGHTS) if _update_of(path) <= until]):
+            with contextlib.suppress(Exception):  # a damaged file fails in many ways inside torch
+                return Kept.of(torch.load(path, map_location="cpu", weights_only=True))
+        return None
 
     def first_and_last(self, until: int) -> tuple[dict[str, Solved], int | None, dict[str, Solved]]:
         """The first refresh, and the newest up to the update `until`, with its update; empty where none can be read."""
@@ -186,12 +225,21 @@ def _read_solved(folder: Path, vectors: Path) -> tuple[int, dict[str, Solved]]:
     }
 
 
+def kept_name(update: int) -> str:
+    """The name, in the store, of what is kept of a snapshot."""
+    return _path(Path(), WEIGHTS, update).name
+
+
 def _path(folder: Path, prefix: str, update: int) -> Path:
-    return folder / f"{prefix}_{update:08d}.npz"
+    return folder / f"{prefix}_{update:08d}{_suffix(prefix)}"
 
 
 def _files(folder: Path, prefix: str) -> list[Path]:
-    return sorted(folder.glob(f"{prefix}_*.npz"), key=lambda path: (len(path.name), path.name))
+    return sorted(folder.glob(f"{prefix}_*{_suffix(prefix)}"), key=lambda path: (len(path.name), path.name))
+
+
+def _suffix(prefix: str) -> str:
+    return ".pth" if prefix == WEIGHTS else ".npz"
 
 
 def _update_of(path: Path) -> int:
@@ -218,7 +266,7 @@ def _write(folder: Path, prefix: str, update: int, arrays: Mapping[str, np.ndarr
             partial.unlink(missing_ok=True)
         raise UserError(
             f"cannot store the spectra of update {update} in {folder}: {error.strerror or error}. "
-            "Free some space or choose a writable output directory, then resume."
+            "Free some space, or make it writable."
         ) from error
     return path
 

@@ -7,16 +7,17 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from data_prep.errors import UserError
 from lowrank_vit.spectral.ranks import STOP, Ranks
 from lowrank_vit.spectral.refresh import Memory, Refreshed, Settings, Stacks, aggregates, refresh
 from lowrank_vit.spectral.solve import LOG, Cancelled, MatrixStack
-from lowrank_vit.spectral.store import SpectraStore
+from lowrank_vit.spectral.store import Kept, SpectraStore
 
 
 class SpectralRecord(NamedTuple):
@@ -25,6 +26,7 @@ class SpectralRecord(NamedTuple):
     Metrics are those of `refresh.matrix_metrics`, `refresh.drift_metrics`, `refresh.update_norms` and
     `subspace.cosine_metrics`; `refresh.aggregates` adds "<kind>/type/..." and "<kind>/depth/...". About the refresh
     itself: "spec/refresh/seconds", "spec/refresh/skipped" (refreshes so far that were due and left out),
+    "spec/refresh/failed" (those so far that failed or were not stored; both count from this process's start),
     "spec/refresh/fallbacks" (matrices not solved by the solver asked for) and "spec/refresh/since" (updates since the
     one it is compared with; absent in the first).
     """
@@ -41,6 +43,8 @@ class Snapshot:
     stacks: Stacks
     ready: torch.cuda.Event | None
     """The copies are complete once this has passed; None without CUDA."""
+    before: Kept | None = None
+    """On the first rank, the snapshot before."""
 
 
 class Worker:
@@ -54,15 +58,23 @@ class Worker:
         ranks: Ranks,
         keys: list[str],
         stream: torch.cuda.Stream | None,
+        say: Callable[[str], object],
     ) -> None:
-        """Start the thread; `keys` are those of all ranks, in the order in which they are stored."""
+        """Start the thread; `keys` are those of all ranks, in the order in which they are stored.
+
+        `say` is told of the first failure, and of the first after each success.
+        """
         self._settings, self._store, self._memory, self._ranks = settings, store, memory, ranks
         self._keys, self._stream = keys, stream
+        self._say, self._is_failing = say, False
         self._noted: set[str] = set()
         self._last_exchange_over = False
+        self.current: Snapshot | None = None
+        """The one that is being worked on; its record is in `finished` when it is no longer here."""
         self.inbox: queue.SimpleQueue[Snapshot | None] = queue.SimpleQueue()
         self.finished: queue.SimpleQueue[SpectralRecord] = queue.SimpleQueue()
-        self.failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()
+        self.failed = 0
+        """Refreshes that came to nothing, or were not stored."""
         self.idle = threading.Event()
         self.idle.set()
         self.cancelled = threading.Event()
@@ -91,14 +103,29 @@ class Worker:
                     self._refresh(snapshot)
                 else:
                     self.dropped += not self.cancelled.is_set()
-            except Exception as error:  # whatever it is, it belongs to the main thread
-                self.failures.put(error)
+            except Exception as error:  # whatever it is: the training that is watched must not end of it
+                self.fail(snapshot.update, error)
             finally:
-                snapshot = None  # else its memory is held until the next one comes
+                self.current = snapshot = None  # else its memory is held until the next one comes
                 self.idle.set()
         if not self._last_exchange_over:
             with contextlib.suppress(RuntimeError):  # at the end another rank may be gone already
                 self._ranks.exchange(STOP)
+
+    def fail(self, update: int, error: Exception) -> None:
+        """Count the refresh of this update as failed."""
+        self.failed += 1
+        is_news, self._is_failing = not self._is_failing, True
+        if is_news:
+            of_others = f"the spectra of update {update} failed: {type(error).__name__}: {error}."
+            reason = str(error) if isinstance(error, UserError) else of_others
+            self._say(f"warning: {reason} Training goes on, and so do later refreshes if they can.")
+
+    def take(self, snapshot: Snapshot) -> None:
+        """Begin a refresh; the one before must be over."""
+        self.idle.clear()
+        self.current = snapshot
+        self.inbox.put(snapshot)
 
     def _all_ranks_hold(self, update: int) -> bool:
         """Agree with the other ranks on this update. A rank that has skipped it will never hold it: then give it up."""
@@ -133,18 +160,21 @@ class Worker:
             pass
         except Exception as error:
             failure = error
-        parts = self._ranks.gather(part)  # also after a failure, since the others are waiting here
+        # Also after a failure, since the others are waiting here; an error itself may not survive the way.
+        parts = self._ranks.gather(part or (f"{type(failure).__name__}: {failure}" if failure else ""))
         if failure is not None:
             raise failure
-        if parts is None or any(one is None for one in parts):
+        if parts is None:
             return
         whole = Refreshed(snapshot.update)
-        for one in parts:
-            assert one is not None
+        for rank, one in enumerate(parts):
+            if not isinstance(one, Refreshed):
+                if one:
+                    raise RuntimeError(f"rank {rank}: {one}")
+                return  # cancelled there
             whole.solved |= one.solved
             whole.values |= one.values
         whole.solved = {key: whole.solved[key] for key in self._keys}
-        self._store.save(whole.update, whole.solved)
         values = {key: whole.values[key] for key in self._keys}
         flat = {
             f"{key}/{m}": v
@@ -156,7 +186,11 @@ class Worker:
         flat |= {"spec/refresh/fallbacks": float(fallbacks), "spec/refresh/seconds": time.perf_counter() - start}
         if since is not None:
             flat["spec/refresh/since"] = float(snapshot.update - since)
-        self.finished.put(SpectralRecord(whole.update, flat))
+        try:
+            self._store.save(whole.update, whole.solved)
+            self._is_failing = False
+        finally:  # the numbers are there, stored or not
+            self.finished.put(SpectralRecord(whole.update, flat))
 
     def _note(self, line: str) -> None:
         """Warn of a matrix once, not at every refresh; later lines of it go to the debug log."""

@@ -55,7 +55,7 @@ def test_options_that_an_older_run_knows_nothing_of_get_its_meaning():
     assert config.data.vflip == 0.75  # of the first change since, although a later one names the option too
     assert "boxes come in threes" in lines[0]
     assert "--recount 1" in lines[0]
-    config, lines = resumed([], {}, meaning=3)
+    config, lines = resumed([], {"seed": 42}, meaning=3)
     assert config.data.vflip == 0.5
     assert len(lines) == 1
 
@@ -64,21 +64,22 @@ def test_what_does_not_concern_a_run_is_not_said():
     assert not any("boxes" in line for line in resumed([], {"reprob": 0})[1])
 
 
-def test_what_an_older_run_or_the_user_says_stays():
+def test_what_an_older_run_says_stays_and_what_the_user_says_is_not_overruled():
     assert resumed(["--vflip", "0.1"], {"vflip": 0.1}) == (parse(["--vflip", "0.1"]), [])
-    assert resumed(["--vflip", "0.1"], {})[0].data.vflip == 0.1  # which is then refused as another run's
+    with pytest.raises(UserError, match=r"--vflip was 0\.75, now 0\.1"):
+        resumed(["--vflip", "0.1"], {"seed": 42})
 
 
 def test_what_cannot_go_on_is_refused_with_the_reason(monkeypatch):
     gone = Change("noise is drawn by sample", cannot="the old noise is no longer there")
     monkeypatch.setattr(meaning, "CHANGES", (*CHANGES, gone))
     with pytest.raises(UserError, match=r"last\.pth\.tar is of an older run.*old noise is no longer there.*--initial"):
-        resumed([], {})
+        resumed([], {"seed": 42})
 
 
 def test_a_newer_number_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"newer lowrank-vit.*has the number 5.*knows up to 4. Update"):
-        resumed([], {}, meaning=5)
+        resumed([], {"seed": 42}, meaning=5)
     with pytest.raises(UserError, match=r"args\.yaml was written by a newer"):
         configured(tmp_path, "meaning: 5\n")
     for wrong in ("0", "two", "true"):

@@ -36,13 +36,25 @@ def no_data(monkeypatch):
         ("--spec-monitor --spec-targets attn.qvk", "attn.qvk"),
         ("--model resnet18 --model-kwargs --sync-bn", "--sync-bn: --model resnet18 has BatchNorm"),
         ("--model lcnet_035 --model-kwargs --pretrained", "timm has no weights for lcnet_035"),
-        ("--experiment used", "used is in use"),
+        ("--experiment used", r"used is in use: it holds a run. .*--resume .*used/last\.pth\.tar"),
+        ("--experiment mine", "mine is in use: notes.txt is no file of a run"),
+        ("--model vgg11 --model-kwargs --img-size 24", "cannot take an image of 24 x 24 pixels .* own is 224"),
+        ("--model-kwargs depth=1 global_pool=", r"makes \(1, 5, 2\) of one image"),
+        ("--lr 1e-4 --min-lr 1e-3", r"--min-lr 0.001, .* above the peak learning rate 0.0001 \(--lr\)"),
+        ("--lr-base 0.1 -b 64 --min-lr 0.03", r"peak learning rate 0.025 \(--lr-base 0.1, linear"),
+        ("--sched wsd --epochs 6 --warmup-epochs 5 --decay-epochs 5", "--sched wsd cannot be made"),
+        ("--log-wandb", "No API key configured.* Log in with `wandb login`"),
         ("--model dla46_c --model-kwargs --grad-checkpointing", "--grad-checkpointing: --model dla46_c cannot"),
     ],
 )
-def test_it_is_found_out_before_the_data(line, said, tmp_path):
+def test_it_is_found_out_before_the_data(line, said, tmp_path, monkeypatch):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "last.pth.tar").write_text("")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     with pytest.raises(UserError, match=said):
         Trainer(parse([*TINY, "--output", str(tmp_path), *line.split()]), "x")
 

@@ -77,9 +77,10 @@ def solved(seed: int) -> Solved:
 
 def add_monitor(run: Path, refreshes: int = 3) -> None:
     """What a monitor leaves: spectra, vectors, the index and the logged scalars."""
-    store = SpectraStore(run / "spectra", 1e9)
     names = [f"blocks.{block}.{kind}" for block in range(3) for kind in KINDS]
-    store.write_index({"matrices": {name: {"shape": [12, 6]} for name in names}})
+    index = {"matrices": {name: {"shape": [12, 6]} for name in names}}
+    store = SpectraStore(run / "spectra", 1e9, index)
+    store.begin()
     lines = []
     for i in range(refreshes):
         keys = [f"{kind}/{name}" for kind in ("spec", "spec_ema") for name in names]

@@ -60,8 +60,30 @@ def test_default_names_never_collide(tmp_path):
     assert (tmp_path / "latest").resolve() == second.path.resolve()
     for run_dir in (first, second):
         run_dir.close()
-    with pytest.raises(UserError, match="is in use"):
-        RunDir.create(tmp_path, first.path.name, "x")
+
+
+def test_a_directory_is_taken_over_unless_it_holds_a_checkpoint_other_files_or_a_process(tmp_path, capsys):
+    run = tmp_path / "run"
+    first = RunDir.create(tmp_path, "run", "x")
+    for name in ("metrics.jsonl", "summary.csv", "args.yaml", ".args.yaml.part"):
+        (run / name).write_text("{}")
+    (run / "spectra").mkdir()
+    (run / "spectra" / "update_00000000.npz").write_text("")
+    with pytest.raises(UserError, match="in use by another process"):
+        RunDir.require_free(tmp_path, "run")
+    first.close()
+    RunDir.require_free(tmp_path, "run")
+    RunDir.create(tmp_path, "run", "x").close()
+    assert f"{run} holds an attempt that ended before its first checkpoint" in capsys.readouterr().out
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "args.yaml"]
+    for name, said in (("thesis.txt", "thesis.txt is no file of a run"), ("last.pth.tar", "--resume .*last")):
+        (run / name).write_text("precious")
+        with pytest.raises(UserError, match=f"is in use: .*{said}"):
+            RunDir.require_free(tmp_path, "run")
+        with pytest.raises(UserError, match=f"is in use: .*{said}"):
+            RunDir.create(tmp_path, "run", "x")
+        (run / name).unlink()
+    RunDir.create(tmp_path, "run", "x").close()  # what was refused is not left locked
 
 
 def test_environment_names_versions_but_no_paths():

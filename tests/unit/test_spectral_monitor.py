@@ -247,71 +247,69 @@ def failing(error: Exception) -> Callable[..., dict[str, Solved]]:
     return solve
 
 
-@pytest.mark.parametrize("call", ["records", "close", "observe"])
-def test_an_error_of_the_worker_is_raised_once_in_the_callers_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+@pytest.mark.parametrize("error", [ArithmeticError("no convergence"), MemoryError("no room"), UserError("no luck")])
+def test_an_error_of_the_worker_is_said_once_counted_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(refresh_module, "solve_stack", failing(ArithmeticError("no convergence")))
-    monitor = watch(tiny_vit(), tmp_path)
-    monitor.observe(0)
-    wait_until_idle(monitor)
-    with pytest.raises(RuntimeError, match=r"spectral monitor failed: ArithmeticError: no convergence") as caught:
-        {"records": monitor.records, "close": monitor.close, "observe": lambda: monitor.observe(1)}[call]()
-    assert isinstance(caught.value.__cause__, ArithmeticError)
-    monitor.close()
+    said: list[str] = []
+    with watch(tiny_vit(), tmp_path, say=said.append) as monitor:
+        for update in (0, 2, 4, 6):
+            with monkeypatch.context() as patch:
+                if update in (0, 2, 6):
+                    patch.setattr(refresh_module, "solve_stack", failing(error))
+                monitor.observe(update)
+                wait_until_idle(monitor)
+        assert [(record.update, record.values["spec/refresh/failed"]) for record in monitor.records()] == [(4, 3)]
+    assert monitor.failed == 3
+    assert stored(tmp_path) == [4]
+    assert len(said) == 2  # of the first, and of the first after it had gone well again
+    assert all(str(error) in line and "Training goes on" in line for line in said)
 
 
-def test_the_monitor_lives_on_after_a_failed_refresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with watch(tiny_vit(), tmp_path) as monitor:
+def test_copies_that_find_no_memory_end_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    with watch(tiny_vit(), tmp_path, say=said.append) as monitor:
         with monkeypatch.context() as patch:
-            patch.setattr(refresh_module, "solve_stack", failing(ArithmeticError("once")))
+            patch.setattr("lowrank_vit.spectral.monitor.stack_by_shape", failing(torch.OutOfMemoryError("out")))
             monitor.observe(0)
-            wait_until_idle(monitor)
-        with pytest.raises(RuntimeError, match="once"):
-            monitor.records()
         monitor.observe(2)
-        wait_until_idle(monitor)
-        assert [record.update for record in monitor.records()] == [2]
+    assert stored(tmp_path) == [2]
+    assert monitor.failed == len(said) == 1
 
 
-def test_an_error_on_its_way_out_is_not_hidden_by_one_of_the_worker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(refresh_module, "solve_stack", failing(ArithmeticError("hidden")))
-
-    def fail_while_watching() -> None:
-        with watch(tiny_vit(), tmp_path) as monitor:
-            monitor.observe(0)
-            wait_until_idle(monitor)
-            raise KeyError("the real one")
-
-    with pytest.raises(KeyError, match="the real one"):
-        fail_while_watching()
-
-
-def test_a_full_disk_is_a_clear_error_and_leaves_no_torn_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_costs_the_file_and_not_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(file: Any, **arrays: Any) -> None:
         file.write(b"PK")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store.np, "savez", full)
-    monitor = watch(tiny_vit(), tmp_path)
-    monitor.observe(0)
-    with pytest.raises(UserError, match=r"spectra of update 0 .*No space left on device.*Free some space"):
-        monitor.close()
+    said: list[str] = []
+    with watch(tiny_vit(), tmp_path, say=said.append) as monitor:
+        monkeypatch.setattr(store.np, "savez", full)
+        monitor.observe(0)
+    (line,) = said
+    assert "spectra of update 0" in line
+    assert "No space left on device. Free some space" in line
     assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
+    assert [record.update for record in monitor.records()] == [0]
 
 
-def test_a_store_that_vanishes_or_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
+def test_a_store_that_vanishes_is_made_anew_and_one_that_cannot_be_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
     store_dir = tmp_path / "spectra"
-    monitor = watch(tiny_vit(), store_dir)
-    shutil.rmtree(store_dir)
-    store_dir.write_text("in the way")
-    monitor.observe(0)
-    with pytest.raises(UserError, match="cannot store the spectra of update 0"):
-        monitor.close()
-    with pytest.raises(UserError, match=r"cannot make .*spectra"):
-        watch(tiny_vit(), store_dir / "deeper")
+    with watch(tiny_vit(), store_dir, say=said.append) as monitor:
+        shutil.rmtree(store_dir)
+        monitor.observe(0)
+        wait_until_idle(monitor)
+        assert stored(store_dir) == [0]
+        assert json.loads((store_dir / "index.json").read_text())["matrices"] == monitor.matrices
+        assert said == []
+        shutil.rmtree(store_dir)
+        store_dir.write_text("in the way")
+        monitor.observe(2)
+    with watch(tiny_vit(), store_dir / "deeper", say=said.append) as other:
+        other.observe(0)
+    assert ["spectra" in line and "goes on" in line for line in said] == [True] * 3
+    assert (monitor.failed, other.failed) == (1, 1)
 
 
 def test_nan_weights_are_recorded_as_nan_beside_good_ones(tmp_path: Path) -> None:

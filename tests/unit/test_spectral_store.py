@@ -134,10 +134,10 @@ def test_stores_sort_by_update_and_damaged_files_are_named(tmp_path: Path) -> No
 def test_a_place_that_cannot_be_made_or_written_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="choose a writable output directory"):
-        SpectraStore(tmp_path / "file" / "spectra", 1e9)
-    gone = SpectraStore(tmp_path / "spectra", 1e9)
-    (tmp_path / "spectra").rmdir()
+        SpectraStore(tmp_path / "file" / "spectra", 1e9).begin()
+    (tmp_path / "spectra" / "index.json.partial").mkdir(parents=True)
     with pytest.raises(UserError, match=r"index\.json"):
-        gone.write_index({})
-    with pytest.raises(UserError, match="spectra of update 3"):
+        SpectraStore(tmp_path / "spectra", 1e9, {}).begin()
+    gone = SpectraStore(tmp_path / "gone" / "spectra", 1e9)
+    with pytest.raises(UserError, match="spectra of update 3"):  # with the run's own directory: not made anew
         gone.save(3, {"spec/m": solved(0)})
