@@ -33,40 +33,44 @@ def _gpu_there(request: pytest.FixtureRequest) -> None:
 
 
 class _Record:
-    """Collects the outcome and duration of every test that ran, and why it failed or was skipped."""
+    """The outcome and duration of every test that ran, and why it failed or was skipped; on disk after each of them.
 
-    def __init__(self) -> None:
-        self.results: dict[str, dict[str, object]] = {}
+    So what is known outlasts a run that is cut off. Under xdist the controller alone keeps one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from lowrank_vit.engine.run_dir import environment
+
+        self._path, self._results = path, {}
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._content = {"environment": environment(device), "exit_status": "cut off", "tests": self._results}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
-            self.results[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 3)}
+            self._results[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 3)}
             if report.failed:
-                self.results[report.nodeid]["message"] = report.longreprtext[-4000:]
+                self._results[report.nodeid]["message"] = report.longreprtext[-4000:]
             elif report.skipped and isinstance(report.longrepr, tuple):
-                self.results[report.nodeid]["message"] = report.longrepr[2].removeprefix("Skipped: ")
+                self._results[report.nodeid]["message"] = report.longrepr[2].removeprefix("Skipped: ")
+            self._write()
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self.results[report.nodeid] = {"outcome": "not collected", "message": report.longreprtext[-4000:]}
+            self._results[report.nodeid] = {"outcome": "not collected", "message": report.longreprtext[-4000:]}
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        self._content["exit_status"] = int(exitstatus)
+        self._write()
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(self._content, indent=2) + "\n", encoding="utf-8")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--gpu-record"):
-        config.pluginmanager.register(_Record(), "gpu_record")
-
-
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    path: Path | None = session.config.getoption("--gpu-record")
-    record = session.config.pluginmanager.get_plugin("gpu_record")
-    if path is None or record is None:
-        return
-    from lowrank_vit.engine.run_dir import environment
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    content = {"environment": environment(device), "exit_status": int(exitstatus), "tests": record.results}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path: Path | None = config.getoption("--gpu-record")
+    if path and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Record(path), "gpu_record")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 PREFETCH = 2
 """Batches that DALI works on at a time: its default."""
-HW_DECODER_LOAD = 0.65
+HW_DECODER_LOAD = 0.35
 """Share of a batch for the GPU's JPEG engine: DALI's default, and ours."""
 # Of DALI's PyTorch example (ResNet50), which sizes the decoder's buffers for the largest images of ImageNet, so that
 # none is made again while it runs.

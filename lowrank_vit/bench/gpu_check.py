@@ -35,6 +35,10 @@ class Options:
     without_gpu: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Make the record of a machine without a GPU: the tests are skipped, the benches run on the CPU (give --minutes
     15)."""
+    jobs: Annotated[
+        int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: by the cores, 12 at most)")
+    ] = None
+    """Processes that run the tests; most of their time is the host's, compiling."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("docs/benchmarks")
     """Where the record goes."""
 
@@ -43,6 +47,8 @@ def run(options: Options, note: Callable[[str], object] = nothing, call: Call | 
     """The record's page, and whether tests and benches were without failures. Raises `UserError`."""
     if options.minutes <= 0:
         raise UserError(f"--minutes is {options.minutes:g}, expected some.")
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs is {options.jobs}, expected 1 or more.")
     if not options.without_gpu and not torch.cuda.is_available():
         raise UserError(
             "torch sees no CUDA device, so nothing can be checked. Run this where `nvidia-smi` lists a GPU, with a "
@@ -57,7 +63,10 @@ def run(options: Options, note: Callable[[str], object] = nothing, call: Call | 
     note("the tests")
     # Where a GPU is wanted, a test that finds none fails rather than being left out.
     wanted = {} if options.without_gpu else {"LRV_REQUIRE_GPU": "1"}
-    tests = do(["pytest", "tests/gpu", "-m", "gpu", f"--gpu-record={TESTS}"], wanted)
+    jobs = options.jobs or min(12, len(os.sched_getaffinity(0)))
+    # Where pytest-benchmark is installed it warns beside xdist.
+    parallel = ["-n", str(jobs), "--dist", "worksteal", "-p", "no:benchmark"]
+    tests = do(["pytest", "tests/gpu", "-m", "gpu", *parallel, f"--gpu-record={TESTS}"], wanted)
     left = max(LEAST_MINUTES, options.minutes - (time.monotonic() - begun) / 60)
     note(f"the benches, in {left:.1f} minutes")
     device = "cpu" if options.without_gpu else "cuda"

@@ -28,7 +28,7 @@ class LoaderOptions:
     """auto, resident, dali or ffcv."""
     workers: int = 4
     prefetch: int = 2
-    hw_decoder_load: float = 0.65
+    hw_decoder_load: float = 0.35
     on_bad_sample: OnBadSample = "error"
 
 

@@ -52,7 +52,7 @@ class DaliBackend:
         workers: int,
         *,
         prefetch: int = 2,
-        hw_decoder_load: float = 0.65,
+        hw_decoder_load: float = 0.35,
     ) -> None:
         """`workers`: DALI's CPU threads; `prefetch`: batches that DALI works on at a time, and as many may wait.
 
