@@ -32,6 +32,7 @@ from data_prep.manifest import manifest_path
 from data_prep.parts import file_or_parts, parse_shard
 from data_prep.progress import counts_in_words
 from data_prep.shipped import CLASSES, find_shipped
+from data_prep.terminal import say
 from data_prep.typed import usage_name
 from data_prep.verify import verify
 
@@ -50,7 +51,7 @@ def digits_command(out: Annotated[Path, tyro.conf.arg(metavar="DIR")]) -> None:
         out: Directory to write into; made if it is missing.
     """
     for conversion in convert_digits(out):
-        print(summary(conversion))
+        say(summary(conversion))
 
 
 @app.command(name="cifar100")
@@ -72,7 +73,7 @@ def cifar100_command(
     if (src is None) != download:
         raise UserError("give either --src ARCHIVE_OR_DIR or --download.")
     for conversion in convert_cifar100(src, out, progress=True):
-        print(summary(conversion))
+        say(summary(conversion))
 
 
 @app.command(name="imagefolder")
@@ -136,7 +137,7 @@ def imagefolder_command(
         progress=True,
     )
     for conversion in conversions if isinstance(conversions, list) else [conversions]:
-        print(summary(conversion))
+        say(summary(conversion))
 
 
 @app.command(name="verify")
@@ -158,7 +159,7 @@ def verify_command(
         verified = verify(part, full=full, workers=available_cores() if workers is None else workers, progress=True)
         what = "tables, sidecars, SHA-256" + (" and every decoded sample" if verified.decoded else "")
         size = f"{verified.num_samples:,} samples, {verified.file_bytes / 1e6:,.1f} MB"
-        print(f"{part} is as it was written: {size} ({what})" + (f". {verified.note}" if verified.note else ""))
+        say(f"{part} is as it was written: {size} ({what})" + (f". {verified.note}" if verified.note else ""))
 
 
 @app.command(name="info")
@@ -179,7 +180,7 @@ def info_command(
         for n, part in enumerate(parts, 1):
             path = plot if len(parts) == 1 else plot.with_name(f"{plot.stem}-{n}{plot.suffix}")
             plot_info(part, path)
-            print(f"wrote {path}")
+            say(f"wrote {path}")
 
 
 def summary(conversion: Conversion) -> str:

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from data_prep.terminal import printable
+
 
 class UserError(ValueError):
     """Something the user can mend: a path, a flag, a file. Shown without a traceback by `exit_cleanly`."""
@@ -26,7 +28,7 @@ def exit_cleanly(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", *_notes(error), sep="\n", file=sys.stderr)
+        print(f"error: {printable(error)}", *_notes(error), sep="\n", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output is gone, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains while it exits
@@ -40,4 +42,4 @@ def exit_cleanly(main: Callable[[], None]) -> None:
 
 
 def _notes(error: BaseException) -> list[str]:
-    return getattr(error, "__notes__", [])
+    return [printable(note) for note in getattr(error, "__notes__", [])]

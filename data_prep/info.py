@@ -17,6 +17,7 @@ from data_prep.beton_format import MODE_RAW, Tables, read_tables
 from data_prep.errors import UserError
 from data_prep.manifest import Manifest, check_index, manifest_path, read_manifest
 from data_prep.progress import counts_in_words
+from data_prep.terminal import one_line
 
 SHEET_ROWS, SHEET_COLUMNS = 4, 8
 THUMBNAIL = 96
@@ -27,18 +28,12 @@ def info_table(beton: Path) -> Table:
     """A two-column table of a `.beton`, with what its manifest adds if one lies beside it. Raises `BetonError`."""
     tables, manifest = _read(beton)
     # Names from the file system may look like rich's markup, so they are given as plain `Text`.
-    table = Table(title=Text(_printable(beton.name)), show_header=False, title_justify="left")
+    table = Table(title=Text(one_line(beton.name)), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _facts(tables, manifest):
-        table.add_row(name, Text(_printable(value)))
+        table.add_row(name, Text(one_line(value)))
     return table
-
-
-def _printable(name: str) -> str:
-    """With escapes for bytes that are not UTF-8 and for control characters."""
-    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
 
 
 def _read(beton: Path) -> tuple[Tables, Manifest | None]:
@@ -107,7 +102,7 @@ def plot_info(beton: Path, out: Path, seed: int = 0) -> None:
     per_class = np.unique(tables.labels, return_counts=True)[1]
     figure = Figure(figsize=(10, 8.4), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{_printable(beton.name)}: {len(tables.labels):,} samples", parse_math=False)
+    figure.suptitle(f"{one_line(beton.name)}: {len(tables.labels):,} samples", parse_math=False)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.2))  # type: ignore[misc]
     for axes, (title, values) in zip(
         top.subplots(1, 4),
@@ -126,7 +121,7 @@ def plot_info(beton: Path, out: Path, seed: int = 0) -> None:
         label = int(tables.labels[sample_id])
         axes.imshow(_thumbnail(beton, tables, sample_id))
         classes = manifest.classes if manifest else ()
-        name = _printable(classes[label]) if label < len(classes) else str(label)
+        name = one_line(classes[label]) if label < len(classes) else str(label)
         axes.set_title(_short(name), fontsize=7, parse_math=False)
     for axes in cells:
         axes.set_axis_off()
@@ -159,9 +154,10 @@ def _thumbnail(beton: Path, tables: Tables, sample_id: int) -> np.ndarray:
     else:
         try:
             image = Image.open(io.BytesIO(data), formats=("JPEG",)).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # Pillow's decoders raise nearly every built-in exception on damaged files
             raise UserError(
-                f"{beton}: sample {sample_id} does not decode ({error}). Try `python -m data_prep verify {beton}`."
+                f"{beton}: sample {sample_id} does not decode ({error or type(error).__name__}). "
+                f"Try `python -m data_prep verify {beton}`."
             ) from error
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     return np.asarray(image)

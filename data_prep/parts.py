@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 from pathlib import Path
 
 from data_prep.errors import BetonError, UserError
@@ -18,7 +19,7 @@ def find_parts(out: Path) -> list[Path]:
 
     Raises `BetonError` if some are missing, or if parts of two divisions lie there.
     """
-    pattern = re.compile(re.escape(out.stem) + r"-(\d+)-of-(\d+)" + re.escape(out.suffix))
+    pattern = re.compile(re.escape(out.stem) + r"-([0-9]+)-of-([0-9]+)" + re.escape(out.suffix))
     names = [path.name for path in out.parent.iterdir()] if out.parent.is_dir() else []
     present = {(int(m[2]), int(m[1])) for name in names if (m := pattern.fullmatch(name))}
     if not present:
@@ -30,11 +31,15 @@ def find_parts(out: Path) -> list[Path]:
             "Remove those of all divisions but one."
         )
     count = counts[0]
-    missing = [part_path(out, i, count).name for i in range(1, count + 1) if (count, i) not in present]
-    if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+    # A name may promise any number of parts, so what is counted is what is there.
+    num_missing = count - sum(1 <= i <= count for _, i in present)
+    if num_missing or len(present) > count:
+        lacking = (part_path(out, i, count).name for i in range(1, count + 1) if (count, i) not in present)
+        shown = ", ".join(islice(lacking, 5)) + (", ..." if num_missing > 5 else "")
+        if not num_missing:
+            raise BetonError(f"{out.parent} holds parts of {out.name} that are numbered beyond {count}. Remove them.")
         raise BetonError(
-            f"{out.parent} lacks {len(missing)} of the {count} parts of {out.name}: {shown}. "
+            f"{out.parent} lacks {num_missing:,} of the {count:,} parts of {out.name}: {shown}. "
             f"Write each with `python -m data_prep imagefolder ... --out {out} --shard i/{count}`."
         )
     return [part_path(out, i, count) for i in range(1, count + 1)]
@@ -47,7 +52,7 @@ def file_or_parts(beton: Path) -> list[Path]:
 
 def parse_shard(text: str) -> tuple[int, int]:
     """Read the command line's "2/16" as (2, 16). Raises `UserError`."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,18})/([0-9]{1,18})", text)
     if not match:
         raise UserError(f"--shard is {text}, expected i/n, for example 2/16 for the second of 16 parts.")
     return int(match[1]), int(match[2])

@@ -14,12 +14,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import xxhash
 
 from data_prep.atomic import replacing
+from data_prep.beton_format import ALLOCATION, SAMPLE
 from data_prep.errors import BetonError
 from data_prep.jpeg import REASONS
 
@@ -79,12 +80,21 @@ def write_sample_table(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def _check_size(archive: ZipFile, beton: Path) -> None:
+    """Raise `ValueError` if the table unpacks to more than a `.beton` of this size can have samples for."""
+    entry_bytes, path_bytes = 9, 4096
+    samples = beton.stat().st_size // (SAMPLE.itemsize + ALLOCATION.itemsize)
+    if sum(member.file_size for member in archive.infolist()) > (1 << 20) + samples * (entry_bytes + path_bytes):
+        raise ValueError("it unpacks to more than its .beton can have names for")
+
+
 def read_sample_table(beton: Path) -> SampleTable:
     """Read and check the sidecar of `beton`. Raises `BetonError` if it is missing or damaged."""
     path = sample_table_path(beton)
     again = "Copy it from where the .beton came from, or convert the source again with `python -m data_prep`."
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            _check_size(arrays.zip, beton)
             columns = {name: arrays[name] for name in ("checksums", "reasons", "reason_names", "names")}
     except FileNotFoundError as error:
         raise BetonError(f"{path} is missing, so no sample can be checked or named. {again}") from error
@@ -97,6 +107,7 @@ def read_sample_table(beton: Path) -> SampleTable:
         zlib.error,
         NotImplementedError,
         RuntimeError,
+        MemoryError,
     ) as error:
         raise BetonError(f"{path} cannot be read: {error}. {again}") from error
     reason_names = tuple(str(name) for name in columns["reason_names"].ravel())

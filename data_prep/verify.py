@@ -18,6 +18,7 @@ from data_prep.manifest import Manifest, add_index_checksum, check_index, manife
 from data_prep.parallel import map_ordered
 from data_prep.progress import ConversionProgress
 from data_prep.sample_table import SampleTable, checksum, read_sample_table, sample_table_path
+from data_prep.terminal import one_line
 
 DAMAGED_SHOWN = 100
 
@@ -114,7 +115,8 @@ def _describe_damage(beton: Path, tables: Tables, names: SampleTable, manifest: 
 def damaged_message(beton: Path, damaged: list[tuple[int, str]], names: SampleTable, manifest: Manifest) -> str:
     """A paragraph that lists `(sample id, what is wrong)` with the source files."""
     lines = [
-        f"  sample {i} (from {Path(manifest.source) / names.names[i]}): {what}" for i, what in damaged[:DAMAGED_SHOWN]
+        f"  sample {i} (from {one_line(Path(manifest.source) / names.names[i])}): {what}"
+        for i, what in damaged[:DAMAGED_SHOWN]
     ]
     if len(damaged) > DAMAGED_SHOWN:
         lines.append(f"  ... and {len(damaged) - DAMAGED_SHOWN:,} more")

@@ -28,6 +28,7 @@ from data_prep.partial import BAD, RECORD, STORED, PartialFile, resumable
 from data_prep.progress import ConversionProgress
 from data_prep.sample_table import SampleTable, checksum, sample_table_path
 from data_prep.sources import Sample
+from data_prep.terminal import one_line
 
 BAD_IMAGES_SHOWN = 10
 """Where nothing at all is good; else every bad image is listed."""
@@ -255,7 +256,7 @@ def _encode_or_report(encode: Encode, sample: Sample) -> EncodedImage | BadImage
 
 def _bad_images_message(out: Path, bad: list[Skipped], unreadable: int, total: int) -> str:
     shown = bad if len(bad) < total else bad[:BAD_IMAGES_SHOWN]
-    lines = [f"  {image.name}: {image.reason}" for image in shown]
+    lines = [f"  {one_line(image.name)}: {one_line(image.reason)}" for image in shown]
     if len(bad) > len(shown):
         lines.append(f"  ... and {len(bad) - len(shown):,} more")
     what = f"{len(bad):,} of {total:,} images cannot be converted, so {out} was not written:"

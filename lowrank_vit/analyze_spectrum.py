@@ -17,6 +17,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
 
 from data_prep.errors import UserError, exit_cleanly
 from data_prep.help_text import fitted_help
+from data_prep.terminal import say
 from data_prep.typed import usage_name
 from lowrank_vit.engine.checkpoint import read_checkpoint
 from lowrank_vit.engine.model import create_model
@@ -142,10 +143,10 @@ def _analyze(options: Options, console: Console) -> None:
         write_arrays(arrays_of(analysis, vectors=options.files.save_vectors, full=options.files.full), path)
         written.append(path)
     epoch = f"epoch {meta['epoch'] + 1}, " if meta["epoch"] >= 0 else ""
-    console.print(f"{name}, {epoch}{'EMA' if options.source.use_ema else 'raw'} weights")
+    say(f"{name}, {epoch}{'EMA' if options.source.use_ema else 'raw'} weights")
     print_analysis(analysis, console)
     for path in written:
-        console.print(f"wrote {path}", soft_wrap=True)
+        say(f"wrote {path}")
 
 
 def _compare(options: Options, paths: tuple[Path, Path], console: Console) -> None:
@@ -156,9 +157,9 @@ def _compare(options: Options, paths: tuple[Path, Path], console: Console) -> No
     path = options.files.save_dir / f"{new['model']}_drift.json"
     write_json(content, path)
     weights = "EMA weights" if options.source.use_ema else "raw weights"
-    console.print(f"{new['model']}, {weights}, epoch {old['epoch'] + 1} to {new['epoch'] + 1}")
+    say(f"{new['model']}, {weights}, epoch {old['epoch'] + 1} to {new['epoch'] + 1}")
     print_drift(drift, content["types"], console)
-    console.print(f"wrote {path}", soft_wrap=True)
+    say(f"wrote {path}")
 
 
 def _solve(options: Options, state: dict[str, Tensor]) -> Analysis:

@@ -20,6 +20,7 @@ from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
 from data_prep.errors import UserError
 from data_prep.help_text import fitted_help
+from data_prep.terminal import say
 from data_prep.typed import usage_name
 from lowrank_vit import meaning
 from lowrank_vit.config_check import check, leaves
@@ -165,7 +166,7 @@ def _name_wrong_file(stop: SystemExit, files: dict[Path, FromFile]) -> None:
 def _say(line: str) -> None:
     """Of the processes of one run the first speaks."""
     if os.environ.get("RANK", "") in ("", "0"):
-        print(f"note: {line}", flush=True)
+        say(f"note: {line}")
 
 
 def _tell_of_timms(files: dict[Path, FromFile], held: list[str]) -> None:

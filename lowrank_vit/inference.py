@@ -16,6 +16,7 @@ from tyro.conf import arg
 
 from data_prep.errors import UserError, exit_cleanly
 from data_prep.help_text import fitted_help
+from data_prep.terminal import one_line, printable
 from data_prep.typed import usage_name
 from lowrank_vit.config_check import check_ranges
 from lowrank_vit.data.image_files import images_below, read_image
@@ -186,13 +187,13 @@ class _Printer:
         if self.output_type == "logit":
             values = [f"{logit:.3f}" for logit in p.logits]
         shown = zip(p.classes[:SHOWN], values[:SHOWN], strict=True)
-        print(f"{p.file}  " + "  ".join(f"{name} {value}" for name, value in shown), flush=True)
+        print(one_line(f"{p.file}  " + "  ".join(f"{name} {value}" for name, value in shown)), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, classify, print. Raises `UserError` where no image could be read."""
     argv = sys.argv[1:] if argv is None else argv
-    note: Note = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    note: Note = lambda text: print(printable(text), file=sys.stderr)  # noqa: E731
     argv = with_images_first(fit_flags(argv, INFERENCE_INSTEAD, INFERENCE_UNUSED, note), Options)
     with fitted_help(argv):
         options = tyro.cli(Options, args=argv, prog=usage_name("lowrank_vit.inference"), description=Options.__doc__)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from data_prep.errors import exit_cleanly
+from data_prep.terminal import say
 from data_prep.typed import usage_name
 from lowrank_vit.config import leaves, parse
 from lowrank_vit.engine.distributed import World, environment_world, joined
@@ -33,7 +34,7 @@ def _train(argv: list[str], world: World) -> None:
     with joined(world, pick_device(config.step.device, world.local_rank)):
         result = Trainer(config, default_name(argv, config), world).run()
         if world.is_first:
-            print(_farewell(result, config, world))
+            say(_farewell(result, config, world))
 
 
 def default_name(argv: list[str], config: Config) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
+from data_prep import terminal
 from data_prep.errors import UserError, exit_cleanly
 from data_prep.help_text import fitted_help
 from data_prep.typed import usage_name
@@ -84,7 +85,7 @@ class Options(ModelOptions):
     """The form of --results-file where its name does not tell."""
 
 
-def validate(options: Options, say: Callable[[str], object] = print) -> Scores:
+def validate(options: Options, say: Callable[[str], object] = terminal.say) -> Scores:
     """Load the weights and score them on every sample exactly once. Raises `UserError`."""
     return _validate(options, say)[0]
 
@@ -219,14 +220,14 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line, score, print."""
     argv = sys.argv[1:] if argv is None else argv
     prog = usage_name("lowrank_vit.validate")
-    argv = fit_flags(argv, VALIDATE_INSTEAD, VALIDATE_UNUSED, print)
+    argv = fit_flags(argv, VALIDATE_INSTEAD, VALIDATE_UNUSED, terminal.say)
     with fitted_help(argv):
         options = tyro.cli(_CommandLine, args=argv, prog=prog, description=Options.__doc__)
     if options.dir is not None and options.data is not None:
         raise UserError(f"{options.dir} and --data {options.data}: give the data once.")
     options = replace(options, data=options.data or options.dir)
-    scores, scorer = _validate(options, print)
-    print(f"{scorer.origin}, {scores.num_samples:,} samples")
+    scores, scorer = _validate(options, terminal.say)
+    terminal.say(f"{scorer.origin}, {scores.num_samples:,} samples")
     for name, percent in (("top-1", scores.top1), ("top-5", scores.top5)):
         low, high = interval(percent, scores.num_samples)
         print(f"  {name}  {percent:6.2f} %   95 % interval {low:.2f} to {high:.2f}")
@@ -235,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         print("note: the loss is not finite, so some outputs are not either, and no score of them means anything")
     written = (options.per_class and picture_beside(options.per_class), *_written(options))
     if files := ", ".join(str(path) for path in written if path):
-        print(f"written: {files}")
+        terminal.say(f"written: {files}")
 
 
 if __name__ == "__main__":

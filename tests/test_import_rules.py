@@ -17,8 +17,14 @@ MAY_IMPORT = {
     "data_prep": ("data_prep",),
     "lowrank_vit/data": ("data_prep", "lowrank_vit.data"),
     "lowrank_vit/augment": ("data_prep.errors", "lowrank_vit.augment", "lowrank_vit.options", "lowrank_vit.data.plan"),
-    "lowrank_vit/spectral": ("data_prep.errors", "lowrank_vit.spectral"),
-    "lowrank_vit/report": ("data_prep.errors", "data_prep.typed", "lowrank_vit.report", "lowrank_vit.spectral"),
+    "lowrank_vit/spectral": ("data_prep.errors", "data_prep.terminal", "lowrank_vit.spectral"),
+    "lowrank_vit/report": (
+        "data_prep.errors",
+        "data_prep.terminal",
+        "data_prep.typed",
+        "lowrank_vit.report",
+        "lowrank_vit.spectral",
+    ),
     "lowrank_vit/bench": ("data_prep", "lowrank_vit"),
     "lowrank_vit/timm_flags.py": (),
     "lowrank_vit/option_types.py": (),
@@ -44,6 +50,7 @@ MAY_IMPORT = {
     "lowrank_vit/config.py": (
         "data_prep.errors",
         "data_prep.help_text",
+        "data_prep.terminal",
         "data_prep.typed",
         "lowrank_vit.config_check",
         "lowrank_vit.config_yaml",
@@ -56,6 +63,7 @@ MAY_IMPORT = {
     ),
     "lowrank_vit/engine": (
         "data_prep.errors",
+        "data_prep.terminal",
         "lowrank_vit.__version__",
         "lowrank_vit.config",
         "lowrank_vit.keywords",

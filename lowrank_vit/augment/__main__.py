@@ -13,10 +13,10 @@ import tyro
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tyro.conf import OmitArgPrefixes, arg
 
-from data_prep.beton_format import MODE_RAW
 from data_prep.errors import UserError, exit_cleanly
 from data_prep.help_text import fitted_help
 from data_prep.parts import find_parts
+from data_prep.terminal import say
 from data_prep.typed import usage_name
 from lowrank_vit.augment import ops_cpu
 from lowrank_vit.augment.pipeline import Augment
@@ -26,7 +26,7 @@ from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.config import parse
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.compiled import NOTE, must_compile
-from lowrank_vit.data.pil_decode import crop_and_resize
+from lowrank_vit.data.pil_decode import crop_and_resize, decode
 from lowrank_vit.data.plan import TrainPlan
 from lowrank_vit.data.plan_ops import Policy
 from lowrank_vit.options import Augment as AugmentOptions
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         path.write_bytes(picture)
     except OSError as error:
         raise UserError(f"--preview {path} cannot be written: {error.strerror}.") from error
-    print(f"wrote {path}")
+    say(f"wrote {path}")
 
 
 def _take_preview(argv: list[str]) -> tuple[Path, list[str]]:
@@ -172,17 +172,14 @@ def _open_images(data_dir: Path) -> tuple[tuple[np.ndarray, np.ndarray], Callabl
 
 
 def _of_beton(beton: Beton, ids: np.ndarray) -> Images:
-    from io import BytesIO
-
-    from PIL import Image
-
     images = []
     for i in ids:
-        stored = beton.sample(int(i))
-        if beton.modes[i] == MODE_RAW:
-            images.append(stored.reshape(int(beton.heights[i]), int(beton.widths[i]), 3))
-        else:
-            images.append(np.asarray(Image.open(BytesIO(stored.tobytes())).convert("RGB")))
+        try:
+            images.append(decode(beton, int(i)))
+        except ValueError as error:
+            raise UserError(
+                f"{beton.describe(int(i))} does not decode ({error}). Try `python -m data_prep verify`."
+            ) from error
     classes = beton.classes or [str(n) for n in range(beton.num_classes)]
     return images, beton.labels[ids], classes, str(beton.path)
 

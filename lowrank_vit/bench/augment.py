@@ -221,7 +221,8 @@ def _make_crops(count: int, size: int, data: Path | None = None) -> np.ndarray:
     """uint8 (count, size, size, 3): crops of the bench's photographs, or of images of the .beton `data`."""
     different = min(count, MAX_PHOTOS)
     if data is None:
-        images: Iterator[Image.Image] = (Image.open(io.BytesIO(photo)) for photo in make_photos(different))
+        files = map(io.BytesIO, make_photos(different))
+        images: Iterator[Image.Image] = (Image.open(file, formats=("JPEG",)) for file in files)
     else:
         beton = open_given(data)
         images = (Image.fromarray(decode(beton, sample_id)) for sample_id in chosen(beton, different).tolist())

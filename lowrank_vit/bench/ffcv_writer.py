@@ -14,6 +14,7 @@ from unittest.mock import patch
 from PIL import Image
 
 from data_prep.errors import UserError
+from data_prep.jpeg import FORMATS
 
 
 class ImageFiles:
@@ -32,7 +33,7 @@ class ImageFiles:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         name, label = self._samples[index]
-        with Image.open(self._root / name) as image:
+        with Image.open(self._root / name, formats=FORMATS) as image:
             return image.convert("RGB"), label
 
 

@@ -85,7 +85,7 @@ def decode_case(files: Sequence[Path], workers: int) -> Case:
     """Images a second if whole JPEGs are only read from the page cache and decoded by libjpeg-turbo."""
 
     def size_of(file: Path) -> tuple[int, int]:
-        with Image.open(file) as image:
+        with Image.open(file, formats=("JPEG",)) as image:
             return image.size
 
     sizes = [size_of(file) for file in files]
@@ -110,9 +110,9 @@ def decodable(files: Sequence[Path], at_most: int = 2000) -> list[Path]:
         if not data.startswith(_JPEG_START):
             continue
         try:
-            with Image.open(file) as image:
+            with Image.open(file, formats=("JPEG",)) as image:
                 turbojpeg.decode(data, *image.size)
-        except (ValueError, OSError):
+        except Exception:  # Pillow raises nearly every built-in exception on damaged files
             continue
         found.append(file)
     return found

@@ -19,6 +19,7 @@ from data_prep.jpeg import MAX_PIXELS
 from data_prep.manifest import Manifest, check_index, manifest_path, read_manifest
 from data_prep.parts import find_parts, part_path
 from data_prep.sample_table import read_sample_table
+from data_prep.terminal import one_line
 from lowrank_vit.data.mapped_files import map_files
 
 LABELS_UNNAMED = 1 << 16
@@ -198,7 +199,7 @@ class Beton:
         path, local = self.parts[part], sample_id - self._first_ids[part]
         words = f"{path}: sample {local}"
         with suppress(BetonError, IndexError):  # without sidecars, or damaged ones, there is no more to say
-            words += f" (from {Path(read_manifest(path).source) / read_sample_table(path).names[local]})"
+            words += f" (from {one_line(Path(read_manifest(path).source) / read_sample_table(path).names[local])})"
         return words
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from data_prep import terminal
 from data_prep.errors import UserError
 from lowrank_vit.data.backend import Backend
 from lowrank_vit.data.beton import Beton
@@ -39,7 +40,7 @@ def open_loader(
     options: LoaderOptions,
     *,
     prepare: Prepare | None = None,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] = terminal.say,
 ) -> tuple[Loader, str]:
     """Open a loader; returns it and one line that says which backend it has and why. Raises `UserError`."""
     kind, reason = options.loader, f"--loader {options.loader}"

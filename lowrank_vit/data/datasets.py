@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data_prep import terminal
 from data_prep.errors import UserError
 from data_prep.parts import find_parts
 from lowrank_vit.data.beton import Beton
@@ -13,7 +14,7 @@ from lowrank_vit.data.staging import stage_all
 
 
 def open_datasets(
-    options: DataOptions, num_classes: int | None, stage_dir: Path | None = None, say: Say = print
+    options: DataOptions, num_classes: int | None, stage_dir: Path | None = None, say: Say = terminal.say
 ) -> tuple[Beton, Beton, int]:
     """Find or make the sets and open them: training set, validation set, number of classes.
 

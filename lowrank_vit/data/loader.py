@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_prep import terminal
 from data_prep.errors import BetonError, UserError
 from lowrank_vit.data.backend import Backend, DamagedSamples
 from lowrank_vit.data.batch import Batch
@@ -53,7 +54,7 @@ class Loader:
         *,
         on_bad_sample: OnBadSample = "error",
         prepare: Prepare | None = None,
-        say: Callable[[str], object] = print,
+        say: Callable[[str], object] = terminal.say,
     ) -> None:
         """`prepare` turns the images of a batch into what the step takes; `say` is told of samples left out."""
         self.name, self._backend, self._beton, self.plan = backend.name, backend, beton, plan

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from data_prep import terminal
 from data_prep.errors import UserError
 from data_prep.parts import find_parts
 from lowrank_vit.data.cifar import cifar100, find_archive
@@ -36,7 +37,7 @@ class DataOptions:
     """What a conversion does about an image that does not decode."""
 
 
-def locate(options: DataOptions, say: Say = print) -> tuple[Path, Path]:
+def locate(options: DataOptions, say: Say = terminal.say) -> tuple[Path, Path]:
     """The training and the validation `.beton` (either may stand for its parts), converted now if need be.
 
     Raises `UserError`: a data set that is not known, nothing there, no split, not writable, images that do not decode.
@@ -45,7 +46,7 @@ def locate(options: DataOptions, say: Say = print) -> tuple[Path, Path]:
     return train, val
 
 
-def locate_validation(path: Path | None, options: DataOptions, say: Say = print) -> Path:
+def locate_validation(path: Path | None, options: DataOptions, say: Say = terminal.say) -> Path:
     """The validation `.beton` alone: `path` itself, or what `options` mean with it for --data-dir.
 
     `path` may also be a folder of class folders without splits. Raises `UserError`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from data_prep.beton_format import MODE_RAW
 from lowrank_vit.data.beton import Beton
@@ -27,6 +27,7 @@ def decode(beton: Beton, sample_id: int) -> np.ndarray:
     stored, height, width = beton.sample(sample_id), int(beton.heights[sample_id]), int(beton.widths[sample_id])
     if beton.modes[sample_id] == MODE_RAW:
         return stored.reshape(height, width, 3)
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # a library in this process may have switched on tolerance
     try:
         # Named, because the bytes may be anything: Pillow would hand an EPS file to Ghostscript.
         with Image.open(io.BytesIO(stored.tobytes()), formats=("JPEG",)) as image:

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from data_prep import terminal
 from data_prep.atomic import sync_directory
 from data_prep.direct_io import sha256_of
 from data_prep.errors import BetonError, UserError
@@ -29,12 +30,12 @@ STAMP = "staged.json"
 _CHUNK_BYTES = 1 << 24
 
 
-def stage(beton: Path, stage_dir: Path, say: Say = print) -> Path:
+def stage(beton: Path, stage_dir: Path, say: Say = terminal.say) -> Path:
     """`stage_all` of one set."""
     return stage_all([beton], stage_dir, say)[0]
 
 
-def stage_all(betons: Sequence[Path], stage_dir: Path, say: Say = print) -> list[Path]:
+def stage_all(betons: Sequence[Path], stage_dir: Path, say: Say = terminal.say) -> list[Path]:
     """Copy each of `betons` (or its parts) and its sidecars below `stage_dir`; returns the copies, to be opened.
 
     One process of a node copies, the others wait. Each copied file is read back and compared with the manifest's

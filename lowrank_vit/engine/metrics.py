@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from data_prep import terminal
 from lowrank_vit.engine.wandb_log import WandbLog
 
 _AXES = {"spec": "spec_update"}
@@ -30,7 +31,7 @@ class RunLog:
         wandb: WandbLog | None = None,
         start_epoch: int = 0,
         start_update: int = 0,
-        say: Callable[[str], object] = print,
+        say: Callable[[str], object] = terminal.say,
     ) -> None:
         """A run that goes on: rows of `start_epoch` and later, and records of later updates, are dropped."""
         self._summary, self._wandb, self._say, self._has_failed = run_dir / "summary.csv", wandb, say, False

@@ -14,6 +14,7 @@ import timm.data
 import torch
 from torch import nn
 
+from data_prep import terminal
 from data_prep.errors import UserError
 from lowrank_vit.engine.pretrained import load_pretrained_file, load_published
 from lowrank_vit.keywords import parse_keywords, square_side
@@ -82,7 +83,7 @@ def create_model(
     pretrained: bool = False,
     pretrained_path: Path | None = None,
     grad_checkpointing: bool = False,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] = terminal.say,
 ) -> nn.Module:
     """A timm model in channels_last on the CPU, freshly initialised (from torch's generator) or pretrained.
 

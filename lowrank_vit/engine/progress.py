@@ -9,7 +9,9 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
+from data_prep.terminal import printable
 from lowrank_vit.data.loader import LoaderStats
 
 T = TypeVar("T")
@@ -119,7 +121,7 @@ class Display:
 
     def say(self, line: str) -> None:
         """Print a line above the live one."""
-        self.console.print(line, markup=False)  # a path or an error may hold [brackets]
+        self.console.print(Text(printable(line)))  # a path or an error may hold [brackets], :names: and worse
 
     def update(self, updates: int, epoch: str, figures: Figures) -> None:
         """Show the newest figures; the ETA counts validation in, since it is taken from the whole run so far."""

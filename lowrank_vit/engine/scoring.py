@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tyro.conf import arg
 
+from data_prep import terminal
 from data_prep.errors import UserError
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR, NEAREST
@@ -81,7 +82,7 @@ class Scorer:
         return names + [str(label) for label in range(len(names), self.num_classes)]  # --num-classes may exceed them
 
 
-def load_scorer(options: ModelOptions, device: torch.device, say: Say = print) -> Scorer:
+def load_scorer(options: ModelOptions, device: torch.device, say: Say = terminal.say) -> Scorer:
     """Load weights; what is not given is taken from the checkpoint, else from timm. Raises `UserError`."""
     if options.checkpoint is None:
         return _published(options, device, say)

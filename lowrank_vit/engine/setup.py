@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
+from data_prep import terminal
 from data_prep.errors import UserError
 from lowrank_vit.augment.ops_cpu import apply_ops
 from lowrank_vit.augment.pipeline import Augment
@@ -89,7 +90,7 @@ def make_parts(config: Config, resumed: Checkpoint | None, world: World | None =
     set_float32_policy(device, tf32=config.step.tf32)
     if config.step.compile:
         keep_compiled_code(config.step.compile_cache)
-    say = print if world.is_first else silent
+    say = terminal.say if world.is_first else silent
     check_before_data(config, is_resumed=resumed is not None, world=world)
     sets, num_classes = _open_sets(config, say)
     torch.manual_seed(config.run.seed)

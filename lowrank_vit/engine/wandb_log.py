@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_prep import terminal
 from data_prep.errors import UserError
 
 INIT_TIMEOUT_S = 60.0
@@ -51,7 +52,7 @@ class WandbLog:
         *,
         tags: tuple[str, ...] = (),
         resume_id: str = "",
-        say: Callable[[str], object] = print,
+        say: Callable[[str], object] = terminal.say,
         init_timeout_s: float = INIT_TIMEOUT_S,
     ) -> WandbLog:
         """Start a run, or go on with the one of `resume_id`.

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from data_prep.errors import UserError, exit_cleanly
 from data_prep.help_text import fitted_help
+from data_prep.terminal import say
 from data_prep.typed import usage_name
 from lowrank_vit.report.bulk_plot import bulk_plot
 from lowrank_vit.report.ema_plot import ema_plot
@@ -75,11 +75,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command with `argv` (default: the process's arguments). Raises `UserError`, see `write_report`."""
     with fitted_help(argv):
         run_dir = tyro.cli(Options, args=argv, prog=usage_name("lowrank_vit.report")).run
-    console = Console(soft_wrap=True, highlight=False)
     folder, notes = write_report(run_dir)
     for note in notes:
-        console.print(f"note: {note}", markup=False)
-    console.print(f"wrote {folder / 'report.html'} and {folder / 'report'}/*.png", markup=False)
+        say(f"note: {note}")
+    say(f"wrote {folder / 'report.html'} and {folder / 'report'}/*.png")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from data_prep.terminal import one_line
 from lowrank_vit.spectral.analyze import Analysis
 
 _COLUMNS = {
@@ -59,7 +61,7 @@ def _table(
         table.add_column(heading, justify="right", no_wrap=True)
     for name, numbers in rows.items():
         shape = [] if shapes is None else [shapes[name]]
-        table.add_row(name, *shape, *(_text(key, numbers.get(key, float("nan"))) for key in columns))
+        table.add_row(Text(one_line(name)), *shape, *(_text(key, numbers.get(key, float("nan"))) for key in columns))
     return table
 
 
