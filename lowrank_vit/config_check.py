@@ -96,6 +96,11 @@ def _check_mixing_and_loss(config: Config) -> None:
             f"--{mixed_by} mixes each image with another one of its batch, and --batch-size 1 has no other. Use at "
             "least 2; --grad-accum-steps makes an update of more."
         )
+    if mixed_by and augment.mix_block == 1:
+        raise UserError(
+            f"--{mixed_by} mixes each image with another one of its block, and --mix-block 1 has no other. Use at "
+            "least 2, or 0 for the whole global batch."
+        )
     changes = {"bce-sum": augment.bce_sum, "bce-target-thresh": augment.bce_target_thresh is not None}
     for name, is_given in changes.items():
         if is_given and not augment.bce_loss:

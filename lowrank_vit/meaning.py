@@ -31,7 +31,13 @@ class Change:
     """Whether it matters to a run of these options, by name; one that is missing stands at its default."""
 
 
-CHANGES: tuple[Change, ...] = ()
+CHANGES: tuple[Change, ...] = (
+    Change(
+        "mixup and cutmix are drawn for each --mix-block images, before once for a global batch",
+        {"mix-block": 0},
+        concerns=lambda args: any(args.get(name) for name in ("mixup", "cutmix", "cutmix-minmax")),
+    ),
+)
 
 
 def now() -> int:

@@ -251,15 +251,18 @@ class Augment:
     cutmix: Annotated[float, NOT_NEGATIVE] = 0.0
     """Cutmix alpha; 0: no cutmix."""
     mixup_prob: Annotated[float, SHARE] = 1.0
-    """Probability that a batch is mixed at all."""
+    """Probability that a block is mixed at all."""
     mixup_switch_prob: Annotated[float, SHARE] = 0.5
     """Probability of cutmix where both are on."""
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
-    """One draw for the batch, for each pair, or for each image."""
+    """One draw for each block of --mix-block images, for each pair, or for each image."""
+    mix_block: Annotated[int, NOT_NEGATIVE] = 128
+    """Images of the global batch that mix among themselves, with one draw, whatever the ranks and the accumulation; 0:
+    all. As timm with batches of that many on each GPU."""
     cutmix_minmax: Annotated[tuple[float, float] | None, SHARE] = None
     """Least and greatest side of cutmix's box as a share of the image; replaces --cutmix."""
     mixup_off_epoch: Annotated[int, NOT_NEGATIVE] = 0
-    """Epoch from which no batch is mixed; 0: never."""
+    """Epoch from which nothing is mixed; 0: never."""
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from lowrank_vit.data.plan_mix import Mix
 def mix_to_tensor(mixes: Sequence[Mix]) -> Tensor:
     """float32 (M, 6) on the host: lam, is_cutmix (0 or 1), top, bottom, left, right; M is 1 or the batch size.
 
-    A tensor, so that nothing recompiles.
+    A tensor, so that nothing recompiles. A draw that many samples share as one object is looked at once.
     """
-    return torch.tensor([[mix.lam, float(mix.is_cutmix), *mix.box] for mix in mixes], dtype=torch.float32)
+    draws = {id(mix): mix for mix in mixes}
+    rows = {key: [mix.lam, float(mix.is_cutmix), *mix.box] for key, mix in draws.items()}
+    return torch.tensor([rows[id(mix)] for mix in mixes], dtype=torch.float32)
 
 
 def mix_images(images_BCHW: Tensor, mix: Tensor) -> Tensor:

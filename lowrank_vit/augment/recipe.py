@@ -34,6 +34,7 @@ def train_rules(config: Config) -> TrainRules:
             prob=augment.mixup_prob,
             switch_prob=augment.mixup_switch_prob,
             mode=augment.mixup_mode,
+            block=augment.mix_block,
         ),
         mixup_off_epoch=augment.mixup_off_epoch,
     )

@@ -18,7 +18,7 @@ from numba import njit
 from data_prep.errors import UserError
 from lowrank_vit.data.philox import philox, to_below, to_unit
 from lowrank_vit.data.plan_erase import Erase, draw_erase_boxes
-from lowrank_vit.data.plan_mix import NO_MIX, Mix, MixRules, draw_mix
+from lowrank_vit.data.plan_mix import NO_MIX, Mix, MixRules, deal, draw_mix
 from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR, ImageOps, Policy, draw_jitter, draw_ops, join_ops
 
 CROP_ATTEMPTS = 10
@@ -69,7 +69,7 @@ class BatchPlan:
     kernels: np.ndarray
     """int8 (B,): NEAREST, BILINEAR or BICUBIC resizing, where the decoder has the choice."""
     mix: tuple[Mix, ...]
-    """One for the whole batch, or one for each sample."""
+    """One for the whole batch, or one for each sample, of which a block's are one object."""
     vflips: np.ndarray | None = None
     """bool (B,): turn upside down; None: nothing to turn."""
     ops: ImageOps | None = None
@@ -104,10 +104,9 @@ class TrainRules:
 class TrainPlan:
     """The shuffled, cropped, flipped and mixed training stream; whole global batches only (the tail is dropped).
 
-    A global batch of G samples is dealt out to S slots, one for each of `accum_steps` batches of each rank, so that two
-    samples that mirror each other in it (positions i and G - 1 - i) lie in one slot and mirror each other there. Mixing
-    a batch with its own reverse then pairs the same samples whatever the ranks and the accumulation, if the batch size
-    is even.
+    A global batch is dealt out to S slots, one for each of `accum_steps` batches of each rank, so that two samples that
+    mirror each other in their mixing block lie in one slot and mirror each other there (`deal`). Mixing a batch with
+    its own reverse then pairs the same samples whatever the ranks and the accumulation, if the batch size is even.
     """
 
     def __init__(
@@ -144,6 +143,10 @@ class TrainPlan:
             )
         if self.num_samples >= 2**32:
             raise UserError(f"{self.num_samples} samples are more than the plan can number (2**32 - 1).")
+        self._dealing = dealing = deal(global_batch, batch_size, rules.mixing.block if rules.mixing.is_on else 0)
+        blocks, is_alone = dealing.blocks[rank::world_size], dealing.is_alone[rank::world_size]
+        has_one_draw = not is_alone.any() and bool((blocks == blocks[:, :1]).all())
+        self._mixes_batches = rules.mixing.mode == "batch" and has_one_draw
         self.updates_per_epoch = self.num_samples // global_batch
         self.steps_per_epoch = self.updates_per_epoch * accum_steps
 
@@ -156,16 +159,10 @@ class TrainPlan:
 
     def ids(self, epoch: int) -> np.ndarray:
         """int64 (steps, batch_size): this rank's share of the epoch's order, `accum_steps` rows to an update."""
-        updates, batch, slots = self.updates_per_epoch, self.batch_size, self.world_size * self.accum_steps
+        updates = self.updates_per_epoch
         order_UG = self.order(epoch)[: updates * self.global_batch].reshape(updates, self.global_batch)
-        if batch % 2:  # one sample of each slot stays without its mirror image
-            dealt_USB = order_UG.reshape(updates, slots, batch)
-        else:
-            halves = order_UG[:, : self.global_batch // 2], order_UG[:, : self.global_batch // 2 - 1 : -1]
-            first_USH, mirrored_USH = (half.reshape(updates, slots, batch // 2) for half in halves)
-            dealt_USB = np.concatenate([first_USH, mirrored_USH[..., ::-1]], axis=2)
-        own_UAB = dealt_USB.reshape(updates, self.accum_steps, self.world_size, batch)[:, :, self.rank]
-        return np.ascontiguousarray(own_UAB).reshape(self.steps_per_epoch, batch)
+        own_AB = self._dealing.positions[self.rank :: self.world_size]
+        return np.ascontiguousarray(order_UG[:, own_AB]).reshape(self.steps_per_epoch, self.batch_size)
 
     def windows(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         """int32 (B, 4), top, left, height, width: RandomResizedCrop of torchvision and timm for each id."""
@@ -188,19 +185,30 @@ class TrainPlan:
         return np.where(_flips(self._key, epoch, ids, 0.5, Stream.KERNEL), BILINEAR, BICUBIC).astype(np.int8)
 
     def mix(self, epoch: int, step: int, ids: np.ndarray) -> tuple[Mix, ...]:
-        """Mixup or cutmix in timm's `batch` mode (one for the global batch), `pair` or `elem` mode (one a sample).
+        """Mixup or cutmix in timm's `batch` mode (a draw for each block of the global batch), `pair` or `elem` mode.
 
-        A sample's partner is its mirror image in the batch; in `pair` mode both share one draw.
+        A sample's partner is its mirror image in its block; in `pair` mode both share one draw. One of them for the
+        whole batch where in `batch` mode each batch of this rank lies in one block, else one a sample: in every step.
         """
-        rules, key = self.rules.mixing, self._key
+        rules, key, dealing = self.rules.mixing, self._key, self._dealing
+        slot = step % self.accum_steps * self.world_size + self.rank
         is_off = self.rules.mixup_off_epoch and epoch >= self.rules.mixup_off_epoch
         if is_off or not rules.is_on:
-            return (NO_MIX,) * (1 if rules.mode == "batch" else len(ids))
+            return (NO_MIX,) * (1 if self._mixes_batches else len(ids))
         if rules.mode == "batch":
-            return (draw_mix(rules, self.img_size, key, epoch, step // self.accum_steps, Stream.MIX),)
-        drawn = ids if rules.mode == "elem" else ids[: len(ids) // 2]
-        mixes = tuple(draw_mix(rules, self.img_size, key, epoch, int(i), Stream.MIX_SAMPLE) for i in drawn)
-        return mixes if rules.mode == "elem" else mixes + (NO_MIX,) * (len(ids) % 2) + mixes[::-1]
+            first, blocks = step // self.accum_steps * dealing.num_blocks, dealing.blocks[slot].tolist()
+            draws = {b: draw_mix(rules, self.img_size, key, epoch, first + b, Stream.MIX) for b in set(blocks)}
+            if self._mixes_batches:
+                return (draws[blocks[0]],)
+            mixes = tuple(draws[b] for b in blocks)
+        else:
+            drawn = ids if rules.mode == "elem" else ids[: len(ids) // 2]
+            mixes = tuple(draw_mix(rules, self.img_size, key, epoch, int(i), Stream.MIX_SAMPLE) for i in drawn)
+            if rules.mode == "pair":
+                mixes += (NO_MIX,) * (len(ids) % 2) + mixes[::-1]
+        if not dealing.is_alone[slot].any():
+            return mixes
+        return tuple(NO_MIX if alone else mix for alone, mix in zip(dealing.is_alone[slot], mixes, strict=True))
 
     def ops(self, epoch: int, ids: np.ndarray) -> ImageOps | None:
         """The operations of the policy, then colour jitter, for each id."""
