@@ -26,6 +26,7 @@ from data_prep.convert import (
 )
 from data_prep.errors import UserError, exit_cleanly
 from data_prep.help_text import fitted_help
+from data_prep.image_folder import Nested
 from data_prep.info import info_table, plot_info
 from data_prep.jpeg import LOSSLESS, ImageOptions
 from data_prep.manifest import manifest_path
@@ -81,6 +82,7 @@ def imagefolder_command(
     src: Annotated[Path, tyro.conf.arg(metavar="DIR")],
     out: Annotated[Path, tyro.conf.arg(metavar="FILE.beton|DIR")],
     classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: all)")] = None,
+    nested_classes: Nested = "leaf",
     max_side: int = 500,
     quality: int = 90,
     raw: Annotated[int | None, tyro.conf.arg(metavar="SIZE", help_behavior_hint="(default: store JPEGs)")] = None,
@@ -103,10 +105,12 @@ def imagefolder_command(
     - An existing FILE.beton is replaced in one step, at the very end.
 
     Args:
-        src: Directory with one sub-folder for each class. Labels follow the sorted names.
+        src: Directory with one sub-folder for each class. Labels are timm's: names in lower case, numbers as numbers.
         out: File to write, or directory for both splits. FILE.beton.json and FILE.beton.samples go beside it.
         classes: Text file with one folder name a line: convert only these classes. imagenet100_classes.txt ships with
             the program.
+        nested_classes: Which folders are classes: each one that holds images, as in timm ("leaf"); the same, those of
+            one name together ("merge"); or those directly in DIR with all below them ("top").
         max_side: Longest side in pixels, 16 to 65500; larger images are made smaller.
         quality: JPEG quality of converted images, 1 to 100.
         raw: Store uncompressed pixels instead: short side resized to SIZE, centre crop to a square.
@@ -131,10 +135,12 @@ def imagefolder_command(
         out,
         image=image,
         classes=classes and find_shipped(classes, CLASSES),
+        nested=nested_classes,
         part=None if shard is None else parse_shard(shard),
         workers=workers,
         on_bad=on_bad,
         progress=True,
+        say=print,
     )
     for conversion in conversions if isinstance(conversions, list) else [conversions]:
         say(summary(conversion))

@@ -19,9 +19,10 @@ import PIL
 from data_prep import turbojpeg
 from data_prep.beton_format import MIN_PAGE_SIZE, PAGE_SIZE
 from data_prep.cifar100 import cifar100, download
+from data_prep.class_names import abbreviated
 from data_prep.errors import UserError
 from data_prep.finished import find_finished, rename_pending, write_pending
-from data_prep.image_folder import image_folder, split_folders
+from data_prep.image_folder import Nested, image_folder, split_folders
 from data_prep.jpeg import JPEG_MAX_SIDE, EncodedImage, ImageOptions, encode_file, encode_pixels
 from data_prep.manifest import CONVERTER_VERSION, Manifest
 from data_prep.parts import part_path
@@ -30,8 +31,13 @@ from data_prep.write_beton import BadImagesError, Resume, Written, joined, write
 
 DEFAULT_IMAGE_OPTIONS = ImageOptions()
 Options = dict[str, str | int | bool | None]
+Say = Callable[[str], object]
 RAW_MAX_SIDE = 1672
 """Pixels; a square of raw pixels must fit one page of 8 MiB."""
+
+
+def _silent(line: str) -> None:
+    """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -80,23 +86,25 @@ def convert_image_folder(
     *,
     image: ImageOptions = DEFAULT_IMAGE_OPTIONS,
     classes: Path | None = None,
+    nested: Nested = "leaf",
     part: tuple[int, int] | None = None,
     workers: int | None = None,
     on_bad: Literal["error", "skip"] = "error",
     progress: bool = False,
+    say: Say = _silent,
 ) -> Conversion:
     """Convert `src`/class/**/image to `out`, going on where an interrupted conversion stopped.
 
-    See `image_folder` for `classes`, `encode_image` for `image`, `write_beton` for the rest. `workers` None means one
-    thread a core. `part` (i, n) converts only part i of n, counted from 1, to `part_path(out, i, n)`.
-    Raises `UserError`.
+    See `image_folder` for `classes` and `nested`, `encode_image` for `image`, `write_beton` for the rest. `workers`
+    None means one thread a core. `part` (i, n) converts only part i of n, counted from 1, to `part_path(out, i, n)`.
+    `say` hears what is remarkable about the folder. Raises `UserError`.
     """
     if out.suffix != ".beton":
         raise UserError(
             f"--out {out} does not end in .beton. Give the file to write, for example --out {out / 'train.beton'}."
         )
-    options: dict[str, Any] = {"image": image, "classes": classes, "part": part, "workers": workers}
-    return convert_folders({out: src}, **options, on_bad=on_bad, progress=progress)[0]
+    options: dict[str, Any] = {"image": image, "classes": classes, "nested": nested, "part": part, "workers": workers}
+    return convert_folders({out: src}, **options, on_bad=on_bad, progress=progress, say=say)[0]
 
 
 def convert_splits(
@@ -105,14 +113,16 @@ def convert_splits(
     *,
     image: ImageOptions = DEFAULT_IMAGE_OPTIONS,
     classes: Path | None = None,
+    nested: Nested = "leaf",
     part: tuple[int, int] | None = None,
     workers: int | None = None,
     on_bad: Literal["error", "skip"] = "error",
     progress: bool = False,
+    say: Say = _silent,
 ) -> list[Conversion]:
     """`convert_image_folder` of `src`/train and `src`/val (or timm's synonyms) to train.beton and val.beton.
 
-    Raises `UserError` also if neither is there, or if they have different classes.
+    Raises `UserError` also if neither is there, or if one has classes that the training set does not have.
     """
     folders = split_folders(src)
     if not folders:
@@ -121,8 +131,8 @@ def convert_splits(
             f"one folder of classes, the file to write: --out {out_dir / 'train.beton'}."
         )
     outs = {out_dir / f"{split}.beton": folder for split, folder in folders.items()}
-    options: dict[str, Any] = {"image": image, "classes": classes, "part": part, "workers": workers}
-    return convert_folders(outs, **options, on_bad=on_bad, progress=progress)
+    options: dict[str, Any] = {"image": image, "classes": classes, "nested": nested, "part": part, "workers": workers}
+    return convert_folders(outs, **options, on_bad=on_bad, progress=progress, say=say)
 
 
 def _check(image: ImageOptions, workers: int | None, part: tuple[int, int] | None) -> None:
@@ -143,25 +153,32 @@ def convert_folders(
     *,
     image: ImageOptions | Mapping[Path, ImageOptions] = DEFAULT_IMAGE_OPTIONS,
     classes: Path | None = None,
+    nested: Nested = "leaf",
     part: tuple[int, int] | None = None,
     workers: int | None = None,
     on_bad: Literal["error", "skip"] = "error",
     progress: bool = False,
+    say: Say = _silent,
 ) -> list[Conversion]:
     """Convert {out: folder}; everything that can be wrong with the folders is found before the first is begun.
 
-    See `convert_image_folder`; `image` may tell the options of each out. Raises `UserError`, also if the folders have
-    different classes.
+    See `convert_image_folder`; `image` may tell the options of each out. All have the labels of the first, the training
+    set. Raises `UserError`, also if another has classes that the first does not have.
     """
     images = dict.fromkeys(folders, image) if isinstance(image, ImageOptions) else image
     for one in images.values():
         _check(one, workers, part)
-    sources = {out: image_folder(folder, classes) for out, folder in folders.items()}
-    _check_same_classes(list(sources.values()))
+    sources = {out: image_folder(folder, classes, nested) for out, folder in folders.items()}
+    for source in sources.values():
+        for remark in source.remarks:
+            say(remark)
+    sources = _with_labels_of_the_first(sources, say)
     conversions, bad = [], []
     for out, source in sources.items():
         image = images[out]
         options: Options = {"classes": None if classes is None else str(classes), **asdict(image), "on_bad": on_bad}
+        if nested != "leaf":  # the key came later than others
+            options["nested_classes"] = nested
         if part is not None:
             if len(source.samples) < part[1]:
                 raise UserError(
@@ -192,14 +209,24 @@ def convert_folders(
     return conversions
 
 
-def _check_same_classes(sources: list[Source]) -> None:
-    differing = sorted(set(sources[0].classes) ^ set(sources[-1].classes))
-    if differing:
-        shown = ", ".join(differing[:10]) + (", ..." if len(differing) > 10 else "")
-        raise UserError(
-            f"{sources[0].name} and {sources[-1].name} have different classes, so their labels would not agree; in one "
-            f"only: {shown}. Mend the folders, or choose classes that both have with --classes."
-        )
+def _with_labels_of_the_first(sources: dict[Path, Source], say: Say) -> dict[Path, Source]:
+    first = next(iter(sources.values()))
+    fitting: dict[Path, Source] = {}
+    for out, source in sources.items():
+        unknown = [name for name in source.classes if name not in set(first.classes)]
+        missing = [name for name in first.classes if name not in set(source.classes)]
+        if unknown:
+            only = f"{source.name} alone has {abbreviated(unknown)}"
+            only += f", {first.name} alone {abbreviated(missing)}" if missing else ""
+            raise UserError(
+                f"{first.name} and {source.name} have different classes, so their labels would not agree: {only}. Mend "
+                "the folders, or choose classes that both have with --classes."
+            )
+        if missing:
+            count = f"{len(missing):,} of the {len(first.classes):,} classes of {first.name}"
+            say(f"{source.name} has no image of {count} ({abbreviated(missing)}); its labels are those of all")
+        fitting[out] = source.with_classes(first.classes)
+    return fitting
 
 
 def file_stat(root: str, sample: Sample) -> tuple[int, int]:
@@ -229,7 +256,7 @@ def _convert(
     libraries = library_versions() if source_stat else {"numpy": np.__version__}
     # All that decides the bytes of the images that are finished; whether a bad one stops the rest does not, nor does
     # the list of files, which is compared one by one.
-    deciding = {key: value for key, value in options.items() if key not in ("on_bad", "classes")}
+    deciding = {key: value for key, value in options.items() if key not in ("on_bad", "classes", "nested_classes")}
     key = json.dumps([CONVERTER_VERSION, libraries, str(Path(source.name).resolve()), page_size, deciding])
     key = hashlib.sha256(key.encode()).hexdigest()
     files = file_list_sha256(source.samples)

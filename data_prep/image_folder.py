@@ -1,17 +1,23 @@
-"""A tree of class folders, as torchvision and timm read it: its splits, its classes and its image files."""
+"""A tree of class folders, as timm reads it: its splits, its classes in timm's order, and its image files."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
+from data_prep.class_names import abbreviated, imagenet1k, in_timms_order, ties
 from data_prep.errors import UserError
+from data_prep.image_formats import image_suffixes, is_of_the_system
 from data_prep.sources import FileList, Source
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""torchvision's list, which contains timm's; compared in lower case."""
+Nested = Literal["leaf", "merge", "top"]
+"""Which folders are classes: those that hold images; the same, of equal names one class; those directly in the root."""
+TIMMS_SUFFIXES = (".jpeg", ".jpg", ".png")
+"""All that timm reads by default, in lower case."""
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "eval", "evaluation"),
@@ -19,26 +25,45 @@ SPLIT_NAMES = {
 """timm's synonyms; where a directory has several of them, the first one here is taken."""
 _NO_CLASSES = {"test", *(name for names in SPLIT_NAMES.values() for name in names)}
 """Folders of these names alone are splits, not classes."""
+_IMAGENET_1K = {"train": 1_281_167, "val": 50_000}
+"""Images of its splits."""
 
 
-def image_folder(root: Path, classes_file: Path | None = None) -> Source:
-    """List DIR/class/**/image. Classes are the sub-folders sorted by name (by code point, as torchvision does).
+def image_folder(root: Path, classes_file: Path | None = None, nested: Nested = "leaf") -> Source:
+    """List the classes and images below `root`. Classes are in timm's order (`in_timms_order`), as it has the labels.
 
-    `classes_file` keeps only the folders it names, one a line; labels still follow the sorted names. Links to folders
-    are followed; names that start with a dot are ignored, and so are files without an image suffix.
-    Raises `UserError` if a folder is missing, unreadable or empty.
+    `nested` says which folders are classes. `leaf`, as in timm: each one that holds images, by its own name, at any
+    depth; two of one name are an error. `merge`: they are one class, which timm makes of them. `top`: the folders
+    directly in `root`, with all images below them.
+
+    `classes_file` keeps only the classes it names, one a line; labels still follow timm's order. Links to folders are
+    followed. Names that start with a dot, and those of file servers and archives (`@eaDir`), are ignored. What else is
+    left out, and where timm would read the tree otherwise, is in the source's `remarks`.
+    Raises `UserError` if a folder is missing, unreadable or empty, or a link leads nowhere.
     """
-    classes = _class_folders(root)
-    if not classes:
+    present = _folders_in(root)
+    if not present:
         raise UserError(_no_classes_message(root))
-    if set(classes) <= _NO_CLASSES:
+    if set(present) <= _NO_CLASSES:
         raise UserError(
-            f"--src {root} holds {', '.join(classes)}: these look like splits, not classes. Convert both in one "
-            f"command by giving a directory as --out, or one of them with --src {root / classes[0]}."
+            f"--src {root} holds {', '.join(present)}: these look like splits, not classes. Convert both in one "
+            f"command by giving a directory as --out, or one of them with --src {root / present[0]}."
         )
-    if classes_file is not None:
-        classes = _choose(classes, classes_file, root)
-    return Source(str(root), tuple(classes), FileList.pack(_files(root, classes)))
+    wanted = _listed(classes_file) if classes_file else None
+    only = wanted if wanted and wanted <= set(present) else None  # the others need not even be looked at
+    tree = _Tree(root)
+    tree.walk(only)
+    folders_of = _classes(tree, nested)
+    tree.refuse_empty(wanted, nested)
+    if wanted is not None:
+        folders_of = _choose(folders_of, wanted, str(classes_file), tree)
+    classes = in_timms_order(folders_of)
+    files = FileList.pack(_files(tree, [folders_of[name] for name in classes]))
+    remarks = (
+        *_remarks(tree, folders_of, nested, is_chosen=wanted is not None),
+        *_count_remarks(root, classes, len(files)),
+    )
+    return Source(str(root), tuple(classes), files, remarks=remarks)
 
 
 def split_folders(root: Path) -> dict[str, Path]:
@@ -46,7 +71,7 @@ def split_folders(root: Path) -> dict[str, Path]:
 
     Raises `UserError` if `root` cannot be listed.
     """
-    present = set(_class_folders(root))
+    present = set(_folders_in(root))
     found = {}
     for split, names in SPLIT_NAMES.items():
         first = next((name for name in names if name in present), None)
@@ -55,15 +80,185 @@ def split_folders(root: Path) -> dict[str, Path]:
     return found
 
 
-def _files(root: Path, classes: list[str]) -> Iterator[tuple[int, str]]:
-    for label, name in enumerate(classes):
-        files = _images_below(root / name)
-        if not files:
-            raise UserError(
-                f"class folder {root / name} holds no image ({' '.join(IMAGE_SUFFIXES)}). "
-                "Fill it, remove it, or leave it out with --classes."
-            )
-        yield from ((label, f"{name}/{file}") for file in files)
+@dataclass
+class _Tree:
+    """What lies below a root; folders by their path from it, which is empty for the root itself."""
+
+    root: Path
+    images: dict[str, list[str]] = field(default_factory=dict)
+    """Names of the images directly in each folder that holds some."""
+    below: dict[str, list[str]] = field(default_factory=dict)
+    """The sub-folders of each folder, by path."""
+    others: Counter[str] = field(default_factory=Counter)
+    """How many other files there are, by suffix in lower case."""
+    system: list[str] = field(default_factory=list)
+    """Folders that are ignored by their name."""
+
+    def walk(self, only: set[str] | None) -> None:
+        """Look at everything; `only`: of the folders directly in the root. Raises `UserError`."""
+        self._suffixes = image_suffixes()
+        self._visit("", (), only)
+
+    def _visit(self, folder: str, above: tuple[str, ...], only: set[str] | None) -> bool:
+        """Whether it was looked at: a link back to a folder above would be walked for ever."""
+        path = f"{self.root}/{folder}" if folder else str(self.root)
+        real = os.path.realpath(path)
+        if real in above:
+            return False
+        images, below = [], []
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if is_of_the_system(name):
+                        if entry.is_dir():
+                            self.system.append(_join(folder, name))
+                        continue
+                    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122  a million times: a `Path` takes ten times as long
+                    if _is_folder(entry, suffix in self._suffixes):
+                        if only is None or name in only:
+                            below.append(_join(folder, name))
+                    elif suffix in self._suffixes:
+                        images.append(name)
+                    else:
+                        self.others[suffix] += 1
+        except OSError as error:
+            _unreadable(error, path)
+        if images:
+            self.images[folder] = sorted(images)
+        self.below[folder] = [one for one in sorted(below) if self._visit(one, (*above, real), None)]
+        return True
+
+    def holds_images(self, folder: str) -> bool:
+        """Whether there are images in a folder or anywhere below it."""
+        return folder in self.images or any(map(self.holds_images, self.below.get(folder, ())))
+
+    def refuse_empty(self, wanted: set[str] | None, nested: Nested) -> None:
+        """Raise `UserError` for a folder in a class's place without an image; in an image's place it may be empty."""
+        for folder, below in self.below.items():
+            if folder in self.images and folder:
+                continue
+            for one in below if not folder or nested != "top" else ():
+                if not self.holds_images(one) and (wanted is None or _name(one) in wanted):
+                    raise UserError(
+                        f"class folder {self.root / one} holds no image ({' '.join(sorted(self._suffixes))}). "
+                        "Fill it, remove it, or leave it out with --classes."
+                    )
+
+
+def _is_folder(entry: os.DirEntry[str], is_image: bool) -> bool:
+    """Whether an entry is a folder or a link to one. Raises `UserError` for a link to nowhere that may be a class."""
+    try:
+        if entry.is_dir():
+            return True
+        if is_image or not entry.is_symlink():
+            return False
+        entry.stat()
+    except FileNotFoundError:
+        target = Path(entry.path).readlink()
+        raise UserError(
+            f"{entry.path} is a link to {target}, which is not there. If it is a class, it would be missing; mend the "
+            "link or remove it."
+        ) from None
+    except OSError as error:
+        if is_image:  # reading it will say why
+            return False
+        _unreadable(error, entry.path)
+    return False
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _name(folder: str) -> str:
+    return folder.rpartition("/")[2]
+
+
+def _classes(tree: _Tree, nested: Nested) -> dict[str, list[str]]:
+    """The folders with the images of each class, by its name. Raises `UserError` for two classes of one name."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for folder in sorted(tree.images):
+        if folder:  # images in the root itself are of no class
+            found[folder.partition("/")[0] if nested == "top" else _name(folder)].append(folder)
+    same = next((folders for folders in found.values() if nested == "leaf" and len(folders) > 1), None)
+    if same:
+        first, second = same[:2]
+        tops = abbreviated(_name(top) for top in tree.below[""] if tree.holds_images(top))
+        raise UserError(
+            f"{tree.root / first} and {tree.root / second} are both named {_name(first)}: a class is a folder that "
+            f"holds images, as in timm, which would take the two for one. Rename them, or say which is meant: "
+            f"--nested-classes merge makes one class of each name, --nested-classes top takes the folders in "
+            f"{tree.root} ({tops}) with all images below them."
+        )
+    return found
+
+
+def _files(tree: _Tree, folders_of_classes: list[list[str]]) -> Iterator[tuple[int, str]]:
+    for label, folders in enumerate(folders_of_classes):
+        names = [f"{folder}/{name}" for folder in folders for name in tree.images[folder]]
+        yield from ((label, name) for name in (sorted(names) if len(folders) > 1 else names))
+
+
+def _remarks(tree: _Tree, folders_of: Mapping[str, list[str]], nested: Nested, *, is_chosen: bool) -> Iterator[str]:
+    root = tree.root
+    taken = {folder for folders in folders_of.values() for folder in folders}
+    inside = [folder for folder in sorted(tree.images) if folder not in taken and folder.rpartition("/")[0] in taken]
+    if is_chosen and inside:
+        yield (
+            f"warning: left out the images in {abbreviated(inside, 3)}: a folder that holds images is a class of its "
+            "own, which the list of classes does not name; --nested-classes top counts them to the class above"
+        )
+    for tie in ties(folders_of):
+        yield (
+            f"warning: the class folders {' and '.join(tie)} are equal in timm's order, so that their labels change "
+            "there from run to run; here they are in the order of their code points"
+        )
+    deep = [folders[0] for folders in folders_of.values() if "/" in folders[0]]
+    if deep and nested != "top":
+        yield (
+            f"{root}: the classes are its {len(folders_of):,} folders that hold images, as in timm "
+            f"({abbreviated(deep, 3)}); --nested-classes top takes those directly in {root}"
+        )
+    if loose := len(tree.images.get("", ())):
+        yield (
+            f"warning: left out {loose:,} images directly in {root}, outside every class folder; timm makes a first "
+            "class of them, so that all its labels are one greater"
+        )
+    odd = {
+        name: {os.path.splitext(file)[1].lower() for folder in folders for file in tree.images[folder]}  # noqa: PTH122
+        for name, folders in folders_of.items()
+    }
+    unseen = [name for name, suffixes in odd.items() if suffixes.isdisjoint(TIMMS_SUFFIXES)]
+    if unseen:
+        yield (
+            f"warning: timm reads {', '.join(TIMMS_SUFFIXES)} only, so it does not see the class"
+            f"{'es' if len(unseen) > 1 else ''} {abbreviated(unseen)} ({' '.join(sorted(odd[unseen[0]]))}), and its "
+            "labels of all later classes are smaller"
+        )
+    counts = sorted(tree.others.items(), key=lambda item: (-item[1], item[0]))
+    left_out = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in counts]
+    parts = (
+        [f"{tree.others.total():,} files that are no images by their suffix ({', '.join(left_out)})"]
+        if left_out
+        else []
+    )
+    if tree.system:
+        parts.append(f"folders of the system ({abbreviated(sorted(tree.system), 3)})")
+    if parts:
+        yield f"{root}: left out {' and '.join(parts)}"
+
+
+def _count_remarks(root: Path, classes: list[str], num_images: int) -> Iterator[str]:
+    if tuple(classes) != imagenet1k():
+        return
+    split = next((split for split, names in SPLIT_NAMES.items() if root.name in names), None)
+    expected = [_IMAGENET_1K[split]] if split else list(_IMAGENET_1K.values())
+    if num_images not in expected:
+        yield (
+            f"warning: {root} has ImageNet-1k's classes, but {num_images:,} images instead of "
+            f"{' or '.join(f'{count:,}' for count in expected)}"
+        )
 
 
 def _no_classes_message(root: Path) -> str:
@@ -74,53 +269,49 @@ def _no_classes_message(root: Path) -> str:
     return message + "."
 
 
-def _class_folders(root: Path) -> list[str]:
+def _folders_in(root: Path) -> list[str]:
     try:
         with os.scandir(root) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            image = image_suffixes()
+            kept = (entry for entry in entries if not is_of_the_system(entry.name))
+            return sorted(e.name for e in kept if _is_folder(e, e.name.lower().endswith(tuple(image))))
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "does not exist" if isinstance(error, FileNotFoundError) else "is not a directory"
         raise UserError(f"--src {root} {what}. Give a directory with one sub-folder for each class.") from error
     except OSError as error:
-        _unreadable(error)
+        _unreadable(error, str(root))
 
 
-def _choose(present: list[str], classes_file: Path, root: Path) -> list[str]:
+def _listed(classes_file: Path) -> set[str]:
     try:
         lines = [line.strip() for line in classes_file.read_text(encoding="utf-8-sig").splitlines()]
     except OSError as error:
         raise UserError(f"--classes {classes_file} cannot be read: {error.strerror}. Give a text file.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--classes {classes_file} is not UTF-8 text. Give one folder name a line.") from error
-    wanted = [line for line in lines if line]
-    if not wanted:
+    if not any(lines):
         raise UserError(f"--classes {classes_file} names no class. Give one folder name a line.")
-    missing = sorted(set(wanted) - set(present))
-    if missing:
-        shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+    return {line for line in lines if line}
+
+
+def _choose(
+    folders_of: Mapping[str, list[str]], wanted: set[str], classes_file: str, tree: _Tree
+) -> dict[str, list[str]]:
+    missing = sorted(wanted - set(folders_of))
+    group = next((name for name in missing if tree.holds_images(name)), None)
+    if group:
         raise UserError(
-            f"--src {root} lacks {len(missing)} of the {len(wanted)} classes that {classes_file} names: {shown}. "
-            "Check the names (one folder name a line) and the directory."
+            f"{tree.root / group}, which {classes_file} names, holds no image itself but folders with images "
+            f"({abbreviated(map(_name, tree.below[group]))}): these are the classes, as in timm. Name them instead, "
+            "or say --nested-classes top to take the folders above them."
         )
-    return sorted(set(wanted))
+    if missing:
+        raise UserError(
+            f"--src {tree.root} lacks {len(missing)} of the {len(wanted)} classes that {classes_file} names: "
+            f"{abbreviated(missing, 10)}. Check the names (one folder name a line) and the directory."
+        )
+    return {name: folders for name, folders in folders_of.items() if name in wanted}
 
 
-def _images_below(folder: Path) -> list[str]:
-    """Paths of all images below `folder`, relative to it, sorted."""
-    found, seen = [], set()
-    for parent, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link back to a folder above would be walked for ever
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = os.path.relpath(parent, folder)
-        for file in files:
-            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."):
-                found.append(file if inside == "." else f"{inside}/{file}".replace(os.sep, "/"))
-    return sorted(found)
-
-
-def _unreadable(error: OSError) -> NoReturn:
-    raise UserError(f"{error.filename} cannot be listed: {error.strerror}. Check its permissions.") from error
+def _unreadable(error: OSError, path: str) -> NoReturn:
+    raise UserError(f"{error.filename or path} cannot be listed: {error.strerror}. Check its permissions.") from error

@@ -12,7 +12,8 @@ Reasons, the first that holds (they are counted in the manifest):
     bytes         an RGB JPEG with more metadata than one page of a `.beton` can hold
     baseline      a progressive JPEG, rewritten without loss because baseline was asked for
     passthrough   none of these: stored byte for byte
-    16-bit, palette, alpha, png, bmp, gif, tiff, webp, ppm     other formats, by what makes them special, else by name
+    16-bit, palette, alpha, png, bmp, gif, tiff, webp, ppm, avif, jpeg2000, other
+                  other formats, by what makes them special, else by name
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from data_prep import jpeg_header, turbojpeg
 from data_prep.beton_format import MODE_JPEG, MODE_RAW, PAGE_SIZE
 from data_prep.errors import UserError
+from data_prep.image_formats import format_by_suffix
 from data_prep.jpeg_header import JpegHeader
 from data_prep.sources import Sample
 
-# Named one by one because a file's suffix proves nothing, and PIL would hand an EPS file to Ghostscript.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP")
+# Named one by one because a file's suffix proves nothing, and PIL would hand an EPS file to Ghostscript. Formats that
+# cannot be told by their first bytes are tried only where the suffix speaks of them.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000")
 REASONS = tuple(
     """passthrough raw baseline coding gray cmyk ycck orientation resized extraneous bytes
-    16-bit palette alpha png bmp gif tiff webp ppm""".split()
+    16-bit palette alpha png bmp gif tiff webp ppm avif jpeg2000 other""".split()
 )
 ORIENTATION_TAG = 0x0112
 _TURNS = {  # Exif orientation -> what turns the stored pixels upright, as `ImageOps.exif_transpose` does
@@ -157,7 +160,7 @@ def encode_image(path: Path | str, options: ImageOptions) -> EncodedImage:
     if not data:
         raise bad("the file is empty")
     try:
-        mode, width, height, stored, reason = _encode(data, options)
+        mode, width, height, stored, reason = _encode(data, options, format_by_suffix(str(path)))
     except (UserError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -180,11 +183,11 @@ def _check_pixels(width: int, height: int) -> None:
         )
 
 
-def _encode(data: bytes, options: ImageOptions) -> tuple[int, int, int, bytes, str]:
-    """Mode, width, height, bytes and reason."""
+def _encode(data: bytes, options: ImageOptions, by_suffix: str) -> tuple[int, int, int, bytes, str]:
+    """Mode, width, height, bytes and reason; `by_suffix`: the format that the file's name speaks of, or nothing."""
     header = jpeg_header.read_header(data) if data.startswith(jpeg_header.START) else None
     if header is None:
-        pixels, reason = _decode_with_pil(data)
+        pixels, reason = _decode_with_pil(data, by_suffix)
         return _encode_pixels(pixels, "raw" if options.raw else reason, options)
     _check_pixels(header.width, header.height)
     orientation = _orientation(data) if header.may_be_turned else 1
@@ -274,11 +277,11 @@ def _shrink(width: int, height: int, options: ImageOptions) -> Literal[1, 2, 4, 
     return 8 if scale >= 16 else 4 if scale >= 8 else 2 if scale >= 4 else 1
 
 
-def _decode_with_pil(data: bytes) -> tuple[np.ndarray, str]:
+def _decode_with_pil(data: bytes, by_suffix: str = "") -> tuple[np.ndarray, str]:
     """uint8 (height, width, 3), upright, and the reason for the conversion."""
     # A library in this process may have switched on tolerance; a cut file must never pass.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=(*FORMATS, by_suffix) if by_suffix else FORMATS) as image:
         _check_pixels(*image.size)
         if image.format == "PNG":  # decoding does not look at the checksums of PNG's chunks
             with Image.open(io.BytesIO(data), formats=("PNG",)) as again:
@@ -295,7 +298,10 @@ def _pil_reason(image: ImageFile.ImageFile) -> str:
         return "16-bit"
     if image.mode in ("P", "PA"):
         return "palette"
-    return "alpha" if image.has_transparency_data else str(image.format).lower()
+    if image.has_transparency_data:
+        return "alpha"
+    name = str(image.format).lower()
+    return name if name in REASONS else "other"
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

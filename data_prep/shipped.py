@@ -17,6 +17,11 @@ def shipped_names(suffix: str) -> tuple[str, ...]:
     return tuple(name.removesuffix(CONFIGS) for name in files)
 
 
+def shipped_text(name: str) -> str:
+    """What stands in a shipped file, whatever files of that name the user has."""
+    return next(folder / name for folder in _FOLDERS if (folder / name).is_file()).read_text(encoding="utf-8")
+
+
 def find_shipped(path: Path, suffix: str) -> Path:
     """The shipped file that a bare name means, with its suffix or without; any other path as it is.
 

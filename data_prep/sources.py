@@ -6,7 +6,7 @@ import hashlib
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -47,6 +47,19 @@ class Source:
     """Class names, in the order of the labels."""
     samples: Sequence[Sample]
     superclasses: Superclasses | None = None
+    remarks: tuple[str, ...] = ()
+    """What people should know about it, a line each: files left out, and where timm would read it otherwise."""
+
+    def with_classes(self, classes: tuple[str, ...]) -> Source:
+        """The same samples with the labels of `classes`, in the order of these; every class must be among them."""
+        if classes == self.classes:
+            return self
+        label_of = {name: label for label, name in enumerate(classes)}
+        labels = [label_of[name] for name in self.classes]
+        samples: Iterable[tuple[int, str]] = ((labels[sample.label], sample.name) for sample in self.samples)
+        if labels != sorted(labels):
+            samples = sorted(samples, key=lambda sample: sample[0])  # which keeps the order within a class
+        return replace(self, classes=classes, samples=FileList.pack(samples))
 
 
 _UNPACKED = 4096

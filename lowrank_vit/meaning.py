@@ -31,11 +31,21 @@ class Change:
     """Whether it matters to a run of these options, by name; one that is missing stands at its default."""
 
 
+def _is_of_folders(args: Mapping[str, Any]) -> bool:
+    """Whether a run may have read class folders."""
+    return not args.get("synthetic") and str(args.get("dataset") or "").lower() not in ("digits", "torch/cifar100")
+
+
 CHANGES: tuple[Change, ...] = (
     Change(
         "mixup and cutmix are drawn for each --mix-block images, before once for a global batch",
         {"mix-block": 0},
         concerns=lambda args: any(args.get(name) for name in ("mixup", "cutmix", "cutmix-minmax")),
+    ),
+    Change(
+        "classes are the folders that hold images, as in timm, and no longer those directly in the split",
+        {"nested-classes": "top"},
+        concerns=_is_of_folders,
     ),
 )
 

@@ -67,6 +67,8 @@ class Data:
     """Name of the validation set in --data-dir; timm's synonyms count, and test where there is no other."""
     beton_dir: Path | None = None
     """Where images are converted to; default: DATA_DIR/.lowrank_vit, DATA_DIR/cifar100.lowrank_vit."""
+    nested_classes: Literal["leaf", "merge", "top"] = "leaf"
+    """Class folders: each one that holds images, as in timm; so, but those of one name together; those in the split."""
     stage_dir: Path | None = None
     """Copy the .beton files to this folder on a fast local disk, once, and read the copies."""
     synthetic: bool = False
@@ -117,7 +119,13 @@ class Model:
     model_kwargs: tuple[str, ...] = ()
     """Arguments for the model's constructor: NAME=VALUE ..."""
     num_classes: Annotated[int | None, Range(2)] = None
-    """Number of classes; default: that of the data."""
+    """Must be the number of classes of the data, which is the default; see --larger-head."""
+    larger_head: bool = False
+    """Let --num-classes be more than the data have: outputs without a class."""
+    trust_labels: bool = False
+    """Label N is output N of the weights to start from, whatever the names of the classes say."""
+    class_order: Literal["timm", "code-point"] = "timm"
+    """Of the outputs of weights that name no classes: timm's order of the class folders, or torchvision's."""
     head_init_scale: Annotated[float | None, Range()] = None
     """Multiply the classifier's first weights and bias by this."""
     head_init_bias: Annotated[float | None, Range()] = None

@@ -18,7 +18,7 @@ _NAFLEX = "leave it out, images are square and of one size"
 _COLUMNS = "leave it out, the columns are file, class_1, probability_1, class_2, ..."
 
 _BOTH = {
-    "class-map": "leave it out, labels are the sorted names of the class folders",
+    "class-map": "leave it out, labels are timm's order of the class folders",
     "in-chans": _RGB,
     "use-train-size": "--img-size N",
     "crop-mode": _CROP,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-_CLASSES = "`python -m data_prep imagefolder --classes FILE`, which chooses the classes; labels are their sorted order"
+_CLASSES = (
+    "`python -m data_prep imagefolder --classes FILE`, which chooses the classes; labels are in timm's order of them"
+)
 _COUNT = "leave it out, the data tell their number of images"
 _KEYS = "leave it out, --data-dir holds folders of images or .beton files"
 _RGB = "leave it out, images are RGB"

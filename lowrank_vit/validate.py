@@ -25,6 +25,7 @@ from lowrank_vit.data.loader import OnBadSample
 from lowrank_vit.data.locate import DataOptions, kind_of, locate_validation
 from lowrank_vit.data.plan import EvalPlan
 from lowrank_vit.data.staging import stage
+from lowrank_vit.engine.class_match import Classes, Order, Trust, match
 from lowrank_vit.engine.evaluate import Evaluator, Scores
 from lowrank_vit.engine.score_files import (
     class_rows,
@@ -55,6 +56,12 @@ class Options(ModelOptions):
     """torch/cifar100: download the archive where it is missing or damaged."""
     split: Annotated[str, arg(aliases=["--val-split"])] = ""
     """Name of the set in --data; timm's synonyms count. Default: that of the checkpoint's validation."""
+    nested_classes: Literal["", "leaf", "merge", "top"] = ""
+    """Which folders of images are classes, as for training; default: as the checkpoint's run had it, else leaf."""
+    trust_labels: bool = False
+    """Label N of the data is output N of the model, whatever the names of the classes say."""
+    class_order: Order = "timm"
+    """Of the outputs of a model that names no classes: timm's order of the class folders, or torchvision's."""
     beton_dir: Path | None = None
     """Where images are converted to; default: DATA/.lowrank_vit."""
     stage_dir: Path | None = None
@@ -101,7 +108,7 @@ def _validate(options: Options, say: Callable[[str], object]) -> tuple[Scores, S
     scorer = load_scorer(options, device, say)
     path = _find_data(options, scorer.args)
     beton, spec = Beton(path), scorer.spec
-    _check_classes(scorer, beton, path)
+    _follow_model(scorer, beton, options, say)
     batch_size = min(options.batch_size, beton.num_samples)
     plan = EvalPlan(
         beton.heights,
@@ -173,19 +180,14 @@ def _write_files(options: Options, scores: Scores, scorer: Scorer, beton: Beton)
         raise UserError(f"{error.filename} cannot be written: {error.strerror}.") from error
 
 
-def _check_classes(scorer: Scorer, beton: Beton, path: Path) -> None:
-    """Raise `UserError` if the labels of the set cannot be those that the model was trained on."""
-    if beton.num_classes > scorer.num_classes:
-        raise UserError(
-            f"{path} has {beton.num_classes} classes, the model only {scorer.num_classes}. {_own_data(scorer, path)}"
-        )
-    trained = scorer.trained_names
-    if trained and beton.classes and trained != beton.classes:
-        one = next((f"{a} against {b}" for a, b in zip(trained, beton.classes, strict=False) if a != b), "fewer")
-        raise UserError(
-            f"{path} has other classes than the model was trained on ({one}), so its labels do not mean the same. "
-            f"{_own_data(scorer, path)}"
-        )
+def _follow_model(scorer: Scorer, beton: Beton, options: Options, say: Callable[[str], object]) -> None:
+    """Give the set the labels of the model's outputs. Raises `UserError` if they cannot be compared."""
+    of_data = Classes(str(beton.path), beton.num_classes, beton.classes)
+    trust = Trust(options.trust_labels, options.class_order)
+    found = match(of_data, scorer.classes, trust, _own_data(scorer, beton.path))
+    for remark in found.remarks:
+        say(f"note: {remark}")
+    beton.relabel(found.outputs, found.names)
 
 
 def _own_data(scorer: Scorer, path: Path) -> str:
@@ -198,7 +200,8 @@ def _find_data(options: Options, args: dict[str, Any]) -> Path:
     """The `.beton` to score, converted and staged now if need be; `args` are the flags of the checkpoint's run."""
     split = options.split or str(args.get("val-split") or "validation")
     where = DataOptions(options.dataset, None, options.dataset_download, options.beton_dir, val_split=split)
-    where = replace(where, on_bad=options.on_bad_sample)
+    nested: Any = options.nested_classes or args.get("nested-classes") or "leaf"
+    where = replace(where, on_bad=options.on_bad_sample, nested=nested)
     dataset = str(args.get("dataset") or "")
     if options.data is None and kind_of(options.dataset or dataset) == kind_of(dataset):  # the checkpoint's own
         kept = {name: Path(value) for name in ("data-dir", "beton-dir") if (value := args.get(name))}

@@ -62,6 +62,7 @@ MAY_IMPORT = {
         "lowrank_vit.timm_line",
     ),
     "lowrank_vit/engine": (
+        "data_prep.class_names",
         "data_prep.errors",
         "data_prep.terminal",
         "lowrank_vit.__version__",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
@@ -136,6 +137,11 @@ class Beton:
     def num_classes(self) -> int:
         """Number of classes by the manifest, else by the greatest label."""
         return len(self.classes) if self.classes else int(self.labels.max()) + 1
+
+    def relabel(self, labels: Sequence[int], classes: Sequence[str] | None) -> None:
+        """Let each label be another one, `labels[label]`, of these classes; before a loader is opened."""
+        self.labels = np.asarray(labels, np.int64)[self.labels]
+        self.classes = list(classes) if classes is not None else self.classes
 
     @property
     def is_uniform(self) -> bool:

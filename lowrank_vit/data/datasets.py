@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_prep import terminal
+from data_prep.class_names import abbreviated, differences, in_timms_order, positions
 from data_prep.errors import UserError
 from data_prep.parts import find_parts
 from lowrank_vit.data.beton import Beton
@@ -14,12 +15,18 @@ from lowrank_vit.data.staging import stage_all
 
 
 def open_datasets(
-    options: DataOptions, num_classes: int | None, stage_dir: Path | None = None, say: Say = terminal.say
+    options: DataOptions,
+    num_classes: int | None,
+    stage_dir: Path | None = None,
+    say: Say = terminal.say,
+    *,
+    larger_head: bool = False,
 ) -> tuple[Beton, Beton, int]:
     """Find or make the sets and open them: training set, validation set, number of classes.
 
-    `stage_dir`: open copies there. Raises `UserError` if something is missing or damaged, if the two sets disagree
-    about their classes, or if `num_classes` is too small for the labels.
+    The validation set gets the labels of the training set, by the names of the classes; it may lack some. `stage_dir`:
+    open copies there. `larger_head`: `num_classes` may be more than the data have. Raises `UserError` if something is
+    missing or damaged, if the validation set has a class of its own, or if `num_classes` is not that of the data.
     """
     paths = locate(options, say)
     for path in paths:
@@ -31,17 +38,43 @@ def open_datasets(
     if stage_dir is not None:
         paths = stage_all(paths, stage_dir, say)
     train, val = (Beton(path) for path in paths)
-    if train.classes and val.classes and train.classes != val.classes:
-        both = next((pair for pair in zip(train.classes, val.classes, strict=False) if pair[0] != pair[1]), None)
-        where = f"{both[0]} against {both[1]}" if both else f"{len(train.classes)} against {len(val.classes)}"
-        raise UserError(
-            f"{paths[0]} and {paths[1]} have different classes ({where}), so their labels do not mean the same. "
-            "Convert both from folders with the same class names."
-        )
+    _give_labels_of(train, val, say)
     of_data = max(train.num_classes, val.num_classes)
-    if num_classes is not None and num_classes < of_data:
-        raise UserError(
-            f"--num-classes {num_classes} is too small: {paths[0].parent} has {of_data} classes. "
-            f"Leave the flag out or give at least {of_data}."
-        )
-    return train, val, num_classes or of_data
+    if num_classes is None or num_classes == of_data or (larger_head and num_classes > of_data):
+        return train, val, num_classes or of_data
+    has = f"{paths[0].parent} has {of_data:,} classes{f' ({abbreviated(train.classes)})' if train.classes else ''}"
+    if num_classes < of_data:
+        raise UserError(f"--num-classes {num_classes} is too small: {has}. Leave the flag out.")
+    raise UserError(
+        f"--num-classes {num_classes} is too large: {has}. Leave the flag out, or add --larger-head if the model is "
+        "meant to have outputs without a class."
+    )
+
+
+def _give_labels_of(train: Beton, val: Beton, say: Say) -> None:
+    """Relabel `val` by the names of `train`. Raises `UserError` where that is not possible."""
+    mend = "Convert both from folders with the same class names."
+    if not train.classes or not val.classes:
+        one = train if train.classes else val
+        if train.classes and val.num_classes > train.num_classes:
+            raise UserError(
+                f"{val.path} has labels up to {val.num_classes - 1}, {train.path} only {train.num_classes} classes "
+                f"({abbreviated(train.classes)}). {mend}"
+            )
+        if one.classes and sorted(one.classes) != in_timms_order(one.classes):
+            say(
+                f"{(val if one is train else train).path} names no classes: its labels are taken in the order of "
+                f"{one.path} ({abbreviated(one.classes, 4)})"
+            )
+    elif train.classes != val.classes:
+        labels = positions(val.classes, train.classes)
+        if labels is None:
+            lists = differences(train.classes, str(train.path), val.classes, str(val.path))
+            raise UserError(
+                f"The two sets have different classes, so their labels do not mean the same. {lists}. {mend}"
+            )
+        if len(labels) < len(train.classes):
+            missing = [name for n, name in enumerate(train.classes) if n not in set(labels)]
+            count = f"{len(missing):,} of the {len(train.classes):,} classes"
+            say(f"{val.path} has no sample of {count} ({abbreviated(missing)})")
+        val.relabel(labels, train.classes)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from data_prep.convert import DEFAULT_IMAGE_OPTIONS, convert_folders, file_stat
 from data_prep.errors import BetonError, UserError
 from data_prep.finished import is_current, is_whole
-from data_prep.image_folder import SPLIT_NAMES, image_folder
+from data_prep.image_folder import SPLIT_NAMES, Nested, image_folder
 from data_prep.jpeg import LOSSLESS, ImageOptions
 from data_prep.manifest import Manifest, manifest_path, read_manifest
 from data_prep.parts import find_parts
@@ -46,12 +46,19 @@ def split_folder(root: Path, split: str, say: Say) -> Path | None:
 
 
 def converted(
-    folders: Sequence[tuple[Path, Role]], place: Path, say: Say, *, is_own: bool, on_bad: Literal["error", "skip"]
+    folders: Sequence[tuple[Path, Role]],
+    place: Path,
+    say: Say,
+    *,
+    is_own: bool,
+    on_bad: Literal["error", "skip"],
+    nested: Nested = "leaf",
 ) -> list[Path]:
     """`place`/NAME.beton of each folder NAME of class folders, converted now unless that is done and still true.
 
     A role says what the folder is for, and so how it is converted: see `IMAGE_OPTIONS`. Options that a person chose,
-    other than the converter's defaults, are kept.
+    other than the converter's defaults, are kept, and so is an order of the classes that is not timm's. `nested`: which
+    folders are classes, see `image_folder`.
 
     Every image's name, size and time is compared with those that were converted (0.7 s for 100,000 on a local disk).
     Parts, NAME-1-of-2.beton and so on, are taken as they are. `is_own`: nothing of the user's lies in `place`;
@@ -63,7 +70,7 @@ def converted(
     wanted = {out: IMAGE_OPTIONS[role] for out, (_, role) in zip(asked, folders, strict=True)}
     seen = {out: _identity(out) for out in outs}
     begun = time.monotonic()
-    stale = {out: why for out, folder in outs.items() if (why := _why_stale(out, folder, wanted[out]))}
+    stale = {out: why for out, folder in outs.items() if (why := _why_stale(out, folder, wanted[out], nested))}
     if (seconds := time.monotonic() - begun) > SLOW_CHECK_S:
         say(f"compared the images in {_names(outs.values())} with {place} in {seconds:.0f} s")
     for out in stale:
@@ -75,7 +82,7 @@ def converted(
             stale = {out: why for out, why in stale.items() if _identity(out) == seen[out]}
             if stale:
                 why = ", ".join(dict.fromkeys(stale.values()))
-                _convert({out: outs[out] for out in stale}, wanted, why, say, on_bad)
+                _convert({out: outs[out] for out in stale}, wanted, why, say, on_bad, nested)
     for out in outs:
         manifest = manifest_of(out)
         if manifest and manifest.skipped:
@@ -96,6 +103,7 @@ def _convert(
     why: str,
     say: Say,
     on_bad: Literal["error", "skip"],
+    nested: Nested,
 ) -> None:
     image = {out: _chosen_by_hand(manifest_of(out)) or wanted[out] for out in outs}
     place = next(iter(outs)).parent
@@ -103,9 +111,8 @@ def _convert(
     begun = time.monotonic()
     try:
         # Where they really are: a manifest's relative path would mean nothing from another working directory.
-        done = convert_folders(
-            {out: folder.resolve() for out, folder in outs.items()}, image=image, on_bad=on_bad, progress=True
-        )
+        really = {out: folder.resolve() for out, folder in outs.items()}
+        done = convert_folders(really, image=image, nested=nested, on_bad=on_bad, progress=True, say=say)
     except UserError as error:
         raise _in_the_trainers_words(error, outs) from error
     for conversion in done:
@@ -125,7 +132,7 @@ def _chosen_by_hand(manifest: Manifest | None) -> ImageOptions | None:
     return None if options == DEFAULT_IMAGE_OPTIONS else options
 
 
-def _why_stale(out: Path, folder: Path, wanted: ImageOptions) -> str:
+def _why_stale(out: Path, folder: Path, wanted: ImageOptions, nested: Nested) -> str:
     """Why `out` is not what `folder` holds now, or not as it is wanted; an empty string if it is."""
     if not out.exists() and find_parts(out):
         return ""
@@ -137,9 +144,12 @@ def _why_stale(out: Path, folder: Path, wanted: ImageOptions) -> str:
     if manifest.options.get("classes"):  # chosen by hand, and the list of them may be gone
         return ""
     try:
-        source = image_folder(folder)
+        source = image_folder(folder, nested=nested)
     except UserError as error:
         raise _in_the_trainers_words(error, {out: folder}) from error
+    if not set(source.classes) <= set(manifest.classes):
+        return "again, since the classes have changed"
+    source = source.with_classes(manifest.classes)  # in another order than a new set's they mean the same
     if not is_current(out, manifest, source.samples, partial(file_stat, source.name)):
         return "again, since the images have changed"
     if wanted.lossless and not _chosen_by_hand(manifest) and set(manifest.reasons) - {"passthrough"}:
@@ -185,7 +195,7 @@ def _in_the_trainers_words(error: UserError, outs: dict[Path, Path]) -> UserErro
     """The converter's message without its own flags, but with the command that has them."""
     text = str(error).replace("--src ", "").replace("another --out", "another --beton-dir")
     text = text.replace("--on-bad skip", "--on-bad-sample skip")
-    if any(flag in text for flag in ("--classes", "--max-side", "--quality", "--workers")):
+    if any(flag in text for flag in ("--classes ", "--classes.", "--max-side", "--quality", "--workers")):
         src, place = os.path.commonpath([folder.parent for folder in outs.values()]), "OTHER"
         text += (
             f" Those are flags of `python -m data_prep imagefolder --src {src} --out {place}`; then --data-dir {place}."

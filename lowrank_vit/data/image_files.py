@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from data_prep.image_formats import formats, image_suffixes, is_of_the_system
 from data_prep.jpeg import upright_rgb
-
-_NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"}
-"""EPS is run by Ghostscript, another program; the others Pillow only recognises, or decodes on Windows alone."""
-
-
-@cache
-def formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read."""
-    Image.init()
-    return tuple(sorted(set(Image.OPEN) - _NOT_READ))
-
-
-@cache
-def suffixes() -> frozenset[str]:
-    """The suffixes of those formats, in lower case with their dot."""
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats())
 
 
 def images_below(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """The images in a folder and its sub-folders, sorted, and how many other files there are by suffix."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    images = [path for path in files if path.suffix.lower() in suffixes()]
-    return images, Counter(path.suffix.lower() for path in files if path.suffix.lower() not in suffixes())
+    """The images in a folder and its sub-folders, sorted, and how many other files there are by suffix.
+
+    What is hidden or a file server's own is neither.
+    """
+    below = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    files = [path for path in below if not any(map(is_of_the_system, path.relative_to(folder).parts))]
+    images = [path for path in files if path.suffix.lower() in image_suffixes()]
+    return images, Counter(path.suffix.lower() for path in files if path.suffix.lower() not in image_suffixes())
 
 
 def read_image(file: Path) -> np.ndarray | str:

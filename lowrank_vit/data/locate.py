@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from data_prep import terminal
 from data_prep.errors import UserError
+from data_prep.image_folder import Nested
 from data_prep.parts import find_parts
 from lowrank_vit.data.cifar import cifar100, find_archive
 from lowrank_vit.data.image_dirs import FOLDER, converted, names_of, split_folder
@@ -35,6 +36,8 @@ class DataOptions:
     val_split: str = "validation"
     on_bad: Literal["error", "skip"] = "error"
     """What a conversion does about an image that does not decode."""
+    nested: Nested = "leaf"
+    """Which folders are classes, see `data_prep.image_folder`."""
 
 
 def locate(options: DataOptions, say: Say = terminal.say) -> tuple[Path, Path]:
@@ -61,7 +64,12 @@ def locate_validation(path: Path | None, options: DataOptions, say: Say = termin
         if not _folders_in(path):  # before anything is made
             raise UserError(f"--data-dir {path} has no class folders. Put the images of each class into a sub-folder.")
         place = options.beton_dir or path.resolve().parent / FOLDER
-        return converted([(path, "val")], place, say, is_own=options.beton_dir is None, on_bad=options.on_bad)[0]
+        rules: dict[str, Any] = {
+            "is_own": options.beton_dir is None,
+            "on_bad": options.on_bad,
+            "nested": options.nested,
+        }
+        return converted([(path, "val")], place, say, **rules)[0]
     return _locate(given, ("val",), say)[0]
 
 
@@ -124,7 +132,12 @@ def _from_images(root: Path, options: DataOptions, wanted: tuple[Split, ...], sa
     folders: list[tuple[Path, Split]] = [(folder, split) for split, folder in found.items() if folder]
     place = options.beton_dir or root / FOLDER
     if len(folders) == len(wanted):
-        return converted(folders, place, say, is_own=options.beton_dir is None, on_bad=options.on_bad)
+        rules: dict[str, Any] = {
+            "is_own": options.beton_dir is None,
+            "on_bad": options.on_bad,
+            "nested": options.nested,
+        }
+        return converted(folders, place, say, **rules)
     done = _betons(options, wanted, place)
     if not folders and len(done) == len(wanted):
         say(f"the images of {root} are gone: what was converted in {place} is used")

@@ -45,6 +45,11 @@ class Checkpoint:
         return args if isinstance(args, dict) else {}
 
     @property
+    def class_names(self) -> list[str] | None:
+        """Of the outputs in their order, which may be more; None where the file does not tell."""
+        return class_names_in(self.content)
+
+    @property
     def meaning(self) -> int:
         """The number of what its seeds and flags mean. Raises `UserError` for one of a newer program."""
         return meaning.number_in(self.content, str(self.path)) or meaning.FIRST
@@ -65,6 +70,13 @@ class Checkpoint:
                 "or start anew from its weights with --initial-checkpoint."
             )
         return self.content[key]
+
+
+def class_names_in(content: dict[str, Any]) -> list[str] | None:
+    """What a file's content says the classes are called, in the order of the outputs."""
+    names = content.get("class_names")
+    is_list = isinstance(names, list | tuple) and len(names) > 0 and all(isinstance(name, str) for name in names)
+    return list(names) if is_list else None
 
 
 def require_file(path: Path) -> None:

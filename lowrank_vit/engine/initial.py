@@ -9,20 +9,27 @@ from typing import Any
 
 import timm.models
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from data_prep.class_names import abbreviated
 from data_prep.errors import UserError
-from lowrank_vit.engine.checkpoint import Checkpoint, is_state_dict, load_weights, require_file
+from lowrank_vit.engine.checkpoint import Checkpoint, class_names_in, is_state_dict, load_weights, require_file
+from lowrank_vit.engine.class_match import Classes, Trust, match
+from lowrank_vit.engine.pretrained import head_names
 
+Say = Callable[[str], object]
 EMA_KEYS = ("state_dict_ema", "model_ema")
 """Where timm looks for EMA weights first."""
 
 
-def load_initial(model: nn.Module, path: Path, model_name: str, say: Callable[[str], object]) -> None:
+def load_initial(
+    model: nn.Module, path: Path, model_name: str, say: Say, of_data: tuple[Classes, Trust] | None = None
+) -> None:
     """Copy a file's weights into the model, the EMA's where it has them, and say which; they must fit.
 
     timm's own helper reads the file: weights of DDP and of compiled modules under the plain names, `{"model": ...}`,
-    safetensors. Raises `UserError` naming the file.
+    safetensors. The head's rows are brought into the order of the classes of `of_data`, by their names. Raises
+    `UserError` naming the file.
     """
     require_file(path)
     try:
@@ -35,8 +42,68 @@ def load_initial(model: nn.Module, path: Path, model_name: str, say: Callable[[s
     if not is_state_dict(weights):
         raise UserError(f"--initial-checkpoint {path} holds no `state_dict`. Give a checkpoint with weights.")
     top = _top_level(path)
+    if of_data:
+        advice = f"--pretrained-path {path} starts with a new head where the number of classes differs."
+        weights = _with_head_of(weights, path, top, model, model_name, *of_data, say, advice)
     load_weights(model, Checkpoint(path, top), weights, model_name)
     say(f"initial weights: {'the EMA of' if any(top.get(key) is not None for key in EMA_KEYS) else 'those of'} {path}")
+
+
+def fit_kept_head(model: nn.Module, path: Path, model_name: str, say: Say, data: Classes, trust: Trust) -> None:
+    """Bring the rows of a head that --pretrained-path has kept into the order of the data's classes, by their names.
+
+    In place. A head of other classes stays as it is, which is said: it is a start like another.
+    """
+    weights = model.state_dict()
+    head = _head_in(weights, model_name)
+    names = class_names_in(_top_level(path))
+    if not head or (names and len(names) != len(weights[head[0]])):  # a new head: the numbers of classes differ
+        return
+    try:
+        fitted = _with_head_of(weights, path, {"class_names": names}, model, model_name, data, trust, say, "")
+    except UserError:
+        say(f"note: the head of {path} is of other classes ({abbreviated(names or [])}); it is kept as a start")
+        return
+    model.load_state_dict(fitted)
+
+
+def _head_in(weights: dict[str, Tensor], model_name: str) -> list[str]:
+    """The tensors of the classifier, of both where a model has two; each has a row for each class."""
+    found = [f"{head}.{kind}" for head in head_names(model_name) for kind in ("weight", "bias")]
+    return list(dict.fromkeys(key for key in found if key in weights))
+
+
+def _with_head_of(
+    weights: dict[str, Tensor],
+    path: Path,
+    top: dict[str, Any],
+    model: nn.Module,
+    model_name: str,
+    data: Classes,
+    trust: Trust,
+    say: Say,
+    advice: str,
+) -> dict[str, Tensor]:
+    """The weights with the head's rows for the data's classes, in their order, and then the others that still fit in.
+
+    Raises `UserError` where the classes do not fit. Without a head there is nothing to do.
+    """
+    head = _head_in(weights, model_name)
+    if not head or any(key not in model.state_dict() for key in head):
+        return weights
+    num_rows, wanted = len(weights[head[0]]), len(model.state_dict()[head[0]])
+    names = class_names_in(top)
+    if names is None and (data.names is None or wanted > data.count) and num_rows == wanted:
+        return weights
+    found = match(data, Classes(str(path), num_rows, names), trust, advice)
+    for remark in found.remarks:
+        say(remark)
+    if (found.is_identity and num_rows == wanted) or num_rows < wanted:
+        return weights
+    taken = set(found.outputs)
+    rows = [*found.outputs, *(row for row in range(num_rows) if row not in taken)][:wanted]
+    say(f"initial weights: {len(found.outputs):,} of the head's {num_rows:,} rows, in the order of {data.what}")
+    return {**weights, **{key: weights[key][rows] for key in head}}
 
 
 def _top_level(path: Path) -> dict[str, Any]:

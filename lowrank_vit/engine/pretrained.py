@@ -68,7 +68,7 @@ def load_pretrained_file(build: Build, name: str, path: Path, num_classes: int, 
     Raises `UserError` for a file that is missing, damaged, or of another model.
     """
     flag = f"--pretrained-path {path}"
-    in_file = _classes_in(path, _head_names(name))
+    in_file = _classes_in(path, head_names(name))
     # timm keeps the head where both numbers agree, and wants every tensor then. -1: there is none to keep.
     overlay = {"file": str(path), "num_classes": in_file or -1, "label_offset": 0, "custom_load": _is_npz(path)}
     try:
@@ -142,7 +142,8 @@ def _is_npz(path: Path) -> bool:
     return path.suffix == ".npz"
 
 
-def _head_names(name: str) -> tuple[str, ...]:
+def head_names(name: str) -> tuple[str, ...]:
+    """What the classifier of a model may be called in a file of weights, the likeliest first."""
     cfg = timm.models.get_pretrained_cfg(name)
     own = (cfg.classifier if cfg else None) or ()
     return (*((own,) if isinstance(own, str) else own), *HEADS)
@@ -176,7 +177,7 @@ def _check_fit(model: nn.Module, name: str, loads: list[Any], flag: str, say: Sa
 
     With a new head timm loads whatever it finds, so that weights of another depth would pass unnoticed.
     """
-    heads = tuple(f"{head}." for head in _head_names(name))
+    heads = tuple(f"{head}." for head in head_names(name))
     own = model.state_dict()
     missing = [key for load in loads for key in load.missing_keys if not key.startswith(heads)]
     unused = [key for load in loads for key in load.unexpected_keys if not key.startswith(heads)]

@@ -15,9 +15,11 @@ from tyro.conf import arg
 
 from data_prep import terminal
 from data_prep.errors import UserError
+from lowrank_vit import meaning
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR, NEAREST
-from lowrank_vit.engine.checkpoint import Checkpoint, load_weights, read_checkpoint
+from lowrank_vit.engine.checkpoint import load_weights, read_checkpoint
+from lowrank_vit.engine.class_match import Classes, published_names
 from lowrank_vit.engine.model import InputSpec, create_model, input_spec, parse_model_kwargs
 from lowrank_vit.options import POSITIVE, Range
 
@@ -75,6 +77,14 @@ class Scorer:
     """Of the training set's classes in label order, where the checkpoint tells."""
     args: dict[str, Any] = field(default_factory=dict)
     """The flags of the checkpoint's run."""
+    is_published: bool = False
+    """Whether the weights are those that timm publishes, whose classes are known by their number."""
+
+    @property
+    def classes(self) -> Classes:
+        """Of the model, for comparing them with a set's."""
+        names = self.trained_names or (published_names(self.num_classes) if self.is_published else None)
+        return Classes(f"the model ({self.origin})", self.num_classes, names)
 
     def class_names(self, of_data: list[str] | None = None) -> list[str]:
         """One for each class: those of training, else those of the data that are scored, else the labels' numbers."""
@@ -102,12 +112,12 @@ def load_scorer(options: ModelOptions, device: torch.device, say: Say = terminal
     load_weights(made, checkpoint, weights, name)
     is_ours = "class_names" in checkpoint.content
     scorer = _scorer(made, name, options, device, say, img_size, args, num_classes, is_ours=is_ours)
+    if is_ours:  # what the run knew nothing of yet
+        args = {**meaning.values_before(checkpoint.meaning, args), **args}
     kind = "EMA weights" if options.use_ema else "weights"
-    return replace(scorer, origin=f"{options.checkpoint} ({kind})", trained_names=_names(checkpoint), args=args)
-
-
-def _names(checkpoint: Checkpoint) -> list[str]:
-    return list(checkpoint.content.get("class_names") or ())
+    return replace(
+        scorer, origin=f"{options.checkpoint} ({kind})", trained_names=checkpoint.class_names or [], args=args
+    )
 
 
 def _published(options: ModelOptions, device: torch.device, say: Say) -> Scorer:
@@ -124,7 +134,7 @@ def _published(options: ModelOptions, device: torch.device, say: Say) -> Scorer:
     weights: dict[str, Any] = {"pretrained": path is None, "pretrained_path": path}
     made = create_model(name, num_classes, img_size=size, model_kwargs=kwargs, say=say, **weights)
     scorer = _scorer(made, name, options, device, say, size, {}, num_classes, is_ours=False)
-    return replace(scorer, origin=str(path) if path else f"{name} (timm's weights)")
+    return replace(scorer, origin=str(path) if path else f"{name} (timm's weights)", is_published=path is None)
 
 
 def _classes_in(path: Path) -> int | None:

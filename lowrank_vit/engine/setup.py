@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from data_prep import terminal
+from data_prep.class_names import differences
 from data_prep.errors import UserError
 from lowrank_vit.augment.ops_cpu import apply_ops
 from lowrank_vit.augment.pipeline import Augment
@@ -28,10 +29,11 @@ from lowrank_vit.data.plan import EvalPlan, TrainPlan
 from lowrank_vit.data.resize_cpu import resize_batch
 from lowrank_vit.data.synthetic import SyntheticLoader, synthetic_plan
 from lowrank_vit.engine.checkpoint import Checkpoint, load_weights
+from lowrank_vit.engine.class_match import Classes, Trust, match
 from lowrank_vit.engine.compiling import keep_compiled_code, set_float32_policy
 from lowrank_vit.engine.distributed import World
 from lowrank_vit.engine.evaluate import Evaluator
-from lowrank_vit.engine.initial import load_initial
+from lowrank_vit.engine.initial import fit_kept_head, load_initial
 from lowrank_vit.engine.model import InputSpec, create_model, input_spec, set_head
 from lowrank_vit.engine.optim import Constant, create_optimizer, create_scheduler, learning_rate
 from lowrank_vit.engine.peak import Peak, peak_flops, train_flops_per_image
@@ -79,6 +81,32 @@ class _Sets:
     train: Beton
     val: Beton
 
+    @property
+    def classes(self) -> Classes:
+        """Of both."""
+        return Classes(str(self.train.path), max(self.train.num_classes, self.val.num_classes), self.train.classes)
+
+    def follow(self, resumed: Checkpoint, config: Config, say: Say) -> None:
+        """Give the sets the labels that the run was trained with. Raises `UserError` where its classes were others."""
+        names = resumed.class_names
+        model = Classes(str(resumed.path), len(names) if names else self.classes.count, names)
+        advice = "Give the data that the run was trained on."
+        if names and self.classes.count < len(names):
+            raise UserError(
+                f"{resumed.path} was trained on other classes: "
+                f"{differences(self.classes.names or (), self.classes.what, names, 'there')}. {advice}"
+            )
+        found = match(self.classes, model, trust_in(config), advice)
+        for remark in found.remarks:
+            say(remark)
+        for beton in (self.train, self.val):
+            beton.relabel(found.outputs, found.names)
+
+
+def trust_in(config: Config) -> Trust:
+    """What the flags say of classes that cannot be compared."""
+    return Trust(config.model.trust_labels, config.model.class_order)
+
 
 def make_parts(config: Config, resumed: Checkpoint | None, world: World | None = None) -> Parts:
     """Make all but the run directory; weights and EMA are those of `resumed` if given. Raises `UserError`.
@@ -93,8 +121,10 @@ def make_parts(config: Config, resumed: Checkpoint | None, world: World | None =
     say = terminal.say if world.is_first else silent
     check_before_data(config, is_resumed=resumed is not None, world=world)
     sets, num_classes = _open_sets(config, say)
+    if sets and resumed:
+        sets.follow(resumed, config, say)
     torch.manual_seed(config.run.seed)
-    model = _make_model(config, num_classes, resumed, say).to(device)
+    model = _make_model(config, num_classes, sets, resumed, say).to(device)
     data = config.data
     spec = input_spec(model, data.img_size, data.crop_pct, data.mean, data.std)
     smoothing, remode = config.augment.smoothing, config.augment.remode
@@ -155,8 +185,10 @@ def _open_sets(config: Config, say: Say) -> tuple[_Sets | None, int]:
     where = DataOptions(
         *(data.dataset, data.data_dir, data.dataset_download, data.beton_dir, data.train_split, data.val_split),
         on_bad=data.on_bad_sample,
+        nested=data.nested_classes,
     )
-    train, val, num_classes = open_datasets(where, num_classes, data.stage_dir, say)
+    larger = config.model.larger_head
+    train, val, num_classes = open_datasets(where, num_classes, data.stage_dir, say, larger_head=larger)
     return _Sets(train, val), num_classes
 
 
@@ -239,7 +271,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _make_model(config: Config, num_classes: int, resumed: Checkpoint | None, say: Say) -> nn.Module:
+def _make_model(
+    config: Config, num_classes: int, sets: _Sets | None, resumed: Checkpoint | None, say: Say
+) -> nn.Module:
     options = config.model
     model = create_model(
         options.model,
@@ -256,8 +290,11 @@ def _make_model(config: Config, num_classes: int, resumed: Checkpoint | None, sa
     if resumed:
         load_weights(model, resumed, resumed.weights(use_ema=False), options.model)
         return model
+    of_data = (sets.classes, trust_in(config)) if sets else None
     if options.initial_checkpoint:
-        load_initial(model, options.initial_checkpoint, options.model, say)
+        load_initial(model, options.initial_checkpoint, options.model, say, of_data)
+    elif options.pretrained_path and of_data:
+        fit_kept_head(model, options.pretrained_path, options.model, say, *of_data)
     set_head(model, options.head_init_scale, options.head_init_bias)
     return model
 

@@ -22,7 +22,7 @@ MAY_CHANGE = set(
     """
     dataset dataset-download data-dir val-split beton-dir stage-dir loader workers prefetch hw-decoder-load
     on-bad-sample batch-size grad-accum-steps validation-batch-size initial-checkpoint pretrained pretrained-path
-    head-init-scale head-init-bias sync-bn
+    head-init-scale head-init-bias sync-bn trust-labels class-order
     grad-checkpointing epochs cooldown-epochs device amp amp-dtype tf32 compile compile-mode compile-cache
     spec-monitor spec-every spec-topk spec-interval spec-targets
     spec-split-qkv spec-solver spec-on-cpu spec-cpu-threads spec-store-gb

@@ -40,7 +40,7 @@ TINY_OPTIONS: dict[str, Any] = {"patch_size": 16, "embed_dim": 16, "depth": 2, "
 TINY = " ".join(f"{name}={value}" for name, value in TINY_OPTIONS.items())
 SHRINK = f"""
 --img-size 32 --model-kwargs {TINY} --epochs 1 --warmup-epochs 0 -b 10 -vb 10 --grad-accum-steps 1 --workers 1
---no-compile --no-amp --device cpu --loader resident --spec-every 10
+--no-compile --no-amp --device cpu --loader resident --spec-every 10 --larger-head
 """
 SMALLER = {
     "lowrank_vit.validate": "--device cpu --loader resident -b 10 --workers 1",

@@ -108,7 +108,10 @@ def test_published_weights(photos, tmp_path, monkeypatch, capsys, flag):
     really = timm.create_model
     overlay = {"file": str(file), "num_classes": 1000}
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: really(*a, **k, pretrained_cfg_overlay=overlay))
-    score(f"-m vit_base_patch16_224 {flag} --data {photos} {SMALL}", tmp_path)
+    line = f"-m vit_base_patch16_224 {flag} --data {photos} {SMALL}"
+    with pytest.raises(UserError, match=r"2 classes \(flower, temple\); .*1,000 \(n01440764.*--trust-labels"):
+        score(line, tmp_path)
+    score(f"{line} --trust-labels", tmp_path)
     assert "vit_base_patch16_224 (timm's weights), 24 samples" in capsys.readouterr().out
     out = tmp_path / "o.csv"
     photo = photos / "temple" / "00.jpg"

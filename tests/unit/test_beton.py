@@ -58,13 +58,16 @@ def test_datasets_must_agree(digits_dir, tmp_path):
     for name in ("train.beton", "val.beton", "train.beton.json", "val.beton.json"):
         shutil.copy(digits_dir / name, tmp_path)
     assert open_datasets(DataOptions("", tmp_path), None)[2] == 10
-    assert open_datasets(DataOptions("", tmp_path), 12)[2] == 12
+    assert open_datasets(DataOptions("", tmp_path), 10)[2] == 10
+    assert open_datasets(DataOptions("", tmp_path), 12, larger_head=True)[2] == 12
+    with pytest.raises(UserError, match=r"--num-classes 12 is too large: .* 10 classes \(0, 1, .* --larger-head"):
+        open_datasets(DataOptions("", tmp_path), 12)
     with pytest.raises(UserError, match=r"--num-classes 5 is too small: .* 10 classes"):
         open_datasets(DataOptions("", tmp_path), 5)
     path = tmp_path / "val.beton.json"
     manifest = read_manifest(tmp_path / "val.beton")
     write_manifest(path, replace(manifest, classes=tuple("drei" if c == "3" else c for c in manifest.classes)))
-    with pytest.raises(UserError, match=r"different classes \(3 against drei\)"):
+    with pytest.raises(UserError, match=r"different classes.*only the latter has drei"):
         open_datasets(DataOptions("", tmp_path), None)
 
 

@@ -71,7 +71,7 @@ def test_flags(words, expected, script):
         (["train", "--loader", "="], ["auto", "resident", "dali", "ffcv"]),
         (["augment", "--config", "quick"], ["quickstart"]),
         (["prep", "imagefolder", "--on-bad", "s"], ["skip"]),
-        (["prep", "imagefolder", "--classes", ""], ["imagenet100_classes.txt"]),
+        (["prep", "imagefolder", "--classes", ""], ["imagenet100_classes.txt", "imagenet1k_classes.txt"]),
         (["analyze-spectrum", "--format", ""], ["npz", "pt"]),
     ],
 )
@@ -149,7 +149,7 @@ def test_a_next_step_can_be_typed_here(tmp_path, monkeypatch):
 def test_files_that_come_with_the_program_have_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "quickstart" in shipped_names(CONFIGS)
-    assert shipped_names(CLASSES) == ("imagenet100_classes.txt",)
+    assert shipped_names(CLASSES) == ("imagenet100_classes.txt", "imagenet1k_classes.txt")
     assert find_shipped(Path("quickstart"), CONFIGS).samefile(ROOT / "configs" / "quickstart.yaml")
     assert find_shipped(Path("quickstart.yaml"), CONFIGS).samefile(ROOT / "configs" / "quickstart.yaml")
     assert find_shipped(Path("imagenet100_classes.txt"), CLASSES).samefile(ROOT / "configs" / "imagenet100_classes.txt")

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from data_prep.errors import UserError
+from lowrank_vit import meaning
 from lowrank_vit.config import parse, to_yaml
 from lowrank_vit.config_check import leaves, parse_interval
 from lowrank_vit.options import Config, Step
@@ -17,10 +18,10 @@ from lowrank_vit.options import Config, Step
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 # What a user types is a contract: a flag may be added here, but not renamed or dropped.
 FLAGS = """
-dataset dataset-download data-dir train-split val-split beton-dir stage-dir synthetic loader workers prefetch
-hw-decoder-load on-bad-sample batch-size validation-batch-size img-size crop-pct mean std
-train-crop-mode scale ratio hflip vflip train-interpolation
-model model-kwargs num-classes head-init-scale head-init-bias sync-bn drop drop-path pretrained
+dataset dataset-download data-dir train-split val-split beton-dir nested-classes stage-dir synthetic loader workers
+prefetch hw-decoder-load on-bad-sample batch-size validation-batch-size img-size crop-pct mean std
+train-crop-mode scale ratio hflip vflip train-interpolation model model-kwargs num-classes larger-head trust-labels
+class-order head-init-scale head-init-bias sync-bn drop drop-path pretrained
 pretrained-path initial-checkpoint grad-checkpointing model-ema model-ema-decay model-ema-warmup opt opt-eps opt-betas
 opt-kwargs momentum weight-decay lr lr-base lr-base-size lr-base-scale layer-decay layer-decay-min-scale
 layer-decay-no-opt-scale clip-grad clip-mode grad-accum-steps sched sched-on-updates epochs warmup-epochs warmup-prefix
@@ -191,7 +192,8 @@ def test_names_in_a_file_may_be_aliases(tmp_path):
 
 def test_null_in_a_file_means_the_default(tmp_path):
     path, other = tmp_path / "a.yaml", tmp_path / "b.yaml"
-    path.write_text("".join(f"{name}: null\n" for name in [*FLAGS, "gp", "no-aug", "data", "wd"]))
+    nulls = "".join(f"{name}: null\n" for name in [*FLAGS, "gp", "no-aug", "data", "wd"])
+    path.write_text(f"{meaning.KEY}: {meaning.now()}\n{nulls}")
     assert parse(["--config", str(path)]) == parse([])
     other.write_text("epochs: 7\nmodel-kwargs: {depth: 2}\n")
     assert parse(["--config", str(other), "--config", str(path)]) == parse([])
