@@ -30,6 +30,10 @@ def ties(names: Iterable[str]) -> list[list[str]]:
     return [group for group in alike.values() if len(group) > 1]
 
 
+TRUST = "If label N means the same in both all the same, say --trust-labels."
+"""The last sentence of messages about classes that cannot be compared."""
+
+
 @cache
 def imagenet1k() -> tuple[str, ...]:
     """The WordNet ids of ImageNet-1k's 1,000 classes, in the order of their labels."""

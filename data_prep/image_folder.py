@@ -87,6 +87,8 @@ class _Tree:
     root: Path
     images: dict[str, list[str]] = field(default_factory=dict)
     """Names of the images directly in each folder that holds some."""
+    suffixes: dict[str, set[str]] = field(default_factory=dict)
+    """Of these images, in lower case."""
     below: dict[str, list[str]] = field(default_factory=dict)
     """The sub-folders of each folder, by path."""
     others: Counter[str] = field(default_factory=Counter)
@@ -105,27 +107,32 @@ class _Tree:
         real = os.path.realpath(path)
         if real in above:
             return False
-        images, below = [], []
+        images, below, suffixes = [], [], set[str]()
         try:
             with os.scandir(path) as entries:
                 for entry in entries:
                     name = entry.name
-                    if is_of_the_system(name):
+                    dot = name.rfind(".")
+                    suffix = name[dot:].lower() if dot > 0 else ""
+                    is_image = suffix in self._suffixes and name[0] != "."
+                    if is_image and entry.is_file(follow_symlinks=False):  # nearly all, so it is asked for first
+                        images.append(name)
+                        suffixes.add(suffix)
+                    elif is_of_the_system(name):
                         if entry.is_dir():
                             self.system.append(_join(folder, name))
-                        continue
-                    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122  a million times: a `Path` takes ten times as long
-                    if _is_folder(entry, suffix in self._suffixes):
+                    elif _is_folder(entry, is_image):
                         if only is None or name in only:
                             below.append(_join(folder, name))
-                    elif suffix in self._suffixes:
+                    elif is_image:
                         images.append(name)
+                        suffixes.add(suffix)
                     else:
                         self.others[suffix] += 1
         except OSError as error:
             _unreadable(error, path)
         if images:
-            self.images[folder] = sorted(images)
+            self.images[folder], self.suffixes[folder] = sorted(images), suffixes
         self.below[folder] = [one for one in sorted(below) if self._visit(one, (*above, real), None)]
         return True
 
@@ -141,8 +148,8 @@ class _Tree:
             for one in below if not folder or nested != "top" else ():
                 if not self.holds_images(one) and (wanted is None or _name(one) in wanted):
                     raise UserError(
-                        f"class folder {self.root / one} holds no image ({' '.join(sorted(self._suffixes))}). "
-                        "Fill it, remove it, or leave it out with --classes."
+                        f"class folder {self.root / one} holds no image that Pillow decodes by itself. Fill it, remove "
+                        "it, or leave it out with --classes."
                     )
 
 
@@ -225,10 +232,7 @@ def _remarks(tree: _Tree, folders_of: Mapping[str, list[str]], nested: Nested, *
             f"warning: left out {loose:,} images directly in {root}, outside every class folder; timm makes a first "
             "class of them, so that all its labels are one greater"
         )
-    odd = {
-        name: {os.path.splitext(file)[1].lower() for folder in folders for file in tree.images[folder]}  # noqa: PTH122
-        for name, folders in folders_of.items()
-    }
+    odd = {name: set[str]().union(*map(tree.suffixes.__getitem__, folders)) for name, folders in folders_of.items()}
     unseen = [name for name, suffixes in odd.items() if suffixes.isdisjoint(TIMMS_SUFFIXES)]
     if unseen:
         yield (

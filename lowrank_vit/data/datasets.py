@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_prep import terminal
-from data_prep.class_names import abbreviated, differences, in_timms_order, positions
+from data_prep.class_names import TRUST, abbreviated, differences, in_timms_order, positions
 from data_prep.errors import UserError
 from data_prep.parts import find_parts
 from lowrank_vit.data.beton import Beton
@@ -21,12 +21,14 @@ def open_datasets(
     say: Say = terminal.say,
     *,
     larger_head: bool = False,
+    trust_labels: bool = False,
 ) -> tuple[Beton, Beton, int]:
     """Find or make the sets and open them: training set, validation set, number of classes.
 
     The validation set gets the labels of the training set, by the names of the classes; it may lack some. `stage_dir`:
-    open copies there. `larger_head`: `num_classes` may be more than the data have. Raises `UserError` if something is
-    missing or damaged, if the validation set has a class of its own, or if `num_classes` is not that of the data.
+    open copies there. `larger_head`: `num_classes` may be more than the data have. `trust_labels`: label N is that of
+    the training set, whatever the names say. Raises `UserError` if something is missing or damaged, if the validation
+    set has a class of its own, or if `num_classes` is not that of the data.
     """
     paths = locate(options, say)
     for path in paths:
@@ -38,7 +40,7 @@ def open_datasets(
     if stage_dir is not None:
         paths = stage_all(paths, stage_dir, say)
     train, val = (Beton(path) for path in paths)
-    _give_labels_of(train, val, say)
+    _give_labels_of(train, val, say, trust_labels=trust_labels)
     of_data = max(train.num_classes, val.num_classes)
     if num_classes is None or num_classes == of_data or (larger_head and num_classes > of_data):
         return train, val, num_classes or of_data
@@ -51,7 +53,7 @@ def open_datasets(
     )
 
 
-def _give_labels_of(train: Beton, val: Beton, say: Say) -> None:
+def _give_labels_of(train: Beton, val: Beton, say: Say, *, trust_labels: bool) -> None:
     """Relabel `val` by the names of `train`. Raises `UserError` where that is not possible."""
     mend = "Convert both from folders with the same class names."
     if not train.classes or not val.classes:
@@ -68,10 +70,13 @@ def _give_labels_of(train: Beton, val: Beton, say: Say) -> None:
             )
     elif train.classes != val.classes:
         labels = positions(val.classes, train.classes)
+        if trust_labels and val.num_classes <= train.num_classes:
+            say(f"label N of {val.path} is taken for label N of {train.path} (--trust-labels)")
+            labels = list(range(val.num_classes))
         if labels is None:
             lists = differences(train.classes, str(train.path), val.classes, str(val.path))
             raise UserError(
-                f"The two sets have different classes, so their labels do not mean the same. {lists}. {mend}"
+                f"The two sets have different classes, so their labels do not mean the same. {lists}. {mend} {TRUST}"
             )
         if len(labels) < len(train.classes):
             missing = [name for n, name in enumerate(train.classes) if n not in set(labels)]

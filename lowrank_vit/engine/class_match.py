@@ -8,7 +8,7 @@ from typing import Literal
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from data_prep.class_names import abbreviated, differences, imagenet1k, in_timms_order, positions
+from data_prep.class_names import TRUST, abbreviated, differences, imagenet1k, in_timms_order, positions
 from data_prep.errors import UserError
 
 Order = Literal["timm", "code-point"]
@@ -162,7 +162,4 @@ def _differ(data: Classes, model: Classes, advice: str) -> UserError:
             for one, kind in ((data, "classes"), (model, "outputs"))
         )
         lists = "; ".join(sides)
-    return UserError(
-        f"The classes do not fit, so labels would not mean the same. {lists}. {advice} If label N is output N all the "
-        "same, say --trust-labels."
-    )
+    return UserError(f"The classes do not fit, so labels would not mean the same. {lists}. {advice} {TRUST}")

@@ -15,7 +15,7 @@ from data_prep.class_names import abbreviated
 from data_prep.errors import UserError
 from lowrank_vit.engine.checkpoint import Checkpoint, class_names_in, is_state_dict, load_weights, require_file
 from lowrank_vit.engine.class_match import Classes, Trust, match
-from lowrank_vit.engine.pretrained import head_names
+from lowrank_vit.engine.pretrained import classes_in, head_names
 
 Say = Callable[[str], object]
 EMA_KEYS = ("state_dict_ema", "model_ema")
@@ -56,13 +56,14 @@ def fit_kept_head(model: nn.Module, path: Path, model_name: str, say: Say, data:
     """
     weights = model.state_dict()
     head = _head_in(weights, model_name)
-    names = class_names_in(_top_level(path))
-    if not head or (names and len(names) != len(weights[head[0]])):  # a new head: the numbers of classes differ
+    if not head or classes_in(path, head_names(model_name)) != len(weights[head[0]]):  # a new head
         return
+    top = _top_level(path)
     try:
-        fitted = _with_head_of(weights, path, {"class_names": names}, model, model_name, data, trust, say, "")
+        fitted = _with_head_of(weights, path, top, model, model_name, data, trust, say, "")
     except UserError:
-        say(f"note: the head of {path} is of other classes ({abbreviated(names or [])}); it is kept as a start")
+        what = abbreviated(class_names_in(top) or ["without names"])
+        say(f"note: the head of {path} is of other classes ({what}); it is kept as a start")
         return
     model.load_state_dict(fitted)
 

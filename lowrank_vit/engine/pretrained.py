@@ -68,7 +68,7 @@ def load_pretrained_file(build: Build, name: str, path: Path, num_classes: int, 
     Raises `UserError` for a file that is missing, damaged, or of another model.
     """
     flag = f"--pretrained-path {path}"
-    in_file = _classes_in(path, head_names(name))
+    in_file = classes_in(path, head_names(name))
     # timm keeps the head where both numbers agree, and wants every tensor then. -1: there is none to keep.
     overlay = {"file": str(path), "num_classes": in_file or -1, "label_offset": 0, "custom_load": _is_npz(path)}
     try:
@@ -117,7 +117,7 @@ def _out_of_reach(name: str) -> UserError:
     )
 
 
-def _classes_in(path: Path, heads: tuple[str, ...]) -> int | None:
+def classes_in(path: Path, heads: tuple[str, ...]) -> int | None:
     """How many classes the head in a file tells apart; None for a file without a head. Raises `UserError`."""
     require_weights(path)
     try:

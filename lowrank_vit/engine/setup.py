@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from data_prep import terminal
-from data_prep.class_names import differences
+from data_prep.class_names import TRUST, differences
 from data_prep.errors import UserError
 from lowrank_vit.augment.ops_cpu import apply_ops
 from lowrank_vit.augment.pipeline import Augment
@@ -91,10 +91,10 @@ class _Sets:
         names = resumed.class_names
         model = Classes(str(resumed.path), len(names) if names else self.classes.count, names)
         advice = "Give the data that the run was trained on."
-        if names and self.classes.count < len(names):
+        if names and self.classes.count < len(names) and not config.model.trust_labels:
             raise UserError(
                 f"{resumed.path} was trained on other classes: "
-                f"{differences(self.classes.names or (), self.classes.what, names, 'there')}. {advice}"
+                f"{differences(self.classes.names or (), self.classes.what, names, 'there')}. {advice} {TRUST}"
             )
         found = match(self.classes, model, trust_in(config), advice)
         for remark in found.remarks:
@@ -187,8 +187,8 @@ def _open_sets(config: Config, say: Say) -> tuple[_Sets | None, int]:
         on_bad=data.on_bad_sample,
         nested=data.nested_classes,
     )
-    larger = config.model.larger_head
-    train, val, num_classes = open_datasets(where, num_classes, data.stage_dir, say, larger_head=larger)
+    flags = {"larger_head": config.model.larger_head, "trust_labels": config.model.trust_labels}
+    train, val, num_classes = open_datasets(where, num_classes, data.stage_dir, say, **flags)
     return _Sets(train, val), num_classes
 
 

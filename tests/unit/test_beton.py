@@ -67,8 +67,12 @@ def test_datasets_must_agree(digits_dir, tmp_path):
     path = tmp_path / "val.beton.json"
     manifest = read_manifest(tmp_path / "val.beton")
     write_manifest(path, replace(manifest, classes=tuple("drei" if c == "3" else c for c in manifest.classes)))
-    with pytest.raises(UserError, match=r"different classes.*only the latter has drei"):
+    with pytest.raises(UserError, match=r"different classes.*only the latter has drei.*--trust-labels"):
         open_datasets(DataOptions("", tmp_path), None)
+    said: list[str] = []
+    _, val, _ = open_datasets(DataOptions("", tmp_path), None, say=said.append, trust_labels=True)
+    assert val.labels.tolist() == Beton(digits_dir / "val.beton").labels.tolist()
+    assert said == [f"label N of {val.path} is taken for label N of {tmp_path / 'train.beton'} (--trust-labels)"]
 
 
 def test_digits_are_never_written_over_a_file_of_the_users(digits_dir, tmp_path):

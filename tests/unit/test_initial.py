@@ -11,14 +11,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data_prep.errors import UserError
-from lowrank_vit.engine.initial import load_initial
+from lowrank_vit.engine.class_match import Classes, Trust
+from lowrank_vit.engine.initial import fit_kept_head, load_initial
 
 NAME = "vit_tiny_patch16_224"
 
 
-def made(seed: int) -> nn.Module:
+def made(seed: int, num_classes: int = 7) -> nn.Module:
     torch.manual_seed(seed)
-    return timm.create_model(NAME, num_classes=7, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    return timm.create_model(
+        NAME, num_classes=num_classes, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2
+    )
 
 
 OWN, EMA = made(1).state_dict(), made(2).state_dict()
@@ -73,3 +76,65 @@ def test_what_cannot_be_taken_is_named(tmp_path):
     assert "holds no `state_dict`" in refused(path)
     torch.save({"model": {**OWN, "more": torch.zeros(1)}}, path)
     assert "1 are unknown here (more)" in refused(path)
+
+
+NAMES = ["a", "b", "c", "d", "e", "f", "g"]
+
+
+def head_after(
+    tmp_path, data: list[str], names: list[str] | None, trust: Trust | None = None
+) -> tuple[torch.Tensor, list[str]]:
+    """The head's rows, weight and bias side by side, that training on classes `data` starts from."""
+    path, said, model = tmp_path / "x.pth.tar", list[str](), made(3, len(data))
+    torch.save({"state_dict": OWN, "class_names": names}, path)
+    load_initial(model, path, NAME, said.append, (Classes("DATA", len(data), data), trust or Trust()))
+    return rows(model.state_dict()), said
+
+
+def rows(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([state["head.weight"], state["head.bias"][:, None]], dim=1)
+
+
+def test_the_heads_rows_follow_the_names(tmp_path):
+    head, said = head_after(tmp_path, NAMES, NAMES)
+    assert torch.equal(head, rows(OWN))
+    assert len(said) == 1
+    head, said = head_after(tmp_path, NAMES[::-1], NAMES)
+    assert torch.equal(head, rows(OWN).flip(0))
+    assert "mapped by name" in said[0]
+    head, said = head_after(tmp_path, ["f", "b"], NAMES)
+    assert torch.equal(head, rows(OWN)[[5, 1]])
+    assert "2 of the head's 7 rows" in said[1]
+    with pytest.raises(UserError, match=r"only the former has zoo.*--pretrained-path .* new head.*--trust-labels"):
+        head_after(tmp_path, [*NAMES[:6], "zoo"], NAMES)
+    head, _ = head_after(tmp_path, [*NAMES[:6], "zoo"], NAMES, Trust(labels=True))
+    assert torch.equal(head, rows(OWN))
+
+
+def test_without_names_the_order_of_the_rows_is_said(tmp_path):
+    numbers, mixed = ["1", "2", "3", "4", "5", "6", "10"], [0, 2, 3, 4, 5, 6, 1]
+    head, said = head_after(tmp_path, numbers, None)
+    assert torch.equal(head, rows(OWN))
+    assert "taken in timm's order" in said[0]
+    head, said = head_after(tmp_path, numbers, None, Trust(order="code-point"))
+    assert torch.equal(head, rows(OWN)[mixed])
+    head, said = head_after(tmp_path, sorted(numbers), None)  # an older set
+    assert torch.equal(head[mixed], rows(OWN))
+    with pytest.raises(UserError, match="7 outputs, without names"):
+        head_after(tmp_path, ["1", "2"], None)
+
+
+def test_a_pretrained_head_that_is_kept_follows_the_names(tmp_path):
+    def fitted(data: list[str], names: list[str] | None) -> tuple[torch.Tensor, list[str]]:
+        path, said, model = tmp_path / "x.pth.tar", list[str](), made(1, len(data))
+        torch.save({"state_dict": OWN, "class_names": names}, path)
+        fit_kept_head(model, path, NAME, said.append, Classes("DATA", len(data), data), Trust())
+        return rows(model.state_dict()), said
+
+    head, said = fitted(NAMES[::-1], NAMES)
+    assert torch.equal(head, rows(OWN).flip(0))
+    head, said = fitted([*NAMES[:6], "zoo"], NAMES)
+    assert torch.equal(head, rows(OWN))
+    assert "of other classes (a, b, c, d, e, f, ...); it is kept as a start" in said[0]
+    head, said = fitted(["f", "b"], NAMES)  # a new head
+    assert (len(head), said) == (2, [])
