@@ -140,7 +140,7 @@ def imagefolder_command(
         workers=workers,
         on_bad=on_bad,
         progress=True,
-        say=print,
+        say=say,
     )
     for conversion in conversions if isinstance(conversions, list) else [conversions]:
         say(summary(conversion))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 
 from data_prep.shipped import CLASSES, shipped_text
+from data_prep.terminal import one_line
 
 
 def natural_key(name: str) -> list[int | str]:
@@ -43,7 +44,7 @@ def imagenet1k() -> tuple[str, ...]:
 def abbreviated(names: Iterable[str], shown: int = 6) -> str:
     """The first names of a list, for a message."""
     listed = list(names)
-    return ", ".join(listed[:shown]) + (", ..." if len(listed) > shown else "")
+    return ", ".join(map(one_line, listed[:shown])) + (", ..." if len(listed) > shown else "")
 
 
 def positions(names: Sequence[str], among: Sequence[str]) -> list[int] | None:
