@@ -63,7 +63,8 @@ report: $(READY)
 gpu-check: $(READY)
 	$(PY) -m lowrank_vit.bench gpu-check $(ARGS)
 
-# ARGS adds options of `python -m data_prep`, for example ARGS="--max-side 400 --on-bad skip".
+# ARGS adds options of `python -m data_prep`, for example ARGS="--max-side 400 --on-bad skip"; those of size and quality
+# are for train/ alone, since validation sets keep their pixels unless ARGS holds --lossy-val.
 prep-cifar100: $(READY)
 	@test -n "$(OUT)" || { echo "Say where to write: make prep-cifar100 OUT=data/cifar100 [SRC=archive]"; exit 2; }
 	$(PY) -m data_prep cifar100 --out "$(OUT)" $(if $(SRC),--src "$(SRC)",--download) $(ARGS)

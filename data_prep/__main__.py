@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import threading
@@ -10,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
+from data_prep.bad_images import BadImagesError
 from data_prep.convert import DEFAULT_IMAGE_OPTIONS as DEFAULTS
 from data_prep.convert import (
     Conversion,
@@ -23,13 +25,14 @@ from data_prep.convert import (
     convert_digits,
     convert_image_folder,
     convert_splits,
+    is_validation,
 )
 from data_prep.errors import UserError, exit_cleanly
 from data_prep.help_text import fitted_help
 from data_prep.image_folder import Nested
 from data_prep.info import info_table, plot_info
 from data_prep.jpeg import LOSSLESS, ImageOptions
-from data_prep.manifest import manifest_path
+from data_prep.manifest import emptied_line, manifest_path
 from data_prep.parts import file_or_parts, parse_shard
 from data_prep.progress import counts_in_words
 from data_prep.shipped import CLASSES, find_shipped
@@ -83,11 +86,12 @@ def imagefolder_command(
     out: Annotated[Path, tyro.conf.arg(metavar="FILE.beton|DIR")],
     classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: all)")] = None,
     nested_classes: Nested = "leaf",
-    max_side: int = 500,
-    quality: int = 90,
+    max_side: Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="(default: 500)")] = None,
+    quality: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 90)")] = None,
     raw: Annotated[int | None, tyro.conf.arg(metavar="SIZE", help_behavior_hint="(default: store JPEGs)")] = None,
     baseline: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     lossless: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    lossy_val: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     verify: Literal["decode", "header"] = "decode",
     workers: Annotated[
         int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")
@@ -100,6 +104,7 @@ def imagefolder_command(
     - With --out DIR: both splits, --src DIR/train and DIR/val (or timm's synonyms), to train.beton and val.beton.
     - An RGB JPEG, upright and within --max-side, is stored byte for byte.
     - Every other image is converted to one, once.
+    - Validation sets keep every image's own pixels and size, so that scores do not depend on the conversion.
     - The output depends neither on the number of workers nor on interruptions.
     - The same command goes on with a conversion that was interrupted, and does nothing where all is finished.
     - An existing FILE.beton is replaced in one step, at the very end.
@@ -115,34 +120,43 @@ def imagefolder_command(
         quality: JPEG quality of converted images, 1 to 100.
         raw: Store uncompressed pixels instead: short side resized to SIZE, centre crop to a square.
         baseline: Rewrite progressive JPEGs as baseline ones, which hardware decoders need; no pixel changes.
-        lossless: Keep every image's own pixels and size as far as the format allows, for validation sets: JPEGs go in
-            byte for byte, other formats uncompressed.
+        lossless: Keep every image's own pixels and size as far as the format allows: JPEGs go in byte for byte, other
+            formats uncompressed. Validation sets, known by the name of folder or file, are converted so anyway.
+        lossy_val: Convert validation sets as training sets are.
         verify: "decode" decodes every image completely, so that damage shows now; "header" only parses those JPEGs
             that are stored as they are.
         workers: Threads, 1 or more.
         shard: Convert only part I of N, to FILE-I-of-N.beton, so that N machines can share the work.
-        on_bad: What to do about images that do not decode: go through all, list the bad ones and finish nothing (after
+        on_bad: What to do about images that are damaged: go through all, list the bad ones and finish nothing (after
             they are mended the same command goes on), or leave them out and list them in the manifest.
     """
-    image = ImageOptions(max_side, quality, verify, baseline, raw)
-    if lossless:
-        if (max_side, quality, raw) != (DEFAULTS.max_side, DEFAULTS.quality, None):
-            raise UserError("--lossless keeps size and pixels, so leave out --max-side, --quality and --raw.")
-        image = replace(LOSSLESS, verify=verify, baseline=baseline)
-    convert_one_or_both = convert_image_folder if out.suffix == ".beton" else convert_splits
-    conversions = convert_one_or_both(
-        src,
-        out,
-        image=image,
-        classes=classes and find_shipped(classes, CLASSES),
-        nested=nested_classes,
-        part=None if shard is None else parse_shard(shard),
-        workers=workers,
-        on_bad=on_bad,
-        progress=True,
-        say=say,
+    asked = (max_side, quality, raw) != (None, None, None)
+    if lossless and (asked or lossy_val):
+        raise UserError("--lossless keeps size and pixels, so leave out --max-side, --quality, --raw and --lossy-val.")
+    kept = replace(LOSSLESS, verify=verify, baseline=baseline)
+    image = ImageOptions(
+        DEFAULTS.max_side if max_side is None else max_side,
+        DEFAULTS.quality if quality is None else quality,
+        verify,
+        baseline,
+        raw,
     )
-    for conversion in conversions if isinstance(conversions, list) else [conversions]:
+    options: dict[str, Any] = {
+        "classes": classes and find_shipped(classes, CLASSES),
+        "nested": nested_classes,
+        "part": None if shard is None else parse_shard(shard),
+        "workers": workers,
+        "on_bad": on_bad,
+        "progress": True,
+        "say": say,
+    }
+    if out.suffix == ".beton":
+        is_kept = lossless or (is_validation(src, out) and not asked and not lossy_val)
+        conversions = [convert_image_folder(src, out, image=kept if is_kept else image, **options)]
+    else:
+        image, val_image = kept if lossless else image, image if lossy_val else kept
+        conversions = convert_splits(src, out, image=image, val_image=val_image, **options)
+    for conversion in conversions:
         say(summary(conversion))
 
 
@@ -189,29 +203,57 @@ def info_command(
             say(f"wrote {path}")
 
 
+NAMES_SHOWN = 10
+"""Of each kind in a summary; the manifest has all."""
+
+
 def summary(conversion: Conversion) -> str:
     """A short paragraph: what was written, how many, how long, where."""
     manifest, seconds = conversion.manifest, conversion.seconds
     if conversion.was_finished:
-        return f"{conversion.beton} was finished by an earlier run, and its source has not changed: nothing to do"
-    lines = [
-        f"wrote {conversion.beton}",
-        f"  {manifest.num_samples:,} images, {len(manifest.classes):,} classes, {manifest.file_bytes / 1e6:,.1f} MB "
-        f"in {seconds:.1f} s ({manifest.num_samples / seconds:,.0f} img/s)",
-        f"  stored as: {counts_in_words(manifest.reasons)}",
-    ]
+        lines = [f"{conversion.beton} was finished by an earlier run, and its source has not changed: nothing to do"]
+    else:
+        lines = [
+            f"wrote {conversion.beton}",
+            f"  {manifest.num_samples:,} images, {len(manifest.classes):,} classes, "
+            f"{manifest.file_bytes / 1e6:,.1f} MB in {seconds:.1f} s ({manifest.num_samples / seconds:,.0f} img/s)",
+            f"  stored{' without loss' * (manifest.options.get('lossless') is True)} as: "
+            + counts_in_words(manifest.reasons),
+        ]
     if conversion.resumed:
         lines.append(f"  of these, {conversion.resumed:,} were finished by an interrupted run")
+    where = manifest_path(conversion.beton)
+    if manifest.repaired:
+        lines.append(f"  repaired without loss: {len(manifest.repaired):,}, listed in {where}")
+        lines += _shortened([f"    {image.name}: {', '.join(image.repairs)}" for image in manifest.repaired])
     if manifest.skipped:
-        lines.append(f"  left out: {len(manifest.skipped):,} bad, listed in {manifest_path(conversion.beton)}")
+        lines.append(f"  left out: {len(manifest.skipped):,} bad, listed in {where}")
+    if emptied := emptied_line(manifest):
+        lines.append(f"  {emptied}")
     return "\n".join(lines)
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    more = len(lines) - NAMES_SHOWN
+    return [*lines[:NAMES_SHOWN], f"    ... and {more:,} more"] if more > 0 else lines
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv` (default: the process's own). Exits with 2 on a user's error, 130 on Ctrl-C."""
-    command = partial(app.cli, args=argv, prog=usage_name("data_prep"), description=__doc__)
     with _exit_on_sigterm(), fitted_help(argv):
-        exit_cleanly(command)
+        exit_cleanly(partial(_run, argv))
+
+
+def _run(argv: list[str] | None) -> None:
+    try:
+        app.cli(args=argv, prog=usage_name("data_prep"), description=__doc__)
+    except BadImagesError as error:
+        if error.can_skip:
+            words = sys.argv[1:] if argv is None else argv
+            words = [word for n, word in enumerate(words) if "--on-bad" not in (word, *words[max(n - 1, 0) : n])]
+            line = shlex.join([*words, "--on-bad", "skip"])
+            error.add_note(f"To leave them out: {usage_name('data_prep')} {line}")
+        raise
 
 
 @contextmanager

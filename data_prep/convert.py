@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,21 +18,23 @@ import numpy as np
 import PIL
 
 from data_prep import turbojpeg
+from data_prep.bad_images import BadImagesError, joined
 from data_prep.beton_format import MIN_PAGE_SIZE, PAGE_SIZE
 from data_prep.cifar100 import cifar100, download
 from data_prep.class_names import abbreviated
 from data_prep.errors import UserError
 from data_prep.finished import find_finished, rename_pending, write_pending
-from data_prep.image_folder import Nested, image_folder, split_folders
-from data_prep.jpeg import JPEG_MAX_SIDE, EncodedImage, ImageOptions, encode_file, encode_pixels
+from data_prep.image_folder import SPLIT_NAMES, Nested, image_folder, split_folders
+from data_prep.jpeg import JPEG_MAX_SIDE, LOSSLESS, EncodedImage, ImageOptions, encode_file, encode_pixels
 from data_prep.manifest import CONVERTER_VERSION, Manifest
 from data_prep.parts import part_path
 from data_prep.sources import DIGITS_SPLIT_SEED, Sample, Source, digits, file_list_sha256, shard
-from data_prep.write_beton import BadImagesError, Resume, Written, joined, write_beton
+from data_prep.write_beton import Resume, Written, write_beton
 
 DEFAULT_IMAGE_OPTIONS = ImageOptions()
 Options = dict[str, str | int | bool | None]
 Say = Callable[[str], object]
+_SCORED = (*SPLIT_NAMES["val"], "test")
 RAW_MAX_SIDE = 1672
 """Pixels; a square of raw pixels must fit one page of 8 MiB."""
 
@@ -112,6 +115,7 @@ def convert_splits(
     out_dir: Path,
     *,
     image: ImageOptions = DEFAULT_IMAGE_OPTIONS,
+    val_image: ImageOptions = LOSSLESS,
     classes: Path | None = None,
     nested: Nested = "leaf",
     part: tuple[int, int] | None = None,
@@ -122,6 +126,7 @@ def convert_splits(
 ) -> list[Conversion]:
     """`convert_image_folder` of `src`/train and `src`/val (or timm's synonyms) to train.beton and val.beton.
 
+    The validation set has options of its own, so that scores do not depend on how the training set is stored.
     Raises `UserError` also if neither is there, or if one has classes that the training set does not have.
     """
     folders = split_folders(src)
@@ -131,8 +136,20 @@ def convert_splits(
             f"one folder of classes, the file to write: --out {out_dir / 'train.beton'}."
         )
     outs = {out_dir / f"{split}.beton": folder for split, folder in folders.items()}
-    options: dict[str, Any] = {"image": image, "classes": classes, "nested": nested, "part": part, "workers": workers}
+    images = {out: val_image if out.stem == "val" else image for out in outs}
+    options: dict[str, Any] = {"image": images, "classes": classes, "nested": nested, "part": part, "workers": workers}
     return convert_folders(outs, **options, on_bad=on_bad, progress=progress, say=say)
+
+
+def is_validation(src: Path, out: Path) -> bool:
+    """Whether a folder, or the file made of it, has the name of a set that is scored: val, imagenet-val, test."""
+    names = src.resolve().name, out.stem
+    of_splits = [name for name in names if _words(name) & {*SPLIT_NAMES["train"], *_SCORED}]
+    return bool(of_splits) and not _words(of_splits[0]) & {*SPLIT_NAMES["train"]}
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z]+", name.lower()))
 
 
 def _check(image: ImageOptions, workers: int | None, part: tuple[int, int] | None) -> None:
@@ -287,6 +304,8 @@ def _convert(
                 sample_table_sha256=hashlib.sha256(table).hexdigest(),
                 shard=part,
                 superclasses=source.superclasses,
+                repaired=written.repaired,
+                empty_classes=tuple(source.classes[label] for label in written.emptied),
             )
         )
         write_pending(out, table, manifest[0])

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from data_prep.beton_format import MODE_RAW, Tables, read_tables
 from data_prep.errors import UserError
-from data_prep.manifest import Manifest, check_index, manifest_path, read_manifest
+from data_prep.manifest import Manifest, check_index, doubt_line, emptied_line, manifest_path, read_manifest
 from data_prep.progress import counts_in_words
 from data_prep.terminal import one_line
 
@@ -70,7 +70,11 @@ def _facts(tables: Tables, manifest: Manifest | None) -> list[tuple[str, str]]:
     facts += [
         ("class names", some),
         ("reasons", counts_in_words(manifest.reasons)),
-        ("left out", f"{len(manifest.skipped):,} bad images"),
+        ("left out", ". ".join(filter(None, [f"{len(manifest.skipped):,} bad images", emptied_line(manifest)]))),
+        (
+            "repaired",
+            ". ".join(filter(None, [f"{len(manifest.repaired):,} JPEGs, without loss", doubt_line(manifest)])),
+        ),
         ("source", manifest.source),
         ("options", _pairs(manifest.options)),
         ("libraries", _pairs(manifest.libraries)),

@@ -8,9 +8,9 @@ Reasons, the first that holds (they are counted in the manifest):
     cmyk, ycck    a JPEG of four components, without and with Adobe's colour transform
     orientation   a JPEG whose Exif or XMP orientation is not 1; decoders disagree on whether to obey it
     resized       its longer side is above the limit
-    extraneous    a JPEG that decodes whole but has a few bytes too many, of which strict decoders complain
     bytes         an RGB JPEG with more metadata than one page of a `.beton` can hold
     baseline      a progressive JPEG, rewritten without loss because baseline was asked for
+    repaired      a JPEG that libjpeg warns of though its picture is whole: stored with the cause mended, without loss
     passthrough   none of these: stored byte for byte
     16-bit, palette, alpha, png, bmp, gif, tiff, webp, ppm, avif, jpeg2000, other
                   other formats, by what makes them special, else by name
@@ -21,7 +21,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import re
 import threading
 from dataclasses import dataclass
 from functools import cache, partial
@@ -32,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from data_prep import jpeg_header, turbojpeg
+from data_prep import jpeg_header, jpeg_repair, turbojpeg
 from data_prep.beton_format import MODE_JPEG, MODE_RAW, PAGE_SIZE
 from data_prep.errors import UserError
 from data_prep.image_formats import format_by_suffix
@@ -43,7 +42,7 @@ from data_prep.sources import Sample
 # cannot be told by their first bytes are tried only where the suffix speaks of them.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000")
 REASONS = tuple(
-    """passthrough raw baseline coding gray cmyk ycck orientation resized extraneous bytes
+    """passthrough raw baseline coding gray cmyk ycck orientation resized repaired bytes
     16-bit palette alpha png bmp gif tiff webp ppm avif jpeg2000 other""".split()
 )
 ORIENTATION_TAG = 0x0112
@@ -61,9 +60,9 @@ JPEG_MAX_SIDE = 65500
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """Larger images are refused unread as possible decompression bombs: 179 million pixels, where PIL refuses too."""
 MAX_FILE_BYTES = 1 << 30
+_LOWER_QUALITIES = (95, 90, 75)
+"""Of a JPEG that would not fit a page otherwise."""
 _SCRATCH_BYTES = 1 << 26
-EXTRANEOUS_SHARE = 0.01
-"""Extraneous bytes, as a share of the file, that a JPEG may have. Much more means that data were overwritten."""
 
 
 class BadImageError(UserError):
@@ -106,7 +105,7 @@ Usual JPEGs of any size go in byte for byte, other formats as raw pixels; JPEGs 
 turned) and images too large for a page are encoded at quality 100, which moves a pixel by about half a grey level.
 """
 JPEG_REASONS = frozenset("coding gray cmyk ycck orientation resized extraneous bytes".split())
-"""Of JPEGs that cannot be stored as they are."""
+"""Of JPEGs that are encoded again; "extraneous", for bytes too many, only by earlier converters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +122,8 @@ class EncodedImage:
     """One of `REASONS`."""
     source_stat: tuple[int, int] = (0, 0)
     """Size in bytes and modification time in ns of the file it was made from; zeros where there is none."""
+    repairs: tuple[str, ...] = ()
+    """Which of `jpeg_repair.REPAIRS` were made to the file's bytes before anything else."""
 
 
 def encode_file(sample: Sample, root: Path, options: ImageOptions) -> EncodedImage:
@@ -160,31 +161,40 @@ def encode_image(path: Path | str, options: ImageOptions) -> EncodedImage:
     if not data:
         raise bad("the file is empty")
     try:
-        mode, width, height, stored, reason = _encode(data, options, format_by_suffix(str(path)))
+        by_suffix = format_by_suffix(str(path))
+        try:
+            (mode, width, height, stored, reason), repairs = _encode(data, options, by_suffix), ()
+        except turbojpeg.JpegDataError as error:
+            data, repairs = jpeg_repair.mended(data, error)
+            mode, width, height, stored, reason = _encode(data, options, by_suffix)
+            reason = "repaired" if reason == "passthrough" else reason
     except (UserError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise bad("not an image in a known format") from error
-    except _TooManyPixels as error:
+    except _TooLargeError as error:
         raise bad(f"{error}; make the image smaller") from error
     except Exception as error:  # PIL's decoders raise nearly every built-in exception on damaged files
         raise bad(f"does not decode: {error or type(error).__name__}") from error
-    return EncodedImage(mode, width, height, stored, reason, (stat.st_size, stat.st_mtime_ns))
+    return EncodedImage(mode, width, height, stored, reason, (stat.st_size, stat.st_mtime_ns), repairs)
 
 
-class _TooManyPixels(ValueError):
+class _TooLargeError(ValueError):
     pass
 
 
 def _check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise _TooManyPixels(
+        raise _TooLargeError(
             f"{width} x {height} pixels are more than the limit of {MAX_PIXELS:,} (a decompression bomb?)"
         )
 
 
 def _encode(data: bytes, options: ImageOptions, by_suffix: str) -> tuple[int, int, int, bytes, str]:
-    """Mode, width, height, bytes and reason; `by_suffix`: the format that the file's name speaks of, or nothing."""
+    """Mode, width, height, bytes and reason; `by_suffix`: the format that the file's name speaks of, or nothing.
+
+    Raises `JpegDataError` at the first warning of libjpeg.
+    """
     header = jpeg_header.read_header(data) if data.startswith(jpeg_header.START) else None
     if header is None:
         pixels, reason = _decode_with_pil(data, by_suffix)
@@ -196,22 +206,10 @@ def _encode(data: bytes, options: ImageOptions, by_suffix: str) -> tuple[int, in
         return _encode_pixels(_decode_jpeg(data, header, orientation, reason, options), reason, options)
     # A file cut short lacks its end marker: even where only headers are to be parsed that much is free to see.
     if options.verify == "decode" or data.rfind(jpeg_header.END, -4096) < 0:
-        try:
-            turbojpeg.check(data, header.width, header.height)
-        except turbojpeg.JpegDataError as error:
-            return _encode_pixels(_decode_extraneous(error, data, header), "extraneous", options)
+        turbojpeg.check(data, header.width, header.height)
     if options.baseline and header.frame == jpeg_header.PROGRESSIVE:
-        try:
-            data, reason = turbojpeg.to_baseline(data), "baseline"
-        except turbojpeg.JpegDataError as error:
-            return _encode_pixels(_decode_extraneous(error, data, header), "extraneous", options)
+        data, reason = turbojpeg.to_baseline(data), "baseline"
     return MODE_JPEG, header.width, header.height, data, reason
-
-
-def _decode_extraneous(error: turbojpeg.JpegDataError, data: bytes, header: JpegHeader) -> np.ndarray:
-    """The pixels of a JPEG in which `error` found harmless extraneous bytes; raises any other `error`."""
-    _raise_unless_extraneous(error, len(data))
-    return turbojpeg.decode(data, header.width, header.height, stop_on_warning=False)
 
 
 def _why_convert(data: bytes, header: JpegHeader, orientation: int, options: ImageOptions) -> str:
@@ -233,13 +231,6 @@ def _is_common(header: JpegHeader) -> bool:
     return huffman and header.precision == 8 and header.components in (1, 3, 4)
 
 
-def _raise_unless_extraneous(error: turbojpeg.JpegDataError, file_bytes: int) -> None:
-    """Let pass what some cameras write and every decoder skips: a few bytes between the last pixel and a marker."""
-    found = re.search(r"(\d+) extraneous bytes before marker", str(error))
-    if not error.is_warning or not found or int(found[1]) > EXTRANEOUS_SHARE * file_bytes:
-        raise error
-
-
 def _orientation(data: bytes) -> int:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
@@ -255,17 +246,9 @@ def _decode_jpeg(data: bytes, header: JpegHeader, orientation: int, reason: str,
         return _decode_with_pil(data)[0]
     width, height = header.width, header.height
     if header.components == 4:
-        try:
-            turbojpeg.decode(data, width, height, colours="cmyk", shrink=8)  # PIL would not see damage
-        except turbojpeg.JpegDataError as error:
-            _raise_unless_extraneous(error, len(data))
+        turbojpeg.check(data, width, height, "cmyk")  # PIL would not see damage
         return _decode_with_pil(data)[0]
-    shrink = _shrink(width, height, options)
-    try:
-        pixels = turbojpeg.decode(data, width, height, shrink=shrink, empty=_decoded.empty)
-    except turbojpeg.JpegDataError as error:
-        _raise_unless_extraneous(error, len(data))
-        pixels = turbojpeg.decode(data, width, height, shrink=shrink, stop_on_warning=False, empty=_decoded.empty)
+    pixels = turbojpeg.decode(data, width, height, shrink=_shrink(width, height, options), empty=_decoded.empty)
     if orientation != 1:
         pixels = np.asarray(Image.fromarray(pixels).transpose(_TURNS[orientation]))
     return pixels
@@ -287,7 +270,18 @@ def _decode_with_pil(data: bytes, by_suffix: str = "") -> tuple[np.ndarray, str]
             with Image.open(io.BytesIO(data), formats=("PNG",)) as again:
                 again.verify()
         reason = _pil_reason(image)
+        if reason == "coding":
+            _check_odd_jpeg(data, *image.size)
         return np.asarray(upright_rgb(image)), reason
+
+
+def _check_odd_jpeg(data: bytes, width: int, height: int) -> None:
+    """Raise `JpegDataError` at a warning of libjpeg, which PIL keeps to itself, where libturbojpeg reads the coding."""
+    try:
+        turbojpeg.check(data, width, height)
+    except turbojpeg.JpegDataError as error:
+        if error.is_warning:
+            raise
 
 
 def _pil_reason(image: ImageFile.ImageFile) -> str:
@@ -336,9 +330,13 @@ def _encode_pixels(pixels: np.ndarray, reason: str, options: ImageOptions) -> tu
         return MODE_RAW, width, height, pixels.tobytes(), reason
     scale = min(1.0, options.max_side / max(height, width))
     width, height = max(1, round(width * scale)), max(1, round(height * scale))
-    subsampling = "4:4:4" if options.lossless else "4:2:0"
-    data = turbojpeg.encode(_resize(pixels, width, height), options.quality, subsampling)
-    return MODE_JPEG, width, height, data, reason
+    pixels, subsampling = _resize(pixels, width, height), "4:4:4" if options.lossless else "4:2:0"
+    for quality in (options.quality, *(lower for lower in _LOWER_QUALITIES if lower < options.quality)):
+        data = turbojpeg.encode(pixels, quality, subsampling)
+        if len(data) <= PAGE_SIZE:
+            return MODE_JPEG, width, height, data, reason
+        subsampling = "4:2:0"
+    raise _TooLargeError(f"takes more than the {PAGE_SIZE:,} bytes of a page even at quality {_LOWER_QUALITIES[-1]}")
 
 
 def _resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:

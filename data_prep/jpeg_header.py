@@ -30,12 +30,15 @@ class JpegHeader:
 
 
 def read_header(data: bytes) -> JpegHeader | None:
-    """Parse the segments up to the first scan; None if no frame header comes, or they do not follow one another."""
+    """Parse the segments up to the first scan; None if no frame header comes.
+
+    Bytes between segments are passed over, as libjpeg does with a warning.
+    """
     offset, frame = 2, None
     adobe_transform, may_be_turned = None, False
-    while offset + 4 <= len(data) and data[offset] == 0xFF:
+    while 0 <= (offset := data.find(b"\xff", offset)) <= len(data) - 4:
         marker = data[offset + 1]
-        if marker == 0xFF:  # may be repeated as filling
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD7:  # filling, and markers without a segment
             offset += 1
             continue
         length = int.from_bytes(data[offset + 2 : offset + 4], "big")

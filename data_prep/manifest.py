@@ -21,7 +21,8 @@ from data_prep.sources import Superclasses
 
 SCHEMA_VERSION = 1
 """Goes up when the meaning of a key changes; new keys alone leave it, since readers ignore keys they do not know."""
-CONVERTER_VERSION = 2
+_NAMES_SHOWN = 10
+CONVERTER_VERSION = 3
 """Goes up when the same source and options give other bytes than before."""
 
 
@@ -31,6 +32,15 @@ class Skipped:
 
     name: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """A source image of which not all bytes were taken over, though its picture is whole."""
+
+    name: str
+    repairs: tuple[str, ...]
+    """Which of `data_prep.jpeg_repair.REPAIRS` were made."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,33 @@ class Manifest:
     """(i, n): this is part i of n, counted from 1."""
     superclasses: Superclasses | None = None
     """A coarser grouping of the classes."""
+    repaired: tuple[Repaired, ...] = ()
+    empty_classes: tuple[str, ...] = ()
+    """Classes of which no image is left, since all of them were bad and `--on-bad skip` was given."""
     schema_version: int = SCHEMA_VERSION
     converter_version: int = CONVERTER_VERSION
+
+
+def emptied_line(manifest: Manifest) -> str:
+    """A sentence on the classes that skipping has emptied; nothing where none was."""
+    names = manifest.empty_classes
+    if not names:
+        return ""
+    shown = ", ".join(names[:_NAMES_SHOWN]) + (f" and {len(names) - _NAMES_SHOWN:,} more" * (len(names) > _NAMES_SHOWN))
+    where = f" in part {manifest.shard[0]} of {manifest.shard[1]}" if manifest.shard else ""
+    which = f"class {shown}: its" if len(names) == 1 else f"classes {shown}: their"
+    return f"no image is left of {which} images{where} were all bad"
+
+
+def doubt_line(manifest: Manifest) -> str:
+    """A sentence on images that an earlier converter took though they may be damaged; nothing where there are none."""
+    count = manifest.reasons.get("extraneous", 0)
+    return (
+        f"{count:,} images had bytes too many, which may be what is left of overwritten ones, and were taken all the "
+        "same by an earlier version of the converter. Remove the file and convert again to have damage named"
+        if count
+        else ""
+    )
 
 
 def manifest_path(beton: Path) -> Path:
@@ -169,19 +204,24 @@ def _from_json(content: Any) -> Manifest:
         (("source", "sha256", "file_list_sha256", "whole_list_sha256", "source_stat_sha256"), str),
         (("sample_table_sha256", "resume_key", "index_xxh3"), str),
         (("classes", "skipped"), list),
+        (("repaired", "empty_classes"), (list, tuple)),
         (("reasons", "options", "libraries"), dict),
     ):
         for name in names:
             if not isinstance(values[name], kind):
-                raise TypeError(f"{name} is {type(values[name]).__name__}, expected {kind.__name__}")
+                expected = kind.__name__ if isinstance(kind, type) else kind[0].__name__
+                raise TypeError(f"{name} is {type(values[name]).__name__}, expected {expected}")
     if not all(isinstance(name, str) for name in values["classes"]):
         raise TypeError("classes holds something that is not a string")
     if not all(isinstance(count, int) for count in values["reasons"].values()):
         raise TypeError("reasons holds something that is not a number")
     values["skipped"] = tuple(Skipped(name=entry["name"], reason=entry["reason"]) for entry in values["skipped"])
-    values["classes"] = tuple(values["classes"])
     if "index_xxh3" in content and not re.fullmatch("[0-9a-f]{16}", values["index_xxh3"]):
         raise ValueError("index_xxh3 is not 16 hexadecimal digits")
+    values["repaired"] = tuple(
+        Repaired(entry["name"], tuple(map(str, entry["repairs"]))) for entry in values["repaired"]
+    )
+    values["classes"], values["empty_classes"] = tuple(values["classes"]), tuple(map(str, values["empty_classes"]))
     if values["shard"] is not None:
         index, count = values["shard"]
         values["shard"] = int(index), int(count)

@@ -26,6 +26,7 @@ RECORD = np.dtype(
         ("outcome", "u1"),
         ("mode", "u1"),
         ("reason", "u1"),
+        ("repairs", "u1"),
         ("width", "<u2"),
         ("height", "<u2"),
         ("size", "<u4"),

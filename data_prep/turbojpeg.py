@@ -45,22 +45,16 @@ def decode(
     width: int,
     height: int,
     *,
-    colours: Literal["rgb", "cmyk"] = "rgb",
     shrink: Literal[1, 2, 4, 8] = 1,
-    stop_on_warning: bool = True,
     empty: Callable[[tuple[int, int, int]], np.ndarray] = _empty,
 ) -> np.ndarray:
-    """Decode a JPEG of `width` x `height` pixels to uint8 (ceil(height / shrink), ceil(width / shrink), channels).
+    """Decode a JPEG of `width` x `height` pixels to uint8 (ceil(height / shrink), ceil(width / shrink), 3).
 
-    `empty` makes the result's array. Raises `JpegDataError`; with `stop_on_warning` at libjpeg's first warning too. A
-    progressive JPEG of more than 500 scans is refused (it would decode for minutes).
+    `empty` makes the result's array. Raises `JpegDataError`, at libjpeg's first warning too. A progressive JPEG of more
+    than 500 scans is refused (it would decode for minutes).
     """
-    pixels = empty((-(-height // shrink), -(-width // shrink), _PIXEL_FORMATS[colours][1]))
-    try:
-        _decompress(data, pixels, colours, _LIMIT_SCANS | (_STOP_ON_WARNING if stop_on_warning else 0))
-    except JpegDataError as error:
-        if stop_on_warning or not error.is_warning:
-            raise
+    pixels = empty((-(-height // shrink), -(-width // shrink), 3))
+    _decompress(data, pixels, "rgb", _LIMIT_SCANS | _STOP_ON_WARNING)
     return pixels
 
 
@@ -73,13 +67,14 @@ def _decompress(data: bytes, pixels: np.ndarray, colours: str, flags: int) -> No
         raise _last_error(handle)
 
 
-def check(data: bytes, width: int, height: int) -> None:
+def check(data: bytes, width: int, height: int, colours: Literal["grey", "cmyk"] = "grey") -> None:
     """Read all compressed data of a JPEG without a picture as the result. Raises `JpegDataError` at the first warning.
 
-    Grey at an eighth of the size spares libjpeg nearly everything but the entropy decoding, where all damage shows.
+    Grey at an eighth of the size spares libjpeg nearly everything but the entropy decoding, where all damage shows. A
+    JPEG of four components can be read as "cmyk" only.
     """
-    pixels = np.empty((-(-height // 8), -(-width // 8)), np.uint8)
-    _decompress(data, pixels, "grey", _LIMIT_SCANS | _STOP_ON_WARNING | _FAST_DCT)
+    pixels = np.empty((-(-height // 8), -(-width // 8), _PIXEL_FORMATS[colours][1]), np.uint8)
+    _decompress(data, pixels, colours, _LIMIT_SCANS | _STOP_ON_WARNING | _FAST_DCT)
 
 
 def size_at(address: int, num_bytes: int) -> tuple[int, int]:

@@ -19,32 +19,17 @@ import numpy as np
 import xxhash
 
 from data_prep import beton_format as layout
+from data_prep import jpeg_repair
+from data_prep.bad_images import bad_images_error, bad_list_path
 from data_prep.direct_io import sha256_of
 from data_prep.errors import UserError
 from data_prep.jpeg import REASONS, BadImageError, EncodedImage, UnreadableImageError
-from data_prep.manifest import Skipped, remove_manifest
+from data_prep.manifest import Repaired, Skipped, remove_manifest
 from data_prep.parallel import map_ordered
 from data_prep.partial import BAD, RECORD, STORED, PartialFile, resumable
 from data_prep.progress import ConversionProgress
 from data_prep.sample_table import SampleTable, checksum, sample_table_path
 from data_prep.sources import Sample
-from data_prep.terminal import one_line
-
-BAD_IMAGES_SHOWN = 10
-"""Where nothing at all is good; else every bad image is listed."""
-
-
-class BadImagesError(UserError):
-    """Images that keep a file from being written; all of them are listed."""
-
-
-def joined(errors: Sequence[BadImagesError]) -> BadImagesError:
-    """One error that says what all of them say."""
-    error = BadImagesError("\n".join(map(str, errors)))
-    for note in (note for one in errors for note in getattr(one, "__notes__", [])):
-        error.add_note(note)
-    return error
-
 
 Encode = Callable[[Sample], EncodedImage]
 
@@ -75,6 +60,9 @@ class Written:
     table: SampleTable
     source_stat_sha256: str
     """Of all source files' sizes and modification times, see `source_stat_sha256`."""
+    repaired: tuple[Repaired, ...] = ()
+    emptied: tuple[int, ...] = ()
+    """Labels all of whose samples were bad, ascending."""
     resumed: int = 0
     """How many images an interrupted run had finished."""
 
@@ -94,10 +82,10 @@ def write_beton(
     """Encode `samples` in order and write them to `out`, which appears, or is replaced, in one step at the end.
 
     `encode` runs in `workers` threads. Where it raises `BadImageError` the image is left out (`on_bad="skip"`), or all
-    bad images are listed and the file does not appear ("error"); unreadable files always end so. The sidecars of an
-    older `out` are removed, since they describe another file. With `resume` an interrupted run is continued, and can
-    be; without it nothing is kept. `before_rename` is told the result when all is on the disk but the name. `progress`
-    shows a bar on stderr if that is a terminal.
+    bad images are listed, at the end, and the file does not appear ("error"); unreadable files always end so. The
+    sidecars of an older `out` are removed, since they describe another file. With `resume` an interrupted run is
+    continued, and can be; without it nothing is kept. `before_rename` is told the result when all is on the disk but
+    the name. `progress` shows a bar on stderr if that is a terminal.
 
     Memory: tables of 50 bytes a sample, its name, three pages, and the encoded images that wait for their turn (48 a
     worker); see `map_ordered`.
@@ -119,7 +107,8 @@ def write_beton(
                 work.beton.note_pages(wait=True)
         beton, bad = work.beton, work.bad
         if work.unreadable or (bad and (on_bad == "error" or beton.num_samples == 0)):
-            raise BadImagesError(_bad_images_message(out, bad, work.unreadable, len(samples)))
+            raise bad_images_error(out, bad, work.unreadable, len(samples))
+        bad_list_path(out).unlink(missing_ok=True)
         if beton.num_samples == 0:
             raise UserError(f"{out} would hold no images. Check the source.")
         file_bytes = beton.finish()
@@ -152,6 +141,8 @@ def _written(samples: Sequence[Sample], work: _Work, file_bytes: int, sha256: st
         sample_bytes=int(beton.sizes.sum(dtype=np.uint64)),
         table=SampleTable.of(beton.checksums[:n], beton.reasons[:n], names),
         source_stat_sha256=work.stats.hexdigest(),
+        repaired=tuple(work.repaired),
+        emptied=tuple(sorted(work.bad_labels - work.good_labels)),
         resumed=resumed,
     )
 
@@ -166,6 +157,9 @@ class _Work:
     bad: list[Skipped] = field(default_factory=list)
     unreadable: int = 0
     """How many of `bad`."""
+    repaired: list[Repaired] = field(default_factory=list)
+    bad_labels: set[int] = field(default_factory=set)
+    good_labels: set[int] = field(default_factory=set)
     reasons: Counter[str] = field(default_factory=Counter)
     stats: Any = field(default_factory=hashlib.sha256)
 
@@ -173,11 +167,15 @@ class _Work:
         if isinstance(image, BadImageError):
             self.bad.append(Skipped(sample.name, image.reason))
             self.unreadable += isinstance(image, UnreadableImageError)
+            self.bad_labels.add(sample.label)
             self.beton.append_bad(sample)
             size, stat = 0, self.resume.source_stat(sample) if self.resume else (0, 0)
         else:
             self.beton.append(sample, image)
             self.reasons[image.reason] += 1
+            self.good_labels.add(sample.label)
+            if image.repairs:
+                self.repaired.append(Repaired(sample.name, image.repairs))
             size, stat = len(image.data), image.source_stat
         self.stats.update(pack_stat(stat))
         self.bar.advance(size, self.reasons, len(self.bad))
@@ -230,7 +228,8 @@ def _replay(
                 break
             data = beton.read_at(beton.next_pointer(size), size)
             mode, width, height = (int(record[name]) for name in ("mode", "width", "height"))
-            image = EncodedImage(mode, width, height, data, REASONS[record["reason"]], stat)
+            repairs = jpeg_repair.from_bits(int(record["repairs"]))
+            image = EncodedImage(mode, width, height, data, REASONS[record["reason"]], stat, repairs)
             if len(data) != size or beton.checksum_of(sample, image) != record["checksum"]:
                 break
         else:
@@ -252,20 +251,6 @@ def _encode_or_report(encode: Encode, sample: Sample) -> EncodedImage | BadImage
         return error
     except MemoryError as error:
         raise UserError(f"memory ran out at {sample.name}. Try again with fewer --workers.") from error
-
-
-def _bad_images_message(out: Path, bad: list[Skipped], unreadable: int, total: int) -> str:
-    shown = bad if len(bad) < total else bad[:BAD_IMAGES_SHOWN]
-    lines = [f"  {one_line(image.name)}: {one_line(image.reason)}" for image in shown]
-    if len(bad) > len(shown):
-        lines.append(f"  ... and {len(bad) - len(shown):,} more")
-    what = f"{len(bad):,} of {total:,} images cannot be converted, so {out} was not written:"
-    advice = "Mend or remove them, or leave them out with --on-bad skip."
-    if unreadable:
-        advice = "Check the unreadable files: broken links, permissions, the disk. They cannot be skipped."
-    if len(bad) == total:
-        advice = "Check the source."
-    return "\n".join([what, *lines, advice])
 
 
 class _BetonFile:
@@ -311,7 +296,7 @@ class _BetonFile:
     def append_bad(self, sample: Sample) -> None:
         """Note a sample that is left out."""
         self.num_seen += 1
-        self.unwritten.append((BAD, 0, 0, 0, 0, 0, 0, 0, 0, name_hash(sample)))
+        self.unwritten.append((BAD, *[0] * 9, name_hash(sample)))
 
     def append(self, sample: Sample, image: EncodedImage) -> None:
         """Add a sample. Raises `UserError` if it does not fit a page or the format."""
@@ -339,7 +324,8 @@ class _BetonFile:
         self.stored[self.num_seen] = True
         self.num_samples += 1
         self.num_seen += 1
-        stored = (STORED, image.mode, reason, image.width, image.height, size, code)
+        repairs = jpeg_repair.to_bits(image.repairs)
+        stored = (STORED, image.mode, reason, repairs, image.width, image.height, size, code)
         self.unwritten.append((*stored, *image.source_stat, name_hash(sample)))
 
     def _flush_page(self) -> None:

@@ -8,10 +8,11 @@ import numpy as np
 
 from data_prep.beton_format import MODE_JPEG
 from data_prep.jpeg import JPEG_REASONS
+from data_prep.manifest import doubt_line
 from data_prep.progress import counts_in_words
 from lowrank_vit.data.beton import Beton
 
-_UNCHANGED = ("passthrough", "baseline")
+_UNCHANGED = ("passthrough", "repaired", "baseline")
 """Reasons of JPEGs whose pixels are the file's own."""
 
 
@@ -22,6 +23,11 @@ def remarks(beton: Beton, img_size: int, crop_pct: float) -> list[str]:
     """
     if not beton.manifests:
         return []
+    doubts = [f"{beton.path.name}: {line}" for line in dict.fromkeys(map(doubt_line, beton.manifests)) if line]
+    return [*doubts, *_changes(beton, img_size, crop_pct)]
+
+
+def _changes(beton: Beton, img_size: int, crop_pct: float) -> list[str]:
     options = beton.manifests[0].options
     if side := options.get("raw"):
         return [f"{beton.path.name}: all images were cut to squares of {side} pixels when they were converted (--raw)"]
@@ -39,8 +45,8 @@ def remarks(beton: Beton, img_size: int, crop_pct: float) -> list[str]:
     counts = counts_in_words({name: n for name, n in reasons.items() if name not in _UNCHANGED})
     lines = [
         f"{beton.path.name}: {changed:,} of {beton.num_samples:,} images are not the original pixels: they were "
-        f"encoded again, {how} ({counts}). `python -m data_prep imagefolder --lossless` keeps them, and so does giving "
-        "the folder of images itself"
+        f"encoded again, {how} ({counts}). `python -m data_prep imagefolder` keeps them in validation sets (any with "
+        "--lossless), and so does giving the folder of images itself"
     ]
     max_side, short_side = options.get("max_side"), int(img_size / crop_pct)
     sides = np.stack([beton.heights, beton.widths])

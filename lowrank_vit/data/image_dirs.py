@@ -16,7 +16,7 @@ from data_prep.errors import BetonError, UserError
 from data_prep.finished import is_current, is_whole
 from data_prep.image_folder import SPLIT_NAMES, Nested, image_folder
 from data_prep.jpeg import LOSSLESS, ImageOptions
-from data_prep.manifest import Manifest, manifest_path, read_manifest
+from data_prep.manifest import Manifest, doubt_line, emptied_line, manifest_path, read_manifest
 from data_prep.parts import find_parts
 from lowrank_vit.data.one_process import Say, one_process_in
 
@@ -88,6 +88,8 @@ def converted(
         if manifest and manifest.skipped:
             bad = "1 bad image" if len(manifest.skipped) == 1 else f"{len(manifest.skipped):,} bad images"
             say(f"{out.name} leaves out {bad}, listed in {manifest_path(out)}")
+        for line in filter(None, (emptied_line(manifest), doubt_line(manifest)) if manifest else ()):
+            say(f"{out.name}: {line}")
     return asked
 
 
@@ -117,7 +119,9 @@ def _convert(
         raise _in_the_trainers_words(error, outs) from error
     for conversion in done:
         gone_on = f", {conversion.resumed:,} of them by an interrupted run" if conversion.resumed else ""
-        say(f"  {conversion.beton.name}: {conversion.manifest.num_samples:,} images{gone_on}")
+        manifest = conversion.manifest
+        mended = f", {len(manifest.repaired):,} JPEGs repaired without loss" if manifest.repaired else ""
+        say(f"  {conversion.beton.name}: {manifest.num_samples:,} images{gone_on}{mended}")
     say(f"  converted in {time.monotonic() - begun:.1f} s")
 
 
@@ -152,7 +156,7 @@ def _why_stale(out: Path, folder: Path, wanted: ImageOptions, nested: Nested) ->
     source = source.with_classes(manifest.classes)  # in another order than a new set's they mean the same
     if not is_current(out, manifest, source.samples, partial(file_stat, source.name)):
         return "again, since the images have changed"
-    if wanted.lossless and not _chosen_by_hand(manifest) and set(manifest.reasons) - {"passthrough"}:
+    if wanted.lossless and not _chosen_by_hand(manifest) and set(manifest.reasons) - {"passthrough", "repaired"}:
         return "again, since scores are of the images' own pixels"
     return ""
 

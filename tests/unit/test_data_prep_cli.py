@@ -140,3 +140,37 @@ def test_as_a_process_with_workers(folder: Path, tmp_path: Path) -> None:
     assert process.stderr.startswith(message)
     assert "Traceback" not in process.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
+
+
+def widths_after(folder: Path, out: Path, *more: str) -> dict[str, int]:
+    """The stored width of a photograph 600 pixels wide, by file."""
+    main(["imagefolder", "--src", str(folder), "--out", str(out), "--workers", "1", *more])
+    files = [out] if out.suffix else sorted(out.glob("*.beton"))
+    return {file.name: int(read_tables(file).widths.max()) for file in files}
+
+
+def test_validation_sets_keep_their_pixels_unless_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whichever command makes them; options speak of what is trained on, or of the one set that is converted."""
+    root = tmp_path / "images"
+    for split in ("train", "validation", "test"):
+        for name in ("ant", "bee"):
+            (root / split / name).mkdir(parents=True)
+            Image.new("RGB", (600, 16), "green").save(root / split / name / "a.jpg")
+    both = tmp_path / "both"
+    assert widths_after(root, both) == {"train.beton": 500, "val.beton": 600}
+    assert "stored without loss as: 2 passthrough" in capsys.readouterr().out
+    assert widths_after(root, both, "--max-side", "400") == {"train.beton": 400, "val.beton": 600}
+    assert widths_after(root, both, "--max-side", "400", "--lossy-val") == {"train.beton": 400, "val.beton": 400}
+    assert widths_after(root, both, "--lossless") == {"train.beton": 600, "val.beton": 600}
+    for source, name, width in (
+        ("validation", "a.beton", 600),
+        ("test", "a.beton", 600),
+        ("train", "a.beton", 500),
+        ("train", "val.beton", 500),  # the images decide
+    ):
+        assert widths_after(root / source, tmp_path / source / name) == {name: width}
+    (root / "validation").rename(root / "ILSVRC2012")
+    assert widths_after(root / "ILSVRC2012", tmp_path / "imagenet_val.beton") == {"imagenet_val.beton": 600}
+    assert widths_after(root / "ILSVRC2012", tmp_path / "interval.beton") == {"interval.beton": 500}
+    for more in (["--max-side", "500"], ["--quality", "95"], ["--lossy-val"]):
+        assert widths_after(root / "ILSVRC2012", tmp_path / "val.beton", *more) == {"val.beton": 500}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from sklearn.datasets import load_sample_images
 from data_prep.beton_format import MODE_JPEG, MODE_RAW
 from data_prep.convert import convert_image_folder, convert_splits
 from data_prep.jpeg import ImageOptions
-from data_prep.manifest import read_manifest
+from data_prep.manifest import manifest_path, read_manifest, write_manifest
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.faithful import remarks
 from lowrank_vit.data.locate import DataOptions, locate, locate_validation
@@ -56,12 +57,12 @@ def test_scores_are_of_the_images_own_pixels(folder):
 def test_a_validation_set_of_earlier_times_is_made_again_where_that_changes_it(folder):
     """By the converter's defaults; where all its images are the files themselves nothing would change."""
     place, options, said = folder / ".lowrank_vit", DataOptions(data_dir=folder), Said()
-    convert_splits(folder, place, workers=1)
+    convert_splits(folder, place, val_image=ImageOptions(), workers=1)
     locate(options, said)
     assert not said
     for split in ("train", "val"):
         add_other_images(folder / split)
-    convert_splits(folder, place, workers=1)
+    convert_splits(folder, place, val_image=ImageOptions(), workers=1)
     before = (place / "train.beton").stat()
     _, val = locate(options, said)
     assert said[0] == f"converting {folder}/val into {place} (again, since scores are of the images' own pixels)"
@@ -96,3 +97,12 @@ def test_what_scores_are_not_of_is_said(folder, tmp_path):
     assert len(remarks(Beton(old), 224, 0.9)) == 1
     raw = convert_image_folder(folder / "val", tmp_path / "raw.beton", workers=1, image=ImageOptions(raw=32)).beton
     assert "squares of 32 pixels" in remarks(Beton(raw), 32, 0.9)[0]
+
+
+def test_what_an_earlier_converter_took_for_whole_is_said(folder, tmp_path):
+    """Runs of overwritten bytes passed as "extraneous" then."""
+    beton = convert_image_folder(folder / "val", tmp_path / "old.beton", workers=1).beton
+    old = replace(read_manifest(beton), converter_version=2, reasons={"passthrough": 22, "extraneous": 2})
+    write_manifest(manifest_path(beton), old)
+    (line, _) = remarks(Beton(beton), 224, 0.875)
+    assert line.startswith("old.beton: 2 images had bytes too many")
