@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from importlib import import_module
 from queue import Empty, Full, Queue
 from threading import Event, Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -28,15 +28,28 @@ from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.dali_pipeline import PipelineShape, Sources, define, tiny_batch
 from lowrank_vit.data.geometry import LENGTH, cropped, spans
 from lowrank_vit.data.pil_decode import find_damage
-from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan
+from lowrank_vit.data.plan import BatchPlan, CenterCrops, EvalPlan, TrainPlan
+from lowrank_vit.data.plan_mix import NO_MIX
 from lowrank_vit.data.resize_cpu import resize_batch
 from lowrank_vit.data.schedule import Schedule
 
 _POLL_S = 0.2
+HOST_PART_BYTES, DEVICE_PART_BYTES = 1 << 27, 1 << 31
+"""Decoded pixels that DALI makes at a time, in bytes: a batch of larger images is decoded in parts."""
+BYTES_A_THREAD = 1 << 24
+"""On the CPU at least so many, in bytes for each thread, that none of many is idle."""
 
 
 class _StoppedError(Exception):
     """The consumer has left the epoch."""
+
+
+class _Part(NamedTuple):
+    """Consecutive samples of a batch that DALI decodes in one run."""
+
+    sources: Sources
+    whole: BatchPlan | None
+    """The whole batch's plan, where this is its last part."""
 
 
 class DaliBackend:
@@ -74,9 +87,13 @@ class DaliBackend:
         self._threads = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         # Of the feeding thread's own: on the consumer's, its work on one batch would wait for the decoding of the next.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._part_bytes = DEVICE_PART_BYTES if self._shape.resize else max(HOST_PART_BYTES, workers * BYTES_A_THREAD)
+        self._made: list[torch.Tensor] = []
+        self._made_ms = 0.0
+        """The parts of the next batch that have come out, and how long they took."""
         self.decode_ms = new_meter()
         self._queue: Queue[Any] = Queue(prefetch)
-        self._being_read: deque[tuple[torch.cuda.Event, Sources]] = deque()
+        self._being_read: deque[tuple[torch.cuda.Event, Sources, list[torch.Tensor]]] = deque()
         self._pipeline: Any = None
         self._build()
 
@@ -123,7 +140,8 @@ class DaliBackend:
 
     def _pump(self, schedule: Schedule, stop: Event) -> None:
         """Feed DALI and collect what it made, always `prefetch` batches ahead; runs in its own thread."""
-        in_flight: deque[tuple[BatchPlan, Sources]] = deque()
+        in_flight: deque[_Part] = deque()
+        self._made, self._made_ms = [], 0.0
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             try:
                 for plan in schedule:
@@ -132,13 +150,13 @@ class DaliBackend:
                         while in_flight:
                             self._collect(in_flight, stop, time.perf_counter())
                         raise DamagedSamples(reasons)
-                    begun = time.perf_counter()
-                    sources = self._sources(plan)
-                    sources.feed(self._pipeline)
-                    in_flight.append((plan, sources))
-                    self._pipeline.schedule_run()
-                    if len(in_flight) == self._prefetch:
-                        self._collect(in_flight, stop, begun)
+                    for part in self._parts(plan):
+                        begun = time.perf_counter()
+                        part.sources.feed(self._pipeline)
+                        in_flight.append(part)
+                        self._pipeline.schedule_run()
+                        if len(in_flight) == self._prefetch:
+                            self._collect(in_flight, stop, begun)
                 while in_flight:
                     self._collect(in_flight, stop, time.perf_counter())
                 self._put(None, stop)
@@ -146,26 +164,50 @@ class DaliBackend:
                 self._drain(in_flight)
             except RuntimeError as error:  # all of DALI's errors; the pipeline is of no more use
                 self._pipeline = None
-                self._put(self._explain(error, [plan for plan, _ in in_flight]), stop, give_up=False)
+                self._put(self._explain(error, [part.sources.plan for part in in_flight]), stop, give_up=False)
             except Exception as error:  # a damaged sample; or of the plan: the file has changed
                 self._drain(in_flight)
                 self._put(error, stop, give_up=False)
 
-    def _collect(self, in_flight: deque[tuple[BatchPlan, Sources]], stop: Event, begun: float) -> None:
+    def _parts(self, plan: BatchPlan) -> Iterator[_Part]:
+        """The batch in parts whose decoded pixels take at most `_part_bytes`, or single samples."""
+        if self._shape.is_evaluation:
+            sides = np.stack([self._beton.heights[plan.ids], self._beton.widths[plan.ids]], axis=1)
+        else:
+            sides = plan.windows[:, 2:]
+        ends, used = [], 0
+        for n, size in enumerate((3 * sides.astype(np.int64).prod(axis=1)).tolist()):
+            if used and used + size > self._part_bytes:
+                ends.append(n)
+                used = 0
+            used += size
+        starts, ends = [0, *ends], [*ends, len(plan.ids)]
+        for start, end in zip(starts, ends, strict=True):
+            part = plan if len(ends) == 1 else rows_of(plan, slice(start, end))
+            yield _Part(self._sources(part), plan if end == len(plan.ids) else None)
+
+    def _collect(self, in_flight: deque[_Part], stop: Event, begun: float) -> None:
         # With a stream DALI makes that one wait for the GPU, else the host.
         (made,) = self._pipeline.outputs(self._stream) if self._stream else self._pipeline.outputs()
-        plan, sources = in_flight.popleft()
-        images_NHWC = torch.from_dlpack(made.as_tensor()) if self._shape.resize else self._resized(made, plan)
-        self.decode_ms.append(1e3 * (time.perf_counter() - begun))
-        targets = to_device(self._beton.labels[plan.ids], self._device)
+        sources, plan = in_flight.popleft()
+        part = torch.from_dlpack(made.as_tensor()) if self._shape.resize else self._resized(made, sources.plan)
+        self._made.append(part)
+        self._made_ms += 1e3 * (time.perf_counter() - begun)
+        batch = None
+        if plan is not None:
+            images_NHWC = torch.cat(self._made) if len(self._made) > 1 else part
+            batch = Batch(images_NHWC.permute(0, 3, 1, 2), to_device(self._beton.labels[plan.ids], self._device), plan)
+            self.decode_ms.append(self._made_ms)
         done = None
         if self._stream is not None:
             done = torch.cuda.Event()
             done.record(self._stream)
-            self._being_read.append((done, sources))  # the GPU may still copy from there
+            self._being_read.append((done, sources, self._made))  # the GPU may still copy from there
             while self._being_read[0][0].query() and len(self._being_read) > 1:
                 self._being_read.popleft()
-        self._put((Batch(images_NHWC.permute(0, 3, 1, 2), targets, plan), done), stop)
+        if batch is not None:
+            self._made, self._made_ms = [], 0.0
+            self._put((batch, done), stop)
 
     def _resized(self, decoded: Any, plan: BatchPlan) -> torch.Tensor:
         """uint8 (B, S, S, 3) from the windows, or whole images, that DALI has decoded on the CPU."""
@@ -234,6 +276,13 @@ class DaliBackend:
     def close(self) -> None:
         """Give DALI's threads and memory back."""
         self._pipeline = None
+
+
+def rows_of(plan: BatchPlan, rows: slice) -> BatchPlan:
+    """What DALI needs to know of some samples of a batch: which, and their crops."""
+    center = plan.center and CenterCrops(plan.center.resized[rows], plan.center.corners[rows])
+    arrays = (plan.ids[rows], plan.windows[rows], plan.flips[rows], plan.kernels[rows])
+    return BatchPlan(plan.epoch, plan.step, *arrays, mix=(NO_MIX,), center=center)
 
 
 def why_no_dali() -> str:
