@@ -20,7 +20,6 @@ from data_prep.bad_images import BadImagesError
 from data_prep.convert import DEFAULT_IMAGE_OPTIONS as DEFAULTS
 from data_prep.convert import (
     Conversion,
-    available_cores,
     convert_cifar100,
     convert_digits,
     convert_image_folder,
@@ -35,6 +34,7 @@ from data_prep.jpeg import LOSSLESS, ImageOptions
 from data_prep.manifest import emptied_line, manifest_path
 from data_prep.parts import file_or_parts, parse_shard
 from data_prep.progress import counts_in_words
+from data_prep.resources import available_cores
 from data_prep.shipped import CLASSES, find_shipped
 from data_prep.terminal import say
 from data_prep.typed import usage_name
@@ -251,6 +251,7 @@ def _run(argv: list[str] | None) -> None:
         if error.can_skip:
             words = sys.argv[1:] if argv is None else argv
             words = [word for n, word in enumerate(words) if "--on-bad" not in (word, *words[max(n - 1, 0) : n])]
+            words = [word for word in words if not word.startswith("--on-bad=")]
             line = shlex.join([*words, "--on-bad", "skip"])
             error.add_note(f"To leave them out: {usage_name('data_prep')} {line}")
         raise

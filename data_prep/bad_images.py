@@ -39,7 +39,10 @@ def bad_list_path(out: Path) -> Path:
 def bad_images_error(out: Path, bad: list[Skipped], unreadable: int, total: int) -> BadImagesError:
     """What keeps `out`, of `total` images, from being written; `unreadable` of the bad ones cannot even be read."""
     is_all = len(bad) == total
-    lines = [f"  {one_line(image.name)}: {one_line(image.reason)}" for image in bad[: ALL_BAD_SHOWN if is_all else BAD_IMAGES_SHOWN]]
+    lines = [
+        f"  {one_line(image.name)}: {one_line(image.reason)}"
+        for image in bad[: ALL_BAD_SHOWN if is_all else BAD_IMAGES_SHOWN]
+    ]
     if len(bad) > len(lines):
         more = f"  ... and {len(bad) - len(lines):,} more"
         where = "" if is_all else _whole_list(out, bad)

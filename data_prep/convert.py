@@ -28,6 +28,7 @@ from data_prep.image_folder import SPLIT_NAMES, Nested, image_folder, split_fold
 from data_prep.jpeg import JPEG_MAX_SIDE, LOSSLESS, EncodedImage, ImageOptions, encode_file, encode_pixels
 from data_prep.manifest import CONVERTER_VERSION, Manifest
 from data_prep.parts import part_path
+from data_prep.resources import available_cores
 from data_prep.sources import DIGITS_SPLIT_SEED, Sample, Source, digits, file_list_sha256, shard
 from data_prep.write_beton import Resume, Written, write_beton
 
@@ -335,9 +336,3 @@ def library_versions() -> dict[str, str]:
         "opencv": cv2.__version__,
         "turbojpeg": turbojpeg.identity(),
     }
-
-
-def available_cores() -> int:
-    """How many cores this process may use."""
-    # Only Linux says how many cores this process may use; elsewhere take all.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

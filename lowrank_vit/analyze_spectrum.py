@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
 
 from data_prep.errors import UserError, exit_cleanly
 from data_prep.help_text import fitted_help
+from data_prep.resources import available_cores
 from data_prep.terminal import say
 from data_prep.typed import usage_name
 from lowrank_vit.engine.checkpoint import read_checkpoint
@@ -166,7 +166,7 @@ def _solve(options: Options, state: dict[str, Tensor]) -> Analysis:
     matrices, solving = options.matrices, options.solving
     device = torch.device("cuda" if torch.cuda.is_available() and not solving.svd_on_cpu else "cpu")
     weights = choose_weights(state, matrices.targets, matrices.split_qkv, device)
-    threads = len(os.sched_getaffinity(0))
+    threads = available_cores()
     settings = Settings(matrices.topk, matrices.interval, solving.solver, solving.svd_on_cpu, threads)
     return analyze_weights(weights, settings, solving.dtype)
 

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "data_prep": ("data_prep",),
     "lowrank_vit/data": ("data_prep", "lowrank_vit.data"),
     "lowrank_vit/augment": ("data_prep.errors", "lowrank_vit.augment", "lowrank_vit.options", "lowrank_vit.data.plan"),
-    "lowrank_vit/spectral": ("data_prep.errors", "data_prep.terminal", "lowrank_vit.spectral"),
+    "lowrank_vit/spectral": ("data_prep.errors", "data_prep.resources", "data_prep.terminal", "lowrank_vit.spectral"),
     "lowrank_vit/report": (
         "data_prep.errors",
         "data_prep.terminal",

@@ -7,8 +7,9 @@ import os
 from importlib import metadata
 from typing import Any
 
-import psutil
 from PIL import features
+
+from data_prep import resources
 
 NO_DEVICE = "cpu"
 
@@ -24,7 +25,7 @@ def environment(device: str = NO_DEVICE) -> dict[str, Any]:
     from lowrank_vit.engine.run_dir import environment as of_a_run
 
     result = of_a_run(torch.device(device))
-    result["memory_gib"] = round(psutil.virtual_memory().total / 2**30, 1)
+    result["memory_gib"] = round(resources.memory().total / 2**30, 1)
     result["load_average_1min"] = round(os.getloadavg()[0], 2)
     result["libjpeg_turbo"] = str(features.version("libjpeg_turbo"))
     with contextlib.suppress(metadata.PackageNotFoundError):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data_prep import terminal
+from data_prep import resources, terminal
 from data_prep.errors import UserError
 from lowrank_vit.data.backend import Backend
 from lowrank_vit.data.beton import Beton
@@ -98,12 +98,10 @@ def choose_backend(
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Total memory of the device, or of the host for `cpu`, in bytes."""
+    """Total memory of the device, or for `cpu` what this process may use of the host's, in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    import psutil
-
-    return psutil.virtual_memory().total
+    return resources.memory().total
 
 
 def _make_resident(beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, workers: int) -> ResidentBackend:
@@ -119,6 +117,4 @@ def _make_resident(beton: Beton, plan: TrainPlan | EvalPlan, device: torch.devic
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
+    return resources.memory().free

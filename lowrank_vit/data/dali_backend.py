@@ -239,7 +239,7 @@ class DaliBackend:
         if give_up:
             raise _StoppedError
 
-    def _drain(self, in_flight: deque[tuple[BatchPlan, Sources]]) -> None:
+    def _drain(self, in_flight: deque[_Part]) -> None:
         """Take what DALI still makes out of it, so that the next epoch begins with an empty pipeline."""
         try:
             while in_flight:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 from data_prep.atomic import replacing
 from data_prep.errors import UserError
+from data_prep.resources import available_cores
 from lowrank_vit.data.backend import Backend, DamagedSamples
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.plan import TrainPlan
@@ -82,7 +82,7 @@ def _key(beton: Beton, plan: TrainPlan, workers: int) -> str:
     return json.dumps(
         {
             "cpu": _cpu(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": available_cores(),
             "workers": workers,
             "img_size": plan.img_size,
             "bytes": int(beton.sizes.sum()),

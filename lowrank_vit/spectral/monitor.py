@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
+from data_prep.resources import available_cores
 from lowrank_vit.spectral.metrics import recorded_indices
 from lowrank_vit.spectral.ranks import OneRank, Ranks, share_out
 from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, Settings, Stacks
@@ -31,7 +31,7 @@ _JOIN_S = 2.0
 
 def default_cpu_threads() -> int:
     """A quarter of the cores that this process may use, at least 1: what the monitor takes of a CPU."""
-    return max(1, len(os.sched_getaffinity(0)) // 4)
+    return max(1, available_cores() // 4)
 
 
 class SpectralMonitor:

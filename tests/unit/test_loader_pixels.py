@@ -15,6 +15,7 @@ from timm.data.transforms_factory import create_transform
 
 from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.config import parse
+from lowrank_vit.data import dali_backend
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.dali_backend import DaliBackend
@@ -77,8 +78,6 @@ def test_pixels_are_pillows(sets, backend, stored, use):
 @pytest.mark.parametrize("stored", ["jpeg", "mixed"])
 def test_the_graph_that_dali_runs_on_a_gpu_gives_pillows_pixels_on_a_cpu(sets, stored, use, monkeypatch):
     """There DALI resizes and mirrors as well; here the same graph runs on CPU threads."""
-    from lowrank_vit.data import dali_backend
-
     shape = dali_backend.PipelineShape
     monkeypatch.setattr(dali_backend, "PipelineShape", lambda **fields: shape(**{**fields, "resize": True}))
     beton = Beton(sets[stored])
@@ -86,6 +85,35 @@ def test_the_graph_that_dali_runs_on_a_gpu_gives_pillows_pixels_on_a_cpu(sets, s
     found = scores(Loader(DaliBackend(beton, plan, CPU, 2), beton, plan, CPU), beton)
     assert np.mean(found) > 48
     assert min(found) > 44
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("use", ["training", "evaluation"])
+def test_batches_of_large_images_are_decoded_in_parts_with_the_same_pixels(sets, use, on_gpu, monkeypatch):
+    """At most a budget of bytes at a time, or one image; with the graph of a GPU, too."""
+    if on_gpu:
+        shape = dali_backend.PipelineShape
+        monkeypatch.setattr(dali_backend, "PipelineShape", lambda **fields: shape(**{**fields, "resize": True}))
+    beton = Beton(sets["mixed"])
+    plan = plan_of(beton, use)
+    whole = list(Loader(DaliBackend(beton, plan, CPU, 2), beton, plan, CPU).batches(2))
+    fed = []
+    feed = dali_backend.Sources.feed
+    monkeypatch.setattr(dali_backend.Sources, "feed", lambda self, pipeline: (fed.append(self), feed(self, pipeline)))
+    budget = 250_000 if use == "evaluation" else 60_000
+    for name in ("HOST_PART_BYTES", "DEVICE_PART_BYTES"):
+        monkeypatch.setattr(dali_backend, name, budget)
+    monkeypatch.setattr(dali_backend, "BYTES_A_THREAD", 0)
+    loader = Loader(DaliBackend(beton, plan, CPU, 2), beton, plan, CPU)
+    fed.clear()  # what the new pipeline was tried with
+    parts = list(loader.batches(2))
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.targets, other.targets)
+    assert len(fed) > 2 * len(whole)
+    for sources in fed:
+        sides = sources.stored_shapes[:, :2] if use == "evaluation" else sources.plan.windows[:, 2:]
+        assert len(sources.data) == 1 or 3 * sides.prod(axis=1).sum() <= budget
 
 
 @pytest.mark.parametrize("use", ["training", "evaluation"])
