@@ -9,7 +9,7 @@ from typing import Any, Literal
 PREFETCH = 2
 """Batches that DALI works on at a time: its default."""
 HW_DECODER_LOAD = 0.35
-"""Share of a batch for the GPU's JPEG engine: DALI's default, and ours."""
+"""Share of a batch for the GPU's JPEG engine: ours, and the fastest for both; DALI's own default is 0.65."""
 # Of DALI's PyTorch example (ResNet50), which sizes the decoder's buffers for the largest images of ImageNet, so that
 # none is made again while it runs.
 _GPU_BUFFERS = {

@@ -137,7 +137,8 @@ def config_of(load: Workload, device: torch.device, way: str, *more: str) -> Con
     step = ["--device", device.type, "--compile" if way == "compiled" else "--no-compile"]
     step.append("--amp" if device.type == "cuda" else "--no-amp")
     sizes = ["--img-size", str(load.img_size), "--batch-size", str(load.batch_size)]
-    of_model = ["--model", load.model, "--num-classes", str(NUM_CLASSES)]
+    # As many outputs as ImageNet has, whatever set the images of a bench are of.
+    of_model = ["--model", load.model, "--num-classes", str(NUM_CLASSES), "--larger-head"]
     return parse(["--synthetic", *of_model, *sizes, *step, *RECIPE, *more], prog="bench")
 
 
