@@ -26,7 +26,7 @@ from lowrank_vit import meaning
 from lowrank_vit.config_check import check, leaves
 from lowrank_vit.config_yaml import FromFile, config_files, read_config
 from lowrank_vit.keywords import square_side, take_keyword
-from lowrank_vit.option_types import Hints
+from lowrank_vit.option_types import Hints, kind_of
 from lowrank_vit.options import Config, Model
 from lowrank_vit.timm_flags import HIDDEN, with_long_names
 from lowrank_vit.timm_line import in_words, translate
@@ -114,6 +114,14 @@ def parse(argv: list[str], prog: str = "") -> Config:
     return config
 
 
+_SWITCHES = {
+    f"--{no}{name}": f"--{name}={not no}"
+    for name, hint, _ in leaves()
+    if kind_of(hint).element is bool and kind_of(hint).may_be_none
+    for no in ("", "no-")
+}
+
+
 def _merged(files: Iterable[FromFile]) -> dict[str, list[str]]:
     """The tokens by option; of several files the last that names an option counts."""
     return {name: tokens for file in files for name, tokens in file.tokens.items()}
@@ -128,12 +136,17 @@ def _tyro(tokens: list[str], prog: str = "", default: _CommandLine | None = None
 
 
 def _take_hidden(tokens: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Tokens without the flags of `HIDDEN`, and the fields of `_CommandLine` that those set: tyro shows or drops."""
+    """Tokens without the flags of `HIDDEN`, and the fields of `_CommandLine` that those set: tyro shows or drops.
+
+    Switches that may be left open get a value, which tyro asks of them.
+    """
     hidden = {"--gp": ("gp", None), "--no-aug": ("no_aug", True), "--no-no-aug": ("no_aug", False)}
     rest, fields = list[str](), dict[str, Any]()
     for token in tokens:
         flag, _, value = token.partition("=")
-        if flag in hidden:
+        if switch := _SWITCHES.get(token.replace("_", "-")):
+            rest.append(switch)
+        elif flag in hidden:
             name, switch = hidden[flag]
             fields[name] = value if switch is None else switch
         else:

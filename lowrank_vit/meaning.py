@@ -47,6 +47,12 @@ CHANGES: tuple[Change, ...] = (
         {"nested-classes": "top"},
         concerns=_is_of_folders,
     ),
+    Change(
+        "an EMA without --model-ema-warmup or --no-model-ema-warmup has a warm-up in runs of fewer than "
+        "10 / (1 - decay) updates, before it had none",
+        {"model-ema-warmup": False},
+        concerns=lambda args: args.get("model-ema", True),
+    ),
 )
 
 

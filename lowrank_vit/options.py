@@ -148,8 +148,9 @@ class Model:
     """Keep an exponential moving average of the weights, and validate it."""
     model_ema_decay: Annotated[float, SHARE_BELOW_1] = 0.9998
     """Decay of the moving average a step."""
-    model_ema_warmup: bool = False
-    """Let the decay grow from 0 over the first steps, as timm's ModelEmaV3 does."""
+    model_ema_warmup: Annotated[bool | None, arg(metavar="")] = None
+    """Let the decay grow from 0 over the first steps, as timm's ModelEmaV3 does; default: in runs of fewer than
+    10 / (1 - decay) updates, 50,000 at 0.9998."""
 
 
 @dataclass(frozen=True)
@@ -336,7 +337,7 @@ class Run:
     val_interval: Annotated[int, POSITIVE] = 1
     """Epochs between two validations (the last epoch is always validated)."""
     eval_metric: Literal["top1", "top5", "loss"] = "top1"
-    """Which validation score tells the best checkpoint, of the EMA where there is one."""
+    """Which validation score tells the best checkpoint, of the model or of its EMA, whichever scores higher."""
     tta: Literal[0, 2] = 0
     """2: score the mean of each validation image and its mirror image."""
     checkpoint_hist: Annotated[int, POSITIVE] = 10

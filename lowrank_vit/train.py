@@ -58,7 +58,7 @@ def _farewell(result: Result, config: Config, world: World) -> str:
     elif result.best is None:
         heading = f"{result.num_updates} updates in {duration(result.train_s)}"
     else:
-        heading = f"{_best(result)}, {duration(result.train_s)} of training"
+        heading = "\n".join([f"{_best(result)}, {duration(result.train_s)} of training", *_whose(result)])
     there = (f"    {name:<20}{what}" for name, pattern, what in _FILES if any(run.glob(pattern)))
     commands = (step.command("  ") for step in steps)
     return "\n".join(["", heading, "", f"  {shown(run)}/", *there, "", "next:", *commands])
@@ -80,6 +80,17 @@ _FILES = (
 def _best(result: Result) -> str:
     name, percent = ("loss", "") if result.metric == "loss" else (result.metric.replace("top", "top-"), " %")
     return f"{name} {result.best:.4g}{percent} (best, epoch {result.best_epoch + 1})"
+
+
+def _whose(result: Result) -> list[str]:
+    """A line about both scores of the best epoch, where there is an EMA."""
+    if "ema" not in result.best_scores:
+        return []
+    percent = "" if result.metric == "loss" else " %"
+    own, ema = (f"{result.best_scores[weights]:.4g}{percent}" for weights in ("model", "ema"))
+    if result.best_scores["ema"] == result.best:
+        return [f"of the EMA's weights; the model's own have {own}"]
+    return [f"of the model's own weights; the EMA's have {ema}"]
 
 
 if __name__ == "__main__":

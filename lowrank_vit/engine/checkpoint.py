@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from lowrank_vit import meaning
 
+BETTER = "better"
+"""Key of a checkpoint's content: "model" or "ema", whichever scored higher in the newest epoch; "" before the first."""
 IS_FINITE = "is_finite"
 """Key of a checkpoint's content: () bool, whether the run was still sound. Files never hold False."""
 

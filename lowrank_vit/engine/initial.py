@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data_prep.class_names import abbreviated
 from data_prep.errors import UserError
-from lowrank_vit.engine.checkpoint import Checkpoint, class_names_in, is_state_dict, load_weights, require_file
+from lowrank_vit.engine.checkpoint import BETTER, Checkpoint, class_names_in, is_state_dict, load_weights, require_file
 from lowrank_vit.engine.class_match import Classes, Trust, match
 from lowrank_vit.engine.pretrained import classes_in, head_names
 
@@ -25,15 +25,18 @@ EMA_KEYS = ("state_dict_ema", "model_ema")
 def load_initial(
     model: nn.Module, path: Path, model_name: str, say: Say, of_data: tuple[Classes, Trust] | None = None
 ) -> None:
-    """Copy a file's weights into the model, the EMA's where it has them, and say which; they must fit.
+    """Copy a file's weights into the model and say which; they must fit.
 
-    timm's own helper reads the file: weights of DDP and of compiled modules under the plain names, `{"model": ...}`,
-    safetensors. The head's rows are brought into the order of the classes of `of_data`, by their names. Raises
-    `UserError` naming the file.
+    The EMA's where it has them, as in timm, unless the file says that the model itself scored higher. timm's own helper
+    reads the file: weights of DDP and of compiled modules under the plain names, `{"model": ...}`, safetensors. The
+    head's rows are brought into the order of the classes of `of_data`, by their names. Raises `UserError` naming the
+    file.
     """
     require_file(path)
+    top = _top_level(path)
+    use_ema = top.get(BETTER) != "model"
     try:
-        weights = timm.models.load_state_dict(str(path))
+        weights = timm.models.load_state_dict(str(path), use_ema=use_ema)
     except Exception as error:  # a damaged or foreign file fails in many ways
         raise UserError(
             f"--initial-checkpoint {path} cannot be read: it is damaged, cut short, or no file with tensors and plain "
@@ -41,12 +44,12 @@ def load_initial(
         ) from error
     if not is_state_dict(weights):
         raise UserError(f"--initial-checkpoint {path} holds no `state_dict`. Give a checkpoint with weights.")
-    top = _top_level(path)
     if of_data:
         advice = f"--pretrained-path {path} starts with a new head where the number of classes differs."
         weights = _with_head_of(weights, path, top, model, model_name, *of_data, say, advice)
     load_weights(model, Checkpoint(path, top), weights, model_name)
-    say(f"initial weights: {'the EMA of' if any(top.get(key) is not None for key in EMA_KEYS) else 'those of'} {path}")
+    is_ema = use_ema and any(top.get(key) is not None for key in EMA_KEYS)
+    say(f"initial weights: {'the EMA of' if is_ema else 'those of'} {path}")
 
 
 def fit_kept_head(model: nn.Module, path: Path, model_name: str, say: Say, data: Classes, trust: Trust) -> None:

@@ -45,9 +45,9 @@ class Keeper:
         names, obsolete, progress = (LAST,), [], self._settled(progress)
         if scores:
             self._before = progress
-            progress, is_best, dropped = progress.after_validation(
-                _score(scores, run.eval_metric), lower_is_better=run.eval_metric == "loss", num_kept=run.checkpoint_hist
-            )
+            known, is_loss = _by_weights(scores, run.eval_metric), run.eval_metric == "loss"
+            counted = progress.after_validation(known, lower_is_better=is_loss, num_kept=run.checkpoint_hist)
+            progress, is_best, dropped = counted
             # `last` last: it remembers the best score, and a resumed run would not write that again.
             best = (BEST,) if is_best else ()
             names = (*best, *(() if epoch in dropped else (_kept_name(epoch),)), LAST)
@@ -81,15 +81,15 @@ class Keeper:
         """Wait for the checkpoint before, and leave out of `progress` what could not be written."""
         lost, before = self._outputs.settle(), self._before
         if BEST in lost:
-            progress = replace(progress, best_metric=before.best_metric, best_epoch=before.best_epoch)
+            best = {"best_metric": before.best_metric, "best_scores": before.best_scores}
+            progress = replace(progress, best_epoch=before.best_epoch, **best)
         if any(name not in (BEST, LAST) for name in lost):
             progress = replace(progress, kept=before.kept)
         return progress
 
 
-def _score(scores: dict[str, Scores], metric: str) -> float:
-    """The one that decides: the EMA's where there is one."""
-    return getattr(scores.get("ema_", scores[""]), metric)
+def _by_weights(scores: dict[str, Scores], metric: str) -> dict[str, float]:
+    return {prefix.rstrip("_") or "model": getattr(score, metric) for prefix, score in scores.items()}
 
 
 def _kept_name(epoch: int) -> str:

@@ -17,6 +17,7 @@ from data_prep.errors import UserError
 from lowrank_vit.augment.ops_cpu import apply_ops
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.recipe import train_rules
+from lowrank_vit.config_check import with_options
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.compiled import NOTE as COMPILING
@@ -49,6 +50,8 @@ SYNTHETIC_CLASSES = 1000
 class Parts:
     """The parts of a run, on one device and ready to go."""
 
+    config: Config
+    """With what was chosen where it was left open."""
     device: torch.device
     num_classes: int
     class_names: list[str] | None
@@ -129,9 +132,13 @@ def make_parts(config: Config, resumed: Checkpoint | None, world: World | None =
     spec = input_spec(model, data.img_size, data.crop_pct, data.mean, data.std)
     smoothing, remode = config.augment.smoothing, config.augment.remode
     augment = Augment(spec.mean, spec.std, num_classes, smoothing, remode, compile=config.step.compile).to(device)
-    ema = _make_ema(config, model, resumed)
     plan, train_loader, line = _make_train_loader(config, sets, num_classes, spec, world, device, augment)
     lines, evaluators, val_loader, val_batch = [line], dict[str, Evaluator](), None, 0
+    lr, lr_origin = learning_rate(config.optim, plan.global_batch)
+    optimizer = create_optimizer(config.optim, model, lr)
+    scheduler, num_epochs = create_scheduler(config.optim, optimizer, plan.updates_per_epoch, config.run.seed)
+    config, ema_line = _with_ema_warmup(config, num_epochs * plan.updates_per_epoch)
+    ema = _make_ema(config, model, resumed)
     if sets:
         val_batch = min(config.data.validation_batch_size or config.data.batch_size, sets.val.num_samples)
         val_loader, line = _make_val_loader(config, sets.val, val_batch, spec, world, device)
@@ -139,15 +146,13 @@ def make_parts(config: Config, resumed: Checkpoint | None, world: World | None =
         evaluators = {"": _make_evaluator(config, model, augment)}
         if ema:
             evaluators["ema_"] = _make_evaluator(config, ema.module, augment)
-    lr, lr_origin = learning_rate(config.optim, plan.global_batch)
-    optimizer = create_optimizer(config.optim, model, lr)
-    scheduler, num_epochs = create_scheduler(config.optim, optimizer, plan.updates_per_epoch, config.run.seed)
     train_flops = train_flops_per_image(model, spec.img_size)
     peak = peak_flops(
         device, DTYPES[config.step.amp_dtype] if config.step.amp else torch.float32, tf32=config.step.tf32
     )
     parameters = sum(p.numel() for p in model.parameters())
     return Parts(
+        config=config,
         device=device,
         num_classes=num_classes,
         class_names=sets.train.classes if sets else None,
@@ -171,6 +176,7 @@ def make_parts(config: Config, resumed: Checkpoint | None, world: World | None =
             *lines,
             f"peak learning rate {lr:.3g} ({lr_origin}), {_batch_in_words(plan)}, "
             f"{plan.updates_per_epoch} updates an epoch, {num_epochs} epoch{'s' if num_epochs != 1 else ''}",
+            *ema_line,
             *([COMPILING] if sets and device.type == "cpu" and _must_compile(config) else []),
             *([f"{train_flops / 1e9:.3g} GFLOP a training image; MFU is against {peak.name}"] if train_flops else []),
         ],
@@ -299,11 +305,30 @@ def _make_model(
     return model
 
 
+def _with_ema_warmup(config: Config, num_updates: int) -> tuple[Config, list[str]]:
+    """Decide on --model-ema-warmup where it is left open, and say so.
+
+    Without it the first weights have the share decay^updates in the average, 5e-5 at 10 / (1 - decay) updates, and the
+    average spans a tenth of such a run. In a shorter one it would be of weights that are mostly too old.
+    """
+    options = config.model
+    if not options.model_ema or options.model_ema_warmup is not None:
+        return config, []
+    enough = round(10 / (1 - options.model_ema_decay))
+    is_short = num_updates < enough
+    config = with_options(config, {"model-ema-warmup": is_short})
+    line = (
+        f"EMA with warm-up, since {num_updates:,} updates are fewer than {enough:,} = 10 / (1 - "
+        f"{options.model_ema_decay:g}); --no-model-ema-warmup keeps the decay as it is"
+    )
+    return config, [line] if is_short else []
+
+
 def _make_ema(config: Config, model: nn.Module, resumed: Checkpoint | None) -> ModelEmaV3 | None:
     options = config.model
     if not options.model_ema:
         return None
-    ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
+    ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=bool(options.model_ema_warmup))
     if resumed:
         if not resumed.content.get("state_dict_ema"):
             raise UserError(f"{resumed.path} is of a run without an EMA. Resume it with --no-model-ema.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import Tensor
 from data_prep.errors import UserError
 from lowrank_vit import meaning
 from lowrank_vit.config_check import leaves, with_options
-from lowrank_vit.engine.checkpoint import IS_FINITE, Checkpoint
+from lowrank_vit.engine.checkpoint import BETTER, IS_FINITE, Checkpoint
 from lowrank_vit.engine.meter import NEVER
 from lowrank_vit.engine.setup import Parts
+from lowrank_vit.option_types import kind_of
 from lowrank_vit.options import Config
 
 MAY_CHANGE = set(
@@ -53,6 +55,12 @@ class Progress:
     best_metric: float | None = None
     """Of --eval-metric."""
     best_epoch: int = -1
+    best_scores: dict[str, float] = field(default_factory=dict[str, float])
+    """In the best epoch, by weights: "model", and "ema" where there is one."""
+    better: str = ""
+    """Which of them scored higher in the last validated epoch."""
+    is_chosen_by_ema: bool = False
+    """Epochs are compared by the EMA's score alone, even if it is lower: so it was in runs of `meaning` 1."""
     kept: tuple[tuple[float, int], ...] = field(default=())
     """Metric and epoch of each checkpoint-EPOCH.pth.tar, best first."""
     wandb_id: str = ""
@@ -63,17 +71,22 @@ class Progress:
         return self.epoch > 0 or self.updates_done > 0
 
     def after_validation(
-        self, metric: float, *, lower_is_better: bool, num_kept: int
+        self, scores: dict[str, float], *, lower_is_better: bool, num_kept: int
     ) -> tuple[Progress, bool, list[int]]:
         """Count a validated epoch in: the new progress, whether it is the best, the epochs no longer to be kept.
+
+        `scores` by weights, as `best_scores`. The better of the two counts, the EMA's where they are equal.
 
         This epoch is among those if `num_kept` others are better. Ties keep the older, as timm does.
         """
         sign = 1 if lower_is_better else -1
+        known = ["ema"] if self.is_chosen_by_ema and "ema" in scores else [k for k in ("ema", "model") if k in scores]
+        better = min(known, key=lambda weights: (math.isnan(scores[weights]), sign * scores[weights]))
+        metric = scores[better]
         ranked = sorted([*self.kept, (metric, self.epoch)], key=lambda one: sign * one[0])
         is_best = self.best_metric is None or sign * metric < sign * self.best_metric
-        best = {"best_metric": metric, "best_epoch": self.epoch} if is_best else {}
-        progress = replace(self, kept=tuple(ranked[:num_kept]), **best)
+        best = {"best_metric": metric, "best_epoch": self.epoch, "best_scores": scores} if is_best else {}
+        progress = replace(self, kept=tuple(ranked[:num_kept]), better=better, **best)
         return progress, is_best, [epoch for _, epoch in ranked[num_kept:]]
 
 
@@ -91,6 +104,7 @@ def capture(config: Config, parts: Parts, progress: Progress) -> dict[str, Any]:
         "state_dict": parts.model.state_dict(),
         "optimizer": parts.optimizer.state_dict(),
         "metric": progress.best_metric,
+        BETTER: progress.better,
         "progress": {**asdict(progress), "kept": [list(one) for one in progress.kept]},
         "step": step,
         IS_FINITE: _is_finite(parts) & (step["meter"]["bad_update"] == NEVER),
@@ -133,6 +147,8 @@ def as_resumed(config: Config, resumed: Checkpoint, say: Callable[[str], object]
         if old:
             values = ", ".join(f"--{name} {_plain(value)}" for name, value in old.items())
             say(f"note: {resumed.path} is of an older run: {change.what}. It goes on as it began: {values}")
+    left_open = [name for name, hint, value in leaves(config) if value is None and kind_of(hint).element is bool]
+    config = with_options(config, {name: args[name] for name in left_open if name in args})  # what the run has chosen
     _check_same_run(config, resumed)
     return config
 
@@ -144,7 +160,8 @@ def restore(config: Config, parts: Parts, resumed: Checkpoint) -> Progress:
     except (ValueError, KeyError) as error:
         raise UserError(f"{resumed.path} was saved with another optimizer: {error}.") from error
     saved = resumed.training_state("progress")
-    fields: dict[str, Any] = {**saved, "kept": tuple((metric, epoch) for metric, epoch in saved["kept"])}
+    older = {"is_chosen_by_ema": "better" not in saved}
+    fields: dict[str, Any] = {**older, **saved, "kept": tuple((metric, epoch) for metric, epoch in saved["kept"])}
     progress = Progress(**fields)
     parts.step.load_state_dict(resumed.training_state("step"))
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ class Result:
     metric: str
     """--eval-metric, e.g. top1."""
     best: float | None
-    """Best validation score: of the EMA where there is one. None: nothing was validated."""
+    """Best validation score, of the model or of its EMA. None: nothing was validated."""
     best_epoch: int
     """0-based."""
     train_s: float
@@ -48,6 +48,8 @@ class Result:
     stopped_by: str = ""
     """The signal on which it ended before its last epoch."""
     num_updates: int = 0
+    best_scores: dict[str, float] = field(default_factory=dict[str, float])
+    """In the best epoch: of the "model", and of its "ema" where there is one."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Trainer:
         start = find_start(config, self.world)
         self.config = start.config
         self.parts = make_parts(self.config, start.resumed, self.world)
+        self.config = self.parts.config
         self.progress = restore(self.config, self.parts, start.resumed) if start.resumed else Progress()
         self.run_dir = open_run_dir(start, default_name) if self.world.is_first else RunDir(Path(), None)
         self.run_dir.path = self.world.from_first(self.run_dir.path)
@@ -110,7 +113,8 @@ class Trainer:
                 self.outputs.finish()
         progress, updates = self.progress, parts.step.num_updates
         best = progress.best_metric, progress.best_epoch
-        return Result(self.run_dir.path, self.config.run.eval_metric, *best, self.train_s, stopped_by, updates)
+        end = self.train_s, stopped_by, updates, progress.best_scores
+        return Result(self.run_dir.path, self.config.run.eval_metric, *best, *end)
 
     def _make_outputs(self) -> Outputs:
         indices = self.monitor.indices_by_type() if self.monitor else {}

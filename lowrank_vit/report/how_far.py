@@ -70,6 +70,16 @@ def _saved(path: Path) -> tuple[int, int]:
     return 0, 0
 
 
+def better_weights(path: Path) -> str:
+    """Of a checkpoint: "model" or "ema", whichever scored higher in its epoch; empty where it does not tell."""
+    import torch
+
+    with contextlib.suppress(Exception):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return str(content.get("better") or ("ema" if content.get("state_dict_ema") else "model"))
+    return ""
+
+
 def _is_owned(path: Path) -> bool:
     """Whether the lock that a training process holds while it lives is taken."""
     try:

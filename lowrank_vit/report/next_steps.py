@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.typed import typed
+from lowrank_vit.report.how_far import better_weights
 
 WIDTH = 76
 """Columns of a command; beyond them it goes on in the next line."""
@@ -64,7 +65,7 @@ def next_steps(
         steps.append(Step("Compare its img/s with those of your data", (train, config, "--no-synthetic", *data)))
     elif (run_dir / "model_best.pth.tar").exists():
         best = f"--checkpoint {run}/model_best.pth.tar"
-        ema = ("--use-ema",) if args.get("model-ema") else ()
+        ema = ("--use-ema",) if better_weights(run_dir / "model_best.pth.tar") == "ema" else ()
         steps += [
             Step("Singular values of its weights", (typed("lowrank_vit.analyze_spectrum"), *ema, best)),
             Step("Score it again, with 95 % intervals", (typed("lowrank_vit.validate"), *ema, best)),

@@ -232,7 +232,7 @@ def test_checkpoints_between_validations(small, tmp_path, monkeypatch):
 
 def test_the_best_epochs_are_kept(small, tmp_path):
     run = Trainer(parse(small(*RECIPE, "--epochs", "5", "--checkpoint-hist", "2")), "x").run().run_dir
-    top1 = {record["epoch"]: record["eval_ema_top1"] for record in records(run, "eval")}
+    top1 = {r["epoch"]: max(r["eval_ema_top1"], r["eval_top1"]) for r in records(run, "eval")}
     best = sorted(top1, key=lambda epoch: -top1[epoch])[:2]  # the older of two that are equal
     kept = {path.name: read_checkpoint(path).epoch for path in run.glob("checkpoint-*.pth.tar")}
     assert kept == {f"checkpoint-{epoch}.pth.tar": epoch for epoch in best}
@@ -241,7 +241,7 @@ def test_the_best_epochs_are_kept(small, tmp_path):
 
 def test_the_smallest_loss_can_be_the_best(small):
     result = Trainer(parse(small(*RECIPE, "--eval-metric", "loss")), "x").run()
-    found = {record["epoch"]: record["eval_ema_loss"] for record in records(result.run_dir, "eval")}
+    found = {r["epoch"]: min(r["eval_ema_loss"], r["eval_loss"]) for r in records(result.run_dir, "eval")}
     assert (result.metric, result.best) == ("loss", min(found.values()))
     assert found[result.best_epoch] == result.best
 
@@ -369,7 +369,7 @@ def test_a_signal_to_a_diverged_run_saves_nothing_and_says_so(small):
 def test_the_best_epoch_is_one_whose_file_is_there(small, monkeypatch):
     """The best of all cannot be written; a later one, better than the one before it, takes its place."""
     scores = iter([20.0, 90.0, 30.0, 25.0])
-    monkeypatch.setattr("lowrank_vit.engine.keeper._score", lambda *_: next(scores))
+    monkeypatch.setattr("lowrank_vit.engine.keeper._by_weights", lambda *_: {"model": next(scores), "ema": 0.0})
 
     def full(path, content):
         if content["progress"]["best_metric"] == 90.0:

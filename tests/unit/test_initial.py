@@ -31,6 +31,7 @@ OWN, EMA = made(1).state_dict(), made(2).state_dict()
     ("content", "is_ema"),
     [
         ({"arch": NAME, "state_dict": OWN, "state_dict_ema": EMA, "epoch": 3}, True),
+        ({"state_dict": OWN, "state_dict_ema": EMA, "better": "ema"}, True),
         ({"state_dict": OWN, "state_dict_ema": None}, False),
         ({"state_dict": OWN}, False),
         ({"model": OWN}, False),

@@ -70,14 +70,20 @@ def test_without_a_checkpoint_it_can_only_begin_anew(run):
     assert commands(next_steps(run, {}, is_finished=False))[0][2:] == ["--config", "output/a/args.yaml"]
 
 
-def test_a_finished_run_is_scored_by_its_ema_where_it_has_one(run):
-    with_ema, without = (
-        [command for command in commands(next_steps(run, args, is_finished=True)) if "--checkpoint" in command]
-        for args in ({"model-ema": True}, {})
-    )
-    assert [command[1] for command in with_ema] == ["analyze-spectrum", "validate", "inference"]
-    assert all("--use-ema" in command for command in with_ema)
-    assert not any("--use-ema" in command for command in without)
+@pytest.mark.parametrize(
+    ("content", "is_ema"),
+    [
+        ({"better": "ema", "state_dict_ema": {"w": torch.ones(1)}}, True),
+        ({"better": "model", "state_dict_ema": {"w": torch.ones(1)}}, False),
+        ({"state_dict_ema": {"w": torch.ones(1)}}, True),  # older: chosen by the EMA
+        ({}, False),
+    ],
+)
+def test_a_finished_run_is_scored_with_the_weights_that_were_best(run, content, is_ema):
+    torch.save({"state_dict": {"w": torch.ones(1)}, **content}, run / "model_best.pth.tar")
+    said = [command for command in commands(next_steps(run, {}, is_finished=True)) if "--checkpoint" in command]
+    assert [command[1] for command in said] == ["analyze-spectrum", "validate", "inference"]
+    assert ["--use-ema" in command for command in said] == [is_ema] * 3
 
 
 @pytest.mark.parametrize("data", [{}, {"data-dir": "photos"}])
@@ -172,6 +178,15 @@ def test_a_farewell_lists_what_is_there(run, result):
     assert "spectra/" in text
     assert "wandb sync output/a/wandb/offline-run-*" in text
     assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_a_farewell_tells_both_scores(run, result):
+    for scores, said in (
+        ({"model": 98.6, "ema": 23.0}, "of the model's own weights; the EMA's have 23 %"),
+        ({"model": 97.0, "ema": 98.6}, "of the EMA's weights; the model's own have 97 %"),
+    ):
+        text = _farewell(Result(**result, best_scores=scores), parse([]), World())
+        assert text.startswith(f"\ntop-1 98.6 % (best, epoch 2), 1:15 of training\n{said}\n")
 
 
 def test_a_farewell_of_a_stopped_run_begins_with_resuming(run, result):
