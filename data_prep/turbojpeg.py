@@ -46,15 +46,20 @@ def decode(
     height: int,
     *,
     shrink: Literal[1, 2, 4, 8] = 1,
+    stop_on_warning: bool = True,
     empty: Callable[[tuple[int, int, int]], np.ndarray] = _empty,
 ) -> np.ndarray:
     """Decode a JPEG of `width` x `height` pixels to uint8 (ceil(height / shrink), ceil(width / shrink), 3).
 
-    `empty` makes the result's array. Raises `JpegDataError`, at libjpeg's first warning too. A progressive JPEG of more
-    than 500 scans is refused (it would decode for minutes).
+    `empty` makes the result's array. Raises `JpegDataError`; with `stop_on_warning` at libjpeg's first warning too. A
+    progressive JPEG of more than 500 scans is refused (it would decode for minutes).
     """
     pixels = empty((-(-height // shrink), -(-width // shrink), 3))
-    _decompress(data, pixels, "rgb", _LIMIT_SCANS | _STOP_ON_WARNING)
+    try:
+        _decompress(data, pixels, "rgb", _LIMIT_SCANS | (_STOP_ON_WARNING if stop_on_warning else 0))
+    except JpegDataError as error:
+        if stop_on_warning or not error.is_warning:
+            raise
     return pixels
 
 

@@ -29,7 +29,7 @@ from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.exact_jpeg import decode_exactly, is_of_size
 from lowrank_vit.data.geometry import spans
-from lowrank_vit.data.pil_decode import crop_and_resize, decode
+from lowrank_vit.data.pil_decode import crop_and_resize, decode_sound
 from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan
 from lowrank_vit.data.resize_cpu import resize_into
 from lowrank_vit.data.schedule import Schedule
@@ -280,14 +280,14 @@ class FfcvBackend:
     def _judge(self, plan: BatchPlan, images: np.ndarray, failed: np.ndarray) -> None:
         """Have Pillow decode the samples at the positions `failed` of the batch. Raises `DamagedSamples`.
 
-        libjpeg-turbo returns one code for errors and for mere warnings (bytes too many before a marker, as in some
-        images of ImageNet, which decode whole); PIL raises for the first only, so it decides.
+        libjpeg-turbo returns one code for errors and for warnings, some of which leave the picture whole (a byte or two
+        too many before a marker, as in some images of ImageNet); which of them do is decided as when converting.
         """
         reasons = {}
         for n in failed.tolist():
             sample_id = int(plan.ids[n])
             try:
-                pixels = decode(self._beton, sample_id)
+                pixels = decode_sound(self._beton, sample_id)
             except ValueError as error:
                 reasons[sample_id] = str(error)
             else:

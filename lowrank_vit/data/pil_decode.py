@@ -7,6 +7,7 @@ import io
 import numpy as np
 from PIL import Image, ImageFile
 
+from data_prep import jpeg_repair, turbojpeg
 from data_prep.beton_format import MODE_RAW
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.plan import BatchPlan
@@ -41,17 +42,33 @@ def decode(beton: Beton, sample_id: int) -> np.ndarray:
         raise ValueError(pillow_says(error)) from error
 
 
+def decode_sound(beton: Beton, sample_id: int) -> np.ndarray:
+    """`decode`, but what libjpeg warns of, which Pillow keeps to itself, is damage as it is when converting.
+
+    Raises `ValueError` with the words of either.
+    """
+    pixels = decode(beton, sample_id)
+    if beton.modes[sample_id] != MODE_RAW:
+        stored = beton.sample(sample_id).tobytes()
+        try:
+            turbojpeg.check(stored, pixels.shape[1], pixels.shape[0])
+        except turbojpeg.JpegDataError as error:
+            if error.is_warning:
+                jpeg_repair.mended(stored, error)  # raises it unless the picture is whole
+    return pixels
+
+
 def pillow_says(error: Exception) -> str:
     """What Pillow complains of, without the addresses of our own objects."""
     return str(error).replace("<_io.BytesIO object at ", "<").split(" <")[0] or type(error).__name__
 
 
 def find_damage(beton: Beton, ids: np.ndarray) -> dict[int, str]:
-    """Those of the samples that Pillow cannot decode, with its reasons."""
+    """Those of the samples that are damaged, with the reasons."""
     damaged = {}
     for sample_id in ids:
         try:
-            decode(beton, int(sample_id))
+            decode_sound(beton, int(sample_id))
         except ValueError as error:
             damaged[int(sample_id)] = str(error)
     return damaged

@@ -15,7 +15,7 @@ from lowrank_vit.data.backend import DamagedSamples, new_meter, to_device
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.geometry import LENGTH, spans
-from lowrank_vit.data.pil_decode import decode
+from lowrank_vit.data.pil_decode import decode_sound
 from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan
 from lowrank_vit.data.resize_cpu import resize_batch
 from lowrank_vit.data.schedule import Schedule
@@ -50,7 +50,7 @@ class ResidentBackend:
 
         def fill(sample_id: int) -> None:
             try:
-                decoded, start = decode(beton, sample_id).reshape(-1), self._starts[sample_id]
+                decoded, start = decode_sound(beton, sample_id).reshape(-1), self._starts[sample_id]
                 if sample_id not in self._damaged:
                     flat[start : start + pixels[sample_id]] = decoded
             except ValueError as error:

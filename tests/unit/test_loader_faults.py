@@ -23,6 +23,7 @@ from data_prep.errors import BetonError
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.loader import Loader
+from lowrank_vit.data.pil_decode import decode
 from lowrank_vit.data.plan import EvalPlan, TrainPlan, TrainRules
 from lowrank_vit.data.schedule import Schedule
 from tests.photos import NUM_PHOTOS, psnr, write_sets
@@ -298,3 +299,21 @@ for epoch in range(10**9):
         process.kill()  # a failure must not leave it running
     assert process.returncode != 0
     assert "KeyboardInterrupt" in errors
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+@pytest.mark.parametrize("backend", ["ffcv", "resident"])
+def test_what_libjpeg_warns_of_is_damage_when_training_too(sets, tmp_path, backend, mode):
+    """A few hundred zeros, of which Pillow says nothing; without a manifest there is no checksum either."""
+    path = tmp_path / "rotten.beton"
+    content = bytearray(sets["jpeg"].read_bytes())
+    beton = Beton(sets["jpeg"])
+    start = int(beton.pointers[5]) + int(beton.sizes[5]) * 2 // 3
+    content[start : start + 300] = bytes(300)
+    path.write_bytes(content)
+    beton = Beton(path)
+    decode(beton, 5)
+    look = {"img_size": 16, "crop_pct": 0.9, "batch_size": 4}
+    plan = train_plan(beton) if mode == "training" else EvalPlan(beton.heights, beton.widths, **look)
+    with pytest.raises(BetonError, match="sample 5"):
+        list(open_one(backend, beton, plan).batches(0))
