@@ -31,6 +31,10 @@ class Change:
     """Whether it matters to a run of these options, by name; one that is missing stands at its default."""
 
 
+def _is_mixed(args: Mapping[str, Any]) -> bool:
+    return any(args.get(name) for name in ("mixup", "cutmix", "cutmix-minmax"))
+
+
 def _is_of_folders(args: Mapping[str, Any]) -> bool:
     """Whether a run may have read class folders."""
     return not args.get("synthetic") and str(args.get("dataset") or "").lower() not in ("digits", "torch/cifar100")
@@ -40,7 +44,7 @@ CHANGES: tuple[Change, ...] = (
     Change(
         "mixup and cutmix are drawn for each --mix-block images, before once for a global batch",
         {"mix-block": 0},
-        concerns=lambda args: any(args.get(name) for name in ("mixup", "cutmix", "cutmix-minmax")),
+        concerns=_is_mixed,
     ),
     Change(
         "classes are the folders that hold images, as in timm, and no longer those directly in the split",
@@ -52,6 +56,11 @@ CHANGES: tuple[Change, ...] = (
         "10 / (1 - decay) updates, before it had none",
         {"model-ema-warmup": False},
         concerns=lambda args: args.get("model-ema", True),
+    ),
+    Change(
+        "random erasing comes after mixup and cutmix, before ahead of them",
+        {"erase-first": True},
+        concerns=lambda args: _is_mixed(args) and bool(args.get("reprob")),
     ),
 )
 

@@ -245,6 +245,8 @@ class Augment:
     """Random erasing fill: zeros, one normal colour a box, or normal noise."""
     recount: Annotated[int, POSITIVE] = 1
     """Random erasing: greatest number of boxes an image."""
+    erase_first: bool = False
+    """Erase before mixing, as timm does without its prefetcher; default: after it."""
     resplit: bool = False
     """Leave the first augmentation split unerased; without splits it changes nothing, as in timm."""
     smoothing: Annotated[float, SHARE_BELOW_1] = 0.1

@@ -77,7 +77,6 @@ INSTEAD = {
 HOLDS = {
     "pin-mem": "memory is always pinned",
     "prefetcher": "always so; --prefetch N sets how many batches may wait",
-    "no-prefetcher": "batches are always made ready on the device; --prefetch N sets how many may wait",
     "use-multi-epochs-loader": "workers always live on from epoch to epoch",
     "worker-seeding": "what is random depends on --seed alone, not on workers",
     "channels-last": "always so",
@@ -94,6 +93,7 @@ RENAMED = {
     "torchcompile": "`--compile`; `inductor` is the only backend",
     "torchcompile-mode": "`--compile-mode`",
     "native-amp": "`--amp`",
+    "no-prefetcher": "`--erase-first`, as timm does without it; batches are always made ready on the device",
     "drop-connect": "`--drop-path`",
     "input-size": "`--img-size`: `3 N N` is N, images are square and RGB",
     "gp": "`--model-kwargs global_pool=`",

@@ -75,8 +75,8 @@ def foreign(name: str, values: list[str], shown: str) -> list[str]:
         if values and values[0] not in ("", "inductor"):
             raise UserError(f"{shown} {values[0]}: inductor is the only backend here. Give --compile.")
         return [] if values == [""] else ["--compile"]
-    if name == "native-amp":
-        return ["--amp"]
+    if name in ("native-amp", "no-prefetcher"):
+        return ["--amp" if name == "native-amp" else "--erase-first"]
     if name == "input-size":
         return _img_size(values, shown)
     if name in ("torchcompile-mode", "drop-connect"):

@@ -113,7 +113,9 @@ def preview(config: Config) -> bytes:
     batch = plan.batch(0, 0, plan.ids(0)[0])
     images, labels, classes, origin = read(batch.ids)
     crops = np.stack([crop_and_resize(image, batch, n, size) for n, image in enumerate(images)])
-    augment = Augment(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, len(classes), smoothing, config.augment.remode)
+    remode, erase_first = config.augment.remode, config.augment.erase_first
+    colours = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    augment = Augment(*colours, len(classes), smoothing, remode, erase_first=erase_first)
     shown, soft = as_the_model_sees_them(crops, labels, batch, augment)
     policy = rules.policy or _must_parse(DEFAULT_POLICY)
     grid = by_level(_whole(images[0], size), replace(policy, level_std=0.0), augment.fill.numpy())

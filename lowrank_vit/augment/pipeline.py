@@ -1,6 +1,7 @@
 """What happens to a decoded batch before the model sees it, in timm's order.
 
-Vertical flip, image operations (uint8), normalisation, erasing; then, inside the compiled step, mixup or cutmix.
+Vertical flip, image operations (uint8), normalisation, mixup or cutmix, erasing. Where nothing is erased, images stay
+uint8 until they are normalised and mixed inside the compiled step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from lowrank_vit.augment import ops, ops_cpu
 from lowrank_vit.augment.erase import NORMAL, Mode, erase, normalize_and_erase_cpu
-from lowrank_vit.augment.mix import mix_images, mix_targets
+from lowrank_vit.augment.mix import mix_images, mix_targets, mix_to_tensor
 from lowrank_vit.data.plan import BatchPlan
 
 
@@ -28,15 +29,17 @@ class Augment(nn.Module):
         smoothing: float,
         remode: Mode = "const",
         *,
+        erase_first: bool = False,
         compile: bool = False,
     ) -> None:
         """`mean`, `std`: of RGB in 0-1, the model's own; `smoothing`: label smoothing in [0, 1).
 
-        `compile`: fuse normalising and erasing on CUDA with torch.compile.
+        `erase_first`: erase before mixing. `compile`: fuse normalising, mixing and erasing on CUDA with torch.compile.
         """
         super().__init__()
         self.num_classes, self.smoothing = num_classes, smoothing
         self.remode: Mode = remode
+        self._erase_first = erase_first
         self._erase_on_cuda = torch.compile(self._normalize_and_erase) if compile else self._normalize_and_erase
         self.mean: Tensor
         self.std: Tensor
@@ -53,9 +56,9 @@ class Augment(nn.Module):
 
     @torch.no_grad()
     def prepare(self, images: Tensor, plan: BatchPlan) -> Tensor:
-        """Apply the plan to uint8 (B, 3, S, S) channels_last images: all that comes before mixing.
+        """Apply the plan to uint8 (B, 3, S, S) channels_last images: all that `forward` leaves.
 
-        Changes `images`. Returns them, still uint8, or float32 (normalised) where something was erased, on a CPU in
+        Changes `images`. Returns them, still uint8, or float32 (normalised and mixed) if images are erased, on a CPU in
         memory that the next call uses again; a plan with nothing of the kind costs nothing. The host does not wait for
         the device. Raises `UserError` for another dtype or layout.
         """
@@ -85,25 +88,29 @@ class Augment(nn.Module):
     def _erase(self, images: Tensor, plan: BatchPlan) -> Tensor:
         if plan.erase is None:
             return images
-        boxes, keys = plan.erase.boxes, plan.erase.keys
+        boxes, keys, mix = plan.erase.boxes, plan.erase.keys, mix_to_tensor(plan.mix).numpy()
         if images.is_cuda:
-            on_device = ops.to_device(boxes, images), ops.to_device(keys.astype(np.int64), images)
+            on_device = (ops.to_device(values, images) for values in (boxes, keys.astype(np.int64), mix))
             return self._erase_on_cuda(images, *on_device)
         scale = self.mean.flatten().numpy(), self.std.flatten().numpy()
         images_BHWC = images.permute(0, 2, 3, 1).numpy()
         if self._normalized.shape != images_BHWC.shape:
             self._normalized = np.empty(images_BHWC.shape, np.float32)
-        normalize_and_erase_cpu(images_BHWC, *scale, boxes, keys, self.remode, self._normalized)
+        mix = None if self._erase_first else mix
+        normalize_and_erase_cpu(images_BHWC, *scale, boxes, keys, self.remode, self._normalized, mix)
         return torch.from_numpy(self._normalized).permute(0, 3, 1, 2)
 
-    def _normalize_and_erase(self, images: Tensor, boxes: Tensor, keys: Tensor) -> Tensor:
-        return erase(self.normalize(images), boxes, keys, self.remode, self.quantiles)
+    def _normalize_and_erase(self, images: Tensor, boxes: Tensor, keys: Tensor, mix: Tensor) -> Tensor:
+        images = self.normalize(images)
+        images = images if self._erase_first else mix_images(images, mix)
+        return erase(images, boxes, keys, self.remode, self.quantiles)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) in 0-255 to float32 with the model's mean and standard deviation; floats stay."""
         return (images.float() - self.mean) / self.std if images.dtype == torch.uint8 else images
 
     def forward(self, images: Tensor, targets: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
-        """Training: normalise what `prepare` left, then mix. `mix` as by `mix_to_tensor`, on the images' device."""
-        mixed = mix_images(self.normalize(images), mix)
+        """Training: normalise and mix what `prepare` left. `mix` as by `mix_to_tensor`, on the images' device."""
+        is_mixed = images.dtype != torch.uint8 and not self._erase_first
+        mixed = images if is_mixed else mix_images(self.normalize(images), mix)
         return mixed, mix_targets(targets, self.num_classes, self.smoothing, mix)

@@ -155,6 +155,36 @@ def test_the_whole_chain_is_pils_and_timms_one_image_at_a_time(count, size):
         assert error.quantile(0.99) < 3
 
 
+@pytest.mark.parametrize("erase_first", [False, True])
+@pytest.mark.parametrize("mode", ["batch", "elem"])
+def test_mixed_images_are_erased_as_timm_does_it_with_its_prefetcher(mode, erase_first, monkeypatch):
+    """Its `FastCollateMixup` comes before erasing; without the prefetcher `Mixup` comes behind it."""
+    mixing = MixRules(mixup=0.8, cutmix=1.0, mode=mode)
+    photos, labels = photographs(8, 32), torch.arange(8)
+    images = torch.from_numpy(photos).permute(0, 3, 1, 2)
+    augment = Augment(MEAN, STD, 10, 0.1, "const", erase_first=erase_first)
+    is_cutmix = set[bool]()
+    for epoch in range(12):
+        sides = np.full(8, 32)
+        plan = TrainPlan(sides, sides, TrainRules(reprob=0.5, mixing=mixing), seed=1, img_size=32, batch_size=8)
+        batch = plan.batch(epoch, 0, np.arange(8))
+        assert batch.erase is not None
+        is_inside = torch.zeros(8, 1, 32, 32, dtype=torch.bool)
+        for n, (top, bottom, left, right) in enumerate(batch.erase.boxes[:, 0]):
+            is_inside[n, :, top:bottom, left:right] = True
+        expected = augment.normalize(images).masked_fill(is_inside, 0) if erase_first else augment.normalize(images)
+        expected, soft = timms(expected, labels, list(batch.mix), mode, monkeypatch)
+        expected = expected if erase_first else expected.masked_fill(is_inside, 0)
+        mix = mix_to_tensor(batch.mix)
+        found = augment(augment.prepare(images.clone(memory_format=torch.channels_last), batch), labels, mix)
+        torch.testing.assert_close(found, (expected, soft), rtol=1e-5, atol=1e-5)
+        boxes, keys = torch.from_numpy(batch.erase.boxes), torch.from_numpy(batch.erase.keys.astype(np.int64))
+        by_torch = augment(augment._normalize_and_erase(images, boxes, keys, mix), labels, mix)
+        torch.testing.assert_close(by_torch, (expected, soft), rtol=1e-5, atol=1e-5)
+        is_cutmix |= {mix.is_cutmix for mix in batch.mix}
+    assert is_cutmix == {False, True}
+
+
 @pytest.mark.parametrize("remode", ["const", "rand", "pixel"])
 def test_the_tensor_code_for_gpus_gives_what_the_cpu_code_gives(remode):
     photos, plan = photographs(16, 64), plan_of(FULL, 16, 64)

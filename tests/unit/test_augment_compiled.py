@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from lowrank_vit.augment.mix import mix_to_tensor
 from lowrank_vit.augment.pipeline import Augment
+from lowrank_vit.data.plan_mix import Mix
 from tests.unit.test_augment import FULL, photographs, plan_of
 
 
@@ -23,5 +25,6 @@ def test_compiled_erasing_is_eager():
     augment = Augment((0.5,) * 3, (0.2,) * 3, 10, 0.1, "pixel", compile=True)
     images = torch.from_numpy(photos).permute(0, 3, 1, 2)
     boxes, keys = torch.from_numpy(plan.erase.boxes), torch.from_numpy(plan.erase.keys.astype(np.int64))
-    compiled = augment._erase_on_cuda(images, boxes, keys)
-    torch.testing.assert_close(compiled, augment._normalize_and_erase(images, boxes, keys), rtol=0, atol=2e-6)
+    mix = mix_to_tensor([Mix(0.3, is_cutmix=False)])
+    compiled = augment._erase_on_cuda(images, boxes, keys, mix)
+    torch.testing.assert_close(compiled, augment._normalize_and_erase(images, boxes, keys, mix), rtol=0, atol=2e-6)

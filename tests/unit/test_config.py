@@ -27,10 +27,10 @@ opt-kwargs momentum weight-decay lr lr-base lr-base-size lr-base-scale layer-dec
 layer-decay-no-opt-scale clip-grad clip-mode grad-accum-steps sched sched-on-updates epochs warmup-epochs warmup-prefix
 warmup-lr min-lr cooldown-epochs decay-epochs decay-rate decay-milestones lr-decay-fn lr-stable-timescale lr-cycle-mul
 lr-cycle-decay lr-cycle-limit lr-k-decay lr-noise lr-noise-pct lr-noise-std aa color-jitter reprob remode recount
-resplit smoothing bce-loss bce-sum bce-target-thresh mixup cutmix mixup-prob mixup-switch-prob mixup-mode mix-block
-cutmix-minmax mixup-off-epoch device amp amp-dtype tf32 compile compile-mode compile-cache spec-monitor spec-every
-spec-topk spec-interval spec-targets spec-split-qkv spec-solver spec-on-cpu spec-cpu-threads spec-store-gb output
-experiment resume seed log-interval val-interval eval-metric tta checkpoint-hist checkpoint-interval log-wandb
+erase-first resplit smoothing bce-loss bce-sum bce-target-thresh mixup cutmix mixup-prob mixup-switch-prob mixup-mode
+mix-block cutmix-minmax mixup-off-epoch device amp amp-dtype tf32 compile compile-mode compile-cache spec-monitor
+spec-every spec-topk spec-interval spec-targets spec-split-qkv spec-solver spec-on-cpu spec-cpu-threads spec-store-gb
+output experiment resume seed log-interval val-interval eval-metric tta checkpoint-hist checkpoint-interval log-wandb
 wandb-project wandb-tags wandb-resume-id
 """.split()
 

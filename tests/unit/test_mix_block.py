@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_vit.augment.mix import mix_images, mix_targets, mix_to_tensor
+from lowrank_vit.config import parse, to_yaml
 from lowrank_vit.data.plan import Stream, TrainPlan, TrainRules
 from lowrank_vit.data.plan_mix import NO_MIX, MixRules, deal, draw_mix
+from lowrank_vit.engine.checkpoint import Checkpoint
+from lowrank_vit.engine.state import as_resumed
 from tests.unit.test_augment import timms
 
 BOTH = {"mixup": 0.8, "cutmix": 1.0}
@@ -157,3 +162,17 @@ def test_without_mixing_blocks_change_nothing():
     plans = [TrainPlan(sides, sides, TrainRules(mixing=MixRules(block=block)), **options) for block in (0, 4)]
     assert np.array_equal(plans[0].ids(0), plans[1].ids(0))
     assert plans[1].mix(0, 0, plans[1].ids(0)[0]) == (NO_MIX,)
+
+
+@pytest.mark.parametrize(
+    ("flags", "goes_on_with"),
+    [("--mixup 0.8 --reprob 0.25", (0, True)), ("--cutmix 1", (0, False)), ("--reprob 0.25", (128, False))],
+)
+def test_older_runs_go_on_with_one_draw_and_erase_first(flags, goes_on_with):
+    """Theirs was one draw a global batch, and mixing after erasing; what a run has not used it need not keep."""
+    config, lines = parse(flags.split()), []
+    args = yaml.safe_load(to_yaml(config))
+    args = {name: value for name, value in args.items() if name not in ("mix-block", "erase-first")}
+    config = as_resumed(config, Checkpoint(Path("last.pth.tar"), {"args": args}), lines.append)
+    assert (config.augment.mix_block, config.augment.erase_first) == goes_on_with
+    assert sum("drawn for each --mix-block" in line for line in lines) == (goes_on_with[0] == 0)

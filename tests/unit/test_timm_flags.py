@@ -115,7 +115,7 @@ def test_typing_a_flag_that_is_not_here_is_one_line_with_the_way_out(name, tmp_p
 
 @pytest.mark.parametrize(
     "line",
-    """--pin-mem;--prefetcher;--no-prefetcher;--use-multi-epochs-loader;--channels-last;--amp-impl native
+    """--pin-mem;--prefetcher;--use-multi-epochs-loader;--channels-last;--amp-impl native
     --synchronize-step;--no-ddp-bb;--local-rank 3;--local_rank=3;--worker-seeding all;--dist-bn reduce;--dist-bn ''
     --fast-norm;--in-chans 3;--aug-repeats 0;--aug-splits 0;--class-map '';--interpolation bicubic""".replace(
         "\n", ";"
@@ -167,6 +167,7 @@ def test_what_would_change_results_is_refused(line, tmp_path):
         ("--torchcompile inductor", "--compile"),
         ("--torchcompile=inductor --torchcompile-mode max-autotune", "--compile --compile-mode max-autotune"),
         ("--native-amp", "--amp"),
+        ("--no-prefetcher", "--erase-first"),
         ("--drop-connect 0.2", "--drop-path 0.2"),
         ("--input-size 3 32 32 DIR", "--img-size 32 --data-dir DIR"),
         ("--gp avg", "--model-kwargs global_pool=avg"),
