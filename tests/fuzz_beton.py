@@ -27,6 +27,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ import numpy as np
 
 numba.config.THREADING_LAYER = "forksafe"  # type: ignore[attr-defined]  # before ffcv is imported, which starts it
 
-import nvidia.dali.fn  # noqa: F401  # imported here once, else by every child
 import torch
 from ffcv.libffcv import imdecode
 from PIL import Image
@@ -307,6 +307,7 @@ def _compile(path: Path) -> None:
         TrainPlan(beton.heights, beton.widths, TrainRules(), seed=5, img_size=IMG_SIZE, batch_size=BATCH),
     ):
         plan.batch(0, 0, plan.ids(0)[0])
+    import_module("nvidia.dali.fn")  # once here, else by every child
     samples = FfcvBackend(beton, plan, CPU, 2)._memory.metadata["f0"]
     ids, images = np.zeros(1, np.int64), np.zeros((1, IMG_SIZE, IMG_SIZE, 3), np.uint8)
     arguments = ids, images, np.zeros((1, 1), np.int32), samples, beton.bytes, True

@@ -107,7 +107,7 @@ def _odd(rng: np.random.Generator, value: int, bits: int) -> int:
 
 def _header(file: Mutated, rng: np.random.Generator) -> None:
     header = header_of(file.content)
-    name = str(rng.choice(HEADER.names))
+    name = str(rng.choice(HEADER.names or ()))
     header[name] = _odd(rng, int(header[name][0]), 8 * HEADER[name].itemsize)
 
 

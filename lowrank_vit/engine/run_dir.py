@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import torch
 
+from data_prep import terminal
 from data_prep.errors import UserError
 from lowrank_vit import __version__
 
@@ -66,7 +67,7 @@ class RunDir:
             run_dir.close()
             raise
         if is_used:
-            print(f"note: {path} holds an attempt that ended before its first checkpoint; it begins anew", flush=True)
+            terminal.say(f"note: {path} holds an attempt that ended before its first checkpoint; it begins anew")
             run_dir.forget()
         run_dir._link_latest()
         return run_dir

@@ -6,6 +6,7 @@ import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data_prep import terminal
 from data_prep.errors import UserError
 from lowrank_vit.engine import launch
 from lowrank_vit.engine.checkpoint import Checkpoint, read_checkpoint
@@ -43,7 +44,7 @@ def find_start(config: Config, world: World) -> Start:
     config = replace(config, run=replace(run, resume=resume))
     resumed = _read_alike(resume, world) if resume else None
     if resumed:
-        config = as_resumed(config, resumed, print if world.is_first else silent)
+        config = as_resumed(config, resumed, terminal.say if world.is_first else silent)
     return Start(config, resumed, earlier, agents)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from data_prep import terminal
 from lowrank_vit.engine.distributed import World
 from lowrank_vit.engine.evaluate import Scores
 from lowrank_vit.engine.failing import told_at_once
@@ -87,7 +88,7 @@ class Trainer:
         parts, stopped_by = self.parts, ""
         self.train_s = 0.0
         self._cold_updates = COLD_UPDATES[self.config.step.compile]
-        self._say: Callable[[str], object] = print if self.world.is_first else silent
+        self._say: Callable[[str], object] = terminal.say if self.world.is_first else silent
         with ExitStack() as stack, told_at_once(self.world):  # before what follows an error is closed
             stack.callback(self.run_dir.close)
             self.monitor = stack.enter_context(self._make_monitor()) if self.config.spectra.spec_monitor else None

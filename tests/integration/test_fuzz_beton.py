@@ -9,17 +9,28 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize(("seed", "count"), [(1, 40), pytest.param(2, 500, marks=pytest.mark.slow)])
-def test_mutated_files_end_in_a_clean_error_or_the_right_pixels(tmp_path, seed, count):
+@pytest.mark.parametrize(("seed", "counts"), [(1, [40]), pytest.param(2, [250, 500], marks=pytest.mark.slow)])
+def test_mutated_files_end_in_a_clean_error_or_the_right_pixels(tmp_path, seed, counts):
     """In a process of its own: a fork needs a parent in which no thread has worked."""
     state = tmp_path / "state.json"
-    for part in (count // 2, count):  # the second takes up where the first stopped
-        command = [sys.executable, "-m", "tests.fuzz_beton", "--count", str(part), "--state", str(state)]
+    for count in counts:  # the second takes up where the first stopped
+        command = [sys.executable, "-m", "tests.fuzz_beton", "--count", str(count), "--state", str(state)]
         done = subprocess.run([*command, "--seed", str(seed)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert f"\n{part:,} mutations" in f"\n{done.stdout}"
+        assert f"\n{count:,} mutations" in f"\n{done.stdout}"
+    count = counts[-1]
     content = json.loads(state.read_text())
     assert content["done"] == count
     assert content["valid_checksum"] >= count / 2
     assert {"refused", "damaged", "intact", "as decoded"} == content["readings"].keys()
     assert sum(content["readings"].values()) == 6 * count
+
+
+@pytest.mark.slow
+def test_a_planted_fault_is_found():
+    """Without the comparison of sizes DALI is fed windows of images that are not there."""
+    plant = "from lowrank_vit.data.beton import Beton; Beton.contradicting = lambda self, ids: ids[:0]"
+    code = f"import sys; from tests.fuzz_beton import main; {plant}; sys.argv = ['x', '--count', '150']; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "dali, training: garbage" in done.stdout
