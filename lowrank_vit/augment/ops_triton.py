@@ -21,7 +21,7 @@ from torch import Tensor
 from lowrank_vit.augment.ops import affine, blur, fixed_point, to_device
 from lowrank_vit.data.plan_ops import BICUBIC, GEOMETRIC, NEAREST, ImageOps, Kind
 
-_PIXELS = 512
+_PIXELS = 256
 """Of one program."""
 _COLUMNS = tl.constexpr(9)
 """Numbers of an image and layer: kind, argument, kernel and the six of its affine map, float64."""

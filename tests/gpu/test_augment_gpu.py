@@ -1,7 +1,4 @@
-"""Augmentation on a GPU gives the CPU's images, without waiting for the device.
-
-Not yet run on a GPU.
-"""
+"""Augmentation on a GPU gives the CPU's images, without waiting for the device."""
 
 from __future__ import annotations
 

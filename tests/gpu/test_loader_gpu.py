@@ -1,7 +1,4 @@
-"""The loaders on a GPU: Pillow's pixels, no batch overwritten, no host wait, nothing left behind.
-
-Not yet run on a GPU.
-"""
+"""The loaders on a GPU: Pillow's pixels, no batch overwritten, no host wait, nothing left behind."""
 
 from __future__ import annotations
 

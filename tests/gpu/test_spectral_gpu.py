@@ -1,4 +1,4 @@
-"""The solver and the monitor on a CUDA device. Not yet run on a GPU: written against torch's documentation."""
+"""The solver and the monitor on a CUDA device."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What only a GPU can show: no host wait and no recompilation in a warm step, and the CPU's own images and losses.
-
-Not yet run on a GPU.
-"""
+"""What only a GPU can show: no host wait and no recompilation in a warm step, and the CPU's own images and losses."""
 
 from __future__ import annotations
 
