@@ -11,7 +11,8 @@ import ctypes
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,12 +65,13 @@ def decode(
 
 
 def _decompress(data: bytes, pixels: np.ndarray, colours: str, flags: int) -> None:
-    handle, (height, width) = _handle("tjInitDecompress"), pixels.shape[:2]
-    code = _library().tjDecompress2(
-        handle, data, len(data), pixels.ctypes.data, width, 0, height, _PIXEL_FORMATS[colours][0], flags
-    )
-    if code != 0:
-        raise _last_error(handle)
+    height, width = pixels.shape[:2]
+    with _fresh("tjInitDecompress") as handle:
+        code = _library().tjDecompress2(
+            handle, data, len(data), pixels.ctypes.data, width, 0, height, _PIXEL_FORMATS[colours][0], flags
+        )
+        if code != 0:
+            raise _last_error(handle)
 
 
 def check(data: bytes, width: int, height: int, colours: Literal["grey", "cmyk"] = "grey") -> None:
@@ -111,13 +113,13 @@ def to_baseline(data: bytes) -> bytes:
 
     Raises `JpegDataError`.
     """
-    handle, library = _handle("tjInitTransform"), _library()
     jpeg, size, transform = ctypes.c_void_p(), ctypes.c_ulong(), _Transform()
-    code = library.tjTransform(
-        *(handle, data, len(data), 1, ctypes.byref(jpeg), ctypes.byref(size)),
-        *(ctypes.byref(transform), _STOP_ON_WARNING | _LIMIT_SCANS),
-    )
-    return _take(code, handle, jpeg, size)
+    with _fresh("tjInitTransform") as handle:
+        code = _library().tjTransform(
+            *(handle, data, len(data), 1, ctypes.byref(jpeg), ctypes.byref(size)),
+            *(ctypes.byref(transform), _STOP_ON_WARNING | _LIMIT_SCANS),
+        )
+        return _take(code, handle, jpeg, size)
 
 
 class _Transform(ctypes.Structure):
@@ -147,8 +149,18 @@ def _last_error(handle: ctypes.c_void_p) -> JpegDataError:
     return JpegDataError(message.rpartition("(): ")[2], library.tjGetErrorCode(handle) == _WARNING_CODE)
 
 
+@contextmanager
+def _fresh(kind: str) -> Generator[ctypes.c_void_p]:
+    """A handle for one JPEG. An older one would lend it the tables of the JPEG before where it lacks its own."""
+    handle = ctypes.c_void_p(getattr(_library(), kind)())
+    try:
+        yield handle
+    finally:
+        _library().tjDestroy(handle)
+
+
 class _Handles(threading.local):
-    """This thread's handles: one serves one call at a time."""
+    """This thread's handles, where nothing is left of an earlier call: one serves one call at a time."""
 
     def __init__(self) -> None:
         self.by_kind: dict[str, ctypes.c_void_p] = {}

@@ -14,7 +14,7 @@ import numpy as np
 from data_prep import jpeg_header, turbojpeg
 from data_prep.beton_format import METADATA_START, MODE_JPEG, SAMPLE, Tables, read_tables
 from data_prep.errors import BetonError, UserError
-from data_prep.manifest import Manifest, add_index_checksum, check_index, manifest_path, read_manifest
+from data_prep.manifest import Manifest, add_index_checksum, check_index, doubt_line, manifest_path, read_manifest
 from data_prep.parallel import map_ordered
 from data_prep.progress import ConversionProgress
 from data_prep.sample_table import SampleTable, checksum, read_sample_table, sample_table_path
@@ -33,7 +33,7 @@ class Verified:
     decoded: bool
     """Whether every sample was decoded too."""
     note: str = ""
-    """What became of a manifest of an earlier version, which has no checksum of the index; a sentence."""
+    """What became of a manifest of an earlier version, and what it leaves open; sentences."""
 
 
 def verify(beton: Path, *, full: bool = False, workers: int = 1, progress: bool = False) -> Verified:
@@ -64,7 +64,8 @@ def verify(beton: Path, *, full: bool = False, workers: int = 1, progress: bool 
         raise BetonError(f"{beton} cannot be read: {error.strerror}. Check its permissions and the disk.") from error
     check_index(beton, tables.index_xxh3, manifest)
     note = "" if manifest.index_xxh3 else _add_index_checksum(beton, tables.index_xxh3)
-    return Verified(beton, manifest.num_samples, tables.file_bytes, full, note)
+    notes = filter(None, (note, doubt_line(manifest)))
+    return Verified(beton, manifest.num_samples, tables.file_bytes, full, " ".join(notes))
 
 
 def _add_index_checksum(beton: Path, index_xxh3: str) -> str:

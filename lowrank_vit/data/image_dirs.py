@@ -120,7 +120,8 @@ def _convert(
     for conversion in done:
         gone_on = f", {conversion.resumed:,} of them by an interrupted run" if conversion.resumed else ""
         manifest = conversion.manifest
-        mended = f", {len(manifest.repaired):,} JPEGs repaired without loss" if manifest.repaired else ""
+        where = f"listed in {manifest_path(conversion.beton)}"
+        mended = f", {len(manifest.repaired):,} JPEGs repaired without loss, {where}" if manifest.repaired else ""
         say(f"  {conversion.beton.name}: {manifest.num_samples:,} images{gone_on}{mended}")
     say(f"  converted in {time.monotonic() - begun:.1f} s")
 

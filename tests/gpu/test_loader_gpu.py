@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from lowrank_vit.data import dali_backend
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, choose_backend, open_loader
 from lowrank_vit.data.pil_decode import crop_and_resize, decode
@@ -33,6 +34,20 @@ def train_plan(beton: Beton, batch_size: int = 4, img_size: int = 64) -> TrainPl
 
 def open_on(device: str, backend: str, beton: Beton, plan, **more):
     return open_loader(beton, plan, torch.device(device), LoaderOptions(backend, 2), **more)[0]
+
+
+@pytest.mark.parametrize("use", ["training", "evaluation"])
+def test_dali_decodes_large_images_in_parts_with_the_same_pixels(sets, use, monkeypatch):
+    beton = Beton(sets["jpeg"])
+    plan = train_plan(beton, batch_size=8)
+    if use == "evaluation":
+        plan = EvalPlan(beton.heights, beton.widths, img_size=64, crop_pct=0.9, batch_size=8)
+    whole = list(open_on("cuda", "dali", beton, plan).batches(2))
+    monkeypatch.setattr(dali_backend, "DEVICE_PART_BYTES", 60_000)  # at most two images
+    parts = list(open_on("cuda", "dali", beton, plan).batches(2))
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.targets, other.targets)
 
 
 @pytest.mark.parametrize("use", ["training", "evaluation"])

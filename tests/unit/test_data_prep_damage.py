@@ -216,3 +216,17 @@ def test_a_resumed_conversion_lists_the_same(folder: Path, tmp_path: Path) -> No
     assert done.resumed > 0
     assert (done.manifest.repaired, done.manifest.empty_classes) == (whole.repaired, ("bee",))
     assert done.manifest.sha256 == whole.sha256
+
+
+@pytest.mark.parametrize("options", [ImageOptions(), ImageOptions(max_side=40), ImageOptions(baseline=True)], ids=str)
+def test_a_jpeg_without_its_tables_does_not_borrow_those_of_the_one_before(
+    tmp_path: Path, options: ImageOptions
+) -> None:
+    path = tmp_path / "x.jpg"
+    for kind in ("baseline", "progressive"):
+        whole = encode(PHOTO, kind)
+        path.write_bytes(whole)
+        encode_image(path, options)
+        path.write_bytes(whole.replace(b"\xff\xdb", b"\xff\xfe"))  # a comment in the place of quantisation tables
+        with pytest.raises(BadImageError, match="Quantization table"):
+            encode_image(path, options)
