@@ -110,6 +110,7 @@ def parse(argv: list[str], prog: str = "") -> Config:
     config = _fit_defaults(config, typed, _flags_in(from_files))
     check(config)
     _tell_what_resuming_overrides(config)
+    _tell_of_odd_batches(config)
     _tell_of_timms(files, line.held)
     return config
 
@@ -203,6 +204,16 @@ def _tell_what_resuming_overrides(config: Config) -> None:
     unused = [f"--{flag}" for flag, is_given in flags.items() if is_given]
     if config.run.resume and unused:
         _say(f"the weights are those of --resume {config.run.resume}; {unused[0]} is not read again")
+
+
+def _tell_of_odd_batches(config: Config) -> None:
+    """They are refused by timm; here they are only less even."""
+    augment, batch_size = config.augment, config.data.batch_size
+    if batch_size % 2 and (augment.mixup or augment.cutmix or augment.cutmix_minmax):
+        _say(
+            f"--batch-size {batch_size} is odd: mixing pairs images within a batch, so one of them stays as it is, and "
+            "who is mixed with whom depends on ranks and accumulation"
+        )
 
 
 def _fit_defaults(config: Config, own: set[str], in_files: set[str]) -> Config:

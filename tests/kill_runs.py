@@ -11,7 +11,7 @@ position in the data of the checkpoints.
 A run is a function of its number. Finished ones are noted in the state file, so the script takes up where it stopped.
 
 Most children are forked from this process, which has imported everything, so that a kill costs a second; what that
-leaves out (Python's start, imports, the interpreter's own exit) is there in the runs of whole processes, every tenth.
+leaves out (Python's start, imports, the interpreter's own exit) is there in runs of whole processes, every twentieth.
 One thing differs from a user's training: a refresh that is due waits until the one before is over, since which ones
 are skipped for want of time is no function of the seed.
 """
@@ -72,13 +72,20 @@ class Kind:
     ranks: int = 1
 
 
+SMALL = "--batch-size 16 --epochs 5"
 KINDS = (
     Kind("every update saved", "--checkpoint-interval 1 --mixup 0.2 --cutmix 1 --reprob 0.25 --drop-path 0.1"),
     Kind("folder, accumulation", "--batch-size 16 --grad-accum-steps 2 --epochs 6 --spec-every 4", data="folder"),
     Kind("two ranks", "--batch-size 64 --mixup 0.2 --epochs 3", ranks=2),
-    Kind("no EMA, ffcv", "--no-model-ema --loader ffcv --aa rand-m9-mstd0.5-inc1 --sched-on-updates"),
-    Kind("few checkpoints", "--checkpoint-interval 7 --spec-every 2 --log-interval 4 --epochs 6 --clip-grad 1"),
-    Kind("thinned spectra", "--spec-store-gb 0.0006 --spec-split-qkv --val-interval 2 --opt lookahead_adamw"),
+    Kind(
+        "no EMA, ffcv", f"{SMALL} --no-model-ema --loader ffcv --aa rand-m9-mstd0.5-inc1 --sched-on-updates", "folder"
+    ),
+    Kind("few checkpoints", f"{SMALL} --checkpoint-interval 7 --spec-every 2 --log-interval 4 --clip-grad 1", "folder"),
+    Kind(
+        "thinned spectra",
+        f"{SMALL} --spec-store-gb 0.0006 --spec-split-qkv --val-interval 2 --opt lookahead_adamw",
+        "folder",
+    ),
 )
 
 
@@ -179,7 +186,7 @@ class Run:
 
     def __init__(self, number: int, kills: int, folder: Path) -> None:
         self.kind, self._kills, self._folder = KINDS[number % len(KINDS)], kills, folder
-        self.is_whole = number % 10 == 4
+        self.is_whole = number % 20 == 4
         self._rng = random.Random(f"kills/{number}")
         self._seed = 1000 + number
 

@@ -86,6 +86,8 @@ class _Training:
         assert self._folder is not None
         self._monitor.close()
         records = self._monitor.records()
+        if self._monitor.failed:
+            raise UserError("A refresh of the spectra failed, as said above: these would be figures of less work.")
         if not records:
             raise UserError(f"No refresh was due in a block; give --steps {EVERY} or more.")
         figures["refresh_s"] += [record.values["spec/refresh/seconds"] for record in records]

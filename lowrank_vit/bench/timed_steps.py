@@ -201,7 +201,9 @@ class TimedSteps:
         """Wait for the refreshes that were begun; returns how many since the last call, and the seconds waited."""
         begun, before = time.perf_counter(), self._finished
         while True:
-            self._finished += len(self._monitor.records())  # raises what went wrong
+            self._finished += len(self._monitor.records())
+            if self._monitor.failed:
+                raise UserError("A refresh of the spectra failed, as said above: these would be figures of less work.")
             waited = time.perf_counter() - begun
             if self._finished == self._due - self._monitor.skipped:
                 return self._finished - before, waited

@@ -444,3 +444,11 @@ def test_of_several_ranks_one_speaks(rank, speaks, monkeypatch, capsys):
     monkeypatch.setenv("RANK", rank)
     parse(["--epochs", "1"])
     assert ("shortened to 0" in capsys.readouterr().out) == speaks
+
+
+def test_an_odd_batch_that_is_mixed_is_said(capsys):
+    parse(["-b", "71", "--mixup", "0.2"])
+    assert "--batch-size 71 is odd: mixing pairs images" in capsys.readouterr().out
+    parse(["-b", "71"])
+    parse(["-b", "70", "--mixup", "0.2"])
+    assert "odd" not in capsys.readouterr().out

@@ -32,7 +32,7 @@ from tests.spectra import tiny_vit
 
 LONG_S = 30  # for waits that end at once unless something is broken
 SETTINGS = Settings(topk=3)
-TIMES = ("refresh/seconds", "refresh/skipped")
+TIMES = ("refresh/seconds", "refresh/skipped", "refresh/failed")
 
 
 def watch(model: nn.Module, store_dir: Path, ema: nn.Module | None = None, **changes: Any) -> SpectralMonitor:
@@ -408,6 +408,55 @@ def test_keys_of_the_first_and_of_later_refreshes(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "index.json").read_text())
     assert index["matrices"]["blocks.0.attn.qkv"] == {"shape": [48, 16], "top": [1, 4], "last": [16, 13]}
     assert monitor.indices_by_type()["mlp.fc2"] == {"top": [1, 4], "last": [16, 13]}
+
+
+@pytest.mark.parametrize("has_files", [False, True])
+def test_a_refresh_that_a_kill_cut_short_is_done_again_when_the_run_goes_on(
+    tmp_path: Path, gate: Gate, has_files: bool
+) -> None:
+    """It was under way when the checkpoint was written; at the kill its record was missing, or even its files."""
+    gate.open.set()
+    model, again = tiny_vit(0), tiny_vit(0)
+
+    def observe(monitor: SpectralMonitor, watched: nn.Module, update: int) -> None:
+        wait_until_idle(monitor)
+        nudge(watched, update)
+        monitor.observe(update)
+
+    def numbers(monitor: SpectralMonitor) -> list[dict[str, float]]:
+        monitor.close()
+        return [{k: v for k, v in r.values.items() if not k.endswith(TIMES)} for r in monitor.records()]
+
+    whole = watch(model, tmp_path / "whole", model)
+    for update in (0, 2, 4, 6):
+        observe(whole, model, update)
+    expected = numbers(whole)
+
+    folder = tmp_path / "cut"
+    cut = watch(again, folder, again)
+    for update in (0, 2):
+        observe(cut, again, update)
+    wait_until_idle(cut)
+    gate.open.clear()
+    observe(cut, again, 4)
+    kept = cut.kept()
+    assert kept is not None
+    assert kept.before is not None
+    assert (kept.update, kept.before.update) == (4, 2)
+    torch.save(kept.content(), folder / store.kept_name(4))
+    gate.open.set()
+    cut.close(cancel=not has_files)
+    assert stored(folder) == ([0, 2, 4] if has_files else [0, 2])
+
+    resumed = watch(again, folder, again, resumed_update=5, recorded_update=2)
+    observe(resumed, again, 6)
+    assert numbers(resumed) == expected[2:]
+    for path in (tmp_path / "whole").glob("*.npz"):
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+    # With all records there nothing is done again, and the next one knows the weights of the last.
+    another = watch(again, folder, again, resumed_update=5, recorded_update=4)
+    another.observe(6)
+    assert numbers(another) == expected[3:]
 
 
 def test_drift_and_norms_are_those_of_plain_numpy(tmp_path: Path) -> None:
