@@ -116,6 +116,10 @@ def shard(samples: Sequence[Sample], index: int, count: int) -> Sequence[Sample]
     return samples[len(samples) * (index - 1) // count : len(samples) * index // count]
 
 
+DIGITS = "scikit-learn digits ({split})"
+"""What their source is called."""
+
+
 def digits(split: Literal["train", "val"]) -> Source:
     """scikit-learn's 1,797 scanned handwritten digits (8x8), split 1,437 / 360 once and for all.
 
@@ -132,7 +136,7 @@ def digits(split: Literal["train", "val"]) -> Source:
     images = np.repeat(grey[..., None], 3, axis=-1)
     indices = digits_indices(split, len(images))
     samples = [Sample(int(labels[i]), f"digits/{i:04d}", images[i]) for i in indices]
-    return Source(f"scikit-learn digits ({split})", tuple(str(name) for name in bunch.target_names), samples)
+    return Source(DIGITS.format(split=split), tuple(str(name) for name in bunch.target_names), samples)
 
 
 def digits_indices(split: Literal["train", "val"], total: int) -> np.ndarray:

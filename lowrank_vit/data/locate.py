@@ -9,7 +9,9 @@ from typing import Any, Literal
 from data_prep import terminal
 from data_prep.errors import UserError
 from data_prep.image_folder import Nested
+from data_prep.manifest import read_manifest
 from data_prep.parts import find_parts
+from data_prep.sources import DIGITS
 from lowrank_vit.data.cifar import cifar100, find_archive
 from lowrank_vit.data.image_dirs import FOLDER, converted, names_of, split_folder
 from lowrank_vit.data.one_process import Say, one_process_in
@@ -83,16 +85,30 @@ def _locate(options: DataOptions, wanted: tuple[Split, ...], say: Say) -> list[P
         both = cifar100(options.data_dir, options.beton_dir, download=options.dataset_download, splits=splits, say=say)
         return [both[("train", "val").index(split)] for split in wanted]
     root = options.data_dir or DEFAULT_DIR
-    if kind == "digits" and not _betons(options, ("train", "val")):  # never over a file of the user's
+    if kind == "digits" and _lacks_digits(options):
         from data_prep.convert import convert_digits
 
         with one_process_in(root, say, "Give a folder that can be written with --data-dir."):
-            if not _betons(options, ("train", "val")):
+            if _lacks_digits(options):
                 convert_digits(root)
     there = _betons(options, wanted)
     if there or kind == "digits":
         return [there.get(split, root / f"{split}.beton") for split in wanted]
     return _from_images(root, options, wanted, say)
+
+
+def _lacks_digits(options: DataOptions) -> bool:
+    """Whether they are to be written: never over a file of the user's, but behind a first set of ours, if that is all.
+
+    An attempt that was killed leaves it.
+    """
+    there = _betons(options, ("train", "val"))
+    if not there or "val" in there:
+        return not there
+    try:
+        return read_manifest(there["train"]).source == DIGITS.format(split="train")
+    except UserError:
+        return False
 
 
 def kind_of(dataset: str) -> Literal["", "digits", "cifar100"]:

@@ -68,6 +68,22 @@ print(train.stat().st_ino)
     assert len({text.splitlines()[-1] for text in run_at_once(code)}) == 1
 
 
+def test_digits_of_which_a_kill_has_left_the_first_set_alone_are_written_and_a_users_file_is_left(digits_dir, tmp_path):
+    whole = shutil.copytree(digits_dir, tmp_path / "killed")
+    for path in whole.glob("val.beton*"):
+        path.unlink()
+    train, val = locate(DataOptions("digits", whole), Said())
+    assert (train.read_bytes(), val.read_bytes()) == tuple(
+        (digits_dir / f"{name}.beton").read_bytes() for name in ("train", "val")
+    )
+    (tmp_path / "own").mkdir()
+    shutil.copy(digits_dir / "val.beton", tmp_path / "own" / "train.beton")  # whose is it, without a manifest
+    before = train.stat().st_mtime_ns
+    assert not locate(DataOptions("digits", tmp_path / "own"), Said())[1].exists()
+    assert locate(DataOptions("digits", whole), Said()) == (train, val)
+    assert train.stat().st_mtime_ns == before
+
+
 @pytest.mark.parametrize("train", ["train", "training"])
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "eval", "evaluation"])
 def test_timms_names_of_splits(images, tmp_path, train, val):
