@@ -187,6 +187,8 @@ def _follow_model(scorer: Scorer, beton: Beton, options: Options, say: Callable[
     found = match(of_data, scorer.classes, trust, _own_data(scorer, beton.path))
     for remark in found.remarks:
         say(f"note: {remark}")
+    if len(found.outputs) < scorer.num_classes:
+        say(f"note: all {scorer.num_classes:,} outputs of the model can win, also those whose class the data lack")
     beton.relabel(found.outputs, found.names)
 
 

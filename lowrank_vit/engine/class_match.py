@@ -130,7 +130,7 @@ def _found(outputs: list[int], data: Classes, model: Classes) -> Match:
     if len(outputs) < len(model.names):
         remarks.append(
             f"{data.what} has {data.count:,} of the {len(model.names):,} classes of {model.what}; their labels are "
-            "found by name, and the other classes can still be predicted"
+            "found by name"
         )
     elif outputs != list(range(len(outputs))):
         remarks.append(f"{data.what} has the classes of {model.what} in another order: its labels are mapped by name")

@@ -11,10 +11,10 @@ import timm.models
 import torch
 from torch import Tensor, nn
 
-from data_prep.class_names import abbreviated
+from data_prep.class_names import abbreviated, positions
 from data_prep.errors import UserError
 from lowrank_vit.engine.checkpoint import BETTER, Checkpoint, class_names_in, is_state_dict, load_weights, require_file
-from lowrank_vit.engine.class_match import Classes, Trust, match
+from lowrank_vit.engine.class_match import Classes, Trust, match, published_names
 from lowrank_vit.engine.pretrained import classes_in, head_names
 
 Say = Callable[[str], object]
@@ -69,6 +69,14 @@ def fit_kept_head(model: nn.Module, path: Path, model_name: str, say: Say, data:
         say(f"note: the head of {path} is of other classes ({what}); it is kept as a start")
         return
     model.load_state_dict(fitted)
+
+
+def tell_of_published_head(model_name: str, data: Classes, say: Say) -> None:
+    """Say so where --pretrained has kept a head of ImageNet's classes for others, as timm does."""
+    cfg = timm.models.get_pretrained_cfg(model_name)
+    known = published_names(data.count) if cfg and cfg.num_classes == data.count else None
+    if known and data.names and positions(data.names, known) is None:
+        say(f"note: the head of {model_name} is of ImageNet's classes, not of {data.what}; it is kept as a start")
 
 
 def _head_in(weights: dict[str, Tensor], model_name: str) -> list[str]:

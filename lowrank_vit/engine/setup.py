@@ -34,7 +34,7 @@ from lowrank_vit.engine.class_match import Classes, Trust, match
 from lowrank_vit.engine.compiling import keep_compiled_code, set_float32_policy
 from lowrank_vit.engine.distributed import World
 from lowrank_vit.engine.evaluate import Evaluator
-from lowrank_vit.engine.initial import fit_kept_head, load_initial
+from lowrank_vit.engine.initial import fit_kept_head, load_initial, tell_of_published_head
 from lowrank_vit.engine.model import InputSpec, create_model, input_spec, set_head
 from lowrank_vit.engine.optim import Constant, create_optimizer, create_scheduler, learning_rate
 from lowrank_vit.engine.peak import Peak, peak_flops, train_flops_per_image
@@ -304,6 +304,8 @@ def _make_model(
         load_initial(model, options.initial_checkpoint, options.model, say, of_data)
     elif options.pretrained_path and of_data:
         fit_kept_head(model, options.pretrained_path, options.model, say, *of_data)
+    elif options.pretrained and of_data:
+        tell_of_published_head(options.model, of_data[0], say)
     set_head(model, options.head_init_scale, options.head_init_bias)
     return model
 

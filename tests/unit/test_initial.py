@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from data_prep.class_names import imagenet1k
 from data_prep.errors import UserError
 from lowrank_vit.engine.class_match import Classes, Trust
-from lowrank_vit.engine.initial import fit_kept_head, load_initial
+from lowrank_vit.engine.initial import fit_kept_head, load_initial, tell_of_published_head
 
 NAME = "vit_tiny_patch16_224"
 
@@ -139,3 +140,11 @@ def test_a_pretrained_head_that_is_kept_follows_the_names(tmp_path):
     assert "of other classes (a, b, c, d, e, f, ...); it is kept as a start" in said[0]
     head, said = fitted(["f", "b"], NAMES)  # a new head
     assert (len(head), said) == (2, [])
+
+
+def test_a_published_head_of_other_classes_is_told():
+    said: list[str] = []
+    wnids = list(imagenet1k())
+    for names in (wnids, wnids[:100], ["zoo", *wnids[1:]]):
+        tell_of_published_head(NAME, Classes("DATA", len(names), names), said.append)
+    assert said == [f"note: the head of {NAME} is of ImageNet's classes, not of DATA; it is kept as a start"]
