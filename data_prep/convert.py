@@ -21,7 +21,7 @@ from data_prep import turbojpeg
 from data_prep.bad_images import BadImagesError, joined
 from data_prep.beton_format import MIN_PAGE_SIZE, PAGE_SIZE
 from data_prep.cifar100 import cifar100, download
-from data_prep.class_names import abbreviated
+from data_prep.class_names import abbreviated, differences, positions
 from data_prep.errors import UserError
 from data_prep.finished import find_finished, rename_pending, write_pending
 from data_prep.image_folder import SPLIT_NAMES, Nested, image_folder, split_folders
@@ -36,6 +36,7 @@ DEFAULT_IMAGE_OPTIONS = ImageOptions()
 Options = dict[str, str | int | bool | None]
 Say = Callable[[str], object]
 _SCORED = (*SPLIT_NAMES["val"], "test")
+MEND = "Mend the folders, or choose classes that both have with --classes."
 RAW_MAX_SIDE = 1672
 """Pixels; a square of raw pixels must fit one page of 8 MiB."""
 
@@ -177,11 +178,13 @@ def convert_folders(
     on_bad: Literal["error", "skip"] = "error",
     progress: bool = False,
     say: Say = _silent,
+    trust_labels: bool = False,
 ) -> list[Conversion]:
     """Convert {out: folder}; everything that can be wrong with the folders is found before the first is begun.
 
     See `convert_image_folder`; `image` may tell the options of each out. All have the labels of the first, the training
-    set. Raises `UserError`, also if another has classes that the first does not have.
+    set, unless `trust_labels` lets each have its own. Raises `UserError`, also if another has classes that the first
+    does not have.
     """
     images = dict.fromkeys(folders, image) if isinstance(image, ImageOptions) else image
     for one in images.values():
@@ -190,7 +193,8 @@ def convert_folders(
     for source in sources.values():
         for remark in source.remarks:
             say(remark)
-    sources = _with_labels_of_the_first(sources, say)
+    if not trust_labels:
+        sources = _with_labels_of_the_first(sources, say)
     conversions, bad = [], []
     for out, source in sources.items():
         image = images[out]
@@ -231,19 +235,14 @@ def _with_labels_of_the_first(sources: dict[Path, Source], say: Say) -> dict[Pat
     first = next(iter(sources.values()))
     fitting: dict[Path, Source] = {}
     for out, source in sources.items():
-        unknown = [name for name in source.classes if name not in set(first.classes)]
-        missing = [name for name in first.classes if name not in set(source.classes)]
-        if unknown:
-            only = f"{source.name} alone has {abbreviated(unknown)}"
-            only += f", {first.name} alone {abbreviated(missing)}" if missing else ""
-            raise UserError(
-                f"{first.name} and {source.name} have different classes, so their labels would not agree: {only}. Mend "
-                "the folders, or choose classes that both have with --classes."
-            )
-        if missing:
+        fitted = source.with_classes(first.classes)
+        if fitted is None:
+            lists = differences(first.classes, first.name, source.classes, source.name)
+            raise UserError(f"The folders have different classes, so their labels would not agree. {lists}. {MEND}")
+        if missing := [name for name in first.classes if positions([name], source.classes) is None]:
             count = f"{len(missing):,} of the {len(first.classes):,} classes of {first.name}"
             say(f"{source.name} has no image of {count} ({abbreviated(missing)}); its labels are those of all")
-        fitting[out] = source.with_classes(first.classes)
+        fitting[out] = fitted
     return fitting
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -61,7 +61,7 @@ def image_folder(root: Path, classes_file: Path | None = None, nested: Nested = 
     files = FileList.pack(_files(tree, [folders_of[name] for name in classes]))
     remarks = (
         *_remarks(tree, folders_of, nested, is_chosen=wanted is not None),
-        *_count_remarks(root, classes, len(files)),
+        *count_remarks(root, root.name, classes, len(files)),
     )
     return Source(str(root), tuple(classes), files, remarks=remarks)
 
@@ -253,14 +253,15 @@ def _remarks(tree: _Tree, folders_of: Mapping[str, list[str]], nested: Nested, *
         yield f"{root}: left out {' and '.join(parts)}"
 
 
-def _count_remarks(root: Path, classes: list[str], num_images: int) -> Iterator[str]:
+def count_remarks(what: Path, split: str, classes: Sequence[str], num_images: int) -> Iterator[str]:
+    """A warning where a set of ImageNet-1k's classes has not its number of images; `split`: its name by timm."""
     if tuple(classes) != imagenet1k():
         return
-    split = next((split for split, names in SPLIT_NAMES.items() if root.name in names), None)
-    expected = [_IMAGENET_1K[split]] if split else list(_IMAGENET_1K.values())
+    known = next((name for name, names in SPLIT_NAMES.items() if split in names), None)
+    expected = [_IMAGENET_1K[known]] if known else list(_IMAGENET_1K.values())
     if num_images not in expected:
         yield (
-            f"warning: {root} has ImageNet-1k's classes, but {num_images:,} images instead of "
+            f"warning: {what} has ImageNet-1k's classes, but {num_images:,} images instead of "
             f"{' or '.join(f'{count:,}' for count in expected)}"
         )
 

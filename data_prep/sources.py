@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_prep.class_names import positions
 from data_prep.errors import UserError
 
 DIGITS_SPLIT_SEED = 0
@@ -50,12 +51,13 @@ class Source:
     remarks: tuple[str, ...] = ()
     """What people should know about it, a line each: files left out, and where timm would read it otherwise."""
 
-    def with_classes(self, classes: tuple[str, ...]) -> Source:
-        """The same samples with the labels of `classes`, in the order of these; every class must be among them."""
+    def with_classes(self, classes: tuple[str, ...]) -> Source | None:
+        """The same samples with the labels of `classes`, in the order of these; None if a class is not among them."""
         if classes == self.classes:
             return self
-        label_of = {name: label for label, name in enumerate(classes)}
-        labels = [label_of[name] for name in self.classes]
+        labels = positions(self.classes, classes)
+        if labels is None:
+            return None
         samples: Iterable[tuple[int, str]] = ((labels[sample.label], sample.name) for sample in self.samples)
         if labels != sorted(labels):
             samples = sorted(samples, key=lambda sample: sample[0])  # which keeps the order within a class

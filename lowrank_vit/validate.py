@@ -16,6 +16,7 @@ from tyro.conf import Positional, arg
 from data_prep import terminal
 from data_prep.errors import UserError, exit_cleanly
 from data_prep.help_text import fitted_help
+from data_prep.image_folder import count_remarks
 from data_prep.typed import usage_name
 from lowrank_vit.config_check import check_ranges
 from lowrank_vit.data.beton import Beton
@@ -183,6 +184,8 @@ def _write_files(options: Options, scores: Scores, scorer: Scorer, beton: Beton)
 def _follow_model(scorer: Scorer, beton: Beton, options: Options, say: Callable[[str], object]) -> None:
     """Give the set the labels of the model's outputs. Raises `UserError` if they cannot be compared."""
     of_data = Classes(str(beton.path), beton.num_classes, beton.classes)
+    for remark in count_remarks(beton.path, beton.path.stem, beton.classes or (), beton.num_samples):
+        say(remark)
     trust = Trust(options.trust_labels, options.class_order)
     found = match(of_data, scorer.classes, trust, _own_data(scorer, beton.path))
     for remark in found.remarks:

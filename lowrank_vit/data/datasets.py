@@ -7,6 +7,7 @@ from pathlib import Path
 from data_prep import terminal
 from data_prep.class_names import TRUST, abbreviated, differences, in_timms_order, positions
 from data_prep.errors import UserError
+from data_prep.image_folder import count_remarks
 from data_prep.parts import find_parts
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.locate import DataOptions, locate
@@ -21,14 +22,13 @@ def open_datasets(
     say: Say = terminal.say,
     *,
     larger_head: bool = False,
-    trust_labels: bool = False,
 ) -> tuple[Beton, Beton, int]:
     """Find or make the sets and open them: training set, validation set, number of classes.
 
     The validation set gets the labels of the training set, by the names of the classes; it may lack some. `stage_dir`:
-    open copies there. `larger_head`: `num_classes` may be more than the data have. `trust_labels`: label N is that of
-    the training set, whatever the names say. Raises `UserError` if something is missing or damaged, if the validation
-    set has a class of its own, or if `num_classes` is not that of the data.
+    open copies there. `larger_head`: `num_classes` may be more than the data have. Raises `UserError`
+    if something is missing or damaged, if the validation set has a class of its own, or if `num_classes` is not that of
+    the data.
     """
     paths = locate(options, say)
     for path in paths:
@@ -40,7 +40,10 @@ def open_datasets(
     if stage_dir is not None:
         paths = stage_all(paths, stage_dir, say)
     train, val = (Beton(path) for path in paths)
-    _give_labels_of(train, val, say, trust_labels=trust_labels)
+    for beton in (train, val):
+        for remark in count_remarks(beton.path, beton.path.stem, beton.classes or (), beton.num_samples):
+            say(remark)
+    _give_labels_of(train, val, say, trust_labels=options.trust_labels)
     of_data = max(train.num_classes, val.num_classes)
     if num_classes is None or num_classes == of_data or (larger_head and num_classes > of_data):
         return train, val, num_classes or of_data

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.convert import DEFAULT_IMAGE_OPTIONS, convert_folders, file_stat
+from data_prep.class_names import TRUST
+from data_prep.convert import DEFAULT_IMAGE_OPTIONS, MEND, convert_folders, file_stat
 from data_prep.errors import BetonError, UserError
 from data_prep.finished import is_current, is_whole
 from data_prep.image_folder import SPLIT_NAMES, Nested, image_folder
@@ -53,12 +54,13 @@ def converted(
     is_own: bool,
     on_bad: Literal["error", "skip"],
     nested: Nested = "leaf",
+    trust_labels: bool = False,
 ) -> list[Path]:
     """`place`/NAME.beton of each folder NAME of class folders, converted now unless that is done and still true.
 
     A role says what the folder is for, and so how it is converted: see `IMAGE_OPTIONS`. Options that a person chose,
     other than the converter's defaults, are kept, and so is an order of the classes that is not timm's. `nested`: which
-    folders are classes, see `image_folder`.
+    folders are classes, see `image_folder`; `trust_labels`: see `convert_folders`.
 
     Every image's name, size and time is compared with those that were converted (0.7 s for 100,000 on a local disk).
     Parts, NAME-1-of-2.beton and so on, are taken as they are. `is_own`: nothing of the user's lies in `place`;
@@ -82,7 +84,7 @@ def converted(
             stale = {out: why for out, why in stale.items() if _identity(out) == seen[out]}
             if stale:
                 why = ", ".join(dict.fromkeys(stale.values()))
-                _convert({out: outs[out] for out in stale}, wanted, why, say, on_bad, nested)
+                _convert({out: outs[out] for out in stale}, wanted, why, say, on_bad, nested, trust_labels)
     for out in outs:
         manifest = manifest_of(out)
         if manifest and manifest.skipped:
@@ -106,6 +108,7 @@ def _convert(
     say: Say,
     on_bad: Literal["error", "skip"],
     nested: Nested,
+    trust_labels: bool,
 ) -> None:
     image = {out: _chosen_by_hand(manifest_of(out)) or wanted[out] for out in outs}
     place = next(iter(outs)).parent
@@ -113,8 +116,9 @@ def _convert(
     begun = time.monotonic()
     try:
         # Where they really are: a manifest's relative path would mean nothing from another working directory.
+        options: dict[str, Any] = {"nested": nested, "on_bad": on_bad, "trust_labels": trust_labels}
         really = {out: folder.resolve() for out, folder in outs.items()}
-        done = convert_folders(really, image=image, nested=nested, on_bad=on_bad, progress=True, say=say)
+        done = convert_folders(really, image=image, **options, progress=True, say=say)
     except UserError as error:
         raise _in_the_trainers_words(error, outs) from error
     for conversion in done:
@@ -152,10 +156,10 @@ def _why_stale(out: Path, folder: Path, wanted: ImageOptions, nested: Nested) ->
         source = image_folder(folder, nested=nested)
     except UserError as error:
         raise _in_the_trainers_words(error, {out: folder}) from error
-    if not set(source.classes) <= set(manifest.classes):
+    fitted = source.with_classes(manifest.classes)  # in another order than a new set's they mean the same
+    if fitted is None:
         return "again, since the classes have changed"
-    source = source.with_classes(manifest.classes)  # in another order than a new set's they mean the same
-    if not is_current(out, manifest, source.samples, partial(file_stat, source.name)):
+    if not is_current(out, manifest, fitted.samples, partial(file_stat, source.name)):
         return "again, since the images have changed"
     if wanted.lossless and not _chosen_by_hand(manifest) and set(manifest.reasons) - {"passthrough", "repaired"}:
         return "again, since scores are of the images' own pixels"
@@ -199,7 +203,7 @@ def _names(folders: Iterable[Path]) -> str:
 def _in_the_trainers_words(error: UserError, outs: dict[Path, Path]) -> UserError:
     """The converter's message without its own flags, but with the command that has them."""
     text = str(error).replace("--src ", "").replace("another --out", "another --beton-dir")
-    text = text.replace("--on-bad skip", "--on-bad-sample skip")
+    text = text.replace("--on-bad skip", "--on-bad-sample skip").replace(MEND, f"{MEND} {TRUST}")
     if any(flag in text for flag in ("--classes ", "--classes.", "--max-side", "--quality", "--workers")):
         src, place = os.path.commonpath([folder.parent for folder in outs.values()]), "OTHER"
         text += (

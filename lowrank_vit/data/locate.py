@@ -40,6 +40,8 @@ class DataOptions:
     """What a conversion does about an image that does not decode."""
     nested: Nested = "leaf"
     """Which folders are classes, see `data_prep.image_folder`."""
+    trust_labels: bool = False
+    """Two sets may have different classes: label N is label N."""
 
 
 def locate(options: DataOptions, say: Say = terminal.say) -> tuple[Path, Path]:
@@ -66,13 +68,18 @@ def locate_validation(path: Path | None, options: DataOptions, say: Say = termin
         if not _folders_in(path):  # before anything is made
             raise UserError(f"--data-dir {path} has no class folders. Put the images of each class into a sub-folder.")
         place = options.beton_dir or path.resolve().parent / FOLDER
-        rules: dict[str, Any] = {
-            "is_own": options.beton_dir is None,
-            "on_bad": options.on_bad,
-            "nested": options.nested,
-        }
-        return converted([(path, "val")], place, say, **rules)[0]
+        return converted([(path, "val")], place, say, **_rules(options))[0]
     return _locate(given, ("val",), say)[0]
+
+
+def _rules(options: DataOptions) -> dict[str, Any]:
+    """How folders are converted."""
+    return {
+        "is_own": options.beton_dir is None,
+        "on_bad": options.on_bad,
+        "nested": options.nested,
+        "trust_labels": options.trust_labels,
+    }
 
 
 def _locate(options: DataOptions, wanted: tuple[Split, ...], say: Say) -> list[Path]:
@@ -148,12 +155,7 @@ def _from_images(root: Path, options: DataOptions, wanted: tuple[Split, ...], sa
     folders: list[tuple[Path, Split]] = [(folder, split) for split, folder in found.items() if folder]
     place = options.beton_dir or root / FOLDER
     if len(folders) == len(wanted):
-        rules: dict[str, Any] = {
-            "is_own": options.beton_dir is None,
-            "on_bad": options.on_bad,
-            "nested": options.nested,
-        }
-        return converted(folders, place, say, **rules)
+        return converted(folders, place, say, **_rules(options))
     done = _betons(options, wanted, place)
     if not folders and len(done) == len(wanted):
         say(f"the images of {root} are gone: what was converted in {place} is used")

@@ -76,7 +76,7 @@ class Checkpoint:
 
 def class_names_in(content: dict[str, Any]) -> list[str] | None:
     """What a file's content says the classes are called, in the order of the outputs."""
-    names = content.get("class_names")
+    names: Any = content.get("class_names")
     is_list = isinstance(names, list | tuple) and len(names) > 0 and all(isinstance(name, str) for name in names)
     return list(names) if is_list else None
 

@@ -195,9 +195,10 @@ def _open_sets(config: Config, say: Say) -> tuple[_Sets | None, int]:
         *(data.dataset, data.data_dir, data.dataset_download, data.beton_dir, data.train_split, data.val_split),
         on_bad=data.on_bad_sample,
         nested=data.nested_classes,
+        trust_labels=config.model.trust_labels,
     )
-    flags = {"larger_head": config.model.larger_head, "trust_labels": config.model.trust_labels}
-    train, val, num_classes = open_datasets(where, num_classes, data.stage_dir, say, **flags)
+    larger = config.model.larger_head
+    train, val, num_classes = open_datasets(where, num_classes, data.stage_dir, say, larger_head=larger)
     return _Sets(train, val), num_classes
 
 

@@ -70,7 +70,7 @@ def test_datasets_must_agree(digits_dir, tmp_path):
     with pytest.raises(UserError, match=r"different classes.*only the latter has drei.*--trust-labels"):
         open_datasets(DataOptions("", tmp_path), None)
     said: list[str] = []
-    _, val, _ = open_datasets(DataOptions("", tmp_path), None, say=said.append, trust_labels=True)
+    _, val, _ = open_datasets(DataOptions("", tmp_path, trust_labels=True), None, say=said.append)
     assert val.labels.tolist() == Beton(digits_dir / "val.beton").labels.tolist()
     assert said == [f"label N of {val.path} is taken for label N of {tmp_path / 'train.beton'} (--trust-labels)"]
 
