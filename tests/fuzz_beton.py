@@ -357,6 +357,7 @@ def main() -> None:
     if options.state and options.state.exists():
         state = json.loads(options.state.read_text())
         assert state["seed"] == options.seed, f"{options.state} is of seed {state['seed']}"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clears what lies in memory
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as scratch:
         fuzz = Fuzz(Path(scratch), options.seed)
         if options.only is not None:

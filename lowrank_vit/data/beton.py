@@ -21,6 +21,7 @@ from data_prep.manifest import Manifest, check_index, manifest_path, read_manife
 from data_prep.parts import find_parts, part_path
 from data_prep.sample_table import read_sample_table
 from data_prep.terminal import one_line
+from lowrank_vit.data.exact_jpeg import has_too_many_scans
 from lowrank_vit.data.mapped_files import map_files
 
 LABELS_UNNAMED = 1 << 16
@@ -182,7 +183,7 @@ class Beton:
         return self.bytes[start : start + self.sizes[sample_id]]
 
     def contradicting(self, ids: np.ndarray) -> np.ndarray:
-        """Those of the samples whose JPEG has another size than the index says, is too large, or is none.
+        """Those of the samples whose JPEG has another size than the index says, is none, or would take minutes.
 
         A sample is looked at once, without decoding it, when it is first asked about. (That raw samples have the size
         of their pixels is known from opening.)
@@ -193,7 +194,8 @@ class Beton:
         for i in ids[self._contradicts[ids] < 0].tolist():
             size = int(self.heights[i]), int(self.widths[i])
             found = turbojpeg.size_at(start + int(self.pointers[i]), int(self.sizes[i]))
-            self._contradicts[i] = found != size or math.prod(size) > MAX_PIXELS
+            is_sound = found == size and math.prod(size) <= MAX_PIXELS
+            self._contradicts[i] = not is_sound or has_too_many_scans(self.sample(i))
         return ids[self._contradicts[ids] == 1]
 
     def _part_of(self, sample_id: int) -> int:

@@ -29,6 +29,24 @@ _decompress = _function("tjDecompress2", _INT, _VOID, _VOID, ctypes.c_ulong, _VO
 _destroy = _function("tjDestroy", _INT, _VOID)
 
 
+MAX_SCANS = 500
+"""Of a progressive JPEG, libturbojpeg's own limit; decoders take the whole picture up once a scan, for minutes."""
+
+
+@numba.njit(nogil=True, cache=True)
+def has_too_many_scans(data: np.ndarray) -> bool:
+    """Whether the bytes are a progressive JPEG of more than `MAX_SCANS` scans; of others only the head is looked at."""
+    at, end = 2, len(data)
+    while at + 4 <= end and data[at] == 0xFF and data[at + 1] not in (0xC0, 0xC1, 0xC2, 0xDA):
+        at += 1 if data[at + 1] == 0xFF else 2 + max(2, 256 * int(data[at + 2]) + int(data[at + 3]))
+    if at + 4 > end or data[at] != 0xFF or data[at + 1] != 0xC2:
+        return False
+    scans = 0
+    for n in range(at, end - 1):
+        scans += data[n] == 0xFF and data[n + 1] == 0xDA
+    return scans > MAX_SCANS
+
+
 @numba.njit
 def is_of_size(data: np.ndarray, height: Any, width: Any) -> bool:
     """Whether the bytes of a JPEG say that it has this size in pixels, by libturbojpeg's own reading of them.

@@ -27,7 +27,7 @@ from data_prep.jpeg import MAX_PIXELS
 from lowrank_vit.data.backend import DamagedSamples, new_meter, to_device
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.beton import Beton
-from lowrank_vit.data.exact_jpeg import decode_exactly, is_of_size
+from lowrank_vit.data.exact_jpeg import decode_exactly, has_too_many_scans, is_of_size
 from lowrank_vit.data.geometry import spans
 from lowrank_vit.data.pil_decode import crop_and_resize, decode_sound
 from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan
@@ -78,7 +78,8 @@ def _decode_batch(
         height, width = np.int64(sample.height), np.int64(sample.width)
         data = file_bytes[np.int64(sample.data_ptr) : np.int64(sample.data_ptr) + np.int64(sample.data_size)]
         if sample.mode == MODE_JPEG:
-            codes[n, 0] = 0 if height * width <= MAX_PIXELS and is_of_size(data, height, width) else _CONTRADICTS
+            is_sound = height * width <= MAX_PIXELS and is_of_size(data, height, width)
+            codes[n, 0] = 0 if is_sound and not has_too_many_scans(data) else _CONTRADICTS
         else:
             codes[n, 0] = 0 if data.size == height * width * 3 else _CONTRADICTS
     largest = np.int64(0)

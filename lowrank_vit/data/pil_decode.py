@@ -10,6 +10,7 @@ from PIL import Image, ImageFile
 from data_prep import jpeg_repair, turbojpeg
 from data_prep.beton_format import MODE_RAW
 from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.exact_jpeg import MAX_SCANS, has_too_many_scans
 from lowrank_vit.data.plan import BatchPlan
 from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR, NEAREST
 
@@ -28,6 +29,8 @@ def decode(beton: Beton, sample_id: int) -> np.ndarray:
     stored, height, width = beton.sample(sample_id), int(beton.heights[sample_id]), int(beton.widths[sample_id])
     if beton.modes[sample_id] == MODE_RAW:
         return stored.reshape(height, width, 3)
+    if has_too_many_scans(stored):
+        raise ValueError(f"a progressive JPEG of more than {MAX_SCANS} scans, which would decode for minutes")
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a library in this process may have switched on tolerance
     try:
         # Named, because the bytes may be anything: Pillow would hand an EPS file to Ghostscript.

@@ -83,11 +83,12 @@ def resize_into(
 
     `pixels`: uint8 (bytes,), RGB rows of `row_bytes`; `spans`: float64 (2, 4), see `geometry`; `flip`: mirror.
     """
-    size = out.shape[0]
+    size, columns, rows = out.shape[0], row_bytes // 3, len(pixels) // max(row_bytes, 1)
+    if not (0.0 < spans[1, SCALE] <= columns and 0.0 < spans[0, SCALE] <= rows):  # their taps would take any memory
+        return False
     first_x, count_x, weights_x = _taps(spans[1], kernel, size)
     first_y, count_y, weights_y = _taps(spans[0], kernel, size)
-    rows = len(pixels) // row_bytes if row_bytes > 0 else 0
-    if not (_are_inside(first_x, count_x, row_bytes // 3) and _are_inside(first_y, count_y, rows)):
+    if not (_are_inside(first_x, count_x, columns) and _are_inside(first_y, count_y, rows)):
         return False
     left = first_x[0]
     width = 3 * (first_x[size - 1] + count_x[size - 1] - left)

@@ -78,3 +78,17 @@ def test_samples_of_a_batch_do_not_mix(photo):
         one = slice(n, n + 1)
         alone = crop_resize_flip(images[one], windows[one], flips[one], kernels[one], 24)
         assert torch.equal(together[n], alone[0])
+
+
+def test_a_window_that_leaves_the_memory_is_not_read():
+    """Sizes that an index invents: the kernel is told how much memory there is, and writes nothing."""
+    pixels = np.full((20, 30, 3), 7, np.uint8)
+    whole = [[0, 20 / 8, 0, 20], [0, 30 / 8, 0, 30]]
+    wrong = [[0, 21 / 8, 0, 21], [0, 31 / 8, 0, 31]], [[-3, 2, -3, 20], [0, 3, 0, 30]], [[np.nan] * 4, [0, 3, 0, 30]]
+    spans = np.array([whole, [wrong[0][0], whole[1]], [whole[0], wrong[0][1]], *wrong[1:], [[0, 1e9, 0, 8e9]] * 2])
+    B, resized = len(spans), np.full((len(spans), 8, 8, 3), 99, np.uint8)
+    of_all = np.full(B, pixels.ctypes.data), np.full(B, pixels.nbytes), np.full(B, 3 * 30)
+    is_written = resize_batch(*of_all, spans, np.ones(B, np.int8), np.zeros(B, bool), resized)
+    assert is_written.tolist() == [True] + [False] * (B - 1)
+    assert (resized[0] == 7).all()
+    assert (resized[1:] == 99).all()

@@ -41,11 +41,11 @@ def photos(tmp_path_factory) -> Path:
     return root / "b.beton"
 
 
-def with_sample(photos: Path, path: Path, stored: bytes, **row: int) -> Path:
-    """A copy in which the bytes of sample `BAD` begin with `stored`, and its row says what `row` does."""
-    content, start = bytearray(photos.read_bytes()), int(Beton(photos).pointers[BAD])
+def with_sample(photos: Path, path: Path, stored: bytes, bad: int = BAD, **row: int) -> Path:
+    """A copy in which the bytes of sample `bad` begin with `stored`, and its row says what `row` does."""
+    content, start = bytearray(photos.read_bytes()), int(Beton(photos).pointers[bad])
     content[start : start + len(stored)] = stored
-    image = np.frombuffer(content, SAMPLE, count=1, offset=METADATA_START + BAD * SAMPLE.itemsize)["image"]
+    image = np.frombuffer(content, SAMPLE, count=1, offset=METADATA_START + bad * SAMPLE.itemsize)["image"]
     for name, value in row.items():
         image[name] = value
     path.write_bytes(content)
@@ -112,6 +112,35 @@ def test_a_decompression_bomb_is_one_damaged_sample(photos, tmp_path, backend, m
     path = with_sample(photos, tmp_path / "bomb.beton", bytes(stored), height=60000, width=60000)
     (line,) = read_all(backend, path, mode)
     assert "decompression bomb" in line
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+def test_an_index_that_contradicts_a_jpeg_is_one_damaged_sample(photos, tmp_path, backend, mode):
+    beton = Beton(photos)
+    height, width = int(beton.heights[BAD]), int(beton.widths[BAD])
+    for row in ({"height": height ^ 1}, {"height": height | 1 << 13}, {"width": width // 2}, {"width": width + 8}):
+        path = with_sample(photos, tmp_path / "a.beton", b"", **row)
+        wanted = " x ".join(str({"height": height, "width": width, **row}[side]) for side in ("width", "height"))
+        (line,) = read_all(backend, path, mode)
+        assert f"sample {BAD} (the JPEG is {width} x {height} pixels, the index says {wanted})" in line
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+def test_scans_without_end_are_one_damaged_sample(photos, tmp_path, backend, mode):
+    """A progressive JPEG may take the whole picture up again every few bytes."""
+    beton = Beton(photos)
+    bad = int(beton.sizes.argmax())
+    size, height, width = int(beton.sizes[bad]), int(beton.heights[bad]), int(beton.widths[bad])
+    Image.new("RGB", (width, height), "red").save(tmp_path / "red.jpg", progressive=True)
+    red = (tmp_path / "red.jpg").read_bytes()
+    last = red[red.rfind(b"\xff\xda") : -2]
+    stored = red[:-2] + last * ((size - len(red)) // len(last))
+    assert stored.count(b"\xff\xda") > 600
+    path = with_sample(photos, tmp_path / "scans.beton", stored + b"\xff\xd9", bad)
+    (line,) = read_all(backend, path, mode)
+    assert "more than 500 scans" in line
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), struct.error("short"), ZeroDivisionError(), AssertionError()])
