@@ -69,6 +69,7 @@ MAY_IMPORT = {
         "lowrank_vit.config",
         "lowrank_vit.keywords",
         "lowrank_vit.meaning",
+        "lowrank_vit.option_types",
         "lowrank_vit.options",
         "lowrank_vit.data",
         "lowrank_vit.augment",
