@@ -25,6 +25,8 @@ REPAIRS = (
 NO_END, EXTRANEOUS, REVISION, SCAN_PARAMETERS = REPAIRS
 MAX_EXTRANEOUS = 2
 """Bytes. More of them in front of a marker are what is left of a scan that was overwritten further up."""
+_PADDING = b"\0\n\r \x1a\xff"
+"""What programs append; overwriting leaves any values."""
 _FIRST_ARITHMETIC = 0xC9
 _SEQUENTIAL_SCAN = bytes((0, 63, 0))
 """Ss, Se, and Ah with Al (ITU T.81, B.2.3)."""
@@ -95,7 +97,7 @@ def _first_warning(data: bytes, header: JpegHeader) -> JpegDataError | None:
 
 def _without_extraneous(data: bytes, header: JpegHeader, error: JpegDataError, count: int) -> bytes | None:
     """`data` without the `count` bytes in front of a marker of which `error` speaks; None where that is damage."""
-    if count > MAX_EXTRANEOUS:
+    if count > MAX_EXTRANEOUS or header.frame >= _FIRST_ARITHMETIC:
         return None
     # libjpeg does not tell where. It warns on reading the marker: the shortest beginning of the file with that warning
     # as its first ends there, since a shorter one ends too early and has another.
@@ -107,6 +109,8 @@ def _without_extraneous(data: bytes, header: JpegHeader, error: JpegDataError, c
     marker = low - 2
     first_scan = next((end for _, end in _segments(data, 0xDA)), 0)
     if first_scan < low and data[marker:low] != jpeg_header.END:  # between scans or restarts they are left of damage
+        return None
+    if any(value not in _PADDING for value in data[marker - count : marker]):
         return None
     return data[: marker - count] + data[marker:]
 

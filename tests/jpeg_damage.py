@@ -157,18 +157,18 @@ def _too_many(count: int) -> Callable[[bytes, random.Random], bytes]:
     return lambda data, rng: data[:-2] + bytes(count) + data[-2:]
 
 
-def _counted(count: int) -> Callable[[bytes, random.Random], bytes]:
-    """So many bytes before the end marker that libjpeg speaks of `count`: it does not see the first few."""
+def _counted(count: int, last: bytes = b"\0") -> Callable[[bytes, random.Random], bytes]:
+    """Zeros before the end marker, the last one as given, so many that libjpeg, which misses some, counts `count`."""
 
     def put(data: bytes, rng: random.Random) -> bytes:
         longer = data
         width, height = Image.open(io.BytesIO(data)).size
         while True:
-            longer = longer[:-2] + rng.randbytes(1).replace(b"\xff", b"\0") + END
+            longer = longer[:-2] + b"\0" + END
             try:
                 turbojpeg.check(longer, width, height)
             except turbojpeg.JpegDataError:  # of 1 extraneous byte
-                return longer[:-2] + bytes(count - 1) + END
+                return longer[:-3] + bytes(count - 1) + last + END
 
     return put
 
@@ -204,6 +204,7 @@ PRECISE: dict[str, tuple[tuple[str, ...], Callable[[bytes, random.Random], bytes
     "end marker too early": (KINDS, lambda data, rng: data[: rng.randrange(len(data) // 4, len(data) - 4)] + END),
     **{f"{n} zeros before the end": (KINDS, _too_many(n)) for n in (2, 8, 500)},
     **{f"libjpeg counts {n} too many": (HUFFMAN, _counted(n)) for n in (1, 2, 3)},
+    "libjpeg counts 2 too many, no padding": (HUFFMAN, _counted(2, b"\x5a")),
     "2 zeros before a segment": (KINDS, _before_a_segment(2)),
     "9 zeros before a segment": (KINDS, _before_a_segment(9)),
     "restart marker changed": (("restart", "arithmetic-restart"), _restart_changed),

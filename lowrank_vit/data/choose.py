@@ -73,16 +73,18 @@ def choose_backend(
 ) -> tuple[str, str]:
     """`("resident" | "dali" | "ffcv", the reason in words)` for `--loader auto`.
 
-    Resident if the decoded set takes at most `RESIDENT_SHARE` of the device's memory, else DALI with a GPU or for
-    evaluation, whose scores must not follow from a measurement of speed; else whichever of FFCV and DALI decodes this
-    set faster on this CPU. That measurement is kept beside the set.
+    Resident if the decoded set takes at most `RESIDENT_SHARE` of the device's memory and there is room for it now, on
+    the device and on the host, where it is decoded; else DALI with a GPU or for evaluation, whose scores must not
+    follow from a measurement of speed; else whichever of FFCV and DALI decodes this set faster on this CPU. That
+    measurement is kept beside the set.
     """
     size = resident_bytes(beton)
     budget = RESIDENT_SHARE * memory_bytes(device)
     in_words, share = f"{size / 1e6:,.1f} MB decoded", f"{RESIDENT_SHARE:.0%} of {device} memory"
-    if size <= budget:
+    crowded = _place_without_room(size, device) if size <= budget else ""
+    if size <= budget and not crowded:
         return "resident", f"{in_words} fit {share}"
-    too_big = f"{in_words} exceed {share}"
+    too_big = f"{in_words}, and {crowded} free" if crowded else f"{in_words} exceed {share}"
     if missing := why_no_dali():
         return "ffcv", f"{too_big}; {missing}"
     if device.type == "cuda":
@@ -105,13 +107,23 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def _make_resident(beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, workers: int) -> ResidentBackend:
-    size, free = resident_bytes(beton), _free_bytes(device)
-    if size > free:
+    size = resident_bytes(beton)
+    if crowded := _place_without_room(size, device):
         raise UserError(
-            f"--loader resident: {beton.path} takes {size / 1e9:.1f} GB decoded, but {device} has {free / 1e9:.1f} GB "
-            "free. Use --loader auto."
+            f"--loader resident: {beton.path} takes {size / 1e9:.1f} GB decoded, but {crowded} free. Use --loader auto."
         )
     return ResidentBackend(beton, plan, device, workers)
+
+
+def _place_without_room(size: int, device: torch.device) -> str:
+    """In words, "cpu has 1.5 GB", where `size` bytes do not fit; nothing if they fit everywhere.
+
+    A set that is kept on a GPU is decoded into the host's memory first.
+    """
+    places = [(str(device), _free_bytes(device))]
+    if device.type == "cuda":
+        places.append(("the host", resources.memory().free))
+    return next((f"{name} has {free / 1e9:.1f} GB" for name, free in places if size > free), "")
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -19,6 +19,7 @@ from data_prep.jpeg_repair import EXTRANEOUS, NO_END, REPAIRS, REVISION, SCAN_PA
 from data_prep.manifest import read_manifest
 from data_prep.verify import verify
 from tests.jpeg_damage import HUFFMAN, PRECISE, RUNS, encode, photos, run
+from tests.measure_jpeg_warnings import measure
 
 PHOTO = photos(96)[0]
 WHOLE = {
@@ -37,6 +38,7 @@ DAMAGED = (
     "cut anywhere",
     "cut between scans",
     "libjpeg counts 3 too many",
+    "libjpeg counts 2 too many, no padding",
     "500 zeros before the end",
     "9 zeros before a segment",
     "restart marker changed",
@@ -230,3 +232,12 @@ def test_a_jpeg_without_its_tables_does_not_borrow_those_of_the_one_before(
         path.write_bytes(whole.replace(b"\xff\xdb", b"\xff\xfe"))  # a comment in the place of quantisation tables
         with pytest.raises(BadImageError, match="Quantization table"):
             encode_image(path, options)
+
+
+@pytest.mark.slow
+def test_no_picture_that_is_mended_is_off(tmp_path: Path) -> None:
+    """The measurement of docs/data_format.md, shorter."""
+    mended = [case for case in measure(2, tmp_path) if case.verdict == "repaired"]
+    assert len(mended) > 500
+    assert {case.off for case in mended} == {0.0}
+    assert {case.what for case in mended} >= set(WHOLE)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
+from data_prep.resources import Memory
 from lowrank_vit.data import choose, speed
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, choose_backend, make_backend, open_loader
@@ -119,6 +120,19 @@ def test_resident_says_when_there_is_no_room(beton, monkeypatch):
     monkeypatch.setattr(choose, "_free_bytes", lambda device: 1000)
     with pytest.raises(UserError, match=r"--loader resident: .*train.beton takes 0.0 GB decoded.*Use --loader auto"):
         open_loader(beton, plan_of(beton), CPU, LoaderOptions("resident", 2))
+
+
+def test_a_set_for_a_gpu_needs_room_on_the_host_too(beton, monkeypatch):
+    """There it is decoded; and `auto` does not choose what cannot be had."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(choose, "memory_bytes", lambda device: 10**9)
+    monkeypatch.setattr(choose, "_free_bytes", lambda device: 10**9)
+    assert choose_backend(beton, plan_of(beton), cuda, AUTO)[0] == "resident"
+    monkeypatch.setattr(choose.resources, "memory", lambda: Memory(10**12, 1_000_000))
+    kind, reason = choose_backend(beton, plan_of(beton), cuda, AUTO)
+    assert (kind, reason) == ("dali", "2.1 MB decoded, and the host has 0.0 GB free; decoding on the GPU")
+    with pytest.raises(UserError, match=r"takes 0.0 GB decoded, but the host has 0.0 GB free. Use --loader auto"):
+        make_backend("resident", beton, plan_of(beton), cuda, AUTO)
 
 
 def test_evaluation_is_never_left_to_a_measurement(beton, small_memory, monkeypatch):
