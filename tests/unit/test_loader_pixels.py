@@ -19,11 +19,13 @@ from lowrank_vit.data import dali_backend
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.dali_backend import DaliBackend
+from lowrank_vit.data.geometry import LENGTH
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.pil_decode import crop_and_resize, decode
 from lowrank_vit.data.plan import EvalPlan, TrainPlan, TrainRules
 from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR
 from lowrank_vit.data.resident_backend import ResidentBackend
+from lowrank_vit.data.resize_cpu import resize_batch
 from tests.photos import psnr, write_sets
 
 KERNELS = {"bicubic": BICUBIC, "bilinear": BILINEAR}
@@ -116,9 +118,21 @@ def test_batches_of_large_images_are_decoded_in_parts_with_the_same_pixels(sets,
         assert len(sources.data) == 1 or 3 * sides.prod(axis=1).sum() <= budget
 
 
+def resized_by_threads(flat: torch.Tensor, table: torch.Tensor, width: int, size: int) -> torch.Tensor:
+    """What the GPU's kernels make of their table; they themselves are compared in test_resize_triton.py."""
+    flips, kernels, starts, row_pixels = table.numpy()[:, :4].astype(np.int64).T
+    spans, images = table.numpy()[:, 4:12].reshape(-1, 2, 4), np.empty((len(table), size, size, 3), np.uint8)
+    assert width == spans[:, 1, LENGTH].max()
+    addresses, num_bytes = flat.data_ptr() + starts, flat.numel() - starts
+    planned = np.ascontiguousarray(spans), kernels.astype(np.int8), flips.astype(bool)
+    assert resize_batch(addresses, num_bytes, 3 * row_pixels, *planned, images).all()
+    return torch.from_numpy(images)
+
+
 @pytest.mark.parametrize("use", ["training", "evaluation"])
-@pytest.mark.parametrize("stored", ["jpeg", "raw"])
-def test_what_a_gpu_computes_of_a_resident_set_gives_pillows_pixels_on_a_cpu(sets, stored, use, monkeypatch):
+@pytest.mark.parametrize("stored", ["jpeg", "raw", "mixed"])
+def test_what_a_gpu_is_told_of_a_resident_set_gives_pillows_pixels(sets, stored, use, monkeypatch):
+    monkeypatch.setattr("lowrank_vit.data.resize_triton.resize", resized_by_threads)
     beton = Beton(sets[stored])
     plan = plan_of(beton, use)
     backend = ResidentBackend(beton, plan, CPU, 2)
