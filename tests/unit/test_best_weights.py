@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from data_prep.errors import UserError
 from lowrank_vit.config import parse
-from lowrank_vit.engine.checkpoint import read_checkpoint
+from lowrank_vit.engine.checkpoint import Checkpoint, read_checkpoint
 from lowrank_vit.engine.setup import make_parts
-from lowrank_vit.engine.state import Progress
+from lowrank_vit.engine.state import Progress, as_resumed
 from lowrank_vit.engine.trainer import Trainer
 from lowrank_vit.report.next_steps import next_steps
 
@@ -38,6 +40,17 @@ def test_a_short_runs_ema_has_a_warm_up_unless_told(flags, warms_up):
     assert [parts.ema.use_warmup if parts.ema else None] == [warms_up]
     is_own_choice = warms_up is True and "warmup" not in flags
     assert any("EMA with warm-up" in line for line in parts.description) == is_own_choice
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_resumed_run_keeps_what_it_has_chosen(chosen):
+    """Whatever the epochs are now: --epochs may grow. An older run has no warm-up, unless it says so."""
+    checkpoint = Checkpoint(Path("last.pth.tar"), {"args": {"seed": 42, "model-ema-warmup": chosen}})
+    assert as_resumed(parse([]), checkpoint, print).model.model_ema_warmup is chosen
+    older = Checkpoint(Path("last.pth.tar"), {"args": {"seed": 42}})
+    assert as_resumed(parse([]), older, print).model.model_ema_warmup is False
+    with pytest.raises(UserError, match="--model-ema-warmup was"):
+        as_resumed(parse([f"--{'no-' if chosen else ''}model-ema-warmup"]), checkpoint, print)
 
 
 def test_the_better_of_model_and_ema_counts():
