@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,7 +50,8 @@ def mutate(intact: bytes, manifest: bytes, seed: int, number: int) -> Mutated:
     kinds.sort(key=lambda kind: (kind in _LAST, _LAST.index(kind) if kind in _LAST else 0))
     result = Mutated(bytearray(intact), manifest, kinds)
     for kind in kinds:
-        _HOW[kind](result, rng)
+        with suppress(ValueError, OverflowError):  # what came before has left no index to be found
+            _HOW[kind](result, rng)
     draw = rng.random()
     if draw < VALID_SHARE:
         result.has_valid_checksum = _vouch_for(result, json.loads(manifest))
