@@ -113,6 +113,19 @@ def read_tables(path: str | os.PathLike[str]) -> Tables:
     return _check_samples(path, samples, table, int(header["page_size"]), table_start, file_bytes, checksum)
 
 
+def field_names(head: bytes) -> list[str]:
+    """The names of the image's and of the label's field, from the first `METADATA_START` bytes of a file.
+
+    FFCV's users choose them as they like; ours are image and label.
+    """
+    return [name.split(b"\0")[0].decode("latin-1") for name in _stored_names(head)]
+
+
+def _stored_names(head: bytes) -> list[bytes]:
+    starts = (HEADER.itemsize + n * FIELD.itemsize + 1 for n in range(2))
+    return [head[start : start + 16] for start in starts]
+
+
 def _check_header(path: Path, header: np.void, head: bytes, file_bytes: int) -> None:
     again = "Convert it again with `python -m data_prep`."
     version, num_fields = int(header["version"]), int(header["num_fields"])
@@ -133,6 +146,11 @@ def _check_header(path: Path, header: np.void, head: bytes, file_bytes: int) -> 
             f"{path} holds fields of FFCV types {types}; expected an RGB image ({TYPE_RGB_IMAGE}) "
             f"and an integer label ({TYPE_INT}). {again}"
         )
+    names = field_names(head)
+    if (
+        not all(name.isascii() for name in _stored_names(head)) or names[0] == names[1]
+    ):  # FFCV tells the fields apart by them
+        raise BetonError(f"{path} has fields of the names {names[0]!r} and {names[1]!r}: it is damaged. {again}")
     if table_start == 0:
         raise BetonError(f"{path} is unfinished: its writer was interrupted before the end. {again}")
     if not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):

@@ -115,7 +115,8 @@ def _header(file: Mutated, rng: np.random.Generator) -> None:
 
 def _fields(file: Mutated, rng: np.random.Generator) -> None:
     for _ in range(int(rng.integers(1, 9))):
-        at = HEADER.itemsize + int(rng.choice([0, FIELD.itemsize, int(rng.integers(2 * FIELD.itemsize))]))
+        within = [0, int(rng.integers(1, 17)), int(rng.integers(FIELD.itemsize))][int(rng.integers(3))]  # type, name
+        at = HEADER.itemsize + FIELD.itemsize * int(rng.integers(2)) + within
         file.content[at] = int(rng.integers(256))
 
 

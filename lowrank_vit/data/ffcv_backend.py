@@ -21,7 +21,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from data_prep.beton_format import IMAGE, MODE_JPEG
+from data_prep.beton_format import IMAGE, METADATA_START, MODE_JPEG, field_names
 from data_prep.errors import BetonError
 from data_prep.jpeg import MAX_PIXELS
 from lowrank_vit.data.backend import DamagedSamples, new_meter, to_device
@@ -218,6 +218,8 @@ class FfcvBackend:
         """`prefetch`: decoded batches that may wait."""
         self._beton, self._device = beton, device
         self._order = _PlannedOrder([np.arange(1)], plan.batch_size)
+        with beton.parts[0].open("rb") as file:
+            image_name, label_name = field_names(file.read(METADATA_START))
         decoder = _PlannedDecoder(plan.img_size, is_exact=isinstance(plan, EvalPlan))
         torch_threads = torch.get_num_threads()
         loader_class: Any = Loader  # FFCV's annotations ask for a class where its code calls an object
@@ -235,8 +237,8 @@ class FfcvBackend:
                 drop_last=False,
                 seed=0,
                 pipelines={
-                    "image": [decoder],
-                    "label": None,
+                    image_name: [decoder],
+                    label_name: None,
                 },
                 batches_ahead=prefetch,
             )

@@ -16,6 +16,7 @@ import numba
 import numpy as np
 import pytest
 import skimage.data
+import torch
 from ffcv.fields import IntField, RGBImageField
 from ffcv.fields.basics import IntDecoder
 from ffcv.fields.rgb_image import CenterCropRGBImageDecoder, SimpleRGBImageDecoder
@@ -32,6 +33,9 @@ from data_prep.convert import convert_digits, convert_image_folder
 from data_prep.image_folder import image_folder
 from data_prep.jpeg import ImageOptions
 from data_prep.sources import digits_indices
+from lowrank_vit.data.beton import Beton
+from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.plan import EvalPlan
 
 JPEG_TOLERANCE = 2.0
 """Mean difference in grey levels: FFCV asks libjpeg-turbo for its fast inverse DCT, PIL for the exact one."""
@@ -184,8 +188,13 @@ def test_files_of_the_stock_writer_are_understood(photos: Path, tmp_path: Path) 
     for sample in image_folder(photos).samples:
         with Image.open(photos / sample.name) as image:
             samples.append((np.asarray(image.convert("RGB")), sample.label))
-    fields = {"image": RGBImageField(write_mode="smart", smart_threshold=500_000), "label": IntField()}
+    # Users of FFCV name fields as they like; the types tell what they are.
+    fields = {"picture": RGBImageField(write_mode="smart", smart_threshold=500_000), "target": IntField()}
     DatasetWriter(str(tmp_path / "stock.beton"), fields, num_workers=1).from_indexed_dataset(samples)
+    beton = Beton(tmp_path / "stock.beton")
+    plan = EvalPlan(beton.heights, beton.widths, img_size=16, crop_pct=0.9, batch_size=4)
+    loader, _ = open_loader(beton, plan, torch.device("cpu"), LoaderOptions("ffcv", 2))
+    assert np.concatenate([batch.targets for batch in loader.batches(0)]).tolist() == beton.labels.tolist()
     tables = read_tables(tmp_path / "stock.beton")
     assert tables.labels.tolist() == [label for _, label in samples]
     assert list(zip(tables.heights, tables.widths, strict=True)) == [image.shape[:2] for image, _ in samples]

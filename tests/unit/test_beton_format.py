@@ -173,6 +173,8 @@ def second_sample_half_over_the_first(start: int) -> list[tuple[int, bytes]]:
         (header_patch("num_samples", 0), "no samples"),
         (header_patch("num_samples", 1 << 60), "cut short or damaged"),
         (lambda start: [(layout.HEADER.itemsize, b"\x00")], "FFCV types"),
+        (lambda start: [(layout.HEADER.itemsize + 9, b"\xff")], "fields of the names 'image' and 'label'"),
+        (lambda start: [(layout.HEADER.itemsize + 1, b"label")], "fields of the names 'label' and 'label'"),
         (row_patch(0, 9, 1), "sample 0 has an unknown storage mode"),
         (row_patch(24 + 1, 0, 2), "sample 1 has no pixels"),
         (row_patch(24 + 1, 5, 2), "sample 1 is raw but its size"),
