@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,8 +167,12 @@ def test_evaluation_crops_are_timms(sets, backend, crop_pct, kernel):
 @pytest.mark.parametrize("typed", ["", "--train-interpolation nearest"])
 def test_no_aug_is_timms_own_transform_for_that_model(model, kernel, typed):
     """With the interpolation that timm's train.py then takes: the model's own, whatever --train-interpolation says."""
-    own = resolve_data_config({}, pretrained_cfg=get_pretrained_cfg(model).to_dict())
-    timms = create_transform((3, 60, 60), True, no_aug=True, interpolation=own["interpolation"], use_prefetcher=True)
+    published = get_pretrained_cfg(model)
+    assert published is not None
+    own = resolve_data_config({}, pretrained_cfg=published.to_dict())
+    timms: Any = create_transform(
+        (3, 60, 60), True, no_aug=True, interpolation=own["interpolation"], use_prefetcher=True
+    )
     photos = [Image.fromarray(coffee()).crop((0, 0, *sides)) for sides in ((400, 400), (300, 400), (599, 301))]
     rules = train_rules(parse(["--no-aug", "--aa", "rand-m9", "--model", model, *typed.split()]))
     heights, widths = np.array([[photo.height, photo.width] for photo in photos]).T

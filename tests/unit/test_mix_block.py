@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from lowrank_vit.engine.checkpoint import Checkpoint
 from lowrank_vit.engine.state import as_resumed
 from tests.unit.test_augment import timms
 
-BOTH = {"mixup": 0.8, "cutmix": 1.0}
+BOTH: dict[str, Any] = {"mixup": 0.8, "cutmix": 1.0}
 SIDE, CLASSES, SAMPLES = 16, 10, 200
 
 
@@ -141,14 +142,8 @@ def test_blocks_are_drawn_for_themselves():
 def test_there_are_as_many_rows_in_every_step(batch, block, rows):
     """So that nothing recompiles: one where a batch lies in one block, else one a sample; also where mixing is off."""
     plans = plans_of(batch, 1, 3, block=block)
-    late = TrainPlan(
-        *[np.full(SAMPLES, SIDE)] * 2,
-        TrainRules(mixing=MixRules(**BOTH, block=block), mixup_off_epoch=1),
-        seed=5,
-        img_size=SIDE,
-        batch_size=batch,
-        accum_steps=3,
-    )
+    sides, rules = np.full(SAMPLES, SIDE), TrainRules(mixing=MixRules(**BOTH, block=block), mixup_off_epoch=1)
+    late = TrainPlan(sides, sides, rules, seed=5, img_size=SIDE, batch_size=batch, accum_steps=3)
     for plan in (*plans, late):
         for epoch in range(2):
             for step in range(plan.steps_per_epoch):
