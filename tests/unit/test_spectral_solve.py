@@ -237,7 +237,7 @@ def test_order_is_kept_over_mixed_shapes_and_dtypes_and_gradients_are_not_asked_
 def test_sigma_1_alone(factors: tuple[float, ...], dtype: torch.dtype) -> None:
     """Also where nothing needs scaling, and with greatest entries that are no power of two."""
     matrices = [(factor * CASES["tall"]).to(dtype) for factor in factors]
-    expected = [np.linalg.norm(one.double().numpy(), 2) if one.isfinite().all() else np.nan for one in matrices]
+    expected = [float(np.linalg.norm(one.double().numpy(), 2)) if one.isfinite().all() else np.nan for one in matrices]
     np.testing.assert_allclose(largest_values(torch.stack(matrices)), expected, rtol=1e-14)
 
 
