@@ -145,6 +145,8 @@ def our_loss(folder: Path, recipe: dict[str, Any], seed: int, output: Path) -> t
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's dataset leaves images to Pillow to close
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_five_seeds_end_where_timms_end(folder, recipe, tmp_path):
     """The mean difference lies within its error, by a paired t-test."""
