@@ -213,6 +213,7 @@ def in_child(
     if child == 0:
         try:
             os.close(reading)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent ends it, or lets it finish
             with errors.open("wb") as file:  # decoders talk a lot
                 os.dup2(file.fileno(), 2)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -357,16 +358,17 @@ def main() -> None:
     if options.state and options.state.exists():
         state = json.loads(options.state.read_text())
         assert state["seed"] == options.seed, f"{options.state} is of seed {state['seed']}"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clears what lies in memory
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as scratch:
         fuzz = Fuzz(Path(scratch), options.seed)
         if options.only is not None:
             file, verdicts = fuzz.run(options.only)
             print(file.kinds, "valid checksum" if file.has_valid_checksum else "", *verdicts.items(), sep="\n")
             return
-        while state["done"] < options.count:
+        while state["done"] < options.count and not stopped:
             _count(state, state["done"], *fuzz.run(state["done"]))
-            if state["done"] % 20 == 0 or state["done"] == options.count:
+            if state["done"] % 20 == 0 or state["done"] == options.count or stopped:
                 _keep(options.state, state)
             if state["done"] % 100 == 0:
                 print(f"{state['done']:,} of {options.count:,}, bad: {len(state['bad'])}", flush=True)
