@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -116,7 +117,8 @@ def check_login() -> None:
     from wandb.errors import AuthenticationError, UsageError
 
     try:
-        if wandb.setup().settings.mode in ("online", "shared"):
+        # The environment first: in a process that has used W&B before, its settings are of then.
+        if (os.environ.get("WANDB_MODE") or wandb.setup().settings.mode) in ("online", "shared"):
             wandb.login()
     except (UsageError, AuthenticationError) as error:
         raise _cannot_start(error) from error

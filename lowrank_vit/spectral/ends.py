@@ -132,6 +132,18 @@ def objection(solved: Solved, squares_K: np.ndarray, frobenius_squared: float) -
             return f"certificate {end.certificate[worst] / s[0]:.0e} at value {end.s[worst] / s[0]:.0e} (of sigma_1)"
         if gap.min() > LEAST_GAP * boundary and not (end.certificate <= ANGLE_LIMIT * gap).all():
             return f"vectors may be off by {np.max(end.certificate / gap):.0e}"
+    # Eigenvalues of the Gram matrix err by about EPS sigma_1^2, so values closer than that may have changed places with
+    # those outside of the last ones. It matters where they differ by more than their limit.
+    greatest = float(solved.last.s.max())
+    unresolved = s.size * EPS * float(squares_K[0])
+    if (
+        greatest > ABSOLUTE_LIMIT * s[0]
+        and squares_K[s.size - m - 1] - greatest**2 < unresolved
+        and unresolved > 2 * RELATIVE_LIMIT * greatest**2
+    ):
+        return (
+            f"the last values, {greatest / s[0]:.0e} of sigma_1 at most, lie closer together than its Gram matrix tells"
+        )
     at_ends = np.concatenate([squares_K[:m], squares_K[squares_K.size - m :][::-1]])
     if np.abs(np.concatenate([solved.top.s, solved.last.s]) ** 2 - at_ends).max() > 1e-11 * squares_K[0]:
         return "values from both steps of the method differ"

@@ -39,7 +39,7 @@ def test_captions_name_the_shares():
 
 def test_a_picture_of_the_users_data(digits_dir, tmp_path, capsys):
     path = tmp_path / "new" / "p.png"
-    flags = "--aa rand-m9-mstd0.5-inc1 --reprob 0.25 --mixup 0.8 --cutmix 1 --img-size 32 --batch-size 5"
+    flags = "--aa rand-m9-mstd0.5-inc1 --reprob 0.25 --mixup 0.8 --cutmix 1 --img-size 32 --batch-size 6"
     main(["--preview", str(path), "--data-dir", str(digits_dir), *flags.split()])
     picture = Image.open(io.BytesIO(path.read_bytes()))
     assert min(picture.size) > 600
