@@ -13,8 +13,8 @@ A run is a function of its number. Finished ones are noted in the state file, so
 Most children are forked from this process, which has imported everything, so that a kill costs a second; what that
 leaves out (Python's start, imports, the interpreter's own exit) is there in runs of whole processes, every twentieth.
 One thing differs from a user's training: a refresh that is due waits until the one before is over, since which ones
-are skipped for want of time is no function of the seed. --spec-store-gb is not tight: vectors that were thinned out
-behind the checkpoint are missed after a kill, so that the next refresh is compared with older ones.
+are skipped for want of time is no function of the seed. Where --spec-store-gb is tight it leaves only the first and the
+newest vectors, and all spectra: which files of a longer series are thinned out depends on the kills.
 """
 
 from __future__ import annotations
@@ -83,8 +83,9 @@ KINDS = (
     ),
     Kind("few checkpoints", f"{SMALL} --checkpoint-interval 7 --spec-every 2 --log-interval 4 --clip-grad 1", "folder"),
     Kind(
-        "split Q, K, V",
-        f"{SMALL} --spec-split-qkv --val-interval 2 --opt lookahead_adamw",
+        "thinned spectra",
+        f"{SMALL} --spec-store-gb 0.0006 --checkpoint-interval 100 --spec-every 5 --spec-split-qkv --val-interval 2"
+        " --opt lookahead_adamw",
         "folder",
     ),
 )

@@ -82,7 +82,7 @@ class SpectralMonitor:
             split_qkv: see `choose_parts`.
             limit_gb: size limit of the store, in 10^9 bytes.
             resumed_update: the update that a resumed run continues from. What the store holds of later ones is deleted,
-                and the next refresh is compared with the newest that is left.
+                and the next refresh is compared with the one of what was kept, or without that the newest left.
             recorded_update: that of the newest record which the resumed run still has, -1 for none. A newer refresh
                 that was kept is done again, at once. None: all are there.
             ranks: how several ranks share the work; default: this process does it all.
@@ -260,7 +260,10 @@ class SpectralMonitor:
         return stacks
 
     def _remember(self, store: SpectraStore, update: int, kept: Kept | None) -> Memory:
-        """What an earlier process has stored up to `update`, as far as it recorded the same vectors, and has kept."""
+        """What an earlier process has stored up to `update`, as far as it recorded the same vectors, and has kept.
+
+        Where the store's limit has thinned out the vectors of what was kept, only the weights of that are remembered.
+        """
         first, last_update, last = store.first_and_last(update)
         keys = {f"{kind}/{name}": name for kind in self._models for name in self._parts}
 
@@ -274,8 +277,10 @@ class SpectralMonitor:
             for key in list(of):
                 if key not in keys or not fits(key, of[key]):
                     del of[key]
-        weights = self._stacks_of(kept) if kept and last and kept.update == last_update else {}
-        return Memory(first, last, last_update if last else None, weights)
+        weights = self._stacks_of(kept) if kept else {}
+        if kept and weights and kept.update != last_update:
+            return Memory(first, {}, kept.update, weights)
+        return Memory(first, last, last_update if last else None, weights if last else {})
 
     def _stop(self, cancel: bool) -> None:
         if cancel:

@@ -59,7 +59,7 @@ class Memory:
     last: dict[str, Solved] = field(default_factory=dict)
     last_update: int | None = None
     weights: Stacks = field(default_factory=dict)
-    """Copies of the last refresh; empty after a restart."""
+    """Copies of the last refresh; empty after a restart without them. With these alone, `last` is solved again."""
 
 
 def solve_all(
@@ -131,9 +131,18 @@ def refresh(
 
     Raises `Cancelled`.
     """
+
+    def solved_of(kind: str, of_kind: list[MatrixStack]) -> dict[str, Solved]:
+        return solve_all(of_kind, settings, cancelled=cancelled, log=lambda line: log(f"{kind}: {line}"))
+
+    if memory.weights and not memory.last:
+        before, memory.weights = memory.weights, {}  # if this fails, it is not tried again
+        solved_before = {kind: solved_of(kind, of_kind) for kind, of_kind in before.items()}
+        memory.last = {f"{kind}/{name}": one for kind, found in solved_before.items() for name, one in found.items()}
+        memory.weights = before
     result = Refreshed(update)
     for kind, of_kind in stacks.items():
-        found = solve_all(of_kind, settings, cancelled=cancelled, log=lambda line, kind=kind: log(f"{kind}: {line}"))
+        found = solved_of(kind, of_kind)
         norms: dict[str, dict[str, float]] = {}
         for before, now in zip(memory.weights.get(kind, ()), of_kind, strict=False):
             norms |= update_norms(before, now, settings.cpu_threads)

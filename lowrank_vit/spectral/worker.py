@@ -65,6 +65,8 @@ class Worker:
         `say` is told of the first failure, and of the first after each success.
         """
         self._settings, self._store, self._memory, self._ranks = settings, store, memory, ranks
+        if settings.on_cpu:  # as those of a snapshot, which they are compared with
+            memory.weights = self._on_cpu(memory.weights)
         self._keys, self._stream = keys, stream
         self._say, self._is_failing = say, False
         self._noted: set[str] = set()

@@ -576,6 +576,48 @@ def test_a_resumed_monitor_goes_on_as_if_there_had_been_no_break(tmp_path: Path)
     assert stored(tmp_path / "broken") == stored(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("is_cut_short", "recorded"), [(False, 4), (True, 4), (True, 6)])
+def test_what_a_tight_limit_has_thinned_out_is_compared_with_all_the_same(
+    tmp_path: Path, gate: Gate, is_cut_short: bool, recorded: int
+) -> None:
+    """At the checkpoint the refresh of update 4 was the newest, or that of 6 was under way; its record came, or not."""
+
+    def observe(monitor: SpectralMonitor, model: nn.Module, updates: range) -> list[dict[str, float]]:
+        for update in updates:
+            nudge(model, update)
+            monitor.observe(update)
+            wait_until_idle(monitor)
+        return [comparable(record.values) for record in monitor.records()]
+
+    gate.open.set()
+    model, whole, folder = tiny_vit(), tmp_path / "whole", tmp_path / "broken"
+    with watch(model, whole, model, limit_gb=0) as monitor:
+        expected = observe(monitor, model, range(0, 14, 2))
+    model = tiny_vit()
+    with watch(model, folder, model, limit_gb=0) as monitor:
+        observe(monitor, model, range(0, 6, 2))
+        if is_cut_short:
+            gate.open.clear()
+            nudge(model, 6)
+            monitor.observe(6)
+        kept, checkpoint = monitor.kept(), deepcopy(model.state_dict())
+        assert kept is not None
+        gate.open.set()
+        wait_until_idle(monitor)
+        observe(monitor, model, range(6 + 2 * is_cut_short, 12, 2))  # lost with the process
+        torch.save(kept.content(), folder / store.kept_name(kept.update))
+    assert stored(folder) == [0, 10]
+    model.load_state_dict(checkpoint)
+    resumed_update = 7 if is_cut_short else 5
+    with watch(model, folder, model, limit_gb=0, resumed_update=resumed_update, recorded_update=recorded) as monitor:
+        assert stored(folder) == [0]
+        resumed = observe(monitor, model, range(resumed_update + 1, 14, 2))
+    assert resumed == expected[recorded // 2 + 1 :]
+    assert sorted(path.name for path in whole.iterdir()) == sorted(path.name for path in folder.glob("*[!h]"))
+    for path in whole.glob("*.npz"):
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+
+
 def test_what_another_monitor_recorded_is_not_compared_with(tmp_path: Path) -> None:
     with watch(tiny_vit(), tmp_path, settings=Settings(topk=2)) as monitor:
         monitor.observe(0)
