@@ -81,6 +81,18 @@ def class_names_in(content: dict[str, Any]) -> list[str] | None:
     return list(names) if is_list else None
 
 
+def top_level(path: Path) -> dict[str, Any]:
+    """What a file of weights says beside them, {} where nothing; tensors are mapped, not read."""
+    if path.suffix == ".safetensors":
+        return {}
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # an older format, which cannot be mapped, or none of torch's
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def require_file(path: Path) -> None:
     """Raise `UserError` where there is no checkpoint, naming those of a folder."""
     if not path.is_file():

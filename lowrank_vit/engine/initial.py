@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm.models
-import torch
 from torch import Tensor, nn
 
 from data_prep.class_names import abbreviated, positions
 from data_prep.errors import UserError
-from lowrank_vit.engine.checkpoint import BETTER, Checkpoint, class_names_in, is_state_dict, load_weights, require_file
+from lowrank_vit.engine.checkpoint import (
+    BETTER,
+    Checkpoint,
+    class_names_in,
+    is_state_dict,
+    load_weights,
+    require_file,
+    top_level,
+)
 from lowrank_vit.engine.class_match import Classes, Trust, match, published_names
 from lowrank_vit.engine.pretrained import classes_in, head_names
 
@@ -33,7 +39,7 @@ def load_initial(
     file.
     """
     require_file(path)
-    top = _top_level(path)
+    top = top_level(path)
     use_ema = top.get(BETTER) != "model"
     try:
         weights = timm.models.load_state_dict(str(path), use_ema=use_ema)
@@ -61,7 +67,7 @@ def fit_kept_head(model: nn.Module, path: Path, model_name: str, say: Say, data:
     head = _head_in(weights, model_name)
     if not head or classes_in(path, head_names(model_name)) != len(weights[head[0]]):  # a new head
         return
-    top = _top_level(path)
+    top = top_level(path)
     try:
         fitted = _with_head_of(weights, path, top, model, model_name, data, trust, say, "")
     except UserError:
@@ -116,15 +122,3 @@ def _with_head_of(
     rows = [*found.outputs, *(row for row in range(num_rows) if row not in taken)][:wanted]
     say(f"initial weights: {len(found.outputs):,} of the head's {num_rows:,} rows, in the order of {data.what}")
     return {**weights, **{key: weights[key][rows] for key in head}}
-
-
-def _top_level(path: Path) -> dict[str, Any]:
-    """What the file says beside its weights; tensors are mapped, not read again."""
-    if path.suffix == ".safetensors":
-        return {}
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # an older format, which cannot be mapped: timm has just read it
-        return {}
-    return content if isinstance(content, dict) else {}

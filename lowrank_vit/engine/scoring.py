@@ -18,7 +18,7 @@ from data_prep.errors import UserError
 from lowrank_vit import meaning
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR, NEAREST
-from lowrank_vit.engine.checkpoint import load_weights, read_checkpoint
+from lowrank_vit.engine.checkpoint import class_names_in, load_weights, read_checkpoint, top_level
 from lowrank_vit.engine.class_match import Classes, published_names
 from lowrank_vit.engine.model import InputSpec, create_model, input_spec, parse_model_kwargs
 from lowrank_vit.options import POSITIVE, Range
@@ -74,7 +74,7 @@ class Scorer:
     """For its `normalize`."""
     num_classes: int
     trained_names: list[str] = field(default_factory=list)
-    """Of the training set's classes in label order, where the checkpoint tells."""
+    """Of the training set's classes in label order, where the file tells."""
     args: dict[str, Any] = field(default_factory=dict)
     """The flags of the checkpoint's run."""
     is_published: bool = False
@@ -134,7 +134,9 @@ def _published(options: ModelOptions, device: torch.device, say: Say) -> Scorer:
     weights: dict[str, Any] = {"pretrained": path is None, "pretrained_path": path}
     made = create_model(name, num_classes, img_size=size, model_kwargs=kwargs, say=say, **weights)
     scorer = _scorer(made, name, options, device, say, size, {}, num_classes, is_ours=False)
-    return replace(scorer, origin=str(path) if path else f"{name} (timm's weights)", is_published=path is None)
+    if path is None:
+        return replace(scorer, origin=f"{name} (timm's weights)", is_published=True)
+    return replace(scorer, origin=str(path), trained_names=class_names_in(top_level(path)) or [])
 
 
 def _classes_in(path: Path) -> int | None:

@@ -108,6 +108,7 @@ def test_names_go_with_the_weights(tmp_path, capsys, monkeypatch):
     assert score == 100
     assert "in another order: its labels are mapped by name" in said
     assert top1(capsys, older, "--checkpoint", start, *MODEL)[0] == 100
+    assert top1(capsys, older, "--pretrained-path", run, *MODEL)[0] == 100
 
     old_run = trained(tmp_path / "output", older, "--initial-checkpoint", run)
     assert "rows, in the order of" in capsys.readouterr().out
@@ -119,6 +120,9 @@ def test_names_go_with_the_weights(tmp_path, capsys, monkeypatch):
     for split in ("train", "val"):
         write(tmp_path / "few" / split, few, of=NUMBERS)
     score, said = top1(capsys, tmp_path / "few", "--checkpoint", run)
+    assert score == 100
+    assert "has 3 of the 12 classes of the model" in said
+    score, said = top1(capsys, tmp_path / "few", "--pretrained-path", run, *MODEL)
     assert score == 100
     assert "has 3 of the 12 classes of the model" in said
     trained(tmp_path / "output", tmp_path / "few", "--initial-checkpoint", run, "-b", 3)
