@@ -95,6 +95,8 @@ class _Tree:
     """How many other files there are, by suffix in lower case."""
     system: list[str] = field(default_factory=list)
     """Folders that are ignored by their name."""
+    loops: dict[str, str] = field(default_factory=dict)
+    """Links to a folder above them, with that folder."""
 
     def walk(self, only: set[str] | None) -> None:
         """Look at everything; `only`: of the folders directly in the root. Raises `UserError`."""
@@ -106,6 +108,7 @@ class _Tree:
         path = f"{self.root}/{folder}" if folder else str(self.root)
         real = os.path.realpath(path)
         if real in above:
+            self.loops[folder] = real
             return False
         images, below, suffixes = [], [], set[str]()
         try:
@@ -142,6 +145,14 @@ class _Tree:
 
     def refuse_empty(self, wanted: set[str] | None, nested: Nested) -> None:
         """Raise `UserError` for a folder in a class's place without an image; in an image's place it may be empty."""
+        for loop, above in self.loops.items():
+            folder = loop.rpartition("/")[0]
+            is_class = not folder or (folder not in self.images and nested != "top")
+            if is_class and (wanted is None or _name(loop) in wanted):
+                raise UserError(
+                    f"{self.root / loop} is a link to {above}, a folder above it, so it holds no images of its own. If "
+                    "it is a class, it would be missing; mend the link, remove it, or leave it out with --classes."
+                )
         for folder, below in self.below.items():
             if folder in self.images and folder:
                 continue
@@ -249,6 +260,8 @@ def _remarks(tree: _Tree, folders_of: Mapping[str, list[str]], nested: Nested, *
     )
     if tree.system:
         parts.append(f"folders of the system ({abbreviated(sorted(tree.system), 3)})")
+    if tree.loops:
+        parts.append(f"links to folders above them ({abbreviated(sorted(tree.loops), 3)})")
     if parts:
         yield f"{root}: left out {' and '.join(parts)}"
 

@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in outputs:
         text = to_json(predictions, **columns) if path.suffix == ".json" else to_csv(predictions, **columns)
         try:
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8", errors="surrogateescape")  # names are any bytes, and come back
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}.") from error
     if not predictions.found:

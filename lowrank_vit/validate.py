@@ -163,7 +163,7 @@ def _write_files(options: Options, scores: Scores, scorer: Scorer, beton: Beton)
         if options.per_class:
             names = scorer.class_names(beton.classes)
             content["classes"] = class_rows(scores, names)
-            options.per_class.write_text(to_csv(content["classes"]), encoding="utf-8")
+            options.per_class.write_text(to_csv(content["classes"]), encoding="utf-8", errors="surrogateescape")
             from lowrank_vit.report.confusion_plot import confusion_plot  # draws: only where asked for
 
             assert scores.confusion is not None
@@ -176,7 +176,7 @@ def _write_files(options: Options, scores: Scores, scorer: Scorer, beton: Beton)
             elif path != options.per_class:
                 parameters = sum(parameter.numel() for parameter in scorer.model.parameters())
                 row = {"model": scorer.name, **look, **timm_columns(scores), "param_count": round(parameters / 1e6, 2)}
-                path.write_text(to_csv([row]), encoding="utf-8")
+                path.write_text(to_csv([row]), encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise UserError(f"{error.filename} cannot be written: {error.strerror}.") from error
 

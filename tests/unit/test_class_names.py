@@ -137,6 +137,11 @@ def test_a_class_that_vanishes_is_named(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=rf"{place} is a link to .*nowhere, which is not there"):
             image_folder(tmp_path)
         (tmp_path / place).unlink()
+    for place in ("cat", "group/cat"):
+        (tmp_path / place).symlink_to(tmp_path)
+        with pytest.raises(UserError, match=rf"{place} is a link to {tmp_path}, a folder above it"):
+            image_folder(tmp_path)
+        (tmp_path / place).unlink()
     (tmp_path / "group" / "cat").mkdir()
     with pytest.raises(UserError, match="group/cat holds no image"):
         image_folder(tmp_path)
