@@ -239,7 +239,8 @@ def _with_labels_of_the_first(sources: dict[Path, Source], say: Say) -> dict[Pat
         if fitted is None:
             lists = differences(first.classes, first.name, source.classes, source.name)
             raise UserError(f"The folders have different classes, so their labels would not agree. {lists}. {MEND}")
-        if missing := [name for name in first.classes if positions([name], source.classes) is None]:
+        there = set(positions(source.classes, first.classes) or ())
+        if missing := [name for label, name in enumerate(first.classes) if label not in there]:
             count = f"{len(missing):,} of the {len(first.classes):,} classes of {first.name}"
             say(f"{source.name} has no image of {count} ({abbreviated(missing)}); its labels are those of all")
         fitting[out] = fitted

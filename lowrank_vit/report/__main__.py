@@ -63,7 +63,7 @@ def write_report(path: Path) -> tuple[Path, list[str]]:
                 (folder / name).write_bytes(drawn[name][1])
             else:
                 (folder / name).unlink(missing_ok=True)  # an earlier report's must not pass for this one's
-        (run_dir / "report.html").write_text(html, encoding="utf-8")
+        (run_dir / "report.html").write_text(html, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(
             f"cannot write the report into {run_dir}: {error.strerror or error}; is it writable?"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_prep.terminal import one_line
 from lowrank_vit.report.layout import style_bar
 from lowrank_vit.report.style import INK, MUTED, heading, new_figure, png, tidy
 
@@ -74,4 +75,5 @@ def confusion_plot(confusion_CC: np.ndarray, class_names: list[str], subtitle: s
 
 
 def _short(name: str) -> str:
+    name = one_line(name)
     return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,21 @@ def test_predictions_are_those_of_validation(trained, tmp_path, capsys):
     capsys.readouterr()
     validate.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--loader", "resident"])
     assert f"top-1  {100 * hits:6.2f} %" in capsys.readouterr().out
+
+
+def test_names_that_are_not_utf8_come_back_as_they_are(trained, tmp_path):
+    folder, checkpoint = trained
+    content = torch.load(checkpoint, weights_only=False)
+    names = content["class_names"] = [os.fsdecode(b"fleur\xe9"), "temple"]
+    torch.save(content, tmp_path / "named.pth")
+    (tmp_path / "val").mkdir()
+    for name, label in zip(names, ("flower", "temple"), strict=True):
+        shutil.copytree(folder / label, tmp_path / "val" / name)
+    of_both = ["--checkpoint", str(tmp_path / "named.pth"), "--device", "cpu"]
+    inference.main([str(tmp_path / "val"), *of_both, "--output", str(tmp_path / "a.csv")])
+    validate.main(["--data", str(tmp_path / "val"), *of_both, "--per-class", str(tmp_path / "b.csv")])
+    assert b"/fleur\xe9/" in (tmp_path / "a.csv").read_bytes()
+    assert b"\nfleur\xe9," in (tmp_path / "b.csv").read_bytes().replace(b"\n0,", b"\n")
 
 
 def test_a_prediction_does_not_depend_on_the_others(trained):
