@@ -183,8 +183,8 @@ def convert_folders(
     """Convert {out: folder}; everything that can be wrong with the folders is found before the first is begun.
 
     See `convert_image_folder`; `image` may tell the options of each out. All have the labels of the first, the training
-    set, unless `trust_labels` lets each have its own. Raises `UserError`, also if another has classes that the first
-    does not have.
+    set; one with classes that the first does not have is a `UserError`, or keeps its own labels with `trust_labels`.
+    Raises `UserError`.
     """
     images = dict.fromkeys(folders, image) if isinstance(image, ImageOptions) else image
     for one in images.values():
@@ -193,8 +193,7 @@ def convert_folders(
     for source in sources.values():
         for remark in source.remarks:
             say(remark)
-    if not trust_labels:
-        sources = _with_labels_of_the_first(sources, say)
+    sources = _with_labels_of_the_first(sources, say, trust_labels=trust_labels)
     conversions, bad = [], []
     for out, source in sources.items():
         image = images[out]
@@ -231,11 +230,14 @@ def convert_folders(
     return conversions
 
 
-def _with_labels_of_the_first(sources: dict[Path, Source], say: Say) -> dict[Path, Source]:
+def _with_labels_of_the_first(sources: dict[Path, Source], say: Say, *, trust_labels: bool) -> dict[Path, Source]:
     first = next(iter(sources.values()))
     fitting: dict[Path, Source] = {}
     for out, source in sources.items():
         fitted = source.with_classes(first.classes)
+        if fitted is None and trust_labels:  # the names are compared again where the sets are opened
+            fitting[out] = source
+            continue
         if fitted is None:
             lists = differences(first.classes, first.name, source.classes, source.name)
             raise UserError(f"The folders have different classes, so their labels would not agree. {lists}. {MEND}")

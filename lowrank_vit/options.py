@@ -123,7 +123,7 @@ class Model:
     larger_head: bool = False
     """Let --num-classes be more than the data have: outputs without a class."""
     trust_labels: bool = False
-    """Label N is label N of the other set and output N of the weights to start from, whatever their names are."""
+    """Where names cannot be matched, label N is label N of the other set and output N of the weights to start from."""
     class_order: Literal["timm", "code-point"] = "timm"
     """Of the outputs of weights that name no classes: timm's order of the class folders, or torchvision's."""
     head_init_scale: Annotated[float | None, Range()] = None

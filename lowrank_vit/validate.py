@@ -60,7 +60,7 @@ class Options(ModelOptions):
     nested_classes: Literal["", "leaf", "merge", "top"] = ""
     """Which folders of images are classes, as for training; default: as the checkpoint's run had it, else leaf."""
     trust_labels: bool = False
-    """Label N of the data is output N of the model, whatever the names of the classes say."""
+    """Where names cannot be matched, label N of the data is output N of the model."""
     class_order: Order = "timm"
     """Of the outputs of a model that names no classes: timm's order of the class folders, or torchvision's."""
     beton_dir: Path | None = None

@@ -73,7 +73,7 @@ def _give_labels_of(train: Beton, val: Beton, say: Say, *, trust_labels: bool) -
             )
     elif train.classes != val.classes:
         labels = positions(val.classes, train.classes)
-        if trust_labels and val.num_classes <= train.num_classes:
+        if labels is None and trust_labels and val.num_classes <= train.num_classes:
             say(f"label N of {val.path} is taken for label N of {train.path} (--trust-labels)")
             labels = list(range(val.num_classes))
         if labels is None:

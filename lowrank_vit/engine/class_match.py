@@ -49,7 +49,7 @@ class Trust:
     """What the user says of classes that cannot be compared."""
 
     labels: bool = False
-    """--trust-labels: label N is output N, whatever names and numbers say."""
+    """--trust-labels: label N is output N where the names of the one are not among those of the other."""
     order: Order = "timm"
     """--class-order."""
 
@@ -69,7 +69,8 @@ def match(data: Classes, model: Classes, trust: Trust, advice: str) -> Match:
     model's number of classes. Raises `UserError` with both lists and `advice` for all else, unless the user trusts.
     """
     same = Match(list(range(data.count)), list(model.names) if model.names else None)
-    if trust.labels:
+    outputs = positions(data.names, model.names) if data.names and model.names else None
+    if trust.labels and outputs is None:
         if data.count > model.count:
             raise UserError(f"--trust-labels: {data.what} has {data.count:,} classes, {_in_words(model)}. {advice}")
         return replace(same, remarks=[f"label N of {data.what} is taken for output N of {model.what} (--trust-labels)"])
@@ -79,7 +80,6 @@ def match(data: Classes, model: Classes, trust: Trust, advice: str) -> Match:
         return replace(same, remarks=_of_nameless_data(data, model))
     if model.names is None:
         return _with_nameless_model(data, model, trust, advice)
-    outputs = positions(data.names, model.names)
     is_imagenet = data.count == model.count and tuple(model.names) == imagenet1k()
     if outputs is None and is_imagenet and _are_numbers(data.names):  # such as ImageNetV2's folders
         outputs = [int(name) for name in data.names]

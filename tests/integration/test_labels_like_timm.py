@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_transform
 
+from data_prep.convert import convert_image_folder
 from data_prep.errors import UserError
 from lowrank_vit import train, validate
+from lowrank_vit.data.datasets import open_datasets
 from lowrank_vit.data.locate import DataOptions, locate
 from lowrank_vit.engine.checkpoint import read_checkpoint
 
@@ -134,3 +136,22 @@ def test_names_go_with_the_weights(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match=r"12 outputs, without names.*--trust-labels"):
         top1(capsys, tmp_path / "few", "--checkpoint", start, *MODEL)
     assert top1(capsys, tmp_path / "few", "--checkpoint", start, *MODEL, "--trust-labels")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "line"),
+    [(["a", "c"], [0, 2], "(b)"), (["x", "y"], [0, 1], "(--trust-labels)")],
+    ids=["they match", "they do not"],
+)
+@pytest.mark.parametrize("is_converted", [False, True], ids=["folders", "converted before"])
+def test_trust_is_for_names_that_cannot_be_matched(tmp_path, names, labels, line, is_converted):
+    folder, said = tmp_path / "images", list[str]()
+    write(folder / "train", ["a", "b", "c"])
+    write(folder / "val", names, of=["a", "b", "c", "x", "y"])
+    if is_converted:
+        for split in ("train", "val"):
+            convert_image_folder(folder / split, tmp_path / f"{split}.beton", workers=1)
+        folder = tmp_path
+    _, val, num_classes = open_datasets(DataOptions("", folder, trust_labels=True), None, say=said.append)
+    assert (val.labels.tolist(), num_classes) == (labels, 3)
+    assert any(line in text for text in said)

@@ -113,5 +113,6 @@ def test_the_user_may_know_better():
     found = matched(["a", "zoo"], ["a", "b", "c"], Trust(labels=True))
     assert (found.outputs, found.names) == ([0, 1], ["a", "b", "c"])
     assert found.remarks == ["label N of DATA is taken for output N of MODEL (--trust-labels)"]
+    assert matched(["c", "a"], ["a", "b", "c"], Trust(labels=True)).outputs == [2, 0]  # there is nothing to trust
     with pytest.raises(UserError, match="--trust-labels: DATA has 3 classes, MODEL only 2"):
         matched(["a", "b", "c"], 2, Trust(labels=True))
