@@ -29,6 +29,10 @@ PACKAGES = (
 
 
 LAST = "last.pth.tar"
+_LATEST = "latest"
+"""The link to the newest run, beside it."""
+_EPOCHS_UNSAVED = 2
+"""Whose scores may be there while the first checkpoint is being written: the next one waits for that."""
 _BEFORE_A_CHECKPOINT = {
     *(".lock", ".launch", "args.yaml", "environment.json", "metrics.jsonl", "summary.csv", "spectra", "wandb"),
     *("report", "report.html"),
@@ -48,10 +52,13 @@ class RunDir:
     def create(cls, output: Path, experiment: str, default_name: str) -> RunDir:
         """Make `output/experiment`, or a new timed name. Raises `UserError` if that directory already holds a run.
 
+        So for the name of the link to the newest run.
+
         What an attempt that ended before its first checkpoint has left there is removed, and a line says so.
         """
         if experiment:
             path = output / experiment
+            _refuse_name_of_link(path)
         else:
             path = _unused(output / f"{default_name}-{time.strftime('%Y%m%d-%H%M%S')}")
         try:
@@ -76,6 +83,8 @@ class RunDir:
     def require_free(output: Path, experiment: str) -> None:
         """Raise `UserError` where `create` would, as far as that is known now. Without a name a free one is found."""
         path = output / experiment
+        if experiment:
+            _refuse_name_of_link(path)
         if experiment and path.exists():
             _holds_an_attempt(path)
             if (path / ".lock").exists():
@@ -92,7 +101,7 @@ class RunDir:
         return run_dir
 
     def _link_latest(self) -> None:
-        latest = self.path.parent / "latest"
+        latest = self.path.parent / _LATEST
         with contextlib.suppress(OSError):  # a convenience only: some file systems have no links
             if latest.is_symlink():
                 latest.unlink()
@@ -105,8 +114,8 @@ class RunDir:
         temporary.replace(self.path / name)
 
     def forget(self) -> None:
-        """Remove the records of an attempt that was ended before its first checkpoint."""
-        for name in ("metrics.jsonl", "summary.csv"):
+        """Remove the records of an attempt that was ended before its first checkpoint, and what was made of them."""
+        for name in ("metrics.jsonl", "summary.csv", "report.html"):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "spectra", ignore_errors=True)
         self._remove_unfinished()
@@ -124,7 +133,7 @@ class RunDir:
 def _holds_an_attempt(path: Path) -> bool:
     """Whether a run directory holds what a run leaves before its first checkpoint.
 
-    Raises `UserError` where it holds a checkpoint, or files that are no run's.
+    Raises `UserError` where it holds a checkpoint, the scores of an epoch, or files that are no run's.
     """
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
     if checkpoints := sorted(name for name in names if name.endswith(".pth.tar")):
@@ -139,7 +148,38 @@ def _holds_an_attempt(path: Path) -> bool:
             f"The output directory {path} is in use: {foreign[0]} is no file of a run. Choose another --experiment, or "
             "remove it."
         )
+    if records := _records_of_scores(path):
+        raise UserError(
+            f"The output directory {path} is in use: it holds no checkpoint any more, but {records} has the scores of "
+            "a run. Choose another --experiment, or remove that directory."
+        )
     return bool(names - {".lock"})
+
+
+def _records_of_scores(path: Path) -> str:
+    """The file that holds the scores of a validated epoch, or may, since it cannot be read; else empty.
+
+    Those of the first epochs do not count where a kill has cut short the first checkpoint, which is written after them.
+    """
+    is_cut_short = any(any(folder.glob(".*.pth*.part")) for folder in (path, path / "spectra"))
+    for name, num_more, mark in (("summary.csv", 1, b","), ("metrics.jsonl", 0, b'"kind": "eval"')):
+        try:
+            with (path / name).open("rb") as file:
+                if sum(mark in line for line in file) > num_more + (_EPOCHS_UNSAVED if is_cut_short else 0):
+                    return name
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return name
+    return ""
+
+
+def _refuse_name_of_link(path: Path) -> None:
+    if path.name == _LATEST:
+        raise UserError(
+            f"--experiment {_LATEST}: that is the name of the link to the newest run. Choose another, or leave "
+            "--experiment out for a name of the time."
+        )
 
 
 def _unused(path: Path) -> Path:

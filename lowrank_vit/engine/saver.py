@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -154,25 +155,33 @@ class Saver:
                 (self._folder / name).unlink()
         if job.beside:
             path = self._folder / job.beside.folder / job.beside.name
-            for older in path.parent.glob(f"{path.name.rpartition('_')[0]}_*{path.suffix}"):
-                if older != path:
+            kind = re.compile(rf"{re.escape(path.name.rpartition('_')[0])}_\d+{re.escape(path.suffix)}")
+            with contextlib.suppress(OSError):
+                for older in [one for one in path.parent.iterdir() if kind.fullmatch(one.name) and one != path]:
                     with contextlib.suppress(OSError):
                         older.unlink()
 
     def _write_beside(self, beside: Beside, stream: torch.cuda.Stream | None) -> None:
         """What cannot be written is missed only after an interruption: not a reason to do without the checkpoint."""
         path = self._folder / beside.folder / beside.name
-        if path.exists():
-            return
-        content = beside.content
-        if stream is not None:
-            with torch.cuda.stream(stream):  # which has waited for all that was enqueued before the checkpoint
-                content = _mapped(content, lambda tensor: tensor.cpu())
         try:
+            if path.exists():
+                return
+            content = beside.content
+            if stream is not None:
+                with torch.cuda.stream(stream):  # which has waited for all that was enqueued before the checkpoint
+                    content = _mapped(content, lambda tensor: tensor.cpu())
             write_checkpoint(path, content)
-        except UserError as error:
+        except Exception as error:  # whatever it is: the checkpoint matters more
             if not self._has_missed:
-                self._say(f"warning: {error} Training goes on.")
+                cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+                reason = str(getattr(cause, "strerror", None) or cause)
+                if isinstance(cause, FileExistsError | NotADirectoryError):
+                    reason = f"{path.parent} is a file: move it away"
+                self._say(
+                    f"warning: what the spectral monitor needs after an interruption could not be kept in "
+                    f"{path.parent} ({reason}); checkpoints are not affected"
+                )
             self._has_missed = True
 
 

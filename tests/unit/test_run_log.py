@@ -86,6 +86,34 @@ def test_a_directory_is_taken_over_unless_it_holds_a_checkpoint_other_files_or_a
     RunDir.create(tmp_path, "run", "x").close()  # what was refused is not left locked
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("summary.csv", "epoch,eval_top1\n0,50\n"),
+        ("metrics.jsonl", '{"kind": "train", "update": 1}\n{"kind": "eval", "update": 2, "epoch": 0}\n'),
+    ],
+)
+def test_a_run_whose_checkpoints_were_moved_away_keeps_its_records(name, text, tmp_path):
+    said = f"run is in use: it holds no checkpoint any more, but {name} has the scores"
+    RunDir.create(tmp_path, "run", "x").close()
+    (tmp_path / "run" / name).write_text(text)
+    for look in (RunDir.require_free, lambda *where: RunDir.create(*where, "x")):
+        with pytest.raises(UserError, match=said):
+            look(tmp_path, "run")
+    assert (tmp_path / "run" / name).read_text() == text
+    (tmp_path / "run" / ".last.pth.tar.7.part").write_text("")  # no: it was killed while it wrote the first of them
+    RunDir.create(tmp_path, "run", "x").close()
+    assert not (tmp_path / "run" / name).exists()
+
+
+def test_the_link_to_the_newest_run_is_no_name_for_one(tmp_path):
+    RunDir.create(tmp_path, "run", "x").close()
+    for look in (RunDir.require_free, lambda *where: RunDir.create(*where, "x")):
+        with pytest.raises(UserError, match="--experiment latest: that is the name of the link to the newest run"):
+            look(tmp_path, "latest")
+    assert (tmp_path / "latest").resolve() == tmp_path / "run"
+
+
 def test_environment_names_versions_but_no_paths():
     found = environment(torch.device("cpu"))
     assert found["torch"].startswith(torch.__version__.partition("+")[0])

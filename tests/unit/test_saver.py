@@ -11,7 +11,7 @@ import torch
 from data_prep.errors import UserError
 from lowrank_vit.engine import saver as saver_module
 from lowrank_vit.engine.checkpoint import IS_FINITE, read_checkpoint, write_checkpoint
-from lowrank_vit.engine.saver import LAST, Saver
+from lowrank_vit.engine.saver import LAST, Beside, Saver
 
 CPU = torch.device("cpu")
 
@@ -152,3 +152,40 @@ def test_a_state_that_is_not_finite_takes_no_files_place(tmp_path):
     assert len(said) == 1
     assert f"{tmp_path / LAST} is the one before" in said[0]
     assert "goes on" not in said[0]
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error"), None])
+def test_nothing_of_the_monitors_files_costs_a_checkpoint(tmp_path, monkeypatch, error):
+    """A folder that cannot be looked into, or is a file."""
+    said: list[str] = []
+    exists = Path.exists
+
+    def look(path):
+        if error and "spectra" in path.parts:
+            raise error
+        return exists(path)
+
+    (tmp_path / "spectra").write_text("")
+    monkeypatch.setattr(Path, "exists", look)
+    saver = Saver(tmp_path, CPU, said.append)
+    for n in range(2):
+        saver.save(content(n), beside=Beside("spectra", f"weights_0000000{n}.pth", {"w": torch.zeros(1)}))
+        assert saver.settle() == []
+    saver.close()
+    assert value(tmp_path / LAST) == 1.0
+    reason = error.strerror if error else f"{tmp_path / 'spectra'} is a file: move it away"
+    assert said == [
+        "warning: what the spectral monitor needs after an interruption could not be kept in "
+        f"{tmp_path / 'spectra'} ({reason}); checkpoints are not affected"
+    ]
+
+
+def test_only_older_files_of_the_same_kind_go(tmp_path):
+    folder = tmp_path / "spectra"
+    folder.mkdir()
+    for name in ("weights_final.pth", "weights_00000001.pth", "weights_100000000.pth"):
+        (folder / name).write_text("")
+    saver = Saver(tmp_path, CPU, print)
+    saver.save(content(1.0), beside=Beside("spectra", "weights_00000002.pth", {"w": torch.zeros(1)}))
+    saver.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["weights_00000002.pth", "weights_final.pth"]
