@@ -23,7 +23,7 @@ SPLIT_NAMES = {
     "val": ("val", "valid", "validation", "eval", "evaluation"),
 }
 """timm's synonyms; where a directory has several of them, the first one here is taken."""
-_NO_CLASSES = {"test", *(name for names in SPLIT_NAMES.values() for name in names)}
+NO_CLASSES = {"test", *(name for names in SPLIT_NAMES.values() for name in names)}
 """Folders of these names alone are splits, not classes."""
 _IMAGENET_1K = {"train": 1_281_167, "val": 50_000}
 """Images of its splits."""
@@ -44,7 +44,7 @@ def image_folder(root: Path, classes_file: Path | None = None, nested: Nested = 
     present = _folders_in(root)
     if not present:
         raise UserError(_no_classes_message(root))
-    if set(present) <= _NO_CLASSES:
+    if set(present) <= NO_CLASSES:
         raise UserError(
             f"--src {root} holds {', '.join(present)}: these look like splits, not classes. Convert both in one "
             f"command by giving a directory as --out, or one of them with --src {root / present[0]}."

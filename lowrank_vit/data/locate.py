@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from data_prep import terminal
 from data_prep.errors import UserError
-from data_prep.image_folder import Nested
+from data_prep.image_folder import NO_CLASSES, Nested
+from data_prep.image_formats import image_suffixes, is_of_the_system
 from data_prep.manifest import read_manifest
 from data_prep.parts import find_parts
 from data_prep.sources import DIGITS
@@ -63,13 +64,31 @@ def locate_validation(path: Path | None, options: DataOptions, say: Say = termin
     if not path.is_dir() and (path.suffix == ".beton" or path.is_file()):
         return path
     given = replace(options, data_dir=path)
-    is_single = kind_of(options.dataset) == "" and path.is_dir() and not _betons(given, ("val",))
-    if is_single and not any((path / name).is_dir() for name in (*names_of(options.val_split), "test", FOLDER)):
+    may_be_single = kind_of(options.dataset) == "" and path.is_dir() and not _betons(given, ("val",))
+    if may_be_single and _is_single(path, options):
         if not _folders_in(path):  # before anything is made
             raise UserError(f"--data-dir {path} has no class folders. Put the images of each class into a sub-folder.")
         place = options.beton_dir or path.resolve().parent / FOLDER
         return converted([(path, "val")], place, say, **_rules(options))[0]
     return _locate(given, ("val",), say)[0]
+
+
+def _is_single(root: Path, options: DataOptions) -> bool:
+    """Whether a folder holds classes, not splits; a class may be named test or val: it holds images, a split folders.
+
+    A folder that a person named with --val-split is a split.
+    """
+    splits = [name for name in (*names_of(options.val_split), "test") if (root / name).is_dir()]
+    if not splits:
+        return not (root / FOLDER).is_dir()
+    if options.val_split in splits and options.val_split != DataOptions.val_split:
+        return False
+    others = set(_folders_in(root)) - NO_CLASSES - {options.train_split, options.val_split}
+    return bool(others) and all(_holds_images(root / name) for name in splits)
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(path.suffix.lower() in image_suffixes() for path in folder.iterdir())
 
 
 def _rules(options: DataOptions) -> dict[str, Any]:
@@ -165,7 +184,7 @@ def _from_images(root: Path, options: DataOptions, wanted: tuple[Split, ...], sa
 
 
 def _folders_in(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and not is_of_the_system(path.name))
 
 
 def _what_is_missing(root: Path, missing: dict[Split, str], *, is_split: bool) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
+from data_prep.manifest import read_manifest
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.datasets import open_datasets
 from lowrank_vit.data.locate import DataOptions, locate, locate_validation
@@ -187,6 +188,18 @@ def test_validation_takes_what_it_is_given(folder, digits_dir, tmp_path, given):
     shutil.copy(digits_dir / "val.beton", tmp_path / "parted-1-of-1.beton")
     assert locate_validation(wanted, DataOptions(), Said()) == expected
     assert Beton(expected).num_samples == (NUM_PHOTOS if given in ("splits", "classes") else 360)
+
+
+@pytest.mark.parametrize("name", ["test", "val", "eval"])
+def test_a_class_may_have_the_name_of_a_split(folder, name):
+    (folder / "val" / "flower").rename(folder / "val" / name)
+    for _ in range(2):
+        found = locate_validation(folder / "val", DataOptions(), Said())
+        assert read_manifest(found).classes == tuple(sorted((name, "temple")))
+    shutil.copytree(folder / "train", folder / "val" / "inner")
+    shutil.rmtree(folder / "val" / name)
+    (folder / "val" / "inner").rename(folder / "val" / name)  # it holds folders now: a split
+    assert locate_validation(folder / "val", DataOptions(), Said()).parent == folder / "val" / ".lowrank_vit"
 
 
 def test_validation_converts_its_own_split_only(folder):
