@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
 from collections import defaultdict
@@ -59,6 +60,22 @@ def positions(names: Sequence[str], among: Sequence[str]) -> list[int] | None:
     if len(place_of) < len(plain_among) or len(set(plain)) < len(plain) or not place_of.keys() >= set(plain):
         return None
     return [place_of[name] for name in plain]
+
+
+def spelt_as(names: Iterable[str], among: Iterable[str]) -> set[str]:
+    """The names, each as `among` spells its accents (see `positions`) if it does so in one way only."""
+    spellings: dict[str, set[str]] = defaultdict(set)
+    for name in among:
+        spellings[unicodedata.normalize("NFC", name)].add(name)
+    found = ((name, spellings.get(unicodedata.normalize("NFC", name), set[str]())) for name in names)
+    return {next(iter(same)) if len(same) == 1 else name for name, same in found}
+
+
+def nearest(name: str, among: Iterable[str]) -> str:
+    """The name that may have been meant: the same but for its case, else one that looks like it; empty for none."""
+    plain = {other.casefold(): other for other in among}
+    close = difflib.get_close_matches(name.casefold(), plain, 1, 0.75)
+    return plain[close[0]] if close else ""
 
 
 def differences(names: Sequence[str], of: str, others: Sequence[str], of_others: str) -> str:

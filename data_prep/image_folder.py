@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from data_prep.class_names import abbreviated, imagenet1k, in_timms_order, ties
+from data_prep.class_names import abbreviated, imagenet1k, in_timms_order, nearest, spelt_as, ties
 from data_prep.errors import UserError
 from data_prep.image_formats import image_suffixes, is_of_the_system
 from data_prep.sources import FileList, Source
@@ -37,11 +37,13 @@ def image_folder(root: Path, classes_file: Path | None = None, nested: Nested = 
     directly in `root`, with all images below them.
 
     `classes_file` keeps only the classes it names, one a line; labels still follow timm's order. Links to folders are
-    followed. Names that start with a dot, and those of file servers and archives (`@eaDir`), are ignored. What else is
-    left out, and where timm would read the tree otherwise, is in the source's `remarks`.
+    followed. Names that start with a dot, and those of file servers and archives (`@eaDir`), are ignored unless
+    `classes_file` has them. What else is left out, and where timm would read the tree otherwise, is in the source's
+    `remarks`.
     Raises `UserError` if a folder is missing, unreadable or empty, or a link leads nowhere.
     """
-    present = _folders_in(root)
+    wanted = _listed(classes_file) if classes_file else None
+    present = _folders_in(root, wanted or ())
     if not present:
         raise UserError(_no_classes_message(root))
     if set(present) <= NO_CLASSES:
@@ -49,11 +51,12 @@ def image_folder(root: Path, classes_file: Path | None = None, nested: Nested = 
             f"--src {root} holds {', '.join(present)}: these look like splits, not classes. Convert both in one "
             f"command by giving a directory as --out, or one of them with --src {root / present[0]}."
         )
-    wanted = _listed(classes_file) if classes_file else None
     only = wanted if wanted and wanted <= set(present) else None  # the others need not even be looked at
     tree = _Tree(root)
-    tree.walk(only)
+    tree.walk(only, wanted or set())
     folders_of = _classes(tree, nested)
+    if wanted is not None:
+        wanted = spelt_as(wanted, {_name(folder) for folders in tree.below.values() for folder in folders})
     tree.refuse_empty(wanted, nested)
     if wanted is not None:
         folders_of = _choose(folders_of, wanted, str(classes_file), tree)
@@ -98,9 +101,12 @@ class _Tree:
     loops: dict[str, str] = field(default_factory=dict)
     """Links to a folder above them, with that folder."""
 
-    def walk(self, only: set[str] | None) -> None:
-        """Look at everything; `only`: of the folders directly in the root. Raises `UserError`."""
-        self._suffixes = image_suffixes()
+    def walk(self, only: set[str] | None, wanted: set[str]) -> None:
+        """Look at everything; `only`: of the folders directly in the root; `wanted` are classes whatever their name.
+
+        Raises `UserError`.
+        """
+        self._suffixes, self._wanted = image_suffixes(), wanted
         self._visit("", (), only)
 
     def _visit(self, folder: str, above: tuple[str, ...], only: set[str] | None) -> bool:
@@ -121,7 +127,7 @@ class _Tree:
                     if is_image and entry.is_file(follow_symlinks=False):  # nearly all, so it is asked for first
                         images.append(name)
                         suffixes.add(suffix)
-                    elif is_of_the_system(name):
+                    elif is_of_the_system(name) and name not in self._wanted:
                         if entry.is_dir():
                             self.system.append(_join(folder, name))
                     elif _is_folder(entry, is_image):
@@ -138,6 +144,13 @@ class _Tree:
             self.images[folder], self.suffixes[folder] = sorted(images), suffixes
         self.below[folder] = [one for one in sorted(below) if self._visit(one, (*above, real), None)]
         return True
+
+    def doubtful(self) -> list[str]:
+        """Folders ignored by their name that hold images in a class's place: one may be a class. None is hidden."""
+        places = [(one, one.rpartition("/")[0]) for one in self.system if _name(one)[0] != "."]
+        return sorted(
+            one for one, above in places if (not above or above not in self.images) and _any_image(self.root / one)
+        )
 
     def holds_images(self, folder: str) -> bool:
         """Whether there are images in a folder or anywhere below it."""
@@ -162,6 +175,12 @@ class _Tree:
                         f"class folder {self.root / one} holds no image that Pillow decodes by itself. Fill it, remove "
                         "it, or leave it out with --classes."
                     )
+
+
+def _any_image(folder: Path) -> bool:
+    suffixes = image_suffixes()
+    files = (name for _, _, names in os.walk(folder) for name in names if name[0] != ".")
+    return any(os.path.splitext(name)[1].lower() in suffixes for name in files)  # noqa: PTH122  a string, no path
 
 
 def _is_folder(entry: os.DirEntry[str], is_image: bool) -> bool:
@@ -258,8 +277,15 @@ def _remarks(tree: _Tree, folders_of: Mapping[str, list[str]], nested: Nested, *
         if left_out
         else []
     )
-    if tree.system:
-        parts.append(f"folders of the system ({abbreviated(sorted(tree.system), 3)})")
+    doubtful = [] if is_chosen else tree.doubtful()
+    if doubtful:
+        yield (
+            f"warning: left out {abbreviated(doubtful, 3)} with images inside, since systems and file servers make "
+            "folders of such names; if it is a class, rename it or list the classes (`python -m data_prep imagefolder "
+            "--classes`)"
+        )
+    if system := sorted(set(tree.system).difference(doubtful)):
+        parts.append(f"folders of the system ({abbreviated(system, 3)})")
     if tree.loops:
         parts.append(f"links to folders above them ({abbreviated(sorted(tree.loops), 3)})")
     if parts:
@@ -287,11 +313,11 @@ def _no_classes_message(root: Path) -> str:
     return message + "."
 
 
-def _folders_in(root: Path) -> list[str]:
+def _folders_in(root: Path, wanted: Collection[str] = ()) -> list[str]:
     try:
         with os.scandir(root) as entries:
             image = image_suffixes()
-            kept = (entry for entry in entries if not is_of_the_system(entry.name))
+            kept = (entry for entry in entries if entry.name in wanted or not is_of_the_system(entry.name))
             return sorted(e.name for e in kept if _is_folder(e, e.name.lower().endswith(tuple(image))))
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "does not exist" if isinstance(error, FileNotFoundError) else "is not a directory"
@@ -302,14 +328,13 @@ def _folders_in(root: Path) -> list[str]:
 
 def _listed(classes_file: Path) -> set[str]:
     try:
-        lines = [line.strip() for line in classes_file.read_text(encoding="utf-8-sig").splitlines()]
+        text = classes_file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # names of folders are any bytes
     except OSError as error:
         raise UserError(f"--classes {classes_file} cannot be read: {error.strerror}. Give a text file.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--classes {classes_file} is not UTF-8 text. Give one folder name a line.") from error
-    if not any(lines):
+    names = {line.strip() for line in text.splitlines()} - {""}
+    if not names:
         raise UserError(f"--classes {classes_file} names no class. Give one folder name a line.")
-    return {line for line in lines if line}
+    return names
 
 
 def _choose(
@@ -323,10 +348,14 @@ def _choose(
             f"({abbreviated(map(_name, tree.below[group]))}): these are the classes, as in timm. Name them instead, "
             "or say --nested-classes top to take the folders above them."
         )
+    if any("\udc80" <= character <= "\udcff" for name in missing for character in name):
+        raise UserError(f"--classes {classes_file} is not UTF-8 text. Give one folder name a line.")
     if missing:
+        near = [f"{other} for {name}" for name in missing[:10] if (other := nearest(name, folders_of))]
+        hint = f" There is {abbreviated(near)}." if near else ""
         raise UserError(
             f"--src {tree.root} lacks {len(missing)} of the {len(wanted)} classes that {classes_file} names: "
-            f"{abbreviated(missing, 10)}. Check the names (one folder name a line) and the directory."
+            f"{abbreviated(missing, 10)}.{hint} Check the names (one folder name a line) and the directory."
         )
     return {name: folders for name, folders in folders_of.items() if name in wanted}
 

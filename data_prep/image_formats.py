@@ -10,12 +10,11 @@ _NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"}
 """EPS is run by Ghostscript, another program; the others Pillow only recognises, or decodes on Windows alone."""
 _SYSTEM = frozenset(
     """
-    @eadir @tmp @recycle @recently-snapshot @synoresource @sharebin #recycle #snapshot ~snapshot $recycle.bin recycler
-    recycled __macosx lost+found system_volume_information network_trash_folder temporary_items thumbs.db ehthumbs.db
-    desktop.ini
+    @eadir @tmp @recycle @recently-snapshot @synoresource @sharebin #recycle #snapshot ~snapshot $recycle.bin __macosx
+    lost+found system_volume_information network_trash_folder temporary_items thumbs.db ehthumbs.db desktop.ini
     """.split()
 )
-"""What file servers, operating systems and archivers leave beside files, in lower case with _ for a space."""
+"""What file servers, operating systems and archivers leave, in lower case with _ for a space; no word of plain use."""
 
 
 @cache

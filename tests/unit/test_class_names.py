@@ -173,9 +173,40 @@ def test_what_is_left_out_is_counted_in_one_line(tmp_path):
     source = image_folder(tmp_path)
     assert sorted(labels(source)) == sorted(kept)
     assert source.classes == ("ant", "bee")
-    (line,) = source.remarks
+    warning, line = source.remarks
+    assert warning.startswith("warning: left out #recycle, $RECYCLE.BIN, @eaDir, ... with images inside")
     assert "left out 7 files that are no images by their suffix (3 .txt, 3 .xml, 1 without suffix) and" in line
     assert "folders of the system (" in line
+
+
+def test_a_class_may_have_a_name_that_systems_use(tmp_path):
+    root = files(
+        tmp_path / "src", "recycled/1.jpg", "Recycler/1.jpg", "lost+found/1.jpg", "ant/@eaDir/1.jpg", "ant/1.jpg"
+    )
+    source = image_folder(root)
+    assert source.classes == ("ant", "recycled", "Recycler")
+    assert source.remarks[0].startswith("warning: left out lost+found with images inside")
+    assert source.remarks[1].endswith("folders of the system (ant/@eaDir)")
+    (tmp_path / "list").write_text("lost+found\n")
+    assert image_folder(root, tmp_path / "list").classes == ("lost+found",)
+    (tmp_path / "list").write_text("lost+found\nRecycler\n")
+    assert image_folder(root, tmp_path / "list").classes == ("lost+found", "Recycler")
+
+
+def test_a_list_of_classes_may_spell_accents_otherwise_and_near_names_are_said(tmp_path):
+    root = files(tmp_path / "src", "e\u0301le\u0301/1.jpg", "in/hiver/1.jpg", "Ours/1.jpg", os.fsdecode(b"f\xe9/1.jpg"))
+    (tmp_path / "list").write_text("\u00e9l\u00e9\nhiver\n")
+    assert image_folder(root, tmp_path / "list").classes == ("e\u0301le\u0301", "hiver")
+    (tmp_path / "list").write_bytes(b"f\xe9\n")
+    assert image_folder(root, tmp_path / "list").classes == (os.fsdecode(b"f\xe9"),)
+    (tmp_path / "list").write_text("ours\nhivers\nzebra\n")
+    with pytest.raises(
+        UserError, match=r"names: hivers, ours, zebra\. There is hiver for hivers, Ours for ours\. Check"
+    ):
+        image_folder(root, tmp_path / "list")
+    files(root, "\u00e9l\u00e9/1.jpg")  # both spellings are there: each is meant as it is written
+    (tmp_path / "list").write_text("\u00e9l\u00e9\n")
+    assert image_folder(root, tmp_path / "list").classes == ("\u00e9l\u00e9",)
 
 
 def test_classes_that_timm_does_not_see_are_named(tmp_path):
