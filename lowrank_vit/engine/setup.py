@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -99,7 +99,10 @@ class _Sets:
                 f"{resumed.path} was trained on other classes: "
                 f"{differences(self.classes.names or (), self.classes.what, names, 'there')}. {advice} {TRUST}"
             )
-        found = match(self.classes, model, trust_in(config), advice)
+        of_data = self.classes
+        if not names and not self.train.manifests:  # the validation set's, which older runs did not take
+            of_data = replace(of_data, names=None)
+        found = match(of_data, model, trust_in(config), advice)
         for remark in found.remarks:
             say(remark)
         for beton in (self.train, self.val):

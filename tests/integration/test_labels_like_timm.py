@@ -14,6 +14,7 @@ from timm.data import ImageDataset, create_transform
 
 from data_prep.convert import convert_image_folder
 from data_prep.errors import UserError
+from data_prep.manifest import manifest_path
 from lowrank_vit import train, validate
 from lowrank_vit.data.datasets import open_datasets
 from lowrank_vit.data.locate import DataOptions, locate
@@ -155,3 +156,66 @@ def test_trust_is_for_names_that_cannot_be_matched(tmp_path, names, labels, line
     _, val, num_classes = open_datasets(DataOptions("", folder, trust_labels=True), None, say=said.append)
     assert (val.labels.tolist(), num_classes) == (labels, 3)
     assert any(line in text for text in said)
+
+
+FEW, MANY = ["a", "b", "c"], ["a", "b", "c", "d", "e", "f"]
+
+
+def pair(place: Path, train: list[str], val: list[str], *, named: str) -> Path:
+    """Both sets; those that `named` does not name have lost their manifests."""
+    for split, names in (("train", train), ("val", val)):
+        convert_image_folder(write(place / "images" / split, names, of=MANY), place / f"{split}.beton", workers=1)
+        if split not in named:
+            manifest_path(place / f"{split}.beton").unlink()
+    return place
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "named", "trusted"),
+    [
+        (FEW, MANY, "val", 6),
+        (MANY, FEW, "val", 6),
+        (FEW, MANY, "", 6),
+        (FEW, MANY, "train", None),
+        (FEW, MANY, "train val", None),
+    ],
+)
+def test_a_set_without_names_must_have_as_many_classes(tmp_path, train, val, named, trusted):
+    place, said = pair(tmp_path, train, val, named=named), list[str]()
+    with pytest.raises(UserError, match="The two sets have different") as caught:
+        open_datasets(DataOptions("", place), None)
+    assert all(str(place / f"{split}.beton") in str(caught.value) for split in ("train", "val"))
+    assert ("say --trust-labels" in str(caught.value)) == (named != "train")
+    options = DataOptions("", place, trust_labels=True)
+    if trusted is None:
+        with pytest.raises(UserError, match="different"):
+            open_datasets(options, None)
+        return
+    of_train, of_val, num_classes = open_datasets(options, None, say=said.append)
+    assert num_classes == trusted
+    assert of_val.labels.tolist() == list(range(len(val)))
+    assert of_train.classes == (MANY if val is MANY and "val" in named else None)
+    assert "(--trust-labels)" in said[0]
+
+
+def test_outputs_without_a_class_may_be_labels_without_names(tmp_path):
+    place = pair(tmp_path, FEW, MANY, named="")
+    assert open_datasets(DataOptions("", place), 6, larger_head=True)[2] == 6
+    with pytest.raises(UserError, match="--num-classes 5 is too small"):
+        open_datasets(DataOptions("", place), 5, larger_head=True)
+
+
+def test_a_set_without_names_gets_those_of_the_other(tmp_path, monkeypatch, capsys):
+    place, said = pair(tmp_path, FEW, FEW, named="val"), list[str]()
+    of_train, of_val, num_classes = open_datasets(DataOptions("", place), None, say=said.append)
+    assert (of_train.classes, of_val.classes, num_classes) == (FEW, FEW, 3)
+    assert "train.beton names no classes: its labels are taken in the order of" in said[0]
+    run = trained(tmp_path / "output", place, "-b", 3)
+    assert read_checkpoint(run).class_names == FEW
+    older = run.with_name("older.pth.tar")
+    torch.save({**torch.load(run, weights_only=True), "class_names": None}, older)
+    monkeypatch.setattr("lowrank_vit.engine.class_match.in_timms_order", lambda names: sorted(names)[::-1])
+    trained(tmp_path / "output", place, "-b", 3, "--resume", older, "--epochs", 2)
+    assert "taken in timm's order" not in capsys.readouterr().out
+    fewer = pair(tmp_path / "fewer", MANY, FEW, named="")
+    assert open_datasets(DataOptions("", fewer), None)[2] == 6
