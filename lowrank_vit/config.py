@@ -111,7 +111,7 @@ def parse(argv: list[str], prog: str = "") -> Config:
     check(config)
     _tell_what_resuming_overrides(config)
     _tell_of_odd_batches(config)
-    _tell_of_timms(files, line.held)
+    _tell_of_timms(files, line.held, typed)
     return config
 
 
@@ -183,13 +183,20 @@ def _say(line: str) -> None:
         say(f"note: {line}")
 
 
-def _tell_of_timms(files: dict[Path, FromFile], held: list[str]) -> None:
+def _tell_of_timms(files: dict[Path, FromFile], held: list[str], typed: set[str]) -> None:
     """Say what files are taken to mean, and which of timm's options change nothing here: one line a file, and one for
-    what was asked for.
+    what was asked for. What the `typed` flags or a later file overrule is not said.
     """
+    merged = _merged(files.values())
     for path, file in files.items():
-        for note in file.notes:
-            _say(note)
+        for words, as_then in file.notes:
+            counts = [
+                " ".join(tokens)
+                for name, tokens in as_then.items()
+                if merged[name] is tokens and not typed & {f"--{name}", f"--no-{name}"}
+            ]
+            if counts or not as_then:
+                _say(" ".join([words, *counts]))
         if file.num_skipped:
             _say(f"{file.num_skipped} options of timm's that are not here stand at neutral values in {path}: skipped")
     held = [*(one for file in files.values() for one in file.held), *held]

@@ -59,8 +59,8 @@ class FromFile:
     """Options of timm's whose effect is there without them."""
     num_skipped: int = 0
     """Options of timm's that are not here, at values that change nothing."""
-    notes: list[str] = field(default_factory=list)
-    """What an older run's file is taken to mean, in words."""
+    notes: list[tuple[str, dict[str, list[str]]]] = field(default_factory=list)
+    """What an older run's file is taken to mean, in words, and the tokens of that by option; none for what is lost."""
 
 
 def read_config(path: Path, hints: Hints) -> FromFile:
@@ -119,10 +119,11 @@ def _take_as_meant(found: FromFile, number: int, args: Mapping[str, Any], hints:
         for name in new:
             found.tokens[name] = _option_tokens(f"{source}: `{name}`", name, hints[name], before[name])
         if new:
-            as_then = " ".join(token for name in new for token in found.tokens[name])
-            found.notes.append(f"{source} is an older run's: {change.what}. It is taken as it was meant: {as_then}")
+            as_then = {name: found.tokens[name] for name in new}
+            found.notes.append((f"{source} is an older run's: {change.what}. It is taken as it was meant:", as_then))
         elif change.cannot:
-            found.notes.append(f"{source} is an older run's: {change.what}. A new run does as now: {change.cannot}")
+            lost = f"{source} is an older run's: {change.what}. A new run does as now: {change.cannot}"
+            found.notes.append((lost, {}))
 
 
 def _foreign(found: FromFile, name: str, value: Any, shown: str) -> None:

@@ -9,13 +9,17 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from data_prep import terminal
 from lowrank_vit.engine.wandb_log import WandbLog
 
 _AXES = {"spec": "spec_update"}
 """W&B's name of the update number, by kind; `update` for the others."""
+
+
+_ALSO = {"eval": ("epoch",)}
+"""What a record has beside its update, by kind."""
 
 
 class RunLog:
@@ -92,20 +96,30 @@ class RunLog:
 def _rows_before(summary: Path, epoch: int) -> list[dict[str, str]]:
     if not summary.exists():
         return []
-    with summary.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+    with summary.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = [row for row in csv.DictReader(file) if (row.get("epoch") or "").isdecimal()]
+    return [row for row in rows if int(row["epoch"]) < epoch and None not in row.values() and None not in row]
 
 
 def last_recorded(run_dir: Path, kind: str, until: int) -> int:
     """The greatest `update` up to `until` of a record of that kind; -1 without one."""
     newest = -1
-    with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open(encoding="utf-8") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if record["kind"] == kind and record["update"] <= until:
-                    newest = max(newest, record["update"])
+    with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
+        for record in filter(None, map(_record, file)):
+            if record["kind"] == kind and record["update"] <= until:
+                newest = max(newest, record["update"])
     return newest
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None for one that was cut short, damaged, or is not of ours."""
+    with contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(line.decode())
+        if isinstance(record, dict) and isinstance(record.get("kind"), str):
+            found = cast(dict[str, Any], record)
+            if all(isinstance(found.get(name), int) for name in ("update", *_ALSO.get(found["kind"], ()))):
+                return found
+    return None
 
 
 def _drop_after(path: Path, update: int, epoch: int) -> None:
@@ -113,17 +127,15 @@ def _drop_after(path: Path, update: int, epoch: int) -> None:
 
     An epoch's end is an update's too: `epoch` is the first whose scores are still to come.
 
-    A last line that was cut short when the run was killed goes too.
+    A last line that was cut short when the run was killed goes too, as does any that is no record.
     """
     temporary = path.with_name(f".{path.name}.part")
-    with path.open(encoding="utf-8") as old, temporary.open("w", encoding="utf-8") as new:
+    with path.open("rb") as old, temporary.open("wb") as new:
         for line in old:
-            try:
-                record = json.loads(line)
-            except ValueError:
+            record = _record(line)
+            if not record or record["update"] > update or (record["kind"] == "eval" and record["epoch"] >= epoch):
                 continue
-            if record["update"] <= update and not (record["kind"] == "eval" and record["epoch"] >= epoch):
-                new.write(line if line.endswith("\n") else line + "\n")
+            new.write(line if line.endswith(b"\n") else line + b"\n")
         new.flush()
         os.fsync(new.fileno())
     temporary.replace(path)

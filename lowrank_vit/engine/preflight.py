@@ -16,12 +16,17 @@ from lowrank_vit.engine.wandb_log import check_login
 from lowrank_vit.options import Config
 from lowrank_vit.spectral.select import choose_parts
 
+_WITHOUT_MIN_LR = ("none", "constant", "step", "multistep")
+"""Schedules of timm's that read no --min-lr."""
+_NOT_IN_A_PROJECT = "/\\#?%:"
+"""What W&B refuses in a project's name."""
+
 
 def check_before_data(config: Config, *, is_resumed: bool, world: World | None = None) -> None:
     """Raise `UserError` for names, policies, files, arguments and spectral targets that do not exist.
 
-    So for a model that cannot take the images, a schedule that cannot be made, and W&B without a login. With ImageNet
-    to be converted first, a typo would else be found out after an hour.
+    So for a model that cannot take the images, a schedule that cannot be made, and W&B without a login or with a
+    project that it refuses. With ImageNet to be converted first, a typo would else be found out after an hour.
     """
     world = world or World()
     options = config.model
@@ -43,7 +48,16 @@ def check_before_data(config: Config, *, is_resumed: bool, world: World | None =
     if config.spectra.spec_monitor:
         choose_parts(dict(model.named_parameters()), config.spectra.spec_targets, config.spectra.spec_split_qkv)
     if config.run.log_wandb and world.is_first:
+        _check_project(config.run.wandb_project)
         check_login()
+
+
+def _check_project(name: str) -> None:
+    if wrong := [one for one in _NOT_IN_A_PROJECT if one in name]:
+        raise UserError(
+            f"--wandb-project {name}: the name of a W&B project has no `{wrong[0]}`. Choose one without any of "
+            f"{' '.join(_NOT_IN_A_PROJECT)}"
+        )
 
 
 def _check_schedule(config: Config, world_size: int, *, is_resumed: bool) -> None:
@@ -51,7 +65,7 @@ def _check_schedule(config: Config, world_size: int, *, is_resumed: bool) -> Non
     lr, origin = learning_rate(optim, config.data.batch_size * world_size * optim.grad_accum_steps)
     create_scheduler(optim, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr), updates_per_epoch=1000)
     # A run that was begun before this was looked at may go on.
-    if optim.min_lr > lr and optim.sched not in ("none", "constant") and not is_resumed:
+    if optim.min_lr > lr and optim.sched not in _WITHOUT_MIN_LR and not is_resumed:
         raise UserError(
             f"--min-lr {optim.min_lr:g}, at which the schedule ends, is above the peak learning rate {lr:.3g} "
             f"({origin}): it would rise to the end. Give a smaller --min-lr or a greater --lr."
@@ -75,6 +89,11 @@ def _check_forward(config: Config, model: nn.Module) -> None:
                 f"--model {config.model.model} cannot take an image of {side} x {side} pixels and three colours: "
                 f"{reason}. Check --img-size (the model's own is {own}) and --model-kwargs."
             ) from on_meta
+    if not isinstance(logits, torch.Tensor):
+        raise UserError(
+            f"--model {config.model.model} makes a {type(logits).__name__} of one image where a tensor with a number "
+            "for each class is expected. Check --model-kwargs, or choose a model that tells classes."
+        )
     if logits.ndim != 2 or (config.model.num_classes and logits.shape[1] != config.model.num_classes):
         raise UserError(
             f"--model {config.model.model} makes {tuple(logits.shape)} of one image where a number for each class is "
@@ -83,7 +102,7 @@ def _check_forward(config: Config, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, side: int) -> torch.Tensor:
+def _logits(model: nn.Module, side: int) -> object:
     image = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
     return model.eval()(image)
 

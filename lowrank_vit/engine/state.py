@@ -177,11 +177,12 @@ def restore(config: Config, parts: Parts, resumed: Checkpoint) -> Progress:
 
 def _check_same_run(config: Config, resumed: Checkpoint) -> None:
     """Raise `UserError` for options that would make another run of it: the optimizer's state holds the old ones."""
-    args = {**meaning.values_before(resumed.meaning, resumed.args), **resumed.args}
+    usual = {name: _plain(value) for name, _, value in leaves()}  # what is meant by an option that it knew nothing of
+    args = {**usual, **meaning.values_before(resumed.meaning, resumed.args), **resumed.args}
     changed = [
         f"--{name} was {args[name]}, now {_plain(value)}"
         for name, _, value in leaves(config)
-        if name not in MAY_CHANGE and name in args and args[name] != _plain(value)
+        if name not in MAY_CHANGE and args[name] != _plain(value)
     ]
     if changed:
         raise UserError(

@@ -127,10 +127,15 @@ def check_login() -> None:
 
 
 def _cannot_start(error: Exception) -> UserError:
-    return UserError(
-        f"--log-wandb: Weights & Biases cannot start: {error} Log in with `wandb login`, or log to files only with "
-        "WANDB_MODE=offline in the environment."
+    from wandb.errors import AuthenticationError
+
+    is_login = isinstance(error, AuthenticationError) or "api key" in str(error).lower()
+    advice = (
+        "Log in with `wandb login`, or log to files only with WANDB_MODE=offline in the environment."
+        if is_login
+        else "Change the --wandb option that it names, or leave --log-wandb out."
     )
+    return UserError(f"--log-wandb: Weights & Biases cannot start: {error} {advice}")
 
 
 def _finish(run: Any, failures: list[Exception]) -> None:

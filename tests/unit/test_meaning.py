@@ -70,6 +70,15 @@ def test_what_an_older_run_says_stays_and_what_the_user_says_is_not_overruled():
         resumed(["--vflip", "0.1"], {"seed": 42})
 
 
+@pytest.mark.parametrize(
+    ("line", "said"), [("--train-crop-mode whole", "--train-crop-mode was rrc, now whole"), ("--vflip 0.1", "was 0.75")]
+)
+def test_an_option_that_came_later_makes_another_run_of_an_older_one(line, said):
+    with pytest.raises(UserError, match=f"belongs to a run with other options: .*{said}"):
+        resumed(line.split(), {"seed": 42})
+    assert resumed(["--workers", "3"], {"seed": 42})[0].data.workers == 3
+
+
 def test_what_cannot_go_on_is_refused_with_the_reason(monkeypatch):
     gone = Change("noise is drawn by sample", cannot="the old noise is no longer there")
     monkeypatch.setattr(meaning, "CHANGES", (*CHANGES, gone))
@@ -93,7 +102,10 @@ def test_a_new_run_of_an_older_file_means_what_that_meant(tmp_path, capsys):
     assert "is an older run's: boxes come in threes, before singly. It is taken as it was meant: --recount=1" in (
         " ".join(capsys.readouterr().out.split())
     )
-    assert configured(tmp_path, of_a_run(), "--vflip", "0.3").data.vflip == 0.3
+    assert configured(tmp_path, of_a_run(reprob=0.5), "--vflip", "0.3").data.vflip == 0.3
+    said = capsys.readouterr().out
+    assert "--recount=1" in said
+    assert "--vflip" not in said  # which is overruled
     assert configured(tmp_path, of_a_run(without=())).data.vflip == parse([]).data.vflip  # as it says itself
 
 

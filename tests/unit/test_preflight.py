@@ -40,9 +40,14 @@ def no_data(monkeypatch):
         ("--experiment mine", "mine is in use: notes.txt is no file of a run"),
         ("--model vgg11 --model-kwargs --img-size 24", "cannot take an image of 24 x 24 pixels .* own is 224"),
         ("--model-kwargs depth=1 global_pool=", r"makes \(1, 5, 2\) of one image"),
+        (
+            "--model resnet18 --model-kwargs features_only=True",
+            "--model resnet18 makes a list of one image where a tensor",
+        ),
         ("--lr 1e-4 --min-lr 1e-3", r"--min-lr 0.001, .* above the peak learning rate 0.0001 \(--lr\)"),
         ("--lr-base 0.1 -b 64 --min-lr 0.03", r"peak learning rate 0.025 \(--lr-base 0.1, linear"),
         ("--sched wsd --epochs 6 --warmup-epochs 5 --decay-epochs 5", "--sched wsd cannot be made"),
+        ("--log-wandb --wandb-project a/b", "--wandb-project a/b: the name of a W&B project has no `/`"),
         ("--log-wandb", "No API key configured.* Log in with `wandb login`"),
         ("--model dla46_c --model-kwargs --grad-checkpointing", "--grad-checkpointing: --model dla46_c cannot"),
     ],
@@ -61,6 +66,11 @@ def test_it_is_found_out_before_the_data(line, said, tmp_path, monkeypatch):
 
 def test_what_is_right_passes():
     check_before_data(parse([*TINY, "--spec-monitor", "--sync-bn", "--opt", "lookahead_adamw"]), is_resumed=False)
+
+
+@pytest.mark.parametrize("name", ["step", "multistep"])
+def test_schedules_that_read_no_least_learning_rate_take_any(name):
+    check_before_data(parse([*TINY, "--sched", name, "--lr", "1e-6", "--min-lr", "1e-5"]), is_resumed=False)
 
 
 def test_files_that_a_resumed_run_does_not_read_need_not_be_there():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from lowrank_vit.engine.metrics import RunLog
+from lowrank_vit.engine.metrics import RunLog, last_recorded
 from lowrank_vit.engine.progress import Clock, duration
 from lowrank_vit.engine.run_dir import RunDir, environment
 
@@ -155,6 +155,28 @@ def test_a_resumed_run_has_each_record_once(tmp_path):
     assert [(r["kind"], r["update"]) for r in records] == [("train", 5), ("train", 10), ("spec", 8), ("train", 15)]
     assert records[-1]["loss"] == 7.0
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_is_no_record_ends_no_resume(tmp_path):
+    kept = b'{"kind": "train", "update": 5}\n', b'{"kind": "eval", "update": 9, "epoch": 0}\n'
+    odd = (
+        b'{"kind": "spec"}\n',
+        b"1\n",
+        b"\xff\xfe\n",
+        b'{"kind": "eval", "update": 8}\n',
+        b"[]\n",
+        b"\n",
+        b'{"update": 1}\n',
+    )
+    (tmp_path / "metrics.jsonl").write_bytes(kept[0] + b"".join(odd) + kept[1])
+    (tmp_path / "summary.csv").write_bytes(b"epoch,eval_top1\n0,5\n\xff,7\n1\n,\n")
+    assert last_recorded(tmp_path, "train", 9) == 5
+    assert last_recorded(tmp_path, "spec", 9) == -1
+    RunLog(tmp_path, start_epoch=2, start_update=9).__exit__()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(kept)
+    with RunLog(tmp_path, start_epoch=2, start_update=9) as log:
+        log.log_epoch({"epoch": 2, "update": 10, "eval_top1": 6.0})
+    assert [row["epoch"] for row in rows(tmp_path)] == ["0", "2"]
 
 
 def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path):
