@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm.models
+import torch
 from torch import Tensor, nn
 
 from data_prep.class_names import abbreviated, positions
@@ -104,21 +105,23 @@ def _with_head_of(
 ) -> dict[str, Tensor]:
     """The weights with the head's rows for the data's classes, in their order, and then the others that still fit in.
 
-    Raises `UserError` where the classes do not fit. Without a head there is nothing to do.
+    Outputs beyond the file's rows, of --larger-head, stay as `model` has them. Raises `UserError` where the classes do
+    not fit. Without a head there is nothing to do.
     """
-    head = _head_in(weights, model_name)
-    if not head or any(key not in model.state_dict() for key in head):
-        return weights
-    num_rows, wanted = len(weights[head[0]]), len(model.state_dict()[head[0]])
+    head, own = _head_in(weights, model_name), model.state_dict()
+    if not head or any(key not in own or weights[key].shape[1:] != own[key].shape[1:] for key in head):
+        return weights  # of another model, as loading will say
+    num_rows, wanted = len(weights[head[0]]), len(own[head[0]])
     names = class_names_in(top)
     if names is None and (data.names is None or wanted > data.count) and num_rows == wanted:
         return weights
     found = match(data, Classes(str(path), num_rows, names), trust, advice)
     for remark in found.remarks:
         say(remark)
-    if (found.is_identity and num_rows == wanted) or num_rows < wanted:
+    if found.is_identity and num_rows == wanted:
         return weights
     taken = set(found.outputs)
     rows = [*found.outputs, *(row for row in range(num_rows) if row not in taken)][:wanted]
-    say(f"initial weights: {len(found.outputs):,} of the head's {num_rows:,} rows, in the order of {data.what}")
-    return {**weights, **{key: weights[key][rows] for key in head}}
+    new = f"; the head's last {wanted - num_rows:,} outputs stay as initialised" if num_rows < wanted else ""
+    say(f"initial weights: {len(found.outputs):,} of the head's {num_rows:,} rows, in the order of {data.what}{new}")
+    return {**weights, **{key: torch.cat([weights[key][rows], own[key][len(rows) :].cpu()]) for key in head}}

@@ -84,10 +84,10 @@ NAMES = ["a", "b", "c", "d", "e", "f", "g"]
 
 
 def head_after(
-    tmp_path, data: list[str], names: list[str] | None, trust: Trust | None = None
+    tmp_path, data: list[str], names: list[str] | None, trust: Trust | None = None, num_outputs: int | None = None
 ) -> tuple[torch.Tensor, list[str]]:
     """The head's rows, weight and bias side by side, that training on classes `data` starts from."""
-    path, said, model = tmp_path / "x.pth.tar", list[str](), made(3, len(data))
+    path, said, model = tmp_path / "x.pth.tar", list[str](), made(3, num_outputs or len(data))
     torch.save({"state_dict": OWN, "class_names": names}, path)
     load_initial(model, path, NAME, said.append, (Classes("DATA", len(data), data), trust or Trust()))
     return rows(model.state_dict()), said
@@ -111,6 +111,20 @@ def test_the_heads_rows_follow_the_names(tmp_path):
         head_after(tmp_path, [*NAMES[:6], "zoo"], NAMES)
     head, _ = head_after(tmp_path, [*NAMES[:6], "zoo"], NAMES, Trust(labels=True))
     assert torch.equal(head, rows(OWN))
+
+
+@pytest.mark.parametrize("names", [NAMES, None])
+def test_a_larger_head_keeps_the_new_outputs_as_initialised(tmp_path, names):
+    data = NAMES[::-1] if names else NAMES
+    head, said = head_after(tmp_path, data, names, num_outputs=9)
+    assert torch.equal(head[:7], rows(OWN).flip(0) if names else rows(OWN))
+    assert torch.equal(head[7:], rows(made(3, 9).state_dict())[7:])
+    assert "last 2 outputs stay as initialised" in said[-2]
+    if names:
+        head, _ = head_after(tmp_path, ["f", "b"], names, num_outputs=9)
+        assert torch.equal(head[:3], rows(OWN)[[5, 1, 0]])
+    with pytest.raises(UserError, match="classes do not fit"):
+        head_after(tmp_path, [*NAMES, "zoo"], names, num_outputs=9)
 
 
 def test_without_names_the_order_of_the_rows_is_said(tmp_path):
