@@ -24,7 +24,7 @@ from data_prep.convert import (
     convert_digits,
     convert_image_folder,
     convert_splits,
-    is_validation,
+    role_by_name,
 )
 from data_prep.errors import UserError, exit_cleanly
 from data_prep.help_text import fitted_help
@@ -105,6 +105,9 @@ def imagefolder_command(
     - An RGB JPEG, upright and within --max-side, is stored byte for byte.
     - Every other image is converted to one, once.
     - Validation sets keep every image's own pixels and size, so that scores do not depend on the conversion.
+    - Such are val.beton in DIR, and a FILE.beton with a word such as val, test, dev or holdout in its name.
+    - Where the name of FILE.beton says neither this nor train, that of --src does.
+    - --max-side, --quality and --raw speak of the training set, or of the one FILE.beton whatever its name.
     - The output depends neither on the number of workers nor on interruptions.
     - The same command goes on with a conversion that was interrupted, and does nothing where all is finished.
     - An existing FILE.beton is replaced in one step, at the very end.
@@ -121,7 +124,7 @@ def imagefolder_command(
         raw: Store uncompressed pixels instead: short side resized to SIZE, centre crop to a square.
         baseline: Rewrite progressive JPEGs as baseline ones, which hardware decoders need; no pixel changes.
         lossless: Keep every image's own pixels and size as far as the format allows: JPEGs go in byte for byte, other
-            formats uncompressed. Validation sets, known by the name of folder or file, are converted so anyway.
+            formats uncompressed. Validation sets are converted so anyway (see above).
         lossy_val: Convert validation sets as training sets are.
         verify: "decode" decodes every image completely, so that damage shows now; "header" only parses those JPEGs
             that are stored as they are.
@@ -151,13 +154,18 @@ def imagefolder_command(
         "say": say,
     }
     if out.suffix == ".beton":
-        is_kept = lossless or (is_validation(src, out) and not asked and not lossy_val)
+        role = role_by_name(src, out)
+        is_kept = lossless or (role == "val" and not asked and not lossy_val)
+        is_unclear = not is_kept and role != "train" and not lossy_val
         conversions = [convert_image_folder(src, out, image=kept if is_kept else image, **options)]
     else:
+        is_unclear = False
         image, val_image = kept if lossless else image, image if lossy_val else kept
         conversions = convert_splits(src, out, image=image, val_image=val_image, **options)
     for conversion in conversions:
         say(summary(conversion))
+    if is_unclear:
+        say(f"{out.name} was converted as a training set; --lossless keeps every pixel, as for sets that are scored")
 
 
 @app.command(name="verify")

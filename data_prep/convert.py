@@ -35,7 +35,11 @@ from data_prep.write_beton import Resume, Written, write_beton
 DEFAULT_IMAGE_OPTIONS = ImageOptions()
 Options = dict[str, str | int | bool | None]
 Say = Callable[[str], object]
-_SCORED = (*SPLIT_NAMES["val"], "test")
+_ROLES = {
+    **dict.fromkeys((*SPLIT_NAMES["val"], "test", "testing", "dev", "holdout", "heldout"), "val"),
+    **dict.fromkeys(SPLIT_NAMES["train"], "train"),
+}
+"""What a word in a set's name says that it is for."""
 MEND = "Mend the folders, or choose classes that both have with --classes."
 RAW_MAX_SIDE = 1672
 """Pixels; a square of raw pixels must fit one page of 8 MiB."""
@@ -143,15 +147,18 @@ def convert_splits(
     return convert_folders(outs, **options, on_bad=on_bad, progress=progress, say=say)
 
 
-def is_validation(src: Path, out: Path) -> bool:
-    """Whether a folder, or the file made of it, has the name of a set that is scored: val, imagenet-val, test."""
-    names = src.resolve().name, out.stem
-    of_splits = [name for name in names if _words(name) & {*SPLIT_NAMES["train"], *_SCORED}]
-    return bool(of_splits) and not _words(of_splits[0]) & {*SPLIT_NAMES["train"]}
+def role_by_name(src: Path, out: Path) -> Literal["train", "val", ""]:
+    """What a set is for by a word in the name of its file, else of its folder: val2017, imagenet-val, cars_testset.
+
+    Empty if no word says so. Where words disagree (train_val) it is trained on.
+    """
+    roles = next(filter(None, map(_roles_in, (out.stem, src.resolve().name))), set[str]())
+    return "train" if "train" in roles else "val" if roles else ""
 
 
-def _words(name: str) -> set[str]:
-    return set(re.split(r"[^a-z]+", name.lower()))
+def _roles_in(name: str) -> set[str]:
+    words = re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    return {_ROLES[word] for word in (word.removesuffix("set") for word in words) if word in _ROLES}
 
 
 def _check(image: ImageOptions, workers: int | None, part: tuple[int, int] | None) -> None:

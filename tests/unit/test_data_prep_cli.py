@@ -166,11 +166,18 @@ def test_validation_sets_keep_their_pixels_unless_asked(tmp_path: Path, capsys: 
         ("validation", "a.beton", 600),
         ("test", "a.beton", 600),
         ("train", "a.beton", 500),
-        ("train", "val.beton", 500),  # the images decide
+        ("train", "val.beton", 600),  # the file's name counts first
+        ("test", "training.beton", 500),
+        ("train", "cars_valset.beton", 600),
+        ("train", "holdout.beton", 600),
+        ("train", "carsDev.beton", 600),
+        ("validation", "trainval.beton", 600),  # no word of it is one; the folder's name is
     ):
         assert widths_after(root / source, tmp_path / source / name) == {name: width}
     (root / "validation").rename(root / "ILSVRC2012")
     assert widths_after(root / "ILSVRC2012", tmp_path / "imagenet_val.beton") == {"imagenet_val.beton": 600}
+    assert "as a training set" not in capsys.readouterr().out
     assert widths_after(root / "ILSVRC2012", tmp_path / "interval.beton") == {"interval.beton": 500}
+    assert "interval.beton was converted as a training set; --lossless keeps every" in capsys.readouterr().out
     for more in (["--max-side", "500"], ["--quality", "95"], ["--lossy-val"]):
         assert widths_after(root / "ILSVRC2012", tmp_path / "val.beton", *more) == {"val.beton": 500}
