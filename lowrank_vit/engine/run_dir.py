@@ -20,6 +20,7 @@ import torch
 from data_prep import terminal
 from data_prep.errors import UserError
 from lowrank_vit import __version__
+from lowrank_vit.spectral.store import SpectraStore
 
 PACKAGES = (
     *("torch", "torchvision", "timm", "ffcv", "nvidia-dali-cuda130", "spdl", "numba", "numpy", "pillow", "wandb"),
@@ -114,10 +115,18 @@ class RunDir:
         temporary.replace(self.path / name)
 
     def forget(self) -> None:
-        """Remove the records of an attempt that was ended before its first checkpoint, and what was made of them."""
+        """Remove the records of an attempt that was ended before its first checkpoint, and what was made of them.
+
+        Folders may be links, and hold other files, too, which stay.
+        """
         for name in ("metrics.jsonl", "summary.csv", "report.html"):
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / "spectra", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            SpectraStore(self.path / "spectra", 0).forget()
+        for picture in (self.path / "report").glob("*.png"):
+            picture.unlink(missing_ok=True)
+        for folder in (self.path / "wandb").glob("offline-run-*"):
+            shutil.rmtree(folder, ignore_errors=True)
         self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:

@@ -155,7 +155,7 @@ class Saver:
                 (self._folder / name).unlink()
         if job.beside:
             path = self._folder / job.beside.folder / job.beside.name
-            kind = re.compile(rf"{re.escape(path.name.rpartition('_')[0])}_\d+{re.escape(path.suffix)}")
+            kind = re.compile(rf"{re.escape(path.name.rpartition('_')[0])}_[0-9]{{8,}}{re.escape(path.suffix)}")
             with contextlib.suppress(OSError):
                 for older in [one for one in path.parent.iterdir() if kind.fullmatch(one.name) and one != path]:
                     with contextlib.suppress(OSError):

@@ -127,15 +127,21 @@ class SpectralMonitor:
                 store.begin()
                 if resumed_update is not None:
                     store.forget_after(resumed_update)
-            except (UserError, OSError) as error:  # it may be mended before the next refresh
+            except Exception as error:  # it may be mended before the next refresh
                 say(f"warning: {error}. Training goes on.")
-        kept = None if resumed_update is None else store.kept(resumed_update)
-        again = kept if kept and recorded_update is not None and kept.update > recorded_update else None
-        stacks = self._stacks_of(again) if again else {}
-        if stacks and again:
-            memory = self._remember(store, again.update - 1, again.before)
-        else:
-            memory = Memory() if resumed_update is None else self._remember(store, resumed_update, kept)
+        kept, again, stacks, memory = None, None, dict[str, Any](), Memory()
+        try:
+            if resumed_update is not None:
+                kept = store.kept(resumed_update)
+                again = kept if kept and recorded_update is not None and kept.update > recorded_update else None
+                stacks = self._stacks_of(again) if again else {}
+                if stacks and again:
+                    memory = self._remember(store, again.update - 1, again.before)
+                else:
+                    memory = self._remember(store, resumed_update, kept)
+        except Exception as error:  # whatever is wrong with the store: training matters more
+            kept, again, stacks, memory = None, None, {}, Memory()
+            say(f"warning: what {store_dir} holds of before cannot be read ({error}). Training goes on without it.")
 
         devices = {p.device for one in self._models.values() for p in one.parameters()}
         for device in devices:

@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,6 +107,8 @@ class SpectraStore:
         partial = path.with_suffix(".json.partial")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise UserError(f"cannot make {self.path} for the spectra: it is a file; move it away") from error
         except OSError as error:
             raise UserError(
                 f"cannot make {self.path} for the spectra: {error.strerror}; choose a writable output directory"
@@ -126,6 +129,13 @@ class SpectraStore:
                     path.unlink(missing_ok=True)
         for partial in (*self.path.glob("*.partial"), *self.path.glob(".*.part")):  # of a process that was killed
             partial.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Delete all that was stored, and the directory where nothing else is in it, but not a link to one."""
+        self.forget_after(-1)
+        (self.path / "index.json").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
 
     def kept(self, until: int) -> Kept | None:
         """What was kept with the checkpoint of the update `until` or before; None without a readable file."""
@@ -153,7 +163,11 @@ class _Series:
 
     def __init__(self, folder: Path, prefix: str, limit_bytes: float) -> None:
         self._folder, self._prefix, self._limit = folder, prefix, limit_bytes
-        updates = [_update_of(path) for path in _files(folder, prefix)][:-1]  # the newest may be nearer than the rest
+        updates: list[int] = []
+        with contextlib.suppress(OSError):  # a disk that does not answer is met, and said, when something is written
+            updates = [_update_of(path) for path in _files(folder, prefix)][
+                :-1
+            ]  # the newest may be nearer than the rest
         self._spacing = min((b - a for a, b in itertools.pairwise(updates)), default=0)
 
     def thin(self) -> None:
@@ -235,7 +249,10 @@ def _path(folder: Path, prefix: str, update: int) -> Path:
 
 
 def _files(folder: Path, prefix: str) -> list[Path]:
-    return sorted(folder.glob(f"{prefix}_*{_suffix(prefix)}"), key=lambda path: (len(path.name), path.name))
+    """In the order of their updates. What has another name, such as update_best.npz, is not the store's."""
+    name = re.compile(rf"{prefix}_[0-9]{{8,}}{re.escape(_suffix(prefix))}")
+    found = (path for path in folder.glob(f"{prefix}_*") if name.fullmatch(path.name))
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def _suffix(prefix: str) -> str:

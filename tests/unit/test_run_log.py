@@ -86,6 +86,27 @@ def test_a_directory_is_taken_over_unless_it_holds_a_checkpoint_other_files_or_a
     RunDir.create(tmp_path, "run", "x").close()  # what was refused is not left locked
 
 
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_was_made_of_a_dead_attempt_goes_with_it(is_link, tmp_path):
+    RunDir.create(tmp_path, "run", "x").close()
+    run = tmp_path / "run"
+    for name in ("spectra", "report", "wandb"):
+        if is_link:
+            (tmp_path / name).mkdir()
+            (run / name).symlink_to(tmp_path / name)
+        else:
+            (run / name).mkdir()
+    (run / "wandb" / "offline-run-1").mkdir()
+    stale = "spectra/update_00000000.npz", "spectra/vectors_123456789.npz", "spectra/weights_00000000.pth"
+    stale += "spectra/index.json", "report/training.png", "report.html", "wandb/offline-run-1/run.wandb"
+    for name in (*stale, "spectra/update_best.npz"):
+        (run / name).write_text("")
+    RunDir.create(tmp_path, "run", "x").close()
+    assert not [name for name in stale if (run / name).exists()]
+    assert (run / "spectra" / "update_best.npz").exists()
+    assert (run / "spectra").is_symlink() == is_link
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

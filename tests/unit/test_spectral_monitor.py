@@ -618,6 +618,17 @@ def test_what_a_tight_limit_has_thinned_out_is_compared_with_all_the_same(
         assert path.read_bytes() == (folder / path.name).read_bytes()
 
 
+def test_a_store_that_cannot_be_read_ends_no_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(*_: Any) -> None:
+        raise OSError(116, "Stale file handle")
+
+    said: list[str] = []
+    monkeypatch.setattr(store, "_files", stale)
+    watch(tiny_vit(), tmp_path, resumed_update=2, recorded_update=0, say=said.append).close()
+    assert len(said) == 2
+    assert "holds of before cannot be read ([Errno 116] Stale file handle). Training goes on" in said[1]
+
+
 def test_what_another_monitor_recorded_is_not_compared_with(tmp_path: Path) -> None:
     with watch(tiny_vit(), tmp_path, settings=Settings(topk=2)) as monitor:
         monitor.observe(0)

@@ -141,3 +141,21 @@ def test_a_place_that_cannot_be_made_or_written_is_a_user_error(tmp_path: Path) 
     gone = SpectraStore(tmp_path / "gone" / "spectra", 1e9)
     with pytest.raises(UserError, match="spectra of update 3"):  # with the run's own directory: not made anew
         gone.save(3, {"spec/m": solved(0)})
+
+
+def test_files_of_other_names_are_left_alone(tmp_path: Path) -> None:
+    foreign = [
+        tmp_path / name for name in ("update_best.npz", "vectors_1.npz", "weights_final.pth", "update_0000000x.npz")
+    ]
+    for path in foreign:
+        path.write_text("")
+    one = SpectraStore(tmp_path, 0)
+    for update in range(3):
+        one.save(update, {"spec/m": solved(update)})
+    assert kept(tmp_path) == ([0, 2], [0, 2])
+    one.forget_after(0)
+    assert kept(tmp_path) == ([0], [0])
+    assert one.kept(9) is None
+    assert one.first_and_last(9)[1] == 0
+    one.forget()
+    assert sorted(tmp_path.iterdir()) == sorted(foreign)
