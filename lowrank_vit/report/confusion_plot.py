@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -53,8 +54,8 @@ def confusion_plot(confusion_CC: np.ndarray, class_names: list[str], subtitle: s
     picture.grid(visible=False)
     if num_classes <= _LABELLED:
         names = [_short(name) for name in class_names]
-        picture.set_xticks(range(num_classes), names, rotation=45, ha="right")
-        picture.set_yticks(range(num_classes), names)
+        picture.set_xticks(range(num_classes), names, rotation=45, ha="right", parse_math=False)
+        picture.set_yticks(range(num_classes), names, parse_math=False)
         for (row, column), count in np.ndenumerate(confusion_CC):
             if count:
                 ink = "white" if shares_CC[row, column] > 0.55 else INK
@@ -65,9 +66,10 @@ def confusion_plot(confusion_CC: np.ndarray, class_names: list[str], subtitle: s
     for n, pair in enumerate(pairs):
         place = 1 - (n + 0.5) / _NAMED_PAIRS
         text = f"{_short(pair.true)} taken for {_short(pair.predicted)}"
-        listed.text(0.2, place, text, va="center", fontsize=9, color=INK, transform=listed.transAxes)
+        look: dict[str, Any] = {"va": "center", "fontsize": 9, "transform": listed.transAxes}
+        listed.text(0.2, place, text, color=INK, parse_math=False, **look)
         counted = f"{pair.count:,} ({pair.share:.0%})"
-        listed.text(0.17, place, counted, va="center", ha="right", fontsize=9, color=MUTED, transform=listed.transAxes)
+        listed.text(0.17, place, counted, ha="right", color=MUTED, **look)
     if not pairs:
         listed.text(0, 0.95, "none", va="center", fontsize=9, color=MUTED, transform=listed.transAxes)
     heading(figure, "Confusions", subtitle)

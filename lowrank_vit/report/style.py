@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from data_prep.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +37,8 @@ def heading(figure: Figure, title: str, subtitle: str) -> None:
     figure.suptitle(f"{title}\n", x=0.012, ha="left", fontsize=15, fontweight="bold", color=INK)
     # Placed by hand under the title: the constrained layout has reserved the empty second line for it.
     height = figure.get_size_inches()[1]
-    figure.text(0.012, 1 - 0.36 / height, subtitle, ha="left", va="top", fontsize=10, color=MUTED)
+    look: dict[str, Any] = {"ha": "left", "va": "top", "fontsize": 10, "color": MUTED}
+    figure.text(0.012, 1 - 0.36 / height, printable(subtitle), **look, parse_math=False)  # it may hold users' names
 
 
 def tidy(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> None:

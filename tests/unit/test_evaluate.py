@@ -161,6 +161,7 @@ def test_the_picture_is_a_picture_and_repeats(classes):
 
     confusion = np.arange(classes * classes).reshape(classes, classes)
     names = [f"a class with a rather long name {n}" for n in range(classes)]
+    confusion_plot(confusion[:2, :2], [r"$\frac$", "\udce9"], r"$\frac$ \udce9")  # names are no formulas
     content = confusion_plot(confusion, names, "a model")
     assert content == confusion_plot(confusion, names, "a model")
     pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
