@@ -118,7 +118,7 @@ def test_a_run_whose_checkpoints_were_moved_away_keeps_its_records(name, text, t
     said = f"run is in use: it holds no checkpoint any more, but {name} has the scores"
     RunDir.create(tmp_path, "run", "x").close()
     (tmp_path / "run" / name).write_text(text)
-    for look in (RunDir.require_free, lambda *where: RunDir.create(*where, "x")):
+    for look in (RunDir.require_free, lambda output, name: RunDir.create(output, name, "x")):
         with pytest.raises(UserError, match=said):
             look(tmp_path, "run")
     assert (tmp_path / "run" / name).read_text() == text
@@ -129,7 +129,7 @@ def test_a_run_whose_checkpoints_were_moved_away_keeps_its_records(name, text, t
 
 def test_the_link_to_the_newest_run_is_no_name_for_one(tmp_path):
     RunDir.create(tmp_path, "run", "x").close()
-    for look in (RunDir.require_free, lambda *where: RunDir.create(*where, "x")):
+    for look in (RunDir.require_free, lambda output, name: RunDir.create(output, name, "x")):
         with pytest.raises(UserError, match="--experiment latest: that is the name of the link to the newest run"):
             look(tmp_path, "latest")
     assert (tmp_path / "latest").resolve() == tmp_path / "run"
