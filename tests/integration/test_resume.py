@@ -68,7 +68,7 @@ def interrupted(small, *more: str, after: int) -> Path:
         (2 * UPDATES, ("--sched-on-updates",)),
         (UPDATES + 3, ("--batch-size", "32", "--grad-accum-steps", "4", "--clip-grad", "1")),
         (UPDATES + 3, ("--warmup-epochs", "0", "--opt", "sgd")),
-        (4, ("--amp", "--amp-dtype", "float16")),  # with a scaled loss
+        pytest.param(4, ("--amp", "--amp-dtype", "float16"), marks=pytest.mark.slow),  # with a scaled loss
         (UPDATES + 3, ("--sched", "none", "--opt", "lookahead_adamw", "--mean", "0.4", "--std", "0.3")),
         (UPDATES + 3, ("--lr-noise", "0.1", "--sched-on-updates", "--sched", "wsd")),
     ],

@@ -42,6 +42,7 @@ def test_smoke(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_memory_grows_by_what_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(growth, "KINDS", ())
     monkeypatch.setattr(growth, "_sets", lambda _options: (10, 60))

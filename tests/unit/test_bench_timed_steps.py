@@ -38,7 +38,7 @@ def timed(folder: Path, loader: str, steps: int, every: int) -> TimedSteps:
     return TimedSteps(end_to_end._real(config_of(load, CPU, "eager"), folder, flags), steps, every)
 
 
-@pytest.mark.parametrize("loader", ["ffcv", "dali"])
+@pytest.mark.parametrize("loader", [pytest.param("ffcv", marks=pytest.mark.slow), "dali"])
 def test_nothing_is_decoded_between_rounds_and_a_round_begins_in_mid_epoch(folder, loader):
     with ExitStack() as stack:
         training = stack.enter_context(timed(folder, loader, STEPS, STEPS))

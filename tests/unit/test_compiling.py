@@ -25,6 +25,7 @@ print(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["auto
 """
 
 
+@pytest.mark.slow
 def test_a_second_start_finds_the_first_ones_code(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
     hits = []

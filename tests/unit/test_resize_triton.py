@@ -13,7 +13,7 @@ from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR, NEAREST
 from lowrank_vit.data.resize_cpu import resize_batch
 from tests.triton_interpreter import interpreted
 
-SIZE = 8
+SIZE = 6
 KERNELS = {"nearest": NEAREST, "bilinear": BILINEAR, "bicubic": BICUBIC}
 CASES = [("training", name) for name in KERNELS] + [("evaluation", name) for name in ("bilinear", "bicubic")]
 """No nearest in evaluation: where pixels meet, one way of rounding takes the left one and another the right."""
@@ -24,7 +24,7 @@ def errors() -> dict[str, float]:
     from lowrank_vit.data import resize_triton
 
     rng = np.random.default_rng(0)
-    heights, widths = np.array([1, 40, 1, 5, 200]), np.array([1, 1, 30, 7, 190])
+    heights, widths = np.array([1, 40, 1, 5, 90]), np.array([1, 1, 30, 7, 180])
     B, row_bytes = len(heights), 3 * widths
     num_bytes = heights * row_bytes
     starts = np.cumsum(num_bytes) - num_bytes
