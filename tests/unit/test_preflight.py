@@ -6,6 +6,7 @@ import socket
 
 import pytest
 import torch
+import wandb
 
 from data_prep.errors import UserError
 from lowrank_vit.config import parse
@@ -60,6 +61,8 @@ def test_it_is_found_out_before_the_data(line, said, tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    if "--log-wandb" in line:
+        wandb.teardown()  # its settings may be of an earlier test
     with pytest.raises(UserError, match=said):
         Trainer(parse([*TINY, "--output", str(tmp_path), *line.split()]), "x")
 
