@@ -549,14 +549,16 @@ def comparable(values: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in values.items() if not key.endswith(TIMES)}
 
 
-def test_a_resumed_monitor_goes_on_as_if_there_had_been_no_break(tmp_path: Path) -> None:
-    def observe(monitor: SpectralMonitor, model: nn.Module, updates: range) -> list[dict[str, float]]:
-        for update in updates:
-            nudge(model, update)
-            monitor.observe(update)
-            wait_until_idle(monitor)
-        return [comparable(record.values) for record in monitor.records()]
+def observe(monitor: SpectralMonitor, model: nn.Module, updates: range) -> list[dict[str, float]]:
+    """What is recorded of these updates, each of which moves the weights."""
+    for update in updates:
+        nudge(model, update)
+        monitor.observe(update)
+        wait_until_idle(monitor)
+    return [comparable(record.values) for record in monitor.records()]
 
+
+def test_a_resumed_monitor_goes_on_as_if_there_had_been_no_break(tmp_path: Path) -> None:
     model = tiny_vit()
     with watch(model, tmp_path / "whole", model) as monitor:
         expected = observe(monitor, model, range(0, 12, 2))
@@ -581,14 +583,6 @@ def test_what_a_tight_limit_has_thinned_out_is_compared_with_all_the_same(
     tmp_path: Path, gate: Gate, is_cut_short: bool, recorded: int
 ) -> None:
     """At the checkpoint the refresh of update 4 was the newest, or that of 6 was under way; its record came, or not."""
-
-    def observe(monitor: SpectralMonitor, model: nn.Module, updates: range) -> list[dict[str, float]]:
-        for update in updates:
-            nudge(model, update)
-            monitor.observe(update)
-            wait_until_idle(monitor)
-        return [comparable(record.values) for record in monitor.records()]
-
     gate.open.set()
     model, whole, folder = tiny_vit(), tmp_path / "whole", tmp_path / "broken"
     with watch(model, whole, model, limit_gb=0) as monitor:
