@@ -49,10 +49,11 @@ def cifar100(
             f"--dataset torch/cifar100: {root.path} holds neither {_ARCHIVES[0]}/ nor {_ARCHIVES[1]}. Add "
             "--dataset-download (169 MB), or give the folder that holds one with --data-dir."
         )
-    if any((out_dir / name).exists() and not _is_cifar100(out_dir / name) for name in _NAMES):
-        raise UserError(f"{out_dir} holds a train.beton or val.beton of other data. Give another --beton-dir.")
     with one_process_in(out_dir, say, "Give a folder that can be written with --data-dir or --beton-dir."):
         if not _is_converted(out_dir, root.path):  # by another process meanwhile
+            # Only now: until we have the lock, a file without a manifest may be what another process is writing.
+            if any((out_dir / name).exists() and not _is_cifar100(out_dir / name) for name in _NAMES):
+                raise UserError(f"{out_dir} holds a train.beton or val.beton of other data. Give another --beton-dir.")
             _convert(root.path, out_dir, download, say)
     return out_dir / _NAMES[0], out_dir / _NAMES[1]
 

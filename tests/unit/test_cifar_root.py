@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from shutil import copy2
+from threading import Event
 from urllib.error import URLError
 
 import pytest
@@ -16,6 +19,7 @@ from data_prep.errors import UserError
 from lowrank_vit.data import cifar
 from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.locate import DataOptions, locate, locate_validation
+from lowrank_vit.data.one_process import one_process_in
 from tests.sources import Said, run_at_once, write_archive
 from tests.unit.test_cifar100 import PYTHON_FORM, write_folder
 
@@ -224,6 +228,29 @@ print(locate(DataOptions("torch/cifar100", Path({str(tmp_path)!r})))[0].stat().s
     said = run_at_once(code)
     assert sum("converting" in text for text in said) == 1
     assert len({text.splitlines()[-1] for text in said}) == 1
+
+
+def test_files_that_another_process_is_finishing_are_waited_for(tmp_path):
+    """Between two renames the other process's file is there without its manifest: not other data."""
+    archive = write_archive(tmp_path)
+    convert_cifar100(archive, tmp_path / "elsewhere")
+    finished = sorted((tmp_path / "elsewhere").iterdir())
+    place, said, waits = tmp_path / cifar.FOLDER, Said(), Event()
+
+    def say(line: str) -> None:
+        said(line)
+        if "waiting for" in line:
+            waits.set()
+
+    with ThreadPoolExecutor() as threads:
+        with one_process_in(place, Said(), ""):
+            copy2(tmp_path / "elsewhere" / "train.beton", place)
+            asked = threads.submit(locate, replace(CIFAR, data_dir=tmp_path), say)
+            assert waits.wait(60), said
+            for path in finished:
+                copy2(path, place)
+        assert asked.result(60)[0] == place / "train.beton"
+    assert not said.about("converting")
 
 
 def test_an_archive_that_is_none_is_refused(tmp_path):
