@@ -1,0 +1,47 @@
+"""The files for hosts, citations and commits against what they repeat: versions, names, commands."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+
+from lowrank_vit import __version__
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def content(name: str) -> dict:
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_commits_are_checked_with_the_ruff_that_lint_runs():
+    revisions = {Path(one["repo"]).name: one["rev"] for one in content(".pre-commit-config.yaml")["repos"]}
+    (pinned,) = re.findall(r"(?m)^ruff==(.+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"))
+    assert revisions["ruff-pre-commit"] == f"v{pinned}"
+
+
+def test_hosted_ci_runs_the_local_one_on_each_python():
+    (job,) = content(".github/workflows/ci.yml")["jobs"].values()
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert [command.split()[-1] for command in commands] == [".ci/run"]
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    listed = [name.rpartition(" ")[2] for name in PROJECT["classifiers"] if "Python :: 3." in name]
+    assert job["strategy"]["matrix"]["python"] == listed
+
+
+def test_the_citation_is_of_this_version():
+    citation = content("CITATION.cff")
+    assert citation["version"] == __version__
+    told = [citation["title"], citation["abstract"], citation["license"], citation["keywords"]]
+    assert told == [PROJECT["name"], PROJECT["description"], PROJECT["license"], PROJECT["keywords"]]
+
+
+def test_a_bug_is_asked_for_its_command_log_and_environment():
+    bug, question = (content(f".github/ISSUE_TEMPLATE/{name}.yml")["body"] for name in ("bug", "question"))
+    required = [field["attributes"]["label"] for field in bug if field.get("validations", {}).get("required")]
+    assert {"Command", "Log", "environment.json"} < set(required)
+    assert "environment.json" in [field["attributes"]["label"] for field in question]
