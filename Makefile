@@ -61,7 +61,7 @@ report: $(READY)
 	$(PY) -m lowrank_vit.report $(or $(RUN),output/latest)
 
 gpu-check: $(READY)
-	$(PY) -m lowrank_vit.bench gpu-check $(ARGS)
+	$(PY) -m benchmarks gpu-check $(ARGS)
 
 # ARGS adds options of `python -m data_prep`, for example ARGS="--max-side 400 --on-bad skip"; those of size and quality
 # are for train/ alone, since validation sets keep their pixels unless ARGS holds --lossy-val.
@@ -78,7 +78,7 @@ prep-imagenet100: $(READY)
 	$(PY) -m data_prep imagefolder --src "$(SRC)" --out "$(OUT)" --classes configs/imagenet100_classes.txt $(ARGS)
 
 bench: $(READY)
-	$(PY) -m lowrank_vit.bench $(or $(WHAT),all --short) $(ARGS)
+	$(PY) -m benchmarks $(or $(WHAT),all --short) $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info

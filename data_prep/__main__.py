@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from data_prep.bad_images import BadImagesError
 from data_prep.convert import DEFAULT_IMAGE_OPTIONS as DEFAULTS
 from data_prep.convert import (
     Conversion,
@@ -26,19 +25,20 @@ from data_prep.convert import (
     convert_splits,
     role_by_name,
 )
-from data_prep.errors import UserError, exit_cleanly
-from data_prep.help_text import fitted_help
-from data_prep.image_folder import Nested
+from data_prep.formats.jpeg import LOSSLESS, ImageOptions
+from data_prep.formats.manifest import emptied_line, manifest_path
+from data_prep.formats.parts import file_or_parts, parse_shard
 from data_prep.info import info_table, plot_info
-from data_prep.jpeg import LOSSLESS, ImageOptions
-from data_prep.manifest import emptied_line, manifest_path
-from data_prep.parts import file_or_parts, parse_shard
-from data_prep.progress import counts_in_words
-from data_prep.resources import available_cores
-from data_prep.shipped import CLASSES, find_shipped
-from data_prep.terminal import say
-from data_prep.typed import usage_name
+from data_prep.sources.image_folder import Nested
 from data_prep.verify import verify
+from data_prep.writing.bad_images import BadImagesError
+from data_prep.writing.progress import counts_in_words
+from lowrank_vit.common.bundled import CLASSES, find_shipped
+from lowrank_vit.common.commands import usage_name
+from lowrank_vit.common.errors import UserError, exit_cleanly
+from lowrank_vit.common.help_text import fitted_help
+from lowrank_vit.common.resources import available_cores
+from lowrank_vit.common.terminal import say
 
 app = tyro.extras.SubcommandApp()
 

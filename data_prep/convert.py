@@ -17,20 +17,20 @@ from typing import Any, Literal
 import numpy as np
 import PIL
 
-from data_prep import turbojpeg
-from data_prep.bad_images import BadImagesError, joined
-from data_prep.beton_format import MIN_PAGE_SIZE, PAGE_SIZE
-from data_prep.cifar100 import cifar100, download
-from data_prep.class_names import abbreviated, differences, positions
-from data_prep.errors import UserError
-from data_prep.finished import find_finished, rename_pending, write_pending
-from data_prep.image_folder import SPLIT_NAMES, Nested, image_folder, split_folders
-from data_prep.jpeg import JPEG_MAX_SIDE, LOSSLESS, EncodedImage, ImageOptions, encode_file, encode_pixels
-from data_prep.manifest import CONVERTER_VERSION, Manifest
-from data_prep.parts import part_path
-from data_prep.resources import available_cores
-from data_prep.sources import DIGITS_SPLIT_SEED, Sample, Source, digits, file_list_sha256, shard
-from data_prep.write_beton import Resume, Written, write_beton
+from data_prep.formats import turbojpeg
+from data_prep.formats.beton import MIN_PAGE_SIZE, PAGE_SIZE
+from data_prep.formats.jpeg import JPEG_MAX_SIDE, LOSSLESS, EncodedImage, ImageOptions, encode_file, encode_pixels
+from data_prep.formats.manifest import CONVERTER_VERSION, Manifest
+from data_prep.formats.parts import part_path
+from data_prep.sources.cifar100 import cifar100, download
+from data_prep.sources.class_names import abbreviated, differences, positions
+from data_prep.sources.image_folder import SPLIT_NAMES, Nested, image_folder, split_folders
+from data_prep.sources.samples import DIGITS_SPLIT_SEED, Sample, Source, digits, file_list_sha256, shard
+from data_prep.writing.bad_images import BadImagesError, joined
+from data_prep.writing.beton import Resume, Written, write_beton
+from data_prep.writing.finished import find_finished, rename_pending, write_pending
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.resources import available_cores
 
 DEFAULT_IMAGE_OPTIONS = ImageOptions()
 Options = dict[str, str | int | bool | None]

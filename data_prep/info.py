@@ -13,11 +13,11 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.beton_format import MODE_RAW, Tables, read_tables
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest, check_index, doubt_line, emptied_line, manifest_path, read_manifest
-from data_prep.progress import counts_in_words
-from data_prep.terminal import one_line
+from data_prep.formats.beton import MODE_RAW, Tables, read_tables
+from data_prep.formats.manifest import Manifest, check_index, doubt_line, emptied_line, manifest_path, read_manifest
+from data_prep.writing.progress import counts_in_words
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.terminal import one_line
 
 SHEET_ROWS, SHEET_COLUMNS = 4, 8
 THUMBNAIL = 96

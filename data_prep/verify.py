@@ -11,14 +11,21 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import jpeg_header, turbojpeg
-from data_prep.beton_format import METADATA_START, MODE_JPEG, SAMPLE, Tables, read_tables
-from data_prep.errors import BetonError, UserError
-from data_prep.manifest import Manifest, add_index_checksum, check_index, doubt_line, manifest_path, read_manifest
-from data_prep.parallel import map_ordered
-from data_prep.progress import ConversionProgress
-from data_prep.sample_table import SampleTable, checksum, read_sample_table, sample_table_path
-from data_prep.terminal import one_line
+from data_prep.formats import jpeg_header, turbojpeg
+from data_prep.formats.beton import METADATA_START, MODE_JPEG, SAMPLE, Tables, read_tables
+from data_prep.formats.manifest import (
+    Manifest,
+    add_index_checksum,
+    check_index,
+    doubt_line,
+    manifest_path,
+    read_manifest,
+)
+from data_prep.formats.sample_table import SampleTable, checksum, read_sample_table, sample_table_path
+from data_prep.writing.parallel import map_ordered
+from data_prep.writing.progress import ConversionProgress
+from lowrank_vit.common.errors import BetonError, UserError
+from lowrank_vit.common.terminal import one_line
 
 DAMAGED_SHOWN = 100
 

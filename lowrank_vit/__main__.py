@@ -6,9 +6,10 @@ import difflib
 import importlib
 import sys
 
-from data_prep.errors import UserError, exit_cleanly
 from lowrank_vit import __version__
-from lowrank_vit.commands import COMMANDS
+from lowrank_vit.bench import main as moved
+from lowrank_vit.common.commands import COMMANDS
+from lowrank_vit.common.errors import UserError, exit_cleanly
 
 
 def run(argv: list[str]) -> None:
@@ -23,6 +24,8 @@ def run(argv: list[str]) -> None:
         print(f"lowrank-vit {__version__}")
         return
     name = argv[0].replace("_", "-")  # analyze_spectrum, as the module is called
+    if name == "bench":
+        moved(argv[1:])
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"Did you mean `{near[0]}`? " if near else ""

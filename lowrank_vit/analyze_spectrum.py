@@ -14,13 +14,13 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
 
-from data_prep.errors import UserError, exit_cleanly
-from data_prep.help_text import fitted_help
-from data_prep.resources import available_cores
-from data_prep.terminal import say
-from data_prep.typed import usage_name
-from lowrank_vit.engine.checkpoint import read_checkpoint
-from lowrank_vit.engine.model import create_model
+from lowrank_vit.common.commands import usage_name
+from lowrank_vit.common.errors import UserError, exit_cleanly
+from lowrank_vit.common.help_text import fitted_help
+from lowrank_vit.common.resources import available_cores
+from lowrank_vit.common.terminal import say
+from lowrank_vit.model.checkpoint import read_checkpoint
+from lowrank_vit.model.create import create_model
 from lowrank_vit.spectral.analyze import (
     Analysis,
     Precision,
@@ -33,7 +33,7 @@ from lowrank_vit.spectral.analyze import (
     write_arrays,
     write_json,
 )
-from lowrank_vit.spectral.ends import Solver
+from lowrank_vit.spectral.extremes import Solver
 from lowrank_vit.spectral.refresh import Settings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
 from lowrank_vit.spectral.tables import print_analysis, print_drift

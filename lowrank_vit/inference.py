@@ -14,23 +14,29 @@ import torch
 import tyro
 from tyro.conf import arg
 
-from data_prep.errors import UserError, exit_cleanly
-from data_prep.help_text import fitted_help
-from data_prep.terminal import one_line, printable
-from data_prep.typed import usage_name
-from lowrank_vit.config_check import check_ranges
-from lowrank_vit.data.image_files import images_below, read_image
-from lowrank_vit.data.pil_decode import crop_and_resize
-from lowrank_vit.data.plan import EvalPlan
-from lowrank_vit.engine.labels import LabelType, labels_of
-from lowrank_vit.engine.predictions import Prediction, Predictions, to_csv, to_json
-from lowrank_vit.engine.score_files import make_folder_of
-from lowrank_vit.engine.score_progress import ScoringProgress
-from lowrank_vit.engine.scoring import KERNELS, ModelOptions, Scorer, load_scorer
-from lowrank_vit.engine.setup import pick_device
-from lowrank_vit.engine.step import DTYPES
-from lowrank_vit.options import POSITIVE
-from lowrank_vit.score_flags import INFERENCE_INSTEAD, INFERENCE_UNUSED, fit_flags, with_images_first, with_suffix_of
+from lowrank_vit.common.commands import usage_name
+from lowrank_vit.common.errors import UserError, exit_cleanly
+from lowrank_vit.common.help_text import fitted_help
+from lowrank_vit.common.terminal import one_line, printable
+from lowrank_vit.config.check import check_ranges
+from lowrank_vit.config.options import POSITIVE
+from lowrank_vit.config.score_flags import (
+    INFERENCE_INSTEAD,
+    INFERENCE_UNUSED,
+    fit_flags,
+    with_images_first,
+    with_suffix_of,
+)
+from lowrank_vit.data.decode.pil import crop_and_resize
+from lowrank_vit.data.sets.image_files import images_below, read_image
+from lowrank_vit.plan.plans import EvalPlan
+from lowrank_vit.score.files import make_folder_of
+from lowrank_vit.score.labels import LabelType, labels_of
+from lowrank_vit.score.predictions import Prediction, Predictions, to_csv, to_json
+from lowrank_vit.score.progress import ScoringProgress
+from lowrank_vit.score.scorer import KERNELS, ModelOptions, Scorer, load_scorer
+from lowrank_vit.training.setup import pick_device
+from lowrank_vit.training.step import DTYPES
 
 SHOWN = 3
 """Predictions of an image that the terminal shows."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from data_prep.errors import exit_cleanly
-from data_prep.terminal import say
-from data_prep.typed import usage_name
-from lowrank_vit.config import leaves, parse
-from lowrank_vit.engine.distributed import World, environment_world, joined
-from lowrank_vit.engine.failing import exit_together
-from lowrank_vit.engine.progress import duration
-from lowrank_vit.engine.setup import pick_device
-from lowrank_vit.engine.trainer import Result, Trainer
-from lowrank_vit.options import Config
+from lowrank_vit.common.commands import usage_name
+from lowrank_vit.common.errors import exit_cleanly
+from lowrank_vit.common.terminal import say
+from lowrank_vit.config.flags import leaves, parse
+from lowrank_vit.config.options import Config
+from lowrank_vit.config.timm_flags import with_long_names
+from lowrank_vit.ranks.failing import exit_together
+from lowrank_vit.ranks.world import World, environment_world, joined
 from lowrank_vit.report.next_steps import next_steps, shown
-from lowrank_vit.timm_flags import with_long_names
+from lowrank_vit.run.progress import duration
+from lowrank_vit.training.setup import pick_device
+from lowrank_vit.training.trainer import Result, Trainer
 
 
 def main(argv: list[str] | None = None) -> None:

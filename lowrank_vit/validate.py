@@ -13,22 +13,24 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from data_prep import terminal
-from data_prep.errors import UserError, exit_cleanly
-from data_prep.help_text import fitted_help
-from data_prep.image_folder import count_remarks
-from data_prep.typed import usage_name
-from lowrank_vit.config_check import check_ranges
-from lowrank_vit.data.beton import Beton
+from data_prep.sources.image_folder import count_remarks
+from lowrank_vit.common import terminal
+from lowrank_vit.common.commands import usage_name
+from lowrank_vit.common.errors import UserError, exit_cleanly
+from lowrank_vit.common.help_text import fitted_help
+from lowrank_vit.config.check import check_ranges
+from lowrank_vit.config.options import POSITIVE
+from lowrank_vit.config.score_flags import VALIDATE_INSTEAD, VALIDATE_UNUSED, fit_flags, with_suffix_of
 from lowrank_vit.data.choose import LoaderOptions, open_loader
-from lowrank_vit.data.faithful import remarks
 from lowrank_vit.data.loader import OnBadSample
-from lowrank_vit.data.locate import DataOptions, kind_of, locate_validation
-from lowrank_vit.data.plan import EvalPlan
-from lowrank_vit.data.staging import stage
-from lowrank_vit.engine.class_match import Classes, Order, Trust, match
-from lowrank_vit.engine.evaluate import Evaluator, Scores
-from lowrank_vit.engine.score_files import (
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.data.sets.locate import DataOptions, kind_of, locate_validation
+from lowrank_vit.data.sets.provenance import remarks
+from lowrank_vit.data.sets.staging import stage
+from lowrank_vit.model.class_match import Classes, Order, Trust, match
+from lowrank_vit.plan.plans import EvalPlan
+from lowrank_vit.score.evaluate import Evaluator, Scores
+from lowrank_vit.score.files import (
     class_rows,
     interval,
     make_folder_of,
@@ -37,12 +39,10 @@ from lowrank_vit.engine.score_files import (
     to_csv,
     to_dict,
 )
-from lowrank_vit.engine.score_progress import Counted, ScoringProgress
-from lowrank_vit.engine.scoring import KERNELS, ModelOptions, Scorer, load_scorer
-from lowrank_vit.engine.setup import pick_device
-from lowrank_vit.engine.step import DTYPES
-from lowrank_vit.options import POSITIVE
-from lowrank_vit.score_flags import VALIDATE_INSTEAD, VALIDATE_UNUSED, fit_flags, with_suffix_of
+from lowrank_vit.score.progress import Counted, ScoringProgress
+from lowrank_vit.score.scorer import KERNELS, ModelOptions, Scorer, load_scorer
+from lowrank_vit.training.setup import pick_device
+from lowrank_vit.training.step import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)

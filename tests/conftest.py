@@ -39,7 +39,7 @@ class _Record:
     """
 
     def __init__(self, path: Path) -> None:
-        from lowrank_vit.engine.run_dir import environment
+        from lowrank_vit.run.directory import environment
 
         self._path, self._results = path, {}
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

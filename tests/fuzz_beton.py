@@ -41,19 +41,19 @@ from ffcv.libffcv import imdecode
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from data_prep import turbojpeg
-from data_prep.beton_format import MIN_PAGE_SIZE, MODE_RAW
 from data_prep.convert import _convert
-from data_prep.errors import BetonError, UserError
-from data_prep.image_folder import image_folder
-from data_prep.jpeg import LOSSLESS, encode_file
-from data_prep.manifest import manifest_path
-from lowrank_vit.data import pil_decode
-from lowrank_vit.data.beton import Beton
+from data_prep.formats import turbojpeg
+from data_prep.formats.beton import MIN_PAGE_SIZE, MODE_RAW
+from data_prep.formats.jpeg import LOSSLESS, encode_file
+from data_prep.formats.manifest import manifest_path
+from data_prep.sources.image_folder import image_folder
+from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.data.choose import LoaderOptions, open_loader
-from lowrank_vit.data.ffcv_backend import FfcvBackend, _decode_batch
-from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan, TrainRules
-from lowrank_vit.data.resize_cpu import resize_batch
+from lowrank_vit.data.decode import pil as pil_decode
+from lowrank_vit.data.decode.ffcv import FfcvBackend, _decode_batch
+from lowrank_vit.data.decode.resize_cpu import resize_batch
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan, TrainRules
 from tests.mutations import KINDS, Mutated, header_of, mutate, rows_of, table_of
 from tests.photos import psnr
 

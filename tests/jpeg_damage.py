@@ -14,7 +14,7 @@ import skimage.data
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from data_prep import turbojpeg
+from data_prep.formats import turbojpeg
 
 END = b"\xff\xd9"
 KINDS = (

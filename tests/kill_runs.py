@@ -45,8 +45,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_prep.errors import exit_cleanly
 from lowrank_vit import train
+from lowrank_vit.common.errors import exit_cleanly
 from lowrank_vit.spectral.monitor import SpectralMonitor
 from tests.runs import records
 

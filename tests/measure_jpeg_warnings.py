@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import jpeg_header, turbojpeg
-from data_prep.jpeg import BadImageError, ImageOptions, encode_image
+from data_prep.formats import jpeg_header, turbojpeg
+from data_prep.formats.jpeg import BadImageError, ImageOptions, encode_image
 from tests.jpeg_damage import KINDS, PRECISE, RUNS, encode, photos, run
 
 

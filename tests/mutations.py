@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from data_prep.beton_format import (
+from data_prep.formats.beton import (
     ALLOCATION,
     FIELD,
     HEADER,

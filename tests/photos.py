@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from data_prep.convert import convert_image_folder
-from data_prep.jpeg import ImageOptions
+from data_prep.formats.jpeg import ImageOptions
 
 NUM_PHOTOS = 24
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lowrank_vit.engine.trainer import Trainer
+from lowrank_vit.training.trainer import Trainer
 
 
 def records(run: Path, kind: str) -> list[dict]:

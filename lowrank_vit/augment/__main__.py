@@ -13,24 +13,24 @@ import tyro
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tyro.conf import OmitArgPrefixes, arg
 
-from data_prep.errors import UserError, exit_cleanly
-from data_prep.help_text import fitted_help
-from data_prep.parts import find_parts
-from data_prep.terminal import say
-from data_prep.typed import usage_name
+from data_prep.formats.parts import find_parts
 from lowrank_vit.augment import ops_cpu
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.augment.preview import LEVELS, as_the_model_sees_them, by_level, caption
 from lowrank_vit.augment.recipe import train_rules
-from lowrank_vit.config import parse
-from lowrank_vit.data.beton import Beton
-from lowrank_vit.data.compiled import NOTE, must_compile
-from lowrank_vit.data.pil_decode import crop_and_resize, decode
-from lowrank_vit.data.plan import TrainPlan
-from lowrank_vit.data.plan_ops import Policy
-from lowrank_vit.options import Augment as AugmentOptions
-from lowrank_vit.options import Config, Data, Run
+from lowrank_vit.common.commands import usage_name
+from lowrank_vit.common.errors import UserError, exit_cleanly
+from lowrank_vit.common.help_text import fitted_help
+from lowrank_vit.common.numba_cache import NOTE, must_compile
+from lowrank_vit.common.terminal import say
+from lowrank_vit.config.flags import parse
+from lowrank_vit.config.options import Augment as AugmentOptions
+from lowrank_vit.config.options import Config, Data, Run
+from lowrank_vit.data.decode.pil import crop_and_resize, decode
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.plan.operations import Policy
+from lowrank_vit.plan.plans import TrainPlan
 from lowrank_vit.report.augment_plot import preview_plot
 
 HELP = """Draw what augmentation does: each operation at every level, and a batch as the model sees it, with its labels.

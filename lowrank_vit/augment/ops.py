@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.augment.ops_cpu import blur_weights
-from lowrank_vit.data.plan_ops import BICUBIC, GEOMETRIC, NEAREST, ImageOps, Kind
+from lowrank_vit.plan.operations import BICUBIC, GEOMETRIC, NEAREST, ImageOps, Kind
 
 _TABLES = (
     *(Kind.AUTOCONTRAST, Kind.EQUALIZE, Kind.INVERT, Kind.POSTERIZE, Kind.SOLARIZE, Kind.SOLARIZE_ADD),

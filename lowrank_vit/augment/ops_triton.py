@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowrank_vit.augment.ops import affine, blur, fixed_point, to_device
-from lowrank_vit.data.plan_ops import BICUBIC, GEOMETRIC, NEAREST, ImageOps, Kind
+from lowrank_vit.plan.operations import BICUBIC, GEOMETRIC, NEAREST, ImageOps, Kind
 
 _PIXELS = 256
 """Of one program."""

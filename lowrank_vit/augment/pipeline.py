@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_prep.errors import UserError
 from lowrank_vit.augment import ops, ops_cpu
 from lowrank_vit.augment.erase import NORMAL, Mode, erase, normalize_and_erase_cpu
-from lowrank_vit.augment.mix import mix_images, mix_targets, mix_to_tensor
-from lowrank_vit.data.plan import BatchPlan
+from lowrank_vit.augment.mixing import mix_images, mix_targets, mix_to_tensor
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.plan.plans import BatchPlan
 
 
 class Augment(nn.Module):

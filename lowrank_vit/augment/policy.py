@@ -8,9 +8,9 @@ from typing import Any
 
 from timm.data import auto_augment
 
-from data_prep.errors import UserError
-from lowrank_vit.data.plan_levels import LEVELS
-from lowrank_vit.data.plan_ops import NAMES, OpSpec, Policy
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.plan.levels import LEVELS
+from lowrank_vit.plan.operations import NAMES, OpSpec, Policy
 
 SETS = ("weights", "3a", "3aw")
 _RAND = re.compile(r"m\d+|n[1-9]\d*|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3aw?)")

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.augment import ops_cpu
-from lowrank_vit.augment.mix import mix_to_tensor
+from lowrank_vit.augment.mixing import mix_to_tensor
 from lowrank_vit.augment.pipeline import Augment
-from lowrank_vit.data.plan import BatchPlan
-from lowrank_vit.data.plan_levels import argument_of
-from lowrank_vit.data.plan_ops import BICUBIC, NAMES, Policy
+from lowrank_vit.plan.levels import argument_of
+from lowrank_vit.plan.operations import BICUBIC, NAMES, Policy
+from lowrank_vit.plan.plans import BatchPlan
 
 LEVELS = (0, 2, 4, 6, 8, 10)
 """Of the grid's columns, on timm's scale."""

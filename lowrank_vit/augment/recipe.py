@@ -5,10 +5,10 @@ from __future__ import annotations
 import timm
 
 from lowrank_vit.augment.policy import parse_policy
-from lowrank_vit.data.plan import TrainRules
-from lowrank_vit.data.plan_mix import MixRules
-from lowrank_vit.data.plan_ops import BICUBIC, BILINEAR, NEAREST
-from lowrank_vit.options import Augment, Config
+from lowrank_vit.config.options import Augment, Config
+from lowrank_vit.plan.mixing import MixRules
+from lowrank_vit.plan.operations import BICUBIC, BILINEAR, NEAREST
+from lowrank_vit.plan.plans import TrainRules
 
 _KERNELS = {"random": None, "nearest": NEAREST, "bilinear": BILINEAR, "bicubic": BICUBIC}
 

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numba import njit
 
-from lowrank_vit.data.plan_ops import BICUBIC, NEAREST
+from lowrank_vit.plan.operations import BICUBIC, NEAREST
 
 
 @njit(cache=True)

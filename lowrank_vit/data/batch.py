@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lowrank_vit.data.plan import BatchPlan
+from lowrank_vit.plan.plans import BatchPlan
 
 
 @dataclass(frozen=True)

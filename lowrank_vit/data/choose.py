@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from data_prep import resources, terminal
-from data_prep.errors import UserError
-from lowrank_vit.data.backend import Backend
-from lowrank_vit.data.beton import Beton
-from lowrank_vit.data.dali_backend import DaliBackend, check_dali, why_no_dali
+from lowrank_vit.common import resources, terminal
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.data.decode.backend import Backend
+from lowrank_vit.data.decode.dali import DaliBackend, check_dali, why_no_dali
+from lowrank_vit.data.decode.resident import ResidentBackend, resident_bytes
 from lowrank_vit.data.loader import Loader, OnBadSample, Prepare
-from lowrank_vit.data.plan import EvalPlan, TrainPlan
-from lowrank_vit.data.resident_backend import ResidentBackend, resident_bytes
+from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.speed import kept_or_measured
+from lowrank_vit.plan.plans import EvalPlan, TrainPlan
 
 RESIDENT_SHARE = 0.25
 """A set may take at most this share of the device's memory where `auto` chooses."""
@@ -63,7 +63,7 @@ def make_backend(
         check_dali()
         load = options.hw_decoder_load
         return DaliBackend(beton, plan, device, options.workers, prefetch=options.prefetch, hw_decoder_load=load)
-    from lowrank_vit.data.ffcv_backend import FfcvBackend  # imports and compiles for a second
+    from lowrank_vit.data.decode.ffcv import FfcvBackend  # imports and compiles for a second
 
     return FfcvBackend(beton, plan, device, options.workers, prefetch=options.prefetch)
 

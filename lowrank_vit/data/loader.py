@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep import terminal
-from data_prep.errors import BetonError, UserError
-from lowrank_vit.data.backend import Backend, DamagedSamples
+from lowrank_vit.common import terminal
+from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.data.beton import Beton
-from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan
+from lowrank_vit.data.decode.backend import Backend, DamagedSamples
 from lowrank_vit.data.schedule import Schedule
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 
 Prepare = Callable[[Tensor, BatchPlan], Tensor]
 OnBadSample = Literal["error", "skip"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from lowrank_vit.data.plan import BatchPlan, EvalPlan, TrainPlan
+from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 
 
 class Schedule:

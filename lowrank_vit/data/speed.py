@@ -11,13 +11,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from data_prep.atomic import replacing
-from data_prep.errors import UserError
-from data_prep.resources import available_cores
-from lowrank_vit.data.backend import Backend, DamagedSamples
-from lowrank_vit.data.beton import Beton
-from lowrank_vit.data.plan import TrainPlan
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import replacing
+from lowrank_vit.common.resources import available_cores
+from lowrank_vit.data.decode.backend import Backend, DamagedSamples
 from lowrank_vit.data.schedule import Schedule
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.plan.plans import TrainPlan
 
 _SAMPLES = 256
 """Decoded for one timing."""

@@ -9,7 +9,7 @@ import torch
 
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.loader import LoaderStats
-from lowrank_vit.data.plan import TrainPlan, TrainRules
+from lowrank_vit.plan.plans import TrainPlan, TrainRules
 
 UPDATES_PER_EPOCH = 100
 

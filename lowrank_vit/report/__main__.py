@@ -8,10 +8,10 @@ from typing import Annotated
 
 import tyro
 
-from data_prep.errors import UserError, exit_cleanly
-from data_prep.help_text import fitted_help
-from data_prep.terminal import say
-from data_prep.typed import usage_name
+from lowrank_vit.common.commands import usage_name
+from lowrank_vit.common.errors import UserError, exit_cleanly
+from lowrank_vit.common.help_text import fitted_help
+from lowrank_vit.common.terminal import say
 from lowrank_vit.report.bulk_plot import bulk_plot
 from lowrank_vit.report.ema_plot import ema_plot
 from lowrank_vit.report.heat_maps import cosine_plot, stable_rank_plot

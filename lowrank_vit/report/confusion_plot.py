@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.terminal import one_line
+from lowrank_vit.common.terminal import one_line
 from lowrank_vit.report.layout import style_bar
 from lowrank_vit.report.style import INK, MUTED, heading, new_figure, png, tidy
 

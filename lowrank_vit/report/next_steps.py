@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.typed import typed
-from lowrank_vit.report.how_far import better_weights
+from lowrank_vit.common.commands import typed
+from lowrank_vit.report.reached import better_weights
 
 WIDTH = 76
 """Columns of a command; beyond them it goes on in the next line."""

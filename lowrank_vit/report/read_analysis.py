@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.errors import UserError
+from lowrank_vit.common.errors import UserError
 from lowrank_vit.report.read_run import SCALARS, Columns, Run
 from lowrank_vit.spectral.store import StoredSpectra
 

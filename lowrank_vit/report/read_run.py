@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from data_prep.errors import UserError
-from lowrank_vit.report.how_far import HowFar, how_far
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.report.reached import HowFar, how_far
 from lowrank_vit.spectral.store import (
     StoredSpectra,
     StoredVectors,

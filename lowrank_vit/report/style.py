@@ -5,7 +5,7 @@ from __future__ import annotations
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from data_prep.terminal import printable
+from lowrank_vit.common.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.errors import UserError
-from lowrank_vit.spectral.ends import EPS, Solved, Triplets, not_finite
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.spectral.extremes import EPS, Solved, Triplets, not_finite
 from lowrank_vit.spectral.metrics import recorded_indices
 from lowrank_vit.spectral.refresh import (
     MODEL,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_vit.spectral.ends import Solved, assemble, objection
+from lowrank_vit.spectral.extremes import Solved, assemble, objection
 
 
 def solve_stack(matrices_NRC: Tensor, m: int) -> list[tuple[Solved, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lowrank_vit.spectral.ends import Solved, assemble, objection
+from lowrank_vit.spectral.extremes import Solved, assemble, objection
 from lowrank_vit.spectral.lapack import (
     apply_reflectors,
     gram,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lowrank_vit.spectral.ends import Recorded
+from lowrank_vit.spectral.extremes import Recorded
 from lowrank_vit.spectral.tails import marchenko_pastur, power_law
 
 ENERGIES = (90, 95, 99)

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from data_prep.errors import UserError
-from data_prep.resources import available_cores
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.resources import available_cores
 from lowrank_vit.spectral.metrics import recorded_indices
 from lowrank_vit.spectral.ranks import OneRank, Ranks, share_out
 from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, Settings, Stacks

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from lowrank_vit.spectral.ends import Solved, Solver
+from lowrank_vit.spectral.extremes import Solved, Solver
 from lowrank_vit.spectral.lapack import one_blas_thread
 from lowrank_vit.spectral.metrics import reach, recorded_indices, spectrum_metrics
 from lowrank_vit.spectral.select import module_depth, module_type

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from data_prep.errors import UserError
+from lowrank_vit.common.errors import UserError
 
 DEFAULT_TARGETS = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
 """The four matrices of every block of a timm ViT."""

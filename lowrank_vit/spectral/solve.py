@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.spectral import gram_batched, gram_cpu
-from lowrank_vit.spectral.ends import EPS, Solved, Solver, Triplets, not_finite
+from lowrank_vit.spectral.extremes import EPS, Solved, Solver, Triplets, not_finite
 from lowrank_vit.spectral.lapack import one_blas_thread
 
 T = TypeVar("T")

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.errors import UserError
-from lowrank_vit.spectral.ends import Solved, Triplets
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.spectral.extremes import Solved, Triplets
 
 SPECTRA, VECTORS, WEIGHTS = "update", "vectors", "weights"
 SPECTRA_SHARE = 0.25

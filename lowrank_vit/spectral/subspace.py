@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lowrank_vit.spectral.ends import Solved
+from lowrank_vit.spectral.extremes import Solved
 
 FLOOR = 1e-12
 """Of `relative_change`, as a share of the earlier sigma_1: below it a value is rounding."""

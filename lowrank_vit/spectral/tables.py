@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.terminal import one_line
+from lowrank_vit.common.terminal import one_line
 from lowrank_vit.spectral.analyze import Analysis
 
 _COLUMNS = {

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from data_prep.errors import UserError
+from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.ranks import STOP, Ranks
 from lowrank_vit.spectral.refresh import Memory, Refreshed, Settings, Stacks, aggregates, refresh
 from lowrank_vit.spectral.solve import LOG, Cancelled, MatrixStack

@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from data_prep.convert import convert_digits
-from lowrank_vit.config import parse
-from lowrank_vit.engine.trainer import Trainer
+from lowrank_vit.config.flags import parse
+from lowrank_vit.training.trainer import Trainer
 
 GOLDEN = Path(__file__).with_name("losses.json")
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"

@@ -10,7 +10,7 @@ import torch
 
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.policy import parse_policy
-from lowrank_vit.data.plan import TrainPlan, TrainRules
+from lowrank_vit.plan.plans import TrainPlan, TrainRules
 
 pytestmark = pytest.mark.gpu
 RECIPE = TrainRules(

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_vit.data import dali_backend
-from lowrank_vit.data.beton import Beton
 from lowrank_vit.data.choose import LoaderOptions, choose_backend, open_loader
-from lowrank_vit.data.pil_decode import crop_and_resize, decode
-from lowrank_vit.data.plan import EvalPlan, TrainPlan, TrainRules
+from lowrank_vit.data.decode import dali as dali_backend
+from lowrank_vit.data.decode.pil import crop_and_resize, decode
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
 from tests.photos import psnr, write_sets
 
 pytestmark = pytest.mark.gpu

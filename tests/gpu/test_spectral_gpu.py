@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lowrank_vit.spectral import refresh as refresh_module
 from lowrank_vit.spectral import store
 from lowrank_vit.spectral.analyze import analyze_weights
-from lowrank_vit.spectral.ends import Solved
+from lowrank_vit.spectral.extremes import Solved
 from lowrank_vit.spectral.monitor import SpectralMonitor
 from lowrank_vit.spectral.refresh import Settings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets

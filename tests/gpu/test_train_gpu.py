@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_vit.config import parse
-from lowrank_vit.data.beton import Beton
+from lowrank_vit.config.flags import parse
 from lowrank_vit.data.choose import LoaderOptions, open_loader
-from lowrank_vit.data.plan import TrainPlan, TrainRules
-from lowrank_vit.engine.saver import Saver
-from lowrank_vit.engine.trainer import Trainer
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.plan.plans import TrainPlan, TrainRules
+from lowrank_vit.run.checkpoint_writer import Saver
+from lowrank_vit.training.trainer import Trainer
 from tests.runs import stop_after
 
 pytestmark = pytest.mark.gpu
@@ -136,7 +136,8 @@ def test_a_copy_does_not_stay_on_the_device_while_the_disk_is_at_work(tmp_path, 
     weights = torch.zeros(50_000_000, device="cuda")
     before = torch.cuda.memory_allocated()
     monkeypatch.setattr(
-        "lowrank_vit.engine.saver.write_checkpoint", lambda *_: taken.append(torch.cuda.memory_allocated() - before)
+        "lowrank_vit.run.checkpoint_writer.write_checkpoint",
+        lambda *_: taken.append(torch.cuda.memory_allocated() - before),
     )
     saver = Saver(tmp_path, weights.device, print)
     saver.save({"state_dict": {"w": weights}})

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_vit.config import parse
-from lowrank_vit.engine.trainer import Result, Trainer
+from lowrank_vit.config.flags import parse
+from lowrank_vit.training.trainer import Result, Trainer
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

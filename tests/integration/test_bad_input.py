@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
-from data_prep.errors import UserError
-from lowrank_vit.config import parse
-from lowrank_vit.engine.trainer import Trainer
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.flags import parse
+from lowrank_vit.training.trainer import Trainer
 
 
 def refused(argv: list[str]) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import UserError
 from lowrank_vit import train, validate
+from lowrank_vit.common.errors import UserError
 from tests.photos import NUM_PHOTOS
 from tests.sources import write_archive, write_splits
 
@@ -132,7 +132,7 @@ def test_a_damaged_archive_stops_before_there_is_a_run_directory(tmp_path):
 @pytest.mark.parametrize("loader", ["ffcv", "dali", "resident"])
 def test_a_damaged_sample_is_left_out_on_request(folder, tmp_path, capsys, loader):
     train.main(["--data-dir", str(folder), *TINY, "--output", str(tmp_path / "output")])
-    from lowrank_vit.data.beton import Beton
+    from lowrank_vit.data.sets.beton import Beton
 
     path = folder / ".lowrank_vit" / "train.beton"
     beton, content = Beton(path), bytearray(path.read_bytes())

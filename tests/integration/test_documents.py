@@ -23,9 +23,9 @@ from timm.models import VisionTransformer
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from lowrank_vit import train as train_command
-from lowrank_vit.commands import COMMANDS as COMMAND_MODULES
-from lowrank_vit.config import parse
-from lowrank_vit.engine.checkpoint import read_checkpoint
+from lowrank_vit.config.commands import COMMANDS as COMMAND_MODULES
+from lowrank_vit.config.flags import parse
+from lowrank_vit.model.checkpoint import read_checkpoint
 from tests.documents import ROOT, Block, blocks, calls_of, tool, write_recorders
 from tests.integration.test_published_commands import COMMANDS
 from tests.photos import write_folder
@@ -145,7 +145,7 @@ class Reader:
         arguments = [re.sub(r"^/(data|local)/", rf"{self.place}/other_disks/\1/", one) for one in arguments]
         if module == "lowrank_vit.train":
             self.train(arguments, told, is_sketch=is_sketch)
-        elif module == "lowrank_vit.bench":
+        elif module == "benchmarks":
             self.parse_bench(arguments)
         elif module in NOT_OURS:
             assert importlib.util.find_spec(module)
@@ -191,8 +191,8 @@ class Reader:
         """It takes minutes, so only its command line is read."""
         called: list[object] = []
         with self._monkeypatch.context() as patch:
-            patch.setattr("lowrank_vit.bench.__main__._bench", lambda *given: called.append(given))
-            run("lowrank_vit.bench", arguments)
+            patch.setattr("benchmarks.__main__._bench", lambda *given: called.append(given))
+            run("benchmarks", arguments)
         assert called
 
 

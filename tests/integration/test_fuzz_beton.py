@@ -29,7 +29,7 @@ def test_mutated_files_end_in_a_clean_error_or_the_right_pixels(tmp_path, seed, 
 @pytest.mark.slow
 def test_a_planted_fault_is_found():
     """Without the comparison of sizes DALI is fed windows of images that are not there."""
-    plant = "from lowrank_vit.data.beton import Beton; Beton.contradicting = lambda self, ids: ids[:0]"
+    plant = "from lowrank_vit.data.sets.beton import Beton; Beton.contradicting = lambda self, ids: ids[:0]"
     code = f"import sys; from tests.fuzz_beton import main; {plant}; sys.argv = ['x', '--count', '150']; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr[-3000:]

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.errors import UserError
 from lowrank_vit import inference, train, validate
+from lowrank_vit.common.errors import UserError
 from tests.integration.test_data_given_directly import TINY
 from tests.photos import write_folder
 

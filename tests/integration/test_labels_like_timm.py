@@ -13,12 +13,12 @@ from PIL import Image
 from timm.data import ImageDataset, create_transform
 
 from data_prep.convert import convert_image_folder
-from data_prep.errors import UserError
-from data_prep.manifest import manifest_path
+from data_prep.formats.manifest import manifest_path
 from lowrank_vit import train, validate
-from lowrank_vit.data.datasets import open_datasets
-from lowrank_vit.data.locate import DataOptions, locate
-from lowrank_vit.engine.checkpoint import read_checkpoint
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.data.sets.datasets import open_datasets
+from lowrank_vit.data.sets.locate import DataOptions, locate
+from lowrank_vit.model.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 """timm leaves the closing of its image files to Python."""
@@ -105,7 +105,7 @@ def test_names_go_with_the_weights(tmp_path, capsys, monkeypatch):
 
     older = Path(shutil.copytree(folder, tmp_path / "older", ignore=shutil.ignore_patterns(".lowrank_vit")))
     with monkeypatch.context() as earlier:
-        earlier.setattr("data_prep.image_folder.in_timms_order", sorted)
+        earlier.setattr("data_prep.sources.image_folder.in_timms_order", sorted)
         locate(DataOptions(data_dir=older))
         score, said = top1(capsys, older, "--checkpoint", run)
     assert score == 100
@@ -214,7 +214,7 @@ def test_a_set_without_names_gets_those_of_the_other(tmp_path, monkeypatch, caps
     assert read_checkpoint(run).class_names == FEW
     older = run.with_name("older.pth.tar")
     torch.save({**torch.load(run, weights_only=True), "class_names": None}, older)
-    monkeypatch.setattr("lowrank_vit.engine.class_match.in_timms_order", lambda names: sorted(names)[::-1])
+    monkeypatch.setattr("lowrank_vit.model.class_match.in_timms_order", lambda names: sorted(names)[::-1])
     trained(tmp_path / "output", place, "-b", 3, "--resume", older, "--epochs", 2)
     assert "taken in timm's order" not in capsys.readouterr().out
     fewer = pair(tmp_path / "fewer", MANY, FEW, named="")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_vit.commands import COMMANDS
-from lowrank_vit.completion import Words, all_words
+from lowrank_vit.config.commands import COMMANDS
+from lowrank_vit.config.completion import Words, all_words
 from tests.documents import ROOT, calls_of, header_commands, spans, write_recorders
 from tests.integration.test_documents import DOCUMENTS, Reader
 

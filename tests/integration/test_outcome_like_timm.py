@@ -28,8 +28,8 @@ from timm.utils import ModelEmaV3
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from lowrank_vit.config import parse
-from lowrank_vit.engine.trainer import Trainer
+from lowrank_vit.config.flags import parse
+from lowrank_vit.training.trainer import Trainer
 from tests.runs import records
 
 SEEDS = range(5)

@@ -11,8 +11,8 @@ import torch
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from lowrank_vit import train as train_command
-from lowrank_vit.config import parse
-from lowrank_vit.engine.model import create_model
+from lowrank_vit.config.flags import parse
+from lowrank_vit.model.create import create_model
 from tests.sources import write_archive, write_splits
 
 CIFAR100 = """

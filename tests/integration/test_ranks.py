@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lowrank_vit import train as train_command
-from lowrank_vit.engine.checkpoint import read_checkpoint
+from lowrank_vit.model.checkpoint import read_checkpoint
 from tests.photos import write_sets
 from tests.runs import records
 
@@ -39,9 +39,9 @@ def altered(folder: Path, change: str) -> tuple[str, ...]:
     path = folder / "altered.py"
     path.write_text(f"""
 import os, signal, threading, time
-from data_prep.errors import exit_cleanly
+from lowrank_vit.common.errors import exit_cleanly
 from lowrank_vit import train
-from lowrank_vit.engine.trainer import Trainer
+from lowrank_vit.training.trainer import Trainer
 made, rank = Trainer.__init__, int(os.environ["RANK"])
 def make(t, *args):
     made(t, *args)
@@ -128,7 +128,7 @@ def test_a_signal_stops_all_ranks_and_one_process_goes_on(small, one, tmp_path):
 
 def test_a_rank_that_fails_ends_all_with_its_own_error_first(small, tmp_path):
     """A damaged image in one rank's share."""
-    from lowrank_vit.data.beton import Beton
+    from lowrank_vit.data.sets.beton import Beton
 
     photos = write_sets(tmp_path)["jpeg"]
     data = tmp_path / "data"

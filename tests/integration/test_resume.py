@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.errors import UserError
-from lowrank_vit.config import parse
-from lowrank_vit.engine import saver as saver_module
-from lowrank_vit.engine.checkpoint import read_checkpoint, write_checkpoint
-from lowrank_vit.engine.trainer import Trainer
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.flags import parse
+from lowrank_vit.model.checkpoint import read_checkpoint, write_checkpoint
+from lowrank_vit.run import checkpoint_writer as saver_module
+from lowrank_vit.training.trainer import Trainer
 from tests.runs import losses, records, same_weights, stop_after
 
 RECIPE = """
@@ -247,7 +247,7 @@ def test_the_smallest_loss_can_be_the_best(small):
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(small, tmp_path, monkeypatch, capsys):
-    from data_prep.errors import UserError as Refused
+    from lowrank_vit.common.errors import UserError as Refused
 
     def full(path, content):
         if content["step"]["num_updates"] == 2 * UPDATES:
@@ -369,7 +369,7 @@ def test_a_signal_to_a_diverged_run_saves_nothing_and_says_so(small):
 def test_the_best_epoch_is_one_whose_file_is_there(small, monkeypatch):
     """The best of all cannot be written; a later one, better than the one before it, takes its place."""
     scores = iter([20.0, 90.0, 30.0, 25.0])
-    monkeypatch.setattr("lowrank_vit.engine.keeper._by_weights", lambda *_: {"model": next(scores), "ema": 0.0})
+    monkeypatch.setattr("lowrank_vit.run.checkpoint_policy._by_weights", lambda *_: {"model": next(scores), "ema": 0.0})
 
     def full(path, content):
         if content["progress"]["best_metric"] == 90.0:

@@ -17,8 +17,8 @@ import timm
 import torch
 from PIL import Image
 
-from data_prep.errors import UserError
 from lowrank_vit import inference, validate
+from lowrank_vit.common.errors import UserError
 from tests.photos import write_folder
 
 TINY: dict[str, Any] = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}

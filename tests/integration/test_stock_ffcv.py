@@ -28,14 +28,14 @@ from ffcv.writer import DatasetWriter
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
 
-from data_prep.beton_format import MODE_JPEG, MODE_RAW, read_tables
 from data_prep.convert import convert_digits, convert_image_folder
-from data_prep.image_folder import image_folder
-from data_prep.jpeg import ImageOptions
-from data_prep.sources import digits_indices
-from lowrank_vit.data.beton import Beton
+from data_prep.formats.beton import MODE_JPEG, MODE_RAW, read_tables
+from data_prep.formats.jpeg import ImageOptions
+from data_prep.sources.image_folder import image_folder
+from data_prep.sources.samples import digits_indices
 from lowrank_vit.data.choose import LoaderOptions, open_loader
-from lowrank_vit.data.plan import EvalPlan
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.plan.plans import EvalPlan
 
 JPEG_TOLERANCE = 2.0
 """Mean difference in grey levels: FFCV asks libjpeg-turbo for its fast inverse DCT, PIL for the exact one."""

@@ -16,16 +16,16 @@ import pytest
 import timm
 import torch
 
-from data_prep.errors import UserError
 from lowrank_vit import analyze_spectrum
 from lowrank_vit import train as train_command
-from lowrank_vit.config import parse
-from lowrank_vit.data.beton import Beton
-from lowrank_vit.engine.checkpoint import read_checkpoint
-from lowrank_vit.engine.scoring import ModelOptions, load_scorer
-from lowrank_vit.engine.step import TrainStep
-from lowrank_vit.engine.trainer import COLD_UPDATES, Trainer
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.flags import parse
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.model.checkpoint import read_checkpoint
 from lowrank_vit.report.__main__ import main as report_main
+from lowrank_vit.score.scorer import ModelOptions, load_scorer
+from lowrank_vit.training.step import TrainStep
+from lowrank_vit.training.trainer import COLD_UPDATES, Trainer
 from lowrank_vit.validate import Options, validate
 from tests.runs import stop_after
 
@@ -192,7 +192,7 @@ def test_compiled_and_bf16_training_learns(train):
 def test_the_first_updates_of_a_process_are_no_part_of_its_speed(train, monkeypatch, compiled):
     """By a clock that only the steps move: the cold ones 100 s each, the others 1 s."""
     now = [0.0]
-    monkeypatch.setattr("lowrank_vit.engine.progress.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("lowrank_vit.run.progress.time", SimpleNamespace(perf_counter=lambda: now[0]))
     trainer = Trainer(parse_small(train, "--experiment", "cold", "--epochs", "2", "--no-spec-monitor"), "x")
     trainer.config = replace(trainer.config, step=replace(trainer.config.step, compile=compiled))
     cold = min(COLD_UPDATES[compiled], trainer.parts.plan.updates_per_epoch // 2)

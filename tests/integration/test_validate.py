@@ -8,9 +8,9 @@ import json
 import pytest
 from PIL import Image
 
-from data_prep.errors import UserError
 from lowrank_vit import validate as validate_command
-from lowrank_vit.engine.trainer import Trainer
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_files_that_cannot_be_written(checkpoint, digits_dir, more, message):
 
 
 def test_training_with_mirror_images_scores_as_validation_does(small, digits_dir, tmp_path):
-    from lowrank_vit.config import parse
+    from lowrank_vit.config.flags import parse
     from lowrank_vit.validate import Options, validate
     from tests.runs import records
 

@@ -1,0 +1,187 @@
+"""Benchmarks of this project beside its peers: tables, and JSON and plots on request."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+
+import torch
+import tyro
+from rich.console import Console
+
+from benchmarks import all_benches as everything
+from benchmarks import augment, end_to_end, gpu_check, growth, loader, machine, prep, record, spectral, step
+from benchmarks.aims_chart import aims_chart
+from benchmarks.growth_chart import growth_chart
+from benchmarks.measure import Result, nothing
+from benchmarks.peak_memory import peak_resident_bytes
+from benchmarks.show import Output, print_result
+from lowrank_vit.common.commands import usage_name
+from lowrank_vit.common.errors import UserError, exit_cleanly
+from lowrank_vit.common.help_text import fitted_help
+
+# A further bench is a module with `Options` and `run`, and a command here.
+app = tyro.extras.SubcommandApp()
+
+
+@app.command(name="prep")
+def prep_command(bench: tyro.conf.OmitArgPrefixes[prep.Options], output: tyro.conf.OmitArgPrefixes[Output]) -> None:
+    """Convert a folder of JPEGs: `data_prep` beside FFCV's own writer and beside copying the files.
+
+    Takes about a minute a round on 2 cores, and 1 GB on the disk.
+    """
+    _bench(partial(prep.run, bench), output)
+
+
+@app.command(name="loader")
+def loader_command(bench: tyro.conf.OmitArgPrefixes[loader.Options], output: tyro.conf.OmitArgPrefixes[Output]) -> None:
+    """Read training crops: our backends beside stock FFCV, a plain DALI pipeline and timm's loader.
+
+    Takes about fifteen seconds a round on 2 cores.
+    """
+    _bench(partial(loader.run, bench), output)
+
+
+@app.command(name="augment")
+def augment_command(
+    bench: tyro.conf.OmitArgPrefixes[augment.Options], output: tyro.conf.OmitArgPrefixes[Output]
+) -> None:
+    """Augment decoded crops with timm's published recipe, beside timm's own transforms.
+
+    Takes about ten seconds a round on 2 cores.
+    """
+    _bench(partial(augment.run, bench), output)
+
+
+@app.command(name="spectral")
+def spectral_command(
+    bench: tyro.conf.OmitArgPrefixes[spectral.Options], output: tyro.conf.OmitArgPrefixes[Output]
+) -> None:
+    """Singular values and vectors of a ViT's weights: exactness, and speed beside a plain SVD in the loop.
+
+    Takes about half a minute a round on 2 cores.
+    """
+    _bench(partial(spectral.run, bench), output, spectral.print_accuracy)
+
+
+@app.command(name="step")
+def step_command(bench: tyro.conf.OmitArgPrefixes[step.Options], output: tyro.conf.OmitArgPrefixes[Output]) -> None:
+    """Training steps on synthetic images, eager and compiled, beside those of timm's train.py.
+
+    Takes about ten seconds a round on 2 cores, and a minute to compile.
+    """
+    _bench(partial(step.run, bench), output)
+
+
+@app.command(name="end-to-end")
+def end_to_end_command(
+    bench: tyro.conf.OmitArgPrefixes[end_to_end.Options], output: tyro.conf.OmitArgPrefixes[Output]
+) -> None:
+    """Train from a .beton with the full recipe: the phases of a step, its bottleneck, and the step without data.
+
+    Takes about ten seconds a round on 2 cores.
+    """
+    _bench(partial(end_to_end.run, bench), output)
+
+
+@app.command(name="limits")
+def limits_command(
+    bench: tyro.conf.OmitArgPrefixes[machine.Options], output: tyro.conf.OmitArgPrefixes[Output]
+) -> None:
+    """What the machine can do at most: JPEG decoding, copying memory, reading cached files, matrix products.
+
+    Takes about five seconds a round on 2 cores.
+    """
+    _bench(partial(machine.run, bench), output)
+
+
+@app.command(name="growth")
+def growth_command(bench: tyro.conf.OmitArgPrefixes[growth.Options], output: tyro.conf.OmitArgPrefixes[Output]) -> None:
+    """How speed and memory grow with workers, batch, image size, samples and the model's width.
+
+    Takes about a minute a round on 2 cores, most of it for the processes whose memory is measured.
+    """
+    _bench(partial(growth.run, bench), output, chart=growth_chart)
+
+
+@app.command(name="all")
+def all_command(
+    bench: tyro.conf.OmitArgPrefixes[everything.Options], output: tyro.conf.OmitArgPrefixes[Output]
+) -> None:
+    """All of them, one after the other, and one table of the ratios that are to be reached.
+
+    Takes less than 15 minutes on 2 idle cores with --short, 8 on a GPU. --json is written after each bench, so that an
+    interruption keeps what is done. Exits with 1 if something of ours failed; a ratio that is missed is not a failure.
+    """
+    output.check()
+    result = everything.run(bench, note=_note(), save=output.write_json)
+    output.write(result, aims_chart)
+    everything.print_summary(result, Console())
+    if result.is_broken:
+        sys.exit(1)
+
+
+@app.command(name="record")
+def record_command(options: tyro.conf.OmitArgPrefixes[record.Options]) -> None:
+    """Join the GPU tests' record and that of `all` into one JSON file and one page for docs/benchmarks."""
+    print(f"written: {record.write(options)}")
+
+
+@app.command(name="gpu-check")
+def gpu_check_command(options: tyro.conf.OmitArgPrefixes[gpu_check.Options]) -> None:
+    """The GPU tests, all benches in their short form, and the record of both: what `make gpu-check` does.
+
+    Takes 8 minutes. Exits with 1 if a test or something of ours in a bench failed; the record is written all the same.
+    """
+    page, is_clean = gpu_check.run(options, note=_note())
+    print(f"written: {page}")
+    if not is_clean:
+        sys.exit(1)
+
+
+def _bench(
+    run: Callable[..., Result],
+    output: Output,
+    print_more: Callable[[Result, Console], object] = nothing,
+    chart: Callable[[Result], bytes] | None = None,
+) -> None:
+    output.check()
+    result = with_memory(run(note=_note()))
+    output.write(result, chart)  # before anything is printed: a reader that goes away costs no figures
+    print_more(result, Console())
+    print_result(result, Console())
+    if result.is_broken:
+        sys.exit(1)
+
+
+def with_memory(result: Result) -> Result:
+    """With the sections peak_memory_gib and, where a GPU was used, peak_gpu_memory_gib: of this process, all cases."""
+    peaks = {}
+    with suppress(UserError):  # only Linux tells
+        peaks["peak_memory_gib"] = peak_resident_bytes()
+    if torch.cuda.is_initialized():
+        peaks["peak_gpu_memory_gib"] = torch.cuda.max_memory_reserved()
+    rounded = {name: round(value / 2**30, 2) for name, value in peaks.items()}
+    return replace(result, extra={**result.extra, **rounded})
+
+
+def _note() -> Callable[[str], object]:
+    progress = Console(stderr=True, soft_wrap=True)
+    return lambda text: progress.print(text, style="dim", markup=False, highlight=False)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line `argv` (default: the process's own). Exits with 2 on a user's error, 130 on Ctrl-C."""
+
+    def run() -> None:
+        with fitted_help(argv):
+            app.cli(args=argv, prog=usage_name("benchmarks"), description=__doc__)
+
+    exit_cleanly(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""The bench `growth`: how throughput grows with workers, batch, image size and samples, memory with samples, and the
+time of a refresh of the spectra with the width of the model.
+
+`python -m benchmarks.growth KIND FILE.beton IMG_SIZE BATCH WORKERS` reads an epoch and prints its peak in bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count as counted
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from benchmarks.environment import environment
+from benchmarks.limits import wait
+from benchmarks.loader import Options as LoaderBench
+from benchmarks.loader import converted, plan_of, read_epoch
+from benchmarks.measure import (
+    DEFAULT_REPEATS,
+    SECONDS,
+    Case,
+    Result,
+    Samples,
+    check_repeats,
+    measure,
+    nothing,
+    order_of,
+    reason_of,
+)
+from benchmarks.peak_memory import peak_resident_bytes
+from benchmarks.photos import NUM_CLASSES, ensure_photos
+from benchmarks.prep import CACHE
+from benchmarks.spectral import TOPK, stacks_of
+from data_prep.formats.jpeg import ImageOptions
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.plan.plans import TrainRules
+from lowrank_vit.spectral.refresh import Memory, Settings, Stacks, refresh, solve_all
+
+Sweep = Literal["workers", "batch", "size", "samples", "memory", "width"]
+SWEEPS: tuple[Sweep, ...] = ("workers", "batch", "size", "samples", "memory", "width")
+WIDTHS = {192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224", 768: "vit_base_patch16_224"}
+KINDS = ("ffcv", "dali")
+LIMITS = (
+    "Each sweep runs by itself; its points run round by round like the cases of any bench.",
+    "memory is the host's, of processes of their own that read on the CPU; with fewer samples than 3 rounds its "
+    "medians say little.",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the bench."""
+
+    sweeps: Annotated[tuple[Sweep, ...], tyro.conf.arg(metavar="NAME ...")] = SWEEPS
+    """What grows."""
+    count: Annotated[int, tyro.conf.arg(metavar="N")] = 1024
+    """Photographs in the largest set, made once and kept in data/bench."""
+    batches: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (16, 64, 256)
+    """Batch sizes; the second is that of the other sweeps."""
+    sizes: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (96, 160, 224, 320)
+    """Sides of the crops; the others use the one before the last."""
+    widths: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = tuple(WIDTHS)
+    """Widths of the ViTs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where images and weights have to be; memory is measured on a CPU always."""
+    repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
+    """Rounds that count, after one that does not (but for memory). Fewer than 5 are a smoke test."""
+    scratch: Annotated[Path, tyro.conf.arg(metavar="DIR")] = CACHE
+    """Where photographs and converted sets are kept."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a loader is measured at."""
+
+    count: int
+    batch: int
+    size: int
+    workers: int
+
+
+@dataclass
+class _Growth:
+    """Cases by sweep, line and place on the axis."""
+
+    cases: dict[str, Samples] = field(default_factory=dict)
+    lines: dict[str, dict[str, dict[int, str]]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def take(self, sweep: str, line: str, x: int, result: Result) -> None:
+        """A point of a sweep that `measure` has measured, or why it has not."""
+        case = f"{line} {x}"
+        if case in result.failed:
+            self.failed[f"{sweep}={x}/{line}"] = result.failed[case]
+        else:
+            self.add(sweep, line, x, result.cases[case])
+
+    def add(self, sweep: str, line: str, x: int, samples: Samples) -> None:
+        name = f"{sweep}={x}/{line}"
+        self.cases[name] = samples
+        self.lines.setdefault(sweep, {}).setdefault(line, {})[x] = name
+
+
+def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
+    """Measure the sweeps; the section `growth` names the case of each point: sweep, line, place. Raises `UserError`."""
+    _check(options)
+    from lowrank_vit.training.setup import pick_device
+
+    device = pick_device(options.device)
+    surroundings, growth = environment(device.type), _Growth()
+    for sweep in dict.fromkeys(options.sweeps):
+        note(f"{sweep}:")
+        if sweep == "memory":
+            _add_memory(growth, options, note)
+            continue
+        with ExitStack() as stack:
+            if sweep == "width":
+                cases = _width_cases(options, device)
+            else:
+                cases = _loader_cases(sweep, options, device, stack, note)
+            named = {f"{line} {x}": case for (line, x), case in cases.items()}
+            result = measure("growth", named, {}, environment=surroundings, repeats=options.repeats, note=note)
+            for line, x in cases:
+                growth.take(sweep, line, x, result)
+    few = () if options.repeats >= DEFAULT_REPEATS else ("Fewer than 5 rounds: a smoke test, not a measurement.",)
+    extra = {"growth": growth.lines}
+    return Result("growth", surroundings, growth.cases, {}, (*few, *LIMITS), extra, growth.failed)
+
+
+def _check(options: Options) -> None:
+    check_repeats(options.repeats)
+    if not options.sweeps:
+        raise UserError(f"--sweeps names nothing; expected some of {', '.join(SWEEPS)}.")
+    if len(options.batches) < 2 or len(options.sizes) < 2 or min(*options.batches, *options.sizes) < 1:
+        raise UserError("--batches and --sizes each take two or more numbers of 1 or more.")
+    if unknown := set(options.widths) - set(WIDTHS):
+        raise UserError(f"--widths {min(unknown)} is not that of a ViT here; expected some of {[*WIDTHS]}.")
+    least = max(4 * NUM_CLASSES, 4 * options.batches[1], options.batches[-1])
+    if options.count < least:
+        raise UserError(f"--count {options.count} is too few for these batches, expected {least} or more.")
+
+
+def _sets(options: Options) -> tuple[int, ...]:
+    return options.count // 4, options.count // 2, options.count
+
+
+def _usual(options: Options) -> Point:
+    return Point(options.count, options.batches[1], options.sizes[-2], len(os.sched_getaffinity(0)))
+
+
+def _points(sweep: str, options: Options) -> dict[int, Point]:
+    usual, cores = _usual(options), len(os.sched_getaffinity(0))
+    if sweep == "workers":
+        doubled = [2**n for n in range(cores.bit_length()) if 2**n < cores]
+        return {n: replace(usual, workers=n) for n in (*doubled, cores)}
+    if sweep == "batch":
+        return {n: replace(usual, batch=n) for n in options.batches}
+    if sweep == "size":
+        return {n: replace(usual, size=n) for n in options.sizes}
+    return {n: replace(usual, count=n) for n in _sets(options)}
+
+
+def _beton(options: Options, count: int, note: Callable[[str], object] = nothing) -> Beton:
+    return converted(ensure_photos(options.scratch / f"photos_{count}", count, note=note), "", ImageOptions())
+
+
+def _loader_cases(
+    sweep: str, options: Options, device: torch.device, stack: ExitStack, note: Callable[[str], object]
+) -> dict[tuple[str, int], Case]:
+    cases = {}
+    for x, point in _points(sweep, options).items():
+        beton = _beton(options, point.count, note)
+        for kind in (*KINDS, *(("resident",) if sweep == "samples" else ())):
+            run, images = _epoch(kind, beton, point, device, stack)
+            setting = (
+                f"--loader {kind}, batch {point.batch}, {point.size} px, {point.workers} threads, on {device.type}"
+            )
+            cases[kind, x] = Case(run, images, setting=setting)
+    return cases
+
+
+def _epoch(
+    kind: str, beton: Beton, point: Point, device: torch.device, stack: ExitStack
+) -> tuple[Callable[[], None], int]:
+    """A function that reads an epoch, and its number of images."""
+    bench = LoaderBench(batch_size=point.batch, img_size=point.size)
+    plan = plan_of(beton.heights, beton.widths, bench, TrainRules())
+    loader, _ = open_loader(beton, plan, device, LoaderOptions(kind, point.workers))
+    stack.callback(loader.close)
+    epochs: Iterator[int] = counted()
+    return partial(read_epoch, loader, epochs, device), plan.steps_per_epoch * point.batch
+
+
+def _width_cases(options: Options, device: torch.device) -> dict[tuple[str, int], Case]:
+    """Of a ViT's 48 matrices and its EMA's: matrices a second of the solver, and seconds of a whole refresh."""
+    settings = Settings(TOPK, cpu_threads=len(os.sched_getaffinity(0)))
+
+    def solve(stacks: Stacks) -> None:
+        for of_kind in stacks.values():
+            solve_all(of_kind, settings)
+        wait(device)
+
+    def whole(stacks: Stacks, memory: Memory) -> None:
+        refresh(0, stacks, settings, memory)
+        wait(device)
+
+    cases = {}
+    for width in options.widths:
+        stacks = stacks_of(WIDTHS[width], device)
+        number = sum(len(stack.names) for of_kind in stacks.values() for stack in of_kind)
+        what = f"all {number} matrices of {WIDTHS[width]} and its EMA"
+        values = f"values, vectors of both ends and certificates of {what}, on {device.type}"
+        cases["gram64", width] = Case(partial(solve, stacks), number, "matrices/s", values)
+        # After the first round it has what to compare with, as every refresh but a run's first.
+        all_of_it = f"the same with all metrics and the update's norms: a refresh of {what}, but for the disk"
+        cases["refresh", width] = Case(partial(whole, stacks, Memory()), 1, SECONDS, all_of_it)
+    return cases
+
+
+def _add_memory(growth: _Growth, options: Options, note: Callable[[str], object]) -> None:
+    """Each point once a round, so that what changes on the machine meanwhile meets all of them."""
+    usual = _usual(options)
+    paths = {count: _beton(options, count, note).path for count in _sets(options)}
+    found: dict[tuple[str, int], list[float]] = {(kind, n): [] for kind in ("resident", *KINDS) for n in paths}
+    for n in range(options.repeats):
+        note(f"round {n + 1} of {options.repeats}")
+        for kind, count in order_of([*found], n):
+            if f"memory={count}/{kind}" in growth.failed:
+                continue
+            try:
+                found[kind, count].append(_peak_mb(kind, paths[count], usual))
+            except RuntimeError as error:
+                growth.failed[f"memory={count}/{kind}"] = reason_of(error)
+                note(f"{kind} on {count:,} samples failed: {reason_of(error)}")
+    for (kind, count), peaks in found.items():
+        if f"memory={count}/{kind}" not in growth.failed:
+            setting = f"peak of a process that reads one epoch with --loader {kind}, torch and all"
+            growth.add("memory", kind, count, Samples(tuple(peaks), "MB", setting))
+
+
+def _peak_mb(kind: str, path: Path, point: Point) -> float:
+    numbers = map(str, (point.size, point.batch, point.workers))
+    command = [sys.executable, "-m", "benchmarks.growth", kind, str(path), *numbers]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().rpartition("\n")[2]
+        raise RuntimeError(f"reading {path.name} ended with code {done.returncode}: {last}")
+    return int(done.stdout.split()[-1]) / 1e6
+
+
+def _print_peak(kind: str, path: Path, point: Point) -> None:
+    with ExitStack() as stack:
+        run, _ = _epoch(kind, Beton(path), point, torch.device("cpu"), stack)
+        run()
+    print(peak_resident_bytes())
+
+
+if __name__ == "__main__":
+    size, batch, workers = map(int, sys.argv[3:])
+    _print_peak(sys.argv[1], Path(sys.argv[2]), Point(0, batch, size, workers))

@@ -1,0 +1,275 @@
+"""The bench `loader`: decoded training crops, beside stock FFCV, a plain DALI pipeline and timm's own loader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from benchmarks import dali_peers, loader_peers, spdl_peer
+from benchmarks.environment import environment
+from benchmarks.limits import batch_copy_case, decode_case
+from benchmarks.measure import DEFAULT_REPEATS, Case, Result, Samples, measure, nothing
+from benchmarks.prep import CACHE
+from benchmarks.sets import AS_STORED, converted, files_of, open_given, photographs
+from data_prep.formats.jpeg import ImageOptions
+from lowrank_vit.augment.policy import parse_policy
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.loader import Loader
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.plan.mixing import MixRules
+from lowrank_vit.plan.plans import TrainPlan, TrainRules
+
+SMALL_SIDE = 32
+SIZES = {"cuda": (4096, 256), "cpu": (2000, 64)}
+"""By device: images in the set, and in a batch. On a GPU fewer would take no time worth measuring."""
+LIMITED = {
+    **dict.fromkeys(("ffcv", "dali_cpu", "stock_ffcv", "stock_dali", "timm", "torchvision", "spdl"), "decode_limit"),
+    **dict.fromkeys(("dali_gpu", "stock_dali_gpu"), "gpu_decode_limit"),
+    **dict.fromkeys(("resident", "resident_32px"), "copy_limit"),
+}
+"""Case -> the limit it is held against, where both were run."""
+LIMITS = (
+    "All files are in memory after the warm-up, so a slow disk or network in front of them does not show.",
+    "Ours resize with PIL's bilinear and bicubic filters in turn, as timm does; stock FFCV with OpenCV's area filter, "
+    "the plain DALI pipeline with its linear one.",
+    "decode_limit decodes whole images; DALI's decoder leaves out what lies far outside of the crop.",
+    "A round of each case begins with nothing decoded and ends with nothing under way, but for the reader of the plain "
+    "DALI pipelines, which has one batch of files in memory. Ours and FFCV's are an epoch.",
+)
+
+
+_BY_DEVICE = "(default: by the device)"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the bench."""
+
+    data: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: photographs)")] = None
+    """Read the JPEGs of this .beton instead; --count of them are copied to files, which the peers need."""
+    count: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=_BY_DEVICE)] = None
+    """Photographs of 500 x 375 pixels, made once and kept in data/bench, or samples of --data; 4096 on cuda, 2000."""
+    batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"], metavar="N", help_behavior_hint=_BY_DEVICE)] = None
+    """Images a batch; 256 on cuda, 64."""
+    img_size: Annotated[int, tyro.conf.arg(metavar="N")] = 224
+    """Side of the crops, pixels."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the images have to be; on cuda DALI's GPU decoder and a resident set are timed as well."""
+    workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")] = None
+    """Decoding threads of ours, FFCV's and DALI's, processes of timm's."""
+    repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
+    """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
+    scratch: Annotated[Path, tyro.conf.arg(metavar="DIR")] = CACHE
+    """Where photographs and converted sets are kept."""
+
+
+def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
+    """Measure all cases. Beside cases and ratios the result holds batch size, image size and workers.
+
+    Raises `UserError`.
+    """
+    for name in ("count", "batch_size", "img_size", "workers"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, expected 1 or more.")
+    from lowrank_vit.training.setup import pick_device
+
+    device = pick_device(options.device)
+    count, batch_size = SIZES[device.type]
+    options = replace(options, count=options.count or count, batch_size=options.batch_size or batch_size)
+    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
+    folder, beton, small = _sets(options, note)
+    surroundings = environment(device.type)
+    files = sorted(folder.glob("*/*.jpg"))
+    no_spdl = spdl_peer.why_no_spdl(files[0])
+    with ExitStack() as stack:
+        cases = {
+            **_our_cases(options, beton, small, device, workers, stack),
+            **_peer_cases(options, folder, beton, workers, stack),
+            **({} if no_spdl else {"spdl": _spdl_case(options, files, workers)}),
+            **(_gpu_peer_cases(options, folder, beton, workers) if device.type == "cuda" else {}),
+            **_plan_cases(options),
+            "decode_limit": decode_case(files, workers),
+            "copy_limit": batch_copy_case(len(beton.labels), *_batch(options), device),
+        }
+        limits = (*LIMITS, *([f"SPDL: not measured, because {no_spdl}."] if no_spdl else []))
+        repeats, ratios = options.repeats, ratios_of(cases)
+        result = measure("loader", cases, ratios, environment=surroundings, repeats=repeats, limits=limits, note=note)
+    best = max(("ffcv", "dali_cpu"), key=lambda kind: result.cases[kind].median)
+    named = {**result.ratios, "best_vs_timm": Samples(result.ratios[f"{best}_vs_timm"].samples)}
+    extra: dict[str, Any] = {"best": best, "batch_size": options.batch_size, "img_size": options.img_size}
+    extra |= {"workers": workers, "images": beton.num_samples, "data": str(options.data or "the bench's photographs")}
+    return replace(result, ratios=named, extra={**extra, "spdl": no_spdl or "measured"})
+
+
+def ratios_of(cases: Collection[str]) -> dict[str, tuple[str, str]]:
+    """All that can be formed of these cases."""
+    ratios = {f"{kind}_vs_stock_{kind}": (kind, f"stock_{kind}") for kind in ("ffcv", "dali_gpu")}
+    ratios |= {"dali_cpu_vs_stock_dali": ("dali_cpu", "stock_dali")}
+    peers = ("timm", "torchvision", "spdl")
+    ratios |= {f"{kind}_vs_{peer}": (kind, peer) for peer in peers for kind in ("ffcv", "dali_cpu")}
+    ratios |= {f"{kind}_share_of_limit": (kind, limit) for kind, limit in LIMITED.items()}
+    return {name: pair for name, pair in ratios.items() if set(pair) <= set(cases)}
+
+
+def _sets(options: Options, note: Callable[[str], object]) -> tuple[Path, Beton, Beton]:
+    """The same images as files, as a .beton of their bytes, and as one of small raw pixels. Raises `UserError`."""
+    count, batch_size = _count(options), _batch(options)[0]
+    if options.data is not None:
+        folder, image, what = files_of(open_given(options.data), count, options.scratch, note), AS_STORED, "samples"
+    else:
+        folder, image, what = photographs(options.scratch, count, note), ImageOptions(), "photographs"
+    note("converting")
+    beton, small = converted(folder, "", image), converted(folder, f"_{SMALL_SIDE}", ImageOptions(raw=SMALL_SIDE))
+    if batch_size > beton.num_samples:
+        raise UserError(
+            f"--batch-size {batch_size} is more than the {beton.num_samples} {what}. Give a greater --count."
+        )
+    return folder, beton, small
+
+
+def _count(options: Options) -> int:
+    assert options.count is not None
+    return options.count
+
+
+def _batch(options: Options) -> tuple[int, int]:
+    """Images a batch, and their side."""
+    assert options.batch_size is not None
+    return options.batch_size, options.img_size
+
+
+def _our_cases(
+    options: Options, beton: Beton, small: Beton, device: torch.device, workers: int, stack: ExitStack
+) -> dict[str, Case]:
+    def case(kind: str, beton: Beton, device: torch.device, setting: str) -> Case:
+        plan = plan_of(beton.heights, beton.widths, options, TrainRules())
+        loader, _ = open_loader(beton, plan, device, LoaderOptions(kind, workers))
+        stack.callback(loader.close)
+        epochs = iter(range(2**31))
+        return Case(
+            partial(read_epoch, loader, epochs, device),
+            plan.steps_per_epoch * plan.batch_size,
+            setting=f"{setting}; uint8 on {device}",
+        )
+
+    cpu = torch.device("cpu")
+    cases = {
+        "ffcv": case("ffcv", beton, cpu, f"--loader ffcv, {workers} threads"),
+        "dali_cpu": case("dali", beton, cpu, f"--loader dali, {workers} threads"),
+        "resident": case("resident", beton, device, "--loader resident, decoded before"),
+        "resident_32px": case("resident", small, device, f"--loader resident, raw {SMALL_SIDE} px enlarged"),
+    }
+    if device.type == "cuda":
+        cases["dali_gpu"] = case("dali", beton, device, f"--loader dali, {workers} threads beside the GPU")
+    return cases
+
+
+def read_epoch(loader: Loader, epochs: Iterator[int], device: torch.device) -> None:
+    """Read the next epoch to its end."""
+    for _ in loader.batches(next(epochs)):
+        pass
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peer_cases(options: Options, folder: Path, beton: Beton, workers: int, stack: ExitStack) -> dict[str, Case]:
+    batch_size, img_size = _batch(options)
+    steps = beton.num_samples // batch_size
+    fair = loader_peers.fair_steps(steps, workers)
+    wanted: dict[str, Any] = {"batch_size": batch_size, "img_size": img_size, "workers": workers}
+    processes = f"{workers} processes, {fair} batches a round, as many for each process"
+    peers = {
+        "stock_ffcv": (
+            loader_peers.stock_ffcv(beton.path, **wanted),
+            steps,
+            f"Loader(os_cache=True): RandomResizedCropRGBImageDecoder, RandomHorizontalFlip; {workers} threads",
+        ),
+        "stock_dali": (
+            dali_peers.stock_dali(folder, steps=steps, **wanted),
+            steps,
+            f"readers.file, decoders.image_random_crop, resize, flip on the CPU; {workers} threads",
+        ),
+        "timm": (
+            stack.enter_context(loader_peers.timm_loader(folder, steps=fair, **wanted)),
+            fair,
+            f"create_loader of an ImageFolder, crop and flip only, not yet normalised; {processes}",
+        ),
+        "torchvision": (
+            stack.enter_context(loader_peers.torch_loader(folder, steps=fair, **wanted)),
+            fair,
+            f"DataLoader, ImageFolder with decode_image, v2.RandomResizedCrop and flip of uint8; {processes}",
+        ),
+    }
+    return {
+        name: Case(run, steps * batch_size, setting=f"{setting}; uint8")
+        for name, (run, steps, setting) in peers.items()
+    }
+
+
+def _spdl_case(options: Options, files: Sequence[Path], workers: int) -> Case:
+    batch_size, img_size = _batch(options)
+    steps = loader_peers.fair_steps(len(files) // batch_size, workers)
+    batches = spdl_peer.spdl_loader(files, steps=steps, batch_size=batch_size, img_size=img_size, workers=workers)
+
+    def run() -> None:
+        for _ in batches():
+            pass
+
+    setting = f"{spdl_peer.SETTING.format(workers=workers)}; {steps} batches a round, as many for each thread; uint8"
+    return Case(run, steps * batch_size, setting=setting)
+
+
+def _gpu_peer_cases(options: Options, folder: Path, beton: Beton, workers: int) -> dict[str, Case]:
+    batch_size, img_size = _batch(options)
+    steps = beton.num_samples // batch_size
+    wanted: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "workers": workers, "device": "gpu"}
+    shared = f"hw_decoder_load={dali_peers.HW_DECODER_LOAD}, {workers} threads beside the GPU"
+    peer = f'readers.file, decoders.image_random_crop(device="mixed"), resize and flip on the GPU; {shared}; uint8'
+    limit = f'limit: decoders.image(device="mixed") of whole images, nothing else; {shared}'
+    count = steps * batch_size
+    return {
+        "stock_dali_gpu": Case(dali_peers.stock_dali(folder, img_size=img_size, **wanted), count, setting=peer),
+        "gpu_decode_limit": Case(dali_peers.decoder_alone(folder, **wanted), count, setting=limit),
+    }
+
+
+def _plan_cases(options: Options) -> dict[str, Case]:
+    """An epoch of ImageNet's size is drawn in full."""
+    rng = np.random.default_rng(0)
+    heights, widths = rng.integers(300, 501, (2, 2**17))
+    recipe = TrainRules(
+        policy=parse_policy("rand-m9-mstd0.5-inc1"), reprob=0.25, mixing=MixRules(mixup=0.8, cutmix=1.0)
+    )
+    uses = {
+        "plan": (TrainRules(), "order, crops, flips and filters drawn on one thread"),
+        "plan_full_recipe": (recipe, "with RandAugment, erasing and mixing, on one thread"),
+    }
+    big = replace(options, batch_size=256)
+    cases = {}
+    for name, (rules, setting) in uses.items():
+        plan = plan_of(heights, widths, big, rules)
+        count = plan.steps_per_epoch * plan.batch_size
+        cases[name] = Case(partial(_draw_epoch, plan), count, unit="samples/s", setting=setting)
+    return cases
+
+
+def _draw_epoch(plan: TrainPlan) -> None:
+    for step, ids in enumerate(plan.ids(0)):
+        plan.batch(0, step, ids)
+
+
+def plan_of(heights: np.ndarray, widths: np.ndarray, options: Options, rules: TrainRules) -> TrainPlan:
+    """Of images of these sides, with the bench's batch and crops."""
+    batch_size, img_size = _batch(options)
+    return TrainPlan(heights, widths, rules, seed=0, img_size=img_size, batch_size=batch_size)

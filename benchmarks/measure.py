@@ -1,0 +1,222 @@
+"""Time named cases side by side: whole rounds in which every case runs once, and ratios round by round.
+
+Absolute figures drift with whatever else a machine does; a ratio of two neighbours in time drifts far less. The order
+changes from round to round (A B C, C B A, B C A, ...), so that no case always follows the same one, whose heat, caches
+and threads it would inherit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any, TypeVar
+
+from lowrank_vit.common.errors import UserError
+
+T = TypeVar("T")
+
+DEFAULT_REPEATS = 5
+MAX_REASON = 400
+SECONDS = "s"
+"""The unit of cases whose samples are times."""
+
+
+def nothing(*args: object) -> None:
+    """Do nothing: where a case needs no preparation, or nobody listens."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time."""
+
+    run: Callable[[], object]
+    """The timed part; on an accelerator it waits for the device before it returns."""
+    items: float
+    """How many items `run` handles (GB are no whole number); a sample is items / seconds, or with the unit "s" seconds
+    / items."""
+    unit: str = "img/s"
+    setting: str = ""
+    """One sentence for the reader: which settings, what is inside the timed part."""
+    before: Callable[[], object] = nothing
+    after: Callable[[], object] = nothing
+    """Not timed: prepare, then check what was done and clear away."""
+    first: Callable[[], object] = nothing
+    """Not timed, once before the first round: what only the first use costs, as compiling does."""
+    peer: bool = False
+    """Somebody else's code: if it fails, the command does not."""
+
+    @classmethod
+    def of_peer(cls, make: Callable[[], Case]) -> Case:
+        """A peer's case; where already making it fails, one that fails with that error when its turn comes."""
+        try:
+            return replace(make(), peer=True)
+        except Exception as error:
+            caught = error  # Python forgets `error` behind this block
+
+            def fail() -> None:
+                raise caught
+
+            return cls(fail, 1, peer=True)
+
+    def sample(self, seconds: float) -> float:
+        """What a run of so many seconds counts as, in the unit."""
+        return seconds / self.items if self.unit == SECONDS else self.items / seconds
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a case or of a ratio, in the order of the rounds."""
+
+    samples: tuple[float, ...]
+    unit: str = ""
+    """Empty for a ratio."""
+    setting: str = ""
+
+    @property
+    def median(self) -> float:
+        """The middle sample, or the mean of the two in the middle."""
+        return median(self.samples)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished bench."""
+
+    bench: str
+    environment: Mapping[str, Any]
+    cases: Mapping[str, Samples]
+    ratios: Mapping[str, Samples]
+    limits: tuple[str, ...] = ()
+    """What the figures do not show, a sentence each."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further sections of the JSON."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Why, by the name of what did not run to its end; it is in no other section."""
+    peers: frozenset[str] = frozenset()
+    """The names of somebody else's cases, those that failed among them."""
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether something of ours failed."""
+        return any(name not in self.peers for name in self.failed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """bench, environment, cases, ratios, and then settings, peers, failed, limits and the extra sections."""
+        return {
+            "bench": self.bench,
+            "environment": dict(self.environment),
+            "cases": {
+                name: {"unit": case.unit, "median": case.median, "samples": list(case.samples)}
+                for name, case in self.cases.items()
+            },
+            "ratios": {
+                name: {"median": ratio.median, "samples": list(ratio.samples)} for name, ratio in self.ratios.items()
+            },
+            "settings": {name: case.setting for name, case in self.cases.items()},
+            "peers": sorted(self.peers),
+            "failed": dict(self.failed),
+            "limits": list(self.limits),
+            **self.extra,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def measure(
+    bench: str,
+    cases: Mapping[str, Case],
+    ratios: Mapping[str, tuple[str, str]],
+    *,
+    environment: Mapping[str, Any],
+    repeats: int = DEFAULT_REPEATS,
+    warmup: int = 1,
+    limits: tuple[str, ...] = (),
+    note: Callable[[str], object] = nothing,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Result:
+    """Run `warmup` rounds that do not count and `repeats` that do; every round runs every case once, see `order_of`.
+
+    `ratios` maps a name to two cases: the first's sample over the second's of the same round. `note` hears of each
+    round as it begins; `clock` tells seconds.
+
+    A case that fails is left out from then on, in `failed` with the reason; the others go on, for the ratios with it
+    are lost but theirs are not. Raises `UserError` for `repeats` below 1, and one that a case of ours raises: that is
+    about options or data, which the other cases share.
+    """
+    check_repeats(repeats)
+    for name, pair in ratios.items():
+        assert set(pair) <= set(cases), name
+        assert all(cases[one].unit != SECONDS for one in pair), name
+    samples: dict[str, list[float]] = {name: [] for name in cases}
+    failed: dict[str, str] = {}
+    for n in range(warmup + repeats):
+        note(f"warm-up {n + 1} of {warmup}" if n < warmup else f"round {n - warmup + 1} of {repeats}")
+        for name in order_of(list(cases), n):
+            if name in failed:
+                continue
+            case = cases[name]
+            try:
+                if n == 0:
+                    case.first()
+                seconds = _time(case, clock)
+            except Exception as error:
+                if isinstance(error, UserError) and not case.peer:
+                    raise
+                failed[name] = reason_of(error)
+                note(f"{name} failed: {failed[name]}")
+                continue
+            if n >= warmup:
+                samples[name].append(case.sample(seconds))
+    if repeats < DEFAULT_REPEATS:
+        limits = (f"Only {repeats} round{'s' * (repeats > 1)}: a smoke test, not a measurement.", *limits)
+    done = {name: case for name, case in cases.items() if name not in failed}
+    return Result(
+        bench,
+        environment,
+        {name: Samples(tuple(samples[name]), case.unit, case.setting) for name, case in done.items()},
+        {
+            name: Samples(tuple(a / b for a, b in zip(samples[over], samples[under], strict=True)))
+            for name, (over, under) in ratios.items()
+            if over in done and under in done
+        },
+        limits,
+        failed=failed,
+        peers=frozenset(name for name, case in cases.items() if case.peer),
+    )
+
+
+def check_repeats(repeats: int) -> None:
+    """Raises `UserError` for fewer than 1."""
+    if repeats < 1:
+        raise UserError(f"--repeats is {repeats}, expected 1 or more ({DEFAULT_REPEATS} or more for a figure to keep).")
+
+
+def order_of(names: Sequence[T], n: int) -> list[T]:
+    """The order in round `n`: every second round backwards, and every two rounds one case further.
+
+    Three cases stand in all their six orders in six rounds; two run A B, B A, B A, A B.
+    """
+    begin = n // 2 % max(len(names), 1)
+    turned = [*names[begin:], *names[:begin]]
+    return turned[::-1] if n % 2 else turned
+
+
+def reason_of(error: BaseException) -> str:
+    """An error as one line: of long ones the first, behind its type unless it was made for the user."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines) if isinstance(error, UserError) else ": ".join([type(error).__name__, *lines[:1]])
+    return text[:MAX_REASON]
+
+
+def _time(case: Case, clock: Callable[[], float]) -> float:
+    case.before()
+    start = clock()
+    case.run()
+    seconds = clock() - start
+    case.after()
+    return seconds

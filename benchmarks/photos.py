@@ -1,0 +1,136 @@
+"""JPEGs like ImageNet's to measure with: 500 x 375 pixels, about 110 KB each, made from photographs that ship with
+scikit-learn and scikit-image. The same count and seed give the same images.
+
+Each is a window of a mosaic of the photographs in several scales, mirrored or not, with a little noise.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from benchmarks.measure import nothing
+from lowrank_vit.common.errors import UserError
+
+VERSION = 1
+"""Of the recipe below: another number makes cached photographs anew."""
+WIDTH, HEIGHT = 500, 375
+NUM_CLASSES = 10
+STAMP = ".photos.json"
+_TILE_WIDTHS = (220, 260, 320)
+"""Pixels of one photograph in a mosaic: the smaller, the more detail in a window."""
+_TILES_A_SIDE = 4
+_GAINS = (0.9, 1.0, 1.1, 1.2)
+_NOISE_GREY_LEVELS = (4, 6, 8, 10)
+_QUALITIES = (91, 96)
+"""Lowest and highest JPEG quality."""
+_NOISE_MARGIN = 64
+
+
+def ensure_photos(root: Path, count: int, seed: int = 0, note: Callable[[str], object] = nothing) -> Path:
+    """Make `root`/class_00..class_09/NNNNNN.jpg, `count` files in all, unless they are there; return `root`.
+
+    They are there if the stamp in `root` tells of the same recipe, count and seed. `note` is told before a making,
+    which takes about 5 ms an image. Raises `UserError`: fewer images than classes, no photographs to make them from,
+    `root` holds something else or cannot be written.
+    """
+    if count < NUM_CLASSES:
+        raise UserError(f"--count is {count}, expected {NUM_CLASSES} or more: one image for each class.")
+    wanted = {"version": VERSION, "count": count, "seed": seed}
+    stamp = read_stamp(root)
+    if stamp is not None and {key: stamp.get(key) for key in wanted} == wanted:
+        return root
+    if stamp is None and root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(f"{root} holds something else than a benchmark's photographs. Move it away.")
+    note(f"making {count:,} photographs in {root} (once)")
+    # Made beside it, so that what was interrupted is never taken for whole.
+    part = root.with_name(f".{root.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        sizes = []
+        for label in range(NUM_CLASSES):
+            (part / f"class_{label:02d}").mkdir(parents=True)
+        for index, data in enumerate(make_photos(count, seed)):
+            (part / f"class_{index % NUM_CLASSES:02d}" / f"{index:06d}.jpg").write_bytes(data)
+            sizes.append(len(data))
+        text = json.dumps({**wanted, "mean_bytes": round(sum(sizes) / count), "bytes": sum(sizes)})
+        (part / STAMP).write_text(text + "\n", encoding="utf-8")
+        shutil.rmtree(root, ignore_errors=True)
+        part.rename(root)
+    except OSError as error:
+        raise UserError(
+            f"{root} cannot be written: {error.strerror or error}. Check the free space and the permissions."
+        ) from error
+    return root
+
+
+def read_stamp(root: Path) -> dict[str, Any] | None:
+    """What `ensure_photos` noted in `root`: version, count, seed, mean_bytes, bytes; None where it did not."""
+    try:
+        stamp = json.loads((root / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return stamp if isinstance(stamp, dict) else None
+
+
+def make_photos(count: int, seed: int = 0) -> Iterator[bytes]:
+    """Yield `count` JPEG files; the one at an index does not depend on the count. Raises `UserError`."""
+    mosaics = _mosaics(_photographs())
+    rng = np.random.default_rng(seed)
+    field = rng.standard_normal((HEIGHT + _NOISE_MARGIN, WIDTH + _NOISE_MARGIN, 1))
+    noises = [np.rint(field * level).astype(np.int16) for level in _NOISE_GREY_LEVELS]
+    for _ in range(count):
+        mosaic = mosaics[rng.integers(len(mosaics))]
+        noise = noises[rng.integers(len(noises))]
+        image_HWC = _window(mosaic, rng) + _window(noise, rng)
+        np.clip(image_HWC, 0, 255, out=image_HWC)
+        if rng.integers(2):
+            image_HWC = image_HWC[:, ::-1]
+        file = io.BytesIO()
+        quality = int(rng.integers(_QUALITIES[0], _QUALITIES[1] + 1))
+        Image.fromarray(np.ascontiguousarray(image_HWC, np.uint8)).save(file, "JPEG", quality=quality)
+        yield file.getvalue()
+
+
+def _window(pixels_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    top = rng.integers(pixels_HWC.shape[0] - HEIGHT + 1)
+    left = rng.integers(pixels_HWC.shape[1] - WIDTH + 1)
+    return pixels_HWC[top : top + HEIGHT, left : left + WIDTH]
+
+
+def _mosaics(photographs: list[np.ndarray]) -> list[np.ndarray]:
+    """Every photograph side by side with others, int16 (H, W, 3): one mosaic for each tile size and brightness."""
+    mosaics = []
+    for width in _TILE_WIDTHS:
+        size = (width, width * HEIGHT // WIDTH)
+        tiles = [np.asarray(ImageOps.fit(Image.fromarray(p), size, Image.Resampling.LANCZOS)) for p in photographs]
+        # A row begins where the last one ended, so that different photographs are neighbours.
+        rows = [
+            np.concatenate([tiles[(row * _TILES_A_SIDE + column) % len(tiles)] for column in range(_TILES_A_SIDE)], 1)
+            for row in range(_TILES_A_SIDE)
+        ]
+        mosaic = np.concatenate(rows)
+        mosaics += [np.rint(mosaic * gain).astype(np.int16) for gain in _GAINS]
+    return mosaics
+
+
+def _photographs() -> list[np.ndarray]:
+    """Seven photographs, uint8 (H, W, 3), from the installed packages; nothing is downloaded."""
+    try:
+        import skimage.data
+        from sklearn.datasets import load_sample_images
+    except ImportError as error:
+        raise UserError(
+            f"the benchmark's photographs come with scikit-image and scikit-learn, and {error.name} is not installed. "
+            "Install the project with its dev extra (pip install -e '.[dev]'), or give --data DIR."
+        ) from error
+    motorcycle = skimage.data.stereo_motorcycle()[0]
+    others = (skimage.data.astronaut, skimage.data.chelsea, skimage.data.coffee, skimage.data.rocket)
+    return [*load_sample_images().images, motorcycle, *(photograph() for photograph in others)]

@@ -1,0 +1,248 @@
+"""The bench `prep`: converting a folder of JPEGs, beside FFCV's own writer and beside merely copying the files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from benchmarks.environment import environment
+from benchmarks.ffcv_writer import ImageFiles, import_ffcv, write_with_ffcv
+from benchmarks.limits import decodable, decode_case, store_case
+from benchmarks.measure import DEFAULT_REPEATS, Case, Result, measure, nothing
+from benchmarks.peak_memory import measure_memory
+from benchmarks.photos import ensure_photos
+from data_prep.convert import convert_image_folder
+from data_prep.formats.beton import read_tables
+from data_prep.formats.jpeg import ImageOptions
+from data_prep.sources.image_folder import image_folder
+from lowrank_vit.common.errors import UserError
+
+CACHE = Path("data/bench")
+"""Where the photographs are kept, below the current directory."""
+MAX_SIDE, SMALL_SIDE, QUALITY = 500, 400, 90
+RATIOS = {
+    "passthrough_decode_vs_ffcv": ("passthrough_decode", "ffcv_500"),
+    "passthrough_header_vs_ffcv": ("passthrough_header", "ffcv_500"),
+    "reencode_vs_ffcv": ("reencode", "ffcv_400"),
+    "passthrough_header_vs_cp": ("passthrough_header", "cp"),
+    "passthrough_header_vs_cp_one_file": ("passthrough_header", "cp_one_file"),
+    "passthrough_decode_share_of_decode_limit": ("passthrough_decode", "decode_limit"),
+    "passthrough_header_share_of_disk_limit": ("passthrough_header", "disk_limit"),
+    "reencode_share_of_decode_limit": ("reencode", "decode_limit"),
+    "ffcv_500_share_of_decode_limit": ("ffcv_500", "decode_limit"),
+}
+LIMITS = (
+    "The source files are in memory after the warm-up, so a slow disk or network in front of them does not show.",
+    "decode_limit stores nothing and disk_limit reads nothing; a conversion does both, and reads back what it has "
+    "written for its checksum.",
+    "Our conversions and cp end with their data on the disk (fsync, sync); FFCV's writer leaves them to the system.",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the bench."""
+
+    count: Annotated[int, tyro.conf.arg(metavar="N")] = 4000
+    """Photographs of 500 x 375 pixels to convert, made once and kept in data/bench."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: photographs)")] = None
+    """Convert this directory of class folders (JPEGs below DIR/CLASS/) instead; not a .beton, which is the output."""
+    workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")] = None
+    """Threads of ours, processes of FFCV's."""
+    repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
+    """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
+    scratch: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: data/bench)")] = None
+    """Where the outputs are written, and removed again: the disk under test."""
+    memory: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Measure the memory a conversion takes for each image as well; writes 115,000 tiny files."""
+
+
+@dataclass
+class _Bench:
+    """What all cases share."""
+
+    src: Path
+    scratch: Path
+    files: ImageFiles
+    workers: int
+    stored: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Case -> how its images were stored, counted by reason."""
+
+    def cases(self) -> dict[str, Case]:
+        """All of them; ours come first, because they name a bad image."""
+        return {
+            "passthrough_decode": self._convert("passthrough_decode", ImageOptions(MAX_SIDE, QUALITY, "decode")),
+            "passthrough_header": self._convert("passthrough_header", ImageOptions(MAX_SIDE, QUALITY, "header")),
+            "reencode": self._convert("reencode", ImageOptions(SMALL_SIDE, QUALITY)),
+            "ffcv_500": self._ffcv("ffcv_500", MAX_SIDE),
+            "ffcv_400": self._ffcv("ffcv_400", SMALL_SIDE),
+            "cp": self._copy("cp", self.src, f"the same {len(self.files):,} files"),
+            "cp_one_file": self._copy("cp_one_file", self._kept, "one .beton with the same images"),
+            **self._limits(),
+        }
+
+    def _limits(self) -> dict[str, Case]:
+        """Of decoding, where there are JPEGs, and of the disk."""
+        paths = [self.src / name for name in self.files.names]
+        jpegs = decodable(paths)
+        decoding = {"decode_limit": decode_case(jpegs, self.workers)} if jpegs else {}
+        return {**decoding, "disk_limit": store_case(paths, self.scratch / "disk_limit.bin")}
+
+    @property
+    def _kept(self) -> Path:
+        """A file of the bytes that the conversions write."""
+        return self.scratch / "kept.beton"
+
+    def prepare(self) -> None:
+        """Write what `cp_one_file` copies."""
+        convert_image_folder(self.src, self._kept, image=ImageOptions(MAX_SIDE, QUALITY, "header"))
+
+    def _convert(self, name: str, image: ImageOptions) -> Case:
+        out = self.scratch / f"{name}.beton"
+
+        def run() -> None:
+            self.stored[name] = convert_image_folder(self.src, out, image=image, workers=self.workers).manifest.reasons
+
+        setting = (
+            f"data_prep imagefolder --max-side {image.max_side} --quality {image.quality} --verify {image.verify}, "
+            f"{self.workers} threads; files, checksums and manifest on the disk"
+        )
+        return self._case(run, setting, lambda: self._check(out))
+
+    def _ffcv(self, name: str, max_resolution: int) -> Case:
+        out = self.scratch / f"{name}.beton"
+
+        def run() -> None:
+            write_with_ffcv(self.files, out, max_resolution=max_resolution, quality=QUALITY, workers=self.workers)
+
+        setting = (
+            f'DatasetWriter, RGBImageField(write_mode="jpg", max_resolution={max_resolution}, '
+            f"jpeg_quality={QUALITY}), {self.workers} processes; PIL opens the files"
+        )
+        return self._case(run, setting, lambda: self._check(out))
+
+    def _copy(self, name: str, src: Path, what: str) -> Case:
+        target = self.scratch / name
+        copy = ["cp", "-rL", *(["--reflink=never"] if sys.platform == "linux" else [])]
+
+        def run() -> None:
+            _command(*copy, str(src), str(target))
+            sync(target)
+
+        def check() -> None:
+            missing = _total_bytes(src) - _total_bytes(target)
+            if missing:
+                raise UserError(f"cp left out {missing:,} bytes of {src}.")
+
+        setting = f"{' '.join(copy)} of {what} to where the others write, then sync of that file system"
+        return self._case(run, setting, check)
+
+    def _case(self, run: Callable[[], object], setting: str, check: Callable[[], None]) -> Case:
+        def after() -> None:
+            check()
+            self._clear()
+
+        return Case(run, len(self.files), "img/s", setting, after=after)
+
+    def _check(self, out: Path) -> None:
+        num_samples = len(read_tables(out).labels)
+        if num_samples != len(self.files):
+            raise UserError(f"{out} holds {num_samples:,} samples, expected {len(self.files):,}.")
+
+    def _clear(self) -> None:
+        """Remove all outputs, and leave the disk nothing to write in the next case's time."""
+        for path in self.scratch.iterdir():
+            if path.name.startswith(self._kept.name):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        sync(self.scratch)
+
+
+def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
+    """Measure all cases.
+
+    Beside cases and ratios the result holds the sections source, workers, stored (how the images were stored) and,
+    if asked for, memory. Raises `UserError`: a wrong option, an unreadable or bad image, a full disk.
+    """
+    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
+    if workers < 1:
+        raise UserError(f"--workers is {workers}, expected 1 or more. Leave it out for one a core.")
+    src = options.data or ensure_photos(CACHE / f"photos_{options.count}", options.count, note=note)
+    samples, mean_bytes = _list(src)
+    what = "the bench's photographs" if options.data is None else "--data"
+    extra: dict[str, Any] = {
+        "source": {"what": what, "images": len(samples), "mean_bytes": mean_bytes},
+        "workers": workers,
+    }
+    import_ffcv()
+    surroundings = environment()
+    with _temporary_directory(options.scratch or CACHE) as scratch:
+        bench = _Bench(src, scratch, ImageFiles(src, samples), workers)
+        bench.prepare()
+        cases, repeats = bench.cases(), options.repeats
+        ratios = {name: pair for name, pair in RATIOS.items() if set(pair) <= set(cases)}
+        result = measure("prep", cases, ratios, environment=surroundings, repeats=repeats, limits=LIMITS, note=note)
+        extra["stored"] = bench.stored
+        if options.memory:
+            extra["memory"] = memory = measure_memory(scratch, workers, note=note)
+            per_image = (f"{case['bytes_per_image']:,.0f} at {int(n):,} images" for n, case in memory["cases"].items())
+            found = f"Peak memory of a conversion grows by this many bytes an image: {', '.join(per_image)}."
+            result = replace(result, limits=(*result.limits, found))
+    return replace(result, extra=extra)
+
+
+def _total_bytes(path: Path) -> int:
+    """Of a file, or of all files below a folder, through links."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum((Path(parent) / name).stat().st_size for parent, _, names in os.walk(path) for name in names)
+
+
+def sync(path: Path) -> None:
+    """Put all that is written on the file system of `path` on its disk. Raises `UserError`."""
+    if sys.platform == "linux":
+        _command("sync", "--file-system", str(path))
+    else:
+        os.sync()
+
+
+def _command(*command: str) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"`{' '.join(command)}` failed: {error.stderr.strip()}") from error
+    except OSError as error:
+        raise UserError(f"`{command[0]}` cannot be run: {error.strerror}.") from error
+
+
+def _list(src: Path) -> tuple[list[tuple[str, int]], int]:
+    """(file below `src`, label) of each image, and their mean size in bytes."""
+    try:
+        samples = [(sample.name, sample.label) for sample in image_folder(src).samples]
+    except UserError as error:
+        raise UserError(str(error).replace("--src", "--data")) from error
+    return samples, round(sum((src / name).stat().st_size for name, _ in samples) / len(samples))
+
+
+@contextmanager
+def _temporary_directory(parent: Path) -> Generator[Path]:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(dir=parent, prefix=".bench-")
+    except OSError as error:
+        raise UserError(f"--scratch {parent} cannot be written: {error.strerror}. Choose another.") from error
+    with made as folder:
+        yield Path(folder)

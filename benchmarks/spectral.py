@@ -1,0 +1,289 @@
+"""The bench `spectral`: how right the solver is, and how fast beside a plain SVD in the training loop.
+
+Inline is what existing code does: float32 `torch.linalg.svd(weight, full_matrices=False)`, layer after layer, model and
+EMA. Ours are all values, the first and last 8 vectors of both sides, and their certificates, in float64.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.environment import environment
+from benchmarks.limits import products_case
+from benchmarks.measure import DEFAULT_REPEATS, Case, Result, Samples, measure, nothing
+from benchmarks.spectral_step import step_cases
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.spectral.extremes import Solved
+from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, Settings, Stacks, refresh, solve_all
+from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
+from lowrank_vit.spectral.solve import solve, stack_by_shape
+
+MODELS = {"small": "vit_small_patch16_224", "base": "vit_base_patch16_224"}
+TOPK = 8
+TOP_LIMIT, LAST_LIMIT, SINE_LIMIT = 1e-12, 1e-6, 1e-6
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the bench."""
+
+    models: Annotated[tuple[Literal["small", "base"], ...], tyro.conf.arg(metavar="NAME ...")] = ("small", "base")
+    """Which ViTs' matrices."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where both run."""
+    threads: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")] = None
+    """CPU threads of both."""
+    inline_layers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")] = None
+    """Time the inline SVD on so many layers of model and EMA only: it takes most of the time, the same for each."""
+    step: bool = False
+    """Also time training steps with the monitor and without; always on cuda."""
+    step_model: str = MODELS["base"]
+    """Of those steps."""
+    step_batches: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (64, 256)
+    """Batch sizes of those steps."""
+    steps: Annotated[int, tyro.conf.arg(metavar="N")] = 100
+    """Steps a block of those; the monitor refreshes every 10."""
+    repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
+    """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One matrix against numpy's float64 SVD of it."""
+
+    top: float
+    """Greatest relative error of the first 8 values."""
+    last: float
+    """Greatest relative error of the last 8, or for values below 1e-12 sigma_1 the error over sigma_1."""
+    sine: float
+    """Greatest sine between our and the true subspaces, both ends and sides, where the relative gap is above 0.001."""
+    certified: bool
+    """No value of either end errs by more than its certificate."""
+    solver: str
+    """gram64, or svd after a fallback."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether it is as exact as promised."""
+        return self.top <= TOP_LIMIT and self.last <= LAST_LIMIT and self.sine <= SINE_LIMIT and self.certified
+
+
+def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
+    """Measure everything; the result's extra section `accuracy` has an `Accuracy` for each case. Raises `UserError`."""
+    if not options.models:
+        raise UserError("--models names no model; expected small, base or both.")
+    given = {
+        "threads": (options.threads,),
+        "inline-layers": (options.inline_layers,),
+        "steps": (options.steps,),
+        "step-batches": options.step_batches,
+    }
+    for flag, values in given.items():
+        if any(value is not None and value < 1 for value in values):
+            raise UserError(f"--{flag} is {' '.join(map(str, values))}, expected 1 or more.")
+    from lowrank_vit.training.setup import pick_device
+
+    device = pick_device(options.device)
+    threads = len(os.sched_getaffinity(0)) if options.threads is None else options.threads
+    torch.set_num_threads(threads)
+    note("accuracy")
+    accuracy = {name: measure_accuracy(name, matrix, threads, device) for name, matrix in accuracy_cases().items()}
+    surroundings = environment(device.type)
+    cases: dict[str, Case] = {}
+    ratios: dict[str, tuple[str, str]] = {}
+    refreshes: dict[str, dict[str, list[float]]] = {}
+    for name in dict.fromkeys(options.models):
+        cases |= _solver_cases(name, threads, device, options.inline_layers)
+        ratios[f"gram64_vs_inline_svd_{name}"] = (f"gram64_{name}", f"inline_svd_{name}")
+        ratios[f"gram64_share_of_limit_{name}"] = (f"gram64_{name}", f"product_limit_{name}")
+    if options.step or device.type == "cuda":
+        for batch in options.step_batches:
+            with_monitor, without = f"step_{batch}_with_monitor", f"step_{batch}"
+            of_batch, figures = step_cases(options.step_model, batch, options.steps, device, without, with_monitor)
+            cases |= of_batch
+            refreshes[f"batch_{batch}"] = figures
+            ratios[f"with_monitor_vs_without_{batch}"] = (with_monitor, without)
+    result = measure(
+        "spectral", cases, ratios, environment=surroundings, repeats=options.repeats, limits=_LIMITS, note=note
+    )
+    extra = {"accuracy": {name: asdict(one) | {"passes": one.passes} for name, one in accuracy.items()}}
+    extra |= {
+        "threads": threads,
+        "refreshes": refreshes,
+        "operations": {name: operations(name) for name in options.models},
+    }
+    return replace(result, ratios=_with_lowest(result.ratios), extra=extra)
+
+
+def _with_lowest(ratios: Mapping[str, Samples]) -> dict[str, Samples]:
+    """Before them, of each kind the lowest of its models or batch sizes in each round."""
+    lowest = {}
+    for kind in ("gram64_vs_inline_svd", "with_monitor_vs_without"):
+        of_kind = [ratio.samples for name, ratio in ratios.items() if name.startswith(f"{kind}_")]
+        if of_kind:
+            lowest[kind] = Samples(tuple(min(samples) for samples in zip(*of_kind, strict=True)))
+    return {**lowest, **ratios}
+
+
+_LIMITS = (
+    "gram64_vs_inline_svd and with_monitor_vs_without are the lowest of the models and batch sizes in each round.",
+    "The weights are timm's initial ones. A trained matrix that is ill-conditioned falls back to a float64 SVD.",
+)
+
+
+def print_accuracy(result: Result, console: Console) -> None:
+    """The accuracy section as a table that fits 80 columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("against numpy's float64 SVD", overflow="fold")
+    for heading in ("top 8", "last 8", "sine", "certified", "solver", ""):
+        table.add_column(heading, justify="right")
+    for name, one in result.extra["accuracy"].items():
+        numbers = (f"{one[key]:.0e}" for key in ("top", "last", "sine"))
+        table.add_row(name, *numbers, str(one["certified"]).lower(), one["solver"], "ok" if one["passes"] else "MISSED")
+    console.print(table)
+    console.print(f"promised: {TOP_LIMIT:.0e}, {LAST_LIMIT:.0e}, {SINE_LIMIT:.0e}, true\n", highlight=False)
+
+
+def accuracy_cases() -> dict[str, Tensor]:
+    """Matrices of ViT-Small's shapes whose spectra are hard in one way each, float64 or float32 as noted."""
+    rng = np.random.default_rng(0)
+
+    def haar(rows: int, cols: int) -> np.ndarray:
+        return np.linalg.qr(rng.standard_normal((rows, cols)))[0]
+
+    def known(s: np.ndarray, rows: int, cols: int) -> Tensor:
+        return torch.from_numpy((haar(rows, s.size) * s) @ haar(cols, s.size).T)
+
+    def noise(rows: int, cols: int) -> Tensor:
+        return torch.from_numpy(0.02 * rng.standard_normal((rows, cols)))
+
+    return {
+        "normal entries, 1152x384": noise(1152, 384).float(),
+        "normal entries, 384x384": noise(384, 384).float(),
+        "normal entries, 384x1536": noise(384, 1536).float(),
+        "rank 8 + noise, 1536x384": known(np.linspace(9, 2, 8), 1536, 384) + noise(1536, 384),
+        "condition 1e4, 384x384": known(np.geomspace(1, 1e-4, 384), 384, 384),
+        "condition 1e6, 1152x384": known(np.geomspace(1, 1e-6, 384), 1152, 384),
+        "condition 1e6, 384x384": known(np.geomspace(1, 1e-6, 384), 384, 384),
+        "condition 1e6, 384x1536": known(np.geomspace(1, 1e-6, 384), 384, 1536),
+        "condition 1e7, 384x384": known(np.geomspace(1, 1e-7, 384), 384, 384),
+        "repeated values, 1152x384": known(np.repeat(np.linspace(2, 1, 24), 16), 1152, 384),
+        "rank 100, 384x384": known(np.linspace(2, 1, 100), 384, 384),
+        "diagonal, 384x384": torch.diag(torch.linspace(1, 384, 384, dtype=torch.float64)),
+        "zero, 384x384": torch.zeros(384, 384),
+    }
+
+
+def measure_accuracy(name: str, matrix: Tensor, threads: int, device: torch.device) -> Accuracy:
+    """Solve one matrix on `device` and hold it against numpy."""
+    found = solve({name: matrix.to(device)}, TOPK, cpu_threads=threads)[name]
+    u, s, vh = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    unit = s[0] or 1.0
+    top, last = np.abs(found.top.s - s[:TOPK]), np.abs(found.last.s - s[::-1][:TOPK])
+    scale = np.where(s[::-1][:TOPK] > 1e-12 * unit, s[::-1][:TOPK], unit)
+    # The reference itself errs by some eps sigma_1, which is no fault of the certificate.
+    allowed = 32 * np.finfo(np.float64).eps * unit
+    certified = (top <= found.top.certificate + allowed).all() and (last <= found.last.certificate + allowed).all()
+    return Accuracy(
+        float((top / np.where(s[:TOPK] > 0, s[:TOPK], unit)).max()),
+        float((last / scale).max()),
+        _greatest_sine(found, u, s, vh.T),
+        bool(certified),
+        found.solver,
+    )
+
+
+def _greatest_sine(found: Solved, u: np.ndarray, s: np.ndarray, v: np.ndarray) -> float:
+    sines = [0.0]
+    for end, columns, gap in (
+        (found.top, slice(TOPK), s[TOPK - 1] - s[TOPK]),
+        (found.last, slice(-TOPK, None), s[-TOPK - 1] - s[-TOPK]),
+    ):
+        beside = s[TOPK - 1] if end is found.top else s[-TOPK - 1]
+        if beside > 1e-12 * s[0] and gap > 1e-3 * beside:
+            for ours, true in ((end.u, u[:, columns]), (end.v, v[:, columns])):
+                sines.append(float(np.linalg.norm(ours - true @ (true.T @ ours), 2)))
+    return max(sines)
+
+
+def operations(model: str) -> dict[str, float]:
+    """Multiplications and additions of one solve of model and EMA, by stage, in 10^9; see `spectral.gram_cpu`."""
+    width = {"small": 384, "base": 768}[model]
+    shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    count, m = 2 * 12, 2 * TOPK
+    long = sum(max(shape) for shape in shapes)
+    stages = {
+        "gram": long * width**2,
+        "tridiagonal": 4 * 4 / 3 * width**3,
+        "values": 4 * 30 * width**2,
+        "vectors": 4 * 4 * width**2 * m,
+        "refinement": 4 * long * width * m,
+    }
+    return {stage: count * flops / 1e9 for stage, flops in stages.items()}
+
+
+def _solver_cases(name: str, threads: int, device: torch.device, inline_layers: int | None) -> dict[str, Case]:
+    stacks = stacks_of(MODELS[name], device)
+    # A stack is one kind of matrix of all layers, so that a part of each keeps the mixture of shapes.
+    inline_weights = [w for of_kind in stacks.values() for stack in of_kind for w in stack.matrices_NRC[:inline_layers]]
+    settings = Settings(TOPK, cpu_threads=threads)
+    count, unit = sum(len(stack.names) for of_kind in stacks.values() for stack in of_kind), "matrices/s"
+
+    def inline() -> None:
+        for weight in inline_weights:
+            torch.linalg.svd(weight, full_matrices=False)
+        _wait(device)
+
+    def gram64() -> None:
+        for of_kind in stacks.values():
+            solve_all(of_kind, settings)
+        _wait(device)
+
+    memory = Memory()
+
+    def whole() -> None:
+        refresh(0, stacks, settings, memory)
+        _wait(device)
+
+    where = f"{threads} threads" if device.type == "cpu" else "the GPU"
+    flops = 1e9 * sum(operations(name).values()) / count
+    return {
+        f"inline_svd_{name}": Case(
+            inline, len(inline_weights), unit, f"float32 torch.linalg.svd of {len(inline_weights)} of {MODELS[name]}'s "
+            f"{count} matrices (model and EMA) one by one, full_matrices=False, on {where}", peer=True,
+        ),
+        f"gram64_{name}": Case(
+            gram64, count, unit, f"all of them in float64: all values, {TOPK} vectors of each end, certificates"
+        ),
+        f"refresh_{name}": Case(
+            whole, count, unit, "the same, and all metrics and the update's norms: a whole refresh but for the disk"
+        ),
+        f"product_limit_{name}": products_case(flops, count, unit, device, torch.float64),
+    }  # fmt: skip
+
+
+def stacks_of(model: str, device: torch.device) -> Stacks:
+    """Initial weights of the model and of another draw for its EMA, chosen and stacked as the monitor does."""
+    import timm
+
+    # The global generator is put back: whoever calls this may count on its own draws.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kinds: dict[str, nn.Module] = {kind: timm.create_model(model).to(device) for kind in (MODEL, EMA)}
+    chosen = {kind: select_targets(dict(one.named_parameters()), DEFAULT_TARGETS) for kind, one in kinds.items()}
+    return {kind: stack_by_shape(weights) for kind, weights in chosen.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

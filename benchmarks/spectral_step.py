@@ -1,0 +1,117 @@
+"""Training steps with the spectral monitor and without it, in blocks that alternate."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.measure import Case
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
+from lowrank_vit.spectral.refresh import Settings
+from lowrank_vit.spectral.select import DEFAULT_TARGETS
+
+EVERY = 10
+WARM_UP_STEPS = 20
+"""Before the first block: compiling, cuDNN's and the allocator's first steps."""
+
+
+class _Training:
+    """A model with its EMA, and one synthetic batch that is used again and again."""
+
+    def __init__(self, model_name: str, batch_size: int, steps: int, device: torch.device) -> None:
+        import timm
+        from timm.utils import ModelEmaV3
+
+        self._steps, self._device, self._updates = steps, device, 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.model: nn.Module = timm.create_model(model_name).to(device)
+            embedding: Any = self.model.get_submodule("patch_embed")
+            side = embedding.img_size[0]
+            images = torch.randn(batch_size, 3, side, side)
+        self._images = images.to(device).contiguous(memory_format=torch.channels_last)
+        self._targets = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self._ema = ModelEmaV3(self.model)
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device.type == "cuda")
+        # dynamic=False: else the second batch size would be compiled for any, slower than the first.
+        is_compiled = device.type == "cuda"
+        self._loss = torch.compile(self._compute_loss, dynamic=False) if is_compiled else self._compute_loss
+        self._warm_up_steps = WARM_UP_STEPS if is_compiled else 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._monitor: SpectralMonitor | None = None
+
+    def _compute_loss(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            return nn.functional.cross_entropy(self.model(images).float(), targets)
+
+    def start_monitor(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        settings = Settings(cpu_threads=default_cpu_threads())
+        self._monitor = SpectralMonitor(
+            self.model,
+            self._ema.module,
+            targets=DEFAULT_TARGETS,
+            every=EVERY,
+            settings=settings,
+            store_dir=Path(self._folder.name),
+        )
+
+    def warm_up(self) -> None:
+        """Not timed, once."""
+        self._train(self._warm_up_steps)
+
+    def run(self) -> None:
+        """The timed part: it ends when the steps are done, not when the last refresh is."""
+        self._train(self._steps)
+
+    def _train(self, steps: int) -> None:
+        for _ in range(steps):
+            self._loss(self._images, self._targets).backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            self._ema.update(self.model)
+            self._updates += 1
+            if self._monitor is not None:
+                self._monitor.observe(self._updates)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def stop_monitor(self, figures: dict[str, list[float]]) -> None:
+        assert self._monitor is not None
+        assert self._folder is not None
+        self._monitor.close()
+        records = self._monitor.records()
+        if self._monitor.failed:
+            raise UserError("A refresh of the spectra failed, as said above: these would be figures of less work.")
+        if not records:
+            raise UserError(f"No refresh was due in a block; give --steps {EVERY} or more.")
+        figures["refresh_s"] += [record.values["spec/refresh/seconds"] for record in records]
+        figures["skipped"].append(self._monitor.skipped)
+        self._monitor = None
+        self._folder.cleanup()
+
+
+def step_cases(
+    model_name: str, batch_size: int, steps: int, device: torch.device, without: str, with_monitor: str
+) -> tuple[dict[str, Case], dict[str, list[float]]]:
+    """Both cases by name, and a dictionary that fills with "refresh_s" (each refresh) and "skipped" (each block)."""
+    training = _Training(model_name, batch_size, steps, device)
+    figures: dict[str, list[float]] = {"refresh_s": [], "skipped": []}
+    images, setting = batch_size * steps, f"{model_name}, batch {batch_size}, AdamW and EMA, {steps} steps a block"
+    cases = {
+        without: Case(training.run, images, setting=setting, first=training.warm_up),
+        with_monitor: Case(
+            training.run,
+            images,
+            setting=f"the same with a refresh every {EVERY} updates, model and EMA",
+            first=training.warm_up,
+            before=training.start_monitor,
+            after=lambda: training.stop_monitor(figures),
+        ),
+    }
+    return cases, figures

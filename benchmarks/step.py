@@ -1,0 +1,223 @@
+"""The bench `step`: one training step on synthetic images, eager and compiled, beside that of timm's train.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from benchmarks.environment import environment
+from benchmarks.limits import copy_case, products_case, wait
+from benchmarks.measure import DEFAULT_REPEATS, Case, Result, measure, nothing
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.flags import parse
+from lowrank_vit.config.options import Config
+from lowrank_vit.data.batch import Batch
+from lowrank_vit.data.synthetic import SyntheticLoader
+from lowrank_vit.training.setup import Parts, make_parts, pick_device
+from lowrank_vit.training.step import DTYPES
+
+NUM_CLASSES = 1000
+RECIPE = ("--opt", "adamw", "--lr", "5e-4", "--weight-decay", "0.05", "--warmup-epochs", "0", "--smoothing", "0.1")
+LIMITS = (
+    "timm's images are normalised and its targets smoothed and soft before: its loader does that. Ours do both, and "
+    "the arithmetic of mixing, in the step.",
+    "timm's train.py as it stands takes AdamW without fused; it is given fused here, as --opt-kwargs fused=True does.",
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a step is measured on."""
+
+    model: str
+    img_size: int
+    batch_size: int
+    steps: int
+
+
+WORKLOADS = {
+    "cuda": Workload("vit_small_patch16_224", 224, 256, 20),
+    "cpu": Workload("vit_tiny_patch16_224", 64, 64, 4),
+}
+"""By device: small enough for a CPU, and what ImageNet is trained with on a GPU."""
+
+WARM_UP_STEPS = 20
+"""Of compiled steps, before the first round: compiling, and what is chosen or allocated in the first few."""
+UPDATE_BYTES = 10 * 4
+"""A parameter's least traffic in an update, float32: AdamW reads weight, gradient and both moments and writes weight
+and moments (7 numbers; Loshchilov & Hutter, Decoupled Weight Decay Regularization, algorithm 2); the EMA reads weight
+and average and writes the average (3). Gradients are set to None, not to zero; writing them is the backward pass's."""
+
+_BY_DEVICE = "(default: by the device)"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the bench."""
+
+    model: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_BY_DEVICE)] = None
+    """timm model; vit_small_patch16_224 on cuda, vit_tiny_patch16_224 on a CPU."""
+    img_size: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=_BY_DEVICE)] = None
+    """Side of the images, pixels; 224 or 64."""
+    batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"], metavar="N", help_behavior_hint=_BY_DEVICE)] = None
+    """Images a step; 256 or 64."""
+    steps: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=_BY_DEVICE)] = None
+    """Steps a round; 20 or 4."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where both run: bfloat16 autocast on cuda, float32 on a CPU."""
+    compile: bool = True
+    """Time the compiled steps too; compiling takes about a minute."""
+    repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
+    """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
+
+    def workload(self, device: torch.device) -> Workload:
+        """Of the device, with what was given over it. Raises `UserError`."""
+        given = {name: getattr(self, name) for name in ("model", "img_size", "batch_size", "steps")}
+        for name, value in given.items():
+            if isinstance(value, int) and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {value}, expected 1 or more.")
+        return replace(WORKLOADS[device.type], **{name: value for name, value in given.items() if value is not None})
+
+
+def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
+    """Measure all cases. Beside cases and ratios the result holds the workload and FLOPs. Raises `UserError`."""
+    device = pick_device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    load = options.workload(device)
+    surroundings = environment(device.type)
+    ways = ("eager", "compiled") if options.compile else ("eager",)
+    cases: dict[str, Case] = {}
+    flops, dtype, num_params = None, torch.float32, 0
+    for way in ways:
+        note(f"making the {way} steps")
+        config = config_of(load, device, way)
+        parts = make_parts(config, None)
+        flops, dtype = parts.train_flops, dtype_of(config)
+        num_params = sum(p.numel() for p in parts.model.parameters())
+        cases[f"ours_{way}"] = _our_case(parts, load, way, config)
+        cases[f"timm_{way}"] = Case.of_peer(partial(_timm_case, load, device, way, config))
+    steps = list(cases)
+    ratios = {f"{way}_vs_timm_{way}": (f"ours_{way}", f"timm_{way}") for way in ways}
+    if options.compile:
+        ratios["compiled_vs_timm_eager"] = ("ours_compiled", "timm_eager")
+    items = load.batch_size * load.steps
+    if flops:
+        cases["product_limit"] = products_case(flops, items, "img/s", device, dtype)
+        ratios |= {f"mfu_{name}": (name, "product_limit") for name in steps}
+    cases["update_limit"] = update_case(num_params, load, device)
+    ratios |= {f"update_share_{name}": (name, "update_limit") for name in steps}
+    result = measure("step", cases, ratios, environment=surroundings, repeats=options.repeats, limits=LIMITS, note=note)
+    about = {"model": load.model, "img_size": load.img_size, "batch_size": load.batch_size, "steps": load.steps}
+    extra = {"workload": about, "train_flops_per_image": flops, "update_bytes": UPDATE_BYTES * num_params}
+    return replace(result, extra=extra)
+
+
+def update_case(num_params: int, load: Workload, device: torch.device) -> Case:
+    """Images a second if a step only moved the bytes of its update: a case's ratio to it is their share of its step."""
+    # A copy reads and writes each byte, so half of the bytes are copied.
+    source = torch.ones(num_params * UPDATE_BYTES // 2, dtype=torch.uint8, device=device)
+    copies = copy_case(source, torch.zeros_like(source).fill_(2), load.steps)
+    megabytes = num_params * UPDATE_BYTES / 1e6
+    setting = (
+        f"limit: {megabytes:,.0f} MB a step read and written, what AdamW and the EMA move of {num_params:,} weights"
+    )
+    return replace(copies, items=load.batch_size * load.steps, unit="img/s", setting=setting)
+
+
+def config_of(load: Workload, device: torch.device, way: str, *more: str) -> Config:
+    """A run on synthetic images. Raises `UserError`."""
+    step = ["--device", device.type, "--compile" if way == "compiled" else "--no-compile"]
+    step.append("--amp" if device.type == "cuda" else "--no-amp")
+    sizes = ["--img-size", str(load.img_size), "--batch-size", str(load.batch_size)]
+    # As many outputs as ImageNet has, whatever set the images of a bench are of.
+    of_model = ["--model", load.model, "--num-classes", str(NUM_CLASSES), "--larger-head"]
+    return parse(["--synthetic", *of_model, *sizes, *step, *RECIPE, *more], prog="bench")
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """What the products of the step are computed in."""
+    return DTYPES[config.step.amp_dtype] if config.step.amp else torch.float32
+
+
+def endless(loader: SyntheticLoader) -> Iterator[Batch]:
+    """One epoch after the other."""
+    epoch = 0
+    while True:
+        yield from loader.batches(epoch)
+        epoch += 1
+
+
+def _our_case(parts: Parts, load: Workload, way: str, config: Config) -> Case:
+    assert isinstance(parts.train_loader, SyntheticLoader)
+    batches = endless(parts.train_loader)
+    parts.model.train()
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            parts.step(next(batches))
+        wait(parts.device)
+
+    kind = "torch.compile of normalising, mixing, model and loss" if way == "compiled" else "eager"
+    precision = f"{config.step.amp_dtype} autocast" if config.step.amp else "float32"
+    setting = f"{load.model}, {load.img_size} px, batch {load.batch_size}, {precision}, AdamW, EMA, loss meter; {kind}"
+    return _case(steps, load, way, setting)
+
+
+def _case(steps: Callable[[int], None], load: Workload, way: str, setting: str) -> Case:
+    """Of a function that runs so many steps."""
+    warm_up = partial(steps, WARM_UP_STEPS) if way == "compiled" else nothing
+    return Case(partial(steps, load.steps), load.batch_size * load.steps, setting=setting, first=warm_up)
+
+
+def _timm_case(load: Workload, device: torch.device, way: str, config: Config) -> Case:
+    """The step of timm's train.py: its task, which holds model, loss and EMA, its optimizer, torch's autocast."""
+    import timm
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.optim import create_optimizer_v2
+    from timm.task import ClassificationTask
+
+    model = timm.create_model(load.model, num_classes=NUM_CLASSES, img_size=load.img_size).to(device)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optim = config.optim
+    groups: dict[str, Any] = {"opt": optim.opt, "lr": optim.lr, "weight_decay": optim.weight_decay, "fused": True}
+    optimizer = create_optimizer_v2(model, **groups)
+    task = ClassificationTask(model, SoftTargetCrossEntropy(), device=device, verbose=False)
+    task.setup_ema(decay=config.model.model_ema_decay)
+    if way == "compiled":
+        task.compile()
+    task.train()
+    images, targets = _normalized_batch(load, device)
+    num_updates = 0
+
+    def steps(count: int) -> None:
+        nonlocal num_updates
+        for _ in range(count):
+            with torch.autocast(device.type, dtype_of(config), enabled=config.step.amp):
+                loss = task(images, targets)["loss"]
+            loss.backward()
+            optimizer.step()
+            num_updates += 1
+            optimizer.zero_grad()
+            task.update_ema(step=num_updates)
+        wait(device)
+
+    kind = "--torchcompile" if way == "compiled" else "eager"
+    setting = f"ClassificationTask as in timm's train.py, --channels-last --model-ema, fused AdamW; {kind}"
+    return _case(steps, load, way, setting)
+
+
+def _normalized_batch(load: Workload, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Float images and soft targets, as timm's loader and Mixup give them."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(load.batch_size, 3, load.img_size, load.img_size, generator=generator)
+    targets = torch.full((load.batch_size, NUM_CLASSES), 0.1 / NUM_CLASSES)
+    targets[torch.arange(load.batch_size), torch.arange(load.batch_size) % NUM_CLASSES] += 0.9
+    return images.to(device).contiguous(memory_format=torch.channels_last), targets.to(device)

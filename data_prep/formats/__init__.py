@@ -1,0 +1,1 @@
+"""What bytes mean: .beton, its sidecars, JPEG."""

@@ -1,0 +1,148 @@
+"""Which of libjpeg's warnings a JPEG survives, and how its bytes are mended: no pixel changes, no decoder complains.
+
+libjpeg goes on after a warning, so a decoder that ignores warnings shows grey or shifted blocks. What each warning
+means for the picture was measured (`tests/measure_jpeg_warnings.py`; the table is in docs/data_format.md). Four causes
+leave it whole; everything else is damage. libturbojpeg tells its first warning only, and damage may stand behind a
+harmless one: so one cause is mended at a time, and in the end the whole JPEG has been read without a warning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from data_prep.formats import jpeg_header, turbojpeg
+from data_prep.formats.jpeg_header import JpegHeader
+from data_prep.formats.turbojpeg import JpegDataError
+
+REPAIRS = (
+    "its end marker was missing",
+    "one or two bytes too many were removed",
+    "its JFIF revision was not 1",
+    "its scan parameters were not those of a sequential JPEG",
+)
+"""What can be mended, in words for the manifest. Their order is part of the journal of unfinished conversions."""
+NO_END, EXTRANEOUS, REVISION, SCAN_PARAMETERS = REPAIRS
+MAX_EXTRANEOUS = 2
+"""Bytes. More of them in front of a marker are what is left of a scan that was overwritten further up."""
+_PADDING = b"\0\n\r \x1a\xff"
+"""What programs append; overwriting leaves any values."""
+_FIRST_ARITHMETIC = 0xC9
+_SEQUENTIAL_SCAN = bytes((0, 63, 0))
+"""Ss, Se, and Ah with Al (ITU T.81, B.2.3)."""
+
+
+def to_bits(repairs: tuple[str, ...]) -> int:
+    """Some of `REPAIRS` as a number of 8 bits, for the journal."""
+    return sum(1 << REPAIRS.index(repair) for repair in repairs)
+
+
+def from_bits(bits: int) -> tuple[str, ...]:
+    """The inverse of `to_bits`."""
+    return tuple(repair for n, repair in enumerate(REPAIRS) if bits >> n & 1)
+
+
+def mended(data: bytes, error: JpegDataError) -> tuple[bytes, tuple[str, ...]]:
+    """A JPEG without the causes of its warnings, `error` being the first, and which of `REPAIRS` that took.
+
+    Raises `JpegDataError` where the picture is damaged, in libjpeg's words.
+    """
+    repairs: list[str] = []
+    following: JpegDataError | None = error
+    while following:
+        if NO_END not in repairs:  # of a file cut short this says more than what follows from it
+            error = following
+        header = jpeg_header.read_header(data)
+        found = _mend(data, header, following) if header and following.is_warning else None
+        if header is None or found is None or found[1] in repairs:
+            raise error
+        data, repair = found
+        repairs.append(repair)
+        following = _first_warning(data, header)
+    return data, from_bits(to_bits(tuple(repairs)))
+
+
+def _mend(data: bytes, header: JpegHeader, error: JpegDataError) -> tuple[bytes, str] | None:
+    """`data` with one cause less and which of `REPAIRS` that is; None where it is damage."""
+    message = str(error)
+    if message == "Premature end of JPEG file":
+        whole = data + jpeg_header.END[data.endswith(b"\xff") :]
+        # Decoders of arithmetic coding go on with zeros, and without a word, behind the end of the data.
+        return (whole, NO_END) if header.frame < _FIRST_ARITHMETIC and _has_all_scans(whole, header) else None
+    if found := re.search(r"(\d+) extraneous bytes before marker", message):
+        shorter = _without_extraneous(data, header, error, int(found[1]))
+        return None if shorter is None else (shorter, EXTRANEOUS)
+    if "unknown JFIF revision" in message:
+        revisions = {n + 9: b"\1" for n, _ in _segments(data, 0xE0) if data.startswith(b"JFIF\0", n + 4)}
+        return _with_bytes(data, revisions, REVISION)
+    if message == "Invalid SOS parameters for sequential JPEG":
+        return _with_bytes(data, {end - 3: _SEQUENTIAL_SCAN for _, end in _segments(data, 0xDA)}, SCAN_PARAMETERS)
+    return None
+
+
+def _with_bytes(data: bytes, written: dict[int, bytes], repair: str) -> tuple[bytes, str]:
+    changed = bytearray(data)
+    for offset, values in written.items():
+        changed[offset : offset + len(values)] = values
+    return bytes(changed), repair
+
+
+def _first_warning(data: bytes, header: JpegHeader) -> JpegDataError | None:
+    try:
+        turbojpeg.check(data, header.width, header.height, colours="cmyk" if header.components == 4 else "grey")
+    except JpegDataError as error:
+        return error
+    return None
+
+
+def _without_extraneous(data: bytes, header: JpegHeader, error: JpegDataError, count: int) -> bytes | None:
+    """`data` without the `count` bytes in front of a marker of which `error` speaks; None where that is damage."""
+    if count > MAX_EXTRANEOUS or header.frame >= _FIRST_ARITHMETIC:
+        return None
+    # libjpeg does not tell where. It warns on reading the marker: the shortest beginning of the file with that warning
+    # as its first ends there, since a shorter one ends too early and has another.
+    low, high = 0, len(data)
+    while low < high:
+        middle = (low + high) // 2
+        warning = _first_warning(data[:middle], header)
+        low, high = (low, middle) if warning and str(warning) == str(error) else (middle + 1, high)
+    marker = low - 2
+    first_scan = next((end for _, end in _segments(data, 0xDA)), 0)
+    if first_scan < low and data[marker:low] != jpeg_header.END:  # between scans or restarts they are left of damage
+        return None
+    if any(value not in _PADDING for value in data[marker - count : marker]):
+        return None
+    return data[: marker - count] + data[marker:]
+
+
+def _segments(data: bytes, wanted: int) -> Iterator[tuple[int, int]]:
+    """Where each segment of that marker starts, at its 0xFF, and ends; those between and behind scans too."""
+    offset = 2
+    while 0 <= (offset := data.find(b"\xff", offset)) < len(data) - 3:
+        marker = data[offset + 1]
+        if marker == jpeg_header.END[1]:
+            return
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # data of a scan, filling, markers that stand alone
+            offset += 1 if marker == 0xFF else 2
+            continue
+        end = offset + 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
+        if marker == wanted and end <= len(data):
+            yield offset, end
+        offset = end
+
+
+def _has_all_scans(data: bytes, header: JpegHeader) -> bool:
+    """Whether the scans bring every coefficient to its last bit: a progressive JPEG cut between two decodes as well."""
+    missing: dict[int, set[int]] = {}
+    for start, end in _segments(data, 0xDA):
+        count = data[start + 4]
+        if end - start != 8 + 2 * count:
+            return False
+        first, last, bits = data[end - 3 : end]
+        if header.frame & 3 != 2:  # not one of the four progressive kinds (T.81, table B.1)
+            first, last, bits = 0, 63, 0
+        for component in data[start + 5 : start + 5 + 2 * count : 2]:
+            left = missing.setdefault(component, set(range(64)))
+            if bits & 15 == 0:
+                left.difference_update(range(first, last + 1))
+    return len(missing) == header.components and not any(missing.values())

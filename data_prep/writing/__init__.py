@@ -1,0 +1,1 @@
+"""Writing a .beton: workers, parts, resuming, finishing."""

@@ -1,0 +1,44 @@
+"""Mixup and cutmix of a batch with its own reverse, from the plan's parameters, without host values in the graph.
+
+Twin: timm's `Mixup` in `batch`, `pair` and `elem` mode (Zhang et al., ICLR 2018; Yun et al., ICCV 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowrank_vit.plan.mixing import Mix
+
+
+def mix_to_tensor(mixes: Sequence[Mix]) -> Tensor:
+    """float32 (M, 6) on the host: lam, is_cutmix (0 or 1), top, bottom, left, right; M is 1 or the batch size.
+
+    A tensor, so that nothing recompiles. A draw that many samples share as one object is looked at once.
+    """
+    draws = {id(mix): mix for mix in mixes}
+    rows = {key: [mix.lam, float(mix.is_cutmix), *mix.box] for key, mix in draws.items()}
+    return torch.tensor([rows[id(mix)] for mix in mixes], dtype=torch.float32)
+
+
+def mix_images(images_BCHW: Tensor, mix: Tensor) -> Tensor:
+    """Mix float images with the reversed batch: everywhere by lam (mixup), or only inside the box (cutmix)."""
+    lam, is_cutmix, top, bottom, left, right = mix.to(images_BCHW.dtype)[:, :, None, None, None].unbind(1)
+    rows = torch.arange(images_BCHW.shape[2], device=images_BCHW.device)[:, None]
+    columns = torch.arange(images_BCHW.shape[3], device=images_BCHW.device)
+    in_box_M1HW = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+    keep_M1HW = torch.where(is_cutmix > 0, (~in_box_M1HW).to(images_BCHW.dtype), lam)
+    return images_BCHW * keep_M1HW + images_BCHW.flip(0) * (1 - keep_M1HW)
+
+
+def mix_targets(targets: Tensor, num_classes: int, smoothing: float, mix: Tensor) -> Tensor:
+    """float32 (B, num_classes): smoothed one-hot labels, mixed by lam with those of the reversed batch; rows sum to 1.
+
+    Smoothing as in Szegedy et al., CVPR 2016: `smoothing / num_classes` everywhere, the rest on the label.
+    """
+    one_hot = torch.nn.functional.one_hot(targets, num_classes).float()
+    soft = one_hot * (1.0 - smoothing) + smoothing / num_classes
+    lam = mix[:, :1]
+    return soft * lam + soft.flip(0) * (1 - lam)

@@ -1,0 +1,1 @@
+"""Options as flags and YAML, and timm's command lines."""

@@ -1,0 +1,135 @@
+"""What options may be: each within its range, and which of them exclude one another."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.keywords import parse_keywords
+from lowrank_vit.config.option_types import kind_of
+from lowrank_vit.config.options import Config, Range
+
+
+def leaves(config: Config | None = None) -> Iterator[tuple[str, Any, Any]]:
+    """Yield `(flag name without dashes, type hint with its Range, value)` of every option; values of `config`."""
+    config = config or Config()
+    for group in dataclasses.fields(config):
+        yield from _flags(getattr(config, group.name))
+
+
+def with_options(config: Config, values: Mapping[str, Any]) -> Config:
+    """The same with some options, by their flags' names without dashes in front, at other values; lists are tuples."""
+    groups: dict[str, Any] = {}
+    for group in dataclasses.fields(config):
+        options = getattr(config, group.name)
+        own = {
+            f.name: values[name] for f in dataclasses.fields(options) if (name := f.name.replace("_", "-")) in values
+        }
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+        groups[group.name] = dataclasses.replace(options, **plain)
+    return Config(**groups)
+
+
+def _flags(options: Any) -> Iterator[tuple[str, Any, Any]]:
+    hints = get_type_hints(type(options), include_extras=True)
+    for option in dataclasses.fields(options):
+        yield option.name.replace("_", "-"), hints[option.name], getattr(options, option.name)
+
+
+def check(config: Config) -> None:
+    """Raise `UserError` for the first option outside its range, or for options that exclude one another."""
+    for group in dataclasses.fields(config):
+        check_ranges(getattr(config, group.name))
+    pairs = {"scale": config.data.scale, "ratio": config.data.ratio, "cutmix-minmax": config.augment.cutmix_minmax}
+    for name, pair in pairs.items():
+        if pair is not None and pair[0] > pair[1]:
+            raise UserError(f"--{name} {pair[0]:g} {pair[1]:g}: the smaller number comes first.")
+    optim = config.optim
+    if optim.warmup_epochs >= optim.epochs and not optim.warmup_prefix:
+        raise UserError(
+            f"--warmup-epochs {optim.warmup_epochs} leaves nothing of --epochs {optim.epochs}: "
+            f"the warm-up must be shorter, at most {optim.epochs - 1}."
+        )
+    if len(config.augment.color_jitter) not in (1, 3):
+        raise UserError(
+            "--color-jitter takes one number, or three: brightness, contrast, saturation. Hue is not there."
+        )
+    _check_mixing_and_loss(config)
+    if config.model.initial_checkpoint and (config.model.pretrained or config.model.pretrained_path):
+        raise UserError("--initial-checkpoint and --pretrained both say which weights to start from. Give one of them.")
+    _check_lists(config)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.step.device):
+        raise UserError(f"--device {config.step.device} is not known: it must be auto, cpu, cuda or cuda:N.")
+    parse_interval(config.run.checkpoint_interval)
+    name = config.run.experiment
+    if name and (Path(name).name != name or name == ".."):
+        raise UserError(f"--experiment {name} must be a plain name; set its parent with --output.")
+
+
+def _check_lists(config: Config) -> None:
+    """Raise `UserError` for lists of the wrong length or order, and for texts that are no NAME=VALUE."""
+    optim = config.optim
+    for name, values in (("mean", config.data.mean), ("std", config.data.std)):
+        if values is not None and len(values) not in (1, 3):
+            raise UserError(f"--{name} takes one number, or three: red, green, blue. Got {len(values)}.")
+    if optim.opt_betas is not None and len(optim.opt_betas) < 2:
+        raise UserError(f"--opt-betas takes 2 or more numbers, got {len(optim.opt_betas)}.")
+    if optim.lr_noise is not None and len(optim.lr_noise) not in (1, 2):
+        raise UserError("--lr-noise takes one share of the epochs, where it begins, or two: where it begins and ends.")
+    if any(a >= b for a, b in itertools.pairwise(optim.decay_milestones)):
+        raise UserError("--decay-milestones must grow: the first decay comes first.")
+    parse_keywords(config.model.model_kwargs, "--model-kwargs", "patch_size=2")
+    parse_keywords(optim.opt_kwargs, "--opt-kwargs", "nesterov=True")
+
+
+def _check_mixing_and_loss(config: Config) -> None:
+    augment = config.augment
+    mixing = {"mixup": augment.mixup, "cutmix": augment.cutmix, "cutmix-minmax": augment.cutmix_minmax}
+    mixed_by = next((name for name, value in mixing.items() if value), None)
+    if mixed_by and config.data.batch_size == 1:
+        raise UserError(
+            f"--{mixed_by} mixes each image with another one of its batch, and --batch-size 1 has no other. Use at "
+            "least 2; --grad-accum-steps makes an update of more."
+        )
+    if mixed_by and augment.mix_block == 1:
+        raise UserError(
+            f"--{mixed_by} mixes each image with another one of its block, and --mix-block 1 has no other. Use at "
+            "least 2, or 0 for the whole global batch."
+        )
+    changes = {"bce-sum": augment.bce_sum, "bce-target-thresh": augment.bce_target_thresh is not None}
+    for name, is_given in changes.items():
+        if is_given and not augment.bce_loss:
+            raise UserError(f"--{name} is about --bce-loss, which is not there. Add --bce-loss, or leave it out.")
+
+
+def parse_interval(text: str) -> tuple[int | None, float | None]:
+    """--checkpoint-interval as (updates, seconds): "500" is 500 updates, "10m" ten minutes, "" neither.
+
+    Raises `UserError` for anything else.
+    """
+    if not text:
+        return None, None
+    match = re.fullmatch(r"(?P<updates>[0-9]+)|(?P<minutes>[0-9]+(\.[0-9]+)?)m", text)
+    if not match or float(text.removesuffix("m")) == 0:
+        raise UserError(f"--checkpoint-interval {text} must be updates, e.g. 500, or minutes, e.g. 10m; both above 0.")
+    if match["updates"]:
+        return int(match["updates"]), None
+    return None, 60 * float(match["minutes"])
+
+
+def check_ranges(options: Any) -> None:
+    """Raise `UserError` for the first field of a dataclass whose number lies outside its annotated `Range`."""
+    for name, hint, value in _flags(options):
+        for allowed in getattr(hint, "__metadata__", ()):
+            if not isinstance(allowed, Range):
+                continue
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and number not in allowed:
+                    words = allowed.in_words(is_whole=kind_of(hint).element is int)
+                    shown = number if isinstance(number, int) else f"{number:g}"
+                    raise UserError(f"--{name} {shown} is out of range: it must be {words}.")

@@ -1,0 +1,109 @@
+"""What a seed or a flag means has a number, so that an older run never goes on with another meaning in silence.
+
+A run's checkpoints and its args.yaml hold the number under `KEY`; a file without one is of the time before there were
+numbers, `FIRST`. `CHANGES` lists what has changed since, the first of them making number 2, and so on. To change what a
+seed or a flag means, append a `Change`: never remove or reorder one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowrank_vit.common.errors import UserError
+
+KEY = "meaning"
+FIRST = 1
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of meaning."""
+
+    what: str
+    """For people: what is now, and what was before; without a full stop."""
+    before: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Options by name, without dashes in front, with the values that give the old meaning; they may be new ones."""
+    cannot: str = ""
+    """Why a run of before cannot go on; empty where `before` suffices, or where the data tell what was meant."""
+    concerns: Callable[[Mapping[str, Any]], bool] = lambda args: True
+    """Whether it matters to a run of these options, by name; one that is missing stands at its default."""
+
+
+def _is_mixed(args: Mapping[str, Any]) -> bool:
+    return any(args.get(name) for name in ("mixup", "cutmix", "cutmix-minmax"))
+
+
+def _is_of_folders(args: Mapping[str, Any]) -> bool:
+    """Whether a run may have read class folders."""
+    return not args.get("synthetic") and str(args.get("dataset") or "").lower() not in ("digits", "torch/cifar100")
+
+
+CHANGES: tuple[Change, ...] = (
+    Change(
+        "mixup and cutmix are drawn for each --mix-block images, before once for a global batch",
+        {"mix-block": 0},
+        concerns=_is_mixed,
+    ),
+    Change(
+        "classes are the folders that hold images, as in timm, and no longer those directly in the split",
+        {"nested-classes": "top"},
+        concerns=_is_of_folders,
+    ),
+    Change(
+        "an EMA without --model-ema-warmup or --no-model-ema-warmup has a warm-up in runs of fewer than "
+        "10 / (1 - decay) updates, before it had none",
+        {"model-ema-warmup": False},
+        concerns=lambda args: args.get("model-ema", True),
+    ),
+    Change(
+        "random erasing comes after mixup and cutmix, before ahead of them",
+        {"erase-first": True},
+        concerns=lambda args: _is_mixed(args) and bool(args.get("reprob")),
+    ),
+)
+
+
+def now() -> int:
+    """The number of what seeds and flags mean in this program."""
+    return FIRST + len(CHANGES)
+
+
+def number_in(content: Mapping[str, Any], source: str) -> int | None:
+    """The number that a file's content holds, None without one. Raises `UserError` for one that is not known here."""
+    number = content.get(KEY)
+    if number is None:
+        return None
+    if type(number) is not int or number < FIRST:
+        raise UserError(f"{source}: `{KEY}: {number}` must be a whole number, {FIRST} to {now()}. Remove that line.")
+    if number > now():
+        raise UserError(
+            f"{source} was written by a newer lowrank-vit: what its seeds and flags mean has the number {number}, and "
+            f"this program knows up to {now()}. Update lowrank-vit to go on with it, or begin anew with options of "
+            "your own."
+        )
+    return number
+
+
+def changes_since(number: int, args: Mapping[str, Any]) -> list[Change]:
+    """What a run of that number and of these options, by name, knows nothing of."""
+    return [change for change in CHANGES[number - FIRST :] if change.concerns(args)]
+
+
+def values_before(number: int, args: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, by name, with the values that give the meaning of a run of that number and of these options."""
+    values: dict[str, Any] = {}
+    for change in reversed(changes_since(number, args)):  # of two about one option the older one counts
+        values |= change.before
+    return values
+
+
+def check_can_go_on(number: int, args: Mapping[str, Any], source: str) -> None:
+    """Raise `UserError` where this program can no longer do what a run of that number meant."""
+    for change in changes_since(number, args):
+        if change.cannot:
+            raise UserError(
+                f"{source} is of an older run, and {change.what}. It cannot go on: {change.cannot}. Begin a run of its "
+                "own from its weights with --initial-checkpoint, or resume it with the version that began it."
+            )

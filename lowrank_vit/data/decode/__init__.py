@@ -1,0 +1,1 @@
+"""The decode backends: ffcv, dali and resident."""

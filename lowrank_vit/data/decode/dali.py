@@ -1,0 +1,306 @@
+"""The DALI backend: NVIDIA DALI decodes, cuts, resizes and mirrors, on the GPU or on CPU threads.
+
+DALI only ever computes. Which sample comes when, its window and flip, where an epoch ends and what a short batch is,
+all come from the plan, by way of external sources that one thread here fills with views of the mapped file. So there
+are no worker processes, no copies of JPEG bytes, no random numbers of DALI's and none of its epochs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib import import_module
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+
+from data_prep.formats.beton import MODE_RAW
+from lowrank_vit.common.errors import BetonError, UserError
+from lowrank_vit.data.batch import Batch
+from lowrank_vit.data.decode.backend import DamagedSamples, new_meter, to_device
+from lowrank_vit.data.decode.dali_pipeline import PipelineShape, Sources, define, tiny_batch
+from lowrank_vit.data.decode.pil import find_damage
+from lowrank_vit.data.decode.resize_cpu import resize_batch
+from lowrank_vit.data.decode.spans import LENGTH, cropped, spans
+from lowrank_vit.data.schedule import Schedule
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.plan.mixing import NO_MIX
+from lowrank_vit.plan.plans import BatchPlan, CenterCrops, EvalPlan, TrainPlan
+
+_POLL_S = 0.2
+HOST_PART_BYTES, DEVICE_PART_BYTES = 1 << 27, 1 << 31
+"""Decoded pixels that DALI makes at a time, in bytes: a batch of larger images is decoded in parts."""
+BYTES_A_THREAD = 1 << 24
+"""On the CPU at least so many, in bytes for each thread, that none of many is idle."""
+
+
+class _StoppedError(Exception):
+    """The consumer has left the epoch."""
+
+
+class _Part(NamedTuple):
+    """Consecutive samples of a batch that DALI decodes in one run."""
+
+    sources: Sources
+    whole: BatchPlan | None
+    """The whole batch's plan, where this is its last part."""
+
+
+class DaliBackend:
+    """Batches of any `.beton`. Filters are PIL's; on a GPU DALI's antialiased ones, which are close to them."""
+
+    name = "dali"
+
+    def __init__(
+        self,
+        beton: Beton,
+        plan: TrainPlan | EvalPlan,
+        device: torch.device,
+        workers: int,
+        *,
+        prefetch: int = 2,
+        hw_decoder_load: float = 0.35,
+    ) -> None:
+        """`workers`: DALI's CPU threads; `prefetch`: batches that DALI works on at a time, and as many may wait.
+
+        `hw_decoder_load`: share of a batch for the GPU's JPEG engine, 0-1. Raises `UserError` where DALI is missing.
+        """
+        self._beton, self._device, self._prefetch = beton, device, prefetch
+        self._shape = PipelineShape(
+            img_size=plan.img_size,
+            batch_size=plan.batch_size,
+            has_jpeg=bool((beton.modes != MODE_RAW).any()),
+            has_raw=bool((beton.modes == MODE_RAW).any()),
+            is_evaluation=isinstance(plan, EvalPlan),
+            device_id=None if device.type == "cpu" else torch.empty(0, device=device).device.index,
+            resize=device.type != "cpu",
+            num_threads=workers,
+            prefetch=prefetch,
+            hw_decoder_load=hw_decoder_load,
+        )
+        self._threads = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        # Of the feeding thread's own: on the consumer's, its work on one batch would wait for the decoding of the next.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._part_bytes = DEVICE_PART_BYTES if self._shape.resize else max(HOST_PART_BYTES, workers * BYTES_A_THREAD)
+        self._made: list[torch.Tensor] = []
+        self._made_ms = 0.0
+        """The parts of the next batch that have come out, and how long they took."""
+        self.decode_ms = new_meter()
+        self._queue: Queue[Any] = Queue(prefetch)
+        self._being_read: deque[tuple[torch.cuda.Event, Sources, list[torch.Tensor]]] = deque()
+        self._pipeline: Any = None
+        self._build()
+
+    def _build(self) -> None:
+        """Make the pipeline and run it dry once: the first `schedule_run` starts `prefetch` runs, each later one."""
+        pipeline = define(self._shape)
+        sources = tiny_batch(self._shape)
+        for _ in range(self._prefetch):
+            sources.feed(pipeline)
+        pipeline.schedule_run()
+        for _ in range(self._prefetch):
+            pipeline.outputs()
+        self._pipeline = pipeline
+
+    def decode(self, schedule: Schedule) -> Iterator[Batch]:
+        """Yield the schedule's batches; a thread keeps DALI busy meanwhile and ends with this generator."""
+        if self._pipeline is None:
+            self._build()
+        self._queue, stop = Queue(self._prefetch), Event()
+        thread = Thread(target=self._pump, args=(schedule, stop), name="dali", daemon=True)
+        thread.start()
+        try:
+            while True:
+                item = self._next(thread)
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    return
+                batch, made = item
+                if made is not None:
+                    torch.cuda.current_stream(self._device).wait_event(made)
+                yield batch
+        finally:
+            stop.set()
+            thread.join()
+
+    def _next(self, thread: Thread) -> Any:
+        while True:
+            try:
+                return self._queue.get(timeout=_POLL_S)
+            except Empty:
+                if not thread.is_alive() and self._queue.empty():
+                    return BetonError(f"{self._beton.path}: the thread that feeds DALI has ended without a word.")
+
+    def _pump(self, schedule: Schedule, stop: Event) -> None:
+        """Feed DALI and collect what it made, always `prefetch` batches ahead; runs in its own thread."""
+        in_flight: deque[_Part] = deque()
+        self._made, self._made_ms = [], 0.0
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            try:
+                for plan in schedule:
+                    # DALI believes the sizes that it is fed, and reads beyond a smaller image where they are wrong.
+                    if reasons := find_damage(self._beton, self._beton.contradicting(plan.ids)):
+                        while in_flight:
+                            self._collect(in_flight, stop, time.perf_counter())
+                        raise DamagedSamples(reasons)
+                    for part in self._parts(plan):
+                        begun = time.perf_counter()
+                        part.sources.feed(self._pipeline)
+                        in_flight.append(part)
+                        self._pipeline.schedule_run()
+                        if len(in_flight) == self._prefetch:
+                            self._collect(in_flight, stop, begun)
+                while in_flight:
+                    self._collect(in_flight, stop, time.perf_counter())
+                self._put(None, stop)
+            except _StoppedError:
+                self._drain(in_flight)
+            except RuntimeError as error:  # all of DALI's errors; the pipeline is of no more use
+                self._pipeline = None
+                self._put(self._explain(error, [part.sources.plan for part in in_flight]), stop, give_up=False)
+            except Exception as error:  # a damaged sample; or of the plan: the file has changed
+                self._drain(in_flight)
+                self._put(error, stop, give_up=False)
+
+    def _parts(self, plan: BatchPlan) -> Iterator[_Part]:
+        """The batch in parts whose decoded pixels take at most `_part_bytes`, or single samples."""
+        if self._shape.is_evaluation:
+            sides = np.stack([self._beton.heights[plan.ids], self._beton.widths[plan.ids]], axis=1)
+        else:
+            sides = plan.windows[:, 2:]
+        ends, used = [], 0
+        for n, size in enumerate((3 * sides.astype(np.int64).prod(axis=1)).tolist()):
+            if used and used + size > self._part_bytes:
+                ends.append(n)
+                used = 0
+            used += size
+        starts, ends = [0, *ends], [*ends, len(plan.ids)]
+        for start, end in zip(starts, ends, strict=True):
+            part = plan if len(ends) == 1 else rows_of(plan, slice(start, end))
+            yield _Part(self._sources(part), plan if end == len(plan.ids) else None)
+
+    def _collect(self, in_flight: deque[_Part], stop: Event, begun: float) -> None:
+        # With a stream DALI makes that one wait for the GPU, else the host.
+        (made,) = self._pipeline.outputs(self._stream) if self._stream else self._pipeline.outputs()
+        sources, plan = in_flight.popleft()
+        part = torch.from_dlpack(made.as_tensor()) if self._shape.resize else self._resized(made, sources.plan)
+        self._made.append(part)
+        self._made_ms += 1e3 * (time.perf_counter() - begun)
+        batch = None
+        if plan is not None:
+            images_NHWC = torch.cat(self._made) if len(self._made) > 1 else part
+            batch = Batch(images_NHWC.permute(0, 3, 1, 2), to_device(self._beton.labels[plan.ids], self._device), plan)
+            self.decode_ms.append(self._made_ms)
+        done = None
+        if self._stream is not None:
+            done = torch.cuda.Event()
+            done.record(self._stream)
+            self._being_read.append((done, sources, self._made))  # the GPU may still copy from there
+            while self._being_read[0][0].query() and len(self._being_read) > 1:
+                self._being_read.popleft()
+        if batch is not None:
+            self._made, self._made_ms = [], 0.0
+            self._put((batch, done), stop)
+
+    def _resized(self, decoded: Any, plan: BatchPlan) -> torch.Tensor:
+        """uint8 (B, S, S, 3) from the windows, or whole images, that DALI has decoded on the CPU."""
+        size, heights, widths = self._shape.img_size, self._beton.heights[plan.ids], self._beton.widths[plan.ids]
+        planned = cropped(spans(plan, heights, widths, size))
+        sides = planned[:, :, LENGTH].astype(np.int64)
+        made = [decoded[n] for n in range(len(plan.ids))]
+        shapes = np.array([image.shape() for image in made], np.int64)
+        addresses = np.array([image.data_ptr() for image in made])
+        images_NHWC = np.zeros((len(plan.ids), size, size, 3), np.uint8)
+        numba.set_num_threads(self._threads)
+        row_bytes = 3 * shapes[:, 1]
+        is_written = resize_batch(
+            addresses, shapes.prod(axis=1), row_bytes, planned, plan.kernels, plan.flips, images_NHWC
+        )
+        if (wrong := ~is_written | (shapes != np.insert(sides, 2, 3, axis=1)).any(axis=1)).any():
+            n = int(np.flatnonzero(wrong)[0])
+            found, wanted = (" x ".join(map(str, sizes[:2])) for sizes in (shapes[n], sides[n]))
+            raise DamagedSamples({int(plan.ids[n]): f"DALI decodes {found} pixels (height x width), not {wanted}"})
+        return torch.from_numpy(images_NHWC)
+
+    def _put(self, item: Any, stop: Event, *, give_up: bool = True) -> None:
+        while not stop.is_set():
+            try:
+                self._queue.put(item, timeout=_POLL_S)
+                return
+            except Full:
+                continue
+        if give_up:
+            raise _StoppedError
+
+    def _drain(self, in_flight: deque[_Part]) -> None:
+        """Take what DALI still makes out of it, so that the next epoch begins with an empty pipeline."""
+        try:
+            while in_flight:
+                self._pipeline.outputs()
+                in_flight.popleft()
+        except RuntimeError:
+            self._pipeline = None
+
+    def _explain(self, error: RuntimeError, plans: list[BatchPlan]) -> Exception:
+        """DALI does not say which sample it could not decode; Pillow does."""
+        for plan in plans:
+            if reasons := find_damage(self._beton, plan.ids):
+                return DamagedSamples(reasons)
+        return BetonError(
+            f"{self._beton.path}: DALI failed at step {plans[0].step if plans else '?'} though Pillow decodes all of "
+            f"its samples: {_last_words(error)} Use --loader ffcv."
+        )
+
+    def _sources(self, plan: BatchPlan) -> Sources:
+        beton, ids = self._beton, plan.ids
+        sizes = np.stack([beton.heights[ids], beton.widths[ids], np.full(len(ids), 3)], axis=1)
+        return Sources(
+            data=[beton.sample(sample_id) for sample_id in ids],
+            plan=plan,
+            is_raw=beton.modes[ids] == MODE_RAW,
+            stored_shapes=sizes.astype(np.int32),
+            shape=self._shape,
+        )
+
+    def ready(self) -> int:
+        """How many decoded batches wait."""
+        return self._queue.qsize()
+
+    def close(self) -> None:
+        """Give DALI's threads and memory back."""
+        self._pipeline = None
+
+
+def rows_of(plan: BatchPlan, rows: slice) -> BatchPlan:
+    """What DALI needs to know of some samples of a batch: which, and their crops."""
+    center = plan.center and CenterCrops(plan.center.resized[rows], plan.center.corners[rows])
+    arrays = (plan.ids[rows], plan.windows[rows], plan.flips[rows], plan.kernels[rows])
+    return BatchPlan(plan.epoch, plan.step, *arrays, mix=(NO_MIX,), center=center)
+
+
+def why_no_dali() -> str:
+    """The reason why DALI cannot be used, or an empty string."""
+    try:
+        import_module("nvidia.dali")
+    except ImportError as error:
+        return f"NVIDIA DALI cannot be imported ({error})"
+    return ""
+
+
+def check_dali() -> None:
+    """Raise `UserError` where DALI cannot be used."""
+    if reason := why_no_dali():
+        raise UserError(f"--loader dali: {reason}. Install it with `pip install nvidia-dali-cuda130`.")
+
+
+def _last_words(error: RuntimeError) -> str:
+    """DALI's message without its traceback."""
+    text = str(error)
+    return " ".join(text.split("encountered:")[-1].split("C++ context")[0].split())[:300]

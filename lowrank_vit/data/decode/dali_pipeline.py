@@ -1,0 +1,172 @@
+"""DALI's graph, and the arrays that go into it: the only place that speaks DALI's language."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lowrank_vit.plan.mixing import NO_MIX
+from lowrank_vit.plan.operations import BICUBIC, BILINEAR, NEAREST
+from lowrank_vit.plan.plans import BatchPlan, CenterCrops
+
+_SEED = 1  # of nothing: no operator here draws random numbers
+
+
+@dataclass(frozen=True)
+class PipelineShape:
+    """All that decides the graph."""
+
+    img_size: int
+    batch_size: int
+    """The largest; smaller batches may be fed."""
+    has_jpeg: bool
+    has_raw: bool
+    is_evaluation: bool
+    """Resize whole images and cut out the middle, instead of cutting out windows and resizing them."""
+    device_id: int | None
+    """CUDA device, or None: decode on CPU threads."""
+    resize: bool
+    """Whether DALI resizes and mirrors, too. It does so on a GPU; on the CPU `resize_cpu` takes a fifth of the time."""
+    num_threads: int
+    prefetch: int
+    hw_decoder_load: float
+
+
+@dataclass(frozen=True)
+class Sources:
+    """One batch as it goes in. DALI copies nothing, so this must live until the batch has come out."""
+
+    data: list[np.ndarray]
+    """uint8 (bytes,) each: JPEG files or raw pixels."""
+    plan: BatchPlan
+    is_raw: np.ndarray
+    """bool (B,)."""
+    stored_shapes: np.ndarray
+    """int32 (B, 3): height, width, channels."""
+    shape: PipelineShape
+
+    def feed(self, pipeline: Any) -> None:
+        """Give the batch to the pipeline's external sources."""
+        for name, values in self.arrays.items():
+            pipeline.feed_input(name, values)
+
+    @cached_property
+    def arrays(self) -> dict[str, Any]:
+        """What each external source gets; kept with the batch, for DALI reads it in place."""
+        plan, shape = self.plan, self.shape
+        arrays: dict[str, Any] = {"data": self.data}
+        if not shape.is_evaluation:
+            arrays["corner"] = np.ascontiguousarray(plan.windows[:, :2])
+            arrays["window"] = np.ascontiguousarray(plan.windows[:, 2:])
+        if shape.resize:
+            arrays["filter"] = _filters()[plan.kernels]
+            arrays["flip"] = plan.flips.astype(np.int32)
+            if shape.is_evaluation and plan.center is not None:
+                arrays["resized"], arrays["middle"] = plan.center.resized.astype(np.float32), plan.center.corners
+        if shape.has_raw:
+            arrays["stored_shape"] = self.stored_shapes
+        if shape.has_raw and shape.has_jpeg:
+            arrays["is_raw"] = self.is_raw
+        return arrays
+
+
+def define(shape: PipelineShape) -> Any:
+    """The built pipeline.
+
+    With `shape.resize` uint8 (B, img_size, img_size, 3) comes out of it, on the CUDA device or in host memory. Without,
+    decoded windows (in evaluation whole images) do, uint8 (height, width, 3) each.
+    """
+    fn, types, pipeline_def = _dali()
+
+    on_gpu = shape.device_id is not None
+    decoding: dict[str, Any] = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB}
+    # The index and the plan speak of stored pixels, so an orientation tag is not to be obeyed.
+    decoding["adjust_orientation"] = False
+    if on_gpu:
+        decoding["hw_decoder_load"] = shape.hw_decoder_load
+
+    def source(name: str, dtype: Any, ndim: int) -> Any:
+        return fn.external_source(name=name, dtype=dtype, ndim=ndim, no_copy=True)
+
+    def pixels_of_jpeg(data: Any, window: dict[str, Any]) -> Any:
+        if shape.is_evaluation:
+            return fn.decoders.image(data, **decoding)
+        return fn.decoders.image_slice(data, **window, **decoding)
+
+    def pixels_of_raw(data: Any, stored_shape: Any, window: dict[str, Any]) -> Any:
+        image = fn.reshape(data, shape=stored_shape, layout="HWC")
+        image = image.gpu() if on_gpu else image
+        return image if shape.is_evaluation else fn.slice(image, **window)
+
+    @pipeline_def(
+        enable_conditionals=True,
+        device_id=shape.device_id,
+        batch_size=shape.batch_size,
+        num_threads=shape.num_threads,
+        prefetch_queue_depth=shape.prefetch,
+        seed=_SEED,
+    )
+    def graph() -> Any:
+        data = source("data", types.UINT8, 1)
+        window: dict[str, Any] = {}
+        if not shape.is_evaluation:
+            sides = {"start": source("corner", types.INT32, 1), "shape": source("window", types.INT32, 1)}
+            window = {**sides, "axis_names": "HW"}
+        stored_shape = source("stored_shape", types.INT32, 1) if shape.has_raw else None
+        if not shape.has_raw:
+            images = pixels_of_jpeg(data, window)
+        elif not shape.has_jpeg or source("is_raw", types.BOOL, 0):
+            images = pixels_of_raw(data, stored_shape, window)
+        else:
+            images = pixels_of_jpeg(data, window)
+        return resized_and_flipped(images) if shape.resize else images
+
+    def resized_and_flipped(images: Any) -> Any:
+        size: Any = [shape.img_size] * 2
+        whole = source("resized", types.FLOAT, 1) if shape.is_evaluation else size
+        interpolation = fn.cast(source("filter", types.INT32, 0), dtype=types.INTERP_TYPE)
+        images = fn.resize(images, size=whole, interp_type=interpolation)
+        if shape.is_evaluation:
+            images = fn.slice(images, start=source("middle", types.INT32, 1), shape=size, axis_names="HW")
+        return fn.flip(images, horizontal=source("flip", types.INT32, 0))
+
+    pipeline: Any = graph()
+    pipeline.build()
+    return pipeline
+
+
+def _dali() -> tuple[Any, Any, Any]:
+    from nvidia.dali import fn, pipeline_def, types  # heavy; and not typed
+
+    return fn, types, pipeline_def
+
+
+def _filters() -> np.ndarray:
+    """int32: DALI's interpolation by ours; its linear and cubic filters are antialiased by default."""
+    _, types, _ = _dali()
+    names = {NEAREST: types.INTERP_NN, BILINEAR: types.INTERP_LINEAR, BICUBIC: types.INTERP_CUBIC}
+    return np.array([int(names[kernel]) for kernel in sorted(names)], np.int32)
+
+
+def tiny_batch(shape: PipelineShape) -> Sources:
+    """One black image of 8 x 8 pixels, to try a new pipeline with."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG")
+    data = np.zeros(8 * 8 * 3, np.uint8) if not shape.has_jpeg else np.frombuffer(file.getvalue(), np.uint8)
+    side = shape.img_size
+    plan = BatchPlan(
+        epoch=0,
+        step=0,
+        ids=np.zeros(1, np.int64),
+        windows=np.array([[0, 0, 8, 8]], np.int32),
+        flips=np.zeros(1, bool),
+        kernels=np.full(1, BILINEAR, np.int8),
+        mix=(NO_MIX,),
+        center=CenterCrops(np.array([[side, side]], np.int32), np.zeros((1, 2), np.int32)),
+    )
+    return Sources([data], plan, np.array([not shape.has_jpeg]), np.array([[8, 8, 3]], np.int32), shape)

@@ -1,0 +1,60 @@
+"""Whether a set still holds its images' own pixels: what a reader of scores must know about how it was converted."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from data_prep.formats.beton import MODE_JPEG
+from data_prep.formats.jpeg import JPEG_REASONS
+from data_prep.formats.manifest import doubt_line
+from data_prep.writing.progress import counts_in_words
+from lowrank_vit.data.sets.beton import Beton
+
+_UNCHANGED = ("passthrough", "repaired", "baseline")
+"""Reasons of JPEGs whose pixels are the file's own."""
+
+
+def remarks(beton: Beton, img_size: int, crop_pct: float) -> list[str]:
+    """A line for each way in which scores on this set differ from scores on the images that it was made from.
+
+    Nothing is said of a set without a manifest, or of pixels that were raw from the start.
+    """
+    if not beton.manifests:
+        return []
+    doubts = [f"{beton.path.name}: {line}" for line in dict.fromkeys(map(doubt_line, beton.manifests)) if line]
+    return [*doubts, *_changes(beton, img_size, crop_pct)]
+
+
+def _changes(beton: Beton, img_size: int, crop_pct: float) -> list[str]:
+    options = beton.manifests[0].options
+    if side := options.get("raw"):
+        return [f"{beton.path.name}: all images were cut to squares of {side} pixels when they were converted (--raw)"]
+    reasons = Counter[str]()
+    for manifest in beton.manifests:
+        reasons.update(manifest.reasons)
+    changed = int((beton.modes == MODE_JPEG).sum()) - sum(reasons[name] for name in _UNCHANGED)
+    if changed <= 0:
+        return []
+    how = f"at quality {options.get('quality')}"
+    if options.get("lossless"):
+        known = {name: n for name, n in reasons.items() if name in JPEG_REASONS}
+        counts = counts_in_words({**known, **({"too large": rest} if (rest := changed - sum(known.values())) else {})})
+        return [f"{beton.path.name}: {changed:,} of {beton.num_samples:,} images were encoded again, {how} ({counts})"]
+    counts = counts_in_words({name: n for name, n in reasons.items() if name not in _UNCHANGED})
+    lines = [
+        f"{beton.path.name}: {changed:,} of {beton.num_samples:,} images are not the original pixels: they were "
+        f"encoded again, {how} ({counts}). `python -m data_prep imagefolder` keeps them in validation sets (any with "
+        "--lossless), and so does giving the folder of images itself"
+    ]
+    max_side, short_side = options.get("max_side"), int(img_size / crop_pct)
+    sides = np.stack([beton.heights, beton.widths])
+    too_small = int(((sides.max(0) == max_side) & (sides.min(0) < short_side)).sum()) if reasons["resized"] else 0
+    if too_small:
+        lines.append(
+            f"{beton.path.name}: {too_small:,} of {beton.num_samples:,} images were made smaller when they were "
+            f"converted (--max-side {max_side}) and are now enlarged: --img-size {img_size} needs a short side of "
+            f"{short_side} pixels"
+        )
+    return lines

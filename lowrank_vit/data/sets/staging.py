@@ -1,0 +1,217 @@
+"""Copy sets to fast local disk, once per node, and use the copies again while they still match."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from data_prep.formats.manifest import Manifest, manifest_path, read_manifest
+from data_prep.formats.parts import file_or_parts
+from data_prep.formats.sample_table import sample_table_path
+from data_prep.writing.direct_io import sha256_of
+from lowrank_vit.common import terminal
+from lowrank_vit.common.errors import BetonError, UserError
+from lowrank_vit.common.files import sync_directory
+from lowrank_vit.common.locks import Say, one_process_in
+
+STAMP = "staged.json"
+"""Beside the files of a finished copy: what they were when they had been checked."""
+_CHUNK_BYTES = 1 << 24
+
+
+def stage(beton: Path, stage_dir: Path, say: Say = terminal.say) -> Path:
+    """`stage_all` of one set."""
+    return stage_all([beton], stage_dir, say)[0]
+
+
+def stage_all(betons: Sequence[Path], stage_dir: Path, say: Say = terminal.say) -> list[Path]:
+    """Copy each of `betons` (or its parts) and its sidecars below `stage_dir`; returns the copies, to be opened.
+
+    One process of a node copies, the others wait. Each copied file is read back and compared with the manifest's
+    SHA-256, or with that of its source where no manifest tells. A finished copy is used again as long as the source
+    has the same manifest (without one: the same size and time) and the copy's files are untouched, by size, time and
+    inode; neither is read for that.
+    Raises `UserError`: no room, not writable; `BetonError`: a source that is missing or not its manifest's.
+    """
+    sets = [_Set.of(beton, stage_dir) for beton in betons]
+    lacking = list({one.folder: one for one in sets if not one.is_copied()}.values())
+    if not lacking:
+        say(f"staged copy of {_names(sets)} in {stage_dir} is up to date")
+        return [one.copy for one in sets]
+    with one_process_in(stage_dir, say, "Give another --stage-dir, or leave it out."):
+        lacking = [one for one in lacking if not one.is_copied()]  # another process may have made them meanwhile
+        try:
+            for one in lacking:
+                one.remove_older()
+            if lacking:
+                _check_room(lacking, stage_dir)
+                _copy_sets(lacking, stage_dir, say)
+        except OSError as error:
+            raise UserError(
+                f"--stage-dir {stage_dir}: copying failed: {error.strerror or error}. Give another folder, or leave "
+                "the flag out."
+            ) from error
+    return [one.copy for one in sets]
+
+
+@dataclass(frozen=True)
+class _Set:
+    """A set to be copied."""
+
+    beton: Path
+    sha256: dict[Path, str]
+    """Of every file; empty where no manifest tells."""
+    num_bytes: int
+    folder: Path
+    """Where the copy lies when it is whole."""
+    origin: str
+    """How the names of this source's folders begin."""
+
+    @classmethod
+    def of(cls, beton: Path, stage_dir: Path) -> _Set:
+        sha256: dict[Path, str] = {}
+        state: list[object] = []
+        for part in file_or_parts(beton):
+            if not part.exists():
+                raise BetonError(f"{part} is not there, so it cannot be copied to --stage-dir.")
+            manifest = _manifest(part)
+            stat = part.stat()
+            if manifest and manifest.file_bytes != stat.st_size:
+                raise BetonError(
+                    f"{part} has {stat.st_size:,} bytes, {manifest_path(part).name} speaks of {manifest.file_bytes:,}. "
+                    "Convert it again, or copy it again with its sidecars."
+                )
+            # A manifest is the last file that a conversion writes, and it tells all bytes of the other two.
+            sha256 |= {part: manifest.sha256 if manifest else ""}
+            table_sha256 = manifest.sample_table_sha256 if manifest else ""
+            sidecars = {manifest_path(part): "", sample_table_path(part): table_sha256}
+            sha256 |= {path: told for path, told in sidecars.items() if path.exists()}
+            state.append([part.name, _sha256(manifest_path(part)) if manifest else [stat.st_size, stat.st_mtime_ns]])
+        source = str(beton.resolve())
+        origin = f"{beton.stem}-{_digest(source)}"
+        folder = stage_dir / f"{origin}-{_digest(json.dumps([source, sorted(p.name for p in sha256), state]))}"
+        return cls(beton, sha256, sum(path.stat().st_size for path in sha256), folder, origin)
+
+    @property
+    def copy(self) -> Path:
+        """To be opened in place of the source."""
+        return self.folder / self.beton.name
+
+    @property
+    def unfinished(self) -> Path:
+        """Where the copy is made."""
+        return self.folder.with_name(f".{self.folder.name}.unfinished")
+
+    def is_copied(self) -> bool:
+        """Whether the files are those that were finished and checked, by size, time and inode."""
+        try:
+            stamped = json.loads((self.folder / STAMP).read_text(encoding="utf-8"))["files"]
+            return stamped == _stamp(self.folder / path.name for path in self.sha256)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def remove_older(self) -> None:
+        """Remove copies of the same source before it changed, damaged ones, and what a killed process left."""
+        folder, origin = self.folder.parent, glob.escape(self.origin)
+        for old in (*folder.glob(f"{origin}-*"), *folder.glob(f".{origin}-*.unfinished")):
+            shutil.rmtree(old)
+
+
+def _manifest(part: Path) -> Manifest | None:
+    return read_manifest(part) if manifest_path(part).exists() else None
+
+
+def _sha256(small: Path) -> str:
+    return hashlib.sha256(small.read_bytes()).hexdigest()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _stamp(paths: Iterable[Path]) -> dict[str, list[int]]:
+    return {p.name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for p in paths for stat in [p.stat()]}
+
+
+def _check_room(sets: list[_Set], stage_dir: Path) -> None:
+    needed, free = sum(one.num_bytes for one in sets), shutil.disk_usage(stage_dir).free
+    if needed > free:
+        raise UserError(
+            f"--stage-dir {stage_dir}: {_names(sets)} and what belongs to them take {size_in_words(needed)}, but only "
+            f"{size_in_words(free)} are free there. Make room, give a folder on another disk, or leave the flag out."
+        )
+
+
+def size_in_words(num_bytes: int) -> str:
+    """1,234 kB, 12.3 MB, 155.2 GB; units of 1000."""
+    if num_bytes < 10**6:
+        return f"{num_bytes / 1e3:,.0f} kB"
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes < 10**9 else f"{num_bytes / 1e9:,.1f} GB"
+
+
+def _names(sets: list[_Set]) -> str:
+    return " and ".join(one.beton.name for one in sets)
+
+
+def _copy_sets(sets: list[_Set], stage_dir: Path, say: Say) -> None:
+    total, begun = sum(one.num_bytes for one in sets), time.monotonic()
+    say(f"copying {_names(sets)} with sidecars, {size_in_words(total)}, to {stage_dir} (once)")
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
+        task = bar.add_task("stage", total=total)
+        for one in sets:
+            _copy_set(one, lambda count: bar.advance(task, count))
+    seconds = time.monotonic() - begun
+    say(f"  copied and read back in {seconds:.1f} s ({size_in_words(int(total / max(seconds, 1e-3)))}/s)")
+
+
+def _copy_set(one: _Set, advance: Callable[[int], object]) -> None:
+    """Copy into a hidden folder, which gets its name when all is on the disk and checked."""
+    one.unfinished.mkdir()
+    try:
+        copies = [one.unfinished / path.name for path in one.sha256]
+        for (path, told), copy in zip(one.sha256.items(), copies, strict=True):
+            _copy(path, copy, told, advance)
+        with (one.unfinished / STAMP).open("w", encoding="utf-8") as file:
+            json.dump({"source": str(one.beton.resolve()), "files": _stamp(copies)}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(one.unfinished)
+        one.unfinished.rename(one.folder)
+        sync_directory(one.folder.parent)
+    except BaseException:
+        shutil.rmtree(one.unfinished, ignore_errors=True)
+        raise
+
+
+def _copy(source: Path, target: Path, told: str, advance: Callable[[int], object]) -> None:
+    digest = hashlib.sha256()
+    with source.open("rb") as reading, target.open("wb") as writing:
+        while chunk := reading.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            writing.write(chunk)
+            advance(len(chunk))
+        writing.flush()
+        os.fsync(writing.fileno())
+    if told and digest.hexdigest() != told:
+        beton = source.with_name(source.name.removesuffix(".samples"))
+        raise BetonError(
+            f"{source} does not have the checksum of its manifest. Find out why with `python -m data_prep verify "
+            f"{beton} --full`."
+        )
+    if sha256_of(target) != digest.hexdigest():
+        raise BetonError(f"{target}: what was copied reads back differently. The disk may be failing.")

@@ -1,1 +1,0 @@
-"""Model, optimizer, training step, evaluation, checkpoints and the loop that joins them."""

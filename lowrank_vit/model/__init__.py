@@ -1,0 +1,1 @@
+"""The model, its weights, its optimizer and its losses."""

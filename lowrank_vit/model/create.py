@@ -1,0 +1,182 @@
+"""Make the timm model that a configuration names, and learn from it how its images must look."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.data
+import torch
+from torch import nn
+
+from lowrank_vit.common import terminal
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.keywords import parse_keywords, square_side
+from lowrank_vit.model.pretrained import load_pretrained_file, load_published
+
+FLAG_OF = {"num_classes": "num-classes", "drop_rate": "drop", "drop_path_rate": "drop-path"}
+"""Arguments of a constructor that have a flag of their own, which data and run look at too."""
+_REFUSED = {
+    "in_chans": "images are RGB here, so it is 3",
+    **dict.fromkeys(
+        ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
+        "which weights to start from is said with --pretrained, --pretrained-path or --initial-checkpoint",
+    ),
+}
+"""Arguments of timm's `create_model` that are not for the user, and why."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How the model wants its images."""
+
+    img_size: int
+    """Side, pixels."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    """Of RGB in 0-1."""
+    crop_pct: float
+
+
+def parse_model_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """`("patch_size=2", "qkv_bias=False")` as keyword arguments; values are Python literals, else strings.
+
+    `img_size` becomes one whole number. Raises `UserError` for what has a flag of its own.
+    """
+    kwargs = parse_keywords(pairs, "--model-kwargs", "patch_size=2")
+    for name, value in kwargs.items():
+        if name in FLAG_OF:
+            raise UserError(f"--model-kwargs {name}={value}: give it as --{FLAG_OF[name]} {value}.")
+        if name in _REFUSED and (name, value) != ("in_chans", 3):
+            raise UserError(f"--model-kwargs {name}={value} is not here: {_REFUSED[name]}. Leave it out.")
+    if "img_size" in kwargs:
+        kwargs["img_size"] = square_side(str(kwargs["img_size"]))
+    return kwargs
+
+
+def check_model_name(name: str) -> None:
+    """Raise `UserError` for a name that timm does not know, with the nearest ones."""
+    if ":" in name:
+        raise UserError(
+            f"--model {name}: models are known by timm's names here. Fetch its weights as a file, and give that with "
+            "--pretrained-path FILE beside the --model that it is of."
+        )
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+        hint = f" Did you mean {', '.join(near)}?" if near else ""
+        raise UserError(f"--model {name} is not a timm model.{hint}")
+
+
+def create_model(
+    name: str,
+    num_classes: int,
+    *,
+    img_size: int | None = None,
+    drop: float = 0.0,
+    drop_path: float | None = None,
+    model_kwargs: tuple[str, ...] = (),
+    pretrained: bool = False,
+    pretrained_path: Path | None = None,
+    grad_checkpointing: bool = False,
+    say: Callable[[str], object] = terminal.say,
+) -> nn.Module:
+    """A timm model in channels_last on the CPU, freshly initialised (from torch's generator) or pretrained.
+
+    `pretrained`: with the weights that timm publishes; `pretrained_path`: with those of a file, of any format that timm
+    reads. timm interpolates their position embedding to `img_size`; the classifier is a new one where the number of
+    classes differs, which is said. Raises `UserError` for an unknown name, arguments that the constructor does not
+    take, and weights that cannot be had or do not fit.
+
+    `grad_checkpointing` computes each block's activations anew in the backward pass, compiled or not; gradients stay
+    the same. An `img_size` that the constructor does not take (of a convolutional network) is left to the data.
+    """
+    check_model_name(name)
+    kwargs: dict[str, Any] = {"num_classes": num_classes, "drop_rate": drop, "drop_path_rate": drop_path}
+    kwargs |= parse_model_kwargs(model_kwargs)
+    if img_size is not None:
+        if kwargs.get("img_size", img_size) != img_size:
+            raise UserError(
+                f"--img-size {img_size} and --model-kwargs img_size={kwargs['img_size']} differ. Give one of them."
+            )
+        kwargs["img_size"] = img_size
+    if pretrained_path is not None:
+        model = load_pretrained_file(partial(_build, name, kwargs), name, pretrained_path, num_classes, say)
+    elif pretrained:
+        model = load_published(partial(_build, name, kwargs), name, num_classes, say)
+    else:
+        model = _build(name, kwargs)
+    if grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AttributeError, AssertionError) as error:
+            raise UserError(f"--grad-checkpointing: --model {name} cannot do that. Leave it out.") from error
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _build(name: str, kwargs: dict[str, Any], **pretrained: Any) -> nn.Module:
+    """Call timm's `create_model`. Raises `UserError` for arguments; errors of loading weights are the caller's."""
+    try:
+        return timm.create_model(name, **kwargs, **pretrained)
+    except TypeError as error:
+        if "img_size" in kwargs and "img_size" in str(error):  # convolutional models take images of any size
+            return _build(name, {key: value for key, value in kwargs.items() if key != "img_size"}, **pretrained)
+        raise _cannot_be_built(name, kwargs, error) from error
+    except Exception as error:  # a constructor given nonsense fails in many ways
+        if pretrained:
+            raise
+        raise _cannot_be_built(name, kwargs, error) from error
+
+
+def _cannot_be_built(name: str, kwargs: dict[str, Any], error: Exception) -> UserError:
+    given = f"--model {name} with {', '.join(f'{k}={v}' for k, v in kwargs.items() if v not in (None, 0.0))}"
+    return UserError(
+        f"{given} cannot be built: {str(error) or type(error).__name__}. Check --model-kwargs and --img-size."
+    )
+
+
+def input_spec(
+    model: nn.Module,
+    img_size: int | None,
+    crop_pct: float | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> InputSpec:
+    """The model's own size, mean, std and crop share (timm's data configuration), with the user's over them.
+
+    One number for `mean` or `std` is that of all three channels.
+    """
+    own = timm.data.resolve_data_config({}, model=model)
+    return InputSpec(
+        img_size=img_size or own["input_size"][-1],
+        mean=_rgb(mean or own["mean"]),
+        std=_rgb(std or own["std"]),
+        crop_pct=crop_pct or own["crop_pct"],
+    )
+
+
+def _rgb(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = values if len(values) == 3 else (values[0],) * 3
+    return red, green, blue
+
+
+def set_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
+    """Timm's --head-init-scale and --head-init-bias, in place. Raises `UserError` for a model without such a head."""
+    if scale is None and bias is None:
+        return
+    head = model.get_classifier()  # type: ignore[operator]
+    if not isinstance(getattr(head, "weight", None), nn.Parameter):
+        raise UserError("--head-init-scale and --head-init-bias need a model with one classifier. Leave them out.")
+    with torch.no_grad():
+        if scale is not None:
+            head.weight.mul_(scale)
+            if head.bias is not None:
+                head.bias.mul_(scale)
+        if bias is not None:
+            if head.bias is None:
+                raise UserError("--head-init-bias needs a classifier with a bias, which this model's has not.")
+            head.bias.fill_(bias)

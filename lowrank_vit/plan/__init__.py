@@ -1,0 +1,1 @@
+"""Everything random about the data, drawn ahead of time."""

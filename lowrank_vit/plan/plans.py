@@ -1,0 +1,357 @@
+"""The plan: every random choice about the data, as a pure function of (seed, epoch, sample id or step).
+
+Order, crop windows, flips, image operations, erased boxes and mixing come from Philox4x32-10 with the seed as key and
+the counter `(draw, sample id or step, epoch, stream)`. The plan knows each image's size from the index, so that nothing
+has to be decoded first; decoders, ranks, worker counts and restarts cannot change what it says. Nothing else in the
+project draws a random number about the data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from numba import njit
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.plan.erase import Erase, draw_erase_boxes
+from lowrank_vit.plan.mixing import NO_MIX, Mix, MixRules, deal, draw_mix
+from lowrank_vit.plan.operations import BICUBIC, BILINEAR, ImageOps, Policy, draw_jitter, draw_ops, join_ops
+from lowrank_vit.plan.philox import philox, to_below, to_unit
+
+CROP_ATTEMPTS = 10
+"""As torchvision's and timm's RandomResizedCrop."""
+
+
+class Stream(IntEnum):
+    """The last counter word, so that no two uses share a draw. Values are part of the reproducible stream."""
+
+    ORDER = 0
+    CROP = 1
+    FLIP = 2
+    MIX = 3
+    VFLIP = 4
+    OPS = 5
+    JITTER = 6
+    ERASE = 7
+    MIX_SAMPLE = 8
+    KERNEL = 9
+
+
+# Numbers for compiled code, which does not know enumerations.
+_ORDER, _CROP = int(Stream.ORDER), int(Stream.CROP)
+
+
+@dataclass(frozen=True)
+class CenterCrops:
+    """Evaluation crops of B images, as timm makes them: resize the whole image, then cut out the middle."""
+
+    resized: np.ndarray
+    """int32 (B, 2): height and width to which the whole image is resized, pixels."""
+    corners: np.ndarray
+    """int32 (B, 2): top and left of the square cut out of that."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What one rank's batch of B samples consists of."""
+
+    epoch: int
+    step: int
+    ids: np.ndarray
+    """int64 (B,), sample numbers in the `.beton`."""
+    windows: np.ndarray
+    """int32 (B, 4): top, left, height, width of the crop, in pixels of the stored image (rounded where `center` is)."""
+    flips: np.ndarray
+    """bool (B,): mirror left and right after resizing."""
+    kernels: np.ndarray
+    """int8 (B,): NEAREST, BILINEAR or BICUBIC resizing, where the decoder has the choice."""
+    mix: tuple[Mix, ...]
+    """One for the whole batch, or one for each sample, of which a block's are one object."""
+    vflips: np.ndarray | None = None
+    """bool (B,): turn upside down; None: nothing to turn."""
+    ops: ImageOps | None = None
+    """Operations on uint8 pixels, after the flips; None: nothing to do."""
+    erase: Erase | None = None
+    """Rectangles to erase after normalising; None: nothing to erase."""
+    center: CenterCrops | None = None
+    """Evaluation: what `windows` says to the fraction of a pixel; None: stretch `windows` to the size."""
+
+
+@dataclass(frozen=True)
+class TrainRules:
+    """Ranges of the random choices; names and meanings are timm's flags."""
+
+    is_cropped: bool = True
+    """By `scale` and `ratio`; else whole images are stretched to a square."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    policy: Policy | None = None
+    color_jitter: tuple[float, ...] | None = None
+    """Strength of brightness, contrast and saturation."""
+    kernel: int | None = None
+    """Of the crop and of geometric operations, NEAREST, BILINEAR or BICUBIC; None: one of the last two for each."""
+    reprob: float = 0.0
+    recount: int = 1
+    mixing: MixRules = field(default_factory=MixRules)
+    mixup_off_epoch: int = 0
+
+
+class TrainPlan:
+    """The shuffled, cropped, flipped and mixed training stream; whole global batches only (the tail is dropped).
+
+    A global batch is dealt out to S slots, one for each of `accum_steps` batches of each rank, so that two samples that
+    mirror each other in their mixing block lie in one slot and mirror each other there (`deal`). Mixing a batch with
+    its own reverse then pairs the same samples whatever the ranks and the accumulation, if the batch size is even.
+    """
+
+    def __init__(
+        self,
+        heights: np.ndarray,
+        widths: np.ndarray,
+        rules: TrainRules,
+        *,
+        seed: int,
+        img_size: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accum_steps: int = 1,
+    ) -> None:
+        """`heights`, `widths`: int (N,), pixels; `batch_size`: samples a step of this rank; raises `UserError`.
+
+        `accum_steps`: steps to an update.
+        """
+        self.heights, self.widths = heights.astype(np.int64), widths.astype(np.int64)
+        self.num_samples = len(heights)
+        self.rules, self.img_size = rules, img_size
+        self.batch_size, self.rank, self.world_size, self.accum_steps = batch_size, rank, world_size, accum_steps
+        self.seed, self._key = seed, np.uint64(seed)
+        self.global_batch = global_batch = batch_size * world_size * accum_steps
+        if global_batch > self.num_samples:
+            most = self.num_samples // (world_size * accum_steps)
+            advice = (
+                f"--batch-size {most} or less" if most else f"fewer --grad-accum-steps than {accum_steps}, or ranks"
+            )
+            raise UserError(
+                f"The global batch of {global_batch} is larger than the training set of {self.num_samples} samples, "
+                f"which leaves no whole batch. Use {advice}."
+            )
+        if self.num_samples >= 2**32:
+            raise UserError(f"{self.num_samples} samples are more than the plan can number (2**32 - 1).")
+        self._dealing = dealing = deal(global_batch, batch_size, rules.mixing.block if rules.mixing.is_on else 0)
+        blocks, is_alone = dealing.blocks[rank::world_size], dealing.is_alone[rank::world_size]
+        has_one_draw = not is_alone.any() and bool((blocks == blocks[:, :1]).all())
+        self._mixes_batches = rules.mixing.mode == "batch" and has_one_draw
+        self.updates_per_epoch = self.num_samples // global_batch
+        self.steps_per_epoch = self.updates_per_epoch * accum_steps
+
+    def order(self, epoch: int) -> np.ndarray:
+        """int64 (N,): the permutation of all sample ids for this epoch, the same on every rank.
+
+        Samples are sorted by a random 64-bit number each: uniform up to ties, less likely than N**2 / 2**65.
+        """
+        return np.argsort(_order_keys(self._key, self.num_samples, epoch), kind="stable")
+
+    def ids(self, epoch: int) -> np.ndarray:
+        """int64 (steps, batch_size): this rank's share of the epoch's order, `accum_steps` rows to an update."""
+        updates = self.updates_per_epoch
+        order_UG = self.order(epoch)[: updates * self.global_batch].reshape(updates, self.global_batch)
+        own_AB = self._dealing.positions[self.rank :: self.world_size]
+        return np.ascontiguousarray(order_UG[:, own_AB]).reshape(self.steps_per_epoch, self.batch_size)
+
+    def windows(self, epoch: int, ids: np.ndarray) -> np.ndarray:
+        """int32 (B, 4), top, left, height, width: RandomResizedCrop of torchvision and timm for each id."""
+        if not self.rules.is_cropped:
+            corner = np.zeros(len(ids), np.int64)
+            return np.stack([corner, corner, self.heights[ids], self.widths[ids]], axis=1).astype(np.int32)
+        (scale_min, scale_max), (ratio_min, ratio_max) = self.rules.scale, self.rules.ratio
+        return _crop_windows(
+            self._key, epoch, ids, self.heights[ids], self.widths[ids], scale_min, scale_max, ratio_min, ratio_max
+        )
+
+    def flips(self, epoch: int, ids: np.ndarray) -> np.ndarray:
+        """Bool (B,): whether each sample is mirrored in this epoch."""
+        return _flips(self._key, epoch, ids, self.rules.hflip, Stream.FLIP)
+
+    def kernels(self, epoch: int, ids: np.ndarray) -> np.ndarray:
+        """int8 (B,): the interpolation with which each crop is resized."""
+        if self.rules.kernel is not None:
+            return np.full(len(ids), self.rules.kernel, np.int8)
+        return np.where(_flips(self._key, epoch, ids, 0.5, Stream.KERNEL), BILINEAR, BICUBIC).astype(np.int8)
+
+    def mix(self, epoch: int, step: int, ids: np.ndarray) -> tuple[Mix, ...]:
+        """Mixup or cutmix in timm's `batch` mode (a draw for each block of the global batch), `pair` or `elem` mode.
+
+        A sample's partner is its mirror image in its block; in `pair` mode both share one draw. One of them for the
+        whole batch where in `batch` mode each batch of this rank lies in one block, else one a sample: in every step.
+        """
+        rules, key, dealing = self.rules.mixing, self._key, self._dealing
+        slot = step % self.accum_steps * self.world_size + self.rank
+        is_off = self.rules.mixup_off_epoch and epoch >= self.rules.mixup_off_epoch
+        if is_off or not rules.is_on:
+            return (NO_MIX,) * (1 if self._mixes_batches else len(ids))
+        if rules.mode == "batch":
+            first, blocks = step // self.accum_steps * dealing.num_blocks, dealing.blocks[slot].tolist()
+            draws = {b: draw_mix(rules, self.img_size, key, epoch, first + b, Stream.MIX) for b in set(blocks)}
+            if self._mixes_batches:
+                return (draws[blocks[0]],)
+            mixes = tuple(draws[b] for b in blocks)
+        else:
+            drawn = ids if rules.mode == "elem" else ids[: len(ids) // 2]
+            mixes = tuple(draw_mix(rules, self.img_size, key, epoch, int(i), Stream.MIX_SAMPLE) for i in drawn)
+            if rules.mode == "pair":
+                mixes += (NO_MIX,) * (len(ids) % 2) + mixes[::-1]
+        if not dealing.is_alone[slot].any():
+            return mixes
+        return tuple(NO_MIX if alone else mix for alone, mix in zip(dealing.is_alone[slot], mixes, strict=True))
+
+    def ops(self, epoch: int, ids: np.ndarray) -> ImageOps | None:
+        """The operations of the policy, then colour jitter, for each id."""
+        rules, parts = self.rules, []
+        if rules.policy is not None:
+            parts.append(draw_ops(rules.policy, rules.kernel, self.img_size, self._key, epoch, ids, Stream.OPS))
+        if rules.color_jitter is not None:
+            parts.append(draw_jitter(rules.color_jitter, self._key, epoch, ids, Stream.JITTER))
+        return join_ops(parts)
+
+    def erase(self, epoch: int, ids: np.ndarray) -> Erase | None:
+        """Random erasing's boxes for each id."""
+        rules, size = self.rules, self.img_size
+        if rules.reprob == 0:
+            return None
+        return Erase(*draw_erase_boxes(self._key, epoch, ids, Stream.ERASE, rules.reprob, rules.recount, size, size))
+
+    def batch(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan:
+        """The batch whose ids are row `step` of `ids(epoch)`."""
+        return BatchPlan(
+            epoch,
+            step,
+            ids,
+            self.windows(epoch, ids),
+            self.flips(epoch, ids),
+            self.kernels(epoch, ids),
+            self.mix(epoch, step, ids),
+            _flips(self._key, epoch, ids, self.rules.vflip, Stream.VFLIP) if self.rules.vflip > 0 else None,
+            self.ops(epoch, ids),
+            self.erase(epoch, ids),
+        )
+
+
+class EvalPlan:
+    """Every sample exactly once, in file order, centre-cropped; the last batch may be short."""
+
+    def __init__(
+        self,
+        heights: np.ndarray,
+        widths: np.ndarray,
+        *,
+        img_size: int,
+        crop_pct: float,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        kernel: int = BICUBIC,
+    ) -> None:
+        """`kernel`: how images are resized, NEAREST, BILINEAR or BICUBIC."""
+        self._kernel = kernel
+        self.resized, self.corners = center_crops(heights, widths, img_size, crop_pct)
+        self._windows = center_windows(heights, widths, self.resized, self.corners, img_size)
+        self.num_samples, self.batch_size, self.img_size = len(heights), batch_size, img_size
+        own = np.array_split(np.arange(len(heights)), world_size)[rank]
+        self._batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
+        self.steps_per_epoch = len(self._batches)
+
+    def ids(self, epoch: int) -> list[np.ndarray]:
+        """This rank's batches of ids, int64 (B,) each; the same in every epoch."""
+        return self._batches
+
+    def batch(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan:
+        """The centre crops of `ids`, unmirrored and unmixed."""
+        flips, kernels = np.zeros(len(ids), bool), np.full(len(ids), self._kernel, np.int8)
+        center = CenterCrops(self.resized[ids], self.corners[ids])
+        return BatchPlan(epoch, step, ids, self._windows[ids], flips, kernels, (NO_MIX,), center=center)
+
+
+def center_crops(
+    heights: np.ndarray, widths: np.ndarray, img_size: int, crop_pct: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """int32 (N, 2) each, (height, width) and (top, left): timm's evaluation resize and centre crop.
+
+    The short side becomes floor(img_size / crop_pct), the long one is truncated (torchvision `Resize`), and the corner
+    is rounded half to even (torchvision `CenterCrop`).
+    """
+    sides = np.stack([heights, widths], axis=1).astype(np.int64)
+    short = sides.min(1, keepdims=True)
+    resized = math.floor(img_size / crop_pct) * sides // short
+    return resized.astype(np.int32), np.rint((resized - img_size) / 2).astype(np.int32)
+
+
+def center_windows(
+    heights: np.ndarray, widths: np.ndarray, resized: np.ndarray, corners: np.ndarray, img_size: int
+) -> np.ndarray:
+    """int32 (N, 4): the stored pixels that `center_crops` keeps, top, left, height, width, rounded to whole ones."""
+    sides = np.stack([heights, widths], axis=1).astype(np.float64)
+    scale = sides / resized
+    low = np.rint(corners * scale)
+    size = np.maximum(1, np.minimum(np.rint(img_size * scale), sides - low))
+    return np.concatenate([low, size], axis=1).astype(np.int32)
+
+
+@njit(cache=True)
+def _order_keys(key: np.uint64, num_samples: int, epoch: int) -> np.ndarray:
+    keys = np.empty(num_samples, np.uint64)
+    for i in range(num_samples):
+        w0, w1, _, _ = philox(key, 0, i, epoch, _ORDER)
+        keys[i] = (w0 << np.uint64(32)) | w1
+    return keys
+
+
+@njit(cache=True)
+def _flips(key: np.uint64, epoch: int, ids: np.ndarray, probability: float, stream: int) -> np.ndarray:
+    flips = np.empty(len(ids), np.bool_)
+    for n in range(len(ids)):
+        flips[n] = to_unit(philox(key, 0, ids[n], epoch, stream)[0]) < probability
+    return flips
+
+
+@njit(cache=True)
+def _crop_windows(
+    key: np.uint64,
+    epoch: int,
+    ids: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    scale_min: float,
+    scale_max: float,
+    ratio_min: float,
+    ratio_max: float,
+) -> np.ndarray:
+    """Torchvision's RandomResizedCrop.get_params: ten attempts, one Philox block each, then a centre crop."""
+    log_min, log_max = math.log(ratio_min), math.log(ratio_max)
+    windows = np.empty((len(ids), 4), np.int32)
+    for n in range(len(ids)):
+        height, width = heights[n], widths[n]
+        top, left, h, w = 0, 0, 0, 0
+        for attempt in range(CROP_ATTEMPTS):
+            w0, w1, w2, w3 = philox(key, attempt, ids[n], epoch, _CROP)
+            area = height * width * (scale_min + (scale_max - scale_min) * to_unit(w0))
+            aspect = math.exp(log_min + (log_max - log_min) * to_unit(w1))
+            w = int(round(math.sqrt(area * aspect)))
+            h = int(round(math.sqrt(area / aspect)))
+            if 0 < w <= width and 0 < h <= height:
+                top, left = to_below(w2, height - h + 1), to_below(w3, width - w + 1)
+                break
+        else:
+            h, w = height, width
+            if width / height < ratio_min:
+                h = min(height, int(round(width / ratio_min)))
+            elif width / height > ratio_max:
+                w = min(width, int(round(height * ratio_max)))
+            top, left = (height - h) // 2, (width - w) // 2
+        windows[n, 0], windows[n, 1], windows[n, 2], windows[n, 3] = top, left, h, w
+    return windows

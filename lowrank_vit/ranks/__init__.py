@@ -1,0 +1,1 @@
+"""The processes of a run: joining, sums, ending together."""

@@ -1,0 +1,217 @@
+"""Checkpoints written by a thread of its own, so that training does not wait for the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.model.checkpoint import IS_FINITE, write_checkpoint
+from lowrank_vit.run.directory import LAST
+
+BEST = "model_best.pth.tar"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A file that a checkpoint needs beside it, in a folder of the run directory; older ones of its kind then go."""
+
+    folder: str
+    name: str
+    """KIND_NUMBER.SUFFIX; a file of that name has this content already."""
+    content: dict[str, Any]
+    """Tensors in it never change, so they are not copied."""
+
+
+@dataclass
+class _Job:
+    content: dict[str, Any]
+    """Emptied when the device's copies are fetched, so that their memory is free while the disk is at work."""
+    ready: torch.cuda.Event | None
+    """The copies on the device are complete once this has passed; None without CUDA."""
+    names: list[str]
+    """Those that are still to be written."""
+    obsolete: tuple[str, ...]
+    beside: Beside | None
+
+
+class Diverged(UserError):
+    """A state that is not finite: nothing that may take the place of one that was."""
+
+
+class Saver:
+    """Copies a run's state at once and writes it behind the run's back, one file at a time, each whole or not at all.
+
+    What cannot be written (a full disk) leaves the older file as it is, is said once until it can be again, and does
+    not stop the run; only if the last one fails does `close` raise `UserError`. A state that is not finite is refused:
+    the older files are what such a run is worth. On CUDA the copy stays on the device until the thread fetches it, so
+    it takes as much memory there as the state itself, for a short time.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, say: Callable[[str], object]) -> None:
+        self._folder, self._device, self._say = folder, device, say
+        self._jobs: queue.Queue[_Job | None] = queue.Queue()
+        self._failure: UserError | None = None
+        self._lost: list[str] = []
+        self._has_missed = False
+        # A daemon, so that a crash elsewhere never waits for the disk.
+        self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is still being written."""
+        return self._jobs.unfinished_tasks > 0
+
+    def save(
+        self,
+        content: dict[str, Any],
+        names: tuple[str, ...] = (LAST,),
+        obsolete: tuple[str, ...] = (),
+        beside: Beside | None = None,
+    ) -> None:
+        """Copy `content` and write it under `names`, in that order, behind `beside`; then delete the `obsolete` files.
+
+        Waits only where an older one is still being written, lest copies pile up.
+        """
+        self._jobs.join()
+        copy = _copied(content)
+        ready = None
+        if self._device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self._device))
+        self._jobs.put(_Job(copy, ready, list(names), obsolete, beside))
+
+    def settle(self) -> list[str]:
+        """Wait until nothing is being written; the names that could not be written since the last call."""
+        self._jobs.join()
+        lost, self._lost = self._lost, []
+        return lost
+
+    def close(self) -> None:
+        """Wait until all is written. Raises `UserError` if the newest checkpoint could not be. Idempotent."""
+        if self._thread.is_alive():
+            self._jobs.put(None)
+            self._thread.join()
+        if self._failure:
+            raise self._failure
+
+    def _work(self) -> None:
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        while (job := self._jobs.get()) is not None:
+            try:
+                self._write(job, stream)
+                self._failure = None
+            except UserError as error:
+                self._note(error, job)
+            except Exception as error:  # whatever it is, it must reach the user
+                self._note(UserError(f"A checkpoint could not be written: {type(error).__name__}: {error}"), job)
+            finally:
+                job = None  # else its memory is held until the next one comes
+                self._jobs.task_done()
+        self._jobs.task_done()
+
+    def _note(self, error: UserError, job: _Job) -> None:
+        if type(error) is not type(self._failure):
+            goes_on = "" if isinstance(error, Diverged) else " Training goes on."
+            self._say(f"warning: {error}{goes_on}")
+        self._failure = error
+        self._lost += job.names
+
+    def _write(self, job: _Job, stream: torch.cuda.Stream | None) -> None:
+        content, job.content = job.content, {}
+        if stream is not None and job.ready is not None:
+            with torch.cuda.stream(stream):
+                stream.wait_event(job.ready)
+                content = _mapped(content, lambda tensor: tensor.cpu())
+        if not content.get(IS_FINITE, True):
+            last = self._folder / LAST
+            raise Diverged(
+                "The run has diverged: its loss or its weights are not finite. That state is not saved; "
+                f"{last} {'is the one before' if last.exists() else 'does not exist yet'}. "
+                "Try a smaller --lr, a longer --warmup-epochs or --clip-grad 1."
+            )
+        first = self._folder / job.names[0]
+        if job.beside:
+            self._write_beside(job.beside, stream)
+        write_checkpoint(first, content)
+        job.names.pop(0)
+        while job.names:
+            _link(first, self._folder / job.names[0])
+            job.names.pop(0)
+        for name in job.obsolete:
+            with contextlib.suppress(OSError):
+                (self._folder / name).unlink()
+        if job.beside:
+            path = self._folder / job.beside.folder / job.beside.name
+            kind = re.compile(rf"{re.escape(path.name.rpartition('_')[0])}_[0-9]{{8,}}{re.escape(path.suffix)}")
+            with contextlib.suppress(OSError):
+                for older in [one for one in path.parent.iterdir() if kind.fullmatch(one.name) and one != path]:
+                    with contextlib.suppress(OSError):
+                        older.unlink()
+
+    def _write_beside(self, beside: Beside, stream: torch.cuda.Stream | None) -> None:
+        """What cannot be written is missed only after an interruption: not a reason to do without the checkpoint."""
+        path = self._folder / beside.folder / beside.name
+        try:
+            if path.exists():
+                return
+            content = beside.content
+            if stream is not None:
+                with torch.cuda.stream(stream):  # which has waited for all that was enqueued before the checkpoint
+                    content = _mapped(content, lambda tensor: tensor.cpu())
+            write_checkpoint(path, content)
+        except Exception as error:  # whatever it is: the checkpoint matters more
+            if not self._has_missed:
+                cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+                reason = str(getattr(cause, "strerror", None) or cause)
+                if isinstance(cause, FileExistsError | NotADirectoryError):
+                    reason = f"{path.parent} is a file: move it away"
+                self._say(
+                    f"warning: what the spectral monitor needs after an interruption could not be kept in "
+                    f"{path.parent} ({reason}); checkpoints are not affected"
+                )
+            self._has_missed = True
+
+
+def _link(there: Path, path: Path) -> None:
+    """A second name for a file, atomically; a copy where the file system has no links. Raises `UserError`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            os.link(there, temporary)
+        except OSError:
+            shutil.copyfile(there, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"Checkpoint {path} cannot be written: {reason}. The older one is kept.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _copied(value: Any) -> Any:
+    """The same with every tensor copied where it is: training goes on changing the originals."""
+    return _mapped(value, lambda tensor: tensor.detach().clone())
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(one, change) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_mapped(one, change) for one in value]
+    return value

@@ -1,0 +1,265 @@
+"""The run directory: made once, owned by one process at a time, and able to tell how it came about."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from lowrank_vit import __version__
+from lowrank_vit.common import terminal
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.spectral.store import SpectraStore
+
+PACKAGES = (
+    *("torch", "torchvision", "timm", "ffcv", "nvidia-dali-cuda130", "spdl", "numba", "numpy", "pillow", "wandb"),
+    *("scikit-image", "scikit-learn"),
+)
+"""Whose versions are noted where they are installed: what computes, decodes, and carries the benches' photographs."""
+
+
+LAST = "last.pth.tar"
+_LATEST = "latest"
+"""The link to the newest run, beside it."""
+_EPOCHS_UNSAVED = 2
+"""Whose scores may be there while the first checkpoint is being written: the next one waits for that."""
+_BEFORE_A_CHECKPOINT = {
+    *(".lock", ".launch", "args.yaml", "environment.json", "metrics.jsonl", "summary.csv", "spectra", "wandb"),
+    *("report", "report.html"),
+}
+"""What a run may have left when it has not yet saved anything."""
+
+
+class RunDir:
+    """A directory under `--output`, locked while its process lives."""
+
+    def __init__(self, path: Path, lock: IO[str] | None) -> None:
+        """`lock` None: the directory of another process, which this one only knows."""
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def create(cls, output: Path, experiment: str, default_name: str) -> RunDir:
+        """Make `output/experiment`, or a new timed name. Raises `UserError` if that directory already holds a run.
+
+        So for the name of the link to the newest run.
+
+        What an attempt that ended before its first checkpoint has left there is removed, and a line says so.
+        """
+        if experiment:
+            path = output / experiment
+            _refuse_name_of_link(path)
+        else:
+            path = _unused(output / f"{default_name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"The output directory {path} cannot be made: {error.strerror}. Choose --output."
+            ) from error
+        run_dir = cls(path, _lock(path))
+        try:
+            is_used = _holds_an_attempt(path)  # looked at under the lock, lest another process begins meanwhile
+        except UserError:
+            run_dir.close()
+            raise
+        if is_used:
+            terminal.say(f"note: {path} holds an attempt that ended before its first checkpoint; it begins anew")
+            run_dir.forget()
+        run_dir._link_latest()
+        return run_dir
+
+    @staticmethod
+    def require_free(output: Path, experiment: str) -> None:
+        """Raise `UserError` where `create` would, as far as that is known now. Without a name a free one is found."""
+        path = output / experiment
+        if experiment:
+            _refuse_name_of_link(path)
+        if experiment and path.exists():
+            _holds_an_attempt(path)
+            if (path / ".lock").exists():
+                _lock(path).close()
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"The output directory {path} cannot be made: {existing} is not writable. Choose --output.")
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunDir:
+        """Own an existing run directory, to continue it. Raises `UserError` while another process does."""
+        run_dir = cls(path, _lock(path))
+        run_dir._remove_unfinished()
+        return run_dir
+
+    def _link_latest(self) -> None:
+        latest = self.path.parent / _LATEST
+        with contextlib.suppress(OSError):  # a convenience only: some file systems have no links
+            if latest.is_symlink():
+                latest.unlink()
+            latest.symlink_to(self.path.name, target_is_directory=True)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file atomically."""
+        temporary = self.path / f".{name}.part"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path / name)
+
+    def forget(self) -> None:
+        """Remove the records of an attempt that was ended before its first checkpoint, and what was made of them.
+
+        Folders may be links, and hold other files, too, which stay.
+        """
+        for name in ("metrics.jsonl", "summary.csv", "report.html"):
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            SpectraStore(self.path / "spectra", 0).forget()
+        for picture in (self.path / "report").glob("*.png"):
+            picture.unlink(missing_ok=True)
+        for folder in (self.path / "wandb").glob("offline-run-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        for unfinished in self.path.glob(".*.part"):  # of a process that was killed while it wrote
+            unfinished.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let others use the directory."""
+        if self._lock is not None:
+            self._lock.close()
+
+
+def _holds_an_attempt(path: Path) -> bool:
+    """Whether a run directory holds what a run leaves before its first checkpoint.
+
+    Raises `UserError` where it holds a checkpoint, the scores of an epoch, or files that are no run's.
+    """
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    if checkpoints := sorted(name for name in names if name.endswith(".pth.tar")):
+        resume = LAST if LAST in checkpoints else checkpoints[-1]
+        raise UserError(
+            f"The output directory {path} is in use: it holds a run. Choose another --experiment, continue it with "
+            f"--resume {path / resume}, or remove it."
+        )
+    foreign = sorted(name for name in names - _BEFORE_A_CHECKPOINT if not name.endswith(".part"))
+    if foreign:
+        raise UserError(
+            f"The output directory {path} is in use: {foreign[0]} is no file of a run. Choose another --experiment, or "
+            "remove it."
+        )
+    if records := _records_of_scores(path):
+        raise UserError(
+            f"The output directory {path} is in use: it holds no checkpoint any more, but {records} has the scores of "
+            "a run. Choose another --experiment, or remove that directory."
+        )
+    return bool(names - {".lock"})
+
+
+def _records_of_scores(path: Path) -> str:
+    """The file that holds the scores of a validated epoch, or may, since it cannot be read; else empty.
+
+    Those of the first epochs do not count where a kill has cut short the first checkpoint, which is written after them.
+    """
+    is_cut_short = any(any(folder.glob(".*.pth*.part")) for folder in (path, path / "spectra"))
+    for name, num_more, mark in (("summary.csv", 1, b","), ("metrics.jsonl", 0, b'"kind": "eval"')):
+        try:
+            with (path / name).open("rb") as file:
+                if sum(mark in line for line in file) > num_more + (_EPOCHS_UNSAVED if is_cut_short else 0):
+                    return name
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return name
+    return ""
+
+
+def _refuse_name_of_link(path: Path) -> None:
+    if path.name == _LATEST:
+        raise UserError(
+            f"--experiment {_LATEST}: that is the name of the link to the newest run. Choose another, or leave "
+            "--experiment out for a name of the time."
+        )
+
+
+def _unused(path: Path) -> Path:
+    candidate, n = path, 1
+    while candidate.exists():
+        n += 1
+        candidate = path.with_name(f"{path.name}-{n}")
+    return candidate
+
+
+def _lock(path: Path) -> IO[str]:
+    try:
+        file = (path / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"The run directory {path} cannot be written: {error.strerror}. Choose another.") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"The run directory {path} is in use by another process. Wait for it, stop it, or choose another "
+            "--experiment."
+        ) from None
+    return file
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure needs beside it: device, driver, versions, commit, command. The command stands as it was typed."""
+    result: dict[str, Any] = {
+        "lowrank_vit": __version__,
+        "commit": _commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "cpu": _cpu_name(),
+        "device": str(device),
+    }
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            result[package] = metadata.version(package)
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        result["gpu"] = properties.name
+        result["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        result["cuda"] = torch.version.cuda
+        result["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+    return result
+
+
+def environment_json(device: torch.device) -> str:
+    """`environment` as indented JSON."""
+    return json.dumps(environment(device), indent=2) + "\n"
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _commit() -> str:
+    root = str(Path(__file__).resolve().parents[2])
+    commit = _output("git", "-C", root, "rev-parse", "--short=12", "HEAD")
+    return commit + "+changes" if commit and _output("git", "-C", root, "status", "--porcelain") else commit
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

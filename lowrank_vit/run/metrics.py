@@ -1,0 +1,141 @@
+"""Where a run's numbers go: metrics.jsonl (everything), summary.csv (a row an epoch) and, if asked for, W&B."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, cast
+
+from lowrank_vit.common import terminal
+from lowrank_vit.run.wandb_log import WandbLog
+
+_AXES = {"spec": "spec_update"}
+"""W&B's name of the update number, by kind; `update` for the others."""
+
+
+_ALSO = {"eval": ("epoch",)}
+"""What a record has beside its update, by kind."""
+
+
+class RunLog:
+    """Appends to the files of one run directory. Use as a context manager.
+
+    What cannot be written (a full disk) is said once, and training goes on.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        wandb: WandbLog | None = None,
+        start_epoch: int = 0,
+        start_update: int = 0,
+        say: Callable[[str], object] = terminal.say,
+    ) -> None:
+        """A run that goes on: rows of `start_epoch` and later, and records of later updates, are dropped."""
+        self._summary, self._wandb, self._say, self._has_failed = run_dir / "summary.csv", wandb, say, False
+        self._rows = _rows_before(self._summary, start_epoch) if start_epoch else []
+        path = run_dir / "metrics.jsonl"
+        if path.exists():
+            _drop_after(path, start_update, start_epoch)
+        self._jsonl: IO[str] = path.open("a", encoding="utf-8")
+
+    def log(self, kind: str, update: int, values: dict[str, Any]) -> None:
+        """One line in metrics.jsonl: `kind` is train, eval or spec; `update` the number of optimizer updates so far."""
+        # JSON has no NaN: a value that is not finite becomes null.
+        finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in values.items()}
+        try:
+            self._jsonl.write(json.dumps({"kind": kind, "update": update, **finite}, allow_nan=False) + "\n")
+            self._jsonl.flush()
+        except OSError as error:
+            self._tell(error, "metrics.jsonl")
+        if self._wandb is None:
+            return
+        if kind == "train":
+            self._wandb.log({"update": update, **{f"train/{name}": value for name, value in values.items()}})
+        else:
+            self._wandb.log({_AXES.get(kind, "update"): update, **values})
+
+    def log_epoch(self, row: dict[str, Any]) -> None:
+        """A validated epoch: a row in summary.csv, and a line of kind eval. `row` has `update` among its keys."""
+        self.log("eval", row["update"], {name: value for name, value in row.items() if name != "update"})
+        self._rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
+        columns = list(dict.fromkeys(key for r in self._rows for key in r))
+        temporary = self._summary.with_name(".summary.csv.part")
+        try:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, columns, restval="")
+                writer.writeheader()
+                writer.writerows(self._rows)
+            temporary.replace(self._summary)
+        except OSError as error:
+            self._tell(error, "summary.csv")
+
+    def _tell(self, error: OSError, name: str) -> None:
+        if not self._has_failed:
+            self._say(f"warning: {name} cannot be written ({error.strerror}); its numbers are lost until it can be.")
+        self._has_failed = True
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._jsonl.close()
+        except OSError as error:
+            self._tell(error, "metrics.jsonl")
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _rows_before(summary: Path, epoch: int) -> list[dict[str, str]]:
+    if not summary.exists():
+        return []
+    with summary.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = [row for row in csv.DictReader(file) if (row.get("epoch") or "").isdecimal()]
+    return [row for row in rows if int(row["epoch"]) < epoch and None not in row.values() and None not in row]
+
+
+def last_recorded(run_dir: Path, kind: str, until: int) -> int:
+    """The greatest `update` up to `until` of a record of that kind; -1 without one."""
+    newest = -1
+    with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
+        for record in filter(None, map(_record, file)):
+            if record["kind"] == kind and record["update"] <= until:
+                newest = max(newest, record["update"])
+    return newest
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None for one that was cut short, damaged, or is not of ours."""
+    with contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(line.decode())
+        if isinstance(record, dict) and isinstance(record.get("kind"), str):
+            found = cast(dict[str, Any], record)
+            if all(isinstance(found.get(name), int) for name in ("update", *_ALSO.get(found["kind"], ()))):
+                return found
+    return None
+
+
+def _drop_after(path: Path, update: int, epoch: int) -> None:
+    """Keep the records up to `update`, so that a run that goes on from there has each once; atomically.
+
+    An epoch's end is an update's too: `epoch` is the first whose scores are still to come.
+
+    A last line that was cut short when the run was killed goes too, as does any that is no record.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    with path.open("rb") as old, temporary.open("wb") as new:
+        for line in old:
+            record = _record(line)
+            if not record or record["update"] > update or (record["kind"] == "eval" and record["epoch"] >= epoch):
+                continue
+            new.write(line if line.endswith(b"\n") else line + b"\n")
+        new.flush()
+        os.fsync(new.fileno())
+    temporary.replace(path)

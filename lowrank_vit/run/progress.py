@@ -1,0 +1,143 @@
+"""What a run prints while it goes: a live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from lowrank_vit.common.terminal import printable
+from lowrank_vit.data.loader import LoaderStats
+
+T = TypeVar("T")
+_NARROW = 100
+"""Columns up to which the figures leave the bar only a stub."""
+_BAR_NARROW, _BAR_WIDE = 7, 27
+"""Columns that bar and gaps take beside epoch and figures."""
+
+
+class Clock:
+    """Splits training time into waiting for data and the rest; leaves out what lies between two epochs."""
+
+    def __init__(self) -> None:
+        self.wait_s = 0.0
+        self.train_s = 0.0
+        self._mark = time.perf_counter()
+
+    def tick(self) -> None:
+        """Add the time since the last tick or batch to `train_s`."""
+        now = time.perf_counter()
+        self.train_s += now - self._mark
+        self._mark = now
+
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
+        """Yield from `batches`, adding the time spent waiting for each to `wait_s`."""
+        self._mark = time.perf_counter()
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            got = time.perf_counter()
+            self.wait_s += got - asked
+            if batch is None:
+                return
+            yield batch
+            self.tick()
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What there is to say of the updates since the last time."""
+
+    loss: float
+    lr: float
+    img_per_s: float
+    """Of all ranks."""
+    wait_share: float
+    """Of the time spent waiting for data, 0-1."""
+    memory_gb: float
+    loading: LoaderStats
+    mfu: float | None = None
+    """0-1, see `peak.mfu`."""
+    grad_norm: float | None = None
+
+
+def in_words(figures: Figures, width: int) -> str:
+    """The figures in at most `width` characters, as many as fit; the first ones matter most.
+
+    `queue` is how many decoded batches wait on average, `decode` the median and the 90th percentile of a batch.
+    """
+    loading = figures.loading
+    parts = [
+        f"loss {figures.loss:.3f}",
+        f"{figures.img_per_s:,.0f} img/s",
+        f"wait {figures.wait_share:.0%}",
+        *([] if figures.mfu is None else [f"MFU {figures.mfu:.0%}"]),
+        f"{figures.memory_gb:.1f} GB",
+        f"lr {figures.lr:.1e}",
+        *([] if figures.grad_norm is None else [f"|g| {figures.grad_norm:.2g}"]),
+        f"queue {loading.queue_depth:.0f}",
+        f"decode {_short(loading.decode_ms_p50)}/{_short(loading.decode_ms_p90)} ms",
+    ]
+    text = parts[0]
+    for part in parts[1:]:
+        if len(text) + 1 + len(part) > width:
+            break
+        text += f" {part}"
+    return text
+
+
+class Display:
+    """The progress of all epochs. In a terminal one live line; elsewhere nothing but what `say` prints."""
+
+    def __init__(self, total_updates: int, done_updates: int, *, is_silent: bool = False) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, quiet=is_silent)
+        is_wide = self.console.width > _NARROW
+        self._progress = Progress(
+            TextColumn("{task.fields[epoch]}"),
+            BarColumn(bar_width=None if is_wide else 4),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            disable=is_silent or not self.console.is_terminal,
+            expand=is_wide,
+            transient=True,
+        )
+        self._room = self.console.width - (_BAR_WIDE if is_wide else _BAR_NARROW)
+        self._total, self._first, self._began = total_updates, done_updates, time.perf_counter()
+        self._task: TaskID = self._progress.add_task(
+            "", total=total_updates, completed=done_updates, epoch="", status="first updates"
+        )
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def say(self, line: str) -> None:
+        """Print a line above the live one."""
+        self.console.print(Text(printable(line)))  # a path or an error may hold [brackets], :names: and worse
+
+    def update(self, updates: int, epoch: str, figures: Figures) -> None:
+        """Show the newest figures; the ETA counts validation in, since it is taken from the whole run so far."""
+        done = updates - self._first
+        left_s = (time.perf_counter() - self._began) / max(1, done) * (self._total - updates)
+        eta = f" ETA {duration(left_s)}"
+        status = in_words(figures, self._room - len(epoch) - len(eta)) + eta
+        self._progress.update(self._task, completed=updates, epoch=epoch, status=status)
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """`75` as 1:15, `3700` as 1:01:40."""
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"

@@ -1,0 +1,129 @@
+"""Loss, accuracy and confusions over every validation sample exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_vit.augment.pipeline import Augment
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.data.batch import Batch
+
+
+class Batches(Protocol):
+    """A loader, as far as it matters here."""
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Those of one pass over the samples."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over all samples."""
+
+    num_samples: int
+    loss: float
+    """Cross entropy with hard labels, nats."""
+    top1: float
+    top5: float
+    """Percent, 0-100."""
+    confusion: Tensor | None = None
+    """int64 (C, C) on the CPU: how many samples of class [row] were taken for class [column]; None: not counted."""
+    top5_by_class: Tensor | None = None
+    """int64 (C,) on the CPU: how many samples of each class had it among the likeliest five."""
+
+
+class Evaluator:
+    """Scores a model on a loader; compiled once where `compile` is set, since every batch has one shape."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        augment: Augment,
+        *,
+        amp: bool,
+        compile: bool,
+        amp_dtype: torch.dtype = torch.bfloat16,
+        tta: int = 0,
+    ) -> None:
+        """`tta` 2: score the mean of the logits of each image and of its mirror image.
+
+        (timm's `--tta` takes the mean over neighbouring images instead, since its loader does not repeat them.)
+        """
+        self._model, self._augment, self._is_mirrored = model, augment, tta == 2
+        device = next(model.parameters()).device
+        self._device_type, self._amp, self._amp_dtype = device.type, amp, amp_dtype
+        self._logits_of: Callable[[Tensor], Tensor] = torch.compile(self._logits) if compile else self._logits
+
+    def _logits(self, images: Tensor) -> Tensor:
+        normalized = self._augment.normalize(images)
+        with torch.autocast(self._device_type, dtype=self._amp_dtype, enabled=self._amp):
+            logits = self._model(normalized).float()
+            if self._is_mirrored:
+                logits = (logits + self._model(normalized.flip(3)).float()) / 2
+        return logits
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        loader: Batches,
+        batch_size: int,
+        reduce: Callable[[Tensor], None] | None = None,
+        *,
+        by_class: bool = False,
+    ) -> Scores:
+        """Score all of `loader`; a short last batch is padded to `batch_size` and the padding left out of the sums.
+
+        Puts the model into evaluation mode. The sums stay on the device until the end. `reduce` adds a tensor up over
+        the ranks, in place, where each has a share of the samples; it is called once by every rank, also by one whose
+        share is empty. `by_class`: count the confusions of this rank's samples, too. Raises `UserError` if there is no
+        sample at all.
+        """
+        self._model.eval()
+        device = next(self._model.parameters()).device
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        counts: _Confusions | None = None
+        for batch in loader.batches(0):
+            logits = self._logits_of(_padded(batch, batch_size))[: len(batch)]
+            losses = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+            likeliest = logits.topk(min(5, logits.shape[1])).indices
+            hits = likeliest == batch.targets[:, None]
+            added = losses.double().sum(), hits[:, 0].double().sum(), hits.double().sum()
+            sums += torch.stack([*added, sums.new_full((), len(batch))])
+            if by_class:
+                counts = counts or _Confusions(logits.shape[1], device)
+                counts.add(batch.targets, likeliest[:, 0], hits.any(1))
+        if reduce:
+            reduce(sums)
+        loss, top1, top5, num_samples = sums.tolist()
+        if num_samples == 0:
+            raise UserError("There is no sample to score: all were left out as damaged. Convert the set again.")
+        found = (counts.confusion.cpu(), counts.top5.cpu()) if counts else ()
+        scores = loss / num_samples, 100 * top1 / num_samples, 100 * top5 / num_samples
+        return Scores(int(num_samples), *scores, *found)
+
+
+class _Confusions:
+    """Counts by class, on the device."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        self.top5 = torch.zeros(num_classes, dtype=torch.int64, device=device)
+
+    def add(self, targets: Tensor, predictions: Tensor, is_in_top5: Tensor) -> None:
+        pairs = targets * len(self.top5) + predictions
+        self.confusion.view(-1).scatter_add_(0, pairs, torch.ones_like(pairs))
+        self.top5.scatter_add_(0, targets, is_in_top5.long())
+
+
+def _padded(batch: Batch, batch_size: int) -> Tensor:
+    missing = batch_size - len(batch)
+    if missing == 0:
+        return batch.images
+    padding = batch.images[:1].expand(missing, -1, -1, -1)
+    return torch.cat([batch.images, padding]).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,105 @@
+"""What a validation leaves behind: scores as JSON, a table of the classes, a picture of the confusions."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.score.evaluate import Scores
+
+CONFIDENCE = 0.95
+
+
+def interval(percent: float, num_samples: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `num_samples`, in percent: Wilson's score interval (E. B. Wilson, JASA 1927).
+
+    It says how far the figure would move on other samples of the same kind, not how another training would come out.
+    """
+    from scipy.stats import binomtest
+
+    hits = round(percent * num_samples / 100)
+    found = binomtest(hits, num_samples).proportion_ci(CONFIDENCE, method="wilson")
+    return 100 * float(found.low), 100 * float(found.high)
+
+
+def to_dict(scores: Scores) -> dict[str, Any]:
+    """Scores with their intervals, as plain values."""
+    return {
+        "num_samples": scores.num_samples,
+        "top1": scores.top1,
+        "top1_interval": list(interval(scores.top1, scores.num_samples)),
+        "top5": scores.top5,
+        "top5_interval": list(interval(scores.top5, scores.num_samples)),
+        "loss": scores.loss if math.isfinite(scores.loss) else None,  # JSON has no NaN
+    }
+
+
+def timm_columns(scores: Scores) -> dict[str, Any]:
+    """Scores under the names that timm's validate.py gives its results; errors are percent, too."""
+    return {
+        "num_samples": scores.num_samples,
+        "loss": scores.loss,
+        "top1": scores.top1,
+        "top1_err": 100 - scores.top1,
+        "top5": scores.top5,
+        "top5_err": 100 - scores.top5,
+    }
+
+
+def make_folder_of(path: Path) -> None:
+    """Make the folder that a file will be written to, before hours of work. Raises `UserError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: {'it is a folder' if path.is_dir() else 'Permission denied'}.")
+
+
+def class_rows(scores: Scores, class_names: list[str]) -> list[dict[str, Any]]:
+    """A row a class, in label order: how many samples, top-1 and top-5 in percent, what it is most often taken for.
+
+    Shares of a class without samples are None. Needs scores that were counted by class.
+    """
+    assert scores.confusion is not None
+    assert scores.top5_by_class is not None
+    confusion_CC, top5_C = scores.confusion.numpy(), scores.top5_by_class.numpy()
+    rows = []
+    for label, name in enumerate(class_names):
+        total, hits = int(confusion_CC[label].sum()), int(confusion_CC[label, label])
+        others = confusion_CC[label].copy()
+        others[label] = 0
+        rows.append(
+            {
+                "label": label,
+                "class": name,
+                "num_samples": total,
+                "top1": 100 * hits / total if total else None,
+                "top5": 100 * int(top5_C[label]) / total if total else None,
+                "taken_for": class_names[int(np.argmax(others))] if others.any() else "",
+                "taken_for_samples": int(others.max()),
+            }
+        )
+    return rows
+
+
+def to_csv(rows: list[dict[str, Any]]) -> str:
+    """Rows with the same keys as a table."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else "" if v is None else v for k, v in row.items()})
+    return text.getvalue()
+
+
+def picture_beside(path: Path) -> Path:
+    """Where the confusions of a table of classes are drawn."""
+    return path.with_suffix(".png")

@@ -1,0 +1,196 @@
+"""A model made ready to score images, from a checkpoint or from published weights: for `validate` and `inference`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import timm.data
+import timm.models
+import torch
+from torch import nn
+from tyro.conf import arg
+
+from lowrank_vit.augment.pipeline import Augment
+from lowrank_vit.common import terminal
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config import meaning
+from lowrank_vit.config.options import POSITIVE, Range
+from lowrank_vit.model.checkpoint import class_names_in, load_weights, read_checkpoint, top_level
+from lowrank_vit.model.class_match import Classes, published_names
+from lowrank_vit.model.create import InputSpec, create_model, input_spec, parse_model_kwargs
+from lowrank_vit.plan.operations import BICUBIC, BILINEAR, NEAREST
+
+KERNELS = {"nearest": NEAREST, "bilinear": BILINEAR, "bicubic": BICUBIC}
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model and weights, and what its images look like: flags that `validate` and `inference` share."""
+
+    checkpoint: Path | None = None
+    """A run's model_best.pth.tar or last.pth.tar, or a checkpoint of timm's."""
+    use_ema: bool = False
+    """Use the EMA weights."""
+    model: Annotated[str, arg(aliases=["-m"])] = ""
+    """timm model name; default: the checkpoint's. Without --checkpoint: with the weights that timm publishes."""
+    pretrained: bool = False
+    """The weights that timm publishes for --model; a --checkpoint goes before them."""
+    pretrained_path: Path | None = None
+    """A file of weights for --model, in any form that timm reads."""
+    model_kwargs: tuple[str, ...] = ()
+    """NAME=VALUE ...; default: the checkpoint's."""
+    num_classes: Annotated[int | None, POSITIVE] = None
+    """Must be that of the weights, which is the default."""
+    img_size: Annotated[int | None, POSITIVE] = None
+    """Pixels; default: the checkpoint's, else the model's own for tests."""
+    crop_pct: Annotated[float | None, Range(0, 1, open_low=True)] = None
+    """Default: as for the size."""
+    mean: tuple[float, float, float] | None = None
+    """Of RGB in 0-1; default: the model's own."""
+    std: tuple[float, float, float] | None = None
+    """Likewise."""
+    interpolation: Literal["", "nearest", "bilinear", "bicubic"] = ""
+    """Default: bicubic for a run of this program, else the model's own."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model with its weights on a device, and how its images must look."""
+
+    name: str
+    """timm's name of the model."""
+    origin: str
+    """Where its weights are from, for people."""
+    model: nn.Module
+    """In evaluation mode."""
+    spec: InputSpec
+    interpolation: str
+    """A key of `KERNELS`."""
+    augment: Augment
+    """For its `normalize`."""
+    num_classes: int
+    trained_names: list[str] = field(default_factory=list)
+    """Of the training set's classes in label order, where the file tells."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """The flags of the checkpoint's run."""
+    is_published: bool = False
+    """Whether the weights are those that timm publishes, whose classes are known by their number."""
+
+    @property
+    def classes(self) -> Classes:
+        """Of the model, for comparing them with a set's."""
+        names = self.trained_names or (published_names(self.num_classes) if self.is_published else None)
+        return Classes(f"the model ({self.origin})", self.num_classes, names)
+
+    def class_names(self, of_data: list[str] | None = None) -> list[str]:
+        """One for each class: those of training, else those of the data that are scored, else the labels' numbers."""
+        names = self.trained_names or list(of_data or ())
+        return names + [str(label) for label in range(len(names), self.num_classes)]  # --num-classes may exceed them
+
+
+def load_scorer(options: ModelOptions, device: torch.device, say: Say = terminal.say) -> Scorer:
+    """Load weights; what is not given is taken from the checkpoint, else from timm. Raises `UserError`."""
+    if options.checkpoint is None:
+        return _published(options, device, say)
+    if options.pretrained or options.pretrained_path:
+        flag = "--pretrained" if options.pretrained else "--pretrained-path"
+        say(f"note: the weights are those of --checkpoint {options.checkpoint}; {flag} is not read")
+    checkpoint = read_checkpoint(options.checkpoint)
+    weights, args = checkpoint.weights(options.use_ema), checkpoint.args
+    name = options.model or checkpoint.arch
+    if not name:
+        raise UserError(f"{options.checkpoint} does not name its model. Give --model.")
+    num_classes = int(checkpoint.content.get("num_classes") or _outputs(weights, options.checkpoint))
+    _check_number(options, num_classes, f"--checkpoint {options.checkpoint}")
+    kwargs = options.model_kwargs or tuple(args.get("model-kwargs", ()))
+    img_size = options.img_size or parse_model_kwargs(kwargs).get("img_size") or args.get("img-size")
+    made = create_model(name, num_classes, img_size=img_size, model_kwargs=kwargs)
+    load_weights(made, checkpoint, weights, name)
+    is_ours = "class_names" in checkpoint.content
+    scorer = _scorer(made, name, options, device, say, img_size, args, num_classes, is_ours=is_ours)
+    if is_ours:  # what the run knew nothing of yet
+        args = {**meaning.values_before(checkpoint.meaning, args), **args}
+    kind = "EMA weights" if options.use_ema else "weights"
+    return replace(
+        scorer, origin=f"{options.checkpoint} ({kind})", trained_names=checkpoint.class_names or [], args=args
+    )
+
+
+def _published(options: ModelOptions, device: torch.device, say: Say) -> Scorer:
+    name, path = options.model, options.pretrained_path
+    if not name:
+        raise UserError("Give --checkpoint FILE, or --model NAME --pretrained for the weights that timm publishes.")
+    if options.use_ema:
+        raise UserError("--use-ema is about a --checkpoint, which is not there. Leave it out.")
+    known = timm.models.get_pretrained_cfg(name)
+    num_classes = (_classes_in(path) if path else None) or (known.num_classes if known else 0) or 1000
+    source = f"--pretrained-path {path}" if path else f"--pretrained {name}"
+    _check_number(options, num_classes, source)
+    size, kwargs = options.img_size, options.model_kwargs
+    weights: dict[str, Any] = {"pretrained": path is None, "pretrained_path": path}
+    made = create_model(name, num_classes, img_size=size, model_kwargs=kwargs, say=say, **weights)
+    scorer = _scorer(made, name, options, device, say, size, {}, num_classes, is_ours=False)
+    if path is None:
+        return replace(scorer, origin=f"{name} (timm's weights)", is_published=True)
+    return replace(scorer, origin=str(path), trained_names=class_names_in(top_level(path)) or [])
+
+
+def _classes_in(path: Path) -> int | None:
+    """The number of classes in a file of weights; None where that cannot be told, which loading will explain."""
+    try:
+        return _outputs(timm.models.load_state_dict(str(path)), path)
+    except Exception:  # a damaged or foreign file fails in many ways
+        return None
+
+
+def _check_number(options: ModelOptions, num_classes: int, source: str) -> None:
+    if options.num_classes not in (None, num_classes):
+        raise UserError(
+            f"--num-classes {options.num_classes}: {source} has {num_classes} classes, and another head would be "
+            "untrained. Leave --num-classes out, or give other weights."
+        )
+
+
+def _scorer(
+    made: nn.Module,
+    name: str,
+    options: ModelOptions,
+    device: torch.device,
+    say: Say,
+    img_size: int | None,
+    args: Mapping[str, Any],
+    num_classes: int,
+    *,
+    is_ours: bool,
+) -> Scorer:
+    """`args`: the flags of the run that made the weights.
+
+    `is_ours`: of a run of this program, which validates in one way; else timm's configuration for tests counts.
+    """
+    crop_pct, interpolation = options.crop_pct or args.get("crop-pct"), options.interpolation
+    if not is_ours:
+        own = timm.data.resolve_data_config({}, model=made, use_test_size=True)
+        img_size, crop_pct = img_size or own["input_size"][-1], crop_pct or own["crop_pct"]
+        interpolation = interpolation or (own["interpolation"] if own["interpolation"] in KERNELS else "")
+        for what, has, ours in (
+            ("interpolation", own["interpolation"], interpolation or "bicubic"),
+            ("crop mode", own["crop_mode"], "center"),
+        ):
+            if has != ours and not (what == "interpolation" and options.interpolation):
+                say(f"note: {name} has the {what} {has} in timm; here it is {ours}")
+    colours = {name: getattr(options, name) or args.get(name) for name in ("mean", "std")}
+    spec = input_spec(made, img_size, crop_pct, **colours)
+    augment = Augment(spec.mean, spec.std, num_classes, smoothing=0.0).to(device)
+    return Scorer(name, "", made.to(device).eval(), spec, interpolation or "bicubic", augment, num_classes)
+
+
+def _outputs(weights: dict[str, Any], path: Path) -> int:
+    """The number of classes that the last layer tells apart, for checkpoints of other programs."""
+    for name in ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight"):
+        if name in weights:
+            return int(weights[name].shape[0])
+    raise UserError(f"{path} does not tell its number of classes, and has no layer named head, fc or classifier.")

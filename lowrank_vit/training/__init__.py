@@ -1,0 +1,1 @@
+"""The training loop, from configuration to the last update."""

@@ -1,0 +1,138 @@
+"""What can be wrong with a configuration and is cheap to find out: looked at before data are opened and converted."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lowrank_vit.augment.recipe import train_rules
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.options import Config
+from lowrank_vit.model.checkpoint import require_file
+from lowrank_vit.model.create import check_model_name, create_model, input_spec
+from lowrank_vit.model.optimizer import check_optimizer, create_scheduler, learning_rate
+from lowrank_vit.model.pretrained import check_published, require_weights
+from lowrank_vit.ranks.world import World
+from lowrank_vit.run.wandb_log import check_login
+from lowrank_vit.spectral.select import choose_parts
+
+_WITHOUT_MIN_LR = ("none", "constant", "step", "multistep")
+"""Schedules of timm's that read no --min-lr."""
+_NOT_IN_A_PROJECT = "/\\#?%:"
+"""What W&B refuses in a project's name."""
+
+
+def check_before_data(config: Config, *, is_resumed: bool, world: World | None = None) -> None:
+    """Raise `UserError` for names, policies, files, arguments and spectral targets that do not exist.
+
+    So for a model that cannot take the images, a schedule that cannot be made, and W&B without a login or with a
+    project that it refuses. With ImageNet to be converted first, a typo would else be found out after an hour.
+    """
+    world = world or World()
+    options = config.model
+    check_model_name(options.model)
+    check_optimizer(config.optim)
+    train_rules(config)
+    if not is_resumed:
+        if options.initial_checkpoint:
+            require_file(options.initial_checkpoint)
+        if options.pretrained_path:
+            require_weights(options.pretrained_path)
+        elif options.pretrained:
+            check_published(options.model)
+    _check_schedule(config, world.size, is_resumed=is_resumed)
+    model = _outline(config)
+    _check_forward(config, model)
+    if options.sync_bn:
+        refuse_batch_norm(model, options.model)
+    if config.spectra.spec_monitor:
+        choose_parts(dict(model.named_parameters()), config.spectra.spec_targets, config.spectra.spec_split_qkv)
+    if config.run.log_wandb and world.is_first:
+        _check_project(config.run.wandb_project)
+        check_login()
+
+
+def _check_project(name: str) -> None:
+    if wrong := [one for one in _NOT_IN_A_PROJECT if one in name]:
+        raise UserError(
+            f"--wandb-project {name}: the name of a W&B project has no `{wrong[0]}`. Choose one without any of "
+            f"{' '.join(_NOT_IN_A_PROJECT)}"
+        )
+
+
+def _check_schedule(config: Config, world_size: int, *, is_resumed: bool) -> None:
+    optim = config.optim
+    lr, origin = learning_rate(optim, config.data.batch_size * world_size * optim.grad_accum_steps)
+    create_scheduler(optim, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr), updates_per_epoch=1000)
+    # A run that was begun before this was looked at may go on.
+    if optim.min_lr > lr and optim.sched not in _WITHOUT_MIN_LR and not is_resumed:
+        raise UserError(
+            f"--min-lr {optim.min_lr:g}, at which the schedule ends, is above the peak learning rate {lr:.3g} "
+            f"({origin}): it would rise to the end. Give a smaller --min-lr or a greater --lr."
+        )
+
+
+def _check_forward(config: Config, model: nn.Module) -> None:
+    """Raise `UserError` for a model that cannot take an image of this size, or does not tell classes."""
+    side = input_spec(model, config.data.img_size, None).img_size
+    try:
+        logits = _logits(model, side)
+    except Exception as on_meta:  # some models look at numbers, which are not there without data
+        try:
+            logits = _logits(_made(config), side)
+        except Exception as error:
+            if isinstance(error, UserError):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            own = input_spec(model, None, None).img_size
+            raise UserError(
+                f"--model {config.model.model} cannot take an image of {side} x {side} pixels and three colours: "
+                f"{reason}. Check --img-size (the model's own is {own}) and --model-kwargs."
+            ) from on_meta
+    if not isinstance(logits, torch.Tensor):
+        raise UserError(
+            f"--model {config.model.model} makes a {type(logits).__name__} of one image where a tensor with a number "
+            "for each class is expected. Check --model-kwargs, or choose a model that tells classes."
+        )
+    if logits.ndim != 2 or (config.model.num_classes and logits.shape[1] != config.model.num_classes):
+        raise UserError(
+            f"--model {config.model.model} makes {tuple(logits.shape)} of one image where a number for each class is "
+            "expected. Check --model-kwargs, or choose a model that tells classes."
+        )
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, side: int) -> object:
+    image = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
+    return model.eval()(image)
+
+
+def refuse_batch_norm(model: nn.Module, name: str) -> None:
+    """Raise `UserError` for a model whose BatchNorm --sync-bn would change."""
+    if any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for module in model.modules()):
+        raise UserError(
+            f"--sync-bn: --model {name} has BatchNorm, whose statistics are those of each process here, averaged for "
+            "validation. Leave the flag out."
+        )
+
+
+def _outline(config: Config) -> nn.Module:
+    """The model without memory for its weights, and with a head of any size where only the data tell the classes."""
+    try:
+        with torch.device("meta"):
+            return _made(config)
+    except UserError:  # the arguments are wrong, or the constructor looks at numbers that are not there: see which
+        return _made(config)
+
+
+def _made(config: Config) -> nn.Module:
+    options = config.model
+    return create_model(
+        options.model,
+        options.num_classes or 2,
+        img_size=config.data.img_size,
+        drop=options.drop,
+        drop_path=options.drop_path,
+        model_kwargs=options.model_kwargs,
+        grad_checkpointing=options.grad_checkpointing,
+    )

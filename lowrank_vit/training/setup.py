@@ -1,0 +1,345 @@
+"""Make all the parts of a run from its configuration; whatever can be wrong with them is found here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from data_prep.sources.class_names import TRUST, differences
+from lowrank_vit.augment.ops_cpu import apply_ops
+from lowrank_vit.augment.pipeline import Augment
+from lowrank_vit.augment.recipe import train_rules
+from lowrank_vit.common import terminal
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.locks import Say
+from lowrank_vit.common.numba_cache import NOTE as COMPILING
+from lowrank_vit.common.numba_cache import must_compile
+from lowrank_vit.config.check import with_options
+from lowrank_vit.config.options import Config
+from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.decode.resize_cpu import resize_batch
+from lowrank_vit.data.loader import Loader
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.data.sets.datasets import open_datasets
+from lowrank_vit.data.sets.locate import DataOptions
+from lowrank_vit.data.synthetic import SyntheticLoader, synthetic_plan
+from lowrank_vit.model.checkpoint import Checkpoint, load_weights
+from lowrank_vit.model.class_match import Classes, Trust, match
+from lowrank_vit.model.create import InputSpec, create_model, input_spec, set_head
+from lowrank_vit.model.flops import Peak, peak_flops, train_flops_per_image
+from lowrank_vit.model.initial import fit_kept_head, load_initial, tell_of_published_head
+from lowrank_vit.model.optimizer import Constant, create_optimizer, create_scheduler, learning_rate
+from lowrank_vit.plan.plans import EvalPlan, TrainPlan
+from lowrank_vit.ranks.world import World
+from lowrank_vit.score.evaluate import Evaluator
+from lowrank_vit.training.preflight import check_before_data
+from lowrank_vit.training.step import DTYPES, TrainStep
+from lowrank_vit.training.torch_settings import keep_compiled_code, set_float32_policy
+
+SYNTHETIC_CLASSES = 1000
+"""With --synthetic and without --num-classes: ImageNet-1k's."""
+
+
+@dataclass
+class Parts:
+    """The parts of a run, on one device and ready to go."""
+
+    config: Config
+    """With what was chosen where it was left open."""
+    device: torch.device
+    num_classes: int
+    class_names: list[str] | None
+    """In label order, where the data tell."""
+    spec: InputSpec
+    model: nn.Module
+    """Raw, not compiled."""
+    ema: ModelEmaV3 | None
+    plan: TrainPlan
+    optimizer: Optimizer
+    scheduler: Scheduler | Constant
+    num_epochs: int
+    step: TrainStep
+    evaluators: dict[str, Evaluator]
+    """By prefix of the metric's name: "" for the model, "ema_" for its EMA. None of them: nothing to validate on."""
+    train_loader: Loader | SyntheticLoader
+    val_loader: Loader | None
+    val_batch: int
+    train_flops: float | None
+    """Of one image; None where they cannot be counted."""
+    peak: Peak
+    description: list[str]
+    """What was made, a line each."""
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """Where the images come from; nothing with --synthetic."""
+
+    train: Beton
+    val: Beton
+
+    @property
+    def classes(self) -> Classes:
+        """Of both."""
+        return Classes(str(self.train.path), max(self.train.num_classes, self.val.num_classes), self.train.classes)
+
+    def follow(self, resumed: Checkpoint, config: Config, say: Say) -> None:
+        """Give the sets the labels that the run was trained with. Raises `UserError` where its classes were others."""
+        names = resumed.class_names
+        model = Classes(str(resumed.path), len(names) if names else self.classes.count, names)
+        advice = "Give the data that the run was trained on."
+        if names and self.classes.count < len(names) and not config.model.trust_labels:
+            raise UserError(
+                f"{resumed.path} was trained on other classes: "
+                f"{differences(self.classes.names or (), self.classes.what, names, 'there')}. {advice} {TRUST}"
+            )
+        of_data = self.classes
+        if not names and not self.train.manifests:  # the validation set's, which older runs did not take
+            of_data = replace(of_data, names=None)
+        found = match(of_data, model, trust_in(config), advice)
+        for remark in found.remarks:
+            say(remark)
+        for beton in (self.train, self.val):
+            beton.relabel(found.outputs, found.names)
+
+
+def trust_in(config: Config) -> Trust:
+    """What the flags say of classes that cannot be compared."""
+    return Trust(config.model.trust_labels, config.model.class_order)
+
+
+def make_parts(config: Config, resumed: Checkpoint | None, world: World | None = None) -> Parts:
+    """Make all but the run directory; weights and EMA are those of `resumed` if given. Raises `UserError`.
+
+    Every rank makes the same, but for its own share of the data.
+    """
+    world = world or World()
+    device = pick_device(config.step.device, world.local_rank)
+    set_float32_policy(device, tf32=config.step.tf32)
+    if config.step.compile:
+        keep_compiled_code(config.step.compile_cache)
+    say = terminal.say if world.is_first else silent
+    check_before_data(config, is_resumed=resumed is not None, world=world)
+    sets, num_classes = _open_sets(config, say)
+    if sets and resumed:
+        sets.follow(resumed, config, say)
+    torch.manual_seed(config.run.seed)
+    model = _make_model(config, num_classes, sets, resumed, say).to(device)
+    data = config.data
+    spec = input_spec(model, data.img_size, data.crop_pct, data.mean, data.std)
+    smoothing, remode = config.augment.smoothing, config.augment.remode
+    erase_first = config.augment.erase_first
+    augment = Augment(
+        spec.mean, spec.std, num_classes, smoothing, remode, erase_first=erase_first, compile=config.step.compile
+    ).to(device)
+    plan, train_loader, line = _make_train_loader(config, sets, num_classes, spec, world, device, augment)
+    lines, evaluators, val_loader, val_batch = [line], dict[str, Evaluator](), None, 0
+    lr, lr_origin = learning_rate(config.optim, plan.global_batch)
+    optimizer = create_optimizer(config.optim, model, lr)
+    scheduler, num_epochs = create_scheduler(config.optim, optimizer, plan.updates_per_epoch, config.run.seed)
+    config, ema_line = _with_ema_warmup(config, num_epochs * plan.updates_per_epoch)
+    ema = _make_ema(config, model, resumed)
+    if sets:
+        val_batch = min(config.data.validation_batch_size or config.data.batch_size, sets.val.num_samples)
+        val_loader, line = _make_val_loader(config, sets.val, val_batch, spec, world, device)
+        lines.append(line)
+        evaluators = {"": _make_evaluator(config, model, augment)}
+        if ema:
+            evaluators["ema_"] = _make_evaluator(config, ema.module, augment)
+    train_flops = train_flops_per_image(model, spec.img_size)
+    peak = peak_flops(
+        device, DTYPES[config.step.amp_dtype] if config.step.amp else torch.float32, tf32=config.step.tf32
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    return Parts(
+        config=config,
+        device=device,
+        num_classes=num_classes,
+        class_names=sets.train.classes if sets else None,
+        spec=spec,
+        model=model,
+        ema=ema,
+        plan=plan,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        num_epochs=num_epochs,
+        step=TrainStep(config, model, augment, optimizer, ema, world),
+        evaluators=evaluators,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        val_batch=val_batch,
+        train_flops=train_flops,
+        peak=peak,
+        description=[
+            f"{config.model.model}: {parameters / 1e6:.2f} M parameters, {spec.img_size} px, "
+            f"{num_classes} classes, on {device}",
+            *lines,
+            f"peak learning rate {lr:.3g} ({lr_origin}), {_batch_in_words(plan)}, "
+            f"{plan.updates_per_epoch} updates an epoch, {num_epochs} epoch{'s' if num_epochs != 1 else ''}",
+            *ema_line,
+            *([COMPILING] if sets and device.type == "cpu" and _must_compile(config) else []),
+            *([f"{train_flops / 1e9:.3g} GFLOP a training image; MFU is against {peak.name}"] if train_flops else []),
+        ],
+    )
+
+
+def _open_sets(config: Config, say: Say) -> tuple[_Sets | None, int]:
+    """The sets and the number of classes. Raises `UserError`."""
+    data, num_classes = config.data, config.model.num_classes
+    if data.synthetic:
+        return None, num_classes or SYNTHETIC_CLASSES
+    where = DataOptions(
+        *(data.dataset, data.data_dir, data.dataset_download, data.beton_dir, data.train_split, data.val_split),
+        on_bad=data.on_bad_sample,
+        nested=data.nested_classes,
+        trust_labels=config.model.trust_labels,
+    )
+    larger = config.model.larger_head
+    train, val, num_classes = open_datasets(where, num_classes, data.stage_dir, say, larger_head=larger)
+    return _Sets(train, val), num_classes
+
+
+def _make_train_loader(
+    config: Config,
+    sets: _Sets | None,
+    num_classes: int,
+    spec: InputSpec,
+    world: World,
+    device: torch.device,
+    augment: Augment,
+) -> tuple[TrainPlan, Loader | SyntheticLoader, str]:
+    """The plan, the loader, and a line about it."""
+    data = config.data
+    share = {"rank": world.rank, "world_size": world.size, "accum_steps": config.optim.grad_accum_steps}
+    of_batch = {"img_size": spec.img_size, "batch_size": data.batch_size, "seed": config.run.seed}
+    if sets is None:
+        plan = synthetic_plan(**of_batch, **share)
+        loader = SyntheticLoader(plan, num_classes, device)
+        return plan, loader, "synthetic images that stay on the device: no data, no augmentation, no validation"
+    plan = TrainPlan(sets.train.heights, sets.train.widths, train_rules(config), **of_batch, **share)
+    return plan, *open_loader(sets.train, plan, device, _decoding(config), prepare=augment.prepare)
+
+
+def _make_val_loader(
+    config: Config, val: Beton, batch_size: int, spec: InputSpec, world: World, device: torch.device
+) -> tuple[Loader, str]:
+    sides = {"img_size": spec.img_size, "crop_pct": spec.crop_pct}
+    share = {"rank": world.rank, "world_size": world.size}
+    plan = EvalPlan(val.heights, val.widths, **sides, batch_size=batch_size, **share)
+    return open_loader(val, plan, device, _decoding(config))
+
+
+def _decoding(config: Config) -> LoaderOptions:
+    data = config.data
+    return LoaderOptions(data.loader, data.workers, data.prefetch, data.hw_decoder_load, data.on_bad_sample)
+
+
+def _make_evaluator(config: Config, model: nn.Module, augment: Augment) -> Evaluator:
+    step = config.step
+    dtype = DTYPES[step.amp_dtype]
+    return Evaluator(model, augment, amp=step.amp, compile=step.compile, amp_dtype=dtype, tta=config.run.tta)
+
+
+def _must_compile(config: Config) -> bool:
+    return must_compile(resize_batch, *((apply_ops,) if config.augment.aa != "none" else ()))
+
+
+def silent(line: str) -> None:
+    """For the ranks that do not speak."""
+
+
+def _batch_in_words(plan: TrainPlan) -> str:
+    factors = {"ranks": plan.world_size, "accumulation steps": plan.accum_steps}
+    of = "".join(f" x {number} {name}" for name, number in factors.items() if number > 1)
+    return f"batch {plan.global_batch}{f' ({plan.batch_size}{of})' if of else ''}"
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device; under torchrun the GPU is that of the rank, whatever N.
+
+    Raises `UserError` where there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or name.startswith("cpu:"):
+        raise UserError(f"--device {name} is not known: it must be auto, cpu, cuda or cuda:N.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch sees no CUDA device. Check nvidia-smi, or use --device cpu.")
+    if kind == "cpu":
+        return torch.device("cpu")
+    is_one_of_many = "LOCAL_RANK" in os.environ
+    index = int(number) if number and not is_one_of_many else local_rank
+    if index >= torch.cuda.device_count():
+        what = f"process {local_rank + 1} of this machine has" if is_one_of_many or not number else "there is"
+        advice = "Start at most that many with torchrun --nproc-per-node" if what[0] == "p" else "Give a smaller number"
+        raise UserError(f"--device {name}: {what} no GPU left, torch sees {torch.cuda.device_count()}. {advice}.")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _make_model(
+    config: Config, num_classes: int, sets: _Sets | None, resumed: Checkpoint | None, say: Say
+) -> nn.Module:
+    options = config.model
+    model = create_model(
+        options.model,
+        num_classes,
+        img_size=config.data.img_size,
+        drop=options.drop,
+        drop_path=options.drop_path,
+        model_kwargs=options.model_kwargs,
+        pretrained=options.pretrained and not resumed,
+        pretrained_path=None if resumed else options.pretrained_path,
+        grad_checkpointing=options.grad_checkpointing,
+        say=say,
+    )
+    if resumed:
+        load_weights(model, resumed, resumed.weights(use_ema=False), options.model)
+        return model
+    of_data = (sets.classes, trust_in(config)) if sets else None
+    if options.initial_checkpoint:
+        load_initial(model, options.initial_checkpoint, options.model, say, of_data)
+    elif options.pretrained_path and of_data:
+        fit_kept_head(model, options.pretrained_path, options.model, say, *of_data)
+    elif options.pretrained and of_data:
+        tell_of_published_head(options.model, of_data[0], say)
+    set_head(model, options.head_init_scale, options.head_init_bias)
+    return model
+
+
+def _with_ema_warmup(config: Config, num_updates: int) -> tuple[Config, list[str]]:
+    """Decide on --model-ema-warmup where it is left open, and say so.
+
+    Without it the first weights have the share decay^updates in the average, 5e-5 at 10 / (1 - decay) updates, and the
+    average spans a tenth of such a run. In a shorter one it would be of weights that are mostly too old.
+    """
+    options = config.model
+    if not options.model_ema or options.model_ema_warmup is not None:
+        return config, []
+    enough = round(10 / (1 - options.model_ema_decay))
+    is_short = num_updates < enough
+    config = with_options(config, {"model-ema-warmup": is_short})
+    line = (
+        f"EMA with warm-up, since {num_updates:,} updates are fewer than {enough:,} = 10 / (1 - "
+        f"{options.model_ema_decay:g}); --no-model-ema-warmup keeps the decay as it is"
+    )
+    return config, [line] if is_short else []
+
+
+def _make_ema(config: Config, model: nn.Module, resumed: Checkpoint | None) -> ModelEmaV3 | None:
+    options = config.model
+    if not options.model_ema:
+        return None
+    ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=bool(options.model_ema_warmup))
+    if resumed:
+        if not resumed.content.get("state_dict_ema"):
+            raise UserError(f"{resumed.path} is of a run without an EMA. Resume it with --no-model-ema.")
+        load_weights(ema.module, resumed, resumed.weights(use_ema=True), options.model)
+    return ema

@@ -1,0 +1,176 @@
+"""One training step: mix, forward, loss, backward, update.
+
+The host never waits for the device here, but where it is so far ahead that the device cannot run dry (`Pace`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from timm.models import model_parameters
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lowrank_vit.augment.mixing import mix_to_tensor
+from lowrank_vit.augment.pipeline import Augment
+from lowrank_vit.config.options import Config
+from lowrank_vit.data.batch import Batch
+from lowrank_vit.model.losses import Loss
+from lowrank_vit.ranks.world import World
+from lowrank_vit.run.meter import Meter
+from lowrank_vit.training.pace import Pace
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""By --amp-dtype."""
+
+
+class TrainStep:
+    """Updates `model` (and `ema`) by the batches of one update; keeps loss and accuracy on the device, in `meter`.
+
+    The same on every rank: gradients are averaged over the ranks in the last batch of an update, so the weights, the
+    optimizer's state and the EMA are the same bits everywhere.
+
+    torch's generators (dropout, drop-path) are seeded for each update from the run's seed, the update and the rank, so
+    an interrupted run has nothing of them to remember.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        augment: Augment,
+        optimizer: Optimizer,
+        ema: ModelEmaV3 | None,
+        world: World | None = None,
+    ) -> None:
+        """`model`, `augment` and `ema` are on one device; `model` is the raw module, which is compiled here."""
+        self._model, self._optimizer, self._ema, self._world = model, optimizer, ema, world or World()
+        self._clip_grad, self._clip_mode = config.optim.clip_grad, config.optim.clip_mode
+        self._seed, self._accum_steps = config.run.seed, config.optim.grad_accum_steps
+        device = next(model.parameters()).device
+        dtype = DTYPES[config.step.amp_dtype] if config.step.amp else None
+        # float16's range is too small for gradients, so the loss is scaled; timm does the same.
+        self._scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        loss_of: nn.Module = LossOfBatch(model, augment, Loss.of(config), dtype)
+        self._ddp = _distribute(loss_of, device) if self._world.size > 1 else None
+        loss_of = self._ddp or loss_of
+        self._loss_of: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = loss_of
+        mode = config.step.compile_mode
+        if config.step.compile:
+            self._loss_of = torch.compile(loss_of, mode=mode)
+        uses_graphs = config.step.compile and mode in ("reduce-overhead", "max-autotune") and device.type == "cuda"
+        # A CUDA graph's outputs live until its next run, so gradients of several runs add up in memory of their own.
+        self._keeps_grads = uses_graphs and self._accum_steps > 1
+        if self._keeps_grads:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        self._num_batches = 0
+        self._pace = Pace(device)
+        self.meter = Meter(device, self._accum_steps)
+        self.num_updates = 0
+        self.grad_norm: Tensor | None = None
+        """Norm of all gradients, before clipping, in the last update that was asked to measure it; on the device."""
+
+    def __call__(self, batch: Batch, *, measure_norm: bool = False) -> bool:
+        """Run one batch that `augment.prepare` has gone over; whether it completed an update.
+
+        The model must be in training mode. `measure_norm`: note the norm of the gradients if this completes an update.
+        """
+        is_last = self._num_batches + 1 == self._accum_steps
+        if self._num_batches == 0:
+            self._seed_update()
+        mix = mix_to_tensor(batch.plan.mix)
+        if batch.images.is_cuda:
+            mix = mix.pin_memory().to(batch.images.device, non_blocking=True)
+        with nullcontext() if is_last else self._without_averaging():
+            loss, hits = self._loss_of(batch.images, batch.targets, mix)
+            scaled = self._scaler.scale(loss if self._accum_steps == 1 else loss / self._accum_steps)
+            scaled.backward()
+        self.meter.add(loss.detach(), hits, len(batch), self.num_updates, self.lr)
+        self._num_batches = 0 if is_last else self._num_batches + 1
+        if is_last:
+            self._update(measure_norm)
+        self._pace.step()
+        return is_last
+
+    def _update(self, measure_norm: bool) -> None:
+        if self._clip_grad is not None or measure_norm:
+            self._scaler.unscale_(self._optimizer)
+        if measure_norm:
+            grads = [p.grad for p in self._model.parameters() if p.grad is not None]
+            self.grad_norm = torch.nn.utils.get_total_norm(grads)
+        if self._clip_grad is not None:
+            clipped = model_parameters(self._model, exclude_head="agc" in self._clip_mode)  # as timm
+            dispatch_clip_grad(clipped, self._clip_grad, mode=self._clip_mode)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=not self._keeps_grads)
+        self.num_updates += 1
+        if self._ema is not None:
+            self._ema.update(self._model, step=self.num_updates)
+
+    def _seed_update(self) -> None:
+        # An odd multiplier is a bijection modulo 2**63, so updates and ranks never meet at a seed.
+        number = self.num_updates * self._world.size + self._world.rank
+        torch.manual_seed((self._seed + number * 0x9E3779B97F4A7C15) % 2**63)
+
+    def _without_averaging(self) -> AbstractContextManager[None]:
+        return self._ddp.no_sync() if self._ddp is not None else nullcontext()
+
+    @property
+    def lr(self) -> float:
+        """The greatest learning rate of all parameter groups (layer decay makes some smaller)."""
+        return max(group["lr"] for group in self._optimizer.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an update needs beside weights, EMA and the optimizer's state. Only between two updates."""
+        assert self._num_batches == 0
+        return {
+            "num_updates": self.num_updates,
+            "scaler": self._scaler.state_dict(),
+            "meter": self.meter.state_dict(self._world),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.num_updates = state["num_updates"]
+        if state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])
+        self.meter.load_state_dict(state["meter"])
+
+
+class LossOfBatch(nn.Module):
+    """Mix, forward and loss of one batch: what is compiled, and what the ranks share the gradients of."""
+
+    def __init__(self, model: nn.Module, augment: Augment, loss: Loss, dtype: torch.dtype | None) -> None:
+        """`dtype`: of the autocast forward; None: no autocast."""
+        super().__init__()
+        self.model, self.augment, self._loss, self._dtype = model, augment, loss, dtype
+
+    def forward(self, images: Tensor, targets: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss, float32 (), and how many of the labels are predicted, int64 ()."""
+        mixed, soft_targets = self.augment(images, targets, mix)
+        with torch.autocast(images.device.type, dtype=self._dtype, enabled=self._dtype is not None):
+            logits = self.model(mixed)
+        logits = logits.float()
+        return self._loss(logits, soft_targets), (logits.detach().argmax(1) == targets).sum()
+
+
+def _distribute(loss_of: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """Gradients averaged over the ranks, while the rest of the backward pass goes on."""
+    # No buffer is sent around before each step: statistics of normalisation are averaged before validation instead.
+    named = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"  # torch < 2.14
+    no_buffers: dict[str, Any] = {name: False}
+    return DistributedDataParallel(
+        loss_of,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **no_buffers,
+    )

@@ -1,0 +1,114 @@
+"""Signals that ask a run to save and end: Ctrl-C, a batch system's SIGTERM, SIGUSR1 before the time limit."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator
+from types import FrameType
+
+import torch
+
+from lowrank_vit.data.batch import Batch
+from lowrank_vit.ranks.world import World
+from lowrank_vit.score.evaluate import Batches
+
+ONE_WISH_S = 5.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_AGREE_S, _AGREE_STEPS = 2.0, 1000
+
+
+class Stopped(Exception):
+    """All ranks are to end here; the state is that after the last update."""
+
+
+class StopRequest:
+    """Notes the first signal, on which all ranks then agree; a second Ctrl-C or SIGTERM ends the process at once.
+
+    What comes within `ONE_WISH_S` of the first is not a second: Ctrl-C reaches torchrun and its ranks alike, and
+    torchrun passes it on to the ranks again.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._asked_at: float | None = None
+        self._signal = 0
+        self.begin(0)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        elif number != signal.SIGUSR1 and now - self._asked_at > ONE_WISH_S:
+            signal.default_int_handler(number, frame)  # raises KeyboardInterrupt
+        self.ask(number)
+
+    @contextlib.contextmanager
+    def noted(self) -> Generator[StopRequest]:
+        """Within it signals are only noted. Does nothing outside the main thread, where Python cannot do so."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def ask(self, number: int) -> None:
+        """Have the run end because of the signal of that number, once all ranks know. Safe in a signal handler."""
+        self._signal = number
+
+    @property
+    def reason(self) -> str:
+        """The signal's name, e.g. SIGTERM; empty without one."""
+        return signal.Signals(self._signal).name if self._signal else ""
+
+    def begin(self, num_steps: int) -> None:
+        """A stretch of steps (updates, or batches of a validation) of about one duration begins after `num_steps`."""
+        self._next = num_steps + 1
+        self._agreed_at = time.monotonic(), num_steps
+
+    def comes_after(self, num_steps: int) -> bool:
+        """Whether all ranks end here, because one of them was asked to. Every rank calls it after every step.
+
+        They agree about every two seconds, by the host's network, so that no step waits for it and a stop comes well
+        within the 30 s that torchrun leaves after SIGTERM. At the same steps on every rank, since all reckon with the
+        slowest one's time.
+        """
+        if self._world.size == 1:
+            return self._signal > 0
+        if num_steps < self._next:
+            return False
+        now, (then, step) = time.monotonic(), self._agreed_at
+        mine = [float(self._signal), (now - then) / max(1, num_steps - step)]
+        common = torch.tensor(mine, dtype=torch.float64)  # on the CPU whatever the device
+        torch.distributed.all_reduce(common, torch.distributed.ReduceOp.MAX)
+        number, step_s = common.tolist()
+        self._signal = int(number) or self._signal  # one that came meanwhile is for the next time
+        self._agreed_at = now, num_steps
+        self._next = num_steps + max(1, min(_AGREE_STEPS, int(_AGREE_S / max(step_s, 1e-9))))
+        return number > 0
+
+
+class UntilStopped:
+    """A validation loader that raises `Stopped` when all ranks are to end; the epoch is validated after resuming."""
+
+    def __init__(self, loader: Batches, num_batches: int, stop: StopRequest) -> None:
+        """`num_batches`: of the rank that has most. The others go on agreeing when they are through with theirs."""
+        self._loader, self._num_batches, self._stop = loader, num_batches, stop
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Those of one pass over this rank's samples."""
+        batches = iter(self._loader.batches(epoch))
+        self._stop.begin(0)
+        for n in range(self._num_batches):
+            batch = next(batches, None)
+            if batch is not None:
+                yield batch
+            if self._stop.comes_after(n + 1):
+                raise Stopped
+        yield from batches

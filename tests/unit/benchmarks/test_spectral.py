@@ -1,0 +1,145 @@
+"""The bench of the solver: its accuracy section finds errors, its cases run, its result reads back."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import spectral, spectral_step
+from benchmarks.measure import Result, Samples
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.spectral.extremes import Solved
+from lowrank_vit.spectral.solve import solve
+
+
+def test_every_accuracy_case_passes() -> None:
+    for name, matrix in spectral.accuracy_cases().items():
+        found = spectral.measure_accuracy(name, matrix, 1, torch.device("cpu"))
+        assert found.passes, (name, found)
+
+
+@pytest.mark.parametrize(("wrong", "field"), [("s", "top"), ("u", "sine"), ("certificate", "certified")])
+def test_a_wrong_solver_is_found_out(wrong: str, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiled(*args: object, **more: object) -> dict[str, Solved]:
+        result = solve(*args, **more)  # pyright: ignore[reportArgumentType]
+        array = getattr(result["m"].top, wrong)
+        array[...] = -1 if wrong == "certificate" else array + 1e-3
+        return result
+
+    right = spectral.measure_accuracy(
+        "m", spectral.accuracy_cases()["rank 8 + noise, 1536x384"], 1, torch.device("cpu")
+    )
+    assert right.passes
+    monkeypatch.setattr(spectral, "solve", spoiled)
+    found = spectral.measure_accuracy(
+        "m", spectral.accuracy_cases()["rank 8 + noise, 1536x384"], 1, torch.device("cpu")
+    )
+    assert not found.passes
+    assert getattr(found, field) != getattr(right, field)
+
+
+def test_operations_are_those_of_the_formula_by_hand() -> None:
+    counted = spectral.operations("base")
+    assert counted["gram"] == pytest.approx(24 * (2304 + 768 + 3072 + 3072) * 768**2 / 1e9)
+    assert counted["tridiagonal"] == pytest.approx(24 * 4 * 4 / 3 * 768**3 / 1e9)
+
+
+def test_a_small_round_runs_and_reads_back(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = {"pretrained": False, "img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 2, "num_classes": 4}
+    import timm
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name: create("vit_tiny_patch16_224", **tiny))
+    before = torch.get_rng_state()
+    options = spectral.Options(
+        models=("small",), device="cpu", threads=1, step=True, step_batches=(2,), steps=10, repeats=1
+    )
+    result: Result = spectral.run(options)
+    assert torch.equal(torch.get_rng_state(), before)
+    content = json.loads(result.to_json())
+    assert set(content["ratios"]) == {
+        "gram64_vs_inline_svd", "gram64_vs_inline_svd_small", "gram64_share_of_limit_small",
+        "with_monitor_vs_without", "with_monitor_vs_without_2",
+    }  # fmt: skip
+    assert content["ratios"]["gram64_vs_inline_svd"] == content["ratios"]["gram64_vs_inline_svd_small"]
+    assert {
+        "inline_svd_small",
+        "gram64_small",
+        "refresh_small",
+        "product_limit_small",
+        "step_2",
+        "step_2_with_monitor",
+    } == set(content["cases"])
+    refreshes = content["refreshes"]["batch_2"]
+    assert len(refreshes["refresh_s"]) == 2  # the warm-up's and the round's
+    assert refreshes["skipped"] == [0, 0]
+    assert all(one["passes"] for one in content["accuracy"].values())
+    spectral.print_accuracy(result, Console(width=80))
+    output = capsys.readouterr().out
+    assert "condition 1e6" in output
+    assert max(map(len, output.splitlines())) <= 80
+    assert np.isfinite(content["cases"]["gram64_small"]["median"])
+
+
+def test_the_lowest_ratio_of_each_round_is_the_figure() -> None:
+    found = spectral._with_lowest(
+        {
+            "gram64_vs_inline_svd_small": Samples((3.0, 5.0)),
+            "gram64_vs_inline_svd_base": Samples((4.0, 2.0)),
+            "gram64_share_of_limit_base": Samples((0.1, 0.1)),
+        }
+    )
+    assert found["gram64_vs_inline_svd"].samples == (3.0, 2.0)
+    assert "with_monitor_vs_without" not in found
+
+
+def test_a_part_of_the_layers_has_the_shapes_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(torch.linalg, "svd", lambda weight, **_: seen.append(tuple(weight.shape)))
+    for layers, factor in ((2, 2), (None, 12)):
+        seen.clear()
+        cases = spectral._solver_cases("small", 1, torch.device("cpu"), layers)
+        cases["inline_svd_small"].run()
+        assert cases["inline_svd_small"].items == len(seen) == 8 * factor
+        assert {shape: seen.count(shape) for shape in seen} == dict.fromkeys(
+            [(1152, 384), (384, 384), (1536, 384), (384, 1536)], 2 * factor
+        )
+        assert cases["gram64_small"].items == 96
+
+
+def test_compiled_steps_are_warmed_up_and_eager_ones_need_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    created = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=1, num_heads=2, num_classes=4)
+    monkeypatch.setattr(timm, "create_model", lambda _name: created)
+    compiled: list[dict] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: (compiled.append(how), function)[1])
+    cpu = torch.device("cpu")
+    training = spectral_step._Training("x", 2, 3, cpu)
+    assert compiled == []  # on a CPU these steps are eager, and need no warming up
+    training.warm_up()
+    assert training._updates == 0
+    training._warm_up_steps = spectral_step.WARM_UP_STEPS
+    training.warm_up()
+    training.run()
+    assert training._updates == 20 + 3
+    cases, _ = spectral_step.step_cases("x", 2, 3, cpu, "without", "with")
+    assert all(case.first.__name__ == "warm_up" for case in cases.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"threads": 0}, "--threads is 0"),
+        ({"inline_layers": 0}, "--inline-layers is 0"),
+        ({"step_batches": (64, 0)}, "--step-batches is 64 0"),
+        ({"models": ()}, "--models names no model"),
+    ],
+)
+def test_wrong_options(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        spectral.run(spectral.Options(**changes))

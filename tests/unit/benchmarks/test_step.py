@@ -1,0 +1,143 @@
+"""The benches `step` and `end-to-end`: their cases run and do what they say. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import end_to_end, step
+from benchmarks.__main__ import main
+from benchmarks.phases import PHASES, Phases, Timer
+from lowrank_vit.common.errors import UserError
+
+TINY = "-b 4 --img-size 32 --steps 2 --device cpu --repeats 1".split()
+
+
+def test_step_smoke(tmp_path, capsys):
+    path = tmp_path / "step.json"
+    main(["step", *TINY, "--no-compile", "--json", str(path)])
+    result = json.loads(path.read_text())
+    assert list(result["cases"]) == ["ours_eager", "timm_eager", "product_limit", "update_limit"]
+    shares = {f"{kind}_{case}" for kind in ("mfu", "update_share") for case in ("ours_eager", "timm_eager")}
+    assert set(result["ratios"]) == {"eager_vs_timm_eager", *shares}
+    assert result["peers"] == ["timm_eager"]
+    # 5.7 million weights of ViT-Ti/16, 40 bytes each
+    assert 5.4e6 * 40 < result["update_bytes"] < 5.8e6 * 40
+    assert 0 < result["ratios"]["mfu_ours_eager"]["median"] < 1.5
+    assert result["workload"] == {"model": "vit_tiny_patch16_224", "img_size": 32, "batch_size": 4, "steps": 2}
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_both_steps_train_the_same_model():
+    """As many weights in as many groups with the same decay, and after a round none is as it was."""
+    cpu = torch.device("cpu")
+    load = step.Workload("vit_tiny_patch16_224", 32, 4, 1)
+    config = step.config_of(load, cpu, "eager")
+    parts = step.make_parts(config, None)
+    timms = step._timm_case(load, cpu, "eager", config)
+    assert isinstance(timms.run, partial)
+    run: Any = timms.run.func
+    cells = dict(zip(run.__code__.co_freevars, run.__closure__ or (), strict=True))
+    optimizer = cells["optimizer"].cell_contents
+
+    def groups(of: torch.optim.Optimizer) -> list[tuple[float, int]]:
+        return sorted((g["weight_decay"], sum(p.numel() for p in g["params"])) for g in of.param_groups)
+
+    assert groups(optimizer) == groups(parts.optimizer)
+    for case, ema, model in (
+        (step._our_case(parts, load, "eager", config), parts.ema, parts.model),
+        (timms, cells["task"].cell_contents.trainable_module_ema, cells["task"].cell_contents.trainable_module),
+    ):
+        assert ema is not None
+        before = [p.detach().clone() for p in model.parameters()]
+        case.run()
+        case.run()
+        assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        moved = [not torch.equal(a, b) for a, b in zip(before, ema.module.parameters(), strict=True)]
+        assert any(moved)
+        assert case.items == 4
+
+
+def test_only_compiled_steps_are_warmed_up_and_by_enough():
+    ran: list[int] = []
+    load = step.Workload("vit_tiny_patch16_224", 32, 4, 3)
+    for way, expected in (("eager", [3]), ("compiled", [20, 3])):
+        ran.clear()
+        case = step._case(ran.append, load, way, "")
+        case.first()
+        case.run()
+        assert ran == expected
+        assert case.items == 12
+
+
+def test_the_limit_of_the_update_moves_its_bytes():
+    case = step.update_case(1000, step.Workload("", 32, 4, 3), torch.device("cpu"))
+    case.run()
+    cells = dict(zip(case.run.__code__.co_freevars, case.run.__closure__ or (), strict=True))
+    source, target = cells["source"].cell_contents, cells["target"].cell_contents
+    assert torch.equal(source, target)
+    assert 2 * source.nbytes == 1000 * step.UPDATE_BYTES
+    assert (case.items, case.unit) == (12, "img/s")
+
+
+def test_a_peer_that_breaks_leaves_our_figures(monkeypatch):
+    def broken(*_args: object) -> None:
+        raise AttributeError("timm has changed")
+
+    monkeypatch.setattr(step, "_timm_case", broken)
+    options = step.Options(img_size=32, batch_size=4, steps=1, device="cpu", compile=False, repeats=1)
+    result = step.run(options)
+    assert result.failed == {"timm_eager": "AttributeError: timm has changed"}
+    assert "ours_eager" in result.cases
+    assert not result.is_broken
+
+
+def test_end_to_end_smoke(tmp_path, capsys):
+    path = tmp_path / "end.json"
+    data = "--count 24 --loader ffcv --workers 1 --spec-every 2".split()
+    main(["end-to-end", *TINY, *data, "--scratch", str(tmp_path / "scratch"), "--json", str(path)])
+    result = json.loads(path.read_text())
+    assert list(result["cases"]) == ["end_to_end", "synthetic", "product_limit", *(f"phase_{n}" for n in PHASES)]
+    assert all(case["median"] > 0 for case in result["cases"].values())
+    assert sum(result["shares"].values()) == pytest.approx(1)
+    assert result["bottleneck"] in PHASES
+    # The phases are the round: nothing of a step is left out or counted twice.
+    step_ms = sum(result["cases"][f"phase_{name}"]["samples"][0] for name in PHASES)
+    assert step_ms == pytest.approx(1e3 * 4 / result["cases"]["end_to_end"]["samples"][0], rel=0.2)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_phases():
+    rounds = [dict.fromkeys(PHASES, 0.0) | {"forward": 1.0, "backward": 2.0, "augment": 9.0}] * 2
+    inside = Phases.of(rounds, 4)
+    assert inside.ms["backward"] == (500, 500)
+    assert (inside.bottleneck(), inside.shares()["augment"]) == ("augment", 0.75)
+    beside = Phases.of(rounds, 4, frozenset({"augment"}))
+    assert (beside.bottleneck(), beside.shares()["forward"]) == ("backward", pytest.approx(1 / 3))
+
+
+def test_the_timer_gives_each_phase_its_own_time(monkeypatch):
+    moments = iter([0.0, 1.0, 3.0, 3.5, 4.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(moments))
+    timer = Timer(torch.device("cpu"))
+    timer.start()
+    timer.end("data")
+    begun = timer.now()
+    timer.span("augment", begun)
+    timer.end("data")
+    seconds = timer.seconds()
+    assert {name: s for name, s in seconds.items() if s} == {"data": 4.0, "augment": 0.5}
+    assert not any(timer.seconds().values())
+
+
+def test_wrong_options(tmp_path):
+    with pytest.raises(UserError, match="--steps is 0, expected 1 or more"):
+        step.run(step.Options(device="cpu", steps=0))
+    with pytest.raises(UserError, match="--spec-every is 0, expected 1 or more"):
+        end_to_end.run(end_to_end.Options(device="cpu", spec_every=0))
+    with pytest.raises(UserError, match=r"nothing\.beton is not a file"):
+        end_to_end.run(end_to_end.Options(device="cpu", data=tmp_path / "nothing.beton"))

@@ -1,0 +1,80 @@
+"""Help at 80 columns: nothing is wider, nothing is broken in the middle, defaults are said once."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowrank_vit.common.help_text import fit
+
+ROOT = Path(__file__).parents[3]
+PREP = [("data_prep.__main__", [command]) for command in ("digits", "cifar100", "imagefolder", "verify", "info")]
+OURS = [
+    ("lowrank_vit.analyze_spectrum", []),
+    ("lowrank_vit.report.__main__", []),
+    ("lowrank_vit.augment.__main__", []),
+    ("lowrank_vit.config.completion", []),
+    ("data_prep.__main__", []),
+    *PREP,
+]
+
+
+def help_of(module: str, arguments: list[str], monkeypatch, capsys) -> str:
+    monkeypatch.setenv("COLUMNS", "80")
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(module).main([*arguments, "--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("module", "arguments"), OURS, ids=lambda one: str(one))
+def test_help_fits(module, arguments, monkeypatch, capsys):
+    text = help_of(module, arguments, monkeypatch, capsys)
+    assert "usage: " in text
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    assert not re.search(r"\d,\s*\n\W*\d{3}", text), "a number is broken"
+    assert "\n\n\n" not in text
+
+
+@pytest.mark.parametrize("module", ["lowrank_vit.analyze_spectrum", "lowrank_vit.report.__main__"])
+def test_help_says_defaults_in_words(module, monkeypatch, capsys):
+    text = help_of(module, [], monkeypatch, capsys)
+    assert "{None}" not in text
+    assert "None)" not in text
+    assert "(default: '')" not in text
+
+
+def test_usage_names_the_script_where_that_was_called(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/lowrank-vit", "analyze-spectrum"])
+    text = help_of("lowrank_vit.analyze_spectrum", [], monkeypatch, capsys)
+    assert text.startswith("usage: lowrank-vit analyze-spectrum ")
+
+
+def test_the_previews_help_lists_flags_and_defaults(monkeypatch, capsys):
+    text = help_of("lowrank_vit.augment.__main__", [], monkeypatch, capsys)
+    for flag, default in (("--reprob", "0.0"), ("--mixup", "0.0"), ("--hflip", "0.5"), ("--preview", "")):
+        assert flag in text
+        assert f"(default: {default}" in text or not default
+
+
+def test_prose_is_wrapped_and_tables_are_left_alone():
+    table = "│ " + "x" * 90
+    assert fit(f"{table}\n- {'word ' * 20}\n\n\n\nend\n", 40).splitlines() == [
+        table,
+        "- word word word word word word word",
+        "  word word word word word word word",
+        "  word word word word word word",
+        "",
+        "end",
+    ]
+
+
+def test_makes_help_fits_and_names_the_benches():
+    text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert max(map(len, text.splitlines())) <= 80
+    assert {"growth", "limits"} <= set(re.findall(r"\w+", text))

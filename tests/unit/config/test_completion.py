@@ -1,0 +1,159 @@
+"""Completion as bash itself does it, from the printed script alone; and how a command is called and named."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowrank_vit import __version__
+from lowrank_vit.__main__ import run
+from lowrank_vit.common import commands as typed
+from lowrank_vit.common.bundled import CLASSES, CONFIGS, find_shipped, shipped_names
+from lowrank_vit.common.commands import COMMANDS
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config import completion
+
+ROOT = Path(__file__).parents[3]
+SHELL = shutil.which("bash")
+
+
+@pytest.fixture(scope="module")
+def script() -> str:
+    return completion.script("bash", completion.all_words())
+
+
+def complete(script: str, *words: str) -> list[str]:
+    """What bash proposes for the last of `words`, with no program at hand that it could ask."""
+    assert SHELL
+    line = " ".join(shlex.quote(word) for word in ("lowrank-vit", *words))
+    driver = f"\nCOMP_WORDS=({line}); COMP_CWORD={len(words)}; _lowrank_vit; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    command = [SHELL, "--norc", "-uc", script + driver]
+    done = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, check=True, timeout=60)
+    assert not done.stderr
+    return done.stdout.split()
+
+
+def test_commands(script):
+    assert complete(script, "") == list(COMMANDS)
+    assert complete(script, "tr") == ["train"]
+    assert complete(script, "prep", "i") == ["imagefolder", "info"]
+    assert complete(script, "completion", "") == ["bash", "zsh"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "--spec-mon"], ["--spec-monitor"]),
+        (["train", "photos", "--conf"], ["--config"]),
+        (["validate", "--use"], ["--use-ema"]),
+        (["inference", "--top"], ["--topk"]),
+        (["analyze_spectrum", "--sav"], ["--save-vectors", "--save-dir"]),
+        (["report", "--h"], ["--help"]),
+        (["augment", "--prev"], ["--preview"]),
+        (["validate", "--js"], ["--json"]),
+        (["prep", "imagefolder", "--on"], ["--on-bad"]),
+    ],
+)
+def test_flags(words, expected, script):
+    assert complete(script, *words) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "--loader", ""], ["auto", "resident", "dali", "ffcv"]),
+        (["train", "--loader", "=", "da"], ["dali"]),
+        (["train", "--loader", "="], ["auto", "resident", "dali", "ffcv"]),
+        (["augment", "--config", "quick"], ["quickstart"]),
+        (["prep", "imagefolder", "--on-bad", "s"], ["skip"]),
+        (["prep", "imagefolder", "--classes", ""], ["imagenet100_classes.txt", "imagenet1k_classes.txt"]),
+        (["analyze-spectrum", "--format", ""], ["npz", "pt"]),
+    ],
+)
+def test_choices(words, expected, script):
+    assert complete(script, *words) == expected
+
+
+@pytest.mark.parametrize("words", [["train", "--data-dir", ""], ["validate", ""], ["train", "--config", "configs/q"]])
+def test_names_of_files_are_left_to_the_shell(words, script):
+    assert complete(script, *words) == []
+    assert "complete -o default -F _lowrank_vit lowrank-vit" in script
+
+
+def test_the_script_of_zsh_is_that_of_bash(script):
+    assert completion.script("zsh", completion.all_words()).endswith(script)
+
+
+def test_another_shell_is_an_error():
+    with pytest.raises(UserError, match="fish: expected one of bash, zsh"):
+        completion.main(["fish"])
+
+
+def test_the_version(capsys):
+    run(["--version"])
+    assert capsys.readouterr().out == f"lowrank-vit {__version__}\n"
+
+
+def test_a_misspelt_command_names_the_nearest():
+    with pytest.raises(UserError, match=r"`trian` is not a command\. Did you mean `train`\?"):
+        run(["trian"])
+
+
+def test_a_command_may_be_spelt_as_its_module(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run(["analyze_spectrum", "--help"])
+    assert "--checkpoint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv0", "module", "expected"),
+    [
+        ("/usr/bin/lowrank-vit", "lowrank_vit.analyze_spectrum", "lowrank-vit analyze-spectrum"),
+        ("/usr/bin/lowrank-vit", "data_prep", "lowrank-vit prep"),
+        ("/x/lowrank_vit/train.py", "lowrank_vit.train", "python -m lowrank_vit.train"),
+        ("/x/lowrank_vit/report/__main__.py", "lowrank_vit.report", "python -m lowrank_vit.report"),
+        ("/x/lowrank_vit/__main__.py", "lowrank_vit.report", "python -m lowrank_vit report"),
+    ],
+)
+def test_usage_says_how_the_user_called_the_program(argv0, module, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [argv0])
+    assert typed.usage_name(module) == expected
+
+
+def test_a_next_step_can_be_typed_here(tmp_path, monkeypatch):
+    script = tmp_path / ".venv" / "bin" / "lowrank-vit"
+    script.parent.mkdir(parents=True)
+    script.touch(mode=0o755)
+    (script.parent / "python").touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.setenv("PATH", "")
+    assert typed.typed("lowrank_vit.report") == ".venv/bin/lowrank-vit report"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert typed.typed("lowrank_vit.report") == "lowrank-vit report"
+    monkeypatch.setattr(sys, "argv", ["/x/lowrank_vit/train.py"])
+    monkeypatch.setattr(sys, "executable", str(script.parent / "python"))
+    assert typed.typed("lowrank_vit.report") == "python -m lowrank_vit.report"
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    assert typed.typed("lowrank_vit.report") == ".venv/bin/python -m lowrank_vit.report"
+    monkeypatch.setattr(sys, "prefix", "/elsewhere")
+    assert typed.typed("data_prep") == f"{script.parent / 'python'} -m data_prep"
+
+
+def test_files_that_come_with_the_program_have_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "quickstart" in shipped_names(CONFIGS)
+    assert shipped_names(CLASSES) == ("imagenet100_classes.txt", "imagenet1k_classes.txt")
+    assert find_shipped(Path("quickstart"), CONFIGS).samefile(ROOT / "configs" / "quickstart.yaml")
+    assert find_shipped(Path("quickstart.yaml"), CONFIGS).samefile(ROOT / "configs" / "quickstart.yaml")
+    assert find_shipped(Path("imagenet100_classes.txt"), CLASSES).samefile(ROOT / "configs" / "imagenet100_classes.txt")
+    for other in (Path("none"), Path("x/quickstart"), Path("quickstart.txt")):
+        assert find_shipped(other, CONFIGS) == other
+    Path("quickstart.yaml").touch()
+    assert find_shipped(Path("quickstart.yaml"), CONFIGS) == Path("quickstart.yaml")

@@ -1,0 +1,454 @@
+"""Flags, YAML, their checks, and the round trip through args.yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config import meaning
+from lowrank_vit.config.check import leaves, parse_interval
+from lowrank_vit.config.flags import parse, to_yaml
+from lowrank_vit.config.options import Config, Step
+
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+# What a user types is a contract: a flag may be added here, but not renamed or dropped.
+FLAGS = """
+dataset dataset-download data-dir train-split val-split beton-dir nested-classes stage-dir synthetic loader workers
+prefetch hw-decoder-load on-bad-sample batch-size validation-batch-size img-size crop-pct mean std
+train-crop-mode scale ratio hflip vflip train-interpolation model model-kwargs num-classes larger-head trust-labels
+class-order head-init-scale head-init-bias sync-bn drop drop-path pretrained
+pretrained-path initial-checkpoint grad-checkpointing model-ema model-ema-decay model-ema-warmup opt opt-eps opt-betas
+opt-kwargs momentum weight-decay lr lr-base lr-base-size lr-base-scale layer-decay layer-decay-min-scale
+layer-decay-no-opt-scale clip-grad clip-mode grad-accum-steps sched sched-on-updates epochs warmup-epochs warmup-prefix
+warmup-lr min-lr cooldown-epochs decay-epochs decay-rate decay-milestones lr-decay-fn lr-stable-timescale lr-cycle-mul
+lr-cycle-decay lr-cycle-limit lr-k-decay lr-noise lr-noise-pct lr-noise-std aa color-jitter reprob remode recount
+erase-first resplit smoothing bce-loss bce-sum bce-target-thresh mixup cutmix mixup-prob mixup-switch-prob mixup-mode
+mix-block cutmix-minmax mixup-off-epoch device amp amp-dtype tf32 compile compile-mode compile-cache spec-monitor
+spec-every spec-topk spec-interval spec-targets spec-split-qkv spec-solver spec-on-cpu spec-cpu-threads spec-store-gb
+output experiment resume seed log-interval val-interval eval-metric tta checkpoint-hist checkpoint-interval log-wandb
+wandb-project wandb-tags wandb-resume-id
+""".split()
+
+
+def test_flag_names_are_unique_and_as_listed():
+    names = [name for name, _, _ in leaves()]
+    assert len(names) == len(set(names))
+    assert names == FLAGS
+
+
+def test_timms_spelling():
+    config = parse(
+        shlex.split("-b 64 --opt adamw --lr 5e-4 --wd 0.05 --no-amp --mixup 0.8 --cutmix 1 -j 2 --spec-every 10")
+    )
+    assert (config.data.batch_size, config.data.workers) == (64, 2)
+    assert (config.optim.opt, config.optim.lr, config.optim.weight_decay) == ("adamw", 5e-4, 0.05)
+    assert (config.augment.mixup, config.augment.cutmix) == (0.8, 1.0)
+    assert not config.step.amp
+    assert config.spectra.spec_every == 10
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["DIR --model x", "--model x DIR", "--mixup 0.8 DIR --model x", "--data-dir DIR", "--data DIR", "--data=DIR"],
+)
+def test_timms_forms_of_the_data_directory(line, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("data-dir: data/cifar100\n")
+    assert parse(line.split()).data.data_dir == Path("DIR")
+    assert parse([*line.split(), "--config", str(path)]).data.data_dir == Path("DIR")
+    assert parse(["--config", str(path)]).data.data_dir == Path("data/cifar100")
+    assert parse([]).data.data_dir is None
+
+
+def test_one_data_directory_given_twice_is_one():
+    assert parse(["DIR", "--data-dir", "DIR"]).data.data_dir == Path("DIR")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--color-jitter 0.4 DIR",
+        "--color-jitter 0.4 0.3 0.2 DIR --epochs 7",
+        "--opt-betas 0.9 0.95 0.99 DIR",
+        "--mean 0.5 DIR",
+        "--decay-milestones 3 5 DIR",
+        "--lr-noise 0.4 DIR",
+        "--scale 0.1 1 DIR",
+    ],
+)
+def test_a_list_of_numbers_does_not_swallow_the_data_directory(line: str):
+    config = parse(line.split())
+    assert config.data.data_dir == Path("DIR")
+    name, *numbers = line.partition(" DIR")[0].split()
+    assert list({n: v for n, _, v in leaves(config)}[name[2:]]) == [float(number) for number in numbers]
+
+
+def test_no_worker_is_one(capsys):
+    assert parse(["-j", "0"]).data.workers == 1
+    assert "note: --workers 0 is --workers 1" in capsys.readouterr().out
+
+
+def test_two_data_directories_are_refused():
+    with pytest.raises(UserError, match="DIR and --data-dir OTHER: give the data directory once"):
+        parse(["DIR", "--data-dir", "OTHER"])
+
+
+def test_yaml_comes_first_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "lr: 1e-3\nepochs: 7\nspec-monitor: true\nmodel_kwargs: {depth: 2, embed_dim: 32}\nscale: [0.5, 1]\n"
+    )
+    for argv in (["--epochs", "9", "--config", str(path)], [f"--config={path}", "--epochs", "9"]):
+        config = parse(argv)
+        assert config.optim.lr == 1e-3  # a string to YAML 1.1
+        assert config.optim.epochs == 9
+        assert config.spectra.spec_monitor
+        assert config.model.model_kwargs == ("depth=2", "embed_dim=32")
+        assert config.data.scale == (0.5, 1.0)
+
+
+def test_args_yaml_repeats_the_configuration(tmp_path):
+    argv = shlex.split("-b 3 --model-kwargs a=1 b=x --opt-betas 0.9 0.95 --no-compile --output x --lr 1e-5")
+    config = parse(argv)
+    (tmp_path / "args.yaml").write_text(to_yaml(config))
+    assert parse(["--config", str(tmp_path / "args.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("mixupp: 0.8", r"`mixupp` is not an option. Did you mean `mixup`\?"),
+        ("amp: 1", "`amp: 1` must be true or false"),
+        ("epochs: true", "`epochs: true` must be a value"),
+        ("- epochs", "must be a flat mapping"),
+        ("epochs: [", "not valid YAML"),
+        ("lr: 1\nepochs: 3\nlr: 2", "not valid YAML: .*`lr` is there twice"),
+        ("model-kwargs: {depth: 1, depth: 2}", "not valid YAML: .*`depth` is there twice"),
+        ("batch_size: 8\nbatch-size: 8", "`batch-size` and `batch_size` are the same option"),
+        ("lr: [1, 2]", "`lr` is a list, but takes one value"),
+        ("experiment: [a]", "`experiment` is a list, but takes one value"),
+        ("experiment: {a: 1}", "`experiment` is a mapping, but takes one value"),
+        ("scale: {a: 1}", "`scale` is a mapping, but takes a list"),
+        ("scale: [0.1, 0.5, DIR]", "`scale` takes numbers, got `DIR`"),
+        ("scale: [0.1, 0.5, 1]", "`scale` takes 2 numbers, got 3"),
+        ("scale: 0.5", "`scale` takes 2 numbers, got 1"),
+        ("scale: [0.1, null]", "`scale` is a list of which each element must be one value"),
+        ("opt-betas: [0.9]", "`opt-betas` takes 2 or more numbers, got 1"),
+        ("wandb-tags: [a, --no-amp]", "`wandb-tags`: an element cannot begin with a dash, as `--no-amp`"),
+        ("model-kwargs: {--lr: 3}", "`model-kwargs`: an element cannot begin with a dash, as `--lr=3`"),
+        ("model-kwargs: {depth: 2, -b: 3}", "cannot begin with a dash"),
+        ("img-size: x", "`img-size` takes a whole number, got `x`"),
+        ("weight-decai: 1", "Did you mean `weight-decay`"),
+        ("data: a\ndata_dir: b", "`data_dir` and `data` are the same option"),
+        ("sched: plateau", "`sched`: plateau is not here"),
+    ],
+)
+def test_bad_yaml_names_file_and_key(tmp_path, line, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(line + "\n")
+    with pytest.raises(UserError, match=message) as caught:
+        parse(["--config", str(path)])
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"experiment": "--no-amp"},
+        {"experiment": "-b"},
+        {"experiment": "a b"},
+        {"wandb-project": "--epochs=1"},
+        {"wandb-resume-id": "-"},
+        {"spec-targets": "-1"},
+        {"wandb-tags": ["a"]},
+        {"model-kwargs": {"a": "--lr 3"}},
+        {"model-kwargs": ["a=1"]},
+        {"opt-kwargs": {}},
+    ],
+)
+def test_nothing_in_a_file_becomes_another_flag_or_the_data_directory(content, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(content))
+    config = parse(["--config", str(path)])
+    ((name, value),) = content.items()
+    if isinstance(value, dict):
+        value = [f"{k}={v}" for k, v in value.items()]
+    changed = {n: v for n, _, v in leaves(config) if v != {n: v for n, _, v in leaves(Config())}[n]}
+    assert changed == ({name: tuple(value) if isinstance(value, list) else value} if value else {})
+    assert parse(["DIR", "--config", str(path)]).data.data_dir == Path("DIR")  # right behind the file's own values
+
+
+def test_names_in_a_file_may_be_aliases(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("data: x\nb: 8\nvb: 4\nj: 2\nwd: 0.1\ndr: 0.5\n")
+    config = parse(["--config", str(path)])
+    assert config == parse(shlex.split("--data-dir x -b 8 -vb 4 -j 2 --wd 0.1 --dr 0.5"))
+
+
+def test_null_in_a_file_means_the_default(tmp_path):
+    path, other = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    nulls = "".join(f"{name}: null\n" for name in [*FLAGS, "gp", "no-aug", "data", "wd"])
+    path.write_text(f"{meaning.KEY}: {meaning.now()}\n{nulls}")
+    assert parse(["--config", str(path)]) == parse([])
+    other.write_text("epochs: 7\nmodel-kwargs: {depth: 2}\n")
+    assert parse(["--config", str(other), "--config", str(path)]) == parse([])
+
+
+@pytest.mark.parametrize(
+    "name", "resume initial-checkpoint pretrained-path data-dir beton-dir stage-dir compile-cache output".split()
+)
+def test_an_empty_text_for_a_path_means_that_none_is_given(name, tmp_path):
+    assert parse([f"--{name}", ""]) == parse([f"--{name}="]) == Config()
+    assert parse([f"--{name}", "", "DIR"]).data.data_dir == Path("DIR")
+    path = tmp_path / "a.yaml"
+    path.write_text(f'{name}: ""\n')
+    assert parse(["--config", str(path)]) == Config()
+    if name != "output":
+        path.write_text(f"{name}: x\n")
+        assert parse(["--config", str(path), f"--{name}="]) == Config()
+
+
+@pytest.mark.parametrize(
+    ("line", "size"),
+    [
+        ("--model-kwargs img_size=32", 32),
+        ("--model-kwargs img_size=(32,32) depth=2", 32),
+        ("--model-kwargs img_size=[32,32] --img-size 32", 32),
+        ("--img-size 32 --model-kwargs depth=2 img_size=32", 32),
+        ("--config FILE --img-size 32", 32),
+        ("--config FILE --model-kwargs img_size=32", 32),
+        ("--config FILE --model-kwargs depth=2", 64),
+    ],
+)
+def test_the_image_size_may_be_given_as_timm_wants_it(line, size, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("img_size: 64\nmodel_kwargs: {img_size: 64}\n")
+    config = parse(line.replace("FILE", str(path)).split())
+    assert config.data.img_size == size
+    assert config.model.model_kwargs == (("depth=2",) if "depth" in line else ())
+    path.write_text(to_yaml(config))
+    assert parse(["--config", str(path)]) == config
+
+
+def test_missing_yaml_lists_its_neighbours(tmp_path):
+    (tmp_path / "there.yaml").write_text("epochs: 1\n")
+    with pytest.raises(UserError, match=r"absent.yaml: No such file.*there.yaml"):
+        parse(["--config", str(tmp_path / "absent.yaml")])
+    with pytest.raises(UserError, match="--config needs a file"):
+        parse(["--config"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--mixupp", "0.8"], "--mixup"),
+        (["--epochs", "many"], "--epochs"),
+        (["--loader", "dally"], "resident"),
+        (["--config", "TYPE"], "--epochs"),
+    ],
+)
+def test_misspelt_flags_and_wrong_types_name_the_right_one(argv, said, capsys, tmp_path):
+    (tmp_path / "type.yaml").write_text("epochs: soon\n")
+    argv = [str(tmp_path / "type.yaml") if a == "TYPE" else a for a in argv]
+    with pytest.raises(SystemExit) as caught:
+        parse(argv)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--batch-size 0",
+        "--epochs -1",
+        "--drop-path 1",
+        "--smoothing 1",
+        "--hflip 1.5",
+        "--lr 0",
+        "--lr nan",
+        "--lr inf",
+        "--mixup -0.1",
+        "--scale 0 1",
+        "--opt-betas 0.9 1.0",
+        "--crop-pct 0",
+        "--spec-every 0",
+        "--seed -1",
+    ],
+)
+def test_values_out_of_range(argv):
+    flag = argv.split()[0]
+    with pytest.raises(UserError, match=rf"{flag} .*must be"):
+        parse(argv.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--epochs 5 --warmup-epochs 5", "at most 4"),
+        ("--scale 1.0 0.5", "smaller number comes first"),
+        ("--experiment a/b", "plain name"),
+        ("--experiment ..", "plain name"),
+        ("--color-jitter 0.4 0.4", "one number, or three"),
+        ("--color-jitter strong", "--color-jitter takes numbers, got `strong`"),
+        ("--img-size 32 --model-kwargs img_size=64", "--img-size 32 and --model-kwargs img_size=64 differ"),
+        ("--model-kwargs img_size=(32,64)", "images are square here"),
+        ("--model-kwargs img_size=x", "images are square here"),
+        ("--model-kwargs img_size=[32,32,32]", "images are square here"),
+        ("--model-kwargs img_size={}", "images are square here"),
+        ("--model-kwargs depth", "--model-kwargs depth: expected NAME=VALUE"),
+        ("--opt-kwargs nesterov", "--opt-kwargs nesterov: expected NAME=VALUE"),
+        ("--mean 0.5 0.5", "--mean takes one number, or three"),
+        ("--decay-milestones 60 30", "--decay-milestones must grow"),
+        ("--lr-noise 0.1 0.2 0.3", "--lr-noise takes one share"),
+        ("--opt-betas 0.9", "^--opt-betas takes 2 or more numbers, got 1.$"),
+        ("--opt-betas=0.9", "^--opt-betas takes 2 or more numbers, got 1.$"),
+        ("--scale 1", "^--scale takes 2 numbers, got 1.$"),
+        ("--img-size x", "^--img-size takes a whole number, got `x`.$"),
+        ("--lr fast", "^--lr takes a number, got `fast`.$"),
+        ("--seed 9223372036854775808", "^--seed 9223372036854775808 is out of .* at most 9223372036854775807.$"),
+        ("--epochs 0", "^--epochs 0 is out of range: it must be at least 1.$"),
+        ("--device tpu", "--device tpu is not known"),
+        ("--cutmix-minmax 0.8 0.2", "smaller number comes first"),
+        ("--mixup 0.8 --batch-size 1", "--mixup mixes each image with another .*--batch-size 1"),
+        ("--mixup 0.8 --mix-block 1", "--mixup mixes each image with another .*--mix-block 1"),
+        ("--cutmix 1 -b 1", "--cutmix mixes each image with another .*--batch-size 1"),
+        ("--cutmix-minmax 0.2 0.8 -b 1", "--cutmix-minmax mixes"),
+        ("--bce-sum", "--bce-sum is about --bce-loss"),
+        ("--bce-target-thresh 0", "--bce-target-thresh is about --bce-loss"),
+        ("--pretrained --initial-checkpoint a.pth", "Give one of them"),
+        ("--pretrained-path b.pth --initial-checkpoint a.pth", "Give one of them"),
+        ("--synthetic --data-dir x", "--synthetic reads no data, so --data-dir"),
+        ("--synthetic --data x", "--synthetic reads no data, so --data-dir"),
+        ("x --synthetic", "--synthetic reads no data, so --data-dir"),
+        ("--dataset digits --synthetic", "--synthetic reads no data, so --dataset"),
+        ("--checkpoint-interval soon", "--checkpoint-interval soon must be updates, e.g. 500, or minutes"),
+    ],
+)
+def test_options_that_cannot_be_had(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse(argv.split())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_every_config_file_parses(path):
+    """The published recipes name augmentation that is still to come; without it they are complete."""
+    config = parse(["--config", str(path)])
+    keys = set(yaml.safe_load(path.read_text()))
+    assert keys <= set(FLAGS)
+    assert dataclasses.is_dataclass(config)
+
+
+def test_six_published_recipes():
+    published = {path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS if path.stem != "quickstart"}
+    assert len(published) == 6
+    for name, flat in published.items():
+        base = "base" in name
+        assert flat["epochs"] == 300
+        assert (flat["batch-size"], float(flat["lr"])) == ((64, 3e-4) if base else (128, 5e-4))
+        assert flat["aa"] == "rand-m9-mstd0.5-inc1"
+        assert flat["drop-path"] == (0.1 if not base else 0.3 if "imagenet1k" in name else 0.2)
+        assert flat.get("layer-decay") == (0.65 if name == "imagenet1k_vit_base" else None)
+
+
+def test_a_run_of_its_own_name_is_repeated_under_another(tmp_path):
+    path = tmp_path / "args.yaml"
+    path.write_text(to_yaml(parse(["--experiment", "x", "--resume", "x/last.pth.tar", "--lr", "1e-5"])))
+    again = parse(["--config", str(path)])
+    assert (again.run.experiment, again.run.resume, again.optim.lr) == ("", None, 1e-5)
+
+
+def test_a_short_run_shortens_the_warm_up_unless_it_is_asked_for(tmp_path, capsys):
+    path = tmp_path / "long.yaml"
+    path.write_text("epochs: 300\nwarmup-epochs: 20\n")
+    assert parse(["--config", str(path), "--epochs", "1"]).optim.warmup_epochs == 0
+    assert "shortened to 0" in capsys.readouterr().out
+    with pytest.raises(UserError, match="at most 0"):
+        parse(["--config", str(path), "--epochs", "1", "--warmup-epochs", "3"])
+
+
+def test_cpu_turns_off_what_is_meant_for_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert parse([]).step == Step(amp=True, compile=True)
+    assert parse(["--device", "cpu"]).step == Step(device="cpu", amp=False, compile=False)
+    assert parse(["--device", "cpu", "--amp"]).step == Step(device="cpu", amp=True, compile=False)
+
+
+def test_default_config_is_valid():
+    assert parse([]) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", (None, None)), ("500", (500, None)), ("10m", (None, 600.0)), ("0.5m", (None, 30.0)), ("1", (1, None))],
+)
+def test_checkpoint_intervals(text, expected):
+    assert parse_interval(text) == expected
+    assert parse(["--checkpoint-interval", text]).run.checkpoint_interval == text
+
+
+@pytest.mark.parametrize("text", ["0", "0m", "-5", "1.5", "10s", "m", "1e3", "infm", "nanm", "5 m", "1_0"])
+def test_bad_checkpoint_intervals(text):
+    with pytest.raises(UserError, match=r"must be updates, e\.g\. 500, or minutes, e\.g\. 10m"):
+        parse_interval(text)
+
+
+def test_an_odd_batch_can_be_mixed():
+    assert parse(["--mixup", "0.8", "--cutmix", "1", "-b", "3"]).data.batch_size == 3
+
+
+def test_a_recipe_can_be_measured_without_its_data(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("dataset: digits\ndata-dir: data/digits\n")
+    config = parse(["--config", str(path), "--synthetic"])
+    assert config.data.synthetic
+    (tmp_path / "args.yaml").write_text(to_yaml(config))
+    assert parse(["--config", str(tmp_path / "args.yaml")]) == config
+
+
+def test_a_wrong_type_in_a_file_names_the_file(tmp_path, capsys):
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("epochs: 3\n")
+    bad.write_text("epochs: fast\n")
+    with pytest.raises(SystemExit) as caught:
+        parse(["--config", str(good), "--config", str(bad)])
+    assert caught.value.__notes__ == [f"error: the wrong value stands in --config {bad}"]
+    assert "--epochs" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        parse(["--config", str(good), "--epochs", "fast"])
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_merge_keys_of_yaml_work(tmp_path):
+    path = tmp_path / "merge.yaml"
+    path.write_text("model-kwargs: {<<: {depth: 2}, embed_dim: 32}\n")
+    assert set(parse(["--config", str(path)]).model.model_kwargs) == {"depth=2", "embed_dim=32"}
+
+
+def test_a_resumed_run_says_whose_weights_it_takes(capsys):
+    for line in ("--pretrained", "--pretrained-path a.pth", "--initial-checkpoint a.pth"):
+        parse(["--resume", "run/last.pth.tar", *line.split()])
+        flag = line.split()[0].removesuffix("-path")
+        note = f"note: the weights are those of --resume run/last.pth.tar; {flag} is not read again\n"
+        assert capsys.readouterr().out == note
+    parse(["--resume", "run/last.pth.tar"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("rank", "speaks"), [("", True), ("0", True), ("1", False), ("7", False)])
+def test_of_several_ranks_one_speaks(rank, speaks, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    parse(["--epochs", "1"])
+    assert ("shortened to 0" in capsys.readouterr().out) == speaks
+
+
+def test_an_odd_batch_that_is_mixed_is_said(capsys):
+    parse(["-b", "71", "--mixup", "0.2"])
+    assert "--batch-size 71 is odd: mixing pairs images" in capsys.readouterr().out
+    parse(["-b", "71"])
+    parse(["-b", "70", "--mixup", "0.2"])
+    assert "odd" not in capsys.readouterr().out

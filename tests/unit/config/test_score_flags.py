@@ -1,0 +1,142 @@
+"""Every flag of timm's validate.py and inference.py is ours, taken without a use, or answered; the document agrees."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from lowrank_vit import inference, validate
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.score_flags import (
+    INFERENCE_INSTEAD,
+    INFERENCE_UNUSED,
+    VALIDATE_INSTEAD,
+    VALIDATE_UNUSED,
+    fit_flags,
+    with_images_first,
+    with_suffix_of,
+)
+
+DOC = (Path(__file__).parents[3] / "docs" / "from_timm.md").read_text(encoding="utf-8")
+# The parsers of timm's scripts, read at huggingface/pytorch-image-models commit 0041cb7ba4ab.
+SHARED = """
+data-dir model workers batch-size img-size in-chans input-size use-train-size crop-pct crop-mode mean std interpolation
+num-classes class-map log-freq checkpoint pretrained num-gpu test-pool channels-last device amp amp-dtype model-dtype
+fuser model-kwargs torchcompile-mode torchscript torchcompile aot-autograd dataset split results-file results-format
+""".split()
+VALIDATE = """
+num-samples dataset-download input-key input-img-mode target-key dataset-trust-remote-code crop-border-pixels gp
+no-prefetcher pin-mem tf-preprocessing use-ema fast-norm reparam real-labels valid-labels retry seed metrics-avg
+naflex-loader naflex-max-seq-len
+""".split()
+INFERENCE = """
+results-dir results-separate-col topk fullname filename-col index-col label-col output-col output-type label-type
+include-index exclude-output no-console-results
+""".split()
+COMMANDS = {
+    "validate": (validate.Options, VALIDATE_INSTEAD, VALIDATE_UNUSED, {*SHARED, *VALIDATE}),
+    "inference": (inference.Options, INFERENCE_INSTEAD, INFERENCE_UNUSED, {*SHARED, *INFERENCE}),
+}
+REWRITTEN = {"data-dir", "input-size", "num-gpu"}
+EARLIER = {"device-modules"}
+"""Of other versions of timm."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_of_timm_is_known_in_one_way(command):
+    options, instead, unused, theirs = COMMANDS[command]
+    ours = {field.name.replace("_", "-") for field in dataclasses.fields(options)}
+    assert theirs | EARLIER <= ours | set(instead) | set(unused) | REWRITTEN
+    assert set(instead) | set(unused) <= theirs | EARLIER
+    assert not ours & (set(instead) | set(unused))
+    assert not set(instead) & set(unused)
+    for answer in instead.values():
+        flags = set(re.findall(r"--[a-z][a-z-]*", answer))
+        assert flags <= {f"--{name}" for name in ours}
+        assert flags or "leave it out" in answer
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_answer_is_one_line(command):
+    module = {"validate": validate, "inference": inference}[command]
+    for name in COMMANDS[command][1]:
+        with pytest.raises(UserError, match=rf"^--{name} is timm's; here: .+\.$"):
+            module.main([f"--{name}", "1", "--checkpoint", "x"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_document_says_the_same(command):
+    section = DOC.split(f"## {command}.py\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| `--")]
+    assert {cells[0].strip(" `-"): cells[1].strip() for cells in rows} == COMMANDS[command][1]
+    (line,) = (line for line in section.split("\n\n") if line.startswith("Taken, and without effect"))
+    assert set(re.findall(r"`--([a-z-]+)", line)) == {*COMMANDS[command][2], "num-gpu"}
+
+
+def test_flags_without_effect_go_with_their_values():
+    said: list[str] = []
+    line = (
+        "photos --channels-last --log-freq 10 --no-prefetcher --pin_mem --fuser te --torchcompile --num-gpu 1 -b 8 "
+        "--torchcompile inductor --torchcompile-mode=default --input-size 3 96 96 --seed 1"
+    )
+    assert fit_flags(line.split(), VALIDATE_INSTEAD, VALIDATE_UNUSED, said.append) == (
+        "photos -b 8 --img-size 96".split()
+    )
+    (note,) = said
+    assert note.startswith("note: --channels-last, --log-freq, --no-prefetcher, --pin_mem, --fuser")
+    assert note.endswith("change nothing here")
+    assert fit_flags(["-b", "8"], VALIDATE_INSTEAD, VALIDATE_UNUSED, said.append) == ["-b", "8"]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--input-size 1 28 28", "images are RGB and square"),
+        ("--input-size 3 224 196", "images are RGB and square"),
+        ("--input-size 3", "images are RGB and square"),
+        ("--num-gpu 2", "one GPU scores"),
+        ("--num-gpu", "one GPU scores"),
+    ],
+)
+def test_what_cannot_be_done(line, message):
+    with pytest.raises(UserError, match=message):
+        fit_flags(line.split(), VALIDATE_INSTEAD, VALIDATE_UNUSED, print)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a.jpg b --checkpoint F --use-ema",
+        "--checkpoint F --use-ema a.jpg b",
+        "--checkpoint F a.jpg --use-ema b",
+        "--input a.jpg b --checkpoint F --use-ema",
+        "--data-dir=a.jpg --checkpoint F --use-ema b",
+        "--data_dir a.jpg b --checkpoint F --use-ema",
+    ],
+)
+def test_images_may_stand_anywhere(line):
+    ours = with_images_first(list[str](line.split()), inference.Options)
+    assert sorted(ours) == sorted("--checkpoint F --use-ema --input a.jpg b".split())
+    assert ours[-3:] == ["--input", "a.jpg", "b"]
+    assert ours[ours.index("--checkpoint") + 1] == "F"
+
+
+def test_values_are_not_taken_for_images():
+    line = "-m vit --model-kwargs depth=1 num_heads=2 x.png --mean 0.5 0.5 0.5 y.png -b 8 --topk=3 z.png --no-amp w.png"
+    ours = with_images_first(list[str](line.split()), inference.Options)
+    assert (
+        ours
+        == (
+            "-m vit --model-kwargs depth=1 num_heads=2 --mean 0.5 0.5 0.5 -b 8 --topk=3 --no-amp "
+            "--input x.png y.png z.png w.png"
+        ).split()
+    )
+
+
+def test_a_results_file_gets_a_suffix():
+    assert with_suffix_of(Path("a/b.csv"), "json") == Path("a/b.csv")
+    assert with_suffix_of(Path("a/vit.augreg"), "json") == Path("a/vit.augreg.json")

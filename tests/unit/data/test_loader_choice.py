@@ -1,0 +1,143 @@
+"""`--loader auto`: resident where it fits, DALI with a GPU, else what was measured to be faster; and says why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.resources import Memory
+from lowrank_vit.data import choose, speed
+from lowrank_vit.data.choose import LoaderOptions, choose_backend, make_backend, open_loader
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.data.speed import kept_or_measured, measure, speed_path
+from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
+from tests.photos import write_sets
+
+CPU = torch.device("cpu")
+AUTO = LoaderOptions(workers=2)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> dict[str, Path]:
+    return write_sets(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def beton(sets, tmp_path) -> Beton:
+    path = tmp_path / "train.beton"
+    path.write_bytes(sets["jpeg"].read_bytes())
+    return Beton(path)
+
+
+def plan_of(beton: Beton, img_size: int = 16) -> TrainPlan:
+    return TrainPlan(beton.heights, beton.widths, TrainRules(), seed=5, img_size=img_size, batch_size=4)
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    monkeypatch.setattr(choose, "memory_bytes", lambda device: 1_000_000)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "raw", "mixed"])
+def test_a_set_that_fits_is_resident_whatever_its_format(sets, kind):
+    beton = Beton(sets[kind])
+    loader, line = open_loader(beton, plan_of(beton), CPU, AUTO)
+    assert loader.name == "resident"
+    assert f"{beton.num_samples} samples, resident loader (" in line
+    assert "MB decoded fit 25% of cpu memory)" in line
+
+
+def test_a_gpu_decodes_what_does_not_fit(beton, small_memory):
+    kind, reason = choose_backend(beton, plan_of(beton), torch.device("cuda"), AUTO)
+    assert kind == "dali"
+    assert reason == "2.1 MB decoded exceed 25% of cuda memory; decoding on the GPU"
+
+
+def test_without_a_gpu_the_faster_one_is_taken_and_the_figures_are_kept(beton, small_memory, monkeypatch):
+    figures = {"ffcv": 10.0, "dali": 20.0}
+    monkeypatch.setattr(speed, "measure", lambda backends, plan: [b.close() for b in backends.values()] and figures)
+    kind, reason = choose_backend(beton, plan_of(beton), CPU, AUTO)
+    assert kind == "dali"
+    assert reason.endswith("measured just now: ffcv 10 img/s, dali 20 img/s")
+    figures = {"ffcv": 0.0, "dali": 0.0}  # which would be found now
+    kind, reason = choose_backend(beton, plan_of(beton), CPU, AUTO)
+    assert kind == "dali"
+    assert reason.endswith("measured before (train.beton.speed.json): ffcv 10 img/s, dali 20 img/s")
+    _, reason = choose_backend(beton, plan_of(beton, img_size=32), CPU, AUTO)  # another matter
+    assert "measured just now: ffcv 0" in reason
+    assert len(json.loads(speed_path(beton).read_text())) == 2
+
+
+def test_both_are_measured_on_the_same_batches(beton):
+    plan, workers = plan_of(beton), 2
+    backends = {kind: make_backend(kind, beton, plan, CPU, LoaderOptions(workers=workers)) for kind in ("ffcv", "dali")}
+    seen: dict[str, list] = {kind: [] for kind in backends}
+    for kind, backend in backends.items():
+        decode = backend.decode
+
+        def noted(schedule, decode=decode, kind=kind):
+            for batch in decode(schedule):
+                seen[kind].append(batch.plan.ids.tolist())
+                yield batch
+
+        backend.decode = noted  # type: ignore[method-assign]
+    speeds = measure(backends, plan)
+    assert seen["ffcv"] == seen["dali"] == 4 * plan.ids(0).tolist()
+    assert min(speeds.values()) > 0
+
+
+def test_damaged_or_read_only_sets_still_get_a_loader(beton, monkeypatch):
+    plan = plan_of(beton)
+    makers = {"dali": lambda: make_backend("dali", beton, plan, CPU, AUTO)}
+    monkeypatch.setattr(speed, "replacing", lambda path: (_ for _ in ()).throw(UserError("read-only")))
+    speeds, origin = kept_or_measured(beton, plan, 2, makers)
+    assert list(speeds) == ["dali"]
+    assert "cannot be written" in origin
+    content = bytearray(beton.path.read_bytes())
+    start = int(beton.pointers[0])
+    for i in range(24):
+        content[int(beton.pointers[i]) : int(beton.pointers[i]) + 100] = bytes(100)
+    beton.path.write_bytes(content)
+    assert start
+    broken = Beton(beton.path)
+    makers = {"dali": lambda: make_backend("dali", broken, plan, CPU, AUTO)}
+    assert kept_or_measured(broken, plan, 2, makers) == ({}, "not measured, since the first samples are damaged")
+
+
+def test_without_dali_there_is_ffcv(beton, small_memory, monkeypatch):
+    monkeypatch.setattr(choose, "why_no_dali", lambda: "NVIDIA DALI cannot be imported (x)")
+    assert choose_backend(beton, plan_of(beton), CPU, AUTO)[0] == "ffcv"
+    monkeypatch.setattr("lowrank_vit.data.decode.dali.why_no_dali", lambda: "NVIDIA DALI cannot be imported (x)")
+    with pytest.raises(UserError, match=r"--loader dali: NVIDIA DALI cannot be imported.*pip install nvidia-dali"):
+        open_loader(beton, plan_of(beton), CPU, LoaderOptions("dali", 2))
+
+
+def test_resident_says_when_there_is_no_room(beton, monkeypatch):
+    monkeypatch.setattr(choose, "_free_bytes", lambda device: 1000)
+    with pytest.raises(UserError, match=r"--loader resident: .*train.beton takes 0.0 GB decoded.*Use --loader auto"):
+        open_loader(beton, plan_of(beton), CPU, LoaderOptions("resident", 2))
+
+
+def test_a_set_for_a_gpu_needs_room_on_the_host_too(beton, monkeypatch):
+    """There it is decoded; and `auto` does not choose what cannot be had."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(choose, "memory_bytes", lambda device: 10**9)
+    monkeypatch.setattr(choose, "_free_bytes", lambda device: 10**9)
+    assert choose_backend(beton, plan_of(beton), cuda, AUTO)[0] == "resident"
+    monkeypatch.setattr(choose.resources, "memory", lambda: Memory(10**12, 1_000_000))
+    kind, reason = choose_backend(beton, plan_of(beton), cuda, AUTO)
+    assert (kind, reason) == ("dali", "2.1 MB decoded, and the host has 0.0 GB free; decoding on the GPU")
+    with pytest.raises(UserError, match=r"takes 0.0 GB decoded, but the host has 0.0 GB free. Use --loader auto"):
+        make_backend("resident", beton, plan_of(beton), cuda, AUTO)
+
+
+def test_evaluation_is_never_left_to_a_measurement(beton, small_memory, monkeypatch):
+    monkeypatch.setattr(choose, "kept_or_measured", lambda *_: pytest.fail("measures"))
+    plan = EvalPlan(beton.heights, beton.widths, img_size=16, crop_pct=0.9, batch_size=4)
+    assert choose_backend(beton, plan, CPU, AUTO) == ("dali", "2.1 MB decoded exceed 25% of cpu memory; evaluation")
+    monkeypatch.setattr(choose, "memory_bytes", lambda device: 100_000_000)
+    assert choose_backend(beton, plan, CPU, AUTO)[0] == "resident"

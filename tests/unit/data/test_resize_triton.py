@@ -1,0 +1,74 @@
+"""The GPU's kernels for crop, resize and flip, run by Triton's interpreter on a CPU, against their twin on threads."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from lowrank_vit.data.decode.resize_cpu import resize_batch
+from lowrank_vit.data.decode.spans import LENGTH
+from lowrank_vit.plan.operations import BICUBIC, BILINEAR, NEAREST
+from tests.triton_interpreter import interpreted
+
+SIZE = 6
+KERNELS = {"nearest": NEAREST, "bilinear": BILINEAR, "bicubic": BICUBIC}
+CASES = [("training", name) for name in KERNELS] + [("evaluation", name) for name in ("bilinear", "bicubic")]
+"""No nearest in evaluation: where pixels meet, one way of rounding takes the left one and another the right."""
+
+
+def errors() -> dict[str, float]:
+    """Greatest difference in levels, and share of the pixels that differ, for each use and filter."""
+    from lowrank_vit.data.decode import resize_triton
+
+    rng = np.random.default_rng(0)
+    heights, widths = np.array([1, 40, 1, 5, 90]), np.array([1, 1, 30, 7, 180])
+    B, row_bytes = len(heights), 3 * widths
+    num_bytes = heights * row_bytes
+    starts = np.cumsum(num_bytes) - num_bytes
+    flat = rng.integers(0, 256, num_bytes.sum(), dtype=np.uint8)
+    found: dict[str, float] = {}
+    for use, name in CASES:
+        spans = _windows(heights, widths, rng) if use == "training" else _middles(heights, widths)
+        kernels, flips = np.full(B, KERNELS[name], np.int8), rng.integers(0, 2, B).astype(bool)
+        expected = np.empty((B, SIZE, SIZE, 3), np.uint8)
+        addresses = flat.ctypes.data + starts
+        assert resize_batch(addresses, num_bytes, row_bytes, spans, kernels, flips, expected).all()
+        table = np.column_stack([flips, kernels, starts, widths, spans.reshape(B, 8), np.zeros(B)])
+        width = int(spans[:, 1, LENGTH].max())
+        ours = resize_triton.resize(torch.from_numpy(flat), torch.from_numpy(table), width, SIZE)
+        error = np.abs(ours.numpy().astype(int) - expected)
+        found |= {f"{use}, {name}, greatest": float(error.max()), f"{use}, {name}, share": float((error > 0).mean())}
+    return found
+
+
+def _windows(heights: np.ndarray, widths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    sides = np.stack([heights, widths], axis=1)
+    low = np.floor(rng.random(sides.shape) * sides * 0.6)
+    length = np.ceil((sides - low) * rng.uniform(0.3, 1.0, sides.shape))
+    return np.stack([low, length / SIZE, low, length], axis=2)
+
+
+def _middles(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    length = np.stack([heights, widths], axis=1).astype(float)
+    resized = np.maximum(SIZE + 2, np.floor(length * (SIZE + 2) / length.min(axis=1, keepdims=True)))
+    scale = length / resized
+    return np.stack([(resized - SIZE) // 2 * scale, scale, np.zeros_like(length), length], axis=2)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, float]:
+    return interpreted("tests.unit.data.test_resize_triton")
+
+
+@pytest.mark.parametrize(("use", "kernel"), CASES)
+def test_pixels_are_the_twins_within_a_level(found: dict[str, float], use: str, kernel: str) -> None:
+    """Sums of float32 in another order: a level, on few pixels."""
+    assert found[f"{use}, {kernel}, greatest"] <= (0 if kernel == "nearest" else 1)
+    assert found[f"{use}, {kernel}, share"] < 0.005
+
+
+if __name__ == "__main__":
+    print(json.dumps(errors()))

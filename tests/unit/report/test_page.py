@@ -1,0 +1,353 @@
+"""The report of finished, unfinished, damaged and diverged runs: whole, self-contained and honest about gaps."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.report import read_run as read_run_module
+from lowrank_vit.report.__main__ import main, write_report
+from lowrank_vit.report.bulk_plot import bulk_plot
+from lowrank_vit.report.ema_plot import ema_plot
+from lowrank_vit.report.heat_maps import cosine_plot, matrix_scalars, stable_rank_plot
+from lowrank_vit.report.numbers import final_numbers, headline, spectral_numbers
+from lowrank_vit.report.profile_plot import profile_plot
+from lowrank_vit.report.read_analysis import read_analysis
+from lowrank_vit.report.read_run import read_run, series
+from lowrank_vit.report.spectra_plots import spectra_plot
+from lowrank_vit.report.vector_plots import vectors_plot
+from lowrank_vit.spectral.extremes import Solved, Triplets
+from lowrank_vit.spectral.store import SpectraStore, write_spectra
+
+PNG = b"\x89PNG\r\n\x1a\n"
+KINDS = {"attn.qkv": 6, "attn.proj": 6, "mlp.fc1": 6, "mlp.fc2": 6}
+
+
+def add_summary(run: Path, *, ema: bool = True) -> None:
+    header = "epoch,update,train_loss,eval_loss,eval_top1,eval_top5"
+    header += ",eval_ema_loss,eval_ema_top1,eval_ema_top5" if ema else ""
+    rows = [header + ",lr,img_per_s,data_wait"]
+    for epoch, top1 in enumerate([10.0, 61.25, 60.5]):
+        averaged = f",2.5,{top1 + 1},88.0" if ema else ""
+        rows.append(f"{epoch},{10 * epoch + 10},{3 - epoch},{2.9 - epoch},{top1},90.0{averaged},0.001,3210.0,0.02")
+    (run / "summary.csv").write_text("\n".join(rows) + "\n")
+
+
+def train_line(update: int, loss: float | None) -> str:
+    event = {"kind": "train", "epoch": 0, "update": update, "loss": loss, "lr": 1e-4 * update}
+    return json.dumps(event | {"img_per_s": 3000 + update, "data_wait": 0.01}) + "\n"
+
+
+def add_metrics(run: Path, *, end: str = "") -> None:
+    lines = [train_line(update, 5 / update) for update in range(1, 31)]
+    (run / "metrics.jsonl").write_text("".join(lines) + '{"kind": "eval", "epoch": 0}\n' + end)
+
+
+def add_spectra(run: Path, refreshes: int = 3, *, scale: float = 1.0) -> None:
+    (run / "spectra").mkdir(exist_ok=True)
+    for i in range(refreshes):
+        spectra = {
+            f"{kind}/blocks.{block}.{name}": scale * np.linspace(1 + i + block, 0.1, k)
+            for kind in ("spec", "spec_ema")
+            for block in range(3)
+            for name, k in KINDS.items()
+        }
+        write_spectra(run / "spectra", 10 * i, spectra)
+
+
+PICTURES = "training spectra bulk stable_rank cosines vectors ema profile".split()
+
+
+def solved(seed: int) -> Solved:
+    rng = np.random.default_rng(seed)
+
+    def end() -> Triplets:
+        u, v = (np.linalg.qr(rng.standard_normal((n, 3)))[0] for n in (12, 6))
+        return Triplets(np.array([3.0, 2, 1]), u, v, np.zeros(3))
+
+    return Solved(np.linspace(3, 0.1, 6), end(), end(), 0.0, "gram64")
+
+
+def add_monitor(run: Path, refreshes: int = 3) -> None:
+    """What a monitor leaves: spectra, vectors, the index and the logged scalars."""
+    names = [f"blocks.{block}.{kind}" for block in range(3) for kind in KINDS]
+    index = {"matrices": {name: {"shape": [12, 6]} for name in names}}
+    store = SpectraStore(run / "spectra", 1e9, index)
+    store.begin()
+    lines = []
+    for i in range(refreshes):
+        keys = [f"{kind}/{name}" for kind in ("spec", "spec_ema") for name in names]
+        store.save(10 * i, {key: solved(100 * i + n) for n, key in enumerate(keys)})
+        values = {f"{key}/{m}": 1 + i for key in keys for m in ("sigma_max", "stable_rank", "alpha", "sv1")}
+        values |= {f"spec/type/attn.qkv/{m}": 9.0 for m in ("sigma_max", "cos_u_mean")}
+        values |= {f"spec/{name}/{m}": 0.5 for name in names for m in ("ema_cos_u_mean", "chance_u")}
+        if i:
+            cosines = ("cos_u_mean", "cos_v_mean", "cos0_u_mean", "cos0_v_mean")
+            values |= {f"{key}/{m}": 1 - 0.1 * i for key in keys for m in cosines}
+        lines.append(json.dumps({"kind": "spec", "update": 10 * i, **values}) + "\n")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(lines)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    path = tmp_path / "my experiment"
+    path.mkdir()
+    return path
+
+
+def fill(run: Path) -> Path:
+    add_summary(run)
+    add_metrics(run)
+    add_monitor(run)
+    add_spectra(run)
+    args = "model: vit_small_patch16_224\nscale: [0.35, 1.0]\nnote: <script>alert(1)</script>\n"
+    (run / "args.yaml").write_text(args)
+    (run / "environment.json").write_text(json.dumps({"torch": "2.14.1", "gpu": {"name": "none"}}))
+    return run
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A full run with its report, made once; tests only read it."""
+    run = tmp_path_factory.mktemp("runs") / "my experiment"
+    run.mkdir()
+    fill(run)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(run.parent)
+        main([run.name])
+    return run
+
+
+def embedded_pictures(html: str) -> list[bytes]:
+    return [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', html)]
+
+
+def test_a_finished_run_gives_all_pictures_and_one_page_that_holds_them(reported: Path) -> None:
+    pictures = {path.name: path.read_bytes() for path in (reported / "report").iterdir()}
+    assert sorted(pictures) == sorted(f"{name}.png" for name in PICTURES)
+    for png in pictures.values():
+        assert png.startswith(PNG)
+        width, height = struct.unpack(">II", png[16:24])
+        assert width >= 1000
+        assert height >= 500
+    html = (reported / "report.html").read_text()
+    assert embedded_pictures(html) == [pictures[f"{name}.png"] for name in PICTURES]
+    for text in ("my experiment", "61.25", "62.25 %", "epoch 2", "vit_small_patch16_224", "0.35 1.0", "gpu.name"):
+        assert text in html
+    assert 'class="notes"' not in html
+
+
+def test_the_page_needs_no_network_runs_no_script_and_names_no_path(reported: Path) -> None:
+    html = re.sub(r"base64,[^\"]+", "base64,", (reported / "report.html").read_text())
+    assert re.findall(r"https?:|//|@import|url\(|<link|<iframe", html) == []
+    assert set(re.findall(r'(?:src|href|srcset)\s*=\s*"([^"]*)"', html)) == {"data:image/png;base64,"}
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert str(reported.parent) not in html
+    assert "prefers-color-scheme: dark" in html
+    assert '<meta name="viewport"' in html
+
+
+def test_equal_runs_give_equal_pictures(reported: Path) -> None:
+    assert stable_rank_plot(read_run(reported)) == (reported / "report" / "stable_rank.png").read_bytes()
+
+
+def test_a_run_in_its_first_epoch_is_drawn_and_says_what_is_missing(run: Path) -> None:
+    add_metrics(run, end='{"kind": "train", "upd')
+    _, notes = write_report(run)
+    assert [path.name for path in (run / "report").iterdir()] == ["training.png"]
+    html = (run / "report.html").read_text()
+    assert len(embedded_pictures(html)) == 1
+    for gap in ("summary.csv is not there yet", "last line of metrics.jsonl is half written", "There are no spectra"):
+        assert any(gap in note for note in notes)
+        assert gap in html
+    assert "Final numbers" not in html
+
+
+def test_spectra_alone_are_drawn_and_one_refresh_needs_no_time_axis(run: Path) -> None:
+    add_spectra(run, refreshes=1)
+    write_report(run)
+    assert [path.name for path in (run / "report").iterdir()] == ["spectra.png"]
+
+
+def test_a_run_with_one_refresh_shows_what_it_can(run: Path) -> None:
+    add_monitor(run, refreshes=1)
+    write_report(run)
+    assert sorted(path.stem for path in (run / "report").iterdir()) == ["bulk", "profile", "spectra"]
+
+
+def test_logged_scalars_are_read_without_aggregates_and_a_torn_line_is_left_out(run: Path) -> None:
+    add_monitor(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "spec", "update": 30, "spec/blocks.0.attn.qkv/sigma_max": 4')
+    found = read_run(run)
+    np.testing.assert_array_equal(found.scalars["update"], [0, 10, 20])
+    values = matrix_scalars(found, "spec", "sigma_max")
+    assert list(values) == [f"blocks.{block}.{kind}" for block in range(3) for kind in KINDS]
+    np.testing.assert_array_equal(values["blocks.2.mlp.fc2"], [1, 2, 3])
+    assert "spec/blocks.0.attn.qkv/sv1" not in found.scalars
+    assert np.isnan(matrix_scalars(found, "spec", "cos_u_mean")["blocks.0.attn.qkv"][0])
+    assert [v.update for v in found.vectors] == [0, 10, 20]
+    assert any("half written" in note for note in found.notes)
+
+
+def test_many_spec_events_are_thinned(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_run_module, "MAX_SNAPSHOTS", 3)
+    add_monitor(run, refreshes=9)
+    np.testing.assert_array_equal(read_run(run).scalars["update"], [0, 40, 80])
+
+
+def analysis_file(folder: Path, *flags: str) -> Path:
+    import torch
+
+    from lowrank_vit.analyze_spectrum import main as analyze
+    from tests.spectra import tiny_vit
+
+    checkpoint = folder / "model.pth"
+    torch.save({"state_dict": tiny_vit().state_dict(), "arch": "vit", "epoch": 4}, checkpoint)
+    analyze(["--checkpoint", str(checkpoint), "--save-dir", str(folder), "--topk", "3", *flags])
+    return folder / "vit_spectral.json"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_analysis_is_reported_too(tmp_path: Path, full: bool) -> None:
+    path = analysis_file(tmp_path, *(["--full"] if full else []))
+    for given in (path, tmp_path):
+        folder, notes = write_report(given)
+        assert folder == tmp_path
+        assert bool(notes) is not full
+    drawn = sorted(p.stem for p in (tmp_path / "report").iterdir())
+    assert drawn == (["bulk", "profile", "spectra"] if full else ["profile"])
+    html = (tmp_path / "report.html").read_text()
+    assert len(embedded_pictures(html)) == len(drawn)
+    content = json.loads(path.read_text())
+    values = matrix_scalars(read_analysis(path), "spec", "alpha")
+    assert {n: v[0] for n, v in values.items()} == {n: layer["alpha"] for n, layer in content["layers"].items()}
+
+
+def test_several_analyses_or_a_foreign_file_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a_spectral.json").write_text("{}")
+    with pytest.raises(UserError, match=r"cannot be read as an analysis.*analyze_spectrum"):
+        write_report(tmp_path)
+    (tmp_path / "b_spectral.json").write_text("{}")
+    with pytest.raises(UserError, match=r"several analyses \(a_spectral\.json, b_spectral\.json\)"):
+        write_report(tmp_path)
+
+
+def test_a_picture_of_an_earlier_report_does_not_stay_when_its_data_are_gone(run: Path) -> None:
+    (run / "args.yaml").write_text("model: vit\n")
+    (run / "report").mkdir()
+    (run / "report" / "spectra.png").write_bytes(PNG)
+    write_report(run)
+    assert list((run / "report").iterdir()) == []
+
+
+def test_final_numbers_are_the_last_and_the_best_and_ema_columns_may_be_absent(run: Path) -> None:
+    add_summary(run, ema=False)
+    table = final_numbers(read_run(run))
+    assert table.rows == [
+        ["top-1 accuracy (%)", "60.50", "61.25", "epoch 2"],
+        ["top-5 accuracy (%)", "90.00", "90.00", "epoch 1"],
+        ["eval loss", "0.9000", "0.9000", "epoch 3"],
+        ["train loss, epoch mean", "1.0000", "1.0000", "epoch 3"],
+    ]
+    assert dict(headline(read_run(run))) == {
+        "best top-1": "61.25 %",
+        "epochs": "3",
+        "updates": "30",
+        "median images / s": "3,210",
+        "median data wait": "2.0 %",
+    }
+
+
+def test_spectral_numbers_are_means_over_the_blocks_of_a_type(run: Path) -> None:
+    add_spectra(run)
+    rows = {row[0]: row[1:] for row in spectral_numbers(read_run(run)).rows}
+    assert list(rows) == [f"{name}{suffix}" for suffix in ("", ", EMA") for name in KINDS]
+    assert rows["attn.qkv"][:2] == ["3", "2 → 4"]  # sigma_1 is 1 + refresh + block
+
+
+def test_of_a_repeated_update_the_later_line_counts_and_lines_are_sorted(run: Path) -> None:
+    lines = [train_line(1, 4.0), train_line(2, 3.0), train_line(3, 2.5), train_line(2, 3.5), "not json\n"]
+    (run / "metrics.jsonl").write_text("".join([*lines, train_line(4, 2.0)]))
+    found = read_run(run)
+    np.testing.assert_array_equal(found.train["update"], [1, 2, 3, 4])
+    np.testing.assert_array_equal(found.train["loss"], [4.0, 3.5, 2.5, 2.0])
+    assert any("1 unreadable line(s), the first is line 5" in note for note in found.notes)
+
+
+def test_damaged_files_are_left_out_with_a_note(run: Path) -> None:
+    fill(run)
+    (run / "spectra" / "update_00000010.npz").write_bytes(b"PK not really")
+    (run / "spectra" / "update_00000020.npz.partial").write_bytes(b"")
+    (run / "environment.json").write_text("{")
+    (run / "args.yaml").write_text("a: [")
+    with (run / "summary.csv").open("a") as file:
+        file.write("3,")
+    found = read_run(run)
+    assert [stored.update for stored in found.spectra] == [0, 20]
+    assert len(found.epochs["update"]) == 3
+    assert [note.split()[0] for note in found.notes] == [
+        "args.yaml", "summary.csv", "environment.json", "update_00000010.npz",
+    ]  # fmt: skip
+
+
+def test_refreshes_of_another_model_are_left_out(run: Path) -> None:
+    add_spectra(run)
+    write_spectra(run / "spectra", 15, {"spec/blocks.0.attn.qkv": np.ones(99)})
+    updates, modules = series(read_run(run), "spec")
+    np.testing.assert_array_equal(updates, [0, 10, 20])
+    assert modules["blocks.0.attn.qkv"].shape == (3, 6)
+
+
+def test_many_refreshes_are_thinned_evenly_with_both_ends_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_run_module, "MAX_SNAPSHOTS", 3)
+    add_spectra(run, refreshes=9)
+    found = read_run(run)
+    assert [stored.update for stored in found.spectra] == [0, 40, 80]
+    assert any("3 of 9 stored spectra" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), 0.0], ids=["nan", "zero"])
+def test_a_diverged_run_is_drawn_all_the_same(run: Path, scale: float) -> None:
+    add_monitor(run)
+    add_spectra(run, scale=scale)
+    text = (run / "metrics.jsonl").read_text().replace(": 0.9", ": null").replace(": 3", ": null")
+    (run / "metrics.jsonl").write_text(text)
+    found = read_run(run)
+    for draw in (spectra_plot, stable_rank_plot, bulk_plot, cosine_plot, ema_plot, profile_plot, vectors_plot):
+        png = draw(found)
+        assert png is not None
+        assert png.startswith(PNG)
+
+
+def test_losses_that_became_nan_are_drawn_and_not_taken_for_the_best(run: Path) -> None:
+    add_summary(run)
+    text = (run / "summary.csv").read_text()
+    (run / "summary.csv").write_text(text + "3,40,nan,,nan,nan,nan,nan,nan,0.001,3000,0.02\n")
+    (run / "metrics.jsonl").write_text("".join(train_line(u, None if u > 5 else 1.0) for u in range(1, 10)))
+    write_report(run)
+    assert final_numbers(read_run(run)).rows[0] == ["top-1 accuracy (%)", "not measured", "61.25", "epoch 2"]
+
+
+def test_a_wrong_path_names_the_next_step(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run directory at .*nowhere.*lowrank_vit\.train.*output/<experiment>"):
+        main([str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match=r"holds no run: expected some of summary\.csv"):
+        main([str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_a_user_error(run: Path) -> None:
+    add_summary(run)
+    (run / "report").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write the report"):
+        write_report(run)

@@ -1,0 +1,191 @@
+"""Checkpoints are written behind the run's back: what they hold is the state at the moment of saving."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.model.checkpoint import IS_FINITE, read_checkpoint, write_checkpoint
+from lowrank_vit.run import checkpoint_writer as saver_module
+from lowrank_vit.run.checkpoint_writer import LAST, Beside, Saver
+
+CPU = torch.device("cpu")
+
+
+def content(value: float) -> dict:
+    return {"state_dict": {"w": torch.full((3,), value)}, "optimizer": {"state": [{"m": torch.full((2,), value)}]}}
+
+
+def value(path: Path) -> float:
+    return float(read_checkpoint(path).content["state_dict"]["w"][0])
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    may_write, is_writing = threading.Event(), threading.Event()
+
+    def slow(path, content):
+        is_writing.set()
+        assert may_write.wait(30)
+        write_checkpoint(path, content)
+
+    monkeypatch.setattr(saver_module, "write_checkpoint", slow)
+    saver = Saver(tmp_path, CPU, print)
+    state = content(1.0)
+    saver.save(state)
+    assert is_writing.wait(30)  # `save` has returned, the disk is at work
+    assert saver.is_busy
+    state["state_dict"]["w"].fill_(9.0)
+    state["optimizer"]["state"][0]["m"].fill_(9.0)
+    may_write.set()
+    saver.close()
+    assert value(tmp_path / LAST) == 1.0
+    assert float(read_checkpoint(tmp_path / LAST).content["optimizer"]["state"][0]["m"][0]) == 1.0
+
+
+def test_one_file_has_all_its_names_and_old_ones_go(tmp_path):
+    saver = Saver(tmp_path, CPU, print)
+    saver.save(content(1.0), ("model_best.pth.tar", "checkpoint-0.pth.tar", LAST))
+    saver.save(content(2.0), ("checkpoint-1.pth.tar", LAST), obsolete=("checkpoint-0.pth.tar", "never.pth.tar"))
+    saver.close()
+    assert {path.name: value(path) for path in tmp_path.iterdir()} == {
+        "model_best.pth.tar": 1.0,
+        "checkpoint-1.pth.tar": 2.0,
+        LAST: 2.0,
+    }
+    assert (tmp_path / LAST).samefile(tmp_path / "checkpoint-1.pth.tar")  # written once
+
+
+def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("no links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    saver = Saver(tmp_path, CPU, print)
+    saver.save(content(1.0), ("model_best.pth.tar", LAST))
+    saver.close()
+    assert {path.name: value(path) for path in tmp_path.iterdir()} == {"model_best.pth.tar": 1.0, LAST: 1.0}
+
+
+def test_what_cannot_be_written_is_said_and_tried_again(tmp_path, monkeypatch):
+    said: list[str] = []
+    full = [False, True, False, True]
+
+    def maybe(path, content):
+        if full.pop(0):
+            raise UserError(f"Checkpoint {path} cannot be written: disk full.")
+        write_checkpoint(path, content)
+
+    monkeypatch.setattr(saver_module, "write_checkpoint", maybe)
+    saver = Saver(tmp_path, CPU, said.append)
+    for n in range(3):
+        saver.save(content(n))
+    saver.save(content(3.0), (LAST,), obsolete=(LAST,))
+    with pytest.raises(UserError, match="disk full"):  # the newest is what counts
+        saver.close()
+    assert value(tmp_path / LAST) == 2.0  # and nothing is deleted for one that failed
+    assert saver.settle() == [LAST, LAST]
+    assert len(said) == 2
+    assert said[0].startswith("warning: Checkpoint")
+
+
+def test_a_bug_in_the_thread_reaches_the_user(tmp_path, monkeypatch):
+    def broken(path, content):
+        raise TypeError("cannot pickle that")
+
+    monkeypatch.setattr(saver_module, "write_checkpoint", broken)
+    saver = Saver(tmp_path, CPU, lambda line: None)
+    saver.save(content(0.0))
+    with pytest.raises(UserError, match="TypeError: cannot pickle that"):
+        saver.close()
+
+
+def test_a_full_disk_is_said_once_until_there_is_room_again(tmp_path, monkeypatch):
+    said: list[str] = []
+    full = [True, True, False, True, True]
+
+    def maybe(path, content):
+        if full.pop(0):
+            raise UserError("disk full.")
+        write_checkpoint(path, content)
+
+    monkeypatch.setattr(saver_module, "write_checkpoint", maybe)
+    saver = Saver(tmp_path, CPU, said.append)
+    for n in range(5):
+        saver.save(content(n), (f"{n}",))
+    assert saver.settle() == ["0", "1", "3", "4"]
+    assert saver.settle() == []
+    assert said == ["warning: disk full. Training goes on."] * 2
+
+
+def test_only_names_that_were_not_written_are_lost(tmp_path, monkeypatch):
+    link = saver_module._link
+
+    def maybe(there, path):
+        if path.name == "checkpoint-0.pth.tar":
+            raise UserError("disk full.")
+        link(there, path)
+
+    monkeypatch.setattr(saver_module, "_link", maybe)
+    saver = Saver(tmp_path, CPU, lambda line: None)
+    saver.save(content(1.0), ("model_best.pth.tar", "checkpoint-0.pth.tar", LAST))
+    assert saver.settle() == ["checkpoint-0.pth.tar", LAST]  # not `last`, which tells of both
+    assert [path.name for path in tmp_path.iterdir()] == ["model_best.pth.tar"]
+
+
+def test_a_state_that_is_not_finite_takes_no_files_place(tmp_path):
+    said: list[str] = []
+    saver = Saver(tmp_path, CPU, said.append)
+    saver.save({**content(1.0), IS_FINITE: torch.tensor(True)}, ("checkpoint-0.pth.tar", LAST))
+    for _ in range(2):
+        saver.save(
+            {**content(float("nan")), IS_FINITE: torch.tensor(False)},
+            ("model_best.pth.tar", LAST),
+            obsolete=("checkpoint-0.pth.tar",),
+        )
+    with pytest.raises(UserError, match="has diverged"):
+        saver.close()
+    assert {path.name: value(path) for path in tmp_path.iterdir()} == {"checkpoint-0.pth.tar": 1.0, LAST: 1.0}
+    assert len(said) == 1
+    assert f"{tmp_path / LAST} is the one before" in said[0]
+    assert "goes on" not in said[0]
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error"), None])
+def test_nothing_of_the_monitors_files_costs_a_checkpoint(tmp_path, monkeypatch, error):
+    """A folder that cannot be looked into, or is a file."""
+    said: list[str] = []
+    exists = Path.exists
+
+    def look(path):
+        if error and "spectra" in path.parts:
+            raise error
+        return exists(path)
+
+    (tmp_path / "spectra").write_text("")
+    monkeypatch.setattr(Path, "exists", look)
+    saver = Saver(tmp_path, CPU, said.append)
+    for n in range(2):
+        saver.save(content(n), beside=Beside("spectra", f"weights_0000000{n}.pth", {"w": torch.zeros(1)}))
+        assert saver.settle() == []
+    saver.close()
+    assert value(tmp_path / LAST) == 1.0
+    reason = error.strerror if error else f"{tmp_path / 'spectra'} is a file: move it away"
+    assert said == [
+        "warning: what the spectral monitor needs after an interruption could not be kept in "
+        f"{tmp_path / 'spectra'} ({reason}); checkpoints are not affected"
+    ]
+
+
+def test_only_older_files_of_the_same_kind_go(tmp_path):
+    folder = tmp_path / "spectra"
+    folder.mkdir()
+    for name in ("weights_final.pth", "weights_00000001.pth", "weights_100000000.pth"):
+        (folder / name).write_text("")
+    saver = Saver(tmp_path, CPU, print)
+    saver.save(content(1.0), beside=Beside("spectra", "weights_00000002.pth", {"w": torch.zeros(1)}))
+    saver.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["weights_00000002.pth", "weights_final.pth"]

@@ -1,0 +1,214 @@
+"""The run's files and its directory."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.run.directory import RunDir, environment
+from lowrank_vit.run.metrics import RunLog, last_recorded
+from lowrank_vit.run.progress import Clock, duration
+
+
+def rows(path):
+    with (path / "summary.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_jsonl_is_json_even_for_nan(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.log("train", 3, {"loss": 0.5, "bad": math.nan, "worse": -math.inf})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"kind": "train", "update": 3, "loss": 0.5, "bad": None, "worse": None}
+
+
+def test_a_resumed_summary_has_each_epoch_once(tmp_path):
+    with RunLog(tmp_path) as log:
+        for epoch in range(3):
+            log.log_epoch({"epoch": epoch, "update": 9, "eval_top1": 10.0 * epoch})
+    with RunLog(tmp_path, start_epoch=2) as log:
+        log.log_epoch({"epoch": 2, "update": 9, "eval_top1": 99.0, "eval_ema_top1": 98.0})
+    assert [(r["epoch"], r["eval_top1"], r["eval_ema_top1"]) for r in rows(tmp_path)] == [
+        ("0", "0", ""),
+        ("1", "10", ""),
+        ("2", "99", "98"),
+    ]
+
+
+def test_only_one_process_owns_a_run_directory(tmp_path):
+    ours = RunDir.create(tmp_path, "run", "x")
+    code = (
+        "from pathlib import Path; from lowrank_vit.run.directory import RunDir; "
+        f"RunDir.reopen(Path({str(ours.path)!r}))"
+    )
+    theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "is in use by another process" in theirs.stderr
+    ours.close()
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_default_names_never_collide(tmp_path):
+    first, second = (RunDir.create(tmp_path, "", "same") for _ in range(2))
+    assert first.path != second.path
+    assert (tmp_path / "latest").resolve() == second.path.resolve()
+    for run_dir in (first, second):
+        run_dir.close()
+
+
+def test_a_directory_is_taken_over_unless_it_holds_a_checkpoint_other_files_or_a_process(tmp_path, capsys):
+    run = tmp_path / "run"
+    first = RunDir.create(tmp_path, "run", "x")
+    for name in ("metrics.jsonl", "summary.csv", "args.yaml", ".args.yaml.part"):
+        (run / name).write_text("{}")
+    (run / "spectra").mkdir()
+    (run / "spectra" / "update_00000000.npz").write_text("")
+    with pytest.raises(UserError, match="in use by another process"):
+        RunDir.require_free(tmp_path, "run")
+    first.close()
+    RunDir.require_free(tmp_path, "run")
+    RunDir.create(tmp_path, "run", "x").close()
+    assert f"{run} holds an attempt that ended before its first checkpoint" in capsys.readouterr().out
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "args.yaml"]
+    for name, said in (("thesis.txt", "thesis.txt is no file of a run"), ("last.pth.tar", "--resume .*last")):
+        (run / name).write_text("precious")
+        with pytest.raises(UserError, match=f"is in use: .*{said}"):
+            RunDir.require_free(tmp_path, "run")
+        with pytest.raises(UserError, match=f"is in use: .*{said}"):
+            RunDir.create(tmp_path, "run", "x")
+        (run / name).unlink()
+    RunDir.create(tmp_path, "run", "x").close()  # what was refused is not left locked
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_was_made_of_a_dead_attempt_goes_with_it(is_link, tmp_path):
+    RunDir.create(tmp_path, "run", "x").close()
+    run = tmp_path / "run"
+    for name in ("spectra", "report", "wandb"):
+        if is_link:
+            (tmp_path / name).mkdir()
+            (run / name).symlink_to(tmp_path / name)
+        else:
+            (run / name).mkdir()
+    (run / "wandb" / "offline-run-1").mkdir()
+    stale = "spectra/update_00000000.npz", "spectra/vectors_123456789.npz", "spectra/weights_00000000.pth"
+    stale += "spectra/index.json", "report/training.png", "report.html", "wandb/offline-run-1/run.wandb"
+    for name in (*stale, "spectra/update_best.npz"):
+        (run / name).write_text("")
+    RunDir.create(tmp_path, "run", "x").close()
+    assert not [name for name in stale if (run / name).exists()]
+    assert (run / "spectra" / "update_best.npz").exists()
+    assert (run / "spectra").is_symlink() == is_link
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("summary.csv", "epoch,eval_top1\n0,50\n"),
+        ("metrics.jsonl", '{"kind": "train", "update": 1}\n{"kind": "eval", "update": 2, "epoch": 0}\n'),
+    ],
+)
+def test_a_run_whose_checkpoints_were_moved_away_keeps_its_records(name, text, tmp_path):
+    said = f"run is in use: it holds no checkpoint any more, but {name} has the scores"
+    RunDir.create(tmp_path, "run", "x").close()
+    (tmp_path / "run" / name).write_text(text)
+    for look in (RunDir.require_free, lambda output, name: RunDir.create(output, name, "x")):
+        with pytest.raises(UserError, match=said):
+            look(tmp_path, "run")
+    assert (tmp_path / "run" / name).read_text() == text
+    (tmp_path / "run" / ".last.pth.tar.7.part").write_text("")  # no: it was killed while it wrote the first of them
+    RunDir.create(tmp_path, "run", "x").close()
+    assert not (tmp_path / "run" / name).exists()
+
+
+def test_the_link_to_the_newest_run_is_no_name_for_one(tmp_path):
+    RunDir.create(tmp_path, "run", "x").close()
+    for look in (RunDir.require_free, lambda output, name: RunDir.create(output, name, "x")):
+        with pytest.raises(UserError, match="--experiment latest: that is the name of the link to the newest run"):
+            look(tmp_path, "latest")
+    assert (tmp_path / "latest").resolve() == tmp_path / "run"
+
+
+def test_environment_names_versions_but_no_paths():
+    found = environment(torch.device("cpu"))
+    assert found["torch"].startswith(torch.__version__.partition("+")[0])
+    assert found["cpu_cores"] >= 1
+    assert "/" not in found["command"].split()[0]
+
+
+def test_clock_counts_waiting_as_part_of_the_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def slow_batches():
+        for _ in range(3):
+            now[0] += 3.0  # waiting for data
+            yield 1
+
+    clock = Clock()
+    for _ in clock.timed(slow_batches()):
+        now[0] += 1.0  # the step
+    assert clock.train_s == pytest.approx(12.0)
+    assert clock.wait_s == pytest.approx(9.0)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.4, "1:15"), (3700, "1:01:40")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_resumed_run_has_each_record_once(tmp_path):
+    with RunLog(tmp_path) as log:
+        for update in (5, 10, 15):
+            log.log("train", update, {"loss": 1.0})
+        log.log("spec", 8, {"sigma": 2.0})  # finished after 15
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "upd')  # killed while it wrote
+    with RunLog(tmp_path, start_update=10) as log:
+        log.log("train", 15, {"loss": 7.0})
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["kind"], r["update"]) for r in records] == [("train", 5), ("train", 10), ("spec", 8), ("train", 15)]
+    assert records[-1]["loss"] == 7.0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_is_no_record_ends_no_resume(tmp_path):
+    kept = b'{"kind": "train", "update": 5}\n', b'{"kind": "eval", "update": 9, "epoch": 0}\n'
+    odd = (
+        b'{"kind": "spec"}\n',
+        b"1\n",
+        b"\xff\xfe\n",
+        b'{"kind": "eval", "update": 8}\n',
+        b"[]\n",
+        b"\n",
+        b'{"update": 1}\n',
+    )
+    (tmp_path / "metrics.jsonl").write_bytes(kept[0] + b"".join(odd) + kept[1])
+    (tmp_path / "summary.csv").write_bytes(b"epoch,eval_top1\n0,5\n\xff,7\n1\n,\n")
+    assert last_recorded(tmp_path, "train", 9) == 5
+    assert last_recorded(tmp_path, "spec", 9) == -1
+    RunLog(tmp_path, start_epoch=2, start_update=9).__exit__()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(kept)
+    with RunLog(tmp_path, start_epoch=2, start_update=9) as log:
+        log.log_epoch({"epoch": 2, "update": 10, "eval_top1": 6.0})
+    assert [row["epoch"] for row in rows(tmp_path)] == ["0", "2"]
+
+
+def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path):
+    said: list[str] = []
+    log = RunLog(tmp_path, say=said.append)
+    log._jsonl.close()
+    log._jsonl = open("/dev/full", "a")  # noqa: PTH123, SIM115
+    for update in range(3):
+        log.log("train", update, {"loss": 1.0})
+    assert said == [
+        "warning: metrics.jsonl cannot be written (No space left on device); its numbers are lost until it can be."
+    ]
+    log.__exit__()
+    assert len(said) == 1

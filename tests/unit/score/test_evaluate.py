@@ -1,0 +1,169 @@
+"""Scores over every sample once: sums, shares of ranks, confusions, mirror images, intervals."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
+from torch import Tensor, nn
+
+from lowrank_vit.augment.pipeline import Augment
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.data.batch import Batch
+from lowrank_vit.plan.plans import EvalPlan
+from lowrank_vit.report.confusion_plot import confusion_plot, most_confused
+from lowrank_vit.score.evaluate import Evaluator
+from lowrank_vit.score.files import class_rows, interval, to_csv
+
+CLASSES, SAMPLES, SIZE = 7, 53, 8
+
+
+class Linear(nn.Module):
+    """A model whose logits depend on where the pixels are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * SIZE * SIZE, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 3 * self.head(images.flatten(1))
+
+
+class Share:
+    """One rank's batches of made-up samples."""
+
+    def __init__(self, batch_size: int, rank: int = 0, world_size: int = 1, num_samples: int = SAMPLES) -> None:
+        sides = np.full(num_samples, SIZE)
+        share = {"rank": rank, "world_size": world_size}
+        self.plan = EvalPlan(sides, sides, img_size=SIZE, crop_pct=1.0, batch_size=batch_size, **share)
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        for step, ids in enumerate(self.plan.ids(epoch)):
+            yield Batch(IMAGES[ids], TARGETS[ids], self.plan.batch(epoch, step, ids))
+
+
+torch.manual_seed(2)
+IMAGES = torch.randint(0, 256, (SAMPLES, SIZE, SIZE, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+TARGETS = torch.randint(0, CLASSES, (SAMPLES,))
+MODEL = Linear().eval()
+
+
+def evaluator(**more) -> Evaluator:
+    augment = Augment((0.5,) * 3, (0.5,) * 3, CLASSES, 0.0)
+    return Evaluator(MODEL, augment, amp=False, compile=False, **more)
+
+
+def logits(images: Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return MODEL((images.float() / 255 - 0.5) / 0.5).double().numpy()
+
+
+def shares(of: np.ndarray) -> np.ndarray:
+    exponents = np.exp(of - of.max(1, keepdims=True))
+    return exponents / exponents.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 10, 53, 100])
+def test_scores_are_sklearns(batch_size):
+    scores = evaluator()(Share(batch_size), batch_size)
+    expected, labels = logits(IMAGES), range(CLASSES)
+    assert scores.num_samples == SAMPLES
+    assert scores.top1 == pytest.approx(100 * np.mean(expected.argmax(1) == TARGETS.numpy()))
+    assert scores.top5 == pytest.approx(100 * float(top_k_accuracy_score(TARGETS, expected, k=5, labels=labels)))
+    assert scores.loss == pytest.approx(log_loss(TARGETS, shares(expected), labels=list(labels)), rel=1e-5)
+    assert scores.confusion is None
+
+
+def test_mirror_images_count_half():
+    expected = (logits(IMAGES) + logits(IMAGES.flip(3))) / 2
+    scores = evaluator(tta=2)(Share(10), 10)
+    assert scores.top1 == pytest.approx(100 * np.mean(expected.argmax(1) == TARGETS.numpy()))
+    assert scores.loss == pytest.approx(log_loss(TARGETS, shares(expected), labels=list(range(CLASSES))), rel=1e-5)
+    assert scores.loss != pytest.approx(evaluator()(Share(10), 10).loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 60])
+def test_ranks_together_score_each_sample_once(world_size):
+    """With 60 ranks some have no sample at all."""
+    parts: list[Tensor] = []
+    for rank in range(world_size):
+        with (
+            pytest.raises(UserError, match="no sample to score")
+            if world_size > SAMPLES and rank >= SAMPLES
+            else _nothing()
+        ):
+            evaluator()(Share(10, rank, world_size), 10, lambda sums: parts.append(sums.clone()))
+    total = torch.stack(parts).sum(0)
+
+    def take_total(sums: Tensor) -> None:
+        sums.copy_(total)
+
+    scores = evaluator()(Share(10, 0, world_size), 10, take_total)
+    whole = evaluator()(Share(10), 10)
+    assert scores.num_samples == SAMPLES
+    assert (scores.top1, scores.top5) == (whole.top1, whole.top5)
+    assert scores.loss == pytest.approx(whole.loss, rel=1e-12)
+
+
+def _nothing():
+    from contextlib import nullcontext
+
+    return nullcontext()
+
+
+def test_confusions_are_sklearns():
+    scores = evaluator()(Share(10), 10, by_class=True)
+    assert scores.confusion is not None
+    predictions = logits(IMAGES).argmax(1)
+    expected = confusion_matrix(TARGETS, predictions, labels=range(CLASSES))
+    assert np.array_equal(scores.confusion.numpy(), expected)
+    names = [f"c{n}" for n in range(CLASSES)]
+    rows = list(csv.DictReader(io.StringIO(to_csv(class_rows(scores, names)))))
+    for label, row in enumerate(rows):
+        assert int(row["num_samples"]) == int(TARGETS.eq(label).sum())
+        assert float(row["top1"]) == pytest.approx(100 * expected[label, label] / expected[label].sum(), rel=1e-5)
+        assert float(row["top5"]) >= float(row["top1"])
+        wrong = expected[label] - np.diag(expected[label])[label]
+        assert int(row["taken_for_samples"]) == max(0, *np.delete(expected[label], label))
+        assert row["taken_for"] != names[label]
+        assert len(wrong) == CLASSES
+    by_count = most_confused(expected, names, 100)
+    assert sum(pair.count for pair in by_count) == (predictions != TARGETS.numpy()).sum()
+    assert by_count == sorted(by_count, key=lambda pair: -pair.count)
+
+
+def test_a_class_without_samples_has_no_share():
+    from lowrank_vit.score.evaluate import Scores
+
+    scores = Scores(2, 0.0, 100.0, 100.0, torch.tensor([[2, 0], [0, 0]]), torch.tensor([2, 0]))
+    rows = class_rows(scores, ["a", "b"])
+    assert (rows[0]["top1"], rows[1]["top1"], rows[1]["taken_for"]) == (100.0, None, "")
+    assert to_csv(rows).splitlines()[2] == "1,b,0,,,,0"
+
+
+@pytest.mark.parametrize(("hits", "total"), [(0, 10), (10, 10), (7, 10), (41_000, 50_000)])
+def test_intervals_are_wilsons(hits, total):
+    """The closed form, with z = 1.96."""
+    z, share = 1.959963984540054, hits / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * (share * (1 - share) / total + z * z / (4 * total * total)) ** 0.5
+    assert interval(100 * share, total) == pytest.approx((100 * (middle - half), 100 * (middle + half)), abs=1e-9)
+
+
+@pytest.mark.parametrize("classes", [2, 30])
+def test_the_picture_is_a_picture_and_repeats(classes):
+    from PIL import Image
+
+    confusion = np.arange(classes * classes).reshape(classes, classes)
+    names = [f"a class with a rather long name {n}" for n in range(classes)]
+    confusion_plot(confusion[:2, :2], [r"$\frac$", "\udce9"], r"$\frac$ \udce9")  # names are no formulas
+    content = confusion_plot(confusion, names, "a model")
+    assert content == confusion_plot(confusion, names, "a model")
+    pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    assert pixels.shape[1] > 1000
+    assert pixels.std() > 10

@@ -1,0 +1,128 @@
+"""An attempt finds the run directory of the attempts before it, and of no other launch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.flags import parse
+from lowrank_vit.model.checkpoint import write_checkpoint
+from lowrank_vit.ranks.world import World
+from lowrank_vit.run.directory import RunDir
+from lowrank_vit.training import launch
+from lowrank_vit.training.resume import Start, find_start, open_run_dir
+
+
+@pytest.fixture(autouse=True)
+def another_process(monkeypatch):
+    """Each attempt is a process of its own, and all are children of one agent."""
+    pids = iter(range(10_000_000))
+    monkeypatch.setattr(launch, "_process", lambda pid: f"agent {pid}" if pid == os.getppid() else f"{next(pids)}")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "the same for all")
+
+
+def work_in(folder: Path, agents: list[str]) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / launch.MARK).write_text(launch.mark(folder, agents))
+
+
+def test_agents_may_come_and_go(tmp_path):
+    def found(*agents: str) -> Path | None:
+        return launch.earlier_folder(tmp_path, "", None, list(agents))
+
+    assert found("a", "b") is None
+    work_in(tmp_path / "run", ["a", "b"])
+    assert found("b", "c") == tmp_path / "run"  # a is lost, c came instead
+    work_in(tmp_path / "run", ["b", "c"])
+    assert found("c") == tmp_path / "run"
+    assert found("d", "e") is None  # another launch, of the same --rdzv-id
+    assert found() is None  # no torchrun
+
+
+def test_of_several_the_experiment_or_the_newest(tmp_path):
+    for age, name in ((30, "one"), (20, "two"), (10, "three")):
+        work_in(tmp_path / name, ["other" if name == "three" else "a"])
+        os.utime(tmp_path / name / launch.MARK, (1e9 - age, 1e9 - age))
+    (tmp_path / "latest").symlink_to("two")
+    assert launch.earlier_folder(tmp_path, "", None, ["a"]) == tmp_path / "two"
+    assert launch.earlier_folder(tmp_path, "one", None, ["a"]) == tmp_path / "one"
+    assert launch.earlier_folder(tmp_path, "three", None, ["a"]) is None
+    assert launch.earlier_folder(tmp_path, "no[*]", None, ["a"]) is None
+
+
+def test_two_runs_of_one_process_are_two(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "_process", lambda pid: "this one")
+    work_in(tmp_path / "run", ["a"])
+    assert launch.earlier_folder(tmp_path, "", None, ["a"]) is None
+
+
+def test_processes_have_names_of_their_own(monkeypatch):
+    monkeypatch.undo()
+    names = {launch._process(pid) for pid in (os.getpid(), os.getppid(), 1)}
+    assert len(names) == 3
+    assert launch._process(os.getpid()) in names
+    assert launch.agent() == ""
+
+
+def attempt(tmp_path: Path, *more: str) -> tuple[Start, RunDir]:
+    start = find_start(parse(["--output", str(tmp_path), *more]), World())
+    run_dir = open_run_dir(start, "run")
+    run_dir.close()
+    return start, run_dir
+
+
+def save(path: Path, updates: int) -> Path:
+    import torch
+
+    write_checkpoint(path, {"state_dict": {"w": torch.zeros(1)}, "step": {"num_updates": updates}})
+    return path
+
+
+def updates(start: Start) -> int:
+    assert start.resumed is not None
+    return start.resumed.content["step"]["num_updates"]
+
+
+def test_a_restart_goes_on_from_what_this_launch_has_saved(tmp_path):
+    first, run_dir = attempt(tmp_path)
+    assert first.resumed is None
+    again, same = attempt(tmp_path)
+    assert (again.resumed, same.path) == (None, run_dir.path)
+    save(run_dir.path / "last.pth.tar", 5)
+    assert updates(attempt(tmp_path)[0]) == 5
+    assert updates(attempt(tmp_path)[0]) == 5
+
+
+@pytest.mark.parametrize("name", ["last.pth.tar", "checkpoint-3.pth.tar"])
+def test_with_resume_too(tmp_path, name):
+    """First from the file of --resume, whatever last.pth.tar is there; then from this launch's own, not from there."""
+    run = tmp_path / "elsewhere"
+    run.mkdir()
+    save(run / "last.pth.tar", 100)
+    given = save(run / name, 30)
+    options = "--output", str(tmp_path / "output"), "--resume", str(given)
+    for _ in range(3):
+        start, run_dir = attempt(tmp_path, *options)
+        assert (updates(start), run_dir.path) == (30, run)
+    save(run / "last.pth.tar", 40)
+    for _ in range(2):
+        assert updates(attempt(tmp_path, *options)[0]) == 40
+    save(run / "last.pth.tar", 50)
+    assert updates(attempt(tmp_path, *options)[0]) == 50
+
+
+def test_a_rank_that_sees_another_file_says_so(tmp_path, monkeypatch):
+    """Each node has a disk of its own."""
+    config = parse(["--resume", str(tmp_path / "last.pth.tar")])
+    given = iter([(config.run.resume, None), (1000, 12)])
+    monkeypatch.setattr(World, "from_first", lambda self, value: next(given))
+    monkeypatch.setattr(World, "gather", lambda self, value: [value])
+    with pytest.raises(UserError, match=r"On .*last\.pth\.tar does not exist.* Rank 0 has read .* that all nodes see"):
+        find_start(config, World(rank=1, size=2))
+    size = save(tmp_path / "last.pth.tar", 11).stat().st_size
+    given = iter([(config.run.resume, None), (size, 12)])
+    with pytest.raises(UserError, match=rf"is not the file .* \({size}, 11\), there \({size}, 12\)"):
+        find_start(config, World(rank=1, size=2))

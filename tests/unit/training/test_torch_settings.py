@@ -1,0 +1,71 @@
+"""Compiled code is kept where the user says, and found again by the next process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.training.torch_settings import keep_compiled_code, set_float32_policy
+
+CODE = """
+import sys, torch
+from pathlib import Path
+from lowrank_vit.training.torch_settings import keep_compiled_code
+keep_compiled_code(Path(sys.argv[1]))
+model = torch.nn.Linear(8, 8)
+torch.compile(lambda x: model(x).relu().sum())(torch.ones(4, 8)).backward()
+counters = torch._dynamo.utils.counters
+print(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_a_second_start_finds_the_first_ones_code(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    hits = []
+    for _ in range(2):
+        command = [sys.executable, "-c", CODE, str(tmp_path / "cache")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        hits.append(int(done.stdout))
+    assert hits[0] == 0
+    assert hits[1] > 0
+    assert list((tmp_path / "cache").iterdir())
+
+
+def test_where_it_is_kept(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert keep_compiled_code(None) == tmp_path / "xdg" / "lowrank-vit"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_me")  # torch's own doing
+    assert keep_compiled_code(None) == tmp_path / "xdg" / "lowrank-vit"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
+    assert keep_compiled_code(None) == tmp_path / "own"  # the user's
+    assert keep_compiled_code(tmp_path / "flag") == tmp_path / "flag"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "flag")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/x, where compiled code is to be kept.*--compile-cache"):
+        keep_compiled_code(tmp_path / "file" / "x")
+
+
+def test_float32_policy_is_for_cuda_alone():
+    before = torch.get_float32_matmul_precision()
+    set_float32_policy(torch.device("cpu"), tf32=True)
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_float32_policy_is_explicit(monkeypatch, tf32):
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    try:
+        set_float32_policy(torch.device("cuda"), tf32=tf32)
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+        assert torch.backends.cudnn.allow_tf32 == tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[1:]
