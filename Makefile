@@ -11,7 +11,7 @@ ifeq ($(PY),.venv/bin/python)
 READY := .venv/.ready
 endif
 
-.PHONY: help setup train test test-slow lint report gpu-check bench prep-cifar100 prep-imagenet prep-imagenet100 clean
+.PHONY: help setup train test test-slow compare lint report gpu-check bench prep-cifar100 prep-imagenet prep-imagenet100 clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,8 @@ help:
 	@echo "make setup                              .venv with everything"
 	@echo "make test                               the test suite, all but its slow half"
 	@echo "make test-slow                          the slow half: many mutated files, kills"
+	@echo "make compare A=main B=.                 losses, spectra, scores of two commits or"
+	@echo "                                        folders, bit for bit on the CPU"
 	@echo "make lint                               ruff and pyright"
 	@echo "make report [RUN=output/latest]         a run as report.html and pictures"
 	@echo "make prep-cifar100 [SRC=archive] OUT=dir    downloads it without SRC"
@@ -51,6 +53,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile -m slow $(ARGS)
+
+compare: $(READY)
+	@test -n "$(A)" -a -n "$(B)" || { echo "Say which commits or folders: make compare A=main B=."; exit 2; }
+	$(PY) -m tests.golden.compare "$(A)" "$(B)" $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -24,7 +24,6 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a forked child has no threads but its own
 import argparse
 import contextlib
-import csv
 import importlib
 import json
 import random
@@ -35,7 +34,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,7 +46,7 @@ from PIL import Image
 from lowrank_vit import train
 from lowrank_vit.common.errors import exit_cleanly
 from lowrank_vit.spectral.monitor import SpectralMonitor
-from tests.runs import records
+from tests.golden.compare import differences
 
 IMPORTED = ("sklearn.datasets", *(f"lowrank_vit.data.{name}_backend" for name in ("dali", "ffcv", "resident")))
 """Where they are used otherwise; a forked child finds them there."""
@@ -207,7 +205,7 @@ class Run:
         start_s = time.monotonic() - attempt.began
         if problem := self._kill_and_resume(start_s, max(0.5, all_s - start_s)):
             return [problem]
-        return list(different(whole / "output" / "run", killed / "output" / "run"))
+        return list(differences(whole / "output" / "run", killed / "output" / "run"))
 
     def _kill_and_resume(self, start_s: float, work_s: float) -> str:
         done = 0
@@ -260,59 +258,6 @@ def make_images(folder: Path) -> None:
                 image = pixels.integers(0, 256, (20, 20 + label, 3)) // (label + 1)
                 Image.fromarray(image.astype(np.uint8)).save(where / f"{n}.png")
         (folder / f"{split}.part").rename(folder / split)
-
-
-_OF_THE_MACHINE = ("img_per_s", "data_wait", "mfu", "memory_gb", "seconds", "queue_depth", "decode_ms")
-
-
-def different(one: Path, other: Path) -> Iterator[str]:
-    """What of two run directories is not the same; figures about the machine may be anything."""
-    for kind in ("train", "eval", "spec"):
-        a, b = ([_of_the_run(record) for record in records(run, kind)] for run in (one, other))
-        if [r["update"] for r in a] != [r["update"] for r in b]:
-            yield f"metrics.jsonl: {kind} at {[r['update'] for r in a]} and {[r['update'] for r in b]}"
-        elif a != b:
-            names = sorted({name for x, y in zip(a, b, strict=True) for name in x | y if x.get(name) != y.get(name)})
-            yield f"metrics.jsonl: {kind}: {names[:3]}"
-    rows = []
-    for run in (one, other):
-        with (run / "summary.csv").open(newline="") as file:
-            rows.append([_of_the_run(row) for row in csv.DictReader(file)])
-    if rows[0] != rows[1]:
-        yield "summary.csv"
-    folders = [{path.name: path for path in (run / "spectra").iterdir()} for run in (one, other)]
-    if folders[0].keys() != folders[1].keys():
-        yield f"spectra/: {sorted(folders[0].keys() ^ folders[1].keys())}"
-    for name in folders[0].keys() & folders[1].keys():
-        a, b = folders[0][name], folders[1][name]
-        if name.startswith("weights_"):
-            is_same = _same(*(torch.load(path, weights_only=True)["weights"] for path in (a, b)))
-        else:
-            is_same = a.read_bytes() == b.read_bytes()
-        if not is_same:
-            yield f"spectra/{name}"
-    names = [{path.name for path in run.glob("*.pth.tar")} for run in (one, other)]
-    if names[0] != names[1]:
-        yield f"checkpoints: {sorted(names[0] ^ names[1])}"
-    for name in sorted(names[0] & names[1]):
-        contents = [torch.load(run / name, weights_only=True) for run in (one, other)]
-        for key in sorted(contents[0].keys() | contents[1].keys()):
-            if key != "args" and not _same(contents[0].get(key), contents[1].get(key)):
-                yield f"{name}: {key}"
-
-
-def _of_the_run(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if not any(part in name for part in _OF_THE_MACHINE)}
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)
 
 
 def main() -> None:
