@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.filesize import decimal as size_in_words
 
 from data_prep.convert import DEFAULT_IMAGE_OPTIONS as DEFAULTS
 from data_prep.convert import (
@@ -186,7 +187,7 @@ def verify_command(
     for part in file_or_parts(beton):
         verified = verify(part, full=full, workers=available_cores() if workers is None else workers, progress=True)
         what = "tables, sidecars, SHA-256" + (" and every decoded sample" if verified.decoded else "")
-        size = f"{verified.num_samples:,} samples, {verified.file_bytes / 1e6:,.1f} MB"
+        size = f"{verified.num_samples:,} samples, {size_in_words(verified.file_bytes)}"
         say(f"{part} is as it was written: {size} ({what})" + (f". {verified.note}" if verified.note else ""))
 
 
@@ -224,7 +225,7 @@ def summary(conversion: Conversion) -> str:
         lines = [
             f"wrote {conversion.beton}",
             f"  {manifest.num_samples:,} images, {len(manifest.classes):,} classes, "
-            f"{manifest.file_bytes / 1e6:,.1f} MB in {seconds:.1f} s ({manifest.num_samples / seconds:,.0f} img/s)",
+            f"{size_in_words(manifest.file_bytes)} in {seconds:.1f} s ({manifest.num_samples / seconds:,.0f} img/s)",
             f"  stored{' without loss' * (manifest.options.get('lossless') is True)} as: "
             + counts_in_words(manifest.reasons),
         ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from rich.filesize import decimal as size_in_words
 from rich.table import Table
 from rich.text import Text
 
@@ -61,7 +62,10 @@ def _facts(tables: Tables, manifest: Manifest | None) -> list[tuple[str, str]]:
         ("width", _spread(tables.widths) + " pixels"),
         ("height", _spread(tables.heights) + " pixels"),
         ("bytes a sample", _spread(tables.sizes)),
-        ("file", f"{tables.file_bytes / 1e6:,.1f} MB, {int(tables.sizes.sum()) / tables.file_bytes:.1%} of it samples"),
+        (
+            "file",
+            f"{size_in_words(tables.file_bytes)}, {int(tables.sizes.sum()) / tables.file_bytes:.1%} of it samples",
+        ),
         ("pages", f"{pages:,} of {tables.page_size >> 20} MiB"),
     ]
     if manifest is None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from rich.filesize import decimal as size_in_words
 
 from lowrank_vit.common import resources, terminal
 from lowrank_vit.common.errors import UserError
@@ -80,7 +81,7 @@ def choose_backend(
     """
     size = resident_bytes(beton)
     budget = RESIDENT_SHARE * memory_bytes(device)
-    in_words, share = f"{size / 1e6:,.1f} MB decoded", f"{RESIDENT_SHARE:.0%} of {device} memory"
+    in_words, share = f"{size_in_words(size)} decoded", f"{RESIDENT_SHARE:.0%} of {device} memory"
     crowded = _place_without_room(size, device) if size <= budget else ""
     if size <= budget and not crowded:
         return "resident", f"{in_words} fit {share}"
@@ -109,9 +110,8 @@ def memory_bytes(device: torch.device) -> int:
 def _make_resident(beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, workers: int) -> ResidentBackend:
     size = resident_bytes(beton)
     if crowded := _place_without_room(size, device):
-        raise UserError(
-            f"--loader resident: {beton.path} takes {size / 1e9:.1f} GB decoded, but {crowded} free. Use --loader auto."
-        )
+        taken = f"{beton.path} takes {size_in_words(size)} decoded"
+        raise UserError(f"--loader resident: {taken}, but {crowded} free. Use --loader auto.")
     return ResidentBackend(beton, plan, device, workers)
 
 
@@ -123,7 +123,7 @@ def _place_without_room(size: int, device: torch.device) -> str:
     places = [(str(device), _free_bytes(device))]
     if device.type == "cuda":
         places.append(("the host", resources.memory().free))
-    return next((f"{name} has {free / 1e9:.1f} GB" for name, free in places if size > free), "")
+    return next((f"{name} has {size_in_words(free)}" for name, free in places if size > free), "")
 
 
 def _free_bytes(device: torch.device) -> int:

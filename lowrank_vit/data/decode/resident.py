@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 import torch
+from rich.filesize import decimal as size_in_words
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.batch import Batch
@@ -44,8 +45,8 @@ class ResidentBackend:
             flat = np.zeros(int(pixels.sum()), np.uint8)
         except MemoryError as error:
             raise UserError(
-                f"--loader resident: {beton.path} takes {pixels.sum() / 1e9:.1f} GB decoded, for which memory does not "
-                "suffice. Use --loader auto."
+                f"--loader resident: {beton.path} takes {size_in_words(int(pixels.sum()))} decoded, for which memory "
+                "does not suffice. Use --loader auto."
             ) from error
 
         def fill(sample_id: int) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.filesize import decimal as size_in_words
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from data_prep.formats.manifest import Manifest, manifest_path, read_manifest
@@ -151,13 +152,6 @@ def _check_room(sets: list[_Set], stage_dir: Path) -> None:
             f"--stage-dir {stage_dir}: {_names(sets)} and what belongs to them take {size_in_words(needed)}, but only "
             f"{size_in_words(free)} are free there. Make room, give a folder on another disk, or leave the flag out."
         )
-
-
-def size_in_words(num_bytes: int) -> str:
-    """1,234 kB, 12.3 MB, 155.2 GB; units of 1000."""
-    if num_bytes < 10**6:
-        return f"{num_bytes / 1e3:,.0f} kB"
-    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes < 10**9 else f"{num_bytes / 1e9:,.1f} GB"
 
 
 def _names(sets: list[_Set]) -> str:

@@ -48,7 +48,7 @@ def test_a_set_that_fits_is_resident_whatever_its_format(sets, kind):
     loader, line = open_loader(beton, plan_of(beton), CPU, AUTO)
     assert loader.name == "resident"
     assert f"{beton.num_samples} samples, resident loader (" in line
-    assert "MB decoded fit 25% of cpu memory)" in line
+    assert "B decoded fit 25% of cpu memory)" in line
 
 
 def test_a_gpu_decodes_what_does_not_fit(beton, small_memory):
@@ -118,7 +118,10 @@ def test_without_dali_there_is_ffcv(beton, small_memory, monkeypatch):
 
 def test_resident_says_when_there_is_no_room(beton, monkeypatch):
     monkeypatch.setattr(choose, "_free_bytes", lambda device: 1000)
-    with pytest.raises(UserError, match=r"--loader resident: .*train.beton takes 0.0 GB decoded.*Use --loader auto"):
+    with pytest.raises(
+        UserError,
+        match=r"--loader resident: .*train.beton takes 2.1 MB decoded, but cpu has 1.0 kB free.*Use --loader auto",
+    ):
         open_loader(beton, plan_of(beton), CPU, LoaderOptions("resident", 2))
 
 
@@ -130,8 +133,8 @@ def test_a_set_for_a_gpu_needs_room_on_the_host_too(beton, monkeypatch):
     assert choose_backend(beton, plan_of(beton), cuda, AUTO)[0] == "resident"
     monkeypatch.setattr(choose.resources, "memory", lambda: Memory(10**12, 1_000_000))
     kind, reason = choose_backend(beton, plan_of(beton), cuda, AUTO)
-    assert (kind, reason) == ("dali", "2.1 MB decoded, and the host has 0.0 GB free; decoding on the GPU")
-    with pytest.raises(UserError, match=r"takes 0.0 GB decoded, but the host has 0.0 GB free. Use --loader auto"):
+    assert (kind, reason) == ("dali", "2.1 MB decoded, and the host has 1.0 MB free; decoding on the GPU")
+    with pytest.raises(UserError, match=r"takes 2.1 MB decoded, but the host has 1.0 MB free. Use --loader auto"):
         make_backend("resident", beton, plan_of(beton), cuda, AUTO)
 
 

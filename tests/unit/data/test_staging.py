@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from rich import filesize
 
 from data_prep.formats.manifest import manifest_path, read_manifest, write_manifest
 from data_prep.formats.sample_table import sample_table_path
@@ -20,7 +21,7 @@ from lowrank_vit.data.sets import staging
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import open_datasets
 from lowrank_vit.data.sets.locate import DataOptions
-from lowrank_vit.data.sets.staging import size_in_words, stage, stage_all
+from lowrank_vit.data.sets.staging import stage, stage_all
 from tests.photos import write_sets
 from tests.sources import Said, run_at_once
 
@@ -50,7 +51,7 @@ def test_the_copy_is_the_set_with_its_sidecars(source, tmp_path):
     copy = stage(source, tmp_path / "fast", said)
     assert copy.parent.parent == tmp_path / "fast"
     size = sum(path.stat().st_size for path in source.parent.iterdir())
-    assert said[0] == f"copying jpeg.beton with sidecars, {size_in_words(size)}, to {tmp_path / 'fast'} (once)"
+    assert said[0] == f"copying jpeg.beton with sidecars, {filesize.decimal(size)}, to {tmp_path / 'fast'} (once)"
     assert sorted(path.name for path in copy.parent.iterdir()) == [*(f"jpeg.beton{s}" for s in ENDS), staging.STAMP]
     assert copy.read_bytes() == source.read_bytes()
     assert Beton(copy).classes == Beton(source).classes
@@ -174,16 +175,12 @@ def test_room_is_looked_for_first(source, tmp_path, monkeypatch):
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: Usage(12_345))
     with pytest.raises(UserError) as caught:
         stage(source, tmp_path / "fast", Said())
-    needed = size_in_words(sum(path.stat().st_size for path in source.parent.iterdir()))
+    needed = filesize.decimal(sum(path.stat().st_size for path in source.parent.iterdir()))
     said = (
-        f"--stage-dir {tmp_path / 'fast'}: jpeg.beton and what belongs to them take {needed}, but only 12 kB are free"
+        f"--stage-dir {tmp_path / 'fast'}: jpeg.beton and what belongs to them take {needed}, but only 12.3 kB are free"
     )
     assert said in str(caught.value)
     assert not list((tmp_path / "fast").glob("*jpeg*"))
-
-
-def test_sizes_in_words():
-    assert [size_in_words(n) for n in (999_499, 12_340_000, 155_200_000_000)] == ["999 kB", "12.3 MB", "155.2 GB"]
 
 
 def test_a_killed_copy_leaves_nothing_that_looks_whole_and_is_cleared_away(source, tmp_path):
