@@ -1,1 +1,1 @@
-"""The model, its weights, its optimizer and its losses."""
+"""The model, its weights and its optimizer."""

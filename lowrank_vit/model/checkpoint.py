@@ -1,14 +1,11 @@
-"""Checkpoints in timm's layout: written atomically, read with `weights_only=True`, checked before use."""
+"""Checkpoints in timm's layout: read with `weights_only=True`, checked before use."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +15,6 @@ from lowrank_vit.config import meaning
 
 BETTER = "better"
 """Key of a checkpoint's content: "model" or "ema", whichever scored higher in the newest epoch; "" before the first."""
-IS_FINITE = "is_finite"
-"""Key of a checkpoint's content: () bool, whether the run was still sound. Files never hold False."""
 
 
 @dataclass(frozen=True)
@@ -149,49 +144,3 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: dict[str, Te
             "--model, --model-kwargs, --img-size and --num-classes that it was trained with."
         )
     model.load_state_dict(weights)
-
-
-def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write atomically: `path` is either the old file or the complete new one. Raises `UserError` on a full disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file, _saying_why(output := _Output(file)):
-            torch.save(content, cast(IO[bytes], output))  # all that torch asks for is `write` and `flush`
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        kept = f"The older {path.name} is kept." if path.exists() else "Nothing is left under that name."
-        raise UserError(
-            f"Checkpoint {path} cannot be written: {error.strerror or error}. {kept} Free disk space, then resume."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-class _Output:
-    """A file that remembers why it could not be written."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-@contextlib.contextmanager
-def _saying_why(output: _Output) -> Generator[None, None, None]:
-    """Raise the file's own error where torch makes a `RuntimeError` of it, which tells a position and no reason."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise output.error or error from error

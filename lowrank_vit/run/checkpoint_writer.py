@@ -8,19 +8,20 @@ import queue
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.model.checkpoint import IS_FINITE, write_checkpoint
 from lowrank_vit.run.directory import LAST
 
 BEST = "model_best.pth.tar"
+IS_FINITE = "is_finite"
+"""Key of a checkpoint's content: () bool, whether the run was still sound. Files never hold False."""
 
 
 @dataclass(frozen=True)
@@ -215,3 +216,49 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, list):
         return [_mapped(one, change) for one in value]
     return value
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write atomically: `path` is either the old file or the complete new one. Raises `UserError` on a full disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file, _saying_why(output := _Output(file)):
+            torch.save(content, cast(IO[bytes], output))  # all that torch asks for is `write` and `flush`
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        kept = f"The older {path.name} is kept." if path.exists() else "Nothing is left under that name."
+        raise UserError(
+            f"Checkpoint {path} cannot be written: {error.strerror or error}. {kept} Free disk space, then resume."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+class _Output:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+@contextlib.contextmanager
+def _saying_why(output: _Output) -> Generator[None, None, None]:
+    """Raise the file's own error where torch makes a `RuntimeError` of it, which tells a position and no reason."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise output.error or error from error

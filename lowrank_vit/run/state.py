@@ -16,7 +16,8 @@ from lowrank_vit.config import meaning
 from lowrank_vit.config.check import leaves, with_options
 from lowrank_vit.config.option_types import kind_of
 from lowrank_vit.config.options import Config
-from lowrank_vit.model.checkpoint import BETTER, IS_FINITE, Checkpoint
+from lowrank_vit.model.checkpoint import BETTER, Checkpoint
+from lowrank_vit.run.checkpoint_writer import IS_FINITE
 from lowrank_vit.run.meter import NEVER
 from lowrank_vit.training.setup import Parts
 

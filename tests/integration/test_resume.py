@@ -15,8 +15,9 @@ import torch
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
-from lowrank_vit.model.checkpoint import read_checkpoint, write_checkpoint
+from lowrank_vit.model.checkpoint import read_checkpoint
 from lowrank_vit.run import checkpoint_writer as saver_module
+from lowrank_vit.run.checkpoint_writer import write_checkpoint
 from lowrank_vit.training.trainer import Trainer
 from tests.runs import losses, records, same_weights, stop_after
 

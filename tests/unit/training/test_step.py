@@ -17,13 +17,12 @@ from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.model.losses import Loss
 from lowrank_vit.model.optimizer import create_optimizer
 from lowrank_vit.plan.mixing import NO_MIX
 from lowrank_vit.plan.plans import BatchPlan
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.meter import Meter
-from lowrank_vit.training.step import TrainStep
+from lowrank_vit.training.step import Loss, TrainStep
 
 NUM_CLASSES, BATCH = 10, 8
 OPTIONS = (
