@@ -217,7 +217,7 @@ def _greatest_sine(found: Solved, u: np.ndarray, s: np.ndarray, v: np.ndarray) -
 
 
 def operations(model: str) -> dict[str, float]:
-    """Multiplications and additions of one solve of model and EMA, by stage, in 10^9; see `spectral.gram_cpu`."""
+    """Multiplications and additions of one solve of model and EMA, by stage, in 10^9; see `spectral.gram`."""
     width = {"small": 384, "base": 768}[model]
     shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
     count, m = 2 * 12, 2 * TOPK

@@ -30,13 +30,14 @@ from lowrank_vit.spectral.analyze import (
     choose_weights,
     compare,
     drift_as_json,
+    print_analysis,
+    print_drift,
     write_arrays,
     write_json,
 )
 from lowrank_vit.spectral.extremes import Solver
 from lowrank_vit.spectral.refresh import Settings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
-from lowrank_vit.spectral.tables import print_analysis, print_drift
 
 NONE = "(default: none)"
 """Of options without a value of their own."""

@@ -18,7 +18,7 @@ from lowrank_vit.common.resources import available_cores
 from lowrank_vit.spectral.metrics import recorded_indices
 from lowrank_vit.spectral.ranks import OneRank, Ranks, share_out
 from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, Settings, Stacks
-from lowrank_vit.spectral.select import Part, choose_parts, module_type, take_parts
+from lowrank_vit.spectral.select import Target, choose_targets, module_type, take_targets
 from lowrank_vit.spectral.solve import LOG, stack_by_shape
 from lowrank_vit.spectral.store import Kept, SpectraStore
 from lowrank_vit.spectral.worker import Snapshot, SpectralRecord, Worker
@@ -79,7 +79,7 @@ class SpectralMonitor:
             every: updates between refreshes.
             store_dir: made if missing.
             settings: what is computed; default: `Settings()`.
-            split_qkv: see `choose_parts`.
+            split_qkv: see `choose_targets`.
             limit_gb: size limit of the store, in 10^9 bytes.
             resumed_update: the update that a resumed run continues from. What the store holds of later ones is deleted,
                 and the next refresh is compared with the one of what was kept, or without that the newest left.
@@ -104,15 +104,15 @@ class SpectralMonitor:
                 raise UserError(f"spectral {flag} is {value}; expected 1 or more")
         self._models = {MODEL: model} if ema_model is None else {MODEL: model, EMA: ema_model}
         chosen = {
-            kind: choose_parts(dict(one.named_parameters()), targets, split_qkv) for kind, one in self._models.items()
+            kind: choose_targets(dict(one.named_parameters()), targets, split_qkv) for kind, one in self._models.items()
         }
-        parts = chosen[MODEL]
-        if any(list(of_kind) != list(parts) for of_kind in chosen.values()):
+        watched = chosen[MODEL]
+        if any(list(of_kind) != list(watched) for of_kind in chosen.values()):
             raise ValueError("the EMA's targets differ from the model's; pass both without wrappers (ema.module)")
         ranks = ranks or OneRank()
-        shapes = {name: tuple(w.shape) for name, w in _matrices(model, parts).items()}
+        shapes = {name: tuple(w.shape) for name, w in _matrices(model, watched).items()}
         mine = share_out(shapes, ranks.world_size)[ranks.rank]
-        self._parts = {name: parts[name] for name in mine}
+        self._watched = {name: watched[name] for name in mine}
         self._every, self._num_ranks = every, ranks.world_size
         self.matrices: dict[str, dict[str, Any]] = {
             name: {"shape": list(shape), **recorded_indices(min(shape), settings.topk, settings.interval)._asdict()}
@@ -153,9 +153,9 @@ class SpectralMonitor:
         self._stream = None if cuda_device is None else torch.cuda.Stream(cuda_device, priority=0)
         self._busy = 0
         self._closed = False
-        self._all_parts = parts if ranks.rank == 0 else {}
+        self._all_watched = watched if ranks.rank == 0 else {}
         self._newest: Kept | None = None
-        keys = [f"{kind}/{name}" for kind in self._models for name in parts]
+        keys = [f"{kind}/{name}" for kind in self._models for name in watched]
         self._worker = Worker(settings, store, memory, ranks, keys, self._stream, say)
         if kept and ranks.rank == 0:
             self._newest = kept._replace(before=None)
@@ -197,7 +197,7 @@ class SpectralMonitor:
             self._busy += 1
             return
         try:
-            stacks = {kind: stack_by_shape(_matrices(one, self._parts)) for kind, one in self._models.items()}
+            stacks = {kind: stack_by_shape(_matrices(one, self._watched)) for kind, one in self._models.items()}
             before, self._newest = self._newest, self._kept(num_updates, stacks)
             self._hand_over(num_updates, stacks, before)
         except Exception as error:  # such as no memory for the copies
@@ -205,10 +205,10 @@ class SpectralMonitor:
 
     def _kept(self, update: int, stacks: Stacks) -> Kept | None:
         """On the first rank the copies of all matrices, whichever rank computes them."""
-        if not self._all_parts:
+        if not self._all_watched:
             return None
         if self._num_ranks > 1:
-            stacks = {kind: stack_by_shape(_matrices(one, self._all_parts)) for kind, one in self._models.items()}
+            stacks = {kind: stack_by_shape(_matrices(one, self._all_watched)) for kind, one in self._models.items()}
         weights = {
             f"{kind}/{name}": matrix
             for kind, of_kind in stacks.items()
@@ -258,7 +258,7 @@ class SpectralMonitor:
         """This rank's share of kept weights, as `observe` would have copied it; empty if these are other matrices."""
         stacks: Stacks = {}
         for kind, model in self._models.items():
-            own = _matrices(model, self._parts)
+            own = _matrices(model, self._watched)
             found = {name: kept.weights.get(f"{kind}/{name}") for name in own}
             if any(w is None or w.shape != own[name].shape for name, w in found.items()):
                 return {}
@@ -271,7 +271,7 @@ class SpectralMonitor:
         Where the store's limit has thinned out the vectors of what was kept, only the weights of that are remembered.
         """
         first, last_update, last = store.first_and_last(update)
-        keys = {f"{kind}/{name}": name for kind in self._models for name in self._parts}
+        keys = {f"{kind}/{name}": name for kind in self._models for name in self._watched}
 
         def fits(key: str, found: Any) -> bool:
             matrix = self.matrices[keys[key]]
@@ -298,8 +298,8 @@ class SpectralMonitor:
         self._worker.join(_JOIN_S if cancel and self._num_ranks > 1 else None)
 
 
-def _matrices(model: nn.Module, parts: dict[str, Part]) -> dict[str, Tensor]:
-    return take_parts(lambda module: model.get_parameter(f"{module}.weight"), parts)
+def _matrices(model: nn.Module, watched: dict[str, Target]) -> dict[str, Tensor]:
+    return take_targets(lambda module: model.get_parameter(f"{module}.weight"), watched)
 
 
 def _drain(items: queue.SimpleQueue[T]) -> list[T]:

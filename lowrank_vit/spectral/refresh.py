@@ -14,10 +14,16 @@ import torch
 
 from lowrank_vit.spectral.extremes import Solved, Solver
 from lowrank_vit.spectral.lapack import one_blas_thread
-from lowrank_vit.spectral.metrics import reach, recorded_indices, spectrum_metrics
+from lowrank_vit.spectral.metrics import (
+    chance_level,
+    cosine_metrics,
+    reach,
+    recorded_indices,
+    relative_change,
+    spectrum_metrics,
+)
 from lowrank_vit.spectral.select import module_depth, module_type
 from lowrank_vit.spectral.solve import LOG, MatrixStack, largest_values, never, solve_stack
-from lowrank_vit.spectral.subspace import chance_level, cosine_metrics, relative_change
 
 MODEL, EMA = "spec", "spec_ema"
 Stacks = dict[str, list[MatrixStack]]

@@ -17,7 +17,7 @@ _WEIGHT = ".weight"
 _QKV = ("q", "k", "v")
 
 
-class Part(NamedTuple):
+class Target(NamedTuple):
     """A watched matrix: the weight of a module, or with `third` 0, 1 or 2 that third of its rows (Q, K or V)."""
 
     module: str
@@ -48,7 +48,7 @@ def select_targets(weights: Mapping[str, Tensor], patterns: str) -> dict[str, Te
     return {name: w for name, w in matrices.items() if any(_matches(name, pattern) for pattern in wanted)}
 
 
-def choose_parts(weights: Mapping[str, Tensor], patterns: str, split_qkv: bool = False) -> dict[str, Part]:
+def choose_targets(weights: Mapping[str, Tensor], patterns: str, split_qkv: bool = False) -> dict[str, Target]:
     """The matrices that the patterns name, by name and in model order.
 
     With `split_qkv` a module named qkv gives three, "blocks.0.attn.qkv.q", "....k" and "....v": its rows in three equal
@@ -59,26 +59,26 @@ def choose_parts(weights: Mapping[str, Tensor], patterns: str, split_qkv: bool =
     """
     chosen = select_targets(weights, patterns)
     if not split_qkv:
-        return {name: Part(name) for name in chosen}
-    parts: dict[str, Part] = {}
+        return {name: Target(name) for name in chosen}
+    watched: dict[str, Target] = {}
     for name, weight in chosen.items():
         if name.rpartition(".")[2] != "qkv":
-            parts[name] = Part(name)
+            watched[name] = Target(name)
         elif weight.shape[0] % 3:
             raise UserError(
                 f"{name} has {weight.shape[0]} rows, which do not divide into Q, K and V; leave out split-qkv"
             )
         else:
-            parts |= {f"{name}.{letter}": Part(name, third) for third, letter in enumerate(_QKV)}
-    if all(part.third is None for part in parts.values()):
+            watched |= {f"{name}.{letter}": Target(name, third) for third, letter in enumerate(_QKV)}
+    if all(target.third is None for target in watched.values()):
         raise UserError(f"split-qkv: none of the spectral targets {patterns!r} is a qkv module; leave it out")
-    return parts
+    return watched
 
 
-def take_parts(weight_of: Callable[[str], Tensor], parts: Mapping[str, Part]) -> dict[str, Tensor]:
-    """The matrices themselves as views, in the order of `parts`; `weight_of` maps a module's name to its weight."""
+def take_targets(weight_of: Callable[[str], Tensor], watched: Mapping[str, Target]) -> dict[str, Tensor]:
+    """The matrices themselves as views, in the order of `watched`; `weight_of` maps a module's name to its weight."""
     matrices: dict[str, Tensor] = {}
-    for name, (module, third) in parts.items():
+    for name, (module, third) in watched.items():
         weight = weight_of(module)
         rows = weight.shape[0] // 3
         matrices[name] = weight if third is None else weight[third * rows : (third + 1) * rows]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_vit.spectral import gram_batched, gram_cpu
+from lowrank_vit.spectral import gram
 from lowrank_vit.spectral.extremes import EPS, Solved, Solver, Triplets, not_finite
 from lowrank_vit.spectral.lapack import one_blas_thread
 
@@ -146,13 +146,12 @@ def largest_values(matrices_NRC: Tensor, cpu_threads: int = 1) -> np.ndarray:
 
             def one(i: int) -> float:
                 a_RC = _float64_numpy(matrices_NRC[i], scales[i])
-                return gram_cpu.largest_value(a_RC) * scales[i] if a_RC.size else 0.0
+                return gram.largest_value(a_RC) * scales[i] if a_RC.size else 0.0
 
             result[usable] = _side_by_side(one, np.flatnonzero(usable).tolist(), cpu_threads)
         elif usable.any():
             divided, divisors = _divided(matrices_NRC, scales)
-            gram = gram_batched.gram_stack(divided)
-            top = torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0.0).sqrt().cpu().numpy()
+            top = torch.linalg.eigvalsh(gram.gram_stack(divided))[:, -1].clamp_min(0.0).sqrt().cpu().numpy()
             result[usable] = (top * divisors)[usable]
     return result
 
@@ -206,7 +205,7 @@ def _gram_on_cpu(
         if not np.isfinite(scales[i]):
             return None
         try:
-            return gram_cpu.solve_matrix(_float64_numpy(matrices_NRC[i], scales[i]), m)
+            return gram.solve_matrix(_float64_numpy(matrices_NRC[i], scales[i]), m)
         except np.linalg.LinAlgError as error:
             return not_finite((matrices_NRC.shape[1], matrices_NRC.shape[2]), m), str(error)
 
@@ -230,7 +229,7 @@ def _side_by_side(one: Callable[[int], T], indices: Iterable[int], cpu_threads: 
 def _gram_on_device(matrices_NRC: Tensor, m: int, scales: np.ndarray) -> list[tuple[Solved, str] | None]:
     divided, divisors = _divided(matrices_NRC, scales)
     try:
-        found = gram_batched.solve_stack(divided, m)
+        found = gram.solve_stack(divided, m)
     except torch.linalg.LinAlgError as error:
         return [(not_finite((divided.shape[1], divided.shape[2]), m), f"no convergence ({error})")] * len(scales)
     # As of the matrix over its scale, whatever it was divided by: the caller multiplies the scale in.

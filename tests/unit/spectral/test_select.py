@@ -9,11 +9,11 @@ from timm.models.vision_transformer import VisionTransformer
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.select import (
     DEFAULT_TARGETS,
-    choose_parts,
+    choose_targets,
     module_depth,
     module_type,
     select_targets,
-    take_parts,
+    take_targets,
 )
 
 
@@ -97,14 +97,14 @@ def test_module_depth_is_its_numbers(name: str, depth: str) -> None:
 
 def test_splitting_gives_what_the_attention_computes_with(vit: VisionTransformer) -> None:
     weights = dict(vit.named_parameters())
-    parts = choose_parts(weights, "attn.qkv,attn.proj", split_qkv=True)
+    parts = choose_targets(weights, "attn.qkv,attn.proj", split_qkv=True)
     assert list(parts)[:4] == [
         "blocks.0.attn.qkv.q",
         "blocks.0.attn.qkv.k",
         "blocks.0.attn.qkv.v",
         "blocks.0.attn.proj",
     ]
-    matrices = take_parts(lambda module: weights[f"{module}.weight"], parts)
+    matrices = take_targets(lambda module: weights[f"{module}.weight"], parts)
     x = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
     q, k, v = torch.nn.functional.linear(x, weights["blocks.0.attn.qkv.weight"]).reshape(1, 5, 3, 8).unbind(2)
     for letter, expected in (("q", q), ("k", k), ("v", v)):
@@ -115,6 +115,6 @@ def test_splitting_gives_what_the_attention_computes_with(vit: VisionTransformer
 
 def test_splitting_needs_a_qkv_that_divides_by_three(vit: VisionTransformer) -> None:
     with pytest.raises(UserError, match="none of the spectral targets"):
-        choose_parts(dict(vit.named_parameters()), "mlp.fc1", split_qkv=True)
+        choose_targets(dict(vit.named_parameters()), "mlp.fc1", split_qkv=True)
     with pytest.raises(UserError, match="16 rows, which do not divide"):
-        choose_parts({"attn.qkv.weight": torch.ones(16, 4)}, "qkv", split_qkv=True)
+        choose_targets({"attn.qkv.weight": torch.ones(16, 4)}, "qkv", split_qkv=True)

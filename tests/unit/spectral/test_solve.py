@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lowrank_vit.spectral import gram_batched, lapack
+from lowrank_vit.spectral import gram, lapack
 from lowrank_vit.spectral.extremes import Solved, Solver
 from lowrank_vit.spectral.solve import Cancelled, largest_values, solve, solve_stack, stack_by_shape
 from tests.spectra import low_rank_and_noise, orthonormal, sine, with_spectrum
@@ -96,7 +96,7 @@ def test_the_batched_solver_agrees_or_objects(name: str) -> None:
     if "entries" in name:
         matrix = matrix / matrix.abs().max()
     other = with_spectrum(np.linspace(2, 1, min(matrix.shape)), *matrix.shape)
-    (solved, objection), (neighbour, no_objection) = gram_batched.solve_stack(torch.stack([matrix, other]), 6)
+    (solved, objection), (neighbour, no_objection) = gram.solve_stack(torch.stack([matrix, other]), 6)
     assert not no_objection
     check_against_numpy(neighbour, other, 6)
     if not objection:
@@ -167,9 +167,9 @@ def test_an_eigensolver_that_fails_falls_back(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("wrong", ["gram", "tridiagonalize", "tridiagonal_values", "tridiagonal_vectors"])
 def test_wrong_numbers_of_a_library_are_noticed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowrank_vit.spectral import gram_cpu
+    from lowrank_vit.spectral import gram
 
-    right = getattr(gram_cpu, wrong)
+    right = getattr(gram, wrong)
 
     def slightly_wrong(*args: np.ndarray):
         result = right(*args)
@@ -177,7 +177,7 @@ def test_wrong_numbers_of_a_library_are_noticed(wrong: str, monkeypatch: pytest.
         first.flat[0] = first.flat[0] * 1.001 + 1e-3 * np.abs(first).max()
         return result
 
-    monkeypatch.setattr(gram_cpu, wrong, slightly_wrong)
+    monkeypatch.setattr(gram, wrong, slightly_wrong)
     solved = solve({"m": CASES["tall"]}, 6)["m"]
     assert solved.solver == "svd"
     check_against_numpy(solved, CASES["tall"], 6)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.linalg import subspace_angles
 
 from lowrank_vit.spectral.extremes import Solved, Triplets
-from lowrank_vit.spectral.subspace import chance_level, cosine_metrics, principal_cosines, relative_change
+from lowrank_vit.spectral.metrics import chance_level, cosine_metrics, principal_cosines, relative_change
 from tests.spectra import orthonormal
 
 
