@@ -19,7 +19,7 @@ from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.help_text import fitted_help
 from lowrank_vit.common.terminal import one_line, printable
 from lowrank_vit.config.check import check_ranges
-from lowrank_vit.config.options import POSITIVE
+from lowrank_vit.config.option_types import POSITIVE
 from lowrank_vit.config.score_flags import (
     INFERENCE_INSTEAD,
     INFERENCE_UNUSED,

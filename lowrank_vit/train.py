@@ -8,8 +8,8 @@ from pathlib import Path
 from lowrank_vit.common.commands import usage_name
 from lowrank_vit.common.errors import exit_cleanly
 from lowrank_vit.common.terminal import say
-from lowrank_vit.config.flags import leaves, parse
-from lowrank_vit.config.options import Config
+from lowrank_vit.config.flags import parse
+from lowrank_vit.config.options import Config, leaves
 from lowrank_vit.config.timm_flags import with_long_names
 from lowrank_vit.ranks.failing import exit_together
 from lowrank_vit.ranks.world import World, environment_world, joined

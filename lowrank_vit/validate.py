@@ -19,7 +19,7 @@ from lowrank_vit.common.commands import usage_name
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.help_text import fitted_help
 from lowrank_vit.config.check import check_ranges
-from lowrank_vit.config.options import POSITIVE
+from lowrank_vit.config.option_types import POSITIVE
 from lowrank_vit.config.score_flags import VALIDATE_INSTEAD, VALIDATE_UNUSED, fit_flags, with_suffix_of
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.loader import OnBadSample

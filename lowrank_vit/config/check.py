@@ -5,40 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.config.keywords import parse_keywords
-from lowrank_vit.config.option_types import kind_of
-from lowrank_vit.config.options import Config, Range
-
-
-def leaves(config: Config | None = None) -> Iterator[tuple[str, Any, Any]]:
-    """Yield `(flag name without dashes, type hint with its Range, value)` of every option; values of `config`."""
-    config = config or Config()
-    for group in dataclasses.fields(config):
-        yield from _flags(getattr(config, group.name))
-
-
-def with_options(config: Config, values: Mapping[str, Any]) -> Config:
-    """The same with some options, by their flags' names without dashes in front, at other values; lists are tuples."""
-    groups: dict[str, Any] = {}
-    for group in dataclasses.fields(config):
-        options = getattr(config, group.name)
-        own = {
-            f.name: values[name] for f in dataclasses.fields(options) if (name := f.name.replace("_", "-")) in values
-        }
-        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
-        groups[group.name] = dataclasses.replace(options, **plain)
-    return Config(**groups)
-
-
-def _flags(options: Any) -> Iterator[tuple[str, Any, Any]]:
-    hints = get_type_hints(type(options), include_extras=True)
-    for option in dataclasses.fields(options):
-        yield option.name.replace("_", "-"), hints[option.name], getattr(options, option.name)
+from lowrank_vit.config.option_types import Range, kind_of, parse_keywords
+from lowrank_vit.config.options import Config, options_of
 
 
 def check(config: Config) -> None:
@@ -124,7 +96,7 @@ def parse_interval(text: str) -> tuple[int | None, float | None]:
 
 def check_ranges(options: Any) -> None:
     """Raise `UserError` for the first field of a dataclass whose number lies outside its annotated `Range`."""
-    for name, hint, value in _flags(options):
+    for name, hint, value in options_of(options):
         for allowed in getattr(hint, "__metadata__", ()):
             if not isinstance(allowed, Range):
                 continue

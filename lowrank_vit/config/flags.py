@@ -23,10 +23,9 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.help_text import fitted_help
 from lowrank_vit.common.terminal import say
 from lowrank_vit.config import meaning
-from lowrank_vit.config.check import check, leaves
-from lowrank_vit.config.keywords import square_side, take_keyword
-from lowrank_vit.config.option_types import Hints, kind_of
-from lowrank_vit.config.options import Config, Model
+from lowrank_vit.config.check import check
+from lowrank_vit.config.option_types import Hints, kind_of, square_side, take_keyword
+from lowrank_vit.config.options import Config, Model, leaves
 from lowrank_vit.config.timm_flags import HIDDEN, with_long_names
 from lowrank_vit.config.timm_line import in_words, translate
 from lowrank_vit.config.yaml_files import FromFile, config_files, read_config

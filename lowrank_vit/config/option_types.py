@@ -1,11 +1,60 @@
-"""What an option's type hint says about its values, so that a wrong one is named in words before the parser sees it."""
+"""What an option's type hint says about its values, so that a wrong one is named in words before the parser sees it.
+
+A hint may carry a `Range`, `MAY_CHANGE` and the parser's other names of the option.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ast
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
+
+from lowrank_vit.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values a number may take; `low` and `high` are allowed unless marked open."""
+
+    low: float = float("-inf")
+    high: float = float("inf")
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below
+
+    def in_words(self, *, is_whole: bool) -> str:
+        """What a message says of it; `is_whole`: about an option that takes whole numbers only."""
+        low = f"{'above' if self.open_low else 'at least'} {_plain(self.low)}"
+        if self.low == float("-inf"):
+            return "a finite number"
+        if self.high == float("inf"):
+            return low if is_whole else f"{low} (and finite)"
+        return f"{low} and {'below' if self.open_high else 'at most'} {_plain(self.high)}"
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+POSITIVE = Range(1)
+NOT_NEGATIVE = Range(0)
+SHARE = Range(0, 1)
+SHARE_BELOW_1 = Range(0, 1, open_high=True)
+ABOVE_0 = Range(0, open_low=True)
+
+
+MAY_CHANGE = "may change on resume"
+"""Beside an option's type: a resumed run may be given another value, which does not change what an update does to the
+weights. (Of batch size and accumulation the global batch must stay, see `Loader.load_state_dict`.)"""
 
 Hints = Mapping[str, Any]
 """Type hints, with their `Range`s, by the options' names without dashes in front."""
@@ -45,6 +94,11 @@ def aliases(hints: Hints) -> dict[str, str]:
         for note in getattr(hint, "__metadata__", ())
         for alias in getattr(note, "aliases", None) or ()
     }
+
+
+def may_change(hint: Any) -> bool:
+    """Whether a resumed run may be given another value."""
+    return MAY_CHANGE in getattr(hint, "__metadata__", ())
 
 
 def is_path(hint: Any) -> bool:
@@ -91,3 +145,45 @@ def _reads_as(element: Any, text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def parse_keywords(pairs: Iterable[str], flag: str, example: str) -> dict[str, Any]:
+    """`("patch_size=2", "qkv_bias=False")` as keyword arguments; values are Python literals, else texts.
+
+    Raises `UserError`, which names `flag`, for a text of another form.
+    """
+    keywords: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"{flag} {pair}: expected NAME=VALUE, e.g. {example}.")
+        keywords[name] = literal(text)
+    return keywords
+
+
+def literal(text: str) -> Any:
+    """The Python literal that a text is, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def take_keyword(pairs: Iterable[str], name: str) -> tuple[tuple[str, ...], str | None]:
+    """The pairs but for those of `name`, and the last value of that as a text; None where there is none."""
+    kept, value = list[str](), None
+    for pair in pairs:
+        if pair.partition("=")[0] == name and "=" in pair:
+            value = pair.partition("=")[2]
+        else:
+            kept.append(pair)
+    return tuple(kept), value
+
+
+def square_side(text: str, flag: str = "--model-kwargs img_size") -> int:
+    """The side that `224` or `(224, 224)` means. Raises `UserError` for anything else."""
+    size = literal(text)
+    sides: list[Any] = list(size) if isinstance(size, (tuple, list)) else [size, size]
+    if len(sides) != 2 or type(sides[0]) is not int or sides[0] != sides[1] or sides[0] < 1:
+        raise UserError(f"{flag}={text}: images are square here, so it takes one whole number of pixels, e.g. 224.")
+    return sides[0]

@@ -1,92 +1,66 @@
-"""A run's options: one frozen dataclass a group, a docstring and a `Range` to each field.
+"""A run's options: one frozen dataclass a group; to each field a docstring, its `Range`, and whether it `MAY_CHANGE`.
 
 Groups do not show in the flags, so every field's name is unique over all of them.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from tyro.conf import arg
 
-
-@dataclass(frozen=True)
-class Range:
-    """The values a number may take; `low` and `high` are allowed unless marked open."""
-
-    low: float = float("-inf")
-    high: float = float("inf")
-    open_low: bool = False
-    open_high: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        if not math.isfinite(value):
-            return False
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below
-
-    def in_words(self, *, is_whole: bool) -> str:
-        """What a message says of it; `is_whole`: about an option that takes whole numbers only."""
-        low = f"{'above' if self.open_low else 'at least'} {_plain(self.low)}"
-        if self.low == float("-inf"):
-            return "a finite number"
-        if self.high == float("inf"):
-            return low if is_whole else f"{low} (and finite)"
-        return f"{low} and {'below' if self.open_high else 'at most'} {_plain(self.high)}"
-
-
-def _plain(number: float) -> str:
-    return str(number) if isinstance(number, int) else f"{number:g}"
-
-
-POSITIVE = Range(1)
-NOT_NEGATIVE = Range(0)
-SHARE = Range(0, 1)
-SHARE_BELOW_1 = Range(0, 1, open_high=True)
-ABOVE_0 = Range(0, open_low=True)
+from lowrank_vit.config.option_types import (
+    ABOVE_0,
+    MAY_CHANGE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    SHARE_BELOW_1,
+    Range,
+)
 
 
 @dataclass(frozen=True)
 class Data:
     """Where the images come from and how they are cut."""
 
-    dataset: str = ""
+    dataset: Annotated[str, MAY_CHANGE] = ""
     """folder or nothing: what --data-dir holds; torch/cifar100; digits: scikit-learn's, written to --data-dir."""
-    dataset_download: bool = False
+    dataset_download: Annotated[bool, MAY_CHANGE] = False
     """torch/cifar100: download the archive where it is missing or damaged."""
-    data_dir: Annotated[Path | None, arg(aliases=["--data"])] = None
+    data_dir: Annotated[Path | None, arg(aliases=["--data"]), MAY_CHANGE] = None
     """Folder with train.beton and val.beton, or with train/CLASS/ and val/CLASS/, converted once; default: data."""
     train_split: str = "train"
     """Name of the training set in --data-dir; timm's synonyms count."""
-    val_split: str = "validation"
+    val_split: Annotated[str, MAY_CHANGE] = "validation"
     """Name of the validation set in --data-dir; timm's synonyms count, and test where there is no other."""
-    beton_dir: Path | None = None
+    beton_dir: Annotated[Path | None, MAY_CHANGE] = None
     """Where images are converted to; default: DATA_DIR/.lowrank_vit, DATA_DIR/cifar100.lowrank_vit."""
     nested_classes: Literal["leaf", "merge", "top"] = "leaf"
     """Class folders: each one that holds images, as in timm; so, but those of one name together; those in the split."""
-    stage_dir: Path | None = None
+    stage_dir: Annotated[Path | None, MAY_CHANGE] = None
     """Copy the .beton files to this folder on a fast local disk, once, and read the copies."""
     synthetic: bool = False
     """No data: one made-up batch that stays on the device, 100 updates an epoch. The speed of the model alone."""
-    loader: Literal["auto", "resident", "dali", "ffcv"] = "auto"
+    loader: Annotated[Literal["auto", "resident", "dali", "ffcv"], MAY_CHANGE] = "auto"
     """Decode backend; auto: resident if a quarter of the device's memory holds the set, else dali with a GPU, else the
     faster one here."""
-    workers: Annotated[int, arg(aliases=["-j"]), POSITIVE] = 4
+    workers: Annotated[int, arg(aliases=["-j"]), POSITIVE, MAY_CHANGE] = 4
     """CPU threads that decode; 0 is 1."""
-    prefetch: Annotated[int, POSITIVE] = 2
+    prefetch: Annotated[int, POSITIVE, MAY_CHANGE] = 2
     """Decoded batches that may wait for the trainer."""
-    hw_decoder_load: Annotated[float, SHARE] = 0.35
+    hw_decoder_load: Annotated[float, SHARE, MAY_CHANGE] = 0.35
     """dali on a GPU: share of a batch for its JPEG engine; 0.35 was fastest on an H100 with 14 to 16 threads."""
-    on_bad_sample: Literal["error", "skip"] = "error"
+    on_bad_sample: Annotated[Literal["error", "skip"], MAY_CHANGE] = "error"
     """A damaged sample: stop, or train on the next one in its stead and say so."""
-    batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE] = 128
+    batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE, MAY_CHANGE] = 128
     """Training images a step on each device."""
-    validation_batch_size: Annotated[int | None, arg(aliases=["-vb"]), POSITIVE] = None
+    validation_batch_size: Annotated[int | None, arg(aliases=["-vb"]), POSITIVE, MAY_CHANGE] = None
     """Validation images a step; default: --batch-size."""
     img_size: Annotated[int | None, POSITIVE] = None
     """Side of the square image that the model sees, pixels; default: the model's own."""
@@ -122,27 +96,27 @@ class Model:
     """Must be the number of classes of the data, which is the default; see --larger-head."""
     larger_head: bool = False
     """Let --num-classes be more than the data have: outputs without a class."""
-    trust_labels: bool = False
+    trust_labels: Annotated[bool, MAY_CHANGE] = False
     """Where names cannot be matched, label N is label N of the other set and output N of the weights to start from."""
-    class_order: Literal["timm", "code-point"] = "timm"
+    class_order: Annotated[Literal["timm", "code-point"], MAY_CHANGE] = "timm"
     """Of the outputs of weights that name no classes: timm's order of the class folders, or torchvision's."""
-    head_init_scale: Annotated[float | None, Range()] = None
+    head_init_scale: Annotated[float | None, Range(), MAY_CHANGE] = None
     """Multiply the classifier's first weights and bias by this."""
-    head_init_bias: Annotated[float | None, Range()] = None
+    head_init_bias: Annotated[float | None, Range(), MAY_CHANGE] = None
     """First bias of the classifier."""
-    sync_bn: bool = False
+    sync_bn: Annotated[bool, MAY_CHANGE] = False
     """As in timm, for models without BatchNorm, of which it is true; for others it is refused."""
     drop: Annotated[float, SHARE_BELOW_1] = 0.0
     """Dropout rate before the classifier."""
     drop_path: Annotated[float | None, SHARE_BELOW_1] = None
     """Stochastic depth rate of the last block."""
-    pretrained: bool = False
+    pretrained: Annotated[bool, MAY_CHANGE] = False
     """Start from the weights that timm publishes for the model."""
-    pretrained_path: Path | None = None
+    pretrained_path: Annotated[Path | None, MAY_CHANGE] = None
     """The same from a local file; position embedding and classifier are made to fit."""
-    initial_checkpoint: Path | None = None
+    initial_checkpoint: Annotated[Path | None, MAY_CHANGE] = None
     """Start from the weights of this checkpoint (no optimizer, epoch 0)."""
-    grad_checkpointing: bool = False
+    grad_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Compute activations anew in the backward pass: less memory, a third more time."""
     model_ema: bool = True
     """Keep an exponential moving average of the weights, and validate it."""
@@ -187,13 +161,13 @@ class Optim:
     """Clip gradients at this value; default: no clipping."""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     """What --clip-grad bounds."""
-    grad_accum_steps: Annotated[int, POSITIVE] = 1
+    grad_accum_steps: Annotated[int, POSITIVE, MAY_CHANGE] = 1
     """Batches an update; the same update as one batch as large as all of them."""
     sched: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"] = "cosine"
     """timm learning-rate schedule; constant: after the warm-up; none: no warm-up either, nor --layer-decay."""
     sched_on_updates: bool = False
     """Move the schedule at every update instead of every epoch."""
-    epochs: Annotated[int, POSITIVE] = 300
+    epochs: Annotated[int, POSITIVE, MAY_CHANGE] = 300
     """Training epochs, warm-up included."""
     warmup_epochs: Annotated[int, NOT_NEGATIVE] = 5
     """Epochs of linear warm-up."""
@@ -203,7 +177,7 @@ class Optim:
     """Learning rate at the start of the warm-up."""
     min_lr: Annotated[float, NOT_NEGATIVE] = 0.0
     """Learning rate at the end."""
-    cooldown_epochs: Annotated[int, NOT_NEGATIVE] = 0
+    cooldown_epochs: Annotated[int, NOT_NEGATIVE, MAY_CHANGE] = 0
     """Epochs at --min-lr after the schedule."""
     decay_epochs: Annotated[float | None, ABOVE_0] = None
     """step: epochs between two decays, default 90; wsd and rsqrt: length of the decay, default a fifth (0.2) of all."""
@@ -280,19 +254,21 @@ class Augment:
 class Step:
     """How a step is computed."""
 
-    device: str = "auto"
+    device: Annotated[str, MAY_CHANGE] = "auto"
     """auto (cuda where there is one), cpu, cuda, or cuda:N; with torchrun each process has the GPU of its rank."""
-    amp: bool = field(default_factory=lambda: torch.cuda.is_available())
+    amp: Annotated[bool, MAY_CHANGE] = field(default_factory=lambda: torch.cuda.is_available())
     """Mixed precision; on by default with CUDA."""
-    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    amp_dtype: Annotated[Literal["bfloat16", "float16"], MAY_CHANGE] = "bfloat16"
     """What --amp computes in; float16 scales the loss."""
-    tf32: bool = True
+    tf32: Annotated[bool, MAY_CHANGE] = True
     """Without --amp: TF32 in matrix products on CUDA, as in timm. Spectra never use it."""
-    compile: bool = field(default_factory=lambda: torch.cuda.is_available())
+    compile: Annotated[bool, MAY_CHANGE] = field(default_factory=lambda: torch.cuda.is_available())
     """torch.compile the step; on by default with CUDA (it takes about a minute)."""
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    compile_mode: Annotated[
+        Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"], MAY_CHANGE
+    ] = "default"
     """torch.compile's mode."""
-    compile_cache: Path | None = None
+    compile_cache: Annotated[Path | None, MAY_CHANGE] = None
     """Where compiled code is kept for the next start; default: ~/.cache/lowrank-vit, or TORCHINDUCTOR_CACHE_DIR."""
 
 
@@ -300,25 +276,25 @@ class Step:
 class Spectra:
     """The spectral monitor: singular values of the weights while they train."""
 
-    spec_monitor: bool = False
+    spec_monitor: Annotated[bool, MAY_CHANGE] = False
     """Record spectra of the model and of its EMA."""
-    spec_every: Annotated[int, POSITIVE] = 100
+    spec_every: Annotated[int, POSITIVE, MAY_CHANGE] = 100
     """Optimizer updates between two refreshes."""
-    spec_topk: Annotated[int, POSITIVE] = 8
+    spec_topk: Annotated[int, POSITIVE, MAY_CHANGE] = 8
     """How many singular values and vectors to record from each end (the full spectra are always stored)."""
-    spec_interval: Annotated[int, POSITIVE] = 1
+    spec_interval: Annotated[int, POSITIVE, MAY_CHANGE] = 1
     """Distance between the recorded indices: 1, 1+i, 1+2i, ..."""
-    spec_targets: str = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
+    spec_targets: Annotated[str, MAY_CHANGE] = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
     """Endings of the modules to watch, separated by commas."""
-    spec_split_qkv: bool = False
+    spec_split_qkv: Annotated[bool, MAY_CHANGE] = False
     """Watch Q, K and V as three matrices."""
-    spec_solver: Literal["gram64", "svd"] = "gram64"
+    spec_solver: Annotated[Literal["gram64", "svd"], MAY_CHANGE] = "gram64"
     """float64 Gram matrix, certified, or the slow reference: float64 SVD."""
-    spec_on_cpu: bool = False
+    spec_on_cpu: Annotated[bool, MAY_CHANGE] = False
     """Compute on CPU threads even when the model is on a GPU."""
-    spec_cpu_threads: Annotated[int | None, POSITIVE] = None
+    spec_cpu_threads: Annotated[int | None, POSITIVE, MAY_CHANGE] = None
     """Cores that the monitor may use of a CPU; default: a quarter of them, at least 1."""
-    spec_store_gb: Annotated[float, ABOVE_0] = 2.0
+    spec_store_gb: Annotated[float, ABOVE_0, MAY_CHANGE] = 2.0
     """Size limit of the run's spectra/, 10^9 bytes; beyond it older refreshes are thinned out evenly."""
 
 
@@ -326,33 +302,33 @@ class Spectra:
 class Run:
     """Where results go and how much is said."""
 
-    output: Path = Path("output")
+    output: Annotated[Path, MAY_CHANGE] = Path("output")
     """Parent of the run directories."""
-    experiment: str = ""
+    experiment: Annotated[str, MAY_CHANGE] = ""
     """Name of the run directory; default: a name made of configuration or model and time."""
-    resume: Path | None = None
+    resume: Annotated[Path | None, MAY_CHANGE] = None
     """Continue the run of this last.pth.tar, in its own run directory."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 42
     """Seed of the plan and of the model's own randomness."""
-    log_interval: Annotated[int, POSITIVE] = 50
+    log_interval: Annotated[int, POSITIVE, MAY_CHANGE] = 50
     """Updates between two lines in metrics.jsonl."""
-    val_interval: Annotated[int, POSITIVE] = 1
+    val_interval: Annotated[int, POSITIVE, MAY_CHANGE] = 1
     """Epochs between two validations (the last epoch is always validated)."""
     eval_metric: Literal["top1", "top5", "loss"] = "top1"
     """Which validation score tells the best checkpoint, of the model or of its EMA, whichever scores higher."""
-    tta: Literal[0, 2] = 0
+    tta: Annotated[Literal[0, 2], MAY_CHANGE] = 0
     """2: score the mean of each validation image and its mirror image."""
-    checkpoint_hist: Annotated[int, POSITIVE] = 10
+    checkpoint_hist: Annotated[int, POSITIVE, MAY_CHANGE] = 10
     """How many of the best validated epochs to keep as checkpoint-EPOCH.pth.tar."""
-    checkpoint_interval: str = ""
+    checkpoint_interval: Annotated[str, MAY_CHANGE] = ""
     """Save last.pth.tar also every so many updates (500) or minutes (10m); default: after each epoch."""
-    log_wandb: bool = False
+    log_wandb: Annotated[bool, MAY_CHANGE] = False
     """Log to Weights & Biases (works offline with WANDB_MODE=offline)."""
-    wandb_project: str = "lowrank-vit"
+    wandb_project: Annotated[str, MAY_CHANGE] = "lowrank-vit"
     """Weights & Biases project."""
-    wandb_tags: tuple[str, ...] = ()
+    wandb_tags: Annotated[tuple[str, ...], MAY_CHANGE] = ()
     """Weights & Biases tags."""
-    wandb_resume_id: str = ""
+    wandb_resume_id: Annotated[str, MAY_CHANGE] = ""
     """Go on with this W&B run; default with --resume: the checkpoint's."""
 
 
@@ -367,3 +343,30 @@ class Config:
     step: Step = field(default_factory=Step)
     spectra: Spectra = field(default_factory=Spectra)
     run: Run = field(default_factory=Run)
+
+
+def leaves(config: Config | None = None) -> Iterator[tuple[str, Any, Any]]:
+    """Yield `(flag name without dashes, type hint with its Range, value)` of every option; values of `config`."""
+    config = config or Config()
+    for group in dataclasses.fields(config):
+        yield from options_of(getattr(config, group.name))
+
+
+def with_options(config: Config, values: Mapping[str, Any]) -> Config:
+    """The same with some options, by their flags' names without dashes in front, at other values; lists are tuples."""
+    groups: dict[str, Any] = {}
+    for group in dataclasses.fields(config):
+        options = getattr(config, group.name)
+        own = {
+            f.name: values[name] for f in dataclasses.fields(options) if (name := f.name.replace("_", "-")) in values
+        }
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+        groups[group.name] = dataclasses.replace(options, **plain)
+    return Config(**groups)
+
+
+def options_of(options: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the same of one dataclass of options."""
+    hints = get_type_hints(type(options), include_extras=True)
+    for option in dataclasses.fields(options):
+        yield option.name.replace("_", "-"), hints[option.name], getattr(options, option.name)

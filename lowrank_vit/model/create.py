@@ -16,7 +16,7 @@ from torch import nn
 
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.config.keywords import parse_keywords, square_side
+from lowrank_vit.config.option_types import parse_keywords, square_side
 from lowrank_vit.model.pretrained import load_pretrained_file, load_published
 
 FLAG_OF = {"num_classes": "num-classes", "drop_rate": "drop", "drop_path_rate": "drop-path"}

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.config.keywords import parse_keywords
+from lowrank_vit.config.option_types import parse_keywords
 from lowrank_vit.config.options import Optim
 
 

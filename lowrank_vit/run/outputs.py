@@ -7,9 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.config.check import leaves
 from lowrank_vit.config.flags import to_yaml
-from lowrank_vit.config.options import Config
+from lowrank_vit.config.options import Config, leaves
 from lowrank_vit.run.checkpoint_writer import Beside, Saver
 from lowrank_vit.run.directory import RunDir, environment, environment_json
 from lowrank_vit.run.metrics import RunLog

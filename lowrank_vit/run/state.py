@@ -13,30 +13,12 @@ from torch import Tensor
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
-from lowrank_vit.config.check import leaves, with_options
-from lowrank_vit.config.option_types import kind_of
-from lowrank_vit.config.options import Config
+from lowrank_vit.config.option_types import kind_of, may_change
+from lowrank_vit.config.options import Config, leaves, with_options
 from lowrank_vit.model.checkpoint import BETTER, Checkpoint
 from lowrank_vit.run.checkpoint_writer import IS_FINITE
 from lowrank_vit.run.meter import NEVER
 from lowrank_vit.training.setup import Parts
-
-MAY_CHANGE = set(
-    """
-    dataset dataset-download data-dir val-split beton-dir stage-dir loader workers prefetch hw-decoder-load
-    on-bad-sample batch-size grad-accum-steps validation-batch-size initial-checkpoint pretrained pretrained-path
-    head-init-scale head-init-bias sync-bn trust-labels class-order
-    grad-checkpointing epochs cooldown-epochs device amp amp-dtype tf32 compile compile-mode compile-cache
-    spec-monitor spec-every spec-topk spec-interval spec-targets
-    spec-split-qkv spec-solver spec-on-cpu spec-cpu-threads spec-store-gb
-    output experiment resume log-interval val-interval tta checkpoint-hist checkpoint-interval
-    log-wandb wandb-project wandb-tags wandb-resume-id
-    """.split()
-)
-"""Options that a resumed run may be given anew: they do not change what an update does to the weights.
-
-(Batch size and accumulation: the global batch must stay, see `Loader.load_state_dict`.)
-"""
 
 
 @dataclass(frozen=True)
@@ -182,8 +164,8 @@ def _check_same_run(config: Config, resumed: Checkpoint) -> None:
     args = {**usual, **meaning.values_before(resumed.meaning, resumed.args), **resumed.args}
     changed = [
         f"--{name} was {args[name]}, now {_plain(value)}"
-        for name, _, value in leaves(config)
-        if name not in MAY_CHANGE and args[name] != _plain(value)
+        for name, hint, value in leaves(config)
+        if not may_change(hint) and args[name] != _plain(value)
     ]
     if changed:
         raise UserError(

@@ -17,7 +17,7 @@ from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
-from lowrank_vit.config.options import POSITIVE, Range
+from lowrank_vit.config.option_types import POSITIVE, Range
 from lowrank_vit.model.checkpoint import class_names_in, load_weights, read_checkpoint, top_level
 from lowrank_vit.model.class_match import Classes, published_names
 from lowrank_vit.model.create import InputSpec, create_model, input_spec, parse_model_kwargs

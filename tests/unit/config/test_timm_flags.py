@@ -15,9 +15,8 @@ import timm.scheduler
 import yaml
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.config.check import leaves
 from lowrank_vit.config.flags import parse
-from lowrank_vit.config.options import Config
+from lowrank_vit.config.options import Config, leaves
 from lowrank_vit.config.timm_flags import HIDDEN, HOLDS, INSTEAD, NUM_VALUES, OF_OTHERS, RENAMED
 
 ROOT = Path(__file__).parents[3]
