@@ -19,9 +19,9 @@ from benchmarks.growth_chart import growth_chart
 from benchmarks.measure import Result, nothing
 from benchmarks.peak_memory import peak_resident_bytes
 from benchmarks.show import Output, print_result
-from lowrank_vit.common.commands import usage_name
 from lowrank_vit.common.errors import UserError, exit_cleanly
-from lowrank_vit.common.help_text import fitted_help
+from lowrank_vit.common.program import usage_name
+from lowrank_vit.common.terminal import fitted_help
 
 # A further bench is a module with `Options` and `run`, and a command here.
 app = tyro.extras.SubcommandApp()

@@ -34,12 +34,10 @@ from data_prep.sources.image_folder import Nested
 from data_prep.verify import verify
 from data_prep.writing.bad_images import BadImagesError
 from data_prep.writing.progress import counts_in_words
-from lowrank_vit.common.bundled import CLASSES, find_shipped
-from lowrank_vit.common.commands import usage_name
 from lowrank_vit.common.errors import UserError, exit_cleanly
-from lowrank_vit.common.help_text import fitted_help
+from lowrank_vit.common.program import CLASSES, find_bundled, usage_name
 from lowrank_vit.common.resources import available_cores
-from lowrank_vit.common.terminal import say
+from lowrank_vit.common.terminal import fitted_help, say
 
 app = tyro.extras.SubcommandApp()
 
@@ -146,7 +144,7 @@ def imagefolder_command(
         raw,
     )
     options: dict[str, Any] = {
-        "classes": classes and find_shipped(classes, CLASSES),
+        "classes": classes and find_bundled(classes, CLASSES),
         "nested": nested_classes,
         "part": None if shard is None else parse_shard(shard),
         "workers": workers,

@@ -8,8 +8,8 @@ import sys
 
 from lowrank_vit import __version__
 from lowrank_vit.bench import main as moved
-from lowrank_vit.common.commands import COMMANDS
 from lowrank_vit.common.errors import UserError, exit_cleanly
+from lowrank_vit.common.program import COMMANDS
 
 
 def run(argv: list[str]) -> None:

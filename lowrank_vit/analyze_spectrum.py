@@ -14,11 +14,10 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
 
-from lowrank_vit.common.commands import usage_name
 from lowrank_vit.common.errors import UserError, exit_cleanly
-from lowrank_vit.common.help_text import fitted_help
+from lowrank_vit.common.program import usage_name
 from lowrank_vit.common.resources import available_cores
-from lowrank_vit.common.terminal import say
+from lowrank_vit.common.terminal import fitted_help, say
 from lowrank_vit.model.checkpoint import read_checkpoint
 from lowrank_vit.model.create import create_model
 from lowrank_vit.spectral.analyze import (

@@ -14,10 +14,9 @@ import torch
 import tyro
 from tyro.conf import arg
 
-from lowrank_vit.common.commands import usage_name
 from lowrank_vit.common.errors import UserError, exit_cleanly
-from lowrank_vit.common.help_text import fitted_help
-from lowrank_vit.common.terminal import one_line, printable
+from lowrank_vit.common.program import usage_name
+from lowrank_vit.common.terminal import fitted_help, one_line, printable
 from lowrank_vit.config.check import check_ranges
 from lowrank_vit.config.option_types import POSITIVE
 from lowrank_vit.config.score_flags import (

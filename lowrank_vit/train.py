@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lowrank_vit.common.commands import usage_name
 from lowrank_vit.common.errors import exit_cleanly
+from lowrank_vit.common.program import usage_name
 from lowrank_vit.common.terminal import say
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.options import Config, leaves

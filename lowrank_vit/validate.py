@@ -15,9 +15,9 @@ from tyro.conf import Positional, arg
 
 from data_prep.sources.image_folder import count_remarks
 from lowrank_vit.common import terminal
-from lowrank_vit.common.commands import usage_name
 from lowrank_vit.common.errors import UserError, exit_cleanly
-from lowrank_vit.common.help_text import fitted_help
+from lowrank_vit.common.program import usage_name
+from lowrank_vit.common.terminal import fitted_help
 from lowrank_vit.config.check import check_ranges
 from lowrank_vit.config.option_types import POSITIVE
 from lowrank_vit.config.score_flags import VALIDATE_INSTEAD, VALIDATE_UNUSED, fit_flags, with_suffix_of

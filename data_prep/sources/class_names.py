@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cache
 
-from lowrank_vit.common.bundled import CLASSES, shipped_text
+from lowrank_vit.common.program import CLASSES, bundled_text
 from lowrank_vit.common.terminal import one_line
 
 
@@ -39,7 +39,7 @@ TRUST = "If label N means the same in both all the same, say --trust-labels."
 @cache
 def imagenet1k() -> tuple[str, ...]:
     """The WordNet ids of ImageNet-1k's 1,000 classes, in the order of their labels."""
-    return tuple(shipped_text(f"imagenet1k_classes{CLASSES}").split())
+    return tuple(bundled_text(f"imagenet1k_classes{CLASSES}").split())
 
 
 def abbreviated(names: Iterable[str], shown: int = 6) -> str:

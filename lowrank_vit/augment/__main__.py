@@ -19,11 +19,10 @@ from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.augment.preview import LEVELS, as_the_model_sees_them, by_level, caption
 from lowrank_vit.augment.recipe import train_rules
-from lowrank_vit.common.commands import usage_name
 from lowrank_vit.common.errors import UserError, exit_cleanly
-from lowrank_vit.common.help_text import fitted_help
 from lowrank_vit.common.numba_cache import NOTE, must_compile
-from lowrank_vit.common.terminal import say
+from lowrank_vit.common.program import usage_name
+from lowrank_vit.common.terminal import fitted_help, say
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.options import Augment as AugmentOptions
 from lowrank_vit.config.options import Config, Data, Run

@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lowrank_vit.common.bundled import CLASSES, CONFIGS, shipped_names
-from lowrank_vit.common.commands import COMMANDS
 from lowrank_vit.common.errors import UserError, exit_cleanly
+from lowrank_vit.common.program import CLASSES, COMMANDS, CONFIGS, bundled_names
 
 SHELLS = ("bash", "zsh")
 HELP = """usage: lowrank-vit completion {bash,zsh}
@@ -77,11 +76,11 @@ def all_words() -> Words:
         if command == "completion":
             words |= {f"completion {shell}": {} for shell in SHELLS}
         elif command == "augment":  # takes train's flags
-            words["train"]["--config"] = shipped_names(CONFIGS)
+            words["train"]["--config"] = bundled_names(CONFIGS)
             words["augment"] = words["train"] | {"--preview": ()}
         else:
             words |= _of_parser(command, _parser(module))
-    words["prep imagefolder"]["--classes"] = shipped_names(CLASSES)
+    words["prep imagefolder"]["--classes"] = bundled_names(CLASSES)
     return words
 
 

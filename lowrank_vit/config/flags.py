@@ -18,10 +18,9 @@ import tyro
 import yaml
 from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
-from lowrank_vit.common.commands import usage_name
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.help_text import fitted_help
-from lowrank_vit.common.terminal import say
+from lowrank_vit.common.program import usage_name
+from lowrank_vit.common.terminal import fitted_help, say
 from lowrank_vit.config import meaning
 from lowrank_vit.config.check import check
 from lowrank_vit.config.option_types import Hints, kind_of, square_side, take_keyword

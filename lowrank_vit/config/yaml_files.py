@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from lowrank_vit.common.bundled import CONFIGS, find_shipped, shipped_names
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.program import CONFIGS, bundled_names, find_bundled
 from lowrank_vit.config import meaning
 from lowrank_vit.config.option_types import Hints, aliases, is_number, kind_of, problem
 from lowrank_vit.config.timm_flags import HOLDS, NOT_NEUTRAL_AT_0, OF_OTHERS, TIMM_WRITES
@@ -44,8 +44,8 @@ def config_files(argv: list[str]) -> tuple[list[Path], list[str]]:
             continue
         path = value if equals else next(tokens, None)
         if not path:
-            raise UserError(f"--config needs a file, or one of {', '.join(shipped_names(CONFIGS))}.")
-        paths.append(find_shipped(Path(path), CONFIGS))
+            raise UserError(f"--config needs a file, or one of {', '.join(bundled_names(CONFIGS))}.")
+        paths.append(find_bundled(Path(path), CONFIGS))
     return paths, own
 
 
@@ -72,7 +72,7 @@ def read_config(path: Path, hints: Hints) -> FromFile:
         content = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except OSError as error:
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f" That folder has: {', '.join(near)}." if near else f" There are: {', '.join(shipped_names(CONFIGS))}."
+        hint = f" That folder has: {', '.join(near)}." if near else f" There are: {', '.join(bundled_names(CONFIGS))}."
         raise UserError(f"--config {path}: {error.strerror}.{hint}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error

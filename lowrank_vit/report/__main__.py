@@ -8,10 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from lowrank_vit.common.commands import usage_name
 from lowrank_vit.common.errors import UserError, exit_cleanly
-from lowrank_vit.common.help_text import fitted_help
-from lowrank_vit.common.terminal import say
+from lowrank_vit.common.program import usage_name
+from lowrank_vit.common.terminal import fitted_help, say
 from lowrank_vit.report.bulk_plot import bulk_plot
 from lowrank_vit.report.ema_plot import ema_plot
 from lowrank_vit.report.heat_maps import cosine_plot, stable_rank_plot

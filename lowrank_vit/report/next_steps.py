@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank_vit.common.commands import typed
+from lowrank_vit.common.program import pasteable_command
 from lowrank_vit.report.reached import better_weights
 
 WIDTH = 76
@@ -51,7 +51,7 @@ def next_steps(
     one process, such as "torchrun ...".
     """
     run, steps = shown(run_dir), list[Step]()
-    train = f"{launcher} -m lowrank_vit.train" if launcher else typed("lowrank_vit.train")
+    train = f"{launcher} -m lowrank_vit.train" if launcher else pasteable_command("lowrank_vit.train")
     config = f"--config {run}/args.yaml"
     if not is_finished:
         if (run_dir / "last.pth.tar").exists():
@@ -59,7 +59,7 @@ def next_steps(
         else:
             steps.append(Step("Nothing was saved yet: begin anew", (train, config)))
     if not is_drawn:
-        steps.append(Step("Draw it", (typed("lowrank_vit.report"), run)))
+        steps.append(Step("Draw it", (pasteable_command("lowrank_vit.report"), run)))
     if args.get("synthetic"):
         data = () if args.get("data-dir") else ("--data-dir DATA",)
         steps.append(Step("Compare its img/s with those of your data", (train, config, "--no-synthetic", *data)))
@@ -67,9 +67,9 @@ def next_steps(
         best = f"--checkpoint {run}/model_best.pth.tar"
         ema = ("--use-ema",) if better_weights(run_dir / "model_best.pth.tar") == "ema" else ()
         steps += [
-            Step("Singular values of its weights", (typed("lowrank_vit.analyze_spectrum"), *ema, best)),
-            Step("Score it again, with 95 % intervals", (typed("lowrank_vit.validate"), *ema, best)),
-            Step("Classify images", (typed("lowrank_vit.inference"), "IMAGE_OR_FOLDER", *ema, best)),
+            Step("Singular values of its weights", (pasteable_command("lowrank_vit.analyze_spectrum"), *ema, best)),
+            Step("Score it again, with 95 % intervals", (pasteable_command("lowrank_vit.validate"), *ema, best)),
+            Step("Classify images", (pasteable_command("lowrank_vit.inference"), "IMAGE_OR_FOLDER", *ema, best)),
         ]
     if any(run_dir.glob("wandb/offline-run-*")):
         steps.append(Step("Send what was kept for Weights & Biases", ("wandb sync", f"{run}/wandb/offline-run-*")))

@@ -23,7 +23,7 @@ from timm.models import VisionTransformer
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from lowrank_vit import train as train_command
-from lowrank_vit.common.commands import COMMANDS as COMMAND_MODULES
+from lowrank_vit.common.program import COMMANDS as COMMAND_MODULES
 from lowrank_vit.config.flags import parse
 from lowrank_vit.model.checkpoint import read_checkpoint
 from tests.documents import ROOT, Block, blocks, calls_of, tool, write_recorders

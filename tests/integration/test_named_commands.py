@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_vit.common.commands import COMMANDS
+from lowrank_vit.common.program import COMMANDS
 from lowrank_vit.config.completion import Words, all_words
 from tests.documents import ROOT, calls_of, header_commands, spans, write_recorders
 from tests.integration.test_documents import DOCUMENTS, Reader

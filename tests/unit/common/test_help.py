@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_vit.common.help_text import fit
+from lowrank_vit.common.terminal import fit
 
 ROOT = Path(__file__).parents[3]
 PREP = [("data_prep.__main__", [command]) for command in ("digits", "cifar100", "imagefolder", "verify", "info")]

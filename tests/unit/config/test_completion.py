@@ -12,10 +12,9 @@ import pytest
 
 from lowrank_vit import __version__
 from lowrank_vit.__main__ import run
-from lowrank_vit.common import commands as typed
-from lowrank_vit.common.bundled import CLASSES, CONFIGS, find_shipped, shipped_names
-from lowrank_vit.common.commands import COMMANDS
+from lowrank_vit.common import program
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.program import CLASSES, COMMANDS, CONFIGS, bundled_names, find_bundled
 from lowrank_vit.config import completion
 
 ROOT = Path(__file__).parents[3]
@@ -122,7 +121,7 @@ def test_a_command_may_be_spelt_as_its_module(capsys):
 )
 def test_usage_says_how_the_user_called_the_program(argv0, module, expected, monkeypatch):
     monkeypatch.setattr(sys, "argv", [argv0])
-    assert typed.usage_name(module) == expected
+    assert program.usage_name(module) == expected
 
 
 def test_a_next_step_can_be_typed_here(tmp_path, monkeypatch):
@@ -133,27 +132,27 @@ def test_a_next_step_can_be_typed_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(script)])
     monkeypatch.setenv("PATH", "")
-    assert typed.typed("lowrank_vit.report") == ".venv/bin/lowrank-vit report"
+    assert program.pasteable_command("lowrank_vit.report") == ".venv/bin/lowrank-vit report"
     monkeypatch.setenv("PATH", str(script.parent))
-    assert typed.typed("lowrank_vit.report") == "lowrank-vit report"
+    assert program.pasteable_command("lowrank_vit.report") == "lowrank-vit report"
     monkeypatch.setattr(sys, "argv", ["/x/lowrank_vit/train.py"])
     monkeypatch.setattr(sys, "executable", str(script.parent / "python"))
-    assert typed.typed("lowrank_vit.report") == "python -m lowrank_vit.report"
+    assert program.pasteable_command("lowrank_vit.report") == "python -m lowrank_vit.report"
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
-    assert typed.typed("lowrank_vit.report") == ".venv/bin/python -m lowrank_vit.report"
+    assert program.pasteable_command("lowrank_vit.report") == ".venv/bin/python -m lowrank_vit.report"
     monkeypatch.setattr(sys, "prefix", "/elsewhere")
-    assert typed.typed("data_prep") == f"{script.parent / 'python'} -m data_prep"
+    assert program.pasteable_command("data_prep") == f"{script.parent / 'python'} -m data_prep"
 
 
 def test_files_that_come_with_the_program_have_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "quickstart" in shipped_names(CONFIGS)
-    assert shipped_names(CLASSES) == ("imagenet100_classes.txt", "imagenet1k_classes.txt")
-    assert find_shipped(Path("quickstart"), CONFIGS).samefile(ROOT / "configs" / "quickstart.yaml")
-    assert find_shipped(Path("quickstart.yaml"), CONFIGS).samefile(ROOT / "configs" / "quickstart.yaml")
-    assert find_shipped(Path("imagenet100_classes.txt"), CLASSES).samefile(ROOT / "configs" / "imagenet100_classes.txt")
+    assert "quickstart" in bundled_names(CONFIGS)
+    assert bundled_names(CLASSES) == ("imagenet100_classes.txt", "imagenet1k_classes.txt")
+    assert find_bundled(Path("quickstart"), CONFIGS).samefile(ROOT / "configs" / "quickstart.yaml")
+    assert find_bundled(Path("quickstart.yaml"), CONFIGS).samefile(ROOT / "configs" / "quickstart.yaml")
+    assert find_bundled(Path("imagenet100_classes.txt"), CLASSES).samefile(ROOT / "configs" / "imagenet100_classes.txt")
     for other in (Path("none"), Path("x/quickstart"), Path("quickstart.txt")):
-        assert find_shipped(other, CONFIGS) == other
+        assert find_bundled(other, CONFIGS) == other
     Path("quickstart.yaml").touch()
-    assert find_shipped(Path("quickstart.yaml"), CONFIGS) == Path("quickstart.yaml")
+    assert find_bundled(Path("quickstart.yaml"), CONFIGS) == Path("quickstart.yaml")

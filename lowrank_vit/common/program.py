@@ -1,4 +1,4 @@
-"""The commands of `lowrank-vit`, and how a command can be typed here: what usage lines and next steps say."""
+"""The installed program: its commands, the line that runs one from here, and the files that come with it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ COMMANDS = {
     "completion": ("lowrank_vit.config.completion", "a script for the shell: TAB completes all of this"),
 }
 """The commands of `lowrank-vit`, in the order in which they are shown: the module with its `main(argv)`, a line."""
+CONFIGS, CLASSES = ".yaml", ".txt"
+"""Suffixes of bundled configurations and of bundled lists of classes."""
+# In an installed package beside the code; in the repository where people look for them.
+_ROOT = Path(__file__).parents[2]
+_FOLDERS = (_ROOT / "lowrank_vit" / "configs", _ROOT / "configs")
 
 
 def usage_name(module: str) -> str:
@@ -29,8 +34,8 @@ def usage_name(module: str) -> str:
     return f"python -m {module}"
 
 
-def typed(module: str) -> str:
-    """The same, ready to paste here: with the interpreter of `.venv` where the shell finds another one."""
+def pasteable_command(module: str) -> str:
+    """`usage_name`, ready to paste here: with the interpreter of `.venv` where the shell finds another one."""
     name = usage_name(module)
     if _is_script():
         found = shutil.which(SCRIPT)
@@ -62,3 +67,25 @@ def _is_package() -> bool:
 
 def _command(module: str) -> str:
     return "prep" if module == "data_prep" else module.rpartition(".")[2].replace("_", "-")
+
+
+def bundled_names(suffix: str) -> tuple[str, ...]:
+    """Names of the bundled files: configurations without their suffix, lists of classes with it."""
+    files = sorted({path.name for folder in _FOLDERS for path in folder.glob(f"*{suffix}")})
+    return tuple(name.removesuffix(CONFIGS) for name in files)
+
+
+def bundled_text(name: str) -> str:
+    """Content of a bundled file, whatever files of that name the user has."""
+    return next(folder / name for folder in _FOLDERS if (folder / name).is_file()).read_text(encoding="utf-8")
+
+
+def find_bundled(path: Path, suffix: str) -> Path:
+    """The bundled file that a bare name means, with its suffix or without (`--config quickstart`); else `path` itself.
+
+    A file of the user's own goes first.
+    """
+    if path.exists() or path.parent != Path() or path.suffix not in ("", suffix):
+        return path
+    name = path.name if path.suffix else path.name + suffix
+    return next((folder / name for folder in _FOLDERS if (folder / name).is_file()), path)
