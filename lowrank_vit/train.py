@@ -11,7 +11,7 @@ from lowrank_vit.common.terminal import say
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.options import Config, leaves
 from lowrank_vit.config.timm_flags import with_long_names
-from lowrank_vit.ranks.failing import exit_together
+from lowrank_vit.ranks.failing import Failing
 from lowrank_vit.ranks.world import World, environment_world, joined
 from lowrank_vit.report.next_steps import next_steps, shown
 from lowrank_vit.run.progress import duration
@@ -23,16 +23,17 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line, train, and say what came of it and what to do next. Under torchrun: one of the ranks."""
     argv = sys.argv[1:] if argv is None else argv
     world = environment_world()
+    failing = Failing(world)
     if world.size > 1:
-        exit_together(lambda: _train(argv, world), world)
+        failing.exit_together(lambda: _train(argv, world, failing))
     else:
-        _train(argv, world)
+        _train(argv, world, failing)
 
 
-def _train(argv: list[str], world: World) -> None:
+def _train(argv: list[str], world: World, failing: Failing) -> None:
     config = parse(argv, usage_name("lowrank_vit.train"))
-    with joined(world, pick_device(config.step.device, world.local_rank)):
-        result = Trainer(config, default_name(argv, config), world).run()
+    with joined(world, pick_device(config.step.device, world.local_rank)), failing.watched():
+        result = Trainer(config, default_name(argv, config), world, failing).run()
         if world.is_first:
             say(_farewell(result, config, world))
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.ranks.failing import watched
 
 T = TypeVar("T")
 
@@ -36,12 +35,6 @@ class World:
     size: int = 1
     store: Any = None
     """torch.distributed.Store of this attempt, None for one process."""
-    is_failing: bool = False
-    """This process is on its way out of an error."""
-    is_root: bool = False
-    """The error is this rank's own, not the consequence of another's."""
-    exit_code: int | None = None
-    """Of a rank whose failure was told."""
 
     @property
     def is_first(self) -> bool:
@@ -60,15 +53,15 @@ class World:
             torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
         return least
 
-    def greatest(self, number: float) -> float:
-        """The greatest of the ranks' numbers; by the host's network whatever the device."""
-        common = torch.tensor(number, dtype=torch.float64)
+    def greatest(self, *numbers: float) -> list[float]:
+        """The greatest over all ranks of each number; by the host's network whatever the device."""
+        common = torch.tensor(numbers, dtype=torch.float64)
         if self.size > 1:
             torch.distributed.all_reduce(common, torch.distributed.ReduceOp.MAX)
-        return float(common)
+        return common.tolist()
 
     def average_buffers(self, module: nn.Module) -> None:
-        """Make running statistics (BatchNorm's), which each rank has of its own share, those of all; as timm does.
+        """Average running statistics (BatchNorm's) over the ranks, each of which has those of its share; as timm does.
 
         No other buffer: a constant is the same everywhere, and an average of three of it need not be.
         """
@@ -92,6 +85,55 @@ class World:
         values: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(values, value)
         return values
+
+    def wait_for_all(self) -> None:
+        """Wait until every rank has come here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def channel(self, timeout: timedelta) -> Channel:
+        """Make a channel among all ranks, which call this together.
+
+        A rank that hangs fails the others' calls after `timeout`.
+        """
+        group = torch.distributed.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
+        return Channel(self.rank, self.size, group)
+
+
+class Channel:
+    """The ranks of a `World` as a thread beside the main one talks with them, without a wait in a step or its stream.
+
+    It goes over the host's network, in a Gloo group of its own. Every rank makes the same calls in the same order, from
+    one thread. They raise `RuntimeError` where another rank has ended.
+    """
+
+    def __init__(self, rank: int, size: int, group: Any) -> None:
+        """See `World.channel`. `group` None: alone."""
+        self.rank, self.size, self._group = rank, size, group
+
+    def exchange(self, number: int) -> list[int]:
+        """Every rank's number (int64), by rank."""
+        if self._group is None:
+            return [number]
+        found = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        torch.distributed.all_gather(found, torch.tensor([number]), group=self._group)
+        return [int(n) for n in found]
+
+    def gather(self, part: T) -> list[T] | None:
+        """Every rank's part (anything that can be pickled) on rank 0, by rank; None on the others."""
+        if self._group is None:
+            return [part]
+        parts: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        torch.distributed.gather_object(part, parts, dst=0, group=self._group)
+        return parts
+
+    def signal(self, rank: int) -> None:
+        """End that rank's `wait_for` this one."""
+        torch.distributed.send(torch.zeros(1), dst=rank, group=self._group)
+
+    def wait_for(self, rank: int) -> None:
+        """Wait until that rank signals."""
+        torch.distributed.recv(torch.zeros(1), src=rank, group=self._group)
 
 
 def environment_world() -> World:
@@ -122,7 +164,7 @@ def _number(name: str, default: int) -> int:
 
 @contextlib.contextmanager
 def joined(world: World, device: torch.device) -> Generator[World, None, None]:
-    """The world with its ranks joined for collectives: NCCL on CUDA, Gloo on the CPU. Raises `UserError`."""
+    """Join the world's ranks for collectives: NCCL on CUDA, Gloo on the CPU. Raises `UserError`."""
     if world.size == 1:
         yield world
         return
@@ -148,9 +190,7 @@ def joined(world: World, device: torch.device) -> Generator[World, None, None]:
         device_id=device if device.type == "cuda" else None,
     )
     world.store = dist.PrefixStore(f"lowrank_vit/{attempt}", store)
-    with watched(world):
-        yield world
-        dist.barrier()
+    yield world
     dist.destroy_process_group()  # not after an error: another rank may be stuck
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
+from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.metrics import recorded_indices
-from lowrank_vit.spectral.ranks import OneRank, Ranks, share_out
+from lowrank_vit.spectral.ranks import share_out
 from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, Settings, Stacks
 from lowrank_vit.spectral.select import Target, choose_targets, module_type, take_targets
 from lowrank_vit.spectral.solve import LOG, stack_by_shape
@@ -67,7 +68,7 @@ class SpectralMonitor:
         limit_gb: float = DEFAULT_LIMIT_GB,
         resumed_update: int | None = None,
         recorded_update: int | None = None,
-        ranks: Ranks | None = None,
+        ranks: Channel | None = None,
         say: Callable[[str], object] = LOG.warning,
     ) -> None:
         """Choose the targets and start the worker.
@@ -85,7 +86,8 @@ class SpectralMonitor:
                 and the next refresh is compared with the one of what was kept, or without that the newest left.
             recorded_update: that of the newest record which the resumed run still has, -1 for none. A newer refresh
                 that was kept is done again, at once. None: all are there.
-            ranks: how several ranks share the work; default: this process does it all.
+            ranks: the ranks that share the work (`World.channel`); default: this process does it all. One that ends
+                without `close` fails the others' refreshes.
             say: told of failures, from the worker's thread too.
 
         Raises:
@@ -109,11 +111,11 @@ class SpectralMonitor:
         watched = chosen[MODEL]
         if any(list(of_kind) != list(watched) for of_kind in chosen.values()):
             raise ValueError("the EMA's targets differ from the model's; pass both without wrappers (ema.module)")
-        ranks = ranks or OneRank()
+        ranks = ranks or Channel(0, 1, None)
         shapes = {name: tuple(w.shape) for name, w in _matrices(model, watched).items()}
-        mine = share_out(shapes, ranks.world_size)[ranks.rank]
+        mine = share_out(shapes, ranks.size)[ranks.rank]
         self._watched = {name: watched[name] for name in mine}
-        self._every, self._num_ranks = every, ranks.world_size
+        self._every, self._num_ranks = every, ranks.size
         self.matrices: dict[str, dict[str, Any]] = {
             name: {"shape": list(shape), **recorded_indices(min(shape), settings.topk, settings.interval)._asdict()}
             for name, shape in shapes.items()

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.spectral.ranks import STOP, Ranks
+from lowrank_vit.ranks.world import Channel
+from lowrank_vit.spectral.ranks import STOP
 from lowrank_vit.spectral.refresh import Memory, Refreshed, Settings, Stacks, aggregates, refresh
 from lowrank_vit.spectral.solve import LOG, Cancelled, MatrixStack
 from lowrank_vit.spectral.store import Kept, SpectraStore
@@ -55,7 +56,7 @@ class Worker:
         settings: Settings,
         store: SpectraStore,
         memory: Memory,
-        ranks: Ranks,
+        ranks: Channel,
         keys: list[str],
         stream: torch.cuda.Stream | None,
         say: Callable[[str], object],

@@ -9,15 +9,15 @@ import time
 from collections.abc import Generator, Iterator
 from types import FrameType
 
-import torch
-
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.ranks.world import World
 from lowrank_vit.score.evaluate import Batches
 
-ONE_WISH_S = 5.0
+SAME_REQUEST_S = 5.0
+"""Signals that come within this time of the first one are the same request."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _AGREE_S, _AGREE_STEPS = 2.0, 1000
+"""Time, and the most steps, between two agreements of the ranks."""
 
 
 class Stopped(Exception):
@@ -27,7 +27,7 @@ class Stopped(Exception):
 class StopRequest:
     """Notes the first signal, on which all ranks then agree; a second Ctrl-C or SIGTERM ends the process at once.
 
-    What comes within `ONE_WISH_S` of the first is not a second: Ctrl-C reaches torchrun and its ranks alike, and
+    What comes within `SAME_REQUEST_S` of the first is not a second: Ctrl-C reaches torchrun and its ranks alike, and
     torchrun passes it on to the ranks again.
     """
 
@@ -41,7 +41,7 @@ class StopRequest:
         now = time.monotonic()
         if self._asked_at is None:
             self._asked_at = now
-        elif number != signal.SIGUSR1 and now - self._asked_at > ONE_WISH_S:
+        elif number != signal.SIGUSR1 and now - self._asked_at > SAME_REQUEST_S:
             signal.default_int_handler(number, frame)  # raises KeyboardInterrupt
         self.ask(number)
 
@@ -84,10 +84,7 @@ class StopRequest:
         if num_steps < self._next:
             return False
         now, (then, step) = time.monotonic(), self._agreed_at
-        mine = [float(self._signal), (now - then) / max(1, num_steps - step)]
-        common = torch.tensor(mine, dtype=torch.float64)  # on the CPU whatever the device
-        torch.distributed.all_reduce(common, torch.distributed.ReduceOp.MAX)
-        number, step_s = common.tolist()
+        number, step_s = self._world.greatest(self._signal, (now - then) / max(1, num_steps - step))
         self._signal = int(number) or self._signal  # one that came meanwhile is for the next time
         self._agreed_at = now, num_steps
         self._next = num_steps + max(1, min(_AGREE_STEPS, int(_AGREE_S / max(step_s, 1e-9))))

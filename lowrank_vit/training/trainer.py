@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 from lowrank_vit.common import terminal
 from lowrank_vit.config.options import Config
 from lowrank_vit.model.flops import memory_gb, mfu
-from lowrank_vit.ranks.failing import told_at_once
+from lowrank_vit.ranks.failing import Failing
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.checkpoint_policy import Keeper
 from lowrank_vit.run.directory import RunDir
@@ -21,7 +22,6 @@ from lowrank_vit.run.progress import Clock, Figures
 from lowrank_vit.run.state import Progress, restore
 from lowrank_vit.score.evaluate import Scores
 from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
-from lowrank_vit.spectral.ranks import GlooRanks
 from lowrank_vit.spectral.refresh import Settings
 from lowrank_vit.training.pace import wait_for
 from lowrank_vit.training.resume import find_start, open_run_dir
@@ -31,6 +31,9 @@ from lowrank_vit.training.stop import Stopped, StopRequest, UntilStopped
 COLD_UPDATES = {False: 2, True: 20}
 """The first updates of a process, without and with --compile: compilers, autotuning and memory pools get ready in them,
 so they are no part of img/s, MFU and the share of waiting."""
+
+_REFRESH_TIMEOUT = timedelta(minutes=10)
+"""After so long the spectra of a rank that hangs are no longer waited for."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,15 @@ class EpochStats:
 class Trainer:
     """One run of one configuration. Everything that can be wrong is found before the run directory is made."""
 
-    def __init__(self, config: Config, default_name: str, world: World | None = None) -> None:
-        """`default_name` begins the run directory's name where `--experiment` is not given. Raises `UserError`."""
+    def __init__(
+        self, config: Config, default_name: str, world: World | None = None, failing: Failing | None = None
+    ) -> None:
+        """`default_name` begins the run directory's name where `--experiment` is not given. Raises `UserError`.
+
+        `failing` tells the other ranks of `world` of an error.
+        """
         self.world = world or World()
+        self._failing = failing or Failing(self.world)
         start = find_start(config, self.world)
         self.config = start.config
         self.parts = make_parts(self.config, start.resumed, self.world)
@@ -89,7 +98,7 @@ class Trainer:
         self.train_s = 0.0
         self._cold_updates = COLD_UPDATES[self.config.step.compile]
         self._say: Callable[[str], object] = terminal.say if self.world.is_first else silent
-        with ExitStack() as stack, told_at_once(self.world):  # before what follows an error is closed
+        with ExitStack() as stack, self._failing.told_at_once():  # before what follows an error is closed
             stack.callback(self.run_dir.close)
             self.monitor = stack.enter_context(self._make_monitor()) if self.config.spectra.spec_monitor else None
             for loader in (parts.train_loader, parts.val_loader):
@@ -143,7 +152,7 @@ class Trainer:
             limit_gb=options.spec_store_gb,
             resumed_update=done,
             recorded_update=self.world.from_first(recorded),
-            ranks=GlooRanks() if self.world.size > 1 else None,
+            ranks=self.world.channel(_REFRESH_TIMEOUT),
             say=lambda line: self._say(line),
         )
 
@@ -242,7 +251,7 @@ class Trainer:
         world.average_buffers(parts.model)
         # A validation may be long: what ends the run meanwhile must not cost the epoch.
         self.progress = self.keeper.save(self.progress, may_skip=True)
-        most_batches = int(world.greatest(parts.val_loader.plan.steps_per_epoch))
+        most_batches = int(world.greatest(parts.val_loader.plan.steps_per_epoch)[0])
         loader = UntilStopped(parts.val_loader, most_batches, self.stop)
         return {prefix: evaluate(loader, parts.val_batch, world.sum) for prefix, evaluate in parts.evaluators.items()}
 

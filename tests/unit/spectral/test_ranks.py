@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from lowrank_vit.ranks.world import World
 from lowrank_vit.spectral import refresh as refresh_module
 from lowrank_vit.spectral import store
 from lowrank_vit.spectral.monitor import SpectralMonitor
-from lowrank_vit.spectral.ranks import STOP, GlooRanks, share_out
+from lowrank_vit.spectral.ranks import STOP, share_out
 from lowrank_vit.spectral.refresh import Settings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
 from tests.spectra import tiny_vit
@@ -62,7 +64,7 @@ def one_of_two(rank: int, folder: Path, scenario: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
     model = tiny_vit()
-    ranks = GlooRanks(timeout_s=LONG_S)
+    ranks = World(rank, size=2).channel(timedelta(seconds=LONG_S))
     monitor = watch(model, folder / "two", ranks=ranks)
     result: Any = None
     if scenario == "equal":
@@ -107,7 +109,7 @@ def test_ranks_that_cancel_and_ranks_that_close_all_come_to_an_end(tmp_path: Pat
 class Script:
     """The second of two ranks; the first one's answers come from a list, and are as wanted once it is empty."""
 
-    rank, world_size = 1, 2
+    rank, size = 1, 2
 
     def __init__(self, *others: int) -> None:
         self.others = list(others)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lowrank_vit.ranks.world import World
-from lowrank_vit.training.stop import ONE_WISH_S, SIGNALS, Stopped, StopRequest, UntilStopped
+from lowrank_vit.training.stop import SAME_REQUEST_S, SIGNALS, Stopped, StopRequest, UntilStopped
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_the_same_wish_may_come_twice_and_a_later_signal_is_an_order(clock):
     world = World()
     with StopRequest(world).noted():
         os.kill(os.getpid(), signal.SIGINT)
-        clock[0] += ONE_WISH_S
+        clock[0] += SAME_REQUEST_S
         os.kill(os.getpid(), signal.SIGTERM)
         clock[0] += 0.1
         os.kill(os.getpid(), signal.SIGUSR1)  # never an order
