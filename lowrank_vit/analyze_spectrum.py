@@ -18,8 +18,8 @@ from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import usage_name
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.common.terminal import fitted_help, say
-from lowrank_vit.model.checkpoint import read_checkpoint
 from lowrank_vit.model.create import create_model
+from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.spectral.analyze import (
     Analysis,
     Precision,

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Callable, Sequence
+import socket
+import urllib.request
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import timm
 import timm.data
+import timm.models
 import torch
 from torch import nn
 
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.option_types import parse_keywords, square_side
-from lowrank_vit.model.pretrained import load_pretrained_file, load_published
+from lowrank_vit.model.fit import Build, Say, build_with, build_with_file, in_one_line
+from lowrank_vit.model.weights import Checkpoint
 
+CONNECT_S = 5.0
+"""How long to wait for the hub before it counts as out of reach."""
 FLAG_OF = {"num_classes": "num-classes", "drop_rate": "drop", "drop_path_rate": "drop-path"}
 """Arguments of a constructor that have a flag of their own, which data and run look at too."""
 _REFUSED = {
@@ -81,16 +88,16 @@ def create_model(
     drop_path: float | None = None,
     model_kwargs: tuple[str, ...] = (),
     pretrained: bool = False,
-    pretrained_path: Path | None = None,
+    pretrained_file: Checkpoint | None = None,
     grad_checkpointing: bool = False,
-    say: Callable[[str], object] = terminal.say,
+    say: Say = terminal.say,
 ) -> nn.Module:
     """A timm model in channels_last on the CPU, freshly initialised (from torch's generator) or pretrained.
 
-    `pretrained`: with the weights that timm publishes; `pretrained_path`: with those of a file, of any format that timm
-    reads. timm interpolates their position embedding to `img_size`; the classifier is a new one where the number of
-    classes differs, which is said. Raises `UserError` for an unknown name, arguments that the constructor does not
-    take, and weights that cannot be had or do not fit.
+    `pretrained`: with the weights that timm publishes; `pretrained_file`: with those of a file. timm interpolates their
+    position embedding to `img_size`; the classifier is a new one where the number of classes differs, which is said.
+    Raises `UserError` for an unknown name, arguments that the constructor does not take, and weights that cannot be had
+    or do not fit.
 
     `grad_checkpointing` computes each block's activations anew in the backward pass, compiled or not; gradients stay
     the same. An `img_size` that the constructor does not take (of a convolutional network) is left to the data.
@@ -104,10 +111,10 @@ def create_model(
                 f"--img-size {img_size} and --model-kwargs img_size={kwargs['img_size']} differ. Give one of them."
             )
         kwargs["img_size"] = img_size
-    if pretrained_path is not None:
-        model = load_pretrained_file(partial(_build, name, kwargs), name, pretrained_path, num_classes, say)
+    if pretrained_file is not None:
+        model = build_with_file(partial(_build, name, kwargs), name, pretrained_file, num_classes, say)
     elif pretrained:
-        model = load_published(partial(_build, name, kwargs), name, num_classes, say)
+        model = _build_published(partial(_build, name, kwargs), name, num_classes, say)
     else:
         model = _build(name, kwargs)
     if grad_checkpointing:
@@ -137,6 +144,73 @@ def _cannot_be_built(name: str, kwargs: dict[str, Any], error: Exception) -> Use
     return UserError(
         f"{given} cannot be built: {str(error) or type(error).__name__}. Check --model-kwargs and --img-size."
     )
+
+
+def _build_published(build: Build, name: str, num_classes: int, say: Say) -> nn.Module:
+    """The model with the weights that timm publishes, from the Hugging Face hub or its local cache.
+
+    Raises `UserError` where there are none, where they cannot be fetched, or where they do not fit.
+    """
+    published = timm.models.get_pretrained_cfg(name)
+    try:
+        with _quick_without_network():
+            return build_with(
+                build, name, "--pretrained", (published.num_classes if published else None, num_classes), say
+            )
+    except UserError:
+        raise
+    except OSError as error:  # the hub's errors are among them
+        raise _out_of_reach(name) from error
+    except (RuntimeError, ValueError, AssertionError, LookupError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"--pretrained: timm has no weights for {name} with these options: {in_one_line(error)} Choose another "
+            "--model, or give a file of weights with --pretrained-path FILE."
+        ) from error
+
+
+def check_published(name: str) -> None:
+    """Raise `UserError` where timm has no weights for a model, or where they are neither in reach nor in the cache."""
+    cfg = timm.models.get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        raise UserError(
+            f"--pretrained: timm has no weights for {name}. Choose another --model, or give a file of weights with "
+            "--pretrained-path FILE."
+        )
+    if not cfg.hf_hub_id or cfg.file or cfg.state_dict:
+        return
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    with _quick_without_network():
+        is_out_of_reach = constants.HF_HUB_OFFLINE
+    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    if is_out_of_reach and not any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, one), str) for one in names):
+        raise _out_of_reach(name)
+
+
+def _out_of_reach(name: str) -> UserError:
+    return UserError(
+        f"--pretrained: the weights of {name} cannot be fetched from the Hugging Face hub (no network?), and its "
+        "local cache does not have them. Fetch them elsewhere and give the file with --pretrained-path FILE."
+    )
+
+
+@contextlib.contextmanager
+def _quick_without_network() -> Generator[None, None, None]:
+    """Where the hub cannot be reached, look in its local cache alone rather than try again for most of a minute."""
+    from huggingface_hub import constants
+
+    url = urlparse(constants.ENDPOINT)
+    before = constants.HF_HUB_OFFLINE
+    if not before and not urllib.request.getproxies():  # a proxy finds the way where this machine cannot
+        address = url.hostname or "huggingface.co", url.port or (80 if url.scheme == "http" else 443)
+        try:
+            socket.create_connection(address, timeout=CONNECT_S).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True  # what the environment variable would set
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def input_spec(

@@ -15,7 +15,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
 from lowrank_vit.config.option_types import kind_of, may_change
 from lowrank_vit.config.options import Config, leaves, with_options
-from lowrank_vit.model.checkpoint import BETTER, Checkpoint
+from lowrank_vit.model.weights import BETTER, Checkpoint
 from lowrank_vit.run.checkpoint_writer import IS_FINITE
 from lowrank_vit.run.meter import NEVER
 from lowrank_vit.training.setup import Parts

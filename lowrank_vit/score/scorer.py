@@ -18,9 +18,10 @@ from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
 from lowrank_vit.config.option_types import POSITIVE, Range
-from lowrank_vit.model.checkpoint import class_names_in, load_weights, read_checkpoint, top_level
 from lowrank_vit.model.class_match import Classes, published_names
 from lowrank_vit.model.create import InputSpec, create_model, input_spec, parse_model_kwargs
+from lowrank_vit.model.fit import head_names, load_weights, resized
+from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.plan.operations import BICUBIC, BILINEAR, NEAREST
 
 KERNELS = {"nearest": NEAREST, "bilinear": BILINEAR, "bicubic": BICUBIC}
@@ -32,7 +33,7 @@ class ModelOptions:
     """Which model and weights, and what its images look like: flags that `validate` and `inference` share."""
 
     checkpoint: Path | None = None
-    """A run's model_best.pth.tar or last.pth.tar, or a checkpoint of timm's."""
+    """A run's model_best.pth.tar or last.pth.tar, or a file of weights of timm, DeiT or MAE."""
     use_ema: bool = False
     """Use the EMA weights."""
     model: Annotated[str, arg(aliases=["-m"])] = ""
@@ -40,7 +41,7 @@ class ModelOptions:
     pretrained: bool = False
     """The weights that timm publishes for --model; a --checkpoint goes before them."""
     pretrained_path: Path | None = None
-    """A file of weights for --model, in any form that timm reads."""
+    """A file of weights for --model, fitted to it by timm."""
     model_kwargs: tuple[str, ...] = ()
     """NAME=VALUE ...; default: the checkpoint's."""
     num_classes: Annotated[int | None, POSITIVE] = None
@@ -104,12 +105,19 @@ def load_scorer(options: ModelOptions, device: torch.device, say: Say = terminal
     name = options.model or checkpoint.arch
     if not name:
         raise UserError(f"{options.checkpoint} does not name its model. Give --model.")
-    num_classes = int(checkpoint.content.get("num_classes") or _outputs(weights, options.checkpoint))
+    num_classes = checkpoint.content.get("num_classes") or checkpoint.num_outputs(head_names(name))
+    if not num_classes:
+        raise UserError(
+            f"{options.checkpoint} does not tell its number of classes, and has no layer named head, fc or classifier."
+        )
+    num_classes = int(num_classes)
     _check_number(options, num_classes, f"--checkpoint {options.checkpoint}")
     kwargs = options.model_kwargs or tuple(args.get("model-kwargs", ()))
+    if options.img_size and not options.model_kwargs:  # the flag goes before the run's own size
+        kwargs = tuple(pair for pair in kwargs if not pair.startswith("img_size="))
     img_size = options.img_size or parse_model_kwargs(kwargs).get("img_size") or args.get("img-size")
     made = create_model(name, num_classes, img_size=img_size, model_kwargs=kwargs)
-    load_weights(made, checkpoint, weights, name)
+    load_weights(made, checkpoint, resized(made, weights, checkpoint.path, say), name)
     is_ours = "class_names" in checkpoint.content
     scorer = _scorer(made, name, options, device, say, img_size, args, num_classes, is_ours=is_ours)
     if is_ours:  # what the run knew nothing of yet
@@ -126,25 +134,18 @@ def _published(options: ModelOptions, device: torch.device, say: Say) -> Scorer:
         raise UserError("Give --checkpoint FILE, or --model NAME --pretrained for the weights that timm publishes.")
     if options.use_ema:
         raise UserError("--use-ema is about a --checkpoint, which is not there. Leave it out.")
+    file = read_checkpoint(path, "--pretrained-path") if path else None
     known = timm.models.get_pretrained_cfg(name)
-    num_classes = (_classes_in(path) if path else None) or (known.num_classes if known else 0) or 1000
+    num_classes = (file.num_outputs(head_names(name)) if file else None) or (known.num_classes if known else 0) or 1000
     source = f"--pretrained-path {path}" if path else f"--pretrained {name}"
     _check_number(options, num_classes, source)
     size, kwargs = options.img_size, options.model_kwargs
-    weights: dict[str, Any] = {"pretrained": path is None, "pretrained_path": path}
+    weights: dict[str, Any] = {"pretrained": file is None, "pretrained_file": file}
     made = create_model(name, num_classes, img_size=size, model_kwargs=kwargs, say=say, **weights)
     scorer = _scorer(made, name, options, device, say, size, {}, num_classes, is_ours=False)
-    if path is None:
+    if file is None:
         return replace(scorer, origin=f"{name} (timm's weights)", is_published=True)
-    return replace(scorer, origin=str(path), trained_names=class_names_in(top_level(path)) or [])
-
-
-def _classes_in(path: Path) -> int | None:
-    """The number of classes in a file of weights; None where that cannot be told, which loading will explain."""
-    try:
-        return _outputs(timm.models.load_state_dict(str(path)), path)
-    except Exception:  # a damaged or foreign file fails in many ways
-        return None
+    return replace(scorer, origin=str(path), trained_names=file.class_names or [])
 
 
 def _check_number(options: ModelOptions, num_classes: int, source: str) -> None:
@@ -186,11 +187,3 @@ def _scorer(
     spec = input_spec(made, img_size, crop_pct, **colours)
     augment = Augment(spec.mean, spec.std, num_classes, smoothing=0.0).to(device)
     return Scorer(name, "", made.to(device).eval(), spec, interpolation or "bicubic", augment, num_classes)
-
-
-def _outputs(weights: dict[str, Any], path: Path) -> int:
-    """The number of classes that the last layer tells apart, for checkpoints of other programs."""
-    for name in ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight"):
-        if name in weights:
-            return int(weights[name].shape[0])
-    raise UserError(f"{path} does not tell its number of classes, and has no layer named head, fc or classifier.")

@@ -8,10 +8,9 @@ from torch import nn
 from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.options import Config
-from lowrank_vit.model.checkpoint import require_file
-from lowrank_vit.model.create import check_model_name, create_model, input_spec
+from lowrank_vit.model.create import check_model_name, check_published, create_model, input_spec
 from lowrank_vit.model.optimizer import check_optimizer, create_scheduler, learning_rate
-from lowrank_vit.model.pretrained import check_published, require_weights
+from lowrank_vit.model.weights import require_file
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.wandb_log import check_login
 from lowrank_vit.spectral.select import choose_targets
@@ -35,9 +34,9 @@ def check_before_data(config: Config, *, is_resumed: bool, world: World | None =
     train_rules(config)
     if not is_resumed:
         if options.initial_checkpoint:
-            require_file(options.initial_checkpoint)
+            require_file(options.initial_checkpoint, "--initial-checkpoint")
         if options.pretrained_path:
-            require_weights(options.pretrained_path)
+            require_file(options.pretrained_path, "--pretrained-path")
         elif options.pretrained:
             check_published(options.model)
     _check_schedule(config, world.size, is_resumed=is_resumed)

@@ -9,7 +9,7 @@ from pathlib import Path
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.options import Config
-from lowrank_vit.model.checkpoint import Checkpoint, read_checkpoint
+from lowrank_vit.model.weights import Checkpoint, read_checkpoint
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.directory import RunDir
 from lowrank_vit.run.state import as_resumed

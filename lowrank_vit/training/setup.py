@@ -28,12 +28,12 @@ from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import open_datasets
 from lowrank_vit.data.sets.locate import DataOptions
 from lowrank_vit.data.synthetic import SyntheticLoader, synthetic_plan
-from lowrank_vit.model.checkpoint import Checkpoint, load_weights
 from lowrank_vit.model.class_match import Classes, Trust, match
 from lowrank_vit.model.create import InputSpec, create_model, input_spec, set_head
+from lowrank_vit.model.fit import fit_kept_head, load_initial, load_weights, tell_of_published_head
 from lowrank_vit.model.flops import Peak, peak_flops, train_flops_per_image
-from lowrank_vit.model.initial import fit_kept_head, load_initial, tell_of_published_head
 from lowrank_vit.model.optimizer import Constant, create_optimizer, create_scheduler, learning_rate
+from lowrank_vit.model.weights import Checkpoint, read_checkpoint
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan
 from lowrank_vit.ranks.world import World
 from lowrank_vit.score.evaluate import Evaluator
@@ -286,7 +286,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 def _make_model(
     config: Config, num_classes: int, sets: _Sets | None, resumed: Checkpoint | None, say: Say
 ) -> nn.Module:
-    options = config.model
+    options, file = config.model, None
+    if options.pretrained_path and not resumed:
+        file = read_checkpoint(options.pretrained_path, "--pretrained-path")
     model = create_model(
         options.model,
         num_classes,
@@ -295,7 +297,7 @@ def _make_model(
         drop_path=options.drop_path,
         model_kwargs=options.model_kwargs,
         pretrained=options.pretrained and not resumed,
-        pretrained_path=None if resumed else options.pretrained_path,
+        pretrained_file=file,
         grad_checkpointing=options.grad_checkpointing,
         say=say,
     )
@@ -305,8 +307,8 @@ def _make_model(
     of_data = (sets.classes, trust_in(config)) if sets else None
     if options.initial_checkpoint:
         load_initial(model, options.initial_checkpoint, options.model, say, of_data)
-    elif options.pretrained_path and of_data:
-        fit_kept_head(model, options.pretrained_path, options.model, say, *of_data)
+    elif file and of_data:
+        fit_kept_head(model, file, options.model, say, *of_data)
     elif options.pretrained and of_data:
         tell_of_published_head(options.model, of_data[0], say)
     set_head(model, options.head_init_scale, options.head_init_bias)
@@ -338,7 +340,7 @@ def _make_ema(config: Config, model: nn.Module, resumed: Checkpoint | None) -> M
         return None
     ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=bool(options.model_ema_warmup))
     if resumed:
-        if not resumed.content.get("state_dict_ema"):
+        if not resumed.has_ema:
             raise UserError(f"{resumed.path} is of a run without an EMA. Resume it with --no-model-ema.")
         load_weights(ema.module, resumed, resumed.weights(use_ema=True), options.model)
     return ema

@@ -25,7 +25,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from lowrank_vit import train as train_command
 from lowrank_vit.common.program import COMMANDS as COMMAND_MODULES
 from lowrank_vit.config.flags import parse
-from lowrank_vit.model.checkpoint import read_checkpoint
+from lowrank_vit.model.weights import read_checkpoint
 from tests.documents import ROOT, Block, blocks, calls_of, tool, write_recorders
 from tests.integration.test_published_commands import COMMANDS
 from tests.photos import write_folder

@@ -18,7 +18,7 @@ from lowrank_vit import train, validate
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.sets.datasets import open_datasets
 from lowrank_vit.data.sets.locate import DataOptions, locate
-from lowrank_vit.model.checkpoint import read_checkpoint
+from lowrank_vit.model.weights import read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 """timm leaves the closing of its image files to Python."""

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lowrank_vit import train as train_command
-from lowrank_vit.model.checkpoint import read_checkpoint
+from lowrank_vit.model.weights import read_checkpoint
 from tests.photos import write_sets
 from tests.runs import records
 

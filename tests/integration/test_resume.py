@@ -15,7 +15,7 @@ import torch
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
-from lowrank_vit.model.checkpoint import read_checkpoint
+from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.run import checkpoint_writer as saver_module
 from lowrank_vit.run.checkpoint_writer import write_checkpoint
 from lowrank_vit.training.trainer import Trainer

@@ -21,7 +21,7 @@ from lowrank_vit import train as train_command
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.model.checkpoint import read_checkpoint
+from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.report.__main__ import main as report_main
 from lowrank_vit.score.scorer import ModelOptions, load_scorer
 from lowrank_vit.training.step import TrainStep

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lowrank_vit.augment.mixing import mix_images, mix_targets, mix_to_tensor
 from lowrank_vit.config.flags import parse, to_yaml
-from lowrank_vit.model.checkpoint import Checkpoint
+from lowrank_vit.model.weights import Checkpoint
 from lowrank_vit.plan.mixing import NO_MIX, MixRules, deal, draw_mix
 from lowrank_vit.plan.plans import Stream, TrainPlan, TrainRules
 from lowrank_vit.run.state import as_resumed

@@ -11,7 +11,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
 from lowrank_vit.config.flags import parse, to_yaml
 from lowrank_vit.config.meaning import Change
-from lowrank_vit.model.checkpoint import Checkpoint
+from lowrank_vit.model.weights import Checkpoint
 from lowrank_vit.run.state import as_resumed
 
 CHANGES = (

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.model.checkpoint import read_checkpoint
+from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.run import checkpoint_writer as saver_module
 from lowrank_vit.run.checkpoint_writer import IS_FINITE, LAST, Beside, Saver, write_checkpoint
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from data_prep.sources.class_names import imagenet1k
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.model.class_match import Classes, Trust
-from lowrank_vit.model.initial import fit_kept_head, load_initial, tell_of_published_head
+from lowrank_vit.model.fit import fit_kept_head, load_initial, tell_of_published_head
+from lowrank_vit.model.weights import read_checkpoint
 
 NAME = "vit_tiny_patch16_224"
 
@@ -54,13 +54,6 @@ def test_the_weights_are_those_that_timm_takes(content, is_ema, tmp_path):
         assert torch.equal(a, b), name
     assert torch.equal(model.state_dict()["head.weight"], (EMA if is_ema else OWN)["head.weight"])
     assert said == [f"initial weights: {'the EMA of' if is_ema else 'those of'} {path}"]
-
-
-def test_safetensors(tmp_path):
-    model, path = made(3), tmp_path / "x.safetensors"
-    save_file(OWN, path)
-    load_initial(model, path, NAME, list[str]().append)
-    assert torch.equal(model.state_dict()["head.weight"], OWN["head.weight"])
 
 
 def test_what_cannot_be_taken_is_named(tmp_path):
@@ -144,7 +137,7 @@ def test_a_pretrained_head_that_is_kept_follows_the_names(tmp_path):
     def fitted(data: list[str], names: list[str] | None) -> tuple[torch.Tensor, list[str]]:
         path, said, model = tmp_path / "x.pth.tar", list[str](), made(1, len(data))
         torch.save({"state_dict": OWN, "class_names": names}, path)
-        fit_kept_head(model, path, NAME, said.append, Classes("DATA", len(data), data), Trust())
+        fit_kept_head(model, read_checkpoint(path), NAME, said.append, Classes("DATA", len(data), data), Trust())
         return rows(model.state_dict()), said
 
     head, said = fitted(NAMES[::-1], NAMES)

@@ -1,0 +1,224 @@
+"""The one reader of files with weights: of this program, of timm, DeiT and MAE, bare state dicts and safetensors.
+
+No code of a file is ever run: `torch.load` reads with `weights_only=True`, and numpy's numbers become Python's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import timm
+import timm.models
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config import meaning
+
+BETTER = "better"
+"""Key of a checkpoint's content: "model" or "ema", whichever scored higher in the newest epoch; "" before the first."""
+Form = Literal["state_dict", "model", "bare", "safetensors", "npz"]
+SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors", ".npz")
+_OWN, _EMA = ("state_dict", "model"), ("state_dict_ema", "model_ema")
+"""Where files have the model's weights and the EMA's, by timm, and by DeiT and MAE; timm looks in this order."""
+_OF_A_RUN = ("optimizer", "progress", "step", "data")
+"""What a run is continued from, beside its weights."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file of weights holds, under timm's keys; tensors are on the CPU."""
+
+    path: Path
+    content: dict[str, Any]
+    """state_dict, state_dict_ema, and what else there is: arch, epoch, args, class_names, optimizer, metric, ...
+
+    The names of tensors are the model's own: without what DDP and torch.compile put before them.
+    """
+    form: Form = "state_dict"
+    """How the file held the weights; "npz": Google's arrays, which each model of timm reads in a way of its own."""
+
+    @property
+    def arch(self) -> str:
+        """Timm model name, empty where the file does not tell; DeiT and MAE have it among their arguments."""
+        name = str(self.content.get("arch") or "")
+        if not name and isinstance(args := self.content.get("args"), argparse.Namespace):
+            told = str(getattr(args, "model", ""))
+            name = told if timm.is_model(told) else ""
+        return name
+
+    @property
+    def epoch(self) -> int:
+        """Last finished epoch, 0-based; -1 where the file does not tell."""
+        epoch = self.content.get("epoch")
+        return int(epoch) if isinstance(epoch, int | float) else -1
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """The run's flags by name; empty for files of other programs."""
+        args = self.content.get("args")
+        return args if isinstance(args, dict) else {}
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Of the outputs in their order, which may be more; None where the file does not tell."""
+        names: Any = self.content.get("class_names")
+        is_list = isinstance(names, list | tuple) and len(names) > 0 and all(isinstance(name, str) for name in names)
+        return list(names) if is_list else None
+
+    @property
+    def meaning(self) -> int:
+        """The number of what its seeds and flags mean. Raises `UserError` for one of a newer program."""
+        return meaning.number_in(self.content, str(self.path)) or meaning.FIRST
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether there are EMA weights."""
+        return bool(self.content.get("state_dict_ema"))
+
+    def weights(self, use_ema: bool) -> dict[str, Tensor]:
+        """The state dict of the model or of its EMA, half precision as float32. Raises `UserError` if it is absent."""
+        if self.form == "npz":
+            raise UserError(
+                f"{self.path} has Google's arrays, which timm fits to a model as it makes it. Give the file with "
+                "--pretrained-path (train, validate, inference) and --model NAME."
+            )
+        if use_ema and not self.has_ema:
+            raise UserError(f"{self.path} holds no EMA weights. Leave out --use-ema to read the model's own.")
+        if not use_ema and "state_dict" not in self.content:
+            raise UserError(f"{self.path} holds EMA weights alone. Add --use-ema to read them.")
+        found: dict[str, Tensor] = self.content["state_dict_ema" if use_ema else "state_dict"]
+        return {name: _at_least_float32(tensor) for name, tensor in found.items()}
+
+    def weights_to_start_from(self) -> tuple[dict[str, Tensor], bool]:
+        """A state dict, and whether it is the EMA's.
+
+        The EMA's where there is one, as timm chooses, unless the file says that the model itself scored higher.
+        """
+        use_ema = self.has_ema and ("state_dict" not in self.content or self.content.get(BETTER) != "model")
+        return self.weights(use_ema), use_ema
+
+    def num_outputs(self, heads: tuple[str, ...]) -> int | None:
+        """How many classes the first layer of `heads` that is there tells apart; None without one."""
+        if self.form == "npz":
+            return self.content.get("num_classes")
+        weights = self.content.get("state_dict") or self.content["state_dict_ema"]
+        return next((len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights), None)
+
+    def training_state(self, key: str) -> Any:
+        """A part needed to continue a run. Raises `UserError` where the file holds weights only."""
+        if lacking := [one for one in (*_OF_A_RUN, key) if one not in self.content]:
+            raise UserError(
+                f"{self.path} cannot be resumed: it lacks `{lacking[0]}`. Give a last.pth.tar of a run, "
+                "or start anew from its weights with --initial-checkpoint."
+            )
+        return self.content[key]
+
+
+def require_file(path: Path, what: str = "Checkpoint") -> None:
+    """Raise `UserError` where there is no file of weights, naming those of a folder."""
+    if not path.is_file():
+        found = sorted(str(p) for p in path.glob("*") if p.suffix in SUFFIXES) if path.is_dir() else []
+        hint = f" That folder has: {', '.join(found)}." if found else ""
+        raise UserError(f"{what} {path} does not exist or is no file.{hint}")
+
+
+def read_checkpoint(path: Path, what: str = "Checkpoint") -> Checkpoint:
+    """Read a file of weights in any form, running no code in it. Raises `UserError`, which begins with `what` and path.
+
+    Forms: {"state_dict", "state_dict_ema"} of this program and timm, {"model", "model_ema"} of DeiT and MAE, both with
+    whatever else; a state dict alone; .safetensors; .npz, whose arrays are left to timm.
+    """
+    path = Path(path)
+    require_file(path, what)
+    try:
+        if path.suffix == ".npz":
+            return Checkpoint(path, _about_npz(path), "npz")
+        content: Any = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+    except Exception as error:  # a damaged or foreign file fails in many ways
+        raise UserError(f"{what} {path} cannot be read: {_reason(error)}") from error
+    if is_state_dict(content):
+        form = "safetensors" if path.suffix == ".safetensors" else "bare"
+        return Checkpoint(path, {"state_dict": timm.models.clean_state_dict(content)}, form)
+    content = dict(content) if isinstance(content, dict) else {}
+    is_under_model = not is_state_dict(content.get(_OWN[0])) and is_state_dict(content.get(_OWN[1]))
+    own, ema = (_first_of(content, keys) for keys in (_OWN, _EMA))
+    if own is None and ema is None:
+        held = ", ".join(map(str, list(content)[:8])) or "nothing with names"
+        raise UserError(
+            f"{what} {path} holds no `state_dict`, no `model` and no tensors alone, but {held}. Give a checkpoint of "
+            "this program or of timm."
+        )
+    content |= {} if own is None else {"state_dict": own}
+    content |= {} if ema is None else {"state_dict_ema": ema}
+    return Checkpoint(path, content, "model" if is_under_model else "state_dict")
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether this is a mapping of names to tensors, and of nothing else."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+
+
+def _first_of(content: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Tensor] | None:
+    """Take the first state dict out of `content`, under the model's own names."""
+    found = next((key for key in keys if is_state_dict(content.get(key))), None)
+    return timm.models.clean_state_dict(content.pop(found)) if found else None
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
+
+
+def _unpickled(path: Path) -> Any:
+    """The content of a file of torch's; of classes and functions it may name those below, and torch's own for tensors.
+
+    timm, DeiT and MAE save their arguments as a Namespace, a bag of plain values. numpy's own functions stay out of it:
+    its types can be forged in a pickle.
+    """
+    numpys = [(_number, "numpy._core.multiarray.scalar"), (_number, "numpy.core.multiarray.scalar")]
+    with torch.serialization.safe_globals([argparse.Namespace, *numpys, (_NumberType, "numpy.dtype")]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class _NumberType:
+    """A numpy dtype as a pickle tells it, without numpy's."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if not re.fullmatch(r"[biufcUS]\d+", code):
+            raise ValueError(f"a numpy value of type {code}")
+        self.code = code
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """`state`: numpy's version, the byte order, and what only compound types have."""
+        self.code = f"{state[1]}{self.code}"
+
+
+def _number(kind: _NumberType, data: bytes) -> Any:
+    """A numpy scalar as a Python value."""
+    (value,) = np.frombuffer(data, np.dtype(kind.code))
+    return value.item()
+
+
+def _about_npz(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file, np.load(file) as arrays:  # numpy leaves a damaged file open
+        biases = [arrays[key] for key in arrays.files if key.endswith("head/bias")]
+    return {"num_classes": len(biases[0])} if biases else {}
+
+
+def _reason(error: Exception) -> str:
+    """Why a file could not be read, and what to do."""
+    if named := re.search(r"GLOBAL (\S+)", str(error)):
+        return (
+            f"it holds `{named[1]}`, which reading would have to run, and no code of a file is run. Save the weights "
+            'alone where it was made, as torch.save({"state_dict": model.state_dict()}, FILE), and give that.'
+        )
+    return (
+        f"it is damaged, cut short, or no file of weights (tensors and plain values: {', '.join(SUFFIXES)}). Give a "
+        "file such as a run's last.pth.tar or model_best.pth.tar."
+    )

@@ -1,0 +1,271 @@
+"""Files of weights are read in every form, by every command, and no code in them is run."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lowrank_vit import analyze_spectrum
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.model.create import create_model
+from lowrank_vit.model.fit import load_initial
+from lowrank_vit.model.weights import SUFFIXES, read_checkpoint
+from lowrank_vit.run.checkpoint_writer import write_checkpoint
+from lowrank_vit.score.scorer import ModelOptions, Scorer, load_scorer
+
+NAME = "vit_tiny_patch16_224"
+KWARGS = ("patch_size=8", "embed_dim=32", "depth=1", "num_heads=2")
+CPU = torch.device("cpu")
+PREFIXES = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
+"""What DDP, torch.compile and both put before the names, in either order."""
+FORMS = ("this program", "timm", "DeiT", "MAE", "bare", "safetensors")
+
+
+def state(seed: int, num_classes: int = 7) -> dict[str, Tensor]:
+    """Of a small model at 32 pixels."""
+    torch.manual_seed(seed)
+    kwargs: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    return timm.create_model(NAME, num_classes=num_classes, img_size=32, **kwargs).state_dict()
+
+
+OWN, EMA = state(1), state(2)
+
+
+def trained_optimizer() -> dict[str, Any]:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def save(folder: Path, form: str, prefix: str = "", dtype: torch.dtype = torch.float32) -> Path:
+    """A file as one of the programs writes it, with the EMA where that program keeps one."""
+    own, ema = ({f"{prefix}{key}": value.to(dtype) for key, value in one.items()} for one in (OWN, EMA))
+    args = argparse.Namespace(model=NAME, lr=np.float32(0.5), output_dir="out", drop_path=None, eval=False)
+    common = {"optimizer": trained_optimizer(), "epoch": 3, "args": args, "scaler": {"scale": 65536.0}}
+    contents: dict[str, Any] = {
+        "this program": {"arch": NAME, "epoch": 3, "state_dict": own, "state_dict_ema": ema, "args": {"lr": 0.5}},
+        "timm": {**common, "arch": NAME, "state_dict": own, "state_dict_ema": ema, "metric": np.float64(71.5)},
+        "DeiT": {**common, "model": own, "model_ema": ema, "lr_scheduler": {"best": np.int64(4)}},
+        "MAE": {**common, "model": own},
+        "bare": own,
+    }
+    path = folder / f"w{'.safetensors' if form == 'safetensors' else '.pth'}"
+    if form == "safetensors":
+        save_file(own, path)
+    else:
+        torch.save(contents[form], path)
+    return path
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_weights_are_the_models_whatever_the_form_and_the_prefix(tmp_path, form):
+    for prefix, dtype in itertools.product(PREFIXES, (torch.float32, torch.float16, torch.bfloat16)):
+        checkpoint = read_checkpoint(save(tmp_path, form, prefix, dtype))
+        assert same(checkpoint.weights(use_ema=False), {key: value.to(dtype).float() for key, value in OWN.items()})
+        assert checkpoint.has_ema == (form in ("this program", "timm", "DeiT"))
+        if checkpoint.has_ema:
+            assert same(checkpoint.weights(use_ema=True), {key: value.to(dtype).float() for key, value in EMA.items()})
+    assert checkpoint.epoch == (-1 if form in ("bare", "safetensors") else 3)
+    assert checkpoint.arch == ("" if form in ("bare", "safetensors") else NAME)
+    assert checkpoint.args == ({"lr": 0.5} if form == "this program" else {})  # others have other names
+
+
+@pytest.mark.parametrize(("form", "prefix"), [*((form, "") for form in FORMS), ("DeiT", "module._orig_mod.")])
+def test_every_command_takes_every_form(tmp_path, form, prefix, capsys):
+    path = save(tmp_path, form, prefix)
+    has_ema = form in ("this program", "timm", "DeiT")
+
+    def scored(**options: Any) -> dict[str, Tensor]:  # validate and inference
+        return load_scorer(
+            ModelOptions(model=NAME, model_kwargs=KWARGS, img_size=32, **options), CPU
+        ).model.state_dict()
+
+    assert same(scored(checkpoint=path), OWN)
+    assert same(scored(pretrained_path=path), EMA if has_ema else OWN)
+    analyze_spectrum.main(["--checkpoint", str(path), "--model", NAME, "--save-dir", str(tmp_path)])
+    found = json.loads((tmp_path / f"{NAME}_spectral.json").read_text())["layers"]["blocks.0.mlp.fc1"]["sigma_max"]
+    assert found == pytest.approx(float(torch.linalg.matrix_norm(OWN["blocks.0.mlp.fc1.weight"].double(), 2)))
+    if has_ema:
+        assert same(scored(checkpoint=path, use_ema=True), EMA)
+        analyze_spectrum.main(["--checkpoint", str(path), "--use-ema", "--model", NAME, "--save-dir", str(tmp_path)])
+    # train
+    model = create_model(NAME, 7, img_size=32, model_kwargs=KWARGS)
+    load_initial(model, path, NAME, print)
+    assert same(model.state_dict(), EMA if has_ema else OWN)
+    file = read_checkpoint(path, "--pretrained-path")
+    model = create_model(NAME, 7, img_size=32, model_kwargs=KWARGS, pretrained_file=file)
+    assert same(model.state_dict(), EMA if has_ema else OWN)
+    assert not any(isinstance(value, dict) for value in model.pretrained_cfg.values())  # no second copy of the weights
+    with pytest.raises(UserError, match=r"cannot be resumed: it lacks `.*--initial-checkpoint"):
+        file.training_state("optimizer")
+
+
+@pytest.mark.parametrize("better", ["ema", "model", None])
+def test_a_start_is_made_from_whichever_scored_higher(tmp_path, better):
+    path, said = tmp_path / "model_best.pth.tar", list[str]()
+    torch.save({"state_dict": OWN, "state_dict_ema": EMA, "better": better}, path)
+    wanted = OWN if better == "model" else EMA
+    file = read_checkpoint(path, "--pretrained-path")
+    model = create_model(NAME, 7, img_size=32, model_kwargs=KWARGS, pretrained_file=file, say=said.append)
+    assert same(model.state_dict(), wanted)
+    assert said == [f"pretrained weights: {'those of' if better == 'model' else 'the EMA of'} {path}"]
+    load_initial(model, path, NAME, said.append)
+    assert same(model.state_dict(), wanted)
+
+
+def test_a_file_may_hold_an_ema_alone(tmp_path):
+    torch.save({"model_ema": EMA}, tmp_path / "w.pth")
+    checkpoint = read_checkpoint(tmp_path / "w.pth")
+    assert same(checkpoint.weights_to_start_from()[0], EMA)
+    assert checkpoint.num_outputs(("head",)) == 7
+    with pytest.raises(UserError, match=r"EMA weights alone\. Add --use-ema"):
+        checkpoint.weights(use_ema=False)
+
+
+@pytest.mark.parametrize("is_pretrained_path", [False, True])
+def test_another_image_size_interpolates_the_position_embedding(tmp_path, is_pretrained_path):
+    """Everywhere to the same bits: those of timm."""
+    path, said = save(tmp_path, "bare"), list[str]()
+    torch.manual_seed(0)
+    overlay = {"file": str(path), "num_classes": 7}
+    kwargs: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 48}
+    twin = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7, **kwargs)
+
+    def scored(img_size: int) -> Scorer:
+        file: dict[str, Any] = {"pretrained_path" if is_pretrained_path else "checkpoint": path}
+        options = ModelOptions(model=NAME, model_kwargs=KWARGS, img_size=img_size, **file)
+        return load_scorer(options, CPU, said.append)
+
+    assert same(scored(48).model.state_dict(), twin.state_dict())
+    said = [line for line in said if "position" in line]
+    if not is_pretrained_path:
+        assert said == [f"note: the position embedding of {path} is interpolated from 4 x 4 patches to 6 x 6"]
+        model = create_model(NAME, 7, img_size=48, model_kwargs=KWARGS)
+        load_initial(model, path, NAME, said.append)
+        assert same(model.state_dict(), twin.state_dict())
+        torch.save({**OWN, "pos_embed": torch.zeros(1, 12, 32)}, path)
+        with pytest.raises(UserError, match=r"another shape \(pos_embed is"):  # no square of patches
+            load_initial(model, path, NAME, said.append)
+
+
+def test_the_image_size_of_a_run_gives_way_to_the_flag(tmp_path):
+    """Wherever the run had it from: --img-size or --model-kwargs."""
+    for args in ({"img-size": 32, "model-kwargs": list(KWARGS)}, {"model-kwargs": [*KWARGS, "img_size=32"]}):
+        path = tmp_path / "last.pth.tar"
+        torch.save({"arch": NAME, "state_dict": OWN, "class_names": None, "args": args}, path)
+        assert load_scorer(ModelOptions(path), CPU).spec.img_size == 32
+        assert load_scorer(ModelOptions(path, img_size=48), CPU).spec.img_size == 48
+
+
+def test_round_trip(tmp_path):
+    content = {"state_dict": {"w": torch.arange(3.0)}, "arch": "m", "epoch": 4, "args": {"lr": 0.1}}
+    write_checkpoint(tmp_path / "last.pth.tar", content)
+    checkpoint = read_checkpoint(tmp_path / "last.pth.tar")
+    assert (checkpoint.arch, checkpoint.epoch, checkpoint.args) == ("m", 4, {"lr": 0.1})
+    assert torch.equal(checkpoint.weights(use_ema=False)["w"], torch.arange(3.0))
+    with pytest.raises(UserError, match="holds no EMA"):
+        checkpoint.weights(use_ema=True)
+    with pytest.raises(UserError, match="lacks `optimizer`"):
+        checkpoint.training_state("optimizer")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.float64(0.5), np.float16(0.5), np.int64(-3), np.bool_(True), np.str_("ä"), np.dtype(">f4").type(2), None],
+)
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_numbers_of_numpy_are_pythons(tmp_path, value, is_zip):
+    path = tmp_path / "w.pth"
+    torch.save({"model": OWN, "best": value}, path, _use_new_zipfile_serialization=is_zip)
+    found = read_checkpoint(path).content["best"]
+    assert found == value
+    assert isinstance(found, float | int | str | None)
+    assert not isinstance(found, np.generic)
+
+
+class Runs:
+    """An object whose pickle calls a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("name", ["posix.system", "eval", "numpy.dtype"])
+def test_code_in_a_file_is_named_and_not_run(tmp_path, name, is_zip):
+    path, mark = tmp_path / "w.pth", tmp_path / "was-run"
+    call = {
+        "posix.system": Runs(os.system, f"touch {mark}"),
+        "eval": Runs(eval, f"open({str(mark)!r}, 'w')"),
+        "numpy.dtype": Runs(np.dtype, "O"),  # a type of numbers is all that is taken of it
+    }[name]
+    torch.save({"model": OWN, "args": call}, path, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(UserError, match=r"--initial-checkpoint .*w.pth cannot be read: it .*") as caught:
+        read_checkpoint(path, "--initial-checkpoint")
+    assert name in str(caught.value) or name == "numpy.dtype"
+    assert not mark.exists()
+    with pytest.raises(UserError, match=r"w.pth cannot be read"):
+        load_scorer(ModelOptions(path, model=NAME), CPU)
+    with pytest.raises(UserError, match=r"w.pth cannot be read"):
+        analyze_spectrum.main(["--checkpoint", str(path), "--save-dir", str(tmp_path)])
+    assert not mark.exists()
+
+
+def test_a_cut_file_is_named(tmp_path):
+    path = tmp_path / "last.pth.tar"
+    write_checkpoint(path, {"state_dict": {"w": torch.zeros(1000)}})
+    whole = path.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"last\.pth\.tar cannot be read"):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04damaged"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_damaged_files_are_refused(tmp_path, content, suffix):
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"--pretrained-path .*w\{suffix} cannot be read: it is damaged"):
+        read_checkpoint(path, "--pretrained-path")
+
+
+def test_files_without_weights_missing_files_and_folders_are_refused(tmp_path):
+    torch.save({"teacher": {"w": torch.zeros(1)}, "epoch": 3}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"Checkpoint .*other.pth holds no `state_dict`.*but teacher, epoch\."):
+        read_checkpoint(tmp_path / "other.pth")
+    torch.save([3], tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"holds no `state_dict`"):
+        read_checkpoint(tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"--pretrained-path .*absent.pth does not exist"):
+        read_checkpoint(tmp_path / "absent.pth", "--pretrained-path")
+    with pytest.raises(UserError, match=r"is no file. That folder has: .*other.pth"):
+        read_checkpoint(tmp_path)
+
+
+def test_googles_arrays_are_left_to_timm(tmp_path):
+    np.savez(tmp_path / "w.npz", **{"head/bias": np.zeros(21)})
+    checkpoint = read_checkpoint(tmp_path / "w.npz")
+    assert checkpoint.num_outputs(("head",)) == 21
+    with pytest.raises(UserError, match=r"w.npz has Google's arrays.*--pretrained-path"):
+        checkpoint.weights(use_ema=False)
