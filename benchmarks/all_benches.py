@@ -98,7 +98,7 @@ def run(
     and the others go on. `start` runs one (by default in a process); `save` gets what there is after each of them.
     Raises `UserError` for wrong options.
     """
-    from lowrank_vit.training.setup import pick_device
+    from lowrank_vit.common.devices import pick_device
 
     device = pick_device(options.device).type
     entries, end = options.entries(device), clock() + options.budget_s(device)

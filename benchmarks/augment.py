@@ -166,7 +166,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}, expected 1 or more.")
-    from lowrank_vit.training.setup import pick_device
+    from lowrank_vit.common.devices import pick_device
 
     device = pick_device(options.device)
     of_batch, batches = SIZES[device.type]

@@ -26,11 +26,12 @@ from benchmarks.sets import converted, link_repeated, open_given, photographs, t
 from benchmarks.step import RECIPE, WORKLOADS, Workload, config_of, dtype_of, endless
 from benchmarks.timed_steps import Round, TimedSteps, batches_ahead, warming_steps
 from data_prep.formats.jpeg import ImageOptions
+from lowrank_vit.common.devices import pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.options import Config, Data
 from lowrank_vit.data.synthetic import SyntheticLoader
-from lowrank_vit.training.setup import make_parts, pick_device
+from lowrank_vit.training.setup import make_parts
 
 AUGMENTATION = (
     *("--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.25", "--remode", "pixel"),

@@ -115,7 +115,7 @@ class _Growth:
 def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     """Measure the sweeps; the section `growth` names the case of each point: sweep, line, place. Raises `UserError`."""
     _check(options)
-    from lowrank_vit.training.setup import pick_device
+    from lowrank_vit.common.devices import pick_device
 
     device = pick_device(options.device)
     surroundings, growth = environment(device.type), _Growth()

@@ -91,7 +91,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     for flag, values in given.items():
         if any(value is not None and value < 1 for value in values):
             raise UserError(f"--{flag} is {' '.join(map(str, values))}, expected 1 or more.")
-    from lowrank_vit.training.setup import pick_device
+    from lowrank_vit.common.devices import pick_device
 
     device = pick_device(options.device)
     threads = len(os.sched_getaffinity(0)) if options.threads is None else options.threads

@@ -15,13 +15,13 @@ from torch import Tensor
 from benchmarks.environment import environment
 from benchmarks.limits import copy_case, products_case, wait
 from benchmarks.measure import DEFAULT_REPEATS, Case, Result, measure, nothing
+from lowrank_vit.common.devices import DTYPES, pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.synthetic import SyntheticLoader
-from lowrank_vit.training.setup import Parts, make_parts, pick_device
-from lowrank_vit.training.step import DTYPES
+from lowrank_vit.training.setup import Parts, make_parts
 
 NUM_CLASSES = 1000
 RECIPE = ("--opt", "adamw", "--lr", "5e-4", "--weight-decay", "0.05", "--warmup-epochs", "0", "--smoothing", "0.1")

@@ -14,6 +14,7 @@ import torch
 import tyro
 from tyro.conf import arg
 
+from lowrank_vit.common.devices import DTYPES, pick_device
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import usage_name
 from lowrank_vit.common.terminal import fitted_help, one_line, printable
@@ -34,8 +35,6 @@ from lowrank_vit.score.labels import LabelType, labels_of
 from lowrank_vit.score.predictions import Prediction, Predictions, to_csv, to_json
 from lowrank_vit.score.progress import ScoringProgress
 from lowrank_vit.score.scorer import KERNELS, ModelOptions, Scorer, load_scorer
-from lowrank_vit.training.setup import pick_device
-from lowrank_vit.training.step import DTYPES
 
 SHOWN = 3
 """Predictions of an image that the terminal shows."""

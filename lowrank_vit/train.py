@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from lowrank_vit.common.devices import pick_device
 from lowrank_vit.common.errors import exit_cleanly
 from lowrank_vit.common.program import usage_name
 from lowrank_vit.common.terminal import say
@@ -15,7 +16,6 @@ from lowrank_vit.ranks.failing import Failing
 from lowrank_vit.ranks.world import World, environment_world, joined
 from lowrank_vit.report.next_steps import next_steps, shown
 from lowrank_vit.run.progress import duration
-from lowrank_vit.training.setup import pick_device
 from lowrank_vit.training.trainer import Result, Trainer
 
 

@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg
 
 from data_prep.sources.image_folder import count_remarks
 from lowrank_vit.common import terminal
+from lowrank_vit.common.devices import DTYPES, pick_device
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import usage_name
 from lowrank_vit.common.terminal import fitted_help
@@ -41,8 +42,6 @@ from lowrank_vit.score.files import (
 )
 from lowrank_vit.score.progress import Counted, ScoringProgress
 from lowrank_vit.score.scorer import KERNELS, ModelOptions, Scorer, load_scorer
-from lowrank_vit.training.setup import pick_device
-from lowrank_vit.training.step import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,13 @@ from typing import Any
 
 from data_prep.sources.samples import Superclasses
 from lowrank_vit.common.errors import BetonError
-from lowrank_vit.common.files import replacing, sync_directory
+from lowrank_vit.common.files import sync_directory, write_whole, writing
 
 SCHEMA_VERSION = 1
 """Goes up when the meaning of a key changes; new keys alone leave it, since readers ignore keys they do not know."""
 _NAMES_SHOWN = 10
+ADVICE = "Check the free space and the permissions of its folder, or give another --out."
+"""Where a file of a conversion cannot be written."""
 CONVERTER_VERSION = 3
 """Goes up when the same source and options give other bytes than before."""
 
@@ -125,8 +127,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     if not content["index_xxh3"]:
         del content["index_xxh3"]
     content["manifest_sha256"] = _own_sha256(content)
-    with replacing(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode("ascii"))
+    with writing(path, ADVICE):
+        write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def add_index_checksum(beton: Path, index_xxh3: str) -> None:

@@ -21,8 +21,9 @@ import xxhash
 
 from data_prep.formats.beton import ALLOCATION, SAMPLE
 from data_prep.formats.jpeg import REASONS
+from data_prep.formats.manifest import ADVICE
 from lowrank_vit.common.errors import BetonError
-from lowrank_vit.common.files import replacing
+from lowrank_vit.common.files import write_whole, writing
 
 
 def sample_table_path(beton: Path) -> Path:
@@ -76,8 +77,8 @@ class SampleTable:
 
 def write_sample_table(path: Path, content: bytes) -> None:
     """Write the sidecar to `path` atomically. Raises `UserError` if it cannot be written."""
-    with replacing(path) as file:
-        file.write(content)
+    with writing(path, ADVICE):
+        write_whole(path, content)
 
 
 def _check_size(archive: ZipFile, beton: Path) -> None:

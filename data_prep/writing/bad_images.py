@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_prep.formats.manifest import Skipped
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.files import replacing
+from lowrank_vit.common.files import write_whole
 from lowrank_vit.common.terminal import one_line
 
 BAD_IMAGES_SHOWN, ALL_BAD_SHOWN = 40, 10
@@ -61,9 +61,7 @@ def bad_images_error(out: Path, bad: list[Skipped], unreadable: int, total: int)
 def _whole_list(out: Path, bad: list[Skipped]) -> str:
     """Write them to `bad_list_path` and say so; nothing where that cannot be written."""
     path = bad_list_path(out)
-    with suppress(UserError):
-        with replacing(path) as file:
-            for image in bad:
-                file.write(f"{one_line(image.name)}\t{one_line(image.reason)}\n".encode())
+    with suppress(OSError):
+        write_whole(path, "".join(f"{one_line(image.name)}\t{one_line(image.reason)}\n" for image in bad))
         return f"; all of them, one a line with the reason behind a tab: {path}"
     return ""

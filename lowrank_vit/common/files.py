@@ -1,50 +1,184 @@
-"""Replace a file so that a reader sees the old one or the new one, whatever happens in between."""
+"""Files and folders that are there whole or not at all, and the removal of what killed processes have left.
+
+A file is written as `.NAME.XXXXXXXX.part` beside its own name, put on the disk (fsync) and renamed; a folder likewise.
+Whoever writes holds a lock (flock) on that temporary file until it has its name, so one whose lock can be had is what a
+killed process has left. (The `.NAME.partial` of a conversion is another thing: it is kept, to go on from.)
+"""
 
 from __future__ import annotations
 
 import errno
 import io
 import os
+import re
 import secrets
+import shutil
+import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.locks import try_flock
+
+_LEFTOVER = re.compile(r"\..+\.(part|[0-9a-f]{8}\.tmp|unfinished)|(index\.json|(update|vectors)_\d+\.npz)\.partial")
+"""Names of temporary files and folders; all but `.part` are those of earlier versions."""
+_DEAD_AFTER_S = 3600.0
+"""Where the file system has no locks, what nobody has written to for so long is left over."""
 
 
 @contextmanager
-def replacing(path: Path) -> Generator[io.BufferedRandom]:
-    """Yield a hidden file beside `path`, open for writing and reading, that takes `path`'s place at the end.
+def whole_file(path: Path, *, through_link: bool = True) -> Generator[io.BufferedWriter]:
+    """Yield a temporary file to write bytes to, which takes `path`'s place at the end, when it is on the disk.
 
-    On leaving without an error its bytes are on the disk before it is renamed. On any exception, Ctrl-C included, it
-    is removed and `path` stays as it was. Raises `UserError` for every `OSError` inside: full disk, no permission.
+    On any exception, Ctrl-C included, it is removed and `path` stays as it was. A link at `path` stays, and the file
+    that it points to is replaced; without `through_link` the link itself is.
+    Raises `OSError` of every step (full disk, no permission, a folder at `path`), also where torch, while it writes,
+    makes a `RuntimeError` of it that tells no reason.
     """
-    # Write through a link rather than replace it: a link to a bigger disk is there for a reason.
-    target = path.resolve()
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    # A link to a bigger disk is there for a reason.
+    target = path.resolve() if through_link else path
+    if target.is_dir():  # otherwise only the rename at the very end would find out
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    temporary, descriptor = _create(target)
+    file = _Output(descriptor)
     try:
-        if target.is_dir():  # otherwise only the rename at the very end would find out
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not target.parent.exists():  # where the parent is a file, opening says so and `mkdir` does not
-            target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield file
+        except RuntimeError as error:
+            if file.error is None:
+                raise
+            raise file.error from error
+        file.flush()
+        os.fsync(descriptor)
+        temporary.replace(target)
+        file.close()
+    except BaseException:
+        with suppress(OSError):
+            file.raw.close()  # what is in its buffer need not go anywhere
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(target.parent)
+
+
+class _Output(io.BufferedWriter):
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(io.FileIO(descriptor, "wb"))
+        self.error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
+def write_whole(path: Path, content: str | bytes, *, through_link: bool = True) -> None:
+    """Write a small file; see `whole_file`. Text is written as UTF-8."""
+    with whole_file(path, through_link=through_link) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def link_whole(existing: Path, path: Path) -> None:
+    """Give a file a second name, `path`, at once; a copy where the file system has no links. Raises `OSError`."""
+    temporary = _temporary(path)
+    with existing.open("rb") as source:
+        try:
+            os.link(existing, temporary)
+        except OSError:
+            with whole_file(path, through_link=False) as copy:
+                shutil.copyfileobj(source, copy)
+            return
+        try:
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)  # it stays where `path` was a name of the same file already
+    sync_directory(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Generator[Path]:
+    """Yield a hidden folder to fill, which gets the name `path` at the end; nothing may be there then.
+
+    On any exception it is removed with all that is in it. Files in it are on the disk only if whoever writes them sees
+    to that. Raises `OSError`.
+    """
+    temporary = _temporary(path)
+    temporary.mkdir()
+    try:
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            try_flock(descriptor)
+            yield temporary
+            sync_directory(temporary)
+            temporary.rename(path)
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_directory(path.parent)
+
+
+def remove_leftovers(folder: Path, of: str = "") -> None:
+    """Remove what killed processes have left in `folder` of names that begin with `of`; no error where that fails.
+
+    What a living process writes stays: see the head of this file.
+    """
+    with suppress(OSError):
+        for path in list(folder.iterdir()):
+            if _LEFTOVER.fullmatch(path.name) and path.name.removeprefix(".").startswith(of):
+                with suppress(OSError):
+                    _remove_if_left(path)
+
+
+def _remove_if_left(path: Path) -> None:
+    is_folder = path.is_dir()
+    descriptor = os.open(path, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW)
+    try:
+        is_free = try_flock(descriptor)
+        if is_free is None:
+            is_free = time.time() - os.fstat(descriptor).st_mtime > _DEAD_AFTER_S
+        if is_free and is_folder:
+            shutil.rmtree(path)
+        elif is_free:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+
+
+def _create(target: Path) -> tuple[Path, int]:
+    """A new temporary file for `target`, open and locked."""
+    while True:
+        temporary = _temporary(target)
         # Not `tempfile`: it makes files that only their owner can read, whatever the umask.
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            with os.fdopen(descriptor, "w+b") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_directory(target.parent)
+        # Until it is locked, it passes for a leftover, and another process may just be removing it.
+        if try_flock(descriptor) is not False and os.fstat(descriptor).st_nlink:
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+@contextmanager
+def writing(path: Path, advice: str) -> Generator[None]:
+    """Make a `UserError` of every `OSError` inside: `path` cannot be written, why, and `advice`. Notes go along."""
+    try:
+        yield
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror or error}. "
-            "Check the free space and the permissions of its folder, or give another --out."
-        ) from error
+        message = UserError(f"{path} cannot be written: {error.strerror or error}. {advice}")
+        for note in getattr(error, "__notes__", []):
+            message.add_note(note)
+        raise message from error
 
 
 def sync_directory(directory: Path) -> None:

@@ -1,48 +1,117 @@
-"""Let one of several processes do what all of them need done once."""
+"""Locks between processes, given back by a process that dies: on a folder, to hold or to wait for, and on an open file.
+
+A folder's lock is flock on FOLDER/.lock, by the library filelock. Where the file system has no flock, it is filelock's
+soft lock, the file FOLDER/.lock.soft, which counts as given back when its process is gone from the same host; one that
+was left by another host has to be removed by hand.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowrank_vit.common.errors import UserError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 Say = Callable[[str], object]
 """Told one line for the log."""
 LOCK = ".lock"
+SOFT_LOCK = ".lock.soft"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+"""What flock answers on a file system without locks."""
 
 
 @contextmanager
 def one_process_in(folder: Path, say: Say, advice: str) -> Generator[None]:
-    """Hold `folder`'s lock; wait, and say so, while another process has it.
+    """Hold `folder`'s lock; wait, and say once for whom, while another process has it.
 
-    The lock is the system's own (flock on FOLDER/.lock), so a process that dies gives it back. The folder is made if it
-    is missing; `UserError` with `advice` where it cannot be written. On a file system without locks nobody waits.
+    The folder is made if it is missing; `UserError` with `advice` where it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Not "w": what is in it is the other process's until we have the lock.
-        file = os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        held = lock_folder(folder)
+        if held is None:
+            say(f"waiting for {holder(folder)} to finish in {folder}")
+            held = lock_folder(folder, wait=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}. {advice}") from error
-    with file:
-        _lock(file.fileno(), folder, say)
-        with suppress(OSError):  # a full disk: the others then wait for "another process"
-            os.ftruncate(file.fileno(), 0)
-            os.pwrite(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    assert held is not None
+    try:
         yield
+    finally:
+        held.release()
 
 
-def _lock(descriptor: int, folder: Path, say: Say) -> None:
+class FolderLock:
+    """A lock on a folder that this process has, until `release` or its end."""
+
+    def __init__(self, lock: BaseFileLock) -> None:
+        self._lock = lock
+
+    def release(self) -> None:
+        """Let others have it. A second call does nothing."""
+        self._lock.release(force=True)
+
+
+def lock_folder(folder: Path, *, wait: bool = False) -> FolderLock | None:
+    """Take `folder`'s lock; None while another process, or another holder in this one, has it, unless we `wait`.
+
+    Raises `OSError` where the folder cannot be written.
+    """
+    import filelock  # a twentieth of a second that most commands need not spend
+
+    path = folder / LOCK
+    lock: BaseFileLock = filelock.UnixFileLock(path, fallback_to_soft=False, thread_local=False)
+    try:
+        lock.acquire(blocking=wait)
+    except filelock.Timeout:
+        return None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        lock = filelock.SoftFileLock(folder / SOFT_LOCK, thread_local=False)
+        try:
+            lock.acquire(blocking=wait)
+        except filelock.Timeout:
+            return None
+    with suppress(OSError):  # a full disk: the others then wait for "another process"
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    return FolderLock(lock)
+
+
+def holder(folder: Path) -> str:
+    """The process that has, or had last, `folder`'s lock, in words."""
+    with suppress(OSError), (folder / LOCK).open("rb") as file:
+        return file.read(200).decode(errors="replace") or "another process"
+    return "another process"
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a living process has `folder`'s lock now; nothing is written to find out."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or a file system without locks
+        pass
+    return (folder / SOFT_LOCK).exists()
+
+
+def try_flock(descriptor: int) -> bool | None:
+    """Lock an open file until it is closed: whether that went, or None on a file system without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
-        say(f"waiting for {holder} to finish in {folder}")
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except (BlockingIOError, PermissionError):
+        return False
     except OSError:
-        return  # a file system without locks
+        return None
+    return True

@@ -11,8 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.files import replacing
+from lowrank_vit.common.files import write_whole
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.data.decode.backend import Backend, DamagedSamples
 from lowrank_vit.data.schedule import Schedule
@@ -46,9 +45,8 @@ def kept_or_measured(
     except DamagedSamples:
         return {}, "not measured, since the first samples are damaged"
     try:
-        with replacing(path) as file:
-            file.write(json.dumps({**kept, key: speeds}, indent=1).encode() + b"\n")
-    except UserError:
+        write_whole(path, json.dumps({**kept, key: speeds}, indent=1) + "\n")
+    except OSError:
         return speeds, "measured (but the folder cannot be written to keep it)"
     return speeds, "measured just now"
 

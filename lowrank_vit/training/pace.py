@@ -31,9 +31,3 @@ class Pace:
         self._under_way.append(done)
         if len(self._under_way) > RUN_AHEAD:
             self._under_way.popleft().synchronize()
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it; nothing on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

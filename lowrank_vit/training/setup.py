@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +15,7 @@ from lowrank_vit.augment.ops_cpu import apply_ops
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.common import terminal
+from lowrank_vit.common.devices import DTYPES, pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say
 from lowrank_vit.common.numba_cache import NOTE as COMPILING
@@ -38,7 +38,7 @@ from lowrank_vit.plan.plans import EvalPlan, TrainPlan
 from lowrank_vit.ranks.world import World
 from lowrank_vit.score.evaluate import Evaluator
 from lowrank_vit.training.preflight import check_before_data
-from lowrank_vit.training.step import DTYPES, TrainStep
+from lowrank_vit.training.step import TrainStep
 from lowrank_vit.training.torch_settings import keep_compiled_code, set_float32_policy
 
 SYNTHETIC_CLASSES = 1000
@@ -257,30 +257,6 @@ def _batch_in_words(plan: TrainPlan) -> str:
     factors = {"ranks": plan.world_size, "accumulation steps": plan.accum_steps}
     of = "".join(f" x {number} {name}" for name, number in factors.items() if number > 1)
     return f"batch {plan.global_batch}{f' ({plan.batch_size}{of})' if of else ''}"
-
-
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device; under torchrun the GPU is that of the rank, whatever N.
-
-    Raises `UserError` where there is none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or name.startswith("cpu:"):
-        raise UserError(f"--device {name} is not known: it must be auto, cpu, cuda or cuda:N.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch sees no CUDA device. Check nvidia-smi, or use --device cpu.")
-    if kind == "cpu":
-        return torch.device("cpu")
-    is_one_of_many = "LOCAL_RANK" in os.environ
-    index = int(number) if number and not is_one_of_many else local_rank
-    if index >= torch.cuda.device_count():
-        what = f"process {local_rank + 1} of this machine has" if is_one_of_many or not number else "there is"
-        advice = "Start at most that many with torchrun --nproc-per-node" if what[0] == "p" else "Give a smaller number"
-        raise UserError(f"--device {name}: {what} no GPU left, torch sees {torch.cuda.device_count()}. {advice}.")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
 
 
 def _make_model(

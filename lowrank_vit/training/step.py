@@ -20,14 +20,12 @@ from torch.optim import Optimizer
 
 from lowrank_vit.augment.mixing import mix_to_tensor
 from lowrank_vit.augment.pipeline import Augment
+from lowrank_vit.common.devices import DTYPES
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.meter import Meter
 from lowrank_vit.training.pace import Pace
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-"""By --amp-dtype."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lowrank_vit.common import terminal
+from lowrank_vit.common.devices import wait_for
 from lowrank_vit.config.options import Config
 from lowrank_vit.model.flops import memory_gb, mfu
 from lowrank_vit.ranks.failing import Failing
@@ -23,7 +24,6 @@ from lowrank_vit.run.state import Progress, restore
 from lowrank_vit.score.evaluate import Scores
 from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
 from lowrank_vit.spectral.refresh import Settings
-from lowrank_vit.training.pace import wait_for
 from lowrank_vit.training.resume import find_start, open_run_dir
 from lowrank_vit.training.setup import make_parts, silent
 from lowrank_vit.training.stop import Stopped, StopRequest, UntilStopped

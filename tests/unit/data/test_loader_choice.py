@@ -93,7 +93,7 @@ def test_both_are_measured_on_the_same_batches(beton):
 def test_damaged_or_read_only_sets_still_get_a_loader(beton, monkeypatch):
     plan = plan_of(beton)
     makers = {"dali": lambda: make_backend("dali", beton, plan, CPU, AUTO)}
-    monkeypatch.setattr(speed, "replacing", lambda path: (_ for _ in ()).throw(UserError("read-only")))
+    monkeypatch.setattr(speed, "write_whole", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
     speeds, origin = kept_or_measured(beton, plan, 2, makers)
     assert list(speeds) == ["dali"]
     assert "cannot be written" in origin

@@ -8,11 +8,11 @@ import pytest
 import torch
 import wandb
 
+from lowrank_vit.common.devices import pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.training import setup
 from lowrank_vit.training.preflight import check_before_data
-from lowrank_vit.training.setup import pick_device
 from lowrank_vit.training.trainer import Trainer
 
 TINY = "--device cpu --model-kwargs patch_size=4 embed_dim=32 depth=2 num_heads=2 --img-size 32".split()

@@ -1,0 +1,127 @@
+"""The hand-over between streams, with streams that do their work when the test says so."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lowrank_vit.common.streams import KeptAlive, Mark, current_stream, on_stream, side_stream
+
+CPU = torch.device("cpu")
+
+
+class Event:
+    """Of `torch.cuda.Event` what is used."""
+
+    def __init__(self) -> None:
+        self.is_passed, self.waited_on_host = False, 0
+
+    def query(self) -> bool:
+        return self.is_passed
+
+    def synchronize(self) -> None:
+        self.waited_on_host += 1
+
+
+class Stream:
+    """Of `torch.cuda.Stream` what is used: work in order, which stops at an event that has not passed."""
+
+    def __init__(self) -> None:
+        self._asked: deque[Callable[[], bool]] = deque()
+
+    def ask(self, work: Callable[[], object]) -> None:
+        self._asked.append(lambda: (work(), True)[1])
+
+    def record_event(self) -> Event:
+        event = Event()
+        self.ask(lambda: setattr(event, "is_passed", True))
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        self._asked.append(event.query)
+
+    def run(self) -> None:
+        while self._asked and self._asked[0]():
+            self._asked.popleft()
+
+
+class Memory:
+    """A tensor on a device."""
+
+    def __init__(self, is_cuda: bool = True) -> None:
+        self.is_cuda, self.content, self.readers = is_cuda, "", list[Any]()
+
+    def record_stream(self, stream: Any) -> None:
+        self.readers.append(stream)
+
+
+def test_a_stream_reads_what_another_has_made_by_then():
+    maker: Any = Stream()
+    reader: Any = Stream()
+    batch: Any = Memory()
+    seen: list[str] = []
+    maker.ask(lambda: setattr(batch, "content", "first"))
+    made = Mark.of(maker)
+    maker.ask(lambda: setattr(batch, "content", "second"))
+    made.hand_over(reader, batch)
+    reader.ask(lambda: seen.append(batch.content))
+    assert batch.readers == [reader]
+    reader.run()
+    assert seen == []
+    assert not made.is_reached()
+    maker._asked = deque(list(maker._asked)[:2])
+    maker.run()
+    assert made.is_reached()
+    reader.run()
+    assert seen == ["first"]
+
+
+def test_memory_of_the_host_has_no_streams():
+    made, on_host, stream = Mark.of(Stream()), Memory(is_cuda=False), Stream()  # type: ignore[arg-type]
+    made.hand_over(stream, on_host)  # type: ignore[arg-type]
+    assert on_host.readers == []
+
+
+def test_without_cuda_all_is_done_at_once():
+    assert side_stream(CPU) is None
+    assert current_stream(CPU) is None
+    mark = Mark.of(current_stream(CPU))
+    mark.hand_over(side_stream(CPU), torch.zeros(1))
+    mark.wait_on_host()
+    assert mark.is_reached()
+    with on_stream(None):
+        assert float(torch.ones(1)) == 1
+
+
+def marks(count: int) -> tuple[list[Mark], list[Event]]:
+    events: Any = [Event() for _ in range(count)]
+    return [Mark(event) for event in events], events
+
+
+@pytest.mark.parametrize("at_least", [0, 1])
+def test_objects_live_until_their_mark_is_reached(at_least):
+    kept, (until, events) = KeptAlive(), marks(4)
+    for n in range(3):
+        kept.keep(n, until[n], at_least=at_least)
+    assert [objects for _, objects in kept._kept] == [0, 1, 2]
+    events[1].is_passed = True  # streams may differ: what is behind one that is not reached stays
+    events[3].is_passed = True
+    kept.keep(3, until[3], at_least=at_least)
+    assert len(kept._kept) == 4
+    events[0].is_passed = events[2].is_passed = True
+    kept.keep(4, Mark(None), at_least=at_least)
+    assert [objects for _, objects in kept._kept] == [4][:at_least]
+
+
+def test_closing_waits_for_all():
+    kept, (until, events) = KeptAlive(), marks(3)
+    for mark in until:
+        kept.keep(object(), mark)
+    kept.close()
+    assert [event.waited_on_host for event in events] == [1, 1, 1]
+    kept.close()
+    assert [event.waited_on_host for event in events] == [1, 1, 1]
