@@ -20,17 +20,11 @@ from lowrank_vit.common.program import usage_name
 from lowrank_vit.common.terminal import fitted_help, one_line, printable
 from lowrank_vit.config.check import check_ranges
 from lowrank_vit.config.option_types import POSITIVE
-from lowrank_vit.config.score_flags import (
-    INFERENCE_INSTEAD,
-    INFERENCE_UNUSED,
-    fit_flags,
-    with_images_first,
-    with_suffix_of,
-)
+from lowrank_vit.config.timm_line import fit_flags, with_images_first
 from lowrank_vit.data.decode.pil import crop_and_resize
 from lowrank_vit.data.sets.image_files import images_below, read_image
 from lowrank_vit.plan.plans import EvalPlan
-from lowrank_vit.score.files import make_folder_of
+from lowrank_vit.score.files import make_folder_of, with_suffix_of
 from lowrank_vit.score.labels import LabelType, labels_of
 from lowrank_vit.score.predictions import Prediction, Predictions, to_csv, to_json
 from lowrank_vit.score.progress import ScoringProgress
@@ -198,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line, classify, print. Raises `UserError` where no image could be read."""
     argv = sys.argv[1:] if argv is None else argv
     note: Note = lambda text: print(printable(text), file=sys.stderr)  # noqa: E731
-    argv = with_images_first(fit_flags(argv, INFERENCE_INSTEAD, INFERENCE_UNUSED, note), Options)
+    argv = with_images_first(fit_flags(argv, "inference", note), Options)
     with fitted_help(argv):
         options = tyro.cli(Options, args=argv, prog=usage_name("lowrank_vit.inference"), description=Options.__doc__)
     outputs = _outputs(options)

@@ -21,7 +21,7 @@ from lowrank_vit.common.program import usage_name
 from lowrank_vit.common.terminal import fitted_help
 from lowrank_vit.config.check import check_ranges
 from lowrank_vit.config.option_types import POSITIVE
-from lowrank_vit.config.score_flags import VALIDATE_INSTEAD, VALIDATE_UNUSED, fit_flags, with_suffix_of
+from lowrank_vit.config.timm_line import fit_flags
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.loader import OnBadSample
 from lowrank_vit.data.sets.beton import Beton
@@ -39,6 +39,7 @@ from lowrank_vit.score.files import (
     timm_columns,
     to_csv,
     to_dict,
+    with_suffix_of,
 )
 from lowrank_vit.score.progress import Counted, ScoringProgress
 from lowrank_vit.score.scorer import KERNELS, ModelOptions, Scorer, load_scorer
@@ -227,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line, score, print."""
     argv = sys.argv[1:] if argv is None else argv
     prog = usage_name("lowrank_vit.validate")
-    argv = fit_flags(argv, VALIDATE_INSTEAD, VALIDATE_UNUSED, terminal.say)
+    argv = fit_flags(argv, "validate", terminal.say)
     with fitted_help(argv):
         options = tyro.cli(_CommandLine, args=argv, prog=prog, description=Options.__doc__)
     if options.dir is not None and options.data is not None:

@@ -56,6 +56,16 @@ MAY_CHANGE = "may change on resume"
 """Beside an option's type: a resumed run may be given another value, which does not change what an update does to the
 weights. (Of batch size and accumulation the global batch must stay, see `Loader.load_state_dict`.)"""
 
+
+@dataclass(frozen=True)
+class NotHere:
+    """Beside an option's type: a value of timm's that it does not take."""
+
+    value: str
+    why: str
+    """Also what to use instead, as a part of the message."""
+
+
 Hints = Mapping[str, Any]
 """Type hints, with their `Range`s, by the options' names without dashes in front."""
 NUMBERS: dict[Any, tuple[str, str]] = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers")}
@@ -73,6 +83,18 @@ class Kind:
     count: int | None = None
     """Of a tuple's values; None: any number."""
 
+    @property
+    def is_numeric(self) -> bool:
+        """Whether its values are numbers."""
+        return self.element in NUMBERS
+
+    @property
+    def num_words(self) -> int | None:
+        """How many words stand behind its flag on a command line; None: any number."""
+        if self.element is bool:
+            return 0
+        return self.count if self.is_tuple else 1
+
 
 def kind_of(hint: Any) -> Kind:
     """What a hint such as `Annotated[tuple[float, float] | None, Range(0)]` says."""
@@ -87,23 +109,23 @@ def kind_of(hint: Any) -> Kind:
 
 
 def aliases(hints: Hints) -> dict[str, str]:
-    """The options' other names, without dashes, and what each stands for."""
+    """The options' other names, as typed with dashes in front, and what each stands for."""
     return {
-        alias.lstrip("-"): name
+        alias: name
         for name, hint in hints.items()
         for note in getattr(hint, "__metadata__", ())
         for alias in getattr(note, "aliases", None) or ()
     }
 
 
+def without_dashes(flag: str) -> str:
+    """The name of an option, as in `Hints`, that a flag or a key is: without dashes in front, with dashes inside."""
+    return flag.lstrip("-").replace("_", "-")
+
+
 def may_change(hint: Any) -> bool:
     """Whether a resumed run may be given another value."""
     return MAY_CHANGE in getattr(hint, "__metadata__", ())
-
-
-def is_path(hint: Any) -> bool:
-    """Whether an empty text means that no path is given."""
-    return kind_of(hint).element is Path
 
 
 def is_number(text: str) -> bool:
@@ -115,13 +137,35 @@ def is_number(text: str) -> bool:
     return True
 
 
-def problem(name: str, hint: Any, values: Sequence[str]) -> str:
+def tokens_of(name: str, hint: Any, texts: Sequence[str], shown: str) -> list[str]:
+    """An option and its values, from a file or a command line, as tokens that the parser takes for nothing else.
+
+    An empty text for a path means that none is given. Raises `UserError`, which calls the option `shown`, for values
+    that it does not take; the parser itself judges single numbers, choices and texts.
+    """
+    kind = kind_of(hint)
+    if list(texts) == [""] and kind.element is Path:
+        return [f"--{name}=None"] if kind.may_be_none else []
+    if message := _problem(shown, hint, texts):
+        raise UserError(f"{message}.")
+    for note in getattr(hint, "__metadata__", ()):
+        if isinstance(note, NotHere) and note.value == texts[0]:
+            raise UserError(f"{shown}: {note.value} is not here: {note.why}.")
+    if not kind.is_tuple:
+        return [f"--{name}={texts[0]}"]
+    flags = [text for text in texts if text.startswith("-") and not is_number(text)]
+    if flags:
+        raise UserError(f"{shown}: an element cannot begin with a dash, as `{flags[0]}` does.")
+    return [f"--{name}", *texts]
+
+
+def _problem(name: str, hint: Any, values: Sequence[str]) -> str:
     """Why these texts cannot be the values of a numeric tuple or optional number; empty if they can, or for others.
 
     The parser's own messages about such types speak of unions; about all others they are plain.
     """
     kind = kind_of(hint)
-    if kind.element not in NUMBERS or not (kind.is_tuple or kind.may_be_none):
+    if not kind.is_numeric or not (kind.is_tuple or kind.may_be_none):
         return ""
     one, several = NUMBERS[kind.element]
     if list(values) == ["None"] and kind.may_be_none:

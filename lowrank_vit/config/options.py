@@ -21,7 +21,14 @@ from lowrank_vit.config.option_types import (
     POSITIVE,
     SHARE,
     SHARE_BELOW_1,
+    NotHere,
     Range,
+)
+
+_NO_PLATEAU = NotHere(
+    "plateau",
+    "it would follow a validation score, which a run resumed within an epoch does not have. Use --sched multistep with "
+    "--decay-milestones, or --sched cosine",
 )
 
 
@@ -163,7 +170,9 @@ class Optim:
     """What --clip-grad bounds."""
     grad_accum_steps: Annotated[int, POSITIVE, MAY_CHANGE] = 1
     """Batches an update; the same update as one batch as large as all of them."""
-    sched: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"] = "cosine"
+    sched: Annotated[
+        Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"], _NO_PLATEAU
+    ] = "cosine"
     """timm learning-rate schedule; constant: after the warm-up; none: no warm-up either, nor --layer-decay."""
     sched_on_updates: bool = False
     """Move the schedule at every update instead of every epoch."""

@@ -1,142 +1,232 @@
-"""What is known of timm's train.py: flags that are here under another name, that change nothing, or that are not here.
+"""The one table of timm's flags: those that train, validate and inference do not have, and what becomes of each there.
 
-`docs/from_timm.md` tells the same as tables, together with what differs about the flags that are shared. What is done
-with a command line is `timm_line.py`'s business.
+`docs/from_timm.md` tells the same as tables, which the tests compare with these, together with what differs about the
+flags that are shared. What is done with a command line is `timm_line.py`'s business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+Command = Literal["train", "validate", "inference"]
+
+
+class Instead(str):
+    """Refused, since it would change results: what to use instead, as a part of the message."""
+
+    __slots__ = ()
+
+
+class Holds(str):
+    """Taken, since its effect is there without it: why."""
+
+    __slots__ = ()
+
+
+class Renamed(str):
+    """Taken for flags of ours; where one flag stands for it, with the same value, that is the first in backquotes."""
+
+    __slots__ = ()
+
+
+class Unused(str):
+    """Taken, and without effect on any score."""
+
+    __slots__ = ()
+
+
+Answer = Instead | Holds | Renamed | Unused
+A = TypeVar("A", Instead, Holds, Renamed, Unused)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of timm's and its answers."""
+
+    train: Answer | None = None
+    scores: Answer | None = None
+    """Of validate and inference, where both say the same."""
+    validate: Answer | None = None
+    inference: Answer | None = None
+    values: int = 1
+    """How many stand behind it on a command line."""
+    choices: tuple[str, ...] = ()
+    """What its value can be, where that may be left out."""
+    same: tuple[str, ...] = ()
+    """Values, beside those that say "none", with which it changes nothing here."""
+    means_something_at_0: bool = False
+    """Its 0 says something; that of all others says that a thing is off."""
+    has_switch: bool = False
+    """A setting of what has a switch of its own (--sched plateau, --naflex-loader, --kd-model-name): timm writes its
+    default into args.yaml, where it means nothing while the switch is off."""
+    written: str = ""
+    """Default of timm's, as in its args.yaml, that is neither null, false, 0 nor empty."""
+    hint: Any = None
+    """Its type, if it needs the whole configuration: train's parser knows it, `--help` does not show it."""
+
+    def answer(self, command: Command) -> Answer | None:
+        """What a command makes of it; None where the command has it, or timm's has not."""
+        return getattr(self, command) or (None if command == "train" else self.scores)
+
 
 _CLASSES = (
     "`python -m data_prep imagefolder --classes FILE`, which chooses the classes; labels are in timm's order of them"
 )
-_COUNT = "leave it out, the data tell their number of images"
-_KEYS = "leave it out, --data-dir holds folders of images or .beton files"
-_RGB = "leave it out, images are RGB"
-_BN = "--model-kwargs, for models that take it: {}"
-_SPLITS = "leave it out, there are no augmentation splits"
-_NAFLEX = "leave it out, images are square and of one size"
-_DISTILL = "leave it out, there is no distillation"
+_COUNT = Instead("leave it out, the data tell their number of images")
+_KEYS = Instead("leave it out, --data-dir holds folders of images or .beton files")
+_SCORED_KEYS = Instead("leave it out, the data are folders of images or .beton files")
+_RGB = Instead("leave it out, images are RGB")
+_CROP = Instead("leave it out, the crop is the centre; --crop-pct sets its size")
+_SPLITS = Instead("leave it out, there are no augmentation splits")
+_NAFLEX = Instead("leave it out, images are square and of one size")
+_DISTILL = Instead("leave it out, there is no distillation")
+_COLUMNS = Instead("leave it out, the columns are file, class_1, probability_1, class_2, ...")
+_UNUSED = Unused("it changes no score")
+_ONE_SIZE = Renamed("`--img-size`: `3 N N` is N, images are square and RGB")
+_ONE_GPU = Holds("one GPU scores; CUDA_VISIBLE_DEVICES chooses which")
 
-INSTEAD = {
+FLAGS: dict[str, Flag] = {
     # data
-    "class-map": _CLASSES,
-    "train-num-samples": _COUNT,
-    "val-num-samples": _COUNT,
-    "input-key": _KEYS,
-    "target-key": _KEYS,
-    "dataset-trust-remote-code": _KEYS,
-    "input-img-mode": _RGB,
-    "interpolation": "leave it out, validation is bicubic; --train-interpolation is for training",
-    "save-images": "`python -m lowrank_vit.augment --preview FILE.png` with the same flags",
+    "class-map": Flag(Instead(_CLASSES), scores=Instead("leave it out, labels are timm's order of the class folders")),
+    "train-num-samples": Flag(_COUNT, means_something_at_0=True),
+    "val-num-samples": Flag(_COUNT),
+    **dict.fromkeys("input-key target-key".split(), Flag(_KEYS, validate=_SCORED_KEYS)),
+    "dataset-trust-remote-code": Flag(_KEYS, validate=_SCORED_KEYS, values=0),
+    "input-img-mode": Flag(_RGB, validate=_RGB, same=("RGB",)),
+    "interpolation": Flag(
+        Instead("leave it out, validation is bicubic; --train-interpolation is for training"), same=("bicubic",)
+    ),
+    "save-images": Flag(Instead("`python -m lowrank_vit.augment --preview FILE.png` with the same flags"), values=0),
     # model
-    "drop-block": "--model-kwargs, for models that take it: drop_block_rate=0.1",
-    "bn-momentum": _BN.format("bn_momentum=0.1"),
-    "bn-eps": _BN.format("bn_eps=1e-3"),
-    "split-bn": _SPLITS,
-    "fuser": "--compile",
-    "torchscript": "--compile",
+    "drop-block": Flag(Instead("--model-kwargs, for models that take it: drop_block_rate=0.1")),
+    "bn-momentum": Flag(Instead("--model-kwargs, for models that take it: bn_momentum=0.1"), means_something_at_0=True),
+    "bn-eps": Flag(Instead("--model-kwargs, for models that take it: bn_eps=1e-3"), means_something_at_0=True),
+    "split-bn": Flag(_SPLITS, values=0),
+    "fuser": Flag(Instead("--compile"), scores=_UNUSED),
+    "torchscript": Flag(Instead("--compile"), scores=_UNUSED, values=0),
     # optimizer and schedule
-    "patience-epochs": "leave it out, there is no --sched plateau; --sched multistep decays where you say",
-    "epoch-repeats": "a greater --epochs",
-    "start-epoch": "--resume FILE, which knows the epoch",
-    "no-resume-opt": "--initial-checkpoint FILE, which takes the weights alone",
+    "patience-epochs": Flag(
+        Instead("leave it out, there is no --sched plateau; --sched multistep decays where you say"), has_switch=True
+    ),
+    "epoch-repeats": Flag(Instead("a greater --epochs")),
+    "start-epoch": Flag(Instead("--resume FILE, which knows the epoch")),
+    "no-resume-opt": Flag(Instead("--initial-checkpoint FILE, which takes the weights alone"), values=0),
     # augmentation and loss
-    "color-jitter-prob": "leave it out, --color-jitter is applied to every image",
-    "grayscale-prob": "--aa 3a, of which grey images are a part",
-    "gaussian-blur-prob": "--aa 3a, of which blurring is a part",
-    "aug-repeats": "leave it out, every image comes once an epoch",
-    "aug-splits": _SPLITS,
-    "jsd-loss": _SPLITS,
-    "bce-pos-weight": "leave it out, --bce-loss weighs all targets alike",
+    "color-jitter-prob": Flag(
+        Instead("leave it out, --color-jitter is applied to every image"), means_something_at_0=True
+    ),
+    "grayscale-prob": Flag(Instead("--aa 3a, of which grey images are a part")),
+    "gaussian-blur-prob": Flag(Instead("--aa 3a, of which blurring is a part")),
+    "aug-repeats": Flag(Instead("leave it out, every image comes once an epoch")),
+    "aug-splits": Flag(_SPLITS),
+    "jsd-loss": Flag(_SPLITS, values=0),
+    "bce-pos-weight": Flag(Instead("leave it out, --bce-loss weighs all targets alike"), means_something_at_0=True),
     # precision, devices, processes
-    "model-dtype": "--amp and --amp-dtype; weights stay float32, and so do their spectra",
-    "apex-amp": "--amp",
-    "device-modules": "leave it out, --device is cpu, cuda or cuda:N",
-    "model-ema-force-cpu": "leave it out, the EMA is on the model's device and always validated",
+    "model-dtype": Flag(
+        Instead("--amp and --amp-dtype; weights stay float32, and so do their spectra"),
+        scores=Instead("--amp and --amp-dtype"),
+        same=("float32",),
+    ),
+    "apex-amp": Flag(Instead("--amp"), values=0),
+    "device-modules": Flag(
+        Instead("leave it out, --device is cpu, cuda or cuda:N"),
+        scores=Instead("leave it out, --device is cpu or cuda"),
+    ),
+    "model-ema-force-cpu": Flag(
+        Instead("leave it out, the EMA is on the model's device and always validated"), values=0
+    ),
     # run
-    "recovery-interval": "--checkpoint-interval, whose unit is updates (500) or minutes (10m), not batches",
-    "naflex-loader": _NAFLEX,
-    "naflex-train-seq-lens": _NAFLEX,
-    "naflex-max-seq-len": _NAFLEX,
-    "naflex-patch-sizes": _NAFLEX,
-    "naflex-patch-size-probs": _NAFLEX,
-    "naflex-loss-scale": _NAFLEX,
-    "kd-model-name": _DISTILL,
-    "kd-distill-type": _DISTILL,
-    "kd-loss-type": _DISTILL,
-    "kd-temperature": _DISTILL,
-    "kd-student-feature-dim": _DISTILL,
-    "kd-teacher-feature-dim": _DISTILL,
-    "kd-token-distill-type": _DISTILL,
-    "distill-loss-weight": _DISTILL,
-    "task-loss-weight": _DISTILL,
+    "recovery-interval": Flag(
+        Instead("--checkpoint-interval, whose unit is updates (500) or minutes (10m), not batches")
+    ),
+    "naflex-loader": Flag(_NAFLEX, validate=_NAFLEX, values=0),
+    **dict.fromkeys(
+        "naflex-train-seq-lens naflex-patch-sizes naflex-patch-size-probs naflex-loss-scale".split(),
+        Flag(_NAFLEX, has_switch=True),
+    ),
+    "naflex-max-seq-len": Flag(_NAFLEX, validate=_NAFLEX, has_switch=True),
+    "kd-model-name": Flag(_DISTILL),
+    **dict.fromkeys(
+        "kd-distill-type kd-loss-type kd-temperature kd-student-feature-dim kd-teacher-feature-dim "
+        "kd-token-distill-type distill-loss-weight task-loss-weight".split(),
+        Flag(_DISTILL, has_switch=True),
+    ),
+    # whose effect is there without them
+    "pin-mem": Flag(Holds("memory is always pinned"), validate=_UNUSED, values=0),
+    "prefetcher": Flag(Holds("always so; --prefetch N sets how many batches may wait"), values=0),
+    "use-multi-epochs-loader": Flag(Holds("workers always live on from epoch to epoch"), values=0),
+    "worker-seeding": Flag(Holds("what is random depends on --seed alone, not on workers"), written="all"),
+    "channels-last": Flag(Holds("always so"), scores=_UNUSED, values=0),
+    "fast-norm": Flag(Holds("--compile makes norms fast"), validate=_UNUSED, values=0),
+    "in-chans": Flag(Holds("images are RGB: 3, any other number is an error"), scores=_RGB, same=("3",)),
+    "dist-bn": Flag(Holds("running statistics of BatchNorm are always averaged over the ranks"), written="reduce"),
+    "amp-impl": Flag(Holds("native: --amp is torch's own; apex is an error"), same=("native",)),
+    "synchronize-step": Flag(
+        Holds("speed is read where the host waits for the device anyway (--log-interval)"), values=0
+    ),
+    "no-ddp-bb": Flag(Holds("always so"), values=0),
+    "local-rank": Flag(Holds("torchrun says it in the environment")),
+    # under another name
+    "torchcompile": Flag(
+        Renamed("`--compile`; `inductor` is the only backend"),
+        scores=_UNUSED,
+        choices=("inductor", "eager", "aot_eager", "cudagraphs", "openxla", "tvm", "onnxrt"),
+    ),
+    "torchcompile-mode": Flag(Renamed("`--compile-mode`"), scores=_UNUSED),
+    "native-amp": Flag(Renamed("`--amp`"), values=0),
+    "no-prefetcher": Flag(
+        Renamed("`--erase-first`, as timm does without it; batches are always made ready on the device"),
+        validate=_UNUSED,
+        values=0,
+    ),
+    "drop-connect": Flag(Renamed("`--drop-path`")),
+    "input-size": Flag(_ONE_SIZE, scores=_ONE_SIZE, values=3),
+    "gp": Flag(Renamed("`--model-kwargs global_pool=`"), validate=Instead("--model-kwargs global_pool=avg"), hint=str),
+    "no-aug": Flag(
+        Renamed(
+            "`--train-crop-mode whole --train-interpolation model` (bicubic for ViTs) `--hflip 0 --vflip 0 "
+            "--color-jitter 0 --aa none --reprob 0`; it wins over flags beside it, and mixing stays"
+        ),
+        values=0,
+        hint=bool,
+    ),
+    # of validate.py and inference.py alone
+    "use-train-size": Flag(scores=Instead("--img-size N")),
+    "crop-mode": Flag(scores=_CROP),
+    "test-pool": Flag(scores=Instead("leave it out, there is no test-time pooling")),
+    "num-samples": Flag(validate=_COUNT),
+    "crop-border-pixels": Flag(validate=_CROP),
+    "tf-preprocessing": Flag(validate=Instead("leave it out, images are resized as Pillow does it")),
+    "reparam": Flag(validate=Instead("leave it out, the model is scored as it was trained")),
+    "real-labels": Flag(
+        validate=Instead("leave it out, labels are those of the class folders; sort the images by the other labels")
+    ),
+    "valid-labels": Flag(validate=Instead("--per-class FILE.csv, which has the scores of each class")),
+    "metrics-avg": Flag(validate=Instead("--per-class FILE.csv, from which precision and recall follow")),
+    "retry": Flag(validate=Instead("a smaller --batch-size")),
+    "dataset": Flag(inference=Instead("--input FOLDER, which is searched for images")),
+    "split": Flag(inference=Instead("--input FOLDER/SPLIT")),
+    "results-separate-col": Flag(inference=Instead("leave it out, it is always so")),
+    **dict.fromkeys("filename-col index-col label-col output-col".split(), Flag(inference=_COLUMNS)),
+    "log-freq": Flag(scores=_UNUSED),
+    "aot-autograd": Flag(scores=_UNUSED, values=0),
+    "num-gpu": Flag(scores=_ONE_GPU, same=("1",), means_something_at_0=True),
+    "seed": Flag(validate=_UNUSED),
+    "fullname": Flag(inference=_UNUSED, values=0),
 }
-"""Flags that would change results and are not here, without dashes, and what to use instead."""
-HOLDS = {
-    "pin-mem": "memory is always pinned",
-    "prefetcher": "always so; --prefetch N sets how many batches may wait",
-    "use-multi-epochs-loader": "workers always live on from epoch to epoch",
-    "worker-seeding": "what is random depends on --seed alone, not on workers",
-    "channels-last": "always so",
-    "fast-norm": "--compile makes norms fast",
-    "in-chans": "images are RGB: 3, any other number is an error",
-    "dist-bn": "running statistics of BatchNorm are always averaged over the ranks",
-    "amp-impl": "native: --amp is torch's own; apex is an error",
-    "synchronize-step": "speed is read where the host waits for the device anyway (--log-interval)",
-    "no-ddp-bb": "always so",
-    "local-rank": "torchrun says it in the environment",
-}
-"""Flags whose effect is there without them, and why: they are accepted and change nothing."""
-RENAMED = {
-    "torchcompile": "`--compile`; `inductor` is the only backend",
-    "torchcompile-mode": "`--compile-mode`",
-    "native-amp": "`--amp`",
-    "no-prefetcher": "`--erase-first`, as timm does without it; batches are always made ready on the device",
-    "drop-connect": "`--drop-path`",
-    "input-size": "`--img-size`: `3 N N` is N, images are square and RGB",
-    "gp": "`--model-kwargs global_pool=`",
-    "no-aug": "`--train-crop-mode whole --train-interpolation model` (bicubic for ViTs) `--hflip 0 --vflip 0 "
-    "--color-jitter 0 --aa none --reprob 0`; it wins over flags beside it, and mixing stays",
-}
-"""Flags that are accepted for others, and what they stand for."""
-HIDDEN = {"gp": str, "no-aug": bool}
-"""Those of `RENAMED` that need the whole configuration: the parser knows them, `--help` does not show them."""
-
-NUM_VALUES = dict.fromkeys(
-    """
-    pin-mem prefetcher no-prefetcher use-multi-epochs-loader channels-last fast-norm synchronize-step no-ddp-bb
-    native-amp apex-amp no-aug split-bn torchscript no-resume-opt jsd-loss model-ema-force-cpu save-images
-    naflex-loader dataset-trust-remote-code
-    """.split(),
-    0,
-) | {"input-size": 3}
-"""How many values stand behind a flag on the command line, where it is not one."""
-SAME_ANYWAY = {
-    "amp-impl": ("native",),
-    "in-chans": ("3",),
-    "input-img-mode": ("RGB",),
-    "interpolation": ("bicubic",),
-    "model-dtype": ("float32",),
-}
-"""Values, beside those that say "none", with which a flag changes nothing here."""
-NOT_NEUTRAL_AT_0 = frozenset("bn-momentum bn-eps bce-pos-weight color-jitter-prob train-num-samples".split())
-"""Flags whose 0 says something; that of all others says that a thing is off."""
-OF_OTHERS = frozenset(
-    """
-    patience-epochs naflex-train-seq-lens naflex-max-seq-len naflex-patch-sizes naflex-patch-size-probs
-    naflex-loss-scale kd-distill-type kd-loss-type kd-temperature kd-student-feature-dim kd-teacher-feature-dim
-    kd-token-distill-type distill-loss-weight task-loss-weight
-    """.split()
-)
-"""Settings of what has a switch of its own (--sched plateau, --naflex-loader, --kd-model-name): timm writes their
-defaults into args.yaml, where they mean nothing while the switch is off."""
-TIMM_WRITES = {"worker-seeding": "all", "dist-bn": "reduce"}
-"""Defaults of timm's, as in its args.yaml, that are neither null, false, 0 nor empty; `OF_OTHERS` has the rest."""
-
+"""By name, without dashes in front."""
+HIDDEN = {name: flag.hint for name, flag in FLAGS.items() if flag.hint}
+"""Those that train's parser knows without showing them, and their types."""
 SHORT = {"-c": "--config", "-d": "--dataset"}
 """timm's short forms of flags that are here under their long name only."""
+
+
+def answers(command: Command, kind: type[A]) -> dict[str, A]:
+    """The flags that a command answers in one way, with their answers."""
+    found = {name: flag.answer(command) for name, flag in FLAGS.items()}
+    return {name: answer for name, answer in found.items() if isinstance(answer, kind)}
 
 
 def with_long_names(argv: Iterable[str]) -> list[str]:

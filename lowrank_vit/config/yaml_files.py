@@ -13,9 +13,9 @@ import yaml
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.program import CONFIGS, bundled_names, find_bundled
 from lowrank_vit.config import meaning
-from lowrank_vit.config.option_types import Hints, aliases, is_number, kind_of, problem
-from lowrank_vit.config.timm_flags import HOLDS, NOT_NEUTRAL_AT_0, OF_OTHERS, TIMM_WRITES
-from lowrank_vit.config.timm_line import FOREIGN, foreign, refuse_value
+from lowrank_vit.config.option_types import Hints, aliases, kind_of, tokens_of, without_dashes
+from lowrank_vit.config.timm_flags import FLAGS, Holds
+from lowrank_vit.config.timm_line import foreign, is_foreign
 
 
 class _OnceLoader(yaml.SafeLoader):
@@ -78,15 +78,16 @@ def read_config(path: Path, hints: Hints) -> FromFile:
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must be a flat mapping of flag names to values, e.g. `epochs: 300`.")
-    found, seen, names = FromFile(), dict[str, str](), aliases(hints)
+    found, seen = FromFile(), dict[str, str]()
+    names = {without_dashes(alias): name for alias, name in aliases(hints).items()}
     number = meaning.number_in(content, f"--config {path}")
     for key, value in content.items():
         if key == meaning.KEY:
             continue
-        name = str(key).replace("_", "-")
+        name = without_dashes(str(key))
         name = names.get(name, name)
         shown = f"--config {path}: `{key}`"
-        if name in FOREIGN:
+        if is_foreign(name):
             _foreign(found, name, value, shown)
             continue
         if name not in hints:
@@ -128,14 +129,15 @@ def _take_as_meant(found: FromFile, number: int, args: Mapping[str, Any], hints:
 
 def _foreign(found: FromFile, name: str, value: Any, shown: str) -> None:
     """An option of timm's under a name that the parser does not know."""
-    if (not value and name not in NOT_NEUTRAL_AT_0) or value is None or name in OF_OTHERS:
+    flag = FLAGS[name]
+    if (not value and not flag.means_something_at_0) or value is None or flag.has_switch:
         found.num_skipped += 1
         return
     values = [str(one) for one in value] if isinstance(value, list) else [] if value is True else [str(value)]
     tokens = foreign(name, values, shown)
     if tokens:
         found.tokens[name] = tokens
-    elif name in HOLDS and value != TIMM_WRITES.get(name):
+    elif isinstance(flag.train, Holds) and value != (flag.written or None):
         found.held.append(name)
     else:
         found.num_skipped += 1
@@ -152,30 +154,22 @@ def _option_tokens(shown: str, name: str, hint: Any, value: Any) -> list[str]:
         raise UserError(f"{shown[:-1]}: {str(value).lower()}` must be a value, not true or false.")
     if value == "" and kind.element is Path:
         return []
-    if kind.is_tuple:
-        return [f"--{name}", *_elements(shown, name, hint, value)]
+    return tokens_of(name, hint, _texts(shown, name, value) if kind.is_tuple else [_text(shown, value)], shown)
+
+
+def _text(shown: str, value: Any) -> str:
     if isinstance(value, (list, dict)):
         what = "a list" if isinstance(value, list) else "a mapping"
         raise UserError(f"{shown} is {what}, but takes one value.")
-    if message := problem(shown, hint, [str(value)]):
-        raise UserError(f"{message}.")
-    refuse_value(name, str(value), f"{shown}:")
-    return [f"--{name}={value}"]
+    return str(value)
 
 
-def _elements(shown: str, name: str, hint: Any, value: Any) -> list[str]:
+def _texts(shown: str, name: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         if not name.endswith("-kwargs"):
             raise UserError(f"{shown} is a mapping, but takes a list of values.")
-        texts = [f"{key}={one}" for key, one in value.items()]  # model-kwargs: {patch_size: 2}
-    else:
-        values = value if isinstance(value, list) else [value]
-        if any(one is None or isinstance(one, (bool, list, dict)) for one in values):
-            raise UserError(f"{shown} is a list of which each element must be one value.")
-        texts = [str(one) for one in values]
-    if message := problem(shown, hint, texts):
-        raise UserError(f"{message}.")
-    flags = [text for text in texts if text.startswith("-") and not is_number(text)]
-    if flags:
-        raise UserError(f"{shown}: an element cannot begin with a dash, as `{flags[0]}` does.")
-    return texts
+        return [f"{key}={one}" for key, one in value.items()]  # model-kwargs: {patch_size: 2}
+    values = value if isinstance(value, list) else [value]
+    if any(one is None or isinstance(one, (bool, list, dict)) for one in values):
+        raise UserError(f"{shown} is a list of which each element must be one value.")
+    return [str(one) for one in values]

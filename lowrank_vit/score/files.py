@@ -53,6 +53,11 @@ def timm_columns(scores: Scores) -> dict[str, Any]:
     }
 
 
+def with_suffix_of(path: Path, results_format: str) -> Path:
+    """A --results-file with the suffix of its --results-format where it has none of its own."""
+    return path if path.suffix in (".csv", ".json") else path.with_name(f"{path.name}.{results_format}")
+
+
 def make_folder_of(path: Path) -> None:
     """Make the folder that a file will be written to, before hours of work. Raises `UserError`."""
     try:

@@ -17,7 +17,7 @@ import yaml
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.options import Config, leaves
-from lowrank_vit.config.timm_flags import HIDDEN, HOLDS, INSTEAD, NUM_VALUES, OF_OTHERS, RENAMED
+from lowrank_vit.config.timm_flags import FLAGS, HIDDEN, Holds, Instead, Renamed, answers
 
 ROOT = Path(__file__).parents[3]
 DOC = (ROOT / "docs" / "from_timm.md").read_text(encoding="utf-8")
@@ -70,6 +70,7 @@ OLDER = "amp-impl native-amp apex-amp prefetcher".split()
 OF_THE_LIBRARY = "lr-decay-fn lr-stable-timescale".split()
 """Options that timm's scheduler factory reads from the parsed flags."""
 
+INSTEAD, HOLDS, RENAMED = answers("train", Instead), answers("train", Holds), answers("train", Renamed)
 WITHOUT = (
     "--train-crop-mode whole --train-interpolation model --hflip 0 --vflip 0 --color-jitter 0 --aa none --reprob 0"
 )
@@ -86,7 +87,7 @@ def test_every_flag_of_timm_is_ours_or_gets_an_answer_and_none_both():
     aliases = {"--data", "--wd", "--data-dir", "--dr"}
     assert not {f"--{name}" for name in answered} & aliases
     assert set(HIDDEN) <= set(RENAMED)
-    assert NUM_VALUES.keys() | OF_OTHERS <= set(answered)
+    assert set(answered) == {name for name, flag in FLAGS.items() if flag.train}
 
 
 @pytest.mark.parametrize("to_kwargs", [timm.optim.optimizer_kwargs, timm.scheduler.scheduler_kwargs])
@@ -105,7 +106,7 @@ def test_typing_a_flag_that_is_not_here_is_one_line_with_the_way_out(name, tmp_p
         assert "\n" not in str(caught.value)
     path = tmp_path / "timm.yaml"
     path.write_text(f"{name.replace('-', '_')}: 1\n")
-    if name in OF_OTHERS:
+    if FLAGS[name].has_switch:
         parse(["--config", str(path)])
         return
     with pytest.raises(UserError, match=r"--config .*timm.yaml: `\w+` is timm's; here: "):

@@ -10,15 +10,9 @@ import pytest
 
 from lowrank_vit import inference, validate
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.config.score_flags import (
-    INFERENCE_INSTEAD,
-    INFERENCE_UNUSED,
-    VALIDATE_INSTEAD,
-    VALIDATE_UNUSED,
-    fit_flags,
-    with_images_first,
-    with_suffix_of,
-)
+from lowrank_vit.config.timm_flags import Instead, Unused, answers
+from lowrank_vit.config.timm_line import fit_flags, with_images_first
+from lowrank_vit.score.files import with_suffix_of
 
 DOC = (Path(__file__).parents[3] / "docs" / "from_timm.md").read_text(encoding="utf-8")
 # The parsers of timm's scripts, read at huggingface/pytorch-image-models commit 0041cb7ba4ab.
@@ -37,8 +31,13 @@ results-dir results-separate-col topk fullname filename-col index-col label-col 
 include-index exclude-output no-console-results
 """.split()
 COMMANDS = {
-    "validate": (validate.Options, VALIDATE_INSTEAD, VALIDATE_UNUSED, {*SHARED, *VALIDATE}),
-    "inference": (inference.Options, INFERENCE_INSTEAD, INFERENCE_UNUSED, {*SHARED, *INFERENCE}),
+    "validate": (validate.Options, answers("validate", Instead), answers("validate", Unused), {*SHARED, *VALIDATE}),
+    "inference": (
+        inference.Options,
+        answers("inference", Instead),
+        answers("inference", Unused),
+        {*SHARED, *INFERENCE},
+    ),
 }
 REWRITTEN = {"data-dir", "input-size", "num-gpu"}
 EARLIER = {"device-modules"}
@@ -82,13 +81,11 @@ def test_flags_without_effect_go_with_their_values():
         "photos --channels-last --log-freq 10 --no-prefetcher --pin_mem --fuser te --torchcompile --num-gpu 1 -b 8 "
         "--torchcompile inductor --torchcompile-mode=default --input-size 3 96 96 --seed 1"
     )
-    assert fit_flags(line.split(), VALIDATE_INSTEAD, VALIDATE_UNUSED, said.append) == (
-        "photos -b 8 --img-size 96".split()
-    )
+    assert fit_flags(line.split(), "validate", said.append) == ("photos -b 8 --img-size=96".split())
     (note,) = said
     assert note.startswith("note: --channels-last, --log-freq, --no-prefetcher, --pin_mem, --fuser")
     assert note.endswith("change nothing here")
-    assert fit_flags(["-b", "8"], VALIDATE_INSTEAD, VALIDATE_UNUSED, said.append) == ["-b", "8"]
+    assert fit_flags(["-b", "8"], "validate", said.append) == ["-b", "8"]
     assert len(said) == 1
 
 
@@ -104,7 +101,7 @@ def test_flags_without_effect_go_with_their_values():
 )
 def test_what_cannot_be_done(line, message):
     with pytest.raises(UserError, match=message):
-        fit_flags(line.split(), VALIDATE_INSTEAD, VALIDATE_UNUSED, print)
+        fit_flags(line.split(), "validate", print)
 
 
 @pytest.mark.parametrize(
