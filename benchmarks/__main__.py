@@ -12,13 +12,11 @@ import torch
 import tyro
 from rich.console import Console
 
-from benchmarks import all_benches as everything
-from benchmarks import augment, end_to_end, gpu_check, growth, loader, machine, prep, record, spectral, step
-from benchmarks.aims_chart import aims_chart
-from benchmarks.growth_chart import growth_chart
-from benchmarks.measure import Result, nothing
-from benchmarks.peak_memory import peak_resident_bytes
-from benchmarks.show import Output, print_result
+from benchmarks import all_benches, augment, end_to_end, gpu_check, growth, limits, loader, prep, record, spectral, step
+from benchmarks.harness.aims import aims_chart
+from benchmarks.harness.measure import Result, nothing
+from benchmarks.harness.peak_memory import peak_resident_bytes
+from benchmarks.harness.show import Output, print_result
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import usage_name
 from lowrank_vit.common.terminal import fitted_help
@@ -88,14 +86,12 @@ def end_to_end_command(
 
 
 @app.command(name="limits")
-def limits_command(
-    bench: tyro.conf.OmitArgPrefixes[machine.Options], output: tyro.conf.OmitArgPrefixes[Output]
-) -> None:
+def limits_command(bench: tyro.conf.OmitArgPrefixes[limits.Options], output: tyro.conf.OmitArgPrefixes[Output]) -> None:
     """What the machine can do at most: JPEG decoding, copying memory, reading cached files, matrix products.
 
     Takes about five seconds a round on 2 cores.
     """
-    _bench(partial(machine.run, bench), output)
+    _bench(partial(limits.run, bench), output)
 
 
 @app.command(name="growth")
@@ -104,12 +100,12 @@ def growth_command(bench: tyro.conf.OmitArgPrefixes[growth.Options], output: tyr
 
     Takes about a minute a round on 2 cores, most of it for the processes whose memory is measured.
     """
-    _bench(partial(growth.run, bench), output, chart=growth_chart)
+    _bench(partial(growth.run, bench), output, chart=growth.growth_chart)
 
 
 @app.command(name="all")
 def all_command(
-    bench: tyro.conf.OmitArgPrefixes[everything.Options], output: tyro.conf.OmitArgPrefixes[Output]
+    bench: tyro.conf.OmitArgPrefixes[all_benches.Options], output: tyro.conf.OmitArgPrefixes[Output]
 ) -> None:
     """All of them, one after the other, and one table of the ratios that are to be reached.
 
@@ -117,9 +113,9 @@ def all_command(
     interruption keeps what is done. Exits with 1 if something of ours failed; a ratio that is missed is not a failure.
     """
     output.check()
-    result = everything.run(bench, note=_note(), save=output.write_json)
+    result = all_benches.run(bench, note=_note(), save=output.write_json)
     output.write(result, aims_chart)
-    everything.print_summary(result, Console())
+    all_benches.print_summary(result, Console())
     if result.is_broken:
         sys.exit(1)
 

@@ -5,24 +5,163 @@ Processes of their own, since torch, numba, DALI and FFCV each keep threads and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from threading import Thread
+from typing import IO, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
-from benchmarks.aims import judge, print_verdicts
-from benchmarks.measure import Result, Samples, check_repeats, nothing, reason_of
-from benchmarks.process import start_bench
-from benchmarks.selection import BUDGET_MINUTES, LONGEST_S, NAMES, PROGRAMMES, Entry
-from benchmarks.show import machine_of, print_remarks
+from benchmarks.harness.aims import judge, print_verdicts
+from benchmarks.harness.measure import Result, Samples, check_repeats, nothing, reason_of
+from benchmarks.harness.show import machine_of, print_remarks
 from lowrank_vit.common.errors import UserError
+
+BUDGET_MINUTES: Mapping[str, float] = {"cpu": 15, "cuda": 8}
+"""All benches in their short form, by device, unless --budget says otherwise."""
+LONGEST_S = 3600
+"""Of a bench in its full form."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One bench of the selection."""
+
+    bench: str
+    """The command."""
+    short: tuple[str, ...] = ()
+    """Flags of the short form."""
+    flags: tuple[str, ...] = ()
+    """Flags of both forms."""
+    expected_s: int = 60
+    """How long the short form takes."""
+    has_device: bool = True
+    is_short: bool = True
+    """Whether it is in the short form at all."""
+
+    @property
+    def limit_s(self) -> int:
+        """After which the short form is ended: a busy machine and compiling take long, a bench that hangs for ever."""
+        return 60 + 3 * self.expected_s
+
+
+CPU: Mapping[str, Entry] = {
+    # 4,000 images: with fewer, the fixed cost of starting FFCV's writer would flatter us.
+    "prep": Entry("prep", ("--count", "4000"), expected_s=180, has_device=False),
+    "loader": Entry("loader", ("--count", "1200"), expected_s=75),
+    "augment": Entry("augment", ("--batches", "4"), expected_s=30),
+    # A third of the layers for the inline SVD, which takes most of the time and the same for each layer.
+    "spectral": Entry("spectral", ("--inline-layers", "4"), expected_s=140),
+    "step": Entry("step", expected_s=60),
+    "end-to-end": Entry("end-to-end", ("--count", "1200", "--steps", "20"), expected_s=120),
+    "limits": Entry("limits", ("--count", "600"), expected_s=20),
+    # Without memory, which takes a process a sample.
+    "growth": Entry(
+        "growth",
+        ("--sweeps", "workers", "batch", "size", "samples", "width", "--count", "256", "--widths", "192", "384"),
+        expected_s=90,
+    ),
+}
+"""In this order. `expected_s` is of 2 cores without a GPU, reckoned from the speeds of the cases: 12 minutes in all,
+and two more when the photographs are made for the first time."""
+
+CUDA: Mapping[str, Entry] = {
+    # The same photographs as end-to-end: making 4,096 takes half a minute.
+    "loader": Entry("loader", ("--count", "4096", "-b", "256"), expected_s=75),
+    "augment": Entry("augment", ("--batches", "60", "-b", "1024"), expected_s=65),
+    "end-to-end": Entry("end-to-end", ("--count", "4096", "--steps", "20"), expected_s=60),
+    "end-to-end-base": Entry(
+        "end-to-end", ("--count", "4096", "--steps", "20"), ("--model", "vit_base_patch16_224"), expected_s=60
+    ),
+    # An inline SVD of a ViT-B takes tens of seconds on a GPU, one layer of the model and its EMA two.
+    "spectral": Entry(
+        "spectral",
+        ("--models", "base", "--inline-layers", "1", "--step-batches", "256", "--steps", "30"),
+        expected_s=75,
+    ),
+    "step": Entry("step", ("--steps", "20"), expected_s=60),
+    "limits": Entry("limits", ("--count", "600"), expected_s=25),
+    "prep": Entry("prep", ("--count", "4096"), expected_s=50, has_device=False),
+    "growth": Entry("growth", is_short=False),
+}
+"""What has figures to reach comes first, since the budget may end before the last; the short form has no growth.
+
+`expected_s` is an estimate for one H100 with 16 cores, not a measurement: about 10 s for each process to start, 30 s
+for each step that is compiled for the first time, 5 s a round. It sums to 8 minutes; with a warm compile cache to
+about 5.
+"""
+
+SELECTIONS: Mapping[str, Mapping[str, Entry]] = {"cpu": CPU, "cuda": CUDA}
+"""By type of device; the names are those of results and aims."""
+NAMES = tuple(dict.fromkeys([*CPU, *CUDA]))
+
+
+GRACE_S = 15.0
+"""For a bench that was told to end, to remove its files."""
+
+
+def start_bench(arguments: Sequence[str], path: Path, limit_s: float) -> None:
+    """Run `bench ARGUMENTS --json path` to its end. Raises `UserError` if it fails or is not done in `limit_s`."""
+    run_limited([sys.executable, "-m", "benchmarks", *arguments, "--json", str(path)], limit_s)
+
+
+def run_limited(command: Sequence[str], limit_s: float) -> None:
+    """Run `command`; its stderr is passed on, its stdout (tables that the JSON has too) is not.
+
+    Raises `UserError` with the last line of stderr if it ends with another code than 0, or if it had to be ended after
+    `limit_s`. Interrupted, it ends the process first.
+    """
+    # A session of its own, so that its children (loaders' workers, compilers) can be ended with it.
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True, errors="replace"
+    )
+    assert process.stderr is not None
+    last: deque[str] = deque(maxlen=1)
+    listener = Thread(target=_pass_on, args=(process.stderr, last), daemon=True)
+    listener.start()
+    try:
+        code = process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"ended after {limit_s:.0f} s, the time it was given.") from None
+    finally:
+        _end(process)
+        listener.join(1.0)
+    if code < 0:
+        raise UserError(f"killed by signal {-code}{' (out of memory?)' if -code == signal.SIGKILL else ''}.")
+    if code != 0:
+        raise UserError(f"ended with code {code}{': ' if last else '.'}{''.join(last)}")
+
+
+def _pass_on(lines: IO[str], last: deque[str]) -> None:
+    with lines:
+        for line in lines:
+            sys.stderr.write(line)
+            if line.strip():
+                last.append(line.strip())
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Politely, then the whole session: also what a process that is done has left running."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(GRACE_S)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
 
 Start = Callable[[Sequence[str], Path, float], None]
 """Runs the bench of these arguments, which writes its JSON to the file, for so many seconds at most. Raises `UserError`
@@ -57,7 +196,7 @@ class Options:
             check_repeats(self.repeats)
         if self.budget is not None and self.budget <= 0:
             raise UserError(f"--budget is {self.budget:g}, expected some minutes.")
-        there = PROGRAMMES[device]
+        there = SELECTIONS[device]
         names = [name for name, entry in there.items() if entry.is_short or not self.short]
         if self.only is not None:
             names = list(dict.fromkeys(self.only))

@@ -17,14 +17,12 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from benchmarks.environment import environment
-from benchmarks.limits import products_case, wait
-from benchmarks.measure import DEFAULT_REPEATS, Case, Result, Samples, measure, nothing
-from benchmarks.phases import PHASES, Phases
+from benchmarks.harness.limits import products_case, wait
+from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, Samples, environment, measure, nothing
+from benchmarks.harness.sets import converted, link_repeated, open_given, photographs, times_for
 from benchmarks.prep import CACHE
-from benchmarks.sets import converted, link_repeated, open_given, photographs, times_for
 from benchmarks.step import RECIPE, WORKLOADS, Workload, config_of, dtype_of, endless
-from benchmarks.timed_steps import Round, TimedSteps, batches_ahead, warming_steps
+from benchmarks.timed_steps import PHASES, Phases, Round, TimedSteps, batches_ahead, warming_steps
 from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.devices import pick_device
 from lowrank_vit.common.errors import UserError

@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from benchmarks import record
-from benchmarks.measure import nothing
+from benchmarks.harness.measure import nothing
 from lowrank_vit.common.errors import UserError
 
 TESTS, BENCHES = Path("output/gpu-check.json"), Path("output/gpu-bench.json")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,24 +20,25 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from benchmarks.environment import environment
-from benchmarks.limits import wait
-from benchmarks.loader import Options as LoaderBench
-from benchmarks.loader import converted, plan_of, read_epoch
-from benchmarks.measure import (
+from benchmarks.harness.limits import wait
+from benchmarks.harness.measure import (
     DEFAULT_REPEATS,
     SECONDS,
     Case,
     Result,
     Samples,
     check_repeats,
+    environment,
     measure,
     nothing,
     order_of,
     reason_of,
 )
-from benchmarks.peak_memory import peak_resident_bytes
-from benchmarks.photos import NUM_CLASSES, ensure_photos
+from benchmarks.harness.peak_memory import peak_resident_bytes
+from benchmarks.harness.sets import NUM_CLASSES, ensure_photos
+from benchmarks.harness.show import where
+from benchmarks.loader import Options as LoaderBench
+from benchmarks.loader import converted, plan_of, read_epoch
 from benchmarks.prep import CACHE
 from benchmarks.spectral import TOPK, stacks_of
 from data_prep.formats.jpeg import ImageOptions
@@ -264,6 +265,89 @@ def _print_peak(kind: str, path: Path, point: Point) -> None:
         run, _ = _epoch(kind, Beton(path), point, torch.device("cpu"), stack)
         run()
     print(peak_resident_bytes())
+
+
+LABELS = {
+    "workers": "decoding threads",
+    "batch": "images a batch",
+    "size": "side of the crop, pixels",
+    "samples": "samples in the set",
+    "memory": "samples in the set",
+    "width": "width of the ViT (192 tiny, 384 small, 768 base)",
+}
+TITLES = {
+    "workers": "Loading, by threads",
+    "batch": "Loading, by batch size",
+    "size": "Loading, by image size",
+    "samples": "Loading, by number of samples",
+    "memory": "Peak memory, by number of samples",
+    "width": "Spectra, by width",
+}
+APART = ("resident",)
+"""Lines that would flatten the others of their panel: nothing is decoded there."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes."""
+
+    sweep: str
+    title: str
+    unit: str
+    lines: Mapping[str, Mapping[int, Samples]]
+    """Line -> place on the axis -> what was found."""
+
+
+def panels_of(result: Result) -> list[Panel]:
+    """In the order of the sweeps; lines of another unit, and in loading the resident set, have a panel of their own."""
+    panels = []
+    growth: Mapping[str, Mapping[str, Mapping[int, str]]] = result.extra["growth"]
+    for sweep, of_sweep in growth.items():
+        groups: dict[tuple[str, str], dict[str, dict[int, Samples]]] = {}
+        for line, places in of_sweep.items():
+            cases = {int(x): result.cases[name] for x, name in sorted(places.items(), key=lambda item: int(item[0]))}
+            unit = next(iter(cases.values())).unit
+            own = line if line in APART and unit == "img/s" else ""
+            groups.setdefault((unit, own), {})[line] = cases
+        for (unit, own), lines in groups.items():
+            title = TITLES[sweep]
+            if own:
+                title = title.replace("Loading", "Resident loading")
+            elif unit == SECONDS:
+                title = title.replace("Spectra", "A whole refresh of the spectra")
+            panels.append(Panel(sweep, title, unit, lines))
+    return panels
+
+
+def growth_chart(result: Result) -> bytes:
+    """The medians, with whiskers from the lowest to the highest sample, as a PNG."""
+    from lowrank_vit.report.style import EMA, INK, MODEL, heading, new_figure, png, tidy
+
+    panels = panels_of(result)
+    rows = -(-len(panels) // 2)
+    figure = new_figure(9.2, 0.9 + 2.5 * rows)
+    places = figure.subplots(rows, 2, squeeze=False).flatten()
+    colours = {"ffcv": MODEL, "dali": EMA, "resident": INK, "gram64": MODEL, "refresh": MODEL}
+    for axes, panel in zip(places, panels, strict=False):
+        tidy(axes, panel.title, LABELS[panel.sweep], panel.unit)
+        for line, cases in panel.lines.items():
+            axes.errorbar(
+                list(cases), [case.median for case in cases.values()], yerr=_whiskers(list(cases.values())), label=line,
+                marker="o", ms=4, capsize=3, color=colours.get(line, INK),
+            )  # fmt: skip
+        axes.set_xticks(sorted({x for cases in panel.lines.values() for x in cases}))
+        axes.set_ylim(bottom=0)
+        if len(panel.lines) > 1:
+            axes.legend(frameon=False, fontsize=8.5)
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
+    heading(figure, "Bench: growth", where(result))
+    return png(figure)
+
+
+def _whiskers(cases: Sequence[Samples]) -> list[list[float]]:
+    low = [case.median - min(case.samples) for case in cases]
+    return [low, [max(case.samples) - case.median for case in cases]]
 
 
 if __name__ == "__main__":

@@ -1,262 +1,130 @@
-"""What the machine could do at most, measured in the rounds of the cases that are held against it.
-
-Each limit is a case that does nothing but the least that the measured cases must do: the products of a model as one
-large matrix product, the copy of a batch, the decoding of the files. A case's ratio to it is its share of the limit.
-"""
+"""The bench `limits`: what the machine can do at most, apart from any work of ours."""
 
 from __future__ import annotations
 
-import errno
 import math
-import mmap
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
-from PIL import Image
-from torch import Tensor
+import tyro
 
-from benchmarks.measure import Case
+from benchmarks.harness.limits import (
+    copy_case,
+    decode_case,
+    disk_read_case,
+    disk_write_case,
+    page_cache_case,
+    products_case,
+)
+from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, environment, measure, nothing
+from benchmarks.harness.sets import HEIGHT, WIDTH, photographs
+from benchmarks.prep import CACHE
 from data_prep.formats import turbojpeg
 from lowrank_vit.common.errors import UserError
 
-_PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}
-_BLOCK, _READS_AHEAD = 1 << 20, 4
-_JPEG_START = b"\xff\xd8"
-_HELD_BATCHES = 4
-"""Different batches to copy from, so that the source is not in a cache already."""
+_TERA = 1e12
+NOTES = (
+    "Each of the other benches measures the limit of its own cases in its own rounds; these are for orientation.",
+    "A virtual machine's disk may have a cache of its own below the system's, which fsync and O_DIRECT do not see.",
+)
 
 
 @dataclass(frozen=True)
-class Products:
-    """Square matrix products of at least a given number of FLOPs."""
+class Options:
+    """Options of the bench."""
 
-    a: Tensor
-    b: Tensor
-    out: Tensor
-    count: int
-
-    @classmethod
-    def of(cls, flops: float, device: torch.device, dtype: torch.dtype) -> Products:
-        """As few as do `flops` (a multiply-add is two)."""
-        side = _PRODUCT_SIDE[device.type]
-        # Random, since a GPU at its power limit is faster on zeros.
-        generator = torch.Generator(device).manual_seed(0)
-        a, b, out = (torch.rand(side, side, device=device, generator=generator).to(dtype) for _ in range(3))
-        return cls(a, b, out, math.ceil(flops / (2 * side**3)))
-
-    @property
-    def flops(self) -> int:
-        """Of all products together."""
-        return self.count * 2 * len(self.a) ** 3
-
-    def run(self) -> None:
-        """Do them, and wait for the device."""
-        for _ in range(self.count):
-            torch.matmul(self.a, self.b, out=self.out)
-        wait(self.a.device)
+    count: Annotated[int, tyro.conf.arg(metavar="N")] = 500
+    """Photographs of 500 x 375 pixels, made once and kept in data/bench."""
+    megabytes: Annotated[int, tyro.conf.arg(metavar="N")] = 256
+    """Size of the memory that is copied and of the files that are written and read."""
+    gflop: Annotated[float | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: by the device)")] = None
+    """Arithmetic a round in matrix products; 20 on a CPU, 20,000 on cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """On cuda its memory and its products are measured as well."""
+    repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
+    """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
+    scratch: Annotated[Path, tyro.conf.arg(metavar="DIR")] = CACHE
+    """Where photographs and the files are kept: the disk under test."""
 
 
-def products_case(
-    flops_per_item: float,
-    items: int,
-    unit: str,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    unit_flops: float | None = None,
-) -> Case:
-    """Items a second if all the arithmetic of an item ran at the speed of one large matrix product.
+def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
+    """Measure all limits. Raises `UserError`."""
+    for name in ("count", "megabytes"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}, expected 1 or more.")
+    if options.gflop is not None and not (0 < options.gflop < math.inf):
+        raise UserError(f"--gflop is {options.gflop:g}, expected more than 0.")
+    from lowrank_vit.training.setup import pick_device
 
-    `unit_flops`: count in so many FLOPs instead of in items.
-    """
-    products = Products.of(flops_per_item * items, device, dtype)
-    side = len(products.a)
-    what = "" if unit_flops else f", the FLOPs of {items:,} items"
-    matrices = f"{side} x {side} {str(dtype).removeprefix('torch.')} matrices"
-    setting = f"limit: {products.count} product{'s' * (products.count > 1)} of {matrices}{what}"
-    # A rounded-up number of products counts for more items, so nothing is lost by rounding.
-    return Case(products.run, products.flops / (unit_flops or flops_per_item), unit, setting)
-
-
-def decode_case(files: Sequence[Path], workers: int) -> Case:
-    """Images a second if whole JPEGs are only read from the page cache and decoded by libjpeg-turbo."""
-
-    def size_of(file: Path) -> tuple[int, int]:
-        with Image.open(file, formats=("JPEG",)) as image:
-            return image.size
-
-    sizes = [size_of(file) for file in files]
-
-    def decode(n: int) -> None:
-        turbojpeg.decode(files[n].read_bytes(), *sizes[n])
-
-    def run() -> None:
-        with ThreadPoolExecutor(workers) as pool:
-            for done in [pool.submit(_decode_share, decode, share) for share in shares]:
-                done.result()
-
-    shares = [range(worker, len(files), workers) for worker in range(workers)]
-    return Case(run, len(files), setting=f"limit: libjpeg-turbo alone, whole images, {workers} threads")
-
-
-def decodable(files: Sequence[Path], at_most: int = 2000) -> list[Path]:
-    """Those that libjpeg-turbo decodes to RGB, of `at_most` files from all over the list."""
-    found = []
-    for file in files[:: max(1, len(files) // at_most)][:at_most]:
-        data = file.read_bytes()
-        if not data.startswith(_JPEG_START):
-            continue
-        try:
-            with Image.open(file, formats=("JPEG",)) as image:
-                turbojpeg.decode(data, *image.size)
-        except Exception:  # Pillow raises nearly every built-in exception on damaged files
-            continue
-        found.append(file)
-    return found
+    device, cpu = pick_device(options.device), torch.device("cpu")
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
+    photos = sorted(photographs(options.scratch, options.count, note).glob("*/*.jpg"))
+    num_bytes = options.megabytes * 10**6
+    file, written = (options.scratch / f"{use}_{options.megabytes}.bin" for use in ("read", "written"))
+    memory = {where: _two_buffers(num_bytes, where) for where in {cpu, device}}
+    try:
+        _write_and_sync(file, num_bytes)
+        cases = {
+            "jpeg_decode_1_core": decode_case(photos, 1),
+            f"jpeg_decode_{cores}_cores": decode_case(photos, cores),
+            "jpeg_entropy_1_core": _entropy_case(photos),
+            "memory_copy": copy_case(*memory[cpu], 2),
+            "page_cache_read": page_cache_case(file),
+            "disk_write": disk_write_case(written, num_bytes),
+            "disk_read": disk_read_case(file),
+            **_products(cpu, options.gflop or 20.0, (torch.float32, torch.float64, torch.bfloat16)),
+        }
+        if device.type == "cuda":
+            pinned = memory[cpu][0].pin_memory()
+            cases |= {"gpu_memory_copy": copy_case(*memory[device], 20)}
+            cases |= {"host_to_gpu": copy_case(pinned, memory[device][0], 4)}
+            cases |= _products(device, options.gflop or 20e3, (torch.bfloat16, torch.float32, torch.float64))
+        repeats = options.repeats
+        surroundings = environment(device.type)
+        return measure("limits", cases, {}, environment=surroundings, repeats=repeats, limits=NOTES, note=note)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}. Choose --scratch on a larger disk.") from error
+    finally:
+        for one in (file, written):
+            one.unlink(missing_ok=True)
 
 
-def _decode_share(decode: Callable[[int], None], share: range) -> None:
-    for n in share:
-        decode(n)
+def _write_and_sync(file: Path, num_bytes: int) -> None:
+    """Whole MiB, on the disk when this returns: what is not yet written cannot be read from there."""
+    with file.open("wb") as opened:
+        opened.write(os.urandom(1 << 20) * max(1, num_bytes >> 20))
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
-def normalizing_case(images: Tensor, repeats: int) -> Case:
-    """Images a second if uint8 images are only turned to float32 ones: reading and writing a batch, no arithmetic."""
-    out = torch.empty(images.shape, dtype=torch.float32, device=images.device, memory_format=torch.channels_last)
+def _two_buffers(num_bytes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    return source, torch.zeros_like(source).fill_(2)  # both written to, so that their pages are there
+
+
+def _products(device: torch.device, gflop: float, dtypes: tuple[torch.dtype, ...]) -> dict[str, Case]:
+    """TFLOP/s by dtype: an item is a TFLOP."""
+    where = "gpu" if device.type == "cuda" else "cpu"
+    cases = {}
+    for dtype in dtypes:
+        name = f"{where}_product_{str(dtype).removeprefix('torch.')}"
+        cases[name] = products_case(1e9 * gflop, 1, "TFLOP/s", device, dtype, unit_flops=_TERA)
+    return cases
+
+
+def _entropy_case(photos: list[Path]) -> Case:
+    """What reading a JPEG to its end takes at the least: grey, at an eighth of the size."""
+    files = [photo.read_bytes() for photo in photos]
+    check = partial(turbojpeg.check, width=WIDTH, height=HEIGHT)
 
     def run() -> None:
-        for _ in range(repeats):
-            out.copy_(images)
-        wait(images.device)
+        for data in files:
+            check(data)
 
-    return Case(run, len(images) * repeats, setting="limit: the images are read and written as float32, nothing else")
-
-
-def batch_copy_case(count: int, batch_size: int, side: int, device: torch.device) -> Case:
-    """Images a second if decoded images of `side` pixels are only copied, each batch into memory of its own."""
-    images = torch.zeros(batch_size, side, side, 3, dtype=torch.uint8, device=device)
-    held = [images, *(torch.empty_like(images).copy_(images) for _ in range(_HELD_BATCHES - 1))]
-    batches = max(1, count // batch_size)
-
-    def run() -> None:
-        for n in range(batches):
-            torch.empty_like(images).copy_(held[n % len(held)])
-        wait(device)
-
-    setting = f"limit: {side}-pixel images copied once, batch by batch into new memory on {device}"
-    return Case(run, batches * batch_size, setting=setting)
-
-
-def copy_case(source: Tensor, target: Tensor, repeats: int) -> Case:
-    """GB/s (10^9 bytes) of copying memory; on one device each byte counts twice, once read and once written."""
-    assert source.nbytes == target.nbytes
-
-    def run() -> None:
-        for _ in range(repeats):
-            target.copy_(source, non_blocking=True)
-        wait(source.device)
-        wait(target.device)
-
-    is_inside = source.device == target.device
-    counted = "read and write counted" if is_inside else f"from {source.device.type} to {target.device.type}"
-    gb = (2 if is_inside else 1) * source.nbytes * repeats / 1e9
-    return Case(run, gb, "GB/s", f"{source.nbytes / 1e6:,.0f} MB copied {repeats} times, {counted}")
-
-
-def page_cache_case(file: Path) -> Case:
-    """GB/s of reading a file that the system holds in memory into one buffer again and again."""
-    buffer = memoryview(mmap.mmap(-1, _BLOCK))
-
-    def run() -> None:
-        with file.open("rb", buffering=0) as opened:
-            while opened.readinto(buffer):
-                pass
-
-    return Case(run, file.stat().st_size / 1e9, "GB/s", f"{file.name} read in blocks of 1 MiB from the page cache")
-
-
-def disk_write_case(file: Path, num_bytes: int) -> Case:
-    """GB/s of writing `num_bytes` to `file`, past the page cache where possible, until they are on the disk."""
-    block = _random_block()
-    blocks = max(1, num_bytes // _BLOCK)
-
-    def run() -> None:
-        try:
-            descriptor, _ = _open_past_cache(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            with os.fdopen(descriptor, "wb", buffering=0) as opened:
-                for _ in range(blocks):
-                    if opened.write(block) != _BLOCK:
-                        raise OSError(errno.ENOSPC, "No space left on device")
-                os.fsync(descriptor)
-        except OSError as error:
-            raise UserError(
-                f"{file} cannot be written: {error.strerror}. Choose --scratch on a larger disk."
-            ) from error
-
-    way = _way_of(file, os.O_WRONLY | os.O_CREAT)
-    return Case(run, blocks * _BLOCK / 1e9, "GB/s", f"{blocks:,} MiB written in blocks of 1 MiB {way}, then fsync")
-
-
-def disk_read_case(file: Path) -> Case:
-    """GB/s of reading `file` from the disk, past the page cache where possible; its size is a multiple of 1 MiB."""
-    buffers = [mmap.mmap(-1, _BLOCK) for _ in range(_READS_AHEAD)]  # several at a time keep a fast disk busy
-    blocks = file.stat().st_size // _BLOCK
-
-    def read(descriptor: int, share: range, buffer: mmap.mmap) -> None:
-        for block in share:
-            os.preadv(descriptor, [buffer], block * _BLOCK)
-
-    def run() -> None:
-        descriptor, _ = _open_past_cache(file, os.O_RDONLY)
-        try:
-            with ThreadPoolExecutor(_READS_AHEAD) as pool:
-                shares = [range(n, blocks, _READS_AHEAD) for n in range(_READS_AHEAD)]
-                for done in [pool.submit(read, descriptor, *of) for of in zip(shares, buffers, strict=True)]:
-                    done.result()
-        finally:
-            os.close(descriptor)
-
-    way = _way_of(file, os.O_RDONLY)
-    return Case(
-        run, blocks * _BLOCK / 1e9, "GB/s", f"{file.name} read in blocks of 1 MiB, {_READS_AHEAD} at a time, {way}"
-    )
-
-
-def store_case(files: Sequence[Path], out: Path) -> Case:
-    """Images a second if the bytes of the files, held in memory, are only written to one file on the disk."""
-    num_bytes = sum(file.stat().st_size for file in files)
-    case = disk_write_case(out, num_bytes)
-    setting = f"limit: as many bytes as the images have, {case.setting}"
-    return Case(case.run, len(files) * case.items * 1e9 / num_bytes, setting=setting, after=lambda: out.unlink())
-
-
-def _random_block() -> mmap.mmap:
-    block = mmap.mmap(-1, _BLOCK)  # at a page's beginning, as O_DIRECT wants it
-    block.write(os.urandom(_BLOCK))
-    return block
-
-
-def _open_past_cache(file: Path, flags: int) -> tuple[int, bool]:
-    """A descriptor, and whether it goes past the page cache, which some file systems refuse."""
-    if direct := getattr(os, "O_DIRECT", 0):
-        try:
-            return os.open(file, flags | direct), True
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-    return os.open(file, flags), False
-
-
-def _way_of(file: Path, flags: int) -> str:
-    descriptor, is_direct = _open_past_cache(file, flags)
-    os.close(descriptor)
-    return "past the page cache (O_DIRECT)" if is_direct else "through the page cache, which this disk insists on"
-
-
-def wait(device: torch.device) -> None:
-    """Wait for what was asked of an accelerator."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return Case(run, len(files), setting="libjpeg-turbo's entropy decoder alone, on one thread")

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks import dali_peers, loader_peers, spdl_peer
-from benchmarks.environment import environment
-from benchmarks.limits import batch_copy_case, decode_case
-from benchmarks.measure import DEFAULT_REPEATS, Case, Result, Samples, measure, nothing
+from benchmarks import loader_peers
+from benchmarks.harness.limits import batch_copy_case, decode_case
+from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, Samples, environment, measure, nothing
+from benchmarks.harness.sets import AS_STORED, converted, files_of, open_given, photographs
 from benchmarks.prep import CACHE
-from benchmarks.sets import AS_STORED, converted, files_of, open_given, photographs
 from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.common.errors import UserError
@@ -91,7 +90,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     folder, beton, small = _sets(options, note)
     surroundings = environment(device.type)
     files = sorted(folder.glob("*/*.jpg"))
-    no_spdl = spdl_peer.why_no_spdl(files[0])
+    no_spdl = loader_peers.why_no_spdl(files[0])
     with ExitStack() as stack:
         cases = {
             **_our_cases(options, beton, small, device, workers, stack),
@@ -196,7 +195,7 @@ def _peer_cases(options: Options, folder: Path, beton: Beton, workers: int, stac
             f"Loader(os_cache=True): RandomResizedCropRGBImageDecoder, RandomHorizontalFlip; {workers} threads",
         ),
         "stock_dali": (
-            dali_peers.stock_dali(folder, steps=steps, **wanted),
+            loader_peers.stock_dali(folder, steps=steps, **wanted),
             steps,
             f"readers.file, decoders.image_random_crop, resize, flip on the CPU; {workers} threads",
         ),
@@ -220,13 +219,13 @@ def _peer_cases(options: Options, folder: Path, beton: Beton, workers: int, stac
 def _spdl_case(options: Options, files: Sequence[Path], workers: int) -> Case:
     batch_size, img_size = _batch(options)
     steps = loader_peers.fair_steps(len(files) // batch_size, workers)
-    batches = spdl_peer.spdl_loader(files, steps=steps, batch_size=batch_size, img_size=img_size, workers=workers)
+    batches = loader_peers.spdl_loader(files, steps=steps, batch_size=batch_size, img_size=img_size, workers=workers)
 
     def run() -> None:
         for _ in batches():
             pass
 
-    setting = f"{spdl_peer.SETTING.format(workers=workers)}; {steps} batches a round, as many for each thread; uint8"
+    setting = f"{loader_peers.SETTING.format(workers=workers)}; {steps} batches a round, as many for each thread; uint8"
     return Case(run, steps * batch_size, setting=setting)
 
 
@@ -234,13 +233,13 @@ def _gpu_peer_cases(options: Options, folder: Path, beton: Beton, workers: int) 
     batch_size, img_size = _batch(options)
     steps = beton.num_samples // batch_size
     wanted: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "workers": workers, "device": "gpu"}
-    shared = f"hw_decoder_load={dali_peers.HW_DECODER_LOAD}, {workers} threads beside the GPU"
+    shared = f"hw_decoder_load={loader_peers.HW_DECODER_LOAD}, {workers} threads beside the GPU"
     peer = f'readers.file, decoders.image_random_crop(device="mixed"), resize and flip on the GPU; {shared}; uint8'
     limit = f'limit: decoders.image(device="mixed") of whole images, nothing else; {shared}'
     count = steps * batch_size
     return {
-        "stock_dali_gpu": Case(dali_peers.stock_dali(folder, img_size=img_size, **wanted), count, setting=peer),
-        "gpu_decode_limit": Case(dali_peers.decoder_alone(folder, **wanted), count, setting=limit),
+        "stock_dali_gpu": Case(loader_peers.stock_dali(folder, img_size=img_size, **wanted), count, setting=peer),
+        "gpu_decode_limit": Case(loader_peers.decoder_alone(folder, **wanted), count, setting=limit),
     }
 
 

@@ -1,10 +1,15 @@
-"""A machine's record: the tests that ran on it and its benches, as one JSON file and one page of Markdown."""
+"""A machine's record: the tests that ran on it and its benches, as one JSON file and one page of Markdown.
+
+The page tells what was measured on the machine, how, and what was not.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -12,8 +17,132 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks.record_page import to_markdown
+from benchmarks.all_benches import settings_of_peers
+from benchmarks.harness.aims import AIMS, judge
 from lowrank_vit.common.errors import UserError
+
+VERSIONS = ("torch", "torchvision", "timm", "ffcv", "nvidia-dali-cuda130", "spdl", "opencv-python", "pillow", "numpy")
+MACHINE = ("gpu", "gpu_memory_gib", "driver", "cuda", "cpu", "cpu_cores", "memory_gib", "load_average_1min", "python")
+PEAKS = ("peak_memory_gib", "peak_gpu_memory_gib")
+
+
+def to_markdown(known: Mapping[str, Any], tests: dict[str, Any] | None, benches: dict[str, Any] | None) -> str:
+    """Machine and versions, tests, aims and what was found, each bench's work, every figure, and what is missing.
+
+    `known` is the environment; each of the other two may be absent, or lack any of its sections.
+    """
+    shown = (*MACHINE, *VERSIONS, "commit")
+    rows = [[name, known[name]] for name in shown if known.get(name)]
+    lines = [f"# {known.get('gpu') or known.get('cpu') or 'An unknown machine'}", "", *_table(["", ""], rows)]
+    lines += ["", "Made by `make gpu-check`; the samples are in the JSON file beside this page."]
+    lines += ["", "## Tests", "", *_tests(tests)]
+    if benches is None:
+        lines += ["", "## Benches", "", "Not measured."]
+    else:
+        lines += _benches(benches)
+    lines += ["", "## Not measured", ""]
+    missing = not_measured(known, tests, benches)
+    return "\n".join([*lines, *(f"- {what}" for what in missing or ["nothing was left out"]), ""])
+
+
+def not_measured(
+    known: Mapping[str, Any], tests: Mapping[str, Any] | None, benches: Mapping[str, Any] | None
+) -> list[str]:
+    """Aims without a figure, benches and cases that failed, tests that were skipped: each with the reason if known."""
+    content = benches or {}
+    device = _device(known, content)
+    results, failed = content.get("benches", {}), content.get("failed", {})
+    found = []
+    for aim in AIMS:
+        if not aim.is_for(device):
+            if device == "cpu":
+                found.append(f"{aim.bench}: {aim.what} (aim {aim.least:g}): needs a GPU")
+            continue
+        (verdict,) = judge({aim.bench: results.get(aim.bench, {})}, device, [aim])
+        if verdict.median is None:
+            reason = "its bench failed, see below" if aim.bench in failed else "" if aim.bench in results else "not run"
+            found.append(f"{aim.bench}: {aim.what} (aim {aim.least:g}){': ' if reason else ''}{reason}")
+    found += [f"{name}: {_plain(reason)}" for name, reason in failed.items()]
+    for name, one in _outcomes(tests).items():
+        if one.get("outcome") == "skipped":
+            found.append(f"test `{name}`: {_plain(one.get('message') or 'skipped without a reason')}")
+    return found
+
+
+def _device(known: Mapping[str, Any], benches: Mapping[str, Any]) -> str:
+    said = benches.get("device") or known.get("device") or ""
+    return "cuda" if str(said).startswith("cuda") else "cpu"
+
+
+def _outcomes(tests: Mapping[str, Any] | None) -> Mapping[str, Mapping[str, Any]]:
+    return (tests or {}).get("tests") or {}
+
+
+def _tests(tests: Mapping[str, Any] | None) -> list[str]:
+    if tests is None:
+        return ["Not run."]
+    outcomes = _outcomes(tests)
+    if not outcomes:
+        return ["None ran: pytest found no test, or ended before the first."]
+    counts = Counter(str(one.get("outcome")) for one in outcomes.values())
+    lines = [", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) + "."]
+    failed = [name for name, one in outcomes.items() if one.get("outcome") not in ("passed", "skipped")]
+    return lines + ([""] + [f"- failed: `{name}`" for name in failed] if failed else [])
+
+
+def _benches(benches: Mapping[str, Any]) -> list[str]:
+    results, seconds = benches.get("benches", {}), benches.get("seconds", {})
+    rows = []
+    wanted = {name: results.get(name, {}) for name in benches.get("wanted", results)}
+    for verdict in judge(wanted, _device({}, benches)):
+        aim = verdict.aim
+        median = "" if verdict.median is None else f"{verdict.median:.4g}"
+        reached = {True: "yes", False: "**no**", None: "not measured"}[verdict.is_reached]
+        rows.append([aim.bench, aim.what, median, _spread(verdict.samples), f"{aim.least:g}", reached])
+    lines = ["", "## What is to be reached", ""]
+    lines += _table(["bench", "what", "median", "lowest .. highest", "aim", "reached"], rows)
+    rows = [
+        [name, f"{taken:.0f}", _workload(results.get(name, {})), results.get(name, {}).get("bottleneck", ""),
+         *(results.get(name, {}).get(peak, "") for peak in PEAKS)]
+        for name, taken in seconds.items()
+    ]  # fmt: skip
+    lines += ["", "## The benches", ""]
+    lines += _table(["bench", "seconds", "work", "bottleneck", "peak memory, GiB", "of the GPU, GiB"], rows)
+    lines += ["", "## How the peers were set", ""]
+    lines += _table(["case", "setting"], [[f"`{name}`", text] for name, text in settings_of_peers(results).items()])
+    for section in ("ratios", "cases"):
+        rows = [
+            [f"`{name}`", f"{one['median']:.4g}", _spread(one["samples"]), one.get("unit", "")]
+            for name, one in benches.get(section, {}).items()
+        ]
+        lines += ["", f"## All {section}", "", *_table(["name", "median", "lowest .. highest", ""], rows)]
+    return lines
+
+
+def _workload(result: Mapping[str, Any]) -> str:
+    """Of a training bench its own section; of the others what they say of batch and image size."""
+    given = result.get("workload")
+    if not isinstance(given, dict):
+        names = ("recipe", "batch_size", "img_size", "workers", "threads")
+        given = {name: result[name] for name in names if name in result}
+        if "source" in result:
+            given = {"images": result["source"].get("images"), **given}
+    return ", ".join(f"{name} {value}" for name, value in given.items())
+
+
+def _spread(samples: Sequence[float]) -> str:
+    return f"{min(samples):.4g} .. {max(samples):.4g}" if samples else ""
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    if not rows:
+        return ["Nothing."]
+    return [f"| {' | '.join(_plain(cell) for cell in row)} |" for row in (headings, ["---"] * len(headings), *rows)]
+
+
+def _plain(text: object) -> str:
+    """In one line, and without what would end a cell."""
+    return " ".join(str(text).split()).replace("|", "\\|")
 
 
 @dataclass(frozen=True)
@@ -47,15 +176,15 @@ def write(options: Options) -> Path:
 
 def _unused(out: Path, known: dict[str, Any]) -> Path:
     """A page that is not there yet: an earlier figure is what a later one is held against."""
-    stem = f"{time.strftime('%Y-%m-%d')}_{_plain(known.get('gpu') or known.get('cpu') or 'cpu')}"
-    later = f"{stem}_{_plain(known['commit'])}" if known.get("commit") else stem
+    stem = f"{time.strftime('%Y-%m-%d')}_{_file_word(known.get('gpu') or known.get('cpu') or 'cpu')}"
+    later = f"{stem}_{_file_word(known['commit'])}" if known.get("commit") else stem
     for name in chain([stem, later], (f"{later}_{n}" for n in count(2))):
         if not any((out / f"{name}{suffix}").exists() for suffix in (".md", ".json")):
             return out / f"{name}.md"
     raise AssertionError("counting has no end")
 
 
-def _plain(text: object) -> str:
+def _file_word(text: object) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", str(text)).strip("-").lower()
 
 

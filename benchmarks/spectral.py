@@ -18,9 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.environment import environment
-from benchmarks.limits import products_case
-from benchmarks.measure import DEFAULT_REPEATS, Case, Result, Samples, measure, nothing
+from benchmarks.harness.limits import products_case
+from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, Samples, environment, measure, nothing
 from benchmarks.spectral_step import step_cases
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.extremes import Solved

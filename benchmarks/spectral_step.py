@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.measure import Case
+from benchmarks.harness.measure import Case
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
 from lowrank_vit.spectral.refresh import Settings

@@ -12,9 +12,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.environment import environment
-from benchmarks.limits import copy_case, products_case, wait
-from benchmarks.measure import DEFAULT_REPEATS, Case, Result, measure, nothing
+from benchmarks.harness.limits import copy_case, products_case, wait
+from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, environment, measure, nothing
 from lowrank_vit.common.devices import DTYPES, pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse

@@ -12,15 +12,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import all_benches as everything
-from benchmarks import process
-from benchmarks import selection as programme
+from benchmarks import all_benches
 from benchmarks.__main__ import main
-from benchmarks.aims import AIMS, Aim, judge
-from benchmarks.aims_chart import aims_chart
-from benchmarks.all_benches import Options
-from benchmarks.measure import Result, Samples
-from benchmarks.selection import PROGRAMMES
+from benchmarks.all_benches import SELECTIONS, Options
+from benchmarks.harness.aims import AIMS, Aim, aims_chart, judge
+from benchmarks.harness.measure import Result, Samples
 from lowrank_vit.common.errors import UserError
 
 
@@ -40,7 +36,7 @@ Started = list[tuple[Sequence[str], float]]
 
 def writer(
     factor: float, started: Started | None = None, broken: dict[str, Callable[[Path], object]] | None = None
-) -> everything.Start:
+) -> all_benches.Start:
     """Writes the results that a bench would; `broken` has what some benches do instead."""
 
     def start(arguments: Sequence[str], path: Path, limit_s: float) -> None:
@@ -63,14 +59,14 @@ def fail(error: BaseException) -> Callable[[Path], object]:
 
 def printed(result: Result) -> str:
     file = io.StringIO()
-    everything.print_summary(result, Console(file=file, width=80))
+    all_benches.print_summary(result, Console(file=file, width=80))
     return file.getvalue()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(("factor", "reached"), [(1.0, True), (1.5, True), (0.99, False)])
 def test_every_aim_is_judged_by_its_median(factor, reached, device):
-    verdicts = judge({name: result_of(name, factor, device).to_dict() for name in PROGRAMMES[device]}, device)
+    verdicts = judge({name: result_of(name, factor, device).to_dict() for name in SELECTIONS[device]}, device)
     assert [verdict.aim for verdict in verdicts] == [aim for aim in AIMS if aim.is_for(device)]
     assert {verdict.is_reached for verdict in verdicts} == {reached}
     assert any(verdict.aim.device == "cuda" for verdict in verdicts) == (device == "cuda")
@@ -106,16 +102,16 @@ def test_aims_stand_in_the_documentation():
 def test_all_runs_every_bench_in_its_short_form_and_joins_them():
     started: Started = []
     options = Options(short=True, device="cpu", repeats=1)
-    result = everything.run(options, start=writer(1.1, started), clock=lambda: 0.0)
-    assert [arguments[0] for arguments, _ in started] == list(programme.CPU)
-    for (arguments, limit_s), entry in zip(started, programme.CPU.values(), strict=True):
+    result = all_benches.run(options, start=writer(1.1, started), clock=lambda: 0.0)
+    assert [arguments[0] for arguments, _ in started] == list(all_benches.CPU)
+    for (arguments, limit_s), entry in zip(started, all_benches.CPU.values(), strict=True):
         device = ["--device", "cpu"] if entry.has_device else []
         assert list(arguments[1:]) == [*entry.short, *device, "--repeats", "1"]
         assert limit_s == min(entry.limit_s, 15 * 60)
     data = json.loads(result.to_json())
     assert data["ratios"]["loader/best_vs_timm"]["median"] == pytest.approx(2.2)
     assert {one["reached"] for one in data["aims"]} == {True}
-    assert set(data["benches"]) == set(programme.CPU)
+    assert set(data["benches"]) == set(all_benches.CPU)
     assert data["settings"]["step/peer"].startswith("how the peer of step")
     assert not result.is_broken
     text = printed(result)
@@ -130,8 +126,8 @@ def test_a_gpu_gets_both_models_under_names_of_their_own(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.set_device", lambda _device: None)
     started: Started = []
-    result = everything.run(Options(short=True), start=writer(1.0, started))
-    assert list(result.extra["wanted"]) == [name for name, entry in programme.CUDA.items() if entry.is_short]
+    result = all_benches.run(Options(short=True), start=writer(1.0, started))
+    assert list(result.extra["wanted"]) == [name for name, entry in all_benches.CUDA.items() if entry.is_short]
     models = [list(arguments) for arguments, _ in started if arguments[0] == "end-to-end"]
     assert ["--model" in model for model in models] == [False, True]
     assert {"end-to-end/case", "end-to-end-base/case"} <= set(result.cases)
@@ -158,11 +154,11 @@ def test_a_bench_that_fails_does_not_hide_the_others(how):
     breaking, reason = BROKEN[how]
     heard: list[str] = []
     start = writer(0.5, broken={"loader": breaking})
-    result = everything.run(Options(device="cpu"), note=heard.append, start=start)
+    result = all_benches.run(Options(device="cpu"), note=heard.append, start=start)
     assert list(result.failed) == ["loader"]
     assert reason in result.failed["loader"]
     assert result.is_broken
-    assert set(result.extra["benches"]) == set(programme.CPU) - {"loader"}
+    assert set(result.extra["benches"]) == set(all_benches.CPU) - {"loader"}
     text = " ".join(printed(result).split())
     assert "not run" in text
     assert " NO" in text
@@ -177,13 +173,13 @@ def test_what_a_bench_wrote_before_it_ended_with_an_error_counts():
         path.write_text(json.dumps(broken))
         raise UserError("ended with code 1.")
 
-    result = everything.run(Options(device="cpu"), start=writer(1.0, broken={"step": half}))
+    result = all_benches.run(Options(device="cpu"), start=writer(1.0, broken={"step": half}))
     assert "step/case" in result.cases
     assert result.failed == {
         "step": "ended with code 1.", "step/ours": "RuntimeError: x", "step/peer": "ImportError: y"
     }  # fmt: skip
     only_peer = json.dumps(broken | {"failed": {"peer": "ImportError: y"}})
-    result = everything.run(
+    result = all_benches.run(
         Options(device="cpu"), start=writer(1.0, broken={"step": lambda path: path.write_text(only_peer)})
     )
     assert result.failed == {"step/peer": "ImportError: y"}
@@ -191,15 +187,15 @@ def test_what_a_bench_wrote_before_it_ended_with_an_error_counts():
 
 
 def test_nothing_measured_is_no_machine_of_no_cores():
-    start = writer(1.0, broken={name: fail(UserError("no.")) for name in programme.CPU})
-    text = printed(everything.run(Options(device="cpu"), start=start))
+    start = writer(1.0, broken={name: fail(UserError("no.")) for name in all_benches.CPU})
+    text = printed(all_benches.run(Options(device="cpu"), start=start))
     assert "None" not in text
     assert "not run" in text
 
 
 def test_each_bench_is_saved_when_it_is_done(tmp_path, monkeypatch):
     start = writer(1.0, broken={"augment": fail(KeyboardInterrupt())})
-    monkeypatch.setattr(everything, "start_bench", start)
+    monkeypatch.setattr(all_benches, "start_bench", start)
     path = tmp_path / "all.json"
     with pytest.raises(SystemExit) as stop:
         main(["all", "--device", "cpu", "--json", str(path)])
@@ -214,9 +210,9 @@ def test_what_comes_too_late_for_the_budget_is_said():
     now = iter(range(0, 100_000, 50))  # every look at the clock is 50 s later
     started: Started = []
     options = Options(short=True, device="cpu", budget=5)
-    result = everything.run(options, start=writer(1.0, started), clock=lambda: float(next(now)))
+    result = all_benches.run(options, start=writer(1.0, started), clock=lambda: float(next(now)))
     assert [limit_s for _, limit_s in started] == [250, 150, 50]
-    assert list(result.failed) == list(programme.CPU)[3:]
+    assert list(result.failed) == list(all_benches.CPU)[3:]
     assert set(result.failed.values()) == {"not started: the budget of 5 minutes was used up (--budget)."}
     assert result.is_broken
 
@@ -233,12 +229,12 @@ def test_what_comes_too_late_for_the_budget_is_said():
 )
 def test_wrong_options_are_found_before_anything_runs(options, message):
     with pytest.raises(UserError, match=message):
-        everything.run(options, start=fail(AssertionError("started")))  # type: ignore[arg-type]
+        all_benches.run(options, start=fail(AssertionError("started")))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("device", PROGRAMMES)
-def test_flags_of_the_programme_are_flags_of_their_benches(capsys, device):
-    for entry in PROGRAMMES[device].values():
+@pytest.mark.parametrize("device", SELECTIONS)
+def test_flags_of_the_selection_are_flags_of_their_benches(capsys, device):
+    for entry in SELECTIONS[device].values():
         with pytest.raises(SystemExit):
             main([entry.bench, "--help"])
         text = capsys.readouterr().out
@@ -246,14 +242,14 @@ def test_flags_of_the_programme_are_flags_of_their_benches(capsys, device):
         assert all(flag in text for flag in flags if flag.startswith("-"))
 
 
-@pytest.mark.parametrize("device", PROGRAMMES)
+@pytest.mark.parametrize("device", SELECTIONS)
 def test_the_short_forms_fit_their_budget(device):
-    expected = sum(entry.expected_s for entry in PROGRAMMES[device].values() if entry.is_short)
-    assert expected <= 60 * programme.BUDGET_MINUTES[device]
+    expected = sum(entry.expected_s for entry in SELECTIONS[device].values() if entry.is_short)
+    assert expected <= 60 * all_benches.BUDGET_MINUTES[device]
 
 
 def test_a_process_tells_why_it_failed(capfd):
-    process.run_limited([sys.executable, "-c", "print('table')"], 60)
+    all_benches.run_limited([sys.executable, "-c", "print('table')"], 60)
     assert capfd.readouterr().out == ""
     for code, reason in (
         ("import sys; sys.exit('error: --count is 0')", "ended with code 1: error: --count is 0"),
@@ -261,12 +257,12 @@ def test_a_process_tells_why_it_failed(capfd):
         ("import os; os.kill(os.getpid(), 9)", r"killed by signal 9 \(out of memory\?\)"),
     ):
         with pytest.raises(UserError, match=reason):
-            process.run_limited([sys.executable, "-c", code], 60)
+            all_benches.run_limited([sys.executable, "-c", code], 60)
     assert "error: --count is 0" in capfd.readouterr().err
 
 
 def test_a_bench_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
-    monkeypatch.setattr(process, "GRACE_S", 0.2)
+    monkeypatch.setattr(all_benches, "GRACE_S", 0.2)
     child = tmp_path / "child"
     # Neither listens to Ctrl-C.
     code = f"""
@@ -277,14 +273,14 @@ if os.fork() == 0:
 time.sleep(600)
 """
     with pytest.raises(UserError, match="ended after 4 s, the time it was given"):
-        process.run_limited([sys.executable, "-c", code], 4)
+        all_benches.run_limited([sys.executable, "-c", code], 4)
     status = Path(f"/proc/{child.read_text()}/stat")
     assert not status.exists() or ") Z " in status.read_text()
 
 
 def test_settings_are_those_of_what_is_compared_with():
     settings = {"ours": "a", "peer": "b", "most": "limit: c", "quiet": ""}
-    found = everything.settings_of_peers(
+    found = all_benches.settings_of_peers(
         {
             "named": {"settings": settings, "peers": ["peer"], "ratios": {}},
             "unnamed": {"settings": settings, "ratios": {"ours_vs_peer": {}}},
@@ -295,8 +291,8 @@ def test_settings_are_those_of_what_is_compared_with():
 
 
 def test_a_picture_of_the_aims_is_drawn_with_and_without_figures():
-    result = everything.run(Options(device="cpu"), start=writer(0.9, broken={"spectral": fail(UserError("no."))}))
-    empty = everything.run(Options(device="cpu", only=("limits",)), start=writer(1.0))
+    result = all_benches.run(Options(device="cpu"), start=writer(0.9, broken={"spectral": fail(UserError("no."))}))
+    empty = all_benches.run(Options(device="cpu", only=("limits",)), start=writer(1.0))
     for one in (result, empty):
         picture = aims_chart(one)
         assert picture.startswith(b"\x89PNG")

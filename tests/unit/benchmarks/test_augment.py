@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import augment, sets
+from benchmarks import augment
 from benchmarks.__main__ import main
-from benchmarks.photos import ensure_photos
+from benchmarks.harness import sets
+from benchmarks.harness.sets import ensure_photos
 from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.errors import UserError
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import dali_peers
-from benchmarks.photos import ensure_photos
+from benchmarks import loader_peers
+from benchmarks.harness.sets import ensure_photos
 
 
 class _Recorder:
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def graph_of(monkeypatch: pytest.MonkeyPatch, make: Any, device: str, folder: Path) -> tuple[Any, dict[str, Any]]:
     """The pipeline that a peer defines, not built, and the arguments of its operators on images."""
     seen: list[Any] = []
-    define = dali_peers.define
+    define = loader_peers.define
 
     def noting(folder: Path, images_of: Any, *more: Any) -> Any:
         recorder = _Recorder()
@@ -45,17 +45,17 @@ def graph_of(monkeypatch: pytest.MonkeyPatch, make: Any, device: str, folder: Pa
         seen.extend([define(folder, images_of, *more), recorder.calls])
         return seen[0]
 
-    monkeypatch.setattr(dali_peers, "define", noting)
-    monkeypatch.setattr(dali_peers, "_rounds", lambda *_: None)
-    sizes = {} if make is dali_peers.decoder_alone else {"img_size": 32}
+    monkeypatch.setattr(loader_peers, "define", noting)
+    monkeypatch.setattr(loader_peers, "_rounds", lambda *_: None)
+    sizes = {} if make is loader_peers.decoder_alone else {"img_size": 32}
     make(folder, steps=1, batch_size=4, workers=1, device=device, **sizes)
     return seen[0], seen[1]
 
 
 def test_the_peer_is_one_graph_on_either_device(monkeypatch, folder):
-    _, on_cpu = graph_of(monkeypatch, dali_peers.stock_dali, "cpu", folder)
+    _, on_cpu = graph_of(monkeypatch, loader_peers.stock_dali, "cpu", folder)
     monkeypatch.undo()
-    _, on_gpu = graph_of(monkeypatch, dali_peers.stock_dali, "gpu", folder)  # DALI itself checks the names
+    _, on_gpu = graph_of(monkeypatch, loader_peers.stock_dali, "gpu", folder)  # DALI itself checks the names
     assert list(on_cpu) == list(on_gpu) == ["decoders.image_random_crop", "resize", "random.coin_flip", "flip"]
     assert on_cpu["decoders.image_random_crop"]["device"] == "cpu"
     decoder = on_gpu["decoders.image_random_crop"]
@@ -66,25 +66,25 @@ def test_the_peer_is_one_graph_on_either_device(monkeypatch, folder):
 
 
 def test_the_limit_only_decodes(monkeypatch, folder):
-    _, calls = graph_of(monkeypatch, dali_peers.decoder_alone, "gpu", folder)
+    _, calls = graph_of(monkeypatch, loader_peers.decoder_alone, "gpu", folder)
     assert list(calls) == ["decoders.image"]
     assert calls["decoders.image"]["device"] == "mixed"
 
 
 def test_arguments_that_dali_does_not_know_would_be_found_without_a_gpu(folder):
     with pytest.raises(KeyError, match="hw_decoder_loaf"):
-        dali_peers.define(
+        loader_peers.define(
             folder, lambda fn, _, files: fn.decoders.image(files, device="mixed", hw_decoder_loaf=1), 4, 1, "gpu"
         )
 
 
 def test_batches_are_crops_of_the_files(monkeypatch, folder):
     seen: list[Any] = []
-    rounds = dali_peers.in_whole_rounds
+    rounds = loader_peers.in_whole_rounds
     monkeypatch.setattr(
-        dali_peers, "in_whole_rounds", lambda pipeline: lambda batches: seen.append(rounds(pipeline)(batches))
+        loader_peers, "in_whole_rounds", lambda pipeline: lambda batches: seen.append(rounds(pipeline)(batches))
     )
-    dali_peers.stock_dali(folder, steps=3, batch_size=4, img_size=32, workers=1)()
+    loader_peers.stock_dali(folder, steps=3, batch_size=4, img_size=32, workers=1)()
     images, labels = seen[0]
     assert np.asarray(images.as_tensor()).shape == (4, 32, 32, 3)
     assert np.asarray(images.as_tensor()).dtype == np.uint8
@@ -100,13 +100,13 @@ def test_a_round_makes_its_batches_and_leaves_none_under_way(batches):
         asked.append(len(asked))
         return np.full((2, 3), len(asked), np.uint8)
 
-    @dali.pipeline_def(batch_size=2, num_threads=1, device_id=None, prefetch_queue_depth=dali_peers.PREFETCH)
+    @dali.pipeline_def(batch_size=2, num_threads=1, device_id=None, prefetch_queue_depth=loader_peers.PREFETCH)
     def graph() -> Any:
         return dali.fn.external_source(source=source, batch=True)
 
     pipeline: Any = graph()
     pipeline.build()
-    run = dali_peers.in_whole_rounds(pipeline)
+    run = loader_peers.in_whole_rounds(pipeline)
     before = len(asked)
     for n in range(1, 4):
         (last,) = run(batches)

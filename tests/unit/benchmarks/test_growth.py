@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import timm
 
-from benchmarks import growth, growth_chart
+from benchmarks import growth
 from benchmarks.__main__ import main
-from benchmarks.measure import Result, Samples
+from benchmarks.harness.measure import Result, Samples
 from lowrank_vit.common.errors import UserError
 
 
@@ -113,7 +113,7 @@ def grown_everywhere() -> Result:
 
 
 def test_a_panel_has_one_unit_and_nothing_that_hides_the_others():
-    panels = growth_chart.panels_of(grown_everywhere())
+    panels = growth.panels_of(grown_everywhere())
     found = [(panel.sweep, panel.unit, list(panel.lines)) for panel in panels]
     assert ("samples", "img/s", ["ffcv", "dali"]) in found
     assert ("samples", "img/s", ["resident"]) in found
@@ -125,7 +125,7 @@ def test_a_panel_has_one_unit_and_nothing_that_hides_the_others():
 
 
 def test_a_picture_of_all_sweeps_is_small():
-    assert len(growth_chart.growth_chart(grown_everywhere())) < 200_000
+    assert len(growth.growth_chart(grown_everywhere())) < 200_000
 
 
 def test_wrong_options():

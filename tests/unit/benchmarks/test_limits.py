@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import limits, machine
+from benchmarks import limits as bench
 from benchmarks.__main__ import main
-from benchmarks.limits import Products
+from benchmarks.harness import limits
+from benchmarks.harness.limits import Products
 from lowrank_vit.common.errors import UserError
 
 CPU = torch.device("cpu")
@@ -31,10 +32,10 @@ def test_smoke(tmp_path, capsys):
     assert [one.name for one in scratch.iterdir()] == ["photos_10"]  # the files are gone
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
     with pytest.raises(UserError, match="--megabytes is 0, expected 1 or more"):
-        machine.run(machine.Options(megabytes=0))
+        bench.run(bench.Options(megabytes=0))
     for gflop in (-5.0, 0.0, float("nan")):
         with pytest.raises(UserError, match=r"--gflop is .*, expected more than 0"):
-            machine.run(machine.Options(gflop=gflop))
+            bench.run(bench.Options(gflop=gflop))
 
 
 def test_products_do_at_least_the_arithmetic_asked_for_and_count_what_they_do():

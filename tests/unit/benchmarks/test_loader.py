@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import limits, loader, loader_peers, sets
+from benchmarks import loader, loader_peers
 from benchmarks.__main__ import main
-from benchmarks.photos import ensure_photos
+from benchmarks.harness import limits, sets
+from benchmarks.harness.sets import ensure_photos
 from data_prep.formats import turbojpeg
 from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.errors import UserError

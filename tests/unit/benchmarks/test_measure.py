@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.environment import environment
-from benchmarks.measure import DEFAULT_REPEATS, Case, Result, Samples, measure, order_of
-from benchmarks.show import Output, bar_chart, number, print_result
+from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, Samples, environment, measure, order_of
+from benchmarks.harness.show import Output, bar_chart, number, print_result
 from lowrank_vit.common.errors import UserError
 
 

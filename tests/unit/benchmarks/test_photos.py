@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import photos
-from benchmarks.photos import STAMP, ensure_photos, make_photos, read_stamp
+from benchmarks.harness import sets
+from benchmarks.harness.sets import STAMP, ensure_photos, make_photos, read_stamp
 from lowrank_vit.common.errors import UserError
 
 
@@ -53,7 +53,7 @@ def test_the_stamp_tells_the_sizes(root: Path) -> None:
     assert stamp is not None
     total = sum(map(len, files_of(root).values()))
     assert stamp == {
-        "version": photos.VERSION,
+        "version": sets.VERSION,
         "count": 25,
         "seed": 0,
         "bytes": total,
@@ -75,7 +75,7 @@ def test_made_anew_where_the_stamp_differs(tmp_path: Path, change: str) -> None:
     before = files_of(root)
     if change == "version":  # an older recipe, and a file that only it made
         stamp = json.loads((root / STAMP).read_text())
-        (root / STAMP).write_text(json.dumps(stamp | {"version": photos.VERSION - 1}))
+        (root / STAMP).write_text(json.dumps(stamp | {"version": sets.VERSION - 1}))
         (root / "class_00" / "999999.jpg").touch()
     notes: list[str] = []
     ensure_photos(root, 11 if change == "count" else 12, 7 if change == "seed" else 0, note=notes.append)

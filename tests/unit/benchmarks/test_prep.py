@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import peak_memory, prep
+from benchmarks import prep
 from benchmarks.__main__ import main
-from benchmarks.ffcv_writer import ImageFiles, write_with_ffcv
-from benchmarks.photos import ensure_photos
+from benchmarks.harness import peak_memory
+from benchmarks.harness.sets import ensure_photos
+from benchmarks.prep import ImageFiles, write_with_ffcv
 from data_prep.formats.beton import read_tables
 from lowrank_vit.common.errors import UserError
 

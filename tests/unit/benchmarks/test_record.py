@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_check
-from benchmarks.aims import AIMS
-from benchmarks.environment import environment
-from benchmarks.record import Options, write
-from benchmarks.record_page import to_markdown
+from benchmarks.harness.aims import AIMS
+from benchmarks.harness.measure import environment
+from benchmarks.record import Options, to_markdown, write
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.run.directory import PACKAGES
 

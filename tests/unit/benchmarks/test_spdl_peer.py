@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import spdl_peer
-from benchmarks.photos import ensure_photos
+from benchmarks import loader_peers
+from benchmarks.harness.sets import ensure_photos
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +17,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_batches_in_random_order(files):
-    if reason := spdl_peer.why_no_spdl(files[0]):
+    if reason := loader_peers.why_no_spdl(files[0]):
         pytest.skip(f"SPDL: {reason}")
-    batches = spdl_peer.spdl_loader(files, steps=3, batch_size=4, img_size=32, workers=2)
+    batches = loader_peers.spdl_loader(files, steps=3, batch_size=4, img_size=32, workers=2)
     for _ in range(2):  # rounds
         made = list(batches())
         assert [tuple(batch.shape) for batch in made] == [(4, 32, 32, 3)] * 3
@@ -29,7 +29,7 @@ def test_batches_in_random_order(files):
 def test_a_missing_or_lame_spdl_is_said(files, monkeypatch):
     for name in ("spdl", "spdl.io", "spdl.pipeline"):
         monkeypatch.setitem(sys.modules, name, None)
-    reason = spdl_peer.why_no_spdl(files[0])
+    reason = loader_peers.why_no_spdl(files[0])
     assert "cannot be imported" in reason
     assert "bench-peers" in reason
 
@@ -44,6 +44,6 @@ def test_missing_libraries_are_said(files, monkeypatch):
     monkeypatch.setattr(spdl, "io", io, raising=False)
     for name, module in (("spdl", spdl), ("spdl.io", io), ("spdl.pipeline", type(sys)("spdl.pipeline"))):
         monkeypatch.setitem(sys.modules, name, module)
-    reason = spdl_peer.why_no_spdl(files[0])
+    reason = loader_peers.why_no_spdl(files[0])
     assert "libavutil.so.59" in reason
     assert "libavdevice59" in reason

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import spectral, spectral_step
-from benchmarks.measure import Result, Samples
+from benchmarks.harness.measure import Result, Samples
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.extremes import Solved
 from lowrank_vit.spectral.solve import solve

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import end_to_end, step
 from benchmarks.__main__ import main
-from benchmarks.phases import PHASES, Phases, Timer
+from benchmarks.timed_steps import PHASES, Phases, Timer
 from lowrank_vit.common.errors import UserError
 
 TINY = "-b 4 --img-size 32 --steps 2 --device cpu --repeats 1".split()

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import end_to_end, sets
-from benchmarks.photos import ensure_photos
+from benchmarks import end_to_end
+from benchmarks.harness import sets
+from benchmarks.harness.sets import ensure_photos
 from benchmarks.step import Workload, config_of
 from benchmarks.timed_steps import TimedSteps, batches_ahead, warming_steps
 from data_prep.formats.jpeg import ImageOptions

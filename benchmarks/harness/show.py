@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.measure import Result, Samples
+from benchmarks.harness.measure import Result, Samples
 from lowrank_vit.common.errors import UserError
 
 _FILE = tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")

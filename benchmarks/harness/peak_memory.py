@@ -1,6 +1,6 @@
 """How much memory a conversion takes for each image: whole conversions in processes of their own.
 
-`python -m benchmarks.peak_memory SRC OUT.beton WORKERS` converts and prints its peak in bytes. Nothing but
+`python -m benchmarks.harness.peak_memory SRC OUT.beton WORKERS` converts and prints its peak in bytes. Nothing but
 `data_prep` is imported, so that torch does not count.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.measure import nothing
+from benchmarks.harness.measure import nothing
 from data_prep.convert import convert_image_folder
 from data_prep.formats.beton import PAGE_SIZE
 from lowrank_vit.common.errors import UserError
@@ -59,7 +59,7 @@ def _peak(scratch: Path, count: int, workers: int) -> int:
     root = scratch / f"tiny-{count}"
     try:
         _write_tiny_images(root, count)
-        command = [sys.executable, "-m", "benchmarks.peak_memory"]
+        command = [sys.executable, "-m", "benchmarks.harness.peak_memory"]
         command += [str(root), str(scratch / "tiny.beton"), str(workers)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
