@@ -32,7 +32,7 @@ from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.decode.pil import decode
-from lowrank_vit.plan.plans import TrainPlan, TrainRules
+from lowrank_vit.plan.plans import BatchPlan, TrainPlan, TrainRules
 
 OPERATIONS, MAGNITUDE = 2, 9
 SETTING = (
@@ -130,7 +130,10 @@ class _Ours:
         rules = TrainRules(policy=parse_policy(POLICY), reprob=REPROB)
         self._plan = TrainPlan(sides, sides, rules, seed=0, img_size=size, batch_size=count)
         self._rows = self._plan.ids(0)
-        self._augment = Augment(MEAN, STD, 1000, 0.1, "pixel", compile=device.type == "cuda").to(device)
+        self._augment = Augment(MEAN, STD, 10, 0.1, "pixel").to(device)
+        self._finish = torch.compile(self._augment) if device.type == "cuda" else self._augment
+        self._targets = torch.zeros(count, dtype=torch.long, device=device)
+        self._inputs: Tensor | None = None
         self._crops = torch.from_numpy(crops_BHWC).to(device).permute(0, 3, 1, 2)
         self._images = torch.empty_like(self._crops)
 
@@ -143,9 +146,16 @@ class _Ours:
         """All of it; the crops are copied first, as each batch of a loader has pixels of its own."""
         for step, ids in enumerate(self._rows):
             self._images.copy_(self._crops)
-            self._augment.normalize(self._augment.prepare(self._images, self._plan.batch(0, step, ids)))
+            self.augmented(self._plan.batch(0, step, ids))
         if self._crops.is_cuda:
             torch.cuda.synchronize()
+
+    def augmented(self, plan: BatchPlan) -> Tensor:
+        """The model's input of the images as they are now, which it changes; valid until the next call."""
+        images, *drawn = self._augment.begin(self._augment.prepare(self._images, plan), plan, self._inputs)
+        inputs, _ = self._finish(images, self._targets, *drawn)
+        self._inputs = inputs if drawn[1] is None else None
+        return inputs
 
 
 _crops: np.ndarray

@@ -176,9 +176,9 @@ class TimedSteps:
     def _open_loader(self) -> tuple[Loader, str]:
         parts, data = self.parts, self._config.data
         assert data.data_dir is not None
-        spec, recipe, kwargs = parts.spec, self._config.augment, {"compile": self._config.step.compile}
+        spec, recipe = parts.spec, self._config.augment
         of_data = spec.mean, spec.std, parts.num_classes, recipe.smoothing, recipe.remode
-        augment = Augment(*of_data, erase_first=recipe.erase_first, **kwargs).to(parts.device)
+        augment = Augment(*of_data, erase_first=recipe.erase_first).to(parts.device)
 
         def prepare(images: Tensor, plan: BatchPlan) -> Tensor:
             begin = self._timer.now()

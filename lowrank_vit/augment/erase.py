@@ -11,11 +11,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 Mode = Literal["const", "rand", "pixel"]
-_MODES: tuple[Mode, ...] = ("const", "rand", "pixel")
+MODES: tuple[Mode, ...] = ("const", "rand", "pixel")
 _RAND, _PIXEL = 1, 2
 _LOW = 0xFFFFFFFF
 _M0, _M1 = 0x7FEB352D, 0x846CA68B
@@ -56,78 +56,22 @@ def _hash(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def normalize_and_erase_cpu(
-    images_BHWC: np.ndarray,
-    mean: np.ndarray,
-    std: np.ndarray,
-    boxes: np.ndarray,
-    keys: np.ndarray,
-    mode: Mode,
-    out: np.ndarray | None = None,
-    mix: np.ndarray | None = None,
-) -> np.ndarray:
-    """uint8 (B, H, W, 3) to float32: `(x - mean) / std`, as `mix_images`, then as `erase`.
-
-    `mean` and `std` float32 (3,) in 0-255; `mix` float32 (M, 6) as by `mix_to_tensor`, M 1 or B, None for none; `out`:
-    where to, float32 (B, H, W, 3).
-    """
-    out = np.empty(images_BHWC.shape, np.float32) if out is None else out
-    mix = np.array([[1, 0, 0, 0, 0, 0]], np.float32) if mix is None else mix
-    _normalize_and_erase(images_BHWC, mean, std, boxes, keys, _MODES.index(mode), NORMAL.numpy(), mix, out)
-    return out
-
-
-@njit(parallel=True, nogil=True, cache=True)
-def _normalize_and_erase(
-    images: np.ndarray,
-    mean: np.ndarray,
-    std: np.ndarray,
-    boxes: np.ndarray,
-    keys: np.ndarray,
-    mode: int,
-    normal: np.ndarray,
-    mix: np.ndarray,
-    out: np.ndarray,
-) -> None:
-    B, H, W, C = images.shape
-    for n in prange(B):
-        partner = B - 1 - np.int64(n)  # prange counts in uint64, which minus int64 is a float
-        row = np.int64(n) if len(mix) > 1 else 0
-        lam = mix[row, 0]
-        is_cutmix = mix[row, 1] > 0
-        table = np.empty((C, 256), np.float32)
-        for c in range(C):
-            for level in range(256):
-                table[c, level] = (np.float32(level) - mean[c]) / std[c]
-        if is_cutmix or lam == 1:
-            for y in range(H):
-                for x in range(W):
-                    for c in range(C):
-                        out[n, y, x, c] = table[c, images[n, y, x, c]]
-            if is_cutmix:
-                for y in range(int(mix[row, 2]), int(mix[row, 3])):
-                    for x in range(int(mix[row, 4]), int(mix[row, 5])):
-                        for c in range(C):
-                            out[n, y, x, c] = table[c, images[partner, y, x, c]]
-        else:
-            rest = np.float32(1) - lam
-            for y in range(H):
-                for x in range(W):
-                    for c in range(C):
-                        own, other = table[c, images[n, y, x, c]], table[c, images[partner, y, x, c]]
-                        out[n, y, x, c] = own * lam + other * rest
-        key0, key1 = np.uint32(keys[n, 0]), np.uint32(keys[n, 1])
-        for k in range(boxes.shape[1]):
-            top, bottom, left, right = boxes[n, k]
-            for y in range(top, bottom):
-                for x in range(left, right):
-                    for c in range(C):
-                        value = np.float32(0)
-                        if mode == _PIXEL:
-                            value = normal[_word_cpu(np.uint32((c * H + y) * W + x), key0, key1)]
-                        elif mode == _RAND:
-                            value = normal[_word_cpu(np.uint32(c + 3 * k), key0, key1)]
-                        out[n, y, x, c] = value
+@njit(cache=True)
+def erase_cpu(image_HWC: np.ndarray, boxes: np.ndarray, key: np.ndarray, mode: int, normal: np.ndarray) -> None:
+    """Erase rectangles of one float32 image in place, as `erase`; `mode`: its place in `MODES`."""
+    H, W, C = image_HWC.shape
+    key0, key1 = np.uint32(key[0]), np.uint32(key[1])
+    for k in range(boxes.shape[0]):
+        top, bottom, left, right = boxes[k]
+        for y in range(top, bottom):
+            for x in range(left, right):
+                for c in range(C):
+                    value = np.float32(0)
+                    if mode == _PIXEL:
+                        value = normal[_word_cpu(np.uint32((c * H + y) * W + x), key0, key1)]
+                    elif mode == _RAND:
+                        value = normal[_word_cpu(np.uint32(c + 3 * k), key0, key1)]
+                    image_HWC[y, x, c] = value
 
 
 @njit(cache=True, inline="always")

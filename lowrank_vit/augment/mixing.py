@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from lowrank_vit.plan.mixing import Mix
@@ -42,3 +44,33 @@ def mix_targets(targets: Tensor, num_classes: int, smoothing: float, mix: Tensor
     soft = one_hot * (1.0 - smoothing) + smoothing / num_classes
     lam = mix[:, :1]
     return soft * lam + soft.flip(0) * (1 - lam)
+
+
+@njit(cache=True)
+def mix_cpu(images_BHWC: np.ndarray, n: int, table: np.ndarray, mix: np.ndarray, out_HWC: np.ndarray) -> None:
+    """Normalise image `n` of a uint8 batch and mix it with its partner, as `mix_images`.
+
+    `table` float32 (3, 256): each level of each channel, normalised; `mix` float32 (M, 6) as by `mix_to_tensor`.
+    """
+    B, H, W, C = images_BHWC.shape
+    partner = B - 1 - n
+    row = n if len(mix) > 1 else 0
+    lam = mix[row, 0]
+    is_cutmix = mix[row, 1] > 0
+    if is_cutmix or lam == 1:
+        for y in range(H):
+            for x in range(W):
+                for c in range(C):
+                    out_HWC[y, x, c] = table[c, images_BHWC[n, y, x, c]]
+        if is_cutmix:
+            for y in range(int(mix[row, 2]), int(mix[row, 3])):
+                for x in range(int(mix[row, 4]), int(mix[row, 5])):
+                    for c in range(C):
+                        out_HWC[y, x, c] = table[c, images_BHWC[partner, y, x, c]]
+    else:
+        rest = np.float32(1) - lam
+        for y in range(H):
+            for x in range(W):
+                for c in range(C):
+                    own, other = table[c, images_BHWC[n, y, x, c]], table[c, images_BHWC[partner, y, x, c]]
+                    out_HWC[y, x, c] = own * lam + other * rest

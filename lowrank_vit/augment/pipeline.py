@@ -1,7 +1,7 @@
-"""What happens to a decoded batch before the model sees it, in timm's order.
+"""What happens to a decoded batch before the model sees it, in timm's order and in two halves.
 
-Vertical flip, image operations (uint8), normalisation, mixup or cutmix, erasing. Where nothing is erased, images stay
-uint8 until they are normalised and mixed inside the compiled step.
+The loader's half, `apply_operations`, takes uint8 pixels to uint8 pixels: vertical flip, image operations. The step's
+half, `Augment`, makes the model's input of them, compiled with the model: normalisation, mixup or cutmix, erasing.
 """
 
 from __future__ import annotations
@@ -9,17 +9,51 @@ from __future__ import annotations
 import numba
 import numpy as np
 import torch
+from numba import njit, prange
 from torch import Tensor, nn
 
 from lowrank_vit.augment import ops, ops_cpu
-from lowrank_vit.augment.erase import NORMAL, Mode, erase, normalize_and_erase_cpu
-from lowrank_vit.augment.mixing import mix_images, mix_targets, mix_to_tensor
+from lowrank_vit.augment.erase import MODES, NORMAL, Mode, erase, erase_cpu
+from lowrank_vit.augment.mixing import mix_cpu, mix_images, mix_targets, mix_to_tensor
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.plan.mixing import NO_MIX
 from lowrank_vit.plan.plans import BatchPlan
 
 
+@torch.no_grad()
+def apply_operations(images: Tensor, plan: BatchPlan, fill: Tensor) -> Tensor:
+    """Apply the plan's vertical flips and operations to uint8 (B, 3, S, S) channels_last images; changes them.
+
+    `fill`: uint8 (3,) on their device, the colour of what comes in from outside the image. Returns uint8 images, the
+    same or new ones; a plan with nothing of the kind costs nothing. The host does not wait for the device.
+    Raises `UserError` for another dtype or layout.
+    """
+    if plan.vflips is None and plan.ops is None:
+        return images
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise UserError(f"augmentation takes uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
+    if not images.is_contiguous(memory_format=torch.channels_last):
+        raise UserError("augmentation takes channels_last images: .contiguous(memory_format=torch.channels_last).")
+    images_BHWC = images.permute(0, 2, 3, 1)
+    if plan.vflips is not None:
+        rows = ops.to_device(np.flatnonzero(plan.vflips), images)
+        images_BHWC[rows] = images_BHWC[rows].flip(1)
+    if plan.ops is None:
+        return images
+    if images.is_cuda:
+        from lowrank_vit.augment import ops_triton  # comes with torch's builds for GPUs
+
+        return ops_triton.apply_ops(images_BHWC, plan.ops, fill).permute(0, 3, 1, 2)
+    _use_torchs_threads()
+    ops_cpu.apply_ops(images_BHWC.numpy(), plan.ops.kinds, plan.ops.args, plan.ops.kernels, fill.numpy())
+    return images
+
+
 class Augment(nn.Module):
-    """uint8 images and labels to normalised float images and soft targets."""
+    """uint8 images and labels to normalised float images and soft targets; `prepare` is the loader's half.
+
+    A step calls `begin`, which is not to be compiled, and hands on what it gives: `augment(images, targets, *drawn)`.
+    """
 
     def __init__(
         self,
@@ -30,17 +64,15 @@ class Augment(nn.Module):
         remode: Mode = "const",
         *,
         erase_first: bool = False,
-        compile: bool = False,
     ) -> None:
         """`mean`, `std`: of RGB in 0-1, the model's own; `smoothing`: label smoothing in [0, 1).
 
-        `erase_first`: erase before mixing. `compile`: fuse normalising, mixing and erasing on CUDA with torch.compile.
+        `erase_first`: erase before mixing.
         """
         super().__init__()
         self.num_classes, self.smoothing = num_classes, smoothing
         self.remode: Mode = remode
         self._erase_first = erase_first
-        self._erase_on_cuda = torch.compile(self._normalize_and_erase) if compile else self._normalize_and_erase
         self.mean: Tensor
         self.std: Tensor
         self.fill: Tensor
@@ -48,69 +80,93 @@ class Augment(nn.Module):
         self.register_buffer("quantiles", NORMAL.clone(), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
-        # Kept from batch to batch: touching new memory for every batch takes longer than the arithmetic.
-        self._normalized = np.empty((0, 0, 0, 3), np.float32)
         # timm's colour of what an operation brings in from outside the image
         fill = [min(255, round(255 * value)) for value in mean]
         self.register_buffer("fill", torch.tensor(fill, dtype=torch.uint8), persistent=False)
 
-    @torch.no_grad()
     def prepare(self, images: Tensor, plan: BatchPlan) -> Tensor:
-        """Apply the plan to uint8 (B, 3, S, S) channels_last images: all that `forward` leaves.
+        """`apply_operations` with timm's colour: uint8 to uint8, for `open_loader`."""
+        return apply_operations(images, plan, self.fill)
 
-        Changes `images`. Returns them, still uint8, or float32 (normalised and mixed) if images are erased, on a CPU in
-        memory that the next call uses again; a plan with nothing of the kind costs nothing. The host does not wait for
-        the device. Raises `UserError` for another dtype or layout.
+    @torch.no_grad()
+    def begin(
+        self, images: Tensor, plan: BatchPlan, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What `forward` takes beside the targets: images, and as tensors beside them mix, boxes and keys of the plan.
+
+        On a CPU images to be erased are normalised, mixed (unless erasing comes first) and erased here, in one pass of
+        compiled numba code, into float32 `out` where that has their shape; boxes and keys are then None. Else images
+        stay as they are, and boxes and keys are None where nothing is erased. The host does not wait for the device.
         """
-        if plan.vflips is None and plan.ops is None and plan.erase is None:
-            return images
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise UserError(f"augmentation takes uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
-        if not images.is_contiguous(memory_format=torch.channels_last):
-            raise UserError("augmentation takes channels_last images: .contiguous(memory_format=torch.channels_last).")
-        images_BHWC = images.permute(0, 2, 3, 1)
-        if not images.is_cuda:
-            numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-        if plan.vflips is not None:
-            rows = ops.to_device(np.flatnonzero(plan.vflips), images)
-            images_BHWC[rows] = images_BHWC[rows].flip(1)
-        if plan.ops is not None:
-            if images.is_cuda:
-                from lowrank_vit.augment import ops_triton  # comes with torch's builds for GPUs
-
-                images_BHWC = ops_triton.apply_ops(images_BHWC, plan.ops, self.fill)
-                images = images_BHWC.permute(0, 3, 1, 2)
-            else:
-                planned = plan.ops.kinds, plan.ops.args, plan.ops.kernels
-                ops_cpu.apply_ops(images_BHWC.numpy(), *planned, self.fill.numpy())
-        return self._erase(images, plan)
-
-    def _erase(self, images: Tensor, plan: BatchPlan) -> Tensor:
+        mix = mix_to_tensor(plan.mix)
         if plan.erase is None:
-            return images
-        boxes, keys, mix = plan.erase.boxes, plan.erase.keys, mix_to_tensor(plan.mix).numpy()
+            return images, ops.to_device(mix.numpy(), images), None, None
+        boxes, keys = plan.erase.boxes, plan.erase.keys
         if images.is_cuda:
-            on_device = (ops.to_device(values, images) for values in (boxes, keys.astype(np.int64), mix))
-            return self._erase_on_cuda(images, *on_device)
-        scale = self.mean.flatten().numpy(), self.std.flatten().numpy()
-        images_BHWC = images.permute(0, 2, 3, 1).numpy()
-        if self._normalized.shape != images_BHWC.shape:
-            self._normalized = np.empty(images_BHWC.shape, np.float32)
-        mix = None if self._erase_first else mix
-        normalize_and_erase_cpu(images_BHWC, *scale, boxes, keys, self.remode, self._normalized, mix)
-        return torch.from_numpy(self._normalized).permute(0, 3, 1, 2)
-
-    def _normalize_and_erase(self, images: Tensor, boxes: Tensor, keys: Tensor, mix: Tensor) -> Tensor:
-        images = self.normalize(images)
-        images = images if self._erase_first else mix_images(images, mix)
-        return erase(images, boxes, keys, self.remode, self.quantiles)
+            on_device = (ops.to_device(values, images) for values in (mix.numpy(), boxes, keys.astype(np.int64)))
+            return images, *on_device
+        if out is None or out.shape != images.shape:
+            out = torch.empty(images.shape, memory_format=torch.channels_last)
+        mixed_now = mix_to_tensor([NO_MIX]) if self._erase_first else mix
+        _use_torchs_threads()
+        _inputs_cpu(
+            images.permute(0, 2, 3, 1).numpy(),
+            self.mean.flatten().numpy(),
+            self.std.flatten().numpy(),
+            mixed_now.numpy(),
+            boxes,
+            keys,
+            MODES.index(self.remode),
+            self.quantiles.numpy(),
+            out.permute(0, 2, 3, 1).numpy(),
+        )
+        return out, mix, None, None
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) in 0-255 to float32 with the model's mean and standard deviation; floats stay."""
-        return (images.float() - self.mean) / self.std if images.dtype == torch.uint8 else images
+        """uint8 (B, 3, S, S) in 0-255 to float32 with the model's mean and standard deviation."""
+        return (images.float() - self.mean) / self.std
 
-    def forward(self, images: Tensor, targets: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
-        """Training: normalise and mix what `prepare` left. `mix` as by `mix_to_tensor`, on the images' device."""
-        is_mixed = images.dtype != torch.uint8 and not self._erase_first
-        mixed = images if is_mixed else mix_images(self.normalize(images), mix)
-        return mixed, mix_targets(targets, self.num_classes, self.smoothing, mix)
+    def forward(
+        self, images: Tensor, targets: Tensor, mix: Tensor, boxes: Tensor | None = None, keys: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Float32 (B, 3, S, S) input of the model and soft targets (B, num_classes), from what `begin` gave."""
+        soft = mix_targets(targets, self.num_classes, self.smoothing, mix)
+        if images.dtype != torch.uint8:  # erased by `begin`
+            return mix_images(images, mix) if self._erase_first else images, soft
+        images = self.normalize(images)
+        if boxes is None or keys is None:
+            return mix_images(images, mix), soft
+        if self._erase_first:
+            return mix_images(self._erase(images, boxes, keys), mix), soft
+        return self._erase(mix_images(images, mix), boxes, keys), soft
+
+    def _erase(self, images: Tensor, boxes: Tensor, keys: Tensor) -> Tensor:
+        return erase(images, boxes, keys, self.remode, self.quantiles)
+
+
+def _use_torchs_threads() -> None:
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _inputs_cpu(
+    images_BHWC: np.ndarray,
+    mean: np.ndarray,
+    std: np.ndarray,
+    mix: np.ndarray,
+    boxes: np.ndarray,
+    keys: np.ndarray,
+    mode: int,
+    normal: np.ndarray,
+    out_BHWC: np.ndarray,
+) -> None:
+    """Normalise, mix and erase uint8 images into float32 `out_BHWC`, an image a thread."""
+    B, _, _, C = images_BHWC.shape
+    for i in prange(B):
+        n = np.int64(i)  # prange counts in uint64, which minus int64 is a float
+        table = np.empty((C, 256), np.float32)
+        for c in range(C):
+            for level in range(256):
+                table[c, level] = (np.float32(level) - mean[c]) / std[c]
+        mix_cpu(images_BHWC, n, table, mix, out_BHWC[n])
+        erase_cpu(out_BHWC[n], boxes[n], keys[n], mode, normal)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.augment import ops_cpu
-from lowrank_vit.augment.mixing import mix_to_tensor
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.plan.levels import argument_of
 from lowrank_vit.plan.operations import BICUBIC, NAMES, Policy
@@ -47,8 +46,9 @@ def as_the_model_sees_them(
     Returns uint8 (B, S, S, 3), the model's float images turned back into pixels and clipped, and float32 (B, classes),
     the soft targets.
     """
-    images = torch.from_numpy(crops_BHWC.copy()).permute(0, 3, 1, 2)
-    images, soft = augment(augment.prepare(images, plan), torch.from_numpy(labels), mix_to_tensor(plan.mix))
+    images = augment.prepare(torch.from_numpy(crops_BHWC.copy()).permute(0, 3, 1, 2), plan)
+    images, *drawn = augment.begin(images, plan)
+    images, soft = augment(images, torch.from_numpy(labels), *drawn)
     pixels: Tensor = (images * augment.std + augment.mean).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).numpy(), soft.numpy()
 

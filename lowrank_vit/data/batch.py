@@ -14,8 +14,7 @@ class Batch:
     """B decoded, cropped, resized and flipped images with their labels, on the trainer's device."""
 
     images: Tensor
-    """uint8 (B, 3, S, S), RGB 0-255, channels_last (a permuted view of the decoder's NHWC); float32 once augmentation
-    has normalised them."""
+    """uint8 (B, 3, S, S), RGB 0-255, channels_last (a permuted view of the decoder's NHWC); no other batch's memory."""
     targets: Tensor
     """int64 (B,), labels."""
     plan: BatchPlan

@@ -56,7 +56,7 @@ class Loader:
         prepare: Prepare | None = None,
         say: Callable[[str], object] = terminal.say,
     ) -> None:
-        """`prepare` turns the images of a batch into what the step takes; `say` is told of samples left out."""
+        """`prepare` applies the plan's operations to uint8 images; `say` is told of samples left out."""
         self.name, self._backend, self._beton, self.plan = backend.name, backend, beton, plan
         self._on_bad_sample, self._prepare, self._say = on_bad_sample, prepare, say
         self._hand_over = _OwnStream(device) if device.type == "cuda" else _SameThread()

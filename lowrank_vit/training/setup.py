@@ -134,9 +134,7 @@ def make_parts(config: Config, resumed: Checkpoint | None, world: World | None =
     spec = input_spec(model, data.img_size, data.crop_pct, data.mean, data.std)
     smoothing, remode = config.augment.smoothing, config.augment.remode
     erase_first = config.augment.erase_first
-    augment = Augment(
-        spec.mean, spec.std, num_classes, smoothing, remode, erase_first=erase_first, compile=config.step.compile
-    ).to(device)
+    augment = Augment(spec.mean, spec.std, num_classes, smoothing, remode, erase_first=erase_first).to(device)
     plan, train_loader, line = _make_train_loader(config, sets, num_classes, spec, world, device, augment)
     lines, evaluators, val_loader, val_batch = [line], dict[str, Evaluator](), None, 0
     lr, lr_origin = learning_rate(config.optim, plan.global_batch)

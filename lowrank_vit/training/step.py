@@ -1,4 +1,4 @@
-"""One training step: mix, forward, loss, backward, update.
+"""One training step: normalise, mix, erase, forward, loss, backward, update.
 
 The host never waits for the device here, but where it is so far ahead that the device cannot run dry (`Pace`).
 """
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lowrank_vit.augment.mixing import mix_to_tensor
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.common.devices import DTYPES
 from lowrank_vit.config.options import Config
@@ -75,6 +74,9 @@ class TrainStep:
     ) -> None:
         """`model`, `augment` and `ema` are on one device; `model` is the raw module, which is compiled here."""
         self._model, self._optimizer, self._ema, self._world = model, optimizer, ema, world or World()
+        self._augment = augment
+        # Kept from batch to batch: touching new memory for every batch takes longer than the arithmetic.
+        self._inputs: Tensor | None = None
         self._clip_grad, self._clip_mode = config.optim.clip_grad, config.optim.clip_mode
         self._seed, self._accum_steps = config.run.seed, config.optim.grad_accum_steps
         device = next(model.parameters()).device
@@ -84,7 +86,7 @@ class TrainStep:
         loss_of: nn.Module = LossOfBatch(model, augment, Loss.of(config), dtype)
         self._ddp = _distribute(loss_of, device) if self._world.size > 1 else None
         loss_of = self._ddp or loss_of
-        self._loss_of: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = loss_of
+        self._loss_of: Callable[..., tuple[Tensor, Tensor]] = loss_of
         mode = config.step.compile_mode
         if config.step.compile:
             self._loss_of = torch.compile(loss_of, mode=mode)
@@ -109,11 +111,10 @@ class TrainStep:
         is_last = self._num_batches + 1 == self._accum_steps
         if self._num_batches == 0:
             self._seed_update()
-        mix = mix_to_tensor(batch.plan.mix)
-        if batch.images.is_cuda:
-            mix = mix.pin_memory().to(batch.images.device, non_blocking=True)
+        images, *drawn = self._augment.begin(batch.images, batch.plan, self._inputs)
+        self._inputs = images if images is not batch.images else None
         with nullcontext() if is_last else self._without_averaging():
-            loss, hits = self._loss_of(batch.images, batch.targets, mix)
+            loss, hits = self._loss_of(images, batch.targets, *drawn)
             scaled = self._scaler.scale(loss if self._accum_steps == 1 else loss / self._accum_steps)
             scaled.backward()
         self.meter.add(loss.detach(), hits, len(batch), self.num_updates, self.lr)
@@ -170,18 +171,18 @@ class TrainStep:
 
 
 class LossOfBatch(nn.Module):
-    """Mix, forward and loss of one batch: what is compiled, and what the ranks share the gradients of."""
+    """From uint8 images to the loss of one batch: what is compiled, and what the ranks share the gradients of."""
 
     def __init__(self, model: nn.Module, augment: Augment, loss: Loss, dtype: torch.dtype | None) -> None:
         """`dtype`: of the autocast forward; None: no autocast."""
         super().__init__()
         self.model, self.augment, self._loss, self._dtype = model, augment, loss, dtype
 
-    def forward(self, images: Tensor, targets: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss, float32 (), and how many of the labels are predicted, int64 ()."""
-        mixed, soft_targets = self.augment(images, targets, mix)
+    def forward(self, images: Tensor, targets: Tensor, *drawn: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean loss, float32 (), and how many of the labels are predicted, int64 (), of what `Augment.begin` gave."""
+        inputs, soft_targets = self.augment(images, targets, *drawn)
         with torch.autocast(images.device.type, dtype=self._dtype, enabled=self._dtype is not None):
-            logits = self.model(mixed)
+            logits = self.model(inputs)
         logits = logits.float()
         return self._loss(logits, soft_targets), (logits.detach().argmax(1) == targets).sum()
 

@@ -93,7 +93,7 @@ def test_batches_survive_a_trainer_that_runs_ahead(sets, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_warm_loader_never_waits(sets, backend):
     beton = Beton(sets["jpeg"])
-    loader = open_on("cuda", backend, beton, train_plan(beton, 2), prepare=lambda images, plan: images.float())
+    loader = open_on("cuda", backend, beton, train_plan(beton, 2), prepare=lambda images, plan: images + 1)
     for _ in loader.batches(0):
         pass
     batches = loader.batches(1)

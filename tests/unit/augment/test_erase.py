@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ import torch
 from scipy import stats
 from timm.data import random_erasing
 
-from lowrank_vit.augment.erase import NORMAL, erase, normalize_and_erase_cpu
+from lowrank_vit.augment.erase import NORMAL, erase
+from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.plan.erase import Erase
 from lowrank_vit.plan.plans import TrainPlan, TrainRules
 from tests.distributions import UNLIKELY, assert_same_counts, assert_same_distribution
+from tests.unit.augment.test_pipeline import plan_of
 
 SAMPLES = 20_000
-MEAN, STD = np.full(3, 120, np.float32), np.full(3, 60, np.float32)
 
 
 def planned(size=48, **rules) -> Erase:
@@ -67,20 +69,30 @@ def test_number_of_boxes_is_timms(monkeypatch):
     assert_same_distribution((boxes[:, :, 1] > boxes[:, :, 0]).sum(1).tolist(), [len(boxes) for boxes in theirs])
 
 
+def augment_of(mode) -> Augment:
+    return Augment((120 / 255,) * 3, (60 / 255,) * 3, 10, 0.0, mode)
+
+
+def by_numba(images_BHWC: np.ndarray, boxes: np.ndarray, keys: np.ndarray, mode) -> np.ndarray:
+    """float32 (B, H, W, 3): normalised and erased as a step on a CPU does it."""
+    plan = replace(plan_of(TrainRules(), len(boxes), 8), erase=Erase(boxes, keys))
+    inputs, *_ = augment_of(mode).begin(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2), plan)
+    return inputs.permute(0, 2, 3, 1).numpy()
+
+
 def both(boxes: np.ndarray, keys: np.ndarray, mode, size: int) -> list[np.ndarray]:
     """float32 (B, size, size, 3) by numba and by torch."""
     images = np.random.default_rng(0).integers(0, 256, (len(boxes), size, size, 3), dtype=np.uint8)
-    by_numba = normalize_and_erase_cpu(images, MEAN, STD, boxes, keys, mode)
-    normalized = (torch.from_numpy(images).permute(0, 3, 1, 2).float() - 120) / 60
+    normalized = augment_of(mode).normalize(torch.from_numpy(images).permute(0, 3, 1, 2))
     by_torch = erase(normalized, torch.from_numpy(boxes), torch.from_numpy(keys.astype(np.int64)), mode, NORMAL)
-    return [by_numba, by_torch.permute(0, 2, 3, 1).numpy()]
+    return [by_numba(images, boxes, keys, mode), by_torch.permute(0, 2, 3, 1).numpy()]
 
 
 @pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
 def test_numba_and_torch_erase_alike(mode):
     drawn = planned(40, reprob=0.8, recount=3)
-    by_numba, by_torch = both(drawn.boxes[:50], drawn.keys[:50], mode, 40)
-    np.testing.assert_allclose(by_numba, by_torch, rtol=0, atol=1e-6)  # normalising: numba multiplies in another order
+    compiled, tensors = both(drawn.boxes[:50], drawn.keys[:50], mode, 40)
+    assert np.array_equal(compiled, tensors)
 
 
 def test_modes():
@@ -108,7 +120,7 @@ def test_noise_is_standard_normal_and_independent():
     size = 64
     boxes = np.tile(np.array([0, size, 0, size], np.int32), (64, 1, 1))
     keys = planned(reprob=1.0).keys[:64]
-    noise = normalize_and_erase_cpu(np.zeros((64, size, size, 3), np.uint8), MEAN, STD, boxes, keys, "pixel")
+    noise = by_numba(np.zeros((64, size, size, 3), np.uint8), boxes, keys, "pixel")
     assert float(stats.kstest(noise.ravel(), "norm")[1]) > UNLIKELY  # type: ignore[arg-type]
     assert abs(noise.mean()) < 4 / noise.size**0.5
     assert 4 < np.abs(noise).max() < 4.4
@@ -121,6 +133,6 @@ def test_noise_is_standard_normal_and_independent():
 def test_noise_belongs_to_the_sample_not_to_its_place():
     drawn = planned(32, reprob=1.0)
     images = np.zeros((10, 32, 32, 3), np.uint8)
-    forward = normalize_and_erase_cpu(images, MEAN, STD, drawn.boxes[:10], drawn.keys[:10], "pixel")
-    backward = normalize_and_erase_cpu(images, MEAN, STD, drawn.boxes[9::-1], drawn.keys[9::-1], "pixel")
+    forward = by_numba(images, drawn.boxes[:10], drawn.keys[:10], "pixel")
+    backward = by_numba(images, drawn.boxes[9::-1], drawn.keys[9::-1], "pixel")
     assert np.array_equal(forward, backward[::-1])

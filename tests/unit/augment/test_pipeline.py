@@ -122,6 +122,18 @@ def plan_of(rules, count, size):
     return plan.batch(3, 0, np.arange(count))
 
 
+def drawn_as_tensors(plan):
+    """What `Augment.begin` sends to a GPU: mix, boxes, keys."""
+    boxes, keys = torch.from_numpy(plan.erase.boxes), torch.from_numpy(plan.erase.keys.astype(np.int64))
+    return mix_to_tensor(plan.mix), boxes, keys
+
+
+def finished(augment, images, plan, labels=None):
+    """The model's input and the soft targets, as the step makes them."""
+    images, *drawn = augment.begin(images, plan)
+    return augment(images, torch.zeros(len(images), dtype=torch.long) if labels is None else labels, *drawn)
+
+
 FULL = TrainRules(
     vflip=0.5, policy=parse_policy("rand-m9-mstd0.5-inc1"), color_jitter=(0.4, 0.4, 0.4), reprob=0.5, recount=2
 )
@@ -137,8 +149,10 @@ def test_the_whole_chain_is_pils_and_timms_one_image_at_a_time(count, size):
     assert plan.ops is not None
     assert plan.erase is not None
     images = torch.from_numpy(photos.copy()).permute(0, 3, 1, 2)
-    prepared = Augment(MEAN, STD, 10, 0.1, "const").prepare(images, plan)
-    assert prepared.dtype == torch.float32
+    augment = Augment(MEAN, STD, 10, 0.1, "const")
+    prepared = augment.prepare(images, plan)
+    assert prepared.dtype == torch.uint8
+    found, _ = finished(augment, prepared, plan)
     for n in range(count):
         pixels = photos[n]
         if plan.vflips[n]:
@@ -150,7 +164,7 @@ def test_the_whole_chain_is_pils_and_timms_one_image_at_a_time(count, size):
         for top, bottom, left, right in plan.erase.boxes[n]:
             expected[:, top:bottom, left:right] = 0
         # One level of a geometric operation may be multiplied by the next operation, on few pixels.
-        error = (prepared[n] - expected).abs() * 255 * max(STD)
+        error = (found[n] - expected).abs() * 255 * max(STD)
         assert error.mean() < 0.05
         assert error.quantile(0.99) < 3
 
@@ -175,12 +189,10 @@ def test_mixed_images_are_erased_as_timm_does_it_with_its_prefetcher(mode, erase
         expected = augment.normalize(images).masked_fill(is_inside, 0) if erase_first else augment.normalize(images)
         expected, soft = timms(expected, labels, list(batch.mix), mode, monkeypatch)
         expected = expected if erase_first else expected.masked_fill(is_inside, 0)
-        mix = mix_to_tensor(batch.mix)
-        found = augment(augment.prepare(images.clone(memory_format=torch.channels_last), batch), labels, mix)
+        found = finished(augment, images, batch, labels)
         torch.testing.assert_close(found, (expected, soft), rtol=1e-5, atol=1e-5)
-        boxes, keys = torch.from_numpy(batch.erase.boxes), torch.from_numpy(batch.erase.keys.astype(np.int64))
-        by_torch = augment(augment._normalize_and_erase(images, boxes, keys, mix), labels, mix)
-        torch.testing.assert_close(by_torch, (expected, soft), rtol=1e-5, atol=1e-5)
+        by_torch = augment(images, labels, *drawn_as_tensors(batch))
+        assert all(map(torch.equal, by_torch, found))
         is_cutmix |= {mix.is_cutmix for mix in batch.mix}
     assert is_cutmix == {False, True}
 
@@ -189,7 +201,7 @@ def test_mixed_images_are_erased_as_timm_does_it_with_its_prefetcher(mode, erase
 def test_the_tensor_code_for_gpus_gives_what_the_cpu_code_gives(remode):
     photos, plan = photographs(16, 64), plan_of(FULL, 16, 64)
     augment = Augment(MEAN, STD, 10, 0.1, remode)
-    by_numba = augment.prepare(torch.from_numpy(photos.copy()).permute(0, 3, 1, 2), plan)
+    by_numba, _ = finished(augment, augment.prepare(torch.from_numpy(photos.copy()).permute(0, 3, 1, 2), plan), plan)
     assert plan.vflips is not None
     assert plan.ops is not None
     assert plan.erase is not None

@@ -39,7 +39,8 @@ def test_both_sides_do_the_same_work():
     assert plan.erase is not None
     mean, std = np.array(augment.MEAN, np.float32), np.array(augment.STD, np.float32)
     plain = (crops / np.float32(255) - mean) / std
-    prepared = ours._augment.prepare(torch.from_numpy(crops.copy()).permute(0, 3, 1, 2), plan).permute(0, 2, 3, 1)
+    ours._images.copy_(ours._crops)
+    prepared = ours.augmented(plan).permute(0, 2, 3, 1)
     output = torch.empty(64, 3, 48, 48)
     augment._start_worker(crops, output)
     augment._run_worker(range(64), 0)

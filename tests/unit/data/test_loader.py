@@ -186,16 +186,25 @@ def test_a_batch_is_not_overwritten_by_later_ones(sets, backend):
     assert torch.equal(first.images, kept)
 
 
-def test_images_are_prepared_as_the_step_wants_them(sets):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_prepared_batches_at_once_share_nothing(sets, backend):
+    """Neither asking for the next batch nor making the model's input of it changes the pixels of the one before."""
     beton = Beton(sets["jpeg"])
-    rules = TrainRules(policy=parse_policy("rand-m9-mstd0.5-inc1"), reprob=0.5)
+    rules = TrainRules(vflip=0.5, policy=parse_policy("rand-m9-mstd0.5-inc1"), reprob=0.9)
     plan = TrainPlan(beton.heights, beton.widths, rules, seed=5, img_size=32, batch_size=4)
     augment = Augment((0.5,) * 3, (0.5,) * 3, 10, 0.1)
-    options = LoaderOptions("resident", 1)
-    prepared = open_loader(beton, plan, CPU, options, prepare=augment.prepare)[0]
-    for a, b in zip(prepared.batches(1), open_one("resident", beton, plan).batches(1), strict=True):
-        assert a.images.dtype == torch.float32
-        assert torch.equal(a.images, augment.prepare(b.images.clone(), b.plan))
+    options = LoaderOptions(backend, 1)
+    prepared = open_loader(beton, plan, CPU, options, prepare=augment.prepare)[0].batches(1)
+    decoded = open_one(backend, beton, plan).batches(1)
+    before = None
+    for batch, own in zip(prepared, decoded, strict=True):
+        assert batch.images.dtype == torch.uint8
+        assert torch.equal(batch.images, augment.prepare(own.images.clone(), own.plan))
+        if before:
+            assert torch.equal(before[0].images, before[1])
+        before = batch, batch.images.clone()
+        augment.begin(batch.images, batch.plan)
+        assert torch.equal(*(before[0].images, before[1]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -313,11 +322,10 @@ def test_decoded_images_are_kept_until_the_step_has_read_them(sets, monkeypatch)
     cuda, beton = FakeCuda(monkeypatch), Beton(sets["jpeg"])
     plan = train_plan(beton)
     backend = open_one("resident", beton, plan)._backend
-    loader = Loader(backend, beton, plan, torch.device("cuda"), prepare=lambda images, plan: images.float())
+    loader = Loader(backend, beton, plan, torch.device("cuda"), prepare=lambda images, plan: images + 1)
     batches = loader.batches(0)
     next(batches)
     next(batches)
     ((_, (decoded, prepared)),) = in_use(loader)
-    assert decoded.images.dtype == torch.uint8
-    assert prepared.images.dtype == torch.float32
+    assert torch.equal(prepared.images, decoded.images + 1)
     assert cuda.reading
