@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ class Mark:
     @classmethod
     def of(cls, stream: torch.cuda.Stream | None) -> Mark:
         """Behind all that was asked of the stream so far."""
-        return cls(None if stream is None else stream.record_event())
+        event: Any = None if stream is None else stream.record_event()
+        return cls(event)
 
     def hand_over(self, stream: torch.cuda.Stream | None, *tensors: Tensor) -> None:
         """Have a stream wait for the mark before it reads `tensors`, which were made before it on another stream.
