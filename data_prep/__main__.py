@@ -26,14 +26,14 @@ from data_prep.convert import (
     convert_splits,
     role_by_name,
 )
+from data_prep.formats.beton import file_or_parts, parse_shard
 from data_prep.formats.jpeg import LOSSLESS, ImageOptions
-from data_prep.formats.manifest import emptied_line, manifest_path
-from data_prep.formats.parts import file_or_parts, parse_shard
+from data_prep.formats.sidecars import emptied_line, manifest_path
 from data_prep.info import info_table, plot_info
 from data_prep.sources.image_folder import Nested
 from data_prep.verify import verify
 from data_prep.writing.bad_images import BadImagesError
-from data_prep.writing.progress import counts_in_words
+from data_prep.writing.workers import counts_in_words
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import CLASSES, find_bundled, usage_name
 from lowrank_vit.common.resources import available_cores

@@ -18,17 +18,25 @@ import numpy as np
 import PIL
 
 from data_prep.formats import turbojpeg
-from data_prep.formats.beton import MIN_PAGE_SIZE, PAGE_SIZE
+from data_prep.formats.beton import MIN_PAGE_SIZE, PAGE_SIZE, part_path
 from data_prep.formats.jpeg import JPEG_MAX_SIDE, LOSSLESS, EncodedImage, ImageOptions, encode_file, encode_pixels
-from data_prep.formats.manifest import CONVERTER_VERSION, Manifest
-from data_prep.formats.parts import part_path
+from data_prep.formats.sidecars import CONVERTER_VERSION, Manifest
 from data_prep.sources.cifar100 import cifar100, download
-from data_prep.sources.class_names import abbreviated, differences, positions
 from data_prep.sources.image_folder import SPLIT_NAMES, Nested, image_folder, split_folders
-from data_prep.sources.samples import DIGITS_SPLIT_SEED, Sample, Source, digits, file_list_sha256, shard
+from data_prep.sources.samples import (
+    DIGITS_SPLIT_SEED,
+    Sample,
+    Source,
+    abbreviated,
+    differences,
+    digits,
+    file_list_sha256,
+    positions,
+    shard,
+)
 from data_prep.writing.bad_images import BadImagesError, joined
 from data_prep.writing.beton import Resume, Written, write_beton
-from data_prep.writing.finished import find_finished, rename_pending, write_pending
+from data_prep.writing.resuming import find_finished, remove_left_of, rename_pending, write_pending
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
 
@@ -287,6 +295,7 @@ def _convert(
     key = json.dumps([CONVERTER_VERSION, libraries, str(Path(source.name).resolve()), page_size, deciding])
     key = hashlib.sha256(key.encode()).hexdigest()
     files = file_list_sha256(source.samples)
+    remove_left_of(out)
     if source_stat and (finished := find_finished(out, key, files, source.samples, source_stat, on_bad)):
         return Conversion(out, finished, time.perf_counter() - start, was_finished=True)
     manifest: list[Manifest] = []

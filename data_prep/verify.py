@@ -11,19 +11,21 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.formats import jpeg_header, turbojpeg
+from data_prep.formats import jpeg_segments, turbojpeg
 from data_prep.formats.beton import METADATA_START, MODE_JPEG, SAMPLE, Tables, read_tables
-from data_prep.formats.manifest import (
+from data_prep.formats.sidecars import (
     Manifest,
+    SampleTable,
     add_index_checksum,
     check_index,
+    checksum,
     doubt_line,
     manifest_path,
     read_manifest,
+    read_sample_table,
+    sample_table_path,
 )
-from data_prep.formats.sample_table import SampleTable, checksum, read_sample_table, sample_table_path
-from data_prep.writing.parallel import map_ordered
-from data_prep.writing.progress import ConversionProgress
+from data_prep.writing.workers import ConversionProgress, map_ordered
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.terminal import one_line
 
@@ -158,7 +160,7 @@ def _why_bad(tables: Tables, data: mmap.mmap, sample_id: int) -> str:
     """What is wrong with a stored JPEG, or an empty string."""
     pointer, size = int(tables.pointers[sample_id]), int(tables.sizes[sample_id])
     stored = data[pointer : pointer + size]
-    header = jpeg_header.read_header(stored)
+    header = jpeg_segments.read_header(stored)
     height, width = int(tables.heights[sample_id]), int(tables.widths[sample_id])
     if header is None or header.components != 3:
         return "it is not an RGB JPEG"

@@ -45,7 +45,7 @@ from data_prep.convert import _convert
 from data_prep.formats import turbojpeg
 from data_prep.formats.beton import MIN_PAGE_SIZE, MODE_RAW
 from data_prep.formats.jpeg import LOSSLESS, encode_file
-from data_prep.formats.manifest import manifest_path
+from data_prep.formats.sidecars import manifest_path
 from data_prep.sources.image_folder import image_folder
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.data.choose import LoaderOptions, open_loader

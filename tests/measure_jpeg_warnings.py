@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.formats import jpeg_header, turbojpeg
+from data_prep.formats import jpeg_segments, turbojpeg
 from data_prep.formats.jpeg import BadImageError, ImageOptions, encode_image
 from tests.jpeg_damage import KINDS, PRECISE, RUNS, encode, photos, run
 
@@ -40,7 +40,7 @@ class Case:
 
 def warning_of(data: bytes) -> str:
     """The first warning or error, without its numbers; of extraneous bytes whether they are more than two."""
-    header = jpeg_header.read_header(data)
+    header = jpeg_segments.read_header(data)
     try:
         if header is None:
             return "no frame header"

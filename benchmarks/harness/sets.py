@@ -21,9 +21,8 @@ from PIL import Image, ImageOps
 
 from benchmarks.harness.measure import nothing
 from data_prep.convert import convert_image_folder
-from data_prep.formats.beton import MODE_RAW
+from data_prep.formats.beton import MODE_RAW, file_or_parts, part_path
 from data_prep.formats.jpeg import JPEG_MAX_SIDE, ImageOptions
-from data_prep.formats.parts import file_or_parts, part_path
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.sets.beton import Beton
 

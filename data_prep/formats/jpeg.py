@@ -31,10 +31,10 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from data_prep.formats import jpeg_header, jpeg_repair, turbojpeg
+from data_prep.formats import jpeg_segments, turbojpeg
 from data_prep.formats.beton import MODE_JPEG, MODE_RAW, PAGE_SIZE
 from data_prep.formats.image_formats import format_by_suffix
-from data_prep.formats.jpeg_header import JpegHeader
+from data_prep.formats.jpeg_segments import JpegHeader
 from data_prep.sources.samples import Sample
 from lowrank_vit.common.errors import UserError
 
@@ -123,7 +123,7 @@ class EncodedImage:
     source_stat: tuple[int, int] = (0, 0)
     """Size in bytes and modification time in ns of the file it was made from; zeros where there is none."""
     repairs: tuple[str, ...] = ()
-    """Which of `jpeg_repair.REPAIRS` were made to the file's bytes before anything else."""
+    """Which of `jpeg_segments.REPAIRS` were made to the file's bytes before anything else."""
 
 
 def encode_file(sample: Sample, root: Path, options: ImageOptions) -> EncodedImage:
@@ -165,7 +165,7 @@ def encode_image(path: Path | str, options: ImageOptions) -> EncodedImage:
         try:
             (mode, width, height, stored, reason), repairs = _encode(data, options, by_suffix), ()
         except turbojpeg.JpegDataError as error:
-            data, repairs = jpeg_repair.mended(data, error)
+            data, repairs = jpeg_segments.mended(data, error)
             mode, width, height, stored, reason = _encode(data, options, by_suffix)
             reason = "repaired" if reason == "passthrough" else reason
     except (UserError, MemoryError):
@@ -195,7 +195,7 @@ def _encode(data: bytes, options: ImageOptions, by_suffix: str) -> tuple[int, in
 
     Raises `JpegDataError` at the first warning of libjpeg.
     """
-    header = jpeg_header.read_header(data) if data.startswith(jpeg_header.START) else None
+    header = jpeg_segments.read_header(data) if data.startswith(jpeg_segments.START) else None
     if header is None:
         pixels, reason = _decode_with_pil(data, by_suffix)
         return _encode_pixels(pixels, "raw" if options.raw else reason, options)
@@ -205,9 +205,9 @@ def _encode(data: bytes, options: ImageOptions, by_suffix: str) -> tuple[int, in
     if reason != "passthrough":
         return _encode_pixels(_decode_jpeg(data, header, orientation, reason, options), reason, options)
     # A file cut short lacks its end marker: even where only headers are to be parsed that much is free to see.
-    if options.verify == "decode" or data.rfind(jpeg_header.END, -4096) < 0:
+    if options.verify == "decode" or data.rfind(jpeg_segments.END, -4096) < 0:
         turbojpeg.check(data, header.width, header.height)
-    if options.baseline and header.frame == jpeg_header.PROGRESSIVE:
+    if options.baseline and header.frame == jpeg_segments.PROGRESSIVE:
         data, reason = turbojpeg.to_baseline(data), "baseline"
     return MODE_JPEG, header.width, header.height, data, reason
 
@@ -227,7 +227,7 @@ def _why_convert(data: bytes, header: JpegHeader, orientation: int, options: Ima
 
 
 def _is_common(header: JpegHeader) -> bool:
-    huffman = header.frame in (jpeg_header.BASELINE, jpeg_header.EXTENDED, jpeg_header.PROGRESSIVE)
+    huffman = header.frame in (jpeg_segments.BASELINE, jpeg_segments.EXTENDED, jpeg_segments.PROGRESSIVE)
     return huffman and header.precision == 8 and header.components in (1, 3, 4)
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from data_prep.formats.image_formats import image_suffixes, is_of_the_system
-from data_prep.sources.class_names import abbreviated, imagenet1k, in_timms_order, nearest, spelt_as, ties
-from data_prep.sources.samples import FileList, Source
+from data_prep.sources.samples import FileList, Source, abbreviated, imagenet1k, in_timms_order, nearest, spelt_as, ties
 from lowrank_vit.common.errors import UserError
 
 Nested = Literal["leaf", "merge", "top"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from data_prep.formats.manifest import Skipped
+from data_prep.formats.sidecars import Skipped
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
 from lowrank_vit.common.terminal import one_line

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,16 +18,14 @@ import numpy as np
 import xxhash
 
 from data_prep.formats import beton as layout
-from data_prep.formats import jpeg_repair
+from data_prep.formats import jpeg_segments
 from data_prep.formats.jpeg import REASONS, BadImageError, EncodedImage, UnreadableImageError
-from data_prep.formats.manifest import Repaired, Skipped, remove_manifest
-from data_prep.formats.sample_table import SampleTable, checksum, sample_table_path
+from data_prep.formats.sidecars import Repaired, SampleTable, Skipped, checksum, remove_manifest, sample_table_path
 from data_prep.sources.samples import Sample
 from data_prep.writing.bad_images import bad_images_error, bad_list_path
 from data_prep.writing.direct_io import sha256_of
-from data_prep.writing.parallel import map_ordered
-from data_prep.writing.partial import BAD, RECORD, STORED, PartialFile, resumable
-from data_prep.writing.progress import ConversionProgress
+from data_prep.writing.resuming import BAD, RECORD, STORED, PartialFile, pack_stat, resumable
+from data_prep.writing.workers import ConversionProgress, map_ordered
 from lowrank_vit.common.errors import UserError
 
 Encode = Callable[[Sample], EncodedImage]
@@ -54,7 +51,7 @@ class Written:
     file_bytes: int
     sha256: str
     index_xxh3: str
-    """See `beton_format.index_checksum`."""
+    """See `beton.index_checksum`."""
     sample_bytes: int
     """Sum of the samples' sizes."""
     table: SampleTable
@@ -121,7 +118,7 @@ def write_beton(
             on_disk.result()
         written = _written(samples, work, file_bytes, sha256, done)
         before_rename(written)
-        # The last thing before the rename, see `data_prep.formats.manifest`.
+        # The last thing before the rename, see `data_prep.formats.sidecars`.
         remove_manifest(out)
         sample_table_path(out).unlink(missing_ok=True)
     return written
@@ -181,11 +178,6 @@ class _Work:
         self.bar.advance(size, self.reasons, len(self.bad))
 
 
-def pack_stat(stat: tuple[int, int]) -> bytes:
-    """A source file's size and modification time in ns; `Written.source_stat_sha256` is of all."""
-    return struct.pack("<QQ", *stat)
-
-
 def name_hash(sample: Sample) -> int:
     """XXH3-64 of a sample's name."""
     return xxhash.xxh3_64_intdigest(os.fsencode(sample.name))
@@ -228,7 +220,7 @@ def _replay(
                 break
             data = beton.read_at(beton.next_pointer(size), size)
             mode, width, height = (int(record[name]) for name in ("mode", "width", "height"))
-            repairs = jpeg_repair.from_bits(int(record["repairs"]))
+            repairs = jpeg_segments.from_bits(int(record["repairs"]))
             image = EncodedImage(mode, width, height, data, REASONS[record["reason"]], stat, repairs)
             if len(data) != size or beton.checksum_of(sample, image) != record["checksum"]:
                 break
@@ -324,7 +316,7 @@ class _BetonFile:
         self.stored[self.num_seen] = True
         self.num_samples += 1
         self.num_seen += 1
-        repairs = jpeg_repair.to_bits(image.repairs)
+        repairs = jpeg_segments.to_bits(image.repairs)
         stored = (STORED, image.mode, reason, repairs, image.width, image.height, size, code)
         self.unwritten.append((*stored, *image.source_stat, name_hash(sample)))
 

@@ -13,7 +13,7 @@ import tyro
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tyro.conf import OmitArgPrefixes, arg
 
-from data_prep.formats.parts import find_parts
+from data_prep.formats.beton import find_parts
 from lowrank_vit.augment import ops_cpu
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.policy import parse_policy

@@ -133,7 +133,7 @@ def remove_leftovers(folder: Path, of: str = "") -> None:
     """
     with suppress(OSError):
         for path in list(folder.iterdir()):
-            if _LEFTOVER.fullmatch(path.name) and path.name.removeprefix(".").startswith(of):
+            if _LEFTOVER.fullmatch(path.name) and path.name.lstrip(".").startswith(of.lstrip(".")):
                 with suppress(OSError):
                     _remove_if_left(path)
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from data_prep.sources.class_names import TRUST, abbreviated, differences, imagenet1k, in_timms_order, positions
+from data_prep.sources.samples import TRUST, abbreviated, differences, imagenet1k, in_timms_order, positions
 from lowrank_vit.common.errors import UserError
 
 Order = Literal["timm", "code-point"]

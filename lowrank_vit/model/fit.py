@@ -18,7 +18,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from data_prep.sources.class_names import abbreviated, positions
+from data_prep.sources.samples import abbreviated, positions
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.model.class_match import Classes, Trust, match, published_names
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint

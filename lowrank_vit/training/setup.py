@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from data_prep.sources.class_names import TRUST, differences
+from data_prep.sources.samples import TRUST, differences
 from lowrank_vit.augment.ops_cpu import apply_ops
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.recipe import train_rules

@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data import ImageDataset, create_transform
 
 from data_prep.convert import convert_image_folder
-from data_prep.formats.manifest import manifest_path
+from data_prep.formats.sidecars import manifest_path
 from lowrank_vit import train, validate
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.sets.datasets import open_datasets

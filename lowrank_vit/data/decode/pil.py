@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image, ImageFile
 
-from data_prep.formats import jpeg_repair, turbojpeg
+from data_prep.formats import jpeg_segments, turbojpeg
 from data_prep.formats.beton import MODE_RAW
 from lowrank_vit.data.decode.exact_jpeg import MAX_SCANS, has_too_many_scans
 from lowrank_vit.data.sets.beton import Beton
@@ -57,7 +57,7 @@ def decode_sound(beton: Beton, sample_id: int) -> np.ndarray:
             turbojpeg.check(stored, pixels.shape[1], pixels.shape[0])
         except turbojpeg.JpegDataError as error:
             if error.is_warning:
-                jpeg_repair.mended(stored, error)  # raises it unless the picture is whole
+                jpeg_segments.mended(stored, error)  # raises it unless the picture is whole
     return pixels
 
 

@@ -14,11 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.formats import turbojpeg
-from data_prep.formats.beton import MODE_RAW, read_tables
+from data_prep.formats.beton import MODE_RAW, find_parts, part_path, read_tables
 from data_prep.formats.jpeg import MAX_PIXELS
-from data_prep.formats.manifest import Manifest, check_index, manifest_path, read_manifest
-from data_prep.formats.parts import find_parts, part_path
-from data_prep.formats.sample_table import read_sample_table
+from data_prep.formats.sidecars import Manifest, check_index, manifest_path, read_manifest, read_sample_table
 from lowrank_vit.common.errors import BetonError
 from lowrank_vit.common.terminal import one_line
 from lowrank_vit.data.decode.exact_jpeg import has_too_many_scans

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.formats.manifest import manifest_path
+from data_prep.formats.sidecars import manifest_path
 from data_prep.sources.image_folder import SPLIT_NAMES
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say, one_process_in

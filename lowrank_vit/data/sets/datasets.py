@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.formats.parts import find_parts
-from data_prep.sources.class_names import TRUST, abbreviated, differences, in_timms_order, positions
+from data_prep.formats.beton import find_parts
 from data_prep.sources.image_folder import count_remarks
+from data_prep.sources.samples import TRUST, abbreviated, differences, in_timms_order, positions
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say

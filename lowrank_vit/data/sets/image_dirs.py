@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.convert import DEFAULT_IMAGE_OPTIONS, MEND, convert_folders, file_stat
+from data_prep.formats.beton import find_parts
 from data_prep.formats.jpeg import LOSSLESS, ImageOptions
-from data_prep.formats.manifest import Manifest, doubt_line, emptied_line, manifest_path, read_manifest
-from data_prep.formats.parts import find_parts
-from data_prep.sources.class_names import TRUST
+from data_prep.formats.sidecars import Manifest, doubt_line, emptied_line, manifest_path, read_manifest
 from data_prep.sources.image_folder import SPLIT_NAMES, Nested, image_folder
-from data_prep.writing.finished import is_current, is_whole
+from data_prep.sources.samples import TRUST
+from data_prep.writing.resuming import is_current, is_whole
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.locks import Say, one_process_in
 

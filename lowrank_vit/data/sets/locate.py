@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep.formats.beton import find_parts
 from data_prep.formats.image_formats import image_suffixes, is_of_the_system
-from data_prep.formats.manifest import read_manifest
-from data_prep.formats.parts import find_parts
+from data_prep.formats.sidecars import read_manifest
 from data_prep.sources.image_folder import NO_CLASSES, Nested
 from data_prep.sources.samples import DIGITS
 from lowrank_vit.common import terminal

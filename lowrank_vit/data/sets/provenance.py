@@ -8,8 +8,8 @@ import numpy as np
 
 from data_prep.formats.beton import MODE_JPEG
 from data_prep.formats.jpeg import JPEG_REASONS
-from data_prep.formats.manifest import doubt_line
-from data_prep.writing.progress import counts_in_words
+from data_prep.formats.sidecars import doubt_line
+from data_prep.writing.workers import counts_in_words
 from lowrank_vit.data.sets.beton import Beton
 
 _UNCHANGED = ("passthrough", "repaired", "baseline")

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from data_prep.__main__ import main
 from data_prep.convert import convert_image_folder
 from data_prep.formats.beton import HEADER, METADATA_START, SAMPLE
-from data_prep.formats.manifest import manifest_path, read_manifest, write_manifest
+from data_prep.formats.sidecars import manifest_path, read_manifest, write_manifest
 from data_prep.verify import verify
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.data.choose import LoaderOptions, open_loader

@@ -15,7 +15,7 @@ import pytest
 
 from data_prep.convert import convert_image_folder, convert_splits
 from data_prep.formats.jpeg import ImageOptions
-from data_prep.formats.manifest import manifest_path, read_manifest
+from data_prep.formats.sidecars import manifest_path, read_manifest
 from lowrank_vit.common import locks as one_process
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.sets import image_dirs

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.formats.manifest import read_manifest
+from data_prep.formats.sidecars import read_manifest
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import open_datasets

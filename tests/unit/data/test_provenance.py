@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_images
 from data_prep.convert import convert_image_folder, convert_splits
 from data_prep.formats.beton import MODE_JPEG, MODE_RAW
 from data_prep.formats.jpeg import ImageOptions
-from data_prep.formats.manifest import manifest_path, read_manifest, write_manifest
+from data_prep.formats.sidecars import manifest_path, read_manifest, write_manifest
 from lowrank_vit.data.decode.pil import decode
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.locate import DataOptions, locate, locate_validation

@@ -17,11 +17,11 @@ from PIL import Image
 from data_prep.convert import convert_digits, convert_image_folder
 from data_prep.formats.beton import MIN_PAGE_SIZE, MODE_RAW, read_tables
 from data_prep.formats.jpeg import EncodedImage, ImageOptions
-from data_prep.formats.manifest import Manifest, manifest_path, read_manifest, write_manifest
+from data_prep.formats.sidecars import Manifest, manifest_path, read_manifest, write_manifest
 from data_prep.sources.image_folder import image_folder
 from data_prep.sources.samples import Sample, digits, digits_indices
 from data_prep.writing.beton import write_beton
-from data_prep.writing.parallel import CHUNK, CHUNKS_AHEAD, map_ordered
+from data_prep.writing.workers import CHUNK, CHUNKS_AHEAD, map_ordered
 from lowrank_vit.common.errors import BetonError, UserError
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_prep.convert import convert_image_folder, convert_splits
-from data_prep.formats.manifest import read_manifest
+from data_prep.formats.sidecars import read_manifest
 from data_prep.sources.image_folder import image_folder, split_folders
 from data_prep.sources.samples import FileList, Sample, file_list_sha256, shard
 from lowrank_vit.common.errors import UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.sources.class_names import imagenet1k
+from data_prep.sources.samples import imagenet1k
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.model.class_match import Classes, Match, Trust, match
 

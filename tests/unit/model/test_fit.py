@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from data_prep.sources.class_names import imagenet1k
+from data_prep.sources.samples import imagenet1k
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.model.class_match import Classes, Trust
 from lowrank_vit.model.fit import fit_kept_head, load_initial, tell_of_published_head

@@ -14,10 +14,9 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key as timms_key
 
 from data_prep.convert import convert_image_folder, convert_splits
-from data_prep.formats.manifest import read_manifest
-from data_prep.sources.class_names import imagenet1k, in_timms_order, natural_key, positions, ties
+from data_prep.formats.sidecars import read_manifest
 from data_prep.sources.image_folder import image_folder
-from data_prep.sources.samples import Source
+from data_prep.sources.samples import Source, imagenet1k, in_timms_order, natural_key, positions, ties
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.locate import DataOptions, locate

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.convert import Conversion, convert_digits
-from data_prep.formats.manifest import Manifest, Skipped, manifest_path, read_manifest, write_manifest
+from data_prep.formats.sidecars import Manifest, Skipped, manifest_path, read_manifest, write_manifest
 from data_prep.sources.samples import Superclasses
 from lowrank_vit.common.errors import BetonError
 

@@ -19,7 +19,7 @@ from data_prep.formats.beton import MIN_PAGE_SIZE, MODE_RAW
 from data_prep.formats.jpeg import BadImageError, EncodedImage
 from data_prep.sources.samples import Sample
 from data_prep.writing.beton import Resume, Written, write_beton
-from data_prep.writing.partial import RECORD
+from data_prep.writing.resuming import RECORD
 from lowrank_vit.common.errors import UserError
 
 NUM_SAMPLES = 60
@@ -266,3 +266,54 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_bytes(tmp_path: Path) 
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         path.name for path in (tmp_path / "whole").iterdir()
     )
+
+
+KILLED_AT_EVERY_STEP = """
+import os, signal, sys
+from pathlib import Path
+from data_prep.convert import convert_image_folder
+src, whole, out = map(Path, sys.argv[1:])
+convert_image_folder(src, whole)
+expected = {path.name: path.read_bytes() for path in whole.parent.iterdir()}
+steps = 0
+
+def counted(function, step, counter=[0]):
+    def wrapper(*arguments, **options):
+        if counter[0] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        counter[0] += 1
+        return function(*arguments, **options)
+    return wrapper
+
+while True:
+    if not (child := os.fork()):
+        for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (os, "pwrite")):
+            setattr(owner, name, counted(getattr(owner, name), steps))
+        convert_image_folder(src, out)
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+        break
+    convert_image_folder(src, out)
+    found = {path.name: path.read_bytes() for path in out.parent.iterdir()}
+    assert {*found} == {*expected}, (steps, sorted(found))
+    assert all(found[name] == expected[name] for name in found), steps
+    for path in out.parent.iterdir():
+        path.unlink()
+    steps += 1
+print(steps)
+"""
+
+
+def test_killed_at_every_step_of_its_end_it_leaves_nothing_after_the_next_run(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("src/a", "whole", "out"):
+        (tmp_path / name).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "src" / "a" / "1.jpg")
+    paths = [tmp_path / "src", tmp_path / "whole" / "set.beton", tmp_path / "out" / "set.beton"]
+    root = Path(data_prep.__file__).parents[1]
+    told = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_EVERY_STEP, *paths], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 0, told.stderr
+    assert int(told.stdout) >= 12

@@ -1,4 +1,6 @@
-"""Which of libjpeg's warnings a JPEG survives, and how its bytes are mended: no pixel changes, no decoder complains.
+"""The segments of a JPEG: what they say in front of its pixels, and how they are mended without changing a pixel.
+
+A header is read without decoding (ITU T.81, annex B). Bytes are mended where libjpeg warns and the picture is whole.
 
 libjpeg goes on after a warning, so a decoder that ignores warnings shows grey or shifted blocks. What each warning
 means for the picture was measured (`tests/measure_jpeg_warnings.py`; the table is in docs/data_format.md). Four causes
@@ -10,10 +12,67 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from data_prep.formats import jpeg_header, turbojpeg
-from data_prep.formats.jpeg_header import JpegHeader
+from data_prep.formats import turbojpeg
 from data_prep.formats.turbojpeg import JpegDataError
+
+START = b"\xff\xd8"
+END = b"\xff\xd9"
+BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
+"""Start-of-frame markers (table B.1) of the Huffman-coded frames that every decoder reads."""
+_OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
+_SCAN, _APP1, _APP14 = 0xDA, 0xE1, 0xEE
+
+
+@dataclass(frozen=True, slots=True)
+class JpegHeader:
+    """The frame header, and what the application segments in front of it say."""
+
+    frame: int
+    """Second byte of the start-of-frame marker."""
+    precision: int
+    """Bits a sample."""
+    width: int
+    height: int
+    components: int
+    adobe_transform: int | None
+    """Adobe's colour transform: 0 none, 1 YCbCr, 2 YCCK; None without the segment."""
+    may_be_turned: bool
+    """An Exif or XMP segment, before the frame header or behind it, may state an orientation."""
+
+
+def read_header(data: bytes) -> JpegHeader | None:
+    """Parse the segments up to the first scan; None if no frame header comes.
+
+    Bytes between segments are passed over, as libjpeg does with a warning.
+    """
+    offset, frame = 2, None
+    adobe_transform, may_be_turned = None, False
+    while 0 <= (offset := data.find(b"\xff", offset)) <= len(data) - 4:
+        marker = data[offset + 1]
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD7:  # filling, and markers without a segment
+            offset += 1
+            continue
+        length = int.from_bytes(data[offset + 2 : offset + 4], "big")
+        body, end = offset + 4, offset + 2 + length
+        if marker in (BASELINE, EXTENDED, PROGRESSIVE) or marker in _OTHER_FRAMES:
+            if length < 8 or end > len(data):
+                return None
+            height, width = (
+                int.from_bytes(data[body + 1 : body + 3], "big"),
+                int.from_bytes(data[body + 3 : body + 5], "big"),
+            )
+            frame = frame or (marker, data[body], width, height, data[body + 5])
+        elif marker == _SCAN:
+            break
+        elif marker == _APP1:
+            may_be_turned |= data.startswith(b"Exif", body) or data.find(b"Orientation", body, end) >= 0
+        elif marker == _APP14 and length >= 14 and data.startswith(b"Adobe", body):
+            adobe_transform = data[body + 11]
+        offset = end if length >= 2 else len(data)
+    return None if frame is None else JpegHeader(*frame, adobe_transform, may_be_turned)
+
 
 REPAIRS = (
     "its end marker was missing",
@@ -52,7 +111,7 @@ def mended(data: bytes, error: JpegDataError) -> tuple[bytes, tuple[str, ...]]:
     while following:
         if NO_END not in repairs:  # of a file cut short this says more than what follows from it
             error = following
-        header = jpeg_header.read_header(data)
+        header = read_header(data)
         found = _mend(data, header, following) if header and following.is_warning else None
         if header is None or found is None or found[1] in repairs:
             raise error
@@ -66,7 +125,7 @@ def _mend(data: bytes, header: JpegHeader, error: JpegDataError) -> tuple[bytes,
     """`data` with one cause less and which of `REPAIRS` that is; None where it is damage."""
     message = str(error)
     if message == "Premature end of JPEG file":
-        whole = data + jpeg_header.END[data.endswith(b"\xff") :]
+        whole = data + END[data.endswith(b"\xff") :]
         # Decoders of arithmetic coding go on with zeros, and without a word, behind the end of the data.
         return (whole, NO_END) if header.frame < _FIRST_ARITHMETIC and _has_all_scans(whole, header) else None
     if found := re.search(r"(\d+) extraneous bytes before marker", message):
@@ -108,7 +167,7 @@ def _without_extraneous(data: bytes, header: JpegHeader, error: JpegDataError, c
         low, high = (low, middle) if warning and str(warning) == str(error) else (middle + 1, high)
     marker = low - 2
     first_scan = next((end for _, end in _segments(data, 0xDA)), 0)
-    if first_scan < low and data[marker:low] != jpeg_header.END:  # between scans or restarts they are left of damage
+    if first_scan < low and data[marker:low] != END:  # between scans or restarts they are left of damage
         return None
     if any(value not in _PADDING for value in data[marker - count : marker]):
         return None
@@ -120,7 +179,7 @@ def _segments(data: bytes, wanted: int) -> Iterator[tuple[int, int]]:
     offset = 2
     while 0 <= (offset := data.find(b"\xff", offset)) < len(data) - 3:
         marker = data[offset + 1]
-        if marker == jpeg_header.END[1]:
+        if marker == END[1]:
             return
         if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # data of a scan, filling, markers that stand alone
             offset += 1 if marker == 0xFF else 2

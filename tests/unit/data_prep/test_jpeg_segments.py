@@ -14,8 +14,8 @@ from data_prep.__main__ import main
 from data_prep.convert import convert_image_folder
 from data_prep.formats import turbojpeg
 from data_prep.formats.jpeg import LOSSLESS, BadImageError, EncodedImage, ImageOptions, encode_image
-from data_prep.formats.jpeg_repair import EXTRANEOUS, NO_END, REPAIRS, REVISION, SCAN_PARAMETERS, from_bits, to_bits
-from data_prep.formats.manifest import read_manifest
+from data_prep.formats.jpeg_segments import EXTRANEOUS, NO_END, REPAIRS, REVISION, SCAN_PARAMETERS, from_bits, to_bits
+from data_prep.formats.sidecars import read_manifest
 from data_prep.verify import verify
 from lowrank_vit.common.errors import UserError
 from tests.jpeg_damage import HUFFMAN, PRECISE, RUNS, encode, photos, run
