@@ -24,11 +24,16 @@ from lowrank_vit.config.timm_line import fit_flags, with_images_first
 from lowrank_vit.data.decode.pil import crop_and_resize
 from lowrank_vit.data.sets.image_files import images_below, read_image
 from lowrank_vit.plan.plans import EvalPlan
-from lowrank_vit.score.files import make_folder_of, with_suffix_of
-from lowrank_vit.score.labels import LabelType, labels_of
-from lowrank_vit.score.predictions import Prediction, Predictions, to_csv, to_json
 from lowrank_vit.score.progress import ScoringProgress
-from lowrank_vit.score.scorer import KERNELS, ModelOptions, Scorer, load_scorer
+from lowrank_vit.score.results import (
+    Prediction,
+    Predictions,
+    make_folder_of,
+    predictions_to_csv,
+    predictions_to_json,
+    with_suffix_of,
+)
+from lowrank_vit.score.scorer import KERNELS, LabelType, ModelOptions, Scorer, labels_of, load_scorer
 
 SHOWN = 3
 """Predictions of an image that the terminal shows."""
@@ -203,7 +208,8 @@ def main(argv: list[str] | None = None) -> None:
         "value": "" if options.exclude_output else options.output_type,
     }
     for path in outputs:
-        text = to_json(predictions, **columns) if path.suffix == ".json" else to_csv(predictions, **columns)
+        write = predictions_to_json if path.suffix == ".json" else predictions_to_csv
+        text = write(predictions, **columns)
         try:
             path.write_text(text, encoding="utf-8", errors="surrogateescape")  # names are any bytes, and come back
         except OSError as error:

@@ -31,17 +31,17 @@ from lowrank_vit.data.sets.staging import stage
 from lowrank_vit.model.class_match import Classes, Order, Trust, match
 from lowrank_vit.plan.plans import EvalPlan
 from lowrank_vit.score.evaluate import Evaluator, Scores
-from lowrank_vit.score.files import (
+from lowrank_vit.score.progress import Counted, ScoringProgress
+from lowrank_vit.score.results import (
     class_rows,
     interval,
     make_folder_of,
     picture_beside,
+    rows_to_csv,
+    scores_to_dict,
     timm_columns,
-    to_csv,
-    to_dict,
     with_suffix_of,
 )
-from lowrank_vit.score.progress import Counted, ScoringProgress
 from lowrank_vit.score.scorer import KERNELS, ModelOptions, Scorer, load_scorer
 
 
@@ -157,13 +157,13 @@ def _write_files(options: Options, scores: Scores, scorer: Scorer, beton: Beton)
         "data": str(beton.path),
         **look,
         "tta": options.tta,
-        **to_dict(scores),
+        **scores_to_dict(scores),
     }
     try:
         if options.per_class:
             names = scorer.class_names(beton.classes)
             content["classes"] = class_rows(scores, names)
-            options.per_class.write_text(to_csv(content["classes"]), encoding="utf-8", errors="surrogateescape")
+            options.per_class.write_text(rows_to_csv(content["classes"]), encoding="utf-8", errors="surrogateescape")
             from lowrank_vit.report.confusion_plot import confusion_plot  # draws: only where asked for
 
             assert scores.confusion is not None
@@ -176,7 +176,7 @@ def _write_files(options: Options, scores: Scores, scorer: Scorer, beton: Beton)
             elif path != options.per_class:
                 parameters = sum(parameter.numel() for parameter in scorer.model.parameters())
                 row = {"model": scorer.name, **look, **timm_columns(scores), "param_count": round(parameters / 1e6, 2)}
-                path.write_text(to_csv([row]), encoding="utf-8", errors="surrogateescape")
+                path.write_text(rows_to_csv([row]), encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise UserError(f"{error.filename} cannot be written: {error.strerror}.") from error
 

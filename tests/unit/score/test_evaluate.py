@@ -18,7 +18,7 @@ from lowrank_vit.data.batch import Batch
 from lowrank_vit.plan.plans import EvalPlan
 from lowrank_vit.report.confusion_plot import confusion_plot, most_confused
 from lowrank_vit.score.evaluate import Evaluator
-from lowrank_vit.score.files import class_rows, interval, to_csv
+from lowrank_vit.score.results import class_rows, interval, rows_to_csv
 
 CLASSES, SAMPLES, SIZE = 7, 53, 8
 
@@ -123,7 +123,7 @@ def test_confusions_are_sklearns():
     expected = confusion_matrix(TARGETS, predictions, labels=range(CLASSES))
     assert np.array_equal(scores.confusion.numpy(), expected)
     names = [f"c{n}" for n in range(CLASSES)]
-    rows = list(csv.DictReader(io.StringIO(to_csv(class_rows(scores, names)))))
+    rows = list(csv.DictReader(io.StringIO(rows_to_csv(class_rows(scores, names)))))
     for label, row in enumerate(rows):
         assert int(row["num_samples"]) == int(TARGETS.eq(label).sum())
         assert float(row["top1"]) == pytest.approx(100 * expected[label, label] / expected[label].sum(), rel=1e-5)
@@ -143,7 +143,7 @@ def test_a_class_without_samples_has_no_share():
     scores = Scores(2, 0.0, 100.0, 100.0, torch.tensor([[2, 0], [0, 0]]), torch.tensor([2, 0]))
     rows = class_rows(scores, ["a", "b"])
     assert (rows[0]["top1"], rows[1]["top1"], rows[1]["taken_for"]) == (100.0, None, "")
-    assert to_csv(rows).splitlines()[2] == "1,b,0,,,,0"
+    assert rows_to_csv(rows).splitlines()[2] == "1,b,0,,,,0"
 
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 10), (10, 10), (7, 10), (41_000, 50_000)])

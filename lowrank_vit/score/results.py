@@ -1,11 +1,13 @@
-"""What a validation leaves behind: scores as JSON, a table of the classes, a picture of the confusions."""
+"""What `validate` and `inference` write: scores, a table of the classes, predictions; as JSON and CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ def interval(percent: float, num_samples: int) -> tuple[float, float]:
     return 100 * float(found.low), 100 * float(found.high)
 
 
-def to_dict(scores: Scores) -> dict[str, Any]:
+def scores_to_dict(scores: Scores) -> dict[str, Any]:
     """Scores with their intervals, as plain values."""
     return {
         "num_samples": scores.num_samples,
@@ -95,7 +97,7 @@ def class_rows(scores: Scores, class_names: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def to_csv(rows: list[dict[str, Any]]) -> str:
+def rows_to_csv(rows: list[dict[str, Any]]) -> str:
     """Rows with the same keys as a table."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -108,3 +110,64 @@ def to_csv(rows: list[dict[str, Any]]) -> str:
 def picture_beside(path: Path) -> Path:
     """Where the confusions of a table of classes are drawn."""
     return path.with_suffix(".png")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image, likeliest class first."""
+
+    file: Path
+    classes: list[str]
+    probabilities: list[float]
+    """0-1, as the classes."""
+    labels: list[int]
+    """The classes' numbers."""
+    logits: list[float]
+    """The model's outputs for them."""
+
+
+@dataclass
+class Predictions:
+    """All of a call."""
+
+    found: list[Prediction] = field(default_factory=list)
+    skipped: dict[Path, str] = field(default_factory=dict)
+    """Files that are no images, with the reason."""
+
+
+def _columns(prediction: Prediction, *, index: bool, value: str) -> dict[str, list[Any]]:
+    values = {"prob": ("probability", prediction.probabilities), "logit": ("logit", prediction.logits)}
+    columns: dict[str, list[Any]] = {"class": list(prediction.classes)}
+    if index:
+        columns["index"] = list(prediction.labels)
+    if value:
+        name, numbers = values[value]
+        columns[name] = [float(f"{number:.6g}") for number in numbers]
+    return columns
+
+
+def predictions_to_csv(predictions: Predictions, *, index: bool = False, value: str = "prob") -> str:
+    """A row an image: file, class_1, probability_1, class_2, ...; skipped files are left out.
+
+    `index` adds the classes' numbers, index_1 and so on. `value`: "prob", "logit" or nothing.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    rows = [(p.file, _columns(p, index=index, value=value)) for p in predictions.found]
+    first = rows[0][1] if rows else {}
+    count = len(first.get("class", ()))
+    writer.writerow(["file", *(f"{name}_{n + 1}" for n in range(count) for name in first)])
+    for file, columns in rows:
+        writer.writerow([file, *(values[n] for n in range(count) for values in columns.values())])
+    return text.getvalue()
+
+
+def predictions_to_json(predictions: Predictions, *, index: bool = False, value: str = "prob") -> str:
+    """{"predictions": [{"file", "classes", "probabilities"}], "skipped": {file: reason}}; more as in the table."""
+    plural = {"class": "classes", "index": "indices", "probability": "probabilities", "logit": "logits"}
+    found = [
+        {"file": str(p.file), **{plural[k]: v for k, v in _columns(p, index=index, value=value).items()}}
+        for p in predictions.found
+    ]
+    skipped = {str(file): reason for file, reason in predictions.skipped.items()}
+    return json.dumps({"predictions": found, "skipped": skipped}, indent=1) + "\n"
