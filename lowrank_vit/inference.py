@@ -16,6 +16,7 @@ from tyro.conf import arg
 
 from lowrank_vit.common.devices import DTYPES, pick_device
 from lowrank_vit.common.errors import UserError, exit_cleanly
+from lowrank_vit.common.filters import FILTERS
 from lowrank_vit.common.program import usage_name
 from lowrank_vit.common.terminal import fitted_help, one_line, printable
 from lowrank_vit.config.check import check_ranges
@@ -33,7 +34,7 @@ from lowrank_vit.score.results import (
     predictions_to_json,
     with_suffix_of,
 )
-from lowrank_vit.score.scorer import KERNELS, LabelType, ModelOptions, Scorer, labels_of, load_scorer
+from lowrank_vit.score.scorer import LabelType, ModelOptions, Scorer, labels_of, load_scorer
 
 SHOWN = 3
 """Predictions of an image that the terminal shows."""
@@ -145,7 +146,7 @@ def _crop(file: Path, scorer: Scorer) -> np.ndarray | str:
     pixels = read_image(file)
     if isinstance(pixels, str):
         return pixels
-    size, kernel = scorer.spec.img_size, KERNELS[scorer.interpolation]
+    size, kernel = scorer.spec.img_size, FILTERS[scorer.interpolation]
     sides = np.array(pixels.shape[:1]), np.array(pixels.shape[1:2])
     plan = EvalPlan(*sides, img_size=size, crop_pct=scorer.spec.crop_pct, batch_size=1, kernel=kernel)
     return crop_and_resize(pixels, plan.batch(0, 0, np.zeros(1, np.int64)), 0, size)

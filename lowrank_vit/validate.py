@@ -17,6 +17,7 @@ from data_prep.sources.image_folder import count_remarks
 from lowrank_vit.common import terminal
 from lowrank_vit.common.devices import DTYPES, pick_device
 from lowrank_vit.common.errors import UserError, exit_cleanly
+from lowrank_vit.common.filters import FILTERS
 from lowrank_vit.common.program import usage_name
 from lowrank_vit.common.terminal import fitted_help
 from lowrank_vit.config.check import check_ranges
@@ -42,7 +43,7 @@ from lowrank_vit.score.results import (
     timm_columns,
     with_suffix_of,
 )
-from lowrank_vit.score.scorer import KERNELS, ModelOptions, Scorer, load_scorer
+from lowrank_vit.score.scorer import ModelOptions, Scorer, load_scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ def _validate(options: Options, say: Callable[[str], object]) -> tuple[Scores, S
         img_size=spec.img_size,
         crop_pct=spec.crop_pct,
         batch_size=batch_size,
-        kernel=KERNELS[scorer.interpolation],
+        kernel=FILTERS[scorer.interpolation],
     )
     decoding = LoaderOptions(options.loader, options.workers, on_bad_sample=options.on_bad_sample)
     loader, line = open_loader(beton, plan, device, decoding)

@@ -20,8 +20,9 @@ from torch import nn
 
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.locks import Say
 from lowrank_vit.config.option_types import parse_keywords, square_side
-from lowrank_vit.model.fit import Build, Say, build_with, build_with_file, in_one_line
+from lowrank_vit.model.fit import Build, build_with, build_with_file, in_one_line
 from lowrank_vit.model.weights import Checkpoint
 
 CONNECT_S = 5.0

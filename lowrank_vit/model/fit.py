@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from data_prep.sources.samples import abbreviated, positions
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.locks import Say
 from lowrank_vit.model.class_match import Classes, Trust, match, published_names
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
 
-Say = Callable[[str], object]
 HEADS = ("head", "head.fc", "fc", "classifier")
 """What the last layer is called where timm does not tell: in files of other programs."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -18,17 +18,16 @@ from tyro.conf import arg
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.filters import FILTERS
+from lowrank_vit.common.locks import Say
 from lowrank_vit.config import meaning
 from lowrank_vit.config.option_types import POSITIVE, Range
 from lowrank_vit.model.class_match import Classes, published_names
 from lowrank_vit.model.create import InputSpec, create_model, input_spec, parse_model_kwargs
 from lowrank_vit.model.fit import head_names, load_weights, resized
 from lowrank_vit.model.weights import read_checkpoint
-from lowrank_vit.plan.operations import BICUBIC, BILINEAR, NEAREST
 
-KERNELS = {"nearest": NEAREST, "bilinear": BILINEAR, "bicubic": BICUBIC}
 LabelType = Literal["auto", "none", "name", "description", "detail", "detailed"]
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Scorer:
     """In evaluation mode."""
     spec: InputSpec
     interpolation: str
-    """A key of `KERNELS`."""
+    """A key of `FILTERS`."""
     augment: Augment
     """For its `normalize`."""
     num_classes: int
@@ -179,7 +178,7 @@ def _scorer(
     if not is_ours:
         own = timm.data.resolve_data_config({}, model=made, use_test_size=True)
         img_size, crop_pct = img_size or own["input_size"][-1], crop_pct or own["crop_pct"]
-        interpolation = interpolation or (own["interpolation"] if own["interpolation"] in KERNELS else "")
+        interpolation = interpolation or (own["interpolation"] if own["interpolation"] in FILTERS else "")
         for what, has, ours in (
             ("interpolation", own["interpolation"], interpolation or "bicubic"),
             ("crop mode", own["crop_mode"], "center"),
