@@ -49,10 +49,10 @@ train: $(READY)
 
 # pytest takes the last -m, so ARGS="-m gpu" replaces these.
 test: $(READY)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(READY)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile -m slow $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
 
 compare: $(READY)
 	@test -n "$(A)" -a -n "$(B)" || { echo "Say which commits or folders: make compare A=main B=."; exit 2; }

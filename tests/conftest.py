@@ -7,6 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+
+# Each of several processes has its share of the cores: if it has all of them, small operations wait for one another's
+# threads. torch reads this when it is imported, and so do the programs that tests start.
+if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(processes))))
+
 import torch
 
 from data_prep.convert import convert_digits

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -24,15 +26,17 @@ def folder(tmp_path) -> Path:
 
 
 def start(*argv: str, output: Path) -> str:
-    """`python -m lowrank_vit.train`, as a stranger runs it."""
-    command = [sys.executable, "-m", "lowrank_vit.train", *argv, *TINY, "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """What `python -m lowrank_vit.train` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train.main([*argv, *TINY, "--output", str(output)])
+    return printed.getvalue()
 
 
 def test_a_folder_is_converted_and_trained_on_and_the_second_run_converts_nothing(folder, tmp_path):
-    first = start(str(folder), "--loader", "dali", output=tmp_path / "output")
+    command = [sys.executable, "-m", "lowrank_vit.train", str(folder), "--loader", "dali", *TINY]  # as a stranger does
+    done = subprocess.run([*command, "--output", tmp_path / "output"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first = done.stdout
     assert f"converting {folder}/train and {folder}/val into {folder}/.lowrank_vit (once)" in first
     assert "dali loader (--loader dali)" in first
     written = (folder / ".lowrank_vit" / "train.beton").stat()

@@ -60,48 +60,48 @@ def watch(model: torch.nn.Module, folder: Path, **more: Any) -> SpectralMonitor:
     )
 
 
-def one_of_two(rank: int, folder: Path, scenario: str) -> None:
+def one_of_two(rank: int, folder: Path) -> None:
+    """A rank that observes three times with the other one, and then once while the second of them cancels."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
     model = tiny_vit()
-    ranks = World(rank, size=2).channel(timedelta(seconds=LONG_S))
-    monitor = watch(model, folder / "two", ranks=ranks)
-    result: Any = None
-    if scenario == "equal":
-        result = observe_three_times(monitor, model)
-    elif scenario == "cancelled":
-        monitor.observe(0)
-        monitor.close(cancel=rank == 1)
-        result = len(monitor.records())
-    torch.save(result, folder / f"rank{rank}.pt")
+    world = World(rank, size=2)
+    observed = observe_three_times(watch(model, folder / "two", ranks=world.channel(timedelta(seconds=LONG_S))), model)
+    monitor = watch(tiny_vit(), folder / "cancelled", ranks=world.channel(timedelta(seconds=LONG_S)))
+    monitor.observe(0)
+    monitor.close(cancel=rank == 1)
+    torch.save((observed, len(monitor.records())), folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run_two(folder: Path, scenario: str) -> list[Any]:
-    mp.spawn(one_of_two, (folder, scenario), nprocs=2, join=True)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """Where two ranks have stored what they observed, and what each of them found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(one_of_two, (folder,), nprocs=2, join=True)
+    return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def test_two_ranks_equal_one_bit_for_bit(tmp_path: Path) -> None:
+def test_two_ranks_equal_one_bit_for_bit(two_ranks: tuple[Path, list[Any]], tmp_path: Path) -> None:
     model = tiny_vit()
-    expected = observe_three_times(watch(model, tmp_path / "one"), model)
-    first, second = run_two(tmp_path, "equal")
+    expected = observe_three_times(watch(model, tmp_path), model)
+    folder, ((first, _), (second, _)) = two_ranks
     assert second == []
     assert [update for update, _ in first] == [0, 2, 4]
     for (_, found), (_, wanted) in zip(first, expected, strict=True):
         assert found == wanted
-    names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
-    for ours, theirs in zip(*(store.list_vectors(tmp_path / n) for n in ("one", "two")), strict=True):
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert sorted(path.name for path in (folder / "two").iterdir()) == names
+    for ours, theirs in zip(*(store.list_vectors(place) for place in (tmp_path, folder / "two")), strict=True):
         one, two = store.read_vectors(ours).ends, store.read_vectors(theirs).ends
         assert list(one) == list(two)
         for key in one:
             np.testing.assert_array_equal(one[key][0].u, two[key][0].u)
 
 
-def test_ranks_that_cancel_and_ranks_that_close_all_come_to_an_end(tmp_path: Path) -> None:
-    first, second = run_two(tmp_path, "cancelled")
+def test_ranks_that_cancel_and_ranks_that_close_all_come_to_an_end(two_ranks: tuple[Path, list[Any]]) -> None:
+    _, ((_, first), (_, second)) = two_ranks
     assert first <= 1
     assert second == 0
 

@@ -28,9 +28,9 @@ def solved(seed: int, k: int = K) -> Solved:
 
 
 def kept(folder: Path) -> tuple[list[int], list[int]]:
-    return [read_spectra(p).update for p in list_spectra(folder)], [
-        read_vectors(p).update for p in list_vectors(folder)
-    ]
+    """The updates that are stored, by the files' names: those of spectra and those of vectors."""
+    spectra, vectors = ([int(p.stem.rpartition("_")[2]) for p in of(folder)] for of in (list_spectra, list_vectors))
+    return spectra, vectors
 
 
 def size(folder: Path) -> int:
@@ -40,6 +40,7 @@ def size(folder: Path) -> int:
 def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     content = {"spec/blocks.0.attn.qkv": solved(0), "spec_ema/head": solved(1)}
     SpectraStore(tmp_path, 1e9).save(20, content)
+    assert read_vectors(tmp_path / "vectors_00000020.npz").update == 20
     spectra = read_spectra(tmp_path / "update_00000020.npz").spectra
     vectors = read_vectors(tmp_path / "vectors_00000020.npz").ends
     assert list(spectra) == list(vectors) == list(content)
@@ -78,8 +79,9 @@ def test_a_store_that_is_opened_again_goes_on_thinning_in_the_same_way(
         update = 10 * n + (n * 7) % (jitter + 1)
         if n == break_at:
             other = SpectraStore(broken, 12_000)
-        one.save(update, {"spec/m": solved(n)})
-        other.save(update, {"spec/m": solved(n)})
+        found = {"spec/m": solved(n)}
+        one.save(update, found)
+        other.save(update, found)
         for updates in (*kept(whole), *kept(broken)):
             assert updates[0] == 0
             assert updates[-1] == update
