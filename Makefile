@@ -11,7 +11,7 @@ ifeq ($(PY),.venv/bin/python)
 READY := .venv/.ready
 endif
 
-.PHONY: help setup train test test-slow compare lint report gpu-check bench prep-cifar100 prep-imagenet prep-imagenet100 clean
+.PHONY: help setup train test test-slow compare compare-speed lint report gpu-check bench prep-cifar100 prep-imagenet prep-imagenet100 clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,8 @@ help:
 	@echo "make test-slow                          the slow half: many mutated files, kills"
 	@echo "make compare A=main B=.                 losses, spectra, scores of two commits or"
 	@echo "                                        folders, bit for bit on the CPU"
+	@echo "make compare-speed A=main B=.           how fast both are, pair by pair, with"
+	@echo "                                        an interval (WHAT=loader: one bench)"
 	@echo "make lint                               ruff and pyright"
 	@echo "make report [RUN=output/latest]         a run as report.html and pictures"
 	@echo "make prep-cifar100 [SRC=archive] OUT=dir    downloads it without SRC"
@@ -57,6 +59,10 @@ test-slow: $(READY)
 compare: $(READY)
 	@test -n "$(A)" -a -n "$(B)" || { echo "Say which commits or folders: make compare A=main B=."; exit 2; }
 	$(PY) -m tests.golden.compare "$(A)" "$(B)" $(ARGS)
+
+compare-speed: $(READY)
+	@test -n "$(A)" -a -n "$(B)" || { echo "Say which commits or folders: make compare-speed A=main B=."; exit 2; }
+	$(PY) -m tests.golden.compare_speed "$(A)" "$(B)" $(if $(WHAT),--only $(WHAT)) $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
