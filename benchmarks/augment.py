@@ -29,10 +29,10 @@ from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, environmen
 from benchmarks.harness.sets import chosen, make_photos, open_given
 from benchmarks.loader_peers import PREFETCH, in_whole_rounds
 from lowrank_vit.augment.pipeline import Augment
-from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.decode.pil import decode
 from lowrank_vit.plan.plans import BatchPlan, TrainPlan, TrainRules
+from lowrank_vit.plan.policy import parse_policy
 
 OPERATIONS, MAGNITUDE = 2, 9
 SETTING = (

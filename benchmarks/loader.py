@@ -20,13 +20,13 @@ from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, Samples, e
 from benchmarks.harness.sets import AS_STORED, converted, files_of, open_given, photographs
 from benchmarks.prep import CACHE
 from data_prep.formats.jpeg import ImageOptions
-from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.mixing import MixRules
 from lowrank_vit.plan.plans import TrainPlan, TrainRules
+from lowrank_vit.plan.policy import parse_policy
 
 SMALL_SIDE = 32
 SIZES = {"cuda": (4096, 256), "cpu": (2000, 64)}

@@ -16,7 +16,6 @@ from tyro.conf import OmitArgPrefixes, arg
 from data_prep.formats.beton import find_parts
 from lowrank_vit.augment import ops_cpu
 from lowrank_vit.augment.pipeline import Augment
-from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.augment.preview import LEVELS, as_the_model_sees_them, by_level, caption
 from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.common.errors import UserError, exit_cleanly
@@ -30,6 +29,7 @@ from lowrank_vit.data.decode.pil import crop_and_resize, decode
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.operations import Policy
 from lowrank_vit.plan.plans import TrainPlan
+from lowrank_vit.plan.policy import parse_policy
 from lowrank_vit.report.augment_plot import preview_plot
 
 HELP = """Draw what augmentation does: each operation at every level, and a batch as the model sees it, with its labels.

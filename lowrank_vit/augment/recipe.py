@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import timm
 
-from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.config.options import Augment, Config
 from lowrank_vit.plan.mixing import MixRules
 from lowrank_vit.plan.operations import BICUBIC, BILINEAR, NEAREST
 from lowrank_vit.plan.plans import TrainRules
+from lowrank_vit.plan.policy import parse_policy
 
 _KERNELS = {"random": None, "nearest": NEAREST, "bilinear": BILINEAR, "bicubic": BICUBIC}
 

@@ -9,6 +9,7 @@ import torch
 from rich.filesize import decimal as size_in_words
 
 from lowrank_vit.common import resources, terminal
+from lowrank_vit.common.devices import pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.decode.backend import Backend
 from lowrank_vit.data.decode.dali import DaliBackend, check_dali, why_no_dali
@@ -37,13 +38,36 @@ class LoaderOptions:
 def open_loader(
     beton: Beton,
     plan: TrainPlan | EvalPlan,
-    device: torch.device,
-    options: LoaderOptions,
+    device: torch.device | str = "auto",
+    options: LoaderOptions | None = None,
     *,
+    workers: int = 4,
     prepare: Prepare | None = None,
     say: Callable[[str], object] = terminal.say,
 ) -> tuple[Loader, str]:
-    """Open a loader; returns it and one line that says which backend it has and why. Raises `UserError`."""
+    """Open a loader; returns it and one line that says which backend it has and why. Raises `UserError`.
+
+    Its `batches(epoch)` yields a `Batch` for each step: uint8 `images` (B, 3, S, S), RGB, channels_last, and int64
+    `targets` (B,), on the device, and the `plan` of what is still to be done to them, see `Augment`.
+
+    Args:
+        beton: the images.
+        plan: which of them are wanted, and how they are cut.
+        device: where batches are wanted; or auto, cpu, cuda or cuda:N.
+        options: how to decode; default: the backend that suits set and device, with `workers` threads.
+        workers: threads that decode, if there are no `options`.
+        prepare: applied to the images of each batch beside the step before, see `Augment.prepare`.
+        say: told of samples left out.
+
+    Example:
+        >>> beton = Beton("val.beton")
+        >>> loader, line = open_loader(beton, EvalPlan.of(beton, img_size=32, batch_size=8), "cpu", workers=1)
+        >>> [tuple(batch.images.shape) for batch in loader.batches(epoch=0)]
+        [(8, 3, 32, 32), (4, 3, 32, 32)]
+        >>> loader.close()
+    """
+    options = options or LoaderOptions(workers=workers)
+    device = pick_device(device) if isinstance(device, str) else device
     kind, reason = options.loader, f"--loader {options.loader}"
     if kind == "auto":
         kind, reason = choose_backend(beton, plan, device, options)

@@ -1,7 +1,7 @@
 """What the plan draws for image operations: which, how strong, in which direction, with which interpolation.
 
 A `Policy` is RandAugment (each layer picks any choice), AutoAugment (one draw picks a row of operations) or colour
-jitter. Meanings of levels are timm's (`timm/data/auto_augment.py`); strings are parsed by `lowrank_vit.augment.policy`.
+jitter. Meanings of levels are timm's (`timm/data/auto_augment.py`); strings are parsed by `lowrank_vit.plan.policy`.
 """
 
 from __future__ import annotations

@@ -8,21 +8,19 @@ project draws a random number about the data.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Protocol
 
 import numpy as np
 from numba import njit
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.plan.crops import CenterCrops, center_crops, center_windows, crop_windows
 from lowrank_vit.plan.erase import Erase, draw_erase_boxes
 from lowrank_vit.plan.mixing import NO_MIX, Mix, MixRules, deal, draw_mix
 from lowrank_vit.plan.operations import BICUBIC, BILINEAR, ImageOps, Policy, draw_jitter, draw_ops, join_ops
-from lowrank_vit.plan.philox import philox, to_below, to_unit
-
-CROP_ATTEMPTS = 10
-"""As torchvision's and timm's RandomResizedCrop."""
+from lowrank_vit.plan.philox import philox, to_unit
 
 
 class Stream(IntEnum):
@@ -42,16 +40,6 @@ class Stream(IntEnum):
 
 # Numbers for compiled code, which does not know enumerations.
 _ORDER, _CROP = int(Stream.ORDER), int(Stream.CROP)
-
-
-@dataclass(frozen=True)
-class CenterCrops:
-    """Evaluation crops of B images, as timm makes them: resize the whole image, then cut out the middle."""
-
-    resized: np.ndarray
-    """int32 (B, 2): height and width to which the whole image is resized, pixels."""
-    corners: np.ndarray
-    """int32 (B, 2): top and left of the square cut out of that."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +66,14 @@ class BatchPlan:
     """Rectangles to erase after normalising; None: nothing to erase."""
     center: CenterCrops | None = None
     """Evaluation: what `windows` says to the fraction of a pixel; None: stretch `windows` to the size."""
+
+
+class Sizes(Protocol):
+    """What a plan knows of a set of N images, such as a `Beton`."""
+
+    heights: np.ndarray
+    widths: np.ndarray
+    """int (N,) each, pixels."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +103,12 @@ class TrainPlan:
     A global batch is dealt out to S slots, one for each of `accum_steps` batches of each rank, so that two samples that
     mirror each other in their mixing block lie in one slot and mirror each other there (`deal`). Mixing a batch with
     its own reverse then pairs the same samples whatever the ranks and the accumulation, if the batch size is even.
+
+    Example:
+        >>> plan = TrainPlan.of(Beton("train.beton"), img_size=32, batch_size=8, aa="rand-m9-mstd0.5-inc1", mixup=0.8)
+        >>> batch = plan.batch(epoch=0, step=1, ids=plan.ids(0)[1])
+        >>> batch.ids.shape, batch.windows.shape, batch.flips.dtype
+        ((8,), (8, 4), dtype('bool'))
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class TrainPlan:
     ) -> None:
         """`heights`, `widths`: int (N,), pixels; `batch_size`: samples a step of this rank; raises `UserError`.
 
-        `accum_steps`: steps to an update.
+        `accum_steps`: steps to an update. See `of` for a `Beton`.
         """
         self.heights, self.widths = heights.astype(np.int64), widths.astype(np.int64)
         self.num_samples = len(heights)
@@ -150,6 +152,37 @@ class TrainPlan:
         self.updates_per_epoch = self.num_samples // global_batch
         self.steps_per_epoch = self.updates_per_epoch * accum_steps
 
+    @classmethod
+    def of(
+        cls,
+        images: Sizes,
+        *,
+        img_size: int,
+        batch_size: int,
+        seed: int = 42,
+        aa: str = "none",
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: float = 0.5,
+        reprob: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        rank: int = 0,
+        world_size: int = 1,
+        accum_steps: int = 1,
+    ) -> TrainPlan:
+        """The plan for a `Beton`, by timm's names of what is drawn; `TrainRules` has them all. Raises `UserError`.
+
+        `aa`: timm's policy, e.g. "rand-m9-mstd0.5-inc1"; `scale`, `ratio`: of random resized crops; `hflip`, `reprob`:
+        probabilities; `mixup`, `cutmix`: alpha, 0 for none.
+        """
+        from lowrank_vit.plan.policy import parse_policy  # imports timm
+
+        mixing = MixRules(mixup=mixup, cutmix=cutmix)
+        rules = TrainRules(scale=scale, ratio=ratio, hflip=hflip, policy=parse_policy(aa), reprob=reprob, mixing=mixing)
+        share = {"rank": rank, "world_size": world_size, "accum_steps": accum_steps}
+        return cls(images.heights, images.widths, rules, seed=seed, img_size=img_size, batch_size=batch_size, **share)
+
     def order(self, epoch: int) -> np.ndarray:
         """int64 (N,): the permutation of all sample ids for this epoch, the same on every rank.
 
@@ -169,10 +202,8 @@ class TrainPlan:
         if not self.rules.is_cropped:
             corner = np.zeros(len(ids), np.int64)
             return np.stack([corner, corner, self.heights[ids], self.widths[ids]], axis=1).astype(np.int32)
-        (scale_min, scale_max), (ratio_min, ratio_max) = self.rules.scale, self.rules.ratio
-        return _crop_windows(
-            self._key, epoch, ids, self.heights[ids], self.widths[ids], scale_min, scale_max, ratio_min, ratio_max
-        )
+        sizes, rules = (self.heights[ids], self.widths[ids]), self.rules
+        return crop_windows(self._key, epoch, _CROP, ids, *sizes, *rules.scale, *rules.ratio)
 
     def flips(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         """Bool (B,): whether each sample is mirrored in this epoch."""
@@ -243,7 +274,13 @@ class TrainPlan:
 
 
 class EvalPlan:
-    """Every sample exactly once, in file order, centre-cropped; the last batch may be short."""
+    """Every sample exactly once, in file order, centre-cropped; the last batch may be short.
+
+    Example:
+        >>> plan = EvalPlan.of(Beton("val.beton"), img_size=32, batch_size=8)
+        >>> plan.steps_per_epoch, [len(ids) for ids in plan.ids(0)]
+        (2, [8, 4])
+    """
 
     def __init__(
         self,
@@ -266,6 +303,22 @@ class EvalPlan:
         self._batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
         self.steps_per_epoch = len(self._batches)
 
+    @classmethod
+    def of(
+        cls,
+        images: Sizes,
+        *,
+        img_size: int,
+        batch_size: int,
+        crop_pct: float = 0.875,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> EvalPlan:
+        """The plan for a `Beton`; `crop_pct`: the centre crop as a share of the short side, timm's default."""
+        share = {"rank": rank, "world_size": world_size}
+        sizes = images.heights, images.widths
+        return cls(*sizes, img_size=img_size, crop_pct=crop_pct, batch_size=batch_size, **share)
+
     def ids(self, epoch: int) -> list[np.ndarray]:
         """This rank's batches of ids, int64 (B,) each; the same in every epoch."""
         return self._batches
@@ -275,31 +328,6 @@ class EvalPlan:
         flips, kernels = np.zeros(len(ids), bool), np.full(len(ids), self._kernel, np.int8)
         center = CenterCrops(self.resized[ids], self.corners[ids])
         return BatchPlan(epoch, step, ids, self._windows[ids], flips, kernels, (NO_MIX,), center=center)
-
-
-def center_crops(
-    heights: np.ndarray, widths: np.ndarray, img_size: int, crop_pct: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """int32 (N, 2) each, (height, width) and (top, left): timm's evaluation resize and centre crop.
-
-    The short side becomes floor(img_size / crop_pct), the long one is truncated (torchvision `Resize`), and the corner
-    is rounded half to even (torchvision `CenterCrop`).
-    """
-    sides = np.stack([heights, widths], axis=1).astype(np.int64)
-    short = sides.min(1, keepdims=True)
-    resized = math.floor(img_size / crop_pct) * sides // short
-    return resized.astype(np.int32), np.rint((resized - img_size) / 2).astype(np.int32)
-
-
-def center_windows(
-    heights: np.ndarray, widths: np.ndarray, resized: np.ndarray, corners: np.ndarray, img_size: int
-) -> np.ndarray:
-    """int32 (N, 4): the stored pixels that `center_crops` keeps, top, left, height, width, rounded to whole ones."""
-    sides = np.stack([heights, widths], axis=1).astype(np.float64)
-    scale = sides / resized
-    low = np.rint(corners * scale)
-    size = np.maximum(1, np.minimum(np.rint(img_size * scale), sides - low))
-    return np.concatenate([low, size], axis=1).astype(np.int32)
 
 
 @njit(cache=True)
@@ -317,41 +345,3 @@ def _flips(key: np.uint64, epoch: int, ids: np.ndarray, probability: float, stre
     for n in range(len(ids)):
         flips[n] = to_unit(philox(key, 0, ids[n], epoch, stream)[0]) < probability
     return flips
-
-
-@njit(cache=True)
-def _crop_windows(
-    key: np.uint64,
-    epoch: int,
-    ids: np.ndarray,
-    heights: np.ndarray,
-    widths: np.ndarray,
-    scale_min: float,
-    scale_max: float,
-    ratio_min: float,
-    ratio_max: float,
-) -> np.ndarray:
-    """Torchvision's RandomResizedCrop.get_params: ten attempts, one Philox block each, then a centre crop."""
-    log_min, log_max = math.log(ratio_min), math.log(ratio_max)
-    windows = np.empty((len(ids), 4), np.int32)
-    for n in range(len(ids)):
-        height, width = heights[n], widths[n]
-        top, left, h, w = 0, 0, 0, 0
-        for attempt in range(CROP_ATTEMPTS):
-            w0, w1, w2, w3 = philox(key, attempt, ids[n], epoch, _CROP)
-            area = height * width * (scale_min + (scale_max - scale_min) * to_unit(w0))
-            aspect = math.exp(log_min + (log_max - log_min) * to_unit(w1))
-            w = int(round(math.sqrt(area * aspect)))
-            h = int(round(math.sqrt(area / aspect)))
-            if 0 < w <= width and 0 < h <= height:
-                top, left = to_below(w2, height - h + 1), to_below(w3, width - w + 1)
-                break
-        else:
-            h, w = height, width
-            if width / height < ratio_min:
-                h = min(height, int(round(width / ratio_min)))
-            elif width / height > ratio_max:
-                w = min(width, int(round(height * ratio_max)))
-            top, left = (height - h) // 2, (width - w) // 2
-        windows[n, 0], windows[n, 1], windows[n, 2], windows[n, 3] = top, left, h, w
-    return windows

@@ -30,8 +30,9 @@ from lowrank_vit.data.decode.resize_cpu import resize_batch
 from lowrank_vit.data.decode.spans import LENGTH, cropped, spans
 from lowrank_vit.data.schedule import Schedule
 from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.plan.crops import CenterCrops
 from lowrank_vit.plan.mixing import NO_MIX
-from lowrank_vit.plan.plans import BatchPlan, CenterCrops, EvalPlan, TrainPlan
+from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 
 _POLL_S = 0.2
 HOST_PART_BYTES, DEVICE_PART_BYTES = 1 << 27, 1 << 31

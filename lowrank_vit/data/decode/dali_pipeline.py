@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lowrank_vit.plan.crops import CenterCrops
 from lowrank_vit.plan.mixing import NO_MIX
 from lowrank_vit.plan.operations import BICUBIC, BILINEAR, NEAREST
-from lowrank_vit.plan.plans import BatchPlan, CenterCrops
+from lowrank_vit.plan.plans import BatchPlan
 
 _SEED = 1  # of nothing: no operator here draws random numbers
 

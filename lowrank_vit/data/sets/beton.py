@@ -35,6 +35,11 @@ class Beton:
     Opening checks the header, the metadata and the allocation table, and the manifest if one lies beside the file, with
     the checksum of the index and the labels; anything wrong is a `BetonError` that names the file and the next step.
     Samples are memory-mapped, not read.
+
+    Example:
+        >>> beton = Beton("train.beton")
+        >>> beton.num_samples, beton.classes, beton.labels.dtype, beton.heights[:3].tolist()
+        (20, ['cat', 'dog'], dtype('int64'), [40, 41, 42])
     """
 
     def __init__(self, path: str | os.PathLike[str] | list[Path]) -> None:

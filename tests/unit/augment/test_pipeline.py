@@ -15,11 +15,11 @@ from lowrank_vit.augment import ops
 from lowrank_vit.augment.erase import NORMAL, erase
 from lowrank_vit.augment.mixing import mix_images, mix_targets, mix_to_tensor
 from lowrank_vit.augment.pipeline import Augment
-from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.plan.mixing import NO_MIX, Mix, MixRules
 from lowrank_vit.plan.operations import Kind
 from lowrank_vit.plan.plans import TrainPlan, TrainRules
+from lowrank_vit.plan.policy import parse_policy
 from tests.unit.augment.test_ops import in_pil
 
 

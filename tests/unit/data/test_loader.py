@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from lowrank_vit.augment.pipeline import Augment
-from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
+from lowrank_vit.plan.policy import parse_policy
 from tests.photos import write_sets
 from tests.slots import joined
 

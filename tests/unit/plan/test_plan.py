@@ -15,10 +15,11 @@ from scipy import stats
 from timm.data.mixup import rand_bbox, rand_bbox_minmax
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 
-from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.plan.crops import center_crops, center_windows
 from lowrank_vit.plan.mixing import MixRules, cut_box
-from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan, TrainRules, center_crops, center_windows
+from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan, TrainRules
+from lowrank_vit.plan.policy import parse_policy
 from tests.distributions import assert_same_distribution
 from tests.slots import joined
 

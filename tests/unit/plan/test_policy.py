@@ -10,10 +10,10 @@ from scipy import stats
 from timm.data import auto_augment as timms
 from torchvision.transforms import ColorJitter
 
-from lowrank_vit.augment.policy import parse_policy
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.plan.operations import BICUBIC, BILINEAR, ImageOps, Kind
 from lowrank_vit.plan.plans import TrainPlan, TrainRules
+from lowrank_vit.plan.policy import parse_policy
 from tests.distributions import UNLIKELY, assert_same_distribution
 
 SAMPLES = 20_000

@@ -1,0 +1,88 @@
+"""Crop windows: random ones in training, the centre in evaluation; torchvision's and timm's arithmetic."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from lowrank_vit.plan.philox import philox, to_below, to_unit
+
+CROP_ATTEMPTS = 10
+"""As torchvision's and timm's RandomResizedCrop."""
+
+
+@dataclass(frozen=True)
+class CenterCrops:
+    """Evaluation crops of B images, as timm makes them: resize the whole image, then cut out the middle."""
+
+    resized: np.ndarray
+    """int32 (B, 2): height and width to which the whole image is resized, pixels."""
+    corners: np.ndarray
+    """int32 (B, 2): top and left of the square cut out of that."""
+
+
+def center_crops(
+    heights: np.ndarray, widths: np.ndarray, img_size: int, crop_pct: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """int32 (N, 2) each, (height, width) and (top, left): timm's evaluation resize and centre crop.
+
+    The short side becomes floor(img_size / crop_pct), the long one is truncated (torchvision `Resize`), and the corner
+    is rounded half to even (torchvision `CenterCrop`).
+    """
+    sides = np.stack([heights, widths], axis=1).astype(np.int64)
+    short = sides.min(1, keepdims=True)
+    resized = math.floor(img_size / crop_pct) * sides // short
+    return resized.astype(np.int32), np.rint((resized - img_size) / 2).astype(np.int32)
+
+
+def center_windows(
+    heights: np.ndarray, widths: np.ndarray, resized: np.ndarray, corners: np.ndarray, img_size: int
+) -> np.ndarray:
+    """int32 (N, 4): the stored pixels that `center_crops` keeps, top, left, height, width, rounded to whole ones."""
+    sides = np.stack([heights, widths], axis=1).astype(np.float64)
+    scale = sides / resized
+    low = np.rint(corners * scale)
+    size = np.maximum(1, np.minimum(np.rint(img_size * scale), sides - low))
+    return np.concatenate([low, size], axis=1).astype(np.int32)
+
+
+@njit(cache=True)
+def crop_windows(
+    key: np.uint64,
+    epoch: int,
+    stream: int,
+    ids: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    scale_min: float,
+    scale_max: float,
+    ratio_min: float,
+    ratio_max: float,
+) -> np.ndarray:
+    """Torchvision's RandomResizedCrop.get_params: ten attempts, one Philox block each, then a centre crop."""
+    log_min, log_max = math.log(ratio_min), math.log(ratio_max)
+    windows = np.empty((len(ids), 4), np.int32)
+    for n in range(len(ids)):
+        height, width = heights[n], widths[n]
+        top, left, h, w = 0, 0, 0, 0
+        for attempt in range(CROP_ATTEMPTS):
+            w0, w1, w2, w3 = philox(key, attempt, ids[n], epoch, stream)
+            area = height * width * (scale_min + (scale_max - scale_min) * to_unit(w0))
+            aspect = math.exp(log_min + (log_max - log_min) * to_unit(w1))
+            w = int(round(math.sqrt(area * aspect)))
+            h = int(round(math.sqrt(area / aspect)))
+            if 0 < w <= width and 0 < h <= height:
+                top, left = to_below(w2, height - h + 1), to_below(w3, width - w + 1)
+                break
+        else:
+            h, w = height, width
+            if width / height < ratio_min:
+                h = min(height, int(round(width / ratio_min)))
+            elif width / height > ratio_max:
+                w = min(width, int(round(height * ratio_max)))
+            top, left = (height - h) // 2, (width - w) // 2
+        windows[n, 0], windows[n, 1], windows[n, 2], windows[n, 3] = top, left, h, w
+    return windows
