@@ -50,7 +50,7 @@ from data_prep.sources.image_folder import image_folder
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.decode import pil as pil_decode
-from lowrank_vit.data.decode.ffcv import FfcvBackend, _decode_batch
+from lowrank_vit.data.decode.ffcv import decode_batch
 from lowrank_vit.data.decode.resize_cpu import resize_batch
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan, TrainRules
@@ -309,12 +309,11 @@ def _compile(path: Path) -> None:
     ):
         plan.batch(0, 0, plan.ids(0)[0])
     import_module("nvidia.dali.fn")  # once here, else by every child
-    samples = FfcvBackend(beton, plan, CPU, 2)._memory.metadata["f0"]
     ids, images = np.zeros(1, np.int64), np.zeros((1, IMG_SIZE, IMG_SIZE, 3), np.uint8)
-    arguments = ids, images, np.zeros((1, 1), np.int32), samples, beton.bytes, True
-    _decode_batch.compile(tuple(map(numba.typeof, arguments)))
-    arguments = ids, ids, ids, np.zeros((1, 2, 4)), np.zeros(1, np.int8), np.zeros(1, bool), images
-    resize_batch.compile(tuple(map(numba.typeof, arguments)))
+    planned = np.zeros((1, 2, 4)), np.zeros(1, np.int8), np.zeros(1, bool)
+    arguments = beton.bytes, ids, ids, beton.modes, ids, ids, *planned, 0, 2, images
+    decode_batch.compile(tuple(map(numba.typeof, arguments)))
+    resize_batch.compile(tuple(map(numba.typeof, (ids, ids, ids, *planned, images))))
 
 
 def _touched(intact: bytes, mutated: bytearray) -> set[int]:

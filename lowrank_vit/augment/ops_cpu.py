@@ -15,7 +15,8 @@ from numba import njit, prange
 from lowrank_vit.augment.resample_cpu import along_columns, along_rows, rotate
 from lowrank_vit.plan.operations import Kind
 
-# FFCV's thread runs numba's parallel code too, beside the main thread; numba's own "workqueue" would abort the process.
+# The ffcv loader's thread runs numba's parallel code too, beside the main thread; numba's own "workqueue" would abort
+# the process.
 if numba.config.THREADING_LAYER == "default":  # type: ignore[attr-defined]
     numba.config.THREADING_LAYER = "threadsafe"  # type: ignore[attr-defined]
 

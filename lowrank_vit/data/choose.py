@@ -13,6 +13,7 @@ from lowrank_vit.common.devices import pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.decode.backend import Backend
 from lowrank_vit.data.decode.dali import DaliBackend, check_dali, why_no_dali
+from lowrank_vit.data.decode.ffcv import FfcvBackend
 from lowrank_vit.data.decode.resident import ResidentBackend, resident_bytes
 from lowrank_vit.data.loader import Loader, OnBadSample, Prepare
 from lowrank_vit.data.sets.beton import Beton
@@ -88,8 +89,6 @@ def make_backend(
         check_dali()
         load = options.hw_decoder_load
         return DaliBackend(beton, plan, device, options.workers, prefetch=options.prefetch, hw_decoder_load=load)
-    from lowrank_vit.data.decode.ffcv import FfcvBackend  # imports and compiles for a second
-
     return FfcvBackend(beton, plan, device, options.workers, prefetch=options.prefetch)
 
 

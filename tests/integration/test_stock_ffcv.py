@@ -34,6 +34,7 @@ from data_prep.formats.jpeg import ImageOptions
 from data_prep.sources.image_folder import image_folder
 from data_prep.sources.samples import digits_indices
 from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.decode.jpeg import FAST, decode_jpeg
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan
 
@@ -107,8 +108,8 @@ def test_digits_are_read_exactly(digits_dir: Path, split: Literal["train", "val"
     assert np.array_equal(images, np.repeat(grey[..., None], 3, axis=-1))
 
 
-def test_photographs_of_one_size_match_pil(photos: Path, tmp_path: Path) -> None:
-    """Three 640 x 427 JPEGs stored byte for byte: FFCV's decode against PIL's decode of the source files."""
+def test_photographs_of_one_size_match_pil_and_are_the_pixels_that_we_train_on(photos: Path, tmp_path: Path) -> None:
+    """Three 640 x 427 JPEGs stored byte for byte: FFCV's decode against PIL's of the source files, and against ours."""
     names = ["china.jpg", "flower.jpg", "rocket.jpg"]
     (tmp_path / "src" / "view").mkdir(parents=True)
     for name in names:
@@ -118,10 +119,14 @@ def test_photographs_of_one_size_match_pil(photos: Path, tmp_path: Path) -> None
     assert conversion.manifest.reasons == {"passthrough": 3}
     images, labels = read_all(out, SimpleRGBImageDecoder(), 3)
     assert labels.tolist() == [0, 0, 0]
-    for image, name in zip(images, names, strict=True):
+    beton = Beton(out)
+    for n, (image, name) in enumerate(zip(images, names, strict=True)):
         with Image.open(photos / "thing" / name) as source:
             difference = np.abs(image.astype(np.int64) - np.asarray(source))
         assert difference.mean() < JPEG_TOLERANCE
+        ours = np.empty(image.size, np.uint8)
+        assert decode_jpeg(beton.sample(n), ours, image.shape[0], image.shape[1], FAST)
+        assert np.array_equal(ours.reshape(image.shape), image)
 
 
 def test_photographs_of_many_sizes_match_pil(photos: Path, tmp_path: Path) -> None:

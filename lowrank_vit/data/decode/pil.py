@@ -9,7 +9,7 @@ from PIL import Image, ImageFile
 
 from data_prep.formats import jpeg_segments, turbojpeg
 from data_prep.formats.beton import MODE_RAW
-from lowrank_vit.data.decode.exact_jpeg import MAX_SCANS, has_too_many_scans
+from lowrank_vit.data.decode.jpeg import MAX_SCANS, has_too_many_scans
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.operations import BICUBIC, BILINEAR, NEAREST
 from lowrank_vit.plan.plans import BatchPlan

@@ -19,7 +19,7 @@ from data_prep.formats.jpeg import MAX_PIXELS
 from data_prep.formats.sidecars import Manifest, check_index, manifest_path, read_manifest, read_sample_table
 from lowrank_vit.common.errors import BetonError
 from lowrank_vit.common.terminal import one_line
-from lowrank_vit.data.decode.exact_jpeg import has_too_many_scans
+from lowrank_vit.data.decode.jpeg import has_too_many_scans
 from lowrank_vit.data.sets.mapped_files import map_files
 
 LABELS_UNNAMED = 1 << 16
