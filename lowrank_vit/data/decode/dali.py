@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator
 from importlib import import_module
-from queue import Empty, Full, Queue
-from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import numba
@@ -22,6 +19,8 @@ import torch
 
 from data_prep.formats.beton import MODE_RAW
 from lowrank_vit.common.errors import BetonError, UserError
+from lowrank_vit.common.streams import KeptAlive, Mark, current_stream, on_stream, side_stream
+from lowrank_vit.common.threads import Ahead
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.decode.backend import DamagedSamples, new_meter, to_device
 from lowrank_vit.data.decode.dali_pipeline import PipelineShape, Sources, define, tiny_batch
@@ -34,15 +33,10 @@ from lowrank_vit.plan.crops import CenterCrops
 from lowrank_vit.plan.mixing import NO_MIX
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 
-_POLL_S = 0.2
 HOST_PART_BYTES, DEVICE_PART_BYTES = 1 << 27, 1 << 31
 """Decoded pixels that DALI makes at a time, in bytes: a batch of larger images is decoded in parts."""
 BYTES_A_THREAD = 1 << 24
 """On the CPU at least so many, in bytes for each thread, that none of many is idle."""
-
-
-class _StoppedError(Exception):
-    """The consumer has left the epoch."""
 
 
 class _Part(NamedTuple):
@@ -87,14 +81,14 @@ class DaliBackend:
         )
         self._threads = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         # Of the feeding thread's own: on the consumer's, its work on one batch would wait for the decoding of the next.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = side_stream(device)
         self._part_bytes = DEVICE_PART_BYTES if self._shape.resize else max(HOST_PART_BYTES, workers * BYTES_A_THREAD)
         self._made: list[torch.Tensor] = []
         self._made_ms = 0.0
         """The parts of the next batch that have come out, and how long they took."""
         self.decode_ms = new_meter()
-        self._queue: Queue[Any] = Queue(prefetch)
-        self._being_read: deque[tuple[torch.cuda.Event, Sources, list[torch.Tensor]]] = deque()
+        self._decoding: Ahead[tuple[Batch, Mark]] | None = None
+        self._being_read = KeptAlive()
         self._pipeline: Any = None
         self._build()
 
@@ -113,43 +107,26 @@ class DaliBackend:
         """Yield the schedule's batches; a thread keeps DALI busy meanwhile and ends with this generator."""
         if self._pipeline is None:
             self._build()
-        self._queue, stop = Queue(self._prefetch), Event()
-        thread = Thread(target=self._pump, args=(schedule, stop), name="dali", daemon=True)
-        thread.start()
+        decoding = self._decoding = Ahead(self._pump(schedule), self._prefetch, self.name)
         try:
-            while True:
-                item = self._next(thread)
-                if isinstance(item, BaseException):
-                    raise item
-                if item is None:
-                    return
-                batch, made = item
-                if made is not None:
-                    torch.cuda.current_stream(self._device).wait_event(made)
+            for batch, made in decoding:
+                made.hand_over(current_stream(self._device))
                 yield batch
         finally:
-            stop.set()
-            thread.join()
+            decoding.close()
+            self._decoding = None
 
-    def _next(self, thread: Thread) -> Any:
-        while True:
-            try:
-                return self._queue.get(timeout=_POLL_S)
-            except Empty:
-                if not thread.is_alive() and self._queue.empty():
-                    return BetonError(f"{self._beton.path}: the thread that feeds DALI has ended without a word.")
-
-    def _pump(self, schedule: Schedule, stop: Event) -> None:
-        """Feed DALI and collect what it made, always `prefetch` batches ahead; runs in its own thread."""
+    def _pump(self, schedule: Schedule) -> Generator[tuple[Batch, Mark], None, None]:
+        """Feed DALI and yield what it made, always `prefetch` batches ahead; runs in a thread of its own."""
         in_flight: deque[_Part] = deque()
         self._made, self._made_ms = [], 0.0
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+        with on_stream(self._stream):
             try:
                 for plan in schedule:
                     # DALI believes the sizes that it is fed, and reads beyond a smaller image where they are wrong.
                     if reasons := find_damage(self._beton, self._beton.contradicting(plan.ids)):
                         while in_flight:
-                            self._collect(in_flight, stop, time.perf_counter())
+                            yield from self._collect(in_flight, time.perf_counter())
                         raise DamagedSamples(reasons)
                     for part in self._parts(plan):
                         begun = time.perf_counter()
@@ -157,18 +134,14 @@ class DaliBackend:
                         in_flight.append(part)
                         self._pipeline.schedule_run()
                         if len(in_flight) == self._prefetch:
-                            self._collect(in_flight, stop, begun)
+                            yield from self._collect(in_flight, begun)
                 while in_flight:
-                    self._collect(in_flight, stop, time.perf_counter())
-                self._put(None, stop)
-            except _StoppedError:
-                self._drain(in_flight)
+                    yield from self._collect(in_flight, time.perf_counter())
             except RuntimeError as error:  # all of DALI's errors; the pipeline is of no more use
                 self._pipeline = None
-                self._put(self._explain(error, [part.sources.plan for part in in_flight]), stop, give_up=False)
-            except Exception as error:  # a damaged sample; or of the plan: the file has changed
+                raise self._explain(error, [part.sources.plan for part in in_flight]) from error
+            finally:  # also where the epoch is left, a sample is damaged, or the file has changed
                 self._drain(in_flight)
-                self._put(error, stop, give_up=False)
 
     def _parts(self, plan: BatchPlan) -> Iterator[_Part]:
         """The batch in parts whose decoded pixels take at most `_part_bytes`, or single samples."""
@@ -187,7 +160,8 @@ class DaliBackend:
             part = plan if len(ends) == 1 else rows_of(plan, slice(start, end))
             yield _Part(self._sources(part), plan if end == len(plan.ids) else None)
 
-    def _collect(self, in_flight: deque[_Part], stop: Event, begun: float) -> None:
+    def _collect(self, in_flight: deque[_Part], begun: float) -> Iterator[tuple[Batch, Mark]]:
+        """Yield the batch, and what marks its end on the stream, if the part that is made next is its last."""
         # With a stream DALI makes that one wait for the GPU, else the host.
         (made,) = self._pipeline.outputs(self._stream) if self._stream else self._pipeline.outputs()
         sources, plan = in_flight.popleft()
@@ -199,16 +173,11 @@ class DaliBackend:
             images_NHWC = torch.cat(self._made) if len(self._made) > 1 else part
             batch = Batch(images_NHWC.permute(0, 3, 1, 2), to_device(self._beton.labels[plan.ids], self._device), plan)
             self.decode_ms.append(self._made_ms)
-        done = None
-        if self._stream is not None:
-            done = torch.cuda.Event()
-            done.record(self._stream)
-            self._being_read.append((done, sources, self._made))  # the GPU may still copy from there
-            while self._being_read[0][0].query() and len(self._being_read) > 1:
-                self._being_read.popleft()
+        done = Mark.of(self._stream)
+        self._being_read.keep((sources, self._made), done)  # a GPU may still copy from there
         if batch is not None:
             self._made, self._made_ms = [], 0.0
-            self._put((batch, done), stop)
+            yield batch, done
 
     def _resized(self, decoded: Any, plan: BatchPlan) -> torch.Tensor:
         """uint8 (B, S, S, 3) from the windows, or whole images, that DALI has decoded on the CPU."""
@@ -230,20 +199,10 @@ class DaliBackend:
             raise DamagedSamples({int(plan.ids[n]): f"DALI decodes {found} pixels (height x width), not {wanted}"})
         return torch.from_numpy(images_NHWC)
 
-    def _put(self, item: Any, stop: Event, *, give_up: bool = True) -> None:
-        while not stop.is_set():
-            try:
-                self._queue.put(item, timeout=_POLL_S)
-                return
-            except Full:
-                continue
-        if give_up:
-            raise _StoppedError
-
     def _drain(self, in_flight: deque[_Part]) -> None:
         """Take what DALI still makes out of it, so that the next epoch begins with an empty pipeline."""
         try:
-            while in_flight:
+            while in_flight and self._pipeline is not None:
                 self._pipeline.outputs()
                 in_flight.popleft()
         except RuntimeError:
@@ -272,7 +231,7 @@ class DaliBackend:
 
     def ready(self) -> int:
         """How many decoded batches wait."""
-        return self._queue.qsize()
+        return self._decoding.waiting if self._decoding else 0
 
     def close(self) -> None:
         """Give DALI's threads and memory back."""
