@@ -6,7 +6,6 @@ The recipe is `--aa rand-m9-mstd0.5-inc1 --reprob 0.25 --remode pixel`: two oper
 from __future__ import annotations
 
 import io
-import os
 import random
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -30,6 +29,7 @@ from benchmarks.harness.sets import chosen, make_photos, open_given
 from benchmarks.loader_peers import PREFETCH, in_whole_rounds
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.resources import available_cores
 from lowrank_vit.data.decode.pil import decode
 from lowrank_vit.plan.plans import BatchPlan, TrainPlan, TrainRules
 from lowrank_vit.plan.policy import parse_policy
@@ -235,7 +235,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     device = pick_device(options.device)
     of_batch, batches = SIZES[device.type]
     batch_size, batches = options.batch_size or of_batch, options.batches or batches
-    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
+    workers = available_cores() if options.workers is None else options.workers
     note("decoding crops")
     crops = _make_crops(batch_size, options.img_size, options.data)
     # timm's processes are forked before a device is touched.

@@ -5,7 +5,6 @@ The loop is the trainer's without its logs and checkpoints; beside it runs the s
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ from benchmarks.timed_steps import PHASES, Phases, Round, TimedSteps, batches_ah
 from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.devices import pick_device
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.resources import available_cores
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.options import Config, Data
 from lowrank_vit.data.synthetic import SyntheticLoader
@@ -97,7 +97,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     """
     device = pick_device(options.device)
     load = options.workload(device)
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     if device.type == "cpu":
         torch.set_num_threads(cores)
     surroundings = environment(device.type)

@@ -17,6 +17,7 @@ import tyro
 from benchmarks import record
 from benchmarks.harness.measure import nothing
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.resources import available_cores
 
 TESTS, BENCHES = Path("output/gpu-check.json"), Path("output/gpu-bench.json")
 LEAST_MINUTES = 4.0
@@ -63,7 +64,7 @@ def run(options: Options, note: Callable[[str], object] = nothing, call: Call | 
     note("the tests")
     # Where a GPU is wanted, a test that finds none fails rather than being left out.
     wanted = {} if options.without_gpu else {"LRV_REQUIRE_GPU": "1"}
-    jobs = options.jobs or min(12, len(os.sched_getaffinity(0)))
+    jobs = options.jobs or min(12, available_cores())
     # Where pytest-benchmark is installed it warns beside xdist.
     parallel = ["-n", str(jobs), "--dist", "worksteal", "-p", "no:benchmark"]
     tests = do(["pytest", "tests/gpu", "-m", "gpu", *parallel, f"--gpu-record={TESTS}"], wanted)

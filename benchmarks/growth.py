@@ -6,7 +6,6 @@ time of a refresh of the spectra with the width of the model.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +42,7 @@ from benchmarks.prep import CACHE
 from benchmarks.spectral import TOPK, stacks_of
 from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.resources import available_cores
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import TrainRules
@@ -157,11 +157,11 @@ def _sets(options: Options) -> tuple[int, ...]:
 
 
 def _usual(options: Options) -> Point:
-    return Point(options.count, options.batches[1], options.sizes[-2], len(os.sched_getaffinity(0)))
+    return Point(options.count, options.batches[1], options.sizes[-2], available_cores())
 
 
 def _points(sweep: str, options: Options) -> dict[int, Point]:
-    usual, cores = _usual(options), len(os.sched_getaffinity(0))
+    usual, cores = _usual(options), available_cores()
     if sweep == "workers":
         doubled = [2**n for n in range(cores.bit_length()) if 2**n < cores]
         return {n: replace(usual, workers=n) for n in (*doubled, cores)}
@@ -205,7 +205,7 @@ def _epoch(
 
 def _width_cases(options: Options, device: torch.device) -> dict[tuple[str, int], Case]:
     """Of a ViT's 48 matrices and its EMA's: matrices a second of the solver, and seconds of a whole refresh."""
-    settings = Settings(TOPK, cpu_threads=len(os.sched_getaffinity(0)))
+    settings = Settings(TOPK, cpu_threads=available_cores())
 
     def solve(stacks: Stacks) -> None:
         for of_kind in stacks.values():

@@ -26,6 +26,7 @@ from benchmarks.harness.sets import HEIGHT, WIDTH, photographs
 from benchmarks.prep import CACHE
 from data_prep.formats import turbojpeg
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.resources import available_cores
 
 _TERA = 1e12
 NOTES = (
@@ -62,7 +63,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     from lowrank_vit.training.setup import pick_device
 
     device, cpu = pick_device(options.device), torch.device("cpu")
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     torch.set_num_threads(cores)
     photos = sorted(photographs(options.scratch, options.count, note).glob("*/*.jpg"))
     num_bytes = options.megabytes * 10**6

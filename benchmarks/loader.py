@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from benchmarks.harness.sets import AS_STORED, converted, files_of, open_given, 
 from benchmarks.prep import CACHE
 from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.resources import available_cores
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
@@ -86,7 +86,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     device = pick_device(options.device)
     count, batch_size = SIZES[device.type]
     options = replace(options, count=options.count or count, batch_size=options.batch_size or batch_size)
-    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
+    workers = available_cores() if options.workers is None else options.workers
     folder, beton, small = _sets(options, note)
     surroundings = environment(device.type)
     files = sorted(folder.glob("*/*.jpg"))

@@ -30,6 +30,7 @@ from data_prep.formats.beton import read_tables
 from data_prep.formats.jpeg import FORMATS, ImageOptions
 from data_prep.sources.image_folder import image_folder
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.resources import available_cores
 
 
 class ImageFiles:
@@ -251,7 +252,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     Beside cases and ratios the result holds the sections source, workers, stored (how the images were stored) and,
     if asked for, memory. Raises `UserError`: a wrong option, an unreadable or bad image, a full disk.
     """
-    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
+    workers = available_cores() if options.workers is None else options.workers
     if workers < 1:
         raise UserError(f"--workers is {workers}, expected 1 or more. Leave it out for one a core.")
     src = options.data or ensure_photos(CACHE / f"photos_{options.count}", options.count, note=note)

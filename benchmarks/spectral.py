@@ -6,7 +6,6 @@ EMA. Ours are all values, the first and last 8 vectors of both sides, and their 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
@@ -22,6 +21,7 @@ from benchmarks.harness.limits import products_case
 from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, Samples, environment, measure, nothing
 from benchmarks.spectral_step import step_cases
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.resources import available_cores
 from lowrank_vit.spectral.extremes import Solved
 from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, Settings, Stacks, refresh, solve_all
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
@@ -93,7 +93,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     from lowrank_vit.common.devices import pick_device
 
     device = pick_device(options.device)
-    threads = len(os.sched_getaffinity(0)) if options.threads is None else options.threads
+    threads = available_cores() if options.threads is None else options.threads
     torch.set_num_threads(threads)
     note("accuracy")
     accuracy = {name: measure_accuracy(name, matrix, threads, device) for name, matrix in accuracy_cases().items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +15,7 @@ from benchmarks.harness.limits import copy_case, products_case, wait
 from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, environment, measure, nothing
 from lowrank_vit.common.devices import DTYPES, pick_device
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.resources import available_cores
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.batch import Batch
@@ -89,7 +89,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     """Measure all cases. Beside cases and ratios the result holds the workload and FLOPs. Raises `UserError`."""
     device = pick_device(options.device)
     if device.type == "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(available_cores())
     load = options.workload(device)
     surroundings = environment(device.type)
     ways = ("eager", "compiled") if options.compile else ("eager",)

@@ -12,7 +12,8 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from data_prep.convert import convert_image_folder
 from data_prep.formats.beton import MODE_RAW, file_or_parts, part_path
 from data_prep.formats.jpeg import JPEG_MAX_SIDE, ImageOptions
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import remove_leftovers, whole_folder, writing
 from lowrank_vit.data.sets.beton import Beton
 
 VERSION = 1
@@ -57,25 +59,26 @@ def ensure_photos(root: Path, count: int, seed: int = 0, note: Callable[[str], o
     if stamp is None and root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root} holds something else than a benchmark's photographs. Move it away.")
     note(f"making {count:,} photographs in {root} (once)")
-    # Made beside it, so that what was interrupted is never taken for whole.
-    part = root.with_name(f".{root.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
+    with writing(root, "Check the free space and the permissions."), _made_anew(root) as folder:
         sizes = []
         for label in range(NUM_CLASSES):
-            (part / f"class_{label:02d}").mkdir(parents=True)
+            (folder / f"class_{label:02d}").mkdir()
         for index, data in enumerate(make_photos(count, seed)):
-            (part / f"class_{index % NUM_CLASSES:02d}" / f"{index:06d}.jpg").write_bytes(data)
+            (folder / f"class_{index % NUM_CLASSES:02d}" / f"{index:06d}.jpg").write_bytes(data)
             sizes.append(len(data))
         text = json.dumps({**wanted, "mean_bytes": round(sum(sizes) / count), "bytes": sum(sizes)})
-        (part / STAMP).write_text(text + "\n", encoding="utf-8")
-        shutil.rmtree(root, ignore_errors=True)
-        part.rename(root)
-    except OSError as error:
-        raise UserError(
-            f"{root} cannot be written: {error.strerror or error}. Check the free space and the permissions."
-        ) from error
+        (folder / STAMP).write_text(text + "\n", encoding="utf-8")
     return root
+
+
+@contextmanager
+def _made_anew(root: Path) -> Generator[Path]:
+    """Yield a folder that takes the place of `root` at the end, so that what was interrupted never passes for whole."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(root.parent, root.name)
+    with whole_folder(root) as folder:
+        yield folder
+        shutil.rmtree(root, ignore_errors=True)
 
 
 def read_stamp(root: Path) -> dict[str, Any] | None:
@@ -184,22 +187,16 @@ def files_of(beton: Beton, count: int, scratch: Path, note: Callable[[str], obje
     wanted = json.dumps({"parts": states, "samples": len(ids)})
     key = hashlib.sha256(wanted.encode()).hexdigest()[:12]
     root = scratch / f"files_{beton.path.stem}_{len(ids)}_{key}"
-    try:
+    with writing(root, "Choose --scratch on a larger disk."):
         if (root / _FILES_STAMP).is_file() and (root / _FILES_STAMP).read_text(encoding="utf-8") == wanted:
             return root
         note(f"writing {len(ids):,} samples of {beton.path} to {root} (once)")
-        # Made beside it, so that what was interrupted is never taken for whole.
-        part = root.with_name(f".{root.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        for sample_id, label in zip(ids.tolist(), beton.labels[ids].tolist(), strict=True):
-            folder = part / f"class_{label:05d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{sample_id:08d}.jpg").write_bytes(beton.sample(sample_id).tobytes())
-        (part / _FILES_STAMP).write_text(wanted, encoding="utf-8")
-        shutil.rmtree(root, ignore_errors=True)
-        part.rename(root)
-    except OSError as error:
-        raise UserError(f"{root} cannot be written: {error.strerror}. Choose --scratch on a larger disk.") from error
+        with _made_anew(root) as made:
+            for sample_id, label in zip(ids.tolist(), beton.labels[ids].tolist(), strict=True):
+                folder = made / f"class_{label:05d}"
+                folder.mkdir(exist_ok=True)
+                (folder / f"{sample_id:08d}.jpg").write_bytes(beton.sample(sample_id).tobytes())
+            (made / _FILES_STAMP).write_text(wanted, encoding="utf-8")
     return root
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from benchmarks.harness.measure import Result, Samples
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import write_whole
 
 _FILE = tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")
 _BAR_HEIGHT_IN = 0.42
@@ -57,10 +58,8 @@ class Output:
         """Write --json alone. Whoever is interrupted meanwhile keeps the file of before. Raises `UserError`."""
         if self.json is None:
             return
-        part = self.json.with_name(f".{self.json.name}.part")
         try:
-            part.write_text(result.to_json(), encoding="utf-8")
-            part.replace(self.json)
+            write_whole(self.json, result.to_json())
         except OSError as error:
             raise UserError(f"--json {self.json} cannot be written: {error.strerror}.") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ def test_a_refresh_is_told_in_seconds_beside_the_solvers_speed(monkeypatch):
 
 def test_one_point_a_number_of_workers_up_to_the_cores(monkeypatch):
     for cores, expected in ((1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _pid, cores=cores: range(cores))
+        monkeypatch.setattr(growth, "available_cores", lambda cores=cores: cores)
         points = growth._points("workers", growth.Options())
         assert list(points) == [point.workers for point in points.values()] == expected
 
