@@ -47,7 +47,7 @@ class Source:
     """One of: --checkpoint; --model with --pretrained; --compare."""
 
     checkpoint: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=NONE)] = None
-    """A checkpoint of this project or of timm, e.g. output/<experiment>/last.pth.tar."""
+    """A run's last.pth.tar or model_best.pth.tar, or a file of weights of timm, DeiT or MAE."""
     use_ema: Annotated[bool, FlagCreatePairsOff] = False
     """Read a checkpoint's averaged weights instead of the raw ones."""
     model: Annotated[str, arg(metavar="NAME", help_behavior_hint="(default: the checkpoint's)")] = ""
@@ -157,7 +157,8 @@ def _compare(options: Options, paths: tuple[Path, Path], console: Console) -> No
     path = options.files.save_dir / f"{new['model']}_drift.json"
     write_json(content, path)
     weights = "EMA weights" if options.source.use_ema else "raw weights"
-    say(f"{new['model']}, {weights}, epoch {old['epoch'] + 1} to {new['epoch'] + 1}")
+    epochs = f", epoch {old['epoch'] + 1} to {new['epoch'] + 1}" if min(old["epoch"], new["epoch"]) >= 0 else ""
+    say(f"{new['model']}, {weights}{epochs}")
     print_drift(drift, content["types"], console)
     say(f"wrote {path}")
 

@@ -20,11 +20,11 @@ class Classes:
     """The classes of a set or of a model."""
 
     what: str
-    """Of which, for messages."""
+    """What they are of, for messages."""
     count: int
     """Labels, or outputs; of a set without names that of its greatest label."""
     names: Sequence[str] | None
-    """In label order, where they are known; a model may have more outputs."""
+    """Names in label order, where they are known; a model may have more outputs."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Match:
     outputs: list[int]
     """The model's output for each label of the set."""
     names: list[str] | None
-    """Of the model's outputs, as far as they are known."""
+    """Names of the model's outputs, as far as they are known."""
     remarks: list[str] = field(default_factory=list)
     """What was assumed, a line each."""
 
     @property
     def is_identity(self) -> bool:
-        """Whether label N is output N."""
+        """True where label N is output N."""
         return self.outputs == list(range(len(self.outputs)))
 
 

@@ -47,7 +47,7 @@ class InputSpec:
     """Side, pixels."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    """Of RGB in 0-1."""
+    """Mean and standard deviation of red, green and blue, 0-1."""
     crop_pct: float
 
 

@@ -113,7 +113,7 @@ def create_optimizer(optim: Optim, model: nn.Module, lr: float) -> Optimizer:
 
 
 def _own_arguments(optim: Optim) -> dict[str, Any]:
-    """Those of --opt-kwargs. Raises `UserError` for one that has a flag."""
+    """Read --opt-kwargs. Raises `UserError` for one that has a flag."""
     arguments = parse_keywords(optim.opt_kwargs, "--opt-kwargs", "nesterov=True")
     for name, value in arguments.items():
         if name in _FLAG_OF:

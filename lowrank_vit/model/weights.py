@@ -67,7 +67,7 @@ class Checkpoint:
 
     @property
     def class_names(self) -> list[str] | None:
-        """Of the outputs in their order, which may be more; None where the file does not tell."""
+        """Names of the first outputs, in their order; None where the file does not tell."""
         names: Any = self.content.get("class_names")
         is_list = isinstance(names, list | tuple) and len(names) > 0 and all(isinstance(name, str) for name in names)
         return list(names) if is_list else None
@@ -79,7 +79,7 @@ class Checkpoint:
 
     @property
     def has_ema(self) -> bool:
-        """Whether there are EMA weights."""
+        """True where there are EMA weights."""
         return bool(self.content.get("state_dict_ema"))
 
     def weights(self, use_ema: bool) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ def read_checkpoint(path: Path, what: str = "Checkpoint") -> Checkpoint:
 
 
 def is_state_dict(value: Any) -> bool:
-    """Whether this is a mapping of names to tensors, and of nothing else."""
+    """True for a mapping of names to tensors, and to nothing else."""
     return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
@@ -195,12 +195,16 @@ class _NumberType:
         self.code = code
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """`state`: numpy's version, the byte order, and what only compound types have."""
-        self.code = f"{state[1]}{self.code}"
+        """Take the byte order of `state`: (numpy's version, order, and what only compound types have)."""
+        if state[1] not in ("<", ">", "|"):
+            raise ValueError(f"a numpy value of byte order {state[1]}")
+        self.code = state[1] + self.code
 
 
-def _number(kind: _NumberType, data: bytes) -> Any:
-    """A numpy scalar as a Python value."""
+def _number(kind: Any, data: bytes) -> Any:
+    """A numpy scalar as a Python value. Raises `ValueError` for what is not the bytes of one number or text."""
+    if not isinstance(kind, _NumberType):  # whatever a forged pickle put there
+        raise ValueError("a numpy value without a type")
     (value,) = np.frombuffer(data, np.dtype(kind.code))
     return value.item()
 

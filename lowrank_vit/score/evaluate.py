@@ -18,7 +18,7 @@ class Batches(Protocol):
     """A loader, as far as it matters here."""
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """Those of one pass over the samples."""
+        """Give the batches of one pass over the samples."""
         ...
 
 

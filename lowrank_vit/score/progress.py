@@ -48,7 +48,7 @@ class Counted:
         self._loader, self._progress = loader, progress
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """Those of the loader."""
+        """Give the loader's batches."""
         for batch in self._loader.batches(epoch):
             yield batch
             self._progress.advance(len(batch))

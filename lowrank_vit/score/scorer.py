@@ -69,23 +69,23 @@ class Scorer:
     origin: str
     """Where its weights are from, for people."""
     model: nn.Module
-    """In evaluation mode."""
+    """The model in evaluation mode."""
     spec: InputSpec
     interpolation: str
     """A key of `FILTERS`."""
     augment: Augment
-    """For its `normalize`."""
+    """The owner of `normalize`, which all that the model sees goes through."""
     num_classes: int
     trained_names: list[str] = field(default_factory=list)
-    """Of the training set's classes in label order, where the file tells."""
+    """Names of the training set's classes in label order, where the file tells."""
     args: dict[str, Any] = field(default_factory=dict)
     """The flags of the checkpoint's run."""
     is_published: bool = False
-    """Whether the weights are those that timm publishes, whose classes are known by their number."""
+    """True for weights that timm publishes, whose classes are known by their number."""
 
     @property
     def classes(self) -> Classes:
-        """Of the model, for comparing them with a set's."""
+        """The model's classes, for comparing them with a set's."""
         names = self.trained_names or (published_names(self.num_classes) if self.is_published else None)
         return Classes(f"the model ({self.origin})", self.num_classes, names)
 
@@ -235,7 +235,7 @@ def _describe(name: str, label_type: str) -> str | None:
 
 @cache
 def _imagenet() -> ImageNetInfo:
-    """Its synsets do not matter: the words for all are the same table."""
+    """Give timm's table of words; it is the same for all sets of ImageNet."""
     return ImageNetInfo("imagenet-1k")
 
 

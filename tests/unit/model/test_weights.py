@@ -78,13 +78,13 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_the_weights_are_the_models_whatever_the_form_and_the_prefix(tmp_path, form):
     for prefix, dtype in itertools.product(PREFIXES, (torch.float32, torch.float16, torch.bfloat16)):
         checkpoint = read_checkpoint(save(tmp_path, form, prefix, dtype))
+        assert checkpoint.epoch == (-1 if form in ("bare", "safetensors") else 3)
+        assert checkpoint.arch == ("" if form in ("bare", "safetensors") else NAME)
+        assert checkpoint.args == ({"lr": 0.5} if form == "this program" else {})  # others have other names
         assert same(checkpoint.weights(use_ema=False), {key: value.to(dtype).float() for key, value in OWN.items()})
         assert checkpoint.has_ema == (form in ("this program", "timm", "DeiT"))
         if checkpoint.has_ema:
             assert same(checkpoint.weights(use_ema=True), {key: value.to(dtype).float() for key, value in EMA.items()})
-    assert checkpoint.epoch == (-1 if form in ("bare", "safetensors") else 3)
-    assert checkpoint.arch == ("" if form in ("bare", "safetensors") else NAME)
-    assert checkpoint.args == ({"lr": 0.5} if form == "this program" else {})  # others have other names
 
 
 @pytest.mark.parametrize(("form", "prefix"), [*((form, "") for form in FORMS), ("DeiT", "module._orig_mod.")])
@@ -112,7 +112,7 @@ def test_every_command_takes_every_form(tmp_path, form, prefix, capsys):
     file = read_checkpoint(path, "--pretrained-path")
     model = create_model(NAME, 7, img_size=32, model_kwargs=KWARGS, pretrained_file=file)
     assert same(model.state_dict(), EMA if has_ema else OWN)
-    assert not any(isinstance(value, dict) for value in model.pretrained_cfg.values())  # no second copy of the weights
+    assert "state_dict" not in vars(model)["pretrained_cfg"]  # no second copy of the weights
     with pytest.raises(UserError, match=r"cannot be resumed: it lacks `.*--initial-checkpoint"):
         file.training_state("optimizer")
 
@@ -211,11 +211,11 @@ class Runs:
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
-@pytest.mark.parametrize("name", ["posix.system", "eval", "numpy.dtype"])
+@pytest.mark.parametrize("name", ["posix.mkdir", "eval", "numpy.dtype"])
 def test_code_in_a_file_is_named_and_not_run(tmp_path, name, is_zip):
     path, mark = tmp_path / "w.pth", tmp_path / "was-run"
     call = {
-        "posix.system": Runs(os.system, f"touch {mark}"),
+        "posix.mkdir": Runs(os.mkdir, str(mark)),
         "eval": Runs(eval, f"open({str(mark)!r}, 'w')"),
         "numpy.dtype": Runs(np.dtype, "O"),  # a type of numbers is all that is taken of it
     }[name]
@@ -264,7 +264,7 @@ def test_files_without_weights_missing_files_and_folders_are_refused(tmp_path):
 
 
 def test_googles_arrays_are_left_to_timm(tmp_path):
-    np.savez(tmp_path / "w.npz", **{"head/bias": np.zeros(21)})
+    np.savez(tmp_path / "w.npz", **{"head/bias": np.zeros(21)})  # type: ignore[arg-type]
     checkpoint = read_checkpoint(tmp_path / "w.npz")
     assert checkpoint.num_outputs(("head",)) == 21
     with pytest.raises(UserError, match=r"w.npz has Google's arrays.*--pretrained-path"):

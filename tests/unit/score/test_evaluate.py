@@ -1,4 +1,4 @@
-"""Scores over every sample once: sums, shares of ranks, confusions, mirror images, intervals."""
+"""Scores over every sample once: sums, shares of ranks, confusions, mirror images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lowrank_vit.data.batch import Batch
 from lowrank_vit.plan.plans import EvalPlan
 from lowrank_vit.report.confusion_plot import confusion_plot, most_confused
 from lowrank_vit.score.evaluate import Evaluator
-from lowrank_vit.score.results import class_rows, interval, rows_to_csv
+from lowrank_vit.score.results import class_rows, rows_to_csv
 
 CLASSES, SAMPLES, SIZE = 7, 53, 8
 
@@ -135,24 +135,6 @@ def test_confusions_are_sklearns():
     by_count = most_confused(expected, names, 100)
     assert sum(pair.count for pair in by_count) == (predictions != TARGETS.numpy()).sum()
     assert by_count == sorted(by_count, key=lambda pair: -pair.count)
-
-
-def test_a_class_without_samples_has_no_share():
-    from lowrank_vit.score.evaluate import Scores
-
-    scores = Scores(2, 0.0, 100.0, 100.0, torch.tensor([[2, 0], [0, 0]]), torch.tensor([2, 0]))
-    rows = class_rows(scores, ["a", "b"])
-    assert (rows[0]["top1"], rows[1]["top1"], rows[1]["taken_for"]) == (100.0, None, "")
-    assert rows_to_csv(rows).splitlines()[2] == "1,b,0,,,,0"
-
-
-@pytest.mark.parametrize(("hits", "total"), [(0, 10), (10, 10), (7, 10), (41_000, 50_000)])
-def test_intervals_are_wilsons(hits, total):
-    """The closed form, with z = 1.96."""
-    z, share = 1.959963984540054, hits / total
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * (share * (1 - share) / total + z * z / (4 * total * total)) ** 0.5
-    assert interval(100 * share, total) == pytest.approx((100 * (middle - half), 100 * (middle + half)), abs=1e-9)
 
 
 @pytest.mark.parametrize("classes", [2, 30])
