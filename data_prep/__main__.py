@@ -211,7 +211,7 @@ def info_command(
 
 
 NAMES_SHOWN = 10
-"""Of each kind in a summary; the manifest has all."""
+"""Names of each kind in a summary; the manifest has all."""
 
 
 def summary(conversion: Conversion) -> str:

@@ -61,7 +61,7 @@ MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """Larger images are refused unread as possible decompression bombs: 179 million pixels, where PIL refuses too."""
 MAX_FILE_BYTES = 1 << 30
 _LOWER_QUALITIES = (95, 90, 75)
-"""Of a JPEG that would not fit a page otherwise."""
+"""Qualities that are tried for a JPEG that would not fit a page otherwise."""
 _SCRATCH_BYTES = 1 << 26
 
 
@@ -99,13 +99,13 @@ class ImageOptions:
 
 
 LOSSLESS = ImageOptions(max_side=JPEG_MAX_SIDE, quality=100, lossless=True)
-"""As near to the source's pixels as a `.beton` allows, for sets whose scores are to be published.
+"""Options that keep the source's pixels as far as a `.beton` allows, for sets whose scores are to be published.
 
 Usual JPEGs of any size go in byte for byte, other formats as raw pixels; JPEGs that have to be decoded (grey, CMYK,
 turned) and images too large for a page are encoded at quality 100, which moves a pixel by about half a grey level.
 """
 JPEG_REASONS = frozenset("coding gray cmyk ycck orientation resized extraneous bytes".split())
-"""Of JPEGs that are encoded again; "extraneous", for bytes too many, only by earlier converters."""
+"""Reasons of JPEGs that are encoded again; "extraneous", for bytes too many, only by earlier converters."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,21 +82,21 @@ class Manifest:
     sha256: str
     """Hexadecimal, of the whole `.beton`."""
     index_xxh3: str = ""
-    """Of header, rows and allocation table, see `beton.index_checksum`; empty in manifests of earlier versions,
+    """`beton.index_checksum` of header, rows and allocation table; empty in manifests of earlier versions,
     until `verify` adds it."""
     sample_bytes: int = 0
     """Sum of the samples' sizes; the rest of `file_bytes` is tables and padding."""
     page_size: int = 0
     file_list_sha256: str = ""
-    """Of the labels and names of all source images, see `data_prep.sources.samples.file_list_sha256`."""
+    """`samples.file_list_sha256` of the labels and names of all source images."""
     whole_list_sha256: str = ""
-    """The same of the source before it was divided into parts."""
+    """`samples.file_list_sha256` of the source before it was divided into parts."""
     source_stat_sha256: str = ""
-    """Of the source files' sizes and modification times, see `data_prep.writing.resuming.pack_stat`."""
+    """SHA-256 of the source files' sizes and modification times; see `data_prep.writing.resuming.pack_stat`."""
     resume_key: str = ""
-    """Of all that decides the bytes but the source files, so that a finished conversion is not done again."""
+    """SHA-256 of all that decides the bytes but the source files, by which a finished conversion is known."""
     sample_table_sha256: str = ""
-    """Of the sidecar `FILE.beton.samples`."""
+    """SHA-256 of the sidecar `FILE.beton.samples`."""
     shard: tuple[int, int] | None = None
     """(i, n): this is part i of n, counted from 1."""
     superclasses: Superclasses | None = None
@@ -168,7 +168,7 @@ def check_index(beton: Path, index_xxh3: str, manifest: Manifest) -> None:
 
 
 def _own_sha256(content: dict[str, Any]) -> str:
-    """Of all the other keys, as JSON without spaces and with sorted keys."""
+    """SHA-256 of all the other keys, as JSON without spaces and with sorted keys."""
     others = {key: value for key, value in content.items() if key != "manifest_sha256"}
     return hashlib.sha256(json.dumps(others, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 

@@ -90,7 +90,7 @@ class _Tree:
     images: dict[str, list[str]] = field(default_factory=dict)
     """Names of the images directly in each folder that holds some."""
     suffixes: dict[str, set[str]] = field(default_factory=dict)
-    """Of these images, in lower case."""
+    """Suffixes of these images, in lower case."""
     below: dict[str, list[str]] = field(default_factory=dict)
     """The sub-folders of each folder, by path."""
     others: Counter[str] = field(default_factory=Counter)

@@ -56,7 +56,7 @@ class Written:
     """Sum of the samples' sizes."""
     table: SampleTable
     source_stat_sha256: str
-    """Of all source files' sizes and modification times, see `source_stat_sha256`."""
+    """SHA-256 of all source files' sizes and modification times, see `pack_stat`."""
     repaired: tuple[Repaired, ...] = ()
     emptied: tuple[int, ...] = ()
     """Labels all of whose samples were bad, ascending."""

@@ -9,7 +9,7 @@ import torch
 from lowrank_vit.common.errors import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-"""By --amp-dtype."""
+"""Types by --amp-dtype."""
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

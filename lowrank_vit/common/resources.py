@@ -20,7 +20,7 @@ ROOT = Path("/")
 
 @dataclass(frozen=True)
 class Memory:
-    """In bytes."""
+    """Memory in bytes."""
 
     total: int
     free: int

@@ -39,7 +39,7 @@ class Mark:
 
     @classmethod
     def of(cls, stream: torch.cuda.Stream | None) -> Mark:
-        """Behind all that was asked of the stream so far."""
+        """Make a mark behind all that was asked of the stream so far."""
         event: Any = None if stream is None else stream.record_event()
         return cls(event)
 
