@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from data_prep.formats import turbojpeg
 from lowrank_vit.common.files import write_whole
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.data.decode.backend import Backend, DamagedSamples
@@ -85,7 +86,7 @@ def _key(beton: Beton, plan: TrainPlan, workers: int) -> str:
             "img_size": plan.img_size,
             "bytes": int(beton.sizes.sum()),
             "samples": beton.num_samples,
-            "ffcv": metadata.version("ffcv"),
+            "ffcv": f"numba {metadata.version('numba')}, {turbojpeg.identity()}",
             "dali": metadata.version("nvidia-dali-cuda130"),
         }
     )

@@ -22,6 +22,7 @@ from lowrank_vit.common.numba_cache import NOTE as COMPILING
 from lowrank_vit.common.numba_cache import must_compile
 from lowrank_vit.config.options import Config, with_options
 from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.decode.ffcv import decode_batch
 from lowrank_vit.data.decode.resize_cpu import resize_batch
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
@@ -180,7 +181,7 @@ def make_parts(config: Config, resumed: Checkpoint | None, world: World | None =
             f"peak learning rate {lr:.3g} ({lr_origin}), {_batch_in_words(plan)}, "
             f"{plan.updates_per_epoch} updates an epoch, {num_epochs} epoch{'s' if num_epochs != 1 else ''}",
             *ema_line,
-            *([COMPILING] if sets and device.type == "cpu" and _must_compile(config) else []),
+            *([COMPILING] if sets and device.type == "cpu" and _must_compile(config, train_loader.name) else []),
             *([f"{train_flops / 1e9:.3g} GFLOP a training image; MFU is against {peak.name}"] if train_flops else []),
         ],
     )
@@ -243,8 +244,9 @@ def _make_evaluator(config: Config, model: nn.Module, augment: Augment) -> Evalu
     return Evaluator(model, augment, amp=step.amp, compile=step.compile, amp_dtype=dtype, tta=config.run.tta)
 
 
-def _must_compile(config: Config) -> bool:
-    return must_compile(resize_batch, *((apply_ops,) if config.augment.aa != "none" else ()))
+def _must_compile(config: Config, loader: str) -> bool:
+    decoding = decode_batch if loader == "ffcv" else resize_batch
+    return must_compile(decoding, *((apply_ops,) if config.augment.aa != "none" else ()))
 
 
 def silent(line: str) -> None:
