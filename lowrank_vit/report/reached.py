@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from lowrank_vit.common.locks import is_locked
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def how_far(
     updates = [saved_updates] + [int(table["update"][-1]) for table in (epochs, train) if "update" in table]
     counts = [args.get(name, 0) for name in ("epochs", "cooldown-epochs")]
     planned = sum(counts) if all(isinstance(count, int) for count in counts) and counts[0] else None
-    return HowFar(max(done), planned, max(updates), _is_owned(path / ".lock"))
+    return HowFar(max(done), planned, max(updates), is_locked(path))
 
 
 def _has(table: Mapping[str, np.ndarray]) -> bool:
@@ -78,15 +79,3 @@ def better_weights(path: Path) -> str:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return str(content.get("better") or ("ema" if content.get("state_dict_ema") else "model"))
     return ""
-
-
-def _is_owned(path: Path) -> bool:
-    """Whether the lock that a training process holds while it lives is taken."""
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no such file, or a file system without locks
-        return False
-    return False

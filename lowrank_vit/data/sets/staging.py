@@ -22,7 +22,7 @@ from data_prep.formats.sidecars import Manifest, manifest_path, read_manifest, s
 from data_prep.writing.direct_io import sha256_of
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import BetonError, UserError
-from lowrank_vit.common.files import sync_directory
+from lowrank_vit.common.files import remove_leftovers, whole_folder, write_whole
 from lowrank_vit.common.locks import Say, one_process_in
 
 STAMP = "staged.json"
@@ -108,11 +108,6 @@ class _Set:
         """To be opened in place of the source."""
         return self.folder / self.beton.name
 
-    @property
-    def unfinished(self) -> Path:
-        """Where the copy is made."""
-        return self.folder.with_name(f".{self.folder.name}.unfinished")
-
     def is_copied(self) -> bool:
         """Whether the files are those that were finished and checked, by size, time and inode."""
         try:
@@ -123,9 +118,9 @@ class _Set:
 
     def remove_older(self) -> None:
         """Remove copies of the same source before it changed, damaged ones, and what a killed process left."""
-        folder, origin = self.folder.parent, glob.escape(self.origin)
-        for old in (*folder.glob(f"{origin}-*"), *folder.glob(f".{origin}-*.unfinished")):
+        for old in self.folder.parent.glob(f"{glob.escape(self.origin)}-*"):
             shutil.rmtree(old)
+        remove_leftovers(self.folder.parent, self.origin)
 
 
 def _manifest(part: Path) -> Manifest | None:
@@ -174,21 +169,12 @@ def _copy_sets(sets: list[_Set], stage_dir: Path, say: Say) -> None:
 
 def _copy_set(one: _Set, advance: Callable[[int], object]) -> None:
     """Copy into a hidden folder, which gets its name when all is on the disk and checked."""
-    one.unfinished.mkdir()
-    try:
-        copies = [one.unfinished / path.name for path in one.sha256]
+    with whole_folder(one.folder) as folder:
+        copies = [folder / path.name for path in one.sha256]
         for (path, told), copy in zip(one.sha256.items(), copies, strict=True):
             _copy(path, copy, told, advance)
-        with (one.unfinished / STAMP).open("w", encoding="utf-8") as file:
-            json.dump({"source": str(one.beton.resolve()), "files": _stamp(copies)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_directory(one.unfinished)
-        one.unfinished.rename(one.folder)
-        sync_directory(one.folder.parent)
-    except BaseException:
-        shutil.rmtree(one.unfinished, ignore_errors=True)
-        raise
+        stamp = {"source": str(one.beton.resolve()), "files": _stamp(copies)}
+        write_whole(folder / STAMP, json.dumps(stamp, indent=1))
 
 
 def _copy(source: Path, target: Path, told: str, advance: Callable[[int], object]) -> None:

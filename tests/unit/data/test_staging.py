@@ -193,7 +193,7 @@ staging.stage(Path({str(source)!r}), Path({str(tmp_path / "fast")!r}))
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
     (left,) = (tmp_path / "fast").glob("*jpeg*")
     assert left.name.startswith(".")
-    assert left.name.endswith(".unfinished")
+    assert left.name.endswith(".part")
     copy = stage(source, tmp_path / "fast", Said())
     assert copy.read_bytes() == source.read_bytes()
     assert list((tmp_path / "fast").glob("*jpeg*")) == [copy.parent]
