@@ -119,7 +119,8 @@ def as_resumed(config: Config, resumed: Checkpoint, say: Callable[[str], object]
     where this program cannot go on as the run began.
     """
     number, args = resumed.meaning, resumed.args
-    if not args:  # weights alone: they cannot be resumed, which is said where the rest is looked for
+    if not args:  # of another program, or weights alone
+        resumed.training_state("args")
         return config
     meaning.check_can_go_on(number, args, str(resumed.path))
     before, usual = meaning.values_before(number, args), {name: value for name, _, value in leaves()}
