@@ -46,7 +46,7 @@ from lowrank_vit.common.resources import available_cores
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import TrainRules
-from lowrank_vit.spectral.refresh import Memory, Settings, Stacks, refresh, solve_all
+from lowrank_vit.spectral.refresh import Memory, SpectralSettings, Stacks, refresh, solve_all
 
 Sweep = Literal["workers", "batch", "size", "samples", "memory", "width"]
 SWEEPS: tuple[Sweep, ...] = ("workers", "batch", "size", "samples", "memory", "width")
@@ -205,7 +205,7 @@ def _epoch(
 
 def _width_cases(options: Options, device: torch.device) -> dict[tuple[str, int], Case]:
     """Of a ViT's 48 matrices and its EMA's: matrices a second of the solver, and seconds of a whole refresh."""
-    settings = Settings(TOPK, cpu_threads=available_cores())
+    settings = SpectralSettings(TOPK, cpu_threads=available_cores())
 
     def solve(stacks: Stacks) -> None:
         for of_kind in stacks.values():

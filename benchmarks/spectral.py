@@ -23,7 +23,7 @@ from benchmarks.spectral_step import step_cases
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.spectral.extremes import Solved
-from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, Settings, Stacks, refresh, solve_all
+from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, SpectralSettings, Stacks, refresh, solve_all
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
 from lowrank_vit.spectral.solve import solve, stack_by_shape
 
@@ -235,7 +235,7 @@ def _solver_cases(name: str, threads: int, device: torch.device, inline_layers: 
     stacks = stacks_of(MODELS[name], device)
     # A stack is one kind of matrix of all layers, so that a part of each keeps the mixture of shapes.
     inline_weights = [w for of_kind in stacks.values() for stack in of_kind for w in stack.matrices_NRC[:inline_layers]]
-    settings = Settings(TOPK, cpu_threads=threads)
+    settings = SpectralSettings(TOPK, cpu_threads=threads)
     count, unit = sum(len(stack.names) for of_kind in stacks.values() for stack in of_kind), "matrices/s"
 
     def inline() -> None:

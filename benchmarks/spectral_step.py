@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.harness.measure import Case
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
-from lowrank_vit.spectral.refresh import Settings
+from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
 
 EVERY = 10
@@ -51,7 +51,7 @@ class _Training:
 
     def start_monitor(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        settings = Settings(cpu_threads=default_cpu_threads())
+        settings = SpectralSettings(cpu_threads=default_cpu_threads())
         self._monitor = SpectralMonitor(
             self.model,
             self._ema.module,

@@ -30,7 +30,7 @@ from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import BatchPlan
 from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
-from lowrank_vit.spectral.refresh import Settings
+from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
 from lowrank_vit.training.setup import make_parts
 
@@ -218,7 +218,7 @@ class TimedSteps:
                 self.parts.ema.module,
                 targets=DEFAULT_TARGETS,
                 every=self._every,
-                settings=Settings(cpu_threads=default_cpu_threads()),
+                settings=SpectralSettings(cpu_threads=default_cpu_threads()),
                 store_dir=store,
             )
         )

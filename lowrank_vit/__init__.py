@@ -1,6 +1,20 @@
-"""Train Vision Transformers at the speed of the data path and watch the spectra of their weights."""
+"""Train Vision Transformers at the speed of the data path and watch the spectra of their weights.
 
+The names of `__all__` are what a notebook or another training loop imports; each is loaded when it is first asked for.
+"""
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowrank_vit.augment.pipeline import Augment
+    from lowrank_vit.data.choose import open_loader
+    from lowrank_vit.data.sets.beton import Beton
+    from lowrank_vit.plan.plans import EvalPlan, TrainPlan
+    from lowrank_vit.spectral.monitor import SpectralMonitor
+    from lowrank_vit.spectral.refresh import SpectralSettings
+    from lowrank_vit.spectral.stored import open_spectra
 
 # OpenMP's threads spin while they wait for one another, which halts training on a CPU whose cores have anything else to
 # do (measured: up to 20 times slower). libgomp itself spins only this often where it knows of more threads than cores;
@@ -9,3 +23,38 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"
+__all__ = [
+    "Augment",
+    "Beton",
+    "EvalPlan",
+    "SpectralMonitor",
+    "SpectralSettings",
+    "TrainPlan",
+    "__version__",
+    "open_loader",
+    "open_spectra",
+]
+
+_PLACES = {
+    "Augment": "augment.pipeline",
+    "Beton": "data.sets.beton",
+    "EvalPlan": "plan.plans",
+    "SpectralMonitor": "spectral.monitor",
+    "SpectralSettings": "spectral.refresh",
+    "TrainPlan": "plan.plans",
+    "open_loader": "data.choose",
+    "open_spectra": "spectral.stored",
+}
+"""Module of each public name."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -35,7 +35,7 @@ from lowrank_vit.spectral.analyze import (
     write_json,
 )
 from lowrank_vit.spectral.extremes import Solver
-from lowrank_vit.spectral.refresh import Settings
+from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
 
 NONE = "(default: none)"
@@ -168,7 +168,7 @@ def _solve(options: Options, state: dict[str, Tensor]) -> Analysis:
     device = torch.device("cuda" if torch.cuda.is_available() and not solving.svd_on_cpu else "cpu")
     weights = choose_weights(state, matrices.targets, matrices.split_qkv, device)
     threads = available_cores()
-    settings = Settings(matrices.topk, matrices.interval, solving.solver, solving.svd_on_cpu, threads)
+    settings = SpectralSettings(matrices.topk, matrices.interval, solving.solver, solving.svd_on_cpu, threads)
     return analyze_weights(weights, settings, solving.dtype)
 
 

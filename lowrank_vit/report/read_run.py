@@ -16,14 +16,8 @@ import yaml
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.report.reached import HowFar, how_far
-from lowrank_vit.spectral.store import (
-    StoredSpectra,
-    StoredVectors,
-    list_spectra,
-    list_vectors,
-    read_spectra,
-    read_vectors,
-)
+from lowrank_vit.spectral.store import StoredSpectra, StoredVectors
+from lowrank_vit.spectral.stored import Spectra
 
 MAX_SNAPSHOTS = 240
 """More refreshes than a picture has columns for are thinned evenly to this many."""
@@ -85,16 +79,17 @@ def read_run(path: Path) -> Run:
     args = _read_args(path / "args.yaml", notes)
     epochs = _read_summary(path / "summary.csv", [] if args.get("synthetic") else notes)  # nothing to validate on
     train = _read_train_events(path / "metrics.jsonl", notes)
+    stored = Spectra(path / "spectra")
     run = Run(
         path,
         epochs=epochs,
         train=train,
         args=args,
         environment=_read_environment(path / "environment.json", notes),
-        spectra=_read_all_spectra(path / "spectra", notes),
+        spectra=_read_all_spectra(stored, notes),
         scalars=_read_spec_events(path / "metrics.jsonl"),
-        vectors=_read_some_vectors(path / "spectra"),
-        shapes=_read_shapes(path / "spectra" / "index.json"),
+        vectors=_read_some_vectors(stored),
+        shapes=stored.shapes,
         how_far=how_far(path, args, epochs, train),
         notes=notes,
     )
@@ -189,21 +184,13 @@ def _read_spec_events(path: Path) -> Columns:
     return _by_update([row for row in rows if not math.isnan(row["update"])])
 
 
-def _read_some_vectors(store_dir: Path) -> list[StoredVectors]:
-    paths = list_vectors(store_dir)
+def _read_some_vectors(stored: Spectra) -> list[StoredVectors]:
+    updates = stored.vector_updates
     found: list[StoredVectors] = []
-    for path in dict.fromkeys([*paths[:1], *paths[-2:]]):
+    for update in dict.fromkeys([*updates[:1], *updates[-2:]]):
         with contextlib.suppress(UserError):
-            found.append(read_vectors(path))
+            found.append(stored.refresh_vectors(update))
     return found
-
-
-def _read_shapes(path: Path) -> dict[str, tuple[int, int]]:
-    try:
-        matrices = json.loads(path.read_text(encoding="utf-8"))["matrices"]
-        return {name: (int(one["shape"][0]), int(one["shape"][1])) for name, one in matrices.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return {}
 
 
 def _read_args(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -224,20 +211,20 @@ def _read_environment(path: Path, notes: list[str]) -> dict[str, Any]:
     return _flatten(content) if isinstance(content, Mapping) else {}
 
 
-def _read_all_spectra(store_dir: Path, notes: list[str]) -> list[StoredSpectra]:
-    paths = list_spectra(store_dir)
-    if not paths:
+def _read_all_spectra(stored: Spectra, notes: list[str]) -> list[StoredSpectra]:
+    updates = stored.updates
+    if not updates:
         notes.append("There are no spectra: the spectral monitor (--spec-monitor) was off or has not stored any yet.")
-    if len(paths) > MAX_SNAPSHOTS:
-        notes.append(f"{MAX_SNAPSHOTS} of {len(paths)} stored spectra are used, evenly spaced.")
-        paths = [paths[i] for i in np.linspace(0, len(paths) - 1, MAX_SNAPSHOTS).round().astype(int)]
+    if len(updates) > MAX_SNAPSHOTS:
+        notes.append(f"{MAX_SNAPSHOTS} of {len(updates)} stored spectra are used, evenly spaced.")
+        updates = [updates[i] for i in np.linspace(0, len(updates) - 1, MAX_SNAPSHOTS).round().astype(int)]
     spectra: list[StoredSpectra] = []
-    for path in paths:
+    for update in updates:
         try:
-            spectra.append(read_spectra(path))
+            spectra.append(stored.refresh(update))
         except UserError:
-            if path.exists():  # a run that goes on may have thinned it out meanwhile
-                notes.append(f"{path.name} is damaged, left out.")
+            if stored.file(update).exists():  # a run that goes on may have thinned it out meanwhile
+                notes.append(f"{stored.file(update).name} is damaged, left out.")
     return spectra
 
 

@@ -22,7 +22,7 @@ from lowrank_vit.spectral.extremes import EPS, Solved, Triplets, not_finite
 from lowrank_vit.spectral.metrics import recorded_indices
 from lowrank_vit.spectral.refresh import (
     MODEL,
-    Settings,
+    SpectralSettings,
     aggregates,
     drift_metrics,
     matrix_metrics,
@@ -40,7 +40,7 @@ _LISTED = ("sv", "sv_last")
 class Analysis:
     """Matrices by name, in model order: what was solved and every scalar about it."""
 
-    settings: Settings
+    settings: SpectralSettings
     solved: dict[str, Solved]
     values: dict[str, dict[str, float]]
     weights: dict[str, Tensor] = field(repr=False)
@@ -70,7 +70,9 @@ def choose_weights(
     return {name: matrix.detach().to(device) for name, matrix in matrices.items()}
 
 
-def analyze_weights(weights: Mapping[str, Tensor], settings: Settings, precision: Precision = "float64") -> Analysis:
+def analyze_weights(
+    weights: Mapping[str, Tensor], settings: SpectralSettings, precision: Precision = "float64"
+) -> Analysis:
     """Solve the matrices where they are and describe them, as the monitor does.
 
     With `precision` float32 a plain float32 SVD is described instead, with its certificates: what the usual code sees.
@@ -194,7 +196,7 @@ def _group(by: str, values: Mapping[str, Mapping[str, float]]) -> dict[str, dict
     return {key.removeprefix(prefix): group for key, group in found.items() if key.startswith(prefix)}
 
 
-def _float32_svd(weight: Tensor, settings: Settings) -> Solved:
+def _float32_svd(weight: Tensor, settings: SpectralSettings) -> Solved:
     rows, cols = weight.shape
     top, last = recorded_indices(min(rows, cols), settings.topk, settings.interval)
     if not bool(torch.isfinite(weight).all()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,8 +19,8 @@ from lowrank_vit.common.resources import available_cores
 from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.metrics import recorded_indices
 from lowrank_vit.spectral.ranks import share_out
-from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, Settings, Stacks
-from lowrank_vit.spectral.select import Target, choose_targets, module_type, take_targets
+from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, SpectralSettings, Stacks
+from lowrank_vit.spectral.select import DEFAULT_TARGETS, Target, choose_targets, module_type, take_targets
 from lowrank_vit.spectral.solve import LOG, stack_by_shape
 from lowrank_vit.spectral.store import Kept, SpectraStore
 from lowrank_vit.spectral.worker import Snapshot, SpectralRecord, Worker
@@ -53,17 +54,24 @@ class SpectralMonitor:
     refresh that not all ranks have begun is given up and counted as skipped.
 
     A run that is resumed goes on as if it had not ended if `kept()` was written with its checkpoint.
+
+    Example:
+        >>> settings = SpectralSettings(topk=2)
+        >>> with SpectralMonitor(model, store_dir="watched", targets="head", every=100, settings=settings) as monitor:
+        ...     monitor.observe(0)  # before the first update, and then after each
+        >>> open_spectra("watched").updates, monitor.failed
+        ([0], 0)
     """
 
     def __init__(
         self,
         model: nn.Module,
-        ema_model: nn.Module | None,
+        ema_model: nn.Module | None = None,
         *,
-        targets: str,
-        every: int,
-        store_dir: Path,
-        settings: Settings | None = None,
+        store_dir: str | os.PathLike[str],
+        targets: str = DEFAULT_TARGETS,
+        every: int = 100,
+        settings: SpectralSettings | None = None,
         split_qkv: bool = False,
         limit_gb: float = DEFAULT_LIMIT_GB,
         resumed_update: int | None = None,
@@ -76,10 +84,10 @@ class SpectralMonitor:
         Args:
             model: the raw module, not its compiled or DDP wrapper, already on its device.
             ema_model: the averaged module itself (timm: `ema.module`), on any device, or None.
+            store_dir: made if missing; `open_spectra` reads it.
             targets: comma-separated endings of module names, see `select_targets`.
             every: updates between refreshes.
-            store_dir: made if missing.
-            settings: what is computed; default: `Settings()`.
+            settings: what is computed; default: `SpectralSettings()`.
             split_qkv: see `choose_targets`.
             limit_gb: size limit of the store, in 10^9 bytes.
             resumed_update: the update that a resumed run continues from. What the store holds of later ones is deleted,
@@ -94,7 +102,7 @@ class SpectralMonitor:
             UserError: a target matches nothing, or a number is out of range.
             ValueError: model and EMA differ in their targets.
         """
-        settings = settings or Settings()
+        settings = settings or SpectralSettings()
         numbers = {
             "every": every,
             "topk": settings.topk,
@@ -123,7 +131,7 @@ class SpectralMonitor:
         """By name: "shape", and the recorded indices "top" and "last", 1-based."""
         options = {"targets": targets, "every": every, "split_qkv": split_qkv, "limit_gb": limit_gb}
         index = {"format": 2, **options, **asdict(settings), "matrices": self.matrices}
-        store = SpectraStore(store_dir, limit_gb * 1e9, index)
+        store = SpectraStore(Path(store_dir), limit_gb * 1e9, index)
         if ranks.rank == 0:
             try:
                 store.begin()

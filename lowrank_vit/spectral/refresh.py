@@ -34,12 +34,20 @@ _ONE_OF_MANY = re.compile(r"(^sv|_[uv])(_last)?\d+$")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is computed of each matrix; see the options of the same names."""
+class SpectralSettings:
+    """What is computed of each matrix.
+
+    Example:
+        >>> SpectralSettings(topk=2, interval=10)  # records the indices 1, 11 and the last but 10, the last
+        SpectralSettings(topk=2, interval=10, solver='gram64', on_cpu=False, cpu_threads=1)
+    """
 
     topk: int = 8
+    """How many singular values and vectors to record from each end; all values are computed."""
     interval: int = 1
+    """Distance between the recorded indices: 1, 1+i, 1+2i, ..."""
     solver: Solver = "gram64"
+    """gram64: float64 Gram matrix, certified; svd: the slow reference, a float64 SVD."""
     on_cpu: bool = False
     """Move copies on a GPU to the CPU first."""
     cpu_threads: int = 1
@@ -70,7 +78,7 @@ class Memory:
 
 def solve_all(
     stacks: Iterable[MatrixStack],
-    settings: Settings,
+    settings: SpectralSettings,
     *,
     cancelled: Callable[[], bool] = never,
     log: Callable[[str], object] = LOG.warning,
@@ -85,7 +93,7 @@ def solve_all(
     return solved
 
 
-def matrix_metrics(solved: Solved, settings: Settings) -> dict[str, float]:
+def matrix_metrics(solved: Solved, settings: SpectralSettings) -> dict[str, float]:
     """All scalars of one matrix at one moment.
 
     Returns:
@@ -127,7 +135,7 @@ def update_norms(before: MatrixStack, now: MatrixStack, cpu_threads: int = 1) ->
 def refresh(
     update: int,
     stacks: Stacks,
-    settings: Settings,
+    settings: SpectralSettings,
     memory: Memory,
     *,
     cancelled: Callable[[], bool] = never,

@@ -125,7 +125,7 @@ class SpectraStore:
         """Delete what a run that was cut off has stored after the checkpoint it is resumed from."""
         for prefix in (SPECTRA, VECTORS, WEIGHTS):
             for path in _files(self.path, prefix):
-                if _update_of(path) > update:
+                if update_of(path) > update:
                     path.unlink(missing_ok=True)
         for partial in (*self.path.glob("*.partial"), *self.path.glob(".*.part")):  # of a process that was killed
             partial.unlink(missing_ok=True)
@@ -139,7 +139,7 @@ class SpectraStore:
 
     def kept(self, until: int) -> Kept | None:
         """What was kept with the checkpoint of the update `until` or before; None without a readable file."""
-        for path in reversed([path for path in _files(self.path, WEIGHTS) if _update_of(path) <= until]):
+        for path in reversed([path for path in _files(self.path, WEIGHTS) if update_of(path) <= until]):
             with contextlib.suppress(Exception):  # a damaged file fails in many ways inside torch
                 return Kept.of(torch.load(path, map_location="cpu", weights_only=True))
         return None
@@ -147,7 +147,7 @@ class SpectraStore:
     def first_and_last(self, until: int) -> tuple[dict[str, Solved], int | None, dict[str, Solved]]:
         """The first refresh, and the newest up to the update `until`, with its update; empty where none can be read."""
         usable: list[tuple[int, dict[str, Solved]]] = []
-        paths = [path for path in _files(self.path, VECTORS) if _update_of(path) <= until]
+        paths = [path for path in _files(self.path, VECTORS) if update_of(path) <= until]
         for candidates in (paths, paths[::-1]):
             for path in candidates:
                 with contextlib.suppress(UserError):
@@ -165,7 +165,7 @@ class _Series:
         self._folder, self._prefix, self._limit = folder, prefix, limit_bytes
         updates: list[int] = []
         with contextlib.suppress(OSError):  # a disk that does not answer is met, and said, when something is written
-            updates = [_update_of(path) for path in _files(folder, prefix)][
+            updates = [update_of(path) for path in _files(folder, prefix)][
                 :-1
             ]  # the newest may be nearer than the rest
         self._spacing = min((b - a for a, b in itertools.pairwise(updates)), default=0)
@@ -173,10 +173,10 @@ class _Series:
     def thin(self) -> None:
         """Delete what is not to be kept beside the newest file."""
         paths = _files(self._folder, self._prefix)
-        if len(paths) > 2 and _update_of(paths[-2]) - _update_of(paths[-3]) < self._spacing:
+        if len(paths) > 2 and update_of(paths[-2]) - update_of(paths[-3]) < self._spacing:
             paths.pop(-2).unlink(missing_ok=True)
         while len(paths) > 2 and sum(map(_size, paths)) > self._limit:
-            updates = [_update_of(path) for path in paths[:-1]]
+            updates = [update_of(path) for path in paths[:-1]]
             nearest = min((b - a for a, b in itertools.pairwise(updates)), default=0)
             self._spacing = 2 * max(self._spacing, nearest)
             for path in paths[1:-1:2]:
@@ -259,7 +259,8 @@ def _suffix(prefix: str) -> str:
     return ".pth" if prefix == WEIGHTS else ".npz"
 
 
-def _update_of(path: Path) -> int:
+def update_of(path: Path) -> int:
+    """The update whose refresh a file of the store holds."""
     return int(path.stem.rpartition("_")[2])
 
 

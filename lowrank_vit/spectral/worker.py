@@ -16,7 +16,7 @@ import torch
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.ranks import STOP
-from lowrank_vit.spectral.refresh import Memory, Refreshed, Settings, Stacks, aggregates, refresh
+from lowrank_vit.spectral.refresh import Memory, Refreshed, SpectralSettings, Stacks, aggregates, refresh
 from lowrank_vit.spectral.solve import LOG, Cancelled, MatrixStack
 from lowrank_vit.spectral.store import Kept, SpectraStore
 
@@ -53,7 +53,7 @@ class Worker:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: SpectralSettings,
         store: SpectraStore,
         memory: Memory,
         ranks: Channel,

@@ -23,7 +23,7 @@ from lowrank_vit.run.progress import Clock, Figures
 from lowrank_vit.run.state import Progress, restore
 from lowrank_vit.score.evaluate import Scores
 from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
-from lowrank_vit.spectral.refresh import Settings
+from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.training.resume import find_start, open_run_dir
 from lowrank_vit.training.setup import make_parts, silent
 from lowrank_vit.training.stop import Stopped, StopRequest, UntilStopped
@@ -141,7 +141,7 @@ class Trainer:
             targets=options.spec_targets,
             every=options.spec_every,
             store_dir=store_dir,
-            settings=Settings(
+            settings=SpectralSettings(
                 options.spec_topk,
                 options.spec_interval,
                 options.spec_solver,

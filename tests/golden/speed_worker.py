@@ -65,7 +65,9 @@ def loader(kind: str) -> Round:
 def spectral(model: str) -> Round:
     """Refreshes of model and EMA a second: the monitor's, with its files."""
     create_model = of("timm", "create_model")
-    settings = of("lowrank_vit.spectral.refresh", "Settings")(cpu_threads=int(CORES))
+    refreshing = importlib.import_module("lowrank_vit.spectral.refresh")
+    name = "SpectralSettings" if hasattr(refreshing, "SpectralSettings") else "Settings"  # so in earlier trees
+    settings = getattr(refreshing, name)(cpu_threads=int(CORES))
     make, updates = of("lowrank_vit.spectral.monitor", "SpectralMonitor"), itertools.count()
     of("torch", "manual_seed")(0)
     targets = of("lowrank_vit.spectral.select", "DEFAULT_TARGETS")

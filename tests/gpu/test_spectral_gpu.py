@@ -19,7 +19,7 @@ from lowrank_vit.spectral import store
 from lowrank_vit.spectral.analyze import analyze_weights
 from lowrank_vit.spectral.extremes import Solved
 from lowrank_vit.spectral.monitor import SpectralMonitor
-from lowrank_vit.spectral.refresh import Settings
+from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
 from lowrank_vit.spectral.solve import MatrixStack, largest_values, solve, solve_stack
 from tests.spectra import sine, with_spectrum
@@ -59,7 +59,7 @@ def small_vit() -> VisionTransformer:
 
 
 def watch(model: VisionTransformer, store_dir: Path, every: int = 1, on_cpu: bool = False) -> SpectralMonitor:
-    settings = Settings(topk=4, on_cpu=on_cpu)
+    settings = SpectralSettings(topk=4, on_cpu=on_cpu)
     return SpectralMonitor(model, model, targets=DEFAULT_TARGETS, every=every, settings=settings, store_dir=store_dir)
 
 
@@ -123,7 +123,7 @@ def test_a_nan_matrix_does_not_harm_its_batch() -> None:
 def test_stored_spectra_equal_an_offline_computation_on_the_same_device(tmp_path: Path, on_cpu: bool) -> None:
     model = small_vit()
     weights = {name: w.cpu() if on_cpu else w for name, w in targets(model).items()}
-    expected = analyze_weights(weights, Settings(topk=4)).solved
+    expected = analyze_weights(weights, SpectralSettings(topk=4)).solved
     with watch(model, tmp_path, on_cpu=on_cpu) as monitor:
         monitor.observe(0)
     stored = store.read_spectra(tmp_path / "update_00000000.npz").spectra

@@ -15,7 +15,7 @@ from lowrank_vit.analyze_spectrum import main
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.analyze import analyze_weights, as_json, compare
 from lowrank_vit.spectral.monitor import SpectralMonitor
-from lowrank_vit.spectral.refresh import Settings
+from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
 from tests.spectra import tiny_vit, with_spectrum
 
@@ -51,7 +51,7 @@ def test_numbers_are_the_monitors_bit_for_bit(checkpoint: Path, tmp_path: Path, 
         tiny_vit(1),
         targets=DEFAULT_TARGETS,
         every=1,
-        settings=Settings(topk=4, interval=3),
+        settings=SpectralSettings(topk=4, interval=3),
         split_qkv=split,
         store_dir=tmp_path / "spectra",
     ) as monitor:
@@ -130,7 +130,7 @@ def test_comparing_two_checkpoints_says_what_the_monitor_would_have(tmp_path: Pa
     before, after = save(tmp_path / "a.pth.tar"), save(tmp_path / "b.pth.tar", epoch=7, seed=5)
     model = tiny_vit(0)
     with SpectralMonitor(
-        model, None, targets=DEFAULT_TARGETS, every=1, settings=Settings(topk=3), store_dir=tmp_path / "s"
+        model, None, targets=DEFAULT_TARGETS, every=1, settings=SpectralSettings(topk=3), store_dir=tmp_path / "s"
     ) as monitor:
         monitor.observe(0)
         monitor._worker.idle.wait(30)
@@ -159,7 +159,7 @@ def test_checkpoints_of_different_models_are_not_compared(tmp_path: Path) -> Non
 
 def test_float32_shows_what_it_loses() -> None:
     weights = {"head": with_spectrum(np.geomspace(1, 1e-7, 40), 60, 40)}
-    exact, usual = (analyze_weights(weights, Settings(topk=4), p) for p in ("float64", "float32"))
+    exact, usual = (analyze_weights(weights, SpectralSettings(topk=4), p) for p in ("float64", "float32"))
     assert exact.values["head"]["sv_last1"] == pytest.approx(1e-7, rel=1e-6)
     error = abs(usual.values["head"]["sv_last1"] - 1e-7)
     assert error > 1e-9
@@ -188,7 +188,7 @@ def test_tables_fit_80_columns_also_for_the_names_and_shapes_of_a_large_vit(
 
 def test_nan_is_null_in_the_json_and_does_not_spread() -> None:
     weights = {"blocks.0.head": torch.diag(torch.tensor([2.0, 1.0])), "blocks.1.head": torch.full((3, 2), torch.nan)}
-    content = json.loads(json.dumps(as_json(analyze_weights(weights, Settings(topk=2)), {}), allow_nan=False))
+    content = json.loads(json.dumps(as_json(analyze_weights(weights, SpectralSettings(topk=2)), {}), allow_nan=False))
     assert content["layers"]["blocks.1.head"]["sv_topk"] == [None, None]
     assert content["layers"]["blocks.1.head"]["stable_rank"] is None
     assert content["layers"]["blocks.0.head"]["sv_topk"] == [2.0, 1.0]
@@ -198,7 +198,9 @@ def test_nan_is_null_in_the_json_and_does_not_spread() -> None:
 def test_comparing_needs_nothing_but_the_analyses() -> None:
     weights = {"head": torch.randn(30, 20, generator=torch.Generator().manual_seed(0))}
     moved = {"head": weights["head"] * 1.5}
-    drift = compare(analyze_weights(weights, Settings(topk=2)), analyze_weights(moved, Settings(topk=2)))["head"]
+    drift = compare(
+        analyze_weights(weights, SpectralSettings(topk=2)), analyze_weights(moved, SpectralSettings(topk=2))
+    )["head"]
     assert drift["delta_sv_rel"] == pytest.approx(0.5)
     assert drift["cos_u2"] == pytest.approx(1.0)
 

@@ -25,13 +25,13 @@ from lowrank_vit.spectral import store
 from lowrank_vit.spectral.analyze import analyze_weights
 from lowrank_vit.spectral.extremes import Solved
 from lowrank_vit.spectral.monitor import SpectralMonitor
-from lowrank_vit.spectral.refresh import Memory, Settings, refresh
+from lowrank_vit.spectral.refresh import Memory, SpectralSettings, refresh
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
 from lowrank_vit.spectral.solve import MatrixStack, solve, solve_stack, stack_by_shape
 from tests.spectra import tiny_vit
 
 LONG_S = 30  # for waits that end at once unless something is broken
-SETTINGS = Settings(topk=3)
+SETTINGS = SpectralSettings(topk=3)
 TIMES = ("refresh/seconds", "refresh/skipped", "refresh/failed")
 
 
@@ -327,9 +327,9 @@ def test_nan_weights_are_recorded_as_nan_beside_good_ones(tmp_path: Path) -> Non
     "change",
     [
         {"every": 0},
-        {"settings": Settings(topk=0)},
-        {"settings": Settings(interval=-1)},
-        {"settings": Settings(cpu_threads=0)},
+        {"settings": SpectralSettings(topk=0)},
+        {"settings": SpectralSettings(interval=-1)},
+        {"settings": SpectralSettings(cpu_threads=0)},
         {"targets": "attn.qvk"},
         {"targets": "mlp.fc1", "split_qkv": True},
     ],
@@ -379,7 +379,7 @@ def nudge(model: nn.Module, seed: int, size: float = 0.02) -> None:
 
 def test_keys_of_the_first_and_of_later_refreshes(tmp_path: Path) -> None:
     model, ema = tiny_vit(0), tiny_vit(1)
-    settings = Settings(topk=2, interval=3)
+    settings = SpectralSettings(topk=2, interval=3)
     with watch(model, tmp_path, ema, settings=settings) as monitor:
         monitor.observe(0)
         wait_until_idle(monitor)
@@ -462,7 +462,7 @@ def test_a_refresh_that_a_kill_cut_short_is_done_again_when_the_run_goes_on(
 def test_drift_and_norms_are_those_of_plain_numpy(tmp_path: Path) -> None:
     model, ema = tiny_vit(0), tiny_vit(1)
     moments = []
-    with watch(model, tmp_path, ema, settings=Settings(topk=3)) as monitor:
+    with watch(model, tmp_path, ema, settings=SpectralSettings(topk=3)) as monitor:
         for update in (0, 2, 4):
             moments.append({n: w.detach().double().numpy().copy() for n, w in targets(model).items()})
             monitor.observe(update)
@@ -624,9 +624,9 @@ def test_a_store_that_cannot_be_read_ends_no_resume(tmp_path: Path, monkeypatch:
 
 
 def test_what_another_monitor_recorded_is_not_compared_with(tmp_path: Path) -> None:
-    with watch(tiny_vit(), tmp_path, settings=Settings(topk=2)) as monitor:
+    with watch(tiny_vit(), tmp_path, settings=SpectralSettings(topk=2)) as monitor:
         monitor.observe(0)
-    with watch(tiny_vit(), tmp_path, settings=Settings(topk=3), resumed_update=2) as monitor:
+    with watch(tiny_vit(), tmp_path, settings=SpectralSettings(topk=3), resumed_update=2) as monitor:
         monitor.observe(2)
     (record,) = monitor.records()
     assert not [key for key in record.values if "/cos" in key]
@@ -678,7 +678,7 @@ asked.wait()
 def test_on_cpu_and_more_threads_change_no_bit(tmp_path: Path) -> None:
     model = tiny_vit()
     records = []
-    for n, settings in enumerate((Settings(topk=3), Settings(topk=3, on_cpu=True, cpu_threads=3))):
+    for n, settings in enumerate((SpectralSettings(topk=3), SpectralSettings(topk=3, on_cpu=True, cpu_threads=3))):
         with watch(model, tmp_path / str(n), settings=settings) as monitor:
             monitor.observe(0)
         records.append(comparable(monitor.records()[0].values))
@@ -689,7 +689,7 @@ def test_both_solvers_agree(tmp_path: Path) -> None:
     weights = {f"m{i}": 0.02 * torch.randn(96, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)}
     values = {}
     for solver in ("gram64", "svd"):
-        settings, memory = Settings(topk=4, solver=solver), Memory()
+        settings, memory = SpectralSettings(topk=4, solver=solver), Memory()
         refresh(0, {"spec": stack_by_shape(weights)}, settings, memory)
         later = {"spec": stack_by_shape({n: 1.1 * w + 0.001 for n, w in weights.items()})}
         values[solver] = refresh(1, later, settings, memory).values

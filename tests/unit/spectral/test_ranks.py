@@ -17,7 +17,7 @@ from lowrank_vit.spectral import refresh as refresh_module
 from lowrank_vit.spectral import store
 from lowrank_vit.spectral.monitor import SpectralMonitor
 from lowrank_vit.spectral.ranks import STOP, share_out
-from lowrank_vit.spectral.refresh import Settings
+from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
 from tests.spectra import tiny_vit
 
@@ -56,7 +56,7 @@ def observe_three_times(monitor: SpectralMonitor, model: torch.nn.Module) -> lis
 
 def watch(model: torch.nn.Module, folder: Path, **more: Any) -> SpectralMonitor:
     return SpectralMonitor(
-        model, model, targets=DEFAULT_TARGETS, every=2, store_dir=folder, settings=Settings(topk=3), **more
+        model, model, targets=DEFAULT_TARGETS, every=2, store_dir=folder, settings=SpectralSettings(topk=3), **more
     )
 
 
