@@ -17,6 +17,7 @@ from rich.text import Text
 from torch import Tensor
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import whole_file, write_whole
 from lowrank_vit.common.terminal import one_line
 from lowrank_vit.spectral.extremes import EPS, Solved, Triplets, not_finite
 from lowrank_vit.spectral.metrics import recorded_indices
@@ -162,16 +163,14 @@ def arrays_of(analysis: Analysis, *, vectors: bool, full: bool) -> dict[str, np.
 
 def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     """Write to .npz or, as tensors, to .pt; atomically. Raises `UserError`."""
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with whole_file(path) as file:
             if path.suffix == ".npz":
                 np.savez(file, allow_pickle=False, **arrays)
             else:
                 torch.save({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}, file)
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+    except OSError as error:
         raise UserError(f"cannot write {path}: {error}; choose another --save-dir") from error
 
 
@@ -181,11 +180,9 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
     Raises:
         UserError: the directory cannot be made or written.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        partial.replace(path)
+        write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --save-dir") from error
 
