@@ -29,7 +29,7 @@ from lowrank_vit.common.resources import available_cores
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.options import Config, Data
 from lowrank_vit.data.synthetic import SyntheticLoader
-from lowrank_vit.training.setup import make_parts
+from lowrank_vit.training.setup import set_up
 
 AUGMENTATION = (
     *("--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.25", "--remode", "pixel"),
@@ -109,7 +109,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
         note("opening the data and making the steps")
         every = options.spec_every or load.steps
         training = stack.enter_context(TimedSteps(config, load.steps, every))
-        synthetic = make_parts(config_of(load, device, way), None)
+        synthetic = set_up(config_of(load, device, way), None)
         assert isinstance(synthetic.train_loader, SyntheticLoader)
         batches = endless(synthetic.train_loader)
         synthetic.model.train()

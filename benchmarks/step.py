@@ -20,7 +20,7 @@ from lowrank_vit.config.flags import parse
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.synthetic import SyntheticLoader
-from lowrank_vit.training.setup import Parts, make_parts
+from lowrank_vit.training.setup import Setup, set_up
 
 NUM_CLASSES = 1000
 RECIPE = ("--opt", "adamw", "--lr", "5e-4", "--weight-decay", "0.05", "--warmup-epochs", "0", "--smoothing", "0.1")
@@ -98,7 +98,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     for way in ways:
         note(f"making the {way} steps")
         config = config_of(load, device, way)
-        parts = make_parts(config, None)
+        parts = set_up(config, None)
         flops, dtype = parts.train_flops, dtype_of(config)
         num_params = sum(p.numel() for p in parts.model.parameters())
         cases[f"ours_{way}"] = _our_case(parts, load, way, config)
@@ -154,7 +154,7 @@ def endless(loader: SyntheticLoader) -> Iterator[Batch]:
         epoch += 1
 
 
-def _our_case(parts: Parts, load: Workload, way: str, config: Config) -> Case:
+def _our_case(parts: Setup, load: Workload, way: str, config: Config) -> Case:
     assert isinstance(parts.train_loader, SyntheticLoader)
     batches = endless(parts.train_loader)
     parts.model.train()

@@ -32,7 +32,7 @@ from lowrank_vit.plan.plans import BatchPlan
 from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
 from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
-from lowrank_vit.training.setup import make_parts
+from lowrank_vit.training.setup import set_up
 
 PHASES = ("data", "augment", "forward", "backward", "optimizer", "ema", "monitor", "other")
 """In the order of a step; "augment" is beside the step on CUDA."""
@@ -151,7 +151,7 @@ class TimedSteps:
     def __init__(self, config: Config, steps: int, spec_every: int) -> None:
         """Raises `UserError` as making the parts of a run does, and if an epoch is shorter than a round."""
         self._config, self._steps, self._every = config, steps, spec_every
-        self.parts = make_parts(config, None)
+        self.parts = set_up(config, None)
         self.rounds: list[Round] = []
         self._timer = Timer(self.parts.device)
         self._stack = ExitStack()
@@ -266,7 +266,7 @@ class TimedSteps:
 
     def _step(self, batch: Batch) -> None:
         self.parts.step(batch)
-        self.parts.scheduler.step_update(self.parts.step.num_updates)
+        self.parts.scheduler.step_update(self.parts.step.position.num_updates)
         self._timer.end("other")
 
     def _observe(self, num_updates: int) -> None:

@@ -26,14 +26,14 @@ def losses(run: Path) -> dict[int, float]:
 
 def stop_after(trainer: Trainer, update: int) -> None:
     """Have the run stop as if a signal came during this update."""
-    step_update = trainer.parts.scheduler.step_update
+    step_update = trainer.setup.scheduler.step_update
 
     def and_stop(num_updates: int, metric: float | None = None) -> None:
         step_update(num_updates, metric)
         if num_updates == update:
             trainer.stop.ask(signal.SIGTERM)
 
-    trainer.parts.scheduler.step_update = and_stop
+    trainer.setup.scheduler.step_update = and_stop
 
 
 def same_weights(a: Path, b: Path) -> bool:

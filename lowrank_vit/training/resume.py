@@ -1,25 +1,34 @@
-"""Where a run begins: anew, from --resume, or where an earlier attempt of the same launch has left off."""
+"""Where a run begins: anew, from --resume, or where an earlier attempt left off; and what it saves to be resumed."""
 
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.config.options import Config
-from lowrank_vit.model.weights import Checkpoint, read_checkpoint
+from lowrank_vit.config import meaning
+from lowrank_vit.config.option_types import kind_of, may_change
+from lowrank_vit.config.options import Config, leaves, with_options
+from lowrank_vit.model.weights import BETTER, Checkpoint, read_checkpoint
 from lowrank_vit.ranks.world import World
+from lowrank_vit.run.checkpoints import IS_FINITE
 from lowrank_vit.run.directory import RunDir
-from lowrank_vit.run.state import as_resumed
+from lowrank_vit.run.metrics import NEVER
+from lowrank_vit.run.state import RunState
 from lowrank_vit.training import launch
-from lowrank_vit.training.setup import silent
+from lowrank_vit.training.setup import Setup, silent
 
 
 @dataclass(frozen=True)
 class Start:
-    """What all ranks agree on before the parts are made."""
+    """What all ranks agree on before the run is set up."""
 
     config: Config
     """With --resume where an earlier attempt has left a checkpoint, and with what an older run means."""
@@ -82,3 +91,108 @@ def open_run_dir(start: Start, default_name: str) -> RunDir:
     if not start.resumed:
         run_dir.forget()
     return run_dir
+
+
+def capture(setup: Setup, state: RunState) -> dict[str, Any]:
+    """Make a checkpoint's content in timm's layout, tensors and plain values only (loads with `weights_only=True`).
+
+    Between two updates. Every rank calls it together; all get the same but for statistics of normalisation.
+    """
+    step, position, config = setup.step.state_dict(), state.position, setup.config
+    content: dict[str, Any] = {
+        "version": 2,  # of timm's layout
+        meaning.KEY: meaning.now(),
+        "arch": config.model.model,
+        "epoch": position.epoch - 1,  # the last that is finished
+        "state_dict": setup.model.state_dict(),
+        "optimizer": setup.optimizer.state_dict(),
+        "metric": state.best.best_metric,
+        BETTER: state.best.better,
+        "progress": state.state_dict(),
+        "step": {"num_updates": position.num_updates, **step},
+        IS_FINITE: _is_finite(setup) & (step["meter"]["bad_update"] == NEVER),
+        # Where the loader stands, or will stand when it is asked: an epoch that is at its end is not yet finished.
+        "data": {**setup.train_loader.state_dict(), "epoch": position.epoch, "update": position.updates_done},
+        "num_classes": setup.num_classes,
+        "class_names": setup.class_names,
+        "input": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(setup.spec).items()},
+        "args": {name: _plain(value) for name, _, value in leaves(config)},
+    }
+    if setup.ema:
+        content["state_dict_ema"] = setup.ema.module.state_dict()
+    return content
+
+
+@torch.no_grad()
+def _is_finite(setup: Setup) -> Tensor:
+    """() bool on the device, known once the device has come so far: whether weights, EMA and optimizer hold numbers."""
+    tensors = [*setup.model.parameters(), *(setup.ema.module.parameters() if setup.ema else ())]
+    states = (value for state in setup.optimizer.state.values() for value in state.values())
+    tensors += [value for value in states if isinstance(value, Tensor) and value.is_floating_point() and value.ndim]
+    return torch.nn.utils.get_total_norm(tensors).isfinite()
+
+
+def as_resumed(config: Config, resumed: Checkpoint, say: Callable[[str], object]) -> Config:
+    """`config`, where options that the run knew nothing of have the values that give its own meaning.
+
+    Only those that stand at their defaults. `say` is told of each. Raises `UserError` for options of another run, and
+    where this program cannot go on as the run began.
+    """
+    number, args = resumed.meaning, resumed.args
+    if not args:  # of another program, or weights alone
+        resumed.training_state("args")
+        return config
+    meaning.check_can_go_on(number, args, str(resumed.path))
+    before, usual = meaning.values_before(number, args), {name: value for name, _, value in leaves()}
+    given = {name: value for name, _, value in leaves(config)}
+    for change in meaning.changes_since(number, args):
+        old = {name: before[name] for name in change.before if name not in args and given[name] == usual[name]}
+        config = with_options(config, old)
+        if old:
+            values = ", ".join(f"--{name} {_plain(value)}" for name, value in old.items())
+            say(f"note: {resumed.path} is of an older run: {change.what}. It goes on as it began: {values}")
+    left_open = [name for name, hint, value in leaves(config) if value is None and kind_of(hint).element is bool]
+    config = with_options(config, {name: args[name] for name in left_open if name in args})  # what the run has chosen
+    _check_same_run(config, resumed)
+    return config
+
+
+def restore(setup: Setup, state: RunState, resumed: Checkpoint) -> None:
+    """Put back all but weights and EMA, which the setup has already. Raises `UserError`."""
+    try:
+        setup.optimizer.load_state_dict(resumed.training_state("optimizer"))
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{resumed.path} was saved with another optimizer: {error}.") from error
+    progress, step = resumed.training_state("progress"), resumed.training_state("step")
+    state.load_state_dict(progress, step["num_updates"])
+    setup.step.load_state_dict(step)
+    try:
+        setup.train_loader.load_state_dict(resumed.training_state("data"))
+    except UserError as error:
+        raise UserError(f"{resumed.path}: {error}") from error
+    # Within an epoch the optimizer's own learning rates are those of the interrupted run, to the bit.
+    if state.position.updates_done == 0:
+        setup.scheduler.step(state.position.epoch)
+    setup.scheduler.step_update(state.position.num_updates)
+
+
+def _check_same_run(config: Config, resumed: Checkpoint) -> None:
+    """Raise `UserError` for options that would make another run of it: the optimizer's state holds the old ones."""
+    usual = {name: _plain(value) for name, _, value in leaves()}  # what is meant by an option that it knew nothing of
+    args = {**usual, **meaning.values_before(resumed.meaning, resumed.args), **resumed.args}
+    changed = [
+        f"--{name} was {args[name]}, now {_plain(value)}"
+        for name, hint, value in leaves(config)
+        if not may_change(hint) and args[name] != _plain(value)
+    ]
+    if changed:
+        raise UserError(
+            f"{resumed.path} belongs to a run with other options: {'; '.join(changed)}. Resume with the run's own "
+            f"(--config {resumed.path.parent / 'args.yaml'}), or start anew from its weights with --initial-checkpoint."
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value

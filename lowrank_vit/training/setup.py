@@ -1,13 +1,14 @@
-"""Make all the parts of a run from its configuration; whatever can be wrong with them is found here."""
+"""Make all that a run works with from its configuration; whatever can be wrong with it is found here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data_prep.sources.samples import TRUST, differences
@@ -35,9 +36,11 @@ from lowrank_vit.model.fit import fit_kept_head, load_initial, load_weights, tel
 from lowrank_vit.model.flops import Peak, peak_flops, train_flops_per_image
 from lowrank_vit.model.optimizer import Constant, create_optimizer, create_scheduler, learning_rate
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
-from lowrank_vit.plan.plans import EvalPlan, TrainPlan
+from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 from lowrank_vit.ranks.world import World
+from lowrank_vit.run.state import Position
 from lowrank_vit.score.evaluate import Evaluator
+from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
 from lowrank_vit.training.preflight import check_before_data
 from lowrank_vit.training.step import TrainStep
 from lowrank_vit.training.torch_settings import keep_compiled_code, set_float32_policy
@@ -47,8 +50,8 @@ SYNTHETIC_CLASSES = 1000
 
 
 @dataclass
-class Parts:
-    """The parts of a run, on one device and ready to go."""
+class Setup:
+    """All that a run works with, on one device and ready to go."""
 
     config: Config
     """With what was chosen where it was left open."""
@@ -114,10 +117,16 @@ def trust_in(config: Config) -> Trust:
     return Trust(config.model.trust_labels, config.model.class_order)
 
 
-def make_parts(config: Config, resumed: Checkpoint | None, world: World | None = None) -> Parts:
+def set_up(
+    config: Config,
+    resumed: Checkpoint | None = None,
+    world: World | None = None,
+    position: Position | None = None,
+    phases: Phases = NOBODY_LISTENS,
+) -> Setup:
     """Make all but the run directory; weights and EMA are those of `resumed` if given. Raises `UserError`.
 
-    Every rank makes the same, but for its own share of the data.
+    Every rank makes the same, but for its own share of the data. `position`, `phases`: see `TrainStep`.
     """
     world = world or World()
     device = pick_device(config.step.device, world.local_rank)
@@ -136,7 +145,8 @@ def make_parts(config: Config, resumed: Checkpoint | None, world: World | None =
     smoothing, remode = config.augment.smoothing, config.augment.remode
     erase_first = config.augment.erase_first
     augment = Augment(spec.mean, spec.std, num_classes, smoothing, remode, erase_first=erase_first).to(device)
-    plan, train_loader, line = _make_train_loader(config, sets, num_classes, spec, world, device, augment)
+    prepare = phases.around("augment", augment.prepare)
+    plan, train_loader, line = _make_train_loader(config, sets, num_classes, spec, world, device, prepare)
     lines, evaluators, val_loader, val_batch = [line], dict[str, Evaluator](), None, 0
     lr, lr_origin = learning_rate(config.optim, plan.global_batch)
     optimizer = create_optimizer(config.optim, model, lr)
@@ -155,7 +165,7 @@ def make_parts(config: Config, resumed: Checkpoint | None, world: World | None =
         device, DTYPES[config.step.amp_dtype] if config.step.amp else torch.float32, tf32=config.step.tf32
     )
     parameters = sum(p.numel() for p in model.parameters())
-    return Parts(
+    return Setup(
         config=config,
         device=device,
         num_classes=num_classes,
@@ -167,7 +177,7 @@ def make_parts(config: Config, resumed: Checkpoint | None, world: World | None =
         optimizer=optimizer,
         scheduler=scheduler,
         num_epochs=num_epochs,
-        step=TrainStep(config, model, augment, optimizer, ema, world),
+        step=TrainStep(config, model, augment, optimizer, ema, world, position=position, phases=phases),
         evaluators=evaluators,
         train_loader=train_loader,
         val_loader=val_loader,
@@ -210,7 +220,7 @@ def _make_train_loader(
     spec: InputSpec,
     world: World,
     device: torch.device,
-    augment: Augment,
+    prepare: Callable[[Tensor, BatchPlan], Tensor],
 ) -> tuple[TrainPlan, Loader | SyntheticLoader, str]:
     """The plan, the loader, and a line about it."""
     data = config.data
@@ -221,7 +231,7 @@ def _make_train_loader(
         loader = SyntheticLoader(plan, num_classes, device)
         return plan, loader, "synthetic images that stay on the device: no data, no augmentation, no validation"
     plan = TrainPlan(sets.train.heights, sets.train.widths, train_rules(config), **of_batch, **share)
-    return plan, *open_loader(sets.train, plan, device, _decoding(config), prepare=augment.prepare)
+    return plan, *open_loader(sets.train, plan, device, _decoding(config), prepare=prepare)
 
 
 def _make_val_loader(

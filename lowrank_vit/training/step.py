@@ -23,8 +23,10 @@ from lowrank_vit.common.devices import DTYPES
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.ranks.world import World
-from lowrank_vit.run.meter import Meter
+from lowrank_vit.run.metrics import Meter
+from lowrank_vit.run.state import Position
 from lowrank_vit.training.pace import Pace
+from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,15 @@ class TrainStep:
         optimizer: Optimizer,
         ema: ModelEmaV3 | None,
         world: World | None = None,
+        *,
+        position: Position | None = None,
+        phases: Phases = NOBODY_LISTENS,
     ) -> None:
-        """`model`, `augment` and `ema` are on one device; `model` is the raw module, which is compiled here."""
+        """`model`, `augment` and `ema` are on one device; `model` is the raw module, which is compiled here.
+
+        Updates are counted in `position`, and the parts of a step told to `phases`.
+        """
+        self.position, self._phases = position or Position(), phases
         self._model, self._optimizer, self._ema, self._world = model, optimizer, ema, world or World()
         self._augment = augment
         # Kept from batch to batch: touching new memory for every batch takes longer than the arithmetic.
@@ -99,7 +108,6 @@ class TrainStep:
         self._num_batches = 0
         self._pace = Pace(device)
         self.meter = Meter(device, self._accum_steps)
-        self.num_updates = 0
         self.grad_norm: Tensor | None = None
         """Norm of all gradients, before clipping, in the last update that was asked to measure it; on the device."""
 
@@ -108,19 +116,31 @@ class TrainStep:
 
         The model must be in training mode. `measure_norm`: note the norm of the gradients if this completes an update.
         """
+        with self._phases("step"):
+            return self._run(batch, measure_norm)
+
+    def _run(self, batch: Batch, measure_norm: bool) -> bool:
         is_last = self._num_batches + 1 == self._accum_steps
         if self._num_batches == 0:
             self._seed_update()
-        images, *drawn = self._augment.begin(batch.images, batch.plan, self._inputs)
-        self._inputs = images if images is not batch.images else None
+        with self._phases("inputs"):
+            images, *drawn = self._augment.begin(batch.images, batch.plan, self._inputs)
+            self._inputs = images if images is not batch.images else None
         with nullcontext() if is_last else self._without_averaging():
-            loss, hits = self._loss_of(images, batch.targets, *drawn)
-            scaled = self._scaler.scale(loss if self._accum_steps == 1 else loss / self._accum_steps)
-            scaled.backward()
-        self.meter.add(loss.detach(), hits, len(batch), self.num_updates, self.lr)
+            with self._phases("forward"):
+                loss, hits = self._loss_of(images, batch.targets, *drawn)
+            with self._phases("backward"):
+                scaled = self._scaler.scale(loss if self._accum_steps == 1 else loss / self._accum_steps)
+                scaled.backward()
+        self.meter.add(loss.detach(), hits, len(batch), self.position.num_updates, self.lr)
         self._num_batches = 0 if is_last else self._num_batches + 1
         if is_last:
-            self._update(measure_norm)
+            with self._phases("optimizer"):
+                self._update(measure_norm)
+            self.position.count_update()
+            with self._phases("ema"):
+                if self._ema is not None:
+                    self._ema.update(self._model, step=self.position.num_updates)
         self._pace.step()
         return is_last
 
@@ -136,13 +156,10 @@ class TrainStep:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=not self._keeps_grads)
-        self.num_updates += 1
-        if self._ema is not None:
-            self._ema.update(self._model, step=self.num_updates)
 
     def _seed_update(self) -> None:
         # An odd multiplier is a bijection modulo 2**63, so updates and ranks never meet at a seed.
-        number = self.num_updates * self._world.size + self._world.rank
+        number = self.position.num_updates * self._world.size + self._world.rank
         torch.manual_seed((self._seed + number * 0x9E3779B97F4A7C15) % 2**63)
 
     def _without_averaging(self) -> AbstractContextManager[None]:
@@ -154,17 +171,15 @@ class TrainStep:
         return max(group["lr"] for group in self._optimizer.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """What an update needs beside weights, EMA and the optimizer's state. Only between two updates."""
+        """What an update needs beside weights, EMA, optimizer and position. Only between two updates."""
         assert self._num_batches == 0
         return {
-            "num_updates": self.num_updates,
             "scaler": self._scaler.state_dict(),
             "meter": self.meter.state_dict(self._world),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self.num_updates = state["num_updates"]
         if state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lowrank_vit.common import terminal
 from lowrank_vit.common.devices import wait_for
@@ -15,17 +15,19 @@ from lowrank_vit.config.options import Config
 from lowrank_vit.model.flops import memory_gb, mfu
 from lowrank_vit.ranks.failing import Failing
 from lowrank_vit.ranks.world import World
-from lowrank_vit.run.checkpoint_policy import Keeper
+from lowrank_vit.run.checkpoints import Beside, Checkpoints, CheckpointWriter
 from lowrank_vit.run.directory import RunDir
 from lowrank_vit.run.metrics import last_recorded
 from lowrank_vit.run.outputs import SPECTRA, Outputs
 from lowrank_vit.run.progress import Clock, Figures
-from lowrank_vit.run.state import Progress, restore
+from lowrank_vit.run.state import Position, RunState
 from lowrank_vit.score.evaluate import Scores
 from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
 from lowrank_vit.spectral.refresh import SpectralSettings
-from lowrank_vit.training.resume import find_start, open_run_dir
-from lowrank_vit.training.setup import make_parts, silent
+from lowrank_vit.spectral.store import kept_name
+from lowrank_vit.training.phases import PhaseListener, Phases
+from lowrank_vit.training.resume import capture, find_start, open_run_dir, restore
+from lowrank_vit.training.setup import set_up, silent
 from lowrank_vit.training.stop import Stopped, StopRequest, UntilStopped
 
 COLD_UPDATES = {False: 2, True: 20}
@@ -72,72 +74,119 @@ class EpochStats:
 
 
 class Trainer:
-    """One run of one configuration. Everything that can be wrong is found before the run directory is made."""
+    """One run of one configuration. Everything that can be wrong is found before the run directory is made.
+
+    A listener is told of every phase of the loop. To take the updates one by one, as a bench does, iterate over
+    `updates` in place of calling `run`.
+    """
+
+    result: Result
+    """What came of the run; there when it has ended."""
 
     def __init__(
-        self, config: Config, default_name: str, world: World | None = None, failing: Failing | None = None
+        self,
+        config: Config,
+        default_name: str,
+        world: World | None = None,
+        failing: Failing | None = None,
+        *,
+        listener: PhaseListener | None = None,
     ) -> None:
         """`default_name` begins the run directory's name where `--experiment` is not given. Raises `UserError`.
 
-        `failing` tells the other ranks of `world` of an error.
+        `failing` tells the other ranks of `world` of an error; `listener` is told of phases, see `phases.py`.
         """
         self.world = world or World()
         self._failing = failing or Failing(self.world)
+        self._phases = Phases(listener)
         start = find_start(config, self.world)
-        self.config = start.config
-        self.parts = make_parts(self.config, start.resumed, self.world)
-        self.config = self.parts.config
-        self.progress = restore(self.config, self.parts, start.resumed) if start.resumed else Progress()
+        self.state = RunState()
+        self.setup = set_up(start.config, start.resumed, self.world, self.state.position, self._phases)
+        self.config = self.setup.config
+        if start.resumed:
+            restore(self.setup, self.state, start.resumed)
         self.run_dir = open_run_dir(start, default_name) if self.world.is_first else RunDir(Path(), None)
         self.run_dir.path = self.world.from_first(self.run_dir.path)
         self.stop = StopRequest(self.world)
 
     def run(self) -> Result:
         """Train to the last epoch. The run directory holds everything; see `docs/design/checkpoints.md`."""
-        parts, stopped_by = self.parts, ""
+        for _ in self.updates():
+            pass
+        return self.result
+
+    def updates(self) -> Generator[Position]:
+        """Train to the last epoch, and hand over after each update; the run stands still until the next is asked for.
+
+        What is handed over is the run's own position, to read only. Closing the iterator abandons the run.
+        """
+        setup, stopped_by = self.setup, ""
         self.train_s = 0.0
         self._cold_updates = COLD_UPDATES[self.config.step.compile]
         self._say: Callable[[str], object] = terminal.say if self.world.is_first else silent
         with ExitStack() as stack, self._failing.told_at_once():  # before what follows an error is closed
             stack.callback(self.run_dir.close)
             self.monitor = stack.enter_context(self._make_monitor()) if self.config.spectra.spec_monitor else None
-            for loader in (parts.train_loader, parts.val_loader):
+            for loader in (setup.train_loader, setup.val_loader):
                 if loader:
                     stack.callback(loader.close)
             self.outputs = stack.enter_context(self._make_outputs())
             self._say = self.outputs.display.say
-            # Without --log-wandb the run's id is kept for the next time.
-            self.progress = replace(self.progress, wandb_id=self.outputs.wandb_id or self.progress.wandb_id)
-            self.keeper = Keeper(self.config, parts, self.outputs, self.monitor)
-            if self.monitor and parts.step.num_updates == 0:
+            self.checkpoints = stack.enter_context(self._make_checkpoints())
+            if self.monitor and self.state.position.num_updates == 0:
                 self.monitor.observe(0)
             with self.stop.noted():  # to the end: what asked for it once may ask again while all is saved
                 try:
-                    for epoch in range(self.progress.epoch, parts.num_epochs):
-                        stats = self._train_epoch(epoch)
+                    for epoch in range(self.state.position.epoch, setup.num_epochs):
+                        with self._phases("epoch"):
+                            stats = yield from self._train_epoch(epoch)
                         self._finish_epoch(epoch, stats)
                 except Stopped:
                     stopped_by = self.stop.reason
-                    self.progress = self.keeper.save(self.progress)
+                    self.checkpoints.save()
                 self._finish_spectra()
-                self.outputs.finish()
-        progress, updates = self.progress, parts.step.num_updates
-        best = progress.best_metric, progress.best_epoch
-        end = self.train_s, stopped_by, updates, progress.best_scores
-        return Result(self.run_dir.path, self.config.run.eval_metric, *best, *end)
+                self.checkpoints.finish()
+        best, updates = self.state.best, self.state.position.num_updates
+        end = self.train_s, stopped_by, updates, best.best_scores
+        self.result = Result(self.run_dir.path, self.config.run.eval_metric, best.best_metric, best.best_epoch, *end)
 
     def _make_outputs(self) -> Outputs:
-        indices = self.monitor.indices_by_type() if self.monitor else {}
-        common = self.config, self.parts, self.run_dir, self.progress
-        return Outputs(*common, is_first=self.world.is_first, indices=indices)
+        return Outputs(
+            self.config,
+            self.run_dir,
+            self.state,
+            device=self.setup.device,
+            num_epochs=self.setup.num_epochs,
+            updates_per_epoch=self.setup.plan.updates_per_epoch,
+            description=self.setup.description,
+            is_first=self.world.is_first,
+            indices=self.monitor.indices_by_type() if self.monitor else {},
+        )
+
+    def _make_checkpoints(self) -> Checkpoints:
+        writer = None
+        if self.world.is_first:
+            writer = CheckpointWriter(self.run_dir.path, self.setup.device, self.outputs.display.say)
+        return Checkpoints(self.config.run, self.state, self._capture, writer, self._kept_spectra)
+
+    def _capture(self) -> dict[str, Any]:
+        return capture(self.setup, self.state)
+
+    def _kept_spectra(self) -> Beside | None:
+        """What the monitor keeps with a checkpoint of now. Refreshes that are finished are logged before it."""
+        if not self.monitor:
+            return None
+        kept = self.monitor.kept()
+        self.outputs.log_spectra(self.monitor.records())
+        return Beside(SPECTRA, kept_name(kept.update), kept.content()) if kept else None
 
     def _make_monitor(self) -> SpectralMonitor:
         options, store_dir = self.config.spectra, self.run_dir.path / SPECTRA
-        done = self.parts.step.num_updates if self.progress.is_begun else None
+        done = self.state.position.num_updates if self.state.position.is_begun else None
         recorded = -1 if done is None else last_recorded(self.run_dir.path, "spec", done)
         return SpectralMonitor(
-            self.parts.model,
-            self.parts.ema.module if self.parts.ema else None,
+            self.setup.model,
+            self.setup.ema.module if self.setup.ema else None,
             targets=options.spec_targets,
             every=options.spec_every,
             store_dir=store_dir,
@@ -171,89 +220,96 @@ class Trainer:
                 f"{self.monitor.failed} spectral refreshes failed, the first as was said; training missed nothing"
             )
 
-    def _train_epoch(self, epoch: int) -> EpochStats:
-        """The rest of an epoch. Raises `Stopped` after the update at which all ranks are to end."""
-        parts, interval = self.parts, self.config.run.log_interval
-        parts.model.train()
-        updates, done = parts.plan.updates_per_epoch, self.progress.updates_done
+    def _train_epoch(self, epoch: int) -> Generator[Position, None, EpochStats]:
+        """Train the rest of an epoch. Raises `Stopped` after the update at which all ranks are to end."""
+        setup, position, phases = self.setup, self.state.position, self._phases
+        setup.model.train()
+        updates, interval = setup.plan.updates_per_epoch, self.config.run.log_interval
         clock, num_images, begun, logged = Clock(), 0, _Mark(), _Mark()
-        warm_at = done + min(self._cold_updates, (updates - done) // 2)
-        self.stop.begin(parts.step.num_updates)
-        batches = parts.train_loader.batches(epoch) if done < updates else iter(())
-        for batch in clock.timed(batches):
-            lr = parts.step.lr
-            is_due = (done + 1) % interval == 0 or done + 1 == updates
+        warm_at = position.updates_done + min(self._cold_updates, (updates - position.updates_done) // 2)
+        self.stop.begin(position.num_updates)
+        batches = setup.train_loader.batches(epoch) if position.updates_done < updates else iter(())
+        for batch in clock.timed(phases.each("data", batches)):
+            lr = setup.step.lr
+            is_due = (position.updates_done + 1) % interval == 0 or position.updates_done + 1 == updates
             num_images += len(batch) * self.world.size
-            if not parts.step(batch, measure_norm=is_due):
+            if not setup.step(batch, measure_norm=is_due):
                 continue
-            done += 1
-            self.progress = replace(self.progress, updates_done=done, lr=lr)
-            parts.scheduler.step_update(parts.step.num_updates)
+            self.state.sums.lr = lr
+            setup.scheduler.step_update(position.num_updates)
             if self.monitor:
-                self.monitor.observe(parts.step.num_updates)
-                self.outputs.log_spectra(self.monitor.records())
+                with phases("refresh"):
+                    self.monitor.observe(position.num_updates)
+                    self.outputs.log_spectra(self.monitor.records())
             if is_due:
-                logged = self._log_interval(epoch, clock, num_images, logged)
-            if done == warm_at:
-                wait_for(parts.device)  # what was asked of it so far is no part of what follows
+                with phases("log"):
+                    logged = self._log_interval(epoch, clock, num_images, logged)
+            if position.updates_done == warm_at:
+                wait_for(setup.device)  # what was asked of it so far is no part of what follows
                 clock.tick()
                 begun = logged = _Mark(num_images, clock.train_s, clock.wait_s)
                 self._cold_updates = 0
-            self.progress = self.keeper.save_if_due(self.progress, is_logged=is_due)
-            if self.stop.comes_after(parts.step.num_updates):
+            with phases("checkpoint"):
+                self.checkpoints.save_if_due(is_logged=is_due)
+            if self.stop.comes_after(position.num_updates):
                 raise Stopped
+            yield position
         self.train_s += clock.train_s
         speed = begun.until(_Mark(num_images, clock.train_s, clock.wait_s))
-        return EpochStats(self.progress.loss_sum / updates, self.progress.lr, *speed, clock.train_s)
+        return EpochStats(self.state.sums.loss_sum / updates, self.state.sums.lr, *speed, clock.train_s)
 
     def _log_interval(self, epoch: int, clock: Clock, num_images: int, before: _Mark) -> _Mark:
         """Log what happened since `before`; the mark for the next time."""
-        parts, progress = self.parts, self.progress
-        means = parts.step.meter.read(self.world)  # waits for the device, so the clock is right
+        setup, sums, position = self.setup, self.state.sums, self.state.position
+        means = setup.step.meter.read(self.world)  # waits for the device, so the clock is right
         clock.tick()
-        new = progress.updates_done - progress.updates_logged
-        loss_sum = progress.loss_sum + means.loss * new
-        self.progress = replace(progress, updates_logged=progress.updates_done, loss_sum=loss_sum)
-        loading = parts.train_loader.stats()
+        sums.loss_sum += means.loss * (position.updates_done - sums.updates_logged)
+        sums.updates_logged = position.updates_done
+        loading = setup.train_loader.stats()
         clock.wait_s += loading.device_wait_s
         now = _Mark(num_images, clock.train_s, clock.wait_s)
         img_per_s, wait_share = before.until(now)
-        norm = parts.step.grad_norm
+        norm = setup.step.grad_norm
         figures = Figures(
             loss=means.loss,
-            lr=progress.lr,
+            lr=sums.lr,
             img_per_s=img_per_s,
             wait_share=wait_share,
-            memory_gb=memory_gb(parts.device),
+            memory_gb=memory_gb(setup.device),
             loading=loading,
-            mfu=mfu(img_per_s, parts.train_flops, parts.peak, self.world.size) if parts.train_flops else None,
+            mfu=mfu(img_per_s, setup.train_flops, setup.peak, self.world.size) if setup.train_flops else None,
             grad_norm=None if norm is None else float(norm),
         )
-        self.outputs.log_interval(epoch, parts.step.num_updates, figures, means.top1)
+        self.outputs.log_interval(epoch, position.num_updates, figures, means.top1)
         return now
 
     def _finish_epoch(self, epoch: int, stats: EpochStats) -> None:
         """Validate where that is due, save, log."""
-        parts = self.parts
-        is_last = epoch == parts.num_epochs - 1
+        is_last = epoch == self.setup.num_epochs - 1
         scores = self._validate() if is_last or (epoch + 1) % self.config.run.val_interval == 0 else {}
-        row = {"epoch": epoch, "update": parts.step.num_updates, "train_loss": stats.loss}
+        row = {"epoch": epoch, "update": self.state.position.num_updates, "train_loss": stats.loss}
         speed = {"lr": stats.lr, "img_per_s": stats.img_per_s, "data_wait": stats.data_wait}
         self.outputs.log_epoch(row | speed, scores, stats.train_s)  # before the checkpoint that counts it as done
-        self.progress = self.keeper.save_epoch(self.progress, scores)
-        parts.scheduler.step(epoch + 1)
+        self.state.end_epoch()
+        with self._phases("checkpoint"):
+            self.checkpoints.save_epoch(epoch, scores)
+        self.setup.scheduler.step(epoch + 1)
 
     def _validate(self) -> dict[str, Scores]:
-        """By prefix of the metric's name. Raises `Stopped` where all ranks are to end meanwhile."""
-        parts, world = self.parts, self.world
-        if parts.val_loader is None:
+        """Scores by prefix of the metric's name. Raises `Stopped` where all ranks are to end meanwhile."""
+        setup, world = self.setup, self.world
+        if setup.val_loader is None:
             return {}
-        world.average_buffers(parts.model)
+        world.average_buffers(setup.model)
         # A validation may be long: what ends the run meanwhile must not cost the epoch.
-        self.progress = self.keeper.save(self.progress, may_skip=True)
-        most_batches = int(world.greatest(parts.val_loader.plan.steps_per_epoch)[0])
-        loader = UntilStopped(parts.val_loader, most_batches, self.stop)
-        return {prefix: evaluate(loader, parts.val_batch, world.sum) for prefix, evaluate in parts.evaluators.items()}
+        with self._phases("checkpoint"):
+            self.checkpoints.save(may_skip=True)
+        most_batches = int(world.greatest(setup.val_loader.plan.steps_per_epoch)[0])
+        loader = UntilStopped(setup.val_loader, most_batches, self.stop)
+        with self._phases("evaluation"):
+            return {
+                prefix: evaluate(loader, setup.val_batch, world.sum) for prefix, evaluate in setup.evaluators.items()
+            }
 
 
 class _Mark(NamedTuple):

@@ -15,7 +15,7 @@ from lowrank_vit.config.flags import parse
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import TrainPlan, TrainRules
-from lowrank_vit.run.checkpoint_writer import Saver
+from lowrank_vit.run.checkpoints import CheckpointWriter
 from lowrank_vit.training.trainer import Trainer
 from tests.runs import stop_after
 
@@ -50,17 +50,17 @@ def losses(run: Path) -> list[float]:
 def test_a_warm_step_never_waits_and_never_recompiles(argv, loader, way):
     """But for the event of a step long done, which `Pace` waits for and torch does not count."""
     trainer = Trainer(parse([*argv, "--batch-size", "32", "--loader", loader, *way.split()]), "warm")
-    with closing(trainer.run_dir), closing(trainer.parts.train_loader):
-        trainer.parts.model.train()
-        batches = trainer.parts.train_loader.batches(0)
+    with closing(trainer.run_dir), closing(trainer.setup.train_loader):
+        trainer.setup.model.train()
+        batches = trainer.setup.train_loader.batches(0)
         for n, batch in enumerate(islice(batches, 20)):
-            trainer.parts.step(batch, measure_norm=n % 2 == 0)
+            trainer.setup.step(batch, measure_norm=n % 2 == 0)
         torch.cuda.synchronize()
         compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         try:
             torch.cuda.set_sync_debug_mode("error")
             for n, batch in enumerate(islice(batches, 20)):
-                trainer.parts.step(batch, measure_norm=n % 2 == 0)
+                trainer.setup.step(batch, measure_norm=n % 2 == 0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
@@ -119,12 +119,12 @@ def test_mixed_precision_trains_as_float32(argv, dtype):
 def test_a_checkpoint_is_the_state_when_it_was_saved(tmp_path):
     """The copy is taken on the step's stream, and fetched while the weights already change."""
     weights = torch.zeros(50_000_000, device="cuda")
-    saver = Saver(tmp_path, weights.device, print)
+    writer = CheckpointWriter(tmp_path, weights.device, print)
     for value in range(3):
         weights.fill_(value)
-        saver.save({"state_dict": {"w": weights}}, (f"{value}.pth.tar",))
+        writer.save({"state_dict": {"w": weights}}, (f"{value}.pth.tar",))
         weights.fill_(-1)
-    saver.close()
+    writer.close()
     for value in range(3):
         saved = torch.load(tmp_path / f"{value}.pth.tar", weights_only=True)["state_dict"]["w"]
         assert saved.device.type == "cpu"
@@ -136,12 +136,12 @@ def test_a_copy_does_not_stay_on_the_device_while_the_disk_is_at_work(tmp_path, 
     weights = torch.zeros(50_000_000, device="cuda")
     before = torch.cuda.memory_allocated()
     monkeypatch.setattr(
-        "lowrank_vit.run.checkpoint_writer.write_checkpoint",
+        "lowrank_vit.run.checkpoints.write_checkpoint",
         lambda *_: taken.append(torch.cuda.memory_allocated() - before),
     )
-    saver = Saver(tmp_path, weights.device, print)
-    saver.save({"state_dict": {"w": weights}})
-    saver.close()
+    writer = CheckpointWriter(tmp_path, weights.device, print)
+    writer.save({"state_dict": {"w": weights}})
+    writer.close()
     assert taken == [0]
 
 

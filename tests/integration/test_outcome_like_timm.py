@@ -140,7 +140,7 @@ def our_loss(folder: Path, recipe: dict[str, Any], seed: int, output: Path) -> t
     line += f" --device cpu --no-amp --no-compile --val-interval {EPOCHS} --output {output} --data-dir {folder}"
     line += "".join(f" --{name} {value}" for name, value in recipe.items())
     trainer = Trainer(parse(line.split()), f"{seed}")
-    orders = [trainer.parts.plan.order(epoch) for epoch in range(EPOCHS)]
+    orders = [trainer.setup.plan.order(epoch) for epoch in range(EPOCHS)]
     return records(trainer.run().run_dir, "eval")[-1]["eval_ema_loss"], orders
 
 

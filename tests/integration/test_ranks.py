@@ -174,14 +174,14 @@ def test_a_killed_rank_ends_the_others(small, tmp_path):
     program = altered(
         tmp_path,
         """
-        step_update = t.parts.scheduler.step_update
+        step_update = t.setup.scheduler.step_update
         def and_die(n, metric=None):
             step_update(n, metric)
             if n == 14 and rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             elif n == 14:
                 threading.Event().wait()
-        t.parts.scheduler.step_update = and_die
+        t.setup.scheduler.step_update = and_die
         """,
     )
     code, _, err = finish(torchrun(2, small(*RECIPE, "-b", "64", "--experiment", "k"), program=program))
@@ -194,14 +194,14 @@ def test_a_signal_in_validation_stops_all_ranks_and_nothing_is_lost(small, one, 
     program = altered(
         tmp_path,
         """
-        batches = t.parts.val_loader.batches
+        batches = t.setup.val_loader.batches
         def slow(epoch):
             for batch in batches(epoch):
-                if t.parts.step.num_updates == 22:
+                if t.setup.step.position.num_updates == 22:
                     print("validating", flush=True)
                     time.sleep(1)
                 yield batch
-        t.parts.val_loader.batches = slow
+        t.setup.val_loader.batches = slow
         """,
     )
     argv = small(*RECIPE, "-b", "64", "--experiment", "v")

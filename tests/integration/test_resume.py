@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,8 @@ import torch
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.model.weights import read_checkpoint
-from lowrank_vit.run import checkpoint_writer as saver_module
-from lowrank_vit.run.checkpoint_writer import write_checkpoint
+from lowrank_vit.run import checkpoints as checkpoints_module
+from lowrank_vit.run.checkpoints import write_checkpoint
 from lowrank_vit.training.trainer import Trainer
 from tests.runs import losses, records, same_weights, stop_after
 
@@ -114,14 +113,14 @@ def test_another_global_batch_is_refused(small):
 
 def test_stopping_in_validation_validates_after_resuming(small, whole, monkeypatch):
     trainer = Trainer(parse(small(*RECIPE)), "x")
-    assert trainer.parts.val_loader is not None
-    batches = trainer.parts.val_loader.batches
+    assert trainer.setup.val_loader is not None
+    batches = trainer.setup.val_loader.batches
 
     def and_stop(epoch):
         trainer.stop.ask(signal.SIGINT)
         yield from batches(epoch)
 
-    monkeypatch.setattr(trainer.parts.val_loader, "batches", and_stop)
+    monkeypatch.setattr(trainer.setup.val_loader, "batches", and_stop)
     part = trainer.run().run_dir
     assert not records(part, "eval")
     Trainer(parse([*small(*RECIPE), "--resume", str(part / "last.pth.tar")]), "x").run()
@@ -157,14 +156,14 @@ def without_times(record: dict) -> dict:
 
 def trained(trainer: Trainer) -> Path:
     """Run it; no refresh is left out because the one before is still being computed."""
-    step_update = trainer.parts.scheduler.step_update
+    step_update = trainer.setup.scheduler.step_update
 
     def and_wait(num_updates: int, metric: float | None = None) -> None:
         step_update(num_updates, metric)
         assert trainer.monitor is not None
         assert trainer.monitor._worker.idle.wait(60)
 
-    trainer.parts.scheduler.step_update = and_wait
+    trainer.setup.scheduler.step_update = and_wait
     return trainer.run().run_dir
 
 
@@ -222,7 +221,7 @@ def test_checkpoints_between_validations(small, tmp_path, monkeypatch):
         write_checkpoint(path, content)
         written.append(content["step"]["num_updates"])
 
-    monkeypatch.setattr(saver_module, "write_checkpoint", note)
+    monkeypatch.setattr(checkpoints_module, "write_checkpoint", note)
     Trainer(parse(small(*RECIPE, "--checkpoint-interval", "5")), "x").run()
     assert {11, 22, 33} < set(written) <= {5, 10, 11, 15, 20, 22, 25, 30, 33}  # none while another is being written
     assert written == sorted(written)
@@ -255,13 +254,13 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(small, tmp_pa
             raise Refused(f"Checkpoint {path} cannot be written: No space left on device. The older one is kept.")
         write_checkpoint(path, content)
 
-    monkeypatch.setattr(saver_module, "write_checkpoint", full)
+    monkeypatch.setattr(checkpoints_module, "write_checkpoint", full)
     run = Trainer(parse(small(*RECIPE)), "x").run().run_dir
     assert "warning: Checkpoint" in (said := capsys.readouterr().out)
     assert "Training goes on." in said
     assert read_checkpoint(run / "last.pth.tar").epoch == 2
     monkeypatch.setattr(
-        saver_module, "write_checkpoint", lambda path, content: full(path, {"step": {"num_updates": 22}})
+        checkpoints_module, "write_checkpoint", lambda path, content: full(path, {"step": {"num_updates": 22}})
     )
     with pytest.raises(UserError, match="No space left"):  # nothing was saved at the end: not a success
         Trainer(parse(small(*RECIPE, "--epochs", "1", "--warmup-epochs", "0")), "x").run()
@@ -326,19 +325,19 @@ def test_a_killed_run_leaves_a_checkpoint_that_loads(small, tmp_path):
 
 def at_update(trainer: Trainer, update: int, do) -> None:
     """Have something happen at the end of an update."""
-    step_update = trainer.parts.scheduler.step_update
+    step_update = trainer.setup.scheduler.step_update
 
     def and_do(num_updates: int, metric: float | None = None) -> None:
         step_update(num_updates, metric)
         if num_updates == update:
             do()
 
-    trainer.parts.scheduler.step_update = and_do
+    trainer.setup.scheduler.step_update = and_do
 
 
 def spoil(trainer: Trainer) -> None:
     with torch.no_grad():
-        next(trainer.parts.model.parameters()).mul_(float("nan"))
+        next(trainer.setup.model.parameters()).mul_(float("nan"))
 
 
 @pytest.mark.parametrize("update", [UPDATES + 1, 2 * UPDATES])  # in an epoch; at the end of one, which is validated
@@ -370,14 +369,14 @@ def test_a_signal_to_a_diverged_run_saves_nothing_and_says_so(small):
 def test_the_best_epoch_is_one_whose_file_is_there(small, monkeypatch):
     """The best of all cannot be written; a later one, better than the one before it, takes its place."""
     scores = iter([20.0, 90.0, 30.0, 25.0])
-    monkeypatch.setattr("lowrank_vit.run.checkpoint_policy._by_weights", lambda *_: {"model": next(scores), "ema": 0.0})
+    monkeypatch.setattr("lowrank_vit.run.checkpoints._by_weights", lambda *_: {"model": next(scores), "ema": 0.0})
 
     def full(path, content):
         if content["progress"]["best_metric"] == 90.0:
             raise UserError(f"Checkpoint {path} cannot be written: No space left on device.")
         write_checkpoint(path, content)
 
-    monkeypatch.setattr(saver_module, "write_checkpoint", full)
+    monkeypatch.setattr(checkpoints_module, "write_checkpoint", full)
     result = Trainer(parse(small(*RECIPE, "--epochs", "4", "--checkpoint-hist", "2")), "x").run()
     assert (result.best, result.best_epoch) == (30.0, 2)
     assert read_checkpoint(result.run_dir / "model_best.pth.tar").epoch == 2
@@ -389,7 +388,7 @@ def test_the_best_epoch_is_one_whose_file_is_there(small, monkeypatch):
 
 def test_the_wandb_run_is_remembered_while_it_is_not_used(small):
     trainer = Trainer(parse(small(*RECIPE)), "x")
-    trainer.progress = replace(trainer.progress, wandb_id="abc123")
+    trainer.state.wandb_id = "abc123"
     stop_after(trainer, 3)
     run = trainer.run().run_dir
     assert read_checkpoint(run / "last.pth.tar").content["progress"]["wandb_id"] == "abc123"

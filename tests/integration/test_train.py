@@ -195,16 +195,16 @@ def test_the_first_updates_of_a_process_are_no_part_of_its_speed(train, monkeypa
     monkeypatch.setattr("lowrank_vit.run.progress.time", SimpleNamespace(perf_counter=lambda: now[0]))
     trainer = Trainer(parse_small(train, "--experiment", "cold", "--epochs", "2", "--no-spec-monitor"), "x")
     trainer.config = replace(trainer.config, step=replace(trainer.config.step, compile=compiled))
-    cold = min(COLD_UPDATES[compiled], trainer.parts.plan.updates_per_epoch // 2)
+    cold = min(COLD_UPDATES[compiled], trainer.setup.plan.updates_per_epoch // 2)
     original = TrainStep.__call__
 
     def timed(step, batch, **more):
-        now[0] += 100.0 if step.num_updates < cold else 1.0
+        now[0] += 100.0 if step.position.num_updates < cold else 1.0
         return original(step, batch, **more)
 
     monkeypatch.setattr(TrainStep, "__call__", timed)
     run = trainer.run().run_dir
-    batch = trainer.parts.plan.batch_size
+    batch = trainer.setup.plan.batch_size
     with (run / "summary.csv").open() as file:
         assert [float(row["img_per_s"]) for row in csv.DictReader(file)] == [batch, batch]
     assert [record["img_per_s"] for record in lines(run, "train")][-1] == batch
@@ -318,7 +318,7 @@ def test_mean_and_std_are_stored_and_honoured_by_validation_and_inference(train,
 def test_the_head_begins_as_it_is_told(small):
     trainer = Trainer(parse(small("--head-init-bias", "-4", "--head-init-scale", "0")), "x")
     trainer.run_dir.close()
-    parts = trainer.parts
+    parts = trainer.setup
     head = parts.model.get_classifier()  # type: ignore[operator]
     assert not head.weight.any()
     assert torch.equal(head.bias, torch.full((10,), -4.0))

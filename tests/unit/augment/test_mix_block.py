@@ -18,7 +18,7 @@ from lowrank_vit.config.flags import parse, to_yaml
 from lowrank_vit.model.weights import Checkpoint
 from lowrank_vit.plan.mixing import NO_MIX, MixRules, deal, draw_mix
 from lowrank_vit.plan.plans import Stream, TrainPlan, TrainRules
-from lowrank_vit.run.state import as_resumed
+from lowrank_vit.training.resume import as_resumed
 from tests.unit.augment.test_pipeline import timms
 
 BOTH: dict[str, Any] = {"mixup": 0.8, "cutmix": 1.0}

@@ -37,7 +37,7 @@ def test_both_steps_train_the_same_model():
     cpu = torch.device("cpu")
     load = step.Workload("vit_tiny_patch16_224", 32, 4, 1)
     config = step.config_of(load, cpu, "eager")
-    parts = step.make_parts(config, None)
+    parts = step.set_up(config, None)
     timms = step._timm_case(load, cpu, "eager", config)
     assert isinstance(timms.run, partial)
     run: Any = timms.run.func

@@ -47,7 +47,7 @@ def test_nothing_is_decoded_between_rounds_and_a_round_begins_in_mid_epoch(folde
         for n in range(3):
             training.before()
             assert training._loader.state_dict()["update"] == warming_steps(2)
-            assert training.parts.step.num_updates == n * STEPS + (n + 1) * warming_steps(2)
+            assert training.parts.step.position.num_updates == n * STEPS + (n + 1) * warming_steps(2)
             training.run()
             training.after()
             after = len(decoded)

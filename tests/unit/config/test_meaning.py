@@ -12,7 +12,7 @@ from lowrank_vit.config import meaning
 from lowrank_vit.config.flags import parse, to_yaml
 from lowrank_vit.config.meaning import Change
 from lowrank_vit.model.weights import Checkpoint
-from lowrank_vit.run.state import as_resumed
+from lowrank_vit.training.resume import as_resumed
 
 CHANGES = (
     Change("boxes come in threes, before singly", {"recount": 1}, concerns=lambda args: bool(args.get("reprob"))),

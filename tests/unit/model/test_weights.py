@@ -21,7 +21,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.model.create import create_model
 from lowrank_vit.model.fit import load_initial
 from lowrank_vit.model.weights import SUFFIXES, read_checkpoint
-from lowrank_vit.run.checkpoint_writer import write_checkpoint
+from lowrank_vit.run.checkpoints import write_checkpoint
 from lowrank_vit.score.scorer import ModelOptions, Scorer, load_scorer
 
 NAME = "vit_tiny_patch16_224"

@@ -12,8 +12,9 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
 from lowrank_vit.report.next_steps import next_steps
-from lowrank_vit.run.state import Progress, as_resumed
-from lowrank_vit.training.setup import make_parts
+from lowrank_vit.run.state import BestEpochs
+from lowrank_vit.training.resume import as_resumed
+from lowrank_vit.training.setup import set_up
 from lowrank_vit.training.trainer import Trainer
 
 TINY = """
@@ -35,7 +36,7 @@ TINY = """
     ],
 )
 def test_a_short_runs_ema_has_a_warm_up_unless_told(flags, warms_up):
-    parts = make_parts(parse([*TINY, *flags.split()]), None)
+    parts = set_up(parse([*TINY, *flags.split()]), None)
     assert parts.config.model.model_ema_warmup is warms_up
     assert [parts.ema.use_warmup if parts.ema else None] == [warms_up]
     is_own_choice = warms_up is True and "warmup" not in flags
@@ -54,25 +55,24 @@ def test_a_resumed_run_keeps_what_it_has_chosen(chosen):
 
 
 def test_the_better_of_model_and_ema_counts():
-    progress = Progress()
+    found = BestEpochs()
     for epoch, (model, ema, best) in enumerate([(10, 5, 10), (9, 12, 12), (12, 12, 12), (40, math.nan, 40)]):
         scores = {"model": model, "ema": ema}
-        progress = Progress(**{**vars(progress), "epoch": epoch})
-        progress, *_ = progress.after_validation(scores, lower_is_better=False, num_kept=2)
-        assert progress.best_metric == best
-        assert progress.better == ("ema", "model")[epoch in (0, 3)]
-    assert progress.kept == ((40, 3), (12, 1))
-    assert progress.best_scores["model"] == 40
-    losses, *_ = Progress().after_validation({"model": 2.0, "ema": 1.0}, lower_is_better=True, num_kept=2)
+        found, *_ = found.after_validation(epoch, scores, lower_is_better=False, num_kept=2)
+        assert found.best_metric == best
+        assert found.better == ("ema", "model")[epoch in (0, 3)]
+    assert found.kept == ((40, 3), (12, 1))
+    assert found.best_scores["model"] == 40
+    losses, *_ = BestEpochs().after_validation(0, {"model": 2.0, "ema": 1.0}, lower_is_better=True, num_kept=2)
     assert (losses.best_metric, losses.better) == (1.0, "ema")
-    alone, *_ = Progress().after_validation({"model": 2.0}, lower_is_better=True, num_kept=2)
+    alone, *_ = BestEpochs().after_validation(0, {"model": 2.0}, lower_is_better=True, num_kept=2)
     assert (alone.best_metric, alone.better) == (2.0, "model")
 
 
 def test_an_older_run_goes_on_to_compare_its_emas():
-    progress = Progress(is_chosen_by_ema=True, best_metric=20.0)
-    progress, is_best, _ = progress.after_validation({"model": 90.0, "ema": 15.0}, lower_is_better=False, num_kept=2)
-    assert (is_best, progress.best_metric, progress.better) == (False, 20.0, "ema")
+    found = BestEpochs(is_chosen_by_ema=True, best_metric=20.0)
+    found, is_best, _ = found.after_validation(0, {"model": 90.0, "ema": 15.0}, lower_is_better=False, num_kept=2)
+    assert (is_best, found.best_metric, found.better) == (False, 20.0, "ema")
 
 
 def test_what_is_kept_said_and_suggested_are_the_same_weights(digits_dir, tmp_path, capsys):
@@ -87,6 +87,6 @@ def test_what_is_kept_said_and_suggested_are_the_same_weights(digits_dir, tmp_pa
     assert result.best == result.best_scores["model"] > result.best_scores["ema"]
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1.pth.tar"]
     assert not any("--use-ema" in step.words for step in next_steps(run, {"model-ema": True}, is_finished=True))
-    ema = make_parts(parse([*argv.split(), "--initial-checkpoint", str(run / "model_best.pth.tar")]), None)
+    ema = set_up(parse([*argv.split(), "--initial-checkpoint", str(run / "model_best.pth.tar")]), None)
     assert all(torch.equal(w, best.content["state_dict"][name]) for name, w in ema.model.state_dict().items())
     assert "initial weights: those of" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.ranks.world import World
-from lowrank_vit.run.checkpoint_writer import write_checkpoint
+from lowrank_vit.run.checkpoints import write_checkpoint
 from lowrank_vit.run.directory import RunDir
 from lowrank_vit.training import launch
 from lowrank_vit.training.resume import Start, find_start, open_run_dir

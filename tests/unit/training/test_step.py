@@ -21,7 +21,7 @@ from lowrank_vit.model.optimizer import create_optimizer
 from lowrank_vit.plan.mixing import NO_MIX
 from lowrank_vit.plan.plans import BatchPlan
 from lowrank_vit.ranks.world import World
-from lowrank_vit.run.meter import Meter
+from lowrank_vit.run.metrics import Meter
 from lowrank_vit.training.step import Loss, TrainStep
 
 NUM_CLASSES, BATCH = 10, 8
@@ -136,7 +136,7 @@ def test_accumulated_batches_are_one_large_batch():
             assert four(Batch(batch.images[part], batch.targets[part], plan), measure_norm=True) == (n == 3)
         assert one.grad_norm is not None
         assert four.grad_norm is not None
-        assert one.num_updates == four.num_updates
+        assert one.position.num_updates == four.position.num_updates
         assert float(four.grad_norm) == pytest.approx(float(one.grad_norm), rel=1e-5)
     assert four.meter.read(World()) == pytest.approx(one.meter.read(World()), rel=1e-6)
     for name, weight in one_ema.module.state_dict().items():
@@ -153,7 +153,7 @@ def test_dropout_depends_on_the_update_and_the_rank_alone():
         config = parse([*OPTIONS.split(), "--lr", "1e-12"])
         augment = Augment((0.5,) * 3, (0.5,) * 3, NUM_CLASSES, 0.1)
         step = TrainStep(config, model, augment, torch.optim.SGD(model.parameters(), 0.0), None, World(rank=rank))
-        step.num_updates = first
+        step.position.num_updates = first
         found = []
         for batch in batches(1) * count:
             step(batch)

@@ -1,4 +1,4 @@
-"""Checkpoints written by a thread of its own, so that training does not wait for the disk."""
+"""Checkpoints: when one is due, under which names, and the thread that writes it while training goes on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import queue
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -17,7 +18,11 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.check import parse_interval
+from lowrank_vit.config.options import Run
 from lowrank_vit.run.directory import LAST
+from lowrank_vit.run.state import BestEpochs, RunState
+from lowrank_vit.score.evaluate import Scores
 
 BEST = "model_best.pth.tar"
 IS_FINITE = "is_finite"
@@ -33,6 +38,107 @@ class Beside:
     """KIND_NUMBER.SUFFIX; a file of that name has this content already."""
     content: dict[str, Any]
     """Tensors in it never change, so they are not copied."""
+
+
+class Checkpoints:
+    """Saves the run's state in the background. Every rank has one, since capturing takes them all; the first writes.
+
+    `state.best` tells of no file that is not there: where one could not be written, the best epoch and the kept ones
+    are again those whose files are there, so that a later one may take their place.
+
+    Use it as a context manager; on the way out of an error it waits for the writer and says nothing of its failures.
+    """
+
+    def __init__(
+        self,
+        options: Run,
+        state: RunState,
+        capture: Callable[[], dict[str, Any]],
+        writer: CheckpointWriter | None,
+        beside: Callable[[], Beside | None] = lambda: None,
+    ) -> None:
+        """`capture` makes a checkpoint's content of the run as it is; every rank calls it. A new interval begins now.
+
+        `beside` makes what is written beside a checkpoint of now. `writer` None: this rank does not write.
+        """
+        self._options, self._state, self._capture = options, state, capture
+        self._writer, self._beside = writer, beside
+        self._updates, self._seconds = parse_interval(options.checkpoint_interval)
+        self._saved_at = time.monotonic()
+        self._before = BestEpochs()
+        """Before the last validation was counted in."""
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(UserError):  # said already
+            self.finish()
+
+    def _is_due(self, *, is_logged: bool) -> bool:
+        """Whether to save between two validations; every rank must come to the same answer.
+
+        `is_logged`: nothing is in the step's meter, whose sums are then common to all ranks.
+        """
+        # By the clock only where that is so, since the ranks' clocks differ.
+        by_time = bool(self._seconds) and is_logged and time.monotonic() - self._saved_at >= self._seconds
+        by_updates = bool(self._updates) and self._state.position.num_updates % self._updates == 0
+        return by_time or by_updates
+
+    def save_if_due(self, *, is_logged: bool) -> None:
+        """Save after an update if a trigger asks for it, see `_is_due`."""
+        if self._is_due(is_logged=is_logged):
+            self.save(may_skip=True)
+
+    def save_epoch(self, epoch: int, scores: dict[str, Scores]) -> None:
+        """Save when `epoch` has ended; `scores` by prefix of the metric's name, none where it was not validated."""
+        self._settle()
+        names, obsolete = (LAST,), []
+        if scores:
+            self._before = self._state.best
+            known, is_loss = _by_weights(scores, self._options.eval_metric), self._options.eval_metric == "loss"
+            num_kept = self._options.checkpoint_hist
+            counted = self._before.after_validation(epoch, known, lower_is_better=is_loss, num_kept=num_kept)
+            self._state.best, is_best, dropped = counted
+            # `last` last: it remembers the best score, and a resumed run would not write that again.
+            best = (BEST,) if is_best else ()
+            names = (*best, *(() if epoch in dropped else (_kept_name(epoch),)), LAST)
+            obsolete = [_kept_name(one) for one in dropped if one != epoch]
+        self.save(names, tuple(obsolete))
+
+    def save(self, names: tuple[str, ...] = (LAST,), obsolete: tuple[str, ...] = (), *, may_skip: bool = False) -> None:
+        """Save the state; with `may_skip` not while the checkpoint before is still being written: that would stall."""
+        is_skipped = may_skip and self._writer is not None and self._writer.is_busy
+        if not is_skipped:
+            self._settle()
+        content = self._capture()  # on every rank
+        if not is_skipped:
+            beside = self._beside()
+            if self._writer:
+                self._writer.save(content, names, obsolete, beside)
+            self._saved_at = time.monotonic()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is written. Raises `UserError` if it could not be."""
+        if self._writer:
+            self._writer.close()
+
+    def _settle(self) -> None:
+        """Wait for the checkpoint before, and leave out of `state.best` what could not be written."""
+        lost, before = self._writer.settle() if self._writer else [], self._before
+        if BEST in lost:
+            best = {"best_metric": before.best_metric, "best_scores": before.best_scores}
+            self._state.best = replace(self._state.best, best_epoch=before.best_epoch, **best)
+        if any(name not in (BEST, LAST) for name in lost):
+            self._state.best = replace(self._state.best, kept=before.kept)
+
+
+def _by_weights(scores: dict[str, Scores], metric: str) -> dict[str, float]:
+    return {prefix.rstrip("_") or "model": getattr(score, metric) for prefix, score in scores.items()}
+
+
+def _kept_name(epoch: int) -> str:
+    return f"checkpoint-{epoch}.pth.tar"
 
 
 @dataclass
@@ -51,7 +157,7 @@ class Diverged(UserError):
     """A state that is not finite: nothing that may take the place of one that was."""
 
 
-class Saver:
+class CheckpointWriter:
     """Copies a run's state at once and writes it behind the run's back, one file at a time, each whole or not at all.
 
     What cannot be written (a full disk) leaves the older file as it is, is said once until it can be again, and does

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.options import Run
 from lowrank_vit.model.weights import read_checkpoint
-from lowrank_vit.run import checkpoint_writer as saver_module
-from lowrank_vit.run.checkpoint_writer import IS_FINITE, LAST, Beside, Saver, write_checkpoint
+from lowrank_vit.run import checkpoints as checkpoints_module
+from lowrank_vit.run.checkpoints import IS_FINITE, LAST, Beside, Checkpoints, CheckpointWriter, write_checkpoint
+from lowrank_vit.run.state import RunState
 
 CPU = torch.device("cpu")
 
@@ -37,25 +39,25 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         assert may_write.wait(30)
         write_checkpoint(path, content)
 
-    monkeypatch.setattr(saver_module, "write_checkpoint", slow)
-    saver = Saver(tmp_path, CPU, print)
+    monkeypatch.setattr(checkpoints_module, "write_checkpoint", slow)
+    writer = CheckpointWriter(tmp_path, CPU, print)
     state = content(1.0)
-    saver.save(state)
+    writer.save(state)
     assert is_writing.wait(30)  # `save` has returned, the disk is at work
-    assert saver.is_busy
+    assert writer.is_busy
     state["state_dict"]["w"].fill_(9.0)
     state["optimizer"]["state"][0]["m"].fill_(9.0)
     may_write.set()
-    saver.close()
+    writer.close()
     assert value(tmp_path / LAST) == 1.0
     assert float(read_checkpoint(tmp_path / LAST).content["optimizer"]["state"][0]["m"][0]) == 1.0
 
 
 def test_one_file_has_all_its_names_and_old_ones_go(tmp_path):
-    saver = Saver(tmp_path, CPU, print)
-    saver.save(content(1.0), ("model_best.pth.tar", "checkpoint-0.pth.tar", LAST))
-    saver.save(content(2.0), ("checkpoint-1.pth.tar", LAST), obsolete=("checkpoint-0.pth.tar", "never.pth.tar"))
-    saver.close()
+    writer = CheckpointWriter(tmp_path, CPU, print)
+    writer.save(content(1.0), ("model_best.pth.tar", "checkpoint-0.pth.tar", LAST))
+    writer.save(content(2.0), ("checkpoint-1.pth.tar", LAST), obsolete=("checkpoint-0.pth.tar", "never.pth.tar"))
+    writer.close()
     assert {path.name: value(path) for path in tmp_path.iterdir()} == {
         "model_best.pth.tar": 1.0,
         "checkpoint-1.pth.tar": 2.0,
@@ -69,9 +71,9 @@ def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
         raise OSError("no links here")
 
     monkeypatch.setattr("os.link", refuse)
-    saver = Saver(tmp_path, CPU, print)
-    saver.save(content(1.0), ("model_best.pth.tar", LAST))
-    saver.close()
+    writer = CheckpointWriter(tmp_path, CPU, print)
+    writer.save(content(1.0), ("model_best.pth.tar", LAST))
+    writer.close()
     assert {path.name: value(path) for path in tmp_path.iterdir()} == {"model_best.pth.tar": 1.0, LAST: 1.0}
 
 
@@ -84,15 +86,15 @@ def test_what_cannot_be_written_is_said_and_tried_again(tmp_path, monkeypatch):
             raise UserError(f"Checkpoint {path} cannot be written: disk full.")
         write_checkpoint(path, content)
 
-    monkeypatch.setattr(saver_module, "write_checkpoint", maybe)
-    saver = Saver(tmp_path, CPU, said.append)
+    monkeypatch.setattr(checkpoints_module, "write_checkpoint", maybe)
+    writer = CheckpointWriter(tmp_path, CPU, said.append)
     for n in range(3):
-        saver.save(content(n))
-    saver.save(content(3.0), (LAST,), obsolete=(LAST,))
+        writer.save(content(n))
+    writer.save(content(3.0), (LAST,), obsolete=(LAST,))
     with pytest.raises(UserError, match="disk full"):  # the newest is what counts
-        saver.close()
+        writer.close()
     assert value(tmp_path / LAST) == 2.0  # and nothing is deleted for one that failed
-    assert saver.settle() == [LAST, LAST]
+    assert writer.settle() == [LAST, LAST]
     assert len(said) == 2
     assert said[0].startswith("warning: Checkpoint")
 
@@ -101,11 +103,11 @@ def test_a_bug_in_the_thread_reaches_the_user(tmp_path, monkeypatch):
     def broken(path, content):
         raise TypeError("cannot pickle that")
 
-    monkeypatch.setattr(saver_module, "write_checkpoint", broken)
-    saver = Saver(tmp_path, CPU, lambda line: None)
-    saver.save(content(0.0))
+    monkeypatch.setattr(checkpoints_module, "write_checkpoint", broken)
+    writer = CheckpointWriter(tmp_path, CPU, lambda line: None)
+    writer.save(content(0.0))
     with pytest.raises(UserError, match="TypeError: cannot pickle that"):
-        saver.close()
+        writer.close()
 
 
 def test_a_full_disk_is_said_once_until_there_is_room_again(tmp_path, monkeypatch):
@@ -117,42 +119,42 @@ def test_a_full_disk_is_said_once_until_there_is_room_again(tmp_path, monkeypatc
             raise UserError("disk full.")
         write_checkpoint(path, content)
 
-    monkeypatch.setattr(saver_module, "write_checkpoint", maybe)
-    saver = Saver(tmp_path, CPU, said.append)
+    monkeypatch.setattr(checkpoints_module, "write_checkpoint", maybe)
+    writer = CheckpointWriter(tmp_path, CPU, said.append)
     for n in range(5):
-        saver.save(content(n), (f"{n}",))
-    assert saver.settle() == ["0", "1", "3", "4"]
-    assert saver.settle() == []
+        writer.save(content(n), (f"{n}",))
+    assert writer.settle() == ["0", "1", "3", "4"]
+    assert writer.settle() == []
     assert said == ["warning: disk full. Training goes on."] * 2
 
 
 def test_only_names_that_were_not_written_are_lost(tmp_path, monkeypatch):
-    link = saver_module._link
+    link = checkpoints_module._link
 
     def maybe(there, path):
         if path.name == "checkpoint-0.pth.tar":
             raise UserError("disk full.")
         link(there, path)
 
-    monkeypatch.setattr(saver_module, "_link", maybe)
-    saver = Saver(tmp_path, CPU, lambda line: None)
-    saver.save(content(1.0), ("model_best.pth.tar", "checkpoint-0.pth.tar", LAST))
-    assert saver.settle() == ["checkpoint-0.pth.tar", LAST]  # not `last`, which tells of both
+    monkeypatch.setattr(checkpoints_module, "_link", maybe)
+    writer = CheckpointWriter(tmp_path, CPU, lambda line: None)
+    writer.save(content(1.0), ("model_best.pth.tar", "checkpoint-0.pth.tar", LAST))
+    assert writer.settle() == ["checkpoint-0.pth.tar", LAST]  # not `last`, which tells of both
     assert [path.name for path in tmp_path.iterdir()] == ["model_best.pth.tar"]
 
 
 def test_a_state_that_is_not_finite_takes_no_files_place(tmp_path):
     said: list[str] = []
-    saver = Saver(tmp_path, CPU, said.append)
-    saver.save({**content(1.0), IS_FINITE: torch.tensor(True)}, ("checkpoint-0.pth.tar", LAST))
+    writer = CheckpointWriter(tmp_path, CPU, said.append)
+    writer.save({**content(1.0), IS_FINITE: torch.tensor(True)}, ("checkpoint-0.pth.tar", LAST))
     for _ in range(2):
-        saver.save(
+        writer.save(
             {**content(float("nan")), IS_FINITE: torch.tensor(False)},
             ("model_best.pth.tar", LAST),
             obsolete=("checkpoint-0.pth.tar",),
         )
     with pytest.raises(UserError, match="has diverged"):
-        saver.close()
+        writer.close()
     assert {path.name: value(path) for path in tmp_path.iterdir()} == {"checkpoint-0.pth.tar": 1.0, LAST: 1.0}
     assert len(said) == 1
     assert f"{tmp_path / LAST} is the one before" in said[0]
@@ -172,11 +174,11 @@ def test_nothing_of_the_monitors_files_costs_a_checkpoint(tmp_path, monkeypatch,
 
     (tmp_path / "spectra").write_text("")
     monkeypatch.setattr(Path, "exists", look)
-    saver = Saver(tmp_path, CPU, said.append)
+    writer = CheckpointWriter(tmp_path, CPU, said.append)
     for n in range(2):
-        saver.save(content(n), beside=Beside("spectra", f"weights_0000000{n}.pth", {"w": torch.zeros(1)}))
-        assert saver.settle() == []
-    saver.close()
+        writer.save(content(n), beside=Beside("spectra", f"weights_0000000{n}.pth", {"w": torch.zeros(1)}))
+        assert writer.settle() == []
+    writer.close()
     assert value(tmp_path / LAST) == 1.0
     reason = error.strerror if error else f"{tmp_path / 'spectra'} is a file: move it away"
     assert said == [
@@ -190,9 +192,9 @@ def test_only_older_files_of_the_same_kind_go(tmp_path):
     folder.mkdir()
     for name in ("weights_final.pth", "weights_00000001.pth", "weights_100000000.pth"):
         (folder / name).write_text("")
-    saver = Saver(tmp_path, CPU, print)
-    saver.save(content(1.0), beside=Beside("spectra", "weights_00000002.pth", {"w": torch.zeros(1)}))
-    saver.close()
+    writer = CheckpointWriter(tmp_path, CPU, print)
+    writer.save(content(1.0), beside=Beside("spectra", "weights_00000002.pth", {"w": torch.zeros(1)}))
+    writer.close()
     assert sorted(path.name for path in folder.iterdir()) == ["weights_00000002.pth", "weights_final.pth"]
 
 
@@ -232,7 +234,7 @@ def test_a_full_disk_is_named(tmp_path):
 def test_killed_in_the_middle_of_writing_the_old_file_is_there(tmp_path):
     code = f"""
 import os, pathlib, signal, torch
-from lowrank_vit.run import checkpoint_writer as checkpoint
+from lowrank_vit.run import checkpoints as checkpoint
 path = pathlib.Path({str(tmp_path)!r}) / "last.pth.tar"
 checkpoint.write_checkpoint(path, {{"state_dict": {{"w": torch.ones(3)}}}})
 write = checkpoint._Output.write
@@ -249,3 +251,25 @@ checkpoint.write_checkpoint(path, {{"state_dict": {{"w": torch.zeros(1_000_000)}
     (unfinished,) = tmp_path.glob(".*.part")
     assert unfinished.stat().st_size > 100_000
     assert torch.equal(read_checkpoint(tmp_path / "last.pth.tar").content["state_dict"]["w"], torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("interval", "saved"),
+    [
+        ("", []),
+        ("3", [3, 6, 9]),
+        ("0.5m", [4, 8]),  # at the first line of the log that is so long after the one before
+    ],
+)
+def test_a_checkpoint_is_due_by_updates_or_by_the_clock(monkeypatch, interval, saved):
+    """An update takes 8 s, and there is a line of the log every other update."""
+    now = [0.0]
+    monkeypatch.setattr(checkpoints_module.time, "monotonic", lambda: now[0])
+    state, found = RunState(), []
+    options = Run(checkpoint_interval=interval)
+    checkpoints = Checkpoints(options, state, lambda: found.append(state.position.num_updates) or {}, None)
+    for update in range(1, 10):
+        now[0] += 8
+        state.position.count_update()
+        checkpoints.save_if_due(is_logged=update % 2 == 0)
+    assert found == saved

@@ -1,0 +1,93 @@
+"""The phases of a training run, told to whoever listens: what a bench or a profiler measures the real loop by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, ParamSpec, Protocol, TypeVar, cast
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+Phase = Literal[
+    "epoch",  # the updates of one epoch
+    "data",  # waiting for the next batch
+    "augment",  # preparing a batch, as the loader does it: inside "data" on a CPU, on the loader's stream on CUDA
+    "step",  # one batch, with the five that follow inside
+    "inputs",  # what of normalising, mixing and erasing is not compiled with the model
+    "forward",
+    "backward",
+    "optimizer",  # clipping, the update and setting gradients to None
+    "ema",
+    "refresh",  # copying the weights where spectra are due, and logging those that are finished
+    "log",  # waiting for the device and writing a line of the log
+    "checkpoint",  # where one is due: copying the state, and waiting for the checkpoint before it to be written
+    "evaluation",
+]
+"""A stretch of the loop. Phases are nested as said; what is in none of them is the loop's own."""
+
+
+class PhaseListener(Protocol):
+    """Told of each phase when it begins and when it ends, be it by an error; on the host, which runs ahead of a GPU.
+
+    Both are called where the phase is, with its stream current. They must draw no random number and change no tensor.
+    """
+
+    def begin(self, phase: Phase) -> None:
+        """The phase begins."""
+        ...
+
+    def end(self, phase: Phase) -> None:
+        """The phase ends; phases that began later have ended."""
+        ...
+
+
+class Phases:
+    """Brackets the phases of one run for a listener; without one it costs nothing."""
+
+    def __init__(self, listener: PhaseListener | None = None) -> None:
+        self._listener = listener
+
+    def __call__(self, phase: Phase) -> AbstractContextManager[None]:
+        """Tell the listener that `phase` begins and, at the end of the `with` block, that it ends."""
+        return _SILENT if self._listener is None else _Told(self._listener, phase)
+
+    def each(self, phase: Phase, items: Iterator[T]) -> Iterator[T]:
+        """The same items; waiting for each of them, and for the end, is the phase."""
+        return items if self._listener is None else self._told_of_each(phase, items)
+
+    def _told_of_each(self, phase: Phase, items: Iterator[T]) -> Iterator[T]:
+        end = object()
+        while True:
+            with self(phase):
+                item = next(items, end)
+            if item is end:
+                return
+            yield cast(T, item)
+
+    def around(self, phase: Phase, function: Callable[P, T]) -> Callable[P, T]:
+        """The same function; each call of it is the phase."""
+        if self._listener is None:
+            return function
+
+        def told(*args: P.args, **kwargs: P.kwargs) -> T:
+            with self(phase):
+                return function(*args, **kwargs)
+
+        return told
+
+
+class _Told(AbstractContextManager[None]):
+    def __init__(self, listener: PhaseListener, phase: Phase) -> None:
+        self._listener: PhaseListener = listener
+        self._phase: Phase = phase
+
+    def __enter__(self) -> None:
+        self._listener.begin(self._phase)
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.end(self._phase)
+
+
+_SILENT = nullcontext()
+NOBODY_LISTENS = Phases()
