@@ -53,6 +53,18 @@ class Augment(nn.Module):
     """uint8 images and labels to normalised float images and soft targets; `prepare` is the loader's half.
 
     A step calls `begin`, which is not to be compiled, and hands on what it gives: `augment(images, targets, *drawn)`.
+    `inputs` does both for a loop without such a step.
+
+    Example:
+        >>> beton = Beton("train.beton")
+        >>> plan = TrainPlan.of(beton, img_size=32, batch_size=8, mixup=0.8)
+        >>> augment = Augment(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), num_classes=2)
+        >>> loader, line = open_loader(beton, plan, "cpu", workers=1, prepare=augment.prepare)
+        >>> batch = next(loader.batches(epoch=0))
+        >>> images, targets = augment.inputs(batch.images, batch.targets, batch.plan)
+        >>> images.dtype, tuple(images.shape), tuple(targets.shape)
+        (torch.float32, (8, 3, 32, 32), (8, 2))
+        >>> loader.close()
     """
 
     def __init__(
@@ -60,14 +72,14 @@ class Augment(nn.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         num_classes: int,
-        smoothing: float,
+        smoothing: float = 0.1,
         remode: Mode = "const",
         *,
         erase_first: bool = False,
     ) -> None:
         """`mean`, `std`: of RGB in 0-1, the model's own; `smoothing`: label smoothing in [0, 1).
 
-        `erase_first`: erase before mixing.
+        `remode`: what erased boxes are filled with, const (zeros), rand or pixel. `erase_first`: erase before mixing.
         """
         super().__init__()
         self.num_classes, self.smoothing = num_classes, smoothing
@@ -121,6 +133,11 @@ class Augment(nn.Module):
             out.permute(0, 2, 3, 1).numpy(),
         )
         return out, mix, None, None
+
+    def inputs(self, images: Tensor, targets: Tensor, plan: BatchPlan) -> tuple[Tensor, Tensor]:
+        """Float32 (B, 3, S, S) input of the model and soft targets (B, num_classes) of what `prepare` gave."""
+        images, *drawn = self.begin(images, plan)
+        return self(images, targets, *drawn)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) in 0-255 to float32 with the model's mean and standard deviation."""
