@@ -60,8 +60,10 @@ CASES = {
     " --save-dir output/analyze",
 }
 
-OF_THE_MACHINE = ("img_per_s", "data_wait", "mfu", "memory_gb", "seconds", "queue_depth", "decode_ms", "source")
-"""Parts of the names of what says how fast a run was, and where."""
+OF_THE_MACHINE = """
+img_per_s data_wait mfu memory_gb seconds queue_depth decode_ms source resume_key manifest_sha256
+""".split()
+"""Parts of the names of what says how fast a run was, or follows from the folder that it was in."""
 READ = (".jsonl", ".json", ".csv", ".npz", ".pth", ".tar", ".beton")
 """Files whose contents are compared; of others only the names are."""
 UNREAD = ("environment.json", ".lock", ".launch")
