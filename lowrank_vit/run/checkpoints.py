@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import queue
 import re
-import shutil
-import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import link_whole, whole_file
+from lowrank_vit.common.streams import Mark, current_stream, on_stream, side_stream
+from lowrank_vit.common.threads import Jobs
 from lowrank_vit.config.check import parse_interval
 from lowrank_vit.config.options import Run
 from lowrank_vit.run.directory import LAST
@@ -145,8 +144,8 @@ def _kept_name(epoch: int) -> str:
 class _Job:
     content: dict[str, Any]
     """Emptied when the device's copies are fetched, so that their memory is free while the disk is at work."""
-    ready: torch.cuda.Event | None
-    """The copies on the device are complete once this has passed; None without CUDA."""
+    ready: Mark
+    """The copies on the device are complete once this is reached."""
     names: list[str]
     """Those that are still to be written."""
     obsolete: tuple[str, ...]
@@ -168,18 +167,16 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, device: torch.device, say: Callable[[str], object]) -> None:
         self._folder, self._device, self._say = folder, device, say
-        self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._failure: UserError | None = None
         self._lost: list[str] = []
         self._has_missed = False
-        # A daemon, so that a crash elsewhere never waits for the disk.
-        self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
-        self._thread.start()
+        self._stream = side_stream(device)
+        self._jobs = Jobs[_Job](self._do, self._note, "checkpoints")
 
     @property
     def is_busy(self) -> bool:
         """Whether a checkpoint is still being written."""
-        return self._jobs.unfinished_tasks > 0
+        return self._jobs.is_busy
 
     def save(
         self,
@@ -192,56 +189,41 @@ class CheckpointWriter:
 
         Waits only where an older one is still being written, lest copies pile up.
         """
-        self._jobs.join()
+        self._jobs.wait()
         copy = _copied(content)
-        ready = None
-        if self._device.type == "cuda":
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(self._device))
+        ready = Mark.of(current_stream(self._device))
         self._jobs.put(_Job(copy, ready, list(names), obsolete, beside))
 
     def settle(self) -> list[str]:
         """Wait until nothing is being written; the names that could not be written since the last call."""
-        self._jobs.join()
+        self._jobs.wait()
         lost, self._lost = self._lost, []
         return lost
 
     def close(self) -> None:
         """Wait until all is written. Raises `UserError` if the newest checkpoint could not be. Idempotent."""
-        if self._thread.is_alive():
-            self._jobs.put(None)
-            self._thread.join()
+        self._jobs.close()
         if self._failure:
             raise self._failure
 
-    def _work(self) -> None:
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        while (job := self._jobs.get()) is not None:
-            try:
-                self._write(job, stream)
-                self._failure = None
-            except UserError as error:
-                self._note(error, job)
-            except Exception as error:  # whatever it is, it must reach the user
-                self._note(UserError(f"A checkpoint could not be written: {type(error).__name__}: {error}"), job)
-            finally:
-                job = None  # else its memory is held until the next one comes
-                self._jobs.task_done()
-        self._jobs.task_done()
+    def _do(self, job: _Job) -> None:
+        self._write(job)
+        self._failure = None
 
-    def _note(self, error: UserError, job: _Job) -> None:
+    def _note(self, job: _Job, error: Exception) -> None:
+        if not isinstance(error, UserError):  # whatever it is, it must reach the user
+            error = UserError(f"A checkpoint could not be written: {type(error).__name__}: {error}")
         if type(error) is not type(self._failure):
             goes_on = "" if isinstance(error, Diverged) else " Training goes on."
             self._say(f"warning: {error}{goes_on}")
         self._failure = error
         self._lost += job.names
 
-    def _write(self, job: _Job, stream: torch.cuda.Stream | None) -> None:
+    def _write(self, job: _Job) -> None:
         content, job.content = job.content, {}
-        if stream is not None and job.ready is not None:
-            with torch.cuda.stream(stream):
-                stream.wait_event(job.ready)
-                content = _mapped(content, lambda tensor: tensor.cpu())
+        with on_stream(self._stream):
+            job.ready.hand_over(self._stream)
+            content = self._on_host(content)
         if not content.get(IS_FINITE, True):
             last = self._folder / LAST
             raise Diverged(
@@ -251,11 +233,11 @@ class CheckpointWriter:
             )
         first = self._folder / job.names[0]
         if job.beside:
-            self._write_beside(job.beside, stream)
+            self._write_beside(job.beside)
         write_checkpoint(first, content)
         job.names.pop(0)
         while job.names:
-            _link(first, self._folder / job.names[0])
+            self._link(first, self._folder / job.names[0])
             job.names.pop(0)
         for name in job.obsolete:
             with contextlib.suppress(OSError):
@@ -268,16 +250,25 @@ class CheckpointWriter:
                     with contextlib.suppress(OSError):
                         older.unlink()
 
-    def _write_beside(self, beside: Beside, stream: torch.cuda.Stream | None) -> None:
+    @staticmethod
+    def _link(there: Path, path: Path) -> None:
+        try:
+            link_whole(there, path)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"Checkpoint {path} cannot be written: {reason}. The older one is kept.") from error
+
+    def _on_host(self, content: Any) -> Any:
+        return _mapped(content, lambda tensor: tensor.cpu()) if self._stream else content
+
+    def _write_beside(self, beside: Beside) -> None:
         """What cannot be written is missed only after an interruption: not a reason to do without the checkpoint."""
         path = self._folder / beside.folder / beside.name
         try:
             if path.exists():
                 return
-            content = beside.content
-            if stream is not None:
-                with torch.cuda.stream(stream):  # which has waited for all that was enqueued before the checkpoint
-                    content = _mapped(content, lambda tensor: tensor.cpu())
+            with on_stream(self._stream):  # which has waited for all that was enqueued before the checkpoint
+                content = self._on_host(beside.content)
             write_checkpoint(path, content)
         except Exception as error:  # whatever it is: the checkpoint matters more
             if not self._has_missed:
@@ -290,23 +281,6 @@ class CheckpointWriter:
                     f"{path.parent} ({reason}); checkpoints are not affected"
                 )
             self._has_missed = True
-
-
-def _link(there: Path, path: Path) -> None:
-    """A second name for a file, atomically; a copy where the file system has no links. Raises `UserError`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        try:
-            os.link(there, temporary)
-        except OSError:
-            shutil.copyfile(there, temporary)
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"Checkpoint {path} cannot be written: {reason}. The older one is kept.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _copied(value: Any) -> Any:
@@ -326,45 +300,11 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write atomically: `path` is either the old file or the complete new one. Raises `UserError` on a full disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with temporary.open("wb") as file, _saying_why(output := _Output(file)):
-            torch.save(content, cast(IO[bytes], output))  # all that torch asks for is `write` and `flush`
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with whole_file(path, through_link=False) as file:
+            torch.save(content, file)
     except OSError as error:
         kept = f"The older {path.name} is kept." if path.exists() else "Nothing is left under that name."
         raise UserError(
             f"Checkpoint {path} cannot be written: {error.strerror or error}. {kept} Free disk space, then resume."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-class _Output:
-    """A file that remembers why it could not be written."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-@contextlib.contextmanager
-def _saying_why(output: _Output) -> Generator[None, None, None]:
-    """Raise the file's own error where torch makes a `RuntimeError` of it, which tells a position and no reason."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise output.error or error from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -13,13 +12,16 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from lowrank_vit import __version__
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import remove_leftovers, write_whole
+from lowrank_vit.common.locks import LOCK, SOFT_LOCK, FolderLock, holder, lock_folder
+from lowrank_vit.common.resources import available_cores
 from lowrank_vit.spectral.store import SpectraStore
 
 PACKAGES = (
@@ -35,7 +37,7 @@ _LATEST = "latest"
 _EPOCHS_UNSAVED = 2
 """Whose scores may be there while the first checkpoint is being written: the next one waits for that."""
 _BEFORE_A_CHECKPOINT = {
-    *(".lock", ".launch", "args.yaml", "environment.json", "metrics.jsonl", "summary.csv", "spectra", "wandb"),
+    *(LOCK, SOFT_LOCK, ".launch", "args.yaml", "environment.json", "metrics.jsonl", "summary.csv", "spectra", "wandb"),
     *("report", "report.html"),
 }
 """What a run may have left when it has not yet saved anything."""
@@ -44,7 +46,7 @@ _BEFORE_A_CHECKPOINT = {
 class RunDir:
     """A directory under `--output`, locked while its process lives."""
 
-    def __init__(self, path: Path, lock: IO[str] | None) -> None:
+    def __init__(self, path: Path, lock: FolderLock | None) -> None:
         """`lock` None: the directory of another process, which this one only knows."""
         self.path = path
         self._lock = lock
@@ -88,8 +90,8 @@ class RunDir:
             _refuse_name_of_link(path)
         if experiment and path.exists():
             _holds_an_attempt(path)
-            if (path / ".lock").exists():
-                _lock(path).close()
+            if (path / LOCK).exists():
+                _lock(path).release()
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         if not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"The output directory {path} cannot be made: {existing} is not writable. Choose --output.")
@@ -110,9 +112,7 @@ class RunDir:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file atomically."""
-        temporary = self.path / f".{name}.part"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path / name)
+        write_whole(self.path / name, text, through_link=False)
 
     def forget(self) -> None:
         """Remove the records of an attempt that was ended before its first checkpoint, and what was made of them.
@@ -130,13 +130,13 @@ class RunDir:
         self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:
-        for unfinished in self.path.glob(".*.part"):  # of a process that was killed while it wrote
-            unfinished.unlink(missing_ok=True)
+        for folder in (self.path, self.path / "spectra"):
+            remove_leftovers(folder)
 
     def close(self) -> None:
         """Let others use the directory."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
 
 
 def _holds_an_attempt(path: Path) -> bool:
@@ -162,7 +162,7 @@ def _holds_an_attempt(path: Path) -> bool:
             f"The output directory {path} is in use: it holds no checkpoint any more, but {records} has the scores of "
             "a run. Choose another --experiment, or remove that directory."
         )
-    return bool(names - {".lock"})
+    return bool(names - {LOCK, SOFT_LOCK})
 
 
 def _records_of_scores(path: Path) -> str:
@@ -199,20 +199,17 @@ def _unused(path: Path) -> Path:
     return candidate
 
 
-def _lock(path: Path) -> IO[str]:
+def _lock(path: Path) -> FolderLock:
     try:
-        file = (path / ".lock").open("w")
+        lock = lock_folder(path)
     except OSError as error:
         raise UserError(f"The run directory {path} cannot be written: {error.strerror}. Choose another.") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
+    if lock is None:
         raise UserError(
-            f"The run directory {path} is in use by another process. Wait for it, stop it, or choose another "
-            "--experiment."
-        ) from None
-    return file
+            f"The run directory {path} is in use by another process ({holder(path)}). Wait for it, stop it, or choose "
+            "another --experiment."
+        )
+    return lock
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -223,7 +220,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu_cores": len(os.sched_getaffinity(0)),
+        "cpu_cores": available_cores(),
         "cpu": _cpu_name(),
         "device": str(device),
     }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import whole_file, write_whole
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.wandb_log import WandbLog
 
@@ -140,13 +141,12 @@ class RunLog:
         self.log("eval", row["update"], {name: value for name, value in row.items() if name != "update"})
         self._rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
         columns = list(dict.fromkeys(key for r in self._rows for key in r))
-        temporary = self._summary.with_name(".summary.csv.part")
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, restval="")
+        writer.writeheader()
+        writer.writerows(self._rows)
         try:
-            with temporary.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, columns, restval="")
-                writer.writeheader()
-                writer.writerows(self._rows)
-            temporary.replace(self._summary)
+            write_whole(self._summary, text.getvalue(), through_link=False)
         except OSError as error:
             self._tell(error, "summary.csv")
 
@@ -203,13 +203,9 @@ def _drop_after(path: Path, update: int, epoch: int) -> None:
 
     A last line that was cut short when the run was killed goes too, as does any that is no record.
     """
-    temporary = path.with_name(f".{path.name}.part")
-    with path.open("rb") as old, temporary.open("wb") as new:
+    with path.open("rb") as old, whole_file(path, through_link=False) as new:
         for line in old:
             record = _record(line)
             if not record or record["update"] > update or (record["kind"] == "eval" and record["epoch"] >= epoch):
                 continue
             new.write(line if line.endswith(b"\n") else line + b"\n")
-        new.flush()
-        os.fsync(new.fileno())
-    temporary.replace(path)

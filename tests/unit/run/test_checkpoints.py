@@ -129,14 +129,14 @@ def test_a_full_disk_is_said_once_until_there_is_room_again(tmp_path, monkeypatc
 
 
 def test_only_names_that_were_not_written_are_lost(tmp_path, monkeypatch):
-    link = checkpoints_module._link
+    link = checkpoints_module.link_whole
 
     def maybe(there, path):
         if path.name == "checkpoint-0.pth.tar":
             raise UserError("disk full.")
         link(there, path)
 
-    monkeypatch.setattr(checkpoints_module, "_link", maybe)
+    monkeypatch.setattr(checkpoints_module, "link_whole", maybe)
     writer = CheckpointWriter(tmp_path, CPU, lambda line: None)
     writer.save(content(1.0), ("model_best.pth.tar", "checkpoint-0.pth.tar", LAST))
     assert writer.settle() == ["checkpoint-0.pth.tar", LAST]  # not `last`, which tells of both
@@ -234,17 +234,18 @@ def test_a_full_disk_is_named(tmp_path):
 def test_killed_in_the_middle_of_writing_the_old_file_is_there(tmp_path):
     code = f"""
 import os, pathlib, signal, torch
+from lowrank_vit.common import files
 from lowrank_vit.run import checkpoints as checkpoint
 path = pathlib.Path({str(tmp_path)!r}) / "last.pth.tar"
 checkpoint.write_checkpoint(path, {{"state_dict": {{"w": torch.ones(3)}}}})
-write = checkpoint._Output.write
+write = files._Output.write
 def and_die(self, data):
     written = write(self, data)
-    if self._file.tell() > 100_000:
-        self._file.flush()
+    if self.tell() > 100_000:
+        self.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     return written
-checkpoint._Output.write = and_die
+files._Output.write = and_die
 checkpoint.write_checkpoint(path, {{"state_dict": {{"w": torch.zeros(1_000_000)}}}})
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL

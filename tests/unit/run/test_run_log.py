@@ -212,3 +212,20 @@ def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path):
     ]
     log.__exit__()
     assert len(said) == 1
+
+
+def test_a_run_that_is_gone_on_with_is_rid_of_what_a_kill_has_left(tmp_path):
+    (tmp_path / "spectra").mkdir()
+    left = [
+        ".last.pth.tar.0123abcd.part",
+        ".last.pth.tar.77.part",
+        ".summary.csv.part",
+        "spectra/.index.json.0123abcd.part",
+    ]
+    left += [f"spectra/{name}.partial" for name in ("update_00000100.npz", "vectors_00000100.npz", "index.json")]
+    kept = ["last.pth.tar", "spectra/update_00000100.npz", "notes.partial"]
+    for name in (*left, *kept):
+        (tmp_path / name).write_text("")
+    RunDir.reopen(tmp_path).close()
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {*kept, ".lock"}
