@@ -31,8 +31,8 @@ from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.data.decode.pil import decode
+from lowrank_vit.plan.operations import parse_policy
 from lowrank_vit.plan.plans import BatchPlan, TrainPlan, TrainRules
-from lowrank_vit.plan.policy import parse_policy
 
 OPERATIONS, MAGNITUDE = 2, 9
 SETTING = (

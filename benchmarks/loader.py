@@ -25,8 +25,8 @@ from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.mixing import MixRules
+from lowrank_vit.plan.operations import parse_policy
 from lowrank_vit.plan.plans import TrainPlan, TrainRules
-from lowrank_vit.plan.policy import parse_policy
 
 SMALL_SIDE = 32
 SIZES = {"cuda": (4096, 256), "cpu": (2000, 64)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,8 +13,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 from tyro.conf import arg
 
+from data_prep.formats.image_formats import formats, image_suffixes, is_of_the_system
+from data_prep.formats.jpeg import upright_rgb
 from lowrank_vit.common.devices import DTYPES, pick_device
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.filters import FILTERS
@@ -23,7 +27,6 @@ from lowrank_vit.config.check import check_ranges
 from lowrank_vit.config.option_types import POSITIVE
 from lowrank_vit.config.timm_line import fit_flags, with_images_first
 from lowrank_vit.data.decode.pil import crop_and_resize
-from lowrank_vit.data.sets.image_files import images_below, read_image
 from lowrank_vit.plan.plans import EvalPlan
 from lowrank_vit.score.progress import ScoringProgress
 from lowrank_vit.score.results import (
@@ -146,9 +149,9 @@ def _crop(file: Path, scorer: Scorer) -> np.ndarray | str:
     pixels = read_image(file)
     if isinstance(pixels, str):
         return pixels
-    size, kernel = scorer.spec.img_size, FILTERS[scorer.interpolation]
+    size, interpolation = scorer.spec.img_size, FILTERS[scorer.interpolation]
     sides = np.array(pixels.shape[:1]), np.array(pixels.shape[1:2])
-    plan = EvalPlan(*sides, img_size=size, crop_pct=scorer.spec.crop_pct, batch_size=1, kernel=kernel)
+    plan = EvalPlan(*sides, img_size=size, crop_pct=scorer.spec.crop_pct, batch_size=1, interpolation=interpolation)
     return crop_and_resize(pixels, plan.batch(0, 0, np.zeros(1, np.int64)), 0, size)
 
 
@@ -217,6 +220,29 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{path} cannot be written: {error.strerror}.") from error
     if not predictions.found:
         raise UserError(f"None of the {len(predictions.skipped)} files could be read as an image.")
+
+
+def images_below(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """The images in a folder and its sub-folders, sorted, and how many other files there are by suffix.
+
+    What is hidden or a file server's own is neither.
+    """
+    below = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    files = [path for path in below if not any(map(is_of_the_system, path.relative_to(folder).parts))]
+    images = [path for path in files if path.suffix.lower() in image_suffixes()]
+    return images, Counter(path.suffix.lower() for path in files if path.suffix.lower() not in image_suffixes())
+
+
+def read_image(file: Path) -> np.ndarray | str:
+    """uint8 (H, W, 3) as the converter makes it: upright, 8 bits, on white; the reason where that cannot be had.
+
+    Of an animation the first picture. A suffix proves nothing, so only `formats` are tried, whatever it is.
+    """
+    try:
+        with Image.open(file, formats=formats()) as image:
+            return np.asarray(upright_rgb(image))
+    except Exception as error:  # Pillow's decoders raise nearly every built-in exception on damaged files
+        return "cannot identify image file" if "cannot identify" in str(error) else str(error) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def _validate(options: Options, say: Callable[[str], object]) -> tuple[Scores, S
         img_size=spec.img_size,
         crop_pct=spec.crop_pct,
         batch_size=batch_size,
-        kernel=FILTERS[scorer.interpolation],
+        interpolation=FILTERS[scorer.interpolation],
     )
     decoding = LoaderOptions(options.loader, options.workers, on_bad_sample=options.on_bad_sample)
     loader, line = open_loader(beton, plan, device, decoding)

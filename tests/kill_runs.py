@@ -48,7 +48,7 @@ from lowrank_vit.common.errors import exit_cleanly
 from lowrank_vit.spectral.monitor import SpectralMonitor
 from tests.golden.compare import differences
 
-IMPORTED = ("sklearn.datasets", *(f"lowrank_vit.data.{name}_backend" for name in ("dali", "ffcv", "resident")))
+IMPORTED = ("sklearn.datasets", *(f"lowrank_vit.data.decode.{name}" for name in ("dali", "ffcv", "resident")))
 """Where they are used otherwise; a forked child finds them there."""
 ROOT = Path(__file__).parents[1]
 LONG_S = 300.0

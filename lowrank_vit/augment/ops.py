@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.augment.ops_cpu import blur_weights
-from lowrank_vit.plan.operations import BICUBIC, GEOMETRIC, NEAREST, ImageOps, Kind
+from lowrank_vit.common.filters import BICUBIC, NEAREST
+from lowrank_vit.plan.operations import GEOMETRIC, ImageOps, Kind
 
 _TABLES = (
     *(Kind.AUTOCONTRAST, Kind.EQUALIZE, Kind.INVERT, Kind.POSTERIZE, Kind.SOLARIZE, Kind.SOLARIZE_ADD),
@@ -27,7 +28,7 @@ _ROUNDING = 1 / 16384
 def apply_ops(images_BHWC: Tensor, ops: ImageOps, fill: Tensor) -> None:
     """Apply the plan's operations in place to uint8 (B, H, W, 3); `fill`: uint8 (3,), colour from outside the image."""
     for layer in range(ops.kinds.shape[1]):
-        kinds, args, kernels = ops.kinds[:, layer], ops.args[:, layer], ops.kernels[:, layer]
+        kinds, args, interpolations = ops.kinds[:, layer], ops.args[:, layer], ops.interpolations[:, layer]
         for family in (_TABLES, (Kind.COLOR,), (Kind.SHARPNESS,), (Kind.BLUR,), GEOMETRIC):
             rows = np.flatnonzero(np.isin(kinds, family))
             if len(rows) == 0:
@@ -38,9 +39,9 @@ def apply_ops(images_BHWC: Tensor, ops: ImageOps, fill: Tensor) -> None:
                 changed = _look_up(images, kinds[rows], args[rows])
             elif family is GEOMETRIC:
                 # Where every sample is bilinear the outer taps have no weight.
-                wide = bool((kernels[rows] == BICUBIC).any())
-                maps = _Affine(images, kinds[rows], args[rows], kernels[rows])
-                changed = _resample(images, maps.matrices, maps.fixed, maps.is_kernel, fill, wide)
+                wide = bool((interpolations[rows] == BICUBIC).any())
+                maps = _Affine(images, kinds[rows], args[rows], interpolations[rows])
+                changed = _resample(images, maps.matrices, maps.fixed, maps.is_filter, fill, wide)
             elif Kind.COLOR in family:
                 changed = _blend(_grey(images)[..., None].float(), images.float(), _column(args[rows], images))
             elif Kind.SHARPNESS in family:
@@ -178,20 +179,20 @@ def blur(images: Tensor, sigmas: np.ndarray) -> Tensor:
 class _Affine:
     """Where each output pixel of a group comes from."""
 
-    def __init__(self, images: Tensor, kinds: np.ndarray, args: np.ndarray, kernels: np.ndarray) -> None:
+    def __init__(self, images: Tensor, kinds: np.ndarray, args: np.ndarray, interpolations: np.ndarray) -> None:
         height, width = images.shape[1:3]
         matrices = affine(kinds, args, height, width)
         self.matrices = to_device(matrices, images)
         """float64 (6, G), see `affine`."""
-        is_nearest = kernels == NEAREST
+        is_nearest = interpolations == NEAREST
         self.fixed = to_device(fixed_point(matrices, kinds), images) if is_nearest.any() else None
         """int64 (6, G), see `fixed_point`; None where no sample is nearest."""
-        self.is_kernel = to_device(np.stack([kernels == BICUBIC, is_nearest]), images)
+        self.is_filter = to_device(np.stack([interpolations == BICUBIC, is_nearest]), images)
         """bool (2, G): bicubic, nearest."""
 
 
 def _resample(
-    images: Tensor, matrices: Tensor, fixed: Tensor | None, is_kernel: Tensor, fill: Tensor, wide: bool
+    images: Tensor, matrices: Tensor, fixed: Tensor | None, is_filter: Tensor, fill: Tensor, wide: bool
 ) -> Tensor:
     """Affine resampling as in PIL's `Geometry.c`; bicubic has a = -1, edges repeat, outside is `fill`.
 
@@ -206,7 +207,7 @@ def _resample(
     x1, y1 = (xin - 0.5).floor(), (yin - 0.5).floor()
     dx, dy = (xin - 0.5 - x1).float(), (yin - 0.5 - y1).float()
     x1, y1 = x1.long(), y1.long()
-    cubic, nearest = is_kernel.view(2, G, 1, 1).unbind(0)
+    cubic, nearest = is_filter.view(2, G, 1, 1).unbind(0)
     if fixed is not None:
         x_nearest, y_nearest = _nearest(fixed, images)
         is_there = (x_nearest >= 0) & (x_nearest < W) & (y_nearest >= 0) & (y_nearest < H)

@@ -30,9 +30,9 @@ _TRANSLATE_X, _TRANSLATE_Y = int(Kind.TRANSLATE_X), int(Kind.TRANSLATE_Y)
 
 @njit(parallel=True, nogil=True, cache=True)
 def apply_ops(
-    images_NHWC: np.ndarray, kinds: np.ndarray, args: np.ndarray, kernels: np.ndarray, fill: np.ndarray
+    images_NHWC: np.ndarray, kinds: np.ndarray, args: np.ndarray, interpolations: np.ndarray, fill: np.ndarray
 ) -> None:
-    """Apply int8 `kinds` (N, L) with float64 `args` and int8 `kernels`, in order, to uint8 (N, H, W, 3) in place.
+    """Apply int8 `kinds` (N, L) with float64 `args` and `interpolations`, in order, to uint8 (N, H, W, 3) in place.
 
     `fill` is uint8 (3,), the colour of what comes from outside the image.
     """
@@ -41,7 +41,7 @@ def apply_ops(
         image = images_NHWC[n]
         other = np.empty_like(image) if kinds[n].any() else image
         for layer in range(L):
-            kind, arg, kernel = kinds[n, layer], args[n, layer], kernels[n, layer]
+            kind, arg, interpolation = kinds[n, layer], args[n, layer], interpolations[n, layer]
             if kind == 0:
                 continue
             if kind < _COLOR:
@@ -54,11 +54,11 @@ def apply_ops(
                 elif kind == _BLUR:
                     _blur(image, other, arg)
                 elif kind == _ROTATE:
-                    rotate(image, other, arg, kernel, fill)
+                    rotate(image, other, arg, interpolation, fill)
                 elif kind in (_SHEAR_X, _TRANSLATE_X):
-                    along_rows(image, other, arg, kind == _SHEAR_X, kernel, fill)
+                    along_rows(image, other, arg, kind == _SHEAR_X, interpolation, fill)
                 else:
-                    along_columns(image, other, arg, kind == _SHEAR_Y, kernel, fill)
+                    along_columns(image, other, arg, kind == _SHEAR_Y, interpolation, fill)
                 image[:] = other
 
 

@@ -19,12 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lowrank_vit.augment.ops import affine, blur, fixed_point, to_device
-from lowrank_vit.plan.operations import BICUBIC, GEOMETRIC, NEAREST, ImageOps, Kind
+from lowrank_vit.common.filters import BICUBIC, NEAREST
+from lowrank_vit.plan.operations import GEOMETRIC, ImageOps, Kind
 
 _PIXELS = 256
 """Of one program."""
 _COLUMNS = tl.constexpr(9)
-"""Numbers of an image and layer: kind, argument, kernel and the six of its affine map, float64."""
+"""Numbers of an image and layer: kind, argument, interpolation and the six of its affine map, float64."""
 _AUTOCONTRAST, _EQUALIZE = tl.constexpr(int(Kind.AUTOCONTRAST)), tl.constexpr(int(Kind.EQUALIZE))
 _INVERT, _POSTERIZE = tl.constexpr(int(Kind.INVERT)), tl.constexpr(int(Kind.POSTERIZE))
 _SOLARIZE, _SOLARIZE_ADD = tl.constexpr(int(Kind.SOLARIZE)), tl.constexpr(int(Kind.SOLARIZE_ADD))
@@ -65,15 +66,19 @@ def _numbers(ops: ImageOps, height: int, width: int) -> np.ndarray:
     B, L = ops.kinds.shape
     numbers = np.zeros((L, B, _COLUMNS.value))
     for layer in range(L):
-        kinds, args, kernels = ops.kinds[:, layer], ops.args[:, layer].astype(np.float64), ops.kernels[:, layer]
+        kinds, args, interpolations = (
+            ops.kinds[:, layer],
+            ops.args[:, layer].astype(np.float64),
+            ops.interpolations[:, layer],
+        )
         columns = numbers[layer]
-        columns[:, 0], columns[:, 2] = kinds, kernels
+        columns[:, 0], columns[:, 2] = kinds, interpolations
         # How many levels fall together, 256 at 0 bits.
         columns[:, 1] = np.where(kinds == Kind.POSTERIZE, np.exp2(8 - np.clip(np.floor(args), 0, 8)), args)
         rows = np.flatnonzero(np.isin(kinds, GEOMETRIC))
         if len(rows):
             matrices = affine(kinds[rows], args[rows], height, width)
-            nearest = kernels[rows] == NEAREST
+            nearest = interpolations[rows] == NEAREST
             matrices[:, nearest] = fixed_point(matrices[:, nearest], kinds[rows][nearest])
             columns[rows, 3:] = matrices.T
     return numbers
@@ -192,10 +197,10 @@ def _apply(source, target, numbers, tables, fill, H: tl.constexpr, W: tl.constex
             sharp = _blend(smooth, original.to(tl.float32), factor).to(tl.int32)
             tl.store(out + at * 3 + c, tl.where(is_inner, sharp, original).to(tl.uint8), inside)
     else:
-        kernel = tl.load(numbers + 2).to(tl.int32)
-        if kernel == _NEAREST:
+        interpolation = tl.load(numbers + 2).to(tl.int32)
+        if interpolation == _NEAREST:
             _nearest(image, out, numbers, fill, at, inside, H, W)
-        elif kernel == _BICUBIC:
+        elif interpolation == _BICUBIC:
             _smooth(image, out, numbers, fill, at, inside, H, W, True)
         else:
             _smooth(image, out, numbers, fill, at, inside, H, W, False)

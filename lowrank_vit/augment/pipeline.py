@@ -45,7 +45,7 @@ def apply_operations(images: Tensor, plan: BatchPlan, fill: Tensor) -> Tensor:
 
         return ops_triton.apply_ops(images_BHWC, plan.ops, fill).permute(0, 3, 1, 2)
     _use_torchs_threads()
-    ops_cpu.apply_ops(images_BHWC.numpy(), plan.ops.kinds, plan.ops.args, plan.ops.kernels, fill.numpy())
+    ops_cpu.apply_ops(images_BHWC.numpy(), plan.ops.kinds, plan.ops.args, plan.ops.interpolations, fill.numpy())
     return images
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import timm
 
+from lowrank_vit.common.filters import FILTERS
 from lowrank_vit.config.options import Augment, Config
 from lowrank_vit.plan.mixing import MixRules
-from lowrank_vit.plan.operations import BICUBIC, BILINEAR, NEAREST
+from lowrank_vit.plan.operations import parse_policy
 from lowrank_vit.plan.plans import TrainRules
-from lowrank_vit.plan.policy import parse_policy
 
-_KERNELS = {"random": None, "nearest": NEAREST, "bilinear": BILINEAR, "bicubic": BICUBIC}
+_INTERPOLATIONS = {"random": None, **FILTERS}
 
 
 def train_rules(config: Config) -> TrainRules:
@@ -24,7 +24,9 @@ def train_rules(config: Config) -> TrainRules:
         vflip=data.vflip,
         policy=parse_policy(augment.aa),
         color_jitter=_color_jitter(augment),
-        kernel=_KERNELS[_own(config.model.model) if data.train_interpolation == "model" else data.train_interpolation],
+        interpolation=_INTERPOLATIONS[
+            _own(config.model.model) if data.train_interpolation == "model" else data.train_interpolation
+        ],
         reprob=augment.reprob,
         recount=augment.recount,
         mixing=MixRules(

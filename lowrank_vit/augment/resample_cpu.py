@@ -10,21 +10,23 @@ import math
 import numpy as np
 from numba import njit
 
-from lowrank_vit.plan.operations import BICUBIC, NEAREST
+from lowrank_vit.common.filters import BICUBIC, NEAREST
 
 
 @njit(cache=True)
-def along_rows(image: np.ndarray, out: np.ndarray, arg: float, is_shear: bool, kernel: int, fill: np.ndarray) -> None:
+def along_rows(
+    image: np.ndarray, out: np.ndarray, arg: float, is_shear: bool, interpolation: int, fill: np.ndarray
+) -> None:
     """Shear or translate along x: within a row every pixel moves by the same distance."""
     H, W, _ = image.shape
     rows, out_rows = image.reshape(H, W * 3), out.reshape(H, W * 3)
     for y in range(H):
         shift = arg * (y + 0.5) if is_shear else arg
         whole = int(math.floor(shift))
-        w0, w1, w2, w3 = _weights(np.float32(shift - whole), kernel)
+        w0, w1, w2, w3 = _weights(np.float32(shift - whole), interpolation)
         # Columns with a source inside the image: 0 <= x + 0.5 + shift < W.
         first, last = max(0, math.ceil(-0.5 - shift)), min(W, math.ceil(W - 0.5 - shift))
-        if kernel == NEAREST:
+        if interpolation == NEAREST:
             whole = _nearest(arg, y, is_shear)
             first, last = max(0, -whole), min(W, W - whole)
         last = max(first, last)
@@ -34,7 +36,7 @@ def along_rows(image: np.ndarray, out: np.ndarray, arg: float, is_shear: bool, k
             _put(out, y, x, fill)
         for x in range(last, W):
             _put(out, y, x, fill)
-        if kernel == NEAREST:
+        if interpolation == NEAREST:
             for i in range(3 * first, 3 * last):
                 out_rows[y, i] = rows[y, i + 3 * whole]
             continue
@@ -47,7 +49,7 @@ def along_rows(image: np.ndarray, out: np.ndarray, arg: float, is_shear: bool, k
             x2, x3 = min(x + whole + 1, W - 1), min(x + whole + 2, W - 1)
             for c in range(3):
                 out[y, x, c] = _sum4(image[y, x0, c], image[y, x1, c], image[y, x2, c], image[y, x3, c], w0, w1, w2, w3)
-        if low < high and kernel == BICUBIC:
+        if low < high and interpolation == BICUBIC:
             source = rows[y, 3 * (low + whole - 1) : 3 * (high + whole + 2)]
             for i in range(3 * (high - low)):
                 out_rows[y, 3 * low + i] = _sum4(source[i], source[i + 3], source[i + 6], source[i + 9], w0, w1, w2, w3)
@@ -59,7 +61,7 @@ def along_rows(image: np.ndarray, out: np.ndarray, arg: float, is_shear: bool, k
 
 @njit(cache=True)
 def along_columns(
-    image: np.ndarray, out: np.ndarray, arg: float, is_shear: bool, kernel: int, fill: np.ndarray
+    image: np.ndarray, out: np.ndarray, arg: float, is_shear: bool, interpolation: int, fill: np.ndarray
 ) -> None:
     """Shear or translate along y: within a column every pixel moves by the same distance."""
     H, W, _ = image.shape
@@ -69,14 +71,14 @@ def along_columns(
     for x in range(W):
         shift = arg * (x + 0.5) if is_shear else arg
         whole = int(math.floor(shift))
-        weights[0, x], weights[1, x], weights[2, x], weights[3, x] = _weights(np.float32(shift - whole), kernel)
+        weights[0, x], weights[1, x], weights[2, x], weights[3, x] = _weights(np.float32(shift - whole), interpolation)
         firsts[x], lasts[x] = max(0, math.ceil(-0.5 - shift)), min(H, math.ceil(H - 0.5 - shift))
-        if kernel == NEAREST:
+        if interpolation == NEAREST:
             whole = _nearest(arg, x, is_shear)
             firsts[x], lasts[x] = max(0, -whole), min(H, H - whole)
         wholes[x] = whole
     for y in range(H):
-        if is_shear or kernel == NEAREST:
+        if is_shear or interpolation == NEAREST:
             for x in range(W):
                 if not firsts[x] <= y < lasts[x]:
                     _put(out, y, x, fill)
@@ -85,11 +87,11 @@ def along_columns(
                 y2, y3 = min(y + wholes[x] + 1, H - 1), min(y + wholes[x] + 2, H - 1)
                 w0, w1, w2, w3 = weights[0, x], weights[1, x], weights[2, x], weights[3, x]
                 for c in range(3):
-                    if kernel == BICUBIC:
+                    if interpolation == BICUBIC:
                         value = _sum4(
                             image[y0, x, c], image[y1, x, c], image[y2, x, c], image[y3, x, c], w0, w1, w2, w3
                         )
-                    elif kernel == NEAREST:
+                    elif interpolation == NEAREST:
                         value = image[y1, x, c]
                     else:
                         value = _sum2(image[y1, x, c], image[y2, x, c], w1, w2)
@@ -103,7 +105,7 @@ def along_columns(
         row0, row1 = rows[max(y1 - 1, 0)], rows[max(y1, 0)]
         row2, row3 = rows[min(y1 + 1, H - 1)], rows[min(y1 + 2, H - 1)]
         w0, w1, w2, w3 = weights[0, 0], weights[1, 0], weights[2, 0], weights[3, 0]
-        if kernel == BICUBIC:
+        if interpolation == BICUBIC:
             for i in range(W * 3):
                 out_rows[y, i] = _sum4(row0[i], row1[i], row2[i], row3[i], w0, w1, w2, w3)
         else:
@@ -112,7 +114,7 @@ def along_columns(
 
 
 @njit(cache=True)
-def rotate(image: np.ndarray, out: np.ndarray, degrees: float, kernel: int, fill: np.ndarray) -> None:
+def rotate(image: np.ndarray, out: np.ndarray, degrees: float, interpolation: int, fill: np.ndarray) -> None:
     """`Image.rotate` about the middle."""
     H, W, _ = image.shape
     cosine, sine = math.cos(math.radians(-degrees)), math.sin(math.radians(-degrees))
@@ -120,7 +122,7 @@ def rotate(image: np.ndarray, out: np.ndarray, degrees: float, kernel: int, fill
     x_fixed, y_fixed = _fixed(cosine * u + sine * v + W / 2), _fixed(cosine * v - sine * u + H / 2)
     for y in range(H):
         for x in range(W):
-            if kernel == NEAREST:
+            if interpolation == NEAREST:
                 x1 = (x_fixed + x * _fixed(cosine) + y * _fixed(sine)) >> 16
                 y1 = (y_fixed - x * _fixed(sine) + y * _fixed(cosine)) >> 16
                 for c in range(3):
@@ -133,13 +135,13 @@ def rotate(image: np.ndarray, out: np.ndarray, degrees: float, kernel: int, fill
                     out[y, x, c] = fill[c]
                 continue
             x1, y1 = int(math.floor(xin - 0.5)), int(math.floor(yin - 0.5))
-            a0, a1, a2, a3 = _weights(np.float32(xin - 0.5 - x1), kernel)
-            b0, b1, b2, b3 = _weights(np.float32(yin - 0.5 - y1), kernel)
+            a0, a1, a2, a3 = _weights(np.float32(xin - 0.5 - x1), interpolation)
+            b0, b1, b2, b3 = _weights(np.float32(yin - 0.5 - y1), interpolation)
             x0, x2, x3 = max(x1 - 1, 0), min(x1 + 1, W - 1), min(x1 + 2, W - 1)
             y0, y2, y3 = max(y1 - 1, 0), min(y1 + 1, H - 1), min(y1 + 2, H - 1)
             x1, y1 = max(x1, 0), max(y1, 0)
             for c in range(3):
-                if kernel == BICUBIC:
+                if interpolation == BICUBIC:
                     value = (
                         b0 * _row(image, y0, x0, x1, x2, x3, c, a0, a1, a2, a3)
                         + b1 * _row(image, y1, x0, x1, x2, x3, c, a0, a1, a2, a3)
@@ -176,10 +178,10 @@ def _row(
 
 
 @njit(cache=True, inline="always")
-def _weights(d: np.float32, kernel: int) -> tuple[np.float32, np.float32, np.float32, np.float32]:
+def _weights(d: np.float32, interpolation: int) -> tuple[np.float32, np.float32, np.float32, np.float32]:
     """Weights of the four pixels around a point that lies `d` (0-1) behind the second: PIL's BICUBIC (Keys, a = -1)."""
     one, two = np.float32(1), np.float32(2)
-    if kernel == BICUBIC:
+    if interpolation == BICUBIC:
         return d * (d * (two - d) - one), one + d * d * (d - two), d * (one + d * (one - d)), d * d * (d - one)
     return np.float32(0), one - d, d, np.float32(0)
 

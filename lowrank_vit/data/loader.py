@@ -14,8 +14,7 @@ from torch import Tensor
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.data.decode.backend import Backend, DamagedSamples
-from lowrank_vit.data.schedule import Schedule
+from lowrank_vit.data.decode.backend import Backend, DamagedSamples, Schedule
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 

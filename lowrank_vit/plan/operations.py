@@ -1,21 +1,87 @@
 """What the plan draws for image operations: which, how strong, in which direction, with which interpolation.
 
 A `Policy` is RandAugment (each layer picks any choice), AutoAugment (one draw picks a row of operations) or colour
-jitter. Meanings of levels are timm's (`timm/data/auto_augment.py`); strings are parsed by `lowrank_vit.plan.policy`.
+jitter. Meanings of levels are timm's (`timm/data/auto_augment.py`), and timm itself reads the policies' names.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numba import njit
 
-from lowrank_vit.plan.levels import LEVELS, Formula, argument_of
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.filters import BICUBIC, BILINEAR
 from lowrank_vit.plan.philox import philox, to_unit
+
+if TYPE_CHECKING:
+    from timm.data.auto_augment import AugmentOp
+
+LEVELS = 10.0
+"""Greatest level of timm's scale, unless `mmax` says otherwise."""
+
+
+class Formula(IntEnum):
+    """How an operation's argument follows from its level, see `argument_of`."""
+
+    NONE = 0
+    SIGNED = 1
+    TRANSLATE = 2
+    POSTERIZE = 3
+    POSTERIZE_INCREASING = 4
+    POSTERIZE_ORIGINAL = 5
+    SOLARIZE = 6
+    SOLARIZE_INCREASING = 7
+    SOLARIZE_ADD = 8
+    ENHANCE = 9
+    ENHANCE_INCREASING = 10
+    DESATURATE = 11
+    BLUR = 12
+    BLUR_RANDOM = 13
+
+
+@njit(cache=True)
+def argument_of(formula: int, factor: float, level: float, sign: float, u: float, translate: float) -> float:
+    """The argument at a level of 0-10, a float.
+
+    `factor`: of SIGNED; `sign`: +-1, for operations with a direction; `u`: uniform in (0, 1), for those that draw more;
+    `translate`: pixels that level 10 translates by.
+    """
+    x = level / LEVELS
+    # timm's `int()` cuts off, and so does `math.trunc`.
+    if formula == Formula.SIGNED:
+        return sign * x * factor
+    if formula == Formula.TRANSLATE:
+        return sign * x * translate
+    if formula == Formula.POSTERIZE:
+        return float(math.trunc(x * 4))
+    if formula == Formula.POSTERIZE_INCREASING:
+        return float(4 - math.trunc(x * 4))
+    if formula == Formula.POSTERIZE_ORIGINAL:
+        return float(4 + math.trunc(x * 4))
+    if formula == Formula.SOLARIZE:
+        return float(min(256, math.trunc(x * 256)))
+    if formula == Formula.SOLARIZE_INCREASING:
+        return float(256 - min(256, math.trunc(x * 256)))
+    if formula == Formula.SOLARIZE_ADD:
+        return float(min(128, math.trunc(x * 110)))
+    if formula == Formula.ENHANCE:
+        return x * 1.8 + 0.1
+    if formula == Formula.ENHANCE_INCREASING:
+        return max(0.1, 1.0 + sign * x * 0.9)
+    if formula == Formula.DESATURATE:
+        return 1.0 - min(max(0.5 + 0.5 * x, 0.5), 1.0)
+    if formula == Formula.BLUR:
+        return min(max(0.1 + 1.9 * x, 0.1), 2.0)
+    if formula == Formula.BLUR_RANDOM:
+        return 0.1 + (2.0 * min(max(x, 0.0), 1.0) - 0.1) * u
+    return 0.0
 
 
 class Kind(IntEnum):
@@ -49,7 +115,6 @@ class Kind(IntEnum):
 
 
 GEOMETRIC = (Kind.ROTATE, Kind.SHEAR_X, Kind.SHEAR_Y, Kind.TRANSLATE_X, Kind.TRANSLATE_Y)
-NEAREST, BILINEAR, BICUBIC = 0, 1, 2
 
 # timm's name -> (kind, how its argument follows from the level 0..10, the formula's factor)
 NAMES: dict[str, tuple[Kind, Formula, float]] = {
@@ -121,14 +186,14 @@ class ImageOps:
     """int8 (B, L), `Kind`."""
     args: np.ndarray
     """float64 (B, L)."""
-    kernels: np.ndarray
+    interpolations: np.ndarray
     """int8 (B, L): NEAREST, BILINEAR or BICUBIC, for geometric operations."""
 
 
 def draw_ops(
-    policy: Policy, kernel: int | None, img_size: int, key: np.uint64, epoch: int, ids: np.ndarray, stream: int
+    policy: Policy, interpolation: int | None, img_size: int, key: np.uint64, epoch: int, ids: np.ndarray, stream: int
 ) -> ImageOps:
-    """Draw the policy for each sample id; `kernel` None draws bilinear or bicubic for each operation."""
+    """Draw the policy for each sample id; `interpolation` None draws bilinear or bicubic for each operation."""
     B, L = len(ids), policy.layers
     uniforms = uniform_table(key, epoch, ids, stream, 2 * L).reshape(B, L, 8)
     rows = _pick_rows(policy, uniforms[:, :, 0])
@@ -139,7 +204,7 @@ def draw_ops(
     translate = policy.translate * img_size
     kinds, args = _draw(uniforms, chosen, probs, levels, kinds_of, formulas, factors, *spread, translate)
     drawn = np.where(uniforms[:, :, 6] < 0.5, BILINEAR, BICUBIC)
-    return ImageOps(kinds, args, (drawn if kernel is None else np.full((B, L), kernel)).astype(np.int8))
+    return ImageOps(kinds, args, (drawn if interpolation is None else np.full((B, L), interpolation)).astype(np.int8))
 
 
 @cache
@@ -202,7 +267,9 @@ def join_ops(parts: list[ImageOps]) -> ImageOps | None:
     """One after the other; None without any."""
     if not parts:
         return None
-    return ImageOps(*(np.concatenate([getattr(p, n) for p in parts], axis=1) for n in ("kinds", "args", "kernels")))
+    return ImageOps(
+        *(np.concatenate([getattr(p, n) for p in parts], axis=1) for n in ("kinds", "args", "interpolations"))
+    )
 
 
 def _pick_rows(policy: Policy, uniforms_BL: np.ndarray) -> np.ndarray:
@@ -234,3 +301,57 @@ def uniform_table(key: np.uint64, epoch: int, ids: np.ndarray, stream: int, bloc
             table[n, 4 * draw + 2] = to_unit(w2)
             table[n, 4 * draw + 3] = to_unit(w3)
     return table
+
+
+SETS = ("weights", "3a", "3aw")
+_RAND = re.compile(r"m\d+|n[1-9]\d*|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3aw?)")
+_AUTO = re.compile(r"mstd\d+(\.\d+)?")
+_TABLES = ("original", "originalr", "v0", "v0r", "3a")
+
+
+def parse_policy(text: str) -> Policy | None:
+    """The policy of timm's `--aa`; None for "" and "none". Raises `UserError` that lists what there is."""
+    if text in ("", "none"):
+        return None
+    name, *sections = text.split("-")
+    pattern = _RAND if name == "rand" else _AUTO
+    wrong = [section for section in sections if not pattern.fullmatch(section)]
+    if name not in ("rand", *_TABLES) or wrong:
+        what = f"`{wrong[0]}` of it" if name in ("rand", *_TABLES) else f"`{name}`"
+        raise UserError(
+            f"--aa {text}: {what} is not known. There are rand, followed by any of -m9 (level), -n2 (operations an "
+            "image), -p0.5 (chance of each), -mstd0.5 (spread of the level; above 100: uniform), -mmax10, -inc1, and "
+            f"-t with {', '.join(SETS)}; and {', '.join(_TABLES)}, followed by -mstd. For none, --aa none."
+        )
+    return _randaugment(text) if name == "rand" else _autoaugment(text)
+
+
+def _randaugment(text: str) -> Policy:
+    from timm.data import auto_augment  # heavy
+
+    parsed = auto_augment.rand_augment_transform(text, {})
+    weights = None if parsed.choice_weights is None else tuple(float(w) for w in parsed.choice_weights)
+    if weights is not None and parsed.num_layers > len(weights):
+        raise UserError(
+            f"--aa {text}: n is {parsed.num_layers}, but none of its {len(weights)} operations is picked twice."
+        )
+    rows = tuple((_spec(op),) for op in parsed.ops)
+    return Policy(rows, parsed.num_layers, picks_each_layer=True, weights=weights, **_noise(parsed.ops[0]))
+
+
+def _autoaugment(text: str) -> Policy:
+    from timm.data import auto_augment  # heavy
+
+    parsed = auto_augment.auto_augment_transform(text, {})
+    rows = tuple(tuple(_spec(op) for op in row) for row in parsed.policy)
+    return Policy(rows, len(rows[0]), picks_each_layer=False, **_noise(parsed.policy[0][0]))
+
+
+def _spec(op: AugmentOp) -> OpSpec:
+    assert op.name in NAMES, op.name
+    return OpSpec(op.name, float(op.prob), float(op.magnitude))
+
+
+def _noise(op: AugmentOp) -> dict[str, Any]:
+    std = float(op.magnitude_std)  # type: ignore[arg-type]
+    return {"level_std": math.inf if std > 100 else std, "level_max": float(op.magnitude_max or LEVELS)}  # type: ignore[arg-type]

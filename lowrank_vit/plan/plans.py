@@ -16,11 +16,11 @@ import numpy as np
 from numba import njit
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.plan.crops import CenterCrops, center_crops, center_windows, crop_windows
-from lowrank_vit.plan.erase import Erase, draw_erase_boxes
+from lowrank_vit.common.filters import BICUBIC, BILINEAR
 from lowrank_vit.plan.mixing import NO_MIX, Mix, MixRules, deal, draw_mix
-from lowrank_vit.plan.operations import BICUBIC, BILINEAR, ImageOps, Policy, draw_jitter, draw_ops, join_ops
+from lowrank_vit.plan.operations import ImageOps, Policy, draw_jitter, draw_ops, join_ops
 from lowrank_vit.plan.philox import philox, to_unit
+from lowrank_vit.plan.rectangles import CenterCrops, Erase, center_crops, center_windows, crop_windows, draw_erase_boxes
 
 
 class Stream(IntEnum):
@@ -35,7 +35,7 @@ class Stream(IntEnum):
     JITTER = 6
     ERASE = 7
     MIX_SAMPLE = 8
-    KERNEL = 9
+    INTERPOLATION = 9
 
 
 # Numbers for compiled code, which does not know enumerations.
@@ -54,7 +54,7 @@ class BatchPlan:
     """int32 (B, 4): top, left, height, width of the crop, in pixels of the stored image (rounded where `center` is)."""
     flips: np.ndarray
     """bool (B,): mirror left and right after resizing."""
-    kernels: np.ndarray
+    interpolations: np.ndarray
     """int8 (B,): NEAREST, BILINEAR or BICUBIC resizing, where the decoder has the choice."""
     mix: tuple[Mix, ...]
     """One for the whole batch, or one for each sample, of which a block's are one object."""
@@ -89,7 +89,7 @@ class TrainRules:
     policy: Policy | None = None
     color_jitter: tuple[float, ...] | None = None
     """Strength of brightness, contrast and saturation."""
-    kernel: int | None = None
+    interpolation: int | None = None
     """Of the crop and of geometric operations, NEAREST, BILINEAR or BICUBIC; None: one of the last two for each."""
     reprob: float = 0.0
     recount: int = 1
@@ -176,7 +176,7 @@ class TrainPlan:
         `aa`: timm's policy, e.g. "rand-m9-mstd0.5-inc1"; `scale`, `ratio`: of random resized crops; `hflip`, `reprob`:
         probabilities; `mixup`, `cutmix`: alpha, 0 for none.
         """
-        from lowrank_vit.plan.policy import parse_policy  # imports timm
+        from lowrank_vit.plan.operations import parse_policy  # imports timm
 
         mixing = MixRules(mixup=mixup, cutmix=cutmix)
         rules = TrainRules(scale=scale, ratio=ratio, hflip=hflip, policy=parse_policy(aa), reprob=reprob, mixing=mixing)
@@ -209,11 +209,11 @@ class TrainPlan:
         """Bool (B,): whether each sample is mirrored in this epoch."""
         return _flips(self._key, epoch, ids, self.rules.hflip, Stream.FLIP)
 
-    def kernels(self, epoch: int, ids: np.ndarray) -> np.ndarray:
+    def interpolations(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         """int8 (B,): the interpolation with which each crop is resized."""
-        if self.rules.kernel is not None:
-            return np.full(len(ids), self.rules.kernel, np.int8)
-        return np.where(_flips(self._key, epoch, ids, 0.5, Stream.KERNEL), BILINEAR, BICUBIC).astype(np.int8)
+        if self.rules.interpolation is not None:
+            return np.full(len(ids), self.rules.interpolation, np.int8)
+        return np.where(_flips(self._key, epoch, ids, 0.5, Stream.INTERPOLATION), BILINEAR, BICUBIC).astype(np.int8)
 
     def mix(self, epoch: int, step: int, ids: np.ndarray) -> tuple[Mix, ...]:
         """Mixup or cutmix in timm's `batch` mode (a draw for each block of the global batch), `pair` or `elem` mode.
@@ -245,7 +245,7 @@ class TrainPlan:
         """The operations of the policy, then colour jitter, for each id."""
         rules, parts = self.rules, []
         if rules.policy is not None:
-            parts.append(draw_ops(rules.policy, rules.kernel, self.img_size, self._key, epoch, ids, Stream.OPS))
+            parts.append(draw_ops(rules.policy, rules.interpolation, self.img_size, self._key, epoch, ids, Stream.OPS))
         if rules.color_jitter is not None:
             parts.append(draw_jitter(rules.color_jitter, self._key, epoch, ids, Stream.JITTER))
         return join_ops(parts)
@@ -265,7 +265,7 @@ class TrainPlan:
             ids,
             self.windows(epoch, ids),
             self.flips(epoch, ids),
-            self.kernels(epoch, ids),
+            self.interpolations(epoch, ids),
             self.mix(epoch, step, ids),
             _flips(self._key, epoch, ids, self.rules.vflip, Stream.VFLIP) if self.rules.vflip > 0 else None,
             self.ops(epoch, ids),
@@ -292,10 +292,10 @@ class EvalPlan:
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        kernel: int = BICUBIC,
+        interpolation: int = BICUBIC,
     ) -> None:
-        """`kernel`: how images are resized, NEAREST, BILINEAR or BICUBIC."""
-        self._kernel = kernel
+        """`interpolation`: how images are resized, NEAREST, BILINEAR or BICUBIC."""
+        self._interpolation = interpolation
         self.resized, self.corners = center_crops(heights, widths, img_size, crop_pct)
         self._windows = center_windows(heights, widths, self.resized, self.corners, img_size)
         self.num_samples, self.batch_size, self.img_size = len(heights), batch_size, img_size
@@ -325,9 +325,9 @@ class EvalPlan:
 
     def batch(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan:
         """The centre crops of `ids`, unmirrored and unmixed."""
-        flips, kernels = np.zeros(len(ids), bool), np.full(len(ids), self._kernel, np.int8)
+        flips, interpolations = np.zeros(len(ids), bool), np.full(len(ids), self._interpolation, np.int8)
         center = CenterCrops(self.resized[ids], self.corners[ids])
-        return BatchPlan(epoch, step, ids, self._windows[ids], flips, kernels, (NO_MIX,), center=center)
+        return BatchPlan(epoch, step, ids, self._windows[ids], flips, interpolations, (NO_MIX,), center=center)
 
 
 @njit(cache=True)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lowrank_vit.augment.pipeline import Augment
+from lowrank_vit.plan.operations import parse_policy
 from lowrank_vit.plan.plans import TrainPlan, TrainRules
-from lowrank_vit.plan.policy import parse_policy
 
 pytestmark = pytest.mark.gpu
 RECIPE = TrainRules(

@@ -1,19 +1,73 @@
-"""What the decode backends have in common: their interface, the report of damaged samples, and their meters."""
+"""What the decode backends have in common: what they are to decode, from where its pixels come, what they report."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.data.schedule import Schedule
+from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 
 _KEPT_TIMES = 256
+
+
+class Schedule:
+    """The rest of an epoch. Ids are known at once; windows and all else of a batch are drawn in `plan`.
+
+    Backends ask for plans in threads of their own, so that drawing them costs the trainer nothing.
+    """
+
+    def __init__(
+        self,
+        plan: TrainPlan | EvalPlan,
+        epoch: int,
+        first_step: int,
+        bad: set[int],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`bad`: samples to do without, see `_without`; `check` is called before each batch and may raise."""
+        self._plan, self._check, self.epoch = plan, check, epoch
+        rows = _without(plan, epoch, plan.ids(epoch), bad)[first_step:]
+        self._steps = [first_step + n for n, ids in enumerate(rows) if len(ids)]
+        self.ids = [ids for ids in rows if len(ids)]
+        """int64 (B,) for each batch."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def plan(self, n: int) -> BatchPlan:
+        """The n-th of these batches."""
+        self._check()
+        return self._plan.batch(self.epoch, self._steps[n], self.ids[n])
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        return (self.plan(n) for n in range(len(self)))
+
+
+def _without(
+    plan: TrainPlan | EvalPlan, epoch: int, rows: np.ndarray | list[np.ndarray], bad: set[int]
+) -> list[np.ndarray]:
+    """The rows of ids without `bad` samples.
+
+    In training the sample that follows in the epoch's order (of all ranks) stands in for a bad one, so that the
+    replacement depends on neither ranks nor batches nor on when the damage was found; in evaluation it is left out.
+    """
+    if not bad:
+        return list(rows)
+    if isinstance(plan, EvalPlan):
+        return [ids[~np.isin(ids, list(bad))] for ids in rows]
+    order = plan.order(epoch)
+    stand_in = {}
+    for sample_id in bad:
+        place = int(np.flatnonzero(order == sample_id)[0])
+        others = (int(order[(place + n) % len(order)]) for n in range(1, len(order)))
+        stand_in[sample_id] = next((other for other in others if other not in bad), sample_id)
+    return [np.array([stand_in.get(int(i), int(i)) for i in ids]) for ids in rows]
 
 
 class Backend(Protocol):
@@ -58,3 +112,35 @@ def to_device(values: np.ndarray, device: torch.device) -> Tensor:
     """An array as a tensor on the device; the host does not wait, since the copy starts from pinned memory."""
     on_host = torch.from_numpy(values)
     return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
+
+
+ORIGIN, SCALE, LOW, LENGTH = range(4)
+"""Columns of a span, all in stored pixels along one axis.
+
+Output pixel i covers `SCALE` pixels from `ORIGIN + i * SCALE`. Pixels outside `[LOW, LOW + LENGTH)` count for nothing,
+as if the image had been cropped to them first.
+"""
+
+
+def spans(plan: BatchPlan, heights: np.ndarray, widths: np.ndarray, size: int) -> np.ndarray:
+    """float64 (B, 2, 4): the span along rows (axis 1, index 0) and columns of each of the plan's samples.
+
+    `heights`, `widths`: int (B,), of those samples as stored; `size`: side of the output, pixels.
+    """
+    if plan.center is not None:
+        length = np.stack([heights, widths], axis=1).astype(np.float64)
+        low, scale = np.zeros_like(length), length / plan.center.resized
+        return np.stack([plan.center.corners * scale, scale, low, length], axis=2)
+    low, length = plan.windows[:, :2].astype(np.float64), plan.windows[:, 2:].astype(np.float64)
+    return np.stack([low, length / size, low, length], axis=2)
+
+
+Spans = TypeVar("Spans", np.ndarray, Tensor)
+
+
+def cropped(spans: Spans) -> Spans:
+    """The same spans, array or tensor, in an image that has been cropped to them already."""
+    moved = spans.clone() if isinstance(spans, Tensor) else spans.copy()
+    moved[:, :, ORIGIN] -= spans[:, :, LOW]  # type: ignore[operator]
+    moved[:, :, LOW] = 0
+    return moved

@@ -22,16 +22,14 @@ from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.streams import KeptAlive, Mark, current_stream, on_stream, side_stream
 from lowrank_vit.common.threads import Ahead
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.data.decode.backend import DamagedSamples, new_meter, to_device
+from lowrank_vit.data.decode.backend import LENGTH, DamagedSamples, Schedule, cropped, new_meter, spans, to_device
 from lowrank_vit.data.decode.dali_pipeline import PipelineShape, Sources, define, tiny_batch
 from lowrank_vit.data.decode.pil import find_damage
 from lowrank_vit.data.decode.resize_cpu import resize_batch
-from lowrank_vit.data.decode.spans import LENGTH, cropped, spans
-from lowrank_vit.data.schedule import Schedule
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.plan.crops import CenterCrops
 from lowrank_vit.plan.mixing import NO_MIX
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
+from lowrank_vit.plan.rectangles import CenterCrops
 
 HOST_PART_BYTES, DEVICE_PART_BYTES = 1 << 27, 1 << 31
 """Decoded pixels that DALI makes at a time, in bytes: a batch of larger images is decoded in parts."""
@@ -191,7 +189,7 @@ class DaliBackend:
         numba.set_num_threads(self._threads)
         row_bytes = 3 * shapes[:, 1]
         is_written = resize_batch(
-            addresses, shapes.prod(axis=1), row_bytes, planned, plan.kernels, plan.flips, images_NHWC
+            addresses, shapes.prod(axis=1), row_bytes, planned, plan.interpolations, plan.flips, images_NHWC
         )
         if (wrong := ~is_written | (shapes != np.insert(sides, 2, 3, axis=1)).any(axis=1)).any():
             n = int(np.flatnonzero(wrong)[0])
@@ -241,7 +239,7 @@ class DaliBackend:
 def rows_of(plan: BatchPlan, rows: slice) -> BatchPlan:
     """What DALI needs to know of some samples of a batch: which, and their crops."""
     center = plan.center and CenterCrops(plan.center.resized[rows], plan.center.corners[rows])
-    arrays = (plan.ids[rows], plan.windows[rows], plan.flips[rows], plan.kernels[rows])
+    arrays = (plan.ids[rows], plan.windows[rows], plan.flips[rows], plan.interpolations[rows])
     return BatchPlan(plan.epoch, plan.step, *arrays, mix=(NO_MIX,), center=center)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lowrank_vit.plan.crops import CenterCrops
+from lowrank_vit.common.filters import BILINEAR, DALI_NAMES
 from lowrank_vit.plan.mixing import NO_MIX
-from lowrank_vit.plan.operations import BICUBIC, BILINEAR, NEAREST
 from lowrank_vit.plan.plans import BatchPlan
+from lowrank_vit.plan.rectangles import CenterCrops
 
 _SEED = 1  # of nothing: no operator here draws random numbers
 
@@ -65,7 +65,7 @@ class Sources:
             arrays["corner"] = np.ascontiguousarray(plan.windows[:, :2])
             arrays["window"] = np.ascontiguousarray(plan.windows[:, 2:])
         if shape.resize:
-            arrays["filter"] = _filters()[plan.kernels]
+            arrays["filter"] = _filters()[plan.interpolations]
             arrays["flip"] = plan.flips.astype(np.int32)
             if shape.is_evaluation and plan.center is not None:
                 arrays["resized"], arrays["middle"] = plan.center.resized.astype(np.float32), plan.center.corners
@@ -150,8 +150,7 @@ def _dali() -> tuple[Any, Any, Any]:
 def _filters() -> np.ndarray:
     """int32: DALI's interpolation by ours; its linear and cubic filters are antialiased by default."""
     _, types, _ = _dali()
-    names = {NEAREST: types.INTERP_NN, BILINEAR: types.INTERP_LINEAR, BICUBIC: types.INTERP_CUBIC}
-    return np.array([int(names[kernel]) for kernel in sorted(names)], np.int32)
+    return np.array([int(getattr(types, name)) for name in DALI_NAMES], np.int32)
 
 
 def tiny_batch(shape: PipelineShape) -> Sources:
@@ -166,7 +165,7 @@ def tiny_batch(shape: PipelineShape) -> Sources:
         ids=np.zeros(1, np.int64),
         windows=np.array([[0, 0, 8, 8]], np.int32),
         flips=np.zeros(1, bool),
-        kernels=np.full(1, BILINEAR, np.int8),
+        interpolations=np.full(1, BILINEAR, np.int8),
         mix=(NO_MIX,),
         center=CenterCrops(np.array([[side, side]], np.int32), np.zeros((1, 2), np.int32)),
     )

@@ -19,12 +19,10 @@ from data_prep.formats.beton import MODE_JPEG
 from data_prep.formats.jpeg import MAX_PIXELS
 from lowrank_vit.common.threads import Ahead
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.data.decode.backend import DamagedSamples, new_meter, to_device
+from lowrank_vit.data.decode.backend import DamagedSamples, Schedule, new_meter, spans, to_device
 from lowrank_vit.data.decode.jpeg import EXACT, FAST, decode_jpeg, has_too_many_scans, is_of_size
 from lowrank_vit.data.decode.pil import crop_and_resize, decode_sound
 from lowrank_vit.data.decode.resize_cpu import resize_into
-from lowrank_vit.data.decode.spans import spans
-from lowrank_vit.data.schedule import Schedule
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 
@@ -38,7 +36,7 @@ def decode_batch(
     heights: np.ndarray,
     widths: np.ndarray,
     spans: np.ndarray,
-    kernels: np.ndarray,
+    interpolations: np.ndarray,
     flips: np.ndarray,
     flags: int,
     num_threads: int,
@@ -47,7 +45,7 @@ def decode_batch(
     """Decode B samples, then cut, resize and mirror each as planned: bool (B,), whether `images` holds it.
 
     `starts`, `sizes`, `heights`, `widths`: int64 (B,), of the samples in `file_bytes`; `spans`: float64 (B, 2, 4), see
-    `spans.py`; `flags`: see `decode_jpeg`; `images`: uint8 (B, S, S, 3). Numba's `num_threads` threads hold one decoded
+    `spans`; `flags`: see `decode_jpeg`; `images`: uint8 (B, S, S, 3). Numba's `num_threads` threads hold one decoded
     image each.
     """
     num_pixel_bytes = 3 * heights * widths
@@ -69,7 +67,7 @@ def decode_batch(
             is_good[n] = decode_jpeg(data, pixels, heights[n], widths[n], flags)
         # After an error the scratch memory holds what was there before.
         if is_good[n]:
-            is_good[n] = resize_into(pixels, 3 * widths[n], spans[n], kernels[n], flips[n], images[n])
+            is_good[n] = resize_into(pixels, 3 * widths[n], spans[n], interpolations[n], flips[n], images[n])
     return is_good
 
 
@@ -126,7 +124,7 @@ class FfcvBackend:
         heights, widths = beton.heights[ids].astype(np.int64), beton.widths[ids].astype(np.int64)
         is_good = decode_batch(
             *(beton.bytes, beton.pointers[ids], beton.sizes[ids], beton.modes[ids], heights, widths),
-            *(spans(plan, heights, widths, size), plan.kernels, plan.flips, self._flags, self._threads, images),
+            *(spans(plan, heights, widths, size), plan.interpolations, plan.flips, self._flags, self._threads, images),
         )
         reasons = {}
         for n in np.flatnonzero(~is_good).tolist():

@@ -9,16 +9,10 @@ from PIL import Image, ImageFile
 
 from data_prep.formats import jpeg_segments, turbojpeg
 from data_prep.formats.beton import MODE_RAW
+from lowrank_vit.common.filters import PIL_NAMES
 from lowrank_vit.data.decode.jpeg import MAX_SCANS, has_too_many_scans
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.plan.operations import BICUBIC, BILINEAR, NEAREST
 from lowrank_vit.plan.plans import BatchPlan
-
-_FILTERS = {
-    NEAREST: Image.Resampling.NEAREST,
-    BILINEAR: Image.Resampling.BILINEAR,
-    BICUBIC: Image.Resampling.BICUBIC,
-}
 
 
 def decode(beton: Beton, sample_id: int) -> np.ndarray:
@@ -79,12 +73,12 @@ def find_damage(beton: Beton, ids: np.ndarray) -> dict[int, str]:
 
 def crop_and_resize(pixels: np.ndarray, plan: BatchPlan, n: int, size: int) -> np.ndarray:
     """What sample `n` of the plan becomes, uint8 (size, size, 3), from its whole image."""
-    image, kernel = Image.fromarray(pixels), _FILTERS[int(plan.kernels[n])]
+    image, interpolation = Image.fromarray(pixels), Image.Resampling[PIL_NAMES[plan.interpolations[n]]]
     if plan.center is not None:
         (height, width), (top, left) = plan.center.resized[n].tolist(), plan.center.corners[n].tolist()
-        image = image.resize((width, height), kernel).crop((left, top, left + size, top + size))
+        image = image.resize((width, height), interpolation).crop((left, top, left + size, top + size))
     else:
         top, left, height, width = plan.windows[n].tolist()
-        image = image.crop((left, top, left + width, top + height)).resize((size, size), kernel)
+        image = image.crop((left, top, left + width, top + height)).resize((size, size), interpolation)
     result = np.asarray(image)
     return result[:, ::-1] if plan.flips[n] else result

@@ -13,11 +13,9 @@ from rich.filesize import decimal as size_in_words
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.data.decode.backend import DamagedSamples, new_meter, to_device
+from lowrank_vit.data.decode.backend import LENGTH, DamagedSamples, Schedule, new_meter, spans, to_device
 from lowrank_vit.data.decode.pil import decode_sound
 from lowrank_vit.data.decode.resize_cpu import resize_batch
-from lowrank_vit.data.decode.spans import LENGTH, spans
-from lowrank_vit.data.schedule import Schedule
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 
@@ -84,7 +82,9 @@ class ResidentBackend:
         addresses = self._flat.data_ptr() + self._starts[ids]
         numba.set_num_threads(self._workers)
         rows = 3 * widths
-        is_written = resize_batch(addresses, heights * rows, rows, planned, plan.kernels, plan.flips, images_NHWC)
+        is_written = resize_batch(
+            addresses, heights * rows, rows, planned, plan.interpolations, plan.flips, images_NHWC
+        )
         assert is_written.all(), "a window leaves its image"
         return Batch(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2), self._labels[torch.from_numpy(ids)], plan)
 
@@ -93,7 +93,14 @@ class ResidentBackend:
 
         ids = plan.ids
         planned = spans(plan, self._heights[ids], self._widths[ids], self._img_size)
-        columns = [plan.flips, plan.kernels, self._starts[ids], self._widths[ids], planned.reshape(len(ids), 8), ids]
+        columns = [
+            plan.flips,
+            plan.interpolations,
+            self._starts[ids],
+            self._widths[ids],
+            planned.reshape(len(ids), 8),
+            ids,
+        ]
         table = to_device(np.column_stack(columns), self._device)  # float64; the step's only transfer
         images_NHWC = resize(self._flat, table, int(planned[:, 1, LENGTH].max()), self._img_size)
         return Batch(images_NHWC.permute(0, 3, 1, 2), self._labels[table[:, -1].long()], plan)

@@ -20,8 +20,8 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from lowrank_vit.data.decode.spans import LENGTH, LOW, ORIGIN, SCALE
-from lowrank_vit.plan.operations import BICUBIC, NEAREST
+from lowrank_vit.common.filters import BICUBIC, NEAREST
+from lowrank_vit.data.decode.backend import LENGTH, LOW, ORIGIN, SCALE
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
@@ -35,17 +35,17 @@ def _cubic(x: float) -> float:
 
 
 @numba.njit(nogil=True, cache=True)
-def _taps(span: np.ndarray, kernel: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _taps(span: np.ndarray, interpolation: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each output pixel: the first input pixel, how many, and their weights (which add up to 1)."""
     scale, low, length = span[SCALE], span[LOW], span[LENGTH]
     stretch = max(scale, 1.0)
-    support = (2.0 if kernel == BICUBIC else 1.0) * stretch
+    support = (2.0 if interpolation == BICUBIC else 1.0) * stretch
     first, count = np.empty(size, np.int64), np.empty(size, np.int64)
     weights = np.empty((size, int(2 * support) + 2), np.float32)
     exact = np.empty(weights.shape[1], np.float64)
     for i in range(size):
         center = (i + 0.5) * scale + (span[ORIGIN] - low)
-        if kernel == NEAREST:
+        if interpolation == NEAREST:
             first[i], count[i], weights[i, 0] = int(low + math.floor(center)), 1, 1.0
             continue
         begin = max(math.floor(center - support + 0.5), 0.0)
@@ -53,7 +53,7 @@ def _taps(span: np.ndarray, kernel: int, size: int) -> tuple[np.ndarray, np.ndar
         total = 0.0
         for k in range(int(end - begin)):
             x = (begin + k + 0.5 - center) / stretch
-            exact[k] = _cubic(x) if kernel == BICUBIC else max(0.0, 1.0 - abs(x))
+            exact[k] = _cubic(x) if interpolation == BICUBIC else max(0.0, 1.0 - abs(x))
             total += exact[k]
         for k in range(int(end - begin)):
             weights[i, k] = exact[k] / total
@@ -77,7 +77,7 @@ def _are_inside(first: np.ndarray, count: np.ndarray, extent: int | np.int64) ->
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"})
 def resize_into(
-    pixels: np.ndarray, row_bytes: int | np.int64, spans: np.ndarray, kernel: int, flip: bool, out: np.ndarray
+    pixels: np.ndarray, row_bytes: int | np.int64, spans: np.ndarray, interpolation: int, flip: bool, out: np.ndarray
 ) -> bool:
     """Resample one image into `out`, uint8 (S, S, 3); False, and nothing is written, if a span leaves the image.
 
@@ -86,8 +86,8 @@ def resize_into(
     size, columns, rows = out.shape[0], row_bytes // 3, len(pixels) // max(row_bytes, 1)
     if not (0.0 < spans[1, SCALE] <= columns and 0.0 < spans[0, SCALE] <= rows):  # their taps would take any memory
         return False
-    first_x, count_x, weights_x = _taps(spans[1], kernel, size)
-    first_y, count_y, weights_y = _taps(spans[0], kernel, size)
+    first_x, count_x, weights_x = _taps(spans[1], interpolation, size)
+    first_y, count_y, weights_y = _taps(spans[0], interpolation, size)
     if not (_are_inside(first_x, count_x, columns) and _are_inside(first_y, count_y, rows)):
         return False
     left = first_x[0]
@@ -135,7 +135,7 @@ def resize_batch(
     num_bytes: np.ndarray,
     row_bytes: np.ndarray,
     spans: np.ndarray,
-    kernels: np.ndarray,
+    interpolations: np.ndarray,
     flips: np.ndarray,
     out: np.ndarray,
 ) -> np.ndarray:
@@ -148,5 +148,5 @@ def resize_batch(
     for n in numba.prange(len(out)):
         pointer = _as_pointer(addresses[n])  # type: ignore[call-arg]  # numba passes the first argument
         pixels = numba.carray(pointer, (num_bytes[n],), np.uint8)
-        is_written[n] = resize_into(pixels, row_bytes[n], spans[n], kernels[n], flips[n], out[n])
+        is_written[n] = resize_into(pixels, row_bytes[n], spans[n], interpolations[n], flips[n], out[n])
     return is_written

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_vit.plan.operations import BICUBIC, NEAREST
+from lowrank_vit.common.filters import BICUBIC, NEAREST
 
 _NEAREST, _BICUBIC = tl.constexpr(NEAREST), tl.constexpr(BICUBIC)
 _BYTES, _PIXELS = 512, 256
@@ -52,20 +52,20 @@ def _resize_columns(flat, table, out, width, size, BLOCK: tl.constexpr):
     """One output row of one image, over the columns of its region as they are stored."""
     n, row = tl.program_id(0), tl.program_id(1)
     table += n * _COLUMNS
-    kernel = tl.load(table + 1).to(tl.int32)
+    interpolation = tl.load(table + 1).to(tl.int32)
     begin, row_bytes = tl.load(table + 2).to(tl.int64), tl.load(table + 3).to(tl.int64) * 3
     origin, scale, low, length = tl.load(table + 4), tl.load(table + 5), tl.load(table + 6), tl.load(table + 7)
     left, region_bytes = tl.load(table + 10).to(tl.int64) * 3, tl.load(table + 11).to(tl.int32) * 3
     at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     inside = at < region_bytes
     center = (row + 0.5) * scale + (origin - low)
-    first, last = _reach(center, scale, length, kernel)
+    first, last = _reach(center, scale, length, interpolation)
     source = flat + begin + low.to(tl.int64) * row_bytes + left + at
     total, weights = tl.zeros([BLOCK], tl.float32), center * 0
     for tap in range(first, last):
-        weights += _weight(tap, center, scale, kernel)
+        weights += _weight(tap, center, scale, interpolation)
     for tap in range(first, last):
-        weight = (_weight(tap, center, scale, kernel) / weights).to(tl.float32)
+        weight = (_weight(tap, center, scale, interpolation) / weights).to(tl.float32)
         total += weight * tl.load(source + tap * row_bytes, inside, 0).to(tl.float32)
     tl.store(out + (n.to(tl.int64) * size + row) * width * 3 + at, _byte(total), inside)
 
@@ -75,23 +75,23 @@ def _resize_rows(rows, table, out, width, size, BLOCK: tl.constexpr):
     """A stretch of one image's output pixels."""
     n = tl.program_id(0)
     table += n * _COLUMNS
-    flip, kernel = tl.load(table) != 0, tl.load(table + 1).to(tl.int32)
+    flip, interpolation = tl.load(table) != 0, tl.load(table + 1).to(tl.int32)
     origin, scale, low, length = tl.load(table + 8), tl.load(table + 9), tl.load(table + 10), tl.load(table + 11)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size * size
     y, x = at // size, at % size
     x = tl.where(flip, size - 1 - x, x)
     center = (x + 0.5) * scale + (origin - low)
-    first, last = _reach(center, scale, length, kernel)
+    first, last = _reach(center, scale, length, interpolation)
     source = rows + n.to(tl.int64) * size * width * 3 + y * width * 3
     taps = tl.max(tl.where(inside, last - first, 0), 0)
     weights = center * 0
     for k in range(taps):
-        weights += tl.where(first + k < last, _weight(first + k, center, scale, kernel), 0.0)
+        weights += tl.where(first + k < last, _weight(first + k, center, scale, interpolation), 0.0)
     red, green, blue = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for k in range(taps):
         reached = inside & (first + k < last)
-        weight = (_weight(first + k, center, scale, kernel) / weights).to(tl.float32)
+        weight = (_weight(first + k, center, scale, interpolation) / weights).to(tl.float32)
         weight = tl.where(reached, weight, 0.0)
         pixel = source + (first + k) * 3
         red += weight * tl.load(pixel, reached, 0).to(tl.float32)
@@ -104,26 +104,29 @@ def _resize_rows(rows, table, out, width, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _reach(center, scale, length, kernel):
+def _reach(center, scale, length, interpolation):
     """First pixel that the filter around `center` sums up, and the one behind the last, within the region."""
     stretch = tl.maximum(scale, 1.0)
-    support = tl.where(kernel == _BICUBIC, 2.0, 1.0) * stretch
+    support = tl.where(interpolation == _BICUBIC, 2.0, 1.0) * stretch
     first = tl.maximum(tl.floor(center - support + 0.5), 0.0)
     last = tl.minimum(tl.floor(center + support + 0.5), length)
     nearest = tl.floor(center)
-    first, last = tl.where(kernel == _NEAREST, nearest, first), tl.where(kernel == _NEAREST, nearest + 1, last)
+    first, last = (
+        tl.where(interpolation == _NEAREST, nearest, first),
+        tl.where(interpolation == _NEAREST, nearest + 1, last),
+    )
     return first.to(tl.int32), last.to(tl.int32)
 
 
 @triton.jit
-def _weight(pixel, center, scale, kernel):
+def _weight(pixel, center, scale, interpolation):
     """Of a pixel, not yet normalised: PIL's triangle and bicubic (Keys 1981, a = -0.5) filters, in float64."""
     x = tl.abs((pixel + 0.5 - center) / tl.maximum(scale, 1.0))
     linear = tl.maximum(1.0 - x, 0.0)
     near = ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1.0
     far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
     cubic = tl.where(x < 1.0, near, tl.where(x < 2.0, far, 0.0))
-    return tl.where(kernel == _NEAREST, 1.0, tl.where(kernel == _BICUBIC, cubic, linear))
+    return tl.where(interpolation == _NEAREST, 1.0, tl.where(interpolation == _BICUBIC, cubic, linear))
 
 
 @triton.jit

@@ -13,8 +13,8 @@ from timm.data import random_erasing
 
 from lowrank_vit.augment.erase import NORMAL, erase
 from lowrank_vit.augment.pipeline import Augment
-from lowrank_vit.plan.erase import Erase
 from lowrank_vit.plan.plans import TrainPlan, TrainRules
+from lowrank_vit.plan.rectangles import Erase
 from tests.distributions import UNLIKELY, assert_same_counts, assert_same_distribution
 from tests.unit.augment.test_pipeline import plan_of
 

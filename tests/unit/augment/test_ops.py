@@ -13,7 +13,8 @@ from sklearn.datasets import load_sample_images
 from timm.data import auto_augment as timms
 
 from lowrank_vit.augment import ops, ops_cpu
-from lowrank_vit.plan.operations import BICUBIC, BILINEAR, GEOMETRIC, NEAREST, ImageOps, Kind
+from lowrank_vit.common.filters import BICUBIC, BILINEAR, NEAREST
+from lowrank_vit.plan.operations import GEOMETRIC, ImageOps, Kind
 
 FILL = (124, 116, 104)
 PIL_FILTERS = {
@@ -62,7 +63,7 @@ LARGEST_ERROR, LARGEST_MEAN_ERROR = 1, 0.05
 
 def on_cpu(images: np.ndarray, planned: ImageOps) -> np.ndarray:
     changed = images.copy()
-    ops_cpu.apply_ops(changed, planned.kinds, planned.args, planned.kernels, np.array(FILL, np.uint8))
+    ops_cpu.apply_ops(changed, planned.kinds, planned.args, planned.interpolations, np.array(FILL, np.uint8))
     return changed
 
 
@@ -72,25 +73,27 @@ def as_tensors(images: np.ndarray, planned: ImageOps) -> np.ndarray:
     return changed.numpy()
 
 
-def in_pil(image: np.ndarray, kind: Kind, arg: float, kernel: int) -> np.ndarray:
+def in_pil(image: np.ndarray, kind: Kind, arg: float, interpolation: int) -> np.ndarray:
     """What timm makes of one image; its posterize with 0 bits is refused by Pillow 13, and means black."""
     if kind == Kind.POSTERIZE and arg == 0:
         return np.zeros_like(image)
     args = () if kind not in ARGUMENTS else (int(arg),) if kind in (Kind.POSTERIZE, Kind.SOLARIZE_ADD) else (arg,)
-    more = {"resample": PIL_FILTERS[kernel], "fillcolor": FILL} if kind in GEOMETRIC else {}
+    more = {"resample": PIL_FILTERS[interpolation], "fillcolor": FILL} if kind in GEOMETRIC else {}
     return np.asarray(TIMMS[kind](Image.fromarray(image), *args, **more))
 
 
 def plan_of(rows: list[tuple[Kind, float, int]]) -> ImageOps:
-    kinds, args, kernels = zip(*rows, strict=True)
+    kinds, args, interpolations = zip(*rows, strict=True)
     return ImageOps(
-        np.array(kinds, np.int8)[:, None], np.array(args, np.float64)[:, None], np.array(kernels, np.int8)[:, None]
+        np.array(kinds, np.int8)[:, None],
+        np.array(args, np.float64)[:, None],
+        np.array(interpolations, np.int8)[:, None],
     )
 
 
 def grid(kind: Kind) -> list[tuple[Kind, float, int]]:
-    kernels = PIL_FILTERS if kind in GEOMETRIC else (BILINEAR,)
-    return [(kind, arg, kernel) for arg in ARGUMENTS.get(kind, (0.0,)) for kernel in kernels]
+    interpolations = PIL_FILTERS if kind in GEOMETRIC else (BILINEAR,)
+    return [(kind, arg, interpolation) for arg in ARGUMENTS.get(kind, (0.0,)) for interpolation in interpolations]
 
 
 def pictures() -> dict[str, np.ndarray]:
@@ -124,13 +127,13 @@ def test_as_pil(kind, picture, version):
     image = np.ascontiguousarray(PICTURES[picture])
     rows = grid(kind)
     ours = VERSIONS[version](np.repeat(image[None], len(rows), axis=0), plan_of(rows))
-    for (_, arg, kernel), mine in zip(rows, ours, strict=True):
-        error = np.abs(mine.astype(int) - in_pil(image, kind, arg, kernel))
-        if (kind in GEOMETRIC and kernel != NEAREST) or kind == Kind.BLUR:
-            assert error.max() <= LARGEST_ERROR, (arg, kernel)
-            assert error.sum() <= max(10, LARGEST_MEAN_ERROR * error.size), (arg, kernel)
+    for (_, arg, interpolation), mine in zip(rows, ours, strict=True):
+        error = np.abs(mine.astype(int) - in_pil(image, kind, arg, interpolation))
+        if (kind in GEOMETRIC and interpolation != NEAREST) or kind == Kind.BLUR:
+            assert error.max() <= LARGEST_ERROR, (arg, interpolation)
+            assert error.sum() <= max(10, LARGEST_MEAN_ERROR * error.size), (arg, interpolation)
         else:
-            assert error.max() == 0, (arg, kernel)
+            assert error.max() == 0, (arg, interpolation)
 
 
 @settings(deadline=None, max_examples=60)
@@ -145,7 +148,7 @@ def test_batches_of_many_operations_are_each_images_own(data):
     choices = [(Kind.NONE, 0.0, BILINEAR), *(row for kind in Kind if kind for row in grid(kind))]
     rows = [choices[i] for i in random.integers(0, len(choices), count * layers)]
     flat = plan_of(rows)
-    planned = ImageOps(*(x.reshape(count, layers) for x in (flat.kinds, flat.args, flat.kernels)))
+    planned = ImageOps(*(x.reshape(count, layers) for x in (flat.kinds, flat.args, flat.interpolations)))
     for apply in VERSIONS.values():
         together = apply(images, planned)
         for n in range(count):

@@ -17,9 +17,8 @@ from lowrank_vit.augment.mixing import mix_images, mix_targets, mix_to_tensor
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.plan.mixing import NO_MIX, Mix, MixRules
-from lowrank_vit.plan.operations import Kind
+from lowrank_vit.plan.operations import Kind, parse_policy
 from lowrank_vit.plan.plans import TrainPlan, TrainRules
-from lowrank_vit.plan.policy import parse_policy
 from tests.unit.augment.test_ops import in_pil
 
 
@@ -157,9 +156,11 @@ def test_the_whole_chain_is_pils_and_timms_one_image_at_a_time(count, size):
         pixels = photos[n]
         if plan.vflips[n]:
             pixels = np.asarray(ImageOps.flip(Image.fromarray(pixels)))
-        for kind, arg, kernel in zip(plan.ops.kinds[n], plan.ops.args[n], plan.ops.kernels[n], strict=True):
+        for kind, arg, interpolation in zip(
+            plan.ops.kinds[n], plan.ops.args[n], plan.ops.interpolations[n], strict=True
+        ):
             if kind:
-                pixels = in_pil(pixels, Kind(kind), arg, kernel)
+                pixels = in_pil(pixels, Kind(kind), arg, interpolation)
         expected = normalize(to_tensor(pixels.copy()), list(MEAN), list(STD))
         for top, bottom, left, right in plan.erase.boxes[n]:
             expected[:, top:bottom, left:right] = 0

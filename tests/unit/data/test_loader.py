@@ -15,8 +15,8 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.plan.operations import parse_policy
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
-from lowrank_vit.plan.policy import parse_policy
 from tests.photos import write_sets
 from tests.slots import joined
 
@@ -42,7 +42,10 @@ def open_one(kind: str, beton: Beton, plan, workers: int = 2, **more) -> Loader:
 def stream(batches) -> list[tuple]:
     """What the trainer gets to see, but for the pixels; in order."""
     return [
-        (b.plan.step, *(v.tolist() for v in (b.plan.ids, b.plan.windows, b.plan.flips, b.plan.kernels, b.targets)))
+        (
+            b.plan.step,
+            *(v.tolist() for v in (b.plan.ids, b.plan.windows, b.plan.flips, b.plan.interpolations, b.targets)),
+        )
         for b in batches
     ]
 

@@ -15,17 +15,17 @@ from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 
 from lowrank_vit.augment.recipe import train_rules
+from lowrank_vit.common.filters import BICUBIC, BILINEAR
 from lowrank_vit.config.flags import parse
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.decode import dali as dali_backend
+from lowrank_vit.data.decode.backend import LENGTH
 from lowrank_vit.data.decode.dali import DaliBackend
 from lowrank_vit.data.decode.pil import crop_and_resize, decode
 from lowrank_vit.data.decode.resident import ResidentBackend
 from lowrank_vit.data.decode.resize_cpu import resize_batch
-from lowrank_vit.data.decode.spans import LENGTH
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.plan.operations import BICUBIC, BILINEAR
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
 from tests.photos import psnr, write_sets
 
@@ -121,11 +121,11 @@ def test_batches_of_large_images_are_decoded_in_parts_with_the_same_pixels(sets,
 
 def resized_by_threads(flat: torch.Tensor, table: torch.Tensor, width: int, size: int) -> torch.Tensor:
     """What the GPU's kernels make of their table; they themselves are compared in test_resize_triton.py."""
-    flips, kernels, starts, row_pixels = table.numpy()[:, :4].astype(np.int64).T
+    flips, interpolations, starts, row_pixels = table.numpy()[:, :4].astype(np.int64).T
     spans, images = table.numpy()[:, 4:12].reshape(-1, 2, 4), np.empty((len(table), size, size, 3), np.uint8)
     assert width == spans[:, 1, LENGTH].max()
     addresses, num_bytes = flat.data_ptr() + starts, flat.numel() - starts
-    planned = np.ascontiguousarray(spans), kernels.astype(np.int8), flips.astype(bool)
+    planned = np.ascontiguousarray(spans), interpolations.astype(np.int8), flips.astype(bool)
     assert resize_batch(addresses, num_bytes, 3 * row_pixels, *planned, images).all()
     return torch.from_numpy(images)
 
@@ -145,15 +145,15 @@ def test_what_a_gpu_is_told_of_a_resident_set_gives_pillows_pixels(sets, stored,
 
 @pytest.mark.parametrize("backend", FLOOR)
 @pytest.mark.parametrize(
-    ("crop_pct", "kernel"), [(0.875, "bicubic"), (0.9, "bicubic"), (1.0, "bicubic"), (0.9, "bilinear")]
+    ("crop_pct", "interpolation"), [(0.875, "bicubic"), (0.9, "bicubic"), (1.0, "bicubic"), (0.9, "bilinear")]
 )
-def test_evaluation_crops_are_timms(sets, backend, crop_pct, kernel):
+def test_evaluation_crops_are_timms(sets, backend, crop_pct, interpolation):
     beton = Beton(sets["jpeg"])
-    look = {"img_size": SIZE, "crop_pct": crop_pct, "kernel": KERNELS[kernel]}
+    look = {"img_size": SIZE, "crop_pct": crop_pct, "interpolation": KERNELS[interpolation]}
     plan = EvalPlan(beton.heights, beton.widths, **look, batch_size=24)
     loader, _ = open_loader(beton, plan, CPU, LoaderOptions(backend, 2))
     (batch,) = loader.batches(0)
-    transform = create_transform((3, SIZE, SIZE), crop_pct=crop_pct, interpolation=kernel, normalize=False)
+    transform = create_transform((3, SIZE, SIZE), crop_pct=crop_pct, interpolation=interpolation, normalize=False)
     found = []
     for n, sample_id in enumerate(batch.plan.ids):
         expected: torch.Tensor = transform(Image.fromarray(decode(beton, sample_id)))  # type: ignore[operator]
@@ -163,9 +163,9 @@ def test_evaluation_crops_are_timms(sets, backend, crop_pct, kernel):
     assert min(found) > EXACT[1] - 1
 
 
-@pytest.mark.parametrize(("model", "kernel"), [("vit_tiny_patch16_224", BICUBIC), ("cspresnet50", BILINEAR)])
+@pytest.mark.parametrize(("model", "interpolation"), [("vit_tiny_patch16_224", BICUBIC), ("cspresnet50", BILINEAR)])
 @pytest.mark.parametrize("typed", ["", "--train-interpolation nearest"])
-def test_no_aug_is_timms_own_transform_for_that_model(model, kernel, typed):
+def test_no_aug_is_timms_own_transform_for_that_model(model, interpolation, typed):
     """With the interpolation that timm's train.py then takes: the model's own, whatever --train-interpolation says."""
     published = get_pretrained_cfg(model)
     assert published is not None
@@ -178,7 +178,7 @@ def test_no_aug_is_timms_own_transform_for_that_model(model, kernel, typed):
     heights, widths = np.array([[photo.height, photo.width] for photo in photos]).T
     plan = TrainPlan(heights, widths, rules, seed=0, img_size=60, batch_size=3).batch(0, 0, np.arange(3))
     assert (plan.ops, plan.vflips, plan.erase) == (None, None, None)
-    assert (plan.kernels == kernel).all()
+    assert (plan.interpolations == interpolation).all()
     for n, photo in enumerate(photos):
         expected = np.asarray(timms(photo)).transpose(1, 2, 0)
         assert np.array_equal(crop_and_resize(np.asarray(photo), plan, n, 60), expected)

@@ -16,10 +16,10 @@ from timm.data.mixup import rand_bbox, rand_bbox_minmax
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.plan.crops import center_crops, center_windows
 from lowrank_vit.plan.mixing import MixRules, cut_box
+from lowrank_vit.plan.operations import parse_policy
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan, TrainRules
-from lowrank_vit.plan.policy import parse_policy
+from lowrank_vit.plan.rectangles import center_crops, center_windows
 from tests.distributions import assert_same_distribution
 from tests.slots import joined
 
@@ -68,8 +68,8 @@ def arrays_of(batch: BatchPlan) -> list:
     assert batch.ops is not None
     assert batch.erase is not None
     return [
-        *(batch.ids, batch.windows, batch.flips, batch.kernels, batch.vflips, batch.ops.kinds, batch.ops.args),
-        *(batch.ops.kernels, batch.erase.boxes, batch.erase.keys),
+        *(batch.ids, batch.windows, batch.flips, batch.interpolations, batch.vflips, batch.ops.kinds, batch.ops.args),
+        *(batch.ops.interpolations, batch.erase.boxes, batch.erase.keys),
     ]
 
 
@@ -125,7 +125,14 @@ def test_what_is_drawn_for_one_use_is_independent_of_the_others():
     assert batch.ops is not None
     assert batch.erase is not None
     uses = [
-        *(batch.windows[:, 1], batch.flips, batch.kernels, batch.vflips, batch.ops.kinds[:, 0], batch.ops.args[:, 2]),
+        *(
+            batch.windows[:, 1],
+            batch.flips,
+            batch.interpolations,
+            batch.vflips,
+            batch.ops.kinds[:, 0],
+            batch.ops.args[:, 2],
+        ),
         *(batch.erase.boxes[:, 0, 0], batch.erase.keys[:, 0], [mix.lam for mix in batch.mix]),
     ]
     correlations = np.corrcoef(np.array(uses, np.float64)) - np.eye(len(uses))

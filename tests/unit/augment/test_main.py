@@ -9,10 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lowrank_vit.augment.__main__ import main
-from lowrank_vit.augment.preview import LEVELS, by_level, caption
+from lowrank_vit.augment.__main__ import LEVELS, by_level, caption, main
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.plan.policy import parse_policy
+from lowrank_vit.plan.operations import parse_policy
 from tests.unit.augment.test_pipeline import photographs
 
 

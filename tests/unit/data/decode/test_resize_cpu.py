@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from lowrank_vit.common.filters import BICUBIC, BILINEAR
 from lowrank_vit.data.decode.resize_cpu import resize_batch
-from lowrank_vit.plan.operations import BICUBIC, BILINEAR
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,

@@ -10,10 +10,17 @@ import torch
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import Memory
-from lowrank_vit.data import choose, speed
-from lowrank_vit.data.choose import LoaderOptions, choose_backend, make_backend, open_loader
+from lowrank_vit.data import choose
+from lowrank_vit.data.choose import (
+    LoaderOptions,
+    choose_backend,
+    kept_or_measured,
+    make_backend,
+    measure,
+    open_loader,
+    speed_path,
+)
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.speed import kept_or_measured, measure, speed_path
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
 from tests.photos import write_sets
 
@@ -59,7 +66,7 @@ def test_a_gpu_decodes_what_does_not_fit(beton, small_memory):
 
 def test_without_a_gpu_the_faster_one_is_taken_and_the_figures_are_kept(beton, small_memory, monkeypatch):
     figures = {"ffcv": 10.0, "dali": 20.0}
-    monkeypatch.setattr(speed, "measure", lambda backends, plan: [b.close() for b in backends.values()] and figures)
+    monkeypatch.setattr(choose, "measure", lambda backends, plan: [b.close() for b in backends.values()] and figures)
     kind, reason = choose_backend(beton, plan_of(beton), CPU, AUTO)
     assert kind == "dali"
     assert reason.endswith("measured just now: ffcv 10 img/s, dali 20 img/s")
@@ -93,7 +100,7 @@ def test_both_are_measured_on_the_same_batches(beton):
 def test_damaged_or_read_only_sets_still_get_a_loader(beton, monkeypatch):
     plan = plan_of(beton)
     makers = {"dali": lambda: make_backend("dali", beton, plan, CPU, AUTO)}
-    monkeypatch.setattr(speed, "write_whole", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
+    monkeypatch.setattr(choose, "write_whole", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
     speeds, origin = kept_or_measured(beton, plan, 2, makers)
     assert list(speeds) == ["dali"]
     assert "cannot be written" in origin

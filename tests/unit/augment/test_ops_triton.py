@@ -31,7 +31,7 @@ def worst_errors() -> dict[str, int]:
         errors[kind.name] = max(error(np.ascontiguousarray(images), plan_of(rows)) for images in batches)
     random, choices = np.random.default_rng(0), [row for kind in Kind for row in grid(kind)]
     flat = plan_of([choices[i] for i in random.integers(0, len(choices), 16)])
-    layers = ImageOps(*(x.reshape(8, 2) for x in (flat.kinds, flat.args, flat.kernels)))
+    layers = ImageOps(*(x.reshape(8, 2) for x in (flat.kinds, flat.args, flat.interpolations)))
     # Over 2,048 pixels, so that tables are made in several blocks.
     errors[MANY] = error(random.integers(0, 256, (8, 61, 43, 3), dtype=np.uint8), layers)
     return errors
@@ -39,7 +39,7 @@ def worst_errors() -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
-    return interpreted("tests.unit.augment.test_triton")
+    return interpreted("tests.unit.augment.test_ops_triton")
 
 
 @pytest.mark.parametrize("name", [*(kind.name for kind in Kind), MANY])

@@ -11,9 +11,9 @@ from timm.data import auto_augment as timms
 from torchvision.transforms import ColorJitter
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.plan.operations import BICUBIC, BILINEAR, ImageOps, Kind
+from lowrank_vit.common.filters import BICUBIC, BILINEAR
+from lowrank_vit.plan.operations import ImageOps, Kind, parse_policy
 from lowrank_vit.plan.plans import TrainPlan, TrainRules
-from lowrank_vit.plan.policy import parse_policy
 from tests.distributions import UNLIKELY, assert_same_distribution
 
 SAMPLES = 20_000
@@ -94,8 +94,8 @@ def timms_draws(text: str) -> list[list[tuple[Kind, float, int]]]:
 def our_draws(rules: TrainRules) -> list[list[tuple[Kind, float, int]]]:
     planned = planned_ops(rules)
     draws = []
-    for kinds, args, kernels in zip(planned.kinds, planned.args, planned.kernels, strict=True):
-        draws.append([(Kind(k), float(a), int(i)) for k, a, i in zip(kinds, args, kernels, strict=True) if k])
+    for kinds, args, interpolations in zip(planned.kinds, planned.args, planned.interpolations, strict=True):
+        draws.append([(Kind(k), float(a), int(i)) for k, a, i in zip(kinds, args, interpolations, strict=True) if k])
     return draws
 
 
@@ -118,8 +118,8 @@ def test_frequencies_and_magnitudes_are_timms(text):
     assert_same_distribution(first, second, text)
     by_kind: list[dict[Kind, list[tuple[float, int]]]] = [{}, {}]
     for found, draws in zip(by_kind, both, strict=True):
-        for kind, arg, kernel in (op for sample in draws for op in sample):
-            found.setdefault(kind, []).append((arg, kernel))
+        for kind, arg, interpolation in (op for sample in draws for op in sample):
+            found.setdefault(kind, []).append((arg, interpolation))
     assert by_kind[0].keys() == by_kind[1].keys()
     for kind in by_kind[0]:
         # Rounded, since both divide in another order.
@@ -132,8 +132,8 @@ def test_frequencies_and_magnitudes_are_timms(text):
             first, second = (np.sign(a).tolist() for a in args)
             assert_same_distribution(first, second, (text, kind.name, "signs"))
         if kind in (Kind.ROTATE, Kind.SHEAR_X, Kind.TRANSLATE_Y):
-            first, second = ([kernel for _, kernel in found[kind]] for found in by_kind)
-            assert_same_distribution(first, second, (text, kind.name, "kernels"))
+            first, second = ([interpolation for _, interpolation in found[kind]] for found in by_kind)
+            assert_same_distribution(first, second, (text, kind.name, "interpolations"))
 
 
 def test_order_and_factors_of_colour_jitter_are_torchvisions():
@@ -156,8 +156,8 @@ def test_order_and_factors_of_colour_jitter_are_torchvisions():
 
 def test_interpolation_can_be_fixed():
     policy = parse_policy("rand-m9")
-    assert set(planned_ops(TrainRules(policy=policy)).kernels.flat) == {BILINEAR, BICUBIC}
-    assert set(planned_ops(TrainRules(policy=policy, kernel=BICUBIC)).kernels.flat) == {BICUBIC}
+    assert set(planned_ops(TrainRules(policy=policy)).interpolations.flat) == {BILINEAR, BICUBIC}
+    assert set(planned_ops(TrainRules(policy=policy, interpolation=BICUBIC)).interpolations.flat) == {BICUBIC}
 
 
 def test_the_policy_comes_before_colour_jitter():

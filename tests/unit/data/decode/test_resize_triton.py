@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from lowrank_vit.common.filters import BICUBIC, BILINEAR, NEAREST
+from lowrank_vit.data.decode.backend import LENGTH
 from lowrank_vit.data.decode.resize_cpu import resize_batch
-from lowrank_vit.data.decode.spans import LENGTH
-from lowrank_vit.plan.operations import BICUBIC, BILINEAR, NEAREST
 from tests.triton_interpreter import interpreted
 
 SIZE = 6
@@ -60,7 +60,7 @@ def _middles(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, float]:
-    return interpreted("tests.unit.data.test_resize_triton")
+    return interpreted("tests.unit.data.decode.test_resize_triton")
 
 
 @pytest.mark.parametrize(("use", "kernel"), CASES)
