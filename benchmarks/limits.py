@@ -60,7 +60,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
             raise UserError(f"--{name} is {getattr(options, name)}, expected 1 or more.")
     if options.gflop is not None and not (0 < options.gflop < math.inf):
         raise UserError(f"--gflop is {options.gflop:g}, expected more than 0.")
-    from lowrank_vit.training.setup import pick_device
+    from lowrank_vit.common.devices import pick_device
 
     device, cpu = pick_device(options.device), torch.device("cpu")
     cores = available_cores()

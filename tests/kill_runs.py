@@ -174,7 +174,7 @@ def child(argv: list[str]) -> None:
 
     def and_skip_none(self: SpectralMonitor, num_updates: int) -> None:
         if num_updates % self._every == 0:
-            self._worker.idle.wait(LONG_S)
+            self.wait()
         observe(self, num_updates)
 
     SpectralMonitor.observe = and_skip_none

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
+from lowrank_vit.common.streams import Mark, current_stream, side_stream
 from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.metrics import recorded_indices
 from lowrank_vit.spectral.ranks import share_out
@@ -160,7 +161,7 @@ class SpectralMonitor:
         cuda_device = next((device for device in devices if device.type == "cuda"), None)
         # 0 is the lowest priority CUDA has, and the default stream's: to put the step first, run that on a stream
         # of priority -1.
-        self._stream = None if cuda_device is None else torch.cuda.Stream(cuda_device, priority=0)
+        self._stream = None if cuda_device is None else side_stream(cuda_device, priority=0)
         self._busy = 0
         self._closed = False
         self._all_watched = watched if ranks.rank == 0 else {}
@@ -201,9 +202,9 @@ class SpectralMonitor:
         if num_updates % self._every != 0:
             return
         if num_updates == 0 or self._is_again:
-            self._worker.idle.wait()
+            self._worker.wait()
             self._is_again = False
-        if not self._worker.idle.is_set():
+        if self._worker.is_busy:
             self._busy += 1
             return
         try:
@@ -229,11 +230,12 @@ class SpectralMonitor:
 
     def _hand_over(self, update: int, stacks: Stacks, before: Kept | None) -> None:
         """Have the worker compute the spectra of copies that were enqueued on the current stream."""
-        ready = None
-        if self._stream is not None:
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(self._stream.device))
-        self._worker.take(Snapshot(update, stacks, ready, before))
+        made_on = None if self._stream is None else current_stream(self._stream.device)
+        self._worker.take(Snapshot(update, stacks, Mark.of(made_on), before))
+
+    def wait(self) -> None:
+        """Wait until the refresh that is being computed, if any, is finished."""
+        self._worker.wait()
 
     def records(self) -> list[SpectralRecord]:
         """The refreshes finished since the last call, oldest first; never waits. Still works after `close`."""
@@ -301,11 +303,9 @@ class SpectralMonitor:
     def _stop(self, cancel: bool) -> None:
         if cancel:
             self._worker.cancelled.set()
-        if not self._closed:
-            self._closed = True
-            self._worker.inbox.put(None)
+        self._closed = True
         # Of several ranks one may have died, and this one's worker waits for it; that must not hold up the exit.
-        self._worker.join(_JOIN_S if cancel and self._num_ranks > 1 else None)
+        self._worker.close(_JOIN_S if cancel and self._num_ranks > 1 else None)
 
 
 def _matrices(model: nn.Module, watched: dict[str, Target]) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import remove_leftovers, whole_file, write_whole
 from lowrank_vit.spectral.extremes import Solved, Triplets
 
 SPECTRA, VECTORS, WEIGHTS = "update", "vectors", "weights"
@@ -104,7 +104,6 @@ class SpectraStore:
     def begin(self) -> None:
         """Make the directory, if it is missing, and `index.json` anew. Raises `UserError`."""
         path = self.path / "index.json"
-        partial = path.with_suffix(".json.partial")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
@@ -116,8 +115,7 @@ class SpectraStore:
         if self._index is None:
             return
         try:
-            partial.write_text(json.dumps(dict(self._index), indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
+            write_whole(path, json.dumps(dict(self._index), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; choose a writable output directory") from error
 
@@ -127,8 +125,7 @@ class SpectraStore:
             for path in _files(self.path, prefix):
                 if update_of(path) > update:
                     path.unlink(missing_ok=True)
-        for partial in (*self.path.glob("*.partial"), *self.path.glob(".*.part")):  # of a process that was killed
-            partial.unlink(missing_ok=True)
+        remove_leftovers(self.path)
 
     def forget(self) -> None:
         """Delete all that was stored, and the directory where nothing else is in it, but not a link to one."""
@@ -272,16 +269,10 @@ def _size(path: Path) -> int:
 
 def _write(folder: Path, prefix: str, update: int, arrays: Mapping[str, np.ndarray]) -> Path:
     path = _path(folder, prefix, update)
-    partial = path.with_suffix(".npz.partial")
     try:
-        with partial.open("wb") as file:
+        with whole_file(path) as file:
             np.savez(file, allow_pickle=False, update=np.int64(update), **arrays)
-            file.flush()
-            os.fsync(file.fileno())  # a full or remote disk may report only here; better now than a torn file later
-        partial.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise UserError(
             f"cannot store the spectra of update {update} in {folder}: {error.strerror or error}. "
             "Free some space, or make it writable."

@@ -7,13 +7,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.streams import Mark, on_stream
+from lowrank_vit.common.threads import Jobs
 from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.ranks import STOP
 from lowrank_vit.spectral.refresh import Memory, Refreshed, SpectralSettings, Stacks, aggregates, refresh
@@ -42,14 +44,14 @@ class Snapshot:
 
     update: int
     stacks: Stacks
-    ready: torch.cuda.Event | None
-    """The copies are complete once this has passed; None without CUDA."""
+    ready: Mark
+    """The copies are complete once this is reached."""
     before: Kept | None = None
     """On the first rank, the snapshot before."""
 
 
 class Worker:
-    """One thread that takes snapshots one by one until it gets None. Every attribute may be read from other threads."""
+    """One thread that takes snapshots one by one. Every attribute may be read from other threads."""
 
     def __init__(
         self,
@@ -74,43 +76,47 @@ class Worker:
         self._last_exchange_over = False
         self.current: Snapshot | None = None
         """The one that is being worked on; its record is in `finished` when it is no longer here."""
-        self.inbox: queue.SimpleQueue[Snapshot | None] = queue.SimpleQueue()
         self.finished: queue.SimpleQueue[SpectralRecord] = queue.SimpleQueue()
         self.failed = 0
         """Refreshes that came to nothing, or were not stored."""
-        self.idle = threading.Event()
-        self.idle.set()
         self.cancelled = threading.Event()
         self.dropped = 0
         """Snapshots given up because another rank had none of that update."""
-        # A daemon, so that a crash of the main thread that never reaches `close` cannot hang the interpreter's exit.
-        self._thread = threading.Thread(target=self._work, name="spectral-monitor", daemon=True)
-        cpu_threads, self._is_single_threaded = torch.get_num_threads(), threading.Event()
-        self._thread.start()
-        self._is_single_threaded.wait()
-        torch.set_num_threads(cpu_threads)  # the worker's call below also set the default of threads to come
+        cpu_threads = torch.get_num_threads()
+        self._jobs = Jobs(self._do, self._failed, "spectral-monitor", begin=_use_one_thread, end=self._say_goodbye)
+        torch.set_num_threads(cpu_threads)  # the thread's own call also set the default of threads to come
 
-    def join(self, timeout_s: float | None = None) -> None:
-        """Wait for the thread's end, which putting None into `inbox` brings about."""
-        self._thread.join(timeout_s)
+    @property
+    def is_busy(self) -> bool:
+        """Whether a refresh is being computed."""
+        return self._jobs.is_busy
 
-    def _work(self) -> None:
-        # On the CPU the worker must not have a team of OpenMP threads of its own: with more of them than cores, waiting
-        # threads sleep instead of spinning, and every small operation of the training step then pays for waking them.
-        torch.get_num_threads()  # a thread's first use takes the process's default, so let that be over
-        torch.set_num_threads(1)
-        self._is_single_threaded.set()
-        while (snapshot := self.inbox.get()) is not None:
-            try:
-                if self._all_ranks_hold(snapshot.update):
-                    self._refresh(snapshot)
-                else:
-                    self.dropped += not self.cancelled.is_set()
-            except Exception as error:  # whatever it is: the training that is watched must not end of it
-                self.fail(snapshot.update, error)
-            finally:
-                self.current = snapshot = None  # else its memory is held until the next one comes
-                self.idle.set()
+    def take(self, snapshot: Snapshot) -> None:
+        """Begin a refresh; the one before must be over."""
+        self.current = snapshot
+        self._jobs.put(snapshot)
+
+    def wait(self) -> None:
+        """Wait for the end of the refresh that is being computed."""
+        self._jobs.wait()
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Wait for the end of the refresh and of the thread, or for so long."""
+        self._jobs.close(timeout_s)
+
+    def _do(self, snapshot: Snapshot) -> None:
+        if self._all_ranks_hold(snapshot.update):
+            self._refresh(snapshot)
+        else:
+            self.dropped += not self.cancelled.is_set()
+        self.current = None
+
+    def _failed(self, snapshot: Snapshot, error: Exception) -> None:
+        # Whatever it is: the training that is watched must not end of it.
+        self.fail(snapshot.update, error)
+        self.current = None
+
+    def _say_goodbye(self) -> None:
         if not self._last_exchange_over:
             with contextlib.suppress(RuntimeError):  # at the end another rank may be gone already
                 self._ranks.exchange(STOP)
@@ -123,12 +129,6 @@ class Worker:
             of_others = f"the spectra of update {update} failed: {type(error).__name__}: {error}."
             reason = str(error) if isinstance(error, UserError) else of_others
             self._say(f"warning: {reason} Training goes on, and so do later refreshes if they can.")
-
-    def take(self, snapshot: Snapshot) -> None:
-        """Begin a refresh; the one before must be over."""
-        self.idle.clear()
-        self.current = snapshot
-        self.inbox.put(snapshot)
 
     def _all_ranks_hold(self, update: int) -> bool:
         """Agree with the other ranks on this update. A rank that has skipped it will never hold it: then give it up."""
@@ -149,7 +149,9 @@ class Worker:
         failure: Exception | None = None
         since = self._memory.last_update
         try:
-            with self._side_stream(snapshot):
+            with on_stream(self._stream):
+                matrices = [one.matrices_NRC for of_kind in snapshot.stacks.values() for one in of_kind]
+                snapshot.ready.hand_over(self._stream, *matrices)
                 stacks = self._on_cpu(snapshot.stacks) if self._settings.on_cpu else snapshot.stacks
                 part = refresh(
                     snapshot.update,
@@ -208,16 +210,12 @@ class Worker:
             for kind, of_kind in stacks.items()
         }
 
-    @contextlib.contextmanager
-    def _side_stream(self, snapshot: Snapshot) -> Generator[None]:
-        if self._stream is None or snapshot.ready is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):  # sets this thread's device too
-            self._stream.wait_event(snapshot.ready)
-            for stacks in snapshot.stacks.values():
-                for stack in stacks:
-                    if stack.matrices_NRC.is_cuda:
-                        # The copies come from the main stream's pool: it must not reuse them while we still read.
-                        stack.matrices_NRC.record_stream(self._stream)
-            yield
+
+def _use_one_thread() -> None:
+    """Have no team of OpenMP threads of the worker's own on the CPU.
+
+    With more of them than cores, waiting threads sleep instead of spinning, and every small operation of the training
+    step then pays for waking them.
+    """
+    torch.get_num_threads()  # a thread's first use takes the process's default, so let that be over
+    torch.set_num_threads(1)

@@ -161,7 +161,7 @@ def trained(trainer: Trainer) -> Path:
     def and_wait(num_updates: int, metric: float | None = None) -> None:
         step_update(num_updates, metric)
         assert trainer.monitor is not None
-        assert trainer.monitor._worker.idle.wait(60)
+        trainer.monitor.wait()
 
     trainer.setup.scheduler.step_update = and_wait
     return trainer.run().run_dir

@@ -133,7 +133,7 @@ def test_comparing_two_checkpoints_says_what_the_monitor_would_have(tmp_path: Pa
         model, None, targets=DEFAULT_TARGETS, every=1, settings=SpectralSettings(topk=3), store_dir=tmp_path / "s"
     ) as monitor:
         monitor.observe(0)
-        monitor._worker.idle.wait(30)
+        monitor.wait()
         model.load_state_dict(tiny_vit(5).state_dict())
         monitor.observe(1)
     record = monitor.records()[-1]

@@ -45,7 +45,7 @@ def test_shares_are_a_partition_in_order_and_fair(world_size: int) -> None:
 def observe_three_times(monitor: SpectralMonitor, model: torch.nn.Module) -> list[tuple[int, dict[str, float]]]:
     for update in (0, 2, 4):
         monitor.observe(update)
-        assert monitor._worker.idle.wait(LONG_S)
+        monitor.wait()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.01).add_(0.001)
@@ -125,7 +125,7 @@ class Script:
 def observe_all(monitor: SpectralMonitor, *updates: int) -> None:
     for update in updates:
         monitor.observe(update)
-        assert monitor._worker.idle.wait(LONG_S)
+        monitor.wait()
 
 
 def test_a_refresh_that_another_rank_has_skipped_is_given_up_and_counted(tmp_path: Path) -> None:

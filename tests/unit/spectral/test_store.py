@@ -137,12 +137,24 @@ def test_a_place_that_cannot_be_made_or_written_is_a_user_error(tmp_path: Path) 
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="choose a writable output directory"):
         SpectraStore(tmp_path / "file" / "spectra", 1e9).begin()
-    (tmp_path / "spectra" / "index.json.partial").mkdir(parents=True)
+    (tmp_path / "spectra" / "index.json").mkdir(parents=True)
     with pytest.raises(UserError, match=r"index\.json"):
         SpectraStore(tmp_path / "spectra", 1e9, {}).begin()
     gone = SpectraStore(tmp_path / "gone" / "spectra", 1e9)
     with pytest.raises(UserError, match="spectra of update 3"):  # with the run's own directory: not made anew
         gone.save(3, {"spec/m": solved(0)})
+
+
+@pytest.mark.parametrize(
+    "name", ["update_00000002.npz.partial", "index.json.partial", ".vectors_00000002.npz.0123abcd.part"]
+)
+def test_what_a_killed_process_has_left_is_removed_when_the_run_goes_on(tmp_path: Path, name: str) -> None:
+    one = SpectraStore(tmp_path, 1e9)
+    one.save(0, {"spec/m": solved(0)})
+    (tmp_path / name).write_bytes(b"half")
+    one.forget_after(0)
+    assert not (tmp_path / name).exists()
+    assert kept(tmp_path) == ([0], [0])
 
 
 def test_files_of_other_names_are_left_alone(tmp_path: Path) -> None:
