@@ -193,6 +193,11 @@ def rename_pending(out: Path) -> None:
     sync_directory(out.parent)
 
 
+def is_cut_off(out: Path) -> bool:
+    """Whether a conversion to `out` was killed between its last renames, which the same command then ends."""
+    return _pending(out)[1].exists()
+
+
 def find_finished(
     out: Path,
     key: str,

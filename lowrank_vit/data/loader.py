@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import BetonError, UserError
+from lowrank_vit.common.streams import KeptAlive, Mark, on_stream
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.decode.backend import Backend, DamagedSamples, Schedule
 from lowrank_vit.data.sets.beton import Beton
@@ -205,7 +206,7 @@ class _OwnStream:
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
         # DALI's memory is not torch's to watch over: a batch is kept until the step that reads it is done.
-        self._in_use: deque[tuple[torch.cuda.Event, tuple[Batch, Batch]]] = deque()
+        self._in_use = KeptAlive()
         self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         """On the trainer's stream, before and behind the waiting for a batch, where that is not known to be over."""
         self._waited_ms = 0.0
@@ -217,30 +218,26 @@ class _OwnStream:
                 decoded, batch, made = ahead
                 ahead = self._make(batches, prepare)
                 training = torch.cuda.current_stream(self._device)
-                self._wait_timed(training, made)
-                for tensor in (batch.images, batch.targets):
-                    tensor.record_stream(training)
+                self._hand_over_timed(batch, made, training)
                 try:
                     yield batch
                 finally:  # also where the epoch is left here
-                    self._keep_until_read((decoded, batch), training)
+                    self._in_use.keep((decoded, batch), Mark.of(training))
         finally:
             _close(batches)
 
-    def _make(self, batches: Iterator[Batch], prepare: Prepare | None) -> tuple[Batch, Batch, torch.cuda.Event] | None:
-        with torch.cuda.stream(self._stream):
+    def _make(self, batches: Iterator[Batch], prepare: Prepare | None) -> tuple[Batch, Batch, Mark] | None:
+        with on_stream(self._stream):
             decoded = next(batches, None)
             if decoded is None:
                 return None
             batch = _prepared(decoded, prepare)
-            made = torch.cuda.Event()
-            made.record(self._stream)
-            return decoded, batch, made
+            return decoded, batch, Mark.of(self._stream)
 
-    def _wait_timed(self, training: torch.cuda.Stream, made: torch.cuda.Event) -> None:
+    def _hand_over_timed(self, batch: Batch, made: Mark, training: torch.cuda.Stream) -> None:
         before, behind = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record(training)
-        training.wait_event(made)
+        made.hand_over(training, batch.images, batch.targets)
         behind.record(training)
         self._waits.append((before, behind))
         self._count_waits()
@@ -256,18 +253,9 @@ class _OwnStream:
         waited_ms, self._waited_ms = self._waited_ms, 0.0
         return waited_ms / 1e3
 
-    def _keep_until_read(self, used: tuple[Batch, Batch], training: torch.cuda.Stream) -> None:
-        read = torch.cuda.Event()
-        read.record(training)
-        self._in_use.append((read, used))
-        while self._in_use and self._in_use[0][0].query():
-            self._in_use.popleft()
-
     def close(self) -> None:
         self._stream.synchronize()
-        for read, _ in self._in_use:
-            read.synchronize()
-        self._in_use.clear()
+        self._in_use.close()
 
 
 def _prepared(batch: Batch, prepare: Prepare | None) -> Batch:

@@ -17,7 +17,7 @@ from data_prep.formats.jpeg import LOSSLESS, ImageOptions
 from data_prep.formats.sidecars import Manifest, doubt_line, emptied_line, manifest_path, read_manifest
 from data_prep.sources.image_folder import SPLIT_NAMES, Nested, image_folder
 from data_prep.sources.samples import TRUST
-from data_prep.writing.resuming import is_current, is_whole
+from data_prep.writing.resuming import is_current, is_cut_off, is_whole
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.locks import Say, one_process_in
 
@@ -184,8 +184,7 @@ def _identity(out: Path) -> tuple[int, int] | None:
 
 def _refuse_foreign(out: Path, folder: Path) -> None:
     """Raise `UserError` if `out` is there and was not converted from `folder`."""
-    is_cut_off = out.with_name(f".{out.name}.partial.json").exists()  # between two renames; the converter ends it
-    if not out.exists() or is_cut_off:
+    if not out.exists() or is_cut_off(out):  # which the converter ends
         return
     manifest = manifest_of(out)
     if manifest is None or Path(manifest.source).resolve() != folder.resolve():

@@ -242,6 +242,11 @@ class FakeCuda:
             def synchronize(self) -> None:
                 fake.log.append("host waits")
 
+            def record_event(self) -> Event:
+                event = Event()
+                event.record(self)
+                return event
+
         class Event(Stream):
             def __init__(self, enable_timing: bool = False) -> None:
                 self.is_timed = enable_timing
@@ -269,7 +274,7 @@ class FakeCuda:
 
 
 def in_use(loader: Loader):
-    return loader._hand_over._in_use  # type: ignore[union-attr]
+    return loader._hand_over._in_use._kept  # type: ignore[union-attr]
 
 
 def test_on_a_gpu_the_next_batch_is_made_before_one_is_handed_over(sets, monkeypatch):
