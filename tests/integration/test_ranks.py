@@ -17,24 +17,32 @@ import pytest
 import torch
 
 from lowrank_vit import train as train_command
+from lowrank_vit.common.errors import UserError
 from lowrank_vit.model.weights import read_checkpoint
 from tests.photos import write_sets
 from tests.runs import records
 
+ROOT = Path(__file__).parents[2]
 RECIPE = """
 --epochs 2 --log-interval 4 --mixup 0.8 --cutmix 1 --reprob 0.25 --aa rand-m9-mstd0.5-inc1 --spec-every 11
 """.split()
 UPDATES = 11
-ROOT = Path(__file__).parents[2]
 
 
-def torchrun(processes: int, argv: list[str], *options: str, program: tuple[str, ...] = ()) -> list[str]:
-    """The command line of that many ranks of the training command, or of a program that calls it."""
+def torchrun(processes: int, argv: list[str]) -> list[str]:
+    """The command line of that many ranks of the training command."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launcher, *options, *(program or ("-m", "lowrank_vit.train")), *argv]
+    return [*launcher, "-m", "lowrank_vit.train", *argv]
 
 
-def altered(folder: Path, change: str) -> tuple[str, ...]:
+def forked(processes: int, argv: list[str], *options: str, program: Path | None = None) -> list[str]:
+    """The same, or a program that calls the training command, by a torchrun that imports once what its ranks need."""
+    code = "import lowrank_vit.training.trainer; from torch.distributed.run import main; main()"
+    launcher = [sys.executable, "-c", code, "--standalone", f"--nproc-per-node={processes}", "--start-method=fork"]
+    return [*launcher, *options, "--run-path", str(program or ROOT / "lowrank_vit" / "train.py"), *argv]
+
+
+def altered(folder: Path, change: str) -> Path:
     """A program that trains like the command, but for a change to the trainer `t` of each rank."""
     path = folder / "altered.py"
     path.write_text(f"""
@@ -49,7 +57,7 @@ def make(t, *args):
 Trainer.__init__ = make
 exit_cleanly(train.main)
 """)
-    return (str(path),)
+    return path
 
 
 def start(command: list[str], **more: str) -> subprocess.Popen:
@@ -93,15 +101,15 @@ def assert_same_run(run: Path, one: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "more"),
+    ("launched", "processes", "more"),
     [
-        (2, ("-b", "64")),
-        (2, ("-b", "32", "--grad-accum-steps", "2", "--compile")),
-        (4, ("-b", "32", "--validation-batch-size", "50")),
+        (torchrun, 2, ("-b", "64")),
+        (forked, 2, ("-b", "32", "--grad-accum-steps", "2", "--compile")),
+        (forked, 4, ("-b", "32", "--validation-batch-size", "50")),
     ],
 )
-def test_ranks_train_as_one(small, one, tmp_path, processes, more):
-    code, out, err = finish(torchrun(processes, small(*RECIPE, *more, "--experiment", "n")))
+def test_ranks_train_as_one(small, one, tmp_path, launched, processes, more):
+    code, out, err = finish(launched(processes, small(*RECIPE, *more, "--experiment", "n")))
     assert code == 0, err
     assert f"batch 128 ({more[1]} x {processes} ranks" in out
     assert out.count("top-1") == 3  # two epochs and the end, said by one rank
@@ -110,7 +118,7 @@ def test_ranks_train_as_one(small, one, tmp_path, processes, more):
 
 def test_a_signal_stops_all_ranks_and_one_process_goes_on(small, one, tmp_path):
     argv = small(*RECIPE, "--epochs", "2", "--experiment", "s")
-    process = start(torchrun(2, [*argv, "-b", "64", "--checkpoint-interval", "1"]))
+    process = start(forked(2, [*argv, "-b", "64", "--checkpoint-interval", "1"]))
     last = tmp_path / "s" / "last.pth.tar"
     while not last.exists():
         assert process.poll() is None
@@ -142,7 +150,7 @@ def test_a_rank_that_fails_ends_all_with_its_own_error_first(small, tmp_path):
         file.write(bytes(200))
     argv = small(*RECIPE, "--dataset", "", "--data-dir", str(data), "-b", "2", "--loader", "ffcv", "--img-size", "16")
     began = time.monotonic()
-    code, _, err = finish(torchrun(2, argv))
+    code, _, err = finish(forked(2, argv))
     assert code != 0
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, err
@@ -156,7 +164,7 @@ def test_a_rank_that_fails_ends_all_with_its_own_error_first(small, tmp_path):
 
 
 def test_a_mistake_on_the_command_line_is_told_once(small):
-    code, _, err = finish(torchrun(2, small("--epochs", "0")))
+    code, _, err = finish(forked(2, small("--epochs", "0")))
     assert code != 0
     assert err.count("error: --epochs 0 is out of range") == 1
 
@@ -184,7 +192,7 @@ def test_a_killed_rank_ends_the_others(small, tmp_path):
         t.setup.scheduler.step_update = and_die
         """,
     )
-    code, _, err = finish(torchrun(2, small(*RECIPE, "-b", "64", "--experiment", "k"), program=program))
+    code, _, err = finish(forked(2, small(*RECIPE, "-b", "64", "--experiment", "k"), program=program))
     assert code != 0
     assert "error: rank 0: rank 1 is gone without a word" in err
     assert read_checkpoint(tmp_path / "k" / "last.pth.tar").content["step"]["num_updates"] == UPDATES
@@ -205,7 +213,7 @@ def test_a_signal_in_validation_stops_all_ranks_and_nothing_is_lost(small, one, 
         """,
     )
     argv = small(*RECIPE, "-b", "64", "--experiment", "v")
-    process = start(torchrun(2, [*argv, "-vb", "10"], program=program))
+    process = start(forked(2, [*argv, "-vb", "10"], program=program))
     assert process.stdout is not None
     said = ""
     while "validating" not in said:
@@ -228,7 +236,7 @@ def test_a_signal_in_validation_stops_all_ranks_and_nothing_is_lost(small, one, 
 
 def test_elastic_restarts_go_on_from_the_last_checkpoint(small, one, tmp_path):
     argv = [*small(*RECIPE), "-b", "64", "--checkpoint-interval", "3"]  # without --experiment: the run has to be found
-    process = start(torchrun(2, argv, "--max-restarts=1"))
+    process = start(forked(2, argv, "--max-restarts=1"))
     while not (found := list(tmp_path.glob("*/last.pth.tar"))):
         assert process.poll() is None
         time.sleep(0.02)
@@ -250,7 +258,9 @@ def test_a_port_in_use_is_told(small):
     assert "--master-port" in err
 
 
-def test_an_incomplete_environment_is_told(small):
-    code, _, err = finish([sys.executable, "-m", "lowrank_vit.train", *small()], WORLD_SIZE="2", RANK="0")
-    assert code == 2
-    assert "LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set. Start several processes with torchrun" in err
+def test_an_incomplete_environment_is_told(small, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    told = "LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set. Start several processes with torchrun"
+    with pytest.raises(UserError, match=told):
+        train_command.main(small())

@@ -62,7 +62,7 @@ def test_nothing_is_decoded_between_rounds_and_a_round_begins_in_mid_epoch(folde
 
 def test_rounds_without_a_refresh_are_counted_as_such(folder):
     with ExitStack() as stack:
-        training = stack.enter_context(timed(folder, "ffcv", STEPS, 2 * STEPS))
+        training = stack.enter_context(timed(folder, "dali", STEPS, 2 * STEPS))
         for _ in range(4):
             training.before()
             training.run()
@@ -73,7 +73,7 @@ def test_rounds_without_a_refresh_are_counted_as_such(folder):
 
 def test_an_epoch_shorter_than_a_round_is_refused(folder):
     with pytest.raises(UserError, match=r"an epoch has \d+ batches, and a round takes"):
-        timed(folder, "ffcv", 100, 1)
+        timed(folder, "dali", 100, 1)
 
 
 def test_a_repeated_set_is_read_as_one(folder):
