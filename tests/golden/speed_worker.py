@@ -72,9 +72,7 @@ def spectral(model: str) -> Round:
     of("torch", "manual_seed")(0)
     targets = of("lowrank_vit.spectral.select", "DEFAULT_TARGETS")
     models = create_model(model), create_model(model)
-    monitor = make(
-        *models, targets=targets, every=1, store_dir=Path("spectra"), settings=settings(cpu_threads=int(CORES))
-    )
+    monitor = make(*models, targets=targets, every=1, store_dir=Path("spectra"), settings=settings)
 
     def refresh() -> None:
         monitor.observe(next(updates))
