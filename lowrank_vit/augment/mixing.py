@@ -47,7 +47,9 @@ def mix_targets(targets: Tensor, num_classes: int, smoothing: float, mix: Tensor
 
 
 @njit(cache=True)
-def mix_cpu(images_BHWC: np.ndarray, n: int, table: np.ndarray, mix: np.ndarray, out_HWC: np.ndarray) -> None:
+def mix_cpu(
+    images_BHWC: np.ndarray, n: int | np.int64, table: np.ndarray, mix: np.ndarray, out_HWC: np.ndarray
+) -> None:
     """Normalise image `n` of a uint8 batch and mix it with its partner, as `mix_images`.
 
     `table` float32 (3, 256): each level of each channel, normalised; `mix` float32 (M, 6) as by `mix_to_tensor`.

@@ -115,8 +115,8 @@ class Augment(nn.Module):
             return images, ops.to_device(mix.numpy(), images), None, None
         boxes, keys = plan.erase.boxes, plan.erase.keys
         if images.is_cuda:
-            on_device = (ops.to_device(values, images) for values in (mix.numpy(), boxes, keys.astype(np.int64)))
-            return images, *on_device
+            sent = [ops.to_device(values, images) for values in (mix.numpy(), boxes, keys.astype(np.int64))]
+            return images, sent[0], sent[1], sent[2]
         if out is None or out.shape != images.shape:
             out = torch.empty(images.shape, memory_format=torch.channels_last)
         mixed_now = mix_to_tensor([NO_MIX]) if self._erase_first else mix
