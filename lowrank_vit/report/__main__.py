@@ -11,16 +11,11 @@ import tyro
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import usage_name
 from lowrank_vit.common.terminal import fitted_help, say
-from lowrank_vit.report.bulk_plot import bulk_plot
-from lowrank_vit.report.ema_plot import ema_plot
-from lowrank_vit.report.heat_maps import cosine_plot, stable_rank_plot
-from lowrank_vit.report.html import report_html
-from lowrank_vit.report.profile_plot import profile_plot
-from lowrank_vit.report.read_analysis import find_analysis, read_analysis
-from lowrank_vit.report.read_run import read_run
-from lowrank_vit.report.spectra_plots import spectra_plot
+from lowrank_vit.report.metric_plots import cosine_plot, ema_plot, profile_plot, stable_rank_plot
+from lowrank_vit.report.page import report_html
+from lowrank_vit.report.read import find_analysis, read_analysis, read_run
+from lowrank_vit.report.spectra_plots import bulk_plot, spectra_plot, vectors_plot
 from lowrank_vit.report.training_plot import training_plot
-from lowrank_vit.report.vector_plots import vectors_plot
 
 _PICTURES = (
     ("training.png", "Loss, accuracy, learning rate and throughput over the updates", training_plot),

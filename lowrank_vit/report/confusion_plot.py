@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_vit.common.terminal import one_line
-from lowrank_vit.report.layout import style_bar
-from lowrank_vit.report.style import INK, MUTED, heading, new_figure, png, tidy
+from lowrank_vit.report.style import INK, MUTED, heading, new_figure, png, style_bar, tidy
 
 _LABELLED = 20
 """Up to so many classes have their names at the axes, and their counts in the cells."""

@@ -1,6 +1,7 @@
-"""`spectra.png`: how the singular values of the weights move while the model trains.
+"""Pictures of stored spectra: `spectra.png` over the updates, `bulk.png` the newest ones, `vectors.png` then and now.
 
-Shape legend: T refreshes, K singular values of a matrix, B matrices of one type (blocks).
+Shape legend: T refreshes, K singular values of a matrix, B matrices of one type (blocks), k recorded vectors of one
+end.
 """
 
 from __future__ import annotations
@@ -9,14 +10,34 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lowrank_vit.report.layout import by_type, first_middle_last, moment, style_bar, subtitle
-from lowrank_vit.report.read_run import Run, series
-from lowrank_vit.report.style import MUTED, heading, log_ticks, new_figure, png, tidy, update_ticks
+from lowrank_vit.report.read import Run, series
+from lowrank_vit.report.style import (
+    EMA,
+    INK,
+    MODEL,
+    MUTED,
+    TRAIN,
+    by_type,
+    first_middle_last,
+    heading,
+    log_ticks,
+    middle,
+    moment,
+    new_figure,
+    png,
+    style_bar,
+    subtitle,
+    tidy,
+    update_ticks,
+)
+from lowrank_vit.spectral.store import StoredVectors
+from lowrank_vit.spectral.tails import bulk_density, marchenko_pastur, power_law
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+
 
 MAX_LINES = 160
 DEPTH_COLORS = ("#20639b", "#3caea3", "#d1603d")
@@ -119,3 +140,112 @@ def _index_bar(figure: Figure, fans: list[Axes], colors: Colormap) -> None:
     bar.set_ticks([0, 1], labels=["$\\sigma_1$\nlargest", "$\\sigma_K$\nsmallest"])
     bar.ax.invert_yaxis()
     style_bar(bar, "")
+
+
+BINS = 48
+
+
+def bulk_plot(run: Run) -> bytes | None:
+    """First, middle and last block of each type: histogram, Marchenko-Pastur density, edge, outliers, alpha.
+
+    Returns PNG bytes; None without spectra, or where their shapes are not known (`spectra/index.json`).
+    """
+    updates_T, modules = series(run, "spec")
+    modules = {name: s_TK[-1] for name, s_TK in modules.items() if name in run.shapes}
+    if not modules:
+        return None
+    chosen = {kind: first_middle_last(names) for kind, names in by_type(modules).items()}
+    rows = max(len(names) for names in chosen.values())
+    figure = new_figure(1.2 + 3.2 * len(chosen), 1.2 + 2.35 * rows)
+    grid = figure.subplots(rows, len(chosen), squeeze=False)
+    for column, names in enumerate(chosen.values()):
+        for row in range(rows):
+            axes = grid[row, column]
+            if row >= len(names):
+                axes.set_axis_off()
+                continue
+            bottom = row == len(names) - 1
+            tidy(axes, names[row], "singular value σᵢ" if bottom else "", "density" if column == 0 else "")
+            _histogram(axes, modules[names[row]], run.shapes[names[row]])
+    text = "grey: values now; blue: noise of the same median; red: its edge (99 %), what lies beyond is counted"
+    heading(figure, "Spectra and the Marchenko-Pastur edge", f"{text}  ·  {moment(run, updates_T[-1])}")
+    return png(figure)
+
+
+def _histogram(axes: Axes, s_K: np.ndarray, shape: tuple[int, int]) -> None:
+    axes.grid(visible=False)
+    if not np.isfinite(s_K).all() or s_K[0] <= 0:
+        axes.text(0.5, 0.5, "not finite or zero", transform=axes.transAxes, ha="center", color=MUTED)
+        return
+    noise, fit = marchenko_pastur(s_K, shape), power_law(s_K)
+    right = 1.04 * max(float(s_K[0]), noise.edge if np.isfinite(noise.edge) else 0.0)
+    axes.hist(s_K, bins=np.linspace(0, right, BINS + 1).tolist(), density=True, color=TRAIN)
+    lines = []
+    if np.isfinite(noise.edge):
+        x = np.linspace(right / 1000, right, 1000)
+        # Scaled by the share that is not outliers, so that bulk and bars are of one height.
+        share = 1 - noise.outliers / s_K.size
+        density = share * bulk_density(x, shape, noise.sigma)
+        bars = np.histogram(s_K, bins=np.linspace(0, right, BINS + 1), density=True)[0]
+        axes.plot(x, density, color=MODEL, linewidth=1.5)
+        axes.axvline(noise.edge, color=EMA, linewidth=1.3, linestyle=(0, (3, 2)))
+        # Of a square matrix the law has a finite height at 0; of no matrix may the curve push the bars down.
+        axes.set_ylim(0, 1.15 * max(float(bars.max()), min(float(density.max()), 2 * float(bars.max()))))
+        lines.append(f"{noise.outliers:.0f} beyond the edge")
+    if np.isfinite(fit.alpha):
+        lines.append(f"α {fit.alpha:.2f} (KS {fit.ks:.2f})")
+    axes.set_xlim(0, right)
+    axes.text(0.98, 0.95, "\n".join(lines), transform=axes.transAxes, ha="right", va="top", fontsize=8, color=INK)
+
+
+_KIND = "spec/"
+
+
+def vectors_plot(run: Run) -> bytes | None:
+    """For the middle block of each type: start against now, and the newest stored refresh but one against now.
+
+    A bright diagonal says that each vector is still itself; a bright block off it, that neighbours have changed places
+    or mixed; dark columns, that a direction is new. Returns PNG bytes; None with fewer than two stored vector files.
+    """
+    if len(run.vectors) < 2:
+        return None
+    now = run.vectors[-1]
+    pairs = [(run.vectors[0], now), *([(run.vectors[-2], now)] if len(run.vectors) > 2 else [])]
+    shared = [key for key in now.ends if key.startswith(_KIND) and all(_fit(old, now, key) for old, _ in pairs)]
+    types = by_type(key.removeprefix(_KIND) for key in shared)
+    if not types:
+        return None
+    rows = [(old, side) for old, _ in pairs for side in ("u", "v")]
+    figure = new_figure(1.6 + 2.5 * len(types), 1.1 + 2.5 * len(rows))
+    grid = figure.subplots(len(rows), len(types), squeeze=False)
+    for row, (old, side) in enumerate(rows):
+        for column, names in enumerate(types.values()):
+            key = _KIND + middle(names)
+            before, after = (getattr(one.ends[key][0], side) for one in (old, now))
+            axes = grid[row, column]
+            letter = side.upper()
+            label = f"|{letter}ᵀ{letter}′|, from update {old.update:,}" if column == 0 else ""
+            tidy(
+                axes,
+                middle(names) if row == 0 else "",
+                f"at update {now.update:,}" if row == len(rows) - 1 else "",
+                label,
+            )
+            axes.grid(visible=False)
+            k = before.shape[1]
+            image = axes.imshow(
+                np.abs(before.T @ after), vmin=0, vmax=1, cmap="magma", extent=(0.5, k + 0.5, k + 0.5, 0.5)
+            )
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_ticks([1, k] if k > 1 else [1])
+            if column == len(types) - 1:
+                style_bar(figure.colorbar(image, ax=list(grid[row]), pad=0.01, fraction=0.03, aspect=18), "|cosine|")
+    text = "recorded top vectors, largest singular value first; a bright diagonal: each is still itself"
+    heading(figure, "Singular vectors then and now", text)
+    return png(figure)
+
+
+def _fit(old: StoredVectors, now: StoredVectors, key: str) -> bool:
+    return key in old.ends and all(
+        getattr(old.ends[key][0], side).shape == getattr(now.ends[key][0], side).shape for side in ("u", "v")
+    )

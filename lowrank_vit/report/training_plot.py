@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lowrank_vit.report.read_run import Columns, Run
+from lowrank_vit.report.read import Columns, Run
 from lowrank_vit.report.style import EMA, MODEL, MUTED, TRAIN, heading, log_ticks, new_figure, png, tidy, update_ticks
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ def training_plot(run: Run) -> bytes | None:
 
 def _subtitle(run: Run) -> str:
     parts = [str(run.args["model"])] if run.args.get("model") else []
-    if run.how_far:
-        of_planned = f" of {run.how_far.planned:,}" if run.how_far.planned else ""
-        parts.append(f"{run.how_far.epochs:,}{of_planned} epochs, {run.how_far.updates:,} updates")
+    if run.status:
+        of_planned = f" of {run.status.planned:,}" if run.status.planned else ""
+        parts.append(f"{run.status.epochs:,}{of_planned} epochs, {run.status.updates:,} updates")
     return "  ·  ".join(parts)
 
 

@@ -12,17 +12,12 @@ import numpy as np
 import pytest
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.report import read_run as read_run_module
+from lowrank_vit.report import read as read_module
 from lowrank_vit.report.__main__ import main, write_report
-from lowrank_vit.report.bulk_plot import bulk_plot
-from lowrank_vit.report.ema_plot import ema_plot
-from lowrank_vit.report.heat_maps import cosine_plot, matrix_scalars, stable_rank_plot
-from lowrank_vit.report.numbers import final_numbers, headline, spectral_numbers
-from lowrank_vit.report.profile_plot import profile_plot
-from lowrank_vit.report.read_analysis import read_analysis
-from lowrank_vit.report.read_run import read_run, series
-from lowrank_vit.report.spectra_plots import spectra_plot
-from lowrank_vit.report.vector_plots import vectors_plot
+from lowrank_vit.report.metric_plots import cosine_plot, ema_plot, matrix_scalars, profile_plot, stable_rank_plot
+from lowrank_vit.report.page import final_numbers, headline, spectral_numbers
+from lowrank_vit.report.read import read_analysis, read_run, series
+from lowrank_vit.report.spectra_plots import bulk_plot, spectra_plot, vectors_plot
 from lowrank_vit.spectral.extremes import Solved, Triplets
 from lowrank_vit.spectral.store import SpectraStore, write_spectra
 
@@ -207,7 +202,7 @@ def test_logged_scalars_are_read_without_aggregates_and_a_torn_line_is_left_out(
 
 
 def test_many_spec_events_are_thinned(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_run_module, "MAX_SNAPSHOTS", 3)
+    monkeypatch.setattr(read_module, "MAX_SNAPSHOTS", 3)
     add_monitor(run, refreshes=9)
     np.testing.assert_array_equal(read_run(run).scalars["update"], [0, 40, 80])
 
@@ -316,7 +311,7 @@ def test_refreshes_of_another_model_are_left_out(run: Path) -> None:
 
 
 def test_many_refreshes_are_thinned_evenly_with_both_ends_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_run_module, "MAX_SNAPSHOTS", 3)
+    monkeypatch.setattr(read_module, "MAX_SNAPSHOTS", 3)
     add_spectra(run, refreshes=9)
     found = read_run(run)
     assert [stored.update for stored in found.spectra] == [0, 40, 80]

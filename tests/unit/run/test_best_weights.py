@@ -11,7 +11,7 @@ import torch
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
-from lowrank_vit.report.next_steps import next_steps
+from lowrank_vit.report.status import next_steps
 from lowrank_vit.run.state import BestEpochs
 from lowrank_vit.training.resume import as_resumed
 from lowrank_vit.training.setup import set_up

@@ -16,10 +16,9 @@ import torch
 from lowrank_vit.config.flags import parse
 from lowrank_vit.ranks.world import World
 from lowrank_vit.report.__main__ import write_report
-from lowrank_vit.report.next_steps import Step, next_steps, shown
-from lowrank_vit.report.numbers import headline
-from lowrank_vit.report.reached import how_far
-from lowrank_vit.report.read_run import read_run
+from lowrank_vit.report.page import headline
+from lowrank_vit.report.read import read_run
+from lowrank_vit.report.status import Step, next_steps, run_status, shown
 from lowrank_vit.train import _farewell
 from lowrank_vit.training.trainer import Result
 
@@ -115,19 +114,19 @@ def test_paths_are_quoted_and_long_commands_are_broken(tmp_path, monkeypatch):
 def test_how_far_a_stopped_run_came(run):
     args = {"epochs": 3, "cooldown-epochs": 0}
     table = {"epoch": np.array([0.0, 1.0]), "update": np.array([10.0, 20.0])}
-    far = how_far(run, args, table, table)
+    far = run_status(run, args, table, table)
     assert (far.epochs, far.planned, far.updates, far.is_running) == (2, 3, 27, False)
     assert far.in_words == "Stopped after update 27: 2 of 3 epochs are done."
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert how_far(run, args, table, table).in_words == "Still training: 2 of 3 epochs are done."
+        assert run_status(run, args, table, table).in_words == "Still training: 2 of 3 epochs are done."
     save(run, epochs=3, updates=30)
-    assert how_far(run, args, table, table).in_words == ""
+    assert run_status(run, args, table, table).in_words == ""
 
 
 def test_logs_tell_how_far_a_run_came_whose_checkpoint_is_damaged(run):
     (run / "last.pth.tar").write_bytes(b"PK not really")
-    found = read_run(run).how_far
+    found = read_run(run).status
     assert found
     assert (found.epochs, found.updates) == (2, 20)
 

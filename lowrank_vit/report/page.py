@@ -1,14 +1,68 @@
-"""The run's numbers as tables of text: how it ended, its best epoch, and what became of the spectra."""
+"""The report as one HTML file, which `page.html` lays out, and its tables: the run's numbers as text."""
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import jinja2
 import numpy as np
 
-from lowrank_vit.report.read_run import Run, series
+from lowrank_vit.report.read import Run, series
+from lowrank_vit.report.status import Step, next_steps
 from lowrank_vit.spectral.metrics import effective_rank, stable_rank
 from lowrank_vit.spectral.select import module_type
+
+
+def report_html(run: Run, pictures: Mapping[str, bytes]) -> str:
+    """The whole page.
+
+    Args:
+        run: what `read_run` found; its notes are shown.
+        pictures: what a picture shows (its alternative text) to its PNG bytes, in the order they are shown.
+    """
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters["as_typed"] = _as_typed
+    standing = run.status.in_words if run.status else ""
+    return templates.get_template("page.html").render(
+        title=run.path.resolve().name,
+        model=str(run.args.get("model") or ""),
+        headline=headline(run),
+        notes=[note for note in (standing, *run.notes) if note],
+        pictures={caption: base64.b64encode(png).decode("ascii") for caption, png in pictures.items()},
+        tables=[final_numbers(run), spectral_numbers(run)],
+        steps=_what_next(run),
+        arguments=run.args,
+        environment=run.environment,
+    )
+
+
+def _what_next(run: Run) -> list[Step] | None:
+    """Commands with this run's paths, as they are typed where the report was made; None where too little is known."""
+    if run.status is None:
+        return None
+    goes_on, is_over = run.status.is_running, run.status.is_finished
+    return next_steps(run.path, run.args, is_finished=is_over or goes_on, is_drawn=is_over and not goes_on)
+
+
+def _as_typed(value: Any) -> str:
+    """As it would stand on the command line: lists with spaces, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return " ".join(_as_typed(item) for item in value)
+    return str(value)
 
 
 @dataclass(frozen=True)
@@ -40,10 +94,10 @@ def headline(run: Run) -> list[tuple[str, str]]:
             figures.append((label, f"{values.max():.2f} %"))
     if not figures and (losses := _finite(run.train.get("loss"))).size:  # nothing to validate on, or not yet
         figures.append(("newest train loss", f"{losses[-1]:.4g}"))
-    if run.how_far:
-        of_planned = f" of {run.how_far.planned:,}" if run.how_far.planned else ""
-        figures.append(("epochs", f"{run.how_far.epochs:,}{of_planned}"))
-        figures.append(("updates", f"{run.how_far.updates:,}"))
+    if run.status:
+        of_planned = f" of {run.status.planned:,}" if run.status.planned else ""
+        figures.append(("epochs", f"{run.status.epochs:,}{of_planned}"))
+        figures.append(("updates", f"{run.status.updates:,}"))
     columns = run.epochs if _finite(run.epochs.get("img_per_s")).size else run.train
     rates = _finite(columns.get("img_per_s"))
     if rates.size:

@@ -1,6 +1,7 @@
-"""`stable_rank.png` and `cosines.png`: heat maps, block by time, of ranks and of how far the subspaces have turned.
+"""Pictures of the numbers that are logged of every matrix.
 
-Shape legend: T refreshes, B matrices of one type (blocks).
+`stable_rank.png` and `cosines.png`: heat maps, block by time; `ema.png`: the model beside its moving average;
+`profile.png`: the newest numbers over the depth. Shape legend: T refreshes, B matrices of one type (blocks).
 """
 
 from __future__ import annotations
@@ -10,13 +11,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lowrank_vit.report.layout import by_type, style_bar, subtitle
-from lowrank_vit.report.read_run import Run, series
-from lowrank_vit.report.style import heading, log_ticks, new_figure, png, tidy, update_ticks
+from lowrank_vit.report.read import Run, series
+from lowrank_vit.report.style import (
+    EMA,
+    MODEL,
+    MUTED,
+    by_type,
+    heading,
+    log_ticks,
+    new_figure,
+    png,
+    style_bar,
+    subtitle,
+    tidy,
+    update_ticks,
+)
 from lowrank_vit.spectral.metrics import effective_rank, stable_rank
 
 if TYPE_CHECKING:
     from matplotlib.colors import LogNorm, Normalize
+
 
 _COSINES = (
     ("cos_u_mean", "with the refresh\nbefore, mean cos u"),
@@ -123,3 +137,79 @@ def _unit_norm(values: np.ndarray) -> Normalize:
     values = values[np.isfinite(values)]
     low = float(values.min()) if values.size else 0.0
     return Normalize(min(low, 0.999), 1.0)
+
+
+_ROWS = (("sigma_max", "mean σ₁"), ("stable_rank", "mean stable rank"), ("ema_cos_u_mean", "mean cos u, model to EMA"))
+
+
+def ema_plot(run: Run) -> bytes | None:
+    """Means over the blocks of each type over time: of the model, of its EMA, and the cosine between the two.
+
+    Returns PNG bytes; None without an EMA, or with fewer than two refreshes in the log.
+    """
+    found = {(kind, m): matrix_scalars(run, kind, m) for kind in ("spec", "spec_ema") for m, _ in _ROWS}
+    types = by_type(found["spec_ema", "sigma_max"])
+    if not types or len(run.scalars["update"]) < 2:
+        return None
+    updates_T = run.scalars["update"].astype(np.int64)
+    figure = new_figure(1.2 + 3.0 * len(types), 1.1 + 2.2 * len(_ROWS))
+    grid = figure.subplots(len(_ROWS), len(types), squeeze=False)
+    for row, (metric, label) in enumerate(_ROWS):
+        for column, (kind, names) in enumerate(types.items()):
+            axes = grid[row, column]
+            bottom = row == len(_ROWS) - 1
+            tidy(axes, kind if row == 0 else "", "update" if bottom else "", label if column == 0 else "")
+            for source, color, name in (("spec", MODEL, "model"), ("spec_ema", EMA, "EMA")):
+                values = found[source, metric]
+                lines = [values[n] for n in names if n in values]
+                if lines:
+                    label_ = "cosine" if metric.startswith("ema_cos") else name
+                    axes.plot(updates_T, np.mean(lines, axis=0), color=color, linewidth=1.7, label=label_)
+            if metric.startswith("ema_cos"):
+                chance = matrix_scalars(run, "spec", "chance_u").get(names[0])
+                if chance is not None:
+                    axes.axhline(chance[-1], color=MUTED, linewidth=1, linestyle=(0, (3, 2)), label="chance")
+                axes.set_ylim(0, 1.02)
+            update_ticks(axes.xaxis)
+            if column == len(types) - 1 and axes.get_lines():
+                axes.legend(fontsize=8, frameon=False, labelcolor=MUTED)
+    heading(figure, "Model and moving average", subtitle(run, updates_T))
+    return png(figure)
+
+
+_PANELS = (
+    ("sigma_max", "largest singular value", "σ₁"),
+    ("stable_rank", "stable rank", "Σ σ² / σ₁²"),
+    ("effective_rank", "effective rank", "exp(entropy of σ / Σ σ)"),
+    ("alpha", "power law of the tail", "exponent α"),
+    ("mp_outliers", "values beyond the noise edge", "count"),
+    ("cos0_u_mean", "left vectors against the start", "mean cosine"),
+)
+_COLORS = ("#20639b", "#d1603d", "#3caea3", "#8a6fb0", "#b08a2e", "#7a8793")
+
+
+def profile_plot(run: Run) -> bytes | None:
+    """A panel for each number that there is, a line for each type. Returns PNG bytes; None without any."""
+    panels = [(title, label, matrix_scalars(run, "spec", metric)) for metric, title, label in _PANELS]
+    panels = [panel for panel in panels if any(np.isfinite(values[-1]) for values in panel[2].values())]
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(0.6 + 3.7 * columns, 1.1 + 2.6 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, label, found) in zip(grid.flat, panels, strict=False):
+        tidy(axes, title, "block", label)
+        for color, (kind, names) in zip(_COLORS, by_type(found).items(), strict=False):
+            values = [found[name][-1] for name in names]
+            axes.plot(range(len(names)), values, color=color, marker="o", markersize=3, linewidth=1.4, label=kind)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    heading(figure, "Every matrix by depth", subtitle(run, run.scalars["update"].astype(np.int64)[-1:]))
+    # One legend above all panels: inside of one it would stand on lines, which may be anywhere.
+    lines = grid.flat[0].get_lines()
+    figure.legend(
+        handles=lines, loc="outside upper right", ncols=min(3, len(lines)), frameon=False, fontsize=9, labelcolor=MUTED
+    )
+    return png(figure)
