@@ -249,7 +249,7 @@ def test_the_guide_has_every_published_command(place):
 def test_messages_in_the_guide_are_the_programs(document):
     table = (ROOT / document).read_text(encoding="utf-8").rpartition("\n## ")[2]
     messages = re.findall(r"(?m)^\| `([^`]+)` \|", table)
-    sources = [*ROOT.glob("lowrank_vit/**/*.py"), *ROOT.glob("data_prep/*.py"), *ROOT.glob("scripts/*.sh")]
+    sources = [*ROOT.glob("lowrank_vit/**/*.py"), *ROOT.glob("data_prep/**/*.py"), *ROOT.glob("scripts/*.sh")]
     said = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     assert len(messages) > 8
     assert [message for message in messages if message not in said] == []
