@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.threads import Jobs
 
 INIT_TIMEOUT_S = 60.0
 FINISH_TIMEOUT_S = 120.0
@@ -102,11 +102,11 @@ class WandbLog:
         if self._run is None:
             return
         failures: list[Exception] = []
-        thread = threading.Thread(target=_finish, args=(self._run, failures), name="wandb-finish", daemon=True)
+        jobs: Jobs[Any] = Jobs(lambda run: run.finish(), lambda _, error: failures.append(error), "wandb-finish")
+        jobs.put(self._run)
         self._run = None
-        thread.start()
-        thread.join(timeout_s)
-        if thread.is_alive() or failures:
+        jobs.close(timeout_s)
+        if jobs.is_busy or failures:
             reason = failures[0] if failures else f"not done after {timeout_s:.0f} s"
             self._say(f"warning: W&B could not send everything ({reason}). {_sync_advice(self._run_dir)}")
 
@@ -136,13 +136,6 @@ def _cannot_start(error: Exception) -> UserError:
         else "Change the --wandb option that it names, or leave --log-wandb out."
     )
     return UserError(f"--log-wandb: Weights & Biases cannot start: {error} {advice}")
-
-
-def _finish(run: Any, failures: list[Exception]) -> None:
-    try:
-        run.finish()
-    except Exception as error:  # reported by the thread that waits for this one
-        failures.append(error)
 
 
 def _sync_advice(run_dir: Path) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -43,7 +46,6 @@ from lowrank_vit.score.evaluate import Evaluator
 from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
 from lowrank_vit.training.preflight import check_before_data
 from lowrank_vit.training.step import TrainStep
-from lowrank_vit.training.torch_settings import keep_compiled_code, set_float32_policy
 
 SYNTHETIC_CLASSES = 1000
 """With --synthetic and without --num-classes: ImageNet-1k's."""
@@ -330,3 +332,39 @@ def _make_ema(config: Config, model: nn.Module, resumed: Checkpoint | None) -> M
             raise UserError(f"{resumed.path} is of a run without an EMA. Resume it with --no-model-ema.")
         load_weights(ema.module, resumed, resumed.weights(use_ema=True), options.model)
     return ema
+
+
+def keep_compiled_code(folder: Path | None) -> Path:
+    """Have torch.compile keep its code in `folder`, so that the next start need not compile; returns where it is kept.
+
+    Without `folder`: TORCHINDUCTOR_CACHE_DIR if the environment has it, else lowrank-vit/ in the user's cache folder
+    (torch's own default is in /tmp, which clusters empty). Call it before anything is compiled. Raises `UserError` if
+    the folder cannot be made.
+    """
+    kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    # torch itself writes its default there when it is imported; what else stands there is the user's.
+    if folder is None and kept and not kept.startswith(f"{tempfile.gettempdir()}/torchinductor_"):
+        return Path(kept)
+    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowrank-vit"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}, where compiled code is to be kept, cannot be made: {error.strerror}. Choose another folder "
+            "with --compile-cache."
+        ) from error
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve())  # Triton's cache lies in it
+    return folder
+
+
+def set_float32_policy(device: torch.device, *, tf32: bool) -> None:
+    """Whether float32 products and convolutions of the training step may use TF32 on CUDA (11 bits of mantissa).
+
+    float64, which the spectra are computed in, is never affected, nor is a CPU. Convolutions also try out which of
+    cuDNN's algorithms is the fastest for their one shape, as in timm.
+    """
+    if device.type != "cuda":
+        return
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True

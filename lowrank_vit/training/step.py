@@ -6,6 +6,7 @@ The host never waits for the device here, but where it is so far ahead that the 
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from lowrank_vit.data.batch import Batch
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.metrics import Meter
 from lowrank_vit.run.state import Position
-from lowrank_vit.training.pace import Pace
 from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
+
+RUN_AHEAD = 3
+"""Batches whose steps may be under way on the device when the host begins the next one."""
 
 
 @dataclass(frozen=True)
@@ -214,3 +217,26 @@ def _distribute(loss_of: nn.Module, device: torch.device) -> DistributedDataPara
         gradient_as_bucket_view=True,
         **no_buffers,
     )
+
+
+class Pace:
+    """Holds the host back where it is `RUN_AHEAD` steps ahead of a GPU.
+
+    A step that is one CUDA graph takes the host no time, so it could ask for all updates up to the next look at the
+    device at once, and each of their batches would have to be in memory. The device still has the last steps to do
+    while the host waits, so it is never idle for it. On a CPU nothing runs ahead.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._under_way: deque[torch.cuda.Event] = deque()
+
+    def step(self) -> None:
+        """Note that all of a step has been asked for, and wait if the device is too far behind."""
+        if not self._is_cuda:
+            return
+        done = torch.cuda.Event(blocking=True)  # waits without taking a core from the decoder
+        done.record()
+        self._under_way.append(done)
+        if len(self._under_way) > RUN_AHEAD:
+            self._under_way.popleft().synchronize()

@@ -22,7 +22,7 @@ from lowrank_vit.plan.mixing import NO_MIX
 from lowrank_vit.plan.plans import BatchPlan
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.metrics import Meter
-from lowrank_vit.training.step import Loss, TrainStep
+from lowrank_vit.training.step import RUN_AHEAD, Loss, Pace, TrainStep
 
 NUM_CLASSES, BATCH = 10, 8
 OPTIONS = (
@@ -228,3 +228,42 @@ def test_only_running_statistics_are_averaged(monkeypatch):
     World(size=3).average_buffers(module)
     assert torch.equal(module.get_buffer("constant"), torch.tensor([0.1, 0.7]))
     torch.testing.assert_close(module.get_buffer("0.running_var"), torch.full((2,), 3.5 / 3))
+
+
+@pytest.fixture
+def cuda_events(monkeypatch) -> list[str]:
+    """What is asked of CUDA's events, in order."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, blocking: bool) -> None:
+            assert blocking
+
+        def record(self) -> None:
+            self.step = sum(line.startswith("step") for line in log)
+            log.append(f"step {self.step}")
+
+        def synchronize(self) -> None:
+            log.append(f"host waits for {self.step}")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return log
+
+
+def test_the_host_waits_for_a_step_that_leaves_the_device_others_to_do(cuda_events):
+    pace = Pace(torch.device("cuda"))
+    for _ in range(RUN_AHEAD):
+        pace.step()
+    assert cuda_events == [f"step {n}" for n in range(RUN_AHEAD)]
+    cuda_events.clear()
+    pace.step()
+    assert cuda_events[-1] == "host waits for 0"
+    pace.step()
+    assert cuda_events[-1] == "host waits for 1"
+
+
+def test_a_cpu_is_not_paced(cuda_events):
+    pace = Pace(torch.device("cpu"))
+    for _ in range(9):
+        pace.step()
+    assert cuda_events == []

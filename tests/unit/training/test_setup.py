@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.training.torch_settings import keep_compiled_code, set_float32_policy
+from lowrank_vit.training.setup import keep_compiled_code, set_float32_policy
 
 CODE = """
 import sys, torch
 from pathlib import Path
-from lowrank_vit.training.torch_settings import keep_compiled_code
+from lowrank_vit.training.setup import keep_compiled_code
 keep_compiled_code(Path(sys.argv[1]))
 model = torch.nn.Linear(8, 8)
 torch.compile(lambda x: model(x).relu().sum())(torch.ones(4, 8)).backward()
