@@ -75,7 +75,7 @@ _FILES = (
     ("wandb/", "wandb/run-*", "sent to Weights & Biases"),
     ("wandb/", "wandb/offline-run-*", "kept for Weights & Biases, not sent yet"),
 )
-"""Of what a run leaves: its name, the files that show it is there, and what it is for."""
+"""What a run leaves: its name, the files that show it is there, and what it is for."""
 
 
 def _best(result: Result) -> str:

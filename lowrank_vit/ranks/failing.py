@@ -25,7 +25,7 @@ _RANK_0_FAILS_TOO_S = 20.0
 _CLOSE_FILES_S = 10.0
 """Time for the rank that fails to close its files; then the others end all the same."""
 _AFTER_THE_CAUSE_S = 1.1
-"""So much later than the rank that fails the others end: torchrun takes the first, by whole seconds, for the cause."""
+"""Wait of the other ranks before they end: torchrun takes the first to end, by whole seconds, for the cause."""
 _LOST_CONNECTION_S = 5.0
 """Time for the main thread to fail of a lost connection by itself, and to close its files."""
 _LOST = re.compile(r"(?i)connection (closed|reset|refused)|gloo|nccl")
@@ -60,7 +60,7 @@ class Failing:
 
     @contextlib.contextmanager
     def watched(self) -> Generator[None, None, None]:
-        """While it lasts threads end this process when another rank has failed or was killed.
+        """Have threads end this process when another rank has failed or was killed, while the context lasts.
 
         Every rank calls it, after they have joined. It ends when all of them have come to its end.
         """

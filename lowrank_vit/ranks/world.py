@@ -31,7 +31,7 @@ class World:
 
     rank: int = 0
     local_rank: int = 0
-    """Among the processes of this machine; the number of its GPU."""
+    """Number among the processes of this machine, and of its GPU."""
     size: int = 1
     store: Any = None
     """torch.distributed.Store of this attempt, None for one process."""

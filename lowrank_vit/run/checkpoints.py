@@ -147,7 +147,7 @@ class _Job:
     ready: Mark
     """The copies on the device are complete once this is reached."""
     names: list[str]
-    """Those that are still to be written."""
+    """Names that are still to be written."""
     obsolete: tuple[str, ...]
     beside: Beside | None
 
@@ -284,7 +284,7 @@ class CheckpointWriter:
 
 
 def _copied(value: Any) -> Any:
-    """The same with every tensor copied where it is: training goes on changing the originals."""
+    """Copy every tensor where it is: training goes on changing the originals."""
     return _mapped(value, lambda tensor: tensor.detach().clone())
 
 

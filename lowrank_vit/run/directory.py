@@ -28,14 +28,14 @@ PACKAGES = (
     *("torch", "torchvision", "timm", "ffcv", "nvidia-dali-cuda130", "spdl", "numba", "numpy", "pillow", "wandb"),
     *("scikit-image", "scikit-learn"),
 )
-"""Whose versions are noted where they are installed: what computes, decodes, and carries the benches' photographs."""
+"""Packages whose versions are noted: what computes, decodes, and carries the benches' photographs."""
 
 
 LAST = "last.pth.tar"
 _LATEST = "latest"
 """The link to the newest run, beside it."""
 _EPOCHS_UNSAVED = 2
-"""Whose scores may be there while the first checkpoint is being written: the next one waits for that."""
+"""Epochs whose scores may be there while the first checkpoint is being written: the next one waits for that."""
 _BEFORE_A_CHECKPOINT = {
     *(LOCK, SOFT_LOCK, ".launch", "args.yaml", "environment.json", "metrics.jsonl", "summary.csv", "spectra", "wandb"),
     *("report", "report.html"),

@@ -38,7 +38,7 @@ class Outputs:
         is_first: bool,
         indices: dict[str, dict[str, list[int]]],
     ) -> None:
-        """Where the run stands is in `state`, which takes the id of a W&B run that is begun.
+        """Take where the run stands from `state`, and put the id of a W&B run that is begun there.
 
         Args:
             config: of the run.

@@ -56,9 +56,9 @@ class Figures:
     loss: float
     lr: float
     img_per_s: float
-    """Of all ranks."""
+    """Images a second, of all ranks."""
     wait_share: float
-    """Of the time spent waiting for data, 0-1."""
+    """Share of the time spent waiting for data, 0-1."""
     memory_gb: float
     loading: LoaderStats
     mfu: float | None = None

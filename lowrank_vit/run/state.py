@@ -41,7 +41,7 @@ class EpochSums:
     loss_sum: float = 0.0
     """Over the logged updates."""
     lr: float = 0.0
-    """In the last update, logged or not."""
+    """Learning rate of the last update, logged or not."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class BestEpochs:
     """The best scores of the validated epochs, and the epochs whose checkpoints are kept."""
 
     best_metric: float | None = None
-    """Of --eval-metric."""
+    """Best value of --eval-metric."""
     best_epoch: int = -1
     best_scores: dict[str, float] = field(default_factory=dict[str, float])
-    """In the best epoch, by weights: "model", and "ema" where there is one."""
+    """Scores in the best epoch, by weights: "model", and "ema" where there is one."""
     better: str = ""
-    """Which of them scored higher in the last validated epoch."""
+    """Weights that scored higher in the last validated epoch, "model" or "ema"; empty before the first."""
     is_chosen_by_ema: bool = False
     """Epochs are compared by the EMA's score alone, even if it is lower: so it was in runs of `meaning` 1."""
     kept: tuple[tuple[float, int], ...] = ()
@@ -88,7 +88,7 @@ class RunState:
     sums: EpochSums = field(default_factory=EpochSums)
     best: BestEpochs = field(default_factory=BestEpochs)
     wandb_id: str = ""
-    """Of the W&B run; empty without one."""
+    """Identifier of the W&B run; empty without one."""
 
     def end_epoch(self) -> None:
         """All updates of the epoch were made and logged."""

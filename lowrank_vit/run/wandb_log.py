@@ -13,7 +13,7 @@ from lowrank_vit.common.threads import Jobs
 
 INIT_TIMEOUT_S = 60.0
 FINISH_TIMEOUT_S = 120.0
-"""For the last uploads; after that the files on disk are complete and can be sent later."""
+"""Time for the last uploads; after that the files on disk are complete and can be sent later."""
 
 
 AXES = {
@@ -36,7 +36,7 @@ class WandbLog:
         """`run`: a W&B run, None for nothing; `say` is told when something goes wrong."""
         self._run, self._run_dir, self._say = run, run_dir, say
         self.run_id: str = run.id if run else ""
-        """With which a resumed run goes on."""
+        """Identifier with which a resumed run goes on."""
         if not run:
             return
         for axis, names in AXES.items():

@@ -1,4 +1,4 @@
-"""Which run directory the earlier attempts of one torchrun have worked in.
+"""The run directory that the earlier attempts of one torchrun have worked in.
 
 torchrun starts all ranks again after a failure, with the same command line. Each attempt leaves a mark in its run
 directory: the agents (torchrun's own processes, one a node) that have started it. A directory is this launch's if one

@@ -53,7 +53,7 @@ class Phases:
         return _SILENT if self._listener is None else _Told(self._listener, phase)
 
     def each(self, phase: Phase, items: Iterator[T]) -> Iterator[T]:
-        """The same items; waiting for each of them, and for the end, is the phase."""
+        """Yield the same items; waiting for each of them, and for the end, is the phase."""
         return items if self._listener is None else self._told_of_each(phase, items)
 
     def _told_of_each(self, phase: Phase, items: Iterator[T]) -> Iterator[T]:
@@ -66,7 +66,7 @@ class Phases:
             yield cast(T, item)
 
     def around(self, phase: Phase, function: Callable[P, T]) -> Callable[P, T]:
-        """The same function; each call of it is the phase."""
+        """Return the same function; each call of it is the phase."""
         if self._listener is None:
             return function
 

@@ -1,4 +1,4 @@
-"""Where a run begins: anew, from --resume, or where an earlier attempt left off; and what it saves to be resumed."""
+"""The beginning of a run (anew, from --resume, or where an earlier attempt left off), and what it saves for that."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Start:
     """What all ranks agree on before the run is set up."""
 
     config: Config
-    """With --resume where an earlier attempt has left a checkpoint, and with what an older run means."""
+    """Options, with --resume where an earlier attempt has left a checkpoint, and with what an older run means."""
     resumed: Checkpoint | None
     earlier: Path | None
     """The directory of an earlier attempt, to be used again."""

@@ -48,7 +48,7 @@ from lowrank_vit.training.preflight import check_before_data
 from lowrank_vit.training.step import TrainStep
 
 SYNTHETIC_CLASSES = 1000
-"""With --synthetic and without --num-classes: ImageNet-1k's."""
+"""Number of classes with --synthetic and without --num-classes: ImageNet-1k's."""
 
 
 @dataclass
@@ -56,11 +56,11 @@ class Setup:
     """All that a run works with, on one device and ready to go."""
 
     config: Config
-    """With what was chosen where it was left open."""
+    """Options, with what was chosen where they left it open."""
     device: torch.device
     num_classes: int
     class_names: list[str] | None
-    """In label order, where the data tell."""
+    """Names in label order, where the data tell."""
     spec: InputSpec
     model: nn.Module
     """Raw, not compiled."""
@@ -71,12 +71,12 @@ class Setup:
     num_epochs: int
     step: TrainStep
     evaluators: dict[str, Evaluator]
-    """By prefix of the metric's name: "" for the model, "ema_" for its EMA. None of them: nothing to validate on."""
+    """Evaluators by prefix of the metric's name: "" for the model, "ema_" for its EMA. None without validation data."""
     train_loader: Loader | SyntheticLoader
     val_loader: Loader | None
     val_batch: int
     train_flops: float | None
-    """Of one image; None where they cannot be counted."""
+    """Floating-point operations of training on one image; None where they cannot be counted."""
     peak: Peak
     description: list[str]
     """What was made, a line each."""
@@ -84,14 +84,14 @@ class Setup:
 
 @dataclass(frozen=True)
 class _Sets:
-    """Where the images come from; nothing with --synthetic."""
+    """Training and validation set."""
 
     train: Beton
     val: Beton
 
     @property
     def classes(self) -> Classes:
-        """Of both."""
+        """Classes of both sets."""
         return Classes(str(self.train.path), max(self.train.num_classes, self.val.num_classes), self.train.classes)
 
     def follow(self, resumed: Checkpoint, config: Config, say: Say) -> None:
@@ -262,7 +262,7 @@ def _must_compile(config: Config, loader: str) -> bool:
 
 
 def silent(line: str) -> None:
-    """For the ranks that do not speak."""
+    """Say nothing: for the ranks that do not speak."""
 
 
 def _batch_in_words(plan: TrainPlan) -> str:
@@ -358,7 +358,7 @@ def keep_compiled_code(folder: Path | None) -> Path:
 
 
 def set_float32_policy(device: torch.device, *, tf32: bool) -> None:
-    """Whether float32 products and convolutions of the training step may use TF32 on CUDA (11 bits of mantissa).
+    """Set whether float32 products and convolutions of the training step may use TF32 on CUDA (11 bits of mantissa).
 
     float64, which the spectra are computed in, is never affected, nor is a CPU. Convolutions also try out which of
     cuDNN's algorithms is the fastest for their one shape, as in timm.

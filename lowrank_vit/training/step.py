@@ -189,7 +189,7 @@ class TrainStep:
 
 
 class LossOfBatch(nn.Module):
-    """From uint8 images to the loss of one batch: what is compiled, and what the ranks share the gradients of."""
+    """The way from uint8 images to the loss of one batch: what is compiled, and what ranks share the gradients of."""
 
     def __init__(self, model: nn.Module, augment: Augment, loss: Loss, dtype: torch.dtype | None) -> None:
         """`dtype`: of the autocast forward; None: no autocast."""

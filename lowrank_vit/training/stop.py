@@ -47,7 +47,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def noted(self) -> Generator[StopRequest]:
-        """Within it signals are only noted. Does nothing outside the main thread, where Python cannot do so."""
+        """Only note signals within the context. Does nothing outside the main thread, where Python cannot do so."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -99,7 +99,7 @@ class UntilStopped:
         self._loader, self._num_batches, self._stop = loader, num_batches, stop
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """Those of one pass over this rank's samples."""
+        """Batches of one pass over this rank's samples."""
         batches = iter(self._loader.batches(epoch))
         self._stop.begin(0)
         for n in range(self._num_batches):

@@ -55,7 +55,7 @@ class Result:
     """The signal on which it ended before its last epoch."""
     num_updates: int = 0
     best_scores: dict[str, float] = field(default_factory=dict[str, float])
-    """In the best epoch: of the "model", and of its "ema" where there is one."""
+    """Scores in the best epoch: of the "model", and of its "ema" where there is one."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class EpochStats:
 
     loss: float
     lr: float
-    """In the epoch's last update."""
+    """Learning rate in the epoch's last update."""
     img_per_s: float
-    """Of all ranks, without the process's first updates, which compile."""
+    """Images a second, of all ranks, without the process's first updates, which compile."""
     data_wait: float
-    """Share of that time spent waiting for data, 0-1."""
+    """Share of the same time spent waiting for data, 0-1."""
     train_s: float
-    """With them."""
+    """Seconds in training, with those updates."""
 
 
 class Trainer:
