@@ -45,7 +45,7 @@ SIGNATURES: dict[str, str] = {
     "TrainPlan.batch": "(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan",
     "EvalPlan": (
         "(heights: np.ndarray, widths: np.ndarray, *, img_size: int, crop_pct: float, batch_size: int, rank: int "
-        "= 0, world_size: int = 1, kernel: int = 2) -> None"
+        "= 0, world_size: int = 1, interpolation: int = 2) -> None"
     ),
     "EvalPlan.of": (
         "(images: Sizes, *, img_size: int, batch_size: int, crop_pct: float = 0.875, rank: int = 0, world_size: "
@@ -69,6 +69,7 @@ SIGNATURES: dict[str, str] = {
     ),
     "SpectralMonitor.observe": "(self, num_updates: int) -> None",
     "SpectralMonitor.records": "(self) -> list[SpectralRecord]",
+    "SpectralMonitor.wait": "(self) -> None",
     "SpectralMonitor.close": "(self, cancel: bool = False) -> None",
     "SpectralSettings": (
         "(topk: int = 8, interval: int = 1, solver: Solver = 'gram64', on_cpu: bool = False, cpu_threads: int = "
@@ -116,11 +117,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, count in (("train", 20), ("val", 12)):
         write_images(root / "images" / split, count)
         convert_image_folder(root / "images" / split, root / f"{split}.beton", workers=1)
-    options = {"store_dir": root / "run" / "spectra", "targets": "attn.qkv,head", "every": 2}
-    for update in (0, 2):
-        more = {"settings": lowrank_vit.SpectralSettings(topk=2), "resumed_update": update or None}
-        with lowrank_vit.SpectralMonitor(tiny_vit(), tiny_vit(1), **options, **more) as monitor:
+    options = {"targets": "attn.qkv,head", "every": 2, "settings": lowrank_vit.SpectralSettings(topk=2)}
+    store_dir = root / "run" / "spectra"
+    with lowrank_vit.SpectralMonitor(tiny_vit(), tiny_vit(1), store_dir=store_dir, **options) as monitor:
+        for update in (0, 2):
             monitor.observe(update)
+            monitor.wait()
     (root / "run" / "last.pth.tar").touch()
     return root
 
