@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.photos import write_folder
-from tests.unit.data_prep.test_cifar100 import PYTHON_FORM, write_tar
+from tests.unit.data_prep.sources.test_cifar100 import PYTHON_FORM, write_tar
 
 
 class Said(list[str]):

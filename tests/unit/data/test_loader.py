@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,7 +274,7 @@ class FakeCuda:
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
 
 
-def in_use(loader: Loader):
+def in_use(loader: Loader) -> Any:
     return loader._hand_over._in_use._kept  # type: ignore[union-attr]
 
 

@@ -21,7 +21,7 @@ from lowrank_vit.data.sets import cifar
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.locate import DataOptions, locate, locate_validation
 from tests.sources import Said, run_at_once, write_archive
-from tests.unit.data_prep.test_cifar100 import PYTHON_FORM, write_folder
+from tests.unit.data_prep.sources.test_cifar100 import PYTHON_FORM, write_folder
 
 CIFAR = DataOptions("torch/cifar100")
 NAME = "cifar-100-python.tar.gz"

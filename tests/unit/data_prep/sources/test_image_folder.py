@@ -127,13 +127,13 @@ def test_a_listed_class_that_one_split_lacks_is_named(tmp_path: Path) -> None:
 
 
 def test_the_imagenet100_list_has_100_classes() -> None:
-    listed = (Path(__file__).parents[3] / "configs" / "imagenet100_classes.txt").read_text().split()
+    listed = (Path(__file__).parents[4] / "configs" / "imagenet100_classes.txt").read_text().split()
     assert len(set(listed)) == len(listed) == 100
     assert all(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in listed)
 
 
 def test_imagenet100_is_chosen_out_of_imagenet(tmp_path: Path) -> None:
-    listing = Path(__file__).parents[3] / "configs" / "imagenet100_classes.txt"
+    listing = Path(__file__).parents[4] / "configs" / "imagenet100_classes.txt"
     names = listing.read_text().split()
     tree(tmp_path / "src", *(f"{split}/{name}" for split in ("train", "val") for name in [*names, "n00000000"]))
     conversions = convert_splits(tmp_path / "src", tmp_path / "out", classes=listing, workers=1)

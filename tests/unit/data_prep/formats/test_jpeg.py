@@ -288,7 +288,7 @@ def test_an_orientation_behind_the_frame_header_is_obeyed(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("verify", ["decode", "header"])
 def test_truncation_is_caught(tmp_path: Path, verify: str) -> None:
-    """Also where only headers are parsed, since the end marker is lacking. (By one or two bytes: see `jpeg_repair`.)"""
+    """Also where only headers are parsed, since the end marker is lacking. (One or two bytes: see `jpeg_segments`.)"""
     data = jpeg_bytes()
     for length in range(700, len(data) - 1, 97):
         (tmp_path / "cut.jpg").write_bytes(data[:length])
