@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
-from lowrank_vit.score.files import with_suffix_of
 
 from lowrank_vit import inference, validate
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.timm_flags import Instead, Unused, answers
 from lowrank_vit.config.timm_line import fit_flags, with_images_first
+from lowrank_vit.score.results import with_suffix_of
 
 DOC = (Path(__file__).parents[3] / "docs" / "from_timm.md").read_text(encoding="utf-8")
 # The parsers of timm's scripts, read at huggingface/pytorch-image-models commit 0041cb7ba4ab.
