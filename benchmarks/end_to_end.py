@@ -1,6 +1,6 @@
 """The bench `end-to-end`: training from a .beton with the full recipe, split into the phases of a step.
 
-The loop is the trainer's without its logs and checkpoints; beside it runs the same step on synthetic images.
+The loop is the trainer's own, listened to; beside it runs the same step on synthetic images.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, Samples, e
 from benchmarks.harness.sets import converted, link_repeated, open_given, photographs, times_for
 from benchmarks.prep import CACHE
 from benchmarks.step import RECIPE, WORKLOADS, Workload, config_of, dtype_of, endless
-from benchmarks.timed_steps import PHASES, Phases, Round, TimedSteps, batches_ahead, warming_steps
+from benchmarks.timed_steps import PHASES, Phases, Round, TimedSteps, batches_ahead, updates_of_rounds
 from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.devices import pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.config.flags import parse
-from lowrank_vit.config.options import Config, Data
+from lowrank_vit.config.options import Config
 from lowrank_vit.data.synthetic import SyntheticLoader
 from lowrank_vit.training.setup import set_up
 
@@ -38,12 +38,12 @@ AUGMENTATION = (
 STEPS = {"cuda": 40, "cpu": 20}
 """Steps a round, by device: many times what a loader decodes ahead, and half a second at least."""
 LIMITS = (
-    "No logs, checkpoints or validation are in the loop, nor the beginning of an epoch: a round is timed from where "
-    "the decoder's queue is steady, and what the decoder is ahead at its end is thrown away.",
+    "A round is a stretch of one epoch of one run, from where the decoder's queue is steady, with one line of the log; "
+    "no checkpoint, validation or beginning of an epoch is in it.",
     "On a CPU the augmentation is in the trainer's thread; on CUDA it runs beside the step before, on the loader's "
     "stream, so its time is not part of the step's.",
-    "forward: normalising, mixing, model and loss; backward: with the meter and clipping; optimizer: with zero_grad; "
-    "other: the rest of the loop, the seeding of the step and the schedule.",
+    "forward: normalising, mixing, model and loss; optimizer: with clipping and zero_grad; other: the rest of "
+    "the loop, the seeding of the step, the meter, the schedule and the log.",
 )
 
 _BY_DEVICE = "(default: by the device)"
@@ -72,7 +72,7 @@ class Options:
     workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")] = None
     """CPU threads that decode."""
     spec_every: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: once a round)")] = None
-    """Updates between two refreshes of the spectra; more than --steps leaves rounds without one."""
+    """Updates between two refreshes of the spectra, counted through the run, with those between rounds."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
     """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
     scratch: Annotated[Path, tyro.conf.arg(metavar="DIR")] = CACHE
@@ -104,12 +104,12 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     way = "compiled" if device.type == "cuda" else "eager"
     with ExitStack() as stack:
         decoding = ["--loader", options.loader, "--workers", str(options.workers or cores)]
-        folder, times = _data_folder(options, load, stack, note)
-        config = _real(config_of(load, device, way), folder, [*decoding, *AUGMENTATION])
+        base = config_of(load, device, way)
+        folder, times = _data_folder(options, load, base, stack, note)
+        config = _real(base, folder, [*decoding, *AUGMENTATION])
         note("opening the data and making the steps")
-        every = options.spec_every or load.steps
-        training = stack.enter_context(TimedSteps(config, load.steps, every))
-        synthetic = set_up(config_of(load, device, way), None)
+        training = stack.enter_context(TimedSteps(config, load.steps, options.spec_every, options.repeats + 1))
+        synthetic = set_up(base, None)
         assert isinstance(synthetic.train_loader, SyntheticLoader)
         batches = endless(synthetic.train_loader)
         synthetic.model.train()
@@ -121,9 +121,10 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
 
         items = load.batch_size * load.steps
         setting = f"{load.model}, {load.img_size} px, batch {load.batch_size}, {way}, AdamW, EMA"
-        real = f"{' '.join(AUGMENTATION)} --spec-monitor --spec-every {every}"
+        spectra = f"every {options.spec_every} updates" if options.spec_every else "once a round"
+        real = f"{' '.join(AUGMENTATION)} --spec-monitor, a refresh {spectra}"
         repeated = f"the set {times} times over; " if times > 1 else ""
-        real = f"{training.description}; {repeated}{real}; {load.steps} steps a round"
+        real = f"{training.trainer.setup.description}; {repeated}{real}; {load.steps} steps a round"
         cases = {
             "end_to_end": Case(training.run, items, "img/s", real, training.before, training.after),
             "synthetic": Case(synthetic_steps, items, setting=f"the same without data or monitor: {setting}"),
@@ -173,7 +174,8 @@ def what_was_seen(rounds: Sequence[Round], steps: int, prefetch: int) -> tuple[t
 def _with_phases(result: Result, phases: Phases, load: Workload) -> Result:
     texts = {
         "data": "waiting for data",
-        "augment": "flips, operations, erasing",
+        "augment": "flips, operations",
+        "inputs": "normalising, mixing and erasing, as far as they are not compiled with the model",
         "monitor": "noting weights to refresh",
     }
     cases = dict(result.cases)
@@ -196,10 +198,12 @@ def _real(synthetic: Config, folder: Path, flags: list[str]) -> Config:
     return replace(synthetic, data=of_data, augment=data.augment)
 
 
-def _data_folder(options: Options, load: Workload, stack: ExitStack, note: Callable[[str], object]) -> tuple[Path, int]:
+def _data_folder(
+    options: Options, load: Workload, config: Config, stack: ExitStack, note: Callable[[str], object]
+) -> tuple[Path, int]:
     """A folder with train.beton and val.beton, of --data or of photographs, and how often the set is in train.beton.
 
-    So often that an epoch is longer than a round.
+    So often that an epoch is longer than all rounds.
     """
     if options.data is not None:
         beton = open_given(options.data)
@@ -207,7 +211,8 @@ def _data_folder(options: Options, load: Workload, stack: ExitStack, note: Calla
         photos = photographs(options.scratch, options.count, note)
         note("converting")
         beton = converted(photos, "", ImageOptions())
-    times = times_for(beton.num_samples, load.batch_size, load.steps + warming_steps(Data().prefetch))
+    updates = updates_of_rounds(config, load.steps, options.repeats + 1)
+    times = times_for(beton.num_samples, load.batch_size, updates)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     link_repeated(beton.parts, folder / "train.beton", times)
     link_repeated(beton.parts, folder / "val.beton", 1)

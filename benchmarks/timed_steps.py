@@ -1,44 +1,50 @@
-"""The trainer's loop in rounds, its phases timed, so that a round is a stretch of a long run.
+"""The trainer's own loop in rounds, its phases timed, so that a round is a stretch of a long run.
 
-A stretch begins with the decoder, its queue and the step as they are in the middle of an epoch, and pays for all that
-it uses: what was decoded before it is as much as what is decoded for the time after it. So a round is begun by steps
-that do not count, and ended by taking the decoder's threads away, since nothing may decode while other cases run.
+The trainer hands over after each update, so a round takes so many of its updates and leaves the run standing where it
+is. A stretch begins with the decoder, its queue and the step as they are in the middle of an epoch, and pays for all
+that it uses: what was decoded before it is as much as what is decoded for the time after it. So a round is begun by
+updates that do not count, and ended by waiting until the decoder is as far ahead as it may be and stands still, since
+nothing may decode while other cases run.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.harness.limits import wait
-from lowrank_vit.augment.pipeline import Augment
+from lowrank_vit.common.devices import pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.options import Config
-from lowrank_vit.data.batch import Batch
-from lowrank_vit.data.choose import LoaderOptions, open_loader
-from lowrank_vit.data.loader import Loader
-from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.plan.plans import BatchPlan
-from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
-from lowrank_vit.spectral.refresh import SpectralSettings
-from lowrank_vit.spectral.select import DEFAULT_TARGETS
-from lowrank_vit.training.setup import set_up
+from lowrank_vit.training.phases import Phase
+from lowrank_vit.training.trainer import COLD_UPDATES, Trainer
 
-PHASES = ("data", "augment", "forward", "backward", "optimizer", "ema", "monitor", "other")
+PHASES = ("data", "augment", "inputs", "forward", "backward", "optimizer", "ema", "monitor", "other")
 """In the order of a step; "augment" is beside the step on CUDA."""
+_OF_TRAINER: Mapping[Phase, str] = {
+    "data": "data",
+    "augment": "augment",
+    "inputs": "inputs",
+    "forward": "forward",
+    "backward": "backward",
+    "optimizer": "optimizer",
+    "ema": "ema",
+    "refresh": "monitor",
+}
+"""The trainer's phases that are told apart, by its name for each."""
 
-Mark = Any
-"""A moment: seconds of the clock, or a CUDA event."""
+Moment = Any
+"""Seconds of the clock, or a CUDA event."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,46 @@ class Phases:
 
 
 class Timer:
-    """Adds up the time between marks by the name of what ended; nothing waits for the device but `seconds`."""
+    """Listens to a trainer and adds up the time of its phases; nothing waits for the device but `seconds`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._spans: list[tuple[str, Mark, Mark]] = []
-        self._last: Mark = None
+        self._spans: list[tuple[str, Moment, Moment]] = []
+        self._begun: dict[str, Moment] = {}
 
-    def now(self) -> Mark:
+    def begin(self, phase: Phase) -> None:
+        """A phase of the trainer's begins, on the current stream."""
+        if phase in _OF_TRAINER:
+            self._begun[phase] = self._now()
+
+    def end(self, phase: Phase) -> None:
+        """It ends."""
+        if phase in _OF_TRAINER and phase in self._begun:
+            self._spans.append((_OF_TRAINER[phase], self._begun.pop(phase), self._now()))
+
+    def begin_round(self) -> None:
+        """What was noted so far does not count."""
+        self._spans.clear()
+        self._begun["round"] = self._now()
+
+    def end_round(self) -> None:
+        """The round's last update has been asked for."""
+        self._spans.append(("other", self._begun.pop("round"), self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each phase of the round; waits for the device. "other" is what of the round is in no phase."""
+        wait(self._device)
+        sums: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        is_event = self._device.type == "cuda"
+        for name, begin, end in self._spans:
+            sums[name] += begin.elapsed_time(end) / 1e3 if is_event else end - begin
+        if not is_event:  # the trainer's thread augments while it "waits" for data
+            sums["data"] -= sums["augment"]
+        beside = ("other", "augment") if is_event else ("other",)
+        sums["other"] -= sum(value for name, value in sums.items() if name not in beside)
+        return sums
+
+    def _now(self) -> Moment:
         """This moment on the current stream."""
         if self._device.type != "cuda":
             return time.perf_counter()
@@ -85,42 +123,31 @@ class Timer:
         event.record()
         return event
 
-    def start(self) -> None:
-        """The first phase begins."""
-        self._last = self.now()
-
-    def end(self, name: str) -> None:
-        """The phase `name` ends and the next begins."""
-        now = self.now()
-        self._spans.append((name, self._last, now))
-        self._last = now
-
-    def span(self, name: str, begin: Mark) -> None:
-        """What began at `begin` ends, be it inside another phase or on another stream."""
-        self._spans.append((name, begin, self.now()))
-
-    def seconds(self) -> dict[str, float]:
-        """By phase since the last call; waits for the device."""
-        wait(self._device)
-        sums: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        is_event = self._device.type == "cuda"
-        for name, begin, end in self._spans:
-            sums[name] += begin.elapsed_time(end) / 1e3 if is_event else end - begin
-        self._spans.clear()
-        return sums
-
-
-_POLL_S, _REFRESH_LIMIT_S = 0.002, 600.0
-
 
 def batches_ahead(prefetch: int) -> int:
     """As many batches as a loader may have under way or ready: decoding, waiting, and on CUDA one prepared."""
     return 2 * prefetch + 1
 
 
-def warming_steps(prefetch: int) -> int:
-    """Steps before a round that do not count: more than the loader can have ahead, so that its queue is steady."""
+def warming_updates(prefetch: int) -> int:
+    """Updates before a round that do not count: more than the loader can have ahead, so that its queue is steady."""
     return batches_ahead(prefetch) + 2
+
+
+def first_updates(config: Config, steps: int) -> int:
+    """Updates before the first round: those that compile, and as many more as bring a refresh into each round.
+
+    With a refresh every `warming_updates` + `steps` updates it is due at the first update of each round.
+    """
+    period, count = warming_updates(config.data.prefetch) + steps, steps - 1
+    while count < COLD_UPDATES[config.step.compile]:
+        count += period
+    return count
+
+
+def updates_of_rounds(config: Config, steps: int, rounds: int) -> int:
+    """All updates of so many rounds, and one more, so that the epoch does not end with the last of them."""
+    return first_updates(config, steps) + rounds * (warming_updates(config.data.prefetch) + steps) + 1
 
 
 @dataclass(frozen=True)
@@ -135,7 +162,7 @@ class Round:
     waiting_at_end: int
     """Decoded batches that waited then; if more at the start, those were decoded in nobody's time."""
     refreshes: int
-    """Refreshes of the spectra that were begun in the round, all of which were finished."""
+    """Refreshes of the spectra that were due in the round and not skipped."""
     skipped: int
     """Those that were due while one was still being computed."""
     refresh_tail_s: float
@@ -143,152 +170,106 @@ class Round:
 
 
 class TimedSteps:
-    """The trainer's loop with its monitor, `steps` steps a round, each phase timed.
+    """A run of the trainer's, `steps` updates a round, each phase timed.
 
     `before` and `after` belong to a round and are not timed.
     """
 
-    def __init__(self, config: Config, steps: int, spec_every: int) -> None:
-        """Raises `UserError` as making the parts of a run does, and if an epoch is shorter than a round."""
-        self._config, self._steps, self._every = config, steps, spec_every
-        self.parts = set_up(config, None)
+    def __init__(self, config: Config, steps: int, spec_every: int | None, rounds: int) -> None:
+        """`spec_every`: updates between two refreshes; None: one at the first update of each round.
+
+        Raises `UserError` as making a run does, and if an epoch is shorter than all the rounds.
+        """
         self.rounds: list[Round] = []
-        self._timer = Timer(self.parts.device)
+        self._steps, self._warming = steps, warming_updates(config.data.prefetch)
+        self._first, self._has_begun = first_updates(config, steps), False
+        self._every = spec_every or self._warming + steps
         self._stack = ExitStack()
-        self._warming = warming_steps(config.data.prefetch)
-        if self.parts.plan.steps_per_epoch < self._warming + steps:
-            raise UserError(
-                f"an epoch has {self.parts.plan.steps_per_epoch} batches, and a round takes {self._warming + steps}: "
-                "the beginning of another epoch would be timed. Give fewer --steps or more images."
-            )
-        # The parts' own loader is not begun: this one tells how long it augments.
-        for loader in (self.parts.train_loader, self.parts.val_loader):
-            if loader:
-                loader.close()
-        self._loader, self.description = self._open_loader()
-        self._epochs, self._batches = count(), iter(())
-        self._waiting_at_start = self._due = self._finished = self._skipped = 0
-        # The count that the monitor is told, of the steps that are timed. With it a round's first step is due, so that
-        # as much as can be of the refresh is in the round's time.
-        self._observed = spec_every - 1
-        self._hook_step()
-
-    def _open_loader(self) -> tuple[Loader, str]:
-        parts, data = self.parts, self._config.data
-        assert data.data_dir is not None
-        spec, recipe = parts.spec, self._config.augment
-        of_data = spec.mean, spec.std, parts.num_classes, recipe.smoothing, recipe.remode
-        augment = Augment(*of_data, erase_first=recipe.erase_first).to(parts.device)
-
-        def prepare(images: Tensor, plan: BatchPlan) -> Tensor:
-            begin = self._timer.now()
-            prepared = augment.prepare(images, plan)
-            self._timer.span("augment", begin)
-            return prepared
-
-        options = LoaderOptions(data.loader, data.workers, data.prefetch, data.hw_decoder_load, data.on_bad_sample)
-        beton = Beton(data.data_dir / "train.beton")
-        return open_loader(beton, parts.plan, parts.device, options, prepare=prepare)
-
-    def _hook_step(self) -> None:
-        """Have forward, backward, optimizer and EMA tell when they end."""
-        parts, timer = self.parts, self._timer
-        # The compiled module, which is nobody else's business; hooks on it run outside of the compiled code.
-        loss_of: Any = parts.step._loss_of  # pyright: ignore[reportPrivateUsage]
-        loss_of.register_forward_hook(lambda *_: timer.end("forward"))
-        parts.optimizer.register_step_pre_hook(lambda *_: timer.end("backward"))
-        assert parts.ema is not None
-        update = parts.ema.update
-
-        def timed_update(model: torch.nn.Module, step: int | None = None) -> None:
-            timer.end("optimizer")
-            update(model, step=step)
-            timer.end("ema")
-
-        parts.ema.update = timed_update  # type: ignore[method-assign]
+        try:
+            folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+            # A line of the log a round, and a run directory that goes when the bench ends.
+            in_run = replace(config.run, output=folder, log_interval=self._warming + steps)
+            monitored = replace(config.spectra, spec_monitor=True, spec_every=self._every)
+            self._timer = Timer(pick_device(config.step.device))
+            with _quiet():
+                self.trainer = Trainer(replace(config, run=in_run, spectra=monitored), "bench", listener=self._timer)
+            self._updates = self.trainer.updates()
+            self._stack.callback(self._updates.close)
+            needed = updates_of_rounds(config, steps, rounds)
+            if (there := self.trainer.setup.plan.updates_per_epoch) < needed:
+                raise UserError(
+                    f"an epoch has {there} updates, and {rounds} rounds take {needed}: the end of an epoch would be "
+                    "timed. Give fewer --steps or --repeats, or more images."
+                )
+        except BaseException:
+            self._stack.close()
+            raise
 
     def __enter__(self) -> TimedSteps:
-        """Start the monitor, and have it note the weights before the first update as the trainer does."""
-        self._stack.callback(self._loader.close)
-        store = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-        assert self.parts.ema is not None
-        self._monitor = self._stack.enter_context(
-            SpectralMonitor(
-                self.parts.model,
-                self.parts.ema.module,
-                targets=DEFAULT_TARGETS,
-                every=self._every,
-                settings=SpectralSettings(cpu_threads=default_cpu_threads()),
-                store_dir=store,
-            )
-        )
-        self._observe(0)
-        self._finish_refreshes()
-        self.parts.model.train()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        with _quiet():
+            self._stack.close()
 
     def before(self) -> None:
-        """Not timed: begin an epoch, and take steps until the decoder is as far ahead as it will be."""
-        self._timer.start()
-        self._batches = self._loader.batches(next(self._epochs))
-        for _ in range(self._warming):
-            self._step(next(self._batches))
+        """Not timed: take updates until the decoder is as far ahead as it will be."""
+        self._train(self._warming + (0 if self._has_begun else self._first))
+        self._has_begun = True
+        wait(self.trainer.setup.device)
+        self._finish_refresh()
         self._loader.stats()  # counts from here on
-        self._timer.seconds()
-        self._waiting_at_start = self._loader.waiting
+        self._waiting_at_start, self._skipped_before = self._loader.waiting, self._monitor.skipped
 
     def run(self) -> None:
-        """The timed part: `steps` steps, and waiting for the device."""
-        self._timer.start()
-        for _ in range(self._steps):
-            batch = next(self._batches)
-            self._timer.end("data")
-            self._step(batch)
-            self._observed += 1
-            self._observe(self._observed)
-            self._timer.end("monitor")
-        wait(self.parts.device)
+        """The timed part: `steps` updates, and waiting for the device."""
+        self._timer.begin_round()
+        self._train(self._steps)
+        self._timer.end_round()
+        wait(self.trainer.setup.device)
 
     def after(self) -> None:
-        """Not timed: leave the epoch, wait for the monitor, and note the round."""
-        waiting_at_end, queue_depth = self._loader.waiting, self._loader.stats().queue_depth
-        _close(self._batches)
+        """Not timed: wait for the monitor and until the decoder stands still, and note the round."""
+        stats, waiting = self._loader.stats(), (self._waiting_at_start, self._loader.waiting)
+        skipped = self._monitor.skipped - self._skipped_before
+        end = self.trainer.state.position.num_updates
+        due = end // self._every - (end - self._steps) // self._every
+        tail_s = self._finish_refresh()
         seconds = self._timer.seconds()
-        if self.parts.device.type == "cpu":  # the trainer's thread augments while it "waits"
-            seconds["data"] -= seconds["augment"]
-        skipped, self._skipped = self._monitor.skipped - self._skipped, self._monitor.skipped
-        refreshes, tail_s = self._finish_refreshes()
-        waiting = self._waiting_at_start, waiting_at_end
-        self.rounds.append(Round(seconds, queue_depth, *waiting, refreshes, skipped, tail_s))
+        self.rounds.append(Round(seconds, stats.queue_depth, *waiting, due - skipped, skipped, tail_s))
+        self._let_decoder_finish(3e-3 * stats.decode_ms_p90)
 
-    def _step(self, batch: Batch) -> None:
-        self.parts.step(batch)
-        self.parts.scheduler.step_update(self.parts.step.position.num_updates)
-        self._timer.end("other")
+    @property
+    def _loader(self) -> Any:
+        return self.trainer.setup.train_loader
 
-    def _observe(self, num_updates: int) -> None:
-        self._monitor.observe(num_updates)
-        self._due += num_updates % self._every == 0
+    @property
+    def _monitor(self) -> Any:
+        return self.trainer.monitor
 
-    def _finish_refreshes(self) -> tuple[int, float]:
-        """Wait for the refreshes that were begun; returns how many since the last call, and the seconds waited."""
-        begun, before = time.perf_counter(), self._finished
-        while True:
-            self._finished += len(self._monitor.records())
-            if self._monitor.failed:
-                raise UserError("A refresh of the spectra failed, as said above: these would be figures of less work.")
-            waited = time.perf_counter() - begun
-            if self._finished == self._due - self._monitor.skipped:
-                return self._finished - before, waited
-            if waited > _REFRESH_LIMIT_S:
-                raise UserError(f"a refresh of the spectra has not ended after {_REFRESH_LIMIT_S:.0f} s.")
-            time.sleep(_POLL_S)
+    def _train(self, count: int) -> None:
+        with _quiet():
+            for _ in range(count):
+                if next(self._updates, None) is None:  # the trainer ends in order on Ctrl-C, and so does the bench
+                    raise KeyboardInterrupt
+
+    def _finish_refresh(self) -> float:
+        """Wait for the refresh that was begun; the seconds that it took."""
+        begun = time.perf_counter()
+        self._monitor.wait()
+        if self._monitor.failed:
+            raise UserError("A refresh of the spectra failed, as said above: these would be figures of less work.")
+        return time.perf_counter() - begun
+
+    def _let_decoder_finish(self, batch_s: float) -> None:
+        """Wait until no more batches have been decoded for longer than one takes, at least 0.2 s."""
+        still_since, waiting = time.perf_counter(), self._loader.waiting
+        while time.perf_counter() - still_since < max(0.2, batch_s):
+            time.sleep(0.02)
+            if self._loader.waiting != waiting:
+                still_since, waiting = time.perf_counter(), self._loader.waiting
 
 
-def _close(batches: Iterator[Batch]) -> None:
-    """End the epoch now, with its threads."""
-    if close := getattr(batches, "close", None):
-        close()
+def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
+    """What a run says of itself is not the bench's."""
+    return contextlib.redirect_stdout(io.StringIO())

@@ -121,17 +121,19 @@ def test_phases():
 
 
 def test_the_timer_gives_each_phase_its_own_time(monkeypatch):
-    moments = iter([0.0, 1.0, 3.0, 3.5, 4.0])
+    # round 0..9: data 1..4 with augment 2..3 inside, forward 4..6
+    moments = iter([0.0, 1.0, 2.0, 3.0, 4.0, 4.0, 6.0, 9.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(moments))
     timer = Timer(torch.device("cpu"))
-    timer.start()
-    timer.end("data")
-    begun = timer.now()
-    timer.span("augment", begun)
-    timer.end("data")
+    timer.begin_round()
+    for call, phase in ((timer.begin, "data"), (timer.begin, "augment"), (timer.end, "augment"), (timer.end, "data")):
+        call(phase)
+    timer.begin("step")  # not told apart
+    timer.begin("forward")
+    timer.end("forward")
+    timer.end_round()
     seconds = timer.seconds()
-    assert {name: s for name, s in seconds.items() if s} == {"data": 4.0, "augment": 0.5}
-    assert not any(timer.seconds().values())
+    assert {name: s for name, s in seconds.items() if s} == {"data": 2.0, "augment": 1.0, "forward": 2.0, "other": 4.0}
 
 
 def test_wrong_options(tmp_path):
