@@ -1,0 +1,66 @@
+"""Monitors of small models, a solver that waits to be let, and what a monitor has recorded and stored."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank_vit.spectral import store
+from lowrank_vit.spectral.extremes import Solved
+from lowrank_vit.spectral.monitor import SpectralMonitor
+from lowrank_vit.spectral.refresh import SpectralSettings
+from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
+from lowrank_vit.spectral.solve import MatrixStack, solve_stack
+
+LONG_S = 30  # for waits that end at once unless something is broken
+SETTINGS = SpectralSettings(topk=3)
+TIMES = ("refresh/seconds", "refresh/skipped", "refresh/failed")
+
+
+def watch(model: nn.Module, store_dir: Path, ema: nn.Module | None = None, **changes: Any) -> SpectralMonitor:
+    options: dict[str, Any] = {"targets": DEFAULT_TARGETS, "every": 2, "settings": SETTINGS, "store_dir": store_dir}
+    return SpectralMonitor(model, ema, **options | changes)
+
+
+def targets(model: nn.Module) -> dict[str, torch.Tensor]:
+    return select_targets(dict(model.named_parameters()), DEFAULT_TARGETS)
+
+
+def stored(folder: Path) -> list[int]:
+    return [store.read_spectra(path).update for path in store.list_spectra(folder)]
+
+
+class Gate:
+    """A solver that says when it is asked and answers only when let."""
+
+    def __init__(self) -> None:
+        self.asked, self.open = threading.Event(), threading.Event()
+
+    def __call__(self, stack: MatrixStack, *args: Any, **more: Any) -> dict[str, Solved]:
+        self.asked.set()
+        assert self.open.wait(LONG_S)
+        return solve_stack(stack, *args, **more)
+
+
+def nudge(model: nn.Module, seed: int, size: float = 0.02) -> None:
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=noise))
+
+
+def comparable(values: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if not key.endswith(TIMES)}
+
+
+def observe(monitor: SpectralMonitor, model: nn.Module, updates: range) -> list[dict[str, float]]:
+    """What is recorded of these updates, each of which moves the weights."""
+    for update in updates:
+        nudge(model, update)
+        monitor.observe(update)
+        monitor.wait()
+    return [comparable(record.values) for record in monitor.records()]
