@@ -12,7 +12,6 @@ from lowrank_vit import inference, validate
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.timm_flags import Instead, Unused, answers
 from lowrank_vit.config.timm_line import fit_flags, with_images_first
-from lowrank_vit.score.results import with_suffix_of
 
 DOC = (Path(__file__).parents[3] / "docs" / "from_timm.md").read_text(encoding="utf-8")
 # The parsers of timm's scripts, read at huggingface/pytorch-image-models commit 0041cb7ba4ab.
@@ -132,8 +131,3 @@ def test_values_are_not_taken_for_images():
             "--input x.png y.png z.png w.png"
         ).split()
     )
-
-
-def test_a_results_file_gets_a_suffix():
-    assert with_suffix_of(Path("a/b.csv"), "json") == Path("a/b.csv")
-    assert with_suffix_of(Path("a/vit.augreg"), "json") == Path("a/vit.augreg.json")

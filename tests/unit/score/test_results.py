@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from lowrank_vit.score.evaluate import Scores
-from lowrank_vit.score.results import class_rows, interval, rows_to_csv
+from lowrank_vit.score.results import class_rows, interval, rows_to_csv, with_suffix_of
 
 
 def test_a_class_without_samples_has_no_share():
@@ -23,3 +25,8 @@ def test_intervals_are_wilsons(hits, total):
     middle = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * (share * (1 - share) / total + z * z / (4 * total * total)) ** 0.5
     assert interval(100 * share, total) == pytest.approx((100 * (middle - half), 100 * (middle + half)), abs=1e-9)
+
+
+def test_a_results_file_gets_a_suffix():
+    assert with_suffix_of(Path("a/b.csv"), "json") == Path("a/b.csv")
+    assert with_suffix_of(Path("a/vit.augreg"), "json") == Path("a/vit.augreg.json")
