@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.common import terminal
+from lowrank_vit.common.devices import KeptAlive, Mark, on_stream
 from lowrank_vit.common.errors import BetonError, UserError
-from lowrank_vit.common.streams import KeptAlive, Mark, on_stream
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.decode.backend import Backend, DamagedSamples, Schedule
 from lowrank_vit.data.sets.beton import Beton

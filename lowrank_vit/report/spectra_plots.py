@@ -30,8 +30,8 @@ from lowrank_vit.report.style import (
     tidy,
     update_ticks,
 )
+from lowrank_vit.spectral.metrics import bulk_density, marchenko_pastur, power_law
 from lowrank_vit.spectral.store import StoredVectors
-from lowrank_vit.spectral.tails import bulk_density, marchenko_pastur, power_law
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

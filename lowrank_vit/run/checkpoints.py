@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_vit.common.devices import Mark, current_stream, on_stream, side_stream
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import link_whole, whole_file
-from lowrank_vit.common.streams import Mark, current_stream, on_stream, side_stream
 from lowrank_vit.common.threads import Jobs
 from lowrank_vit.config.check import parse_interval
 from lowrank_vit.config.options import Run

@@ -14,17 +14,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lowrank_vit.common.devices import Mark, current_stream, side_stream
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
-from lowrank_vit.common.streams import Mark, current_stream, side_stream
 from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.metrics import recorded_indices
-from lowrank_vit.spectral.ranks import share_out
 from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, SpectralSettings, Stacks
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, Target, choose_targets, module_type, take_targets
 from lowrank_vit.spectral.solve import LOG, stack_by_shape
 from lowrank_vit.spectral.store import Kept, SpectraStore
-from lowrank_vit.spectral.worker import Snapshot, SpectralRecord, Worker
+from lowrank_vit.spectral.worker import Snapshot, SpectralRecord, Worker, share_out
 
 T = TypeVar("T")
 

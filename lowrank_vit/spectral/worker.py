@@ -7,20 +7,36 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from lowrank_vit.common.devices import Mark, on_stream
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.streams import Mark, on_stream
 from lowrank_vit.common.threads import Jobs
 from lowrank_vit.ranks.world import Channel
-from lowrank_vit.spectral.ranks import STOP
 from lowrank_vit.spectral.refresh import Memory, Refreshed, SpectralSettings, Stacks, aggregates, refresh
 from lowrank_vit.spectral.solve import LOG, Cancelled, MatrixStack
 from lowrank_vit.spectral.store import Kept, SpectraStore
+
+STOP = -1
+"""What a rank without a snapshot tells the others when it ends."""
+
+
+def share_out(shapes: Mapping[str, Sequence[int]], world_size: int) -> list[list[str]]:
+    """Which names each rank computes: dearest first to the rank with the least work; the same on every rank.
+
+    The cost of an (R, C) matrix is that of its Gram matrix and of the eigenvalues, L K^2 + 4/3 K^3 (L the long side, K
+    the short one). Each list is in the order of `shapes`.
+    """
+    costs = {name: max(shape) * min(shape) ** 2 + 4 / 3 * min(shape) ** 3 for name, shape in shapes.items()}
+    loads, owner = [0.0] * world_size, dict[str, int]()
+    for name in sorted(costs, key=lambda name: -costs[name]):  # stable: equal costs stay in the model's order
+        owner[name] = min(range(world_size), key=lambda rank: loads[rank])
+        loads[owner[name]] += costs[name]
+    return [[name for name in shapes if owner[name] == rank] for rank in range(world_size)]
 
 
 class SpectralRecord(NamedTuple):

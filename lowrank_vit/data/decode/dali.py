@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from data_prep.formats.beton import MODE_RAW
+from lowrank_vit.common.devices import KeptAlive, Mark, current_stream, on_stream, side_stream
 from lowrank_vit.common.errors import BetonError, UserError
-from lowrank_vit.common.streams import KeptAlive, Mark, current_stream, on_stream, side_stream
 from lowrank_vit.common.threads import Ahead
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.decode.backend import LENGTH, DamagedSamples, Schedule, cropped, new_meter, spans, to_device

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_vit.common.streams import KeptAlive, Mark, current_stream, on_stream, side_stream
+from lowrank_vit.common.devices import KeptAlive, Mark, current_stream, on_stream, side_stream
 
 CPU = torch.device("cpu")
 

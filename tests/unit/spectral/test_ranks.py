@@ -16,9 +16,9 @@ from lowrank_vit.ranks.world import World
 from lowrank_vit.spectral import refresh as refresh_module
 from lowrank_vit.spectral import store
 from lowrank_vit.spectral.monitor import SpectralMonitor
-from lowrank_vit.spectral.ranks import STOP, share_out
 from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
+from lowrank_vit.spectral.worker import STOP, share_out
 from tests.spectra import tiny_vit
 
 LONG_S = 60

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_vit.spectral.metrics import stable_rank
-from lowrank_vit.spectral.tails import bulk_density, marchenko_pastur, median_of_law, power_law
+from lowrank_vit.spectral.metrics import bulk_density, marchenko_pastur, median_of_law, power_law, stable_rank
 from tests.spectra import low_rank_and_noise
 
 spectra = st.lists(st.floats(1e-3, 1e3), min_size=4, max_size=80, unique=True).map(lambda v: np.sort(np.array(v))[::-1])
