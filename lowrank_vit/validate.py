@@ -26,7 +26,7 @@ from lowrank_vit.config.timm_line import fit_flags
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.loader import OnBadSample
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.locate import DataOptions, kind_of, locate_validation
+from lowrank_vit.data.sets.datasets import DataOptions, kind_of, locate_validation
 from lowrank_vit.data.sets.provenance import remarks
 from lowrank_vit.data.sets.staging import stage
 from lowrank_vit.model.class_match import Classes, Order, Trust, match

@@ -30,8 +30,7 @@ from lowrank_vit.data.decode.ffcv import decode_batch
 from lowrank_vit.data.decode.resize_cpu import resize_batch
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.datasets import open_datasets
-from lowrank_vit.data.sets.locate import DataOptions
+from lowrank_vit.data.sets.datasets import DataOptions, open_datasets
 from lowrank_vit.data.synthetic import SyntheticLoader, synthetic_plan
 from lowrank_vit.model.class_match import Classes, Trust, match
 from lowrank_vit.model.create import InputSpec, create_model, input_spec, set_head

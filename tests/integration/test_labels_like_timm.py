@@ -16,8 +16,7 @@ from data_prep.convert import convert_image_folder
 from data_prep.formats.sidecars import manifest_path
 from lowrank_vit import train, validate
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.data.sets.datasets import open_datasets
-from lowrank_vit.data.sets.locate import DataOptions, locate
+from lowrank_vit.data.sets.datasets import DataOptions, locate, open_datasets
 from lowrank_vit.model.weights import read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")

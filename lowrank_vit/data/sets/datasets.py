@@ -1,18 +1,216 @@
-"""Open a run's two sets and see that they fit each other."""
+"""From the data flags to a run's two sets: found, made where only their source is there, opened, and seen to fit."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from data_prep.formats.beton import find_parts
-from data_prep.sources.image_folder import count_remarks
-from data_prep.sources.samples import TRUST, abbreviated, differences, in_timms_order, positions
+from data_prep.formats.image_formats import image_suffixes, is_of_the_system
+from data_prep.formats.sidecars import read_manifest
+from data_prep.sources.image_folder import NO_CLASSES, Nested, count_remarks
+from data_prep.sources.samples import DIGITS, TRUST, abbreviated, differences, in_timms_order, positions
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.locks import Say
+from lowrank_vit.common.locks import Say, one_process_in
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.locate import DataOptions, locate
+from lowrank_vit.data.sets.cifar import cifar100, find_archive
+from lowrank_vit.data.sets.image_dirs import FOLDER, converted, names_of, split_folder
 from lowrank_vit.data.sets.staging import stage_all
+
+Split = Literal["train", "val"]
+FOLDERS = ("", "folder", "imagefolder", "image_folder", "torch/folder", "torch/image_folder")
+"""timm's names for a folder of images."""
+DEFAULT_DIR = Path("data")
+_ADVICE = (
+    "Give a folder with train/ and val/, one folder a class in each, or with files that `python -m data_prep` wrote, "
+    "or train on the embedded digits with --dataset digits."
+)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which data; names and meanings are the flags'."""
+
+    dataset: str = ""
+    data_dir: Path | None = None
+    dataset_download: bool = False
+    beton_dir: Path | None = None
+    train_split: str = "train"
+    val_split: str = "validation"
+    on_bad: Literal["error", "skip"] = "error"
+    """What a conversion does about an image that does not decode."""
+    nested: Nested = "leaf"
+    """Which folders are classes, see `data_prep.sources.image_folder`."""
+    trust_labels: bool = False
+    """Two sets may have different classes: label N is label N."""
+
+
+def locate(options: DataOptions, say: Say = terminal.say) -> tuple[Path, Path]:
+    """The training and the validation `.beton` (either may stand for its parts), converted now if need be.
+
+    Raises `UserError`: a data set that is not known, nothing there, no split, not writable, images that do not decode.
+    """
+    train, val = _locate(options, ("train", "val"), say)
+    return train, val
+
+
+def locate_validation(path: Path | None, options: DataOptions, say: Say = terminal.say) -> Path:
+    """The validation `.beton` alone: `path` itself, or what `options` mean with it for --data-dir.
+
+    `path` may also be a folder of class folders without splits. Raises `UserError`.
+    """
+    if path is None:
+        return _locate(options, ("val",), say)[0]
+    if not path.is_dir() and (path.suffix == ".beton" or path.is_file()):
+        return path
+    given = replace(options, data_dir=path)
+    may_be_single = kind_of(options.dataset) == "" and path.is_dir() and not _betons(given, ("val",))
+    if may_be_single and _is_single(path, options):
+        if not _folders_in(path):  # before anything is made
+            raise UserError(f"--data-dir {path} has no class folders. Put the images of each class into a sub-folder.")
+        place = options.beton_dir or path.resolve().parent / FOLDER
+        return converted([(path, "val")], place, say, **_rules(options))[0]
+    return _locate(given, ("val",), say)[0]
+
+
+def _is_single(root: Path, options: DataOptions) -> bool:
+    """Whether a folder holds classes, not splits; a class may be named test or val: it holds images, a split folders.
+
+    A folder that a person named with --val-split is a split.
+    """
+    splits = [name for name in (*names_of(options.val_split), "test") if (root / name).is_dir()]
+    if not splits:
+        return not (root / FOLDER).is_dir()
+    if options.val_split in splits and options.val_split != DataOptions.val_split:
+        return False
+    others = set(_folders_in(root)) - NO_CLASSES - {options.train_split, options.val_split}
+    return bool(others) and all(_holds_images(root / name) for name in splits)
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(path.suffix.lower() in image_suffixes() for path in folder.iterdir())
+
+
+def _rules(options: DataOptions) -> dict[str, Any]:
+    """How folders are converted."""
+    return {
+        "is_own": options.beton_dir is None,
+        "on_bad": options.on_bad,
+        "nested": options.nested,
+        "trust_labels": options.trust_labels,
+    }
+
+
+def _locate(options: DataOptions, wanted: tuple[Split, ...], say: Say) -> list[Path]:
+    kind = kind_of(options.dataset)
+    splits = options.train_split, options.val_split
+    for flag, name in zip(("--train-split", "--val-split"), splits, strict=True):
+        if not name or Path(name).name != name or name == "..":
+            raise UserError(f"{flag} '{name}' must be the name of a folder in --data-dir, for example {flag} train.")
+    if kind == "cifar100":
+        both = cifar100(options.data_dir, options.beton_dir, download=options.dataset_download, splits=splits, say=say)
+        return [both[("train", "val").index(split)] for split in wanted]
+    root = options.data_dir or DEFAULT_DIR
+    if kind == "digits" and _lacks_digits(options):
+        from data_prep.convert import convert_digits
+
+        with one_process_in(root, say, "Give a folder that can be written with --data-dir."):
+            if _lacks_digits(options):
+                convert_digits(root)
+    there = _betons(options, wanted)
+    if there or kind == "digits":
+        return [there.get(split, root / f"{split}.beton") for split in wanted]
+    return _from_images(root, options, wanted, say)
+
+
+def _lacks_digits(options: DataOptions) -> bool:
+    """Whether they are to be written: never over a file of the user's, but behind a first set of ours, if that is all.
+
+    An attempt that was killed leaves it.
+    """
+    there = _betons(options, ("train", "val"))
+    if not there or "val" in there:
+        return not there
+    try:
+        return read_manifest(there["train"]).source == DIGITS.format(split="train")
+    except UserError:
+        return False
+
+
+def kind_of(dataset: str) -> Literal["", "digits", "cifar100"]:
+    """What --dataset means; an empty string for a folder. Raises `UserError` for what is not there."""
+    name = dataset.lower()
+    if name in FOLDERS:
+        return ""
+    if name == "digits":
+        return "digits"
+    if name == "torch/cifar100":
+        return "cifar100"
+    hint = "Save its images as train/CLASS/FILE.jpg and val/CLASS/FILE.jpg, and give that folder with --data-dir."
+    if name == "cifar100":
+        hint = "Did you mean torch/cifar100?"
+    raise UserError(
+        f"--dataset {dataset} is not there. There are: folder (the default: --data-dir holds images or .beton files), "
+        f"torch/cifar100, digits. {hint}"
+    )
+
+
+def _betons(options: DataOptions, wanted: tuple[Split, ...], folder: Path | None = None) -> dict[Split, Path]:
+    """Those of the wanted sets that lie in `folder`, by default the data directory, by timm's names of splits."""
+    root = folder or options.data_dir or DEFAULT_DIR
+    names = {"train": options.train_split, "val": options.val_split}
+    found: dict[Split, Path] = {}
+    for split in wanted:
+        candidates = (root / f"{name}.beton" for name in names_of(names[split]))
+        first = next((path for path in candidates if path.exists() or find_parts(path)), None)
+        if first:
+            found[split] = first
+    return found
+
+
+def _from_images(root: Path, options: DataOptions, wanted: tuple[Split, ...], say: Say) -> list[Path]:
+    names = {"train": options.train_split, "val": options.val_split}
+    found: dict[Split, Path | None] = {split: split_folder(root, names[split], say) for split in wanted}
+    folders: list[tuple[Path, Split]] = [(folder, split) for split, folder in found.items() if folder]
+    place = options.beton_dir or root / FOLDER
+    if len(folders) == len(wanted):
+        return converted(folders, place, say, **_rules(options))
+    done = _betons(options, wanted, place)
+    if not folders and len(done) == len(wanted):
+        say(f"the images of {root} are gone: what was converted in {place} is used")
+        return [done[split] for split in wanted]
+    missing: dict[Split, str] = {split: names[split] for split in wanted if not found[split]}
+    raise UserError(_what_is_missing(root, missing, is_split=bool(folders) or wanted == ("val",)))
+
+
+def _folders_in(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and not is_of_the_system(path.name))
+
+
+def _what_is_missing(root: Path, missing: dict[Split, str], *, is_split: bool) -> str:
+    if not root.is_dir():
+        what = "is a file, not a folder" if root.exists() else "does not exist"
+        return (
+            f"--data-dir {root} {what}, so there is neither train.beton nor a folder of images named train. {_ADVICE}"
+        )
+    if find_archive(root):
+        return f"--data-dir {root} holds CIFAR-100's archive. Add --dataset torch/cifar100."
+    present = _folders_in(root)
+    holds = (
+        f"it holds {', '.join(present[:6])}{', ...' if len(present) > 6 else ''}" if present else "it has no folders"
+    )
+    split, name = next(iter(missing.items()))
+    flag = f"--{split}-split"
+    if is_split and present:
+        also = ", ".join(n for n in (*names_of(name), *(("test",) if split == "val" else ())) if n != name)
+        return (
+            f"--data-dir {root} has no folder for {flag} {name}{f' (nor {also})' if also else ''}; {holds}. Put images "
+            f"into {root / name}, one folder a class, or name another folder with {flag}."
+        )
+    return f"--data-dir {root}: there is neither {split}.beton nor a folder of images named {name}; {holds}. {_ADVICE}"
+
 
 MEND = "Convert both from folders with the same class names."
 

@@ -22,8 +22,7 @@ from data_prep.verify import verify
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.data.choose import LoaderOptions, open_loader
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.datasets import open_datasets
-from lowrank_vit.data.sets.locate import DataOptions
+from lowrank_vit.data.sets.datasets import DataOptions, open_datasets
 from lowrank_vit.plan.plans import TrainPlan, TrainRules
 
 

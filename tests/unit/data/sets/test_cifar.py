@@ -19,7 +19,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import one_process_in
 from lowrank_vit.data.sets import cifar
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.locate import DataOptions, locate, locate_validation
+from lowrank_vit.data.sets.datasets import DataOptions, locate, locate_validation
 from tests.sources import Said, run_at_once, write_archive
 from tests.unit.data_prep.sources.test_cifar100 import PYTHON_FORM, write_folder
 
@@ -222,7 +222,7 @@ def test_of_several_processes_at_once_one_converts(tmp_path):
     write_archive(tmp_path)
     code = f"""
 from pathlib import Path
-from lowrank_vit.data.sets.locate import DataOptions, locate
+from lowrank_vit.data.sets.datasets import DataOptions, locate
 print(locate(DataOptions("torch/cifar100", Path({str(tmp_path)!r})))[0].stat().st_ino)
 """
     said = run_at_once(code)

@@ -20,7 +20,7 @@ from lowrank_vit.common import locks as one_process
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.sets import image_dirs
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.locate import DataOptions, locate
+from lowrank_vit.data.sets.datasets import DataOptions, locate
 from tests.photos import NUM_PHOTOS
 from tests.sources import Said, run_at_once, write_splits
 
@@ -259,7 +259,7 @@ def test_an_empty_class_is_told_in_the_trainers_words(folder):
 def code_of(folder: Path) -> str:
     return f"""
 from pathlib import Path
-from lowrank_vit.data.sets.locate import DataOptions, locate
+from lowrank_vit.data.sets.datasets import DataOptions, locate
 train, val = locate(DataOptions(data_dir=Path({str(folder)!r})))
 print(train.stat().st_ino, val.stat().st_ino)
 """

@@ -11,8 +11,7 @@ import pytest
 from data_prep.formats.sidecars import read_manifest
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.datasets import open_datasets
-from lowrank_vit.data.sets.locate import DataOptions, locate, locate_validation
+from lowrank_vit.data.sets.datasets import DataOptions, locate, locate_validation, open_datasets
 from tests.photos import NUM_PHOTOS
 from tests.sources import Said, run_at_once, write_archive, write_splits
 
@@ -62,7 +61,7 @@ def test_betons_win_over_images_beside_them(folder, digits_dir):
 def test_digits_are_written_once_by_one_of_several_processes(tmp_path):
     code = f"""
 from pathlib import Path
-from lowrank_vit.data.sets.locate import DataOptions, locate
+from lowrank_vit.data.sets.datasets import DataOptions, locate
 train, val = locate(DataOptions("digits", Path({str(tmp_path / "digits")!r})))
 print(train.stat().st_ino)
 """

@@ -16,7 +16,7 @@ from data_prep.formats.jpeg import ImageOptions
 from data_prep.formats.sidecars import manifest_path, read_manifest, write_manifest
 from lowrank_vit.data.decode.pil import decode
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.locate import DataOptions, locate, locate_validation
+from lowrank_vit.data.sets.datasets import DataOptions, locate, locate_validation
 from lowrank_vit.data.sets.provenance import remarks
 from tests.sources import Said, write_splits
 

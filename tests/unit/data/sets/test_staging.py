@@ -18,8 +18,7 @@ from data_prep.formats.sidecars import manifest_path, read_manifest, sample_tabl
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.data.sets import staging
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.datasets import open_datasets
-from lowrank_vit.data.sets.locate import DataOptions
+from lowrank_vit.data.sets.datasets import DataOptions, open_datasets
 from lowrank_vit.data.sets.staging import stage, stage_all
 from tests.photos import write_sets
 from tests.sources import Said, run_at_once

@@ -19,7 +19,7 @@ from data_prep.sources.image_folder import image_folder
 from data_prep.sources.samples import Source, imagenet1k, in_timms_order, natural_key, positions, ties
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.locate import DataOptions, locate
+from lowrank_vit.data.sets.datasets import DataOptions, locate
 from tests.sources import Said
 
 NAMES = {
