@@ -21,7 +21,8 @@ from benchmarks.prep import CACHE
 from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
-from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.choose import open_loader
+from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.mixing import MixRules

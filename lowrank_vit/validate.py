@@ -22,8 +22,10 @@ from lowrank_vit.common.program import usage_name
 from lowrank_vit.common.terminal import fitted_help
 from lowrank_vit.config.check import check_ranges
 from lowrank_vit.config.option_types import POSITIVE
+from lowrank_vit.config.options import LoaderName
 from lowrank_vit.config.timm_line import fit_flags
-from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.choose import open_loader
+from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.loader import OnBadSample
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import DataOptions, kind_of, locate_validation
@@ -70,7 +72,7 @@ class Options(ModelOptions):
     """Copy the .beton file to this folder on a fast local disk, once, and read the copy."""
     batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE] = 128
     """Images a step."""
-    loader: Literal["auto", "resident", "dali", "ffcv"] = "auto"
+    loader: LoaderName = "auto"
     """Decode backend."""
     workers: Annotated[int, arg(aliases=["-j"]), POSITIVE] = 4
     """CPU threads that decode."""

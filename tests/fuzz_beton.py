@@ -48,16 +48,17 @@ from data_prep.formats.jpeg import LOSSLESS, encode_file
 from data_prep.formats.sidecars import manifest_path
 from data_prep.sources.image_folder import image_folder
 from lowrank_vit.common.errors import BetonError, UserError
-from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.choose import open_loader
 from lowrank_vit.data.decode import pil as pil_decode
+from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.decode.ffcv import decode_batch
 from lowrank_vit.data.decode.resize_cpu import resize_batch
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan, TrainRules
 from tests.mutations import KINDS, Mutated, header_of, mutate, rows_of, table_of
-from tests.photos import psnr
+from tests.photos import BACKENDS, psnr
 
-BACKENDS, MODES = ("ffcv", "dali", "resident"), ("training", "evaluation")
+MODES = ("training", "evaluation")
 SETS = ("mixed", "jpeg", "raw")
 IMG_SIZE, BATCH, CPU = 16, 4, torch.device("cpu")
 LIMIT_S, LIMIT_BYTES = 60.0, 10**9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from PIL import Image
@@ -11,7 +12,10 @@ from sklearn.datasets import load_sample_images
 
 from data_prep.convert import convert_image_folder
 from data_prep.formats.jpeg import ImageOptions
+from lowrank_vit.config.options import LoaderName
 
+BACKENDS = [name for name in get_args(LoaderName) if name != "auto"]
+"""Every decode backend: the tests that take these hold for a new one, too."""
 NUM_PHOTOS = 24
 
 

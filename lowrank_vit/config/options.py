@@ -25,6 +25,9 @@ from lowrank_vit.config.option_types import (
     Range,
 )
 
+LoaderName = Literal["auto", "resident", "dali", "ffcv"]
+"""auto, or a module of `data/decode/` with an `open_backend`."""
+
 _NO_PLATEAU = NotHere(
     "plateau",
     "it would follow a validation score, which a run resumed within an epoch does not have. Use --sched multistep with "
@@ -54,7 +57,7 @@ class Data:
     """Copy the .beton files to this folder on a fast local disk, once, and read the copies."""
     synthetic: bool = False
     """No data: one made-up batch that stays on the device, 100 updates an epoch. The speed of the model alone."""
-    loader: Annotated[Literal["auto", "resident", "dali", "ffcv"], MAY_CHANGE] = "auto"
+    loader: Annotated[LoaderName, MAY_CHANGE] = "auto"
     """Decode backend; auto: resident if a quarter of the device's memory holds the set, else dali with a GPU, else the
     faster one here."""
     workers: Annotated[int, arg(aliases=["-j"]), POSITIVE, MAY_CHANGE] = 4

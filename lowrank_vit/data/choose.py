@@ -6,8 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,14 +17,12 @@ from rich.filesize import decimal as size_in_words
 from data_prep.formats import turbojpeg
 from lowrank_vit.common import resources, terminal
 from lowrank_vit.common.devices import pick_device
-from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
 from lowrank_vit.common.resources import available_cores
-from lowrank_vit.data.decode.backend import Backend, DamagedSamples, Schedule
-from lowrank_vit.data.decode.dali import DaliBackend, check_dali, why_no_dali
-from lowrank_vit.data.decode.ffcv import FfcvBackend
-from lowrank_vit.data.decode.resident import ResidentBackend, resident_bytes
-from lowrank_vit.data.loader import Loader, OnBadSample, Prepare
+from lowrank_vit.data.decode.backend import Backend, DamagedSamples, LoaderOptions, Schedule
+from lowrank_vit.data.decode.dali import why_no_dali
+from lowrank_vit.data.decode.resident import place_without_room, resident_bytes
+from lowrank_vit.data.loader import Loader, Prepare
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan
 
@@ -34,18 +31,6 @@ RESIDENT_SHARE = 0.25
 _SAMPLES = 256
 """Decoded for one timing of a backend."""
 _ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class LoaderOptions:
-    """How to decode; see the flags of the same names."""
-
-    loader: str = "auto"
-    """auto, resident, dali or ffcv."""
-    workers: int = 4
-    prefetch: int = 2
-    hw_decoder_load: float = 0.35
-    on_bad_sample: OnBadSample = "error"
 
 
 def open_loader(
@@ -95,13 +80,7 @@ def make_backend(
     kind: str, beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions
 ) -> Backend:
     """The backend of that name. Raises `UserError` where it cannot be had."""
-    if kind == "resident":
-        return _make_resident(beton, plan, device, options.workers)
-    if kind == "dali":
-        check_dali()
-        load = options.hw_decoder_load
-        return DaliBackend(beton, plan, device, options.workers, prefetch=options.prefetch, hw_decoder_load=load)
-    return FfcvBackend(beton, plan, device, options.workers, prefetch=options.prefetch)
+    return import_module(f"lowrank_vit.data.decode.{kind}").open_backend(beton, plan, device, options)
 
 
 def choose_backend(
@@ -117,7 +96,7 @@ def choose_backend(
     size = resident_bytes(beton)
     budget = RESIDENT_SHARE * memory_bytes(device)
     in_words, share = f"{size_in_words(size)} decoded", f"{RESIDENT_SHARE:.0%} of {device} memory"
-    crowded = _place_without_room(size, device) if size <= budget else ""
+    crowded = place_without_room(size, device) if size <= budget else ""
     if size <= budget and not crowded:
         return "resident", f"{in_words} fit {share}"
     too_big = f"{in_words}, and {crowded} free" if crowded else f"{in_words} exceed {share}"
@@ -140,31 +119,6 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return resources.memory().total
-
-
-def _make_resident(beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, workers: int) -> ResidentBackend:
-    size = resident_bytes(beton)
-    if crowded := _place_without_room(size, device):
-        taken = f"{beton.path} takes {size_in_words(size)} decoded"
-        raise UserError(f"--loader resident: {taken}, but {crowded} free. Use --loader auto.")
-    return ResidentBackend(beton, plan, device, workers)
-
-
-def _place_without_room(size: int, device: torch.device) -> str:
-    """In words, "cpu has 1.5 GB", where `size` bytes do not fit; nothing if they fit everywhere.
-
-    A set that is kept on a GPU is decoded into the host's memory first.
-    """
-    places = [(str(device), _free_bytes(device))]
-    if device.type == "cuda":
-        places.append(("the host", resources.memory().free))
-    return next((f"{name} has {size_in_words(free)}" for name, free in places if size > free), "")
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return resources.memory().free
 
 
 def speed_path(beton: Beton) -> Path:

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_vit.data.choose import LoaderOptions, choose_backend, open_loader
+from lowrank_vit.data.choose import choose_backend, open_loader
 from lowrank_vit.data.decode import dali as dali_backend
+from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.decode.pil import crop_and_resize, decode
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
-from tests.photos import psnr, write_sets
+from tests.photos import BACKENDS, psnr, write_sets
 
 pytestmark = pytest.mark.gpu
-BACKENDS = ["ffcv", "dali", "resident"]
 FLOOR = {"ffcv": (44.0, 41.5), "dali": (38.0, 32.0), "resident": (54.0, 48.0)}
 """Mean and worst PSNR against Pillow, decibels; dali's is what its JPEG engine is to reach at least."""
 

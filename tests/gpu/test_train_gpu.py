@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from lowrank_vit.config.flags import parse
-from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.choose import open_loader
+from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import TrainPlan, TrainRules
 from lowrank_vit.run.checkpoints import CheckpointWriter

@@ -33,7 +33,8 @@ from data_prep.formats.beton import MODE_JPEG, MODE_RAW, read_tables
 from data_prep.formats.jpeg import ImageOptions
 from data_prep.sources.image_folder import image_folder
 from data_prep.sources.samples import digits_indices
-from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.choose import open_loader
+from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.decode.jpeg import FAST, decode_jpeg
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan

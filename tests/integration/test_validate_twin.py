@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_images
 from timm.data.transforms_factory import create_transform
 
 from lowrank_vit.validate import Options, validate
-from tests.photos import write_folder
+from tests.photos import BACKENDS, write_folder
 
 SIZE, CROP_PCT = 64, 0.875
 MODEL = "vit_tiny_patch16_224"
@@ -62,12 +62,12 @@ def our_loss(folder: Path, checkpoint: Path, loader: str = "resident", **more: A
     return validate(Options(checkpoint, data=folder, **look, **decoding, **more)).loss  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("loader", ["ffcv", "dali", "resident"])
+@pytest.mark.parametrize("loader", BACKENDS)
 def test_the_loss_is_plain_timms_whatever_decodes(photos, checkpoint, loader):
     assert our_loss(photos, checkpoint, loader) == pytest.approx(plain_loss(photos, checkpoint), abs=1e-3)
 
 
-@pytest.mark.parametrize("loader", ["ffcv", "dali", "resident"])
+@pytest.mark.parametrize("loader", BACKENDS)
 def test_larger_images_and_other_formats_are_scored_as_they_are(checkpoint, tmp_path, loader):
     folder = tmp_path / "val"
     for label, name in enumerate(("a", "b")):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,18 @@ from lowrank_vit.data.batch import Batch
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 
 _KEPT_TIMES = 256
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How to decode; see the flags of the same names."""
+
+    loader: str = "auto"
+    """auto, or the name of a module beside this one: resident, dali or ffcv."""
+    workers: int = 4
+    prefetch: int = 2
+    hw_decoder_load: float = 0.35
+    on_bad_sample: Literal["error", "skip"] = "error"
 
 
 class Schedule:

@@ -22,7 +22,16 @@ from lowrank_vit.common.devices import KeptAlive, Mark, current_stream, on_strea
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.threads import Ahead
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.data.decode.backend import LENGTH, DamagedSamples, Schedule, cropped, new_meter, spans, to_device
+from lowrank_vit.data.decode.backend import (
+    LENGTH,
+    DamagedSamples,
+    LoaderOptions,
+    Schedule,
+    cropped,
+    new_meter,
+    spans,
+    to_device,
+)
 from lowrank_vit.data.decode.dali_pipeline import PipelineShape, Sources, define, tiny_batch
 from lowrank_vit.data.decode.pil import find_damage
 from lowrank_vit.data.decode.resize_cpu import resize_batch
@@ -252,10 +261,12 @@ def why_no_dali() -> str:
     return ""
 
 
-def check_dali() -> None:
-    """Raise `UserError` where DALI cannot be used."""
+def open_backend(beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions) -> DaliBackend:
+    """Decode with DALI. Raises `UserError` where it cannot be used."""
     if reason := why_no_dali():
         raise UserError(f"--loader dali: {reason}. Install it with `pip install nvidia-dali-cuda130`.")
+    load = options.hw_decoder_load
+    return DaliBackend(beton, plan, device, options.workers, prefetch=options.prefetch, hw_decoder_load=load)
 
 
 def _last_words(error: RuntimeError) -> str:

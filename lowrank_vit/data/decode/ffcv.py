@@ -19,7 +19,7 @@ from data_prep.formats.beton import MODE_JPEG
 from data_prep.formats.jpeg import MAX_PIXELS
 from lowrank_vit.common.threads import Ahead
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.data.decode.backend import DamagedSamples, Schedule, new_meter, spans, to_device
+from lowrank_vit.data.decode.backend import DamagedSamples, LoaderOptions, Schedule, new_meter, spans, to_device
 from lowrank_vit.data.decode.jpeg import EXACT, FAST, decode_jpeg, has_too_many_scans, is_of_size
 from lowrank_vit.data.decode.pil import crop_and_resize, decode_sound
 from lowrank_vit.data.decode.resize_cpu import resize_into
@@ -141,3 +141,8 @@ class FfcvBackend:
 
     def close(self) -> None:
         """Nothing to give back: every epoch ends its own thread."""
+
+
+def open_backend(beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions) -> FfcvBackend:
+    """Decode on CPU threads of this process."""
+    return FfcvBackend(beton, plan, device, options.workers, prefetch=options.prefetch)

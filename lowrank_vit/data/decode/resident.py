@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from rich.filesize import decimal as size_in_words
 
+from lowrank_vit.common import resources
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.data.decode.backend import LENGTH, DamagedSamples, Schedule, new_meter, spans, to_device
+from lowrank_vit.data.decode.backend import LENGTH, DamagedSamples, LoaderOptions, Schedule, new_meter, spans, to_device
 from lowrank_vit.data.decode.pil import decode_sound
 from lowrank_vit.data.decode.resize_cpu import resize_batch
 from lowrank_vit.data.sets.beton import Beton
@@ -117,3 +118,31 @@ class ResidentBackend:
 def resident_bytes(beton: Beton) -> int:
     """Memory that the decoded set takes, in bytes."""
     return int((3 * beton.heights.astype(np.int64) * beton.widths).sum())
+
+
+def open_backend(
+    beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions
+) -> ResidentBackend:
+    """Decode a set into memory. Raises `UserError` where there is no room for it."""
+    size = resident_bytes(beton)
+    if crowded := place_without_room(size, device):
+        taken = f"{beton.path} takes {size_in_words(size)} decoded"
+        raise UserError(f"--loader resident: {taken}, but {crowded} free. Use --loader auto.")
+    return ResidentBackend(beton, plan, device, options.workers)
+
+
+def place_without_room(size: int, device: torch.device) -> str:
+    """In words, "cpu has 1.5 GB", where `size` bytes do not fit; nothing if they fit everywhere.
+
+    A set that is kept on a GPU is decoded into the host's memory first.
+    """
+    places = [(str(device), _free_bytes(device))]
+    if device.type == "cuda":
+        places.append(("the host", resources.memory().free))
+    return next((f"{name} has {size_in_words(free)}" for name, free in places if size > free), "")
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return resources.memory().free

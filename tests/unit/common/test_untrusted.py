@@ -19,14 +19,14 @@ from data_prep.info import plot_info
 from lowrank_vit.augment.__main__ import _of_beton
 from lowrank_vit.common.errors import BetonError, UserError, exit_cleanly
 from lowrank_vit.common.terminal import one_line, printable, say
-from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.choose import open_loader
+from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
 from lowrank_vit.run.progress import Display
-from tests.photos import write_folder
+from tests.photos import BACKENDS, write_folder
 
 ROOT = Path(__file__).parents[3]
-BACKENDS = ["ffcv", "dali", "resident"]
 BAD = 3
 EVIL = "\x1b]0;title\x07[red]:cat:\x9b31m\u202e"
 

@@ -12,7 +12,6 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import Memory
 from lowrank_vit.data import choose
 from lowrank_vit.data.choose import (
-    LoaderOptions,
     choose_backend,
     kept_or_measured,
     make_backend,
@@ -20,6 +19,8 @@ from lowrank_vit.data.choose import (
     open_loader,
     speed_path,
 )
+from lowrank_vit.data.decode import resident
+from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
 from tests.photos import write_sets
@@ -124,7 +125,7 @@ def test_without_dali_there_is_ffcv(beton, small_memory, monkeypatch):
 
 
 def test_resident_says_when_there_is_no_room(beton, monkeypatch):
-    monkeypatch.setattr(choose, "_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(resident, "_free_bytes", lambda device: 1000)
     with pytest.raises(
         UserError,
         match=r"--loader resident: .*train.beton takes 2.1 MB decoded, but cpu has 1.0 kB free.*Use --loader auto",
@@ -136,9 +137,9 @@ def test_a_set_for_a_gpu_needs_room_on_the_host_too(beton, monkeypatch):
     """There it is decoded; and `auto` does not choose what cannot be had."""
     cuda = torch.device("cuda")
     monkeypatch.setattr(choose, "memory_bytes", lambda device: 10**9)
-    monkeypatch.setattr(choose, "_free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(resident, "_free_bytes", lambda device: 10**9)
     assert choose_backend(beton, plan_of(beton), cuda, AUTO)[0] == "resident"
-    monkeypatch.setattr(choose.resources, "memory", lambda: Memory(10**12, 1_000_000))
+    monkeypatch.setattr(resident.resources, "memory", lambda: Memory(10**12, 1_000_000))
     kind, reason = choose_backend(beton, plan_of(beton), cuda, AUTO)
     assert (kind, reason) == ("dali", "2.1 MB decoded, and the host has 1.0 MB free; decoding on the GPU")
     with pytest.raises(UserError, match=r"takes 2.1 MB decoded, but the host has 1.0 MB free. Use --loader auto"):

@@ -13,16 +13,16 @@ import torch
 
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.choose import open_loader
+from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.operations import parse_policy
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
-from tests.photos import write_sets
+from tests.photos import BACKENDS, write_sets
 from tests.slots import joined
 
 CPU = torch.device("cpu")
-BACKENDS = ["ffcv", "dali", "resident"]
 EPOCH = 3
 
 

@@ -20,17 +20,16 @@ from sklearn.datasets import load_sample_images
 
 from data_prep.convert import convert_image_folder
 from lowrank_vit.common.errors import BetonError
-from lowrank_vit.data.choose import LoaderOptions, open_loader
-from lowrank_vit.data.decode.backend import Schedule
+from lowrank_vit.data.choose import open_loader
+from lowrank_vit.data.decode.backend import LoaderOptions, Schedule
 from lowrank_vit.data.decode.pil import decode
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
-from tests.photos import NUM_PHOTOS, psnr, write_sets
+from tests.photos import BACKENDS, NUM_PHOTOS, psnr, write_sets
 from tests.slots import joined
 
 CPU = torch.device("cpu")
-BACKENDS = ["ffcv", "dali", "resident"]
 BAD = 7
 
 

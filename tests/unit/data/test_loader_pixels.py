@@ -17,9 +17,9 @@ from timm.data.transforms_factory import create_transform
 from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.common.filters import BICUBIC, BILINEAR
 from lowrank_vit.config.flags import parse
-from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.choose import open_loader
 from lowrank_vit.data.decode import dali as dali_backend
-from lowrank_vit.data.decode.backend import LENGTH
+from lowrank_vit.data.decode.backend import LENGTH, LoaderOptions
 from lowrank_vit.data.decode.dali import DaliBackend
 from lowrank_vit.data.decode.pil import crop_and_resize, decode
 from lowrank_vit.data.decode.resident import ResidentBackend

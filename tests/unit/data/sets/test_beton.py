@@ -20,7 +20,8 @@ from data_prep.formats.beton import HEADER, METADATA_START, SAMPLE
 from data_prep.formats.sidecars import manifest_path, read_manifest, write_manifest
 from data_prep.verify import verify
 from lowrank_vit.common.errors import BetonError, UserError
-from lowrank_vit.data.choose import LoaderOptions, open_loader
+from lowrank_vit.data.choose import open_loader
+from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import DataOptions, open_datasets
 from lowrank_vit.plan.plans import TrainPlan, TrainRules
