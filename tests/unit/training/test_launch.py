@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.config import meaning
 from lowrank_vit.config.flags import parse
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.checkpoints import write_checkpoint
@@ -77,7 +78,9 @@ def attempt(tmp_path: Path, *more: str) -> tuple[Start, RunDir]:
 def save(path: Path, updates: int) -> Path:
     import torch
 
-    write_checkpoint(path, {"state_dict": {"w": torch.zeros(1)}, "step": {"num_updates": updates}})
+    of_a_run = {"optimizer": {}, "progress": {}, "data": {}, "step": {"num_updates": updates}, "args": {"seed": 42}}
+    of_a_run[meaning.KEY] = meaning.now()
+    write_checkpoint(path, {"state_dict": {"w": torch.zeros(1)}, **of_a_run})
     return path
 
 
