@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _gpu_there(request: pytest.FixtureRequest) -> None:
     if "gpu" in request.keywords and not torch.cuda.is_available():
         pytest.fail("LRV_REQUIRE_GPU=1, but torch sees no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _wandb_forgets() -> Generator[None]:
+    """W&B remembers the settings of its first use in a process; the next test may have others."""
+    yield
+    if wandb := sys.modules.get("wandb"):
+        wandb.teardown()
 
 
 class _Record:

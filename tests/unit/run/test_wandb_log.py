@@ -63,7 +63,6 @@ def test_every_metric_gets_its_own_axis(tmp_path, monkeypatch):
     """
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    wandb.teardown()
     sent = [{"update": n, f"train/k{n}": 1.0} for n in range(20)]
     sent += [{"spec_update": n, f"spec/k{n}": 1.0, f"spec_ema/k{n}": 1.0} for n in range(20)]
     names = "train_loss lr img_per_s data_wait eval_loss eval_top1 eval_ema_top5".split()
@@ -72,7 +71,6 @@ def test_every_metric_gets_its_own_axis(tmp_path, monkeypatch):
     for row in sent:
         log.log(row)
     log.finish()
-    wandb.teardown()
     assert logged_rows(tmp_path / "wandb") == sent
 
 
@@ -131,12 +129,10 @@ def test_a_real_server_that_is_away(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    wandb.teardown()  # it remembers the settings of its first use in a process
     said: list[str] = []
     log = WandbLog.start("p", tmp_path, {"lr": 1.0}, say=said.append, init_timeout_s=2.0)
     log.log({"epoch": 0, "train_loss": 1.0})
     log.finish()
-    wandb.teardown()
     assert len(said) == 1
     assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
 
@@ -145,7 +141,6 @@ def test_runs_of_one_process_started_in_different_folders(tmp_path, monkeypatch)
     """W&B's service stays in the folder of the first."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    wandb.teardown()
     for name in ("first", "second"):
         folder = tmp_path / name
         folder.joinpath("run").mkdir(parents=True)
@@ -154,7 +149,6 @@ def test_runs_of_one_process_started_in_different_folders(tmp_path, monkeypatch)
         log.log({"epoch": 0, "train_loss": 1.0})
         log.finish()
         assert list(folder.glob("run/wandb/offline-run-*/run-*.wandb"))
-    wandb.teardown()
 
 
 def test_a_missing_login_is_the_users(tmp_path, monkeypatch):
