@@ -75,7 +75,10 @@ def spectral(model: str) -> Round:
     monitor = make(*models, targets=targets, every=1, store_dir=Path("spectra"), settings=settings)
 
     def refresh() -> None:
-        monitor.observe(next(updates))
+        skipped = -1
+        while skipped != monitor.skipped:  # what is recorded may still be being put away, so that the next is skipped
+            skipped = monitor.skipped
+            monitor.observe(next(updates))
         while not monitor.records():
             time.sleep(0.001)
         assert not monitor.failed
