@@ -28,10 +28,10 @@ from lowrank_vit.config.option_types import POSITIVE
 from lowrank_vit.config.timm_line import fit_flags, with_images_first
 from lowrank_vit.data.decode.pil import crop_and_resize
 from lowrank_vit.plan.plans import EvalPlan
-from lowrank_vit.score.progress import ScoringProgress
 from lowrank_vit.score.results import (
     Prediction,
     Predictions,
+    ScoringProgress,
     make_folder_of,
     predictions_to_csv,
     predictions_to_json,

@@ -34,8 +34,9 @@ from lowrank_vit.data.sets.staging import stage
 from lowrank_vit.model.class_match import Classes, Order, Trust, match
 from lowrank_vit.plan.plans import EvalPlan
 from lowrank_vit.score.evaluate import Evaluator, Scores
-from lowrank_vit.score.progress import Counted, ScoringProgress
 from lowrank_vit.score.results import (
+    Counted,
+    ScoringProgress,
     class_rows,
     interval,
     make_folder_of,
