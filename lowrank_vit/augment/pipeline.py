@@ -110,6 +110,11 @@ class Augment(nn.Module):
         compiled numba code, into float32 `out` where that has their shape; boxes and keys are then None. Else images
         stay as they are, and boxes and keys are None where nothing is erased. The host does not wait for the device.
         """
+        if images.dtype != torch.uint8:
+            raise UserError(
+                f"images to augment are {images.dtype}, expected torch.uint8 of 0 to 255, as a loader gives them. "
+                "Normalising is done here, too."
+            )
         mix = mix_to_tensor(plan.mix)
         if plan.erase is None:
             return images, ops.to_device(mix.numpy(), images), None, None

@@ -55,7 +55,7 @@ class Ahead(Iterator[T]):
                 for item in self._items:
                     self._room.acquire()
                     if self._is_closed:
-                        return
+                        break
                     self._made.put(item)
                     del item  # else its memory is held until the next one is made
             finally:
@@ -94,6 +94,7 @@ class Jobs(Generic[T]):
         self._jobs: queue.Queue[T | None] = queue.Queue()
         self._has_begun, self._is_closed = threading.Event(), False
         self._error: BaseException | None = None
+        self._is_dead = False
         # A daemon, so that a crash of the main thread never waits for it.
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
@@ -102,7 +103,7 @@ class Jobs(Generic[T]):
     @property
     def is_busy(self) -> bool:
         """Whether a job is under way or waits."""
-        return self._jobs.unfinished_tasks > 0 and self._thread.is_alive()
+        return self._jobs.unfinished_tasks > 0 and not self._is_dead
 
     def put(self, job: T) -> None:
         """Have a job done, which may not be None, after those that were put before."""
@@ -110,8 +111,9 @@ class Jobs(Generic[T]):
 
     def wait(self) -> None:
         """Wait until all jobs are done."""
-        if self._thread.is_alive():
-            self._jobs.join()
+        with self._jobs.all_tasks_done:
+            while self._jobs.unfinished_tasks and not self._is_dead:
+                self._jobs.all_tasks_done.wait()
         self._raise()
 
     def close(self, timeout_s: float | None = None) -> None:
@@ -134,9 +136,7 @@ class Jobs(Generic[T]):
                 self._has_begun.set()
             while (job := self._jobs.get()) is not None:
                 try:
-                    self._do(job)
-                except Exception as error:
-                    self._failed(job, error)
+                    self._do_one(job)
                 finally:
                     job = None
                     self._jobs.task_done()
@@ -146,10 +146,20 @@ class Jobs(Generic[T]):
         finally:
             self._give_up()
 
+    def _do_one(self, job: T) -> None:
+        try:
+            try:
+                self._do(job)
+            except Exception as error:
+                self._failed(job, error)
+        except BaseException as error:
+            self._error = error  # before anybody who waits is woken
+            raise
+
     def _give_up(self) -> None:
         """Let nobody wait for jobs that will not be done."""
         with self._jobs.all_tasks_done:
-            self._jobs.unfinished_tasks = 0
+            self._is_dead = True
             self._jobs.all_tasks_done.notify_all()
 
     @staticmethod

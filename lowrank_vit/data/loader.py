@@ -212,6 +212,7 @@ class _OwnStream:
         self._waited_ms = 0.0
 
     def run(self, batches: Iterator[Batch], prepare: Prepare | None) -> Iterator[Batch]:
+        ahead = None
         try:
             ahead = self._make(batches, prepare)
             while ahead is not None:
@@ -224,6 +225,8 @@ class _OwnStream:
                 finally:  # also where the epoch is left here
                     self._in_use.keep((decoded, batch), Mark.of(training))
         finally:
+            if ahead is not None:  # where the epoch is left, the stream may still be at work on it
+                self._in_use.keep(ahead[:2], ahead[2])
             _close(batches)
 
     def _make(self, batches: Iterator[Batch], prepare: Prepare | None) -> tuple[Batch, Batch, Mark] | None:

@@ -58,12 +58,16 @@ class Phases:
 
     def _told_of_each(self, phase: Phase, items: Iterator[T]) -> Iterator[T]:
         end = object()
-        while True:
-            with self(phase):
-                item = next(items, end)
-            if item is end:
-                return
-            yield cast(T, item)
+        try:
+            while True:
+                with self(phase):
+                    item = next(items, end)
+                if item is end:
+                    return
+                yield cast(T, item)
+        finally:
+            if close := getattr(items, "close", None):
+                close()
 
     def around(self, phase: Phase, function: Callable[P, T]) -> Callable[P, T]:
         """Return the same function; each call of it is the phase."""

@@ -111,7 +111,10 @@ class FfcvBackend:
             images_NHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=is_pinned)
             self._fill(images_NHWC.numpy(), plan)
             self.decode_ms.append(1e3 * (time.perf_counter() - begun))
-            yield images_NHWC, plan
+            made = images_NHWC, plan
+            del images_NHWC  # else its memory is held here until the next batch is made
+            yield made
+            del made
 
     def _fill(self, images: np.ndarray, plan: BatchPlan) -> None:
         """Decode a batch into `images`, uint8 (B, S, S, 3). Raises `DamagedSamples`.

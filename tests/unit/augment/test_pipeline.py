@@ -235,3 +235,9 @@ def test_another_dtype_or_layout_is_an_error(wrong, message):
     images = torch.from_numpy(photographs(4, 32).copy()).permute(0, 3, 1, 2)
     with pytest.raises(UserError, match=message):
         Augment(MEAN, STD, 10, 0.1).prepare(wrong(images), plan_of(FULL, 4, 32))
+
+
+def test_images_that_are_normalised_already_are_refused_by_the_steps_half():
+    images = torch.zeros(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(UserError, match=r"torch\.float32, expected torch\.uint8"):
+        Augment(MEAN, STD, 10, 0.1).inputs(images, torch.zeros(4, dtype=torch.int64), plan_of(FULL, 4, 32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import time
 import weakref
@@ -175,3 +176,37 @@ def test_a_job_is_busy_until_it_is_forgotten():
     jobs.wait()
     assert held() is None
     jobs.close()
+
+
+def test_closing_wakes_whoever_waits_for_an_item():
+    is_asked, go_on = threading.Event(), threading.Event()
+
+    def made() -> Generator[int]:
+        is_asked.set()
+        go_on.wait(30)
+        yield 1
+
+    ahead, taken = Ahead(made(), 1, "maker"), list[int]()
+    waiting = threading.Thread(target=lambda: taken.extend(ahead), daemon=True)
+    waiting.start()
+    is_asked.wait(30)
+    closing = threading.Thread(target=ahead.close, daemon=True)
+    closing.start()
+    time.sleep(0.05)
+    go_on.set()
+    for thread in (closing, waiting):
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_an_error_of_the_thread_is_there_before_whoever_waits_is_woken():
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(100):
+            jobs = Jobs[int](raise_it, raise_it, "worker")
+            jobs.put(1)
+            with pytest.raises(RuntimeError, match="beyond help"):
+                jobs.wait()
+    finally:
+        sys.setswitchinterval(interval)

@@ -308,8 +308,8 @@ def test_on_a_gpu_the_next_batch_is_made_before_one_is_handed_over(sets, monkeyp
     next(more)
     assert len(in_use(loader)) == 0
     cuda.reading = True
-    loader._end()  # while the step on the batch handed out last is still to be done
-    assert len(in_use(loader)) == 1
+    loader._end()  # while the step on the batch handed out last is still to be done, and the next one being made
+    assert len(in_use(loader)) == 2
 
 
 def test_on_a_gpu_the_devices_own_waiting_is_counted_once(sets, monkeypatch):

@@ -68,3 +68,19 @@ def test_without_a_listener_nothing_is_wrapped():
     assert phases.each("data", items) is items
     assert phases.around("augment", losses) is losses
     assert phases("step") is phases("ema")
+
+
+def test_closing_the_items_of_a_phase_closes_what_makes_them():
+    closed = []
+
+    def made():
+        try:
+            yield from range(3)
+        finally:
+            closed.append(True)
+
+    source = made()
+    items = Phases(Recorder()).each("data", source)
+    next(items)
+    items.close()
+    assert closed
