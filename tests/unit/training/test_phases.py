@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from typing import cast
+
 import torch
 
 from lowrank_vit.config.flags import parse
@@ -71,9 +74,9 @@ def test_without_a_listener_nothing_is_wrapped():
 
 
 def test_closing_the_items_of_a_phase_closes_what_makes_them():
-    closed = []
+    closed: list[bool] = []
 
-    def made():
+    def made() -> Generator[int]:
         try:
             yield from range(3)
         finally:
@@ -82,5 +85,5 @@ def test_closing_the_items_of_a_phase_closes_what_makes_them():
     source = made()
     items = Phases(Recorder()).each("data", source)
     next(items)
-    items.close()
+    cast(Generator[int], items).close()
     assert closed
