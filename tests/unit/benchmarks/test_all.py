@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -274,8 +276,8 @@ time.sleep(600)
 """
     with pytest.raises(UserError, match="ended after 4 s, the time it was given"):
         all_benches.run_limited([sys.executable, "-c", code], 4)
-    status = Path(f"/proc/{child.read_text()}/stat")
-    assert not status.exists() or ") Z " in status.read_text()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(child.read_text())).wait(5)  # a killed process takes a moment to end
 
 
 def test_settings_are_those_of_what_is_compared_with():
