@@ -76,6 +76,20 @@ class _Repeated:
 
 
 @contextmanager
+def _epochs_of(loader: Any) -> Generator[Callable[[], None], None, None]:
+    """A run through a `DataLoader`, whose persistent processes end with the context."""
+
+    def run() -> None:
+        for _ in loader:
+            pass
+
+    try:
+        yield run
+    finally:
+        loader._iterator = None
+
+
+@contextmanager
 def timm_loader(
     folder: Path, *, steps: int, batch_size: int, img_size: int, workers: int
 ) -> Generator[Callable[[], None], None, None]:
@@ -98,14 +112,8 @@ def timm_loader(
     )
     loader = prefetching.loader  # without the part that normalises
 
-    def run() -> None:
-        for _ in loader:
-            pass
-
-    try:
+    with _epochs_of(loader) as run:
         yield run
-    finally:
-        loader._iterator = None  # ends its persistent processes
 
 
 @contextmanager
@@ -123,14 +131,8 @@ def torch_loader(
         dataset, batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True
     )
 
-    def run() -> None:
-        for _ in loader:
-            pass
-
-    try:
+    with _epochs_of(loader) as run:
         yield run
-    finally:
-        loader._iterator = None  # ends its persistent processes
 
 
 def _decode_rgb(path: str) -> Any:

@@ -114,7 +114,7 @@ def resumable(path: Path, key: str | None) -> Generator[PartialFile]:
                 file.flush()
                 os.fsync(file.fileno())
                 partial.replace(target)
-                journal.unlink()
+                journal.unlink(missing_ok=True)  # another start may have taken it for what a kill has left
             except BaseException as error:
                 _keep_or_remove(opened, key, partial, journal, error)
                 raise

@@ -79,7 +79,11 @@ class _Output(io.BufferedWriter):
 
 
 def write_whole(path: Path, content: str | bytes, *, through_link: bool = True) -> None:
-    """Write a small file; see `whole_file`. Text is written as UTF-8."""
+    """Write a small file; see `whole_file`. Text is written as UTF-8.
+
+    What killed processes have left of a file of this name goes.
+    """
+    remove_leftovers(path.parent, path.name)
     with whole_file(path, through_link=through_link) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
@@ -164,7 +168,7 @@ def _create(target: Path) -> tuple[Path, int]:
         # Not `tempfile`: it makes files that only their owner can read, whatever the umask.
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         # Until it is locked, it passes for a leftover, and another process may just be removing it.
-        if try_flock(descriptor) is not False and os.fstat(descriptor).st_nlink:
+        if try_flock(descriptor) is not False and temporary.exists():
             return temporary, descriptor
         os.close(descriptor)
 

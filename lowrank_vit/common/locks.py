@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -103,7 +104,15 @@ def is_locked(folder: Path) -> bool:
         return True
     except OSError:  # no such file, or a file system without locks
         pass
-    return (folder / SOFT_LOCK).exists()
+    return (folder / SOFT_LOCK).exists() and not _is_gone(holder(folder))
+
+
+def _is_gone(process: str) -> bool:
+    """Whether this host had the process, as `lock_folder` tells it, and has it no more."""
+    import psutil
+
+    told = re.fullmatch(rf"process (\d+) on {re.escape(socket.gethostname())}", process)
+    return told is not None and not psutil.pid_exists(int(told[1]))
 
 
 def try_flock(descriptor: int) -> bool | None:

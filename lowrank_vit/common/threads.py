@@ -106,8 +106,12 @@ class Jobs(Generic[T]):
         return self._jobs.unfinished_tasks > 0 and not self._is_dead
 
     def put(self, job: T) -> None:
-        """Have a job done, which may not be None, after those that were put before."""
-        self._jobs.put(job)
+        """Have a job done, which may not be None, after those that were put before.
+
+        Behind an error that has ended the thread it is dropped: `wait` and `close` raise that.
+        """
+        if not self._is_dead:
+            self._jobs.put(job)
 
     def wait(self) -> None:
         """Wait until all jobs are done."""

@@ -85,7 +85,7 @@ _DISTILL = Instead("leave it out, there is no distillation")
 _COLUMNS = Instead("leave it out, the columns are file, class_1, probability_1, class_2, ...")
 _UNUSED = Unused("it changes no score")
 _ONE_SIZE = Renamed("`--img-size`: `3 N N` is N, images are square and RGB")
-_ONE_GPU = Holds("one GPU scores; CUDA_VISIBLE_DEVICES chooses which")
+_ONE_GPU = Holds("one GPU scores; CUDA_VISIBLE_DEVICES chooses which. Leave it out")
 
 FLAGS: dict[str, Flag] = {
     # data

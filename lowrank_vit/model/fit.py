@@ -107,7 +107,7 @@ def build_with_file(build: Build, name: str, checkpoint: Checkpoint, num_classes
     # timm keeps the head where both numbers agree, and wants every tensor then. -1: there is none to keep.
     overlay: dict[str, Any] = {"num_classes": in_file or -1, "label_offset": 0}
     is_ema = False
-    if checkpoint.form == "npz":
+    if checkpoint.is_npz:
         overlay |= {"file": str(checkpoint.path), "custom_load": True}
     else:
         weights, is_ema = checkpoint.weights_to_start_from()
@@ -119,6 +119,9 @@ def build_with_file(build: Build, name: str, checkpoint: Checkpoint, num_classes
     except (RuntimeError, KeyError, IndexError, ValueError, AttributeError, AssertionError, TypeError) as error:
         raise _does_not_fit(flag, in_one_line(error)) from error
     model.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]  # not to be copied with the model
+    if checkpoint.no_tensors:
+        unused = ", ".join(checkpoint.no_tensors)
+        say(f"pretrained weights: their {unused} has no place in the model and is not used")
     if checkpoint.has_ema:
         say(f"pretrained weights: {_whose(checkpoint, is_ema=is_ema)}")
     return model

@@ -6,10 +6,11 @@ No code of a file is ever run: `torch.load` reads with `weights_only=True`, and 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import timm
@@ -23,7 +24,6 @@ from lowrank_vit.config import meaning
 
 BETTER = "better"
 """Key of a checkpoint's content: "model" or "ema", whichever scored higher in the newest epoch; "" before the first."""
-Form = Literal["state_dict", "model", "bare", "safetensors", "npz"]
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors", ".npz")
 _OWN, _EMA = ("state_dict", "model"), ("state_dict_ema", "model_ema")
 """Where files have the model's weights and the EMA's, by timm, and by DeiT and MAE; timm looks in this order."""
@@ -41,13 +41,16 @@ class Checkpoint:
 
     The names of tensors are the model's own: without what DDP and torch.compile put before them.
     """
-    form: Form = "state_dict"
-    """How the file held the weights; "npz": Google's arrays, which each model of timm reads in a way of its own."""
+    is_npz: bool = False
+    """Whether these are Google's arrays, which each model of timm reads in a way of its own."""
+    no_tensors: tuple[str, ...] = ()
+    """Names among the weights that hold something else, such as a counter; they are left out."""
 
     @property
     def arch(self) -> str:
         """Timm model name, empty where the file does not tell; DeiT and MAE have it among their arguments."""
-        name = str(self.content.get("arch") or "")
+        arch = self.content.get("arch")
+        name = arch if isinstance(arch, str) else ""
         if not name and isinstance(args := self.content.get("args"), argparse.Namespace):
             told = str(getattr(args, "model", ""))
             name = told if timm.is_model(told) else ""
@@ -57,7 +60,7 @@ class Checkpoint:
     def epoch(self) -> int:
         """Last finished epoch, 0-based; -1 where the file does not tell."""
         epoch = self.content.get("epoch")
-        return int(epoch) if isinstance(epoch, int | float) else -1
+        return int(epoch) if isinstance(epoch, int | float) and math.isfinite(epoch) else -1
 
     @property
     def args(self) -> dict[str, Any]:
@@ -80,11 +83,11 @@ class Checkpoint:
     @property
     def has_ema(self) -> bool:
         """True where there are EMA weights."""
-        return bool(self.content.get("state_dict_ema"))
+        return "state_dict_ema" in self.content
 
     def weights(self, use_ema: bool) -> dict[str, Tensor]:
         """The state dict of the model or of its EMA, half precision as float32. Raises `UserError` if it is absent."""
-        if self.form == "npz":
+        if self.is_npz:
             raise UserError(
                 f"{self.path} has Google's arrays, which timm fits to a model as it makes it. Give the file with "
                 "--pretrained-path (train, validate, inference) and --model NAME."
@@ -106,14 +109,16 @@ class Checkpoint:
 
     def num_outputs(self, heads: tuple[str, ...]) -> int | None:
         """How many classes the first layer of `heads` that is there tells apart; None without one."""
-        if self.form == "npz":
+        if self.is_npz:
             return self.content.get("num_classes")
         weights = self.content.get("state_dict") or self.content["state_dict_ema"]
-        return next((len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights), None)
+        found = (weights[f"{head}.weight"] for head in heads if f"{head}.weight" in weights)
+        return next((len(weight) for weight in found if weight.ndim), None)
 
     def training_state(self, key: str) -> Any:
         """A part needed to continue a run. Raises `UserError` where the file holds weights only."""
-        if lacking := [one for one in (*_OF_A_RUN, key) if one not in self.content]:
+        is_there = {one: isinstance(self.content.get(one), dict) for one in _OF_A_RUN} | {key: key in self.content}
+        if lacking := [one for one, is_one in is_there.items() if not is_one]:
             raise UserError(
                 f"{self.path} cannot be resumed: it lacks `{lacking[0]}`. Give a last.pth.tar of a run, "
                 "or start anew from its weights with --initial-checkpoint."
@@ -139,36 +144,41 @@ def read_checkpoint(path: Path, what: str = "Checkpoint") -> Checkpoint:
     require_file(path, what)
     try:
         if path.suffix == ".npz":
-            return Checkpoint(path, _about_npz(path), "npz")
+            return Checkpoint(path, _about_npz(path), is_npz=True)
         content: Any = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
     except Exception as error:  # a damaged or foreign file fails in many ways
         raise UserError(f"{what} {path} cannot be read: {_reason(error)}") from error
     if is_state_dict(content):
-        form = "safetensors" if path.suffix == ".safetensors" else "bare"
-        return Checkpoint(path, {"state_dict": timm.models.clean_state_dict(content)}, form)
+        content = {"state_dict": content}
     content = dict(content) if isinstance(content, dict) else {}
-    is_under_model = not is_state_dict(content.get(_OWN[0])) and is_state_dict(content.get(_OWN[1]))
-    own, ema = (_first_of(content, keys) for keys in (_OWN, _EMA))
-    if own is None and ema is None:
+    found = {_OWN: _first_of(content, _OWN), _EMA: _first_of(content, _EMA)}
+    if not any(found.values()):
         held = ", ".join(map(str, list(content)[:8])) or "nothing with names"
         raise UserError(
             f"{what} {path} holds no `state_dict`, no `model` and no tensors alone, but {held}. Give a checkpoint of "
             "this program or of timm."
         )
-    content |= {} if own is None else {"state_dict": own}
-    content |= {} if ema is None else {"state_dict_ema": ema}
-    return Checkpoint(path, content, "model" if is_under_model else "state_dict")
+    no_tensors: list[str] = []
+    for keys, key in found.items():
+        weights = content.pop(key) if key else {}
+        content.pop(keys[0], None)  # what is there and no state dict is of no use to anybody
+        no_tensors += [name for name, value in weights.items() if not isinstance(value, Tensor)]
+        if key:
+            tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+            content[keys[0]] = timm.models.clean_state_dict(tensors)
+    return Checkpoint(path, content, no_tensors=tuple(dict.fromkeys(no_tensors)))
 
 
 def is_state_dict(value: Any) -> bool:
-    """True for a mapping of names to tensors, and to nothing else."""
-    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+    """True for a mapping of names to tensors, but for a few plain values among them, such as a counter."""
+    if not isinstance(value, dict) or not all(isinstance(one, Tensor | int | float | None) for one in value.values()):
+        return False
+    return 2 * sum(isinstance(one, Tensor) for one in value.values()) > len(value)
 
 
-def _first_of(content: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Tensor] | None:
-    """Take the first state dict out of `content`, under the model's own names."""
-    found = next((key for key in keys if is_state_dict(content.get(key))), None)
-    return timm.models.clean_state_dict(content.pop(found)) if found else None
+def _first_of(content: dict[str, Any], keys: tuple[str, ...]) -> str:
+    """The first of `keys` that holds a state dict; an empty string without one."""
+    return next((key for key in keys if is_state_dict(content.get(key))), "")
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -101,8 +101,15 @@ class WandbLog:
         """Send what is left, for at most `timeout_s`."""
         if self._run is None:
             return
-        failures: list[Exception] = []
-        jobs: Jobs[Any] = Jobs(lambda run: run.finish(), lambda _, error: failures.append(error), "wandb-finish")
+        failures: list[BaseException] = []
+
+        def finish(run: Any) -> None:
+            try:
+                run.finish()
+            except BaseException as error:  # SystemExit, too: training matters more
+                failures.append(error)
+
+        jobs: Jobs[Any] = Jobs(finish, lambda _, error: failures.append(error), "wandb-finish")
         jobs.put(self._run)
         self._run = None
         jobs.close(timeout_s)

@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import Tensor
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.files import whole_file, write_whole
+from lowrank_vit.common.files import remove_leftovers, whole_file, write_whole
 from lowrank_vit.common.terminal import one_line
 from lowrank_vit.spectral.extremes import EPS, Solved, Triplets, not_finite
 from lowrank_vit.spectral.metrics import recorded_indices
@@ -162,9 +162,13 @@ def arrays_of(analysis: Analysis, *, vectors: bool, full: bool) -> dict[str, np.
 
 
 def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
-    """Write to .npz or, as tensors, to .pt; atomically. Raises `UserError`."""
+    """Write to .npz or, as tensors, to .pt; atomically. Raises `UserError`.
+
+    What killed processes have left of a file of this name goes first: it may be large.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, path.name)
         with whole_file(path) as file:
             if path.suffix == ".npz":
                 np.savez(file, allow_pickle=False, **arrays)

@@ -144,7 +144,8 @@ class Worker:
         if is_news:
             of_others = f"the spectra of update {update} failed: {type(error).__name__}: {error}."
             reason = str(error) if isinstance(error, UserError) else of_others
-            self._say(f"warning: {reason} Training goes on, and so do later refreshes if they can.")
+            with contextlib.suppress(Exception):  # a terminal that is gone is no reason to end either
+                self._say(f"warning: {reason} Training goes on, and so do later refreshes if they can.")
 
     def _all_ranks_hold(self, update: int) -> bool:
         """Agree with the other ranks on this update. A rank that has skipped it will never hold it: then give it up."""

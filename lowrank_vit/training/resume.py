@@ -78,7 +78,8 @@ def _read_alike(path: Path, world: World) -> Checkpoint:
 
 
 def _size_and_updates(path: Path, checkpoint: Checkpoint) -> tuple[int, int]:
-    return path.stat().st_size, checkpoint.content.get("step", {}).get("num_updates", -1)
+    step = checkpoint.content.get("step")
+    return path.stat().st_size, step.get("num_updates", -1) if isinstance(step, dict) else -1
 
 
 def open_run_dir(start: Start, default_name: str) -> RunDir:

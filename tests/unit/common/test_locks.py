@@ -79,6 +79,7 @@ def test_a_soft_lock_of_a_dead_process_is_given_back(tmp_path):
             raise OSError(38, "Function not implemented")
 
         patch.setattr(fcntl, "flock", no_locks)
+        assert not is_locked(tmp_path)
         held = lock_folder(tmp_path)
         assert held is not None
         held.release()

@@ -210,3 +210,17 @@ def test_an_error_of_the_thread_is_there_before_whoever_waits_is_woken():
                 jobs.wait()
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_jobs_behind_an_error_that_ended_the_thread_are_dropped():
+    jobs = Jobs[object](raise_it, raise_it, "worker")
+    jobs.put(1)
+    with pytest.raises(RuntimeError, match="beyond help"):
+        jobs.wait()
+    while jobs._thread.is_alive():
+        time.sleep(0.001)
+    job = weakref.ref(late := type("Job", (), {})())
+    jobs.put(late)
+    del late
+    assert job() is None
+    assert not jobs.is_busy

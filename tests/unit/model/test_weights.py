@@ -269,3 +269,42 @@ def test_googles_arrays_are_left_to_timm(tmp_path):
     assert checkpoint.num_outputs(("head",)) == 21
     with pytest.raises(UserError, match=r"w.npz has Google's arrays.*--pretrained-path"):
         checkpoint.weights(use_ema=False)
+
+
+@pytest.mark.parametrize("ema", [{"module": EMA, "decay": 0.9}, {}, None, 3, "no weights"])
+def test_an_ema_that_is_no_state_dict_is_none(tmp_path, ema):
+    torch.save({"state_dict": OWN, "state_dict_ema": ema}, tmp_path / "w.pth")
+    checkpoint = read_checkpoint(tmp_path / "w.pth")
+    assert not checkpoint.has_ema
+    weights, is_ema = checkpoint.weights_to_start_from()
+    assert (same(weights, OWN), is_ema) == (True, False)
+    with pytest.raises(UserError, match="holds no EMA weights"):
+        checkpoint.weights(use_ema=True)
+
+
+@pytest.mark.parametrize("place", ["state_dict", "model", "bare"])
+@pytest.mark.parametrize("value", [3, None, 0.5])
+def test_a_counter_among_the_weights_is_left_out_and_said(tmp_path, place, value):
+    weights = {**OWN, "n_averaged": value}
+    torch.save(weights if place == "bare" else {place: weights, "model_ema": EMA}, tmp_path / "w.pth")
+    checkpoint = read_checkpoint(tmp_path / "w.pth", "--pretrained-path")
+    assert same(checkpoint.weights(use_ema=False), OWN)
+    for num_classes in (7, 3):
+        said: list[str] = []
+        create_model(NAME, num_classes, img_size=32, model_kwargs=KWARGS, pretrained_file=checkpoint, say=said.append)
+        assert "pretrained weights: their n_averaged has no place in the model and is not used" in said
+
+
+@pytest.mark.parametrize(
+    ("odd", "read"),
+    [
+        ({"epoch": float("nan")}, lambda one: one.epoch == -1),
+        ({"epoch": float("inf")}, lambda one: one.epoch == -1),
+        ({"arch": torch.ones(2)}, lambda one: one.arch == ""),
+        ({"state_dict": {**OWN, "head.weight": torch.tensor(1.0)}}, lambda one: one.num_outputs(("head",)) is None),
+        ({"state_dict": {**OWN}, "mean": torch.ones(3), "std": torch.ones(3)}, lambda one: "mean" in one.content),
+    ],
+)
+def test_odd_values_beside_the_weights_do_no_harm(tmp_path, odd, read):
+    torch.save({"state_dict": OWN, **odd}, tmp_path / "w.pth")
+    assert read(read_checkpoint(tmp_path / "w.pth"))

@@ -39,6 +39,8 @@ class FakeRun:
             self.hangs.wait()
         if self.failing == "finish":
             raise RuntimeError("cannot upload")
+        if self.failing == "exit":
+            raise SystemExit(1)
 
 
 def test_names_and_axes(tmp_path):
@@ -74,7 +76,7 @@ def test_every_metric_gets_its_own_axis(tmp_path, monkeypatch):
     assert logged_rows(tmp_path / "wandb") == sent
 
 
-@pytest.mark.parametrize("failing", ["log", "finish"])
+@pytest.mark.parametrize("failing", ["log", "finish", "exit"])
 def test_a_failure_is_said_once_and_the_run_goes_on(tmp_path, failing):
     said: list[str] = []
     with RunLog(tmp_path, wandb=WandbLog(FakeRun(failing), tmp_path, said.append)) as log:

@@ -253,3 +253,12 @@ def test_a_bare_state_dict_is_named_after_its_file_or_by_the_user(tmp_path: Path
     main(["--checkpoint", str(path), "--save-dir", str(tmp_path / "out")])
     main(["--checkpoint", str(path), "--model", "mine", "--save-dir", str(tmp_path / "out")])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["deit_spectral.json", "mine_spectral.json"]
+
+
+@pytest.mark.parametrize("name", [f"{ARCH}_vectors.npz", f"{ARCH}_spectral.json"])
+def test_what_a_killed_analysis_has_left_goes_with_the_next(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    left = tmp_path / f".{name}.0123abcd.part"
+    left.write_bytes(b"half")
+    main(["--checkpoint", str(checkpoint), "--save-dir", str(tmp_path), "--save-vectors"])
+    assert (tmp_path / name).exists()
+    assert not left.exists()

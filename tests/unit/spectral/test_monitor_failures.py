@@ -161,3 +161,18 @@ asked.wait()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], timeout=4 * LONG_S, check=False)
     assert done.returncode == 0
+
+
+def test_a_failure_that_cannot_even_be_said_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def say(line: str) -> None:
+        raise BrokenPipeError(line)
+
+    with watch(tiny_vit(), tmp_path, say=say) as monitor:
+        for update in (0, 2, 4):
+            with monkeypatch.context() as patch:
+                if update != 4:
+                    patch.setattr(refresh_module, "solve_stack", failing(ArithmeticError("no convergence")))
+                monitor.observe(update)
+                monitor.wait()
+    assert (monitor.failed, monitor.skipped) == (2, 0)
+    assert stored(tmp_path) == [4]

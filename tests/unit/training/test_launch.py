@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
@@ -129,3 +130,17 @@ def test_a_rank_that_sees_another_file_says_so(tmp_path, monkeypatch):
     given = iter([(config.run.resume, None), (size, 12)])
     with pytest.raises(UserError, match=rf"is not the file .* \({size}, 11\), there \({size}, 12\)"):
         find_start(config, World(rank=1, size=2))
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"model": {"w": torch.zeros(1)}, "step": 1000},
+        {"state_dict": {"w": torch.zeros(1)}, "step": None},
+        {"state_dict": {"w": torch.zeros(1)}, "optimizer": {}, "progress": 0.5, "step": {}, "data": {}},
+    ],
+)
+def test_a_file_of_another_program_is_refused_by_what_it_lacks(tmp_path, foreign):
+    torch.save(foreign, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="cannot be resumed: it lacks `"):
+        find_start(parse(["--resume", str(tmp_path / "w.pth")]), World())
