@@ -10,7 +10,8 @@ from lowrank_vit.common.errors import exit_cleanly
 from lowrank_vit.common.program import usage_name
 from lowrank_vit.common.terminal import say
 from lowrank_vit.config.flags import parse
-from lowrank_vit.config.options import Config, leaves
+from lowrank_vit.config.option_types import leaves
+from lowrank_vit.config.options import Config
 from lowrank_vit.config.timm_flags import with_long_names
 from lowrank_vit.ranks.failing import Failing
 from lowrank_vit.ranks.world import World, environment_world, joined

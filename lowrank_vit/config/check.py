@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.config.option_types import Range, kind_of, parse_keywords
-from lowrank_vit.config.options import Config, options_of
+from lowrank_vit.config.option_types import Range, kind_of, leaves, parse_keywords
+from lowrank_vit.config.options import Config
 
 
 def check(config: Config) -> None:
@@ -96,7 +96,7 @@ def parse_interval(text: str) -> tuple[int | None, float | None]:
 
 def check_ranges(options: Any) -> None:
     """Raise `UserError` for the first field of a dataclass whose number lies outside its annotated `Range`."""
-    for name, hint, value in options_of(options):
+    for name, hint, value in leaves(options):
         for allowed in getattr(hint, "__metadata__", ()):
             if not isinstance(allowed, Range):
                 continue

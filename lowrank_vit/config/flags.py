@@ -23,8 +23,8 @@ from lowrank_vit.common.program import usage_name
 from lowrank_vit.common.terminal import fitted_help, say
 from lowrank_vit.config import meaning
 from lowrank_vit.config.check import check
-from lowrank_vit.config.option_types import Hints, kind_of, square_side, take_keyword
-from lowrank_vit.config.options import Config, Model, leaves
+from lowrank_vit.config.option_types import Hints, kind_of, leaves, square_side, take_keyword
+from lowrank_vit.config.options import Config, Model
 from lowrank_vit.config.timm_flags import HIDDEN, with_long_names
 from lowrank_vit.config.timm_line import in_words, translate
 from lowrank_vit.config.yaml_files import FromFile, config_files, read_config
@@ -92,7 +92,7 @@ def parse(argv: list[str], prog: str = "") -> Config:
     """
     if "--help" in argv or "-h" in argv:
         print("--config FILE   flat YAML whose keys are the flags below; flags given beside it win\n", flush=True)
-    hints: Hints = {name: hint for name, hint, _ in leaves()} | HIDDEN
+    hints: Hints = {name: hint for name, hint, _ in leaves(Config())} | HIDDEN
     paths, own = config_files(with_long_names(argv))
     line = translate(own, hints)
     files = {path: read_config(path, hints) for path in paths}
@@ -115,7 +115,7 @@ def parse(argv: list[str], prog: str = "") -> Config:
 
 _SWITCHES = {
     f"--{no}{name}": f"--{name}={not no}"
-    for name, hint, _ in leaves()
+    for name, hint, _ in leaves(Config())
     if kind_of(hint).element is bool and kind_of(hint).may_be_none
     for no in ("", "no-")
 }

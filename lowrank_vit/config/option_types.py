@@ -6,13 +6,18 @@ A hint may carry a `Range`, `MAY_CHANGE` and the parser's other names of the opt
 from __future__ import annotations
 
 import ast
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from lowrank_vit.common.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+D = TypeVar("D", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,33 @@ def kind_of(hint: Any) -> Kind:
         return Kind(plain, may_be_none)
     elements = get_args(plain)
     return Kind(elements[0], may_be_none, is_tuple=True, count=None if elements[-1] is Ellipsis else len(elements))
+
+
+def leaves(options: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield `(flag name without dashes, type hint with its Range, value)` of every option of a dataclass.
+
+    Fields that are dataclasses are groups, whose options come one after the other.
+    """
+    hints = get_type_hints(type(options), include_extras=True)
+    for option in dataclasses.fields(options):
+        value = getattr(options, option.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value)
+        else:
+            yield option.name.replace("_", "-"), hints[option.name], value
+
+
+def with_options(options: D, values: Mapping[str, Any]) -> D:
+    """The same dataclass with some options, by their flags' names, at other values; lists become tuples."""
+    changed: dict[str, Any] = {}
+    for option in dataclasses.fields(options):
+        value, name = getattr(options, option.name), option.name.replace("_", "-")
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            changed[option.name] = with_options(value, values)
+        elif name in values:
+            new = values[name]
+            changed[option.name] = tuple(new) if isinstance(new, list) else new
+    return dataclasses.replace(options, **changed)
 
 
 def aliases(hints: Hints) -> dict[str, str]:

@@ -5,11 +5,9 @@ Groups do not show in the flags, so every field's name is unique over all of the
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Literal
 
 import torch
 from tyro.conf import arg
@@ -355,30 +353,3 @@ class Config:
     step: Step = field(default_factory=Step)
     spectra: Spectra = field(default_factory=Spectra)
     run: Run = field(default_factory=Run)
-
-
-def leaves(config: Config | None = None) -> Iterator[tuple[str, Any, Any]]:
-    """Yield `(flag name without dashes, type hint with its Range, value)` of every option; values of `config`."""
-    config = config or Config()
-    for group in dataclasses.fields(config):
-        yield from options_of(getattr(config, group.name))
-
-
-def with_options(config: Config, values: Mapping[str, Any]) -> Config:
-    """The same with some options, by their flags' names without dashes in front, at other values; lists are tuples."""
-    groups: dict[str, Any] = {}
-    for group in dataclasses.fields(config):
-        options = getattr(config, group.name)
-        own = {
-            f.name: values[name] for f in dataclasses.fields(options) if (name := f.name.replace("_", "-")) in values
-        }
-        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
-        groups[group.name] = dataclasses.replace(options, **plain)
-    return Config(**groups)
-
-
-def options_of(options: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the same of one dataclass of options."""
-    hints = get_type_hints(type(options), include_extras=True)
-    for option in dataclasses.fields(options):
-        yield option.name.replace("_", "-"), hints[option.name], getattr(options, option.name)

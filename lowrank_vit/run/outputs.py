@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from lowrank_vit.config.flags import to_yaml
-from lowrank_vit.config.options import Config, leaves
+from lowrank_vit.config.option_types import leaves
+from lowrank_vit.config.options import Config
 from lowrank_vit.run.directory import RunDir, environment, environment_json
 from lowrank_vit.run.metrics import RunLog
 from lowrank_vit.run.progress import Display, Figures, duration

@@ -14,8 +14,8 @@ from torch import Tensor
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
-from lowrank_vit.config.option_types import kind_of, may_change
-from lowrank_vit.config.options import Config, leaves, with_options
+from lowrank_vit.config.option_types import kind_of, leaves, may_change, with_options
+from lowrank_vit.config.options import Config
 from lowrank_vit.model.weights import BETTER, Checkpoint, read_checkpoint
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.checkpoints import IS_FINITE
@@ -144,7 +144,7 @@ def as_resumed(config: Config, resumed: Checkpoint, say: Callable[[str], object]
         resumed.training_state("args")
         return config
     meaning.check_can_go_on(number, args, str(resumed.path))
-    before, usual = meaning.values_before(number, args), {name: value for name, _, value in leaves()}
+    before, usual = meaning.values_before(number, args), {name: value for name, _, value in leaves(Config())}
     given = {name: value for name, _, value in leaves(config)}
     for change in meaning.changes_since(number, args):
         old = {name: before[name] for name in change.before if name not in args and given[name] == usual[name]}
@@ -179,7 +179,9 @@ def restore(setup: Setup, state: RunState, resumed: Checkpoint) -> None:
 
 def _check_same_run(config: Config, resumed: Checkpoint) -> None:
     """Raise `UserError` for options that would make another run of it: the optimizer's state holds the old ones."""
-    usual = {name: _plain(value) for name, _, value in leaves()}  # what is meant by an option that it knew nothing of
+    usual = {
+        name: _plain(value) for name, _, value in leaves(Config())
+    }  # what is meant by an option that it knew nothing of
     args = {**usual, **meaning.values_before(resumed.meaning, resumed.args), **resumed.args}
     changed = [
         f"--{name} was {args[name]}, now {_plain(value)}"

@@ -24,7 +24,8 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say
 from lowrank_vit.common.numba_cache import NOTE as COMPILING
 from lowrank_vit.common.numba_cache import must_compile
-from lowrank_vit.config.options import Config, with_options
+from lowrank_vit.config.option_types import with_options
+from lowrank_vit.config.options import Config
 from lowrank_vit.data.choose import open_loader
 from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.decode.ffcv import decode_batch

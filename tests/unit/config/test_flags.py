@@ -13,8 +13,8 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
 from lowrank_vit.config.check import parse_interval
 from lowrank_vit.config.flags import parse, to_yaml
-from lowrank_vit.config.option_types import may_change
-from lowrank_vit.config.options import Config, Step, leaves, options_of
+from lowrank_vit.config.option_types import leaves, may_change
+from lowrank_vit.config.options import Config, Step
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 # What a user types is a contract: a flag may be added here, but not renamed or dropped.
@@ -37,17 +37,17 @@ wandb-project wandb-tags wandb-resume-id
 
 
 def test_flag_names_are_unique_and_as_listed():
-    names = [name for name, _, _ in leaves()]
+    names = [name for name, _, _ in leaves(Config())]
     assert len(names) == len(set(names))
     assert names == FLAGS
 
 
 def test_a_resumed_run_may_change_what_no_update_depends_on():
-    free = {name for name, hint, _ in leaves() if may_change(hint)}
+    free = {name for name, hint, _ in leaves(Config()) if may_change(hint)}
     assert {"data-dir", "workers", "batch-size", "grad-accum-steps", "epochs", "device", "spec-every", "output"} <= free
     assert not free & {"model", "opt", "lr", "weight-decay", "aa", "mixup", "drop-path", "seed", "img-size", "sched"}
     groups = {group.name for group in dataclasses.fields(Config)}
-    assert {g for g in groups if all(may_change(h) for _, h, _ in options_of(getattr(Config(), g)))} == {
+    assert {g for g in groups if all(may_change(h) for _, h, _ in leaves(getattr(Config(), g)))} == {
         "spectra",
         "step",
     }

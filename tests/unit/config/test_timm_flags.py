@@ -16,7 +16,8 @@ import yaml
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
-from lowrank_vit.config.options import Config, leaves
+from lowrank_vit.config.option_types import leaves
+from lowrank_vit.config.options import Config
 from lowrank_vit.config.timm_flags import FLAGS, HIDDEN, Holds, Instead, Renamed, answers
 
 ROOT = Path(__file__).parents[3]
