@@ -52,7 +52,7 @@ def apply_ops(images_BHWC: Tensor, ops: ImageOps, fill: Tensor) -> None:
 
 
 def to_device(values: np.ndarray, like: Tensor) -> Tensor:
-    """A copy on the device of `like`; from pinned memory, so that the host does not wait."""
+    """Copy an array to the device of `like`, from pinned memory, so that the host does not wait."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor
 

@@ -122,7 +122,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def speed_path(beton: Beton) -> Path:
-    """Where measurements of a set are kept: FILE.beton.speed.json."""
+    """Path of the file that keeps a set's measurements: FILE.beton.speed.json."""
     return beton.path.with_name(beton.path.name + ".speed.json")
 
 
@@ -150,7 +150,7 @@ def kept_or_measured(
 
 
 def measure(backends: Mapping[str, Backend], plan: TrainPlan) -> dict[str, float]:
-    """Median images a second of each, taken in turn on the same batches. Closes the backends."""
+    """Measure each backend in turn on the same batches: its median images a second. Closes the backends."""
     taken: dict[str, list[float]] = {kind: [] for kind in backends}
     try:
         for n in range(1 + _ROUNDS):

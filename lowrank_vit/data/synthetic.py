@@ -41,7 +41,7 @@ class SyntheticLoader:
         self._epoch, self._step, self._is_loaded = 0, 0, False
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """The same batch as often as an epoch has steps, from the loaded position on."""
+        """Yield the same batch as often as an epoch has steps, from the loaded position on."""
         first = self._step if self._is_loaded and epoch == self._epoch else 0
         self._is_loaded = False
         ids = self.plan.ids(epoch)
@@ -51,16 +51,16 @@ class SyntheticLoader:
         self._epoch, self._step = epoch + 1, 0
 
     def stats(self) -> LoaderStats:
-        """Nothing waits and nothing is decoded."""
+        """Figures of a loader for which nothing waits and nothing is decoded."""
         return LoaderStats(0.0, 0.0, 0.0, 0)
 
     def state_dict(self) -> dict[str, int]:
-        """As `Loader.state_dict`."""
+        """The position behind the last update, as `Loader.state_dict`."""
         return {"epoch": self._epoch, "update": self._step // self.plan.accum_steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """As `Loader.load_state_dict`."""
+        """Go to a position, as `Loader.load_state_dict`."""
         self._epoch, self._step, self._is_loaded = state["epoch"], state["update"] * self.plan.accum_steps, True
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there is no thread and no memory to give back."""

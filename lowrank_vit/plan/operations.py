@@ -264,7 +264,7 @@ def draw_jitter(strengths: tuple[float, ...], key: np.uint64, epoch: int, ids: n
 
 
 def join_ops(parts: list[ImageOps]) -> ImageOps | None:
-    """One after the other; None without any."""
+    """Operations of several draws, one after the other; None without any."""
     if not parts:
         return None
     return ImageOps(

@@ -54,7 +54,7 @@ class Schedule:
         return len(self.ids)
 
     def plan(self, n: int) -> BatchPlan:
-        """The n-th of these batches."""
+        """The plan of the n-th batch of the schedule."""
         self._check()
         return self._plan.batch(self.epoch, self._steps[n], self.ids[n])
 
@@ -65,7 +65,7 @@ class Schedule:
 def _without(
     plan: TrainPlan | EvalPlan, epoch: int, rows: np.ndarray | list[np.ndarray], bad: set[int]
 ) -> list[np.ndarray]:
-    """The rows of ids without `bad` samples.
+    """Rows of ids without `bad` samples.
 
     In training the sample that follows in the epoch's order (of all ranks) stands in for a bad one, so that the
     replacement depends on neither ranks nor batches nor on when the damage was found; in evaluation it is left out.
@@ -152,7 +152,7 @@ Spans = TypeVar("Spans", np.ndarray, Tensor)
 
 
 def cropped(spans: Spans) -> Spans:
-    """The same spans, array or tensor, in an image that has been cropped to them already."""
+    """Spans, array or tensor, as they lie in an image that has been cropped to them already."""
     moved = spans.clone() if isinstance(spans, Tensor) else spans.copy()
     moved[:, :, ORIGIN] -= spans[:, :, LOW]  # type: ignore[operator]
     moved[:, :, LOW] = 0

@@ -246,7 +246,7 @@ class DaliBackend:
 
 
 def rows_of(plan: BatchPlan, rows: slice) -> BatchPlan:
-    """What DALI needs to know of some samples of a batch: which, and their crops."""
+    """DALI's inputs for some samples of a batch: which they are, and their crops."""
     center = plan.center and CenterCrops(plan.center.resized[rows], plan.center.corners[rows])
     arrays = (plan.ids[rows], plan.windows[rows], plan.flips[rows], plan.interpolations[rows])
     return BatchPlan(plan.epoch, plan.step, *arrays, mix=(NO_MIX,), center=center)

@@ -56,12 +56,12 @@ def decode_sound(beton: Beton, sample_id: int) -> np.ndarray:
 
 
 def pillow_says(error: Exception) -> str:
-    """What Pillow complains of, without the addresses of our own objects."""
+    """Pillow's complaint in words, without the addresses of our own objects."""
     return str(error).replace("<_io.BytesIO object at ", "<").split(" <")[0] or type(error).__name__
 
 
 def find_damage(beton: Beton, ids: np.ndarray) -> dict[int, str]:
-    """Those of the samples that are damaged, with the reasons."""
+    """Ids of the samples that are damaged, with the reasons."""
     damaged = {}
     for sample_id in ids:
         try:

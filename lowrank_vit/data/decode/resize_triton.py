@@ -120,7 +120,7 @@ def _reach(center, scale, length, interpolation):
 
 @triton.jit
 def _weight(pixel, center, scale, interpolation):
-    """Of a pixel, not yet normalised: PIL's triangle and bicubic (Keys 1981, a = -0.5) filters, in float64."""
+    """Weight of a pixel, not yet normalised: PIL's triangle and bicubic (Keys 1981, a = -0.5) filters, in float64."""
     x = tl.abs((pixel + 0.5 - center) / tl.maximum(scale, 1.0))
     linear = tl.maximum(1.0 - x, 0.0)
     near = ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1.0

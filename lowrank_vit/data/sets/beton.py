@@ -187,7 +187,7 @@ class Beton:
         return self.bytes[start : start + self.sizes[sample_id]]
 
     def contradicting(self, ids: np.ndarray) -> np.ndarray:
-        """Those of the samples whose JPEG has another size than the index says, is none, or would take minutes.
+        """Ids of the samples whose JPEG has another size than the index says, is none, or would take minutes.
 
         A sample is looked at once, without decoding it, when it is first asked about. (That raw samples have the size
         of their pixels is known from opening.)

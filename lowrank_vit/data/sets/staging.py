@@ -105,11 +105,11 @@ class _Set:
 
     @property
     def copy(self) -> Path:
-        """To be opened in place of the source."""
+        """The copy, to be opened in place of the source."""
         return self.folder / self.beton.name
 
     def is_copied(self) -> bool:
-        """Whether the files are those that were finished and checked, by size, time and inode."""
+        """Whether the copied files are those that were finished and checked, by size, time and inode."""
         try:
             stamped = json.loads((self.folder / STAMP).read_text(encoding="utf-8"))["files"]
             return stamped == _stamp(self.folder / path.name for path in self.sha256)
