@@ -3,246 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
 
-import numpy as np
-import torch
 import tyro
-from PIL import Image
-from tyro.conf import arg
 
-from data_prep.formats.image_formats import formats, image_suffixes, is_of_the_system
-from data_prep.formats.jpeg import upright_rgb
-from lowrank_vit.common.devices import DTYPES, pick_device
-from lowrank_vit.common.errors import UserError, exit_cleanly
-from lowrank_vit.common.filters import FILTERS
+from lowrank_vit.common.errors import exit_cleanly
 from lowrank_vit.common.program import usage_name
-from lowrank_vit.common.terminal import fitted_help, one_line, printable
-from lowrank_vit.config.check import check_ranges
-from lowrank_vit.config.option_types import POSITIVE
+from lowrank_vit.common.terminal import fitted_help, printable
 from lowrank_vit.config.timm_line import fit_flags, with_images_first
-from lowrank_vit.data.decode.pil import crop_and_resize
-from lowrank_vit.plan.plans import EvalPlan
-from lowrank_vit.score.results import (
-    Prediction,
-    Predictions,
-    ScoringProgress,
-    make_folder_of,
-    predictions_to_csv,
-    predictions_to_json,
-    with_suffix_of,
-)
-from lowrank_vit.score.scorer import LabelType, ModelOptions, Scorer, labels_of, load_scorer
-
-SHOWN = 3
-"""Predictions of an image that the terminal shows."""
-Note = Callable[[str], object]
+from lowrank_vit.score.options import PredictOptions
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(ModelOptions):
-    """Classify images. Model, size and crop default to those that the checkpoint was trained with."""
-
-    input: Annotated[tuple[Path, ...], arg(aliases=["--data-dir"])] = ()
-    """Images, and folders to search for images; also without a flag."""
-    topk: Annotated[int, POSITIVE] = 5
-    """Predictions for each image."""
-    output: Path | None = None
-    """Write all predictions to this .csv or .json file."""
-    results_dir: Path | None = None
-    """timm's way to say the same: the folder of --results-file, which is named after model and size by default."""
-    results_file: Path | None = None
-    """In --results-dir."""
-    results_format: tuple[Literal["csv", "json"], ...] = ("csv",)
-    """Of --results-file."""
-    label_type: LabelType = "auto"
-    """What classes are called: auto, none (numbers), name, description or detail (of ImageNet's classes)."""
-    include_index: bool = False
-    """Write the classes' numbers, too."""
-    output_type: Literal["prob", "logit"] = "prob"
-    """Write probabilities, or the model's outputs."""
-    exclude_output: bool = False
-    """Write classes alone."""
-    no_console_results: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print no predictions."""
-    batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE] = 64
-    """Images a step."""
-    workers: Annotated[int, arg(aliases=["-j"]), POSITIVE] = 4
-    """Threads that open images."""
-    device: str = "auto"
-    """auto (cuda where there is one), cpu, cuda or cuda:N."""
-    amp: bool = False
-    """Mixed precision."""
-    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
-    """What --amp computes in."""
-
-
-def predict(
-    options: Options, note: Note = lambda text: None, show: Callable[[Prediction], object] = lambda prediction: None
-) -> Predictions:
-    """Classify all images, each shown when its batch is done; what cannot be opened is noted and skipped.
-
-    Raises `UserError`.
-    """
-    check_ranges(options)
-    files = _images(options.input, note)
-    device = pick_device(options.device)
-    scorer = load_scorer(options, device, note)
-    labels = labels_of(scorer, options.label_type)
-    predictions = Predictions()
-    with ThreadPoolExecutor(options.workers) as pool, ScoringProgress(len(files)) as progress:
-        for batch in _decoded(files, scorer, options.batch_size, pool):
-            crops = []
-            for file, crop in batch:
-                if isinstance(crop, str):
-                    predictions.skipped[file] = crop
-                    note(f"skipped {file}: {crop}")
-                else:
-                    crops.append((file, crop))
-            for prediction in _classify(scorer, labels, crops, options, device) if crops else ():
-                predictions.found.append(prediction)
-                show(prediction)
-            progress.advance(len(batch))
-    return predictions
-
-
-def _images(paths: tuple[Path, ...], note: Note) -> list[Path]:
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside, others = images_below(path)
-            kinds = ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in others.most_common(5))
-            if not inside:
-                raise UserError(f"--input {path} holds no image{f', only other files ({kinds})' if kinds else ''}.")
-            if kinds:
-                note(f"{path}: left out {others.total():,} files that are no images by their suffix ({kinds})")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise UserError(f"--input {path} does not exist.")
-    if not found:
-        raise UserError("Give images or folders, with --input or without a flag.")
-    return found
-
-
-def _decoded(
-    files: Sequence[Path], scorer: Scorer, batch_size: int, pool: ThreadPoolExecutor
-) -> Iterator[list[tuple[Path, np.ndarray | str]]]:
-    """Files with their crops, batch by batch; the next batch is decoded while the caller computes with this one."""
-    waiting: list[list[tuple[Path, Future[np.ndarray | str]]]] = []
-    for first in range(0, len(files), batch_size):
-        waiting.append([(file, pool.submit(_crop, file, scorer)) for file in files[first : first + batch_size]])
-        if len(waiting) == 2:
-            yield [(file, crop.result()) for file, crop in waiting.pop(0)]
-    for batch in waiting:
-        yield [(file, crop.result()) for file, crop in batch]
-
-
-def _crop(file: Path, scorer: Scorer) -> np.ndarray | str:
-    """uint8 (S, S, 3), cropped as in validation; the reason where there is no image in the file."""
-    pixels = read_image(file)
-    if isinstance(pixels, str):
-        return pixels
-    size, interpolation = scorer.spec.img_size, FILTERS[scorer.interpolation]
-    sides = np.array(pixels.shape[:1]), np.array(pixels.shape[1:2])
-    plan = EvalPlan(*sides, img_size=size, crop_pct=scorer.spec.crop_pct, batch_size=1, interpolation=interpolation)
-    return crop_and_resize(pixels, plan.batch(0, 0, np.zeros(1, np.int64)), 0, size)
-
-
-@torch.inference_mode()
-def _classify(
-    scorer: Scorer, labels: list[str], crops: list[tuple[Path, np.ndarray]], options: Options, device: torch.device
-) -> list[Prediction]:
-    images_NHWC = torch.from_numpy(np.stack([crop for _, crop in crops])).to(device)
-    with torch.autocast(device.type, dtype=DTYPES[options.amp_dtype], enabled=options.amp):
-        logits = scorer.model(scorer.augment.normalize(images_NHWC.permute(0, 3, 1, 2))).float()
-    top = logits.topk(min(options.topk, scorer.num_classes))
-    shares = logits.softmax(1).gather(1, top.indices)
-    rows = zip(crops, top.indices.tolist(), shares.tolist(), top.values.tolist(), strict=True)
-    return [Prediction(file, [labels[n] for n in found], p, found, raw) for (file, _), found, p, raw in rows]
-
-
-def _outputs(options: Options) -> list[Path]:
-    """The files to write, whose folders are made now. Raises `UserError`."""
-    paths = [options.output] if options.output else []
-    if options.output and options.output.suffix not in (".csv", ".json"):
-        raise UserError(f"--output {options.output} must end in .csv or .json.")
-    if options.results_file or options.results_dir:
-        named = options.results_file or Path(options.model or "predictions")
-        base = (options.results_dir or Path()) / named
-        suffixes = () if base.suffix in (".csv", ".json") else options.results_format
-        paths += [with_suffix_of(base, suffix) for suffix in suffixes] or [base]
-    for path in paths:
-        make_folder_of(path)
-    return paths
-
-
-@dataclass(frozen=True)
-class _Printer:
-    """Predictions as lines on stdout."""
-
-    output_type: str
-
-    def __call__(self, p: Prediction) -> None:
-        values = [f"{share:.1%}" for share in p.probabilities]
-        if self.output_type == "logit":
-            values = [f"{logit:.3f}" for logit in p.logits]
-        shown = zip(p.classes[:SHOWN], values[:SHOWN], strict=True)
-        print(one_line(f"{p.file}  " + "  ".join(f"{name} {value}" for name, value in shown)), flush=True)
+def note(text: object) -> None:
+    """Say something that is no result."""
+    print(printable(text), file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, classify, print. Raises `UserError` where no image could be read."""
     argv = sys.argv[1:] if argv is None else argv
-    note: Note = lambda text: print(printable(text), file=sys.stderr)  # noqa: E731
-    argv = with_images_first(fit_flags(argv, "inference", note), Options)
+    argv = with_images_first(fit_flags(argv, "inference", note), PredictOptions)
     with fitted_help(argv):
-        options = tyro.cli(Options, args=argv, prog=usage_name("lowrank_vit.inference"), description=Options.__doc__)
-    outputs = _outputs(options)
-    show = (lambda prediction: None) if options.no_console_results else _Printer(options.output_type)
-    predictions = predict(options, note, show)
-    columns: dict[str, Any] = {
-        "index": options.include_index,
-        "value": "" if options.exclude_output else options.output_type,
-    }
-    for path in outputs:
-        write = predictions_to_json if path.suffix == ".json" else predictions_to_csv
-        text = write(predictions, **columns)
-        try:
-            path.write_text(text, encoding="utf-8", errors="surrogateescape")  # names are any bytes, and come back
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}.") from error
-    if not predictions.found:
-        raise UserError(f"None of the {len(predictions.skipped)} files could be read as an image.")
+        prog = usage_name("lowrank_vit.inference")
+        options = tyro.cli(PredictOptions, args=argv, prog=prog, description=PredictOptions.__doc__)
+    from lowrank_vit.score.prediction import classify  # torch takes seconds, which a wrong option must not cost
 
-
-def images_below(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """The images in a folder and its sub-folders, sorted, and how many other files there are by suffix.
-
-    What is hidden or a file server's own is neither.
-    """
-    below = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    files = [path for path in below if not any(map(is_of_the_system, path.relative_to(folder).parts))]
-    images = [path for path in files if path.suffix.lower() in image_suffixes()]
-    return images, Counter(path.suffix.lower() for path in files if path.suffix.lower() not in image_suffixes())
-
-
-def read_image(file: Path) -> np.ndarray | str:
-    """uint8 (H, W, 3) as the converter makes it: upright, 8 bits, on white; the reason where that cannot be had.
-
-    Of an animation the first picture. A suffix proves nothing, so only `formats` are tried, whatever it is.
-    """
-    try:
-        with Image.open(file, formats=formats()) as image:
-            return np.asarray(upright_rgb(image))
-    except Exception as error:  # Pillow's decoders raise nearly every built-in exception on damaged files
-        return "cannot identify image file" if "cannot identify" in str(error) else str(error) or type(error).__name__
+    classify(options, note)
 
 
 if __name__ == "__main__":

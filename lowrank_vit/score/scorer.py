@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import timm.data
 import timm.models
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
-from tyro.conf import arg
 
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.common import terminal
@@ -21,43 +19,11 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.filters import FILTERS
 from lowrank_vit.common.locks import Say
 from lowrank_vit.config import meaning
-from lowrank_vit.config.option_types import POSITIVE, Range
 from lowrank_vit.model.class_match import Classes, published_names
 from lowrank_vit.model.create import InputSpec, create_model, input_spec, parse_model_kwargs
 from lowrank_vit.model.fit import head_names, load_weights, resized
 from lowrank_vit.model.weights import read_checkpoint
-
-LabelType = Literal["auto", "none", "name", "description", "detail", "detailed"]
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which model and weights, and what its images look like: flags that `validate` and `inference` share."""
-
-    checkpoint: Path | None = None
-    """A run's model_best.pth.tar or last.pth.tar, or a file of weights of timm, DeiT or MAE."""
-    use_ema: bool = False
-    """Use the EMA weights."""
-    model: Annotated[str, arg(aliases=["-m"])] = ""
-    """timm model name; default: the checkpoint's. Without --checkpoint: with the weights that timm publishes."""
-    pretrained: bool = False
-    """The weights that timm publishes for --model; a --checkpoint goes before them."""
-    pretrained_path: Path | None = None
-    """A file of weights for --model, fitted to it by timm."""
-    model_kwargs: tuple[str, ...] = ()
-    """NAME=VALUE ...; default: the checkpoint's."""
-    num_classes: Annotated[int | None, POSITIVE] = None
-    """Must be that of the weights, which is the default."""
-    img_size: Annotated[int | None, POSITIVE] = None
-    """Pixels; default: the checkpoint's, else the model's own for tests."""
-    crop_pct: Annotated[float | None, Range(0, 1, open_low=True)] = None
-    """Default: as for the size."""
-    mean: tuple[float, float, float] | None = None
-    """Of RGB in 0-1; default: the model's own."""
-    std: tuple[float, float, float] | None = None
-    """Likewise."""
-    interpolation: Literal["", "nearest", "bilinear", "bicubic"] = ""
-    """Default: bicubic for a run of this program, else the model's own."""
+from lowrank_vit.score.options import LabelType, ModelOptions
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from PIL import Image
 
 from lowrank_vit import inference, train, validate
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.score.options import PredictOptions
+from lowrank_vit.score.prediction import predict
 from tests.integration.test_data_given_directly import TINY
 from tests.photos import write_folder
 
@@ -61,9 +63,9 @@ def test_names_that_are_not_utf8_come_back_as_they_are(trained, tmp_path):
 def test_a_prediction_does_not_depend_on_the_others(trained):
     folder, checkpoint = trained
     files = tuple(sorted(folder.rglob("*.jpg"))[:5])
-    together = inference.predict(inference.Options(checkpoint, input=files, device="cpu", batch_size=3)).found
+    together = predict(PredictOptions(checkpoint, input=files, device="cpu", batch_size=3)).found
     for file, prediction in zip(files, together, strict=True):
-        (alone,) = inference.predict(inference.Options(checkpoint, input=(file,), device="cpu")).found
+        (alone,) = predict(PredictOptions(checkpoint, input=(file,), device="cpu")).found
         assert alone.classes == prediction.classes
         assert np.allclose(alone.probabilities, prediction.probabilities, atol=1e-5)
 
@@ -87,7 +89,7 @@ def test_pixels_mean_what_they_mean_in_conversion(trained, tmp_path):
     pairs = (("turned", "upright"), ("grey16", "grey"), ("clear", "white"))
     for one, other in pairs:
         files = tuple(tmp_path / f"{name}.png" for name in (one, other))
-        a, b = inference.predict(inference.Options(checkpoint, input=files, device="cpu")).found
+        a, b = predict(PredictOptions(checkpoint, input=files, device="cpu")).found
         assert a.classes == b.classes
         assert a.probabilities == b.probabilities, (one, other)
 
@@ -133,10 +135,10 @@ def test_a_checkpoint_of_timm_has_numbers_for_classes(trained, tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "timm.pth.tar")
     file = next(trained[0].rglob("*.jpg"))
-    options = inference.Options(
+    options = PredictOptions(
         tmp_path / "timm.pth.tar", input=(file,), model="vit_tiny_patch16_224", img_size=32, device="cpu", topk=9
     )
-    (found,) = inference.predict(options).found
+    (found,) = predict(options).found
     assert sorted(found.classes) == [str(n) for n in range(7)]
     assert sum(found.probabilities) == pytest.approx(1.0, abs=1e-5)
 

@@ -19,6 +19,8 @@ from PIL import Image
 
 from lowrank_vit import inference, validate
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.score import prediction
+from lowrank_vit.score.options import PredictOptions
 from tests.photos import write_folder
 
 TINY: dict[str, Any] = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -204,7 +206,7 @@ def test_every_format_that_pillow_reads_by_itself(photos, weights, tmp_path, cap
 
 @pytest.mark.parametrize("out", ["/dev/null/x.csv", "{folder}"])
 def test_an_output_that_cannot_be_written_is_found_before_the_work(weights, tmp_path, monkeypatch, out):
-    monkeypatch.setattr(inference, "predict", lambda *_: pytest.fail("works"))
+    monkeypatch.setattr(prediction, "predict", lambda *_: pytest.fail("works"))
     (tmp_path / "x.csv").mkdir()
     line = f"photo.jpg --checkpoint {weights} --output {out.format(folder=tmp_path / 'x.csv')}"
     with pytest.raises(UserError, match="cannot be written"):
@@ -213,7 +215,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(weights, tmp_
 
 def test_the_next_batch_is_decoded_while_this_one_is_computed(photos, weights, monkeypatch):
     begun, waited = threading.Event(), []
-    crop, classify = inference._crop, inference._classify
+    crop, classify = prediction._crop, prediction._classify
     files = tuple(sorted(photos.rglob("*.jpg"))[:6])
 
     def crop_one(file: Path, scorer):
@@ -225,14 +227,14 @@ def test_the_next_batch_is_decoded_while_this_one_is_computed(photos, weights, m
         waited.append(begun.wait(20))
         return classify(*arguments)
 
-    monkeypatch.setattr(inference, "_crop", crop_one)
-    monkeypatch.setattr(inference, "_classify", compute)
+    monkeypatch.setattr(prediction, "_crop", crop_one)
+    monkeypatch.setattr(prediction, "_classify", compute)
     kwargs = tuple(KWARGS.split())
-    options = inference.Options(
+    options = PredictOptions(
         weights, model="vit_base_patch16_224", model_kwargs=kwargs, img_size=32, input=files, batch_size=3, device="cpu"
     )
     shown: list[Path] = []
-    assert len(inference.predict(options, show=lambda p: shown.append(p.file)).found) == 6
+    assert len(prediction.predict(options, show=lambda p: shown.append(p.file)).found) == 6
     assert shown == list(files)
     assert waited == [True, True]
 

@@ -23,10 +23,11 @@ from lowrank_vit.config.flags import parse
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.report.__main__ import main as report_main
+from lowrank_vit.score.options import ValidateOptions
 from lowrank_vit.score.scorer import ModelOptions, load_scorer
+from lowrank_vit.score.validation import validate
 from lowrank_vit.training.step import TrainStep
 from lowrank_vit.training.trainer import COLD_UPDATES, Trainer
-from lowrank_vit.validate import Options, validate
 from tests.runs import stop_after
 
 
@@ -114,7 +115,9 @@ def test_validate_repeats_the_runs_own_score(finished):
     last = lines(finished, "eval")[-1]
     for use_ema, prefix in ((False, "eval_"), (True, "eval_ema_")):
         for batch_size in (128, 77, 1000):  # with and without a short last batch
-            scores = validate(Options(finished / "last.pth.tar", use_ema=use_ema, batch_size=batch_size, device="cpu"))
+            scores = validate(
+                ValidateOptions(finished / "last.pth.tar", use_ema=use_ema, batch_size=batch_size, device="cpu")
+            )
             assert scores.num_samples == 360
             assert scores.top1 == pytest.approx(last[f"{prefix}top1"], abs=1e-9)
             assert scores.loss == pytest.approx(last[f"{prefix}loss"], rel=1e-5)
@@ -250,7 +253,7 @@ def test_wandb_without_a_login_is_told(train, monkeypatch):
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"crop_pct": -1.0}, {"img_size": 0}])
 def test_validate_checks_its_ranges(options, tmp_path):
     with pytest.raises(UserError, match="out of range"):
-        validate(Options(tmp_path / "x.pth.tar", **options))
+        validate(ValidateOptions(tmp_path / "x.pth.tar", **options))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
@@ -297,7 +300,7 @@ def test_photographs_from_folder_to_score(tmp_path):
     train_command.main(
         [*f"{model} {recipe}".split(), "--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "output")]
     )
-    scores = validate(Options(tmp_path / "output" / "latest" / "last.pth.tar", device="cpu"))
+    scores = validate(ValidateOptions(tmp_path / "output" / "latest" / "last.pth.tar", device="cpu"))
     assert scores.num_samples == 12
     assert scores.top1 > 80  # a temple is no flower
 
@@ -311,7 +314,7 @@ def test_mean_and_std_are_stored_and_honoured_by_validation_and_inference(train,
     assert checkpoint.content["input"]["std"] == [0.4] * 3
     scorer = load_scorer(ModelOptions(own.run_dir / "last.pth.tar"), torch.device("cpu"))
     assert (scorer.spec.mean, scorer.spec.std) == ((0.1, 0.2, 0.3), (0.4, 0.4, 0.4))
-    scores = validate(Options(own.run_dir / "last.pth.tar", device="cpu"))
+    scores = validate(ValidateOptions(own.run_dir / "last.pth.tar", device="cpu"))
     assert lines(own.run_dir, "eval")[0]["eval_loss"] == pytest.approx(scores.loss, rel=1e-5)
 
 

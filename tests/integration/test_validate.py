@@ -64,9 +64,10 @@ def test_files_that_cannot_be_written(checkpoint, digits_dir, more, message):
 
 def test_training_with_mirror_images_scores_as_validation_does(small, digits_dir, tmp_path):
     from lowrank_vit.config.flags import parse
-    from lowrank_vit.validate import Options, validate
+    from lowrank_vit.score.options import ValidateOptions
+    from lowrank_vit.score.validation import validate
     from tests.runs import records
 
     run = Trainer(parse(small("--tta", "2", "--epochs", "1", "--warmup-epochs", "0")), "x").run().run_dir
-    scores = validate(Options(run / "last.pth.tar", tta=2, device="cpu"))
+    scores = validate(ValidateOptions(run / "last.pth.tar", tta=2, device="cpu"))
     assert records(run, "eval")[0]["eval_loss"] == pytest.approx(scores.loss, rel=1e-5)

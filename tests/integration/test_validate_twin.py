@@ -13,7 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data.transforms_factory import create_transform
 
-from lowrank_vit.validate import Options, validate
+from lowrank_vit.score.options import ValidateOptions
+from lowrank_vit.score.validation import validate
 from tests.photos import BACKENDS, write_folder
 
 SIZE, CROP_PCT = 64, 0.875
@@ -59,7 +60,7 @@ def our_loss(folder: Path, checkpoint: Path, loader: str = "resident", **more: A
     kwargs = tuple(f"{name}={value}" for name, value in KWARGS.items())
     look = {"model": MODEL, "model_kwargs": kwargs, "img_size": SIZE, "crop_pct": CROP_PCT}
     decoding = {"loader": loader, "device": "cpu", "batch_size": 7, "workers": 2}
-    return validate(Options(checkpoint, data=folder, **look, **decoding, **more)).loss  # type: ignore[arg-type]
+    return validate(ValidateOptions(checkpoint, data=folder, **look, **decoding, **more)).loss  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("loader", BACKENDS)

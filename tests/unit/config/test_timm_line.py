@@ -12,6 +12,7 @@ from lowrank_vit import inference, validate
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.timm_flags import Instead, Unused, answers
 from lowrank_vit.config.timm_line import fit_flags, with_images_first
+from lowrank_vit.score.options import PredictOptions, ValidateOptions
 
 DOC = (Path(__file__).parents[3] / "docs" / "from_timm.md").read_text(encoding="utf-8")
 # The parsers of timm's scripts, read at huggingface/pytorch-image-models commit 0041cb7ba4ab.
@@ -30,9 +31,9 @@ results-dir results-separate-col topk fullname filename-col index-col label-col 
 include-index exclude-output no-console-results
 """.split()
 COMMANDS = {
-    "validate": (validate.Options, answers("validate", Instead), answers("validate", Unused), {*SHARED, *VALIDATE}),
+    "validate": (ValidateOptions, answers("validate", Instead), answers("validate", Unused), {*SHARED, *VALIDATE}),
     "inference": (
-        inference.Options,
+        PredictOptions,
         answers("inference", Instead),
         answers("inference", Unused),
         {*SHARED, *INFERENCE},
@@ -115,7 +116,7 @@ def test_what_cannot_be_done(line, message):
     ],
 )
 def test_images_may_stand_anywhere(line):
-    ours = with_images_first(list[str](line.split()), inference.Options)
+    ours = with_images_first(list[str](line.split()), PredictOptions)
     assert sorted(ours) == sorted("--checkpoint F --use-ema --input a.jpg b".split())
     assert ours[-3:] == ["--input", "a.jpg", "b"]
     assert ours[ours.index("--checkpoint") + 1] == "F"
@@ -123,7 +124,7 @@ def test_images_may_stand_anywhere(line):
 
 def test_values_are_not_taken_for_images():
     line = "-m vit --model-kwargs depth=1 num_heads=2 x.png --mean 0.5 0.5 0.5 y.png -b 8 --topk=3 z.png --no-amp w.png"
-    ours = with_images_first(list[str](line.split()), inference.Options)
+    ours = with_images_first(list[str](line.split()), PredictOptions)
     assert (
         ours
         == (

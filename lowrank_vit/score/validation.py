@@ -1,0 +1,178 @@
+"""Scoring a checkpoint, or published weights, on a validation set; the files that are written about it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_prep.sources.image_folder import count_remarks
+from lowrank_vit.common import terminal
+from lowrank_vit.common.devices import DTYPES, pick_device
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.filters import FILTERS
+from lowrank_vit.config.check import check_ranges
+from lowrank_vit.data.choose import open_loader
+from lowrank_vit.data.decode.backend import LoaderOptions
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.data.sets.datasets import DataOptions, kind_of, locate_validation
+from lowrank_vit.data.sets.provenance import remarks
+from lowrank_vit.data.sets.staging import stage
+from lowrank_vit.model.class_match import Classes, Trust, match
+from lowrank_vit.plan.plans import EvalPlan
+from lowrank_vit.score.evaluate import Evaluator, Scores
+from lowrank_vit.score.options import ValidateOptions
+from lowrank_vit.score.results import (
+    Counted,
+    ScoringProgress,
+    class_rows,
+    interval,
+    make_folder_of,
+    picture_beside,
+    rows_to_csv,
+    scores_to_dict,
+    timm_columns,
+    with_suffix_of,
+)
+from lowrank_vit.score.scorer import Scorer, load_scorer
+
+
+def score(options: ValidateOptions) -> None:
+    """Score, print, write files. Raises `UserError`."""
+    scores, scorer = _validate(options, terminal.say)
+    terminal.say(f"{scorer.origin}, {scores.num_samples:,} samples")
+    for name, percent in (("top-1", scores.top1), ("top-5", scores.top5)):
+        low, high = interval(percent, scores.num_samples)
+        print(f"  {name}  {percent:6.2f} %   95 % interval {low:.2f} to {high:.2f}")
+    print(f"  loss   {scores.loss:.4f}")
+    if not math.isfinite(scores.loss):
+        print("note: the loss is not finite, so some outputs are not either, and no score of them means anything")
+    written = (options.per_class and picture_beside(options.per_class), *_written(options))
+    if files := ", ".join(str(path) for path in written if path):
+        terminal.say(f"written: {files}")
+
+
+def validate(options: ValidateOptions, say: Callable[[str], object] = terminal.say) -> Scores:
+    """Load the weights and score them on every sample exactly once. Raises `UserError`."""
+    return _validate(options, say)[0]
+
+
+def _validate(options: ValidateOptions, say: Callable[[str], object]) -> tuple[Scores, Scorer]:
+    check_ranges(options)
+    for path, suffix in _written(options).items():
+        if path.suffix != suffix:
+            flag = "--per-class" if path == options.per_class else "--json"
+            raise UserError(f"{flag} {path} must end in {suffix}.")
+        make_folder_of(path)
+    device = pick_device(options.device)
+    scorer = load_scorer(options, device, say)
+    path = _find_data(options, scorer.args)
+    beton, spec = Beton(path), scorer.spec
+    _follow_model(scorer, beton, options, say)
+    batch_size = min(options.batch_size, beton.num_samples)
+    plan = EvalPlan(
+        beton.heights,
+        beton.widths,
+        img_size=spec.img_size,
+        crop_pct=spec.crop_pct,
+        batch_size=batch_size,
+        interpolation=FILTERS[scorer.interpolation],
+    )
+    decoding = LoaderOptions(options.loader, options.workers, on_bad_sample=options.on_bad_sample)
+    loader, line = open_loader(beton, plan, device, decoding)
+    say(line)
+    for remark in remarks(beton, spec.img_size, spec.crop_pct):
+        say(f"note: {remark}")
+    precision: dict[str, Any] = {"amp": options.amp, "amp_dtype": DTYPES[options.amp_dtype]}
+    evaluate = Evaluator(scorer.model, scorer.augment, **precision, compile=False, tta=options.tta)
+    try:
+        with ScoringProgress(beton.num_samples) as progress:
+            scores = evaluate(Counted(loader, progress), batch_size, by_class=options.per_class is not None)
+    finally:
+        loader.close()
+    _write_files(options, scores, scorer, beton)
+    return scores, scorer
+
+
+def _written(options: ValidateOptions) -> dict[Path, str]:
+    """The files that will be written, and the suffix of each."""
+    files: dict[Path, str] = {}
+    if options.per_class:
+        files[options.per_class] = ".csv"
+    if options.json:
+        files[options.json] = ".json"
+    if options.results_file:
+        path = with_suffix_of(options.results_file, options.results_format)
+        files[path] = path.suffix
+    return files
+
+
+def _write_files(options: ValidateOptions, scores: Scores, scorer: Scorer, beton: Beton) -> None:
+    look = {"img_size": scorer.spec.img_size, "crop_pct": scorer.spec.crop_pct, "interpolation": scorer.interpolation}
+    content: dict[str, Any] = {
+        "checkpoint": str(options.checkpoint) if options.checkpoint else None,
+        "weights": "ema" if options.use_ema else "model" if options.checkpoint else scorer.origin,
+        "model": scorer.name,
+        "data": str(beton.path),
+        **look,
+        "tta": options.tta,
+        **scores_to_dict(scores),
+    }
+    try:
+        if options.per_class:
+            names = scorer.class_names(beton.classes)
+            content["classes"] = class_rows(scores, names)
+            options.per_class.write_text(rows_to_csv(content["classes"]), encoding="utf-8", errors="surrogateescape")
+            from lowrank_vit.report.confusion_plot import confusion_plot  # draws: only where asked for
+
+            assert scores.confusion is not None
+            subtitle = f"{content['model']}  ·  {scores.num_samples:,} samples  ·  top-1 {scores.top1:.2f} %"
+            picture = confusion_plot(scores.confusion.numpy(), names, subtitle)
+            picture_beside(options.per_class).write_bytes(picture)
+        for path, suffix in _written(options).items():
+            if suffix == ".json":
+                path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            elif path != options.per_class:
+                parameters = sum(parameter.numel() for parameter in scorer.model.parameters())
+                row = {"model": scorer.name, **look, **timm_columns(scores), "param_count": round(parameters / 1e6, 2)}
+                path.write_text(rows_to_csv([row]), encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be written: {error.strerror}.") from error
+
+
+def _follow_model(scorer: Scorer, beton: Beton, options: ValidateOptions, say: Callable[[str], object]) -> None:
+    """Give the set the labels of the model's outputs. Raises `UserError` if they cannot be compared."""
+    of_data = Classes(str(beton.path), beton.num_classes, beton.classes)
+    for remark in count_remarks(beton.path, beton.path.stem, beton.classes or (), beton.num_samples):
+        say(remark)
+    trust = Trust(options.trust_labels, options.class_order)
+    found = match(of_data, scorer.classes, trust, _own_data(scorer, beton.path))
+    for remark in found.remarks:
+        say(f"note: {remark}")
+    if len(found.outputs) < scorer.num_classes:
+        say(f"note: all {scorer.num_classes:,} outputs of the model can win, also those whose class the data lack")
+    beton.relabel(found.outputs, found.names)
+
+
+def _own_data(scorer: Scorer, path: Path) -> str:
+    folder = scorer.args.get("data-dir")
+    own = f"the data it was trained on, --data {folder}" if folder else "the data it was trained on with --data"
+    return f"Give {own}, or a checkpoint that was trained on {path}."
+
+
+def _find_data(options: ValidateOptions, args: dict[str, Any]) -> Path:
+    """The `.beton` to score, converted and staged now if need be; `args` are the flags of the checkpoint's run."""
+    split = options.split or str(args.get("val-split") or "validation")
+    where = DataOptions(options.dataset, None, options.dataset_download, options.beton_dir, val_split=split)
+    nested: Any = options.nested_classes or args.get("nested-classes") or "leaf"
+    where = replace(where, on_bad=options.on_bad_sample, nested=nested)
+    dataset = str(args.get("dataset") or "")
+    if options.data is None and kind_of(options.dataset or dataset) == kind_of(dataset):  # the checkpoint's own
+        kept = {name: Path(value) for name in ("data-dir", "beton-dir") if (value := args.get(name))}
+        beton_dir = options.beton_dir or kept.get("beton-dir")
+        where = replace(where, dataset=dataset, data_dir=kept.get("data-dir"), beton_dir=beton_dir)
+    path = locate_validation(options.data, where)
+    return stage(path, options.stage_dir) if options.stage_dir else path
