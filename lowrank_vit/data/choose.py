@@ -70,7 +70,7 @@ def open_loader(
     if kind == "auto":
         kind, reason = choose_backend(beton, plan, device, options)
     backend = make_backend(kind, beton, plan, device, options)
-    if beton.unverified:
+    if beton.unverified and plan.rank == 0:
         say(beton.unverified)
     loader = Loader(backend, beton, plan, device, on_bad_sample=options.on_bad_sample, prepare=prepare, say=say)
     return loader, f"{beton.path.name}: {beton.num_samples:,} samples, {kind} loader ({reason})"

@@ -67,9 +67,9 @@ class Loader:
         self._epoch, self._step, self._is_loaded = 0, 0, False
 
     @property
-    def num_bad(self) -> int:
-        """How many samples were found damaged and left out."""
-        return len(self._bad)
+    def bad(self) -> frozenset[int]:
+        """Samples that were found damaged and left out."""
+        return frozenset(self._bad)
 
     def batches(self, epoch: int, first_step: int | None = None) -> Iterator[Batch]:
         """Yield the batches of an epoch (0-based) from `first_step` on.
@@ -141,7 +141,7 @@ class Loader:
         times = list(self._backend.decode_ms)
         p50, p90 = np.percentile(times, [50, 90]).tolist() if times else (0.0, 0.0)
         depth = float(np.mean(depths)) if depths else 0.0
-        return LoaderStats(depth, p50, p90, self.num_bad, self._hand_over.device_wait_s())
+        return LoaderStats(depth, p50, p90, len(self.bad), self._hand_over.device_wait_s())
 
     def state_dict(self) -> dict[str, int]:
         """The position behind the last update whose batches were handed out; batches decoded ahead do not count."""

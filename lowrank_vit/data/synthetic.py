@@ -30,6 +30,7 @@ class SyntheticLoader:
     """
 
     name = "synthetic"
+    bad = frozenset[int]()
 
     def __init__(self, plan: TrainPlan, num_classes: int, device: torch.device) -> None:
         self.plan = plan

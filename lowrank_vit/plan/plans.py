@@ -298,7 +298,7 @@ class EvalPlan:
         self._interpolation = interpolation
         self.resized, self.corners = center_crops(heights, widths, img_size, crop_pct)
         self._windows = center_windows(heights, widths, self.resized, self.corners, img_size)
-        self.num_samples, self.batch_size, self.img_size = len(heights), batch_size, img_size
+        self.num_samples, self.batch_size, self.img_size, self.rank = len(heights), batch_size, img_size, rank
         own = np.array_split(np.arange(len(heights)), world_size)[rank]
         self._batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
         self.steps_per_epoch = len(self._batches)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
 
 T = TypeVar("T")
@@ -40,6 +41,10 @@ class World:
     def is_first(self) -> bool:
         """Whether this process writes the files and speaks for all."""
         return self.rank == 0
+
+    def say(self, line: str) -> None:
+        """Print a line about this process alone; that of a rank that does not speak for all begins with its number."""
+        terminal.say(line if self.is_first else f"rank {self.rank}: {line}")
 
     def sum(self, values: Tensor) -> None:
         """Add up `values` over all ranks, in place."""

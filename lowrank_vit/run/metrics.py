@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -66,13 +66,22 @@ class Meter:
 
         Raises `UserError` naming update and learning rate if a loss was not finite.
         """
-        world.sum(self._sums)
-        loss, hits = (self._sums / max(1, len(self._lrs) * world.size)).tolist()
+        return self.read_with([], world)[0]
+
+    def read_with(self, own: Sequence[float], world: World) -> tuple[Means, list[list[float]]]:
+        """What `read` returns, and every rank's `own` numbers, by rank, which travel with the sums."""
+        numbers = torch.zeros(world.size, len(own), dtype=torch.float64)
+        numbers[world.rank] = torch.tensor(own, dtype=torch.float64)
+        together = torch.cat([self._sums, numbers.flatten().to(self._sums.device)])
+        world.sum(together)
+        sums = together.tolist()
+        loss, hits = (one / max(1, len(self._lrs) * world.size) for one in sums[:2])
         if not math.isfinite(loss):
             self._raise_not_finite(world)
         self._sums.zero_()
         self._lrs.clear()
-        return Means(loss, 100 * hits)
+        by_rank = [sums[2 + rank * len(own) :][: len(own)] for rank in range(world.size)]
+        return Means(loss, 100 * hits), by_rank
 
     def _raise_not_finite(self, world: World) -> None:
         number = int(world.least(self._bad_update))

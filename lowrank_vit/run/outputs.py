@@ -13,7 +13,7 @@ from lowrank_vit.config.option_types import leaves
 from lowrank_vit.config.options import Config
 from lowrank_vit.run.directory import RunDir, environment, environment_json
 from lowrank_vit.run.metrics import RunLog
-from lowrank_vit.run.progress import Display, Figures, duration
+from lowrank_vit.run.progress import Display, Figures, duration, wait_in_words
 from lowrank_vit.run.state import RunState
 from lowrank_vit.run.wandb_log import WandbLog
 from lowrank_vit.score.evaluate import Scores
@@ -104,8 +104,10 @@ class Outputs:
 
     def log_interval(self, epoch: int, update: int, figures: Figures, top1: float) -> None:
         """Show and write what happened since the last time."""
-        values = {name: value for name, value in asdict(figures).items() if name not in ("loading", "wait_share")}
-        values = {"epoch": epoch, **values, "top1": top1, "data_wait": figures.wait_share, **asdict(figures.loading)}
+        apart = ("loading", "wait_share", "wait_rank")
+        values = {name: value for name, value in asdict(figures).items() if name not in apart}
+        waiting = {"data_wait": figures.wait_share, "data_wait_rank": figures.wait_rank}
+        values = {"epoch": epoch, **values, "top1": top1, **waiting, **asdict(figures.loading)}
         if self._log:
             self._log.log("train", update, {name: value for name, value in values.items() if value is not None})
         self.display.update(update, f"{epoch + 1}/{self._num_epochs}", figures)
@@ -124,7 +126,8 @@ class Outputs:
             self._log.log_epoch(row)
         ema = f" (EMA {scores['ema_'].top1:.2f})" if "ema_" in scores else ""
         top1 = f"  top-1 {scores[''].top1:5.2f}{ema} %" if scores else ""
+        waiting = wait_in_words(row["data_wait"], row.get("data_wait_rank"))
         self.display.say(
             f"epoch {row['epoch'] + 1:>3}/{self._num_epochs}  loss {row['train_loss']:.3f}{top1}"
-            f"  {row['img_per_s']:,.0f} img/s  wait {row['data_wait']:.0%}  {duration(train_s)}"
+            f"  {row['img_per_s']:,.0f} img/s  wait {waiting}  {duration(train_s)}"
         )

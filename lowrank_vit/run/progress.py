@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -14,39 +12,10 @@ from rich.text import Text
 from lowrank_vit.common.terminal import printable
 from lowrank_vit.data.loader import LoaderStats
 
-T = TypeVar("T")
 _NARROW = 100
 """Columns up to which the figures leave the bar only a stub."""
 _BAR_NARROW, _BAR_WIDE = 7, 27
 """Columns that bar and gaps take beside epoch and figures."""
-
-
-class Clock:
-    """Splits training time into waiting for data and the rest; leaves out what lies between two epochs."""
-
-    def __init__(self) -> None:
-        self.wait_s = 0.0
-        self.train_s = 0.0
-        self._mark = time.perf_counter()
-
-    def tick(self) -> None:
-        """Add the time since the last tick or batch to `train_s`."""
-        now = time.perf_counter()
-        self.train_s += now - self._mark
-        self._mark = now
-
-    def timed(self, batches: Iterator[T]) -> Iterator[T]:
-        """Yield from `batches`, adding the time spent waiting for each to `wait_s`."""
-        self._mark = time.perf_counter()
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            got = time.perf_counter()
-            self.wait_s += got - asked
-            if batch is None:
-                return
-            yield batch
-            self.tick()
 
 
 @dataclass(frozen=True)
@@ -58,12 +27,16 @@ class Figures:
     img_per_s: float
     """Images a second, of all ranks."""
     wait_share: float
-    """Share of the time spent waiting for data, 0-1."""
+    """Share of the time spent waiting for data, 0-1, on the rank that waited longest."""
     memory_gb: float
+    """Greatest of all ranks."""
     loading: LoaderStats
+    """Of the rank that waited longest; damaged samples are those of all ranks."""
     mfu: float | None = None
     """0-1, see `peak.mfu`."""
     grad_norm: float | None = None
+    wait_rank: int | None = None
+    """The rank that waited longest; None with one process."""
 
 
 def in_words(figures: Figures, width: int) -> str:
@@ -75,7 +48,7 @@ def in_words(figures: Figures, width: int) -> str:
     parts = [
         f"loss {figures.loss:.3f}",
         f"{figures.img_per_s:,.0f} img/s",
-        f"wait {figures.wait_share:.0%}",
+        f"wait {wait_in_words(figures.wait_share, figures.wait_rank)}",
         *([] if figures.mfu is None else [f"MFU {figures.mfu:.0%}"]),
         f"{figures.memory_gb:.1f} GB",
         f"lr {figures.lr:.1e}",
@@ -89,6 +62,11 @@ def in_words(figures: Figures, width: int) -> str:
             break
         text += f" {part}"
     return text
+
+
+def wait_in_words(share: float, rank: int | None) -> str:
+    """The share of the time spent waiting, 0-1, and on which of several ranks that was."""
+    return f"{share:.0%}" if rank is None else f"{share:.0%} (rank {rank})"
 
 
 class Display:

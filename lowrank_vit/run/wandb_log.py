@@ -17,7 +17,7 @@ FINISH_TIMEOUT_S = 120.0
 
 
 AXES = {
-    "epoch": ("train_loss", "lr", "img_per_s", "data_wait", "eval_*"),
+    "epoch": ("train_loss", "lr", "img_per_s", "data_wait", "data_wait_rank", "eval_*"),
     "update": ("train/*",),
     "spec_update": ("spec/*", "spec_ema/*"),
 }

@@ -184,10 +184,11 @@ class Worker:
             failure = error
         # Also after a failure, since the others are waiting here; an error itself may not survive the way.
         parts = self._ranks.gather(part or (f"{type(failure).__name__}: {failure}" if failure else ""))
+        if parts is None:  # the first rank tells of what failed here
+            self.failed += failure is not None
+            return
         if failure is not None:
             raise failure
-        if parts is None:
-            return
         whole = Refreshed(snapshot.update)
         for rank, one in enumerate(parts):
             if not isinstance(one, Refreshed):
@@ -217,7 +218,8 @@ class Worker:
     def _note(self, line: str) -> None:
         """Warn of a matrix once, not at every refresh; later lines of it go to the debug log."""
         matrix = ": ".join(line.split(": ")[:2])  # "spec: spectra of blocks.0.attn.qkv"
-        LOG.log(logging.DEBUG if matrix in self._noted else logging.WARNING, "%s", line)
+        whose = f"rank {self._ranks.rank}: " if self._ranks.rank else ""
+        LOG.log(logging.DEBUG if matrix in self._noted else logging.WARNING, "%s%s", whose, line)
         self._noted.add(matrix)
 
     @staticmethod

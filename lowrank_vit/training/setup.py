@@ -234,7 +234,7 @@ def _make_train_loader(
         loader = SyntheticLoader(plan, num_classes, device)
         return plan, loader, "synthetic images that stay on the device: no data, no augmentation, no validation"
     plan = TrainPlan(sets.train.heights, sets.train.widths, train_rules(config), **of_batch, **share)
-    return plan, *open_loader(sets.train, plan, device, _decoding(config), prepare=prepare)
+    return plan, *open_loader(sets.train, plan, device, _decoding(config), prepare=prepare, say=world.say)
 
 
 def _make_val_loader(
@@ -243,7 +243,7 @@ def _make_val_loader(
     sides = {"img_size": spec.img_size, "crop_pct": spec.crop_pct}
     share = {"rank": world.rank, "world_size": world.size}
     plan = EvalPlan(val.heights, val.widths, **sides, batch_size=batch_size, **share)
-    return open_loader(val, plan, device, _decoding(config))
+    return open_loader(val, plan, device, _decoding(config), say=world.say)
 
 
 def _decoding(config: Config) -> LoaderOptions:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from lowrank_vit.common import terminal
-from lowrank_vit.common.devices import wait_for
+from lowrank_vit.common.devices import Mark, current_stream, wait_for
 from lowrank_vit.config.options import Config
 from lowrank_vit.model.flops import memory_gb, mfu
 from lowrank_vit.ranks.failing import Failing
@@ -19,7 +18,8 @@ from lowrank_vit.run.checkpoints import Beside, Checkpoints, CheckpointWriter
 from lowrank_vit.run.directory import RunDir
 from lowrank_vit.run.metrics import last_recorded
 from lowrank_vit.run.outputs import SPECTRA, Outputs
-from lowrank_vit.run.progress import Clock, Figures
+from lowrank_vit.run.progress import Figures
+from lowrank_vit.run.speed import Clock, RankFigures, Speed
 from lowrank_vit.run.state import Position, RunState
 from lowrank_vit.score.evaluate import Scores
 from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
@@ -27,7 +27,7 @@ from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.store import kept_name
 from lowrank_vit.training.phases import PhaseListener, Phases
 from lowrank_vit.training.resume import capture, find_start, open_run_dir, restore
-from lowrank_vit.training.setup import set_up, silent
+from lowrank_vit.training.setup import set_up
 from lowrank_vit.training.stop import Stopped, StopRequest, UntilStopped
 
 COLD_UPDATES = {False: 2, True: 20}
@@ -65,10 +65,8 @@ class EpochStats:
     loss: float
     lr: float
     """Learning rate in the epoch's last update."""
-    img_per_s: float
-    """Images a second, of all ranks, without the process's first updates, which compile."""
-    data_wait: float
-    """Share of the same time spent waiting for data, 0-1."""
+    speed: Speed
+    """Without the process's first updates, which compile."""
     train_s: float
     """Seconds in training, with those updates."""
 
@@ -121,9 +119,10 @@ class Trainer:
         What is handed over is the run's own position, to read only. Closing the iterator abandons the run.
         """
         setup, stopped_by = self.setup, ""
-        self.train_s = 0.0
+        self.train_s, self._bad_counts, self._num_bad = 0.0, [0] * self.world.size, 0
         self._cold_updates = COLD_UPDATES[self.config.step.compile]
-        self._say: Callable[[str], object] = terminal.say if self.world.is_first else silent
+        self._say: Callable[[str], object] = self.world.say
+        """For lines about this rank alone."""
         with ExitStack() as stack, self._failing.told_at_once():  # before what follows an error is closed
             stack.callback(self.run_dir.close)
             self.monitor = stack.enter_context(self._make_monitor()) if self.config.spectra.spec_monitor else None
@@ -131,7 +130,8 @@ class Trainer:
                 if loader:
                     stack.callback(loader.close)
             self.outputs = stack.enter_context(self._make_outputs())
-            self._say = self.outputs.display.say
+            if self.world.is_first:
+                self._say = self.outputs.display.say
             self.checkpoints = stack.enter_context(self._make_checkpoints())
             if self.monitor and self.state.position.num_updates == 0:
                 self.monitor.observe(0)
@@ -210,29 +210,28 @@ class Trainer:
             return
         self.monitor.close()
         self.outputs.log_spectra(self.monitor.records())
+        say = self.outputs.display.say  # rank 0's figures are those of all
         if self.monitor.skipped:
-            self._say(
+            say(
                 f"{self.monitor.skipped} spectral refreshes were skipped, since the one before was still running; a "
                 "greater --spec-every avoids that"
             )
         if self.monitor.failed:
-            self._say(
-                f"{self.monitor.failed} spectral refreshes failed, the first as was said; training missed nothing"
-            )
+            say(f"{self.monitor.failed} spectral refreshes failed, the first as was said; training missed nothing")
 
     def _train_epoch(self, epoch: int) -> Generator[Position, None, EpochStats]:
         """Train the rest of an epoch. Raises `Stopped` after the update at which all ranks are to end."""
         setup, position, phases = self.setup, self.state.position, self._phases
         setup.model.train()
         updates, interval = setup.plan.updates_per_epoch, self.config.run.log_interval
-        clock, num_images, begun, logged = Clock(), 0, _Mark(), _Mark()
+        clock, speed = Clock(), Speed(0.0, 0.0, 0)
         warm_at = position.updates_done + min(self._cold_updates, (updates - position.updates_done) // 2)
         self.stop.begin(position.num_updates)
         batches = setup.train_loader.batches(epoch) if position.updates_done < updates else iter(())
         for batch in clock.timed(phases.each("data", batches)):
             lr = setup.step.lr
             is_due = (position.updates_done + 1) % interval == 0 or position.updates_done + 1 == updates
-            num_images += len(batch) * self.world.size
+            clock.images += len(batch) * self.world.size
             if not setup.step(batch, measure_norm=is_due):
                 continue
             self.state.sums.lr = lr
@@ -243,11 +242,11 @@ class Trainer:
                     self.outputs.log_spectra(self.monitor.records())
             if is_due:
                 with phases("log"):
-                    logged = self._log_interval(epoch, clock, num_images, logged)
+                    speed = self._log_interval(epoch, clock)
             if position.updates_done == warm_at:
                 wait_for(setup.device)  # what was asked of it so far is no part of what follows
                 clock.tick()
-                begun = logged = _Mark(num_images, clock.train_s, clock.wait_s)
+                clock.restart()
                 self._cold_updates = 0
             with phases("checkpoint"):
                 self.checkpoints.save_if_due(is_logged=is_due)
@@ -255,40 +254,52 @@ class Trainer:
                 raise Stopped
             yield position
         self.train_s += clock.train_s
-        speed = begun.until(_Mark(num_images, clock.train_s, clock.wait_s))
-        return EpochStats(self.state.sums.loss_sum / updates, self.state.sums.lr, *speed, clock.train_s)
+        return EpochStats(self.state.sums.loss_sum / updates, self.state.sums.lr, speed, clock.train_s)
 
-    def _log_interval(self, epoch: int, clock: Clock, num_images: int, before: _Mark) -> _Mark:
-        """Log what happened since `before`; the mark for the next time."""
+    def _log_interval(self, epoch: int, clock: Clock) -> Speed:
+        """Log what happened since the last time; the epoch's speed so far."""
         setup, sums, position = self.setup, self.state.sums, self.state.position
-        means = setup.step.meter.read(self.world)  # waits for the device, so the clock is right
+        Mark.of(current_stream(setup.device)).wait_on_host()  # so the clock is right
         clock.tick()
-        sums.loss_sum += means.loss * (position.updates_done - sums.updates_logged)
-        sums.updates_logged = position.updates_done
         loading = setup.train_loader.stats()
         clock.wait_s += loading.device_wait_s
-        now = _Mark(num_images, clock.train_s, clock.wait_s)
-        img_per_s, wait_share = before.until(now)
+        own = RankFigures(*clock.stretches(), memory_gb(setup.device), loading)
+        means, numbers = setup.step.meter.read_with(own.numbers(), self.world)
+        ranks = [RankFigures.of(one) for one in numbers]
+        sums.loss_sum += means.loss * (position.updates_done - sums.updates_logged)
+        sums.updates_logged = position.updates_done
+        speed = Speed.of([one.interval for one in ranks])
         norm = setup.step.grad_norm
         figures = Figures(
             loss=means.loss,
             lr=sums.lr,
-            img_per_s=img_per_s,
-            wait_share=wait_share,
-            memory_gb=memory_gb(setup.device),
-            loading=loading,
-            mfu=mfu(img_per_s, setup.train_flops, setup.peak, self.world.size) if setup.train_flops else None,
+            img_per_s=speed.img_per_s,
+            wait_share=speed.wait_share,
+            memory_gb=max(one.memory_gb for one in ranks),
+            loading=replace(ranks[speed.wait_rank].loading, bad_samples=self._count_bad(ranks)),
+            mfu=mfu(speed.img_per_s, setup.train_flops, setup.peak, self.world.size) if setup.train_flops else None,
             grad_norm=None if norm is None else float(norm),
+            wait_rank=speed.wait_rank if self.world.size > 1 else None,
         )
         self.outputs.log_interval(epoch, position.num_updates, figures, means.top1)
-        return now
+        return Speed.of([one.epoch for one in ranks])
+
+    def _count_bad(self, ranks: list[RankFigures]) -> int:
+        """How many different samples all ranks have left out as damaged; they are gathered when there are more."""
+        counts = [int(one.loading.bad_samples) for one in ranks]
+        if counts != self._bad_counts:
+            found = self.world.gather(self.setup.train_loader.bad)
+            self._bad_counts, self._num_bad = counts, len(frozenset[int]().union(*found))
+        return self._num_bad
 
     def _finish_epoch(self, epoch: int, stats: EpochStats) -> None:
         """Validate where that is due, save, log."""
         is_last = epoch == self.setup.num_epochs - 1
         scores = self._validate() if is_last or (epoch + 1) % self.config.run.val_interval == 0 else {}
         row = {"epoch": epoch, "update": self.state.position.num_updates, "train_loss": stats.loss}
-        speed = {"lr": stats.lr, "img_per_s": stats.img_per_s, "data_wait": stats.data_wait}
+        speed = {"lr": stats.lr, "img_per_s": stats.speed.img_per_s, "data_wait": stats.speed.wait_share}
+        if self.world.size > 1:
+            speed["data_wait_rank"] = stats.speed.wait_rank
         self.outputs.log_epoch(row | speed, scores, stats.train_s)  # before the checkpoint that counts it as done
         self.state.end_epoch()
         with self._phases("checkpoint"):
@@ -310,18 +321,3 @@ class Trainer:
             return {
                 prefix: evaluate(loader, setup.val_batch, world.sum) for prefix, evaluate in setup.evaluators.items()
             }
-
-
-class _Mark(NamedTuple):
-    """A place between two updates, counted from the beginning of the epoch."""
-
-    images: int = 0
-    train_s: float = 0.0
-    wait_s: float = 0.0
-
-    def until(self, end: _Mark) -> tuple[float, float]:
-        """Images a second, and the share of the time spent waiting for data, 0-1, from here on; zeros for nothing."""
-        seconds = end.train_s - self.train_s
-        if seconds <= 0:
-            return 0.0, 0.0
-        return (end.images - self.images) / seconds, min(1.0, (end.wait_s - self.wait_s) / seconds)

@@ -199,9 +199,20 @@ def test_a_killed_rank_ends_the_others(small, tmp_path):
 
 
 def test_a_signal_in_validation_stops_all_ranks_and_nothing_is_lost(small, one, tmp_path):
+    """The second rank's loader is slow and both have left out samples, which the log says of all ranks."""
     program = altered(
         tmp_path,
         """
+        loader = t.setup.train_loader
+        train_batches = loader.batches
+        def late(epoch):
+            for batch in train_batches(epoch):
+                time.sleep(0.2 * rank)
+                yield batch
+        loader.batches = late
+        type(loader).bad = property(lambda self: {5, 7} if rank else {5, 8} if self is loader else set())
+        if rank:
+            t.world.say("is late")
         batches = t.setup.val_loader.batches
         def slow(epoch):
             for batch in batches(epoch):
@@ -230,6 +241,11 @@ def test_a_signal_in_validation_stops_all_ranks_and_nothing_is_lost(small, one, 
     assert process.returncode == 0, err
     assert "stopped by SIGUSR1 after update 22" in out
     assert [record["update"] for record in records(tmp_path / "v", "eval")] == [11]
+    assert "\nrank 1: is late\n" in f"\n{said}"
+    logged = records(tmp_path / "v", "train")
+    assert {(record["data_wait_rank"], record["bad_samples"]) for record in logged} == {(1, 3)}
+    assert min(record["data_wait"] for record in logged) > 0
+    assert "% (rank 1)  " in said  # the line of an epoch
     train_command.main([*argv, "-b", "128", "--resume", str(last)])
     assert_same_run(tmp_path / "v", one)
 

@@ -104,7 +104,7 @@ def test_a_damaged_sample_is_replaced_by_the_next_of_the_order(damaged, backend,
         plan = train_plan(beton, 4 // world_size, rank=rank, world_size=world_size)
         loader = open_one(backend, beton, plan, on_bad_sample="skip", say=said.append)
         seen.append([batch.plan.ids for epoch in (0, 1) for batch in loader.batches(epoch)])
-        assert loader.num_bad == any(BAD in ids for ids in [*plan.ids(0), *plan.ids(1)])
+        assert len(loader.bad) == any(BAD in ids for ids in [*plan.ids(0), *plan.ids(1)])
         loader.close()
     whole = train_plan(beton)
     expected = []
@@ -125,7 +125,7 @@ def test_evaluation_leaves_a_damaged_sample_out(damaged, backend):
     for _ in range(2):
         seen = np.concatenate([batch.plan.ids for batch in loader.batches(0)])
         assert seen.tolist() == [i for i in range(NUM_PHOTOS) if i != BAD]
-    assert loader.num_bad == 1
+    assert len(loader.bad) == 1
 
 
 def test_the_next_sample_stands_in_even_if_that_one_is_damaged_too(sets):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -18,6 +19,10 @@ def test_all_figures_where_there_is_room():
     assert in_words(FIGURES, 200) == (
         "loss 6.906 12,346 img/s wait 3% MFU 39% 41.3 GB lr 2.5e-04 |g| 1.2 queue 2 decode 12/31 ms"
     )
+
+
+def test_of_several_ranks_the_one_that_waits_longest_is_named():
+    assert " img/s wait 3% (rank 5) MFU" in in_words(replace(FIGURES, wait_rank=5), 200)
 
 
 @pytest.mark.parametrize("width", range(10, 100, 7))

@@ -14,7 +14,7 @@ import torch
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.run.directory import RunDir, environment
 from lowrank_vit.run.metrics import RunLog, last_recorded
-from lowrank_vit.run.progress import Clock, duration
+from lowrank_vit.run.progress import duration
 
 
 def rows(path):
@@ -140,22 +140,6 @@ def test_environment_names_versions_but_no_paths():
     assert found["torch"].startswith(torch.__version__.partition("+")[0])
     assert found["cpu_cores"] >= 1
     assert "/" not in found["command"].split()[0]
-
-
-def test_clock_counts_waiting_as_part_of_the_time(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
-
-    def slow_batches():
-        for _ in range(3):
-            now[0] += 3.0  # waiting for data
-            yield 1
-
-    clock = Clock()
-    for _ in clock.timed(slow_batches()):
-        now[0] += 1.0  # the step
-    assert clock.train_s == pytest.approx(12.0)
-    assert clock.wait_s == pytest.approx(9.0)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.4, "1:15"), (3700, "1:01:40")])

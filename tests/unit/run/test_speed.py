@@ -1,0 +1,93 @@
+"""How long each rank trained and waited, and what all ranks make of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_vit.data.loader import LoaderStats
+from lowrank_vit.ranks.world import World
+from lowrank_vit.run.metrics import Meter
+from lowrank_vit.run.speed import Clock, RankFigures, Speed, Stretch
+
+
+@pytest.fixture
+def now(monkeypatch) -> list[float]:
+    """The time in seconds, to be set."""
+    time = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: time[0])
+    return time
+
+
+def slow_batches(now: list[float], count: int):
+    for _ in range(count):
+        now[0] += 3.0
+        yield 1
+
+
+def test_clock_counts_waiting_as_part_of_the_time(now):
+    clock = Clock()
+    for _ in clock.timed(slow_batches(now, 3)):
+        now[0] += 1.0  # the step
+    assert clock.train_s == pytest.approx(12.0)
+    assert clock.wait_s == pytest.approx(9.0)
+
+
+def test_stretches_are_those_since_the_last_look_and_since_the_restart(now):
+    clock, found = Clock(), []
+    for n, _ in enumerate(clock.timed(slow_batches(now, 6)), 1):
+        now[0] += 1.0
+        clock.images += 10
+        clock.tick()
+        if n == 2:
+            clock.restart()
+        elif n in (3, 6):
+            found.append(clock.stretches())
+    one, three, four = Stretch(10, 4.0, 3.0), Stretch(30, 12.0, 9.0), Stretch(40, 16.0, 12.0)
+    assert found == [(one, one), (three, four)]
+
+
+def test_the_longest_waiting_of_all_ranks_and_the_slowest_clock_count():
+    ranks = [Stretch(100, 10.0, 0.1), Stretch(100, 8.0, 6.0), Stretch(100, 9.0, 6.0)]
+    assert Speed.of(ranks) == Speed(10.0, 0.75, 1)
+    assert Speed.of(ranks[:1]) == Speed(10.0, 0.01, 0)
+    assert Speed.of([Stretch(), Stretch()]) == Speed(0.0, 0.0, 0)
+    assert Speed.of([Stretch(1, 1.0, 2.0)]).wait_share == 1.0  # host and GPU may wait at the same time
+
+
+@dataclass
+class Three(World):
+    """The second of three ranks, whose sums the others add theirs to."""
+
+    rank: int = 1
+    size: int = 3
+
+    def sum(self, values: Tensor) -> None:
+        """The first has the sums of 2 and numbers of -1, the last has nothing."""
+        others = torch.zeros_like(values)
+        others[:2] = 2.0
+        others[2 : 2 + (len(values) - 2) // 3] = -1.0
+        values += others
+
+
+def test_the_numbers_of_all_ranks_travel_with_the_sums():
+    meter = Meter(torch.device("cpu"))
+    meter.add(torch.tensor(1.0), torch.tensor(2), 2, 0, 0.1)
+    means, numbers = meter.read_with([0.1, 3.5], Three())
+    assert means == (1.0, 100.0)
+    assert numbers == [[-1.0, -1.0], [0.1, 3.5], [0.0, 0.0]]
+
+
+def test_figures_are_the_same_behind_the_way():
+    figures = RankFigures(Stretch(1, 0.1, 0.3), Stretch(2, 0.7, 1e-9), 1.5, LoaderStats(1.0, 2.0, 3.1, 4, 0.5))
+    assert RankFigures.of(figures.numbers()) == figures
+
+
+def test_a_line_of_another_rank_carries_its_number(capsys):
+    World().say("left out")
+    World(rank=0, size=4).say("left out")
+    World(rank=3, size=4).say("left out")
+    assert capsys.readouterr().out == "left out\nleft out\nrank 3: left out\n"
