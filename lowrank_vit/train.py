@@ -14,7 +14,8 @@ from lowrank_vit.config.option_types import leaves
 from lowrank_vit.config.options import Config
 from lowrank_vit.config.timm_flags import with_long_names
 from lowrank_vit.ranks.failing import Failing
-from lowrank_vit.ranks.world import World, environment_world, joined
+from lowrank_vit.ranks.joining import environment_world, joined
+from lowrank_vit.ranks.world import World
 from lowrank_vit.report.status import next_steps, shown
 from lowrank_vit.run.progress import duration
 from lowrank_vit.training.trainer import Result, Trainer

@@ -82,7 +82,13 @@ def calls_of(text: str, folder: Path) -> list[Call]:
     for file in (record, unknown):
         file.write_text("")
     told = {"PATH": str(folder / "bin"), "RECORD": str(record), "UNKNOWN": str(unknown)}
-    slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16", "SLURM_JOB_NODELIST": "node[1-2]"}
+    slurm = {
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_NTASKS": "16",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+    }
     command = [tool("bash"), "-euo", "pipefail", "-c", NOTE_UNKNOWN + text]
     done = subprocess.run(
         command, cwd=folder, env=told | slurm, capture_output=True, text=True, timeout=60, check=False

@@ -1,15 +1,7 @@
-"""The processes of one run: who is who, how they meet, and what they tell one another.
-
-Started by torchrun (or anything that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT).
-"""
+"""The processes of one run: who is who, and what they tell one another by collectives."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
-import time
-from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,12 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_vit.common import terminal
-from lowrank_vit.common.errors import UserError
 
 T = TypeVar("T")
-
-_JOIN_TIMEOUT = timedelta(minutes=10)
-_MEET_S = 0.05
 
 
 @dataclass
@@ -139,88 +127,3 @@ class Channel:
     def wait_for(self, rank: int) -> None:
         """Wait until that rank signals."""
         torch.distributed.recv(torch.zeros(1), src=rank, group=self._group)
-
-
-def environment_world() -> World:
-    """This process's place as torchrun's environment tells it, not yet joined with the others.
-
-    Raises `UserError` for an incomplete environment.
-    """
-    size = _number("WORLD_SIZE", 1)
-    if size == 1:
-        return World()
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise UserError(
-            f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set. Start several processes with torchrun "
-            "--nproc-per-node=N -m lowrank_vit.train ..., or unset WORLD_SIZE."
-        )
-    rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
-    return World(rank, local_rank, size)
-
-
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    try:
-        return int(text) if text else default
-    except ValueError:
-        raise UserError(f"{name}={text} in the environment is no number. torchrun sets it.") from None
-
-
-@contextlib.contextmanager
-def joined(world: World, device: torch.device) -> Generator[World, None, None]:
-    """Join the world's ranks for collectives: NCCL on CUDA, Gloo on the CPU. Raises `UserError`."""
-    if world.size == 1:
-        yield world
-        return
-    import torch.distributed as dist
-
-    try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=_JOIN_TIMEOUT))
-        attempt = meet(store, rank, size)
-    except (RuntimeError, OSError, ValueError) as error:  # dist.DistNetworkError among them
-        reason = str(error).partition("\n")[0].rstrip(".")
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(
-            f"Rank {world.rank} cannot meet the others at {where}: {reason}. If another program has that "
-            "port, start torchrun with --master-port N or --standalone."
-        ) from error
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore(f"torch/{attempt}", store),
-        rank=rank,
-        world_size=size,
-        timeout=_JOIN_TIMEOUT,
-        device_id=device if device.type == "cuda" else None,
-    )
-    world.store = dist.PrefixStore(f"lowrank_vit/{attempt}", store)
-    yield world
-    dist.destroy_process_group()  # not after an error: another rank may be stuck
-
-
-def meet(store: Any, rank: int, size: int) -> str:
-    """A name for this attempt that all its ranks share and no other has. Every rank calls it.
-
-    The agents' store outlives an attempt, and torch counts restarts per agent: those that were there from the
-    beginning and one that came later do not agree on the number, and none of them counts a change of membership. So
-    rank 0 makes up a name and tells it to each rank that asks, under a name of that rank's own; what an earlier attempt
-    has left in the store is no answer to it.
-    """
-    mine = secrets.token_hex(8)
-    if rank > 0:
-        store.set(f"asks/{rank}", mine)
-        attempt = store.get(f"answer/{mine}").decode()
-        store.add(f"met/{attempt}", 1)
-        return attempt
-    answered = dict[int, bytes]()
-    end = time.monotonic() + _JOIN_TIMEOUT.total_seconds()
-    while store.add(f"met/{mine}", 0) < size - 1:
-        if time.monotonic() > end:
-            raise RuntimeError(f"not all of {size} ranks have come")
-        for other in range(1, size):
-            if store.check([f"asks/{other}"]) and answered.get(other) != (asks := store.get(f"asks/{other}")):
-                answered[other] = asks
-                store.set(f"answer/{asks.decode()}", mine)
-        time.sleep(_MEET_S)
-    return mine

@@ -49,7 +49,7 @@ SMALLER = {
 }
 """Flags that make a command small; what they name is the only part of it that does not run as it stands."""
 NOT_OURS = ("pytest", "ruff", "pyright")
-RANKS = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+RANKS = {"MASTER_ADDR": "node1", "MASTER_PORT": "13456"}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -17,7 +16,6 @@ import pytest
 import torch
 
 from lowrank_vit import train as train_command
-from lowrank_vit.common.errors import UserError
 from lowrank_vit.model.weights import read_checkpoint
 from tests.photos import write_sets
 from tests.runs import records
@@ -262,21 +260,3 @@ def test_elastic_restarts_go_on_from_the_last_checkpoint(small, one, tmp_path):
     assert "resumed in epoch" in out
     (run,) = {path.parent for path in tmp_path.glob("*/args.yaml")} - {tmp_path / "latest"}
     assert_same_run(run, one)
-
-
-def test_a_port_in_use_is_told(small):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        code, _, err = finish([sys.executable, "-m", "lowrank_vit.train", *small()], **place)
-    assert code == 2
-    assert f"cannot meet the others at 127.0.0.1:{port}" in err
-    assert "--master-port" in err
-
-
-def test_an_incomplete_environment_is_told(small, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    told = "LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set. Start several processes with torchrun"
-    with pytest.raises(UserError, match=told):
-        train_command.main(small())

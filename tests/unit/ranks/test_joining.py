@@ -1,0 +1,133 @@
+"""The ranks of one attempt find each other, by the environment and in a store that earlier attempts have used, too."""
+
+from __future__ import annotations
+
+import re
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.ranks import joining
+from lowrank_vit.ranks.joining import environment_world, joined, meet, saying
+from lowrank_vit.ranks.world import World
+
+
+def attempt(store: HashStore, size: int, *, without: int = -1) -> set[str]:
+    with ThreadPoolExecutor(size) as pool:
+        names = [pool.submit(meet, store, rank, size) for rank in reversed(range(size)) if rank != without]
+        return {name.result(30) for name in names}
+
+
+def test_all_ranks_of_an_attempt_have_one_name_and_no_other_attempt_has_it():
+    store = HashStore()
+    names = [attempt(store, size) for size in (3, 3, 2, 4)]  # nodes leave and join
+    assert [len(name) for name in names] == [1] * 4
+    assert len(set.union(*names)) == 4
+
+
+def test_what_a_rank_has_left_that_came_alone_is_no_answer():
+    """It was killed before rank 0 came, or after it had asked."""
+    store = HashStore()
+    with pytest.raises(RuntimeError, match=r"rank 1 on .* has waited \d+ s for rank 0 of 2"):
+        meet(store, 1, 2, timedelta(seconds=0.2))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(meet, store, 1, 4, timedelta(seconds=30))
+        with pytest.raises(RuntimeError, match=r"rank 0 on .* has waited \d+ s for ranks 2, 3 of 4"):
+            meet(store, 0, 4, timedelta(seconds=2))
+    assert len(attempt(store, 2)) == 1
+
+
+CPU = torch.device("cpu")
+PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets the environment to one with these variables of a launcher, and no others."""
+
+    def set_to(**place: str) -> None:
+        for name in (*PLACE, "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+
+    return set_to
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2 .* at least 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 .* at least 1"),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE=2.0 .* no number"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "1", "RANK": "3"}, "RANK=3 .* with WORLD_SIZE=1 it must be at least 0 and at most 0"),
+        ({**PLACE, "RANK": "2"}, "RANK=2 .* with WORLD_SIZE=2 it must be at least 0 and at most 1"),
+        ({**PLACE, "RANK": "-1"}, "RANK=-1 .* at least 0"),
+        ({**PLACE, "LOCAL_RANK": "2"}, "LOCAL_RANK=2 .* with WORLD_SIZE=2"),
+        ({**PLACE, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK=1 .* with LOCAL_WORLD_SIZE=1"),
+        ({**PLACE, "LOCAL_WORLD_SIZE": "8"}, "LOCAL_WORLD_SIZE=8 .* at most 2"),
+        ({**PLACE, "MASTER_PORT": "0"}, "MASTER_PORT=0 .* at least 1"),
+        ({**PLACE, "MASTER_PORT": "99999"}, "MASTER_PORT=99999 .* at most 65535"),
+        ({**PLACE, "MASTER_PORT": "http"}, "MASTER_PORT=http .* no number"),
+    ],
+)
+def test_an_environment_that_cannot_be_meant_is_told_at_once(environment, place, told):
+    environment(**place)
+    with pytest.raises(UserError, match=rf"(?i){told}.*unset WORLD_SIZE"):
+        environment_world()
+
+
+def test_other_environments_are_taken_as_they_are(environment):
+    environment(RANK="7", LOCAL_RANK="7", MASTER_PORT="x")  # what is left of a launcher says nothing without WORLD_SIZE
+    assert environment_world() == World()
+    environment(**{**PLACE, "WORLD_SIZE": "1"})
+    assert environment_world() == World()
+    environment(**{**PLACE, "RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"})
+    assert environment_world() == World(9, 1, 16)
+
+
+@pytest.mark.parametrize("name", ["nowhere.invalid", "[::1]", "a" * 70])
+def test_a_name_that_does_not_resolve_is_told_at_once(environment, monkeypatch, name):
+    monkeypatch.setattr(joining, "_RESOLVE_S", 0.0)
+    environment(**{**PLACE, "MASTER_ADDR": name})
+    told = r"(?i)MASTER_ADDR=.* is no address that .* can find .*unset WORLD_SIZE"
+    with pytest.raises(UserError, match=told), joined(environment_world(), CPU):
+        pass
+
+
+def test_who_waits_for_others_says_so(environment, monkeypatch, capsys):
+    """Alone with what another launch has left in the environment, as rank 0 and as another."""
+    monkeypatch.setattr(joining, "_FIRST_LINE_S", 0.05)
+    monkeypatch.setattr(joining, "_NEXT_LINE_S", 0.1)
+    for rank in ("0", "1"):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        environment(**{**PLACE, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port})
+        told = rf"Rank {rank} cannot meet the others .*: (rank 0 on|nobody answers)"
+        with pytest.raises(UserError, match=told), joined(environment_world(), CPU, timedelta(seconds=1)):
+            pass
+        out = capsys.readouterr().out
+        others = "rank 1 of 2" if rank == "0" else "rank 0 of 2"
+        assert re.search(rf"has waited \d+ s for {others} at 127.0.0.1:{port}. Unset WORLD_SIZE, which may be", out)
+        assert len(out.splitlines()) > 1
+
+
+def test_nothing_is_said_of_a_short_wait(capsys):
+    with saying(lambda: "waiting"):
+        pass
+    assert capsys.readouterr().out == ""
+
+
+def test_a_port_in_use_is_told(environment):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        environment(**{**PLACE, "MASTER_PORT": port})
+        told = rf"cannot meet the others at 127.0.0.1:{port}: .*--master-port"
+        with pytest.raises(UserError, match=told), joined(environment_world(), CPU):
+            pass
