@@ -247,7 +247,7 @@ def _shortened(lines: list[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv` (default: the process's own). Exits with 2 on a user's error, 130 on Ctrl-C."""
-    with _exit_on_sigterm(), fitted_help(argv):
+    with _exit_on_signals(), fitted_help(argv):
         exit_cleanly(partial(_run, argv))
 
 
@@ -265,16 +265,19 @@ def _run(argv: list[str] | None) -> None:
 
 
 @contextmanager
-def _exit_on_sigterm() -> Generator[None]:
-    # Batch systems stop a job with SIGTERM: leave through the same clean-up as for Ctrl-C.
+def _exit_on_signals() -> Generator[None]:
+    # Batch systems stop a job with SIGTERM, a terminal that is closed with SIGHUP: leave through the same clean-up as
+    # for Ctrl-C. nohup has SIGHUP ignored.
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is not signal.SIG_IGN]
+    previous = {one: signal.signal(one, lambda number, _: sys.exit(128 + number)) for one in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from lowrank_vit.common.program import is_command
+
 if TYPE_CHECKING:
     from lowrank_vit.augment.pipeline import Augment
     from lowrank_vit.data.choose import open_loader
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
 # of other programs' threads it does not know. It reads this when torch is imported, so it stands here.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+# What is imported for a command takes seconds, in which Ctrl-C may come, or the reader of its output may go.
+if is_command():
+    from lowrank_vit.common.terminal import begin_program
+
+    begin_program()
 
 __version__ = "0.1.0"
 __all__ = [

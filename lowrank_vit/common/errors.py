@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 
-from lowrank_vit.common.terminal import printable
+from lowrank_vit.common.terminal import INTERRUPTED, UNREAD, interruptible, is_unread, printable, uninterruptible
 
 
 class UserError(ValueError):
@@ -23,19 +22,25 @@ class BetonError(UserError):
 def exit_cleanly(main: Callable[[], None]) -> None:
     """Run a command's `main`; a `UserError` becomes one paragraph on stderr and exit code 2.
 
-    Ctrl-C becomes exit code 130, a reader of the output that went away 141. Notes added to the exception are shown.
+    Ctrl-C becomes exit code 130. Notes added to the exception are shown. A command that goes on when the reader of its
+    output is gone ends as it would have; one that raises `BrokenPipeError` then, with 141.
     """
     try:
-        main()
+        try:
+            interruptible()
+            main()
+        finally:
+            uninterruptible()
     except UserError as error:
         print(f"error: {printable(error)}", *_notes(error), sep="\n", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # the reader of our output is gone, as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains while it exits
-        sys.exit(141)
+    except BrokenPipeError:
+        if not is_unread():
+            raise
+        sys.exit(UNREAD)
     except KeyboardInterrupt as interrupt:
         print("interrupted", *_notes(interrupt), sep="\n", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except SystemExit as stop:  # a batch system's SIGTERM, or `sys.exit` of an argument parser
         print(*_notes(stop), sep="\n", end="\n" if _notes(stop) else "", file=sys.stderr)
         raise

@@ -1,23 +1,154 @@
-"""Text for the terminal: names from files, which may hold any bytes, and help that fits its width.
+"""What a command has to do with its terminal: text for it, output that outlives it, and Ctrl-C.
 
-A name may move the cursor or change the terminal's title. tyro fits the tables of its help, but not what stands above
-them.
+A name from a file may hold any bytes: it may move the cursor or change the terminal's title. tyro fits the tables of
+its help to the terminal, but not what stands above them. A terminal or a reader of the output may go away at any time,
+which is no reason to end for a command that writes files.
 """
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import re
+import select
 import shutil
+import signal
 import sys
 import textwrap
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from typing import TextIO
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import Any, TextIO
 
 NARROW = 80
 """Columns for prose, also in a wider terminal."""
+INTERRUPTED, UNREAD = 130, 141
+"""Exit codes: after Ctrl-C, and of a command whose only purpose was an output that nobody reads any more."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
+"""What writing to a stream answers whose reader is gone, whose terminal was closed, or that is not open."""
+_SHOW_CURSOR = b"\x1b[?25h"
+
+
+class _Program:
+    """Whether this process is a command of ours, and not one that uses the library."""
+
+    is_begun = False
+
+
+def begin_program() -> None:
+    """Make this process a command: call it before anything heavy is imported, and once.
+
+    From now on its output outlives whoever reads it, and until `interruptible` Ctrl-C ends it without a traceback,
+    whatever is being imported.
+    """
+    _Program.is_begun = True
+    sys.stdin = sys.stdin or _opened(0, "r")
+    sys.stdout = sys.__stdout__ = _lasting(sys.stdout, 1)
+    sys.stderr = sys.__stderr__ = _lasting(sys.stderr, 2)
+    default_hook = sys.unraisablehook
+
+    def unraisable(event: Any) -> None:
+        # A Ctrl-C that came where Python could not raise it, as in a destructor: again in a moment, when that is over.
+        if issubclass(event.exc_type, KeyboardInterrupt):
+            _later(0.01, lambda: os.kill(os.getpid(), signal.SIGINT))
+        else:
+            default_hook(event)
+
+    sys.unraisablehook = unraisable
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as in the background
+        signal.signal(signal.SIGINT, end_at_once)
+
+
+def interruptible() -> None:
+    """Let Ctrl-C raise `KeyboardInterrupt` again: imports are over, and there may be something to clean up."""
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def uninterruptible() -> None:
+    """Let Ctrl-C end the process again, a command that has nothing left to do but to leave the interpreter."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if _Program.is_begun and is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_at_once)
+
+
+def end_at_once(*_: object) -> None:
+    """End this process as Ctrl-C does, without any clean-up; a handler of signals."""
+    for descriptor, text in ((1, _SHOW_CURSOR * os.isatty(1)), (2, b"interrupted\n")):
+        with suppress(OSError):
+            os.write(descriptor, text)
+    os._exit(INTERRUPTED)
+
+
+def end_within(seconds: float) -> None:
+    """Have a command end that long from now, whatever its clean-up waits for."""
+    if _Program.is_begun:
+        _later(seconds, end_at_once)
+
+
+def _later(seconds: float, function: Callable[[], object]) -> None:
+    timer = threading.Timer(seconds, function)
+    timer.daemon = True
+    timer.start()
+
+
+def is_unread() -> bool:
+    """Whether the reader of the standard output is gone."""
+    buffer = getattr(sys.stdout, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)
+    return isinstance(raw, _Lasting) and raw.is_gone
+
+
+class _Lasting(io.FileIO):
+    """A standard stream. What cannot be written is dropped, for good if nobody is there any more to read it."""
+
+    is_gone = False
+
+    def write(self, data: Any, /) -> int:
+        """Write all of it; the number of bytes, be they written or dropped."""
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left:
+                count: int | None = super().write(left)
+                if count is None:  # another process that has the stream, too, has made it one that does not wait
+                    select.select((), (self,), ())
+                left = left[count or 0 :]
+        except OSError as error:
+            if error.errno in _GONE:
+                self._let_go()
+        return size
+
+    def _let_go(self) -> None:
+        """Have what else writes there, such as a process started later, write to nowhere."""
+        self.is_gone = True
+        with suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+
+
+def _opened(number: int, mode: str) -> Any:
+    """A standard stream in place of one that was closed; else the next file to be opened would get its number."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    os.set_inheritable(descriptor, descriptor == number)
+    return open(descriptor, mode, encoding="utf-8", errors="backslashreplace", closefd=False)
+
+
+def _lasting(stream: Any, number: int) -> TextIO:
+    """`stream`, or what takes its place where it was closed, as one that outlives its reader."""
+    stream = stream or _opened(number, "w")
+    is_unbuffered = not isinstance(getattr(stream, "buffer", None), io.BufferedWriter)  # python -u
+    with suppress(OSError, ValueError):
+        stream.flush()
+    raw: Any = _Lasting(stream.fileno(), "wb", closefd=False)
+    buffer = raw if is_unbuffered else io.BufferedWriter(raw)
+    is_line_buffered = getattr(stream, "line_buffering", True)
+    return io.TextIOWrapper(
+        buffer, stream.encoding, "backslashreplace", line_buffering=is_line_buffered, write_through=is_unbuffered
+    )
 
 
 def printable(text: object) -> str:

@@ -46,6 +46,7 @@ class Checkpoints:
     are again those whose files are there, so that a later one may take their place.
 
     Use it as a context manager; on the way out of an error it waits for the writer and says nothing of its failures.
+    After a second Ctrl-C it does not wait: what is being written stays as it was.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(UserError):  # said already
-            self.finish()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            with contextlib.suppress(UserError):  # said already
+                self.finish()
 
     def _is_due(self, *, is_logged: bool) -> bool:
         """Whether to save between two validations; every rank must come to the same answer.

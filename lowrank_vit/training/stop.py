@@ -1,4 +1,6 @@
-"""Signals that ask a run to save and end: Ctrl-C, a batch system's SIGTERM, SIGUSR1 before the time limit."""
+"""Signals that ask a run to save and end: Ctrl-C, a batch system's SIGTERM, SIGUSR1 before the time limit, SIGHUP of a
+terminal that is closed.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,18 @@ import time
 from collections.abc import Generator, Iterator
 from types import FrameType
 
+from lowrank_vit.common.terminal import end_within
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.ranks.world import World
 from lowrank_vit.score.evaluate import Batches
 
 SAME_REQUEST_S = 5.0
 """Signals that come within this time of the first one are the same request."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+_ORDERS = (signal.SIGTERM, signal.SIGINT)
+"""Those of which a second one ends the process at once."""
+_CLEAN_UP_S = 3.0
+"""Time for what a second one leaves to be closed."""
 _AGREE_S, _AGREE_STEPS = 2.0, 1000
 """Time, and the most steps, between two agreements of the ranks."""
 
@@ -41,17 +48,23 @@ class StopRequest:
         now = time.monotonic()
         if self._asked_at is None:
             self._asked_at = now
-        elif number != signal.SIGUSR1 and now - self._asked_at > SAME_REQUEST_S:
-            signal.default_int_handler(number, frame)  # raises KeyboardInterrupt
+        elif number in _ORDERS and now - self._asked_at > SAME_REQUEST_S:
+            end_within(_CLEAN_UP_S)
+            raise KeyboardInterrupt
         self.ask(number)
 
     @contextlib.contextmanager
     def noted(self) -> Generator[StopRequest]:
-        """Only note signals within the context. Does nothing outside the main thread, where Python cannot do so."""
+        """Only note signals within the context; not SIGHUP where it is ignored, as by nohup.
+
+        Does nothing outside the main thread, where Python cannot do so.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        noted = [number for number in SIGNALS if not (is_ignored and number == signal.SIGHUP)]
+        before = {number: signal.signal(number, self._note) for number in noted}
         try:
             yield self
         finally:

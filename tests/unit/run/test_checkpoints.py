@@ -53,6 +53,24 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     assert float(read_checkpoint(tmp_path / LAST).content["optimizer"]["state"][0]["m"][0]) == 1.0
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    may_write = threading.Event()
+
+    def slow(path, content):
+        assert may_write.wait(100)
+        write_checkpoint(path, content)
+
+    monkeypatch.setattr(checkpoints_module, "write_checkpoint", slow)
+    writer = CheckpointWriter(tmp_path, CPU, print)
+    checkpoints = Checkpoints(Run(), RunState(), lambda: content(1.0), writer)
+    checkpoints.save()
+    with pytest.raises(KeyboardInterrupt), checkpoints:
+        raise KeyboardInterrupt
+    assert writer.is_busy
+    may_write.set()
+    writer.close()
+
+
 def test_one_file_has_all_its_names_and_old_ones_go(tmp_path):
     writer = CheckpointWriter(tmp_path, CPU, print)
     writer.save(content(1.0), ("model_best.pth.tar", "checkpoint-0.pth.tar", LAST))

@@ -42,8 +42,19 @@ def test_the_same_wish_may_come_twice_and_a_later_signal_is_an_order(clock):
         os.kill(os.getpid(), signal.SIGTERM)
         clock[0] += 0.1
         os.kill(os.getpid(), signal.SIGUSR1)  # never an order
+        os.kill(os.getpid(), signal.SIGHUP)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_nohup_has_a_run_go_on_when_its_terminal_is_closed():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(World()).noted() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.comes_after(1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 class Ranks:
