@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from lowrank_vit.ranks.joining import environment_world, joined
 from lowrank_vit.ranks.world import World
 from lowrank_vit.report.status import next_steps, shown
 from lowrank_vit.run.progress import duration
-from lowrank_vit.training.trainer import Result, Trainer
+from lowrank_vit.training.trainer import Result, train
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,9 +37,16 @@ def main(argv: list[str] | None = None) -> None:
 def _train(argv: list[str], world: World, failing: Failing) -> None:
     config = parse(argv, usage_name("lowrank_vit.train"))
     with joined(world, pick_device(config.step.device, world.local_rank)), failing.watched():
-        result = Trainer(config, default_name(argv, config), world, failing).run()
+        result = train(config, default_name(argv, config), world, failing)
         if world.is_first:
             say(_farewell(result, config, world))
+    is_own_process = multiprocessing.parent_process() is None  # else a parent of Python's waits for what we return
+    if result.is_repeated and os.environ.get("TORCHELASTIC_RUN_ID") and is_own_process:
+        # All was done when torchrun started this again. Whatever ended the attempt before, be it at the interpreter's
+        # exit, must not fail the launch.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def default_name(argv: list[str], config: Config) -> str:
@@ -59,9 +68,10 @@ def _farewell(result: Result, config: Config, world: World) -> str:
     if result.stopped_by:
         heading = f"stopped by {result.stopped_by} after update {result.num_updates}; everything is saved"
     elif result.best is None:
-        heading = f"{result.num_updates} updates in {duration(result.train_s)}"
+        heading = f"{result.num_updates} updates" + ("" if result.is_repeated else f" in {duration(result.train_s)}")
     else:
-        heading = "\n".join([f"{_best(result)}, {duration(result.train_s)} of training", *_whose(result)])
+        how_long = "" if result.is_repeated else f", {duration(result.train_s)} of training"
+        heading = "\n".join([f"{_best(result)}{how_long}", *_whose(result)])
     there = (f"    {name:<20}{what}" for name, pattern, what in _FILES if any(run.glob(pattern)))
     commands = (step.command("  ") for step in steps)
     return "\n".join(["", heading, "", f"  {shown(run)}/", *there, "", "next:", *commands])

@@ -131,6 +131,11 @@ class Constant:
         """Do nothing."""
 
 
+def epochs_in_all(optim: Optim, updates_per_epoch: int) -> int:
+    """Epochs to run, as `create_scheduler` tells them, before there is a model. Raises `UserError` as it does."""
+    return create_scheduler(optim, torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0), max(1, updates_per_epoch))[1]
+
+
 def create_scheduler(
     optim: Optim, optimizer: Optimizer, updates_per_epoch: int, seed: int = 42
 ) -> tuple[Scheduler | Constant, int]:

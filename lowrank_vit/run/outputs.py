@@ -23,6 +23,11 @@ SPECTRA = "spectra"
 """The store's folder in the run directory."""
 
 
+def already_finished(num_epochs: int) -> str:
+    """A line about a run that has nothing left to train."""
+    return f"already finished: all {num_epochs} epochs are done. A greater --epochs would go on"
+
+
 class Outputs:
     """Display, metrics and W&B of one run. Use as a context manager."""
 
@@ -74,9 +79,7 @@ class Outputs:
         for line in (*self._description, f"run directory {run_dir.path}"):
             self.display.say(line)
         if position.epoch >= self._num_epochs:
-            self.display.say(
-                f"all {self._num_epochs} epochs are done: nothing is left to train. A greater --epochs would go on"
-            )
+            self.display.say(already_finished(self._num_epochs))
         elif position.is_begun:
             best = state.best.best_metric
             so_far = "" if best is None else f", best {config.run.eval_metric} so far {best:.4g}"

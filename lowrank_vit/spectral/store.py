@@ -141,6 +141,10 @@ class SpectraStore:
                 return Kept.of(torch.load(path, map_location="cpu", weights_only=True))
         return None
 
+    def kept_update(self, until: int) -> int:
+        """The update of what `kept` reads, if its file is sound; -1 without a file."""
+        return max((update_of(path) for path in _files(self.path, WEIGHTS) if update_of(path) <= until), default=-1)
+
     def first_and_last(self, until: int) -> tuple[dict[str, Solved], int | None, dict[str, Solved]]:
         """The first refresh, and the newest up to the update `until`, with its update; empty where none can be read."""
         usable: list[tuple[int, dict[str, Solved]]] = []

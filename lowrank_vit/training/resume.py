@@ -16,12 +16,15 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
 from lowrank_vit.config.option_types import kind_of, leaves, may_change, with_options
 from lowrank_vit.config.options import Config
+from lowrank_vit.model.optimizer import epochs_in_all
 from lowrank_vit.model.weights import BETTER, Checkpoint, read_checkpoint
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.checkpoints import IS_FINITE
 from lowrank_vit.run.directory import RunDir
-from lowrank_vit.run.metrics import NEVER
+from lowrank_vit.run.metrics import NEVER, last_recorded
+from lowrank_vit.run.outputs import SPECTRA
 from lowrank_vit.run.state import RunState
+from lowrank_vit.spectral.store import SpectraStore
 from lowrank_vit.training import launch
 from lowrank_vit.training.setup import Setup, silent
 
@@ -55,6 +58,29 @@ def find_start(config: Config, world: World) -> Start:
     if resumed:
         config = as_resumed(config, resumed, terminal.say if world.is_first else silent)
     return Start(config, resumed, earlier, agents)
+
+
+def finished(start: Start, world: World) -> tuple[RunState, int] | None:
+    """What a run of which nothing is left to do remembers, and its number of epochs; None for every other.
+
+    Rank 0 looks, and the others follow. What was to be sent to W&B, or a refresh of the spectra that a kill has cut
+    short, is left to be done.
+    """
+    resumed, config, done = start.resumed, start.config, None
+    if world.is_first and resumed and not config.run.log_wandb:
+        state = RunState()
+        updates = resumed.training_state("step")["num_updates"]
+        state.load_state_dict(resumed.training_state("progress"), updates)
+        num_epochs = epochs_in_all(config.optim, updates // max(1, state.position.epoch))
+        if state.position.epoch >= num_epochs and not _has_spectra_to_do(config, resumed.path.parent, updates):
+            RunDir.reopen(resumed.path.parent).close()  # nobody else has it; leftovers of writing go
+            done = state, num_epochs
+    return world.from_first(done)
+
+
+def _has_spectra_to_do(config: Config, folder: Path, updates: int) -> bool:
+    kept = SpectraStore(folder / SPECTRA, 0).kept_update(updates)
+    return config.spectra.spec_monitor and kept > last_recorded(folder, "spec", updates)
 
 
 def _read_alike(path: Path, world: World) -> Checkpoint:

@@ -17,7 +17,7 @@ from lowrank_vit.ranks.world import World
 from lowrank_vit.run.checkpoints import Beside, Checkpoints, CheckpointWriter
 from lowrank_vit.run.directory import RunDir
 from lowrank_vit.run.metrics import last_recorded
-from lowrank_vit.run.outputs import SPECTRA, Outputs
+from lowrank_vit.run.outputs import SPECTRA, Outputs, already_finished
 from lowrank_vit.run.progress import Figures
 from lowrank_vit.run.speed import Clock, RankFigures, Speed
 from lowrank_vit.run.state import Position, RunState
@@ -26,7 +26,7 @@ from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
 from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.store import kept_name
 from lowrank_vit.training.phases import PhaseListener, Phases
-from lowrank_vit.training.resume import capture, find_start, open_run_dir, restore
+from lowrank_vit.training.resume import Start, capture, find_start, finished, open_run_dir, restore
 from lowrank_vit.training.setup import set_up
 from lowrank_vit.training.stop import Stopped, StopRequest, UntilStopped
 
@@ -56,6 +56,14 @@ class Result:
     num_updates: int = 0
     best_scores: dict[str, float] = field(default_factory=dict[str, float])
     """Scores in the best epoch: of the "model", and of its "ema" where there is one."""
+    is_repeated: bool = False
+    """All was done already when it was asked for."""
+
+
+def _result(run_dir: Path, config: Config, state: RunState, **more: Any) -> Result:
+    best, so_far = state.best, {"train_s": 0.0, "num_updates": state.position.num_updates}
+    of_best = best.best_metric, best.best_epoch
+    return Result(run_dir, config.run.eval_metric, *of_best, best_scores=best.best_scores, **so_far | more)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,17 @@ class EpochStats:
     """Without the process's first updates, which compile."""
     train_s: float
     """Seconds in training, with those updates."""
+
+
+def train(config: Config, default_name: str, world: World, failing: Failing) -> Result:
+    """Train to the last epoch; where an earlier attempt has come there, only say so. Raises `UserError`."""
+    start = find_start(config, world)
+    if (done := finished(start, world)) and start.resumed:
+        state, num_epochs = done
+        if world.is_first:
+            world.say(already_finished(num_epochs))
+        return _result(start.resumed.path.parent, start.config, state, is_repeated=True)
+    return Trainer(config, default_name, world, failing, start).run()
 
 
 class Trainer:
@@ -87,17 +106,19 @@ class Trainer:
         default_name: str,
         world: World | None = None,
         failing: Failing | None = None,
+        start: Start | None = None,
         *,
         listener: PhaseListener | None = None,
     ) -> None:
         """`default_name` begins the run directory's name where `--experiment` is not given. Raises `UserError`.
 
-        `failing` tells the other ranks of `world` of an error; `listener` is told of phases, see `phases.py`.
+        `failing` tells the other ranks of `world` of an error; `start` is what `find_start` has found, if it was called
+        already; `listener` is told of phases, see `phases.py`.
         """
         self.world = world or World()
         self._failing = failing or Failing(self.world)
         self._phases = Phases(listener)
-        start = find_start(config, self.world)
+        start = start or find_start(config, self.world)
         self.state = RunState()
         self.setup = set_up(start.config, start.resumed, self.world, self.state.position, self._phases)
         self.config = self.setup.config
@@ -146,9 +167,7 @@ class Trainer:
                     self.checkpoints.save()
                 self._finish_spectra()
                 self.checkpoints.finish()
-        best, updates = self.state.best, self.state.position.num_updates
-        end = self.train_s, stopped_by, updates, best.best_scores
-        self.result = Result(self.run_dir.path, self.config.run.eval_metric, best.best_metric, best.best_epoch, *end)
+        self.result = _result(self.run_dir.path, self.config, self.state, train_s=self.train_s, stopped_by=stopped_by)
 
     def _make_outputs(self) -> Outputs:
         return Outputs(

@@ -260,3 +260,24 @@ def test_elastic_restarts_go_on_from_the_last_checkpoint(small, one, tmp_path):
     assert "resumed in epoch" in out
     (run,) = {path.parent for path in tmp_path.glob("*/args.yaml")} - {tmp_path / "latest"}
     assert_same_run(run, one)
+
+
+def test_a_rank_killed_when_all_is_saved_costs_nothing(small, tmp_path):
+    """In each attempt, so that the restart that finds nothing to do must not come to the same place."""
+    program = altered(
+        tmp_path,
+        """
+        from lowrank_vit.run.checkpoints import Checkpoints
+        finish = Checkpoints.finish
+        def and_die(self):
+            finish(self)
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        Checkpoints.finish = and_die
+        """,
+    )
+    argv = small(*RECIPE, "--epochs", "1", "--warmup-epochs", "0", "-b", "64")
+    code, out, err = finish(forked(2, argv, "--max-restarts=1", program=program))
+    assert code == 0, err
+    assert "already finished: all 1 epochs are done" in out
+    assert out.rindex("next:") > out.index("already finished")

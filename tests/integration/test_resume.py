@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowrank_vit import train as train_command
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.model.weights import read_checkpoint
@@ -184,9 +185,36 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(train, tmp_path, ca
     files = [path for path in first.run_dir.rglob("*") if path.name in ("metrics.jsonl", "summary.csv", "last.pth.tar")]
     before = [path.read_bytes() for path in files]
     again = train("--resume", str(first.run_dir / "last.pth.tar"), *line)
-    assert "all 1 epochs are done: nothing is left to train" in capsys.readouterr().out
+    assert "already finished: all 1 epochs are done" in capsys.readouterr().out
     assert [path.read_bytes() for path in files] == before
     assert (again.run_dir, again.best, again.num_updates) == (first.run_dir, first.best, first.num_updates)
+
+
+def test_a_finished_run_needs_no_data_and_is_not_written_to(small, train, tmp_path, capsys):
+    run = train("--experiment", "a", "--epochs", "1", "--warmup-epochs", "0", "--spec-monitor").run_dir
+    argv = small("--resume", str(run / "last.pth.tar"), "--epochs", "1", "--warmup-epochs", "0", "--spec-monitor")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    train_command.main([*argv, "--data-dir", str(tmp_path / "gone")])
+    out = capsys.readouterr().out
+    assert "already finished: all 1 epochs are done" in out
+    assert "(best, epoch 1)\n" in out
+    assert "next:" in out
+    now = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert now == before
+
+
+def test_a_refresh_that_a_kill_cut_short_is_done_before_a_run_counts_as_finished(small, train, tmp_path, capsys):
+    line = ("--epochs", "1", "--warmup-epochs", "0", "--spec-monitor", "--spec-every", "11")
+    run = train("--experiment", "a", *line).run_dir
+    whole = records(run, "spec")
+    path = run / "metrics.jsonl"
+    path.write_text(
+        "".join(row for row in path.read_text().splitlines(True) if '"spec"' not in row or '"update": 11' not in row)
+    )
+    assert records(run, "spec") == whole[:-1]
+    train_command.main(small("--resume", str(run / "last.pth.tar"), *line))
+    assert [row["update"] for row in records(run, "spec")] == [row["update"] for row in whole]
+    assert "already finished" in capsys.readouterr().out
 
 
 def test_an_attempt_that_died_before_its_first_checkpoint_is_taken_over(small, tmp_path, capsys):
