@@ -10,7 +10,7 @@ from pathlib import Path
 from lowrank_vit.common.devices import pick_device
 from lowrank_vit.common.errors import exit_cleanly
 from lowrank_vit.common.program import usage_name
-from lowrank_vit.common.terminal import say
+from lowrank_vit.common.terminal import duration, say
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.option_types import leaves
 from lowrank_vit.config.options import Config
@@ -19,7 +19,6 @@ from lowrank_vit.ranks.failing import Failing
 from lowrank_vit.ranks.joining import environment_world, joined
 from lowrank_vit.ranks.world import World
 from lowrank_vit.report.status import next_steps, shown
-from lowrank_vit.run.progress import duration
 from lowrank_vit.training.trainer import Result, train
 
 

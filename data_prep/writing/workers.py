@@ -18,6 +18,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
+from lowrank_vit.common.terminal import Steady, say_beside
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -57,9 +59,9 @@ def _run_chunk(function: Callable[[Item], Result], chunk: list[Item]) -> list[Re
 
 
 class ConversionProgress:
-    """Images done, img/s, MB/s, time left and counts by reason, on stderr.
+    """Images done, img/s, MB/s, time left and counts by reason, on stderr; nothing unless `enabled`.
 
-    Shows nothing unless `enabled` and stderr is a terminal.
+    Where stderr is no terminal, a line a minute.
     """
 
     def __init__(self, total: int, enabled: bool) -> None:
@@ -75,7 +77,8 @@ class ConversionProgress:
             transient=True,
         )
         self._task = self._display.add_task("convert", total=total, data_bytes=0)
-        self._data_bytes = 0
+        self._data_bytes = self._done = 0
+        self._steady = Steady(total, say_beside if enabled and self._display.disable else None)
 
     def __enter__(self) -> ConversionProgress:
         self._display.start()
@@ -87,6 +90,8 @@ class ConversionProgress:
     def advance(self, data_bytes: int, reasons: Mapping[str, int], num_bad: int) -> None:
         """Count one more image, stored in `data_bytes` bytes; `reasons` and `num_bad` are the counts so far."""
         if self._display.disable:
+            self._done += 1
+            self._steady.tell(self._done, "images:")
             return
         self._data_bytes += data_bytes
         self._display.counts = {**reasons, **({"bad": num_bad} if num_bad else {})}

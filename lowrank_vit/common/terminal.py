@@ -17,6 +17,7 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
@@ -165,6 +166,45 @@ def one_line(name: object) -> str:
 def say(text: object) -> None:
     """Print lines that may hold names from files, at once."""
     print(printable(text), flush=True)
+
+
+def say_beside(text: object) -> None:
+    """`say` on stderr: what does not belong to a command's output."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`75` as 1:15, `3700` as 1:01:40."""
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+
+
+LINE_EVERY_S = 60.0
+"""Seconds between two lines of progress in an output that is no terminal: a longer silence means no progress."""
+
+
+class Steady:
+    """Progress where no live line can be shown: a line a minute while there is any, with the time left."""
+
+    def __init__(self, total: int, say: Callable[[str], object] | None, done: int = 0) -> None:
+        """`done` of the `total` were done before; `say` None: nothing is said."""
+        self._total, self._say, self._first = total, say, done
+        self._began = self._said_at = time.monotonic()
+
+    def eta(self, done: int) -> str:
+        """The time left, as that so far tells."""
+        left = (time.monotonic() - self._began) / max(1, done - self._first) * (self._total - done)
+        return f"ETA {duration(left)}"
+
+    def tell(self, done: int, what: str, figures: str = "", *, every_s: float = LINE_EVERY_S) -> bool:
+        """Say `what`, and that so many are done now, if the last line is `every_s` seconds old; whether it was said."""
+        now = time.monotonic()
+        if self._say is None or now - self._said_at < every_s:
+            return False
+        self._said_at = now
+        self._say("  ".join(filter(None, (f"{what} {done:,}/{self._total:,}", figures, self.eta(done)))))
+        return True
 
 
 class _Captured(io.StringIO):

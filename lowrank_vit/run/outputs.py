@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from lowrank_vit.common.terminal import duration
 from lowrank_vit.config.flags import to_yaml
 from lowrank_vit.config.option_types import leaves
 from lowrank_vit.config.options import Config
 from lowrank_vit.run.directory import RunDir, environment, environment_json
 from lowrank_vit.run.metrics import RunLog
-from lowrank_vit.run.progress import Display, Figures, duration, wait_in_words
+from lowrank_vit.run.progress import Display, Figures, wait_in_words
 from lowrank_vit.run.state import RunState
 from lowrank_vit.run.wandb_log import WandbLog
 from lowrank_vit.score.evaluate import Scores
@@ -113,7 +114,15 @@ class Outputs:
         values = {"epoch": epoch, **values, "top1": top1, **waiting, **asdict(figures.loading)}
         if self._log:
             self._log.log("train", update, {name: value for name, value in values.items() if value is not None})
-        self.display.update(update, f"{epoch + 1}/{self._num_epochs}", figures)
+        is_interval = self._state.position.updates_done % self._config.run.log_interval == 0
+        self.display.update(update, self._place(), figures, is_interval=is_interval)
+
+    def tick(self) -> None:
+        """Show that an update was made, where nothing else was shown for long."""
+        self.display.tick(self._state.position.num_updates, self._place())
+
+    def _place(self) -> str:
+        return f"{self._state.position.epoch + 1}/{self._num_epochs}"
 
     def log_spectra(self, records: list[SpectralRecord]) -> None:
         """Write the refreshes of the spectra that are finished."""

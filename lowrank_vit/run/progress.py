@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import time
+import sys
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from lowrank_vit.common.terminal import printable
+from lowrank_vit.common.terminal import Steady, is_unread, printable
 from lowrank_vit.data.loader import LoaderStats
 
 _NARROW = 100
 """Columns up to which the figures leave the bar only a stub."""
 _BAR_NARROW, _BAR_WIDE = 7, 27
 """Columns that bar and gaps take beside epoch and figures."""
+_LINE = 200
+"""Columns of the figures in a line of an output that is no terminal."""
+_FREE_LINES, _THEN_EVERY_S = 100, 10.0
+"""Lines of a fast run's log intervals that are printed one and all, and the least distance of those that follow."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,10 @@ def wait_in_words(share: float, rank: int | None) -> str:
 
 
 class Display:
-    """The progress of all epochs. In a terminal one live line; elsewhere nothing but what `say` prints."""
+    """The progress of all epochs. In a terminal one live line; elsewhere a line at each log interval and each minute.
+
+    Of a run with very short intervals not all of them have a line.
+    """
 
     def __init__(self, total_updates: int, done_updates: int, *, is_silent: bool = False) -> None:
         self.console = Console(highlight=False, soft_wrap=True, quiet=is_silent)
@@ -85,7 +92,9 @@ class Display:
             transient=True,
         )
         self._room = self.console.width - (_BAR_WIDE if is_wide else _BAR_NARROW)
-        self._total, self._first, self._began = total_updates, done_updates, time.perf_counter()
+        self._is_live, self._is_silent, self._free_lines = self.console.is_terminal, is_silent, _FREE_LINES
+        self._is_read = True
+        self._steady = Steady(total_updates, None if self._is_live or is_silent else self.say, done_updates)
         self._task: TaskID = self._progress.add_task(
             "", total=total_updates, completed=done_updates, epoch="", status="first updates"
         )
@@ -100,22 +109,35 @@ class Display:
     def say(self, line: str) -> None:
         """Print a line above the live one."""
         self.console.print(Text(printable(line)))  # a path or an error may hold [brackets], :names: and worse
+        if self._is_read and is_unread():
+            self._is_read = False
+            print("note: nobody reads the output any more; training goes on, and its files keep all", file=sys.stderr)
 
-    def update(self, updates: int, epoch: str, figures: Figures) -> None:
-        """Show the newest figures; the ETA counts validation in, since it is taken from the whole run so far."""
-        done = updates - self._first
-        left_s = (time.perf_counter() - self._began) / max(1, done) * (self._total - updates)
-        eta = f" ETA {duration(left_s)}"
+    def update(self, updates: int, epoch: str, figures: Figures, *, is_interval: bool = True) -> None:
+        """Show the newest figures; the ETA counts validation in, since it is taken from the whole run so far.
+
+        `is_interval` False: the epoch ends between two log intervals, and has a line of its own.
+        """
+        eta = f" {self._steady.eta(updates)}"
         status = in_words(figures, self._room - len(epoch) - len(eta)) + eta
         self._progress.update(self._task, completed=updates, epoch=epoch, status=status)
+        every_s = 0.0 if self._free_lines > 0 else _THEN_EVERY_S
+        if is_interval and self._steady.tell(updates, _place(epoch), in_words(figures, _LINE), every_s=every_s):
+            self._free_lines -= 1
+
+    def tick(self, updates: int, epoch: str) -> None:
+        """An update was made; where no line of figures came for a minute, it is said without them."""
+        self._steady.tell(updates, _place(epoch))
+
+    def within(self, total: int) -> Steady:
+        """The progress of something else that may take minutes, while the updates wait."""
+        return Steady(total, None if self._is_live or self._is_silent else self.say)
+
+
+def _place(epoch: str) -> str:
+    number, _, of = epoch.partition("/")
+    return f"epoch {number:>3}/{of}  update"
 
 
 def _short(value: float) -> str:
     return f"{value:.1f}" if value < 10 else f"{value:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """`75` as 1:15, `3700` as 1:01:40."""
-    minutes, secs = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"

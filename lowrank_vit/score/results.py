@@ -19,12 +19,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.terminal import Steady, say_beside
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.score.evaluate import Batches, Scores
 
 
 class ScoringProgress:
-    """Counts images; shows nothing where stderr is no terminal. Use as a context."""
+    """Counts images, on stderr: a live line, or a line a minute where that is no terminal. Use as a context."""
 
     def __init__(self, total: int) -> None:
         self._bar = Progress(
@@ -38,6 +39,7 @@ class ScoringProgress:
             transient=True,
         )
         self._task = self._bar.add_task("", total=total)
+        self._done, self._steady = 0, Steady(total, say_beside if self._bar.disable else None)
 
     def __enter__(self) -> ScoringProgress:
         self._bar.start()
@@ -49,6 +51,8 @@ class ScoringProgress:
     def advance(self, images: int) -> None:
         """Count more images."""
         self._bar.update(self._task, advance=images)
+        self._done += images
+        self._steady.tell(self._done, "images:")
 
 
 class Counted:

@@ -8,7 +8,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import FrameType
 
 from lowrank_vit.common.terminal import end_within
@@ -107,9 +107,15 @@ class StopRequest:
 class UntilStopped:
     """A validation loader that raises `Stopped` when all ranks are to end; the epoch is validated after resuming."""
 
-    def __init__(self, loader: Batches, num_batches: int, stop: StopRequest) -> None:
-        """`num_batches`: of the rank that has most. The others go on agreeing when they are through with theirs."""
+    def __init__(
+        self, loader: Batches, num_batches: int, stop: StopRequest, tell: Callable[[int], object] = lambda done: None
+    ) -> None:
+        """`num_batches`: of the rank that has most. The others go on agreeing when they are through with theirs.
+
+        `tell` is told after each how many batches were seen, in all passes.
+        """
         self._loader, self._num_batches, self._stop = loader, num_batches, stop
+        self._tell, self._done = tell, 0
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Batches of one pass over this rank's samples."""
@@ -119,6 +125,8 @@ class UntilStopped:
             batch = next(batches, None)
             if batch is not None:
                 yield batch
+            self._done += 1
+            self._tell(self._done)
             if self._stop.comes_after(n + 1):
                 raise Stopped
         yield from batches

@@ -262,6 +262,7 @@ class Trainer:
             if is_due:
                 with phases("log"):
                     speed = self._log_interval(epoch, clock)
+            self.outputs.tick()
             if position.updates_done == warm_at:
                 wait_for(setup.device)  # what was asked of it so far is no part of what follows
                 clock.tick()
@@ -335,7 +336,10 @@ class Trainer:
         with self._phases("checkpoint"):
             self.checkpoints.save(may_skip=True)
         most_batches = int(world.greatest(setup.val_loader.plan.steps_per_epoch)[0])
-        loader = UntilStopped(setup.val_loader, most_batches, self.stop)
+        progress = self.outputs.display.within(most_batches * len(setup.evaluators))
+        loader = UntilStopped(
+            setup.val_loader, most_batches, self.stop, lambda n: progress.tell(n, "validation: batch")
+        )
         with self._phases("evaluation"):
             return {
                 prefix: evaluate(loader, setup.val_batch, world.sum) for prefix, evaluate in setup.evaluators.items()

@@ -24,6 +24,7 @@ from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.files import remove_leftovers, whole_folder, write_whole
 from lowrank_vit.common.locks import Say, one_process_in
+from lowrank_vit.common.terminal import Steady
 
 STAMP = "staged.json"
 """Beside the files of a finished copy: what they were when they had been checked."""
@@ -161,8 +162,14 @@ def _copy_sets(sets: list[_Set], stage_dir: Path, say: Say) -> None:
         *columns, TimeRemainingColumn(), console=console, transient=True, disable=not sys.stderr.isatty()
     ) as bar:
         task = bar.add_task("stage", total=total)
+        steady = Steady(total >> 20, say if bar.disable else None)
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+            steady.tell(int(bar.tasks[task].completed) >> 20, "copying, MiB:")
+
         for one in sets:
-            _copy_set(one, lambda count: bar.advance(task, count))
+            _copy_set(one, advance)
     seconds = time.monotonic() - begun
     say(f"  copied and read back in {seconds:.1f} s ({size_in_words(int(total / max(seconds, 1e-3)))}/s)")
 

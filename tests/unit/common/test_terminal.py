@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from lowrank_vit.common import terminal
 from lowrank_vit.common.program import COMMANDS
+from lowrank_vit.common.terminal import Steady, duration
 
 ROOT = Path(__file__).parents[3]
 TALK = """
@@ -145,3 +147,20 @@ def test_a_library_leaves_the_process_as_it_is():
     for module in ([], ["-m", "timeit", "-n", "1", "-r", "1"]):
         argument = [text + check] if module else ["-c", text + check]
         subprocess.run([sys.executable, *module, *argument], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.4, "1:15"), (3700, "1:01:40")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_progress_is_a_line_a_minute_with_the_time_left(monkeypatch):
+    now, said = [5.0], []
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    steady = Steady(1000, said.append, done=100)
+    for done in range(101, 301):
+        now[0] += 1.0
+        steady.tell(done, "images:")
+    assert said == ["images: 160/1,000  ETA 14:00", "images: 220/1,000  ETA 13:00", "images: 280/1,000  ETA 12:00"]
+    now[0] += 1000.0  # nothing goes on, so nothing is said
+    assert len(said) == 3

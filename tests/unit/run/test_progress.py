@@ -66,3 +66,65 @@ def test_what_is_said_stands_as_it_is(capsys):
     with Display(10, 0) as display:
         display.say("[enforce fail at file.cc:5] of [/tmp/run] [bold]")
     assert capsys.readouterr().out == "[enforce fail at file.cc:5] of [/tmp/run] [bold]\n"
+
+
+def lines(capsys, updates, *, seconds: float, now: list[float], is_interval: bool = True) -> list[str]:
+    """What is printed of these updates, which are this many seconds apart."""
+    with Display(10_000, 0) as display:
+        for update in updates:
+            now[0] += seconds
+            display.tick(update, "1/2")
+            if update % 50 == 0:
+                display.update(update, "1/2", FIGURES, is_interval=is_interval)
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture
+def now(monkeypatch) -> list[float]:
+    seconds = [0.0]
+    monkeypatch.setattr("lowrank_vit.common.terminal.time.monotonic", lambda: seconds[0])
+    return seconds
+
+
+def test_elsewhere_each_log_interval_is_a_line_with_the_time_left(capsys, now):
+    first, *others = lines(capsys, range(1, 201), seconds=0.5, now=now)
+    assert first == f"epoch   1/2  update 50/10,000  {in_words(FIGURES, 200)}  ETA 1:22:55"
+    assert [line.split()[3] for line in others] == ["100/10,000", "150/10,000", "200/10,000"]
+
+
+def test_elsewhere_long_intervals_have_a_line_a_minute(capsys, now):
+    found = lines(capsys, range(1, 51), seconds=7.0, now=now)
+    assert [line.split()[3] for line in found] == [
+        "9/10,000",
+        "18/10,000",
+        "27/10,000",
+        "36/10,000",
+        "45/10,000",
+        "50/10,000",
+    ]
+    assert ["loss" in line for line in found] == [False] * 5 + [True]
+    assert found[0] == "epoch   1/2  update 9/10,000  ETA 19:25:37"
+
+
+def test_elsewhere_a_long_run_of_short_intervals_has_not_too_many_lines(capsys, now):
+    assert len(lines(capsys, range(50, 10_001, 50), seconds=1.0, now=now)) == 100 + 100 / 10
+    assert lines(capsys, range(50, 101), seconds=0.1, now=now, is_interval=False) == []
+
+
+def test_a_reader_that_goes_away_is_told_once_on_stderr(capsys, monkeypatch):
+    monkeypatch.setattr("lowrank_vit.run.progress.is_unread", lambda: True)
+    with Display(10, 0) as display:
+        display.say("a")
+        display.say("b")
+    assert capsys.readouterr().err.splitlines() == [
+        "note: nobody reads the output any more; training goes on, and its files keep all"
+    ]
+
+
+def test_a_long_validation_has_a_line_a_minute(capsys, now):
+    with Display(10, 0) as display:
+        steady = display.within(80)
+        for n in range(1, 81):
+            now[0] += 1.0
+            steady.tell(n, "validation: batch")
+    assert capsys.readouterr().out == "validation: batch 60/80  ETA 0:20\n"

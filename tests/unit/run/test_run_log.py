@@ -14,7 +14,6 @@ import torch
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.run.directory import RunDir, environment
 from lowrank_vit.run.metrics import RunLog, last_recorded
-from lowrank_vit.run.progress import duration
 
 
 def rows(path):
@@ -140,11 +139,6 @@ def test_environment_names_versions_but_no_paths():
     assert found["torch"].startswith(torch.__version__.partition("+")[0])
     assert found["cpu_cores"] >= 1
     assert "/" not in found["command"].split()[0]
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.4, "1:15"), (3700, "1:01:40")])
-def test_duration(seconds, text):
-    assert duration(seconds) == text
 
 
 def test_a_resumed_run_has_each_record_once(tmp_path):
