@@ -59,7 +59,17 @@ def apply_ops(
                     along_rows(image, other, arg, kind == _SHEAR_X, interpolation, fill)
                 else:
                     along_columns(image, other, arg, kind == _SHEAR_Y, interpolation, fill)
-                image[:] = other
+                _copy(other, image)
+
+
+@njit(cache=True)
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    """`target[:] = source` without numba's words for a wrong shape, whose compilation takes seconds."""
+    H, W, _ = source.shape
+    rows, target_rows = source.reshape(H, W * 3), target.reshape(H, W * 3)
+    for y in range(H):
+        for i in range(W * 3):
+            target_rows[y, i] = rows[y, i]
 
 
 @njit(cache=True)
@@ -225,7 +235,7 @@ def _blur(image: np.ndarray, out: np.ndarray, sigma: float) -> None:
     H, W, _ = image.shape
     inner, edge, radius = blur_weights(sigma)
     line = np.empty(max(H, W), np.int64)
-    out[:] = image
+    _copy(image, out)
     for vertical in range(2):
         lines, length = (W, H) if vertical else (H, W)
         for i in range(lines):
