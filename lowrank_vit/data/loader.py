@@ -251,7 +251,7 @@ class _OwnStream:
             self._waited_ms += before.elapsed_time(behind)
 
     def device_wait_s(self) -> float:
-        """Seconds that the device waited for batches since the last call, where that is over. The host waits not at all."""
+        """Seconds that the device waited for batches since the last call; the host does not wait for them."""
         self._count_waits()
         waited_ms, self._waited_ms = self._waited_ms, 0.0
         return waited_ms / 1e3

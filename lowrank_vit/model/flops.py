@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def train_flops_per_image(model: nn.Module, img_size: int) -> float | None:
 def peak_flops(device: torch.device, dtype: torch.dtype, *, tf32: bool = False) -> Peak:
     """The vendor's figure where the device is listed, else the best of a few matrix products measured now.
 
-    `dtype`: of the products; `tf32`: float32 products may use TF32. About 0.2 s on a CPU.
+    `dtype`: of the products; `tf32`: float32 products may use TF32. About 0.2 s on a CPU, once in a process.
     """
     if device.type == "cuda":
         found = torch.cuda.get_device_name(device)
@@ -80,6 +81,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, *, tf32: bool = False) 
     return _measured(device, dtype)
 
 
+@cache
 def _measured(device: torch.device, dtype: torch.dtype) -> Peak:
     side = _MEASURED_SIDE[device.type]
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
