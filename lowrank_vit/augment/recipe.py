@@ -6,6 +6,7 @@ import timm
 
 from lowrank_vit.common.filters import FILTERS
 from lowrank_vit.config.options import Augment, Config
+from lowrank_vit.plan.dealing import split
 from lowrank_vit.plan.mixing import MixRules
 from lowrank_vit.plan.operations import parse_policy
 from lowrank_vit.plan.plans import TrainRules
@@ -40,6 +41,18 @@ def train_rules(config: Config) -> TrainRules:
         ),
         mixup_off_epoch=augment.mixup_off_epoch,
     )
+
+
+def batches_of_update(config: Config, ranks: int) -> tuple[int, int]:
+    """Images in a batch, and batches to an update on each rank. Raises `UserError` where the flags do not fit `ranks`.
+
+    With --global-batch-size the second is the smallest with which no batch is larger than --batch-size.
+    """
+    optim, batch_size = config.optim, config.data.batch_size
+    if optim.global_batch_size is None:
+        return batch_size, optim.grad_accum_steps
+    mixing = train_rules(config).mixing
+    return split(optim.global_batch_size, batch_size, ranks, mixing.block if mixing.is_on else None)
 
 
 def _own(model: str) -> str:

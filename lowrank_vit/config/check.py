@@ -35,6 +35,11 @@ def check(config: Config) -> None:
     if config.model.initial_checkpoint and (config.model.pretrained or config.model.pretrained_path):
         raise UserError("--initial-checkpoint and --pretrained both say which weights to start from. Give one of them.")
     _check_lists(config)
+    if optim.global_batch_size is not None and optim.grad_accum_steps > 1:
+        raise UserError(
+            f"--grad-accum-steps {optim.grad_accum_steps} and --global-batch-size {optim.global_batch_size} both say "
+            "how many batches make an update. Leave --grad-accum-steps out, or at 1: it follows from the other one."
+        )
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.step.device):
         raise UserError(f"--device {config.step.device} is not known: it must be auto, cpu, cuda or cuda:N.")
     parse_interval(config.run.checkpoint_interval)

@@ -214,7 +214,8 @@ def _tell_what_resuming_overrides(config: Config) -> None:
 def _tell_of_odd_batches(config: Config) -> None:
     """They are refused by timm; here they are only less even."""
     augment, batch_size = config.augment, config.data.batch_size
-    if batch_size % 2 and (augment.mixup or augment.cutmix or augment.cutmix_minmax):
+    is_given = config.optim.global_batch_size is None  # else --batch-size is an upper limit
+    if is_given and batch_size % 2 and (augment.mixup or augment.cutmix or augment.cutmix_minmax):
         _say(
             f"--batch-size {batch_size} is odd: mixing pairs images within a batch, so one of them stays as it is, and "
             "who is mixed with whom depends on ranks and accumulation"

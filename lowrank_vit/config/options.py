@@ -171,6 +171,9 @@ class Optim:
     """What --clip-grad bounds."""
     grad_accum_steps: Annotated[int, POSITIVE, MAY_CHANGE] = 1
     """Batches an update; the same update as one batch as large as all of them."""
+    global_batch_size: Annotated[int | None, POSITIVE, MAY_CHANGE] = None
+    """Images an update, of all devices however many: --batch-size is then the most that one takes at once, and the
+    accumulation follows."""
     sched: Annotated[
         Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"], _NO_PLATEAU
     ] = "cosine"

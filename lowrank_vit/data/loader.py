@@ -156,7 +156,8 @@ class Loader:
             if state.get(name) != value:
                 raise UserError(
                     f"the position in the data belongs to another stream: its {name.replace('_', ' ')} was "
-                    f"{state.get(name)}, now it is {value}. Resume with the same data, seed and global batch."
+                    f"{state.get(name)}, now it is {value}. Resume with the same data, seed and global batch; "
+                    "--global-batch-size keeps that with any number of ranks."
                 )
         self._end()
         self._epoch, self._step, self._is_loaded = state["epoch"], state["update"] * self._accum_steps, True

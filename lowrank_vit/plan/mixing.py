@@ -56,44 +56,6 @@ class MixRules:
         return self.mixup > 0 or self.cutmix > 0 or self.minmax is not None
 
 
-@dataclass(frozen=True)
-class Dealing:
-    """Which samples of a global batch of G make up which batch, S batches of B; the same for every update."""
-
-    positions: np.ndarray
-    """int64 (S, B), each of 0 to G - 1 once: places in the epoch's order, counted from the update's first."""
-    blocks: np.ndarray
-    """int64 (S, B): the mixing block that each sample belongs to."""
-    num_blocks: int
-    is_alone: np.ndarray
-    """bool (S, B): samples that mirror another one in their batch, but have no partner."""
-
-
-def deal(global_batch: int, batch_size: int, block: int) -> Dealing:
-    """Deal G samples out to batches so that partners share a batch and mirror each other in it.
-
-    Each `block` of consecutive samples (0: all) is mirrored in itself: of one with M samples, i and M - 1 - i are
-    partners. The last block may be shorter; the middle sample of an odd one is alone. Who is whose partner does not
-    depend on `batch_size` as long as that is even or every batch gets the middle of a block into its own; else batches
-    are consecutive samples, each mirrored in itself.
-    """
-    block = min(block or global_batch, global_batch)
-    slots, half = global_batch // batch_size, batch_size // 2
-    starts = range(0, global_batch, block)
-    sides = [(start, min(start + block, global_batch)) for start in starts]
-    first = np.concatenate([np.arange(low, low + (high - low) // 2) for low, high in sides])
-    partner = np.concatenate([np.arange(high - 1, high - 1 - (high - low) // 2, -1) for low, high in sides])
-    middles = np.array([(low + high) // 2 for low, high in sides if (high - low) % 2], np.int64)
-    if batch_size % 2 and len(middles) < slots:
-        positions, alone = np.arange(global_batch).reshape(slots, batch_size), middles[:0]
-    else:
-        own, alone = np.split(middles, [slots * (batch_size % 2)])
-        first, partner = np.concatenate([first, alone[::2]]), np.concatenate([partner, alone[1::2]])
-        mirrored = partner.reshape(slots, half)[:, ::-1]
-        positions = np.concatenate([first.reshape(slots, half), own.reshape(slots, batch_size % 2), mirrored], axis=1)
-    return Dealing(positions, positions // block, len(sides), np.isin(positions, alone))
-
-
 def draw_mix(rules: MixRules, img_size: int, key: np.uint64, epoch: int, index: int, stream: int) -> Mix:
     """One draw for `index`: a step, or a sample id."""
     u_mixed, u_cutmix, u_row, u_column = _uniforms(key, 0, index, epoch, stream)

@@ -17,7 +17,8 @@ from numba import njit
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.filters import BICUBIC, BILINEAR
-from lowrank_vit.plan.mixing import NO_MIX, Mix, MixRules, deal, draw_mix
+from lowrank_vit.plan.dealing import deal
+from lowrank_vit.plan.mixing import NO_MIX, Mix, MixRules, draw_mix
 from lowrank_vit.plan.operations import ImageOps, Policy, draw_jitter, draw_ops, join_ops
 from lowrank_vit.plan.philox import philox, to_unit
 from lowrank_vit.plan.rectangles import CenterCrops, Erase, center_crops, center_windows, crop_windows, draw_erase_boxes

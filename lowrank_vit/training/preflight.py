@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lowrank_vit.augment.recipe import train_rules
+from lowrank_vit.augment.recipe import batches_of_update, train_rules
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.options import Config
 from lowrank_vit.model.create import check_model_name, check_published, create_model, input_spec
@@ -24,8 +24,9 @@ _NOT_IN_A_PROJECT = "/\\#?%:"
 def check_before_data(config: Config, *, is_resumed: bool, world: World | None = None) -> None:
     """Raise `UserError` for names, policies, files, arguments and spectral targets that do not exist.
 
-    So for a model that cannot take the images, a schedule that cannot be made, and W&B without a login or with a
-    project that it refuses. With ImageNet to be converted first, a typo would else be found out after an hour.
+    So for a global batch that does not fit the ranks, a model that cannot take the images, a schedule that cannot be
+    made, and W&B without a login or with a project that it refuses. With ImageNet to be converted first, a typo would
+    else be found out after an hour.
     """
     world = world or World()
     options = config.model
@@ -61,7 +62,8 @@ def _check_project(name: str) -> None:
 
 def _check_schedule(config: Config, world_size: int, *, is_resumed: bool) -> None:
     optim = config.optim
-    lr, origin = learning_rate(optim, config.data.batch_size * world_size * optim.grad_accum_steps)
+    batch_size, accum_steps = batches_of_update(config, world_size)
+    lr, origin = learning_rate(optim, batch_size * accum_steps * world_size)
     create_scheduler(optim, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr), updates_per_epoch=1000)
     # A run that was begun before this was looked at may go on.
     if optim.min_lr > lr and optim.sched not in _WITHOUT_MIN_LR and not is_resumed:

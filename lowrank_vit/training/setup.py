@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from data_prep.sources.samples import TRUST, differences
 from lowrank_vit.augment.ops_cpu import apply_ops
 from lowrank_vit.augment.pipeline import Augment
-from lowrank_vit.augment.recipe import train_rules
+from lowrank_vit.augment.recipe import batches_of_update, train_rules
 from lowrank_vit.common import terminal
 from lowrank_vit.common.devices import DTYPES, pick_device
 from lowrank_vit.common.errors import UserError
@@ -226,13 +226,19 @@ def _make_train_loader(
     prepare: Callable[[Tensor, BatchPlan], Tensor],
 ) -> tuple[TrainPlan, Loader | SyntheticLoader, str]:
     """The plan, the loader, and a line about it."""
-    data = config.data
-    share = {"rank": world.rank, "world_size": world.size, "accum_steps": config.optim.grad_accum_steps}
-    of_batch = {"img_size": spec.img_size, "batch_size": data.batch_size, "seed": config.run.seed}
+    batch_size, accum_steps = batches_of_update(config, world.size)
+    share = {"rank": world.rank, "world_size": world.size, "accum_steps": accum_steps}
+    of_batch = {"img_size": spec.img_size, "batch_size": batch_size, "seed": config.run.seed}
     if sets is None:
         plan = synthetic_plan(**of_batch, **share)
         loader = SyntheticLoader(plan, num_classes, device)
         return plan, loader, "synthetic images that stay on the device: no data, no augmentation, no validation"
+    wanted, there = config.optim.global_batch_size, sets.train.num_samples
+    if wanted and wanted > there:
+        raise UserError(
+            f"--global-batch-size {wanted} is larger than the training set of {there} samples, which leaves no whole "
+            f"update. Use {there} or less."
+        )
     plan = TrainPlan(sets.train.heights, sets.train.widths, train_rules(config), **of_batch, **share)
     return plan, *open_loader(sets.train, plan, device, _decoding(config), prepare=prepare, say=world.say)
 

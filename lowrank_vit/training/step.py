@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lowrank_vit.augment.pipeline import Augment
+from lowrank_vit.augment.recipe import batches_of_update
 from lowrank_vit.common.devices import DTYPES
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.batch import Batch
@@ -90,7 +91,7 @@ class TrainStep:
         # Kept from batch to batch: touching new memory for every batch takes longer than the arithmetic.
         self._inputs: Tensor | None = None
         self._clip_grad, self._clip_mode = config.optim.clip_grad, config.optim.clip_mode
-        self._seed, self._accum_steps = config.run.seed, config.optim.grad_accum_steps
+        self._seed, self._accum_steps = config.run.seed, batches_of_update(config, self._world.size)[1]
         device = next(model.parameters()).device
         dtype = DTYPES[config.step.amp_dtype] if config.step.amp else None
         # float16's range is too small for gradients, so the loss is scaled; timm does the same.

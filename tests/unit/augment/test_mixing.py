@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lowrank_vit.augment.mixing import mix_images, mix_targets, mix_to_tensor
 from lowrank_vit.config.flags import parse, to_yaml
 from lowrank_vit.model.weights import Checkpoint
-from lowrank_vit.plan.mixing import NO_MIX, MixRules, deal, draw_mix
+from lowrank_vit.plan.dealing import deal
+from lowrank_vit.plan.mixing import NO_MIX, MixRules, draw_mix
 from lowrank_vit.plan.plans import Stream, TrainPlan, TrainRules
 from lowrank_vit.training.resume import as_resumed
 from tests.unit.augment.test_pipeline import timms
@@ -95,23 +93,6 @@ def test_ranks_and_accumulation_share_the_blocks_of_any_size_and_mode(
         for low in range(0, global_batch, block)
         if min(block, global_batch - low) % 2
     } <= set(unmixed)
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 200))
-def test_dealing_is_a_permutation_whose_mirror_images_are_partners(batch, slots, block):
-    dealing = deal(batch * slots, batch, block)
-    assert Counter(dealing.positions.ravel().tolist()) == Counter(range(batch * slots))
-    size = min(block or batch * slots, batch * slots)
-    assert np.array_equal(dealing.blocks, dealing.positions // size)
-    low = dealing.blocks * size
-    partners = low + np.minimum(low + size, batch * slots) - 1 - dealing.positions
-    if batch % 2 and np.count_nonzero(partners == dealing.positions) < slots:
-        assert np.array_equal(dealing.positions, np.arange(batch * slots).reshape(slots, batch))
-        assert not dealing.is_alone.any()
-    else:
-        mirrored = np.where(dealing.is_alone, dealing.positions, dealing.positions[:, ::-1])
-        assert np.array_equal(mirrored, partners)
 
 
 @pytest.mark.parametrize(("batch", "slots"), [(8, 1), (8, 4), (2, 6), (7, 1), (7, 3), (1, 5)])

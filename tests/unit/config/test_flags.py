@@ -25,8 +25,9 @@ train-crop-mode scale ratio hflip vflip train-interpolation model model-kwargs n
 class-order head-init-scale head-init-bias sync-bn drop drop-path pretrained
 pretrained-path initial-checkpoint grad-checkpointing model-ema model-ema-decay model-ema-warmup opt opt-eps opt-betas
 opt-kwargs momentum weight-decay lr lr-base lr-base-size lr-base-scale layer-decay layer-decay-min-scale
-layer-decay-no-opt-scale clip-grad clip-mode grad-accum-steps sched sched-on-updates epochs warmup-epochs warmup-prefix
-warmup-lr min-lr cooldown-epochs decay-epochs decay-rate decay-milestones lr-decay-fn lr-stable-timescale lr-cycle-mul
+layer-decay-no-opt-scale clip-grad clip-mode grad-accum-steps global-batch-size sched sched-on-updates epochs
+warmup-epochs warmup-prefix warmup-lr min-lr cooldown-epochs decay-epochs decay-rate decay-milestones lr-decay-fn
+lr-stable-timescale lr-cycle-mul
 lr-cycle-decay lr-cycle-limit lr-k-decay lr-noise lr-noise-pct lr-noise-std aa color-jitter reprob remode recount
 erase-first resplit smoothing bce-loss bce-sum bce-target-thresh mixup cutmix mixup-prob mixup-switch-prob mixup-mode
 mix-block cutmix-minmax mixup-off-epoch device amp amp-dtype tf32 compile compile-mode compile-cache spec-monitor
@@ -44,7 +45,17 @@ def test_flag_names_are_unique_and_as_listed():
 
 def test_a_resumed_run_may_change_what_no_update_depends_on():
     free = {name for name, hint, _ in leaves(Config()) if may_change(hint)}
-    assert {"data-dir", "workers", "batch-size", "grad-accum-steps", "epochs", "device", "spec-every", "output"} <= free
+    assert {
+        "data-dir",
+        "workers",
+        "batch-size",
+        "grad-accum-steps",
+        "global-batch-size",
+        "epochs",
+        "device",
+        "spec-every",
+        "output",
+    } <= free
     assert not free & {"model", "opt", "lr", "weight-decay", "aa", "mixup", "drop-path", "seed", "img-size", "sched"}
     groups = {group.name for group in dataclasses.fields(Config)}
     assert {g for g in groups if all(may_change(h) for _, h, _ in leaves(getattr(Config(), g)))} == {
@@ -326,6 +337,8 @@ def test_values_out_of_range(argv):
         ("--epochs 0", "^--epochs 0 is out of range: it must be at least 1.$"),
         ("--device tpu", "--device tpu is not known"),
         ("--cutmix-minmax 0.8 0.2", "smaller number comes first"),
+        ("--global-batch-size 64 --grad-accum-steps 2", "--grad-accum-steps 2 and --global-batch-size 64 both say"),
+        ("--global-batch-size 0", "--global-batch-size 0 is out of range"),
         ("--mixup 0.8 --batch-size 1", "--mixup mixes each image with another .*--batch-size 1"),
         ("--mixup 0.8 --mix-block 1", "--mixup mixes each image with another .*--mix-block 1"),
         ("--cutmix 1 -b 1", "--cutmix mixes each image with another .*--batch-size 1"),

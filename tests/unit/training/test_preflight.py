@@ -44,6 +44,8 @@ def no_data(monkeypatch):
         ),
         ("--lr 1e-4 --min-lr 1e-3", r"--min-lr 0.001, .* above the peak learning rate 0.0001 \(--lr\)"),
         ("--lr-base 0.1 -b 64 --min-lr 0.03", r"peak learning rate 0.025 \(--lr-base 0.1, linear"),
+        ("--lr-base 0.1 -b 64 --global-batch-size 512 --min-lr 0.3", "peak learning rate 0.2 .* from batch 256 to 512"),
+        ("--mixup 1 --global-batch-size 7 -b 4", "--global-batch-size 7 does not fit 1 rank: .* no number of ranks"),
         ("--sched wsd --epochs 6 --warmup-epochs 5 --decay-epochs 5", "--sched wsd cannot be made"),
         ("--log-wandb --wandb-project a/b", "--wandb-project a/b: the name of a W&B project has no `/`"),
         ("--log-wandb", "No API key configured.* Log in with `wandb login`"),

@@ -1,0 +1,93 @@
+"""Who gets which samples of an update: a global batch dealt out to ranks and accumulation steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lowrank_vit.common.errors import UserError
+
+_MANY_RANKS = 8
+"""An error names sizes up to this, or to twice the one that there is."""
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """Which samples of a global batch of G make up which batch, S batches of B; the same for every update."""
+
+    positions: np.ndarray
+    """int64 (S, B), each of 0 to G - 1 once: places in the epoch's order, counted from the update's first."""
+    blocks: np.ndarray
+    """int64 (S, B): the mixing block that each sample belongs to."""
+    num_blocks: int
+    is_alone: np.ndarray
+    """bool (S, B): samples that mirror another one in their batch, but have no partner."""
+
+
+def deal(global_batch: int, batch_size: int, block: int) -> Dealing:
+    """Deal G samples out to batches so that partners share a batch and mirror each other in it.
+
+    Each `block` of consecutive samples (0: all) is mirrored in itself: of one with M samples, i and M - 1 - i are
+    partners. The last block may be shorter; the middle sample of an odd one is alone. Who is whose partner does not
+    depend on `batch_size` as long as that is even or every batch gets the middle of a block into its own; else batches
+    are consecutive samples, each mirrored in itself.
+    """
+    slots, half = global_batch // batch_size, batch_size // 2
+    sides = _sides(global_batch, block)
+    first = np.concatenate([np.arange(low, low + (high - low) // 2) for low, high in sides])
+    partner = np.concatenate([np.arange(high - 1, high - 1 - (high - low) // 2, -1) for low, high in sides])
+    middles = _middles(sides)
+    if not _keeps_partners(batch_size, slots, len(middles)):
+        positions, alone = np.arange(global_batch).reshape(slots, batch_size), middles[:0]
+    else:
+        own, alone = np.split(middles, [slots * (batch_size % 2)])
+        first, partner = np.concatenate([first, alone[::2]]), np.concatenate([partner, alone[1::2]])
+        mirrored = partner.reshape(slots, half)[:, ::-1]
+        positions = np.concatenate([first.reshape(slots, half), own.reshape(slots, batch_size % 2), mirrored], axis=1)
+    return Dealing(positions, positions // (block or global_batch), len(sides), np.isin(positions, alone))
+
+
+def split(global_batch: int, largest: int, ranks: int, block: int | None) -> tuple[int, int]:
+    """Batch size and accumulation steps of `ranks` that make up an update of G samples, with the fewest steps.
+
+    Batches have at most `largest` samples. `block`: as for `deal`, where samples are mixed, so that each keeps its
+    partner whatever the ranks; None: nothing is mixed. Raises `UserError` naming the numbers of ranks that fit.
+    """
+    if steps := _fewest_steps(global_batch, largest, ranks, block):
+        return global_batch // (ranks * steps), steps
+    most = max(_MANY_RANKS, 2 * ranks)
+    fitting = [str(n) for n in range(1, most + 1) if _fewest_steps(global_batch, largest, n, block)]
+    of_what = "" if block is None else " of whole pairs, since images are mixed two by two,"
+    raise UserError(
+        f"--global-batch-size {global_batch} does not fit {ranks} rank{'s' if ranks > 1 else ''}: an update is the "
+        f"same number of equal batches{of_what} on each, of at most --batch-size {largest} images. It fits "
+        f"{', '.join(fitting) or 'no number of'} ranks (of 1 to {most})."
+    )
+
+
+def _fewest_steps(global_batch: int, largest: int, ranks: int, block: int | None) -> int:
+    """0 where no number of steps fits."""
+    own, rest = divmod(global_batch, ranks)
+    if rest:
+        return 0
+    middles = None if block is None else len(_middles(_sides(global_batch, block)))
+    for steps in range(-(-own // largest), own + 1):
+        if own % steps == 0 and (middles is None or _keeps_partners(own // steps, ranks * steps, middles)):
+            return steps
+    return 0
+
+
+def _keeps_partners(batch_size: int, slots: int, num_middles: int) -> bool:
+    """Whether partners in a block can share a batch; else each batch is mirrored in itself."""
+    return batch_size % 2 == 0 or num_middles >= slots
+
+
+def _sides(global_batch: int, block: int) -> list[tuple[int, int]]:
+    """The first sample of each block, and the one behind its last."""
+    block = min(block or global_batch, global_batch)
+    return [(start, min(start + block, global_batch)) for start in range(0, global_batch, block)]
+
+
+def _middles(sides: list[tuple[int, int]]) -> np.ndarray:
+    return np.array([(low + high) // 2 for low, high in sides if (high - low) % 2], np.int64)
