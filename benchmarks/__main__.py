@@ -19,13 +19,11 @@ from benchmarks.harness.peak_memory import peak_resident_bytes
 from benchmarks.harness.show import Output, print_result
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import usage_name
-from lowrank_vit.common.terminal import fitted_help
+from lowrank_vit.config.command_line import run_subcommand
 
 # A further bench is a module with `Options` and `run`, and a command here.
-app = tyro.extras.SubcommandApp()
 
 
-@app.command(name="prep")
 def prep_command(bench: tyro.conf.OmitArgPrefixes[prep.Options], output: tyro.conf.OmitArgPrefixes[Output]) -> None:
     """Convert a folder of JPEGs: `data_prep` beside FFCV's own writer and beside copying the files.
 
@@ -34,7 +32,6 @@ def prep_command(bench: tyro.conf.OmitArgPrefixes[prep.Options], output: tyro.co
     _bench(partial(prep.run, bench), output)
 
 
-@app.command(name="loader")
 def loader_command(bench: tyro.conf.OmitArgPrefixes[loader.Options], output: tyro.conf.OmitArgPrefixes[Output]) -> None:
     """Read training crops: our backends beside stock FFCV, a plain DALI pipeline and timm's loader.
 
@@ -43,7 +40,6 @@ def loader_command(bench: tyro.conf.OmitArgPrefixes[loader.Options], output: tyr
     _bench(partial(loader.run, bench), output)
 
 
-@app.command(name="augment")
 def augment_command(
     bench: tyro.conf.OmitArgPrefixes[augment.Options], output: tyro.conf.OmitArgPrefixes[Output]
 ) -> None:
@@ -54,7 +50,6 @@ def augment_command(
     _bench(partial(augment.run, bench), output)
 
 
-@app.command(name="spectral")
 def spectral_command(
     bench: tyro.conf.OmitArgPrefixes[spectral.Options], output: tyro.conf.OmitArgPrefixes[Output]
 ) -> None:
@@ -65,7 +60,6 @@ def spectral_command(
     _bench(partial(spectral.run, bench), output, spectral.print_accuracy)
 
 
-@app.command(name="step")
 def step_command(bench: tyro.conf.OmitArgPrefixes[step.Options], output: tyro.conf.OmitArgPrefixes[Output]) -> None:
     """Training steps on synthetic images, eager and compiled, beside those of timm's train.py.
 
@@ -74,7 +68,6 @@ def step_command(bench: tyro.conf.OmitArgPrefixes[step.Options], output: tyro.co
     _bench(partial(step.run, bench), output)
 
 
-@app.command(name="end-to-end")
 def end_to_end_command(
     bench: tyro.conf.OmitArgPrefixes[end_to_end.Options], output: tyro.conf.OmitArgPrefixes[Output]
 ) -> None:
@@ -85,7 +78,6 @@ def end_to_end_command(
     _bench(partial(end_to_end.run, bench), output)
 
 
-@app.command(name="limits")
 def limits_command(bench: tyro.conf.OmitArgPrefixes[limits.Options], output: tyro.conf.OmitArgPrefixes[Output]) -> None:
     """What the machine can do at most: JPEG decoding, copying memory, reading cached files, matrix products.
 
@@ -94,7 +86,6 @@ def limits_command(bench: tyro.conf.OmitArgPrefixes[limits.Options], output: tyr
     _bench(partial(limits.run, bench), output)
 
 
-@app.command(name="growth")
 def growth_command(bench: tyro.conf.OmitArgPrefixes[growth.Options], output: tyro.conf.OmitArgPrefixes[Output]) -> None:
     """How speed and memory grow with workers, batch, image size, samples and the model's width.
 
@@ -103,7 +94,6 @@ def growth_command(bench: tyro.conf.OmitArgPrefixes[growth.Options], output: tyr
     _bench(partial(growth.run, bench), output, chart=growth.growth_chart)
 
 
-@app.command(name="all")
 def all_command(
     bench: tyro.conf.OmitArgPrefixes[all_benches.Options], output: tyro.conf.OmitArgPrefixes[Output]
 ) -> None:
@@ -120,13 +110,11 @@ def all_command(
         sys.exit(1)
 
 
-@app.command(name="record")
 def record_command(options: tyro.conf.OmitArgPrefixes[record.Options]) -> None:
     """Join the GPU tests' record and that of `all` into one JSON file and one page for docs/benchmarks."""
     print(f"written: {record.write(options)}")
 
 
-@app.command(name="gpu-check")
 def gpu_check_command(options: tyro.conf.OmitArgPrefixes[gpu_check.Options]) -> None:
     """The GPU tests, all benches in their short form, and the record of both: what `make gpu-check` does.
 
@@ -169,14 +157,25 @@ def _note() -> Callable[[str], object]:
     return lambda text: progress.print(text, style="dim", markup=False, highlight=False)
 
 
+_COMMANDS = {
+    "prep": prep_command,
+    "loader": loader_command,
+    "augment": augment_command,
+    "spectral": spectral_command,
+    "step": step_command,
+    "end-to-end": end_to_end_command,
+    "limits": limits_command,
+    "growth": growth_command,
+    "all": all_command,
+    "record": record_command,
+    "gpu-check": gpu_check_command,
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv` (default: the process's own). Exits with 2 on a user's error, 130 on Ctrl-C."""
-
-    def run() -> None:
-        with fitted_help(argv):
-            app.cli(args=argv, prog=usage_name("benchmarks"), description=__doc__)
-
-    exit_cleanly(run)
+    argv = sys.argv[1:] if argv is None else argv
+    exit_cleanly(lambda: run_subcommand(_COMMANDS, argv, usage_name("benchmarks"), __doc__))
 
 
 if __name__ == "__main__":

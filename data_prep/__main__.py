@@ -37,12 +37,10 @@ from data_prep.writing.workers import counts_in_words
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import CLASSES, find_bundled, usage_name
 from lowrank_vit.common.resources import available_cores
-from lowrank_vit.common.terminal import fitted_help, say
+from lowrank_vit.common.terminal import say
+from lowrank_vit.config.command_line import run_subcommand
 
-app = tyro.extras.SubcommandApp()
 
-
-@app.command(name="digits")
 def digits_command(out: Annotated[Path, tyro.conf.arg(metavar="DIR")]) -> None:
     """Convert scikit-learn's 1,797 handwritten digits (8x8); no download.
 
@@ -57,7 +55,6 @@ def digits_command(out: Annotated[Path, tyro.conf.arg(metavar="DIR")]) -> None:
         say(summary(conversion))
 
 
-@app.command(name="cifar100")
 def cifar100_command(
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")],
     src: Annotated[Path | None, tyro.conf.arg(metavar="ARCHIVE_OR_DIR", help_behavior_hint="(default: none)")] = None,
@@ -79,7 +76,6 @@ def cifar100_command(
         say(summary(conversion))
 
 
-@app.command(name="imagefolder")
 def imagefolder_command(
     src: Annotated[Path, tyro.conf.arg(metavar="DIR")],
     out: Annotated[Path, tyro.conf.arg(metavar="FILE.beton|DIR")],
@@ -167,7 +163,6 @@ def imagefolder_command(
         say(f"{out.name} was converted as a training set; --lossless keeps every pixel, as for sets that are scored")
 
 
-@app.command(name="verify")
 def verify_command(
     beton: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FILE.beton")]],
     full: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
@@ -189,7 +184,6 @@ def verify_command(
         say(f"{part} is as it was written: {size} ({what})" + (f". {verified.note}" if verified.note else ""))
 
 
-@app.command(name="info")
 def info_command(
     beton: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FILE.beton")]],
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png", help_behavior_hint="(default: none)")] = None,
@@ -210,6 +204,13 @@ def info_command(
             say(f"wrote {path}")
 
 
+_COMMANDS = {
+    "digits": digits_command,
+    "cifar100": cifar100_command,
+    "imagefolder": imagefolder_command,
+    "verify": verify_command,
+    "info": info_command,
+}
 NAMES_SHOWN = 10
 """Names of each kind in a summary; the manifest has all."""
 
@@ -247,13 +248,13 @@ def _shortened(lines: list[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv` (default: the process's own). Exits with 2 on a user's error, 130 on Ctrl-C."""
-    with _exit_on_signals(), fitted_help(argv):
+    with _exit_on_signals():
         exit_cleanly(partial(_run, argv))
 
 
 def _run(argv: list[str] | None) -> None:
     try:
-        app.cli(args=argv, prog=usage_name("data_prep"), description=__doc__)
+        run_subcommand(_COMMANDS, sys.argv[1:] if argv is None else argv, usage_name("data_prep"), __doc__)
     except BadImagesError as error:
         if error.can_skip:
             words = sys.argv[1:] if argv is None else argv

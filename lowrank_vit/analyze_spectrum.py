@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from rich.console import Console
 from timm import is_model
 from timm.models import get_pretrained_cfg
 from torch import Tensor
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import usage_name
 from lowrank_vit.common.resources import available_cores
-from lowrank_vit.common.terminal import fitted_help, say
+from lowrank_vit.common.terminal import say
+from lowrank_vit.config.command_line import read_options
 from lowrank_vit.model.create import create_model
 from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.spectral.analyze import (
@@ -114,8 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UserError: the weights cannot be read, a target matches nothing, flags contradict, or output cannot be written.
     """
-    with fitted_help(argv):
-        options = tyro.cli(OmitArgPrefixes[Options], args=argv, prog=usage_name("lowrank_vit.analyze_spectrum"))
+    argv = sys.argv[1:] if argv is None else argv
+    options = read_options(Options, argv, usage_name("lowrank_vit.analyze_spectrum"))
     source, matrices = options.source, options.matrices
     if min(matrices.topk, matrices.interval) < 1:
         raise UserError(f"--topk {matrices.topk} --interval {matrices.interval}: expected 1 or more for both")

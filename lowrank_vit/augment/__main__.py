@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
-import tyro
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import arg
 
 from data_prep.formats.beton import find_parts
 from lowrank_vit.augment import ops_cpu
@@ -24,8 +23,10 @@ from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.filters import BICUBIC
 from lowrank_vit.common.numba_cache import NOTE, must_compile
 from lowrank_vit.common.program import usage_name
-from lowrank_vit.common.terminal import fitted_help, say
+from lowrank_vit.common.terminal import say
+from lowrank_vit.config.command_line import asks_for_help, show_help
 from lowrank_vit.config.flags import parse
+from lowrank_vit.config.option_types import expanded
 from lowrank_vit.config.options import Augment as AugmentOptions
 from lowrank_vit.config.options import Config, Data, Run
 from lowrank_vit.data.decode.pil import crop_and_resize, decode
@@ -125,9 +126,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv` (default: the process's own). Raises `UserError`."""
     argv = sys.argv[1:] if argv is None else argv
     prog = usage_name("lowrank_vit.augment")
-    if not argv or {"-h", "--help"} & set(argv):  # which ends the process
-        with fitted_help(["--help"]):
-            tyro.cli(OmitArgPrefixes[_Shown], args=["--help"], prog=prog, description=HELP)
+    if not argv or asks_for_help(argv):
+        show_help(_Shown, argv or ["--help"], prog, HELP)
     path, flags = _take_preview(argv)
     if path.suffix.lower() != ".png":
         raise UserError(f"--preview {path} does not end in .png.")
@@ -146,9 +146,9 @@ def main(argv: list[str] | None = None) -> None:
 def _take_preview(argv: list[str]) -> tuple[Path, list[str]]:
     for n, token in enumerate(argv):
         if token.startswith("--preview="):
-            return Path(token.removeprefix("--preview=")), argv[:n] + argv[n + 1 :]
+            return expanded(token.removeprefix("--preview="), "--preview"), argv[:n] + argv[n + 1 :]
         if token == "--preview" and n + 1 < len(argv):
-            return Path(argv[n + 1]), argv[:n] + argv[n + 2 :]
+            return expanded(argv[n + 1], "--preview"), argv[:n] + argv[n + 2 :]
     raise UserError("--preview FILE.png is missing: the picture to draw.")
 
 

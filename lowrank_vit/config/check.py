@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.config.option_types import Range, kind_of, leaves, parse_keywords
+from lowrank_vit.config.option_types import leaves, parse_keywords, range_of, wrong_value
 from lowrank_vit.config.options import Config
 
 
@@ -102,11 +102,6 @@ def parse_interval(text: str) -> tuple[int | None, float | None]:
 def check_ranges(options: Any) -> None:
     """Raise `UserError` for the first field of a dataclass whose number lies outside its annotated `Range`."""
     for name, hint, value in leaves(options):
-        for allowed in getattr(hint, "__metadata__", ()):
-            if not isinstance(allowed, Range):
-                continue
-            for number in value if isinstance(value, tuple) else (value,):
-                if number is not None and number not in allowed:
-                    words = allowed.in_words(is_whole=kind_of(hint).element is int)
-                    shown = number if isinstance(number, int) else f"{number:g}"
-                    raise UserError(f"--{name} {shown} is out of range: it must be {words}.")
+        allowed, numbers = range_of(hint), value if isinstance(value, tuple) else (value,)
+        if allowed and any(number is not None and number not in allowed for number in numbers):
+            raise wrong_value(hint, [f"{n:g}" if isinstance(n, float) else str(n) for n in numbers], f"--{name}")

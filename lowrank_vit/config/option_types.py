@@ -1,6 +1,6 @@
-"""What an option's type hint says about its values, so that a wrong one is named in words before the parser sees it.
+"""What an option's type hint says about its values: texts become values, or one sentence about what is wrong.
 
-A hint may carry a `Range`, `MAY_CHANGE` and the parser's other names of the option.
+A hint may carry a `Range`, `MAY_CHANGE`, a `NotHere` and other names of the option.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -30,20 +32,20 @@ class Range:
     open_high: bool = False
 
     def __contains__(self, value: float) -> bool:
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             return False
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
         return above and below
 
-    def in_words(self, *, is_whole: bool) -> str:
-        """What a message says of it; `is_whole`: about an option that takes whole numbers only."""
-        low = f"{'above' if self.open_low else 'at least'} {_plain(self.low)}"
+    def in_words(self) -> str:
+        """What a message says of it behind "a number"; nothing where every finite number is allowed."""
         if self.low == float("-inf"):
-            return "a finite number"
+            return ""
         if self.high == float("inf"):
-            return low if is_whole else f"{low} (and finite)"
-        return f"{low} and {'below' if self.open_high else 'at most'} {_plain(self.high)}"
+            return f" {'above' if self.open_low else 'of at least'} {_plain(self.low)}"
+        low = f"above {_plain(self.low)}, up" if self.open_low else f"from {_plain(self.low)}"
+        return f" {low} to {'below ' if self.open_high else ''}{_plain(self.high)}"
 
 
 def _plain(number: float) -> str:
@@ -73,8 +75,16 @@ class NotHere:
 
 Hints = Mapping[str, Any]
 """Type hints, with their `Range`s, by the options' names without dashes in front."""
-NUMBERS: dict[Any, tuple[str, str]] = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers")}
-"""Singular and plural."""
+_NAMES: dict[Any, tuple[str, str]] = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("a text", "texts"),
+    Path: ("a path", "paths"),
+    bool: ("true or false", ""),
+}
+"""Of types, singular and plural."""
+UNSET: Final = object()
+"""The value of an option that is named, but left at its default."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,12 @@ class Kind:
     @property
     def is_numeric(self) -> bool:
         """Whether its values are numbers."""
-        return self.element in NUMBERS
+        return self.element in (int, float)
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """The values that there are, if they can be listed."""
+        return get_args(self.element) if get_origin(self.element) is Literal else ()
 
     @property
     def num_words(self) -> int | None:
@@ -111,6 +126,14 @@ def kind_of(hint: Any) -> Kind:
         return Kind(plain, may_be_none)
     elements = get_args(plain)
     return Kind(elements[0], may_be_none, is_tuple=True, count=None if elements[-1] is Ellipsis else len(elements))
+
+
+def hints_of(options: Any) -> dict[str, Any]:
+    """The hints of all options of a dataclass, those of its groups among them, by their flags' names."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(options, include_extras=True).items():
+        found |= hints_of(hint) if dataclasses.is_dataclass(hint) else {name.replace("_", "-"): hint}
+    return found
 
 
 def leaves(options: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -169,58 +192,117 @@ def is_number(text: str) -> bool:
     return True
 
 
-def tokens_of(name: str, hint: Any, texts: Sequence[str], shown: str) -> list[str]:
-    """An option and its values, from a file or a command line, as tokens that the parser takes for nothing else.
+def value_of(hint: Any, texts: Sequence[str], shown: str) -> Any:
+    """The value of an option whose values are typed so, on a command line or in a file.
 
-    An empty text for a path means that none is given. Raises `UserError`, which calls the option `shown`, for values
-    that it does not take; the parser itself judges single numbers, choices and texts.
+    `None` is nothing where there may be nothing. An empty text for a path means that none is given, which is `UNSET`
+    where there must be one. Raises `UserError`, which calls the option `shown`, for values that it does not take.
     """
     kind = kind_of(hint)
-    if list(texts) == [""] and kind.element is Path:
-        return [f"--{name}=None"] if kind.may_be_none else []
-    if message := _problem(shown, hint, texts):
-        raise UserError(f"{message}.")
+    if kind.may_be_none and list(texts) == ["None"]:
+        return None
+    if kind.element is Path and not kind.is_tuple and list(texts) == [""]:
+        return None if kind.may_be_none else UNSET
     for note in getattr(hint, "__metadata__", ()):
-        if isinstance(note, NotHere) and note.value == texts[0]:
+        if isinstance(note, NotHere) and texts and note.value == texts[0]:
             raise UserError(f"{shown}: {note.value} is not here: {note.why}.")
-    if not kind.is_tuple:
-        return [f"--{name}={texts[0]}"]
-    flags = [text for text in texts if text.startswith("-") and not is_number(text)]
-    if flags:
-        raise UserError(f"{shown}: an element cannot begin with a dash, as `{flags[0]}` does.")
-    return [f"--{name}", *texts]
-
-
-def _problem(name: str, hint: Any, values: Sequence[str]) -> str:
-    """Why these texts cannot be the values of a numeric tuple or optional number; empty if they can, or for others.
-
-    The parser's own messages about such types speak of unions; about all others they are plain.
-    """
-    kind = kind_of(hint)
-    if not kind.is_numeric or not (kind.is_tuple or kind.may_be_none):
-        return ""
-    one, several = NUMBERS[kind.element]
-    if list(values) == ["None"] and kind.may_be_none:
-        return ""
-    wrong = next((value for value in values if not _reads_as(kind.element, value)), None)
-    if wrong is not None:
-        return f"{name} takes {several if kind.is_tuple else one}, got `{wrong}`"
-    least = 2 if name.rstrip("`").replace("_", "-").endswith("opt-betas") else 1
-    if kind.count is not None and len(values) != kind.count:
-        return f"{name} takes {kind.count} {several}, got {len(values)}"
-    if kind.is_tuple and len(values) < least:
-        return f"{name} takes {least} or more {several}, got {len(values)}"
-    if not kind.is_tuple and len(values) != 1:
-        return f"{name} takes {one}"
-    return ""
-
-
-def _reads_as(element: Any, text: str) -> bool:
     try:
-        element(text)
+        values = tuple(_element(hint, text, shown) for text in texts)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise wrong_value(hint, texts, shown) from None
+    least = 0 if kind.is_tuple and kind.count is None and not kind.is_numeric else kind.num_words or _least(shown)
+    if len(values) < least or len(values) > (kind.num_words or len(values)):
+        raise wrong_value(hint, texts, shown)
+    return values if kind.is_tuple else values[0]
+
+
+def wrong_value(hint: Any, texts: Sequence[str], shown: str) -> UserError:
+    """What an option takes, and that it is not these."""
+    kind = kind_of(hint)
+    if not texts:
+        return UserError(f"{shown} takes {_takes(hint, shown)}, and none is given.")
+    shown_texts = [text for text in texts if not _is_element(hint, text)] if kind.is_tuple else texts
+    what = " ".join(shown_texts or texts)
+    near = did_you_mean(what, [str(choice) for choice in kind.choices])
+    only = "only " if kind.is_tuple and not shown_texts and len(texts) < (kind.count or _least(shown)) else ""
+    given = f"{only}`{what}`" if what else "an empty text"
+    return UserError(f"{shown} takes {_takes(hint, shown)}, not {given}.{near}")
+
+
+def range_of(hint: Any) -> Range | None:
+    """The range that a hint carries."""
+    return next((note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Range)), None)
+
+
+def _takes(hint: Any, shown: str) -> str:
+    """What an option takes, in words."""
+    kind, limits = kind_of(hint), range_of(hint)
+    if kind.choices:
+        return f"one of {', '.join(str(choice) for choice in kind.choices if choice != '')}"
+    one, several = _NAMES[kind.element]
+    within = limits.in_words() if limits else ""
+    if not kind.is_tuple:
+        return f"{one}{within}"
+    count = kind.count or (f"{_least(shown)} or more" if _least(shown) > 1 else "")
+    return f"{count} {several}{within}".strip()
+
+
+def _least(shown: str) -> int:
+    """How many numbers an option takes at least that takes any number of them."""
+    return 2 if shown.rstrip("`").replace("_", "-").endswith("opt-betas") else 1
+
+
+def _is_element(hint: Any, text: str) -> bool:
+    try:
+        _element(hint, text, "")
     except ValueError:
         return False
     return True
+
+
+def _element(hint: Any, text: str, shown: str) -> Any:
+    """One value of an option. Raises `ValueError` if it is none, `UserError` for a path that cannot be made out."""
+    kind, limits = kind_of(hint), range_of(hint)
+    if kind.choices:
+        by_text = {str(choice): choice for choice in kind.choices}
+        if text not in by_text:
+            raise ValueError
+        return by_text[text]
+    if kind.element is Path:
+        return expanded(text, shown)
+    value = kind.element(text)
+    if kind.is_numeric and value not in (limits or Range()):
+        raise ValueError
+    return value
+
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
+
+
+def expanded(text: str, shown: str) -> Path:
+    """A path with `~` and environment variables filled in, unless a file is called so.
+
+    Raises `UserError`, which calls the option `shown`, for a variable or a user that is not there.
+    """
+    if (not text.startswith("~") and "$" not in text) or os.path.lexists(text):
+        return Path(text)
+    for match in _VARIABLE.finditer(text):
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise UserError(f"{shown} {text}: there is no environment variable {name}.")
+    try:
+        return Path(_VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], text)).expanduser()
+    except RuntimeError:
+        raise UserError(f"{shown} {text}: there is no such user. For that very name write ./{text}.") from None
+
+
+def in_flags(name: str, value: Any) -> str:
+    """An option at a value, as it is typed."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {' '.join(map(str, value))}" if isinstance(value, tuple) else f"--{name}={value}"
 
 
 def parse_keywords(pairs: Iterable[str], flag: str, example: str) -> dict[str, Any]:

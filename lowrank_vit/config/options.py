@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from tyro.conf import arg
 
 from lowrank_vit.config.option_types import (
@@ -31,6 +30,13 @@ _NO_PLATEAU = NotHere(
     "it would follow a validation score, which a run resumed within an epoch does not have. Use --sched multistep with "
     "--decay-milestones, or --sched cosine",
 )
+
+
+def has_cuda() -> bool:
+    """Whether torch finds a GPU."""
+    import torch  # takes seconds, which a wrong option must not cost
+
+    return torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Data:
     loader: Annotated[LoaderName, MAY_CHANGE] = "auto"
     """Decode backend; auto: resident if a quarter of the device's memory holds the set, else dali with a GPU, else the
     faster one here."""
-    workers: Annotated[int, arg(aliases=["-j"]), POSITIVE, MAY_CHANGE] = 4
+    workers: Annotated[int, arg(aliases=["-j"]), NOT_NEGATIVE, MAY_CHANGE] = 4
     """CPU threads that decode; 0 is 1."""
     prefetch: Annotated[int, POSITIVE, MAY_CHANGE] = 2
     """Decoded batches that may wait for the trainer."""
@@ -269,13 +275,13 @@ class Step:
 
     device: Annotated[str, MAY_CHANGE] = "auto"
     """auto (cuda where there is one), cpu, cuda, or cuda:N; with torchrun each process has the GPU of its rank."""
-    amp: Annotated[bool, MAY_CHANGE] = field(default_factory=lambda: torch.cuda.is_available())
+    amp: Annotated[bool, MAY_CHANGE] = field(default_factory=has_cuda)
     """Mixed precision; on by default with CUDA."""
     amp_dtype: Annotated[Literal["bfloat16", "float16"], MAY_CHANGE] = "bfloat16"
     """What --amp computes in; float16 scales the loss."""
     tf32: Annotated[bool, MAY_CHANGE] = True
     """Without --amp: TF32 in matrix products on CUDA, as in timm. Spectra never use it."""
-    compile: Annotated[bool, MAY_CHANGE] = field(default_factory=lambda: torch.cuda.is_available())
+    compile: Annotated[bool, MAY_CHANGE] = field(default_factory=has_cuda)
     """torch.compile the step; on by default with CUDA (it takes about a minute)."""
     compile_mode: Annotated[
         Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"], MAY_CHANGE

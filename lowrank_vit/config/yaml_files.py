@@ -1,8 +1,7 @@
-"""Flat YAML files as command-line tokens, so that one parser judges both."""
+"""Flat YAML files whose keys are the flags; their values are judged as those of a command line are."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +9,20 @@ from typing import Any
 
 import yaml
 
-from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.errors import UserError, did_you_mean
 from lowrank_vit.common.program import CONFIGS, bundled_names, find_bundled
 from lowrank_vit.config import meaning
-from lowrank_vit.config.option_types import Hints, aliases, kind_of, tokens_of, without_dashes
+from lowrank_vit.config.command_line import read
+from lowrank_vit.config.option_types import (
+    UNSET,
+    Hints,
+    aliases,
+    expanded,
+    kind_of,
+    value_of,
+    without_dashes,
+    wrong_value,
+)
 from lowrank_vit.config.timm_flags import FLAGS, Holds
 from lowrank_vit.config.timm_line import foreign, is_foreign
 
@@ -45,22 +54,22 @@ def config_files(argv: list[str]) -> tuple[list[Path], list[str]]:
         path = value if equals else next(tokens, None)
         if not path:
             raise UserError(f"--config needs a file, or one of {', '.join(bundled_names(CONFIGS))}.")
-        paths.append(find_bundled(Path(path), CONFIGS))
+        paths.append(find_bundled(expanded(path, "--config"), CONFIGS))
     return paths, own
 
 
 @dataclass
 class FromFile:
-    """What a flat YAML file says, as command-line tokens."""
+    """What a flat YAML file says."""
 
-    tokens: dict[str, list[str]] = field(default_factory=dict)
-    """By option; none for one whose value is null, which means its default."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """By option; `UNSET` for one whose value is null, which means its default."""
     held: list[str] = field(default_factory=list)
     """Options of timm's whose effect is there without them."""
     num_skipped: int = 0
     """Options of timm's that are not here, at values that change nothing."""
-    notes: list[tuple[str, dict[str, list[str]]]] = field(default_factory=list)
-    """What an older run's file is taken to mean, in words, and the tokens of that by option; none for what is lost."""
+    notes: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """What an older run's file is taken to mean, in words, and the values of that by option; none for what is lost."""
 
 
 def read_config(path: Path, hints: Hints) -> FromFile:
@@ -71,9 +80,7 @@ def read_config(path: Path, hints: Hints) -> FromFile:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except OSError as error:
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f" That folder has: {', '.join(near)}." if near else f" There are: {', '.join(bundled_names(CONFIGS))}."
-        raise UserError(f"--config {path}: {error.strerror}.{hint}") from error
+        raise UserError(f"--config {path}: {error.strerror}.{_others(path)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
@@ -88,16 +95,15 @@ def read_config(path: Path, hints: Hints) -> FromFile:
         name = names.get(name, name)
         shown = f"--config {path}: `{key}`"
         if is_foreign(name):
-            _foreign(found, name, value, shown)
+            _foreign(found, name, value, shown, hints)
             continue
         if name not in hints:
-            near = difflib.get_close_matches(name, [*hints, *names], n=1, cutoff=0.5)
-            hint = f" Did you mean `{near[0]}`?" if near else " See --help for all names."
-            raise UserError(f"{shown} is not an option.{hint}")
-        if name in seen and value is not None and found.tokens[name]:
+            near = did_you_mean(name, [*hints, *(other for other in names if len(other) > 1)])
+            raise UserError(f"{shown} is not an option.{near or ' --help lists all.'}")
+        if name in seen and value is not None and found.values[name] is not UNSET:
             raise UserError(f"{shown} and `{seen[name]}` are the same option. Keep one of them.")
         if name not in seen or value is not None:
-            found.tokens[name] = [] if value is None else _option_tokens(shown, name, hints[name], value)
+            found.values[name] = UNSET if value is None else _value(shown, name, hints[name], value)
             seen[name] = str(key)
     if number is None and _is_whole(found, hints):
         number = meaning.FIRST
@@ -107,27 +113,36 @@ def read_config(path: Path, hints: Hints) -> FromFile:
     return found
 
 
+def _others(path: Path) -> str:
+    """The files that may be meant by the name of one that is not there."""
+    bundled = bundled_names(CONFIGS)
+    if path.parent == Path() and (near := did_you_mean(path.name.removesuffix(CONFIGS), bundled)):
+        return near
+    there = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    return f" That folder has: {', '.join(there)}." if there else f" There are: {', '.join(bundled)}."
+
+
 def _is_whole(found: FromFile, hints: Hints) -> bool:
     """Whether these are all options of a run of ours, as in its args.yaml, and not those that someone has chosen."""
-    return "spec-every" in found.tokens and len(found.tokens) > len(hints) / 2
+    return "spec-every" in found.values and len(found.values) > len(hints) / 2
 
 
 def _take_as_meant(found: FromFile, number: int, args: Mapping[str, Any], hints: Hints, source: str) -> None:
     """Give options that an older run knew nothing of the values with which everything is as it was then."""
     before = meaning.values_before(number, args)
     for change in meaning.changes_since(number, args):
-        new = [name for name in change.before if not found.tokens.get(name)]
+        new = [name for name in change.before if found.values.get(name, UNSET) is UNSET]
         for name in new:
-            found.tokens[name] = _option_tokens(f"{source}: `{name}`", name, hints[name], before[name])
+            found.values[name] = _value(f"{source}: `{name}`", name, hints[name], before[name])
         if new:
-            as_then = {name: found.tokens[name] for name in new}
+            as_then = {name: found.values[name] for name in new}
             found.notes.append((f"{source} is an older run's: {change.what}. It is taken as it was meant:", as_then))
         elif change.cannot:
             lost = f"{source} is an older run's: {change.what}. A new run does as now: {change.cannot}"
             found.notes.append((lost, {}))
 
 
-def _foreign(found: FromFile, name: str, value: Any, shown: str) -> None:
+def _foreign(found: FromFile, name: str, value: Any, shown: str, hints: Hints) -> None:
     """An option of timm's under a name that the parser does not know."""
     flag = FLAGS[name]
     if (not value and not flag.means_something_at_0) or value is None or flag.has_switch:
@@ -136,40 +151,29 @@ def _foreign(found: FromFile, name: str, value: Any, shown: str) -> None:
     values = [str(one) for one in value] if isinstance(value, list) else [] if value is True else [str(value)]
     tokens = foreign(name, values, shown)
     if tokens:
-        found.tokens[name] = tokens
+        found.values |= read(tokens, hints)
     elif isinstance(flag.train, Holds) and value != (flag.written or None):
         found.held.append(name)
     else:
         found.num_skipped += 1
 
 
-def _option_tokens(shown: str, name: str, hint: Any, value: Any) -> list[str]:
-    """An option and its value as tokens none of which can be taken for another flag, or for the data directory."""
+def _value(shown: str, name: str, hint: Any, value: Any) -> Any:
+    """The value of an option whose value in YAML is this. Raises `UserError`, which calls the option `shown`."""
     kind = kind_of(hint)
-    if kind.element is bool:
-        if not isinstance(value, bool):
-            raise UserError(f"{shown[:-1]}: {value}` must be true or false.")
-        return [f"--{name}" if value else f"--no-{name}"]
-    if isinstance(value, bool):
-        raise UserError(f"{shown[:-1]}: {str(value).lower()}` must be a value, not true or false.")
-    if value == "" and kind.element is Path:
-        return []
-    return tokens_of(name, hint, _texts(shown, name, value) if kind.is_tuple else [_text(shown, value)], shown)
+    if isinstance(value, bool) and kind.element is bool:
+        return value
+    if isinstance(value, dict) and name.endswith("-kwargs"):  # model-kwargs: {patch_size: 2}
+        value = [f"{key}={one}" for key, one in value.items()]
+    values = value if isinstance(value, list) and kind.is_tuple else [value]
+    texts = [_text(one) for one in values]
+    if kind.element is bool or any(one is None or isinstance(one, (bool, list, dict)) for one in values):
+        raise wrong_value(hint, texts, shown)
+    return value_of(hint, texts, shown)
 
 
-def _text(shown: str, value: Any) -> str:
-    if isinstance(value, (list, dict)):
-        what = "a list" if isinstance(value, list) else "a mapping"
-        raise UserError(f"{shown} is {what}, but takes one value.")
+def _text(value: Any) -> str:
+    """How a value is written in YAML."""
+    if isinstance(value, (bool, list, dict)) or value is None:
+        return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
     return str(value)
-
-
-def _texts(shown: str, name: str, value: Any) -> list[str]:
-    if isinstance(value, dict):
-        if not name.endswith("-kwargs"):
-            raise UserError(f"{shown} is a mapping, but takes a list of values.")
-        return [f"{key}={one}" for key, one in value.items()]  # model-kwargs: {patch_size: 2}
-    values = value if isinstance(value, list) else [value]
-    if any(one is None or isinstance(one, (bool, list, dict)) for one in values):
-        raise UserError(f"{shown} is a list of which each element must be one value.")
-    return [str(one) for one in values]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,8 @@ import tyro
 
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import usage_name
-from lowrank_vit.common.terminal import fitted_help, say
+from lowrank_vit.common.terminal import say
+from lowrank_vit.config.command_line import read_options
 from lowrank_vit.report.metric_plots import cosine_plot, ema_plot, profile_plot, stable_rank_plot
 from lowrank_vit.report.page import report_html
 from lowrank_vit.report.read import find_analysis, read_analysis, read_run
@@ -67,8 +69,8 @@ def write_report(path: Path) -> tuple[Path, list[str]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command with `argv` (default: the process's arguments). Raises `UserError`, see `write_report`."""
-    with fitted_help(argv):
-        run_dir = tyro.cli(Options, args=argv, prog=usage_name("lowrank_vit.report")).run
+    argv = sys.argv[1:] if argv is None else argv
+    run_dir = read_options(Options, argv, usage_name("lowrank_vit.report")).run
     folder, notes = write_report(run_dir)
     for note in notes:
         say(f"note: {note}")

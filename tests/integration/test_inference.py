@@ -118,7 +118,7 @@ def test_any_format_is_read_and_what_is_no_image_is_skipped(trained, tmp_path, c
         (["--input", "{empty}"], "holds no image"),
         (["--input", "{bad}"], "None of the 1 files could be read"),
         (["--input", "{bad}", "--output", "x.txt"], r"--output x.txt must end in .csv or .json"),
-        (["--input", "{bad}", "--topk", "0"], "--topk 0 is out of range"),
+        (["--input", "{bad}", "--topk", "0"], "--topk takes a whole number of at least 1, not `0`"),
     ],
 )
 def test_wrong_use(trained, tmp_path, argv, message):

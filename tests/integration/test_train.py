@@ -252,7 +252,7 @@ def test_wandb_without_a_login_is_told(train, monkeypatch):
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"crop_pct": -1.0}, {"img_size": 0}])
 def test_validate_checks_its_ranges(options, tmp_path):
-    with pytest.raises(UserError, match="out of range"):
+    with pytest.raises(UserError, match="takes a"):
         validate(ValidateOptions(tmp_path / "x.pth.tar", **options))
 
 

@@ -62,7 +62,7 @@ def test_photographs_where_there_is_no_data(tmp_path):
         (["--aa", "3a"], "--preview FILE.png is missing"),
         (["--preview", "p.jpg"], r"p\.jpg does not end in \.png"),
         (["--preview", "p.png", "--aa", "augmix"], "`augmix` is not known"),
-        (["--preview", "p.png", "--reprob", "2"], "--reprob 2"),
+        (["--preview", "p.png", "--reprob", "2"], "--reprob takes a number from 0 to 1, not `2`"),
         (["--preview", "/proc/p.png", "--img-size", "16"], "cannot be written"),
     ],
 )

@@ -117,7 +117,7 @@ def test_no_worker_is_one(capsys):
 
 
 def test_two_data_directories_are_refused():
-    with pytest.raises(UserError, match="DIR and --data-dir OTHER: give the data directory once"):
+    with pytest.raises(UserError, match=r"DIR and --data-dir OTHER: .* Give it once"):
         parse(["DIR", "--data-dir", "OTHER"])
 
 
@@ -145,28 +145,28 @@ def test_args_yaml_repeats_the_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("mixupp: 0.8", r"`mixupp` is not an option. Did you mean `mixup`\?"),
-        ("amp: 1", "`amp: 1` must be true or false"),
-        ("epochs: true", "`epochs: true` must be a value"),
+        ("mixupp: 0.8", r"`mixupp` is not an option. Did you mean mixup, "),
+        ("amp: 1", "`amp` takes true or false, not `1`"),
+        ("epochs: true", "`epochs` takes a whole number of at least 1, not `true`"),
         ("- epochs", "must be a flat mapping"),
         ("epochs: [", "not valid YAML"),
         ("lr: 1\nepochs: 3\nlr: 2", "not valid YAML: .*`lr` is there twice"),
         ("model-kwargs: {depth: 1, depth: 2}", "not valid YAML: .*`depth` is there twice"),
         ("batch_size: 8\nbatch-size: 8", "`batch-size` and `batch_size` are the same option"),
-        ("lr: [1, 2]", "`lr` is a list, but takes one value"),
-        ("experiment: [a]", "`experiment` is a list, but takes one value"),
-        ("experiment: {a: 1}", "`experiment` is a mapping, but takes one value"),
-        ("scale: {a: 1}", "`scale` is a mapping, but takes a list"),
-        ("scale: [0.1, 0.5, DIR]", "`scale` takes numbers, got `DIR`"),
-        ("scale: [0.1, 0.5, 1]", "`scale` takes 2 numbers, got 3"),
-        ("scale: 0.5", "`scale` takes 2 numbers, got 1"),
-        ("scale: [0.1, null]", "`scale` is a list of which each element must be one value"),
-        ("opt-betas: [0.9]", "`opt-betas` takes 2 or more numbers, got 1"),
-        ("wandb-tags: [a, --no-amp]", "`wandb-tags`: an element cannot begin with a dash, as `--no-amp`"),
-        ("model-kwargs: {--lr: 3}", "`model-kwargs`: an element cannot begin with a dash, as `--lr=3`"),
-        ("model-kwargs: {depth: 2, -b: 3}", "cannot begin with a dash"),
-        ("img-size: x", "`img-size` takes a whole number, got `x`"),
-        ("weight-decai: 1", "Did you mean `weight-decay`"),
+        ("lr: [1, 2]", r"`lr` takes a number above 0, not `\[1, 2\]`"),
+        ("experiment: [a]", r"`experiment` takes a text, not `\[a\]`"),
+        ("experiment: {a: 1}", "`experiment` takes a text, not `{a: 1}`"),
+        ("scale: {a: 1}", "`scale` takes 2 numbers above 0, up to 1, not `{a: 1}`"),
+        ("scale: [0.1, 0.5, DIR]", "`scale` takes 2 numbers above 0, up to 1, not `DIR`"),
+        ("scale: [0.1, 0.5, 1]", "`scale` takes 2 numbers above 0, up to 1, not `0.1 0.5 1`"),
+        ("scale: 0.5", "`scale` takes 2 numbers above 0, up to 1, not only `0.5`"),
+        ("scale: [0.1, null]", "`scale` takes 2 numbers above 0, up to 1, not `null`"),
+        ("scale: [0.5, 0.1]", "--scale 0.5 0.1: the smaller number comes first. `scale` stands in --config"),
+        ("opt-betas: [0.9]", "`opt-betas` takes 2 or more numbers from 0 to below 1, not only `0.9`"),
+        ("model-kwargs: {--lr: 3}", "--model-kwargs --lr=3: expected NAME=VALUE.* `model-kwargs` stands in --config"),
+        ("model-kwargs: {img_size: 1, -b: 3}", "--model-kwargs -b=3: expected NAME=VALUE"),
+        ("img-size: x", "`img-size` takes a whole number of at least 1, not `x`"),
+        ("weight-decai: 1", r"Did you mean weight-decay\?"),
         ("data: a\ndata_dir: b", "`data_dir` and `data` are the same option"),
         ("sched: plateau", "`sched`: plateau is not here"),
     ],
@@ -188,7 +188,7 @@ def test_bad_yaml_names_file_and_key(tmp_path, line, message):
         {"wandb-project": "--epochs=1"},
         {"wandb-resume-id": "-"},
         {"spec-targets": "-1"},
-        {"wandb-tags": ["a"]},
+        {"wandb-tags": ["a", "--no-amp"]},
         {"model-kwargs": {"a": "--lr 3"}},
         {"model-kwargs": ["a=1"]},
         {"opt-kwargs": {}},
@@ -272,16 +272,14 @@ def test_missing_yaml_lists_its_neighbours(tmp_path):
         (["--mixupp", "0.8"], "--mixup"),
         (["--epochs", "many"], "--epochs"),
         (["--loader", "dally"], "resident"),
-        (["--config", "TYPE"], "--epochs"),
+        (["--config", "TYPE"], "`epochs`"),
     ],
 )
-def test_misspelt_flags_and_wrong_types_name_the_right_one(argv, said, capsys, tmp_path):
+def test_misspelt_flags_and_wrong_types_name_the_right_one(argv, said, tmp_path):
     (tmp_path / "type.yaml").write_text("epochs: soon\n")
     argv = [str(tmp_path / "type.yaml") if a == "TYPE" else a for a in argv]
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(UserError, match=said):
         parse(argv)
-    assert caught.value.code == 2
-    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -304,8 +302,8 @@ def test_misspelt_flags_and_wrong_types_name_the_right_one(argv, said, capsys, t
     ],
 )
 def test_values_out_of_range(argv):
-    flag = argv.split()[0]
-    with pytest.raises(UserError, match=rf"{flag} .*must be"):
+    flag, *values = argv.split()
+    with pytest.raises(UserError, match=rf"^{flag} takes .*numbers? .*, not `({'|'.join(values)})`\.$"):
         parse(argv.split())
 
 
@@ -317,7 +315,7 @@ def test_values_out_of_range(argv):
         ("--experiment a/b", "plain name"),
         ("--experiment ..", "plain name"),
         ("--color-jitter 0.4 0.4", "one number, or three"),
-        ("--color-jitter strong", "--color-jitter takes numbers, got `strong`"),
+        ("--color-jitter strong", "--color-jitter takes numbers of at least 0, not `strong`"),
         ("--img-size 32 --model-kwargs img_size=64", "--img-size 32 and --model-kwargs img_size=64 differ"),
         ("--model-kwargs img_size=(32,64)", "images are square here"),
         ("--model-kwargs img_size=x", "images are square here"),
@@ -328,13 +326,13 @@ def test_values_out_of_range(argv):
         ("--mean 0.5 0.5", "--mean takes one number, or three"),
         ("--decay-milestones 60 30", "--decay-milestones must grow"),
         ("--lr-noise 0.1 0.2 0.3", "--lr-noise takes one share"),
-        ("--opt-betas 0.9", "^--opt-betas takes 2 or more numbers, got 1.$"),
-        ("--opt-betas=0.9", "^--opt-betas takes 2 or more numbers, got 1.$"),
-        ("--scale 1", "^--scale takes 2 numbers, got 1.$"),
-        ("--img-size x", "^--img-size takes a whole number, got `x`.$"),
-        ("--lr fast", "^--lr takes a number, got `fast`.$"),
-        ("--seed 9223372036854775808", "^--seed 9223372036854775808 is out of .* at most 9223372036854775807.$"),
-        ("--epochs 0", "^--epochs 0 is out of range: it must be at least 1.$"),
+        ("--opt-betas 0.9", "^--opt-betas takes 2 or more numbers from 0 to below 1, not only `0.9`.$"),
+        ("--opt-betas=0.9", "^--opt-betas takes 2 or more numbers from 0 to below 1, not only `0.9`.$"),
+        ("--scale 1", "^--scale takes 2 numbers above 0, up to 1, not only `1`.$"),
+        ("--img-size x", "^--img-size takes a whole number of at least 1, not `x`.$"),
+        ("--lr fast", "^--lr takes a number above 0, not `fast`.$"),
+        ("--seed 9223372036854775808", "^--seed takes .* from 0 to 9223372036854775807, not `9223372036854775808`.$"),
+        ("--epochs 0", "^--epochs takes a whole number of at least 1, not `0`.$"),
         ("--device tpu", "--device tpu is not known"),
         ("--cutmix-minmax 0.8 0.2", "smaller number comes first"),
         ("--global-batch-size 64 --grad-accum-steps 2", "--grad-accum-steps 2 and --global-batch-size 64 both say"),
@@ -435,17 +433,14 @@ def test_a_recipe_can_be_measured_without_its_data(tmp_path):
     assert parse(["--config", str(tmp_path / "args.yaml")]) == config
 
 
-def test_a_wrong_type_in_a_file_names_the_file(tmp_path, capsys):
+def test_a_wrong_type_in_a_file_names_the_file(tmp_path):
     good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
     good.write_text("epochs: 3\n")
     bad.write_text("epochs: fast\n")
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(UserError, match=f"^--config {bad}: `epochs` takes a whole number"):
         parse(["--config", str(good), "--config", str(bad)])
-    assert caught.value.__notes__ == [f"error: the wrong value stands in --config {bad}"]
-    assert "--epochs" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(UserError, match=r"^--epochs takes a whole number"):
         parse(["--config", str(good), "--epochs", "fast"])
-    assert not hasattr(caught.value, "__notes__")
 
 
 def test_merge_keys_of_yaml_work(tmp_path):

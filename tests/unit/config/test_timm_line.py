@@ -10,8 +10,9 @@ import pytest
 
 from lowrank_vit import inference, validate
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.command_line import read_options
 from lowrank_vit.config.timm_flags import Instead, Unused, answers
-from lowrank_vit.config.timm_line import fit_flags, with_images_first
+from lowrank_vit.config.timm_line import fit_flags
 from lowrank_vit.score.options import PredictOptions, ValidateOptions
 
 DOC = (Path(__file__).parents[3] / "docs" / "from_timm.md").read_text(encoding="utf-8")
@@ -116,19 +117,17 @@ def test_what_cannot_be_done(line, message):
     ],
 )
 def test_images_may_stand_anywhere(line):
-    ours = with_images_first(list[str](line.split()), PredictOptions)
-    assert sorted(ours) == sorted("--checkpoint F --use-ema --input a.jpg b".split())
-    assert ours[-3:] == ["--input", "a.jpg", "b"]
-    assert ours[ours.index("--checkpoint") + 1] == "F"
+    options = read_options(PredictOptions, line.split(), "inference", word="input")
+    assert set(options.input) == {Path("a.jpg"), Path("b")}
+    assert (options.checkpoint, options.use_ema) == (Path("F"), True)
 
 
 def test_values_are_not_taken_for_images():
-    line = "-m vit --model-kwargs depth=1 num_heads=2 x.png --mean 0.5 0.5 0.5 y.png -b 8 --topk=3 z.png --no-amp w.png"
-    ours = with_images_first(list[str](line.split()), PredictOptions)
-    assert (
-        ours
-        == (
-            "-m vit --model-kwargs depth=1 num_heads=2 --mean 0.5 0.5 0.5 -b 8 --topk=3 --no-amp "
-            "--input x.png y.png z.png w.png"
-        ).split()
+    line = (
+        "-m vit --model-kwargs depth=1 num_heads=2 x.png --mean 0.5 0.5 0.5 y.png -b 8 --topk=3 z.png --no-amp w.png "
+        "--results-format csv json v.png"
     )
+    options = read_options(PredictOptions, line.split(), "inference", word="input")
+    assert [str(path) for path in options.input] == "x.png y.png z.png w.png v.png".split()
+    assert (options.model, options.model_kwargs, options.mean) == ("vit", ("depth=1", "num_heads=2"), (0.5, 0.5, 0.5))
+    assert (options.batch_size, options.topk, options.results_format) == (8, 3, ("csv", "json"))

@@ -1,0 +1,229 @@
+"""Command lines by the type hints of their options: every command is read here, and errors have one form.
+
+tyro draws the help and writes the scripts of TAB completion; it reads nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional
+
+from lowrank_vit.common.errors import UserError, did_you_mean
+from lowrank_vit.common.terminal import fitted_help
+from lowrank_vit.config.option_types import (
+    UNSET,
+    Hints,
+    Kind,
+    aliases,
+    hints_of,
+    is_number,
+    kind_of,
+    value_of,
+    without_dashes,
+)
+
+T = TypeVar("T")
+_POSITIONAL = get_args(Positional[int])[1]
+_WITHOUT_NO = get_args(FlagCreatePairsOff[bool])[1]
+_FOR_TYRO = {"-h", "--help", "--tyro-write-completion", "--tyro-print-completion"}
+_LONG_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
+"""What text programs and web pages make of two dashes."""
+_SAID_OF_SWITCHES = ("true", "false", "yes", "no", "on", "off", "0", "1")
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether a command line asks for what tyro answers."""
+    return any(token.partition("=")[0] in _FOR_TYRO for token in argv)
+
+
+def _for_tyro(argv: Sequence[str]) -> list[str]:
+    """What tyro shall see of a command line: wrong options beside --help are no matter."""
+    return ["--help"] if {"-h", "--help"} & set(argv) else list(argv)
+
+
+def show_help(options: Callable[..., object], argv: Sequence[str], prog: str, description: str | None = None) -> None:
+    """Print the help of a dataclass of options or of a function, and end the process."""
+    with fitted_help(argv):
+        tyro.cli(tyro.conf.OmitArgPrefixes[options], args=_for_tyro(argv), prog=prog, description=description)  # pyright: ignore
+
+
+def read_options(target: Callable[..., T], argv: Sequence[str], prog: str, word: str = "") -> T:
+    """A dataclass of options, or what a function returns, from a command line; `--help` ends the process.
+
+    Words that belong to no option are values of the option `word`, else of those that are marked `Positional`. Raises
+    `UserError`.
+    """
+    if asks_for_help(argv):
+        show_help(target, argv, prog)
+    hints = _parameters(target)
+    places = [name for name, hint in hints.items() if _POSITIONAL in getattr(hint, "__metadata__", ())]
+    values = read(argv, hints, places or [word] * bool(word))
+    return _made(target, values, prog)
+
+
+def run_subcommand(
+    commands: Mapping[str, Callable[..., object]], argv: Sequence[str], prog: str, description: str | None
+) -> None:
+    """Call the function whose name comes first, with the options behind it. Raises `UserError`."""
+    if asks_for_help(argv):
+        with fitted_help(argv):
+            first = [name for name in argv[:1] if name in commands]
+            args = [*first, *_for_tyro(argv[len(first) :])]
+            tyro.extras.subcommand_cli_from_dict(dict(commands), args=args, prog=prog, description=description)
+        return
+    names = ", ".join(commands)
+    if not argv:
+        raise UserError(f"{prog} needs a command: {names}. With --help behind it each tells what it does.")
+    name = argv[0].replace("_", "-")
+    if name not in commands:
+        near = did_you_mean(name, commands)
+        raise UserError(f"`{argv[0]}` is not a command of {prog}.{near} There are: {names}.")
+    read_options(commands[name], argv[1:], f"{prog} {name}")
+
+
+def read(argv: Sequence[str], hints: Hints, places: Sequence[str] = ()) -> dict[str, Any]:
+    """The options that a command line names, with their values, the last one of each; raises `UserError`.
+
+    Words that belong to no option are values of `places`, one after the other; where that takes any number of them, of
+    which a flag may give some, it takes them all.
+    """
+    values, words, tokens = dict[str, Any](), list[str](), list(argv)
+    names = {without_dashes(alias): name for alias, name in aliases(hints).items()}
+    gathers = bool(places) and kind_of(hints[places[0]]).num_words is None
+    while tokens:
+        token = tokens.pop(0)
+        if not token.startswith("-") or token == "-" or is_number(token):
+            words.append(_word(token, hints))
+            continue
+        shown, equals, value = token.partition("=")
+        name = without_dashes(shown)
+        name = names.get(name, name)
+        if switch := _switch(name, hints):
+            values[switch[0]] = switch[1]
+            _check_alone(switch[0], token, tokens[:1], bool(equals), hints)
+            continue
+        if name not in hints:
+            raise _unknown(shown, [*hints, *names], hints)
+        texts = [value] if equals else _take(tokens, kind_of(hints[name]), name, others=bool(places))
+        if gathers and name == places[0]:
+            words += texts
+        else:
+            values[name] = value_of(hints[name], texts, shown)
+    _place(values, words, hints, places, gathers)
+    return {name: value for name, value in values.items() if value is not UNSET}
+
+
+def _word(token: str, hints: Hints) -> str:
+    """The word itself. Raises `UserError` if it was meant to be a flag."""
+    plain = token.lstrip(_LONG_DASHES)
+    if plain != token and plain.partition("=")[0] in hints:
+        raise UserError(f"{token} begins with the long dash that text programs make of two: write --{plain}.")
+    return token
+
+
+def _switch(name: str, hints: Hints) -> tuple[str, bool] | None:
+    """The switch that a flag sets, and how; None if the flag is none."""
+    if name in hints:
+        return (name, True) if kind_of(hints[name]).element is bool else None
+    plain = name.removeprefix("no-")
+    if name == plain or plain not in hints or kind_of(hints[plain]).element is not bool:
+        return None
+    return None if _WITHOUT_NO in getattr(hints[plain], "__metadata__", ()) else (plain, False)
+
+
+def _check_alone(name: str, token: str, behind: list[str], has_value: bool, hints: Hints) -> None:
+    """Raise `UserError` for a switch with a value, which is written `--amp=false` or `--amp false`."""
+    if has_value or (behind and behind[0].casefold() in _SAID_OF_SWITCHES):
+        both = f"--{name}" if _WITHOUT_NO in getattr(hints[name], "__metadata__", ()) else f"--{name} or --no-{name}"
+        typed = token if has_value else f"{token} {behind[0]}"
+        raise UserError(f"--{name} takes no value: it is {both}, not `{typed}`.")
+
+
+def _take(tokens: list[str], kind: Kind, name: str, *, others: bool) -> list[str]:
+    """Take the values of an option off the tokens behind it.
+
+    An option that takes any number of values leaves those that it cannot take, if there is another use of words.
+    """
+    texts: list[str] = []
+    while tokens and (kind.num_words is None or len(texts) < kind.num_words):
+        token = tokens[0]
+        if token.startswith("-") and token != "-" and not is_number(token):
+            break
+        if kind.num_words is None and others and texts and not _could_be(kind, name, token):
+            break
+        texts.append(tokens.pop(0))
+        if kind.num_words is None and texts == ["None"]:
+            break
+    return texts
+
+
+def _could_be(kind: Kind, name: str, token: str) -> bool:
+    if kind.is_numeric:
+        return is_number(token)
+    if kind.choices:
+        return token in map(str, kind.choices)
+    return "=" in token if name.endswith("-kwargs") else True
+
+
+def _place(values: dict[str, Any], words: list[str], hints: Hints, places: Sequence[str], gathers: bool) -> None:
+    """Make the words that belong to no flag values of `places`. Raises `UserError` for one too many."""
+    if words and gathers:
+        values[places[0]] = value_of(hints[places[0]], words, f"--{places[0]}")
+        return
+    for name, word in zip(places, words, strict=False):
+        value = value_of(hints[name], [word], f"--{name}")
+        if values.get(name) not in (None, value):
+            raise UserError(f"{word} and --{name} {values[name]}: a word without a flag is --{name}. Give it once.")
+        values[name] = value
+    if extra := words[len(places) :]:
+        before = next((other for other in words if without_dashes(other) in hints), "")
+        near = f" Did you mean --{before} {extra[0]}?" if before and before != extra[0] else ""
+        raise UserError(f"`{extra[0]}` belongs to no option.{near or did_you_mean(extra[0], hints)}")
+
+
+def _unknown(shown: str, names: Iterable[str], hints: Hints) -> UserError:
+    """That there is no such flag, with the nearest ones."""
+    glued = re.fullmatch(r"(-[A-Za-z])(\S+)", shown)
+    if glued and glued[1] in aliases(hints):
+        return UserError(f"{shown} is not an option. Did you mean {glued[1]} {glued[2]}?")
+    switches = [f"no-{name}" for name, hint in hints.items() if kind_of(hint).element is bool]
+    flags = [f"--{name}" for name in [*names, *switches] if len(name) > 1]
+    near = did_you_mean(f"--{without_dashes(shown)}", flags)
+    return UserError(f"{shown} is not an option.{near or ' --help lists all.'}")
+
+
+def _parameters(target: Callable[..., object]) -> dict[str, Any]:
+    """The hints of a function's parameters or of a dataclass's options, by their flags' names."""
+    if isinstance(target, type):
+        return hints_of(target)
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(target, include_extras=True).items():
+        plain = getattr(hint, "__origin__", hint)
+        if name != "return":
+            found |= hints_of(plain) if dataclasses.is_dataclass(plain) else {name.replace("_", "-"): hint}
+    return found
+
+
+def _made(target: Callable[..., T], values: Mapping[str, Any], prog: str) -> T:
+    """Call a function, or make a dataclass with its groups, with the values that are given. Raises `UserError`."""
+    hints = get_type_hints(target, include_extras=True)
+    keywords: dict[str, Any] = {}
+    for parameter in inspect.signature(target).parameters.values():
+        hint, flag = hints[parameter.name], parameter.name.replace("_", "-")
+        plain = getattr(hint, "__origin__", hint)
+        if dataclasses.is_dataclass(plain) and isinstance(plain, type):
+            keywords[parameter.name] = _made(plain, values, prog)
+        elif flag in values:
+            keywords[parameter.name] = values[flag]
+        elif parameter.default is parameter.empty:
+            metadata = getattr(hint, "__metadata__", ())
+            metavar = next((note.metavar for note in metadata if getattr(note, "metavar", None)), "")
+            what = metavar if _POSITIONAL in metadata else f"--{flag} {metavar}".strip()
+            raise UserError(f"{prog} needs {what}. --help tells more.")
+    return target(**keywords)
