@@ -5,40 +5,23 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from rich.console import Console
-from timm import is_model
-from timm.models import get_pretrained_cfg
-from torch import Tensor
 from tyro.conf import FlagCreatePairsOff, arg
 
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import usage_name
-from lowrank_vit.common.resources import available_cores
 from lowrank_vit.common.terminal import say
 from lowrank_vit.config.command_line import read_options
-from lowrank_vit.model.create import create_model
-from lowrank_vit.model.weights import read_checkpoint
-from lowrank_vit.spectral.analyze import (
-    Analysis,
-    Precision,
-    analyze_weights,
-    arrays_of,
-    as_json,
-    choose_weights,
-    compare,
-    drift_as_json,
-    print_analysis,
-    print_drift,
-    write_arrays,
-    write_json,
-)
-from lowrank_vit.spectral.extremes import Solver
-from lowrank_vit.spectral.refresh import SpectralSettings
-from lowrank_vit.spectral.select import DEFAULT_TARGETS
+from lowrank_vit.config.option_types import POSITIVE
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lowrank_vit.spectral.analyze import Analysis
+
+# What needs torch is imported where it is used: a wrong option is told before that.
 NONE = "(default: none)"
 """Of options without a value of their own."""
 
@@ -63,13 +46,13 @@ class Source:
 class Matrices:
     """Which matrices, and what is recorded of each."""
 
-    targets: Annotated[str, arg(metavar="NAMES")] = DEFAULT_TARGETS
+    targets: Annotated[str, arg(metavar="NAMES")] = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
     """Comma-separated endings of module names."""
     split_qkv: Annotated[bool, FlagCreatePairsOff] = False
     """Take Q, K and V as three matrices."""
-    topk: Annotated[int, arg(metavar="N")] = 8
+    topk: Annotated[int, arg(metavar="N"), POSITIVE] = 8
     """How many singular values and vectors to record from each end."""
-    interval: Annotated[int, arg(metavar="N")] = 1
+    interval: Annotated[int, arg(metavar="N"), POSITIVE] = 1
     """Distance between the recorded ones: 1 lists 1, 2, 3, ...; 10 lists 1, 11, 21, ..."""
 
 
@@ -77,9 +60,9 @@ class Matrices:
 class Solving:
     """How they are solved."""
 
-    solver: Solver = "gram64"
+    solver: Literal["gram64", "svd"] = "gram64"
     """float64 Gram matrix, certified, or the slow reference: float64 SVD."""
-    dtype: Precision = "float64"
+    dtype: Literal["float64", "float32"] = "float64"
     """float32: a plain float32 SVD, to see what it loses."""
     svd_on_cpu: Annotated[bool, FlagCreatePairsOff] = False
     """Stay on the CPU where there is a GPU."""
@@ -117,9 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else argv
     options = read_options(Options, argv, usage_name("lowrank_vit.analyze_spectrum"))
-    source, matrices = options.source, options.matrices
-    if min(matrices.topk, matrices.interval) < 1:
-        raise UserError(f"--topk {matrices.topk} --interval {matrices.interval}: expected 1 or more for both")
+    source = options.source
     if sum([bool(source.checkpoint), source.pretrained, bool(source.compare)]) != 1:
         raise UserError("Give one of --checkpoint FILE, --model NAME --pretrained, or --compare BEFORE AFTER.")
     console = Console(highlight=False)
@@ -130,6 +111,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _analyze(options: Options, console: Console) -> None:
+    from lowrank_vit.spectral.analyze import arrays_of, as_json, print_analysis, write_arrays, write_json
+
     if options.source.checkpoint:
         weights, meta = _read(options, options.source.checkpoint)
     else:
@@ -151,6 +134,8 @@ def _analyze(options: Options, console: Console) -> None:
 
 
 def _compare(options: Options, paths: tuple[Path, Path], console: Console) -> None:
+    from lowrank_vit.spectral.analyze import compare, drift_as_json, print_drift, write_json
+
     (before, old), (after, new) = (_read(options, path) for path in paths)
     drift = compare(_solve(options, before), _solve(options, after))
     meta = {"model": new["model"], "before": old, "after": new, **_settings(options)}
@@ -165,6 +150,12 @@ def _compare(options: Options, paths: tuple[Path, Path], console: Console) -> No
 
 
 def _solve(options: Options, state: dict[str, Tensor]) -> Analysis:
+    import torch
+
+    from lowrank_vit.common.resources import available_cores
+    from lowrank_vit.spectral.analyze import analyze_weights, choose_weights
+    from lowrank_vit.spectral.refresh import SpectralSettings
+
     matrices, solving = options.matrices, options.solving
     device = torch.device("cuda" if torch.cuda.is_available() and not solving.svd_on_cpu else "cpu")
     weights = choose_weights(state, matrices.targets, matrices.split_qkv, device)
@@ -174,6 +165,8 @@ def _solve(options: Options, state: dict[str, Tensor]) -> Analysis:
 
 
 def _read(options: Options, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from lowrank_vit.model.weights import read_checkpoint
+
     checkpoint = read_checkpoint(path)
     # A bare state dict does not tell its model.
     name = options.source.model or checkpoint.arch or path.name.split(".")[0]
@@ -182,6 +175,11 @@ def _read(options: Options, path: Path) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def _fetch(options: Options) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from timm import is_model
+    from timm.models import get_pretrained_cfg
+
+    from lowrank_vit.model.create import create_model
+
     name = options.source.model
     if not name:
         raise UserError("--pretrained: give the timm model's name too, e.g. --model vit_small_patch16_224.")
@@ -197,6 +195,8 @@ def _fetch(options: Options) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _settings(options: Options) -> dict[str, Any]:
+    import torch
+
     matrices, solving = options.matrices, options.solving
     chosen = {"targets": matrices.targets, "split_qkv": matrices.split_qkv}
     return chosen | {"solver": solving.solver, "dtype": solving.dtype, "torch": torch.__version__}

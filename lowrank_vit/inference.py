@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     prog = usage_name("lowrank_vit.inference")
     options = read_options(PredictOptions, fit_flags(argv, "inference", note), prog, word="input")
+    options.check()
     from lowrank_vit.score.prediction import classify  # torch takes seconds, which a wrong option must not cost
 
     classify(options, note)

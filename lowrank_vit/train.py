@@ -6,35 +6,53 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lowrank_vit.common.devices import pick_device
-from lowrank_vit.common.errors import exit_cleanly
-from lowrank_vit.common.program import usage_name
+from lowrank_vit.common.errors import UserError, exit_cleanly
+from lowrank_vit.common.program import CONFIGS, bundled_names, usage_name
 from lowrank_vit.common.terminal import duration, say
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.option_types import leaves
 from lowrank_vit.config.options import Config
 from lowrank_vit.config.timm_flags import with_long_names
-from lowrank_vit.ranks.failing import Failing
-from lowrank_vit.ranks.joining import environment_world, joined
-from lowrank_vit.ranks.world import World
-from lowrank_vit.report.status import next_steps, shown
-from lowrank_vit.training.trainer import Result, train
+
+if TYPE_CHECKING:
+    from lowrank_vit.ranks.failing import Failing
+    from lowrank_vit.ranks.world import World
+    from lowrank_vit.training.trainer import Result
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, train, and say what came of it and what to do next. Under torchrun: one of the ranks."""
     argv = sys.argv[1:] if argv is None else argv
+    config = None if "WORLD_SIZE" in os.environ else _read(argv)  # before torch is loaded, which takes seconds
+    from lowrank_vit.ranks.failing import Failing
+    from lowrank_vit.ranks.joining import environment_world
+
     world = environment_world()
     failing = Failing(world)
     if world.size > 1:
-        failing.exit_together(lambda: _train(argv, world, failing))
+        failing.exit_together(lambda: _train(argv, config or _read(argv), world, failing))
     else:
-        _train(argv, world, failing)
+        _train(argv, config or _read(argv), world, failing)
 
 
-def _train(argv: list[str], world: World, failing: Failing) -> None:
-    config = parse(argv, usage_name("lowrank_vit.train"))
+def _read(argv: list[str]) -> Config:
+    if not argv and not Path("data").exists():
+        others = ", ".join(name for name in bundled_names(CONFIGS) if name != "quickstart")
+        raise UserError(
+            "Nothing says what to train on. Give a ready-made run, --config quickstart (also: "
+            f"{others}); or your images, --data-dir DIR with train/CLASS/ and val/CLASS/ in it; or --dataset digits, "
+            "which comes with the program. --help lists all options."
+        )
+    return parse(argv, usage_name("lowrank_vit.train"))
+
+
+def _train(argv: list[str], config: Config, world: World, failing: Failing) -> None:
+    from lowrank_vit.common.devices import pick_device
+    from lowrank_vit.ranks.joining import joined
+    from lowrank_vit.training.trainer import train
+
     with joined(world, pick_device(config.step.device, world.local_rank)), failing.watched():
         result = train(config, default_name(argv, config), world, failing)
         if world.is_first:
@@ -51,7 +69,7 @@ def _train(argv: list[str], world: World, failing: Failing) -> None:
 def default_name(argv: list[str], config: Config) -> str:
     """How a run directory's name begins: the configuration file's name, else the model's."""
     argv = with_long_names(argv)
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, value in zip(argv, [*argv[1:], ""], strict=False):
         if flag == "--config":
             return Path(value).stem
         if flag.startswith("--config="):
@@ -60,6 +78,8 @@ def default_name(argv: list[str], config: Config) -> str:
 
 
 def _farewell(result: Result, config: Config, world: World) -> str:
+    from lowrank_vit.report.status import next_steps, shown
+
     run = result.run_dir
     args = {name: value for name, _, value in leaves(config)}
     launcher = "torchrun ..." if world.size > 1 else ""

@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     if asks_for_help(argv):
         show_help(_Shown, argv, prog, ValidateOptions.__doc__)
     options = read_options(ValidateOptions, fit_flags(argv, "validate", terminal.say), prog, word="data")
+    options.check()
     from lowrank_vit.score.validation import score  # torch takes seconds, which a wrong option must not cost
 
     score(options)

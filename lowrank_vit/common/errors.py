@@ -20,17 +20,17 @@ class BetonError(UserError):
     """The first sample that is wrong, where one is."""
 
 
-def did_you_mean(name: str, among: Iterable[str]) -> str:
+def did_you_mean(name: str, among: Iterable[str], prefix: str = "") -> str:
     """The end of a message about a name that is not among those that there are: the nearest ones, or nothing.
 
-    Case does not count; a name of which this is the beginning is near, too.
+    Case does not count; a name of which this is the beginning is near, too. They are shown behind `prefix`.
     """
     plain = {other.casefold(): other for other in among if other}
     start = name.casefold()
     near = difflib.get_close_matches(start, plain, n=3, cutoff=0.6)
     if len(start) > 2:
         near += [other for other in plain if other.startswith(start) and other not in near]
-    found = [plain[other] for other in near[:3]]
+    found = [prefix + plain[other] for other in near[:3]]
     return f" Did you mean {' or '.join(filter(None, (', '.join(found[:-1]), found[-1])))}?" if found else ""
 
 

@@ -184,7 +184,9 @@ def _place(values: dict[str, Any], words: list[str], hints: Hints, places: Seque
     if extra := words[len(places) :]:
         before = next((other for other in words if without_dashes(other) in hints), "")
         near = f" Did you mean --{before} {extra[0]}?" if before and before != extra[0] else ""
-        raise UserError(f"`{extra[0]}` belongs to no option.{near or did_you_mean(extra[0], hints)}")
+        may = f" Without a flag stands only --{places[0]}, which is {words[0]}." if places else ""
+        near = near or did_you_mean(extra[0], hints, "--")
+        raise UserError(f"`{extra[0]}` belongs to no option.{may}{near or ' --help lists all.'}")
 
 
 def _unknown(shown: str, names: Iterable[str], hints: Hints) -> UserError:
@@ -193,8 +195,7 @@ def _unknown(shown: str, names: Iterable[str], hints: Hints) -> UserError:
     if glued and glued[1] in aliases(hints):
         return UserError(f"{shown} is not an option. Did you mean {glued[1]} {glued[2]}?")
     switches = [f"no-{name}" for name, hint in hints.items() if kind_of(hint).element is bool]
-    flags = [f"--{name}" for name in [*names, *switches] if len(name) > 1]
-    near = did_you_mean(f"--{without_dashes(shown)}", flags)
+    near = did_you_mean(without_dashes(shown), [name for name in [*names, *switches] if len(name) > 1], "--")
     return UserError(f"{shown} is not an option.{near or ' --help lists all.'}")
 
 

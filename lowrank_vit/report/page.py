@@ -1,4 +1,4 @@
-"""The report as one HTML file, which `page.html` lays out, and its tables: the run's numbers as text."""
+"""The report: one HTML file, which `page.html` lays out, its tables, and its pictures beside it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,52 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from lowrank_vit.report.read import Run, series
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.report.metric_plots import cosine_plot, ema_plot, profile_plot, stable_rank_plot
+from lowrank_vit.report.read import Run, find_analysis, read_analysis, read_run, series
+from lowrank_vit.report.spectra_plots import bulk_plot, spectra_plot, vectors_plot
 from lowrank_vit.report.status import Step, next_steps
+from lowrank_vit.report.training_plot import training_plot
 from lowrank_vit.spectral.metrics import effective_rank, stable_rank
 from lowrank_vit.spectral.select import module_type
+
+_PICTURES = (
+    ("training.png", "Loss, accuracy, learning rate and throughput over the updates", training_plot),
+    ("spectra.png", "Singular values of the weights over the updates", spectra_plot),
+    ("bulk.png", "Newest spectra as histograms with the Marchenko-Pastur law and its edge", bulk_plot),
+    ("stable_rank.png", "Stable and effective rank of every block over the updates", stable_rank_plot),
+    ("cosines.png", "Principal cosines of the top subspaces with the refresh before and with the start", cosine_plot),
+    ("vectors.png", "Cosines between the recorded singular vectors then and now", vectors_plot),
+    ("ema.png", "Largest singular value and stable rank of the model and of its moving average", ema_plot),
+    ("profile.png", "Newest numbers of every matrix over its depth", profile_plot),
+)
+
+
+def write_report(path: Path) -> tuple[Path, list[str]]:
+    """Write the report of one run or analysis; returns the folder it is in and the notes on what was missing.
+
+    Raises:
+        UserError: `path` is neither, or its folder cannot be written.
+    """
+    analysis = find_analysis(path)
+    run = read_analysis(analysis) if analysis else read_run(path)
+    run_dir = run.path
+    drawn = {name: (caption, png) for name, caption, draw in _PICTURES if (png := draw(run)) is not None}
+    html = report_html(run, dict(drawn.values()))
+    folder = run_dir / "report"
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, _, _ in _PICTURES:
+            if name in drawn:
+                (folder / name).write_bytes(drawn[name][1])
+            else:
+                (folder / name).unlink(missing_ok=True)  # an earlier report's must not pass for this one's
+        (run_dir / "report.html").write_text(html, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(
+            f"cannot write the report into {run_dir}: {error.strerror or error}; is it writable?"
+        ) from error
+    return run_dir, run.notes
 
 
 def report_html(run: Run, pictures: Mapping[str, bytes]) -> str:

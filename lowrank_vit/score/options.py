@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, arg
 
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.check import check_ranges
 from lowrank_vit.config.option_types import POSITIVE, Range
 from lowrank_vit.config.options import LoaderName
 
@@ -42,6 +44,12 @@ class ModelOptions:
     """Likewise."""
     interpolation: Literal["", "nearest", "bilinear", "bicubic"] = ""
     """Default: bicubic for a run of this program, else the model's own."""
+
+    def check(self) -> None:
+        """Raise `UserError` for a number out of its range, or where nothing says which weights."""
+        check_ranges(self)
+        if not (self.checkpoint or self.model):
+            raise UserError("Give --checkpoint FILE, or --model NAME --pretrained for the weights that timm publishes.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,3 +136,11 @@ class PredictOptions(ModelOptions):
     """Mixed precision."""
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """What --amp computes in."""
+
+    def check(self) -> None:
+        """Raise `UserError` for the same, or for images that are not there."""
+        if not self.input:
+            raise UserError("Give images or folders, with --input or without a flag.")
+        if missing := next((path for path in self.input if not path.exists()), None):
+            raise UserError(f"--input {missing} does not exist.")
+        super().check()

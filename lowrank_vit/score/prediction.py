@@ -19,7 +19,6 @@ from lowrank_vit.common.devices import DTYPES, pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.filters import FILTERS
 from lowrank_vit.common.terminal import one_line
-from lowrank_vit.config.check import check_ranges
 from lowrank_vit.data.decode.pil import crop_and_resize
 from lowrank_vit.plan.plans import EvalPlan
 from lowrank_vit.score.options import PredictOptions
@@ -68,7 +67,7 @@ def predict(
 
     Raises `UserError`.
     """
-    check_ranges(options)
+    options.check()
     files = _images(options.input, note)
     device = pick_device(options.device)
     scorer = load_scorer(options, device, note)
@@ -101,12 +100,8 @@ def _images(paths: tuple[Path, ...], note: Note) -> list[Path]:
             if kinds:
                 note(f"{path}: left out {others.total():,} files that are no images by their suffix ({kinds})")
             found += inside
-        elif path.exists():
-            found.append(path)
         else:
-            raise UserError(f"--input {path} does not exist.")
-    if not found:
-        raise UserError("Give images or folders, with --input or without a flag.")
+            found.append(path)
     return found
 
 

@@ -98,8 +98,6 @@ def load_scorer(options: ModelOptions, device: torch.device, say: Say = terminal
 
 def _published(options: ModelOptions, device: torch.device, say: Say) -> Scorer:
     name, path = options.model, options.pretrained_path
-    if not name:
-        raise UserError("Give --checkpoint FILE, or --model NAME --pretrained for the weights that timm publishes.")
     if options.use_ema:
         raise UserError("--use-ema is about a --checkpoint, which is not there. Leave it out.")
     file = read_checkpoint(path, "--pretrained-path") if path else None

@@ -14,7 +14,6 @@ from lowrank_vit.common import terminal
 from lowrank_vit.common.devices import DTYPES, pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.filters import FILTERS
-from lowrank_vit.config.check import check_ranges
 from lowrank_vit.data.choose import open_loader
 from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.sets.beton import Beton
@@ -61,7 +60,7 @@ def validate(options: ValidateOptions, say: Callable[[str], object] = terminal.s
 
 
 def _validate(options: ValidateOptions, say: Callable[[str], object]) -> tuple[Scores, Scorer]:
-    check_ranges(options)
+    options.check()
     for path, suffix in _written(options).items():
         if path.suffix != suffix:
             flag = "--per-class" if path == options.per_class else "--json"

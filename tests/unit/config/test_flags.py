@@ -336,7 +336,7 @@ def test_values_out_of_range(argv):
         ("--device tpu", "--device tpu is not known"),
         ("--cutmix-minmax 0.8 0.2", "smaller number comes first"),
         ("--global-batch-size 64 --grad-accum-steps 2", "--grad-accum-steps 2 and --global-batch-size 64 both say"),
-        ("--global-batch-size 0", "--global-batch-size 0 is out of range"),
+        ("--global-batch-size 0", "--global-batch-size takes a whole number of at least 1, not `0`"),
         ("--mixup 0.8 --batch-size 1", "--mixup mixes each image with another .*--batch-size 1"),
         ("--mixup 0.8 --mix-block 1", "--mixup mixes each image with another .*--mix-block 1"),
         ("--cutmix 1 -b 1", "--cutmix mixes each image with another .*--batch-size 1"),

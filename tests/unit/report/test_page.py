@@ -13,9 +13,9 @@ import pytest
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.report import read as read_module
-from lowrank_vit.report.__main__ import main, write_report
+from lowrank_vit.report.__main__ import main
 from lowrank_vit.report.metric_plots import cosine_plot, ema_plot, matrix_scalars, profile_plot, stable_rank_plot
-from lowrank_vit.report.page import final_numbers, headline, spectral_numbers
+from lowrank_vit.report.page import final_numbers, headline, spectral_numbers, write_report
 from lowrank_vit.report.read import read_analysis, read_run, series
 from lowrank_vit.report.spectra_plots import bulk_plot, spectra_plot, vectors_plot
 from lowrank_vit.spectral.extremes import Solved, Triplets

@@ -15,8 +15,7 @@ import torch
 
 from lowrank_vit.config.flags import parse
 from lowrank_vit.ranks.world import World
-from lowrank_vit.report.__main__ import write_report
-from lowrank_vit.report.page import headline
+from lowrank_vit.report.page import headline, write_report
 from lowrank_vit.report.read import read_run
 from lowrank_vit.report.status import Step, next_steps, run_status, shown
 from lowrank_vit.train import _farewell

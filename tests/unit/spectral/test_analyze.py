@@ -210,7 +210,7 @@ def test_wrong_use_is_one_clear_error(checkpoint: Path, tmp_path: Path) -> None:
         main(["--checkpoint", str(tmp_path / "nowhere.pth")])
     with pytest.raises(UserError, match=r"meant 'attn\.qkv'"):
         main(["--checkpoint", str(checkpoint), "--targets", "attn.qvk"])
-    with pytest.raises(UserError, match="--topk 0"):
+    with pytest.raises(UserError, match="--topk takes a whole number of at least 1, not `0`"):
         main(["--checkpoint", str(checkpoint), "--topk", "0"])
     with pytest.raises(UserError, match="--save-dir"):
         main(["--checkpoint", str(checkpoint), "--save-dir", str(checkpoint / "under-a-file")])
