@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,7 +170,7 @@ def _read(options: Options, path: Path) -> tuple[dict[str, Tensor], dict[str, An
 
     checkpoint = read_checkpoint(path)
     # A bare state dict does not tell its model.
-    name = options.source.model or checkpoint.arch or path.name.split(".")[0]
+    name = options.source.model or re.sub(r"[^\w.:-]", "_", checkpoint.arch) or path.name.split(".")[0]
     meta = {"model": name, "checkpoint": str(path), "epoch": checkpoint.epoch, "use_ema": options.source.use_ema}
     return checkpoint.weights(options.source.use_ema), meta
 

@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import time
+import zipfile
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,8 @@ from lowrank_vit.common.locks import try_flock
 
 _LEFTOVER = re.compile(r"\..+\.(part|[0-9a-f]{8}\.tmp|unfinished)|(index\.json|(update|vectors)_\d+\.npz)\.partial")
 """Names of temporary files and folders; all but `.part` are those of earlier versions."""
+_IS_FOLDER = 0x10
+"""Of a member's attributes in a zip archive: it is a folder, of which torch writes none."""
 _DEAD_AFTER_S = 3600.0
 """Where the file system has no locks, what nobody has written to for so long is left over."""
 
@@ -193,3 +196,20 @@ def sync_directory(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def damaged_member(path: Path) -> str:
+    """The name of a member of a zip archive whose bytes do not have their checksum (CRC-32); empty without one.
+
+    So too for what is no archive, and for one that was written without checksums. A gigabyte takes about a third of a
+    second. Raises `zipfile.BadZipFile` and other errors where the archive's own directory is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return ""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        # torch gives memory as it finds it for a member that is marked so, and no checksum covers the mark.
+        files = (member for member in members if not member.is_dir())
+        marked = next((member.filename for member in files if member.external_attr & _IS_FOLDER), "")
+        has_checksums = any(member.CRC for member in members)
+        return marked or (archive.testzip() if has_checksums else None) or ""

@@ -45,12 +45,15 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: dict[str, Te
         for k, v in own.items()
         if k in weights and weights[k].shape != v.shape
     ]
-    if missing or unknown or shapes:
+    kinds = [k for k, v in own.items() if k in weights and v.is_floating_point() != weights[k].is_floating_point()]
+    if missing or unknown or shapes or kinds:
         differences = []
         if checkpoint.arch and checkpoint.arch != model_name:
             differences.append(f"it was saved from {checkpoint.arch}")
         if shapes:
             differences.append(f"{len(shapes)} tensors have another shape ({shapes[0]})")
+        if kinds:
+            differences.append(f"{len(kinds)} are of another type ({kinds[0]} is {weights[kinds[0]].dtype})")
         if missing:
             differences.append(f"{len(missing)} are missing ({missing[0]})")
         if unknown:
@@ -98,7 +101,7 @@ def load_initial(
 
 
 def build_with_file(build: Build, name: str, checkpoint: Checkpoint, num_classes: int, say: Say) -> nn.Module:
-    """The model with the weights of --pretrained-path, fitted by timm; whose they are is said where there are two.
+    """The model with the weights of --pretrained-path, fitted by timm; whose they are is said.
 
     Raises `UserError` for weights of another model.
     """
@@ -122,7 +125,7 @@ def build_with_file(build: Build, name: str, checkpoint: Checkpoint, num_classes
     if checkpoint.no_tensors:
         unused = ", ".join(checkpoint.no_tensors)
         say(f"pretrained weights: their {unused} has no place in the model and is not used")
-    if checkpoint.has_ema:
+    if not checkpoint.is_npz:
         say(f"pretrained weights: {_whose(checkpoint, is_ema=is_ema)}")
     return model
 

@@ -1,6 +1,7 @@
 """The one reader of files with weights: of this program, of timm, DeiT and MAE, bare state dicts and safetensors.
 
 No code of a file is ever run: `torch.load` reads with `weights_only=True`, and numpy's numbers become Python's.
+Archives of torch's are read twice, since torch itself does not compare their checksums.
 """
 
 from __future__ import annotations
@@ -8,27 +9,33 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import timm
-import timm.models
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import damaged_member
 from lowrank_vit.config import meaning
+from lowrank_vit.config.option_types import Range, kind_of, leaves, may_change
+from lowrank_vit.config.options import Config
 
 BETTER = "better"
 """Key of a checkpoint's content: "model" or "ema", whichever scored higher in the newest epoch; "" before the first."""
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors", ".npz")
 _OWN, _EMA = ("state_dict", "model"), ("state_dict_ema", "model_ema")
 """Where files have the model's weights and the EMA's, by timm, and by DeiT and MAE; timm looks in this order."""
-_OF_A_RUN = ("optimizer", "progress", "step", "data")
-"""What a run is continued from, beside its weights."""
+_OF_A_RUN = ("state_dict", "optimizer", "progress", "step", "data", "args")
+"""What a run is continued from."""
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What DDP, torch.compile, FSDP and checkpointed activations put into names; only the first two in front of all."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +106,17 @@ class Checkpoint:
         found: dict[str, Tensor] = self.content["state_dict_ema" if use_ema else "state_dict"]
         return {name: _at_least_float32(tensor) for name, tensor in found.items()}
 
+    @property
+    def starts_from_ema(self) -> bool:
+        """Whether a start is made from the EMA's weights, see `weights_to_start_from`."""
+        return self.has_ema and ("state_dict" not in self.content or self.content.get(BETTER) != "model")
+
     def weights_to_start_from(self) -> tuple[dict[str, Tensor], bool]:
         """A state dict, and whether it is the EMA's.
 
         The EMA's where there is one, as timm chooses, unless the file says that the model itself scored higher.
         """
-        use_ema = self.has_ema and ("state_dict" not in self.content or self.content.get(BETTER) != "model")
-        return self.weights(use_ema), use_ema
+        return self.weights(self.starts_from_ema), self.starts_from_ema
 
     def num_outputs(self, heads: tuple[str, ...]) -> int | None:
         """How many classes the first layer of `heads` that is there tells apart; None without one."""
@@ -116,14 +127,41 @@ class Checkpoint:
         return next((len(weight) for weight in found if weight.ndim), None)
 
     def training_state(self, key: str) -> Any:
-        """A part needed to continue a run. Raises `UserError` where the file holds weights only."""
-        is_there = {one: isinstance(self.content.get(one), dict) for one in _OF_A_RUN} | {key: key in self.content}
-        if lacking := [one for one, is_one in is_there.items() if not is_one]:
+        """A part needed to continue a run. Raises `UserError` where the file is not of a run, or holds weights only."""
+        if lacking := [one for one in _OF_A_RUN if not isinstance(self.content.get(one), dict)]:
+            start = f"--pretrained-path {self.path}, which fits them to the model"
+            if not self.is_npz:
+                start = f"--initial-checkpoint {self.path}, or with {start}"
             raise UserError(
-                f"{self.path} cannot be resumed: it lacks `{lacking[0]}`. Give a last.pth.tar of a run, "
-                "or start anew from its weights with --initial-checkpoint."
+                f"{self.path} cannot be resumed: it lacks `{lacking[0]}`, since it is {self._in_words()}. Start anew "
+                f"from its weights with {start}; --resume takes a last.pth.tar of a run."
             )
         return self.content[key]
+
+    def _in_words(self) -> str:
+        """What kind of file it is."""
+        if self.is_npz:
+            return "Google's arrays"
+        its = [name for name in ("optimizer", "progress", "step", "data", "args", "epoch") if name in self.content]
+        if not its:
+            return "a file of weights alone"
+        if "progress" in its or meaning.KEY in self.content:
+            return "a run's checkpoint of which a part is gone, or was written over"
+        return f"a checkpoint of another program (its {', '.join(its)} are not a run's of this one)"
+
+    def checked_args(self, *names: str) -> dict[str, Any]:
+        """`args`, where those options have values that they take; without names those that a run keeps to its end.
+
+        Raises `UserError`.
+        """
+        for name, hint, _ in leaves(Config()):
+            is_wanted = name in names if names else not may_change(hint)
+            if is_wanted and name in self.args and not _is_of(hint, self.args[name]):
+                raise UserError(
+                    f"{self.path} is damaged or was written over: its `args` has {in_words(self.args[name])} for "
+                    f"--{name}, which takes no such value. Give another checkpoint of the run."
+                )
+        return self.args
 
 
 def require_file(path: Path, what: str = "Checkpoint") -> None:
@@ -165,8 +203,60 @@ def read_checkpoint(path: Path, what: str = "Checkpoint") -> Checkpoint:
         no_tensors += [name for name, value in weights.items() if not isinstance(value, Tensor)]
         if key:
             tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-            content[keys[0]] = timm.models.clean_state_dict(tensors)
+            content[keys[0]] = _with_plain_names(tensors, f"{what} {path}")
     return Checkpoint(path, content, no_tensors=tuple(dict.fromkeys(no_tensors)))
+
+
+def _with_plain_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The same tensors under the model's own names. Raises `UserError` for two of one name, and for no plain array."""
+    names = {name: _WRAPPERS.sub("", name) for name in tensors}
+    for name, tensor in tensors.items():
+        if odd := oddity(tensor):
+            raise UserError(f"{source}: `{name}` is {odd}, and weights are plain arrays here. Save it as one.")
+    twice = next((name for name, count in Counter(names.values()).items() if count > 1), None)
+    if twice is not None:
+        found = " and ".join(f"`{name}`" for name, plain in names.items() if plain == twice)
+        raise UserError(f"{source} holds {found}, which are one tensor of the model. Save the weights of one model.")
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def oddity(tensor: Tensor) -> str:
+    """Why a tensor is no plain array of real numbers in memory; empty if it is one."""
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return f"a {'nested' if tensor.is_nested else str(tensor.layout).removeprefix('torch.')} tensor"
+    if tensor.is_quantized or tensor.is_complex():
+        return f"a tensor of {str(tensor.dtype).removeprefix('torch.')}"
+    return "a tensor without values" if tensor.is_meta else ""
+
+
+def in_words(value: Any) -> str:
+    """A value of a file for a message: short, of a tensor its type and shape."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {str(value.dtype).removeprefix('torch.')}, {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _is_of(hint: Any, value: Any) -> bool:
+    """Whether a plain value may be an option's, as far as types and ranges tell; choices may be an older program's."""
+    kind = kind_of(hint)
+    if value is None:
+        return kind.may_be_none
+    if not kind.is_tuple:
+        return _is_one_of(hint, value)
+    is_list = isinstance(value, list | tuple) and kind.count in (None, len(value))
+    return is_list and all(_is_one_of(hint, one) for one in value)
+
+
+def _is_one_of(hint: Any, value: Any) -> bool:
+    element = kind_of(hint).element
+    if element is bool or isinstance(value, bool):
+        return element is bool and isinstance(value, bool)
+    if element in (int, float):
+        ranges = [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Range)]
+        is_number = isinstance(value, int if element is int else int | float)
+        return is_number and all(value in one for one in ranges)
+    return isinstance(value, str) or (isinstance(value, int) and value in get_args(element))
 
 
 def is_state_dict(value: Any) -> bool:
@@ -189,11 +279,17 @@ def _unpickled(path: Path) -> Any:
     """The content of a file of torch's; of classes and functions it may name those below, and torch's own for tensors.
 
     timm, DeiT and MAE save their arguments as a Namespace, a bag of plain values. numpy's own functions stay out of it:
-    its types can be forged in a pickle.
+    its types can be forged in a pickle. Raises `Damaged` for an archive whose checksums do not fit.
     """
+    if member := damaged_member(path):
+        raise Damaged(member)
     numpys = [(_number, "numpy._core.multiarray.scalar"), (_number, "numpy.core.multiarray.scalar")]
     with torch.serialization.safe_globals([argparse.Namespace, *numpys, (_NumberType, "numpy.dtype")]):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class Damaged(Exception):
+    """A member of an archive has other bytes than were written."""
 
 
 class _NumberType:
@@ -227,6 +323,11 @@ def _about_npz(path: Path) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     """Why a file could not be read, and what to do."""
+    if isinstance(error, Damaged):
+        return (
+            f"it is damaged, since its part `{error}` has other bytes than were written (by its checksum). Copy the "
+            "file again from where it came, or give an older one, such as a run's model_best.pth.tar."
+        )
     if named := re.search(r"GLOBAL (\S+)", str(error)):
         return (
             f"it holds `{named[1]}`, which reading would have to run, and no code of a file is run. Save the weights "

@@ -25,6 +25,9 @@ from lowrank_vit.model.fit import head_names, load_weights, resized
 from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.score.options import LabelType, ModelOptions
 
+_ARGS = tuple("dataset data-dir beton-dir val-split nested-classes img-size crop-pct mean std model-kwargs".split())
+"""What a checkpoint's run is asked for where the flags do not tell."""
+
 
 @dataclass(frozen=True)
 class Scorer:
@@ -69,16 +72,15 @@ def load_scorer(options: ModelOptions, device: torch.device, say: Say = terminal
         flag = "--pretrained" if options.pretrained else "--pretrained-path"
         say(f"note: the weights are those of --checkpoint {options.checkpoint}; {flag} is not read")
     checkpoint = read_checkpoint(options.checkpoint)
-    weights, args = checkpoint.weights(options.use_ema), checkpoint.args
+    weights, args = checkpoint.weights(options.use_ema), checkpoint.checked_args(*_ARGS)
     name = options.model or checkpoint.arch
     if not name:
         raise UserError(f"{options.checkpoint} does not name its model. Give --model.")
-    num_classes = checkpoint.content.get("num_classes") or checkpoint.num_outputs(head_names(name))
-    if not num_classes:
+    num_classes = checkpoint.num_outputs(head_names(name)) or checkpoint.content.get("num_classes")
+    if not isinstance(num_classes, int) or num_classes < 1:
         raise UserError(
             f"{options.checkpoint} does not tell its number of classes, and has no layer named head, fc or classifier."
         )
-    num_classes = int(num_classes)
     _check_number(options, num_classes, f"--checkpoint {options.checkpoint}")
     kwargs = options.model_kwargs or tuple(args.get("model-kwargs", ()))
     if options.img_size and not options.model_kwargs:  # the flag goes before the run's own size
@@ -90,10 +92,12 @@ def load_scorer(options: ModelOptions, device: torch.device, say: Say = terminal
     scorer = _scorer(made, name, options, device, say, img_size, args, num_classes, is_ours=is_ours)
     if is_ours:  # what the run knew nothing of yet
         args = {**meaning.values_before(checkpoint.meaning, args), **args}
-    kind = "EMA weights" if options.use_ema else "weights"
-    return replace(
-        scorer, origin=f"{options.checkpoint} ({kind})", trained_names=checkpoint.class_names or [], args=args
-    )
+    origin = f"{options.checkpoint} ({_kind(is_ema=options.use_ema)})"
+    return replace(scorer, origin=origin, trained_names=checkpoint.class_names or [], args=args)
+
+
+def _kind(*, is_ema: bool) -> str:
+    return "EMA weights" if is_ema else "weights"
 
 
 def _published(options: ModelOptions, device: torch.device, say: Say) -> Scorer:
@@ -111,7 +115,8 @@ def _published(options: ModelOptions, device: torch.device, say: Say) -> Scorer:
     scorer = _scorer(made, name, options, device, say, size, {}, num_classes, is_ours=False)
     if file is None:
         return replace(scorer, origin=f"{name} (timm's weights)", is_published=True)
-    return replace(scorer, origin=str(path), trained_names=file.class_names or [])
+    origin = f"{path} ({_kind(is_ema=file.starts_from_ema)})"
+    return replace(scorer, origin=origin, trained_names=file.class_names or [])
 
 
 def _check_number(options: ModelOptions, num_classes: int, source: str) -> None:

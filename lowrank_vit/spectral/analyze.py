@@ -100,7 +100,9 @@ def compare(before: Analysis, after: Analysis) -> dict[str, dict[str, float]]:
             f"{'x'.join(map(str, different[1]))} is only in one. Give two checkpoints of one model."
         )
     norms: dict[str, dict[str, float]] = {}
-    for old, new in zip(stack_by_shape(before.weights), stack_by_shape(after.weights), strict=True):
+    # Files of one model may have its matrices in another order, and in another type.
+    stacks = (stack_by_shape({name: one.weights[name].double() for name in before.weights}) for one in (before, after))
+    for old, new in zip(*stacks, strict=True):
         norms |= update_norms(old, new)
     return {name: drift_metrics(before.solved[name], now) | norms[name] for name, now in after.solved.items()}
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.files import remove_leftovers, whole_file, write_whole
+from lowrank_vit.common.files import damaged_member, remove_leftovers, whole_file, write_whole
 from lowrank_vit.spectral.extremes import Solved, Triplets
 
 SPECTRA, VECTORS, WEIGHTS = "update", "vectors", "weights"
@@ -138,7 +138,8 @@ class SpectraStore:
         """What was kept with the checkpoint of the update `until` or before; None without a readable file."""
         for path in reversed([path for path in _files(self.path, WEIGHTS) if update_of(path) <= until]):
             with contextlib.suppress(Exception):  # a damaged file fails in many ways inside torch
-                return Kept.of(torch.load(path, map_location="cpu", weights_only=True))
+                if not damaged_member(path):
+                    return Kept.of(torch.load(path, map_location="cpu", weights_only=True))
         return None
 
     def kept_update(self, until: int) -> int:

@@ -26,6 +26,7 @@ from lowrank_vit.run.outputs import SPECTRA
 from lowrank_vit.run.state import RunState
 from lowrank_vit.spectral.store import SpectraStore
 from lowrank_vit.training import launch
+from lowrank_vit.training.saved_state import check_state, load_optimizer
 from lowrank_vit.training.setup import Setup, silent
 
 
@@ -165,10 +166,8 @@ def as_resumed(config: Config, resumed: Checkpoint, say: Callable[[str], object]
     Only those that stand at their defaults. `say` is told of each. Raises `UserError` for options of another run, and
     where this program cannot go on as the run began.
     """
-    number, args = resumed.meaning, resumed.args
-    if not args:  # of another program, or weights alone
-        resumed.training_state("args")
-        return config
+    resumed.training_state("args")
+    number, args = resumed.meaning, resumed.checked_args()
     meaning.check_can_go_on(number, args, str(resumed.path))
     before, usual = meaning.values_before(number, args), {name: value for name, _, value in leaves(Config())}
     given = {name: value for name, _, value in leaves(config)}
@@ -185,11 +184,9 @@ def as_resumed(config: Config, resumed: Checkpoint, say: Callable[[str], object]
 
 
 def restore(setup: Setup, state: RunState, resumed: Checkpoint) -> None:
-    """Put back all but weights and EMA, which the setup has already. Raises `UserError`."""
-    try:
-        setup.optimizer.load_state_dict(resumed.training_state("optimizer"))
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{resumed.path} was saved with another optimizer: {error}.") from error
+    """Put back all but weights and EMA, which the setup has already. Raises `UserError`, before anything is used."""
+    check_state(resumed, setup)
+    load_optimizer(setup.optimizer, resumed)
     progress, step = resumed.training_state("progress"), resumed.training_state("step")
     state.load_state_dict(progress, step["num_updates"])
     setup.step.load_state_dict(step)

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,10 @@ def test_every_command_takes_every_form(tmp_path, form, prefix, capsys):
     load_initial(model, path, NAME, print)
     assert same(model.state_dict(), EMA if has_ema else OWN)
     file = read_checkpoint(path, "--pretrained-path")
-    model = create_model(NAME, 7, img_size=32, model_kwargs=KWARGS, pretrained_file=file)
+    said = list[str]()
+    model = create_model(NAME, 7, img_size=32, model_kwargs=KWARGS, pretrained_file=file, say=said.append)
     assert same(model.state_dict(), EMA if has_ema else OWN)
+    assert said == [f"pretrained weights: {'the EMA of' if has_ema else 'those of'} {path}"]
     assert "state_dict" not in vars(model)["pretrained_cfg"]  # no second copy of the weights
     with pytest.raises(UserError, match=r"cannot be resumed: it lacks `.*--initial-checkpoint"):
         file.training_state("optimizer")
@@ -241,6 +244,124 @@ def test_a_cut_file_is_named(tmp_path):
             read_checkpoint(path)
 
 
+def flipped(path: Path, whole: bytes, bit: int) -> None:
+    changed = bytearray(whole)
+    changed[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(changed)
+
+
+def test_a_flipped_bit_anywhere_changes_nothing_or_is_told(tmp_path):
+    """No checksum is compared by torch itself."""
+    path, numbers = tmp_path / "last.pth.tar", torch.arange(6.0)
+    write_checkpoint(path, {"state_dict": {"w": numbers, "b": numbers[:2]}, "epoch": 4, "args": {"lr": 0.1}})
+    whole, told = path.read_bytes(), 0
+    for bit in random.Random(0).sample(range(8 * len(whole)), 250):
+        flipped(path, whole, bit)
+        try:
+            found = read_checkpoint(path)
+        except UserError:
+            told += 1
+        else:
+            assert (found.epoch, found.args, list(found.content)) == (4, {"lr": 0.1}, ["epoch", "args", "state_dict"])
+            assert same(found.weights(use_ema=False), {"w": numbers, "b": numbers[:2]}), bit
+    assert told > 100  # the others are in names and padding that nothing reads
+    start = whole.find(numbers.numpy().tobytes())
+    flipped(path, whole, 8 * start + 40)
+    with pytest.raises(UserError, match=r"its part `archive/data/0` has other bytes than were written"):
+        read_checkpoint(path)
+
+
+def test_no_member_is_taken_for_a_folder(tmp_path):
+    """Of one that is marked as a folder torch gives memory as it finds it."""
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": {"w": torch.ones(2)}}, path)
+    whole = path.read_bytes()
+    for entry in range(len(whole)):
+        if whole[entry : entry + 4] == b"PK\x01\x02" and b"data/0" in whole[entry : entry + 64]:
+            flipped(path, whole, 8 * (entry + 38) + 4)
+            with pytest.raises(UserError, match=r"its part `w/data/0`"):
+                read_checkpoint(path)
+
+
+def test_an_archive_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(OWN, tmp_path / "w.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert same(read_checkpoint(tmp_path / "w.pth").weights(use_ema=False), OWN)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "blocks.0._orig_mod.attn.qkv.weight",  # each block compiled
+        "_orig_mod.blocks._orig_mod.0.attn.qkv.weight",
+        "blocks.0._checkpoint_wrapped_module.attn.qkv.weight",
+        "module.blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.attn.qkv.weight",
+    ],
+)
+def test_wrappers_within_a_name_go_too(tmp_path, wrapped):
+    torch.save(
+        {wrapped if key == "blocks.0.attn.qkv.weight" else key: value for key, value in OWN.items()}, tmp_path / "w.pth"
+    )
+    assert same(read_checkpoint(tmp_path / "w.pth").weights(use_ema=False), OWN)
+
+
+def test_a_model_that_is_called_module_keeps_its_name(tmp_path):
+    weights = {"encoder.module.weight": torch.ones(2), "modules.weight": torch.ones(3)}
+    torch.save(weights, tmp_path / "w.pth")
+    assert same(read_checkpoint(tmp_path / "w.pth").weights(use_ema=False), weights)
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ({"head.weight": torch.eye(7, 32).to_sparse()}, r"`head.weight` is a sparse_coo tensor"),
+        ({"head.weight": torch.zeros(7, 32, dtype=torch.complex64)}, r"`head.weight` is a tensor of complex64"),
+        ({"module.head.weight": torch.zeros(7, 32)}, r"holds `head.weight` and `module.head.weight`, which are one"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about sparse tensors
+def test_tensors_that_are_no_weights_are_named(tmp_path, odd, message):
+    torch.save({"model": {**OWN, **odd}}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=rf"--pretrained-path .*w\.pth:? {message}"):
+        read_checkpoint(tmp_path / "w.pth", "--pretrained-path")
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    torch.save({"model": {**OWN, "head.weight": OWN["head.weight"].to(torch.int8)}}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"1 are of another type \(head.weight is torch.int8\)"):
+        load_initial(create_model(NAME, 7, img_size=32, model_kwargs=KWARGS), tmp_path / "w.pth", NAME, print)
+
+
+def test_two_files_of_one_model_are_compared_whatever_their_forms(tmp_path):
+    (tmp_path / "other").mkdir()
+    before, after = save(tmp_path, "bare", "module._orig_mod."), save(tmp_path / "other", "safetensors")
+    analyze_spectrum.main(["--compare", str(before), str(after), "--model", NAME, "--save-dir", str(tmp_path)])
+    drift = json.loads((tmp_path / f"{NAME}_drift.json").read_text())["layers"]
+    assert set(drift) == {f"blocks.0.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert all(numbers["update_normF"] == 0 for numbers in drift.values())
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"img-size": "32"},
+        {"img-size": -1},
+        {"crop-pct": float("nan")},
+        {"model-kwargs": 3},
+        {"model-kwargs": [3]},
+        {"data-dir": torch.zeros(2)},
+        {"nested-classes": None},
+    ],
+)
+def test_mistyped_flags_of_a_run_are_named(tmp_path, args):
+    torch.save({"arch": NAME, "state_dict": OWN, "class_names": None, "args": args}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=rf"w.pth is damaged .* for --{next(iter(args))}, which takes no such value"):
+        load_scorer(ModelOptions(tmp_path / "w.pth"), CPU)
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04damaged"])
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_damaged_files_are_refused(tmp_path, content, suffix):
@@ -301,6 +422,7 @@ def test_a_counter_among_the_weights_is_left_out_and_said(tmp_path, place, value
         ({"epoch": float("nan")}, lambda one: one.epoch == -1),
         ({"epoch": float("inf")}, lambda one: one.epoch == -1),
         ({"arch": torch.ones(2)}, lambda one: one.arch == ""),
+        ({"class_names": [1, 2]}, lambda one: one.class_names is None),
         ({"state_dict": {**OWN, "head.weight": torch.tensor(1.0)}}, lambda one: one.num_outputs(("head",)) is None),
         ({"state_dict": {**OWN}, "mean": torch.ones(3), "std": torch.ones(3)}, lambda one: "mean" in one.content),
     ],
