@@ -51,9 +51,11 @@ def _read(argv: list[str]) -> Config:
 def _train(argv: list[str], config: Config, world: World, failing: Failing) -> None:
     from lowrank_vit.common.devices import pick_device
     from lowrank_vit.ranks.joining import joined
+    from lowrank_vit.training.agreement import run_record
     from lowrank_vit.training.trainer import train
 
-    with joined(world, pick_device(config.step.device, world.local_rank)), failing.watched():
+    device = pick_device(config.step.device, world.local_rank)
+    with joined(world, device, lambda: run_record(config, device)), failing.watched():
         result = train(config, default_name(argv, config), world, failing)
         if world.is_first:
             say(_farewell(result, config, world))

@@ -64,6 +64,11 @@ MAY_CHANGE = "may change on resume"
 weights. (Of batch size and accumulation the global batch must stay, see `Loader.load_state_dict`.)"""
 
 
+PER_RANK = "may differ between ranks"
+"""Beside an option's type: each rank may have its own value, such as a path on its node's disk, since none of them
+changes what an update does to the weights. What lies at such a path is compared instead."""
+
+
 @dataclass(frozen=True)
 class NotHere:
     """Beside an option's type: a value of timm's that it does not take."""
@@ -176,6 +181,11 @@ def aliases(hints: Hints) -> dict[str, str]:
 def without_dashes(flag: str) -> str:
     """The name of an option, as in `Hints`, that a flag or a key is: without dashes in front, with dashes inside."""
     return flag.lstrip("-").replace("_", "-")
+
+
+def is_per_rank(hint: Any) -> bool:
+    """Whether each rank may have a value of its own."""
+    return PER_RANK in getattr(hint, "__metadata__", ())
 
 
 def may_change(hint: Any) -> bool:

@@ -1,5 +1,6 @@
 """A run's options: one frozen dataclass a group; to each field a docstring, its `Range`, and whether it `MAY_CHANGE`.
 
+What may differ between the ranks of a run says `PER_RANK`; all else is compared between them when they start.
 Groups do not show in the flags, so every field's name is unique over all of them.
 """
 
@@ -15,6 +16,7 @@ from lowrank_vit.config.option_types import (
     ABOVE_0,
     MAY_CHANGE,
     NOT_NEGATIVE,
+    PER_RANK,
     POSITIVE,
     SHARE,
     SHARE_BELOW_1,
@@ -47,28 +49,28 @@ class Data:
     """folder or nothing: what --data-dir holds; torch/cifar100; digits: scikit-learn's, written to --data-dir."""
     dataset_download: Annotated[bool, MAY_CHANGE] = False
     """torch/cifar100: download the archive where it is missing or damaged."""
-    data_dir: Annotated[Path | None, arg(aliases=["--data"]), MAY_CHANGE] = None
+    data_dir: Annotated[Path | None, arg(aliases=["--data"]), MAY_CHANGE, PER_RANK] = None
     """Folder with train.beton and val.beton, or with train/CLASS/ and val/CLASS/, converted once; default: data."""
     train_split: str = "train"
     """Name of the training set in --data-dir; timm's synonyms count."""
     val_split: Annotated[str, MAY_CHANGE] = "validation"
     """Name of the validation set in --data-dir; timm's synonyms count, and test where there is no other."""
-    beton_dir: Annotated[Path | None, MAY_CHANGE] = None
+    beton_dir: Annotated[Path | None, MAY_CHANGE, PER_RANK] = None
     """Where images are converted to; default: DATA_DIR/.lowrank_vit, DATA_DIR/cifar100.lowrank_vit."""
     nested_classes: Literal["leaf", "merge", "top"] = "leaf"
     """Class folders: each one that holds images, as in timm; so, but those of one name together; those in the split."""
-    stage_dir: Annotated[Path | None, MAY_CHANGE] = None
+    stage_dir: Annotated[Path | None, MAY_CHANGE, PER_RANK] = None
     """Copy the .beton files to this folder on a fast local disk, once, and read the copies."""
     synthetic: bool = False
     """No data: one made-up batch that stays on the device, 100 updates an epoch. The speed of the model alone."""
     loader: Annotated[LoaderName, MAY_CHANGE] = "auto"
     """Decode backend; auto: resident if a quarter of the device's memory holds the set, else dali with a GPU, else the
     faster one here."""
-    workers: Annotated[int, arg(aliases=["-j"]), NOT_NEGATIVE, MAY_CHANGE] = 4
+    workers: Annotated[int, arg(aliases=["-j"]), NOT_NEGATIVE, MAY_CHANGE, PER_RANK] = 4
     """CPU threads that decode; 0 is 1."""
-    prefetch: Annotated[int, POSITIVE, MAY_CHANGE] = 2
+    prefetch: Annotated[int, POSITIVE, MAY_CHANGE, PER_RANK] = 2
     """Decoded batches that may wait for the trainer."""
-    hw_decoder_load: Annotated[float, SHARE, MAY_CHANGE] = 0.35
+    hw_decoder_load: Annotated[float, SHARE, MAY_CHANGE, PER_RANK] = 0.35
     """dali on a GPU: share of a batch for its JPEG engine; 0.35 was fastest on an H100 with 14 to 16 threads."""
     on_bad_sample: Annotated[Literal["error", "skip"], MAY_CHANGE] = "error"
     """A damaged sample: stop, or train on the next one in its stead and say so."""
@@ -126,9 +128,9 @@ class Model:
     """Stochastic depth rate of the last block."""
     pretrained: Annotated[bool, MAY_CHANGE] = False
     """Start from the weights that timm publishes for the model."""
-    pretrained_path: Annotated[Path | None, MAY_CHANGE] = None
+    pretrained_path: Annotated[Path | None, MAY_CHANGE, PER_RANK] = None
     """The same from a local file; position embedding and classifier are made to fit."""
-    initial_checkpoint: Annotated[Path | None, MAY_CHANGE] = None
+    initial_checkpoint: Annotated[Path | None, MAY_CHANGE, PER_RANK] = None
     """Start from the weights of this checkpoint (no optimizer, epoch 0)."""
     grad_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Compute activations anew in the backward pass: less memory, a third more time."""
@@ -273,7 +275,7 @@ class Augment:
 class Step:
     """How a step is computed."""
 
-    device: Annotated[str, MAY_CHANGE] = "auto"
+    device: Annotated[str, MAY_CHANGE, PER_RANK] = "auto"
     """auto (cuda where there is one), cpu, cuda, or cuda:N; with torchrun each process has the GPU of its rank."""
     amp: Annotated[bool, MAY_CHANGE] = field(default_factory=has_cuda)
     """Mixed precision; on by default with CUDA."""
@@ -287,7 +289,7 @@ class Step:
         Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"], MAY_CHANGE
     ] = "default"
     """torch.compile's mode."""
-    compile_cache: Annotated[Path | None, MAY_CHANGE] = None
+    compile_cache: Annotated[Path | None, MAY_CHANGE, PER_RANK] = None
     """Where compiled code is kept for the next start; default: ~/.cache/lowrank-vit, or TORCHINDUCTOR_CACHE_DIR."""
 
 
@@ -311,7 +313,7 @@ class Spectra:
     """float64 Gram matrix, certified, or the slow reference: float64 SVD."""
     spec_on_cpu: Annotated[bool, MAY_CHANGE] = False
     """Compute on CPU threads even when the model is on a GPU."""
-    spec_cpu_threads: Annotated[int | None, POSITIVE, MAY_CHANGE] = None
+    spec_cpu_threads: Annotated[int | None, POSITIVE, MAY_CHANGE, PER_RANK] = None
     """Cores that the monitor may use of a CPU; default: a quarter of them, at least 1."""
     spec_store_gb: Annotated[float, ABOVE_0, MAY_CHANGE] = 2.0
     """Size limit of the run's spectra/, 10^9 bytes; beyond it older refreshes are thinned out evenly."""

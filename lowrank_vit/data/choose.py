@@ -86,32 +86,44 @@ def make_backend(
 def choose_backend(
     beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions
 ) -> tuple[str, str]:
-    """`("resident" | "dali" | "ffcv", the reason in words)` for `--loader auto`.
+    """`("resident" | "dali" | "ffcv", the reason in words)` for `--loader auto`, the same on all ranks.
 
     Resident if the decoded set takes at most `RESIDENT_SHARE` of the device's memory and there is room for it now, on
     the device and on the host, where it is decoded; else DALI with a GPU or for evaluation, whose scores must not
-    follow from a measurement of speed; else whichever of FFCV and DALI decodes this set faster on this CPU. That
-    measurement is kept beside the set.
+    follow from a measurement of speed; else whichever of FFCV and DALI decodes this set faster on this CPU, or of
+    several ranks on the one where it is slowest. That measurement is kept beside the set. What does not fit one rank is
+    not taken.
     """
     size = resident_bytes(beton)
     budget = RESIDENT_SHARE * memory_bytes(device)
     in_words, share = f"{size_in_words(size)} decoded", f"{RESIDENT_SHARE:.0%} of {device} memory"
     crowded = place_without_room(size, device) if size <= budget else ""
-    if size <= budget and not crowded:
-        return "resident", f"{in_words} fit {share}"
+    has_room = size <= budget and not crowded
     too_big = f"{in_words}, and {crowded} free" if crowded else f"{in_words} exceed {share}"
-    if missing := why_no_dali():
+    if not (too_big := _first(options.of_all_ranks("" if has_room else too_big))):
+        return "resident", f"{in_words} fit {share}"
+    if missing := _first(options.of_all_ranks(why_no_dali())):
         return "ffcv", f"{too_big}; {missing}"
     if device.type == "cuda":
         return "dali", f"{too_big}; decoding on the GPU"
     if isinstance(plan, EvalPlan):
         return "dali", f"{too_big}; evaluation"
     makers = {kind: lambda kind=kind: make_backend(kind, beton, plan, device, options) for kind in ("ffcv", "dali")}
-    speeds, origin = kept_or_measured(beton, plan, options.workers, makers)
-    if not speeds:
-        return "ffcv", f"{too_big}; {origin}"
-    in_words = ", ".join(f"{kind} {speed:,.0f} img/s" for kind, speed in speeds.items())
-    return max(speeds, key=lambda kind: speeds[kind]), f"{too_big}; {origin}: {in_words}"
+    measured = options.of_all_ranks(kept_or_measured(beton, plan, options.workers, makers))
+    if failed := _first(["" if speeds else origin for speeds, origin in measured]):
+        return "ffcv", f"{too_big}; {failed}"
+    slowest = {kind: min(speeds[kind] for speeds, _ in measured) for kind in makers}
+    in_words = ", ".join(f"{kind} {speed:,.0f} img/s" for kind, speed in slowest.items())
+    where = " on the slowest rank" if len(measured) > 1 else ""
+    return max(slowest, key=lambda kind: slowest[kind]), f"{too_big}; {measured[0][1]}: {in_words}{where}"
+
+
+def _first(reasons: list[str]) -> str:
+    """The first reason that a rank has, with its number; empty if none has one."""
+    rank = next((rank for rank, reason in enumerate(reasons) if reason), None)
+    if rank is None:
+        return ""
+    return f"{reasons[rank]} (on rank {rank})" if len(reasons) > 1 else reasons[rank]
 
 
 def memory_bytes(device: torch.device) -> int:

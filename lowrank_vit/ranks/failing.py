@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from lowrank_vit.common.errors import UserError, exit_cleanly
+from lowrank_vit.ranks.agree import OfRank
 from lowrank_vit.ranks.world import Channel, World
 
 _POLL_S = 0.25
@@ -127,7 +128,7 @@ class Failing:
         if self._exit_code is not None:
             return self._exit_code
         self._is_failing, self._exit_code, is_joined = True, 1, self._world.store is not None
-        if not is_joined and not self._world.is_first:
+        if not is_joined and not self._world.is_first and not isinstance(error, OfRank):
             # Most likely a mistake on the command line, which all ranks meet: rank 0 says so, and torchrun ends us.
             time.sleep(_RANK_0_FAILS_TOO_S)
         self._is_cause = not is_joined or self._is_first_to_fail()
@@ -160,7 +161,8 @@ class Failing:
         """The error with the rank it happened on, and in the user's words where another rank is gone."""
         if isinstance(error, RuntimeError) and _LOST.search(str(error)):
             error = _gone(None, error)
-        return UserError(f"rank {self._world.rank}: {error}") if isinstance(error, UserError) else error
+        rank = error.rank if isinstance(error, OfRank) else self._world.rank
+        return UserError(f"rank {rank}: {error}") if isinstance(error, UserError) else error
 
 
 def _is_success(error: BaseException) -> bool:

@@ -6,10 +6,10 @@ Started by torchrun, or anything that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable, Generator
 from datetime import timedelta
@@ -18,18 +18,23 @@ from typing import Any
 import torch
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.terminal import say
+from lowrank_vit.ranks.agree import OfRank, Record, agree, differences
+from lowrank_vit.ranks.waiting import saying, until
 from lowrank_vit.ranks.world import World
 
 JOIN_LIMIT = timedelta(minutes=10)
 _COLLECTIVE_LIMIT = timedelta(minutes=10)
 _RESOLVE_S = 5.0
 """Time for a name to become known: a cluster's may come a little later than the process."""
-_POLL_S = 0.05
-_FIRST_LINE_S, _NEXT_LINE_S = 20.0, 60.0
 _LEFT_OVER = (
     "Unset WORLD_SIZE, which may be left over in the environment, or start with torchrun --nproc-per-node=N -m "
     "lowrank_vit.train ..."
+)
+# Of a heterogeneous job's parts only the first is common to all.
+JOB_IDS = ("SLURM_HET_JOB_ID", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
+_OWN_PORTS = (
+    "Give each job a port of its own (MASTER_PORT, or torchrun's --master-port). One run over several jobs of a batch "
+    "system needs torchrun with --rdzv-id=NAME."
 )
 
 
@@ -69,10 +74,16 @@ def _number(name: str, default: int, *, least: int = 0, below: int | None = None
 
 
 @contextlib.contextmanager
-def joined(world: World, device: torch.device, limit: timedelta = JOIN_LIMIT) -> Generator[World]:
+def joined(
+    world: World,
+    device: torch.device,
+    record: Callable[[], Record] = dict,
+    limit: timedelta = JOIN_LIMIT,
+) -> Generator[World]:
     """Join the world's ranks for collectives: NCCL on CUDA, Gloo on the CPU. Raises `UserError`.
 
-    The ranks are waited for up to `limit`; a line says so after 20 seconds, and then once a minute.
+    The ranks are waited for up to `limit`; a line says so after 20 seconds, and then once a minute. What `record` says
+    of each must be the same, see `agree`.
     """
     if world.size == 1:
         yield world
@@ -82,19 +93,22 @@ def joined(world: World, device: torch.device, limit: timedelta = JOIN_LIMIT) ->
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     where = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
     _require_address(address, port)
-    meeting = _Meeting(world.rank, world.size)
+    meeting = _Meeting(world.rank, world.size, job_record(world.size), where)
     try:
-        with saying(lambda: f"{meeting.waits_for()} at {where}. {_LEFT_OVER}"):
+        with saying(meeting.waits_for):
             store = _open_store(world, limit)
             attempt = meeting.meet(store, limit)
     except (RuntimeError, OSError, ValueError) as error:  # dist.DistNetworkError among them
         if isinstance(error, UserError):
             raise
-        raise UserError(
+        raise OfRank(
             f"Rank {world.rank} cannot meet the others at {where}: {_first_line(error)}. If another program has that "
-            f"port, start torchrun with --master-port N or --standalone. {_LEFT_OVER}"
+            f"port, start torchrun with --master-port N or --standalone. {_LEFT_OVER}",
+            world.rank,
         ) from error
     world.store = dist.PrefixStore(f"lowrank_vit/{attempt}", store)
+    world.store.set(f"host/{world.rank}", socket.gethostname())
+    agree(world, "run", record(), "its start")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
@@ -113,6 +127,17 @@ def joined(world: World, device: torch.device, limit: timedelta = JOIN_LIMIT) ->
         ) from error
     yield world
     dist.destroy_process_group()  # not after an error: another rank may be stuck
+
+
+def job_record(size: int) -> Record:
+    """What the launcher tells of the job that this process is of: all processes of one run are told the same.
+
+    torchrun's --rdzv-id says it where one was chosen, so that one run may span several jobs of a batch system.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    ids = {"--rdzv-id": "" if run_id == "none" else run_id, **{name: os.environ.get(name, "") for name in JOB_IDS}}
+    told = {"the number of ranks": str(size), **dict([one for one in ids.items() if one[1]][:1])}
+    return {name: (text, text) for name, text in told.items()}
 
 
 def _first_line(error: BaseException) -> str:
@@ -147,8 +172,8 @@ def _open_store(world: World, limit: timedelta) -> Any:
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_server = world.is_first and not is_of_agent
-    if not is_server:
-        _until(lambda: _answers(*address), limit, lambda: "nobody answers there")
+    if not is_server and not until(lambda: _answers(*address), limit):
+        raise RuntimeError("nobody answers there")
     return dist.TCPStore(
         *address,
         world.size,
@@ -167,48 +192,19 @@ def _answers(host: str, port: int) -> bool:
     return True
 
 
-def _until(is_so: Callable[[], bool], limit: timedelta, otherwise: Callable[[], str]) -> None:
-    """Wait in Python, where Ctrl-C is heard, not in torch's store. Raises `RuntimeError` after the limit."""
-    end = time.monotonic() + limit.total_seconds()
-    while not is_so():
-        if time.monotonic() > end:
-            raise RuntimeError(otherwise())
-        time.sleep(_POLL_S)
-
-
-@contextlib.contextmanager
-def saying(line: Callable[[], str]) -> Generator[None]:
-    """While the context lasts, have a thread print a line after 20 seconds, and then once a minute."""
-    is_over = threading.Event()
-
-    def speak() -> None:
-        wait_s = _FIRST_LINE_S
-        while not is_over.wait(wait_s):
-            with contextlib.suppress(RuntimeError):  # the store is gone: whoever waits says so
-                say(line())
-            wait_s = _NEXT_LINE_S
-
-    thread = threading.Thread(target=speak, name="waiting", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
-
-
 class _Meeting:
     """The ranks of one attempt agree on a name that all of them share and no other attempt has.
 
     The agents' store outlives an attempt, and torch counts restarts per agent: those that were there from the
     beginning and one that came later do not agree on the number, and none of them counts a change of membership. So
     rank 0 makes up a name and tells it to each rank that asks, under a name of that rank's own; what an earlier attempt
-    has left in the store is no answer to it.
+    has left in the store is no answer to it. A process of another job, which has the same port, is told so instead.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
+    def __init__(self, rank: int, size: int, job: Record, where: str) -> None:
+        self._rank, self._size, self._job, self._where = rank, size, job, where
         self._missing = set(range(1, size)) if rank == 0 else {0}
+        self._turned_away = ""
         self._began = time.monotonic()
 
     def waits_for(self) -> str:
@@ -216,33 +212,61 @@ class _Meeting:
         few = sorted(self._missing)[:8]
         more = ", ..." if len(self._missing) > len(few) else ""
         who = f"rank{'s' if len(few) > 1 else ''} {', '.join(map(str, few))}{more} of {self._size}"
-        seconds = time.monotonic() - self._began
-        return f"rank {self._rank} on {socket.gethostname()} has waited {seconds:.0f} s for {who}"
+        waited = f"{time.monotonic() - self._began:.0f} s for {who} at {self._where}"
+        return f"rank {self._rank} on {socket.gethostname()} has waited {waited}.{self._turned_away} {_LEFT_OVER}"
 
     def meet(self, store: Any, limit: timedelta) -> str:
-        """The name. Raises `RuntimeError` where not all have come within the limit."""
+        """The name. Raises `RuntimeError` where not all have come within the limit, `UserError` in another job."""
         mine = secrets.token_hex(8)
-        if self._rank > 0:
-            store.set(f"asks/{self._rank}", mine)
-            _until(lambda: store.check([f"answer/{mine}"]), limit, self.waits_for)
-            attempt = store.get(f"answer/{mine}").decode()
-            store.set(f"met/{attempt}/{self._rank}", "")
-            return attempt
+        if self._rank == 0:
+            self._receive(store, mine, limit)
+            return mine
+        asking = {"token": mine, "host": socket.gethostname(), "job": self._job}
+        store.set(f"asks/{self._rank}", json.dumps(asking))
+        if not until(lambda: store.check([f"answer/{mine}"]), limit):
+            raise RuntimeError(self.waits_for())
+        answer = json.loads(store.get(f"answer/{mine}"))
+        if foreign := answer["foreign"]:
+            raise OfRank(
+                f"Rank {self._rank} on {socket.gethostname()} has met rank 0 of another job at {self._where}: "
+                f"{foreign}. {_OWN_PORTS}",
+                self._rank,
+            )
+        if store.add(f"met/{answer['attempt']}/{self._rank}", 1) > 1:
+            raise OfRank(
+                f"Two processes have come to {self._where} as rank {self._rank}, the second on "
+                f"{socket.gethostname()}: {_OWN_PORTS}",
+                self._rank,
+            )
+        return answer["attempt"]
+
+    def _receive(self, store: Any, attempt: str, limit: timedelta) -> None:
+        """Answer the ranks that ask until all have met."""
         answered = dict[int, bytes]()
 
         def have_come() -> bool:
-            for other in sorted(self._missing):
+            for other in range(1, self._size):
                 if store.check([f"asks/{other}"]) and answered.get(other) != (asks := store.get(f"asks/{other}")):
                     answered[other] = asks
-                    store.set(f"answer/{asks.decode()}", mine)
-                if store.check([f"met/{mine}/{other}"]):
+                    self._answer(store, attempt, other, asks)
+                if other in self._missing and store.check([f"met/{attempt}/{other}"]):
                     self._missing.discard(other)
             return not self._missing
 
-        _until(have_come, limit, self.waits_for)
-        return mine
+        if not until(have_come, limit):
+            raise RuntimeError(self.waits_for())
+
+    def _answer(self, store: Any, attempt: str, rank: int, asks: bytes) -> None:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # an earlier version of this program asks otherwise
+            told = json.loads(asks)
+            foreign = differences(told["job"], self._job)
+            if foreign:
+                self._turned_away = f" One that came as rank {rank}, on {told['host']}, is of another job: {foreign}."
+            store.set(f"answer/{told['token']}", json.dumps({"attempt": attempt, "foreign": foreign}))
+            return
+        self._turned_away = f" One that came as rank {rank} runs another version of this program."
 
 
 def meet(store: Any, rank: int, size: int, limit: timedelta = JOIN_LIMIT) -> str:
     """A name for this attempt that all its ranks share and no other has; every rank calls it."""
-    return _Meeting(rank, size).meet(store, limit)
+    return _Meeting(rank, size, job_record(size), "the store").meet(store, limit)

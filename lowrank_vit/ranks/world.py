@@ -34,6 +34,12 @@ class World:
         """Print a line about this process alone; that of a rank that does not speak for all begins with its number."""
         terminal.say(line if self.is_first else f"rank {self.rank}: {line}")
 
+    def host(self, rank: int) -> str:
+        """The name of the machine that a rank is on, as far as it has told it."""
+        key = f"host/{rank}"
+        is_told = self.store is not None and self.store.check([key])
+        return self.store.get(key).decode(errors="replace") if is_told else "a host not known yet"
+
     def sum(self, values: Tensor) -> None:
         """Add up `values` over all ranks, in place."""
         if self.size > 1:

@@ -41,9 +41,11 @@ from lowrank_vit.model.flops import Peak, peak_flops, train_flops_per_image
 from lowrank_vit.model.optimizer import Constant, create_optimizer, create_scheduler, learning_rate
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
+from lowrank_vit.ranks.agree import agree, gatherer
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.state import Position
 from lowrank_vit.score.evaluate import Evaluator
+from lowrank_vit.training.agreement import data_record
 from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
 from lowrank_vit.training.preflight import check_before_data
 from lowrank_vit.training.step import TrainStep
@@ -89,6 +91,11 @@ class _Sets:
 
     train: Beton
     val: Beton
+
+    @property
+    def by_name(self) -> dict[str, Beton]:
+        """Both, by what a message calls them."""
+        return {"training set": self.train, "validation set": self.val}
 
     @property
     def classes(self) -> Classes:
@@ -142,7 +149,9 @@ def set_up(
     if sets and resumed:
         sets.follow(resumed, config, say)
     torch.manual_seed(config.run.seed)
-    model = _make_model(config, num_classes, sets, resumed, say).to(device)
+    model = _make_model(config, num_classes, sets, resumed, say)
+    agree(world, "data", data_record(sets.by_name if sets else {}, model, resumed), "opening the data")
+    model = model.to(device)
     data = config.data
     spec = input_spec(model, data.img_size, data.crop_pct, data.mean, data.std)
     smoothing, remode = config.augment.smoothing, config.augment.remode
@@ -240,7 +249,9 @@ def _make_train_loader(
             f"update. Use {there} or less."
         )
     plan = TrainPlan(sets.train.heights, sets.train.widths, train_rules(config), **of_batch, **share)
-    return plan, *open_loader(sets.train, plan, device, _decoding(config), prepare=prepare, say=world.say)
+    return plan, *open_loader(
+        sets.train, plan, device, _decoding(config, world, "train"), prepare=prepare, say=world.say
+    )
 
 
 def _make_val_loader(
@@ -249,12 +260,14 @@ def _make_val_loader(
     sides = {"img_size": spec.img_size, "crop_pct": spec.crop_pct}
     share = {"rank": world.rank, "world_size": world.size}
     plan = EvalPlan(val.heights, val.widths, **sides, batch_size=batch_size, **share)
-    return open_loader(val, plan, device, _decoding(config), say=world.say)
+    return open_loader(val, plan, device, _decoding(config, world, "val"), say=world.say)
 
 
-def _decoding(config: Config) -> LoaderOptions:
-    data = config.data
-    return LoaderOptions(data.loader, data.workers, data.prefetch, data.hw_decoder_load, data.on_bad_sample)
+def _decoding(config: Config, world: World, split: str) -> LoaderOptions:
+    data, of_all_ranks = config.data, gatherer(world, f"loader/{split}", "choosing a loader")
+    return LoaderOptions(
+        data.loader, data.workers, data.prefetch, data.hw_decoder_load, data.on_bad_sample, of_all_ranks
+    )
 
 
 def _make_evaluator(config: Config, model: nn.Module, augment: Augment) -> Evaluator:

@@ -167,6 +167,25 @@ def test_a_mistake_on_the_command_line_is_told_once(small):
     assert err.count("error: --epochs takes a whole number of at least 1, not `0`") == 1
 
 
+def test_a_rank_with_other_options_is_named_before_it_trains(small, tmp_path):
+    program = tmp_path / "other_options.py"
+    program.write_text("""
+import os, sys
+from lowrank_vit import train
+from lowrank_vit.common.errors import exit_cleanly
+sys.argv += ["--lr", "0.3", "--workers", "3"] if os.environ["RANK"] == "1" else []
+exit_cleanly(train.main)
+""")
+    code, _, err = finish(forked(2, small(*RECIPE, "-b", "64", "--experiment", "n", "--lr", "0.1"), program=program))
+    assert code != 0
+    (error,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert re.search(
+        r"error: rank 1: on \S+ it would train another run than rank 0 on \S+: --lr is 0.3, there 0.1\.", error
+    )
+    assert re.search(r"Root Cause .*?rank +: 1 ", err, re.DOTALL), err
+    assert not (tmp_path / "n").exists()
+
+
 def kill_one_rank_after_first_save(process: subprocess.Popen, last: Path) -> None:
     while not last.exists():
         assert process.poll() is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,10 @@ from lowrank_vit.data.batch import Batch
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 
 _KEPT_TIMES = 256
+
+
+def _alone(said: Any) -> list[Any]:
+    return [said]
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class LoaderOptions:
     prefetch: int = 2
     hw_decoder_load: float = 0.35
     on_bad_sample: Literal["error", "skip"] = "error"
+    of_all_ranks: Callable[[Any], list[Any]] = _alone
+    """Makes of what one rank says a list of what all say, by rank, so that `auto` is the same choice on all of them."""
 
 
 class Schedule:

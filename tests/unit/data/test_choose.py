@@ -152,3 +152,28 @@ def test_evaluation_is_never_left_to_a_measurement(beton, small_memory, monkeypa
     assert choose_backend(beton, plan, CPU, AUTO) == ("dali", "2.1 MB decoded exceed 25% of cpu memory; evaluation")
     monkeypatch.setattr(choose, "memory_bytes", lambda device: 100_000_000)
     assert choose_backend(beton, plan, CPU, AUTO)[0] == "resident"
+
+
+@pytest.fixture
+def ranks(beton, monkeypatch):
+    """What is chosen by three ranks, of which this one is the first; `others` is what the other two say each time."""
+
+    def choose_with(*others: tuple[object, object]) -> tuple[str, str]:
+        said = iter(others)
+        options = LoaderOptions(workers=2, of_all_ranks=lambda value: [value, *next(said)])
+        return choose_backend(beton, plan_of(beton), CPU, options)
+
+    return choose_with
+
+
+def test_all_ranks_take_what_fits_all(ranks, monkeypatch):
+    assert ranks(("", ""))[0] == "resident"
+    monkeypatch.setattr(choose, "kept_or_measured", lambda *_: ({"ffcv": 30.0, "dali": 40.0}, "measured just now"))
+    fast, slow = ({"ffcv": 99.0, "dali": 99.0}, "measured"), ({"ffcv": 20.0, "dali": 10.0}, "measured")
+    kind, reason = ranks(("", "no room"), ("", ""), (fast, slow))  # the slowest rank counts
+    assert kind == "ffcv"
+    assert reason == "no room (on rank 2); measured just now: ffcv 20 img/s, dali 10 img/s on the slowest rank"
+    kind, reason = ranks(("no room", ""), ("no DALI", "no DALI"))
+    assert (kind, reason) == ("ffcv", "no room (on rank 1); no DALI (on rank 1)")
+    kind, reason = ranks(("no room", ""), ("", ""), (fast, ({}, "damaged")))
+    assert (kind, reason) == ("ffcv", "no room (on rank 1); damaged (on rank 2)")

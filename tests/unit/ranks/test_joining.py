@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -12,8 +13,10 @@ import torch
 from torch.distributed import HashStore
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.ranks import joining
-from lowrank_vit.ranks.joining import environment_world, joined, meet, saying
+from lowrank_vit.ranks import joining, waiting
+from lowrank_vit.ranks.agree import OfRank
+from lowrank_vit.ranks.joining import JOB_IDS, environment_world, job_record, joined, meet
+from lowrank_vit.ranks.waiting import saying
 from lowrank_vit.ranks.world import World
 
 
@@ -42,6 +45,55 @@ def test_what_a_rank_has_left_that_came_alone_is_no_answer():
     assert len(attempt(store, 2)) == 1
 
 
+def meet_as(job: dict[str, str], store: HashStore, rank: int, size: int, limit_s: float = 30) -> str:
+    told = {name: (text, text) for name, text in job.items()}
+    return joining._Meeting(rank, size, told, "here:1").meet(store, timedelta(seconds=limit_s))
+
+
+def test_a_rank_of_another_job_is_turned_away_and_the_right_one_is_let_in():
+    """Both jobs have one port. Whoever waits for its rank says who came instead."""
+    store, ours, theirs = HashStore(), {"SLURM_JOB_ID": "11"}, {"SLURM_JOB_ID": "12"}
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(meet_as, ours, store, 0, 2)
+        with pytest.raises(
+            OfRank, match=r"Rank 1 on .* has met rank 0 of another job at here:1: SLURM_JOB_ID is 12, there"
+        ):
+            meet_as(theirs, store, 1, 2)
+        assert meet_as(ours, store, 1, 2) == first.result(30)
+        store.set("asks/1", "what an earlier version asks with")
+        with pytest.raises(RuntimeError, match=r"for rank 1 of 2 .* came as rank 1 runs another version"):
+            meet_as(ours, store, 0, 2, 0.2)
+        pool.submit(meet_as, theirs, store, 1, 2)
+        with pytest.raises(RuntimeError, match=r"for rank 1 of 2 .* came as rank 1, on .*, is of another job: SLURM"):
+            meet_as(ours, store, 0, 2, 2)
+
+
+def test_two_processes_with_one_rank_are_told():
+    store = HashStore()
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(meet, store, 0, 3)
+        twins = [pool.submit(meet, store, 1, 3, timedelta(seconds=3)) for _ in range(2)]
+        while not any(twin.done() for twin in twins):
+            time.sleep(0.01)
+        third = pool.submit(meet, store, 2, 3)
+        assert third.result(30) == first.result(30)
+        errors = [error for twin in twins if (error := twin.exception(30))]
+    assert len(errors) == 1
+    assert re.search("Two processes have come to .* as rank 1|rank 1 on .* has waited", str(errors[0]))
+
+
+def test_what_tells_one_job_from_another(environment):
+    size = {"the number of ranks": ("4", "4")}
+    environment()
+    assert job_record(4) == size
+    environment(SLURM_JOB_ID="7", TORCHELASTIC_RUN_ID="none")
+    assert job_record(4) == size | {"SLURM_JOB_ID": ("7", "7")}
+    environment(SLURM_JOB_ID="7", SLURM_HET_JOB_ID="6")
+    assert job_record(4) == size | {"SLURM_HET_JOB_ID": ("6", "6")}
+    environment(SLURM_JOB_ID="7", TORCHELASTIC_RUN_ID="vit")  # one run over several jobs
+    assert job_record(4) == size | {"--rdzv-id": ("vit", "vit")}
+
+
 CPU = torch.device("cpu")
 PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -51,7 +103,7 @@ def environment(monkeypatch):
     """Sets the environment to one with these variables of a launcher, and no others."""
 
     def set_to(**place: str) -> None:
-        for name in (*PLACE, "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
+        for name in (*PLACE, "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", *JOB_IDS):
             monkeypatch.delenv(name, raising=False)
         for name, value in place.items():
             monkeypatch.setenv(name, value)
@@ -103,14 +155,14 @@ def test_a_name_that_does_not_resolve_is_told_at_once(environment, monkeypatch, 
 
 def test_who_waits_for_others_says_so(environment, monkeypatch, capsys):
     """Alone with what another launch has left in the environment, as rank 0 and as another."""
-    monkeypatch.setattr(joining, "_FIRST_LINE_S", 0.05)
-    monkeypatch.setattr(joining, "_NEXT_LINE_S", 0.1)
+    monkeypatch.setattr(waiting, "_FIRST_LINE_S", 0.05)
+    monkeypatch.setattr(waiting, "_NEXT_LINE_S", 0.1)
     for rank in ("0", "1"):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         environment(**{**PLACE, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port})
         told = rf"Rank {rank} cannot meet the others .*: (rank 0 on|nobody answers)"
-        with pytest.raises(UserError, match=told), joined(environment_world(), CPU, timedelta(seconds=1)):
+        with pytest.raises(UserError, match=told), joined(environment_world(), CPU, limit=timedelta(seconds=1)):
             pass
         out = capsys.readouterr().out
         others = "rank 1 of 2" if rank == "0" else "rank 0 of 2"

@@ -1,0 +1,147 @@
+"""The ranks compare what each of them is about to do, in torch's store, before collectives that would hang or mix it.
+
+A rank may take minutes longer than another to come so far, so nothing here is a collective: rank 0 reads what the
+others have written, decides, and writes the outcome.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.ranks.waiting import saying, until
+from lowrank_vit.ranks.world import World
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Record = Mapping[str, Sequence[str]]
+"""What a rank has to say, by the names of things: a text that is compared, and one that stands for it in a message."""
+
+
+class OfRank(UserError):
+    """An error that is another rank's, whoever tells it."""
+
+    def __init__(self, text: str, rank: int) -> None:
+        super().__init__(text)
+        self.rank = rank
+
+
+START_LIMIT = timedelta(hours=1)
+_SHOWN = 8
+_SPEAKER_FIRST_S = 3.0
+"""Wait of the ranks that do not speak; by then the one that does has ended them all."""
+
+
+def gather(world: World, topic: str, value: T, doing: str, limit: timedelta = START_LIMIT) -> list[T]:
+    """Every rank's value (as JSON has it), by rank, on every rank; each calls it once for a topic.
+
+    A line after 20 seconds, and then once a minute, says which ranks are still `doing` what comes before it. Raises
+    `UserError` where they have not come within the limit.
+    """
+    return _decide(world, topic, value, lambda values: values, doing, limit)
+
+
+def gatherer(world: World, topic: str, doing: str) -> Callable[[Any], list[Any]]:
+    """`gather` as a function of the value alone; every rank makes the same calls of it in the same order."""
+    calls = itertools.count()
+    return lambda value: gather(world, f"{topic}/{next(calls)}", value, doing)
+
+
+def agree(world: World, topic: str, record: Record, doing: str, limit: timedelta = START_LIMIT) -> None:
+    """Raise `UserError` on all ranks where one has another record than most, or than rank 0; that one is the first."""
+    told = {"host": socket.gethostname(), "record": {name: list(texts) for name, texts in record.items()}}
+    verdict = _decide(world, topic, told, _verdict, doing, limit)
+    if verdict is None:
+        return
+    speaker, text = verdict
+    if world.rank != speaker:
+        until(lambda: False, timedelta(seconds=_SPEAKER_FIRST_S))
+    raise OfRank(text, speaker)
+
+
+def _decide(world: World, topic: str, value: T, decision: Callable[[list[T]], R], doing: str, limit: timedelta) -> R:
+    """What `decision` makes of every rank's value on rank 0, on every rank."""
+    if world.size == 1 or world.store is None:
+        return decision([value])
+    store, outcome = world.store, f"{topic}/outcome"
+    keys = [f"{topic}/{rank}" for rank in range(world.size)]
+    store.set(keys[world.rank], json.dumps(value))
+
+    def missing() -> list[int]:
+        return [rank for rank, key in enumerate(keys) if not store.check([key])]
+
+    def line() -> str:
+        late = missing()
+        # Those that wait for others speak by the first of them.
+        speaks = late and all(rank in late for rank in range(world.rank))
+        return f"waiting for {_named(world, late)} to finish {doing}" if speaks else ""
+
+    wanted = keys if world.is_first else [outcome]
+    with saying(line):
+        if not until(lambda: store.check(wanted), limit):
+            late = missing() or [0]
+            raise OfRank(
+                f"{_named(world, late)} did not finish {doing} within {limit}. See what holds it up there; a "
+                "slow disk or a dead mount is the usual reason.",
+                late[0],
+            )
+    if world.is_first:
+        values = [json.loads(text) for text in store.multi_get(keys)]
+        store.set(outcome, json.dumps(decision(values)))
+    return json.loads(store.get(outcome))
+
+
+def _named(world: World, ranks: Sequence[int]) -> str:
+    """Ranks with their hosts, in words."""
+    shown = [f"rank {rank} on {world.host(rank)}" for rank in ranks[:_SHOWN]]
+    return ", ".join(shown) + (f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else "")
+
+
+def _verdict(told: list[dict[str, Any]]) -> tuple[int, str] | None:
+    """The first rank with another record than most, and what is to be said of it and of the others; None for none.
+
+    Where as many have one record as another, rank 0's counts, or the one of the lowest rank.
+    """
+    records = [{name: texts[0] for name, texts in one["record"].items()} for one in told]
+    kinds = [json.dumps(record, sort_keys=True) for record in records]
+    usual = max(Counter(kinds).items(), key=lambda kind: (kind[1], -kinds.index(kind[0])))[0]
+    others = [rank for rank, kind in enumerate(kinds) if kind != usual]
+    if not others:
+        return None
+    reference, speaker = kinds.index(usual), others[0]
+    ours, theirs = told[speaker], told[reference]
+    found = differences(ours["record"], theirs["record"])
+    text = f"on {ours['host']} it would train another run than rank {reference} on {theirs['host']}: {found}."
+    if alike := [rank for rank in others[1:] if kinds[rank] == kinds[speaker]]:
+        text += f" So would {_listed(alike)}."
+    for rank in [rank for rank in others if kinds[rank] != kinds[speaker]][:2]:
+        found = differences(told[rank]["record"], theirs["record"])
+        text += f" Rank {rank} on {told[rank]['host']} would train yet another: {found}."
+    return speaker, f"{text} Start all ranks with one command line, one version of the code, and the same data."
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:_SHOWN]))}{more}"
+
+
+def differences(ours: Record, theirs: Record) -> str:
+    """What two records differ in, in words: each thing by its name, with both values."""
+    found = list[str]()
+    for name in dict.fromkeys([*ours, *theirs]):
+        own, other = ours.get(name), theirs.get(name)
+        if own is None or other is None:
+            found.append(f"{name} is {own[1] if own else 'not known'}, there {other[1] if other else 'not known'}")
+        elif own[0] != other[0]:
+            shown = own[1] if own[1] == other[1] else f"{own[1]}, there {other[1]}"
+            is_shown = own[0] == own[1]
+            found.append(f"{name} is {shown}" if is_shown else f"{name} ({shown})")
+    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return "; ".join(found[:_SHOWN]) + more

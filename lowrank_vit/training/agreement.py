@@ -1,0 +1,101 @@
+"""What the ranks of a run must have in common, as records that `ranks.agree` compares."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor, nn
+
+import data_prep
+from lowrank_vit import __version__
+from lowrank_vit.config.option_types import is_per_rank, leaves
+from lowrank_vit.config.options import Config
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.model.weights import Checkpoint
+from lowrank_vit.ranks.agree import Record
+
+_PACKAGE = Path(__file__).parents[1]
+_COMPUTE = ("torch", "torchvision", "timm", "numpy", "numba", "pillow", "nvidia-dali-cuda130")
+"""Packages whose versions decide what an update does."""
+_READ_BYTES, _READ_SAMPLES = 1 << 26, 64
+"""A set of at most so many bytes is read whole for its fingerprint; of a larger one so many samples."""
+
+
+def run_record(config: Config, device: torch.device) -> Record:
+    """Every option but those that may differ between ranks, the kind of device, and versions of code and libraries."""
+    options = {f"--{name}": _in_words(value) for name, hint, value in leaves(config) if not is_per_rank(hint)}
+    versions = {"lowrank_vit": __version__, "python": ".".join(platform.python_version_tuple()[:2])}
+    for package in _COMPUTE:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    code = ("the code", _digest_of_sources(), str(_PACKAGE))
+    return _plain({**versions, "the device": device.type}) | _others(code) | _plain(options)
+
+
+def data_record(sets: Mapping[str, Beton], model: nn.Module, resumed: Checkpoint | None = None) -> Record:
+    """What the sets hold, by the name of each, and the model's first weights."""
+    record: dict[str, tuple[str, str]] = {}
+    for name, beton in sets.items():
+        shown, classes = str(beton.path), "\n".join(beton.classes or ())
+        record |= _plain({f"the number of images of the {name}": f"{beton.num_samples:,}"})
+        record |= _others(
+            (f"other classes in the {name}", xxhash.xxh3_64_hexdigest(classes.encode(errors="replace")), shown),
+            (f"other labels in the {name}", xxhash.xxh3_64_hexdigest(beton.labels), shown),
+            (f"other images in the {name}", _fingerprint(beton), shown),
+        )
+    origin = str(resumed.path) if resumed else "of the model"
+    return record | _others(("other weights to begin with", _digest(model.state_dict().values()), origin))
+
+
+def _plain(values: dict[str, str]) -> dict[str, tuple[str, str]]:
+    return {name: (value, value) for name, value in values.items()}
+
+
+def _others(*things: tuple[str, str, str]) -> dict[str, tuple[str, str]]:
+    """Things that are compared by a digest, which tells a reader nothing."""
+    return {name: (digest, shown) for name, digest, shown in things}
+
+
+def _in_words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _digest_of_sources() -> str:
+    digest = xxhash.xxh3_64()
+    for root in (_PACKAGE, Path(data_prep.__file__ or "").parent):
+        for path in sorted(root.rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = xxhash.xxh3_64()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _fingerprint(beton: Beton) -> str:
+    """Of all that the set's manifests and index say of its images, and of the bytes of all of them, or of some.
+
+    Reading terabytes would cost more than it is worth where a manifest has the checksum of the file as it was made.
+    """
+    digest = xxhash.xxh3_64()
+    for manifest in beton.manifests:
+        digest.update(manifest.sha256.encode())
+    for table in (beton.heights, beton.widths, beton.modes, beton.sizes):
+        digest.update(table)
+    n = beton.num_samples
+    ids = range(n) if int(beton.sizes.sum()) <= _READ_BYTES else np.linspace(0, n - 1, _READ_SAMPLES).astype(int)
+    for sample_id in ids:
+        digest.update(beton.sample(int(sample_id)))
+    return digest.hexdigest()
