@@ -16,8 +16,14 @@ if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(processes))))
 
 import torch
+from hypothesis import settings
 
 from data_prep.convert import convert_digits
+
+# A change is judged by the same examples each time; `--hypothesis-profile=search` looks for new ones.
+settings.register_profile("same", derandomize=True, database=None)
+settings.register_profile("search", derandomize=False)
+settings.load_profile("same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -133,10 +134,16 @@ def kind_of(hint: Any) -> Kind:
     return Kind(elements[0], may_be_none, is_tuple=True, count=None if elements[-1] is Ellipsis else len(elements))
 
 
+@cache
+def _hints(options: type) -> dict[str, Any]:
+    """Hints of a dataclass's fields; evaluating their text takes longer than all that is done with them."""
+    return get_type_hints(options, include_extras=True)
+
+
 def hints_of(options: Any) -> dict[str, Any]:
     """The hints of all options of a dataclass, those of its groups among them, by their flags' names."""
     found: dict[str, Any] = {}
-    for name, hint in get_type_hints(options, include_extras=True).items():
+    for name, hint in _hints(options).items():
         found |= hints_of(hint) if dataclasses.is_dataclass(hint) else {name.replace("_", "-"): hint}
     return found
 
@@ -146,7 +153,7 @@ def leaves(options: Any) -> Iterator[tuple[str, Any, Any]]:
 
     Fields that are dataclasses are groups, whose options come one after the other.
     """
-    hints = get_type_hints(type(options), include_extras=True)
+    hints = _hints(type(options))
     for option in dataclasses.fields(options):
         value = getattr(options, option.name)
         if dataclasses.is_dataclass(value):

@@ -17,7 +17,7 @@ def test_libgomp_spins_a_little(given, spin_count):
     """As libgomp itself tells when it is loaded."""
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     environment |= {"OMP_DISPLAY_ENV": "VERBOSE", **given}
-    command = [sys.executable, "-c", "import lowrank_vit.training.step"]
+    command = [sys.executable, "-c", "import lowrank_vit.common.devices"]
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
     counts = [line.partition("=")[2].strip(" '") for line in told.splitlines() if "GOMP_SPINCOUNT" in line]
     assert counts == [spin_count]

@@ -37,11 +37,12 @@ def check_against_numpy(solved: Solved, matrix: torch.Tensor, m: int) -> None:
     assert (np.diff(solved.s) <= 0).all()
     unit = max(expected[0], 1e-300)  # so that no square overflows
     assert np.abs((solved.s / unit) ** 2 - (expected / unit) ** 2).max() <= 16 * max(a.shape) * EPS * min(a.shape)
+    numpys_own = 4 * EPS * expected[0]  # what is certified is the distance to the truth
     for end, true in ((solved.top, expected[:m]), (solved.last, expected[::-1][:m])):
         assert end.u.shape == (a.shape[0], m)
         assert end.v.shape == (a.shape[1], m)
         distance = np.abs(end.s[:, None] - expected[None, :]).min(axis=1)
-        assert (distance <= end.certificate).all()
+        assert (distance <= end.certificate + numpys_own).all()
         np.testing.assert_allclose(end.s, true, rtol=1e-6, atol=1e-12 * expected[0])
         residual = np.hypot(
             np.linalg.norm(a @ end.v - end.u * end.s, axis=0), np.linalg.norm(a.T @ end.u - end.v * end.s, axis=0)
@@ -54,7 +55,7 @@ matrices = st.tuples(st.integers(1, 12), st.integers(1, 12)).flatmap(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(matrices, min_size=1, max_size=4), st.integers(1, 3), st.sampled_from(SOLVERS))
 @example([np.array([[7.1e-9, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])], 1, "gram64")  # 5e-9 is not the last value
 def test_any_matrices_agree_with_numpy(arrays: list[np.ndarray], m: int, solver: Solver) -> None:
