@@ -26,15 +26,19 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line, train, and say what came of it and what to do next. Under torchrun: one of the ranks."""
     argv = sys.argv[1:] if argv is None else argv
     config = None if "WORLD_SIZE" in os.environ else _read(argv)  # before torch is loaded, which takes seconds
-    from lowrank_vit.ranks.failing import Failing
+    from lowrank_vit.ranks.failing import Failing, record
     from lowrank_vit.ranks.joining import environment_world
 
     world = environment_world()
     failing = Failing(world)
     if world.size > 1:
         failing.exit_together(lambda: _train(argv, config or _read(argv), world, failing))
-    else:
+        return
+    try:
         _train(argv, config or _read(argv), world, failing)
+    except BaseException as error:
+        record(error)  # a torchrun of one process
+        raise
 
 
 def _read(argv: list[str]) -> Config:

@@ -7,16 +7,20 @@ so a second thread of each waits for word of its neighbour, which comes as a los
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lowrank_vit.common.errors import UserError, exit_cleanly
+from lowrank_vit.common.terminal import printable
 from lowrank_vit.ranks.agree import OfRank
 from lowrank_vit.ranks.world import Channel, World
 
@@ -133,10 +137,9 @@ class Failing:
             time.sleep(_RANK_0_FAILS_TOO_S)
         self._is_cause = not is_joined or self._is_first_to_fail()
         if self._is_cause:
-            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-            get_error_handler().record_exception(error)  # for torchrun's own summary, which comes last
-            self._exit_code = _speak(self._named(error) if is_joined else error)
+            error = self._named(error) if is_joined else error
+            record(error)
+            self._exit_code = _speak(error)
             sys.stdout.flush()
             sys.stderr.flush()
         return self._exit_code
@@ -163,6 +166,24 @@ class Failing:
             error = _gone(None, error)
         rank = error.rank if isinstance(error, OfRank) else self._world.rank
         return UserError(f"rank {rank}: {error}") if isinstance(error, UserError) else error
+
+
+def record(error: BaseException) -> None:
+    """Note an error for torchrun's own summary, which comes last: in words where it has some, else its traceback.
+
+    torch's `record_exception` notes a traceback of whatever is being handled, of 60 lines and more. Without torchrun
+    there is nothing to be noted.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path or _is_success(error):
+        return
+    is_told = isinstance(error, UserError | KeyboardInterrupt | SystemExit)
+    name = "error" if isinstance(error, UserError) else type(error).__name__
+    notes = getattr(error, "__notes__", [])
+    text = "\n".join([f"{name}: {error}", *notes]) if is_told else "".join(traceback.format_exception(error))
+    more = {"py_callstack": printable(text), "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps({"message": {"message": printable(text), "extraInfo": more}}), "utf-8")
 
 
 def _is_success(error: BaseException) -> bool:

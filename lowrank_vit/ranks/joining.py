@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import time
@@ -30,6 +31,7 @@ _LEFT_OVER = (
     "Unset WORLD_SIZE, which may be left over in the environment, or start with torchrun --nproc-per-node=N -m "
     "lowrank_vit.train ..."
 )
+_PLACE = re.compile(r"^\[[^]]*:\d+\] *")
 # Of a heterogeneous job's parts only the first is common to all.
 JOB_IDS = ("SLURM_HET_JOB_ID", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 _OWN_PORTS = (
@@ -141,7 +143,8 @@ def job_record(size: int) -> Record:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0].rstrip(".")
+    """Of a library's error, without the place in its source."""
+    return _PLACE.sub("", str(error).partition("\n")[0]).rstrip(".")
 
 
 def _require_address(name: str, port: int) -> None:

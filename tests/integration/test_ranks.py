@@ -162,9 +162,15 @@ def test_a_rank_that_fails_ends_all_with_its_own_error_first(small, tmp_path):
 
 
 def test_a_mistake_on_the_command_line_is_told_once(small):
+    """By the rank itself, and at the end by torchrun, without a traceback of ours."""
     code, _, err = finish(forked(2, small("--epochs", "0")))
     assert code != 0
-    assert err.count("error: --epochs takes a whole number of at least 1, not `0`") == 1
+    ours, _, of_torchrun = err.partition("Root Cause")
+    told = "error: --epochs takes a whole number of at least 1, not `0`"
+    assert ours.count(told) == 1
+    assert of_torchrun.count(f"traceback : {told}") == 1
+    assert of_torchrun.count("\n") < 12
+    assert "lowrank_vit/" not in of_torchrun
 
 
 def test_a_rank_with_other_options_is_named_before_it_trains(small, tmp_path):
