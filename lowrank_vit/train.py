@@ -55,11 +55,13 @@ def _read(argv: list[str]) -> Config:
 def _train(argv: list[str], config: Config, world: World, failing: Failing) -> None:
     from lowrank_vit.common.devices import pick_device
     from lowrank_vit.ranks.joining import joined
+    from lowrank_vit.ranks.signs import Limits
     from lowrank_vit.training.agreement import run_record
     from lowrank_vit.training.trainer import train
 
     device = pick_device(config.step.device, world.local_rank)
-    with joined(world, device, lambda: run_record(config, device)), failing.watched():
+    limits = Limits(config.run.rank_timeout, config.run.init_timeout)
+    with joined(world, device, lambda: run_record(config, device), limits), failing.watched(limits):
         result = train(config, default_name(argv, config), world, failing)
         if world.is_first:
             say(_farewell(result, config, world))

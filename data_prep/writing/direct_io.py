@@ -19,6 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lowrank_vit.common.pulse import beat
+
 READ_BYTES, READS_AHEAD = 1 << 22, 4
 PAGES_KEPT = 3
 """Pages in memory, being written or kept: 24 MiB."""
@@ -118,6 +120,7 @@ def _sha256_of(descriptor: int, file_bytes: int, kept: Mapping[int, mmap.mmap]) 
                 size = min(size, reading.result())
             with memoryview(source) as view, view[:size] as part:
                 digest.update(part)
+            beat()
             buffer = spare.popleft()
             spare.append(buffer)
             if (following := next(parts, None)) is not None:

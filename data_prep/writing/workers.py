@@ -18,6 +18,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
+from lowrank_vit.common.pulse import beat
 from lowrank_vit.common.terminal import Steady, say_beside
 
 Item = TypeVar("Item")
@@ -89,6 +90,7 @@ class ConversionProgress:
 
     def advance(self, data_bytes: int, reasons: Mapping[str, int], num_bad: int) -> None:
         """Count one more image, stored in `data_bytes` bytes; `reasons` and `num_bad` are the counts so far."""
+        beat()
         if self._display.disable:
             self._done += 1
             self._steady.tell(self._done, "images:")

@@ -22,6 +22,7 @@ from typing import Any
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import try_flock
+from lowrank_vit.common.pulse import beat
 
 _LEFTOVER = re.compile(r"\..+\.(part|[0-9a-f]{8}\.tmp|unfinished)|(index\.json|(update|vectors)_\d+\.npz)\.partial")
 """Names of temporary files and folders; all but `.part` are those of earlier versions."""
@@ -67,13 +68,14 @@ def whole_file(path: Path, *, through_link: bool = True) -> Generator[io.Buffere
 
 
 class _Output(io.BufferedWriter):
-    """A file that remembers why it could not be written."""
+    """A file that remembers why it could not be written, and whose every block counts as progress."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(io.FileIO(descriptor, "wb"))
         self.error: OSError | None = None
 
     def write(self, data: Any, /) -> int:
+        beat()
         try:
             return super().write(data)
         except OSError as error:

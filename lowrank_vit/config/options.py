@@ -343,6 +343,10 @@ class Run:
     """How many of the best validated epochs to keep as checkpoint-EPOCH.pth.tar."""
     checkpoint_interval: Annotated[str, MAY_CHANGE] = ""
     """Save last.pth.tar also every so many updates (500) or minutes (10m); default: after each epoch."""
+    rank_timeout: Annotated[float, Range(1, 1e8), MAY_CHANGE] = 600.0
+    """Several ranks: seconds for which they wait for one without progress, which is then named and ends the run."""
+    init_timeout: Annotated[float, Range(1, 1e8), MAY_CHANGE] = 3600.0
+    """The same from the start, when data are opened and code is compiled, until the first update is done."""
     log_wandb: Annotated[bool, MAY_CHANGE] = False
     """Log to Weights & Biases (works offline with WANDB_MODE=offline)."""
     wandb_project: Annotated[str, MAY_CHANGE] = "lowrank-vit"

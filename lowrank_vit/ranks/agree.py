@@ -33,13 +33,12 @@ class OfRank(UserError):
         self.rank = rank
 
 
-START_LIMIT = timedelta(hours=1)
 _SHOWN = 8
 _SPEAKER_FIRST_S = 3.0
 """Wait of the ranks that do not speak; by then the one that does has ended them all."""
 
 
-def gather(world: World, topic: str, value: T, doing: str, limit: timedelta = START_LIMIT) -> list[T]:
+def gather(world: World, topic: str, value: T, doing: str, limit: timedelta | None = None) -> list[T]:
     """Every rank's value (as JSON has it), by rank, on every rank; each calls it once for a topic.
 
     A line after 20 seconds, and then once a minute, says which ranks are still `doing` what comes before it. Raises
@@ -54,7 +53,7 @@ def gatherer(world: World, topic: str, doing: str) -> Callable[[Any], list[Any]]
     return lambda value: gather(world, f"{topic}/{next(calls)}", value, doing)
 
 
-def agree(world: World, topic: str, record: Record, doing: str, limit: timedelta = START_LIMIT) -> None:
+def agree(world: World, topic: str, record: Record, doing: str, limit: timedelta | None = None) -> None:
     """Raise `UserError` on all ranks where one has another record than most, or than rank 0; that one is the first."""
     told = {"host": socket.gethostname(), "record": {name: list(texts) for name, texts in record.items()}}
     verdict = _decide(world, topic, told, _verdict, doing, limit)
@@ -66,11 +65,13 @@ def agree(world: World, topic: str, record: Record, doing: str, limit: timedelta
     raise OfRank(text, speaker)
 
 
-def _decide(world: World, topic: str, value: T, decision: Callable[[list[T]], R], doing: str, limit: timedelta) -> R:
+def _decide(
+    world: World, topic: str, value: T, decision: Callable[[list[T]], R], doing: str, limit: timedelta | None
+) -> R:
     """What `decision` makes of every rank's value on rank 0, on every rank."""
     if world.size == 1 or world.store is None:
         return decision([value])
-    store, outcome = world.store, f"{topic}/outcome"
+    store, outcome, limit = world.store, f"{topic}/outcome", limit or world.start_limit
     keys = [f"{topic}/{rank}" for rank in range(world.size)]
     store.set(keys[world.rank], json.dumps(value))
 
@@ -84,7 +85,7 @@ def _decide(world: World, topic: str, value: T, decision: Callable[[list[T]], R]
         return f"waiting for {_named(world, late)} to finish {doing}" if speaks else ""
 
     wanted = keys if world.is_first else [outcome]
-    with saying(line):
+    with world.progress.waiting(is_said=True), saying(line):
         if not until(lambda: store.check(wanted), limit):
             late = missing() or [0]
             raise OfRank(

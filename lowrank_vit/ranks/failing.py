@@ -1,7 +1,8 @@
 """Ranks end together: the first to fail says why, and the others end without a word, wherever they are.
 
-A rank notes in torch's store that it fails; a thread of each rank reads that. A rank that is killed can note nothing,
-so a second thread of each waits for word of its neighbour, which comes as a lost connection then.
+A rank notes in torch's store that it fails; a thread of each rank reads that, and tells there that its rank is alive
+(see `signs.py`). A rank that is killed can note nothing, so a second thread of each waits for word of its neighbour,
+which comes as a lost connection then.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, NoReturn
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.terminal import printable
 from lowrank_vit.ranks.agree import OfRank
+from lowrank_vit.ranks.signs import USUAL, Limits, Signs
 from lowrank_vit.ranks.world import Channel, World
 
 _POLL_S = 0.25
@@ -64,24 +66,26 @@ class Failing:
             self._end(self._tell(error))
 
     @contextlib.contextmanager
-    def watched(self) -> Generator[None, None, None]:
-        """Have threads end this process when another rank has failed or was killed, while the context lasts.
+    def watched(self, limits: Limits = USUAL) -> Generator[None, None, None]:
+        """Have threads end this process when another rank has failed, was killed or is stuck, while the context lasts.
 
-        Every rank calls it, after they have joined. It ends when all of them have come to its end.
+        Every rank calls it, after they have joined. It ends when all of them have come to its end. `limits`: how long
+        the others wait for a rank that makes no progress.
         """
         if self._world.size == 1:
             yield
             return
         is_over = threading.Event()
-        watching = threading.Thread(
-            target=self._watch, args=(self._world.store.clone(), is_over), name="ranks", daemon=True
-        )
+        store, world = self._world.store.clone(), self._world
+        signs = Signs(world.progress, store, world.rank, world.size, limits, say=world.say)
+        watching = threading.Thread(target=self._watch, args=(store, is_over, signs), name="ranks", daemon=True)
         channel = self._world.channel(timedelta(days=365))
         after, before = ((self._world.rank + step) % self._world.size for step in (1, -1))
         # A thread, since the main one may wait for a device that waits for the lost rank.
         neighbour = threading.Thread(target=self._listen, args=(channel, after), name="neighbour", daemon=True)
         neighbour.start()
         watching.start()
+        world.start_limit = timedelta.max
         try:
             yield
             self._world.wait_for_all()
@@ -91,6 +95,7 @@ class Failing:
             # It must not be inside torch's C++ code when the interpreter ends: that aborts the process.
             is_over.set()
             watching.join()
+            signs.disarm()
 
     @contextlib.contextmanager
     def told_at_once(self) -> Generator[None, None, None]:
@@ -105,12 +110,16 @@ class Failing:
                 self._tell(error)
             raise
 
-    def _watch(self, store: Any, is_over: threading.Event) -> None:
-        """End this process when another rank has noted its failure in the store."""
+    def _watch(self, store: Any, is_over: threading.Event, signs: Signs) -> None:
+        """End this process when another rank has noted its failure in the store, or the ranks wait too long for one."""
         with contextlib.suppress(RuntimeError):  # the store goes away with the run
             while not is_over.wait(_POLL_S):
+                if self._is_failing:
+                    continue
                 if store.check([_FAILED]) and not self._is_failing:
                     break
+                if stuck := signs.poll(time.monotonic()):
+                    self._end(self._tell(stuck))
             else:
                 return
             with contextlib.suppress(RuntimeError):

@@ -20,11 +20,11 @@ import torch
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.ranks.agree import OfRank, Record, agree, differences
+from lowrank_vit.ranks.signs import USUAL, Limits
 from lowrank_vit.ranks.waiting import saying, until
 from lowrank_vit.ranks.world import World
 
-JOIN_LIMIT = timedelta(minutes=10)
-_COLLECTIVE_LIMIT = timedelta(minutes=10)
+_LATER = timedelta(minutes=5)
 _RESOLVE_S = 5.0
 """Time for a name to become known: a cluster's may come a little later than the process."""
 _LEFT_OVER = (
@@ -80,18 +80,20 @@ def joined(
     world: World,
     device: torch.device,
     record: Callable[[], Record] = dict,
-    limit: timedelta = JOIN_LIMIT,
+    limits: Limits = USUAL,
 ) -> Generator[World]:
     """Join the world's ranks for collectives: NCCL on CUDA, Gloo on the CPU. Raises `UserError`.
 
-    The ranks are waited for up to `limit`; a line says so after 20 seconds, and then once a minute. What `record` says
-    of each must be the same, see `agree`.
+    The ranks are waited for as long as `limits` says of the start; a line says so after 20 seconds, and then once a
+    minute. torch's own limit of a collective, which cannot tell a slow rank from a lost one, is later than both. What
+    `record` says of each must be the same, see `agree`.
     """
     if world.size == 1:
         yield world
         return
     import torch.distributed as dist
 
+    limit = world.start_limit = timedelta(seconds=limits.init_s)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     where = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
     _require_address(address, port)
@@ -118,7 +120,7 @@ def joined(
             store=dist.PrefixStore(f"torch/{attempt}", store),
             rank=world.rank,
             world_size=world.size,
-            timeout=_COLLECTIVE_LIMIT,
+            timeout=timedelta(seconds=max(limits.init_s, limits.rank_s)) + _LATER,
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, OSError, ValueError) as error:
@@ -270,6 +272,6 @@ class _Meeting:
         self._turned_away = f" One that came as rank {rank} runs another version of this program."
 
 
-def meet(store: Any, rank: int, size: int, limit: timedelta = JOIN_LIMIT) -> str:
+def meet(store: Any, rank: int, size: int, limit: timedelta = timedelta(hours=1)) -> str:
     """A name for this attempt that all its ranks share and no other has; every rank calls it."""
     return _Meeting(rank, size, job_record(size), "the store").meet(store, limit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_vit.common import terminal
+from lowrank_vit.ranks.signs import Progress
 
 T = TypeVar("T")
 
@@ -24,6 +25,10 @@ class World:
     size: int = 1
     store: Any = None
     """torch.distributed.Store of this attempt, None for one process."""
+    progress: Progress = field(default_factory=Progress)
+    """What the main thread is at."""
+    start_limit: timedelta = timedelta(hours=1)
+    """How long one that waits in the store waits; without a limit where `Failing` watches whoever is late."""
 
     @property
     def is_first(self) -> bool:
@@ -43,20 +48,23 @@ class World:
     def sum(self, values: Tensor) -> None:
         """Add up `values` over all ranks, in place."""
         if self.size > 1:
-            torch.distributed.all_reduce(values)
+            with self.progress.waiting():
+                torch.distributed.all_reduce(values)
 
     def least(self, value: Tensor) -> Tensor:
         """The least over all ranks of each element, as a new tensor."""
         least = value.clone()
         if self.size > 1:
-            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+            with self.progress.waiting():
+                torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
         return least
 
     def greatest(self, *numbers: float) -> list[float]:
         """The greatest over all ranks of each number; by the host's network whatever the device."""
         common = torch.tensor(numbers, dtype=torch.float64)
         if self.size > 1:
-            torch.distributed.all_reduce(common, torch.distributed.ReduceOp.MAX)
+            with self.progress.waiting():
+                torch.distributed.all_reduce(common, torch.distributed.ReduceOp.MAX)
         return common.tolist()
 
     def average_buffers(self, module: nn.Module) -> None:
@@ -74,7 +82,8 @@ class World:
         if self.size == 1:
             return value  # type: ignore[return-value]
         values = [value]
-        torch.distributed.broadcast_object_list(values, src=0)
+        with self.progress.waiting():
+            torch.distributed.broadcast_object_list(values, src=0)
         return values[0]  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
@@ -82,13 +91,15 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(values, value)
+        with self.progress.waiting():
+            torch.distributed.all_gather_object(values, value)
         return values
 
     def wait_for_all(self) -> None:
         """Wait until every rank has come here."""
         if self.size > 1:
-            torch.distributed.barrier()
+            with self.progress.waiting():
+                torch.distributed.barrier()
 
     def channel(self, timeout: timedelta) -> Channel:
         """Make a channel among all ranks, which call this together.

@@ -15,6 +15,7 @@ import torch
 
 from lowrank_vit.common.devices import Mark, on_stream
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.pulse import beat
 from lowrank_vit.common.threads import Jobs
 from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.refresh import Memory, Refreshed, SpectralSettings, Stacks, aggregates, refresh
@@ -175,7 +176,7 @@ class Worker:
                     stacks,
                     self._settings,
                     self._memory,
-                    cancelled=self.cancelled.is_set,
+                    cancelled=self._is_cancelled,
                     log=self._note,
                 )
         except Cancelled:
@@ -214,6 +215,11 @@ class Worker:
             self._is_failing = False
         finally:  # the numbers are there, stored or not
             self.finished.put(SpectralRecord(whole.update, flat))
+
+    def _is_cancelled(self) -> bool:
+        """Asked before each matrix."""
+        beat()
+        return self.cancelled.is_set()
 
     def _note(self, line: str) -> None:
         """Warn of a matrix once, not at every refresh; later lines of it go to the debug log."""

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, ParamSpec, Protocol, TypeVar, cast
 
+from lowrank_vit.ranks.signs import Progress
+from lowrank_vit.run.state import Position
+
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -40,6 +43,63 @@ class PhaseListener(Protocol):
     def end(self, phase: Phase) -> None:
         """The phase ends; phases that began later have ended."""
         ...
+
+
+_IN_WORDS: dict[Phase, str] = {
+    "epoch": "training",
+    "data": "waiting for the next batch",
+    "augment": "augmenting a batch",
+    "step": "a training step",
+    "inputs": "preparing a step's inputs",
+    "forward": "the forward pass",
+    "backward": "the backward pass",
+    "optimizer": "the optimizer's step",
+    "ema": "updating the EMA",
+    "refresh": "copying weights for the spectra",
+    "log": "logging",
+    "checkpoint": "saving a checkpoint",
+    "evaluation": "validation",
+}
+
+
+class ToldToRanks(PhaseListener):
+    """Tells the other ranks, by way of `Progress`, what this one is at; another listener hears all, too."""
+
+    def __init__(self, progress: Progress, position: Position, listener: PhaseListener | None) -> None:
+        """`position` is that of the run; until it moves, and in the first validation, compilers have their time."""
+        self._progress, self._position, self._listener = progress, position, listener
+        self._first: int | None = None
+        self._open: list[Phase] = []
+        self._has_validated = False
+        progress.updates = lambda: position.num_updates
+
+    def begin(self, phase: Phase) -> None:
+        """Tell of it before the other listener hears of it."""
+        if self._first is None:
+            self._first = self._position.num_updates
+        is_compiled = self._position.num_updates > self._first
+        if phase == "evaluation":
+            is_compiled, self._has_validated = self._has_validated, True
+        self._progress.is_starting = not is_compiled
+        self._open.append(phase)
+        self._show(phase)
+        if self._listener:
+            self._listener.begin(phase)
+
+    def end(self, phase: Phase) -> None:
+        """Tell of it after."""
+        if self._listener:
+            self._listener.end(phase)
+        self._open.pop()
+        self._show(phase)
+
+    def _show(self, phase: Phase) -> None:
+        now = self._open[-1] if self._open else "epoch"
+        self._progress.what, self._progress.is_background = _IN_WORDS[now], now == "checkpoint"
+        if phase == "augment":  # where that is done, and how far ahead, is each rank's own affair
+            self._progress.ticks += 1
+        else:
+            self._progress.place += 1
 
 
 class Phases:

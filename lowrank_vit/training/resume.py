@@ -46,6 +46,7 @@ class Start:
 def find_start(config: Config, world: World) -> Start:
     """Rank 0 looks for it and the others follow. Raises `UserError`."""
     run = config.run
+    world.progress.enter("looking for a checkpoint")
     agents = sorted({agent for agent in world.gather(launch.agent()) if agent})
     earlier = None
     if world.is_first and agents:

@@ -144,10 +144,13 @@ def set_up(
     if config.step.compile:
         keep_compiled_code(config.step.compile_cache)
     say = terminal.say if world.is_first else silent
+    world.progress.enter("checking the options")
     check_before_data(config, is_resumed=resumed is not None, world=world)
+    world.progress.enter("opening the data, or converting or staging them")
     sets, num_classes = _open_sets(config, say)
     if sets and resumed:
         sets.follow(resumed, config, say)
+    world.progress.enter("making the model")
     torch.manual_seed(config.run.seed)
     model = _make_model(config, num_classes, sets, resumed, say)
     agree(world, "data", data_record(sets.by_name if sets else {}, model, resumed), "opening the data")
@@ -158,6 +161,7 @@ def set_up(
     erase_first = config.augment.erase_first
     augment = Augment(spec.mean, spec.std, num_classes, smoothing, remode, erase_first=erase_first).to(device)
     prepare = phases.around("augment", augment.prepare)
+    world.progress.enter("opening the training data's loader")
     plan, train_loader, line = _make_train_loader(config, sets, num_classes, spec, world, device, prepare)
     lines, evaluators, val_loader, val_batch = [line], dict[str, Evaluator](), None, 0
     lr, lr_origin = learning_rate(config.optim, plan.global_batch)
@@ -166,12 +170,14 @@ def set_up(
     config, ema_line = _with_ema_warmup(config, num_epochs * plan.updates_per_epoch)
     ema = _make_ema(config, model, resumed)
     if sets:
+        world.progress.enter("opening the validation data's loader")
         val_batch = min(config.data.validation_batch_size or config.data.batch_size, sets.val.num_samples)
         val_loader, line = _make_val_loader(config, sets.val, val_batch, spec, world, device)
         lines.append(line)
         evaluators = {"": _make_evaluator(config, model, augment)}
         if ema:
             evaluators["ema_"] = _make_evaluator(config, ema.module, augment)
+    world.progress.enter("making ready to train")
     train_flops = train_flops_per_image(model, spec.img_size)
     peak = peak_flops(
         device, DTYPES[config.step.amp_dtype] if config.step.amp else torch.float32, tf32=config.step.tf32

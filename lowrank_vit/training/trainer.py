@@ -25,7 +25,7 @@ from lowrank_vit.score.evaluate import Scores
 from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
 from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.store import kept_name
-from lowrank_vit.training.phases import PhaseListener, Phases
+from lowrank_vit.training.phases import PhaseListener, Phases, ToldToRanks
 from lowrank_vit.training.resume import Start, capture, find_start, finished, open_run_dir, restore
 from lowrank_vit.training.setup import set_up
 from lowrank_vit.training.stop import Stopped, StopRequest, UntilStopped
@@ -117,13 +117,16 @@ class Trainer:
         """
         self.world = world or World()
         self._failing = failing or Failing(self.world)
+        self.state = RunState()
+        if self.world.size > 1:
+            listener = ToldToRanks(self.world.progress, self.state.position, listener)
         self._phases = Phases(listener)
         start = start or find_start(config, self.world)
-        self.state = RunState()
         self.setup = set_up(start.config, start.resumed, self.world, self.state.position, self._phases)
         self.config = self.setup.config
         if start.resumed:
             restore(self.setup, self.state, start.resumed)
+        self.world.progress.enter("opening the run directory")
         self.run_dir = open_run_dir(start, default_name) if self.world.is_first else RunDir(Path(), None)
         self.run_dir.path = self.world.from_first(self.run_dir.path)
         self.stop = StopRequest(self.world)
@@ -150,6 +153,8 @@ class Trainer:
             for loader in (setup.train_loader, setup.val_loader):
                 if loader:
                     stack.callback(loader.close)
+            enter = self.world.progress.enter
+            enter("opening the logs")
             self.outputs = stack.enter_context(self._make_outputs())
             if self.world.is_first:
                 self._say = self.outputs.display.say
@@ -164,9 +169,13 @@ class Trainer:
                         self._finish_epoch(epoch, stats)
                 except Stopped:
                     stopped_by = self.stop.reason
+                    enter("saving", is_background=True)
                     self.checkpoints.save()
+                enter("finishing the spectra", is_background=True)
                 self._finish_spectra()
+                enter("writing the last checkpoint", is_background=True)
                 self.checkpoints.finish()
+                enter("closing the logs")
         self.result = _result(self.run_dir.path, self.config, self.state, train_s=self.train_s, stopped_by=stopped_by)
 
     def _make_outputs(self) -> Outputs:
@@ -337,9 +346,12 @@ class Trainer:
             self.checkpoints.save(may_skip=True)
         most_batches = int(world.greatest(setup.val_loader.plan.steps_per_epoch)[0])
         progress = self.outputs.display.within(most_batches * len(setup.evaluators))
-        loader = UntilStopped(
-            setup.val_loader, most_batches, self.stop, lambda n: progress.tell(n, "validation: batch")
-        )
+
+        def tell(done: int) -> None:
+            progress.tell(done, "validation: batch")
+            world.progress.tick()
+
+        loader = UntilStopped(setup.val_loader, most_batches, self.stop, tell)
         with self._phases("evaluation"):
             return {
                 prefix: evaluate(loader, setup.val_batch, world.sum) for prefix, evaluate in setup.evaluators.items()

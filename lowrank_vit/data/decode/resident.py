@@ -13,6 +13,7 @@ from rich.filesize import decimal as size_in_words
 
 from lowrank_vit.common import resources
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.pulse import beat
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.decode.backend import LENGTH, DamagedSamples, LoaderOptions, Schedule, new_meter, spans, to_device
 from lowrank_vit.data.decode.pil import decode_sound
@@ -49,6 +50,7 @@ class ResidentBackend:
             ) from error
 
         def fill(sample_id: int) -> None:
+            beat()
             try:
                 decoded, start = decode_sound(beton, sample_id).reshape(-1), self._starts[sample_id]
                 if sample_id not in self._damaged:

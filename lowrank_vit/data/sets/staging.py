@@ -24,6 +24,7 @@ from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.files import remove_leftovers, whole_folder, write_whole
 from lowrank_vit.common.locks import Say, one_process_in
+from lowrank_vit.common.pulse import beat
 from lowrank_vit.common.terminal import Steady
 
 STAMP = "staged.json"
@@ -191,6 +192,7 @@ def _copy(source: Path, target: Path, told: str, advance: Callable[[int], object
             digest.update(chunk)
             writing.write(chunk)
             advance(len(chunk))
+            beat()
         writing.flush()
         os.fsync(writing.fileno())
     if told and digest.hexdigest() != told:

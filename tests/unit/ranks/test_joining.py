@@ -16,6 +16,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.ranks import joining, waiting
 from lowrank_vit.ranks.agree import OfRank
 from lowrank_vit.ranks.joining import JOB_IDS, environment_world, job_record, joined, meet
+from lowrank_vit.ranks.signs import Limits
 from lowrank_vit.ranks.waiting import saying
 from lowrank_vit.ranks.world import World
 
@@ -162,7 +163,7 @@ def test_who_waits_for_others_says_so(environment, monkeypatch, capsys):
             port = str(free.getsockname()[1])
         environment(**{**PLACE, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port})
         told = rf"Rank {rank} cannot meet the others .*: (rank 0 on|nobody answers)"
-        with pytest.raises(UserError, match=told), joined(environment_world(), CPU, limit=timedelta(seconds=1)):
+        with pytest.raises(UserError, match=told), joined(environment_world(), CPU, limits=Limits(init_s=1.0)):
             pass
         out = capsys.readouterr().out
         others = "rank 1 of 2" if rank == "0" else "rank 0 of 2"

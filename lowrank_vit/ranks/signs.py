@@ -1,0 +1,323 @@
+"""Signs of life: what each rank is at, told through torch's store, and which of them the others wait for.
+
+All ranks go through the same program, so the rank that the others wait for is the one whose place in it is the
+earliest; of those at one place, one that does not itself wait for others. Times are counted while this process runs:
+a job that is stopped for the night and continued is not late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lowrank_vit.common import pulse
+from lowrank_vit.common.errors import UserError
+
+_PERIOD_S = 1.0
+"""Time between two signs of a rank."""
+_GAP_S = 2.0
+"""The longest time between two polls that counts."""
+_LINES_S = 60.0
+"""Time between two lines about whom the ranks wait for while they start."""
+_FRAMES = 12
+"""Innermost ones of a stack."""
+_FEW = 8
+"""Ranks that a message names one by one."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long the ranks wait for one that makes no progress, seconds."""
+
+    rank_s: float = 600.0
+    """In training: --rank-timeout."""
+    init_s: float = 3600.0
+    """Until the first update is done: --init-timeout."""
+
+
+USUAL = Limits()
+
+
+@dataclass
+class Progress:
+    """What the main thread of this process is at. The thread itself tells; others read."""
+
+    what: str = "starting"
+    """In words that may follow "in"."""
+    place: int = 0
+    """Grows with each step of the program that all ranks take alike."""
+    ticks: int = 0
+    """Grows with what is this rank's alone, such as the batches of its share."""
+    waits: bool = False
+    """It waits for the other ranks."""
+    is_said: bool = False
+    """Something else says for whom."""
+    is_starting: bool = True
+    """Compilers and disks have their time: --init-timeout counts."""
+    is_background: bool = False
+    """It waits for another thread of its own, whose work counts as progress (see `common.pulse`)."""
+    updates: Callable[[], int] = field(default=lambda: 0)
+    """The updates done."""
+
+    def enter(self, what: str, *, is_background: bool = False) -> None:
+        """The next stretch of the program begins; every rank comes to it."""
+        self.what, self.is_background = what, is_background
+        self.place += 1
+
+    def tick(self) -> None:
+        """A piece of this rank's own share is done; what had to be compiled for it is."""
+        self.ticks += 1
+        self.is_starting = False
+
+    @contextlib.contextmanager
+    def waiting(self, *, is_said: bool = False) -> Generator[None]:
+        """Within the context the thread waits until all ranks have come here; `is_said`: another says for whom."""
+        self.place += 1
+        self.waits, self.is_said = True, is_said
+        try:
+            yield
+        finally:
+            self.waits = self.is_said = False
+            self.place += 1
+
+    def state(self) -> tuple[int, ...]:
+        """Something else whenever there was progress."""
+        work = pulse.beats() if self.is_starting or self.is_background else 0
+        return self.place, self.ticks, self.waits, work
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a rank last told of itself."""
+
+    host: str
+    at: str
+    """Time of day there."""
+    beat: int
+    what: str
+    place: int
+    waits: bool
+    updates: int
+    idle_s: float
+    """Time without progress."""
+    limit_s: float
+    is_starting: bool
+    stack: str = ""
+    """Where the main thread is, once it makes no progress for long."""
+
+    @property
+    def key(self) -> tuple[int, bool]:
+        """The earlier, the smaller."""
+        return self.place, self.waits
+
+    def in_words(self) -> str:
+        """What it is at."""
+        waits = "waiting for the other ranks in " if self.waits else ""
+        return f"{waits}{self.what}" + (f", after update {self.updates}" if self.updates else "")
+
+
+_UNHEARD = Sign("a host that is not known", "it started", 0, "starting", -1, False, 0, 0.0, 0.0, True)
+"""Of a rank that has told nothing yet."""
+
+
+class Signs:
+    """Tells the signs of one rank, and judges those of all. Used by one thread, which calls `poll` often."""
+
+    def __init__(
+        self,
+        progress: Progress,
+        store: Any,
+        rank: int,
+        size: int,
+        limits: Limits,
+        *,
+        say: Callable[[str], object],
+        main_thread: int | None = None,
+    ) -> None:
+        """`store`: torch.distributed.Store, common to the ranks; `say` is told of waiting while the ranks start.
+
+        `main_thread`: the identifier of the thread whose progress it is; default: the process's main one.
+        """
+        self._progress, self._store, self._rank, self._size, self._limits = progress, store, rank, size, limits
+        self._say, self._main_thread = say, main_thread or threading.main_thread().ident
+        self._period_s = min(_PERIOD_S, limits.rank_s / 20, limits.init_s / 20)
+        self._host = socket.gethostname()
+        self._polled_at: float | None = None
+        self._since_sign_s = self._idle_s = 0.0
+        self._state: tuple[int, ...] = ()
+        self._beat, self._line_at_s = 0, _LINES_S
+        self._seen: dict[int, Sign] = {}
+        self._silent_s = dict.fromkeys(range(size), 0.0)
+        """Time for which a rank's sign was looked at and had no new beat."""
+        self._looked = False
+
+    @property
+    def limit_s(self) -> float:
+        """The time without progress that is too long now."""
+        return self._limits.init_s if self._progress.is_starting else self._limits.rank_s
+
+    def poll(self, now: float) -> UserError | None:
+        """Tell a sign where one is due; the error to end with where the ranks have waited too long.
+
+        `now`: seconds of any clock that is steady. Raises `RuntimeError` where the store is gone.
+        """
+        self._since_sign_s += self._count(now)
+        if self._beat and self._since_sign_s < self._period_s:
+            return None
+        since_s, self._since_sign_s = self._since_sign_s, 0.0
+        self._beat += 1
+        sign = self._sign()
+        self._store.set(f"sign/{self._rank}", json.dumps(asdict(sign)))
+        self._arm()
+        if self._idle_s < min(self.limit_s / 8, _LINES_S / 2):
+            self._looked = False
+            return None
+        self._look(since_s)
+        self._seen[self._rank] = sign
+        return self._judge()
+
+    def alone(self, now: float) -> UserError | None:
+        """The same where there is no store any more: judge this rank by itself."""
+        self._count(now)
+        return UserError(self._of_itself(self._sign())) if self._idle_s >= self.limit_s else None
+
+    def _count(self, now: float) -> float:
+        """Count the time since the last call, which it returns, as idle if there was no progress meanwhile."""
+        # After a longer gap than usual this process itself was stopped: that is nobody's delay.
+        passed_s = min(now - self._polled_at, _GAP_S) if self._polled_at is not None else 0.0
+        self._polled_at, state = now, self._progress.state()
+        if state != self._state:
+            self._state, self._idle_s, self._line_at_s = state, 0.0, _LINES_S
+        else:
+            self._idle_s += passed_s
+        return passed_s
+
+    def disarm(self) -> None:
+        """Call it at the end."""
+        faulthandler.cancel_dump_traceback_later()
+
+    def _arm(self) -> None:
+        """Where this thread gets no turn, since compiled code holds Python's lock, have C print where that is."""
+        with contextlib.suppress(Exception):  # stderr may be no file
+            faulthandler.dump_traceback_later(0.9 * self.limit_s, file=sys.__stderr__ or sys.stderr)
+
+    def _sign(self) -> Sign:
+        progress = self._progress
+        stack = self._stack() if self._idle_s >= self.limit_s / 2 else ""
+        return Sign(
+            host=self._host,
+            at=time.strftime("%H:%M:%S"),
+            beat=self._beat,
+            what=progress.what,
+            place=progress.place,
+            waits=progress.waits,
+            updates=progress.updates(),
+            idle_s=self._idle_s,
+            limit_s=self.limit_s,
+            is_starting=progress.is_starting,
+            stack=stack,
+        )
+
+    def _stack(self) -> str:
+        frame = sys._current_frames().get(self._main_thread or 0)  # pyright: ignore[reportPrivateUsage]
+        return "".join(traceback.format_stack(frame, _FRAMES)) if frame else ""
+
+    def _look(self, since_s: float) -> None:
+        """Read the signs of all ranks."""
+        keys = {rank: f"sign/{rank}" for rank in range(self._size)}
+        if not self._store.check(list(keys.values())):  # else multi_get would wait for those that are missing
+            keys = {rank: key for rank, key in keys.items() if self._store.check([key])}
+        for rank, value in zip(keys, self._store.multi_get(list(keys.values())), strict=True):
+            sign = Sign(**json.loads(value))
+            is_new = rank not in self._seen or sign.beat != self._seen[rank].beat
+            if is_new or not self._looked:
+                self._silent_s[rank] = 0.0
+            else:
+                self._silent_s[rank] += since_s
+            self._seen[rank] = sign
+        for rank in self._silent_s.keys() - keys:
+            self._silent_s[rank] = self._silent_s[rank] + since_s if self._looked else 0.0
+        self._looked = True
+
+    def _judge(self) -> UserError | None:
+        signs = {rank: self._seen.get(rank, _UNHEARD) for rank in range(self._size)}
+        earliest = min(sign.key for sign in signs.values())
+        behind = [rank for rank, sign in signs.items() if sign.key == earliest]
+        limit_s = max(signs[rank].limit_s for rank in behind) or self._limits.init_s
+        # One of them that makes progress is enough: the others may wait for it, as for a lock on a folder.
+        stuck_s = min(signs[rank].idle_s + self._silent_s[rank] for rank in behind)
+        if stuck_s < limit_s:
+            self._say_whom(signs, behind)
+            return None
+        silent = [rank for rank in behind if self._silent_s[rank] >= max(limit_s / 2, 3 * self._period_s)]
+        heard = [rank for rank in silent or behind if rank not in silent]
+        if heard and heard[0] == self._rank:
+            if len(behind) == 1:
+                return UserError(self._of_itself(signs[self._rank]))
+            return UserError(self._of_several(signs, heard, limit_s))
+        if heard and stuck_s < limit_s + max(2.0, limit_s / 10):
+            return None  # it says so itself, with its own name
+        if silent:
+            return UserError(self._of_silent(signs, silent, limit_s))
+        return UserError(self._of_several(signs, heard, limit_s))
+
+    def _say_whom(self, signs: dict[int, Sign], behind: list[int]) -> None:
+        """While the ranks start, the first of those that wait says whom they wait for, once a minute."""
+        waiting = [rank for rank, sign in signs.items() if sign.waits]
+        if (
+            not self._progress.is_starting
+            or self._progress.is_said
+            or self._rank != min(waiting, default=-1)
+            or self._rank in behind
+        ):
+            return
+        if self._idle_s >= self._line_at_s:
+            self._line_at_s = self._idle_s + _LINES_S
+            self._say(f"has waited {self._idle_s:.0f} s for {_named(signs, behind)}")
+
+    def _of_itself(self, sign: Sign) -> str:
+        return (
+            f"stuck on {sign.host} in {sign.in_words()}: no progress for {sign.idle_s:.0f} s, for which the other "
+            f"ranks have waited. {_advice(sign)} Its main thread is here:\n{self._stack().rstrip()}"
+        )
+
+    def _of_several(self, signs: dict[int, Sign], ranks: list[int], limit_s: float) -> str:
+        first = signs[ranks[0]]
+        who = _named(signs, ranks)
+        why = ""
+        if len(ranks) > 1:
+            why = " None of them is behind the others, so it may be the network between them."
+        stacks = "".join(
+            f"\nMain thread of rank {rank}:\n{signs[rank].stack.rstrip()}" for rank in ranks[:2] if signs[rank].stack
+        )
+        stuck = "is stuck" if len(ranks) == 1 else "are stuck"
+        return f"{who} {stuck}: no progress for {limit_s:.0f} s.{why} {_advice(first)}{stacks}"
+
+    def _of_silent(self, signs: dict[int, Sign], ranks: list[int], limit_s: float) -> str:
+        first = signs[ranks[0]]
+        give = "gives" if len(ranks) == 1 else "give"
+        return (
+            f"{_named(signs, ranks)} {give} no sign of life since {first.at}, and the other ranks have waited for "
+            f"{limit_s:.0f} s. A process may be stopped, its host gone, or compiled code holds Python's lock: then its "
+            f"own output says where. {_advice(first)}"
+        )
+
+
+def _named(signs: dict[int, Sign], ranks: list[int]) -> str:
+    """Ranks with their hosts, and what they are at."""
+    few = [f"rank {rank} on {signs[rank].host} (in {signs[rank].in_words()})" for rank in ranks[:_FEW]]
+    return ", ".join(few) + (f" and {len(ranks) - _FEW} more" if len(ranks) > _FEW else "")
+
+
+def _advice(sign: Sign) -> str:
+    flag = "--init-timeout" if sign.is_starting else "--rank-timeout"
+    return f"Go on from the last checkpoint with --resume; if such a wait is to be expected, give a greater {flag}."
