@@ -26,19 +26,9 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line, train, and say what came of it and what to do next. Under torchrun: one of the ranks."""
     argv = sys.argv[1:] if argv is None else argv
     config = None if "WORLD_SIZE" in os.environ else _read(argv)  # before torch is loaded, which takes seconds
-    from lowrank_vit.ranks.failing import Failing, record
-    from lowrank_vit.ranks.joining import environment_world
+    from lowrank_vit.ranks.failing import as_rank
 
-    world = environment_world()
-    failing = Failing(world)
-    if world.size > 1:
-        failing.exit_together(lambda: _train(argv, config or _read(argv), world, failing))
-        return
-    try:
-        _train(argv, config or _read(argv), world, failing)
-    except BaseException as error:
-        record(error)  # a torchrun of one process
-        raise
+    as_rank(lambda world, failing: _train(argv, config or _read(argv), world, failing))
 
 
 def _read(argv: list[str]) -> Config:
@@ -55,8 +45,8 @@ def _read(argv: list[str]) -> Config:
 def _train(argv: list[str], config: Config, world: World, failing: Failing) -> None:
     from lowrank_vit.common.devices import pick_device
     from lowrank_vit.ranks.joining import joined
+    from lowrank_vit.ranks.records import run_record
     from lowrank_vit.ranks.signs import Limits
-    from lowrank_vit.training.agreement import run_record
     from lowrank_vit.training.trainer import train
 
     device = pick_device(config.step.device, world.local_rank)

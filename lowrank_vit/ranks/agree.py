@@ -119,12 +119,12 @@ def _verdict(told: list[dict[str, Any]]) -> tuple[int, str] | None:
     reference, speaker = kinds.index(usual), others[0]
     ours, theirs = told[speaker], told[reference]
     found = differences(ours["record"], theirs["record"])
-    text = f"on {ours['host']} it would train another run than rank {reference} on {theirs['host']}: {found}."
+    text = f"on {ours['host']} it would start another run than rank {reference} on {theirs['host']}: {found}."
     if alike := [rank for rank in others[1:] if kinds[rank] == kinds[speaker]]:
         text += f" So would {_listed(alike)}."
     for rank in [rank for rank in others if kinds[rank] != kinds[speaker]][:2]:
         found = differences(told[rank]["record"], theirs["record"])
-        text += f" Rank {rank} on {told[rank]['host']} would train yet another: {found}."
+        text += f" Rank {rank} on {told[rank]['host']} would start yet another: {found}."
     return speaker, f"{text} Start all ranks with one command line, one version of the code, and the same data."
 
 

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.terminal import printable
 from lowrank_vit.ranks.agree import OfRank
+from lowrank_vit.ranks.joining import environment_world
 from lowrank_vit.ranks.signs import USUAL, Limits, Signs
 from lowrank_vit.ranks.world import Channel, World
 
@@ -175,6 +176,23 @@ class Failing:
             error = _gone(None, error)
         rank = error.rank if isinstance(error, OfRank) else self._world.rank
         return UserError(f"rank {rank}: {error}") if isinstance(error, UserError) else error
+
+
+def as_rank(work: Callable[[World, Failing], None]) -> None:
+    """Do a command's work as the rank that the launcher's environment says, and end together with the others.
+
+    The world is not joined yet. Raises what `work` does where there is one process.
+    """
+    world = environment_world()
+    failing = Failing(world)
+    if world.size > 1:
+        failing.exit_together(lambda: work(world, failing))
+        return
+    try:
+        work(world, failing)
+    except BaseException as error:
+        record(error)  # a torchrun of one process
+        raise
 
 
 def record(error: BaseException) -> None:

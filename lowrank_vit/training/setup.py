@@ -42,10 +42,10 @@ from lowrank_vit.model.optimizer import Constant, create_optimizer, create_sched
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 from lowrank_vit.ranks.agree import agree, gatherer
+from lowrank_vit.ranks.records import data_record
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.state import Position
 from lowrank_vit.score.evaluate import Evaluator
-from lowrank_vit.training.agreement import data_record
 from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
 from lowrank_vit.training.preflight import check_before_data
 from lowrank_vit.training.step import TrainStep

@@ -186,7 +186,7 @@ exit_cleanly(train.main)
     assert code != 0
     (error,) = (line for line in err.splitlines() if line.startswith("error: "))
     assert re.search(
-        r"error: rank 1: on \S+ it would train another run than rank 0 on \S+: --lr is 0.3, there 0.1\.", error
+        r"error: rank 1: on \S+ it would start another run than rank 0 on \S+: --lr is 0.3, there 0.1\.", error
     )
     assert re.search(r"Root Cause .*?rank +: 1 ", err, re.DOTALL), err
     assert not (tmp_path / "n").exists()

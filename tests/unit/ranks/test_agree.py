@@ -56,7 +56,7 @@ def test_the_rank_that_differs_from_most_is_named_on_all(odd, size, reference):
     named = odd[0] if odd != [0] or size > 2 else 1
     values = "lr is 2, there 1" if named in odd else "lr is 1, there 2"
     assert {error and (error.rank, str(error)) for error in errors} == {(named, str(errors[0]))}
-    assert f"would train another run than rank {reference} on " in str(errors[0])
+    assert f"would start another run than rank {reference} on " in str(errors[0])
     assert f"{values}. " in str(errors[0])
     assert "opt" not in str(errors[0])
     assert (" So would rank 3." in str(errors[0])) == (odd == [2, 3])
@@ -66,7 +66,7 @@ def test_ranks_that_differ_in_different_things_are_all_named():
     (error, *_) = verdicts(record(lr="1", b="8"), record(lr="2", b="8"), record(lr="1", b="8"), record(lr="1", b="4"))
     assert error is not None
     assert error.rank == 1
-    assert re.search(r"lr is 2, there 1\. Rank 3 on .* would train yet another: b is 4, there 8\.", str(error))
+    assert re.search(r"lr is 2, there 1\. Rank 3 on .* would start yet another: b is 4, there 8\.", str(error))
 
 
 def test_differences_in_words():

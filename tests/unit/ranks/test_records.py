@@ -16,9 +16,9 @@ from lowrank_vit.config.option_types import is_per_rank, leaves
 from lowrank_vit.config.options import Config, Run
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import DataOptions, open_datasets
+from lowrank_vit.ranks import records
 from lowrank_vit.ranks.agree import differences
-from lowrank_vit.training import agreement
-from lowrank_vit.training.agreement import data_record, run_record
+from lowrank_vit.ranks.records import data_record, run_record
 
 CPU = torch.device("cpu")
 
@@ -63,12 +63,12 @@ def test_what_belongs_to_a_node_may_differ():
 
 def test_versions_code_and_device_are_compared(monkeypatch, tmp_path):
     before = run_record(Config(), CPU)
-    monkeypatch.setattr(agreement.metadata, "version", lambda name: "9.9")
+    monkeypatch.setattr(records.metadata, "version", lambda name: "9.9")
     assert "timm is 9.9, there " in differences(run_record(Config(), CPU), before)
     monkeypatch.undo()
     assert differences(run_record(Config(), torch.device("cuda")), before) == "the device is cuda, there cpu"
     (tmp_path / "changed.py").write_text("")
-    monkeypatch.setattr(agreement.data_prep, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(records.data_prep, "__file__", str(tmp_path / "__init__.py"))
     assert differences(run_record(Config(), CPU), before).startswith("the code (/")
 
 
@@ -130,15 +130,15 @@ def test_other_content_of_a_set_is_told(tmp_path, change, told):
 @pytest.mark.parametrize("whole", [1 << 26, 100])
 def test_a_changed_image_without_a_manifest_is_told_where_it_is_read(tmp_path, monkeypatch, whole):
     """Of a large set only some images are read."""
-    monkeypatch.setattr(agreement, "_READ_BYTES", whole)
+    monkeypatch.setattr(records, "_READ_BYTES", whole)
     path = next(beton.path for beton in sets_in(folders(tmp_path)).values())
     path.with_name(path.name + ".json").unlink()
-    before, first = agreement._fingerprint(Beton(path)), Beton(path)
+    before, first = records._fingerprint(Beton(path)), Beton(path)
     content = bytearray(path.read_bytes())
     content[int(first.pointers[0]) + 5] ^= 1
     path.with_name("other.beton").write_bytes(content)
-    assert agreement._fingerprint(Beton(path)) == before
-    assert agreement._fingerprint(Beton(path.with_name("other.beton"))) != before
+    assert records._fingerprint(Beton(path)) == before
+    assert records._fingerprint(Beton(path.with_name("other.beton"))) != before
 
 
 def test_other_first_weights_are_told():

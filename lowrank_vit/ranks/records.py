@@ -1,4 +1,4 @@
-"""What the ranks of a run must have in common, as records that `ranks.agree` compares."""
+"""What the ranks of a command must have in common, as records that `ranks.agree` compares."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 import data_prep
 from lowrank_vit import __version__
 from lowrank_vit.config.option_types import is_per_rank, leaves
-from lowrank_vit.config.options import Config
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.model.weights import Checkpoint
 from lowrank_vit.ranks.agree import Record
@@ -29,15 +28,15 @@ _READ_BYTES, _READ_SAMPLES = 1 << 26, 64
 """A set of at most so many bytes is read whole for its fingerprint; of a larger one so many samples."""
 
 
-def run_record(config: Config, device: torch.device) -> Record:
-    """Every option but those that may differ between ranks, the kind of device, and versions of code and libraries."""
-    options = {f"--{name}": _in_words(value) for name, hint, value in leaves(config) if not is_per_rank(hint)}
+def run_record(options: Any, device: torch.device) -> Record:
+    """Options of a dataclass but those that may differ between ranks; the device's kind; versions of all code."""
+    given = {f"--{name}": _in_words(value) for name, hint, value in leaves(options) if not is_per_rank(hint)}
     versions = {"lowrank_vit": __version__, "python": ".".join(platform.python_version_tuple()[:2])}
     for package in _COMPUTE:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     code = ("the code", _digest_of_sources(), str(_PACKAGE))
-    return _plain({**versions, "the device": device.type}) | _others(code) | _plain(options)
+    return _plain({**versions, "the device": device.type}) | _others(code) | _plain(given)
 
 
 def data_record(sets: Mapping[str, Beton], model: nn.Module, resumed: Checkpoint | None = None) -> Record:
