@@ -104,8 +104,8 @@ def all_command(
     """
     output.check()
     result = all_benches.run(bench, note=_note(), save=output.write_json)
-    output.write(result, aims_chart)
     all_benches.print_summary(result, Console())
+    output.write(result, aims_chart)
     if result.is_broken:
         sys.exit(1)
 
@@ -134,9 +134,9 @@ def _bench(
 ) -> None:
     output.check()
     result = with_memory(run(note=_note()))
-    output.write(result, chart)  # before anything is printed: a reader that goes away costs no figures
     print_more(result, Console())
     print_result(result, Console())
+    output.write(result, chart)  # behind the figures, which a full disk must not cost
     if result.is_broken:
         sys.exit(1)
 

@@ -120,17 +120,15 @@ def _analyze(options: Options, console: Console) -> None:
         weights, meta = _fetch(options)
     analysis = _solve(options, weights)
     name = meta["model"]
+    epoch = f"epoch {meta['epoch'] + 1}, " if meta["epoch"] >= 0 else ""
+    say(f"{name}, {epoch}{'EMA' if options.source.use_ema else 'raw'} weights")
+    print_analysis(analysis, console)  # before files are written, which may fail
     path = options.files.save_dir / f"{name}_spectral.json"
     write_json(as_json(analysis, meta | _settings(options)), path)
-    written = [path]
+    say(f"wrote {path}")
     if options.files.full or options.files.save_vectors:
         path = options.files.save_dir / f"{name}_vectors.{options.files.format}"
         write_arrays(arrays_of(analysis, vectors=options.files.save_vectors, full=options.files.full), path)
-        written.append(path)
-    epoch = f"epoch {meta['epoch'] + 1}, " if meta["epoch"] >= 0 else ""
-    say(f"{name}, {epoch}{'EMA' if options.source.use_ema else 'raw'} weights")
-    print_analysis(analysis, console)
-    for path in written:
         say(f"wrote {path}")
 
 
@@ -142,11 +140,11 @@ def _compare(options: Options, paths: tuple[Path, Path], console: Console) -> No
     meta = {"model": new["model"], "before": old, "after": new, **_settings(options)}
     content = drift_as_json(drift, meta | {"topk": options.matrices.topk, "interval": options.matrices.interval})
     path = options.files.save_dir / f"{new['model']}_drift.json"
-    write_json(content, path)
     weights = "EMA weights" if options.source.use_ema else "raw weights"
     epochs = f", epoch {old['epoch'] + 1} to {new['epoch'] + 1}" if min(old["epoch"], new["epoch"]) >= 0 else ""
     say(f"{new['model']}, {weights}{epochs}")
     print_drift(drift, content["types"], console)
+    write_json(content, path)
     say(f"wrote {path}")
 
 

@@ -6,26 +6,21 @@ import sys
 
 from lowrank_vit.common.errors import exit_cleanly
 from lowrank_vit.common.program import usage_name
-from lowrank_vit.common.terminal import printable
+from lowrank_vit.common.terminal import say_beside
 from lowrank_vit.config.command_line import read_options
 from lowrank_vit.config.timm_line import fit_flags
 from lowrank_vit.score.options import PredictOptions
-
-
-def note(text: object) -> None:
-    """Say something that is no result."""
-    print(printable(text), file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the command line and classify. Raises `UserError`, also where no image could be read."""
     argv = sys.argv[1:] if argv is None else argv
     prog = usage_name("lowrank_vit.inference")
-    options = read_options(PredictOptions, fit_flags(argv, "inference", note), prog, word="input")
+    options = read_options(PredictOptions, fit_flags(argv, "inference", say_beside), prog, word="input")
     options.check()
     from lowrank_vit.score.prediction import classify  # torch takes seconds, which a wrong option must not cost
 
-    classify(options, note)
+    classify(options, say_beside)
 
 
 if __name__ == "__main__":

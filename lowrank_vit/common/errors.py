@@ -34,6 +34,32 @@ def did_you_mean(name: str, among: Iterable[str], prefix: str = "") -> str:
     return f" Did you mean {' or '.join(filter(None, (', '.join(found[:-1]), found[-1])))}?" if found else ""
 
 
+class Failures:
+    """Failures of one kind, which end nothing: the first is said, and the first after each success; all are counted."""
+
+    def __init__(self, what: str, say: Callable[[str], object]) -> None:
+        """`what` says in the plural what became of them, such as "checkpoints could not be written"."""
+        self._what, self._say, self._is_failing = what, say, False
+        self.count = 0
+
+    def note(self, message: str, count: int = 1) -> None:
+        """One more, or so many; `message` says why, and that nothing ends of it."""
+        is_news, self._is_failing = not self._is_failing, True
+        self.count += count
+        if is_news:
+            self._say(f"warning: {message}")
+
+    def is_over(self) -> None:
+        """It can be written again."""
+        self._is_failing = False
+
+    def tell(self) -> None:
+        """Say how many there were, if there were any; the end of a run."""
+        if self.count:
+            self._say(f"{self.count:,} {self._what}, the first as was said")
+        self.count = 0
+
+
 def exit_cleanly(main: Callable[[], None]) -> None:
     """Run a command's `main`; a `UserError` becomes one paragraph on stderr and exit code 2.
 

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import time
 import zipfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import try_flock
 from lowrank_vit.common.pulse import beat
+from lowrank_vit.common.terminal import as_bytes
 
 _LEFTOVER = re.compile(r"\..+\.(part|[0-9a-f]{8}\.tmp|unfinished)|(index\.json|(update|vectors)_\d+\.npz)\.partial")
 """Names of temporary files and folders; all but `.part` are those of earlier versions."""
@@ -37,7 +38,8 @@ def whole_file(path: Path, *, through_link: bool = True) -> Generator[io.Buffere
     """Yield a temporary file to write bytes to, which takes `path`'s place at the end, when it is on the disk.
 
     On any exception, Ctrl-C included, it is removed and `path` stays as it was. A link at `path` stays, and the file
-    that it points to is replaced; without `through_link` the link itself is.
+    that it points to is replaced; without `through_link` the link itself is. A device or a pipe is written to, and so
+    is a file in a folder where none can be made.
     Raises `OSError` of every step (full disk, no permission, a folder at `path`), also where torch, while it writes,
     makes a `RuntimeError` of it that tells no reason.
     """
@@ -45,6 +47,10 @@ def whole_file(path: Path, *, through_link: bool = True) -> Generator[io.Buffere
     target = path.resolve() if through_link else path
     if target.is_dir():  # otherwise only the rename at the very end would find out
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if target.exists() and not (target.is_file() and os.access(target.parent, os.W_OK)):
+        with target.open("wb") as file:
+            yield file
+        return
     temporary, descriptor = _create(target)
     file = _Output(descriptor)
     try:
@@ -83,14 +89,46 @@ class _Output(io.BufferedWriter):
             raise
 
 
+def write_all(files: Mapping[Path, Callable[[], str | bytes]]) -> None:
+    """Write small files, whose contents are made one by one, however many of them fail.
+
+    Raises `UserError` that names each that could not be written, and why.
+    """
+    failures: list[str] = []
+    for path, content in files.items():
+        try:
+            write_whole(path, content())
+        except UserError as error:
+            failures.append(str(error))
+        except Exception as error:  # also of making it, as where a library that draws fails
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            failures.append(f"{path} cannot be written: {reason}.")
+    if failures:
+        raise UserError(" ".join(failures))
+
+
 def write_whole(path: Path, content: str | bytes, *, through_link: bool = True) -> None:
-    """Write a small file; see `whole_file`. Text is written as UTF-8.
+    """Write a small file; see `whole_file`. Text is written as by `as_bytes`.
 
     What killed processes have left of a file of this name goes.
     """
     remove_leftovers(path.parent, path.name)
     with whole_file(path, through_link=through_link) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(as_bytes(content) if isinstance(content, str) else content)
+
+
+def append_whole(path: Path, line: str) -> None:
+    """Add a line to a file, which is made if it is missing: all of it or, on an error, nothing. Raises `OSError`."""
+    data = memoryview(as_bytes(line))
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(file.fileno(), end)
+            raise
 
 
 def link_whole(existing: Path, path: Path) -> None:

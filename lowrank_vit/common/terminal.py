@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from types import FrameType
 from typing import Any, TextIO
 
 NARROW = 80
@@ -29,6 +30,8 @@ INTERRUPTED, UNREAD = 130, 141
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
 """What writing to a stream answers whose reader is gone, whose terminal was closed, or that is not open."""
+_NO_CHARACTER = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+_IMPORTING = "<frozen importlib._bootstrap>"
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -63,15 +66,25 @@ def begin_program() -> None:
 
 
 def interruptible() -> None:
-    """Let Ctrl-C raise `KeyboardInterrupt` again: imports are over, and there may be something to clean up."""
+    """Let Ctrl-C raise `KeyboardInterrupt` from now on, since there may be something to clean up."""
     if signal.getsignal(signal.SIGINT) is end_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise `KeyboardInterrupt`, but not out of an import: a library may make another error of it there."""
+    above = frame
+    while above is not None:
+        if above.f_code.co_filename == _IMPORTING:
+            end_at_once()
+        above = above.f_back
+    signal.default_int_handler(number, frame)
 
 
 def uninterruptible() -> None:
     """Let Ctrl-C end the process again, a command that has nothing left to do but to leave the interpreter."""
     is_main = threading.current_thread() is threading.main_thread()
-    if _Program.is_begun and is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if is_main and signal.getsignal(signal.SIGINT) is _interrupt:
         signal.signal(signal.SIGINT, end_at_once)
 
 
@@ -159,8 +172,16 @@ def printable(text: object) -> str:
 
 def one_line(name: object) -> str:
     """`printable` of a name, which is one line even if it holds a line break."""
-    shown = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    shown = as_bytes(str(name)).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
+
+
+def as_bytes(text: str) -> bytes:
+    """Text as UTF-8. Bytes of a name that were no UTF-8 are as they were; what is no character at all is escaped."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a pair of UTF-16, which no file name can have held
+        return _NO_CHARACTER.sub(lambda found: f"\\u{ord(found[0]):x}", text).encode("utf-8", "surrogateescape")
 
 
 def say(text: object) -> None:

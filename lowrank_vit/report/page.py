@@ -12,6 +12,7 @@ import jinja2
 import numpy as np
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import write_whole
 from lowrank_vit.report.metric_plots import cosine_plot, ema_plot, profile_plot, stable_rank_plot
 from lowrank_vit.report.read import Run, find_analysis, read_analysis, read_run, series
 from lowrank_vit.report.spectra_plots import bulk_plot, spectra_plot, vectors_plot
@@ -48,10 +49,10 @@ def write_report(path: Path) -> tuple[Path, list[str]]:
         folder.mkdir(exist_ok=True)
         for name, _, _ in _PICTURES:
             if name in drawn:
-                (folder / name).write_bytes(drawn[name][1])
+                write_whole(folder / name, drawn[name][1])
             else:
                 (folder / name).unlink(missing_ok=True)  # an earlier report's must not pass for this one's
-        (run_dir / "report.html").write_text(html, encoding="utf-8", errors="backslashreplace")
+        write_whole(run_dir / "report.html", html.encode("utf-8", "backslashreplace"))  # a page has no other bytes
     except OSError as error:
         raise UserError(
             f"cannot write the report into {run_dir}: {error.strerror or error}; is it writable?"

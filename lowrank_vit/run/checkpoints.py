@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.common.devices import Mark, current_stream, on_stream, side_stream
-from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.errors import Failures, UserError
 from lowrank_vit.common.files import link_whole, whole_file
 from lowrank_vit.common.threads import Jobs
 from lowrank_vit.config.check import parse_interval
@@ -170,6 +170,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, device: torch.device, say: Callable[[str], object]) -> None:
         self._folder, self._device, self._say = folder, device, say
         self._failure: UserError | None = None
+        self._failures = Failures("checkpoints could not be written", say)
         self._lost: list[str] = []
         self._has_missed = False
         self._stream = side_stream(device)
@@ -205,19 +206,23 @@ class CheckpointWriter:
     def close(self) -> None:
         """Wait until all is written. Raises `UserError` if the newest checkpoint could not be. Idempotent."""
         self._jobs.close()
+        self._failures.tell()
         if self._failure:
             raise self._failure
 
     def _do(self, job: _Job) -> None:
         self._write(job)
         self._failure = None
+        self._failures.is_over()
 
     def _note(self, job: _Job, error: Exception) -> None:
         if not isinstance(error, UserError):  # whatever it is, it must reach the user
             error = UserError(f"A checkpoint could not be written: {type(error).__name__}: {error}")
-        if type(error) is not type(self._failure):
-            goes_on = "" if isinstance(error, Diverged) else " Training goes on."
-            self._say(f"warning: {error}{goes_on}")
+        if not isinstance(error, Diverged):
+            self._failures.note(f"{error} Training goes on.")
+        elif not isinstance(self._failure, Diverged):
+            self._say(f"warning: {error}")
+            self._failures.is_over()
         self._failure = error
         self._lost += job.names
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from lowrank_vit import __version__
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.files import remove_leftovers, write_whole
+from lowrank_vit.common.files import remove_leftovers, write_whole, writing
 from lowrank_vit.common.locks import LOCK, SOFT_LOCK, FolderLock, holder, lock_folder
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.spectral.store import SpectraStore
@@ -110,21 +111,26 @@ class RunDir:
                 latest.unlink()
             latest.symlink_to(self.path.name, target_is_directory=True)
 
-    def write_text(self, name: str, text: str) -> None:
-        """Write a small file atomically."""
-        write_whole(self.path / name, text, through_link=False)
+    def write_text(self, name: str, text: str, say: Callable[[str], object] = terminal.say) -> None:
+        """Write a small file atomically; `say` is told where that cannot be, which is no reason to end."""
+        try:
+            write_whole(self.path / name, text, through_link=False)
+        except OSError as error:
+            say(f"warning: {self.path / name} cannot be written ({error.strerror}). Training goes on.")
 
     def forget(self) -> None:
         """Remove the records of an attempt that was ended before its first checkpoint, and what was made of them.
 
-        Folders may be links, and hold other files, too, which stay.
+        Folders may be links, and hold other files, too, which stay. Raises `UserError` where the records cannot go.
         """
-        for name in ("metrics.jsonl", "summary.csv", "report.html"):
-            (self.path / name).unlink(missing_ok=True)
+        with writing(self.path, "Choose another --experiment."):
+            for name in ("metrics.jsonl", "summary.csv", "report.html"):
+                (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             SpectraStore(self.path / "spectra", 0).forget()
-        for picture in (self.path / "report").glob("*.png"):
-            picture.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for picture in (self.path / "report").glob("*.png"):
+                picture.unlink(missing_ok=True)
         for folder in (self.path / "wandb").glob("offline-run-*"):
             shutil.rmtree(folder, ignore_errors=True)
         self._remove_unfinished()

@@ -9,14 +9,14 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from lowrank_vit.common import terminal
-from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.files import whole_file, write_whole
+from lowrank_vit.common.errors import Failures, UserError
+from lowrank_vit.common.files import append_whole, whole_file, write_whole
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.wandb_log import WandbLog
 
@@ -122,22 +122,29 @@ class RunLog:
         say: Callable[[str], object] = terminal.say,
     ) -> None:
         """A run that goes on: rows of `start_epoch` and later, and records of later updates, are dropped."""
-        self._summary, self._wandb, self._say, self._has_failed = run_dir / "summary.csv", wandb, say, False
+        self._summary, self._jsonl, self._wandb = run_dir / "summary.csv", run_dir / "metrics.jsonl", wandb
+        self._lost_lines = Failures("lines of metrics.jsonl were lost", say)
+        self._lost_rows = Failures("versions of summary.csv could not be written", say)
         self._rows = _rows_before(self._summary, start_epoch) if start_epoch else []
-        path = run_dir / "metrics.jsonl"
-        if path.exists():
-            _drop_after(path, start_update, start_epoch)
-        self._jsonl: IO[str] = path.open("a", encoding="utf-8")
+        if self._jsonl.is_file():
+            try:
+                _drop_after(self._jsonl, start_update, start_epoch)
+            except OSError as error:
+                say(
+                    f"warning: metrics.jsonl cannot be written anew ({error.strerror}); of what it holds after update "
+                    f"{start_update}, the last lines count"
+                )
 
     def log(self, kind: str, update: int, values: dict[str, Any]) -> None:
         """One line in metrics.jsonl: `kind` is train, eval or spec; `update` the number of optimizer updates so far."""
         # JSON has no NaN: a value that is not finite becomes null.
         finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in values.items()}
+        line = json.dumps({"kind": kind, "update": update, **finite}, allow_nan=False) + "\n"
         try:
-            self._jsonl.write(json.dumps({"kind": kind, "update": update, **finite}, allow_nan=False) + "\n")
-            self._jsonl.flush()
+            append_whole(self._jsonl, line)
+            self._lost_lines.is_over()
         except OSError as error:
-            self._tell(error, "metrics.jsonl")
+            self._lost_lines.note(_lost(error, self._jsonl))
         if self._wandb is None:
             return
         if kind == "train":
@@ -156,24 +163,22 @@ class RunLog:
         writer.writerows(self._rows)
         try:
             write_whole(self._summary, text.getvalue(), through_link=False)
+            self._lost_rows.is_over()
         except OSError as error:
-            self._tell(error, "summary.csv")
-
-    def _tell(self, error: OSError, name: str) -> None:
-        if not self._has_failed:
-            self._say(f"warning: {name} cannot be written ({error.strerror}); its numbers are lost until it can be.")
-        self._has_failed = True
+            self._lost_rows.note(_lost(error, self._summary))
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            self._jsonl.close()
-        except OSError as error:
-            self._tell(error, "metrics.jsonl")
+        self._lost_lines.tell()
+        self._lost_rows.tell()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _lost(error: OSError, path: Path) -> str:
+    return f"{path.name} cannot be written ({error.strerror or error}); its numbers are lost until it can be."
 
 
 def _rows_before(summary: Path, epoch: int) -> list[dict[str, str]]:

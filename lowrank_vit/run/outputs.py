@@ -70,12 +70,13 @@ class Outputs:
             self.display = stack.enter_context(Display(total, done, is_silent=not self._is_first))
             self._log: RunLog | None = None
             if self._is_first:
-                run_dir.write_text("environment.json", environment_json(self._device))
+                say = self.display.say
+                run_dir.write_text("environment.json", environment_json(self._device), say)
                 recorded = (f"# spectra of {kind}: singular indices {found}\n" for kind, found in self._indices.items())
-                run_dir.write_text("args.yaml", to_yaml(config) + "".join(recorded))
+                run_dir.write_text("args.yaml", to_yaml(config) + "".join(recorded), say)
                 wandb = self._start_wandb() if config.run.log_wandb else None
                 begin = {"start_epoch": position.epoch, "start_update": done}
-                self._log = stack.enter_context(RunLog(run_dir.path, wandb=wandb, **begin, say=self.display.say))
+                self._log = stack.enter_context(RunLog(run_dir.path, wandb=wandb, **begin, say=say))
             self._stack = stack.pop_all()
         for line in (*self._description, f"run directory {run_dir.path}"):
             self.display.say(line)

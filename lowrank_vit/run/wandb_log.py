@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_vit.common import terminal
-from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.errors import Failures, UserError
+from lowrank_vit.common.terminal import printable
 from lowrank_vit.common.threads import Jobs
 
 INIT_TIMEOUT_S = 60.0
@@ -37,12 +38,11 @@ class WandbLog:
         self._run, self._run_dir, self._say = run, run_dir, say
         self.run_id: str = run.id if run else ""
         """Identifier with which a resumed run goes on."""
-        if not run:
-            return
-        for axis, names in AXES.items():
-            run.define_metric(axis)
+        self._failures = Failures("lines were not sent to W&B", say)
+        for axis, names in AXES.items() if run else ():
+            self._call("define_metric", axis)
             for name in names:
-                run.define_metric(name, step_metric=axis)
+                self._call("define_metric", name, step_metric=axis)
 
     @classmethod
     def start(
@@ -67,15 +67,15 @@ class WandbLog:
 
         # Absolute, since W&B's service is a process of its own, which may have been started in another folder.
         where = str(run_dir.absolute())
-        arguments: dict[str, Any] = {"project": project, "name": run_dir.name, "dir": where, "config": config}
-        arguments |= {"tags": list(tags), "settings": wandb.Settings(init_timeout=init_timeout_s)}
+        named = _plain({"project": project, "name": run_dir.name, "config": config, "tags": list(tags)})
+        arguments: dict[str, Any] = {"dir": where, "settings": wandb.Settings(init_timeout=init_timeout_s), **named}
         if resume_id:
             arguments |= {"id": resume_id, "resume": "allow"}
         try:
             run = wandb.init(**arguments)
         except (UsageError, AuthenticationError) as error:
             raise _cannot_start(error) from error
-        except (wandb.Error, OSError) as error:
+        except Exception as error:  # whatever it is: training matters more
             reason = str(error).partition("\n")[0]
             say(f"warning: W&B's server does not answer ({reason}); the run is kept on disk. {_sync_advice(run_dir)}")
             try:
@@ -87,18 +87,23 @@ class WandbLog:
 
     def log(self, values: dict[str, Any]) -> None:
         """Send values; one of them is the axis."""
+        self._call("log", values)
+
+    def _call(self, method: str, *args: Any, **options: Any) -> None:
         if self._run is None:
+            self._failures.count += self._failures.count > 0
             return
         try:
-            self._run.log(values)
+            getattr(self._run, method)(*args, **options)
         except Exception as error:  # whatever it is: training matters more
             self._run = None
-            self._say(
-                f"warning: W&B failed ({error}); logging to files goes on without it. {_sync_advice(self._run_dir)}"
+            self._failures.note(
+                f"W&B failed ({error}); logging to files goes on without it. {_sync_advice(self._run_dir)}"
             )
 
     def finish(self, timeout_s: float = FINISH_TIMEOUT_S) -> None:
         """Send what is left, for at most `timeout_s`."""
+        self._failures.tell()
         if self._run is None:
             return
         failures: list[BaseException] = []
@@ -116,6 +121,15 @@ class WandbLog:
         if jobs.is_busy or failures:
             reason = failures[0] if failures else f"not done after {timeout_s:.0f} s"
             self._say(f"warning: W&B could not send everything ({reason}). {_sync_advice(self._run_dir)}")
+
+
+def _plain(value: Any) -> Any:
+    """The same with text that W&B can send: a name may hold bytes that are not UTF-8."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {_plain(name): _plain(one) for name, one in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def check_login() -> None:

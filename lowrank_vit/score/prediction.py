@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from data_prep.formats.image_formats import formats, image_suffixes, is_of_the_s
 from data_prep.formats.jpeg import upright_rgb
 from lowrank_vit.common.devices import DTYPES, pick_device
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import write_all
 from lowrank_vit.common.filters import FILTERS
-from lowrank_vit.common.terminal import one_line
+from lowrank_vit.common.terminal import is_unread, one_line
 from lowrank_vit.data.decode.pil import crop_and_resize
 from lowrank_vit.plan.plans import EvalPlan
 from lowrank_vit.score.options import PredictOptions
@@ -41,19 +43,14 @@ Note = Callable[[str], object]
 def classify(options: PredictOptions, note: Note) -> None:
     """Classify, print, write files. Raises `UserError`, also where no image could be read."""
     outputs = _outputs(options)
-    show = (lambda prediction: None) if options.no_console_results else _Printer(options.output_type)
+    show = (lambda prediction: None) if options.no_console_results else _Printer(options.output_type, bool(outputs))
     predictions = predict(options, note, show)
     columns: dict[str, Any] = {
         "index": options.include_index,
         "value": "" if options.exclude_output else options.output_type,
     }
-    for path in outputs:
-        write = predictions_to_json if path.suffix == ".json" else predictions_to_csv
-        text = write(predictions, **columns)
-        try:
-            path.write_text(text, encoding="utf-8", errors="surrogateescape")  # names are any bytes, and come back
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+    writers = {path: predictions_to_json if path.suffix == ".json" else predictions_to_csv for path in outputs}
+    write_all({path: partial(write, predictions, **columns) for path, write in writers.items()})
     if not predictions.found:
         raise UserError(f"None of the {len(predictions.skipped)} files could be read as an image.")
 
@@ -163,9 +160,10 @@ def _outputs(options: PredictOptions) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Printer:
-    """Predictions as lines on stdout."""
+    """Predictions as lines on stdout. Raises `BrokenPipeError` when nobody reads them and no file is asked for."""
 
     output_type: str
+    is_written: bool
 
     def __call__(self, p: Prediction) -> None:
         values = [f"{share:.1%}" for share in p.probabilities]
@@ -173,6 +171,8 @@ class _Printer:
             values = [f"{logit:.3f}" for logit in p.logits]
         shown = zip(p.classes[:SHOWN], values[:SHOWN], strict=True)
         print(one_line(f"{p.file}  " + "  ".join(f"{name} {value}" for name, value in shown)), flush=True)
+        if not self.is_written and is_unread():
+            raise BrokenPipeError
 
 
 def images_below(folder: Path) -> tuple[list[Path], Counter[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from data_prep.sources.image_folder import count_remarks
 from lowrank_vit.common import terminal
 from lowrank_vit.common.devices import DTYPES, pick_device
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import write_all
 from lowrank_vit.common.filters import FILTERS
 from lowrank_vit.data.choose import open_loader
 from lowrank_vit.data.decode.backend import LoaderOptions
@@ -41,7 +43,7 @@ from lowrank_vit.score.scorer import Scorer, load_scorer
 
 def score(options: ValidateOptions) -> None:
     """Score, print, write files. Raises `UserError`."""
-    scores, scorer = _validate(options, terminal.say)
+    scores, scorer, beton = _validate(options, terminal.say)
     terminal.say(f"{scorer.origin}, {scores.num_samples:,} samples")
     for name, percent in (("top-1", scores.top1), ("top-5", scores.top5)):
         low, high = interval(percent, scores.num_samples)
@@ -49,17 +51,20 @@ def score(options: ValidateOptions) -> None:
     print(f"  loss   {scores.loss:.4f}")
     if not math.isfinite(scores.loss):
         print("note: the loss is not finite, so some outputs are not either, and no score of them means anything")
-    written = (options.per_class and picture_beside(options.per_class), *_written(options))
-    if files := ", ".join(str(path) for path in written if path):
-        terminal.say(f"written: {files}")
+    sys.stdout.flush()
+    if files := _files(options, scores, scorer, beton):  # behind the scores, which a full disk must not cost
+        write_all(files)
+        terminal.say(f"written: {', '.join(map(str, files))}")
 
 
 def validate(options: ValidateOptions, say: Callable[[str], object] = terminal.say) -> Scores:
-    """Load the weights and score them on every sample exactly once. Raises `UserError`."""
-    return _validate(options, say)[0]
+    """Load the weights, score them on every sample exactly once, write files. Raises `UserError`."""
+    scores, scorer, beton = _validate(options, say)
+    write_all(_files(options, scores, scorer, beton))
+    return scores
 
 
-def _validate(options: ValidateOptions, say: Callable[[str], object]) -> tuple[Scores, Scorer]:
+def _validate(options: ValidateOptions, say: Callable[[str], object]) -> tuple[Scores, Scorer, Beton]:
     options.check()
     for path, suffix in _written(options).items():
         if path.suffix != suffix:
@@ -92,8 +97,7 @@ def _validate(options: ValidateOptions, say: Callable[[str], object]) -> tuple[S
             scores = evaluate(Counted(loader, progress), batch_size, by_class=options.per_class is not None)
     finally:
         loader.close()
-    _write_files(options, scores, scorer, beton)
-    return scores, scorer
+    return scores, scorer, beton
 
 
 def _written(options: ValidateOptions) -> dict[Path, str]:
@@ -109,7 +113,10 @@ def _written(options: ValidateOptions) -> dict[Path, str]:
     return files
 
 
-def _write_files(options: ValidateOptions, scores: Scores, scorer: Scorer, beton: Beton) -> None:
+def _files(
+    options: ValidateOptions, scores: Scores, scorer: Scorer, beton: Beton
+) -> dict[Path, Callable[[], str | bytes]]:
+    """The files that are asked for, and what makes the content of each."""
     look = {"img_size": scorer.spec.img_size, "crop_pct": scorer.spec.crop_pct, "interpolation": scorer.interpolation}
     content: dict[str, Any] = {
         "checkpoint": str(options.checkpoint) if options.checkpoint else None,
@@ -120,26 +127,28 @@ def _write_files(options: ValidateOptions, scores: Scores, scorer: Scorer, beton
         "tta": options.tta,
         **scores_to_dict(scores),
     }
-    try:
-        if options.per_class:
-            names = scorer.class_names(beton.classes)
-            content["classes"] = class_rows(scores, names)
-            options.per_class.write_text(rows_to_csv(content["classes"]), encoding="utf-8", errors="surrogateescape")
-            from lowrank_vit.report.confusion_plot import confusion_plot  # draws: only where asked for
+    parameters = sum(parameter.numel() for parameter in scorer.model.parameters())
+    row = {"model": scorer.name, **look, **timm_columns(scores), "param_count": round(parameters / 1e6, 2)}
+    files: dict[Path, Callable[[], str | bytes]] = {}
+    if options.per_class:
+        names = scorer.class_names(beton.classes)
+        content["classes"] = class_rows(scores, names)
+        subtitle = f"{content['model']}  ·  {scores.num_samples:,} samples  ·  top-1 {scores.top1:.2f} %"
+        files[options.per_class] = lambda: rows_to_csv(content["classes"])
+        files[picture_beside(options.per_class)] = lambda: _confusions(scores, names, subtitle)
+    for path, suffix in _written(options).items():
+        if suffix == ".json":
+            files[path] = lambda: json.dumps(content, indent=1, allow_nan=False) + "\n"
+        elif path != options.per_class:
+            files[path] = lambda: rows_to_csv([row])
+    return files
 
-            assert scores.confusion is not None
-            subtitle = f"{content['model']}  ·  {scores.num_samples:,} samples  ·  top-1 {scores.top1:.2f} %"
-            picture = confusion_plot(scores.confusion.numpy(), names, subtitle)
-            picture_beside(options.per_class).write_bytes(picture)
-        for path, suffix in _written(options).items():
-            if suffix == ".json":
-                path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            elif path != options.per_class:
-                parameters = sum(parameter.numel() for parameter in scorer.model.parameters())
-                row = {"model": scorer.name, **look, **timm_columns(scores), "param_count": round(parameters / 1e6, 2)}
-                path.write_text(rows_to_csv([row]), encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be written: {error.strerror}.") from error
+
+def _confusions(scores: Scores, names: list[str], subtitle: str) -> bytes:
+    from lowrank_vit.report.confusion_plot import confusion_plot  # draws: only where asked for
+
+    assert scores.confusion is not None
+    return confusion_plot(scores.confusion.numpy(), names, subtitle)
 
 
 def _follow_model(scorer: Scorer, beton: Beton, options: ValidateOptions, say: Callable[[str], object]) -> None:

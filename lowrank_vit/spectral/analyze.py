@@ -173,7 +173,7 @@ def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
         remove_leftovers(path.parent, path.name)
         with whole_file(path) as file:
             if path.suffix == ".npz":
-                np.savez(file, allow_pickle=False, **arrays)
+                np.savez(file, allow_pickle=False, **{one_line(name): array for name, array in arrays.items()})
             else:
                 torch.save({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}, file)
     except OSError as error:

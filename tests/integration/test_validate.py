@@ -62,6 +62,15 @@ def test_files_that_cannot_be_written(checkpoint, digits_dir, more, message):
         validate_command.main(["--data", str(digits_dir), "--checkpoint", checkpoint, "--device", "cpu", *more])
 
 
+def test_a_full_disk_costs_neither_the_scores_nor_the_other_files(checkpoint, digits_dir, tmp_path, capsys):
+    (tmp_path / "a.json").symlink_to("/dev/full")
+    files = ["--json", str(tmp_path / "a.json"), "--results-file", str(tmp_path / "b.csv")]
+    with pytest.raises(UserError, match=r"a\.json cannot be written: No space left on device\.$"):
+        validate_command.main(["--data", str(digits_dir), "--checkpoint", checkpoint, *files])
+    assert "  top-1  " in capsys.readouterr().out
+    assert (tmp_path / "b.csv").read_text().startswith("model,")
+
+
 def test_training_with_mirror_images_scores_as_validation_does(small, digits_dir, tmp_path):
     from lowrank_vit.config.flags import parse
     from lowrank_vit.score.options import ValidateOptions

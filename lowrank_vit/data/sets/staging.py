@@ -25,7 +25,7 @@ from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.files import remove_leftovers, whole_folder, write_whole
 from lowrank_vit.common.locks import Say, one_process_in
 from lowrank_vit.common.pulse import beat
-from lowrank_vit.common.terminal import Steady
+from lowrank_vit.common.terminal import Steady, as_bytes
 
 STAMP = "staged.json"
 """Beside the files of a finished copy: what they were when they had been checked."""
@@ -134,7 +134,7 @@ def _sha256(small: Path) -> str:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(as_bytes(text)).hexdigest()[:12]
 
 
 def _stamp(paths: Iterable[Path]) -> dict[str, list[int]]:

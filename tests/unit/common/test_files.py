@@ -16,7 +16,17 @@ import torch
 
 from lowrank_vit.common import files
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.files import link_whole, remove_leftovers, whole_file, whole_folder, write_whole, writing
+from lowrank_vit.common.files import (
+    append_whole,
+    link_whole,
+    remove_leftovers,
+    whole_file,
+    whole_folder,
+    write_all,
+    write_whole,
+    writing,
+)
+from lowrank_vit.common.terminal import as_bytes, one_line
 
 
 def names(folder: Path) -> list[str]:
@@ -36,6 +46,47 @@ def test_a_file_appears_at_the_end(tmp_path):
     umask = os.umask(0)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+ANY_NAME = b"\xff\x1b \xed\xa0\x80 \xc3\xa4".decode("utf-8", "surrogateescape") + "\ud800\udfff"
+
+
+def test_text_may_hold_any_name():
+    assert as_bytes(ANY_NAME) == b"\xff\x1b \xed\xa0\x80 \xc3\xa4\\ud800\\udfff"
+    assert one_line(ANY_NAME) == r"\xff\x1b \xed\xa0\x80 ä\ud800\udfff"
+    name = os.fsdecode(bytes(range(1, 256)))
+    assert os.fsdecode(as_bytes(name)) == name
+
+
+def test_each_file_is_written_however_many_of_them_fail(tmp_path):
+    (tmp_path / "full").symlink_to("/dev/full")
+    (tmp_path / "folder").mkdir()
+
+    def broken() -> bytes:
+        raise RuntimeError("no fonts")
+
+    contents = {"full": lambda: "a", "folder": lambda: "a", "picture": broken, "last": lambda: ANY_NAME}
+    with pytest.raises(UserError) as caught:
+        write_all({tmp_path / name: content for name, content in contents.items()})
+    full, folder, picture = (f"{tmp_path / name} cannot be written: " for name in ("full", "folder", "picture"))
+    reasons = "No space left on device.", "Is a directory.", "RuntimeError: no fonts."
+    assert str(caught.value) == " ".join(map("".join, zip((full, folder, picture), reasons, strict=True)))
+    assert (tmp_path / "last").read_bytes() == as_bytes(ANY_NAME)
+
+
+def test_a_device_or_a_pipe_stays_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(tmp_path / "pipe", "a")
+    write_whole(Path(os.devnull), "a")
+    assert os.read(reading, 9) == b"a"
+    assert not Path(os.devnull).is_file()
+
+
+def test_a_line_is_added_whole(tmp_path):
+    append_whole(tmp_path / "a", "b\n")
+    append_whole(tmp_path / "a", ANY_NAME)
+    assert (tmp_path / "a").read_bytes() == b"b\n" + as_bytes(ANY_NAME)
 
 
 def test_text_and_bytes(tmp_path):

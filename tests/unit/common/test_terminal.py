@@ -122,19 +122,31 @@ INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"
 @pytest.mark.parametrize(
     "body",
     [
+        "import lowrank_vit.__main__; sys.path.insert(0, sys.argv[1])\nimport interrupted",
         f"{INTERRUPT}; time.sleep(60)",
         f"class A:\n    def __del__(self): {INTERRUPT}\na = A(); del a; time.sleep(60)",
         f"import atexit; atexit.register(lambda: ({INTERRUPT}, time.sleep(60)))",
         f"try: {INTERRUPT}; time.sleep(60)\nfinally: {INTERRUPT}; time.sleep(60)",
         "end_within(0.1); time.sleep(60)",
     ],
-    ids=["once", "where Python cannot raise it", "at the interpreter's exit", "twice", "a clean-up that takes long"],
+    ids=[
+        "while something is imported",
+        "once",
+        "where Python cannot raise it",
+        "at the interpreter's exit",
+        "twice",
+        "a clean-up that takes long",
+    ],
 )
-def test_ctrl_c_leaves_no_traceback(body):
+def test_ctrl_c_leaves_no_traceback(body, tmp_path):
+    (tmp_path / "interrupted.py").write_text(
+        f"import os, signal\ntry: {INTERRUPT}\nexcept BaseException: raise ImportError"
+    )
+
     def not_ignored() -> None:  # as it is where the tests run in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    process = command(body, stderr=subprocess.PIPE, preexec_fn=not_ignored)
+    process = command(body, arguments=[str(tmp_path)], stderr=subprocess.PIPE, preexec_fn=not_ignored)
     _, errors = process.communicate(timeout=100)
     assert (process.returncode, errors) == (130, b"interrupted\n")
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
+import os
+import resource
 import subprocess
 import sys
 
@@ -178,18 +181,53 @@ def test_what_is_no_record_ends_no_resume(tmp_path):
     assert [row["epoch"] for row in rows(tmp_path)] == ["0", "2"]
 
 
-def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path):
+def test_a_full_disk_is_said_once_and_counted_at_the_end(tmp_path):
     said: list[str] = []
-    log = RunLog(tmp_path, say=said.append)
-    log._jsonl.close()
-    log._jsonl = open("/dev/full", "a")  # noqa: PTH123, SIM115
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with RunLog(tmp_path, say=said.append) as log:
+        for update in range(3):
+            log.log("train", update, {"loss": 1.0})
+        (tmp_path / "metrics.jsonl").unlink()
+        log.log("train", 3, {"loss": 1.0})
+        (tmp_path / "metrics.jsonl").rename(tmp_path / "kept")
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+        log.log("train", 4, {"loss": 1.0})
+    lost = "warning: metrics.jsonl cannot be written (No space left on device); its numbers are lost until it can be."
+    assert said == [lost, lost, "4 lines of metrics.jsonl were lost, the first as was said"]
+    assert (tmp_path / "kept").read_text() == '{"kind": "train", "update": 3, "loss": 1.0}\n'
+
+
+def test_a_line_for_which_there_is_no_room_leaves_no_piece(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunLog(tmp_path, say=lambda line: None) as log:
+        log.log("train", 0, {"loss": 1.0})
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 20, before[1]))
+        try:
+            log.log("train", 1, {"loss": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        log.log("train", 2, {"loss": 1.0})
+    assert [json.loads(line)["update"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 2]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO, errno.EDQUOT, errno.EROFS])
+def test_no_file_of_a_run_ends_it(tmp_path, monkeypatch, number):
+    """At the beginning, when it is resumed, while it goes on and at its end."""
     for update in range(3):
-        log.log("train", update, {"loss": 1.0})
-    assert said == [
-        "warning: metrics.jsonl cannot be written (No space left on device); its numbers are lost until it can be."
-    ]
-    log.__exit__()
-    assert len(said) == 1
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"kind": "train", "update": update}) + "\n")
+
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    said: list[str] = []
+    monkeypatch.setattr("os.open", refused)
+    monkeypatch.setattr("pathlib.Path.open", refused)
+    with RunLog(tmp_path, start_update=1, say=said.append) as log:
+        log.log_epoch({"epoch": 0, "update": 3})
+    RunDir(tmp_path, None).write_text("args.yaml", "", said.append)
+    assert len(said) == 6
+    assert all(os.strerror(number) in line for line in said[:3] + said[5:])
 
 
 def test_a_run_that_is_gone_on_with_is_rid_of_what_a_kill_has_left(tmp_path):
