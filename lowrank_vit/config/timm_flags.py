@@ -50,12 +50,12 @@ class Flag:
     """Of validate and inference, where both say the same."""
     validate: Answer | None = None
     inference: Answer | None = None
-    values: int = 1
-    """How many stand behind it on a command line."""
+    values: int | None = 1
+    """How many stand behind it on a command line; None: any number of numbers."""
     choices: tuple[str, ...] = ()
     """What its value can be, where that may be left out."""
     same: tuple[str, ...] = ()
-    """Values, beside those that say "none", with which it changes nothing here."""
+    """Values, beside those that say "none", with which it changes nothing here: timm's default, and what is so here."""
     means_something_at_0: bool = False
     """Its 0 says something; that of all others says that a thing is off."""
     has_switch: bool = False
@@ -77,10 +77,14 @@ _CLASSES = (
 _COUNT = Instead("leave it out, the data tell their number of images")
 _KEYS = Instead("leave it out, --data-dir holds folders of images or .beton files")
 _SCORED_KEYS = Instead("leave it out, the data are folders of images or .beton files")
+_CHANNELS = Holds("images are RGB: 3, any other number is an error")
 _RGB = Instead("leave it out, images are RGB")
 _CROP = Instead("leave it out, the crop is the centre; --crop-pct sets its size")
 _SPLITS = Instead("leave it out, there are no augmentation splits")
 _NAFLEX = Instead("leave it out, images are square and of one size")
+_SIZES = Instead("leave it out, training images are of one size, --img-size, and so are batches")
+_EPOCH = Instead("leave it out, an epoch takes every image once; --epochs says how many there are")
+_OWN = Instead("leave it out, the model knows it")
 _DISTILL = Instead("leave it out, there is no distillation")
 _COLUMNS = Instead("leave it out, the columns are file, class_1, probability_1, class_2, ...")
 _UNUSED = Unused("it changes no score")
@@ -98,6 +102,8 @@ FLAGS: dict[str, Flag] = {
     "interpolation": Flag(
         Instead("leave it out, validation is bicubic; --train-interpolation is for training"), same=("bicubic",)
     ),
+    "crop-mode": Flag(_CROP, scores=_CROP, same=("center",)),
+    **dict.fromkeys("test-input-size test-crop-pct".split(), Flag(_OWN)),
     "save-images": Flag(Instead("`python -m lowrank_vit.augment --preview FILE.png` with the same flags"), values=0),
     # model
     "drop-block": Flag(Instead("--model-kwargs, for models that take it: drop_block_rate=0.1")),
@@ -108,7 +114,9 @@ FLAGS: dict[str, Flag] = {
     "torchscript": Flag(Instead("--compile"), scores=_UNUSED, values=0),
     # optimizer and schedule
     "patience-epochs": Flag(
-        Instead("leave it out, there is no --sched plateau; --sched multistep decays where you say"), has_switch=True
+        Instead("leave it out, there is no --sched plateau; --sched multistep decays where you say"),
+        same=("10",),
+        has_switch=True,
     ),
     "epoch-repeats": Flag(Instead("a greater --epochs")),
     "start-epoch": Flag(Instead("--resume FILE, which knows the epoch")),
@@ -141,16 +149,26 @@ FLAGS: dict[str, Flag] = {
     "recovery-interval": Flag(
         Instead("--checkpoint-interval, whose unit is updates (500) or minutes (10m), not batches")
     ),
+    **dict.fromkeys("train-batches-per-epoch train-steps-per-epoch".split(), Flag(_EPOCH)),
     "naflex-loader": Flag(_NAFLEX, validate=_NAFLEX, values=0),
-    **dict.fromkeys(
-        "naflex-train-seq-lens naflex-patch-sizes naflex-patch-size-probs naflex-loss-scale".split(),
-        Flag(_NAFLEX, has_switch=True),
-    ),
-    "naflex-max-seq-len": Flag(_NAFLEX, validate=_NAFLEX, has_switch=True),
+    "naflex-patchify-channels-first": Flag(_NAFLEX, values=0, has_switch=True),
+    "naflex-train-seq-lens": Flag(_NAFLEX, same=("128 256 576 784 1024",), values=None, has_switch=True),
+    **dict.fromkeys("naflex-patch-sizes naflex-patch-size-probs".split(), Flag(_NAFLEX, values=None, has_switch=True)),
+    "naflex-loss-scale": Flag(_NAFLEX, same=("linear",), has_switch=True),
+    "naflex-max-seq-len": Flag(_NAFLEX, validate=_NAFLEX, same=("576",), has_switch=True),
+    "train-img-sizes": Flag(_SIZES, values=None),
+    **dict.fromkeys("train-batch-sizes train-size-probs".split(), Flag(_SIZES, values=None, has_switch=True)),
+    "train-size-schedule": Flag(_SIZES, same=("constant",), has_switch=True),
+    "train-size-schedule-spread": Flag(_SIZES, same=("0.65",), has_switch=True),
+    "train-size-random-mix": Flag(_SIZES, same=("0.1",), has_switch=True),
+    "variable-batch-loss-scale": Flag(_SIZES, same=("none",), has_switch=True),
     "kd-model-name": Flag(_DISTILL),
+    "kd-distill-type": Flag(_DISTILL, same=("logit",), has_switch=True),
+    "kd-loss-type": Flag(_DISTILL, same=("kl",), has_switch=True),
+    "kd-temperature": Flag(_DISTILL, same=("4",), has_switch=True),
+    "kd-token-distill-type": Flag(_DISTILL, same=("soft",), has_switch=True),
     **dict.fromkeys(
-        "kd-distill-type kd-loss-type kd-temperature kd-student-feature-dim kd-teacher-feature-dim "
-        "kd-token-distill-type distill-loss-weight task-loss-weight".split(),
+        "kd-student-feature-dim kd-teacher-feature-dim distill-loss-weight task-loss-weight".split(),
         Flag(_DISTILL, has_switch=True),
     ),
     # whose effect is there without them
@@ -160,7 +178,8 @@ FLAGS: dict[str, Flag] = {
     "worker-seeding": Flag(Holds("what is random depends on --seed alone, not on workers"), written="all"),
     "channels-last": Flag(Holds("always so"), scores=_UNUSED, values=0),
     "fast-norm": Flag(Holds("--compile makes norms fast"), validate=_UNUSED, values=0),
-    "in-chans": Flag(Holds("images are RGB: 3, any other number is an error"), scores=_RGB, same=("3",)),
+    "in-chans": Flag(_CHANNELS, scores=_RGB, same=("3",)),
+    "chans": Flag(_CHANNELS, same=("3",)),
     "dist-bn": Flag(Holds("running statistics of BatchNorm are always averaged over the ranks"), written="reduce"),
     "amp-impl": Flag(Holds("native: --amp is torch's own; apex is an error"), same=("native",)),
     "synchronize-step": Flag(
@@ -194,7 +213,6 @@ FLAGS: dict[str, Flag] = {
     ),
     # of validate.py and inference.py alone
     "use-train-size": Flag(scores=Instead("--img-size N")),
-    "crop-mode": Flag(scores=_CROP),
     "test-pool": Flag(scores=Instead("leave it out, there is no test-time pooling")),
     "num-samples": Flag(validate=_COUNT),
     "crop-border-pixels": Flag(validate=_CROP),

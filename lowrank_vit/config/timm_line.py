@@ -63,7 +63,7 @@ def foreign(name: str, values: list[str], shown: str, command: Command = "train"
         return []
     if isinstance(answer, Renamed):
         return _renamed(name, answer, flag, values, shown)
-    if is_neutral(flag, values) and not (isinstance(answer, Instead) and command != "train"):
+    if is_neutral(flag, values):
         return []
     if isinstance(answer, Instead):
         raise UserError(f"{shown} is timm's; here: {answer}.")
@@ -76,11 +76,14 @@ def foreign(name: str, values: list[str], shown: str, command: Command = "train"
 
 def is_neutral(flag: Flag, values: list[str]) -> bool:
     """Whether these values of a flag, as texts, leave everything as it is."""
-    if len(values) != 1:
+    if not values:
         return False
-    if not flag.means_something_at_0 and is_number(values[0]) and float(values[0]) == 0:
-        return True
-    return values[0] in ("", *flag.same)
+    if len(values) == 1 and is_number(values[0]):
+        number = float(values[0])
+        if number == 0 and not flag.means_something_at_0:
+            return True
+        return any(is_number(same) and float(same) == number for same in flag.same)
+    return " ".join(values) in ("", *flag.same)
 
 
 def in_words(held: Sequence[str]) -> str:
@@ -115,12 +118,16 @@ def _img_size(values: list[str], shown: str) -> list[str]:
     return [f"--img-size={height}"]
 
 
-def _take(count: int, tokens: list[str]) -> list[str]:
-    """Take up to so many values off the tokens behind a flag."""
+def _take(count: int | None, tokens: list[str]) -> list[str]:
+    """Take up to so many values, or all numbers, off the tokens behind a flag."""
     values: list[str] = []
-    while tokens and len(values) < count and (not tokens[0].startswith("-") or is_number(tokens[0])):
+    while tokens and (is_number(tokens[0]) if count is None else len(values) < count and not _is_flag(tokens[0])):
         values.append(tokens.pop(0))
     return values
+
+
+def _is_flag(token: str) -> bool:
+    return token.startswith("-") and not is_number(token)
 
 
 def _take_foreign(flag: Flag, tokens: list[str], command: Command) -> list[str]:

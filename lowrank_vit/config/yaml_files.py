@@ -89,7 +89,7 @@ def read_config(path: Path, hints: Hints) -> FromFile:
     names = {without_dashes(alias): name for alias, name in aliases(hints).items()}
     number = meaning.number_in(content, f"--config {path}")
     for key, value in content.items():
-        if key == meaning.KEY:
+        if key == meaning.KEY or (key == "config" and not value):
             continue
         name = without_dashes(str(key))
         name = names.get(name, name)

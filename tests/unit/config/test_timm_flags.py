@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import timm.data
 import timm.optim
 import timm.scheduler
 import yaml
@@ -23,51 +25,22 @@ from lowrank_vit.config.timm_flags import FLAGS, HIDDEN, Holds, Instead, Renamed
 ROOT = Path(__file__).parents[3]
 DOC = (ROOT / "docs" / "from_timm.md").read_text(encoding="utf-8")
 
-# The parser of timm's train.py, read at huggingface/pytorch-image-models commit 7dff2940671f (there named
-# legacy_train.py), and the distillation flags (--kd-..., --...-loss-weight) that train.py has had since.
-SHARED: dict[str, Any] = {
-    "data-dir": None, "dataset": "", "train-split": "train", "val-split": "validation", "dataset-download": False,
-    "model": "resnet50", "pretrained": False, "pretrained-path": None, "initial-checkpoint": "", "resume": "",
-    "num-classes": None, "img-size": None, "crop-pct": None, "mean": None, "std": None, "batch-size": 128,
-    "validation-batch-size": None, "grad-accum-steps": 1, "grad-checkpointing": False, "model-kwargs": {},
-    "head-init-scale": None, "head-init-bias": None, "device": "cuda", "amp": False, "amp-dtype": "float16",
-    "opt": "sgd", "opt-eps": None, "opt-betas": None, "opt-kwargs": {}, "momentum": 0.9, "weight-decay": 2e-5,
-    "clip-grad": None, "clip-mode": "norm", "layer-decay": None, "layer-decay-min-scale": 0,
-    "layer-decay-no-opt-scale": None, "sched": "cosine", "sched-on-updates": False, "lr": None, "lr-base": 0.1,
-    "lr-base-size": 256, "lr-base-scale": "", "lr-noise": None, "lr-noise-pct": 0.67, "lr-noise-std": 1.0,
-    "lr-cycle-mul": 1.0, "lr-cycle-decay": 0.5, "lr-cycle-limit": 1, "lr-k-decay": 1.0, "warmup-lr": 1e-5, "min-lr": 0,
-    "epochs": 300, "warmup-epochs": 5, "warmup-prefix": False, "cooldown-epochs": 0, "decay-milestones": [90, 180, 270],
-    "decay-epochs": 90, "decay-rate": 0.1, "scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3],
-    "hflip": 0.5, "vflip": 0.0, "color-jitter": 0.4, "aa": None, "bce-loss": False, "bce-sum": False,
-    "bce-target-thresh": None, "reprob": 0.0, "remode": "pixel", "recount": 1, "resplit": False, "mixup": 0.0,
-    "cutmix": 0.0, "cutmix-minmax": None, "mixup-prob": 1.0, "mixup-switch-prob": 0.5, "mixup-mode": "batch",
-    "mixup-off-epoch": 0, "smoothing": 0.1, "train-interpolation": "random", "drop": 0.0, "drop-path": None,
-    "train-crop-mode": None,
-    "sync-bn": False, "model-ema": False, "model-ema-decay": 0.9998, "model-ema-warmup": False, "seed": 42,
-    "log-interval": 50, "val-interval": 1, "checkpoint-hist": 10, "workers": 4, "output": "", "experiment": "",
-    "eval-metric": "top1", "tta": 0, "log-wandb": False, "wandb-project": None, "wandb-tags": [], "wandb-resume-id": "",
-}  # fmt: skip
+OURS = {name: value for name, _, value in leaves(Config())}
+TIMMS: dict[str, Any] = {
+    name.replace("_", "-"): default
+    for name, default in yaml.safe_load((Path(__file__).parent / "timm_train_flags.yaml").read_text()).items()
+    if name != "data"  # which is --data-dir without its flag
+}
+SHARED = {name: default for name, default in TIMMS.items() if name in OURS}
 """Flags that are here too, with timm's defaults."""
-OTHERS: dict[str, Any] = {
-    "train-num-samples": None, "val-num-samples": None, "class-map": "", "input-img-mode": None, "input-key": None,
-    "target-key": None, "dataset-trust-remote-code": False, "no-resume-opt": False, "gp": None, "in-chans": None,
-    "input-size": None, "interpolation": "", "channels-last": False, "fuser": "", "fast-norm": False,
-    "torchcompile-mode": None, "torchscript": False, "torchcompile": None, "model-dtype": None, "no-ddp-bb": False,
-    "synchronize-step": False, "local-rank": 0, "device-modules": None, "epoch-repeats": 0.0, "start-epoch": None,
-    "patience-epochs": 10, "no-aug": False, "color-jitter-prob": None,
-    "grayscale-prob": None, "gaussian-blur-prob": None, "aug-repeats": 0, "aug-splits": 0, "jsd-loss": False,
-    "bce-pos-weight": None, "drop-connect": None, "drop-block": None, "bn-momentum": None, "bn-eps": None,
-    "dist-bn": "reduce", "split-bn": False, "model-ema-force-cpu": False, "worker-seeding": "all",
-    "recovery-interval": 0, "save-images": False, "pin-mem": False, "no-prefetcher": False,
-    "use-multi-epochs-loader": False, "naflex-loader": False, "naflex-train-seq-lens": [128, 256, 576, 784, 1024],
-    "naflex-max-seq-len": 576, "naflex-patch-sizes": None, "naflex-patch-size-probs": None,
-    "naflex-loss-scale": "linear", "kd-model-name": None, "kd-distill-type": "logit", "kd-loss-type": "kl",
-    "distill-loss-weight": None, "task-loss-weight": None, "kd-temperature": 4.0, "kd-student-feature-dim": None,
-    "kd-teacher-feature-dim": None, "kd-token-distill-type": "soft",
-}  # fmt: skip
-"""The others, with timm's defaults (those of distillation from memory)."""
+OTHERS = {name: default for name, default in TIMMS.items() if name not in OURS}
+"""The others, with timm's defaults."""
 OLDER = "amp-impl native-amp apex-amp prefetcher".split()
 """Of earlier versions and of code derived from them."""
+OF_DATA_CONFIG = "chans crop-mode test-input-size test-crop-pct".split()
+"""Keys of timm's data configuration for which train.py has no flag."""
+OTHER_NAMES = ["train-steps-per-epoch"]
+"""Of flags under which args.yaml does not have them."""
 OF_THE_LIBRARY = "lr-decay-fn lr-stable-timescale".split()
 """Options that timm's scheduler factory reads from the parsed flags."""
 
@@ -75,14 +48,13 @@ INSTEAD, HOLDS, RENAMED = answers("train", Instead), answers("train", Holds), an
 WITHOUT = (
     "--train-crop-mode whole --train-interpolation model --hflip 0 --vflip 0 --color-jitter 0 --aa none --reprob 0"
 )
-OURS = {name: value for name, _, value in leaves(Config())}
 
 
 def test_every_flag_of_timm_is_ours_or_gets_an_answer_and_none_both():
     assert set(SHARED) <= set(OURS)
     answered = [*INSTEAD, *HOLDS, *RENAMED]
     assert len(answered) == len(set(answered))
-    assert set(answered) == set(OTHERS) | set(OLDER)
+    assert set(answered) == {*OTHERS, *OLDER, *OF_DATA_CONFIG, *OTHER_NAMES}
     assert not set(answered) & set(OURS)
     assert set(OF_THE_LIBRARY) <= set(OURS)
     aliases = {"--data", "--wd", "--data-dir", "--dr"}
@@ -97,6 +69,36 @@ def test_flags_that_the_installed_timm_reads_are_known(to_kwargs):
     names = {(a or b).replace("_", "-") for a, b in read} - {"opt-args", "opt-foreach"}  # set by no flag
     assert len(names) >= 8
     assert names <= set(OURS) | set(INSTEAD)  # patience-epochs
+
+
+def test_keys_of_the_installed_timms_data_configuration_are_known():
+    source = inspect.getsource(timm.data.resolve_data_config)
+    keys = {key.replace("_", "-") for key in re.findall(r"(?:args|pretrained_cfg)\.get\('(\w+)'", source)}
+    assert {"input-size", "crop-pct", "interpolation", "crop-mode", "chans"} <= keys
+    assert keys <= {*OURS, *INSTEAD, *HOLDS, *RENAMED}
+
+
+def test_a_key_of_a_data_configuration_at_its_models_own_value_stops_no_run(tmp_path):
+    path = tmp_path / "data.yaml"
+    model = timm.create_model("vit_tiny_patch16_224")
+    own = {key: list(v) if isinstance(v, tuple) else v for key, v in timm.data.resolve_data_config(model=model).items()}
+    path.write_text(yaml.safe_dump(own | {"in_chans": 3, "chans": 3, "test_input_size": None, "config": ""}))
+    data = parse(["--config", str(path)]).data
+    assert (data.img_size, data.crop_pct, data.mean) == (224, 0.9, (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("name", [name for name, default in TIMMS.items() if default not in (None, False, "", [], {})])
+def test_a_flag_at_timms_default_stops_no_run(name, tmp_path, capsys):
+    default = TIMMS[name]
+    values = [str(value) for value in default] if isinstance(default, list) else [str(default)]
+    config = parse([f"--{name}", *values, "DIR"])
+    assert config.data.data_dir == Path("DIR")
+    if name in OTHERS:
+        assert config == parse(["DIR"])
+        assert f"nothing to do for --{name}" in capsys.readouterr().out
+    path = tmp_path / "timm.yaml"
+    path.write_text(yaml.safe_dump({name: default}))
+    parse(["--config", str(path)])
 
 
 @pytest.mark.parametrize("name", INSTEAD)
