@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 
 from lowrank_vit import __version__
 from lowrank_vit.bench import main as moved
-from lowrank_vit.common.errors import UserError, exit_cleanly
+from lowrank_vit.common.errors import UserError, did_you_mean, exit_cleanly
 from lowrank_vit.common.program import COMMANDS
 
 
@@ -27,9 +26,8 @@ def run(argv: list[str]) -> None:
     if name == "bench":
         moved(argv[1:])
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"Did you mean `{near[0]}`? " if near else ""
-        raise UserError(f"`{argv[0]}` is not a command. {hint}Choose one of: {', '.join(COMMANDS)}.")
+        near = did_you_mean(name, COMMANDS)
+        raise UserError(f"`{argv[0]}` is not a command.{near} There are: {', '.join(COMMANDS)}.")
     importlib.import_module(COMMANDS[name][0]).main(argv[1:])
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, arg
 
 from lowrank_vit.common.errors import UserError, exit_cleanly
-from lowrank_vit.common.program import usage_name
+from lowrank_vit.common.program import check_versions, usage_name
 from lowrank_vit.common.terminal import say
 from lowrank_vit.config.command_line import read_options
 from lowrank_vit.config.option_types import POSITIVE
@@ -104,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     source = options.source
     if sum([bool(source.checkpoint), source.pretrained, bool(source.compare)]) != 1:
         raise UserError("Give one of --checkpoint FILE, --model NAME --pretrained, or --compare BEFORE AFTER.")
+    check_versions()
     console = Console(highlight=False)
     if source.compare:
         _compare(options, source.compare, console)

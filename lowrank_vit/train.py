@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_vit.common.errors import UserError, exit_cleanly
-from lowrank_vit.common.program import CONFIGS, bundled_names, usage_name
+from lowrank_vit.common.program import CONFIGS, bundled_names, check_versions, usage_name
 from lowrank_vit.common.terminal import duration, say
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.option_types import leaves
@@ -39,7 +39,9 @@ def _read(argv: list[str]) -> Config:
             f"{others}); or your images, --data-dir DIR with train/CLASS/ and val/CLASS/ in it; or --dataset digits, "
             "which comes with the program. --help lists all options."
         )
-    return parse(argv, usage_name("lowrank_vit.train"))
+    config = parse(argv, usage_name("lowrank_vit.train"))
+    check_versions()
+    return config
 
 
 def _train(argv: list[str], config: Config, world: World, failing: Failing) -> None:

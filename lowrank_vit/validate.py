@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import exit_cleanly
-from lowrank_vit.common.program import usage_name
+from lowrank_vit.common.program import check_versions, usage_name
 from lowrank_vit.config.command_line import asks_for_help, read_options, show_help
 from lowrank_vit.config.timm_line import fit_flags
 from lowrank_vit.score.options import ValidateOptions
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         show_help(_Shown, argv, prog, ValidateOptions.__doc__)
     options = read_options(ValidateOptions, fit_flags(argv, "validate", terminal.say), prog, word="data")
     options.check()
+    check_versions()
     from lowrank_vit.score.validation import score  # torch takes seconds, which a wrong option must not cost
 
     score(options)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
+from lowrank_vit.common.errors import UserError
+
 SCRIPT = "lowrank-vit"
+_DECISIVE = ("torch", "timm", "nvidia-dali", "ffcv")
+"""How the names of the libraries begin whose versions are checked at the start."""
 COMMANDS = {
     "train": ("lowrank_vit.train", "train a ViT from .beton files and watch its spectra"),
     "validate": ("lowrank_vit.validate", "score a checkpoint on a validation set"),
@@ -32,6 +39,34 @@ def is_command() -> bool:
     words = sys.orig_argv
     module = words[words.index("-m") + 1] if sys.argv[:1] == ["-m"] and "-m" in words[:-1] else ""
     return module.partition(".")[0] in _PACKAGES or bool(sys.argv and _is_script())
+
+
+def check_versions() -> None:
+    """Raise `UserError` where a library on which results depend is older than the program needs.
+
+    Of a source tree that is not installed nothing is known, and nothing is checked.
+    """
+    try:
+        needed = metadata.requires(SCRIPT) or []
+    except metadata.PackageNotFoundError:
+        return
+    for line in needed:
+        match = re.match(r"(?P<name>[\w.-]+)>=(?P<least>[\d.]+)$", line)
+        if not match or not match["name"].startswith(_DECISIVE):
+            continue
+        with suppress(metadata.PackageNotFoundError):  # a build under another name, which is not known here
+            found = metadata.version(match["name"])
+            if _release(found) < _release(match["least"]):
+                raise UserError(f"{match['name']} {found} is too old: `pip install -U '{line}'`.")
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with, without zeros at their end: 2.11.0a0+git is (2, 11)."""
+    match = re.match(r"[\d.]+", version)
+    numbers = [int(number) for number in match[0].split(".") if number] if match else []
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
 
 
 def usage_name(module: str) -> str:

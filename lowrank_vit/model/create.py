@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import socket
 import urllib.request
 from collections.abc import Generator, Sequence
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from lowrank_vit.common import terminal
-from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.errors import UserError, did_you_mean
 from lowrank_vit.common.locks import Say
 from lowrank_vit.config.option_types import parse_keywords, square_side
 from lowrank_vit.model.fit import Build, build_with, build_with_file, in_one_line
@@ -75,9 +74,8 @@ def check_model_name(name: str) -> None:
             "--pretrained-path FILE beside the --model that it is of."
         )
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-        hint = f" Did you mean {', '.join(near)}?" if near else ""
-        raise UserError(f"--model {name} is not a timm model.{hint}")
+        near = did_you_mean(name.partition(".")[0], timm.list_models())
+        raise UserError(f"--model {name} is not a timm model.{near}")
 
 
 def create_model(
@@ -118,12 +116,28 @@ def create_model(
         model = _build_published(partial(_build, name, kwargs), name, num_classes, say)
     else:
         model = _build(name, kwargs)
+    _tell_of_unseen_pixels(model, img_size, say)
     if grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         except (AttributeError, AssertionError) as error:
             raise UserError(f"--grad-checkpointing: --model {name} cannot do that. Leave it out.") from error
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _tell_of_unseen_pixels(model: nn.Module, img_size: int | None, say: Say) -> None:
+    """Say which pixels patches of the model's size leave over; timm drops them without a word."""
+    embed = getattr(model, "patch_embed", None)
+    size = getattr(embed, "patch_size", None)
+    if img_size is None or not isinstance(size, tuple) or getattr(embed, "dynamic_img_pad", False):
+        return
+    patch = int(size[0])
+    if left := img_size % patch:
+        near = " or ".join(str(side) for side in (img_size - left, img_size - left + patch) if side)
+        say(
+            f"note: --img-size {img_size} is no multiple of the model's patches of {patch} pixels: {left} rows at the "
+            f"bottom and {left} columns on the right of each image are not seen. {near} leaves out none."
+        )
 
 
 def _build(name: str, kwargs: dict[str, Any], **pretrained: Any) -> nn.Module:

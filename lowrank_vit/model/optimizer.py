@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
-from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.errors import UserError, did_you_mean
 from lowrank_vit.config.option_types import parse_keywords
 from lowrank_vit.config.options import Optim
 
@@ -80,9 +79,7 @@ def create_optimizer(optim: Optim, model: nn.Module, lr: float) -> Optimizer:
     names = [str(name) for name in timm.optim.list_optimizers()]
     name = optim.opt.lower()
     if name.removeprefix(_LOOKAHEAD) not in names:
-        near = difflib.get_close_matches(name, names, n=3)
-        hint = f" Did you mean {', '.join(near)}?" if near else ""
-        raise UserError(f"--opt {optim.opt} is not a timm optimizer.{hint}")
+        raise UserError(f"--opt {optim.opt} is not a timm optimizer.{did_you_mean(name, names)}")
     extra: dict[str, Any] = {}
     if optim.opt_eps is not None:
         extra["eps"] = optim.opt_eps

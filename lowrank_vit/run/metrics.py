@@ -153,9 +153,12 @@ class RunLog:
             self._wandb.log({_AXES.get(kind, "update"): update, **values})
 
     def log_epoch(self, row: dict[str, Any]) -> None:
-        """A validated epoch: a row in summary.csv, and a line of kind eval. `row` has `update` among its keys."""
-        self.log("eval", row["update"], {name: value for name, value in row.items() if name != "update"})
-        self._rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
+        """A validated epoch: a row in summary.csv, and a line of kind eval. `row` has `update` among its keys.
+
+        What is None has an empty cell in the row, and no key in the line.
+        """
+        self.log("eval", row["update"], {k: v for k, v in row.items() if k != "update" and v is not None})
+        self._rows.append({k: _cell(v) for k, v in row.items()})
         columns = list(dict.fromkeys(key for r in self._rows for key in r))
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, columns, restval="")
@@ -179,6 +182,10 @@ class RunLog:
 
 def _lost(error: OSError, path: Path) -> str:
     return f"{path.name} cannot be written ({error.strerror or error}); its numbers are lost until it can be."
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _rows_before(summary: Path, epoch: int) -> list[dict[str, str]]:

@@ -139,8 +139,8 @@ class Outputs:
             self._log.log_epoch(row)
         ema = f" (EMA {scores['ema_'].top1:.2f})" if "ema_" in scores else ""
         top1 = f"  top-1 {scores[''].top1:5.2f}{ema} %" if scores else ""
-        waiting = wait_in_words(row["data_wait"], row.get("data_wait_rank"))
-        self.display.say(
-            f"epoch {row['epoch'] + 1:>3}/{self._num_epochs}  loss {row['train_loss']:.3f}{top1}"
-            f"  {row['img_per_s']:,.0f} img/s  wait {waiting}  {duration(train_s)}"
-        )
+        speed = ""  # an epoch whose updates were all made before it was resumed has none
+        if row["img_per_s"] is not None:
+            waiting = wait_in_words(row["data_wait"], row.get("data_wait_rank"))
+            speed = f"  {row['img_per_s']:,.0f} img/s  wait {waiting}  {duration(train_s)}"
+        self.display.say(f"epoch {row['epoch'] + 1:>3}/{self._num_epochs}  loss {row['train_loss']:.3f}{top1}{speed}")

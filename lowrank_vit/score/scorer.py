@@ -86,7 +86,7 @@ def load_scorer(options: ModelOptions, device: torch.device, say: Say = terminal
     if options.img_size and not options.model_kwargs:  # the flag goes before the run's own size
         kwargs = tuple(pair for pair in kwargs if not pair.startswith("img_size="))
     img_size = options.img_size or parse_model_kwargs(kwargs).get("img_size") or args.get("img-size")
-    made = create_model(name, num_classes, img_size=img_size, model_kwargs=kwargs)
+    made = create_model(name, num_classes, img_size=img_size, model_kwargs=kwargs, say=say)
     load_weights(made, checkpoint, resized(made, weights, checkpoint.path, say), name)
     is_ours = "class_names" in checkpoint.content
     scorer = _scorer(made, name, options, device, say, img_size, args, num_classes, is_ours=is_ours)

@@ -136,4 +136,5 @@ def _made(config: Config) -> nn.Module:
         drop_path=options.drop_path,
         model_kwargs=options.model_kwargs,
         grad_checkpointing=options.grad_checkpointing,
+        say=lambda line: None,
     )

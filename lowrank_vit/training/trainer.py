@@ -73,8 +73,8 @@ class EpochStats:
     loss: float
     lr: float
     """Learning rate in the epoch's last update."""
-    speed: Speed
-    """Without the process's first updates, which compile."""
+    speed: Speed | None
+    """Without the process's first updates, which compile; None where all updates were made before it was resumed."""
     train_s: float
     """Seconds in training, with those updates."""
 
@@ -252,7 +252,7 @@ class Trainer:
         setup, position, phases = self.setup, self.state.position, self._phases
         setup.model.train()
         updates, interval = setup.plan.updates_per_epoch, self.config.run.log_interval
-        clock, speed = Clock(), Speed(0.0, 0.0, 0)
+        clock, speed = Clock(), None
         warm_at = position.updates_done + min(self._cold_updates, (updates - position.updates_done) // 2)
         self.stop.begin(position.num_updates)
         batches = setup.train_loader.batches(epoch) if position.updates_done < updates else iter(())
@@ -326,9 +326,11 @@ class Trainer:
         is_last = epoch == self.setup.num_epochs - 1
         scores = self._validate() if is_last or (epoch + 1) % self.config.run.val_interval == 0 else {}
         row = {"epoch": epoch, "update": self.state.position.num_updates, "train_loss": stats.loss}
-        speed = {"lr": stats.lr, "img_per_s": stats.speed.img_per_s, "data_wait": stats.speed.wait_share}
-        if self.world.size > 1:
-            speed["data_wait_rank"] = stats.speed.wait_rank
+        speed: dict[str, float | None] = {"lr": stats.lr, "img_per_s": None, "data_wait": None}
+        if stats.speed:
+            speed |= {"img_per_s": stats.speed.img_per_s, "data_wait": stats.speed.wait_share}
+            if self.world.size > 1:
+                speed["data_wait_rank"] = stats.speed.wait_rank
         self.outputs.log_epoch(row | speed, scores, stats.train_s)  # before the checkpoint that counts it as done
         self.state.end_epoch()
         with self._phases("checkpoint"):

@@ -85,6 +85,11 @@ def test_resumed_is_uninterrupted(small, whole, after, more):
     assert same_weights(part / "last.pth.tar", expected / "last.pth.tar")
     epochs = [line.split(",")[0] for line in (part / "summary.csv").read_text().splitlines()]
     assert epochs == ["epoch", "0", "1", "2"][: 3 if "--epochs" in more else 4]
+    speeds = [r.get("img_per_s") for r in records(part, "eval")]
+    assert [speed is None for speed in speeds] == [
+        after == UPDATES * (n + 1) for n in range(len(speeds))
+    ]  # none to be measured
+    assert all(speed for speed in speeds if speed is not None)
     assert [r["lr"] for r in records(part, "eval")] == [r["lr"] for r in records(expected, "eval")]
 
 

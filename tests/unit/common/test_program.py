@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from lowrank_vit.common import program
+from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.program import CLASSES, CONFIGS, bundled_names, find_bundled
 
 ROOT = Path(__file__).parents[3]
@@ -60,3 +63,41 @@ def test_files_that_come_with_the_program_have_names(tmp_path, monkeypatch):
         assert find_bundled(other, CONFIGS) == other
     Path("quickstart.yaml").touch()
     assert find_bundled(Path("quickstart.yaml"), CONFIGS) == Path("quickstart.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "is_fine"),
+    [
+        ("timm", "1.0.9", False),
+        ("timm", "1.0.31", True),
+        ("timm", "1.1", True),
+        ("ffcv", "1.0.1", False),
+        ("nvidia-dali-cuda130", "1.49.0", False),
+        ("nvidia-dali-cuda130", "2.4", True),
+        ("torch", "2.11.0a0+git", True),
+        ("torch", "2.9.1+cu128", False),
+    ],
+)
+def test_old_libraries_are_told_at_the_start(name, version, is_fine, monkeypatch):
+    needed = ["torch>=2.11", "timm>=1.0.31", "ffcv>=1.0.2", "nvidia-dali-cuda130>=2.4.0", "rich>=14"]
+    monkeypatch.setattr(metadata, "requires", lambda _: needed)
+    monkeypatch.setattr(metadata, "version", lambda other: version if other == name else "99")
+    if is_fine:
+        program.check_versions()
+        return
+    with pytest.raises(UserError, match=rf"^{name} {re.escape(version)} is too old: `pip install -U '{name}>="):
+        program.check_versions()
+
+
+def test_what_is_installed_is_new_enough():
+    program.check_versions()
+
+
+def test_libraries_under_other_names_and_source_trees_are_not_checked(monkeypatch):
+    def missing(_: str) -> str:
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr(metadata, "version", missing)
+    program.check_versions()
+    monkeypatch.setattr(metadata, "requires", missing)
+    program.check_versions()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,13 @@ def test_convolutional_models_take_files_and_any_image_size(tmp_path):
     assert said[:-1] == ["pretrained weights: head of 7 classes replaced by one of 5"]
     assert input_spec(made, 64, None).img_size == 64
     assert made(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(("img_size", "said"), [(30, "6 rows at the bottom and 6 columns .* 24 or 32"), (32, "")])
+def test_pixels_that_no_patch_covers_are_told(img_size, said):
+    lines = Said()
+    create_model(NAME, 7, img_size=img_size, model_kwargs=KWARGS, say=lines)
+    assert [bool(re.search(said, line)) for line in lines] == [True] * bool(said)
 
 
 def test_a_wrong_argument_is_still_refused_with_an_image_size():

@@ -44,6 +44,13 @@ def test_a_resumed_summary_has_each_epoch_once(tmp_path):
     ]
 
 
+def test_what_is_not_known_of_an_epoch_has_an_empty_cell_and_no_key(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.log_epoch({"epoch": 0, "update": 9, "img_per_s": None, "eval_top1": 10.0})
+    assert (tmp_path / "summary.csv").read_text().splitlines() == ["epoch,update,img_per_s,eval_top1", "0,9,,10"]
+    assert "img_per_s" not in (tmp_path / "metrics.jsonl").read_text()
+
+
 def test_only_one_process_owns_a_run_directory(tmp_path):
     ours = RunDir.create(tmp_path, "run", "x")
     code = (
