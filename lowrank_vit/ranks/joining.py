@@ -102,6 +102,7 @@ def joined(
         with saying(meeting.waits_for):
             store = _open_store(world, limit)
             attempt = meeting.meet(store, limit)
+            world.launch = launch_name(store)
     except (RuntimeError, OSError, ValueError) as error:  # dist.DistNetworkError among them
         if isinstance(error, UserError):
             raise
@@ -142,6 +143,14 @@ def job_record(size: int) -> Record:
     ids = {"--rdzv-id": "" if run_id == "none" else run_id, **{name: os.environ.get(name, "") for name in JOB_IDS}}
     told = {"the number of ranks": str(size), **dict([one for one in ids.items() if one[1]][:1])}
     return {name: (text, text) for name, text in told.items()}
+
+
+def launch_name(store: Any) -> str:
+    """A random name, which the first rank that asks puts into the store: torchrun's agents' outlives an attempt.
+
+    torchrun's own --rdzv-id is `none` unless one is given, and may be the same in launches that have nothing in common.
+    """
+    return store.compare_set("lowrank_vit/launch", "", secrets.token_hex(8)).decode()
 
 
 def _first_line(error: BaseException) -> str:

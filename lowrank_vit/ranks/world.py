@@ -29,6 +29,8 @@ class World:
     """What the main thread is at."""
     start_limit: timedelta = timedelta(hours=1)
     """How long one that waits in the store waits; without a limit where `Failing` watches whoever is late."""
+    launch: str = ""
+    """A name that all attempts of one launch share while torchrun's own store lives; empty for one process."""
 
     @property
     def is_first(self) -> bool:

@@ -39,18 +39,18 @@ class Start:
     resumed: Checkpoint | None
     earlier: Path | None
     """The directory of an earlier attempt, to be used again."""
-    agents: list[str]
-    """torchrun's, of all nodes."""
+    names: list[str]
+    """What a restart knows this launch by, see `launch.py`; empty without torchrun."""
 
 
 def find_start(config: Config, world: World) -> Start:
     """Rank 0 looks for it and the others follow. Raises `UserError`."""
     run = config.run
     world.progress.enter("looking for a checkpoint")
-    agents = sorted({agent for agent in world.gather(launch.agent()) if agent})
+    names = launch.names(world)
     earlier = None
-    if world.is_first and agents:
-        earlier = launch.earlier_folder(run.output, run.experiment, run.resume, agents)
+    if world.is_first and names:
+        earlier = launch.earlier_folder(run.output, run.experiment, run.resume, names)
     own = launch.own_checkpoint(earlier) if earlier else None
     resume, earlier = world.from_first((own or run.resume, earlier))
     if world.is_first and not resume and not earlier:
@@ -59,7 +59,7 @@ def find_start(config: Config, world: World) -> Start:
     resumed = _read_alike(resume, world) if resume else None
     if resumed:
         config = as_resumed(config, resumed, terminal.say if world.is_first else silent)
-    return Start(config, resumed, earlier, agents)
+    return Start(config, resumed, earlier, names)
 
 
 def finished(start: Start, world: World) -> tuple[RunState, int] | None:
@@ -115,8 +115,8 @@ def open_run_dir(start: Start, default_name: str) -> RunDir:
     run = start.config.run
     folder = start.resumed.path.parent if start.resumed else start.earlier
     run_dir = RunDir.reopen(folder) if folder else RunDir.create(run.output, run.experiment, default_name)
-    if start.agents:
-        run_dir.write_text(launch.MARK, launch.mark(run_dir.path, start.agents))
+    if start.names:
+        run_dir.write_text(launch.MARK, launch.mark(run_dir.path, start.names))
     if not start.resumed:
         run_dir.forget()
     return run_dir

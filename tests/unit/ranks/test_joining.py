@@ -15,7 +15,7 @@ from torch.distributed import HashStore
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.ranks import joining, waiting
 from lowrank_vit.ranks.agree import OfRank
-from lowrank_vit.ranks.joining import JOB_IDS, environment_world, job_record, joined, meet
+from lowrank_vit.ranks.joining import JOB_IDS, environment_world, job_record, joined, launch_name, meet
 from lowrank_vit.ranks.signs import Limits
 from lowrank_vit.ranks.waiting import saying
 from lowrank_vit.ranks.world import World
@@ -81,6 +81,12 @@ def test_two_processes_with_one_rank_are_told():
         errors = [error for twin in twins if (error := twin.exception(30))]
     assert len(errors) == 1
     assert re.search("Two processes have come to .* as rank 1|rank 1 on .* has waited", str(errors[0]))
+
+
+def test_a_launch_has_one_name_whoever_asks_first():
+    store = HashStore()
+    names = {launch_name(store) for _ in range(3)}
+    assert len(names | {launch_name(HashStore())}) == 2
 
 
 def test_what_tells_one_job_from_another(environment):

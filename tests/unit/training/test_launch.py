@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -66,11 +70,78 @@ def test_processes_have_names_of_their_own(monkeypatch):
     names = {launch._process(pid) for pid in (os.getpid(), os.getppid(), 1)}
     assert len(names) == 3
     assert launch._process(os.getpid()) in names
-    assert launch.agent() == ""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert launch.names(World()) == []
 
 
-def attempt(tmp_path: Path, *more: str) -> tuple[Start, RunDir]:
-    start = find_start(parse(["--output", str(tmp_path), *more]), World())
+def test_a_launcher_that_runs_the_command_in_a_child_is_not_torchrun(monkeypatch):
+    """Each attempt has another one, but all have one agent: this process, which lacks the ranks' environment."""
+    monkeypatch.undo()
+    place = {"RANK": "1", "MASTER_PORT": "29999", "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)  # of this process, where proc(5) does not show it
+    shell = ["sh", "-c", "sleep 300; :"]
+    launcher = subprocess.Popen(["sh", "-c", f"sh -c '{shell[2]}'; :"], start_new_session=True)
+    of_another = subprocess.Popen(shell, env=os.environ | {"RANK": "0"}, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while (
+            not (within := [one.pid for one in psutil.Process(launcher.pid).children()]) and time.monotonic() < deadline
+        ):
+            time.sleep(0.01)
+        assert [launch._starter(pid) for pid in (*within, launcher.pid)] == [os.getpid()] * 2
+        assert launch._starter(of_another.pid) == of_another.pid
+        assert launch.agent() == launch._process(os.getppid())
+    finally:
+        for process in (launcher, of_another):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_process_whose_starter_is_hidden_has_no_agent(monkeypatch):
+    """As in a container: its name is then that in the store alone."""
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(os, "getppid", lambda: 0)
+    assert launch.names(World(launch="of the store")) == ["of the store"]
+
+
+def test_a_restart_is_known_by_the_name_in_the_store_alone(tmp_path, monkeypatch):
+    """And by an agent that has stayed where the store was lost with its node."""
+    monkeypatch.setattr(launch, "agent", lambda: "")
+    _, run_dir = attempt(tmp_path, launch="one")
+    save(run_dir.path / "last.pth.tar", 5)
+    assert updates(attempt(tmp_path, launch="one")[0]) == 5
+    monkeypatch.setattr(launch, "agent", lambda: "an agent")
+    assert updates(attempt(tmp_path, launch="one")[0]) == 5
+    assert updates(attempt(tmp_path, launch="another store")[0]) == 5
+    monkeypatch.setattr(launch, "agent", lambda: "another agent")
+    start, other = attempt(tmp_path, launch="another launch")
+    assert start.resumed is None
+    assert other.path != run_dir.path
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        '{"agents": ["node/boot/12/34"], "process": "x", "found": null}',  # of an earlier version
+        '{"agents": 5, "process": "x", "found": null}',
+        '{"agents": null}',
+        "[1]",
+        "{",
+    ],
+)
+def test_other_marks_are_read_without_harm(tmp_path, mark):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / launch.MARK).write_text(mark)
+    assert launch.earlier_folder(tmp_path, "", None, ["a"]) is None
+    found = launch.earlier_folder(tmp_path, "", None, ["node/boot/12/34"])
+    assert found == (run if "node" in mark else None)
+
+
+def attempt(tmp_path: Path, *more: str, launch: str = "") -> tuple[Start, RunDir]:
+    start = find_start(parse(["--output", str(tmp_path), *more]), World(launch=launch))
     run_dir = open_run_dir(start, "run")
     run_dir.close()
     return start, run_dir
