@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterable
 
@@ -18,6 +19,15 @@ class BetonError(UserError):
 
     sample_id: int | None = None
     """The first sample that is wrong, where one is."""
+
+
+def in_short(error: BaseException) -> str:
+    """The first sentence of a library's error, which a message of ours may quote.
+
+    Without the place in the library's source, and without its advice, which is meant for its own users.
+    """
+    first_line = str(error).strip().partition("\n")[0]
+    return re.split(r"[.!] ", re.sub(r"^\[[^]]*:\d+\] *", "", first_line))[0].rstrip(".") or type(error).__name__
 
 
 def did_you_mean(name: str, among: Iterable[str], prefix: str = "") -> str:

@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lowrank_vit.common.errors import UserError, exit_cleanly
+from lowrank_vit.common.errors import UserError, exit_cleanly, in_short
 from lowrank_vit.common.terminal import printable
 from lowrank_vit.ranks.agree import OfRank
 from lowrank_vit.ranks.joining import environment_world
@@ -219,7 +219,7 @@ def _is_success(error: BaseException) -> bool:
 
 def _gone(rank: int | None, error: BaseException) -> UserError:
     who = "another rank" if rank is None else f"rank {rank}"
-    reason = str(error).partition("\n")[0].rstrip(".")
+    reason = in_short(error)
     return UserError(
         f"{who} is gone without a word ({reason}). It may have been killed, for example for want of memory; see the "
         "system's log. Go on from the last checkpoint with --resume."

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import secrets
 import socket
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.errors import UserError, in_short
 from lowrank_vit.ranks.agree import OfRank, Record, agree, differences
 from lowrank_vit.ranks.signs import USUAL, Limits
 from lowrank_vit.ranks.waiting import saying, until
@@ -31,7 +30,6 @@ _LEFT_OVER = (
     "Unset WORLD_SIZE, which may be left over in the environment, or start with torchrun --nproc-per-node=N -m "
     "lowrank_vit.train ..."
 )
-_PLACE = re.compile(r"^\[[^]]*:\d+\] *")
 # Of a heterogeneous job's parts only the first is common to all.
 JOB_IDS = ("SLURM_HET_JOB_ID", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 _OWN_PORTS = (
@@ -107,7 +105,7 @@ def joined(
         if isinstance(error, UserError):
             raise
         raise OfRank(
-            f"Rank {world.rank} cannot meet the others at {where}: {_first_line(error)}. If another program has that "
+            f"Rank {world.rank} cannot meet the others at {where}: {in_short(error)}. If another program has that "
             f"port, start torchrun with --master-port N or --standalone. {_LEFT_OVER}",
             world.rank,
         ) from error
@@ -127,7 +125,7 @@ def joined(
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"Rank {world.rank} has met the others at {where}, but cannot be connected with them by {backend}: "
-            f"{_first_line(error)}. Check the network between the nodes; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
+            f"{in_short(error)}. Check the network between the nodes; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
             "choose the interface."
         ) from error
     yield world
@@ -151,11 +149,6 @@ def launch_name(store: Any) -> str:
     torchrun's own --rdzv-id is `none` unless one is given, and may be the same in launches that have nothing in common.
     """
     return store.compare_set("lowrank_vit/launch", "", secrets.token_hex(8)).decode()
-
-
-def _first_line(error: BaseException) -> str:
-    """Of a library's error, without the place in its source."""
-    return _PLACE.sub("", str(error).partition("\n")[0]).rstrip(".")
 
 
 def _require_address(name: str, port: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from lowrank_vit import train
-from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.errors import UserError, in_short
 from lowrank_vit.ranks.failing import record
 
 
@@ -37,6 +37,28 @@ def test_a_users_mistake_is_its_paragraph_and_notes(file):
     assert "traceback : error: --lr is wrong.\\x1b[2J\n  a note\n" in summary(file)
     assert "banner" not in file.read_text()
     assert int(json.loads(file.read_text())["message"]["extraInfo"]["timestamp"]) > 1e9
+
+
+GLOO = "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:10375"
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        (
+            f"{GLOO}. This is typically caused by a remote worker crashing. GLHF!",
+            "Connection closed by peer [127.0.0.1]:10375",
+        ),
+        ("[enforce fail at /a/pair.cc:456] op.preamble.length <= op.nbytes. 8 vs 4", "op.preamble.length <= op.nbytes"),
+        (
+            "Ping failed, invalid value returned from server.\nException raised from pingServer",
+            "Ping failed, invalid value returned from server",
+        ),
+        ("", "RuntimeError"),
+    ],
+)
+def test_of_a_librarys_error_its_first_sentence_is_quoted(text, short):
+    assert in_short(RuntimeError(text)) == short
 
 
 def test_ctrl_c_is_no_traceback_and_anything_else_is_one(file):
