@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -103,13 +104,16 @@ class World:
             with self.progress.waiting():
                 torch.distributed.barrier()
 
-    def channel(self, timeout: timedelta) -> Channel:
+    def channel(self, timeout: timedelta, *, agrees: bool = False) -> Channel:
         """Make a channel among all ranks, which call this together.
 
-        A rank that hangs fails the others' calls after `timeout`.
+        A rank that hangs fails the others' calls after `timeout`. `agrees`: see `Channel.agree`.
         """
-        group = torch.distributed.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
-        return Channel(self.rank, self.size, group)
+
+        def group() -> Any:
+            return torch.distributed.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
+
+        return Channel(self.rank, self.size, group(), group() if agrees else None, self.progress)
 
 
 class Channel:
@@ -119,17 +123,31 @@ class Channel:
     one thread. They raise `RuntimeError` where another rank has ended.
     """
 
-    def __init__(self, rank: int, size: int, group: Any) -> None:
-        """See `World.channel`. `group` None: alone."""
-        self.rank, self.size, self._group = rank, size, group
+    def __init__(
+        self, rank: int, size: int, group: Any, main_group: Any = None, progress: Progress | None = None
+    ) -> None:
+        """See `World.channel`. `group` None: alone. `main_group`: the one in which `agree` goes; `progress`: its."""
+        self.rank, self.size, self._group, self._main_group = rank, size, group, main_group
+        self._progress = progress or Progress()
 
-    def exchange(self, number: int) -> list[int]:
-        """Every rank's number (int64), by rank."""
+    def agree(self, number: int) -> Callable[[], int]:
+        """Begin to find the greatest of all ranks' numbers (int64); a call of what is returned waits for it.
+
+        For the main thread, beside what the other one does: the channel must have been made with `agrees`.
+        """
         if self._group is None:
-            return [number]
-        found = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        torch.distributed.all_gather(found, torch.tensor([number]), group=self._group)
-        return [int(n) for n in found]
+            return lambda: number
+        greatest = torch.tensor([number])
+        work = torch.distributed.all_reduce(
+            greatest, torch.distributed.ReduceOp.MAX, group=self._main_group, async_op=True
+        )
+
+        def wait() -> int:
+            with self._progress.waiting():
+                work.wait()  # type: ignore[union-attr]
+            return int(greatest)
+
+        return wait
 
     def gather(self, part: T) -> list[T] | None:
         """Every rank's part (anything that can be pickled) on rank 0, by rank; None on the others."""

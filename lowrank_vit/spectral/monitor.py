@@ -6,7 +6,7 @@ import contextlib
 import os
 import queue
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 DEFAULT_LIMIT_GB = 2.0
 _JOIN_S = 2.0
+_IDLE, _BUSY, _CLOSED = range(3)
+"""What a rank tells the others where a refresh is due; the greatest counts."""
 
 
 def default_cpu_threads() -> int:
@@ -50,8 +52,9 @@ class SpectralMonitor:
     Memory on the weights' device: a copy of the targets while a refresh runs, and one of the refresh before it, of the
     model and of its EMA each. Of several ranks the first has them twice: of its share, and of all matrices.
 
-    With several ranks make one on every rank: each computes its share of the matrices, and rank 0 stores and records. A
-    refresh that not all ranks have begun is given up and counted as skipped.
+    With several ranks make one on every rank: each computes its share of the matrices, and rank 0 stores and records.
+    Where a refresh is due they ask one another, over the host's network: all of them take it, or all skip it because
+    one is busy.
 
     A run that is resumed goes on as if it had not ended if `kept()` was written with its checkpoint.
 
@@ -93,9 +96,10 @@ class SpectralMonitor:
             resumed_update: the update that a resumed run continues from. What the store holds of later ones is deleted,
                 and the next refresh is compared with the one of what was kept, or without that the newest left.
             recorded_update: that of the newest record which the resumed run still has, -1 for none. A newer refresh
-                that was kept is done again, at once. None: all are there.
-            ranks: the ranks that share the work (`World.channel`); default: this process does it all. One that ends
-                without `close` fails the others' refreshes.
+                that was kept is done again, at once; so is one of `resumed_update` itself where nothing was kept, since
+                the model has its weights. None: all are there.
+            ranks: the ranks that share the work (`World.channel` with `agrees`); default: this process does it all. One
+                that ends without `close` fails the others' refreshes.
             say: told of failures, from the worker's thread too.
 
         Raises:
@@ -139,19 +143,11 @@ class SpectralMonitor:
                     store.forget_after(resumed_update)
             except Exception as error:  # it may be mended before the next refresh
                 say(f"warning: {error}. Training goes on.")
-        kept, again, stacks, memory = None, None, dict[str, Any](), Memory()
-        try:
-            if resumed_update is not None:
-                kept = store.kept(resumed_update)
-                again = kept if kept and recorded_update is not None and kept.update > recorded_update else None
-                stacks = self._stacks_of(again) if again else {}
-                if stacks and again:
-                    memory = self._remember(store, again.update - 1, again.before)
-                else:
-                    memory = self._remember(store, resumed_update, kept)
-        except Exception as error:  # whatever is wrong with the store: training matters more
-            kept, again, stacks, memory = None, None, {}, Memory()
-            say(f"warning: what {store_dir} holds of before cannot be read ({error}). Training goes on without it.")
+        self._ranks, self._is_over = ranks, False
+        self._all_watched = watched if ranks.rank == 0 else {}
+        taken_up = _TakenUp()
+        if resumed_update is not None:
+            taken_up = self._take_up(store, resumed_update, recorded_update, say)
 
         devices = {p.device for one in self._models.values() for p in one.parameters()}
         for device in devices:
@@ -161,22 +157,16 @@ class SpectralMonitor:
         # 0 is the lowest priority CUDA has, and the default stream's: to put the step first, run that on a stream
         # of priority -1.
         self._stream = None if cuda_device is None else side_stream(cuda_device, priority=0)
-        self._busy = 0
-        self._closed = False
-        self._all_watched = watched if ranks.rank == 0 else {}
-        self._newest: Kept | None = None
-        keys = [f"{kind}/{name}" for kind in self._models for name in watched]
-        self._worker = Worker(settings, store, memory, ranks, keys, self._stream, say)
-        if kept and ranks.rank == 0:
-            self._newest = kept._replace(before=None)
-        self._is_again = bool(stacks)
-        if stacks and again:
-            self._hand_over(again.update, stacks, again.before if ranks.rank == 0 else None)
-
-    @property
-    def skipped(self) -> int:
+        self.skipped = 0
         """Refreshes that were due while the one before was still being computed, here or on another rank."""
-        return self._busy + self._worker.dropped
+        self._closed = False
+        keys = [f"{kind}/{name}" for kind in self._models for name in watched]
+        self._worker = Worker(settings, store, taken_up.memory, ranks, keys, self._stream, say)
+        kept = taken_up.kept if ranks.rank == 0 else None
+        self._newest = kept._replace(before=None) if kept else None
+        self._is_again = bool(taken_up.again)
+        if taken_up.again:
+            self._hand_over(taken_up.update, taken_up.again, kept.before if kept else None)
 
     @property
     def failed(self) -> int:
@@ -194,7 +184,8 @@ class SpectralMonitor:
         """Call after every optimizer update with the updates made so far, and once with 0 before the first.
 
         When `num_updates` is a multiple of `every`, takes a snapshot (copies enqueued on the current stream) and hands
-        it over; when the refresh before is not finished, counts it in `skipped` instead. Update 0 is never skipped.
+        it over; when the refresh before is not finished, here or on another rank, counts it in `skipped` instead.
+        Update 0 is never skipped. Several ranks wait for one another there, on the host alone.
         """
         if self._closed:
             raise RuntimeError("this spectral monitor is closed; make a new one to observe further updates")
@@ -203,15 +194,35 @@ class SpectralMonitor:
         if num_updates == 0 or self._is_again:
             self._worker.wait()
             self._is_again = False
-        if self._worker.is_busy:
-            self._busy += 1
+        elif self._is_any_busy():
+            self.skipped += 1
             return
         try:
-            stacks = {kind: stack_by_shape(_matrices(one, self._watched)) for kind, one in self._models.items()}
-            before, self._newest = self._newest, self._kept(num_updates, stacks)
-            self._hand_over(num_updates, stacks, before)
+            stacks, newest = self._copies(num_updates)
         except Exception as error:  # such as no memory for the copies
-            self._worker.fail(num_updates, error)
+            if self._num_ranks == 1:
+                self._worker.fail(num_updates, error)
+            else:  # the others have theirs, and wait for this one's part
+                self._worker.take(Snapshot(num_updates, {}, Mark(None), failure=error))
+            return
+        before, self._newest = self._newest, newest
+        self._hand_over(num_updates, stacks, before)
+
+    def _is_any_busy(self) -> bool:
+        """Whether a refresh that is due now is to be skipped; the same on every rank."""
+        if not self._is_over:
+            try:
+                state = self._ranks.agree(_BUSY if self._worker.is_busy else _IDLE)()
+            except RuntimeError:  # another rank is gone; the training itself meets that, and tells of it
+                state = _CLOSED
+            self._is_over = state == _CLOSED
+            return state != _IDLE
+        return True
+
+    def _copies(self, update: int) -> tuple[Stacks, Kept | None]:
+        """This rank's share of the weights as they are, and on the first rank all of them."""
+        stacks = {kind: stack_by_shape(_matrices(one, self._watched)) for kind, one in self._models.items()}
+        return stacks, self._kept(update, stacks)
 
     def _kept(self, update: int, stacks: Stacks) -> Kept | None:
         """On the first rank the copies of all matrices, whichever rank computes them."""
@@ -265,6 +276,42 @@ class SpectralMonitor:
     ) -> None:
         self._stop(cancel=error is not None)
 
+    def _take_up(
+        self, store: SpectraStore, resumed_update: int, recorded_update: int | None, say: Callable[[str], object]
+    ) -> _TakenUp:
+        """What an earlier process has left for this one, which goes on from `resumed_update`."""
+        found, failure = _TakenUp(), None
+        try:
+            kept = found.kept = store.kept(resumed_update)
+            found.update = kept.update if kept else resumed_update
+            if recorded_update is not None and found.update > recorded_update:
+                if kept:
+                    found.again = self._stacks_of(kept)
+                elif resumed_update % self._every == 0:  # nothing could be kept of it, but here are its weights
+                    found.again, found.kept = self._copies(resumed_update)
+        except Exception as error:  # whatever is wrong with the store: training matters more
+            found, failure = _TakenUp(), error
+        if not self._is_common(found.update if found.again else -1):
+            found.again = {}
+        until, kept = resumed_update, found.kept
+        if found.again:
+            until, kept = found.update - 1, kept and kept.before
+        try:
+            found.memory = self._remember(store, until, kept) if failure is None else Memory()
+        except Exception as error:
+            failure = error
+        if failure is not None:
+            say(f"warning: what {store.path} holds of before cannot be read ({failure}). Training goes on without it.")
+        return found
+
+    def _is_common(self, number: int) -> bool:
+        """Whether all ranks have the same number here."""
+        try:
+            greatest, least = self._ranks.agree(number)(), -self._ranks.agree(-number)()
+        except RuntimeError:  # another rank is gone
+            return False
+        return greatest == least
+
     def _stacks_of(self, kept: Kept) -> Stacks:
         """This rank's share of kept weights, as `observe` would have copied it; empty if these are other matrices."""
         stacks: Stacks = {}
@@ -302,9 +349,26 @@ class SpectralMonitor:
     def _stop(self, cancel: bool) -> None:
         if cancel:
             self._worker.cancelled.set()
+        if not self._closed and not self._is_over:
+            with contextlib.suppress(RuntimeError, ValueError):  # at the end the others may be gone, or their group
+                self._ranks.agree(_CLOSED)  # nobody waits for it, but those who go on
         self._closed = True
         # Of several ranks one may have died, and this one's worker waits for it; that must not hold up the exit.
         self._worker.close(_JOIN_S if cancel and self._num_ranks > 1 else None)
+
+
+@dataclass
+class _TakenUp:
+    """What a resumed run has of before."""
+
+    kept: Kept | None = None
+    """The newest snapshot."""
+    update: int = -1
+    """Its update."""
+    again: Stacks = field(default_factory=Stacks)
+    """This rank's copies of it where its refresh is to be done again, as on all ranks."""
+    memory: Memory = field(default_factory=Memory)
+    """What the next refresh is compared with."""
 
 
 def _matrices(model: nn.Module, watched: dict[str, Target]) -> dict[str, Tensor]:

@@ -22,9 +22,6 @@ from lowrank_vit.spectral.refresh import Memory, Refreshed, SpectralSettings, St
 from lowrank_vit.spectral.solve import LOG, Cancelled, MatrixStack
 from lowrank_vit.spectral.store import Kept, SpectraStore
 
-STOP = -1
-"""What a rank without a snapshot tells the others when it ends."""
-
 
 def share_out(shapes: Mapping[str, Sequence[int]], world_size: int) -> list[list[str]]:
     """Which names each rank computes: dearest first to the rank with the least work; the same on every rank.
@@ -65,6 +62,8 @@ class Snapshot:
     """The copies are complete once this is reached."""
     before: Kept | None = None
     """On the first rank, the snapshot before."""
+    failure: Exception | None = None
+    """Why there are no copies, which the other ranks have."""
 
 
 class Worker:
@@ -90,17 +89,14 @@ class Worker:
         self._keys, self._stream = keys, stream
         self._say, self._is_failing = say, False
         self._noted: set[str] = set()
-        self._last_exchange_over = False
         self.current: Snapshot | None = None
-        """The one that is being worked on; its record is in `finished` when it is no longer here."""
+        """The one that is being worked on, or has failed; its record is in `finished` when it is no longer here."""
         self.finished: queue.SimpleQueue[SpectralRecord] = queue.SimpleQueue()
         self.failed = 0
         """Refreshes that came to nothing, or were not stored."""
         self.cancelled = threading.Event()
-        self.dropped = 0
-        """Snapshots given up because another rank had none of that update."""
         cpu_threads = torch.get_num_threads()
-        self._jobs = Jobs(self._do, self._failed, "spectral-monitor", begin=_use_one_thread, end=self._say_goodbye)
+        self._jobs = Jobs(self._do, self._failed, "spectral-monitor", begin=_use_one_thread)
         torch.set_num_threads(cpu_threads)  # the thread's own call also set the default of threads to come
 
     @property
@@ -122,21 +118,12 @@ class Worker:
         self._jobs.close(timeout_s)
 
     def _do(self, snapshot: Snapshot) -> None:
-        if self._all_ranks_hold(snapshot.update):
-            self._refresh(snapshot)
-        else:
-            self.dropped += not self.cancelled.is_set()
+        self._refresh(snapshot)
         self.current = None
 
     def _failed(self, snapshot: Snapshot, error: Exception) -> None:
         # Whatever it is: the training that is watched must not end of it.
         self.fail(snapshot.update, error)
-        self.current = None
-
-    def _say_goodbye(self) -> None:
-        if not self._last_exchange_over:
-            with contextlib.suppress(RuntimeError):  # at the end another rank may be gone already
-                self._ranks.exchange(STOP)
 
     def fail(self, update: int, error: Exception) -> None:
         """Count the refresh of this update as failed."""
@@ -148,25 +135,14 @@ class Worker:
             with contextlib.suppress(Exception):  # a terminal that is gone is no reason to end either
                 self._say(f"warning: {reason} Training goes on, and so do later refreshes if they can.")
 
-    def _all_ranks_hold(self, update: int) -> bool:
-        """Agree with the other ranks on this update. A rank that has skipped it will never hold it: then give it up."""
-        while not self._last_exchange_over:
-            held = self._ranks.exchange(STOP if self.cancelled.is_set() else update)
-            if STOP in held:
-                self._last_exchange_over = True
-            elif min(held) == max(held):
-                return True
-            elif update < max(held):
-                return False
-            # Else this rank is ahead: the others give theirs up and come back with a later one.
-        return False
-
     def _refresh(self, snapshot: Snapshot) -> None:
         start = time.perf_counter()
         part: Refreshed | None = None
         failure: Exception | None = None
         since = self._memory.last_update
         try:
+            if snapshot.failure:
+                raise snapshot.failure
             with on_stream(self._stream):
                 matrices = [one.matrices_NRC for of_kind in snapshot.stacks.values() for one in of_kind]
                 snapshot.ready.hand_over(self._stream, *matrices)

@@ -229,7 +229,7 @@ class Trainer:
             limit_gb=options.spec_store_gb,
             resumed_update=done,
             recorded_update=self.world.from_first(recorded),
-            ranks=self.world.channel(_REFRESH_TIMEOUT),
+            ranks=self.world.channel(_REFRESH_TIMEOUT, agrees=True),
             say=lambda line: self._say(line),
         )
 

@@ -13,7 +13,7 @@ from torch import nn
 from lowrank_vit.spectral import store
 from lowrank_vit.spectral.monitor import SpectralMonitor
 from lowrank_vit.spectral.refresh import SpectralSettings
-from tests.monitors import LONG_S, TIMES, Gate, nudge, observe, stored, watch
+from tests.monitors import LONG_S, TIMES, Gate, comparable, nudge, observe, stored, watch
 from tests.spectra import tiny_vit
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
@@ -66,6 +66,29 @@ def test_a_refresh_that_a_kill_cut_short_is_done_again_when_the_run_goes_on(
     another = watch(again, folder, again, resumed_update=5, recorded_update=4)
     another.observe(6)
     assert numbers(another) == expected[3:]
+
+
+@pytest.mark.parametrize(("resumed", "recorded", "expected"), [(4, 2, [4, 6]), (4, 4, [6]), (5, 2, [6])])
+def test_a_refresh_of_the_checkpoints_own_update_needs_no_kept_file(
+    tmp_path: Path, resumed: int, recorded: int, expected: list[int]
+) -> None:
+    """The checkpoint has its weights; of what was due before it they are gone."""
+    model = tiny_vit()
+    with watch(model, tmp_path, model) as monitor:
+        whole = observe(monitor, model, range(0, 6, 2))
+        at_4 = deepcopy(model.state_dict())
+        whole += observe(monitor, model, range(6, 8, 2))
+    model.load_state_dict(at_4)
+    with watch(model, tmp_path, model, resumed_update=resumed, recorded_update=recorded) as monitor:
+        nudge(model, 6)
+        monitor.observe(6)
+        monitor.wait()
+        found = monitor.records()
+    assert [record.update for record in found] == expected
+    lost = {key for key in whole[2] if "update_norm" in key}
+    wanted = {key: value for key, value in whole[2].items() if key not in lost}
+    assert expected[0] != 4 or comparable(found[0].values) == wanted
+    assert len(found) == 1 or comparable(found[1].values) == whole[3]
 
 
 def test_a_resumed_monitor_goes_on_as_if_there_had_been_no_break(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ import torch.multiprocessing as mp
 from lowrank_vit.ranks.world import World
 from lowrank_vit.spectral import refresh as refresh_module
 from lowrank_vit.spectral import store
-from lowrank_vit.spectral.monitor import SpectralMonitor
+from lowrank_vit.spectral.monitor import _BUSY, _CLOSED, _IDLE, SpectralMonitor
 from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
-from lowrank_vit.spectral.worker import STOP, share_out
+from lowrank_vit.spectral.worker import share_out
+from tests.monitors import Gate
 from tests.spectra import tiny_vit
 
 LONG_S = 60
@@ -61,18 +64,43 @@ def watch(model: torch.nn.Module, folder: Path, **more: Any) -> SpectralMonitor:
 
 
 def one_of_two(rank: int, folder: Path) -> None:
-    """A rank that observes three times with the other one, and then once while the second of them cancels."""
+    """A rank that observes three times with the other one, goes on while that is slow, and once while it cancels."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    model = tiny_vit()
-    world = World(rank, size=2)
-    observed = observe_three_times(watch(model, folder / "two", ranks=world.channel(timedelta(seconds=LONG_S))), model)
-    monitor = watch(tiny_vit(), folder / "cancelled", ranks=world.channel(timedelta(seconds=LONG_S)))
+    model, world = tiny_vit(), World(rank, size=2)
+
+    def watched(name: str, module: torch.nn.Module) -> SpectralMonitor:
+        return watch(module, folder / name, ranks=world.channel(timedelta(seconds=LONG_S), agrees=True))
+
+    observed = observe_three_times(watched("two", model), model)
+    out_of_step = observe_while_the_first_is_slow(watched("slow", tiny_vit()), rank)
+    monitor = watched("cancelled", tiny_vit())
     monitor.observe(0)
     monitor.close(cancel=rank == 1)
-    torch.save((observed, len(monitor.records())), folder / f"rank{rank}.pt")
+    torch.save((observed, len(monitor.records()), out_of_step), folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def observe_while_the_first_is_slow(monitor: SpectralMonitor, rank: int) -> tuple[list[int], int]:
+    """The first rank is still storing update 2 when 4 is due, and the second is through: what was recorded, skipped."""
+    save, may_end = store.SpectraStore.save, threading.Event()
+
+    def slow(self: store.SpectraStore, update: int, solved: Any) -> None:
+        assert update != 2 or may_end.wait(LONG_S)
+        save(self, update, solved)
+
+    with monitor, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store.SpectraStore, "save", slow)
+        observe_all(monitor, 0)
+        monitor.observe(2)
+        if rank == 1:
+            monitor.wait()
+        monitor.observe(4)
+        may_end.set()
+        monitor.wait()
+        observe_all(monitor, 6, 8)
+    return [record.update for record in monitor.records()], monitor.skipped
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +114,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]
 def test_two_ranks_equal_one_bit_for_bit(two_ranks: tuple[Path, list[Any]], tmp_path: Path) -> None:
     model = tiny_vit()
     expected = observe_three_times(watch(model, tmp_path), model)
-    folder, ((first, _), (second, _)) = two_ranks
+    folder, ((first, *_), (second, *_)) = two_ranks
     assert second == []
     assert [update for update, _ in first] == [0, 2, 4]
     for (_, found), (_, wanted) in zip(first, expected, strict=True):
@@ -101,25 +129,33 @@ def test_two_ranks_equal_one_bit_for_bit(two_ranks: tuple[Path, list[Any]], tmp_
 
 
 def test_ranks_that_cancel_and_ranks_that_close_all_come_to_an_end(two_ranks: tuple[Path, list[Any]]) -> None:
-    _, ((_, first), (_, second)) = two_ranks
+    _, ((_, first, _), (_, second, _)) = two_ranks
     assert first <= 1
     assert second == 0
 
 
+def test_ranks_skip_the_same_refresh_and_take_the_same_later_ones(two_ranks: tuple[Path, list[Any]]) -> None:
+    _, ((*_, first), (*_, second)) = two_ranks
+    assert first == ([0, 2, 6, 8], 1)
+    assert second == ([], 1)
+
+
 class Script:
-    """The second of two ranks; the first one's answers come from a list, and are as wanted once it is empty."""
+    """The second of two ranks; what the first one says comes from a list, and is "idle" once that is empty."""
 
     rank, size = 1, 2
 
     def __init__(self, *others: int) -> None:
-        self.others = list(others)
-        self.gathered: list[int] = []
+        self.others, self.said = list(others), list[int]()
+        self.gathered = list[Any]()
 
-    def exchange(self, held: int) -> list[int]:
-        return [self.others.pop(0) if self.others else held, held]
+    def agree(self, number: int) -> Callable[[], int]:
+        self.said.append(number)
+        greatest = max(self.others.pop(0) if self.others else _IDLE, number)
+        return lambda: greatest
 
     def gather(self, part: Any) -> list[Any] | None:
-        self.gathered.append(part.update)
+        self.gathered.append(getattr(part, "update", part))
 
 
 def observe_all(monitor: SpectralMonitor, *updates: int) -> None:
@@ -128,29 +164,73 @@ def observe_all(monitor: SpectralMonitor, *updates: int) -> None:
         monitor.wait()
 
 
-def test_a_refresh_that_another_rank_has_skipped_is_given_up_and_counted(tmp_path: Path) -> None:
-    script = Script(2, 4)
+def test_a_refresh_for_which_another_rank_has_no_time_is_skipped_and_counted(tmp_path: Path) -> None:
+    script = Script(_BUSY, _BUSY)
     with watch(tiny_vit(), tmp_path, ranks=script) as monitor:
-        observe_all(monitor, 0, 2, 4)
+        observe_all(monitor, 0, 1, 2, 4, 6)
     assert monitor.skipped == 2
-    assert script.gathered == [4]
+    assert script.gathered == [0, 6]
+    assert script.said == [_IDLE, _IDLE, _IDLE, _CLOSED]
     assert list(tmp_path.iterdir()) == []  # only rank 0 stores
 
 
-def test_a_rank_that_is_ahead_waits_for_the_others_to_give_theirs_up(tmp_path: Path) -> None:
-    script = Script(0, 2, 4)
+def test_a_rank_that_has_no_time_says_so(tmp_path: Path, gate: Gate) -> None:
+    script = Script()
     with watch(tiny_vit(), tmp_path, ranks=script) as monitor:
-        observe_all(monitor, 4, 6)
-    assert monitor.skipped == 0
-    assert script.gathered == [4, 6]
+        monitor.observe(0)
+        assert gate.asked.wait(LONG_S)
+        monitor.observe(2)
+        gate.open.set()
+        monitor.wait()
+        monitor.observe(4)
+    assert script.said == [_BUSY, _IDLE, _CLOSED]
+    assert (monitor.skipped, script.gathered) == (1, [0, 4])
 
 
-def test_after_another_rank_has_stopped_nothing_waits_for_it(tmp_path: Path) -> None:
-    script = Script(STOP)
+def test_after_another_rank_has_closed_nobody_is_asked_and_nothing_waits(tmp_path: Path) -> None:
+    script = Script(_CLOSED)
     with watch(tiny_vit(), tmp_path, ranks=script) as monitor:
-        observe_all(monitor, 0, 2)
+        observe_all(monitor, 2, 4)
     assert script.gathered == []
+    assert script.said == [_IDLE]
     assert monitor.skipped == 2
+
+
+def test_a_rank_that_is_gone_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_: int) -> Callable[[], int]:
+        raise RuntimeError("Connection closed by peer")
+
+    script = Script()
+    monkeypatch.setattr(script, "agree", lost)
+    with watch(tiny_vit(), tmp_path, ranks=script) as monitor:
+        observe_all(monitor, 2, 4)
+    assert (monitor.skipped, script.gathered) == (2, [])
+
+
+def test_copies_that_find_no_memory_on_one_rank_still_meet_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script()
+    with watch(tiny_vit(), tmp_path, ranks=script) as monitor:
+        with monkeypatch.context() as patch:
+            patch.setattr("lowrank_vit.spectral.monitor.stack_by_shape", lambda _: 1 / 0)
+            observe_all(monitor, 0)
+        observe_all(monitor, 2)
+    assert script.gathered == ["ZeroDivisionError: division by zero", 2]
+    assert monitor.failed == 1
+
+
+@pytest.mark.parametrize(("others", "gathered"), [((4, -4), [4]), ((-1, 1), []), ((2, -2), [])])
+def test_a_refresh_is_done_again_where_all_ranks_can(tmp_path: Path, others: tuple[int, ...], gathered: list) -> None:
+    model = tiny_vit()
+    with watch(model, tmp_path) as monitor:
+        observe_all(monitor, 0, 2, 4)
+        kept = monitor.kept()
+    assert kept is not None
+    torch.save(kept.content(), tmp_path / store.kept_name(4))
+    script = Script(*others)
+    watch(model, tmp_path, ranks=script, resumed_update=5, recorded_update=2).close()
+    assert script.gathered == gathered
 
 
 def test_a_rank_whose_refresh_fails_still_meets_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
