@@ -12,7 +12,7 @@ from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, arg
 
 from lowrank_vit.common.errors import UserError, exit_cleanly
-from lowrank_vit.common.program import check_versions, usage_name
+from lowrank_vit.common.program import check_versions, require_one_process, usage_name
 from lowrank_vit.common.terminal import say
 from lowrank_vit.config.command_line import read_options
 from lowrank_vit.config.option_types import POSITIVE
@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UserError: the weights cannot be read, a target matches nothing, flags contradict, or output cannot be written.
     """
+    require_one_process("lowrank_vit.analyze_spectrum")
     argv = sys.argv[1:] if argv is None else argv
     options = read_options(Options, argv, usage_name("lowrank_vit.analyze_spectrum"))
     source = options.source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from lowrank_vit.common.errors import exit_cleanly
@@ -13,15 +14,28 @@ from lowrank_vit.score.options import PredictOptions
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the command line and classify. Raises `UserError`, also where no image could be read."""
+    """Read the command line and classify; under torchrun as one of the ranks.
+
+    Raises `UserError`, also where no image could be read.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    options = None if "WORLD_SIZE" in os.environ else _read(argv)
+    from lowrank_vit.ranks.failing import as_rank  # torch takes seconds, which a wrong option must not cost
+    from lowrank_vit.score.prediction import classify
+
+    as_rank(
+        lambda world, failing: classify(options or _read(argv, is_first=world.is_first), say_beside, world, failing)
+    )
+
+
+def _read(argv: list[str], *, is_first: bool = True) -> PredictOptions:
+    """The options; what there is to be said of them the first rank says."""
+    say = say_beside if is_first else lambda text: None
     prog = usage_name("lowrank_vit.inference")
-    options = read_options(PredictOptions, fit_flags(argv, "inference", say_beside), prog, word="input")
+    options = read_options(PredictOptions, fit_flags(argv, "inference", say), prog, word="input")
     options.check()
     check_versions()
-    from lowrank_vit.score.prediction import classify  # torch takes seconds, which a wrong option must not cost
-
-    classify(options, say_beside)
+    return options
 
 
 if __name__ == "__main__":

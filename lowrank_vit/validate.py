@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +27,25 @@ class _Shown(ValidateOptions):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the command line and score. Raises `UserError`."""
+    """Read the command line and score; under torchrun as one of the ranks. Raises `UserError`."""
     argv = sys.argv[1:] if argv is None else argv
     prog = usage_name("lowrank_vit.validate")
     if asks_for_help(argv):
         show_help(_Shown, argv, prog, ValidateOptions.__doc__)
-    options = read_options(ValidateOptions, fit_flags(argv, "validate", terminal.say), prog, word="data")
+    options = None if "WORLD_SIZE" in os.environ else _read(argv, prog)
+    from lowrank_vit.ranks.failing import as_rank  # torch takes seconds, which a wrong option must not cost
+    from lowrank_vit.score.validation import score
+
+    as_rank(lambda world, failing: score(options or _read(argv, prog, is_first=world.is_first), world, failing))
+
+
+def _read(argv: list[str], prog: str, *, is_first: bool = True) -> ValidateOptions:
+    """The options; what there is to be said of them the first rank says."""
+    say = terminal.say if is_first else lambda text: None
+    options = read_options(ValidateOptions, fit_flags(argv, "validate", say), prog, word="data")
     options.check()
     check_versions()
-    from lowrank_vit.score.validation import score  # torch takes seconds, which a wrong option must not cost
-
-    score(options)
+    return options
 
 
 if __name__ == "__main__":

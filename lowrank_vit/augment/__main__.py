@@ -22,7 +22,7 @@ from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.filters import BICUBIC
 from lowrank_vit.common.numba_cache import NOTE, must_compile
-from lowrank_vit.common.program import usage_name
+from lowrank_vit.common.program import require_one_process, usage_name
 from lowrank_vit.common.terminal import say
 from lowrank_vit.config.command_line import asks_for_help, show_help
 from lowrank_vit.config.flags import parse
@@ -124,6 +124,7 @@ class _Shown:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv` (default: the process's own). Raises `UserError`."""
+    require_one_process("lowrank_vit.augment")
     argv = sys.argv[1:] if argv is None else argv
     prog = usage_name("lowrank_vit.augment")
     if not argv or asks_for_help(argv):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -67,6 +68,19 @@ def _release(version: str) -> tuple[int, ...]:
     while numbers and not numbers[-1]:
         numbers.pop()
     return tuple(numbers)
+
+
+def require_one_process(module: str) -> None:
+    """End a command that several ranks of torchrun run, whose work is that of one: `UserError` on the first of them."""
+    ranks, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "")
+    if ranks == "1" or not rank:  # WORLD_SIZE alone is left over
+        return
+    if rank != "0":
+        sys.exit(0)
+    raise UserError(
+        f"{usage_name(module)} is the work of one process, and {ranks} were started. Start it without torchrun, or "
+        "unset RANK and WORLD_SIZE. (train, validate and inference share their work.)"
+    )
 
 
 def usage_name(module: str) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from lowrank_vit.common.errors import exit_cleanly
-from lowrank_vit.common.program import usage_name
+from lowrank_vit.common.program import require_one_process, usage_name
 from lowrank_vit.common.terminal import say
 from lowrank_vit.config.command_line import read_options
 
@@ -26,6 +26,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command with `argv` (default: the process's arguments). Raises `UserError`, see `write_report`."""
+    require_one_process("lowrank_vit.report")
     argv = sys.argv[1:] if argv is None else argv
     run_dir = read_options(Options, argv, usage_name("lowrank_vit.report")).run
     from lowrank_vit.report.page import write_report  # torch takes seconds, which a wrong option must not cost

@@ -80,14 +80,13 @@ class Evaluator:
         """Score all of `loader`; a short last batch is padded to `batch_size` and the padding left out of the sums.
 
         Puts the model into evaluation mode. The sums stay on the device until the end. `reduce` adds a tensor up over
-        the ranks, in place, where each has a share of the samples; it is called once by every rank, also by one whose
-        share is empty. `by_class`: count the confusions of this rank's samples, too. Raises `UserError` if there is no
-        sample at all.
+        the ranks, in place, where each has a share of the samples; every rank calls it equally often, also one whose
+        share is empty. `by_class`: count the confusions, too. Raises `UserError` if there is no sample at all.
         """
         self._model.eval()
         device = next(self._model.parameters()).device
         sums = torch.zeros(4, dtype=torch.float64, device=device)
-        counts: _Confusions | None = None
+        counts = _Confusions(self._augment.num_classes, device) if by_class else None
         for batch in loader.batches(0):
             logits = self._logits_of(_padded(batch, batch_size))[: len(batch)]
             losses = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
@@ -95,11 +94,11 @@ class Evaluator:
             hits = likeliest == batch.targets[:, None]
             added = losses.double().sum(), hits[:, 0].double().sum(), hits.double().sum()
             sums += torch.stack([*added, sums.new_full((), len(batch))])
-            if by_class:
-                counts = counts or _Confusions(logits.shape[1], device)
+            if counts:
                 counts.add(batch.targets, likeliest[:, 0], hits.any(1))
         if reduce:
-            reduce(sums)
+            for values in (sums, counts.confusion, counts.top5) if counts else (sums,):
+                reduce(values)
         loss, top1, top5, num_samples = sums.tolist()
         if num_samples == 0:
             raise UserError("There is no sample to score: all were left out as damaged. Convert the set again.")

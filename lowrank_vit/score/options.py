@@ -10,7 +10,7 @@ from tyro.conf import FlagCreatePairsOff, arg
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.check import check_ranges
-from lowrank_vit.config.option_types import POSITIVE, Range
+from lowrank_vit.config.option_types import PER_RANK, POSITIVE, Range
 from lowrank_vit.config.options import LoaderName
 
 LabelType = Literal["auto", "none", "name", "description", "detail", "detailed"]
@@ -20,7 +20,7 @@ LabelType = Literal["auto", "none", "name", "description", "detail", "detailed"]
 class ModelOptions:
     """Which model and weights, and what its images look like: flags that `validate` and `inference` share."""
 
-    checkpoint: Path | None = None
+    checkpoint: Annotated[Path | None, PER_RANK] = None
     """A run's model_best.pth.tar or last.pth.tar, or a file of weights of timm, DeiT or MAE."""
     use_ema: bool = False
     """Use the EMA weights."""
@@ -28,7 +28,7 @@ class ModelOptions:
     """timm model name; default: the checkpoint's. Without --checkpoint: with the weights that timm publishes."""
     pretrained: bool = False
     """The weights that timm publishes for --model; a --checkpoint goes before them."""
-    pretrained_path: Path | None = None
+    pretrained_path: Annotated[Path | None, PER_RANK] = None
     """A file of weights for --model, fitted to it by timm."""
     model_kwargs: tuple[str, ...] = ()
     """NAME=VALUE ...; default: the checkpoint's."""
@@ -56,7 +56,7 @@ class ModelOptions:
 class ValidateOptions(ModelOptions):
     """Score a model. Model, size, crop and data default to those that the checkpoint was trained with."""
 
-    data: Annotated[Path | None, arg(aliases=["--data-dir"])] = None
+    data: Annotated[Path | None, arg(aliases=["--data-dir"]), PER_RANK] = None
     """A .beton file, or a folder of images or .beton files; default: what the checkpoint was validated on."""
     dataset: str = ""
     """folder or nothing: what --data holds; torch/cifar100; digits. Without --data the default is the checkpoint's."""
@@ -70,19 +70,19 @@ class ValidateOptions(ModelOptions):
     """Where names cannot be matched, label N of the data is output N of the model."""
     class_order: Literal["timm", "code-point"] = "timm"
     """Of the outputs of a model that names no classes: timm's order of the class folders, or torchvision's."""
-    beton_dir: Path | None = None
+    beton_dir: Annotated[Path | None, PER_RANK] = None
     """Where images are converted to; default: DATA/.lowrank_vit."""
-    stage_dir: Path | None = None
+    stage_dir: Annotated[Path | None, PER_RANK] = None
     """Copy the .beton file to this folder on a fast local disk, once, and read the copy."""
     batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE] = 128
     """Images a step."""
     loader: LoaderName = "auto"
     """Decode backend."""
-    workers: Annotated[int, arg(aliases=["-j"]), POSITIVE] = 4
+    workers: Annotated[int, arg(aliases=["-j"]), POSITIVE, PER_RANK] = 4
     """CPU threads that decode."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """A damaged sample: stop, or leave it out and say so."""
-    device: str = "auto"
+    device: Annotated[str, PER_RANK] = "auto"
     """auto (cuda where there is one), cpu, cuda or cuda:N."""
     amp: bool = False
     """Mixed precision."""
@@ -128,9 +128,9 @@ class PredictOptions(ModelOptions):
     """Print no predictions."""
     batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE] = 64
     """Images a step."""
-    workers: Annotated[int, arg(aliases=["-j"]), POSITIVE] = 4
+    workers: Annotated[int, arg(aliases=["-j"]), POSITIVE, PER_RANK] = 4
     """Threads that open images."""
-    device: str = "auto"
+    device: Annotated[str, PER_RANK] = "auto"
     """auto (cuda where there is one), cpu, cuda or cuda:N."""
     amp: bool = False
     """Mixed precision."""

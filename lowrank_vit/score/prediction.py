@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from PIL import Image
 
 from data_prep.formats.image_formats import formats, image_suffixes, is_of_the_system
@@ -23,6 +27,11 @@ from lowrank_vit.common.filters import FILTERS
 from lowrank_vit.common.terminal import is_unread, one_line
 from lowrank_vit.data.decode.pil import crop_and_resize
 from lowrank_vit.plan.plans import EvalPlan
+from lowrank_vit.ranks.agree import agree
+from lowrank_vit.ranks.failing import Failing
+from lowrank_vit.ranks.joining import joined
+from lowrank_vit.ranks.records import data_record, run_record
+from lowrank_vit.ranks.world import World
 from lowrank_vit.score.options import PredictOptions
 from lowrank_vit.score.results import (
     Prediction,
@@ -38,13 +47,27 @@ from lowrank_vit.score.scorer import Scorer, labels_of, load_scorer
 SHOWN = 3
 """Predictions of an image that the terminal shows."""
 Note = Callable[[str], object]
+_FOREVER = timedelta(days=365)
+"""Of a rank that makes no progress the threads that watch the ranks tell."""
 
 
-def classify(options: PredictOptions, note: Note) -> None:
-    """Classify, print, write files. Raises `UserError`, also where no image could be read."""
+def classify(options: PredictOptions, note: Note, world: World, failing: Failing) -> None:
+    """Classify on the ranks of `world`, not yet joined; the first prints and writes files.
+
+    Raises `UserError`, also where no image could be read.
+    """
+    device = pick_device(options.device, world.local_rank)
+    with joined(world, device, lambda: run_record(options, device)), failing.watched():
+        if world.is_first:
+            _classify_and_write(options, note, world)
+        else:
+            predict(options, world=world)
+
+
+def _classify_and_write(options: PredictOptions, note: Note, world: World) -> None:
     outputs = _outputs(options)
     show = (lambda prediction: None) if options.no_console_results else _Printer(options.output_type, bool(outputs))
-    predictions = predict(options, note, show)
+    predictions = predict(options, note, show, world)
     columns: dict[str, Any] = {
         "index": options.include_index,
         "value": "" if options.exclude_output else options.output_type,
@@ -59,30 +82,45 @@ def predict(
     options: PredictOptions,
     note: Note = lambda text: None,
     show: Callable[[Prediction], object] = lambda prediction: None,
+    world: World | None = None,
 ) -> Predictions:
     """Classify all images, each shown when its batch is done; what cannot be opened is noted and skipped.
 
-    Raises `UserError`.
+    The ranks of `world` take the batches in turn; the first one gets all predictions, in the order of the images, and
+    the others none. Raises `UserError`.
     """
+    world = world or World()
     options.check()
+    world.progress.enter("searching for images")
     files = _images(options.input, note)
-    device = pick_device(options.device)
+    device = pick_device(options.device, world.local_rank)
+    world.progress.enter("loading the weights")
     scorer = load_scorer(options, device, note)
     labels = labels_of(scorer, options.label_type)
-    predictions = Predictions()
-    with ThreadPoolExecutor(options.workers) as pool, ScoringProgress(len(files)) as progress:
-        for batch in _decoded(files, scorer, options.batch_size, pool):
-            crops = []
-            for file, crop in batch:
-                if isinstance(crop, str):
-                    predictions.skipped[file] = crop
-                    note(f"skipped {file}: {crop}")
-                else:
-                    crops.append((file, crop))
-            for prediction in _classify(scorer, labels, crops, options, device) if crops else ():
-                predictions.found.append(prediction)
-                show(prediction)
-            progress.advance(len(batch))
+    if world.size > 1:
+        names = xxhash.xxh3_64_hexdigest(b"\0".join(map(os.fsencode, files)))
+        record = {**data_record({}, scorer.model), "other images": (names, f"{len(files):,} files")}
+        agree(world, "images", record, "searching for images and loading the weights")
+    predictions, channel = Predictions(), world.channel(_FOREVER)
+    world.progress.enter("classifying")
+    shown = ScoringProgress(len(files)) if world.is_first else nullcontext()
+    with ThreadPoolExecutor(options.workers) as pool, shown as progress:
+        for batch in _decoded(files, scorer, options.batch_size, pool, world):
+            skipped = [(file, crop) for file, crop in batch if isinstance(crop, str)]
+            crops = [(file, crop) for file, crop in batch if not isinstance(crop, str)]
+            part = skipped, _classify(scorer, labels, crops, options, device) if crops else []
+            world.progress.tick()
+            with world.progress.waiting():
+                parts = channel.gather(part) or []
+            for skipped, found in parts:
+                for file, reason in skipped:
+                    predictions.skipped[file] = reason
+                    note(f"skipped {file}: {reason}")
+                for prediction in found:
+                    predictions.found.append(prediction)
+                    show(prediction)
+                if progress:
+                    progress.advance(len(skipped) + len(found))
     return predictions
 
 
@@ -103,11 +141,15 @@ def _images(paths: tuple[Path, ...], note: Note) -> list[Path]:
 
 
 def _decoded(
-    files: Sequence[Path], scorer: Scorer, batch_size: int, pool: ThreadPoolExecutor
+    files: Sequence[Path], scorer: Scorer, batch_size: int, pool: ThreadPoolExecutor, world: World
 ) -> Iterator[list[tuple[Path, np.ndarray | str]]]:
-    """Files with their crops, batch by batch; the next batch is decoded while the caller computes with this one."""
+    """Files with their crops, batch by batch; the next batch is decoded while the caller computes with this one.
+
+    This rank's batches, as many on each rank; the last may be empty.
+    """
     waiting: list[list[tuple[Path, Future[np.ndarray | str]]]] = []
-    for first in range(0, len(files), batch_size):
+    for first in range(0, len(files), batch_size * world.size):
+        first += batch_size * world.rank
         waiting.append([(file, pool.submit(_crop, file, scorer)) for file in files[first : first + batch_size]])
         if len(waiting) == 2:
             yield [(file, crop.result()) for file, crop in waiting.pop(0)]

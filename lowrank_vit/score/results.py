@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,15 @@ class ScoringProgress:
 class Counted:
     """A loader whose batches are counted when the next one is asked for, so when they were scored."""
 
-    def __init__(self, loader: Batches, progress: ScoringProgress) -> None:
-        self._loader, self._progress = loader, progress
+    def __init__(self, loader: Batches, advance: Callable[[int], object]) -> None:
+        """`advance` is told how many images were scored."""
+        self._loader, self._advance = loader, advance
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Give the loader's batches."""
         for batch in self._loader.batches(epoch):
             yield batch
-            self._progress.advance(len(batch))
+            self._advance(len(batch))
 
 
 class _Speed(ProgressColumn):

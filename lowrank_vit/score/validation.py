@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ from lowrank_vit.data.sets.provenance import remarks
 from lowrank_vit.data.sets.staging import stage
 from lowrank_vit.model.class_match import Classes, Trust, match
 from lowrank_vit.plan.plans import EvalPlan
+from lowrank_vit.ranks.agree import agree, gatherer
+from lowrank_vit.ranks.failing import Failing
+from lowrank_vit.ranks.joining import joined
+from lowrank_vit.ranks.records import data_record, run_record
+from lowrank_vit.ranks.world import World
 from lowrank_vit.score.evaluate import Evaluator, Scores
 from lowrank_vit.score.options import ValidateOptions
 from lowrank_vit.score.results import (
@@ -41,9 +47,20 @@ from lowrank_vit.score.results import (
 from lowrank_vit.score.scorer import Scorer, load_scorer
 
 
-def score(options: ValidateOptions) -> None:
-    """Score, print, write files. Raises `UserError`."""
-    scores, scorer, beton = _validate(options, terminal.say)
+def score(options: ValidateOptions, world: World, failing: Failing) -> None:
+    """Score on the ranks of `world`, not yet joined; the first prints and writes files. Raises `UserError`."""
+    device = pick_device(options.device, world.local_rank)
+    with joined(world, device, lambda: run_record(options, device)), failing.watched():
+        scores, scorer, beton = _validate(options, terminal.say if world.is_first else _silent, world)
+        if world.is_first:
+            _print_and_write(options, scores, scorer, beton)
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def _print_and_write(options: ValidateOptions, scores: Scores, scorer: Scorer, beton: Beton) -> None:
     terminal.say(f"{scorer.origin}, {scores.num_samples:,} samples")
     for name, percent in (("top-1", scores.top1), ("top-5", scores.top5)):
         low, high = interval(percent, scores.num_samples)
@@ -59,23 +76,29 @@ def score(options: ValidateOptions) -> None:
 
 def validate(options: ValidateOptions, say: Callable[[str], object] = terminal.say) -> Scores:
     """Load the weights, score them on every sample exactly once, write files. Raises `UserError`."""
-    scores, scorer, beton = _validate(options, say)
+    scores, scorer, beton = _validate(options, say, World())
     write_all(_files(options, scores, scorer, beton))
     return scores
 
 
-def _validate(options: ValidateOptions, say: Callable[[str], object]) -> tuple[Scores, Scorer, Beton]:
+def _validate(options: ValidateOptions, say: Callable[[str], object], world: World) -> tuple[Scores, Scorer, Beton]:
+    """Score this rank's share of the samples; the scores of all on every rank."""
     options.check()
     for path, suffix in _written(options).items():
         if path.suffix != suffix:
             flag = "--per-class" if path == options.per_class else "--json"
             raise UserError(f"{flag} {path} must end in {suffix}.")
-        make_folder_of(path)
-    device = pick_device(options.device)
+        if world.is_first:
+            make_folder_of(path)
+    device = pick_device(options.device, world.local_rank)
+    world.progress.enter("loading the weights")
     scorer = load_scorer(options, device, say)
-    path = _find_data(options, scorer.args)
+    world.progress.enter("opening the data, or converting or staging them")
+    path = _find_data(options, scorer.args, say)
     beton, spec = Beton(path), scorer.spec
     _follow_model(scorer, beton, options, say)
+    if world.size > 1:
+        agree(world, "data", data_record({"set": beton}, scorer.model), "opening the data")
     batch_size = min(options.batch_size, beton.num_samples)
     plan = EvalPlan(
         beton.heights,
@@ -83,18 +106,32 @@ def _validate(options: ValidateOptions, say: Callable[[str], object]) -> tuple[S
         img_size=spec.img_size,
         crop_pct=spec.crop_pct,
         batch_size=batch_size,
+        rank=world.rank,
+        world_size=world.size,
         interpolation=FILTERS[scorer.interpolation],
     )
-    decoding = LoaderOptions(options.loader, options.workers, on_bad_sample=options.on_bad_sample)
-    loader, line = open_loader(beton, plan, device, decoding)
+    decoding = LoaderOptions(
+        options.loader,
+        options.workers,
+        on_bad_sample=options.on_bad_sample,
+        of_all_ranks=gatherer(world, "loader", "choosing a loader"),
+    )
+    loader, line = open_loader(beton, plan, device, decoding, say=world.say)
     say(line)
     for remark in remarks(beton, spec.img_size, spec.crop_pct):
         say(f"note: {remark}")
     precision: dict[str, Any] = {"amp": options.amp, "amp_dtype": DTYPES[options.amp_dtype]}
     evaluate = Evaluator(scorer.model, scorer.augment, **precision, compile=False, tta=options.tta)
+    world.progress.enter("scoring")
     try:
-        with ScoringProgress(beton.num_samples) as progress:
-            scores = evaluate(Counted(loader, progress), batch_size, by_class=options.per_class is not None)
+        with ScoringProgress(beton.num_samples) if world.is_first else nullcontext() as progress:
+
+            def advance(images: int) -> None:
+                world.progress.tick()
+                if progress:
+                    progress.advance(images * world.size)  # those of the other ranks, which come as fast
+
+            scores = evaluate(Counted(loader, advance), batch_size, world.sum, by_class=options.per_class is not None)
     finally:
         loader.close()
     return scores, scorer, beton
@@ -171,7 +208,7 @@ def _own_data(scorer: Scorer, path: Path) -> str:
     return f"Give {own}, or a checkpoint that was trained on {path}."
 
 
-def _find_data(options: ValidateOptions, args: dict[str, Any]) -> Path:
+def _find_data(options: ValidateOptions, args: dict[str, Any], say: Callable[[str], object]) -> Path:
     """The `.beton` to score, converted and staged now if need be; `args` are the flags of the checkpoint's run."""
     split = options.split or str(args.get("val-split") or "validation")
     where = DataOptions(options.dataset, None, options.dataset_download, options.beton_dir, val_split=split)
@@ -182,5 +219,5 @@ def _find_data(options: ValidateOptions, args: dict[str, Any]) -> Path:
         kept = {name: Path(value) for name in ("data-dir", "beton-dir") if (value := args.get(name))}
         beton_dir = options.beton_dir or kept.get("beton-dir")
         where = replace(where, dataset=dataset, data_dir=kept.get("data-dir"), beton_dir=beton_dir)
-    path = locate_validation(options.data, where)
-    return stage(path, options.stage_dir) if options.stage_dir else path
+    path = locate_validation(options.data, where, say)
+    return stage(path, options.stage_dir, say) if options.stage_dir else path

@@ -16,6 +16,21 @@ from lowrank_vit.common.program import CLASSES, CONFIGS, bundled_names, find_bun
 ROOT = Path(__file__).parents[3]
 
 
+def test_a_command_of_one_process_is_refused_on_the_first_of_several_ranks(monkeypatch):
+    program.require_one_process("lowrank_vit.report")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    program.require_one_process("lowrank_vit.report")  # left over in the environment
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=r"lowrank_vit.report is the work of one process, and 2 were started"):
+        program.require_one_process("lowrank_vit.report")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        program.require_one_process("lowrank_vit.report")
+    assert not ended.value.code
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    program.require_one_process("lowrank_vit.report")
+
+
 @pytest.mark.parametrize(
     ("argv0", "module", "expected"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections.abc import Iterator
@@ -114,6 +115,21 @@ def _nothing():
     from contextlib import nullcontext
 
     return nullcontext()
+
+
+@pytest.mark.parametrize("world_size", [2, 5, 60])  # of 60 ranks some have no sample
+def test_ranks_together_count_the_confusions_of_one(world_size):
+    alone = evaluator()(Share(10), 10, by_class=True)
+    parts = list[list[Tensor]]()
+    for rank in range(world_size):
+        parts.append([])
+        with contextlib.suppress(UserError):  # an empty share alone
+            evaluator()(Share(10, rank, world_size), 10, parts[-1].append, by_class=True)
+    _, confusion, top5 = (sum(one[1:], one[0]) for one in zip(*parts, strict=True))
+    assert alone.confusion is not None
+    assert alone.top5_by_class is not None
+    assert torch.equal(confusion, alone.confusion)
+    assert torch.equal(top5, alone.top5_by_class)
 
 
 def test_confusions_are_sklearns():
