@@ -31,7 +31,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or name.startswith("cpu:"):
-        raise UserError(f"--device {name} is not known: it must be auto, cpu, cuda or cuda:N.")
+        raise UserError(f"--device takes auto, cpu, cuda or cuda:N, not `{name}`.")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch sees no CUDA device. Check nvidia-smi, or use --device cpu.")
     if kind == "cpu":

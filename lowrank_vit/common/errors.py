@@ -33,13 +33,15 @@ def in_short(error: BaseException) -> str:
 def did_you_mean(name: str, among: Iterable[str], prefix: str = "") -> str:
     """The end of a message about a name that is not among those that there are: the nearest ones, or nothing.
 
-    Case does not count; a name of which this is the beginning is near, too. They are shown behind `prefix`.
+    Case does not count; a name that begins or ends with this one is near, too. They are shown behind `prefix`.
     """
     plain = {other.casefold(): other for other in among if other}
-    start = name.casefold()
-    near = difflib.get_close_matches(start, plain, n=3, cutoff=0.6)
-    if len(start) > 2:
-        near += [other for other in plain if other.startswith(start) and other not in near]
+    part = name.casefold()
+    near = difflib.get_close_matches(part, plain, n=1, cutoff=0.8)
+    if len(part) > 2:
+        near += [other for other in plain if other.startswith(part)]
+        near += [other for other in plain if other.endswith(f"-{part}")]
+    near = list(dict.fromkeys(near)) or difflib.get_close_matches(part, plain, n=3)
     found = [prefix + plain[other] for other in near[:3]]
     return f" Did you mean {' or '.join(filter(None, (', '.join(found[:-1]), found[-1])))}?" if found else ""
 

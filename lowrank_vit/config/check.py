@@ -41,11 +41,11 @@ def check(config: Config) -> None:
             "how many batches make an update. Leave --grad-accum-steps out, or at 1: it follows from the other one."
         )
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.step.device):
-        raise UserError(f"--device {config.step.device} is not known: it must be auto, cpu, cuda or cuda:N.")
+        raise UserError(f"--device takes auto, cpu, cuda or cuda:N, not `{config.step.device}`.")
     parse_interval(config.run.checkpoint_interval)
     name = config.run.experiment
     if name and (Path(name).name != name or name == ".."):
-        raise UserError(f"--experiment {name} must be a plain name; set its parent with --output.")
+        raise UserError(f"--experiment takes a plain name, not `{name}`; --output is the folder that it lies in.")
 
 
 def _check_lists(config: Config) -> None:
@@ -93,7 +93,7 @@ def parse_interval(text: str) -> tuple[int | None, float | None]:
         return None, None
     match = re.fullmatch(r"(?P<updates>[0-9]+)|(?P<minutes>[0-9]+(\.[0-9]+)?)m", text)
     if not match or float(text.removesuffix("m")) == 0:
-        raise UserError(f"--checkpoint-interval {text} must be updates, e.g. 500, or minutes, e.g. 10m; both above 0.")
+        raise UserError(f"--checkpoint-interval takes updates, e.g. 500, or minutes, e.g. 10m, above 0, not `{text}`.")
     if match["updates"]:
         return int(match["updates"]), None
     return None, 60 * float(match["minutes"])

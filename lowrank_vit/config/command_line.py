@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
@@ -122,8 +124,10 @@ def read(argv: Sequence[str], hints: Hints, places: Sequence[str] = ()) -> dict[
 def _word(token: str, hints: Hints) -> str:
     """The word itself. Raises `UserError` if it was meant to be a flag."""
     plain = token.lstrip(_LONG_DASHES)
-    if plain != token and plain.partition("=")[0] in hints:
+    if plain.partition("=")[0] in hints and plain != token:
         raise UserError(f"{token} begins with the long dash that text programs make of two: write --{plain}.")
+    if "=" in plain and plain.partition("=")[0] in hints:
+        raise UserError(f"`{token}` belongs to no option. Did you mean --{token}?")
     return token
 
 
@@ -177,6 +181,8 @@ def _place(values: dict[str, Any], words: list[str], hints: Hints, places: Seque
         values[places[0]] = value_of(hints[places[0]], words, f"--{places[0]}")
         return
     for name, word in zip(places, words, strict=False):
+        if kind_of(hints[name]).element is Path and is_number(word) and not os.path.lexists(word):
+            raise UserError(f"`{word}` belongs to no option, and no file or folder is called so.")
         value = value_of(hints[name], [word], f"--{name}")
         if values.get(name) not in (None, value):
             raise UserError(f"{word} and --{name} {values[name]}: a word without a flag is --{name}. Give it once.")
@@ -191,6 +197,11 @@ def _place(values: dict[str, Any], words: list[str], hints: Hints, places: Seque
 
 def _unknown(shown: str, names: Iterable[str], hints: Hints) -> UserError:
     """That there is no such flag, with the nearest ones."""
+    first, *rest = re.split(r"[\s:]+", shown, maxsplit=1)
+    if rest and without_dashes(first) in hints:
+        return UserError(f"`{shown}` is one word. Did you mean {first}={rest[0]}?")
+    if without_dashes(shown).removeprefix("no-") in hints:
+        return UserError(f"{shown} is not an option: --{without_dashes(shown).removeprefix('no-')} is no switch.")
     glued = re.fullmatch(r"(-[A-Za-z])(\S+)", shown)
     if glued and glued[1] in aliases(hints):
         return UserError(f"{shown} is not an option. Did you mean {glued[1]} {glued[2]}?")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +45,7 @@ class _Shown(Config):
     """The same as --data-dir DIR."""
 
 
-def parse(argv: list[str], prog: str = "") -> Config:
+def parse(argv: Sequence[str], prog: str = "") -> Config:
     """Turn a command line (with any `--config FILE` in it) into a checked `Config`; usage lines call it `prog`.
 
     Raises `UserError` for whatever is wrong with it or with a file.

@@ -331,7 +331,7 @@ def parse_keywords(pairs: Iterable[str], flag: str, example: str) -> dict[str, A
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
-            raise UserError(f"{flag} {pair}: expected NAME=VALUE, e.g. {example}.")
+            raise UserError(f"{flag} takes NAME=VALUE, e.g. {example}, not `{pair}`.")
         keywords[name] = literal(text)
     return keywords
 

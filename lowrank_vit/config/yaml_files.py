@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class _OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def config_files(argv: list[str]) -> tuple[list[Path], list[str]]:
+def config_files(argv: Iterable[str]) -> tuple[list[Path], list[str]]:
     """Split `argv` into the files of its `--config FILE`s and all other tokens.
 
     A file that ships with the program may be named without its folder: `--config quickstart`.
@@ -166,14 +166,11 @@ def _value(shown: str, name: str, hint: Any, value: Any) -> Any:
     if isinstance(value, dict) and name.endswith("-kwargs"):  # model-kwargs: {patch_size: 2}
         value = [f"{key}={one}" for key, one in value.items()]
     values = value if isinstance(value, list) and kind.is_tuple else [value]
-    texts = [_text(one) for one in values]
-    if kind.element is bool or any(one is None or isinstance(one, (bool, list, dict)) for one in values):
-        raise wrong_value(hint, texts, shown)
-    return value_of(hint, texts, shown)
+    wrong = [one for one in values if one is None or kind.element is bool or isinstance(one, (bool, list, dict))]
+    if wrong:
+        raise wrong_value(hint, [_as_written(one) for one in wrong], shown)
+    return value_of(hint, [str(one) for one in values], shown)
 
 
-def _text(value: Any) -> str:
-    """How a value is written in YAML."""
-    if isinstance(value, (bool, list, dict)) or value is None:
-        return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
-    return str(value)
+def _as_written(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()

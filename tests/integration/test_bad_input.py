@@ -65,7 +65,7 @@ def test_counts_that_do_not_fit(small):
 def test_names_that_do_not_exist(small):
     assert "Did you mean vit_tiny_patch16_224" in refused(small("--model", "vit_tiny_patch16_24"))
     assert "Did you mean adamw" in refused(small("--opt", "adamww"))
-    assert "expected NAME=VALUE" in refused(small("--model-kwargs", "depth"))
+    assert "takes NAME=VALUE" in refused(small("--model-kwargs", "depth"))
     assert "cannot be built" in refused(small("--model-kwargs", "dpeth=3"))
 
 

@@ -30,5 +30,5 @@ def test_which_gpu(name, local_rank, index, monkeypatch):
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "cuda:-1", "cpu:0"])
 def test_devices_that_are_not_known(name):
-    with pytest.raises(UserError, match=f"--device {name} is not known"):
+    with pytest.raises(UserError, match=f"--device takes .*, not `{name}`"):
         pick_device(name)
