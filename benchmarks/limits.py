@@ -26,6 +26,7 @@ from benchmarks.harness.sets import HEIGHT, WIDTH, photographs
 from benchmarks.prep import CACHE
 from data_prep.formats import turbojpeg
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.filesystem import sync
 from lowrank_vit.common.resources import available_cores
 
 _TERA = 1e12
@@ -101,7 +102,7 @@ def _write_and_sync(file: Path, num_bytes: int) -> None:
     with file.open("wb") as opened:
         opened.write(os.urandom(1 << 20) * max(1, num_bytes >> 20))
         opened.flush()
-        os.fsync(opened.fileno())
+        sync(opened.fileno())
 
 
 def _two_buffers(num_bytes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,6 +27,7 @@ from data_prep.formats.sidecars import (
 )
 from data_prep.writing.workers import ConversionProgress, map_ordered
 from lowrank_vit.common.errors import BetonError, UserError
+from lowrank_vit.common.filesystem import map_file
 from lowrank_vit.common.terminal import one_line
 
 DAMAGED_SHOWN = 100
@@ -64,7 +65,7 @@ def verify(beton: Path, *, full: bool = False, workers: int = 1, progress: bool 
             "Copy both again, or convert the source again."
         )
     try:
-        with beton.open("rb") as file, closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as data:
+        with closing(map_file(beton)) as data:
             if hashlib.sha256(data).hexdigest() != manifest.sha256:
                 raise BetonError(_describe_damage(beton, tables, names, manifest, data))
             if full:

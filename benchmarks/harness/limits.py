@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.harness.measure import Case
 from data_prep.formats import turbojpeg
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.filesystem import open_past_cache, sync
 
 _PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}
 _BLOCK, _READS_AHEAD = 1 << 20, 4
@@ -190,7 +191,7 @@ def disk_write_case(file: Path, num_bytes: int) -> Case:
                 for _ in range(blocks):
                     if opened.write(block) != _BLOCK:
                         raise OSError(errno.ENOSPC, "No space left on device")
-                os.fsync(descriptor)
+                sync(descriptor)
         except OSError as error:
             raise UserError(
                 f"{file} cannot be written: {error.strerror}. Choose --scratch on a larger disk."
@@ -241,13 +242,8 @@ def _random_block() -> mmap.mmap:
 
 def _open_past_cache(file: Path, flags: int) -> tuple[int, bool]:
     """A descriptor, and whether it goes past the page cache, which some file systems refuse."""
-    if direct := getattr(os, "O_DIRECT", 0):
-        try:
-            return os.open(file, flags | direct), True
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-    return os.open(file, flags), False
+    direct = open_past_cache(file, flags)
+    return (os.open(file, flags), False) if direct is None else (direct, True)
 
 
 def _way_of(file: Path, flags: int) -> str:

@@ -26,6 +26,7 @@ from data_prep.formats.beton import MODE_RAW, file_or_parts, part_path
 from data_prep.formats.jpeg import JPEG_MAX_SIDE, ImageOptions
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import remove_leftovers, whole_folder, writing
+from lowrank_vit.common.filesystem import symbolic_link
 from lowrank_vit.data.sets.beton import Beton
 
 VERSION = 1
@@ -204,7 +205,9 @@ def link_repeated(files: Sequence[Path], out: Path, times: int) -> None:
     """Make `out` stand for the set in `files`, `times` over: links that are read as its parts."""
     linked = [file.resolve() for _ in range(times) for file in files]
     for n, file in enumerate(linked, 1):
-        (out if len(linked) == 1 else part_path(out, n, len(linked))).symlink_to(file)
+        link = out if len(linked) == 1 else part_path(out, n, len(linked))
+        if not symbolic_link(link, file):
+            raise UserError(f"{link} cannot be made a link to {file}. Choose --scratch on a disk that has links.")
 
 
 def times_for(num_samples: int, batch_size: int, batches: int) -> int:

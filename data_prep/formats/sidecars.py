@@ -34,7 +34,8 @@ from data_prep.formats.beton import ALLOCATION, SAMPLE
 from data_prep.formats.jpeg import REASONS
 from data_prep.sources.samples import Superclasses
 from lowrank_vit.common.errors import BetonError
-from lowrank_vit.common.files import sync_directory, write_whole, writing
+from lowrank_vit.common.files import write_whole, writing
+from lowrank_vit.common.filesystem import sync_directory
 
 SCHEMA_VERSION = 1
 """Goes up when the meaning of a key changes; new keys alone leave it, since readers ignore keys they do not know."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from data_prep.sources.samples import Sample, Source, Superclasses
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.filesystem import rename
 
 NUM_CLASSES, NUM_COARSE = 100, 20
 PIXEL_BYTES = 3 * 32 * 32
@@ -73,7 +74,7 @@ def download(directory: Path) -> Path:
         if not check_integrity(archive, CIFAR100.tgz_md5):
             beside.mkdir(parents=True, exist_ok=True)
             download_url(CIFAR100.url, beside, CIFAR100.filename, CIFAR100.tgz_md5)
-            (beside / CIFAR100.filename).replace(archive)
+            rename(beside / CIFAR100.filename, archive)
             beside.rmdir()
     except (OSError, RuntimeError) as error:  # no network; or a checksum that is wrong
         raise UserError(

@@ -27,6 +27,7 @@ from data_prep.writing.direct_io import sha256_of
 from data_prep.writing.resuming import BAD, RECORD, STORED, PartialFile, pack_stat, resumable
 from data_prep.writing.workers import ConversionProgress, map_ordered
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.filesystem import sync
 
 Encode = Callable[[Sample], EncodedImage]
 
@@ -113,7 +114,7 @@ def write_beton(
         # Side by side: the disk finishes while the checksum is computed. A failing disk shows here, while an older
         # output and its sidecars are still untouched.
         with ThreadPoolExecutor(1) as pool:
-            on_disk = pool.submit(os.fsync, partial_file.file.fileno())
+            on_disk = pool.submit(sync, partial_file.file.fileno())
             sha256 = sha256_of(partial_file.path, partial_file.pages.kept)
             on_disk.result()
         written = _written(samples, work, file_bytes, sha256, done)

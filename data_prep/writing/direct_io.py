@@ -6,7 +6,6 @@ is not read again before it has left the cache anyway. Where O_DIRECT is refused
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import mmap
@@ -19,12 +18,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lowrank_vit.common.filesystem import LACKING, open_past_cache
 from lowrank_vit.common.pulse import beat
 
 READ_BYTES, READS_AHEAD = 1 << 22, 4
 PAGES_KEPT = 3
 """Pages in memory, being written or kept: 24 MiB."""
-_DIRECT: int | None = getattr(os, "O_DIRECT", None)
 
 
 class PageWriter:
@@ -32,7 +31,7 @@ class PageWriter:
 
     def __init__(self, path: Path, file: io.BufferedRandom) -> None:
         """`file` is `path`, open for writing."""
-        self._file, self._direct = file, _open_direct(path, os.O_WRONLY)
+        self._file, self._direct = file, open_past_cache(path, os.O_WRONLY)
         self._pool = ThreadPoolExecutor(1)
         self._pages: deque[tuple[int, mmap.mmap, Future[None]]] = deque()
 
@@ -67,8 +66,8 @@ class PageWriter:
             try:
                 return os.pwrite(self._direct, data, offset)
             except OSError as error:
-                # EINVAL: the file system wants another alignment, or a short write has left one.
-                if error.errno != errno.EINVAL:
+                # The file system wants another alignment, or a short write has left one.
+                if error.errno not in LACKING:
                     raise
                 self._close_direct()
         return os.pwrite(self._file.fileno(), data, offset)
@@ -86,12 +85,12 @@ class PageWriter:
 
 def sha256_of(path: Path, kept: Mapping[int, mmap.mmap] = MappingProxyType({})) -> str:
     """Hexadecimal SHA-256 of a file; what is `kept` of it in memory, by offset, is not read. Raises `OSError`."""
-    direct = _open_direct(path, os.O_RDONLY)
+    direct = open_past_cache(path, os.O_RDONLY)
     if direct is not None:
         try:
             return _sha256_of(direct, os.fstat(direct).st_size, kept)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in LACKING:
                 raise
         finally:
             os.close(direct)
@@ -139,12 +138,3 @@ def _parts(file_bytes: int, kept: Mapping[int, mmap.mmap]) -> Iterator[tuple[int
         if page is not None:
             yield start, len(page), page
             offset = start + len(page)
-
-
-def _open_direct(path: Path, flags: int) -> int | None:
-    if _DIRECT is None:
-        return None
-    try:
-        return os.open(path, flags | _DIRECT)
-    except OSError:
-        return None

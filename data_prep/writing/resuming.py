@@ -33,7 +33,8 @@ from data_prep.formats.sidecars import (
 from data_prep.sources.samples import Sample, file_list_sha256
 from data_prep.writing.direct_io import PageWriter, sha256_of
 from lowrank_vit.common.errors import BetonError, UserError
-from lowrank_vit.common.files import remove_leftovers, sync_directory, writing
+from lowrank_vit.common.files import remove_leftovers, writing
+from lowrank_vit.common.filesystem import rename, sync, sync_directory
 from lowrank_vit.common.locks import try_flock
 
 RECORD = np.dtype(
@@ -112,8 +113,8 @@ def resumable(path: Path, key: str | None) -> Generator[PartialFile]:
             try:
                 yield opened
                 file.flush()
-                os.fsync(file.fileno())
-                partial.replace(target)
+                sync(file.fileno())
+                rename(partial, target)
                 journal.unlink(missing_ok=True)  # another start may have taken it for what a kill has left
             except BaseException as error:
                 _keep_or_remove(opened, key, partial, journal, error)
@@ -186,8 +187,8 @@ def rename_pending(out: Path) -> None:
     """Give both sidecars their names, the manifest last. Raises `UserError`."""
     table_path, manifest_file = _pending(out)
     try:
-        table_path.replace(sample_table_path(out))
-        manifest_file.replace(manifest_path(out))
+        rename(table_path, sample_table_path(out))
+        rename(manifest_file, manifest_path(out))
     except OSError as error:
         raise UserError(f"the sidecars of {out} cannot be renamed: {error.strerror}. Check its folder.") from error
     sync_directory(out.parent)
@@ -269,7 +270,7 @@ def _recover(out: Path, key: str) -> None:
         if table_path.exists():
             rename_pending(out)
         else:  # the crash came between the two renames
-            manifest_file.replace(manifest_path(out))
+            rename(manifest_file, manifest_path(out))
 
 
 def _sha256(data: bytes) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.filesystem import hard_link, rename, sync, sync_directory
 from lowrank_vit.common.locks import try_flock
 from lowrank_vit.common.pulse import beat
 from lowrank_vit.common.terminal import as_bytes
@@ -61,8 +62,8 @@ def whole_file(path: Path, *, through_link: bool = True) -> Generator[io.Buffere
                 raise
             raise file.error from error
         file.flush()
-        os.fsync(descriptor)
-        temporary.replace(target)
+        sync(descriptor)
+        rename(temporary, target)
         file.close()
     except BaseException:
         with suppress(OSError):
@@ -135,14 +136,12 @@ def link_whole(existing: Path, path: Path) -> None:
     """Give a file a second name, `path`, at once; a copy where the file system has no links. Raises `OSError`."""
     temporary = _temporary(path)
     with existing.open("rb") as source:
-        try:
-            os.link(existing, temporary)
-        except OSError:
+        if not hard_link(existing, temporary):
             with whole_file(path, through_link=False) as copy:
                 shutil.copyfileobj(source, copy)
             return
         try:
-            temporary.replace(path)
+            rename(temporary, path)
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)  # it stays where `path` was a name of the same file already
@@ -164,7 +163,7 @@ def whole_folder(path: Path) -> Generator[Path]:
             try_flock(descriptor)
             yield temporary
             sync_directory(temporary)
-            temporary.rename(path)
+            rename(temporary, path)
         finally:
             os.close(descriptor)
     except BaseException:
@@ -226,16 +225,6 @@ def writing(path: Path, advice: str) -> Generator[None]:
         for note in getattr(error, "__notes__", []):
             message.add_note(note)
         raise message from error
-
-
-def sync_directory(directory: Path) -> None:
-    """Put renames and removals in `directory` on the disk, where the file system can do that."""
-    with suppress(OSError):  # some network file systems refuse to sync a directory
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def damaged_member(path: Path) -> str:

@@ -65,20 +65,26 @@ def _saved(path: Path) -> tuple[int, int]:
     """Finished epochs and updates of a checkpoint, without reading its weights; zeros without a readable one."""
     if not path.is_file():
         return 0, 0
-    import torch
-
     with contextlib.suppress(Exception):  # a damaged or foreign file fails in many ways inside torch
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = _read(path)
         return int(content["progress"]["epoch"]), int(content["step"]["num_updates"])
     return 0, 0
 
 
-def better_weights(path: Path) -> str:
-    """Of a checkpoint: "model" or "ema", whichever scored higher in its epoch; empty where it does not tell."""
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, of which weights are read when they are looked at, where the file system can do that."""
     import torch
 
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def better_weights(path: Path) -> str:
+    """Of a checkpoint: "model" or "ema", whichever scored higher in its epoch; empty where it does not tell."""
     with contextlib.suppress(Exception):
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = _read(path)
         return str(content.get("better") or ("ema" if content.get("state_dict_ema") else "model"))
     return ""
 

@@ -21,6 +21,7 @@ from lowrank_vit import __version__
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import remove_leftovers, write_whole, writing
+from lowrank_vit.common.filesystem import symbolic_link
 from lowrank_vit.common.locks import LOCK, SOFT_LOCK, FolderLock, holder, lock_folder
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.spectral.store import SpectraStore
@@ -106,10 +107,10 @@ class RunDir:
 
     def _link_latest(self) -> None:
         latest = self.path.parent / _LATEST
-        with contextlib.suppress(OSError):  # a convenience only: some file systems have no links
+        with contextlib.suppress(OSError):
             if latest.is_symlink():
                 latest.unlink()
-            latest.symlink_to(self.path.name, target_is_directory=True)
+        symbolic_link(latest, self.path.name, is_folder=True)  # a convenience only
 
     def write_text(self, name: str, text: str, say: Callable[[str], object] = terminal.say) -> None:
         """Write a small file atomically; `say` is told where that cannot be, which is no reason to end."""

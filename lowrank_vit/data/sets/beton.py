@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import mmap
 import os
 import weakref
 from collections.abc import Sequence
@@ -20,6 +18,7 @@ from data_prep.formats.beton import MODE_RAW, find_parts, part_path, read_tables
 from data_prep.formats.jpeg import MAX_PIXELS
 from data_prep.formats.sidecars import Manifest, check_index, manifest_path, read_manifest, read_sample_table
 from lowrank_vit.common.errors import BetonError
+from lowrank_vit.common.filesystem import map_files
 from lowrank_vit.common.terminal import one_line
 from lowrank_vit.data.decode.jpeg import has_too_many_scans
 
@@ -157,7 +156,13 @@ class Beton:
     def _mapped(self) -> tuple[np.ndarray, list[int]]:
         self._descriptors = [os.open(part, os.O_RDONLY) for part in self.parts]
         weakref.finalize(self, _close_all, self._descriptors)
-        return _map_files(self.parts, self._file_sizes)
+        try:
+            return map_files(self.parts, self._file_sizes)
+        except OSError as error:
+            raise BetonError(
+                f"{self.path} cannot be mapped into memory: {error.strerror or error}. Its file system may not be able "
+                "to: copy it to a local disk, which --stage-dir does."
+            ) from error
 
     def check_unchanged(self) -> None:
         """Raise `BetonError` if a mapped file has lost bytes: reading them would kill the process (SIGBUS).
@@ -218,34 +223,3 @@ class Beton:
 def _close_all(descriptors: list[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
-
-
-def _map_files(paths: list[Path], sizes: list[int]) -> tuple[np.ndarray, list[int]]:
-    """Map files of `sizes` bytes; return uint8 (bytes,) and where in it each file begins.
-
-    Each begins at a multiple of the machine's page size; the gaps read as zeros. Raises `BetonError` where the system
-    refuses.
-    """
-    if len(paths) == 1:
-        return np.memmap(paths[0], np.uint8, mode="r"), [0]
-    starts, end = [], 0
-    for size in sizes:
-        starts.append(end)
-        end += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    # Reserve the addresses with an empty private map, then lay each file over its stretch (mmap(2), MAP_FIXED). The
-    # whole is unmapped with the reservation, when the last view of the array is gone.
-    whole = mmap.mmap(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
-    array = np.frombuffer(whole, np.uint8)
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    for path, size, start in zip(paths, sizes, starts, strict=True):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            address = array.ctypes.data + start
-            fixed = mmap.MAP_SHARED | 0x10  # MAP_FIXED, which Python does not name
-            if libc.mmap(address, size, mmap.PROT_READ, fixed, descriptor, 0) != address:
-                raise BetonError(f"{path} cannot be mapped: {os.strerror(ctypes.get_errno())}.")
-        finally:
-            os.close(descriptor)
-    return array, starts

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -23,6 +22,7 @@ from data_prep.writing.direct_io import sha256_of
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.files import remove_leftovers, whole_folder, write_whole
+from lowrank_vit.common.filesystem import free_bytes, sync
 from lowrank_vit.common.locks import Say, one_process_in
 from lowrank_vit.common.pulse import beat
 from lowrank_vit.common.terminal import Steady, as_bytes
@@ -142,8 +142,8 @@ def _stamp(paths: Iterable[Path]) -> dict[str, list[int]]:
 
 
 def _check_room(sets: list[_Set], stage_dir: Path) -> None:
-    needed, free = sum(one.num_bytes for one in sets), shutil.disk_usage(stage_dir).free
-    if needed > free:
+    needed, free = sum(one.num_bytes for one in sets), free_bytes(stage_dir)
+    if free is not None and needed > free:
         raise UserError(
             f"--stage-dir {stage_dir}: {_names(sets)} and what belongs to them take {size_in_words(needed)}, but only "
             f"{size_in_words(free)} are free there. Make room, give a folder on another disk, or leave the flag out."
@@ -194,7 +194,7 @@ def _copy(source: Path, target: Path, told: str, advance: Callable[[int], object
             advance(len(chunk))
             beat()
         writing.flush()
-        os.fsync(writing.fileno())
+        sync(writing.fileno())
     if told and digest.hexdigest() != told:
         beton = source.with_name(source.name.removesuffix(".samples"))
         raise BetonError(

@@ -28,6 +28,7 @@ ENDS = ("", ".json", ".samples")
 
 class Usage(NamedTuple):
     free: int
+    total: int = 1 << 40
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +102,13 @@ def test_a_manifest_that_alone_changed_is_copied_too(source, tmp_path):
 def test_both_sets_of_a_run_are_staged(digits_dir, tmp_path, monkeypatch):
     asked = []
     needed = sum(path.stat().st_size for path in digits_dir.glob("*.beton*"))
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: asked.append(path) or Usage(needed))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or Usage(needed))
     train, val, _ = open_datasets(DataOptions(data_dir=digits_dir), None, tmp_path / "fast", Said())
     assert [beton.num_samples for beton in (train, val)] == [1437, 360]
     assert all(beton.path.is_relative_to(tmp_path / "fast") for beton in (train, val))
     assert asked == [tmp_path / "fast"]  # room for both, once
     shutil.rmtree(tmp_path / "fast")
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: Usage(needed - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(needed - 1))
     with pytest.raises(UserError, match=r"train\.beton and val\.beton and what belongs to them take"):
         open_datasets(DataOptions(data_dir=digits_dir), None, tmp_path / "fast", Said())
     assert not list((tmp_path / "fast").glob("*.beton"))
@@ -170,7 +171,7 @@ def test_a_disk_that_garbles_is_noticed(source, tmp_path, monkeypatch):
 
 
 def test_room_is_looked_for_first(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: Usage(12_345))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(12_345))
     with pytest.raises(UserError) as caught:
         stage(source, tmp_path / "fast", Said())
     needed = filesize.decimal(sum(path.stat().st_size for path in source.parent.iterdir()))
@@ -233,7 +234,7 @@ def test_a_full_disk_leaves_nothing_behind(source, tmp_path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(staging.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"--stage-dir .*: copying failed: No space left on device"):
         stage(source, tmp_path / "fast", Said())
     assert not list((tmp_path / "fast").glob("*jpeg*"))

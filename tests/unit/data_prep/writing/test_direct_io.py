@@ -13,7 +13,7 @@ import pytest
 
 from data_prep.writing import direct_io
 
-PAGE = 1 << 21
+PAGE, O_DIRECT = 1 << 21, os.O_DIRECT
 
 
 @pytest.fixture(params=["direct", "no O_DIRECT", "refused when opened", "refused when used", "short"])
@@ -23,11 +23,11 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     directs = set()
 
     def open_direct(path, flags, *more, **named):
-        if flags & os.O_DIRECT and request.param == "refused when opened":
+        if flags & O_DIRECT and request.param == "refused when opened":
             raise OSError(errno.EINVAL, "refused")
         descriptor = opened(path, flags, *more, **named)
         directs.discard(descriptor)
-        if flags & os.O_DIRECT:
+        if flags & O_DIRECT:
             directs.add(descriptor)
         return descriptor
 
@@ -40,7 +40,7 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         return refused
 
     if request.param == "no O_DIRECT":
-        monkeypatch.setattr(direct_io, "_DIRECT", None)
+        monkeypatch.delattr(os, "O_DIRECT")
     monkeypatch.setattr(os, "open", open_direct)
     if request.param == "refused when used":
         monkeypatch.setattr(os, "pwrite", refuse(pwrite))

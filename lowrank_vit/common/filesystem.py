@@ -1,0 +1,171 @@
+"""What not every file system can do, and what stands in for it: a call each, used wherever a file is written or mapped.
+
+Network file systems (NFS, Lustre, SMB), FUSE, overlays and object stores each lack some of: links, syncing a file or
+a folder, renaming from folder to folder, mappings that are shared, and files past the page cache. (For locks see
+`lowrank_vit.common.locks`.)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LACKING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY)
+"""What a call answers that the file system does not have."""
+_UNSHARED = (*LACKING, errno.ENODEV, errno.EPERM, errno.EACCES)
+T = TypeVar("T")
+_MAP_FIXED = 0x10  # which Python does not name
+
+
+def sync(descriptor: int) -> None:
+    """Put a file on the disk (fsync), where the file system can do that. Raises `OSError` of a disk that fails."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Put renames and removals in `directory` on the disk, where the file system can do that."""
+    with suppress(OSError):  # some refuse to open a directory, or to sync one
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a file or a folder another name, at once; copy it where the file system does not (EXDEV). Raises `OSError`.
+
+    A file at `target` is replaced. An overlay may refuse within one folder, too: then `target` is written in place.
+    """
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        if source.is_dir():
+            shutil.copytree(source, target, symlinks=True)
+            shutil.rmtree(source, ignore_errors=True)
+            return
+        copy = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        try:
+            _copy(source, copy)
+            try:
+                copy.replace(target)
+            except OSError as again:
+                if again.errno != errno.EXDEV:
+                    raise
+                _copy(source, target)
+        finally:
+            copy.unlink(missing_ok=True)
+        source.unlink()
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as reading, target.open("wb") as writing:
+        shutil.copyfileobj(reading, writing)
+        writing.flush()
+        sync(writing.fileno())
+
+
+def hard_link(existing: Path, path: Path) -> bool:
+    """Give a file a second name; False where it cannot have one (EPERM, EOPNOTSUPP, EMLINK ...), so copy it."""
+    try:
+        os.link(existing, path)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def symbolic_link(path: Path, target: Path | str, *, is_folder: bool = False) -> bool:
+    """Make `path` point to `target`; False where there are no such links, or `path` cannot be made."""
+    try:
+        path.symlink_to(target, target_is_directory=is_folder)
+    except OSError:
+        return False
+    return True
+
+
+def open_past_cache(path: Path, flags: int) -> int | None:
+    """Open a file past the page cache (O_DIRECT); None where that is refused, so open it as usual.
+
+    Reading and writing may still be refused, by one of `LACKING`, where the file system wants another alignment.
+    """
+    direct: int | None = getattr(os, "O_DIRECT", None)
+    with suppress(OSError):  # of any other reason the usual way tells more
+        return None if direct is None else os.open(path, flags | direct)
+    return None
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Room on the disk; None where it does not tell."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return None
+    return usage.free if usage.total else None  # some have nothing but zeros to tell
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """Map a file to read. Private where the file system does not share mappings. Raises `OSError`."""
+    with path.open("rb") as file:
+        return _shared_or_private(lambda flag: mmap.mmap(file.fileno(), 0, flags=flag, prot=mmap.PROT_READ))
+
+
+def map_files(paths: Sequence[Path], sizes: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    """Map files of `sizes` bytes; return uint8 (bytes,) and where in it each file begins. Raises `OSError`.
+
+    Each begins at a multiple of the machine's page size; the gaps read as zeros.
+    """
+    import numpy as np  # a tenth of a second that most commands need not spend here
+
+    if len(paths) == 1:
+        return np.frombuffer(map_file(paths[0]), np.uint8), [0]
+    starts, end = list[int](), 0
+    for size in sizes:
+        starts.append(end)
+        end += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    # Reserve the addresses with an empty private map, then lay each file over its stretch (mmap(2), MAP_FIXED). The
+    # whole is unmapped with the reservation, when the last view of the array is gone.
+    whole = mmap.mmap(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+    array = np.frombuffer(whole, np.uint8)
+    for path, size, start in zip(paths, sizes, starts, strict=True):
+        address = array.ctypes.data + start
+        with path.open("rb") as file:
+            _shared_or_private(lambda flag, at=address, size=size, file=file: _map_at(at, size, flag, file.fileno()))
+    return array, starts
+
+
+def _shared_or_private(map_with: Callable[[int], T]) -> T:
+    try:
+        return map_with(mmap.MAP_SHARED)
+    except OSError as error:
+        if error.errno not in _UNSHARED:
+            raise
+        return map_with(mmap.MAP_PRIVATE)
+
+
+def _map_at(address: int, size: int, flag: int, descriptor: int) -> None:
+    """Map a file over what is at an address. Raises `OSError`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    if libc.mmap(address, size, mmap.PROT_READ, flag | _MAP_FIXED, descriptor, 0) != address:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
