@@ -49,6 +49,7 @@ def _train(argv: list[str], config: Config, world: World, failing: Failing) -> N
     from lowrank_vit.ranks.joining import joined
     from lowrank_vit.ranks.records import run_record
     from lowrank_vit.ranks.signs import Limits
+    from lowrank_vit.training.stop import NO_LAUNCHER
     from lowrank_vit.training.trainer import train
 
     device = pick_device(config.step.device, world.local_rank)
@@ -57,6 +58,8 @@ def _train(argv: list[str], config: Config, world: World, failing: Failing) -> N
         result = train(config, default_name(argv, config), world, failing)
         if world.is_first:
             say(_farewell(result, config, world))
+    if result.stopped_by == NO_LAUNCHER:
+        sys.exit(1)  # where another node's torchrun is there still, it is to start the run again
     is_own_process = multiprocessing.parent_process() is None  # else a parent of Python's waits for what we return
     if result.is_repeated and os.environ.get("TORCHELASTIC_RUN_ID") and is_own_process:
         # All was done when torchrun started this again. Whatever ended the attempt before, be it at the interpreter's

@@ -2,7 +2,8 @@
 
 A rank notes in torch's store that it fails; a thread of each rank reads that, and tells there that its rank is alive
 (see `signs.py`). A rank that is killed can note nothing, so a second thread of each waits for word of its neighbour,
-which comes as a lost connection then.
+which comes as a lost connection then. Where torchrun's agent is gone, or the store with it, nobody would end or restart
+the ranks any more: they save and end.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -19,6 +21,8 @@ from collections.abc import Callable, Generator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
+
+import psutil
 
 from lowrank_vit.common.errors import UserError, exit_cleanly, in_short
 from lowrank_vit.common.terminal import printable
@@ -36,10 +40,14 @@ _AFTER_THE_CAUSE_S = 1.1
 """Wait of the other ranks before they end: torchrun takes the first to end, by whole seconds, for the cause."""
 _LOST_CONNECTION_S = 5.0
 """Time for the main thread to fail of a lost connection by itself, and to close its files."""
-_LOST = re.compile(r"(?i)connection (closed|reset|refused)|gloo|nccl")
+_WHO_S = 2.0
+"""Time for the neighbour of a lost rank to say which it is."""
+_LOST = re.compile(r"(?i)connection (closed|reset|refused|abort)|broken pipe|remote (process|peer)")
 """Found in the errors of a collective that another rank has left."""
-_FAILED, _GONE = "failed", "gone"
-"""Keys in torch's store: a rank has failed; it has closed its files."""
+_LATE = re.compile(r"(?is)(gloo|nccl|collective).*(timed? ?out|timeout)")
+"""Found in those of a collective to which another has not come."""
+_FAILED, _GONE, _WHO = "failed", "gone", "who is lost"
+"""Keys in torch's store: a rank has failed; it has closed its files; the first rank to which a connection was lost."""
 
 
 class Failing:
@@ -53,6 +61,12 @@ class Failing:
         """The error is this rank's own, not the consequence of another's."""
         self._exit_code: int | None = None
         """Set when the failure was told."""
+        self._is_through = False
+        """Nothing is left to do but to wait for the other ranks."""
+        self._is_alone = False
+        """The launcher is gone, and all know."""
+        self.save_and_end: Callable[[], None] | None = None
+        """Asks the run, once it trains, to save and end, from another thread."""
 
     def exit_together(self, main: Callable[[], None]) -> None:
         """Call `main` as `exit_cleanly` does; of several ranks only the first to fail says why, and all end with it."""
@@ -80,15 +94,18 @@ class Failing:
         store, world = self._world.store.clone(), self._world
         signs = Signs(world.progress, store, world.rank, world.size, limits, say=world.say)
         watching = threading.Thread(target=self._watch, args=(store, is_over, signs), name="ranks", daemon=True)
+        self._agent = _agent()
         channel = self._world.channel(timedelta(days=365))
+        told = self._world.store.clone()
         after, before = ((self._world.rank + step) % self._world.size for step in (1, -1))
         # A thread, since the main one may wait for a device that waits for the lost rank.
-        neighbour = threading.Thread(target=self._listen, args=(channel, after), name="neighbour", daemon=True)
+        neighbour = threading.Thread(target=self._listen, args=(channel, told, after), name="neighbour", daemon=True)
         neighbour.start()
         watching.start()
         world.start_limit = timedelta.max
         try:
             yield
+            self._is_through = True  # from here on rank 0, which may have the store, may end
             self._world.wait_for_all()
             channel.signal(before)
             neighbour.join()
@@ -113,7 +130,7 @@ class Failing:
 
     def _watch(self, store: Any, is_over: threading.Event, signs: Signs) -> None:
         """End this process when another rank has noted its failure in the store, or the ranks wait too long for one."""
-        with contextlib.suppress(RuntimeError):  # the store goes away with the run
+        try:
             while not is_over.wait(_POLL_S):
                 if self._is_failing:
                     continue
@@ -121,18 +138,54 @@ class Failing:
                     break
                 if stuck := signs.poll(time.monotonic()):
                     self._end(self._tell(stuck))
+                if self._agent and _has_ended(self._agent):
+                    self._lose_launcher(
+                        f"torchrun's agent on {socket.gethostname()} (process {self._agent.pid}) is gone"
+                    )
             else:
                 return
-            with contextlib.suppress(RuntimeError):
-                store.wait([_GONE], timedelta(seconds=_CLOSE_FILES_S))
-            time.sleep(_AFTER_THE_CAUSE_S)
-            os._exit(1)  # the main thread may sit in a collective that never ends
+        except RuntimeError as error:
+            self._go_on_without_store(error, is_over, signs)
+            return
+        with contextlib.suppress(RuntimeError):
+            store.wait([_GONE], timedelta(seconds=_CLOSE_FILES_S))
+        time.sleep(_AFTER_THE_CAUSE_S)
+        os._exit(1)  # the main thread may sit in a collective that never ends
 
-    def _listen(self, channel: Channel, after: int) -> None:
+    def _go_on_without_store(self, error: RuntimeError, is_over: threading.Event, signs: Signs) -> None:
+        """The store has ended with the process that has it: rank 0, which is told here, or torchrun's agent."""
+        if self._is_through or is_over.wait(_POLL_S):
+            return
+        if not _is_of_agent():
+            time.sleep(_LOST_CONNECTION_S)
+            if not self._is_failing:
+                self._end(self._tell(_gone(0, error)))
+            return
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        self._lose_launcher(f"torchrun's store at {where} is gone, and so may be its agent")
+        while not is_over.wait(_POLL_S):
+            if not self._is_failing and (stuck := signs.alone(time.monotonic())):
+                self._end(self._tell(stuck))
+
+    def _lose_launcher(self, what: str) -> None:
+        """Have the run save and end, since nobody watches over it; at once where nothing is trained yet."""
+        if self._is_alone or self._is_failing or self._is_through:
+            return
+        self._is_alone = True
+        if self.save_and_end is None:
+            self._end(self._tell(UserError(f"{what}. Nothing was trained yet; start it again.")))
+        if self._world.local_rank == 0:
+            print(f"warning: rank {self._world.rank}: {what}. The run saves and ends.", file=sys.stderr, flush=True)
+        self.save_and_end()
+
+    def _listen(self, channel: Channel, store: Any, after: int) -> None:
         """Wait for the next rank's word that all is well; a lost connection instead of it ends this process."""
         try:
             channel.wait_for(after)
         except RuntimeError as error:
+            with contextlib.suppress(RuntimeError):
+                if not store.check([_FAILED]):  # else it has ended because of another
+                    store.compare_set(_WHO, "", str(after))
             time.sleep(_LOST_CONNECTION_S)
             if not self._is_failing:
                 self._end(self._tell(_gone(after, error)))
@@ -145,7 +198,7 @@ class Failing:
         if not is_joined and not self._world.is_first and not isinstance(error, OfRank):
             # Most likely a mistake on the command line, which all ranks meet: rank 0 says so, and torchrun ends us.
             time.sleep(_RANK_0_FAILS_TOO_S)
-        self._is_cause = not is_joined or self._is_first_to_fail()
+        self._is_cause = not is_joined or self._is_first_to_fail(error)
         if self._is_cause:
             error = self._named(error) if is_joined else error
             record(error)
@@ -154,11 +207,12 @@ class Failing:
             sys.stderr.flush()
         return self._exit_code
 
-    def _is_first_to_fail(self) -> bool:
-        rank = str(self._world.rank)
-        with contextlib.suppress(RuntimeError):
-            return self._world.store.compare_set(_FAILED, "", rank).decode() == rank
-        return False  # the store is gone, and with it rank 0
+    def _is_first_to_fail(self, error: BaseException) -> bool:
+        world, rank = self._world, str(self._world.rank)
+        try:
+            return world.store.compare_set(_FAILED, "", rank).decode() == rank
+        except RuntimeError:  # the store is gone: one rank of each host speaks, and all of errors that are their own
+            return not _is_of_lost(error) or world.local_rank == 0 or world.rank == 1
 
     def _end(self, code: int) -> NoReturn:
         if self._is_cause and self._world.store is not None:
@@ -173,9 +227,23 @@ class Failing:
     def _named(self, error: BaseException) -> BaseException:
         """The error with the rank it happened on, and in the user's words where another rank is gone."""
         if isinstance(error, RuntimeError) and _LOST.search(str(error)):
-            error = _gone(None, error)
+            error = _gone(self._who_is_lost(), error)
+        elif isinstance(error, RuntimeError) and _LATE.search(str(error)):
+            error = UserError(f"the other ranks have not come within torch's own limit ({in_short(error)}).")
         rank = error.rank if isinstance(error, OfRank) else self._world.rank
         return UserError(f"rank {rank}: {error}") if isinstance(error, UserError) else error
+
+    def _who_is_lost(self) -> int | None:
+        """The rank to which its neighbour has lost the connection, as far as that is known."""
+        store, end = self._world.store, time.monotonic() + _WHO_S
+        try:
+            while not store.check([_WHO]):
+                if time.monotonic() > end:
+                    return None
+                time.sleep(_POLL_S / 5)
+            return int(store.get(_WHO))
+        except RuntimeError:
+            return None if _is_of_agent() else 0  # it has the store
 
 
 def as_rank(work: Callable[[World, Failing], None]) -> None:
@@ -213,16 +281,48 @@ def record(error: BaseException) -> None:
         Path(path).write_text(json.dumps({"message": {"message": printable(text), "extraInfo": more}}), "utf-8")
 
 
+def _is_of_agent() -> bool:
+    """Whether the store is in torchrun's agent, not in rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _agent() -> psutil.Process | None:
+    """Torchrun's own process that has started this one, be it through others; None where there is none."""
+    if not os.environ.get("TORCHELASTIC_RUN_ID"):
+        return None
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents():
+            if any("torchrun" in word or "torch.distributed" in word for word in process.cmdline()):
+                return process
+    return None
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
+
+
+def _is_of_lost(error: BaseException) -> bool:
+    return isinstance(error, Gone) or (isinstance(error, RuntimeError) and bool(_LOST.search(str(error))))
+
+
+class Gone(UserError):
+    """Another rank's process has ended without a word."""
+
+
 def _is_success(error: BaseException) -> bool:
     return isinstance(error, SystemExit) and not error.code
 
 
-def _gone(rank: int | None, error: BaseException) -> UserError:
+def _gone(rank: int | None, error: BaseException) -> Gone:
     who = "another rank" if rank is None else f"rank {rank}"
-    reason = in_short(error)
-    return UserError(
-        f"{who} is gone without a word ({reason}). It may have been killed, for example for want of memory; see the "
-        "system's log. Go on from the last checkpoint with --resume."
+    return Gone(
+        f"{who} is gone without a word ({in_short(error)}). It may have been killed, for example for want of "
+        "memory; see the system's log. Go on from the last checkpoint with --resume."
     )
 
 

@@ -19,6 +19,9 @@ from lowrank_vit.score.evaluate import Batches
 SAME_REQUEST_S = 5.0
 """Signals that come within this time of the first one are the same request."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+NO_LAUNCHER = "the loss of its launcher"
+_LAUNCHER_LOST = 1000
+"""No signal has this number."""
 _ORDERS = (signal.SIGTERM, signal.SIGINT)
 """Those of which a second one ends the process at once."""
 _CLEAN_UP_S = 3.0
@@ -71,13 +74,18 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def ask(self, number: int) -> None:
-        """Have the run end because of the signal of that number, once all ranks know. Safe in a signal handler."""
+    def ask(self, number: int = _LAUNCHER_LOST) -> None:
+        """Have the run end because of the signal of that number, once all ranks know. Safe in a signal handler.
+
+        Without one: since the launcher of this rank is gone.
+        """
         self._signal = number
 
     @property
     def reason(self) -> str:
-        """The signal's name, e.g. SIGTERM; empty without one."""
+        """The signal's name, e.g. SIGTERM, or `NO_LAUNCHER`; empty without one."""
+        if self._signal == _LAUNCHER_LOST:
+            return NO_LAUNCHER
         return signal.Signals(self._signal).name if self._signal else ""
 
     def begin(self, num_steps: int) -> None:

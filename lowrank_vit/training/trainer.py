@@ -161,6 +161,7 @@ class Trainer:
             self.checkpoints = stack.enter_context(self._make_checkpoints())
             if self.monitor and self.state.position.num_updates == 0:
                 self.monitor.observe(0)
+            self._failing.save_and_end = self.stop.ask
             with self.stop.noted():  # to the end: what asked for it once may ask again while all is saved
                 try:
                     for epoch in range(self.state.position.epoch, setup.num_epochs):
