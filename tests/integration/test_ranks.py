@@ -287,6 +287,56 @@ def test_elastic_restarts_go_on_from_the_last_checkpoint(small, one, tmp_path):
     assert_same_run(run, one)
 
 
+def test_ranks_whose_launcher_is_killed_save_and_end(small, tmp_path):
+    program = altered(
+        tmp_path,
+        """
+        step_update = t.setup.scheduler.step_update
+        def then_kill_the_agent(n, metric=None):
+            step_update(n, metric)
+            if n == 14 and rank == 1:
+                os.kill(os.getppid(), signal.SIGKILL)
+            elif n > 14:
+                time.sleep(0.5)
+        t.setup.scheduler.step_update = then_kill_the_agent
+        """,
+    )
+    argv = small(*RECIPE, "--epochs", "40", "-b", "64", "--experiment", "a")
+    code, out, err = finish(forked(2, argv, program=program))  # whose output ends with the last rank's
+    assert code == -signal.SIGKILL
+    assert "The run saves and ends" in err
+    said = int(out.partition("stopped by the loss of its launcher after update ")[2].partition(";")[0])
+    assert read_checkpoint(tmp_path / "a" / "last.pth.tar").content["step"]["num_updates"] == said >= 14
+
+
+HANGS = {"stop": "os.kill(os.getpid(), signal.SIGSTOP)", "hold": "ctypes.PyDLL(None).sleep(1000)"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hang", ["sleep", *HANGS])
+def test_a_rank_that_hangs_is_named(small, tmp_path, hang):
+    program = altered(
+        tmp_path,
+        f"""
+        import ctypes
+        step_update = t.setup.scheduler.step_update
+        def and_hang(n, metric=None):
+            step_update(n, metric)
+            if n == 14 and rank == 1:
+                {HANGS.get(hang, "time.sleep(1000)")}
+        t.setup.scheduler.step_update = and_hang
+        """,
+    )
+    argv = small(*RECIPE, "-b", "64", "--rank-timeout", "20", "--experiment", "h")
+    code, _, err = finish(forked(2, argv, program=program))
+    assert code != 0
+    if hang == "sleep":
+        assert "error: rank 1: stuck on" in err
+    else:
+        assert re.search(r"error: rank 0: rank 1 on \S+ \(in .*\) gives no sign of life since \d\d:\d\d:\d\d", err), err
+    assert ("in and_hang" in err) == (hang != "stop")
+
+
 def test_a_rank_killed_when_all_is_saved_costs_nothing(small, tmp_path):
     """In each attempt, so that the restart that finds nothing to do must not come to the same place."""
     program = altered(

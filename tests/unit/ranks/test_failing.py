@@ -1,15 +1,23 @@
-"""What torchrun is told of an error, for the summary that comes last."""
+"""What a rank says of an error that it meets, and torchrun's summary of it; who says it; ranks nobody watches over."""
 
 from __future__ import annotations
 
 import json
+import os
+import threading
+from typing import Any, NoReturn
 
+import psutil
 import pytest
+from torch.distributed import HashStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from lowrank_vit import train
 from lowrank_vit.common.errors import UserError, in_short
-from lowrank_vit.ranks.failing import record
+from lowrank_vit.ranks import failing as module
+from lowrank_vit.ranks.failing import Failing, Gone, record
+from lowrank_vit.ranks.signs import Limits, Signs
+from lowrank_vit.ranks.world import World
 
 
 @pytest.fixture
@@ -81,3 +89,146 @@ def test_a_torchrun_of_one_process_is_told_too(file, monkeypatch):
     with pytest.raises(UserError):
         train.main(["--lr", "abc"])
     assert "traceback : error: --lr takes a number above 0, not `abc`" in summary(file)
+
+
+LOST = (
+    "[../gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:238",
+    "[../gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:44215: Connection reset by peer",
+    "writev [127.0.0.1]:5: Broken pipe",
+    "NCCL error: remote process exited or there was a network error",
+)
+LATE = (
+    "[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete",
+    "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=8, OpType=ALLREDUCE)",
+)
+
+
+class Ended(BaseException):
+    """In place of the end of the process."""
+
+
+class GoneStore:
+    """A store whose process is gone."""
+
+    def __getattr__(self, name: str) -> Any:
+        def fail(*args: Any) -> NoReturn:
+            raise RuntimeError("Connection reset by peer")
+
+        return fail
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for name in ("_WHO_S", "_LOST_CONNECTION_S", "_AFTER_THE_CAUSE_S", "_POLL_S"):
+        monkeypatch.setattr(module, name, 0.01)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+    def end(code: int) -> NoReturn:
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+
+
+@pytest.mark.parametrize("text", LOST)
+def test_a_lost_rank_is_named_by_what_its_neighbour_has_noted(text):
+    world = World(1, 1, 4, HashStore())
+    told = Failing(world)._named(RuntimeError(text))
+    assert str(told).startswith("rank 1: another rank is gone without a word")
+    world.store.set(module._WHO, "3")
+    assert str(Failing(world)._named(RuntimeError(text))).startswith("rank 1: rank 3 is gone without a word")
+
+
+@pytest.mark.parametrize("text", LATE)
+def test_a_rank_that_is_late_is_not_gone(text):
+    told = str(Failing(World(1, 1, 4, HashStore()))._named(RuntimeError(text)))
+    assert "gone" not in told
+    assert "have not come within torch's own limit" in told
+
+
+def test_other_errors_stay_as_they_are():
+    for error in (RuntimeError("NCCL error: unhandled cuda error"), KeyError("x"), RuntimeError("out of memory")):
+        assert Failing(World(1, 1, 4, HashStore()))._named(error) is error
+
+
+def test_without_a_store_one_rank_of_a_host_tells_of_the_lost_one_and_each_of_its_own():
+    def speaks(rank: int, local_rank: int, error: BaseException) -> bool:
+        return Failing(World(rank, local_rank, 8, GoneStore()))._is_first_to_fail(error)
+
+    places = [(1, 1), (2, 2), (3, 3), (4, 0), (5, 1)]  # rank 0 is gone, and with it the store
+    assert [place for place in places if speaks(*place, RuntimeError(LOST[0]))] == [(1, 1), (4, 0)]
+    assert [place for place in places if speaks(*place, Gone("rank 0"))] == [(1, 1), (4, 0)]
+    assert all(speaks(*place, UserError("a damaged image")) for place in places)
+
+
+def test_a_store_that_went_with_rank_0_is_told_as_its_loss(capsys):
+    failing = Failing(World(1, 1, 3, GoneStore()))
+    with pytest.raises(Ended) as ended:
+        failing._go_on_without_store(RuntimeError(LOST[0]), threading.Event(), alone(failing))
+    assert ended.value.args == (2,)
+    assert "rank 1: rank 0 is gone without a word" in capsys.readouterr().err
+
+
+def alone(failing: Failing, limit_s: float = 60.0) -> Signs:
+    return Signs(failing._world.progress, None, 1, 3, Limits(limit_s, limit_s), say=print)
+
+
+def test_without_torchruns_store_the_run_saves_and_ends(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    failing, is_over = Failing(World(0, 0, 3, GoneStore())), threading.Event()
+    failing.save_and_end = is_over.set
+    failing._go_on_without_store(RuntimeError(LOST[0]), is_over, alone(failing))
+    assert is_over.is_set()
+    assert "torchrun's store at" in capsys.readouterr().err
+
+
+def test_where_saving_comes_to_nothing_a_limit_ends_it(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    failing, asked = Failing(World(0, 0, 3, GoneStore())), list[bool]()
+    failing.save_and_end = lambda: asked.append(True)
+    with pytest.raises(Ended):
+        failing._go_on_without_store(RuntimeError(LOST[0]), threading.Event(), alone(failing, 0.1))
+    assert asked == [True]
+    assert "stuck on" in capsys.readouterr().err
+
+
+def test_before_the_first_update_there_is_nothing_to_save(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    failing = Failing(World(0, 0, 3, GoneStore()))
+    with pytest.raises(Ended):
+        failing._go_on_without_store(RuntimeError(LOST[0]), threading.Event(), alone(failing))
+    assert "Nothing was trained yet" in capsys.readouterr().err
+
+
+def test_a_store_that_goes_when_all_is_done_is_nobodys_loss():
+    failing = Failing(World(1, 1, 3, GoneStore()))
+    failing._is_through = True
+    failing._go_on_without_store(RuntimeError(LOST[0]), threading.Event(), alone(failing))
+
+
+class Process:
+    def __init__(self, *words: str) -> None:
+        self._words = words
+
+    def cmdline(self) -> list[str]:
+        return list(self._words)
+
+
+def test_the_agent_is_found_behind_a_wrapper(monkeypatch):
+    agent = Process("python", "/usr/bin/torchrun", "--nnodes", "2")
+    parents = [Process("bash", "-c", "python -m lowrank_vit.train"), agent, Process("bash")]
+    monkeypatch.setattr(psutil.Process, "parents", lambda self: parents)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert module._agent() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert module._agent() is agent  # type: ignore[comparison-overlap]
+    del parents[1]
+    assert module._agent() is None
+
+
+def test_a_process_that_has_ended_is_seen_to_have(tmp_path):
+    child = psutil.Popen(["sleep", "100"])
+    assert not module._has_ended(psutil.Process(child.pid))
+    process = psutil.Process(child.pid)
+    child.kill()
+    child.wait()
+    assert module._has_ended(process)
