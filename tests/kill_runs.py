@@ -34,10 +34,11 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -94,19 +95,20 @@ class Attempt:
 
     def __init__(self, argv: list[str], ranks: int, log: Path, *, is_whole: bool) -> None:
         """`is_whole`: processes of their own instead of forked ones."""
-        self.began, port = time.monotonic(), _free_port()
+        self.began, port = time.monotonic(), free_port()
         self._children: list[int] = []
         for rank in range(ranks):
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment = {name: str(value) for name, value in world.items()} if ranks > 1 else {}
-            begin = _spawn if is_whole else _fork
-            self._children.append(begin(argv, environment, log.with_suffix(f".{rank}.log")))
+            file = log.with_suffix(f".{rank}.log")
+            pid = _spawn(argv, environment, file) if is_whole else forked(lambda: child(argv), environment, file)
+            self._children.append(pid)
 
     def ends_within(self, seconds: float) -> bool:
         """Wait at most so long, counted from the start; whether all processes have ended by then."""
         while time.monotonic() - self.began < seconds:
-            if all(_has_ended(pid) for pid in self._children):
+            if all(has_ended(pid) for pid in self._children):
                 return True
             time.sleep(0.005)
         return False
@@ -124,13 +126,15 @@ class Attempt:
         return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self._children]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at just now."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]
 
 
-def _has_ended(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
+    """Whether a child of this process has ended; it is left to be waited for."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
@@ -144,18 +148,20 @@ def _spawn(argv: list[str], environment: dict[str, str], log: Path) -> int:
     return process.pid
 
 
-def _fork(argv: list[str], environment: dict[str, str], log: Path) -> int:
+def forked(work: Callable[[], object], environment: dict[str, str], log: Path) -> int:
+    """Begin `work` in a fork of this process, which must have no threads; its id."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
         return pid
     code = 1
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.environ.update(environment)
-        child(argv)
+        work()
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -170,6 +176,12 @@ def _fork(argv: list[str], environment: dict[str, str], log: Path) -> int:
 
 def child(argv: list[str]) -> None:
     """Train; no refresh of the spectra is skipped."""
+    skip_no_refresh()
+    exit_cleanly(lambda: train.main(argv))
+
+
+def skip_no_refresh() -> None:
+    """Have a refresh of the spectra that is due wait until the one before is over."""
     observe = SpectralMonitor.observe
 
     def and_skip_none(self: SpectralMonitor, num_updates: int) -> None:
@@ -178,7 +190,6 @@ def child(argv: list[str]) -> None:
         observe(self, num_updates)
 
     SpectralMonitor.observe = and_skip_none
-    exit_cleanly(lambda: train.main(argv))
 
 
 class Run:
@@ -189,6 +200,10 @@ class Run:
         self.is_whole = number % 20 == 4
         self._rng = random.Random(f"kills/{number}")
         self._seed = 1000 + number
+
+    def record(self) -> dict[str, Any]:
+        """Its kind, and how many kills there are of it."""
+        return {"kind": f"{self.kind.name}{', whole processes' if self.is_whole else ''}", "kills": self._kills}
 
     def differences(self) -> list[str]:
         """What is not the same in the end; nothing, if all is well."""
@@ -260,15 +275,34 @@ def make_images(folder: Path) -> None:
         (folder / f"{split}.part").rename(folder / split)
 
 
-def main() -> None:
-    """Run what is not yet noted in the state file, and say the counts."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=20)
+class Killed(Protocol):
+    """One run of a script of kills."""
+
+    def __init__(self, number: int, kills: int, folder: Path) -> None:
+        """All that is random is a function of the number; `folder` is its own, empty and deleted afterwards."""
+        ...
+
+    def differences(self) -> list[str]:
+        """What is not the same in the end; nothing, if all is well."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What to note of it: "kind", "kills" (how many), and more."""
+        ...
+
+
+def campaign(description: str, killed: type[Killed], state: str, runs: int) -> dict[str, Any]:
+    """Parse the command line of such a script, and run what is not yet noted in the state file; all that is noted."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--runs", type=int, default=runs)
     parser.add_argument("--first", type=int, default=0, help="number of the first run")
     parser.add_argument("--kills", type=int, default=10, help="of a run")
-    parser.add_argument("--state", type=Path, default=Path("kill_runs.json"))
+    parser.add_argument("--state", type=Path, default=Path(state))
     parser.add_argument("--keep", type=Path, help="folder for the directories of runs that differ")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was begun is ended
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     done: dict[str, Any] = json.loads(options.state.read_text()) if options.state.exists() else {}
     torch.set_num_threads(1)
     for name in IMPORTED:
@@ -277,20 +311,26 @@ def main() -> None:
         if str(number) in done:
             continue
         with TemporaryDirectory(prefix="kill_runs") as folder:
-            run, began = Run(number, options.kills, Path(folder)), time.monotonic()
-            print(f"run {number}, {run.kind.name}{', whole processes' if run.is_whole else ''} ", end="", flush=True)
+            run, began = killed(number, options.kills, Path(folder)), time.monotonic()
+            print(f"run {number}, {run.record()['kind']} ", end="", flush=True)
             found = run.differences()
             if found and options.keep:
                 shutil.copytree(folder, options.keep / f"run{number}", dirs_exist_ok=True)
-        print(f" {'differs: ' + '; '.join(found) if found else 'same bits'}, {time.monotonic() - began:.0f} s")
-        done[str(number)] = {"kind": run.kind.name, "kills": options.kills, "whole": run.is_whole, "differs": found}
+        seconds = round(time.monotonic() - began)
+        print(f" {'differs: ' + '; '.join(found) if found else 'the same'}, {seconds} s", flush=True)
+        done[str(number)] = {**run.record(), "seconds": seconds, "commit": commit, "differs": found}
         partial = options.state.with_suffix(".part")
         partial.write_text(json.dumps(done, indent=1) + "\n")
         partial.replace(options.state)
+    return done
+
+
+def verdict(done: dict[str, Any]) -> NoReturn:
+    """Say the counts, and exit with 1 if any run differs."""
     bad = [number for number, one in done.items() if one["differs"]]
     print(f"{sum(one['kills'] for one in done.values())} kills in {len(done)} runs, {len(bad)} differ {' '.join(bad)}")
     sys.exit(bool(bad))
 
 
 if __name__ == "__main__":
-    main()
+    verdict(campaign(__doc__ or "", Run, "kill_runs.json", 20))
