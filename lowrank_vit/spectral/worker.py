@@ -172,6 +172,8 @@ class Worker:
                 if one:
                     raise RuntimeError(f"rank {rank}: {one}")
                 return  # cancelled there
+            if one.update != snapshot.update:
+                raise RuntimeError(f"rank {rank} is at update {one.update}")
             whole.solved |= one.solved
             whole.values |= one.values
         whole.solved = {key: whole.solved[key] for key in self._keys}

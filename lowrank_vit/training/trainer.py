@@ -61,9 +61,10 @@ class Result:
 
 
 def _result(run_dir: Path, config: Config, state: RunState, **more: Any) -> Result:
-    best, so_far = state.best, {"train_s": 0.0, "num_updates": state.position.num_updates}
+    best = state.best
+    of_run: dict[str, Any] = {"train_s": 0.0, "num_updates": state.position.num_updates, **more}
     of_best = best.best_metric, best.best_epoch
-    return Result(run_dir, config.run.eval_metric, *of_best, best_scores=best.best_scores, **so_far | more)
+    return Result(run_dir, config.run.eval_metric, *of_best, best_scores=best.best_scores, **of_run)
 
 
 @dataclass(frozen=True)
