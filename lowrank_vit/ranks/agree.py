@@ -53,9 +53,14 @@ def gatherer(world: World, topic: str, doing: str) -> Callable[[Any], list[Any]]
     return lambda value: gather(world, f"{topic}/{next(calls)}", value, doing)
 
 
-def agree(world: World, topic: str, record: Record, doing: str, limit: timedelta | None = None) -> None:
-    """Raise `UserError` on all ranks where one has another record than most, or than rank 0; that one is the first."""
-    told = {"host": socket.gethostname(), "record": {name: list(texts) for name, texts in record.items()}}
+def agree(world: World, topic: str, record: Callable[[], Record], doing: str, limit: timedelta | None = None) -> None:
+    """Raise `UserError` on all ranks where one has another record than most, or than rank 0; that one is the first.
+
+    Alone a process makes no record.
+    """
+    if world.size == 1:
+        return
+    told = {"host": socket.gethostname(), "record": {name: list(texts) for name, texts in record().items()}}
     verdict = _decide(world, topic, told, _verdict, doing, limit)
     if verdict is None:
         return

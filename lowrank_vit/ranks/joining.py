@@ -111,7 +111,7 @@ def joined(
         ) from error
     world.store = dist.PrefixStore(f"lowrank_vit/{attempt}", store)
     world.store.set(f"host/{world.rank}", socket.gethostname())
-    agree(world, "run", record(), "its start")
+    agree(world, "run", record, "its start")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(

@@ -47,7 +47,7 @@ def data_record(sets: Mapping[str, Beton], model: nn.Module, resumed: Checkpoint
         record |= _plain({f"the number of images of the {name}": f"{beton.num_samples:,}"})
         record |= _others(
             (f"other classes in the {name}", xxhash.xxh3_64_hexdigest(classes.encode(errors="replace")), shown),
-            (f"other labels in the {name}", xxhash.xxh3_64_hexdigest(beton.labels), shown),
+            (f"other labels in the {name}", xxhash.xxh3_64_hexdigest(beton.labels.data), shown),
             (f"other images in the {name}", _fingerprint(beton), shown),
         )
     origin = str(resumed.path) if resumed else "of the model"
@@ -79,7 +79,7 @@ def _digest_of_sources() -> str:
 def _digest(tensors: Iterable[Tensor]) -> str:
     digest = xxhash.xxh3_64()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -92,9 +92,9 @@ def _fingerprint(beton: Beton) -> str:
     for manifest in beton.manifests:
         digest.update(manifest.sha256.encode())
     for table in (beton.heights, beton.widths, beton.modes, beton.sizes):
-        digest.update(table)
+        digest.update(table.data)
     n = beton.num_samples
     ids = range(n) if int(beton.sizes.sum()) <= _READ_BYTES else np.linspace(0, n - 1, _READ_SAMPLES).astype(int)
     for sample_id in ids:
-        digest.update(beton.sample(int(sample_id)))
+        digest.update(beton.sample(int(sample_id)).data)
     return digest.hexdigest()

@@ -45,8 +45,9 @@ class World:
     def host(self, rank: int) -> str:
         """The name of the machine that a rank is on, as far as it has told it."""
         key = f"host/{rank}"
-        is_told = self.store is not None and self.store.check([key])
-        return self.store.get(key).decode(errors="replace") if is_told else "a host not known yet"
+        if self.store is None or not self.store.check([key]):
+            return "a host not known yet"
+        return self.store.get(key).decode(errors="replace")
 
     def sum(self, values: Tensor) -> None:
         """Add up `values` over all ranks, in place."""

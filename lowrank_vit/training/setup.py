@@ -153,7 +153,8 @@ def set_up(
     world.progress.enter("making the model")
     torch.manual_seed(config.run.seed)
     model = _make_model(config, num_classes, sets, resumed, say)
-    agree(world, "data", data_record(sets.by_name if sets else {}, model, resumed), "opening the data")
+    by_name = sets.by_name if sets else {}
+    agree(world, "data", lambda: data_record(by_name, model, resumed), "opening the data")
     model = model.to(device)
     data = config.data
     spec = input_spec(model, data.img_size, data.crop_pct, data.mean, data.std)

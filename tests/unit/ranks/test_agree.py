@@ -40,7 +40,7 @@ def record(**values: str) -> dict[str, tuple[str, str]]:
 
 
 def verdicts(*records: dict[str, tuple[str, str]]) -> list[OfRank | None]:
-    return on_ranks(len(records), lambda world: agree(world, "run", records[world.rank], "its start", LIMIT))
+    return on_ranks(len(records), lambda world: agree(world, "run", lambda: records[world.rank], "its start", LIMIT))
 
 
 def test_what_is_the_same_everywhere_is_agreed_on():
@@ -113,8 +113,8 @@ def test_64_ranks_agree_over_one_store():
     said = {f"--option-{n}": (f"{n}", f"{n}") for n in range(150)}
 
     def call(world: World) -> None:
-        agree(world, "run", said, "its start", LIMIT)
-        agree(world, "data", said | record(lr=str(world.rank // 63)), "opening the data", LIMIT)
+        agree(world, "run", lambda: said, "its start", LIMIT)
+        agree(world, "data", lambda: said | record(lr=str(world.rank // 63)), "opening the data", LIMIT)
 
     errors = on_ranks(64, call, [PrefixStore("attempt", client) for client in clients])
     assert {error.rank for error in errors} == {63}
