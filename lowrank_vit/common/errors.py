@@ -27,7 +27,9 @@ def in_short(error: BaseException) -> str:
     Without the place in the library's source, and without its advice, which is meant for its own users.
     """
     first_line = str(error).strip().partition("\n")[0]
-    return re.split(r"[.!] ", re.sub(r"^\[[^]]*:\d+\] *", "", first_line))[0].rstrip(".") or type(error).__name__
+    return (
+        re.split(r"[.!] (?=[A-Z])", re.sub(r"^\[[^]]*:\d+\] *", "", first_line))[0].rstrip(".") or type(error).__name__
+    )
 
 
 def did_you_mean(name: str, among: Iterable[str], prefix: str = "") -> str:

@@ -195,7 +195,7 @@ class Failing:
         if self._exit_code is not None:
             return self._exit_code
         self._is_failing, self._exit_code, is_joined = True, 1, self._world.store is not None
-        if not is_joined and not self._world.is_first and not isinstance(error, OfRank):
+        if not is_joined and not self._world.is_first and not isinstance(error, OfRank | KeyboardInterrupt):
             # Most likely a mistake on the command line, which all ranks meet: rank 0 says so, and torchrun ends us.
             time.sleep(_RANK_0_FAILS_TOO_S)
         self._is_cause = not is_joined or self._is_first_to_fail(error)

@@ -57,7 +57,10 @@ GLOO = "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connectio
             f"{GLOO}. This is typically caused by a remote worker crashing. GLHF!",
             "Connection closed by peer [127.0.0.1]:10375",
         ),
-        ("[enforce fail at /a/pair.cc:456] op.preamble.length <= op.nbytes. 8 vs 4", "op.preamble.length <= op.nbytes"),
+        (
+            "[enforce fail at /a/pair.cc:456] op.preamble.length <= op.nbytes. 8 vs 4",
+            "op.preamble.length <= op.nbytes. 8 vs 4",
+        ),
         (
             "Ping failed, invalid value returned from server.\nException raised from pingServer",
             "Ping failed, invalid value returned from server",
