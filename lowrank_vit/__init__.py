@@ -3,11 +3,14 @@
 The names of `__all__` are what a notebook or another training loop imports; each is loaded when it is first asked for.
 """
 
+from lowrank_vit.common.begin import begin
+
+_is_command = begin()  # before anything else is imported
+# ruff: noqa: E402
+# isort: split
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
-
-from lowrank_vit.common.program import is_command
 
 if TYPE_CHECKING:
     from lowrank_vit.augment.pipeline import Augment
@@ -24,8 +27,8 @@ if TYPE_CHECKING:
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-# What is imported for a command takes seconds, in which Ctrl-C may come, or the reader of its output may go.
-if is_command():
+# What is imported for a command takes seconds, in which the reader of its output may go.
+if _is_command:
     from lowrank_vit.common.terminal import begin_program
 
     begin_program()

@@ -7,7 +7,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 
-from lowrank_vit.common.terminal import INTERRUPTED, UNREAD, interruptible, is_unread, printable, uninterruptible
+from lowrank_vit.common.begin import INTERRUPTED
+from lowrank_vit.common.terminal import UNREAD, interruptible, is_unread, printable, uninterruptible
 
 
 class UserError(ValueError):

@@ -10,9 +10,9 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
+from lowrank_vit.common.begin import SCRIPT
 from lowrank_vit.common.errors import UserError
 
-SCRIPT = "lowrank-vit"
 _DECISIVE = ("torch", "timm", "nvidia-dali", "ffcv")
 """How the names of the libraries begin whose versions are checked at the start."""
 COMMANDS = {
@@ -26,20 +26,11 @@ COMMANDS = {
     "completion": ("lowrank_vit.config.completion", "a script for the shell: TAB completes all of this"),
 }
 """The commands of `lowrank-vit`, in the order in which they are shown: the module with its `main(argv)`, a line."""
-_PACKAGES = ("lowrank_vit", "data_prep", "benchmarks")
 CONFIGS, CLASSES = ".yaml", ".txt"
 """Suffixes of bundled configurations and of bundled lists of classes."""
 # In an installed package beside the code; in the repository where people look for them.
 _ROOT = Path(__file__).parents[2]
 _FOLDERS = (_ROOT / "lowrank_vit" / "configs", _ROOT / "configs")
-
-
-def is_command() -> bool:
-    """Whether this process was started as one of the commands; asked while the first module is being imported."""
-    # While `python -m` looks for its module, and imports the packages that it is in, argv[0] is "-m".
-    words = sys.orig_argv
-    module = words[words.index("-m") + 1] if sys.argv[:1] == ["-m"] and "-m" in words[:-1] else ""
-    return module.partition(".")[0] in _PACKAGES or bool(sys.argv and _is_script())
 
 
 def check_versions() -> None:

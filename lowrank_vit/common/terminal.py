@@ -23,16 +23,17 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from types import FrameType
 from typing import Any, TextIO
 
+from lowrank_vit.common.begin import end_at_once
+
 NARROW = 80
 """Columns for prose, also in a wider terminal."""
-INTERRUPTED, UNREAD = 130, 141
-"""Exit codes: after Ctrl-C, and of a command whose only purpose was an output that nobody reads any more."""
+UNREAD = 141
+"""Exit code of a command whose only purpose was an output that nobody reads any more."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
 """What writing to a stream answers whose reader is gone, whose terminal was closed, or that is not open."""
 _NO_CHARACTER = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 _IMPORTING = "<frozen importlib._bootstrap>"
-_SHOW_CURSOR = b"\x1b[?25h"
 
 
 class _Program:
@@ -42,10 +43,9 @@ class _Program:
 
 
 def begin_program() -> None:
-    """Make this process a command: call it before anything heavy is imported, and once.
+    """Have a command's output outlive whoever reads it; call it once, before anything heavy is imported.
 
-    From now on its output outlives whoever reads it, and until `interruptible` Ctrl-C ends it without a traceback,
-    whatever is being imported.
+    Until `interruptible` Ctrl-C ends it without a traceback, see `begin`.
     """
     _Program.is_begun = True
     sys.stdin = sys.stdin or _opened(0, "r")
@@ -61,8 +61,6 @@ def begin_program() -> None:
             default_hook(event)
 
     sys.unraisablehook = unraisable
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as in the background
-        signal.signal(signal.SIGINT, end_at_once)
 
 
 def interruptible() -> None:
@@ -86,14 +84,6 @@ def uninterruptible() -> None:
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and signal.getsignal(signal.SIGINT) is _interrupt:
         signal.signal(signal.SIGINT, end_at_once)
-
-
-def end_at_once(*_: object) -> None:
-    """End this process as Ctrl-C does, without any clean-up; a handler of signals."""
-    for descriptor, text in ((1, _SHOW_CURSOR * os.isatty(1)), (2, b"interrupted\n")):
-        with suppress(OSError):
-            os.write(descriptor, text)
-    os._exit(INTERRUPTED)
 
 
 def end_within(seconds: float) -> None:

@@ -38,6 +38,7 @@ def command(body: str, **options: Any) -> subprocess.Popen[Any]:
     """Start a command that does `body`."""
     lines = [f"    {line}" for line in body.strip().split("\n")]
     begin = "from lowrank_vit.common.terminal import *; begin_program()\nimport os, signal, sys, time"
+    begin += "\nsignal.signal(signal.SIGINT, end_at_once)"
     text = "\n".join([begin, "def main():", *lines, "from lowrank_vit.common.errors import *", "exit_cleanly(main)"])
     where = options.pop("arguments", [])
     return subprocess.Popen([sys.executable, *options.pop("flags", []), "-c", text, *where], cwd=ROOT, **options)
