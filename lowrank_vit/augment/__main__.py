@@ -2,97 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import numpy as np
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor
 from tyro.conf import arg
 
-from data_prep.formats.beton import find_parts
-from lowrank_vit.augment import ops_cpu
-from lowrank_vit.augment.pipeline import Augment
-from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.common.errors import UserError, exit_cleanly
-from lowrank_vit.common.filters import BICUBIC
-from lowrank_vit.common.numba_cache import NOTE, must_compile
 from lowrank_vit.common.program import require_one_process, usage_name
 from lowrank_vit.common.terminal import say
 from lowrank_vit.config.command_line import asks_for_help, show_help
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.option_types import expanded
 from lowrank_vit.config.options import Augment as AugmentOptions
-from lowrank_vit.config.options import Config, Data, Run
-from lowrank_vit.data.decode.pil import crop_and_resize, decode
-from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.plan.operations import NAMES, Policy, argument_of, parse_policy
-from lowrank_vit.plan.plans import BatchPlan, TrainPlan
-from lowrank_vit.report.style import INK, MUTED, heading, new_figure, png
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-_TILE_IN, _SAMPLE_IN, _SAMPLES_A_ROW = 0.95, 1.55, 6
-
-
-def preview_plot(
-    grid: Mapping[str, np.ndarray],
-    levels: Sequence[int],
-    samples: np.ndarray,
-    captions: Sequence[str],
-    recipe: str,
-    origin: str,
-) -> bytes:
-    """A PNG: one row of `grid` for each operation, uint8 (levels, H, W, 3), and below it `samples`, uint8 (B, S, S, 3).
-
-    `captions` has one line for each sample; `recipe` and `origin` say which flags and whose images are shown.
-    """
-    rows = -(-len(samples) // _SAMPLES_A_ROW)
-    heights = [_TILE_IN * len(grid) + 0.3, (_SAMPLE_IN + 0.32) * rows + 0.3]
-    figure = new_figure(_SAMPLE_IN * _SAMPLES_A_ROW, sum(heights) + 0.7)
-    heading(figure, "Augmentation", f"{recipe or 'no operations'}; {origin}")
-    upper, lower = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
-    panels = upper.subplots(len(grid), len(levels), squeeze=False)
-    for row, (name, images) in zip(panels, grid.items(), strict=True):
-        for axes, image, level in zip(row, images, levels, strict=True):
-            _show(axes, image)
-            if axes in panels[0]:
-                axes.set_title(f"level {level}", fontsize=9, color=MUTED)
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, color=INK)
-    panels = lower.subplots(rows, _SAMPLES_A_ROW, squeeze=False)
-    for n, axes in enumerate(panels.flat):
-        if n < len(samples):
-            _show(axes, samples[n])
-            axes.set_title(captions[n].replace(" + ", "\n+ "), fontsize=7.5, color=INK, parse_math=False)
-        else:
-            axes.set_axis_off()
-    return png(figure, dpi=100)
-
-
-def _show(axes: Axes, image: np.ndarray) -> None:
-    axes.imshow(image, interpolation="nearest" if len(image) < 96 else "antialiased")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
+from lowrank_vit.config.options import Data, Run
 
 HELP = """Draw what augmentation does: each operation at every level, and a batch as the model sees it, with its labels.
 
 The flags are those of lowrank_vit.train, all of which are taken; here are those that change the picture.
 """
-IMG_SIZE = 224
-SHOWN = 24
-DEFAULT_POLICY = "rand-m9-mstd0.5-inc1"
-
-Images = tuple[list[np.ndarray], np.ndarray, list[str], str]
-"""uint8 (H, W, 3) each, labels, class names, and where they come from."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +34,9 @@ class _Shown:
     """A run's configuration; flags given beside it win."""
     data_dir: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: data)")] = None
     """Where train.beton is; where there is none, photographs that ship with scikit-image are shown."""
-    batch_size: Annotated[int, arg(metavar="N")] = SHOWN
+    batch_size: Annotated[int, arg(metavar="N")] = 24
     """Images of the batch, at most 24."""
-    img_size: Annotated[int, arg(metavar="N")] = IMG_SIZE
+    img_size: Annotated[int, arg(metavar="N")] = 224
     """Side of the square image, pixels."""
     scale: Annotated[tuple[float, float], arg(metavar="LEAST GREATEST")] = Data.scale
     """Random resized crop: share of the image's area."""
@@ -133,8 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     if path.suffix.lower() != ".png":
         raise UserError(f"--preview {path} does not end in .png.")
     config = parse(flags, prog=f"{prog} --preview FILE.png")
-    if must_compile(ops_cpu.apply_ops):
-        print(NOTE, flush=True)
+    from lowrank_vit.report.augment_preview import preview  # torch takes seconds, which a wrong option must not cost
+
     picture = preview(config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,137 +80,6 @@ def _take_preview(argv: list[str]) -> tuple[Path, list[str]]:
         if token == "--preview" and n + 1 < len(argv):
             return expanded(argv[n + 1], "--preview"), argv[:n] + argv[n + 2 :]
     raise UserError("--preview FILE.png is missing: the picture to draw.")
-
-
-def preview(config: Config) -> bytes:
-    """The picture of a training configuration, a PNG. Raises `UserError` for a wrong policy or damaged data."""
-    size, smoothing = config.data.img_size or IMG_SIZE, config.augment.smoothing
-    rules = train_rules(config)
-    (heights, widths), read = _open_images(config.data.data_dir or Path("data"))
-    count = min(SHOWN, config.data.batch_size, len(heights))
-    plan = TrainPlan(heights, widths, rules, seed=config.run.seed, img_size=size, batch_size=count)
-    batch = plan.batch(0, 0, plan.ids(0)[0])
-    images, labels, classes, origin = read(batch.ids)
-    crops = np.stack([crop_and_resize(image, batch, n, size) for n, image in enumerate(images)])
-    remode, erase_first = config.augment.remode, config.augment.erase_first
-    colours = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    augment = Augment(*colours, len(classes), smoothing, remode, erase_first=erase_first)
-    shown, soft = as_the_model_sees_them(crops, labels, batch, augment)
-    policy = rules.policy or _must_parse(DEFAULT_POLICY)
-    grid = by_level(_whole(images[0], size), replace(policy, level_std=0.0), augment.fill.numpy())
-    captions = [caption(row, smoothing, classes) for row in soft]
-    return preview_plot(grid, LEVELS, shown, captions, _describe(config), origin)
-
-
-def _must_parse(text: str) -> Policy:
-    policy = parse_policy(text)
-    assert policy is not None
-    return policy
-
-
-def _whole(image_HWC: np.ndarray, size: int) -> np.ndarray:
-    """The centre of an image, uint8 (size, size, 3)."""
-    from PIL import Image, ImageOps
-
-    return np.asarray(ImageOps.fit(Image.fromarray(image_HWC), (size, size)))
-
-
-def _describe(config: Config) -> str:
-    augment = config.augment
-    flags = {
-        "aa": augment.aa,
-        "reprob": augment.reprob,
-        "remode": augment.remode if augment.reprob else None,
-        "mixup": augment.mixup,
-        "cutmix": augment.cutmix,
-        "vflip": config.data.vflip,
-    }
-    return " ".join(f"--{name} {value}" for name, value in flags.items() if value not in (None, 0.0, ""))
-
-
-def _open_images(data_dir: Path) -> tuple[tuple[np.ndarray, np.ndarray], Callable[[np.ndarray], Images]]:
-    """Heights and widths of all images, and a function that reads those of some ids."""
-    path = data_dir / "train.beton"
-    if path.exists() or find_parts(path):
-        beton = Beton(path)
-        return (beton.heights, beton.widths), lambda ids: _of_beton(beton, ids)
-    try:
-        import skimage.data
-    except ImportError as error:
-        raise UserError(
-            f"--data-dir {data_dir} has no train.beton, and the photographs to show instead come with scikit-image, "
-            "which is not installed. Give --data-dir, or pip install scikit-image."
-        ) from error
-    sources = {"astronaut": skimage.data.astronaut(), "cat": skimage.data.chelsea()}
-    sources |= {"coffee": skimage.data.coffee(), "rocket": skimage.data.rocket()}
-    sizes = np.array([image.shape[:2] for image in sources.values()])[np.arange(4096) % len(sources)]
-
-    def read(ids: np.ndarray) -> Images:
-        which = ids % len(sources)
-        return [list(sources.values())[n] for n in which], which, list(sources), "photographs of scikit-image"
-
-    return (sizes[:, 0], sizes[:, 1]), read
-
-
-def _of_beton(beton: Beton, ids: np.ndarray) -> Images:
-    images = []
-    for i in ids:
-        try:
-            images.append(decode(beton, int(i)))
-        except ValueError as error:
-            raise UserError(
-                f"{beton.describe(int(i))} does not decode ({error}). Try `python -m data_prep verify`."
-            ) from error
-    classes = beton.classes or [str(n) for n in range(beton.num_classes)]
-    return images, beton.labels[ids], classes, str(beton.path)
-
-
-LEVELS = (0, 2, 4, 6, 8, 10)
-"""Of the grid's columns, on timm's scale."""
-
-
-def by_level(image_HWC: np.ndarray, policy: Policy, fill: np.ndarray) -> dict[str, np.ndarray]:
-    """For each operation of the policy: its name -> the image at every level of `LEVELS`, uint8 (6, H, W, 3).
-
-    Directions are positive, geometric operations bicubic, and what is drawn besides the level is in its middle. `fill`:
-    uint8 (3,).
-    """
-    names = dict.fromkeys(op.name for row in policy.rows for op in row)
-    shape = (len(LEVELS), 1)
-    grid = {}
-    for name in names:
-        _, formula, factor = NAMES[name]
-        translate = policy.translate * image_HWC.shape[1]
-        args = np.array([argument_of(formula, factor, float(level), 1.0, 0.5, translate) for level in LEVELS])
-        images = np.repeat(image_HWC[None], len(LEVELS), axis=0)
-        kinds, interpolations = np.full(shape, NAMES[name][0], np.int8), np.full(shape, BICUBIC, np.int8)
-        ops_cpu.apply_ops(images, kinds, args.reshape(shape), interpolations, fill)
-        grid[name] = images
-    return grid
-
-
-def as_the_model_sees_them(
-    crops_BHWC: np.ndarray, labels: np.ndarray, plan: BatchPlan, augment: Augment
-) -> tuple[np.ndarray, np.ndarray]:
-    """Augment decoded uint8 crops (B, S, S, 3) and int labels (B,) by the plan.
-
-    Returns uint8 (B, S, S, 3), the model's float images turned back into pixels and clipped, and float32 (B, classes),
-    the soft targets.
-    """
-    images = augment.prepare(torch.from_numpy(crops_BHWC.copy()).permute(0, 3, 1, 2), plan)
-    images, *drawn = augment.begin(images, plan)
-    images, soft = augment(images, torch.from_numpy(labels), *drawn)
-    pixels: Tensor = (images * augment.std + augment.mean).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).numpy(), soft.numpy()
-
-
-def caption(soft_target: np.ndarray, smoothing: float, classes: list[str]) -> str:
-    """The labels that were mixed and their shares, without the smoothing: `cat 0.63 + dog 0.37`."""
-    shares = (soft_target - smoothing / len(soft_target)) / (1 - smoothing)
-    order = [n for n in np.argsort(-shares, kind="stable") if shares[n] > 0.005]
-    return " + ".join(
-        f"{classes[n]} {shares[n]:.2f}" if not math.isclose(shares[n], 1, abs_tol=0.005) else classes[n] for n in order
-    )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_it_must_compile_until_it_was_called_and_again_when_its_source_changed(t
 def test_the_preview_says_so(is_new, tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(
-        "lowrank_vit.augment.__main__.must_compile", lambda *functions: asked.append(functions) or is_new
+        "lowrank_vit.report.augment_preview.must_compile", lambda *functions: asked.append(functions) or is_new
     )
     main(["--preview", str(tmp_path / "a.png"), "--img-size", "32", "-b", "4"])
     assert asked == [(ops_cpu.apply_ops,)]

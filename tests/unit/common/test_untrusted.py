@@ -16,13 +16,13 @@ from data_prep.convert import convert_image_folder
 from data_prep.formats.beton import METADATA_START, SAMPLE, find_parts, parse_shard
 from data_prep.formats.sidecars import read_sample_table, sample_table_path
 from data_prep.info import plot_info
-from lowrank_vit.augment.__main__ import _of_beton
 from lowrank_vit.common.errors import BetonError, UserError, exit_cleanly
 from lowrank_vit.common.terminal import one_line, printable, say
 from lowrank_vit.data.choose import open_loader
 from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
+from lowrank_vit.report.augment_preview import _of_beton
 from lowrank_vit.run.progress import Display
 from tests.photos import BACKENDS, write_folder
 

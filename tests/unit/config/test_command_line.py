@@ -359,6 +359,7 @@ def test_what_is_wrong_is_told_before_torch_is_loaded(tmp_path):
         "inference": ["--topk 0 a", "nowhere --checkpoint x", ""],
         "analyze_spectrum": ["--topk 0", "wrong", ""],
         "report.__main__": ["a b", ""],
+        "augment.__main__": ["wrong", "--preview a.jpg", "--preview a.png --lr abc"],
     }
     code = f"""
 import importlib, sys
