@@ -34,6 +34,14 @@ _OWN, _EMA = ("state_dict", "model"), ("state_dict_ema", "model_ema")
 """Where files have the model's weights and the EMA's, by timm, and by DeiT and MAE; timm looks in this order."""
 _OF_A_RUN = ("state_dict", "optimizer", "progress", "step", "data", "args")
 """What a run is continued from."""
+_OTHERS = {
+    (".yaml", ".yml"): "options, which --config takes",
+    (".beton",): "images, which --data takes",
+    (".jpg", ".jpeg", ".png", ".webp"): "an image, which `lowrank_vit.inference` takes",
+    (".csv", ".json", ".jsonl", ".html", ".npy"): "numbers; `lowrank_vit.report` takes the directory of a run",
+}
+"""What files of other kinds hold, by their suffixes, and where they belong."""
+_OF_THE_MONITOR = {"update", "weights", "before"}
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What DDP, torch.compile, FSDP and checkpointed activations put into names; only the first two in front of all."""
 
@@ -185,13 +193,18 @@ def read_checkpoint(path: Path, what: str = "Checkpoint") -> Checkpoint:
             return Checkpoint(path, _about_npz(path), is_npz=True)
         content: Any = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
     except Exception as error:  # a damaged or foreign file fails in many ways
-        raise UserError(f"{what} {path} cannot be read: {_reason(error)}") from error
+        raise UserError(f"{what} {path} cannot be read: {_reason(path, error)}") from error
     if is_state_dict(content):
         content = {"state_dict": content}
     content = dict(content) if isinstance(content, dict) else {}
     found = {_OWN: _first_of(content, _OWN), _EMA: _first_of(content, _EMA)}
     if not any(found.values()):
         held = ", ".join(map(str, list(content)[:8])) or "nothing with names"
+        if content.keys() == _OF_THE_MONITOR:
+            raise UserError(
+                f"{what} {path} is what the spectral monitor keeps beside a checkpoint, and finds by itself. Give the "
+                "run's last.pth.tar."
+            )
         raise UserError(
             f"{what} {path} holds no `state_dict`, no `model` and no tensors alone, but {held}. Give a checkpoint of "
             "this program or of timm."
@@ -321,8 +334,18 @@ def _about_npz(path: Path) -> dict[str, Any]:
     return {"num_classes": len(biases[0])} if biases else {}
 
 
-def _reason(error: Exception) -> str:
+def _reason(path: Path, error: Exception) -> str:
     """Why a file could not be read, and what to do."""
+    other = next((what for suffixes, what in _OTHERS.items() if path.suffix.lower() in suffixes), "")
+    if other:
+        return (
+            f"it holds no weights, but {other}. Give a run's last.pth.tar or model_best.pth.tar, or a file of weights."
+        )
+    if "TorchScript" in str(error):
+        return (
+            "it is a program of TorchScript. Save its weights alone, as torch.save(torch.jit.load(FILE).state_dict(), "
+            "NEW_FILE), and give that."
+        )
     if isinstance(error, Damaged):
         return (
             f"it is damaged, since its part `{error}` has other bytes than were written (by its checksum). Copy the "

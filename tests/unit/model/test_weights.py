@@ -384,6 +384,21 @@ def test_files_without_weights_missing_files_and_folders_are_refused(tmp_path):
         read_checkpoint(tmp_path)
 
 
+def test_files_of_other_kinds_are_told_what_takes_them(tmp_path):
+    for name, where in (
+        ("args.yaml", "options, which --config takes"),
+        ("val.beton", "images, which --data takes"),
+        ("photo.JPG", "an image, which `lowrank_vit.inference` takes"),
+        ("metrics.jsonl", "`lowrank_vit.report` takes the directory"),
+    ):
+        (tmp_path / name).write_text("epochs: 3")
+        with pytest.raises(UserError, match=f"{name} cannot be read: it holds no weights, but .*{where}"):
+            read_checkpoint(tmp_path / name)
+    torch.save({"update": 3, "weights": {"a": torch.ones(1)}, "before": None}, tmp_path / "weights_00000003.pth")
+    with pytest.raises(UserError, match="is what the spectral monitor keeps beside a checkpoint"):
+        read_checkpoint(tmp_path / "weights_00000003.pth")
+
+
 def test_googles_arrays_are_left_to_timm(tmp_path):
     np.savez(tmp_path / "w.npz", **{"head/bias": np.zeros(21)})  # type: ignore[arg-type]
     checkpoint = read_checkpoint(tmp_path / "w.npz")
