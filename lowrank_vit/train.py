@@ -58,7 +58,7 @@ def _train(argv: list[str], config: Config, world: World, failing: Failing) -> N
         result = train(config, default_name(argv, config), world, failing)
         if world.is_first:
             say(_farewell(result, config, world))
-    if result.stopped_by == NO_LAUNCHER:
+    if result.stopped_by == NO_LAUNCHER or (result.stopped_by and failing.has_lost_launcher):
         sys.exit(1)  # where another node's torchrun is there still, it is to start the run again
     is_own_process = multiprocessing.parent_process() is None  # else a parent of Python's waits for what we return
     if result.is_repeated and os.environ.get("TORCHELASTIC_RUN_ID") and is_own_process:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lowrank_vit.common import terminal
 from lowrank_vit.common.devices import KeptAlive, Mark, on_stream
 from lowrank_vit.common.errors import BetonError, UserError
+from lowrank_vit.common.pulse import beat
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.decode.backend import Backend, DamagedSamples, Schedule
 from lowrank_vit.data.sets.beton import Beton
@@ -96,6 +97,7 @@ class Loader:
                     break
                 # What was handed out counts as done: the next is asked for when the trainer has finished with it.
                 self._step = batch.plan.step + 1
+                beat()
                 yield batch
             if self._running is batches:  # and not ended in favour of another epoch
                 self._epoch, self._step = self._epoch + 1, 0

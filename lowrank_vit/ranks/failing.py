@@ -61,6 +61,7 @@ class Failing:
         """The error is this rank's own, not the consequence of another's."""
         self._exit_code: int | None = None
         """Set when the failure was told."""
+        self._agent: psutil.Process | None = None
         self._is_through = False
         """Nothing is left to do but to wait for the other ranks."""
         self._is_alone = False
@@ -127,6 +128,11 @@ class Failing:
             if self._world.size > 1 and not _is_success(error):
                 self._tell(error)
             raise
+
+    @property
+    def has_lost_launcher(self) -> bool:
+        """Whether the process that would start this one again is gone; a signal may have come with that."""
+        return self._is_alone or bool(self._agent and _has_ended(self._agent))
 
     def _watch(self, store: Any, is_over: threading.Event, signs: Signs) -> None:
         """End this process when another rank has noted its failure in the store, or the ranks wait too long for one."""
