@@ -306,7 +306,7 @@ def test_ranks_whose_launcher_is_killed_save_and_end(small, tmp_path):
     assert code == -signal.SIGKILL
     assert "The run saves and ends" in err
     # The agent's own processes are sent SIGINT when it ends, where they are forked.
-    said = int(re.search(r"stopped by (?:the loss of its launcher|SIGINT) after update (\d+)", out)[1])
+    (said,) = map(int, re.findall(r"stopped by (?:the loss of its launcher|SIGINT) after update (\d+)", out))
     assert read_checkpoint(tmp_path / "a" / "last.pth.tar").content["step"]["num_updates"] == said >= 14
 
 
