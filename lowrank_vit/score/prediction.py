@@ -27,7 +27,7 @@ from lowrank_vit.common.filters import FILTERS
 from lowrank_vit.common.terminal import is_unread, one_line
 from lowrank_vit.data.decode.pil import crop_and_resize
 from lowrank_vit.plan.plans import EvalPlan
-from lowrank_vit.ranks.agree import agree
+from lowrank_vit.ranks.agree import Record, agree
 from lowrank_vit.ranks.failing import Failing
 from lowrank_vit.ranks.joining import joined
 from lowrank_vit.ranks.records import data_record, run_record
@@ -97,10 +97,7 @@ def predict(
     world.progress.enter("loading the weights")
     scorer = load_scorer(options, device, note)
     labels = labels_of(scorer, options.label_type)
-    if world.size > 1:
-        names = xxhash.xxh3_64_hexdigest(b"\0".join(map(os.fsencode, files)))
-        record = {**data_record({}, scorer.model), "other images": (names, f"{len(files):,} files")}
-        agree(world, "images", record, "searching for images and loading the weights")
+    agree(world, "images", lambda: _record(files, scorer), "searching for images and loading the weights")
     predictions, channel = Predictions(), world.channel(_FOREVER)
     world.progress.enter("classifying")
     shown = ScoringProgress(len(files)) if world.is_first else nullcontext()
@@ -122,6 +119,12 @@ def predict(
                 if progress:
                     progress.advance(len(skipped) + len(found))
     return predictions
+
+
+def _record(files: Sequence[Path], scorer: Scorer) -> Record:
+    """What the ranks must have in common: the images, by their names, and the weights."""
+    names = xxhash.xxh3_64_hexdigest(b"\0".join(map(os.fsencode, files)))
+    return {**data_record({}, scorer.model), "other images": (names, f"{len(files):,} files")}
 
 
 def _images(paths: tuple[Path, ...], note: Note) -> list[Path]:

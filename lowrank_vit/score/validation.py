@@ -97,8 +97,7 @@ def _validate(options: ValidateOptions, say: Callable[[str], object], world: Wor
     path = _find_data(options, scorer.args, say)
     beton, spec = Beton(path), scorer.spec
     _follow_model(scorer, beton, options, say)
-    if world.size > 1:
-        agree(world, "data", data_record({"set": beton}, scorer.model), "opening the data")
+    agree(world, "data", lambda: data_record({"set": beton}, scorer.model), "opening the data")
     batch_size = min(options.batch_size, beton.num_samples)
     plan = EvalPlan(
         beton.heights,
