@@ -188,6 +188,7 @@ def _open_store(world: World, limit: timedelta) -> Any:
         timeout=limit,
         wait_for_workers=False,
         multi_tenant=not is_of_agent,
+        use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
     )
 
 

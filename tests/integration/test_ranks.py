@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -336,6 +337,24 @@ def test_a_rank_that_hangs_is_named(small, tmp_path, hang):
     else:
         assert re.search(r"error: rank 0: rank 1 on \S+ \(in .*\) gives no sign of life since \d\d:\d\d:\d\d", err), err
     assert ("in and_hang" in err) == (hang != "stop")
+
+
+@pytest.mark.slow
+def test_a_restart_behind_a_launcher_that_does_not_exec_goes_on(small, tmp_path):
+    wrapper = tmp_path / "run.sh"
+    wrapper.write_text(f'#!/bin/sh\n{sys.executable} -m lowrank_vit.train "$@"\ncode=$?\nexit $code\n')
+    wrapper.chmod(0o755)
+    options = "--standalone", "--nproc-per-node=2", "--max-restarts=1", "--no-python"
+    argv = small(*RECIPE, "-b", "64", "--checkpoint-interval", "1", "--experiment", "w")
+    process = start([sys.executable, "-m", "torch.distributed.run", *options, str(wrapper), *argv])
+    while not (tmp_path / "w" / "last.pth.tar").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    within = psutil.Process(process.pid).children(recursive=True)
+    next(one for one in within if one.ppid() != process.pid and "lowrank_vit.train" in one.cmdline()).kill()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "resumed in epoch" in out
 
 
 def test_a_rank_killed_when_all_is_saved_costs_nothing(small, tmp_path):
