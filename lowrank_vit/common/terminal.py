@@ -40,6 +40,8 @@ class _Program:
     """Whether this process is a command of ours, and not one that uses the library."""
 
     is_begun = False
+    is_in_a_hurry = False
+    """See `end_within`."""
 
 
 def begin_program() -> None:
@@ -80,15 +82,21 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def uninterruptible() -> None:
-    """Let Ctrl-C end the process again, a command that has nothing left to do but to leave the interpreter."""
+    """Let Ctrl-C end the process again, a command that has nothing left to do but to leave the interpreter.
+
+    In a hurry it is ended here: the interpreter's own end takes seconds, with all that was imported.
+    """
+    if _Program.is_in_a_hurry:
+        end_at_once()
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and signal.getsignal(signal.SIGINT) is _interrupt:
         signal.signal(signal.SIGINT, end_at_once)
 
 
 def end_within(seconds: float) -> None:
-    """Have a command end that long from now, whatever its clean-up waits for."""
+    """Have a command end that long from now, whatever its clean-up waits for, and at once when that is done."""
     if _Program.is_begun:
+        _Program.is_in_a_hurry = True
         _later(seconds, end_at_once)
 
 
