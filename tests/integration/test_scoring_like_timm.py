@@ -208,7 +208,8 @@ def test_every_format_that_pillow_reads_by_itself(photos, weights, tmp_path, cap
 def test_an_output_that_cannot_be_written_is_found_before_the_work(weights, tmp_path, monkeypatch, out):
     monkeypatch.setattr(prediction, "predict", lambda *_: pytest.fail("works"))
     (tmp_path / "x.csv").mkdir()
-    line = f"photo.jpg --checkpoint {weights} --output {out.format(folder=tmp_path / 'x.csv')}"
+    (tmp_path / "photo.jpg").touch()
+    line = f"{tmp_path / 'photo.jpg'} --checkpoint {weights} --output {out.format(folder=tmp_path / 'x.csv')}"
     with pytest.raises(UserError, match="cannot be written"):
         inference.main(shlex.split(line))
 
