@@ -97,7 +97,7 @@ def test_the_version(capsys):
 
 
 def test_a_misspelt_command_names_the_nearest():
-    with pytest.raises(UserError, match=r"`trian` is not a command\. Did you mean `train`\?"):
+    with pytest.raises(UserError, match=r"`trian` is not a command\. Did you mean train\?"):
         run(["trian"])
 
 
