@@ -6,8 +6,9 @@ Each training is two ranks on the CPU. It is run once undisturbed and once with 
 --max-restarts` survives, or two of `--nnodes 1:2`: two nodes on this machine, each with an agent and one rank. Killed
 is a random rank in a random phase (start, set-up, an update, a refresh of the spectra, validation, saving, the end, the
 process's exit), or a node: agent and rank at once. Then another node takes its place at once, or the one that is left
-goes on alone until another comes; where the agents' store is lost, all end. Where a launch ends before the last kill
-the same line is begun again with `--resume`, as a user would; if the training is over, a finished run is killed.
+goes on alone until another comes. Where the agents' store or the only agent is lost, the ranks that are left must end
+by themselves. Where a launch ends before its last kill the same line is begun again with `--resume`, as a user would;
+if the training is over, it is a finished run that is killed.
 
 With two ranks in all updates all is the same to the bit: losses and scores of metrics.jsonl, records of the spectra,
 summary.csv, all of spectra/, and weights, EMA, optimizer, progress and position in the data of the checkpoints. Where
@@ -41,7 +42,7 @@ import torch
 from tests.golden.compare import differences
 from tests.kill_runs import COMMON, campaign, verdict
 from tests.killed_rank import AFTER, BEFORE, Place
-from tests.launches import LONG_S, Fault, Launch, lives
+from tests.launches import LONG_S, Fault, Launch, Victim, lives
 from tests.runs import records
 
 EPOCHS, UPDATES = 10, 110
@@ -81,7 +82,7 @@ class Target:
     phases: tuple[str, ...]
     """None of them: whatever comes."""
     most_s: float
-    is_node: bool
+    victim: Victim = "rank"
 
 
 class Run:
@@ -124,12 +125,14 @@ class Run:
             phases, most_s = rng.choices(PHASES, PHASE_WEIGHTS)[0], 0.3
             if phases:
                 most_s = {"start": self._start_s, "set-up": 0.5 * self._start_s}.get(phases[0], 0.03)
-            found.append(Target(int(update), phases, most_s, self._is_node()))
+            found.append(Target(int(update), phases, most_s, self._victim()))
         after = AFTER if self.kind.is_whole else AFTER[:2]
-        return [*found, *[Target(UPDATES, after, 0.1, is_node=False)] * num_last]
+        return [*found, *[Target(UPDATES, after, 0.1)] * num_last]
 
-    def _is_node(self) -> bool:
-        return self.kind.nodes > 1 and self._rng.random() < 0.7
+    def _victim(self) -> Victim:
+        if self.kind.nodes > 1:
+            return "node" if self._rng.random() < 0.7 else "rank"
+        return "agent" if self._rng.random() < 0.15 else "rank"
 
     def _kill_all(self) -> None:
         launch = self._begin("killed")
@@ -141,7 +144,7 @@ class Run:
                     launch = self._begin("killed")
                     if not is_finished:
                         continue
-                    target = Target(0, ("start",), self._start_s if self.kind.is_whole else 1.0, is_node=False)
+                    target = Target(0, ("start",), self._start_s if self.kind.is_whole else 1.0)
             self._wait_for_end(launch)
         finally:
             launch.end()
@@ -155,17 +158,21 @@ class Run:
                 return False
             time.sleep(self._rng.uniform(0, target.most_s))
             pids = [pid for pid in pids if lives(pid)]
-            is_node = target.is_node and len(launch.nodes) > 1
-            if is_node and not self.kind.is_first_lost:
+            victim = "rank" if target.victim == "node" and len(launch.nodes) == 1 else target.victim
+            if victim == "node" and not self.kind.is_first_lost:
                 pids = [pid for pid in pids if not launch.is_of_first_node(pid)]
             if not pids:
                 continue
             pid, began = self._rng.choice(sorted(pids)), time.monotonic()
-            place = launch.kill(pid, is_node=is_node)
+            place = launch.kill(pid, victim)
             if place is None:
                 continue
-            self._note(n, place, "node" if is_node else "rank", began - launch.began)
-            if is_node:
+            self._note(n, place, victim, began - launch.began)
+            if launch.has_lost_store:
+                seconds = launch.wait_for_ranks()
+                print(f"  ranks that were left ended after {seconds:.1f} s", end="", flush=True)
+                self._kills[-1]["ended after"] = round(seconds, 1)
+            elif victim == "node":
                 self._replace(launch)
             return True
         raise Fault(f"no rank was there to be killed: {launch.last_words()}")
@@ -177,7 +184,7 @@ class Run:
 
         def is_there(places: list[Place]) -> bool:
             self._fewest = min([self._fewest, *(place.size for place in places if place.is_training)])
-            if target.is_node and len(launch.nodes) > len(places):
+            if target.victim == "node" and len(launch.nodes) > len(places):
                 return False  # a node that has just come is not yet part of it
             early = target.phases == ("set-up",)
             far = [place for place in places if early or place.update >= target.update]
@@ -188,11 +195,6 @@ class Run:
 
     def _replace(self, launch: Launch) -> None:
         """Start another node, at once or when the one that is left has trained for a while."""
-        if launch.has_lost_store:
-            began = time.monotonic()
-            launch.wait_for(lambda _: False, "the end of the ranks that are left")
-            print(f" {time.monotonic() - began:.1f} s to the end", end="", flush=True)
-            return
         if self.kind.alone_for:
             updates = self._rng.randint(*self.kind.alone_for)
             begun = dict[int, int]()
@@ -297,12 +299,18 @@ def table(done: dict[str, Any]) -> Iterator[str]:
         counts[one["kind"]].update(kill["phase"] for kill in one["each"])
     phases = sorted({phase for count in counts.values() for phase in count})
     width = max(map(len, kinds), default=0)
-    yield " " * width + "".join(f"  {phase:>10}" for phase in (*phases, "nodes", "kills", "same"))
+    yield " " * width + "".join(f"  {phase:>10}" for phase in (*phases, "nodes", "agents", "kills", "same"))
     for name in kinds:
         of_kind = [one for one in done.values() if one["kind"] == name]
-        nodes = sum(kill["what"] == "node" for one in of_kind for kill in one["each"])
+        whats = Counter(kill["what"] for one in of_kind for kill in one["each"])
         same = f"{sum(not one['differs'] for one in of_kind)} of {len(of_kind)}"
-        figures = (*(counts[name][phase] for phase in phases), nodes, counts[name].total(), same)
+        figures = (
+            *(counts[name][phase] for phase in phases),
+            whats["node"],
+            whats["agent"],
+            counts[name].total(),
+            same,
+        )
         yield f"{name:<{width}}" + "".join(f"  {figure:>10}" for figure in figures)
 
 

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from tests import killed_rank
 from tests.kill_runs import ROOT, forked, free_port, has_ended
@@ -18,6 +19,7 @@ LONG_S = 180.0
 """Nothing that is waited for takes so long unless something hangs."""
 RENDEZVOUS = "last_call_timeout=3,keep_alive_interval=2,keep_alive_max_attempt=3"
 """A node that is lost is known after 6 s, and another is waited for 3 s."""
+Victim = Literal["rank", "node", "agent"]
 EXIT_S = 10.0
 """Agents wait so long for one another in the end, in place of torch's 300 s."""
 
@@ -47,7 +49,7 @@ class Node:
         """SIGKILL for all of it."""
         if self.code() is None:
             for pid in (self.pid, *self.ranks()):
-                _kill(pid)
+                _send(pid, signal.SIGKILL)
 
 
 def _agent(line: list[str]) -> None:
@@ -62,9 +64,9 @@ def _agent(line: list[str]) -> None:
     main(line)
 
 
-def _kill(pid: int) -> None:
+def _send(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
 
 
 def _processes() -> Iterator[tuple[int, int]]:
@@ -169,30 +171,39 @@ class Launch:
             time.sleep(0.02)
         raise Fault(f"no attempt followed: {self.last_words()}")
 
-    def kill(self, pid: int, *, is_node: bool) -> Place | None:
-        """SIGKILL for one rank or for its node, and what it was at; None if it could not be killed then.
+    def kill(self, pid: int, what: Victim) -> Place | None:
+        """SIGKILL for one rank, for its node or for its agent alone; what the rank was at.
 
-        Ranks of the next attempt are those that are new.
+        None if it could not be killed then. Ranks of the next attempt are those that are new.
         """
         node = next((node for node in self.nodes if pid in node.ranks()), None)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGSTOP)  # so that what it is at stays the same
+        _send(pid, signal.SIGSTOP)  # so that what it is at stays the same
         while (state := _state(pid)) not in "TZX":
             time.sleep(0.001)
         place = Place.read(self._traces / str(pid)) or Place(pid, -1, 0, 0, "start")
         # A forked rank waits in its exit for its agent, by a lock that is never freed if the rank is killed there.
         if not node or state != "T" or (place.phase == "exit" and not self._is_whole):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+            _send(pid, signal.SIGCONT)
             return None
         self._old = {one for node in self.nodes for one in node.ranks()}
-        if is_node:
-            node.kill()
+        if what != "rank":
             self.has_lost_store |= node is self.nodes[0]
             self.nodes.remove(node)
             self._lost.append(node)
-        _kill(pid)
+        if what == "node":
+            node.kill()
+        _send(node.pid if what == "agent" else pid, signal.SIGKILL)
+        _send(pid, signal.SIGCONT)
         return place
+
+    def wait_for_ranks(self) -> float:
+        """Wait until the ranks that lived at the last kill have ended; seconds."""
+        began = time.monotonic()
+        while any(lives(pid) for pid in self._old):
+            if time.monotonic() - began > LONG_S:
+                raise Fault(f"ranks are left {LONG_S:.0f} s after their launcher: {self.last_words()}")
+            time.sleep(0.01)
+        return time.monotonic() - began
 
     def is_of_first_node(self, pid: int) -> bool:
         """Whether the rank is on the node that has the agents' store."""
@@ -205,6 +216,9 @@ class Launch:
             until = time.monotonic() + 10
             while node.code() is None and time.monotonic() < until:
                 time.sleep(0.01)
+        for pid in self._old:
+            if (self._traces / str(pid)).exists():  # no other process has that number meanwhile
+                _send(pid, signal.SIGKILL)
 
     def last_words(self) -> str:
         """The end of the log, without torchrun's summary."""
