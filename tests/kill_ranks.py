@@ -56,7 +56,7 @@ class Kind:
     name: str
     nodes: int = 1
     is_whole: bool = False
-    """Ranks are processes of their own instead of forked ones."""
+    """Agent and ranks are processes of their own instead of forked ones."""
     alone_for: tuple[int, int] | None = None
     """Updates, at least and at most, that a node trains alone before another takes the lost one's place."""
     is_first_lost: bool = False

@@ -102,8 +102,11 @@ class Attempt:
             world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment = {name: str(value) for name, value in world.items()} if ranks > 1 else {}
             file = log.with_suffix(f".{rank}.log")
-            pid = _spawn(argv, environment, file) if is_whole else forked(lambda: child(argv), environment, file)
-            self._children.append(pid)
+            if is_whole:
+                code = f"from tests.kill_runs import child; child({argv!r})"
+                self._children.append(spawned(["-c", code], environment, file))
+            else:
+                self._children.append(forked(lambda: child(argv), environment, file))
 
     def ends_within(self, seconds: float) -> bool:
         """Wait at most so long, counted from the start; whether all processes have ended by then."""
@@ -138,11 +141,11 @@ def has_ended(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _spawn(argv: list[str], environment: dict[str, str], log: Path) -> int:
-    code = f"from tests.kill_runs import child; child({argv!r})"
+def spawned(arguments: list[str], environment: dict[str, str], log: Path) -> int:
+    """Begin another Python with these arguments; its id."""
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=out, stderr=out, cwd=ROOT, env={**os.environ, **environment}
+            [sys.executable, *arguments], stdout=out, stderr=out, cwd=ROOT, env={**os.environ, **environment}
         )
     process.returncode = 0  # it is waited for here, and not by subprocess
     return process.pid

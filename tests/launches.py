@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from tests import killed_rank
-from tests.kill_runs import ROOT, forked, free_port, has_ended
+from tests.kill_runs import ROOT, forked, free_port, has_ended, spawned
 from tests.killed_rank import TRACES, Place
 
 LONG_S = 180.0
@@ -27,12 +27,16 @@ EXIT_S = 10.0
 class Node:
     """One agent of torchrun and the ranks that it starts."""
 
-    def __init__(self, options: list[str], argv: list[str], traces: Path, log: Path, *, is_whole: bool) -> None:
-        forks = ["--start-method=fork", "--run-path", str(killed_rank.__file__)]
-        line = [*options, *(["-m", killed_rank.__name__] if is_whole else forks), *argv]
-        # Without it torch 2.14 gives a node that comes later a port at which nobody listens.
-        environment = {TRACES: str(traces), "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        self.pid = forked(lambda: _agent(line), environment, log)
+    def __init__(
+        self, options: list[str], argv: list[str], environment: dict[str, str], log: Path, *, is_whole: bool
+    ) -> None:
+        """Start it. `is_whole`: agent and ranks are processes of their own instead of forked ones."""
+        if is_whole:
+            line = ["-m", "torch.distributed.run", *options, "-m", killed_rank.__name__, *argv]
+            self.pid = spawned(line, environment, log)
+        else:
+            line = [*options, "--start-method=fork", "--run-path", str(killed_rank.__file__), *argv]
+            self.pid = forked(lambda: _agent(line), environment, log)
         self._code: int | None = None
 
     def ranks(self) -> list[int]:
@@ -101,12 +105,13 @@ class Launch:
     def __init__(self, argv: list[str], home: Path, *, nodes: int, is_whole: bool, restarts: int) -> None:
         """Begin the training command of `argv` on one node of two ranks or on two of one each, with logs in `home`.
 
-        `is_whole`: ranks are processes of their own instead of forked ones.
+        `is_whole`: see `Node`.
         """
         self._argv, self._is_whole, self._traces, self._log = argv, is_whole, home / "traces", home / "all.log"
         self._traces.mkdir(exist_ok=True)
         for trace in self._traces.iterdir():
             trace.unlink()
+        self._environment = {TRACES: str(self._traces), "PYTHONPATH": str(ROOT)}
         self._options = [f"--max-restarts={restarts}", "--monitor-interval=0.1"]
         if nodes == 1:
             self._options += ["--standalone", "--nproc-per-node=2"]
@@ -114,6 +119,8 @@ class Launch:
             where = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]
             self._options += [*where, "--rdzv-id=kills", f"--rdzv-conf={RENDEZVOUS}", "--nnodes=1:2"]
             self._options += ["--nproc-per-node=1"]
+            # Without it torch 2.14 gives a node that comes later a port at which nobody listens.
+            self._environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         self._lost, self.has_lost_store = list[Node](), False
         self._old = set[int]()
         """Ranks that lived when the last kill was."""
@@ -125,7 +132,7 @@ class Launch:
 
     def add(self) -> None:
         """Start a node."""
-        line = self._options, self._argv, self._traces, self._log
+        line = self._options, self._argv, self._environment, self._log
         self.nodes.append(Node(*line, is_whole=self._is_whole))
 
     def is_over(self, meanwhile: str) -> bool:
