@@ -26,6 +26,8 @@ from lowrank_vit.ranks.world import World
 _LATER = timedelta(minutes=5)
 _RESOLVE_S = 5.0
 """Time for a name to become known: a cluster's may come a little later than the process."""
+_AGENT_S = 10.0
+"""Time for torchrun's store to answer, which is there before any rank is: where it does not, its agent has ended."""
 _LEFT_OVER = (
     "Unset WORLD_SIZE, which may be left over in the environment, or start with torchrun --nproc-per-node=N -m "
     "lowrank_vit.train ..."
@@ -179,8 +181,15 @@ def _open_store(world: World, limit: timedelta) -> Any:
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_server = world.is_first and not is_of_agent
-    if not is_server and not until(lambda: _answers(*address), limit):
-        raise RuntimeError("nobody answers there")
+    if not is_server and not until(lambda: _answers(*address), timedelta(seconds=_AGENT_S) if is_of_agent else limit):
+        if not is_of_agent:
+            raise RuntimeError("nobody answers there")
+        raise OfRank(
+            f"torchrun's store at {address[0]}:{address[1]} does not answer rank {world.rank} on "
+            f"{socket.gethostname()}: the agent that has it is gone, or that port cannot be reached from here. Start "
+            "torchrun again.",
+            world.rank,
+        )
     return dist.TCPStore(
         *address,
         world.size,

@@ -177,6 +177,18 @@ def test_who_waits_for_others_says_so(environment, monkeypatch, capsys):
         assert len(out.splitlines()) > 1
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_an_agent_that_has_ended_is_not_waited_for(environment, monkeypatch, rank):
+    """Its ranks are still starting when it is killed."""
+    monkeypatch.setattr(joining, "_AGENT_S", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    environment(**{**PLACE, "RANK": rank, "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"})
+    told = f"torchrun's store at 127.0.0.1:{port} does not answer rank {rank} on .* agent that has it is gone"
+    with pytest.raises(UserError, match=told), joined(environment_world(), CPU):
+        pass
+
+
 def test_nothing_is_said_of_a_short_wait(capsys):
     with saying(lambda: "waiting"):
         pass
