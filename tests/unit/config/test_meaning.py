@@ -11,6 +11,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
 from lowrank_vit.config.flags import parse, to_yaml
 from lowrank_vit.config.meaning import Change
+from lowrank_vit.model import weights
 from lowrank_vit.model.weights import Checkpoint
 from lowrank_vit.training.resume import as_resumed
 
@@ -29,7 +30,8 @@ def _changed(monkeypatch):
 def resumed(argv, args, **content):
     """What a run becomes that goes on from a checkpoint of these options, and what is said of it."""
     lines = []
-    checkpoint = Checkpoint(Path("last.pth.tar"), {"args": args, **content})
+    parts = {name: dict[str, object]() for name in weights._OF_A_RUN}
+    checkpoint = Checkpoint(Path("last.pth.tar"), {**parts, "args": args, **content})
     return as_resumed(parse(argv), checkpoint, lines.append), lines
 
 
