@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,10 @@ def main(argv: list[str]) -> None:
     """Train as one rank, and tell what it is at."""
     trace = Trace(Path(os.environ[TRACES]))
     trace.at("start")
+    if multiprocessing.parent_process():  # a forked rank has its agent's handlers
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     skip_no_refresh()
     was_stopped = False
     made, ran, finish, write = Trainer.__init__, Trainer.run, Trainer._finish_spectra, CheckpointWriter._write
