@@ -136,11 +136,14 @@ class Launch:
         self.nodes.append(Node(*line, is_whole=self._is_whole))
 
     def is_over(self, meanwhile: str) -> bool:
-        """Whether all nodes that were not killed have ended. Raises `Fault` if that was not well."""
+        """Whether all nodes that were not killed have ended. Raises `Fault` if no rank has come to the end.
+
+        torchrun ends a node with 1 that came when the others had trained to the end, and one whose rank was killed then.
+        """
         codes = [node.code() for node in self.nodes]
         if None in codes:
             return False
-        if any(codes) and not self.has_lost_store:
+        if 0 not in codes and not self.has_lost_store:
             raise Fault(f"the launch ended with {codes} while {meanwhile} was waited for: {self.last_words()}")
         return True
 
