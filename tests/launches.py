@@ -138,7 +138,7 @@ class Launch:
     def is_over(self, meanwhile: str) -> bool:
         """Whether all nodes that were not killed have ended. Raises `Fault` if no rank has come to the end.
 
-        torchrun ends a node with 1 that came when the others had trained to the end, and one whose rank was killed then.
+        torchrun ends a node with 1 that came when the others were through, and one whose rank was killed then.
         """
         codes = [node.code() for node in self.nodes]
         if None in codes:
