@@ -143,7 +143,7 @@ class SpectralMonitor:
                     store.forget_after(resumed_update)
             except Exception as error:  # it may be mended before the next refresh
                 say(f"warning: {error}. Training goes on.")
-        self._ranks, self._is_over = ranks, False
+        self._ranks, self._is_over, self._is_lost = ranks, False, False
         self._all_watched = watched if ranks.rank == 0 else {}
         taken_up = _TakenUp()
         if resumed_update is not None:
@@ -195,7 +195,7 @@ class SpectralMonitor:
             self._worker.wait()
             self._is_again = False
         elif self._is_any_busy():
-            self.skipped += 1
+            self.skipped += not self._is_lost  # else a record of before, which a resumed run keeps, would tell of it
             return
         try:
             stacks, newest = self._copies(num_updates)
@@ -214,7 +214,7 @@ class SpectralMonitor:
             try:
                 state = self._ranks.agree(_BUSY if self._worker.is_busy else _IDLE)()
             except RuntimeError:  # another rank is gone; the training itself meets that, and tells of it
-                state = _CLOSED
+                state, self._is_lost = _CLOSED, True
             self._is_over = state == _CLOSED
             return state != _IDLE
         return True

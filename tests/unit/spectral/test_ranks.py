@@ -204,7 +204,7 @@ def test_a_rank_that_is_gone_ends_no_training(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(script, "agree", lost)
     with watch(tiny_vit(), tmp_path, ranks=script) as monitor:
         observe_all(monitor, 2, 4)
-    assert (monitor.skipped, script.gathered) == (2, [])
+    assert (monitor.skipped, script.gathered) == (0, [])  # the run that goes on takes them
 
 
 def test_copies_that_find_no_memory_on_one_rank_still_meet_the_others(
