@@ -29,7 +29,7 @@ from lowrank_vit.common.terminal import printable
 from lowrank_vit.ranks.agree import OfRank
 from lowrank_vit.ranks.joining import environment_world
 from lowrank_vit.ranks.signs import USUAL, Limits, Signs
-from lowrank_vit.ranks.world import Channel, World
+from lowrank_vit.ranks.world import Channel, World, collectives_begun
 
 _POLL_S = 0.25
 _RANK_0_FAILS_TOO_S = 20.0
@@ -64,6 +64,7 @@ class Failing:
         self._agent: psutil.Process | None = None
         self._is_through = False
         """Nothing is left to do but to wait for the other ranks."""
+        self._is_training = True
         self._is_alone = False
         """The launcher is gone, and all know."""
         self.save_and_end: Callable[[], None] | None = None
@@ -93,6 +94,7 @@ class Failing:
             return
         is_over = threading.Event()
         store, world = self._world.store.clone(), self._world
+        world.progress.collectives, self._is_training = collectives_begun, limits.is_training
         signs = Signs(world.progress, store, world.rank, world.size, limits, say=world.say)
         watching = threading.Thread(target=self._watch, args=(store, is_over, signs), name="ranks", daemon=True)
         self._agent = _agent()
@@ -144,6 +146,7 @@ class Failing:
                     break
                 if stuck := signs.poll(time.monotonic()):
                     self._end(self._tell(stuck))
+                self._world.common_step.poll(store, self._world.rank, self._world.size)
                 if self._agent and _has_ended(self._agent):
                     self._lose_launcher(
                         f"torchrun's agent on {socket.gethostname()} (process {self._agent.pid}) is gone"
@@ -160,6 +163,7 @@ class Failing:
 
     def _go_on_without_store(self, error: RuntimeError, is_over: threading.Event, signs: Signs) -> None:
         """The store has ended with the process that has it: rank 0, which is told here, or torchrun's agent."""
+        self._world.common_step.give_up()
         if self._is_through or is_over.wait(_POLL_S):
             return
         if not _is_of_agent():
@@ -179,7 +183,10 @@ class Failing:
             return
         self._is_alone = True
         if self.save_and_end is None:
-            self._end(self._tell(UserError(f"{what}. Nothing was trained yet; start it again.")))
+            advice = "Nothing was trained yet; start it again." if self._is_training else "Start it again."
+            code = self._tell(_LauncherLost(f"{what}. {advice}"))
+            time.sleep(_AFTER_THE_CAUSE_S)  # the other ranks notice it by themselves, and would miss this one
+            self._end(code)
         if self._world.local_rank == 0:
             print(f"warning: rank {self._world.rank}: {what}. The run saves and ends.", file=sys.stderr, flush=True)
         self.save_and_end()
@@ -218,6 +225,8 @@ class Failing:
         try:
             return world.store.compare_set(_FAILED, "", rank).decode() == rank
         except RuntimeError:  # the store is gone: one rank of each host speaks, and all of errors that are their own
+            if isinstance(error, _LauncherLost):
+                return world.local_rank == 0
             return not _is_of_lost(error) or world.local_rank == 0 or world.rank == 1
 
     def _end(self, code: int) -> NoReturn:
@@ -314,6 +323,10 @@ def _has_ended(process: psutil.Process) -> bool:
 
 def _is_of_lost(error: BaseException) -> bool:
     return isinstance(error, Gone) or (isinstance(error, RuntimeError) and bool(_LOST.search(str(error))))
+
+
+class _LauncherLost(UserError):
+    """Nobody would end or restart this process any more; all ranks of the host find that out."""
 
 
 class Gone(UserError):

@@ -1,8 +1,9 @@
 """Signs of life: what each rank is at, told through torch's store, and which of them the others wait for.
 
 All ranks go through the same program, so the rank that the others wait for is the one whose place in it is the
-earliest; of those at one place, one that does not itself wait for others. Times are counted while this process runs:
-a job that is stopped for the night and continued is not late.
+earliest; of those at one place, one that does not itself wait for others; of these, the one that has begun the fewest
+collectives, since some stretches, as the backward pass, have collectives within. Times are counted while this process
+runs: a job that is stopped for the night and continued is not late.
 """
 
 from __future__ import annotations
@@ -42,9 +43,19 @@ class Limits:
     """In training: --rank-timeout."""
     init_s: float = 3600.0
     """Until the first update is done: --init-timeout."""
+    is_training: bool = True
+    """There are checkpoints to go on from, and the two flags."""
+
+    def advice(self, is_starting: bool) -> str:
+        """What the user can do about a rank that is stuck."""
+        if not self.is_training:
+            return "Start it again."
+        flag = "--init-timeout" if is_starting else "--rank-timeout"
+        return f"Go on from the last checkpoint with --resume; if such a wait is to be expected, give a greater {flag}."
 
 
-USUAL = Limits()
+USUAL = Limits(is_training=False)
+"""Of a command that has no flags for them."""
 
 
 @dataclass
@@ -65,18 +76,23 @@ class Progress:
     """Compilers and disks have their time: --init-timeout counts."""
     is_background: bool = False
     """It waits for another thread of its own, whose work counts as progress (see `common.pulse`)."""
+    least_limit_s: float = 0.0
+    """It may take so long whatever the limits are, since it has a limit of its own."""
     updates: Callable[[], int] = field(default=lambda: 0)
     """The updates done."""
+    collectives: Callable[[], int] = field(default=lambda: 0)
+    """The collectives that this rank has begun."""
 
-    def enter(self, what: str, *, is_background: bool = False) -> None:
+    def enter(self, what: str, *, is_background: bool = False, least_limit_s: float = 0.0) -> None:
         """The next stretch of the program begins; every rank comes to it."""
-        self.what, self.is_background = what, is_background
+        self.what, self.is_background, self.least_limit_s = what, is_background, least_limit_s
         self.place += 1
 
-    def tick(self) -> None:
-        """A piece of this rank's own share is done; what had to be compiled for it is."""
+    def tick(self, *, is_compiled: bool = True) -> None:
+        """A piece of this rank's own share is done, and with `is_compiled` all that had to be compiled for it."""
         self.ticks += 1
-        self.is_starting = False
+        if is_compiled:
+            self.is_starting = False
 
     @contextlib.contextmanager
     def waiting(self, *, is_said: bool = False) -> Generator[None]:
@@ -106,6 +122,7 @@ class Sign:
     what: str
     place: int
     waits: bool
+    collectives: int
     updates: int
     idle_s: float
     """Time without progress."""
@@ -115,9 +132,9 @@ class Sign:
     """Where the main thread is, once it makes no progress for long."""
 
     @property
-    def key(self) -> tuple[int, bool]:
+    def key(self) -> tuple[int, bool, int]:
         """The earlier, the smaller."""
-        return self.place, self.waits
+        return self.place, self.waits, self.collectives
 
     def in_words(self) -> str:
         """What it is at."""
@@ -125,7 +142,7 @@ class Sign:
         return f"{waits}{self.what}" + (f", after update {self.updates}" if self.updates else "")
 
 
-_UNHEARD = Sign("a host that is not known", "it started", 0, "starting", -1, False, 0, 0.0, 0.0, True)
+_UNHEARD = Sign("a host that is not known", "it started", 0, "starting", -1, False, 0, 0, 0.0, 0.0, True)
 """Of a rank that has told nothing yet."""
 
 
@@ -163,7 +180,8 @@ class Signs:
     @property
     def limit_s(self) -> float:
         """The time without progress that is too long now."""
-        return self._limits.init_s if self._progress.is_starting else self._limits.rank_s
+        usual_s = self._limits.init_s if self._progress.is_starting else self._limits.rank_s
+        return max(usual_s, self._progress.least_limit_s)
 
     def poll(self, now: float) -> UserError | None:
         """Tell a sign where one is due; the error to end with where the ranks have waited too long.
@@ -220,6 +238,7 @@ class Signs:
             what=progress.what,
             place=progress.place,
             waits=progress.waits,
+            collectives=progress.collectives(),
             updates=progress.updates(),
             idle_s=self._idle_s,
             limit_s=self.limit_s,
@@ -287,12 +306,12 @@ class Signs:
     def _of_itself(self, sign: Sign) -> str:
         return (
             f"stuck on {sign.host} in {sign.in_words()}: no progress for {sign.idle_s:.0f} s, for which the other "
-            f"ranks have waited. {_advice(sign)} Its main thread is here:\n{self._stack().rstrip()}"
+            f"ranks have waited. {self._limits.advice(sign.is_starting)} Its main thread is here:\n"
+            f"{self._stack().rstrip()}"
         )
 
     def _of_several(self, signs: dict[int, Sign], ranks: list[int], limit_s: float) -> str:
-        first = signs[ranks[0]]
-        who = _named(signs, ranks)
+        who, advice = _named(signs, ranks), self._limits.advice(signs[ranks[0]].is_starting)
         why = ""
         if len(ranks) > 1:
             why = " None of them is behind the others, so it may be the network between them."
@@ -300,7 +319,7 @@ class Signs:
             f"\nMain thread of rank {rank}:\n{signs[rank].stack.rstrip()}" for rank in ranks[:2] if signs[rank].stack
         )
         stuck = "is stuck" if len(ranks) == 1 else "are stuck"
-        return f"{who} {stuck}: no progress for {limit_s:.0f} s.{why} {_advice(first)}{stacks}"
+        return f"{who} {stuck}: no progress for {limit_s:.0f} s.{why} {advice}{stacks}"
 
     def _of_silent(self, signs: dict[int, Sign], ranks: list[int], limit_s: float) -> str:
         first = signs[ranks[0]]
@@ -308,7 +327,7 @@ class Signs:
         return (
             f"{_named(signs, ranks)} {give} no sign of life since {first.at}, and the other ranks have waited for "
             f"{limit_s:.0f} s. A process may be stopped, its host gone, or compiled code holds Python's lock: then its "
-            f"own output says where. {_advice(first)}"
+            f"own output says where. {self._limits.advice(first.is_starting)}"
         )
 
 
@@ -316,8 +335,3 @@ def _named(signs: dict[int, Sign], ranks: list[int]) -> str:
     """Ranks with their hosts, and what they are at."""
     few = [f"rank {rank} on {signs[rank].host} (in {signs[rank].in_words()})" for rank in ranks[:_FEW]]
     return ", ".join(few) + (f" and {len(ranks) - _FEW} more" if len(ranks) > _FEW else "")
-
-
-def _advice(sign: Sign) -> str:
-    flag = "--init-timeout" if sign.is_starting else "--rank-timeout"
-    return f"Go on from the last checkpoint with --resume; if such a wait is to be expected, give a greater {flag}."

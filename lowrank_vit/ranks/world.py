@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_vit.common import terminal
+from lowrank_vit.ranks.common_step import CommonStep
 from lowrank_vit.ranks.signs import Progress
 
 T = TypeVar("T")
@@ -28,6 +29,8 @@ class World:
     """torch.distributed.Store of this attempt, None for one process."""
     progress: Progress = field(default_factory=Progress)
     """What the main thread is at."""
+    common_step: CommonStep = field(default_factory=CommonStep)
+    """Where the ranks agree soon."""
     start_limit: timedelta = timedelta(hours=1)
     """How long one that waits in the store waits; without a limit where `Failing` watches whoever is late."""
     launch: str = ""
@@ -115,6 +118,18 @@ class World:
             return torch.distributed.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
 
         return Channel(self.rank, self.size, group(), group() if agrees else None, self.progress)
+
+
+def collectives_begun() -> int:
+    """The collectives of all ranks that this one has begun, those that torch calls by itself included; see `World`.
+
+    0 where torch does not count them. Safe in any thread.
+    """
+    group: Any = torch.distributed.group.WORLD
+    try:
+        return int(group._get_sequence_number_for_group())
+    except (AttributeError, RuntimeError):
+        return 0
 
 
 class Channel:

@@ -62,6 +62,10 @@ _IN_WORDS: dict[Phase, str] = {
 }
 
 
+_WAITS_FOR_THREADS: tuple[Phase, ...] = ("checkpoint", "refresh")
+"""Phases that may wait for a thread of this rank: the one before must be written, or computed again after a resume."""
+
+
 class ToldToRanks(PhaseListener):
     """Tells the other ranks, by way of `Progress`, what this one is at; another listener hears all, too."""
 
@@ -95,7 +99,7 @@ class ToldToRanks(PhaseListener):
 
     def _show(self, phase: Phase) -> None:
         now = self._open[-1] if self._open else "epoch"
-        self._progress.what, self._progress.is_background = _IN_WORDS[now], now == "checkpoint"
+        self._progress.what, self._progress.is_background = _IN_WORDS[now], now in _WAITS_FOR_THREADS
         if phase == "augment":  # where that is done, and how far ahead, is each rank's own affair
             self._progress.ticks += 1
         else:

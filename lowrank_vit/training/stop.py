@@ -80,6 +80,7 @@ class StopRequest:
         Without one: since the launcher of this rank is gone.
         """
         self._signal = number
+        self._world.common_step.is_wanted = True
 
     @property
     def reason(self) -> str:
@@ -96,13 +97,14 @@ class StopRequest:
     def comes_after(self, num_steps: int) -> bool:
         """Whether all ranks end here, because one of them was asked to. Every rank calls it after every step.
 
-        They agree about every two seconds, by the host's network, so that no step waits for it and a stop comes well
-        within the 30 s that torchrun leaves after SIGTERM. At the same steps on every rank, since all reckon with the
-        slowest one's time.
+        They agree by the host's network, at the next common step after a rank was asked to end, so that a stop comes
+        well within the 30 s that torchrun leaves after SIGTERM; and about every two seconds in any case, as there is
+        no common step without torch's store. No step waits for it. At the same steps on every rank, since all reckon
+        with the slowest one's time.
         """
         if self._world.size == 1:
             return self._signal > 0
-        if num_steps < self._next:
+        if not self._world.common_step.is_here() and num_steps < self._next:
             return False
         now, (then, step) = time.monotonic(), self._agreed_at
         number, step_s = self._world.greatest(self._signal, (now - then) / max(1, num_steps - step))

@@ -37,6 +37,9 @@ so they are no part of img/s, MFU and the share of waiting."""
 _REFRESH_TIMEOUT = timedelta(minutes=10)
 """After so long the spectra of a rank that hangs are no longer waited for."""
 
+_CLOSE_LIMIT_S = 300.0
+"""Closing the logs is no hang before: the last upload has a shorter limit, and all else is saved."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -177,7 +180,7 @@ class Trainer:
                 self._finish_spectra()
                 enter("writing the last checkpoint", is_background=True)
                 self.checkpoints.finish()
-                enter("closing the logs")
+                enter("closing the logs", least_limit_s=_CLOSE_LIMIT_S)
         self.result = _result(self.run_dir.path, self.config, self.state, train_s=self.train_s, stopped_by=stopped_by)
 
     def _make_outputs(self) -> Outputs:
@@ -353,7 +356,8 @@ class Trainer:
 
         def tell(done: int) -> None:
             progress.tell(done, "validation: batch")
-            world.progress.tick()
+            # Each evaluator compiles in the first batch of its own pass.
+            world.progress.tick(is_compiled=done > most_batches * (len(setup.evaluators) - 1))
 
         loader = UntilStopped(setup.val_loader, most_batches, self.stop, tell)
         with self._phases("evaluation"):

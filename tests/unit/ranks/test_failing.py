@@ -202,6 +202,18 @@ def test_before_the_first_update_there_is_nothing_to_save(monkeypatch, capsys):
     assert "Nothing was trained yet" in capsys.readouterr().err
 
 
+def test_a_launcher_that_is_lost_before_is_told_once_on_a_host_and_as_it_is(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for rank, local_rank in ((2, 0), (3, 1), (1, 1)):
+        failing = Failing(World(rank, local_rank, 4, GoneStore()))
+        failing._is_training = False
+        with pytest.raises(Ended):
+            failing._go_on_without_store(RuntimeError(LOST[0]), threading.Event(), alone(failing))
+    said = capsys.readouterr().err
+    assert said.count("Start it again.") == 1
+    assert "trained" not in said
+
+
 def test_a_store_that_goes_when_all_is_done_is_nobodys_loss():
     failing = Failing(World(1, 1, 3, GoneStore()))
     failing._is_through = True

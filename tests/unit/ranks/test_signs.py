@@ -6,11 +6,15 @@ import re
 import threading
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore
+from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_vit.common import pulse
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.ranks.signs import Limits, Progress, Signs
+from lowrank_vit.ranks.world import collectives_begun
 
 LIMITS = Limits(rank_s=60.0, init_s=600.0)
 
@@ -18,12 +22,12 @@ LIMITS = Limits(rank_s=60.0, init_s=600.0)
 class Ranks:
     """Several ranks on one host, each with its place in the program."""
 
-    def __init__(self, size: int, *, is_starting: bool = False) -> None:
+    def __init__(self, size: int, *, is_starting: bool = False, limits: Limits = LIMITS) -> None:
         store = PrefixStore("a", HashStore())
         self.progress = [Progress(place=10, is_starting=is_starting) for _ in range(size)]
         self.said: list[tuple[int, str]] = []
         self._signs = [
-            Signs(one, store, rank, size, LIMITS, say=lambda line, rank=rank: self.said.append((rank, line)))
+            Signs(one, store, rank, size, limits, say=lambda line, rank=rank: self.said.append((rank, line)))
             for rank, one in enumerate(self.progress)
         ]
         self.now = 1000.0
@@ -111,6 +115,66 @@ def test_where_none_is_behind_all_are_named():
     assert found[0] == 0
     assert [f"rank {n} on" in found[1] for n in range(3)] == [True] * 3
     assert "None of them is behind the others" in found[1]
+
+
+def test_in_a_stretch_with_collectives_within_the_one_that_has_begun_the_fewest_is_behind():
+    """As in the backward pass, whose collectives are torch's own."""
+    ranks = Ranks(4)
+    for rank, one in enumerate(ranks.progress):
+        one.what, one.collectives = "the backward pass", lambda rank=rank: 7 if rank == 2 else 8
+    found = ranks.first_error_within(70)
+    assert found is not None
+    assert found[0] == 2
+    assert "in the backward pass: no progress for 60 s" in found[1]
+
+
+def test_torch_counts_the_collectives_that_a_rank_has_begun():
+    store = HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        before = collectives_begun()
+        model = DistributedDataParallel(torch.nn.Linear(2, 2))
+        made = collectives_begun()
+        model(torch.zeros(1, 2)).sum().backward()  # type: ignore[no-untyped-call]
+        dist.all_reduce(torch.zeros(1))
+        assert before < made + 1 < collectives_begun()
+    finally:
+        dist.destroy_process_group()
+    assert collectives_begun() == 0
+
+
+def test_what_has_a_limit_of_its_own_has_the_greater_one():
+    ranks = Ranks(2)
+    ranks.progress[0].enter("closing the logs", least_limit_s=200.0)
+    ranks.progress[1].place, ranks.progress[1].waits = 12, True
+    assert ranks.first_error_within(190) is None
+    found = ranks.first_error_within(20)
+    assert found is not None
+    assert found[0] == 0
+    ranks.progress[0].enter("the next")
+    assert ranks.progress[0].least_limit_s == 0.0
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_command_without_the_flags_advises_none(is_stopped):
+    ranks = Ranks(2, limits=Limits(60.0, 600.0, is_training=False))
+    ranks.wait_for(1)
+    assert ranks.first_error_within(5) is None
+    ranks.stopped |= {1} if is_stopped else set()
+    found = ranks.first_error_within(80)
+    assert found is not None
+    assert "Start it again." in found[1]
+    assert "--" not in found[1]
+
+
+def test_what_is_compiled_until_it_is_all_done_may_take_long():
+    progress = Progress()
+    progress.tick(is_compiled=False)
+    assert progress.is_starting
+    progress.tick()
+    assert not progress.is_starting
+    progress.tick(is_compiled=False)
+    assert not progress.is_starting
 
 
 def test_slow_is_not_stuck():

@@ -8,8 +8,10 @@ from typing import cast
 import torch
 
 from lowrank_vit.config.flags import parse
+from lowrank_vit.ranks.signs import Progress
 from lowrank_vit.run.directory import RunDir
-from lowrank_vit.training.phases import Phase, PhaseListener, Phases
+from lowrank_vit.run.state import Position
+from lowrank_vit.training.phases import Phase, PhaseListener, Phases, ToldToRanks
 from lowrank_vit.training.trainer import Trainer
 from tests.runs import losses, same_weights
 
@@ -64,6 +66,16 @@ def test_an_abandoned_run_closes_what_it_has_opened(digits_dir, tmp_path):
     updates.close()
     RunDir.reopen(trainer.run_dir.path).close()  # nobody owns it any more
     assert not list(trainer.run_dir.path.glob("*.pth.tar"))
+
+
+def test_work_of_a_thread_counts_where_a_phase_may_wait_for_it():
+    progress = Progress()
+    told = Phases(ToldToRanks(progress, Position(), None))
+    counts = dict[Phase, bool]()
+    for phase in ("refresh", "checkpoint", "backward", "evaluation"):
+        with told(phase):
+            counts[phase] = progress.is_background
+    assert counts == {"refresh": True, "checkpoint": True, "backward": False, "evaluation": False}
 
 
 def test_without_a_listener_nothing_is_wrapped():

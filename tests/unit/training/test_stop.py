@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
+from lowrank_vit.ranks.common_step import CommonStep
 from lowrank_vit.ranks.world import World
 from lowrank_vit.training.stop import SAME_REQUEST_S, SIGNALS, Stopped, StopRequest, UntilStopped
 
@@ -103,6 +105,25 @@ def test_a_signal_during_an_agreement_is_for_the_next(clock, monkeypatch):
     Late(monkeypatch)
     assert not stop.comes_after(1)
     assert stop.comes_after(2_000)
+
+
+def test_the_common_step_comes_before_the_plan_where_steps_become_slow(clock, monkeypatch):
+    ranks, world, store = Ranks(monkeypatch), World(size=2), HashStore()
+    stop, other = StopRequest(world), CommonStep()
+    stop.begin(0)
+    for update in range(1, 50):
+        clock[0] += 0.002
+        assert not stop.comes_after(update)
+        assert not other.is_here()
+    calls = ranks.calls
+    clock[0] += 60.0
+    stop.ask(signal.SIGTERM)
+    for _ in range(2):
+        world.common_step.poll(store, 0, 2)
+        other.poll(store, 1, 2)
+    assert stop.comes_after(50)
+    assert other.is_here()
+    assert ranks.calls == calls + 1
 
 
 def test_ranks_with_fewer_validation_batches_agree_as_often(clock, monkeypatch):
