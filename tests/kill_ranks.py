@@ -39,8 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.golden.compare import differences
-from tests.kill_runs import COMMON, campaign, verdict
+from tests.kill_runs import COMMON, campaign, differing_bits, verdict
 from tests.killed_rank import AFTER, BEFORE, Place
 from tests.launches import LONG_S, Fault, Launch, Victim, lives
 from tests.runs import records
@@ -112,7 +111,7 @@ class Run:
             finally:
                 launch.end()
             self._kill_all()
-            compare = differences if self._fewest == 2 else _differences_as_printed
+            compare = differing_bits if self._fewest == 2 else _differences_as_printed
             return list(compare(self._run_dir("whole"), self._run_dir("killed")))
         except Fault as fault:
             return [str(fault)]

@@ -27,6 +27,7 @@ import contextlib
 import importlib
 import json
 import random
+import re
 import shutil
 import signal
 import socket
@@ -223,7 +224,7 @@ class Run:
         start_s = time.monotonic() - attempt.began
         if problem := self._kill_and_resume(start_s, max(0.5, all_s - start_s)):
             return [problem]
-        return list(differences(whole / "output" / "run", killed / "output" / "run"))
+        return differing_bits(whole / "output" / "run", killed / "output" / "run")
 
     def _kill_and_resume(self, start_s: float, work_s: float) -> str:
         done = 0
@@ -260,6 +261,16 @@ class Run:
         if last.exists():
             argv += ["--resume", str(last)]
         return Attempt(argv, self.kind.ranks, self._folder / name, is_whole=self.is_whole)
+
+
+def differing_bits(a: Path, b: Path) -> list[str]:
+    """What two run directories do not have in common.
+
+    But for whether the refresh of the spectra whose weights are kept was still being computed when they were written:
+    then those of the one before are kept, too.
+    """
+    is_timing = re.compile(r"spectra/weights_\d+\.pth: before: ")
+    return [found for found in differences(a, b) if not is_timing.match(found)]
 
 
 def make_images(folder: Path) -> None:
