@@ -22,7 +22,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 Record = Mapping[str, Sequence[str]]
-"""What a rank has to say, by the names of things: a text that is compared, and one that stands for it in a message."""
+"""What a rank has to say, by the names of things: a text that is compared, and one that stands for it in a message.
+
+A third text, if any, says what to do where the things differ.
+"""
 
 
 class OfRank(UserError):
@@ -130,7 +133,10 @@ def _verdict(told: list[dict[str, Any]]) -> tuple[int, str] | None:
     for rank in [rank for rank in others if kinds[rank] != kinds[speaker]][:2]:
         found = differences(told[rank]["record"], theirs["record"])
         text += f" Rank {rank} on {told[rank]['host']} would start yet another: {found}."
-    return speaker, f"{text} Start all ranks with one command line, one version of the code, and the same data."
+    texts = [(texts, theirs["record"].get(name)) for name, texts in ours["record"].items()]
+    advice = [own[2] for own, other in texts if len(own) > 2 and (other is None or own[0] != other[0])]
+    advice = [*advice, "Start all ranks with one command line, one version of the code, and the same data."]
+    return speaker, " ".join([text, *advice])
 
 
 def _listed(ranks: Sequence[int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +28,13 @@ _READ_BYTES, _READ_SAMPLES = 1 << 26, 64
 """A set of at most so many bytes is read whole for its fingerprint; of a larger one so many samples."""
 
 
+_WEIGHTS = "other weights to begin with"
+_ALIKE = (
+    "CPUs of different kinds may draw other weights: set ATEN_CPU_CAPABILITY=default on all nodes, or begin with "
+    "weights from a file, --initial-checkpoint."
+)
+
+
 def run_record(options: Any, device: torch.device) -> Record:
     """Options of a dataclass but those that may differ between ranks; the device's kind; versions of all code."""
     given = {f"--{name}": _in_words(value) for name, hint, value in leaves(options) if not is_per_rank(hint)}
@@ -41,7 +48,7 @@ def run_record(options: Any, device: torch.device) -> Record:
 
 def data_record(sets: Mapping[str, Beton], model: nn.Module, resumed: Checkpoint | None = None) -> Record:
     """What the sets hold, by the name of each, and the model's first weights."""
-    record: dict[str, tuple[str, str]] = {}
+    record: dict[str, Sequence[str]] = {}
     for name, beton in sets.items():
         shown, classes = str(beton.path), "\n".join(beton.classes or ())
         record |= _plain({f"the number of images of the {name}": f"{beton.num_samples:,}"})
@@ -50,8 +57,11 @@ def data_record(sets: Mapping[str, Beton], model: nn.Module, resumed: Checkpoint
             (f"other labels in the {name}", xxhash.xxh3_64_hexdigest(beton.labels.data), shown),
             (f"other images in the {name}", _fingerprint(beton), shown),
         )
-    origin = str(resumed.path) if resumed else "of the model"
-    return record | _others(("other weights to begin with", _digest(model.state_dict().values()), origin))
+    weights = _digest(model.state_dict().values())
+    if resumed:
+        return record | _others((_WEIGHTS, weights, str(resumed.path)))
+    drawn = f"of the model, drawn by the CPU's {torch.backends.cpu.get_cpu_capability()} code"
+    return record | {_WEIGHTS: (weights, drawn, _ALIKE)}
 
 
 def _plain(values: dict[str, str]) -> dict[str, tuple[str, str]]:

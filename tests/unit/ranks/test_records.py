@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lowrank_vit.config.options import Config, Run
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import DataOptions, open_datasets
 from lowrank_vit.ranks import records
-from lowrank_vit.ranks.agree import differences
+from lowrank_vit.ranks.agree import _verdict, differences
 from lowrank_vit.ranks.records import data_record, run_record
 
 CPU = torch.device("cpu")
@@ -145,4 +146,27 @@ def test_other_first_weights_are_told():
     torch.manual_seed(0)
     one, other = nn.Linear(2, 2), nn.Linear(2, 2).to(torch.bfloat16)
     assert differences(data_record({}, one), data_record({}, one)) == ""
-    assert differences(data_record({}, one), data_record({}, other)) == "other weights to begin with (of the model)"
+    found = differences(data_record({}, one), data_record({}, other))
+    assert re.fullmatch(r"other weights to begin with \(of the model, drawn by the CPU's \w+ code\)", found)
+
+
+def test_cpus_that_draw_other_weights_are_told_with_the_way_out(monkeypatch):
+    """And where both draw the same, nothing is."""
+    torch.manual_seed(0)
+    one, other, kinds = nn.Linear(2, 2), nn.Linear(2, 2), ("AVX2", "DEFAULT")
+
+    def told(*models: nn.Module) -> tuple[int, str] | None:
+        ranks = []
+        for kind, model in zip(kinds, models, strict=True):
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda kind=kind: kind)
+            ranks.append({"host": f"with {kind}", "record": data_record({}, model)})
+        return _verdict(ranks)
+
+    assert told(one, one) is None
+    verdict = told(one, other)
+    assert verdict is not None
+    assert (
+        "(of the model, drawn by the CPU's DEFAULT code, there of the model, drawn by the CPU's AVX2 code)"
+        in verdict[1]
+    )
+    assert "ATEN_CPU_CAPABILITY=default on all nodes, or begin with weights from a file, --initial-ch" in verdict[1]
