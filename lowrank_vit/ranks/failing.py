@@ -26,6 +26,7 @@ import psutil
 
 from lowrank_vit.common.errors import UserError, exit_cleanly, in_short
 from lowrank_vit.common.terminal import printable
+from lowrank_vit.ranks.agent import agent, has_ended
 from lowrank_vit.ranks.agree import OfRank
 from lowrank_vit.ranks.joining import environment_world
 from lowrank_vit.ranks.signs import USUAL, Limits, Signs
@@ -97,7 +98,7 @@ class Failing:
         world.progress.collectives, self._is_training = collectives_begun, limits.is_training
         signs = Signs(world.progress, store, world.rank, world.size, limits, say=world.say)
         watching = threading.Thread(target=self._watch, args=(store, is_over, signs), name="ranks", daemon=True)
-        self._agent = _agent()
+        self._agent = agent()
         channel = self._world.channel(timedelta(days=365))
         told = self._world.store.clone()
         after, before = ((self._world.rank + step) % self._world.size for step in (1, -1))
@@ -134,7 +135,7 @@ class Failing:
     @property
     def has_lost_launcher(self) -> bool:
         """Whether the process that would start this one again is gone; a signal may have come with that."""
-        return self._is_alone or bool(self._agent and _has_ended(self._agent))
+        return self._is_alone or bool(self._agent and has_ended(self._agent))
 
     def _watch(self, store: Any, is_over: threading.Event, signs: Signs) -> None:
         """End this process when another rank has noted its failure in the store, or the ranks wait too long for one."""
@@ -147,7 +148,7 @@ class Failing:
                 if stuck := signs.poll(time.monotonic()):
                     self._end(self._tell(stuck))
                 self._world.common_step.poll(store, self._world.rank, self._world.size)
-                if self._agent and _has_ended(self._agent):
+                if self._agent and has_ended(self._agent):
                     self._lose_launcher(
                         f"torchrun's agent on {socket.gethostname()} (process {self._agent.pid}) is gone"
                     )
@@ -299,26 +300,6 @@ def record(error: BaseException) -> None:
 def _is_of_agent() -> bool:
     """Whether the store is in torchrun's agent, not in rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _agent() -> psutil.Process | None:
-    """Torchrun's own process that has started this one, be it through others; None where there is none."""
-    if not os.environ.get("TORCHELASTIC_RUN_ID"):
-        return None
-    with contextlib.suppress(psutil.Error):
-        for process in psutil.Process().parents():
-            if any("torchrun" in word or "torch.distributed" in word for word in process.cmdline()):
-                return process
-    return None
-
-
-def _has_ended(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.Error:
-        return False
 
 
 def _is_of_lost(error: BaseException) -> bool:

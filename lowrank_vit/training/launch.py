@@ -13,57 +13,38 @@ import glob
 import json
 import os
 import socket
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from lowrank_vit.ranks.agent import agent, launched
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.directory import LAST
 
 MARK = ".launch"
-_PLACE = ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 
 
 def names(world: World) -> list[str]:
     """What this attempt's launch is known by, of all nodes; empty without torchrun. Every rank calls it."""
-    own = [agent(), world.launch] if os.environ.get("TORCHELASTIC_RUN_ID") else []
+    own = [_agent(), world.launch] if os.environ.get("TORCHELASTIC_RUN_ID") else []
     return sorted({name for told in world.gather(own) for name in told if name})
 
 
-def agent() -> str:
-    """Find torchrun's process on this machine that has started this one; empty where a container hides it."""
-    with suppress(OSError, ValueError, IndexError):
-        return _process(_starter(os.getppid()))
+def _agent() -> str:
+    """The name of torchrun's process on this machine that has started this one; empty where a container hides it."""
+    process = agent()
+    with suppress(OSError, IndexError):
+        return _process(process.pid) if process else ""
     return ""
-
-
-def _starter(pid: int) -> int:
-    """The process itself or, of programs that run a command in a child, what has started the first of them.
-
-    They have the place among the ranks in their environment that torchrun gave to this process; torchrun has not.
-    """
-    while pid > 0 and _has_our_place(pid):
-        pid = int(_stat(pid)[1])
-    return pid
-
-
-def _has_our_place(pid: int) -> bool:
-    try:
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except PermissionError:
-        return False
-    place = (f"{name}={os.environ.get(name, '')}" for name in _PLACE)
-    return all(os.fsencode(variable) in environment for variable in place)
-
-
-def _stat(pid: int) -> list[str]:
-    """State, parent and so on of a process, see proc(5); its name may hold anything."""
-    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
 
 
 def _process(pid: int) -> str:
     """A name of a process that no other process has, nor had, on any machine."""
-    started = _stat(pid)[19]  # clock ticks
+    stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    started = stat.rpartition(")")[2].split()[19]  # clock ticks, see proc(5); the name before it may hold anything
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"{socket.gethostname()}/{boot}/{pid}/{started}"
 
@@ -71,23 +52,34 @@ def _process(pid: int) -> str:
 def mark(folder: Path, names: list[str]) -> str:
     """What to write to `MARK` in a folder that this attempt, of a launch of these names, works in."""
     earlier = _read(folder)
-    found = earlier["found"] if _is_of(earlier, names) else _state_of(folder / LAST)
-    names = sorted({*names, *(earlier["agents"] if _is_of(earlier, names) else ())})
-    # Marks of earlier versions have agents alone.
-    return json.dumps({"agents": names, "process": _process(os.getpid()), "found": found}) + "\n"
+    is_ours = not set(names).isdisjoint(earlier["agents"])
+    noted = {
+        # Marks of earlier versions have agents alone, and no command.
+        "agents": sorted({*names, *(earlier["agents"] if is_ours else ())}),
+        "process": _process(launched().pid),
+        "command": _command(),
+        "found": earlier["found"] if is_ours else _state_of(folder / LAST),
+    }
+    return json.dumps(noted) + "\n"
 
 
 def earlier_folder(output: Path, experiment: str, resumed: Path | None, names: list[str]) -> Path | None:
-    """The newest directory in which earlier attempts of this launch have worked; None in the first attempt.
+    """The directory in which earlier attempts of this launch have worked; None in the first attempt.
 
+    Of several the newest of this command line, else the newest: a node that came later may have others of its own disk.
     `resumed`: the file of --resume, whose directory it is then.
     """
     if resumed:
         folders = [resumed.parent]
     else:
         folders = [path.parent for path in output.glob(f"{glob.escape(experiment) if experiment else '*'}/{MARK}")]
-    folders = [path for path in folders if not (path.is_symlink() and not resumed) and _is_of(_read(path), names)]
-    return max(folders, key=lambda path: (path / MARK).stat().st_mtime, default=None)
+    marks = {path: _read(path) for path in folders if not (path.is_symlink() and not resumed)}
+    ours = [path for path, noted in marks.items() if _is_of_earlier_attempt(noted, names)]
+    return max(
+        ours,
+        key=lambda path: (marks[path]["command"] == _command(), (path / MARK).stat().st_mtime),
+        default=None,
+    )
 
 
 def own_checkpoint(folder: Path) -> Path | None:
@@ -96,18 +88,24 @@ def own_checkpoint(folder: Path) -> Path | None:
     return folder / LAST if state and state != _read(folder)["found"] else None
 
 
-def _is_of(noted: dict[str, Any], names: list[str]) -> bool:
-    # Two runs of one process, one after the other, are no attempts of one run.
-    return not set(names).isdisjoint(noted["agents"]) and noted["process"] != _process(os.getpid())
+def _is_of_earlier_attempt(noted: dict[str, Any], names: list[str]) -> bool:
+    # What torchrun has started once may train twice, one after the other: those are no attempts of one run.
+    return not set(names).isdisjoint(noted["agents"]) and noted["process"] != _process(launched().pid)
+
+
+def _command() -> str:
+    """A digest of the command line, which is the same in all attempts: it tells the runs of one launch apart."""
+    return xxhash.xxh3_64_hexdigest("\0".join(sys.argv[1:]).encode(errors="surrogateescape"))
 
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
         noted = json.loads((folder / MARK).read_text(encoding="utf-8"))
         agents = [str(name) for name in noted["agents"]]
-        return {"agents": agents, "process": noted["process"], "found": noted["found"]}
+        more = {"process": noted["process"], "command": noted.get("command", ""), "found": noted["found"]}
+        return {"agents": agents, **more}
     except (OSError, ValueError, KeyError, TypeError):
-        return {"agents": [], "process": "", "found": None}
+        return {"agents": [], "process": "", "command": "", "found": None}
 
 
 def _state_of(path: Path) -> list[int] | None:

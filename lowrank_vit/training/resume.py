@@ -75,7 +75,10 @@ def finished(start: Start, world: World) -> tuple[RunState, int] | None:
         state.load_state_dict(resumed.training_state("progress"), updates)
         num_epochs = epochs_in_all(config.optim, updates // max(1, state.position.epoch))
         if state.position.epoch >= num_epochs and not _has_spectra_to_do(config, resumed.path.parent, updates):
-            RunDir.reopen(resumed.path.parent).close()  # nobody else has it; leftovers of writing go
+            run_dir = RunDir.reopen(resumed.path.parent)  # nobody else has it; leftovers of writing go
+            if start.earlier == resumed.path.parent:  # a run that this attempt begins next is not this one
+                run_dir.write_text(launch.MARK, launch.mark(run_dir.path, start.names))
+            run_dir.close()
             done = state, num_epochs
     return world.from_first(done)
 

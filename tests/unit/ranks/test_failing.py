@@ -7,7 +7,6 @@ import os
 import threading
 from typing import Any, NoReturn
 
-import psutil
 import pytest
 from torch.distributed import HashStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -218,32 +217,3 @@ def test_a_store_that_goes_when_all_is_done_is_nobodys_loss():
     failing = Failing(World(1, 1, 3, GoneStore()))
     failing._is_through = True
     failing._go_on_without_store(RuntimeError(LOST[0]), threading.Event(), alone(failing))
-
-
-class Process:
-    def __init__(self, *words: str) -> None:
-        self._words = words
-
-    def cmdline(self) -> list[str]:
-        return list(self._words)
-
-
-def test_the_agent_is_found_behind_a_wrapper(monkeypatch):
-    agent = Process("python", "/usr/bin/torchrun", "--nnodes", "2")
-    parents = [Process("bash", "-c", "python -m lowrank_vit.train"), agent, Process("bash")]
-    monkeypatch.setattr(psutil.Process, "parents", lambda self: parents)
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert module._agent() is None
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert module._agent() is agent  # type: ignore[comparison-overlap]
-    del parents[1]
-    assert module._agent() is None
-
-
-def test_a_process_that_has_ended_is_seen_to_have(tmp_path):
-    child = psutil.Popen(["sleep", "100"])
-    assert not module._has_ended(psutil.Process(child.pid))
-    process = psutil.Process(child.pid)
-    child.kill()
-    child.wait()
-    assert module._has_ended(process)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import time
+import sys
+from argparse import Namespace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -65,6 +63,42 @@ def test_two_runs_of_one_process_are_two(tmp_path, monkeypatch):
     assert launch.earlier_folder(tmp_path, "", None, ["a"]) is None
 
 
+def test_two_trainings_that_one_command_of_torchrun_starts_are_two(tmp_path, monkeypatch):
+    """Of one script, one after the other. After a restart each finds its own directory again, whichever is newer."""
+    attempts = [Namespace(pid=-1), Namespace(pid=-2)]
+    own_name = launch._process
+    monkeypatch.setattr(launch, "_process", lambda pid: f"script {pid}" if pid < 0 else own_name(pid))
+    one, two, three = ([f"--output={tmp_path}", "--data-dir", name] for name in ("a", "b", "c"))
+
+    def train(command: list[str], script: Namespace) -> tuple[Start, RunDir]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *command])
+        monkeypatch.setattr(launch, "launched", lambda: script)
+        return attempt(tmp_path, *command[1:])
+
+    _, first = train(one, attempts[0])
+    save(first.path / "last.pth.tar", 5)
+    start, second = train(two, attempts[0])
+    assert start.resumed is None
+    assert second.path != first.path
+    save(second.path / "last.pth.tar", 3)
+    os.utime(first.path / launch.MARK, (1, 1))
+    start, found = train(one, attempts[1])
+    assert (updates(start), found.path) == (5, first.path)
+    start, found = train(two, attempts[1])
+    assert (updates(start), found.path) == (3, second.path)
+    start, found = train(three, attempts[1])
+    assert start.resumed is None
+    assert found.path not in (first.path, second.path)
+
+
+def test_a_node_that_came_later_may_have_another_command_line(tmp_path, monkeypatch):
+    """Its data are elsewhere, and it has rank 0 now."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data-dir=/a"])
+    work_in(tmp_path / "run", ["a", "b"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data-dir=/b"])
+    assert launch.earlier_folder(tmp_path, "", None, ["b", "c"]) == tmp_path / "run"
+
+
 def test_processes_have_names_of_their_own(monkeypatch):
     monkeypatch.undo()
     names = {launch._process(pid) for pid in (os.getpid(), os.getppid(), 1)}
@@ -74,48 +108,22 @@ def test_processes_have_names_of_their_own(monkeypatch):
     assert launch.names(World()) == []
 
 
-def test_a_launcher_that_runs_the_command_in_a_child_is_not_torchrun(monkeypatch):
-    """Each attempt has another one, but all have one agent: this process, which lacks the ranks' environment."""
-    monkeypatch.undo()
-    place = {"RANK": "1", "MASTER_PORT": "29999", "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
-    for name, value in place.items():
-        monkeypatch.setenv(name, value)  # of this process, where proc(5) does not show it
-    shell = ["sh", "-c", "sleep 300; :"]
-    launcher = subprocess.Popen(["sh", "-c", f"sh -c '{shell[2]}'; :"], start_new_session=True)
-    of_another = subprocess.Popen(shell, env=os.environ | {"RANK": "0"}, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 60
-        while (
-            not (within := [one.pid for one in psutil.Process(launcher.pid).children()]) and time.monotonic() < deadline
-        ):
-            time.sleep(0.01)
-        assert [launch._starter(pid) for pid in (*within, launcher.pid)] == [os.getpid()] * 2
-        assert launch._starter(of_another.pid) == of_another.pid
-        assert launch.agent() == launch._process(os.getppid())
-    finally:
-        for process in (launcher, of_another):
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
 def test_a_process_whose_starter_is_hidden_has_no_agent(monkeypatch):
     """As in a container: its name is then that in the store alone."""
-    monkeypatch.undo()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setattr(os, "getppid", lambda: 0)
+    monkeypatch.setattr(launch, "agent", lambda: None)
     assert launch.names(World(launch="of the store")) == ["of the store"]
 
 
 def test_a_restart_is_known_by_the_name_in_the_store_alone(tmp_path, monkeypatch):
     """And by an agent that has stayed where the store was lost with its node."""
-    monkeypatch.setattr(launch, "agent", lambda: "")
+    monkeypatch.setattr(launch, "_agent", lambda: "")
     _, run_dir = attempt(tmp_path, launch="one")
     save(run_dir.path / "last.pth.tar", 5)
     assert updates(attempt(tmp_path, launch="one")[0]) == 5
-    monkeypatch.setattr(launch, "agent", lambda: "an agent")
+    monkeypatch.setattr(launch, "_agent", lambda: "an agent")
     assert updates(attempt(tmp_path, launch="one")[0]) == 5
     assert updates(attempt(tmp_path, launch="another store")[0]) == 5
-    monkeypatch.setattr(launch, "agent", lambda: "another agent")
+    monkeypatch.setattr(launch, "_agent", lambda: "another agent")
     start, other = attempt(tmp_path, launch="another launch")
     assert start.resumed is None
     assert other.path != run_dir.path
