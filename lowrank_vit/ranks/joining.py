@@ -6,6 +6,7 @@ Started by torchrun, or anything that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from lowrank_vit.common.errors import UserError, in_short
+from lowrank_vit.ranks.agent import agent, has_ended
 from lowrank_vit.ranks.agree import OfRank, Record, agree, differences
 from lowrank_vit.ranks.signs import USUAL, Limits
 from lowrank_vit.ranks.waiting import saying, until
@@ -32,6 +34,7 @@ _LEFT_OVER = (
     "Unset WORLD_SIZE, which may be left over in the environment, or start with torchrun --nproc-per-node=N -m "
     "lowrank_vit.train ..."
 )
+_SIZE = "the number of ranks"
 # Of a heterogeneous job's parts only the first is common to all.
 JOB_IDS = ("SLURM_HET_JOB_ID", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 _OWN_PORTS = (
@@ -135,14 +138,25 @@ def joined(
 
 
 def job_record(size: int) -> Record:
-    """What the launcher tells of the job that this process is of: all processes of one run are told the same.
-
-    torchrun's --rdzv-id says it where one was chosen, so that one run may span several jobs of a batch system.
-    """
+    """What the launcher tells of the job that this process is of, the most telling first, see `another_job`."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     ids = {"--rdzv-id": "" if run_id == "none" else run_id, **{name: os.environ.get(name, "") for name in JOB_IDS}}
-    told = {"the number of ranks": str(size), **dict([one for one in ids.items() if one[1]][:1])}
+    told = {_SIZE: str(size), **{name: text for name, text in ids.items() if text}}
     return {name: (text, text) for name, text in told.items()}
+
+
+def another_job(theirs: Record, ours: Record) -> str:
+    """What tells, in words, that two processes are not of one run; empty where nothing does.
+
+    The first number that both have decides. One that was started by hand on its node lacks those of a batch system.
+    torchrun's --rdzv-id is before those, so that one run may span several jobs.
+    """
+    common = [name for name in ("--rdzv-id", *JOB_IDS) if name in ours and name in theirs]
+    compared = (_SIZE, *common[:1])
+    return differences(
+        {name: texts for name, texts in theirs.items() if name in compared},
+        {name: texts for name, texts in ours.items() if name in compared},
+    )
 
 
 def launch_name(store: Any) -> str:
@@ -216,12 +230,19 @@ class _Meeting:
     beginning and one that came later do not agree on the number, and none of them counts a change of membership. So
     rank 0 makes up a name and tells it to each rank that asks, under a name of that rank's own; what an earlier attempt
     has left in the store is no answer to it. A process of another job, which has the same port, is told so instead.
+
+    A rank asks anew each time it looks for the answer, and is answered only when it has done so: a question may outlive
+    who asked it. And a rank may outlive its agent, so it looks after that, too, lest it take its successor's place.
     """
 
     def __init__(self, rank: int, size: int, job: Record, where: str) -> None:
         self._rank, self._size, self._job, self._where = rank, size, job, where
         self._missing = set(range(1, size)) if rank == 0 else {0}
-        self._turned_away = ""
+        self._agent = agent()
+        self._turned_away = dict[int, str]()
+        self._asked = dict[str, Any]()
+        """How often each who asks had asked when rank 0 saw it first."""
+        self._answered = set[str]()
         self._began = time.monotonic()
 
     def waits_for(self) -> str:
@@ -230,7 +251,8 @@ class _Meeting:
         more = ", ..." if len(self._missing) > len(few) else ""
         who = f"rank{'s' if len(few) > 1 else ''} {', '.join(map(str, few))}{more} of {self._size}"
         waited = f"{time.monotonic() - self._began:.0f} s for {who} at {self._where}"
-        return f"rank {self._rank} on {socket.gethostname()} has waited {waited}.{self._turned_away} {_LEFT_OVER}"
+        others = "".join(list(self._turned_away.values())[-1:])
+        return f"rank {self._rank} on {socket.gethostname()} has waited {waited}.{others} {_LEFT_OVER}"
 
     def meet(self, store: Any, limit: timedelta) -> str:
         """The name. Raises `RuntimeError` where not all have come within the limit, `UserError` in another job."""
@@ -239,8 +261,16 @@ class _Meeting:
             self._receive(store, mine, limit)
             return mine
         asking = {"token": mine, "host": socket.gethostname(), "job": self._job}
-        store.set(f"asks/{self._rank}", json.dumps(asking))
-        if not until(lambda: store.check([f"answer/{mine}"]), limit):
+        times = itertools.count()
+
+        def is_answered() -> bool:
+            self._require_agent()
+            if store.check([f"answer/{mine}"]):
+                return True
+            store.set(f"asks/{self._rank}", json.dumps({**asking, "times": next(times)}))
+            return False
+
+        if not until(is_answered, limit):
             raise RuntimeError(self.waits_for())
         answer = json.loads(store.get(f"answer/{mine}"))
         if foreign := answer["foreign"]:
@@ -259,29 +289,43 @@ class _Meeting:
 
     def _receive(self, store: Any, attempt: str, limit: timedelta) -> None:
         """Answer the ranks that ask until all have met."""
-        answered = dict[int, bytes]()
 
         def have_come() -> bool:
+            self._require_agent()
             for other in range(1, self._size):
-                if store.check([f"asks/{other}"]) and answered.get(other) != (asks := store.get(f"asks/{other}")):
-                    answered[other] = asks
-                    self._answer(store, attempt, other, asks)
+                if store.check([f"asks/{other}"]):
+                    self._answer(store, attempt, other, store.get(f"asks/{other}"))
                 if other in self._missing and store.check([f"met/{attempt}/{other}"]):
                     self._missing.discard(other)
+                    self._turned_away.pop(other, None)
             return not self._missing
 
         if not until(have_come, limit):
             raise RuntimeError(self.waits_for())
 
     def _answer(self, store: Any, attempt: str, rank: int, asks: bytes) -> None:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # an earlier version of this program asks otherwise
+        try:
             told = json.loads(asks)
-            foreign = differences(told["job"], self._job)
-            if foreign:
-                self._turned_away = f" One that came as rank {rank}, on {told['host']}, is of another job: {foreign}."
-            store.set(f"answer/{told['token']}", json.dumps({"attempt": attempt, "foreign": foreign}))
+            token, times, host = told["token"], told["times"], told["host"]
+            foreign = another_job(told["job"], self._job)
+        except (ValueError, TypeError, KeyError):  # an earlier version of this program asks otherwise
+            if rank in self._missing:
+                self._turned_away[rank] = f" One that came as rank {rank} runs another version of this program."
             return
-        self._turned_away = f" One that came as rank {rank} runs another version of this program."
+        if token in self._answered or self._asked.setdefault(token, times) == times:
+            return
+        self._answered.add(token)
+        if foreign and rank in self._missing:
+            self._turned_away[rank] = f" One that came as rank {rank}, on {host}, is of another job: {foreign}."
+        store.set(f"answer/{token}", json.dumps({"attempt": attempt, "foreign": foreign}))
+
+    def _require_agent(self) -> None:
+        if self._agent and has_ended(self._agent):
+            raise OfRank(
+                f"torchrun's agent on {socket.gethostname()} (process {self._agent.pid}) is gone, while rank "
+                f"{self._rank} was waiting for the others. Start torchrun again.",
+                self._rank,
+            )
 
 
 def meet(store: Any, rank: int, size: int, limit: timedelta = timedelta(hours=1)) -> str:

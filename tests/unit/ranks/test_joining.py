@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +71,71 @@ def test_a_rank_of_another_job_is_turned_away_and_the_right_one_is_let_in():
             meet_as(ours, store, 0, 2, 2)
 
 
+def job(**ids: str) -> dict[str, tuple[str, str]]:
+    told = {"the number of ranks": "2", **ids}
+    return {name: (text, text) for name, text in told.items()}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "told"),
+    [
+        ({}, {"SLURM_JOB_ID": "7"}, ""),  # by hand on its node: started through ssh out of a job's shell
+        ({"SLURM_JOB_ID": "7"}, {}, ""),
+        ({"PBS_JOBID": "7"}, {"SLURM_JOB_ID": "8"}, ""),
+        ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "8"}, "SLURM_JOB_ID is 7, there 8"),
+        ({"--rdzv-id": "vit", "SLURM_JOB_ID": "7"}, {"--rdzv-id": "vit", "SLURM_JOB_ID": "8"}, ""),
+        ({"--rdzv-id": "vit"}, {"--rdzv-id": "other"}, "--rdzv-id is vit, there other"),
+        ({"SLURM_HET_JOB_ID": "6", "SLURM_JOB_ID": "6"}, {"SLURM_HET_JOB_ID": "6", "SLURM_JOB_ID": "7"}, ""),
+        ({"the number of ranks": "3"}, {}, "the number of ranks is 3, there 2"),
+    ],
+)
+def test_a_number_that_one_lacks_tells_no_job_from_another(theirs, ours, told):
+    assert joining.another_job({**job(), **job(**theirs)}, job(**ours)) == told
+
+
+def test_a_question_that_nobody_asks_any_more_is_no_rank(environment):
+    """Of an attempt of another size, whose rank was killed: nothing is said of it."""
+    environment()
+    store = HashStore()
+    with pytest.raises(RuntimeError):
+        meet(store, 1, 3, timedelta(seconds=0.2))
+    first = joining._Meeting(0, 2, job_record(2), "here:1")
+    with pytest.raises(RuntimeError, match=r"for rank 1 of 2 at here:1\. Unset"):
+        first.meet(store, timedelta(seconds=0.5))
+    assert len(attempt(store, 2)) == 1
+
+
+def test_nothing_is_said_of_who_was_turned_away_once_the_right_rank_is_there(environment):
+    environment()
+    store, first = HashStore(), joining._Meeting(0, 3, job_record(3), "here:1")
+    with ThreadPoolExecutor(2) as pool:
+        name = pool.submit(first.meet, store, timedelta(seconds=60))
+        with pytest.raises(OfRank, match="the number of ranks is 4, there 3"):
+            meet(store, 1, 4)
+        assert "of another job: the number of ranks is 4, there 3" in first.waits_for()
+        second = pool.submit(meet, store, 1, 3)
+        while first._missing != {2}:
+            time.sleep(0.01)
+        assert "another job" not in first.waits_for()
+        assert meet(store, 2, 3) == second.result(30) == name.result(30)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_agent_has_ended_takes_no_place_in_the_next_attempt(environment, monkeypatch, rank):
+    """It was waiting for the others when its agent was killed, as rank 0 and as another."""
+    environment()
+    over = threading.Event()
+    monkeypatch.setattr(joining, "has_ended", lambda process: over.is_set())
+    store, orphan = HashStore(), joining._Meeting(rank, 2, job_record(2), "here:1")
+    orphan._agent = SimpleNamespace(pid=77)  # type: ignore[assignment]
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(orphan.meet, store, timedelta(seconds=60))
+        over.set()
+        with pytest.raises(OfRank, match=rf"agent on .* \(process 77\) is gone, while rank {rank} was waiting"):
+            waits.result(30)
+    assert len(attempt(store, 2)) == 1
+
+
 def test_two_processes_with_one_rank_are_told():
     store = HashStore()
     with ThreadPoolExecutor(4) as pool:
@@ -96,9 +163,9 @@ def test_what_tells_one_job_from_another(environment):
     environment(SLURM_JOB_ID="7", TORCHELASTIC_RUN_ID="none")
     assert job_record(4) == size | {"SLURM_JOB_ID": ("7", "7")}
     environment(SLURM_JOB_ID="7", SLURM_HET_JOB_ID="6")
-    assert job_record(4) == size | {"SLURM_HET_JOB_ID": ("6", "6")}
+    assert job_record(4) == size | {"SLURM_HET_JOB_ID": ("6", "6"), "SLURM_JOB_ID": ("7", "7")}
     environment(SLURM_JOB_ID="7", TORCHELASTIC_RUN_ID="vit")  # one run over several jobs
-    assert job_record(4) == size | {"--rdzv-id": ("vit", "vit")}
+    assert job_record(4) == size | {"--rdzv-id": ("vit", "vit"), "SLURM_JOB_ID": ("7", "7")}
 
 
 CPU = torch.device("cpu")
