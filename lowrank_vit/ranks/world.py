@@ -29,7 +29,7 @@ class World:
     """torch.distributed.Store of this attempt, None for one process."""
     progress: Progress = field(default_factory=Progress)
     """What the main thread is at."""
-    common_step: CommonStep = field(default_factory=CommonStep)
+    common_step: CommonStep = field(default_factory=CommonStep, compare=False)
     """Where the ranks agree soon."""
     start_limit: timedelta = timedelta(hours=1)
     """How long one that waits in the store waits; without a limit where `Failing` watches whoever is late."""
