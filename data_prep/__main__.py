@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -37,7 +37,7 @@ from data_prep.writing.workers import counts_in_words
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import CLASSES, find_bundled, usage_name
 from lowrank_vit.common.resources import available_cores
-from lowrank_vit.common.terminal import say
+from lowrank_vit.common.terminal import output_is_in_files, say
 from lowrank_vit.config.command_line import run_subcommand
 
 
@@ -51,8 +51,7 @@ def digits_command(out: Annotated[Path, tyro.conf.arg(metavar="DIR")]) -> None:
     Args:
         out: Directory to write into; made if it is missing.
     """
-    for conversion in convert_digits(out):
-        say(summary(conversion))
+    _tell(convert_digits(out))
 
 
 def cifar100_command(
@@ -72,8 +71,7 @@ def cifar100_command(
     """
     if (src is None) != download:
         raise UserError("give either --src ARCHIVE_OR_DIR or --download.")
-    for conversion in convert_cifar100(src, out, progress=True):
-        say(summary(conversion))
+    _tell(convert_cifar100(src, out, progress=True))
 
 
 def imagefolder_command(
@@ -157,8 +155,7 @@ def imagefolder_command(
         is_unclear = False
         image, val_image = kept if lossless else image, image if lossy_val else kept
         conversions = convert_splits(src, out, image=image, val_image=val_image, **options)
-    for conversion in conversions:
-        say(summary(conversion))
+    _tell(conversions)
     if is_unclear:
         say(f"{out.name} was converted as a training set; --lossless keeps every pixel, as for sets that are scored")
 
@@ -213,6 +210,13 @@ _COMMANDS = {
 }
 NAMES_SHOWN = 10
 """Names of each kind in a summary; the manifest has all."""
+
+
+def _tell(conversions: Iterable[Conversion]) -> None:
+    """Say what was written, as soon as it is."""
+    output_is_in_files()
+    for conversion in conversions:
+        say(summary(conversion))
 
 
 def summary(conversion: Conversion) -> str:

@@ -13,7 +13,7 @@ from tyro.conf import FlagCreatePairsOff, arg
 
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import check_versions, require_one_process, usage_name
-from lowrank_vit.common.terminal import say
+from lowrank_vit.common.terminal import output_is_in_files, say
 from lowrank_vit.config.command_line import read_options
 from lowrank_vit.config.option_types import POSITIVE
 
@@ -127,6 +127,7 @@ def _analyze(options: Options, console: Console) -> None:
     print_analysis(analysis, console)  # before files are written, which may fail
     path = options.files.save_dir / f"{name}_spectral.json"
     write_json(as_json(analysis, meta | _settings(options)), path)
+    output_is_in_files()
     say(f"wrote {path}")
     if options.files.full or options.files.save_vectors:
         path = options.files.save_dir / f"{name}_vectors.{options.files.format}"
@@ -147,6 +148,7 @@ def _compare(options: Options, paths: tuple[Path, Path], console: Console) -> No
     say(f"{new['model']}, {weights}{epochs}")
     print_drift(drift, content["types"], console)
     write_json(content, path)
+    output_is_in_files()
     say(f"wrote {path}")
 
 

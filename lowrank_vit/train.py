@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import CONFIGS, bundled_names, check_versions, usage_name
-from lowrank_vit.common.terminal import duration, say
+from lowrank_vit.common.terminal import duration, output_is_in_files, say
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.option_types import leaves
 from lowrank_vit.config.options import Config
@@ -52,6 +52,7 @@ def _train(argv: list[str], config: Config, world: World, failing: Failing) -> N
     from lowrank_vit.training.stop import NO_LAUNCHER
     from lowrank_vit.training.trainer import train
 
+    output_is_in_files()
     device = pick_device(config.step.device, world.local_rank)
     limits = Limits(config.run.rank_timeout, config.run.init_timeout)
     with joined(world, device, lambda: run_record(config, device), limits), failing.watched(limits):

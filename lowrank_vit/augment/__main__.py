@@ -11,7 +11,7 @@ from tyro.conf import arg
 
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import require_one_process, usage_name
-from lowrank_vit.common.terminal import say
+from lowrank_vit.common.terminal import output_is_in_files, say
 from lowrank_vit.config.command_line import asks_for_help, show_help
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.option_types import expanded
@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         path.write_bytes(picture)
     except OSError as error:
         raise UserError(f"--preview {path} cannot be written: {error.strerror}.") from error
+    output_is_in_files()
     say(f"wrote {path}")
 
 

@@ -8,7 +8,14 @@ import sys
 from collections.abc import Callable, Iterable
 
 from lowrank_vit.common.begin import INTERRUPTED
-from lowrank_vit.common.terminal import UNREAD, interruptible, is_unread, printable, uninterruptible
+from lowrank_vit.common.terminal import (
+    UNREAD,
+    interruptible,
+    is_unread,
+    printable,
+    uninterruptible,
+    why_output_is_lost,
+)
 
 
 class UserError(ValueError):
@@ -79,7 +86,8 @@ def exit_cleanly(main: Callable[[], None]) -> None:
     """Run a command's `main`; a `UserError` becomes one paragraph on stderr and exit code 2.
 
     Ctrl-C becomes exit code 130. Notes added to the exception are shown. A command that goes on when the reader of its
-    output is gone ends as it would have; one that raises `BrokenPipeError` then, with 141.
+    output is gone ends as it would have; one that raises `BrokenPipeError` then, with 141. One that makes nothing but
+    its output ends with 1 where that could not be written for another reason, such as a full disk.
     """
     try:
         try:
@@ -99,7 +107,17 @@ def exit_cleanly(main: Callable[[], None]) -> None:
         sys.exit(INTERRUPTED)
     except SystemExit as stop:  # a batch system's SIGTERM, or `sys.exit` of an argument parser
         print(*_notes(stop), sep="\n", end="\n" if _notes(stop) else "", file=sys.stderr)
+        if not stop.code:
+            _exit_if_output_is_lost()
         raise
+    else:
+        _exit_if_output_is_lost()
+
+
+def _exit_if_output_is_lost() -> None:
+    if why := why_output_is_lost():
+        print(f"error: the output could not be written: {why}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _notes(error: BaseException) -> list[str]:

@@ -42,6 +42,8 @@ class _Program:
     is_begun = False
     is_in_a_hurry = False
     """See `end_within`."""
+    writes_files = False
+    """See `output_is_in_files`."""
 
 
 def begin_program() -> None:
@@ -108,15 +110,39 @@ def _later(seconds: float, function: Callable[[], object]) -> None:
 
 def is_unread() -> bool:
     """Whether the reader of the standard output is gone."""
+    raw = _standard_output()
+    return raw is not None and raw.is_gone
+
+
+def output_is_in_files() -> None:
+    """Note that what this command is for is in files, so that its standard output is no more than talk."""
+    _Program.writes_files = True
+
+
+def why_output_is_lost() -> str:
+    """Why a part of the standard output could not be written, where that is all that the command makes; else "".
+
+    A reader that is gone is no such reason.
+    """
+    raw = _standard_output()
+    if raw is None or _Program.writes_files:
+        return ""
+    sys.stdout.flush()
+    return raw.why_lost
+
+
+def _standard_output() -> _Lasting | None:
     buffer = getattr(sys.stdout, "buffer", None)
     raw = getattr(buffer, "raw", buffer)
-    return isinstance(raw, _Lasting) and raw.is_gone
+    return raw if isinstance(raw, _Lasting) else None
 
 
 class _Lasting(io.FileIO):
     """A standard stream. What cannot be written is dropped, for good if nobody is there any more to read it."""
 
     is_gone = False
+    why_lost = ""
+    """Why the first bytes were dropped that somebody may miss, such as "No space left on device"."""
 
     def write(self, data: Any, /) -> int:
         """Write all of it; the number of bytes, be they written or dropped."""
@@ -131,6 +157,8 @@ class _Lasting(io.FileIO):
         except OSError as error:
             if error.errno in _GONE:
                 self._let_go()
+            else:
+                self.why_lost = self.why_lost or error.strerror or str(error)
         return size
 
     def _let_go(self) -> None:

@@ -95,8 +95,8 @@ def read(argv: Sequence[str], hints: Hints, places: Sequence[str] = ()) -> dict[
     Words that belong to no option are values of `places`, one after the other; where that takes any number of them, of
     which a flag may give some, it takes them all.
     """
-    values, words, tokens = dict[str, Any](), list[str](), list(argv)
-    names = {without_dashes(alias): name for alias, name in aliases(hints).items()}
+    values, words, tokens, others = dict[str, Any](), list[str](), list(argv), aliases(hints)
+    names = {without_dashes(alias): name for alias, name in others.items()}
     gathers = bool(places) and kind_of(hints[places[0]]).num_words is None
     while tokens:
         token = tokens.pop(0)
@@ -104,6 +104,8 @@ def read(argv: Sequence[str], hints: Hints, places: Sequence[str] = ()) -> dict[
             words.append(_word(token, hints))
             continue
         shown, equals, value = token.partition("=")
+        if without_dashes(shown) not in {*hints, *names}:
+            shown, equals, value = _glued(token, others, hints) or (shown, equals, value)
         name = without_dashes(shown)
         name = names.get(name, name)
         if switch := _switch(name, hints):
@@ -119,6 +121,17 @@ def read(argv: Sequence[str], hints: Hints, places: Sequence[str] = ()) -> dict[
             values[name] = value_of(hints[name], texts, shown)
     _place(values, words, hints, places, gathers)
     return {name: value for name, value in values.items() if value is not UNSET}
+
+
+def _glued(token: str, names: Mapping[str, str], hints: Hints) -> tuple[str, str, str] | None:
+    """A short flag with its value behind it in one word, such as -b32, taken apart; None where it is no such word."""
+    for short in sorted(names, key=len, reverse=True):
+        value = token.removeprefix(short)
+        if short.startswith("--") or value in ("", token):
+            continue
+        if not kind_of(hints[names[short]]).is_numeric or re.match(r"[-+.]?\d", value):
+            return short, "=", value
+    return None
 
 
 def _word(token: str, hints: Hints) -> str:
@@ -202,9 +215,6 @@ def _unknown(shown: str, names: Iterable[str], hints: Hints) -> UserError:
         return UserError(f"`{shown}` is one word. Did you mean {first}={rest[0]}?")
     if without_dashes(shown).removeprefix("no-") in hints:
         return UserError(f"{shown} is not an option: --{without_dashes(shown).removeprefix('no-')} is no switch.")
-    glued = re.fullmatch(r"(-[A-Za-z])(\S+)", shown)
-    if glued and glued[1] in aliases(hints):
-        return UserError(f"{shown} is not an option. Did you mean {glued[1]} {glued[2]}?")
     switches = [f"no-{name}" for name, hint in hints.items() if kind_of(hint).element is bool]
     near = did_you_mean(without_dashes(shown), [name for name in [*names, *switches] if len(name) > 1], "--")
     return UserError(f"{shown} is not an option.{near or ' --help lists all.'}")

@@ -11,7 +11,7 @@ import tyro
 
 from lowrank_vit.common.errors import exit_cleanly
 from lowrank_vit.common.program import require_one_process, usage_name
-from lowrank_vit.common.terminal import say
+from lowrank_vit.common.terminal import output_is_in_files, say
 from lowrank_vit.config.command_line import read_options
 
 
@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     from lowrank_vit.report.page import write_report  # torch takes seconds, which a wrong option must not cost
 
     folder, notes = write_report(run_dir)
+    output_is_in_files()
     for note in notes:
         say(f"note: {note}")
     say(f"wrote {folder / 'report.html'} and {folder / 'report'}/*.png")

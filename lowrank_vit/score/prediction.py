@@ -24,7 +24,7 @@ from lowrank_vit.common.devices import DTYPES, pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_all
 from lowrank_vit.common.filters import FILTERS
-from lowrank_vit.common.terminal import is_unread, one_line
+from lowrank_vit.common.terminal import is_unread, one_line, output_is_in_files
 from lowrank_vit.data.decode.pil import crop_and_resize
 from lowrank_vit.plan.plans import EvalPlan
 from lowrank_vit.ranks.agree import Record, agree
@@ -66,6 +66,8 @@ def classify(options: PredictOptions, note: Note, world: World, failing: Failing
 
 def _classify_and_write(options: PredictOptions, note: Note, world: World) -> None:
     outputs = _outputs(options)
+    if outputs:
+        output_is_in_files()
     show = (lambda prediction: None) if options.no_console_results else _Printer(options.output_type, bool(outputs))
     predictions = predict(options, note, show, world)
     columns: dict[str, Any] = {

@@ -71,6 +71,7 @@ def _print_and_write(options: ValidateOptions, scores: Scores, scorer: Scorer, b
     sys.stdout.flush()
     if files := _files(options, scores, scorer, beton):  # behind the scores, which a full disk must not cost
         write_all(files)
+        terminal.output_is_in_files()
         terminal.say(f"written: {', '.join(map(str, files))}")
 
 

@@ -70,8 +70,25 @@ def test_a_command_goes_on_when_nobody_reads_its_output(tmp_path, lost: Callable
     stream = lost()
     process = command(TALK, flags=flags, arguments=[str(tmp_path / "file")], stdout=stream, stderr=stream)
     os.close(stream)
-    assert process.wait(100) == 0
+    assert process.wait(100) == (1 if lost is full_disk else 0)
     assert (tmp_path / "file").read_text() == "True"
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("print(1)", 1),
+        ("print(1); sys.exit(0)", 1),
+        ("print(1); sys.exit(3)", 3),
+        ("print(1); output_is_in_files()", 0),
+        ("pass", 0),
+    ],
+)
+def test_output_for_which_there_is_no_space_is_an_error_where_it_is_all_there_is(body: str, code: int):
+    process = command(body, stdout=full_disk(), stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=100)
+    said = b"error: the output could not be written: No space left on device\n"
+    assert (process.returncode, errors) == (code, said if code == 1 else b"")
 
 
 def test_a_command_goes_on_without_any_stream_and_no_file_gets_the_number_of_one(tmp_path):

@@ -107,7 +107,10 @@ LINES = {
     "--no-amq": "--no-amq is not an option. Did you mean --no-amp?",
     "--unknown-thing": "--unknown-thing is not an option. --help lists all.",
     "--": "-- is not an option. --help lists all.",
-    "-b8": "-b8 is not an option. Did you mean -b 8?",
+    "-b0": "-b takes a whole number of at least 1, not `0`.",
+    "-b8x": "-b takes a whole number of at least 1, not `8x`.",
+    "-j": "-j takes a whole number of at least 0, and none is given.",
+    "-bs 8": "-bs is not an option. --help lists all.",
     "'--lr 0.1'": "`--lr 0.1` is one word. Did you mean --lr=0.1?",
     "--lr:0.1": "`--lr:0.1` is one word. Did you mean --lr=0.1?",
     # words
@@ -209,6 +212,22 @@ def test_the_last_of_several_counts():
 def test_a_list_leaves_what_it_cannot_take_to_the_data_directory():
     config = parse("--model-kwargs depth=2 num_heads=2 DIR --opt-betas 0.9 0.95".split())
     assert (config.model.model_kwargs, config.data.data_dir) == (("depth=2", "num_heads=2"), Path("DIR"))
+
+
+@pytest.mark.parametrize(
+    ("options", "line", "expected"),
+    [
+        (Config, "-b32 -j8 -vb64 DIR", {"batch-size": 32, "workers": 8, "validation-batch-size": 64}),
+        (ValidateOptions, "DIR -b32 -j 8", {"batch-size": 32, "workers": 8}),
+        (ValidateOptions, "-mvit_tiny_patch16_224 -b=32", {"model": "vit_tiny_patch16_224", "batch-size": 32}),
+        (PredictOptions, "-batch_size 32 -j8 a.jpg", {"batch-size": 32, "workers": 8}),
+    ],
+)
+def test_a_short_flag_and_its_value_may_be_one_word(options: type, line: str, expected):
+    values = read(
+        line.split(), hints_of(options), [{Config: "data-dir", ValidateOptions: "data"}.get(options, "input")]
+    )
+    assert {name: values[name] for name in expected} == expected
 
 
 # paths
