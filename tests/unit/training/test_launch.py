@@ -6,6 +6,7 @@ import os
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from lowrank_vit.config.flags import parse
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.checkpoints import write_checkpoint
 from lowrank_vit.run.directory import RunDir
+from lowrank_vit.run.state import Position, RunState
 from lowrank_vit.training import launch
-from lowrank_vit.training.resume import Start, find_start, open_run_dir
+from lowrank_vit.training.resume import Start, find_start, finished, open_run_dir
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +93,30 @@ def test_two_trainings_that_one_command_of_torchrun_starts_are_two(tmp_path, mon
     assert found.path not in (first.path, second.path)
 
 
+def test_a_run_that_was_over_when_torchrun_began_again_is_not_the_next_one(tmp_path, monkeypatch):
+    """The script's second training had not begun when it was killed."""
+    scripts = {-1: "before", -2: "now"}
+    monkeypatch.setattr(launch, "_process", lambda pid: scripts[pid])
+    state = RunState(Position(epoch=99, num_updates=990)).state_dict()
+
+    def command(*more: str) -> list[str]:
+        line = [f"--output={tmp_path}", "--epochs=20", *more]
+        monkeypatch.setattr(sys, "argv", ["train.py", *line])
+        return line[1:]
+
+    monkeypatch.setattr(launch, "_agent", lambda: "an agent")
+    monkeypatch.setattr(launch, "launched", lambda: Namespace(pid=-1))
+    _, first = attempt(tmp_path, *command())
+    save(first.path / "last.pth.tar", 990, state)
+    monkeypatch.setattr(launch, "launched", lambda: Namespace(pid=-2))
+    start = find_start(parse([f"--output={tmp_path}", *command()]), World())
+    assert start.resumed is not None
+    assert finished(start, World()) is not None
+    start, second = attempt(tmp_path, *command("--seed=7"))
+    assert start.resumed is None
+    assert second.path != first.path
+
+
 def test_a_node_that_came_later_may_have_another_command_line(tmp_path, monkeypatch):
     """Its data are elsewhere, and it has rank 0 now."""
     monkeypatch.setattr(sys, "argv", ["train.py", "--data-dir=/a"])
@@ -155,10 +181,11 @@ def attempt(tmp_path: Path, *more: str, launch: str = "") -> tuple[Start, RunDir
     return start, run_dir
 
 
-def save(path: Path, updates: int) -> Path:
+def save(path: Path, updates: int, progress: dict[str, Any] | None = None) -> Path:
     import torch
 
-    of_a_run = {"optimizer": {}, "progress": {}, "data": {}, "step": {"num_updates": updates}, "args": {"seed": 42}}
+    of_a_run = {"optimizer": {}, "progress": progress or {}, "data": {}, "step": {"num_updates": updates}}
+    of_a_run["args"] = {"seed": 42}
     of_a_run[meaning.KEY] = meaning.now()
     write_checkpoint(path, {"state_dict": {"w": torch.zeros(1)}, **of_a_run})
     return path
