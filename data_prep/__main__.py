@@ -70,7 +70,7 @@ def cifar100_command(
         download: Fetch the archive (169 MB) into DIR first, through torchvision, and check it.
     """
     if (src is None) != download:
-        raise UserError("give either --src ARCHIVE_OR_DIR or --download.")
+        raise UserError("Give one of --src ARCHIVE_OR_DIR and --download.")
     _tell(convert_cifar100(src, out, progress=True))
 
 

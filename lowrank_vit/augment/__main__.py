@@ -59,6 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or asks_for_help(argv):
         show_help(_Shown, argv or ["--help"], prog, HELP)
     path, flags = _take_preview(argv)
+    if path is None:
+        parse([*flags, "--no-amp", "--no-compile"])  # another wrong option first; without looking for a GPU
+        raise UserError("--preview FILE.png is missing: the picture to draw.")
     if path.suffix.lower() != ".png":
         raise UserError(f"--preview {path} does not end in .png.")
     config = parse(flags, prog=f"{prog} --preview FILE.png")
@@ -74,13 +77,17 @@ def main(argv: list[str] | None = None) -> None:
     say(f"wrote {path}")
 
 
-def _take_preview(argv: list[str]) -> tuple[Path, list[str]]:
+def _take_preview(argv: list[str]) -> tuple[Path | None, list[str]]:
+    """The picture's path, None where none is given, and what is left of the command line."""
     for n, token in enumerate(argv):
         if token.startswith("--preview="):
             return expanded(token.removeprefix("--preview="), "--preview"), argv[:n] + argv[n + 1 :]
-        if token == "--preview" and n + 1 < len(argv):
-            return expanded(argv[n + 1], "--preview"), argv[:n] + argv[n + 2 :]
-    raise UserError("--preview FILE.png is missing: the picture to draw.")
+        if token == "--preview":
+            behind = argv[n + 1 : n + 2]
+            if not behind or behind[0].startswith("-"):
+                return None, argv[:n] + argv[n + 1 :]
+            return expanded(behind[0], "--preview"), argv[:n] + argv[n + 2 :]
+    return None, argv
 
 
 if __name__ == "__main__":

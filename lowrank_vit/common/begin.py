@@ -29,9 +29,26 @@ def begin() -> bool:
 
 def _is_command() -> bool:
     # While `python -m` looks for its module, and imports the packages that it is in, argv[0] is "-m".
-    words = sys.orig_argv
-    module = words[words.index("-m") + 1] if sys.argv[:1] == ["-m"] and "-m" in words[:-1] else ""
+    module = _module(sys.orig_argv[1:]) if sys.argv[:1] == ["-m"] else ""
     return module.partition(".")[0] in _PACKAGES or "/".join(sys.argv[:1]).rpartition("/")[2] == SCRIPT
+
+
+def _module(words: list[str]) -> str:
+    """The module that Python's own options name: -m MODULE, -mMODULE, -um MODULE and -X dev -m MODULE among others."""
+    left = iter(words)
+    for word in left:
+        if word.startswith("--"):
+            next(left, "")  # --check-hash-based-pycs WHEN is the only one beside -m
+            continue
+        for n, letter in enumerate(word):
+            behind = word[n + 1 :]
+            if letter == "m":
+                return behind or next(left, "")
+            if letter in "WX":
+                if not behind:
+                    next(left, "")
+                break
+    return ""
 
 
 def end_at_once(*_: object) -> None:

@@ -27,6 +27,7 @@ from lowrank_vit.common.begin import end_at_once
 
 NARROW = 80
 """Columns for prose, also in a wider terminal."""
+HELP_FLAGS = frozenset({"-h", "--help"})
 UNREAD = 141
 """Exit code of a command whose only purpose was an output that nobody reads any more."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -272,7 +273,7 @@ class _Captured(io.StringIO):
 @contextmanager
 def fitted_help(argv: Sequence[str] | None) -> Generator[None, None, None]:
     """Fit what is printed within to the terminal, if `argv` (None: the process's own) asks for help."""
-    if not {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+    if not HELP_FLAGS & set(sys.argv[1:] if argv is None else argv):
         yield
         return
     captured = _Captured(sys.stdout)

@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional
 
 from lowrank_vit.common.errors import UserError, did_you_mean
-from lowrank_vit.common.terminal import fitted_help
+from lowrank_vit.common.terminal import HELP_FLAGS, fitted_help
 from lowrank_vit.config.option_types import (
     UNSET,
     Hints,
@@ -33,7 +33,7 @@ from lowrank_vit.config.option_types import (
 T = TypeVar("T")
 _POSITIONAL = get_args(Positional[int])[1]
 _WITHOUT_NO = get_args(FlagCreatePairsOff[bool])[1]
-_FOR_TYRO = {"-h", "--help", "--tyro-write-completion", "--tyro-print-completion"}
+_FOR_TYRO = {*HELP_FLAGS, "--tyro-write-completion", "--tyro-print-completion"}
 _LONG_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 """What text programs and web pages make of two dashes."""
 _SAID_OF_SWITCHES = ("true", "false", "yes", "no", "on", "off", "0", "1")
@@ -46,7 +46,7 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 
 def _for_tyro(argv: Sequence[str]) -> list[str]:
     """What tyro shall see of a command line: wrong options beside --help are no matter."""
-    return ["--help"] if {"-h", "--help"} & set(argv) else list(argv)
+    return ["--help"] if HELP_FLAGS & set(argv) else list(argv)
 
 
 def show_help(options: Callable[..., object], argv: Sequence[str], prog: str, description: str | None = None) -> None:

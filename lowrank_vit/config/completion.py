@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lowrank_vit.common.errors import UserError, exit_cleanly
-from lowrank_vit.common.program import CLASSES, COMMANDS, CONFIGS, bundled_names
+from lowrank_vit.common.errors import UserError, did_you_mean, exit_cleanly
+from lowrank_vit.common.program import CLASSES, COMMANDS, CONFIGS, bundled_names, usage_name
+from lowrank_vit.common.terminal import HELP_FLAGS
 
+MODULE = "lowrank_vit.config.completion"
 SHELLS = ("bash", "zsh")
 HELP = """usage: lowrank-vit completion {bash,zsh}
 
@@ -131,12 +133,16 @@ def _flags(options: list[dict[str, Any]]) -> Iterator[tuple[str, tuple[str, ...]
 def main(argv: list[str] | None = None) -> None:
     """Print the script of the shell that `argv` (default: the process's own) names. Raises `UserError`."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or {"-h", "--help"} & set(argv):
+    if not argv or HELP_FLAGS & set(argv):
         print(HELP, end="")
         return
-    if len(argv) > 1 or argv[0] not in SHELLS:
-        raise UserError(f"completion {' '.join(argv)}: expected one of {', '.join(SHELLS)}.")
-    print(script(argv[0], all_words()), end="")
+    shell, *others = argv
+    if shell not in SHELLS:
+        near = did_you_mean(shell, SHELLS)
+        raise UserError(f"`{shell}` is not a shell of {usage_name(MODULE)}.{near} There are: {', '.join(SHELLS)}.")
+    if others:
+        raise UserError(f"`{others[0]}` belongs to no option. {usage_name(MODULE)} takes one shell, which is {shell}.")
+    print(script(shell, all_words()), end="")
 
 
 if __name__ == "__main__":

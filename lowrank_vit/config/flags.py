@@ -17,7 +17,7 @@ from tyro.conf import Positional, arg
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.program import usage_name
-from lowrank_vit.common.terminal import say
+from lowrank_vit.common.terminal import HELP_FLAGS, say
 from lowrank_vit.config import meaning
 from lowrank_vit.config.check import check
 from lowrank_vit.config.command_line import asks_for_help, read, show_help
@@ -51,7 +51,8 @@ def parse(argv: Sequence[str], prog: str = "") -> Config:
     Raises `UserError` for whatever is wrong with it or with a file.
     """
     if asks_for_help(argv):
-        print("--config FILE   flat YAML whose keys are the flags below; flags given beside it win\n", flush=True)
+        if HELP_FLAGS & set(argv):
+            print("--config FILE   flat YAML whose keys are the flags below; flags given beside it win\n", flush=True)
         show_help(_Shown, argv, prog or usage_name("lowrank_vit.train"), Config.__doc__)
     hints: Hints = hints_of(Config) | HIDDEN
     paths, own = config_files(with_long_names(argv))

@@ -212,14 +212,17 @@ def is_number(text: str) -> bool:
 def value_of(hint: Any, texts: Sequence[str], shown: str) -> Any:
     """The value of an option whose values are typed so, on a command line or in a file.
 
-    `None` is nothing where there may be nothing. An empty text for a path means that none is given, which is `UNSET`
-    where there must be one. Raises `UserError`, which calls the option `shown`, for values that it does not take.
+    `None` is nothing where there may be nothing. An empty text for a path means that none is given, also among others;
+    where there must be one it is `UNSET`. Raises `UserError`, which calls the option `shown`, for values that it does
+    not take.
     """
     kind = kind_of(hint)
     if kind.may_be_none and list(texts) == ["None"]:
         return None
-    if kind.element is Path and not kind.is_tuple and list(texts) == [""]:
-        return None if kind.may_be_none else UNSET
+    if kind.element is Path and "" in texts:
+        texts = [text for text in texts if text]
+        if not texts:
+            return None if kind.may_be_none else UNSET
     for note in getattr(hint, "__metadata__", ()):
         if isinstance(note, NotHere) and texts and note.value == texts[0]:
             raise UserError(f"{shown}: {note.value} is not here: {note.why}.")
@@ -295,22 +298,25 @@ def _element(hint: Any, text: str, shown: str) -> Any:
     return value
 
 
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
+_VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{(\w+)\})", re.ASCII)
 
 
 def expanded(text: str, shown: str) -> Path:
-    """A path with `~` and environment variables filled in, unless a file is called so.
+    """A path with `~` and environment variables filled in, unless a file is called so; `$$` is the character `$`.
 
     Raises `UserError`, which calls the option `shown`, for a variable or a user that is not there.
     """
     if (not text.startswith("~") and "$" not in text) or os.path.lexists(text):
         return Path(text)
-    for match in _VARIABLE.finditer(text):
-        name = match[1] or match[2]
-        if name not in os.environ:
-            raise UserError(f"{shown} {text}: there is no environment variable {name}.")
+
+    def filled(match: re.Match[str]) -> str:
+        name = match[2] or match[3]
+        if name and name not in os.environ:
+            raise UserError(f"{shown} {text}: there is no environment variable {name}. For a plain $ write $$.")
+        return os.environ[name] if name else "$"
+
     try:
-        return Path(_VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], text)).expanduser()
+        return Path(_VARIABLE.sub(filled, text)).expanduser()
     except RuntimeError:
         raise UserError(f"{shown} {text}: there is no such user. For that very name write ./{text}.") from None
 

@@ -76,3 +76,18 @@ def test_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--foo", "--foo is not an option"),
+        ("--preview --foo", "--foo is not an option"),
+        ("--foo --preview", "--foo is not an option"),
+        ("--preview --lr 1", "--preview FILE.png is missing"),
+        ("--lr 1 --preview", "--preview FILE.png is missing"),
+    ],
+)
+def test_a_wrong_flag_is_named_before_a_missing_picture(line: str, said: str):
+    with pytest.raises(UserError, match=said):
+        main(line.split())

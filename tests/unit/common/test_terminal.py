@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lowrank_vit.common import terminal
+from lowrank_vit.common import begin, terminal
 from lowrank_vit.common.program import COMMANDS
 from lowrank_vit.common.terminal import Steady, duration
 
@@ -132,6 +132,28 @@ def test_ctrl_c_while_a_command_is_being_imported_leaves_no_traceback(module, tm
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-m lowrank_vit.train",
+        "-mlowrank_vit.train --lr 1",
+        "-um lowrank_vit.train",
+        "-X dev -W error -Eum lowrank_vit.train",
+        "-Xdev --check-hash-based-pycs never -bI -m data_prep",
+    ],
+)
+def test_a_module_is_a_command_however_python_was_told_of_it(line: str, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", *line.split()])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert begin.begin()
+        monkeypatch.setattr(sys, "orig_argv", ["python", "-um", "timeit", "-m", "lowrank_vit.train"])
+        assert not begin.begin()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"

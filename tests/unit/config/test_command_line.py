@@ -91,14 +91,17 @@ LINES = {
     "not `5h`.",
     "--resume": "--resume takes a path, and none is given.",
     "--resume --amp": "--resume takes a path, and none is given.",
-    "--data-dir $NOT_THERE/x": "--data-dir $NOT_THERE/x: there is no environment variable NOT_THERE.",
-    "--output=${NOT_THERE}": "--output ${NOT_THERE}: there is no environment variable NOT_THERE.",
+    "--data-dir $NOT_THERE/x": "--data-dir $NOT_THERE/x: there is no environment variable NOT_THERE. "
+    "For a plain $ write $$.",
+    "--output=${NOT_THERE}": "--output ${NOT_THERE}: there is no environment variable NOT_THERE. "
+    "For a plain $ write $$.",
     "--output ~no-such-user/x": "--output ~no-such-user/x: there is no such user. For that very name write "
     "./~no-such-user/x.",
     "--config quickstrt": "--config quickstrt: No such file or directory. Did you mean quickstart?",
     "--config cifar100": "--config cifar100: No such file or directory. Did you mean cifar100_vit_base or "
     "cifar100_vit_small?",
-    "--config $NOT_THERE/a.yaml": "--config $NOT_THERE/a.yaml: there is no environment variable NOT_THERE.",
+    "--config $NOT_THERE/a.yaml": "--config $NOT_THERE/a.yaml: there is no environment variable NOT_THERE. "
+    "For a plain $ write $$.",
     # flags that are not there
     "--mixupp 0.8": "--mixupp is not an option. Did you mean --mixup?",
     "--LR 0.1": "--LR is not an option. Did you mean --lr?",
@@ -158,7 +161,7 @@ FILES = {
     "sched: no": f"takes {SCHEDULES}, not `false`.",
     "tta: 1": "takes one of 0, 2, not `1`.",
     "resume: [a]": "takes a path, not `[a]`.",
-    "data-dir: $NOT_THERE/x": "$NOT_THERE/x: there is no environment variable NOT_THERE.",
+    "data-dir: $NOT_THERE/x": "$NOT_THERE/x: there is no environment variable NOT_THERE. For a plain $ write $$.",
     "scale: 0.1": f"takes {PAIR}, not only `0.1`.",
     "scale: [0.1, b]": f"takes {PAIR}, not `b`.",
     "scale: [0.1, 0.2, 0.3]": f"takes {PAIR}, not `0.1 0.2 0.3`.",
@@ -282,6 +285,21 @@ def test_a_file_that_is_called_so_is_meant(tmp_path, monkeypatch):
     assert read_options(PredictOptions, ["new$.png"], "inference", word="input").input == (Path("new$.png"),)
 
 
+def test_two_dollars_are_the_character(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PLACE", "/x$y")
+    options = read_options(PredictOptions, ["$$PLACE", "$PLACE/$${a}$$"], "inference", word="input")
+    assert options.input == (Path("$PLACE"), Path("/x$y/${a}$"))
+
+
+def test_an_empty_path_is_none(monkeypatch):
+    for argv in ([""], ["--input", ""], ["--input="], ["", ""]):
+        assert read_options(PredictOptions, argv, "inference", word="input").input == ()
+    assert read_options(PredictOptions, ["", "a.jpg"], "inference", word="input").input == (Path("a.jpg"),)
+    with pytest.raises(UserError, match="--compare takes 2 paths, not only `b`"):
+        read_options(analyze_spectrum.Options, ["--compare", "", "b"], "analyze-spectrum")
+
+
 # every command with nothing, with --help, and with one wrong word
 
 EVERY = {
@@ -295,7 +313,7 @@ EVERY = {
     "analyze-spectrum": ("lowrank_vit.analyze_spectrum", "Give one of --checkpoint", "`wrong` belongs to no option"),
     "report": ("lowrank_vit.report.__main__", "needs RUN. --help tells more", "no run directory at wrong"),
     "augment": ("lowrank_vit.augment.__main__", None, "--preview FILE.png is missing"),
-    "completion": ("lowrank_vit.config.completion", None, "completion wrong: expected one of bash, zsh"),
+    "completion": ("lowrank_vit.config.completion", None, "`wrong` is not a shell of"),
     "bench": ("lowrank_vit.bench", "benches are no part of the installed package", "python -m benchmarks wrong"),
 }
 

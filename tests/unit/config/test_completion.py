@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_vit import __version__
+from lowrank_vit import __version__, train
 from lowrank_vit.__main__ import run
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.program import COMMANDS
@@ -87,8 +87,16 @@ def test_the_script_of_zsh_is_that_of_bash(script):
 
 
 def test_another_shell_is_an_error():
-    with pytest.raises(UserError, match="fish: expected one of bash, zsh"):
-        completion.main(["fish"])
+    with pytest.raises(UserError, match=r"^`bsh` is not a shell of .*\. Did you mean bash\? There are: bash, zsh\.$"):
+        completion.main(["bsh"])
+    with pytest.raises(UserError, match=r"^`zsh` belongs to no option"):
+        completion.main(["bash", "zsh"])
+
+
+def test_tyros_own_script_is_printed_alone(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--tyro-print-completion", "bash"])
+    assert capsys.readouterr().out.startswith("#")
 
 
 def test_the_version(capsys):

@@ -325,7 +325,7 @@ def test_the_command_writes_both_splits(places: dict[str, Path], tmp_path: Path,
 def test_one_origin_must_be_given(tmp_path: Path, capsys, arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         main(["cifar100", "--out", str(tmp_path), *arguments])
-    assert "give either --src ARCHIVE_OR_DIR or --download" in capsys.readouterr().err
+    assert "Give one of --src ARCHIVE_OR_DIR and --download" in capsys.readouterr().err
 
 
 def test_download_uses_torchvisions_checksum(places: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
