@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable
 
 from lowrank_vit.common.begin import INTERRUPTED
@@ -56,19 +58,28 @@ def did_you_mean(name: str, among: Iterable[str], prefix: str = "") -> str:
     return f" Did you mean {' or '.join(filter(None, (', '.join(found[:-1]), found[-1])))}?" if found else ""
 
 
+_AGAIN_S = 600.0
+
+
 class Failures:
-    """Failures of one kind, which end nothing: the first is said, and the first after each success; all are counted."""
+    """Failures of one kind, which end nothing: the first is said, and the first after each success; all are counted.
+
+    The same words are said once in ten minutes: on a disk that is nearly full small files succeed between large ones.
+    """
 
     def __init__(self, what: str, say: Callable[[str], object]) -> None:
         """`what` says in the plural what became of them, such as "checkpoints could not be written"."""
         self._what, self._say, self._is_failing = what, say, False
+        self._said_at = dict[str, float]()
         self.count = 0
 
     def note(self, message: str, count: int = 1) -> None:
         """One more, or so many; `message` says why, and that nothing ends of it."""
         is_news, self._is_failing = not self._is_failing, True
         self.count += count
-        if is_news:
+        now = time.monotonic()
+        if is_news and now - self._said_at.get(message, -math.inf) >= _AGAIN_S:
+            self._said_at[message] = now
             self._say(f"warning: {message}")
 
     def is_over(self) -> None:

@@ -26,7 +26,7 @@ from lowrank_vit.run.outputs import SPECTRA
 from lowrank_vit.run.state import RunState
 from lowrank_vit.spectral.store import SpectraStore
 from lowrank_vit.training import launch
-from lowrank_vit.training.saved_state import check_state, load_optimizer
+from lowrank_vit.training.saved_state import check_counts, check_state, load_optimizer
 from lowrank_vit.training.setup import Setup, silent
 
 
@@ -70,10 +70,14 @@ def finished(start: Start, world: World) -> tuple[RunState, int] | None:
     """
     resumed, config, done = start.resumed, start.config, None
     if world.is_first and resumed and not config.run.log_wandb:
+        check_state(resumed)
         state = RunState()
         updates = resumed.training_state("step")["num_updates"]
         state.load_state_dict(resumed.training_state("progress"), updates)
-        num_epochs = epochs_in_all(config.optim, updates // max(1, state.position.epoch))
+        updates_per_epoch = updates // max(1, state.position.epoch)
+        num_epochs = epochs_in_all(config.optim, updates_per_epoch)
+        if state.position.epoch >= num_epochs:
+            check_counts(resumed, updates_per_epoch)
         if state.position.epoch >= num_epochs and not _has_spectra_to_do(config, resumed.path.parent, updates):
             run_dir = RunDir.reopen(resumed.path.parent)  # nobody else has it; leftovers of writing go
             if start.earlier == resumed.path.parent:  # a run that this attempt begins next is not this one
@@ -189,7 +193,8 @@ def as_resumed(config: Config, resumed: Checkpoint, say: Callable[[str], object]
 
 def restore(setup: Setup, state: RunState, resumed: Checkpoint) -> None:
     """Put back all but weights and EMA, which the setup has already. Raises `UserError`, before anything is used."""
-    check_state(resumed, setup)
+    check_state(resumed)
+    check_counts(resumed, setup.plan.updates_per_epoch)
     load_optimizer(setup.optimizer, resumed)
     progress, step = resumed.training_state("progress"), resumed.training_state("step")
     state.load_state_dict(progress, step["num_updates"])

@@ -208,6 +208,17 @@ def test_a_finished_run_needs_no_data_and_is_not_written_to(small, train, tmp_pa
     assert "next:" in out
     now = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     assert now == before
+    content = torch.load(run / "last.pth.tar", weights_only=True)
+    for part, key, value, told in (
+        ("progress", "epoch", "x", "its `progress` has 'x' for `epoch`"),
+        ("progress", "epoch", 9, "its counts contradict one another"),
+        ("progress", "epoch", 11, "its counts contradict one another: 11 epochs, and 1"),  # of an update each
+        ("progress", "kept", 3, "its `progress` has 3 for `kept`"),
+        ("step", "num_updates", None, "its `step` has None for `num_updates`"),
+    ):
+        torch.save({**content, part: {**content[part], key: value}}, run / "last.pth.tar")
+        with pytest.raises(UserError, match=told):
+            train_command.main(argv)
 
 
 def test_a_refresh_that_a_kill_cut_short_is_done_before_a_run_counts_as_finished(small, train, tmp_path, capsys):
