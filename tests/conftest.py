@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -19,6 +20,11 @@ import torch
 from hypothesis import settings
 
 from data_prep.convert import convert_digits
+
+# A suite in the background inherits signals that are ignored, and hands that on to what its tests start.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 # A change is judged by the same examples each time; `--hypothesis-profile=search` looks for new ones.
 settings.register_profile("same", derandomize=True, database=None)

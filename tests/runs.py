@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lowrank_vit.model import weights
+from lowrank_vit.model.weights import Checkpoint
 from lowrank_vit.training.trainer import Trainer
 
 
@@ -49,3 +52,8 @@ def same_weights(a: Path, b: Path) -> bool:
         and all(torch.equal(states[0][n][k], states[1][n][k]) for n in states[0] for k in states[0][n])
         and first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
     )
+
+
+def checkpoint_of(args: dict[str, Any], **content: Any) -> Checkpoint:
+    """A run's checkpoint by its options alone: all parts are there, and empty."""
+    return Checkpoint(Path("last.pth.tar"), {**{name: {} for name in weights._OF_A_RUN}, "args": args, **content})

@@ -101,8 +101,8 @@ def test_validation_of_another_split_and_of_new_images(trained, capsys, tmp_path
     assert f"{NUM_PHOTOS} samples" in said
     with pytest.raises(UserError, match="has no folder for --val-split validation"):
         validate.main([str(folder), *argv])
-    with pytest.raises(UserError, match="give the data once"):
-        validate.main([str(folder), "--data", str(folder), *argv])
+    with pytest.raises(UserError, match="Give it once"):
+        validate.main([str(folder), "--data", str(tmp_path), *argv])
 
 
 def test_cifar100_is_trained_on_and_scored_from_its_archive(tmp_path, capsys):

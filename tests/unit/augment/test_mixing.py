@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,11 @@ import yaml
 
 from lowrank_vit.augment.mixing import mix_images, mix_targets, mix_to_tensor
 from lowrank_vit.config.flags import parse, to_yaml
-from lowrank_vit.model.weights import Checkpoint
 from lowrank_vit.plan.dealing import deal
 from lowrank_vit.plan.mixing import NO_MIX, MixRules, draw_mix
 from lowrank_vit.plan.plans import Stream, TrainPlan, TrainRules
 from lowrank_vit.training.resume import as_resumed
+from tests.runs import checkpoint_of
 from tests.unit.augment.test_pipeline import timms
 
 BOTH: dict[str, Any] = {"mixup": 0.8, "cutmix": 1.0}
@@ -149,6 +148,6 @@ def test_older_runs_go_on_with_one_draw_and_erase_first(flags, goes_on_with):
     config, lines = parse(flags.split()), []
     args = yaml.safe_load(to_yaml(config))
     args = {name: value for name, value in args.items() if name not in ("mix-block", "erase-first")}
-    config = as_resumed(config, Checkpoint(Path("last.pth.tar"), {"args": args}), lines.append)
+    config = as_resumed(config, checkpoint_of(args), lines.append)
     assert (config.augment.mix_block, config.augment.erase_first) == goes_on_with
     assert sum("drawn for each --mix-block" in line for line in lines) == (goes_on_with[0] == 0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
 
@@ -11,9 +9,8 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
 from lowrank_vit.config.flags import parse, to_yaml
 from lowrank_vit.config.meaning import Change
-from lowrank_vit.model import weights
-from lowrank_vit.model.weights import Checkpoint
 from lowrank_vit.training.resume import as_resumed
+from tests.runs import checkpoint_of
 
 CHANGES = (
     Change("boxes come in threes, before singly", {"recount": 1}, concerns=lambda args: bool(args.get("reprob"))),
@@ -30,9 +27,7 @@ def _changed(monkeypatch):
 def resumed(argv, args, **content):
     """What a run becomes that goes on from a checkpoint of these options, and what is said of it."""
     lines = []
-    parts = {name: dict[str, object]() for name in weights._OF_A_RUN}
-    checkpoint = Checkpoint(Path("last.pth.tar"), {**parts, "args": args, **content})
-    return as_resumed(parse(argv), checkpoint, lines.append), lines
+    return as_resumed(parse(argv), checkpoint_of(args, **content), lines.append), lines
 
 
 def configured(tmp_path, text, *argv):

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
-from lowrank_vit.model import weights
-from lowrank_vit.model.weights import Checkpoint, read_checkpoint
+from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.report.status import next_steps
 from lowrank_vit.run.state import BestEpochs
 from lowrank_vit.training.resume import as_resumed
 from lowrank_vit.training.setup import set_up
 from lowrank_vit.training.trainer import Trainer
+from tests.runs import checkpoint_of
 
 TINY = """
 --device cpu --synthetic --model vit_tiny_patch16_224 --model-kwargs patch_size=16 embed_dim=16 depth=1 num_heads=1
@@ -47,10 +46,9 @@ def test_a_short_runs_ema_has_a_warm_up_unless_told(flags, warms_up):
 @pytest.mark.parametrize("chosen", [True, False])
 def test_a_resumed_run_keeps_what_it_has_chosen(chosen):
     """Whatever the epochs are now: --epochs may grow. An older run has no warm-up, unless it says so."""
-    parts = {name: dict[str, object]() for name in weights._OF_A_RUN}
-    checkpoint = Checkpoint(Path("last.pth.tar"), {**parts, "args": {"seed": 42, "model-ema-warmup": chosen}})
+    checkpoint = checkpoint_of({"seed": 42, "model-ema-warmup": chosen})
     assert as_resumed(parse([]), checkpoint, print).model.model_ema_warmup is chosen
-    older = Checkpoint(Path("last.pth.tar"), {**parts, "args": {"seed": 42}})
+    older = checkpoint_of({"seed": 42})
     assert as_resumed(parse([]), older, print).model.model_ema_warmup is False
     with pytest.raises(UserError, match="--model-ema-warmup was"):
         as_resumed(parse([f"--{'no-' if chosen else ''}model-ema-warmup"]), checkpoint, print)

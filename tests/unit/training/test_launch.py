@@ -108,6 +108,8 @@ def test_a_run_that_was_over_when_torchrun_began_again_is_not_the_next_one(tmp_p
     monkeypatch.setattr(launch, "launched", lambda: Namespace(pid=-1))
     _, first = attempt(tmp_path, *command())
     save(first.path / "last.pth.tar", 990, state)
+    monkeypatch.setattr("lowrank_vit.training.resume.check_state", lambda resumed: None)  # it is not a whole one
+    monkeypatch.setattr("lowrank_vit.training.resume.check_counts", lambda resumed, updates: None)
     monkeypatch.setattr(launch, "launched", lambda: Namespace(pid=-2))
     start = find_start(parse([f"--output={tmp_path}", *command()]), World())
     assert start.resumed is not None
