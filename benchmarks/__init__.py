@@ -1,3 +1,4 @@
 """Benchmarks: this project beside its peers, measured in one run. One module a bench, see `__main__.py`."""
 
-import lowrank_vit.common  # noqa: F401  # before anything heavy: it makes this process a command, where it is one
+# First, before anything heavy: it makes this process a command, where it is one.
+import lowrank_vit.common  # noqa: F401  # pyright: ignore[reportUnusedImport]
