@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,21 @@ def losses(run: Path) -> dict[int, float]:
     return dict(found)
 
 
-def stop_after(trainer: Trainer, update: int) -> None:
-    """Have the run stop as if a signal came during this update."""
+def at_update(trainer: Trainer, update: int, do: Callable[[], object]) -> None:
+    """Have something happen at the end of an update."""
     step_update = trainer.setup.scheduler.step_update
 
-    def and_stop(num_updates: int, metric: float | None = None) -> None:
+    def and_do(num_updates: int, metric: float | None = None) -> None:
         step_update(num_updates, metric)
         if num_updates == update:
-            trainer.stop.ask(signal.SIGTERM)
+            do()
 
-    trainer.setup.scheduler.step_update = and_stop
+    trainer.setup.scheduler.step_update = and_do
+
+
+def stop_after(trainer: Trainer, update: int) -> None:
+    """Have the run stop as if a signal came during this update."""
+    at_update(trainer, update, lambda: trainer.stop.ask(signal.SIGTERM))
 
 
 def same_weights(a: Path, b: Path) -> bool:

@@ -17,6 +17,13 @@ SMALL = [
     *"--epochs 2 --warmup-epochs 1 --batch-size 128 --device cpu --log-interval 5 --spec-every 10".split(),
 ]
 
+RECIPE = """
+--no-spec-monitor --epochs 3 --log-interval 4 --drop 0.1 --drop-path 0.1 --mixup 0.8 --cutmix 1 --reprob 0.25
+--aa rand-m9-mstd0.5-inc1 --vflip 0.2 --model-ema-warmup
+""".split()
+UPDATES = 11
+"""Of an epoch of the digits in batches of 128."""
+
 
 @pytest.fixture
 def small(digits_dir: Path, tmp_path: Path) -> Callable[..., list[str]]:
