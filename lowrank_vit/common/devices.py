@@ -8,6 +8,8 @@ soon as it was asked for.
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.errors import UserError, in_short
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types by --amp-dtype."""
@@ -28,12 +30,15 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     Raises `UserError` where there is none.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if has_cuda() else "cpu"
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or name.startswith("cpu:"):
         raise UserError(f"--device takes auto, cpu, cuda or cuda:N, not `{name}`.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch sees no CUDA device. Check nvidia-smi, or use --device cpu.")
+    if kind == "cuda" and not has_cuda():
+        why, advice = _why_no_cuda() or ("", "Check nvidia-smi")
+        raise UserError(
+            f"--device {name}: torch sees no CUDA device{why and f', since {why}'}. {advice}, or use --device cpu."
+        )
     if kind == "cpu":
         return torch.device("cpu")
     is_one_of_many = "LOCAL_RANK" in os.environ
@@ -44,6 +49,42 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"--device {name}: {what} no GPU left, torch sees {torch.cuda.device_count()}. {advice}.")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def has_cuda() -> bool:
+    """Whether torch can use a GPU. Where it cannot, torch's own warning is kept back: `why_on_cpu` has it in words."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="CUDA initialization")
+        return torch.cuda.is_available()
+
+
+def why_on_cpu(name: str, device: torch.device) -> str:
+    """A note that says what keeps `--device auto` from a GPU; empty where nothing does, as where there is no driver."""
+    if name != "auto" or device.type != "cpu" or (found := _why_no_cuda()) is None:
+        return ""
+    why, advice = found
+    return f"note: on the CPU, since {why}. {advice} to use a GPU."
+
+
+def _why_no_cuda() -> tuple[str, str] | None:
+    """What keeps torch from using a GPU, and what to do, in words; None without a driver, which says it all."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
+        return f'CUDA_VISIBLE_DEVICES is "{visible}", which hides every GPU', "Unset it"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+        text, needed = str(error), torch.version.cuda
+        if found := re.search(r"driver on your system is too old \(found version (\d+)\)", text):
+            major, minor = divmod(int(found[1]) // 10, 100)
+            why = f"the NVIDIA driver is too old for this torch: it knows CUDA {major}.{minor}, torch needs {needed}"
+            return why, "Update the driver, or install a torch that is built for it,"
+        if "Found no NVIDIA driver" in text or "not compiled with CUDA" in text:
+            return None
+        if visible is not None and "No CUDA GPUs" in text:
+            return f"CUDA_VISIBLE_DEVICES={visible} names no GPU that is there", "Unset it, or name one,"
+        return f"{in_short(error)}", "Check nvidia-smi"
+    return None
 
 
 def wait_for(device: torch.device) -> None:

@@ -36,9 +36,9 @@ _NO_PLATEAU = NotHere(
 
 def has_cuda() -> bool:
     """Whether torch finds a GPU."""
-    import torch  # takes seconds, which a wrong option must not cost
+    from lowrank_vit.common import devices  # torch takes seconds, which a wrong option must not cost
 
-    return torch.cuda.is_available()
+    return devices.has_cuda()
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def choose_backend(
     too_big = f"{in_words}, and {crowded} free" if crowded else f"{in_words} exceed {share}"
     if not (too_big := _first(options.of_all_ranks("" if has_room else too_big))):
         return "resident", f"{in_words} fit {share}"
-    if missing := _first(options.of_all_ranks(why_no_dali())):
+    if missing := _first(options.of_all_ranks(why_no_dali(device))):
         return "ffcv", f"{too_big}; {missing}"
     if device.type == "cuda":
         return "dali", f"{too_big}; decoding on the GPU"

@@ -19,6 +19,7 @@ import torch
 
 from lowrank_vit import __version__
 from lowrank_vit.common import terminal
+from lowrank_vit.common.devices import has_cuda
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import remove_leftovers, write_whole, writing
 from lowrank_vit.common.filesystem import symbolic_link
@@ -234,7 +235,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             result[package] = metadata.version(package)
-    if torch.cuda.is_available():
+    if has_cuda():
         properties = torch.cuda.get_device_properties(0)
         result["gpu"] = properties.name
         result["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from data_prep.formats.image_formats import formats, image_suffixes, is_of_the_system
 from data_prep.formats.jpeg import upright_rgb
-from lowrank_vit.common.devices import DTYPES, pick_device
+from lowrank_vit.common.devices import DTYPES, pick_device, why_on_cpu
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_all
 from lowrank_vit.common.filters import FILTERS
@@ -96,6 +96,8 @@ def predict(
     world.progress.enter("searching for images")
     files = _images(options.input, note)
     device = pick_device(options.device, world.local_rank)
+    if why := why_on_cpu(options.device, device):
+        note(why)
     world.progress.enter("loading the weights")
     scorer = load_scorer(options, device, note)
     labels = labels_of(scorer, options.label_type)

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_prep.sources.image_folder import count_remarks
 from lowrank_vit.common import terminal
-from lowrank_vit.common.devices import DTYPES, pick_device
+from lowrank_vit.common.devices import DTYPES, pick_device, why_on_cpu
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_all
 from lowrank_vit.common.filters import FILTERS
@@ -92,6 +92,8 @@ def _validate(options: ValidateOptions, say: Callable[[str], object], world: Wor
         if world.is_first:
             make_folder_of(path)
     device = pick_device(options.device, world.local_rank)
+    if why := why_on_cpu(options.device, device):
+        say(why)
     world.progress.enter("loading the weights")
     scorer = load_scorer(options, device, say)
     world.progress.enter("opening the data, or converting or staging them")

@@ -19,7 +19,7 @@ from lowrank_vit.augment.ops_cpu import apply_ops
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.recipe import batches_of_update, train_rules
 from lowrank_vit.common import terminal
-from lowrank_vit.common.devices import DTYPES, pick_device
+from lowrank_vit.common.devices import DTYPES, pick_device, why_on_cpu
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say
 from lowrank_vit.common.numba_cache import NOTE as COMPILING
@@ -144,6 +144,8 @@ def set_up(
     if config.step.compile:
         keep_compiled_code(config.step.compile_cache)
     say = terminal.say if world.is_first else silent
+    if why := why_on_cpu(config.step.device, device):
+        say(why)
     world.progress.enter("checking the options")
     check_before_data(config, is_resumed=resumed is not None, world=world)
     world.progress.enter("opening the data, or converting or staging them")

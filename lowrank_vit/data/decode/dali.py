@@ -7,9 +7,11 @@ are no worker processes, no copies of JPEG bytes, no random numbers of DALI's an
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ import torch
 
 from data_prep.formats.beton import MODE_RAW
 from lowrank_vit.common.devices import KeptAlive, Mark, current_stream, on_stream, side_stream
-from lowrank_vit.common.errors import BetonError, UserError
+from lowrank_vit.common.errors import BetonError, UserError, in_short
 from lowrank_vit.common.threads import Ahead
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.decode.backend import (
@@ -32,7 +34,7 @@ from lowrank_vit.data.decode.backend import (
     spans,
     to_device,
 )
-from lowrank_vit.data.decode.dali_pipeline import PipelineShape, Sources, define, tiny_batch
+from lowrank_vit.data.decode.dali_pipeline import PipelineShape, Sources, start_pipeline
 from lowrank_vit.data.decode.pil import find_damage
 from lowrank_vit.data.decode.resize_cpu import resize_batch
 from lowrank_vit.data.sets.beton import Beton
@@ -44,6 +46,9 @@ HOST_PART_BYTES, DEVICE_PART_BYTES = 1 << 27, 1 << 31
 """Decoded pixels that DALI makes at a time, in bytes: a batch of larger images is decoded in parts."""
 BYTES_A_THREAD = 1 << 24
 """On the CPU at least so many, in bytes for each thread, that none of many is idle."""
+
+
+_NO_GPU = "Update the NVIDIA driver, install a DALI that is built for it, or decode on the CPU with --loader ffcv."
 
 
 class _Part(NamedTuple):
@@ -96,24 +101,12 @@ class DaliBackend:
         self.decode_ms = new_meter()
         self._decoding: Ahead[tuple[Batch, Mark]] | None = None
         self._being_read = KeptAlive()
-        self._pipeline: Any = None
-        self._build()
-
-    def _build(self) -> None:
-        """Make the pipeline and run it dry once: the first `schedule_run` starts `prefetch` runs, each later one."""
-        pipeline = define(self._shape)
-        sources = tiny_batch(self._shape)
-        for _ in range(self._prefetch):
-            sources.feed(pipeline)
-        pipeline.schedule_run()
-        for _ in range(self._prefetch):
-            pipeline.outputs()
-        self._pipeline = pipeline
+        self._pipeline: Any = start_pipeline(self._shape)
 
     def decode(self, schedule: Schedule) -> Iterator[Batch]:
         """Yield the schedule's batches; a thread keeps DALI busy meanwhile and ends with this generator."""
         if self._pipeline is None:
-            self._build()
+            self._pipeline = start_pipeline(self._shape)
         decoding = self._decoding = Ahead(self._pump(schedule), self._prefetch, self.name)
         try:
             for batch, made in decoding:
@@ -222,7 +215,7 @@ class DaliBackend:
                 return DamagedSamples(reasons)
         return BetonError(
             f"{self._beton.path}: DALI failed at step {plans[0].step if plans else '?'} though Pillow decodes all of "
-            f"its samples: {_last_words(error)} Use --loader ffcv."
+            f"its samples: {_last_words(error)}. Use --loader ffcv."
         )
 
     def _sources(self, plan: BatchPlan) -> Sources:
@@ -252,24 +245,49 @@ def rows_of(plan: BatchPlan, rows: slice) -> BatchPlan:
     return BatchPlan(plan.epoch, plan.step, *arrays, mix=(NO_MIX,), center=center)
 
 
-def why_no_dali() -> str:
-    """The reason why DALI cannot be used, or an empty string."""
+@cache
+def why_no_dali(device: torch.device) -> str:
+    """The reason why DALI cannot decode for a device, or an empty string. On a GPU an image is decoded to find out."""
     try:
         import_module("nvidia.dali")
-    except ImportError as error:
-        return f"NVIDIA DALI cannot be imported ({error})"
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"NVIDIA DALI cannot be imported ({in_short(error)})"
+    if device.type == "cpu":
+        return ""
+    tiny = PipelineShape(
+        img_size=8,
+        batch_size=1,
+        has_jpeg=True,
+        has_raw=False,
+        is_evaluation=True,
+        device_id=device.index or 0,
+        resize=True,
+        num_threads=1,
+        prefetch=1,
+        hw_decoder_load=0.0,
+    )
+    try:
+        start_pipeline(tiny)
+    except RuntimeError as error:
+        return f"NVIDIA DALI cannot use this GPU ({_last_words(error)})"
     return ""
 
 
 def open_backend(beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions) -> DaliBackend:
     """Decode with DALI. Raises `UserError` where it cannot be used."""
-    if reason := why_no_dali():
+    reason = why_no_dali(device)
+    if "imported" in reason:
         raise UserError(f"--loader dali: {reason}. Install it with `pip install nvidia-dali-cuda130`.")
+    if reason:
+        raise UserError(f"--loader dali: {reason}. {_NO_GPU}")
     load = options.hw_decoder_load
-    return DaliBackend(beton, plan, device, options.workers, prefetch=options.prefetch, hw_decoder_load=load)
+    try:
+        return DaliBackend(beton, plan, device, options.workers, prefetch=options.prefetch, hw_decoder_load=load)
+    except RuntimeError as error:  # all of DALI's errors
+        raise UserError(f"--loader dali: NVIDIA DALI cannot start ({_last_words(error)}). {_NO_GPU}") from error
 
 
 def _last_words(error: RuntimeError) -> str:
-    """DALI's message without its traceback."""
-    text = str(error)
-    return " ".join(text.split("encountered:")[-1].split("C++ context")[0].split())[:300]
+    """DALI's message without its traceback and the place in its source."""
+    text = str(error).split("encountered:")[-1].split("C++ context")[0].split("Stacktrace")[0]
+    return " ".join(re.sub(r"^\s*\[[^]]*:\d+\] *", "", text).split())[:300].rstrip(".")

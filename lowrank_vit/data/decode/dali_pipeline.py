@@ -141,6 +141,17 @@ def define(shape: PipelineShape) -> Any:
     return pipeline
 
 
+def start_pipeline(shape: PipelineShape) -> Any:
+    """The built pipeline, run dry once: the first `schedule_run` starts `prefetch` runs, each later one."""
+    pipeline, sources = define(shape), tiny_batch(shape)
+    for _ in range(shape.prefetch):
+        sources.feed(pipeline)
+    pipeline.schedule_run()
+    for _ in range(shape.prefetch):
+        pipeline.outputs()
+    return pipeline
+
+
 def _dali() -> tuple[Any, Any, Any]:
     from nvidia.dali import fn, pipeline_def, types  # heavy; and not typed
 

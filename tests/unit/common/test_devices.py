@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
-from lowrank_vit.common.devices import pick_device
+from lowrank_vit.common.devices import has_cuda, pick_device, why_on_cpu
 from lowrank_vit.common.errors import UserError
 
 
@@ -32,3 +34,54 @@ def test_which_gpu(name, local_rank, index, monkeypatch):
 def test_devices_that_are_not_known(name):
     with pytest.raises(UserError, match=f"--device takes .*, not `{name}`"):
         pick_device(name)
+
+
+OLD_DRIVER = (
+    "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver by downloading "
+    "and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx Alternatively, go to: "
+    "https://pytorch.org to install a PyTorch version that has been compiled with your version of the CUDA driver."
+)
+WITHOUT_GPU = {
+    "old driver": (None, OLD_DRIVER, r"the NVIDIA driver is too old for this torch: it knows CUDA 12\.2, torch needs"),
+    "empty": ("", "Found no NVIDIA driver on your system.", r'CUDA_VISIBLE_DEVICES is "", which hides every GPU'),
+    "minus one": ("-1", "No CUDA GPUs are available", r'CUDA_VISIBLE_DEVICES is "-1", which hides every GPU'),
+    "another GPU": ("7", "No CUDA GPUs are available", r"CUDA_VISIBLE_DEVICES=7 names no GPU that is there"),
+    "broken": (None, "CUDA driver initialization failed, you might not have a CUDA gpu.", "initialization failed"),
+}
+"""CUDA_VISIBLE_DEVICES, what torch says then, and what we make of it."""
+
+
+def _without_gpu(monkeypatch, visible: str | None, said: str) -> None:
+    def fail() -> None:
+        raise RuntimeError(said)
+
+    def is_available() -> bool:
+        warnings.warn(f"CUDA initialization: {said} (Triggered internally at CUDAFunctions.cpp:119.)", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+
+@pytest.mark.parametrize("case", WITHOUT_GPU)
+def test_what_keeps_torch_from_a_gpu_is_said_once_and_in_words(case, monkeypatch):
+    visible, said, expected = WITHOUT_GPU[case]
+    _without_gpu(monkeypatch, visible, said)
+    with pytest.raises(UserError, match=rf"--device cuda: torch sees no CUDA device, since .*{expected}.*--device cpu"):
+        pick_device("cuda")
+    assert pick_device("auto") == torch.device("cpu")
+    note = why_on_cpu("auto", torch.device("cpu"))
+    assert note.startswith("note: on the CPU, since ")
+    assert "Triggered internally" not in note
+    assert why_on_cpu("cpu", torch.device("cpu")) == ""  # as it was asked for
+
+
+def test_a_machine_without_a_driver_needs_no_note(monkeypatch):
+    _without_gpu(monkeypatch, None, "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU")
+    assert not has_cuda()
+    assert why_on_cpu("auto", torch.device("cpu")) == ""
+    with pytest.raises(UserError, match=r"torch sees no CUDA device\. Check nvidia-smi, or use --device cpu"):
+        pick_device("cuda")

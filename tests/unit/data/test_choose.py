@@ -19,7 +19,7 @@ from lowrank_vit.data.choose import (
     open_loader,
     speed_path,
 )
-from lowrank_vit.data.decode import resident
+from lowrank_vit.data.decode import dali, resident
 from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
@@ -50,6 +50,13 @@ def small_memory(monkeypatch):
     monkeypatch.setattr(choose, "memory_bytes", lambda device: 1_000_000)
 
 
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """A device that is named cuda, of which DALI has nothing to say."""
+    monkeypatch.setattr(choose, "why_no_dali", lambda device: "")
+    return torch.device("cuda")
+
+
 @pytest.mark.parametrize("kind", ["jpeg", "raw", "mixed"])
 def test_a_set_that_fits_is_resident_whatever_its_format(sets, kind):
     beton = Beton(sets[kind])
@@ -59,8 +66,8 @@ def test_a_set_that_fits_is_resident_whatever_its_format(sets, kind):
     assert "B decoded fit 25% of cpu memory)" in line
 
 
-def test_a_gpu_decodes_what_does_not_fit(beton, small_memory):
-    kind, reason = choose_backend(beton, plan_of(beton), torch.device("cuda"), AUTO)
+def test_a_gpu_decodes_what_does_not_fit(beton, small_memory, a_gpu):
+    kind, reason = choose_backend(beton, plan_of(beton), a_gpu, AUTO)
     assert kind == "dali"
     assert reason == "2.1 MB decoded exceed 25% of cuda memory; decoding on the GPU"
 
@@ -117,11 +124,42 @@ def test_damaged_or_read_only_sets_still_get_a_loader(beton, monkeypatch):
 
 
 def test_without_dali_there_is_ffcv(beton, small_memory, monkeypatch):
-    monkeypatch.setattr(choose, "why_no_dali", lambda: "NVIDIA DALI cannot be imported (x)")
+    monkeypatch.setattr(choose, "why_no_dali", lambda device: "NVIDIA DALI cannot be imported (x)")
     assert choose_backend(beton, plan_of(beton), CPU, AUTO)[0] == "ffcv"
-    monkeypatch.setattr("lowrank_vit.data.decode.dali.why_no_dali", lambda: "NVIDIA DALI cannot be imported (x)")
+    monkeypatch.setattr("lowrank_vit.data.decode.dali.why_no_dali", lambda device: "NVIDIA DALI cannot be imported (x)")
     with pytest.raises(UserError, match=r"--loader dali: NVIDIA DALI cannot be imported.*pip install nvidia-dali"):
         open_loader(beton, plan_of(beton), CPU, LoaderOptions("dali", 2))
+
+
+OLD_DRIVER = (
+    "Critical error when building pipeline:\nError when constructing operator: decoders__Image, encountered:\n"
+    "[/opt/dali/core/cuda.cc:57] CUDA runtime API error cudaErrorInsufficientDriver (35):\nCUDA driver version is "
+    "insufficient for CUDA runtime version\nStacktrace (9 entries):\n[frame 0]: /lib/libdali.so"
+)
+
+
+def test_where_dali_cannot_use_the_gpu_the_cpu_decodes(beton, small_memory, monkeypatch):
+    """A driver that is new enough for torch may be too old for DALI."""
+
+    def fail(shape):
+        raise RuntimeError(OLD_DRIVER)
+
+    monkeypatch.setattr(dali, "start_pipeline", fail)
+    dali.why_no_dali.cache_clear()
+    why = (
+        "NVIDIA DALI cannot use this GPU (CUDA runtime API error cudaErrorInsufficientDriver (35): CUDA driver version "
+    )
+    why += "is insufficient for CUDA runtime version)"
+    gpu = torch.device("cuda", 0)
+    kind, reason = choose_backend(beton, plan_of(beton), gpu, AUTO)
+    assert (kind, reason) == ("ffcv", f"2.1 MB decoded exceed 25% of cuda:0 memory; {why}")
+    with pytest.raises(UserError) as refused:
+        make_backend("dali", beton, plan_of(beton), gpu, AUTO)
+    advice = "Update the NVIDIA driver, install a DALI that is built for it, or decode on the CPU with --loader ffcv."
+    assert str(refused.value) == f"--loader dali: {why}. {advice}"
+    with pytest.raises(UserError, match=r"--loader dali: NVIDIA DALI cannot start \(CUDA runtime API error"):
+        make_backend("dali", beton, plan_of(beton), CPU, AUTO)
+    dali.why_no_dali.cache_clear()
 
 
 def test_resident_says_when_there_is_no_room(beton, monkeypatch):
@@ -133,9 +171,9 @@ def test_resident_says_when_there_is_no_room(beton, monkeypatch):
         open_loader(beton, plan_of(beton), CPU, LoaderOptions("resident", 2))
 
 
-def test_a_set_for_a_gpu_needs_room_on_the_host_too(beton, monkeypatch):
+def test_a_set_for_a_gpu_needs_room_on_the_host_too(beton, monkeypatch, a_gpu):
     """There it is decoded; and `auto` does not choose what cannot be had."""
-    cuda = torch.device("cuda")
+    cuda = a_gpu
     monkeypatch.setattr(choose, "memory_bytes", lambda device: 10**9)
     monkeypatch.setattr(resident, "_free_bytes", lambda device: 10**9)
     assert choose_backend(beton, plan_of(beton), cuda, AUTO)[0] == "resident"
