@@ -255,6 +255,33 @@ class Steady:
         return True
 
 
+@contextmanager
+def bytes_shown(
+    total: int, doing: str, say: Callable[[str], object] | None
+) -> Generator[Callable[[int], object], None, None]:
+    """Show how much of `total` bytes is done: a live line on a terminal, else a line a minute; None: nothing.
+
+    What is yielded is told of further bytes.
+    """
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
+    is_live = say is not None and sys.stderr.isatty()
+    doing_column = bars.TextColumn("{task.description}", markup=False)
+    with bars.Progress(
+        doing_column, *columns, console=Console(stderr=True), transient=True, disable=not is_live
+    ) as bar:
+        task = bar.add_task(printable(doing), total=total)
+        steady = Steady(total >> 20, None if is_live else say)
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+            steady.tell(int(bar.tasks[task].completed) >> 20, f"{doing}, MiB:")
+
+        yield advance
+
+
 class _Captured(io.StringIO):
     """Text that passes for the real output, so that colours and boxes are those that a terminal would get."""
 

@@ -64,8 +64,8 @@ class Data:
     synthetic: bool = False
     """No data: one made-up batch that stays on the device, 100 updates an epoch. The speed of the model alone."""
     loader: Annotated[LoaderName, MAY_CHANGE] = "auto"
-    """Decode backend; auto: resident if a quarter of the device's memory holds the set, else dali with a GPU, else the
-    faster one here."""
+    """Decode backend; auto: resident if a quarter of the device's memory, half of what is free, holds the set decoded,
+    else dali with a GPU, else the faster one here. resident: the set may take all that is free."""
     workers: Annotated[int, arg(aliases=["-j"]), NOT_NEGATIVE, MAY_CHANGE, PER_RANK] = 4
     """CPU threads that decode; 0 is 1."""
     prefetch: Annotated[int, POSITIVE, MAY_CHANGE, PER_RANK] = 2

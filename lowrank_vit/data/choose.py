@@ -6,6 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module, metadata
 from pathlib import Path
 from statistics import median
@@ -19,9 +20,11 @@ from lowrank_vit.common import resources, terminal
 from lowrank_vit.common.devices import pick_device
 from lowrank_vit.common.files import write_whole
 from lowrank_vit.common.resources import available_cores
+from lowrank_vit.data.decode import resident_set
 from lowrank_vit.data.decode.backend import Backend, DamagedSamples, LoaderOptions, Schedule
 from lowrank_vit.data.decode.dali import why_no_dali
-from lowrank_vit.data.decode.resident import place_without_room, resident_bytes
+from lowrank_vit.data.decode.resident import ResidentBackend
+from lowrank_vit.data.decode.resident_set import NoRoom, resident_bytes
 from lowrank_vit.data.loader import Loader, Prepare
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan
@@ -66,14 +69,37 @@ def open_loader(
     """
     options = options or LoaderOptions(workers=workers)
     device = pick_device(device) if isinstance(device, str) else device
-    kind, reason = options.loader, f"--loader {options.loader}"
-    if kind == "auto":
-        kind, reason = choose_backend(beton, plan, device, options)
-    backend = make_backend(kind, beton, plan, device, options)
+    options = replace(options, say=say if plan.rank == 0 else None)
+    backend, reason = _open_backend(beton, plan, device, options)
     if beton.unverified and plan.rank == 0:
         say(beton.unverified)
     loader = Loader(backend, beton, plan, device, on_bad_sample=options.on_bad_sample, prepare=prepare, say=say)
-    return loader, f"{beton.path.name}: {beton.num_samples:,} samples, {kind} loader ({reason})"
+    return loader, f"{beton.path.name}: {beton.num_samples:,} samples, {backend.name} loader ({reason})"
+
+
+def _open_backend(
+    beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions
+) -> tuple[Backend, str]:
+    """The backend that is asked for, or with `auto` the one that is chosen, and why.
+
+    Where memory for a resident set cannot be had on one rank after all, all ranks take another backend.
+    """
+    if options.loader != "auto":
+        return make_backend(options.loader, beton, plan, device, options), f"--loader {options.loader}"
+    kind, reason = choose_backend(beton, plan, device, options)
+    if kind == "resident":
+        backend, lacking = None, ""
+        try:
+            backend = ResidentBackend(beton, plan, device, options.workers, options.say)
+        except NoRoom as error:
+            lacking = str(error)
+        lacking = _first(options.of_all_ranks(lacking))
+        if backend and not lacking:
+            return backend, reason
+        if backend:
+            backend.close()
+        kind, reason = _choose_decoder(beton, plan, device, options, lacking)
+    return make_backend(kind, beton, plan, device, options), reason
 
 
 def make_backend(
@@ -88,20 +114,34 @@ def choose_backend(
 ) -> tuple[str, str]:
     """`("resident" | "dali" | "ffcv", the reason in words)` for `--loader auto`, the same on all ranks.
 
-    Resident if the decoded set takes at most `RESIDENT_SHARE` of the device's memory and there is room for it now, on
-    the device and on the host, where it is decoded; else DALI with a GPU or for evaluation, whose scores must not
+    Resident if the decoded set takes at most `RESIDENT_SHARE` of the device's memory, and at most half of what is free
+    there now, so that training has room beside it; else DALI with a GPU or for evaluation, whose scores must not
     follow from a measurement of speed; else whichever of FFCV and DALI decodes this set faster on this CPU, or of
     several ranks on the one where it is slowest. That measurement is kept beside the set. What does not fit one rank is
     not taken.
     """
     size = resident_bytes(beton)
-    budget = RESIDENT_SHARE * memory_bytes(device)
-    in_words, share = f"{size_in_words(size)} decoded", f"{RESIDENT_SHARE:.0%} of {device} memory"
-    crowded = place_without_room(size, device) if size <= budget else ""
-    has_room = size <= budget and not crowded
-    too_big = f"{in_words}, and {crowded} free" if crowded else f"{in_words} exceed {share}"
-    if not (too_big := _first(options.of_all_ranks("" if has_room else too_big))):
-        return "resident", f"{in_words} fit {share}"
+    too_big = why_not_resident(size, memory_bytes(device), resident_set.free_bytes(device), device)
+    if too_big := _first(options.of_all_ranks(too_big)):
+        return _choose_decoder(beton, plan, device, options, too_big)
+    return "resident", f"{size_in_words(size)} decoded fit {RESIDENT_SHARE:.0%} of {device} memory"
+
+
+def why_not_resident(size: int, total: int, free: int, device: torch.device) -> str:
+    """Why `auto` does not keep `size` bytes on a device with that much memory, in words; empty where it does."""
+    in_words, left = f"{size_in_words(size)} decoded", f"{device} has {size_in_words(free)} free"
+    if size > RESIDENT_SHARE * total:
+        in_words += f" exceed {RESIDENT_SHARE:.0%} of {device} memory"
+        return f"{in_words} (--loader resident takes them: {left})" if 2 * size <= free else in_words
+    if size > free:
+        return f"{in_words}, and {left}"
+    return f"{in_words}, and {left}, of which auto takes at most half" if 2 * size > free else ""
+
+
+def _choose_decoder(
+    beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions, too_big: str
+) -> tuple[str, str]:
+    """`choose_backend` for a set that is `too_big` to be resident."""
     if missing := _first(options.of_all_ranks(why_no_dali(device))):
         return "ffcv", f"{too_big}; {missing}"
     if device.type == "cuda":

@@ -33,6 +33,8 @@ class LoaderOptions:
     on_bad_sample: Literal["error", "skip"] = "error"
     of_all_ranks: Callable[[Any], list[Any]] = _alone
     """Makes of what one rank says a list of what all say, by rank, so that `auto` is the same choice on all of them."""
+    say: Callable[[str], object] | None = None
+    """Told of the progress of what takes long; None: nothing is shown, as of ranks that do not speak."""
 
 
 class Schedule:

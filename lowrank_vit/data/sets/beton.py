@@ -191,6 +191,24 @@ class Beton:
         start = self.pointers[sample_id]
         return self.bytes[start : start + self.sizes[sample_id]]
 
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Read from `start` in `bytes` on, within one file, into `out`, uint8: many samples in one go.
+
+        Raises `BetonError` where the file has lost these bytes or cannot be read.
+        """
+        starts = self._mapped[1]
+        part = int(np.searchsorted(starts, start, side="right")) - 1
+        at, left = start - starts[part], out.data
+        while left:
+            try:
+                count = os.preadv(self._descriptors[part], [left], at)
+            except OSError as error:
+                raise BetonError(f"{self.parts[part]} cannot be read: {error.strerror or error}.") from error
+            if not count:
+                self.check_unchanged()
+                raise BetonError(f"{self.parts[part]} ends too early. Convert it again with `python -m data_prep`.")
+            at, left = at + count, left[count:]
+
     def contradicting(self, ids: np.ndarray) -> np.ndarray:
         """Ids of the samples whose JPEG has another size than the index says, is none, or would take minutes.
 

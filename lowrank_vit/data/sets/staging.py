@@ -6,15 +6,12 @@ import glob
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.filesize import decimal as size_in_words
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from data_prep.formats.beton import file_or_parts
 from data_prep.formats.sidecars import Manifest, manifest_path, read_manifest, sample_table_path
@@ -25,7 +22,7 @@ from lowrank_vit.common.files import remove_leftovers, whole_folder, write_whole
 from lowrank_vit.common.filesystem import free_bytes, sync
 from lowrank_vit.common.locks import Say, one_process_in
 from lowrank_vit.common.pulse import beat
-from lowrank_vit.common.terminal import Steady, as_bytes
+from lowrank_vit.common.terminal import as_bytes, bytes_shown
 
 STAMP = "staged.json"
 """Beside the files of a finished copy: what they were when they had been checked."""
@@ -157,18 +154,7 @@ def _names(sets: list[_Set]) -> str:
 def _copy_sets(sets: list[_Set], stage_dir: Path, say: Say) -> None:
     total, begun = sum(one.num_bytes for one in sets), time.monotonic()
     say(f"copying {_names(sets)} with sidecars, {size_in_words(total)}, to {stage_dir} (once)")
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    console = Console(stderr=True)
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
-        task = bar.add_task("stage", total=total)
-        steady = Steady(total >> 20, say if bar.disable else None)
-
-        def advance(count: int) -> None:
-            bar.advance(task, count)
-            steady.tell(int(bar.tasks[task].completed) >> 20, "copying, MiB:")
-
+    with bytes_shown(total, "copying", say) as advance:
         for one in sets:
             _copy_set(one, advance)
     seconds = time.monotonic() - begun

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.resources import Memory
 from lowrank_vit.data import choose
 from lowrank_vit.data.choose import (
     choose_backend,
@@ -18,8 +17,9 @@ from lowrank_vit.data.choose import (
     measure,
     open_loader,
     speed_path,
+    why_not_resident,
 )
-from lowrank_vit.data.decode import dali, resident
+from lowrank_vit.data.decode import dali, resident_set
 from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
@@ -66,10 +66,41 @@ def test_a_set_that_fits_is_resident_whatever_its_format(sets, kind):
     assert "B decoded fit 25% of cpu memory)" in line
 
 
-def test_a_gpu_decodes_what_does_not_fit(beton, small_memory, a_gpu):
+@pytest.fixture
+def free(monkeypatch) -> dict[str, int]:
+    """How much memory is free, on whatever device."""
+    figures = {"bytes": 100_000_000}
+    monkeypatch.setattr(resident_set, "free_bytes", lambda device: figures["bytes"])
+    return figures
+
+
+def test_a_gpu_decodes_what_does_not_fit(beton, small_memory, free, a_gpu):
+    free["bytes"] = 1_000_000
     kind, reason = choose_backend(beton, plan_of(beton), a_gpu, AUTO)
     assert kind == "dali"
     assert reason == "2.1 MB decoded exceed 25% of cuda memory; decoding on the GPU"
+
+
+H100, IMAGENET_100 = 84_900_000_000, 19_000_000_000
+"""Memory of the GPU, and what the training set takes whose longer sides are 256 pixels."""
+
+
+@pytest.mark.parametrize(
+    ("size", "free", "why"),
+    [
+        (IMAGENET_100, 82_000_000_000, ""),
+        (IMAGENET_100, 30_000_000_000, "19.0 GB decoded, and cuda has 30.0 GB free, of which auto takes at most half"),
+        (IMAGENET_100, 3_000_000_000, "19.0 GB decoded, and cuda has 3.0 GB free"),
+        (
+            30_000_000_000,
+            82_000_000_000,
+            "30.0 GB decoded exceed 25% of cuda memory (--loader resident takes them: cuda has 82.0 GB free)",
+        ),
+        (45_000_000_000, 82_000_000_000, "45.0 GB decoded exceed 25% of cuda memory"),
+    ],
+)
+def test_a_gpu_keeps_what_leaves_room_for_training(size, free, why):
+    assert why_not_resident(size, H100, free, torch.device("cuda")) == why
 
 
 def test_without_a_gpu_the_faster_one_is_taken_and_the_figures_are_kept(beton, small_memory, monkeypatch):
@@ -138,8 +169,9 @@ OLD_DRIVER = (
 )
 
 
-def test_where_dali_cannot_use_the_gpu_the_cpu_decodes(beton, small_memory, monkeypatch):
+def test_where_dali_cannot_use_the_gpu_the_cpu_decodes(beton, small_memory, free, monkeypatch):
     """A driver that is new enough for torch may be too old for DALI."""
+    free["bytes"] = 1_000_000
 
     def fail(shape):
         raise RuntimeError(OLD_DRIVER)
@@ -162,8 +194,8 @@ def test_where_dali_cannot_use_the_gpu_the_cpu_decodes(beton, small_memory, monk
     dali.why_no_dali.cache_clear()
 
 
-def test_resident_says_when_there_is_no_room(beton, monkeypatch):
-    monkeypatch.setattr(resident, "_free_bytes", lambda device: 1000)
+def test_resident_says_when_there_is_no_room(beton, free):
+    free["bytes"] = 1000
     with pytest.raises(
         UserError,
         match=r"--loader resident: .*train.beton takes 2.1 MB decoded, but cpu has 1.0 kB free.*Use --loader auto",
@@ -171,24 +203,57 @@ def test_resident_says_when_there_is_no_room(beton, monkeypatch):
         open_loader(beton, plan_of(beton), CPU, LoaderOptions("resident", 2))
 
 
-def test_a_set_for_a_gpu_needs_room_on_the_host_too(beton, monkeypatch, a_gpu):
-    """There it is decoded; and `auto` does not choose what cannot be had."""
-    cuda = a_gpu
-    monkeypatch.setattr(choose, "memory_bytes", lambda device: 10**9)
-    monkeypatch.setattr(resident, "_free_bytes", lambda device: 10**9)
-    assert choose_backend(beton, plan_of(beton), cuda, AUTO)[0] == "resident"
-    monkeypatch.setattr(resident.resources, "memory", lambda: Memory(10**12, 1_000_000))
-    kind, reason = choose_backend(beton, plan_of(beton), cuda, AUTO)
-    assert (kind, reason) == ("dali", "2.1 MB decoded, and the host has 1.0 MB free; decoding on the GPU")
-    with pytest.raises(UserError, match=r"takes 2.1 MB decoded, but the host has 1.0 MB free. Use --loader auto"):
-        make_backend("resident", beton, plan_of(beton), cuda, AUTO)
+def full(error: Exception):
+    def take(*_: object) -> torch.Tensor:
+        raise error
+
+    return take
 
 
-def test_evaluation_is_never_left_to_a_measurement(beton, small_memory, monkeypatch):
+OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has a total capacity of 1.00 GiB")
+
+
+@pytest.mark.parametrize("which", ["_empty", "_pinned", "decode_jpeg"])
+@pytest.mark.parametrize("error", [OUT, MemoryError()])
+def test_memory_that_cannot_be_had_after_all_is_another_loaders_cause(beton, free, monkeypatch, which, error):
+    """Another process may have taken it, or there is no piece of this size."""
+    monkeypatch.setattr(resident_set, which, full(error))
+    if which == "_pinned":
+        init = resident_set.ResidentSet.__init__
+        monkeypatch.setattr(resident_set.ResidentSet, "__init__", lambda s, b, d: init(s, b, d, is_staged=True))
+    monkeypatch.setattr(choose, "kept_or_measured", lambda *_: ({"ffcv": 30.0, "dali": 4.0}, "measured just now"))
+    loader, line = open_loader(beton, plan_of(beton), CPU, AUTO)
+    assert loader.name == "ffcv"
+    assert f"ffcv loader ({beton.path} takes 2.1 MB decoded, but cpu, where 100.0 MB are free, has no room (" in line
+    assert f"({type(error).__name__}" in line
+    assert "Tried to" not in line
+    assert sum(1 for _ in loader.batches(0)) == 6
+    loader.close()
+    with pytest.raises(UserError, match=r"^--loader resident: .*train.beton takes 2.1 MB.*Use --loader auto.$"):
+        open_loader(beton, plan_of(beton), CPU, LoaderOptions("resident", 2))
+
+
+def test_what_one_rank_cannot_have_no_rank_takes(beton, free, monkeypatch):
+    released = []
+    release = resident_set.ResidentSet.release
+    monkeypatch.setattr(resident_set.ResidentSet, "release", lambda s: (released.append(s.pixels.numel()), release(s)))
+    monkeypatch.setattr(choose, "why_no_dali", lambda device: "no DALI")
+    others = iter(["", "cuda:1 is full", "no DALI"])  # which resident set fits, which can be had, whether there is DALI
+    options = LoaderOptions(workers=2, of_all_ranks=lambda value: [value, next(others)])
+    loader, line = open_loader(beton, plan_of(beton), CPU, options)
+    assert loader.name == "ffcv"
+    assert "ffcv loader (cuda:1 is full (on rank 1); no DALI (on rank 0))" in line
+    assert released == [resident_set.resident_bytes(beton)]
+    assert not list(others)
+
+
+def test_evaluation_is_never_left_to_a_measurement(beton, small_memory, free, monkeypatch):
     monkeypatch.setattr(choose, "kept_or_measured", lambda *_: pytest.fail("measures"))
     plan = EvalPlan(beton.heights, beton.widths, img_size=16, crop_pct=0.9, batch_size=4)
+    free["bytes"] = 1_000_000
     assert choose_backend(beton, plan, CPU, AUTO) == ("dali", "2.1 MB decoded exceed 25% of cpu memory; evaluation")
     monkeypatch.setattr(choose, "memory_bytes", lambda device: 100_000_000)
+    free["bytes"] = 100_000_000
     assert choose_backend(beton, plan, CPU, AUTO)[0] == "resident"
 
 

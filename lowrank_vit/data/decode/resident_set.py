@@ -1,0 +1,233 @@
+"""A whole set, decoded, in the memory of a device: whether there is room for it, and how it gets there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+from rich.filesize import decimal as size_in_words
+from torch import Tensor
+
+from data_prep.formats.beton import MODE_RAW
+from data_prep.formats.jpeg import MAX_PIXELS
+from lowrank_vit.common import resources
+from lowrank_vit.common.devices import Mark, current_stream
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.pulse import beat
+from lowrank_vit.common.terminal import bytes_shown
+from lowrank_vit.data.decode.jpeg import EXACT, decode_jpeg
+from lowrank_vit.data.decode.pil import decode_sound
+from lowrank_vit.data.sets.beton import Beton
+
+_PART_BYTES = 64 << 20
+"""Decoded, and copied to a GPU, at a time; of the host's memory two such pieces are taken."""
+_READ_BYTES = 8 << 20
+"""Read from the file at a time, a page as converters write it; a larger image is read in one."""
+_SHOWN_BYTES = 1 << 30
+"""Of fewer bytes no progress is shown: they take seconds."""
+
+
+class NoRoom(UserError):
+    """A device's memory does not take a set."""
+
+
+class ResidentSet:
+    """Images as uint8 RGB one behind the other in a device's memory, in the order in which the file has them.
+
+    Raw samples are read from the file many at a time, JPEGs are decoded to Pillow's pixels, by CPU threads. To a GPU
+    they go through two pinned pieces of the host's memory: one is filled while the other is copied.
+    """
+
+    def __init__(self, beton: Beton, device: torch.device, *, is_staged: bool | None = None) -> None:
+        """Take all memory that `load` needs. Raises `NoRoom`, and then has taken none.
+
+        `is_staged`: whether images go through pieces of the host's memory; default: to a GPU.
+        """
+        self._beton, self._device = beton, device
+        sizes = _decoded_bytes(beton)
+        total = int(sizes.sum())
+        if crowded := place_without_room(total, device):
+            raise NoRoom(f"{beton.path} takes {size_in_words(total)} decoded, but {crowded} free")
+        self._order = np.argsort(beton.pointers, kind="stable")
+        self._ends = np.cumsum(sizes[self._order])
+        """Behind each image, by its place in the file."""
+        self.starts = np.empty_like(sizes)
+        """int64 (N,): first byte of each image."""
+        self.starts[self._order] = self._ends - sizes[self._order]
+        self.damaged: dict[int, str] = {}
+        """Why samples do not decode, by their ids; complete when all is loaded."""
+        is_staged = device.type == "cuda" if is_staged is None else is_staged
+        try:
+            self.pixels = _empty(total, device)
+            """uint8 (bytes,)."""
+            self.labels = torch.from_numpy(beton.labels).to(device)
+            """int64 (N,)."""
+            self._pieces = [_pinned(min(_PART_BYTES, total), device) for _ in range(2 if is_staged else 0)]
+        except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError, or what CUDA says of pinned memory
+            reason = _reason(error)
+        else:
+            return
+        raise self._no_room(reason)  # not above, where the error keeps what was taken
+
+    def load(self, workers: int, say: Callable[[str], object] | None = None) -> None:
+        """Fill the memory with `workers` threads; `say` is told of the progress where it takes long.
+
+        Raises `NoRoom`, and `BetonError` for a file that changed or cannot be read; damaged samples are noted. After an
+        error, or Ctrl-C, all is released and no thread is left.
+        """
+        total, begun = int(self._ends[-1]), time.monotonic()
+        say = say if total >= _SHOWN_BYTES else None
+        name, told = self._beton.path.name, say or (lambda line: None)
+        told(f"loading {name}, {size_in_words(total)} decoded, to {self._device} (once)")
+        self._beton.contradicting(self._order[:0])  # which begins to keep what threads find there
+        try:
+            with (
+                bytes_shown(total, f"loading {name}", say) as advance,
+                ThreadPoolExecutor(max(1, workers)) as pool,
+            ):
+                self._fill(pool, advance)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            reason = _reason(error)
+        except BaseException:
+            self.release()
+            raise
+        else:
+            reason, self._pieces = "", []
+        if reason:
+            raise self._no_room(reason)
+        seconds = time.monotonic() - begun
+        told(f"  loaded in {seconds:.1f} s ({size_in_words(int(total / max(seconds, 1e-3)))}/s)")
+
+    def _fill(self, pool: ThreadPoolExecutor, advance: Callable[[int], object]) -> None:
+        marks = [Mark(None), Mark(None)]
+        """Behind the copies of what lies in the pieces."""
+        for n, (first, last) in enumerate(_parts(self._ends, _PART_BYTES)):
+            self._beton.check_unchanged()
+            begin, end = self._begin(first), self._begin(last)
+            on_device = host = self.pixels[begin:end]
+            if self._pieces:
+                marks[n % 2].wait_on_host()
+                host = self._pieces[n % 2][: end - begin]
+                if len(host) < end - begin:  # one large image; the copy from memory of its own waits
+                    host = torch.empty(end - begin, dtype=torch.uint8)
+            for _ in pool.map(lambda task: task(), self._tasks(first, last, host.numpy())):
+                pass
+            if self._pieces:
+                on_device.copy_(host, non_blocking=True)
+                marks[n % 2] = Mark.of(current_stream(self._device))
+            advance(end - begin)
+        for mark in marks:
+            mark.wait_on_host()
+
+    def _begin(self, place: int) -> int:
+        return int(self._ends[place - 1]) if place else 0
+
+    def _tasks(self, first: int, last: int, host: np.ndarray) -> Iterator[Callable[[], None]]:
+        """What fills `host` with the images from one place in the file to another: reads and decodings."""
+        beton, ids, offset = self._beton, self._order[first:last], self._begin(first)
+        is_raw, pointers, sizes = beton.modes[ids] == MODE_RAW, beton.pointers[ids], beton.sizes[ids]
+        begins, ends = self.starts[ids] - offset, self._ends[first:last] - offset
+        n = 0
+        while n < len(ids):
+            begin, id_ = int(begins[n]), int(ids[n])
+            if not is_raw[n]:
+                yield partial(self._decode, id_, host[begin : ends[n]])
+                n += 1
+                continue
+            run = n + 1
+            while (
+                run < len(ids)
+                and is_raw[run]
+                and pointers[run] == pointers[run - 1] + sizes[run - 1]
+                and ends[run] - begin <= _READ_BYTES
+            ):
+                run += 1
+            yield partial(self._read, int(pointers[n]), host[begin : ends[run - 1]])
+            n = run
+
+    def _read(self, pointer: int, pixels: np.ndarray) -> None:
+        beat()
+        self._beton.read_into(pointer, pixels)
+
+    def _decode(self, sample_id: int, pixels: np.ndarray) -> None:
+        """As ffcv does in evaluation: Pillow is asked where libjpeg-turbo has as much as a warning."""
+        beat()
+        beton, height, width = self._beton, int(self._beton.heights[sample_id]), int(self._beton.widths[sample_id])
+        is_wrong = len(beton.contradicting(np.array([sample_id]))) > 0
+        try:
+            if is_wrong or not decode_jpeg(beton.sample(sample_id), pixels, height, width, EXACT):
+                decoded = decode_sound(beton, sample_id)
+                if is_wrong:
+                    raise ValueError("its JPEG is not of the size that the index says")
+                pixels[:] = decoded.reshape(-1)
+        except ValueError as error:
+            self.damaged[sample_id] = str(error)
+
+    def _no_room(self, reason: str) -> NoRoom:
+        """The error that says so, when all is released."""
+        self.release()
+        taken, free = size_in_words(resident_bytes(self._beton)), size_in_words(free_bytes(self._device))
+        has_none = f"{self._device}, where {free} are free, has no room ({reason})"
+        return NoRoom(f"{self._beton.path} takes {taken} decoded, but {has_none}")
+
+    def release(self) -> None:
+        """Give the memory back, to others on the device, too."""
+        self.pixels, self._pieces = torch.empty(0, dtype=torch.uint8), list[Tensor]()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def resident_bytes(beton: Beton) -> int:
+    """Memory that the decoded set takes, in bytes."""
+    return int(_decoded_bytes(beton).sum())
+
+
+def _decoded_bytes(beton: Beton) -> np.ndarray:
+    """int64 (N,), of each image; none for a JPEG of more pixels than are ever decoded."""
+    pixels = beton.heights.astype(np.int64) * beton.widths
+    return 3 * np.where((beton.modes != MODE_RAW) & (pixels > MAX_PIXELS), 0, pixels)
+
+
+def place_without_room(size: int, device: torch.device) -> str:
+    """In words, "cpu has 1.5 GB", where `size` bytes do not fit; nothing if they do."""
+    free = free_bytes(device)
+    return f"{device} has {size_in_words(free)}" if size > free else ""
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that may be taken on a device now: on a GPU the driver's, and what torch keeps of it without need."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return resources.memory().free
+
+
+def _reason(error: BaseException) -> str:
+    """An error in one sentence: torch's texts go on for a page."""
+    first = (str(error).splitlines() or [""])[0].split(". ")[0].rstrip(".")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _empty(size: int, device: torch.device) -> Tensor:
+    """Memory for pixels; on a CPU none is taken before it is written, so that damaged samples cost nothing."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(size, np.uint8))
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def _pinned(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+def _parts(ends: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
+    """Stretches of images that take at most `limit` bytes together, or one image alone; `ends` are behind each."""
+    first = 0
+    while first < len(ends):
+        begin = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, begin + limit, side="right")))
+        yield first, last
+        first = last

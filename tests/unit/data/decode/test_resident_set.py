@@ -1,0 +1,121 @@
+"""How a set gets into a device's memory: the same pixels by every way, large reads, progress, and nothing left over."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lowrank_vit.common.errors import BetonError
+from lowrank_vit.data.decode import resident_set
+from lowrank_vit.data.decode.pil import decode
+from lowrank_vit.data.decode.resident_set import NoRoom, ResidentSet
+from lowrank_vit.data.sets.beton import Beton
+from tests.photos import write_sets
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> dict[str, Path]:
+    return write_sets(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[int]:
+    """Bytes of each read of a file."""
+    sizes, read = [], Beton.read_into
+    monkeypatch.setattr(Beton, "read_into", lambda self, at, out: (sizes.append(len(out)), read(self, at, out)))
+    return sizes
+
+
+@pytest.mark.parametrize("is_staged", [False, True])
+@pytest.mark.parametrize("part_bytes", [1 << 26, 150_000, 1000])
+@pytest.mark.parametrize("stored", ["jpeg", "raw", "mixed"])
+def test_all_images_are_pillows_by_every_way(sets, stored, part_bytes, is_staged, monkeypatch):
+    """In one part, in several, and in parts smaller than an image; straight to the memory, or staged as for a GPU."""
+    monkeypatch.setattr(resident_set, "_PART_BYTES", part_bytes)
+    beton = Beton(sets[stored])
+    room = ResidentSet(beton, CPU, is_staged=is_staged)
+    assert len(room._pieces) == 2 * is_staged
+    room.load(3)
+    assert not room.damaged
+    assert room.pixels.numel() == resident_set.resident_bytes(beton)
+    for i, start in enumerate(room.starts):
+        expected = decode(beton, i).reshape(-1)
+        assert np.array_equal(room.pixels[start : start + len(expected)].numpy(), expected)
+    assert not room._pieces
+
+
+def test_raw_samples_are_read_many_at_a_time(sets, reads, monkeypatch):
+    beton, sample_bytes = Beton(sets["raw"]), 3 * 56 * 56
+    ResidentSet(beton, CPU).load(2)
+    assert reads == [24 * sample_bytes]
+    reads.clear()
+    monkeypatch.setattr(resident_set, "_READ_BYTES", 5 * sample_bytes)
+    ResidentSet(beton, CPU).load(2)
+    assert sorted(reads) == [4 * sample_bytes, *[5 * sample_bytes] * 4]
+
+
+def test_samples_that_lie_apart_or_out_of_order_are_found(sets, tmp_path, monkeypatch):
+    """As FFCV's writer leaves them, whose workers take pages in turn."""
+    beton = Beton(sets["raw"])
+    order = np.random.default_rng(1).permutation(24)
+    expected = [decode(beton, int(i)).reshape(-1) for i in order]
+    beton.pointers = beton.pointers[order]
+    room = ResidentSet(beton, CPU)
+    room.load(2)
+    for start, pixels in zip(room.starts, expected, strict=True):
+        assert np.array_equal(room.pixels[start : start + len(pixels)].numpy(), pixels)
+
+
+@pytest.mark.parametrize("is_staged", [False, True])
+def test_progress_is_said_of_large_sets(sets, is_staged, monkeypatch):
+    beton, said = Beton(sets["jpeg"]), []
+    ResidentSet(beton, CPU, is_staged=is_staged).load(2, said.append)
+    assert not said
+    monkeypatch.setattr(resident_set, "_SHOWN_BYTES", 1_000_000)
+    ResidentSet(beton, CPU, is_staged=is_staged).load(2, said.append)
+    first, last = said
+    assert first == "loading jpeg.beton, 2.1 MB decoded, to cpu (once)"
+    assert last.startswith("  loaded in ")
+
+
+@pytest.mark.parametrize("is_staged", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory"), OSError("read")])
+def test_what_ends_loading_leaves_nothing(sets, error, is_staged, monkeypatch):
+    def broken(self, sample_id, pixels):
+        raise error
+
+    monkeypatch.setattr(ResidentSet, "_decode", broken)
+    before, room = threading.active_count(), ResidentSet(Beton(sets["jpeg"]), CPU, is_staged=is_staged)
+    with pytest.raises(NoRoom if isinstance(error, torch.OutOfMemoryError) else type(error)):
+        room.load(2)
+    assert threading.active_count() == before
+    assert room.pixels.numel() == 0
+    assert not room._pieces
+
+
+@pytest.mark.parametrize("stored", ["jpeg", "raw"])
+def test_a_file_that_is_cut_while_it_is_loaded_is_an_error(sets, tmp_path, stored, monkeypatch):
+    path = tmp_path / "train.beton"
+    path.write_bytes(sets[stored].read_bytes())
+    beton = Beton(path)
+    monkeypatch.setattr(resident_set, "_PART_BYTES", 100_000)
+    room, read = ResidentSet(beton, CPU), Beton.read_into
+
+    def cut_then_read(self, start, out):
+        with path.open("r+b") as file:
+            file.truncate(int(beton.pointers.max()) - 1)
+        read(self, start, out)
+
+    monkeypatch.setattr(Beton, "read_into", cut_then_read)
+    if stored == "jpeg":
+        with path.open("r+b") as file:
+            file.truncate(1000)
+    with pytest.raises(BetonError, match=r"train.beton was cut from .* while it was open"):
+        room.load(2)
+    assert room.pixels.numel() == 0
