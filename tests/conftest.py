@@ -37,7 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU, skip the tests marked gpu, unless LRV_REQUIRE_GPU=1 wants them to fail."""
+    """Without a GPU, skip tests marked gpu, unless LRV_REQUIRE_GPU=1 wants them to fail; without two, drop two_gpus."""
+    if torch.cuda.device_count() < 2:
+        left_out = [item for item in items if "two_gpus" in item.keywords]
+        items[:] = [item for item in items if "two_gpus" not in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
     if torch.cuda.is_available() or os.environ.get("LRV_REQUIRE_GPU") == "1":
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -25,6 +25,8 @@ from lowrank_vit.ranks.signs import USUAL, Limits
 from lowrank_vit.ranks.waiting import saying, until
 from lowrank_vit.ranks.world import World
 
+ALONE = "LRV_JOIN_ALONE"
+"""Where the environment has it as 1, one process makes its collectives and averages its gradients, too."""
 _LATER = timedelta(minutes=5)
 _RESOLVE_S = 5.0
 """Time for a name to become known: a cluster's may come a little later than the process."""
@@ -55,13 +57,14 @@ def environment_world() -> World:
             f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set. Start several processes with torchrun "
             "--nproc-per-node=N -m lowrank_vit.train ..., or unset WORLD_SIZE."
         )
+    joins_alone = os.environ.get(ALONE) == "1"
     if size == 1 and not os.environ.get("WORLD_SIZE"):
-        return World()
+        return World(joins_alone=joins_alone)
     rank = _number("RANK", 0, below=size, of="WORLD_SIZE")
     here = _number("LOCAL_WORLD_SIZE", size, least=1, below=size + 1)
     local_rank = _number("LOCAL_RANK", 0, below=here, of="LOCAL_WORLD_SIZE" if here < size else "WORLD_SIZE")
     _number("MASTER_PORT", 1, least=1, below=2**16)
-    return World() if size == 1 else World(rank, local_rank, size)
+    return World(joins_alone=joins_alone) if size == 1 else World(rank, local_rank, size)
 
 
 def _number(name: str, default: int, *, least: int = 0, below: int | None = None, of: str = "") -> int:
@@ -91,9 +94,20 @@ def joined(
     minute. torch's own limit of a collective, which cannot tell a slow rank from a lost one, is later than both. What
     `record` says of each must be the same, see `agree`.
     """
-    if world.size == 1:
+    if not world.is_joined:
         yield world
         return
+    import torch.distributed as dist
+
+    if world.size == 1:
+        _connect(world, device, dist.HashStore(), limits)
+    else:
+        _join(world, device, record, limits)
+    yield world
+    dist.destroy_process_group()  # not after an error: another rank may be stuck
+
+
+def _join(world: World, device: torch.device, record: Callable[[], Record], limits: Limits) -> None:
     import torch.distributed as dist
 
     limit = world.start_limit = timedelta(seconds=limits.init_s)
@@ -117,24 +131,33 @@ def joined(
     world.store = dist.PrefixStore(f"lowrank_vit/{attempt}", store)
     world.store.set(f"host/{world.rank}", socket.gethostname())
     agree(world, "run", record, "its start")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore(f"torch/{attempt}", store),
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timedelta(seconds=max(limits.init_s, limits.rank_s)) + _LATER,
-            device_id=device if device.type == "cuda" else None,
-        )
+        _connect(world, device, dist.PrefixStore(f"torch/{attempt}", store), limits)
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
-            f"Rank {world.rank} has met the others at {where}, but cannot be connected with them by {backend}: "
-            f"{in_short(error)}. Check the network between the nodes; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
-            "choose the interface."
+            f"Rank {world.rank} has met the others at {where}, but cannot be connected with them by "
+            f"{_backend(device)}: {in_short(error)}. Check the network between the nodes; GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME choose the interface."
         ) from error
-    yield world
-    dist.destroy_process_group()  # not after an error: another rank may be stuck
+
+
+def _connect(world: World, device: torch.device, store: Any, limits: Limits) -> None:
+    """Make the group of all ranks. On CUDA what it sends comes before all else there, as the step waits for it."""
+    import torch.distributed as dist
+
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+    dist.init_process_group(
+        _backend(device),
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=max(limits.init_s, limits.rank_s)) + _LATER,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def job_record(size: int) -> Record:

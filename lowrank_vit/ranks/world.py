@@ -35,6 +35,13 @@ class World:
     """How long one that waits in the store waits; without a limit where `Failing` watches whoever is late."""
     launch: str = ""
     """A name that all attempts of one launch share while torchrun's own store lives; empty for one process."""
+    joins_alone: bool = False
+    """Whether one process, too, makes its collectives and averages its gradients, as a test of NCCL on one GPU does."""
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether there are collectives: several processes, or one that makes them alone."""
+        return self.size > 1 or self.joins_alone
 
     @property
     def is_first(self) -> bool:
@@ -54,14 +61,14 @@ class World:
 
     def sum(self, values: Tensor) -> None:
         """Add up `values` over all ranks, in place."""
-        if self.size > 1:
+        if self.is_joined:
             with self.progress.waiting():
                 torch.distributed.all_reduce(values)
 
     def least(self, value: Tensor) -> Tensor:
         """The least over all ranks of each element, as a new tensor."""
         least = value.clone()
-        if self.size > 1:
+        if self.is_joined:
             with self.progress.waiting():
                 torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
         return least
@@ -69,7 +76,7 @@ class World:
     def greatest(self, *numbers: float) -> list[float]:
         """The greatest over all ranks of each number; by the host's network whatever the device."""
         common = torch.tensor(numbers, dtype=torch.float64)
-        if self.size > 1:
+        if self.is_joined:
             with self.progress.waiting():
                 torch.distributed.all_reduce(common, torch.distributed.ReduceOp.MAX)
         return common.tolist()
@@ -80,13 +87,13 @@ class World:
         No other buffer: a constant is the same everywhere, and an average of three of it need not be.
         """
         for name, buffer in module.named_buffers():
-            if self.size > 1 and name.endswith(("running_mean", "running_var")):
+            if self.is_joined and name.endswith(("running_mean", "running_var")):
                 self.sum(buffer)
                 buffer /= self.size
 
     def from_first(self, value: T | None) -> T:
         """Rank 0's value (anything that can be pickled) on every rank."""
-        if self.size == 1:
+        if not self.is_joined:
             return value  # type: ignore[return-value]
         values = [value]
         with self.progress.waiting():
@@ -95,7 +102,7 @@ class World:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value (anything that can be pickled), by rank, on every rank."""
-        if self.size == 1:
+        if not self.is_joined:
             return [value]
         values: list[Any] = [None] * self.size
         with self.progress.waiting():
@@ -104,7 +111,7 @@ class World:
 
     def wait_for_all(self) -> None:
         """Wait until every rank has come here."""
-        if self.size > 1:
+        if self.is_joined:
             with self.progress.waiting():
                 torch.distributed.barrier()
 
@@ -115,7 +122,7 @@ class World:
         """
 
         def group() -> Any:
-            return torch.distributed.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
+            return torch.distributed.new_group(backend="gloo", timeout=timeout) if self.is_joined else None
 
         return Channel(self.rank, self.size, group(), group() if agrees else None, self.progress)
 

@@ -97,18 +97,16 @@ class TrainStep:
         # float16's range is too small for gradients, so the loss is scaled; timm does the same.
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         loss_of: nn.Module = LossOfBatch(model, augment, Loss.of(config), dtype)
-        self._ddp = _distribute(loss_of, device) if self._world.size > 1 else None
+        self._ddp = _distribute(loss_of, device) if self._world.is_joined else None
         loss_of = self._ddp or loss_of
         self._loss_of: Callable[..., tuple[Tensor, Tensor]] = loss_of
         mode = config.step.compile_mode
         if config.step.compile:
             self._loss_of = torch.compile(loss_of, mode=mode)
         uses_graphs = config.step.compile and mode in ("reduce-overhead", "max-autotune") and device.type == "cuda"
-        # A CUDA graph's outputs live until its next run, so gradients of several runs add up in memory of their own.
-        self._keeps_grads = uses_graphs and self._accum_steps > 1
-        if self._keeps_grads:
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+        self._keeps_grads = False
+        if uses_graphs and self._accum_steps > 1:
+            self.keep_grads()
         self._num_batches = 0
         self._pace = Pace(device)
         self.meter = Meter(device, self._accum_steps)
@@ -147,6 +145,16 @@ class TrainStep:
                     self._ema.update(self._model, step=self.position.num_updates)
         self._pace.step()
         return is_last
+
+    def keep_grads(self) -> None:
+        """Have gradients of several batches add up in memory of their own, which is zeroed after an update.
+
+        A CUDA graph's outputs live until its next run only. Elsewhere it costs: each gradient is then zeroed, added to
+        and divided by the number of ranks, three passes, instead of written once into what travels to the ranks.
+        """
+        self._keeps_grads = True
+        for parameter in self._model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
 
     def _update(self, measure_norm: bool) -> None:
         if self._clip_grad is not None or measure_norm:
@@ -207,7 +215,12 @@ class LossOfBatch(nn.Module):
 
 
 def _distribute(loss_of: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """Gradients averaged over the ranks, while the rest of the backward pass goes on."""
+    """Gradients averaged over the ranks, while the rest of the backward pass goes on.
+
+    They are views of the buckets that travel (torch's sizes: 1 MiB first, then 25), where the backward pass writes
+    them divided by the number of ranks: nothing is copied back. A compiled graph is split where a bucket ends.
+    torch's static_graph would save nothing here, and goes wrong with no_sync.
+    """
     # No buffer is sent around before each step: statistics of normalisation are averaged before validation instead.
     named = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"  # torch < 2.14

@@ -18,8 +18,9 @@ import torch
 
 from lowrank_vit import train as train_command
 from lowrank_vit.model.weights import read_checkpoint
+from lowrank_vit.ranks.joining import ALONE
 from tests.photos import write_sets
-from tests.runs import records
+from tests.runs import losses, records, same_weights
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -113,6 +114,15 @@ def test_ranks_train_as_one(small, one, tmp_path, launched, processes, more):
     assert f"batch 128 ({more[1]} x {processes} ranks" in out
     assert out.count("top-1") == 3  # two epochs and the end, said by one rank
     assert_same_run(tmp_path / "n", one)
+
+
+def test_one_rank_that_joins_alone_has_the_bits_of_one_that_does_not(small, one, tmp_path, monkeypatch):
+    """Its collectives, and gradients averaged with nobody's, as NCCL is tested on one GPU."""
+    monkeypatch.setenv(ALONE, "1")
+    train_command.main(small(*RECIPE, "--experiment", "alone"))
+    assert not torch.distributed.is_initialized()
+    assert losses(tmp_path / "alone") == losses(one)
+    assert same_weights(tmp_path / "alone" / "last.pth.tar", one / "last.pth.tar")
 
 
 def test_a_signal_stops_all_ranks_and_one_process_goes_on(small, one, tmp_path):
