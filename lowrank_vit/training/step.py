@@ -24,6 +24,7 @@ from lowrank_vit.augment.recipe import batches_of_update
 from lowrank_vit.common.devices import DTYPES
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.batch import Batch
+from lowrank_vit.model.patches import set_patch_embedding
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.metrics import Meter
 from lowrank_vit.run.state import Position
@@ -86,13 +87,16 @@ class TrainStep:
         Updates are counted in `position`, and the parts of a step told to `phases`.
         """
         self.position, self._phases = position or Position(), phases
-        self._model, self._optimizer, self._ema, self._world = model, optimizer, ema, world or World()
+        self._model, self._optimizer, self._world = model, optimizer, world or World()
+        self._ema = Average(ema, model) if ema is not None else None
         self._augment = augment
         # Kept from batch to batch: touching new memory for every batch takes longer than the arithmetic.
         self._inputs: Tensor | None = None
         self._clip_grad, self._clip_mode = config.optim.clip_grad, config.optim.clip_mode
         self._seed, self._accum_steps = config.run.seed, batches_of_update(config, self._world.size)[1]
         device = next(model.parameters()).device
+        if device.type == "cuda":  # on a CPU it is no faster, and losses keep their bits
+            set_patch_embedding(model, as_product=True)
         dtype = DTYPES[config.step.amp_dtype] if config.step.amp else None
         # float16's range is too small for gradients, so the loss is scaled; timm does the same.
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -142,7 +146,7 @@ class TrainStep:
             self.position.count_update()
             with self._phases("ema"):
                 if self._ema is not None:
-                    self._ema.update(self._model, step=self.position.num_updates)
+                    self._ema.update(self.position.num_updates)
         self._pace.step()
         return is_last
 
@@ -195,6 +199,36 @@ class TrainStep:
         if state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"])
+
+
+class Average:
+    """Updates timm's EMA of a model in one call, from lists of the tensors made once.
+
+    timm's own `update`, of which this is the arithmetic, first collects the tensors of both models, at each step anew.
+    """
+
+    def __init__(self, ema: ModelEmaV3, model: nn.Module) -> None:
+        """Both on one device. Tensors that are put in the place of others later are not seen; their values are."""
+        self._ema, self._model = ema, model
+        states = (ema.module.state_dict(keep_vars=True), model.state_dict(keep_vars=True))
+        pairs = list(zip(*(state.values() for state in states), strict=True))
+        self._averages = [average for average, _ in pairs if average.is_floating_point()]
+        self._values = [value for average, value in pairs if average.is_floating_point()]
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+        kinds = {tensor.dtype for tensor in [*self._averages, *self._values]}
+        # Types that timm rounds or converts on the way are left to it, as is an average on another device.
+        self._is_plain = ema.foreach and not ema.exclude_buffers and kinds <= {torch.float32}
+
+    @torch.no_grad()
+    def update(self, num_updates: int) -> None:
+        """Move the averages to the weights after update `num_updates`, by timm's decay for it."""
+        if not self._is_plain:
+            self._ema.update(self._model, step=num_updates)
+            return
+        weight = 1.0 - self._ema.get_decay(num_updates)
+        torch._foreach_lerp_(self._averages, self._values, weight=weight)
+        for average, value in self._copied:
+            average.copy_(value)
 
 
 class LossOfBatch(nn.Module):

@@ -18,11 +18,12 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.model.optimizer import create_optimizer
+from lowrank_vit.model.patches import set_patch_embedding
 from lowrank_vit.plan.mixing import NO_MIX
 from lowrank_vit.plan.plans import BatchPlan
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.metrics import Meter
-from lowrank_vit.training.step import RUN_AHEAD, Loss, Pace, TrainStep
+from lowrank_vit.training.step import RUN_AHEAD, Average, Loss, Pace, TrainStep
 
 NUM_CLASSES, BATCH = 10, 8
 OPTIONS = (
@@ -97,6 +98,39 @@ def test_updates_are_timms(argv, criterion, clip):
         torch.testing.assert_close(
             ema.module.state_dict()[name], their_ema.module.state_dict()[name], rtol=1e-4, atol=1e-5
         )
+
+
+def test_updates_with_the_patch_embedding_as_a_product_are_those_with_the_convolution():
+    """And the average, which is scored, stays a model of timm's."""
+    models = small_vit(), small_vit()
+    steps = [make_step("--clip-grad 0.05", model) for model in models]
+    assert set_patch_embedding(models[1], as_product=True)
+    for batch in batches(3):
+        for step, _ in steps:
+            step(batch)
+        first, second = (step.meter.read(World()).loss for step, _ in steps)
+        assert second == pytest.approx(first, rel=1e-5)
+    for (name, weight), other in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(other, weight, rtol=1e-4, atol=1e-6, msg=name)
+    assert type(steps[1][1].module.patch_embed.proj) is torch.nn.Conv2d  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_is_timms_to_the_bit(dtype):
+    """Also of statistics and counters, and of types that timm rounds by chance."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.Linear(7, 2)).to(dtype)
+    ours, theirs = (ModelEmaV3(model, decay=0.9, use_warmup=True) for _ in range(2))
+    average = Average(ours, model)
+    for update in range(1, 6):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model(torch.randn(4, 5, dtype=dtype))
+        average.update(update)
+        theirs.update(model, step=update)
+        for name, value in theirs.module.state_dict().items():
+            assert torch.equal(ours.module.state_dict()[name], value), name
 
 
 def test_ema_is_the_weighted_sum_of_the_weights():

@@ -1,0 +1,55 @@
+"""The patch embedding as a matrix product, from the weight of timm's convolution as it is."""
+
+from __future__ import annotations
+
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class PatchProduct(nn.Conv2d):
+    """A convolution over patches that do not overlap; in training it is one matrix product of the patches' pixels.
+
+    Weight and bias are the convolution's, (D, C, P, Q) and (D,), so whatever knows them by name finds them. A patch's
+    pixels are taken by row, column and channel, as channels_last weights lie in memory: those are not copied. Images
+    are, once, in one pass with whatever torch.compile finds before it. In evaluation it is the convolution, so scores
+    are the bits of timm's model.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, D, H // P, W // Q) in channels_last; pixels that fill no patch are left out."""
+        if not self.training:
+            return super().forward(input)
+        (P, Q), (B, C, H, W), D = self.kernel_size, input.shape, self.out_channels
+        h, w = H // P, W // Q
+        pixels_BhPwQC = input[:, :, : h * P, : w * Q].permute(0, 2, 3, 1).reshape(B, h, P, w, Q, C)
+        patches = pixels_BhPwQC.transpose(2, 3).reshape(B, h, w, P * Q * C)
+        weight = self.weight.permute(0, 2, 3, 1).reshape(D, P * Q * C)
+        return F.linear(patches, weight, self.bias).permute(0, 3, 1, 2)
+
+
+def set_patch_embedding(model: nn.Module, *, as_product: bool) -> bool:
+    """Make the model's patch embedding a `PatchProduct` or timm's convolution, in place; whether it is a product now.
+
+    Its parameters stay the same objects. Only timm's plain `PatchEmbed` is changed: stems of several layers, patches
+    that overlap, other classes and convolutions with hooks are left as they are.
+    """
+    embed = getattr(model, "patch_embed", None)
+    if type(embed) is not PatchEmbed:
+        return False
+    old, wanted = embed.proj, PatchProduct if as_product else nn.Conv2d
+    if type(old) is not wanted and _is_plain(old):
+        size = {"kernel_size": old.kernel_size, "stride": old.stride}
+        new = wanted(old.in_channels, old.out_channels, **size, bias=old.bias is not None, device="meta")
+        new.weight, new.bias = old.weight, old.bias
+        embed.proj = new.train(old.training)
+    return isinstance(embed.proj, PatchProduct)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    if type(layer) not in (nn.Conv2d, PatchProduct) or not isinstance(layer, nn.Conv2d):
+        return False
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    return geometry == (layer.kernel_size, (0, 0), (1, 1), 1)
