@@ -61,11 +61,13 @@ def _resize_columns(flat, table, out, width, size, BLOCK: tl.constexpr):
     center = (row + 0.5) * scale + (origin - low)
     first, last = _reach(center, scale, length, interpolation)
     source = flat + begin + low.to(tl.int64) * row_bytes + left + at
+    shrink = 1.0 / tl.maximum(scale, 1.0)
     total, weights = tl.zeros([BLOCK], tl.float32), center * 0
     for tap in range(first, last):
-        weights += _weight(tap, center, scale, interpolation)
+        weights += _weight((tap + 0.5 - center) * shrink, interpolation)
+    whole = 1.0 / weights  # float64 divisions are subroutines: one for each pixel and no more
     for tap in range(first, last):
-        weight = (_weight(tap, center, scale, interpolation) / weights).to(tl.float32)
+        weight = (_weight((tap + 0.5 - center) * shrink, interpolation) * whole).to(tl.float32)
         total += weight * tl.load(source + tap * row_bytes, inside, 0).to(tl.float32)
     tl.store(out + (n.to(tl.int64) * size + row) * width * 3 + at, _byte(total), inside)
 
@@ -85,15 +87,15 @@ def _resize_rows(rows, table, out, width, size, BLOCK: tl.constexpr):
     first, last = _reach(center, scale, length, interpolation)
     source = rows + n.to(tl.int64) * size * width * 3 + y * width * 3
     taps = tl.max(tl.where(inside, last - first, 0), 0)
-    weights = center * 0
+    shrink, weights = 1.0 / tl.maximum(scale, 1.0), center * 0
     for k in range(taps):
-        weights += tl.where(first + k < last, _weight(first + k, center, scale, interpolation), 0.0)
+        weights += tl.where(first + k < last, _weight((first + k + 0.5 - center) * shrink, interpolation), 0.0)
+    whole = 1.0 / weights
     red, green, blue = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for k in range(taps):
         reached = inside & (first + k < last)
-        weight = (_weight(first + k, center, scale, interpolation) / weights).to(tl.float32)
-        weight = tl.where(reached, weight, 0.0)
-        pixel = source + (first + k) * 3
+        weight = (_weight((first + k + 0.5 - center) * shrink, interpolation) * whole).to(tl.float32)
+        weight, pixel = tl.where(reached, weight, 0.0), source + (first + k) * 3
         red += weight * tl.load(pixel, reached, 0).to(tl.float32)
         green += weight * tl.load(pixel + 1, reached, 0).to(tl.float32)
         blue += weight * tl.load(pixel + 2, reached, 0).to(tl.float32)
@@ -119,9 +121,12 @@ def _reach(center, scale, length, interpolation):
 
 
 @triton.jit
-def _weight(pixel, center, scale, interpolation):
-    """Weight of a pixel, not yet normalised: PIL's triangle and bicubic (Keys 1981, a = -0.5) filters, in float64."""
-    x = tl.abs((pixel + 0.5 - center) / tl.maximum(scale, 1.0))
+def _weight(x, interpolation):
+    """Weight of a pixel, not yet normalised: PIL's triangle and bicubic (Keys 1981, a = -0.5) filters, in float64.
+
+    `x`: how far it is from the output pixel's centre, in pixels of the coarser of the two.
+    """
+    x = tl.abs(x)
     linear = tl.maximum(1.0 - x, 0.0)
     near = ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1.0
     far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
