@@ -153,15 +153,13 @@ def _compare(options: Options, paths: tuple[Path, Path], console: Console) -> No
 
 
 def _solve(options: Options, state: dict[str, Tensor]) -> Analysis:
-    import torch
-
-    from lowrank_vit.common.devices import has_cuda
+    from lowrank_vit.common.devices import pick_device
     from lowrank_vit.common.resources import available_cores
     from lowrank_vit.spectral.analyze import analyze_weights, choose_weights
     from lowrank_vit.spectral.refresh import SpectralSettings
 
     matrices, solving = options.matrices, options.solving
-    device = torch.device("cuda" if has_cuda() and not solving.svd_on_cpu else "cpu")
+    device = pick_device("cpu" if solving.svd_on_cpu else "auto")
     weights = choose_weights(state, matrices.targets, matrices.split_qkv, device)
     threads = available_cores()
     settings = SpectralSettings(matrices.topk, matrices.interval, solving.solver, solving.svd_on_cpu, threads)

@@ -20,6 +20,7 @@ import torch
 from hypothesis import settings
 
 from data_prep.convert import convert_digits
+from tests.device_path import on_cuda_path as on_cuda_path
 
 # A suite in the background inherits signals that are ignored, and hands that on to what its tests start.
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.augment.ops_cpu import blur_weights
+from lowrank_vit.common.devices import to_device
 from lowrank_vit.common.filters import BICUBIC, NEAREST
 from lowrank_vit.plan.operations import GEOMETRIC, ImageOps, Kind
 
@@ -49,12 +50,6 @@ def apply_ops(images_BHWC: Tensor, ops: ImageOps, fill: Tensor) -> None:
             else:
                 changed = blur(images, args[rows])
             images_BHWC.index_copy_(0, group, changed)
-
-
-def to_device(values: np.ndarray, like: Tensor) -> Tensor:
-    """Copy an array to the device of `like`, from pinned memory, so that the host does not wait."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor
 
 
 def _column(values: np.ndarray, like: Tensor) -> Tensor:

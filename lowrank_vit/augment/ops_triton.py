@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_vit.augment.ops import affine, blur, fixed_point, to_device
+from lowrank_vit.augment.ops import affine, blur, fixed_point
+from lowrank_vit.common.devices import to_device
 from lowrank_vit.common.filters import BICUBIC, NEAREST
 from lowrank_vit.plan.operations import GEOMETRIC, ImageOps, Kind
 

@@ -12,9 +12,10 @@ import torch
 from numba import njit, prange
 from torch import Tensor, nn
 
-from lowrank_vit.augment import ops, ops_cpu
+from lowrank_vit.augment import ops_cpu
 from lowrank_vit.augment.erase import MODES, NORMAL, Mode, erase, erase_cpu
 from lowrank_vit.augment.mixing import mix_cpu, mix_images, mix_targets, mix_to_tensor
+from lowrank_vit.common.devices import cuda_path, to_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.plan.mixing import NO_MIX
 from lowrank_vit.plan.plans import BatchPlan
@@ -36,11 +37,11 @@ def apply_operations(images: Tensor, plan: BatchPlan, fill: Tensor) -> Tensor:
         raise UserError("augmentation takes channels_last images: .contiguous(memory_format=torch.channels_last).")
     images_BHWC = images.permute(0, 2, 3, 1)
     if plan.vflips is not None:
-        rows = ops.to_device(np.flatnonzero(plan.vflips), images)
+        rows = to_device(np.flatnonzero(plan.vflips), images)
         images_BHWC[rows] = images_BHWC[rows].flip(1)
     if plan.ops is None:
         return images
-    if images.is_cuda:
+    if cuda_path(images):
         from lowrank_vit.augment import ops_triton  # comes with torch's builds for GPUs
 
         return ops_triton.apply_ops(images_BHWC, plan.ops, fill).permute(0, 3, 1, 2)
@@ -117,10 +118,10 @@ class Augment(nn.Module):
             )
         mix = mix_to_tensor(plan.mix)
         if plan.erase is None:
-            return images, ops.to_device(mix.numpy(), images), None, None
+            return images, to_device(mix.numpy(), images), None, None
         boxes, keys = plan.erase.boxes, plan.erase.keys
-        if images.is_cuda:
-            sent = [ops.to_device(values, images) for values in (mix.numpy(), boxes, keys.astype(np.int64))]
+        if cuda_path(images):
+            sent = [to_device(values, images) for values in (mix.numpy(), boxes, keys.astype(np.int64))]
             return images, sent[0], sent[1], sent[2]
         if out is None or out.shape != images.shape:
             out = torch.empty(images.shape, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Devices: choosing one, the types of mixed precision on it, its streams, and waiting for it.
+"""Devices: choosing one, which way work goes on it, copies to it, its streams, and waiting for it.
 
 Work is handed over between CUDA streams so: a mark notes it, another stream waits, memory lives until it was read.
 Nothing here makes the host wait but what says so. Without CUDA there are no streams: they are None, and all is done as
@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def has_cuda() -> bool:
 
 def why_on_cpu(name: str, device: torch.device) -> str:
     """A note that says what keeps `--device auto` from a GPU; empty where nothing does, as where there is no driver."""
-    if name != "auto" or device.type != "cpu" or (found := _why_no_cuda()) is None:
+    if name != "auto" or cuda_path(device) or (found := _why_no_cuda()) is None:
         return ""
     why, advice = found
     return f"note: on the CPU, since {why}. {advice} to use a GPU."
@@ -87,20 +88,45 @@ def _why_no_cuda() -> tuple[str, str] | None:
     return None
 
 
+def cuda_path(where: Tensor | torch.device) -> bool:
+    """Whether work on a tensor or device goes the way of a GPU: kernels for whole batches, streams, pinned copies.
+
+    Every choice by a device's type asks this in the place where it is made. So tests can send a CPU's work that way and
+    compare its numbers with the CPU's own (`tests/device_path.py`).
+    """
+    return _type_of(where) == "cuda"
+
+
+def _type_of(where: Tensor | torch.device) -> str:
+    return where.type if isinstance(where, torch.device) else where.device.type
+
+
+def to_device(values: np.ndarray, where: Tensor | torch.device) -> Tensor:
+    """An array as a tensor on a device, or on that of a tensor; from pinned memory, so that the host does not wait.
+
+    On a CPU it shares the array's memory where that is contiguous.
+    """
+    on_host = torch.from_numpy(np.ascontiguousarray(values))
+    if not cuda_path(where):
+        return on_host
+    device = where if isinstance(where, torch.device) else where.device
+    return on_host.pin_memory().to(device, non_blocking=True)
+
+
 def wait_for(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it; nothing on a CPU."""
-    if device.type == "cuda":
+    if cuda_path(device):
         torch.cuda.synchronize(device)
 
 
 def side_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream | None:
     """A stream of one's own beside the device's default one; None without CUDA. Priority 0 is the lowest, -1 above."""
-    return torch.cuda.Stream(device, priority=priority) if device.type == "cuda" else None
+    return torch.cuda.Stream(device, priority=priority) if cuda_path(device) else None
 
 
 def current_stream(device: torch.device) -> torch.cuda.Stream | None:
     """The stream that this thread's work on the device goes to; None without CUDA."""
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+    return torch.cuda.current_stream(device) if cuda_path(device) else None
 
 
 def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
@@ -130,7 +156,7 @@ class Mark:
             return
         stream.wait_event(self.event)
         for tensor in tensors:
-            if tensor.is_cuda:
+            if cuda_path(tensor):
                 tensor.record_stream(stream)
 
     def is_reached(self) -> bool:

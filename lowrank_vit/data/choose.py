@@ -17,7 +17,7 @@ from rich.filesize import decimal as size_in_words
 
 from data_prep.formats import turbojpeg
 from lowrank_vit.common import resources, terminal
-from lowrank_vit.common.devices import pick_device
+from lowrank_vit.common.devices import cuda_path, pick_device
 from lowrank_vit.common.files import write_whole
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.data.decode import resident_set
@@ -144,7 +144,7 @@ def _choose_decoder(
     """`choose_backend` for a set that is `too_big` to be resident."""
     if missing := _first(options.of_all_ranks(why_no_dali(device))):
         return "ffcv", f"{too_big}; {missing}"
-    if device.type == "cuda":
+    if cuda_path(device):
         return "dali", f"{too_big}; decoding on the GPU"
     if isinstance(plan, EvalPlan):
         return "dali", f"{too_big}; evaluation"
@@ -168,7 +168,7 @@ def _first(reasons: list[str]) -> str:
 
 def memory_bytes(device: torch.device) -> int:
     """Total memory of the device, or for `cpu` what this process may use of the host's, in bytes."""
-    if device.type == "cuda":
+    if cuda_path(device):
         return torch.cuda.get_device_properties(device).total_memory
     return resources.memory().total
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.common import terminal
-from lowrank_vit.common.devices import KeptAlive, Mark, on_stream
+from lowrank_vit.common.devices import KeptAlive, Mark, cuda_path, on_stream
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.pulse import beat
 from lowrank_vit.data.batch import Batch
@@ -60,7 +60,7 @@ class Loader:
         """`prepare` applies the plan's operations to uint8 images; `say` is told of samples left out."""
         self.name, self._backend, self._beton, self.plan = backend.name, backend, beton, plan
         self._on_bad_sample, self._prepare, self._say = on_bad_sample, prepare, say
-        self._hand_over = _OwnStream(device) if device.type == "cuda" else _SameThread()
+        self._hand_over = _OwnStream(device) if cuda_path(device) else _SameThread()
         self._bad: set[int] = set()
         self._depths: list[int] = []
         self._running: Iterator[Batch] | None = None

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowrank_vit.common.devices import cuda_path, wait_for
+
 # Dense (no sparsity) peaks of the vendors' data sheets, TFLOP/s: bf16 or float16 with float32 sums, TF32.
 # A name is looked for in torch's device name, as whole words, the longest first.
 _LISTED = {
@@ -32,7 +34,6 @@ _LISTED = {
     "L40": (181.05, 90.5),
     "L4": (121.0, 60.0),
 }
-_MEASURED_SIDE = {"cuda": 8192, "cpu": 1024}
 _MEASUREMENTS = 5
 
 
@@ -68,7 +69,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, *, tf32: bool = False) 
 
     `dtype`: of the products; `tf32`: float32 products may use TF32. About 0.2 s on a CPU, once in a process.
     """
-    if device.type == "cuda":
+    if cuda_path(device):
         found = torch.cuda.get_device_name(device)
         is_whole = "MIG" not in found  # a slice of a GPU has a share of its peak
         for name in sorted(_LISTED, key=len, reverse=True):
@@ -83,23 +84,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype, *, tf32: bool = False) 
 
 @cache
 def _measured(device: torch.device, dtype: torch.dtype) -> Peak:
-    side = _MEASURED_SIDE[device.type]
+    side = 8192 if cuda_path(device) else 1024
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     seconds = []
     for _ in range(_MEASUREMENTS):
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         torch.matmul(a, b)
-        _wait(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - start)
     flops_per_s = 2 * side**3 / min(seconds)
     kind = str(dtype).removeprefix("torch.")
     return Peak(flops_per_s, f"a {side} x {side} {kind} product measured here, {flops_per_s / 1e12:.2g} TFLOP/s")
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def mfu(img_per_s: float, flops_per_image: float, peak: Peak, num_devices: int = 1) -> float:
@@ -109,7 +105,7 @@ def mfu(img_per_s: float, flops_per_image: float, peak: Peak, num_devices: int =
 
 def memory_gb(device: torch.device) -> float:
     """10^9 bytes: on CUDA the most that tensors took so far, on a CPU what the process takes. No waiting."""
-    if device.type == "cuda":
+    if cuda_path(device):
         return torch.cuda.max_memory_allocated(device) / 1e9
     import psutil
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.common.errors import UserError, in_short
 from lowrank_vit.ranks.agent import agent, has_ended
 from lowrank_vit.ranks.agree import OfRank, Record, agree, differences
@@ -152,12 +153,12 @@ def _connect(world: World, device: torch.device, store: Any, limits: Limits) -> 
         rank=world.rank,
         world_size=world.size,
         timeout=timedelta(seconds=max(limits.init_s, limits.rank_s)) + _LATER,
-        device_id=device if device.type == "cuda" else None,
+        device_id=device if cuda_path(device) else None,
     )
 
 
 def _backend(device: torch.device) -> str:
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    return "cpu:gloo,cuda:nccl" if cuda_path(device) else "gloo"
 
 
 def job_record(size: int) -> Record:

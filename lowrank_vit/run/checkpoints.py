@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_vit.common.devices import Mark, current_stream, on_stream, side_stream
+from lowrank_vit.common.devices import Mark, cuda_path, current_stream, on_stream, side_stream
 from lowrank_vit.common.errors import Failures, UserError
 from lowrank_vit.common.files import link_whole, whole_file
 from lowrank_vit.common.threads import Jobs
@@ -266,7 +266,7 @@ class CheckpointWriter:
             raise UserError(f"Checkpoint {path} cannot be written: {reason}. The older one is kept.") from error
 
     def _on_host(self, content: Any) -> Any:
-        return _mapped(content, lambda tensor: tensor.cpu()) if self._stream else content
+        return _mapped(content, lambda tensor: tensor.cpu()) if cuda_path(self._device) else content
 
     def _write_beside(self, beside: Beside) -> None:
         """What cannot be written is missed only after an interruption: not a reason to do without the checkpoint."""

@@ -57,12 +57,12 @@ class Evaluator:
         """
         self._model, self._augment, self._is_mirrored = model, augment, tta == 2
         device = next(model.parameters()).device
-        self._device_type, self._amp, self._amp_dtype = device.type, amp, amp_dtype
+        self._device, self._amp, self._amp_dtype = device, amp, amp_dtype
         self._logits_of: Callable[[Tensor], Tensor] = torch.compile(self._logits) if compile else self._logits
 
     def _logits(self, images: Tensor) -> Tensor:
         normalized = self._augment.normalize(images)
-        with torch.autocast(self._device_type, dtype=self._amp_dtype, enabled=self._amp):
+        with torch.autocast(self._device.type, dtype=self._amp_dtype, enabled=self._amp):
             logits = self._model(normalized).float()
             if self._is_mirrored:
                 logits = (logits + self._model(normalized.flip(3)).float()) / 2

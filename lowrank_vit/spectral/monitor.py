@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowrank_vit.common.devices import Mark, current_stream, side_stream
+from lowrank_vit.common.devices import Mark, cuda_path, current_stream, side_stream
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.ranks.world import Channel
@@ -153,7 +153,7 @@ class SpectralMonitor:
         for device in devices:
             # torch loads its linear algebra lazily and not thread-safely, so the first call must not be the worker's.
             torch.linalg.eigvalsh(torch.eye(2, dtype=torch.float64, device=device))
-        cuda_device = next((device for device in devices if device.type == "cuda"), None)
+        cuda_device = next((device for device in devices if cuda_path(device)), None)
         # 0 is the lowest priority CUDA has, and the default stream's: to put the step first, run that on a stream
         # of priority -1.
         self._stream = None if cuda_device is None else side_stream(cuda_device, priority=0)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.spectral.extremes import Solved, Solver
 from lowrank_vit.spectral.lapack import one_blas_thread
 from lowrank_vit.spectral.metrics import (
@@ -121,7 +122,7 @@ def update_norms(before: MatrixStack, now: MatrixStack, cpu_threads: int = 1) ->
     with torch.no_grad():
         change = now.matrices_NRC.double() - before.matrices_NRC.double()
         spectral = largest_values(change, cpu_threads)
-        if change.is_cuda:
+        if cuda_path(change):
             frobenius = torch.linalg.vector_norm(change, dim=(1, 2)).cpu().numpy()
         else:
             with one_blas_thread():

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.spectral import gram
 from lowrank_vit.spectral.extremes import EPS, Solved, Solver, Triplets, not_finite
 from lowrank_vit.spectral.lapack import one_blas_thread
@@ -105,7 +106,7 @@ def solve_stack(
         scales = _scales(stack.matrices_NRC)
         if solver == "svd" or 2 * m >= k:
             first = [None] * n
-        elif _takes_whole_stacks(stack.matrices_NRC):
+        elif cuda_path(stack.matrices_NRC):
             first = _gram_on_device(stack.matrices_NRC, m, scales)
         else:
             first = _gram_on_cpu(stack.matrices_NRC, m, scales, cpu_threads, cancelled)
@@ -142,7 +143,7 @@ def largest_values(matrices_NRC: Tensor, cpu_threads: int = 1) -> np.ndarray:
         scales = _scales(matrices_NRC)
         usable = np.isfinite(scales)
         result = np.full(len(scales), np.nan)
-        if not _takes_whole_stacks(matrices_NRC):
+        if not cuda_path(matrices_NRC):
 
             def one(i: int) -> float:
                 a_RC = _float64_numpy(matrices_NRC[i], scales[i])
@@ -154,11 +155,6 @@ def largest_values(matrices_NRC: Tensor, cpu_threads: int = 1) -> np.ndarray:
             top = torch.linalg.eigvalsh(gram.gram_stack(divided))[:, -1].clamp_min(0.0).sqrt().cpu().numpy()
             result[usable] = (top * divisors)[usable]
     return result
-
-
-def _takes_whole_stacks(matrices_NRC: Tensor) -> bool:
-    """Whether the batched solver is the faster one there: on an accelerator. Tests have it run on a CPU, too."""
-    return matrices_NRC.is_cuda
 
 
 def _scales(matrices_NRC: Tensor) -> np.ndarray:
@@ -263,7 +259,7 @@ def _svd(a_RC: Tensor, m: int) -> Solved:
 def _one_torch_thread(a_RC: Tensor) -> Generator[None]:
     """On a CPU one thread: LAPACK's bits depend on their number, and the monitor's worker has one."""
     threads = torch.get_num_threads()
-    if a_RC.is_cuda or threads == 1:
+    if cuda_path(a_RC) or threads == 1:
         yield
         return
     torch.set_num_threads(1)

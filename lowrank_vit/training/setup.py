@@ -19,7 +19,7 @@ from lowrank_vit.augment.ops_cpu import apply_ops
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.recipe import batches_of_update, train_rules
 from lowrank_vit.common import terminal
-from lowrank_vit.common.devices import DTYPES, pick_device, why_on_cpu
+from lowrank_vit.common.devices import DTYPES, cuda_path, pick_device, why_on_cpu
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say
 from lowrank_vit.common.numba_cache import NOTE as COMPILING
@@ -212,7 +212,7 @@ def set_up(
             f"peak learning rate {lr:.3g} ({lr_origin}), {_batch_in_words(plan)}, "
             f"{plan.updates_per_epoch} updates an epoch, {num_epochs} epoch{'s' if num_epochs != 1 else ''}",
             *ema_line,
-            *([COMPILING] if sets and device.type == "cpu" and _must_compile(config, train_loader.name) else []),
+            *([COMPILING] if sets and not cuda_path(device) and _must_compile(config, train_loader.name) else []),
             *([f"{train_flops / 1e9:.3g} GFLOP a training image; MFU is against {peak.name}"] if train_flops else []),
         ],
     )
@@ -392,7 +392,7 @@ def set_float32_policy(device: torch.device, *, tf32: bool) -> None:
     float64, which the spectra are computed in, is never affected, nor is a CPU. Convolutions also try out which of
     cuDNN's algorithms is the fastest for their one shape, as in timm.
     """
-    if device.type != "cuda":
+    if not cuda_path(device):
         return
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32

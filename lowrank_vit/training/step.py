@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.recipe import batches_of_update
-from lowrank_vit.common.devices import DTYPES
+from lowrank_vit.common.devices import DTYPES, cuda_path
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.model.patches import set_patch_embedding
@@ -95,7 +95,7 @@ class TrainStep:
         self._clip_grad, self._clip_mode = config.optim.clip_grad, config.optim.clip_mode
         self._seed, self._accum_steps = config.run.seed, batches_of_update(config, self._world.size)[1]
         device = next(model.parameters()).device
-        if device.type == "cuda":  # on a CPU it is no faster, and losses keep their bits
+        if cuda_path(device):  # on a CPU it is no faster, and losses keep their bits
             set_patch_embedding(model, as_product=True)
         dtype = DTYPES[config.step.amp_dtype] if config.step.amp else None
         # float16's range is too small for gradients, so the loss is scaled; timm does the same.
@@ -107,7 +107,7 @@ class TrainStep:
         mode = config.step.compile_mode
         if config.step.compile:
             self._loss_of = torch.compile(loss_of, mode=mode)
-        uses_graphs = config.step.compile and mode in ("reduce-overhead", "max-autotune") and device.type == "cuda"
+        uses_graphs = config.step.compile and mode in ("reduce-overhead", "max-autotune") and cuda_path(device)
         self._keeps_grads = False
         if uses_graphs and self._accum_steps > 1:
             self.keep_grads()
@@ -261,7 +261,7 @@ def _distribute(loss_of: nn.Module, device: torch.device) -> DistributedDataPara
     no_buffers: dict[str, Any] = {name: False}
     return DistributedDataParallel(
         loss_of,
-        device_ids=[device.index] if device.type == "cuda" else None,
+        device_ids=[device.index] if cuda_path(device) else None,
         gradient_as_bucket_view=True,
         **no_buffers,
     )
@@ -276,12 +276,12 @@ class Pace:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
+        self._device = device
         self._under_way: deque[torch.cuda.Event] = deque()
 
     def step(self) -> None:
         """Note that all of a step has been asked for, and wait if the device is too far behind."""
-        if not self._is_cuda:
+        if not cuda_path(self._device):
             return
         done = torch.cuda.Event(blocking=True)  # waits without taking a core from the decoder
         done.record()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lowrank_vit.data.batch import Batch
@@ -127,12 +126,6 @@ class DamagedSamples(Exception):
 def new_meter() -> deque[float]:
     """Where a backend notes its decode times, newest last. Written by its thread, read by the trainer's."""
     return deque(maxlen=_KEPT_TIMES)
-
-
-def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """An array as a tensor on the device; the host does not wait, since the copy starts from pinned memory."""
-    on_host = torch.from_numpy(values)
-    return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
 
 
 ORIGIN, SCALE, LOW, LENGTH = range(4)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data_prep.formats.beton import MODE_RAW
-from lowrank_vit.common.devices import KeptAlive, Mark, current_stream, on_stream, side_stream
+from lowrank_vit.common.devices import KeptAlive, Mark, cuda_path, current_stream, on_stream, side_stream, to_device
 from lowrank_vit.common.errors import BetonError, UserError, in_short
 from lowrank_vit.common.threads import Ahead
 from lowrank_vit.data.batch import Batch
@@ -32,7 +32,6 @@ from lowrank_vit.data.decode.backend import (
     cropped,
     new_meter,
     spans,
-    to_device,
 )
 from lowrank_vit.data.decode.dali_pipeline import PipelineShape, Sources, start_pipeline
 from lowrank_vit.data.decode.pil import find_damage
@@ -85,8 +84,8 @@ class DaliBackend:
             has_jpeg=bool((beton.modes != MODE_RAW).any()),
             has_raw=bool((beton.modes == MODE_RAW).any()),
             is_evaluation=isinstance(plan, EvalPlan),
-            device_id=None if device.type == "cpu" else torch.empty(0, device=device).device.index,
-            resize=device.type != "cpu",
+            device_id=torch.empty(0, device=device).device.index,
+            resize=cuda_path(device),
             num_threads=workers,
             prefetch=prefetch,
             hw_decoder_load=hw_decoder_load,
@@ -163,7 +162,7 @@ class DaliBackend:
     def _collect(self, in_flight: deque[_Part], begun: float) -> Iterator[tuple[Batch, Mark]]:
         """Yield the batch, and what marks its end on the stream, if the part that is made next is its last."""
         # With a stream DALI makes that one wait for the GPU, else the host.
-        (made,) = self._pipeline.outputs(self._stream) if self._stream else self._pipeline.outputs()
+        (made,) = self._pipeline.outputs(self._stream)
         sources, plan = in_flight.popleft()
         part = torch.from_dlpack(made.as_tensor()) if self._shape.resize else self._resized(made, sources.plan)
         self._made.append(part)
@@ -252,7 +251,7 @@ def why_no_dali(device: torch.device) -> str:
         import_module("nvidia.dali")
     except (ImportError, OSError, RuntimeError) as error:
         return f"NVIDIA DALI cannot be imported ({in_short(error)})"
-    if device.type == "cpu":
+    if not cuda_path(device):
         return ""
     tiny = PipelineShape(
         img_size=8,

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from data_prep.formats.beton import MODE_JPEG
 from data_prep.formats.jpeg import MAX_PIXELS
+from lowrank_vit.common.devices import cuda_path, to_device
 from lowrank_vit.common.threads import Ahead
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.data.decode.backend import DamagedSamples, LoaderOptions, Schedule, new_meter, spans, to_device
+from lowrank_vit.data.decode.backend import DamagedSamples, LoaderOptions, Schedule, new_meter, spans
 from lowrank_vit.data.decode.jpeg import EXACT, FAST, decode_jpeg, has_too_many_scans, is_of_size
 from lowrank_vit.data.decode.pil import crop_and_resize, decode_sound
 from lowrank_vit.data.decode.resize_cpu import resize_into
@@ -107,8 +108,8 @@ class FfcvBackend:
         for plan in schedule:
             begun = time.perf_counter()
             # torch re-uses pinned memory, but not before the copy from it is done.
-            shape, is_pinned = (len(plan.ids), self._img_size, self._img_size, 3), self._device.type == "cuda"
-            images_NHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=is_pinned)
+            shape = len(plan.ids), self._img_size, self._img_size, 3
+            images_NHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=cuda_path(self._device))
             self._fill(images_NHWC.numpy(), plan)
             self.decode_ms.append(1e3 * (time.perf_counter() - begun))
             made = images_NHWC, plan

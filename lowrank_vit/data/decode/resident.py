@@ -9,9 +9,10 @@ import numba
 import numpy as np
 import torch
 
+from lowrank_vit.common.devices import cuda_path, to_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.data.decode.backend import LENGTH, DamagedSamples, LoaderOptions, Schedule, new_meter, spans, to_device
+from lowrank_vit.data.decode.backend import LENGTH, DamagedSamples, LoaderOptions, Schedule, new_meter, spans
 from lowrank_vit.data.decode.resident_set import NoRoom, ResidentSet
 from lowrank_vit.data.decode.resize_cpu import resize_batch
 from lowrank_vit.data.sets.beton import Beton
@@ -53,7 +54,7 @@ class ResidentBackend:
             yield batch
 
     def _cut(self, plan: BatchPlan) -> Batch:
-        return self._cut_on_threads(plan) if self._device.type == "cpu" else self._cut_on_device(plan)
+        return self._cut_on_device(plan) if cuda_path(self._device) else self._cut_on_threads(plan)
 
     def _cut_on_threads(self, plan: BatchPlan) -> Batch:
         ids, size = plan.ids, self._img_size

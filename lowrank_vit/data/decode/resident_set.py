@@ -15,7 +15,7 @@ from torch import Tensor
 from data_prep.formats.beton import MODE_RAW
 from data_prep.formats.jpeg import MAX_PIXELS
 from lowrank_vit.common import resources
-from lowrank_vit.common.devices import Mark, current_stream
+from lowrank_vit.common.devices import Mark, cuda_path, current_stream
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.pulse import beat
 from lowrank_vit.common.terminal import bytes_shown
@@ -60,7 +60,7 @@ class ResidentSet:
         self.starts[self._order] = self._ends - sizes[self._order]
         self.damaged: dict[int, str] = {}
         """Why samples do not decode, by their ids; complete when all is loaded."""
-        is_staged = device.type == "cuda" if is_staged is None else is_staged
+        is_staged = cuda_path(device) if is_staged is None else is_staged
         try:
             self.pixels = _empty(total, device)
             """uint8 (bytes,)."""
@@ -177,7 +177,7 @@ class ResidentSet:
     def release(self) -> None:
         """Give the memory back, to others on the device, too."""
         self.pixels, self._pieces = torch.empty(0, dtype=torch.uint8), list[Tensor]()
-        if self._device.type == "cuda":
+        if cuda_path(self._device):
             torch.cuda.empty_cache()
 
 
@@ -200,7 +200,7 @@ def place_without_room(size: int, device: torch.device) -> str:
 
 def free_bytes(device: torch.device) -> int:
     """Memory that may be taken on a device now: on a GPU the driver's, and what torch keeps of it without need."""
-    if device.type == "cuda":
+    if cuda_path(device):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     return resources.memory().free
@@ -214,13 +214,13 @@ def _reason(error: BaseException) -> str:
 
 def _empty(size: int, device: torch.device) -> Tensor:
     """Memory for pixels; on a CPU none is taken before it is written, so that damaged samples cost nothing."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.zeros(size, np.uint8))
-    return torch.empty(size, dtype=torch.uint8, device=device)
+    if cuda_path(device):
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    return torch.from_numpy(np.zeros(size, np.uint8))
 
 
 def _pinned(size: int, device: torch.device) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    return torch.empty(size, dtype=torch.uint8, pin_memory=cuda_path(device))
 
 
 def _parts(ends: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:

@@ -217,6 +217,20 @@ def test_the_tensor_code_for_gpus_gives_what_the_cpu_code_gives(remode):
     assert (error > 1e-4).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("erase_first", [False, True])
+@pytest.mark.parametrize("remode", ["const", "rand", "pixel"])
+def test_what_is_erased_on_a_gpu_is_what_a_cpu_erases(remode, erase_first, on_cuda_path):
+    """There the step erases, by tensor code, what here a pass of numba does before it."""
+    rules = TrainRules(reprob=0.6, recount=2, mixing=MixRules(mixup=0.8, cutmix=1.0))
+    plan, images = plan_of(rules, 9, 48), torch.from_numpy(photographs(9, 48)).permute(0, 3, 1, 2)
+    augment = Augment(MEAN, STD, 10, 0.1, remode, erase_first=erase_first)
+    expected = augment.inputs(images, torch.arange(9), plan)
+    with on_cuda_path():
+        assert augment.begin(images, plan)[0] is images
+        found = augment.inputs(images, torch.arange(9), plan)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_nothing_planned_is_nothing_done():
     images = torch.from_numpy(photographs(3, 32).copy()).permute(0, 3, 1, 2)
     assert Augment(MEAN, STD, 10, 0.1).prepare(images, plan_of(TrainRules(), 3, 32)) is images

@@ -52,8 +52,8 @@ class Stream:
 class Memory:
     """A tensor on a device."""
 
-    def __init__(self, is_cuda: bool = True) -> None:
-        self.is_cuda, self.content, self.readers = is_cuda, "", list[Any]()
+    def __init__(self, device: str = "cuda") -> None:
+        self.device, self.content, self.readers = torch.device(device), "", list[Any]()
 
     def record_stream(self, stream: Any) -> None:
         self.readers.append(stream)
@@ -81,7 +81,7 @@ def test_a_stream_reads_what_another_has_made_by_then():
 
 
 def test_memory_of_the_host_has_no_streams():
-    made, on_host, stream = Mark.of(Stream()), Memory(is_cuda=False), Stream()  # type: ignore[arg-type]
+    made, on_host, stream = Mark.of(Stream()), Memory("cpu"), Stream()  # type: ignore[arg-type]
     made.hand_over(stream, on_host)  # type: ignore[arg-type]
     assert on_host.readers == []
 

@@ -274,6 +274,23 @@ class FakeCuda:
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
 
 
+@pytest.mark.parametrize("kind", ["jpeg", "mixed"])
+def test_on_a_gpus_way_ffcvs_batches_are_the_cpus(sets, kind, on_cuda_path):
+    """Decoded into pinned memory, copied and prepared one ahead; kept or given back in time, since none changes."""
+    beton = Beton(sets[kind])
+    plan = train_plan(beton, img_size=24)
+    augment = Augment((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 2)
+    options = LoaderOptions("ffcv", 2)
+    expected = list(open_loader(beton, plan, CPU, options, prepare=augment.prepare)[0].batches(EPOCH))
+    with on_cuda_path():
+        loader = open_loader(beton, plan, CPU, options, prepare=augment.prepare)[0]
+        found = list(loader.batches(EPOCH))
+        loader.close()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.targets, theirs.targets)
+
+
 def in_use(loader: Loader) -> Any:
     return loader._hand_over._in_use._kept  # type: ignore[union-attr]
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,21 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     writer.close()
     assert value(tmp_path / LAST) == 1.0
     assert float(read_checkpoint(tmp_path / LAST).content["optimizer"]["state"][0]["m"][0]) == 1.0
+
+
+def test_on_a_gpu_the_thread_fetches_a_copy_that_was_made_there(tmp_path, on_cuda_path):
+    for name, way in (("cpu", nullcontext), ("cuda", on_cuda_path)):
+        (tmp_path / name / "spectral").mkdir(parents=True)
+        with way():
+            writer = CheckpointWriter(tmp_path / name, CPU, print)
+            state = content(0.3)
+            writer.save(state, beside=Beside("spectral", "weights_00000007.pth", content(0.7)))
+            state["state_dict"]["w"].fill_(9.0)
+            writer.close()
+    for file in (LAST, "spectral/weights_00000007.pth"):
+        expected, found = (torch.load(tmp_path / name / file) for name in ("cpu", "cuda"))
+        assert str(found) == str(expected)
+    assert value(tmp_path / "cuda" / LAST) == pytest.approx(0.3)
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_disk(tmp_path, monkeypatch):

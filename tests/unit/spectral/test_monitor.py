@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import weakref
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lowrank_vit.spectral.analyze import analyze_weights
 from lowrank_vit.spectral.extremes import Solved
 from lowrank_vit.spectral.refresh import Memory, SpectralSettings, refresh
 from lowrank_vit.spectral.solve import MatrixStack, solve, solve_stack, stack_by_shape
+from tests.device_path import CudaPath
 from tests.monitors import LONG_S, SETTINGS, Gate, comparable, nudge, stored, targets, watch
 from tests.spectra import tiny_vit
 
@@ -338,6 +340,25 @@ def test_on_cpu_and_more_threads_change_no_bit(tmp_path: Path) -> None:
             monitor.observe(0)
         records.append(comparable(monitor.records()[0].values))
     assert records[0] == records[1]
+
+
+def test_a_gpus_way_gives_the_cpus_figures(tmp_path: Path, on_cuda_path: CudaPath) -> None:
+    """Whole stacks on a stream of the worker's own; |dW|_2, too, of changes that are no power of two."""
+    records: list[dict[str, float]] = []
+    for way in (nullcontext, on_cuda_path):
+        model, folder = tiny_vit(0), tmp_path / str(len(records))
+        with way(), watch(model, folder, tiny_vit(1)) as monitor:
+            for update in (0, 2):
+                monitor.observe(update)
+                monitor.wait()
+                nudge(model, 7, size=0.0137)
+            records.append(comparable(monitor.records()[-1].values))
+    expected, found = records
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        loose = "cos_" in key or "certificate" in key or "orthogonality" in key  # certificates are roundings
+        assert found[key] == pytest.approx(value, rel=1e-9, abs=1e-7 if loose else 1e-12), key
+    assert all(v > 0 for key, v in found.items() if key.startswith("spec/") and key.endswith("update_norm2"))
 
 
 def test_both_solvers_agree(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import nullcontext
 from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from lowrank_vit.spectral import gram, lapack
 from lowrank_vit.spectral.extremes import Solved, Solver
 from lowrank_vit.spectral.solve import Cancelled, largest_values, solve, solve_stack, stack_by_shape
+from tests.device_path import CudaPath
 from tests.spectra import low_rank_and_noise, orthonormal, sine, with_spectrum
 
 EPS = float(np.finfo(np.float64).eps)
@@ -21,10 +24,10 @@ SOLVERS: list[Solver] = ["gram64", "svd"]
 
 
 @pytest.fixture(params=["threads", "stacks"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def path(request: pytest.FixtureRequest, on_cuda_path: CudaPath) -> Generator[None]:
     """Which way matrices are solved: one by one as on a CPU, or a whole stack at once as on a GPU."""
-    monkeypatch.setattr("lowrank_vit.spectral.solve._takes_whole_stacks", lambda _: request.param == "stacks")
-    return request.param
+    with on_cuda_path() if request.param == "stacks" else nullcontext():
+        yield
 
 
 def check_against_numpy(solved: Solved, matrix: torch.Tensor, m: int) -> None:

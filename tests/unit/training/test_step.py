@@ -177,6 +177,23 @@ def test_accumulated_batches_are_one_large_batch():
         torch.testing.assert_close(four_ema.module.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
 
 
+def test_gradients_kept_for_a_gpus_graphs_add_up_to_the_same_updates(on_cuda_path, monkeypatch):
+    """Where a step is a CUDA graph, gradients of accumulated batches are kept and zeroed."""
+    monkeypatch.setattr(torch, "compile", lambda module, mode: module)
+    plain, kept = small_vit(), small_vit()
+    step, _ = make_step("--grad-accum-steps 2", plain)
+    for batch in batches(4):
+        step(batch)
+    with on_cuda_path():
+        step, _ = make_step("--grad-accum-steps 2 --compile --compile-mode reduce-overhead", kept)
+        gradients = [parameter.grad for parameter in kept.parameters()]
+        for batch in batches(4):
+            step(batch)
+    assert all(parameter.grad is own for parameter, own in zip(kept.parameters(), gradients, strict=True))
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(kept.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
+
+
 def test_dropout_depends_on_the_update_and_the_rank_alone():
     def losses(first: int, count: int, rank: int = 0) -> list[float]:
         torch.manual_seed(first)  # what was drawn before must not matter
