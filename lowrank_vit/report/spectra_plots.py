@@ -30,7 +30,8 @@ from lowrank_vit.report.style import (
     tidy,
     update_ticks,
 )
-from lowrank_vit.spectral.metrics import bulk_density, marchenko_pastur, power_law
+from lowrank_vit.spectral.metrics import power_law
+from lowrank_vit.spectral.noise import bulk_density, marchenko_pastur
 from lowrank_vit.spectral.store import StoredVectors
 
 if TYPE_CHECKING:

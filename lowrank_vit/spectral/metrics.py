@@ -1,4 +1,4 @@
-"""Numbers read off one spectrum, fits to its tail and bulk, and how subspaces at two moments lie to each other.
+"""Numbers read off one spectrum, the fit to its tail, and how subspaces at two moments lie to each other.
 
 Pure numpy, float64; `s` is always all K singular values, descending. k is the number of recorded vectors of an end, R
 and C the matrix's rows and columns.
@@ -9,17 +9,15 @@ Zero matrices have defined values where a formula has none (stated below); a spe
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from lowrank_vit.spectral.extremes import Recorded, Solved
+from lowrank_vit.spectral.noise import marchenko_pastur
 
 LEAST_VALUES = 4
 """Fewer positive values than this are not fitted."""
-TRACY_WIDOM_99 = 2.0234
-"""The 99 % point of the Tracy-Widom law for real matrices (Bejan 2005, table 1)."""
 _ROWS_AT_ONCE = 64
 
 
@@ -33,17 +31,6 @@ class PowerLaw(NamedTuple):
     """Standard error of alpha."""
     tail: float
     """How many eigenvalues lie at or above x_min."""
-
-
-class Noise(NamedTuple):
-    """The bulk of a spectrum seen as that of a random matrix."""
-
-    sigma: float
-    """Standard deviation of that matrix's entries."""
-    edge: float
-    """What its greatest singular value stays below with 99 % probability."""
-    outliers: float
-    """How many singular values lie above `edge`."""
 
 
 def power_law(s: np.ndarray) -> PowerLaw:
@@ -82,66 +69,6 @@ def power_law(s: np.ndarray) -> PowerLaw:
         return none
     alpha, tail = float(alphas[best]), float(counts[best])
     return PowerLaw(alpha, float(distances[best]), (alpha - 1) / tail**0.5, tail)
-
-
-def marchenko_pastur(s: np.ndarray, shape: tuple[int, int]) -> Noise:
-    """How many singular values stand out of the bulk that a matrix of independent entries would have.
-
-    The entries' deviation comes from the median value, which a few outliers do not move: sigma = median(s) /
-    sqrt(L mu_beta), with L the long side, beta = K / L, mu_beta the median of the Marchenko-Pastur law (Gavish, Donoho,
-    "The optimal hard threshold for singular values is 4/sqrt(3)", IEEE Trans. Inf. Theory 60 (2014), section III.E).
-    The edge is sigma sqrt(m + 2.0234 w), m = (sqrt(L-1) + sqrt(K))^2, w = (sqrt(L-1) + sqrt(K)) (1/sqrt(L-1) +
-    1/sqrt(K))^(1/3): the 99 % point of the largest value of pure noise (Johnstone, Annals of Statistics 29 (2001)).
-
-    NaN where the median is 0 or NaN, or a side is 1.
-    """
-    long, short = max(shape), min(shape)
-    median = float(np.median(s))
-    if not median > 0 or short < 2:
-        return Noise(*[float("nan")] * 3)
-    sigma = median / (long * median_of_law(short / long)) ** 0.5
-    reach = (long - 1) ** 0.5 + short**0.5
-    width = reach * ((long - 1) ** -0.5 + short**-0.5) ** (1 / 3)
-    edge = sigma * (reach**2 + TRACY_WIDOM_99 * width) ** 0.5
-    return Noise(sigma, edge, float(np.count_nonzero(s > edge)))
-
-
-@lru_cache(maxsize=64)
-def median_of_law(beta: float) -> float:
-    """The median of the Marchenko-Pastur law of unit variance and ratio 0 < beta <= 1, to about 1e-7.
-
-    With x = 1 + beta + 2 sqrt(beta) cos t the distribution is the integral of 2 sin^2 t / (pi x) over t, smooth on
-    [0, pi] (at beta = 1 its limit at t = pi is 2/pi).
-    """
-    t, x, below = _law(beta)
-    return float(np.interp(0.5, below[::-1], x[::-1])) if t.size else float("nan")
-
-
-def bulk_density(values: np.ndarray, shape: tuple[int, int], sigma: float) -> np.ndarray:
-    """The density of the singular values of noise with entries of deviation `sigma`, for drawing; 0 outside the bulk.
-
-    Marchenko & Pastur, Math. USSR-Sbornik 1 (1967), of sigma_i instead of sigma_i^2 / L.
-    """
-    long, short = max(shape), min(shape)
-    beta = short / long
-    x = (values / sigma) ** 2 / long
-    low, high = (1 - beta**0.5) ** 2, (1 + beta**0.5) ** 2
-    inside = np.sqrt(np.clip((high - x) * (x - low), 0, None))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        density = np.where(x > 0, inside / (2 * np.pi * beta * x), 0.0)
-    return density * 2 * values / (sigma**2 * long)
-
-
-def _law(beta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Angles t from 0 to pi, the points x, descending, and the distribution up to each x."""
-    t = np.linspace(0.0, np.pi, 20001)
-    x = 1 + beta + 2 * beta**0.5 * np.cos(t)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rate = 2 * np.sin(t) ** 2 / (np.pi * x)
-    rate[-1] = 2 / np.pi if beta == 1 else 0.0
-    step = t[1] - t[0]
-    above = np.concatenate([[0.0], np.cumsum((rate[1:] + rate[:-1]) / 2 * step)])
-    return t, x, 1 - above
 
 
 FLOOR = 1e-12
@@ -254,7 +181,8 @@ def spectrum_metrics(s: np.ndarray, shape: tuple[int, int], topk: int, interval:
         sigma_11 at interval 10); "sv_last1".."sv_last<topk>" likewise from the end (sv_last1 is the smallest);
         "gap_k" and "gap_last" of the recorded indices; "stable_rank", "effective_rank", "rank90", "rank95", "rank99",
         "nuclear_norm", "condition"; "alpha", "alpha_ks", "alpha_sigma", "alpha_tail" (see `power_law`);
-        "mp_sigma", "mp_edge", "mp_outliers" (see `marchenko_pastur`). Fewer sv keys where the spectrum is short.
+        "mp_sigma", "mp_edge", "mp_outliers", "mp_ks" (see `noise.marchenko_pastur`). Fewer sv keys where the spectrum
+        is short.
 
     Raises:
         ValueError: an empty or not one-dimensional spectrum, or an argument below 1.
@@ -271,7 +199,7 @@ def spectrum_metrics(s: np.ndarray, shape: tuple[int, int], topk: int, interval:
     values |= {"nuclear_norm": nuclear_norm(s), "condition": condition_number(s)}
     fit, noise = power_law(s), marchenko_pastur(s, shape)
     values |= {"alpha": fit.alpha, "alpha_ks": fit.ks, "alpha_sigma": fit.sigma, "alpha_tail": fit.tail}
-    return values | {"mp_sigma": noise.sigma, "mp_edge": noise.edge, "mp_outliers": noise.outliers}
+    return values | {f"mp_{name}": value for name, value in noise._asdict().items()}
 
 
 def _relative_to_first(s: np.ndarray) -> np.ndarray:

@@ -95,7 +95,9 @@ def test_metrics_name_the_right_values() -> None:
     assert metrics["nuclear_norm"] == 25
     assert metrics["condition"] == 9
     assert all(type(value) is float for value in metrics.values())
-    names = "gap_k gap_last rank90 rank95 rank99 alpha alpha_ks alpha_sigma alpha_tail mp_sigma mp_edge mp_outliers"
+    names = (
+        "gap_k gap_last rank90 rank95 rank99 alpha alpha_ks alpha_sigma alpha_tail mp_sigma mp_edge mp_outliers mp_ks"
+    )
     assert set(names.split()) <= set(metrics)
 
 
@@ -116,6 +118,7 @@ def test_zero_and_nan_spectra_have_defined_values() -> None:
         "mp_sigma",
         "mp_edge",
         "mp_outliers",
+        "mp_ks",
     }
     assert zero["condition"] == np.inf
     nan = spectrum_metrics(np.full(5, np.nan), SHAPE, topk=2, interval=1)
