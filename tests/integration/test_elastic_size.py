@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.training.trainer import Trainer
+from tests.forked import Forked
 from tests.runs import losses, records, stop_after
 
-ROOT = Path(__file__).parents[2]
 UPDATES = 11
 """An epoch's, of 120 of 1,437 images each."""
 RECIPE = """
@@ -23,11 +18,11 @@ RECIPE = """
 --aa rand-m9-mstd0.5-inc1 --drop-path 0 --no-spec-monitor
 """.split()
 
-# Ranks are forked from a process that has imported all they need.
 RANKS = """
 import os, socket, sys
 from lowrank_vit import train
 from lowrank_vit.training.trainer import Trainer
+from tests.forked import Forked
 from tests.runs import stop_after
 made = Trainer.__init__
 def make(trainer, *args):
@@ -36,7 +31,7 @@ def make(trainer, *args):
     print(f"{plan.batch_size} x {plan.world_size} x {plan.accum_steps}", flush=True)
     stop_after(trainer, stop)
 Trainer.__init__ = make
-argv, stop = sys.argv[1:], 0
+stop = 0
 for size, stop in ((4, 4), (3, 11), (2, 17)):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -66,14 +61,13 @@ def test_a_run_of_one_process_goes_on_with_four_three_two_and_one(small, tmp_pat
     stop_after(first, 2)
     first.run()
     argv = small(*RECIPE, "--experiment", "e", "--resume", str(last))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", RANKS, *argv]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr
+    ranks = Forked(exec, RANKS, {"argv": argv})
+    out, err = ranks.communicate(timeout=500)
+    assert ranks.returncode == 0, err
     for size, batches in ((4, "30 x 4 x 1"), (3, "40 x 3 x 1"), (2, "30 x 2 x 2")):
-        assert done.stdout.count(batches) == size
-    assert "batch 120 (30 x 2 ranks x 2 accumulation steps)" in done.stdout
-    assert done.stdout.count("peak learning rate") == 3
+        assert out.count(batches) == size
+    assert "batch 120 (30 x 2 ranks x 2 accumulation steps)" in out
+    assert out.count("peak learning rate") == 3
     again = Trainer(parse(argv), "e")
     assert (again.setup.plan.batch_size, again.setup.plan.accum_steps) == (40, 3)
     again.run()

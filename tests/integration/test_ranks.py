@@ -19,6 +19,7 @@ import torch
 from lowrank_vit import train as train_command
 from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.ranks.joining import ALONE
+from tests import forked as forks
 from tests.photos import write_sets
 from tests.runs import losses, records, same_weights
 
@@ -27,19 +28,19 @@ RECIPE = """
 --epochs 2 --log-interval 4 --mixup 0.8 --cutmix 1 --reprob 0.25 --aa rand-m9-mstd0.5-inc1 --spec-every 11
 """.split()
 UPDATES = 11
+Process = subprocess.Popen[str] | forks.Forked
 
 
-def torchrun(processes: int, argv: list[str]) -> list[str]:
-    """The command line of that many ranks of the training command."""
+def torchrun(processes: int, argv: list[str]) -> Process:
+    """That many ranks of the training command, each with its own Python."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launcher, "-m", "lowrank_vit.train", *argv]
+    return start([*launcher, "-m", "lowrank_vit.train", *argv])
 
 
-def forked(processes: int, argv: list[str], *options: str, program: Path | None = None) -> list[str]:
-    """The same, or a program that calls the training command, by a torchrun that imports once what its ranks need."""
-    code = "import lowrank_vit.training.trainer; from torch.distributed.run import main; main()"
-    launcher = [sys.executable, "-c", code, "--standalone", f"--nproc-per-node={processes}", "--start-method=fork"]
-    return [*launcher, *options, "--run-path", str(program or ROOT / "lowrank_vit" / "train.py"), *argv]
+def forked(processes: int, argv: list[str], *options: str, program: Path | None = None) -> Process:
+    """The same, or a program that calls the training command, all forked from a process that has imported it."""
+    where = str(program or ROOT / "lowrank_vit" / "train.py")
+    return forks.Forked(forks.torchrun, f"--nproc-per-node={processes}", *options, "--run-path", where, *argv)
 
 
 def altered(folder: Path, change: str) -> Path:
@@ -60,14 +61,12 @@ exit_cleanly(train.main)
     return path
 
 
-def start(command: list[str], **more: str) -> subprocess.Popen:
-    # A script is not run with the working directory in the path, as a module is.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "LOGLEVEL": "ERROR", "PYTHONPATH": str(ROOT)} | more
+def start(command: list[str]) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LOGLEVEL": "ERROR", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def finish(command: list[str], **more: str) -> tuple[int, str, str]:
-    process = start(command, **more)
+def finish(process: Process) -> tuple[int | None, str, str]:
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
@@ -104,8 +103,8 @@ def assert_same_run(run: Path, one: Path) -> None:
     ("launched", "processes", "more"),
     [
         (torchrun, 2, ("-b", "64")),
-        (forked, 2, ("-b", "32", "--grad-accum-steps", "2", "--compile")),
-        (forked, 4, ("-b", "32", "--validation-batch-size", "50")),
+        (forked, 4, ("-b", "16", "--grad-accum-steps", "2", "--validation-batch-size", "50")),
+        pytest.param(forked, 2, ("-b", "32", "--grad-accum-steps", "2", "--compile"), marks=pytest.mark.slow),
     ],
 )
 def test_ranks_train_as_one(small, one, tmp_path, launched, processes, more):
@@ -127,7 +126,7 @@ def test_one_rank_that_joins_alone_has_the_bits_of_one_that_does_not(small, one,
 
 def test_a_signal_stops_all_ranks_and_one_process_goes_on(small, one, tmp_path):
     argv = small(*RECIPE, "--epochs", "2", "--experiment", "s")
-    process = start(forked(2, [*argv, "-b", "64", "--checkpoint-interval", "1"]))
+    process = forked(2, [*argv, "-b", "64", "--checkpoint-interval", "1"])
     last = tmp_path / "s" / "last.pth.tar"
     while not last.exists():
         assert process.poll() is None
@@ -203,7 +202,7 @@ exit_cleanly(train.main)
     assert not (tmp_path / "n").exists()
 
 
-def kill_one_rank_after_first_save(process: subprocess.Popen, last: Path) -> None:
+def kill_one_rank_after_first_save(process: Process, last: Path) -> None:
     while not last.exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -258,7 +257,7 @@ def test_a_signal_in_validation_stops_all_ranks_and_nothing_is_lost(small, one, 
         """,
     )
     argv = small(*RECIPE, "-b", "64", "--experiment", "v")
-    process = start(forked(2, [*argv, "-vb", "10"], program=program))
+    process = forked(2, [*argv, "-vb", "10"], program=program)
     assert process.stdout is not None
     said = ""
     while "validating" not in said:
@@ -286,7 +285,7 @@ def test_a_signal_in_validation_stops_all_ranks_and_nothing_is_lost(small, one, 
 
 def test_elastic_restarts_go_on_from_the_last_checkpoint(small, one, tmp_path):
     argv = [*small(*RECIPE), "-b", "64", "--checkpoint-interval", "3"]  # without --experiment: the run has to be found
-    process = start(forked(2, argv, "--max-restarts=1"))
+    process = forked(2, argv, "--max-restarts=1")
     while not (found := list(tmp_path.glob("*/last.pth.tar"))):
         assert process.poll() is None
         time.sleep(0.02)

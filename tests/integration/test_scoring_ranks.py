@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,9 @@ import timm
 import torch
 
 from lowrank_vit import inference, validate
+from tests.forked import Forked, torchrun
 from tests.photos import write_folder
 
-ROOT = Path(__file__).parents[2]
 KWARGS: dict[str, Any] = {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
 PROGRAM = """
 import os, sys
@@ -55,17 +52,13 @@ def lines(digits_dir, tmp_path_factory) -> Any:
     return of
 
 
-def ranks(folder: Path, argv: tuple[list[str], list[str]], **more: str) -> subprocess.CompletedProcess[str]:
-    """Both commands on three ranks, by a torchrun that imports once what they need."""
+def ranks(folder: Path, argv: tuple[list[str], list[str]], **more: str) -> tuple[int | None, str, str]:
+    """How both commands end on three ranks, and what they print."""
     (folder / "program.py").write_text(PROGRAM)
-    code = (
-        "import lowrank_vit.score.prediction, lowrank_vit.score.validation; "
-        "from torch.distributed.run import main; main()"
-    )
-    launcher = [sys.executable, "-c", code, "--standalone", "--nproc-per-node=3", "--start-method=fork", "--run-path"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "LOGLEVEL": "ERROR", "PYTHONPATH": str(ROOT)} | more
-    command = [*launcher, str(folder / "program.py"), *("|".join(line) for line in argv)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    program = [str(folder / "program.py"), *("|".join(line) for line in argv)]
+    process = Forked(torchrun, "--nproc-per-node=3", "--run-path", *program, environment=more)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
 
 
 def test_ranks_score_as_one_process(lines, tmp_path, capsys):
@@ -76,10 +69,10 @@ def test_ranks_score_as_one_process(lines, tmp_path, capsys):
     validate.main(scored)
     inference.main(predicted)
     said = capsys.readouterr()
-    ended = ranks(three, lines(three))
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.replace(str(three), str(one)) == said.out
-    assert ended.stderr.count("broken.jpg") == said.err.count("broken.jpg") == 1
+    code, out, err = ranks(three, lines(three))
+    assert code == 0, err
+    assert out.replace(str(three), str(one)) == said.out
+    assert err.count("broken.jpg") == said.err.count("broken.jpg") == 1
     ours, theirs = (json.loads((folder / "s.json").read_text()) for folder in (three, one))
     assert ours.pop("loss") == pytest.approx(theirs.pop("loss"), rel=1e-6)
     assert ours == theirs
@@ -89,7 +82,7 @@ def test_ranks_score_as_one_process(lines, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_rank_with_another_command_line_is_named_once(lines, tmp_path):
-    ended = ranks(tmp_path, lines(tmp_path), DIFFERENT="1")
-    assert ended.returncode != 0
-    (error,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    code, _, err = ranks(tmp_path, lines(tmp_path), DIFFERENT="1")
+    assert code != 0
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert re.search(r"rank 2: on \S+ it would start another run than rank 0 .*--batch-size is 7, there 50", error)

@@ -8,8 +8,6 @@ import json
 import math
 import os
 import resource
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ import torch
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.run.directory import RunDir, environment
 from lowrank_vit.run.metrics import RunLog, last_recorded
+from tests.forked import Forked
 
 
 def rows(path):
@@ -57,10 +56,12 @@ def test_only_one_process_owns_a_run_directory(tmp_path):
         "from pathlib import Path; from lowrank_vit.run.directory import RunDir; "
         f"RunDir.reopen(Path({str(ours.path)!r}))"
     )
-    theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "is in use by another process" in theirs.stderr
+    _, err = Forked(exec, code, {}).communicate(timeout=60)
+    assert "is in use by another process" in err
     ours.close()
-    subprocess.run([sys.executable, "-c", code], check=True)
+    theirs = Forked(exec, code, {})
+    theirs.communicate(timeout=60)
+    assert theirs.returncode == 0
 
 
 def test_default_names_never_collide(tmp_path):
