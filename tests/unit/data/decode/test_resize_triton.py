@@ -16,8 +16,10 @@ from tests.triton_interpreter import interpreted
 
 SIZE = 6
 KERNELS = {"nearest": NEAREST, "bilinear": BILINEAR, "bicubic": BICUBIC}
-CASES = [(use, name) for use in ("training", "corners") for name in KERNELS]
-CASES += [("evaluation", name) for name in ("bilinear", "bicubic")]
+CASES = [
+    *((use, name) for use in ("training", "corners") for name in KERNELS),
+    *(("evaluation", name) for name in ("bilinear", "bicubic")),
+]
 """No nearest in evaluation: where pixels meet, one way of rounding takes the left one and another the right."""
 AS_PIL = [(use, name) for use, name in CASES if use != "evaluation" and name != "nearest"]
 BASE = 2**31 + 11
