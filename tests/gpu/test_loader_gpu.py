@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.choose import choose_backend, open_loader
 from lowrank_vit.data.decode import dali as dali_backend
+from lowrank_vit.data.decode import resident_set
 from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.decode.pil import crop_and_resize, decode
 from lowrank_vit.data.sets.beton import Beton
@@ -127,6 +131,37 @@ def test_epochs_left_early_leave_threads_and_memory(sets, backend):
     assert threading.active_count() <= threads
     assert torch.cuda.memory_allocated() - memory < 2**24
     loader.close()
+
+
+@pytest.mark.parametrize("stored", ["jpeg", "raw", "mixed"])
+def test_a_resident_set_goes_there_in_parts(sets, stored, monkeypatch):
+    """Through two pinned pieces, each filled again while the other's copy may still be under way."""
+    monkeypatch.setattr(resident_set, "_PART_BYTES", 100_000)
+    beton = Beton(sets[stored])
+    room = resident_set.ResidentSet(beton, torch.device("cuda"))
+    room.load(2)
+    pixels = room.pixels.cpu().numpy()
+    for i, start in enumerate(room.starts):
+        expected = decode(beton, i).reshape(-1)
+        assert np.array_equal(pixels[start : start + len(expected)], expected)
+
+
+def too_much(*_: object, **where: Any) -> torch.Tensor:
+    return torch.empty(1 << 50, dtype=torch.uint8, **(where or {"device": "cuda"}))
+
+
+@pytest.mark.parametrize("what", ["_empty", "_pinned"])
+def test_a_gpu_without_room_is_another_loaders_cause(sets, what, monkeypatch):
+    pinned = {"pin_memory": True} if what == "_pinned" else {}
+    monkeypatch.setattr(resident_set, what, partial(too_much, **pinned))
+    beton, before = Beton(sets["jpeg"]), torch.cuda.memory_allocated()
+    loader, line = open_loader(beton, train_plan(beton), torch.device("cuda"), LoaderOptions(workers=2))
+    assert loader.name == "dali"
+    assert "has no room (" in line
+    loader.close()
+    assert torch.cuda.memory_allocated() <= before
+    with pytest.raises(UserError, match=r"--loader resident: .* has no room \(.*Use --loader auto"):
+        open_on("cuda", "resident", beton, train_plan(beton))
 
 
 def test_auto_takes_the_gpu(sets, monkeypatch):
