@@ -32,8 +32,8 @@ help:
 	@echo "make bench [WHAT=...]                   measured beside peers: prep, loader,"
 	@echo "                                        augment, spectral, step, end-to-end,"
 	@echo "                                        limits, growth; all without WHAT"
-	@echo "make gpu-check [PY=python3]             GPU tests and all benches, as a page"
-	@echo "                                        in docs/benchmarks/"
+	@echo "make gpu-check [PY=python3] [JOBS=16]   GPU tests and benches in 6 minutes, as a page"
+	@echo "                                        in docs/benchmarks/ (ARGS='--only loader,step')"
 	@echo "make clean                              remove .venv and built packages"
 
 setup: .venv/.ready
@@ -73,7 +73,7 @@ report: $(READY)
 	$(PY) -m lowrank_vit.report $(or $(RUN),output/latest)
 
 gpu-check: $(READY)
-	$(PY) -m benchmarks gpu-check $(ARGS)
+	$(PY) -m benchmarks gpu-check $(if $(filter file default undefined,$(origin JOBS)),,--jobs $(JOBS)) $(ARGS)
 
 # ARGS adds options of `python -m data_prep`, for example ARGS="--max-side 400 --on-bad skip"; those of size and quality
 # are for train/ alone, since validation sets keep their pixels unless ARGS holds --lossy-val.

@@ -1,167 +1,30 @@
-"""The bench `all`: every bench in a process of its own, one after the other, and one table of what is to be reached.
+"""The bench `all`: every bench, one after the other, and one table of what is to be reached.
 
-Processes of their own, since torch, numba, DALI and FFCV each keep threads and memory that would weigh on the next.
+On a CPU each has a process of its own, since torch, numba, DALI and FFCV keep threads and memory that would weigh on
+the next. On a GPU one process takes those that are in the short form, since compiling a step takes longer than all that
+is measured with it; a bench that hangs costs the process, and the next one gets a new one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
-from typing import IO, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
 from benchmarks.harness.aims import judge, print_verdicts
 from benchmarks.harness.measure import Result, Samples, check_repeats, nothing, reason_of
+from benchmarks.harness.processes import SharedProcess, start_bench
 from benchmarks.harness.show import machine_of, print_remarks
+from benchmarks.selection import BUDGET_MINUTES, LONGEST_S, NAMES, SELECTIONS, Entry
 from lowrank_vit.common.errors import UserError
-
-BUDGET_MINUTES: Mapping[str, float] = {"cpu": 15, "cuda": 8}
-"""All benches in their short form, by device, unless --budget says otherwise."""
-LONGEST_S = 3600
-"""Of a bench in its full form."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One bench of the selection."""
-
-    bench: str
-    """The command."""
-    short: tuple[str, ...] = ()
-    """Flags of the short form."""
-    flags: tuple[str, ...] = ()
-    """Flags of both forms."""
-    expected_s: int = 60
-    """How long the short form takes."""
-    has_device: bool = True
-    is_short: bool = True
-    """Whether it is in the short form at all."""
-
-    @property
-    def limit_s(self) -> int:
-        """After which the short form is ended: a busy machine and compiling take long, a bench that hangs for ever."""
-        return 60 + 3 * self.expected_s
-
-
-CPU: Mapping[str, Entry] = {
-    # 4,000 images: with fewer, the fixed cost of starting FFCV's writer would flatter us.
-    "prep": Entry("prep", ("--count", "4000"), expected_s=180, has_device=False),
-    "loader": Entry("loader", ("--count", "1200"), expected_s=75),
-    "augment": Entry("augment", ("--batches", "4"), expected_s=30),
-    # A third of the layers for the inline SVD, which takes most of the time and the same for each layer.
-    "spectral": Entry("spectral", ("--inline-layers", "4"), expected_s=140),
-    "step": Entry("step", expected_s=60),
-    "end-to-end": Entry("end-to-end", ("--count", "1200", "--steps", "20"), expected_s=120),
-    "limits": Entry("limits", ("--count", "600"), expected_s=20),
-    # Without memory, which takes a process a sample.
-    "growth": Entry(
-        "growth",
-        ("--sweeps", "workers", "batch", "size", "samples", "width", "--count", "256", "--widths", "192", "384"),
-        expected_s=90,
-    ),
-}
-"""In this order. `expected_s` is of 2 cores without a GPU, reckoned from the speeds of the cases: 12 minutes in all,
-and two more when the photographs are made for the first time."""
-
-CUDA: Mapping[str, Entry] = {
-    # The same photographs as end-to-end: making 4,096 takes half a minute.
-    "loader": Entry("loader", ("--count", "4096", "-b", "256"), expected_s=75),
-    "augment": Entry("augment", ("--batches", "60", "-b", "1024"), expected_s=65),
-    "end-to-end": Entry("end-to-end", ("--count", "4096", "--steps", "20"), expected_s=60),
-    "end-to-end-base": Entry(
-        "end-to-end", ("--count", "4096", "--steps", "20"), ("--model", "vit_base_patch16_224"), expected_s=60
-    ),
-    # An inline SVD of a ViT-B takes tens of seconds on a GPU, one layer of the model and its EMA two.
-    "spectral": Entry(
-        "spectral",
-        ("--models", "base", "--inline-layers", "1", "--step-batches", "256", "--steps", "30"),
-        expected_s=75,
-    ),
-    "step": Entry("step", ("--steps", "20"), expected_s=60),
-    "limits": Entry("limits", ("--count", "600"), expected_s=25),
-    "prep": Entry("prep", ("--count", "4096"), expected_s=50, has_device=False),
-    "growth": Entry("growth", is_short=False),
-}
-"""What has figures to reach comes first, since the budget may end before the last; the short form has no growth.
-
-`expected_s` is an estimate for one H100 with 16 cores, not a measurement: about 10 s for each process to start, 30 s
-for each step that is compiled for the first time, 5 s a round. It sums to 8 minutes; with a warm compile cache to
-about 5.
-"""
-
-SELECTIONS: Mapping[str, Mapping[str, Entry]] = {"cpu": CPU, "cuda": CUDA}
-"""By type of device; the names are those of results and aims."""
-NAMES = tuple(dict.fromkeys([*CPU, *CUDA]))
-
-
-GRACE_S = 15.0
-"""For a bench that was told to end, to remove its files."""
-
-
-def start_bench(arguments: Sequence[str], path: Path, limit_s: float) -> None:
-    """Run `bench ARGUMENTS --json path` to its end. Raises `UserError` if it fails or is not done in `limit_s`."""
-    run_limited([sys.executable, "-m", "benchmarks", *arguments, "--json", str(path)], limit_s)
-
-
-def run_limited(command: Sequence[str], limit_s: float) -> None:
-    """Run `command`; its stderr is passed on, its stdout (tables that the JSON has too) is not.
-
-    Raises `UserError` with the last line of stderr if it ends with another code than 0, or if it had to be ended after
-    `limit_s`. Interrupted, it ends the process first.
-    """
-    # A session of its own, so that its children (loaders' workers, compilers) can be ended with it.
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True, errors="replace"
-    )
-    assert process.stderr is not None
-    last: deque[str] = deque(maxlen=1)
-    listener = Thread(target=_pass_on, args=(process.stderr, last), daemon=True)
-    listener.start()
-    try:
-        code = process.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"ended after {limit_s:.0f} s, the time it was given.") from None
-    finally:
-        _end(process)
-        listener.join(1.0)
-    if code < 0:
-        raise UserError(f"killed by signal {-code}{' (out of memory?)' if -code == signal.SIGKILL else ''}.")
-    if code != 0:
-        raise UserError(f"ended with code {code}{': ' if last else '.'}{''.join(last)}")
-
-
-def _pass_on(lines: IO[str], last: deque[str]) -> None:
-    with lines:
-        for line in lines:
-            sys.stderr.write(line)
-            if line.strip():
-                last.append(line.strip())
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """Politely, then the whole session: also what a process that is done has left running."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            process.wait(GRACE_S)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
 
 Start = Callable[[Sequence[str], Path, float], None]
 """Runs the bench of these arguments, which writes its JSON to the file, for so many seconds at most. Raises `UserError`
@@ -175,18 +38,22 @@ class Options:
     """Options of the bench."""
 
     short: bool = False
-    """Less work a round: all of it takes less than 15 minutes on 2 idle cores, 8 on a GPU."""
+    """Less work a round: all of it takes less than 15 minutes on 2 idle cores, 3.5 on a GPU."""
     only: Annotated[
         tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all of the device)")
     ] = None
-    """Which benches, in this order."""
+    """Which benches, in this order; commas may part them. Where --json has a result of `all`, they are added to it."""
+    profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """On a GPU also the tables of kernels of a step and of a run, last."""
+    tiny: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The GPU's short form as a rehearsal in tiny sizes, on any device. Its figures mean nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where they run; it also decides which there are, and how short the short form is."""
     repeats: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: each bench's own)")] = None
     """Rounds of each that count. Fewer than 5 are a smoke test."""
     budget: Annotated[
         float | None,
-        tyro.conf.arg(metavar="MINUTES", help_behavior_hint="(default: with --short 15 on a CPU, 8 on cuda)"),
+        tyro.conf.arg(metavar="MINUTES", help_behavior_hint="(default: with --short 15 on a CPU, 3.5 on cuda)"),
     ] = None
     """End the bench that is running by then, and start no other."""
 
@@ -196,22 +63,29 @@ class Options:
             check_repeats(self.repeats)
         if self.budget is not None and self.budget <= 0:
             raise UserError(f"--budget is {self.budget:g}, expected some minutes.")
-        there = SELECTIONS[device]
-        names = [name for name, entry in there.items() if entry.is_short or not self.short]
+        there = SELECTIONS["cuda" if self.tiny else device]
+        if self.tiny:
+            there = {name: entry for name, entry in there.items() if entry.tiny is not None}
+        is_short = self.short or self.tiny
+        names = [
+            name
+            for name, entry in there.items()
+            if not is_short or (entry.is_short and (self.profile or not entry.is_profile))
+        ]
         if self.only is not None:
-            names = list(dict.fromkeys(self.only))
+            names = list(dict.fromkeys(name for part in self.only for name in part.split(",") if name))
         for name in names:
             if name not in NAMES:
                 raise UserError(f"--only {name} is not a bench. There are: {', '.join(NAMES)}.")
             if name not in there:
-                raise UserError(f"--only {name} is a bench for a GPU. Here are: {', '.join(there)}.")
+                raise UserError(f"--only {name} is no bench of this device's. Here are: {', '.join(there)}.")
         if not names:
             raise UserError(f"--only names no bench. There are: {', '.join(there)}.")
         return {name: there[name] for name in names}
 
     def flags(self, entry: Entry, device: str) -> list[str]:
         """Of one bench, behind its name."""
-        flags = [*entry.flags, *(entry.short if self.short else ())]
+        flags = [*entry.flags, *((entry.tiny or ()) if self.tiny else entry.short if self.short else ())]
         if entry.has_device:
             flags += ["--device", device]
         if self.repeats is not None:
@@ -220,7 +94,9 @@ class Options:
 
     def budget_s(self, device: str) -> float:
         """For all benches together; infinite without --short and --budget."""
-        minutes = self.budget or (BUDGET_MINUTES[device] if self.short else float("inf"))
+        minutes = self.budget or (
+            BUDGET_MINUTES[device] if self.short else BUDGET_MINUTES["cpu"] if self.tiny else math.inf
+        )
         return 60 * minutes
 
 
@@ -229,30 +105,35 @@ def run(
     note: Callable[[str], object] = nothing,
     start: Start | None = None,
     save: Callable[[Result], object] = nothing,
+    before: Mapping[str, Any] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Result:
     """Run them; cases and ratios are named BENCH/NAME, and the section `benches` holds each result whole.
 
     A bench that fails in any way, hangs, or comes too late for --budget is in the section `failed` with the reason,
-    and the others go on. `start` runs one (by default in a process); `save` gets what there is after each of them.
+    and the others go on. `start` runs one (by default in a process, see `Entry.shares`); `save` gets what there is
+    after each of them; `before` is the JSON of an earlier call, which these results are added to.
     Raises `UserError` for wrong options.
     """
     from lowrank_vit.common.devices import pick_device
 
     device = pick_device(options.device).type
     entries, end = options.entries(device), clock() + options.budget_s(device)
-    joined = Joined(tuple(entries), device)
-    with tempfile.TemporaryDirectory() as folder:
+    joined = Joined(tuple(entries), device, before)
+    is_short = options.short or options.tiny
+    with tempfile.TemporaryDirectory() as folder, SharedProcess() as shared:
         for name, entry in entries.items():
             begun = clock()
-            limit_s = min(entry.limit_s if options.short else LONGEST_S, end - begun)
+            limit_s = min(entry.limit_s if is_short else LONGEST_S, end - begun)
             path = Path(folder) / f"{name}.json"
+            joined.forget(name)
             try:
                 if limit_s < LEAST_S:
                     minutes = options.budget_s(device) / 60
                     raise UserError(f"not started: the budget of {minutes:g} minutes was used up (--budget).")
                 note(f"bench {name}, at most {limit_s:.0f} s")
-                (start or start_bench)([entry.bench, *options.flags(entry, device)], path, limit_s)
+                of_process = shared.start_bench if entry.shares and is_short else start_bench
+                (start or of_process)([entry.bench, *options.flags(entry, device)], path, limit_s)
             except Exception as error:
                 joined.failed[name] = reason_of(error)
                 note(f"bench {name}: {joined.failed[name]}")
@@ -266,6 +147,19 @@ def run(
             joined.seconds[name] = round(clock() - begun, 1)
             save(joined.to_result())
     return joined.to_result()
+
+
+def earlier(path: Path | None) -> dict[str, Any] | None:
+    """The result of an earlier `all`, to add to; None where there is no file. Raises `UserError` for another file."""
+    if path is None or not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["bench"] != "all" or not {"benches", "wanted", "seconds", "failed"} <= set(content):
+            raise KeyError("bench")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--json {path} is no result of `all`, so nothing can be added to it. Give another.") from error
+    return content
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -286,11 +180,20 @@ def read_result(path: Path) -> dict[str, Any]:
 class Joined:
     """What the benches have given so far."""
 
-    def __init__(self, wanted: tuple[str, ...], device: str) -> None:
-        self._wanted, self._device = wanted, device
-        self.results: dict[str, dict[str, Any]] = {}
-        self.failed: dict[str, str] = {}
-        self.seconds: dict[str, float] = {}
+    def __init__(self, wanted: tuple[str, ...], device: str, before: Mapping[str, Any] | None = None) -> None:
+        """`before`: what an earlier call has given, unless that was on another type of device."""
+        earlier = before if before and before.get("device") == device else {}
+        self._wanted, self._device = tuple(dict.fromkeys([*earlier.get("wanted", ()), *wanted])), device
+        self.results: dict[str, dict[str, Any]] = dict(earlier.get("benches", {}))
+        self.failed: dict[str, str] = {
+            name: reason for name, reason in earlier.get("failed", {}).items() if "/" not in name
+        }
+        self.seconds: dict[str, float] = dict(earlier.get("seconds", {}))
+
+    def forget(self, bench: str) -> None:
+        """What there is of a bench that is measured anew."""
+        for of_bench in (self.results, self.failed, self.seconds):
+            of_bench.pop(bench, None)
 
     def to_result(self) -> Result:
         """As one result. Its peers are the benches' own, so that a peer that failed does not break `all` either."""

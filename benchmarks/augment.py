@@ -90,6 +90,7 @@ def dali_rand_augment(
 
 
 POLICY, REPROB = "rand-m9-mstd0.5-inc1", 0.25
+RECIPE = f"--aa {POLICY} --reprob {REPROB} --remode pixel"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STEP_MODEL = "vit_small_patch16_224"
 SIZES = {"cuda": (1024, 60), "cpu": (256, 8)}
@@ -246,9 +247,8 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
         ours = _Ours(crops, batches, device)
         count = batch_size * batches
         where = f"{workers} threads" if device.type == "cpu" else "the GPU"
-        recipe = f"--aa {POLICY} --reprob {REPROB} --remode pixel"
         cases = {
-            "full_recipe": Case(ours.run, count, setting=f"{recipe}, drawing the plan included, on {where}"),
+            "full_recipe": Case(ours.run, count, setting=f"{RECIPE}, drawing the plan included, on {where}"),
             "plan": Case(ours.draw, count, "samples/s", "drawing alone, on one thread"),
             "timm": Case(
                 run_timm,
@@ -272,8 +272,19 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
         result = measure(
             "augment", cases, ratios, environment=surroundings, repeats=options.repeats, limits=_LIMITS, note=note
         )
-    extra = {"recipe": recipe, "workers": workers, "batch_size": batch_size, "batches": batches}
+    extra = {"recipe": RECIPE, "workers": workers, "batch_size": batch_size, "batches": batches}
     return replace(result, extra={**extra, "img_size": options.img_size})
+
+
+def our_cases(batch_size: int, batches: int, img_size: int, device: torch.device) -> dict[str, Case]:
+    """Ours alone beside its limit, of `batches` batches a round."""
+    crops = _make_crops(batch_size, img_size)
+    ours, images = _Ours(crops, batches, device), torch.from_numpy(crops).to(device).permute(0, 3, 1, 2)
+    setting = f"{RECIPE}, drawing the plan included, batch {batch_size}, on {device.type}"
+    return {
+        "full_recipe": Case(ours.run, batch_size * batches, setting=setting),
+        "copy_limit": normalizing_case(images, batches),
+    }
 
 
 _LIMITS = (

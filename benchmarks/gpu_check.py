@@ -1,4 +1,8 @@
-"""`make gpu-check`: the GPU tests, every bench in its short form, and the record of both, within some minutes."""
+"""`make gpu-check`: the GPU tests, the short form of the benches, and the record of both, within some minutes.
+
+A GPU may be there for some minutes only, and go away at any moment: the most valuable figures come first, each has a
+limit, and files and page are written anew after each.
+"""
 
 from __future__ import annotations
 
@@ -8,74 +12,232 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
 
-from benchmarks import record
-from benchmarks.harness.measure import nothing
+from benchmarks import all_benches, loader, record
+from benchmarks.harness.measure import Result, nothing, reason_of
+from benchmarks.harness.processes import end
+from benchmarks.harness.sets import converted, photographs
+from benchmarks.prep import CACHE
+from benchmarks.selection import PHOTOS
+from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import write_whole
 from lowrank_vit.common.resources import available_cores
 
-TESTS, BENCHES = Path("output/gpu-check.json"), Path("output/gpu-bench.json")
-LEAST_MINUTES = 4.0
-"""For the benches, however long the tests took: a record without figures is none."""
+MINUTES = {"cuda": 6.0, "cpu": 16.0}
+"""For tests and benches together, by device."""
+PROFILE_MINUTES = 1.0
+"""More with --profile."""
+TESTS_SHARE = 2.5 / 6
+"""Of the time that the tests may take."""
+MOST_JOBS = 16
+TOO_LONG = 124
+"""The exit code of tests that were ended; that of the program `timeout`."""
+_TESTS = "tests"
 
-Call = Callable[[Sequence[str], Mapping[str, str]], int]
-"""Runs a command with variables of the environment added; returns its exit code."""
+Call = Callable[[Sequence[str], Mapping[str, str], float], int]
+"""Runs a Python module with variables of the environment added, for so many seconds at most; returns its exit code."""
 
 
 @dataclass(frozen=True)
 class Options:
     """Options of the check."""
 
-    minutes: Annotated[float, tyro.conf.arg(metavar="N")] = 8.0
-    """For tests and benches together; the benches get what the tests leave, 4 at least."""
+    minutes: Annotated[
+        float | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 6; with --profile 7; without a GPU 16)")
+    ] = None
+    """For tests and benches together. The tests are ended after 2.5 of 6, and what did not run is said."""
+    only: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = (
+        None
+    )
+    """Only these benches, in this order, commas may part them; "tests" are the tests. They are added to the last
+    record of this machine instead of beginning a new one."""
+    profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also a table of the kernels that the step and a run spend their time in."""
     without_gpu: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Make the record of a machine without a GPU: the tests are skipped, the benches run on the CPU (give --minutes
-    15)."""
+    """Make the record of a machine without a GPU: the tests are skipped, the benches are those of a CPU."""
+    tiny: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Rehearse all of it in tiny sizes, also without a GPU. The figures mean nothing, and the page stays in output/."""
+    repeats: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: each bench's own)")] = None
+    """Rounds of each bench that count."""
     jobs: Annotated[
-        int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: by the cores, 12 at most)")
+        int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core, 16 at most)")
     ] = None
     """Processes that run the tests; most of their time is the host's, compiling."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("docs/benchmarks")
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: docs/benchmarks)")] = None
     """Where the record goes."""
 
+    @property
+    def names(self) -> list[str]:
+        """What --only names."""
+        return [name for part in self.only or () for name in part.split(",") if name]
 
-def run(options: Options, note: Callable[[str], object] = nothing, call: Call | None = None) -> tuple[Path, bool]:
-    """The record's page, and whether tests and benches were without failures. Raises `UserError`."""
-    if options.minutes <= 0:
-        raise UserError(f"--minutes is {options.minutes:g}, expected some.")
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"--jobs is {options.jobs}, expected 1 or more.")
-    if not options.without_gpu and not torch.cuda.is_available():
-        raise UserError(
-            "torch sees no CUDA device, so nothing can be checked. Run this where `nvidia-smi` lists a GPU, with a "
-            "torch that is built for CUDA (make gpu-check PY=python3 takes another interpreter), or make the record of "
-            'a machine without one: make gpu-check ARGS="--without-gpu --minutes 15".'
+    def check(self) -> None:
+        """Raise `UserError` for what cannot be."""
+        if self.minutes is not None and self.minutes <= 0:
+            raise UserError(f"--minutes is {self.minutes:g}, expected some.")
+        if self.jobs is not None and self.jobs < 1:
+            raise UserError(f"--jobs is {self.jobs}, expected 1 or more.")
+        if self.only is not None and not self.names:
+            raise UserError('--only names nothing. Give "tests", or names of benches.')
+        if self.tiny and self.without_gpu:
+            raise UserError("--tiny and --without-gpu exclude each other: a rehearsal needs no GPU.")
+        if not (self.without_gpu or self.tiny or torch.cuda.is_available()):
+            raise UserError(
+                "torch sees no CUDA device, so nothing can be checked. Run this where `nvidia-smi` lists a GPU, with a "
+                "torch that is built for CUDA (make gpu-check PY=python3 takes another interpreter), make the record "
+                'of a machine without one: make gpu-check ARGS="--without-gpu", or rehearse: ARGS="--tiny".'
+            )
+        if not Path("tests/gpu").is_dir():
+            raise UserError("The folder tests/gpu is not here. Run make gpu-check in a checkout of the project.")
+
+    def benches(self, device: str, budget: float) -> all_benches.Options:
+        """Of the benches, for so many minutes."""
+        names = tuple(name for name in self.names if name != _TESTS)
+        return all_benches.Options(
+            short=not self.tiny,
+            tiny=self.tiny,
+            only=names or None,
+            profile=self.profile,
+            device="cuda" if device == "cuda" else "cpu",
+            repeats=self.repeats,
+            budget=budget,
         )
-    if not Path("tests/gpu").is_dir():
-        raise UserError("The folder tests/gpu is not here. Run make gpu-check in a checkout of the project.")
-    begun, do = time.monotonic(), call or _call
-    for old in (TESTS, BENCHES):
-        old.unlink(missing_ok=True)
-    note("the tests")
-    # Where a GPU is wanted, a test that finds none fails rather than being left out.
-    wanted = {} if options.without_gpu else {"LRV_REQUIRE_GPU": "1"}
-    jobs = options.jobs or min(12, available_cores())
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What a check leaves, so that the next one can add to it."""
+
+    folder: Path
+
+    @property
+    def tests(self) -> Path:
+        """What `pytest --gpu-record` writes."""
+        return self.folder / "tests.json"
+
+    @property
+    def benches(self) -> Path:
+        """The result of `all`."""
+        return self.folder / "benches.json"
+
+    @property
+    def page(self) -> Path:
+        """The path of the page, which a record that is added to keeps."""
+        return self.folder / "page"
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for file in (self.tests, self.benches, self.page):
+            file.unlink(missing_ok=True)
+
+
+def files_of(tiny: bool) -> _Files:
+    """Those of checks, or of rehearsals."""
+    return _Files(Path("output") / ("gpu-check-tiny" if tiny else "gpu-check"))
+
+
+def run(
+    options: Options,
+    note: Callable[[str], object] = nothing,
+    call: Call | None = None,
+    start: all_benches.Start | None = None,
+) -> tuple[Path, bool]:
+    """The record's page, and whether tests and benches were without failures. Raises `UserError`.
+
+    `call` runs the tests and `start` a bench, by default in processes.
+    """
+    options.check()
+    device = "cuda" if torch.cuda.is_available() and not options.without_gpu else "cpu"
+    options.benches(device, 1).entries(device)  # a wrong name is said now
+    minutes = options.minutes or MINUTES["cpu" if options.tiny else device] + PROFILE_MINUTES * options.profile
+    files, begun = files_of(options.tiny), time.monotonic()
+    if not options.names or not _is_of_this_machine(files, note):
+        files.forget()
+    write = partial(_write_page, options, files)
+    if not options.without_gpu:
+        _make_sets(options, note)
+    codes: list[int] = []
+    if not options.names or _TESTS in options.names:
+        share = TESTS_SHARE if not options.names or set(options.names) != {_TESTS} else 1.0
+        codes.append(_run_tests(options, files, 60 * minutes * share, note, call or _call))
+        write()
+    if not options.names or set(options.names) != {_TESTS}:
+        taken = (time.monotonic() - begun) / 60
+        left = max(minutes * (1 - TESTS_SHARE), minutes - taken)
+        note(f"the benches, in {left:.1f} minutes")
+        before = all_benches.earlier(files.benches)
+
+        def save(result: Result) -> None:
+            write_whole(files.benches, result.to_json())
+            write()
+
+        result = all_benches.run(options.benches(device, left), note=note, start=start, save=save, before=before)
+        codes.append(int(result.is_broken))
+    return write(), not any(codes)
+
+
+def _is_of_this_machine(files: _Files, note: Callable[[str], object]) -> bool:
+    """Whether there is a record to add to."""
+    before = all_benches.earlier(files.benches)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if before is not None and before.get("environment", {}).get("gpu") not in (None, gpu):
+        note(f"the last record is of another GPU ({before['environment']['gpu']}), so a new one is begun")
+        return False
+    return before is not None or files.tests.exists()
+
+
+def _write_page(options: Options, files: _Files) -> Path:
+    """The page of what there is, at the place of the record that it belongs to."""
+    out = options.out or (files.folder if options.tiny else Path("docs/benchmarks"))
+    known = Path(files.page.read_text(encoding="utf-8")) if files.page.exists() else None
+    page = record.write(record.Options(files.tests, files.benches, out), known)
+    write_whole(files.page, str(page))
+    return page
+
+
+def _make_sets(options: Options, note: Callable[[str], object]) -> None:
+    """Photographs and the sets made of them, so that no bench's time is spent on that. Each bench would say why not."""
+    images = [ImageOptions()]
+    if not options.tiny:
+        images += [ImageOptions(raw=loader.RAW_SIDE), ImageOptions(max_side=loader.MAX_SIDE)]
+    try:
+        folder = photographs(CACHE, 24 if options.tiny else PHOTOS, note)
+        for image in images:
+            converted(folder, loader.suffix_of(image), image)
+    except Exception as error:
+        note(f"the benches' photographs: {reason_of(error)}")
+
+
+def _run_tests(options: Options, files: _Files, limit_s: float, note: Callable[[str], object], call: Call) -> int:
+    files.tests.unlink(missing_ok=True)
+    jobs = options.jobs or min(MOST_JOBS, available_cores())
+    note(f"the tests in {jobs} processes, at most {limit_s:.0f} s")
+    # Each process compiles by itself: with a pool of compilers for each, most of the time would go into starting them.
+    variables = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    if not (options.without_gpu or options.tiny):
+        variables["LRV_REQUIRE_GPU"] = "1"  # a test that finds no GPU fails rather than being left out
     # Where pytest-benchmark is installed it warns beside xdist.
     parallel = ["-n", str(jobs), "--dist", "worksteal", "-p", "no:benchmark"]
-    tests = do(["pytest", "tests/gpu", "-m", "gpu", *parallel, f"--gpu-record={TESTS}"], wanted)
-    left = max(LEAST_MINUTES, options.minutes - (time.monotonic() - begun) / 60)
-    note(f"the benches, in {left:.1f} minutes")
-    device = "cpu" if options.without_gpu else "cuda"
-    flags = ["--short", "--device", device, "--budget", f"{left:.2f}", "--json", str(BENCHES)]
-    benches = do(["benchmarks", "all", *flags], {})
-    page = record.write(record.Options(TESTS, BENCHES, options.out))
-    return page, tests == benches == 0
+    code = call(["pytest", "tests/gpu", "-m", "gpu", *parallel, f"--gpu-record={files.tests}"], variables, limit_s)
+    if code == TOO_LONG:
+        note(f"the tests were ended after {limit_s:.0f} s; the record names those that did not run")
+    return code
 
 
-def _call(arguments: Sequence[str], variables: Mapping[str, str]) -> int:
-    return subprocess.run([sys.executable, "-m", *arguments], env={**os.environ, **variables}, check=False).returncode
+def _call(arguments: Sequence[str], variables: Mapping[str, str], limit_s: float) -> int:
+    command = [sys.executable, "-m", *arguments]
+    process = subprocess.Popen(command, env={**os.environ, **variables}, start_new_session=True, text=True)
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return TOO_LONG
+    finally:
+        end(process, 5.0)

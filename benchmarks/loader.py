@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,13 +29,14 @@ from lowrank_vit.plan.mixing import MixRules
 from lowrank_vit.plan.operations import parse_policy
 from lowrank_vit.plan.plans import TrainPlan, TrainRules
 
-SMALL_SIDE = 32
+SMALL_SIDE, RAW_SIDE, MAX_SIDE = 32, 256, 400
+"""Pixels of the sets beside the photographs as they are: raw enlarged, raw as ImageNet is kept, and JPEG."""
 SIZES = {"cuda": (4096, 256), "cpu": (2000, 64)}
 """By device: images in the set, and in a batch. On a GPU fewer would take no time worth measuring."""
 LIMITED = {
     **dict.fromkeys(("ffcv", "dali_cpu", "stock_ffcv", "stock_dali", "timm", "torchvision", "spdl"), "decode_limit"),
     **dict.fromkeys(("dali_gpu", "stock_dali_gpu"), "gpu_decode_limit"),
-    **dict.fromkeys(("resident", "resident_32px"), "copy_limit"),
+    **dict.fromkeys(("resident", "resident_32px", "resident_256px"), "copy_limit"),
 }
 """Case -> the limit it is held against, where both were run."""
 LIMITS = (
@@ -61,6 +62,12 @@ class Options:
     """Photographs of 500 x 375 pixels, made once and kept in data/bench, or samples of --data; 4096 on cuda, 2000."""
     batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"], metavar="N", help_behavior_hint=_BY_DEVICE)] = None
     """Images a batch; 256 on cuda, 64."""
+    times: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Ours and the limits of DALI read the set so many times over in a round: a GPU is through with it at once."""
+    cases: Annotated[
+        tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all of the device)")
+    ] = None
+    """Only these of the cases."""
     img_size: Annotated[int, tyro.conf.arg(metavar="N")] = 224
     """Side of the crops, pixels."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -73,12 +80,14 @@ class Options:
     """Where photographs and converted sets are kept."""
 
 
-def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
-    """Measure all cases. Beside cases and ratios the result holds batch size, image size and workers.
+def run(
+    options: Options, note: Callable[[str], object] = nothing, keep: Callable[[Result], object] = nothing
+) -> Result:
+    """Measure the cases. Beside cases and ratios the result holds batch size, image size and workers.
 
     Raises `UserError`.
     """
-    for name in ("count", "batch_size", "img_size", "workers"):
+    for name in ("count", "batch_size", "img_size", "workers", "times"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}, expected 1 or more.")
@@ -88,28 +97,42 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     count, batch_size = SIZES[device.type]
     options = replace(options, count=options.count or count, batch_size=options.batch_size or batch_size)
     workers = available_cores() if options.workers is None else options.workers
-    folder, beton, small = _sets(options, note)
+    folder, beton = _sets(options, note)
     surroundings = environment(device.type)
     files = sorted(folder.glob("*/*.jpg"))
     no_spdl = loader_peers.why_no_spdl(files[0])
     with ExitStack() as stack:
-        cases = {
-            **_our_cases(options, beton, small, device, workers, stack),
+        makers = {
+            **_our_cases(options, folder, beton, device, workers, stack),
             **_peer_cases(options, folder, beton, workers, stack),
-            **({} if no_spdl else {"spdl": _spdl_case(options, files, workers)}),
+            **({} if no_spdl else {"spdl": partial(_spdl_case, options, files, workers)}),
             **(_gpu_peer_cases(options, folder, beton, workers) if device.type == "cuda" else {}),
             **_plan_cases(options),
-            "decode_limit": decode_case(files, workers),
-            "copy_limit": batch_copy_case(len(beton.labels), *_batch(options), device),
+            "decode_limit": partial(decode_case, files, workers),
+            "copy_limit": partial(batch_copy_case, options.times * len(beton.labels), *_batch(options), device),
         }
-        limits = (*LIMITS, *([f"SPDL: not measured, because {no_spdl}."] if no_spdl else []))
+        cases = {name: makers[name]() for name in _wanted(options, makers)}
+        limits = (*LIMITS, *([f"SPDL: not measured, because {no_spdl}."] if no_spdl and not options.cases else []))
         repeats, ratios = options.repeats, ratios_of(cases)
-        result = measure("loader", cases, ratios, environment=surroundings, repeats=repeats, limits=limits, note=note)
-    best = max(("ffcv", "dali_cpu"), key=lambda kind: result.cases[kind].median)
-    named = {**result.ratios, "best_vs_timm": Samples(result.ratios[f"{best}_vs_timm"].samples)}
-    extra: dict[str, Any] = {"best": best, "batch_size": options.batch_size, "img_size": options.img_size}
+        result = measure(
+            "loader", cases, ratios, environment=surroundings, repeats=repeats, limits=limits, note=note, keep=keep
+        )
+    extra: dict[str, Any] = {"batch_size": options.batch_size, "img_size": options.img_size, "times": options.times}
     extra |= {"workers": workers, "images": beton.num_samples, "data": str(options.data or "the bench's photographs")}
-    return replace(result, ratios=named, extra={**extra, "spdl": no_spdl or "measured"})
+    extra |= {"spdl": no_spdl or "measured", "hw_decoder_load": LoaderOptions("dali").hw_decoder_load}
+    named = dict(result.ratios)
+    if compared := [kind for kind in ("ffcv", "dali_cpu") if f"{kind}_vs_timm" in named]:
+        best = max(compared, key=lambda kind: result.cases[kind].median)
+        named["best_vs_timm"], extra["best"] = Samples(named[f"{best}_vs_timm"].samples), best
+    return replace(result, ratios=named, extra=extra)
+
+
+def _wanted(options: Options, there: Collection[str]) -> list[str]:
+    """The cases to measure. Raises `UserError` for one that there is not."""
+    for name in options.cases or ():
+        if name not in there:
+            raise UserError(f"--cases {name} is none of this bench's here. There are: {', '.join(there)}.")
+    return [name for name in there if options.cases is None or name in options.cases]
 
 
 def ratios_of(cases: Collection[str]) -> dict[str, tuple[str, str]]:
@@ -122,20 +145,20 @@ def ratios_of(cases: Collection[str]) -> dict[str, tuple[str, str]]:
     return {name: pair for name, pair in ratios.items() if set(pair) <= set(cases)}
 
 
-def _sets(options: Options, note: Callable[[str], object]) -> tuple[Path, Beton, Beton]:
-    """The same images as files, as a .beton of their bytes, and as one of small raw pixels. Raises `UserError`."""
+def _sets(options: Options, note: Callable[[str], object]) -> tuple[Path, Beton]:
+    """The same images as files and as a .beton of their bytes. Raises `UserError`."""
     count, batch_size = _count(options), _batch(options)[0]
     if options.data is not None:
         folder, image, what = files_of(open_given(options.data), count, options.scratch, note), AS_STORED, "samples"
     else:
         folder, image, what = photographs(options.scratch, count, note), ImageOptions(), "photographs"
     note("converting")
-    beton, small = converted(folder, "", image), converted(folder, f"_{SMALL_SIDE}", ImageOptions(raw=SMALL_SIDE))
+    beton = converted(folder, "", image)
     if batch_size > beton.num_samples:
         raise UserError(
             f"--batch-size {batch_size} is more than the {beton.num_samples} {what}. Give a greater --count."
         )
-    return folder, beton, small
+    return folder, beton
 
 
 def _count(options: Options) -> int:
@@ -149,12 +172,17 @@ def _batch(options: Options) -> tuple[int, int]:
     return options.batch_size, options.img_size
 
 
+_Makers = dict[str, Callable[[], Case]]
+"""Cases by name, each made when it is wanted: making one may open and decode a set."""
+
+
 def _our_cases(
-    options: Options, beton: Beton, small: Beton, device: torch.device, workers: int, stack: ExitStack
-) -> dict[str, Case]:
-    def case(kind: str, beton: Beton, device: torch.device, setting: str) -> Case:
-        plan = plan_of(beton.heights, beton.widths, options, TrainRules())
-        loader, _ = open_loader(beton, plan, device, LoaderOptions(kind, workers))
+    options: Options, folder: Path, beton: Beton, device: torch.device, workers: int, stack: ExitStack
+) -> _Makers:
+    def case(kind: str, image: ImageOptions | None, device: torch.device, setting: str) -> Case:
+        of_case = beton if image is None else converted(folder, suffix_of(image), image)
+        plan = plan_of(of_case.heights, of_case.widths, options, TrainRules())
+        loader, _ = open_loader(of_case, plan, device, LoaderOptions(kind, workers))
         stack.callback(loader.close)
         epochs = iter(range(2**31))
         return Case(
@@ -163,16 +191,27 @@ def _our_cases(
             setting=f"{setting}; uint8 on {device}",
         )
 
-    cpu = torch.device("cpu")
-    cases = {
-        "ffcv": case("ffcv", beton, cpu, f"--loader ffcv, {workers} threads"),
-        "dali_cpu": case("dali", beton, cpu, f"--loader dali, {workers} threads"),
-        "resident": case("resident", beton, device, "--loader resident, decoded before"),
-        "resident_32px": case("resident", small, device, f"--loader resident, raw {SMALL_SIDE} px enlarged"),
+    cpu, threads = torch.device("cpu"), f"{workers} threads"
+    small, raw = ImageOptions(raw=SMALL_SIDE), ImageOptions(raw=RAW_SIDE)
+    cases: _Makers = {
+        "ffcv": partial(case, "ffcv", None, cpu, f"--loader ffcv, {threads}"),
+        "dali_cpu": partial(case, "dali", None, cpu, f"--loader dali, {threads}"),
+        "resident": partial(case, "resident", None, device, "--loader resident, decoded before"),
+        "resident_32px": partial(case, "resident", small, device, f"--loader resident, raw {SMALL_SIDE} px enlarged"),
     }
     if device.type == "cuda":
-        cases["dali_gpu"] = case("dali", beton, device, f"--loader dali, {workers} threads beside the GPU")
+        on_gpu, smaller = f"--loader dali, {threads} beside the GPU", ImageOptions(max_side=MAX_SIDE)
+        cases |= {
+            "resident_256px": partial(case, "resident", raw, device, f"--loader resident, raw {RAW_SIDE} px"),
+            "dali_gpu": partial(case, "dali", None, device, on_gpu),
+            "dali_gpu_400px": partial(case, "dali", smaller, device, f"{on_gpu}, --max-side {MAX_SIDE}"),
+        }
     return cases
+
+
+def suffix_of(image: ImageOptions) -> str:
+    """Behind the name of the photographs' folder: which set of them it is."""
+    return f"_{image.raw or image.max_side}" if image != ImageOptions() else ""
 
 
 def read_epoch(loader: Loader, epochs: Iterator[int], device: torch.device) -> None:
@@ -183,7 +222,7 @@ def read_epoch(loader: Loader, epochs: Iterator[int], device: torch.device) -> N
         torch.cuda.synchronize()
 
 
-def _peer_cases(options: Options, folder: Path, beton: Beton, workers: int, stack: ExitStack) -> dict[str, Case]:
+def _peer_cases(options: Options, folder: Path, beton: Beton, workers: int, stack: ExitStack) -> _Makers:
     batch_size, img_size = _batch(options)
     steps = beton.num_samples // batch_size
     fair = loader_peers.fair_steps(steps, workers)
@@ -191,30 +230,37 @@ def _peer_cases(options: Options, folder: Path, beton: Beton, workers: int, stac
     processes = f"{workers} processes, {fair} batches a round, as many for each process"
     peers = {
         "stock_ffcv": (
-            loader_peers.stock_ffcv(beton.path, **wanted),
+            partial(loader_peers.stock_ffcv, beton.path, **wanted),
             steps,
             f"Loader(os_cache=True): RandomResizedCropRGBImageDecoder, RandomHorizontalFlip; {workers} threads",
         ),
         "stock_dali": (
-            loader_peers.stock_dali(folder, steps=steps, **wanted),
+            partial(loader_peers.stock_dali, folder, steps=steps, **wanted),
             steps,
             f"readers.file, decoders.image_random_crop, resize, flip on the CPU; {workers} threads",
         ),
         "timm": (
-            stack.enter_context(loader_peers.timm_loader(folder, steps=fair, **wanted)),
+            partial(_opened, loader_peers.timm_loader, stack, folder, steps=fair, **wanted),
             fair,
             f"create_loader of an ImageFolder, crop and flip only, not yet normalised; {processes}",
         ),
         "torchvision": (
-            stack.enter_context(loader_peers.torch_loader(folder, steps=fair, **wanted)),
+            partial(_opened, loader_peers.torch_loader, stack, folder, steps=fair, **wanted),
             fair,
             f"DataLoader, ImageFolder with decode_image, v2.RandomResizedCrop and flip of uint8; {processes}",
         ),
     }
     return {
-        name: Case(run, steps * batch_size, setting=f"{setting}; uint8")
-        for name, (run, steps, setting) in peers.items()
+        name: partial(_peer_case, make, steps * batch_size, setting) for name, (make, steps, setting) in peers.items()
     }
+
+
+def _opened(make: Callable[..., AbstractContextManager[Callable[[], None]]], stack: ExitStack, *of: Any, **more: Any):
+    return stack.enter_context(make(*of, **more))
+
+
+def _peer_case(make: Callable[[], Callable[[], object]], images: int, setting: str) -> Case:
+    return Case(make(), images, setting=f"{setting}; uint8")
 
 
 def _spdl_case(options: Options, files: Sequence[Path], workers: int) -> Case:
@@ -230,21 +276,23 @@ def _spdl_case(options: Options, files: Sequence[Path], workers: int) -> Case:
     return Case(run, steps * batch_size, setting=setting)
 
 
-def _gpu_peer_cases(options: Options, folder: Path, beton: Beton, workers: int) -> dict[str, Case]:
+def _gpu_peer_cases(options: Options, folder: Path, beton: Beton, workers: int) -> _Makers:
     batch_size, img_size = _batch(options)
-    steps = beton.num_samples // batch_size
+    steps = options.times * beton.num_samples // batch_size
     wanted: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "workers": workers, "device": "gpu"}
     shared = f"hw_decoder_load={loader_peers.HW_DECODER_LOAD}, {workers} threads beside the GPU"
-    peer = f'readers.file, decoders.image_random_crop(device="mixed"), resize and flip on the GPU; {shared}; uint8'
+    peer = f'readers.file, decoders.image_random_crop(device="mixed"), resize and flip on the GPU; {shared}'
     limit = f'limit: decoders.image(device="mixed") of whole images, nothing else; {shared}'
     count = steps * batch_size
     return {
-        "stock_dali_gpu": Case(loader_peers.stock_dali(folder, img_size=img_size, **wanted), count, setting=peer),
-        "gpu_decode_limit": Case(loader_peers.decoder_alone(folder, **wanted), count, setting=limit),
+        "stock_dali_gpu": partial(
+            _peer_case, partial(loader_peers.stock_dali, folder, img_size=img_size, **wanted), count, peer
+        ),
+        "gpu_decode_limit": partial(_peer_case, partial(loader_peers.decoder_alone, folder, **wanted), count, limit),
     }
 
 
-def _plan_cases(options: Options) -> dict[str, Case]:
+def _plan_cases(options: Options) -> _Makers:
     """An epoch of ImageNet's size is drawn in full."""
     rng = np.random.default_rng(0)
     heights, widths = rng.integers(300, 501, (2, 2**17))
@@ -255,12 +303,12 @@ def _plan_cases(options: Options) -> dict[str, Case]:
         "plan": (TrainRules(), "order, crops, flips and filters drawn on one thread"),
         "plan_full_recipe": (recipe, "with RandAugment, erasing and mixing, on one thread"),
     }
-    big = replace(options, batch_size=256)
-    cases = {}
+    big = replace(options, batch_size=256, times=1)
+    cases: _Makers = {}
     for name, (rules, setting) in uses.items():
         plan = plan_of(heights, widths, big, rules)
         count = plan.steps_per_epoch * plan.batch_size
-        cases[name] = Case(partial(_draw_epoch, plan), count, unit="samples/s", setting=setting)
+        cases[name] = partial(Case, partial(_draw_epoch, plan), count, unit="samples/s", setting=setting)
     return cases
 
 
@@ -269,7 +317,20 @@ def _draw_epoch(plan: TrainPlan) -> None:
         plan.batch(0, step, ids)
 
 
+class _RepeatedPlan(TrainPlan):
+    """Of a set that is read several times over in an epoch; its ids are those of the set."""
+
+    different: int
+    """Samples in the set; their sides are given again and again."""
+
+    def ids(self, epoch: int) -> np.ndarray:
+        return super().ids(epoch) % self.different
+
+
 def plan_of(heights: np.ndarray, widths: np.ndarray, options: Options, rules: TrainRules) -> TrainPlan:
-    """Of images of these sides, with the bench's batch and crops."""
+    """Of images of these sides, `options.times` over, with the bench's batch and crops."""
     batch_size, img_size = _batch(options)
-    return TrainPlan(heights, widths, rules, seed=0, img_size=img_size, batch_size=batch_size)
+    sides = np.tile(heights, options.times), np.tile(widths, options.times)
+    plan = _RepeatedPlan(*sides, rules, seed=0, img_size=img_size, batch_size=batch_size)
+    plan.different = len(heights)
+    return plan

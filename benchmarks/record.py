@@ -20,9 +20,17 @@ import tyro
 from benchmarks.all_benches import settings_of_peers
 from benchmarks.harness.aims import AIMS, judge
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import write_whole
 
 VERSIONS = ("torch", "torchvision", "timm", "ffcv", "nvidia-dali-cuda130", "spdl", "opencv-python", "pillow", "numpy")
-MACHINE = ("gpu", "gpu_memory_gib", "driver", "cuda", "cpu", "cpu_cores", "memory_gib", "load_average_1min", "python")
+MAX_NAME = 110
+"""Letters of a kernel's name on the page; the JSON has all of them."""
+MACHINE = (
+    *("gpu", "gpu_memory_gib", "power_limit_w", "driver", "cuda", "cudnn"),
+    *("cpu", "cpu_cores", "threads", "memory_gib", "load_average_1min", "python"),
+)
+NOT_RUN = "not run"
+"""The outcome of a test that the tests' time did not reach."""
 PEAKS = ("peak_memory_gib", "peak_gpu_memory_gib")
 
 
@@ -66,6 +74,8 @@ def not_measured(
     for name, one in _outcomes(tests).items():
         if one.get("outcome") == "skipped":
             found.append(f"test `{name}`: {_plain(one.get('message') or 'skipped without a reason')}")
+        elif one.get("outcome") == NOT_RUN:
+            found.append(f"test `{name}`: not run, since the tests ended before")
     return found
 
 
@@ -86,8 +96,17 @@ def _tests(tests: Mapping[str, Any] | None) -> list[str]:
         return ["None ran: pytest found no test, or ended before the first."]
     counts = Counter(str(one.get("outcome")) for one in outcomes.values())
     lines = [", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) + "."]
-    failed = [name for name, one in outcomes.items() if one.get("outcome") not in ("passed", "skipped")]
-    return lines + ([""] + [f"- failed: `{name}`" for name in failed] if failed else [])
+    fine = ("passed", "skipped", NOT_RUN)
+    failed = {name: one for name, one in outcomes.items() if one.get("outcome") not in fine}
+    return lines + ([""] + [f"- failed: `{name}`{_last_line(one)}" for name, one in failed.items()] if failed else [])
+
+
+def _last_line(outcome: Mapping[str, Any]) -> str:
+    """Of what pytest says of a failure: the error that stands in it, else where it was."""
+    lines = [line for line in str(outcome.get("message") or "").splitlines() if line.strip()]
+    errors = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
+    told = (errors or lines[-1:] or [""])[0]
+    return f": {_plain(told[:300])}" if told else ""
 
 
 def _benches(benches: Mapping[str, Any]) -> list[str]:
@@ -108,6 +127,8 @@ def _benches(benches: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
     lines += ["", "## The benches", ""]
     lines += _table(["bench", "seconds", "work", "bottleneck", "peak memory, GiB", "of the GPU, GiB"], rows)
+    lines += _surroundings(results)
+    lines += _kernels(results)
     lines += ["", "## How the peers were set", ""]
     lines += _table(["case", "setting"], [[f"`{name}`", text] for name, text in settings_of_peers(results).items()])
     for section in ("ratios", "cases"):
@@ -119,14 +140,53 @@ def _benches(benches: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _surroundings(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Where benches were added at another commit, or in other surroundings: which."""
+    found = {
+        name: ", ".join(f"{key} {known[key]}" for key in ("commit", "gpu", "torch") if known.get(key))
+        for name, result in results.items()
+        if (known := result.get("environment"))
+    }
+    if len(set(found.values())) < 2:
+        return []
+    return ["", "These are not of one commit and machine:", "", *(f"- {name}: {what}" for name, what in found.items())]
+
+
+def _kernels(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table for each profile."""
+    lines = []
+    for result in results.values():
+        model = (result.get("workload") or {}).get("model", "")
+        for what, table in (result.get("kernels") or {}).items():
+            title = {"step": "a step on a batch that stays", "end_to_end": "a step of a run with data"}.get(what, what)
+            is_cuda = str(result.get("environment", {}).get("device", "")).startswith("cuda")
+            of = "kernels of the device" if is_cuda else "torch's operators on the host"
+            lines += ["", f"## Where the time goes: {model}, {title}", ""]
+            lines += [f"{table['ms']:.3g} ms of {of} a step, in a profile of {table['steps']} steps.", ""]
+            rows = [
+                [f"`{row['name'][:MAX_NAME]}`", f"{row['ms']:.3f}", f"{row['runs']:.4g}", f"{row['share']:.1%}"]
+                for row in table["rows"]
+            ]
+            lines += _table(["name", "ms a step", "runs a step", "share"], rows)
+            if table.get("others"):
+                lines += ["", f"{table['others']} others took less."]
+    return lines
+
+
 def _workload(result: Mapping[str, Any]) -> str:
     """Of a training bench its own section; of the others what they say of batch and image size."""
     given = result.get("workload")
     if not isinstance(given, dict):
-        names = ("recipe", "batch_size", "img_size", "workers", "threads")
+        names = ("recipe", "batch_size", "img_size", "times", "workers", "threads", "hw_decoder_load")
         given = {name: result[name] for name in names if name in result}
         if "source" in result:
             given = {"images": result["source"].get("images"), **given}
+    more = {"attention": result["attention"]} if "attention" in result else {}
+    loader = result.get("loader")
+    if isinstance(loader, dict):
+        more |= {"loader": loader.get("backend")}
+        more |= {name: loader[name] for name in ("hw_decoder_load", "workers") if name in loader}
+    given = {**given, **more}
     return ", ".join(f"{name} {value}" for name, value in given.items())
 
 
@@ -157,18 +217,21 @@ class Options:
     """Folder for DATE_DEVICE.json and DATE_DEVICE.md; a second record of a day has its commit in the name as well."""
 
 
-def write(options: Options) -> Path:
-    """Join the two; returns the page. A part that is missing is said in it. Raises `UserError` if there is neither."""
+def write(options: Options, page: Path | None = None) -> Path:
+    """Join the two; returns the page. A part that is missing is said in it. Raises `UserError` if there is neither.
+
+    `page`: that of the same record, which is written anew (default: a new one).
+    """
     tests, benches = _read(options.tests), _read(options.benches)
     if tests is None and benches is None:
         raise UserError(f"Neither {options.tests} nor {options.benches} is there. Run make gpu-check.")
     known = next((part["environment"] for part in (benches, tests) if part and part.get("environment")), {})
-    page = _unused(options.out, known)
+    page = page or _unused(options.out, known)
     record = {"environment": known, "tests": tests, "benches": benches}
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        page.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        page.write_text(to_markdown(known, tests, benches), encoding="utf-8")
+        write_whole(page.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+        write_whole(page, to_markdown(known, tests, benches))
     except OSError as error:
         raise UserError(f"{page} cannot be written: {error.strerror}. Choose --out.") from error
     return page

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness.limits import products_case
 from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, Samples, environment, measure, nothing
-from benchmarks.spectral_step import step_cases
+from benchmarks.training.monitored import step_cases
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.spectral.extremes import Solved

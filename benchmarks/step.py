@@ -102,7 +102,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
         flops, dtype = parts.train_flops, dtype_of(config)
         num_params = sum(p.numel() for p in parts.model.parameters())
         cases[f"ours_{way}"] = _our_case(parts, load, way, config)
-        cases[f"timm_{way}"] = Case.of_peer(partial(_timm_case, load, device, way, config))
+        cases[f"timm_{way}"] = Case.of_peer(partial(timm_case, load, device, way, config))
     steps = list(cases)
     ratios = {f"{way}_vs_timm_{way}": (f"ours_{way}", f"timm_{way}") for way in ways}
     if options.compile:
@@ -176,7 +176,7 @@ def _case(steps: Callable[[int], None], load: Workload, way: str, setting: str) 
     return Case(partial(steps, load.steps), load.batch_size * load.steps, setting=setting, first=warm_up)
 
 
-def _timm_case(load: Workload, device: torch.device, way: str, config: Config) -> Case:
+def timm_case(load: Workload, device: torch.device, way: str, config: Config) -> Case:
     """The step of timm's train.py: its task, which holds model, loss and EMA, its optimizer, torch's autocast."""
     import timm
     from timm.loss import SoftTargetCrossEntropy

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Generator
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 
@@ -20,6 +21,7 @@ import torch
 from hypothesis import settings
 
 from data_prep.convert import convert_digits
+from lowrank_vit.common.locks import FolderLock
 from tests.device_path import on_cuda_path as on_cuda_path
 
 # A suite in the background inherits signals that are ignored, and hands that on to what its tests start.
@@ -65,10 +67,39 @@ def _wandb_forgets() -> Generator[None]:
         wandb.teardown()
 
 
-class _Record:
-    """The outcome and duration of every test that ran, and why it failed or was skipped; on disk after each of them.
+_HAS_FAILED = pytest.StashKey[bool]()
 
-    So what is known outlasts a run that is cut off. Under xdist the controller alone keeps one.
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        item.stash[_HAS_FAILED] = True
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _folders_of_a_failure_are_unlocked(request: pytest.FixtureRequest) -> Generator[None]:
+    """What a test that failed left locked, such as a run directory, would be a warning in another test."""
+    taken, take = WeakSet[FolderLock](), FolderLock.__init__
+
+    def noted(lock: FolderLock, *given: object) -> None:
+        take(lock, *given)
+        taken.add(lock)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FolderLock, "__init__", noted)
+        yield
+    if request.node.stash.get(_HAS_FAILED, False):
+        for lock in list(taken):
+            lock.release()
+
+
+class _Record:
+    """The outcome and duration of every test, and why it failed or was skipped; on disk after each of them.
+
+    So what is known outlasts a run that is cut off; tests that it did not reach are "not run". Under xdist the
+    controller alone keeps one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,6 +108,17 @@ class _Record:
         self._path, self._results = path, {}
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._content = {"environment": environment(device), "exit_status": "cut off", "tests": self._results}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: object, ids: list[str]) -> None:
+        self._expect(ids)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._expect([item.nodeid for item in session.items])
+
+    def _expect(self, ids: list[str]) -> None:
+        for name in ids:
+            self._results.setdefault(name, {"outcome": "not run"})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import tomllib
+import warnings
 from pathlib import Path
 
+import pytest
 import yaml
 
 from lowrank_vit import __version__
@@ -45,3 +47,22 @@ def test_a_bug_is_asked_for_its_command_log_and_environment():
     required = [field["attributes"]["label"] for field in bug if field.get("validations", {}).get("required")]
     assert {"Command", "Log", "environment.json"} < set(required)
     assert "environment.json" in [field["attributes"]["label"] for field in question]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled. Consider setting "
+        "`torch.set_float32_matmul_precision('high')` for better performance.",
+        "TypedStorage is deprecated. It will be removed in the future and UntypedStorage will be the only storage "
+        "class. This should only matter to you if you are using storages directly.",
+        "The CUDA Graph is empty. This usually means that the graph was attempted to be captured on wrong device or "
+        "stream. (Triggered internally at /pytorch/aten/src/ATen/cuda/CUDAGraph.cpp:200.)",
+        "Memory Efficient attention defaults to a non-deterministic algorithm. To explicitly enable determinism call "
+        "torch.use_deterministic_algorithms(True, warn_only=False).",
+    ],
+)
+def test_torchs_own_warnings_on_a_gpu_fail_no_test_and_others_do(text):
+    warnings.warn(text, stacklevel=1)
+    with pytest.raises(UserWarning, match="Another"):
+        warnings.warn(f"Another: {text}", stacklevel=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -143,12 +144,13 @@ def measure(
     warmup: int = 1,
     limits: tuple[str, ...] = (),
     note: Callable[[str], object] = nothing,
+    keep: Callable[[Result], object] = nothing,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Result:
     """Run `warmup` rounds that do not count and `repeats` that do; every round runs every case once, see `order_of`.
 
     `ratios` maps a name to two cases: the first's sample over the second's of the same round. `note` hears of each
-    round as it begins; `clock` tells seconds.
+    round as it begins; `keep` gets what there is after each but the last; `clock` tells seconds.
 
     A case that fails is left out from then on, in `failed` with the reason; the others go on, for the ratios with it
     are lost but theirs are not. Raises `UserError` for `repeats` below 1, and one that a case of ours raises: that is
@@ -178,9 +180,25 @@ def measure(
                 continue
             if n >= warmup:
                 samples[name].append(case.sample(seconds))
-    if repeats < DEFAULT_REPEATS:
-        limits = (f"Only {repeats} round{'s' * (repeats > 1)}: a smoke test, not a measurement.", *limits)
+        if warmup <= n < warmup + repeats - 1:
+            keep(_result(bench, environment, cases, ratios, samples, failed, limits))
+    return _result(bench, environment, cases, ratios, samples, failed, limits)
+
+
+def _result(
+    bench: str,
+    environment: Mapping[str, Any],
+    cases: Mapping[str, Case],
+    ratios: Mapping[str, tuple[str, str]],
+    samples: Mapping[str, Sequence[float]],
+    failed: Mapping[str, str],
+    limits: tuple[str, ...],
+) -> Result:
+    """Of the rounds so far; what failed has no figures."""
     done = {name: case for name, case in cases.items() if name not in failed}
+    rounds = min((len(samples[name]) for name in done), default=DEFAULT_REPEATS)
+    if rounds < DEFAULT_REPEATS:
+        limits = (f"Only {rounds} round{'s' * (rounds > 1)}: a smoke test, not a measurement.", *limits)
     return Result(
         bench,
         environment,
@@ -191,7 +209,7 @@ def measure(
             if over in done and under in done
         },
         limits,
-        failed=failed,
+        failed=dict(failed),
         peers=frozenset(name for name, case in cases.items() if case.peer),
     )
 
@@ -235,7 +253,8 @@ def environment(device: str = NO_DEVICE) -> dict[str, Any]:
     """The run directory's environment of torch's `device`, and what weighs on benchmarks alone.
 
     These are memory_gib, load_average_1min (before the bench; more than 0 says that others use the cores too),
-    libjpeg_turbo (Pillow's own) and opencv-python (FFCV's encoder).
+    threads (torch's on the host), libjpeg_turbo (Pillow's own), opencv-python (FFCV's encoder), and of a GPU cudnn (its
+    version) and power_limit_w ("unknown" where nvidia-smi does not tell).
     """
     import torch
 
@@ -244,7 +263,29 @@ def environment(device: str = NO_DEVICE) -> dict[str, Any]:
     result = of_a_run(torch.device(device))
     result["memory_gib"] = round(resources.memory().total / 2**30, 1)
     result["load_average_1min"] = round(os.getloadavg()[0], 2)
+    result["threads"] = torch.get_num_threads()
+    if torch.device(device).type == "cuda":
+        result["cudnn"] = version_in_words(torch.backends.cudnn.version())
+        result["power_limit_w"] = power_limit_w()
     result["libjpeg_turbo"] = str(features.version("libjpeg_turbo"))
     with contextlib.suppress(metadata.PackageNotFoundError):
         result["opencv-python"] = metadata.version("opencv-python")
     return result
+
+
+def version_in_words(number: int | None) -> str:
+    """CuDNN's number with points: 91900 is 9.19.0. "unknown" for None, where torch has none."""
+    if number is None:
+        return "unknown"
+    of_major = 10_000 if number >= 90_000 else 1000  # since cuDNN 9
+    return f"{number // of_major}.{number % of_major // 100}.{number % 100}"
+
+
+def power_limit_w(command: Sequence[str] = ("nvidia-smi",)) -> float | str:
+    """What the first card may draw, watts; "unknown" where `command`, or the card, does not tell."""
+    query = [*command, "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        return float(told.split()[0])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return "unknown"

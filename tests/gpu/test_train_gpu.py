@@ -146,6 +146,7 @@ def test_a_copy_does_not_stay_on_the_device_while_the_disk_is_at_work(tmp_path, 
     assert taken == [0]
 
 
+@pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")  # torch's, of each operation that is not
 def test_resumed_is_uninterrupted(argv):
     """In float32 without compilation; nothing of torch's generators is saved."""
     exact = [*argv, "--no-amp", "--no-compile", "--drop-path", "0.1", "--log-interval", "4"]

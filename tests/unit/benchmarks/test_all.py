@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 from rich.console import Console
 
 from benchmarks import all_benches
 from benchmarks.__main__ import main
-from benchmarks.all_benches import SELECTIONS, Options
+from benchmarks.all_benches import Options
 from benchmarks.harness.aims import AIMS, Aim, aims_chart, judge
 from benchmarks.harness.measure import Result, Samples
+from benchmarks.selection import BUDGET_MINUTES, CPU, CUDA, SELECTIONS
+from benchmarks.training import figures
+from benchmarks.training import run as training_run
 from lowrank_vit.common.errors import UserError
 
 
@@ -77,12 +77,16 @@ def test_every_aim_is_judged_by_its_median(factor, reached, device):
 def test_the_aims_on_a_gpu_are_those_asked_for():
     found = {(aim.bench, aim.name): aim.least for aim in AIMS if aim.is_for("cuda")}
     assert len(found) == sum(aim.is_for("cuda") for aim in AIMS)  # none twice
+    for model in ("", "-base"):
+        assert found[f"step{model}", "compiled_vs_timm_compiled"] == 1.1
+        assert found[f"end-to-end{model}", "end_to_end_vs_synthetic"] == 0.97
+    assert found["monitor", "with_monitor_vs_without"] == 0.99
     assert found["loader", "dali_gpu"] == 12_000
-    assert found["loader", "resident_32px"] == 100_000
-    assert found["augment", "full_recipe"] == 400_000
-    assert found["end-to-end", "end_to_end"] == 10_000
-    assert found["end-to-end-base", "end_to_end"] == 3_000
-    assert found["spectral", "with_monitor_vs_without"] == 0.99
+    assert found["loader", "dali_gpu_400px"] == 19_000
+    assert found["loader", "resident_256px"] == 100_000
+    assert found["loader", "resident"] == 60_000
+    assert found["augment", "full_recipe"] == 500_000
+    assert found["augment", "full_recipe_vs_step"] == 50  # 2 %
     assert found["spectral", "gram64_vs_inline_svd"] == 50
 
 
@@ -105,15 +109,15 @@ def test_all_runs_every_bench_in_its_short_form_and_joins_them():
     started: Started = []
     options = Options(short=True, device="cpu", repeats=1)
     result = all_benches.run(options, start=writer(1.1, started), clock=lambda: 0.0)
-    assert [arguments[0] for arguments, _ in started] == list(all_benches.CPU)
-    for (arguments, limit_s), entry in zip(started, all_benches.CPU.values(), strict=True):
+    assert [arguments[0] for arguments, _ in started] == list(CPU)
+    for (arguments, limit_s), entry in zip(started, CPU.values(), strict=True):
         device = ["--device", "cpu"] if entry.has_device else []
         assert list(arguments[1:]) == [*entry.short, *device, "--repeats", "1"]
         assert limit_s == min(entry.limit_s, 15 * 60)
     data = json.loads(result.to_json())
     assert data["ratios"]["loader/best_vs_timm"]["median"] == pytest.approx(2.2)
     assert {one["reached"] for one in data["aims"]} == {True}
-    assert set(data["benches"]) == set(all_benches.CPU)
+    assert set(data["benches"]) == set(CPU)
     assert data["settings"]["step/peer"].startswith("how the peer of step")
     assert not result.is_broken
     text = printed(result)
@@ -129,10 +133,36 @@ def test_a_gpu_gets_both_models_under_names_of_their_own(monkeypatch):
     monkeypatch.setattr("torch.cuda.set_device", lambda _device: None)
     started: Started = []
     result = all_benches.run(Options(short=True), start=writer(1.0, started))
-    assert list(result.extra["wanted"]) == [name for name, entry in all_benches.CUDA.items() if entry.is_short]
-    models = [list(arguments) for arguments, _ in started if arguments[0] == "end-to-end"]
-    assert ["--model" in model for model in models] == [False, True]
+    wanted = list(result.extra["wanted"])
+    assert wanted == [name for name, entry in CUDA.items() if entry.is_short and not entry.is_profile]
+    models = {
+        name: arguments[arguments.index("--model") + 1]
+        for name, (arguments, _) in zip(wanted, started, strict=True)
+        if arguments[0] == "training"
+    }
+    assert models["end-to-end"] == "vit_small_patch16_224"
+    assert models["end-to-end-base"] == "vit_base_patch16_224"
     assert {"end-to-end/case", "end-to-end-base/case"} <= set(result.cases)
+
+
+def test_kernels_are_profiled_last_and_only_where_that_is_asked_for():
+    plain, profiled = (list(Options(short=True, profile=profile).entries("cuda")) for profile in (False, True))
+    assert profiled == [*plain, "kernels", "kernels-base"]
+
+
+def test_the_figures_of_a_model_share_its_run():
+    """The flags that make the run are the same, so the step is compiled once."""
+    found: list[figures.Options] = []
+    nothing = Result("x", {}, {}, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "run", lambda options, **_: (found.append(options), nothing)[1])
+        for entry in CUDA.values():
+            if entry.bench == "training":
+                assert entry.shares
+                main([entry.bench, *Options(short=True).flags(entry, "cpu")])
+    runs = {training_run.key_of(options) for options in found}
+    assert {options.model for options in runs} == {"vit_small_patch16_224", "vit_base_patch16_224"}
+    assert len(runs) == 2 < len(found)
 
 
 BROKEN = {
@@ -160,7 +190,7 @@ def test_a_bench_that_fails_does_not_hide_the_others(how):
     assert list(result.failed) == ["loader"]
     assert reason in result.failed["loader"]
     assert result.is_broken
-    assert set(result.extra["benches"]) == set(all_benches.CPU) - {"loader"}
+    assert set(result.extra["benches"]) == set(CPU) - {"loader"}
     text = " ".join(printed(result).split())
     assert "not run" in text
     assert " NO" in text
@@ -189,7 +219,7 @@ def test_what_a_bench_wrote_before_it_ended_with_an_error_counts():
 
 
 def test_nothing_measured_is_no_machine_of_no_cores():
-    start = writer(1.0, broken={name: fail(UserError("no.")) for name in all_benches.CPU})
+    start = writer(1.0, broken={name: fail(UserError("no.")) for name in CPU})
     text = printed(all_benches.run(Options(device="cpu"), start=start))
     assert "None" not in text
     assert "not run" in text
@@ -214,7 +244,7 @@ def test_what_comes_too_late_for_the_budget_is_said():
     options = Options(short=True, device="cpu", budget=5)
     result = all_benches.run(options, start=writer(1.0, started), clock=lambda: float(next(now)))
     assert [limit_s for _, limit_s in started] == [250, 150, 50]
-    assert list(result.failed) == list(all_benches.CPU)[3:]
+    assert list(result.failed) == list(CPU)[3:]
     assert set(result.failed.values()) == {"not started: the budget of 5 minutes was used up (--budget)."}
     assert result.is_broken
 
@@ -223,7 +253,7 @@ def test_what_comes_too_late_for_the_budget_is_said():
     ("options", "message"),
     [
         (Options(only=("nothing",)), "--only nothing is not a bench. There are: prep"),
-        (Options(only=("end-to-end-base",)), "--only end-to-end-base is a bench for a GPU"),
+        (Options(only=("end-to-end-base",)), "--only end-to-end-base is no bench of this device's"),
         (Options(only=()), "--only names no bench"),
         (Options(repeats=0), "--repeats is 0, expected 1 or more"),
         (Options(budget=0.0), "--budget is 0, expected some minutes"),
@@ -246,38 +276,9 @@ def test_flags_of_the_selection_are_flags_of_their_benches(capsys, device):
 
 @pytest.mark.parametrize("device", SELECTIONS)
 def test_the_short_forms_fit_their_budget(device):
-    expected = sum(entry.expected_s for entry in SELECTIONS[device].values() if entry.is_short)
-    assert expected <= 60 * all_benches.BUDGET_MINUTES[device]
-
-
-def test_a_process_tells_why_it_failed(capfd):
-    all_benches.run_limited([sys.executable, "-c", "print('table')"], 60)
-    assert capfd.readouterr().out == ""
-    for code, reason in (
-        ("import sys; sys.exit('error: --count is 0')", "ended with code 1: error: --count is 0"),
-        ("import sys; sys.exit(3)", r"ended with code 3\."),
-        ("import os; os.kill(os.getpid(), 9)", r"killed by signal 9 \(out of memory\?\)"),
-    ):
-        with pytest.raises(UserError, match=reason):
-            all_benches.run_limited([sys.executable, "-c", code], 60)
-    assert "error: --count is 0" in capfd.readouterr().err
-
-
-def test_a_bench_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
-    monkeypatch.setattr(all_benches, "GRACE_S", 0.2)
-    child = tmp_path / "child"
-    # Neither listens to Ctrl-C.
-    code = f"""
-import os, signal, time
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-if os.fork() == 0:
-    open({str(child)!r}, "w").write(str(os.getpid()))
-time.sleep(600)
-"""
-    with pytest.raises(UserError, match="ended after 4 s, the time it was given"):
-        all_benches.run_limited([sys.executable, "-c", code], 4)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(int(child.read_text())).wait(5)  # a killed process takes a moment to end
+    in_short = Options(short=True).entries(device).values()
+    expected = sum(entry.expected_s for entry in in_short)
+    assert expected <= 60 * BUDGET_MINUTES[device]
 
 
 def test_settings_are_those_of_what_is_compared_with():

@@ -60,7 +60,8 @@ def test_a_sample_of_a_beton_is_read_by_all(tmp_path):
     photos = ensure_photos(tmp_path / "photos", 24)
     given = sets.converted(photos, "", ImageOptions(max_side=200))
     options = loader.Options(data=given.path, count=16, batch_size=8, img_size=32, scratch=tmp_path / "scratch")
-    folder, beton, small = loader._sets(options, lambda _: None)
+    folder, beton = loader._sets(options, lambda _: None)
+    small = sets.converted(folder, "_32", ImageOptions(raw=32))
     ids = sets.chosen(given, 16)
     assert len(ids) == beton.num_samples == small.num_samples == 16
     found = sorted((int(beton.labels[n]), beton.sample(n).tobytes()) for n in range(16))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check
 from benchmarks.harness.aims import AIMS
 from benchmarks.harness.measure import environment
 from benchmarks.record import Options, to_markdown, write
@@ -67,7 +65,7 @@ def test_a_record_of_tests_and_benches(tmp_path):
     assert "- failed: `b`" in text
     assert "| loader | loader dali on the GPU, img/s | 1.25e+04 | 1.1e+04 .. 1.3e+04 | 12000 | yes |" in text
     assert "| 0.91 | 0.9 .. 0.92 | 0.97 | **no** |" in text
-    assert "resident 32 px images, img/s |  |  | 100000 | not measured |" in text
+    assert "resident 256 px raw, img/s |  |  | 100000 | not measured |" in text
     for row in ("gpu_memory_gib | 79.6", "memory_gib | 128.0", "nvidia-dali-cuda130 | 2.4.0"):
         assert f"| {row} |" in text
     assert "| loader | 61 | batch_size 256 |  |  | 3.25 |" in text
@@ -86,12 +84,12 @@ def test_what_was_not_measured_is_complete(tmp_path):
             line = f"- {aim.bench}: {aim.what} (aim {aim.least:g})"
             assert (line in missing) == ((aim.bench, aim.name) not in found), aim
     assert "float64 spectra / inline float32 SVD (aim 50): its bench failed, see below" in missing
-    assert "augmentation on the GPU, img/s (aim 400000): not run" in missing
+    assert "augmentation on the GPU, img/s (aim 500000): not run" in missing
     assert "- spectral: ended with code 1: RuntimeError: x" in missing
     assert "- loader/timm: ImportError: timm" in missing
     assert "- test `d`: needs two GPUs" in missing
     without = to_markdown({"cpu": "A processor", "device": "cpu"}, None, {"device": "cpu"})
-    assert "augmentation on the GPU, img/s (aim 400000): needs a GPU" in without
+    assert "augmentation on the GPU, img/s (aim 500000): needs a GPU" in without
 
 
 def test_an_earlier_record_is_never_overwritten(tmp_path):
@@ -120,16 +118,53 @@ def test_parts_that_are_missing_are_said(tmp_path):
             write(options)
 
 
-def test_skipped_tests_are_recorded_with_their_reason(tmp_path, monkeypatch):
+TESTS = """
+import gc
+
+import pytest
+
+from lowrank_vit.run.directory import RunDir
+
+
+@pytest.mark.skip(reason="no such card")
+def test_skipped(): ...
+
+
+def test_failed(tmp_path):
+    run_dir = RunDir.create(tmp_path, "run", "")
+    run_dir.itself = run_dir  # so that it is there until it is looked for
+    raise ValueError("too wide")
+
+
+def test_after_it():
+    gc.collect()  # a lock that is still held would be a warning, and so an error
+
+
+def test_ended():
+    raise KeyboardInterrupt
+
+
+def test_never_reached(): ...
+"""
+
+
+def test_a_record_of_tests_is_whole_where_they_are_ended_and_a_failure_leaves_no_lock(tmp_path):
     path = tmp_path / "record.json"
-    (tmp_path / "test_it.py").write_text(
-        "import pytest\n\n\n@pytest.mark.skip(reason='no such card')\ndef test_it(): ...\n"
-    )
+    (tmp_path / "test_it.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", f"--gpu-record={path}", str(tmp_path)]
+    command += ["-W", "error", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (one,) = json.loads(path.read_text())["tests"].values()
-    assert (one["outcome"], one["message"]) == ("skipped", "no such card")
+    assert done.returncode == 2, done.stdout + done.stderr
+    found = {name.rpartition("::")[2]: one for name, one in json.loads(path.read_text())["tests"].items()}
+    assert {name: one["outcome"] for name, one in found.items()} == {
+        "test_skipped": "skipped",
+        "test_failed": "failed",
+        "test_after_it": "passed",
+        "test_ended": "not run",
+        "test_never_reached": "not run",
+    }
+    assert found["test_skipped"]["message"] == "no such card"
+    assert "ValueError: too wide" in found["test_failed"]["message"]
 
 
 def test_versions_of_the_peers_are_known():
@@ -137,41 +172,39 @@ def test_versions_of_the_peers_are_known():
     assert {"nvidia-dali-cuda130", "spdl"} <= set(PACKAGES)
 
 
-@pytest.fixture
-def checkout(tmp_path, monkeypatch) -> Path:
-    (tmp_path / "tests" / "gpu").mkdir(parents=True)
-    (tmp_path / "output").mkdir()
-    write_parts(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def test_tests_that_did_not_run_are_no_failures_and_are_named():
+    tests = {
+        "a": {"outcome": "passed"},
+        "b": {"outcome": "not run"},
+        "c": {"outcome": "failed", "message": "def test():\n>   f()\nE   ValueError: too | wide\nE   more\n\nx.py:3"},
+    }
+    text = to_markdown({"cpu": "A processor"}, {"tests": tests}, None)
+    assert "1 failed, 1 not run, 1 passed." in text
+    assert "- failed: `c`: ValueError: too \\| wide" in text
+    assert "- test `b`: not run, since the tests ended before" in text
+    assert "- failed: `b`" not in text
 
 
-def test_the_check_refuses_at_once_without_a_gpu(checkout, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UserError, match=r'torch sees no CUDA device.*ARGS="--without-gpu'):
-        gpu_check.run(gpu_check.Options(), call=lambda *_: pytest.fail("started"))
-    with pytest.raises(UserError, match="--minutes is 0"):
-        gpu_check.run(gpu_check.Options(minutes=0))
-
-
-@pytest.mark.parametrize("has_gpu", [True, False])
-@pytest.mark.parametrize("code", [0, 1])
-def test_the_check_runs_tests_and_benches_and_writes_the_record(checkout, monkeypatch, has_gpu, code):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
-    calls: list[tuple[list[str], dict[str, str]]] = []
-
-    def call(arguments: Sequence[str], variables: Mapping[str, str]) -> int:
-        calls.append((list(arguments), dict(variables)))
-        source, target = ("t.json", gpu_check.TESTS) if arguments[0] == "pytest" else ("b.json", gpu_check.BENCHES)
-        (checkout / source).rename(target)
-        return code if arguments[0] == "pytest" else 0
-
-    options = gpu_check.Options(minutes=6, without_gpu=not has_gpu, out=checkout / "docs")
-    page, is_clean = gpu_check.run(options, call=call)
-    assert page.exists()
-    assert is_clean == (code == 0)
-    (tests, variables), (benches, _) = calls
-    assert tests[:2] == ["pytest", "tests/gpu"]
-    assert variables == ({"LRV_REQUIRE_GPU": "1"} if has_gpu else {})
-    assert benches[:5] == ["benchmarks", "all", "--short", "--device", "cuda" if has_gpu else "cpu"]
-    assert 5.5 < float(benches[benches.index("--budget") + 1]) <= 6
+def test_a_page_says_where_the_time_of_a_step_goes_and_what_it_ran_with():
+    row = {"name": "triton_" + "x" * 200, "ms": 1.5, "runs": 2.0, "share": 0.05}
+    known = {"gpu": "H100", "power_limit_w": "unknown", "cudnn": "9.19.0", "threads": 16, "device": "cuda"}
+    result = {
+        "environment": known, "cases": {}, "ratios": {}, "workload": {"model": "vit_small"},
+        "attention": "cudnn_attention",
+        "loader": {"backend": "dali", "hw_decoder_load": 0.65, "workers": 16},
+        "kernels": {"step": {"ms": 30.0, "steps": 20, "rows": [row], "others": 4}},
+    }  # fmt: skip
+    older = {"environment": {**known, "commit": "abc"}, "cases": {}, "ratios": {}}
+    content = {"device": "cuda", "seconds": {"kernels": 9.0}, "benches": {"kernels": result, "step": older}}
+    text = to_markdown(known, None, content)
+    for line in (
+        "| power_limit_w | unknown |",
+        "| cudnn | 9.19.0 |",
+        "| threads | 16 |",
+        "- step: commit abc, gpu H100",
+    ):
+        assert line in text
+    assert "attention cudnn_attention, loader dali, hw_decoder_load 0.65, workers 16" in text
+    assert "## Where the time goes: vit_small, a step on a batch that stays" in text
+    assert f"| `{row['name'][:110]}` | 1.500 | 2 | 5.0% |" in text
+    assert "4 others took less." in text

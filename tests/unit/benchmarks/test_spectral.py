@@ -9,8 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import spectral, spectral_step
+from benchmarks import spectral
 from benchmarks.harness.measure import Result, Samples
+from benchmarks.training import monitored
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.extremes import Solved
 from lowrank_vit.spectral.solve import solve
@@ -121,15 +122,15 @@ def test_compiled_steps_are_warmed_up_and_eager_ones_need_not_be(monkeypatch: py
     compiled: list[dict] = []
     monkeypatch.setattr(torch, "compile", lambda function, **how: (compiled.append(how), function)[1])
     cpu = torch.device("cpu")
-    training = spectral_step._Training("x", 2, 3, cpu)
+    training = monitored._Training("x", 2, 3, cpu)
     assert compiled == []  # on a CPU these steps are eager, and need no warming up
     training.warm_up()
     assert training._updates == 0
-    training._warm_up_steps = spectral_step.WARM_UP_STEPS
+    training._warm_up_steps = monitored.WARM_UP_STEPS
     training.warm_up()
     training.run()
     assert training._updates == 20 + 3
-    cases, _ = spectral_step.step_cases("x", 2, 3, cpu, "without", "with")
+    cases, _ = monitored.step_cases("x", 2, 3, cpu, "without", "with")
     assert all(case.first.__name__ == "warm_up" for case in cases.values())
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import end_to_end, step
+from benchmarks import step
 from benchmarks.__main__ import main
-from benchmarks.timed_steps import PHASES, Phases, Timer
+from benchmarks.training import end_to_end
+from benchmarks.training.timed_steps import PHASES, Phases, Timer
 from lowrank_vit.common.errors import UserError
 
 TINY = "-b 4 --img-size 32 --steps 2 --device cpu --repeats 1".split()
@@ -38,7 +39,7 @@ def test_both_steps_train_the_same_model():
     load = step.Workload("vit_tiny_patch16_224", 32, 4, 1)
     config = step.config_of(load, cpu, "eager")
     parts = step.set_up(config, None)
-    timms = step._timm_case(load, cpu, "eager", config)
+    timms = step.timm_case(load, cpu, "eager", config)
     assert isinstance(timms.run, partial)
     run: Any = timms.run.func
     cells = dict(zip(run.__code__.co_freevars, run.__closure__ or (), strict=True))
@@ -88,7 +89,7 @@ def test_a_peer_that_breaks_leaves_our_figures(monkeypatch):
     def broken(*_args: object) -> None:
         raise AttributeError("timm has changed")
 
-    monkeypatch.setattr(step, "_timm_case", broken)
+    monkeypatch.setattr(step, "timm_case", broken)
     options = step.Options(img_size=32, batch_size=4, steps=1, device="cpu", compile=False, repeats=1)
     result = step.run(options)
     assert result.failed == {"timm_eager": "AttributeError: timm has changed"}

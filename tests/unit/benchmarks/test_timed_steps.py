@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import end_to_end
 from benchmarks.harness import sets
 from benchmarks.harness.sets import ensure_photos
 from benchmarks.step import Workload, config_of
-from benchmarks.timed_steps import TimedSteps, first_updates, updates_of_rounds, warming_updates
+from benchmarks.training.run import AUGMENTATION, with_data
+from benchmarks.training.timed_steps import TimedSteps, first_updates, updates_of_rounds, warming_updates
 from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.options import Config
@@ -27,8 +27,8 @@ ROUNDS = 4
 
 def config_on(folder: Path, loader: str = "dali") -> Config:
     load = Workload("vit_tiny_patch16_224", 32, BATCH, STEPS)
-    flags = ["--loader", loader, "--workers", "1", *end_to_end.AUGMENTATION]
-    return end_to_end._real(config_of(load, CPU, "eager"), folder, flags)
+    flags = ["--loader", loader, "--workers", "1", *AUGMENTATION]
+    return with_data(config_of(load, CPU, "eager"), folder, flags)
 
 
 @pytest.fixture(scope="module")

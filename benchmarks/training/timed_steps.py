@@ -13,9 +13,10 @@ import contextlib
 import io
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,9 +24,13 @@ from typing import Any
 import torch
 
 from benchmarks.harness.limits import wait
+from benchmarks.harness.measure import nothing
 from lowrank_vit.common.devices import pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.options import Config
+from lowrank_vit.data.batch import Batch
+from lowrank_vit.data.synthetic import SyntheticLoader
+from lowrank_vit.run.metrics import Meter
 from lowrank_vit.training.phases import Phase
 from lowrank_vit.training.trainer import COLD_UPDATES, Trainer
 
@@ -42,6 +47,8 @@ _OF_TRAINER: Mapping[Phase, str] = {
     "refresh": "monitor",
 }
 """The trainer's phases that are told apart, by its name for each."""
+HELD_PLANS = 8
+"""Different draws of mixing and erasing that go round while the step runs on one batch."""
 
 Moment = Any
 """Seconds of the clock, or a CUDA event."""
@@ -84,8 +91,8 @@ class Timer:
         self._begun: dict[str, Moment] = {}
 
     def begin(self, phase: Phase) -> None:
-        """A phase of the trainer's begins, on the current stream."""
-        if phase in _OF_TRAINER:
+        """A phase of the trainer's begins, on the current stream; what is outside of the rounds is not timed."""
+        if phase in _OF_TRAINER and "round" in self._begun:
             self._begun[phase] = self._now()
 
     def end(self, phase: Phase) -> None:
@@ -96,7 +103,7 @@ class Timer:
     def begin_round(self) -> None:
         """What was noted so far does not count."""
         self._spans.clear()
-        self._begun["round"] = self._now()
+        self._begun = {"round": self._now()}
 
     def end_round(self) -> None:
         """The round's last update has been asked for."""
@@ -181,6 +188,7 @@ class TimedSteps:
         Raises `UserError` as making a run does, and if an epoch is shorter than all the rounds.
         """
         self.rounds: list[Round] = []
+        self._held: list[Batch] = []
         self._steps, self._warming = steps, warming_updates(config.data.prefetch)
         self._first, self._has_begun = first_updates(config, steps), False
         self._every = spec_every or self._warming + steps
@@ -227,6 +235,29 @@ class TimedSteps:
         self._train(self._steps)
         self._timer.end_round()
         wait(self.trainer.setup.device)
+
+    def held(self, count: int, after_each: Callable[[int], object] = nothing) -> None:
+        """Take `count` steps on a batch that stays on the device, with the run's own compiled step, and wait for it.
+
+        The run stands still meanwhile and knows nothing of them, but for its weights. The batch has pixels of
+        `SyntheticLoader` and is mixed and erased as the run's; nothing is decoded, and no operation is applied.
+        `after_each` is told how many were taken.
+        """
+        setup, position = self.trainer.setup, self.trainer.state.position
+        if not self._held:
+            loader = SyntheticLoader(setup.plan, setup.num_classes, setup.device)
+            self._held = list(islice(loader.batches(0), HELD_PLANS))
+        kept, meter = replace(position), setup.step.meter
+        setup.step.meter = Meter(setup.device, setup.plan.accum_steps)
+        setup.model.train()
+        try:
+            for n in range(count):
+                setup.step(self._held[n % len(self._held)])
+                after_each(n + 1)
+            wait(setup.device)
+        finally:
+            setup.step.meter = meter
+            vars(position).update(vars(kept))
 
     def after(self) -> None:
         """Not timed: wait for the monitor and until the decoder stands still, and note the round."""

@@ -20,6 +20,49 @@ WARM_UP_STEPS = 20
 """Before the first block: compiling, cuDNN's and the allocator's first steps."""
 
 
+class MonitorOfBlocks:
+    """A monitor that is there in some blocks of steps and not in others."""
+
+    def __init__(self, model: nn.Module, ema: nn.Module | None) -> None:
+        self.figures: dict[str, list[float]] = {"refresh_s": [], "skipped": []}
+        """Seconds of each refresh, and how many were skipped in each block."""
+        self._watched = model, ema
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._monitor: SpectralMonitor | None = None
+
+    def start(self) -> None:
+        """Before a block with it."""
+        self._folder = tempfile.TemporaryDirectory()
+        settings = SpectralSettings(cpu_threads=default_cpu_threads())
+        self._monitor = SpectralMonitor(
+            *self._watched,
+            targets=DEFAULT_TARGETS,
+            every=EVERY,
+            settings=settings,
+            store_dir=Path(self._folder.name),
+        )
+
+    def observe(self, update: int) -> None:
+        """After each update; nothing in a block without it."""
+        if self._monitor is not None:
+            self._monitor.observe(update)
+
+    def stop(self) -> None:
+        """After the block: wait for the last refresh, and note the figures. Raises `UserError` if there are none."""
+        assert self._monitor is not None
+        assert self._folder is not None
+        self._monitor.close()
+        records = self._monitor.records()
+        if self._monitor.failed:
+            raise UserError("A refresh of the spectra failed, as said above: these would be figures of less work.")
+        if not records:
+            raise UserError(f"No refresh was due in a block; give --steps {EVERY} or more.")
+        self.figures["refresh_s"] += [record.values["spec/refresh/seconds"] for record in records]
+        self.figures["skipped"].append(self._monitor.skipped)
+        self._monitor = None
+        self._folder.cleanup()
+
+
 class _Training:
     """A model with its EMA, and one synthetic batch that is used again and again."""
 
@@ -42,24 +85,11 @@ class _Training:
         is_compiled = device.type == "cuda"
         self._loss = torch.compile(self._compute_loss, dynamic=False) if is_compiled else self._compute_loss
         self._warm_up_steps = WARM_UP_STEPS if is_compiled else 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._monitor: SpectralMonitor | None = None
+        self.monitor = MonitorOfBlocks(self.model, self._ema.module)
 
     def _compute_loss(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             return nn.functional.cross_entropy(self.model(images).float(), targets)
-
-    def start_monitor(self) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        settings = SpectralSettings(cpu_threads=default_cpu_threads())
-        self._monitor = SpectralMonitor(
-            self.model,
-            self._ema.module,
-            targets=DEFAULT_TARGETS,
-            every=EVERY,
-            settings=settings,
-            store_dir=Path(self._folder.name),
-        )
 
     def warm_up(self) -> None:
         """Not timed, once."""
@@ -76,24 +106,9 @@ class _Training:
             self._optimizer.zero_grad()
             self._ema.update(self.model)
             self._updates += 1
-            if self._monitor is not None:
-                self._monitor.observe(self._updates)
+            self.monitor.observe(self._updates)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
-
-    def stop_monitor(self, figures: dict[str, list[float]]) -> None:
-        assert self._monitor is not None
-        assert self._folder is not None
-        self._monitor.close()
-        records = self._monitor.records()
-        if self._monitor.failed:
-            raise UserError("A refresh of the spectra failed, as said above: these would be figures of less work.")
-        if not records:
-            raise UserError(f"No refresh was due in a block; give --steps {EVERY} or more.")
-        figures["refresh_s"] += [record.values["spec/refresh/seconds"] for record in records]
-        figures["skipped"].append(self._monitor.skipped)
-        self._monitor = None
-        self._folder.cleanup()
 
 
 def step_cases(
@@ -101,7 +116,6 @@ def step_cases(
 ) -> tuple[dict[str, Case], dict[str, list[float]]]:
     """Both cases by name, and a dictionary that fills with "refresh_s" (each refresh) and "skipped" (each block)."""
     training = _Training(model_name, batch_size, steps, device)
-    figures: dict[str, list[float]] = {"refresh_s": [], "skipped": []}
     images, setting = batch_size * steps, f"{model_name}, batch {batch_size}, AdamW and EMA, {steps} steps a block"
     cases = {
         without: Case(training.run, images, setting=setting, first=training.warm_up),
@@ -110,8 +124,8 @@ def step_cases(
             images,
             setting=f"the same with a refresh every {EVERY} updates, model and EMA",
             first=training.warm_up,
-            before=training.start_monitor,
-            after=lambda: training.stop_monitor(figures),
+            before=training.monitor.start,
+            after=training.monitor.stop,
         ),
     }
-    return cases, figures
+    return cases, training.monitor.figures

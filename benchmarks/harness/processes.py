@@ -1,0 +1,195 @@
+"""Benches in processes: one of its own, or one that several share, and a limit that holds whatever a bench does."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Thread
+from typing import IO
+
+from benchmarks.harness.measure import reason_of
+from lowrank_vit.common.errors import UserError
+
+GRACE_S = 15.0
+"""For a bench that was told to end, to remove its files."""
+SHORT_GRACE_S = 2.0
+"""The same where the time is counted; what was measured is on the disk already."""
+
+
+def start_bench(arguments: Sequence[str], path: Path, limit_s: float) -> None:
+    """Run `bench ARGUMENTS --json path` to its end. Raises `UserError` if it fails or is not done in `limit_s`."""
+    run_limited([sys.executable, "-m", "benchmarks", *arguments, "--json", str(path)], limit_s)
+
+
+def run_limited(command: Sequence[str], limit_s: float) -> None:
+    """Run `command`; its stderr is passed on, its stdout (tables that the JSON has too) is not.
+
+    Raises `UserError` with the last line of stderr if it ends with another code than 0, or if it had to be ended after
+    `limit_s`. Interrupted, it ends the process first.
+    """
+    process, told = _started(command, subprocess.DEVNULL, subprocess.DEVNULL)
+    try:
+        code = process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        raise UserError(_too_long(limit_s)) from None
+    finally:
+        end(process, GRACE_S)
+        told.join()
+    if code != 0:
+        raise UserError(_why_ended(code, told.last))
+
+
+class SharedProcess:
+    """One process for several benches, one after the other, so that a model is compiled once for all that want it.
+
+    A bench that fails leaves it as it is. One that takes too long, or ends the process, costs the process, even where
+    it hangs outside of Python; the next bench gets a new one.
+    """
+
+    def __init__(self, command: Sequence[str] | None = None, grace_s: float = SHORT_GRACE_S) -> None:
+        """`command`: what calls `serve` (default: the benches' own commands)."""
+        self._command = command or [sys.executable, "-m", "benchmarks.shared"]
+        self._grace_s = grace_s
+        self._process: subprocess.Popen[str] | None = None
+
+    def start_bench(self, arguments: Sequence[str], path: Path, limit_s: float) -> None:
+        """As the function of that name, in the one process."""
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._process, self._told = _started(self._command, subprocess.PIPE, subprocess.PIPE)
+            self._answers: queue.Queue[str] = queue.Queue()
+            Thread(target=_collect, args=(self._process.stdout, self._answers), daemon=True).start()
+        process, is_done = self._process, False
+        assert process.stdin is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has just ended, which its answer tells
+                process.stdin.write(
+                    json.dumps({"arguments": [*arguments, "--json", str(path)], "limit": limit_s}) + "\n"
+                )
+                process.stdin.flush()
+            answer = self._answers.get(timeout=limit_s)
+            is_done = bool(answer)
+        except queue.Empty:
+            raise UserError(_too_long(limit_s)) from None
+        finally:
+            if not is_done:
+                self.close()
+        if not answer:
+            raise UserError(_why_ended(process.returncode, self._told.last))
+        if reason := json.loads(answer)["failed"]:
+            raise UserError(reason)
+
+    def close(self) -> None:
+        """End the process with all that it has started."""
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                assert self._process.stdin is not None
+                self._process.stdin.close()  # which ends one that waits for the next bench
+            end(self._process, self._grace_s)
+            self._told.join()
+            self._process = None
+
+    def __enter__(self) -> SharedProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def serve(run: Callable[[list[str]], object]) -> None:
+    """What the one process does: run each bench that the standard input names, and answer when it has ended.
+
+    `run` takes a bench's arguments. Where it hangs, the stack of every thread is printed when its time is over.
+    """
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # tables that the JSON has too
+    for line in sys.stdin:
+        request = json.loads(line)
+        faulthandler.dump_traceback_later(request["limit"], exit=False)
+        failed = ""
+        try:
+            run(request["arguments"])
+        except SystemExit as stop:
+            failed = "" if stop.code in (None, 0) else _why_ended(stop.code, [])
+        except Exception as error:
+            traceback.print_exc()
+            failed = reason_of(error)
+        faulthandler.cancel_dump_traceback_later()
+        print(json.dumps({"failed": failed}), file=answers, flush=True)
+
+
+class _Told:
+    """Passes on what a process says of itself; keeps the last line."""
+
+    def __init__(self, lines: IO[str]) -> None:
+        self.last: deque[str] = deque(maxlen=1)
+        self._thread = Thread(target=self._pass_on, args=(lines,), daemon=True)
+        self._thread.start()
+
+    def _pass_on(self, lines: IO[str]) -> None:
+        with lines:
+            for line in lines:
+                sys.stderr.write(line)
+                if line.strip():
+                    self.last.append(line.strip())
+
+    def join(self) -> None:
+        """Wait a moment for the rest of it."""
+        self._thread.join(1.0)
+
+
+def _started(command: Sequence[str], stdin: int, stdout: int) -> tuple[subprocess.Popen[str], _Told]:
+    # A session of its own, so that its children (loaders' workers, compilers) can be ended with it.
+    process = subprocess.Popen(
+        command,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+        errors="replace",
+    )
+    assert process.stderr is not None
+    return process, _Told(process.stderr)
+
+
+def _collect(lines: IO[str], answers: queue.Queue[str]) -> None:
+    with lines:
+        for line in lines:
+            answers.put(line)
+    answers.put("")  # it has ended
+
+
+def _too_long(limit_s: float) -> str:
+    return f"ended after {limit_s:.0f} s, the time it was given."
+
+
+def _why_ended(code: object, last: Sequence[str]) -> str:
+    if isinstance(code, int) and code < 0:
+        return f"killed by signal {-code}{' (out of memory?)' if -code == signal.SIGKILL else ''}."
+    return f"ended with code {code}{': ' if last else '.'}{''.join(last)}"
+
+
+def end(process: subprocess.Popen[str], grace_s: float) -> None:
+    """Politely, then the whole session: also what a process that is done has left running."""
+    if process.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if process.stdin is not None and process.stdin.closed:
+                process.wait(0.2)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(grace_s)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,130 @@
+"""Which benches `all` runs on a CPU and on a GPU, in which order, in which sizes, and how long each may take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+BUDGET_MINUTES: Mapping[str, float] = {"cpu": 15, "cuda": 3.5}
+"""All benches in their short form, by device, unless --budget says otherwise."""
+LONGEST_S = 3600
+"""Of a bench in its full form."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One bench of the selection."""
+
+    bench: str
+    """The command."""
+    short: tuple[str, ...] = ()
+    """Flags of the short form."""
+    flags: tuple[str, ...] = ()
+    """Flags of both forms."""
+    expected_s: int = 60
+    """How long the short form takes."""
+    has_device: bool = True
+    is_short: bool = True
+    """Whether it is in the short form at all."""
+    is_profile: bool = False
+    """Whether it is in the short form only with --profile."""
+    tiny: tuple[str, ...] | None = None
+    """Flags of the rehearsal; None: it is not in it."""
+    shares: bool = False
+    """Whether its short form is run in the process that others share."""
+    longest_s: int | None = None
+    """Of the short form, where it is known better than by `expected_s`."""
+
+    @property
+    def limit_s(self) -> int:
+        """After which the short form is ended: a busy machine and compiling take long, a bench that hangs for ever."""
+        return self.longest_s or 60 + 3 * self.expected_s
+
+
+CPU: Mapping[str, Entry] = {
+    # 4,000 images: with fewer, the fixed cost of starting FFCV's writer would flatter us.
+    "prep": Entry("prep", ("--count", "4000"), expected_s=180, has_device=False),
+    "loader": Entry("loader", ("--count", "1200"), expected_s=75),
+    "augment": Entry("augment", ("--batches", "4"), expected_s=30),
+    # A third of the layers for the inline SVD, which takes most of the time and the same for each layer.
+    "spectral": Entry("spectral", ("--inline-layers", "4"), expected_s=140),
+    "step": Entry("step", expected_s=60),
+    "end-to-end": Entry("end-to-end", ("--count", "1200", "--steps", "20"), expected_s=120),
+    "limits": Entry("limits", ("--count", "600"), expected_s=20),
+    # Without memory, which takes a process a sample.
+    "growth": Entry(
+        "growth",
+        ("--sweeps", "workers", "batch", "size", "samples", "width", "--count", "256", "--widths", "192", "384"),
+        expected_s=90,
+    ),
+}
+"""In this order. `expected_s` is of 2 cores without a GPU, reckoned from the speeds of the cases: 12 minutes in all,
+and two more when the photographs are made for the first time."""
+
+_TINY = (
+    *("--model", "test_vit", "--img-size", "32", "-b", "4", "--steps", "10", "--count", "24"),
+    *("--workers", "1", "--loader", "ffcv"),
+)
+"""A run of the smallest model of timm's: what the rehearsal takes in place of ViT-S and ViT-B."""
+
+
+def _of_run(figure: str, model: str, expected_s: int, longest_s: int, *more: str, is_profile: bool = False) -> Entry:
+    """A figure of the bench `training`; those of a model have the same options, so that they share its run."""
+    run = ("--count", str(PHOTOS), "--steps", "20", "--model", f"vit_{model}_patch16_224")
+    return Entry(
+        "training",
+        short=(*run, *more),
+        flags=("--figure", figure),
+        expected_s=expected_s,
+        longest_s=longest_s,
+        is_profile=is_profile,
+        tiny=(*_TINY, *(("--augment-batch", "8", "--augment-batches", "2") if figure == "augment" else ())),
+        shares=True,
+    )
+
+
+PHOTOS = 1024
+"""Photographs of the short form on a GPU, and how often a loader takes them in a round."""
+_TIMES = "8"
+
+CUDA: Mapping[str, Entry] = {
+    # Each model's first figure makes the run and compiles both steps: 23 to 30 s each on an H100, and twice that is
+    # still no hang.
+    "step": _of_run("step", "small", 70, 120),
+    "end-to-end": _of_run("end-to-end", "small", 15, 45),
+    "monitor": _of_run("monitor", "small", 15, 45, "--step-steps", "30"),
+    "step-base": _of_run("step", "base", 63, 120, "--step-steps", "10"),
+    "end-to-end-base": _of_run("end-to-end", "base", 20, 60),
+    "loader": Entry(
+        "loader",
+        (
+            *("--count", str(PHOTOS), "--times", _TIMES, "-b", "256"),
+            *("--cases", "dali_gpu", "resident", "resident_256px", "dali_gpu_400px", "gpu_decode_limit", "copy_limit"),
+        ),
+        expected_s=15,
+        longest_s=60,
+        tiny=(
+            *("--count", "24", "-b", "4", "--img-size", "32", "--workers", "1", "--times", "2"),
+            *("--cases", "ffcv", "resident", "copy_limit"),
+        ),
+        shares=True,
+    ),
+    "augment": _of_run("augment", "small", 10, 45),
+    "kernels": _of_run("kernels", "small", 10, 45, is_profile=True),
+    "kernels-base": _of_run("kernels", "base", 15, 60, is_profile=True),
+    # An inline SVD of a ViT-B takes tens of seconds on a GPU, one layer of the model and its EMA two.
+    "spectral": Entry(
+        "spectral", (*("--models", "base", "--inline-layers", "1"), "--step-batches", "256"), is_short=False
+    ),
+    "limits": Entry("limits", is_short=False),
+    "prep": Entry("prep", has_device=False, is_short=False),
+    "growth": Entry("growth", is_short=False),
+}
+"""The most valuable first, ViT-S before ViT-B, since the budget, or the machine, may end before the last.
+
+`expected_s` is an estimate for one H100 with 16 cores, made of the times in docs/benchmarks/h100.md, not a measurement.
+"""
+
+SELECTIONS: Mapping[str, Mapping[str, Entry]] = {"cpu": CPU, "cuda": CUDA}
+"""By type of device; the names are those of results and aims."""
+NAMES = tuple(dict.fromkeys([*CPU, *CUDA]))

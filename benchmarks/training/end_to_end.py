@@ -1,0 +1,125 @@
+"""The bench `end-to-end`: training from a .beton with the full recipe, split into the phases of a step.
+
+The loop is the trainer's own, listened to; beside it runs the same step on a batch that stays on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+from benchmarks.harness.limits import products_case
+from benchmarks.harness.measure import Case, Result, Samples, measure, nothing
+from benchmarks.training.run import AUGMENTATION, Options, TrainingRun, training_run
+from benchmarks.training.timed_steps import PHASES, Phases, Round, batches_ahead
+
+LIMITS = (
+    "A round is a stretch of one epoch of one run, from where the decoder's queue is steady, with one line of the log; "
+    "no checkpoint, validation or beginning of an epoch is in it.",
+    "On a CPU the augmentation is in the trainer's thread; on CUDA it runs beside the step before, on the loader's "
+    "stream, so its time is not part of the step's.",
+    "forward: normalising, mixing, model and loss; optimizer: with clipping and zero_grad; other: the rest of "
+    "the loop, the seeding of the step, the meter, the schedule and the log.",
+)
+
+
+def run(
+    options: Options, note: Callable[[str], object] = nothing, keep: Callable[[Result], object] = nothing
+) -> Result:
+    """Measure both cases and the phases.
+
+    Beside cases and ratios the result holds the sections workload, shares (of the step's time, 0-1), bottleneck, queue
+    (decoded batches that waited, by round) and refreshes (of the spectra, by round). Raises `UserError`.
+    """
+    with training_run(options, note) as training:
+        return measure_end_to_end(training, note, keep)
+
+
+def measure_end_to_end(
+    training: TrainingRun, note: Callable[[str], object] = nothing, keep: Callable[[Result], object] = nothing
+) -> Result:
+    """`run`, of a run that is there."""
+    load, timed, device = training.load, training.timed, training.device
+    spectra = f"every {training.spec_every} updates" if training.spec_every else "once a round"
+    real = f"{' '.join(AUGMENTATION)} --spec-monitor, a refresh {spectra}"
+    repeated = f"the set {training.times} times over; " if training.times > 1 else ""
+    real = f"{timed.trainer.setup.description}; {repeated}{real}; {load.steps} steps a round"
+    cases = {
+        "end_to_end": Case(timed.run, training.items, "img/s", real, timed.before, timed.after),
+        "synthetic": held_case(training, f"the same on one batch that stays, no monitor: {training.setting}"),
+    }
+    ratios = {"end_to_end_vs_synthetic": ("end_to_end", "synthetic")}
+    if training.train_flops:
+        cases["product_limit"] = products_case(training.train_flops, training.items, "img/s", device, training.dtype)
+        ratios["mfu_end_to_end"] = ("end_to_end", "product_limit")
+    result = measure(
+        "end-to-end",
+        cases,
+        ratios,
+        environment=training.environment,
+        repeats=training.repeats,
+        limits=LIMITS,
+        note=note,
+        keep=keep,
+    )
+    overlaps = frozenset({"augment"} if device.type == "cuda" else ())
+    rounds = timed.rounds[-training.repeats :]
+    phases = Phases.of([one.seconds for one in rounds], load.steps, overlaps)
+    result = _with_phases(result, phases, training.about())
+    said, seen = what_was_seen(rounds, load.steps, training.config.data.prefetch)
+    return replace(result, limits=(*said, *result.limits), extra={**result.extra, **seen})
+
+
+def held_case(training: TrainingRun, setting: str, steps: int | None = None) -> Case:
+    """Images a second of the run's step on a batch that stays on the device."""
+    count = steps or training.load.steps
+
+    def run() -> None:
+        training.timed.held(count)
+
+    return Case(run, training.load.batch_size * count, setting=setting)
+
+
+def what_was_seen(rounds: Sequence[Round], steps: int, prefetch: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Of the loader's queue and of the monitor: sentences for the reader, and the sections `queue` and `refreshes`."""
+    queue: dict[str, Any] = {
+        "prefetch": prefetch,
+        "mean": [one.queue_depth for one in rounds],
+        "at_start": [one.waiting_at_start for one in rounds],
+        "at_end": [one.waiting_at_end for one in rounds],
+    }
+    refreshes = {
+        "by_round": [one.refreshes for one in rounds],
+        "skipped": [one.skipped for one in rounds],
+        "seconds_after_the_round": [one.refresh_tail_s for one in rounds],
+    }
+    ahead, tail = batches_ahead(prefetch), max(refreshes["seconds_after_the_round"])
+    said = [
+        f"When a batch was asked for, {median(queue['mean']):.2g} decoded ones waited, of {prefetch} at most.",
+        f"Refreshes of the spectra: {sum(refreshes['by_round'])} in {len(rounds)} rounds, "
+        f"{sum(refreshes['skipped'])} skipped; the longest went on for {tail:.2g} s after its round.",
+    ]
+    if steps < 4 * ahead:
+        said.insert(0, f"Of {steps} batches a round up to {ahead} may be decoded before it: a smoke test.")
+    if lacking := refreshes["by_round"].count(0):
+        said.insert(0, f"{lacking} of {len(rounds)} rounds had no refresh of the spectra, so the monitor was idle.")
+    return tuple(said), {"queue": queue, "refreshes": refreshes}
+
+
+def _with_phases(result: Result, phases: Phases, about: dict[str, Any]) -> Result:
+    texts = {
+        "data": "waiting for data",
+        "augment": "flips, operations",
+        "inputs": "normalising, mixing and erasing, as far as they are not compiled with the model",
+        "monitor": "noting weights to refresh",
+    }
+    cases = dict(result.cases)
+    for name in PHASES:
+        cases[f"phase_{name}"] = Samples(phases.ms[name], "ms/step", texts.get(name, ""))
+    shares = phases.shares()
+    slowest = phases.bottleneck()
+    found = f"The bottleneck is {slowest}: {shares[slowest]:.0%} of a step."
+    extra = {**about, "shares": shares, "bottleneck": slowest}
+    return replace(result, cases=cases, limits=(found, *result.limits), extra=extra)

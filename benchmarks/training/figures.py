@@ -1,0 +1,154 @@
+"""The bench `training`: what is measured with the one compiled step of a run, a figure at a time.
+
+`bench step`, `end-to-end`, `augment` and `spectral` measure more, and each compiles steps of its own. Where `all`
+measures several of these figures in one process, the run and its step are made once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from benchmarks import augment
+from benchmarks.harness.limits import products_case
+from benchmarks.harness.measure import Case, Result, Samples, measure, nothing
+from benchmarks.step import timm_case
+from benchmarks.training import run as training_room
+from benchmarks.training.end_to_end import held_case, measure_end_to_end
+from benchmarks.training.kernels import profiled
+from benchmarks.training.monitored import EVERY, MonitorOfBlocks
+from benchmarks.training.run import TrainingRun, training_run
+
+Figure = Literal["step", "end-to-end", "monitor", "augment", "kernels"]
+WARM_UP_STEPS = 20
+"""Of a compiled step, before the first round: compiling, and what is chosen or allocated in the first few."""
+LIMITS = (
+    "Ours normalises, mixes and erases in the step; timm's images are normalised and its targets soft before: its "
+    "loader does that.",
+    "timm's train.py as it stands takes AdamW without fused; it is given fused here, as --opt-kwargs fused=True does.",
+)
+
+
+@dataclass(frozen=True)
+class Options(training_room.Options):
+    """Options of the bench."""
+
+    figure: Annotated[Figure, tyro.conf.arg(metavar="NAME")] = "step"
+    """step, beside timm's; end-to-end, with data, beside without; monitor: a refresh every 10 updates, beside none;
+    augment: the operations beside the step; kernels: where the time of the step and of a run goes."""
+    step_steps: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: --steps)")] = None
+    """Steps a round where no data is read."""
+    augment_batch: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 1024; 256)")] = None
+    """Images a batch of the figure augment, on cuda and on a CPU."""
+    augment_batches: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 60; 8)")] = None
+    """Batches a round of it."""
+
+
+def run(
+    options: Options, note: Callable[[str], object] = nothing, keep: Callable[[Result], object] = nothing
+) -> Result:
+    """Measure the figure. Raises `UserError`."""
+    with training_run(options, note) as training:
+        steps = options.step_steps or training.load.steps
+        if options.figure == "end-to-end":
+            return measure_end_to_end(training, note, keep)
+        if options.figure == "kernels":
+            return _kernels(training, steps, note)
+        cases, ratios, more = _FIGURES[options.figure](training, options, steps)
+        result = measure(
+            options.figure,
+            cases,
+            ratios,
+            environment=training.environment,
+            repeats=training.repeats,
+            limits=LIMITS if options.figure == "step" else (),
+            note=note,
+            keep=keep,
+        )
+        return replace(result, extra={**training.about(), **more})
+
+
+_Figure = tuple[dict[str, Case], dict[str, tuple[str, str]], dict[str, Any]]
+"""Cases, ratios, and further sections."""
+
+
+def _step(training: TrainingRun, options: Options, steps: int) -> _Figure:
+    load, way = replace(training.load, steps=steps), training.way
+    cases = {
+        f"ours_{way}": _ours(training, steps),
+        f"timm_{way}": Case.of_peer(partial(timm_case, load, training.device, way, training.config)),
+    }
+    ratios = {f"{way}_vs_timm_{way}": (f"ours_{way}", f"timm_{way}")}
+    if training.train_flops:
+        items = load.batch_size * steps
+        cases["product_limit"] = products_case(training.train_flops, items, "img/s", training.device, training.dtype)
+        ratios |= {f"mfu_{name}": (name, "product_limit") for name in (f"ours_{way}", f"timm_{way}")}
+    return cases, ratios, {}
+
+
+def _monitor(training: TrainingRun, options: Options, steps: int) -> _Figure:
+    setup = training.timed.trainer.setup
+    beside, updates = MonitorOfBlocks(setup.model, setup.ema.module if setup.ema else None), 0
+
+    def watched() -> None:
+        nonlocal updates
+        first = updates
+        training.timed.held(steps, lambda n: beside.observe(first + n))
+        updates += steps
+
+    without = _ours(training, steps)
+    setting = f"the same with a refresh every {EVERY} updates, model and EMA; the last one is waited for afterwards"
+    cases = {
+        "step": without,
+        "step_with_monitor": replace(without, run=watched, setting=setting, before=beside.start, after=beside.stop),
+    }
+    return cases, {"with_monitor_vs_without": ("step_with_monitor", "step")}, {"refreshes": beside.figures}
+
+
+def _augment(training: TrainingRun, options: Options, steps: int) -> _Figure:
+    of_batch, of_round = augment.SIZES[training.device.type]
+    batch, batches = options.augment_batch or of_batch, options.augment_batches or of_round
+    cases = augment.our_cases(batch, batches, training.load.img_size, training.device)
+    cases["step"] = _ours(training, steps)
+    ratios = {
+        "full_recipe_share_of_limit": ("full_recipe", "copy_limit"),
+        "full_recipe_vs_step": ("full_recipe", "step"),
+    }
+    return cases, ratios, {"recipe": augment.RECIPE, "augment_batch": batch, "augment_batches": batches}
+
+
+def _ours(training: TrainingRun, steps: int) -> Case:
+    setting = f"{training.setting}, loss meter; images normalised, mixed and erased in the step"
+    warm_up = partial(training.timed.held, WARM_UP_STEPS) if training.way == "compiled" else nothing
+    return replace(held_case(training, setting, steps), first=warm_up)
+
+
+_FIGURES: dict[str, Callable[[TrainingRun, Options, int], _Figure]] = {
+    "step": _step,
+    "monitor": _monitor,
+    "augment": _augment,
+}
+
+
+def _kernels(training: TrainingRun, steps: int, note: Callable[[str], object]) -> Result:
+    """The tables in the section `kernels`, by what was profiled; their sums as cases."""
+    timed, device = training.timed, training.device
+    note("profiling the step")
+    timed.held(WARM_UP_STEPS if training.way == "compiled" else 1)
+    tables = {"step": profiled(partial(timed.held, steps), steps, device)}
+    note("profiling the run")
+    timed.before()
+    tables["end_to_end"] = profiled(timed.run, training.load.steps, device)
+    timed.after()
+    what = "kernels and copies of the device" if device.type == "cuda" else "torch's operators on the host"
+    cases = {
+        name: Samples((table["ms"],), "ms/step", f"all {what}, of {table['steps']} steps")
+        for name, table in tables.items()
+    }
+    limits = (f"One profile each, of {what}. What runs on several streams at once counts for each of them.",)
+    extra = {**training.about(), "kernels": tables}
+    return Result("kernels", training.environment, cases, {}, limits, extra)

@@ -1,0 +1,65 @@
+"""Where the time of a step goes: torch's profile of some steps as a table of kernels, or of operators on a CPU."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+MOST_ROWS = 30
+
+Span = tuple[str, float]
+"""Name of a kernel or operator, and microseconds of one run of it."""
+
+
+def profiled(run: Callable[[], object], steps: int, device: torch.device) -> dict[str, Any]:
+    """A table of what `run`, which takes `steps` steps and waits for the device, spends its time on.
+
+    On cuda these are the device's kernels and copies, of all streams; on a CPU torch's operators without what they
+    call. See `table_of`.
+    """
+    is_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
+    with profile(activities=activities) as found:
+        run()
+    events: Any = found.events()
+    return table_of(of_kernels(events) if is_cuda else of_operators(events), steps)
+
+
+def of_kernels(events: Iterable[Any]) -> list[Span]:
+    """What ran on the device, without the ranges that somebody has named, which hold kernels."""
+    on_device = (event for event in events if event.device_type == DeviceType.CUDA)
+    return [(event.name, event.self_device_time_total) for event in on_device if not event.is_user_annotation]
+
+
+def of_operators(events: Iterable[Any]) -> list[Span]:
+    """What torch's operators took of the host, each without those that it calls."""
+    return [(event.name, event.self_cpu_time_total) for event in events if event.device_type == DeviceType.CPU]
+
+
+def table_of(spans: Iterable[Span], steps: int) -> dict[str, Any]:
+    """The `MOST_ROWS` names that took most: ms a step, runs a step, and share of all together, 0-1.
+
+    The sections are `steps`, `ms` (of all names, a step), `rows`, and `others` (how many names are not in the rows).
+    """
+    microseconds: dict[str, float] = defaultdict(float)
+    runs: dict[str, int] = defaultdict(int)
+    for name, took in spans:
+        microseconds[name] += took
+        runs[name] += 1
+    total = sum(microseconds.values())
+    names = sorted((name for name in microseconds if microseconds[name]), key=lambda name: -microseconds[name])
+    rows = [
+        {
+            "name": name,
+            "ms": microseconds[name] / 1e3 / steps,
+            "runs": runs[name] / steps,
+            "share": microseconds[name] / total,
+        }
+        for name in names[:MOST_ROWS]
+    ]
+    return {"steps": steps, "ms": total / 1e3 / steps, "rows": rows, "others": max(0, len(names) - MOST_ROWS)}

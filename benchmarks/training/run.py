@@ -1,0 +1,210 @@
+"""A training run with the full recipe that several figures are taken from, so that its step is compiled once."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from benchmarks.harness.measure import DEFAULT_REPEATS, check_repeats, environment, nothing
+from benchmarks.harness.sets import converted, link_repeated, open_given, photographs, times_for
+from benchmarks.prep import CACHE
+from benchmarks.step import RECIPE, WORKLOADS, Workload, config_of, dtype_of
+from benchmarks.training.timed_steps import TimedSteps, updates_of_rounds
+from data_prep.formats.jpeg import ImageOptions
+from lowrank_vit.common.devices import pick_device
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.resources import available_cores
+from lowrank_vit.config.flags import parse
+from lowrank_vit.config.options import Config
+
+AUGMENTATION = (
+    *("--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.25", "--remode", "pixel"),
+    *("--mixup", "0.8", "--cutmix", "1.0"),
+)
+STEPS = {"cuda": 40, "cpu": 20}
+"""Steps a round, by device: many times what a loader decodes ahead, and half a second at least."""
+SPARE_ROUNDS = 3
+"""Rounds an epoch must have beside those that count: one that does not, and those of the profile."""
+
+_BY_DEVICE = "(default: by the device)"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the benches that train."""
+
+    data: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: photographs)")] = None
+    """Train from this .beton instead of the bench's photographs."""
+    count: Annotated[int, tyro.conf.arg(metavar="N")] = 2000
+    """Photographs of 500 x 375 pixels, made once and kept in data/bench."""
+    model: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_BY_DEVICE)] = None
+    """timm model; vit_small_patch16_224 on cuda, vit_tiny_patch16_224 on a CPU."""
+    img_size: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=_BY_DEVICE)] = None
+    """Side of the images, pixels; 224 or 64."""
+    batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"], metavar="N", help_behavior_hint=_BY_DEVICE)] = None
+    """Images a step; 256 or 64."""
+    steps: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=_BY_DEVICE)] = None
+    """Steps a round, after some that do not count; 40 or 20. A set that is too short for them is repeated."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it trains: compiled in bfloat16 on cuda, eager in float32 on a CPU."""
+    loader: Literal["auto", "resident", "dali", "ffcv"] = "dali"
+    """Decode backend, as for training; auto would keep the bench's few photographs decoded in memory."""
+    workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")] = None
+    """CPU threads that decode."""
+    spec_every: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: once a round)")] = None
+    """Updates between two refreshes of the spectra, counted through the run, with those between rounds."""
+    repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
+    """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
+    scratch: Annotated[Path, tyro.conf.arg(metavar="DIR")] = CACHE
+    """Where photographs and converted sets are kept."""
+
+    def workload(self, device: torch.device) -> Workload:
+        """Of the device, with what was given over it. Raises `UserError`."""
+        for name in ("count", "img_size", "batch_size", "steps", "workers", "spec_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {value}, expected 1 or more.")
+        given = {name: getattr(self, name) for name in ("model", "img_size", "batch_size", "steps")}
+        given["steps"] = given["steps"] or STEPS[device.type]
+        return replace(WORKLOADS[device.type], **{name: value for name, value in given.items() if value is not None})
+
+
+class TrainingRun:
+    """The run in rounds, ready to be timed, with what its figures say of it."""
+
+    def __init__(self, options: Options, note: Callable[[str], object] = nothing) -> None:
+        """Make the set and the run, which takes no update yet. Raises `UserError`."""
+        check_repeats(options.repeats)
+        self.device = pick_device(options.device)
+        self.load, self.repeats, self.spec_every = options.workload(self.device), options.repeats, options.spec_every
+        cores = available_cores()
+        if self.device.type == "cpu":
+            torch.set_num_threads(cores)
+        self.environment = environment(self.device.type)
+        self.way = "compiled" if self.device.type == "cuda" else "eager"
+        with ExitStack() as stack:
+            decoding = ["--loader", options.loader, "--workers", str(options.workers or cores)]
+            base = config_of(self.load, self.device, self.way)
+            folder, self.times = _data_folder(options, self.load, base, stack, note)
+            self.config = with_data(base, folder, [*decoding, *AUGMENTATION])
+            note("opening the data and making the steps")
+            rounds = options.repeats + SPARE_ROUNDS
+            self.timed = stack.enter_context(TimedSteps(self.config, self.load.steps, options.spec_every, rounds))
+            self._stack = stack.pop_all()
+        setup = self.timed.trainer.setup
+        self.train_flops, self.items = setup.train_flops, self.load.batch_size * self.load.steps
+        self.dtype = dtype_of(self.config)
+        self.attention = attention_backend(setup.model, self.load.batch_size, self.dtype, self.device)
+        self.setting = (
+            f"{self.load.model}, {self.load.img_size} px, batch {self.load.batch_size}, {self.way}, AdamW, EMA"
+        )
+
+    def about(self) -> dict[str, Any]:
+        """Sections of a result: the workload and how it was run."""
+        load, data = self.load, self.config.data
+        return {
+            "workload": {name: getattr(load, name) for name in ("model", "img_size", "batch_size", "steps")},
+            "attention": self.attention,
+            "loader": {
+                "backend": self.timed.trainer.setup.train_loader.name,
+                "hw_decoder_load": data.hw_decoder_load,
+                "workers": data.workers,
+                "prefetch": data.prefetch,
+            },
+            "description": list(self.timed.trainer.setup.description),
+        }
+
+    def close(self) -> None:
+        """End the run and remove its files."""
+        self._stack.close()
+
+
+_kept: ContextVar[dict[Options, TrainingRun] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def kept_open() -> Generator[None]:
+    """Inside, a run stays open for the next figure of the same options."""
+    runs: dict[Options, TrainingRun] = {}
+    token = _kept.set(runs)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+        for run in runs.values():
+            run.close()
+
+
+@contextmanager
+def training_run(options: Options, note: Callable[[str], object] = nothing) -> Generator[TrainingRun]:
+    """The run of these options: a new one, or inside of `kept_open` the one that is there. Raises `UserError`."""
+    runs, key = _kept.get(), key_of(options)
+    if runs is not None and key in runs:
+        yield runs[key]
+        return
+    run = TrainingRun(key, note)
+    if runs is not None:
+        runs[key] = run
+        yield run
+        return
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def key_of(options: Options) -> Options:
+    """Without the further options that a bench may have, which are not the run's."""
+    return Options(**{field.name: getattr(options, field.name) for field in fields(Options)})
+
+
+def attention_backend(model: torch.nn.Module, batch_size: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Torch's name of what computes the attention of the model's blocks, "unknown" where that cannot be said."""
+    try:
+        block: Any = model.get_submodule("blocks.0.attn")
+        embedding: Any = model.get_submodule("patch_embed")
+        tokens = embedding.num_patches + 1
+        q = torch.zeros(batch_size, block.num_heads, tokens, block.head_dim, dtype=dtype, device=device)
+        q.requires_grad_()
+        chosen = torch._fused_sdp_choice(q, q, q)  # pyright: ignore[reportPrivateUsage]
+        return torch.nn.attention.SDPBackend(chosen).name.lower()
+    except Exception:  # a private function of torch's, and a model that may have no such block
+        return "unknown"
+
+
+def with_data(synthetic: Config, folder: Path, flags: list[str]) -> Config:
+    """The same run from the .beton files of `folder`."""
+    data = parse(["--data-dir", str(folder), "--epochs", "1000", *RECIPE, *flags], prog="bench")
+    sizes = {"batch_size": synthetic.data.batch_size, "img_size": synthetic.data.img_size}
+    # The bench validates nothing; a small validation batch keeps its loader small.
+    of_data = replace(data.data, **sizes, validation_batch_size=1)
+    return replace(synthetic, data=of_data, augment=data.augment)
+
+
+def _data_folder(
+    options: Options, load: Workload, config: Config, stack: ExitStack, note: Callable[[str], object]
+) -> tuple[Path, int]:
+    """A folder with train.beton and val.beton, of --data or of photographs, and how often the set is in train.beton.
+
+    So often that an epoch is longer than all rounds.
+    """
+    if options.data is not None:
+        beton = open_given(options.data)
+    else:
+        photos = photographs(options.scratch, options.count, note)
+        note("converting")
+        beton = converted(photos, "", ImageOptions())
+    updates = updates_of_rounds(config, load.steps, options.repeats + SPARE_ROUNDS)
+    times = times_for(beton.num_samples, load.batch_size, updates)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    link_repeated(beton.parts, folder / "train.beton", times)
+    link_repeated(beton.parts, folder / "val.beton", 1)
+    return folder, times

@@ -1,0 +1,118 @@
+"""Processes that benches run in: their limits hold, and what went wrong is said. No test asserts a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.harness import processes
+from benchmarks.harness.processes import SharedProcess
+from lowrank_vit.common.errors import UserError
+
+
+def test_a_process_tells_why_it_failed(capfd):
+    processes.run_limited([sys.executable, "-c", "print('table')"], 60)
+    assert capfd.readouterr().out == ""
+    for code, reason in (
+        ("import sys; sys.exit('error: --count is 0')", "ended with code 1: error: --count is 0"),
+        ("import sys; sys.exit(3)", r"ended with code 3\."),
+        ("import os; os.kill(os.getpid(), 9)", r"killed by signal 9 \(out of memory\?\)"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            processes.run_limited([sys.executable, "-c", code], 60)
+    assert "error: --count is 0" in capfd.readouterr().err
+
+
+def test_a_bench_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "GRACE_S", 0.2)
+    child = tmp_path / "child"
+    # Neither listens to Ctrl-C.
+    code = f"""
+import os, signal, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+if os.fork() == 0:
+    open({str(child)!r}, "w").write(str(os.getpid()))
+time.sleep(600)
+"""
+    with pytest.raises(UserError, match="ended after 4 s, the time it was given"):
+        processes.run_limited([sys.executable, "-c", code], 4)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(child.read_text())).wait(5)  # a killed process takes a moment to end
+
+
+BODY = """
+import ctypes, json, os, sys
+from benchmarks.harness.processes import serve
+from lowrank_vit.common.errors import UserError
+
+def run(arguments):
+    kind, path = arguments[0], arguments[-1]
+    print("a table")
+    if kind == "wrong":
+        raise UserError("--count is 0")
+    if kind == "broken":
+        sys.exit(1)
+    if kind == "crash":
+        os.kill(os.getpid(), 11)
+    open(path, "w").write(json.dumps([os.getpid(), arguments]))
+    if kind == "hang":  # outside of Python, and with the lock held: neither a signal nor a thread gets through
+        ctypes.PyDLL(None).sleep(600)
+
+serve(run)
+"""
+
+
+@pytest.fixture
+def shared(tmp_path):
+    script = tmp_path / "body.py"
+    script.write_text(textwrap.dedent(BODY))
+    with SharedProcess([sys.executable, str(script)], grace_s=0.2) as process:
+        yield process
+
+
+@pytest.fixture(autouse=True)
+def _project_is_found(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+
+
+def pid_of(path: Path) -> int:
+    return json.loads(path.read_text())[0]
+
+
+def test_benches_share_a_process_until_one_ends_it(shared, tmp_path, capfd):
+    first, second, third = (tmp_path / f"{n}.json" for n in range(3))
+    shared.start_bench(["good", "-b", "4"], first, 60)
+    assert json.loads(first.read_text())[1] == ["good", "-b", "4", "--json", str(first)]
+    for kind, reason in (("wrong", "^--count is 0$"), ("broken", r"^ended with code 1\.$")):
+        with pytest.raises(UserError, match=reason):
+            shared.start_bench([kind], second, 60)
+    shared.start_bench(["good"], second, 60)
+    assert pid_of(second) == pid_of(first)
+    with pytest.raises(UserError, match=r"killed by signal 11\."):
+        shared.start_bench(["crash"], third, 60)
+    shared.start_bench(["good"], third, 60)
+    assert pid_of(third) != pid_of(first)
+    assert "a table" not in capfd.readouterr().out
+
+
+def test_a_bench_that_hangs_outside_of_python_is_ended_and_keeps_what_it_has(shared, tmp_path):
+    hung, after = tmp_path / "hung.json", tmp_path / "after.json"
+    with pytest.raises(UserError, match="ended after 8 s, the time it was given"):
+        shared.start_bench(["hang"], hung, 8)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(pid_of(hung)).wait(5)
+    shared.start_bench(["good"], after, 60)
+    assert pid_of(after) != pid_of(hung)
+
+
+def test_the_process_ends_with_its_owner(shared, tmp_path):
+    shared.start_bench(["good"], tmp_path / "a.json", 60)
+    shared.close()
+    assert not psutil.pid_exists(pid_of(tmp_path / "a.json"))
+    shared.close()  # a second time does nothing
