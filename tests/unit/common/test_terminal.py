@@ -216,3 +216,15 @@ def test_progress_is_a_line_a_minute_with_the_time_left(monkeypatch):
     assert said == ["images: 160/1,000  ETA 14:00", "images: 220/1,000  ETA 13:00", "images: 280/1,000  ETA 12:00"]
     now[0] += 1000.0  # nothing goes on, so nothing is said
     assert len(said) == 3
+
+
+def test_progress_of_bytes_is_said_in_mebibytes(monkeypatch):
+    now, said = [5.0], []
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    for say in (said.append, None):
+        with terminal.bytes_shown(10 << 30, "loading a.beton", say) as advance:
+            for _ in range(10):
+                now[0] += 40.0
+                advance(1 << 30)
+    assert said[0] == "loading a.beton, MiB: 2,048/10,240  ETA 5:20"
+    assert len(said) == 5
