@@ -103,4 +103,4 @@ def open_backend(
     try:
         return ResidentBackend(beton, plan, device, options.workers, options.say)
     except NoRoom as error:
-        raise UserError(f"--loader resident: {error}. Use --loader auto.") from error
+        raise UserError(f"--loader resident: {beton.path} takes {error}. Use --loader auto.") from error

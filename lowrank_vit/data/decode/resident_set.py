@@ -32,7 +32,7 @@ _SHOWN_BYTES = 1 << 30
 
 
 class NoRoom(UserError):
-    """A device's memory does not take a set."""
+    """A device has no memory for a set: how much that takes, and what is free where, in words without its name."""
 
 
 class ResidentSet:
@@ -51,7 +51,7 @@ class ResidentSet:
         sizes = _decoded_bytes(beton)
         total = int(sizes.sum())
         if crowded := place_without_room(total, device):
-            raise NoRoom(f"{beton.path} takes {size_in_words(total)} decoded, but {crowded} free")
+            raise NoRoom(f"{size_in_words(total)} decoded, but {crowded} free")
         self._order = np.argsort(beton.pointers, kind="stable")
         self._ends = np.cumsum(sizes[self._order])
         """Behind each image, by its place in the file."""
@@ -171,8 +171,7 @@ class ResidentSet:
         """The error that says so, when all is released."""
         self.release()
         taken, free = size_in_words(resident_bytes(self._beton)), size_in_words(free_bytes(self._device))
-        has_none = f"{self._device}, where {free} are free, has no room ({reason})"
-        return NoRoom(f"{self._beton.path} takes {taken} decoded, but {has_none}")
+        return NoRoom(f"{taken} decoded, but {self._device}, where {free} are free, has no room ({reason})")
 
     def release(self) -> None:
         """Give the memory back, to others on the device, too."""
