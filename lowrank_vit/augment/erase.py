@@ -14,6 +14,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from lowrank_vit.augment.grid import Grid
+
 Mode = Literal["const", "rand", "pixel"]
 MODES: tuple[Mode, ...] = ("const", "rand", "pixel")
 _RAND, _PIXEL = 1, 2
@@ -23,30 +25,27 @@ NORMAL = torch.special.ndtri((torch.arange(1 << 16, dtype=torch.float64) + 0.5) 
 """float32 (65536,): quantiles of the standard normal distribution."""
 
 
-def erase(images_BCHW: Tensor, boxes: Tensor, keys: Tensor, mode: Mode, normal: Tensor) -> Tensor:
-    """Erase rectangles of float images; `boxes` int32 (B, K, 4), `keys` int64 (B, 2).
+def erase(images: Tensor, boxes: Tensor, keys: Tensor, mode: Mode, normal: Tensor, grid: Grid | None = None) -> Tensor:
+    """Erase rectangles of float images; `boxes` int32 (B, K, 4), `keys` int64 (B, 2), `normal`: `NORMAL`.
 
-    `normal`: `NORMAL`. All on the images' device.
+    All on the images' device. Their axes are (B, C, H, W), or as `grid` says.
     """
-    B, C, H, W = images_BCHW.shape
-    rows = torch.arange(H, device=images_BCHW.device)[:, None]
-    columns = torch.arange(W, device=images_BCHW.device)
-    channels = torch.arange(C, device=images_BCHW.device)[:, None, None]
+    grid = grid or Grid.of(images)
+    key0, key1 = (grid.spread(words) for words in keys.unbind(1))
     for k in range(boxes.shape[1]):
-        top, bottom, left, right = (boxes[:, k, i].view(B, 1, 1, 1) for i in range(4))
-        is_inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+        is_inside = grid.is_inside(*(grid.spread(edge) for edge in boxes[:, k].unbind(1)))
         if mode == "const":
-            noise = torch.zeros((), device=images_BCHW.device, dtype=images_BCHW.dtype)
+            noise = torch.zeros((), device=images.device, dtype=images.dtype)
         else:
-            index = (channels * H + rows) * W + columns if mode == "pixel" else channels + 3 * k
-            noise = normal[_word(index, keys.view(B, 2, 1, 1, 1))].to(images_BCHW.dtype)
-        images_BCHW = torch.where(is_inside, noise, images_BCHW)
-    return images_BCHW
+            index = grid.index if mode == "pixel" else grid.channels + 3 * k
+            noise = normal[_word(index, key0, key1)].to(images.dtype)
+        images = torch.where(is_inside, noise, images)
+    return images
 
 
-def _word(index: Tensor, keys: Tensor) -> Tensor:
-    """int64 in [0, 65536), of the shape that `index` and `keys[:, 0]` broadcast to."""
-    return _hash(_hash(index ^ keys[:, 0]) ^ keys[:, 1]) >> 16
+def _word(index: Tensor, key0: Tensor, key1: Tensor) -> Tensor:
+    """int64 in [0, 65536), of the shape that index and keys broadcast to."""
+    return _hash(_hash(index ^ key0) ^ key1) >> 16
 
 
 def _hash(x: Tensor) -> Tensor:

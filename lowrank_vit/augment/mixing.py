@@ -12,6 +12,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from lowrank_vit.augment.grid import Grid
 from lowrank_vit.plan.mixing import Mix
 
 
@@ -25,14 +26,15 @@ def mix_to_tensor(mixes: Sequence[Mix]) -> Tensor:
     return torch.tensor([rows[id(mix)] for mix in mixes], dtype=torch.float32)
 
 
-def mix_images(images_BCHW: Tensor, mix: Tensor) -> Tensor:
-    """Mix float images with the reversed batch: everywhere by lam (mixup), or only inside the box (cutmix)."""
-    lam, is_cutmix, top, bottom, left, right = mix.to(images_BCHW.dtype)[:, :, None, None, None].unbind(1)
-    rows = torch.arange(images_BCHW.shape[2], device=images_BCHW.device)[:, None]
-    columns = torch.arange(images_BCHW.shape[3], device=images_BCHW.device)
-    in_box_M1HW = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
-    keep_M1HW = torch.where(is_cutmix > 0, (~in_box_M1HW).to(images_BCHW.dtype), lam)
-    return images_BCHW * keep_M1HW + images_BCHW.flip(0) * (1 - keep_M1HW)
+def mix_images(images: Tensor, mix: Tensor, grid: Grid | None = None) -> Tensor:
+    """Mix float images with the reversed batch: everywhere by lam (mixup), or only inside the box (cutmix).
+
+    Their axes are (B, C, H, W), or as `grid` says.
+    """
+    grid = grid or Grid.of(images)
+    lam, is_cutmix, *box = (grid.spread(values) for values in mix.to(images.dtype).unbind(1))
+    keep = torch.where(is_cutmix > 0, (~grid.is_inside(*box)).to(images.dtype), lam)
+    return images * keep + images.flip(0) * (1 - keep)
 
 
 def mix_targets(targets: Tensor, num_classes: int, smoothing: float, mix: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowrank_vit.augment import ops_cpu
 from lowrank_vit.augment.erase import MODES, NORMAL, Mode, erase, erase_cpu
+from lowrank_vit.augment.grid import Grid
 from lowrank_vit.augment.mixing import mix_cpu, mix_images, mix_targets, mix_to_tensor
 from lowrank_vit.common.devices import cuda_path, to_device
 from lowrank_vit.common.errors import UserError
@@ -145,26 +146,40 @@ class Augment(nn.Module):
         images, *drawn = self.begin(images, plan)
         return self(images, targets, *drawn)
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) in 0-255 to float32 with the model's mean and standard deviation."""
-        return (images.float() - self.mean) / self.std
+    def normalize(self, images: Tensor, grid: Grid | None = None) -> Tensor:
+        """uint8 (B, 3, S, S) in 0-255, or as `grid` says, to float32 with the model's mean and standard deviation."""
+        mean, std = (grid.along_channels(values) if grid else values for values in (self.mean, self.std))
+        return (images.float() - mean) / std
 
     def forward(
-        self, images: Tensor, targets: Tensor, mix: Tensor, boxes: Tensor | None = None, keys: Tensor | None = None
+        self,
+        images: Tensor,
+        targets: Tensor,
+        mix: Tensor,
+        boxes: Tensor | None = None,
+        keys: Tensor | None = None,
+        *,
+        patch: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Float32 (B, 3, S, S) input of the model and soft targets (B, num_classes), from what `begin` gave."""
+        """Float32 (B, 3, S, S) input of the model and soft targets (B, num_classes), from what `begin` gave.
+
+        `patch`: compute it by patches of so many rows and columns, for a compiled model that takes it apart into them.
+        """
         soft = mix_targets(targets, self.num_classes, self.smoothing, mix)
         if images.dtype != torch.uint8:  # erased by `begin`
             return mix_images(images, mix) if self._erase_first else images, soft
-        images = self.normalize(images)
+        grid = Grid.of(images, patch)
+        pixels = self.normalize(grid.of_images(images), grid)
         if boxes is None or keys is None:
-            return mix_images(images, mix), soft
-        if self._erase_first:
-            return mix_images(self._erase(images, boxes, keys), mix), soft
-        return self._erase(mix_images(images, mix), boxes, keys), soft
+            pixels = mix_images(pixels, mix, grid)
+        elif self._erase_first:
+            pixels = mix_images(self._erase(pixels, boxes, keys, grid), mix, grid)
+        else:
+            pixels = self._erase(mix_images(pixels, mix, grid), boxes, keys, grid)
+        return grid.to_images(pixels), soft
 
-    def _erase(self, images: Tensor, boxes: Tensor, keys: Tensor) -> Tensor:
-        return erase(images, boxes, keys, self.remode, self.quantiles)
+    def _erase(self, pixels: Tensor, boxes: Tensor, keys: Tensor, grid: Grid) -> Tensor:
+        return erase(pixels, boxes, keys, self.remode, self.quantiles, grid)
 
 
 def _use_torchs_threads() -> None:

@@ -39,17 +39,26 @@ def set_patch_embedding(model: nn.Module, *, as_product: bool) -> bool:
         return False
     old, wanted = embed.proj, PatchProduct if as_product else nn.Conv2d
     if type(old) is not wanted and _is_plain(old):
-        size = {"kernel_size": old.kernel_size, "stride": old.stride}
-        new = wanted(old.in_channels, old.out_channels, **size, bias=old.bias is not None, device="meta")
+        P, Q = old.kernel_size
+        new = wanted(old.in_channels, old.out_channels, (P, Q), (P, Q), bias=old.bias is not None, device="meta")
         new.weight, new.bias = old.weight, old.bias
         embed.proj = new.train(old.training)
     return isinstance(embed.proj, PatchProduct)
 
 
+def patch_of_product(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of the patches, where the model's embedding is a `PatchProduct` that trains; else None."""
+    layer = getattr(getattr(model, "patch_embed", None), "proj", None)
+    if not isinstance(layer, PatchProduct) or not layer.training:
+        return None
+    P, Q = layer.kernel_size
+    return P, Q
+
+
 def _is_plain(layer: nn.Module) -> bool:
     if type(layer) not in (nn.Conv2d, PatchProduct) or not isinstance(layer, nn.Conv2d):
         return False
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+    if any(vars(layer)[f"_{name}_hooks"] for name in ("forward", "forward_pre", "backward", "backward_pre")):
         return False
     geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
     return geometry == (layer.kernel_size, (0, 0), (1, 1), 1)

@@ -24,7 +24,7 @@ from lowrank_vit.augment.recipe import batches_of_update
 from lowrank_vit.common.devices import DTYPES, cuda_path
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.model.patches import set_patch_embedding
+from lowrank_vit.model.patches import patch_of_product, set_patch_embedding
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.metrics import Meter
 from lowrank_vit.run.state import Position
@@ -226,7 +226,7 @@ class Average:
             self._ema.update(self._model, step=num_updates)
             return
         weight = 1.0 - self._ema.get_decay(num_updates)
-        torch._foreach_lerp_(self._averages, self._values, weight=weight)
+        torch._foreach_lerp_(self._averages, self._values, weight=weight)  # pyright: ignore[reportPrivateUsage]
         for average, value in self._copied:
             average.copy_(value)
 
@@ -241,7 +241,8 @@ class LossOfBatch(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor, *drawn: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean loss, float32 (), and how many of the labels are predicted, int64 (), of what `Augment.begin` gave."""
-        inputs, soft_targets = self.augment(images, targets, *drawn)
+        patch = patch_of_product(self.model) if torch.compiler.is_compiling() else None
+        inputs, soft_targets = self.augment(images, targets, *drawn, patch=patch)
         with torch.autocast(images.device.type, dtype=self._dtype, enabled=self._dtype is not None):
             logits = self.model(inputs)
         logits = logits.float()
