@@ -138,6 +138,7 @@ def _wanted(options: Options, there: Collection[str]) -> list[str]:
 def ratios_of(cases: Collection[str]) -> dict[str, tuple[str, str]]:
     """All that can be formed of these cases."""
     ratios = {f"{kind}_vs_stock_{kind}": (kind, f"stock_{kind}") for kind in ("ffcv", "dali_gpu")}
+    ratios |= {"interpolated_vs_repeated_colours": ("dali_gpu", "dali_gpu_repeated_colours")}
     ratios |= {"dali_cpu_vs_stock_dali": ("dali_cpu", "stock_dali")}
     peers = ("timm", "torchvision", "spdl")
     ratios |= {f"{kind}_vs_{peer}": (kind, peer) for peer in peers for kind in ("ffcv", "dali_cpu")}
@@ -179,10 +180,10 @@ _Makers = dict[str, Callable[[], Case]]
 def _our_cases(
     options: Options, folder: Path, beton: Beton, device: torch.device, workers: int, stack: ExitStack
 ) -> _Makers:
-    def case(kind: str, image: ImageOptions | None, device: torch.device, setting: str) -> Case:
+    def case(kind: str, image: ImageOptions | None, device: torch.device, setting: str, **more: Any) -> Case:
         of_case = beton if image is None else converted(folder, suffix_of(image), image)
         plan = plan_of(of_case.heights, of_case.widths, options, TrainRules())
-        loader, _ = open_loader(of_case, plan, device, LoaderOptions(kind, workers))
+        loader, _ = open_loader(of_case, plan, device, LoaderOptions(kind, workers, **more))
         stack.callback(loader.close)
         epochs = iter(range(2**31))
         return Case(
@@ -204,6 +205,9 @@ def _our_cases(
         cases |= {
             "resident_256px": partial(case, "resident", raw, device, f"--loader resident, raw {RAW_SIDE} px"),
             "dali_gpu": partial(case, "dali", None, device, on_gpu),
+            "dali_gpu_repeated_colours": partial(
+                case, "dali", None, device, f"{on_gpu}, --no-jpeg-fancy-upsampling", jpeg_fancy_upsampling=False
+            ),
             "dali_gpu_400px": partial(case, "dali", smaller, device, f"{on_gpu}, --max-side {MAX_SIDE}"),
         }
     return cases

@@ -100,8 +100,9 @@ CUDA: Mapping[str, Entry] = {
         (
             *("--count", str(PHOTOS), "--times", _TIMES, "-b", "256"),
             *("--cases", "dali_gpu", "resident", "resident_256px", "dali_gpu_400px", "gpu_decode_limit", "copy_limit"),
+            "dali_gpu_repeated_colours",
         ),
-        expected_s=15,
+        expected_s=18,
         longest_s=60,
         tiny=(
             *("--count", "24", "-b", "4", "--img-size", "32", "--workers", "1", "--times", "2"),

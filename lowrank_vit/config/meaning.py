@@ -40,6 +40,10 @@ def _is_of_folders(args: Mapping[str, Any]) -> bool:
     return not args.get("synthetic") and str(args.get("dataset") or "").lower() not in ("digits", "torch/cifar100")
 
 
+def _may_decode_on_a_gpu(args: Mapping[str, Any]) -> bool:
+    return not args.get("synthetic") and args.get("loader", "auto") in ("auto", "dali")
+
+
 CHANGES: tuple[Change, ...] = (
     Change(
         "mixup and cutmix are drawn for each --mix-block images, before once for a global batch",
@@ -61,6 +65,11 @@ CHANGES: tuple[Change, ...] = (
         "random erasing comes after mixup and cutmix, before ahead of them",
         {"erase-first": True},
         concerns=lambda args: _is_mixed(args) and bool(args.get("reprob")),
+    ),
+    Change(
+        "DALI interpolates the colours of JPEGs on a GPU as it does on a CPU, before it repeated them",
+        {"jpeg-fancy-upsampling": False},
+        concerns=_may_decode_on_a_gpu,
     ),
 )
 

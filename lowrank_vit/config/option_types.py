@@ -79,6 +79,19 @@ class NotHere:
     """Also what to use instead, as a part of the message."""
 
 
+@dataclass(frozen=True)
+class WordForNone:
+    """Beside an option's type: the word that is typed where the program is to choose, which is None and the default.
+
+    A resumed run keeps what was chosen for it.
+    """
+
+    word: str
+
+
+AUTO = WordForNone("auto")
+
+
 Hints = Mapping[str, Any]
 """Type hints, with their `Range`s, by the options' names without dashes in front."""
 _NAMES: dict[Any, tuple[str, str]] = {
@@ -200,6 +213,11 @@ def may_change(hint: Any) -> bool:
     return MAY_CHANGE in getattr(hint, "__metadata__", ())
 
 
+def word_for_none(hint: Any) -> str:
+    """The word that stands for None, if the hint carries one."""
+    return next((note.word for note in getattr(hint, "__metadata__", ()) if isinstance(note, WordForNone)), "")
+
+
 def is_number(text: str) -> bool:
     """Whether a text can be read as a number."""
     try:
@@ -217,7 +235,7 @@ def value_of(hint: Any, texts: Sequence[str], shown: str) -> Any:
     not take.
     """
     kind = kind_of(hint)
-    if kind.may_be_none and list(texts) == ["None"]:
+    if kind.may_be_none and list(texts) in (["None"], [word_for_none(hint) or "None"]):
         return None
     if kind.element is Path and "" in texts:
         texts = [text for text in texts if text]
@@ -264,7 +282,8 @@ def _takes(hint: Any, shown: str) -> str:
     one, several = _NAMES[kind.element]
     within = limits.in_words() if limits else ""
     if not kind.is_tuple:
-        return f"{one}{within}"
+        word = word_for_none(hint)
+        return f"{one}{within}{word and f', or {word}'}"
     count = kind.count or (f"{_least(shown)} or more" if _least(shown) > 1 else "")
     return f"{count} {several}{within}".strip()
 

@@ -14,6 +14,7 @@ from tyro.conf import arg
 
 from lowrank_vit.config.option_types import (
     ABOVE_0,
+    AUTO,
     MAY_CHANGE,
     NOT_NEGATIVE,
     PER_RANK,
@@ -66,12 +67,15 @@ class Data:
     loader: Annotated[LoaderName, MAY_CHANGE] = "auto"
     """Decode backend; auto: resident if a quarter of the device's memory, half of what is free, holds the set decoded,
     else dali with a GPU, else the faster one here. resident: the set may take all that is free."""
-    workers: Annotated[int, arg(aliases=["-j"]), NOT_NEGATIVE, MAY_CHANGE, PER_RANK] = 4
-    """CPU threads that decode; 0 is 1."""
+    workers: Annotated[int | None, arg(aliases=["-j"]), NOT_NEGATIVE, MAY_CHANGE, PER_RANK] = None
+    """CPU threads that decode; 0 is 1; default: 4, with a GPU all cores but 2, shared among the machine's ranks."""
     prefetch: Annotated[int, POSITIVE, MAY_CHANGE, PER_RANK] = 2
     """Decoded batches that may wait for the trainer."""
-    hw_decoder_load: Annotated[float, SHARE, MAY_CHANGE, PER_RANK] = 0.35
-    """dali on a GPU: share of a batch for its JPEG engine; 0.35 was fastest on an H100 with 14 to 16 threads."""
+    hw_decoder_load: Annotated[float | None, SHARE, AUTO, MAY_CHANGE, PER_RANK] = None
+    """dali on a GPU: share of a batch for its JPEG engine, 0-1, or auto: the largest one that lets no step wait, as
+    measured on the set when it is first trained on."""
+    jpeg_fancy_upsampling: Annotated[bool, MAY_CHANGE] = True
+    """dali on a GPU: interpolate colours as all else that decodes JPEG here does; else repeat them."""
     on_bad_sample: Annotated[Literal["error", "skip"], MAY_CHANGE] = "error"
     """A damaged sample: stop, or train on the next one in its stead and say so."""
     batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE, MAY_CHANGE] = 128

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import platform
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module, metadata
-from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 from rich.filesize import decimal as size_in_words
@@ -18,22 +12,19 @@ from rich.filesize import decimal as size_in_words
 from data_prep.formats import turbojpeg
 from lowrank_vit.common import resources, terminal
 from lowrank_vit.common.devices import cuda_path, pick_device
-from lowrank_vit.common.files import write_whole
-from lowrank_vit.common.resources import available_cores
 from lowrank_vit.data.decode import resident_set
-from lowrank_vit.data.decode.backend import Backend, DamagedSamples, LoaderOptions, Schedule
+from lowrank_vit.data.decode.backend import Backend, LoaderOptions
 from lowrank_vit.data.decode.dali import why_no_dali
 from lowrank_vit.data.decode.resident import ResidentBackend
 from lowrank_vit.data.decode.resident_set import NoRoom, resident_bytes
+from lowrank_vit.data.jpeg_engine import EngineShare, choose_share, measure_shares
 from lowrank_vit.data.loader import Loader, Prepare
 from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.data.speeds import kept_or_measured, key_of, measure
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan
 
 RESIDENT_SHARE = 0.25
 """A set may take at most this share of the device's memory where `auto` chooses."""
-_SAMPLES = 256
-"""Decoded for one timing of a backend."""
-_ROUNDS = 3
 
 
 def open_loader(
@@ -70,36 +61,53 @@ def open_loader(
     options = options or LoaderOptions(workers=workers)
     device = pick_device(device) if isinstance(device, str) else device
     options = replace(options, say=say if plan.rank == 0 else None)
-    backend, reason = _open_backend(beton, plan, device, options)
+    backend, reason, share = _open_backend(beton, plan, device, options)
     if beton.unverified and plan.rank == 0:
         say(beton.unverified)
     loader = Loader(backend, beton, plan, device, on_bad_sample=options.on_bad_sample, prepare=prepare, say=say)
+    loader.engine_share = share
     return loader, f"{beton.path.name}: {beton.num_samples:,} samples, {backend.name} loader ({reason})"
 
 
 def _open_backend(
     beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions
-) -> tuple[Backend, str]:
-    """The backend that is asked for, or with `auto` the one that is chosen, and why.
+) -> tuple[Backend, str, EngineShare | None]:
+    """The backend that is asked for, or with `auto` the one that is chosen, and why; and the share that was chosen.
 
     Where memory for a resident set cannot be had on one rank after all, all ranks take another backend.
     """
-    if options.loader != "auto":
-        return make_backend(options.loader, beton, plan, device, options), f"--loader {options.loader}"
-    kind, reason = choose_backend(beton, plan, device, options)
-    if kind == "resident":
-        backend, lacking = None, ""
-        try:
-            backend = ResidentBackend(beton, plan, device, options.workers, options.say)
-        except NoRoom as error:
-            lacking = str(error)
-        lacking = _first(options.of_all_ranks(lacking))
-        if backend and not lacking:
-            return backend, reason
-        if backend:
-            backend.close()
-        kind, reason = _choose_decoder(beton, plan, device, options, lacking)
-    return make_backend(kind, beton, plan, device, options), reason
+    kind, reason, share = options.loader, f"--loader {options.loader}", None
+    if kind == "auto":
+        kind, reason = choose_backend(beton, plan, device, options)
+        if kind == "resident":
+            backend, lacking = None, ""
+            try:
+                backend = ResidentBackend(beton, plan, device, options.workers, options.say)
+            except NoRoom as error:
+                lacking = str(error)
+            lacking = _first(options.of_all_ranks(lacking))
+            if backend and not lacking:
+                return backend, reason, None
+            if backend:
+                backend.close()
+            kind, reason = _choose_decoder(beton, plan, device, options, lacking)
+    if kind == "dali" and cuda_path(device) and (share := _engine_share(beton, plan, device, options)):
+        options = replace(options, hw_decoder_load=share.share)
+        reason += f"; --hw-decoder-load {share.share:g}{share.why and f', {share.why}'}"
+    return make_backend(kind, beton, plan, device, options), reason, share
+
+
+def _engine_share(
+    beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions
+) -> EngineShare | None:
+    def open_with(share: float) -> Backend:
+        return make_backend("dali", beton, plan, device, replace(options, hw_decoder_load=share))
+
+    def measured() -> dict[str, float]:
+        assert isinstance(plan, TrainPlan)
+        return measure_shares(open_with, plan, device)
+
+    return choose_share(beton, plan, device, options, measured)
 
 
 def make_backend(
@@ -148,14 +156,26 @@ def _choose_decoder(
         return "dali", f"{too_big}; decoding on the GPU"
     if isinstance(plan, EvalPlan):
         return "dali", f"{too_big}; evaluation"
-    makers = {kind: lambda kind=kind: make_backend(kind, beton, plan, device, options) for kind in ("ffcv", "dali")}
-    measured = options.of_all_ranks(kept_or_measured(beton, plan, options.workers, makers))
+    kinds = ("ffcv", "dali")
+
+    def measured_now() -> dict[str, float]:
+        return measure({kind: make_backend(kind, beton, plan, device, options) for kind in kinds}, plan, device)
+
+    key = key_of(beton, plan, options.workers, **_versions())
+    measured = options.of_all_ranks(kept_or_measured(beton, key, kinds, measured_now))
     if failed := _first(["" if speeds else origin for speeds, origin in measured]):
         return "ffcv", f"{too_big}; {failed}"
-    slowest = {kind: min(speeds[kind] for speeds, _ in measured) for kind in makers}
+    slowest = {kind: min(speeds[kind] for speeds, _ in measured) for kind in kinds}
     in_words = ", ".join(f"{kind} {speed:,.0f} img/s" for kind, speed in slowest.items())
     where = " on the slowest rank" if len(measured) > 1 else ""
     return max(slowest, key=lambda kind: slowest[kind]), f"{too_big}; {measured[0][1]}: {in_words}{where}"
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "ffcv": f"numba {metadata.version('numba')}, {turbojpeg.identity()}",
+        "dali": metadata.version("nvidia-dali-cuda130"),
+    }
 
 
 def _first(reasons: list[str]) -> str:
@@ -171,87 +191,3 @@ def memory_bytes(device: torch.device) -> int:
     if cuda_path(device):
         return torch.cuda.get_device_properties(device).total_memory
     return resources.memory().total
-
-
-def speed_path(beton: Beton) -> Path:
-    """Path of the file that keeps a set's measurements: FILE.beton.speed.json."""
-    return beton.path.with_name(beton.path.name + ".speed.json")
-
-
-def kept_or_measured(
-    beton: Beton, plan: TrainPlan, workers: int, makers: Mapping[str, Callable[[], Backend]]
-) -> tuple[dict[str, float], str]:
-    """Images a second by backend, and in words where that comes from.
-
-    A kept figure counts if CPU, cores, threads, image size, libraries and the set are the same. No figures where the
-    first samples do not decode.
-    """
-    path, key = speed_path(beton), _key(beton, plan, workers)
-    kept = _read(path)
-    if key in kept and set(kept[key]) == set(makers):
-        return kept[key], f"measured before ({path.name})"
-    try:
-        speeds = measure({kind: make() for kind, make in makers.items()}, plan)
-    except DamagedSamples:
-        return {}, "not measured, since the first samples are damaged"
-    try:
-        write_whole(path, json.dumps({**kept, key: speeds}, indent=1) + "\n")
-    except OSError:
-        return speeds, "measured (but the folder cannot be written to keep it)"
-    return speeds, "measured just now"
-
-
-def measure(backends: Mapping[str, Backend], plan: TrainPlan) -> dict[str, float]:
-    """Measure each backend in turn on the same batches: its median images a second. Closes the backends."""
-    taken: dict[str, list[float]] = {kind: [] for kind in backends}
-    try:
-        for n in range(1 + _ROUNDS):
-            for kind, backend in backends.items():
-                begun, count = time.perf_counter(), 0
-                for batch in backend.decode(_Few(plan)):
-                    count += len(batch)
-                if n:  # the first round warms up
-                    taken[kind].append(count / (time.perf_counter() - begun))
-    finally:
-        for backend in backends.values():
-            backend.close()
-    return {kind: median(speeds) for kind, speeds in taken.items()}
-
-
-class _Few(Schedule):
-    """The first batches of the first epoch, about `_SAMPLES` samples."""
-
-    def __init__(self, plan: TrainPlan) -> None:
-        super().__init__(plan, 0, 0, set())
-        self.ids = self.ids[: max(2, _SAMPLES // plan.batch_size)]
-
-
-def _key(beton: Beton, plan: TrainPlan, workers: int) -> str:
-    return json.dumps(
-        {
-            "cpu": _cpu(),
-            "cores": available_cores(),
-            "workers": workers,
-            "img_size": plan.img_size,
-            "bytes": int(beton.sizes.sum()),
-            "samples": beton.num_samples,
-            "ffcv": f"numba {metadata.version('numba')}, {turbojpeg.identity()}",
-            "dali": metadata.version("nvidia-dali-cuda130"),
-        }
-    )
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return kept if isinstance(kept, dict) else {}

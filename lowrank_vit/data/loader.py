@@ -17,6 +17,7 @@ from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.pulse import beat
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.decode.backend import Backend, DamagedSamples, Schedule
+from lowrank_vit.data.jpeg_engine import EngineShare
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 
@@ -60,6 +61,8 @@ class Loader:
         """`prepare` applies the plan's operations to uint8 images; `say` is told of samples left out."""
         self.name, self._backend, self._beton, self.plan = backend.name, backend, beton, plan
         self._on_bad_sample, self._prepare, self._say = on_bad_sample, prepare, say
+        self.engine_share: EngineShare | None = None
+        """Where it was chosen for this loader."""
         self._hand_over = _OwnStream(device) if cuda_path(device) else _SameThread()
         self._bad: set[int] = set()
         self._depths: list[int] = []

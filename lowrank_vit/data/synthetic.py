@@ -31,6 +31,7 @@ class SyntheticLoader:
 
     name = "synthetic"
     bad = frozenset[int]()
+    engine_share = None
 
     def __init__(self, plan: TrainPlan, num_classes: int, device: torch.device) -> None:
         self.plan = plan

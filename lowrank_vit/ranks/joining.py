@@ -65,7 +65,7 @@ def environment_world() -> World:
     here = _number("LOCAL_WORLD_SIZE", size, least=1, below=size + 1)
     local_rank = _number("LOCAL_RANK", 0, below=here, of="LOCAL_WORLD_SIZE" if here < size else "WORLD_SIZE")
     _number("MASTER_PORT", 1, least=1, below=2**16)
-    return World(joins_alone=joins_alone) if size == 1 else World(rank, local_rank, size)
+    return World(joins_alone=joins_alone) if size == 1 else World(rank, local_rank, size, local_size=here)
 
 
 def _number(name: str, default: int, *, least: int = 0, below: int | None = None, of: str = "") -> int:

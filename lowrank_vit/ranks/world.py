@@ -33,6 +33,8 @@ class World:
     """Where the ranks agree soon."""
     start_limit: timedelta = timedelta(hours=1)
     """How long one that waits in the store waits; without a limit where `Failing` watches whoever is late."""
+    local_size: int = 1
+    """How many processes of the run this machine has."""
     launch: str = ""
     """A name that all attempts of one launch share while torchrun's own store lives; empty for one process."""
     joins_alone: bool = False

@@ -71,10 +71,33 @@ class Stretch(NamedTuple):
         """The rest of this stretch, which begins with the earlier one."""
         return Stretch(*(b - a for a, b in zip(earlier, self, strict=True)))
 
+    def and_then(self, later: Stretch) -> Stretch:
+        """This stretch and a later one as one."""
+        return Stretch(*(a + b for a, b in zip(self, later, strict=True)))
+
     @property
     def wait_share(self) -> float:
         """Share of the time spent waiting for data, 0-1; 0 for no time."""
         return min(1.0, self.wait_s / self.train_s) if self.train_s > 0 else 0.0
+
+
+class FirstUpdates:
+    """The first updates of a process, once it is warm, as one stretch a rank."""
+
+    def __init__(self, images: int) -> None:
+        """`images`: of all ranks, so many at least."""
+        self._wanted, self._so_far = images, list[Stretch]()
+
+    def add(self, stretches: Sequence[Stretch]) -> list[Stretch] | None:
+        """Add what followed on each rank; returns all of it when it is enough, once."""
+        if self._wanted <= 0:
+            return None
+        before = self._so_far or [Stretch()] * len(stretches)
+        self._so_far = [a.and_then(b) for a, b in zip(before, stretches, strict=True)]
+        if self._so_far[0].images < self._wanted:
+            return None
+        self._wanted = 0
+        return self._so_far
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ class ValidateOptions(ModelOptions):
     """Images a step."""
     loader: LoaderName = "auto"
     """Decode backend."""
-    workers: Annotated[int, arg(aliases=["-j"]), POSITIVE, PER_RANK] = 4
-    """CPU threads that decode."""
+    workers: Annotated[int | None, arg(aliases=["-j"]), POSITIVE, PER_RANK] = None
+    """CPU threads that decode; default: 4, with a GPU all cores but 2, shared among the machine's ranks."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """A damaged sample: stop, or leave it out and say so."""
     device: Annotated[str, PER_RANK] = "auto"
@@ -128,8 +128,8 @@ class PredictOptions(ModelOptions):
     """Print no predictions."""
     batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE] = 64
     """Images a step."""
-    workers: Annotated[int, arg(aliases=["-j"]), POSITIVE, PER_RANK] = 4
-    """Threads that open images."""
+    workers: Annotated[int | None, arg(aliases=["-j"]), POSITIVE, PER_RANK] = None
+    """Threads that open images; default: 4, with a GPU all cores but 2, shared among the machine's ranks."""
     device: Annotated[str, PER_RANK] = "auto"
     """auto (cuda where there is one), cpu, cuda or cuda:N."""
     amp: bool = False

@@ -25,6 +25,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_all
 from lowrank_vit.common.filters import FILTERS
 from lowrank_vit.common.terminal import is_unread, one_line, output_is_in_files
+from lowrank_vit.data.decode.backend import usual_workers
 from lowrank_vit.data.decode.pil import crop_and_resize
 from lowrank_vit.plan.plans import EvalPlan
 from lowrank_vit.ranks.agree import Record, agree
@@ -105,7 +106,8 @@ def predict(
     predictions, channel = Predictions(), world.channel(_FOREVER)
     world.progress.enter("classifying")
     shown = ScoringProgress(len(files)) if world.is_first else nullcontext()
-    with ThreadPoolExecutor(options.workers) as pool, shown as progress:
+    workers = options.workers or usual_workers(device, world.local_size)
+    with ThreadPoolExecutor(workers) as pool, shown as progress:
         for batch in _decoded(files, scorer, options.batch_size, pool, world):
             skipped = [(file, crop) for file, crop in batch if isinstance(crop, str)]
             crops = [(file, crop) for file, crop in batch if not isinstance(crop, str)]

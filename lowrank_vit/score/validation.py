@@ -18,7 +18,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_all
 from lowrank_vit.common.filters import FILTERS
 from lowrank_vit.data.choose import open_loader
-from lowrank_vit.data.decode.backend import LoaderOptions
+from lowrank_vit.data.decode.backend import LoaderOptions, usual_workers
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import DataOptions, kind_of, locate_validation
 from lowrank_vit.data.sets.provenance import remarks
@@ -114,7 +114,7 @@ def _validate(options: ValidateOptions, say: Callable[[str], object], world: Wor
     )
     decoding = LoaderOptions(
         options.loader,
-        options.workers,
+        options.workers or usual_workers(device, world.local_size),
         on_bad_sample=options.on_bad_sample,
         of_all_ranks=gatherer(world, "loader", "choosing a loader"),
     )

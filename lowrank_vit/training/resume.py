@@ -14,7 +14,7 @@ from torch import Tensor
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
-from lowrank_vit.config.option_types import kind_of, leaves, may_change, with_options
+from lowrank_vit.config.option_types import kind_of, leaves, may_change, with_options, word_for_none
 from lowrank_vit.config.options import Config
 from lowrank_vit.model.optimizer import epochs_in_all
 from lowrank_vit.model.weights import BETTER, Checkpoint, read_checkpoint
@@ -185,7 +185,11 @@ def as_resumed(config: Config, resumed: Checkpoint, say: Callable[[str], object]
         if old:
             values = ", ".join(f"--{name} {_plain(value)}" for name, value in old.items())
             say(f"note: {resumed.path} is of an older run: {change.what}. It goes on as it began: {values}")
-    left_open = [name for name, hint, value in leaves(config) if value is None and kind_of(hint).element is bool]
+    left_open = [
+        name
+        for name, hint, value in leaves(config)
+        if value is None and (kind_of(hint).element is bool or word_for_none(hint))
+    ]
     config = with_options(config, {name: args[name] for name in left_open if name in args})  # what the run has chosen
     _check_same_run(config, resumed)
     return config

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from data_prep.sources.samples import TRUST, differences
 from lowrank_vit.augment.ops_cpu import apply_ops
 from lowrank_vit.augment.pipeline import Augment
-from lowrank_vit.augment.recipe import batches_of_update, train_rules
 from lowrank_vit.common import terminal
 from lowrank_vit.common.devices import DTYPES, cuda_path, pick_device, why_on_cpu
 from lowrank_vit.common.errors import UserError
@@ -26,26 +24,25 @@ from lowrank_vit.common.numba_cache import NOTE as COMPILING
 from lowrank_vit.common.numba_cache import must_compile
 from lowrank_vit.config.option_types import with_options
 from lowrank_vit.config.options import Config
-from lowrank_vit.data.choose import open_loader
-from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.decode.ffcv import decode_batch
 from lowrank_vit.data.decode.resize_cpu import resize_batch
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import DataOptions, open_datasets
-from lowrank_vit.data.synthetic import SyntheticLoader, synthetic_plan
+from lowrank_vit.data.synthetic import SyntheticLoader
 from lowrank_vit.model.class_match import Classes, Trust, match
 from lowrank_vit.model.create import InputSpec, create_model, input_spec, set_head
 from lowrank_vit.model.fit import fit_kept_head, load_initial, load_weights, tell_of_published_head
 from lowrank_vit.model.flops import Peak, peak_flops, train_flops_per_image
 from lowrank_vit.model.optimizer import Constant, create_optimizer, create_scheduler, learning_rate
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
-from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
-from lowrank_vit.ranks.agree import agree, gatherer
+from lowrank_vit.plan.plans import TrainPlan
+from lowrank_vit.ranks.agree import agree
 from lowrank_vit.ranks.records import data_record
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.state import Position
 from lowrank_vit.score.evaluate import Evaluator
+from lowrank_vit.training.loading import fed_step, make_train_loader, make_val_loader, with_workers
 from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
 from lowrank_vit.training.preflight import check_before_data
 from lowrank_vit.training.step import TrainStep
@@ -165,7 +162,15 @@ def set_up(
     augment = Augment(spec.mean, spec.std, num_classes, smoothing, remode, erase_first=erase_first).to(device)
     prepare = phases.around("augment", augment.prepare)
     world.progress.enter("opening the training data's loader")
-    plan, train_loader, line = _make_train_loader(config, sets, num_classes, spec, world, device, prepare)
+    train_flops = train_flops_per_image(model, spec.img_size)
+    dtype = DTYPES[config.step.amp_dtype] if config.step.amp else torch.float32
+    peak = peak_flops(device, dtype, tf32=config.step.tf32)
+    config = with_workers(config, world, device)
+    step = fed_step(config, spec, device, train_flops, peak)
+    train = sets.train if sets else None
+    plan, train_loader, line = make_train_loader(config, train, num_classes, spec, world, device, prepare, step)
+    if share := train_loader.engine_share:
+        config = with_options(config, {"hw-decoder-load": share.share})
     lines, evaluators, val_loader, val_batch = [line], dict[str, Evaluator](), None, 0
     lr, lr_origin = learning_rate(config.optim, plan.global_batch)
     optimizer = create_optimizer(config.optim, model, lr)
@@ -175,16 +180,12 @@ def set_up(
     if sets:
         world.progress.enter("opening the validation data's loader")
         val_batch = min(config.data.validation_batch_size or config.data.batch_size, sets.val.num_samples)
-        val_loader, line = _make_val_loader(config, sets.val, val_batch, spec, world, device)
+        val_loader, line = make_val_loader(config, sets.val, val_batch, spec, world, device)
         lines.append(line)
         evaluators = {"": _make_evaluator(config, model, augment)}
         if ema:
             evaluators["ema_"] = _make_evaluator(config, ema.module, augment)
     world.progress.enter("making ready to train")
-    train_flops = train_flops_per_image(model, spec.img_size)
-    peak = peak_flops(
-        device, DTYPES[config.step.amp_dtype] if config.step.amp else torch.float32, tf32=config.step.tf32
-    )
     parameters = sum(p.numel() for p in model.parameters())
     return Setup(
         config=config,
@@ -232,51 +233,6 @@ def _open_sets(config: Config, say: Say) -> tuple[_Sets | None, int]:
     larger = config.model.larger_head
     train, val, num_classes = open_datasets(where, num_classes, data.stage_dir, say, larger_head=larger)
     return _Sets(train, val), num_classes
-
-
-def _make_train_loader(
-    config: Config,
-    sets: _Sets | None,
-    num_classes: int,
-    spec: InputSpec,
-    world: World,
-    device: torch.device,
-    prepare: Callable[[Tensor, BatchPlan], Tensor],
-) -> tuple[TrainPlan, Loader | SyntheticLoader, str]:
-    """The plan, the loader, and a line about it."""
-    batch_size, accum_steps = batches_of_update(config, world.size)
-    share = {"rank": world.rank, "world_size": world.size, "accum_steps": accum_steps}
-    of_batch = {"img_size": spec.img_size, "batch_size": batch_size, "seed": config.run.seed}
-    if sets is None:
-        plan = synthetic_plan(**of_batch, **share)
-        loader = SyntheticLoader(plan, num_classes, device)
-        return plan, loader, "synthetic images that stay on the device: no data, no augmentation, no validation"
-    wanted, there = config.optim.global_batch_size, sets.train.num_samples
-    if wanted and wanted > there:
-        raise UserError(
-            f"--global-batch-size {wanted} is larger than the training set of {there} samples, which leaves no whole "
-            f"update. Use {there} or less."
-        )
-    plan = TrainPlan(sets.train.heights, sets.train.widths, train_rules(config), **of_batch, **share)
-    return plan, *open_loader(
-        sets.train, plan, device, _decoding(config, world, "train"), prepare=prepare, say=world.say
-    )
-
-
-def _make_val_loader(
-    config: Config, val: Beton, batch_size: int, spec: InputSpec, world: World, device: torch.device
-) -> tuple[Loader, str]:
-    sides = {"img_size": spec.img_size, "crop_pct": spec.crop_pct}
-    share = {"rank": world.rank, "world_size": world.size}
-    plan = EvalPlan(val.heights, val.widths, **sides, batch_size=batch_size, **share)
-    return open_loader(val, plan, device, _decoding(config, world, "val"), say=world.say)
-
-
-def _decoding(config: Config, world: World, split: str) -> LoaderOptions:
-    data, of_all_ranks = config.data, gatherer(world, f"loader/{split}", "choosing a loader")
-    return LoaderOptions(
-        data.loader, data.workers, data.prefetch, data.hw_decoder_load, data.on_bad_sample, of_all_ranks
-    )
 
 
 def _make_evaluator(config: Config, model: nn.Module, augment: Augment) -> Evaluator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -19,7 +19,7 @@ from lowrank_vit.run.directory import RunDir
 from lowrank_vit.run.metrics import last_recorded
 from lowrank_vit.run.outputs import SPECTRA, Outputs, already_finished
 from lowrank_vit.run.progress import Figures
-from lowrank_vit.run.speed import Clock, RankFigures, Speed
+from lowrank_vit.run.speed import Clock, FirstUpdates, RankFigures, Speed, Stretch
 from lowrank_vit.run.state import Position, RunState
 from lowrank_vit.score.evaluate import Scores
 from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
@@ -36,6 +36,9 @@ so they are no part of img/s, MFU and the share of waiting."""
 
 _REFRESH_TIMEOUT = timedelta(minutes=10)
 """After so long the spectra of a rank that hangs are no longer waited for."""
+
+_RECHECKED_UPDATES = 100
+"""After so many warm ones a loader's speed, which was measured without a step beside it, is looked at again."""
 
 _CLOSE_LIMIT_S = 300.0
 """Closing the logs is no hang before: the last upload has a shorter limit, and all else is saved."""
@@ -149,6 +152,7 @@ class Trainer:
         setup, stopped_by = self.setup, ""
         self.train_s, self._bad_counts, self._num_bad = 0.0, [0] * self.world.size, 0
         self._cold_updates = COLD_UPDATES[self.config.step.compile]
+        self._first_updates = FirstUpdates(_RECHECKED_UPDATES * setup.plan.global_batch)
         self._say: Callable[[str], object] = self.world.say
         """For lines about this rank alone."""
         with ExitStack() as stack, self._failing.told_at_once():  # before what follows an error is closed
@@ -316,7 +320,17 @@ class Trainer:
             wait_rank=speed.wait_rank if self.world.size > 1 else None,
         )
         self.outputs.log_interval(epoch, position.num_updates, figures, means.top1)
+        if not self._cold_updates:
+            self._recheck_loader([one.interval for one in ranks])
         return Speed.of([one.epoch for one in ranks])
+
+    def _recheck_loader(self, stretches: Sequence[Stretch]) -> None:
+        """Look once whether the first updates waited for a loader whose share of the JPEG engine was chosen."""
+        share = self.setup.train_loader.engine_share
+        if share and self.world.is_first and (first := self._first_updates.add(stretches)):
+            speed = Speed.of(first)
+            if line := share.recheck(speed.img_per_s / self.world.size, speed.wait_share):
+                self.outputs.display.say(line)
 
     def _count_bad(self, ranks: list[RankFigures]) -> int:
         """How many different samples all ranks have left out as damaged; they are gathered when there are more."""

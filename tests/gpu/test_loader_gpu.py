@@ -17,6 +17,7 @@ from lowrank_vit.data.decode import dali as dali_backend
 from lowrank_vit.data.decode import resident_set
 from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.decode.pil import crop_and_resize, decode
+from lowrank_vit.data.jpeg_engine import SHARES, has_jpeg_engine
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
 from tests.photos import BACKENDS, psnr, write_sets
@@ -162,6 +163,40 @@ def test_a_gpu_without_room_is_another_loaders_cause(sets, what, monkeypatch):
     assert torch.cuda.memory_allocated() <= before
     with pytest.raises(UserError, match=r"--loader resident: .* has no room \(.*Use --loader auto"):
         open_on("cuda", "resident", beton, train_plan(beton))
+
+
+def test_interpolated_colours_are_closer_to_pillows(sets):
+    beton, means = Beton(sets["jpeg"]), []
+    plan = train_plan(beton)
+    for fancy in (True, False):
+        options = LoaderOptions("dali", 2, jpeg_fancy_upsampling=fancy)
+        loader, found = open_loader(beton, plan, torch.device("cuda"), options)[0], []
+        for batch in loader.batches(2):
+            for n, sample_id in enumerate(batch.plan.ids):
+                expected = crop_and_resize(decode(beton, sample_id), batch.plan, n, 64)
+                found.append(psnr(batch.images[n].permute(1, 2, 0).cpu().numpy(), expected))
+        loader.close()
+        means.append(np.mean(found))
+    print(f"PSNR against Pillow, dB: interpolated {means[0]:.1f}, repeated {means[1]:.1f}")
+    assert means[0] > means[1]
+
+
+def test_a_share_is_measured_and_taken(sets, tmp_path):
+    path = tmp_path / "train.beton"
+    path.write_bytes(sets["jpeg"].read_bytes())
+    beton = Beton(path)
+    options = LoaderOptions("dali", 2, hw_decoder_load=None)
+    for origin in ("measured just now", "measured before"):
+        loader, line = open_loader(beton, train_plan(beton), torch.device("cuda"), options)
+        share = loader.engine_share
+        if has_jpeg_engine(torch.device("cuda")):
+            assert set(share.speeds) == set(SHARES)
+            assert min(share.speeds.values()) > 0
+            assert f"--hw-decoder-load {share.share:g}, {origin}" in line
+        else:
+            assert share.share == 0
+        assert sum(len(batch) for batch in loader.batches(0)) == beton.num_samples
+        loader.close()
 
 
 def test_auto_takes_the_gpu(sets, monkeypatch):

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from lowrank_vit.common.devices import cuda_path
+from lowrank_vit.common.resources import available_cores
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 
 _KEPT_TIMES = 256
+USUAL_SHARE = 0.35
+"""`--hw-decoder-load` where nothing is measured: the fastest on an H100 with 14 to 16 threads."""
 
 
 def _alone(said: Any) -> list[Any]:
     return [said]
+
+
+@dataclass(frozen=True)
+class FedStep:
+    """The training step that a loader feeds, on one GPU."""
+
+    key: Mapping[str, Any]
+    """All that its speed depends on; plain values."""
+    estimate: float | None
+    """Images a second that it makes at most, where that was not measured yet; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +43,24 @@ class LoaderOptions:
     """auto, or the name of a module beside this one: resident, dali or ffcv."""
     workers: int = 4
     prefetch: int = 2
-    hw_decoder_load: float = 0.35
+    hw_decoder_load: float | None = USUAL_SHARE
+    """None: the one that was measured to suit, see `jpeg_engine.py`."""
     on_bad_sample: Literal["error", "skip"] = "error"
     of_all_ranks: Callable[[Any], list[Any]] = _alone
     """Makes of what one rank says a list of what all say, by rank, so that `auto` is the same choice on all of them."""
     say: Callable[[str], object] | None = None
     """Told of the progress of what takes long; None: nothing is shown, as of ranks that do not speak."""
+    jpeg_fancy_upsampling: bool = True
+    step: FedStep | None = None
+    """By which a share is chosen."""
+
+
+def usual_workers(device: torch.device, sharing: int = 1) -> int:
+    """Threads that decode, where none are asked for: 4, or with a GPU, which decodes too, all cores but 2.
+
+    Those 2 launch the step's work and feed the decoder. `sharing`: processes that share this machine's cores.
+    """
+    return max(1, (available_cores() - 2) // sharing) if cuda_path(device) else 4
 
 
 class Schedule:

@@ -26,6 +26,7 @@ from lowrank_vit.common.threads import Ahead
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.decode.backend import (
     LENGTH,
+    USUAL_SHARE,
     DamagedSamples,
     LoaderOptions,
     Schedule,
@@ -71,11 +72,13 @@ class DaliBackend:
         workers: int,
         *,
         prefetch: int = 2,
-        hw_decoder_load: float = 0.35,
+        hw_decoder_load: float = USUAL_SHARE,
+        fancy_upsampling: bool = True,
     ) -> None:
         """`workers`: DALI's CPU threads; `prefetch`: batches that DALI works on at a time, and as many may wait.
 
-        `hw_decoder_load`: share of a batch for the GPU's JPEG engine, 0-1. Raises `UserError` where DALI is missing.
+        `hw_decoder_load`: share of a batch for the GPU's JPEG engine, 0-1; `fancy_upsampling`: see `PipelineShape`.
+        Raises `RuntimeError`, in DALI's words.
         """
         self._beton, self._device, self._prefetch = beton, device, prefetch
         self._shape = PipelineShape(
@@ -89,6 +92,8 @@ class DaliBackend:
             num_threads=workers,
             prefetch=prefetch,
             hw_decoder_load=hw_decoder_load,
+            fancy_upsampling=fancy_upsampling,
+            largest=(int(beton.heights.max()), int(beton.widths.max())),
         )
         self._threads = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         # Of the feeding thread's own: on the consumer's, its work on one batch would wait for the decoding of the next.
@@ -253,20 +258,21 @@ def why_no_dali(device: torch.device) -> str:
         return f"NVIDIA DALI cannot be imported ({in_short(error)})"
     if not cuda_path(device):
         return ""
-    tiny = PipelineShape(
-        img_size=8,
-        batch_size=1,
-        has_jpeg=True,
-        has_raw=False,
-        is_evaluation=True,
-        device_id=device.index or 0,
-        resize=True,
-        num_threads=1,
-        prefetch=1,
-        hw_decoder_load=0.0,
-    )
     try:
-        start_pipeline(tiny)
+        start_pipeline(
+            PipelineShape(
+                img_size=8,
+                batch_size=1,
+                has_jpeg=True,
+                has_raw=False,
+                is_evaluation=True,
+                device_id=torch.empty(0, device=device).device.index,
+                resize=True,
+                num_threads=1,
+                prefetch=1,
+                hw_decoder_load=0.0,
+            )
+        )
     except RuntimeError as error:
         return f"NVIDIA DALI cannot use this GPU ({_last_words(error)})"
     return ""
@@ -279,9 +285,17 @@ def open_backend(beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device,
         raise UserError(f"--loader dali: {reason}. Install it with `pip install nvidia-dali-cuda130`.")
     if reason:
         raise UserError(f"--loader dali: {reason}. {_NO_GPU}")
-    load = options.hw_decoder_load
+    share = USUAL_SHARE if options.hw_decoder_load is None else options.hw_decoder_load
     try:
-        return DaliBackend(beton, plan, device, options.workers, prefetch=options.prefetch, hw_decoder_load=load)
+        return DaliBackend(
+            beton,
+            plan,
+            device,
+            options.workers,
+            prefetch=options.prefetch,
+            hw_decoder_load=share,
+            fancy_upsampling=options.jpeg_fancy_upsampling,
+        )
     except RuntimeError as error:  # all of DALI's errors
         raise UserError(f"--loader dali: NVIDIA DALI cannot start ({_last_words(error)}). {_NO_GPU}") from error
 

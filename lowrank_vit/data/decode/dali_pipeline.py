@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -36,6 +37,36 @@ class PipelineShape:
     num_threads: int
     prefetch: int
     hw_decoder_load: float
+    fancy_upsampling: bool = True
+    """On a GPU: interpolate chroma as libjpeg does, on the CPU too, instead of repeating it."""
+    largest: tuple[int, int] = (0, 0)
+    """Greatest height and greatest width of the set's images, pixels: memory for such is taken at the start."""
+
+
+_DEVICE_PADDING, _HOST_PADDING = 1 << 24, 1 << 23
+"""DALI's own, bytes a thread."""
+_MOST_PADDING, _MOST_OF_ENGINE = 1 << 26, 1 << 31
+"""The most that is taken ahead, in bytes a thread and for a batch: one huge image among many must not cost more."""
+
+
+def memory_hints(shape: PipelineShape) -> dict[str, int]:
+    """DALI's arguments by which nvJPEG takes its memory at the start, not when it meets a larger image.
+
+    A thread's buffers hold an image's coefficients, 16 bits each, and its pixels; the engine's a batch of pixels. An
+    image larger than foreseen costs a reallocation.
+    """
+    height, width = shape.largest
+    coefficients, pixels = 2 * 3 * height * width, 3 * height * width
+    hints = {
+        "device_memory_padding": min(max(_DEVICE_PADDING, coefficients + pixels), _MOST_PADDING),
+        "host_memory_padding": min(max(_HOST_PADDING, coefficients), _MOST_PADDING),
+    }
+    if not shape.hw_decoder_load or not pixels:
+        return hints
+    of_engine = max(1, math.ceil(shape.batch_size * shape.hw_decoder_load)) * pixels
+    scale = min(1.0, math.sqrt(_MOST_OF_ENGINE / of_engine))
+    sides = {"preallocate_height_hint": int(height * scale), "preallocate_width_hint": int(width * scale)}
+    return hints | sides
 
 
 @dataclass(frozen=True)
@@ -90,6 +121,8 @@ def define(shape: PipelineShape) -> Any:
     decoding["adjust_orientation"] = False
     if on_gpu:
         decoding["hw_decoder_load"] = shape.hw_decoder_load
+        decoding["jpeg_fancy_upsampling"] = shape.fancy_upsampling
+        decoding |= memory_hints(shape)
 
     def source(name: str, dtype: Any, ndim: int) -> Any:
         return fn.external_source(name=name, dtype=dtype, ndim=ndim, no_copy=True)

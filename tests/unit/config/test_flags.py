@@ -20,7 +20,7 @@ CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 # What a user types is a contract: a flag may be added here, but not renamed or dropped.
 FLAGS = """
 dataset dataset-download data-dir train-split val-split beton-dir nested-classes stage-dir synthetic loader workers
-prefetch hw-decoder-load on-bad-sample batch-size validation-batch-size img-size crop-pct mean std
+prefetch hw-decoder-load jpeg-fancy-upsampling on-bad-sample batch-size validation-batch-size img-size crop-pct mean std
 train-crop-mode scale ratio hflip vflip train-interpolation model model-kwargs num-classes larger-head trust-labels
 class-order head-init-scale head-init-bias sync-bn drop drop-path pretrained
 pretrained-path initial-checkpoint grad-checkpointing model-ema model-ema-decay model-ema-warmup opt opt-eps opt-betas
@@ -41,6 +41,22 @@ def test_flag_names_are_unique_and_as_listed():
     names = [name for name, _, _ in leaves(Config())]
     assert len(names) == len(set(names))
     assert names == FLAGS
+
+
+def test_a_share_is_a_number_or_left_to_the_program(tmp_path):
+    def share(*argv: str) -> float | None:
+        return parse(argv).data.hw_decoder_load
+
+    path = tmp_path / "args.yaml"
+    path.write_text("hw-decoder-load: 0.5\n")
+    assert share() is share("--hw-decoder-load", "auto") is share("--hw-decoder-load=None") is None
+    assert (share("--hw-decoder-load", "0"), share("--config", str(path))) == (0.0, 0.5)
+    assert share("--config", str(path), "--hw-decoder-load", "auto") is None
+    path.write_text("hw-decoder-load: auto\n")
+    assert share("--config", str(path)) is None
+    for wrong in ("1.1", "off", ""):
+        with pytest.raises(UserError, match="--hw-decoder-load takes a number from 0 to 1, or auto, not"):
+            share("--hw-decoder-load", wrong)
 
 
 def test_a_resumed_run_may_change_what_no_update_depends_on():

@@ -76,6 +76,12 @@ def test_an_option_that_came_later_makes_another_run_of_an_older_one(line, said)
     assert resumed(["--workers", "3"], {"seed": 42})[0].data.workers == 3
 
 
+def test_a_resumed_run_keeps_the_share_that_was_chosen_for_it():
+    assert resumed([], {"hw-decoder-load": 0.5})[0].data.hw_decoder_load == 0.5
+    assert resumed(["--hw-decoder-load", "0.2"], {"hw-decoder-load": 0.5})[0].data.hw_decoder_load == 0.2
+    assert resumed([], {"hw-decoder-load": None})[0].data.hw_decoder_load is None  # it was on a CPU
+
+
 def test_what_cannot_go_on_is_refused_with_the_reason(monkeypatch):
     gone = Change("noise is drawn by sample", cannot="the old noise is no longer there")
     monkeypatch.setattr(meaning, "CHANGES", (*CHANGES, gone))

@@ -218,7 +218,8 @@ def test_timms_own_args_yaml_is_a_config(tmp_path, capsys):
     assert (config.model.model, config.optim.lr, config.optim.epochs) == ("vit_base_patch16_224", 1e-4, 10)
     ours = parse(shlex.split("--model vit_base_patch16_224 --lr 1e-4 --device cpu --amp-dtype float16 --epochs 10"))
     model = dataclasses.replace(ours.model, model_ema=False, model_ema_warmup=False)
-    assert config == dataclasses.replace(ours, model=model, optim=dataclasses.replace(ours.optim, decay_epochs=90))
+    data, optim = dataclasses.replace(ours.data, workers=4), dataclasses.replace(ours.optim, decay_epochs=90)
+    assert config == dataclasses.replace(ours, data=data, model=model, optim=optim)
     (note,) = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"note: \d+ options of timm's .* neutral values in {path}: skipped", note)
 

@@ -12,16 +12,14 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.data import choose
 from lowrank_vit.data.choose import (
     choose_backend,
-    kept_or_measured,
     make_backend,
-    measure,
     open_loader,
-    speed_path,
     why_not_resident,
 )
 from lowrank_vit.data.decode import dali, resident_set
 from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.data.speeds import speed_path
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
 from tests.photos import write_sets
 
@@ -105,7 +103,9 @@ def test_a_gpu_keeps_what_leaves_room_for_training(size, free, why):
 
 def test_without_a_gpu_the_faster_one_is_taken_and_the_figures_are_kept(beton, small_memory, monkeypatch):
     figures = {"ffcv": 10.0, "dali": 20.0}
-    monkeypatch.setattr(choose, "measure", lambda backends, plan: [b.close() for b in backends.values()] and figures)
+    monkeypatch.setattr(
+        choose, "measure", lambda backends, plan, device: [b.close() for b in backends.values()] and figures
+    )
     kind, reason = choose_backend(beton, plan_of(beton), CPU, AUTO)
     assert kind == "dali"
     assert reason.endswith("measured just now: ffcv 10 img/s, dali 20 img/s")
@@ -116,42 +116,6 @@ def test_without_a_gpu_the_faster_one_is_taken_and_the_figures_are_kept(beton, s
     _, reason = choose_backend(beton, plan_of(beton, img_size=32), CPU, AUTO)  # another matter
     assert "measured just now: ffcv 0" in reason
     assert len(json.loads(speed_path(beton).read_text())) == 2
-
-
-def test_both_are_measured_on_the_same_batches(beton):
-    plan, workers = plan_of(beton), 2
-    backends = {kind: make_backend(kind, beton, plan, CPU, LoaderOptions(workers=workers)) for kind in ("ffcv", "dali")}
-    seen: dict[str, list] = {kind: [] for kind in backends}
-    for kind, backend in backends.items():
-        decode = backend.decode
-
-        def noted(schedule, decode=decode, kind=kind):
-            for batch in decode(schedule):
-                seen[kind].append(batch.plan.ids.tolist())
-                yield batch
-
-        backend.decode = noted  # type: ignore[method-assign]
-    speeds = measure(backends, plan)
-    assert seen["ffcv"] == seen["dali"] == 4 * plan.ids(0).tolist()
-    assert min(speeds.values()) > 0
-
-
-def test_damaged_or_read_only_sets_still_get_a_loader(beton, monkeypatch):
-    plan = plan_of(beton)
-    makers = {"dali": lambda: make_backend("dali", beton, plan, CPU, AUTO)}
-    monkeypatch.setattr(choose, "write_whole", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
-    speeds, origin = kept_or_measured(beton, plan, 2, makers)
-    assert list(speeds) == ["dali"]
-    assert "cannot be written" in origin
-    content = bytearray(beton.path.read_bytes())
-    start = int(beton.pointers[0])
-    for i in range(24):
-        content[int(beton.pointers[i]) : int(beton.pointers[i]) + 100] = bytes(100)
-    beton.path.write_bytes(content)
-    assert start
-    broken = Beton(beton.path)
-    makers = {"dali": lambda: make_backend("dali", broken, plan, CPU, AUTO)}
-    assert kept_or_measured(broken, plan, 2, makers) == ({}, "not measured, since the first samples are damaged")
 
 
 def test_without_dali_there_is_ffcv(beton, small_memory, monkeypatch):
@@ -169,29 +133,36 @@ OLD_DRIVER = (
 )
 
 
-def test_where_dali_cannot_use_the_gpu_the_cpu_decodes(beton, small_memory, free, monkeypatch):
+def test_where_dali_cannot_use_the_gpu_the_cpu_decodes(beton, small_memory, free, monkeypatch, on_cuda_path):
     """A driver that is new enough for torch may be too old for DALI."""
     free["bytes"] = 1_000_000
+    starts = [RuntimeError(OLD_DRIVER)]
 
-    def fail(shape):
-        raise RuntimeError(OLD_DRIVER)
+    def start(shape):
+        if starts:
+            raise starts[0]
+        return start_pipeline(shape)
 
-    monkeypatch.setattr(dali, "start_pipeline", fail)
-    dali.why_no_dali.cache_clear()
-    why = (
-        "NVIDIA DALI cannot use this GPU (CUDA runtime API error cudaErrorInsufficientDriver (35): CUDA driver version "
-    )
-    why += "is insufficient for CUDA runtime version)"
-    gpu = torch.device("cuda", 0)
-    kind, reason = choose_backend(beton, plan_of(beton), gpu, AUTO)
-    assert (kind, reason) == ("ffcv", f"2.1 MB decoded exceed 25% of cuda:0 memory; {why}")
-    with pytest.raises(UserError) as refused:
-        make_backend("dali", beton, plan_of(beton), gpu, AUTO)
+    start_pipeline = dali.start_pipeline
+    monkeypatch.setattr(dali, "start_pipeline", start)
+    why = "CUDA runtime API error cudaErrorInsufficientDriver (35): CUDA driver version is insufficient for CUDA "
     advice = "Update the NVIDIA driver, install a DALI that is built for it, or decode on the CPU with --loader ffcv."
-    assert str(refused.value) == f"--loader dali: {why}. {advice}"
+    dali.why_no_dali.cache_clear()
+    with on_cuda_path():
+        kind, reason = choose_backend(beton, plan_of(beton), CPU, AUTO)
+        with pytest.raises(UserError) as refused:
+            make_backend("dali", beton, plan_of(beton), CPU, AUTO)
+        dali.why_no_dali.cache_clear()
+        starts.clear()
+        assert dali.why_no_dali(CPU) == ""
+        assert choose_backend(beton, plan_of(beton), CPU, AUTO)[0] == "dali"
+    dali.why_no_dali.cache_clear()
+    found = f"NVIDIA DALI cannot use this GPU ({why}runtime version)"
+    assert (kind, reason) == ("ffcv", f"2.1 MB decoded exceed 25% of cpu memory; {found}")
+    assert str(refused.value) == f"--loader dali: {found}. {advice}"
+    starts.append(RuntimeError(OLD_DRIVER))
     with pytest.raises(UserError, match=r"--loader dali: NVIDIA DALI cannot start \(CUDA runtime API error"):
         make_backend("dali", beton, plan_of(beton), CPU, AUTO)
-    dali.why_no_dali.cache_clear()
 
 
 def test_resident_says_when_there_is_no_room(beton, free):

@@ -215,7 +215,7 @@ def test_other_environments_are_taken_as_they_are(environment):
     environment(**{**PLACE, "WORLD_SIZE": "1"})
     assert environment_world() == World()
     environment(**{**PLACE, "RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"})
-    assert environment_world() == World(9, 1, 16)
+    assert environment_world() == World(9, 1, 16, local_size=8)
 
 
 @pytest.mark.parametrize("name", ["nowhere.invalid", "[::1]", "a" * 70])

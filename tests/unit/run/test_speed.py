@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank_vit.data.loader import LoaderStats
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.metrics import Meter
-from lowrank_vit.run.speed import Clock, RankFigures, Speed, Stretch
+from lowrank_vit.run.speed import Clock, FirstUpdates, RankFigures, Speed, Stretch
 
 
 @pytest.fixture
@@ -48,6 +48,16 @@ def test_stretches_are_those_since_the_last_look_and_since_the_restart(now):
             found.append(clock.stretches())
     one, three, four = Stretch(10, 4.0, 3.0), Stretch(30, 12.0, 9.0), Stretch(40, 16.0, 12.0)
     assert found == [(one, one), (three, four)]
+
+
+def test_the_first_updates_are_handed_over_once_there_are_enough():
+    first = FirstUpdates(100)
+    assert first.add([Stretch(60, 6.0, 1.0), Stretch(60, 5.0, 2.0)]) is None
+    assert first.add([Stretch(50, 4.0, 0.0), Stretch(50, 5.0, 3.0)]) == [
+        Stretch(110, 10.0, 1.0),
+        Stretch(110, 10.0, 5.0),
+    ]
+    assert first.add([Stretch(100, 9.0, 9.0), Stretch(100, 9.0, 9.0)]) is None
 
 
 def test_the_longest_waiting_of_all_ranks_and_the_slowest_clock_count():

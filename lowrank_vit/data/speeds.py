@@ -1,0 +1,132 @@
+"""Decoding speeds of a set: measured on its first samples, kept beside it, used again while they hold.
+
+Each entry of FILE.beton.speed.json is what was measured, images a second by name, under a key that says of what.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from lowrank_vit.common.devices import cuda_path, wait_for
+from lowrank_vit.common.files import write_whole
+from lowrank_vit.common.pulse import beat
+from lowrank_vit.common.resources import available_cores
+from lowrank_vit.data.decode.backend import Backend, DamagedSamples, Schedule
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.plan.plans import TrainPlan
+
+_SAMPLES, _GPU_BATCHES = 256, 8
+"""Decoded for one timing of a backend on a CPU, which takes them in a fraction of a second; and on a GPU."""
+_ROUNDS = 3
+
+Key = Mapping[str, Any]
+"""All that an entry's figures depend on; plain values."""
+
+
+def speed_path(beton: Beton) -> Path:
+    """Path of the file that keeps a set's measurements: FILE.beton.speed.json."""
+    return beton.path.with_name(beton.path.name + ".speed.json")
+
+
+def key_of(beton: Beton, plan: TrainPlan, workers: int, **more: Any) -> dict[str, Any]:
+    """What every speed of decoding depends on: CPU, cores, threads, image size and the set; and `more`."""
+    return {
+        "cpu": _cpu(),
+        "cores": available_cores(),
+        "workers": workers,
+        "img_size": plan.img_size,
+        "bytes": int(beton.sizes.sum()),
+        "samples": beton.num_samples,
+        **more,
+    }
+
+
+def kept(beton: Beton, key: Key) -> dict[str, float]:
+    """The speeds that are kept under a key; none where there are none."""
+    return _read(speed_path(beton)).get(json.dumps(key), {})
+
+
+def keep(beton: Beton, key: Key, speeds: Mapping[str, float]) -> bool:
+    """Keep speeds under a key; whether that could be written."""
+    path = speed_path(beton)
+    try:
+        write_whole(path, json.dumps({**_read(path), json.dumps(key): speeds}, indent=1) + "\n")
+    except OSError:
+        return False
+    return True
+
+
+def kept_or_measured(
+    beton: Beton, key: Key, names: Iterable[str], measured: Callable[[], dict[str, float]]
+) -> tuple[dict[str, float], str]:
+    """Images a second by name, and in words where that comes from.
+
+    Kept speeds count if the key is the same and the names are. No speeds where the first samples do not decode.
+    """
+    speeds = kept(beton, key)
+    if set(speeds) == set(names):
+        return speeds, f"measured before ({speed_path(beton).name})"
+    try:
+        speeds = measured()
+    except DamagedSamples:
+        return {}, "not measured, since the first samples are damaged"
+    is_kept = keep(beton, key, speeds)
+    return speeds, "measured just now" if is_kept else "measured (but the folder cannot be written to keep it)"
+
+
+def measure(backends: Mapping[str, Backend], plan: TrainPlan, device: torch.device) -> dict[str, float]:
+    """Measure each backend in turn on the same batches: its median images a second. Closes the backends."""
+    taken: dict[str, list[float]] = {kind: [] for kind in backends}
+    few = _GPU_BATCHES if cuda_path(device) else max(2, _SAMPLES // plan.batch_size)
+    try:
+        for n in range(1 + _ROUNDS):
+            for kind, backend in backends.items():
+                begun, count = time.perf_counter(), 0
+                for batch in backend.decode(_Few(plan, few)):
+                    count += len(batch)
+                    beat()
+                wait_for(device)  # the host may be ahead of it
+                if n:  # the first round warms up
+                    taken[kind].append(count / (time.perf_counter() - begun))
+    finally:
+        for backend in backends.values():
+            backend.close()
+    return {kind: median(speeds) for kind, speeds in taken.items()}
+
+
+class _Few(Schedule):
+    """The first batches of the first epoch."""
+
+    def __init__(self, plan: TrainPlan, num_batches: int) -> None:
+        super().__init__(plan, 0, 0, set())
+        self.ids = self.ids[:num_batches]
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _read(path: Path) -> dict[str, dict[str, float]]:
+    """The entries of a file; none of one that is damaged, nor those that are not speeds."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    entries = found.items() if isinstance(found, dict) else ()
+    return {key: entry for key, entry in entries if isinstance(entry, dict) and _are_speeds(entry)}
+
+
+def _are_speeds(entry: dict[str, Any]) -> bool:
+    return all(isinstance(speed, int | float) and speed >= 0 for speed in entry.values())

@@ -1,0 +1,112 @@
+"""Open the loaders of a run: what they decode, with how many threads, and which step they feed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lowrank_vit.augment.recipe import batches_of_update, train_rules
+from lowrank_vit.common.devices import cuda_path
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.option_types import with_options
+from lowrank_vit.config.options import Config
+from lowrank_vit.data.choose import open_loader
+from lowrank_vit.data.decode.backend import FedStep, LoaderOptions, usual_workers
+from lowrank_vit.data.loader import Loader
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.data.synthetic import SyntheticLoader, synthetic_plan
+from lowrank_vit.model.create import InputSpec
+from lowrank_vit.model.flops import Peak
+from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
+from lowrank_vit.ranks.agree import gatherer
+from lowrank_vit.ranks.world import World
+
+MOST_MFU = 0.4
+"""More of the peak than a step of ours is known to reach: ViT-B 0.35, ViT-S 0.23 on an H100."""
+
+
+def with_workers(config: Config, world: World, device: torch.device) -> Config:
+    """Decide on --workers where it is left open."""
+    if config.data.workers is not None:
+        return config
+    return with_options(config, {"workers": usual_workers(device, world.local_size)})
+
+
+def fed_step(
+    config: Config, spec: InputSpec, device: torch.device, train_flops: float | None, peak: Peak
+) -> FedStep | None:
+    """The step that the loader of a GPU feeds. `train_flops`: of one image; `peak`: the GPU's."""
+    if not cuda_path(device):
+        return None
+    model, step = config.model, config.step
+    key = {
+        "step": [model.model, *model.model_kwargs],
+        "gpu": torch.cuda.get_device_name(device),
+        "img_size": spec.img_size,
+        "batch_size": config.data.batch_size,
+        "options": [
+            *(step.amp and step.amp_dtype, step.compile and step.compile_mode, step.tf32),
+            *(model.grad_checkpointing, model.model_ema),
+        ],
+        "torch": torch.__version__,
+    }
+    return FedStep(key, MOST_MFU * peak.flops_per_s / train_flops if train_flops else None)
+
+
+def make_train_loader(
+    config: Config,
+    train: Beton | None,
+    num_classes: int,
+    spec: InputSpec,
+    world: World,
+    device: torch.device,
+    prepare: Callable[[Tensor, BatchPlan], Tensor],
+    step: FedStep | None,
+) -> tuple[TrainPlan, Loader | SyntheticLoader, str]:
+    """The plan, the loader, and a line about it. Without a set: images that are made up."""
+    batch_size, accum_steps = batches_of_update(config, world.size)
+    share = {"rank": world.rank, "world_size": world.size, "accum_steps": accum_steps}
+    of_batch = {"img_size": spec.img_size, "batch_size": batch_size, "seed": config.run.seed}
+    if train is None:
+        plan = synthetic_plan(**of_batch, **share)
+        loader = SyntheticLoader(plan, num_classes, device)
+        return plan, loader, "synthetic images that stay on the device: no data, no augmentation, no validation"
+    wanted, there = config.optim.global_batch_size, train.num_samples
+    if wanted and wanted > there:
+        raise UserError(
+            f"--global-batch-size {wanted} is larger than the training set of {there} samples, which leaves no whole "
+            f"update. Use {there} or less."
+        )
+    plan = TrainPlan(train.heights, train.widths, train_rules(config), **of_batch, **share)
+    options = replace(
+        _decoding(config, world, device, "train"),
+        hw_decoder_load=config.data.hw_decoder_load,
+        jpeg_fancy_upsampling=config.data.jpeg_fancy_upsampling,
+        step=step,
+    )
+    return plan, *open_loader(train, plan, device, options, prepare=prepare, say=world.say)
+
+
+def make_val_loader(
+    config: Config, val: Beton, batch_size: int, spec: InputSpec, world: World, device: torch.device
+) -> tuple[Loader, str]:
+    """The loader of the validation set, and a line about it."""
+    sides = {"img_size": spec.img_size, "crop_pct": spec.crop_pct}
+    share = {"rank": world.rank, "world_size": world.size}
+    plan = EvalPlan(val.heights, val.widths, **sides, batch_size=batch_size, **share)
+    # A GPU decodes as it does for `validate`: a score does not depend on what was measured.
+    return open_loader(val, plan, device, _decoding(config, world, device, "val"), say=world.say)
+
+
+def _decoding(config: Config, world: World, device: torch.device, split: str) -> LoaderOptions:
+    data = config.data
+    return LoaderOptions(
+        data.loader,
+        data.workers or usual_workers(device, world.local_size),
+        data.prefetch,
+        on_bad_sample=data.on_bad_sample,
+        of_all_ranks=gatherer(world, f"loader/{split}", "choosing a loader"),
+    )
