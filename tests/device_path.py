@@ -67,7 +67,7 @@ class Stream:
         pass
 
 
-def _stand_ins() -> list[Any]:
+def _stand_ins(of_torch_cuda: dict[str, Any]) -> list[Any]:
     """What of torch does not work without a GPU, replaced."""
     empty, current = torch.empty, Stream()
     replaced = {
@@ -85,7 +85,7 @@ def _stand_ins() -> list[Any]:
         "mem_get_info": lambda device: (resources.memory().free, resources.memory().total),
     }
     return [
-        mock.patch.multiple(torch.cuda, **replaced),
+        mock.patch.multiple(torch.cuda, **replaced | of_torch_cuda),
         mock.patch.object(torch, "empty", lambda *sizes, pin_memory=False, **more: empty(*sizes, **more)),
         mock.patch.object(torch.Tensor, "pin_memory", torch.Tensor.clone),
         mock.patch.object(torch.Tensor, "record_stream", mock.Mock(return_value=None)),
@@ -102,10 +102,10 @@ class CudaPath:
         """Lines, as (file, number), that asked which way to go and were sent CUDA's."""
 
     @contextmanager
-    def __call__(self) -> Generator[None]:
-        """Go that way."""
+    def __call__(self, **of_torch_cuda: Any) -> Generator[None]:
+        """Go that way, with these in `torch.cuda` (which `monkeypatch` would put back too late)."""
         self.is_taken = True
-        patches = [*_stand_ins(), mock.patch.object(devices, "_type_of", self._type_of)]
+        patches = [*_stand_ins(of_torch_cuda), mock.patch.object(devices, "_type_of", self._type_of)]
         for patch in patches:
             patch.start()
         try:
@@ -113,6 +113,11 @@ class CudaPath:
         finally:
             for patch in reversed(patches):
                 patch.stop()
+
+    def saw(self, asked: list[tuple[str, int]]) -> None:
+        """Count what another process was asked, whose Triton interprets kernels, as asked here."""
+        self.is_taken = True
+        self.asked |= {(file, line) for file, line in asked}
 
     def _type_of(self, where: object) -> str:
         if not torch.compiler.is_compiling():

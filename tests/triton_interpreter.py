@@ -9,9 +9,10 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 
-def interpreted(module: str) -> dict[str, float]:
+def interpreted(module: str) -> dict[str, Any]:
     """What `python -m MODULE` prints in its last line, as JSON."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, "-m", module], env=environment, capture_output=True, text=True, check=False)

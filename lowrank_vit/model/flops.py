@@ -34,6 +34,7 @@ _LISTED = {
     "L40": (181.05, 90.5),
     "L4": (121.0, 60.0),
 }
+_SIDE_ON_CUDA, _SIDE_ON_CPU = 8192, 1024
 _MEASUREMENTS = 5
 
 
@@ -84,7 +85,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, *, tf32: bool = False) 
 
 @cache
 def _measured(device: torch.device, dtype: torch.dtype) -> Peak:
-    side = 8192 if cuda_path(device) else 1024
+    side = _SIDE_ON_CUDA if cuda_path(device) else _SIDE_ON_CPU
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     seconds = []
     for _ in range(_MEASUREMENTS):

@@ -213,7 +213,7 @@ def set_up(
             f"peak learning rate {lr:.3g} ({lr_origin}), {_batch_in_words(plan)}, "
             f"{plan.updates_per_epoch} updates an epoch, {num_epochs} epoch{'s' if num_epochs != 1 else ''}",
             *ema_line,
-            *([COMPILING] if sets and not cuda_path(device) and _must_compile(config, train_loader.name) else []),
+            *([COMPILING] if sets and _must_compile(config, train_loader.name, device) else []),
             *([f"{train_flops / 1e9:.3g} GFLOP a training image; MFU is against {peak.name}"] if train_flops else []),
         ],
     )
@@ -241,9 +241,9 @@ def _make_evaluator(config: Config, model: nn.Module, augment: Augment) -> Evalu
     return Evaluator(model, augment, amp=step.amp, compile=step.compile, amp_dtype=dtype, tta=config.run.tta)
 
 
-def _must_compile(config: Config, loader: str) -> bool:
+def _must_compile(config: Config, loader: str, device: torch.device) -> bool:
     decoding = decode_batch if loader == "ffcv" else resize_batch
-    return must_compile(decoding, *((apply_ops,) if config.augment.aa != "none" else ()))
+    return not cuda_path(device) and must_compile(decoding, *((apply_ops,) if config.augment.aa != "none" else ()))
 
 
 def silent(line: str) -> None:

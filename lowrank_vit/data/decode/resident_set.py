@@ -42,11 +42,8 @@ class ResidentSet:
     they go through two pinned pieces of the host's memory: one is filled while the other is copied.
     """
 
-    def __init__(self, beton: Beton, device: torch.device, *, is_staged: bool | None = None) -> None:
-        """Take all memory that `load` needs. Raises `NoRoom`, and then has taken none.
-
-        `is_staged`: whether images go through pieces of the host's memory; default: to a GPU.
-        """
+    def __init__(self, beton: Beton, device: torch.device) -> None:
+        """Take all memory that `load` needs. Raises `NoRoom`, and then has taken none."""
         self._beton, self._device = beton, device
         sizes = _decoded_bytes(beton)
         total = int(sizes.sum())
@@ -60,13 +57,12 @@ class ResidentSet:
         self.starts[self._order] = self._ends - sizes[self._order]
         self.damaged: dict[int, str] = {}
         """Why samples do not decode, by their ids; complete when all is loaded."""
-        is_staged = cuda_path(device) if is_staged is None else is_staged
         try:
             self.pixels = _empty(total, device)
             """uint8 (bytes,)."""
             self.labels = torch.from_numpy(beton.labels).to(device)
             """int64 (N,)."""
-            self._pieces = [_pinned(min(_PART_BYTES, total), device) for _ in range(2 if is_staged else 0)]
+            self._pieces = [_pinned(min(_PART_BYTES, total), device) for _ in range(2 if cuda_path(device) else 0)]
         except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError, or what CUDA says of pinned memory
             reason = _reason(error)
         else:

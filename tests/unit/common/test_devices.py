@@ -30,6 +30,13 @@ def test_which_gpu(name, local_rank, index, monkeypatch):
         pick_device("cuda:7", 7 if local_rank else 0)
 
 
+def test_a_run_that_goes_a_gpus_way_needs_no_note(monkeypatch, on_cuda_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert why_on_cpu("auto", torch.device("cpu")).startswith("note: on the CPU, since CUDA_VISIBLE_DEVICES")
+    with on_cuda_path():
+        assert why_on_cpu("auto", torch.device("cpu")) == ""
+
+
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "cuda:-1", "cpu:0"])
 def test_devices_that_are_not_known(name):
     with pytest.raises(UserError, match=f"--device takes .*, not `{name}`"):

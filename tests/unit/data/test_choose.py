@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lowrank_vit.common import resources
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data import choose
 from lowrank_vit.data.choose import (
@@ -24,6 +26,7 @@ from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
 from tests.photos import write_sets
 
 CPU = torch.device("cpu")
+FREE_BYTES = resident_set.free_bytes
 AUTO = LoaderOptions(workers=2)
 
 
@@ -72,9 +75,10 @@ def free(monkeypatch) -> dict[str, int]:
     return figures
 
 
-def test_a_gpu_decodes_what_does_not_fit(beton, small_memory, free, a_gpu):
+def test_a_gpu_decodes_what_does_not_fit(beton, small_memory, free, a_gpu, on_cuda_path):
     free["bytes"] = 1_000_000
-    kind, reason = choose_backend(beton, plan_of(beton), a_gpu, AUTO)
+    with on_cuda_path():
+        kind, reason = choose_backend(beton, plan_of(beton), a_gpu, AUTO)
     assert kind == "dali"
     assert reason == "2.1 MB decoded exceed 25% of cuda memory; decoding on the GPU"
 
@@ -99,6 +103,19 @@ H100, IMAGENET_100 = 84_900_000_000, 19_000_000_000
 )
 def test_a_gpu_keeps_what_leaves_room_for_training(size, free, why):
     assert why_not_resident(size, H100, free, torch.device("cuda")) == why
+
+
+def test_a_gpus_memory_is_its_own(on_cuda_path):
+    properties, figures = SimpleNamespace(total_memory=3 * 10**9), (700_000_000, 3 * 10**9)
+    with on_cuda_path(
+        get_device_properties=lambda device: properties,
+        mem_get_info=lambda device: figures,
+        memory_reserved=lambda device: 90_000_000,
+        memory_allocated=lambda device: 30_000_000,
+    ):
+        assert choose.memory_bytes(CPU) == 3 * 10**9
+        assert FREE_BYTES(CPU) == 760_000_000  # what torch keeps without need counts
+    assert choose.memory_bytes(CPU) == resources.memory().total
 
 
 def test_without_a_gpu_the_faster_one_is_taken_and_the_figures_are_kept(beton, small_memory, monkeypatch):
@@ -186,12 +203,14 @@ OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GP
 
 @pytest.mark.parametrize("which", ["_empty", "_pinned", "decode_jpeg"])
 @pytest.mark.parametrize("error", [OUT, MemoryError()])
-def test_memory_that_cannot_be_had_after_all_is_another_loaders_cause(beton, free, monkeypatch, which, error):
+def test_memory_that_cannot_be_had_after_all_is_another_loaders_cause(
+    beton, free, monkeypatch, on_cuda_path, which, error
+):
     """Another process may have taken it, or there is no piece of this size."""
     monkeypatch.setattr(resident_set, which, full(error))
     if which == "_pinned":
-        init = resident_set.ResidentSet.__init__
-        monkeypatch.setattr(resident_set.ResidentSet, "__init__", lambda s, b, d: init(s, b, d, is_staged=True))
+        staged = on_cuda_path()(resident_set.ResidentSet.__init__)
+        monkeypatch.setattr(resident_set.ResidentSet, "__init__", staged)
     monkeypatch.setattr(choose, "kept_or_measured", lambda *_: ({"ffcv": 30.0, "dali": 4.0}, "measured just now"))
     loader, line = open_loader(beton, plan_of(beton), CPU, AUTO)
     assert loader.name == "ffcv"

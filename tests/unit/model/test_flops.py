@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 
+from lowrank_vit.model import flops
 from lowrank_vit.model.flops import Peak, memory_gb, mfu, peak_flops, train_flops_per_image
 
 CPU = torch.device("cpu")
@@ -59,9 +60,9 @@ def test_a_model_that_cannot_be_counted_is_trained_all_the_same():
         ("NVIDIA L40S", torch.bfloat16, False, 362.05),
     ],
 )
-def test_listed_devices_have_their_vendors_figure(monkeypatch, name, dtype, tf32, tflops):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    peak = peak_flops(torch.device("cuda"), dtype, tf32=tf32)
+def test_listed_devices_have_their_vendors_figure(on_cuda_path, name, dtype, tf32, tflops):
+    with on_cuda_path(get_device_name=lambda device: name):
+        peak = peak_flops(CPU, dtype, tf32=tf32)
     assert peak.flops_per_s == tflops * 1e12
     assert name in peak.name
     assert "listed" in peak.name
@@ -79,6 +80,21 @@ def test_other_devices_are_measured():
     peak = peak_flops(CPU, torch.float32)
     assert 1e8 < peak.flops_per_s < 1e14
     assert "1024 x 1024 float32 product measured here" in peak.name
+
+
+def test_a_product_on_a_gpu_is_larger_and_waited_for(monkeypatch, on_cuda_path):
+    waits: list[torch.device] = []
+    monkeypatch.setattr(flops, "_SIDE_ON_CUDA", 1100)
+    with on_cuda_path(get_device_name=lambda device: "NVIDIA RTX A4000", synchronize=waits.append):
+        peak = peak_flops(CPU, torch.float64)
+    assert "1100 x 1100 float64 product measured here" in peak.name
+    assert 1e8 < peak.flops_per_s < 1e14
+    assert waits == [CPU] * 10  # before and behind each of five
+
+
+def test_memory_of_a_gpu_is_the_most_that_tensors_took(on_cuda_path):
+    with on_cuda_path(max_memory_allocated=lambda device: 2_700_000_000):
+        assert memory_gb(CPU) == 2.7
 
 
 def test_mfu_is_the_share_of_all_devices_peaks():

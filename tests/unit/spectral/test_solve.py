@@ -142,6 +142,15 @@ def test_random_weights_of_every_dtype(shape: tuple[int, int], dtype: torch.dtyp
         assert solved.solver == "gram64"
 
 
+def test_the_svd_has_the_same_bits_on_a_gpus_way_but_for_torchs_threads(on_cuda_path: CudaPath) -> None:
+    threads = torch.get_num_threads()
+    (expected,) = solve({"m": 0.3 * CASES["tall"]}, 6, "svd").values()
+    with on_cuda_path():
+        (found,) = solve({"m": 0.3 * CASES["tall"]}, 6, "svd").values()
+    np.testing.assert_allclose(found.s, expected.s, rtol=1e-12)
+    assert torch.get_num_threads() == threads
+
+
 def test_matrices_too_small_for_two_ends_go_through_the_svd_without_a_word(caplog) -> None:
     solved = solve({"m": torch.eye(5, 7) * torch.arange(1, 6)[:, None]}, 8)["m"]
     np.testing.assert_allclose(solved.top.s, [5, 4, 3, 2, 1])

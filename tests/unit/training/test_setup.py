@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.options import Config
+from lowrank_vit.training import setup
 from lowrank_vit.training.setup import keep_compiled_code, set_float32_policy
 
 CODE = """
@@ -59,11 +61,19 @@ def test_float32_policy_is_for_cuda_alone():
     assert torch.get_float32_matmul_precision() == before
 
 
+def test_code_for_a_cpu_is_compiled_for_a_cpu_alone(monkeypatch, on_cuda_path):
+    monkeypatch.setattr(setup, "must_compile", lambda *functions: True)
+    assert setup._must_compile(Config(), "resident", torch.device("cpu"))
+    with on_cuda_path():
+        assert not setup._must_compile(Config(), "resident", torch.device("cpu"))
+
+
 @pytest.mark.parametrize("tf32", [True, False])
-def test_float32_policy_is_explicit(monkeypatch, tf32):
+def test_float32_policy_is_explicit(on_cuda_path, tf32):
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
     try:
-        set_float32_policy(torch.device("cuda"), tf32=tf32)
+        with on_cuda_path():
+            set_float32_policy(torch.device("cpu"), tf32=tf32)
         assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
         assert torch.backends.cudnn.allow_tf32 == tf32
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,13 @@ def sets(tmp_path_factory) -> dict[str, Path]:
     return write_sets(tmp_path_factory.mktemp("photos"))
 
 
+@pytest.fixture(params=["straight", "staged"])
+def way(request, on_cuda_path) -> Iterator[str]:
+    """Straight to the memory, or staged as for a GPU."""
+    with on_cuda_path() if request.param == "staged" else nullcontext():
+        yield request.param
+
+
 @pytest.fixture
 def reads(monkeypatch) -> list[int]:
     """Bytes of each read of a file."""
@@ -32,15 +41,14 @@ def reads(monkeypatch) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("is_staged", [False, True])
 @pytest.mark.parametrize("part_bytes", [1 << 26, 150_000, 1000])
 @pytest.mark.parametrize("stored", ["jpeg", "raw", "mixed"])
-def test_all_images_are_pillows_by_every_way(sets, stored, part_bytes, is_staged, monkeypatch):
+def test_all_images_are_pillows_by_every_way(sets, stored, part_bytes, way, monkeypatch):
     """In one part, in several, and in parts smaller than an image; straight to the memory, or staged as for a GPU."""
     monkeypatch.setattr(resident_set, "_PART_BYTES", part_bytes)
     beton = Beton(sets[stored])
-    room = ResidentSet(beton, CPU, is_staged=is_staged)
-    assert len(room._pieces) == 2 * is_staged
+    room = ResidentSet(beton, CPU)
+    assert len(room._pieces) == (2 if way == "staged" else 0)
     room.load(3)
     assert not room.damaged
     assert room.pixels.numel() == resident_set.resident_bytes(beton)
@@ -72,26 +80,26 @@ def test_samples_that_lie_apart_or_out_of_order_are_found(sets, tmp_path, monkey
         assert np.array_equal(room.pixels[start : start + len(pixels)].numpy(), pixels)
 
 
-@pytest.mark.parametrize("is_staged", [False, True])
-def test_progress_is_said_of_large_sets(sets, is_staged, monkeypatch):
+@pytest.mark.usefixtures("way")
+def test_progress_is_said_of_large_sets(sets, monkeypatch):
     beton, said = Beton(sets["jpeg"]), []
-    ResidentSet(beton, CPU, is_staged=is_staged).load(2, said.append)
+    ResidentSet(beton, CPU).load(2, said.append)
     assert not said
     monkeypatch.setattr(resident_set, "_SHOWN_BYTES", 1_000_000)
-    ResidentSet(beton, CPU, is_staged=is_staged).load(2, said.append)
+    ResidentSet(beton, CPU).load(2, said.append)
     first, last = said
     assert first == "loading jpeg.beton, 2.1 MB decoded, to cpu (once)"
     assert last.startswith("  loaded in ")
 
 
-@pytest.mark.parametrize("is_staged", [False, True])
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory"), OSError("read")])
-def test_what_ends_loading_leaves_nothing(sets, error, is_staged, monkeypatch):
+def test_what_ends_loading_leaves_nothing(sets, error, monkeypatch):
     def broken(self, sample_id, pixels):
         raise error
 
     monkeypatch.setattr(ResidentSet, "_decode", broken)
-    before, room = threading.active_count(), ResidentSet(Beton(sets["jpeg"]), CPU, is_staged=is_staged)
+    before, room = threading.active_count(), ResidentSet(Beton(sets["jpeg"]), CPU)
     with pytest.raises(NoRoom if isinstance(error, torch.OutOfMemoryError) else type(error)):
         room.load(2)
     assert threading.active_count() == before

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +15,18 @@ import torch
 from PIL import Image
 
 from lowrank_vit.common.filters import BICUBIC, BILINEAR, NEAREST
+from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.decode.backend import LENGTH, LOW
+from lowrank_vit.data.decode.resident import ResidentBackend
 from lowrank_vit.data.decode.resize_cpu import resize_batch
+from lowrank_vit.data.loader import Loader
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.plan.plans import TrainPlan, TrainRules
+from tests.device_path import CudaPath
+from tests.photos import write_sets
 from tests.triton_interpreter import interpreted
 
+CPU = torch.device("cpu")
 SIZE = 6
 KERNELS = {"nearest": NEAREST, "bilinear": BILINEAR, "bicubic": BICUBIC}
 CASES = [
@@ -26,8 +39,11 @@ BASE = 2**31 + 11
 """First byte of the first image: a set on a GPU has more bytes than 32 bits count. No memory is behind them here."""
 
 
-def errors() -> dict[str, float]:
-    """For each use and filter: greatest difference from the twin and from PIL in levels, and share of other pixels."""
+def errors() -> dict[str, Any]:
+    """For each use and filter: greatest difference from the twin and from PIL in levels, and share of other pixels.
+
+    And the difference of a resident set's batches from those on a CPU's way, with the lines that asked for the way.
+    """
     from lowrank_vit.data.decode import resize_triton
 
     rng = np.random.default_rng(0)
@@ -52,7 +68,23 @@ def errors() -> dict[str, float]:
         if (use, name) in AS_PIL:
             pils = [_by_pil(flat[starts[n] :], widths[n], spans[n], flips[n], name) for n in range(B)]
             found[f"{use}, {name}, PIL"] = float(np.abs(ours.numpy().astype(int) - np.stack(pils)).max())
-    return found
+    on_cuda_path = CudaPath()
+    with TemporaryDirectory() as folder:
+        found["a resident set"] = _error_of_resident_sets(Beton(write_sets(Path(folder))["raw"]), on_cuda_path)
+    return {**found, "asked": sorted(on_cuda_path.asked)}
+
+
+def _error_of_resident_sets(beton: Beton, on_cuda_path: CudaPath) -> float:
+    rules, made = TrainRules(scale=(0.02, 0.1)), list[list[Batch]]()  # the interpreter is slow
+    plan = TrainPlan(beton.heights, beton.widths, rules, seed=5, img_size=SIZE, batch_size=3)
+    for way in (nullcontext, on_cuda_path):
+        with way():
+            loader = Loader(ResidentBackend(beton, plan, CPU, 2), beton, plan, CPU)
+            made.append(list(islice(loader.batches(0), 2)))
+            loader.close()
+    for ours, theirs in zip(*made, strict=True):
+        assert torch.equal(ours.targets, theirs.targets)
+    return max(float((ours.images.int() - theirs.images.int()).abs().max()) for ours, theirs in zip(*made, strict=True))
 
 
 def _by_pil(pixels: np.ndarray, width: int, spans: np.ndarray, is_flipped: bool, name: str) -> np.ndarray:
@@ -80,7 +112,7 @@ def _middles(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, float]:
+def found() -> dict[str, Any]:
     return interpreted("tests.unit.data.decode.test_resize_triton")
 
 
@@ -95,6 +127,11 @@ def test_pixels_are_the_twins_within_a_level(found: dict[str, float], use: str, 
 def test_pixels_are_pils_within_a_level(found: dict[str, float], use: str, kernel: str) -> None:
     """PIL's sums are of fixed point; that of the first pass may be a level off in the second."""
     assert found[f"{use}, {kernel}, PIL"] <= 2
+
+
+def test_a_resident_set_on_a_gpus_way_gives_the_cpus_batches(found: dict[str, Any], on_cuda_path: CudaPath) -> None:
+    on_cuda_path.saw(found["asked"])
+    assert found["a resident set"] <= 1
 
 
 if __name__ == "__main__":
