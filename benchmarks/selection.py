@@ -102,7 +102,7 @@ CUDA: Mapping[str, Entry] = {
             *("--cases", "dali_gpu", "resident", "resident_256px", "dali_gpu_400px", "gpu_decode_limit", "copy_limit"),
             "dali_gpu_repeated_colours",
         ),
-        expected_s=18,
+        expected_s=17,
         longest_s=60,
         tiny=(
             *("--count", "24", "-b", "4", "--img-size", "32", "--workers", "1", "--times", "2"),
