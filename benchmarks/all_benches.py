@@ -120,6 +120,7 @@ def run(
     device = pick_device(options.device).type
     entries, end = options.entries(device), clock() + options.budget_s(device)
     joined = Joined(tuple(entries), device, before)
+    joined.form = "tiny" if options.tiny else "short" if options.short else "full"
     is_short = options.short or options.tiny
     with tempfile.TemporaryDirectory() as folder, SharedProcess() as shared:
         for name, entry in entries.items():
@@ -189,6 +190,7 @@ class Joined:
             name: reason for name, reason in earlier.get("failed", {}).items() if "/" not in name
         }
         self.seconds: dict[str, float] = dict(earlier.get("seconds", {}))
+        self.form = "full"
 
     def forget(self, bench: str) -> None:
         """What there is of a bench that is measured anew."""
@@ -214,6 +216,7 @@ class Joined:
         surroundings = next((one["environment"] for one in self.results.values() if one["environment"]), {})
         extra = {
             "device": self._device,
+            "form": self.form,
             "wanted": list(self._wanted),
             "aims": verdicts,
             "seconds": dict(self.seconds),

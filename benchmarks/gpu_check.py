@@ -37,6 +37,8 @@ PROFILE_MINUTES = 1.0
 TESTS_SHARE = 2.5 / 6
 """Of the time that the tests may take."""
 MOST_JOBS = 16
+COMPILERS = 4
+"""Of torch.compile in each process of the tests: some, since those that compile longest are few."""
 TOO_LONG = 124
 """The exit code of tests that were ended; that of the program `timeout`."""
 _TESTS = "tests"
@@ -220,12 +222,12 @@ def _run_tests(options: Options, files: _Files, limit_s: float, note: Callable[[
     files.tests.unlink(missing_ok=True)
     jobs = options.jobs or min(MOST_JOBS, available_cores())
     note(f"the tests in {jobs} processes, at most {limit_s:.0f} s")
-    # Each process compiles by itself: with a pool of compilers for each, most of the time would go into starting them.
-    variables = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    # Each process has a pool of compilers, by default one for each core.
+    variables = {"TORCHINDUCTOR_COMPILE_THREADS": str(COMPILERS if jobs > 1 else available_cores())}
     if not (options.without_gpu or options.tiny):
         variables["LRV_REQUIRE_GPU"] = "1"  # a test that finds no GPU fails rather than being left out
-    # Where pytest-benchmark is installed it warns beside xdist.
-    parallel = ["-n", str(jobs), "--dist", "worksteal", "-p", "no:benchmark"]
+    # One at a time, the longest first, see `tests/gpu/conftest.py`; pytest-benchmark, where it is, warns beside xdist.
+    parallel = ["-n", str(jobs), "--dist", "load", "--maxschedchunk", "1", "-p", "no:benchmark"]
     code = call(["pytest", "tests/gpu", "-m", "gpu", *parallel, f"--gpu-record={files.tests}"], variables, limit_s)
     if code == TOO_LONG:
         note(f"the tests were ended after {limit_s:.0f} s; the record names those that did not run")

@@ -43,6 +43,8 @@ def to_markdown(known: Mapping[str, Any], tests: dict[str, Any] | None, benches:
     rows = [[name, known[name]] for name in shown if known.get(name)]
     lines = [f"# {known.get('gpu') or known.get('cpu') or 'An unknown machine'}", "", *_table(["", ""], rows)]
     lines += ["", "Made by `make gpu-check`; the samples are in the JSON file beside this page."]
+    if benches and benches.get("form") == "tiny":
+        lines += ["", "**A rehearsal in tiny sizes: its figures mean nothing.**"]
     lines += ["", "## Tests", "", *_tests(tests)]
     if benches is None:
         lines += ["", "## Benches", "", "Not measured."]
@@ -121,12 +123,14 @@ def _benches(benches: Mapping[str, Any]) -> list[str]:
     lines = ["", "## What is to be reached", ""]
     lines += _table(["bench", "what", "median", "lowest .. highest", "aim", "reached"], rows)
     rows = [
-        [name, f"{taken:.0f}", _workload(results.get(name, {})), results.get(name, {}).get("bottleneck", ""),
-         *(results.get(name, {}).get(peak, "") for peak in PEAKS)]
+        [name, f"{taken:.0f}", _workload(one := results.get(name, {})), one.get("attention", ""), _decoding(one),
+         one.get("bottleneck", ""), *(one.get(peak, "") for peak in PEAKS)]
         for name, taken in seconds.items()
     ]  # fmt: skip
     lines += ["", "## The benches", ""]
-    lines += _table(["bench", "seconds", "work", "bottleneck", "peak memory, GiB", "of the GPU, GiB"], rows)
+    headings = ["bench", "seconds", "work", "attention", "decoding", "bottleneck"]
+    lines += _table([*headings, "peak memory, GiB", "of the GPU, GiB"], rows)
+    lines += _runs(results)
     lines += _surroundings(results)
     lines += _kernels(results)
     lines += ["", "## How the peers were set", ""]
@@ -162,12 +166,13 @@ def _kernels(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
             is_cuda = str(result.get("environment", {}).get("device", "")).startswith("cuda")
             of = "kernels of the device" if is_cuda else "torch's operators on the host"
             lines += ["", f"## Where the time goes: {model}, {title}", ""]
-            lines += [f"{table['ms']:.3g} ms of {of} a step, in a profile of {table['steps']} steps.", ""]
+            took = f"A step takes {table['step_ms']:.4g} ms by the clock, and has {table['ms']:.4g} ms of {of}"
+            lines += [f"{took} (a profile of {table['steps']} steps).", ""]
             rows = [
                 [f"`{row['name'][:MAX_NAME]}`", f"{row['ms']:.3f}", f"{row['runs']:.4g}", f"{row['share']:.1%}"]
                 for row in table["rows"]
             ]
-            lines += _table(["name", "ms a step", "runs a step", "share"], rows)
+            lines += _table(["name", "ms a step", "runs a step", "share of the step"], rows)
             if table.get("others"):
                 lines += ["", f"{table['others']} others took less."]
     return lines
@@ -177,17 +182,30 @@ def _workload(result: Mapping[str, Any]) -> str:
     """Of a training bench its own section; of the others what they say of batch and image size."""
     given = result.get("workload")
     if not isinstance(given, dict):
-        names = ("recipe", "batch_size", "img_size", "times", "workers", "threads", "hw_decoder_load")
+        names = ("recipe", "batch_size", "img_size", "times", "workers", "threads")
         given = {name: result[name] for name in names if name in result}
         if "source" in result:
             given = {"images": result["source"].get("images"), **given}
-    more = {"attention": result["attention"]} if "attention" in result else {}
-    loader = result.get("loader")
-    if isinstance(loader, dict):
-        more |= {"loader": loader.get("backend")}
-        more |= {name: loader[name] for name in ("hw_decoder_load", "workers") if name in loader}
-    given = {**given, **more}
     return ", ".join(f"{name} {value}" for name, value in given.items())
+
+
+_DECODING = ("hw_decoder_load", "workers")
+
+
+def _decoding(result: Mapping[str, Any]) -> str:
+    """Which backend, with which share of the GPU's decoder and how many threads."""
+    of_run = result.get("loader")
+    if isinstance(of_run, dict):
+        return (
+            f"{of_run.get('backend')}, hw_decoder_load {of_run.get('hw_decoder_load')}, workers {of_run.get('workers')}"
+        )
+    return f"hw_decoder_load {result['hw_decoder_load']}" if "hw_decoder_load" in result else ""
+
+
+def _runs(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the runs said of themselves, those of a model once."""
+    found = dict.fromkeys(tuple(result["description"]) for result in results.values() if result.get("description"))
+    return ["", "The runs:", "", *(f"- {_plain('; '.join(lines))}" for lines in found)] if found else []
 
 
 def _spread(samples: Sequence[float]) -> str:

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 from weakref import WeakSet
 
 import pytest
@@ -71,7 +72,7 @@ _HAS_FAILED = pytest.StashKey[bool]()
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, pytest.TestReport]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
         item.stash[_HAS_FAILED] = True
@@ -83,7 +84,7 @@ def _folders_of_a_failure_are_unlocked(request: pytest.FixtureRequest) -> Genera
     """What a test that failed left locked, such as a run directory, would be a warning in another test."""
     taken, take = WeakSet[FolderLock](), FolderLock.__init__
 
-    def noted(lock: FolderLock, *given: object) -> None:
+    def noted(lock: FolderLock, *given: Any) -> None:
         take(lock, *given)
         taken.add(lock)
 

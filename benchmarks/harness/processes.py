@@ -83,18 +83,28 @@ class SharedProcess:
             raise UserError(_too_long(limit_s)) from None
         finally:
             if not is_done:
-                self.close()
+                self._end()
         if not answer:
             raise UserError(_why_ended(process.returncode, self._told.last))
         if reason := json.loads(answer)["failed"]:
             raise UserError(reason)
 
     def close(self) -> None:
-        """End the process with all that it has started."""
+        """End the process when it has closed what it keeps open, or does not in time."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE_S)
+            self._end()
+
+    def _end(self) -> None:
+        """Now, with all that it has started, whatever it does."""
         if self._process is not None:
             with contextlib.suppress(OSError):
                 assert self._process.stdin is not None
-                self._process.stdin.close()  # which ends one that waits for the next bench
+                self._process.stdin.close()
             end(self._process, self._grace_s)
             self._told.join()
             self._process = None
@@ -183,11 +193,7 @@ def _why_ended(code: object, last: Sequence[str]) -> str:
 def end(process: subprocess.Popen[str], grace_s: float) -> None:
     """Politely, then the whole session: also what a process that is done has left running."""
     if process.poll() is None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if process.stdin is not None and process.stdin.closed:
-                process.wait(0.2)
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             process.wait(grace_s)
     with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -69,7 +69,7 @@ def run(
             note=note,
             keep=keep,
         )
-        return replace(result, extra={**training.about(), **more})
+        return replace(result, extra={**training.about(steps), **more})
 
 
 _Figure = tuple[dict[str, Case], dict[str, tuple[str, str]], dict[str, Any]]
@@ -141,14 +141,16 @@ def _kernels(training: TrainingRun, steps: int, note: Callable[[str], object]) -
     timed.held(WARM_UP_STEPS if training.way == "compiled" else 1)
     tables = {"step": profiled(partial(timed.held, steps), steps, device)}
     note("profiling the run")
-    timed.before()
-    tables["end_to_end"] = profiled(timed.run, training.load.steps, device)
-    timed.after()
+    around = timed.before, timed.after
+    tables["end_to_end"] = profiled(timed.run, training.load.steps, device, *around)
     what = "kernels and copies of the device" if device.type == "cuda" else "torch's operators on the host"
     cases = {
         name: Samples((table["ms"],), "ms/step", f"all {what}, of {table['steps']} steps")
         for name, table in tables.items()
     }
-    limits = (f"One profile each, of {what}. What runs on several streams at once counts for each of them.",)
-    extra = {**training.about(), "kernels": tables}
+    limits = (
+        f"One profile each, of {what}. What runs on several streams at once counts for each of them.",
+        "Shares are of a step's time by the clock, as it takes without a profile.",
+    )
+    extra = {**training.about(steps), "kernels": tables}
     return Result("kernels", training.environment, cases, {}, limits, extra)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,24 +11,40 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.harness.measure import nothing
+
 MOST_ROWS = 30
 
 Span = tuple[str, float]
 """Name of a kernel or operator, and microseconds of one run of it."""
 
 
-def profiled(run: Callable[[], object], steps: int, device: torch.device) -> dict[str, Any]:
-    """A table of what `run`, which takes `steps` steps and waits for the device, spends its time on.
+def profiled(
+    run: Callable[[], object],
+    steps: int,
+    device: torch.device,
+    before: Callable[[], object] = nothing,
+    after: Callable[[], object] = nothing,
+) -> dict[str, Any]:
+    """A table of what `run`, which takes `steps` steps and waits for the device, spends its time on, see `table_of`.
 
     On cuda these are the device's kernels and copies, of all streams; on a CPU torch's operators without what they
-    call. See `table_of`.
+    call. `run` goes first once with the clock and without the profile, which would slow it down; `before` and `after`
+    are called around it each time.
     """
+    before()
+    begun = time.perf_counter()
+    run()
+    step_ms = 1e3 * (time.perf_counter() - begun) / steps
+    after()
+    before()
     is_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
     with profile(activities=activities) as found:
         run()
+    after()
     events: Any = found.events()
-    return table_of(of_kernels(events) if is_cuda else of_operators(events), steps)
+    return table_of(of_kernels(events) if is_cuda else of_operators(events), steps, step_ms)
 
 
 def of_kernels(events: Iterable[Any]) -> list[Span]:
@@ -41,25 +58,21 @@ def of_operators(events: Iterable[Any]) -> list[Span]:
     return [(event.name, event.self_cpu_time_total) for event in events if event.device_type == DeviceType.CPU]
 
 
-def table_of(spans: Iterable[Span], steps: int) -> dict[str, Any]:
-    """The `MOST_ROWS` names that took most: ms a step, runs a step, and share of all together, 0-1.
+def table_of(spans: Iterable[Span], steps: int, step_ms: float) -> dict[str, Any]:
+    """The `MOST_ROWS` names that took most: ms a step, runs a step, and share of the `step_ms` of a step, 0-1.
 
-    The sections are `steps`, `ms` (of all names, a step), `rows`, and `others` (how many names are not in the rows).
+    The sections are `steps`, `step_ms`, `ms` (of all names, a step), `rows`, and `others` (how many are in no row).
     """
     microseconds: dict[str, float] = defaultdict(float)
     runs: dict[str, int] = defaultdict(int)
     for name, took in spans:
         microseconds[name] += took
         runs[name] += 1
-    total = sum(microseconds.values())
-    names = sorted((name for name in microseconds if microseconds[name]), key=lambda name: -microseconds[name])
+    by_name = {name: total / 1e3 / steps for name, total in microseconds.items() if total}
+    names = sorted(by_name, key=lambda name: -by_name[name])
     rows = [
-        {
-            "name": name,
-            "ms": microseconds[name] / 1e3 / steps,
-            "runs": runs[name] / steps,
-            "share": microseconds[name] / total,
-        }
+        {"name": name, "ms": by_name[name], "runs": runs[name] / steps, "share": by_name[name] / step_ms}
         for name in names[:MOST_ROWS]
     ]
-    return {"steps": steps, "ms": total / 1e3 / steps, "rows": rows, "others": max(0, len(names) - MOST_ROWS)}
+    others = max(0, len(names) - MOST_ROWS)
+    return {"steps": steps, "step_ms": step_ms, "ms": sum(by_name.values()), "rows": rows, "others": others}

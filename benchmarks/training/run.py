@@ -107,9 +107,9 @@ class TrainingRun:
             f"{self.load.model}, {self.load.img_size} px, batch {self.load.batch_size}, {self.way}, AdamW, EMA"
         )
 
-    def about(self) -> dict[str, Any]:
-        """Sections of a result: the workload and how it was run."""
-        load, data = self.load, self.config.data
+    def about(self, steps: int | None = None) -> dict[str, Any]:
+        """Sections of a result: the workload and how it was run; `steps` a round, where they are others."""
+        load, data = replace(self.load, steps=steps or self.load.steps), self.config.data
         return {
             "workload": {name: getattr(load, name) for name in ("model", "img_size", "batch_size", "steps")},
             "attention": self.attention,
@@ -139,7 +139,7 @@ def kept_open() -> Generator[None]:
         yield
     finally:
         _kept.reset(token)
-        for run in runs.values():
+        for run in reversed(runs.values()):  # each has put its handlers of signals over those of the one before
             run.close()
 
 

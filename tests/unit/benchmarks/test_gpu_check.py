@@ -7,6 +7,8 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from benchmarks.gpu_check import TOO_LONG, Options, files_of
 from benchmarks.harness.processes import SharedProcess
 from benchmarks.selection import CUDA
 from lowrank_vit.common.errors import UserError
+from tests.gpu.conftest import longest_first
 
 ROOT = Path(__file__).parents[3]
 SHORT = [name for name, entry in CUDA.items() if entry.is_short and not entry.is_profile]
@@ -52,7 +55,7 @@ class Stubs:
         path.write_text(json.dumps(result))
 
 
-def check(stubs: Stubs, **options) -> tuple[Path, bool]:
+def check(stubs: Stubs, **options: Any) -> tuple[Path, bool]:
     return gpu_check.run(Options(tiny=True, **options), call=stubs.call, start=stubs.start)
 
 
@@ -66,13 +69,14 @@ def test_the_check_refuses_at_once_without_a_gpu(checkout):
 
     with pytest.raises(UserError, match=r'torch sees no CUDA device.*ARGS="--without-gpu".*ARGS="--tiny"'):
         gpu_check.run(Options(), call=no_call)
-    for wrong, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"minutes": 0}, "--minutes is 0"),
         ({"jobs": 0}, "--jobs is 0"),
         ({"only": (",",)}, "--only names nothing"),
         ({"only": ("loader,stpe",)}, "--only stpe is not a bench"),
         ({"without_gpu": True}, "exclude each other"),
-    ):
+    ]
+    for wrong, message in cases:
         with pytest.raises(UserError, match=message):
             gpu_check.run(Options(tiny=True, **wrong), call=no_call)
 
@@ -84,8 +88,8 @@ def test_the_check_runs_tests_and_benches_and_writes_the_record(checkout, code):
     assert is_clean == (code == 0)
     ((tests, variables, limit_s),) = stubs.calls
     assert tests[:4] == ["pytest", "tests/gpu", "-m", "gpu"]
-    assert " ".join(tests).count("-n 3 --dist worksteal -p no:benchmark") == 1
-    assert variables == {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # a rehearsal needs no GPU
+    assert " ".join(tests).count("-n 3 --dist load --maxschedchunk 1 -p no:benchmark") == 1
+    assert variables == {"TORCHINDUCTOR_COMPILE_THREADS": "4"}  # a rehearsal needs no GPU
     assert limit_s == pytest.approx(150)
     assert stubs.started == SHORT
     text = page.read_text()
@@ -104,6 +108,19 @@ def test_a_gpu_is_required_by_the_tests_where_it_is_there(checkout, monkeypatch)
     assert page.parent == Path("docs/benchmarks")
     assert is_clean
     assert stubs.started == SHORT
+
+
+def test_the_longest_gpu_tests_come_first_each_with_a_quick_one():
+    names = [
+        "t[a]",
+        "t[--compile --amp]",
+        "t[b]",
+        "modes[max-autotune-1]",
+        "t[--compile --compile-mode max-autotune]",
+        "c",
+    ]
+    items: list[Any] = [SimpleNamespace(nodeid=name) for name in names]
+    assert [item.nodeid for item in longest_first(items)] == [names[n] for n in (3, 0, 4, 2, 1, 5)]
 
 
 def test_kernels_are_added_by_a_flag_and_come_last(checkout):

@@ -74,6 +74,28 @@ def test_a_sample_of_a_beton_is_read_by_all(tmp_path):
         loader._sets(replace(options, data=small.path), lambda _: None)
 
 
+def test_chosen_cases_read_the_set_several_times_over(tmp_path):
+    kept = []
+    options = loader.Options(
+        count=10, batch_size=4, img_size=32, workers=1, times=3, repeats=2, device="cpu", scratch=tmp_path,
+        cases=("copy_limit", "resident_32px"),
+    )  # fmt: skip
+    result = loader.run(options, keep=kept.append)
+    assert list(result.cases) == ["resident_32px", "copy_limit"]
+    assert list(result.ratios) == ["resident_32px_share_of_limit"]
+    assert len(kept) == 1
+    assert result.extra["times"] == 3
+    assert {path.name for path in tmp_path.glob("*.beton")} == {"photos_10.beton", "photos_10_32.beton"}
+    with pytest.raises(UserError, match=r"--cases timmm is none of this bench's here\. There are: ffcv"):
+        loader.run(replace(options, cases=("timmm",)))
+    sides = np.arange(10) + 100
+    plan = loader.plan_of(sides, sides + 1, options, loader.TrainRules())
+    assert plan.ids(0).shape == (7, 4)
+    assert set(plan.ids(0).flatten()) == set(range(10))
+    drawn = plan.batch(0, 0, plan.ids(0)[0])
+    assert (drawn.windows[:, 2] <= sides[drawn.ids]).all()
+
+
 def test_the_limit_decodes_every_file(tmp_path, monkeypatch):
     files = sorted(ensure_photos(tmp_path / "photos", 12).glob("*/*.jpg"))
     seen: list[np.ndarray] = []

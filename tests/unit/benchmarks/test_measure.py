@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, Samples, environment, measure, order_of
+from benchmarks.harness.measure import (
+    DEFAULT_REPEATS,
+    Case,
+    Result,
+    Samples,
+    environment,
+    measure,
+    order_of,
+    power_limit_w,
+    version_in_words,
+)
 from benchmarks.harness.show import Output, bar_chart, number, print_result
 from lowrank_vit.common.errors import UserError
 
@@ -127,6 +137,17 @@ def test_fewer_rounds_are_called_a_smoke_test() -> None:
         measure("x", {}, {}, environment={}, repeats=0)
 
 
+def test_what_there_is_is_kept_after_each_round_that_counts_but_the_last() -> None:
+    clock, kept = Clock(), list[Result]()
+    cases = {"a": clock.case([1.0] * 5), "b": clock.case([2.0] * 3)}  # b fails in the third round that counts
+    result = measure("x", cases, {"a_vs_b": ("a", "b")}, environment={}, repeats=4, clock=clock, keep=kept.append)
+    assert [len(one.cases["a"].samples) for one in kept] == [1, 2, 3]
+    assert [set(one.cases) for one in kept] == [{"a", "b"}, {"a", "b"}, {"a"}]
+    assert kept[1].ratios["a_vs_b"].samples == (2.0, 2.0)
+    assert kept[0].limits[0].startswith("Only 1 round:")
+    assert (list(kept[2].failed), list(result.failed), len(result.cases["a"].samples)) == (["b"], ["b"], 4)
+
+
 def test_seconds_are_samples_of_the_unit_s() -> None:
     clock = Clock()
     cases = {"a": clock.case([8, 4, 2], items=2, unit="s")}
@@ -208,6 +229,27 @@ def test_environment_tells_versions_and_machine() -> None:
     wanted = {"commit", "cpu", "cpu_cores", "ffcv", "pillow", "libjpeg_turbo", "torch", "device", "load_average_1min"}
     assert wanted <= set(found)
     json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(91900, "9.19.0"), (90100, "9.1.0"), (8902, "8.9.2"), (91002, "9.10.2"), (None, "unknown")]
+)
+def test_cudnns_version_in_words(number: int | None, words: str) -> None:
+    assert version_in_words(number) == words
+
+
+@pytest.mark.parametrize(
+    ("script", "watts"),
+    [
+        ("echo 700.00; echo 350.00", 700.0),  # of the first card
+        ("echo '[N/A]'", "unknown"),
+        ("exit 9", "unknown"),
+        ("true", "unknown"),
+    ],
+)
+def test_the_power_limit_is_said_where_it_is_told(script: str, watts: float | str) -> None:
+    assert power_limit_w(("sh", "-c", script)) == watts
+    assert power_limit_w(("/no/such/program",)) == "unknown"
 
 
 def test_table_fits_80_columns_and_shows_everything() -> None:

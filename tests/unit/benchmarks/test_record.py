@@ -68,8 +68,8 @@ def test_a_record_of_tests_and_benches(tmp_path):
     assert "resident 256 px raw, img/s |  |  | 100000 | not measured |" in text
     for row in ("gpu_memory_gib | 79.6", "memory_gib | 128.0", "nvidia-dali-cuda130 | 2.4.0"):
         assert f"| {row} |" in text
-    assert "| loader | 61 | batch_size 256 |  |  | 3.25 |" in text
-    assert "| end-to-end | 44 | model vit_small_patch16_224, batch_size 256 | backward |" in text
+    assert "| loader | 61 | batch_size 256 |  |  |  |  | 3.25 |" in text
+    assert "| end-to-end | 44 | model vit_small_patch16_224, batch_size 256 |  |  | backward |" in text
     assert "| `loader/timm` | create_loader \\| 16 processes |" in text
     assert json.loads(page.with_suffix(".json").read_text())["tests"]["tests"]["b"]["outcome"] == "failed"
 
@@ -191,8 +191,9 @@ def test_a_page_says_where_the_time_of_a_step_goes_and_what_it_ran_with():
     result = {
         "environment": known, "cases": {}, "ratios": {}, "workload": {"model": "vit_small"},
         "attention": "cudnn_attention",
+        "description": ["ViT-S: 22 M parameters", "dali loader"],
         "loader": {"backend": "dali", "hw_decoder_load": 0.65, "workers": 16},
-        "kernels": {"step": {"ms": 30.0, "steps": 20, "rows": [row], "others": 4}},
+        "kernels": {"step": {"ms": 30.0, "step_ms": 31.25, "steps": 20, "rows": [row], "others": 4}},
     }  # fmt: skip
     older = {"environment": {**known, "commit": "abc"}, "cases": {}, "ratios": {}}
     content = {"device": "cuda", "seconds": {"kernels": 9.0}, "benches": {"kernels": result, "step": older}}
@@ -204,7 +205,11 @@ def test_a_page_says_where_the_time_of_a_step_goes_and_what_it_ran_with():
         "- step: commit abc, gpu H100",
     ):
         assert line in text
-    assert "attention cudnn_attention, loader dali, hw_decoder_load 0.65, workers 16" in text
+    assert "| cudnn_attention | dali, hw_decoder_load 0.65, workers 16 |" in text
+    assert "A step takes 31.25 ms by the clock, and has 30 ms of kernels of the device" in text
+    assert "- ViT-S: 22 M parameters; dali loader" in text
+    assert "rehearsal" not in text
+    assert "rehearsal" in to_markdown(known, None, content | {"form": "tiny"})
     assert "## Where the time goes: vit_small, a step on a batch that stays" in text
     assert f"| `{row['name'][:110]}` | 1.500 | 2 | 5.0% |" in text
     assert "4 others took less." in text

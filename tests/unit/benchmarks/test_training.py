@@ -1,0 +1,146 @@
+"""The figures that are taken from one run and its one step. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+
+from benchmarks.__main__ import main
+from benchmarks.training import figures, kernels
+from benchmarks.training.figures import Options
+from benchmarks.training.run import attention_backend, kept_open, training_run
+from lowrank_vit.common.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> Options:
+    """Of a run that is opened once."""
+    return Options(
+        count=12,
+        model="test_vit",
+        img_size=32,
+        batch_size=4,
+        steps=2,
+        step_steps=10,
+        device="cpu",
+        loader="ffcv",
+        workers=1,
+        repeats=2,
+        augment_batch=4,
+        augment_batches=1,
+        scratch=tmp_path_factory.mktemp("scratch"),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_run():
+    with kept_open():
+        yield
+
+
+def of(options: Options, figure: figures.Figure) -> Options:
+    return Options(**{**vars(options), "figure": figure})
+
+
+def test_steps_on_the_batch_that_stays_train_and_leave_the_run_where_it_is(options):
+    with training_run(options) as training:
+        setup, position = training.timed.trainer.setup, training.timed.trainer.state.position
+        before, meter = [p.detach().clone() for p in setup.model.parameters()], setup.step.meter
+        told: list[int] = []
+        training.timed.held(3, told.append)
+        assert told == [1, 2, 3]
+        assert all(not torch.equal(a, b) for a, b in zip(before, setup.model.parameters(), strict=True))
+        assert (position.num_updates, position.updates_done, setup.step.meter) == (0, 0, meter)
+        assert not training.timed._timer._spans
+
+
+@pytest.mark.parametrize(
+    ("figure", "cases", "ratios"),
+    [
+        (
+            "step",
+            {"ours_eager", "timm_eager", "product_limit"},
+            {"eager_vs_timm_eager", "mfu_ours_eager", "mfu_timm_eager"},
+        ),
+        ("monitor", {"step", "step_with_monitor"}, {"with_monitor_vs_without"}),
+        ("augment", {"full_recipe", "copy_limit", "step"}, {"full_recipe_share_of_limit", "full_recipe_vs_step"}),
+    ],
+)
+def test_a_figure_has_its_cases_and_says_how_it_was_run(options, figure, cases, ratios):
+    kept = []
+    result = figures.run(of(options, figure), keep=kept.append)
+    assert (set(result.cases), set(result.ratios)) == (cases, ratios)
+    assert not result.failed
+    assert result.extra["attention"] in ("flash_attention", "math")
+    assert result.extra["loader"]["backend"] == "ffcv"
+    assert {"hw_decoder_load", "workers"} <= set(result.extra["loader"])
+    assert result.extra["workload"]["steps"] == 10
+    (half,) = kept  # after the first of two rounds
+    assert {len(case.samples) for case in half.cases.values()} == {1}
+    if figure == "monitor":
+        assert len(result.extra["refreshes"]["skipped"]) == 3  # a block of each round
+
+
+def test_figures_share_the_run_and_its_kernels_are_those_of_its_steps(options):
+    with training_run(options) as first, training_run(of(options, "kernels")) as second:
+        assert first is second
+    result = figures.run(of(options, "kernels"))
+    tables = result.extra["kernels"]
+    assert [table["steps"] for table in tables.values()] == [10, 2]
+    for table in tables.values():
+        assert len(table["rows"]) == kernels.MOST_ROWS
+        assert all(row["share"] == pytest.approx(row["ms"] / table["step_ms"]) for row in table["rows"])
+        assert table["ms"] >= sum(row["ms"] for row in table["rows"]) > 0
+        assert any(row["name"] == "aten::addmm" for row in table["rows"])
+
+
+def test_a_run_stays_open_between_figures(options):
+    with training_run(options) as kept:
+        folder = kept.timed.trainer.run_dir.path
+    assert folder.exists()
+
+
+def test_the_command_writes_its_figures_after_each_round(options, tmp_path):
+    path = tmp_path / "out.json"
+    flags = "--model test_vit --img-size 32 -b 4 --steps 2 --step-steps 10 --device cpu --loader ffcv --workers 1"
+    flags += f" --count 12 --repeats 2 --scratch {options.scratch} --json {path} --figure step"
+    main(["training", *flags.split()])
+    assert json.loads(path.read_text())["workload"]["model"] == "test_vit"
+    with pytest.raises(UserError, match="--repeats is 0"):
+        figures.run(Options(device="cpu", repeats=0))
+
+
+def event(name: str, us: float, device: DeviceType = DeviceType.CUDA, is_annotation: bool = False) -> SimpleNamespace:
+    of_host = us if device == DeviceType.CPU else 0
+    return SimpleNamespace(
+        name=name,
+        device_type=device,
+        is_user_annotation=is_annotation,
+        self_device_time_total=us,
+        self_cpu_time_total=of_host,
+    )
+
+
+def test_the_kernels_of_a_device_are_summed_without_what_holds_them():
+    events = [event("gemm", 300.0), event("gemm", 100.0), event("copy", 100.0)]
+    events += [event("## Call CompiledFxGraph ##", 500.0, is_annotation=True), event("aten::mm", 700.0, DeviceType.CPU)]
+    table = kernels.table_of(kernels.of_kernels(events), 2, 0.5)
+    assert (table["ms"], table["steps"], table["others"]) == (0.25, 2, 0)
+    assert table["rows"] == [
+        {"name": "gemm", "ms": 0.2, "runs": 1.0, "share": 0.4},
+        {"name": "copy", "ms": 0.05, "runs": 0.5, "share": 0.1},
+    ]
+    assert kernels.of_operators(events) == [("aten::mm", 700.0)]
+    many = kernels.table_of([(str(n), 1.0) for n in range(40)], 1, 1.0)
+    assert (len(many["rows"]), many["others"]) == (30, 10)
+    assert kernels.table_of([], 1, 1.0)["rows"] == []
+
+
+def test_a_model_without_blocks_has_no_known_attention():
+    assert attention_backend(torch.nn.Linear(2, 2), 4, torch.float32, CPU) == "unknown"
