@@ -19,7 +19,7 @@ import yaml
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.report.status import RunStatus, run_status
-from lowrank_vit.spectral.store import StoredSpectra, StoredVectors
+from lowrank_vit.spectral.store import StoredSpectra, StoredVectors, read_scaled
 from lowrank_vit.spectral.stored import Spectra
 
 MAX_SNAPSHOTS = 240
@@ -56,6 +56,8 @@ class Run:
     """The "spec" events of `metrics.jsonl`, by update; of each matrix those of `SCALARS`."""
     vectors: list[StoredVectors] = field(default_factory=list)
     """The first, the last but one and the newest that are stored, or fewer."""
+    scaled: dict[str, np.ndarray] = field(default_factory=dict)
+    """Of the newest spectra, fused qkv matrix to the one to compare with noise (`extremes.Thirds`)."""
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Matrix to (rows, columns)."""
     moment: str = ""
@@ -83,13 +85,16 @@ def read_run(path: Path) -> Run:
     epochs = _read_summary(path / "summary.csv", [] if args.get("synthetic") else notes)  # nothing to validate on
     train = _read_train_events(path / "metrics.jsonl", notes)
     stored = Spectra(path / "spectra")
+    environment = _read_environment(path / "environment.json", notes)
+    spectra = _read_all_spectra(stored, notes)
     run = Run(
         path,
         epochs=epochs,
         train=train,
         args=args,
-        environment=_read_environment(path / "environment.json", notes),
-        spectra=_read_all_spectra(stored, notes),
+        environment=environment,
+        spectra=spectra,
+        scaled=_read_newest_scaled(stored, spectra),
         scalars=_read_spec_events(path / "metrics.jsonl"),
         vectors=_read_some_vectors(stored),
         shapes=stored.shapes,
@@ -231,6 +236,13 @@ def _read_all_spectra(stored: Spectra, notes: list[str]) -> list[StoredSpectra]:
     return spectra
 
 
+def _read_newest_scaled(stored: Spectra, spectra: list[StoredSpectra]) -> dict[str, np.ndarray]:
+    with contextlib.suppress(UserError, IndexError):
+        found = read_scaled(stored.file(spectra[-1].update))
+        return {key.removeprefix("spec/"): s for key, s in found.items() if key.startswith("spec/")}
+    return {}
+
+
 def _by_update(rows: list[dict[str, float]]) -> Columns:
     """Rows to columns, sorted; of two rows of one update (a resumed run repeats some) the later one counts."""
     latest = {row["update"]: row for row in rows}
@@ -297,8 +309,8 @@ def read_analysis(path: Path) -> Run:
             if key in SCALARS
         }
     notes: list[str] = []
-    spectra = _read_full(path.with_name(path.name.removesuffix(ENDING) + "_vectors.npz"), list(layers))
-    if spectra is None:
+    spectra, scaled = _read_full(path.with_name(path.name.removesuffix(ENDING) + "_vectors.npz"), list(layers))
+    if not spectra:
         notes.append("Only the recorded values are there; `analyze_spectrum --full` also saves the full spectra.")
     return Run(
         path.parent,
@@ -307,6 +319,7 @@ def read_analysis(path: Path) -> Run:
         args=_shown(meta),
         environment={},
         spectra=[StoredSpectra(0, spectra)] if spectra else [],
+        scaled=scaled,
         scalars=scalars,
         shapes=shapes,
         moment=f"epoch {epoch + 1}, {weights}" if epoch >= 0 else weights,
@@ -314,12 +327,14 @@ def read_analysis(path: Path) -> Run:
     )
 
 
-def _read_full(path: Path, names: list[str]) -> dict[str, np.ndarray] | None:
+def _read_full(path: Path, names: list[str]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Spectra by "spec/<name>", and those to compare with noise of fused qkv matrices by name; empty without."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {f"spec/{name}": stored[f"{name}:s"] for name in names}
+            scaled = {name: stored[key] for name in names if (key := f"{name}:scaled") in stored}
+            return {f"spec/{name}": stored[f"{name}:s"] for name in names}, scaled
     except (OSError, ValueError, KeyError, EOFError):
-        return None
+        return {}, {}
 
 
 def _shown(meta: dict[str, Any]) -> dict[str, Any]:

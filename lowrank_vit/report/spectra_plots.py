@@ -155,6 +155,7 @@ def bulk_plot(run: Run) -> bytes | None:
     modules = {name: s_TK[-1] for name, s_TK in modules.items() if name in run.shapes}
     if not modules:
         return None
+    compared = modules | run.scaled
     chosen = {kind: first_middle_last(names) for kind, names in by_type(modules).items()}
     rows = max(len(names) for names in chosen.values())
     figure = new_figure(1.2 + 3.2 * len(chosen), 1.2 + 2.35 * rows)
@@ -167,18 +168,22 @@ def bulk_plot(run: Run) -> bytes | None:
                 continue
             bottom = row == len(names) - 1
             tidy(axes, names[row], "singular value σᵢ" if bottom else "", "density" if column == 0 else "")
-            _histogram(axes, modules[names[row]], run.shapes[names[row]])
+            name = names[row]
+            _histogram(axes, compared[name], modules[name], run.shapes[name])
     text = "grey: values now; blue: noise of the same median; red: its edge (99 %), what lies beyond is counted"
+    if run.scaled:
+        text += "\nqkv: of Q, K and V each over its own noise"
     heading(figure, "Spectra and the Marchenko-Pastur edge", f"{text}  ·  {moment(run, updates_T[-1])}")
     return png(figure)
 
 
-def _histogram(axes: Axes, s_K: np.ndarray, shape: tuple[int, int]) -> None:
+def _histogram(axes: Axes, s_K: np.ndarray, own_K: np.ndarray, shape: tuple[int, int]) -> None:
+    """Of the values `s_K` that are compared with noise; `own_K`, the matrix's own, have the power law."""
     axes.grid(visible=False)
     if not np.isfinite(s_K).all() or s_K[0] <= 0:
         axes.text(0.5, 0.5, "not finite or zero", transform=axes.transAxes, ha="center", color=MUTED)
         return
-    noise, fit = marchenko_pastur(s_K, shape), power_law(s_K)
+    noise, fit = marchenko_pastur(s_K, shape), power_law(own_K)
     right = 1.04 * max(float(s_K[0]), noise.edge if np.isfinite(noise.edge) else 0.0)
     axes.hist(s_K, bins=np.linspace(0, right, BINS + 1).tolist(), density=True, color=TRAIN)
     lines = []
@@ -192,9 +197,9 @@ def _histogram(axes: Axes, s_K: np.ndarray, shape: tuple[int, int]) -> None:
         axes.axvline(noise.edge, color=EMA, linewidth=1.3, linestyle=(0, (3, 2)))
         # Of a square matrix the law has a finite height at 0; of no matrix may the curve push the bars down.
         axes.set_ylim(0, 1.15 * max(float(bars.max()), min(float(density.max()), 2 * float(bars.max()))))
-        lines.append(f"{noise.outliers:.0f} beyond the edge")
+        lines.append(f"{noise.outliers:.0f} beyond the edge (bulk KS {noise.ks:.2f})")
     if np.isfinite(fit.alpha):
-        lines.append(f"α {fit.alpha:.2f} (KS {fit.ks:.2f})")
+        lines.append(f"α {fit.alpha:.2f} ± {fit.sigma:.2f} (KS {fit.ks:.2f})")
     axes.set_xlim(0, right)
     axes.text(0.98, 0.95, "\n".join(lines), transform=axes.transAxes, ha="right", va="top", fontsize=8, color=INK)
 

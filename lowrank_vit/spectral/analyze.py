@@ -147,12 +147,15 @@ def drift_as_json(drift: Mapping[str, Mapping[str, float]], meta: Mapping[str, A
 def arrays_of(analysis: Analysis, *, vectors: bool, full: bool) -> dict[str, np.ndarray]:
     """The arrays to save, float64, by "<name>:<what>".
 
-    "s" (K,) all values. With `vectors` also "top:u" (R, k), "top:v" (C, k), "last:u", "last:v" at the recorded indices;
+    "s" (K,) all values; of a fused qkv matrix "scaled" (K,), see `extremes.Thirds`.
+    With `vectors` also "top:u" (R, k), "top:v" (C, k), "last:u", "last:v" at the recorded indices;
     or with `full` as well "u" (R, K), "v" (C, K) of all of them (a float64 SVD of its own), u diag(s) v^T = the matrix.
     """
     arrays: dict[str, np.ndarray] = {}
     for name, solved in analysis.solved.items():
         arrays[f"{name}:s"] = solved.s
+        if solved.thirds:
+            arrays[f"{name}:scaled"] = solved.thirds.s
         if vectors and full and solved.solver != "none":
             u, s, vh = torch.linalg.svd(analysis.weights[name].double(), full_matrices=False)
             u_RK, s_K, v_CK = (x.cpu().numpy() for x in (u, s, vh.mT))

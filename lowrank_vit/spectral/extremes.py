@@ -46,6 +46,15 @@ class Triplets:
         return Triplets(self.s[columns], self.u[:, columns], self.v[:, columns], self.certificate[columns])
 
 
+class Thirds(NamedTuple):
+    """A fused qkv matrix whose Q, K and V have been brought to one scale of noise, for what compares it with noise."""
+
+    scales: np.ndarray
+    """(3,) what Q, K and V were divided by: their noise's deviations over the root of the mean of their squares."""
+    s: np.ndarray
+    """(K,) the singular values afterwards, descending."""
+
+
 @dataclass(frozen=True)
 class Solved:
     """One matrix: all its values (K,), descending, float64, and its first and last triplets.
@@ -62,6 +71,8 @@ class Solved:
     """Which solver's numbers these are: gram64, svd, or none for a matrix with a NaN or an infinity."""
     note: str = ""
     """Why that is not the solver asked for; empty otherwise."""
+    thirds: Thirds | None = None
+    """Of a fused qkv matrix; None of others, and where its thirds have no scale (mostly zero or not finite)."""
 
     def recorded(self, indices: Recorded) -> Solved:
         """With only the triplets of the recorded indices, in their order."""

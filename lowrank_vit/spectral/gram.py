@@ -61,10 +61,10 @@ def _off_identity(vectors: np.ndarray) -> float:
     return float(np.abs(vectors.T @ vectors - np.eye(vectors.shape[1])).max())
 
 
-def largest_value(a_RC: np.ndarray) -> float:
-    """sigma_1 of a finite float64 matrix with entries of about 1, from all eigenvalues of its Gram matrix."""
+def all_values(a_RC: np.ndarray) -> np.ndarray:
+    """The singular values (K,), descending, of a finite float64 matrix with entries of about 1; from its Gram."""
     d, e, _ = tridiagonalize(gram(a_RC))
-    return float(np.sqrt(max(tridiagonal_values(d, e)[-1], 0.0)))
+    return np.sqrt(np.maximum(tridiagonal_values(d, e)[::-1], 0.0))
 
 
 def solve_stack(matrices_NRC: Tensor, m: int) -> list[tuple[Solved, str]]:

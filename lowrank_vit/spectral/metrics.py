@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lowrank_vit.spectral.extremes import Recorded, Solved
+from lowrank_vit.spectral.extremes import Recorded, Solved, Thirds
 from lowrank_vit.spectral.noise import marchenko_pastur
 
 LEAST_VALUES = 4
@@ -168,21 +168,24 @@ def relative_gap(s: np.ndarray, indices: list[int]) -> float:
     return float(np.min(gaps))
 
 
-def spectrum_metrics(s: np.ndarray, shape: tuple[int, int], topk: int, interval: int) -> dict[str, float]:
+def spectrum_metrics(
+    s: np.ndarray, shape: tuple[int, int], topk: int, interval: int, thirds: Thirds | None = None
+) -> dict[str, float]:
     """The scalars of one matrix at one moment that follow from its spectrum alone.
 
     Args:
         s: (K,) all singular values, descending.
         shape: (rows, columns) of the matrix.
         topk, interval: see `recorded_indices`.
+        thirds: of a fused qkv matrix, its spectrum to compare with noise.
 
     Returns:
         "sigma_max"; "sv1".."sv<topk>", the recorded values from the top in order (sv2 is sigma_2 at interval 1,
         sigma_11 at interval 10); "sv_last1".."sv_last<topk>" likewise from the end (sv_last1 is the smallest);
         "gap_k" and "gap_last" of the recorded indices; "stable_rank", "effective_rank", "rank90", "rank95", "rank99",
         "nuclear_norm", "condition"; "alpha", "alpha_ks", "alpha_sigma", "alpha_tail" (see `power_law`);
-        "mp_sigma", "mp_edge", "mp_outliers", "mp_ks" (see `noise.marchenko_pastur`). Fewer sv keys where the spectrum
-        is short.
+        "mp_sigma", "mp_edge", "mp_outliers", "mp_ks" (see `noise.marchenko_pastur`), with `thirds` also "mp_sigma_q",
+        "mp_sigma_k", "mp_sigma_v". Fewer sv keys where the spectrum is short.
 
     Raises:
         ValueError: an empty or not one-dimensional spectrum, or an argument below 1.
@@ -197,9 +200,12 @@ def spectrum_metrics(s: np.ndarray, shape: tuple[int, int], topk: int, interval:
     values |= {"stable_rank": stable_rank(s), "effective_rank": effective_rank(s)}
     values |= {f"rank{percent}": energy_rank(s, percent) for percent in ENERGIES}
     values |= {"nuclear_norm": nuclear_norm(s), "condition": condition_number(s)}
-    fit, noise = power_law(s), marchenko_pastur(s, shape)
+    fit, noise = power_law(s), marchenko_pastur(thirds.s if thirds else s, shape)
     values |= {"alpha": fit.alpha, "alpha_ks": fit.ks, "alpha_sigma": fit.sigma, "alpha_tail": fit.tail}
-    return values | {f"mp_{name}": value for name, value in noise._asdict().items()}
+    values |= {f"mp_{name}": value for name, value in noise._asdict().items()}
+    if thirds:
+        values |= {f"mp_sigma_{part}": float(c) * noise.sigma for part, c in zip("qkv", thirds.scales, strict=True)}
+    return values
 
 
 def _relative_to_first(s: np.ndarray) -> np.ndarray:

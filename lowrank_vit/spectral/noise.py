@@ -30,27 +30,31 @@ class Noise(NamedTuple):
     """Greatest distance between the distribution of the values up to `edge` and the law, 0-1."""
 
 
-NO_NOISE = Noise(*[float("nan")] * 4)
-
-
 def marchenko_pastur(s: np.ndarray, shape: tuple[int, int]) -> Noise:
     """How many singular values stand out of the bulk that a matrix of independent entries would have.
 
-    The entries' deviation comes from the median value, which a few outliers do not move: sigma = median(s) /
-    sqrt(L mu), mu the median of the Marchenko-Pastur law (Gavish & Donoho, "The optimal hard threshold for singular
-    values is 4/sqrt(3)", IEEE Trans. Inf. Theory 60 (2014), section III.E). The edge is that of `edge_over_sigma`,
-    which counts the error of this deviation in. `ks` compares the values up to the edge with the law below it.
-
-    NaN where the median is 0 or NaN, or a side is 1.
+    The deviation of the entries is that of `deviation`, the edge that of `edge_over_sigma`, which counts the error of
+    this deviation in. `ks` compares the values up to the edge with the law below it. NaN where the deviation is.
     """
+    sigma = deviation(s, shape)
+    if np.isnan(sigma):
+        return Noise(*[float("nan")] * 4)
     long, short = max(shape), min(shape)
-    median = float(np.median(s)) if s.size else 0.0
-    if not median > 0 or short < 2:
-        return NO_NOISE
-    sigma = median / (long * median_of_law(short / long)) ** 0.5
     edge = sigma * edge_over_sigma(long, short)
     bulk = s[s <= edge][::-1]
     return Noise(sigma, edge, float(s.size - bulk.size), _distance(bulk, edge, sigma, long, short))
+
+
+def deviation(s: np.ndarray, shape: tuple[int, int]) -> float:
+    """The standard deviation of a noise's entries, from its median singular value, which a few outliers do not move.
+
+    median(s) / sqrt(L mu), mu the median of the Marchenko-Pastur law (Gavish & Donoho, "The optimal hard threshold for
+    singular values is 4/sqrt(3)", IEEE Trans. Inf. Theory 60 (2014), section III.E). NaN where the median is 0 or NaN,
+    or a side is 1.
+    """
+    long, short = max(shape), min(shape)
+    median = float(np.median(s)) if s.size else 0.0
+    return median / (long * median_of_law(short / long)) ** 0.5 if median > 0 and short > 1 else float("nan")
 
 
 def _distance(bulk: np.ndarray, edge: float, sigma: float, long: int, short: int) -> float:

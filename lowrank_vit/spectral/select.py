@@ -62,7 +62,7 @@ def choose_targets(weights: Mapping[str, Tensor], patterns: str, split_qkv: bool
         return {name: Target(name) for name in chosen}
     watched: dict[str, Target] = {}
     for name, weight in chosen.items():
-        if name.rpartition(".")[2] != "qkv":
+        if not is_fused_qkv(name):
             watched[name] = Target(name)
         elif weight.shape[0] % 3:
             raise UserError(
@@ -73,6 +73,11 @@ def choose_targets(weights: Mapping[str, Tensor], patterns: str, split_qkv: bool
     if all(target.third is None for target in watched.values()):
         raise UserError(f"split-qkv: none of the spectral targets {patterns!r} is a qkv module; leave it out")
     return watched
+
+
+def is_fused_qkv(name: str) -> bool:
+    """Whether a matrix's rows are Q, K and V in three equal parts, in this order; judged by its name."""
+    return name.rpartition(".")[2] == "qkv"
 
 
 def take_targets(weight_of: Callable[[str], Tensor], watched: Mapping[str, Target]) -> dict[str, Tensor]:

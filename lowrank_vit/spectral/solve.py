@@ -137,24 +137,34 @@ def solve(
     return {name: solved[name] for name in weights}
 
 
-def largest_values(matrices_NRC: Tensor, cpu_threads: int = 1) -> np.ndarray:
-    """sigma_1 of each matrix (N,), from the Gram matrix in float64: relative error about eps. NaN where not finite."""
+def all_values(matrices_NRC: Tensor, cpu_threads: int = 1) -> np.ndarray:
+    """The singular values of each matrix (N, K), descending, of any dtype and device; NaN where one is not finite.
+
+    From the eigenvalues of the Gram matrix in float64: absolute errors of the squares are about eps sigma_1^2.
+    """
     with torch.no_grad():
         scales = _scales(matrices_NRC)
         usable = np.isfinite(scales)
-        result = np.full(len(scales), np.nan)
+        result = np.full((len(scales), min(matrices_NRC.shape[1:])), np.nan)
         if not cuda_path(matrices_NRC):
 
-            def one(i: int) -> float:
+            def one(i: int) -> np.ndarray:
                 a_RC = _float64_numpy(matrices_NRC[i], scales[i])
-                return gram.largest_value(a_RC) * scales[i] if a_RC.size else 0.0
+                return gram.all_values(a_RC) * scales[i] if a_RC.size else np.empty(0)
 
-            result[usable] = _side_by_side(one, np.flatnonzero(usable).tolist(), cpu_threads)
+            if found := _side_by_side(one, np.flatnonzero(usable).tolist(), cpu_threads):
+                result[usable] = found
         elif usable.any():
             divided, divisors = _divided(matrices_NRC, scales)
-            top = torch.linalg.eigvalsh(gram.gram_stack(divided))[:, -1].clamp_min(0.0).sqrt().cpu().numpy()
-            result[usable] = (top * divisors)[usable]
+            values = torch.linalg.eigvalsh(gram.gram_stack(divided)).clamp_min(0.0).sqrt().flip(-1).cpu().numpy()
+            result[usable] = (values * divisors[:, None])[usable]
     return result
+
+
+def largest_values(matrices_NRC: Tensor, cpu_threads: int = 1) -> np.ndarray:
+    """sigma_1 of each matrix (N,): relative error about eps. NaN where not finite, 0 of an empty matrix."""
+    values_NK = all_values(matrices_NRC, cpu_threads)
+    return values_NK[:, 0] if values_NK.shape[1] else np.zeros(len(values_NK))
 
 
 def _scales(matrices_NRC: Tensor) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The spectra on disk: a directory that grows by whole files, stays below a stated size, and is readable at any moment.
 
-`update_00000100.npz`   "update" and a float64 array (K,) per "<kind>/<name>": all singular values, descending.
+`update_00000100.npz`   "update" and a float64 array (K,) per "<kind>/<name>": all singular values, descending; of a
+                        fused qkv matrix also "<kind>/<name>:scaled" (K,), see `extremes.Thirds`.
 `vectors_00000100.npz`  "update" and the recorded triplets, float64: per "<kind>/<name>" and end (top, last)
                         "<key>:top:u" (R, k), ":v" (C, k), ":s" (k,) and ":certificate" (k,).
 `index.json`            the recorded indices and shapes of every matrix, and the options.
@@ -33,6 +34,7 @@ SPECTRA, VECTORS, WEIGHTS = "update", "vectors", "weights"
 SPECTRA_SHARE = 0.25
 """Of the size limit; the rest is for vectors."""
 _ENDS = ("top", "last")
+_SCALED = ":scaled"
 _FIELDS = ("u", "v", "s", "certificate")
 
 
@@ -90,7 +92,8 @@ class SpectraStore:
         """Write one refresh, replacing an earlier one of the same update. Raises `UserError` (full, read-only)."""
         if not self.path.exists() and self.path.parent.exists():  # it went, but not the run with it
             self.begin()
-        write_spectra(self.path, update, {key: one.s for key, one in solved.items()})
+        scaled = {key + _SCALED: one.thirds.s for key, one in solved.items() if one.thirds}
+        write_spectra(self.path, update, {key: one.s for key, one in solved.items()} | scaled)
         arrays = {
             f"{key}:{end}:{name}": getattr(getattr(one, end), name)
             for key, one in solved.items()
@@ -211,7 +214,18 @@ def read_spectra(path: Path) -> StoredSpectra:
     Raises:
         UserError: the file is missing or damaged.
     """
-    return StoredSpectra(*_read(path))
+    update, arrays = _read(path)
+    return StoredSpectra(update, {key: s for key, s in arrays.items() if not key.endswith(_SCALED)})
+
+
+def read_scaled(path: Path) -> dict[str, np.ndarray]:
+    """Of the fused qkv matrices of a refresh, "<kind>/<name>" to what to compare with noise; see `extremes.Thirds`.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    _, arrays = _read(path)
+    return {key.removesuffix(_SCALED): s for key, s in arrays.items() if key.endswith(_SCALED)}
 
 
 def read_vectors(path: Path) -> StoredVectors:

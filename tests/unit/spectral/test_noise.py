@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def ends_and_middles_of_noise(shape: tuple[int, int], count: int, seed: int) -> 
     """The squares of sigma_1 and of the median value of so many matrices of unit noise; by bisection, to 1e-7."""
     long, short = max(shape), min(shape)
     rng = np.random.default_rng([seed, long, short])
-    bisect = get_lapack_funcs("stebz", dtype=np.float64)
+    bisect: Any = get_lapack_funcs("stebz", dtype=np.float64)
     middle = sorted({(short + 1) // 2, short // 2 + 1})
     found = []
     for _ in range(count):
