@@ -19,7 +19,7 @@ from lowrank_vit.spectral import store
 from lowrank_vit.spectral.analyze import analyze_weights
 from lowrank_vit.spectral.extremes import Solved
 from lowrank_vit.spectral.monitor import SpectralMonitor
-from lowrank_vit.spectral.refresh import SpectralSettings
+from lowrank_vit.spectral.refresh import SpectralSettings, update_norms
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
 from lowrank_vit.spectral.solve import MatrixStack, largest_values, solve, solve_stack
 from tests.spectra import sine, with_spectrum
@@ -93,6 +93,26 @@ def test_sigma_1_alone_agrees_with_the_cpu() -> None:
     stack = torch.randn(3, 100, 60, generator=torch.Generator().manual_seed(0))
     stack[1] *= 1e-20
     np.testing.assert_allclose(largest_values(stack.cuda()), largest_values(stack), rtol=1e-12)
+
+
+@pytest.mark.parametrize("factors", [(0.7, 3.0, 1e-5), (0.011, 1e-40, 0.3), (0.3, torch.nan, 0.9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_update_norms_agree_with_the_cpus(factors: tuple[float, ...], dtype: torch.dtype) -> None:
+    """Changes whose scale is no power of two; also beside one that is tiny or not finite, so that all are divided.
+
+    Against numpy's norms, too, lest both ways be wrong alike.
+    """
+    generator = torch.Generator().manual_seed(3)
+    before = torch.randn(3, 96, 64, generator=generator, dtype=torch.float64).mul(0.02).to(dtype)
+    change = torch.randn(3, 96, 64, generator=generator, dtype=torch.float64) * torch.tensor(factors).view(3, 1, 1)
+    now = (before.double() + change).to(dtype)
+    names = ("a", "b", "c")
+    expected = update_norms(MatrixStack(names, before), MatrixStack(names, now))
+    found = update_norms(MatrixStack(names, before.cuda()), MatrixStack(names, now.cuda()))
+    for name, old, new in zip(names, before.double().numpy(), now.double().numpy(), strict=True):
+        assert found[name] == pytest.approx(expected[name], rel=1e-12, nan_ok=True)
+        if np.isfinite(new).all():
+            assert found[name]["update_norm2"] == pytest.approx(np.linalg.norm(new - old, 2), rel=1e-12)
 
 
 def test_tf32_and_autocast_do_not_touch_the_bits() -> None:
