@@ -32,7 +32,9 @@ _KEYWORDS = {"pin_memory", "non_blocking", "pin_memory_device"}
 _PREDICATES = re.compile(
     r"torch\.(cuda|mps|xpu|accelerator|backends\.(cuda|cudnn|mps))\."
     r"(is_\w+|has_\w+|device_count|current_accelerator|\w*capability|_is_compiled)"
+    r"|torch\.get_device_module"
 )
+_SAYS_SO = re.compile(r"(is|on|use|uses|has|with)_(cuda|gpu|triton)")
 _VERSIONS = re.compile(r"torch\.version\.(cuda|hip)")
 _TYPES = re.compile(r"torch\.(cuda|mps|xpu)\.\w+")
 _DEVICE_NAMES = re.compile(r"(?:.*_)?devices?(?:_type)?|cuda|cpu", re.IGNORECASE)
@@ -55,16 +57,13 @@ class Branch:
     first: int
     last: int
     """Its lines, from 1."""
+    asks_the_path: bool
+    """Whether it calls `cuda_path`, so that a test can be seen to have come by."""
 
     @property
     def key(self) -> str:
         """As in the record."""
         return f"{self.file.removeprefix('lowrank_vit/')}::{self.function}: {self.text}"
-
-    @property
-    def asks_the_path(self) -> bool:
-        """Whether it asks `cuda_path`, so that a test can be seen to have come by."""
-        return self.text.startswith(f"{_ASKS}(")
 
 
 @cache
@@ -120,7 +119,10 @@ class _File(ast.NodeVisitor):
         )
         self._decides = set[int]()  # nodes that something is decided by
         self._handed_on = set[int]()  # types of devices that torch is told
+        self._tried = set[int]()  # nodes whose failure something is decided by
         for node in ast.walk(tree):
+            if isinstance(node, ast.Try) and node.handlers:
+                self._tried |= {id(part) for statement in node.body for part in ast.walk(statement)}
             self._decides |= {id(part) for part in _conditions(node)}
             if isinstance(node, ast.Call) and _last_name(node.func) in _TAKES_A_TYPE:
                 self._handed_on |= {id(part) for value in [*node.args, *node.keywords] for part in ast.walk(value)}
@@ -130,6 +132,9 @@ class _File(ast.NodeVisitor):
         if isinstance(node, ast.Attribute):
             return f"{self._dotted(node.value)}.{node.attr}"
         return self._aliases.get(node.id, node.id) if isinstance(node, ast.Name) else ""
+
+    def _asks(self, node: ast.Call) -> bool:
+        return self._dotted(node.func).rpartition(".")[2] == _ASKS
 
     def _is_stream(self, node: ast.AST) -> bool:
         """Whether it is a stream of a device, or none; a file without torch has those of text alone."""
@@ -157,21 +162,28 @@ class _File(ast.NodeVisitor):
             name = _last_name(node)
             dotted = self._dotted(node)
             if id(node) in self._decides and (
-                self._is_known(node) or self._is_stream(node) or _VERSIONS.fullmatch(dotted)
+                self._is_known(node)
+                or self._is_stream(node)
+                or _VERSIONS.fullmatch(dotted)
+                or _SAYS_SO.fullmatch(name)
+                or (name == "index" and any(_DEVICE_NAMES.fullmatch(owner) for owner in _owners(node)))
             ):
                 return True
             of_device = isinstance(node, ast.Attribute) and (name == "type" or name in _ATTRIBUTES)
-            return of_device or name == "device_type" or bool(_PREDICATES.fullmatch(dotted))
+            tries = id(node) in self._tried and bool(_TYPES.fullmatch(dotted))
+            return of_device or tries or name == "device_type" or bool(_PREDICATES.fullmatch(dotted))
         if isinstance(node, ast.Constant):
             return node.value in ("is_cuda", "is_cpu", "is_available")
         if isinstance(node, ast.Call):
             name = _last_name(node.func)
-            starts = name in ("startswith", "match", "fullmatch", "search", "removeprefix")
+            looks = name in ("startswith", "match", "fullmatch", "search", "removeprefix", "getattr", "hasattr")
+            said = [part for value in node.args for part in (value, *_values(value))]
             return (
-                name == _ASKS
+                self._asks(node)
                 or self._is_known(node.func, called=True)
                 or (name == "isinstance" and any(_TYPES.fullmatch(self._dotted(x)) for x in ast.walk(node.args[1])))
-                or (starts and any(_is_kind(value) for value in node.args))
+                or (looks and any(_is_kind(part) for part in said))
+                or (name in ("find_spec", "import_module") and any(_is_of_a_gpu(part) for part in said))
                 or any(
                     k.arg in _KEYWORDS and not _is_false(k.value) and not self._is_answer(k.value)
                     for k in node.keywords
@@ -204,7 +216,8 @@ class _File(ast.NodeVisitor):
         self._seen[function, text] += 1
         if (number := self._seen[function, text]) > 1:
             text += f" ({number})"
-        self.branches.append(Branch(self._name, function, text, node.lineno, node.end_lineno or node.lineno))
+        asks = isinstance(node, ast.Call) and self._asks(node)
+        self.branches.append(Branch(self._name, function, text, node.lineno, node.end_lineno or node.lineno, asks))
 
     def _is_answer(self, node: ast.AST | None) -> bool:
         """Whether the value of an expression tells the kind of a device: yes or no, or its name."""
@@ -266,14 +279,23 @@ class _File(ast.NodeVisitor):
         self.visit(node.body)
 
     def visit_Try(self, node: ast.Try) -> None:
-        for statement in node.body:
+        self._find_imports(node.body)
+        self.generic_visit(node)
+
+    def visit_With(self, node: ast.With) -> None:
+        if any(_last_name(part) == "suppress" for item in node.items for part in ast.walk(item.context_expr)):
+            self._find_imports(node.body)
+        self.generic_visit(node)
+
+    def _find_imports(self, statements: list[ast.stmt]) -> None:
+        """Imports of what there is with a GPU alone, and that may fail."""
+        for statement in statements:
             if isinstance(statement, ast.Import | ast.ImportFrom):
                 names = [one.name for one in statement.names]
                 names += [statement.module or ""] if isinstance(statement, ast.ImportFrom) else []
                 if any(_OF_A_GPU.fullmatch(name) for name in names):
                     text = ast.Name(ast.unparse(statement), lineno=statement.lineno, end_lineno=statement.end_lineno)
                     self._add(text)
-        self.generic_visit(node)
 
     def visit_Match(self, node: ast.Match) -> None:
         patterns = [part for case in node.cases for part in ast.walk(case.pattern)]
@@ -308,6 +330,10 @@ class _File(ast.NodeVisitor):
 
 def _is_kind(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str) and bool(_KINDS.fullmatch(node.value))
+
+
+def _is_of_a_gpu(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and bool(_OF_A_GPU.fullmatch(node.value))
 
 
 def _is_truth(node: ast.AST) -> bool:

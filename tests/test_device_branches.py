@@ -84,10 +84,30 @@ def test_reasons_are_sentences():
         "try:\n    from lowrank_vit.augment import ops_triton\nexcept ImportError:\n    pass",
         "X = 1 if torch.backends.cuda.is_built() else 2\nimport torch",
         "def f(x, g=lambda y: y.is_cuda):\n    return g(x)",
+        "def f(kind):\n    return kind.startswith(('cuda', 'mps'))",
+        "def f():\n    return hasattr(torch, 'cuda')",
+        "import torch\ntry:\n    torch.cuda.current_device()\nexcept RuntimeError:\n    pass",
+        "def f():\n    with contextlib.suppress(ImportError):\n        import triton",
+        "def f():\n    return importlib.util.find_spec('triton') is not None",
+        "def f(x, is_cuda):\n    return 1 if is_cuda else 2",
+        "def f(device):\n    return device.index or 0",
     ],
 )
 def test_a_new_branch_is_found_however_it_is_written(planted):
     assert find({ROOT / "lowrank_vit" / "new.py": ast.parse(planted)}, ROOT)
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "def f(x):\n    return 1 if cuda_path(x) else 2",
+        "from lowrank_vit.common import devices\ndef f(x):\n    return 1 if devices.cuda_path(x) else 2",
+        "from lowrank_vit.common.devices import cuda_path as goes\ndef f(x):\n    return 1 if goes(x) else 2",
+    ],
+)
+def test_what_asks_for_the_way_is_known_under_any_name(planted):
+    (branch,) = find({ROOT / "lowrank_vit" / "new.py": ast.parse(planted)}, ROOT)
+    assert branch.asks_the_path
 
 
 @pytest.mark.parametrize(
