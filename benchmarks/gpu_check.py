@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,9 @@ from benchmarks.harness.measure import Result, nothing, reason_of
 from benchmarks.harness.processes import end
 from benchmarks.harness.sets import converted, photographs
 from benchmarks.prep import CACHE
-from benchmarks.selection import PHOTOS
+from benchmarks.selection import PHOTOS, STEPS
+from benchmarks.training.run import Options as RunOptions
+from benchmarks.training.run import prepare
 from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
@@ -206,14 +208,19 @@ def _write_page(options: Options, files: _Files) -> Path:
 
 
 def _make_sets(options: Options, note: Callable[[str], object]) -> None:
-    """Photographs and the sets made of them, so that no bench's time is spent on that. Each bench would say why not."""
-    images = [ImageOptions()]
-    if not options.tiny:
-        images += [ImageOptions(raw=loader.RAW_SIDE), ImageOptions(max_side=loader.MAX_SIDE)]
+    """Photographs, the sets made of them, and the decoder's speeds, so that no bench's time is spent on that.
+
+    Whatever fails here the benches that want it tell.
+    """
     try:
-        folder = photographs(CACHE, 24 if options.tiny else PHOTOS, note)
-        for image in images:
+        if options.tiny:
+            converted(photographs(CACHE, 24, note), "", ImageOptions())
+            return
+        folder = photographs(CACHE, PHOTOS, note)
+        for image in (ImageOptions(raw=loader.RAW_SIDE), ImageOptions(max_side=loader.MAX_SIDE)):
             converted(folder, loader.suffix_of(image), image)
+        run = RunOptions(count=PHOTOS, steps=STEPS, device="cuda")
+        prepare(run if options.repeats is None else replace(run, repeats=options.repeats), note)
     except Exception as error:
         note(f"the benches' photographs: {reason_of(error)}")
 

@@ -70,7 +70,7 @@ _TINY = (
 
 def _of_run(figure: str, model: str, expected_s: int, longest_s: int, *more: str, is_profile: bool = False) -> Entry:
     """A figure of the bench `training`; those of a model have the same options, so that they share its run."""
-    run = ("--count", str(PHOTOS), "--steps", "20", "--model", f"vit_{model}_patch16_224")
+    run = ("--count", str(PHOTOS), "--steps", str(STEPS), "--model", f"vit_{model}_patch16_224")
     return Entry(
         "training",
         short=(*run, *more),
@@ -85,6 +85,8 @@ def _of_run(figure: str, model: str, expected_s: int, longest_s: int, *more: str
 
 PHOTOS = 1024
 """Photographs of the short form on a GPU, and how often a loader takes them in a round."""
+STEPS = 20
+"""Of a round with data."""
 _TIMES = "8"
 
 CUDA: Mapping[str, Entry] = {

@@ -60,7 +60,7 @@ def ensure_photos(root: Path, count: int, seed: int = 0, note: Callable[[str], o
     if stamp is None and root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root} holds something else than a benchmark's photographs. Move it away.")
     note(f"making {count:,} photographs in {root} (once)")
-    with writing(root, "Check the free space and the permissions."), _made_anew(root) as folder:
+    with writing(root, "Check the free space and the permissions."), made_anew(root) as folder:
         sizes = []
         for label in range(NUM_CLASSES):
             (folder / f"class_{label:02d}").mkdir()
@@ -73,7 +73,7 @@ def ensure_photos(root: Path, count: int, seed: int = 0, note: Callable[[str], o
 
 
 @contextmanager
-def _made_anew(root: Path) -> Generator[Path]:
+def made_anew(root: Path) -> Generator[Path]:
     """Yield a folder that takes the place of `root` at the end, so that what was interrupted never passes for whole."""
     root.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(root.parent, root.name)
@@ -192,7 +192,7 @@ def files_of(beton: Beton, count: int, scratch: Path, note: Callable[[str], obje
         if (root / _FILES_STAMP).is_file() and (root / _FILES_STAMP).read_text(encoding="utf-8") == wanted:
             return root
         note(f"writing {len(ids):,} samples of {beton.path} to {root} (once)")
-        with _made_anew(root) as made:
+        with made_anew(root) as made:
             for sample_id, label in zip(ids.tolist(), beton.labels[ids].tolist(), strict=True):
                 folder = made / f"class_{label:05d}"
                 folder.mkdir(exist_ok=True)

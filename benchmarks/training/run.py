@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from benchmarks.harness.measure import DEFAULT_REPEATS, check_repeats, environment, nothing
-from benchmarks.harness.sets import converted, link_repeated, open_given, photographs, times_for
+from benchmarks.harness.sets import converted, link_repeated, made_anew, open_given, photographs, times_for
 from benchmarks.prep import CACHE
 from benchmarks.step import RECIPE, WORKLOADS, Workload, config_of, dtype_of
 from benchmarks.training.timed_steps import TimedSteps, updates_of_rounds
@@ -24,6 +24,8 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.options import Config
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.training.setup import set_up
 
 AUGMENTATION = (
     *("--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.25", "--remode", "pixel"),
@@ -58,7 +60,7 @@ class Options:
     loader: Literal["auto", "resident", "dali", "ffcv"] = "dali"
     """Decode backend, as for training; auto would keep the bench's few photographs decoded in memory."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")] = None
-    """CPU threads that decode."""
+    """CPU threads that decode; on cuda by default those of training, which leaves two cores."""
     spec_every: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: once a round)")] = None
     """Updates between two refreshes of the spectra, counted through the run, with those between rounds."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
@@ -85,16 +87,12 @@ class TrainingRun:
         check_repeats(options.repeats)
         self.device = pick_device(options.device)
         self.load, self.repeats, self.spec_every = options.workload(self.device), options.repeats, options.spec_every
-        cores = available_cores()
         if self.device.type == "cpu":
-            torch.set_num_threads(cores)
+            torch.set_num_threads(available_cores())
         self.environment = environment(self.device.type)
-        self.way = "compiled" if self.device.type == "cuda" else "eager"
+        self.way = way_on(self.device)
         with ExitStack() as stack:
-            decoding = ["--loader", options.loader, "--workers", str(options.workers or cores)]
-            base = config_of(self.load, self.device, self.way)
-            folder, self.times = _data_folder(options, self.load, base, stack, note)
-            self.config = with_data(base, folder, [*decoding, *AUGMENTATION])
+            self.config, self.times = _config(options, self.load, self.device, stack, note)
             note("opening the data and making the steps")
             rounds = options.repeats + SPARE_ROUNDS
             self.timed = stack.enter_context(TimedSteps(self.config, self.load.steps, options.spec_every, rounds))
@@ -109,17 +107,18 @@ class TrainingRun:
 
     def about(self, steps: int | None = None) -> dict[str, Any]:
         """Sections of a result: the workload and how it was run; `steps` a round, where they are others."""
-        load, data = replace(self.load, steps=steps or self.load.steps), self.config.data
+        setup, load = self.timed.trainer.setup, replace(self.load, steps=steps or self.load.steps)
+        data = setup.config.data  # with what was chosen where the options leave it open
         return {
             "workload": {name: getattr(load, name) for name in ("model", "img_size", "batch_size", "steps")},
             "attention": self.attention,
             "loader": {
-                "backend": self.timed.trainer.setup.train_loader.name,
+                "backend": setup.train_loader.name,
                 "hw_decoder_load": data.hw_decoder_load,
                 "workers": data.workers,
                 "prefetch": data.prefetch,
             },
-            "description": list(self.timed.trainer.setup.description),
+            "description": list(setup.description),
         }
 
     def close(self) -> None:
@@ -189,12 +188,40 @@ def with_data(synthetic: Config, folder: Path, flags: list[str]) -> Config:
     return replace(synthetic, data=of_data, augment=data.augment)
 
 
+def way_on(device: torch.device) -> str:
+    """How steps are run there."""
+    return "compiled" if device.type == "cuda" else "eager"
+
+
+def prepare(options: Options, note: Callable[[str], object] = nothing) -> None:
+    """Make the set of a run, and have the decoder's speeds measured, which stay beside it. Raises `UserError`."""
+    device = pick_device(options.device)
+    with ExitStack() as stack:
+        config, _ = _config(options, options.workload(device), device, stack, note)
+        note("opening the data")
+        setup = set_up(config)
+        for loader in (setup.train_loader, setup.val_loader):
+            if loader:
+                loader.close()
+
+
+def _config(
+    options: Options, load: Workload, device: torch.device, stack: ExitStack, note: Callable[[str], object]
+) -> tuple[Config, int]:
+    """Of the run, and how often the set is in its training set."""
+    base = config_of(load, device, way_on(device))
+    folder, times = _data_folder(options, load, base, stack, note)
+    workers = options.workers or (available_cores() if device.type == "cpu" else None)
+    decoding = ["--loader", options.loader, *(["--workers", str(workers)] if workers else [])]
+    return with_data(base, folder, [*decoding, *AUGMENTATION]), times
+
+
 def _data_folder(
     options: Options, load: Workload, config: Config, stack: ExitStack, note: Callable[[str], object]
 ) -> tuple[Path, int]:
     """A folder with train.beton and val.beton, of --data or of photographs, and how often the set is in train.beton.
 
-    So often that an epoch is longer than all rounds.
+    So often that an epoch is longer than all rounds. That of photographs stays, and with it what is measured of it.
     """
     if options.data is not None:
         beton = open_given(options.data)
@@ -204,7 +231,17 @@ def _data_folder(
         beton = converted(photos, "", ImageOptions())
     updates = updates_of_rounds(config, load.steps, options.repeats + SPARE_ROUNDS)
     times = times_for(beton.num_samples, load.batch_size, updates)
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    if options.data is not None:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        _link(beton, folder, times)
+        return folder, times
+    folder = options.scratch / f"{beton.path.stem}_{times}_times"
+    if not folder.is_dir():
+        with made_anew(folder) as made:
+            _link(beton, made, times)
+    return folder, times
+
+
+def _link(beton: Beton, folder: Path, times: int) -> None:
     link_repeated(beton.parts, folder / "train.beton", times)
     link_repeated(beton.parts, folder / "val.beton", 1)
-    return folder, times

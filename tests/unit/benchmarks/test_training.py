@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 from benchmarks.__main__ import main
 from benchmarks.training import figures, kernels
 from benchmarks.training.figures import Options
-from benchmarks.training.run import attention_backend, kept_open, training_run
+from benchmarks.training.run import TrainingRun, attention_backend, kept_open, prepare, training_run
 from lowrank_vit.common.errors import UserError
 
 CPU = torch.device("cpu")
@@ -98,6 +98,21 @@ def test_figures_share_the_run_and_its_kernels_are_those_of_its_steps(options):
         assert all(row["share"] == pytest.approx(row["ms"] / table["step_ms"]) for row in table["rows"])
         assert table["ms"] >= sum(row["ms"] for row in table["rows"]) > 0
         assert any(row["name"] == "aten::addmm" for row in table["rows"])
+
+
+def test_what_is_prepared_before_is_what_the_run_takes(options, tmp_path):
+    """The set stays, links and all, and beside it what is measured of it."""
+    there = Options(**{**vars(options), "scratch": tmp_path})
+    prepare(there)
+    (folder,) = (file.parent for file in tmp_path.glob("*/val.beton"))
+    (folder / "train.beton.speed.json").write_text("{}")
+    run = TrainingRun(there)
+    try:
+        assert run.config.data.data_dir == folder
+        assert (folder / "train.beton.speed.json").exists()
+        assert len(list(folder.glob("train*.beton"))) == run.times > 1
+    finally:
+        run.close()
 
 
 def test_a_run_stays_open_between_figures(options):
