@@ -11,7 +11,8 @@ import os
 import re
 import warnings
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from lowrank_vit.common.errors import UserError, in_short
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types by --amp-dtype."""
+FIRST = -1
+"""Priority of a stream whose kernels go before those of others, as the training step's before the spectra's."""
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -120,7 +123,10 @@ def wait_for(device: torch.device) -> None:
 
 
 def side_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream | None:
-    """A stream of one's own beside the device's default one; None without CUDA. Priority 0 is the lowest, -1 above."""
+    """A stream of one's own beside the device's default one; None without CUDA.
+
+    `priority` 0 is the lowest, and the default stream's; kernels at `FIRST` go before those that wait there.
+    """
     return torch.cuda.Stream(device, priority=priority) if cuda_path(device) else None
 
 
@@ -132,6 +138,21 @@ def current_stream(device: torch.device) -> torch.cuda.Stream | None:
 def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
     """A context in which this thread's work, and its device, are those of the stream."""
     return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+@contextmanager
+def in_turn(stream: torch.cuda.Stream | None) -> Generator[None]:
+    """As `on_stream`, in order with the stream around: behind what was asked of that, and it goes on behind this."""
+    if stream is None:
+        yield
+        return
+    around = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(around)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        around.wait_stream(stream)
 
 
 @dataclass(frozen=True)

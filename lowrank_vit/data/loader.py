@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.common import terminal
-from lowrank_vit.common.devices import KeptAlive, Mark, cuda_path, on_stream
+from lowrank_vit.common.devices import FIRST, KeptAlive, Mark, cuda_path, on_stream
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.pulse import beat
 from lowrank_vit.data.batch import Batch
@@ -210,7 +210,8 @@ class _OwnStream:
     """Makes batches on a stream of their own, one ahead, and hands them over to the trainer's stream by an event."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        # The step waits for its batches, so they are not made behind what has time, such as spectra.
+        self._device, self._stream = device, torch.cuda.Stream(device, priority=FIRST)
         # DALI's memory is not torch's to watch over: a batch is kept until the step that reads it is done.
         self._in_use = KeptAlive()
         self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()

@@ -154,14 +154,15 @@ class SpectralMonitor:
             # torch loads its linear algebra lazily and not thread-safely, so the first call must not be the worker's.
             torch.linalg.eigvalsh(torch.eye(2, dtype=torch.float64, device=device))
         cuda_device = next((device for device in devices if cuda_path(device)), None)
-        # 0 is the lowest priority CUDA has, and the default stream's: to put the step first, run that on a stream
-        # of priority -1.
-        self._stream = None if cuda_device is None else side_stream(cuda_device, priority=0)
+        # 0 is the lowest priority CUDA has, and the default stream's: the trainer's step is on one that comes first.
+        self._stream = None if cuda_device is None else side_stream(cuda_device)
         self.skipped = 0
         """Refreshes that were due while the one before was still being computed, here or on another rank."""
         self._closed = False
         keys = [f"{kind}/{name}" for kind in self._models for name in watched]
-        self._worker = Worker(settings, store, taken_up.memory, ranks, keys, self._stream, say)
+        # A step on a GPU waits for whoever holds Python's lock when the next operation is to be asked for.
+        is_aside = self._stream is not None
+        self._worker = Worker(settings, store, taken_up.memory, ranks, keys, self._stream, say, is_aside=is_aside)
         kept = taken_up.kept if ranks.rank == 0 else None
         self._newest = kept._replace(before=None) if kept else None
         self._is_again = bool(taken_up.again)

@@ -81,6 +81,11 @@ class Memory:
     weights: Stacks = field(default_factory=dict)
     """Copies of the last refresh; empty after a restart without them. With these alone, `last` is solved again."""
 
+    def keep(self, update: int, solved: Mapping[str, Solved], stacks: Stacks) -> None:
+        """A refresh that has succeeded becomes the last one."""
+        self.first = dict(solved) | self.first
+        self.last, self.last_update, self.weights = dict(solved), update, stacks
+
 
 def solve_all(
     stacks: Iterable[MatrixStack],
@@ -177,10 +182,11 @@ def refresh(
     *,
     cancelled: Callable[[], bool] = never,
     log: Callable[[str], object] = LOG.warning,
+    describing: Callable[..., dict[str, dict[str, float]]] | None = None,
 ) -> Refreshed:
     """Solve the copies, compare them with `memory`, and put them into it (only once everything has succeeded).
 
-    Raises `Cancelled`.
+    `describing`: calls `describe`, elsewhere; default: here. Raises `Cancelled`.
     """
 
     def solved_of(kind: str, of_kind: list[MatrixStack]) -> dict[str, Solved]:
@@ -192,26 +198,38 @@ def refresh(
         memory.last = {f"{kind}/{name}": one for kind, found in solved_before.items() for name, one in found.items()}
         memory.weights = before
     result = Refreshed(update)
+    norms: dict[str, dict[str, float]] = {}
     for kind, of_kind in stacks.items():
-        found = solved_of(kind, of_kind)
-        norms: dict[str, dict[str, float]] = {}
+        result.solved |= {f"{kind}/{name}": one for name, one in solved_of(kind, of_kind).items()}
         for before, now in zip(memory.weights.get(kind, ()), of_kind, strict=False):
-            norms |= update_norms(before, now, settings.cpu_threads)
-        for name, solved in found.items():
-            key = f"{kind}/{name}"
-            values = matrix_metrics(solved, settings)
-            if key in memory.last:
-                values |= drift_metrics(memory.last[key], solved)
-            if key in memory.first:
-                values |= cosine_metrics("cos0", memory.first[key], solved)
-            result.solved[key], result.values[key] = solved, values | norms.get(name, {})
-    for key, solved in result.solved.items():
-        kind, _, name = key.partition("/")
-        if kind == MODEL and f"{EMA}/{name}" in result.solved:
-            result.values[key] |= cosine_metrics("ema_cos", result.solved[f"{EMA}/{name}"], solved)
-    memory.first = result.solved | memory.first
-    memory.last, memory.last_update, memory.weights = dict(result.solved), update, stacks
+            of_stack = update_norms(before, now, settings.cpu_threads)
+            norms |= {f"{kind}/{name}": values for name, values in of_stack.items()}
+    result.values = (describing or describe)(result.solved, norms, memory.first, memory.last, settings)
+    memory.keep(update, result.solved, stacks)
     return result
+
+
+def describe(
+    solved: Mapping[str, Solved],
+    norms: Mapping[str, Mapping[str, float]],
+    first: Mapping[str, Solved],
+    last: Mapping[str, Solved],
+    settings: SpectralSettings,
+) -> dict[str, dict[str, float]]:
+    """All scalars of the matrices of one refresh: of each, against the first and the last one, and against the EMA."""
+    described: dict[str, dict[str, float]] = {}
+    for key, one in solved.items():
+        values = matrix_metrics(one, settings)
+        if key in last:
+            values |= drift_metrics(last[key], one)
+        if key in first:
+            values |= cosine_metrics("cos0", first[key], one)
+        described[key] = values | dict(norms.get(key, {}))
+    for key, one in solved.items():
+        kind, _, name = key.partition("/")
+        if kind == MODEL and f"{EMA}/{name}" in solved:
+            described[key] |= cosine_metrics("ema_cos", solved[f"{EMA}/{name}"], one)
+    return described
 
 
 def aggregates(values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -8,19 +8,24 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar, cast
 
+import numpy as np
 import torch
 
-from lowrank_vit.common.devices import Mark, on_stream
+from lowrank_vit.common.aside import Aside
+from lowrank_vit.common.devices import Mark, cuda_path, on_stream
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.pulse import beat
 from lowrank_vit.common.threads import Jobs
 from lowrank_vit.ranks.world import Channel
-from lowrank_vit.spectral.refresh import Memory, Refreshed, SpectralSettings, Stacks, aggregates, refresh
+from lowrank_vit.spectral.extremes import Solved
+from lowrank_vit.spectral.refresh import Memory, Refreshed, SpectralSettings, Stacks, aggregates, describe, refresh
 from lowrank_vit.spectral.solve import LOG, Cancelled, MatrixStack
 from lowrank_vit.spectral.store import Kept, SpectraStore
+
+T = TypeVar("T")
 
 
 def share_out(shapes: Mapping[str, Sequence[int]], world_size: int) -> list[list[str]]:
@@ -78,15 +83,18 @@ class Worker:
         keys: list[str],
         stream: torch.cuda.Stream | None,
         say: Callable[[str], object],
+        is_aside: bool = False,
     ) -> None:
         """Start the thread; `keys` are those of all ranks, in the order in which they are stored.
 
+        `is_aside`: what a host computes is computed by another process, which changes no bit.
         `say` is told of the first failure, and of the first after each success.
         """
         self._settings, self._store, self._memory, self._ranks = settings, store, memory, ranks
         if settings.on_cpu:  # as those of a snapshot, which they are compared with
             memory.weights = self._on_cpu(memory.weights)
         self._keys, self._stream = keys, stream
+        self._aside = Aside() if is_aside else None
         self._say, self._is_failing = say, False
         self._noted: set[str] = set()
         self.current: Snapshot | None = None
@@ -96,7 +104,7 @@ class Worker:
         """Refreshes that came to nothing, or were not stored."""
         self.cancelled = threading.Event()
         cpu_threads = torch.get_num_threads()
-        self._jobs = Jobs(self._do, self._failed, "spectral-monitor", begin=_use_one_thread)
+        self._jobs = Jobs(self._do, self._failed, "spectral-monitor", begin=_use_one_thread, end=self._end)
         torch.set_num_threads(cpu_threads)  # the thread's own call also set the default of threads to come
 
     @property
@@ -147,14 +155,7 @@ class Worker:
                 matrices = [one.matrices_NRC for of_kind in snapshot.stacks.values() for one in of_kind]
                 snapshot.ready.hand_over(self._stream, *matrices)
                 stacks = self._on_cpu(snapshot.stacks) if self._settings.on_cpu else snapshot.stacks
-                part = refresh(
-                    snapshot.update,
-                    stacks,
-                    self._settings,
-                    self._memory,
-                    cancelled=self._is_cancelled,
-                    log=self._note,
-                )
+                part = self._refreshed(snapshot.update, stacks)
         except Cancelled:
             pass
         except Exception as error:
@@ -177,22 +178,51 @@ class Worker:
             whole.solved |= one.solved
             whole.values |= one.values
         whole.solved = {key: whole.solved[key] for key in self._keys}
-        values = {key: whole.values[key] for key in self._keys}
-        flat = {
-            f"{key}/{m}": v
-            for group in (values, aggregates(values))
-            for key, ms in group.items()
-            for m, v in ms.items()
-        }
+        whole.values = {key: whole.values[key] for key in self._keys}
+        flat = self._call(flattened, whole.values)
         fallbacks = sum(bool(one.note) for one in whole.solved.values())
         flat |= {"spec/refresh/fallbacks": float(fallbacks), "spec/refresh/seconds": time.perf_counter() - start}
         if since is not None:
             flat["spec/refresh/since"] = float(snapshot.update - since)
         try:
-            self._store.save(whole.update, whole.solved)
+            self._store = self._call(saved, self._store, whole.update, whole.solved)
             self._is_failing = False
         finally:  # the numbers are there, stored or not
             self.finished.put(SpectralRecord(whole.update, flat))
+
+    def _refreshed(self, update: int, stacks: Stacks) -> Refreshed:
+        """One refresh of this rank's share. Raises `Cancelled`."""
+        of_refresh: dict[str, Any] = {"cancelled": self._is_cancelled, "log": self._note, "describing": self._describe}
+        if self._aside is None or any(cuda_path(one.matrices_NRC) for of_kind in stacks.values() for one in of_kind):
+            return refresh(update, stacks, self._settings, self._memory, **of_refresh)
+        memory = self._memory
+        try:
+            sent = _as_arrays(stacks), replace(memory, weights=_as_arrays(memory.weights))
+            part = self._aside.call(_refreshed_aside, update, *sent, self._settings, hear=self._hear)
+        except Exception:
+            if not memory.last:  # as in `refresh`, weights that cannot be solved are not tried again
+                memory.weights = {}
+            raise
+        memory.keep(update, part.solved, stacks)
+        return part
+
+    def _describe(self, *of_refresh: Any) -> dict[str, dict[str, float]]:
+        return self._call(describe, *of_refresh)
+
+    def _call(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function of the host's in the process aside, where there is one."""
+        return function(*args) if self._aside is None else self._aside.call(function, *args)
+
+    def _hear(self, line: str) -> None:
+        """What the process aside tells: a line for the log, or nothing where it asks whether to go on."""
+        if line:
+            self._note(line)
+        elif self._is_cancelled():
+            raise Cancelled
+
+    def _end(self) -> None:
+        if self._aside is not None:
+            self._aside.close()
 
     def _is_cancelled(self) -> bool:
         """Asked before each matrix."""
@@ -212,6 +242,51 @@ class Worker:
             kind: [MatrixStack(stack.names, stack.matrices_NRC.cpu()) for stack in of_kind]
             for kind, of_kind in stacks.items()
         }
+
+
+def flattened(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The scalars of a refresh and their means by "<key>/<metric>"."""
+    groups = (values, aggregates(values))
+    return {f"{key}/{metric}": v for group in groups for key, found in group.items() for metric, v in found.items()}
+
+
+def saved(store: SpectraStore, update: int, solved: Mapping[str, Solved]) -> SpectraStore:
+    """The store with one refresh more, see `SpectraStore.save`: it may be another process's copy of it."""
+    store.save(update, solved)
+    return store
+
+
+Arrays = dict[str, list[tuple[tuple[str, ...], np.ndarray, torch.dtype]]]
+"""Stacks as another process gets them: names, bytes (N, R, C x item size), and what type they are of."""
+
+
+def _as_arrays(stacks: Stacks) -> Arrays:
+    def of(stack: MatrixStack) -> tuple[tuple[str, ...], np.ndarray, torch.dtype]:
+        matrices = stack.matrices_NRC
+        return stack.names, matrices.contiguous().view(torch.uint8).numpy(), matrices.dtype
+
+    return {kind: [of(stack) for stack in of_kind] for kind, of_kind in stacks.items()}
+
+
+def _as_stacks(arrays: Arrays) -> Stacks:
+    return {
+        kind: [MatrixStack(names, torch.from_numpy(array).view(dtype)) for names, array, dtype in of]
+        for kind, of in arrays.items()
+    }
+
+
+def _refreshed_aside(
+    tell: Callable[[str], object], update: int, stacks: Arrays, memory: Memory, settings: SpectralSettings
+) -> Refreshed:
+    """A whole refresh in another process, which tells of log lines, and of nothing before each matrix."""
+
+    def goes_on() -> bool:
+        tell("")
+        return False
+
+    torch.set_num_threads(1)
+    memory.weights = _as_stacks(cast(Arrays, memory.weights))
+    return refresh(update, _as_stacks(stacks), settings, memory, cancelled=goes_on, log=tell)
 
 
 def _use_one_thread() -> None:

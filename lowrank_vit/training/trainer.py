@@ -9,7 +9,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lowrank_vit.common.devices import Mark, current_stream, wait_for
+import torch
+
+from lowrank_vit.common.devices import FIRST, Mark, current_stream, in_turn, pick_device, side_stream, wait_for
 from lowrank_vit.config.options import Config
 from lowrank_vit.model.flops import memory_gb, mfu
 from lowrank_vit.ranks.failing import Failing
@@ -86,6 +88,12 @@ class EpochStats:
     """Seconds in training, with those updates."""
 
 
+def _stream_of_step(config: Config, world: World) -> torch.cuda.Stream | None:
+    """A stream for the loop that comes before the spectra's; None where nothing is to come behind, and on a CPU."""
+    device = pick_device(config.step.device, world.local_rank)
+    return side_stream(device, FIRST) if config.spectra.spec_monitor else None
+
+
 def train(config: Config, default_name: str, world: World, failing: Failing) -> Result:
     """Train to the last epoch; where an earlier attempt has come there, only say so. Raises `UserError`."""
     start = find_start(config, world)
@@ -129,10 +137,13 @@ class Trainer:
             listener = ToldToRanks(self.world.progress, self.state.position, listener)
         self._phases = Phases(listener)
         start = start or find_start(config, self.world)
-        self.setup = set_up(start.config, start.resumed, self.world, self.state.position, self._phases)
-        self.config = self.setup.config
-        if start.resumed:
-            restore(self.setup, self.state, start.resumed)
+        # Made there, too: gradients that ranks share are averaged on the stream that the wrapper was made on.
+        self._stream = _stream_of_step(start.config, self.world)
+        with in_turn(self._stream):
+            self.setup = set_up(start.config, start.resumed, self.world, self.state.position, self._phases)
+            self.config = self.setup.config
+            if start.resumed:
+                restore(self.setup, self.state, start.resumed)
         self.world.progress.enter("opening the run directory")
         self.run_dir = open_run_dir(start, default_name) if self.world.is_first else RunDir(Path(), None)
         self.run_dir.path = self.world.from_first(self.run_dir.path)
@@ -155,7 +166,8 @@ class Trainer:
         self._first_updates = FirstUpdates(_RECHECKED_UPDATES * setup.plan.global_batch)
         self._say: Callable[[str], object] = self.world.say
         """For lines about this rank alone."""
-        with ExitStack() as stack, self._failing.told_at_once():  # before what follows an error is closed
+        # Before what follows an error is closed, it is told.
+        with in_turn(self._stream), ExitStack() as stack, self._failing.told_at_once():
             stack.callback(self.run_dir.close)
             self.monitor = stack.enter_context(self._make_monitor()) if self.config.spectra.spec_monitor else None
             for loader in (setup.train_loader, setup.val_loader):

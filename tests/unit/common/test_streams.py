@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
-from lowrank_vit.common.devices import KeptAlive, Mark, current_stream, on_stream, side_stream
+from lowrank_vit.common.devices import KeptAlive, Mark, current_stream, in_turn, on_stream, side_stream
+from lowrank_vit.config.flags import parse
+from lowrank_vit.data.loader import _OwnStream
+from lowrank_vit.ranks.world import World
+from lowrank_vit.training.trainer import _stream_of_step
 
 CPU = torch.device("cpu")
 
@@ -43,6 +48,9 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         self._asked.append(event.query)
+
+    def wait_stream(self, other: Stream) -> None:
+        self.wait_event(other.record_event())
 
     def run(self) -> None:
         while self._asked and self._asked[0]():
@@ -78,6 +86,37 @@ def test_a_stream_reads_what_another_has_made_by_then():
     assert made.is_reached()
     reader.run()
     assert seen == ["first"]
+
+
+def test_work_in_turn_begins_behind_what_is_around_it_which_goes_on_behind_it(monkeypatch):
+    around: Any = Stream()
+    own: Any = Stream()
+    around.device = own.device = torch.device("cuda")
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: around)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    around.ask(lambda: done.append("before"))
+    with in_turn(own):
+        own.ask(lambda: done.append("in turn"))
+    around.ask(lambda: done.append("behind"))
+    own.run()
+    assert done == []
+    for stream in (around, own, around):
+        stream.run()
+    assert done == ["before", "in turn", "behind"]
+    with in_turn(None):
+        assert float(torch.ones(1)) == 1
+
+
+def test_the_step_comes_before_the_spectra_and_its_batches_come_with_it(on_cuda_path):
+    watched, unwatched = (parse(["--device", "cpu", flag]) for flag in ("--spec-monitor", "--no-spec-monitor"))
+    assert _stream_of_step(watched, World()) is None
+    with on_cuda_path():
+        assert _stream_of_step(unwatched, World()) is None
+        step: Any = _stream_of_step(watched, World())
+        batches: Any = _OwnStream(CPU)._stream
+        spectra: Any = side_stream(CPU)
+        assert step.priority == batches.priority < spectra.priority == 0
 
 
 def test_memory_of_the_host_has_no_streams():

@@ -234,7 +234,7 @@ class FakeCuda:
         fake = self
 
         class Stream:
-            def __init__(self, device=None) -> None:
+            def __init__(self, device=None, priority=0) -> None:
                 self.name = "training" if device is None else "loader"
 
             def wait_event(self, event) -> None:

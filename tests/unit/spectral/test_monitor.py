@@ -22,8 +22,9 @@ from lowrank_vit.spectral.analyze import analyze_weights
 from lowrank_vit.spectral.extremes import Solved
 from lowrank_vit.spectral.refresh import Memory, SpectralSettings, refresh
 from lowrank_vit.spectral.solve import MatrixStack, solve, solve_stack, stack_by_shape
+from lowrank_vit.spectral.worker import Worker
 from tests.device_path import CudaPath
-from tests.monitors import LONG_S, SETTINGS, Gate, comparable, nudge, stored, targets, watch
+from tests.monitors import LONG_S, SETTINGS, Gate, comparable, nudge, observe, stored, targets, watch
 from tests.spectra import tiny_vit
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
@@ -359,6 +360,31 @@ def test_a_gpus_way_gives_the_cpus_figures(tmp_path: Path, on_cuda_path: CudaPat
         loose = "cos_" in key or "certificate" in key or "orthogonality" in key  # certificates are roundings
         assert found[key] == pytest.approx(value, rel=1e-9, abs=1e-7 if loose else 1e-12), key
     assert all(v > 0 for key, v in found.items() if key.startswith("spec/") and key.endswith("update_norm2"))
+
+
+def test_computed_aside_all_that_is_stored_and_recorded_has_the_same_bits(tmp_path: Path, monkeypatch: Any) -> None:
+    """In another process, each refresh compared with the one before, also where the process was lost meanwhile."""
+    found: list[tuple[list[dict[str, float]], dict[str, bytes]]] = []
+    workers: list[Worker] = []
+    for is_aside in (False, True):
+
+        def make(*args: Any, is_aside: bool, now: bool = is_aside) -> Worker:
+            workers.append(Worker(*args, is_aside=now))
+            return workers[-1]
+
+        monkeypatch.setattr("lowrank_vit.spectral.monitor.Worker", make)
+        model, folder = tiny_vit(0), tmp_path / str(is_aside)
+        with watch(model, folder, tiny_vit(1)) as monitor:
+            records = observe(monitor, model, range(0, 4, 2))
+            if aside := workers[-1]._aside:
+                assert aside._process is not None
+                aside._process.kill()
+                aside._process.wait(LONG_S)
+            records += observe(monitor, model, range(4, 6, 2))
+            assert monitor.failed == 0
+        assert not aside or aside.pid is None
+        found.append((records, {path.name: path.read_bytes() for path in folder.iterdir()}))
+    assert found[0] == found[1]
 
 
 def test_both_solvers_agree(tmp_path: Path) -> None:
