@@ -19,6 +19,7 @@ import tyro
 
 from benchmarks.all_benches import settings_of_peers
 from benchmarks.harness.aims import AIMS, judge
+from benchmarks.training.budget import rows_of
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
 
@@ -156,18 +157,28 @@ def _surroundings(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return ["", "These are not of one commit and machine:", "", *(f"- {name}: {what}" for name, what in found.items())]
 
 
+_PROFILED = {
+    "step": "a step on a batch that stays",
+    "timm_step": "timm's step",
+    "end_to_end": "a step of a run with data",
+}
+"""What the tables of kernels are of."""
+
+
 def _kernels(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A table for each profile."""
     lines = []
     for result in results.values():
-        model = (result.get("workload") or {}).get("model", "")
+        load = result.get("workload") or {}
+        model = load.get("model", "")
         for what, table in (result.get("kernels") or {}).items():
-            title = {"step": "a step on a batch that stays", "end_to_end": "a step of a run with data"}.get(what, what)
+            title = _PROFILED.get(what, what)
             is_cuda = str(result.get("environment", {}).get("device", "")).startswith("cuda")
             of = "kernels of the device" if is_cuda else "torch's operators on the host"
             lines += ["", f"## Where the time goes: {model}, {title}", ""]
             took = f"A step takes {table['step_ms']:.4g} ms by the clock, and has {table['ms']:.4g} ms of {of}"
-            lines += [f"{took} (a profile of {table['steps']} steps).", ""]
+            runs = f" in {table['runs']:,.0f} runs" if "runs" in table else ""
+            lines += [f"{took}{runs} (a profile of {table['steps']} steps).", ""]
             rows = [
                 [f"`{row['name'][:MAX_NAME]}`", f"{row['ms']:.3f}", f"{row['runs']:.4g}", f"{row['share']:.1%}"]
                 for row in table["rows"]
@@ -175,6 +186,9 @@ def _kernels(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
             lines += _table(["name", "ms a step", "runs a step", "share of the step"], rows)
             if table.get("others"):
                 lines += ["", f"{table['others']} others took less."]
+        if columns := result.get("budget"):
+            lines += ["", f"## The budget of a step: {model}, batch {load['batch_size']}, ms", ""]
+            lines += _table(["", *columns], rows_of(columns.values(), load["batch_size"]))
     return lines
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from benchmarks.harness.limits import copy_case, products_case, wait
 from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, environment, measure, nothing
+from lowrank_vit.augment.mixing import mix_images
+from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.common.devices import DTYPES, pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
@@ -20,7 +22,10 @@ from lowrank_vit.config.flags import parse
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.synthetic import SyntheticLoader
+from lowrank_vit.model.patches import set_patch_embedding
+from lowrank_vit.plan.plans import BatchPlan
 from lowrank_vit.training.setup import Setup, set_up
+from lowrank_vit.training.step import TrainStep
 
 NUM_CLASSES = 1000
 RECIPE = ("--opt", "adamw", "--lr", "5e-4", "--weight-decay", "0.05", "--warmup-epochs", "0", "--smoothing", "0.1")
@@ -73,6 +78,11 @@ class Options:
     """Where both run: bfloat16 autocast on cuda, float32 on a CPU."""
     compile: bool = True
     """Time the compiled steps too; compiling takes about a minute."""
+    parts: bool = False
+    """Also time our compiled step with its parts in other forms: the patch embedding as a convolution and as a product
+    on any device, and with the latter images normalised and mixed before the step instead of within."""
+    modes: Annotated[tuple[Literal["reduce-overhead", "max-autotune"], ...], tyro.conf.arg(metavar="MODE ...")] = ()
+    """Also time our step in these modes of torch.compile."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
     """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
 
@@ -107,6 +117,12 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     ratios = {f"{way}_vs_timm_{way}": (f"ours_{way}", f"timm_{way}") for way in ways}
     if options.compile:
         ratios["compiled_vs_timm_eager"] = ("ours_compiled", "timm_eager")
+        forms = _forms(options, load, device, note)
+        cases |= forms
+        ratios |= {f"{name}_vs_compiled": (name, "ours_compiled") for name in forms}
+        if options.parts:
+            ratios["product_vs_convolution"] = ("ours_product", "ours_convolution")
+            ratios["normalized_within_vs_before"] = ("ours_product", "ours_normalized_before")
     items = load.batch_size * load.steps
     if flops:
         cases["product_limit"] = products_case(flops, items, "img/s", device, dtype)
@@ -117,6 +133,38 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     about = {"model": load.model, "img_size": load.img_size, "batch_size": load.batch_size, "steps": load.steps}
     extra = {"workload": about, "train_flops_per_image": flops, "update_bytes": UPDATE_BYTES * num_params}
     return replace(result, extra=extra)
+
+
+class NormalizedBefore(Augment):
+    """Normalises and mixes by itself, in passes of their own before the compiled step."""
+
+    @torch.no_grad()
+    def begin(
+        self, images: Tensor, plan: BatchPlan, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Float images beside what the step needs for the targets."""
+        images, mix, *_ = super().begin(images, plan, out)
+        return mix_images(self.normalize(images), mix), mix, None, None
+
+
+def _forms(options: Options, load: Workload, device: torch.device, note: Callable[[str], object]) -> dict[str, Case]:
+    """Our compiled step in the forms that the options ask for, by name."""
+    cases = {}
+    for mode in options.modes:
+        note(f"making the step in mode {mode}")
+        config = config_of(load, device, "compiled", "--compile-mode", mode)
+        cases[f"ours_{mode.replace('-', '_')}"] = _our_case(set_up(config, None), load, "compiled", config)
+    for form in ("convolution", "product", "normalized_before") if options.parts else ():
+        note(f"making the step with {form.replace('_', ' ')}")
+        config = config_of(load, device, "compiled")
+        parts = set_up(config, None)
+        if form == "normalized_before":
+            spec = parts.spec
+            augment = NormalizedBefore(spec.mean, spec.std, NUM_CLASSES, config.augment.smoothing).to(device)
+            parts = replace(parts, step=TrainStep(config, parts.model, augment, parts.optimizer, parts.ema))
+        set_patch_embedding(parts.model, as_product=form != "convolution")  # before the first step compiles it
+        cases[f"ours_{form}"] = _our_case(parts, load, "compiled", config)
+    return cases
 
 
 def update_case(num_params: int, load: Workload, device: torch.device) -> Case:

@@ -11,19 +11,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
 from benchmarks import augment
 from benchmarks.harness.limits import products_case
-from benchmarks.harness.measure import Case, Result, Samples, measure, nothing
+from benchmarks.harness.measure import Case, Result, Samples, measure, nothing, reason_of
 from benchmarks.step import timm_case
 from benchmarks.training import run as training_room
+from benchmarks.training.budget import ceilings_of, limits_ms
 from benchmarks.training.end_to_end import held_case, measure_end_to_end
 from benchmarks.training.kernels import profiled
 from benchmarks.training.monitored import EVERY, MonitorOfBlocks
 from benchmarks.training.run import TrainingRun, training_run
 
 Figure = Literal["step", "end-to-end", "monitor", "augment", "kernels"]
+TIMMS = "timm_step"
+"""timm's table among those of kernels."""
 WARM_UP_STEPS = 20
 """Of a compiled step, before the first round: compiling, and what is chosen or allocated in the first few."""
 LIMITS = (
@@ -135,11 +139,19 @@ _FIGURES: dict[str, Callable[[TrainingRun, Options, int], _Figure]] = {
 
 
 def _kernels(training: TrainingRun, steps: int, note: Callable[[str], object]) -> Result:
-    """The tables in the section `kernels`, by what was profiled; their sums as cases."""
+    """The tables in the section `kernels`, by what was profiled; their sums as cases; the budget of a step."""
     timed, device = training.timed, training.device
     note("profiling the step")
     timed.held(WARM_UP_STEPS if training.way == "compiled" else 1)
     tables = {"step": profiled(partial(timed.held, steps), steps, device)}
+    note("profiling timm's step")
+    load, failed = replace(training.load, steps=steps), dict[str, str]()
+    timms = Case.of_peer(partial(timm_case, load, device, training.way, training.config))
+    try:
+        timms.first()
+        tables[TIMMS] = profiled(timms.run, steps, device)
+    except Exception as error:  # somebody else's code
+        failed[TIMMS] = reason_of(error)
     note("profiling the run")
     around = timed.before, timed.after
     tables["end_to_end"] = profiled(timed.run, training.load.steps, device, *around)
@@ -152,5 +164,10 @@ def _kernels(training: TrainingRun, steps: int, note: Callable[[str], object]) -
         f"One profile each, of {what}. What runs on several streams at once counts for each of them.",
         "Shares are of a step's time by the clock, as it takes without a profile.",
     )
-    extra = {**training.about(steps), "kernels": tables}
-    return Result("kernels", training.environment, cases, {}, limits, extra)
+    limit = None
+    if training.dtype is torch.bfloat16:  # which the limits are counted for
+        limit = limits_ms(timed.trainer.setup.model, load.batch_size, ceilings_of(device))
+    groups = {name: table["groups"] for name, table in tables.items()}
+    shown = {"limit": limit, "timm": groups.get(TIMMS), "ours": groups["step"]}
+    extra = {**training.about(steps), "kernels": tables, "budget": shown}
+    return Result("kernels", training.environment, cases, {}, limits, extra, failed, frozenset(failed))

@@ -12,6 +12,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness.measure import nothing
+from benchmarks.training.budget import groups_of
 
 MOST_ROWS = 30
 
@@ -61,8 +62,10 @@ def of_operators(events: Iterable[Any]) -> list[Span]:
 def table_of(spans: Iterable[Span], steps: int, step_ms: float) -> dict[str, Any]:
     """The `MOST_ROWS` names that took most: ms a step, runs a step, and share of the `step_ms` of a step, 0-1.
 
-    The sections are `steps`, `step_ms`, `ms` (of all names, a step), `rows`, and `others` (how many are in no row).
+    The sections are `steps`, `step_ms`, `ms` (of all names, a step), `runs` (likewise), `groups` (ms a step by kind of
+    work), `rows`, and `others` (how many are in no row).
     """
+    spans = list(spans)
     microseconds: dict[str, float] = defaultdict(float)
     runs: dict[str, int] = defaultdict(int)
     for name, took in spans:
@@ -74,5 +77,12 @@ def table_of(spans: Iterable[Span], steps: int, step_ms: float) -> dict[str, Any
         {"name": name, "ms": by_name[name], "runs": runs[name] / steps, "share": by_name[name] / step_ms}
         for name in names[:MOST_ROWS]
     ]
-    others = max(0, len(names) - MOST_ROWS)
-    return {"steps": steps, "step_ms": step_ms, "ms": sum(by_name.values()), "rows": rows, "others": others}
+    return {
+        "steps": steps,
+        "step_ms": step_ms,
+        "ms": sum(by_name.values()),
+        "runs": len(spans) / steps,
+        "groups": groups_of(spans, steps),
+        "rows": rows,
+        "others": max(0, len(names) - MOST_ROWS),
+    }

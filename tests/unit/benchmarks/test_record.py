@@ -12,6 +12,7 @@ import pytest
 from benchmarks.harness.aims import AIMS
 from benchmarks.harness.measure import environment
 from benchmarks.record import Options, to_markdown, write
+from benchmarks.training.budget import GROUPS
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.run.directory import PACKAGES
 
@@ -189,7 +190,8 @@ def test_a_page_says_where_the_time_of_a_step_goes_and_what_it_ran_with():
     row = {"name": "triton_" + "x" * 200, "ms": 1.5, "runs": 2.0, "share": 0.05}
     known = {"gpu": "H100", "power_limit_w": "unknown", "cudnn": "9.19.0", "threads": 16, "device": "cuda"}
     result = {
-        "environment": known, "cases": {}, "ratios": {}, "workload": {"model": "vit_small"},
+        "environment": known, "cases": {}, "ratios": {}, "workload": {"model": "vit_small", "batch_size": 240},
+        "budget": {"limit": dict.fromkeys(GROUPS, 2.0), "timm": None, "ours": dict.fromkeys(GROUPS, 4.0)},
         "attention": "cudnn_attention",
         "description": ["ViT-S: 22 M parameters", "dali loader"],
         "loader": {"backend": "dali", "hw_decoder_load": 0.65, "workers": 16},
@@ -213,3 +215,6 @@ def test_a_page_says_where_the_time_of_a_step_goes_and_what_it_ran_with():
     assert "## Where the time goes: vit_small, a step on a batch that stays" in text
     assert f"| `{row['name'][:110]}` | 1.500 | 2 | 5.0% |" in text
     assert "4 others took less." in text
+    assert "## The budget of a step: vit_small, batch 240, ms" in text
+    assert "| attention | 2.00 | not yet measured | 4.00 |" in text
+    assert "| as img/s | 20,000 | not yet measured | 10,000 |" in text

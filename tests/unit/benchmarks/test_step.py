@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.__main__ import main
 from benchmarks.training import end_to_end
 from benchmarks.training.timed_steps import PHASES, Phases, Timer
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.ranks.world import World
 
 TINY = "-b 4 --img-size 32 --steps 2 --device cpu --repeats 1".split()
 
@@ -73,6 +75,26 @@ def test_only_compiled_steps_are_warmed_up_and_by_enough():
         case.run()
         assert ran == expected
         assert case.items == 12
+
+
+def test_the_steps_forms_compute_the_same(monkeypatch):
+    """Each is a step of its own, compiled, which is left out here; and their losses are the same up to rounding."""
+    made: list[step.Setup] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(step, "_our_case", lambda parts, *_: made.append(parts) or step.Case(step.nothing, 1))
+    options = step.Options(parts=True, modes=("reduce-overhead",))
+    load = step.Workload("vit_tiny_patch16_224", 32, 4, 1)
+    forms = step._forms(options, load, torch.device("cpu"), step.nothing)
+    assert list(forms) == ["ours_reduce_overhead", "ours_convolution", "ours_product", "ours_normalized_before"]
+    are_products = [type(parts.model.patch_embed.proj) is not torch.nn.Conv2d for parts in made]  # type: ignore[union-attr]
+    assert are_products == [False, False, True, True]
+    losses = []
+    for parts in made:
+        parts.model.train()
+        for batch in islice(step.endless(parts.train_loader), 2):  # type: ignore[arg-type]
+            parts.step(batch)
+        losses.append(parts.step.meter.read(World()).loss)
+    assert losses == pytest.approx(losses[:1] * 4, rel=1e-5)
 
 
 def test_the_limit_of_the_update_moves_its_bytes():
