@@ -107,11 +107,13 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
         ratios[f"gram64_share_of_limit_{name}"] = (f"gram64_{name}", f"product_limit_{name}")
     if options.step or device.type == "cuda":
         for batch in options.step_batches:
-            with_monitor, without = f"step_{batch}_with_monitor", f"step_{batch}"
-            of_batch, figures = step_cases(options.step_model, batch, options.steps, device, without, with_monitor)
+            without, watched = f"step_{batch}", f"step_{batch}_with_monitor"
+            names = without, watched, f"{watched}_but_norms"
+            of_batch, figures = step_cases(options.step_model, batch, options.steps, device, names)
             cases |= of_batch
             refreshes[f"batch_{batch}"] = figures
-            ratios[f"with_monitor_vs_without_{batch}"] = (with_monitor, without)
+            ratios[f"with_monitor_vs_without_{batch}"] = (watched, without)
+            ratios[f"with_monitor_but_norms_vs_without_{batch}"] = (names[2], without)
     result = measure(
         "spectral", cases, ratios, environment=surroundings, repeats=options.repeats, limits=_LIMITS, note=note
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 
 from benchmarks.harness.measure import Case
+from lowrank_vit.common.devices import FIRST, in_turn, side_stream
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.spectral import refresh
 from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
 from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
@@ -23,7 +26,9 @@ WARM_UP_STEPS = 20
 class MonitorOfBlocks:
     """A monitor that is there in some blocks of steps and not in others."""
 
-    def __init__(self, model: nn.Module, ema: nn.Module | None) -> None:
+    def __init__(self, model: nn.Module, ema: nn.Module | None, *, has_norms: bool = True) -> None:
+        """Without `has_norms` it leaves |dW|_2 and |dW|_F out, to tell what they cost."""
+        self._has_norms, self._norms = has_norms, refresh.update_norms
         self.figures: dict[str, list[float]] = {"refresh_s": [], "skipped": []}
         """Seconds of each refresh, and how many were skipped in each block."""
         self._watched = model, ema
@@ -33,6 +38,8 @@ class MonitorOfBlocks:
     def start(self) -> None:
         """Before a block with it."""
         self._folder = tempfile.TemporaryDirectory()
+        if not self._has_norms:
+            refresh.update_norms = lambda *_: {}
         settings = SpectralSettings(cpu_threads=default_cpu_threads())
         self._monitor = SpectralMonitor(
             *self._watched,
@@ -41,6 +48,10 @@ class MonitorOfBlocks:
             settings=settings,
             store_dir=Path(self._folder.name),
         )
+        # The first has nothing to be compared with, and starts the process that computes the host's part.
+        self._monitor.observe(0)
+        self._monitor.wait()
+        self._monitor.records()
 
     def observe(self, update: int) -> None:
         """After each update; nothing in a block without it."""
@@ -52,6 +63,7 @@ class MonitorOfBlocks:
         assert self._monitor is not None
         assert self._folder is not None
         self._monitor.close()
+        refresh.update_norms = self._norms
         records = self._monitor.records()
         if self._monitor.failed:
             raise UserError("A refresh of the spectra failed, as said above: these would be figures of less work.")
@@ -85,7 +97,8 @@ class _Training:
         is_compiled = device.type == "cuda"
         self._loss = torch.compile(self._compute_loss, dynamic=False) if is_compiled else self._compute_loss
         self._warm_up_steps = WARM_UP_STEPS if is_compiled else 0
-        self.monitor = MonitorOfBlocks(self.model, self._ema.module)
+        self._stream = side_stream(device, FIRST)  # as the trainer's, where the spectra are watched
+        self.monitors = [MonitorOfBlocks(self.model, self._ema.module, has_norms=has) for has in (True, False)]
 
     def _compute_loss(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
@@ -100,32 +113,32 @@ class _Training:
         self._train(self._steps)
 
     def _train(self, steps: int) -> None:
-        for _ in range(steps):
-            self._loss(self._images, self._targets).backward()
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-            self._ema.update(self.model)
-            self._updates += 1
-            self.monitor.observe(self._updates)
+        with in_turn(self._stream):
+            for _ in range(steps):
+                self._loss(self._images, self._targets).backward()
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+                self._ema.update(self.model)
+                self._updates += 1
+                for monitor in self.monitors:
+                    monitor.observe(self._updates)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
 
 
 def step_cases(
-    model_name: str, batch_size: int, steps: int, device: torch.device, without: str, with_monitor: str
+    model_name: str, batch_size: int, steps: int, device: torch.device, names: tuple[str, str, str]
 ) -> tuple[dict[str, Case], dict[str, list[float]]]:
-    """Both cases by name, and a dictionary that fills with "refresh_s" (each refresh) and "skipped" (each block)."""
+    """Cases by name: steps without a monitor, with one, and with one that leaves the norms of changes out.
+
+    And a dictionary that fills with "refresh_s" (each refresh) and "skipped" (each block) of the whole monitor.
+    """
+    without, with_monitor, without_norms = names
     training = _Training(model_name, batch_size, steps, device)
     images, setting = batch_size * steps, f"{model_name}, batch {batch_size}, AdamW and EMA, {steps} steps a block"
-    cases = {
-        without: Case(training.run, images, setting=setting, first=training.warm_up),
-        with_monitor: Case(
-            training.run,
-            images,
-            setting=f"the same with a refresh every {EVERY} updates, model and EMA",
-            first=training.warm_up,
-            before=training.monitor.start,
-            after=training.monitor.stop,
-        ),
-    }
-    return cases, training.monitor.figures
+    watched = f"the same with a refresh every {EVERY} updates, model and EMA"
+    cases = {without: Case(training.run, images, setting=setting, first=training.warm_up)}
+    of_monitors = {with_monitor: watched, without_norms: f"{watched}, but for |dW|_2 and |dW|_F"}
+    for (name, said), monitor in zip(of_monitors.items(), training.monitors, strict=True):
+        cases[name] = replace(cases[without], setting=said, before=monitor.start, after=monitor.stop)
+    return cases, training.monitors[0].figures

@@ -66,7 +66,7 @@ def test_a_small_round_runs_and_reads_back(monkeypatch: pytest.MonkeyPatch, caps
     content = json.loads(result.to_json())
     assert set(content["ratios"]) == {
         "gram64_vs_inline_svd", "gram64_vs_inline_svd_small", "gram64_share_of_limit_small",
-        "with_monitor_vs_without", "with_monitor_vs_without_2",
+        "with_monitor_vs_without", "with_monitor_vs_without_2", "with_monitor_but_norms_vs_without_2",
     }  # fmt: skip
     assert content["ratios"]["gram64_vs_inline_svd"] == content["ratios"]["gram64_vs_inline_svd_small"]
     assert {
@@ -76,6 +76,7 @@ def test_a_small_round_runs_and_reads_back(monkeypatch: pytest.MonkeyPatch, caps
         "product_limit_small",
         "step_2",
         "step_2_with_monitor",
+        "step_2_with_monitor_but_norms",
     } == set(content["cases"])
     refreshes = content["refreshes"]["batch_2"]
     assert len(refreshes["refresh_s"]) == 2  # the warm-up's and the round's
@@ -130,7 +131,7 @@ def test_compiled_steps_are_warmed_up_and_eager_ones_need_not_be(monkeypatch: py
     training.warm_up()
     training.run()
     assert training._updates == 20 + 3
-    cases, _ = monitored.step_cases("x", 2, 3, cpu, "without", "with")
+    cases, _ = monitored.step_cases("x", 2, 3, cpu, ("without", "with", "but norms"))
     assert all(case.first.__name__ == "warm_up" for case in cases.values())
 
 
