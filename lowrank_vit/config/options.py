@@ -35,6 +35,9 @@ _NO_PLATEAU = NotHere(
 )
 
 
+_AUTO_OR_SHARE = arg(metavar="auto|FLOAT", help_behavior_hint="(default: auto)")
+
+
 def has_cuda() -> bool:
     """Whether torch finds a GPU."""
     from lowrank_vit.common import devices  # torch takes seconds, which a wrong option must not cost
@@ -71,9 +74,9 @@ class Data:
     """CPU threads that decode; 0 is 1; default: 4, with a GPU all cores but 2, shared among the machine's ranks."""
     prefetch: Annotated[int, POSITIVE, MAY_CHANGE, PER_RANK] = 2
     """Decoded batches that may wait for the trainer."""
-    hw_decoder_load: Annotated[float | None, SHARE, AUTO, MAY_CHANGE, PER_RANK] = None
-    """dali on a GPU: share of a batch for its JPEG engine, 0-1, or auto: the largest one that lets no step wait, as
-    measured on the set when it is first trained on."""
+    hw_decoder_load: Annotated[float | None, SHARE, AUTO, _AUTO_OR_SHARE, MAY_CHANGE, PER_RANK] = None
+    """dali on a GPU, in training: share of a batch for its JPEG engine; auto: the largest that lets no step wait, as
+    was measured on the set when it was first trained on."""
     jpeg_fancy_upsampling: Annotated[bool, MAY_CHANGE] = True
     """dali on a GPU: interpolate colours as all else that decodes JPEG here does; else repeat them."""
     on_bad_sample: Annotated[Literal["error", "skip"], MAY_CHANGE] = "error"
