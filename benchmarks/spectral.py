@@ -29,6 +29,8 @@ from lowrank_vit.spectral.solve import solve, stack_by_shape
 
 MODELS = {"small": "vit_small_patch16_224", "base": "vit_base_patch16_224"}
 TOPK = 8
+VIT_B_SHAPES = ((2304, 768), (768, 768), (3072, 768), (768, 3072))
+LOW_RANK = 8
 TOP_LIMIT, LAST_LIMIT, SINE_LIMIT = 1e-12, 1e-6, 1e-6
 
 
@@ -114,6 +116,8 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
             refreshes[f"batch_{batch}"] = figures
             ratios[f"with_monitor_vs_without_{batch}"] = (watched, without)
             ratios[f"with_monitor_but_norms_vs_without_{batch}"] = (names[2], without)
+    cases |= _rank_cases(threads, device)
+    ratios["lowrank_vs_fullrank"] = ("lowrank", "fullrank")
     result = measure(
         "spectral", cases, ratios, environment=surroundings, repeats=options.repeats, limits=_LIMITS, note=note
     )
@@ -138,7 +142,8 @@ def _with_lowest(ratios: Mapping[str, Samples]) -> dict[str, Samples]:
 
 _LIMITS = (
     "gram64_vs_inline_svd and with_monitor_vs_without are the lowest of the models and batch sizes in each round.",
-    "The weights are timm's initial ones. A trained matrix that is ill-conditioned falls back to a float64 SVD.",
+    "The weights are timm's initial ones, of full rank. lowrank_vs_fullrank compares ranks on ViT-B's four shapes; "
+    "of a rank above a quarter of the full one a matrix takes up to 2.5 times as long as one of full rank.",
 )
 
 
@@ -271,6 +276,29 @@ def _solver_cases(name: str, threads: int, device: torch.device, inline_layers: 
         ),
         f"product_limit_{name}": products_case(flops, count, unit, device, torch.float64),
     }  # fmt: skip
+
+
+def _rank_cases(threads: int, device: torch.device) -> dict[str, Case]:
+    """One matrix of each of ViT-B's shapes: normal entries, and a float32 product with 8 columns."""
+    generator = torch.Generator().manual_seed(0)
+    settings = SpectralSettings(TOPK, cpu_threads=threads)
+
+    def drawn(rows: int, cols: int) -> Tensor:
+        return torch.randn(rows, cols, generator=generator)
+
+    def case(of: Callable[[int, int], Tensor], what: str) -> Case:
+        stacks = stack_by_shape({str(shape): of(*shape).to(device) for shape in VIT_B_SHAPES})
+
+        def run() -> None:
+            solve_all(stacks, settings)
+            _wait(device)
+
+        return Case(run, len(VIT_B_SHAPES), "matrices/s", f"one matrix of each of ViT-B's shapes, {what}")
+
+    return {
+        "fullrank": case(drawn, "normal entries"),
+        "lowrank": case(lambda rows, cols: drawn(rows, LOW_RANK) @ drawn(LOW_RANK, cols), f"of rank {LOW_RANK}"),
+    }
 
 
 def stacks_of(model: str, device: torch.device) -> Stacks:

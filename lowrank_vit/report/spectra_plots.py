@@ -30,7 +30,7 @@ from lowrank_vit.report.style import (
     tidy,
     update_ticks,
 )
-from lowrank_vit.spectral.metrics import power_law
+from lowrank_vit.spectral.metrics import above_rounding, power_law
 from lowrank_vit.spectral.noise import bulk_density, marchenko_pastur
 from lowrank_vit.spectral.store import StoredVectors
 
@@ -183,15 +183,16 @@ def _histogram(axes: Axes, s_K: np.ndarray, own_K: np.ndarray, shape: tuple[int,
     if not np.isfinite(s_K).all() or s_K[0] <= 0:
         axes.text(0.5, 0.5, "not finite or zero", transform=axes.transAxes, ha="center", color=MUTED)
         return
-    noise, fit = marchenko_pastur(s_K, shape), power_law(own_K)
+    above, of_above = above_rounding(s_K, shape)
+    noise, fit = marchenko_pastur(above, of_above), power_law(above_rounding(own_K, shape)[0])
     right = 1.04 * max(float(s_K[0]), noise.edge if np.isfinite(noise.edge) else 0.0)
     axes.hist(s_K, bins=np.linspace(0, right, BINS + 1).tolist(), density=True, color=TRAIN)
     lines = []
     if np.isfinite(noise.edge):
         x = np.linspace(right / 1000, right, 1000)
         # Scaled by the share that is not outliers, so that bulk and bars are of one height.
-        share = 1 - noise.outliers / s_K.size
-        density = share * bulk_density(x, shape, noise.sigma)
+        share = (above.size - noise.outliers) / s_K.size
+        density = share * bulk_density(x, of_above, noise.sigma)
         bars = np.histogram(s_K, bins=np.linspace(0, right, BINS + 1), density=True)[0]
         axes.plot(x, density, color=MODEL, linewidth=1.5)
         axes.axvline(noise.edge, color=EMA, linewidth=1.3, linestyle=(0, (3, 2)))

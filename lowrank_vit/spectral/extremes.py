@@ -72,7 +72,9 @@ class Solved:
     note: str = ""
     """Why that is not the solver asked for; empty otherwise."""
     thirds: Thirds | None = None
-    """Of a fused qkv matrix; None of others, and where its thirds have no scale (mostly zero or not finite)."""
+    """Of a fused qkv matrix; None of others, and where its thirds have no scale (of lower rank or not finite)."""
+    eps: float = float(np.finfo(np.float32).eps)
+    """Relative spacing of the numbers of the weight's own type, see `metrics.numerical_rank`."""
 
     def recorded(self, indices: Recorded) -> Solved:
         """With only the triplets of the recorded indices, in their order."""
@@ -118,13 +120,14 @@ def assemble(
     return Solved(values, both.pick(list(range(m))), both.pick(backwards), orthogonality, "gram64")
 
 
-def objection(solved: Solved, squares_K: np.ndarray, frobenius_squared: float) -> str:
+def objection(solved: Solved, squares_K: np.ndarray, frobenius_squared: float, floor: float) -> str:
     """Why a result must not be trusted, in words; empty when it may be.
 
     Args:
         solved: what `assemble` made, m of each end.
-        squares_K: the eigenvalues of the Gram matrix, descending.
+        squares_K: the eigenvalues of the Gram matrix, or of several after one another, descending.
         frobenius_squared: |A|_F^2, summed from the entries.
+        floor: what the smallest of `squares_K` are exact to, absolutely.
     """
     s, m = solved.s, solved.top.s.size
     if s.size == 0 or s[0] == 0.0:
@@ -141,16 +144,21 @@ def objection(solved: Solved, squares_K: np.ndarray, frobenius_squared: float) -
         if not (np.minimum(end.certificate, quadratic) <= allowed).all():
             worst = int(np.argmax(end.certificate / allowed))
             return f"certificate {end.certificate[worst] / s[0]:.0e} at value {end.s[worst] / s[0]:.0e} (of sigma_1)"
-        if gap.min() > LEAST_GAP * boundary and not (end.certificate <= ANGLE_LIMIT * gap).all():
+        # A float64 SVD leaves residuals of about that allowance, too: no solver's angles would be smaller.
+        within = np.maximum(ANGLE_LIMIT * gap, 16 * EPS * max(len(end.u), len(end.v)) ** 0.5 * s[0])
+        if gap.min() > LEAST_GAP * boundary and not (end.certificate <= within).all():
             return f"vectors may be off by {np.max(end.certificate / gap):.0e}"
-    # Eigenvalues of the Gram matrix err by about EPS sigma_1^2, so values closer than that may have changed places with
-    # those outside of the last ones. It matters where they differ by more than their limit.
-    greatest = float(solved.last.s.max())
-    unresolved = s.size * EPS * float(squares_K[0])
+    # Values closer than the floor may have changed places with those outside of the last ones. It matters where they
+    # differ by more than their limit.
+    greatest, beside = float(solved.last.s.max()), float(squares_K[s.size - m - 1])
+    told = floor <= (ABSOLUTE_LIMIT * s[0]) ** 2
+    if not told and beside < floor:
+        return f"values between the two ends lie below {floor**0.5 / s[0]:.0e} of sigma_1, where its Gram matrix ends"
     if (
-        greatest > ABSOLUTE_LIMIT * s[0]
-        and squares_K[s.size - m - 1] - greatest**2 < unresolved
-        and unresolved > 2 * RELATIVE_LIMIT * greatest**2
+        not told
+        and greatest > ABSOLUTE_LIMIT * s[0]
+        and beside - greatest**2 < floor
+        and floor > 2 * RELATIVE_LIMIT * greatest**2
     ):
         return (
             f"the last values, {greatest / s[0]:.0e} of sigma_1 at most, lie closer together than its Gram matrix tells"

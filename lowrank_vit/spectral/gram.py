@@ -1,64 +1,269 @@
-"""The Gram solver in two ways to one result: matrix by matrix on a CPU, and a whole stack at once for CUDA.
+"""Squared singular values and the directions of both ends of a spectrum, from Gram matrices on the short side.
 
-For an (R, C) matrix with K = min(R, C) and long side L: Gram matrix on the short side L K^2 operations, tridiagonal
-form 4/3 K^3, all eigenvalues about 30 K^2, 2 m vectors 8 K^2 m, two products with the matrix 8 L K m.
+In two ways to one result: matrix by matrix on a CPU, and a whole stack at once for CUDA. Shape legend: see `solve`;
+L is the long side, M = 2 m.
 
-On the CPU one tridiagonalisation gives all values and only the wanted vectors. Matrices run side by side, each in one
-thread: call inside `lapack.one_blas_thread`. Stacks go through torch's batched routines, on any device. torch >= 2.14
-has a batched `eigh` for large matrices on CUDA (cusolverDnXsyevBatched). Older versions loop over the matrices inside
-the same call: slower, and still on the side stream and in the worker thread, so still hidden.
+On the CPU one tridiagonalisation gives all values and only the wanted vectors: Gram matrix L K^2 operations,
+tridiagonal form 4/3 K^3, all eigenvalues about 30 K^2, M vectors 4 K^2 M. Call inside `lapack.one_blas_thread`. Stacks
+go through torch's batched routines, on any device. torch >= 2.12 has a batched `eigh` for large matrices on CUDA
+(cusolverDnXsyevBatched). Older versions loop over the matrices inside the same call: slower, and still on the side
+stream and in the worker thread, so still hidden.
+
+Eigenvalues of a Gram matrix are exact to about eps sigma_1^2. A matrix with values below that, one of low rank say, is
+therefore split by an orthogonal change of basis into its leading directions and a remainder, which has a Gram matrix of
+its own, and so on: each is exact relative to its own greatest value. Few leading directions are found before the
+tridiagonal form (`_leading_directions`, CPU only); otherwise the eigenvectors below `_SPLIT` sigma_1 are the remainder.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_vit.spectral.extremes import Solved, assemble, objection
+from lowrank_vit.spectral.extremes import ABSOLUTE_LIMIT, EPS, RELATIVE_LIMIT
 from lowrank_vit.spectral.lapack import (
+    all_tridiagonal_vectors,
+    apply_householder,
     apply_reflectors,
     gram,
+    householder_qr,
+    pivoted_rank,
+    tridiagonal_solve,
     tridiagonal_values,
     tridiagonal_vectors,
     tridiagonalize,
 )
 
+_SPLIT = 1e-2
+"""Values below this share of the greatest are the remainder. Its directions, eigenvectors of the Gram matrix, lean
+towards that of a greater value s by about eps sigma_1^2 / s^2, which moves its values by at most eps sigma_1^2 / s."""
+_LEADING_SHARE = 4
+"""Fewer than K / this many leading directions are looked for before the tridiagonal form."""
+_MORE = 12
+"""Random columns beyond the rank that a block shows: it may miss some of the whole's."""
+_LEADING_GAP = 1e-5
+"""They are taken where the remainder is smaller than the least of their values by this factor."""
+_MANY = 48
+"""Of more vectors than this all are computed: inverse iteration takes the square of their number."""
+_DEPTH = 8
+"""Each remainder is smaller than the last by `_SPLIT`, so more of them than this come of wrong numbers only."""
 
-def solve_matrix(a_RC: np.ndarray, m: int) -> tuple[Solved, str]:
-    """All values of one matrix and the first and last m triplets; and an objection, empty where all checks passed.
+
+Array = TypeVar("Array", np.ndarray, Tensor)
+Inverse = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass
+class Ends:
+    """What Gram matrices tell of a matrix.
+
+    `squares` (K,) are its squared singular values, ascending. `basis` (K, M) spans, on the short side, the directions
+    of the last m values in the order of `squares`, then those of the first m.
+    """
+
+    squares: np.ndarray
+    basis: np.ndarray
+    floor: float
+    """What the smallest squares are exact to, absolutely."""
+    inverses: tuple[Inverse, ...] = ()
+    """Of a split matrix one for each part, the last part first: takes columns (K, J) to (A^T A)^-1 times them, on the
+    directions of that part (of the last part, but for the last m). Empty where nothing was split."""
+
+
+def gram_floor(squares: np.ndarray) -> np.ndarray:
+    """What eigenvalues (..., K), ascending, of one float64 Gram matrix are exact to, absolutely: K eps sigma_1^2."""
+    return squares.shape[-1] * EPS * squares[..., -1]
+
+
+def _needs_split(squares: np.ndarray, m: int, unit: np.ndarray | float, depth: int) -> np.ndarray:
+    """Whether values between the two ends lie below the floor, and are not all next to nothing; unit = sigma_1^2.
+
+    Of a part (`depth` above 0), whether they lie below what they would be exact to `RELATIVE_LIMIT` at.
+    """
+    share = 2 * RELATIVE_LIMIT if depth else 1.0
+    return (share * squares[..., m] < gram_floor(squares)) & (squares[..., -1] > ABSOLUTE_LIMIT**2 * unit)
+
+
+def _of_small(s_K: np.ndarray, v_KK: np.ndarray, m: int, unit: float) -> Ends:
+    """The ends of a part with K <= 2 m from its whole SVD; both then hold the same directions in part."""
+    k, squares = s_K.size, s_K**2
+    m = min(m, k)
+    columns = np.concatenate([np.arange(k - 1, k - m - 1, -1), np.arange(m - 1, -1, -1)])
+    floor = (k * EPS) ** 2 * float(squares[0])
+    inverses = ()
+    if k > m and squares[0] > ABSOLUTE_LIMIT**2 * unit:
+        inverses = (functools.partial(_inverse, v_KK[:, : k - m], 1 / (squares[: k - m] + floor)),)
+    return Ends(squares[::-1], v_KK[:, columns], floor, inverses)
+
+
+def _leans(squares: np.ndarray, unit: np.ndarray | float) -> np.ndarray:
+    """Whether rounding of A v may turn the last left vectors of a part so far that their certificates show it.
+
+    By eps sigma_1 / sigma_K they turn to others of that part.
+    """
+    return squares[..., -1] > np.maximum(1e4 * squares[..., 0], ABSOLUTE_LIMIT**2 * unit)
+
+
+@dataclass
+class Tridiagonal:
+    """The Gram matrix of `a_RC` as Q T Q^T, and its eigenvalues, ascending."""
+
+    a_RC: np.ndarray
+    reflectors_KK: np.ndarray
+    d: np.ndarray
+    e: np.ndarray
+    tau: np.ndarray
+    squares: np.ndarray
+
+    @classmethod
+    def of(cls, a_RC: np.ndarray, gram_KK: np.ndarray) -> Tridiagonal:
+        """Take the Gram matrix apart, in place."""
+        d, e, tau = tridiagonalize(gram_KK)
+        return cls(a_RC, gram_KK, d, e, tau, tridiagonal_values(d, e))
+
+    def vectors(self, chosen: np.ndarray) -> np.ndarray:
+        """Eigenvectors (K, len(chosen)) of the Gram matrix, ascending indices."""
+        return self._turned(tridiagonal_vectors(self.d, self.e, self.squares, chosen))
+
+    def split(self, m: int, unit: float, depth: int = 0) -> Ends:
+        """The ends, with a Gram matrix of its own for what lies below `_SPLIT` sigma_1; unsplit where nothing does."""
+        k = self.squares.size
+        q = int(np.count_nonzero(self.squares < _SPLIT**2 * self.squares[-1]))
+        others = np.concatenate([np.arange(q, m), np.arange(max(q, k - m), k)])
+        above_KJ = self.vectors(others) if others.size else np.empty((k, 0))
+        split = max(m - q, 0)
+        if q == 0:
+            return Ends(self.squares, above_KJ, gram_floor(self.squares))
+        if q > _MANY:
+            below_KQ = self._turned(all_tridiagonal_vectors(self.d, self.e)[:, :q].copy(order="F"))
+        else:
+            below_KQ = self.vectors(np.arange(q))
+        deeper = ends_of_matrix(np.ascontiguousarray(_tall(self.a_RC) @ below_KQ), m, unit, depth + 1)[0]
+        basis_KM, least = below_KQ @ deeper.basis, min(m, q)
+        top = np.concatenate([basis_KM[:, least:], above_KJ[:, split:]], axis=1)[:, -m:]
+        basis_KM = np.concatenate([basis_KM[:, :least], above_KJ[:, :split], top], axis=1)
+        inner = (functools.partial(_inverse_within, below_KQ, one) for one in deeper.inverses)
+        squares = np.concatenate([deeper.squares, self.squares[q:]])
+        # Vectors of one cluster that were computed apart are orthogonal only afterwards.
+        inverses = *inner, functools.partial(self.inverse, below_KQ)
+        return Ends(np.sort(squares), np.linalg.qr(basis_KM)[0], deeper.floor, inverses)
+
+    def inverse(self, below_KQ: np.ndarray, columns_KJ: np.ndarray) -> np.ndarray:
+        """G^-1 times the columns, but for the directions below. A shift keeps T positive definite."""
+        leading_KJ = np.array(columns_KJ - below_KQ @ (below_KQ.T @ columns_KJ), order="F")
+        turned_KJ = apply_reflectors(self.reflectors_KK, self.tau, leading_KJ, "T")
+        found_KJ = self._turned(tridiagonal_solve(self.d + gram_floor(self.squares), self.e, turned_KJ))
+        return found_KJ - below_KQ @ (below_KQ.T @ found_KJ)
+
+    def _turned(self, vectors_KM: np.ndarray) -> np.ndarray:
+        return apply_reflectors(self.reflectors_KK, self.tau, vectors_KM)
+
+
+def ends_of_matrix(a_RC: np.ndarray, m: int, unit: float = 0.0, depth: int = 0) -> tuple[Ends, Tridiagonal | None]:
+    """The ends of one matrix, split where values between them need it, and its Gram matrix where that was taken apart.
 
     Args:
-        a_RC: finite float64, C-contiguous, greatest entry about 1 (see `solve.scale_of`); not changed.
-        m: 1 <= m and 2 m < K.
+        a_RC: finite float64, C-contiguous; not changed.
+        m: of each end; fewer where K is smaller.
+        unit: sigma_1^2 of the whole of which this is a part; 0 for the whole itself.
+        depth: how many times the whole was split.
 
-    The eigenvectors of the Gram matrix only span the two ends: values, left and right vectors come from the SVD of the
-    matrix times that basis (Rayleigh-Ritz), which does not square the condition number again, and whose left vectors
-    are orthogonal whatever the values are.
+    Raises:
+        numpy.linalg.LinAlgError: LAPACK fails.
     """
-    tall_LK = a_RC if a_RC.shape[0] >= a_RC.shape[1] else a_RC.T
-    gram_KK = gram(a_RC)
-    d, e, tau = tridiagonalize(gram_KK)
-    squares = tridiagonal_values(d, e)
-    k = squares.size
-    chosen = np.concatenate([np.arange(m), np.arange(k - m, k)])
-    basis_KM = apply_reflectors(gram_KK, tau, tridiagonal_vectors(d, e, squares, chosen))
-    image_LM = tall_LK @ basis_KM
-    long_LM, s_M, turn = np.linalg.svd(image_LM, full_matrices=False)
-    short_KM = basis_KM @ turn.T
-    ahead = np.linalg.norm(image_LM @ turn.T - long_LM * s_M, axis=0)
-    back = np.linalg.norm(tall_LK.T @ long_LM - short_KM * s_M, axis=0)
-    off = max(_off_identity(long_LM), _off_identity(short_KM))
-    frobenius_squared = float(np.vdot(a_RC, a_RC))
-    residual = np.sqrt((ahead**2 + back**2) / 2)
-    u, v = (long_LM, short_KM) if tall_LK is a_RC else (short_KM, long_LM)
-    descending = squares[::-1]
-    solved = assemble(np.sqrt(np.maximum(descending, 0.0)), u, s_M, v, residual, off)
-    return solved, objection(solved, descending, frobenius_squared)
+    k = min(a_RC.shape)
+    if 2 * m >= k:
+        _, s_K, vh_KK = np.linalg.svd(_tall(a_RC), full_matrices=False)
+        return _of_small(s_K, vh_KK.T, m, unit), None
+    early = _split_early(a_RC, m, unit, depth) if depth < _DEPTH else None
+    if early is not None:
+        return early, None
+    found = Tridiagonal.of(a_RC, gram(a_RC))
+    unit = unit or float(found.squares[-1])
+    if depth < _DEPTH and _needs_split(found.squares, m, unit, depth):
+        return found.split(m, unit, depth), found
+    vectors_KM = found.vectors(np.concatenate([np.arange(m), np.arange(k - m, k)]))
+    matters = depth and _leans(found.squares, unit)
+    inverses = (functools.partial(found.inverse, vectors_KM[:, :m]),) if matters else ()
+    return Ends(found.squares, vectors_KM, float(gram_floor(found.squares)), inverses), found
 
 
-def _off_identity(vectors: np.ndarray) -> float:
-    return float(np.abs(vectors.T @ vectors - np.eye(vectors.shape[1])).max())
+def _leading_directions(a_RC: np.ndarray, unit: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """The singular values (J,) and right vectors on the short side (K, J), where all others are next to nothing.
+
+    None unless J < K / `_LEADING_SHARE`, as a block of K / `_LEADING_SHARE` rows tells at once: its rank is at most
+    that of the whole. The directions come from A^T A A^T times random columns, `_MORE` than that rank (Halko,
+    Martinsson & Tropp, SIAM Review 53 (2011), algorithm 4.4): the square of the ratio of values is in their accuracy.
+    """
+    tall_LK = _tall(a_RC)
+    most = tall_LK.shape[1] // _LEADING_SHARE
+    block = a_RC[:: len(a_RC) // max(most, 1)][:most, : 2 * most]
+    gram_JJ = block @ block.T
+    if most < _MORE or (gram_JJ.diagonal().max() or np.vdot(a_RC, a_RC)) <= ABSOLUTE_LIMIT**2 * unit:
+        return None
+    rank = pivoted_rank(gram_JJ, _LEADING_GAP**2)
+    if rank == most:
+        return None
+    random = np.random.default_rng(0).random((len(tall_LK), rank + _MORE)) - 0.5
+    short_KJ = np.linalg.qr((random.T @ tall_LK).T)[0]
+    long_LJ = np.linalg.qr(tall_LK @ short_KJ)[0]
+    short_KJ, triangle = np.linalg.qr((long_LJ.T @ tall_LK).T)
+    turn, s_J, _ = np.linalg.svd(triangle)
+    gaps = s_J[1:] <= _LEADING_GAP * s_J[:-1]
+    j = int(np.argmax(gaps)) + 1
+    return (s_J[:j], short_KJ @ turn[:, :j]) if gaps.any() and s_J[0] > 0 else None
+
+
+def _split_early(a_RC: np.ndarray, m: int, unit: float, depth: int) -> Ends | None:
+    """The ends from few leading directions, if there are few, and a Gram matrix of what is orthogonal to them."""
+    leading = _leading_directions(a_RC, unit)
+    if leading is None:
+        return None
+    s_J, above_KJ = leading
+    reflectors, tau = householder_qr(above_KJ)
+    j, turned, is_tall = s_J.size, a_RC.copy(), a_RC.shape[0] >= a_RC.shape[1]
+    if is_tall:
+        apply_householder(reflectors, tau, turned.T, "L", "T")
+    else:
+        apply_householder(reflectors, tau, turned.T, "R", "N")
+    rest = np.ascontiguousarray(turned[:, j:] if is_tall else turned[j:])
+    if np.vdot(rest, rest) > (_LEADING_GAP * s_J[-1]) ** 2:
+        return None
+    deeper, _ = ends_of_matrix(rest, m, unit or float(s_J[0]) ** 2, depth + 1)
+
+    def below(columns_QM: np.ndarray) -> np.ndarray:
+        columns_KM = np.asfortranarray(np.pad(columns_QM, ((j, 0), (0, 0))))
+        apply_householder(reflectors, tau, columns_KM, "L", "N")
+        return columns_KM
+
+    def within(inverse: Inverse, columns_KM: np.ndarray) -> np.ndarray:
+        columns_KM = np.array(columns_KM, order="F")
+        apply_householder(reflectors, tau, columns_KM, "L", "T")
+        return below(inverse(columns_KM[j:]))
+
+    last, top = np.split(below(deeper.basis), [m], axis=1)
+    basis_KM = np.concatenate([last, np.concatenate([top, above_KJ[:, ::-1]], axis=1)[:, -m:]], axis=1)
+    inner = (functools.partial(within, one) for one in deeper.inverses)
+    inverses = *inner, functools.partial(_inverse, above_KJ, 1 / s_J**2)
+    return Ends(np.sort(np.concatenate([deeper.squares, s_J**2])), basis_KM, deeper.floor, inverses)
+
+
+def _inverse(vectors_KJ: Array, inverse_squares_J: Array, columns: Array) -> Array:
+    return vectors_KJ @ (inverse_squares_J[:, None] * (vectors_KJ.T @ columns))
+
+
+def _inverse_within(below_KQ: Array, inverse: Callable[[Array], Array], columns: Array) -> Array:
+    return below_KQ @ inverse(below_KQ.T @ columns)
+
+
+def _tall(a_RC: np.ndarray) -> np.ndarray:
+    return a_RC if a_RC.shape[0] >= a_RC.shape[1] else a_RC.T
 
 
 def all_values(a_RC: np.ndarray) -> np.ndarray:
@@ -67,45 +272,101 @@ def all_values(a_RC: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(tridiagonal_values(d, e)[::-1], 0.0))
 
 
-def solve_stack(matrices_NRC: Tensor, m: int) -> list[tuple[Solved, str]]:
-    """As `solve_matrix`, of every matrix of a stack of finite, scaled matrices of any float dtype.
+@dataclass
+class StackEnds:
+    """`Ends` of N matrices: `squares` (N, K) and `floor` (N,) on the host, `basis` (N, K, M) on the device.
 
-    The left vectors come from a QR factorisation of the matrix times the basis, and an SVD of its small factor.
+    `inverses` are those of every matrix, of tensors.
     """
-    n, rows, cols = matrices_NRC.shape
-    tall = rows >= cols
-    squares_NK, basis_NKM = _ends_of_gram(matrices_NRC, m)
-    image, back = [], []
-    for matrix, basis in zip(matrices_NRC, basis_NKM, strict=True):  # no float64 copy of the whole stack
-        tall_LK = matrix.double() if tall else matrix.double().T
-        image.append(tall_LK @ basis)
-    image_NLM = torch.stack(image)
-    q, triangle = torch.linalg.qr(image_NLM)
-    turn, s_NM, other = torch.linalg.svd(triangle)
-    long_NLM, short_NKM = q @ turn, basis_NKM @ other.mT
-    for matrix, long in zip(matrices_NRC, long_NLM, strict=True):
-        tall_LK = matrix.double() if tall else matrix.double().T
-        back.append(tall_LK.T @ long)
-    ahead_NM = torch.linalg.vector_norm(image_NLM @ other.mT - long_NLM * s_NM[:, None], dim=1)
-    back_NM = torch.linalg.vector_norm(torch.stack(back) - short_NKM * s_NM[:, None], dim=1)
-    residual_NM = torch.sqrt((ahead_NM**2 + back_NM**2) / 2)
-    eye = torch.eye(2 * m, dtype=torch.float64, device=s_NM.device)
-    off_N = torch.stack([(x.mT @ x - eye).abs().amax((1, 2)) for x in (long_NLM, short_NKM)]).amax(0)
-    frobenius_N = torch.stack([torch.linalg.vector_norm(a, dtype=torch.float64) ** 2 for a in matrices_NRC])
-    u, v = (long_NLM, short_NKM) if tall else (short_NKM, long_NLM)
-    host = [x.cpu().numpy() for x in (squares_NK.flip(-1), u, s_NM, v, residual_NM, off_N, frobenius_N)]
-    results: list[tuple[Solved, str]] = []
-    for squares, u_RM, s_M, v_CM, residual, off, frobenius in zip(*host, strict=True):
-        solved = assemble(squares.clip(0.0) ** 0.5, u_RM, s_M, v_CM, residual, float(off))
-        results.append((solved, objection(solved, squares, float(frobenius))))
-    assert len(results) == n
-    return results
+
+    squares: np.ndarray
+    basis: Tensor
+    floor: np.ndarray
+    inverses: list[tuple[Callable[[Tensor], Tensor], ...]]
+
+    def take(self, which: list[int]) -> StackEnds:
+        """Those of some matrices, copied."""
+        return StackEnds(self.squares[which], self.basis[which], self.floor[which], [self.inverses[i] for i in which])
 
 
-def _ends_of_gram(matrices_NRC: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (N, K), ascending, of the Gram matrices on the short side, and the 2 m outer vectors (N, K, M)."""
-    squares_NK, vectors_NKK = torch.linalg.eigh(gram_stack(matrices_NRC))
-    return squares_NK, torch.cat([vectors_NKK[..., :m], vectors_NKK[..., -m:]], dim=-1).contiguous()
+@dataclass
+class GramStack:
+    """N matrices, and all eigenvalues (N, K), ascending, and eigenvectors (N, K, K) of their Gram matrices."""
+
+    matrices_NRC: Tensor
+    squares: np.ndarray
+    vectors_NKK: Tensor
+
+    @classmethod
+    def of(cls, matrices_NRC: Tensor) -> GramStack:
+        """By torch's batched eigensolver, on the device of the stack."""
+        squares_NK, vectors_NKK = torch.linalg.eigh(gram_stack(matrices_NRC))
+        return cls(matrices_NRC, squares_NK.cpu().numpy(), vectors_NKK)
+
+    def ends(self, m: int, units: np.ndarray | None) -> StackEnds:
+        """The ends as one Gram matrix tells them; of parts (`units` given) with `inverses`."""
+        basis = torch.cat([self.vectors_NKK[..., :m], self.vectors_NKK[..., -m:]], dim=-1).contiguous()
+        inverses: list[tuple[Callable[[Tensor], Tensor], ...]] = [()] * len(self.squares)
+        for i in () if units is None else np.flatnonzero(_leans(self.squares, units)).tolist():
+            inverses[i] = (self._inverse(i, m),)
+        return StackEnds(self.squares.copy(), basis, gram_floor(self.squares), inverses)
+
+    def _inverse(self, i: int, below: int) -> Callable[[Tensor], Tensor]:
+        vectors_KK, squares = self.vectors_NKK[i], self.squares[i, below:] + gram_floor(self.squares[i])
+        return functools.partial(_inverse, vectors_KK[:, below:], torch.from_numpy(1 / squares).to(vectors_KK))
+
+    def split(self, ends: StackEnds, which: list[int], m: int, units: np.ndarray, depth: int = 0) -> None:
+        """Put the split ends of the matrices `which` into `ends`; see `Tridiagonal.split`."""
+        k = self.squares.shape[1]
+        below = np.count_nonzero(self.squares < _SPLIT**2 * self.squares[:, -1:], axis=1)
+        for q in sorted(set(below[which].tolist()) - {0}):
+            same = [i for i in which if below[i] == q]
+            tall_NLK = (_tall_float64(self.matrices_NRC[i]) for i in same)
+            rest = [tall_LK @ self.vectors_NKK[i, :, :q] for tall_LK, i in zip(tall_NLK, same, strict=True)]
+            deeper, _ = ends_of_stack(torch.stack(rest), m, units[same], depth + 1)
+            least = min(m, q)
+            for at, i in enumerate(same):
+                v_KK = self.vectors_NKK[i]
+                basis_KM = v_KK[:, :q] @ deeper.basis[at]
+                top = torch.cat([basis_KM[:, least:], v_KK[:, max(q, k - m) :]], dim=1)[:, -m:]
+                basis_KM = torch.cat([basis_KM[:, :least], v_KK[:, q:m], top], dim=1)
+                ends.basis[i] = torch.linalg.qr(basis_KM)[0]
+                ends.squares[i] = np.sort(np.concatenate([deeper.squares[at], self.squares[i, q:]]))
+                inverse = self._inverse(i, q)
+                inner = (functools.partial(_inverse_within, v_KK[:, :q], one) for one in deeper.inverses[at])
+                ends.inverses[i] = (*inner, inverse)
+            ends.floor[same] = deeper.floor
+
+
+def ends_of_stack(
+    matrices_NRC: Tensor, m: int, units: np.ndarray | None = None, depth: int = 0
+) -> tuple[StackEnds, GramStack | None]:
+    """As `ends_of_matrix`, of every matrix of a stack of finite, scaled matrices of any float dtype."""
+    if 2 * m >= min(matrices_NRC.shape[1:]):
+        return _ends_of_small_stack(matrices_NRC, m, units), None
+    stack = GramStack.of(matrices_NRC)
+    ends = stack.ends(m, units)
+    if units is None:
+        units = stack.squares[:, -1].copy()
+    if depth < _DEPTH:
+        stack.split(ends, np.flatnonzero(_needs_split(stack.squares, m, units, depth)).tolist(), m, units, depth)
+    return ends, stack
+
+
+def _ends_of_small_stack(matrices_NRC: Tensor, m: int, units: np.ndarray | None) -> StackEnds:
+    tall = torch.stack([_tall_float64(matrix) for matrix in matrices_NRC])
+    _, s_NK, vh_NKK = torch.linalg.svd(tall, full_matrices=False)
+    host = s_NK.cpu().numpy(), vh_NKK.mT.cpu().numpy(), np.ones(len(tall)) if units is None else units
+    each = [_of_small(s, v, m, float(unit)) for s, v, unit in zip(*host, strict=True)]
+    basis = torch.from_numpy(np.stack([one.basis for one in each])).to(tall)
+    inverses: list[tuple[Callable[[Tensor], Tensor], ...]] = [()] * len(each)
+    others = max(s_NK.shape[1] - m, 0)
+    for i, one in enumerate(each):
+        if one.inverses:
+            inverse_squares = 1 / (s_NK[i, :others] ** 2 + one.floor)
+            inverses[i] = (functools.partial(_inverse, vh_NKK[i, :others].mT, inverse_squares),)
+    squares, floor = (np.array([getattr(one, what) for one in each]) for what in ("squares", "floor"))
+    return StackEnds(squares, basis, floor, inverses)
 
 
 def gram_stack(matrices_NRC: Tensor) -> Tensor:
@@ -118,3 +379,7 @@ def gram_stack(matrices_NRC: Tensor) -> Tensor:
         a = matrix.double()
         torch.mm(a, a.T, out=out) if rows < cols else torch.mm(a.T, a, out=out)
     return gram_NKK
+
+
+def _tall_float64(matrix: Tensor) -> Tensor:
+    return matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -133,14 +133,75 @@ def _vectors_mrrr(d: np.ndarray, e: np.ndarray, chosen: np.ndarray) -> np.ndarra
     return np.asfortranarray(np.concatenate(parts, axis=1))
 
 
-def apply_reflectors(reflectors_KK: np.ndarray, tau: np.ndarray, vectors_KM: np.ndarray) -> np.ndarray:
-    """Q times the vectors, in place (dormtr); both from `tridiagonalize` and in Fortran order."""
+def all_tridiagonal_vectors(d: np.ndarray, e: np.ndarray) -> np.ndarray:
+    """Eigenvectors (K, K), ascending, in Fortran order, by divide and conquer (dstedc).
+
+    About 4/3 K^3 operations, and far fewer where values are clustered. There dstein takes K m^2 for m of them, and
+    dstemr fails at times.
+    """
+    k = d.size
+    vectors, work, integers = np.empty((k, k), order="F"), np.empty(1 + 4 * k + k * k), np.empty(3 + 5 * k, np.int32)
+    arguments = (d.copy(), np.append(e, 0.0), vectors, k, work, work.size, integers, integers.size)
+    _lapack("dstedc", "I", k, *arguments)
+    return vectors
+
+
+def tridiagonal_solve(d: np.ndarray, e: np.ndarray, columns_KJ: np.ndarray) -> np.ndarray:
+    """T^-1 times the columns, in place (dptsv); T is positive definite, the columns in Fortran order."""
+    k, j = columns_KJ.shape
+    _lapack("dptsv", k, j, d.copy(), np.append(e, 0.0), columns_KJ, k)
+    return columns_KJ
+
+
+def apply_reflectors(
+    reflectors_KK: np.ndarray, tau: np.ndarray, vectors_KM: np.ndarray, trans: Literal["N", "T"] = "N"
+) -> np.ndarray:
+    """Q or Q^T times the vectors, in place (dormtr); both from `tridiagonalize` and in Fortran order."""
     k, m = vectors_KM.shape
     if k > 1:
         work = np.empty(64 * max(m, 1) + 64 * 65)
-        args = ("L", "L", "N", k, m, reflectors_KK, k, np.append(tau, 0.0), vectors_KM, k, work, work.size)
+        args = ("L", "L", trans, k, m, reflectors_KK, k, np.append(tau, 0.0), vectors_KM, k, work, work.size)
         _lapack("dormtr", *args)
     return vectors_KM
+
+
+def pivoted_rank(gram_KK: np.ndarray, share: float) -> int:
+    """The rank of a symmetric positive semidefinite matrix: pivots above this share of the greatest (dpstrf)."""
+    k = gram_KK.shape[0]
+    factor, pivots, rank, info = gram_KK.copy(order="F"), np.empty(k, np.int32), np.zeros(1, np.int32), np.zeros(1)
+    # `info` is 1 where the rank is below K: no failure, so it is an array here.
+    _call(
+        "cython_lapack",
+        "dpstrf",
+        "L",
+        k,
+        factor,
+        k,
+        pivots,
+        rank,
+        share * float(gram_KK.diagonal().max()),
+        np.empty(2 * k),
+        info,
+    )
+    return int(rank[0])
+
+
+def householder_qr(matrix_KJ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A = H [R; 0] (dgeqrf), J <= K: the reflectors of H (K, J) and their factors (J,)."""
+    k, j = matrix_KJ.shape
+    reflectors_KJ, tau, work = np.array(matrix_KJ, order="F"), np.empty(j), np.empty(64 * j)
+    _lapack("dgeqrf", k, j, reflectors_KJ, k, tau, work, work.size)
+    return reflectors_KJ, tau
+
+
+def apply_householder(
+    reflectors_KJ: np.ndarray, tau: np.ndarray, matrix: np.ndarray, side: Literal["L", "R"], trans: Literal["N", "T"]
+) -> None:
+    """H C, H^T C, C H or C H^T in place (dormqr), H from `householder_qr`, C in Fortran order."""
+    k, j = reflectors_KJ.shape
+    rows, cols = matrix.shape
+    work = np.empty(64 * max(rows, cols) + 64 * 65)
+    _lapack("dormqr", side, trans, rows, cols, j, reflectors_KJ, k, tau, matrix, rows, work, work.size)
 
 
 class _OneThread:

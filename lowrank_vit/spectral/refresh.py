@@ -18,6 +18,7 @@ from lowrank_vit.spectral.lapack import one_blas_thread
 from lowrank_vit.spectral.metrics import (
     chance_level,
     cosine_metrics,
+    numerical_rank,
     reach,
     recorded_indices,
     relative_change,
@@ -112,10 +113,16 @@ def scaled_thirds(stack: MatrixStack, solved: Mapping[str, Solved], cpu_threads:
     The noise's deviation in a third comes from the median singular value of `SCALE_COLUMNS` of its columns, evenly
     spaced: it costs a tenth of the spectrum. Its error, a few tenths of a percent, hardly matters: in noise each third
     has the same part in every direction, so wrong ratios move bulk and edge together, but for their square. Thirds that
-    agree within `ONE_SCALE` are left as they are, which saves the second spectrum.
+    agree within `ONE_SCALE` are left as they are, which saves the second spectrum. A matrix that is not of full
+    `numerical_rank` has none: the median of a third would be rounding.
     """
-    chosen = [i for i, name in enumerate(stack.names) if is_fused_qkv(name)]
-    n, (rows, cols) = len(chosen), stack.matrices_NRC.shape[1:]
+    rows, cols = stack.matrices_NRC.shape[1:]
+
+    def is_full(one: Solved) -> bool:
+        return numerical_rank(one.s, (rows, cols), one.eps) == one.s.size
+
+    chosen = [i for i, name in enumerate(stack.names) if is_fused_qkv(name) and is_full(solved[name])]
+    n = len(chosen)
     if not chosen or rows % 3:
         return {}
     with torch.no_grad():
@@ -143,7 +150,7 @@ def matrix_metrics(solved: Solved, settings: SpectralSettings) -> dict[str, floa
         "orthogonality", "chance_u" and "chance_v" (`subspace.chance_level` of the recorded top vectors).
     """
     shape = (solved.top.u.shape[0], solved.top.v.shape[0])
-    values = spectrum_metrics(solved.s, shape, settings.topk, settings.interval, solved.thirds)
+    values = spectrum_metrics(solved.s, shape, settings.topk, settings.interval, solved.eps, solved.thirds)
     values |= {"certificate_max": solved.certificate_max, "orthogonality": solved.orthogonality}
     k = solved.top.s.size
     return values | {"chance_u": chance_level(k, shape[0]), "chance_v": chance_level(k, shape[1])}

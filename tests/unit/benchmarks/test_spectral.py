@@ -52,6 +52,7 @@ def test_operations_are_those_of_the_formula_by_hand() -> None:
 
 
 def test_a_small_round_runs_and_reads_back(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(spectral, "VIT_B_SHAPES", ((96, 48), (48, 64)))
     tiny = {"pretrained": False, "img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 2, "num_classes": 4}
     import timm
 
@@ -67,6 +68,7 @@ def test_a_small_round_runs_and_reads_back(monkeypatch: pytest.MonkeyPatch, caps
     assert set(content["ratios"]) == {
         "gram64_vs_inline_svd", "gram64_vs_inline_svd_small", "gram64_share_of_limit_small",
         "with_monitor_vs_without", "with_monitor_vs_without_2", "with_monitor_but_norms_vs_without_2",
+        "lowrank_vs_fullrank",
     }  # fmt: skip
     assert content["ratios"]["gram64_vs_inline_svd"] == content["ratios"]["gram64_vs_inline_svd_small"]
     assert {
@@ -77,6 +79,8 @@ def test_a_small_round_runs_and_reads_back(monkeypatch: pytest.MonkeyPatch, caps
         "step_2",
         "step_2_with_monitor",
         "step_2_with_monitor_but_norms",
+        "fullrank",
+        "lowrank",
     } == set(content["cases"])
     refreshes = content["refreshes"]["batch_2"]
     assert len(refreshes["refresh_s"]) == 2  # the warm-up's and the round's

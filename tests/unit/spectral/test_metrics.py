@@ -7,12 +7,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_vit.spectral.metrics import (
     effective_rank,
     energy_rank,
+    numerical_rank,
     recorded_indices,
     relative_gap,
     spectrum_metrics,
@@ -96,7 +98,8 @@ def test_metrics_name_the_right_values() -> None:
     assert metrics["condition"] == 9
     assert all(type(value) is float for value in metrics.values())
     names = (
-        "gap_k gap_last rank90 rank95 rank99 alpha alpha_ks alpha_sigma alpha_tail mp_sigma mp_edge mp_outliers mp_ks"
+        "gap_k gap_last rank90 rank95 rank99 alpha alpha_ks alpha_sigma alpha_tail mp_sigma mp_edge mp_outliers mp_ks "
+        "numerical_rank"
     )
     assert set(names.split()) <= set(metrics)
 
@@ -124,6 +127,56 @@ def test_zero_and_nan_spectra_have_defined_values() -> None:
     nan = spectrum_metrics(np.full(5, np.nan), SHAPE, topk=2, interval=1)
     assert all(math.isnan(value) for value in nan.values())
     assert nan.keys() == zero.keys()
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+def product(rank: int, dtype: torch.dtype, shape: tuple[int, int] = (160, 96)) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    rows, cols = (torch.randn(side, rank, generator=generator).to(dtype) for side in shape)
+    return rows @ cols.T
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 1, 8, 48, 88])
+def test_rounding_of_the_weights_is_no_rank(rank: int, dtype: torch.dtype) -> None:
+    for shape in ((160, 96), (96, 160), (96, 96)):
+        matrix = product(rank, dtype, shape) if rank else torch.zeros(shape, dtype=dtype)
+        s = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+        metrics = spectrum_metrics(s, shape, 4, 1, torch.finfo(dtype).eps)
+        if rank < 88 or dtype != torch.bfloat16:  # there the last of them are rounding, too
+            assert metrics["numerical_rank"] == rank
+        if rank:
+            assert metrics["condition"] == s[0] / s[int(metrics["numerical_rank"]) - 1]
+            assert not metrics["mp_outliers"] > rank
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 96), (torch.bfloat16, 93), (torch.float64, 96)])
+def test_random_weights_have_full_rank(dtype: torch.dtype, least: int) -> None:
+    for seed in range(5):
+        matrix = torch.randn(96, 96, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        s = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+        assert numerical_rank(s, (96, 96), torch.finfo(dtype).eps) >= least
+
+
+def test_a_few_directions_are_described_by_themselves() -> None:
+    """What the tail and the end of a low-rank matrix say is about its rank, not about rounding."""
+    rows = torch.zeros(768, 96)
+    rows[[1, 50, 300, 500, 700]] = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
+    for matrix, rank in ((product(8, torch.float32), 8), (torch.ones(160, 96), 1), (rows, 5)):
+        shape = (matrix.shape[0], matrix.shape[1])
+        s = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+        metrics = spectrum_metrics(s, shape, topk=3, interval=1)
+        assert metrics["numerical_rank"] == rank
+        assert metrics["condition"] < 10
+        assert not metrics["mp_outliers"] > rank
+        assert not metrics["alpha_tail"] > rank
+        if rank > 3:
+            assert metrics["gap_last"] == relative_gap(s[:rank], [rank - 2, rank - 1, rank]) > 0.01
+        else:
+            assert math.isnan(metrics["alpha"])
+            assert math.isnan(metrics["gap_last"])
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 2)])

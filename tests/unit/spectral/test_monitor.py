@@ -257,7 +257,7 @@ def test_keys_of_the_first_and_of_later_refreshes(tmp_path: Path) -> None:
     single = set(
         "sigma_max sv1 sv2 sv_last1 sv_last2 gap_k gap_last stable_rank effective_rank rank90 rank95 rank99 "
         "nuclear_norm condition alpha alpha_ks alpha_sigma alpha_tail mp_sigma mp_edge mp_outliers mp_ks "
-        "mp_sigma_q mp_sigma_k mp_sigma_v certificate_max orthogonality chance_u chance_v".split()
+        "mp_sigma_q mp_sigma_k mp_sigma_v numerical_rank certificate_max orthogonality chance_u chance_v".split()
     )
     drift = {"delta_sv_rel", "update_norm2", "update_normF"} | family("cos") | family("cos0")
     assert {k.rpartition("/")[2] for k in first} == single | family("ema_cos")
