@@ -32,8 +32,8 @@ help:
 	@echo "make bench [WHAT=...]                   measured beside peers: prep, loader,"
 	@echo "                                        augment, spectral, step, end-to-end,"
 	@echo "                                        limits, growth; all without WHAT"
-	@echo "make gpu-check [PY=python3] [JOBS=16]   GPU tests and benches in 6 minutes, as"
-	@echo "                                        a page in docs/benchmarks/; ARGS='--tiny'"
+	@echo "make gpu-check [PY=python3] [JOBS=16]   GPU tests and benches in 6 minutes, a"
+	@echo "                                        page in docs/benchmarks/; ARGS='--tiny'"
 	@echo "                                        rehearses it without a GPU"
 	@echo "make clean                              remove .venv and built packages"
 
