@@ -43,10 +43,10 @@ def worst_errors() -> dict[str, Any]:
     layers = ImageOps(*(x.reshape(8, 2) for x in (flat.kinds, flat.args, flat.interpolations)))
     # Over 2,048 pixels, so that tables are made in several blocks.
     errors[MANY] = error(random.integers(0, 256, (8, 61, 43, 3), dtype=np.uint8), layers)
-    sides, on_cuda_path = np.full(9, 21), CudaPath()
+    sides, on_cuda_path = np.full(6, 13), CudaPath()
     rules = TrainRules(vflip=0.5, policy=parse_policy("rand-m9-mstd0.5-inc1"))
-    plan = TrainPlan(sides, sides, rules, seed=11, img_size=21, batch_size=9).batch(3, 0, np.arange(9))
-    pictures = random.integers(0, 256, (9, 21, 21, 3), dtype=np.uint8)
+    plan = TrainPlan(sides, sides, rules, seed=11, img_size=13, batch_size=6).batch(3, 0, np.arange(6))
+    pictures = random.integers(0, 256, (6, 13, 13, 3), dtype=np.uint8)
     made = []
     for way in (nullcontext, on_cuda_path):
         with way():
