@@ -17,7 +17,7 @@ from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
 from lowrank_vit.spectral.solve import MatrixStack, solve_stack
 
 LONG_S = 30  # for waits that end at once unless something is broken
-SETTINGS = SpectralSettings(topk=3)
+SETTINGS = SpectralSettings(topk=3, interval=2)
 TIMES = ("refresh/seconds", "refresh/skipped", "refresh/failed")
 
 

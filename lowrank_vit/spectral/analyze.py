@@ -19,12 +19,13 @@ from torch import Tensor
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import remove_leftovers, whole_file, write_whole
 from lowrank_vit.common.terminal import one_line
-from lowrank_vit.spectral.extremes import EPS, Solved, Triplets, not_finite
+from lowrank_vit.spectral.extremes import EPS, Recorded, Solved, Triplets, not_finite
 from lowrank_vit.spectral.metrics import recorded_indices
 from lowrank_vit.spectral.refresh import (
     MODEL,
     SpectralSettings,
     aggregates,
+    block_energies,
     drift_metrics,
     matrix_metrics,
     solve_all,
@@ -32,6 +33,7 @@ from lowrank_vit.spectral.refresh import (
 )
 from lowrank_vit.spectral.select import Target, choose_targets, take_targets
 from lowrank_vit.spectral.solve import stack_by_shape
+from lowrank_vit.spectral.subspaces import chance_of_each
 
 Precision = Literal["float64", "float32"]
 _LISTED = ("sv", "sv_last")
@@ -99,12 +101,13 @@ def compare(before: Analysis, after: Analysis) -> dict[str, dict[str, float]]:
             f"--compare: the checkpoints are of different models: {different[0]} of shape "
             f"{'x'.join(map(str, different[1]))} is only in one. Give two checkpoints of one model."
         )
-    norms: dict[str, dict[str, float]] = {}
+    of_weights: dict[str, dict[str, float]] = {}
     # Files of one model may have its matrices in another order, and in another type.
     stacks = (stack_by_shape({name: one.weights[name].double() for name in before.weights}) for one in (before, after))
     for old, new in zip(*stacks, strict=True):
-        norms |= update_norms(old, new)
-    return {name: drift_metrics(before.solved[name], now) | norms[name] for name, now in after.solved.items()}
+        energies = block_energies(before.solved, after.solved, new)
+        of_weights |= {name: norms | energies[name] for name, norms in update_norms(old, new).items()}
+    return {name: drift_metrics(before.solved[name], now, of_weights[name]) for name, now in after.solved.items()}
 
 
 def as_json(analysis: Analysis, meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +115,8 @@ def as_json(analysis: Analysis, meta: Mapping[str, Any]) -> dict[str, Any]:
 
     Every float is the float64 itself (Python writes the shortest text that reads back to the same bits); a NaN or an
     infinity, which JSON does not know, is null. "sv_topk" and "sv_lastk" are the values at "indices_top" and
-    "indices_last" (see `recorded_indices`), the other names are the monitor's.
+    "indices_last" (see `recorded_indices`); "chance" is what each principal cosine of these vectors would be
+    between random subspaces, by side (see `subspaces.chance_of_each`). The other names are the monitor's.
     """
     settings, layers = analysis.settings, {}
     for name, solved in analysis.solved.items():
@@ -124,6 +128,7 @@ def as_json(analysis: Analysis, meta: Mapping[str, Any]) -> dict[str, Any]:
             "note": solved.note,
             "indices_top": top,
             "indices_last": last,
+            "chance": chance_of_each(len(top), analysis.shapes[name]),
             "sv_topk": _plain([values[f"sv{k}"] for k in range(1, len(top) + 1)]),
             "sv_lastk": _plain([values[f"sv_last{k}"] for k in range(1, len(last) + 1)]),
             "sigma_min": _plain(float(solved.s[-1])),
@@ -206,7 +211,7 @@ def _float32_svd(weight: Tensor, settings: SpectralSettings) -> Solved:
     rows, cols = weight.shape
     top, last = recorded_indices(min(rows, cols), settings.topk, settings.interval)
     if not bool(torch.isfinite(weight).all()):
-        return not_finite((rows, cols), len(top))
+        return not_finite((rows, cols), top[-1]).recorded(Recorded(top, last))
     found = torch.linalg.svd(weight.float(), full_matrices=False)
     u, s, vh = (x.cpu().numpy().astype(np.float64) for x in found)
     a = weight.double().cpu().numpy()
@@ -220,7 +225,8 @@ def _float32_svd(weight: Tensor, settings: SpectralSettings) -> Solved:
 
     ends = end(top), end(last)
     off = max(float(np.abs(x.T @ x - np.eye(x.shape[1])).max()) for one in ends for x in (one.u, one.v))
-    return Solved(s, *ends, off, "float32 svd")
+    block = end(list(range(1, top[-1] + 1))) if top[-1] > len(top) else None
+    return Solved(s, *ends, off, "float32 svd", block=block)
 
 
 def _plain(value: float | Iterable[float]) -> Any:
@@ -241,8 +247,10 @@ _DRIFT = {
     "update_normF": "|ΔW|F",
     "update_norm2": "|ΔW|₂",
     "delta_sv_rel": "Δσ/σ",
-    "cos_u_mean": "cos u\nmean",
-    "cos_v_mean": "cos v\nmean",
+    "turn_bound": "turn\nbound",
+    "block_cos_u_overlap": "over-\nlap u",
+    "block_cos_v_overlap": "over-\nlap v",
+    "block_energy": "block\nenergy",
 }
 
 

@@ -75,12 +75,17 @@ class Solved:
     """Of a fused qkv matrix; None of others, and where its thirds have no scale (of lower rank or not finite)."""
     eps: float = float(np.finfo(np.float32).eps)
     """Relative spacing of the numbers of the weight's own type, see `metrics.numerical_rank`."""
+    block: Triplets | None = None
+    """The first p triplets, p the greatest recorded index of the top, where the recorded ones leave some out.
+
+    None where they do not, and of what an earlier version has stored."""
 
     def recorded(self, indices: Recorded) -> Solved:
-        """With only the triplets of the recorded indices, in their order."""
-        k = self.s.size
+        """With only the triplets of the recorded indices, in their order, and those between them at the top."""
+        k, p = self.s.size, indices.top[-1]
         top = self.top.pick([i - 1 for i in indices.top])
-        return replace(self, top=top, last=self.last.pick([k - i for i in indices.last]))
+        block = self.top.pick(list(range(p))) if p > len(indices.top) else None
+        return replace(self, top=top, last=self.last.pick([k - i for i in indices.last]), block=block)
 
     @property
     def certificate_max(self) -> float:

@@ -23,6 +23,7 @@ from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, SpectralSettings, S
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, Target, choose_targets, module_type, take_targets
 from lowrank_vit.spectral.solve import LOG, stack_by_shape
 from lowrank_vit.spectral.store import Kept, SpectraStore
+from lowrank_vit.spectral.subspaces import chance_of_each
 from lowrank_vit.spectral.worker import Snapshot, SpectralRecord, Worker, share_out
 
 T = TypeVar("T")
@@ -134,7 +135,8 @@ class SpectralMonitor:
         }
         """By name: "shape", and the recorded indices "top" and "last", 1-based."""
         options = {"targets": targets, "every": every, "split_qkv": split_qkv, "limit_gb": limit_gb}
-        index = {"format": 2, **options, **asdict(settings), "matrices": self.matrices}
+        chance = {name: chance_of_each(len(one["top"]), one["shape"]) for name, one in self.matrices.items()}
+        index = {"format": 2, **options, **asdict(settings), "matrices": self.matrices, "chance": chance}
         store = SpectraStore(Path(store_dir), limit_gb * 1e9, index)
         if ranks.rank == 0:
             try:
@@ -336,7 +338,7 @@ class SpectralMonitor:
             matrix = self.matrices[keys[key]]
             expected = [(side, len(matrix[end])) for end in ("top", "last") for side in matrix["shape"]]
             shapes = [side.shape for end in (found.top, found.last) for side in (end.u, end.v)]
-            return shapes == expected
+            return shapes == expected and (found.block is None or found.block.s.size == matrix["top"][-1])
 
         for of in (first, last):
             for key in list(of):

@@ -16,8 +16,6 @@ from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.spectral.extremes import Solved, Solver, Thirds
 from lowrank_vit.spectral.lapack import one_blas_thread
 from lowrank_vit.spectral.metrics import (
-    chance_level,
-    cosine_metrics,
     numerical_rank,
     reach,
     recorded_indices,
@@ -27,6 +25,15 @@ from lowrank_vit.spectral.metrics import (
 from lowrank_vit.spectral.noise import deviation
 from lowrank_vit.spectral.select import is_fused_qkv, module_depth, module_type
 from lowrank_vit.spectral.solve import LOG, MatrixStack, all_values, largest_values, never, solve_stack
+from lowrank_vit.spectral.subspaces import (
+    block_energy,
+    block_gap,
+    blocks_of,
+    captured,
+    chance_metrics,
+    cosine_metrics,
+    turn_bound,
+)
 
 MODEL, EMA = "spec", "spec_ema"
 Stacks = dict[str, list[MatrixStack]]
@@ -38,6 +45,8 @@ ONE_SCALE = 1.02
 
 # A number of its own for each recorded index: not averaged over layers.
 _ONE_OF_MANY = re.compile(r"(^sv|_[uv])(_last)?\d+$")
+# Often infinite, or far above the rest, so that a mean says nothing.
+_MEDIANS = ("turn_bound",)
 
 
 @dataclass(frozen=True)
@@ -146,19 +155,31 @@ def matrix_metrics(solved: Solved, settings: SpectralSettings) -> dict[str, floa
     """All scalars of one matrix at one moment.
 
     Returns:
-        `metrics.spectrum_metrics`, and "certificate_max" (`Solved.certificate_max`, relative to sigma_1),
-        "orthogonality", "chance_u" and "chance_v" (`subspace.chance_level` of the recorded top vectors).
+        `metrics.spectrum_metrics`, `subspaces.chance_metrics`, "block_gap" (see `subspaces.block_gap`), and
+        "certificate_max" (`Solved.certificate_max`, relative to sigma_1) and "orthogonality".
     """
     shape = (solved.top.u.shape[0], solved.top.v.shape[0])
     values = spectrum_metrics(solved.s, shape, settings.topk, settings.interval, solved.eps, solved.thirds)
     values |= {"certificate_max": solved.certificate_max, "orthogonality": solved.orthogonality}
-    k = solved.top.s.size
-    return values | {"chance_u": chance_level(k, shape[0]), "chance_v": chance_level(k, shape[1])}
+    k, p = solved.top.s.size, (solved.block or solved.top).s.size
+    return values | {"block_gap": block_gap(solved.s, p)} | chance_metrics(k, p, shape)
 
 
-def drift_metrics(before: Solved, now: Solved) -> dict[str, float]:
-    """What changed between two moments: "delta_sv_rel" and "cos_*"; see `subspace`."""
-    return {"delta_sv_rel": relative_change(before, now)} | cosine_metrics("cos", before, now)
+def drift_metrics(before: Solved, now: Solved, of_weights: Mapping[str, float]) -> dict[str, float]:
+    """What changed between two moments.
+
+    Args:
+        of_weights: what `update_norms` and `block_energies` have found, as far as the weights are there.
+
+    Returns:
+        "delta_sv_rel" (see `metrics.relative_change`), "cos_*" and "block_cos_*" (`subspaces.cosine_metrics`), all of
+        `of_weights`, and with "update_norm2" among these "turn_bound" (`subspaces.turn_bound`). What is of the block is
+        absent where `before` has none.
+    """
+    values = {"delta_sv_rel": relative_change(before, now)} | cosine_metrics("cos", before, now) | dict(of_weights)
+    if "update_norm2" in of_weights and blocks_of(before, now):
+        values["turn_bound"] = turn_bound(before, now, of_weights["update_norm2"])
+    return values
 
 
 def update_norms(before: MatrixStack, now: MatrixStack, cpu_threads: int = 1) -> dict[str, dict[str, float]]:
@@ -179,6 +200,32 @@ def update_norms(before: MatrixStack, now: MatrixStack, cpu_threads: int = 1) ->
         name: {"update_norm2": float(two), "update_normF": float(f)}
         for name, two, f in zip(now.names, spectral, frobenius, strict=True)
     }
+
+
+def block_energies(
+    before: Mapping[str, Solved], now: Mapping[str, Solved], stack: MatrixStack
+) -> dict[str, dict[str, float]]:
+    """By name: "block_energy" (see `subspaces.block_energy`), where `before` has the block.
+
+    Args:
+        before, now: by name, solved.
+        stack: the weights that `now` was solved of, or some of them.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, matrix in zip(stack.names, stack.matrices_NRC, strict=True):
+        blocks = blocks_of(before[name], now[name]) if name in before else None
+        if blocks is None:
+            continue
+        with torch.no_grad():
+            weights_RC = matrix.double()
+            if cuda_path(matrix) and now[name].s[0] > 0:
+                u_Rp = torch.from_numpy(blocks[0].u).to(weights_RC)
+                norm = torch.linalg.matrix_norm(u_Rp.T @ weights_RC / float(now[name].s[0]))
+                energy = captured(float(norm), blocks[1].s)
+            else:
+                energy = block_energy(before[name], now[name], weights_RC.cpu().numpy())
+        found[name] = {"block_energy": energy}
+    return found
 
 
 def refresh(
@@ -205,33 +252,40 @@ def refresh(
         memory.last = {f"{kind}/{name}": one for kind, found in solved_before.items() for name, one in found.items()}
         memory.weights = before
     result = Refreshed(update)
-    norms: dict[str, dict[str, float]] = {}
+    of_weights: dict[str, dict[str, float]] = {}
     for kind, of_kind in stacks.items():
-        result.solved |= {f"{kind}/{name}": one for name, one in solved_of(kind, of_kind).items()}
-        for before, now in zip(memory.weights.get(kind, ()), of_kind, strict=False):
-            of_stack = update_norms(before, now, settings.cpu_threads)
-            norms |= {f"{kind}/{name}": values for name, values in of_stack.items()}
-    result.values = (describing or describe)(result.solved, norms, memory.first, memory.last, settings)
+        found = solved_of(kind, of_kind)
+        last = {name: memory.last[f"{kind}/{name}"] for name in found if f"{kind}/{name}" in memory.last}
+        result.solved |= {f"{kind}/{name}": one for name, one in found.items()}
+        pairs = zip(memory.weights.get(kind, ()), of_kind, strict=False)
+        parts = [update_norms(before, now, settings.cpu_threads) for before, now in pairs]
+        for part in parts + [block_energies(last, found, stack) for stack in of_kind]:
+            for name, values in part.items():
+                of_weights.setdefault(f"{kind}/{name}", {}).update(values)
+    result.values = (describing or describe)(result.solved, of_weights, memory.first, memory.last, settings)
     memory.keep(update, result.solved, stacks)
     return result
 
 
 def describe(
     solved: Mapping[str, Solved],
-    norms: Mapping[str, Mapping[str, float]],
+    of_weights: Mapping[str, Mapping[str, float]],
     first: Mapping[str, Solved],
     last: Mapping[str, Solved],
     settings: SpectralSettings,
 ) -> dict[str, dict[str, float]]:
-    """All scalars of the matrices of one refresh: of each, against the first and the last one, and against the EMA."""
+    """All scalars of the matrices of one refresh: of each, against the first and the last one, and against the EMA.
+
+    `of_weights`: see `drift_metrics`; the other dictionaries, too, are by key.
+    """
     described: dict[str, dict[str, float]] = {}
     for key, one in solved.items():
-        values = matrix_metrics(one, settings)
+        values = matrix_metrics(one, settings) | dict(of_weights.get(key, {}))
         if key in last:
-            values |= drift_metrics(last[key], one)
+            values |= drift_metrics(last[key], one, of_weights.get(key, {}))
         if key in first:
             values |= cosine_metrics("cos0", first[key], one)
-        described[key] = values | dict(norms.get(key, {}))
+        described[key] = values
     for key, one in solved.items():
         kind, _, name = key.partition("/")
         if kind == MODEL and f"{EMA}/{name}" in solved:
@@ -242,7 +296,8 @@ def describe(
 def aggregates(values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Means over the layers of a type and over the matrices of a depth: by "spec/type/attn.qkv", "spec/depth/3".
 
-    Only what is one number a matrix is averaged, over its finite values; NaN where there are none.
+    Only what is one number a matrix is averaged, over its finite values; NaN where there are none. Of "turn_bound"
+    it is the median, infinite ones among them.
     """
     groups: dict[str, list[Mapping[str, float]]] = {}
     for key, metrics in values.items():
@@ -258,6 +313,6 @@ def _means(members: list[Mapping[str, float]]) -> dict[str, float]:
     means: dict[str, float] = {}
     for metric in metrics:
         found = np.array([member[metric] for member in members if metric in member])
-        finite = found[np.isfinite(found)]
-        means[metric] = float(np.mean(finite)) if finite.size else float("nan")
+        used, mean = (~np.isnan(found), np.median) if metric in _MEDIANS else (np.isfinite(found), np.mean)
+        means[metric] = float(mean(found[used])) if used.any() else float("nan")
     return means

@@ -3,7 +3,8 @@
 `update_00000100.npz`   "update" and a float64 array (K,) per "<kind>/<name>": all singular values, descending; of a
                         fused qkv matrix also "<kind>/<name>:scaled" (K,), see `extremes.Thirds`.
 `vectors_00000100.npz`  "update" and the recorded triplets, float64: per "<kind>/<name>" and end (top, last)
-                        "<key>:top:u" (R, k), ":v" (C, k), ":s" (k,) and ":certificate" (k,).
+                        "<key>:top:u" (R, k), ":v" (C, k), ":s" (k,) and ":certificate" (k,). Where the recorded ones
+                        leave some out at the top, those as "<key>:between:u" and so on, in the order of their values.
 `index.json`            the recorded indices and shapes of every matrix, and the options.
 `weights_00000100.pth`  for a run that is resumed: the weights that the newest refresh was taken of, see `Kept`. Written
                         with a checkpoint, by whoever writes that; one file, of the newest checkpoint.
@@ -33,7 +34,7 @@ from lowrank_vit.spectral.extremes import Solved, Triplets
 SPECTRA, VECTORS, WEIGHTS = "update", "vectors", "weights"
 SPECTRA_SHARE = 0.25
 """Of the size limit; the rest is for vectors."""
-_ENDS = ("top", "last")
+_ENDS, _BETWEEN = ("top", "last"), "between"
 _SCALED = ":scaled"
 _FIELDS = ("u", "v", "s", "certificate")
 
@@ -50,6 +51,8 @@ class StoredVectors(NamedTuple):
 
     update: int
     ends: dict[str, tuple[Triplets, Triplets]]
+    blocks: dict[str, Triplets]
+    """The same key to the first p triplets, p the greatest recorded index, where the recorded ones leave some out."""
 
 
 class Kept(NamedTuple):
@@ -94,12 +97,13 @@ class SpectraStore:
             self.begin()
         scaled = {key + _SCALED: one.thirds.s for key, one in solved.items() if one.thirds}
         write_spectra(self.path, update, {key: one.s for key, one in solved.items()} | scaled)
-        arrays = {
-            f"{key}:{end}:{name}": getattr(getattr(one, end), name)
-            for key, one in solved.items()
-            for end in _ENDS
-            for name in _FIELDS
-        }
+        arrays: dict[str, np.ndarray] = {}
+        for key, one in solved.items():
+            parts = {"top": one.top, "last": one.last}
+            if one.block is not None:
+                between = np.flatnonzero(~_is_recorded(one.top.s.size, one.block.s.size))
+                parts[_BETWEEN] = one.block.pick(between.tolist())
+            arrays |= {f"{key}:{end}:{name}": getattr(of, name) for end, of in parts.items() for name in _FIELDS}
         _write(self.path, VECTORS, update, arrays)
         for series in self._series.values():
             series.thin()
@@ -236,22 +240,41 @@ def read_vectors(path: Path) -> StoredVectors:
     """
     update, arrays = _read(path)
     ends: dict[str, tuple[Triplets, Triplets]] = {}
+    blocks: dict[str, Triplets] = {}
     try:
         for key in dict.fromkeys(name.rsplit(":", 2)[0] for name in arrays):
             top, last = ({f: arrays[f"{key}:{end}:{f}"] for f in _FIELDS} for end in _ENDS)
             ends[key] = (Triplets(**top), Triplets(**last))
+            if f"{key}:{_BETWEEN}:s" in arrays:
+                blocks[key] = _block(ends[key][0], Triplets(**{f: arrays[f"{key}:{_BETWEEN}:{f}"] for f in _FIELDS}))
     except KeyError as error:
         raise UserError(f"cannot read the vectors in {path}: {error} is missing") from error
-    return StoredVectors(update, ends)
+    return StoredVectors(update, ends, blocks)
+
+
+def _is_recorded(k: int, p: int) -> np.ndarray:
+    """(p,) bool: which of the first p indices are the k recorded ones, at equal distances from first to last."""
+    interval = (p - 1) // max(k - 1, 1)
+    return np.arange(p) % interval == 0
+
+
+def _block(top: Triplets, between: Triplets) -> Triplets:
+    """The recorded triplets and those between them, in the order of their indices."""
+    k, p = top.s.size, top.s.size + between.s.size
+    is_recorded = _is_recorded(k, p)
+    order = np.where(is_recorded, np.cumsum(is_recorded) - 1, k + np.cumsum(~is_recorded) - 1).tolist()
+    both = (np.concatenate([getattr(top, f), getattr(between, f)], axis=-1) for f in _FIELDS)
+    return Triplets(**dict(zip(_FIELDS, both, strict=True))).pick(order)
 
 
 def _read_solved(folder: Path, vectors: Path) -> tuple[int, dict[str, Solved]]:
-    update, ends = read_vectors(vectors)
+    update, ends, blocks = read_vectors(vectors)
     # Spectra are thinned less than vectors, but on their own stride; what is compared later needs only sigma_1 of them.
     path = _path(folder, SPECTRA, update)
     spectra = read_spectra(path).spectra if path.exists() else {}
     return update, {
-        key: Solved(spectra.get(key, top.s), top, last, float("nan"), "stored") for key, (top, last) in ends.items()
+        key: Solved(spectra.get(key, top.s), top, last, float("nan"), "stored", block=blocks.get(key))
+        for key, (top, last) in ends.items()
     }
 
 

@@ -46,7 +46,7 @@ class SpectralRecord(NamedTuple):
     """The scalars of one refresh, by "<kind>/<name>/<metric>", kind "spec" or "spec_ema".
 
     Metrics are those of `refresh.matrix_metrics`, `refresh.drift_metrics`, `refresh.update_norms` and
-    `metrics.cosine_metrics`; `refresh.aggregates` adds "<kind>/type/..." and "<kind>/depth/...". About the refresh
+    `subspaces.cosine_metrics`; `refresh.aggregates` adds "<kind>/type/..." and "<kind>/depth/...". About the refresh
     itself: "spec/refresh/seconds", "spec/refresh/skipped" (refreshes so far that were due and left out),
     "spec/refresh/failed" (those so far that failed or were not stored; both count from this process's start),
     "spec/refresh/fallbacks" (matrices not solved by the solver asked for) and "spec/refresh/since" (updates since the

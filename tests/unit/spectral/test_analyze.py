@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -130,20 +131,27 @@ def test_comparing_two_checkpoints_says_what_the_monitor_would_have(tmp_path: Pa
     before, after = save(tmp_path / "a.pth.tar"), save(tmp_path / "b.pth.tar", epoch=7, seed=5)
     model = tiny_vit(0)
     with SpectralMonitor(
-        model, None, targets=DEFAULT_TARGETS, every=1, settings=SpectralSettings(topk=3), store_dir=tmp_path / "s"
+        model,
+        None,
+        targets=DEFAULT_TARGETS,
+        every=1,
+        settings=SpectralSettings(topk=3, interval=2),
+        store_dir=tmp_path / "s",
     ) as monitor:
         monitor.observe(0)
         monitor.wait()
         model.load_state_dict(tiny_vit(5).state_dict())
         monitor.observe(1)
     record = monitor.records()[-1]
-    main(["--compare", str(before), str(after), "--topk", "3", "--save-dir", str(tmp_path)])
+    main(["--compare", str(before), str(after), "--topk", "3", "--interval", "2", "--save-dir", str(tmp_path)])
     content = json.loads((tmp_path / f"{ARCH}_drift.json").read_text())
     assert (content["meta"]["before"]["epoch"], content["meta"]["after"]["epoch"]) == (3, 7)
     for name, numbers in content["layers"].items():
         assert {"delta_sv_rel", "update_norm2", "update_normF", "cos_u1", "cos_v_last3", "cos_u_mean"} <= set(numbers)
+        assert {"block_cos_u_mean", "block_cos_v_overlap", "block_energy", "turn_bound"} <= set(numbers)
         for metric, value in numbers.items():
-            assert record.values[f"spec/{name}/{metric}"] == value
+            expected = record.values[f"spec/{name}/{metric}"]
+            assert value == (expected if math.isfinite(expected) else None)
     main(["--compare", str(before), str(before), "--save-dir", str(tmp_path)])
     same_weights = json.loads((tmp_path / f"{ARCH}_drift.json").read_text())["layers"]["blocks.0.mlp.fc1"]
     assert same_weights["update_normF"] == same_weights["delta_sv_rel"] == 0

@@ -20,8 +20,10 @@ from lowrank_vit.spectral import refresh as refresh_module
 from lowrank_vit.spectral import store
 from lowrank_vit.spectral.analyze import analyze_weights
 from lowrank_vit.spectral.extremes import Solved
-from lowrank_vit.spectral.refresh import Memory, SpectralSettings, refresh
+from lowrank_vit.spectral.metrics import reach
+from lowrank_vit.spectral.refresh import Memory, SpectralSettings, aggregates, refresh
 from lowrank_vit.spectral.solve import MatrixStack, solve, solve_stack, stack_by_shape
+from lowrank_vit.spectral.subspaces import chance_cosines
 from lowrank_vit.spectral.worker import Worker
 from tests.device_path import CudaPath
 from tests.monitors import LONG_S, SETTINGS, Gate, comparable, nudge, observe, stored, targets, watch
@@ -31,7 +33,8 @@ pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 def expected_spectra(model: nn.Module, kind: str) -> dict[str, np.ndarray]:
-    return {f"{kind}/{name}": one.s for name, one in solve(targets(model), SETTINGS.topk).items()}
+    solved = solve(targets(model), reach(SETTINGS.topk, SETTINGS.interval))
+    return {f"{kind}/{name}": one.s for name, one in solved.items()}
 
 
 def test_stored_spectra_and_records_equal_an_offline_computation_bit_for_bit(tmp_path: Path) -> None:
@@ -252,14 +255,19 @@ def test_keys_of_the_first_and_of_later_refreshes(tmp_path: Path) -> None:
 
     def family(prefix: str) -> set[str]:
         names = {f"{prefix}_{x}{end}{i}" for x in "uv" for end in ("", "_last") for i in (1, 2)}
-        return names | {f"{prefix}_{x}_{what}" for x in "uv" for what in ("max", "mean")}
+        names |= {f"{prefix}_{x}_{what}" for x in "uv" for what in ("max", "mean", "mean_sq", "overlap")}
+        return names | {f"block_{prefix}_{x}_{what}" for x in "uv" for what in ("mean", "min", "mean_sq", "overlap")}
 
     single = set(
         "sigma_max sv1 sv2 sv_last1 sv_last2 gap_k gap_last stable_rank effective_rank rank90 rank95 rank99 "
         "nuclear_norm condition alpha alpha_ks alpha_sigma alpha_tail mp_sigma mp_edge mp_outliers mp_ks "
-        "mp_sigma_q mp_sigma_k mp_sigma_v numerical_rank certificate_max orthogonality chance_u chance_v".split()
+        "mp_sigma_q mp_sigma_k mp_sigma_v numerical_rank certificate_max orthogonality chance_u chance_v "
+        "block_gap".split()
     )
-    drift = {"delta_sv_rel", "update_norm2", "update_normF"} | family("cos") | family("cos0")
+    single |= {f"chance_{x}_{what}" for x in "uv" for what in ("max", "mean", "mean_sq")}
+    single |= {f"block_chance_{x}_{what}" for x in "uv" for what in ("mean", "min", "mean_sq")}
+    of_weights = {"update_norm2", "update_normF", "block_energy", "turn_bound"}
+    drift = {"delta_sv_rel"} | of_weights | family("cos") | family("cos0")
     assert {k.rpartition("/")[2] for k in first} == single | family("ema_cos")
     assert {k.rpartition("/")[2] for k in second} == single | family("ema_cos") | drift
     s = store.read_spectra(tmp_path / "update_00000002.npz").spectra["spec/blocks.0.attn.qkv"]
@@ -268,13 +276,14 @@ def test_keys_of_the_first_and_of_later_refreshes(tmp_path: Path) -> None:
     ]  # fmt: skip
     index = json.loads((tmp_path / "index.json").read_text())
     assert index["matrices"]["blocks.0.attn.qkv"] == {"shape": [48, 16], "top": [1, 4], "last": [16, 13]}
+    assert index["chance"]["blocks.0.attn.qkv"] == {"u": [*chance_cosines(2, 48)], "v": [*chance_cosines(2, 16)]}
     assert monitor.indices_by_type()["mlp.fc2"] == {"top": [1, 4], "last": [16, 13]}
 
 
 def test_drift_and_norms_are_those_of_plain_numpy(tmp_path: Path) -> None:
     model, ema = tiny_vit(0), tiny_vit(1)
     moments = []
-    with watch(model, tmp_path, ema, settings=SpectralSettings(topk=3)) as monitor:
+    with watch(model, tmp_path, ema, settings=SpectralSettings(topk=2, interval=2)) as monitor:
         for update in (0, 2, 4):
             moments.append({n: w.detach().double().numpy().copy() for n, w in targets(model).items()})
             monitor.observe(update)
@@ -288,16 +297,25 @@ def test_drift_and_norms_are_those_of_plain_numpy(tmp_path: Path) -> None:
         change = moments[2][name] - moments[1][name]
         assert record.values[f"{key}/update_norm2"] == pytest.approx(np.linalg.norm(change, 2), rel=1e-12)
         assert record.values[f"{key}/update_normF"] == pytest.approx(np.linalg.norm(change), rel=1e-12)
-        old, new = svd[1][name].S[:3], svd[2][name].S[:3]
+        old, new = svd[1][name].S[:3:2], svd[2][name].S[:3:2]
         assert record.values[f"{key}/delta_sv_rel"] == pytest.approx(np.mean(np.abs(new - old) / old), rel=1e-9)
+        room = svd[1][name].S[2] - svd[2][name].S[3]
+        bound = np.linalg.norm(change, 2) / room if room > 0 else np.inf
+        assert record.values[f"{key}/turn_bound"] == pytest.approx(bound, rel=1e-6)
+        captured = np.sum((svd[1][name].U[:, :3].T @ moments[2][name]) ** 2)
+        expected = captured / np.sum(svd[2][name].S[:3] ** 2)
+        assert record.values[f"{key}/block_energy"] == pytest.approx(expected, rel=1e-9)
         for prefix, then in (("cos", svd[1]), ("cos0", svd[0]), ("ema_cos", svd[3])):
             for side, before, now in (
                 ("u", then[name].U, svd[2][name].U),
                 ("v", then[name].Vh.T, svd[2][name].Vh.T),
             ):
-                for end, columns in (("", slice(3)), ("_last", slice(-3, None))):
+                block = np.linalg.svd(before[:, :3].T @ now[:, :3], compute_uv=False)
+                for what, value in (("mean", block.mean()), ("min", block.min()), ("mean_sq", np.mean(block**2))):
+                    assert record.values[f"{key}/block_{prefix}_{side}_{what}"] == pytest.approx(value, abs=1e-7)
+                for end, columns in (("", [0, 2]), ("_last", [-1, -3])):
                     expected = np.linalg.svd(before[:, columns].T @ now[:, columns], compute_uv=False)
-                    found = [record.values[f"{key}/{prefix}_{side}{end}{i}"] for i in (1, 2, 3)]
+                    found = [record.values[f"{key}/{prefix}_{side}{end}{i}"] for i in (1, 2)]
                     np.testing.assert_allclose(found, expected, atol=1e-7)
                     if not end:
                         assert record.values[f"{key}/{prefix}_{side}_mean"] == pytest.approx(expected.mean(), abs=1e-7)
@@ -317,6 +335,14 @@ def test_aggregates_are_means_over_types_and_depths(tmp_path: Path) -> None:
     assert "spec/type/attn.qkv/sv1" not in values
     assert values["spec/refresh/skipped"] == values["spec/refresh/fallbacks"] == 0
     assert values["spec/refresh/seconds"] > 0
+
+
+def test_of_bounds_that_may_be_infinite_the_aggregate_is_the_median() -> None:
+    values = {f"spec/blocks.{i}.fc": {"turn_bound": bound} for i, bound in enumerate([2.0, np.inf, 0.5, np.nan])}
+    assert aggregates(values)["spec/type/fc"] == {"turn_bound": 2.0}
+    del values["spec/blocks.0.fc"]
+    assert aggregates(values)["spec/type/fc"] == {"turn_bound": np.inf}
+    assert np.isnan(aggregates(values)["spec/depth/3"]["turn_bound"])
 
 
 def test_split_qkv_watches_three_matrices(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -85,7 +86,7 @@ def test_a_refresh_of_the_checkpoints_own_update_needs_no_kept_file(
         monitor.wait()
         found = monitor.records()
     assert [record.update for record in found] == expected
-    lost = {key for key in whole[2] if "update_norm" in key}
+    lost = {key for key in whole[2] if "update_norm" in key or "turn_bound" in key}
     wanted = {key: value for key, value in whole[2].items() if key not in lost}
     assert expected[0] != 4 or comparable(found[0].values) == wanted
     assert len(found) == 1 or comparable(found[1].values) == whole[3]
@@ -104,8 +105,8 @@ def test_a_resumed_monitor_goes_on_as_if_there_had_been_no_break(tmp_path: Path)
     with watch(model, tmp_path / "broken", model, resumed_update=5) as monitor:
         assert stored(tmp_path / "broken") == [0, 2, 4]
         resumed = observe(monitor, model, range(6, 12, 2))
-    # The weights before the break are gone, so the first update after it has no norm.
-    lost = {key for key in expected[3] if "update_norm" in key}
+    # The weights before the break are gone, so the first update after it has no norm, and no bound by it.
+    lost = {key for key in expected[3] if "update_norm" in key or "turn_bound" in key}
     assert resumed[0] == {key: value for key, value in expected[3].items() if key not in lost}
     assert resumed[1:] == expected[4:]
     assert stored(tmp_path / "broken") == stored(tmp_path / "whole")
@@ -163,6 +164,43 @@ def test_what_another_monitor_recorded_is_not_compared_with(tmp_path: Path) -> N
         monitor.observe(2)
     (record,) = monitor.records()
     assert not [key for key in record.values if "/cos" in key]
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_a_store_of_an_earlier_version_has_no_blocks_and_is_compared_with_all_the_same(
+    tmp_path: Path, interval: int
+) -> None:
+    chosen = SpectralSettings(topk=3, interval=interval)
+    model = tiny_vit()
+    with watch(model, tmp_path, model, settings=chosen) as monitor:
+        whole = observe(monitor, model, range(0, 4, 2))
+        at_2 = deepcopy(model.state_dict())
+        whole += observe(monitor, model, range(4, 8, 2))
+    for path in store.list_vectors(tmp_path):
+        with np.load(path) as arrays:
+            earlier = {name: arrays[name] for name in arrays.files if ":between:" not in name}
+        np.savez(path, allow_pickle=False, **earlier)
+    model.load_state_dict(at_2)
+    with watch(model, tmp_path, model, settings=chosen, resumed_update=2) as monitor:
+        resumed = observe(monitor, model, range(4, 8, 2))
+    lost = {key for key in whole[2] if "update_norm" in key or "turn_bound" in key}
+    of_first = {key for key in whole[2] if interval > 1 and "block_cos0" in key}
+    if interval > 1:
+        lost |= {key for key in whole[2] if "block_cos_" in key or "block_energy" in key}
+    assert resumed[0] == {key: value for key, value in whole[2].items() if key not in lost | of_first}
+    assert resumed[1] == {key: value for key, value in whole[3].items() if key not in of_first}
+
+
+@pytest.mark.parametrize(("topk", "interval", "then", "later"), [(3, 2, 3, 3), (3, 2, 3, 1), (3, 2, 2, 4)])
+def test_vectors_of_other_indices_are_not_compared_with(
+    tmp_path: Path, topk: int, interval: int, then: int, later: int
+) -> None:
+    with watch(tiny_vit(), tmp_path, settings=SpectralSettings(topk=topk, interval=interval)) as monitor:
+        monitor.observe(0)
+    with watch(tiny_vit(), tmp_path, settings=SpectralSettings(topk=then, interval=later), resumed_update=2) as monitor:
+        monitor.observe(2)
+    (record,) = monitor.records()
+    assert not [key for key in record.values if "/cos" in key or "/block_cos" in key]
 
 
 def test_a_checkpoint_taken_while_a_refresh_runs_is_of_the_training_alone(tmp_path: Path, gate: Gate) -> None:

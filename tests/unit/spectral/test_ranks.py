@@ -18,10 +18,9 @@ from lowrank_vit.ranks.world import World
 from lowrank_vit.spectral import refresh as refresh_module
 from lowrank_vit.spectral import store
 from lowrank_vit.spectral.monitor import _BUSY, _CLOSED, _IDLE, SpectralMonitor
-from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
 from lowrank_vit.spectral.worker import share_out
-from tests.monitors import Gate
+from tests.monitors import SETTINGS, Gate
 from tests.spectra import tiny_vit
 
 LONG_S = 60
@@ -58,9 +57,7 @@ def observe_three_times(monitor: SpectralMonitor, model: torch.nn.Module) -> lis
 
 
 def watch(model: torch.nn.Module, folder: Path, **more: Any) -> SpectralMonitor:
-    return SpectralMonitor(
-        model, model, targets=DEFAULT_TARGETS, every=2, store_dir=folder, settings=SpectralSettings(topk=3), **more
-    )
+    return SpectralMonitor(model, model, targets=DEFAULT_TARGETS, every=2, store_dir=folder, settings=SETTINGS, **more)
 
 
 def one_of_two(rank: int, folder: Path) -> None:

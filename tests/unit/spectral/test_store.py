@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral import store
 from lowrank_vit.spectral.extremes import Solved, Triplets
+from lowrank_vit.spectral.metrics import recorded_indices
 from lowrank_vit.spectral.store import SpectraStore, list_spectra, list_vectors, read_spectra, read_vectors
 
 K = 40
@@ -49,6 +50,27 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path) -> None:
         for found, expected in zip(vectors[key], (one.top, one.last), strict=True):
             for name in ("s", "u", "v", "certificate"):
                 np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize(("topk", "interval"), [(3, 1), (1, 5), (3, 2), (2, 6), (9, 4)])
+def test_the_block_of_the_recorded_vectors_is_kept_and_with_no_gaps_nothing_is_added(
+    tmp_path: Path, topk: int, interval: int
+) -> None:
+    rng = np.random.default_rng(0)
+    every = Triplets(rng.random(10), rng.random((12, 10)), rng.random((10, 10)), rng.random(10))
+    indices = recorded_indices(10, topk, interval)
+    one = Solved(every.s, every, every, 0.0, "gram64").recorded(indices)
+    SpectraStore(tmp_path, 1e9).save(0, {"spec/m": one})
+    with np.load(tmp_path / "vectors_00000000.npz") as arrays:
+        stored = sum(arrays[name].shape[-1] for name in arrays.files if name.endswith(":u"))
+    k, p = len(indices.top), indices.top[-1]
+    assert stored == 2 * k + (p - k)
+    (found, _, newest) = SpectraStore(tmp_path, 1e9).first_and_last(0)
+    block = found["spec/m"].block
+    assert (block is None) == (p == k)
+    for name in ("s", "u", "v", "certificate") if block else ():
+        np.testing.assert_array_equal(getattr(block, name), getattr(every, name)[..., :p])
+        np.testing.assert_array_equal(getattr(newest["spec/m"].block, name), getattr(block, name))
 
 
 def test_a_small_limit_thins_evenly_and_keeps_both_ends(tmp_path: Path) -> None:
