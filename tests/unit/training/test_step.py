@@ -18,7 +18,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.model.optimizer import create_optimizer
-from lowrank_vit.model.patches import set_patch_embedding
+from lowrank_vit.model.patches import PatchProduct, set_patch_embedding
 from lowrank_vit.plan.mixing import NO_MIX
 from lowrank_vit.plan.plans import BatchPlan
 from lowrank_vit.ranks.world import World
@@ -113,6 +113,14 @@ def test_updates_with_the_patch_embedding_as_a_product_are_those_with_the_convol
     for (name, weight), other in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
         torch.testing.assert_close(other, weight, rtol=1e-4, atol=1e-6, msg=name)
     assert type(steps[1][1].module.patch_embed.proj) is torch.nn.Conv2d  # type: ignore[union-attr]
+
+
+def test_a_gpu_trains_the_patch_embedding_as_a_product_and_a_cpu_as_the_convolution(on_cuda_path):
+    models = small_vit(), small_vit()
+    make_step("", models[0])
+    with on_cuda_path():
+        make_step("", models[1])
+    assert [type(model.patch_embed.proj) for model in models] == [torch.nn.Conv2d, PatchProduct]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
