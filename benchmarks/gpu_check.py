@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -21,12 +22,10 @@ import tyro
 
 from benchmarks import all_benches, loader, record
 from benchmarks.harness.measure import Result, nothing, reason_of
-from benchmarks.harness.processes import end
+from benchmarks.harness.processes import end, start_bench
 from benchmarks.harness.sets import converted, photographs
 from benchmarks.prep import CACHE
-from benchmarks.selection import PHOTOS, STEPS
-from benchmarks.training.run import Options as RunOptions
-from benchmarks.training.run import prepare
+from benchmarks.selection import PHOTOS, SELECTIONS
 from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
@@ -41,6 +40,8 @@ TESTS_SHARE = 2.5 / 6
 MOST_JOBS = 16
 COMPILERS = 4
 """Of torch.compile in each process of the tests: some, since those that compile longest are few."""
+PREPARE_LIMIT_S = 90.0
+"""For opening the set, and measuring how fast the decoder is with it."""
 TOO_LONG = 124
 """The exit code of tests that were ended; that of the program `timeout`."""
 _TESTS = "tests"
@@ -167,7 +168,7 @@ def run(
         files.forget()
     write = partial(_write_page, options, files)
     if not options.without_gpu:
-        _make_sets(options, note)
+        _make_sets(options, note, start or start_bench)
     codes: list[int] = []
     if not options.names or _TESTS in options.names:
         share = TESTS_SHARE if not options.names or set(options.names) != {_TESTS} else 1.0
@@ -207,7 +208,7 @@ def _write_page(options: Options, files: _Files) -> Path:
     return page
 
 
-def _make_sets(options: Options, note: Callable[[str], object]) -> None:
+def _make_sets(options: Options, note: Callable[[str], object], start: all_benches.Start) -> None:
     """Photographs, the sets made of them, and the decoder's speeds, so that no bench's time is spent on that.
 
     Whatever fails here the benches that want it tell.
@@ -217,12 +218,14 @@ def _make_sets(options: Options, note: Callable[[str], object]) -> None:
             converted(photographs(CACHE, 24, note), "", ImageOptions())
             return
         folder = photographs(CACHE, PHOTOS, note)
-        for image in (ImageOptions(raw=loader.RAW_SIDE), ImageOptions(max_side=loader.MAX_SIDE)):
+        for image in (ImageOptions(), ImageOptions(raw=loader.RAW_SIDE), ImageOptions(max_side=loader.MAX_SIDE)):
             converted(folder, loader.suffix_of(image), image)
-        run = RunOptions(count=PHOTOS, steps=STEPS, device="cuda")
-        prepare(run if options.repeats is None else replace(run, repeats=options.repeats), note)
+        entry, benches = SELECTIONS["cuda"]["step"], options.benches("cuda", 1)
+        flags = [*benches.flags(entry, "cuda"), "--figure", "prepare"]
+        with tempfile.TemporaryDirectory() as made:
+            start([entry.bench, *flags], Path(made) / "prepare.json", PREPARE_LIMIT_S)
     except Exception as error:
-        note(f"the benches' photographs: {reason_of(error)}")
+        note(f"what the benches read: {reason_of(error)}")
 
 
 def _run_tests(options: Options, files: _Files, limit_s: float, note: Callable[[str], object], call: Call) -> int:

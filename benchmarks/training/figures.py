@@ -16,16 +16,17 @@ import tyro
 
 from benchmarks import augment
 from benchmarks.harness.limits import products_case
-from benchmarks.harness.measure import Case, Result, Samples, measure, nothing, reason_of
+from benchmarks.harness.measure import Case, Result, Samples, environment, measure, nothing, reason_of
 from benchmarks.step import timm_case
 from benchmarks.training import run as training_room
 from benchmarks.training.budget import ceilings_of, limits_ms
 from benchmarks.training.end_to_end import held_case, measure_end_to_end
 from benchmarks.training.kernels import profiled
 from benchmarks.training.monitored import EVERY, MonitorOfBlocks
-from benchmarks.training.run import TrainingRun, training_run
+from benchmarks.training.run import TrainingRun, key_of, prepare, training_run
+from lowrank_vit.common.devices import pick_device
 
-Figure = Literal["step", "end-to-end", "monitor", "augment", "kernels"]
+Figure = Literal["prepare", "step", "end-to-end", "monitor", "augment", "kernels"]
 TIMMS = "timm_step"
 """timm's table among those of kernels."""
 WARM_UP_STEPS = 20
@@ -43,7 +44,8 @@ class Options(training_room.Options):
 
     figure: Annotated[Figure, tyro.conf.arg(metavar="NAME")] = "step"
     """step, beside timm's; end-to-end, with data, beside without; monitor: a refresh every 10 updates, beside none;
-    augment: the operations beside the step; kernels: where the time of the step and of a run goes."""
+    augment: the operations beside the step; kernels: where the time of the step and of a run goes; prepare: none, but
+    the set is made, and on cuda the decoder's speeds are measured, for those that follow."""
     step_steps: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: --steps)")] = None
     """Steps a round where no data is read."""
     augment_batch: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 1024; 256)")] = None
@@ -56,6 +58,9 @@ def run(
     options: Options, note: Callable[[str], object] = nothing, keep: Callable[[Result], object] = nothing
 ) -> Result:
     """Measure the figure. Raises `UserError`."""
+    if options.figure == "prepare":
+        prepare(key_of(options), note)
+        return Result("prepare", environment(pick_device(options.device).type), {}, {})
     with training_run(options, note) as training:
         steps = options.step_steps or training.load.steps
         if options.figure == "end-to-end":
@@ -63,11 +68,15 @@ def run(
         if options.figure == "kernels":
             return _kernels(training, steps, note)
         cases, ratios, more = _FIGURES[options.figure](training, options, steps)
+        surroundings = training.environment
+        if options.figure == "step":  # lest it is lost while timm's step is compiled
+            ours = {name: case for name, case in cases.items() if name.startswith("ours")}
+            keep(measure("step", ours, {}, environment=surroundings, repeats=1, warmup=0))
         result = measure(
             options.figure,
             cases,
             ratios,
-            environment=training.environment,
+            environment=surroundings,
             repeats=training.repeats,
             limits=LIMITS if options.figure == "step" else (),
             note=note,

@@ -51,7 +51,7 @@ def profiled(
 def of_kernels(events: Iterable[Any]) -> list[Span]:
     """What ran on the device, without the ranges that somebody has named, which hold kernels."""
     on_device = (event for event in events if event.device_type == DeviceType.CUDA)
-    return [(event.name, event.self_device_time_total) for event in on_device if not event.is_user_annotation]
+    return [(event.name, event.time_range.elapsed_us()) for event in on_device if not event.is_user_annotation]
 
 
 def of_operators(events: Iterable[Any]) -> list[Span]:

@@ -13,9 +13,13 @@ from typing import Any
 import pytest
 
 from benchmarks import all_benches, gpu_check
+from benchmarks.__main__ import main
 from benchmarks.gpu_check import TOO_LONG, Options, files_of
+from benchmarks.harness.measure import Result
 from benchmarks.harness.processes import SharedProcess
 from benchmarks.selection import CUDA
+from benchmarks.training import figures
+from benchmarks.training.run import key_of
 from lowrank_vit.common.errors import UserError
 from tests.gpu.conftest import longest_first
 
@@ -23,6 +27,9 @@ ROOT = Path(__file__).parents[3]
 SHORT = [name for name, entry in CUDA.items() if entry.is_short and not entry.is_profile]
 PROFILED = [name for name, entry in CUDA.items() if entry.is_profile]
 ENVIRONMENT = {"device": "cpu", "cpu": "A processor", "commit": "abc"}
+
+
+MAKE_SETS = gpu_check._make_sets
 
 
 @pytest.fixture
@@ -121,6 +128,33 @@ def test_the_longest_gpu_tests_come_first_each_with_a_quick_one():
     ]
     items: list[Any] = [SimpleNamespace(nodeid=name) for name in names]
     assert [item.nodeid for item in longest_first(items)] == [names[n] for n in (3, 0, 4, 2, 1, 5)]
+
+
+def test_what_the_benches_read_is_made_before_for_the_same_run_and_within_a_limit(checkout, monkeypatch):
+    made: list[str] = []
+    monkeypatch.setattr(gpu_check, "photographs", lambda scratch, count, _: scratch / f"photos_{count}")
+    monkeypatch.setattr(gpu_check, "converted", lambda folder, suffix, _: made.append(f"{folder.name}{suffix}"))
+    found: list[figures.Options] = []
+
+    def start(arguments: Sequence[str], path: Path, limit_s: float) -> None:
+        assert limit_s < 120
+        monkeypatch.setattr(figures, "run", lambda options, **_: (found.append(options), Result("x", {}, {}, {}))[1])
+        for flags in (arguments, [CUDA["step"].bench, *all_benches.Options(short=True).flags(CUDA["step"], "cuda")]):
+            main([*flags, "--json", str(path)])
+
+    heard: list[str] = []
+    MAKE_SETS(Options(), heard.append, start)
+    assert made == ["photos_1024", "photos_1024_256", "photos_1024_400"]
+    assert [options.figure for options in found] == ["prepare", "step"]
+    assert key_of(found[0]) == key_of(found[1])
+    assert not heard
+
+    def lacking(*_: object) -> Path:
+        raise UserError("scikit-image is not there")
+
+    monkeypatch.setattr(gpu_check, "photographs", lacking)
+    MAKE_SETS(Options(), heard.append, start)
+    assert heard == ["what the benches read: scikit-image is not there"]
 
 
 def test_kernels_are_added_by_a_flag_and_come_last(checkout):
