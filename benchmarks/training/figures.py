@@ -90,14 +90,14 @@ _Figure = tuple[dict[str, Case], dict[str, tuple[str, str]], dict[str, Any]]
 
 
 def _step(training: TrainingRun, options: Options, steps: int) -> _Figure:
-    load, way = replace(training.load, steps=steps), training.way
+    way = training.way
     cases = {
         f"ours_{way}": _ours(training, steps),
-        f"timm_{way}": Case.of_peer(partial(timm_case, load, training.device, way, training.config)),
+        f"timm_{way}": _timms(training, steps),
     }
     ratios = {f"{way}_vs_timm_{way}": (f"ours_{way}", f"timm_{way}")}
     if training.train_flops:
-        items = load.batch_size * steps
+        items = training.load.batch_size * steps
         cases["product_limit"] = products_case(training.train_flops, items, "img/s", training.device, training.dtype)
         ratios |= {f"mfu_{name}": (name, "product_limit") for name in (f"ours_{way}", f"timm_{way}")}
     return cases, ratios, {}
@@ -134,6 +134,17 @@ def _augment(training: TrainingRun, options: Options, steps: int) -> _Figure:
     return cases, ratios, {"recipe": augment.RECIPE, "augment_batch": batch, "augment_batches": batches}
 
 
+def _timms(training: TrainingRun, steps: int) -> Case:
+    """Timm's step, which is compiled once for a run of ours."""
+    if training.timms is None:
+        make = partial(timm_case, training.load, training.device, training.way, training.config)
+        training.timms = Case.of_peer(make)
+    run = training.timms.run
+    if not isinstance(run, partial):  # it could not be made, which its run tells
+        return training.timms
+    return replace(training.timms, run=partial(run.func, steps), items=training.load.batch_size * steps)
+
+
 def _ours(training: TrainingRun, steps: int) -> Case:
     setting = f"{training.setting}, loss meter; images normalised, mixed and erased in the step"
     warm_up = partial(training.timed.held, WARM_UP_STEPS) if training.way == "compiled" else nothing
@@ -154,8 +165,8 @@ def _kernels(training: TrainingRun, steps: int, note: Callable[[str], object]) -
     timed.held(WARM_UP_STEPS if training.way == "compiled" else 1)
     tables = {"step": profiled(partial(timed.held, steps), steps, device)}
     note("profiling timm's step")
-    load, failed = replace(training.load, steps=steps), dict[str, str]()
-    timms = Case.of_peer(partial(timm_case, load, device, training.way, training.config))
+    failed = dict[str, str]()
+    timms = _timms(training, steps)
     try:
         timms.first()
         tables[TIMMS] = profiled(timms.run, steps, device)
@@ -175,7 +186,7 @@ def _kernels(training: TrainingRun, steps: int, note: Callable[[str], object]) -
     )
     limit = None
     if training.dtype is torch.bfloat16:  # which the limits are counted for
-        limit = limits_ms(timed.trainer.setup.model, load.batch_size, ceilings_of(device))
+        limit = limits_ms(timed.trainer.setup.model, training.load.batch_size, ceilings_of(device))
     groups = {name: table["groups"] for name, table in tables.items()}
     shown = {"limit": limit, "timm": groups.get(TIMMS), "ours": groups["step"]}
     extra = {**training.about(steps), "kernels": tables, "budget": shown}

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from benchmarks.harness.measure import DEFAULT_REPEATS, check_repeats, environment, nothing
+from benchmarks.harness.measure import DEFAULT_REPEATS, Case, check_repeats, environment, nothing
 from benchmarks.harness.sets import converted, link_repeated, made_anew, open_given, photographs, times_for
 from benchmarks.prep import CACHE
 from benchmarks.step import RECIPE, WORKLOADS, Workload, config_of, dtype_of
@@ -100,6 +100,8 @@ class TrainingRun:
         setup = self.timed.trainer.setup
         self.train_flops, self.items = setup.train_flops, self.load.batch_size * self.load.steps
         self.dtype = dtype_of(self.config)
+        self.timms: Case | None = None
+        """timm's step of the same model, where a figure has wanted it."""
         self.attention = attention_backend(setup.model, self.load.batch_size, self.dtype, self.device)
         self.setting = (
             f"{self.load.model}, {self.load.img_size} px, batch {self.load.batch_size}, {self.way}, AdamW, EMA"

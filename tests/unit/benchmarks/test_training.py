@@ -92,9 +92,14 @@ def test_a_figure_has_its_cases_and_says_how_it_was_run(options, figure, cases, 
 def test_figures_share_the_run_and_its_kernels_are_those_of_its_steps(options):
     with training_run(options) as first, training_run(of(options, "kernels")) as second:
         assert first is second
-    result = figures.run(of(options, "kernels"))
+    with training_run(options) as training, pytest.MonkeyPatch.context() as patch:
+        first = figures._timms(training, 10)
+        patch.setattr(figures, "timm_case", lambda *_: pytest.fail("made and compiled once more"))
+        result = figures.run(of(options, "kernels"))
+        again = figures._timms(training, 5)
+    assert (first.items, again.items) == (40, 20)
     tables = result.extra["kernels"]
-    assert [table["steps"] for table in tables.values()] == [10, 2]
+    assert [table["steps"] for table in tables.values()] == [10, 10, 2]
     for table in tables.values():
         assert len(table["rows"]) == kernels.MOST_ROWS
         assert all(row["share"] == pytest.approx(row["ms"] / table["step_ms"]) for row in table["rows"])
