@@ -73,6 +73,8 @@ class Solved:
     """Why that is not the solver asked for; empty otherwise."""
     thirds: Thirds | None = None
     """Of a fused qkv matrix; None of others, and where its thirds have no scale (of lower rank or not finite)."""
+    index: bool = False
+    """Whether all triplets are proven to be those of the indices they stand for, see `index.index_is_proven`."""
     eps: float = float(np.finfo(np.float32).eps)
     """Relative spacing of the numbers of the weight's own type, see `metrics.numerical_rank`."""
     block: Triplets | None = None

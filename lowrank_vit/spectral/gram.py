@@ -1,18 +1,15 @@
 """Squared singular values and the directions of both ends of a spectrum, from Gram matrices on the short side.
 
-In two ways to one result: matrix by matrix on a CPU, and a whole stack at once for CUDA. Shape legend: see `solve`;
-L is the long side, M = 2 m.
+Matrix by matrix, on a CPU; `gram_stack` does the same of a stack at once. Shape legend: see `solve`; L is the long
+side, M = 2 m.
 
 On the CPU one tridiagonalisation gives all values and only the wanted vectors: Gram matrix L K^2 operations,
-tridiagonal form 4/3 K^3, all eigenvalues about 30 K^2, M vectors 4 K^2 M. Call inside `lapack.one_blas_thread`. Stacks
-go through torch's batched routines, on any device. torch >= 2.12 has a batched `eigh` for large matrices on CUDA
-(cusolverDnXsyevBatched). Older versions loop over the matrices inside the same call: slower, and still on the side
-stream and in the worker thread, so still hidden.
+tridiagonal form 4/3 K^3, all eigenvalues about 30 K^2, M vectors 4 K^2 M. Call inside `lapack.one_blas_thread`.
 
 Eigenvalues of a Gram matrix are exact to about eps sigma_1^2. A matrix with values below that, one of low rank say, is
 therefore split by an orthogonal change of basis into its leading directions and a remainder, which has a Gram matrix of
 its own, and so on: each is exact relative to its own greatest value. Few leading directions are found before the
-tridiagonal form (`_leading_directions`, CPU only); otherwise the eigenvectors below `_SPLIT` sigma_1 are the remainder.
+tridiagonal form (`_leading_directions`, CPU only); otherwise the eigenvectors below `SPLIT` sigma_1 are the remainder.
 """
 
 from __future__ import annotations
@@ -23,10 +20,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lowrank_vit.spectral.extremes import ABSOLUTE_LIMIT, EPS, RELATIVE_LIMIT
+from lowrank_vit.spectral.index import PROBES, enclosure, probes
 from lowrank_vit.spectral.lapack import (
     all_tridiagonal_vectors,
     apply_householder,
@@ -34,13 +31,14 @@ from lowrank_vit.spectral.lapack import (
     gram,
     householder_qr,
     pivoted_rank,
+    sturm_counts,
     tridiagonal_solve,
     tridiagonal_values,
     tridiagonal_vectors,
     tridiagonalize,
 )
 
-_SPLIT = 1e-2
+SPLIT = 1e-2
 """Values below this share of the greatest are the remainder. Its directions, eigenvectors of the Gram matrix, lean
 towards that of a greater value s by about eps sigma_1^2 / s^2, which moves its values by at most eps sigma_1^2 / s."""
 _LEADING_SHARE = 4
@@ -51,8 +49,8 @@ _LEADING_GAP = 1e-5
 """They are taken where the remainder is smaller than the least of their values by this factor."""
 _MANY = 48
 """Of more vectors than this all are computed: inverse iteration takes the square of their number."""
-_DEPTH = 8
-"""Each remainder is smaller than the last by `_SPLIT`, so more of them than this come of wrong numbers only."""
+DEPTH = 8
+"""Each remainder is smaller than the last by `SPLIT`, so more of them than this come of wrong numbers only."""
 
 
 Array = TypeVar("Array", np.ndarray, Tensor)
@@ -81,7 +79,7 @@ def gram_floor(squares: np.ndarray) -> np.ndarray:
     return squares.shape[-1] * EPS * squares[..., -1]
 
 
-def _needs_split(squares: np.ndarray, m: int, unit: np.ndarray | float, depth: int) -> np.ndarray:
+def needs_split(squares: np.ndarray, m: int, unit: np.ndarray | float, depth: int) -> np.ndarray:
     """Whether values between the two ends lie below the floor, and are not all next to nothing; unit = sigma_1^2.
 
     Of a part (`depth` above 0), whether they lie below what they would be exact to `RELATIVE_LIMIT` at.
@@ -90,7 +88,7 @@ def _needs_split(squares: np.ndarray, m: int, unit: np.ndarray | float, depth: i
     return (share * squares[..., m] < gram_floor(squares)) & (squares[..., -1] > ABSOLUTE_LIMIT**2 * unit)
 
 
-def _of_small(s_K: np.ndarray, v_KK: np.ndarray, m: int, unit: float) -> Ends:
+def of_small(s_K: np.ndarray, v_KK: np.ndarray, m: int, unit: float) -> Ends:
     """The ends of a part with K <= 2 m from its whole SVD; both then hold the same directions in part."""
     k, squares = s_K.size, s_K**2
     m = min(m, k)
@@ -98,11 +96,11 @@ def _of_small(s_K: np.ndarray, v_KK: np.ndarray, m: int, unit: float) -> Ends:
     floor = (k * EPS) ** 2 * float(squares[0])
     inverses = ()
     if k > m and squares[0] > ABSOLUTE_LIMIT**2 * unit:
-        inverses = (functools.partial(_inverse, v_KK[:, : k - m], 1 / (squares[: k - m] + floor)),)
+        inverses = (functools.partial(inverse_on, v_KK[:, : k - m], 1 / (squares[: k - m] + floor)),)
     return Ends(squares[::-1], v_KK[:, columns], floor, inverses)
 
 
-def _leans(squares: np.ndarray, unit: np.ndarray | float) -> np.ndarray:
+def leans(squares: np.ndarray, unit: np.ndarray | float) -> np.ndarray:
     """Whether rounding of A v may turn the last left vectors of a part so far that their certificates show it.
 
     By eps sigma_1 / sigma_K they turn to others of that part.
@@ -132,14 +130,14 @@ class Tridiagonal:
         return self._turned(tridiagonal_vectors(self.d, self.e, self.squares, chosen))
 
     def split(self, m: int, unit: float, depth: int = 0) -> Ends:
-        """The ends, with a Gram matrix of its own for what lies below `_SPLIT` sigma_1; unsplit where nothing does."""
+        """The ends, with a Gram matrix of its own for what lies below `SPLIT` sigma_1; unsplit where nothing does."""
         k = self.squares.size
-        q = int(np.count_nonzero(self.squares < _SPLIT**2 * self.squares[-1]))
+        q = int(np.count_nonzero(self.squares < SPLIT**2 * self.squares[-1]))
         others = np.concatenate([np.arange(q, m), np.arange(max(q, k - m), k)])
         above_KJ = self.vectors(others) if others.size else np.empty((k, 0))
         split = max(m - q, 0)
         if q == 0:
-            return Ends(self.squares, above_KJ, gram_floor(self.squares))
+            return Ends(self.squares, above_KJ, float(gram_floor(self.squares)))
         if q > _MANY:
             below_KQ = self._turned(all_tridiagonal_vectors(self.d, self.e)[:, :q].copy(order="F"))
         else:
@@ -148,7 +146,7 @@ class Tridiagonal:
         basis_KM, least = below_KQ @ deeper.basis, min(m, q)
         top = np.concatenate([basis_KM[:, least:], above_KJ[:, split:]], axis=1)[:, -m:]
         basis_KM = np.concatenate([basis_KM[:, :least], above_KJ[:, :split], top], axis=1)
-        inner = (functools.partial(_inverse_within, below_KQ, one) for one in deeper.inverses)
+        inner = (functools.partial(inverse_within, below_KQ, one) for one in deeper.inverses)
         squares = np.concatenate([deeper.squares, self.squares[q:]])
         # Vectors of one cluster that were computed apart are orthogonal only afterwards.
         inverses = *inner, functools.partial(self.inverse, below_KQ)
@@ -160,6 +158,27 @@ class Tridiagonal:
         turned_KJ = apply_reflectors(self.reflectors_KK, self.tau, leading_KJ, "T")
         found_KJ = self._turned(tridiagonal_solve(self.d + gram_floor(self.squares), self.e, turned_KJ))
         return found_KJ - below_KQ @ (below_KQ.T @ found_KJ)
+
+    def has_right_values(self, m: int) -> bool:
+        """Whether the first and last m + 1 eigenvalues are those of T, by Sturm's counts a little below and above."""
+        k = self.d.size
+        chosen = np.concatenate([np.arange(m + 1), np.arange(k - m - 1, k)])
+        margin = max(float(gram_floor(self.squares)), 1e-300)  # of a zero matrix, too
+        points = np.stack([self.squares[chosen] - margin, self.squares[chosen] + margin], axis=1)
+        counts = sturm_counts(self.d, self.e, points)
+        return bool((counts[:, 0] <= chosen).all() and (counts[:, 1] > chosen).all())
+
+    def error(self) -> float:
+        """What |A^T A - Q T Q^T|_2 is below, see `index.enclosure`; and what its eigenvalues are exact to, hence."""
+        z_KP = probes(self.d.size)
+        image_KP = self.d[:, None] * z_KP
+        image_KP[:-1] += self.e[:, None] * z_KP[1:]
+        image_KP[1:] += self.e[:, None] * z_KP[:-1]
+        both = self._turned(np.asfortranarray(np.concatenate([z_KP, image_KP], axis=1)))
+        a_RC, v_KP = self.a_RC, both[:, :PROBES]
+        is_tall = a_RC.shape[0] >= a_RC.shape[1]
+        true_KP = ((a_RC @ v_KP).T @ a_RC).T if is_tall else a_RC @ (v_KP.T @ a_RC).T  # the faster orders
+        return enclosure(true_KP - both[:, PROBES:]) + float(gram_floor(self.squares))
 
     def _turned(self, vectors_KM: np.ndarray) -> np.ndarray:
         return apply_reflectors(self.reflectors_KK, self.tau, vectors_KM)
@@ -180,16 +199,16 @@ def ends_of_matrix(a_RC: np.ndarray, m: int, unit: float = 0.0, depth: int = 0) 
     k = min(a_RC.shape)
     if 2 * m >= k:
         _, s_K, vh_KK = np.linalg.svd(_tall(a_RC), full_matrices=False)
-        return _of_small(s_K, vh_KK.T, m, unit), None
-    early = _split_early(a_RC, m, unit, depth) if depth < _DEPTH else None
+        return of_small(s_K, vh_KK.T, m, unit), None
+    early = _split_early(a_RC, m, unit, depth) if depth < DEPTH else None
     if early is not None:
         return early, None
     found = Tridiagonal.of(a_RC, gram(a_RC))
     unit = unit or float(found.squares[-1])
-    if depth < _DEPTH and _needs_split(found.squares, m, unit, depth):
+    if depth < DEPTH and needs_split(found.squares, m, unit, depth):
         return found.split(m, unit, depth), found
     vectors_KM = found.vectors(np.concatenate([np.arange(m), np.arange(k - m, k)]))
-    matters = depth and _leans(found.squares, unit)
+    matters = depth and leans(found.squares, unit)
     inverses = (functools.partial(found.inverse, vectors_KM[:, :m]),) if matters else ()
     return Ends(found.squares, vectors_KM, float(gram_floor(found.squares)), inverses), found
 
@@ -250,15 +269,17 @@ def _split_early(a_RC: np.ndarray, m: int, unit: float, depth: int) -> Ends | No
     last, top = np.split(below(deeper.basis), [m], axis=1)
     basis_KM = np.concatenate([last, np.concatenate([top, above_KJ[:, ::-1]], axis=1)[:, -m:]], axis=1)
     inner = (functools.partial(within, one) for one in deeper.inverses)
-    inverses = *inner, functools.partial(_inverse, above_KJ, 1 / s_J**2)
+    inverses = *inner, functools.partial(inverse_on, above_KJ, 1 / s_J**2)
     return Ends(np.sort(np.concatenate([deeper.squares, s_J**2])), basis_KM, deeper.floor, inverses)
 
 
-def _inverse(vectors_KJ: Array, inverse_squares_J: Array, columns: Array) -> Array:
+def inverse_on(vectors_KJ: Array, inverse_squares_J: Array, columns: Array) -> Array:
+    """(A^T A)^-1 times columns (K, M), on the directions of some eigenvectors."""
     return vectors_KJ @ (inverse_squares_J[:, None] * (vectors_KJ.T @ columns))
 
 
-def _inverse_within(below_KQ: Array, inverse: Callable[[Array], Array], columns: Array) -> Array:
+def inverse_within(below_KQ: Array, inverse: Callable[[Array], Array], columns: Array) -> Array:
+    """An inverse in the coordinates of a basis, applied to columns (K, M)."""
     return below_KQ @ inverse(below_KQ.T @ columns)
 
 
@@ -270,116 +291,3 @@ def all_values(a_RC: np.ndarray) -> np.ndarray:
     """The singular values (K,), descending, of a finite float64 matrix with entries of about 1; from its Gram."""
     d, e, _ = tridiagonalize(gram(a_RC))
     return np.sqrt(np.maximum(tridiagonal_values(d, e)[::-1], 0.0))
-
-
-@dataclass
-class StackEnds:
-    """`Ends` of N matrices: `squares` (N, K) and `floor` (N,) on the host, `basis` (N, K, M) on the device.
-
-    `inverses` are those of every matrix, of tensors.
-    """
-
-    squares: np.ndarray
-    basis: Tensor
-    floor: np.ndarray
-    inverses: list[tuple[Callable[[Tensor], Tensor], ...]]
-
-    def take(self, which: list[int]) -> StackEnds:
-        """Those of some matrices, copied."""
-        return StackEnds(self.squares[which], self.basis[which], self.floor[which], [self.inverses[i] for i in which])
-
-
-@dataclass
-class GramStack:
-    """N matrices, and all eigenvalues (N, K), ascending, and eigenvectors (N, K, K) of their Gram matrices."""
-
-    matrices_NRC: Tensor
-    squares: np.ndarray
-    vectors_NKK: Tensor
-
-    @classmethod
-    def of(cls, matrices_NRC: Tensor) -> GramStack:
-        """By torch's batched eigensolver, on the device of the stack."""
-        squares_NK, vectors_NKK = torch.linalg.eigh(gram_stack(matrices_NRC))
-        return cls(matrices_NRC, squares_NK.cpu().numpy(), vectors_NKK)
-
-    def ends(self, m: int, units: np.ndarray | None) -> StackEnds:
-        """The ends as one Gram matrix tells them; of parts (`units` given) with `inverses`."""
-        basis = torch.cat([self.vectors_NKK[..., :m], self.vectors_NKK[..., -m:]], dim=-1).contiguous()
-        inverses: list[tuple[Callable[[Tensor], Tensor], ...]] = [()] * len(self.squares)
-        for i in () if units is None else np.flatnonzero(_leans(self.squares, units)).tolist():
-            inverses[i] = (self._inverse(i, m),)
-        return StackEnds(self.squares.copy(), basis, gram_floor(self.squares), inverses)
-
-    def _inverse(self, i: int, below: int) -> Callable[[Tensor], Tensor]:
-        vectors_KK, squares = self.vectors_NKK[i], self.squares[i, below:] + gram_floor(self.squares[i])
-        return functools.partial(_inverse, vectors_KK[:, below:], torch.from_numpy(1 / squares).to(vectors_KK))
-
-    def split(self, ends: StackEnds, which: list[int], m: int, units: np.ndarray, depth: int = 0) -> None:
-        """Put the split ends of the matrices `which` into `ends`; see `Tridiagonal.split`."""
-        k = self.squares.shape[1]
-        below = np.count_nonzero(self.squares < _SPLIT**2 * self.squares[:, -1:], axis=1)
-        for q in sorted(set(below[which].tolist()) - {0}):
-            same = [i for i in which if below[i] == q]
-            tall_NLK = (_tall_float64(self.matrices_NRC[i]) for i in same)
-            rest = [tall_LK @ self.vectors_NKK[i, :, :q] for tall_LK, i in zip(tall_NLK, same, strict=True)]
-            deeper, _ = ends_of_stack(torch.stack(rest), m, units[same], depth + 1)
-            least = min(m, q)
-            for at, i in enumerate(same):
-                v_KK = self.vectors_NKK[i]
-                basis_KM = v_KK[:, :q] @ deeper.basis[at]
-                top = torch.cat([basis_KM[:, least:], v_KK[:, max(q, k - m) :]], dim=1)[:, -m:]
-                basis_KM = torch.cat([basis_KM[:, :least], v_KK[:, q:m], top], dim=1)
-                ends.basis[i] = torch.linalg.qr(basis_KM)[0]
-                ends.squares[i] = np.sort(np.concatenate([deeper.squares[at], self.squares[i, q:]]))
-                inverse = self._inverse(i, q)
-                inner = (functools.partial(_inverse_within, v_KK[:, :q], one) for one in deeper.inverses[at])
-                ends.inverses[i] = (*inner, inverse)
-            ends.floor[same] = deeper.floor
-
-
-def ends_of_stack(
-    matrices_NRC: Tensor, m: int, units: np.ndarray | None = None, depth: int = 0
-) -> tuple[StackEnds, GramStack | None]:
-    """As `ends_of_matrix`, of every matrix of a stack of finite, scaled matrices of any float dtype."""
-    if 2 * m >= min(matrices_NRC.shape[1:]):
-        return _ends_of_small_stack(matrices_NRC, m, units), None
-    stack = GramStack.of(matrices_NRC)
-    ends = stack.ends(m, units)
-    if units is None:
-        units = stack.squares[:, -1].copy()
-    if depth < _DEPTH:
-        stack.split(ends, np.flatnonzero(_needs_split(stack.squares, m, units, depth)).tolist(), m, units, depth)
-    return ends, stack
-
-
-def _ends_of_small_stack(matrices_NRC: Tensor, m: int, units: np.ndarray | None) -> StackEnds:
-    tall = torch.stack([_tall_float64(matrix) for matrix in matrices_NRC])
-    _, s_NK, vh_NKK = torch.linalg.svd(tall, full_matrices=False)
-    host = s_NK.cpu().numpy(), vh_NKK.mT.cpu().numpy(), np.ones(len(tall)) if units is None else units
-    each = [_of_small(s, v, m, float(unit)) for s, v, unit in zip(*host, strict=True)]
-    basis = torch.from_numpy(np.stack([one.basis for one in each])).to(tall)
-    inverses: list[tuple[Callable[[Tensor], Tensor], ...]] = [()] * len(each)
-    others = max(s_NK.shape[1] - m, 0)
-    for i, one in enumerate(each):
-        if one.inverses:
-            inverse_squares = 1 / (s_NK[i, :others] ** 2 + one.floor)
-            inverses[i] = (functools.partial(_inverse, vh_NKK[i, :others].mT, inverse_squares),)
-    squares, floor = (np.array([getattr(one, what) for one in each]) for what in ("squares", "floor"))
-    return StackEnds(squares, basis, floor, inverses)
-
-
-def gram_stack(matrices_NRC: Tensor) -> Tensor:
-    """A^T A or A A^T on the short side of each, float64 (N, K, K). TF32 and autocast touch 32-bit inputs only."""
-    n, rows, cols = matrices_NRC.shape
-    k = min(rows, cols)
-    gram_NKK = matrices_NRC.new_empty((n, k, k), dtype=torch.float64)
-    # One product a matrix: a float64 copy of a whole stack would double the memory, and each is large enough alone.
-    for matrix, out in zip(matrices_NRC, gram_NKK, strict=True):
-        a = matrix.double()
-        torch.mm(a, a.T, out=out) if rows < cols else torch.mm(a.T, a, out=out)
-    return gram_NKK
-
-
-def _tall_float64(matrix: Tensor) -> Tensor:
-    return matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T

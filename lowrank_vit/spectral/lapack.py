@@ -95,6 +95,20 @@ def tridiagonal_values(d: np.ndarray, e: np.ndarray) -> np.ndarray:
     return values
 
 
+def sturm_counts(d: np.ndarray, e: np.ndarray, points_M2: np.ndarray) -> np.ndarray:
+    """How many eigenvalues of T are at most each of these numbers (M, 2), by Sturm's sequence (dlaebz).
+
+    The counts are exact for a matrix whose entries differ by rounding (Demmel, Applied Numerical Linear Algebra, 5.3).
+    """
+    k, m = d.size, len(points_M2)
+    points, counts = np.asfortranarray(points_M2), np.zeros((m, 2), np.int32, order="F")
+    squares, work, integers = np.append(e**2, 0.0), np.empty(m), np.empty(m, np.int32)
+    tiny = float(np.finfo(np.float64).tiny) * max(1.0, float(squares.max()))
+    arguments = (0.0, 0.0, tiny, d, np.append(e, 0.0), squares, integers, points, work.copy(), np.zeros(1, np.int32))
+    _lapack("dlaebz", 1, 0, k, m, m, 0, *arguments, counts, work, integers.copy())
+    return counts
+
+
 def tridiagonal_vectors(d: np.ndarray, e: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """Eigenvectors (K, M), Fortran order, of the eigenvalues `values[chosen]`; `chosen` ascending.
 

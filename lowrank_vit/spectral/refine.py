@@ -9,13 +9,16 @@ matrix, 8 L K m operations.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lowrank_vit.spectral.extremes import EPS, Solved, assemble, objection
-from lowrank_vit.spectral.gram import Array, Ends, StackEnds, ends_of_matrix, ends_of_stack
+from lowrank_vit.spectral.gram import Array, Ends, ends_of_matrix
+from lowrank_vit.spectral.gram_stack import StackEnds, ends_of_stack
+from lowrank_vit.spectral.index import WRONG, index_is_proven
 
 Inverses = Iterable[Callable[[Array], Array]]
 
@@ -35,8 +38,21 @@ def solve_matrix(a_RC: np.ndarray, m: int) -> tuple[Solved, str]:
     ends, taken_apart = ends_of_matrix(a_RC, m)
     solved, problem = _refined(a_RC, ends)
     if problem and taken_apart is not None and not ends.inverses:
-        solved, problem = _refined(a_RC, taken_apart.split(m, float(taken_apart.squares[-1])))
-    return solved, problem
+        ends = taken_apart.split(m, float(taken_apart.squares[-1]))
+        solved, problem = _refined(a_RC, ends)
+    if taken_apart is None or ends.inverses or problem:
+        return solved, problem
+    if not taken_apart.has_right_values(m):
+        return solved, "its eigenvalues are not as many as Sturm's sequence counts"
+    return _with_index(solved, taken_apart.squares, taken_apart.error())
+
+
+def _with_index(solved: Solved, squares: np.ndarray, error: float) -> tuple[Solved, str]:
+    """With its index certificate; and an objection where the factorisation is wrong. `squares` ascending."""
+    if error > WRONG * squares[-1]:
+        return solved, f"its Gram matrix and the eigenvalues found differ by {error / squares[-1]:.0e}"
+    low, high = (np.sqrt(np.maximum(squares[::-1] + side, 0.0)) for side in (-error, error))
+    return replace(solved, index=index_is_proven(solved, low, high)), ""
 
 
 def _refined(a_RC: np.ndarray, ends: Ends) -> tuple[Solved, str]:
@@ -101,6 +117,10 @@ def solve_stack(matrices_NRC: Tensor, m: int) -> list[tuple[Solved, str]]:
         stack.split(ends, again, m, stack.squares[:, -1])
         for i, result in zip(again, _refined_stack(matrices_NRC[again], ends.take(again)), strict=True):
             results[i] = result
+    if stack is not None:
+        for i, error in enumerate(stack.errors()):
+            if not results[i][1] and not ends.inverses[i]:
+                results[i] = _with_index(results[i][0], stack.squares[i], float(error))
     return results
 
 

@@ -156,11 +156,13 @@ def matrix_metrics(solved: Solved, settings: SpectralSettings) -> dict[str, floa
 
     Returns:
         `metrics.spectrum_metrics`, `subspaces.chance_metrics`, "block_gap" (see `subspaces.block_gap`), and
-        "certificate_max" (`Solved.certificate_max`, relative to sigma_1) and "orthogonality".
+        "certificate_max" (`Solved.certificate_max`, relative to sigma_1), "certificate_index" (1 where `Solved.index`,
+        else 0) and "orthogonality".
     """
     shape = (solved.top.u.shape[0], solved.top.v.shape[0])
     values = spectrum_metrics(solved.s, shape, settings.topk, settings.interval, solved.eps, solved.thirds)
-    values |= {"certificate_max": solved.certificate_max, "orthogonality": solved.orthogonality}
+    values |= {"certificate_max": solved.certificate_max, "certificate_index": float(solved.index)}
+    values |= {"orthogonality": solved.orthogonality}
     k, p = solved.top.s.size, (solved.block or solved.top).s.size
     return values | {"block_gap": block_gap(solved.s, p)} | chance_metrics(k, p, shape)
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.spectral import gram, refine
 from lowrank_vit.spectral.extremes import EPS, Solved, Solver, Triplets, not_finite
+from lowrank_vit.spectral.gram_stack import gram_stack
+from lowrank_vit.spectral.index import enclosure, index_is_proven, probes
 from lowrank_vit.spectral.lapack import one_blas_thread
 
 T = TypeVar("T")
@@ -158,7 +160,7 @@ def all_values(matrices_NRC: Tensor, cpu_threads: int = 1) -> np.ndarray:
                 result[usable] = found
         elif usable.any():
             divided, divisors = _divided(matrices_NRC, scales)
-            values = torch.linalg.eigvalsh(gram.gram_stack(divided)).clamp_min(0.0).sqrt().flip(-1).cpu().numpy()
+            values = torch.linalg.eigvalsh(gram_stack(divided)).clamp_min(0.0).sqrt().flip(-1).cpu().numpy()
             result[usable] = (values * divisors[:, None])[usable]
     return result
 
@@ -259,6 +261,7 @@ def _svd(a_RC: Tensor, m: int, turn: bool) -> Solved:
                 u, s, vh = torch.linalg.svd(a_RC, full_matrices=False)
         except torch.linalg.LinAlgError as error:
             return replace(not_finite((a_RC.shape[0], a_RC.shape[1]), m), note=f"no convergence ({error})")
+        error = _svd_error(a_RC, u, s, vh)
         k = s.numel()
         columns = torch.cat([torch.arange(m), torch.arange(k - 1, k - m - 1, -1)]).to(a_RC.device)
         u, v, ends = u[:, columns], vh.mT[:, columns], s[columns]
@@ -270,8 +273,18 @@ def _svd(a_RC: Tensor, m: int, turn: bool) -> Solved:
     allowance = EPS * max(a_RC.shape) ** 0.5 * s[0]
     certificate = torch.sqrt((ahead**2 + back**2) / 2) + allowance
     ends_np, u_np, v_np, certificate_np = (x.cpu().numpy() for x in (ends, u, v, certificate))
-    both = Triplets(ends_np, u_np, v_np, certificate_np)
-    return Solved(s.cpu().numpy(), both.pick(list(range(m))), both.pick(list(range(m, 2 * m))), off, "svd")
+    both, s_K = Triplets(ends_np, u_np, v_np, certificate_np), s.cpu().numpy()
+    solved = Solved(s_K, both.pick(list(range(m))), both.pick(list(range(m, 2 * m))), off, "svd")
+    return replace(solved, index=index_is_proven(solved, s_K - error, s_K + error))
+
+
+def _svd_error(a_RC: Tensor, u_RK: Tensor, s_K: Tensor, vh_KC: Tensor) -> float:
+    """What the values of an SVD are exact to, absolutely; see `index.enclosure`."""
+    z_KP = torch.from_numpy(probes(s_K.numel())).to(a_RC)
+    back_CP, image_RP = vh_KC.mT @ z_KP, u_RK @ z_KP
+    off = [matrix @ image - z_KP for matrix, image in ((vh_KC, back_CP), (u_RK.mT, image_RP))]
+    differences = [a_RC @ back_CP - u_RK @ (s_K[:, None] * z_KP), *(part * s_K[0] for part in off)]
+    return sum(enclosure(part.cpu().numpy()) for part in differences)
 
 
 @contextmanager

@@ -261,8 +261,8 @@ def test_keys_of_the_first_and_of_later_refreshes(tmp_path: Path) -> None:
     single = set(
         "sigma_max sv1 sv2 sv_last1 sv_last2 gap_k gap_last stable_rank effective_rank rank90 rank95 rank99 "
         "nuclear_norm condition alpha alpha_ks alpha_sigma alpha_tail mp_sigma mp_edge mp_outliers mp_ks "
-        "mp_sigma_q mp_sigma_k mp_sigma_v numerical_rank certificate_max orthogonality chance_u chance_v "
-        "block_gap".split()
+        "mp_sigma_q mp_sigma_k mp_sigma_v numerical_rank certificate_max certificate_index orthogonality "
+        "chance_u chance_v block_gap".split()
     )
     single |= {f"chance_{x}_{what}" for x in "uv" for what in ("max", "mean", "mean_sq")}
     single |= {f"block_chance_{x}_{what}" for x in "uv" for what in ("mean", "min", "mean_sq")}

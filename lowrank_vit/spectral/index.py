@@ -1,0 +1,49 @@
+"""Index certificates: proof that a recorded triplet is that of sigma_i, not only that of some singular value near it.
+
+A factorisation F of A^T A is known with its eigenvalues x_1 >= ... >= x_K. By Weyl's theorem the squares of A's
+singular values lie within d = |A^T A - F|_2 of them, index by index. d is not taken from an analysis of rounding, which
+holds only if a library does what it says (for a Cholesky factor Rump, "Verification of positive definiteness", BIT 46
+(2006): about K eps trace), but from products with random vectors (Freivalds, IFIP 1977): |(A^T A - F) z| >= |g| d, g
+normal. So d is below `FACTOR` times the greatest of `PROBES` such products, but for a probability of
+(0.8 / FACTOR)^PROBES = 1e-16. A factorisation that is wrong, whoever made it, has a large d.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lowrank_vit.spectral.extremes import ABSOLUTE_LIMIT, RELATIVE_LIMIT, Solved
+
+PROBES, FACTOR = 16, 8.0
+WRONG = 1e-9
+"""A factorisation that differs by more than this share of sigma_1^2 is no rounding, but a fault."""
+
+
+def probes(k: int) -> np.ndarray:
+    """The random vectors (K, PROBES), always the same: nobody's rounding depends on them."""
+    return np.random.default_rng(0).standard_normal((k, PROBES))
+
+
+def enclosure(differences_KP: np.ndarray) -> float:
+    """What |A^T A - F|_2 is below, of its products with `probes`."""
+    return FACTOR * float(np.linalg.norm(differences_KP, axis=0).max())
+
+
+def index_is_proven(solved: Solved, low_K: np.ndarray, high_K: np.ndarray) -> bool:
+    """Whether each triplet of both ends is that of the index it stands for.
+
+    It is where no other enclosure meets [s - r, s + r], r its certificate; or else, in a cluster, where all of its own
+    lies within `RELATIVE_LIMIT` s or `ABSOLUTE_LIMIT` sigma_1 of s, so that it does not matter which is which.
+
+    Args:
+        solved: m triplets of each end, as a solver has them.
+        low_K, high_K: what sigma_1, sigma_2, ... are at least and at most.
+    """
+    k, m = solved.s.size, solved.top.s.size
+    own = np.concatenate([np.arange(m), np.arange(k - 1, k - 1 - m, -1)])
+    s, r = (np.concatenate([getattr(end, what) for end in (solved.top, solved.last)]) for what in ("s", "certificate"))
+    met = (low_K[None, :] <= (s + r)[:, None]) & (high_K[None, :] >= (s - r)[:, None])
+    alone = met[np.arange(2 * m), own] & (met.sum(axis=1) == 1)
+    greatest = float(solved.s[0]) if k else 0.0
+    near = np.maximum(high_K[own] - s, s - low_K[own]) <= np.maximum(RELATIVE_LIMIT * s, ABSOLUTE_LIMIT * greatest)
+    return bool((alone | near).all())
