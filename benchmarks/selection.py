@@ -113,7 +113,7 @@ CUDA: Mapping[str, Entry] = {
         shares=True,
     ),
     "augment": _of_run("augment", "small", 10, 90),
-    # timm's step is compiled for its profile too, from the cache where the figure `step` has done it.
+    # Both steps are those of the figure `step`, where that was measured in the same process.
     "kernels": _of_run("kernels", "small", 20, 100, is_profile=True),
     "kernels-base": _of_run("kernels", "base", 25, 120, is_profile=True),
     # An inline SVD of a ViT-B takes tens of seconds on a GPU, one layer of the model and its EMA two.
