@@ -203,6 +203,8 @@ def _write_page(options: Options, files: _Files) -> Path:
     """The page of what there is, at the place of the record that it belongs to."""
     out = options.out or (files.folder if options.tiny else Path("docs/benchmarks"))
     known = Path(files.page.read_text(encoding="utf-8")) if files.page.exists() else None
+    if known is not None and not (known.exists() and known.parent == out):  # removed since, or wanted elsewhere
+        known = None
     page = record.write(record.Options(files.tests, files.benches, out), known)
     write_whole(files.page, str(page))
     return page

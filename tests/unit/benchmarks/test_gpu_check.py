@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -191,6 +192,17 @@ def test_a_bench_that_is_added_may_be_the_first(checkout):
     page, _ = check(Stubs(), only=("augment",))
     assert list(benches_of(page)["benches"]) == ["augment"]
     assert "Not run." in page.read_text()
+
+
+def test_a_page_that_was_removed_or_is_wanted_elsewhere_is_a_new_one_of_the_same_record(checkout):
+    page, _ = check(Stubs(), out=checkout / "a")
+    elsewhere, _ = check(Stubs(), out=checkout / "b", only=("step",))
+    assert elsewhere.parent == checkout / "b"
+    assert set(benches_of(elsewhere)["benches"]) == set(SHORT)
+    shutil.rmtree(checkout / "b")
+    again, _ = check(Stubs(), only=("step",))
+    assert set(benches_of(again)["benches"]) == set(SHORT)
+    assert page.exists()
 
 
 def test_another_gpu_begins_a_record_of_its_own(checkout):
