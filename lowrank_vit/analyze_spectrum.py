@@ -55,6 +55,10 @@ class Matrices:
     """How many singular values and vectors to record from each end."""
     interval: Annotated[int, arg(metavar="N"), POSITIVE] = 1
     """Distance between the recorded ones: 1 lists 1, 2, 3, ...; 10 lists 1, 11, 21, ..."""
+    statistics: Annotated[bool, FlagCreatePairsOff] = False
+    """Also what the fits are worth: the power law's p-value and rivals, spikes against noise, a shuffled twin."""
+    bootstraps: Annotated[int, arg(metavar="N"), POSITIVE] = 100
+    """With --statistics, spectra drawn for the power law's p-value; its standard error is at most 0.5 / sqrt(N)."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     source = options.source
     if sum([bool(source.checkpoint), source.pretrained, bool(source.compare)]) != 1:
         raise UserError("Give one of --checkpoint FILE, --model NAME --pretrained, or --compare BEFORE AFTER.")
+    if source.compare and options.matrices.statistics:
+        raise UserError("--statistics is about one state of the weights; leave it out with --compare.")
     check_versions()
     console = Console(highlight=False)
     if source.compare:
@@ -163,7 +169,7 @@ def _solve(options: Options, state: dict[str, Tensor]) -> Analysis:
     weights = choose_weights(state, matrices.targets, matrices.split_qkv, device)
     threads = available_cores()
     settings = SpectralSettings(matrices.topk, matrices.interval, solving.solver, solving.svd_on_cpu, threads)
-    return analyze_weights(weights, settings, solving.dtype)
+    return analyze_weights(weights, settings, solving.dtype, matrices.bootstraps if matrices.statistics else 0)
 
 
 def _read(options: Options, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -200,7 +206,9 @@ def _settings(options: Options) -> dict[str, Any]:
     import torch
 
     matrices, solving = options.matrices, options.solving
-    chosen = {"targets": matrices.targets, "split_qkv": matrices.split_qkv}
+    chosen: dict[str, Any] = {"targets": matrices.targets, "split_qkv": matrices.split_qkv}
+    if matrices.statistics:
+        chosen["bootstraps"] = matrices.bootstraps
     return chosen | {"solver": solving.solver, "dtype": solving.dtype, "torch": torch.__version__}
 
 

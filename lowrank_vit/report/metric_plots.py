@@ -177,11 +177,12 @@ def ema_plot(run: Run) -> bytes | None:
     return png(figure)
 
 
+_ALPHA = "exponent α ± its standard error"
 _PANELS = (
     ("sigma_max", "largest singular value", "σ₁"),
     ("stable_rank", "stable rank", "Σ σ² / σ₁²"),
     ("effective_rank", "effective rank", "exp(entropy of σ / Σ σ)"),
-    ("alpha", "power law of the tail", "exponent α"),
+    ("alpha", "power law of the tail", _ALPHA),
     ("mp_outliers", "values beyond the noise edge", "count"),
     ("cos0_u_mean", "left vectors against the start", "mean cosine"),
 )
@@ -194,6 +195,7 @@ def profile_plot(run: Run) -> bytes | None:
     panels = [panel for panel in panels if any(np.isfinite(values[-1]) for values in panel[2].values())]
     if not panels:
         return None
+    alpha_errors = matrix_scalars(run, "spec", "alpha_sigma")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = new_figure(0.6 + 3.7 * columns, 1.1 + 2.6 * rows)
@@ -205,6 +207,8 @@ def profile_plot(run: Run) -> bytes | None:
         for color, (kind, names) in zip(_COLORS, by_type(found).items(), strict=False):
             values = [found[name][-1] for name in names]
             axes.plot(range(len(names)), values, color=color, marker="o", markersize=3, linewidth=1.4, label=kind)
+            if label == _ALPHA and (errors := [alpha_errors[name][-1] for name in names if name in alpha_errors]):
+                axes.errorbar(range(len(names)), values, errors, fmt="none", ecolor=color, elinewidth=0.8, capsize=2)
         axes.xaxis.get_major_locator().set_params(integer=True)
     heading(figure, "Every matrix by depth", subtitle(run, run.scalars["update"].astype(np.int64)[-1:]))
     # One legend above all panels: inside of one it would stand on lines, which may be anywhere.

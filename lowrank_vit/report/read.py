@@ -26,8 +26,8 @@ MAX_SNAPSHOTS = 240
 """More refreshes than a picture has columns for are thinned evenly to this many."""
 
 SCALARS = frozenset(
-    """sigma_max stable_rank effective_rank alpha mp_outliers chance_u chance_v cos_u_mean cos_v_mean cos0_u_mean
-    cos0_v_mean ema_cos_u_mean ema_cos_v_mean seconds skipped failed fallbacks""".split()
+    """sigma_max stable_rank effective_rank alpha alpha_sigma mp_outliers chance_u chance_v cos_u_mean cos_v_mean
+    cos0_u_mean cos0_v_mean ema_cos_u_mean ema_cos_v_mean seconds skipped failed fallbacks""".split()
 )
 """What the report shows of the scalars that a run logs of its spectra."""
 

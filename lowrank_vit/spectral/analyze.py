@@ -33,6 +33,7 @@ from lowrank_vit.spectral.refresh import (
 )
 from lowrank_vit.spectral.select import Target, choose_targets, take_targets
 from lowrank_vit.spectral.solve import stack_by_shape
+from lowrank_vit.spectral.statistics import statistics_of
 from lowrank_vit.spectral.subspaces import chance_of_each
 
 Precision = Literal["float64", "float32"]
@@ -47,6 +48,8 @@ class Analysis:
     solved: dict[str, Solved]
     values: dict[str, dict[str, float]]
     weights: dict[str, Tensor] = field(repr=False)
+    statistics: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What the fitted numbers are worth; empty where it was not asked for."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -74,9 +77,14 @@ def choose_weights(
 
 
 def analyze_weights(
-    weights: Mapping[str, Tensor], settings: SpectralSettings, precision: Precision = "float64"
+    weights: Mapping[str, Tensor],
+    settings: SpectralSettings,
+    precision: Precision = "float64",
+    bootstraps: int = 0,
 ) -> Analysis:
     """Solve the matrices where they are and describe them, as the monitor does.
+
+    With `bootstraps` their `statistics` are there too, of so many draws each; see `statistics.statistics_of`.
 
     With `precision` float32 a plain float32 SVD is described instead, with its certificates: what the usual code sees.
     """
@@ -86,7 +94,8 @@ def analyze_weights(
         solved = {name: _float32_svd(weight, settings) for name, weight in weights.items()}
     solved = {name: solved[name] for name in weights}
     values = {name: matrix_metrics(one, settings) for name, one in solved.items()}
-    return Analysis(settings, solved, values, dict(weights))
+    statistics = statistics_of(weights, solved, settings, bootstraps) if bootstraps else {}
+    return Analysis(settings, solved, values, dict(weights), statistics)
 
 
 def compare(before: Analysis, after: Analysis) -> dict[str, dict[str, float]]:
@@ -134,6 +143,8 @@ def as_json(analysis: Analysis, meta: Mapping[str, Any]) -> dict[str, Any]:
             "sigma_min": _plain(float(solved.s[-1])),
             **{key: _plain(value) for key, value in values.items() if key.rstrip("0123456789") not in _LISTED},
         }
+        if analysis.statistics:
+            layers[name]["statistics"] = {key: _plain(value) for key, value in analysis.statistics[name].items()}
     content = {"meta": dict(meta) | {"topk": settings.topk, "interval": settings.interval}, "layers": layers}
     for heading, groups in (("types", analysis.types), ("depths", analysis.depths)):
         content[heading] = {name: {key: _plain(v) for key, v in group.items()} for name, group in groups.items()}
@@ -239,10 +250,24 @@ _COLUMNS = {
     "sigma_max": "σ max",
     "sigma_min": "σ min",
     "stable_rank": "stable\nrank",
-    "effective_rank": "effect.\nrank",
+    "effective_rank": "eff.\nrank",
     "alpha": "α",
     "mp_outliers": "out-\nliers",
 }
+_STATISTICS = {
+    "alpha_p": "p of the\nlaw",
+    "lr_exponential": "expo-\nnential",
+    "lr_lognormal": "log-\nnormal",
+    "lr_truncated": "cut\noff",
+    "spikes": "spikes",
+    "shuffled_alpha": "shuf-\nfled α",
+    "shuffled_mp_outliers": "out-\nliers",
+}
+_WORTH = "What the fits are worth (ln of likelihood over that of others; * p < 0.1)"
+_ERRORS = {"alpha": "alpha_sigma", "shuffled_alpha": "shuffled_alpha_sigma", "alpha_p": "alpha_p_error"}
+"""Where the standard error stands of a number that is shown with one."""
+_CHANCES = {f"lr_{rival}": f"lr_{rival}_p" for rival in ("exponential", "lognormal", "truncated")}
+"""Where the p-value stands of a ratio, which has a star if it is small."""
 _DRIFT = {
     "update_normF": "|ΔW|F",
     "update_norm2": "|ΔW|₂",
@@ -262,6 +287,9 @@ def print_analysis(analysis: Analysis, console: Console) -> None:
     console.print(_table("Spectra by layer", "layer", _COLUMNS, layers, shapes))
     by_type = {key: heading for key, heading in _COLUMNS.items() if key != "sigma_min"} | {"rank95": "rank\n95 %"}
     console.print(_table("Spectra by type, means", "type", by_type, analysis.types))
+    if analysis.statistics:
+        rows = {name: values | analysis.statistics[name] for name, values in analysis.values.items()}
+        console.print(_table(_WORTH, "layer", _STATISTICS, rows))
 
 
 def print_drift(
@@ -287,10 +315,15 @@ def _table(
         table.add_column(heading, justify="right", no_wrap=True)
     for name, numbers in rows.items():
         shape = [] if shapes is None else [shapes[name]]
-        table.add_row(Text(one_line(name)), *shape, *(_text(key, numbers.get(key, float("nan"))) for key in columns))
+        table.add_row(Text(one_line(name)), *shape, *(_text(key, numbers) for key in columns))
     return table
 
 
-def _text(key: str, value: float) -> str:
-    """Four significant digits: 12.35, 0.0421, 3.1e-07; three of alpha, whose error is in the second."""
-    return f"{value:.3g}" if key == "alpha" else f"{value:.4g}"
+def _text(key: str, numbers: Mapping[str, float]) -> str:
+    """Four significant digits: 12.35, 0.0421, 3.1e-07; fewer where a standard error or a p-value limits them."""
+    value = numbers.get(key, float("nan"))
+    if key in _ERRORS:
+        return f"{value:.3g}±{numbers.get(_ERRORS[key], float('nan')):.1g}"
+    if key in _CHANCES:
+        return f"{value:+.2g}{'*' if numbers.get(_CHANCES[key], 1.0) < 0.1 else ' '}"
+    return f"{value:.4g}"

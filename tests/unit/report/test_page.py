@@ -265,6 +265,15 @@ def test_the_edge_that_is_drawn_is_the_one_that_was_logged(tmp_path: Path, monke
     assert drawn_edges(run, monkeypatch) == sorted(logged.values())
 
 
+def test_alpha_is_drawn_with_its_standard_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = analysis_file(tmp_path)
+    errors: list[float] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", lambda axes, x, y, yerr, **style: errors.extend(yerr))
+    profile_plot(read_analysis(path))
+    logged = json.loads(path.read_text())["layers"].values()
+    assert sorted(errors) == sorted(layer["alpha_sigma"] for layer in logged)
+
+
 def test_several_analyses_or_a_foreign_file_are_told(tmp_path: Path) -> None:
     (tmp_path / "a_spectral.json").write_text("{}")
     with pytest.raises(UserError, match=r"cannot be read as an analysis.*analyze_spectrum"):

@@ -213,6 +213,26 @@ def test_comparing_needs_nothing_but_the_analyses() -> None:
     assert drift["cos_u2"] == pytest.approx(1.0)
 
 
+def test_statistics_are_written_and_shown_where_they_are_asked_for(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = analyze(checkpoint)
+    assert all("statistics" not in layer for layer in plain["layers"].values())
+    assert "worth" not in capsys.readouterr().out
+    content = analyze(checkpoint, "--statistics", "--bootstraps", "9", "--topk", "2")
+    assert content["meta"]["bootstraps"] == 9
+    for layer in content["layers"].values():
+        assert layer["statistics"].keys() >= {"alpha_p", "lr_lognormal", "lr_lognormal_p", "spike_p2", "shuffled_alpha"}
+        assert layer["statistics"]["alpha_p"] * 9 == pytest.approx(round(layer["statistics"]["alpha_p"] * 9))
+    shown = capsys.readouterr().out
+    layer = content["layers"]["blocks.1.mlp.fc1"]
+    assert f"{layer['alpha']:.3g}±{layer['alpha_sigma']:.1g}" in shown
+    assert f"{layer['statistics']['alpha_p']:.3g}±{layer['statistics']['alpha_p_error']:.1g}" in shown
+    assert max(cell_len(line) for line in shown.splitlines() if "out" not in line) <= 80
+    with pytest.raises(UserError, match="leave it out with --compare"):
+        main(["--compare", str(checkpoint), str(checkpoint), "--statistics"])
+
+
 def test_wrong_use_is_one_clear_error(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.pth"):
         main(["--checkpoint", str(tmp_path / "nowhere.pth")])
