@@ -11,6 +11,8 @@ normal. So d is below `FACTOR` times the greatest of `PROBES` such products, but
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lowrank_vit.spectral.extremes import ABSOLUTE_LIMIT, RELATIVE_LIMIT, Solved
 
@@ -47,3 +49,28 @@ def index_is_proven(solved: Solved, low_K: np.ndarray, high_K: np.ndarray) -> bo
     greatest = float(solved.s[0]) if k else 0.0
     near = np.maximum(high_K[own] - s, s - low_K[own]) <= np.maximum(RELATIVE_LIMIT * s, ABSOLUTE_LIMIT * greatest)
     return bool((alone | near).all())
+
+
+def nothing_beyond(matrices_NRC: Tensor, gram_NKK: Tensor, s_NM: Tensor, v_NKM: Tensor) -> Tensor:
+    """Whether sigma_{M+1} is at most the last of M found values, but for `RELATIVE_LIMIT` of it; (N,) bool.
+
+    For a solver that knows no other values. With orthonormal triplets of small certificates it makes s_i sigma_i. The
+    matrix mu I - A^T A + V diag(s^2) V^T = R R^T + E, mu = s_M^2 (1 + `RELATIVE_LIMIT`), has a Cholesky factor R only
+    if no eigenvalue of A^T A but M of them exceeds mu + |E|, whatever V is (Weyl). |E| is enclosed by products with the
+    matrix itself, so the rounding of Gram matrix, deflation and factor counts, and faults in them.
+
+    Args:
+        matrices_NRC: float64.
+        gram_NKK: their Gram matrices on the short side.
+        s_NM, v_NKM: the found values, descending, and vectors of the short side.
+    """
+    squares_NM = s_NM**2
+    mu_N11 = (squares_NM[:, -1] * (1 + RELATIVE_LIMIT))[:, None, None]
+    k = gram_NKK.shape[-1]
+    eye = torch.eye(k, dtype=gram_NKK.dtype, device=gram_NKK.device)
+    factor, info = torch.linalg.cholesky_ex(mu_N11 * eye - gram_NKK + (v_NKM * squares_NM[:, None]) @ v_NKM.mT)
+    z_KP = torch.from_numpy(probes(k)).to(gram_NKK)
+    tall = matrices_NRC if matrices_NRC.shape[1] >= matrices_NRC.shape[2] else matrices_NRC.mT
+    true = mu_N11 * z_KP - tall.mT @ (tall @ z_KP) + (v_NKM * squares_NM[:, None]) @ (v_NKM.mT @ z_KP)
+    error_N = FACTOR * torch.linalg.vector_norm(true - factor @ (factor.mT @ z_KP), dim=1).amax(dim=1)
+    return (info == 0) & (error_N <= RELATIVE_LIMIT * squares_NM[:, -1])

@@ -161,7 +161,8 @@ def matrix_metrics(solved: Solved, settings: SpectralSettings) -> dict[str, floa
     """
     shape = (solved.top.u.shape[0], solved.top.v.shape[0])
     values = spectrum_metrics(solved.s, shape, settings.topk, settings.interval, solved.eps, solved.thirds)
-    values |= {"certificate_max": solved.certificate_max, "certificate_index": float(solved.index)}
+    index = float("nan") if solved.solver == "none" else float(solved.index)
+    values |= {"certificate_max": solved.certificate_max, "certificate_index": index}
     values |= {"orthogonality": solved.orthogonality}
     k, p = solved.top.s.size, (solved.block or solved.top).s.size
     return values | {"block_gap": block_gap(solved.s, p)} | chance_metrics(k, p, shape)

@@ -11,7 +11,7 @@ import torch
 
 from lowrank_vit.spectral import gram
 from lowrank_vit.spectral.extremes import Solved, Solver, Triplets
-from lowrank_vit.spectral.index import enclosure, index_is_proven, probes
+from lowrank_vit.spectral.index import enclosure, index_is_proven, nothing_beyond, probes
 from lowrank_vit.spectral.solve import solve
 from tests.device_path import CudaPath
 from tests.spectra import low_rank_and_noise, orthonormal, with_spectrum
@@ -68,6 +68,29 @@ def test_an_enclosure_holds_the_norm_of_what_it_probes() -> None:
     for rank in (1, 3, 40):
         difference = orthonormal(40, rank, rank) @ orthonormal(40, rank, 7).T
         assert 1 <= enclosure(difference @ probes(40)) < 200
+
+
+@pytest.mark.parametrize("name", ["noise", "wide", "cluster at p"])
+def test_a_cholesky_factor_proves_that_no_value_was_missed(name: str) -> None:
+    matrix = MATRICES[name]
+    _, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    gram_matrix = matrix.mT @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.mT
+    short = vh.mT if matrix.shape[0] >= matrix.shape[1] else torch.linalg.svd(matrix, full_matrices=False)[0]
+    right = [0, 1, 2, 3, 4]
+    stale = torch.linalg.qr(torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    found = {
+        "right": (s[right], short[:, right]),
+        "the third missed": (s[[0, 1, 3, 4, 5]], short[:, [0, 1, 3, 4, 5]]),
+        "the first missed": (s[1:6], short[:, 1:6]),
+        "swapped vectors": (s[right], short[:, [1, 0, 2, 3, 4]]),
+        "stale vectors": (s[right], stale),
+    }
+    values, vectors = (torch.stack(parts) for parts in zip(*found.values(), strict=True))
+    n = len(found)
+    proven = nothing_beyond(matrix.expand(n, -1, -1), gram_matrix.expand(n, -1, -1), values, vectors)
+    assert dict(zip(found, proven.tolist(), strict=True)) == {what: what == "right" for what in found}
+    wrong_gram = gram_matrix * 0.9
+    assert not nothing_beyond(matrix[None], wrong_gram[None], s[None, :5], short[None, :, :5]).any()
 
 
 @pytest.mark.parametrize("fault", ["all", "inner", "last"])
