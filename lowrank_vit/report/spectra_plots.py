@@ -170,9 +170,8 @@ def bulk_plot(run: Run) -> bytes | None:
             tidy(axes, names[row], "singular value σᵢ" if bottom else "", "density" if column == 0 else "")
             name = names[row]
             _histogram(axes, compared[name], modules[name], run.shapes[name])
-    text = "grey: values now; blue: noise of the same median; red: its edge (99 %), what lies beyond is counted"
-    if run.scaled:
-        text += "\nqkv: of Q, K and V each over its own noise"
+    values = "values now (qkv: with Q, K and V each over its own noise)" if run.scaled else "values now"
+    text = f"grey: {values}; blue: noise of the same median; red: its edge (99 %), what lies beyond is counted"
     heading(figure, "Spectra and the Marchenko-Pastur edge", f"{text}  ·  {moment(run, updates_T[-1])}")
     return png(figure)
 
@@ -197,8 +196,8 @@ def _histogram(axes: Axes, s_K: np.ndarray, own_K: np.ndarray, shape: tuple[int,
         axes.plot(x, density, color=MODEL, linewidth=1.5)
         axes.axvline(noise.edge, color=EMA, linewidth=1.3, linestyle=(0, (3, 2)))
         # Of a square matrix the law has a finite height at 0; of no matrix may the curve push the bars down.
-        axes.set_ylim(0, 1.15 * max(float(bars.max()), min(float(density.max()), 2 * float(bars.max()))))
-        lines.append(f"{noise.outliers:.0f} beyond the edge (bulk KS {noise.ks:.2f})")
+        axes.set_ylim(0, 1.35 * max(float(bars.max()), min(float(density.max()), 2 * float(bars.max()))))
+        lines.append(f"{noise.outliers:.0f} beyond the edge (bulk KS {noise.ks:.3f})")
     if np.isfinite(fit.alpha):
         lines.append(f"α {fit.alpha:.2f} ± {fit.sigma:.2f} (KS {fit.ks:.2f})")
     axes.set_xlim(0, right)

@@ -323,7 +323,8 @@ def _text(key: str, numbers: Mapping[str, float]) -> str:
     """Four significant digits: 12.35, 0.0421, 3.1e-07; fewer where a standard error or a p-value limits them."""
     value = numbers.get(key, float("nan"))
     if key in _ERRORS:
-        return f"{value:.3g}±{numbers.get(_ERRORS[key], float('nan')):.1g}"
+        error = numbers.get(_ERRORS[key], float("nan"))
+        return f"{value:.3g}±{error:.0f}" if error >= 1 else f"{value:.3g}±{error:.1g}"
     if key in _CHANCES:
         return f"{value:+.2g}{'*' if numbers.get(_CHANCES[key], 1.0) < 0.1 else ' '}"
     return f"{value:.4g}"
