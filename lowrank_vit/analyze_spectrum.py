@@ -121,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _analyze(options: Options, console: Console) -> None:
     from lowrank_vit.spectral.analyze import arrays_of, as_json, print_analysis, write_arrays, write_json
+    from lowrank_vit.spectral.initial import warning_of
 
     if options.source.checkpoint:
         weights, meta = _read(options, options.source.checkpoint)
@@ -130,6 +131,8 @@ def _analyze(options: Options, console: Console) -> None:
     name = meta["model"]
     epoch = f"epoch {meta['epoch'] + 1}, " if meta["epoch"] >= 0 else ""
     say(f"{name}, {epoch}{'EMA' if options.source.use_ema else 'raw'} weights")
+    if analysis.far_entries:
+        say(f"warning: {warning_of(analysis.far_entries)}.")
     print_analysis(analysis, console)  # before files are written, which may fail
     path = options.files.save_dir / f"{name}_spectral.json"
     write_json(as_json(analysis, meta | _settings(options)), path)

@@ -34,6 +34,11 @@ def check(config: Config) -> None:
     _check_mixing_and_loss(config)
     if config.model.initial_checkpoint and (config.model.pretrained or config.model.pretrained_path):
         raise UserError("--initial-checkpoint and --pretrained both say which weights to start from. Give one of them.")
+    started_from = ("initial-checkpoint", "pretrained-path", "pretrained")
+    if config.model.fix_init and (given := [n for n in started_from if getattr(config.model, n.replace("-", "_"))]):
+        raise UserError(
+            f"--fix-init is about fresh weights, and --{given[0]} starts from others. Leave one of them out."
+        )
     _check_lists(config)
     if optim.global_batch_size is not None and optim.grad_accum_steps > 1:
         raise UserError(

@@ -127,6 +127,8 @@ class Model:
     """Multiply the classifier's first weights and bias by this."""
     head_init_bias: Annotated[float | None, Range(), MAY_CHANGE] = None
     """First bias of the classifier."""
+    fix_init: Annotated[bool, MAY_CHANGE] = False
+    """Draw single entries of fresh weights anew that are more than 10 standard deviations out, from --seed."""
     sync_bn: Annotated[bool, MAY_CHANGE] = False
     """As in timm, for models without BatchNorm, of which it is true; for others it is refused."""
     drop: Annotated[float, SHARE_BELOW_1] = 0.0

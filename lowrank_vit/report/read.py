@@ -19,6 +19,7 @@ import yaml
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.report.status import RunStatus, run_status
+from lowrank_vit.spectral.initial import FarEntry, warning_of
 from lowrank_vit.spectral.store import StoredSpectra, StoredVectors, read_scaled
 from lowrank_vit.spectral.stored import Spectra
 
@@ -87,6 +88,8 @@ def read_run(path: Path) -> Run:
     stored = Spectra(path / "spectra")
     environment = _read_environment(path / "environment.json", notes)
     spectra = _read_all_spectra(stored, notes)
+    if stored.far_entries:
+        notes.append(f"At the start {warning_of(stored.far_entries)}.")
     run = Run(
         path,
         epochs=epochs,
@@ -309,6 +312,11 @@ def read_analysis(path: Path) -> Run:
             if key in SCALARS
         }
     notes: list[str] = []
+    far: dict[str, list[FarEntry]] = {}
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        far = {name: of for name, one in layers.items() if (of := [FarEntry.of(e) for e in one.get("far_entries", ())])}
+    if far:
+        notes.append(f"Here {warning_of(far)}.")
     spectra, scaled = _read_full(path.with_name(path.name.removesuffix(ENDING) + "_vectors.npz"), list(layers))
     if not spectra:
         notes.append("Only the recorded values are there; `analyze_spectrum --full` also saves the full spectra.")

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import remove_leftovers, whole_file, write_whole
 from lowrank_vit.common.terminal import one_line
 from lowrank_vit.spectral.extremes import EPS, Recorded, Solved, Triplets, not_finite
+from lowrank_vit.spectral.initial import FarEntry, far_entries_by_name
 from lowrank_vit.spectral.metrics import recorded_indices
 from lowrank_vit.spectral.refresh import (
     MODEL,
@@ -55,6 +57,11 @@ class Analysis:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(rows, columns) by name."""
         return {name: (w.shape[0], w.shape[1]) for name, w in self.weights.items()}
+
+    @cached_property
+    def far_entries(self) -> dict[str, list[FarEntry]]:
+        """Single entries far out of a matrix; only matrices that have any."""
+        return far_entries_by_name(self.weights)
 
     @property
     def types(self) -> dict[str, dict[str, float]]:
@@ -125,7 +132,9 @@ def as_json(analysis: Analysis, meta: Mapping[str, Any]) -> dict[str, Any]:
     Every float is the float64 itself (Python writes the shortest text that reads back to the same bits); a NaN or an
     infinity, which JSON does not know, is null. "sv_topk" and "sv_lastk" are the values at "indices_top" and
     "indices_last" (see `recorded_indices`); "chance" is what each principal cosine of these vectors would be
-    between random subspaces, by side (see `subspaces.chance_of_each`). The other names are the monitor's.
+    between random subspaces, by side (see `subspaces.chance_of_each`); "far_entries" are single entries far out of the
+    matrix, as [{"at": [row, column], "value", "deviations"}] (see `initial.far_entries`). The other names are the
+    monitor's.
     """
     settings, layers = analysis.settings, {}
     for name, solved in analysis.solved.items():
@@ -138,6 +147,7 @@ def as_json(analysis: Analysis, meta: Mapping[str, Any]) -> dict[str, Any]:
             "indices_top": top,
             "indices_last": last,
             "chance": chance_of_each(len(top), analysis.shapes[name]),
+            "far_entries": [one.content() for one in analysis.far_entries.get(name, ())],
             "sv_topk": _plain([values[f"sv{k}"] for k in range(1, len(top) + 1)]),
             "sv_lastk": _plain([values[f"sv_last{k}"] for k in range(1, len(last) + 1)]),
             "sigma_min": _plain(float(solved.s[-1])),

@@ -18,11 +18,12 @@ from lowrank_vit.common.devices import Mark, cuda_path, current_stream, side_str
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.ranks.world import Channel
+from lowrank_vit.spectral.initial import far_entries_by_name, warning_of
 from lowrank_vit.spectral.metrics import recorded_indices
 from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, SpectralSettings, Stacks
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, Target, choose_targets, module_type, take_targets
 from lowrank_vit.spectral.solve import LOG, stack_by_shape
-from lowrank_vit.spectral.store import Kept, SpectraStore
+from lowrank_vit.spectral.store import Kept, SpectraStore, far_entries_content, read_far_entries
 from lowrank_vit.spectral.subspaces import chance_of_each
 from lowrank_vit.spectral.worker import Snapshot, SpectralRecord, Worker, share_out
 
@@ -136,8 +137,10 @@ class SpectralMonitor:
         """By name: "shape", and the recorded indices "top" and "last", 1-based."""
         options = {"targets": targets, "every": every, "split_qkv": split_qkv, "limit_gb": limit_gb}
         chance = {name: chance_of_each(len(one["top"]), one["shape"]) for name, one in self.matrices.items()}
+        far = {} if resumed_update is None else read_far_entries(Path(store_dir))
         index = {"format": 2, **options, **asdict(settings), "matrices": self.matrices, "chance": chance}
-        store = SpectraStore(Path(store_dir), limit_gb * 1e9, index)
+        index |= far_entries_content(far)
+        store = self._store = SpectraStore(Path(store_dir), limit_gb * 1e9, index)
         if ranks.rank == 0:
             try:
                 store.begin()
@@ -145,7 +148,7 @@ class SpectralMonitor:
                     store.forget_after(resumed_update)
             except Exception as error:  # it may be mended before the next refresh
                 say(f"warning: {error}. Training goes on.")
-        self._ranks, self._is_over, self._is_lost = ranks, False, False
+        self._ranks, self._is_over, self._is_lost, self._say = ranks, False, False, say
         self._all_watched = watched if ranks.rank == 0 else {}
         taken_up = _TakenUp()
         if resumed_update is not None:
@@ -188,12 +191,15 @@ class SpectralMonitor:
 
         When `num_updates` is a multiple of `every`, takes a snapshot (copies enqueued on the current stream) and hands
         it over; when the refresh before is not finished, here or on another rank, counts it in `skipped` instead.
-        Update 0 is never skipped. Several ranks wait for one another there, on the host alone.
+        Update 0 is never skipped. Several ranks wait for one another there, on the host alone. Before it the first rank
+        tells of single entries far out, see `initial.far_entries`.
         """
         if self._closed:
             raise RuntimeError("this spectral monitor is closed; make a new one to observe further updates")
         if num_updates % self._every != 0:
             return
+        if num_updates == 0:
+            self._tell_far_entries()
         if num_updates == 0 or self._is_again:
             self._worker.wait()
             self._is_again = False
@@ -210,6 +216,13 @@ class SpectralMonitor:
             return
         before, self._newest = self._newest, newest
         self._hand_over(num_updates, stacks, before)
+
+    def _tell_far_entries(self) -> None:
+        """On the first rank, say and store which matrices have entries that their spectra would describe."""
+        if found := far_entries_by_name(_matrices(self._models[MODEL], self._all_watched)):
+            self._say(f"warning: {warning_of(found)}. --fix-init draws such entries of fresh weights anew.")
+            with contextlib.suppress(UserError):  # a refresh that cannot be stored either tells of that
+                self._store.note_far_entries(found)
 
     def _is_any_busy(self) -> bool:
         """Whether a refresh that is due now is to be skipped; the same on every rank."""

@@ -5,7 +5,7 @@
 `vectors_00000100.npz`  "update" and the recorded triplets, float64: per "<kind>/<name>" and end (top, last)
                         "<key>:top:u" (R, k), ":v" (C, k), ":s" (k,) and ":certificate" (k,). Where the recorded ones
                         leave some out at the top, those as "<key>:between:u" and so on, in the order of their values.
-`index.json`            the recorded indices and shapes of every matrix, and the options.
+`index.json`            the recorded indices and shapes of every matrix, the options, and entries far out at the start.
 `weights_00000100.pth`  for a run that is resumed: the weights that the newest refresh was taken of, see `Kept`. Written
                         with a checkpoint, by whoever writes that; one file, of the newest checkpoint.
 
@@ -30,8 +30,11 @@ from torch import Tensor
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import damaged_member, remove_leftovers, whole_file, write_whole
 from lowrank_vit.spectral.extremes import Solved, Triplets
+from lowrank_vit.spectral.initial import FarEntry
 
 SPECTRA, VECTORS, WEIGHTS = "update", "vectors", "weights"
+FAR_ENTRIES = "far_entries"
+"""In the index: matrix to the entries far out of it before the first update (`initial.FarEntry`)."""
 SPECTRA_SHARE = 0.25
 """Of the size limit; the rest is for vectors."""
 _ENDS, _BETWEEN = ("top", "last"), "between"
@@ -75,6 +78,11 @@ class Kept(NamedTuple):
         """Of what `content` returned."""
         before = content["before"]
         return cls(int(content["update"]), dict(content["weights"]), cls.of(before) if before else None)
+
+
+def far_entries_content(found: Mapping[str, list[FarEntry]]) -> dict[str, Any]:
+    """For the index; nothing where there are none."""
+    return {FAR_ENTRIES: {name: [one.content() for one in of] for name, of in found.items()}} if found else {}
 
 
 class SpectraStore:
@@ -125,6 +133,11 @@ class SpectraStore:
             write_whole(path, json.dumps(dict(self._index), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; choose a writable output directory") from error
+
+    def note_far_entries(self, found: Mapping[str, list[FarEntry]]) -> None:
+        """Have `index.json` tell of these, by matrix. Raises `UserError` as `begin` does."""
+        self._index = {**(self._index or {}), **far_entries_content(found)}
+        self.begin()
 
     def forget_after(self, update: int) -> None:
         """Delete what a run that was cut off has stored after the checkpoint it is resumed from."""
@@ -230,6 +243,14 @@ def read_scaled(path: Path) -> dict[str, np.ndarray]:
     """
     _, arrays = _read(path)
     return {key.removesuffix(_SCALED): s for key, s in arrays.items() if key.endswith(_SCALED)}
+
+
+def read_far_entries(store_dir: Path) -> dict[str, list[FarEntry]]:
+    """Matrix to the entries far out of it before the first update; empty where the index tells of none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        found = json.loads((store_dir / "index.json").read_text(encoding="utf-8"))[FAR_ENTRIES]
+        return {str(name): [FarEntry.of(one) for one in entries] for name, entries in found.items()}
+    return {}
 
 
 def read_vectors(path: Path) -> StoredVectors:

@@ -14,11 +14,13 @@ import numpy as np
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.extremes import Recorded, Triplets
+from lowrank_vit.spectral.initial import FarEntry
 from lowrank_vit.spectral.store import (
     StoredSpectra,
     StoredVectors,
     list_spectra,
     list_vectors,
+    read_far_entries,
     read_spectra,
     read_vectors,
     update_of,
@@ -43,6 +45,8 @@ class Spectra:
         """By name of a matrix, in model order: (R, C); empty where `index.json` cannot be read."""
         self.indices: dict[str, Recorded] = {}
         """By name: the 1-based indices, in the descending spectrum, of the recorded triplets of either end."""
+        self.far_entries: dict[str, list[FarEntry]] = read_far_entries(path)
+        """By name: the single entries far out of it before the first update; matrices without any are left out."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             matrices = json.loads((path / "index.json").read_text(encoding="utf-8"))["matrices"]
             self.shapes = {name: (int(one["shape"][0]), int(one["shape"][1])) for name, one in matrices.items()}

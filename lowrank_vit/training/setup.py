@@ -42,6 +42,7 @@ from lowrank_vit.ranks.records import data_record
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.state import Position
 from lowrank_vit.score.evaluate import Evaluator
+from lowrank_vit.spectral.initial import in_words, redraw_far_entries
 from lowrank_vit.training.loading import fed_step, make_train_loader, make_val_loader, with_workers
 from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
 from lowrank_vit.training.preflight import check_before_data
@@ -284,6 +285,8 @@ def _make_model(
         fit_kept_head(model, file, options.model, say, *of_data)
     elif options.pretrained and of_data:
         tell_of_published_head(options.model, of_data[0], say)
+    if options.fix_init and (redrawn := redraw_far_entries(model, config.run.seed)):
+        say(f"--fix-init has drawn anew {in_words(redrawn)}")
     set_head(model, options.head_init_scale, options.head_init_bias)
     return model
 

@@ -22,7 +22,7 @@ FLAGS = """
 dataset dataset-download data-dir train-split val-split beton-dir nested-classes stage-dir synthetic loader workers
 prefetch hw-decoder-load jpeg-fancy-upsampling on-bad-sample batch-size validation-batch-size img-size crop-pct mean std
 train-crop-mode scale ratio hflip vflip train-interpolation model model-kwargs num-classes larger-head trust-labels
-class-order head-init-scale head-init-bias sync-bn drop drop-path pretrained
+class-order head-init-scale head-init-bias fix-init sync-bn drop drop-path pretrained
 pretrained-path initial-checkpoint grad-checkpointing model-ema model-ema-decay model-ema-warmup opt opt-eps opt-betas
 opt-kwargs momentum weight-decay lr lr-base lr-base-size lr-base-scale layer-decay layer-decay-min-scale
 layer-decay-no-opt-scale clip-grad clip-mode grad-accum-steps global-batch-size sched sched-on-updates epochs
