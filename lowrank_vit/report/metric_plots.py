@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from lowrank_vit.report.style import (
     EMA,
     MODEL,
     MUTED,
+    TRAIN,
     by_type,
     heading,
     log_ticks,
@@ -27,17 +28,22 @@ from lowrank_vit.report.style import (
     update_ticks,
 )
 from lowrank_vit.spectral.metrics import effective_rank, stable_rank
+from lowrank_vit.spectral.subspaces import chance_cosines
 
 if TYPE_CHECKING:
     from matplotlib.colors import LogNorm, Normalize
 
 
-_COSINES = (
-    ("cos_u_mean", "with the refresh\nbefore, mean cos u"),
-    ("cos_v_mean", "with the refresh\nbefore, mean cos v"),
-    ("cos0_u_mean", "with the start,\nmean cos u"),
-    ("cos0_v_mean", "with the start,\nmean cos v"),
+_OVERLAPS = (
+    ("block_cos_u_overlap", "cos_u_mean", "with the refresh before,\n{} u"),
+    ("block_cos_v_overlap", "cos_v_mean", "with the refresh before,\n{} v"),
+    ("block_cos0_u_overlap", "cos0_u_mean", "with the start,\n{} u"),
+    ("block_cos0_v_overlap", "cos0_v_mean", "with the start,\n{} v"),
 )
+"""Metric, what a run of an earlier version has logged in its place, and the row's label."""
+_OF_CHANCE: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (3, 2))}
+_BOUNDS = (0.1, 10.0)
+"""Of the colours of the bound on a turn."""
 
 
 def stable_rank_plot(run: Run) -> bytes | None:
@@ -54,19 +60,48 @@ def stable_rank_plot(run: Run) -> bytes | None:
 
 
 def cosine_plot(run: Run) -> bytes | None:
-    """Principal cosines of the recorded top vectors, with the refresh before and with the first one.
+    """Overlap of the top subspaces with those of the refresh before and of the first one, with energy and bound.
 
-    Returns PNG bytes; None where the run has logged none yet, or only one.
+    Of a run that has logged no blocks the mean cosines of the recorded vectors. Returns PNG bytes; None where the run
+    has logged none yet, or only one.
     """
     rows: list[tuple[str, dict[str, list[float]]]] = []
-    for metric, label in _COSINES:
-        found = matrix_scalars(run, "spec", metric)
+    norms: list[Callable[[np.ndarray], Normalize]] = []
+
+    def add(label: str, found: dict[str, np.ndarray], norm: Callable[[np.ndarray], Normalize]) -> None:
         if found:
             rows.append((label, {name: values.tolist() for name, values in found.items()}))
+            norms.append(norm)
+
+    for metric, earlier, label in _OVERLAPS:
+        if found := matrix_scalars(run, "spec", metric):
+            add(label.format("overlap") + " (0: chance)", found, _unit_norm)
+        elif found := matrix_scalars(run, "spec", earlier):
+            chances = [_chance_of_mean(run, name, earlier.split("_")[1]) for name in found]
+            add(label.format("mean cos") + _range_of_chance(chances), found, _unit_norm)
+        if metric == "block_cos_v_overlap":
+            energy, bound = (matrix_scalars(run, "spec", one) for one in ("block_energy", "turn_bound"))
+            add("energy that the block\nbefore still holds", energy, _unit_norm)
+            add("bound on the sine of its\nturn (grey: none)", bound, _bound_norm)
     if not rows or len(run.scalars["update"]) < 2:
         return None
     updates_T = run.scalars["update"].astype(np.int64)
-    return _heat_maps(run, "Where the top subspaces point", updates_T, rows, norms=[_unit_norm] * len(rows))
+    return _heat_maps(run, "Where the top subspaces point", updates_T, rows, norms=norms)
+
+
+def _chance_of_mean(run: Run, name: str, side: str) -> float:
+    """What the mean cosine of the recorded top vectors would be by chance; NaN where too little is known."""
+    level, shape = matrix_scalars(run, "spec", f"chance_{side}").get(name), run.shapes.get(name)
+    if level is None or shape is None or not np.isfinite(level[-1]):
+        return float("nan")
+    n = shape["uv".index(side)]
+    k = min(max(1, round(float(level[-1]) ** 2 * n)), n)  # it is sqrt(k / n)
+    return float(np.mean(chance_cosines(k, n)))
+
+
+def _range_of_chance(chances: list[float]) -> str:
+    known = sorted({f"{chance:.2f}" for chance in chances if np.isfinite(chance)})
+    return f" (chance: {'-'.join(dict.fromkeys((known[0], known[-1])))})" if known else ""
 
 
 def matrix_scalars(run: Run, kind: str, metric: str) -> dict[str, np.ndarray]:
@@ -99,16 +134,18 @@ def _heat_maps(
             last = row == len(rows) - 1
             tidy(axes, kind if row == 0 else "", "update" if last else "", "block" if column == 0 else "")
             axes.grid(visible=False)
+            axes.set_facecolor(TRAIN)  # where there is no number
             image = axes.pcolormesh(
                 edges, np.arange(len(names) + 1) - 0.5, [values[name] for name in names],
-                cmap="viridis", norm=norm,
+                cmap="coolwarm" if norm_of is _bound_norm else "viridis", norm=norm,
             )  # fmt: skip
             axes.yaxis.get_major_locator().set_params(integer=True)
             update_ticks(axes.xaxis)
             axes.invert_yaxis()
             if column == len(types) - 1:
-                bar = figure.colorbar(image, ax=list(axes_grid[row]), pad=0.01, fraction=0.04, aspect=18)
-                if norm_of is _log_norm:
+                more = "both" if norm_of is _bound_norm else "neither"
+                bar = figure.colorbar(image, ax=list(axes_grid[row]), pad=0.01, fraction=0.04, aspect=18, extend=more)
+                if norm_of is not _unit_norm:
                     log_ticks(bar.ax.yaxis)
                 style_bar(bar, label)
     heading(figure, title, "first block on top  ·  " + subtitle(run, updates_T))
@@ -130,8 +167,15 @@ def _log_norm(values: np.ndarray) -> LogNorm:
     return LogNorm(low, high if high > low else 1.01 * low)
 
 
+def _bound_norm(_: np.ndarray) -> LogNorm:
+    """Two colours that meet at 1, above which a bound on a sine says nothing."""
+    from matplotlib.colors import LogNorm
+
+    return LogNorm(*_BOUNDS)
+
+
 def _unit_norm(values: np.ndarray) -> Normalize:
-    """From the smallest cosine to 1."""
+    """From the smallest value to 1."""
     from matplotlib.colors import Normalize
 
     values = values[np.isfinite(values)]
@@ -139,36 +183,38 @@ def _unit_norm(values: np.ndarray) -> Normalize:
     return Normalize(min(low, 0.999), 1.0)
 
 
-_ROWS = (("sigma_max", "mean σ₁"), ("stable_rank", "mean stable rank"), ("ema_cos_u_mean", "mean cos u, model to EMA"))
-
-
 def ema_plot(run: Run) -> bytes | None:
-    """Means over the blocks of each type over time: of the model, of its EMA, and the cosine between the two.
+    """Means over the blocks of each type over time: of the model, of its EMA, and the squared cosine between the two.
 
     Returns PNG bytes; None without an EMA, or with fewer than two refreshes in the log.
     """
-    found = {(kind, m): matrix_scalars(run, kind, m) for kind in ("spec", "spec_ema") for m, _ in _ROWS}
+    of_block, earlier = "block_ema_cos_u_mean_sq", "ema_cos_u_mean"
+    is_of_block = bool(matrix_scalars(run, "spec", of_block))
+    between = (of_block, "mean cos² u,\nmodel to EMA") if is_of_block else (earlier, "mean cos u, model to EMA")
+    rows = (("sigma_max", "mean σ₁"), ("stable_rank", "mean stable rank"), between)
+    found = {(kind, m): matrix_scalars(run, kind, m) for kind in ("spec", "spec_ema") for m, _ in rows}
     types = by_type(found["spec_ema", "sigma_max"])
     if not types or len(run.scalars["update"]) < 2:
         return None
     updates_T = run.scalars["update"].astype(np.int64)
-    figure = new_figure(1.2 + 3.0 * len(types), 1.1 + 2.2 * len(_ROWS))
-    grid = figure.subplots(len(_ROWS), len(types), squeeze=False)
-    for row, (metric, label) in enumerate(_ROWS):
+    figure = new_figure(1.2 + 3.0 * len(types), 1.1 + 2.2 * len(rows))
+    grid = figure.subplots(len(rows), len(types), squeeze=False)
+    for row, (metric, label) in enumerate(rows):
         for column, (kind, names) in enumerate(types.items()):
             axes = grid[row, column]
-            bottom = row == len(_ROWS) - 1
+            bottom = row == len(rows) - 1
             tidy(axes, kind if row == 0 else "", "update" if bottom else "", label if column == 0 else "")
             for source, color, name in (("spec", MODEL, "model"), ("spec_ema", EMA, "EMA")):
                 values = found[source, metric]
                 lines = [values[n] for n in names if n in values]
                 if lines:
-                    label_ = "cosine" if metric.startswith("ema_cos") else name
+                    label_ = ("cosine²" if is_of_block else "cosine") if bottom else name
                     axes.plot(updates_T, np.mean(lines, axis=0), color=color, linewidth=1.7, label=label_)
-            if metric.startswith("ema_cos"):
-                chance = matrix_scalars(run, "spec", "chance_u").get(names[0])
-                if chance is not None:
-                    axes.axhline(chance[-1], color=MUTED, linewidth=1, linestyle=(0, (3, 2)), label="chance")
+            if bottom:
+                levels = matrix_scalars(run, "spec", "block_chance_u_mean_sq")
+                chances = [levels[n][-1] if is_of_block else _chance_of_mean(run, n, "u") for n in names]
+                if np.isfinite(chances).all():
+                    axes.axhline(float(np.mean(chances)), **_OF_CHANCE, label="chance")
                 axes.set_ylim(0, 1.02)
             update_ticks(axes.xaxis)
             if column == len(types) - 1 and axes.get_lines():
@@ -184,15 +230,19 @@ _PANELS = (
     ("effective_rank", "effective rank", "exp(entropy of σ / Σ σ)"),
     ("alpha", "power law of the tail", _ALPHA),
     ("mp_outliers", "values beyond the noise edge", "count"),
-    ("cos0_u_mean", "left vectors against the start", "mean cosine"),
+    ("block_cos0_u_overlap", "left vectors against the start", "overlap (0: chance)"),
+    ("cos0_u_mean", "left vectors against the start", "mean cosine (dashed: chance)"),
 )
+"""The last one stands in for the one before where a run of an earlier version has not logged that."""
 _COLORS = ("#20639b", "#d1603d", "#3caea3", "#8a6fb0", "#b08a2e", "#7a8793")
 
 
 def profile_plot(run: Run) -> bytes | None:
     """A panel for each number that there is, a line for each type. Returns PNG bytes; None without any."""
-    panels = [(title, label, matrix_scalars(run, "spec", metric)) for metric, title, label in _PANELS]
-    panels = [panel for panel in panels if any(np.isfinite(values[-1]) for values in panel[2].values())]
+    panels = [(metric, title, label, matrix_scalars(run, "spec", metric)) for metric, title, label in _PANELS]
+    panels = [panel for panel in panels if any(np.isfinite(values[-1]) for values in panel[3].values())]
+    if "block_cos0_u_overlap" in [metric for metric, *_ in panels]:
+        panels = [panel for panel in panels if panel[0] != "cos0_u_mean"]
     if not panels:
         return None
     alpha_errors = matrix_scalars(run, "spec", "alpha_sigma")
@@ -202,17 +252,23 @@ def profile_plot(run: Run) -> bytes | None:
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
-    for axes, (title, label, found) in zip(grid.flat, panels, strict=False):
+    for axes, (metric, title, label, found) in zip(grid.flat, panels, strict=False):
         tidy(axes, title, "block", label)
         for color, (kind, names) in zip(_COLORS, by_type(found).items(), strict=False):
             values = [found[name][-1] for name in names]
             axes.plot(range(len(names)), values, color=color, marker="o", markersize=3, linewidth=1.4, label=kind)
             if label == _ALPHA and (errors := [alpha_errors[name][-1] for name in names if name in alpha_errors]):
                 axes.errorbar(range(len(names)), values, errors, fmt="none", ecolor=color, elinewidth=0.8, capsize=2)
+            if metric == "cos0_u_mean":
+                chances = [_chance_of_mean(run, name, "u") for name in names]
+                axes.plot(range(len(names)), chances, color=color, linewidth=1, linestyle=(0, (3, 2)))
+        if metric == "block_cos0_u_overlap":
+            axes.axhline(0, **_OF_CHANCE)
+            axes.set_ylim(-0.05, 1.02)
         axes.xaxis.get_major_locator().set_params(integer=True)
     heading(figure, "Every matrix by depth", subtitle(run, run.scalars["update"].astype(np.int64)[-1:]))
     # One legend above all panels: inside of one it would stand on lines, which may be anywhere.
-    lines = grid.flat[0].get_lines()
+    lines = [line for line in grid.flat[0].get_lines() if not str(line.get_label()).startswith("_")]
     figure.legend(
         handles=lines, loc="outside upper right", ncols=min(3, len(lines)), frameon=False, fontsize=9, labelcolor=MUTED
     )

@@ -26,7 +26,11 @@ _PICTURES = (
     ("spectra.png", "Singular values of the weights over the updates", spectra_plot),
     ("bulk.png", "Newest spectra as histograms with the Marchenko-Pastur law and its edge", bulk_plot),
     ("stable_rank.png", "Stable and effective rank of every block over the updates", stable_rank_plot),
-    ("cosines.png", "Principal cosines of the top subspaces with the refresh before and with the start", cosine_plot),
+    (
+        "cosines.png",
+        "How the top subspaces turn: since the refresh before, what bounds it, and since the start",
+        cosine_plot,
+    ),
     ("vectors.png", "Cosines between the recorded singular vectors then and now", vectors_plot),
     ("ema.png", "Largest singular value and stable rank of the model and of its moving average", ema_plot),
     ("profile.png", "Newest numbers of every matrix over its depth", profile_plot),

@@ -28,7 +28,9 @@ MAX_SNAPSHOTS = 240
 
 SCALARS = frozenset(
     """sigma_max stable_rank effective_rank alpha alpha_sigma mp_outliers chance_u chance_v cos_u_mean cos_v_mean
-    cos0_u_mean cos0_v_mean ema_cos_u_mean ema_cos_v_mean seconds skipped failed fallbacks""".split()
+    cos0_u_mean cos0_v_mean ema_cos_u_mean block_cos_u_overlap block_cos_v_overlap block_cos0_u_overlap
+    block_cos0_v_overlap block_ema_cos_u_mean_sq block_chance_u_mean_sq block_energy turn_bound
+    seconds skipped failed fallbacks""".split()
 )
 """What the report shows of the scalars that a run logs of its spectra."""
 

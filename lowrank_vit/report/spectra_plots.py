@@ -30,9 +30,11 @@ from lowrank_vit.report.style import (
     tidy,
     update_ticks,
 )
+from lowrank_vit.spectral.extremes import Triplets
 from lowrank_vit.spectral.metrics import above_rounding, power_law
 from lowrank_vit.spectral.noise import bulk_density, marchenko_pastur
 from lowrank_vit.spectral.store import StoredVectors
+from lowrank_vit.spectral.subspaces import chance_cosines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -217,17 +219,19 @@ def vectors_plot(run: Run) -> bytes | None:
         return None
     now = run.vectors[-1]
     pairs = [(run.vectors[0], now), *([(run.vectors[-2], now)] if len(run.vectors) > 2 else [])]
-    shared = [key for key in now.ends if key.startswith(_KIND) and all(_fit(old, now, key) for old, _ in pairs)]
+    shared = [key for key in now.ends if key.startswith(_KIND) and all(_both(old, now, key) for old, _ in pairs)]
     types = by_type(key.removeprefix(_KIND) for key in shared)
     if not types:
         return None
     rows = [(old, side) for old, _ in pairs for side in ("u", "v")]
     figure = new_figure(1.6 + 2.5 * len(types), 1.1 + 2.5 * len(rows))
     grid = figure.subplots(len(rows), len(types), squeeze=False)
+    sides: set[int] = set()
     for row, (old, side) in enumerate(rows):
         for column, names in enumerate(types.values()):
             key = _KIND + middle(names)
-            before, after = (getattr(one.ends[key][0], side) for one in (old, now))
+            before, after = (getattr(one, side) for one in _both(old, now, key))
+            sides.add(before.shape[0])
             axes = grid[row, column]
             letter = side.upper()
             label = f"|{letter}ᵀ{letter}′|, from update {old.update:,}" if column == 0 else ""
@@ -246,12 +250,16 @@ def vectors_plot(run: Run) -> bytes | None:
                 axis.set_ticks([1, k] if k > 1 else [1])
             if column == len(types) - 1:
                 style_bar(figure.colorbar(image, ax=list(grid[row]), pad=0.01, fraction=0.03, aspect=18), "|cosine|")
-    text = "recorded top vectors, largest singular value first; a bright diagonal: each is still itself"
-    heading(figure, "Singular vectors then and now", text)
+    text = "top vectors, largest singular value first; a bright diagonal: each is still itself"
+    chances = dict.fromkeys(f"{chance_cosines(1, n)[0]:.2f}" for n in (max(sides), min(sides)))
+    heading(figure, "Singular vectors then and now", f"{text}  ·  by chance a cosine is {' to '.join(chances)}")
     return png(figure)
 
 
-def _fit(old: StoredVectors, now: StoredVectors, key: str) -> bool:
-    return key in old.ends and all(
-        getattr(old.ends[key][0], side).shape == getattr(now.ends[key][0], side).shape for side in ("u", "v")
-    )
+def _both(old: StoredVectors, now: StoredVectors, key: str) -> tuple[Triplets, Triplets] | tuple[()]:
+    """The top vectors of both, with those between the recorded ones where both have them; () if they do not fit."""
+    if key not in old.ends:
+        return ()
+    has_blocks = key in old.blocks and key in now.blocks
+    before, after = (one.blocks[key] if has_blocks else one.ends[key][0] for one in (old, now))
+    return (before, after) if (before.u.shape, before.v.shape) == (after.u.shape, after.v.shape) else ()
