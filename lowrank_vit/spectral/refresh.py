@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.spectral.extremes import Solved, Solver, Thirds
@@ -214,21 +215,23 @@ def block_energies(
         before, now: by name, solved.
         stack: the weights that `now` was solved of, or some of them.
     """
-    found: dict[str, dict[str, float]] = {}
-    for name, matrix in zip(stack.names, stack.matrices_NRC, strict=True):
-        blocks = blocks_of(before[name], now[name]) if name in before else None
-        if blocks is None:
-            continue
-        with torch.no_grad():
+    energies: dict[str, float] = {}
+    on_device: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, matrix in zip(stack.names, stack.matrices_NRC, strict=True):
+            blocks = blocks_of(before[name], now[name]) if name in before else None
+            if blocks is None:
+                continue
             weights_RC = matrix.double()
             if cuda_path(matrix) and now[name].s[0] > 0:
                 u_Rp = torch.from_numpy(blocks[0].u).to(weights_RC)
-                norm = torch.linalg.matrix_norm(u_Rp.T @ weights_RC / float(now[name].s[0]))
-                energy = captured(float(norm), blocks[1].s)
+                on_device[name] = torch.linalg.matrix_norm(u_Rp.T @ weights_RC / float(now[name].s[0]))
             else:
-                energy = block_energy(before[name], now[name], weights_RC.cpu().numpy())
-        found[name] = {"block_energy": energy}
-    return found
+                energies[name] = block_energy(before[name], now[name], weights_RC.cpu().numpy())
+        if on_device:
+            norms = torch.stack(list(on_device.values())).tolist()  # waits once for all of them
+            energies |= {name: captured(norm, now[name]) for name, norm in zip(on_device, norms, strict=True)}
+    return {name: {"block_energy": energy} for name, energy in energies.items()}
 
 
 def refresh(

@@ -109,7 +109,7 @@ class Spectra:
         return self._newest_read
 
     def refresh_vectors(self, update: int) -> StoredVectors:
-        """All recorded triplets of one update at once. Raises `UserError` as `refresh` does."""
+        """All recorded triplets of one update at once, and those between them. Raises `UserError` as `refresh` does."""
         if self._newest_vectors is None or self._newest_vectors.update != update:
             self._newest_vectors = read_vectors(self._chosen(self._vectors, update))
         return self._newest_vectors

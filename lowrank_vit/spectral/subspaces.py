@@ -190,12 +190,13 @@ def block_energy(before: Solved, now: Solved, weights_RC: np.ndarray) -> float:
         return 1.0
     with one_blas_thread():  # and one layout: a product's bits depend on both
         product = np.ascontiguousarray(blocks[0].u.T) @ np.ascontiguousarray(weights_RC)
-    return captured(float(np.linalg.norm(product / now.s[0])), blocks[1].s)
+    return captured(float(np.linalg.norm(product / now.s[0])), now)
 
 
-def captured(norm: float, s_p: np.ndarray) -> float:
-    """The share that |U^T W|_F, over sigma_1, is of the most that it could be."""
-    return float(np.minimum(norm**2 / np.sum((s_p / s_p[0]) ** 2), 1.0))
+def captured(norm: float, now: Solved) -> float:
+    """`block_energy` of a `norm` |U_p^T W|_F / sigma_1."""
+    s_p = (now.block or now.top).s
+    return float(np.minimum(norm**2 / np.sum((s_p / now.s[0]) ** 2), 1.0))
 
 
 def _squares(name: str, cosines: np.ndarray, n: int) -> dict[str, float]:

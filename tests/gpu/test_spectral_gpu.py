@@ -16,12 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowrank_vit.spectral import refresh as refresh_module
 from lowrank_vit.spectral import store
-from lowrank_vit.spectral.analyze import analyze_weights
+from lowrank_vit.spectral.analyze import analyze_weights, compare
 from lowrank_vit.spectral.extremes import Solved
 from lowrank_vit.spectral.monitor import SpectralMonitor
-from lowrank_vit.spectral.refresh import SpectralSettings, update_norms
+from lowrank_vit.spectral.refresh import Memory, SpectralSettings, refresh, update_norms
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
-from lowrank_vit.spectral.solve import MatrixStack, largest_values, solve, solve_stack
+from lowrank_vit.spectral.solve import MatrixStack, largest_values, solve, solve_stack, stack_by_shape
 from tests.spectra import sine, with_spectrum
 
 pytestmark = pytest.mark.gpu
@@ -150,6 +150,26 @@ def test_stored_spectra_equal_an_offline_computation_on_the_same_device(tmp_path
     for name, one in expected.items():
         np.testing.assert_array_equal(stored[f"spec/{name}"], one.s)
         np.testing.assert_array_equal(stored[f"spec_ema/{name}"], one.s)
+
+
+def test_numbers_of_the_block_are_a_cpus_and_the_same_bits_offline() -> None:
+    settings = SpectralSettings(topk=4, interval=2)
+    before = {"blocks.0.m": torch.randn(96, 64, generator=torch.Generator().manual_seed(0))}
+    after = {
+        "blocks.0.m": before["blocks.0.m"] + 0.01 * torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
+    }
+    found: dict[str, dict[str, float]] = {}
+    for device in ("cpu", "cuda"):
+        moments = [{name: w.to(device) for name, w in weights.items()} for weights in (before, after)]
+        memory = Memory()
+        for update, weights in enumerate(moments):
+            values = refresh(update, {"spec": stack_by_shape(weights)}, settings, memory).values
+            found[device] = values["spec/blocks.0.m"]
+        offline = compare(*(analyze_weights(weights, settings) for weights in moments))["blocks.0.m"]
+        assert {"block_energy", "turn_bound", "block_cos_u_mean"} <= set(offline)
+        assert offline == {key: found[device][key] for key in offline}
+    for key in ("block_energy", "turn_bound", "block_gap", "block_cos_v_min", "block_cos_u_overlap"):
+        assert found["cuda"][key] == pytest.approx(found["cpu"][key], rel=1e-7)
 
 
 def test_a_snapshot_holds_while_the_weights_move_on_and_memory_is_reused(tmp_path: Path, gate: threading.Event) -> None:
