@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import warnings
 from collections import deque
 from collections.abc import Generator
@@ -188,6 +189,54 @@ class Mark:
         """Make the host wait until all before the mark is done."""
         if self.event is not None:
             self.event.synchronize()
+
+
+@dataclass(frozen=True)
+class TimedMark(Mark):
+    """A mark that tells when it was reached."""
+
+    at: float
+    """Seconds of the host's clock when it was made."""
+
+    @classmethod
+    def of(cls, stream: torch.cuda.Stream | None) -> TimedMark:
+        """As `Mark.of`."""
+        event = None
+        if stream is not None:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(stream)
+        return cls(event, time.perf_counter())
+
+    def seconds_until(self, later: TimedMark) -> float:
+        """Seconds of the device's clock from here to a later mark, both reached; without CUDA of the host's."""
+        if self.event is None or later.event is None:
+            return later.at - self.at
+        return self.event.elapsed_time(later.event) / 1e3
+
+
+class Spans:
+    """Adds up the time of a stream between two marks each, when they are reached."""
+
+    def __init__(self) -> None:
+        self._open, self._seconds = deque[tuple[TimedMark, TimedMark]](), 0.0
+
+    def add(self, begin: TimedMark, end: TimedMark) -> None:
+        """Note a span behind those before."""
+        self._open.append((begin, end))
+        self._count()
+
+    def taken(self, *, waits: bool = False) -> float:
+        """Seconds of the spans that have ended, each told once; with `waits` the host waits until all have."""
+        if waits and self._open:
+            self._open[-1][1].wait_on_host()
+        self._count()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _count(self) -> None:
+        while self._open and self._open[0][1].is_reached():
+            begin, end = self._open.popleft()
+            self._seconds += begin.seconds_until(end)
 
 
 class KeptAlive:

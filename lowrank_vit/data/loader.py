@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.common import terminal
-from lowrank_vit.common.devices import FIRST, KeptAlive, Mark, cuda_path, on_stream
+from lowrank_vit.common.devices import FIRST, KeptAlive, Mark, Spans, TimedMark, cuda_path, on_stream
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.pulse import beat
 from lowrank_vit.data.batch import Batch
@@ -214,9 +213,8 @@ class _OwnStream:
         self._device, self._stream = device, torch.cuda.Stream(device, priority=FIRST)
         # DALI's memory is not torch's to watch over: a batch is kept until the step that reads it is done.
         self._in_use = KeptAlive()
-        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        """On the trainer's stream, before and behind the waiting for a batch, where that is not known to be over."""
-        self._waited_ms = 0.0
+        self._waits = Spans()
+        """Of the trainer's stream, each while it waits for a batch."""
 
     def run(self, batches: Iterator[Batch], prepare: Prepare | None) -> Iterator[Batch]:
         ahead = None
@@ -245,23 +243,13 @@ class _OwnStream:
             return decoded, batch, Mark.of(self._stream)
 
     def _hand_over_timed(self, batch: Batch, made: Mark, training: torch.cuda.Stream) -> None:
-        before, behind = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record(training)
+        before = TimedMark.of(training)
         made.hand_over(training, batch.images, batch.targets)
-        behind.record(training)
-        self._waits.append((before, behind))
-        self._count_waits()
-
-    def _count_waits(self) -> None:
-        while self._waits and self._waits[0][1].query():
-            before, behind = self._waits.popleft()
-            self._waited_ms += before.elapsed_time(behind)
+        self._waits.add(before, TimedMark.of(training))
 
     def device_wait_s(self) -> float:
         """Seconds that the device waited for batches since the last call; the host does not wait for them."""
-        self._count_waits()
-        waited_ms, self._waited_ms = self._waited_ms, 0.0
-        return waited_ms / 1e3
+        return self._waits.taken()
 
     def close(self) -> None:
         self._stream.synchronize()

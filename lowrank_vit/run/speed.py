@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+import torch
+
+from lowrank_vit.common.devices import Spans, TimedMark
 from lowrank_vit.data.loader import LoaderStats
 
 T = TypeVar("T")
@@ -22,14 +26,21 @@ class Clock:
         """Seconds so far, with that."""
         self.images = 0
         """Images so far, of all ranks."""
-        self._mark = time.perf_counter()
+        self._mark, self._pauses = time.perf_counter(), Spans()
         self._begun = self._logged = Stretch()
 
     def tick(self) -> None:
-        """Add the time since the last tick or batch to `train_s`."""
+        """Add the time since the last tick or batch to `train_s`, without pauses that the device has come past."""
         now = time.perf_counter()
-        self.train_s += now - self._mark
+        self.train_s += now - self._mark - self._pauses.taken()
         self._mark = now
+
+    @contextmanager
+    def paused(self, stream: torch.cuda.Stream | None) -> Generator[None]:
+        """Leave out what others do meanwhile, but not what the stream, where there is one, was asked to do before."""
+        begin = TimedMark.of(stream)
+        yield
+        self._pauses.add(begin, TimedMark.of(stream))
 
     def timed(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield from `batches`, adding the time spent waiting for each to `wait_s`."""
@@ -40,6 +51,7 @@ class Clock:
             got = time.perf_counter()
             self.wait_s += got - asked
             if batch is None:
+                self.train_s -= self._pauses.taken(waits=True)
                 return
             yield batch
             self.tick()

@@ -158,7 +158,8 @@ class Trainer:
     def updates(self) -> Generator[Position]:
         """Train to the last epoch, and hand over after each update; the run stands still until the next is asked for.
 
-        What is handed over is the run's own position, to read only. Closing the iterator abandons the run.
+        What is handed over is the run's own position, to read only. What is done between two updates is no part of the
+        run's speed. Closing the iterator abandons the run.
         """
         setup, stopped_by = self.setup, ""
         self.train_s, self._bad_counts, self._num_bad = 0.0, [0] * self.world.size, 0
@@ -302,7 +303,8 @@ class Trainer:
                 self.checkpoints.save_if_due(is_logged=is_due)
             if self.stop.comes_after(position.num_updates):
                 raise Stopped
-            yield position
+            with clock.paused(current_stream(setup.device)):
+                yield position
         self.train_s += clock.train_s
         return EpochStats(self.state.sums.loss_sum / updates, self.state.sums.lr, speed, clock.train_s)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,66 @@ def test_stretches_are_those_since_the_last_look_and_since_the_restart(now):
             found.append(clock.stretches())
     one, three, four = Stretch(10, 4.0, 3.0), Stretch(30, 12.0, 9.0), Stretch(40, 16.0, 12.0)
     assert found == [(one, one), (three, four)]
+
+
+class Stream:
+    """Of `torch.cuda.Stream` what is used: its events are reached when all that was asked of it is done."""
+
+    def __init__(self, now: list[float]) -> None:
+        self._now, self.done_at = now, 0.0
+
+    def ask(self, seconds: float) -> None:
+        self.done_at = max(self._now[0], self.done_at) + seconds
+
+
+class Event:
+    """Of `torch.cuda.Event` what is used."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+
+    def record(self, stream: Stream) -> None:
+        self._now, self._at = stream._now, max(stream._now[0], stream.done_at)
+
+    def query(self) -> bool:
+        return self._now[0] >= self._at
+
+    def synchronize(self) -> None:
+        self._now[0] = max(self._now[0], self._at)
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end._at - self._at)
+
+
+def test_what_is_done_between_two_updates_is_no_part_of_the_time(now):
+    clock = Clock()
+    for _ in clock.timed(slow_batches(now, 3)):
+        now[0] += 1.0
+        with clock.paused(None):
+            now[0] += 100.0
+    assert (clock.train_s, clock.wait_s) == (pytest.approx(12.0), pytest.approx(9.0))
+
+
+@pytest.mark.parametrize("held_s", [0.0, 4.0, 105.0])
+@pytest.mark.parametrize("waits", [False, True])
+def test_but_what_a_device_had_still_to_do_is(now, held_s, waits, monkeypatch):
+    """It has 6 s of work an update, asked for in 1 s: 5 s of a pause are its own, whoever waits for it.
+
+    Where the host does not wait, it asks for the next update meanwhile.
+    """
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    clock = Clock()
+    stream: Any = Stream(now)
+    for _ in clock.timed(iter(range(3))):
+        now[0] += 1.0
+        stream.ask(6.0)
+        with clock.paused(stream):
+            now[0] += held_s
+            if waits:
+                now[0] = max(now[0], stream.done_at)
+    now[0] = max(now[0], stream.done_at)
+    clock.tick()
+    assert clock.train_s == pytest.approx(21.0 if waits or held_s > 5 else 19.0)
 
 
 def test_the_first_updates_are_handed_over_once_there_are_enough():

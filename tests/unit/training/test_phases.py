@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Generator
 from typing import cast
 
@@ -40,13 +42,22 @@ class Recorder(PhaseListener):
         assert self._open.pop() == phase
 
 
-def test_a_listener_hears_the_whole_loop_and_changes_no_bit(digits_dir, tmp_path):
+def test_a_listener_hears_the_whole_loop_and_changes_no_bit(digits_dir, tmp_path, monkeypatch):
+    """Nor does who takes the updates one by one, and takes its time."""
     argv = [*TINY, "--data-dir", str(digits_dir), "--output", str(tmp_path)]
     recorder = Recorder()
     heard = Trainer(parse([*argv, "--experiment", "heard"]), "x", listener=recorder).run().run_dir
     trainer = Trainer(parse([*argv, "--experiment", "alone"]), "x")
-    assert [position.num_updates for position in trainer.updates()] == list(range(1, UPDATES + 1))
+    clock, passed, seen = time.perf_counter, [0.0], list[int]()
+    monkeypatch.setattr("time.perf_counter", lambda: clock() + passed[0])
+    for position in trainer.updates():
+        seen.append(position.num_updates)
+        passed[0] += 1e4
+    assert seen == list(range(1, UPDATES + 1))
+    assert trainer.result.train_s < 1e4
     alone = trainer.result.run_dir
+    lines = map(json.loads, (alone / "metrics.jsonl").read_text().splitlines())
+    assert min(line["img_per_s"] for line in lines if line["kind"] == "train") > UPDATES * 128 / 1e4
     assert losses(heard) == losses(alone)
     assert same_weights(*(run / "last.pth.tar" for run in (heard, alone)))
     count = {phase: recorder.began.count(phase) for phase in dict.fromkeys(recorder.began)}
