@@ -337,6 +337,22 @@ def test_aggregates_are_means_over_types_and_depths(tmp_path: Path) -> None:
     assert values["spec/refresh/seconds"] > 0
 
 
+def test_numbers_of_a_block_do_not_depend_on_which_of_its_vectors_are_recorded() -> None:
+    noise = torch.Generator().manual_seed(0)
+    moments = [{"m": torch.randn(60, 40, generator=noise)}]
+    moments.append({"m": moments[0]["m"] + 0.1 * torch.randn(60, 40, generator=noise)})
+    found: list[dict[str, float]] = []
+    for topk, interval in ((5, 1), (3, 2), (2, 4)):
+        memory, values = Memory(), dict[str, dict[str, float]]()
+        for update, weights in enumerate(moments):
+            stacks = {"spec": stack_by_shape(weights)}
+            values = refresh(update, stacks, SpectralSettings(topk=topk, interval=interval), memory).values
+        found.append({k: v for k, v in values["spec/m"].items() if "block_" in k or k == "turn_bound"})
+    assert "block_energy" in found[0]
+    assert "block_cos0_v_overlap" in found[0]
+    assert all(one == pytest.approx(found[0], rel=1e-12) for one in found[1:])
+
+
 def test_of_bounds_that_may_be_infinite_the_aggregate_is_the_median() -> None:
     values = {f"spec/blocks.{i}.fc": {"turn_bound": bound} for i, bound in enumerate([2.0, np.inf, 0.5, np.nan])}
     assert aggregates(values)["spec/type/fc"] == {"turn_bound": 2.0}
