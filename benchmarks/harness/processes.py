@@ -52,8 +52,8 @@ def run_limited(command: Sequence[str], limit_s: float) -> None:
 class SharedProcess:
     """One process for several benches, one after the other, so that a model is compiled once for all that want it.
 
-    A bench that fails leaves it as it is. One that takes too long, or ends the process, costs the process, even where
-    it hangs outside of Python; the next bench gets a new one.
+    A bench that fails leaves it as it is. One that takes too long, ends the process or loses its GPU costs the process,
+    even where it hangs outside of Python; the next bench gets a new one.
     """
 
     def __init__(self, command: Sequence[str] | None = None, grace_s: float = SHORT_GRACE_S) -> None:
@@ -77,16 +77,16 @@ class SharedProcess:
                     json.dumps({"arguments": [*arguments, "--json", str(path)], "limit": limit_s}) + "\n"
                 )
                 process.stdin.flush()
-            answer = self._answers.get(timeout=limit_s)
-            is_done = bool(answer)
+            answer = json.loads(self._answers.get(timeout=limit_s) or "null")
+            is_done = answer is not None and not answer["lost_gpu"]
         except queue.Empty:
             raise UserError(_too_long(limit_s)) from None
         finally:
             if not is_done:
                 self._end()
-        if not answer:
+        if answer is None:
             raise UserError(_why_ended(process.returncode, self._told.last))
-        if reason := json.loads(answer)["failed"]:
+        if reason := answer["failed"]:
             raise UserError(reason)
 
     def close(self) -> None:
@@ -119,7 +119,8 @@ class SharedProcess:
 def serve(run: Callable[[list[str]], object]) -> None:
     """What the one process does: run each bench that the standard input names, and answer when it has ended.
 
-    `run` takes a bench's arguments. Where it hangs, the stack of every thread is printed when its time is over.
+    `run` takes a bench's arguments. Where it hangs, the stack of every thread is printed when its time is over. It is
+    the last one where the GPU does nothing any more.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # tables that the JSON has too
@@ -135,7 +136,22 @@ def serve(run: Callable[[list[str]], object]) -> None:
             traceback.print_exc()
             failed = reason_of(error)
         faulthandler.cancel_dump_traceback_later()
-        print(json.dumps({"failed": failed}), file=answers, flush=True)
+        is_lost = _has_lost_gpu()
+        print(json.dumps({"failed": failed, "lost_gpu": is_lost}), file=answers, flush=True)
+        if is_lost:
+            return
+
+
+def _has_lost_gpu() -> bool:
+    """Whether all that a process asks of its GPU fails, as it does for ever after such as an illegal memory access."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 class _Told:

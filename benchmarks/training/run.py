@@ -133,7 +133,7 @@ _kept: ContextVar[dict[Options, TrainingRun] | None] = ContextVar("kept", defaul
 
 @contextmanager
 def kept_open() -> Generator[None]:
-    """Inside, a run stays open for the next figure of the same options."""
+    """Inside, a run stays open for the next figure of the same options, unless its loop has ended."""
     runs: dict[Options, TrainingRun] = {}
     token = _kept.set(runs)
     try:
@@ -148,18 +148,16 @@ def kept_open() -> Generator[None]:
 def training_run(options: Options, note: Callable[[str], object] = nothing) -> Generator[TrainingRun]:
     """The run of these options: a new one, or inside of `kept_open` the one that is there. Raises `UserError`."""
     runs, key = _kept.get(), key_of(options)
-    if runs is not None and key in runs:
-        yield runs[key]
-        return
-    run = TrainingRun(key, note)
+    run = (runs or {}).get(key) or TrainingRun(key, note)
     if runs is not None:
         runs[key] = run
-        yield run
-        return
     try:
         yield run
     finally:
-        run.close()
+        if runs is None or run.timed.is_over:
+            run.close()
+            if runs is not None:
+                del runs[key]
 
 
 def key_of(options: Options) -> Options:

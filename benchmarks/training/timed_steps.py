@@ -213,6 +213,11 @@ class TimedSteps:
             self._stack.close()
             raise
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the run's loop has ended, as it does by any error in it."""
+        return self._updates.gi_frame is None
+
     def __enter__(self) -> TimedSteps:
         return self
 

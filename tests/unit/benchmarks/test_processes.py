@@ -48,8 +48,12 @@ time.sleep(600)
 
 BODY = """
 import ctypes, json, os, sys
+from types import SimpleNamespace
 from benchmarks.harness.processes import serve
 from lowrank_vit.common.errors import UserError
+
+def fail():
+    raise RuntimeError("an illegal memory access was encountered")
 
 def run(arguments):
     kind, path = arguments[0], arguments[-1]
@@ -58,6 +62,8 @@ def run(arguments):
         raise UserError("--count is 0")
     if kind == "broken":
         sys.exit(1)
+    if kind == "lost":
+        sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True, synchronize=fail))
     if kind == "crash":
         os.kill(os.getpid(), 11)
     open(path, "w").write(json.dumps([os.getpid(), arguments]))
@@ -96,8 +102,11 @@ def test_benches_share_a_process_until_one_ends_it(shared, tmp_path, capfd):
     assert pid_of(second) == pid_of(first)
     with pytest.raises(UserError, match=r"killed by signal 11\."):
         shared.start_bench(["crash"], third, 60)
-    shared.start_bench(["good"], third, 60)
+    shared.start_bench(["lost"], third, 60)  # after which a GPU does nothing more in this process
     assert pid_of(third) != pid_of(first)
+    lost = pid_of(third)
+    shared.start_bench(["good"], third, 60)
+    assert pid_of(third) != lost
     assert "a table" not in capfd.readouterr().out
 
 

@@ -128,6 +128,22 @@ def test_a_run_stays_open_between_figures(options):
     assert folder.exists()
 
 
+def test_a_run_whose_loop_has_failed_is_not_kept(options, monkeypatch):
+    of_two = Options(**{**vars(options), "batch_size": 2})
+    with pytest.raises(RuntimeError, match="out of memory"), training_run(of_two) as failed:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(failed.timed.trainer.setup.step), "__call__", out_of_memory)
+            failed.timed.before()
+    assert not failed.timed.trainer.run_dir.path.exists()
+    with training_run(of_two) as another:
+        assert another is not failed
+        assert not another.timed.is_over
+
+
+def out_of_memory(*_: object, **__: object) -> None:
+    raise RuntimeError("CUDA out of memory")
+
+
 def test_the_command_writes_its_figures_after_each_round(options, tmp_path):
     path = tmp_path / "out.json"
     flags = "--model test_vit --img-size 32 -b 4 --steps 2 --step-steps 10 --device cpu --loader ffcv --workers 1"
