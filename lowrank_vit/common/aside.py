@@ -17,8 +17,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, TypeVar
 
@@ -33,6 +33,17 @@ _MOST_AT_ONCE = 512
 """Buffers of one system call; Linux takes up to 1,024."""
 _PROGRAM = "import json, sys; sys.path = json.loads(sys.argv[1]); from lowrank_vit.common.aside import serve; serve()"
 _PR_SET_PDEATHSIG = 1
+_NOT_FOR_IT = (
+    # A batch system tells all processes of a job; the run is to save.
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2),
+    # A terminal may stop a process in the background that writes a warning; who waits for it would wait for ever.
+    *(signal.SIGTTOU, signal.SIGTSTP),
+)
+"""Signals that the process ignores."""
+
+
+class NotStarted(RuntimeError):
+    """There is no process aside, since it cannot be started or ended before it was asked: nothing was computed."""
 
 
 class Aside:
@@ -55,42 +66,61 @@ class Aside:
         """Return `function(*args)`, a function of a module. With `hear` it is given another one before `args`.
 
         What it passes to that comes to `hear`, here, while it goes on; where `hear` raises, the process is ended.
-        Raises what the function raises, and `RuntimeError` where the process is lost.
+        Raises what the function raises, `NotStarted`, and `RuntimeError` where the process is lost.
         """
         if self._process is None or self._talk is None or self._process.poll() is not None:
             self.close()
             self._talk = self._start()
+        talk = self._talk
         try:
-            self._talk.send((function, args, hear is not None))
+            with self._told_if_lost():
+                talk.send((function, args, hear is not None))
             while True:
-                kind, content = self._talk.receive()
+                with self._told_if_lost():
+                    kind, content = talk.receive()
                 if kind == _DONE:
                     return content
                 if kind == _FAILED:
                     break
                 assert hear is not None
                 hear(content)
-        except (EOFError, OSError) as error:
-            raise RuntimeError(f"the process that computes aside has ended (exit status {self.close()})") from error
         except BaseException:
             self.close()
             raise
         raise content
 
+    @contextmanager
+    def _told_if_lost(self) -> Generator[None]:
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            raise RuntimeError(f"the process that computes aside has ended (exit status {self.close()})") from error
+
     def _start(self) -> _Talk:
-        ours, theirs = Pipe()
-        there, back = (os.memfd_create(name) for name in ("aside-there", "aside-back"))
-        with theirs:
-            command = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path)]
-            self._process = subprocess.Popen(
-                [*command, *map(str, (theirs.fileno(), there, back))],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), there, back),
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-                process_group=0,
-            )
-        return _Talk(ours, there, back)
+        """Start the process and wait until it can be asked. Raises `NotStarted`, with nothing left open."""
+        try:
+            with ExitStack() as opened:
+                ours, theirs = (opened.enter_context(end) for end in Pipe())
+                there, back = (_memory(name, opened) for name in ("aside-there", "aside-back"))
+                # Imports take strings alone; -P: nothing is looked for where the run was started, unless it is here.
+                path = json.dumps([entry for entry in sys.path if isinstance(entry, str)])
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", _PROGRAM, path, *map(str, (theirs.fileno(), there, back))],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(), there, back),
+                    env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+                    process_group=0,
+                )
+                theirs.close()
+                talk = _Talk(ours, there, back)
+                talk.receive()
+                opened.pop_all()
+                return talk
+        except Exception as error:
+            status = self.close()
+            why = f"{type(error).__name__}: {error}" if status is None else f"it ended with exit status {status}"
+            raise NotStarted(f"no process can be started that computes aside ({why})") from error
 
     def close(self) -> int | None:
         """End the process, whatever it does, and return its exit status; None where there was none."""
@@ -104,6 +134,13 @@ class Aside:
             return process.wait(0.2)  # one that has ended by itself tells how; one that waits ends now
         process.kill()
         return process.wait()
+
+
+def _memory(name: str, opened: ExitStack) -> int:
+    """The number of a new file in anonymous memory, which `opened` closes."""
+    number = os.memfd_create(name)
+    opened.callback(os.close, number)
+    return number
 
 
 class _Talk:
@@ -152,10 +189,11 @@ class _Talk:
 def serve() -> None:
     """The other process: do what is asked for until nobody is there to ask; its arguments are three open files."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # a batch system tells all processes of a job; the run is to save
+    for number in _NOT_FOR_IT:
+        signal.signal(number, signal.SIG_IGN)
     pipe, back, there = map(int, sys.argv[2:])
     talk = _Talk(Connection(pipe), there, back)
+    talk.send((_DONE, None))  # from here on it can be asked
     asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def listen() -> None:

@@ -140,7 +140,7 @@ class SpectralMonitor:
         far = {} if resumed_update is None else read_far_entries(Path(store_dir))
         index = {"format": 2, **options, **asdict(settings), "matrices": self.matrices, "chance": chance}
         index |= far_entries_content(far)
-        store = self._store = SpectraStore(Path(store_dir), limit_gb * 1e9, index)
+        store = self._store = SpectraStore(Path(store_dir).absolute(), limit_gb * 1e9, index)
         if ranks.rank == 0:
             try:
                 store.begin()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import torch
 
-from lowrank_vit.common.aside import Aside
+from lowrank_vit.common.aside import Aside, NotStarted
 from lowrank_vit.common.devices import Mark, cuda_path, on_stream
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.pulse import beat
@@ -87,8 +87,9 @@ class Worker:
     ) -> None:
         """Start the thread; `keys` are those of all ranks, in the order in which they are stored.
 
-        `is_aside`: what a host computes is computed by another process, which changes no bit.
-        `say` is told of the first failure, and of the first after each success.
+        `is_aside`: what a host computes is computed by another process, which changes no bit, or here where there can
+        be none.
+        `say` is told of that, of the first failure, and of the first after each success.
         """
         self._settings, self._store, self._memory, self._ranks = settings, store, memory, ranks
         if settings.on_cpu:  # as those of a snapshot, which they are compared with
@@ -193,12 +194,15 @@ class Worker:
     def _refreshed(self, update: int, stacks: Stacks) -> Refreshed:
         """One refresh of this rank's share. Raises `Cancelled`."""
         of_refresh: dict[str, Any] = {"cancelled": self._is_cancelled, "log": self._note, "describing": self._describe}
-        if self._aside is None or any(cuda_path(one.matrices_NRC) for of_kind in stacks.values() for one in of_kind):
-            return refresh(update, stacks, self._settings, self._memory, **of_refresh)
         memory = self._memory
+        if self._aside is None or any(cuda_path(one.matrices_NRC) for of_kind in stacks.values() for one in of_kind):
+            return refresh(update, stacks, self._settings, memory, **of_refresh)
         try:
             sent = _as_arrays(stacks), replace(memory, weights=_as_arrays(memory.weights))
             part = self._aside.call(_refreshed_aside, update, *sent, self._settings, hear=self._hear)
+        except NotStarted as error:
+            self._compute_here(error)
+            return refresh(update, stacks, self._settings, memory, **of_refresh)
         except Exception:
             if not memory.last:  # as in `refresh`, weights that cannot be solved are not tried again
                 memory.weights = {}
@@ -211,7 +215,18 @@ class Worker:
 
     def _call(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function of the host's in the process aside, where there is one."""
-        return function(*args) if self._aside is None else self._aside.call(function, *args)
+        if self._aside is not None:
+            try:
+                return self._aside.call(function, *args)
+            except NotStarted as error:
+                self._compute_here(error)
+        return function(*args)
+
+    def _compute_here(self, error: NotStarted) -> None:
+        """From here on, in this thread."""
+        self._aside = None
+        with contextlib.suppress(Exception):
+            self._say(f"warning: {error}. Spectra are computed beside the training then, which they may slow down.")
 
     def _hear(self, line: str) -> None:
         """What the process aside tells: a line for the log, or nothing where it asks whether to go on."""

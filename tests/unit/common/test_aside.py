@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from lowrank_vit.common.aside import Aside
+from lowrank_vit.common.aside import Aside, NotStarted
 from lowrank_vit.common.errors import UserError
 
 LONG_S = 60
@@ -72,10 +72,10 @@ def test_it_tells_while_it_goes_on_and_ends_where_nobody_wants_to_hear(aside):
     assert heard == [0, 1, 2]
 
     def stop(number: int) -> None:
-        raise KeyError(number)
+        raise OSError(f"no room for {number}")
 
     pid = aside.pid
-    with pytest.raises(KeyError):
+    with pytest.raises(OSError, match="no room for 0"):  # as it is, not as one of the process's
         aside.call(count, 10**9, hear=stop)
     assert aside.pid is None
     assert is_gone(pid)
@@ -91,11 +91,30 @@ def test_a_process_that_is_lost_fails_its_call_and_the_next_has_another(aside):
     assert aside.call(os.getpid) != pid
 
 
+def test_it_starts_whatever_lies_where_the_run_was_started_or_in_the_search_path(aside, tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+    assert aside.call(operator.add, 1, 2) == 3
+
+
+@pytest.mark.parametrize("program", ["/nowhere/python", "/bin/false"])
+def test_one_that_cannot_be_started_is_told_and_leaves_nothing_open(aside, monkeypatch, program):
+    monkeypatch.setattr(sys, "executable", program)
+    before = set(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        with pytest.raises(NotStarted, match="exit status 1|No such file"):
+            aside.call(os.getpid)
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert aside.pid is None
+
+
 def test_signals_for_the_run_are_not_for_it_and_it_sees_no_gpu(aside):
-    """Neither a terminal's nor those that a batch system sends to all processes of a job."""
+    """Neither a terminal's, which may also stop it, nor those that a batch system sends to all processes of a job."""
     assert aside.call(os.getpgrp) != os.getpgrp()
     pid = aside.pid
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    of_job = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    for number in (*of_job, signal.SIGTTOU, signal.SIGTSTP):
         os.kill(pid, number)
     assert aside.call(os.getpid) == pid
     assert aside.call(os.getenv, "CUDA_VISIBLE_DEVICES") == ""

@@ -405,28 +405,39 @@ def test_a_gpus_way_gives_the_cpus_figures(tmp_path: Path, on_cuda_path: CudaPat
 
 
 def test_computed_aside_all_that_is_stored_and_recorded_has_the_same_bits(tmp_path: Path, monkeypatch: Any) -> None:
-    """In another process, each refresh compared with the one before, also where the process was lost meanwhile."""
+    """In another process, each refresh compared with the one before, also where the process was lost meanwhile.
+
+    So has what is computed here since there can be no process; and folders are those that were meant at the start.
+    """
     found: list[tuple[list[dict[str, float]], dict[str, bytes]]] = []
     workers: list[Worker] = []
-    for is_aside in (False, True):
+    said: list[str] = []
+    for way in ("here", "aside", "not started"):
 
-        def make(*args: Any, is_aside: bool, now: bool = is_aside) -> Worker:
-            workers.append(Worker(*args, is_aside=now))
+        def make(*args: Any, is_aside: bool, now: str = way) -> Worker:
+            workers.append(Worker(*args, is_aside=now != "here"))
             return workers[-1]
 
         monkeypatch.setattr("lowrank_vit.spectral.monitor.Worker", make)
-        model, folder = tiny_vit(0), tmp_path / str(is_aside)
-        with watch(model, folder, tiny_vit(1)) as monitor:
+        if way == "not started":
+            monkeypatch.setattr("sys.executable", "/nowhere/python")
+        monkeypatch.chdir(tmp_path)
+        model = tiny_vit(0)
+        with watch(model, Path(way), tiny_vit(1), say=said.append) as monitor:
             records = observe(monitor, model, range(0, 4, 2))
-            if aside := workers[-1]._aside:
+            if way == "aside":
+                assert (aside := workers[-1]._aside) is not None
                 assert aside._process is not None
                 aside._process.kill()
                 aside._process.wait(LONG_S)
+            monkeypatch.chdir("/")
             records += observe(monitor, model, range(4, 6, 2))
             assert monitor.failed == 0
-        assert not aside or aside.pid is None
-        found.append((records, {path.name: path.read_bytes() for path in folder.iterdir()}))
-    assert found[0] == found[1]
+        assert (aside := workers[-1]._aside) is None or aside.pid is None
+        found.append((records, {path.name: path.read_bytes() for path in (tmp_path / way).iterdir()}))
+    assert found[0] == found[1] == found[2]
+    (line,) = said
+    assert "no process can be started" in line
 
 
 def test_both_solvers_agree(tmp_path: Path) -> None:
