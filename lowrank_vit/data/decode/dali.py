@@ -34,7 +34,7 @@ from lowrank_vit.data.decode.backend import (
     new_meter,
     spans,
 )
-from lowrank_vit.data.decode.dali_pipeline import PipelineShape, Sources, start_pipeline
+from lowrank_vit.data.decode.dali_pipeline import PipelineShape, Sources, large_sides, release_memory, start_pipeline
 from lowrank_vit.data.decode.pil import find_damage
 from lowrank_vit.data.decode.resize_cpu import resize_batch
 from lowrank_vit.data.sets.beton import Beton
@@ -93,7 +93,7 @@ class DaliBackend:
             prefetch=prefetch,
             hw_decoder_load=hw_decoder_load,
             fancy_upsampling=fancy_upsampling,
-            largest=(int(beton.heights.max()), int(beton.widths.max())),
+            large=large_sides(beton),
         )
         self._threads = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         # Of the feeding thread's own: on the consumer's, its work on one batch would wait for the decoding of the next.
@@ -107,7 +107,7 @@ class DaliBackend:
         self._being_read = KeptAlive()
         self._pipeline: Any = start_pipeline(self._shape)
 
-    def decode(self, schedule: Schedule) -> Iterator[Batch]:
+    def decode(self, schedule: Schedule) -> Generator[Batch]:
         """Yield the schedule's batches; a thread keeps DALI busy meanwhile and ends with this generator."""
         if self._pipeline is None:
             self._pipeline = start_pipeline(self._shape)
@@ -238,8 +238,10 @@ class DaliBackend:
         return self._decoding.waiting if self._decoding else 0
 
     def close(self) -> None:
-        """Give DALI's threads and memory back."""
+        """Give DALI's threads and memory back, the memory to others on the device, too."""
         self._pipeline = None
+        if cuda_path(self._device):
+            release_memory()
 
 
 def rows_of(plan: BatchPlan, rows: slice) -> BatchPlan:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_prep.formats.beton import MODE_RAW
 from lowrank_vit.common.filters import BILINEAR, DALI_NAMES
+from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.mixing import NO_MIX
 from lowrank_vit.plan.plans import BatchPlan
 from lowrank_vit.plan.rectangles import CenterCrops
@@ -39,14 +41,27 @@ class PipelineShape:
     hw_decoder_load: float
     fancy_upsampling: bool = True
     """On a GPU: interpolate chroma as libjpeg does, on the CPU too, instead of repeating it."""
-    largest: tuple[int, int] = (0, 0)
-    """Greatest height and greatest width of the set's images, pixels: memory for such is taken at the start."""
+    large: tuple[int, int] = (0, 0)
+    """Height and width that hardly any JPEG of the set exceeds, pixels: memory for such is taken at the start."""
 
 
 _DEVICE_PADDING, _HOST_PADDING = 1 << 24, 1 << 23
 """DALI's own, bytes a thread."""
 _MOST_PADDING, _MOST_OF_ENGINE = 1 << 26, 1 << 31
-"""The most that is taken ahead, in bytes a thread and for a batch: one huge image among many must not cost more."""
+"""The most that is taken ahead, in bytes a thread and for a batch."""
+_LARGE = 99
+"""Percent of a set's JPEGs for which memory is taken ahead: few huge ones among many must not cost so much."""
+
+
+def large_sides(beton: Beton) -> tuple[int, int]:
+    """Height and width, pixels, that `_LARGE` percent of a set's JPEGs do not exceed each; 0 without any."""
+    is_jpeg = beton.modes != MODE_RAW
+    if not is_jpeg.any():
+        return 0, 0
+    height, width = (
+        int(np.percentile(sides[is_jpeg], _LARGE, method="higher")) for sides in (beton.heights, beton.widths)
+    )
+    return height, width
 
 
 def memory_hints(shape: PipelineShape) -> dict[str, int]:
@@ -55,7 +70,7 @@ def memory_hints(shape: PipelineShape) -> dict[str, int]:
     A thread's buffers hold an image's coefficients, 16 bits each, and its pixels; the engine's a batch of pixels. An
     image larger than foreseen costs a reallocation.
     """
-    height, width = shape.largest
+    height, width = shape.large
     coefficients, pixels = 2 * 3 * height * width, 3 * height * width
     hints = {
         "device_memory_padding": min(max(_DEVICE_PADDING, coefficients + pixels), _MOST_PADDING),
@@ -183,6 +198,14 @@ def start_pipeline(shape: PipelineShape) -> Any:
     for _ in range(shape.prefetch):
         pipeline.outputs()
     return pipeline
+
+
+def release_memory() -> None:
+    """Give what DALI's pools keep of a GPU, and of pinned memory, without need to others."""
+    from nvidia.dali import backend  # heavy; and not typed
+
+    pools: Any = backend
+    pools.ReleaseUnusedMemory()
 
 
 def _dali() -> tuple[Any, Any, Any]:
