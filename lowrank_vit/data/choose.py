@@ -105,6 +105,8 @@ def _engine_share(
 
     def measured() -> dict[str, float]:
         assert isinstance(plan, TrainPlan)
+        if options.say:
+            options.say(f"measuring shares for the GPU's JPEG engine with {beton.path.name}, which takes some seconds")
         return measure_shares(open_with, plan, device)
 
     return choose_share(beton, plan, device, options, measured)

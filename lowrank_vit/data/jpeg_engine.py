@@ -29,6 +29,7 @@ ENOUGH = 1.2
 WAITING = 0.05
 """Share of the time waited for data from which on the loader counts as too slow."""
 _HARDWARE = 3  # nvjpegBackend_t NVJPEG_BACKEND_HARDWARE, nvjpeg.h
+_NO_ENGINE = (7, 9)  # nvjpegStatus_t ARCH_MISMATCH and IMPLEMENTATION_NOT_SUPPORTED
 _STEP = "step"
 
 
@@ -145,7 +146,9 @@ def measure_shares(open_with: Callable[[float], Backend], plan: TrainPlan, devic
 
 
 def has_jpeg_engine(device: torch.device, nvjpeg: Any = None) -> bool:
-    """Whether a GPU, or a MIG slice of it, has one that nvJPEG can use; True where nvJPEG is not there to be asked.
+    """Whether a GPU, or a MIG slice of it, has one that nvJPEG can use; True where nvJPEG does not say.
+
+    It is not there to be asked, or fails for another reason, such as memory: a measurement then tells what is fast.
 
     `nvjpeg`: the library, default: that of DALI and torch.
     """
@@ -158,7 +161,7 @@ def has_jpeg_engine(device: torch.device, nvjpeg: Any = None) -> bool:
     status = nvjpeg.nvjpegCreateEx(_HARDWARE, None, None, 0, ctypes.byref(handle))
     if status == 0:
         nvjpeg.nvjpegDestroy(handle)
-    return status == 0
+    return status not in _NO_ENGINE
 
 
 def _nvjpeg_path() -> str:

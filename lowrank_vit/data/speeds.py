@@ -6,16 +6,18 @@ Each entry of FILE.beton.speed.json is what was measured, images a second by nam
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from lowrank_vit.common.devices import cuda_path, wait_for
+from lowrank_vit.common.devices import Mark, cuda_path, current_stream
 from lowrank_vit.common.files import write_whole
 from lowrank_vit.common.pulse import beat
 from lowrank_vit.common.resources import available_cores
@@ -25,6 +27,8 @@ from lowrank_vit.plan.plans import TrainPlan
 
 _SAMPLES, _GPU_BATCHES = 256, 8
 """Decoded for one timing of a backend on a CPU, which takes them in a fraction of a second; and on a GPU."""
+_ROUND_S, _LEAST_BATCHES = 0.5, 2
+"""On a GPU a timing ends after so many seconds, with so many batches at least: batches may be large, GPUs slow."""
 _ROUNDS = 3
 
 Key = Mapping[str, Any]
@@ -85,21 +89,33 @@ def kept_or_measured(
 def measure(backends: Mapping[str, Backend], plan: TrainPlan, device: torch.device) -> dict[str, float]:
     """Measure each backend in turn on the same batches: its median images a second. Closes the backends."""
     taken: dict[str, list[float]] = {kind: [] for kind in backends}
-    few = _GPU_BATCHES if cuda_path(device) else max(2, _SAMPLES // plan.batch_size)
+    few, limit_s = max(_LEAST_BATCHES, _SAMPLES // plan.batch_size), math.inf
+    if cuda_path(device):
+        few, limit_s = _GPU_BATCHES, _ROUND_S
     try:
         for n in range(1 + _ROUNDS):
             for kind, backend in backends.items():
-                begun, count = time.perf_counter(), 0
-                for batch in backend.decode(_Few(plan, few)):
-                    count += len(batch)
-                    beat()
-                wait_for(device)  # the host may be ahead of it
+                img_per_s = _timed(backend, _Few(plan, few), device, limit_s)
                 if n:  # the first round warms up
-                    taken[kind].append(count / (time.perf_counter() - begun))
+                    taken[kind].append(img_per_s)
     finally:
         for backend in backends.values():
             backend.close()
     return {kind: median(speeds) for kind, speeds in taken.items()}
+
+
+def _timed(backend: Backend, schedule: Schedule, device: torch.device, limit_s: float) -> float:
+    """Images a second until the schedule, or the time, is over."""
+    begun, count = time.perf_counter(), 0
+    with closing(backend.decode(schedule)) as batches:
+        for n, batch in enumerate(batches, 1):
+            count += len(batch)
+            beat()
+            if n >= _LEAST_BATCHES and time.perf_counter() - begun > limit_s:
+                break
+        # The host may be ahead of the device, of which what is decoded ahead is not waited for.
+        Mark.of(current_stream(device)).wait_on_host()
+        return count / (time.perf_counter() - begun)
 
 
 class _Few(Schedule):

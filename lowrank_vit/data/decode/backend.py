@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -124,7 +124,7 @@ class Backend(Protocol):
     decode_ms: deque[float]
     """Milliseconds that each of the last batches took to decode; see `new_meter`."""
 
-    def decode(self, schedule: Schedule) -> Iterator[Batch]:
+    def decode(self, schedule: Schedule) -> Generator[Batch]:
         """Yield the schedule's batches; closing the generator early ends all threads of it.
 
         Device work goes to the CUDA stream that is current when a batch is asked for. Raises `DamagedSamples` in the

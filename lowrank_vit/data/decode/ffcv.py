@@ -8,7 +8,7 @@ damage is named, no JPEG borrows the tables of the one before, and each batch ha
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 
 import numba
 import numpy as np
@@ -90,7 +90,7 @@ class FfcvBackend:
         self._decoding: Ahead[tuple[Tensor, BatchPlan]] | None = None
         self.decode_ms = new_meter()
 
-    def decode(self, schedule: Schedule) -> Iterator[Batch]:
+    def decode(self, schedule: Schedule) -> Generator[Batch]:
         """Yield the schedule's batches; the thread that decodes them ends with this generator."""
         decoding = self._decoding = Ahead(self._decoded(schedule), self._prefetch, self.name)
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import numba
 import numpy as np
@@ -43,7 +43,7 @@ class ResidentBackend:
         self._set.load(workers, say)
         self.decode_ms = new_meter()
 
-    def decode(self, schedule: Schedule) -> Iterator[Batch]:
+    def decode(self, schedule: Schedule) -> Generator[Batch]:
         """Yield the schedule's batches. Times are the host's: on CUDA, of queueing the work."""
         for plan in schedule:
             begun = time.perf_counter()

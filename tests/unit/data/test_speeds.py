@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +52,26 @@ def test_both_are_measured_on_the_same_batches(beton):
     speeds = measure(backends, plan, CPU)
     assert seen["ffcv"] == seen["dali"] == 4 * plan.ids(0).tolist()
     assert min(speeds.values()) > 0
+
+
+def test_slow_gpus_and_large_batches_are_timed_for_a_while_not_for_so_many_batches(beton, monkeypatch, on_cuda_path):
+    now, closed, plan = [0.0], [0], plan_of(beton)
+
+    def decode(schedule):
+        try:
+            for n in range(len(schedule)):
+                now[0] += 0.2
+                yield schedule.plan(n).ids
+        finally:
+            now[0] += 5.0  # ending early what is decoded ahead counts for nothing
+            closed[0] += 1
+
+    slow: Any = SimpleNamespace(decode=decode, close=lambda: None)
+    monkeypatch.setattr(speeds.time, "perf_counter", lambda: now[0])
+    with on_cuda_path():
+        assert measure({"slow": slow}, plan, CPU) == {"slow": pytest.approx(4 / 0.2)}
+    assert closed == [4]
+    assert now[0] == pytest.approx(4 * (3 * 0.2 + 5.0))
 
 
 def test_what_is_measured_is_kept_under_all_that_counts(beton):
