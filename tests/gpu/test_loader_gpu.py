@@ -136,10 +136,13 @@ def test_epochs_left_early_leave_threads_and_memory(sets, backend):
 
 @pytest.mark.parametrize("stored", ["jpeg", "raw", "mixed"])
 def test_a_resident_set_goes_there_in_parts(sets, stored, monkeypatch):
-    """Through two pinned pieces, each filled again while the other's copy may still be under way."""
+    """Through two pinned pieces, each filled again only when its copy, which may come late, is done."""
     monkeypatch.setattr(resident_set, "_PART_BYTES", 100_000)
     beton = Beton(sets[stored])
     room = resident_set.ResidentSet(beton, torch.device("cuda"))
+    busy = torch.randn(4096, 4096, device="cuda")
+    for _ in range(200):
+        busy = busy @ busy / 64  # keeps the copies, which are asked for on this stream, far behind
     room.load(2)
     pixels = room.pixels.cpu().numpy()
     for i, start in enumerate(room.starts):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +59,58 @@ def test_all_images_are_pillows_by_every_way(sets, stored, part_bytes, way, monk
         expected = decode(beton, i).reshape(-1)
         assert np.array_equal(room.pixels[start : start + len(expected)].numpy(), expected)
     assert not room._pieces
+
+
+class LateStream:
+    """Of `torch.cuda.Stream` what is used; nothing that is asked of it is done before somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.asked: deque[Callable[[], object]] = deque()
+        self.most_asked = 0
+
+    def ask(self, work: Callable[[], object]) -> None:
+        self.asked.append(work)
+        self.most_asked = max(self.most_asked, len(self.asked))
+
+    def record_event(self) -> Any:
+        passed: list[bool] = []
+        self.ask(lambda: passed.append(True))
+
+        def synchronize() -> None:
+            while not passed:
+                self.asked.popleft()()
+
+        return SimpleNamespace(synchronize=synchronize)
+
+
+class LatePixels:
+    """A GPU's memory, to which copies come by a stream."""
+
+    def __init__(self, pixels: torch.Tensor, stream: LateStream) -> None:
+        self.pixels, self.stream = pixels, stream
+
+    def __getitem__(self, where: slice) -> Any:
+        def copy_(host: torch.Tensor, *, non_blocking: bool) -> None:
+            assert non_blocking
+            self.stream.ask(lambda: self.pixels[where].copy_(host))
+
+        return SimpleNamespace(copy_=copy_)
+
+
+@pytest.mark.parametrize("part_bytes", [150_000, 1000])
+def test_a_pinned_piece_is_filled_again_only_when_its_copy_is_done(sets, part_bytes, monkeypatch, on_cuda_path):
+    monkeypatch.setattr(resident_set, "_PART_BYTES", part_bytes)
+    beton, stream = Beton(sets["jpeg"]), LateStream()
+    monkeypatch.setattr(resident_set, "current_stream", lambda device: stream)
+    with on_cuda_path():
+        room = ResidentSet(beton, CPU)
+        room.pixels, pixels = LatePixels(room.pixels, stream), room.pixels  # type: ignore[assignment]
+        room.load(2)
+    assert not stream.asked  # and all is there when it is loaded
+    assert stream.most_asked == 4  # two copies at a time, each with what marks its end
+    for i, start in enumerate(room.starts):
+        expected = decode(beton, i).reshape(-1)
+        assert np.array_equal(pixels[start : start + len(expected)].numpy(), expected)
 
 
 def test_raw_samples_are_read_many_at_a_time(sets, reads, monkeypatch):
