@@ -29,6 +29,8 @@ from lowrank_vit.common.errors import UserError
 Start = Callable[[Sequence[str], Path, float], None]
 """Runs the bench of these arguments, which writes its JSON to the file, for so many seconds at most. Raises `UserError`
 if it fails; a file that it has written all the same counts."""
+REHEARSED = 4
+"""So many times the limits of a GPU's benches is given to their rehearsal on a CPU, which may have to compile first."""
 LEAST_S = 5.0
 """With less time left no bench is started."""
 
@@ -57,8 +59,8 @@ class Options:
     ] = None
     """End the bench that is running by then, and start no other."""
 
-    def entries(self, device: str) -> dict[str, Entry]:
-        """The benches to run by name. Raises `UserError` for what cannot be."""
+    def entries(self, device: str, others: Sequence[str] = ()) -> dict[str, Entry]:
+        """The benches to run by name. Raises `UserError` for what cannot be; `others` are names that it tells, too."""
         if self.repeats is not None:
             check_repeats(self.repeats)
         if self.budget is not None and self.budget <= 0:
@@ -76,9 +78,9 @@ class Options:
             names = list(dict.fromkeys(name for part in self.only for name in part.split(",") if name))
         for name in names:
             if name not in NAMES:
-                raise UserError(f"--only {name} is not a bench. There are: {', '.join(NAMES)}.")
+                raise UserError(f"--only {name} is not a bench. There are: {', '.join([*others, *NAMES])}.")
             if name not in there:
-                raise UserError(f"--only {name} is no bench of this device's. Here are: {', '.join(there)}.")
+                raise UserError(f"--only {name} is no bench of this device's. Here are: {', '.join([*others, *there])}.")
         if not names:
             raise UserError(f"--only names no bench. There are: {', '.join(there)}.")
         return {name: there[name] for name in names}
@@ -125,7 +127,8 @@ def run(
     with tempfile.TemporaryDirectory() as folder, SharedProcess() as shared:
         for name, entry in entries.items():
             begun = clock()
-            limit_s = min(entry.limit_s if is_short else LONGEST_S, end - begun)
+            longest_s = entry.limit_s * (REHEARSED if options.tiny and device != "cuda" else 1)
+            limit_s = min(longest_s if is_short else LONGEST_S, end - begun)
             path = Path(folder) / f"{name}.json"
             joined.forget(name)
             try:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -27,6 +27,7 @@ from benchmarks.harness.sets import converted, photographs
 from benchmarks.prep import CACHE
 from benchmarks.selection import PHOTOS, SELECTIONS
 from data_prep.formats.jpeg import ImageOptions
+from lowrank_vit.common.devices import why_no_cuda
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
 from lowrank_vit.common.resources import available_cores
@@ -94,10 +95,15 @@ class Options:
         if self.tiny and self.without_gpu:
             raise UserError("--tiny and --without-gpu exclude each other: a rehearsal needs no GPU.")
         if not (self.without_gpu or self.tiny or torch.cuda.is_available()):
+            why, advice = why_no_cuda() or (
+                "",
+                "Run this where `nvidia-smi` lists a GPU, with a torch that is built for CUDA (make gpu-check "
+                "PY=python3 takes another interpreter)",
+            )
             raise UserError(
-                "torch sees no CUDA device, so nothing can be checked. Run this where `nvidia-smi` lists a GPU, with a "
-                "torch that is built for CUDA (make gpu-check PY=python3 takes another interpreter), make the record "
-                'of a machine without one: make gpu-check ARGS="--without-gpu", or rehearse: ARGS="--tiny".'
+                f"torch sees no CUDA device{why and f', since {why}'}, so nothing can be checked. "
+                f"{advice.rstrip(',')}, make the record of a machine without one: make gpu-check "
+                'ARGS="--without-gpu", or rehearse: ARGS="--tiny".'
             )
         if not Path("tests/gpu").is_dir():
             raise UserError("The folder tests/gpu is not here. Run make gpu-check in a checkout of the project.")
@@ -161,7 +167,7 @@ def run(
     """
     options.check()
     device = "cuda" if torch.cuda.is_available() and not options.without_gpu else "cpu"
-    options.benches(device, 1).entries(device)  # a wrong name is said now
+    options.benches(device, 1).entries(device, others=(_TESTS,))  # a wrong name is said now
     minutes = options.minutes or MINUTES["cpu" if options.tiny else device] + PROFILE_MINUTES * options.profile
     files, begun = files_of(options.tiny), time.monotonic()
     if not options.names or not _is_of_this_machine(files, note):
@@ -191,12 +197,23 @@ def run(
 
 def _is_of_this_machine(files: _Files, note: Callable[[str], object]) -> bool:
     """Whether there is a record to add to."""
-    before = all_benches.earlier(files.benches)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    if before is not None and before.get("environment", {}).get("gpu") not in (None, gpu):
-        note(f"the last record is of another GPU ({before['environment']['gpu']}), so a new one is begun")
-        return False
-    return before is not None or files.tests.exists()
+    parts = [part for part in (all_benches.earlier(files.benches), _earlier_tests(files, note)) if part is not None]
+    for part in parts:
+        if (other := (part.get("environment") or {}).get("gpu")) not in (None, gpu):
+            note(f"the last record is of another GPU ({other}), so a new one is begun")
+            return False
+    return bool(parts)
+
+
+def _earlier_tests(files: _Files, note: Callable[[str], object]) -> dict[str, Any] | None:
+    """What an earlier check has left of its tests; what cannot be read is forgotten, with a note."""
+    try:
+        return record.read_part(files.tests)
+    except UserError as error:
+        note(str(error))
+        files.tests.unlink()
+        return None
 
 
 def _write_page(options: Options, files: _Files) -> Path:

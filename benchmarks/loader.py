@@ -22,7 +22,7 @@ from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.data.choose import open_loader
-from lowrank_vit.data.decode.backend import LoaderOptions
+from lowrank_vit.data.decode.backend import LoaderOptions, usual_workers
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.mixing import MixRules
@@ -73,7 +73,7 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the images have to be; on cuda DALI's GPU decoder and a resident set are timed as well."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")] = None
-    """Decoding threads of ours, FFCV's and DALI's, processes of timm's."""
+    """Decoding threads of ours, FFCV's and DALI's, processes of timm's; on cuda by default as many as in training."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
     """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
     scratch: Annotated[Path, tyro.conf.arg(metavar="DIR")] = CACHE
@@ -96,7 +96,7 @@ def run(
     device = pick_device(options.device)
     count, batch_size = SIZES[device.type]
     options = replace(options, count=options.count or count, batch_size=options.batch_size or batch_size)
-    workers = available_cores() if options.workers is None else options.workers
+    workers = options.workers or (usual_workers(device) if device.type == "cuda" else available_cores())
     folder, beton = _sets(options, note)
     surroundings = environment(device.type)
     files = sorted(folder.glob("*/*.jpg"))

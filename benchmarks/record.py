@@ -50,7 +50,7 @@ def to_markdown(known: Mapping[str, Any], tests: dict[str, Any] | None, benches:
     if benches is None:
         lines += ["", "## Benches", "", "Not measured."]
     else:
-        lines += _benches(benches)
+        lines += _benches(benches, tests)
     lines += ["", "## Not measured", ""]
     missing = not_measured(known, tests, benches)
     return "\n".join([*lines, *(f"- {what}" for what in missing or ["nothing was left out"]), ""])
@@ -101,6 +101,9 @@ def _tests(tests: Mapping[str, Any] | None) -> list[str]:
     lines = [", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) + "."]
     fine = ("passed", "skipped", NOT_RUN)
     failed = {name: one for name, one in outcomes.items() if one.get("outcome") not in fine}
+    for name, one in outcomes.items():
+        if figures := one.get("figures"):
+            lines += ["", f"`{name}`: {_plain(', '.join(f'{what} {value}' for what, value in figures.items()))}."]
     return lines + ([""] + [f"- failed: `{name}`{_last_line(one)}" for name, one in failed.items()] if failed else [])
 
 
@@ -112,7 +115,7 @@ def _last_line(outcome: Mapping[str, Any]) -> str:
     return f": {_plain(told[:300])}" if told else ""
 
 
-def _benches(benches: Mapping[str, Any]) -> list[str]:
+def _benches(benches: Mapping[str, Any], tests: Mapping[str, Any] | None) -> list[str]:
     results, seconds = benches.get("benches", {}), benches.get("seconds", {})
     rows = []
     wanted = {name: results.get(name, {}) for name in benches.get("wanted", results)}
@@ -132,7 +135,7 @@ def _benches(benches: Mapping[str, Any]) -> list[str]:
     headings = ["bench", "seconds", "work", "attention", "decoding", "bottleneck"]
     lines += _table([*headings, "peak memory, GiB", "of the GPU, GiB"], rows)
     lines += _runs(results)
-    lines += _surroundings(results)
+    lines += _surroundings({**({"the tests": tests} if tests else {}), **results})
     lines += _kernels(results)
     lines += ["", "## How the peers were set", ""]
     lines += _table(["case", "setting"], [[f"`{name}`", text] for name, text in settings_of_peers(results).items()])
@@ -146,7 +149,7 @@ def _benches(benches: Mapping[str, Any]) -> list[str]:
 
 
 def _surroundings(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Where benches were added at another commit, or in other surroundings: which."""
+    """Where tests or benches were added at another commit, or in other surroundings: which."""
     found = {
         name: ", ".join(f"{key} {known[key]}" for key in ("commit", "gpu", "torch") if known.get(key))
         for name, result in results.items()
@@ -254,7 +257,7 @@ def write(options: Options, page: Path | None = None) -> Path:
 
     `page`: that of the same record, which is written anew (default: a new one).
     """
-    tests, benches = _read(options.tests), _read(options.benches)
+    tests, benches = read_part(options.tests), read_part(options.benches)
     if tests is None and benches is None:
         raise UserError(f"Neither {options.tests} nor {options.benches} is there. Run make gpu-check.")
     known = next((part["environment"] for part in (benches, tests) if part and part.get("environment")), {})
@@ -283,7 +286,8 @@ def _file_word(text: object) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", str(text)).strip("-").lower()
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_part(path: Path) -> dict[str, Any] | None:
+    """What `pytest --gpu-record` or `bench all` wrote; None where it is not there. Raises `UserError`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

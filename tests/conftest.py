@@ -22,6 +22,7 @@ import torch
 from hypothesis import settings
 
 from data_prep.convert import convert_digits
+from lowrank_vit.common.files import write_whole
 from lowrank_vit.common.locks import FolderLock
 from tests.device_path import on_cuda_path as on_cuda_path
 
@@ -97,7 +98,7 @@ def _folders_of_a_failure_are_unlocked(request: pytest.FixtureRequest) -> Genera
 
 
 class _Record:
-    """The outcome and duration of every test, and why it failed or was skipped; on disk after each of them.
+    """Outcome, duration and figures of every test, and why it failed or was skipped; on disk after each of them.
 
     So what is known outlasts a run that is cut off; tests that it did not reach are "not run". Under xdist the
     controller alone keeps one.
@@ -124,6 +125,8 @@ class _Record:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             self._results[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 3)}
+            if report.user_properties:
+                self._results[report.nodeid]["figures"] = dict(report.user_properties)
             if report.failed:
                 self._results[report.nodeid]["message"] = report.longreprtext[-4000:]
             elif report.skipped and isinstance(report.longrepr, tuple):
@@ -140,7 +143,7 @@ class _Record:
 
     def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps(self._content, indent=2) + "\n", encoding="utf-8")
+        write_whole(self._path, json.dumps(self._content, indent=2) + "\n")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -52,6 +52,7 @@ AIMS = (
     Aim("end-to-end-base", "end_to_end_vs_synthetic", 0.97, "training a ViT-B / its step alone", "cuda"),
     Aim("loader", "dali_gpu", 12_000, "loader dali on the GPU, img/s", "cuda"),
     Aim("loader", "dali_gpu_400px", 19_000, "the same, set of at most 400 px, img/s", "cuda"),
+    Aim("loader", "interpolated_vs_repeated_colours", 0.95, "dali, colours interpolated / repeated", "cuda"),
     Aim("loader", "resident_256px", 100_000, "resident 256 px raw, img/s", "cuda"),
     Aim("loader", "resident", 60_000, "resident 500 px photographs, img/s", "cuda"),
     Aim("augment", "full_recipe", 500_000, "augmentation on the GPU, img/s", "cuda"),

@@ -40,7 +40,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or name.startswith("cpu:"):
         raise UserError(f"--device takes auto, cpu, cuda or cuda:N, not `{name}`.")
     if kind == "cuda" and not has_cuda():
-        why, advice = _why_no_cuda() or ("", "Check nvidia-smi")
+        why, advice = why_no_cuda() or ("", "Check nvidia-smi")
         raise UserError(
             f"--device {name}: torch sees no CUDA device{why and f', since {why}'}. {advice}, or use --device cpu."
         )
@@ -65,13 +65,13 @@ def has_cuda() -> bool:
 
 def why_on_cpu(name: str, device: torch.device) -> str:
     """A note that says what keeps `--device auto` from a GPU; empty where nothing does, as where there is no driver."""
-    if name != "auto" or cuda_path(device) or (found := _why_no_cuda()) is None:
+    if name != "auto" or cuda_path(device) or (found := why_no_cuda()) is None:
         return ""
     why, advice = found
     return f"note: on the CPU, since {why}. {advice} to use a GPU."
 
 
-def _why_no_cuda() -> tuple[str, str] | None:
+def why_no_cuda() -> tuple[str, str] | None:
     """What keeps torch from using a GPU, and what to do, in words; None without a driver, which says it all."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):

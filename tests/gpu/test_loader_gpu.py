@@ -168,7 +168,7 @@ def test_a_gpu_without_room_is_another_loaders_cause(sets, what, monkeypatch):
         open_on("cuda", "resident", beton, train_plan(beton))
 
 
-def test_interpolated_colours_are_closer_to_pillows(sets):
+def test_interpolated_colours_are_closer_to_pillows(sets, record_property):
     beton, means = Beton(sets["jpeg"]), []
     plan = train_plan(beton)
     for fancy in (True, False):
@@ -179,8 +179,9 @@ def test_interpolated_colours_are_closer_to_pillows(sets):
                 expected = crop_and_resize(decode(beton, sample_id), batch.plan, n, 64)
                 found.append(psnr(batch.images[n].permute(1, 2, 0).cpu().numpy(), expected))
         loader.close()
-        means.append(np.mean(found))
-    print(f"PSNR against Pillow, dB: interpolated {means[0]:.1f}, repeated {means[1]:.1f}")
+        means.append(float(np.mean(found)))
+    record_property("interpolated_psnr_db", round(means[0], 2))
+    record_property("repeated_psnr_db", round(means[1], 2))
     assert means[0] > means[1]
 
 

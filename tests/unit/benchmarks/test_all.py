@@ -83,6 +83,7 @@ def test_the_aims_on_a_gpu_are_those_asked_for():
     assert found["monitor", "with_monitor_vs_without"] == 0.99
     assert found["loader", "dali_gpu"] == 12_000
     assert found["loader", "dali_gpu_400px"] == 19_000
+    assert found["loader", "interpolated_vs_repeated_colours"] == 0.95
     assert found["loader", "resident_256px"] == 100_000
     assert found["loader", "resident"] == 60_000
     assert found["augment", "full_recipe"] == 500_000
@@ -103,6 +104,13 @@ def test_aims_stand_in_the_documentation():
         if aim.device != "cuda" and aim.name != "plan":
             row = next(line for line in page.splitlines() if line.startswith(f"| `{aim.name}`"))
             assert math.isclose(float(row.rstrip("| ").rpartition("|")[2]), aim.least), row
+
+
+def test_a_rehearsal_on_a_cpu_has_time_to_compile():
+    started: Started = []
+    options = Options(tiny=True, only=("end-to-end",), device="cpu", budget=30)
+    all_benches.run(options, start=writer(1.1, started), clock=lambda: 0.0)
+    assert [limit_s for _, limit_s in started] == [4 * CUDA["end-to-end"].limit_s]
 
 
 def test_all_runs_every_bench_in_its_short_form_and_joins_them():

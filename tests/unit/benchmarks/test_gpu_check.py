@@ -81,12 +81,19 @@ def test_the_check_refuses_at_once_without_a_gpu(checkout):
         ({"minutes": 0}, "--minutes is 0"),
         ({"jobs": 0}, "--jobs is 0"),
         ({"only": (",",)}, "--only names nothing"),
-        ({"only": ("loader,stpe",)}, "--only stpe is not a bench"),
+        ({"only": ("loader,stpe",)}, r"--only stpe is not a bench. There are: tests, prep"),
+        ({"only": ("prep",)}, r"--only prep is no bench of this device's. Here are: tests, step"),
         ({"without_gpu": True}, "exclude each other"),
     ]
     for wrong, message in cases:
         with pytest.raises(UserError, match=message):
             gpu_check.run(Options(tiny=True, **wrong), call=no_call)
+
+
+def test_what_hides_a_gpu_is_said(checkout, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match=r'no CUDA device, since CUDA_VISIBLE_DEVICES is "".* Unset it, make the record'):
+        gpu_check.run(Options())
 
 
 @pytest.mark.parametrize("code", [0, 1, TOO_LONG])
@@ -205,17 +212,28 @@ def test_a_page_that_was_removed_or_is_wanted_elsewhere_is_a_new_one_of_the_same
     assert page.exists()
 
 
-def test_another_gpu_begins_a_record_of_its_own(checkout):
+@pytest.mark.parametrize("part", ["benches", "tests"])
+def test_another_gpu_begins_a_record_of_its_own(checkout, part):
     page, _ = check(Stubs())
-    files = files_of(tiny=True)
-    content = json.loads(files.benches.read_text())
-    content["environment"]["gpu"] = "NVIDIA A100"
-    files.benches.write_text(json.dumps(content))
+    file = getattr(files_of(tiny=True), part)
+    content = json.loads(file.read_text())
+    content["environment"] = {**content["environment"], "gpu": "NVIDIA A100"}
+    file.write_text(json.dumps(content))
     heard: list[str] = []
     stubs = Stubs()
     again, _ = gpu_check.run(Options(tiny=True, only=("step",)), note=heard.append, call=stubs.call, start=stubs.start)
     assert again != page
     assert any("another GPU (NVIDIA A100)" in line for line in heard)
+
+
+def test_a_half_written_record_of_tests_ends_no_bench(checkout):
+    page, _ = check(Stubs())
+    files_of(tiny=True).tests.write_text('{"environment": {')
+    heard: list[str] = []
+    stubs = Stubs()
+    again, _ = gpu_check.run(Options(tiny=True, only=("step",)), note=heard.append, call=stubs.call, start=stubs.start)
+    assert (again, stubs.started) == (page, ["step"])
+    assert any("tests.json cannot be read as a record" in line for line in heard)
 
 
 def test_what_is_there_is_on_the_disk_when_the_machine_goes_away(checkout):
@@ -258,6 +276,7 @@ def test_the_benches_of_a_check_share_a_process_and_one_that_hangs_keeps_its_rou
     monkeypatch.setattr(all_benches, "SharedProcess", lambda: SharedProcess(command, grace_s=0.2))
     limits = dict.fromkeys(SHORT, 60)
     limits["end-to-end"] = 8
+    monkeypatch.setattr(all_benches, "REHEARSED", 1)
     monkeypatch.setattr("benchmarks.selection.Entry.limit_s", property(lambda entry: limits[name_of(entry)]))
     page, is_clean = gpu_check.run(
         Options(tiny=True, only=("tests", "step", "end-to-end", "loader")), call=Stubs().call

@@ -137,7 +137,8 @@ def test_failed(tmp_path):
     raise ValueError("too wide")
 
 
-def test_after_it():
+def test_after_it(record_property):
+    record_property("psnr_db", 41.25)
     gc.collect()  # a lock that is still held would be a warning, and so an error
 
 
@@ -165,7 +166,21 @@ def test_a_record_of_tests_is_whole_where_they_are_ended_and_a_failure_leaves_no
         "test_never_reached": "not run",
     }
     assert found["test_skipped"]["message"] == "no such card"
+    assert found["test_after_it"]["figures"] == {"psnr_db": 41.25}
     assert "ValueError: too wide" in found["test_failed"]["message"]
+
+
+def test_figures_of_tests_and_their_commit_are_on_the_page(tmp_path):
+    write_parts(tmp_path)
+    tests = json.loads((tmp_path / "t.json").read_text())
+    options = Options(tmp_path / "t.json", tmp_path / "b.json", tmp_path / "out")
+    assert "not of one commit" not in write(options).read_text()
+    tests["environment"] = {**ENVIRONMENT, "commit": "def"}
+    tests["tests"]["a"]["figures"] = {"psnr_db": 41.25}
+    (tmp_path / "t.json").write_text(json.dumps(tests))
+    text = write(options).read_text()
+    assert "- the tests: commit def, gpu NVIDIA H100 80GB HBM3, torch 2.11.0" in text
+    assert "`a`: psnr_db 41.25." in text
 
 
 def test_versions_of_the_peers_are_known():
