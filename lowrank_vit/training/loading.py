@@ -36,20 +36,27 @@ def with_workers(config: Config, world: World, device: torch.device) -> Config:
 
 
 def fed_step(
-    config: Config, spec: InputSpec, device: torch.device, train_flops: float | None, peak: Peak
+    config: Config, spec: InputSpec, world: World, device: torch.device, train_flops: float | None, peak: Peak
 ) -> FedStep | None:
     """The step that the loader of a GPU feeds. `train_flops`: of one image; `peak`: the GPU's."""
     if not cuda_path(device):
         return None
-    model, step = config.model, config.step
+    model, step, optim, augment, spectra = config.model, config.step, config.optim, config.augment, config.spectra
+    batch_size, accum_steps = batches_of_update(config, world.size)
+    watched = [spectra.spec_every, spectra.spec_targets, spectra.spec_solver, spectra.spec_on_cpu]
     key = {
         "step": [model.model, *model.model_kwargs],
         "gpu": torch.cuda.get_device_name(device),
         "img_size": spec.img_size,
-        "batch_size": config.data.batch_size,
+        "batch_size": batch_size,
+        "accum_steps": accum_steps,
+        "ranks": world.size,
         "options": [
             *(step.amp and step.amp_dtype, step.compile and step.compile_mode, step.tf32),
             *(model.grad_checkpointing, model.model_ema),
+            *(optim.opt, *optim.opt_kwargs, optim.clip_grad and optim.clip_mode),
+            *(augment.aa, augment.color_jitter, augment.reprob > 0),
+            spectra.spec_monitor and watched,
         ],
         "torch": torch.__version__,
     }

@@ -167,7 +167,7 @@ def set_up(
     dtype = DTYPES[config.step.amp_dtype] if config.step.amp else torch.float32
     peak = peak_flops(device, dtype, tf32=config.step.tf32)
     config = with_workers(config, world, device)
-    step = fed_step(config, spec, device, train_flops, peak)
+    step = fed_step(config, spec, world, device, train_flops, peak)
     train = sets.train if sets else None
     plan, train_loader, line = make_train_loader(config, train, num_classes, spec, world, device, prepare, step)
     if share := train_loader.engine_share:

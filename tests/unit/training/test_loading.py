@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,21 +19,29 @@ from lowrank_vit.training.loading import MOST_MFU, fed_step, with_workers
 CPU = torch.device("cpu")
 
 
-def step_of(*argv: str, flops: float | None = 28e9):
+def step_of(*argv: str, flops: float | None = 28e9, ranks: int = 1):
     spec = InputSpec(224, 0.9, (0.5,) * 3, (0.5,) * 3)
-    return fed_step(parse([*argv, "--synthetic"]), spec, CPU, flops, Peak(989e12, "H100"))
+    world: Any = SimpleNamespace(size=ranks)
+    return fed_step(parse([*argv, "--synthetic"]), spec, world, CPU, flops, Peak(989e12, "H100"))
 
 
 def test_a_step_is_known_by_all_that_its_speed_depends_on(monkeypatch, on_cuda_path):
     assert step_of() is None
-    names = iter(["H100", "H100", "H100 MIG 1g.10gb", *["H100"] * 4])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: next(names))
+    names = ["H100 MIG 1g.10gb"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[0])
     with on_cuda_path():
-        one, same, a_slice = step_of(), step_of("--lr", "1e-3"), step_of()
+        a_slice = step_of()
+        names[0] = "H100"
+        one, same = step_of(), step_of("--lr", "1e-3", "--spec-every", "7")  # spectra of which there are none
         others = [step_of("-b", "64"), step_of("--model", "vit_base_patch16_224"), step_of("--amp")]
+        others += [step_of("--opt", "adamw"), step_of("--clip-grad", "1"), step_of("--grad-accum-steps", "2")]
+        others += [step_of("--aa", "rand-m9"), step_of("--reprob", "0.1"), step_of(ranks=2)]
+        others += [step_of("--spec-monitor"), step_of("--spec-monitor", "--spec-every", "7")]
+        of_rank, of_update = step_of("-b", "64", ranks=4), step_of("--global-batch-size", "256", ranks=4)
         unknown = step_of(flops=None)
     assert one.key == same.key
-    assert all(one.key != other.key for other in (a_slice, *others))
+    assert len({json.dumps(step.key) for step in (one, a_slice, *others)}) == 2 + len(others)
+    assert of_update.key == of_rank.key
     assert one.estimate == pytest.approx(MOST_MFU * 989e12 / 28e9)
     assert unknown.estimate is None
 
