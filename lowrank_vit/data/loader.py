@@ -16,6 +16,7 @@ from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.pulse import beat
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.decode.backend import Backend, DamagedSamples, Schedule
+from lowrank_vit.data.decode.resident_set import resident_bytes
 from lowrank_vit.data.jpeg_engine import EngineShare
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
@@ -68,6 +69,11 @@ class Loader:
         self._running: Iterator[Batch] | None = None
         self._accum_steps = plan.accum_steps if isinstance(plan, TrainPlan) else 1
         self._epoch, self._step, self._is_loaded = 0, 0, False
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of the device that decoded images take for as long as the loader is open."""
+        return resident_bytes(self._beton) if self.name == "resident" else 0
 
     @property
     def bad(self) -> frozenset[int]:

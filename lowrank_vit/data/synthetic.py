@@ -32,6 +32,7 @@ class SyntheticLoader:
     name = "synthetic"
     bad = frozenset[int]()
     engine_share = None
+    resident_bytes = 0
 
     def __init__(self, plan: TrainPlan, num_classes: int, device: torch.device) -> None:
         self.plan = plan

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from rich.filesize import decimal as size_in_words
 from torch import Tensor
 
 from lowrank_vit.augment.recipe import batches_of_update, train_rules
 from lowrank_vit.common.devices import cuda_path
-from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.errors import UserError, in_short
 from lowrank_vit.config.option_types import with_options
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.choose import open_loader
@@ -106,6 +108,23 @@ def make_val_loader(
     plan = EvalPlan(val.heights, val.widths, **sides, batch_size=batch_size, **share)
     # A GPU decodes as it does for `validate`: a score does not depend on what was measured.
     return open_loader(val, plan, device, _decoding(config, world, device, "val"), say=world.say)
+
+
+@contextmanager
+def room_beside(*loaders: Loader | SyntheticLoader | None) -> Generator[None]:
+    """Where a GPU's memory does not suffice for what is done within, tell what the loaders' sets take of it.
+
+    Raises `UserError` instead of torch's error where they take some.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if taken := sum(loader.resident_bytes for loader in loaders if loader):
+            raise UserError(
+                f"{in_short(error)}. Decoded images take {size_in_words(taken)} of the GPU's memory: --loader dali "
+                "leaves that to training. Or give a smaller --batch-size."
+            ) from error
+        raise
 
 
 def _decoding(config: Config, world: World, device: torch.device, split: str) -> LoaderOptions:

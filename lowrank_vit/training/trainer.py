@@ -27,6 +27,7 @@ from lowrank_vit.score.evaluate import Scores
 from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
 from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.store import kept_name
+from lowrank_vit.training.loading import room_beside
 from lowrank_vit.training.phases import PhaseListener, Phases, ToldToRanks
 from lowrank_vit.training.resume import Start, capture, find_start, finished, open_run_dir, restore
 from lowrank_vit.training.setup import set_up
@@ -183,7 +184,8 @@ class Trainer:
             if self.monitor and self.state.position.num_updates == 0:
                 self.monitor.observe(0)
             self._failing.save_and_end = self.stop.ask
-            with self.stop.noted():  # to the end: what asked for it once may ask again while all is saved
+            # Noted to the end: what asked for it once may ask again while all is saved.
+            with self.stop.noted(), room_beside(setup.train_loader, setup.val_loader):
                 try:
                     for epoch in range(self.state.position.epoch, setup.num_epochs):
                         with self._phases("epoch"):

@@ -262,6 +262,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
     assert not (tmp_path / "nan" / "last.pth.tar").exists()
 
 
+def test_no_memory_beside_a_resident_set_is_told_with_what_that_takes(train, monkeypatch):
+    def step(*_: object, **__: object) -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    with pytest.raises(UserError, match=r"^CUDA out of memory\. Decoded images take .* --loader dali"):
+        train("--loader", "resident", "--no-spec-monitor")
+
+
 def test_console_script_and_exit_codes(tmp_path):
     environment = os.environ | {"COLUMNS": "80"}
     done = subprocess.run(

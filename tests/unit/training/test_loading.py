@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
+from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
+from lowrank_vit.data.loader import Loader
 from lowrank_vit.model.create import InputSpec
 from lowrank_vit.model.flops import Peak
 from lowrank_vit.ranks.world import World
-from lowrank_vit.training.loading import MOST_MFU, fed_step, with_workers
+from lowrank_vit.training.loading import MOST_MFU, fed_step, room_beside, with_workers
 
 CPU = torch.device("cpu")
 
@@ -44,6 +46,21 @@ def test_a_step_is_known_by_all_that_its_speed_depends_on(monkeypatch, on_cuda_p
     assert of_update.key == of_rank.key
     assert one.estimate == pytest.approx(MOST_MFU * 989e12 / 28e9)
     assert unknown.estimate is None
+
+
+def test_where_training_has_no_memory_it_is_said_what_resident_sets_take():
+    out = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB")
+    train, val, decoding = (cast(Loader, SimpleNamespace(resident_bytes=n)) for n in (19_000_000_000, 10**9, 0))
+    found = (
+        r"^CUDA out of memory\. Decoded images take 20\.0 GB of the GPU's memory: --loader dali leaves that to training"
+    )
+    with pytest.raises(UserError, match=found), room_beside(train, val):
+        raise out
+    for loaders in ((decoding, None), (decoding, decoding), ()):
+        with pytest.raises(torch.OutOfMemoryError), room_beside(*loaders):
+            raise out
+    with pytest.raises(ValueError, match="another"), room_beside(train):
+        raise ValueError("another")
 
 
 def test_the_number_of_threads_is_decided_once():
