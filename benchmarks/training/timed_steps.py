@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.harness.limits import wait
 from benchmarks.harness.measure import nothing
-from lowrank_vit.common.devices import pick_device
+from lowrank_vit.common.devices import in_turn, pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.batch import Batch
@@ -256,9 +256,10 @@ class TimedSteps:
         setup.step.meter = Meter(setup.device, setup.plan.accum_steps)
         setup.model.train()
         try:
-            for n in range(count):
-                setup.step(self._held[n % len(self._held)])
-                after_each(n + 1)
+            with in_turn(self.trainer.stream):
+                for n in range(count):
+                    setup.step(self._held[n % len(self._held)])
+                    after_each(n + 1)
             wait(setup.device)
         finally:
             setup.step.meter = meter

@@ -15,13 +15,15 @@ from collections import deque
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lowrank_vit.common.errors import UserError, in_short
+
+T = TypeVar("T")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types by --amp-dtype."""
@@ -154,6 +156,21 @@ def in_turn(stream: torch.cuda.Stream | None) -> Generator[None]:
             yield
     finally:
         around.wait_stream(stream)
+
+
+def each_in_turn(stream: torch.cuda.Stream | None, items: Generator[T]) -> Generator[T]:
+    """The items of a generator that works as `in_turn`; whoever takes them stays on the stream that is theirs."""
+    try:
+        while True:
+            with in_turn(stream):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+    finally:
+        with in_turn(stream):
+            items.close()
 
 
 @dataclass(frozen=True)

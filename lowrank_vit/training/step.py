@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.recipe import batches_of_update
-from lowrank_vit.common.devices import DTYPES, cuda_path
+from lowrank_vit.common.devices import DTYPES, FIRST, cuda_path, pick_device, side_stream
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.model.patches import patch_of_product, set_patch_embedding
@@ -58,6 +58,12 @@ class Loss:
             targets = targets.gt(self.threshold).to(targets.dtype)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         return loss.sum(1).mean() if self.sums_classes else loss.mean()
+
+
+def stream_of_step(config: Config, world: World) -> torch.cuda.Stream | None:
+    """A stream for the loop that comes before the spectra's; None where nothing is to come behind, and on a CPU."""
+    device = pick_device(config.step.device, world.local_rank)
+    return side_stream(device, FIRST) if config.spectra.spec_monitor else None
 
 
 class TrainStep:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lowrank_vit.common.devices import FIRST, Mark, current_stream, in_turn, pick_device, side_stream, wait_for
+from lowrank_vit.common.devices import Mark, current_stream, each_in_turn, in_turn, wait_for
 from lowrank_vit.config.options import Config
 from lowrank_vit.model.flops import memory_gb, mfu
 from lowrank_vit.ranks.failing import Failing
@@ -31,6 +31,7 @@ from lowrank_vit.training.loading import room_beside
 from lowrank_vit.training.phases import PhaseListener, Phases, ToldToRanks
 from lowrank_vit.training.resume import Start, capture, find_start, finished, open_run_dir, restore
 from lowrank_vit.training.setup import set_up
+from lowrank_vit.training.step import stream_of_step
 from lowrank_vit.training.stop import Stopped, StopRequest, UntilStopped
 
 COLD_UPDATES = {False: 2, True: 20}
@@ -89,12 +90,6 @@ class EpochStats:
     """Seconds in training, with those updates."""
 
 
-def _stream_of_step(config: Config, world: World) -> torch.cuda.Stream | None:
-    """A stream for the loop that comes before the spectra's; None where nothing is to come behind, and on a CPU."""
-    device = pick_device(config.step.device, world.local_rank)
-    return side_stream(device, FIRST) if config.spectra.spec_monitor else None
-
-
 def train(config: Config, default_name: str, world: World, failing: Failing) -> Result:
     """Train to the last epoch; where an earlier attempt has come there, only say so. Raises `UserError`."""
     start = find_start(config, world)
@@ -115,6 +110,8 @@ class Trainer:
 
     result: Result
     """What came of the run; there when it has ended."""
+    stream: torch.cuda.Stream | None
+    """What the loop's work goes to; None: to whichever is current."""
 
     def __init__(
         self,
@@ -139,8 +136,8 @@ class Trainer:
         self._phases = Phases(listener)
         start = start or find_start(config, self.world)
         # Made there, too: gradients that ranks share are averaged on the stream that the wrapper was made on.
-        self._stream = _stream_of_step(start.config, self.world)
-        with in_turn(self._stream):
+        self.stream = stream_of_step(start.config, self.world)
+        with in_turn(self.stream):
             self.setup = set_up(start.config, start.resumed, self.world, self.state.position, self._phases)
             self.config = self.setup.config
             if start.resumed:
@@ -162,6 +159,9 @@ class Trainer:
         What is handed over is the run's own position, to read only. What is done between two updates is no part of the
         run's speed. Closing the iterator abandons the run.
         """
+        return each_in_turn(self.stream, self._updates())
+
+    def _updates(self) -> Generator[Position]:
         setup, stopped_by = self.setup, ""
         self.train_s, self._bad_counts, self._num_bad = 0.0, [0] * self.world.size, 0
         self._cold_updates = COLD_UPDATES[self.config.step.compile]
@@ -169,7 +169,7 @@ class Trainer:
         self._say: Callable[[str], object] = self.world.say
         """For lines about this rank alone."""
         # Before what follows an error is closed, it is told.
-        with in_turn(self._stream), ExitStack() as stack, self._failing.told_at_once():
+        with ExitStack() as stack, self._failing.told_at_once():
             stack.callback(self.run_dir.close)
             self.monitor = stack.enter_context(self._make_monitor()) if self.config.spectra.spec_monitor else None
             for loader in (setup.train_loader, setup.val_loader):

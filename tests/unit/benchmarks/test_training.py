@@ -14,6 +14,7 @@ from benchmarks.training import figures, kernels
 from benchmarks.training.figures import Options
 from benchmarks.training.run import TrainingRun, attention_backend, kept_open, training_run
 from lowrank_vit.common.errors import UserError
+from tests.unit.common.test_streams import OneCurrent
 
 CPU = torch.device("cpu")
 
@@ -58,6 +59,15 @@ def test_steps_on_the_batch_that_stays_train_and_leave_the_run_where_it_is(optio
         assert all(not torch.equal(a, b) for a, b in zip(before, setup.model.parameters(), strict=True))
         assert (position.num_updates, position.updates_done, setup.step.meter) == (0, 0, meter)
         assert not training.timed._timer._spans
+
+
+def test_steps_on_the_batch_that_stays_go_where_the_runs_do(options, monkeypatch):
+    """So they come before the spectra's, as in a run that watches them."""
+    current, seen = OneCurrent(monkeypatch), list[object]()
+    with training_run(options) as training:
+        monkeypatch.setattr(training.timed.trainer, "stream", current.another())
+        training.timed.held(2, lambda _: seen.append(current.stream))
+        assert seen == [training.timed.trainer.stream] * 2
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,10 @@ def count(tell, until: int) -> int:
     return until
 
 
+def open_files() -> set[Path]:
+    return set(Path("/proc/self/fd").iterdir())
+
+
 def is_gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
@@ -101,11 +105,11 @@ def test_it_starts_whatever_lies_where_the_run_was_started_or_in_the_search_path
 @pytest.mark.parametrize("program", ["/nowhere/python", "/bin/false"])
 def test_one_that_cannot_be_started_is_told_and_leaves_nothing_open(aside, monkeypatch, program):
     monkeypatch.setattr(sys, "executable", program)
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_files()
     for _ in range(2):
-        with pytest.raises(NotStarted, match="exit status 1|No such file"):
+        with pytest.raises(NotStarted, match=r"exit status 1|No such file"):
             aside.call(os.getpid)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
     assert aside.pid is None
 
 

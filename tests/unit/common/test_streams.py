@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 
-from lowrank_vit.common.devices import KeptAlive, Mark, current_stream, in_turn, on_stream, side_stream
+from lowrank_vit.common.devices import KeptAlive, Mark, current_stream, each_in_turn, in_turn, on_stream, side_stream
 from lowrank_vit.config.flags import parse
 from lowrank_vit.data.loader import _OwnStream
 from lowrank_vit.ranks.world import World
-from lowrank_vit.training.trainer import _stream_of_step
+from lowrank_vit.training.step import stream_of_step
 
 CPU = torch.device("cpu")
 
@@ -108,12 +108,60 @@ def test_work_in_turn_begins_behind_what_is_around_it_which_goes_on_behind_it(mo
         assert float(torch.ones(1)) == 1
 
 
+class OneCurrent:
+    """Of `torch.cuda` which stream is current, which a thread's contexts change and put back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream: Any = self.another()
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.stream)
+        monkeypatch.setattr(torch.cuda, "stream", self._entered)
+
+    def another(self) -> Any:
+        stream: Any = Stream()
+        stream.device = torch.device("cuda")
+        return stream
+
+    @contextmanager
+    def _entered(self, stream: Any) -> Generator[None]:
+        around, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = around
+
+
+def test_what_is_taken_one_by_one_leaves_its_stream_to_itself(monkeypatch):
+    """Two at once, each on its own, however they end."""
+    current, closed_on = OneCurrent(monkeypatch), list[Any]()
+    default, streams = current.stream, [current.another() for _ in range(3)]
+
+    def items() -> Generator[Any]:
+        try:
+            for _ in range(3):
+                yield current.stream
+            raise KeyError
+        finally:
+            closed_on.append(current.stream)
+
+    first, second, failing = (each_in_turn(stream, items()) for stream in streams)
+    for taken, stream in ((first, 0), (second, 1), (first, 0), (second, 1)):
+        assert next(taken) is streams[stream]
+        assert current.stream is default
+    first.close()
+    second.close()
+    with pytest.raises(KeyError):
+        assert list(failing) == []
+    assert closed_on == streams
+    assert current.stream is default
+    assert list(each_in_turn(None, (n for n in range(3)))) == [0, 1, 2]
+
+
 def test_the_step_comes_before_the_spectra_and_its_batches_come_with_it(on_cuda_path):
     watched, unwatched = (parse(["--device", "cpu", flag]) for flag in ("--spec-monitor", "--no-spec-monitor"))
-    assert _stream_of_step(watched, World()) is None
+    assert stream_of_step(watched, World()) is None
     with on_cuda_path():
-        assert _stream_of_step(unwatched, World()) is None
-        step: Any = _stream_of_step(watched, World())
+        assert stream_of_step(unwatched, World()) is None
+        step: Any = stream_of_step(watched, World())
         batches: Any = _OwnStream(CPU)._stream
         spectra: Any = side_stream(CPU)
         assert step.priority == batches.priority < spectra.priority == 0

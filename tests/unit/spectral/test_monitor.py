@@ -426,14 +426,16 @@ def test_computed_aside_all_that_is_stored_and_recorded_has_the_same_bits(tmp_pa
         with watch(model, Path(way), tiny_vit(1), say=said.append) as monitor:
             records = observe(monitor, model, range(0, 4, 2))
             if way == "aside":
-                assert (aside := workers[-1]._aside) is not None
+                aside = workers[-1]._aside
+                assert aside is not None
                 assert aside._process is not None
                 aside._process.kill()
                 aside._process.wait(LONG_S)
             monkeypatch.chdir("/")
             records += observe(monitor, model, range(4, 6, 2))
             assert monitor.failed == 0
-        assert (aside := workers[-1]._aside) is None or aside.pid is None
+        aside = workers[-1]._aside
+        assert aside is None or aside.pid is None
         found.append((records, {path.name: path.read_bytes() for path in (tmp_path / way).iterdir()}))
     assert found[0] == found[1] == found[2]
     (line,) = said
