@@ -36,7 +36,7 @@ class Source:
     use_ema: Annotated[bool, FlagCreatePairsOff] = False
     """Read a checkpoint's averaged weights instead of the raw ones."""
     model: Annotated[str, arg(metavar="NAME", help_behavior_hint="(default: the checkpoint's)")] = ""
-    """timm model name; with --pretrained its published weights are analyzed, else it only names the output."""
+    """timm model name; with --pretrained its published weights are analyzed, else of a file without a name."""
     pretrained: Annotated[bool, FlagCreatePairsOff] = False
     """Fetch timm's weights of --model (needs a network or timm's cache)."""
     compare: Annotated[tuple[Path, Path] | None, arg(metavar="BEFORE AFTER", help_behavior_hint=NONE)] = None
@@ -83,13 +83,13 @@ class Files:
     """Save the recorded vectors there."""
     format: Literal["npz", "pt"] = "npz"
     """Of the saved arrays."""
-    save_dir: Annotated[Path, arg(metavar="DIR")] = Path("out")
-    """Where files go; made if missing."""
+    save_dir: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: no files are written)")] = None
+    """Where files go; made if missing. A file of another checkpoint, or of its other weights, is not replaced."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Spectra of weight matrices: tables here, numbers in <save-dir>/<model>_spectral.json."""
+    """Spectra of weight matrices: tables here, and with --save-dir numbers in <save-dir>/<model>_spectral.json."""
 
     source: Source = field(default_factory=Source)
     matrices: Matrices = field(default_factory=Matrices)
@@ -111,6 +111,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("Give one of --checkpoint FILE, --model NAME --pretrained, or --compare BEFORE AFTER.")
     if source.compare and options.matrices.statistics:
         raise UserError("--statistics is about one state of the weights; leave it out with --compare.")
+    files = options.files
+    if files.save_dir is None and (files.full or files.save_vectors):
+        raise UserError(
+            f"--{'full' if files.full else 'save-vectors'} saves arrays: give their folder with --save-dir."
+        )
     check_versions()
     console = Console(highlight=False)
     if source.compare:
@@ -120,27 +125,30 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _analyze(options: Options, console: Console) -> None:
-    from lowrank_vit.spectral.analyze import arrays_of, as_json, print_analysis, write_arrays, write_json
+    from lowrank_vit.spectral.analyze import arrays_of, as_json, free_stem, print_analysis, write_arrays, write_json
     from lowrank_vit.spectral.initial import warning_of
 
     if options.source.checkpoint:
         weights, meta = _read(options, options.source.checkpoint)
     else:
         weights, meta = _fetch(options)
-    analysis = _solve(options, weights)
-    name = meta["model"]
+    analysis, name = _solve(options, weights, meta), meta["model"]
     epoch = f"epoch {meta['epoch'] + 1}, " if meta["epoch"] >= 0 else ""
     say(f"{name}, {epoch}{'EMA' if options.source.use_ema else 'raw'} weights")
     if analysis.far_entries:
         say(f"warning: {warning_of(analysis.far_entries)}.")
     print_analysis(analysis, console)  # before files are written, which may fail
-    path = options.files.save_dir / f"{name}_spectral.json"
+    files = options.files
+    if files.save_dir is None:
+        return
+    stem = free_stem(files.save_dir, meta)
+    path = files.save_dir / f"{stem}_spectral.json"
     write_json(as_json(analysis, meta | _settings(options)), path)
     output_is_in_files()
     say(f"wrote {path}")
-    if options.files.full or options.files.save_vectors:
-        path = options.files.save_dir / f"{name}_vectors.{options.files.format}"
-        write_arrays(arrays_of(analysis, vectors=options.files.save_vectors, full=options.files.full), path)
+    if files.full or files.save_vectors:
+        path = files.save_dir / f"{stem}_vectors.{files.format}"
+        write_arrays(arrays_of(analysis, vectors=files.save_vectors, full=files.full), path)
         say(f"wrote {path}")
 
 
@@ -148,39 +156,49 @@ def _compare(options: Options, paths: tuple[Path, Path], console: Console) -> No
     from lowrank_vit.spectral.analyze import compare, drift_as_json, print_drift, write_json
 
     (before, old), (after, new) = (_read(options, path) for path in paths)
-    drift = compare(_solve(options, before), _solve(options, after))
+    drift = compare(_solve(options, before, old), _solve(options, after, new))
     meta = {"model": new["model"], "before": old, "after": new, **_settings(options)}
     content = drift_as_json(drift, meta | {"topk": options.matrices.topk, "interval": options.matrices.interval})
-    path = options.files.save_dir / f"{new['model']}_drift.json"
     weights = "EMA weights" if options.source.use_ema else "raw weights"
     epochs = f", epoch {old['epoch'] + 1} to {new['epoch'] + 1}" if min(old["epoch"], new["epoch"]) >= 0 else ""
     say(f"{new['model']}, {weights}{epochs}")
     print_drift(drift, content["types"], console)
-    write_json(content, path)
-    output_is_in_files()
-    say(f"wrote {path}")
+    if options.files.save_dir is not None:
+        path = options.files.save_dir / f"{new['model']}_drift.json"
+        write_json(content, path)
+        output_is_in_files()
+        say(f"wrote {path}")
 
 
-def _solve(options: Options, state: dict[str, Tensor]) -> Analysis:
+def _solve(options: Options, state: dict[str, Tensor], meta: dict[str, Any]) -> Analysis:
     from lowrank_vit.common.devices import pick_device
     from lowrank_vit.common.resources import available_cores
     from lowrank_vit.spectral.analyze import analyze_weights, choose_weights
+    from lowrank_vit.spectral.fused import is_named_qkv
     from lowrank_vit.spectral.refresh import SpectralSettings
 
     matrices, solving = options.matrices, options.solving
     device = pick_device("cpu" if solving.svd_on_cpu else "auto")
-    weights = choose_weights(state, matrices.targets, matrices.split_qkv, device)
+    weights, fused = choose_weights(state, matrices.targets, matrices.split_qkv, device, meta["model"])
+    if unknown := [name for name in weights if is_named_qkv(name) and name not in fused]:
+        say(
+            f"note: that the rows of {unknown[0]} are Q, K and V, a third each, is not known of {meta['model']}: it is "
+            "compared with noise as one matrix."
+        )
     threads = available_cores()
     settings = SpectralSettings(matrices.topk, matrices.interval, solving.solver, solving.svd_on_cpu, threads)
-    return analyze_weights(weights, settings, solving.dtype, matrices.bootstraps if matrices.statistics else 0)
+    return analyze_weights(weights, settings, solving.dtype, matrices.bootstraps if matrices.statistics else 0, fused)
 
 
 def _read(options: Options, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from lowrank_vit.model.weights import read_checkpoint
 
     checkpoint = read_checkpoint(path)
+    own, given = re.sub(r"[^\w.:-]", "_", checkpoint.arch), options.source.model
+    if own and given and own != given:
+        say(f"note: {path} is of {own}, as it tells itself, and not of --model {given}.")
     # A bare state dict does not tell its model.
-    name = options.source.model or re.sub(r"[^\w.:-]", "_", checkpoint.arch) or path.name.split(".")[0]
+    name = own or given or path.name.split(".")[0]
     meta = {"model": name, "checkpoint": str(path), "epoch": checkpoint.epoch, "use_ema": options.source.use_ema}
     return checkpoint.weights(options.source.use_ema), meta
 

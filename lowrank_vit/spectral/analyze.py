@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import remove_leftovers, whole_file, write_whole
 from lowrank_vit.common.terminal import one_line
 from lowrank_vit.spectral.extremes import EPS, Recorded, Solved, Triplets, not_finite
+from lowrank_vit.spectral.fused import fused_qkv_of_state
 from lowrank_vit.spectral.initial import FarEntry, far_entries_by_name
 from lowrank_vit.spectral.metrics import recorded_indices
 from lowrank_vit.spectral.refresh import (
@@ -33,7 +35,7 @@ from lowrank_vit.spectral.refresh import (
     solve_all,
     update_norms,
 )
-from lowrank_vit.spectral.select import Target, choose_targets, take_targets
+from lowrank_vit.spectral.select import choose_targets, fused_of, take_targets
 from lowrank_vit.spectral.solve import stack_by_shape
 from lowrank_vit.spectral.statistics import statistics_of
 from lowrank_vit.spectral.subspaces import chance_of_each
@@ -75,12 +77,16 @@ class Analysis:
 
 
 def choose_weights(
-    state: Mapping[str, Tensor], targets: str, split_qkv: bool, device: torch.device
-) -> dict[str, Tensor]:
-    """Name to matrix, on `device`. Raises `UserError`, see `choose_targets`."""
-    watched: dict[str, Target] = choose_targets(state, targets, split_qkv)
+    state: Mapping[str, Tensor], targets: str, split_qkv: bool, device: torch.device, arch: str = ""
+) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Name to matrix, on `device`, and which of them are known to be Q, K and V by rows.
+
+    `arch`: timm's name of the model, which tells that; without it the names in `state` do where they are a plain ViT's.
+    Raises `UserError`, see `choose_targets`.
+    """
+    watched = choose_targets(state, targets, split_qkv, fused_qkv_of_state(state, arch), flags="--")
     matrices = take_targets(lambda module: state[f"{module}.weight"], watched)
-    return {name: matrix.detach().to(device) for name, matrix in matrices.items()}
+    return {name: matrix.detach().to(device) for name, matrix in matrices.items()}, fused_of(watched)
 
 
 def analyze_weights(
@@ -88,20 +94,21 @@ def analyze_weights(
     settings: SpectralSettings,
     precision: Precision = "float64",
     bootstraps: int = 0,
+    fused: Collection[str] = (),
 ) -> Analysis:
-    """Solve the matrices where they are and describe them, as the monitor does.
+    """Solve the matrices where they are and describe them, as the monitor does. `fused`: see `choose_weights`.
 
     With `bootstraps` their `statistics` are there too, of so many draws each; see `statistics.statistics_of`.
 
     With `precision` float32 a plain float32 SVD is described instead, with its certificates: what the usual code sees.
     """
     if precision == "float64":
-        solved = solve_all(stack_by_shape(weights), settings)
+        solved = solve_all(stack_by_shape(weights, fused), settings)
     else:
         solved = {name: _float32_svd(weight, settings) for name, weight in weights.items()}
     solved = {name: solved[name] for name in weights}
     values = {name: matrix_metrics(one, settings) for name, one in solved.items()}
-    statistics = statistics_of(weights, solved, settings, bootstraps) if bootstraps else {}
+    statistics = statistics_of(weights, solved, settings, bootstraps, fused) if bootstraps else {}
     return Analysis(settings, solved, values, dict(weights), statistics)
 
 
@@ -190,6 +197,31 @@ def arrays_of(analysis: Analysis, *, vectors: bool, full: bool) -> dict[str, np.
             for end, triplets in (("top", solved.top), ("last", solved.last)):
                 arrays |= {f"{name}:{end}:u": triplets.u, f"{name}:{end}:v": triplets.v}
     return arrays
+
+
+def free_stem(folder: Path, meta: Mapping[str, Any]) -> str:
+    """What the names of an analysis's files begin with: the model, and more where that is another state's.
+
+    A state is a model's, a checkpoint's with its epoch, and its EMA or its raw weights. Its own earlier files, of
+    whatever settings, are replaced.
+    """
+    ema = "_ema" if meta["use_ema"] else ""
+    of_file = Path(meta["checkpoint"]).name.split(".")[0]
+    stems = [meta["model"], f"{meta['model']}{ema}", f"{meta['model']}_{of_file}{ema}"]
+    more = (f"{stems[-1]}_{i}" for i in itertools.count(2))
+    return next(stem for stem in itertools.chain(stems, more) if _is_own(folder / f"{stem}_spectral.json", meta))
+
+
+def _is_own(path: Path, meta: Mapping[str, Any]) -> bool:
+    """Whether nothing is at `path`, or the analysis of the same state."""
+    if not path.exists():
+        return True
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8"))["meta"])
+        places = [Path(str(one["checkpoint"])).resolve() for one in (found, meta)]
+        return places[0] == places[1] and all(found[key] == meta[key] for key in ("model", "epoch", "use_ema"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:

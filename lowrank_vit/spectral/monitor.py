@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank_vit.common.devices import Mark, cuda_path, current_stream, side_stream
 from lowrank_vit.common.errors import UserError
@@ -21,7 +21,7 @@ from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.initial import far_entries_by_name, warning_of
 from lowrank_vit.spectral.metrics import recorded_indices
 from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, SpectralSettings, Stacks
-from lowrank_vit.spectral.select import DEFAULT_TARGETS, Target, choose_targets, module_type, take_targets
+from lowrank_vit.spectral.select import DEFAULT_TARGETS, Target, fused_of, matrices_of, module_type, targets_of_model
 from lowrank_vit.spectral.solve import LOG, stack_by_shape
 from lowrank_vit.spectral.store import Kept, SpectraStore, far_entries_content, read_far_entries
 from lowrank_vit.spectral.subspaces import chance_of_each
@@ -119,14 +119,12 @@ class SpectralMonitor:
             if value < 1:
                 raise UserError(f"spectral {flag} is {value}; expected 1 or more")
         self._models = {MODEL: model} if ema_model is None else {MODEL: model, EMA: ema_model}
-        chosen = {
-            kind: choose_targets(dict(one.named_parameters()), targets, split_qkv) for kind, one in self._models.items()
-        }
+        chosen = {kind: targets_of_model(one, targets, split_qkv) for kind, one in self._models.items()}
         watched = chosen[MODEL]
         if any(list(of_kind) != list(watched) for of_kind in chosen.values()):
             raise ValueError("the EMA's targets differ from the model's; pass both without wrappers (ema.module)")
         ranks = ranks or Channel(0, 1, None)
-        shapes = {name: tuple(w.shape) for name, w in _matrices(model, watched).items()}
+        shapes = {name: tuple(w.shape) for name, w in matrices_of(model, watched).items()}
         mine = share_out(shapes, ranks.size)[ranks.rank]
         self._watched = {name: watched[name] for name in mine}
         self._every, self._num_ranks = every, ranks.size
@@ -219,7 +217,7 @@ class SpectralMonitor:
 
     def _tell_far_entries(self) -> None:
         """On the first rank, say and store which matrices have entries that their spectra would describe."""
-        if found := far_entries_by_name(_matrices(self._models[MODEL], self._all_watched)):
+        if found := far_entries_by_name(matrices_of(self._models[MODEL], self._all_watched)):
             self._say(f"warning: {warning_of(found)}. --fix-init draws such entries of fresh weights anew.")
             with contextlib.suppress(UserError):  # a refresh that cannot be stored either tells of that
                 self._store.note_far_entries(found)
@@ -237,15 +235,19 @@ class SpectralMonitor:
 
     def _copies(self, update: int) -> tuple[Stacks, Kept | None]:
         """This rank's share of the weights as they are, and on the first rank all of them."""
-        stacks = {kind: stack_by_shape(_matrices(one, self._watched)) for kind, one in self._models.items()}
+        stacks = self._stacks(self._watched)
         return stacks, self._kept(update, stacks)
+
+    def _stacks(self, watched: dict[str, Target]) -> Stacks:
+        fused = fused_of(watched)
+        return {kind: stack_by_shape(matrices_of(one, watched), fused) for kind, one in self._models.items()}
 
     def _kept(self, update: int, stacks: Stacks) -> Kept | None:
         """On the first rank the copies of all matrices, whichever rank computes them."""
         if not self._all_watched:
             return None
         if self._num_ranks > 1:
-            stacks = {kind: stack_by_shape(_matrices(one, self._all_watched)) for kind, one in self._models.items()}
+            stacks = self._stacks(self._all_watched)
         weights = {
             f"{kind}/{name}": matrix
             for kind, of_kind in stacks.items()
@@ -332,11 +334,12 @@ class SpectralMonitor:
         """This rank's share of kept weights, as `observe` would have copied it; empty if these are other matrices."""
         stacks: Stacks = {}
         for kind, model in self._models.items():
-            own = _matrices(model, self._watched)
+            own = matrices_of(model, self._watched)
             found = {name: kept.weights.get(f"{kind}/{name}") for name in own}
             if any(w is None or w.shape != own[name].shape for name, w in found.items()):
                 return {}
-            stacks[kind] = stack_by_shape({name: w.to(own[name]) for name, w in found.items() if w is not None})
+            weights = {name: w.to(own[name]) for name, w in found.items() if w is not None}
+            stacks[kind] = stack_by_shape(weights, fused_of(self._watched))
         return stacks
 
     def _remember(self, store: SpectraStore, update: int, kept: Kept | None) -> Memory:
@@ -385,10 +388,6 @@ class _TakenUp:
     """This rank's copies of it where its refresh is to be done again, as on all ranks."""
     memory: Memory = field(default_factory=Memory)
     """What the next refresh is compared with."""
-
-
-def _matrices(model: nn.Module, watched: dict[str, Target]) -> dict[str, Tensor]:
-    return take_targets(lambda module: model.get_parameter(f"{module}.weight"), watched)
 
 
 def _drain(items: queue.SimpleQueue[T]) -> list[T]:

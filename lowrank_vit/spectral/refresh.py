@@ -24,7 +24,7 @@ from lowrank_vit.spectral.metrics import (
     spectrum_metrics,
 )
 from lowrank_vit.spectral.noise import deviation
-from lowrank_vit.spectral.select import is_fused_qkv, module_depth, module_type
+from lowrank_vit.spectral.select import module_depth, module_type
 from lowrank_vit.spectral.solve import LOG, MatrixStack, all_values, largest_values, never, solve_stack
 from lowrank_vit.spectral.subspaces import (
     block_energy,
@@ -131,7 +131,7 @@ def scaled_thirds(stack: MatrixStack, solved: Mapping[str, Solved], cpu_threads:
     def is_full(one: Solved) -> bool:
         return numerical_rank(one.s, (rows, cols), one.eps) == one.s.size
 
-    chosen = [i for i, name in enumerate(stack.names) if is_fused_qkv(name) and is_full(solved[name])]
+    chosen = [i for i, name in enumerate(stack.names) if name in stack.fused and is_full(solved[name])]
     n = len(chosen)
     if not chosen or rows % 3:
         return {}

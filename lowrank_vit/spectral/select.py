@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.spectral.fused import fused_qkv, is_named_qkv
 
 DEFAULT_TARGETS = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
 """The four matrices of every block of a timm ViT."""
 
 _WEIGHT = ".weight"
 _QKV = ("q", "k", "v")
+_SEPARATE = re.compile(r"(to_)?(q|k|v|kv|qk)(_proj)?|(query|key|value)(_proj)?|[qkv]_lin")
+"""Last names of layers that give queries, keys or values."""
 
 
 class Target(NamedTuple):
@@ -22,15 +26,19 @@ class Target(NamedTuple):
 
     module: str
     third: int | None = None
+    is_fused: bool = False
+    """Whether its rows are known to be Q, K and V, a third each."""
 
 
-def select_targets(weights: Mapping[str, Tensor], patterns: str) -> dict[str, Tensor]:
-    """The 2-D weights of the modules that the patterns name.
+def select_targets(weights: Mapping[str, Tensor], patterns: str, flag: str = "--spec-targets") -> dict[str, Tensor]:
+    """The weights of the modules that the patterns name.
 
     Args:
-        weights: a state dict, or `dict(model.named_parameters())`; any dtype and device.
+        weights: a state dict, or the parameters by name; any dtype and device.
         patterns: comma-separated endings of module names, such as "attn.qkv,mlp.fc1". A module is chosen when its
-            name equals a pattern or ends with "." + pattern, and its `<name>.weight` is a 2-D tensor.
+            name equals a pattern or ends with "." + pattern, and its `<name>.weight` is a 2-D tensor. A pattern that
+            chooses none so chooses convolutions, such as "patch_embed.proj": weights of three to five dimensions.
+        flag: that gives the patterns, for messages.
 
     Returns:
         Module name ("blocks.0.attn.qkv") to the very tensor of `weights` (no copy), in the order of `weights`.
@@ -41,51 +49,91 @@ def select_targets(weights: Mapping[str, Tensor], patterns: str) -> dict[str, Te
     wanted = list(dict.fromkeys(p.strip() for p in patterns.split(",") if p.strip()))
     if not wanted:
         raise UserError(f"no spectral targets in {patterns!r}; expected endings of module names: {DEFAULT_TARGETS}")
-    matrices = {name.removesuffix(_WEIGHT): w for name, w in weights.items() if name.endswith(_WEIGHT) and w.ndim == 2}
+    named = {name.removesuffix(_WEIGHT): w for name, w in weights.items() if name.endswith(_WEIGHT)}
+    matrices = {name: w for name, w in named.items() if w.ndim == 2}
+    others = {name: w for name, w in named.items() if 2 < w.ndim <= 5}
+    chosen: set[str] = set()
     for pattern in wanted:
-        if not any(_matches(name, pattern) for name in matrices):
-            raise UserError(_no_match(pattern, list(matrices)))
-    return {name: w for name, w in matrices.items() if any(_matches(name, pattern) for pattern in wanted)}
+        found = [name for name in matrices if _matches(name, pattern)]
+        found = found or [name for name in others if _matches(name, pattern)]
+        if not found:
+            raise UserError(_no_match(pattern, wanted, list(matrices), list(others), flag))
+        chosen.update(found)
+    return {name: w for name, w in named.items() if name in chosen}
 
 
-def choose_targets(weights: Mapping[str, Tensor], patterns: str, split_qkv: bool = False) -> dict[str, Target]:
+def choose_targets(
+    weights: Mapping[str, Tensor],
+    patterns: str,
+    split_qkv: bool = False,
+    fused: Collection[str] = (),
+    flags: str = "--spec-",
+) -> dict[str, Target]:
     """The matrices that the patterns name, by name and in model order.
 
-    With `split_qkv` a module named qkv gives three, "blocks.0.attn.qkv.q", "....k" and "....v": its rows in three equal
-    parts, in this order as in timm's attention (`qkv(x).reshape(B, N, 3, heads, -1)`).
+    With `split_qkv` each module of `fused` gives three, "blocks.0.attn.qkv.q", "....k" and "....v": its rows in three
+    equal parts, in this order as in timm's attention (`qkv(x).reshape(B, N, 3, heads, -1)`).
+
+    Args:
+        weights: see `select_targets`.
+        patterns: likewise.
+        split_qkv: see above.
+        fused: modules whose rows are Q, K and V (`fused.fused_qkv`).
+        flags: how the names of flags begin, for messages.
 
     Raises:
-        UserError: as `select_targets`; or nothing is there to split, or its rows do not divide by 3.
+        UserError: as `select_targets`; or nothing is there to split, or a qkv is none of `fused`, or its rows do not
+            divide by 3.
     """
-    chosen = select_targets(weights, patterns)
-    if not split_qkv:
-        return {name: Target(name) for name in chosen}
+    chosen = select_targets(weights, patterns, f"{flags}targets")
     watched: dict[str, Target] = {}
     for name, weight in chosen.items():
-        if not is_fused_qkv(name):
-            watched[name] = Target(name)
+        is_fused = name in fused and weight.shape[0] % 3 == 0
+        if not (split_qkv and is_named_qkv(name)):
+            watched[name] = Target(name, is_fused=is_fused)
         elif weight.shape[0] % 3:
             raise UserError(
                 f"{name} has {weight.shape[0]} rows, which do not divide into Q, K and V; leave out split-qkv"
             )
+        elif not is_fused:
+            raise UserError(
+                f"{flags}split-qkv: that the rows of {name} are Q, K and V, a third each, is not known: some have them "
+                f"head by head. Watch it whole, without {flags}split-qkv: {flags}targets {_quoted(patterns)}"
+            )
         else:
             watched |= {f"{name}.{letter}": Target(name, third) for third, letter in enumerate(_QKV)}
-    if all(target.third is None for target in watched.values()):
+    if split_qkv and all(target.third is None for target in watched.values()):
         raise UserError(f"split-qkv: none of the spectral targets {patterns!r} is a qkv module; leave it out")
     return watched
 
 
-def is_fused_qkv(name: str) -> bool:
-    """Whether a matrix's rows are Q, K and V in three equal parts, in this order; judged by its name."""
-    return name.rpartition(".")[2] == "qkv"
+def targets_of_model(model: nn.Module, patterns: str, split_qkv: bool = False) -> dict[str, Target]:
+    """`choose_targets` in a model; a weight that modules share is found under each of its names. Raises `UserError`."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    return choose_targets(weights, patterns, split_qkv, fused_qkv(model))
+
+
+def matrices_of(model: nn.Module, watched: Mapping[str, Target]) -> dict[str, Tensor]:
+    """`take_targets` in a model."""
+    return take_targets(lambda module: model.get_parameter(f"{module}.weight"), watched)
+
+
+def fused_of(watched: Mapping[str, Target]) -> frozenset[str]:
+    """The matrices whose rows are known to be Q, K and V."""
+    return frozenset(name for name, target in watched.items() if target.is_fused)
 
 
 def take_targets(weight_of: Callable[[str], Tensor], watched: Mapping[str, Target]) -> dict[str, Tensor]:
-    """The matrices themselves as views, in the order of `watched`; `weight_of` maps a module's name to its weight."""
+    """The matrices themselves, in the order of `watched`; `weight_of` maps a module's name to its weight.
+
+    A convolution's weight (R, C, h, w) is the matrix (R, C h w), a copy where its memory is in channels_last. All
+    others are views.
+    """
     matrices: dict[str, Tensor] = {}
-    for name, (module, third) in watched.items():
-        weight = weight_of(module)
-        rows = weight.shape[0] // 3
+    for name, target in watched.items():
+        weight = weight_of(target.module)
+        weight = weight if weight.ndim == 2 else weight.detach().flatten(1)
+        rows, third = weight.shape[0] // 3, target.third
         matrices[name] = weight if third is None else weight[third * rows : (third + 1) * rows]
     return matrices
 
@@ -106,11 +154,39 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith("." + pattern)
 
 
-def _no_match(pattern: str, names: list[str]) -> str:
-    if not names:
+def _no_match(pattern: str, wanted: list[str], matrices: list[str], others: list[str], flag: str) -> str:
+    if not matrices and not others:
         return f"spectral target {pattern!r} matches nothing: the model has no 2-D weight at all"
-    endings = list(dict.fromkeys(module_type(name) for name in names))
+    names = matrices + others
+    instead = {one: _in_place_of(one, names) for one in wanted if not any(_matches(name, one) for name in names)}
+    endings = list(dict.fromkeys(module_type(name) for name in matrices))
     suffixes = {".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1)}
     near = difflib.get_close_matches(pattern, endings, n=1) or difflib.get_close_matches(pattern, suffixes, n=1)
     hint = f" Perhaps you meant {near[0]!r}." if near else ""
-    return f"spectral target {pattern!r} matches no 2-D weight.{hint} Endings that exist: {', '.join(endings)}"
+    if instead[pattern]:
+        line = ",".join(one for asked in wanted for one in instead.get(asked, [asked]))
+        hint = f" This model has {', '.join(instead[pattern])} instead: {flag} {_quoted(line)}"
+    convolutions = list(dict.fromkeys(module_type(name) for name in others))
+    more = f"; convolutions: {', '.join(convolutions)}" if convolutions else ""
+    return (
+        f"spectral target {pattern!r} matches no 2-D weight and no convolution.{hint} "
+        f"Endings that exist: {', '.join(endings)}{more}"
+    )
+
+
+def _in_place_of(pattern: str, names: list[str]) -> list[str]:
+    """The endings of separate layers where the pattern names a joint one: of qkv those of Q, K and V, of fc1 fc1_g."""
+    parent, _, last = pattern.rpartition(".")
+    found = dict.fromkeys(
+        ending
+        for name in names
+        for ending in [".".join(name.split(".")[-1 - parent.count(".") - bool(parent) :])]
+        if ending.rpartition(".")[0] == parent
+    )
+    if last == "qkv":
+        return [ending for ending in found if _SEPARATE.fullmatch(ending.rpartition(".")[2])]
+    return [ending for ending in found if ending.rpartition(".")[2].startswith(f"{last}_")]
+
+
+def _quoted(patterns: str) -> str:
+    return f'"{patterns}"'

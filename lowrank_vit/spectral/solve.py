@@ -6,7 +6,7 @@ Shape legend: N matrices of one shape, R rows, C columns, K = min(R, C) singular
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,6 +38,8 @@ class MatrixStack:
 
     names: tuple[str, ...]
     matrices_NRC: Tensor
+    fused: frozenset[str] = frozenset()
+    """Those of the names whose rows are Q, K and V, a third each."""
 
 
 def never() -> bool:
@@ -45,10 +47,11 @@ def never() -> bool:
     return False
 
 
-def stack_by_shape(weights: Mapping[str, Tensor]) -> list[MatrixStack]:
+def stack_by_shape(weights: Mapping[str, Tensor], fused: Collection[str] = ()) -> list[MatrixStack]:
     """Copy the matrices into one stack for each (shape, dtype, device): few kernels, no wait for the device.
 
-    Later changes of `weights` do not reach the stacks, so this is also how a snapshot is taken.
+    Later changes of `weights` do not reach the stacks, so this is also how a snapshot is taken. `fused`: the matrices
+    whose rows are Q, K and V.
 
     Raises:
         ValueError: a tensor is not 2-D.
@@ -59,7 +62,10 @@ def stack_by_shape(weights: Mapping[str, Tensor]) -> list[MatrixStack]:
             raise ValueError(f"{name} has shape {tuple(weight.shape)}; expected a matrix (2 dimensions)")
         groups.setdefault((weight.shape, weight.dtype, weight.device), []).append(name)
     with torch.no_grad():
-        return [MatrixStack(tuple(names), torch.stack([weights[n] for n in names])) for names in groups.values()]
+        return [
+            MatrixStack(tuple(names), torch.stack([weights[n] for n in names]), frozenset(fused).intersection(names))
+            for names in groups.values()
+        ]
 
 
 def solve_stack(

@@ -7,7 +7,7 @@ has the same numbers whatever else is analyzed, in any number of threads.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,7 +20,6 @@ from lowrank_vit.spectral.extremes import Solved
 from lowrank_vit.spectral.metrics import LEAST_VALUES, above_rounding, power_law, spectrum_metrics
 from lowrank_vit.spectral.noise import FALSE_ALARMS, chance_beyond, deviation
 from lowrank_vit.spectral.refresh import SpectralSettings, scaled_thirds
-from lowrank_vit.spectral.select import is_fused_qkv
 from lowrank_vit.spectral.solve import MatrixStack, all_values
 
 BOOTSTRAPS = 100
@@ -44,8 +43,9 @@ def statistics_of(
     solved: Mapping[str, Solved],
     settings: SpectralSettings,
     bootstraps: int = BOOTSTRAPS,
+    fused: Collection[str] = (),
 ) -> dict[str, dict[str, float]]:
-    """By matrix: all the numbers of this module.
+    """By matrix: all the numbers of this module. `fused`: those whose rows are Q, K and V.
 
     Returns:
         "alpha_p", "alpha_p_error" (see `bootstrap`); "lr_exponential", "lr_exponential_p", likewise "lr_lognormal" and
@@ -70,7 +70,8 @@ def statistics_of(
         results = dict(zip(weights, pool.map(one, weights), strict=True))
     for name, weight in weights.items():
         results[name] |= {
-            f"shuffled_{key}": value for key, value in shuffled(name, weight, solved[name], settings).items()
+            f"shuffled_{key}": value
+            for key, value in shuffled(name, weight, solved[name], settings, is_fused=name in fused).items()
         }
     return results
 
@@ -206,7 +207,9 @@ def spike_chances(s: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return np.maximum.accumulate(chances)
 
 
-def shuffled(name: str, weight: Tensor, solved: Solved, settings: SpectralSettings) -> dict[str, float]:
+def shuffled(
+    name: str, weight: Tensor, solved: Solved, settings: SpectralSettings, *, is_fused: bool = False
+) -> dict[str, float]:
     """The numbers of `OF_TWIN` for a matrix of the same entries in another order; of fused qkv each third by itself.
 
     What the twin has as well comes from the entries' distribution (a single huge entry, heavy tails) and their number,
@@ -214,11 +217,12 @@ def shuffled(name: str, weight: Tensor, solved: Solved, settings: SpectralSettin
     """
     rng, shape = _generator(name, _TWIN), (weight.shape[0], weight.shape[1])
     entries = weight.detach().cpu()
-    parts = 3 if is_fused_qkv(name) and shape[0] % 3 == 0 else 1
+    parts = 3 if is_fused else 1
     thirds = entries.reshape(parts, -1)
     order = torch.from_numpy(np.stack([rng.permutation(thirds.shape[1]) for _ in range(parts)]))
     twin = thirds.gather(1, order).reshape(1, *shape).to(weight.device)
     (s,) = all_values(twin)
-    found = scaled_thirds(MatrixStack((name,), twin), {name: replace(solved, s=s)}).get(name)
+    stack = MatrixStack((name,), twin, frozenset([name] if is_fused else []))
+    found = scaled_thirds(stack, {name: replace(solved, s=s)}).get(name)
     values = spectrum_metrics(s, shape, settings.topk, settings.interval, solved.eps, found)
     return {key: values[key] for key in OF_TWIN}

@@ -254,7 +254,7 @@ class Worker:
     @staticmethod
     def _on_cpu(stacks: Stacks) -> Stacks:
         return {
-            kind: [MatrixStack(stack.names, stack.matrices_NRC.cpu()) for stack in of_kind]
+            kind: [replace(stack, matrices_NRC=stack.matrices_NRC.cpu()) for stack in of_kind]
             for kind, of_kind in stacks.items()
         }
 
@@ -271,21 +271,21 @@ def saved(store: SpectraStore, update: int, solved: Mapping[str, Solved]) -> Spe
     return store
 
 
-Arrays = dict[str, list[tuple[tuple[str, ...], np.ndarray, torch.dtype]]]
-"""Stacks as another process gets them: names, bytes (N, R, C x item size), and what type they are of."""
+Arrays = dict[str, list[tuple[tuple[str, ...], frozenset[str], np.ndarray, torch.dtype]]]
+"""Stacks as another process gets them: names, fused ones, bytes (N, R, C x item size), and what type they are of."""
 
 
 def _as_arrays(stacks: Stacks) -> Arrays:
-    def of(stack: MatrixStack) -> tuple[tuple[str, ...], np.ndarray, torch.dtype]:
+    def of(stack: MatrixStack) -> tuple[tuple[str, ...], frozenset[str], np.ndarray, torch.dtype]:
         matrices = stack.matrices_NRC
-        return stack.names, matrices.contiguous().view(torch.uint8).numpy(), matrices.dtype
+        return stack.names, stack.fused, matrices.contiguous().view(torch.uint8).numpy(), matrices.dtype
 
     return {kind: [of(stack) for stack in of_kind] for kind, of_kind in stacks.items()}
 
 
 def _as_stacks(arrays: Arrays) -> Stacks:
     return {
-        kind: [MatrixStack(names, torch.from_numpy(array).view(dtype)) for names, array, dtype in of]
+        kind: [MatrixStack(names, torch.from_numpy(array).view(dtype), fused) for names, fused, array, dtype in of]
         for kind, of in arrays.items()
     }
 

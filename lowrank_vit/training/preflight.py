@@ -13,7 +13,7 @@ from lowrank_vit.model.optimizer import check_optimizer, create_scheduler, learn
 from lowrank_vit.model.weights import require_file
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.wandb_log import check_login
-from lowrank_vit.spectral.select import choose_targets
+from lowrank_vit.spectral.select import targets_of_model
 
 _WITHOUT_MIN_LR = ("none", "constant", "step", "multistep")
 """Schedules of timm's that read no --min-lr."""
@@ -46,7 +46,7 @@ def check_before_data(config: Config, *, is_resumed: bool, world: World | None =
     if options.sync_bn:
         refuse_batch_norm(model, options.model)
     if config.spectra.spec_monitor:
-        choose_targets(dict(model.named_parameters()), config.spectra.spec_targets, config.spectra.spec_split_qkv)
+        targets_of_model(model, config.spectra.spec_targets, config.spectra.spec_split_qkv)
     if config.run.log_wandb and world.is_first:
         _check_project(config.run.wandb_project)
         check_login()

@@ -290,3 +290,67 @@ def test_what_a_killed_analysis_has_left_goes_with_the_next(checkpoint: Path, tm
     main(["--checkpoint", str(checkpoint), "--save-dir", str(tmp_path), "--save-vectors"])
     assert (tmp_path / name).exists()
     assert not left.exists()
+
+
+def test_files_are_written_only_where_a_folder_is_given(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["--checkpoint", str(checkpoint), "--topk", "2"])
+    main(["--compare", str(checkpoint), str(checkpoint), "--topk", "2"])
+    assert "Spectra by layer" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+    for flag in ("--full", "--save-vectors"):
+        with pytest.raises(UserError, match=f"{flag} saves arrays.*--save-dir"):
+            main(["--checkpoint", str(checkpoint), flag])
+
+
+def test_each_state_has_files_of_its_own_named_after_what_the_checkpoint_is(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = save(tmp_path / "other.pth.tar", seed=7), tmp_path / "out"
+
+    def write(path: Path, *flags: str) -> list[str]:
+        before = {file.name: file.stat().st_ino for file in out.glob("*")}
+        main(["--checkpoint", str(path), "--save-dir", str(out), "--topk", "1", "--full", *flags])
+        after = {file.name: file.stat().st_ino for file in out.glob("*")}
+        return sorted(name for name in after if after[name] != before.get(name))
+
+    def of(*names: str) -> list[str]:
+        return [f"{'_'.join([ARCH, *names])}_spectral.json", f"{'_'.join([ARCH, *names])}_vectors.npz"]
+
+    assert write(checkpoint, "--model", "vit_base_patch16_224") == of()
+    assert f"is of {ARCH}, as it tells itself, and not of --model vit_base" in " ".join(capsys.readouterr().out.split())
+    assert write(checkpoint, "--use-ema") == of("ema")
+    assert write(other) == of("other")
+    assert write(other, "--use-ema") == of("other", "ema")
+    save(checkpoint, epoch=5, seed=2)
+    assert write(checkpoint) == of("last")
+    save(checkpoint, epoch=6, seed=3)
+    assert write(checkpoint) == of("last", "2")
+    assert write(checkpoint, "--topk", "2") == of("last", "2")
+    save(checkpoint, epoch=3, seed=0)
+    assert write(checkpoint, "--topk", "2") == of()
+    content = json.loads((out / f"{ARCH}_spectral.json").read_text())
+    assert (content["meta"]["model"], content["meta"]["epoch"], content["meta"]["use_ema"]) == (ARCH, 3, False)
+
+
+def test_where_the_order_of_rows_is_not_known_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {f"stages.{key}": weight for key, weight in tiny_vit().state_dict().items()}
+    torch.save(state, tmp_path / "own.pth")
+    flags = ["--checkpoint", str(tmp_path / "own.pth"), "--topk", "1"]
+    main(flags)
+    assert "note: that the rows of stages.blocks.0.attn.qkv are Q, K and V" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r'without --split-qkv: --targets "attn\.qkv"'):
+        main([*flags, "--split-qkv", "--targets", "attn.qkv"])
+
+
+def test_a_convolution_is_the_same_online_and_offline(checkpoint: Path, tmp_path: Path) -> None:
+    model = tiny_vit(0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    settings = SpectralSettings(topk=2)
+    with SpectralMonitor(model, store_dir=tmp_path / "s", targets="patch_embed.proj", settings=settings) as monitor:
+        monitor.observe(0)
+    (record,) = monitor.records()
+    layer = analyze(checkpoint, "--topk", "2", "--targets", "patch_embed.proj")["layers"]["patch_embed.proj"]
+    assert layer["shape"] == [16, 192]
+    assert layer["sv_topk"] == [record.values[f"spec/patch_embed.proj/sv{i}"] for i in (1, 2)]

@@ -132,7 +132,7 @@ def test_bad_weights_are_reported_once_and_recovered_from(tmp_path: Path, caplog
     weight = model.get_parameter("blocks.1.mlp.fc1.weight")
     good = weight.detach().clone()
     with watch(model, tmp_path) as monitor:
-        for update, entry in ((0, 1.0), (2, bad), (4, bad), (6, 2.0)):
+        for update, entry in ((0, 0.1), (2, bad), (4, bad), (6, 2.0)):
             with torch.no_grad():
                 weight.copy_(good)[0, 0] = entry
             monitor.observe(update)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from lowrank_vit.spectral.fused import is_named_qkv
 from lowrank_vit.spectral.metrics import spectrum_metrics
 from lowrank_vit.spectral.noise import FALSE_ALARMS, marchenko_pastur
 from lowrank_vit.spectral.refresh import SpectralSettings, matrix_metrics, solve_all
@@ -24,8 +26,12 @@ def fused_noise(scales: tuple[float, ...], rng: np.random.Generator, width: int 
     return torch.from_numpy(thirds.reshape(3 * width, width).astype(np.float32))
 
 
+def fused(names: Iterable[str]) -> list[str]:
+    return [name for name in names if is_named_qkv(name)]
+
+
 def numbers_of(weights: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    solved = solve_all(stack_by_shape(weights), SETTINGS)
+    solved = solve_all(stack_by_shape(weights, fused(weights)), SETTINGS)
     return {name: matrix_metrics(one, SETTINGS) for name, one in solved.items()}
 
 
@@ -54,7 +60,7 @@ def test_a_direction_in_the_weakest_third_is_seen() -> None:
 
 def test_the_spectrum_is_that_of_the_thirds_over_their_scales_and_sigma_is_their_mean_square() -> None:
     weight = fused_noise((0.3, 1.0, 2.0), np.random.default_rng(5), 48)
-    solved = solve_all(stack_by_shape({"attn.qkv": weight}), SETTINGS)["attn.qkv"]
+    solved = solve_all(stack_by_shape({"attn.qkv": weight}, ["attn.qkv"]), SETTINGS)["attn.qkv"]
     assert solved.thirds is not None
     scales = solved.thirds.scales
     assert np.mean(scales**2) == pytest.approx(1)
@@ -79,7 +85,7 @@ def test_a_large_matrix_has_its_scales_from_some_of_its_columns() -> None:
 
 def test_thirds_of_one_scale_are_left_as_they_are() -> None:
     weight = fused_noise((0.02,) * 3, np.random.default_rng(7), 256)
-    solved = solve_all(stack_by_shape({"attn.qkv": weight, "mlp.fc1": weight}), SETTINGS)
+    solved = solve_all(stack_by_shape({"attn.qkv": weight, "mlp.fc1": weight}, ["attn.qkv"]), SETTINGS)
     thirds = solved["attn.qkv"].thirds
     assert thirds is not None
     assert thirds.scales.tolist() == [1, 1, 1]
@@ -97,7 +103,7 @@ def test_thirds_of_one_scale_are_left_as_they_are() -> None:
 def test_what_has_no_three_scales_is_fitted_as_it_is(name: str, change: float) -> None:
     weight = fused_noise((0.02,) * 3, np.random.default_rng(8))
     weight[:WIDTH] *= change
-    solved = solve_all(stack_by_shape({name: weight}), SETTINGS, log=lambda line: None)[name]
+    solved = solve_all(stack_by_shape({name: weight}, fused([name])), SETTINGS, log=lambda line: None)[name]
     assert solved.thirds is None
     expected = spectrum_metrics(solved.s, (288, 96), 2, 1).keys()
     assert {key for key in matrix_metrics(solved, SETTINGS) if key.startswith("mp_")} == {
@@ -107,7 +113,7 @@ def test_what_has_no_three_scales_is_fitted_as_it_is(name: str, change: float) -
 
 def test_the_spectrum_that_is_compared_with_noise_is_stored_beside_the_matrixs_own(tmp_path: Path) -> None:
     weights = {"attn.qkv": fused_noise((0.1, 0.2, 0.3), np.random.default_rng(9)), "head": torch.eye(5)}
-    solved = solve_all(stack_by_shape(weights), SETTINGS)
+    solved = solve_all(stack_by_shape(weights, fused(weights)), SETTINGS)
     SpectraStore(tmp_path, 1e9, {}).save(0, {f"spec_ema/{name}": one for name, one in solved.items()})
     (path,) = list_spectra(tmp_path)
     assert list(read_spectra(path).spectra) == ["spec_ema/attn.qkv", "spec_ema/head"]

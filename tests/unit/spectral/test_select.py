@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import re
+
 import pytest
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
@@ -10,11 +14,18 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.select import (
     DEFAULT_TARGETS,
     choose_targets,
+    matrices_of,
     module_depth,
     module_type,
     select_targets,
     take_targets,
+    targets_of_model,
 )
+
+
+def outline(name: str) -> torch.nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +67,7 @@ def test_a_pattern_is_a_whole_name_or_an_ending_at_a_dot(
     assert list(select_targets(dict(vit.named_parameters()), pattern)) == expected
 
 
-@pytest.mark.parametrize("pattern", ["fc", "ttn.qkv", "patch_embed.proj", "norm1", "blocks"])
+@pytest.mark.parametrize("pattern", ["fc", "ttn.qkv", "norm1", "blocks"])
 def test_parts_of_words_and_weights_that_are_no_matrix_do_not_match(vit: VisionTransformer, pattern: str) -> None:
     with pytest.raises(UserError, match=f"'{pattern}' matches no 2-D weight"):
         select_targets(dict(vit.named_parameters()), f"attn.qkv,{pattern}")
@@ -97,7 +108,7 @@ def test_module_depth_is_its_numbers(name: str, depth: str) -> None:
 
 def test_splitting_gives_what_the_attention_computes_with(vit: VisionTransformer) -> None:
     weights = dict(vit.named_parameters())
-    parts = choose_targets(weights, "attn.qkv,attn.proj", split_qkv=True)
+    parts = targets_of_model(vit, "attn.qkv,attn.proj", split_qkv=True)
     assert list(parts)[:4] == [
         "blocks.0.attn.qkv.q",
         "blocks.0.attn.qkv.k",
@@ -118,3 +129,47 @@ def test_splitting_needs_a_qkv_that_divides_by_three(vit: VisionTransformer) -> 
         choose_targets(dict(vit.named_parameters()), "mlp.fc1", split_qkv=True)
     with pytest.raises(UserError, match="16 rows, which do not divide"):
         choose_targets({"attn.qkv.weight": torch.ones(16, 4)}, "qkv", split_qkv=True)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_patch_embedding_is_the_matrix_that_its_patches_are_multiplied_with(
+    vit: VisionTransformer, memory_format: torch.memory_format
+) -> None:
+    model = copy.deepcopy(vit).to(memory_format=memory_format)
+    chosen = targets_of_model(model, "patch_embed.proj,mlp.fc1")
+    assert list(chosen) == ["patch_embed.proj", "blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
+    matrix = matrices_of(model, chosen)["patch_embed.proj"]
+    images = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    patches = torch.nn.functional.unfold(images, 8, stride=8).mT
+    bias = model.get_parameter("patch_embed.proj.bias")
+    torch.testing.assert_close(patches @ matrix.T + bias, model.patch_embed(images))
+
+
+def test_an_ending_of_matrices_does_not_take_convolutions_along(vit: VisionTransformer) -> None:
+    weights = dict(vit.named_parameters())
+    assert "patch_embed.proj" not in select_targets(weights, "proj")
+    assert next(iter(select_targets(weights, "patch_embed.proj,proj"))) == "patch_embed.proj"
+    with pytest.raises(UserError, match=r"Endings that exist: .*head; convolutions: patch_embed\.proj"):
+        select_targets(weights, "nothing")
+
+
+def test_separate_projections_are_proposed_in_place_of_a_fused_one() -> None:
+    model = outline("eva02_base_patch14_448")
+    with pytest.raises(UserError, match="qkv") as told:
+        targets_of_model(model, DEFAULT_TARGETS)
+    line = re.search(r'--spec-targets "([^"]*)"', str(told.value))
+    assert line
+    proposed = line[1].split(",")
+    assert proposed[:4] == ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.proj"]
+    assert set(proposed[4:]) == {"mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"}
+    assert len(targets_of_model(model, line[1])) == 12 * len(proposed)
+    with pytest.raises(UserError, match=r'--targets "attn\.q,attn\.kv"'):
+        choose_targets({"attn.q.weight": torch.ones(3, 3), "attn.kv.weight": torch.ones(3, 3)}, "attn.qkv", flags="--")
+
+
+def test_a_shared_weight_is_found_under_each_of_its_names(vit: VisionTransformer) -> None:
+    model = copy.deepcopy(vit)
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight  # type: ignore[union-attr, assignment]
+    online, offline = targets_of_model(model, "1.mlp.fc1"), choose_targets(model.state_dict(), "1.mlp.fc1")
+    assert list(online) == list(offline) == ["blocks.1.mlp.fc1"]
+    assert matrices_of(model, online)["blocks.1.mlp.fc1"] is model.get_parameter("blocks.0.mlp.fc1.weight")

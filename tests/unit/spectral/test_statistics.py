@@ -22,8 +22,10 @@ SETTINGS = SpectralSettings(topk=3)
 
 
 def twin_of(name: str, weight: torch.Tensor) -> dict[str, float]:
-    solved = solve_all(stack_by_shape({name: weight}), SETTINGS, log=lambda line: None)
-    return shuffled(name, weight, solved[name], SETTINGS)
+    is_fused = name == "attn.qkv"
+    stacks = stack_by_shape({name: weight}, [name] if is_fused else [])
+    solved = solve_all(stacks, SETTINGS, log=lambda line: None)
+    return shuffled(name, weight, solved[name], SETTINGS, is_fused=is_fused)
 
 
 def values_of(kind: str, n: int = 300, seed: int = 0) -> np.ndarray:

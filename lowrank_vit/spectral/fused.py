@@ -1,0 +1,93 @@
+"""Which layers named qkv have Q, K and V as the three equal parts of their rows, in this order.
+
+Names and shapes do not tell: tiny_vit, MaxViT and EfficientFormer have the rows of head 1 first, each with its own
+three parts. So a layer counts only where the forward of the module that holds it is known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+_BY_HEAD = "head_first"
+"""What an attention that can do both calls the other order."""
+KNOWN = frozenset(
+    """timm.layers.attention.Attention timm.layers.attention.AttentionRope timm.layers.attention2d.Attention2d
+    timm.layers.attention_pool2d.AttentionPool2d timm.layers.attention_pool2d.RotAttentionPool2d
+    timm.layers.diff_attention.DiffAttention timm.models.beit.Attention timm.models.cait.TalkingHeadAttn
+    timm.models.coat.FactorAttnConvRelPosEnc timm.models.convit.MHSA timm.models.davit.ChannelAttention
+    timm.models.davit.ChannelAttentionV2 timm.models.davit.WindowAttention timm.models.edgenext.CrossCovarianceAttn
+    timm.models.eva.EvaAttention timm.models.fastvit.Attention timm.models.hiera.MaskUnitAttention
+    timm.models.hieradet_sam2.MultiScaleAttention timm.models.maxxvit.Attention2d timm.models.maxxvit.AttentionCl
+    timm.models.metaformer.Attention timm.models.mvitv2.MultiScaleAttention timm.models.nest.Attention
+    timm.models.swin_transformer.WindowAttention timm.models.swin_transformer_v2.WindowAttention
+    timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention timm.models.twins.LocallyGroupedAttn
+    timm.models.visformer.Attention timm.models.vision_transformer_relpos.RelPosAttention
+    timm.models.vision_transformer_sam.Attention timm.models.volo.Attention timm.models.xcit.XCA""".split()
+)
+"""The classes whose forward reshapes the outputs of `qkv` to (3, heads, dim), or takes three equal parts of them."""
+
+# The parameters of a block of timm's plain ViT, DeiT, MAE and BEiT: such a state dict tells its layout without a class.
+_QKV_OF_PLAIN_VIT = re.compile(r"(blocks\.\d+\.)attn\.qkv")
+_PLAIN_VIT = ("norm1.weight", "attn.proj.weight", "norm2.weight", "mlp.fc1.weight", "mlp.fc2.weight")
+
+
+def is_named_qkv(name: str) -> bool:
+    """Whether a matrix is the layer of an attention that gives queries, keys and values at once, in some order."""
+    return name.rpartition(".")[2] == "qkv"
+
+
+def fused_qkv(model: nn.Module) -> frozenset[str]:
+    """The modules whose weight's rows are Q, K and V, a third each."""
+    found = {f"{name}.qkv".lstrip(".") for name, module in model.named_modules() if _is_known(module)}
+    return frozenset(name for name in found if _has_weight(model, name))
+
+
+def fused_qkv_of_state(state: Mapping[str, Tensor], arch: str) -> frozenset[str]:
+    """The same of a state dict: by the timm model it is of, or where `arch` is none by the names of a plain ViT."""
+    named = [name for key in state if is_named_qkv(name := key.removesuffix(".weight"))]
+    outline = _outline(arch) if named else None
+    if outline is None:
+        return frozenset(name for name in named if _is_plain(state, name))
+    # The file may be of a model of another depth.
+    by_place = {_place(name): name in fused_qkv(outline) for name, _ in outline.named_modules() if is_named_qkv(name)}
+    return frozenset(name for name in named if by_place.get(_place(name), False))
+
+
+def _is_known(module: nn.Module) -> bool:
+    if getattr(module, _BY_HEAD, False):
+        return False
+    owner = next((c for c in type(module).__mro__ if "forward" in vars(c)), nn.Module)
+    return f"{owner.__module__}.{owner.__qualname__}" in KNOWN
+
+
+def _has_weight(model: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(getattr(model.get_submodule(name), "weight", None), Tensor)
+    except AttributeError:  # an attention with separate layers
+        return False
+
+
+def _outline(arch: str) -> nn.Module | None:
+    """The model without memory for its weights; None where timm does not know it or cannot make it so."""
+    import timm
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return timm.create_model(arch) if timm.is_model(arch) else None
+    except Exception:  # some constructors look at numbers, which are not there
+        return None
+
+
+def _place(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
+
+
+def _is_plain(state: Mapping[str, Tensor], name: str) -> bool:
+    found = _QKV_OF_PLAIN_VIT.fullmatch(name)
+    if not found or any(found[1] + part not in state for part in _PLAIN_VIT):
+        return False
+    return len(state[f"{name}.weight"]) == 3 * state[f"{found[1]}attn.proj.weight"].shape[-1]
