@@ -129,7 +129,8 @@ def compare(before: Analysis, after: Analysis) -> dict[str, dict[str, float]]:
     stacks = (stack_by_shape({name: one.weights[name].double() for name in before.weights}) for one in (before, after))
     for old, new in zip(*stacks, strict=True):
         energies = block_energies(before.solved, after.solved, new)
-        of_weights |= {name: norms | energies[name] for name, norms in update_norms(old, new).items()}
+        norms_of = update_norms(old, new, solver=after.settings.solver)
+        of_weights |= {name: norms | energies[name] for name, norms in norms_of.items()}
     return {name: drift_metrics(before.solved[name], now, of_weights[name]) for name, now in after.solved.items()}
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.spectral.extremes import ABSOLUTE_LIMIT, RELATIVE_LIMIT, Solved
+from lowrank_vit.spectral.lapack import cholesky_in_place
 
 PROBES, FACTOR = 16, 8.0
 WRONG = 1e-9
@@ -54,18 +55,26 @@ def index_is_proven(solved: Solved, low_K: np.ndarray, high_K: np.ndarray) -> bo
 def nothing_beyond(matrices_NRC: Tensor, gram_NKK: Tensor, s_NM: Tensor, v_NKM: Tensor) -> Tensor:
     """Whether sigma_{M+1} is at most the last of M found values, but for `RELATIVE_LIMIT` of it; (N,) bool.
 
-    For a solver that knows no other values. With orthonormal triplets of small certificates it makes s_i sigma_i. The
-    matrix mu I - A^T A + V diag(s^2) V^T = R R^T + E, mu = s_M^2 (1 + `RELATIVE_LIMIT`), has a Cholesky factor R only
-    if no eigenvalue of A^T A but M of them exceeds mu + |E|, whatever V is (Weyl). |E| is enclosed by products with the
-    matrix itself, so the rounding of Gram matrix, deflation and factor counts, and faults in them.
+    For a solver that knows no other values: with orthonormal triplets of small certificates it makes s_i sigma_i.
 
     Args:
         matrices_NRC: float64.
         gram_NKK: their Gram matrices on the short side.
         s_NM, v_NKM: the found values, descending, and vectors of the short side.
     """
-    squares_NM = s_NM**2
-    mu_N11 = (squares_NM[:, -1] * (1 + RELATIVE_LIMIT))[:, None, None]
+    least_N = s_NM[:, -1] ** 2
+    mu_N = least_N * (1 + RELATIVE_LIMIT)
+    return square_beyond(matrices_NRC, gram_NKK, mu_N, s_NM, v_NKM) <= least_N * (1 + 2 * RELATIVE_LIMIT)
+
+
+def square_beyond(matrices_NRC: Tensor, gram_NKK: Tensor, mu_N: Tensor, s_NM: Tensor, v_NKM: Tensor) -> Tensor:
+    """What sigma_{M+1}^2 cannot exceed, a little above mu, (N,); infinite where it is not shown to be below mu.
+
+    The matrix mu I - A^T A + V diag(s^2) V^T = R R^T + E has a Cholesky factor R only if no eigenvalue of A^T A but M
+    of them exceeds mu + |E|, whatever V is (Weyl). |E| is enclosed by products with the matrix itself, so the rounding
+    of Gram matrix, deflation and factor counts, and faults in them. See `nothing_beyond` for the arguments; M may be 0.
+    """
+    squares_NM, mu_N11 = s_NM**2, mu_N[:, None, None]
     k = gram_NKK.shape[-1]
     eye = torch.eye(k, dtype=gram_NKK.dtype, device=gram_NKK.device)
     factor, info = torch.linalg.cholesky_ex(mu_N11 * eye - gram_NKK + (v_NKM * squares_NM[:, None]) @ v_NKM.mT)
@@ -73,4 +82,22 @@ def nothing_beyond(matrices_NRC: Tensor, gram_NKK: Tensor, s_NM: Tensor, v_NKM: 
     tall = matrices_NRC if matrices_NRC.shape[1] >= matrices_NRC.shape[2] else matrices_NRC.mT
     true = mu_N11 * z_KP - tall.mT @ (tall @ z_KP) + (v_NKM * squares_NM[:, None]) @ (v_NKM.mT @ z_KP)
     error_N = FACTOR * torch.linalg.vector_norm(true - factor @ (factor.mT @ z_KP), dim=1).amax(dim=1)
-    return (info == 0) & (error_N <= RELATIVE_LIMIT * squares_NM[:, -1])
+    return torch.where(info == 0, mu_N + error_N, torch.inf)
+
+
+def square_beyond_of_matrix(a_RC: np.ndarray, gram_KK: np.ndarray, mu: float) -> float:
+    """As `square_beyond`, of one matrix on a CPU and with M = 0; the Gram matrix is overwritten.
+
+    Args:
+        a_RC: float64, C-contiguous.
+        gram_KK: as `lapack.gram` gives it, float32: that its rounding is larger shows in what is returned.
+        mu: about sigma_1^2, neither so large nor so small that float32 could not hold it.
+    """
+    factor_KK = np.negative(gram_KK, out=gram_KK)
+    factor_KK[np.diag_indices(len(factor_KK))] += np.float32(mu)
+    if not cholesky_in_place(factor_KK):
+        return float("inf")
+    z_KP, factor_KK = probes(len(factor_KK)), factor_KK.astype(np.float64)
+    is_tall = a_RC.shape[0] >= a_RC.shape[1]
+    true_KP = ((a_RC @ z_KP).T @ a_RC).T if is_tall else a_RC @ (z_KP.T @ a_RC).T  # the faster orders
+    return mu + enclosure(mu * z_KP - true_KP - factor_KK @ (factor_KK.T @ z_KP))

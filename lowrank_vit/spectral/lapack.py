@@ -3,7 +3,7 @@
 torch has no eigensolver for some of the vectors, and scipy's Python wrappers hold the lock for the whole call, which
 would stop the training thread for tens of milliseconds at a time. scipy also exports the routines as C functions
 (`scipy.linalg.cython_lapack`, `cython_blas`), and ctypes lets go of the lock while it calls one. Names and arguments
-are LAPACK's: https://www.netlib.org/lapack/explore-html/. All arrays are float64.
+are LAPACK's: https://www.netlib.org/lapack/explore-html/. Arrays are float64 unless it is said.
 """
 
 from __future__ import annotations
@@ -63,17 +63,37 @@ def _lapack(name: str, *arguments: str | int | float | np.ndarray) -> None:
 
 
 def gram(a_RC: np.ndarray) -> np.ndarray:
-    """The lower triangle of A^T A (C <= R) or A A^T, (K, K) in Fortran order; the upper triangle holds no meaning.
+    """The lower triangle of A^T A (C <= R) or A A^T, (K, K) in Fortran order; the upper triangle is zero.
 
-    `a_RC` is C-contiguous float64. A symmetric product (dsyrk) costs R*C*K operations, half of a general one.
+    `a_RC` is C-contiguous float64 or float32, and so is the result. A symmetric product (dsyrk, ssyrk) costs R*C*K
+    operations, half of a general one.
     """
     rows, cols = a_RC.shape
     k, long = min(rows, cols), max(rows, cols)
     # To Fortran the row-major (R, C) is the column-major (C, R): so "N" gives A^T A, and "T" A A^T.
     trans = "N" if cols <= rows else "T"
-    result = np.zeros((k, k), order="F")
-    _call("cython_blas", "dsyrk", "L", trans, k, long, 1.0, a_RC, cols, 0.0, result, k)
+    result = np.zeros((k, k), a_RC.dtype, order="F")
+    one, zero = np.ones(1, a_RC.dtype), np.zeros(1, a_RC.dtype)
+    routine = "ssyrk" if a_RC.dtype == np.float32 else "dsyrk"
+    _call("cython_blas", routine, "L", trans, k, long, one, a_RC, cols, zero, result, k)
     return result
+
+
+def symmetric_times(lower_KK: np.ndarray, vector_K: np.ndarray) -> np.ndarray:
+    """A symmetric matrix, of which the lower triangle is given, times a vector (ssymv); all float32, Fortran order."""
+    k, one, zero = vector_K.size, np.ones(1, np.float32), np.zeros(1, np.float32)
+    result = np.empty(k, np.float32)
+    _call("cython_blas", "ssymv", "L", k, one, lower_KK, k, vector_K, 1, zero, result, 1)
+    return result
+
+
+def cholesky_in_place(lower_KK: np.ndarray) -> bool:
+    """R of R R^T in place of the lower triangle of a matrix (spotrf), float32, Fortran order; False where it has none.
+
+    About 1/3 K^3 operations.
+    """
+    k = lower_KK.shape[0]
+    return _call("cython_lapack", "spotrf", "L", k, lower_KK, k, 0) == 0
 
 
 def tridiagonalize(matrix_KK: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

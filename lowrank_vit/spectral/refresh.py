@@ -24,8 +24,9 @@ from lowrank_vit.spectral.metrics import (
     spectrum_metrics,
 )
 from lowrank_vit.spectral.noise import deviation
+from lowrank_vit.spectral.norm import spectral_norms
 from lowrank_vit.spectral.select import module_depth, module_type
-from lowrank_vit.spectral.solve import LOG, MatrixStack, all_values, largest_values, never, solve_stack
+from lowrank_vit.spectral.solve import LOG, MatrixStack, all_values, never, solve_stack
 from lowrank_vit.spectral.subspaces import (
     block_energy,
     block_gap,
@@ -177,32 +178,35 @@ def drift_metrics(before: Solved, now: Solved, of_weights: Mapping[str, float]) 
 
     Returns:
         "delta_sv_rel" (see `metrics.relative_change`), "cos_*" and "block_cos_*" (`subspaces.cosine_metrics`), all of
-        `of_weights`, and with "update_norm2" among these "turn_bound" (`subspaces.turn_bound`). What is of the block is
-        absent where `before` has none.
+        `of_weights`, and with "update_norm2_high" among these "turn_bound" (`subspaces.turn_bound`). What is of the
+        block is absent where `before` has none.
     """
     values = {"delta_sv_rel": relative_change(before, now)} | cosine_metrics("cos", before, now) | dict(of_weights)
-    if "update_norm2" in of_weights and blocks_of(before, now):
-        values["turn_bound"] = turn_bound(before, now, of_weights["update_norm2"])
+    if "update_norm2_high" in of_weights and blocks_of(before, now):
+        values["turn_bound"] = turn_bound(before, now, of_weights["update_norm2_high"])
     return values
 
 
-def update_norms(before: MatrixStack, now: MatrixStack, cpu_threads: int = 1) -> dict[str, dict[str, float]]:
+def update_norms(
+    before: MatrixStack, now: MatrixStack, cpu_threads: int = 1, solver: Solver = "gram64"
+) -> dict[str, dict[str, float]]:
     """By name: "update_norm2" |W - W'|_2 = sigma_1(W - W') and "update_normF" |W - W'|_F, in the weights' unit.
 
-    The greatest singular value comes from a float64 Gram matrix (relative error about 1e-15); see Golub & Van Loan,
-    section 2.3, for both norms.
+    "update_norm2_low" and "update_norm2_high" enclose the first, see `norm.spectral_norms`. Both norms: Golub & Van
+    Loan, section 2.3.
     """
     with torch.no_grad():
-        change = now.matrices_NRC.double() - before.matrices_NRC.double()
-        spectral = largest_values(change, cpu_threads)
+        change = now.matrices_NRC.to(torch.float64, copy=True).sub_(before.matrices_NRC)
+        spectral = spectral_norms(change, solver, cpu_threads)
         if cuda_path(change):
             frobenius = torch.linalg.vector_norm(change, dim=(1, 2)).cpu().numpy()
         else:
             with one_blas_thread():
                 frobenius = [float(np.sqrt(np.vdot(d, d))) for d in change.numpy()]
+    keys = ("update_norm2", "update_norm2_low", "update_norm2_high", "update_normF")
     return {
-        name: {"update_norm2": float(two), "update_normF": float(f)}
-        for name, two, f in zip(now.names, spectral, frobenius, strict=True)
+        name: dict(zip(keys, map(float, values), strict=True))
+        for name, *values in zip(now.names, *spectral, frobenius, strict=True)
     }
 
 
@@ -264,7 +268,7 @@ def refresh(
         last = {name: memory.last[f"{kind}/{name}"] for name in found if f"{kind}/{name}" in memory.last}
         result.solved |= {f"{kind}/{name}": one for name, one in found.items()}
         pairs = zip(memory.weights.get(kind, ()), of_kind, strict=False)
-        parts = [update_norms(before, now, settings.cpu_threads) for before, now in pairs]
+        parts = [update_norms(before, now, settings.cpu_threads, settings.solver) for before, now in pairs]
         for part in parts + [block_energies(last, found, stack) for stack in of_kind]:
             for name, values in part.items():
                 of_weights.setdefault(f"{kind}/{name}", {}).update(values)

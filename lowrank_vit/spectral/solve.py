@@ -111,7 +111,7 @@ def solve_stack(
         empty = Triplets(np.empty(0), np.empty((rows, 0)), np.empty((cols, 0)), np.empty(0))
         return {name: Solved(np.empty(0), empty, empty, 0.0, solver) for name in stack.names}
     with torch.no_grad():
-        scales = _scales(stack.matrices_NRC)
+        scales = scales_of(stack.matrices_NRC)
         if solver == "svd" or 2 * m >= k:
             first = [None] * n
         elif cuda_path(stack.matrices_NRC):
@@ -131,7 +131,7 @@ def solve_stack(
                 note = found[1] if found is not None else ""
                 if note:
                     log(f"spectra of {name}: {note}; solved by float64 SVD instead")
-                solved[name] = replace(_scaled(_svd(_as_float64(matrix, scale), m, turn=bool(note)), scale), note=note)
+                solved[name] = replace(_scaled(_svd(as_float64(matrix, scale), m, turn=bool(note)), scale), note=note)
     dtype = stack.matrices_NRC.dtype
     eps = torch.finfo(dtype).eps if dtype.is_floating_point else EPS
     return {name: replace(one, eps=eps) for name, one in solved.items()}
@@ -153,31 +153,25 @@ def all_values(matrices_NRC: Tensor, cpu_threads: int = 1) -> np.ndarray:
     From the eigenvalues of the Gram matrix in float64: absolute errors of the squares are about eps sigma_1^2.
     """
     with torch.no_grad():
-        scales = _scales(matrices_NRC)
+        scales = scales_of(matrices_NRC)
         usable = np.isfinite(scales)
         result = np.full((len(scales), min(matrices_NRC.shape[1:])), np.nan)
         if not cuda_path(matrices_NRC):
 
             def one(i: int) -> np.ndarray:
-                a_RC = _float64_numpy(matrices_NRC[i], scales[i])
+                a_RC = float64_numpy(matrices_NRC[i], scales[i])
                 return gram.all_values(a_RC) * scales[i] if a_RC.size else np.empty(0)
 
-            if found := _side_by_side(one, np.flatnonzero(usable).tolist(), cpu_threads):
+            if found := side_by_side(one, np.flatnonzero(usable).tolist(), cpu_threads):
                 result[usable] = found
         elif usable.any():
-            divided, divisors = _divided(matrices_NRC, scales)
+            divided, divisors = divided_by(matrices_NRC, scales)
             values = torch.linalg.eigvalsh(gram_stack(divided)).clamp_min(0.0).sqrt().flip(-1).cpu().numpy()
             result[usable] = (values * divisors[:, None])[usable]
     return result
 
 
-def largest_values(matrices_NRC: Tensor, cpu_threads: int = 1) -> np.ndarray:
-    """sigma_1 of each matrix (N,): relative error about eps. NaN where not finite, 0 of an empty matrix."""
-    values_NK = all_values(matrices_NRC, cpu_threads)
-    return values_NK[:, 0] if values_NK.shape[1] else np.zeros(len(values_NK))
-
-
-def _scales(matrices_NRC: Tensor) -> np.ndarray:
+def scales_of(matrices_NRC: Tensor) -> np.ndarray:
     """A power of two above the greatest entry of each, so that no square overflows; inf where one is not finite."""
     low, high = torch.aminmax(matrices_NRC.flatten(1), dim=1)
     greatest = torch.maximum(low.abs(), high.abs()).double().cpu().numpy()
@@ -186,12 +180,12 @@ def _scales(matrices_NRC: Tensor) -> np.ndarray:
     return np.where(np.isfinite(greatest), scales, np.inf)
 
 
-def _as_float64(matrix: Tensor, scale: float) -> Tensor:
+def as_float64(matrix: Tensor, scale: float) -> Tensor:
     """The matrix over `scale`, exactly, as contiguous float64."""
     return (matrix.double() / scale).contiguous()
 
 
-def _divided(matrices_NRC: Tensor, scales: np.ndarray) -> tuple[Tensor, np.ndarray]:
+def divided_by(matrices_NRC: Tensor, scales: np.ndarray) -> tuple[Tensor, np.ndarray]:
     """Every matrix over its scale, and what it was divided by, float64 (N,).
 
     One that is not finite becomes zeros, so that no solver meets a NaN. Float32 weights of usual size need no scaling,
@@ -221,20 +215,21 @@ def _gram_on_cpu(
         if not np.isfinite(scales[i]):
             return None
         try:
-            return refine.solve_matrix(_float64_numpy(matrices_NRC[i], scales[i]), m)
+            return refine.solve_matrix(float64_numpy(matrices_NRC[i], scales[i]), m)
         except np.linalg.LinAlgError as error:
             return not_finite((matrices_NRC.shape[1], matrices_NRC.shape[2]), m), str(error)
 
-    return _side_by_side(one, range(len(matrices_NRC)), cpu_threads)
+    return side_by_side(one, range(len(matrices_NRC)), cpu_threads)
 
 
-def _float64_numpy(matrix: Tensor, scale: float) -> np.ndarray:
-    """As `_as_float64`. By numpy, since in a thread of its own torch would start a second team of threads to copy."""
+def float64_numpy(matrix: Tensor, scale: float) -> np.ndarray:
+    """As `as_float64`. By numpy, since in a thread of its own torch would start a second team of threads to copy."""
     a_RC = matrix.numpy() if matrix.dtype in (torch.float32, torch.float64) else matrix.float().numpy()
     return np.divide(a_RC, scale, dtype=np.float64, order="C")
 
 
-def _side_by_side(one: Callable[[int], T], indices: Iterable[int], cpu_threads: int) -> list[T]:
+def side_by_side(one: Callable[[int], T], indices: Iterable[int], cpu_threads: int) -> list[T]:
+    """What `one` makes of each index, in their order, with one BLAS thread each."""
     with one_blas_thread():
         if cpu_threads == 1:
             return [one(i) for i in indices]
@@ -243,7 +238,7 @@ def _side_by_side(one: Callable[[int], T], indices: Iterable[int], cpu_threads: 
 
 
 def _gram_on_device(matrices_NRC: Tensor, m: int, scales: np.ndarray) -> list[tuple[Solved, str] | None]:
-    divided, divisors = _divided(matrices_NRC, scales)
+    divided, divisors = divided_by(matrices_NRC, scales)
     try:
         found = refine.solve_stack(divided, m)
     except torch.linalg.LinAlgError as error:
@@ -258,7 +253,7 @@ def _svd(a_RC: Tensor, m: int, turn: bool) -> Solved:
 
     `turn` takes the SVD of a wide matrix's transpose, which is several times faster, and other bits.
     """
-    with _one_torch_thread(a_RC):
+    with one_torch_thread(a_RC):
         try:
             if turn and a_RC.shape[0] < a_RC.shape[1]:
                 v, s, uh = torch.linalg.svd(a_RC.mT.contiguous(), full_matrices=False)
@@ -267,7 +262,7 @@ def _svd(a_RC: Tensor, m: int, turn: bool) -> Solved:
                 u, s, vh = torch.linalg.svd(a_RC, full_matrices=False)
         except torch.linalg.LinAlgError as error:
             return replace(not_finite((a_RC.shape[0], a_RC.shape[1]), m), note=f"no convergence ({error})")
-        error = _svd_error(a_RC, u, s, vh)
+        error = svd_error(a_RC, u, s, vh)
         k = s.numel()
         columns = torch.cat([torch.arange(m), torch.arange(k - 1, k - m - 1, -1)]).to(a_RC.device)
         u, v, ends = u[:, columns], vh.mT[:, columns], s[columns]
@@ -284,7 +279,7 @@ def _svd(a_RC: Tensor, m: int, turn: bool) -> Solved:
     return replace(solved, index=index_is_proven(solved, s_K - error, s_K + error))
 
 
-def _svd_error(a_RC: Tensor, u_RK: Tensor, s_K: Tensor, vh_KC: Tensor) -> float:
+def svd_error(a_RC: Tensor, u_RK: Tensor, s_K: Tensor, vh_KC: Tensor) -> float:
     """What the values of an SVD are exact to, absolutely; see `index.enclosure`."""
     z_KP = torch.from_numpy(probes(s_K.numel())).to(a_RC)
     back_CP, image_RP = vh_KC.mT @ z_KP, u_RK @ z_KP
@@ -294,7 +289,7 @@ def _svd_error(a_RC: Tensor, u_RK: Tensor, s_K: Tensor, vh_KC: Tensor) -> float:
 
 
 @contextmanager
-def _one_torch_thread(a_RC: Tensor) -> Generator[None]:
+def one_torch_thread(a_RC: Tensor) -> Generator[None]:
     """On a CPU one thread: LAPACK's bits depend on their number, and the monitor's worker has one."""
     threads = torch.get_num_threads()
     if cuda_path(a_RC) or threads == 1:

@@ -16,8 +16,6 @@ from lowrank_vit.spectral.lapack import one_blas_thread, tridiagonal_values
 
 _VALUES, _LEAST_DRAWS, _MOST_DRAWS = 16384, 32, 2048
 """Of the simulation of `chance_cosines`: at least so many cosines in all, and so many pairs of subspaces."""
-_NORM2_ERROR = 1e-12
-"""What "update_norm2" errs by relatively at most: it comes from a float64 Gram matrix."""
 
 
 def principal_cosines(a_NK: np.ndarray, b_NK: np.ndarray) -> np.ndarray:
@@ -161,7 +159,7 @@ def turn_bound(before: Solved, now: Solved, norm2: float) -> float:
     With p = K the next value is 0, that of the null space. NaN with a NaN, or where `before` has no block.
 
     Args:
-        norm2: |W - W'|_2; what it may err by is added.
+        norm2: |W - W'|_2, the upper end of what it may be.
     """
     blocks = blocks_of(before, now)
     if blocks is None:
@@ -170,7 +168,7 @@ def turn_bound(before: Solved, now: Solved, norm2: float) -> float:
     room = float(blocks[0].s[-1]) - (float(now.s[p]) if p < now.s.size else 0.0)
     if np.isnan(room) or np.isnan(norm2):
         return float("nan")
-    return norm2 * (1 + _NORM2_ERROR) / room if room > 0 else float("inf")
+    return norm2 / room if room > 0 else float("inf")
 
 
 def block_energy(before: Solved, now: Solved, weights_RC: np.ndarray) -> float:

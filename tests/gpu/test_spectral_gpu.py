@@ -19,9 +19,10 @@ from lowrank_vit.spectral import store
 from lowrank_vit.spectral.analyze import analyze_weights, compare
 from lowrank_vit.spectral.extremes import Solved
 from lowrank_vit.spectral.monitor import SpectralMonitor
+from lowrank_vit.spectral.norm import BRACKET, spectral_norms
 from lowrank_vit.spectral.refresh import Memory, SpectralSettings, refresh, update_norms
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
-from lowrank_vit.spectral.solve import MatrixStack, largest_values, solve, solve_stack, stack_by_shape
+from lowrank_vit.spectral.solve import MatrixStack, solve, solve_stack, stack_by_shape
 from tests.spectra import sine, with_spectrum
 
 pytestmark = pytest.mark.gpu
@@ -89,10 +90,20 @@ def test_ill_conditioned_matrices_are_right_or_fall_back(condition: float) -> No
     assert np.abs(found.last.s / s[::-1][:8] - 1).max() <= 1e-6
 
 
-def test_sigma_1_alone_agrees_with_the_cpu() -> None:
-    stack = torch.randn(3, 100, 60, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("shape", [(100, 60), (400, 300), (300, 700)])
+def test_sigma_1_alone_agrees_with_the_cpu(shape: tuple[int, int]) -> None:
+    """Also of a short side that is long enough for Lanczos steps, and of a stack that has to be scaled."""
+    stack = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
     stack[1] *= 1e-20
-    np.testing.assert_allclose(largest_values(stack.cuda()), largest_values(stack), rtol=1e-12)
+    stack[2] = torch.outer(stack[2, :, 0], stack[2, 0])
+    stack[3] = 0
+    for matrices in (stack, stack * torch.tensor([1.0, 1e-15, 1.0, 1.0]).view(4, 1, 1)):
+        found, expected = spectral_norms(matrices.cuda()), spectral_norms(matrices)
+        np.testing.assert_allclose(found.value, expected.value, rtol=1e-7)
+        for one in (found, expected):
+            assert (one.low <= found.value).all()
+            assert (found.value <= one.high).all()
+            assert (one.high <= one.low * (1 + BRACKET)).all()
 
 
 @pytest.mark.parametrize("factors", [(0.7, 3.0, 1e-5), (0.011, 1e-40, 0.3), (0.3, torch.nan, 0.9)])
@@ -110,7 +121,7 @@ def test_update_norms_agree_with_the_cpus(factors: tuple[float, ...], dtype: tor
     expected = update_norms(MatrixStack(names, before), MatrixStack(names, now))
     found = update_norms(MatrixStack(names, before.cuda()), MatrixStack(names, now.cuda()))
     for name, old, new in zip(names, before.double().numpy(), now.double().numpy(), strict=True):
-        assert found[name] == pytest.approx(expected[name], rel=1e-12, nan_ok=True)
+        assert found[name] == pytest.approx(expected[name], rel=1e-10, nan_ok=True)
         if np.isfinite(new).all():
             assert found[name]["update_norm2"] == pytest.approx(np.linalg.norm(new - old, 2), rel=1e-12)
 

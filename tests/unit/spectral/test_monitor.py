@@ -266,7 +266,7 @@ def test_keys_of_the_first_and_of_later_refreshes(tmp_path: Path) -> None:
     )
     single |= {f"chance_{x}_{what}" for x in "uv" for what in ("max", "mean", "mean_sq")}
     single |= {f"block_chance_{x}_{what}" for x in "uv" for what in ("mean", "min", "mean_sq")}
-    of_weights = {"update_norm2", "update_normF", "block_energy", "turn_bound"}
+    of_weights = {"update_norm2", "update_norm2_low", "update_norm2_high", "update_normF", "block_energy", "turn_bound"}
     drift = {"delta_sv_rel"} | of_weights | family("cos") | family("cos0")
     assert {k.rpartition("/")[2] for k in first} == single | family("ema_cos")
     assert {k.rpartition("/")[2] for k in second} == single | family("ema_cos") | drift
@@ -295,7 +295,8 @@ def test_drift_and_norms_are_those_of_plain_numpy(tmp_path: Path) -> None:
     for name in moments[0]:
         key = f"spec/{name}"
         change = moments[2][name] - moments[1][name]
-        assert record.values[f"{key}/update_norm2"] == pytest.approx(np.linalg.norm(change, 2), rel=1e-12)
+        for end in ("", "_low", "_high"):
+            assert record.values[f"{key}/update_norm2{end}"] == pytest.approx(np.linalg.norm(change, 2), rel=1e-12)
         assert record.values[f"{key}/update_normF"] == pytest.approx(np.linalg.norm(change), rel=1e-12)
         old, new = svd[1][name].S[:3:2], svd[2][name].S[:3:2]
         assert record.values[f"{key}/delta_sv_rel"] == pytest.approx(np.mean(np.abs(new - old) / old), rel=1e-9)

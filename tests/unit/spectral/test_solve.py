@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lowrank_vit.spectral import gram, lapack, refine
 from lowrank_vit.spectral.extremes import Solved, Solver
-from lowrank_vit.spectral.solve import Cancelled, largest_values, solve, solve_stack, stack_by_shape
+from lowrank_vit.spectral.solve import Cancelled, all_values, solve, solve_stack, stack_by_shape
 from tests.device_path import CudaPath
 from tests.spectra import low_rank_and_noise, orthonormal, sine, with_spectrum
 
@@ -330,11 +330,11 @@ def test_order_is_kept_over_mixed_shapes_and_dtypes_and_gradients_are_not_asked_
 @pytest.mark.parametrize(
     "factors", [(1.0, 3.0, 1e-5), (0.7, 1e-170, 0.0), (0.011, 1e160, torch.nan)], ids=["usual", "tiny", "not finite"]
 )
-def test_sigma_1_alone(factors: tuple[float, ...], dtype: torch.dtype) -> None:
+def test_values_alone(factors: tuple[float, ...], dtype: torch.dtype) -> None:
     """Also where nothing needs scaling, and with greatest entries that are no power of two."""
     matrices = [(factor * CASES["tall"]).to(dtype) for factor in factors]
     expected = [float(np.linalg.norm(one.double().numpy(), 2)) if one.isfinite().all() else np.nan for one in matrices]
-    np.testing.assert_allclose(largest_values(torch.stack(matrices)), expected, rtol=1e-14)
+    np.testing.assert_allclose(all_values(torch.stack(matrices))[:, 0], expected, rtol=1e-14)
 
 
 def test_cancelling_stops_between_two_matrices() -> None:
