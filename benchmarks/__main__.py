@@ -130,7 +130,8 @@ def record_command(options: tyro.conf.OmitArgPrefixes[record.Options]) -> None:
 def gpu_check_command(options: tyro.conf.OmitArgPrefixes[gpu_check.Options]) -> None:
     """The GPU tests, the benches in their short form, and the record of both: what `make gpu-check` does.
 
-    Takes 6 minutes. Exits with 1 if a test or something of ours in a bench failed; the record is written all the same.
+    Takes 6 minutes; the record names what was not reached in them. Exits with 1 if a test or something of ours in a
+    bench failed; the record is written all the same.
     """
     page, is_clean = gpu_check.run(options, note=_note())
     print(f"written: {page}")

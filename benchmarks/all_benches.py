@@ -80,7 +80,8 @@ class Options:
             if name not in NAMES:
                 raise UserError(f"--only {name} is not a bench. There are: {', '.join([*others, *NAMES])}.")
             if name not in there:
-                raise UserError(f"--only {name} is no bench of this device's. Here are: {', '.join([*others, *there])}.")
+                here = ", ".join([*others, *there])
+                raise UserError(f"--only {name} is no bench of this device's. Here are: {here}.")
         if not names:
             raise UserError(f"--only names no bench. There are: {', '.join(there)}.")
         return {name: there[name] for name in names}

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,19 +32,23 @@ from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.devices import why_no_cuda
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
+from lowrank_vit.common.numba_cache import NOTE as COMPILING
+from lowrank_vit.common.numba_cache import must_compile
 from lowrank_vit.common.resources import available_cores
 
 MINUTES = {"cuda": 6.0, "cpu": 16.0}
-"""For tests and benches together, by device."""
+"""For all of it, by device."""
 PROFILE_MINUTES = 1.0
 """More with --profile."""
 TESTS_SHARE = 2.5 / 6
-"""Of the time that the tests may take."""
+"""Of the time that is left when what they read is made, which the tests may take."""
 MOST_JOBS = 16
 COMPILERS = 4
 """Of torch.compile in each process of the tests: some, since those that compile longest are few."""
 PREPARE_LIMIT_S = 90.0
 """For opening the set, and measuring how fast the decoder is with it."""
+COMPILE_LIMIT_S = 150.0
+"""For each of the two benches that have the CPU's functions compiled."""
 TOO_LONG = 124
 """The exit code of tests that were ended; that of the program `timeout`."""
 _TESTS = "tests"
@@ -58,7 +64,8 @@ class Options:
     minutes: Annotated[
         float | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 6; with --profile 7; without a GPU 16)")
     ] = None
-    """For tests and benches together. The tests are ended after 2.5 of 6, and what did not run is said."""
+    """For all of it. The tests are ended after 2.5 of 6 minutes, as much of what is left when the sets are made; what
+    did not run is said."""
     only: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = (
         None
     )
@@ -173,24 +180,30 @@ def run(
     if not options.names or not _is_of_this_machine(files, note):
         files.forget()
     write = partial(_write_page, options, files)
+
+    def left() -> float:
+        """Minutes; some for those that have to be told that there are none."""
+        return max(0.01, minutes - (time.monotonic() - begun) / 60)
+
+    has_tests, has_benches = (not options.names or _TESTS in options.names), set(options.names) != {_TESTS}
     if not options.without_gpu:
-        _make_sets(options, note, start or start_bench)
+        with _twins_compiled(note, start or start_bench) if has_tests and not options.tiny else nullcontext():
+            _make_sets(options, note, start or start_bench)
+        note(f"what tests and benches read is there; {left():.1f} of {minutes:g} minutes are left")
     codes: list[int] = []
-    if not options.names or _TESTS in options.names:
-        share = TESTS_SHARE if not options.names or set(options.names) != {_TESTS} else 1.0
-        codes.append(_run_tests(options, files, 60 * minutes * share, note, call or _call))
+    if has_tests:
+        limit_s = 60 * left() * (TESTS_SHARE if has_benches else 1)
+        codes.append(_run_tests(options, files, limit_s, note, call or _call))
         write()
-    if not options.names or set(options.names) != {_TESTS}:
-        taken = (time.monotonic() - begun) / 60
-        left = max(minutes * (1 - TESTS_SHARE), minutes - taken)
-        note(f"the benches, in {left:.1f} minutes")
+    if has_benches:
+        note(f"the benches, in {left():.1f} minutes")
         before = all_benches.earlier(files.benches)
 
         def save(result: Result) -> None:
             write_whole(files.benches, result.to_json())
             write()
 
-        result = all_benches.run(options.benches(device, left), note=note, start=start, save=save, before=before)
+        result = all_benches.run(options.benches(device, left()), note=note, start=start, save=save, before=before)
         codes.append(int(result.is_broken))
     return write(), not any(codes)
 
@@ -245,6 +258,40 @@ def _make_sets(options: Options, note: Callable[[str], object], start: all_bench
             start([entry.bench, *flags], Path(made) / "prepare.json", PREPARE_LIMIT_S)
     except Exception as error:
         note(f"what the benches read: {reason_of(error)}")
+
+
+@contextmanager
+def _twins_compiled(note: Callable[[str], object], start: all_benches.Start) -> Generator[None]:
+    """Beside what is done inside, have numba compile the CPU's functions that tests compare a GPU with.
+
+    It keeps them; else each of the tests' processes would compile all of them. Two tiny benches on the CPU call them.
+    """
+
+    def compile_all() -> None:
+        tiny = all_benches.Options(tiny=True, repeats=1)
+        for entry in (SELECTIONS["cuda"]["augment"], SELECTIONS["cuda"]["loader"]):
+            try:
+                with tempfile.TemporaryDirectory() as made:
+                    flags = [*tiny.flags(entry, "cpu"), "--scratch", made]
+                    start([entry.bench, *flags], Path(made) / "compiled.json", COMPILE_LIMIT_S)
+            except Exception as error:
+                note(f"what numba has compiled: {reason_of(error)}")
+
+    if not _must_compile():
+        yield
+        return
+    note(COMPILING)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(compile_all)
+        yield
+
+
+def _must_compile() -> bool:
+    from lowrank_vit.augment.ops_cpu import apply_ops
+    from lowrank_vit.data.decode.ffcv import decode_batch
+    from lowrank_vit.data.decode.resize_cpu import resize_batch
+
+    return must_compile(apply_ops, decode_batch, resize_batch)
 
 
 def _run_tests(options: Options, files: _Files, limit_s: float, note: Callable[[str], object], call: Call) -> int:

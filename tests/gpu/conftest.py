@@ -9,6 +9,8 @@ import pytest
 
 _COMPILING = ("max-autotune", "--compile", "compile_modes", "compiled", "test_augment_gpu")
 """What a test's name holds that compiles, what takes longest first."""
+_VALUE = ("test_train_gpu", "test_loader_gpu", "test_augment_gpu", "test_spectral_gpu")
+"""Files whose quick tests come first, since the time may end before the last."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,6 +28,9 @@ def longest_first(items: list[pytest.Item]) -> list[pytest.Item]:
     def place(item: pytest.Item) -> int:
         return next((n for n, word in enumerate(_COMPILING) if word in item.nodeid), len(_COMPILING))
 
+    def value(item: pytest.Item) -> int:
+        return next((n for n, word in enumerate(_VALUE) if word in item.nodeid), len(_VALUE))
+
     long = sorted((item for item in items if place(item) < len(_COMPILING)), key=place)
-    quick = [item for item in items if place(item) == len(_COMPILING)]
+    quick = sorted((item for item in items if place(item) == len(_COMPILING)), key=value)
     return [item for item in chain.from_iterable(zip_longest(long, quick)) if item is not None]

@@ -49,7 +49,11 @@ def losses(run: Path) -> list[float]:
     ],
 )
 def test_a_warm_step_never_waits_and_never_recompiles(argv, loader, way):
-    """But for the event of a step long done, which `Pace` waits for and torch does not count."""
+    """But for the event of a step long done, which `Pace` waits for and torch does not count.
+
+    What is compiled is one graph: no part of the step is left to the host in between.
+    """
+    breaks = torch._dynamo.utils.counters["graph_break"].total()
     trainer = Trainer(parse([*argv, "--batch-size", "32", "--loader", loader, *way.split()]), "warm")
     with closing(trainer.run_dir), closing(trainer.setup.train_loader):
         trainer.setup.model.train()
@@ -65,6 +69,8 @@ def test_a_warm_step_never_waits_and_never_recompiles(argv, loader, way):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
+    found = torch._dynamo.utils.counters["graph_break"]
+    assert found.total() == breaks, found
 
 
 @pytest.mark.parametrize("loader", ["resident", "ffcv"])

@@ -140,9 +140,9 @@ def test_a_run_stays_open_between_figures(options):
 
 def test_a_run_whose_loop_has_failed_is_not_kept(options, monkeypatch):
     of_two = Options(**{**vars(options), "batch_size": 2})
-    with pytest.raises(RuntimeError, match="out of memory"), training_run(of_two) as failed:
-        with monkeypatch.context() as patch:
-            patch.setattr(type(failed.timed.trainer.setup.step), "__call__", out_of_memory)
+    with training_run(of_two) as failed, monkeypatch.context() as patch:
+        patch.setattr(type(failed.timed.trainer.setup.step), "__call__", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):  # which a bench notes, and goes on
             failed.timed.before()
     assert not failed.timed.trainer.run_dir.path.exists()
     with training_run(of_two) as another:

@@ -19,11 +19,11 @@ from lowrank_vit.config.flags import parse
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.model.optimizer import create_optimizer
 from lowrank_vit.model.patches import PatchProduct, set_patch_embedding
-from lowrank_vit.plan.mixing import NO_MIX
-from lowrank_vit.plan.plans import BatchPlan
+from lowrank_vit.plan.mixing import NO_MIX, MixRules
+from lowrank_vit.plan.plans import BatchPlan, TrainPlan, TrainRules
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.metrics import Meter
-from lowrank_vit.training.step import RUN_AHEAD, Average, Loss, Pace, TrainStep
+from lowrank_vit.training.step import RUN_AHEAD, Average, Loss, LossOfBatch, Pace, TrainStep
 
 NUM_CLASSES, BATCH = 10, 8
 OPTIONS = (
@@ -200,6 +200,29 @@ def test_gradients_kept_for_a_gpus_graphs_add_up_to_the_same_updates(on_cuda_pat
     assert all(parameter.grad is own for parameter, own in zip(kept.parameters(), gradients, strict=True))
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(kept.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_of_a_batch_compiles_to_one_graph(on_cuda_path):
+    """With normalising, mixing and erasing by patches, as on a GPU: nothing in it ends the graph."""
+    counters = torch._dynamo.utils.counters
+    rules = TrainRules(reprob=0.9, mixing=MixRules(mixup=0.8, cutmix=1.0))
+    sides = np.full(2 * BATCH, 16)
+    plan = TrainPlan(sides, sides, rules, seed=1, img_size=16, batch_size=BATCH)
+    model, augment = small_vit(), Augment((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), NUM_CLASSES, 0.1, "pixel")
+    assert set_patch_embedding(model, as_product=True)
+    loss_of = LossOfBatch(model, augment, Loss.of(parse(OPTIONS.split())), torch.bfloat16)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss_of, backend="eager")
+    breaks, graphs = counters["graph_break"].total(), counters["stats"]["unique_graphs"]
+    for n, (batch, ids) in enumerate(zip(batches(2), plan.ids(0), strict=True)):
+        with on_cuda_path():
+            images, *drawn = augment.begin(batch.images, plan.batch(0, n, ids))
+        assert len(drawn) == 3
+        assert all(one is not None for one in drawn)
+        compiled(images, batch.targets, *drawn)[0].backward()
+    assert counters["graph_break"].total() == breaks, counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == graphs + 1
+    torch._dynamo.reset()
 
 
 def test_dropout_depends_on_the_update_and_the_rank_alone():
