@@ -28,7 +28,7 @@ _KINDS = (
     (NORMS, re.compile(r"layer_?norm|gamma_?beta|gelu|silu|relu|tanh|batch_?norm")),
     (
         PRODUCTS,
-        re.compile(r"gemm|nvjet|cutlass|cublas|xmma|splitk|triton_(tem|mm)|conv|wgrad|dgrad|::b?mm$|addmm"),
+        re.compile(r"gemm|nvjet|cutlass|cublas|xmma|splitk|triton_(tem|mm)|conv(?!ert)|wgrad|dgrad|::b?mm$|addmm"),
     ),
 )
 """Group and what names of its kernels or operators have in them, in lower case; the first that fits counts."""
@@ -121,17 +121,39 @@ def limits_ms(model: nn.Module, batch_size: int, ceilings: Ceilings) -> dict[str
     }
 
 
-def rows_of(columns: Iterable[Mapping[str, float] | None], batch_size: int) -> list[list[str]]:
-    """A table's rows by group, with sum and img/s below; a column that is None was not measured."""
-    columns = list(columns)
-    sums = [None if one is None else sum(one.values()) for one in columns]
-    rows = [[group, *(_ms(None if one is None else one[group]) for one in columns)] for group in GROUPS]
-    rows.append(["together", *map(_ms, sums)])
-    return [*rows, ["as img/s", *("not yet measured" if t is None else f"{1e3 * batch_size / t:,.0f}" for t in sums)]]
+def rows_of(
+    columns: Mapping[str, Mapping[str, float] | None], batch_size: int, clock_ms: Mapping[str, float] | None = None
+) -> list[list[str]]:
+    """A table's rows by group, with sum and img/s below; a column that is None was not measured.
+
+    With `clock_ms`, what a step takes by the clock in some of the columns, rows below tell that and how much of it the
+    device had nothing to do.
+    """
+    sums = {name: None if one is None else sum(one.values()) for name, one in columns.items()}
+    rows = [[group, *(_ms(None if one is None else one[group]) for one in columns.values())] for group in GROUPS]
+    rows.append(["together", *map(_ms, sums.values())])
+    rows.append(["as img/s, if the device were never idle", *(_img_per_s(t, batch_size) for t in sums.values())])
+    if not clock_ms:
+        return rows
+    idle, clock, speed = ["the device is idle"], ["by the clock"], ["as img/s"]
+    for name, of_device in sums.items():
+        took = clock_ms.get(name)
+        if of_device is not None and took is None:  # a limit, which no clock tells
+            cells = "", "", ""
+        else:
+            not_at_work = None if of_device is None or took is None else took - of_device
+            cells = _ms(not_at_work), _ms(took), _img_per_s(took, batch_size)
+        for row, cell in zip((idle, clock, speed), cells, strict=True):
+            row.append(cell)
+    return [*rows, idle, clock, speed]
 
 
 def _ms(value: float | None) -> str:
     return "not yet measured" if value is None else f"{value:.2f}"
+
+
+def _img_per_s(ms: float | None, batch_size: int) -> str:
+    return "not yet measured" if ms is None else f"{1e3 * batch_size / ms:,.0f}"
 
 
 def main() -> None:
@@ -141,10 +163,10 @@ def main() -> None:
     for name in ("vit_small_patch16_224", "vit_base_patch16_224"):
         with torch.device("meta"):
             model = timm.create_model(name)
-        columns = [limits_ms(model, batch_size, H100) for batch_size in (256, 512)]
+        tables = [rows_of({"limit": limits_ms(model, batch_size, H100)}, batch_size) for batch_size in (256, 512)]
         print(f"{name}: ms a step at batch 256, 512")
-        for row, other in zip(rows_of(columns[:1], 256), rows_of(columns[1:], 512), strict=True):
-            print(f"{row[0]:24}{row[1]:>10}{other[1]:>10}")
+        for row, other in zip(*tables, strict=True):
+            print(f"{row[0]:42}{row[1]:>10}{other[1]:>10}")
 
 
 if __name__ == "__main__":

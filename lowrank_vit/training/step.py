@@ -160,7 +160,8 @@ class TrainStep:
         """Have gradients of several batches add up in memory of their own, which is zeroed after an update.
 
         A CUDA graph's outputs live until its next run only. Elsewhere it costs: each gradient is then zeroed, added to
-        and divided by the number of ranks, three passes, instead of written once into what travels to the ranks.
+        and divided by the number of ranks, three passes more than writing it, instead of one, which divides it on its
+        way into what travels to the ranks.
         """
         self._keeps_grads = True
         for parameter in self._model.parameters():
@@ -258,9 +259,9 @@ class LossOfBatch(nn.Module):
 def _distribute(loss_of: nn.Module, device: torch.device) -> DistributedDataParallel:
     """Gradients averaged over the ranks, while the rest of the backward pass goes on.
 
-    They are views of the buckets that travel (torch's sizes: 1 MiB first, then 25), where the backward pass writes
-    them divided by the number of ranks: nothing is copied back. A compiled graph is split where a bucket ends.
-    torch's static_graph would save nothing here, and goes wrong with no_sync.
+    They are views of the buckets that travel (torch's sizes: 1 MiB first, then 25). When the backward pass has written
+    one, torch multiplies it into its bucket, divided by the number of ranks: nothing is copied back. A compiled graph
+    is split where a bucket ends. torch's static_graph would save nothing here, and goes wrong with no_sync.
     """
     # No buffer is sent around before each step: statistics of normalisation are averaged before validation instead.
     named = inspect.signature(DistributedDataParallel).parameters

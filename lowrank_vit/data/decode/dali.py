@@ -20,7 +20,16 @@ import numpy as np
 import torch
 
 from data_prep.formats.beton import MODE_RAW
-from lowrank_vit.common.devices import KeptAlive, Mark, cuda_path, current_stream, on_stream, side_stream, to_device
+from lowrank_vit.common.devices import (
+    FIRST,
+    KeptAlive,
+    Mark,
+    cuda_path,
+    current_stream,
+    on_stream,
+    side_stream,
+    to_device,
+)
 from lowrank_vit.common.errors import BetonError, UserError, in_short
 from lowrank_vit.common.threads import Ahead
 from lowrank_vit.data.batch import Batch
@@ -97,7 +106,8 @@ class DaliBackend:
         )
         self._threads = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         # Of the feeding thread's own: on the consumer's, its work on one batch would wait for the decoding of the next.
-        self._stream = side_stream(device)
+        # It takes batches out by a small copy, which the step waits for.
+        self._stream = side_stream(device, FIRST)
         self._part_bytes = DEVICE_PART_BYTES if self._shape.resize else max(HOST_PART_BYTES, workers * BYTES_A_THREAD)
         self._made: list[torch.Tensor] = []
         self._made_ms = 0.0

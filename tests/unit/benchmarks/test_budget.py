@@ -34,6 +34,7 @@ from lowrank_vit.model.flops import train_flops_per_image
         ("at::native::multi_tensor_apply_kernel<TensorListMetadata<2>, TernaryOpScalarFunctor, LerpFunctor>", EMA),
         ("aten::_foreach_lerp_", EMA),
         ("triton_red_fused_sum_7", REST),
+        ("void at::native::convert_to_bf16_kernel", REST),
         ("triton_poi_fused__to_copy_convolution_3", REST),
         ("Memcpy HtoD (Pinned -> Device)", REST),
         ("aten::copy_", REST),

@@ -232,4 +232,7 @@ def test_a_page_says_where_the_time_of_a_step_goes_and_what_it_ran_with():
     assert "4 others took less." in text
     assert "## The budget of a step: vit_small, batch 240, ms" in text
     assert "| attention | 2.00 | not yet measured | 4.00 |" in text
-    assert "| as img/s | 20,000 | not yet measured | 10,000 |" in text
+    assert "| as img/s, if the device were never idle | 20,000 | not yet measured | 10,000 |" in text
+    assert "| the device is idle |  | not yet measured | 7.25 |" in text
+    assert "| by the clock |  | not yet measured | 31.25 |" in text
+    assert "| as img/s |  | not yet measured | 7,680 |" in text
