@@ -25,6 +25,7 @@ from lowrank_vit.plan.plans import EvalPlan, TrainPlan
 
 RESIDENT_SHARE = 0.25
 """A set may take at most this share of the device's memory where `auto` chooses."""
+_AS_BEFORE = "as the run has decoded so far"
 
 
 def open_loader(
@@ -62,6 +63,8 @@ def open_loader(
     device = pick_device(device) if isinstance(device, str) else device
     options = replace(options, say=say if plan.rank == 0 else None)
     backend, reason, share = _open_backend(beton, plan, device, options)
+    if options.before and options.before != backend.name:
+        reason += f"; the run has decoded with {options.before} so far, and pixels may differ a little from here on"
     if beton.unverified and plan.rank == 0:
         say(beton.unverified)
     loader = Loader(backend, beton, plan, device, on_bad_sample=options.on_bad_sample, prepare=prepare, say=say)
@@ -129,17 +132,31 @@ def choose_backend(
     follow from a measurement of speed; else whichever of FFCV and DALI decodes this set faster on this CPU, or of
     several ranks on the one where it is slowest. That measurement is kept beside the set. What does not fit one rank is
     not taken.
+
+    A run that goes on keeps what its pixels depend on: it stays resident while the set fits at all, and does not become
+    resident because of what is free by now; but a GPU is not left to what decoded on a CPU alone.
     """
-    size = resident_bytes(beton)
-    too_big = why_not_resident(size, memory_bytes(device), resident_set.free_bytes(device), device)
+    size, before = resident_bytes(beton), options.before
+    if before == "dali" or (before == "ffcv" and not cuda_path(device)):
+        too_big = "not resident, as before"
+    else:
+        free = resident_set.free_bytes(device)
+        too_big = why_not_resident(size, memory_bytes(device), free, device, is_kept=before == "resident")
     if too_big := _first(options.of_all_ranks(too_big)):
         return _choose_decoder(beton, plan, device, options, too_big)
+    if before == "resident":
+        return before, _AS_BEFORE
     return "resident", f"{size_in_words(size)} decoded fit {RESIDENT_SHARE:.0%} of {device} memory"
 
 
-def why_not_resident(size: int, total: int, free: int, device: torch.device) -> str:
-    """Why `auto` does not keep `size` bytes on a device with that much memory, in words; empty where it does."""
+def why_not_resident(size: int, total: int, free: int, device: torch.device, *, is_kept: bool = False) -> str:
+    """Why `auto` does not keep `size` bytes on a device with that much memory, in words; empty where it does.
+
+    What `is_kept`, since the run had it there before, may take all that is free.
+    """
     in_words, left = f"{size_in_words(size)} decoded", f"{device} has {size_in_words(free)} free"
+    if is_kept:
+        return f"{in_words}, and {left}" if size > free else ""
     if size > RESIDENT_SHARE * total:
         in_words += f" exceed {RESIDENT_SHARE:.0%} of {device} memory"
         return f"{in_words} (--loader resident takes them: {left})" if 2 * size <= free else in_words
@@ -151,14 +168,16 @@ def why_not_resident(size: int, total: int, free: int, device: torch.device) -> 
 def _choose_decoder(
     beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions, too_big: str
 ) -> tuple[str, str]:
-    """`choose_backend` for a set that is `too_big` to be resident."""
+    """`choose_backend` for a set that is not to be resident, since it is `too_big` or for another reason, in words."""
     if missing := _first(options.of_all_ranks(why_no_dali(device))):
         return "ffcv", f"{too_big}; {missing}"
     if cuda_path(device):
         return "dali", f"{too_big}; decoding on the GPU"
+    kinds = ("ffcv", "dali")
+    if options.before in kinds:
+        return options.before, _AS_BEFORE
     if isinstance(plan, EvalPlan):
         return "dali", f"{too_big}; evaluation"
-    kinds = ("ffcv", "dali")
 
     def measured_now() -> dict[str, float]:
         return measure({kind: make_backend(kind, beton, plan, device, options) for kind in kinds}, plan, device)

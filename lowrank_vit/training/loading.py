@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from rich.filesize import decimal as size_in_words
@@ -14,7 +15,7 @@ from lowrank_vit.augment.recipe import batches_of_update, train_rules
 from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.common.errors import UserError, in_short
 from lowrank_vit.config.option_types import with_options
-from lowrank_vit.config.options import Config
+from lowrank_vit.config.options import Config, LoaderName
 from lowrank_vit.data.choose import open_loader
 from lowrank_vit.data.decode.backend import FedStep, LoaderOptions, usual_workers
 from lowrank_vit.data.loader import Loader
@@ -22,10 +23,13 @@ from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.synthetic import SyntheticLoader, synthetic_plan
 from lowrank_vit.model.create import InputSpec
 from lowrank_vit.model.flops import Peak
+from lowrank_vit.model.weights import Checkpoint
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 from lowrank_vit.ranks.agree import gatherer
 from lowrank_vit.ranks.world import World
 
+LOADERS = "loaders"
+"""What a checkpoint holds under this: the name of the decode backend by split, train and val."""
 MOST_MFU = 0.4
 """More of the peak than a step of ours is known to reach: ViT-B 0.35, ViT-S 0.23 on an H100."""
 
@@ -65,6 +69,13 @@ def fed_step(
     return FedStep(key, MOST_MFU * peak.flops_per_s / train_flops if train_flops else None)
 
 
+def loaders_before(resumed: Checkpoint | None) -> dict[str, str]:
+    """What a run has decoded with so far, by split; empty for a new run, and where its checkpoint does not tell."""
+    found = resumed.content.get(LOADERS) if resumed else None
+    known = get_args(LoaderName)
+    return {split: name for split, name in found.items() if name in known} if isinstance(found, dict) else {}
+
+
 def make_train_loader(
     config: Config,
     train: Beton | None,
@@ -74,8 +85,9 @@ def make_train_loader(
     device: torch.device,
     prepare: Callable[[Tensor, BatchPlan], Tensor],
     step: FedStep | None,
+    before: Mapping[str, str],
 ) -> tuple[TrainPlan, Loader | SyntheticLoader, str]:
-    """The plan, the loader, and a line about it. Without a set: images that are made up."""
+    """The plan, the loader, and a line about it. Without a set: images that are made up. `before`: `loaders_before`."""
     batch_size, accum_steps = batches_of_update(config, world.size)
     share = {"rank": world.rank, "world_size": world.size, "accum_steps": accum_steps}
     of_batch = {"img_size": spec.img_size, "batch_size": batch_size, "seed": config.run.seed}
@@ -91,7 +103,7 @@ def make_train_loader(
         )
     plan = TrainPlan(train.heights, train.widths, train_rules(config), **of_batch, **share)
     options = replace(
-        _decoding(config, world, device, "train"),
+        _decoding(config, world, device, "train", before),
         hw_decoder_load=config.data.hw_decoder_load,
         jpeg_fancy_upsampling=config.data.jpeg_fancy_upsampling,
         step=step,
@@ -100,14 +112,20 @@ def make_train_loader(
 
 
 def make_val_loader(
-    config: Config, val: Beton, batch_size: int, spec: InputSpec, world: World, device: torch.device
+    config: Config,
+    val: Beton,
+    batch_size: int,
+    spec: InputSpec,
+    world: World,
+    device: torch.device,
+    before: Mapping[str, str],
 ) -> tuple[Loader, str]:
-    """The loader of the validation set, and a line about it."""
+    """The loader of the validation set, and a line about it. `before`: `loaders_before`."""
     sides = {"img_size": spec.img_size, "crop_pct": spec.crop_pct}
     share = {"rank": world.rank, "world_size": world.size}
     plan = EvalPlan(val.heights, val.widths, **sides, batch_size=batch_size, **share)
     # A GPU decodes as it does for `validate`: a score does not depend on what was measured.
-    return open_loader(val, plan, device, _decoding(config, world, device, "val"), say=world.say)
+    return open_loader(val, plan, device, _decoding(config, world, device, "val", before), say=world.say)
 
 
 @contextmanager
@@ -127,7 +145,9 @@ def room_beside(*loaders: Loader | SyntheticLoader | None) -> Generator[None]:
         raise
 
 
-def _decoding(config: Config, world: World, device: torch.device, split: str) -> LoaderOptions:
+def _decoding(
+    config: Config, world: World, device: torch.device, split: str, before: Mapping[str, str]
+) -> LoaderOptions:
     data = config.data
     return LoaderOptions(
         data.loader,
@@ -135,4 +155,5 @@ def _decoding(config: Config, world: World, device: torch.device, split: str) ->
         data.prefetch,
         on_bad_sample=data.on_bad_sample,
         of_all_ranks=gatherer(world, f"loader/{split}", "choosing a loader"),
+        before=before.get(split, ""),
     )

@@ -26,6 +26,7 @@ from lowrank_vit.run.outputs import SPECTRA
 from lowrank_vit.run.state import RunState
 from lowrank_vit.spectral.store import SpectraStore
 from lowrank_vit.training import launch
+from lowrank_vit.training.loading import LOADERS
 from lowrank_vit.training.saved_state import check_counts, check_state, load_optimizer
 from lowrank_vit.training.setup import Setup, silent
 
@@ -149,6 +150,7 @@ def capture(setup: Setup, state: RunState) -> dict[str, Any]:
         IS_FINITE: _is_finite(setup) & (step["meter"]["bad_update"] == NEVER),
         # Where the loader stands, or will stand when it is asked: an epoch that is at its end is not yet finished.
         "data": {**setup.train_loader.state_dict(), "epoch": position.epoch, "update": position.updates_done},
+        LOADERS: {"train": setup.train_loader.name, **({"val": setup.val_loader.name} if setup.val_loader else {})},
         "num_classes": setup.num_classes,
         "class_names": setup.class_names,
         "input": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(setup.spec).items()},

@@ -43,7 +43,7 @@ from lowrank_vit.ranks.world import World
 from lowrank_vit.run.state import Position
 from lowrank_vit.score.evaluate import Evaluator
 from lowrank_vit.spectral.initial import in_words, redraw_far_entries
-from lowrank_vit.training.loading import fed_step, make_train_loader, make_val_loader, with_workers
+from lowrank_vit.training.loading import fed_step, loaders_before, make_train_loader, make_val_loader, with_workers
 from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
 from lowrank_vit.training.preflight import check_before_data
 from lowrank_vit.training.step import TrainStep
@@ -169,7 +169,9 @@ def set_up(
     config = with_workers(config, world, device)
     step = fed_step(config, spec, world, device, train_flops, peak)
     train = sets.train if sets else None
-    plan, train_loader, line = make_train_loader(config, train, num_classes, spec, world, device, prepare, step)
+    before = loaders_before(resumed)
+    of_train = config, train, num_classes, spec, world, device
+    plan, train_loader, line = make_train_loader(*of_train, prepare, step, before)
     if share := train_loader.engine_share:
         config = with_options(config, {"hw-decoder-load": share.share})
     lines, evaluators, val_loader, val_batch = [line], dict[str, Evaluator](), None, 0
@@ -181,7 +183,7 @@ def set_up(
     if sets:
         world.progress.enter("opening the validation data's loader")
         val_batch = min(config.data.validation_batch_size or config.data.batch_size, sets.val.num_samples)
-        val_loader, line = make_val_loader(config, sets.val, val_batch, spec, world, device)
+        val_loader, line = make_val_loader(config, sets.val, val_batch, spec, world, device, before)
         lines.append(line)
         evaluators = {"": _make_evaluator(config, model, augment)}
         if ema:

@@ -1,4 +1,4 @@
-"""A share of the JPEG engine that was chosen belongs to the run: in its options, looked at again, kept when resumed."""
+"""What was chosen to decode with, loader and share of the JPEG engine, belongs to the run and is kept when resumed."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def test_a_chosen_share_is_the_runs_own_and_is_looked_at_again(small, opened, mo
     again = Trainer(parse(small("--resume", str(run / "last.pth.tar"))), "x")
     assert opened[2:] == [0.5, 0.35]
     assert again.config.data.hw_decoder_load == 0.5
+    assert sum("resident loader (as the run has decoded so far)" in line for line in again.setup.description) == 2
     again.run_dir.close()
     for loader in (again.setup.train_loader, again.setup.val_loader):
         loader.close()

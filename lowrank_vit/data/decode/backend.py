@@ -53,6 +53,8 @@ class LoaderOptions:
     jpeg_fancy_upsampling: bool = True
     step: FedStep | None = None
     """By which a share is chosen."""
+    before: str = ""
+    """The loader that a run has decoded with so far, which `auto` takes again where it can; empty: a new run."""
 
 
 def usual_workers(device: torch.device, sharing: int = 1) -> int:

@@ -83,6 +83,36 @@ def test_a_gpu_decodes_what_does_not_fit(beton, small_memory, free, a_gpu, on_cu
     assert reason == "2.1 MB decoded exceed 25% of cuda memory; decoding on the GPU"
 
 
+def test_a_run_that_goes_on_decodes_as_before_where_it_can(beton, free, a_gpu, monkeypatch, on_cuda_path):
+    monkeypatch.setattr(choose, "memory_bytes", lambda device: 100_000_000)
+    evaluation = EvalPlan(beton.heights, beton.widths, img_size=16, crop_pct=0.9, batch_size=4)
+
+    def chosen(before: str, device: torch.device, plan: TrainPlan | EvalPlan | None = None) -> tuple[str, str]:
+        return choose_backend(beton, plan or plan_of(beton), device, LoaderOptions(workers=2, before=before))
+
+    with on_cuda_path():
+        assert chosen("dali", a_gpu) == ("dali", "not resident, as before; decoding on the GPU")
+        assert chosen("ffcv", a_gpu)[0] == "resident"  # which a GPU would starve on
+        free["bytes"] = 3_000_000  # of which a new run's auto takes half at most
+        assert chosen("", a_gpu)[0] == "dali"
+        assert chosen("resident", a_gpu) == ("resident", "as the run has decoded so far")
+        free["bytes"] = 2_000_000
+        why = "2.1 MB decoded, and cuda has 2.0 MB free; decoding on the GPU"
+        assert chosen("resident", a_gpu) == ("dali", why)
+    free["bytes"] = 100_000_000
+    monkeypatch.setattr(choose, "kept_or_measured", lambda *_: pytest.fail("measures"))
+    for kind in ("ffcv", "dali"):
+        for plan in (plan_of(beton), evaluation):
+            assert chosen(kind, CPU, plan) == (kind, "as the run has decoded so far")
+    monkeypatch.setattr(choose, "why_no_dali", lambda device: "no DALI")
+    loader, line = open_loader(beton, plan_of(beton), CPU, LoaderOptions(workers=2, before="dali"))
+    loader.close()
+    assert line.endswith(
+        "ffcv loader (not resident, as before; no DALI; the run has decoded with dali so far, and pixels may "
+        "differ a little from here on)"
+    )
+
+
 H100, IMAGENET_100 = 84_900_000_000, 19_000_000_000
 """Memory of the GPU, and what the training set takes whose longer sides are 256 pixels."""
 

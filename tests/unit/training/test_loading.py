@@ -15,8 +15,9 @@ from lowrank_vit.config.flags import parse
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.model.create import InputSpec
 from lowrank_vit.model.flops import Peak
+from lowrank_vit.model.weights import Checkpoint
 from lowrank_vit.ranks.world import World
-from lowrank_vit.training.loading import MOST_MFU, fed_step, room_beside, with_workers
+from lowrank_vit.training.loading import MOST_MFU, fed_step, loaders_before, room_beside, with_workers
 
 CPU = torch.device("cpu")
 
@@ -61,6 +62,15 @@ def test_where_training_has_no_memory_it_is_said_what_resident_sets_take():
             raise out
     with pytest.raises(ValueError, match="another"), room_beside(train):
         raise ValueError("another")
+
+
+@pytest.mark.parametrize("damaged", [None, [], "dali", {"train": "dlai", "val": ["dali"]}])
+def test_what_a_run_has_decoded_with_is_read_of_its_checkpoint(damaged):
+    def of(content: dict[str, Any]) -> dict[str, str]:
+        return loaders_before(cast(Checkpoint, SimpleNamespace(content=content)))
+
+    assert of({"loaders": {"train": "dali", "val": "resident"}}) == {"train": "dali", "val": "resident"}
+    assert of({"loaders": damaged}) == of({}) == loaders_before(None) == {}
 
 
 def test_the_number_of_threads_is_decided_once():
