@@ -168,7 +168,7 @@ def test_the_norms_of_a_change_are_the_same_bits_of_float32_weights_and_of_their
     names = ("a", "b")
     online = update_norms(MatrixStack(names, before), MatrixStack(names, now), 2)
     doubles = before.double(), now.double()
-    assert online == update_norms(*(MatrixStack(names, part) for part in doubles))
+    assert online == update_norms(MatrixStack(names, doubles[0]), MatrixStack(names, doubles[1]))
     for kept, part, double in zip(copies, (before, now), doubles, strict=True):
         assert torch.equal(kept, part)
         assert torch.equal(kept.double(), double)
