@@ -20,6 +20,7 @@ from lowrank_vit.spectral import refresh as refresh_module
 from lowrank_vit.spectral import store
 from lowrank_vit.spectral.analyze import analyze_weights
 from lowrank_vit.spectral.extremes import Solved
+from lowrank_vit.spectral.fused import fused_qkv
 from lowrank_vit.spectral.metrics import reach
 from lowrank_vit.spectral.refresh import Memory, SpectralSettings, aggregates, refresh
 from lowrank_vit.spectral.solve import MatrixStack, solve, solve_stack, stack_by_shape
@@ -53,7 +54,7 @@ def test_stored_spectra_and_records_equal_an_offline_computation_bit_for_bit(tmp
     (record,) = monitor.records()
     assert record.update == 0
     for kind, one in (("spec", model), ("spec_ema", ema)):
-        for name, values in analyze_weights(targets(one), SETTINGS).values.items():
+        for name, values in analyze_weights(targets(one), SETTINGS, fused=fused_qkv(one)).values.items():
             for metric, value in values.items():
                 np.testing.assert_array_equal(record.values[f"{kind}/{name}/{metric}"], value)
     assert monitor.records() == []
