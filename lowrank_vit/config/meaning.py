@@ -71,6 +71,11 @@ CHANGES: tuple[Change, ...] = (
         {"jpeg-fancy-upsampling": False},
         concerns=_may_decode_on_a_gpu,
     ),
+    Change(
+        "Muon leaves first layer, embeddings and classifier to its AdamW, before it orthogonalised their updates, too",
+        {"muon-fallback": False},
+        concerns=lambda args: "muon" in str(args.get("opt")).lower(),
+    ),
 )
 
 

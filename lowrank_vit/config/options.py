@@ -164,6 +164,8 @@ class Optim:
     """Optimizer betas, two or more; default: the optimizer's own."""
     opt_kwargs: tuple[str, ...] = ()
     """Other arguments for the optimizer's constructor: NAME=VALUE ..."""
+    muon_fallback: bool = True
+    """timm's Muon family: leave first layer, embeddings and classifier to its AdamW, as Muon's authors advise."""
     momentum: Annotated[float, SHARE_BELOW_1] = 0.9
     """Momentum of sgd-like optimizers."""
     weight_decay: Annotated[float, arg(aliases=["--wd"]), NOT_NEGATIVE] = 2e-5

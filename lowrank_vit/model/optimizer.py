@@ -87,6 +87,8 @@ def create_optimizer(optim: Optim, model: nn.Module, lr: float) -> Optimizer:
         extra["betas"] = optim.opt_betas
     if name in FUSED:
         extra["fused"] = True
+    if optim.muon_fallback and "muon" in name:
+        extra |= {"fallback_list": not_for_muon(model), "fallback_no_weight_decay": True}
     extra |= _own_arguments(optim)
     if optim.layer_decay is not None and not hasattr(model, "group_matcher"):
         raise UserError("--layer-decay needs a model with layer groups, which this one lacks. Leave it out.")
@@ -107,6 +109,20 @@ def create_optimizer(optim: Optim, model: nn.Module, lr: float) -> Optimizer:
             f"--opt {optim.opt} cannot be made: {' '.join(str(error).split())}. Check --opt-eps, --opt-betas and "
             "--opt-kwargs; an optimizer of another package needs that package."
         ) from error
+
+
+def not_for_muon(model: nn.Module) -> list[str]:
+    """Timm's patterns for the parameters of the patch embedding, or first layer, and of the classifier.
+
+    Muon is for the matrices between: "embeddings and classifier heads ... should be optimized by a standard method such
+    as AdamW" (Jordan, kellerjordan.github.io/posts/muon; likewise for the first convolution of a network). Position
+    embeddings and tokens are among timm's `no_weight_decay`.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    named = [cfg.get(key) or () for key in ("first_conv", "classifier")]
+    layers = [name for one in named for name in ((one,) if isinstance(one, str) else one)]
+    layers += [name for name in ("patch_embed", "head", "head_dist", "fc") if hasattr(model, name)]
+    return [f"{name}.*" for name in dict.fromkeys(layers)]
 
 
 def _own_arguments(optim: Optim) -> dict[str, Any]:

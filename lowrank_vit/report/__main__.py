@@ -22,16 +22,18 @@ class Options:
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """What `python -m lowrank_vit.train` wrote, usually output/<experiment>; or a folder or *_spectral.json of
     `python -m lowrank_vit.analyze_spectrum`."""
+    against: Annotated[Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="(default: none)")] = None
+    """Another run, whose scores and spectra stand beside this one's: of the same plan, with another optimizer, say."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command with `argv` (default: the process's arguments). Raises `UserError`, see `write_report`."""
     require_one_process("lowrank_vit.report")
     argv = sys.argv[1:] if argv is None else argv
-    run_dir = read_options(Options, argv, usage_name("lowrank_vit.report")).run
+    options = read_options(Options, argv, usage_name("lowrank_vit.report"))
     from lowrank_vit.report.page import write_report  # torch takes seconds, which a wrong option must not cost
 
-    folder, notes = write_report(run_dir)
+    folder, notes = write_report(options.run, options.against)
     output_is_in_files()
     for note in notes:
         say(f"note: {note}")

@@ -37,17 +37,20 @@ _PICTURES = (
 )
 
 
-def write_report(path: Path) -> tuple[Path, list[str]]:
+def write_report(path: Path, against: Path | None = None) -> tuple[Path, list[str]]:
     """Write the report of one run or analysis; returns the folder it is in and the notes on what was missing.
+
+    `against`: another run, which it is compared with in a table.
 
     Raises:
         UserError: `path` is neither, or its folder cannot be written.
     """
     analysis = find_analysis(path)
     run = read_analysis(analysis) if analysis else read_run(path)
+    other = read_run(against) if against else None
     run_dir = run.path
     drawn = {name: (caption, png) for name, caption, draw in _PICTURES if (png := draw(run)) is not None}
-    html = report_html(run, dict(drawn.values()))
+    html = report_html(run, dict(drawn.values()), other)
     folder = run_dir / "report"
     try:
         folder.mkdir(exist_ok=True)
@@ -64,12 +67,13 @@ def write_report(path: Path) -> tuple[Path, list[str]]:
     return run_dir, run.notes
 
 
-def report_html(run: Run, pictures: Mapping[str, bytes]) -> str:
+def report_html(run: Run, pictures: Mapping[str, bytes], other: Run | None = None) -> str:
     """The whole page.
 
     Args:
         run: what `read_run` found; its notes are shown.
         pictures: what a picture shows (its alternative text) to its PNG bytes, in the order they are shown.
+        other: a run to compare with.
     """
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -86,7 +90,7 @@ def report_html(run: Run, pictures: Mapping[str, bytes]) -> str:
         headline=headline(run),
         notes=[note for note in (standing, *run.notes) if note],
         pictures={caption: base64.b64encode(png).decode("ascii") for caption, png in pictures.items()},
-        tables=[final_numbers(run), spectral_numbers(run)],
+        tables=[final_numbers(run), spectral_numbers(run), *([comparison(run, other)] if other else [])],
         steps=_what_next(run),
         arguments=run.args,
         environment=run.environment,
@@ -189,8 +193,37 @@ def spectral_numbers(run: Run) -> Table:
     return Table("Spectra, first → last refresh", columns, rows)
 
 
+def comparison(run: Run, other: Run) -> Table:
+    """Best scores, and means by type of matrix at the last refresh, of two runs, and which options differ."""
+    runs = (run, other)
+    names = _differing(*runs)
+    rows = [["options that differ", *("; ".join(f"{k}: {_as_typed(one.args.get(k))}" for k in names) for one in runs)]]
+    for name, label, better in _MEASURES:
+        best = [_finite(one.epochs.get(name)) for one in runs]
+        if all(values.size for values in best):
+            rows.append([f"best {label}", *(f"{better(values):.4g}" for values in best)])
+    modules = [series(one, "spec")[1] for one in runs]
+    for kind in dict.fromkeys(module_type(name) for name in modules[0]):
+        groups = [[s_TK[-1] for name, s_TK in of.items() if module_type(name) == kind] for of in modules]
+        if all(groups):
+            for label, measure in _OF_SPECTRA.items():
+                rows.append([f"{kind}, {label}", *(f"{np.mean([measure(s) for s in group]):.4g}" for group in groups)])
+    return Table("Beside another run", ["", *(one.path.resolve().name for one in runs)], rows)
+
+
+_OF_THE_RUN = ("experiment", "output", "resume", "wandb-resume-id", "config")
+
+
+def _differing(run: Run, other: Run) -> list[str]:
+    names = dict.fromkeys([*run.args, *other.args])
+    return [name for name in names if run.args.get(name) != other.args.get(name) and name not in _OF_THE_RUN]
+
+
 def _sigma_max(s: np.ndarray) -> float:
     return float(s[0])
+
+
+_OF_SPECTRA = {"mean σ₁": _sigma_max, "mean stable rank": stable_rank, "mean effective rank": effective_rank}
 
 
 def _finite(values: np.ndarray | None) -> np.ndarray:

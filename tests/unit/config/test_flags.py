@@ -24,7 +24,7 @@ prefetch hw-decoder-load jpeg-fancy-upsampling on-bad-sample batch-size validati
 train-crop-mode scale ratio hflip vflip train-interpolation model model-kwargs num-classes larger-head trust-labels
 class-order head-init-scale head-init-bias fix-init sync-bn drop drop-path pretrained
 pretrained-path initial-checkpoint grad-checkpointing model-ema model-ema-decay model-ema-warmup opt opt-eps opt-betas
-opt-kwargs momentum weight-decay lr lr-base lr-base-size lr-base-scale layer-decay layer-decay-min-scale
+opt-kwargs muon-fallback momentum weight-decay lr lr-base lr-base-size lr-base-scale layer-decay layer-decay-min-scale
 layer-decay-no-opt-scale clip-grad clip-mode grad-accum-steps global-batch-size sched sched-on-updates epochs
 warmup-epochs warmup-prefix warmup-lr min-lr cooldown-epochs decay-epochs decay-rate decay-milestones lr-decay-fn
 lr-stable-timescale lr-cycle-mul
@@ -385,8 +385,16 @@ def test_every_config_file_parses(path):
     assert dataclasses.is_dataclass(config)
 
 
+def test_the_pair_of_optimizers_differs_in_nothing_else():
+    adamw, muon = (yaml.safe_load((CONFIGS[0].parent / f"quickstart{end}.yaml").read_text()) for end in ("", "_muon"))
+    assert {key for key in adamw | muon if adamw.get(key) != muon.get(key)} == {"opt"}
+    assert (adamw["opt"], muon["opt"]) == ("adamw", "muon")
+
+
 def test_six_published_recipes():
-    published = {path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS if path.stem != "quickstart"}
+    published = {
+        path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS if not path.stem.startswith("quickstart")
+    }
     assert len(published) == 6
     for name, flat in published.items():
         base = "base" in name

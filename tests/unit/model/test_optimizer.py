@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -11,7 +13,13 @@ from timm.scheduler import CosineLRScheduler, create_scheduler_v2
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.options import Optim
-from lowrank_vit.model.optimizer import check_optimizer, create_optimizer, create_scheduler, learning_rate
+from lowrank_vit.model.optimizer import (
+    check_optimizer,
+    create_optimizer,
+    create_scheduler,
+    learning_rate,
+    not_for_muon,
+)
 
 
 @pytest.mark.parametrize(
@@ -187,3 +195,38 @@ def test_what_cannot_be_made_is_named():
         create_optimizer(Optim(opt="adamww"), tiny(), 1e-3)
     with pytest.raises(UserError, match="--layer-decay needs a model with layer groups"):
         create_optimizer(Optim(opt="adamw", layer_decay=0.5), torch.nn.Linear(2, 2), 1e-3)
+
+
+def by_muon(optim: Optim, model: torch.nn.Module) -> set[str]:
+    """The parameters that a step moves by an orthogonal matrix: those without AdamW's moments."""
+    optimizer = create_optimizer(optim, model, 1e-3)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return {name for name, p in model.named_parameters() if "momentum_buffer" in optimizer.state[p]}
+
+
+@pytest.mark.parametrize("opt", ["muon", "nmuon", "adamuon", "nadamuon"])
+@pytest.mark.parametrize("layer_decay", [None, 0.7])
+def test_muon_moves_the_matrices_of_the_blocks_and_leaves_the_rest_to_adamw(opt, layer_decay):
+    kinds = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    blocks = {f"blocks.{block}.{kind}.weight" for block in range(3) for kind in kinds}
+    optim = Optim(opt=opt, weight_decay=0.05, layer_decay=layer_decay)
+    assert by_muon(optim, tiny()) == blocks
+    everything = blocks | {"head.weight", "patch_embed.proj.weight"}
+    assert by_muon(replace(optim, muon_fallback=False), tiny()) == everything
+    assert by_muon(replace(optim, opt_kwargs=("fallback_list=['*.attn.*', 'head.*']",)), tiny()) == {
+        name for name in everything if ".attn." not in name and "head." not in name
+    }
+
+
+def test_the_first_layers_and_classifiers_of_other_models_are_left_out_too():
+    with torch.device("meta"):
+        found = {
+            name: not_for_muon(timm.create_model(name))
+            for name in ("deit_tiny_distilled_patch16_224", "resnet18", "swin_tiny_patch4_window7_224")
+        }
+    assert {"patch_embed.*", "head.*", "head_dist.*"} <= set(found["deit_tiny_distilled_patch16_224"])
+    assert {"conv1.*", "fc.*"} <= set(found["resnet18"])
+    assert {"patch_embed.*", "head.*"} <= set(found["swin_tiny_patch4_window7_224"])
+    assert not_for_muon(torch.nn.Linear(2, 2)) == []

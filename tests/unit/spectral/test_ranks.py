@@ -210,7 +210,7 @@ def test_copies_that_find_no_memory_on_one_rank_still_meet_the_others(
     script = Script()
     with watch(tiny_vit(), tmp_path, ranks=script) as monitor:
         with monkeypatch.context() as patch:
-            patch.setattr("lowrank_vit.spectral.monitor.stack_by_shape", lambda _: 1 / 0)
+            patch.setattr("lowrank_vit.spectral.monitor.stack_by_shape", lambda *_: 1 / 0)
             observe_all(monitor, 0)
         observe_all(monitor, 2)
     assert script.gathered == ["ZeroDivisionError: division by zero", 2]
