@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ def memory(root: Path | None = None) -> Memory:
         totals.append(limit)
         frees.append(max(0, limit - max(0, used - cached)))
     return Memory(min(totals), min(frees))
+
+
+def bytes_read() -> int:
+    """Bytes that this process has had read from storage so far; what the system kept in memory does not count."""
+    return 512 * resource.getrusage(resource.RUSAGE_SELF).ru_inblock
 
 
 def available_cores(root: Path | None = None) -> int:

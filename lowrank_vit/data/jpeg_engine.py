@@ -28,6 +28,8 @@ ENOUGH = 1.2
 """A loader this many times as fast as the step starves it at no time."""
 WAITING = 0.05
 """Share of the time waited for data from which on the loader counts as too slow."""
+FROM_STORAGE = 0.1
+"""Share of the data read from storage from which on a loader's slowness may be the storage's."""
 _HARDWARE = 3  # nvjpegBackend_t NVJPEG_BACKEND_HARDWARE, nvjpeg.h
 _NO_ENGINE = (7, 9)  # nvjpegStatus_t ARCH_MISMATCH and IMPLEMENTATION_NOT_SUPPORTED
 _STEP = "step"
@@ -47,25 +49,35 @@ class EngineShare:
     """Under which the speeds are kept."""
     step: FedStep | None
 
-    def recheck(self, img_per_s: float, waited: float) -> str:
+    def recheck(self, img_per_s: float, waited: float, read_bytes: float = 0.0) -> str:
         """Keep what the first updates of a run show for the runs to come; a line where the loader is too slow, else "".
 
-        `img_per_s`: images a second of one GPU; `waited`: share of the time that it waited for data, 0-1. The run
-        itself keeps its share, on which its pixels depend.
+        Of shares that is kept by which another one is better; nothing where storage may have been too slow, which it is
+        for all of them and once only. The run itself keeps its share, on which its pixels depend.
+
+        Args:
+            img_per_s: images a second of one GPU.
+            waited: share of the time that it waited for data, 0-1.
+            read_bytes: bytes read from storage for an image, on average.
         """
         step_speed, speeds, is_kept = img_per_s / max(1 - waited, 0.01), dict(self.speeds), True
         if self.step:
             is_kept = keep(self.beton, self.step.key, {_STEP: step_speed})
         if waited <= WAITING:
             return ""
-        if speeds.get(self.share, 0.0) > img_per_s:  # alone it decodes more than beside a step
-            speeds[self.share] = img_per_s
-            is_kept &= keep(self.beton, self.key, _by_text(speeds))
         line = f"the run waits for the loader {waited:.0%} of the time: {img_per_s:,.0f} img/s a GPU with "
         line += f"--hw-decoder-load {self.share:g}"
+        if (from_storage := read_bytes / max(float(self.beton.sizes.mean()), 1.0)) > FROM_STORAGE:
+            return (
+                f"{line}, and {min(from_storage, 1.0):.0%} of the data came from storage, which may be what it waits "
+                "for. --stage-dir may help, see the guide"
+            )
+        if speeds.get(self.share, 0.0) > img_per_s:  # alone it decodes more than beside a step
+            speeds[self.share] = img_per_s
         better = pick(speeds, step_speed) if speeds else self.share
         if better == self.share or speeds[better] <= img_per_s:
             return f"{line}, and no share is known to be faster. More --workers or --stage-dir may help, see the guide"
+        is_kept &= keep(self.beton, self.key, _by_text(speeds))
         advice = "the next run takes it" if is_kept else f"give the next run --hw-decoder-load {better:g}"
         found = f"A share of {better:g} was measured at {speeds[better]:,.0f}"
         return f"{line}. {found}: {advice}; this one keeps its own, on which its pixels depend"

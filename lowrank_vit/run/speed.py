@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from lowrank_vit.common.devices import Spans, TimedMark
+from lowrank_vit.common.resources import bytes_read
 from lowrank_vit.data.loader import LoaderStats
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ class Clock:
         return interval, epoch
 
     def _so_far(self) -> Stretch:
-        return Stretch(self.images, self.train_s, self.wait_s)
+        return Stretch(self.images, self.train_s, self.wait_s, bytes_read())
 
 
 class Stretch(NamedTuple):
@@ -78,6 +79,8 @@ class Stretch(NamedTuple):
     """Of all ranks."""
     train_s: float = 0.0
     wait_s: float = 0.0
+    read_bytes: float = 0
+    """From storage, by this rank's process."""
 
     def since(self, earlier: Stretch) -> Stretch:
         """The rest of this stretch, which begins with the earlier one."""

@@ -344,8 +344,9 @@ class Trainer:
         """Look once whether the first updates waited for a loader whose share of the JPEG engine was chosen."""
         share = self.setup.train_loader.engine_share
         if share and self.world.is_first and (first := self._first_updates.add(stretches)):
-            speed = Speed.of(first)
-            if line := share.recheck(speed.img_per_s / self.world.size, speed.wait_share):
+            speed, ranks = Speed.of(first), self.world.size
+            read = ranks * first[speed.wait_rank].read_bytes / first[0].images
+            if line := share.recheck(speed.img_per_s / ranks, speed.wait_share, read):
                 self.outputs.display.say(line)
 
     def _count_bad(self, ranks: list[RankFigures]) -> int:

@@ -41,9 +41,10 @@ def test_a_chosen_share_is_the_runs_own_and_is_looked_at_again(small, opened, mo
     run = first.run().run_dir
     assert opened == [None, 0.35]  # validation decodes as `validate` does
     assert yaml.safe_load((run / "args.yaml").read_text())["hw-decoder-load"] == 0.5
-    ((img_per_s, waited),) = seen
+    ((img_per_s, waited, read_bytes),) = seen
     assert 0 < img_per_s < 1e6
     assert 0 <= waited <= 1
+    assert read_bytes >= 0
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("the run waits for the loader 60% of the time: 100,000,000 img/s") == 1
     again = Trainer(parse(small("--resume", str(run / "last.pth.tar"))), "x")

@@ -179,6 +179,21 @@ def test_a_run_that_waits_says_so_once_and_the_next_one_takes_another_share(beto
     assert kept(beton, STEP.key) == {"step": pytest.approx(10000)}
     assert second.recheck(9900.0, 0.04) == ""
     assert "no share is known to be faster" in second.recheck(9790.0, 0.3)  # what is left is slower still
+    assert chosen(beton, options).speeds[0.35] == 11100  # and the table stays
+
+
+def test_storage_that_is_slow_says_nothing_of_shares(beton):
+    options = LoaderOptions("dali", 16, hw_decoder_load=None, step=STEP)
+    first, size = chosen(beton, options, {**H100, "1": 12000}), float(beton.sizes.mean())
+    line = first.recheck(5000.0, 0.5, 0.8 * size)
+    assert line == (
+        "the run waits for the loader 50% of the time: 5,000 img/s a GPU with --hw-decoder-load 1, and 80% of the data "
+        "came from storage, which may be what it waits for. --stage-dir may help, see the guide"
+    )
+    assert chosen(beton, options).speeds == first.speeds
+    assert kept(beton, STEP.key) == {"step": pytest.approx(10000)}
+    assert first.recheck(9900.0, 0.04, size) == ""
+    assert "the next run takes it" in first.recheck(5000.0, 0.5, 0.05 * size)
 
 
 def test_shares_are_measured_with_the_set_and_one_that_fails_counts_for_nothing(beton):

@@ -37,7 +37,8 @@ def test_clock_counts_waiting_as_part_of_the_time(now):
     assert clock.wait_s == pytest.approx(9.0)
 
 
-def test_stretches_are_those_since_the_last_look_and_since_the_restart(now):
+def test_stretches_are_those_since_the_last_look_and_since_the_restart(now, monkeypatch):
+    monkeypatch.setattr("lowrank_vit.run.speed.bytes_read", lambda: 500 * now[0])
     clock, found = Clock(), []
     for n, _ in enumerate(clock.timed(slow_batches(now, 6)), 1):
         now[0] += 1.0
@@ -47,7 +48,7 @@ def test_stretches_are_those_since_the_last_look_and_since_the_restart(now):
             clock.restart()
         elif n in (3, 6):
             found.append(clock.stretches())
-    one, three, four = Stretch(10, 4.0, 3.0), Stretch(30, 12.0, 9.0), Stretch(40, 16.0, 12.0)
+    one, three, four = Stretch(10, 4.0, 3.0, 2000), Stretch(30, 12.0, 9.0, 6000), Stretch(40, 16.0, 12.0, 8000)
     assert found == [(one, one), (three, four)]
 
 
