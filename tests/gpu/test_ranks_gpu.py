@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 
+from lowrank_vit.common.devices import in_turn
 from lowrank_vit.config.flags import parse
 from lowrank_vit.ranks.joining import joined
 from lowrank_vit.ranks.world import World
 from lowrank_vit.training.trainer import Trainer
 from tests.runs import losses, records
+from tests.unit.training.test_averaging import WAYS, check_collectives, check_views, train
 
 pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda", 0)
 ROOT = Path(__file__).parents[2]
 
 
@@ -66,12 +69,40 @@ def test_one_rank_that_joins_alone_trains_as_one_that_does_not(argv, alone, comp
     np.testing.assert_allclose(list(with_others.values()), list(without.values()), rtol=5e-3)
 
 
-@pytest.mark.parametrize("way", ["--no-compile", "--compile", "--compile --compile-mode reduce-overhead"])
+@pytest.mark.parametrize("keeps_grads", [False, True])
+@pytest.mark.parametrize("argv", WAYS)
+def test_weights_of_one_that_joins_alone_are_those_of_one_that_does_not(alone, argv, keeps_grads):
+    """As on a CPU, but for roundings: kernels may add up in another order each time."""
+    expected, _ = train(argv, World(), device=CUDA)
+    found, _ = train(argv, alone, device=CUDA, keeps_grads=keeps_grads)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_over_nccl_ranks_talk_once_for_a_bucket_and_in_the_last_batch_of_an_update(alone):
+    check_collectives(alone, CUDA)
+
+
+def test_gradients_are_views_of_the_buckets_that_travel_over_nccl(alone):
+    check_views(alone, CUDA)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "--no-compile --no-spec-monitor",
+        "--compile --no-spec-monitor",
+        "--compile --spec-monitor --spec-every 1000",
+        "--compile --compile-mode reduce-overhead --spec-monitor --spec-every 1000",
+    ],
+)
 @pytest.mark.parametrize("accum_steps", [1, 2])
 def test_a_warm_step_that_averages_never_waits(argv, alone, way, accum_steps):
-    batch = f"--batch-size 32 --grad-accum-steps {accum_steps} --no-spec-monitor --epochs 2"
+    """On the loop's own stream, where spectra come behind it, too."""
+    batch = f"--batch-size 32 --grad-accum-steps {accum_steps} --epochs 2"
     trainer = Trainer(parse([*argv, *way.split(), *batch.split()]), "warm", alone)
-    with closing(trainer.run_dir), closing(trainer.setup.train_loader):
+    assert (trainer.stream is not None) == ("--spec-monitor" in way)
+    with closing(trainer.run_dir), closing(trainer.setup.train_loader), in_turn(trainer.stream):
         trainer.setup.model.train()
         batches = trainer.setup.train_loader.batches(0)
         for batch in islice(batches, 12):
@@ -86,7 +117,15 @@ def test_a_warm_step_that_averages_never_waits(argv, alone, way, accum_steps):
 
 
 @pytest.mark.two_gpus
-@pytest.mark.parametrize("more", ["-b 64", "-b 32 --grad-accum-steps 2 --compile", "-b 64 --compile --clip-grad 1"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        "-b 64",
+        "-b 32 --grad-accum-steps 2 --compile",
+        "-b 32 --grad-accum-steps 2 --compile --compile-mode reduce-overhead",
+        "-b 64 --compile --clip-grad 1",
+    ],
+)
 def test_two_gpus_train_as_one(argv, tmp_path, more):
     exact = [*argv, "--no-amp", "--no-tf32"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lowrank_vit.common.devices import in_turn
 from lowrank_vit.config.flags import parse
 from lowrank_vit.data.choose import open_loader
 from lowrank_vit.data.decode.backend import LoaderOptions
@@ -19,6 +20,8 @@ from lowrank_vit.plan.plans import TrainPlan, TrainRules
 from lowrank_vit.run.checkpoints import CheckpointWriter
 from lowrank_vit.training.trainer import Trainer
 from tests.runs import stop_after
+from tests.unit.augment.test_compiled import check_that_patches_are_written_once
+from tests.unit.model.test_patches import check_low_precision
 
 pytestmark = pytest.mark.gpu
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -46,6 +49,7 @@ def losses(run: Path) -> list[float]:
         "--compile --amp --amp-dtype float16 --clip-grad 1",
         "--compile --amp --compile-mode reduce-overhead",
         "--compile --amp --compile-mode max-autotune",
+        "--compile --amp --spec-monitor --spec-every 1000",
     ],
 )
 def test_a_warm_step_never_waits_and_never_recompiles(argv, loader, way):
@@ -55,7 +59,7 @@ def test_a_warm_step_never_waits_and_never_recompiles(argv, loader, way):
     """
     breaks = torch._dynamo.utils.counters["graph_break"].total()
     trainer = Trainer(parse([*argv, "--batch-size", "32", "--loader", loader, *way.split()]), "warm")
-    with closing(trainer.run_dir), closing(trainer.setup.train_loader):
+    with closing(trainer.run_dir), closing(trainer.setup.train_loader), in_turn(trainer.stream):
         trainer.setup.model.train()
         batches = trainer.setup.train_loader.batches(0)
         for n, batch in enumerate(islice(batches, 20)):
@@ -83,6 +87,15 @@ def test_images_are_the_cpus(digits_dir, loader):
         assert a.images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(a.targets.cpu(), b.targets)
         assert (a.images.cpu().int() - b.images.int()).abs().max() <= 1  # float32 sums in another order
+
+
+def test_the_patch_embedding_as_a_product_has_the_convolutions_loss_and_gradients():
+    """Compiled in bf16, as it trains: it is no further from the exact numbers."""
+    check_low_precision(torch.device("cuda"))
+
+
+def test_the_input_of_the_patch_embedding_is_written_once():
+    check_that_patches_are_written_once(torch.device("cuda"))
 
 
 def test_losses_are_the_cpus(argv):

@@ -16,6 +16,8 @@ from lowrank_vit.model.patches import patch_of_product, set_patch_embedding
 from lowrank_vit.plan.mixing import Mix
 from tests.unit.augment.test_pipeline import FULL, MIXES, drawn_as_tensors, photographs, plan_of
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _fresh():
@@ -43,14 +45,18 @@ def test_inputs_by_patches_are_the_same_bits(mode, erase_first):
 
 
 def test_compiled_the_input_of_the_patch_embedding_is_written_once():
+    check_that_patches_are_written_once(CPU)
+
+
+def check_that_patches_are_written_once(device: torch.device) -> None:
     """With weights that give each pixel back: as many numbers as the images have are made for it and for nothing else.
 
     So no whole images lie between uint8 and patches, in the augmentation that takes the most of all.
     """
     photos, plan = photographs(9, 40), plan_of(FULL, 9, 40)
     assert plan.erase is not None
-    augment = Augment((0.5,) * 3, (0.2,) * 3, 10, 0.1, "pixel")
-    model, embed = torch.nn.Module(), PatchEmbed(40, 8, embed_dim=192)
+    augment = Augment((0.5,) * 3, (0.2,) * 3, 10, 0.1, "pixel").to(device)
+    model, embed = torch.nn.Module(), PatchEmbed(40, 8, embed_dim=192).to(device)
     model.patch_embed = embed
     assert set_patch_embedding(model, as_product=True)
     patch = patch_of_product(model)
@@ -63,13 +69,14 @@ def test_compiled_the_input_of_the_patch_embedding_is_written_once():
         return embed(inputs), soft
 
     _, boxes, keys = drawn_as_tensors(plan)
-    arguments = torch.from_numpy(photos).permute(0, 3, 1, 2), torch.arange(9)
-    drawn = mix_to_tensor([Mix(0.3, is_cutmix=False)]), boxes, keys
+    arguments = torch.from_numpy(photos).to(device).permute(0, 3, 1, 2), torch.arange(9, device=device)
+    drawn = [one.to(device) for one in (mix_to_tensor([Mix(0.3, is_cutmix=False)]), boxes, keys)]
     with torch.no_grad():
         (pixels, soft), (code,) = run_and_get_code(torch.compile(embedded), *arguments, *drawn)
     inputs, expected = augment(*arguments, *drawn)
     patches = inputs.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1)
     torch.testing.assert_close(pixels, patches.reshape(9, 25, 192), rtol=0, atol=2e-6)
     torch.testing.assert_close(soft, expected, rtol=0, atol=2e-6)
-    made = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"empty_strided_cpu\(\(([\d, ]+)\), ", code)]
+    shapes = re.findall(rf"empty_strided_{device.type}\(\(([\d, ]+)\), ", code)
+    made = [math.prod(map(int, shape.split(","))) for shape in shapes]
     assert sum(number >= photos.size for number in made) == 2  # the patches and what the product makes of them

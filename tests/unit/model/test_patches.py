@@ -69,6 +69,31 @@ def test_values_and_gradients_are_the_convolutions(kind, layout):
         assert errors[1] < max(1.5 * errors[0], 4e-3)
 
 
+def check_low_precision(device: torch.device) -> None:
+    """Of a loss and its gradients, computed compiled and with bf16 autocast; by the convolution, not compiled."""
+    torch.manual_seed(1)
+    conv = PatchEmbed(32, 8, embed_dim=96).to(device)
+    product = deepcopy(conv)
+    assert set_patch_embedding(Model(product), as_product=True)
+    images = torch.randn(16, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    weights = torch.linspace(-1, 1, 16 * 16 * 96, device=device).view(16, 16, 96)
+
+    def loss_of(embed: PatchEmbed, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=images.dtype is torch.float32):
+            out = embed(images)
+        return (out.to(images.dtype) * weights).square().sum()
+
+    found: list[list[torch.Tensor]] = []
+    for embed, computed_by in ((deepcopy(conv).double(), loss_of), (conv, loss_of), (product, torch.compile(loss_of))):
+        loss = computed_by(embed, images.to(next(embed.parameters()).dtype))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in embed.parameters() if p.grad is not None)])
+    assert len(found[0]) == 3
+    for exact, *rounded in zip(*found, strict=True):
+        errors = [float((one.double() - exact).norm() / exact.norm()) for one in rounded]
+        assert errors[1] < max(1.5 * errors[0], 4e-3)
+
+
 def test_what_others_see_is_timms():
     """Names, objects and their order; so weights, optimizer and layer decay are as without it."""
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_classes=10)
