@@ -45,7 +45,7 @@ AIMS = (
     Aim("spectral", "lowrank_vs_fullrank", 0.67, "matrices of rank 8 / of full rank", "cpu"),
     Aim("step", "compiled_vs_timm_compiled", 1.1, "ViT-S step / timm's, both compiled", "cuda"),
     Aim("end-to-end", "end_to_end", 10_000, "training a ViT-S, img/s", "cuda"),
-    Aim("end-to-end", "end_to_end_vs_synthetic", 0.97, "training a ViT-S / its step alone", "cuda"),
+    Aim("end-to-end", "end_to_end_vs_smaller", 0.97, "ViT-S / smaller of step, decoder beside it", "cuda"),
     Aim("monitor", "with_monitor_vs_without", 0.99, "steps with a refresh every 10 / without", "cuda"),
     Aim("step-base", "compiled_vs_timm_compiled", 1.1, "ViT-B step / timm's, both compiled", "cuda"),
     Aim("end-to-end-base", "end_to_end", 3_000, "training a ViT-B, img/s", "cuda"),

@@ -1,17 +1,20 @@
 """The bench `end-to-end`: training from a .beton with the full recipe, split into the phases of a step.
 
-The loop is the trainer's own, listened to; beside it runs the same step on a batch that stays on the device.
+The loop is the trainer's own, listened to; beside it runs the same step on a batch that stays on the device, and on
+CUDA the decoder on its own while that step runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from statistics import median
 from typing import Any
 
 from benchmarks.harness.limits import products_case
 from benchmarks.harness.measure import Case, Result, Samples, measure, nothing
+from benchmarks.training.decoding import DecodingBeside
 from benchmarks.training.run import AUGMENTATION, Options, TrainingRun, training_run
 from benchmarks.training.timed_steps import PHASES, Phases, Round, batches_ahead
 
@@ -51,25 +54,41 @@ def measure_end_to_end(
         "synthetic": held_case(training, f"the same on one batch that stays, no monitor: {training.setting}"),
     }
     ratios = {"end_to_end_vs_synthetic": ("end_to_end", "synthetic")}
+    beside = None
+    if device.type == "cuda" and timed.trainer.setup.train_loader.name != "resident":
+        beside = DecodingBeside(training)
+        cases["decoder_beside_step"] = beside.case()
     if training.train_flops:
         cases["product_limit"] = products_case(training.train_flops, training.items, "img/s", device, training.dtype)
         ratios["mfu_end_to_end"] = ("end_to_end", "product_limit")
-    result = measure(
-        "end-to-end",
-        cases,
-        ratios,
-        environment=training.environment,
-        repeats=training.repeats,
-        limits=LIMITS,
-        note=note,
-        keep=keep,
-    )
+    with closing(beside) if beside else nullcontext():
+        result = measure(
+            "end-to-end",
+            cases,
+            ratios,
+            environment=training.environment,
+            repeats=training.repeats,
+            limits=LIMITS,
+            note=note,
+            keep=lambda so_far: keep(_with_smaller(so_far)),
+        )
+    result = _with_smaller(result)
     overlaps = frozenset({"augment"} if device.type == "cuda" else ())
     rounds = timed.rounds[-training.repeats :]
     phases = Phases.of([one.seconds for one in rounds], load.steps, overlaps)
     result = _with_phases(result, phases, training.about())
     said, seen = what_was_seen(rounds, load.steps, training.config.data.prefetch)
     return replace(result, limits=(*said, *result.limits), extra={**result.extra, **seen})
+
+
+def _with_smaller(result: Result) -> Result:
+    """With the ratio to the smaller of what the step takes and what the decoder gives beside it, round by round."""
+    names = ("end_to_end", "synthetic", "decoder_beside_step")
+    if not set(names) <= set(result.cases):
+        return result
+    rounds = zip(*(result.cases[name].samples for name in names), strict=True)
+    smaller = Samples(tuple(end_to_end / min(limits) for end_to_end, *limits in rounds))
+    return replace(result, ratios={**result.ratios, "end_to_end_vs_smaller": smaller})
 
 
 def held_case(training: TrainingRun, setting: str, steps: int | None = None) -> Case:

@@ -10,6 +10,7 @@ nothing may decode while other cases run.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import tempfile
 import time
@@ -216,7 +217,7 @@ class TimedSteps:
     @property
     def is_over(self) -> bool:
         """Whether the run's loop has ended, as it does by any error in it."""
-        return self._updates.gi_frame is None
+        return inspect.getgeneratorstate(self._updates) == inspect.GEN_CLOSED
 
     def __enter__(self) -> TimedSteps:
         return self

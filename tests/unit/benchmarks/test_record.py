@@ -34,7 +34,7 @@ def write_parts(folder: Path) -> None:
         "batch_size": 256, "peak_gpu_memory_gib": 3.25,
     }  # fmt: skip
     end = {
-        "environment": ENVIRONMENT, "cases": {}, "ratios": {"end_to_end_vs_synthetic": samples(0.9, 0.91, 0.92)},
+        "environment": ENVIRONMENT, "cases": {}, "ratios": {"end_to_end_vs_smaller": samples(0.9, 0.91, 0.92)},
         "workload": {"model": "vit_small_patch16_224", "batch_size": 256}, "bottleneck": "backward",
     }  # fmt: skip
     content = {
@@ -43,7 +43,7 @@ def write_parts(folder: Path) -> None:
         "wanted": ["loader", "end-to-end", "spectral"],
         "seconds": {"loader": 61.3, "end-to-end": 44.0, "spectral": 3.0},
         "cases": {"loader/dali_gpu": loader["cases"]["dali_gpu"]},
-        "ratios": {"end-to-end/end_to_end_vs_synthetic": end["ratios"]["end_to_end_vs_synthetic"]},
+        "ratios": {"end-to-end/end_to_end_vs_smaller": end["ratios"]["end_to_end_vs_smaller"]},
         "benches": {"loader": loader, "end-to-end": end},
         "failed": {"spectral": "ended with code 1: RuntimeError: x", "loader/timm": "ImportError: timm"},
     }
@@ -79,7 +79,7 @@ def test_what_was_not_measured_is_complete(tmp_path):
     write_parts(tmp_path)
     page = write(Options(tmp_path / "t.json", tmp_path / "b.json", tmp_path / "out"))
     missing = page.read_text().partition("## Not measured")[2]
-    found = {("loader", "dali_gpu"), ("end-to-end", "end_to_end_vs_synthetic")}
+    found = {("loader", "dali_gpu"), ("end-to-end", "end_to_end_vs_smaller")}
     for aim in AIMS:
         if aim.is_for("cuda"):
             line = f"- {aim.bench}: {aim.what} (aim {aim.least:g})"

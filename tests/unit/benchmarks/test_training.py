@@ -10,7 +10,10 @@ import torch
 from torch.autograd import DeviceType
 
 from benchmarks.__main__ import main
+from benchmarks.harness.measure import Result, Samples
 from benchmarks.training import figures, kernels
+from benchmarks.training.decoding import DecodingBeside
+from benchmarks.training.end_to_end import _with_smaller
 from benchmarks.training.figures import Options
 from benchmarks.training.run import TrainingRun, attention_backend, kept_open, training_run
 from lowrank_vit.common.errors import UserError
@@ -136,6 +139,42 @@ def test_a_run_stays_open_between_figures(options):
     with training_run(options) as kept:
         folder = kept.timed.trainer.run_dir.path
     assert folder.exists()
+
+
+def test_what_the_decoder_gives_beside_the_step_is_measured_from_batch_to_batch(options):
+    with training_run(options) as training:
+        beside = DecodingBeside(training)
+        case = beside.case()
+        for _ in range(2):
+            case.before()
+            case.run()
+            case.after()
+            assert beside._last > beside._first + training.load.steps - 1
+            times = beside._times[beside._first : beside._last + 1]
+            speed = training.load.batch_size * (len(times) - 1) / (times[-1] - times[0])
+            assert case.sample(1e9) == pytest.approx(speed)
+        count = len(beside._times)
+        beside.close()
+        assert len(beside._times) == count
+
+
+def test_a_decoder_that_fails_beside_the_step_is_told(options, monkeypatch):
+    with training_run(options) as training:
+        beside = DecodingBeside(training)
+        case = beside.case()
+        monkeypatch.setattr("lowrank_vit.data.loader.Loader.batches", lambda *_: (1 / 0 for _ in range(3)))
+        case.before()
+        case.run()
+        with pytest.raises(ZeroDivisionError):
+            case.after()
+        beside.close()
+
+
+def test_training_is_held_against_the_smaller_of_step_and_decoder():
+    cases = {"end_to_end": (9.0, 8.0), "synthetic": (10.0, 20.0), "decoder_beside_step": (12.0, 10.0)}
+    result = Result("end-to-end", {}, {name: Samples(samples) for name, samples in cases.items()}, {})
+    assert _with_smaller(result).ratios["end_to_end_vs_smaller"].samples == pytest.approx((0.9, 0.8))
+    assert not _with_smaller(Result("end-to-end", {}, {}, {})).ratios
 
 
 def test_a_run_whose_loop_has_failed_is_not_kept(options, monkeypatch):
