@@ -83,6 +83,11 @@ def _of_run(figure: str, model: str, expected_s: int, longest_s: int, *more: str
     )
 
 
+def _of_step(*flags: str, expected_s: int) -> Entry:
+    """Our compiled step of a ViT-S beside others of its kind, where it is asked for."""
+    return Entry("step", flags=("--ours-only", *flags), expected_s=expected_s, is_short=False)
+
+
 PHOTOS = 1024
 """Photographs of the short form on a GPU, and how often a loader takes them in a round."""
 STEPS = 20
@@ -97,6 +102,11 @@ CUDA: Mapping[str, Entry] = {
     "monitor": _of_run("monitor", "small", 15, 90, "--step-steps", "30"),
     "step-base": _of_run("step", "base", 63, 120, "--step-steps", "10"),
     "end-to-end-base": _of_run("end-to-end", "base", 20, 90),
+    # Which mode, form and batch are the best: ours alone, in the full form or by --only, since each compiles anew.
+    "reduce-overhead": _of_step("--modes", "reduce-overhead", expected_s=80),
+    "batch-512": _of_step("-b", "512", expected_s=50),
+    "parts": _of_step("--parts", expected_s=150),
+    "max-autotune": _of_step("--modes", "max-autotune", expected_s=200),
     "loader": Entry(
         "loader",
         (

@@ -83,6 +83,8 @@ class Options:
     on any device, and with the latter images normalised and mixed before the step instead of within."""
     modes: Annotated[tuple[Literal["reduce-overhead", "max-autotune"], ...], tyro.conf.arg(metavar="MODE ...")] = ()
     """Also time our step in these modes of torch.compile."""
+    ours_only: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Leave out timm's steps, and the eager one beside the compiled."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
     """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
 
@@ -103,6 +105,8 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     load = options.workload(device)
     surroundings = environment(device.type)
     ways = ("eager", "compiled") if options.compile else ("eager",)
+    if options.ours_only:
+        ways = ways[-1:]
     cases: dict[str, Case] = {}
     flops, dtype, num_params = None, torch.float32, 0
     for way in ways:
@@ -112,11 +116,15 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
         flops, dtype = parts.train_flops, dtype_of(config)
         num_params = sum(p.numel() for p in parts.model.parameters())
         cases[f"ours_{way}"] = _our_case(parts, load, way, config)
-        cases[f"timm_{way}"] = Case.of_peer(partial(timm_case, load, device, way, config))
+        if not options.ours_only:
+            cases[f"timm_{way}"] = Case.of_peer(partial(timm_case, load, device, way, config))
     steps = list(cases)
-    ratios = {f"{way}_vs_timm_{way}": (f"ours_{way}", f"timm_{way}") for way in ways}
+    ratios: dict[str, tuple[str, str]] = {}
+    if not options.ours_only:
+        ratios |= {f"{way}_vs_timm_{way}": (f"ours_{way}", f"timm_{way}") for way in ways}
     if options.compile:
-        ratios["compiled_vs_timm_eager"] = ("ours_compiled", "timm_eager")
+        if not options.ours_only:
+            ratios["compiled_vs_timm_eager"] = ("ours_compiled", "timm_eager")
         forms = _forms(options, load, device, note)
         cases |= forms
         ratios |= {f"{name}_vs_compiled": (name, "ours_compiled") for name in forms}

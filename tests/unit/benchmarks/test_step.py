@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import step
 from benchmarks.__main__ import main
+from benchmarks.selection import CUDA
 from benchmarks.training import end_to_end
 from benchmarks.training.timed_steps import PHASES, Phases, Timer
 from lowrank_vit.common.errors import UserError
@@ -95,6 +96,29 @@ def test_the_steps_forms_compute_the_same(monkeypatch):
             parts.step(batch)
         losses.append(parts.step.meter.read(World()).loss)
     assert losses == pytest.approx(losses[:1] * 4, rel=1e-5)
+
+
+def test_ours_alone_is_the_compiled_step_and_its_forms(monkeypatch):
+    """As the selection for a GPU asks for them by flags."""
+    monkeypatch.setattr(step, "_our_case", lambda *_: step.Case(step.nothing, 1))
+    found: dict[str, set[str]] = {}
+
+    def noted(bench: str, cases: dict[str, step.Case], ratios: dict[str, tuple[str, str]], **_: object) -> step.Result:
+        assert all(name in cases for pair in ratios.values() for name in pair)
+        found[name] = {one for one in cases if one.startswith(("ours", "timm"))}
+        return step.Result(bench, {}, {}, {})
+
+    monkeypatch.setattr(step, "measure", noted)
+    tiny = ["--model", "test_vit", "--img-size", "32", "-b", "2", "--device", "cpu"]
+    for name in ("reduce-overhead", "batch-512", "parts", "max-autotune"):
+        entry = CUDA[name]
+        main([entry.bench, *entry.flags, *tiny])
+    assert found == {
+        "reduce-overhead": {"ours_compiled", "ours_reduce_overhead"},
+        "batch-512": {"ours_compiled"},
+        "parts": {"ours_compiled", "ours_convolution", "ours_product", "ours_normalized_before"},
+        "max-autotune": {"ours_compiled", "ours_max_autotune"},
+    }
 
 
 def test_the_limit_of_the_update_moves_its_bytes():
