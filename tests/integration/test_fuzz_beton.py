@@ -21,7 +21,7 @@ def test_mutated_files_end_in_a_clean_error_or_the_right_pixels(tmp_path, seed, 
     count = counts[-1]
     content = json.loads(state.read_text())
     assert content["done"] == count
-    assert content["valid_checksum"] >= count / 2
+    assert content["valid_checksum"] >= count / 3
     assert {"refused", "damaged", "intact", "as decoded"} == content["readings"].keys()
     assert sum(content["readings"].values()) == 6 * count
 

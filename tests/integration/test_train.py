@@ -195,7 +195,8 @@ def test_compiled_and_bf16_training_learns(train):
 def test_the_first_updates_of_a_process_are_no_part_of_its_speed(train, monkeypatch, compiled):
     """By a clock that only the steps move: the cold ones 100 s each, the others 1 s."""
     now = [0.0]
-    monkeypatch.setattr("lowrank_vit.run.speed.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for reader in ("run.speed", "common.devices"):
+        monkeypatch.setattr(f"lowrank_vit.{reader}.time", SimpleNamespace(perf_counter=lambda: now[0]))
     trainer = Trainer(parse_small(train, "--experiment", "cold", "--epochs", "2", "--no-spec-monitor"), "x")
     trainer.config = replace(trainer.config, step=replace(trainer.config.step, compile=compiled))
     cold = min(COLD_UPDATES[compiled], trainer.setup.plan.updates_per_epoch // 2)

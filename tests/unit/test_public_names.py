@@ -95,7 +95,7 @@ SIGNATURES: dict[str, str] = {
     "Augment.inputs": "(self, images: Tensor, targets: Tensor, plan: BatchPlan) -> tuple[Tensor, Tensor]",
     "Augment.forward": (
         "(self, images: Tensor, targets: Tensor, mix: Tensor, boxes: Tensor | None = None, keys: Tensor | None = "
-        "None) -> tuple[Tensor, Tensor]"
+        "None, *, patch: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]"
     ),
 }
 

@@ -214,7 +214,10 @@ def odd(tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("error")
-def test_odd_names_are_shown_as_they_are(odd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_odd_names_are_shown_as_they_are(
+    odd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")  # no path is folded
     main(["info", str(odd), "--plot", str(odd.with_name("p.png"))])
     shown = capsys.readouterr().out
     for text in ("[bold]x.beton", "[red]", "$\\frac$", "类", "\\xff\\xfe", "a\\nb", "[/x]"):
