@@ -110,7 +110,7 @@ def all_command(
 ) -> None:
     """All of them, one after the other, and one table of the ratios that are to be reached.
 
-    Takes less than 15 minutes on 2 idle cores with --short, 3.5 on a GPU. --json is written after each bench, so that
+    Takes less than 15 minutes on 2 idle cores with --short, 3.6 on a GPU. --json is written after each bench, so that
     an interruption keeps what is done. Exits with 1 if something of ours failed; a ratio that is missed is no failure.
     """
     output.check()

@@ -40,7 +40,7 @@ class Options:
     """Options of the bench."""
 
     short: bool = False
-    """Less work a round: all of it takes less than 15 minutes on 2 idle cores, 3.5 on a GPU."""
+    """Less work a round: all of it takes less than 15 minutes on 2 idle cores, 3.6 on a GPU."""
     only: Annotated[
         tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all of the device)")
     ] = None
@@ -55,7 +55,7 @@ class Options:
     """Rounds of each that count. Fewer than 5 are a smoke test."""
     budget: Annotated[
         float | None,
-        tyro.conf.arg(metavar="MINUTES", help_behavior_hint="(default: with --short 15 on a CPU, 3.5 on cuda)"),
+        tyro.conf.arg(metavar="MINUTES", help_behavior_hint="(default: with --short 15 on a CPU, 3.6 on cuda)"),
     ] = None
     """End the bench that is running by then, and start no other."""
 

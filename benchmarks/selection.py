@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-BUDGET_MINUTES: Mapping[str, float] = {"cpu": 15, "cuda": 3.5}
+BUDGET_MINUTES: Mapping[str, float] = {"cpu": 15, "cuda": 3.6}
 """All benches in their short form, by device, unless --budget says otherwise."""
 LONGEST_S = 3600
 """Of a bench in its full form."""
@@ -98,10 +98,10 @@ CUDA: Mapping[str, Entry] = {
     # Each model's first figure makes the run and compiles both steps: 23 to 30 s each on an H100, and twice that is
     # still no hang. With --only any figure may be the first, so the others have time to compile, too.
     "step": _of_run("step", "small", 70, 120),
-    "end-to-end": _of_run("end-to-end", "small", 15, 90),
+    "end-to-end": _of_run("end-to-end", "small", 20, 90),
     "monitor": _of_run("monitor", "small", 15, 90, "--step-steps", "30"),
     "step-base": _of_run("step", "base", 63, 120, "--step-steps", "10"),
-    "end-to-end-base": _of_run("end-to-end", "base", 20, 90),
+    "end-to-end-base": _of_run("end-to-end", "base", 20, 90, "--without-decoder"),
     # Which mode, form and batch are the best: ours alone, in the full form or by --only, since each compiles anew.
     "reduce-overhead": _of_step("--modes", "reduce-overhead", expected_s=80),
     "batch-512": _of_step("-b", "512", expected_s=50),

@@ -41,9 +41,13 @@ def run(
 
 
 def measure_end_to_end(
-    training: TrainingRun, note: Callable[[str], object] = nothing, keep: Callable[[Result], object] = nothing
+    training: TrainingRun,
+    note: Callable[[str], object] = nothing,
+    keep: Callable[[Result], object] = nothing,
+    *,
+    decodes_alone: bool = True,
 ) -> Result:
-    """`run`, of a run that is there."""
+    """`run`, of a run that is there; on CUDA also the decoder on its own, unless `decodes_alone` is False."""
     load, timed, device = training.load, training.timed, training.device
     spectra = f"every {training.spec_every} updates" if training.spec_every else "once a round"
     real = f"{' '.join(AUGMENTATION)} --spec-monitor, a refresh {spectra}"
@@ -55,7 +59,7 @@ def measure_end_to_end(
     }
     ratios = {"end_to_end_vs_synthetic": ("end_to_end", "synthetic")}
     beside = None
-    if device.type == "cuda" and timed.trainer.setup.train_loader.name != "resident":
+    if decodes_alone and device.type == "cuda" and timed.trainer.setup.train_loader.name != "resident":
         beside = DecodingBeside(training)
         cases["decoder_beside_step"] = beside.case()
     if training.train_flops:

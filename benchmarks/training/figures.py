@@ -48,6 +48,8 @@ class Options(training_room.Options):
     the set is made, and on cuda the decoder's speeds are measured, for those that follow."""
     step_steps: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: --steps)")] = None
     """Steps a round where no data is read."""
+    without_decoder: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Of end-to-end leave out what the decoder gives on its own beside the step, on cuda."""
     augment_batch: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 1024; 256)")] = None
     """Images a batch of the figure augment, on cuda and on a CPU."""
     augment_batches: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 60; 8)")] = None
@@ -64,7 +66,7 @@ def run(
     with training_run(options, note) as training:
         steps = options.step_steps or training.load.steps
         if options.figure == "end-to-end":
-            return measure_end_to_end(training, note, keep)
+            return measure_end_to_end(training, note, keep, decodes_alone=not options.without_decoder)
         if options.figure == "kernels":
             return _kernels(training, steps, note)
         cases, ratios, more = _FIGURES[options.figure](training, options, steps)
