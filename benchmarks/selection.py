@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BUDGET_MINUTES: Mapping[str, float] = {"cpu": 15, "cuda": 3.6}
 """All benches in their short form, by device, unless --budget says otherwise."""
@@ -105,6 +105,10 @@ CUDA: Mapping[str, Entry] = {
     # Which mode, form and batch are the best: ours alone, in the full form or by --only, since each compiles anew.
     "reduce-overhead": _of_step("--modes", "reduce-overhead", expected_s=80),
     "batch-512": _of_step("-b", "512", expected_s=50),
+    # The step on the default stream, behind the batches that are prepared for it.
+    "end-to-end-unwatched": replace(
+        _of_run("end-to-end", "small", 70, 120), flags=("--figure", "end-to-end", "--no-spec-monitor"), is_short=False
+    ),
     "parts": _of_step("--parts", expected_s=150),
     "max-autotune": _of_step("--modes", "max-autotune", expected_s=200),
     "loader": Entry(

@@ -50,7 +50,9 @@ def measure_end_to_end(
     """`run`, of a run that is there; on CUDA also the decoder on its own, unless `decodes_alone` is False."""
     load, timed, device = training.load, training.timed, training.device
     spectra = f"every {training.spec_every} updates" if training.spec_every else "once a round"
-    real = f"{' '.join(AUGMENTATION)} --spec-monitor, a refresh {spectra}"
+    is_watched = timed.trainer.config.spectra.spec_monitor
+    watched = f"--spec-monitor, a refresh {spectra}" if is_watched else "--no-spec-monitor"
+    real = f"{' '.join(AUGMENTATION)} {watched}"
     repeated = f"the set {training.times} times over; " if training.times > 1 else ""
     real = f"{timed.trainer.setup.description}; {repeated}{real}; {load.steps} steps a round"
     cases = {
@@ -81,7 +83,7 @@ def measure_end_to_end(
     rounds = timed.rounds[-training.repeats :]
     phases = Phases.of([one.seconds for one in rounds], load.steps, overlaps)
     result = _with_phases(result, phases, training.about())
-    said, seen = what_was_seen(rounds, load.steps, training.config.data.prefetch)
+    said, seen = what_was_seen(rounds, load.steps, training.config.data.prefetch, is_watched=is_watched)
     return replace(result, limits=(*said, *result.limits), extra={**result.extra, **seen})
 
 
@@ -105,7 +107,9 @@ def held_case(training: TrainingRun, setting: str, steps: int | None = None) -> 
     return Case(run, training.load.batch_size * count, setting=setting)
 
 
-def what_was_seen(rounds: Sequence[Round], steps: int, prefetch: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+def what_was_seen(
+    rounds: Sequence[Round], steps: int, prefetch: int, *, is_watched: bool = True
+) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Of the loader's queue and of the monitor: sentences for the reader, and the sections `queue` and `refreshes`."""
     queue: dict[str, Any] = {
         "prefetch": prefetch,
@@ -119,14 +123,16 @@ def what_was_seen(rounds: Sequence[Round], steps: int, prefetch: int) -> tuple[t
         "seconds_after_the_round": [one.refresh_tail_s for one in rounds],
     }
     ahead, tail = batches_ahead(prefetch), max(refreshes["seconds_after_the_round"])
-    said = [
-        f"When a batch was asked for, {median(queue['mean']):.2g} decoded ones waited, of {prefetch} at most.",
+    said = [f"When a batch was asked for, {median(queue['mean']):.2g} decoded ones waited, of {prefetch} at most."]
+    of_spectra = (
         f"Refreshes of the spectra: {sum(refreshes['by_round'])} in {len(rounds)} rounds, "
-        f"{sum(refreshes['skipped'])} skipped; the longest went on for {tail:.2g} s after its round.",
-    ]
+        f"{sum(refreshes['skipped'])} skipped; the longest went on for {tail:.2g} s after its round."
+    )
+    if is_watched:
+        said.append(of_spectra)
     if steps < 4 * ahead:
         said.insert(0, f"Of {steps} batches a round up to {ahead} may be decoded before it: a smoke test.")
-    if lacking := refreshes["by_round"].count(0):
+    if is_watched and (lacking := refreshes["by_round"].count(0)):
         said.insert(0, f"{lacking} of {len(rounds)} rounds had no refresh of the spectra, so the monitor was idle.")
     return tuple(said), {"queue": queue, "refreshes": refreshes}
 

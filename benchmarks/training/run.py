@@ -63,6 +63,8 @@ class Options:
     """CPU threads that decode; on cuda by default those of training, which leaves two cores."""
     spec_every: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: once a round)")] = None
     """Updates between two refreshes of the spectra, counted through the run, with those between rounds."""
+    spec_monitor: bool = True
+    """Watch the spectra. Without, the step is on the device's default stream, behind the batches that are prepared."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
     """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
     scratch: Annotated[Path, tyro.conf.arg(metavar="DIR")] = CACHE
@@ -95,7 +97,9 @@ class TrainingRun:
             self.config, self.times = _config(options, self.load, self.device, stack, note)
             note("opening the data and making the steps")
             rounds = options.repeats + SPARE_ROUNDS
-            self.timed = stack.enter_context(TimedSteps(self.config, self.load.steps, options.spec_every, rounds))
+            watched = options.spec_monitor
+            timed = TimedSteps(self.config, self.load.steps, options.spec_every, rounds, is_watched=watched)
+            self.timed = stack.enter_context(timed)
             self._stack = stack.pop_all()
         setup = self.timed.trainer.setup
         self.train_flops, self.items = setup.train_flops, self.load.batch_size * self.load.steps

@@ -183,9 +183,12 @@ class TimedSteps:
     `before` and `after` belong to a round and are not timed.
     """
 
-    def __init__(self, config: Config, steps: int, spec_every: int | None, rounds: int) -> None:
+    def __init__(
+        self, config: Config, steps: int, spec_every: int | None, rounds: int, *, is_watched: bool = True
+    ) -> None:
         """`spec_every`: updates between two refreshes; None: one at the first update of each round.
 
+        `is_watched`: whether there are refreshes at all.
         Raises `UserError` as making a run does, and if an epoch is shorter than all the rounds.
         """
         self.rounds: list[Round] = []
@@ -198,7 +201,7 @@ class TimedSteps:
             folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
             # A line of the log a round, and a run directory that goes when the bench ends.
             in_run = replace(config.run, output=folder, log_interval=self._warming + steps)
-            monitored = replace(config.spectra, spec_monitor=True, spec_every=self._every)
+            monitored = replace(config.spectra, spec_monitor=is_watched, spec_every=self._every)
             self._timer = Timer(pick_device(config.step.device))
             with _quiet():
                 self.trainer = Trainer(replace(config, run=in_run, spectra=monitored), "bench", listener=self._timer)
@@ -233,7 +236,7 @@ class TimedSteps:
         wait(self.trainer.setup.device)
         self._finish_refresh()
         self._loader.stats()  # counts from here on
-        self._waiting_at_start, self._skipped_before = self._loader.waiting, self._monitor.skipped
+        self._waiting_at_start, self._skipped_before = self._loader.waiting, self._skipped
 
     def run(self) -> None:
         """The timed part: `steps` updates, and waiting for the device."""
@@ -269,9 +272,9 @@ class TimedSteps:
     def after(self) -> None:
         """Not timed: wait for the monitor and until the decoder stands still, and note the round."""
         stats, waiting = self._loader.stats(), (self._waiting_at_start, self._loader.waiting)
-        skipped = self._monitor.skipped - self._skipped_before
+        skipped = self._skipped - self._skipped_before
         end = self.trainer.state.position.num_updates
-        due = end // self._every - (end - self._steps) // self._every
+        due = end // self._every - (end - self._steps) // self._every if self._monitor else 0
         tail_s = self._finish_refresh()
         seconds = self._timer.seconds()
         self.rounds.append(Round(seconds, stats.queue_depth, *waiting, due - skipped, skipped, tail_s))
@@ -285,6 +288,10 @@ class TimedSteps:
     def _monitor(self) -> Any:
         return self.trainer.monitor
 
+    @property
+    def _skipped(self) -> int:
+        return self._monitor.skipped if self._monitor else 0
+
     def _train(self, count: int) -> None:
         with _quiet():
             for _ in range(count):
@@ -293,6 +300,8 @@ class TimedSteps:
 
     def _finish_refresh(self) -> float:
         """Wait for the refresh that was begun; the seconds that it took."""
+        if not self._monitor:
+            return 0.0
         begun = time.perf_counter()
         self._monitor.wait()
         if self._monitor.failed:

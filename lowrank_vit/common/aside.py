@@ -103,7 +103,8 @@ class Aside:
                 ours, theirs = (opened.enter_context(end) for end in Pipe())
                 there, back = (_memory(name, opened) for name in ("aside-there", "aside-back"))
                 # Imports take strings alone; -P: nothing is looked for where the run was started, unless it is here.
-                path = json.dumps([entry for entry in sys.path if isinstance(entry, str)])
+                entries: list[Any] = [*sys.path]
+                path = json.dumps([entry for entry in entries if isinstance(entry, str)])
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-c", _PROGRAM, path, *map(str, (theirs.fileno(), there, back))],
                     stdin=subprocess.DEVNULL,

@@ -177,6 +177,15 @@ def test_training_is_held_against_the_smaller_of_step_and_decoder():
     assert not _with_smaller(Result("end-to-end", {}, {}, {})).ratios
 
 
+def test_a_run_is_measured_without_its_spectra_where_that_is_asked_for(options):
+    unwatched = Options(**{**vars(options), "figure": "end-to-end", "spec_monitor": False})
+    result = figures.run(unwatched)
+    assert not result.failed
+    assert "--no-spec-monitor" in result.cases["end_to_end"].setting
+    assert result.extra["refreshes"]["by_round"] == [0, 0]
+    assert not any("efresh" in line for line in result.limits)
+
+
 def test_a_run_whose_loop_has_failed_is_not_kept(options, monkeypatch):
     of_two = Options(**{**vars(options), "batch_size": 2})
     with training_run(of_two) as failed, monkeypatch.context() as patch:
