@@ -192,7 +192,7 @@ def test_a_share_is_measured_and_taken(sets, tmp_path):
     options = LoaderOptions("dali", 2, hw_decoder_load=None)
     for origin in ("measured just now", "measured before"):
         loader, line = open_loader(beton, train_plan(beton), torch.device("cuda"), options)
-        share = loader.engine_share
+        share: Any = loader.engine_share
         if has_jpeg_engine(torch.device("cuda")):
             assert set(share.speeds) == set(SHARES)
             assert min(share.speeds.values()) > 0

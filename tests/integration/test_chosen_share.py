@@ -53,5 +53,6 @@ def test_a_chosen_share_is_the_runs_own_and_is_looked_at_again(small, opened, mo
     assert sum("resident loader (as the run has decoded so far)" in line for line in again.setup.description) == 2
     again.run_dir.close()
     for loader in (again.setup.train_loader, again.setup.val_loader):
+        assert loader is not None
         loader.close()
     assert dataclasses.replace(again.config.data, workers=4) == again.config.data  # a CPU's

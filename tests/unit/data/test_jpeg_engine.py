@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lowrank_vit.data import choose, jpeg_engine, speeds
 from lowrank_vit.data.choose import make_backend, open_loader
 from lowrank_vit.data.decode import backend
 from lowrank_vit.data.decode.backend import FedStep, LoaderOptions, usual_workers
-from lowrank_vit.data.jpeg_engine import SHARES, EngineShare, choose_share, has_jpeg_engine, measure_shares, pick
+from lowrank_vit.data.jpeg_engine import SHARES, has_jpeg_engine, measure_shares, pick
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.speeds import kept, speed_path
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
@@ -24,6 +25,7 @@ H100 = {"0": 7480, "0.2": 9780, "0.35": 11100, "0.5": 8190, "0.65": 8940, "0.8":
 """Images a second by share with 16 threads, of docs/benchmarks/h100.md; the one at 0.8 is made up."""
 AUTO = LoaderOptions("dali", 16, hw_decoder_load=None)
 STEP = FedStep({"step": "vit", "gpu": "H100"}, None)
+choose_share: Any = jpeg_engine.choose_share  # may be None, which each test knows
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def plan_of(beton: Beton, **more) -> TrainPlan:
     return TrainPlan(beton.heights, beton.widths, TrainRules(), seed=5, img_size=16, batch_size=4, **more)
 
 
-def chosen(beton: Beton, options: LoaderOptions = AUTO, table=H100, gpu="H100", **more) -> EngineShare | None:
+def chosen(beton: Beton, options: LoaderOptions = AUTO, table=H100, gpu="H100", **more) -> Any:
     more = {"has_engine": True, **more}
     return choose_share(beton, plan_of(beton), GPU, options, lambda: dict(table), gpu=gpu, **more)
 
@@ -262,7 +264,7 @@ def test_a_loader_is_opened_with_the_share_and_says_so(beton, monkeypatch, on_cu
             assert torch.equal(one.images, other.images)
         loader.close()
         given.close()
-    share = loader.engine_share
+    share: Any = loader.engine_share
     assert said[0] == "measuring shares for the GPU's JPEG engine with train.beton, which takes some seconds"
     assert opened == [*(("dali", one) for one in SHARES), ("dali", share.share), ("dali", 0.5)]
     assert given.engine_share is None

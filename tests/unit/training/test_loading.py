@@ -22,8 +22,8 @@ from lowrank_vit.training.loading import MOST_MFU, fed_step, loaders_before, roo
 CPU = torch.device("cpu")
 
 
-def step_of(*argv: str, flops: float | None = 28e9, ranks: int = 1):
-    spec = InputSpec(224, 0.9, (0.5,) * 3, (0.5,) * 3)
+def step_of(*argv: str, flops: float | None = 28e9, ranks: int = 1) -> Any:
+    spec = InputSpec(224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=0.9)
     world: Any = SimpleNamespace(size=ranks)
     return fed_step(parse([*argv, "--synthetic"]), spec, world, CPU, flops, Peak(989e12, "H100"))
 

@@ -69,6 +69,7 @@ def test_a_decoder_that_is_closed_gives_the_gpus_memory_to_others(monkeypatch, o
 
 
 def test_dali_knows_all_of_it():
+    schemas: Any = backend  # compiled, and not typed
     for operator in ("decoders__Image", "decoders__ImageSlice"):
-        known = set(backend.GetSchema(operator).GetArgumentNames())
+        known = set(schemas.GetSchema(operator).GetArgumentNames())
         assert {*hints(375, 500), "hw_decoder_load", "jpeg_fancy_upsampling"} <= known
