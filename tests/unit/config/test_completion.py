@@ -66,7 +66,7 @@ def test_flags(words, expected, script):
         (["train", "--loader", ""], ["auto", "resident", "dali", "ffcv"]),
         (["train", "--loader", "=", "da"], ["dali"]),
         (["train", "--loader", "="], ["auto", "resident", "dali", "ffcv"]),
-        (["augment", "--config", "quick"], ["quickstart"]),
+        (["augment", "--config", "quick"], ["quickstart", "quickstart_muon"]),
         (["prep", "imagefolder", "--on-bad", "s"], ["skip"]),
         (["prep", "imagefolder", "--classes", ""], ["imagenet100_classes.txt", "imagenet1k_classes.txt"]),
         (["analyze-spectrum", "--format", ""], ["npz", "pt"]),
