@@ -210,9 +210,6 @@ def _workload(result: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in given.items())
 
 
-_DECODING = ("hw_decoder_load", "workers")
-
-
 def _decoding(result: Mapping[str, Any]) -> str:
     """Which backend, with which share of the GPU's decoder and how many threads."""
     of_run = result.get("loader")

@@ -22,7 +22,7 @@ if numba.config.THREADING_LAYER == "default":  # type: ignore[attr-defined]
 
 _EQUALIZE, _AUTOCONTRAST, _INVERT = int(Kind.EQUALIZE), int(Kind.AUTOCONTRAST), int(Kind.INVERT)
 _POSTERIZE, _SOLARIZE, _SOLARIZE_ADD = int(Kind.POSTERIZE), int(Kind.SOLARIZE), int(Kind.SOLARIZE_ADD)
-_BRIGHTNESS, _CONTRAST, _COLOR = int(Kind.BRIGHTNESS), int(Kind.CONTRAST), int(Kind.COLOR)
+_CONTRAST, _COLOR = int(Kind.CONTRAST), int(Kind.COLOR)
 _SHARPNESS, _BLUR, _ROTATE = int(Kind.SHARPNESS), int(Kind.BLUR), int(Kind.ROTATE)
 _SHEAR_X, _SHEAR_Y = int(Kind.SHEAR_X), int(Kind.SHEAR_Y)
 _TRANSLATE_X, _TRANSLATE_Y = int(Kind.TRANSLATE_X), int(Kind.TRANSLATE_Y)

@@ -35,7 +35,7 @@ _CONTRAST, _COLOR, _SHARPNESS = (
     tl.constexpr(int(Kind.COLOR)),
     tl.constexpr(int(Kind.SHARPNESS)),
 )
-_FIRST_GEOMETRIC, _LAST_GEOMETRIC = tl.constexpr(int(min(GEOMETRIC))), tl.constexpr(int(max(GEOMETRIC)))
+_LAST_GEOMETRIC = tl.constexpr(int(max(GEOMETRIC)))
 _NEAREST, _BICUBIC = tl.constexpr(NEAREST), tl.constexpr(BICUBIC)
 
 

@@ -20,7 +20,7 @@ from lowrank_vit.data.decode.resident_set import NoRoom, resident_bytes
 from lowrank_vit.data.jpeg_engine import EngineShare, choose_share, measure_shares
 from lowrank_vit.data.loader import Loader, Prepare
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.speeds import kept_or_measured, key_of, measure
+from lowrank_vit.data.speeds import dali_version, kept_or_measured, key_of, measure
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan
 
 RESIDENT_SHARE = 0.25
@@ -195,7 +195,7 @@ def _choose_decoder(
 def _versions() -> dict[str, str]:
     return {
         "ffcv": f"numba {metadata.version('numba')}, {turbojpeg.identity()}",
-        "dali": metadata.version("nvidia-dali-cuda130"),
+        "dali": dali_version(),
     }
 
 

@@ -19,7 +19,7 @@ from data_prep.formats.beton import MODE_RAW
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.decode.backend import USUAL_SHARE, Backend, FedStep, LoaderOptions
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.speeds import Key, keep, kept, kept_or_measured, key_of, measure
+from lowrank_vit.data.speeds import Key, dali_version, keep, kept, kept_or_measured, key_of, measure
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan
 
 SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
@@ -111,7 +111,7 @@ def choose_share(
         return None if options.hw_decoder_load is not None else _fixed(USUAL_SHARE, "", beton)
     own: Sequence[Any] | None = None
     gpu = gpu or torch.cuda.get_device_name(device)
-    of_dali = {"dali": metadata.version("nvidia-dali-cuda130"), "fancy": options.jpeg_fancy_upsampling}
+    of_dali = {"dali": dali_version(), "fancy": options.jpeg_fancy_upsampling}
     rest = {"gpu": gpu, "batch_size": plan.batch_size, "ranks": plan.world_size, **of_dali}
     key = key_of(beton, plan, options.workers, **rest)
     if options.hw_decoder_load is None:

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,6 +52,16 @@ def key_of(beton: Beton, plan: TrainPlan, workers: int, **more: Any) -> dict[str
         "samples": beton.num_samples,
         **more,
     }
+
+
+def dali_version() -> str:
+    """DALI's, also of one that is copied into place, or installed under another distribution's name."""
+    try:
+        return metadata.version("nvidia-dali-cuda130")
+    except metadata.PackageNotFoundError:
+        from nvidia import dali  # takes half a second to import
+
+        return dali.__version__
 
 
 def kept(beton: Beton, key: Key) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
@@ -121,3 +122,13 @@ def test_a_damaged_file_of_speeds_is_none(beton, text):
     assert kept(beton, {}) == {}
     assert keep(beton, {}, {"a": 1.0})
     assert kept(beton, {}) == {"a": 1.0}
+
+
+def test_dali_needs_no_distribution_of_its_name(monkeypatch):
+    installed = speeds.dali_version()
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert speeds.dali_version() == installed
