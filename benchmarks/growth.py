@@ -47,7 +47,7 @@ from lowrank_vit.data.choose import open_loader
 from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import TrainRules
-from lowrank_vit.spectral.refresh import Memory, SpectralSettings, Stacks, refresh, solve_all
+from lowrank_vit.spectral.watching.refresh import Memory, SpectralSettings, Stacks, refresh, solve_all
 
 Sweep = Literal["workers", "batch", "size", "samples", "memory", "width"]
 SWEEPS: tuple[Sweep, ...] = ("workers", "batch", "size", "samples", "memory", "width")

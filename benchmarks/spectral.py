@@ -22,10 +22,10 @@ from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, Samples, e
 from benchmarks.training.monitored import step_cases
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
-from lowrank_vit.spectral.extremes import Solved
-from lowrank_vit.spectral.refresh import EMA, MODEL, Memory, SpectralSettings, Stacks, refresh, solve_all
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
-from lowrank_vit.spectral.solve import solve, stack_by_shape
+from lowrank_vit.spectral.solving.extremes import Solved
+from lowrank_vit.spectral.solving.solve import solve, stack_by_shape
+from lowrank_vit.spectral.watching.refresh import EMA, MODEL, Memory, SpectralSettings, Stacks, refresh, solve_all
 
 MODELS = {"small": "vit_small_patch16_224", "base": "vit_base_patch16_224"}
 TOPK = 8
@@ -223,7 +223,7 @@ def _greatest_sine(found: Solved, u: np.ndarray, s: np.ndarray, v: np.ndarray) -
 
 
 def operations(model: str) -> dict[str, float]:
-    """Multiplications and additions of one solve of model and EMA, by stage, in 10^9; see `spectral.gram`."""
+    """Multiplications and additions of one solve of model and EMA, by stage, in 10^9; see `spectral.solving.gram`."""
     width = {"small": 384, "base": 768}[model]
     shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
     count, m = 2 * 12, 2 * TOPK

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from lowrank_vit.data.choose import open_loader
     from lowrank_vit.data.sets.beton import Beton
     from lowrank_vit.plan.plans import EvalPlan, TrainPlan
-    from lowrank_vit.spectral.monitor import SpectralMonitor
-    from lowrank_vit.spectral.refresh import SpectralSettings
-    from lowrank_vit.spectral.stored import open_spectra
+    from lowrank_vit.spectral.watching.monitor import SpectralMonitor
+    from lowrank_vit.spectral.watching.refresh import SpectralSettings
+    from lowrank_vit.spectral.watching.stored import open_spectra
 
 # OpenMP's threads spin while they wait for one another, which halts training on a CPU whose cores have anything else to
 # do (measured: up to 20 times slower). libgomp itself spins only this often where it knows of more threads than cores;
@@ -50,11 +50,11 @@ _PLACES = {
     "Augment": "augment.pipeline",
     "Beton": "data.sets.beton",
     "EvalPlan": "plan.plans",
-    "SpectralMonitor": "spectral.monitor",
-    "SpectralSettings": "spectral.refresh",
+    "SpectralMonitor": "spectral.watching.monitor",
+    "SpectralSettings": "spectral.watching.refresh",
     "TrainPlan": "plan.plans",
     "open_loader": "data.choose",
-    "open_spectra": "spectral.stored",
+    "open_spectra": "spectral.watching.stored",
 }
 """Module of each public name."""
 

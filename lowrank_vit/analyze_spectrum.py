@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _analyze(options: Options, console: Console) -> None:
     from lowrank_vit.spectral.analyze import arrays_of, as_json, free_stem, print_analysis, write_arrays, write_json
-    from lowrank_vit.spectral.initial import warning_of
+    from lowrank_vit.spectral.measures.initial import warning_of
 
     if options.source.checkpoint:
         weights, meta = _read(options, options.source.checkpoint)
@@ -175,7 +175,7 @@ def _solve(options: Options, state: dict[str, Tensor], meta: dict[str, Any]) -> 
     from lowrank_vit.common.resources import available_cores
     from lowrank_vit.spectral.analyze import analyze_weights, choose_weights
     from lowrank_vit.spectral.fused import is_named_qkv
-    from lowrank_vit.spectral.refresh import SpectralSettings
+    from lowrank_vit.spectral.watching.refresh import SpectralSettings
 
     matrices, solving = options.matrices, options.solving
     device = pick_device("cpu" if solving.svd_on_cpu else "auto")

@@ -47,7 +47,7 @@ from PIL import Image
 
 from lowrank_vit import train
 from lowrank_vit.common.errors import exit_cleanly
-from lowrank_vit.spectral.monitor import SpectralMonitor
+from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from tests.golden.compare import differences
 
 IMPORTED = ("sklearn.datasets", *(f"lowrank_vit.data.decode.{name}" for name in ("dali", "ffcv", "resident")))

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_vit.spectral import store
-from lowrank_vit.spectral.extremes import Solved
-from lowrank_vit.spectral.monitor import SpectralMonitor
-from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
-from lowrank_vit.spectral.solve import MatrixStack, solve_stack
+from lowrank_vit.spectral.solving.extremes import Solved
+from lowrank_vit.spectral.solving.solve import MatrixStack, solve_stack
+from lowrank_vit.spectral.watching import store
+from lowrank_vit.spectral.watching.monitor import SpectralMonitor
+from lowrank_vit.spectral.watching.refresh import SpectralSettings
 
 LONG_S = 30  # for waits that end at once unless something is broken
 SETTINGS = SpectralSettings(topk=3, interval=2)

@@ -13,10 +13,10 @@ from torch import nn
 from benchmarks.harness.measure import Case
 from lowrank_vit.common.devices import FIRST, in_turn, side_stream
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.spectral import refresh
-from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
-from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
+from lowrank_vit.spectral.watching import refresh
+from lowrank_vit.spectral.watching.monitor import SpectralMonitor, default_cpu_threads
+from lowrank_vit.spectral.watching.refresh import SpectralSettings
 
 EVERY = 10
 WARM_UP_STEPS = 20

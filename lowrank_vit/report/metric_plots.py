@@ -27,8 +27,8 @@ from lowrank_vit.report.style import (
     tidy,
     update_ticks,
 )
-from lowrank_vit.spectral.metrics import effective_rank, stable_rank
-from lowrank_vit.spectral.subspaces import chance_cosines
+from lowrank_vit.spectral.measures.metrics import effective_rank, stable_rank
+from lowrank_vit.spectral.measures.subspaces import chance_cosines
 
 if TYPE_CHECKING:
     from matplotlib.colors import LogNorm, Normalize

@@ -18,7 +18,7 @@ from lowrank_vit.report.read import Run, find_analysis, read_analysis, read_run,
 from lowrank_vit.report.spectra_plots import bulk_plot, spectra_plot, vectors_plot
 from lowrank_vit.report.status import Step, next_steps
 from lowrank_vit.report.training_plot import training_plot
-from lowrank_vit.spectral.metrics import effective_rank, stable_rank
+from lowrank_vit.spectral.measures.metrics import effective_rank, stable_rank
 from lowrank_vit.spectral.select import module_type
 
 _PICTURES = (

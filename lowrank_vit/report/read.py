@@ -19,9 +19,9 @@ import yaml
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.report.status import RunStatus, run_status
-from lowrank_vit.spectral.initial import FarEntry, warning_of
-from lowrank_vit.spectral.store import StoredSpectra, StoredVectors, read_scaled
-from lowrank_vit.spectral.stored import Spectra
+from lowrank_vit.spectral.measures.initial import FarEntry, warning_of
+from lowrank_vit.spectral.watching.store import StoredSpectra, StoredVectors, read_scaled
+from lowrank_vit.spectral.watching.stored import Spectra
 
 MAX_SNAPSHOTS = 240
 """More refreshes than a picture has columns for are thinned evenly to this many."""

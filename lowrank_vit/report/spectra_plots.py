@@ -30,11 +30,11 @@ from lowrank_vit.report.style import (
     tidy,
     update_ticks,
 )
-from lowrank_vit.spectral.extremes import Triplets
-from lowrank_vit.spectral.metrics import above_rounding, power_law
-from lowrank_vit.spectral.noise import bulk_density, marchenko_pastur
-from lowrank_vit.spectral.store import StoredVectors
-from lowrank_vit.spectral.subspaces import chance_cosines
+from lowrank_vit.spectral.measures.metrics import above_rounding, power_law
+from lowrank_vit.spectral.measures.noise import bulk_density, marchenko_pastur
+from lowrank_vit.spectral.measures.subspaces import chance_cosines
+from lowrank_vit.spectral.solving.extremes import Triplets
+from lowrank_vit.spectral.watching.store import StoredVectors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -25,7 +25,7 @@ from lowrank_vit.common.files import remove_leftovers, write_whole, writing
 from lowrank_vit.common.filesystem import symbolic_link
 from lowrank_vit.common.locks import LOCK, SOFT_LOCK, FolderLock, holder, lock_folder
 from lowrank_vit.common.resources import available_cores
-from lowrank_vit.spectral.store import SpectraStore
+from lowrank_vit.spectral.watching.store import SpectraStore
 
 PACKAGES = (
     *("torch", "torchvision", "timm", "ffcv", "nvidia-dali-cuda130", "spdl", "numba", "numpy", "pillow", "wandb"),

@@ -18,7 +18,7 @@ from lowrank_vit.run.progress import Display, Figures, wait_in_words
 from lowrank_vit.run.state import RunState
 from lowrank_vit.run.wandb_log import WandbLog
 from lowrank_vit.score.evaluate import Scores
-from lowrank_vit.spectral.worker import SpectralRecord
+from lowrank_vit.spectral.watching.worker import SpectralRecord
 
 SPECTRA = "spectra"
 """The store's folder in the run directory."""

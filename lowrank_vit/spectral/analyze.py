@@ -21,11 +21,15 @@ from torch import Tensor
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import remove_leftovers, whole_file, write_whole
 from lowrank_vit.common.terminal import one_line
-from lowrank_vit.spectral.extremes import EPS, Recorded, Solved, Triplets, not_finite
 from lowrank_vit.spectral.fused import fused_qkv_of_state
-from lowrank_vit.spectral.initial import FarEntry, far_entries_by_name
-from lowrank_vit.spectral.metrics import recorded_indices
-from lowrank_vit.spectral.refresh import (
+from lowrank_vit.spectral.measures.initial import FarEntry, far_entries_by_name
+from lowrank_vit.spectral.measures.metrics import recorded_indices
+from lowrank_vit.spectral.measures.statistics import statistics_of
+from lowrank_vit.spectral.measures.subspaces import chance_of_each
+from lowrank_vit.spectral.select import choose_targets, fused_of, take_targets
+from lowrank_vit.spectral.solving.extremes import EPS, Recorded, Solved, Triplets, not_finite
+from lowrank_vit.spectral.solving.solve import stack_by_shape
+from lowrank_vit.spectral.watching.refresh import (
     MODEL,
     SpectralSettings,
     aggregates,
@@ -35,10 +39,6 @@ from lowrank_vit.spectral.refresh import (
     solve_all,
     update_norms,
 )
-from lowrank_vit.spectral.select import choose_targets, fused_of, take_targets
-from lowrank_vit.spectral.solve import stack_by_shape
-from lowrank_vit.spectral.statistics import statistics_of
-from lowrank_vit.spectral.subspaces import chance_of_each
 
 Precision = Literal["float64", "float32"]
 _LISTED = ("sv", "sv_last")

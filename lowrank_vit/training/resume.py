@@ -24,7 +24,7 @@ from lowrank_vit.run.directory import RunDir
 from lowrank_vit.run.metrics import NEVER, last_recorded
 from lowrank_vit.run.outputs import SPECTRA
 from lowrank_vit.run.state import RunState
-from lowrank_vit.spectral.store import SpectraStore
+from lowrank_vit.spectral.watching.store import SpectraStore
 from lowrank_vit.training import launch
 from lowrank_vit.training.loading import LOADERS
 from lowrank_vit.training.saved_state import check_counts, check_state, load_optimizer

@@ -42,7 +42,7 @@ from lowrank_vit.ranks.records import data_record
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.state import Position
 from lowrank_vit.score.evaluate import Evaluator
-from lowrank_vit.spectral.initial import in_words, redraw_far_entries
+from lowrank_vit.spectral.measures.initial import in_words, redraw_far_entries
 from lowrank_vit.training.loading import fed_step, loaders_before, make_train_loader, make_val_loader, with_workers
 from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
 from lowrank_vit.training.preflight import check_before_data

@@ -24,9 +24,9 @@ from lowrank_vit.run.progress import Figures
 from lowrank_vit.run.speed import Clock, FirstUpdates, RankFigures, Speed, Stretch
 from lowrank_vit.run.state import Position, RunState
 from lowrank_vit.score.evaluate import Scores
-from lowrank_vit.spectral.monitor import SpectralMonitor, default_cpu_threads
-from lowrank_vit.spectral.refresh import SpectralSettings
-from lowrank_vit.spectral.store import kept_name
+from lowrank_vit.spectral.watching.monitor import SpectralMonitor, default_cpu_threads
+from lowrank_vit.spectral.watching.refresh import SpectralSettings
+from lowrank_vit.spectral.watching.store import kept_name
 from lowrank_vit.training.loading import room_beside
 from lowrank_vit.training.phases import PhaseListener, Phases, ToldToRanks
 from lowrank_vit.training.resume import Start, capture, find_start, finished, open_run_dir, restore

@@ -8,6 +8,7 @@ and monitor, and what stands beside them in their modules.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -65,10 +66,13 @@ def loader(kind: str) -> Round:
 def spectral(model: str) -> Round:
     """Refreshes of model and EMA a second: the monitor's, with its files."""
     create_model = of("timm", "create_model")
-    refreshing = importlib.import_module("lowrank_vit.spectral.refresh")
+    home = "lowrank_vit.spectral.watching"
+    if importlib.util.find_spec(home) is None:  # so in earlier trees
+        home = "lowrank_vit.spectral"
+    refreshing = importlib.import_module(f"{home}.refresh")
     name = "SpectralSettings" if hasattr(refreshing, "SpectralSettings") else "Settings"  # so in earlier trees
     settings = getattr(refreshing, name)(cpu_threads=int(CORES))
-    make, updates = of("lowrank_vit.spectral.monitor", "SpectralMonitor"), itertools.count()
+    make, updates = of(f"{home}.monitor", "SpectralMonitor"), itertools.count()
     of("torch", "manual_seed")(0)
     targets = of("lowrank_vit.spectral.select", "DEFAULT_TARGETS")
     models = create_model(model), create_model(model)

@@ -14,15 +14,15 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lowrank_vit.spectral import refresh as refresh_module
-from lowrank_vit.spectral import store
 from lowrank_vit.spectral.analyze import analyze_weights, compare
-from lowrank_vit.spectral.extremes import Solved
-from lowrank_vit.spectral.monitor import SpectralMonitor
-from lowrank_vit.spectral.norm import BRACKET, spectral_norms
-from lowrank_vit.spectral.refresh import Memory, SpectralSettings, refresh, update_norms
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
-from lowrank_vit.spectral.solve import MatrixStack, solve, solve_stack, stack_by_shape
+from lowrank_vit.spectral.solving.extremes import Solved
+from lowrank_vit.spectral.solving.norm import BRACKET, spectral_norms
+from lowrank_vit.spectral.solving.solve import MatrixStack, solve, solve_stack, stack_by_shape
+from lowrank_vit.spectral.watching import refresh as refresh_module
+from lowrank_vit.spectral.watching import store
+from lowrank_vit.spectral.watching.monitor import SpectralMonitor
+from lowrank_vit.spectral.watching.refresh import Memory, SpectralSettings, refresh, update_norms
 from tests.spectra import sine, with_spectrum
 
 pytestmark = pytest.mark.gpu

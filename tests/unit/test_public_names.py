@@ -22,7 +22,7 @@ from data_prep.convert import convert_image_folder
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.loader import Loader
-from lowrank_vit.spectral.stored import Spectra
+from lowrank_vit.spectral.watching.stored import Spectra
 from tests.spectra import tiny_vit
 
 NAMES = "Augment Beton EvalPlan SpectralMonitor SpectralSettings TrainPlan open_loader open_spectra".split()

@@ -13,8 +13,8 @@ from benchmarks import spectral
 from benchmarks.harness.measure import Result, Samples
 from benchmarks.training import monitored
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.spectral.extremes import Solved
-from lowrank_vit.spectral.solve import solve
+from lowrank_vit.spectral.solving.extremes import Solved
+from lowrank_vit.spectral.solving.solve import solve
 
 
 @pytest.fixture(scope="module")

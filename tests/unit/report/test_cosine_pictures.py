@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from lowrank_vit.report.metric_plots import cosine_plot, ema_plot, profile_plot
 from lowrank_vit.report.read import read_run
 from lowrank_vit.report.spectra_plots import vectors_plot
-from lowrank_vit.spectral.extremes import Solved
-from lowrank_vit.spectral.store import SpectraStore, list_vectors, read_vectors
-from lowrank_vit.spectral.subspaces import chance_cosines
+from lowrank_vit.spectral.measures.subspaces import chance_cosines
+from lowrank_vit.spectral.solving.extremes import Solved
+from lowrank_vit.spectral.watching.store import SpectraStore, list_vectors, read_vectors
 from tests.reported import KINDS, add_monitor, solved
 
 

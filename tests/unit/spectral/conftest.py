@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lowrank_vit.spectral import refresh as refresh_module
+from lowrank_vit.spectral.watching import refresh as refresh_module
 from tests.monitors import Gate
 
 

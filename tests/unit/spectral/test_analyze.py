@@ -15,9 +15,9 @@ from rich.cells import cell_len
 from lowrank_vit.analyze_spectrum import main
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.analyze import analyze_weights, as_json, compare
-from lowrank_vit.spectral.monitor import SpectralMonitor
-from lowrank_vit.spectral.refresh import SpectralSettings
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
+from lowrank_vit.spectral.watching.monitor import SpectralMonitor
+from lowrank_vit.spectral.watching.refresh import SpectralSettings
 from tests.spectra import tiny_vit, with_spectrum
 
 ARCH = "vit_tiny_patch16_224"

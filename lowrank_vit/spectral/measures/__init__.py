@@ -1,0 +1,1 @@
+"""Singular values and vectors to numbers with what they are compared to."""

@@ -1,0 +1,1 @@
+"""Matrices to certified singular values and vectors."""

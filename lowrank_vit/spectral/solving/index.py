@@ -1,0 +1,103 @@
+"""Index certificates: proof that a recorded triplet is that of sigma_i, not only that of some singular value near it.
+
+A factorisation F of A^T A is known with its eigenvalues x_1 >= ... >= x_K. By Weyl's theorem the squares of A's
+singular values lie within d = |A^T A - F|_2 of them, index by index. d is not taken from an analysis of rounding, which
+holds only if a library does what it says (for a Cholesky factor Rump, "Verification of positive definiteness", BIT 46
+(2006): about K eps trace), but from products with random vectors (Freivalds, IFIP 1977): |(A^T A - F) z| >= |g| d, g
+normal. So d is below `FACTOR` times the greatest of `PROBES` such products, but for a probability of
+(0.8 / FACTOR)^PROBES = 1e-16. A factorisation that is wrong, whoever made it, has a large d.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowrank_vit.spectral.solving.extremes import ABSOLUTE_LIMIT, RELATIVE_LIMIT, Solved
+from lowrank_vit.spectral.solving.lapack import cholesky_in_place
+
+PROBES, FACTOR = 16, 8.0
+WRONG = 1e-9
+"""A factorisation that differs by more than this share of sigma_1^2 is no rounding, but a fault."""
+
+
+def probes(k: int) -> np.ndarray:
+    """The random vectors (K, PROBES), always the same: nobody's rounding depends on them."""
+    return np.random.default_rng(0).standard_normal((k, PROBES))
+
+
+def enclosure(differences_KP: np.ndarray) -> float:
+    """What |A^T A - F|_2 is below, of its products with `probes`."""
+    return FACTOR * float(np.linalg.norm(differences_KP, axis=0).max())
+
+
+def index_is_proven(solved: Solved, low_K: np.ndarray, high_K: np.ndarray) -> bool:
+    """Whether each triplet of both ends is that of the index it stands for.
+
+    It is where no other enclosure meets [s - r, s + r], r its certificate; or else, in a cluster, where all of its own
+    lies within `RELATIVE_LIMIT` s or `ABSOLUTE_LIMIT` sigma_1 of s, so that it does not matter which is which.
+
+    Args:
+        solved: m triplets of each end, as a solver has them.
+        low_K, high_K: what sigma_1, sigma_2, ... are at least and at most.
+    """
+    k, m = solved.s.size, solved.top.s.size
+    own = np.concatenate([np.arange(m), np.arange(k - 1, k - 1 - m, -1)])
+    s, r = (np.concatenate([getattr(end, what) for end in (solved.top, solved.last)]) for what in ("s", "certificate"))
+    met = (low_K[None, :] <= (s + r)[:, None]) & (high_K[None, :] >= (s - r)[:, None])
+    alone = met[np.arange(2 * m), own] & (met.sum(axis=1) == 1)
+    greatest = float(solved.s[0]) if k else 0.0
+    near = np.maximum(high_K[own] - s, s - low_K[own]) <= np.maximum(RELATIVE_LIMIT * s, ABSOLUTE_LIMIT * greatest)
+    return bool((alone | near).all())
+
+
+def nothing_beyond(matrices_NRC: Tensor, gram_NKK: Tensor, s_NM: Tensor, v_NKM: Tensor) -> Tensor:
+    """Whether sigma_{M+1} is at most the last of M found values, but for `RELATIVE_LIMIT` of it; (N,) bool.
+
+    For a solver that knows no other values: with orthonormal triplets of small certificates it makes s_i sigma_i.
+
+    Args:
+        matrices_NRC: float64.
+        gram_NKK: their Gram matrices on the short side.
+        s_NM, v_NKM: the found values, descending, and vectors of the short side.
+    """
+    least_N = s_NM[:, -1] ** 2
+    mu_N = least_N * (1 + RELATIVE_LIMIT)
+    return square_beyond(matrices_NRC, gram_NKK, mu_N, s_NM, v_NKM) <= least_N * (1 + 2 * RELATIVE_LIMIT)
+
+
+def square_beyond(matrices_NRC: Tensor, gram_NKK: Tensor, mu_N: Tensor, s_NM: Tensor, v_NKM: Tensor) -> Tensor:
+    """What sigma_{M+1}^2 cannot exceed, a little above mu, (N,); infinite where it is not shown to be below mu.
+
+    The matrix mu I - A^T A + V diag(s^2) V^T = R R^T + E has a Cholesky factor R only if no eigenvalue of A^T A but M
+    of them exceeds mu + |E|, whatever V is (Weyl). |E| is enclosed by products with the matrix itself, so the rounding
+    of Gram matrix, deflation and factor counts, and faults in them. See `nothing_beyond` for the arguments; M may be 0.
+    """
+    squares_NM, mu_N11 = s_NM**2, mu_N[:, None, None]
+    k = gram_NKK.shape[-1]
+    eye = torch.eye(k, dtype=gram_NKK.dtype, device=gram_NKK.device)
+    factor, info = torch.linalg.cholesky_ex(mu_N11 * eye - gram_NKK + (v_NKM * squares_NM[:, None]) @ v_NKM.mT)
+    z_KP = torch.from_numpy(probes(k)).to(gram_NKK)
+    tall = matrices_NRC if matrices_NRC.shape[1] >= matrices_NRC.shape[2] else matrices_NRC.mT
+    true = mu_N11 * z_KP - tall.mT @ (tall @ z_KP) + (v_NKM * squares_NM[:, None]) @ (v_NKM.mT @ z_KP)
+    error_N = FACTOR * torch.linalg.vector_norm(true - factor @ (factor.mT @ z_KP), dim=1).amax(dim=1)
+    return torch.where(info == 0, mu_N + error_N, torch.inf)
+
+
+def square_beyond_of_matrix(a_RC: np.ndarray, gram_KK: np.ndarray, mu: float) -> float:
+    """As `square_beyond`, of one matrix on a CPU and with M = 0; the Gram matrix is overwritten.
+
+    Args:
+        a_RC: float64, C-contiguous.
+        gram_KK: as `lapack.gram` gives it, float32: that its rounding is larger shows in what is returned.
+        mu: about sigma_1^2, neither so large nor so small that float32 could not hold it.
+    """
+    factor_KK = np.negative(gram_KK, out=gram_KK)
+    factor_KK[np.diag_indices(len(factor_KK))] += np.float32(mu)
+    if not cholesky_in_place(factor_KK):
+        return float("inf")
+    z_KP, factor_KK = probes(len(factor_KK)), factor_KK.astype(np.float64)
+    is_tall = a_RC.shape[0] >= a_RC.shape[1]
+    true_KP = ((a_RC @ z_KP).T @ a_RC).T if is_tall else a_RC @ (z_KP.T @ a_RC).T  # the faster orders
+    return mu + enclosure(mu * z_KP - true_KP - factor_KK @ (factor_KK.T @ z_KP))

@@ -1,0 +1,226 @@
+"""The spectral norm |A|_2 = sigma_1 of a matrix and two proven ends around it, without the rest of the spectrum.
+
+Lanczos steps with the Gram matrix find a unit vector v of |A v| near sigma_1, and |A v| is at most sigma_1 (Golub & Van
+Loan, section 10.1). For the upper end a Cholesky factor proves that no square of a singular value is much above
+|A v|^2, see `index.square_beyond`. That takes no tridiagonal form and no eigenvalues, which are most of the cost of a
+spectrum, and on a CPU a Gram matrix and a factor in float32 will do: what they are wrong by is measured, in float64.
+Where the two ends are not close, all values are computed. Shape legend: see `solve`; L is the long side.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowrank_vit.common.devices import cuda_path
+from lowrank_vit.spectral.solving.extremes import EPS, Solver
+from lowrank_vit.spectral.solving.gram import Tridiagonal
+from lowrank_vit.spectral.solving.gram_stack import GramStack, gram_stack
+from lowrank_vit.spectral.solving.index import square_beyond, square_beyond_of_matrix
+from lowrank_vit.spectral.solving.lapack import gram, symmetric_times, tridiagonal_values, tridiagonal_vectors
+from lowrank_vit.spectral.solving.solve import (
+    as_float64,
+    divided_by,
+    float64_numpy,
+    one_torch_thread,
+    scales_of,
+    side_by_side,
+    svd_error,
+)
+
+BRACKET = 1e-4
+"""The two ends differ by this share at most."""
+SMALL = 256
+"""Matrices with a shorter short side have all their values computed, which takes no longer."""
+LIFT = 3e-5
+"""mu over |A v|^2, less 1: above what float32 and Lanczos err by, and within what `BRACKET` allows for a square."""
+STEPS = 80
+"""Of Lanczos at most, on a CPU, where every `_LOOK` it is asked whether the residual has come below `_RESIDUAL`."""
+STEPS_ON_DEVICE = 50
+_LOOK, _RESIDUAL = 10, 1e-5
+_EXHAUSTED = 1e-6
+"""A residual of this share of the greatest value so far is rounding: no direction is left."""
+
+
+class Norms(NamedTuple):
+    """Of N matrices, float64 (N,), in the unit of their entries."""
+
+    value: np.ndarray
+    """The best estimate."""
+    low: np.ndarray
+    high: np.ndarray
+
+
+def spectral_norms(matrices_NRC: Tensor, solver: Solver = "gram64", cpu_threads: int = 1) -> Norms:
+    """sigma_1 of each matrix and its ends, of any dtype and device; NaN where one is not finite, 0 of an empty one.
+
+    By `gram64` the ends differ by `BRACKET` at most, relatively, and by about 1e-12 where K < `SMALL` or all values
+    were computed; the estimate is |A v|, which errs by the square of the residual: relatively by about 1e-10, and by
+    1e-6 to 1e-5 where hundreds of values crowd below the first. The rounding of a result below 1e-307, where float64
+    has fewer digits, is not counted. By `svd` all is from `torch.linalg.svd` in float64.
+
+    On a CPU a matrix's numbers depend neither on its neighbours nor on the number of threads or cores.
+    """
+    with torch.no_grad():
+        scales = scales_of(matrices_NRC) if 0 not in matrices_NRC.shape else np.ones(len(matrices_NRC))
+        usable = np.isfinite(scales)
+        found = np.full((len(scales), 3), np.nan)
+        if 0 in matrices_NRC.shape:
+            found[:] = 0.0
+        elif solver == "svd":
+            for i in np.flatnonzero(usable).tolist():
+                found[i] = _by_svd(as_float64(matrices_NRC[i], scales[i])) * scales[i]
+        elif cuda_path(matrices_NRC):
+            divided, divisors = divided_by(matrices_NRC, scales)
+            found[usable] = (_on_device(divided) * divisors[:, None])[usable]
+        else:
+
+            def one(i: int) -> np.ndarray:
+                return _on_cpu(float64_numpy(matrices_NRC[i], scales[i])) * scales[i]
+
+            if each := side_by_side(one, np.flatnonzero(usable).tolist(), cpu_threads):
+                found[usable] = each
+    return Norms(*found.T)
+
+
+def _on_cpu(a_RC: np.ndarray) -> np.ndarray:
+    """Value, low and high (3,) of a finite float64 matrix with entries of about 1."""
+    if not a_RC.any():
+        return np.zeros(3)
+    if min(a_RC.shape) >= SMALL:
+        gram_KK = gram(a_RC.astype(np.float32))
+        v_K = _ritz_vector(gram_KK)
+        length = float(np.linalg.norm(a_RC @ v_K if a_RC.shape[0] >= a_RC.shape[1] else v_K @ a_RC))
+        square = square_beyond_of_matrix(a_RC, gram_KK, length**2 * (1 + LIFT))
+        found = _ends(np.array([length]), np.array([square]), a_RC.shape)[0]
+        if _is_close(found):
+            return found
+    form = Tridiagonal.of(a_RC, gram(a_RC))
+    return _of_squares(form.squares[-1:], np.array([form.error()]))[0]
+
+
+def _on_device(matrices_NRC: Tensor) -> np.ndarray:
+    """As `_on_cpu`, (N, 3), of a stack: products and Cholesky factors of all at once, in float64.
+
+    Float32 would be no faster there, and TF32 may be switched on for it.
+    """
+    n, k = len(matrices_NRC), min(matrices_NRC.shape[1:])
+    found = np.zeros((n, 3))
+    left = matrices_NRC.flatten(1).any(dim=1).cpu().numpy()
+    if k >= SMALL:
+        float64_NRC = matrices_NRC.double()
+        gram_NKK = gram_stack(float64_NRC)
+        v_NK1 = _ritz_vectors(gram_NKK)[..., None]
+        is_tall = matrices_NRC.shape[1] >= matrices_NRC.shape[2]
+        lengths_N = torch.linalg.vector_norm((float64_NRC if is_tall else float64_NRC.mT) @ v_NK1, dim=(1, 2))
+        none_NM, none_NKM = gram_NKK.new_empty(n, 0), gram_NKK.new_empty(n, k, 0)
+        squares_N = square_beyond(float64_NRC, gram_NKK, lengths_N**2 * (1 + LIFT), none_NM, none_NKM)
+        ends = _ends(lengths_N.cpu().numpy(), squares_N.cpu().numpy(), tuple(matrices_NRC.shape[1:]))
+        found[left] = ends[left]
+        left &= ~_is_close(ends)
+    if left.any():
+        stack = GramStack.of(matrices_NRC[torch.from_numpy(np.flatnonzero(left)).to(matrices_NRC.device)])
+        found[left] = _of_squares(stack.squares[:, -1], stack.errors())
+    return found
+
+
+def _by_svd(a_RC: Tensor) -> np.ndarray:
+    with one_torch_thread(a_RC):
+        try:
+            u, s, vh = torch.linalg.svd(a_RC, full_matrices=False)
+        except torch.linalg.LinAlgError:
+            return np.full(3, np.nan)
+        value, error = float(s[0]), svd_error(a_RC, u, s, vh)
+    return np.array([value, max(value - error, 0.0), value + error])
+
+
+def _ends(lengths_N: np.ndarray, squares_N: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """(N, 3) of |A v|, v a unit vector, and of what sigma_1^2 is below.
+
+    A sum of K products errs by K eps times the sum of their sizes at most (Higham, Accuracy and Stability, section
+    3.1), so A v by K eps |A|_F, and |A|_F is at most sqrt(K) sigma_1.
+    """
+    high_N = np.sqrt(squares_N) * (1 + 2 * EPS)
+    rounding = EPS * (max(shape) + min(shape) ** 1.5 + 8)
+    return np.stack([lengths_N, lengths_N - rounding * np.where(np.isinf(high_N), 0.0, high_N), high_N], axis=1)
+
+
+def _is_close(ends: np.ndarray) -> np.ndarray:
+    return ends[..., 2] <= ends[..., 1] * (1 + BRACKET)
+
+
+def _of_squares(squares_N: np.ndarray, errors_N: np.ndarray) -> np.ndarray:
+    """(N, 3) of sigma_1^2 and what it errs by."""
+    around = np.stack([squares_N, squares_N - errors_N, squares_N + errors_N], axis=1)
+    return np.sqrt(np.maximum(around, 0.0)) * [1, 1 - 2 * EPS, 1 + 2 * EPS]
+
+
+def _start(k: int) -> np.ndarray:
+    """The first vector, always the same, and another one than those of `index.probes`."""
+    start_K = np.random.default_rng(1).standard_normal(k)
+    return start_K / np.linalg.norm(start_K)
+
+
+def _ritz_vector(gram_KK: np.ndarray) -> np.ndarray:
+    """A unit vector near the first eigenvector, float64, by Lanczos in float32, each vector orthogonal to all before.
+
+    Args:
+        gram_KK: the lower triangle, as `lapack.gram` gives it.
+    """
+    k = len(gram_KK)
+    basis_JK = np.empty((STEPS, k), np.float32)
+    d, e, next_K = np.zeros(STEPS), np.zeros(STEPS), _start(k).astype(np.float32)
+    y_J = np.ones(1)
+    for j in range(STEPS):
+        basis_JK[j] = next_K
+        image_K, so_far = symmetric_times(gram_KK, next_K), basis_JK[: j + 1]
+        d[j] = image_K @ next_K
+        for _ in range(2):
+            image_K -= (so_far @ image_K) @ so_far
+        e[j] = np.linalg.norm(image_K)
+        is_exhausted = e[j] <= _EXHAUSTED * d.max()
+        if is_exhausted or (j + 1) % _LOOK == 0:
+            value, y_J = _first_of_tridiagonal(d[: j + 1], e[:j])
+            if is_exhausted or e[j] * abs(y_J[-1]) <= _RESIDUAL * value:
+                break
+        next_K = image_K / np.float32(e[j])
+    v_K = y_J @ basis_JK[: y_J.size].astype(np.float64)
+    return v_K / np.linalg.norm(v_K)
+
+
+def _ritz_vectors(gram_NKK: Tensor) -> Tensor:
+    """As `_ritz_vector`, (N, K), of whole Gram matrices, in float64 and always `STEPS_ON_DEVICE` steps."""
+    n, k = len(gram_NKK), gram_NKK.shape[-1]
+    basis_NJK = gram_NKK.new_zeros(n, STEPS_ON_DEVICE, k)
+    d_NJ, e_NJ = gram_NKK.new_zeros(2, n, STEPS_ON_DEVICE)
+    next_NK = torch.from_numpy(_start(k)).to(gram_NKK).expand(n, k)
+    for j in range(STEPS_ON_DEVICE):
+        basis_NJK[:, j] = next_NK
+        image_NK1, so_far = gram_NKK @ next_NK[..., None], basis_NJK[:, : j + 1]
+        d_NJ[:, j] = (image_NK1[..., 0] * next_NK).sum(dim=1)
+        for _ in range(2):
+            image_NK1 = image_NK1 - so_far.mT @ (so_far @ image_NK1)
+        length_N = torch.linalg.vector_norm(image_NK1, dim=(1, 2))
+        # Once no direction is left, only zeros follow.
+        goes_on = length_N > _EXHAUSTED * d_NJ.amax(dim=1)
+        e_NJ[:, j] = torch.where(goes_on, length_N, 0.0)
+        next_NK = torch.where(goes_on[:, None], image_NK1[..., 0] / length_N[:, None], 0.0)
+    each = zip(d_NJ.cpu().numpy(), e_NJ.cpu().numpy(), strict=True)
+    y_NJ = torch.from_numpy(np.stack([_first_of_tridiagonal(d, e[:-1])[1] for d, e in each])).to(gram_NKK)
+    v_NK = (y_NJ[:, None] @ basis_NJK)[:, 0]
+    return v_NK / torch.linalg.vector_norm(v_NK, dim=1, keepdim=True)
+
+
+def _first_of_tridiagonal(d: np.ndarray, e: np.ndarray) -> tuple[float, np.ndarray]:
+    """The greatest eigenvalue of a tridiagonal matrix, and its vector; its first unit vector should they not be found.
+
+    A vector that is not the right one costs time only: the ends would not be close.
+    """
+    try:
+        values = tridiagonal_values(d, e)
+        return float(values[-1]), tridiagonal_vectors(d, e, values, np.array([d.size - 1]))[:, 0]
+    except np.linalg.LinAlgError:
+        return float("inf"), np.eye(1, d.size)[0]

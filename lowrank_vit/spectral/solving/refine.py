@@ -1,0 +1,167 @@
+"""Certified triplets and all values of matrices from the directions that Gram matrices give (Rayleigh-Ritz).
+
+In two ways to one result, as `gram`: matrix by matrix on a CPU, and a whole stack at once for CUDA. The directions only
+span the two ends. Values, left and right vectors come from the SVD of the matrix times that basis, which does not
+square the condition number again, and whose left vectors are orthogonal whatever the values are. Two products with the
+matrix, 8 L K m operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowrank_vit.spectral.solving.extremes import EPS, Solved, assemble, objection
+from lowrank_vit.spectral.solving.gram import Array, Ends, ends_of_matrix
+from lowrank_vit.spectral.solving.gram_stack import StackEnds, ends_of_stack
+from lowrank_vit.spectral.solving.index import WRONG, index_is_proven
+
+Inverses = Iterable[Callable[[Array], Array]]
+
+BLANK = EPS**2
+"""The length over |A|_F of an image that stands for 0: below all rounding."""
+
+
+def solve_matrix(a_RC: np.ndarray, m: int) -> tuple[Solved, str]:
+    """All values of one matrix and the first and last m triplets; and an objection, empty where all checks passed.
+
+    What one Gram matrix is not exact enough for is tried once more, split.
+
+    Args:
+        a_RC: finite float64, C-contiguous, greatest entry about 1; not changed. Call inside `lapack.one_blas_thread`.
+        m: 1 <= m and 2 m < K.
+    """
+    ends, taken_apart = ends_of_matrix(a_RC, m)
+    solved, problem = _refined(a_RC, ends)
+    if problem and taken_apart is not None and not ends.inverses:
+        ends = taken_apart.split(m, float(taken_apart.squares[-1]))
+        solved, problem = _refined(a_RC, ends)
+    if taken_apart is None or ends.inverses or problem:
+        return solved, problem
+    if not taken_apart.has_right_values(m):
+        return solved, "its eigenvalues are not as many as Sturm's sequence counts"
+    return _with_index(solved, taken_apart.squares, taken_apart.error())
+
+
+def _with_index(solved: Solved, squares: np.ndarray, error: float) -> tuple[Solved, str]:
+    """With its index certificate; and an objection where the factorisation is wrong. `squares` ascending."""
+    if error > WRONG * squares[-1]:
+        return solved, f"its Gram matrix and the eigenvalues found differ by {error / squares[-1]:.0e}"
+    low, high = (np.sqrt(np.maximum(squares[::-1] + side, 0.0)) for side in (-error, error))
+    return replace(solved, index=index_is_proven(solved, low, high)), ""
+
+
+def _refined(a_RC: np.ndarray, ends: Ends) -> tuple[Solved, str]:
+    tall_LK = a_RC if a_RC.shape[0] >= a_RC.shape[1] else a_RC.T
+    basis_KM, frobenius_squared = ends.basis, float(np.vdot(a_RC, a_RC))
+    image_LM = tall_LK @ basis_KM
+    directed_LM = image_LM
+    if ends.inverses:
+        m = basis_KM.shape[1] // 2
+        _upright(tall_LK, basis_KM, image_LM, ends.squares[:m], ends.inverses)
+        basis_KM, triangle = np.linalg.qr(basis_KM)
+        image_LM = np.linalg.solve(triangle.T, image_LM.T).T
+        directed_LM = image_LM.copy()
+        blank = np.flatnonzero(np.linalg.norm(image_LM[:, :m], axis=0) <= EPS * frobenius_squared**0.5)
+        random = np.random.default_rng(0).standard_normal((len(tall_LK), blank.size))
+        directed_LM[:, blank] = _null_directions(tall_LK, random, ends.inverses) * BLANK * frobenius_squared**0.5
+    long_LM, s_M, turn = np.linalg.svd(directed_LM, full_matrices=False)
+    short_KM = basis_KM @ turn.T
+    ahead = np.linalg.norm(image_LM @ turn.T - long_LM * s_M, axis=0)
+    back = np.linalg.norm(tall_LK.T @ long_LM - short_KM * s_M, axis=0)
+    off = max(_off_identity(long_LM), _off_identity(short_KM))
+    residual = np.sqrt((ahead**2 + back**2) / 2)
+    u, v = (long_LM, short_KM) if tall_LK is a_RC else (short_KM, long_LM)
+    descending = ends.squares[::-1]
+    solved = assemble(np.sqrt(np.maximum(descending, 0.0)), u, s_M, v, residual, off)
+    return solved, objection(solved, descending, frobenius_squared, ends.floor)
+
+
+def _upright(tall_LK: Array, basis_KM: Array, image_LM: Array, squares: Array, inverses: Inverses[Array]) -> None:
+    """Take from the last m columns of a basis and their images, in place, what leans towards greater values.
+
+    Rounding leaves A v leaning towards leading left vectors by eps sigma_1 / sigma_i. That is what A^T A v has beside
+    sigma_i^2 v, taken away part by part, the greatest values last: each step rounds by eps sigma_1 of what it takes.
+    """
+    last_KJ, seen_LJ = basis_KM[:, : len(squares)], image_LM[:, : len(squares)]
+    for inverse in inverses:
+        lean_KJ = inverse(tall_LK.T @ seen_LJ - last_KJ * squares)
+        seen_LJ -= tall_LK @ lean_KJ
+        last_KJ -= lean_KJ
+
+
+def _null_directions(tall_LK: Array, random_LJ: Array, inverses: Inverses[Array]) -> Array:
+    """Columns of about unit length that the transpose takes next to nothing: left vectors for values of 0."""
+    for inverse in [*inverses] * 2:
+        random_LJ = random_LJ - tall_LK @ inverse(tall_LK.T @ random_LJ)
+    return random_LJ / len(random_LJ) ** 0.5
+
+
+def _off_identity(vectors: np.ndarray) -> float:
+    return float(np.abs(vectors.T @ vectors - np.eye(vectors.shape[1])).max())
+
+
+def solve_stack(matrices_NRC: Tensor, m: int) -> list[tuple[Solved, str]]:
+    """As `solve_matrix`, of every matrix of a stack of finite, scaled matrices of any float dtype.
+
+    The left vectors come from a QR factorisation of the matrix times the basis, and an SVD of its small factor.
+    """
+    ends, stack = ends_of_stack(matrices_NRC, m)
+    results = _refined_stack(matrices_NRC, ends)
+    again = [i for i, (_, problem) in enumerate(results) if problem and not ends.inverses[i]]
+    if again and stack is not None:
+        stack.split(ends, again, m, stack.squares[:, -1])
+        for i, result in zip(again, _refined_stack(matrices_NRC[again], ends.take(again)), strict=True):
+            results[i] = result
+    if stack is not None:
+        for i, error in enumerate(stack.errors()):
+            if not results[i][1] and not ends.inverses[i]:
+                results[i] = _with_index(results[i][0], stack.squares[i], float(error))
+    return results
+
+
+def _refined_stack(matrices_NRC: Tensor, ends: StackEnds) -> list[tuple[Solved, str]]:
+    tall, basis_NKM = matrices_NRC.shape[1] >= matrices_NRC.shape[2], ends.basis
+    image, directed, back, m = [], [], [], basis_NKM.shape[2] // 2
+    for i, (matrix, basis_KM) in enumerate(zip(matrices_NRC, basis_NKM, strict=True)):  # no float64 copy of all
+        tall_LK = matrix.double() if tall else matrix.double().T
+        image_LM = tall_LK @ basis_KM
+        directed.append(image_LM)
+        if inverses := ends.inverses[i]:
+            _upright(tall_LK, basis_KM, image_LM, torch.from_numpy(ends.squares[i, :m].copy()).to(basis_KM), inverses)
+            basis_KM[...], triangle = torch.linalg.qr(basis_KM)
+            image_LM = torch.linalg.solve_triangular(triangle, image_LM, upper=True, left=False)
+            directed[i] = image_LM.clone()
+            frobenius = torch.linalg.vector_norm(tall_LK)
+            blank = torch.nonzero(torch.linalg.vector_norm(image_LM[:, :m], dim=0) <= EPS * frobenius)[:, 0]
+            random = np.random.default_rng(0).standard_normal((len(tall_LK), len(blank)))
+            directed[i][:, blank] = (
+                _null_directions(tall_LK, torch.from_numpy(random).to(tall_LK), inverses) * BLANK * frobenius
+            )
+        image.append(image_LM)
+    image_NLM = torch.stack(image)
+    q, triangle = torch.linalg.qr(torch.stack(directed))
+    turn, s_NM, other = torch.linalg.svd(triangle)
+    long_NLM, short_NKM = q @ turn, basis_NKM @ other.mT
+    for matrix, long in zip(matrices_NRC, long_NLM, strict=True):
+        tall_LK = matrix.double() if tall else matrix.double().T
+        back.append(tall_LK.T @ long)
+    ahead_NM = torch.linalg.vector_norm(image_NLM @ other.mT - long_NLM * s_NM[:, None], dim=1)
+    back_NM = torch.linalg.vector_norm(torch.stack(back) - short_NKM * s_NM[:, None], dim=1)
+    residual_NM = torch.sqrt((ahead_NM**2 + back_NM**2) / 2)
+    eye = torch.eye(s_NM.shape[1], dtype=torch.float64, device=s_NM.device)
+    off_N = torch.stack([(x.mT @ x - eye).abs().amax((1, 2)) for x in (long_NLM, short_NKM)]).amax(0)
+    frobenius_N = torch.stack([torch.linalg.vector_norm(a, dtype=torch.float64) ** 2 for a in matrices_NRC])
+    u, v = (long_NLM, short_NKM) if tall else (short_NKM, long_NLM)
+    host = [x.cpu().numpy() for x in (u, s_NM, v, residual_NM, off_N, frobenius_N)]
+    results: list[tuple[Solved, str]] = []
+    for squares, floor, u_RM, s_M, v_CM, residual, off, frobenius in zip(
+        ends.squares[:, ::-1], ends.floor, *host, strict=True
+    ):
+        solved = assemble(squares.clip(0.0) ** 0.5, u_RM, s_M, v_CM, residual, float(off))
+        results.append((solved, objection(solved, squares, float(frobenius), float(floor))))
+    return results

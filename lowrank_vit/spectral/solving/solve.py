@@ -1,0 +1,302 @@
+"""Certified spectra of many matrices at once: the fast solver, its slow twin, and when one falls back to the other.
+
+Shape legend: N matrices of one shape, R rows, C columns, K = min(R, C) singular values.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowrank_vit.common.devices import cuda_path
+from lowrank_vit.spectral.solving import gram, refine
+from lowrank_vit.spectral.solving.extremes import EPS, Solved, Solver, Triplets, not_finite
+from lowrank_vit.spectral.solving.gram_stack import gram_stack
+from lowrank_vit.spectral.solving.index import enclosure, index_is_proven, probes
+from lowrank_vit.spectral.solving.lapack import one_blas_thread
+
+T = TypeVar("T")
+
+LOG = logging.getLogger(__name__)
+
+
+class Cancelled(Exception):
+    """A refresh was given up between two matrices."""
+
+
+@dataclass(frozen=True)
+class MatrixStack:
+    """Matrices of one shape, dtype and device, copied side by side: what the batched solver takes."""
+
+    names: tuple[str, ...]
+    matrices_NRC: Tensor
+    fused: frozenset[str] = frozenset()
+    """Those of the names whose rows are Q, K and V, a third each."""
+
+
+def never() -> bool:
+    """Nobody cancels."""
+    return False
+
+
+def stack_by_shape(weights: Mapping[str, Tensor], fused: Collection[str] = ()) -> list[MatrixStack]:
+    """Copy the matrices into one stack for each (shape, dtype, device): few kernels, no wait for the device.
+
+    Later changes of `weights` do not reach the stacks, so this is also how a snapshot is taken. `fused`: the matrices
+    whose rows are Q, K and V.
+
+    Raises:
+        ValueError: a tensor is not 2-D.
+    """
+    groups: dict[tuple[torch.Size, torch.dtype, torch.device], list[str]] = {}
+    for name, weight in weights.items():
+        if weight.ndim != 2:
+            raise ValueError(f"{name} has shape {tuple(weight.shape)}; expected a matrix (2 dimensions)")
+        groups.setdefault((weight.shape, weight.dtype, weight.device), []).append(name)
+    with torch.no_grad():
+        return [
+            MatrixStack(tuple(names), torch.stack([weights[n] for n in names]), frozenset(fused).intersection(names))
+            for names in groups.values()
+        ]
+
+
+def solve_stack(
+    stack: MatrixStack,
+    m: int,
+    solver: Solver = "gram64",
+    *,
+    cpu_threads: int = 1,
+    cancelled: Callable[[], bool] = never,
+    log: Callable[[str], object] = LOG.warning,
+) -> dict[str, Solved]:
+    """Solve every matrix of one stack, where the stack is; results on the host, float64.
+
+    `gram64`: eigenvalues of the Gram matrix on the short side, in float64; the first and last m values and vectors are
+    then refined against the matrix itself (Rayleigh-Ritz). Accuracy: a triplet's certificate r = sqrt((|A v - s u|^2 +
+    |A^T u - s v|^2) / 2) bounds its distance to a true singular value (Parlett, The Symmetric Eigenvalue Problem,
+    theorem 4.5.1, for [[0, A], [A^T, 0]]); for sigma_i it is about eps sigma_1^2 / sigma_i (eps = 2.2e-16). Values
+    between the two ends err by about eps (sigma_1 / sigma_i)^2 relatively. Rank-deficient and ill-conditioned matrices
+    are split, see `gram`. One whose checks (`extremes.objection`) fail even so is solved again by `svd`, and `log` is
+    told. So is, silently, one with K <= 2 m.
+
+    `svd`: `torch.linalg.svd` in float64, errors of about eps sigma_1 everywhere.
+
+    The result of a matrix on a CPU does not depend on its neighbours, on `cpu_threads` or on the number of cores.
+
+    Args:
+        stack: any real dtype and device. A matrix with a NaN or an infinity gives NaN, and `solver` "none".
+        m: triplets wanted from each end; fewer where K is smaller.
+        solver: see above.
+        cpu_threads: matrices solved side by side, on a CPU only.
+        cancelled: asked before every matrix (CPU) or stack.
+        log: called with a line when a matrix is not solved as asked.
+
+    Raises:
+        Cancelled: `cancelled()` was true.
+    """
+    if cancelled():
+        raise Cancelled
+    n, rows, cols = stack.matrices_NRC.shape
+    k = min(rows, cols)
+    m = min(m, k)
+    if k == 0:
+        empty = Triplets(np.empty(0), np.empty((rows, 0)), np.empty((cols, 0)), np.empty(0))
+        return {name: Solved(np.empty(0), empty, empty, 0.0, solver) for name in stack.names}
+    with torch.no_grad():
+        scales = scales_of(stack.matrices_NRC)
+        if solver == "svd" or 2 * m >= k:
+            first = [None] * n
+        elif cuda_path(stack.matrices_NRC):
+            first = _gram_on_device(stack.matrices_NRC, m, scales)
+        else:
+            first = _gram_on_cpu(stack.matrices_NRC, m, scales, cpu_threads, cancelled)
+        solved: dict[str, Solved] = {}
+        for name, matrix, scale, found in zip(stack.names, stack.matrices_NRC, scales, first, strict=True):
+            if not np.isfinite(scale):
+                log(f"spectra of {name}: the matrix holds a NaN or an infinity, so its values are NaN")
+                solved[name] = not_finite((rows, cols), m)
+            elif found is not None and not found[1]:
+                solved[name] = _scaled(found[0], scale)
+            else:
+                if cancelled():
+                    raise Cancelled
+                note = found[1] if found is not None else ""
+                if note:
+                    log(f"spectra of {name}: {note}; solved by float64 SVD instead")
+                solved[name] = replace(_scaled(_svd(as_float64(matrix, scale), m, turn=bool(note)), scale), note=note)
+    dtype = stack.matrices_NRC.dtype
+    eps = torch.finfo(dtype).eps if dtype.is_floating_point else EPS
+    return {name: replace(one, eps=eps) for name, one in solved.items()}
+
+
+def solve(
+    weights: Mapping[str, Tensor], m: int, solver: Solver = "gram64", *, cpu_threads: int = 1
+) -> dict[str, Solved]:
+    """`solve_stack` of matrices of any shapes, in the order of `weights`. Raises `ValueError` for a tensor not 2-D."""
+    solved: dict[str, Solved] = {}
+    for stack in stack_by_shape(weights):
+        solved |= solve_stack(stack, m, solver, cpu_threads=cpu_threads)
+    return {name: solved[name] for name in weights}
+
+
+def all_values(matrices_NRC: Tensor, cpu_threads: int = 1) -> np.ndarray:
+    """The singular values of each matrix (N, K), descending, of any dtype and device; NaN where one is not finite.
+
+    From the eigenvalues of the Gram matrix in float64: absolute errors of the squares are about eps sigma_1^2.
+    """
+    with torch.no_grad():
+        scales = scales_of(matrices_NRC)
+        usable = np.isfinite(scales)
+        result = np.full((len(scales), min(matrices_NRC.shape[1:])), np.nan)
+        if not cuda_path(matrices_NRC):
+
+            def one(i: int) -> np.ndarray:
+                a_RC = float64_numpy(matrices_NRC[i], scales[i])
+                return gram.all_values(a_RC) * scales[i] if a_RC.size else np.empty(0)
+
+            if found := side_by_side(one, np.flatnonzero(usable).tolist(), cpu_threads):
+                result[usable] = found
+        elif usable.any():
+            divided, divisors = divided_by(matrices_NRC, scales)
+            values = torch.linalg.eigvalsh(gram_stack(divided)).clamp_min(0.0).sqrt().flip(-1).cpu().numpy()
+            result[usable] = (values * divisors[:, None])[usable]
+    return result
+
+
+def scales_of(matrices_NRC: Tensor) -> np.ndarray:
+    """A power of two above the greatest entry of each, so that no square overflows; inf where one is not finite."""
+    low, high = torch.aminmax(matrices_NRC.flatten(1), dim=1)
+    greatest = torch.maximum(low.abs(), high.abs()).double().cpu().numpy()
+    _, exponent = np.frexp(greatest)
+    scales = np.ldexp(1.0, np.clip(exponent, -1021, 1023))
+    return np.where(np.isfinite(greatest), scales, np.inf)
+
+
+def as_float64(matrix: Tensor, scale: float) -> Tensor:
+    """The matrix over `scale`, exactly, as contiguous float64."""
+    return (matrix.double() / scale).contiguous()
+
+
+def divided_by(matrices_NRC: Tensor, scales: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """Every matrix over its scale, and what it was divided by, float64 (N,).
+
+    One that is not finite becomes zeros, so that no solver meets a NaN. Float32 weights of usual size need no scaling,
+    hence no copy: they come back as they are, divided by 1.
+    """
+    usable = np.isfinite(scales)
+    if usable.all() and (np.abs(np.log2(scales)) < 100).all():
+        return matrices_NRC, np.ones(len(scales))
+    divisors = np.where(usable, scales, 1.0)
+    bad, factors = (torch.from_numpy(x).to(matrices_NRC.device)[:, None, None] for x in (~usable, divisors))
+    return (matrices_NRC.double() / factors).masked_fill(bad, 0.0), divisors
+
+
+def _scaled(solved: Solved, scale: float) -> Solved:
+    def of(t: Triplets) -> Triplets:
+        return replace(t, s=t.s * scale, certificate=t.certificate * scale)
+
+    return replace(solved, s=solved.s * scale, top=of(solved.top), last=of(solved.last))
+
+
+def _gram_on_cpu(
+    matrices_NRC: Tensor, m: int, scales: np.ndarray, cpu_threads: int, cancelled: Callable[[], bool]
+) -> list[tuple[Solved, str] | None]:
+    def one(i: int) -> tuple[Solved, str] | None:
+        if cancelled():
+            raise Cancelled
+        if not np.isfinite(scales[i]):
+            return None
+        try:
+            return refine.solve_matrix(float64_numpy(matrices_NRC[i], scales[i]), m)
+        except np.linalg.LinAlgError as error:
+            return not_finite((matrices_NRC.shape[1], matrices_NRC.shape[2]), m), str(error)
+
+    return side_by_side(one, range(len(matrices_NRC)), cpu_threads)
+
+
+def float64_numpy(matrix: Tensor, scale: float) -> np.ndarray:
+    """As `as_float64`. By numpy, since in a thread of its own torch would start a second team of threads to copy."""
+    a_RC = matrix.numpy() if matrix.dtype in (torch.float32, torch.float64) else matrix.float().numpy()
+    return np.divide(a_RC, scale, dtype=np.float64, order="C")
+
+
+def side_by_side(one: Callable[[int], T], indices: Iterable[int], cpu_threads: int) -> list[T]:
+    """What `one` makes of each index, in their order, with one BLAS thread each."""
+    with one_blas_thread():
+        if cpu_threads == 1:
+            return [one(i) for i in indices]
+        with ThreadPoolExecutor(cpu_threads, thread_name_prefix="spectral-solve") as pool:
+            return list(pool.map(one, indices))
+
+
+def _gram_on_device(matrices_NRC: Tensor, m: int, scales: np.ndarray) -> list[tuple[Solved, str] | None]:
+    divided, divisors = divided_by(matrices_NRC, scales)
+    try:
+        found = refine.solve_stack(divided, m)
+    except torch.linalg.LinAlgError as error:
+        return [(not_finite((divided.shape[1], divided.shape[2]), m), f"no convergence ({error})")] * len(scales)
+    # As of the matrix over its scale, whatever it was divided by: the caller multiplies the scale in.
+    factors = divisors / np.where(np.isfinite(scales), scales, 1.0)
+    return [(_scaled(solved, factor), note) for (solved, note), factor in zip(found, factors, strict=True)]
+
+
+def _svd(a_RC: Tensor, m: int, turn: bool) -> Solved:
+    """The reference: a full float64 SVD, its ends certified in the same way.
+
+    `turn` takes the SVD of a wide matrix's transpose, which is several times faster, and other bits.
+    """
+    with one_torch_thread(a_RC):
+        try:
+            if turn and a_RC.shape[0] < a_RC.shape[1]:
+                v, s, uh = torch.linalg.svd(a_RC.mT.contiguous(), full_matrices=False)
+                u, vh = uh.mT, v.mT
+            else:
+                u, s, vh = torch.linalg.svd(a_RC, full_matrices=False)
+        except torch.linalg.LinAlgError as error:
+            return replace(not_finite((a_RC.shape[0], a_RC.shape[1]), m), note=f"no convergence ({error})")
+        error = svd_error(a_RC, u, s, vh)
+        k = s.numel()
+        columns = torch.cat([torch.arange(m), torch.arange(k - 1, k - m - 1, -1)]).to(a_RC.device)
+        u, v, ends = u[:, columns], vh.mT[:, columns], s[columns]
+        ahead = torch.linalg.vector_norm(a_RC @ v - u * ends, dim=0)
+        back = torch.linalg.vector_norm(a_RC.mT @ u - v * ends, dim=0)
+        eye = torch.eye(m, dtype=torch.float64, device=a_RC.device)
+        halves = [x[:, part] for x in (u, v) for part in (slice(m), slice(m, None))]
+        off = max(float((x.mT @ x - eye).abs().max()) for x in halves)
+    allowance = EPS * max(a_RC.shape) ** 0.5 * s[0]
+    certificate = torch.sqrt((ahead**2 + back**2) / 2) + allowance
+    ends_np, u_np, v_np, certificate_np = (x.cpu().numpy() for x in (ends, u, v, certificate))
+    both, s_K = Triplets(ends_np, u_np, v_np, certificate_np), s.cpu().numpy()
+    solved = Solved(s_K, both.pick(list(range(m))), both.pick(list(range(m, 2 * m))), off, "svd")
+    return replace(solved, index=index_is_proven(solved, s_K - error, s_K + error))
+
+
+def svd_error(a_RC: Tensor, u_RK: Tensor, s_K: Tensor, vh_KC: Tensor) -> float:
+    """What the values of an SVD are exact to, absolutely; see `index.enclosure`."""
+    z_KP = torch.from_numpy(probes(s_K.numel())).to(a_RC)
+    back_CP, image_RP = vh_KC.mT @ z_KP, u_RK @ z_KP
+    off = [matrix @ image - z_KP for matrix, image in ((vh_KC, back_CP), (u_RK.mT, image_RP))]
+    differences = [a_RC @ back_CP - u_RK @ (s_K[:, None] * z_KP), *(part * s_K[0] for part in off)]
+    return sum(enclosure(part.cpu().numpy()) for part in differences)
+
+
+@contextmanager
+def one_torch_thread(a_RC: Tensor) -> Generator[None]:
+    """On a CPU one thread: LAPACK's bits depend on their number, and the monitor's worker has one."""
+    threads = torch.get_num_threads()
+    if cuda_path(a_RC) or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

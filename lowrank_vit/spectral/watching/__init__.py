@@ -1,0 +1,1 @@
+"""Refreshes while a model trains: the monitor, its worker, and what they store."""

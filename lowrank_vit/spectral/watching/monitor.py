@@ -1,0 +1,398 @@
+"""Watches the spectra of a model while it trains: the training thread's side. The work itself is in `worker.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lowrank_vit.common.devices import Mark, cuda_path, current_stream, side_stream
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.resources import available_cores
+from lowrank_vit.ranks.world import Channel
+from lowrank_vit.spectral.measures.initial import far_entries_by_name, warning_of
+from lowrank_vit.spectral.measures.metrics import recorded_indices
+from lowrank_vit.spectral.measures.subspaces import chance_of_each
+from lowrank_vit.spectral.select import DEFAULT_TARGETS, Target, fused_of, matrices_of, module_type, targets_of_model
+from lowrank_vit.spectral.solving.solve import LOG, stack_by_shape
+from lowrank_vit.spectral.watching.refresh import EMA, MODEL, Memory, SpectralSettings, Stacks
+from lowrank_vit.spectral.watching.store import Kept, SpectraStore, far_entries_content, read_far_entries
+from lowrank_vit.spectral.watching.worker import Snapshot, SpectralRecord, Worker, share_out
+
+T = TypeVar("T")
+
+DEFAULT_LIMIT_GB = 2.0
+_JOIN_S = 2.0
+_IDLE, _BUSY, _CLOSED = range(3)
+"""What a rank tells the others where a refresh is due; the greatest counts."""
+
+
+def default_cpu_threads() -> int:
+    """A quarter of the cores that this process may use, at least 1: what the monitor takes of a CPU."""
+    return max(1, available_cores() // 4)
+
+
+class SpectralMonitor:
+    """Takes a copy of the target weights every so many updates and has one worker thread compute their spectra.
+
+    It observes only: it reads raw weights, draws no random number, touches no gradient and no compiled module, so the
+    losses with it and without it are the same bits. `observe` never waits for the device. A thread is needed because
+    the eigensolver's error check waits on the host even when it runs on a side stream.
+
+    Each refresh goes to a `SpectraStore` in `store_dir` and is queued as a `SpectralRecord`. One that fails, or that
+    cannot be stored, never raises: it is counted in `failed`, and the first is said. Use it as a context manager, or
+    call `close`.
+
+    Memory on the weights' device: a copy of the targets while a refresh runs, and one of the refresh before it, of the
+    model and of its EMA each. Of several ranks the first has them twice: of its share, and of all matrices.
+
+    With several ranks make one on every rank: each computes its share of the matrices, and rank 0 stores and records.
+    Where a refresh is due they ask one another, over the host's network: all of them take it, or all skip it because
+    one is busy.
+
+    A run that is resumed goes on as if it had not ended if `kept()` was written with its checkpoint.
+
+    Example:
+        >>> settings = SpectralSettings(topk=2)
+        >>> with SpectralMonitor(model, store_dir="watched", targets="head", every=100, settings=settings) as monitor:
+        ...     monitor.observe(0)  # before the first update, and then after each
+        >>> open_spectra("watched").updates, monitor.failed
+        ([0], 0)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ema_model: nn.Module | None = None,
+        *,
+        store_dir: str | os.PathLike[str],
+        targets: str = DEFAULT_TARGETS,
+        every: int = 100,
+        settings: SpectralSettings | None = None,
+        split_qkv: bool = False,
+        limit_gb: float = DEFAULT_LIMIT_GB,
+        resumed_update: int | None = None,
+        recorded_update: int | None = None,
+        ranks: Channel | None = None,
+        say: Callable[[str], object] = LOG.warning,
+    ) -> None:
+        """Choose the targets and start the worker.
+
+        Args:
+            model: the raw module, not its compiled or DDP wrapper, already on its device.
+            ema_model: the averaged module itself (timm: `ema.module`), on any device, or None.
+            store_dir: made if missing; `open_spectra` reads it.
+            targets: comma-separated endings of module names, see `select_targets`.
+            every: updates between refreshes.
+            settings: what is computed; default: `SpectralSettings()`.
+            split_qkv: see `choose_targets`.
+            limit_gb: size limit of the store, in 10^9 bytes.
+            resumed_update: the update that a resumed run continues from. What the store holds of later ones is deleted,
+                and the next refresh is compared with the one of what was kept, or without that the newest left.
+            recorded_update: that of the newest record which the resumed run still has, -1 for none. A newer refresh
+                that was kept is done again, at once; so is one of `resumed_update` itself where nothing was kept, since
+                the model has its weights. None: all are there.
+            ranks: the ranks that share the work (`World.channel` with `agrees`); default: this process does it all. One
+                that ends without `close` fails the others' refreshes.
+            say: told of failures, from the worker's thread too.
+
+        Raises:
+            UserError: a target matches nothing, or a number is out of range.
+            ValueError: model and EMA differ in their targets.
+        """
+        settings = settings or SpectralSettings()
+        numbers = {
+            "every": every,
+            "topk": settings.topk,
+            "interval": settings.interval,
+            "threads": settings.cpu_threads,
+        }
+        for flag, value in numbers.items():
+            if value < 1:
+                raise UserError(f"spectral {flag} is {value}; expected 1 or more")
+        self._models = {MODEL: model} if ema_model is None else {MODEL: model, EMA: ema_model}
+        chosen = {kind: targets_of_model(one, targets, split_qkv) for kind, one in self._models.items()}
+        watched = chosen[MODEL]
+        if any(list(of_kind) != list(watched) for of_kind in chosen.values()):
+            raise ValueError("the EMA's targets differ from the model's; pass both without wrappers (ema.module)")
+        ranks = ranks or Channel(0, 1, None)
+        shapes = {name: tuple(w.shape) for name, w in matrices_of(model, watched).items()}
+        mine = share_out(shapes, ranks.size)[ranks.rank]
+        self._watched = {name: watched[name] for name in mine}
+        self._every, self._num_ranks = every, ranks.size
+        self.matrices: dict[str, dict[str, Any]] = {
+            name: {"shape": list(shape), **recorded_indices(min(shape), settings.topk, settings.interval)._asdict()}
+            for name, shape in shapes.items()
+        }
+        """By name: "shape", and the recorded indices "top" and "last", 1-based."""
+        options = {"targets": targets, "every": every, "split_qkv": split_qkv, "limit_gb": limit_gb}
+        chance = {name: chance_of_each(len(one["top"]), one["shape"]) for name, one in self.matrices.items()}
+        far = {} if resumed_update is None else read_far_entries(Path(store_dir))
+        index = {"format": 2, **options, **asdict(settings), "matrices": self.matrices, "chance": chance}
+        index |= far_entries_content(far)
+        store = self._store = SpectraStore(Path(store_dir).absolute(), limit_gb * 1e9, index)
+        if ranks.rank == 0:
+            try:
+                store.begin()
+                if resumed_update is not None:
+                    store.forget_after(resumed_update)
+            except Exception as error:  # it may be mended before the next refresh
+                say(f"warning: {error}. Training goes on.")
+        self._ranks, self._is_over, self._is_lost, self._say = ranks, False, False, say
+        self._all_watched = watched if ranks.rank == 0 else {}
+        taken_up = _TakenUp()
+        if resumed_update is not None:
+            taken_up = self._take_up(store, resumed_update, recorded_update, say)
+
+        devices = {p.device for one in self._models.values() for p in one.parameters()}
+        for device in devices:
+            # torch loads its linear algebra lazily and not thread-safely, so the first call must not be the worker's.
+            torch.linalg.eigvalsh(torch.eye(2, dtype=torch.float64, device=device))
+        cuda_device = next((device for device in devices if cuda_path(device)), None)
+        # 0 is the lowest priority CUDA has, and the default stream's: the trainer's step is on one that comes first.
+        self._stream = None if cuda_device is None else side_stream(cuda_device)
+        self.skipped = 0
+        """Refreshes that were due while the one before was still being computed, here or on another rank."""
+        self._closed = False
+        keys = [f"{kind}/{name}" for kind in self._models for name in watched]
+        # A step on a GPU waits for whoever holds Python's lock when the next operation is to be asked for.
+        is_aside = self._stream is not None
+        self._worker = Worker(settings, store, taken_up.memory, ranks, keys, self._stream, say, is_aside=is_aside)
+        kept = taken_up.kept if ranks.rank == 0 else None
+        self._newest = kept._replace(before=None) if kept else None
+        self._is_again = bool(taken_up.again)
+        if taken_up.again:
+            self._hand_over(taken_up.update, taken_up.again, kept.before if kept else None)
+
+    @property
+    def failed(self) -> int:
+        """Refreshes of this process that came to nothing, or could not be stored."""
+        return self._worker.failed
+
+    def indices_by_type(self) -> dict[str, dict[str, list[int]]]:
+        """The recorded indices for people to read: those of the first matrix of each type."""
+        found: dict[str, dict[str, list[int]]] = {}
+        for name, matrix in self.matrices.items():
+            found.setdefault(module_type(name), {end: matrix[end] for end in ("top", "last")})
+        return found
+
+    def observe(self, num_updates: int) -> None:
+        """Call after every optimizer update with the updates made so far, and once with 0 before the first.
+
+        When `num_updates` is a multiple of `every`, takes a snapshot (copies enqueued on the current stream) and hands
+        it over; when the refresh before is not finished, here or on another rank, counts it in `skipped` instead.
+        Update 0 is never skipped. Several ranks wait for one another there, on the host alone. Before it the first rank
+        tells of single entries far out, see `initial.far_entries`.
+        """
+        if self._closed:
+            raise RuntimeError("this spectral monitor is closed; make a new one to observe further updates")
+        if num_updates % self._every != 0:
+            return
+        if num_updates == 0:
+            self._tell_far_entries()
+        if num_updates == 0 or self._is_again:
+            self._worker.wait()
+            self._is_again = False
+        elif self._is_any_busy():
+            self.skipped += not self._is_lost  # else a record of before, which a resumed run keeps, would tell of it
+            return
+        try:
+            stacks, newest = self._copies(num_updates)
+        except Exception as error:  # such as no memory for the copies
+            if self._num_ranks == 1:
+                self._worker.fail(num_updates, error)
+            else:  # the others have theirs, and wait for this one's part
+                self._worker.take(Snapshot(num_updates, {}, Mark(None), failure=error))
+            return
+        before, self._newest = self._newest, newest
+        self._hand_over(num_updates, stacks, before)
+
+    def _tell_far_entries(self) -> None:
+        """On the first rank, say and store which matrices have entries that their spectra would describe."""
+        if found := far_entries_by_name(matrices_of(self._models[MODEL], self._all_watched)):
+            self._say(f"warning: {warning_of(found)}. --fix-init draws such entries of fresh weights anew.")
+            with contextlib.suppress(UserError):  # a refresh that cannot be stored either tells of that
+                self._store.note_far_entries(found)
+
+    def _is_any_busy(self) -> bool:
+        """Whether a refresh that is due now is to be skipped; the same on every rank."""
+        if not self._is_over:
+            try:
+                state = self._ranks.agree(_BUSY if self._worker.is_busy else _IDLE)()
+            except RuntimeError:  # another rank is gone; the training itself meets that, and tells of it
+                state, self._is_lost = _CLOSED, True
+            self._is_over = state == _CLOSED
+            return state != _IDLE
+        return True
+
+    def _copies(self, update: int) -> tuple[Stacks, Kept | None]:
+        """This rank's share of the weights as they are, and on the first rank all of them."""
+        stacks = self._stacks(self._watched)
+        return stacks, self._kept(update, stacks)
+
+    def _stacks(self, watched: dict[str, Target]) -> Stacks:
+        fused = fused_of(watched)
+        return {kind: stack_by_shape(matrices_of(one, watched), fused) for kind, one in self._models.items()}
+
+    def _kept(self, update: int, stacks: Stacks) -> Kept | None:
+        """On the first rank the copies of all matrices, whichever rank computes them."""
+        if not self._all_watched:
+            return None
+        if self._num_ranks > 1:
+            stacks = self._stacks(self._all_watched)
+        weights = {
+            f"{kind}/{name}": matrix
+            for kind, of_kind in stacks.items()
+            for stack in of_kind
+            for name, matrix in zip(stack.names, stack.matrices_NRC, strict=True)
+        }
+        return Kept(update, weights)
+
+    def _hand_over(self, update: int, stacks: Stacks, before: Kept | None) -> None:
+        """Have the worker compute the spectra of copies that were enqueued on the current stream."""
+        made_on = None if self._stream is None else current_stream(self._stream.device)
+        self._worker.take(Snapshot(update, stacks, Mark.of(made_on), before))
+
+    def wait(self) -> None:
+        """Wait until the refresh that is being computed, if any, is finished."""
+        self._worker.wait()
+
+    def records(self) -> list[SpectralRecord]:
+        """The refreshes finished since the last call, oldest first; never waits. Still works after `close`."""
+        records = _drain(self._worker.finished)
+        for record in records:
+            record.values["spec/refresh/skipped"] = float(self.skipped)
+            record.values["spec/refresh/failed"] = float(self.failed)
+        return records
+
+    def kept(self) -> Kept | None:
+        """What to write, under `kept_name`, beside a checkpoint of now, for a run that is resumed from that.
+
+        None before the first snapshot, and on all ranks but the first. Tensors are on the weights' device; they do not
+        change. Call it before `records`, whose refreshes must then be recorded before the checkpoint is written.
+        """
+        current = self._worker.current
+        return self._newest and self._newest._replace(before=current.before if current else None)
+
+    def close(self, cancel: bool = False) -> None:
+        """Finish the running refresh and join the worker; with `cancel`, abandon it at the next matrix. Idempotent."""
+        self._stop(cancel)
+
+    def __enter__(self) -> SpectralMonitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop(cancel=error is not None)
+
+    def _take_up(
+        self, store: SpectraStore, resumed_update: int, recorded_update: int | None, say: Callable[[str], object]
+    ) -> _TakenUp:
+        """What an earlier process has left for this one, which goes on from `resumed_update`."""
+        found, failure = _TakenUp(), None
+        try:
+            kept = found.kept = store.kept(resumed_update)
+            found.update = kept.update if kept else resumed_update
+            if recorded_update is not None and found.update > recorded_update:
+                if kept:
+                    found.again = self._stacks_of(kept)
+                elif resumed_update % self._every == 0:  # nothing could be kept of it, but here are its weights
+                    found.again, found.kept = self._copies(resumed_update)
+        except Exception as error:  # whatever is wrong with the store: training matters more
+            found, failure = _TakenUp(), error
+        if not self._is_common(found.update if found.again else -1):
+            found.again = {}
+        until, kept = resumed_update, found.kept
+        if found.again:
+            until, kept = found.update - 1, kept and kept.before
+        try:
+            found.memory = self._remember(store, until, kept) if failure is None else Memory()
+        except Exception as error:
+            failure = error
+        if failure is not None:
+            say(f"warning: what {store.path} holds of before cannot be read ({failure}). Training goes on without it.")
+        return found
+
+    def _is_common(self, number: int) -> bool:
+        """Whether all ranks have the same number here."""
+        try:
+            greatest, least = self._ranks.agree(number)(), -self._ranks.agree(-number)()
+        except RuntimeError:  # another rank is gone
+            return False
+        return greatest == least
+
+    def _stacks_of(self, kept: Kept) -> Stacks:
+        """This rank's share of kept weights, as `observe` would have copied it; empty if these are other matrices."""
+        stacks: Stacks = {}
+        for kind, model in self._models.items():
+            own = matrices_of(model, self._watched)
+            found = {name: kept.weights.get(f"{kind}/{name}") for name in own}
+            if any(w is None or w.shape != own[name].shape for name, w in found.items()):
+                return {}
+            weights = {name: w.to(own[name]) for name, w in found.items() if w is not None}
+            stacks[kind] = stack_by_shape(weights, fused_of(self._watched))
+        return stacks
+
+    def _remember(self, store: SpectraStore, update: int, kept: Kept | None) -> Memory:
+        """What an earlier process has stored up to `update`, as far as it recorded the same vectors, and has kept.
+
+        Where the store's limit has thinned out the vectors of what was kept, only the weights of that are remembered.
+        """
+        first, last_update, last = store.first_and_last(update)
+        keys = {f"{kind}/{name}": name for kind in self._models for name in self._watched}
+
+        def fits(key: str, found: Any) -> bool:
+            matrix = self.matrices[keys[key]]
+            expected = [(side, len(matrix[end])) for end in ("top", "last") for side in matrix["shape"]]
+            shapes = [side.shape for end in (found.top, found.last) for side in (end.u, end.v)]
+            return shapes == expected and (found.block is None or found.block.s.size == matrix["top"][-1])
+
+        for of in (first, last):
+            for key in list(of):
+                if key not in keys or not fits(key, of[key]):
+                    del of[key]
+        weights = self._stacks_of(kept) if kept else {}
+        if kept and weights and kept.update != last_update:
+            return Memory(first, {}, kept.update, weights)
+        return Memory(first, last, last_update if last else None, weights if last else {})
+
+    def _stop(self, cancel: bool) -> None:
+        if cancel:
+            self._worker.cancelled.set()
+        if not self._closed and not self._is_over:
+            with contextlib.suppress(RuntimeError, ValueError):  # at the end the others may be gone, or their group
+                self._ranks.agree(_CLOSED)  # nobody waits for it, but those who go on
+        self._closed = True
+        # Of several ranks one may have died, and this one's worker waits for it; that must not hold up the exit.
+        self._worker.close(_JOIN_S if cancel and self._num_ranks > 1 else None)
+
+
+@dataclass
+class _TakenUp:
+    """What a resumed run has of before."""
+
+    kept: Kept | None = None
+    """The newest snapshot."""
+    update: int = -1
+    """Its update."""
+    again: Stacks = field(default_factory=Stacks)
+    """This rank's copies of it where its refresh is to be done again, as on all ranks."""
+    memory: Memory = field(default_factory=Memory)
+    """What the next refresh is compared with."""
+
+
+def _drain(items: queue.SimpleQueue[T]) -> list[T]:
+    drained: list[T] = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            drained.append(items.get_nowait())
+    return drained

@@ -1,0 +1,328 @@
+"""From copies of the weights to every number about them: the monitor's work, and the offline analysis's.
+
+A key is "<kind>/<name>": kind "spec" (the model) or "spec_ema" (its moving average), name a matrix's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowrank_vit.common.devices import cuda_path
+from lowrank_vit.spectral.measures.metrics import (
+    numerical_rank,
+    reach,
+    recorded_indices,
+    relative_change,
+    spectrum_metrics,
+)
+from lowrank_vit.spectral.measures.noise import deviation
+from lowrank_vit.spectral.measures.subspaces import (
+    block_energy,
+    block_gap,
+    blocks_of,
+    captured,
+    chance_metrics,
+    cosine_metrics,
+    turn_bound,
+)
+from lowrank_vit.spectral.select import module_depth, module_type
+from lowrank_vit.spectral.solving.extremes import Solved, Solver, Thirds
+from lowrank_vit.spectral.solving.lapack import one_blas_thread
+from lowrank_vit.spectral.solving.norm import spectral_norms
+from lowrank_vit.spectral.solving.solve import LOG, MatrixStack, all_values, never, solve_stack
+
+MODEL, EMA = "spec", "spec_ema"
+Stacks = dict[str, list[MatrixStack]]
+"""Kind to the copies of its matrices."""
+SCALE_COLUMNS = 256
+"""Of a third of a qkv matrix, for its scale; all where there are fewer than twice as many."""
+ONE_SCALE = 1.02
+"""Thirds whose scales differ by no more than this factor count as equal."""
+
+# A number of its own for each recorded index: not averaged over layers.
+_ONE_OF_MANY = re.compile(r"(^sv|_[uv])(_last)?\d+$")
+# Often infinite, or far above the rest, so that a mean says nothing.
+_MEDIANS = ("turn_bound",)
+
+
+@dataclass(frozen=True)
+class SpectralSettings:
+    """What is computed of each matrix.
+
+    Example:
+        >>> SpectralSettings(topk=2, interval=10)  # records the indices 1, 11 and the last but 10, the last
+        SpectralSettings(topk=2, interval=10, solver='gram64', on_cpu=False, cpu_threads=1)
+    """
+
+    topk: int = 8
+    """How many singular values and vectors to record from each end; all values are computed."""
+    interval: int = 1
+    """Distance between the recorded indices: 1, 1+i, 1+2i, ..."""
+    solver: Solver = "gram64"
+    """gram64: float64 Gram matrix, certified; svd: the slow reference, a float64 SVD."""
+    on_cpu: bool = False
+    """Move copies on a GPU to the CPU first."""
+    cpu_threads: int = 1
+    """Matrices solved side by side on a CPU; changes no bit of the result."""
+
+
+@dataclass
+class Refreshed:
+    """What one refresh found out, or one rank's share of it; every dictionary is by key."""
+
+    update: int
+    solved: dict[str, Solved] = field(default_factory=dict)
+    """With the recorded triplets only."""
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass
+class Memory:
+    """What the next refresh is compared with."""
+
+    first: dict[str, Solved] = field(default_factory=dict)
+    """At initialisation, or the first refresh that there was."""
+    last: dict[str, Solved] = field(default_factory=dict)
+    last_update: int | None = None
+    weights: Stacks = field(default_factory=dict)
+    """Copies of the last refresh; empty after a restart without them. With these alone, `last` is solved again."""
+
+    def keep(self, update: int, solved: Mapping[str, Solved], stacks: Stacks) -> None:
+        """A refresh that has succeeded becomes the last one."""
+        self.first = dict(solved) | self.first
+        self.last, self.last_update, self.weights = dict(solved), update, stacks
+
+
+def solve_all(
+    stacks: Iterable[MatrixStack],
+    settings: SpectralSettings,
+    *,
+    cancelled: Callable[[], bool] = never,
+    log: Callable[[str], object] = LOG.warning,
+) -> dict[str, Solved]:
+    """Name to the solved matrix with its recorded triplets. Raises `Cancelled`."""
+    solved: dict[str, Solved] = {}
+    m = reach(settings.topk, settings.interval)
+    for stack in stacks:
+        found = solve_stack(stack, m, settings.solver, cpu_threads=settings.cpu_threads, cancelled=cancelled, log=log)
+        for name, one in found.items():
+            solved[name] = one.recorded(recorded_indices(one.s.size, settings.topk, settings.interval))
+        for name, thirds in scaled_thirds(stack, found, settings.cpu_threads).items():
+            solved[name] = replace(solved[name], thirds=thirds)
+    return solved
+
+
+def scaled_thirds(stack: MatrixStack, solved: Mapping[str, Solved], cpu_threads: int = 1) -> dict[str, Thirds]:
+    """Of the fused qkv matrices of a stack, by name: the spectrum with Q, K and V brought to one scale of noise.
+
+    The noise's deviation in a third comes from the median singular value of `SCALE_COLUMNS` of its columns, evenly
+    spaced: it costs a tenth of the spectrum. Its error, a few tenths of a percent, hardly matters: in noise each third
+    has the same part in every direction, so wrong ratios move bulk and edge together, but for their square. Thirds that
+    agree within `ONE_SCALE` are left as they are, which saves the second spectrum. A matrix that is not of full
+    `numerical_rank` has none: the median of a third would be rounding.
+    """
+    rows, cols = stack.matrices_NRC.shape[1:]
+
+    def is_full(one: Solved) -> bool:
+        return numerical_rank(one.s, (rows, cols), one.eps) == one.s.size
+
+    chosen = [i for i, name in enumerate(stack.names) if name in stack.fused and is_full(solved[name])]
+    n = len(chosen)
+    if not chosen or rows % 3:
+        return {}
+    with torch.no_grad():
+        fused_NRC = stack.matrices_NRC[chosen]
+        some = fused_NRC.reshape(3 * n, rows // 3, cols)[..., :: max(1, cols // SCALE_COLUMNS)]
+        spectra = all_values(some, cpu_threads)
+        deviations = np.array([deviation(s, (some.shape[1], some.shape[2])) for s in spectra]).reshape(n, 3)
+        scales = deviations / np.sqrt(np.mean(deviations**2, axis=1, keepdims=True))
+        usable = np.isfinite(scales).all(axis=1)
+        differ = usable & (scales.max(axis=1) > ONE_SCALE * scales.min(axis=1))
+        at = np.flatnonzero(differ)
+        factors = torch.from_numpy(np.repeat(1 / scales[at], rows // 3, axis=1)).to(fused_NRC)
+        scaled = all_values(fused_NRC[at] * factors[..., None], cpu_threads)
+    own = {
+        stack.names[i]: Thirds(np.ones(3), solved[stack.names[i]].s) for i, ok in zip(chosen, usable, strict=True) if ok
+    }
+    return own | {stack.names[chosen[i]]: Thirds(scales[i], s) for i, s in zip(at, scaled, strict=True)}
+
+
+def matrix_metrics(solved: Solved, settings: SpectralSettings) -> dict[str, float]:
+    """All scalars of one matrix at one moment.
+
+    Returns:
+        `metrics.spectrum_metrics`, `subspaces.chance_metrics`, "block_gap" (see `subspaces.block_gap`), and
+        "certificate_max" (`Solved.certificate_max`, relative to sigma_1), "certificate_index" (1 where `Solved.index`,
+        else 0) and "orthogonality".
+    """
+    shape = (solved.top.u.shape[0], solved.top.v.shape[0])
+    values = spectrum_metrics(solved.s, shape, settings.topk, settings.interval, solved.eps, solved.thirds)
+    index = float("nan") if solved.solver == "none" else float(solved.index)
+    values |= {"certificate_max": solved.certificate_max, "certificate_index": index}
+    values |= {"orthogonality": solved.orthogonality}
+    k, p = solved.top.s.size, (solved.block or solved.top).s.size
+    return values | {"block_gap": block_gap(solved.s, p)} | chance_metrics(k, p, shape)
+
+
+def drift_metrics(before: Solved, now: Solved, of_weights: Mapping[str, float]) -> dict[str, float]:
+    """What changed between two moments.
+
+    Args:
+        of_weights: what `update_norms` and `block_energies` have found, as far as the weights are there.
+
+    Returns:
+        "delta_sv_rel" (see `metrics.relative_change`), "cos_*" and "block_cos_*" (`subspaces.cosine_metrics`), all of
+        `of_weights`, and with "update_norm2_high" among these "turn_bound" (`subspaces.turn_bound`). What is of the
+        block is absent where `before` has none.
+    """
+    values = {"delta_sv_rel": relative_change(before, now)} | cosine_metrics("cos", before, now) | dict(of_weights)
+    if "update_norm2_high" in of_weights and blocks_of(before, now):
+        values["turn_bound"] = turn_bound(before, now, of_weights["update_norm2_high"])
+    return values
+
+
+def update_norms(
+    before: MatrixStack, now: MatrixStack, cpu_threads: int = 1, solver: Solver = "gram64"
+) -> dict[str, dict[str, float]]:
+    """By name: "update_norm2" |W - W'|_2 = sigma_1(W - W') and "update_normF" |W - W'|_F, in the weights' unit.
+
+    "update_norm2_low" and "update_norm2_high" enclose the first, see `norm.spectral_norms`. Both norms: Golub & Van
+    Loan, section 2.3.
+    """
+    with torch.no_grad():
+        change = now.matrices_NRC.to(torch.float64, copy=True).sub_(before.matrices_NRC)
+        spectral = spectral_norms(change, solver, cpu_threads)
+        if cuda_path(change):
+            frobenius = torch.linalg.vector_norm(change, dim=(1, 2)).cpu().numpy()
+        else:
+            with one_blas_thread():
+                frobenius = [float(np.sqrt(np.vdot(d, d))) for d in change.numpy()]
+    keys = ("update_norm2", "update_norm2_low", "update_norm2_high", "update_normF")
+    return {
+        name: dict(zip(keys, map(float, values), strict=True))
+        for name, *values in zip(now.names, *spectral, frobenius, strict=True)
+    }
+
+
+def block_energies(
+    before: Mapping[str, Solved], now: Mapping[str, Solved], stack: MatrixStack
+) -> dict[str, dict[str, float]]:
+    """By name: "block_energy" (see `subspaces.block_energy`), where `before` has the block.
+
+    Args:
+        before, now: by name, solved.
+        stack: the weights that `now` was solved of, or some of them.
+    """
+    energies: dict[str, float] = {}
+    on_device: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, matrix in zip(stack.names, stack.matrices_NRC, strict=True):
+            blocks = blocks_of(before[name], now[name]) if name in before else None
+            if blocks is None:
+                continue
+            weights_RC = matrix.double()
+            if cuda_path(matrix) and now[name].s[0] > 0:
+                u_Rp = torch.from_numpy(blocks[0].u).to(weights_RC)
+                on_device[name] = torch.linalg.matrix_norm(u_Rp.T @ weights_RC / float(now[name].s[0]))
+            else:
+                energies[name] = block_energy(before[name], now[name], weights_RC.cpu().numpy())
+        if on_device:
+            norms = torch.stack(list(on_device.values())).tolist()  # waits once for all of them
+            energies |= {name: captured(norm, now[name]) for name, norm in zip(on_device, norms, strict=True)}
+    return {name: {"block_energy": energy} for name, energy in energies.items()}
+
+
+def refresh(
+    update: int,
+    stacks: Stacks,
+    settings: SpectralSettings,
+    memory: Memory,
+    *,
+    cancelled: Callable[[], bool] = never,
+    log: Callable[[str], object] = LOG.warning,
+    describing: Callable[..., dict[str, dict[str, float]]] | None = None,
+) -> Refreshed:
+    """Solve the copies, compare them with `memory`, and put them into it (only once everything has succeeded).
+
+    `describing`: calls `describe`, elsewhere; default: here. Raises `Cancelled`.
+    """
+
+    def solved_of(kind: str, of_kind: list[MatrixStack]) -> dict[str, Solved]:
+        return solve_all(of_kind, settings, cancelled=cancelled, log=lambda line: log(f"{kind}: {line}"))
+
+    if memory.weights and not memory.last:
+        before, memory.weights = memory.weights, {}  # if this fails, it is not tried again
+        solved_before = {kind: solved_of(kind, of_kind) for kind, of_kind in before.items()}
+        memory.last = {f"{kind}/{name}": one for kind, found in solved_before.items() for name, one in found.items()}
+        memory.weights = before
+    result = Refreshed(update)
+    of_weights: dict[str, dict[str, float]] = {}
+    for kind, of_kind in stacks.items():
+        found = solved_of(kind, of_kind)
+        last = {name: memory.last[f"{kind}/{name}"] for name in found if f"{kind}/{name}" in memory.last}
+        result.solved |= {f"{kind}/{name}": one for name, one in found.items()}
+        pairs = zip(memory.weights.get(kind, ()), of_kind, strict=False)
+        parts = [update_norms(before, now, settings.cpu_threads, settings.solver) for before, now in pairs]
+        for part in parts + [block_energies(last, found, stack) for stack in of_kind]:
+            for name, values in part.items():
+                of_weights.setdefault(f"{kind}/{name}", {}).update(values)
+    result.values = (describing or describe)(result.solved, of_weights, memory.first, memory.last, settings)
+    memory.keep(update, result.solved, stacks)
+    return result
+
+
+def describe(
+    solved: Mapping[str, Solved],
+    of_weights: Mapping[str, Mapping[str, float]],
+    first: Mapping[str, Solved],
+    last: Mapping[str, Solved],
+    settings: SpectralSettings,
+) -> dict[str, dict[str, float]]:
+    """All scalars of the matrices of one refresh: of each, against the first and the last one, and against the EMA.
+
+    `of_weights`: see `drift_metrics`; the other dictionaries, too, are by key.
+    """
+    described: dict[str, dict[str, float]] = {}
+    for key, one in solved.items():
+        values = matrix_metrics(one, settings) | dict(of_weights.get(key, {}))
+        if key in last:
+            values |= drift_metrics(last[key], one, of_weights.get(key, {}))
+        if key in first:
+            values |= cosine_metrics("cos0", first[key], one)
+        described[key] = values
+    for key, one in solved.items():
+        kind, _, name = key.partition("/")
+        if kind == MODEL and f"{EMA}/{name}" in solved:
+            described[key] |= cosine_metrics("ema_cos", solved[f"{EMA}/{name}"], one)
+    return described
+
+
+def aggregates(values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Means over the layers of a type and over the matrices of a depth: by "spec/type/attn.qkv", "spec/depth/3".
+
+    Only what is one number a matrix is averaged, over its finite values; NaN where there are none. Of "turn_bound"
+    it is the median, infinite ones among them.
+    """
+    groups: dict[str, list[Mapping[str, float]]] = {}
+    for key, metrics in values.items():
+        kind, _, name = key.partition("/")
+        groups.setdefault(f"{kind}/type/{module_type(name)}", []).append(metrics)
+        if depth := module_depth(name):
+            groups.setdefault(f"{kind}/depth/{depth}", []).append(metrics)
+    return {group: _means(members) for group, members in groups.items()}
+
+
+def _means(members: list[Mapping[str, float]]) -> dict[str, float]:
+    metrics = dict.fromkeys(m for member in members for m in member if not _ONE_OF_MANY.search(m))
+    means: dict[str, float] = {}
+    for metric in metrics:
+        found = np.array([member[metric] for member in members if metric in member])
+        used, mean = (~np.isnan(found), np.median) if metric in _MEDIANS else (np.isfinite(found), np.mean)
+        means[metric] = float(mean(found[used])) if used.any() else float("nan")
+    return means

@@ -1,0 +1,154 @@
+"""Stored spectra, read for someone who asks by the name of a matrix and an update; `store.py` has the files' format."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.spectral.measures.initial import FarEntry
+from lowrank_vit.spectral.solving.extremes import Recorded, Triplets
+from lowrank_vit.spectral.watching.store import (
+    StoredSpectra,
+    StoredVectors,
+    list_spectra,
+    list_vectors,
+    read_far_entries,
+    read_spectra,
+    read_vectors,
+    update_of,
+)
+
+T = TypeVar("T")
+
+
+class Spectra:
+    """The spectra that a run has stored so far, read from disk when they are asked for; made by `open_spectra`.
+
+    Values are float64 and in the weights' own unit, as are certificates: a true singular value lies within its
+    certificate of the one that is given. Shapes: R rows and C columns of a matrix, K = min(R, C), k recorded triplets.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """`path`: the directory of the store."""
+        self.path = path
+        self._spectra = {update_of(file): file for file in list_spectra(path)}
+        self._vectors = {update_of(file): file for file in list_vectors(path)}
+        self.shapes: dict[str, tuple[int, int]] = {}
+        """By name of a matrix, in model order: (R, C); empty where `index.json` cannot be read."""
+        self.indices: dict[str, Recorded] = {}
+        """By name: the 1-based indices, in the descending spectrum, of the recorded triplets of either end."""
+        self.far_entries: dict[str, list[FarEntry]] = read_far_entries(path)
+        """By name: the single entries far out of it before the first update; matrices without any are left out."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+            matrices = json.loads((path / "index.json").read_text(encoding="utf-8"))["matrices"]
+            self.shapes = {name: (int(one["shape"][0]), int(one["shape"][1])) for name, one in matrices.items()}
+            self.indices = {name: Recorded(one["top"], one["last"]) for name, one in matrices.items()}
+        self._newest_read: StoredSpectra | None = None
+        self._newest_vectors: StoredVectors | None = None
+
+    @property
+    def updates(self) -> list[int]:
+        """Those whose singular values are stored, ascending."""
+        return list(self._spectra)
+
+    @property
+    def vector_updates(self) -> list[int]:
+        """Those whose singular vectors are stored, ascending; they are thinned out more."""
+        return list(self._vectors)
+
+    @property
+    def names(self) -> list[str]:
+        """The matrices of the newest refresh, in model order. Raises `UserError` if its file is damaged."""
+        keys = self.refresh(self.updates[-1]).spectra
+        return [key.removeprefix("spec/") for key in keys if key.startswith("spec/")]
+
+    def values(self, name: str, update: int | None = None, *, ema: bool = False) -> np.ndarray:
+        """(K,) float64, descending: all singular values of a matrix, of the model or of its EMA.
+
+        `update`: one of `updates`; default: the newest. Raises `UserError` for a name or an update that is not there.
+        """
+        return self._named(self.refresh(self.updates[-1] if update is None else update).spectra, name, ema)
+
+    def series(self, name: str, *, ema: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(T,) int64 updates, and (T, K) float64 singular values of a matrix at each of them.
+
+        Refreshes without the matrix, or of a matrix of another size, are left out. Raises `UserError` for a name that
+        is not there, and for a damaged file.
+        """
+        newest = self.values(name, ema=ema)
+        key = f"{'spec_ema' if ema else 'spec'}/{name}"
+        found = {update: self.refresh(update).spectra.get(key) for update in self.updates}
+        kept = {update: s for update, s in found.items() if s is not None and s.shape == newest.shape}
+        return np.array(list(kept), np.int64), np.stack(list(kept.values()))
+
+    def vectors(self, name: str, update: int | None = None, *, ema: bool = False) -> tuple[Triplets, Triplets]:
+        """The recorded triplets of the greatest and of the smallest values, both in the order of `indices`.
+
+        Each has `s` (k,), unit columns of `u` (R, k) and `v` (C, k), and `certificate` (k,), float64. `update`: one of
+        `vector_updates`; default: the newest. Raises `UserError` for a name or an update that is not there.
+        """
+        newest = max(self.vector_updates, default=self.updates[-1])
+        return self._named(self.refresh_vectors(newest if update is None else update).ends, name, ema)
+
+    def file(self, update: int) -> Path:
+        """Where the singular values of an update are stored."""
+        return self._chosen(self._spectra, update)
+
+    def refresh(self, update: int) -> StoredSpectra:
+        """All of one update at once. Raises `UserError` if there is no such update, or its file is gone or damaged."""
+        if self._newest_read is None or self._newest_read.update != update:
+            self._newest_read = read_spectra(self.file(update))
+        return self._newest_read
+
+    def refresh_vectors(self, update: int) -> StoredVectors:
+        """All recorded triplets of one update at once, and those between them. Raises `UserError` as `refresh` does."""
+        if self._newest_vectors is None or self._newest_vectors.update != update:
+            self._newest_vectors = read_vectors(self._chosen(self._vectors, update))
+        return self._newest_vectors
+
+    def _chosen(self, files: Mapping[int, Path], update: int) -> Path:
+        if update not in files:
+            some = ", ".join(map(str, list(files)[:8])) or "none"
+            raise UserError(f"{self.path} has nothing stored of update {update}. There are {some}.")
+        return files[update]
+
+    def _named(self, found: Mapping[str, T], name: str, ema: bool) -> T:
+        kind = "spec_ema" if ema else "spec"
+        if f"{kind}/{name}" not in found:
+            known = [key.partition("/")[2] for key in found if key.startswith(f"{kind}/")]
+            some = ", ".join(difflib.get_close_matches(name, known, n=3) or known[:8]) or "none"
+            raise UserError(f"{self.path} has no {name} of the {'EMA' if ema else 'model'}. There are {some}.")
+        return found[f"{kind}/{name}"]
+
+
+def open_spectra(run: str | os.PathLike[str]) -> Spectra:
+    """Open the stored spectra of a run directory, of a checkpoint's run, or a `store_dir` of `SpectralMonitor`.
+
+    Raises `UserError` where there are none.
+
+    Example:
+        >>> spectra = open_spectra("run")
+        >>> spectra.updates, spectra.names[0], spectra.shapes[spectra.names[0]]
+        ([0, 2], 'blocks.0.attn.qkv', (48, 16))
+        >>> spectra.values("blocks.0.attn.qkv", update=2).shape, spectra.values("head", ema=True).shape
+        ((16,), (3,))
+        >>> top, last = spectra.vectors("blocks.0.attn.qkv")
+        >>> top.s.shape, top.u.shape, top.v.shape, spectra.indices["blocks.0.attn.qkv"].top
+        ((2,), (48, 2), (16, 2), [1, 2])
+    """
+    path = Path(run)
+    folder = path.parent if path.is_file() else path
+    store_dir = folder / "spectra" if (folder / "spectra").is_dir() else folder
+    if not path.exists():
+        raise UserError(f"{path} is not there. Give the directory that `python -m lowrank_vit.train` wrote.")
+    if not list_spectra(store_dir):
+        raise UserError(f"{path} has no spectra: --spec-monitor was off, or has not stored any yet.")
+    return Spectra(store_dir)

@@ -1,0 +1,322 @@
+"""The monitor's other half: the thread that turns snapshots into stored spectra and records."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+import torch
+
+from lowrank_vit.common.aside import Aside, NotStarted
+from lowrank_vit.common.devices import Mark, cuda_path, on_stream
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.pulse import beat
+from lowrank_vit.common.threads import Jobs
+from lowrank_vit.ranks.world import Channel
+from lowrank_vit.spectral.solving.extremes import Solved
+from lowrank_vit.spectral.solving.solve import LOG, Cancelled, MatrixStack
+from lowrank_vit.spectral.watching.refresh import (
+    Memory,
+    Refreshed,
+    SpectralSettings,
+    Stacks,
+    aggregates,
+    describe,
+    refresh,
+)
+from lowrank_vit.spectral.watching.store import Kept, SpectraStore
+
+T = TypeVar("T")
+
+
+def share_out(shapes: Mapping[str, Sequence[int]], world_size: int) -> list[list[str]]:
+    """Which names each rank computes: dearest first to the rank with the least work; the same on every rank.
+
+    The cost of an (R, C) matrix is that of its Gram matrix and of the eigenvalues, L K^2 + 4/3 K^3 (L the long side, K
+    the short one). Each list is in the order of `shapes`.
+    """
+    costs = {name: max(shape) * min(shape) ** 2 + 4 / 3 * min(shape) ** 3 for name, shape in shapes.items()}
+    loads, owner = [0.0] * world_size, dict[str, int]()
+    for name in sorted(costs, key=lambda name: -costs[name]):  # stable: equal costs stay in the model's order
+        owner[name] = min(range(world_size), key=lambda rank: loads[rank])
+        loads[owner[name]] += costs[name]
+    return [[name for name in shapes if owner[name] == rank] for rank in range(world_size)]
+
+
+class SpectralRecord(NamedTuple):
+    """The scalars of one refresh, by "<kind>/<name>/<metric>", kind "spec" or "spec_ema".
+
+    Metrics are those of `refresh.matrix_metrics`, `refresh.drift_metrics`, `refresh.update_norms` and
+    `subspaces.cosine_metrics`; `refresh.aggregates` adds "<kind>/type/..." and "<kind>/depth/...". About the refresh
+    itself: "spec/refresh/seconds", "spec/refresh/skipped" (refreshes so far that were due and left out),
+    "spec/refresh/failed" (those so far that failed or were not stored; both count from this process's start),
+    "spec/refresh/fallbacks" (matrices not solved by the solver asked for) and "spec/refresh/since" (updates since the
+    one it is compared with; absent in the first).
+    """
+
+    update: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies of the weights after an update."""
+
+    update: int
+    stacks: Stacks
+    ready: Mark
+    """The copies are complete once this is reached."""
+    before: Kept | None = None
+    """On the first rank, the snapshot before."""
+    failure: Exception | None = None
+    """Why there are no copies, which the other ranks have."""
+
+
+class Worker:
+    """One thread that takes snapshots one by one. Every attribute may be read from other threads."""
+
+    def __init__(
+        self,
+        settings: SpectralSettings,
+        store: SpectraStore,
+        memory: Memory,
+        ranks: Channel,
+        keys: list[str],
+        stream: torch.cuda.Stream | None,
+        say: Callable[[str], object],
+        is_aside: bool = False,
+    ) -> None:
+        """Start the thread; `keys` are those of all ranks, in the order in which they are stored.
+
+        `is_aside`: what a host computes is computed by another process, which changes no bit, or here where there can
+        be none.
+        `say` is told of that, of the first failure, and of the first after each success.
+        """
+        self._settings, self._store, self._memory, self._ranks = settings, store, memory, ranks
+        if settings.on_cpu:  # as those of a snapshot, which they are compared with
+            memory.weights = self._on_cpu(memory.weights)
+        self._keys, self._stream = keys, stream
+        self._aside = Aside() if is_aside else None
+        self._say, self._is_failing = say, False
+        self._noted: set[str] = set()
+        self.current: Snapshot | None = None
+        """The one that is being worked on, or has failed; its record is in `finished` when it is no longer here."""
+        self.finished: queue.SimpleQueue[SpectralRecord] = queue.SimpleQueue()
+        self.failed = 0
+        """Refreshes that came to nothing, or were not stored."""
+        self.cancelled = threading.Event()
+        cpu_threads = torch.get_num_threads()
+        self._jobs = Jobs(self._do, self._failed, "spectral-monitor", begin=_use_one_thread, end=self._end)
+        torch.set_num_threads(cpu_threads)  # the thread's own call also set the default of threads to come
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a refresh is being computed."""
+        return self._jobs.is_busy
+
+    def take(self, snapshot: Snapshot) -> None:
+        """Begin a refresh; the one before must be over."""
+        self.current = snapshot
+        self._jobs.put(snapshot)
+
+    def wait(self) -> None:
+        """Wait for the end of the refresh that is being computed."""
+        self._jobs.wait()
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Wait for the end of the refresh and of the thread, or for so long."""
+        self._jobs.close(timeout_s)
+
+    def _do(self, snapshot: Snapshot) -> None:
+        self._refresh(snapshot)
+        self.current = None
+
+    def _failed(self, snapshot: Snapshot, error: Exception) -> None:
+        # Whatever it is: the training that is watched must not end of it.
+        self.fail(snapshot.update, error)
+
+    def fail(self, update: int, error: Exception) -> None:
+        """Count the refresh of this update as failed."""
+        self.failed += 1
+        is_news, self._is_failing = not self._is_failing, True
+        if is_news:
+            of_others = f"the spectra of update {update} failed: {type(error).__name__}: {error}."
+            reason = str(error) if isinstance(error, UserError) else of_others
+            with contextlib.suppress(Exception):  # a terminal that is gone is no reason to end either
+                self._say(f"warning: {reason} Training goes on, and so do later refreshes if they can.")
+
+    def _refresh(self, snapshot: Snapshot) -> None:
+        start = time.perf_counter()
+        part: Refreshed | None = None
+        failure: Exception | None = None
+        since = self._memory.last_update
+        try:
+            if snapshot.failure:
+                raise snapshot.failure
+            with on_stream(self._stream):
+                matrices = [one.matrices_NRC for of_kind in snapshot.stacks.values() for one in of_kind]
+                snapshot.ready.hand_over(self._stream, *matrices)
+                stacks = self._on_cpu(snapshot.stacks) if self._settings.on_cpu else snapshot.stacks
+                part = self._refreshed(snapshot.update, stacks)
+        except Cancelled:
+            pass
+        except Exception as error:
+            failure = error
+        # Also after a failure, since the others are waiting here; an error itself may not survive the way.
+        parts = self._ranks.gather(part or (f"{type(failure).__name__}: {failure}" if failure else ""))
+        if parts is None:  # the first rank tells of what failed here
+            self.failed += failure is not None
+            return
+        if failure is not None:
+            raise failure
+        whole = Refreshed(snapshot.update)
+        for rank, one in enumerate(parts):
+            if not isinstance(one, Refreshed):
+                if one:
+                    raise RuntimeError(f"rank {rank}: {one}")
+                return  # cancelled there
+            if one.update != snapshot.update:
+                raise RuntimeError(f"rank {rank} is at update {one.update}")
+            whole.solved |= one.solved
+            whole.values |= one.values
+        whole.solved = {key: whole.solved[key] for key in self._keys}
+        whole.values = {key: whole.values[key] for key in self._keys}
+        flat = self._call(flattened, whole.values)
+        fallbacks = sum(bool(one.note) for one in whole.solved.values())
+        flat |= {"spec/refresh/fallbacks": float(fallbacks), "spec/refresh/seconds": time.perf_counter() - start}
+        if since is not None:
+            flat["spec/refresh/since"] = float(snapshot.update - since)
+        try:
+            self._store = self._call(saved, self._store, whole.update, whole.solved)
+            self._is_failing = False
+        finally:  # the numbers are there, stored or not
+            self.finished.put(SpectralRecord(whole.update, flat))
+
+    def _refreshed(self, update: int, stacks: Stacks) -> Refreshed:
+        """One refresh of this rank's share. Raises `Cancelled`."""
+        of_refresh: dict[str, Any] = {"cancelled": self._is_cancelled, "log": self._note, "describing": self._describe}
+        memory = self._memory
+        if self._aside is None or any(cuda_path(one.matrices_NRC) for of_kind in stacks.values() for one in of_kind):
+            return refresh(update, stacks, self._settings, memory, **of_refresh)
+        try:
+            sent = _as_arrays(stacks), replace(memory, weights=_as_arrays(memory.weights))
+            part = self._aside.call(_refreshed_aside, update, *sent, self._settings, hear=self._hear)
+        except NotStarted as error:
+            self._compute_here(error)
+            return refresh(update, stacks, self._settings, memory, **of_refresh)
+        except Exception:
+            if not memory.last:  # as in `refresh`, weights that cannot be solved are not tried again
+                memory.weights = {}
+            raise
+        memory.keep(update, part.solved, stacks)
+        return part
+
+    def _describe(self, *of_refresh: Any) -> dict[str, dict[str, float]]:
+        return self._call(describe, *of_refresh)
+
+    def _call(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function of the host's in the process aside, where there is one."""
+        if self._aside is not None:
+            try:
+                return self._aside.call(function, *args)
+            except NotStarted as error:
+                self._compute_here(error)
+        return function(*args)
+
+    def _compute_here(self, error: NotStarted) -> None:
+        """From here on, in this thread."""
+        self._aside = None
+        with contextlib.suppress(Exception):
+            self._say(f"warning: {error}. Spectra are computed beside the training then, which they may slow down.")
+
+    def _hear(self, line: str) -> None:
+        """What the process aside tells: a line for the log, or nothing where it asks whether to go on."""
+        if line:
+            self._note(line)
+        elif self._is_cancelled():
+            raise Cancelled
+
+    def _end(self) -> None:
+        if self._aside is not None:
+            self._aside.close()
+
+    def _is_cancelled(self) -> bool:
+        """Asked before each matrix."""
+        beat()
+        return self.cancelled.is_set()
+
+    def _note(self, line: str) -> None:
+        """Warn of a matrix once, not at every refresh; later lines of it go to the debug log."""
+        matrix = ": ".join(line.split(": ")[:2])  # "spec: spectra of blocks.0.attn.qkv"
+        whose = f"rank {self._ranks.rank}: " if self._ranks.rank else ""
+        LOG.log(logging.DEBUG if matrix in self._noted else logging.WARNING, "%s%s", whose, line)
+        self._noted.add(matrix)
+
+    @staticmethod
+    def _on_cpu(stacks: Stacks) -> Stacks:
+        return {
+            kind: [replace(stack, matrices_NRC=stack.matrices_NRC.cpu()) for stack in of_kind]
+            for kind, of_kind in stacks.items()
+        }
+
+
+def flattened(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The scalars of a refresh and their means by "<key>/<metric>"."""
+    groups = (values, aggregates(values))
+    return {f"{key}/{metric}": v for group in groups for key, found in group.items() for metric, v in found.items()}
+
+
+def saved(store: SpectraStore, update: int, solved: Mapping[str, Solved]) -> SpectraStore:
+    """The store with one refresh more, see `SpectraStore.save`: it may be another process's copy of it."""
+    store.save(update, solved)
+    return store
+
+
+Arrays = dict[str, list[tuple[tuple[str, ...], frozenset[str], np.ndarray, torch.dtype]]]
+"""Stacks as another process gets them: names, fused ones, bytes (N, R, C x item size), and what type they are of."""
+
+
+def _as_arrays(stacks: Stacks) -> Arrays:
+    def of(stack: MatrixStack) -> tuple[tuple[str, ...], frozenset[str], np.ndarray, torch.dtype]:
+        matrices = stack.matrices_NRC
+        return stack.names, stack.fused, matrices.contiguous().view(torch.uint8).numpy(), matrices.dtype
+
+    return {kind: [of(stack) for stack in of_kind] for kind, of_kind in stacks.items()}
+
+
+def _as_stacks(arrays: Arrays) -> Stacks:
+    return {
+        kind: [MatrixStack(names, torch.from_numpy(array).view(dtype), fused) for names, fused, array, dtype in of]
+        for kind, of in arrays.items()
+    }
+
+
+def _refreshed_aside(
+    tell: Callable[[str], object], update: int, stacks: Arrays, memory: Memory, settings: SpectralSettings
+) -> Refreshed:
+    """A whole refresh in another process, which tells of log lines, and of nothing before each matrix."""
+
+    def goes_on() -> bool:
+        tell("")
+        return False
+
+    torch.set_num_threads(1)
+    memory.weights = _as_stacks(cast(Arrays, memory.weights))
+    return refresh(update, _as_stacks(stacks), settings, memory, cancelled=goes_on, log=tell)
+
+
+def _use_one_thread() -> None:
+    """Have no team of OpenMP threads of the worker's own on the CPU.
+
+    With more of them than cores, waiting threads sleep instead of spinning, and every small operation of the training
+    step then pays for waking them.
+    """
+    torch.get_num_threads()  # a thread's first use takes the process's default, so let that be over
+    torch.set_num_threads(1)
