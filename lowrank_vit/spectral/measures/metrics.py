@@ -243,6 +243,25 @@ def spectrum_metrics(
     return values
 
 
+def ends_metrics(s: np.ndarray, topk: int, interval: int, frobenius: float) -> dict[str, float]:
+    """Those of `spectrum_metrics` that the first values alone tell, together with |W|_F.
+
+    Args:
+        s: (K,) singular values, descending; NaN after the first known ones.
+        topk, interval: see `recorded_indices`.
+        frobenius: |W|_F, in the unit of `s`.
+
+    Returns:
+        "sigma_max", "sv1".."sv<topk>", "gap_k" (NaN where the value after the last recorded one is not known) and
+        "stable_rank".
+    """
+    top = recorded_indices(s.size, topk, interval).top
+    values = {"sigma_max": float(s[0])}
+    values |= {f"sv{k}": float(s[index - 1]) for k, index in enumerate(top, start=1)}
+    values |= {"gap_k": relative_gap(s, top)}
+    return values | {"stable_rank": (frobenius / float(s[0])) ** 2 if s[0] != 0.0 else 0.0}
+
+
 def above_rounding(
     s: np.ndarray, shape: tuple[int, int], eps: float = FLOAT32_EPS
 ) -> tuple[np.ndarray, tuple[int, int]]:

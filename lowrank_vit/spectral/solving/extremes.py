@@ -59,7 +59,8 @@ class Thirds(NamedTuple):
 class Solved:
     """One matrix: all its values (K,), descending, float64, and its first and last triplets.
 
-    From a solver `top` holds the first m triplets and `last` the last m, the smallest *first*; `recorded` picks.
+    From a solver `top` holds the first m triplets and `last` the last m, the smallest *first*; `recorded` picks. Where
+    it is not `full`, the values after the first known ones are NaN, and `last` has no triplets.
     """
 
     s: np.ndarray
@@ -81,13 +82,18 @@ class Solved:
     """The first p triplets, p the greatest recorded index of the top, where the recorded ones leave some out.
 
     None where they do not, and of what an earlier version has stored."""
+    full: bool = True
+    """Whether the whole spectrum is known, not only its first values."""
+    frobenius: float = float("nan")
+    """|W|_F of what is not `full`; NaN of others, whose values tell it."""
 
     def recorded(self, indices: Recorded) -> Solved:
         """With only the triplets of the recorded indices, in their order, and those between them at the top."""
         k, p = self.s.size, indices.top[-1]
         top = self.top.pick([i - 1 for i in indices.top])
         block = self.top.pick(list(range(p))) if p > len(indices.top) else None
-        return replace(self, top=top, last=self.last.pick([k - i for i in indices.last]), block=block)
+        last = self.last.pick([k - i for i in indices.last]) if self.full else self.last
+        return replace(self, top=top, last=last, block=block)
 
     @property
     def certificate_max(self) -> float:

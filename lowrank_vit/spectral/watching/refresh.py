@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.spectral.measures.metrics import (
+    ends_metrics,
     numerical_rank,
     reach,
     recorded_indices,
@@ -157,12 +158,15 @@ def matrix_metrics(solved: Solved, settings: SpectralSettings) -> dict[str, floa
     """All scalars of one matrix at one moment.
 
     Returns:
-        `metrics.spectrum_metrics`, `subspaces.chance_metrics`, "block_gap" (see `subspaces.block_gap`), and
-        "certificate_max" (`Solved.certificate_max`, relative to sigma_1), "certificate_index" (1 where `Solved.index`,
-        else 0) and "orthogonality".
+        `metrics.spectrum_metrics` (of what is not `full`, `metrics.ends_metrics`), `subspaces.chance_metrics`,
+        "block_gap" (see `subspaces.block_gap`), and "certificate_max" (`Solved.certificate_max`, relative to sigma_1),
+        "certificate_index" (1 where `Solved.index`, else 0) and "orthogonality".
     """
     shape = (solved.top.u.shape[0], solved.top.v.shape[0])
-    values = spectrum_metrics(solved.s, shape, settings.topk, settings.interval, solved.eps, solved.thirds)
+    if solved.full:
+        values = spectrum_metrics(solved.s, shape, settings.topk, settings.interval, solved.eps, solved.thirds)
+    else:
+        values = ends_metrics(solved.s, settings.topk, settings.interval, solved.frobenius)
     index = float("nan") if solved.solver == "none" else float(solved.index)
     values |= {"certificate_max": solved.certificate_max, "certificate_index": index}
     values |= {"orthogonality": solved.orthogonality}

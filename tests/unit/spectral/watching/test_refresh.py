@@ -1,4 +1,4 @@
-"""Fused qkv matrices against noise: Q, K and V are brought to one scale of noise first."""
+"""What a refresh says of a matrix: of fused qkv ones against noise, and of those whose first values alone are known."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from lowrank_vit.spectral.fused import is_named_qkv
-from lowrank_vit.spectral.measures.metrics import spectrum_metrics
+from lowrank_vit.spectral.measures.metrics import reach, recorded_indices, spectrum_metrics
 from lowrank_vit.spectral.measures.noise import FALSE_ALARMS, marchenko_pastur
-from lowrank_vit.spectral.solving.solve import stack_by_shape
-from lowrank_vit.spectral.watching.refresh import SpectralSettings, matrix_metrics, solve_all
+from lowrank_vit.spectral.solving.solve import solve, stack_by_shape
+from lowrank_vit.spectral.watching.refresh import SpectralSettings, drift_metrics, matrix_metrics, solve_all
 from lowrank_vit.spectral.watching.store import SpectraStore, list_spectra, read_scaled, read_spectra
-from tests.spectra import orthonormal
+from tests.spectra import ends_of, orthonormal
 
 WIDTH = 96
 SETTINGS = SpectralSettings(topk=2)
@@ -122,3 +122,30 @@ def test_the_spectrum_that_is_compared_with_noise_is_stored_beside_the_matrixs_o
     assert thirds is not None
     assert stored[0] == "spec_ema/attn.qkv"
     np.testing.assert_array_equal(stored[1], thirds.s)
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_first_values_alone_have_the_same_numbers_as_far_as_those_tell(interval: int) -> None:
+    settings = SpectralSettings(topk=3, interval=interval)
+    rng = np.random.default_rng(5)
+    old, new = (torch.from_numpy(rng.standard_normal((40, 24))) for _ in range(2))
+    p = reach(3, interval)
+    found = solve({"old": old, "new": new}, p + 1)
+    recorded = recorded_indices(24, 3, interval)
+    whole = {name: one.recorded(recorded) for name, one in found.items()}
+    ends = {name: ends_of(one, p + 1).recorded(recorded) for name, one in found.items()}
+    every, few = (matrix_metrics(of["new"], settings) for of in (whole, ends))
+    assert few.pop("stable_rank") == pytest.approx(every["stable_rank"], rel=1e-12)
+    assert few.pop("certificate_max") <= every["certificate_max"]
+    assert few == {name: every[name] for name in few}
+    assert {"sigma_max", "sv3", "gap_k", "block_gap", "certificate_index", "block_chance_u_min"} <= set(few)
+    unknown = ("sv_last", "alpha", "mp_", "rank", "effective", "nuclear", "condition", "numerical", "gap_last")
+    assert not [name for name in few if name.startswith(unknown)]
+
+    norms = {"update_norm2_high": 0.1}
+    before, now = (drift_metrics(of["old"], of["new"], norms) for of in (whole, ends))
+    assert now == {name: before[name] for name in before if "last" not in name}
+    # A matrix whose next value is not known has no gap, and nothing bounds its turn.
+    short = ends_of(found["new"], p).recorded(recorded)
+    values = matrix_metrics(short, settings) | drift_metrics(whole["old"], short, norms)
+    assert np.isnan([values[name] for name in ("gap_k", "block_gap", "turn_bound")]).all()
