@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lowrank_vit.common.filesystem import LACKING, open_past_cache
-from lowrank_vit.common.pulse import beat
+from lowrank_vit.common.threads import beat
 
 READ_BYTES, READS_AHEAD = 1 << 22, 4
 PAGES_KEPT = 3

@@ -18,8 +18,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
-from lowrank_vit.common.pulse import beat
 from lowrank_vit.common.terminal import Steady, say_beside
+from lowrank_vit.common.threads import beat
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

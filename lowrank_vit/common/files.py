@@ -23,8 +23,8 @@ from typing import Any
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.filesystem import hard_link, rename, sync, sync_directory
 from lowrank_vit.common.locks import try_flock
-from lowrank_vit.common.pulse import beat
 from lowrank_vit.common.terminal import as_bytes
+from lowrank_vit.common.threads import beat
 
 _LEFTOVER = re.compile(r"\..+\.(part|[0-9a-f]{8}\.tmp|unfinished)|(index\.json|(update|vectors)_\d+\.npz)\.partial")
 """Names of temporary files and folders; all but `.part` are those of earlier versions."""

@@ -1,13 +1,20 @@
-"""Background threads that keep their errors for whoever waits for them: one that makes items, one that does jobs."""
+"""Background threads that keep their errors for whoever waits for them: one that makes items, one that does jobs.
+
+And the pulse of long work: counted where it goes on, in any thread, and looked at by whoever tells slow from stuck.
+"""
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+_counter = itertools.count(1)
+_newest = 0
 
 
 class Ahead(Iterator[T]):
@@ -170,3 +177,14 @@ class Jobs(Generic[T]):
     def _call(function: Callable[[], Any] | None) -> None:
         if function is not None:
             function()
+
+
+def beat() -> None:
+    """Note that a piece of long work was done: an image converted, a block copied or written. From any thread."""
+    global _newest
+    _newest = next(_counter)
+
+
+def beats() -> int:
+    """How many pieces this process has done."""
+    return _newest

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowrank_vit.common import terminal
 from lowrank_vit.common.devices import FIRST, KeptAlive, Mark, Spans, TimedMark, cuda_path, on_stream
 from lowrank_vit.common.errors import BetonError, UserError
-from lowrank_vit.common.pulse import beat
+from lowrank_vit.common.threads import beat
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.decode.backend import Backend, DamagedSamples, Schedule
 from lowrank_vit.data.decode.resident_set import resident_bytes

@@ -20,8 +20,8 @@ import torch
 
 from lowrank_vit.common.devices import Mark, cuda_path, current_stream
 from lowrank_vit.common.files import write_whole
-from lowrank_vit.common.pulse import beat
 from lowrank_vit.common.resources import available_cores
+from lowrank_vit.common.threads import beat
 from lowrank_vit.data.decode.backend import Backend, DamagedSamples, Schedule
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import TrainPlan

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lowrank_vit.common import pulse
+from lowrank_vit.common import threads
 from lowrank_vit.common.errors import UserError
 
 _PERIOD_S = 1.0
@@ -75,7 +75,7 @@ class Progress:
     is_starting: bool = True
     """Compilers and disks have their time: --init-timeout counts."""
     is_background: bool = False
-    """It waits for another thread of its own, whose work counts as progress (see `common.pulse`)."""
+    """It waits for another thread of its own, whose work counts as progress (see `common.threads`)."""
     least_limit_s: float = 0.0
     """It may take so long whatever the limits are, since it has a limit of its own."""
     updates: Callable[[], int] = field(default=lambda: 0)
@@ -107,7 +107,7 @@ class Progress:
 
     def state(self) -> tuple[int, ...]:
         """Something else whenever there was progress."""
-        work = pulse.beats() if self.is_starting or self.is_background else 0
+        work = threads.beats() if self.is_starting or self.is_background else 0
         return self.place, self.ticks, self.waits, work
 
 

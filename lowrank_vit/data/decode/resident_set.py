@@ -17,8 +17,8 @@ from data_prep.formats.jpeg import MAX_PIXELS
 from lowrank_vit.common import resources
 from lowrank_vit.common.devices import Mark, cuda_path, current_stream
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.pulse import beat
 from lowrank_vit.common.terminal import bytes_shown
+from lowrank_vit.common.threads import beat
 from lowrank_vit.data.decode.jpeg import EXACT, decode_jpeg
 from lowrank_vit.data.decode.pil import decode_sound
 from lowrank_vit.data.sets.beton import Beton

@@ -21,8 +21,8 @@ from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.files import remove_leftovers, whole_folder, write_whole
 from lowrank_vit.common.filesystem import free_bytes, sync
 from lowrank_vit.common.locks import Say, one_process_in
-from lowrank_vit.common.pulse import beat
 from lowrank_vit.common.terminal import as_bytes, bytes_shown
+from lowrank_vit.common.threads import beat
 
 STAMP = "staged.json"
 """Beside the files of a finished copy: what they were when they had been checked."""

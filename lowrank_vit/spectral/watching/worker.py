@@ -17,8 +17,7 @@ import torch
 from lowrank_vit.common.aside import Aside, NotStarted
 from lowrank_vit.common.devices import Mark, cuda_path, on_stream
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.pulse import beat
-from lowrank_vit.common.threads import Jobs
+from lowrank_vit.common.threads import Jobs, beat
 from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.solve import LOG, Cancelled, MatrixStack

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore
 from torch.nn.parallel import DistributedDataParallel
 
-from lowrank_vit.common import pulse
+from lowrank_vit.common import threads
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.ranks.signs import Limits, Progress, Signs
 from lowrank_vit.ranks.world import collectives_begun
@@ -196,7 +196,7 @@ def test_one_of_those_that_are_behind_may_wait_for_another_as_for_a_lock():
     ranks.wait_for(0, 1)
     for _ in range(5):
         assert ranks.first_error_within(500) is None
-        pulse.beat()
+        threads.beat()
     found = ranks.first_error_within(700)
     assert found is not None
     assert "--init-timeout" in found[1]
@@ -209,10 +209,10 @@ def test_work_behind_the_back_counts_only_where_it_is_waited_for():
     ranks.progress[1].place = 20
     for _ in range(4):
         assert ranks.first_error_within(50) is None
-        pulse.beat()
+        threads.beat()
     ranks.progress[0].enter("the forward pass")
     assert ranks.first_error_within(50) is None
-    pulse.beat()
+    threads.beat()
     found = ranks.first_error_within(20)
     assert found is not None
     assert found[0] == 0

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from lowrank_vit.ranks.common_step import CommonStep
-from lowrank_vit.ranks.world import World
+from lowrank_vit.ranks.world import CommonStep, World
 from lowrank_vit.training.stop import SAME_REQUEST_S, SIGNALS, Stopped, StopRequest, UntilStopped
 
 

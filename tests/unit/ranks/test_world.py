@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from lowrank_vit.ranks.common_step import CommonStep
+from lowrank_vit.ranks.world import CommonStep
 
 
 @pytest.fixture
