@@ -24,6 +24,7 @@ from hypothesis import settings
 from data_prep.convert import convert_digits
 from lowrank_vit.common.files import write_whole
 from lowrank_vit.common.locks import FolderLock
+from lowrank_vit.data.sets.beton import Beton
 from tests.device_path import on_cuda_path as on_cuda_path
 
 # A suite in the background inherits signals that are ignored, and hands that on to what its tests start.
@@ -59,6 +60,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _gpu_there(request: pytest.FixtureRequest) -> None:
     if "gpu" in request.keywords and not torch.cuda.is_available():
         pytest.fail("LRV_REQUIRE_GPU=1, but torch sees no CUDA device")
+
+
+@pytest.fixture(scope="session")
+def _written_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from tests.photos import write_sets  # it loads scikit-learn
+
+    return write_sets(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def sets(_written_sets: dict[str, Path]) -> Generator[dict[str, Path]]:
+    """The sets of `photos.write_sets`, for tests that only read them; what is written beside one is removed."""
+    folder = _written_sets["jpeg"].parent
+    there = set(folder.iterdir())
+    yield _written_sets
+    for path in set(folder.iterdir()) - there:
+        path.unlink()
+
+
+@pytest.fixture
+def beton(sets: dict[str, Path], tmp_path: Path) -> Beton:
+    """A set of JPEGs, alone in the test's own folder."""
+    path = tmp_path / "train.beton"
+    path.write_bytes(sets["jpeg"].read_bytes())
+    return Beton(path)
 
 
 @pytest.fixture(autouse=True)

@@ -20,16 +20,11 @@ from lowrank_vit.data.decode.pil import crop_and_resize, decode
 from lowrank_vit.data.jpeg_engine import SHARES, has_jpeg_engine
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
-from tests.photos import BACKENDS, psnr, write_sets
+from tests.photos import BACKENDS, psnr
 
 pytestmark = pytest.mark.gpu
 FLOOR = {"ffcv": (44.0, 41.5), "dali": (38.0, 32.0), "resident": (54.0, 48.0)}
 """Mean and worst PSNR against Pillow, decibels; dali's is what its JPEG engine is to reach at least."""
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    return write_sets(tmp_path_factory.mktemp("photos"))
 
 
 def train_plan(beton: Beton, batch_size: int = 4, img_size: int = 64) -> TrainPlan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,23 +22,10 @@ from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.speeds import speed_path
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
-from tests.photos import write_sets
 
 CPU = torch.device("cpu")
 FREE_BYTES = resident_set.free_bytes
 AUTO = LoaderOptions(workers=2)
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory) -> dict[str, Path]:
-    return write_sets(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture
-def beton(sets, tmp_path) -> Beton:
-    path = tmp_path / "train.beton"
-    path.write_bytes(sets["jpeg"].read_bytes())
-    return Beton(path)
 
 
 def plan_of(beton: Beton, img_size: int = 16) -> TrainPlan:

@@ -18,7 +18,6 @@ from lowrank_vit.data.jpeg_engine import SHARES, has_jpeg_engine, measure_shares
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.speeds import kept, speed_path
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
-from tests.photos import write_sets
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 H100 = {"0": 7480, "0.2": 9780, "0.35": 11100, "0.5": 8190, "0.65": 8940, "0.8": 8200, "1": 7560}
@@ -26,18 +25,6 @@ H100 = {"0": 7480, "0.2": 9780, "0.35": 11100, "0.5": 8190, "0.65": 8940, "0.8":
 AUTO = LoaderOptions("dali", 16, hw_decoder_load=None)
 STEP = FedStep({"step": "vit", "gpu": "H100"}, None)
 choose_share: Any = jpeg_engine.choose_share  # may be None, which each test knows
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    return write_sets(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture
-def beton(sets, tmp_path) -> Beton:
-    path = tmp_path / "train.beton"
-    path.write_bytes(sets["jpeg"].read_bytes())
-    return Beton(path)
 
 
 def plan_of(beton: Beton, **more) -> TrainPlan:

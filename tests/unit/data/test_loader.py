@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,11 @@ from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.operations import parse_policy
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
-from tests.photos import BACKENDS, write_sets
+from tests.photos import BACKENDS
 from tests.slots import joined
 
 CPU = torch.device("cpu")
 EPOCH = 3
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory) -> dict[str, Path]:
-    return write_sets(tmp_path_factory.mktemp("photos"))
 
 
 def train_plan(beton: Beton, batch_size: int = 4, img_size: int = 16, **more) -> TrainPlan:

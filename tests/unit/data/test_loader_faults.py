@@ -26,16 +26,11 @@ from lowrank_vit.data.decode.pil import decode
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
-from tests.photos import BACKENDS, NUM_PHOTOS, psnr, write_sets
+from tests.photos import BACKENDS, NUM_PHOTOS, psnr
 from tests.slots import joined
 
 CPU = torch.device("cpu")
 BAD = 7
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory) -> dict[str, Path]:
-    return write_sets(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from lowrank_vit.data.decode.resize_cpu import resize_batch
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
-from tests.photos import psnr, write_sets
+from tests.photos import psnr
 
 KERNELS = {"bicubic": BICUBIC, "bilinear": BILINEAR}
 CPU = torch.device("cpu")
@@ -37,11 +36,6 @@ EXACT = (55.0, 53.0)
 """Mean and worst PSNR against Pillow, decibels: what differs is the rounding of resized pixels."""
 FLOOR = {"ffcv": (44.0, 41.5), "dali": EXACT, "resident": EXACT}
 """In training, where FFCV decodes with libjpeg-turbo's fast, less accurate DCT."""
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory) -> dict[str, Path]:
-    return write_sets(tmp_path_factory.mktemp("photos"))
 
 
 def plan_of(beton: Beton, kind: str):

@@ -16,21 +16,8 @@ from lowrank_vit.data.decode.backend import DamagedSamples, LoaderOptions
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.speeds import keep, kept, kept_or_measured, key_of, measure, speed_path
 from lowrank_vit.plan.plans import TrainPlan, TrainRules
-from tests.photos import write_sets
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> bytes:
-    return write_sets(tmp_path_factory.mktemp("photos"))["jpeg"].read_bytes()
-
-
-@pytest.fixture
-def beton(photos, tmp_path) -> Beton:
-    path = tmp_path / "train.beton"
-    path.write_bytes(photos)
-    return Beton(path)
 
 
 def plan_of(beton: Beton) -> TrainPlan:

@@ -6,7 +6,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,14 +18,8 @@ from lowrank_vit.data.decode import resident_set
 from lowrank_vit.data.decode.pil import decode
 from lowrank_vit.data.decode.resident_set import NoRoom, ResidentSet
 from lowrank_vit.data.sets.beton import Beton
-from tests.photos import write_sets
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory) -> dict[str, Path]:
-    return write_sets(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(params=["straight", "staged"])

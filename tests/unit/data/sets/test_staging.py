@@ -20,7 +20,6 @@ from lowrank_vit.data.sets import staging
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import DataOptions, open_datasets
 from lowrank_vit.data.sets.staging import stage, stage_all
-from tests.photos import write_sets
 from tests.sources import Said, run_at_once
 
 ENDS = ("", ".json", ".samples")
@@ -29,11 +28,6 @@ ENDS = ("", ".json", ".samples")
 class Usage(NamedTuple):
     free: int
     total: int = 1 << 40
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory) -> dict[str, Path]:
-    return write_sets(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture
