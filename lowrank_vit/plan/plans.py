@@ -37,6 +37,7 @@ class Stream(IntEnum):
     ERASE = 7
     MIX_SAMPLE = 8
     INTERPOLATION = 9
+    LABEL = 10
 
 
 # Numbers for compiled code, which does not know enumerations.

@@ -1,0 +1,1 @@
+"""Low rank: how many directions each layer needs, and models that have only those."""

@@ -1,0 +1,250 @@
+"""Moments of what goes into layers and of the gradients at what comes out, which methods of truncation weigh by.
+
+Letters of shapes: N images, T tokens, R rows and C columns of a layer's weight (y = W x + b), P pieces of its rows.
+Gradients are those of the true Fisher: of the summed cross-entropy of labels drawn from the model's own softmax
+(Kunstner, Hennig & Balles, "Limitations of the empirical Fisher approximation", NeurIPS 2019). Labels of the set are
+not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowrank_vit.common.devices import to_device
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.plan.operations import uniform_table
+from lowrank_vit.plan.plans import Stream
+
+_CHUNK = 2**24
+"""Entries of a float64 copy that is made at a time; 128 MB."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a calibration set tells about one layer; float64, on the layer's device."""
+
+    images: int
+    tokens: int
+    """Of all images together."""
+    input_CC: Tensor
+    """S, the mean over tokens of x x^T."""
+    mean_C: Tensor
+    """The mean over tokens of x."""
+    magnitude_C: Tensor
+    """The mean over tokens of |x|."""
+    gradient_RR: Tensor
+    """G, the sum over an image's tokens of g g^T, its mean over images; g is the gradient at y."""
+    fisher_PC: Tensor
+    """The mean over images of the squared gradient of each weight, summed over the rows of each of P equal pieces."""
+
+    @property
+    def covariance_CC(self) -> Tensor:
+        """S about the mean: S - E[x] E[x]^T."""
+        return self.input_CC - torch.outer(self.mean_C, self.mean_C)
+
+    def rows(self, low: int, high: int) -> Moments:
+        """The moments of the layer that has only these rows, which must be whole pieces."""
+        size, rest = divmod(len(self.gradient_RR), len(self.fisher_PC))
+        assert not rest, "pieces are equal"
+        if low % size or high % size:
+            raise ValueError(f"rows {low} to {high} are not whole pieces of {size}; calibrate with more pieces")
+        gradient = self.gradient_RR[low:high, low:high]
+        fisher = self.fisher_PC[low // size : high // size]
+        return Moments(
+            self.images, self.tokens, self.input_CC, self.mean_C, self.magnitude_C, gradient, fisher.contiguous()
+        )
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    targets: Mapping[str, nn.Linear],
+    *,
+    seed: int = 0,
+    pieces: Mapping[str, int] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Moments]:
+    """The moments of layers over a calibration set, whose size the memory for them does not depend on.
+
+    Products are taken in float64 on the device that the layers are on: with float32 products the noise of S would
+    exceed its damping wherever a few directions carry most of it.
+
+    Args:
+        model: float32 or float64, its images to logits (N, classes). It is evaluated without dropout and drop path, in
+            its own precision, and left as it was.
+        batches: images (N, 3, height, width), normalised, on any device.
+        targets: layers of the model by name.
+        seed: of the labels, which depend on an image's place in the stream, not on the size of batches.
+        pieces: by name into how many equal pieces of rows a layer is to be taken apart, see `Moments.rows`; else 1.
+        progress: called after each batch with the number of images so far.
+
+    Raises:
+        UserError: no image, no target, a model in half precision, logits that are not finite, a layer whose forward is
+            not called, or one that sees an image's tokens scattered.
+    """
+    if not targets:
+        raise UserError("There is no layer to calibrate: the targets match nothing.")
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"Calibration needs a model in float32, but {name} is {kind}. Convert it: model.float().")
+    device = next(iter(targets.values())).weight.device
+    sums = {name: _Sums(name, layer, (pieces or {}).get(name, 1)) for name, layer in targets.items()}
+    done = 0
+    with _watched(model, targets, sums), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for batch in batches:
+            if not len(batch):
+                continue
+            images = batch.detach().to(device, copy=True).requires_grad_()
+            for each in sums.values():
+                each.batch = len(images)
+            logits: Tensor = model(images)
+            if not torch.isfinite(logits).all():
+                raise UserError("The model's logits are not finite: its weights hold a NaN or an infinity.")
+            labels = _draw_labels(logits.detach(), seed, done)
+            torch.autograd.grad(functional.cross_entropy(logits, labels, reduction="sum"), images)
+            done += len(images)
+            if progress:
+                progress(done)
+    if not done:
+        raise UserError("The calibration set is empty. Give at least one image.")
+    return {name: each.moments(done) for name, each in sums.items()}
+
+
+def calibrate_in_turn(
+    model: nn.Module,
+    batches: Callable[[], Iterable[Tensor]],
+    targets: Mapping[str, nn.Linear],
+    compress: Callable[[dict[str, Moments]], object],
+    *,
+    seed: int = 0,
+    pieces: Mapping[str, int] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Calibrate block after block, each with all before it compressed already (SVD-LLM's sequential update).
+
+    A block is what has the same name up to its last number, as "blocks.3" has four layers. One pass over the set a
+    block. `batches` gives the calibration set anew; `compress` is called with the moments of a block's layers and puts
+    their factors into the model. The rest is as for `calibrate`; targets come in the order of the forward pass.
+    """
+    blocks: dict[str, dict[str, nn.Linear]] = {}
+    for name, layer in targets.items():
+        parts = name.split(".")
+        last = max((i for i, part in enumerate(parts) if part.isdecimal()), default=len(parts) - 1)
+        blocks.setdefault(".".join(parts[: last + 1]), {})[name] = layer
+    done = 0
+    for block in blocks.values():
+        so_far = done
+        seen = [0]
+
+        def tell(images: int, so_far: int = so_far, seen: list[int] = seen) -> None:
+            seen[0] = images
+            if progress:
+                progress(so_far + images)
+
+        compress(calibrate(model, batches(), block, seed=seed, pieces=pieces, progress=tell))
+        done += seen[0]
+
+
+def _draw_labels(logits_NK: Tensor, seed: int, first: int) -> Tensor:
+    """A label (N,) for each image from its softmax; images are numbered from `first`."""
+    positions = np.arange(first, first + len(logits_NK))
+    uniforms = uniform_table(np.uint64(seed), 0, positions, int(Stream.LABEL), 1)[:, 0]
+    cumulative = logits_NK.double().softmax(dim=1).cumsum(dim=1)
+    below = cumulative < to_device(uniforms, logits_NK)[:, None]
+    return below.sum(dim=1).clamp_(max=logits_NK.shape[1] - 1)
+
+
+@contextmanager
+def _watched(model: nn.Module, targets: Mapping[str, nn.Linear], sums: Mapping[str, _Sums]) -> Generator[None]:
+    """The model in evaluation mode, with hooks on its layers and no gradients of its parameters; undone at last."""
+    modes = {module: module.training for module in model.modules()}
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with ExitStack() as stack:
+        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
+        stack.callback(lambda: [parameter.requires_grad_() for parameter in learned])
+        model.eval()
+        for parameter in learned:
+            parameter.requires_grad_(False)  # a backward pass without them takes two thirds of the time
+        for name, layer in targets.items():
+            stack.callback(layer.register_forward_hook(sums[name].see).remove)
+        yield
+
+
+class _Sums:
+    """The sums over one layer's tokens that its moments are made of."""
+
+    def __init__(self, name: str, layer: nn.Linear, pieces: int) -> None:
+        rows, cols = layer.weight.shape
+        if pieces < 1 or rows % pieces:
+            raise UserError(f"{name} has {rows} rows, which are not {pieces} equal pieces.")
+        zeros = partial(torch.zeros, dtype=torch.float64, device=layer.weight.device)
+        self._name, self.batch, self._tokens = name, 0, 0
+        self._input_CC, self._gradient_RR = zeros(cols, cols), zeros(rows, rows)
+        self._mean_C, self._magnitude_C, self._fisher_PC = zeros(cols), zeros(cols), zeros(pieces, cols)
+
+    def see(self, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """A forward hook: take in the inputs, and the gradients when they come."""
+        x = inputs[0].detach()
+        if x.shape[0] % self.batch:
+            raise UserError(f"{self._name} sees {x.shape[0]} rows of tokens for {self.batch} images: leave it out.")
+        x_NTC = x.reshape(self.batch, -1, x.shape[-1])
+        self._tokens += x_NTC.shape[0] * x_NTC.shape[1]
+        for part in x_NTC.reshape(-1, x.shape[-1]).split(max(_CHUNK // x.shape[-1], 1)):
+            chunk = part.double()
+            self._input_CC.addmm_(chunk.T, chunk)
+            self._mean_C += chunk.sum(dim=0)
+            self._magnitude_C += chunk.abs().sum(dim=0)
+        output.register_hook(partial(self._see_gradient, x_NTC))
+
+    def _see_gradient(self, x_NTC: Tensor, gradient: Tensor) -> None:
+        g_NTR = gradient.detach().reshape(len(x_NTC), -1, gradient.shape[-1])
+        tokens, rows, cols = g_NTR.shape[1], g_NTR.shape[2], x_NTC.shape[2]
+        size = max(_CHUNK // (tokens * (tokens + rows + cols)), 1)
+        for x, g in zip(x_NTC.split(size), g_NTR.split(size), strict=True):
+            x64, g64 = x.double(), g.double()
+            flat = g64.reshape(-1, rows)
+            self._gradient_RR.addmm_(flat.T, flat)
+            self._fisher_PC += squared_gradients(x64, g64, len(self._fisher_PC))
+
+    def moments(self, images: int) -> Moments:
+        if not self._tokens:
+            raise UserError(
+                f"{self._name} is not called in the model's forward pass, which reads its weight itself or leaves it "
+                "out: it cannot be calibrated."
+            )
+        return Moments(
+            images,
+            self._tokens,
+            self._input_CC / self._tokens,
+            self._mean_C / self._tokens,
+            self._magnitude_C / self._tokens,
+            self._gradient_RR / images,
+            self._fisher_PC / images,
+        )
+
+
+def squared_gradients(x_NTC: Tensor, g_NTR: Tensor, pieces: int) -> Tensor:
+    """The squared gradient of each weight, summed over images and the rows of each piece (P, C).
+
+    An image's gradient is g^T x (R, C). With few tokens that is not made: the sum over rows of its squares is the
+    diagonal of x^T (g g^T) x, which costs T (R + C) instead of R C for each token.
+    """
+    (images, tokens, rows), cols = g_NTR.shape, x_NTC.shape[2]
+    g_NPTR = g_NTR.reshape(images, tokens, pieces, -1).transpose(1, 2)
+    if tokens * (rows + pieces * cols) < rows * cols:
+        inner_NPTT = g_NPTR @ g_NPTR.transpose(2, 3)
+        return torch.einsum("nptc,ntc->pc", inner_NPTT @ x_NTC[:, None], x_NTC)
+    total = torch.zeros(pieces, cols, dtype=x_NTC.dtype, device=x_NTC.device)
+    size = max(_CHUNK // (rows * cols), 1)
+    for x, g in zip(x_NTC.split(size), g_NPTR.split(size), strict=True):
+        total += (g.transpose(2, 3) @ x[:, None]).square_().sum(dim=(0, 2))
+    return total
