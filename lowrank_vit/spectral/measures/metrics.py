@@ -166,6 +166,11 @@ def numerical_rank(s: np.ndarray, shape: tuple[int, int], eps: float) -> float:
     return float(np.count_nonzero(relative > noise))
 
 
+def is_of_full_rank(s: np.ndarray, shape: tuple[int, int], eps: float) -> bool:
+    """Whether all values count in `numerical_rank`; not with a NaN."""
+    return numerical_rank(s, shape, eps) == s.size
+
+
 def condition_number(s: np.ndarray) -> float:
     """sigma_1 / sigma_K in the 2-norm, at least 1; infinite where sigma_K = 0 (Golub & Van Loan, section 2.6)."""
     if np.isnan(s[-1]):

@@ -1,18 +1,27 @@
 """The bulk of a spectrum against that of a random matrix: Marchenko and Pastur's law, and the edge that noise respects.
 
-Pure numpy, float64. `s` is all K singular values, descending; L the long side of the matrix, K the short one, beta =
+Float64. `s` is all K singular values, descending; L the long side of the matrix, K the short one, beta =
 K / L. x = s^2 / (sigma^2 L) is an eigenvalue in the units of the law, which is of entries of deviation 1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
+
+from lowrank_vit.spectral.solving.extremes import Thirds
+from lowrank_vit.spectral.solving.solve import MatrixStack, all_values
 
 FALSE_ALARMS = 0.01
 """The share of matrices of pure noise whose greatest singular value lies above the edge."""
+SCALE_COLUMNS = 256
+"""Of a third of a qkv matrix, for its scale; all where there are fewer than twice as many."""
+ONE_SCALE = 1.02
+"""Thirds whose scales differ by no more than this factor count as equal."""
 _SPACING_VARIANCE = 0.286
 """Of the distance of two neighbouring eigenvalues of a large real random matrix, in mean distances (Mehta 2004)."""
 
@@ -55,6 +64,41 @@ def deviation(s: np.ndarray, shape: tuple[int, int]) -> float:
     long, short = max(shape), min(shape)
     median = float(np.median(s)) if s.size else 0.0
     return median / (long * median_of_law(short / long)) ** 0.5 if median > 0 and short > 1 else float("nan")
+
+
+def scaled_thirds(stack: MatrixStack, spectra: Mapping[str, np.ndarray], cpu_threads: int = 1) -> dict[str, Thirds]:
+    """Of fused qkv matrices of a stack, by name: the spectrum with Q, K and V brought to one scale of noise.
+
+    The noise's deviation in a third comes from the median singular value of `SCALE_COLUMNS` of its columns, evenly
+    spaced: it costs a tenth of the spectrum. Its error, a few tenths of a percent, hardly matters: in noise each third
+    has the same part in every direction, so wrong ratios move bulk and edge together, but for their square. Thirds that
+    agree within `ONE_SCALE` are left as they are, which saves the second spectrum.
+
+    Args:
+        stack: matrices, of which some are fused.
+        spectra: name to (K,) values of those that are to be scaled, of full numerical rank: of another matrix the
+            median of a third would be rounding.
+        cpu_threads: matrices solved side by side.
+    """
+    rows, cols = stack.matrices_NRC.shape[1:]
+    chosen = [i for i, name in enumerate(stack.names) if name in spectra]
+    n = len(chosen)
+    if not chosen or rows % 3:
+        return {}
+    with torch.no_grad():
+        fused_NRC = stack.matrices_NRC[chosen]
+        some = fused_NRC.reshape(3 * n, rows // 3, cols)[..., :: max(1, cols // SCALE_COLUMNS)]
+        values = all_values(some, cpu_threads)
+        deviations = np.array([deviation(s, (some.shape[1], some.shape[2])) for s in values]).reshape(n, 3)
+        scales = deviations / np.sqrt(np.mean(deviations**2, axis=1, keepdims=True))
+        usable = np.isfinite(scales).all(axis=1)
+        differ = usable & (scales.max(axis=1) > ONE_SCALE * scales.min(axis=1))
+        at = np.flatnonzero(differ)
+        factors = torch.from_numpy(np.repeat(1 / scales[at], rows // 3, axis=1)).to(fused_NRC)
+        scaled = all_values(fused_NRC[at] * factors[..., None], cpu_threads)
+    names = [stack.names[i] for i in chosen]
+    own = {name: Thirds(np.ones(3), spectra[name]) for name, ok in zip(names, usable, strict=True) if ok}
+    return own | {names[i]: Thirds(scales[i], s) for i, s in zip(at, scaled, strict=True)}
 
 
 def _distance(bulk: np.ndarray, edge: float, sigma: float, long: int, short: int) -> float:

@@ -9,18 +9,23 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_vit.spectral.measures.metrics import LEAST_VALUES, above_rounding, power_law, spectrum_metrics
-from lowrank_vit.spectral.measures.noise import FALSE_ALARMS, chance_beyond, deviation
+from lowrank_vit.spectral.measures.metrics import (
+    LEAST_VALUES,
+    above_rounding,
+    is_of_full_rank,
+    power_law,
+    spectrum_metrics,
+)
+from lowrank_vit.spectral.measures.noise import FALSE_ALARMS, chance_beyond, deviation, scaled_thirds
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.solve import MatrixStack, all_values
-from lowrank_vit.spectral.watching.refresh import SpectralSettings, scaled_thirds
+from lowrank_vit.spectral.watching.refresh import SpectralSettings
 
 BOOTSTRAPS = 100
 """Of the power law's p-value, by default: its standard error is then 0.05 at most."""
@@ -222,7 +227,7 @@ def shuffled(
     order = torch.from_numpy(np.stack([rng.permutation(thirds.shape[1]) for _ in range(parts)]))
     twin = thirds.gather(1, order).reshape(1, *shape).to(weight.device)
     (s,) = all_values(twin)
-    stack = MatrixStack((name,), twin, frozenset([name] if is_fused else []))
-    found = scaled_thirds(stack, {name: replace(solved, s=s)}).get(name)
+    fused = {name: s} if is_fused and is_of_full_rank(s, shape, solved.eps) else {}
+    found = scaled_thirds(MatrixStack((name,), twin), fused).get(name)
     values = spectrum_metrics(s, shape, settings.topk, settings.interval, solved.eps, found)
     return {key: values[key] for key in OF_TWIN}

@@ -6,10 +6,10 @@ import contextlib
 import os
 import queue
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,14 +18,14 @@ from lowrank_vit.common.devices import Mark, cuda_path, current_stream, side_str
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.ranks.world import Channel
-from lowrank_vit.spectral.measures.initial import far_entries_by_name, warning_of
-from lowrank_vit.spectral.measures.metrics import recorded_indices
+from lowrank_vit.spectral.measures.initial import warning_of
 from lowrank_vit.spectral.measures.subspaces import chance_of_each
-from lowrank_vit.spectral.select import DEFAULT_TARGETS, Target, fused_of, matrices_of, module_type, targets_of_model
-from lowrank_vit.spectral.solving.solve import LOG, stack_by_shape
-from lowrank_vit.spectral.watching.refresh import EMA, MODEL, Memory, SpectralSettings, Stacks
+from lowrank_vit.spectral.select import DEFAULT_TARGETS, module_type
+from lowrank_vit.spectral.solving.solve import LOG
+from lowrank_vit.spectral.watching.refresh import EMA, MODEL, SpectralSettings, Stacks
 from lowrank_vit.spectral.watching.store import Kept, SpectraStore, far_entries_content, read_far_entries
-from lowrank_vit.spectral.watching.worker import Snapshot, SpectralRecord, Worker, share_out
+from lowrank_vit.spectral.watching.watched import TakenUp, Watched, take_up
+from lowrank_vit.spectral.watching.worker import Snapshot, SpectralRecord, Worker
 
 T = TypeVar("T")
 
@@ -118,20 +118,11 @@ class SpectralMonitor:
         for flag, value in numbers.items():
             if value < 1:
                 raise UserError(f"spectral {flag} is {value}; expected 1 or more")
-        self._models = {MODEL: model} if ema_model is None else {MODEL: model, EMA: ema_model}
-        chosen = {kind: targets_of_model(one, targets, split_qkv) for kind, one in self._models.items()}
-        watched = chosen[MODEL]
-        if any(list(of_kind) != list(watched) for of_kind in chosen.values()):
-            raise ValueError("the EMA's targets differ from the model's; pass both without wrappers (ema.module)")
+        models = {MODEL: model} if ema_model is None else {MODEL: model, EMA: ema_model}
         ranks = ranks or Channel(0, 1, None)
-        shapes = {name: tuple(w.shape) for name, w in matrices_of(model, watched).items()}
-        mine = share_out(shapes, ranks.size)[ranks.rank]
-        self._watched = {name: watched[name] for name in mine}
+        self._watched = Watched(models, targets, settings, ranks, split_qkv)
         self._every, self._num_ranks = every, ranks.size
-        self.matrices: dict[str, dict[str, Any]] = {
-            name: {"shape": list(shape), **recorded_indices(min(shape), settings.topk, settings.interval)._asdict()}
-            for name, shape in shapes.items()
-        }
+        self.matrices = self._watched.matrices
         """By name: "shape", and the recorded indices "top" and "last", 1-based."""
         options = {"targets": targets, "every": every, "split_qkv": split_qkv, "limit_gb": limit_gb}
         chance = {name: chance_of_each(len(one["top"]), one["shape"]) for name, one in self.matrices.items()}
@@ -147,12 +138,12 @@ class SpectralMonitor:
             except Exception as error:  # it may be mended before the next refresh
                 say(f"warning: {error}. Training goes on.")
         self._ranks, self._is_over, self._is_lost, self._say = ranks, False, False, say
-        self._all_watched = watched if ranks.rank == 0 else {}
-        taken_up = _TakenUp()
+        taken_up = TakenUp()
         if resumed_update is not None:
-            taken_up = self._take_up(store, resumed_update, recorded_update, say)
+            of_run = resumed_update, recorded_update, self._is_due
+            taken_up = take_up(self._watched, store, ranks, *of_run, say)
 
-        devices = {p.device for one in self._models.values() for p in one.parameters()}
+        devices = {p.device for one in models.values() for p in one.parameters()}
         for device in devices:
             # torch loads its linear algebra lazily and not thread-safely, so the first call must not be the worker's.
             torch.linalg.eigvalsh(torch.eye(2, dtype=torch.float64, device=device))
@@ -162,10 +153,10 @@ class SpectralMonitor:
         self.skipped = 0
         """Refreshes that were due while the one before was still being computed, here or on another rank."""
         self._closed = False
-        keys = [f"{kind}/{name}" for kind in self._models for name in watched]
         # A step on a GPU waits for whoever holds Python's lock when the next operation is to be asked for.
         is_aside = self._stream is not None
-        self._worker = Worker(settings, store, taken_up.memory, ranks, keys, self._stream, say, is_aside=is_aside)
+        keys, memory = self._watched.keys, taken_up.memory
+        self._worker = Worker(settings, store, memory, ranks, keys, self._stream, say, is_aside=is_aside)
         kept = taken_up.kept if ranks.rank == 0 else None
         self._newest = kept._replace(before=None) if kept else None
         self._is_again = bool(taken_up.again)
@@ -194,7 +185,7 @@ class SpectralMonitor:
         """
         if self._closed:
             raise RuntimeError("this spectral monitor is closed; make a new one to observe further updates")
-        if num_updates % self._every != 0:
+        if not self._is_due(num_updates):
             return
         if num_updates == 0:
             self._tell_far_entries()
@@ -205,7 +196,7 @@ class SpectralMonitor:
             self.skipped += not self._is_lost  # else a record of before, which a resumed run keeps, would tell of it
             return
         try:
-            stacks, newest = self._copies(num_updates)
+            stacks, newest = self._watched.copies(num_updates)
         except Exception as error:  # such as no memory for the copies
             if self._num_ranks == 1:
                 self._worker.fail(num_updates, error)
@@ -217,10 +208,13 @@ class SpectralMonitor:
 
     def _tell_far_entries(self) -> None:
         """On the first rank, say and store which matrices have entries that their spectra would describe."""
-        if found := far_entries_by_name(matrices_of(self._models[MODEL], self._all_watched)):
+        if found := self._watched.far_entries():
             self._say(f"warning: {warning_of(found)}. --fix-init draws such entries of fresh weights anew.")
             with contextlib.suppress(UserError):  # a refresh that cannot be stored either tells of that
                 self._store.note_far_entries(found)
+
+    def _is_due(self, num_updates: int) -> bool:
+        return num_updates % self._every == 0
 
     def _is_any_busy(self) -> bool:
         """Whether a refresh that is due now is to be skipped; the same on every rank."""
@@ -232,29 +226,6 @@ class SpectralMonitor:
             self._is_over = state == _CLOSED
             return state != _IDLE
         return True
-
-    def _copies(self, update: int) -> tuple[Stacks, Kept | None]:
-        """This rank's share of the weights as they are, and on the first rank all of them."""
-        stacks = self._stacks(self._watched)
-        return stacks, self._kept(update, stacks)
-
-    def _stacks(self, watched: dict[str, Target]) -> Stacks:
-        fused = fused_of(watched)
-        return {kind: stack_by_shape(matrices_of(one, watched), fused) for kind, one in self._models.items()}
-
-    def _kept(self, update: int, stacks: Stacks) -> Kept | None:
-        """On the first rank the copies of all matrices, whichever rank computes them."""
-        if not self._all_watched:
-            return None
-        if self._num_ranks > 1:
-            stacks = self._stacks(self._all_watched)
-        weights = {
-            f"{kind}/{name}": matrix
-            for kind, of_kind in stacks.items()
-            for stack in of_kind
-            for name, matrix in zip(stack.names, stack.matrices_NRC, strict=True)
-        }
-        return Kept(update, weights)
 
     def _hand_over(self, update: int, stacks: Stacks, before: Kept | None) -> None:
         """Have the worker compute the spectra of copies that were enqueued on the current stream."""
@@ -294,77 +265,6 @@ class SpectralMonitor:
     ) -> None:
         self._stop(cancel=error is not None)
 
-    def _take_up(
-        self, store: SpectraStore, resumed_update: int, recorded_update: int | None, say: Callable[[str], object]
-    ) -> _TakenUp:
-        """What an earlier process has left for this one, which goes on from `resumed_update`."""
-        found, failure = _TakenUp(), None
-        try:
-            kept = found.kept = store.kept(resumed_update)
-            found.update = kept.update if kept else resumed_update
-            if recorded_update is not None and found.update > recorded_update:
-                if kept:
-                    found.again = self._stacks_of(kept)
-                elif resumed_update % self._every == 0:  # nothing could be kept of it, but here are its weights
-                    found.again, found.kept = self._copies(resumed_update)
-        except Exception as error:  # whatever is wrong with the store: training matters more
-            found, failure = _TakenUp(), error
-        if not self._is_common(found.update if found.again else -1):
-            found.again = {}
-        until, kept = resumed_update, found.kept
-        if found.again:
-            until, kept = found.update - 1, kept and kept.before
-        try:
-            found.memory = self._remember(store, until, kept) if failure is None else Memory()
-        except Exception as error:
-            failure = error
-        if failure is not None:
-            say(f"warning: what {store.path} holds of before cannot be read ({failure}). Training goes on without it.")
-        return found
-
-    def _is_common(self, number: int) -> bool:
-        """Whether all ranks have the same number here."""
-        try:
-            greatest, least = self._ranks.agree(number)(), -self._ranks.agree(-number)()
-        except RuntimeError:  # another rank is gone
-            return False
-        return greatest == least
-
-    def _stacks_of(self, kept: Kept) -> Stacks:
-        """This rank's share of kept weights, as `observe` would have copied it; empty if these are other matrices."""
-        stacks: Stacks = {}
-        for kind, model in self._models.items():
-            own = matrices_of(model, self._watched)
-            found = {name: kept.weights.get(f"{kind}/{name}") for name in own}
-            if any(w is None or w.shape != own[name].shape for name, w in found.items()):
-                return {}
-            weights = {name: w.to(own[name]) for name, w in found.items() if w is not None}
-            stacks[kind] = stack_by_shape(weights, fused_of(self._watched))
-        return stacks
-
-    def _remember(self, store: SpectraStore, update: int, kept: Kept | None) -> Memory:
-        """What an earlier process has stored up to `update`, as far as it recorded the same vectors, and has kept.
-
-        Where the store's limit has thinned out the vectors of what was kept, only the weights of that are remembered.
-        """
-        first, last_update, last = store.first_and_last(update)
-        keys = {f"{kind}/{name}": name for kind in self._models for name in self._watched}
-
-        def fits(key: str, found: Any) -> bool:
-            matrix = self.matrices[keys[key]]
-            expected = [(side, len(matrix[end])) for end in ("top", "last") for side in matrix["shape"]]
-            shapes = [side.shape for end in (found.top, found.last) for side in (end.u, end.v)]
-            return shapes == expected and (found.block is None or found.block.s.size == matrix["top"][-1])
-
-        for of in (first, last):
-            for key in list(of):
-                if key not in keys or not fits(key, of[key]):
-                    del of[key]
-        weights = self._stacks_of(kept) if kept else {}
-        if kept and weights and kept.update != last_update:
-            return Memory(first, {}, kept.update, weights)
-        return Memory(first, last, last_update if last else None, weights if last else {})
-
     def _stop(self, cancel: bool) -> None:
         if cancel:
             self._worker.cancelled.set()
@@ -374,20 +274,6 @@ class SpectralMonitor:
         self._closed = True
         # Of several ranks one may have died, and this one's worker waits for it; that must not hold up the exit.
         self._worker.close(_JOIN_S if cancel and self._num_ranks > 1 else None)
-
-
-@dataclass
-class _TakenUp:
-    """What a resumed run has of before."""
-
-    kept: Kept | None = None
-    """The newest snapshot."""
-    update: int = -1
-    """Its update."""
-    again: Stacks = field(default_factory=Stacks)
-    """This rank's copies of it where its refresh is to be done again, as on all ranks."""
-    memory: Memory = field(default_factory=Memory)
-    """What the next refresh is compared with."""
 
 
 def _drain(items: queue.SimpleQueue[T]) -> list[T]:

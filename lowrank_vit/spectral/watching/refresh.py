@@ -16,13 +16,13 @@ from torch import Tensor
 from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.spectral.measures.metrics import (
     ends_metrics,
-    numerical_rank,
+    is_of_full_rank,
     reach,
     recorded_indices,
     relative_change,
     spectrum_metrics,
 )
-from lowrank_vit.spectral.measures.noise import deviation
+from lowrank_vit.spectral.measures.noise import scaled_thirds
 from lowrank_vit.spectral.measures.subspaces import (
     block_energy,
     block_gap,
@@ -33,18 +33,14 @@ from lowrank_vit.spectral.measures.subspaces import (
     turn_bound,
 )
 from lowrank_vit.spectral.select import module_depth, module_type
-from lowrank_vit.spectral.solving.extremes import Solved, Solver, Thirds
+from lowrank_vit.spectral.solving.extremes import Solved, Solver
 from lowrank_vit.spectral.solving.lapack import one_blas_thread
 from lowrank_vit.spectral.solving.norm import spectral_norms
-from lowrank_vit.spectral.solving.solve import LOG, MatrixStack, all_values, never, solve_stack
+from lowrank_vit.spectral.solving.solve import LOG, MatrixStack, never, solve_stack
 
 MODEL, EMA = "spec", "spec_ema"
 Stacks = dict[str, list[MatrixStack]]
 """Kind to the copies of its matrices."""
-SCALE_COLUMNS = 256
-"""Of a third of a qkv matrix, for its scale; all where there are fewer than twice as many."""
-ONE_SCALE = 1.02
-"""Thirds whose scales differ by no more than this factor count as equal."""
 
 # A number of its own for each recorded index: not averaged over layers.
 _ONE_OF_MANY = re.compile(r"(^sv|_[uv])(_last)?\d+$")
@@ -114,44 +110,11 @@ def solve_all(
         found = solve_stack(stack, m, settings.solver, cpu_threads=settings.cpu_threads, cancelled=cancelled, log=log)
         for name, one in found.items():
             solved[name] = one.recorded(recorded_indices(one.s.size, settings.topk, settings.interval))
-        for name, thirds in scaled_thirds(stack, found, settings.cpu_threads).items():
+        shape = (stack.matrices_NRC.shape[1], stack.matrices_NRC.shape[2])
+        fused = {name: found[name].s for name in stack.fused if is_of_full_rank(found[name].s, shape, found[name].eps)}
+        for name, thirds in scaled_thirds(stack, fused, settings.cpu_threads).items():
             solved[name] = replace(solved[name], thirds=thirds)
     return solved
-
-
-def scaled_thirds(stack: MatrixStack, solved: Mapping[str, Solved], cpu_threads: int = 1) -> dict[str, Thirds]:
-    """Of the fused qkv matrices of a stack, by name: the spectrum with Q, K and V brought to one scale of noise.
-
-    The noise's deviation in a third comes from the median singular value of `SCALE_COLUMNS` of its columns, evenly
-    spaced: it costs a tenth of the spectrum. Its error, a few tenths of a percent, hardly matters: in noise each third
-    has the same part in every direction, so wrong ratios move bulk and edge together, but for their square. Thirds that
-    agree within `ONE_SCALE` are left as they are, which saves the second spectrum. A matrix that is not of full
-    `numerical_rank` has none: the median of a third would be rounding.
-    """
-    rows, cols = stack.matrices_NRC.shape[1:]
-
-    def is_full(one: Solved) -> bool:
-        return numerical_rank(one.s, (rows, cols), one.eps) == one.s.size
-
-    chosen = [i for i, name in enumerate(stack.names) if name in stack.fused and is_full(solved[name])]
-    n = len(chosen)
-    if not chosen or rows % 3:
-        return {}
-    with torch.no_grad():
-        fused_NRC = stack.matrices_NRC[chosen]
-        some = fused_NRC.reshape(3 * n, rows // 3, cols)[..., :: max(1, cols // SCALE_COLUMNS)]
-        spectra = all_values(some, cpu_threads)
-        deviations = np.array([deviation(s, (some.shape[1], some.shape[2])) for s in spectra]).reshape(n, 3)
-        scales = deviations / np.sqrt(np.mean(deviations**2, axis=1, keepdims=True))
-        usable = np.isfinite(scales).all(axis=1)
-        differ = usable & (scales.max(axis=1) > ONE_SCALE * scales.min(axis=1))
-        at = np.flatnonzero(differ)
-        factors = torch.from_numpy(np.repeat(1 / scales[at], rows // 3, axis=1)).to(fused_NRC)
-        scaled = all_values(fused_NRC[at] * factors[..., None], cpu_threads)
-    own = {
-        stack.names[i]: Thirds(np.ones(3), solved[stack.names[i]].s) for i, ok in zip(chosen, usable, strict=True) if ok
-    }
-    return own | {stack.names[chosen[i]]: Thirds(scales[i], s) for i, s in zip(at, scaled, strict=True)}
 
 
 def matrix_metrics(solved: Solved, settings: SpectralSettings) -> dict[str, float]:

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -33,20 +33,6 @@ from lowrank_vit.spectral.watching.refresh import (
 from lowrank_vit.spectral.watching.store import Kept, SpectraStore
 
 T = TypeVar("T")
-
-
-def share_out(shapes: Mapping[str, Sequence[int]], world_size: int) -> list[list[str]]:
-    """Which names each rank computes: dearest first to the rank with the least work; the same on every rank.
-
-    The cost of an (R, C) matrix is that of its Gram matrix and of the eigenvalues, L K^2 + 4/3 K^3 (L the long side, K
-    the short one). Each list is in the order of `shapes`.
-    """
-    costs = {name: max(shape) * min(shape) ** 2 + 4 / 3 * min(shape) ** 3 for name, shape in shapes.items()}
-    loads, owner = [0.0] * world_size, dict[str, int]()
-    for name in sorted(costs, key=lambda name: -costs[name]):  # stable: equal costs stay in the model's order
-        owner[name] = min(range(world_size), key=lambda rank: loads[rank])
-        loads[owner[name]] += costs[name]
-    return [[name for name in shapes if owner[name] == rank] for rank in range(world_size)]
 
 
 class SpectralRecord(NamedTuple):

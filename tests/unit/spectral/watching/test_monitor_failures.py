@@ -57,7 +57,7 @@ def test_copies_that_find_no_memory_end_nothing(tmp_path: Path, monkeypatch: pyt
     with watch(tiny_vit(), tmp_path, say=said.append) as monitor:
         with monkeypatch.context() as patch:
             patch.setattr(
-                "lowrank_vit.spectral.watching.monitor.stack_by_shape", failing(torch.OutOfMemoryError("out"))
+                "lowrank_vit.spectral.watching.watched.stack_by_shape", failing(torch.OutOfMemoryError("out"))
             )
             monitor.observe(0)
         monitor.observe(2)

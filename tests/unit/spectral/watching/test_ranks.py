@@ -19,7 +19,7 @@ from lowrank_vit.spectral.select import DEFAULT_TARGETS
 from lowrank_vit.spectral.watching import refresh as refresh_module
 from lowrank_vit.spectral.watching import store
 from lowrank_vit.spectral.watching.monitor import _BUSY, _CLOSED, _IDLE, SpectralMonitor
-from lowrank_vit.spectral.watching.worker import share_out
+from lowrank_vit.spectral.watching.watched import share_out
 from tests.monitors import SETTINGS, Gate
 from tests.spectra import tiny_vit
 
@@ -210,7 +210,7 @@ def test_copies_that_find_no_memory_on_one_rank_still_meet_the_others(
     script = Script()
     with watch(tiny_vit(), tmp_path, ranks=script) as monitor:
         with monkeypatch.context() as patch:
-            patch.setattr("lowrank_vit.spectral.watching.monitor.stack_by_shape", lambda *_: 1 / 0)
+            patch.setattr("lowrank_vit.spectral.watching.watched.stack_by_shape", lambda *_: 1 / 0)
             observe_all(monitor, 0)
         observe_all(monitor, 2)
     assert script.gathered == ["ZeroDivisionError: division by zero", 2]

@@ -1,0 +1,184 @@
+"""The matrices that a monitor watches: copies of them, and what an earlier process of the run has left of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lowrank_vit.ranks.world import Channel
+from lowrank_vit.spectral.measures.initial import FarEntry, far_entries_by_name
+from lowrank_vit.spectral.measures.metrics import recorded_indices
+from lowrank_vit.spectral.select import Target, fused_of, matrices_of, targets_of_model
+from lowrank_vit.spectral.solving.solve import stack_by_shape
+from lowrank_vit.spectral.watching.refresh import MODEL, Memory, SpectralSettings, Stacks
+from lowrank_vit.spectral.watching.store import Kept, SpectraStore
+
+
+class Watched:
+    """The target matrices of a model and of its EMA, of which several ranks copy and compute a share each."""
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        targets: str,
+        settings: SpectralSettings,
+        ranks: Channel,
+        split_qkv: bool = False,
+    ) -> None:
+        """Choose the matrices, and this rank's among them; `models` by kind.
+
+        Raises:
+            UserError: a target matches nothing.
+            ValueError: model and EMA differ in their targets.
+        """
+        self._models = models
+        chosen = {kind: targets_of_model(one, targets, split_qkv) for kind, one in models.items()}
+        every = chosen[MODEL]
+        if any(list(of_kind) != list(every) for of_kind in chosen.values()):
+            raise ValueError("the EMA's targets differ from the model's; pass both without wrappers (ema.module)")
+        shapes = {name: tuple(w.shape) for name, w in matrices_of(models[MODEL], every).items()}
+        self.matrices: dict[str, dict[str, Any]] = {
+            name: {"shape": list(shape), **recorded_indices(min(shape), settings.topk, settings.interval)._asdict()}
+            for name, shape in shapes.items()
+        }
+        """By name: "shape", and the recorded indices "top" and "last", 1-based."""
+        self.keys = [f"{kind}/{name}" for kind in models for name in every]
+        """Of all ranks, in the order in which they are stored."""
+        mine = share_out(shapes, ranks.size)[ranks.rank]
+        self._mine = {name: every[name] for name in mine}
+        self._every = every if ranks.rank == 0 else {}
+        self._num_ranks = ranks.size
+
+    def far_entries(self) -> dict[str, list[FarEntry]]:
+        """On the first rank, single entries far out of the model's matrices, see `initial.far_entries`."""
+        return far_entries_by_name(matrices_of(self._models[MODEL], self._every))
+
+    def copies(self, update: int) -> tuple[Stacks, Kept | None]:
+        """This rank's share of the weights as they are; on the first rank also all of them, whoever computes them."""
+        stacks = self._stacks(self._mine)
+        if not self._every:
+            return stacks, None
+        weights = {
+            f"{kind}/{name}": matrix
+            for kind, of_kind in (self._stacks(self._every) if self._num_ranks > 1 else stacks).items()
+            for stack in of_kind
+            for name, matrix in zip(stack.names, stack.matrices_NRC, strict=True)
+        }
+        return stacks, Kept(update, weights)
+
+    def _stacks(self, watched: dict[str, Target]) -> Stacks:
+        fused = fused_of(watched)
+        return {kind: stack_by_shape(matrices_of(one, watched), fused) for kind, one in self._models.items()}
+
+    def stacks_of(self, kept: Kept) -> Stacks:
+        """This rank's share of kept weights, as it would have copied them; empty if these are other matrices."""
+        stacks: Stacks = {}
+        for kind, model in self._models.items():
+            own = matrices_of(model, self._mine)
+            found = {name: kept.weights.get(f"{kind}/{name}") for name in own}
+            if any(w is None or w.shape != own[name].shape for name, w in found.items()):
+                return {}
+            weights = {name: w.to(own[name]) for name, w in found.items() if w is not None}
+            stacks[kind] = stack_by_shape(weights, fused_of(self._mine))
+        return stacks
+
+    def remember(self, store: SpectraStore, update: int, kept: Kept | None) -> Memory:
+        """What an earlier process has stored up to `update`, as far as it recorded the same vectors, and has kept.
+
+        Where the store's limit has thinned out the vectors of what was kept, only the weights of that are remembered.
+        """
+        first, last_update, last = store.first_and_last(update)
+        keys = {f"{kind}/{name}": name for kind in self._models for name in self._mine}
+
+        def fits(key: str, found: Any) -> bool:
+            matrix = self.matrices[keys[key]]
+            expected = [(side, len(matrix[end])) for end in ("top", "last") for side in matrix["shape"]]
+            shapes = [side.shape for end in (found.top, found.last) for side in (end.u, end.v)]
+            return shapes == expected and (found.block is None or found.block.s.size == matrix["top"][-1])
+
+        for of in (first, last):
+            for key in list(of):
+                if key not in keys or not fits(key, of[key]):
+                    del of[key]
+        weights = self.stacks_of(kept) if kept else {}
+        if kept and weights and kept.update != last_update:
+            return Memory(first, {}, kept.update, weights)
+        return Memory(first, last, last_update if last else None, weights if last else {})
+
+
+def share_out(shapes: Mapping[str, Sequence[int]], world_size: int) -> list[list[str]]:
+    """Which names each rank computes: dearest first to the rank with the least work; the same on every rank.
+
+    The cost of an (R, C) matrix is that of its Gram matrix and of the eigenvalues, L K^2 + 4/3 K^3 (L the long side, K
+    the short one). Each list is in the order of `shapes`.
+    """
+    costs = {name: max(shape) * min(shape) ** 2 + 4 / 3 * min(shape) ** 3 for name, shape in shapes.items()}
+    loads, owner = [0.0] * world_size, dict[str, int]()
+    for name in sorted(costs, key=lambda name: -costs[name]):  # stable: equal costs stay in the model's order
+        owner[name] = min(range(world_size), key=lambda rank: loads[rank])
+        loads[owner[name]] += costs[name]
+    return [[name for name in shapes if owner[name] == rank] for rank in range(world_size)]
+
+
+@dataclass
+class TakenUp:
+    """What a resumed run has of before."""
+
+    kept: Kept | None = None
+    """The newest snapshot."""
+    update: int = -1
+    """Its update."""
+    again: Stacks = field(default_factory=Stacks)
+    """This rank's copies of it where its refresh is to be done again, as on all ranks."""
+    memory: Memory = field(default_factory=Memory)
+    """What the next refresh is compared with."""
+
+
+def take_up(
+    watched: Watched,
+    store: SpectraStore,
+    ranks: Channel,
+    resumed_update: int,
+    recorded_update: int | None,
+    is_due: Callable[[int], bool],
+    say: Callable[[str], object],
+) -> TakenUp:
+    """What an earlier process has left for this one, which goes on from `resumed_update`; all ranks ask together.
+
+    `recorded_update`: see `SpectralMonitor`.
+    """
+    found, failure = TakenUp(), None
+    try:
+        kept = found.kept = store.kept(resumed_update)
+        found.update = kept.update if kept else resumed_update
+        if recorded_update is not None and found.update > recorded_update:
+            if kept:
+                found.again = watched.stacks_of(kept)
+            elif is_due(resumed_update):  # nothing could be kept of it, but here are its weights
+                found.again, found.kept = watched.copies(resumed_update)
+    except Exception as error:  # whatever is wrong with the store: training matters more
+        found, failure = TakenUp(), error
+    if not _is_common(ranks, found.update if found.again else -1):
+        found.again = {}
+    until, kept = resumed_update, found.kept
+    if found.again:
+        until, kept = found.update - 1, kept and kept.before
+    try:
+        found.memory = watched.remember(store, until, kept) if failure is None else Memory()
+    except Exception as error:
+        failure = error
+    if failure is not None:
+        say(f"warning: what {store.path} holds of before cannot be read ({failure}). Training goes on without it.")
+    return found
+
+
+def _is_common(ranks: Channel, number: int) -> bool:
+    """Whether all ranks have the same number here."""
+    try:
+        greatest, least = ranks.agree(number)(), -ranks.agree(-number)()
+    except RuntimeError:  # another rank is gone
+        return False
+    return greatest == least
