@@ -22,6 +22,7 @@ from data_prep.sources.samples import abbreviated, positions
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say
 from lowrank_vit.model.class_match import Classes, Trust, match, published_names
+from lowrank_vit.model.low_rank import factor_names, rebuild, with_products
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
 
 HEADS = ("head", "head.fc", "fc", "classifier")
@@ -37,7 +38,11 @@ class Build(Protocol):
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: dict[str, Tensor], model_name: str) -> None:
-    """Copy `weights` into `model`. Raises `UserError` that tells how a checkpoint of another model differs."""
+    """Copy `weights` into `model`, whose layers become factors where those of the file are.
+
+    Raises `UserError` that tells how a checkpoint of another model differs.
+    """
+    rebuild(model, weights, checkpoint.lowrank_ranks, str(checkpoint.path))
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [
@@ -93,6 +98,7 @@ def load_initial(
     """
     checkpoint = read_checkpoint(path, "--initial-checkpoint")
     weights, is_ema = checkpoint.weights_to_start_from()
+    rebuild(model, weights, checkpoint.lowrank_ranks, str(path))
     if of_data:
         advice = f"--pretrained-path {path} starts with a new head where the number of classes differs."
         weights = _with_head_of(weights, checkpoint, model, model_name, *of_data, say, advice)
@@ -103,24 +109,35 @@ def load_initial(
 def build_with_file(build: Build, name: str, checkpoint: Checkpoint, num_classes: int, say: Say) -> nn.Module:
     """The model with the weights of --pretrained-path, fitted by timm; whose they are is said.
 
-    Raises `UserError` for weights of another model.
+    timm fits the products of layers in factors, which are put in their factors again then. Raises `UserError` for
+    weights of another model.
     """
     flag = f"--pretrained-path {checkpoint.path}"
     in_file = checkpoint.num_outputs(head_names(name))
     # timm keeps the head where both numbers agree, and wants every tensor then. -1: there is none to keep.
     overlay: dict[str, Any] = {"num_classes": in_file or -1, "label_offset": 0}
-    is_ema = False
+    is_ema, weights = False, dict[str, Tensor]()
     if checkpoint.is_npz:
         overlay |= {"file": str(checkpoint.path), "custom_load": True}
     else:
         weights, is_ema = checkpoint.weights_to_start_from()
-        overlay |= {"state_dict": weights}
+        whole = with_products(weights)
+        overlay |= {"state_dict": {key: one if key in weights else one.float() for key, one in whole.items()}}
     try:
         model = build_with(build, name, flag, (in_file, num_classes), say, pretrained_cfg_overlay=overlay)
     except UserError:
         raise
     except (RuntimeError, KeyError, IndexError, ValueError, AttributeError, AssertionError, TypeError) as error:
         raise _does_not_fit(flag, in_one_line(error)) from error
+    head = head_names(name) if in_file != num_classes else ()
+    factors = {
+        f"{one}.{end}": weights[f"{one}.{end}"]
+        for one in factor_names(weights)
+        for end in ("up", "down")
+        if one not in head
+    }
+    rebuild(model, factors, {}, flag)
+    model.load_state_dict(factors, strict=False)
     model.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]  # not to be copied with the model
     if checkpoint.no_tensors:
         unused = ", ".join(checkpoint.no_tensors)
@@ -171,7 +188,7 @@ def _whose(checkpoint: Checkpoint, *, is_ema: bool) -> str:
 
 def _head_in(weights: dict[str, Tensor], model_name: str) -> list[str]:
     """The tensors of the classifier, of both where a model has two; each has a row for each class."""
-    found = [f"{head}.{kind}" for head in head_names(model_name) for kind in ("weight", "bias")]
+    found = [f"{head}.{kind}" for head in head_names(model_name) for kind in ("weight", "up", "bias")]
     return list(dict.fromkeys(key for key in found if key in weights))
 
 

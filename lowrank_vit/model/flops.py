@@ -54,15 +54,22 @@ def train_flops_per_image(model: nn.Module, img_size: int) -> float | None:
     tensors without data. None where the model cannot be counted so.
     """
     try:
-        with torch.device("meta"):
-            image = torch.empty(1, 3, img_size, img_size)
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        without_data = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            torch.func.functional_call(model, without_data, (image,))
+        return 3.0 * forward_flops_per_image(model, img_size)
     except Exception:  # only a figure beside the training: no model may fail for want of it
         return None
-    return 3.0 * counter.get_total_flops()
+
+
+def forward_flops_per_image(model: nn.Module, img_size: int, device: torch.device | str = "meta") -> int:
+    """FLOPs of one image's forward pass, see `train_flops_per_image`; `device`: where it is counted.
+
+    Raises whatever the model does there.
+    """
+    image = torch.zeros(1, 3, img_size, img_size, device=device)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    there = {name: tensor.detach().to(device) for name, tensor in tensors.items()}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.func.functional_call(model, there, (image,))
+    return counter.get_total_flops()
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, *, tf32: bool = False) -> Peak:

@@ -29,6 +29,10 @@ from lowrank_vit.config.options import Config
 
 BETTER = "better"
 """Key of a checkpoint's content: "model" or "ema", whichever scored higher in the newest epoch; "" before the first."""
+LOWRANK_RANKS = "lowrank_ranks"
+"""Key of a checkpoint's content: the rank of each layer that is in factors, by its name; absent where none is."""
+COMPRESSION = "compression"
+"""Key of a checkpoint's content: how `lowrank_vit.compress` made its weights, plain values."""
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors", ".npz")
 _OWN, _EMA = ("state_dict", "model"), ("state_dict_ema", "model_ema")
 """Where files have the model's weights and the EMA's, by timm, and by DeiT and MAE; timm looks in this order."""
@@ -91,6 +95,19 @@ class Checkpoint:
         return list(names) if is_list else None
 
     @property
+    def lowrank_ranks(self) -> dict[str, int]:
+        """The rank of each layer in factors, as far as the file tells. Raises `UserError` for what are no ranks."""
+        ranks: Any = self.content.get(LOWRANK_RANKS)
+        if ranks is None:
+            return {}
+        if not isinstance(ranks, dict) or not all(isinstance(n, str) and type(r) is int for n, r in ranks.items()):
+            raise UserError(
+                f"{self.path} is damaged: its `{LOWRANK_RANKS}` is {in_words(ranks)}, where names of layers and their "
+                "ranks belong. Make it anew with `lowrank_vit.compress`."
+            )
+        return dict(ranks)
+
+    @property
     def meaning(self) -> int:
         """The number of what its seeds and flags mean. Raises `UserError` for one of a newer program."""
         return meaning.number_in(self.content, str(self.path)) or meaning.FIRST
@@ -131,7 +148,8 @@ class Checkpoint:
         if self.is_npz:
             return self.content.get("num_classes")
         weights = self.content.get("state_dict") or self.content["state_dict_ema"]
-        found = (weights[f"{head}.weight"] for head in heads if f"{head}.weight" in weights)
+        of_heads = (f"{head}.{kind}" for head in heads for kind in ("weight", "up"))  # up: of a head in factors
+        found = (weights[name] for name in of_heads if name in weights)
         return next((len(weight) for weight in found if weight.ndim), None)
 
     def training_state(self, key: str) -> Any:
@@ -150,6 +168,8 @@ class Checkpoint:
         """What kind of file it is."""
         if self.is_npz:
             return "Google's arrays"
+        if COMPRESSION in self.content:
+            return "the weights of a compressed model, without a run's state"
         its = [name for name in ("optimizer", "progress", "step", "data", "args", "epoch") if name in self.content]
         if not its:
             return "a file of weights alone"

@@ -21,6 +21,7 @@ from torch import Tensor
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import remove_leftovers, whole_file, write_whole
 from lowrank_vit.common.terminal import one_line
+from lowrank_vit.model.low_rank import with_products
 from lowrank_vit.spectral.fused import fused_qkv_of_state
 from lowrank_vit.spectral.measures.initial import FarEntry, far_entries_by_name
 from lowrank_vit.spectral.measures.metrics import recorded_indices
@@ -82,8 +83,9 @@ def choose_weights(
     """Name to matrix, on `device`, and which of them are known to be Q, K and V by rows.
 
     `arch`: timm's name of the model, which tells that; without it the names in `state` do where they are a plain ViT's.
-    Raises `UserError`, see `choose_targets`.
+    Layers in factors count as those they stand for. Raises `UserError`, see `choose_targets`.
     """
+    state = with_products(state)
     watched = choose_targets(state, targets, split_qkv, fused_qkv_of_state(state, arch), flags="--")
     matrices = take_targets(lambda module: state[f"{module}.weight"], watched)
     return {name: matrix.detach().to(device) for name, matrix in matrices.items()}, fused_of(watched)

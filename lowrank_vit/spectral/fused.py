@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from lowrank_vit.model.low_rank import LowRankLinear
+
 _BY_HEAD = "head_first"
 """What an attention that can do both calls the other order."""
 KNOWN = frozenset(
@@ -65,7 +67,8 @@ def _is_known(module: nn.Module) -> bool:
 
 def _has_weight(model: nn.Module, name: str) -> bool:
     try:
-        return isinstance(getattr(model.get_submodule(name), "weight", None), Tensor)
+        layer = model.get_submodule(name)
+        return isinstance(layer, LowRankLinear) or isinstance(getattr(layer, "weight", None), Tensor)
     except AttributeError:  # an attention with separate layers
         return False
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.model.low_rank import LowRankLinear, product, with_products
 from lowrank_vit.spectral.fused import fused_qkv, is_named_qkv
 
 DEFAULT_TARGETS = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
@@ -108,14 +110,24 @@ def choose_targets(
 
 
 def targets_of_model(model: nn.Module, patterns: str, split_qkv: bool = False) -> dict[str, Target]:
-    """`choose_targets` in a model; a weight that modules share is found under each of its names. Raises `UserError`."""
-    weights = dict(model.named_parameters(remove_duplicate=False))
+    """`choose_targets` in a model. Raises `UserError`.
+
+    A weight that modules share is found under each of its names; a layer in factors counts as the one it stands for.
+    """
+    weights = with_products(dict(model.named_parameters(remove_duplicate=False)))
     return choose_targets(weights, patterns, split_qkv, fused_qkv(model))
 
 
 def matrices_of(model: nn.Module, watched: Mapping[str, Target]) -> dict[str, Tensor]:
-    """`take_targets` in a model."""
-    return take_targets(lambda module: model.get_parameter(f"{module}.weight"), watched)
+    """`take_targets` in a model; of layers in factors a float64 copy of the product."""
+
+    def weight_of(name: str) -> Tensor:
+        layer = model.get_submodule(name)
+        return (
+            product(layer.up, layer.down) if isinstance(layer, LowRankLinear) else model.get_parameter(name + _WEIGHT)
+        )
+
+    return take_targets(cache(weight_of), watched)
 
 
 def fused_of(watched: Mapping[str, Target]) -> frozenset[str]:

@@ -16,8 +16,9 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
 from lowrank_vit.config.option_types import kind_of, leaves, may_change, with_options, word_for_none
 from lowrank_vit.config.options import Config
+from lowrank_vit.model.low_rank import ranks_of
 from lowrank_vit.model.optimizer import epochs_in_all
-from lowrank_vit.model.weights import BETTER, Checkpoint, read_checkpoint
+from lowrank_vit.model.weights import BETTER, LOWRANK_RANKS, Checkpoint, read_checkpoint
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.checkpoints import IS_FINITE
 from lowrank_vit.run.directory import RunDir
@@ -156,6 +157,8 @@ def capture(setup: Setup, state: RunState) -> dict[str, Any]:
         "input": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(setup.spec).items()},
         "args": {name: _plain(value) for name, _, value in leaves(config)},
     }
+    if ranks := ranks_of(setup.model):
+        content[LOWRANK_RANKS] = ranks
     if setup.ema:
         content["state_dict_ema"] = setup.ema.module.state_dict()
     return content

@@ -1,0 +1,235 @@
+"""Which layers of a model may be put in factors: named by patterns, and found out by forward passes of noise."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_vit.common import terminal
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.locks import Say
+from lowrank_vit.model.create import input_spec
+from lowrank_vit.model.low_rank import LowRankLinear, ranks_of
+from lowrank_vit.spectral.fused import fused_qkv, is_named_qkv
+from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
+
+Split = Literal["whole", "thirds", "heads"]
+"""How the fused layer of queries, keys and values is taken: as one matrix, as three, or as three for each head."""
+_TOLERANCE = 1e-4
+"""Of logits at full rank against the model's own, as a share of the greatest: rounding in another order."""
+
+
+def find_targets(
+    model: nn.Module,
+    patterns: str = DEFAULT_TARGETS,
+    *,
+    img_size: int | None = None,
+    flag: str = "--targets",
+    say: Say = terminal.say,
+) -> dict[str, nn.Linear]:
+    """The layers that the patterns name and that may be put in factors, in model order.
+
+    Those that may not are named by `say` with the reason, and left out: convolutions and embeddings, classes with a
+    forward of their own, hooks, layers whose weight the model reads itself (timm's EVA, BEiT, Swin V2), and whatever
+    changes the logits at full rank. For that the model, as it is, sees two images of noise in evaluation mode.
+
+    Args:
+        model: not compiled and not wrapped, on its device.
+        patterns: see `spectral.select.select_targets`.
+        img_size: side of an image, pixels; default: the model's own.
+        flag: that gives the patterns, for messages.
+        say: see above.
+
+    Raises:
+        UserError: a pattern matches nothing; the model is in factors already; a weight is shared by two layers, of half
+            precision or not finite; or no layer is left.
+    """
+    if has := ranks_of(model):
+        raise UserError(
+            f"The model is in factors already: {_some(list(has))}. Give the checkpoint that it was made from, or merge "
+            "it first (--merge)."
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    chosen = select_targets(parameters, patterns, flag)
+    _check_weights(chosen, parameters, flag)
+    refused = {name: why for name in chosen if (why := _objection(model.get_submodule(name)))}
+    found = {name: model.get_submodule(name) for name in chosen if name not in refused}
+    layers = {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}
+    images = noise(model, img_size)
+    refused |= _read_elsewhere(model, layers, images)
+    layers = {name: layer for name, layer in layers.items() if name not in refused}
+    refused |= _changed_at_full_rank(model, layers, images)
+    by_reason: dict[str, list[str]] = {}
+    for name, why in refused.items():
+        by_reason.setdefault(why, []).append(name)
+    lines = [f"{_some(names)}: {why}" for why, names in by_reason.items()]
+    if len(refused) == len(chosen):
+        raise UserError(f"No layer that {flag} names can be put in factors. {'. '.join(lines)}. Name other layers.")
+    for line in lines:
+        say(f"note: left as it is: {line}")
+    return {name: layer for name, layer in layers.items() if name not in refused}
+
+
+def parts_of_targets(model: nn.Module, targets: Mapping[str, nn.Linear], split: Split) -> dict[str, int]:
+    """How many parts each layer's rows are taken in: those of a fused qkv as `split` says, all others whole.
+
+    Raises:
+        UserError: no target is a fused qkv, or the order of the rows of one is not known (see `spectral.fused`).
+    """
+    parts, fused = dict.fromkeys(targets, 1), fused_qkv(model)
+    if split == "whole":
+        return parts
+    named = [name for name in targets if is_named_qkv(name)]
+    if not named:
+        raise UserError(f"--split {split} is about layers named qkv, and no target is one. Leave it out.")
+    for name in named:
+        heads = getattr(model.get_submodule(name.rpartition(".")[0]), "num_heads", None) if split == "heads" else 1
+        wanted = 3 * heads if isinstance(heads, int) else 0
+        if name not in fused or not wanted or targets[name].out_features % wanted:
+            raise UserError(
+                f"--split {split}: that the rows of {name} are Q, K and V, a third each{_of_heads(split)}, is not "
+                "known. Take it whole: leave out --split."
+            )
+        parts[name] = wanted
+    return parts
+
+
+def _check_weights(chosen: Mapping[str, Tensor], parameters: Mapping[str, Tensor], flag: str) -> None:
+    """Raise `UserError` for weights of which no factors can be made, whatever their layer is."""
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        names_of.setdefault(id(parameter), []).append(name)
+    for name, weight in chosen.items():
+        if weight.dtype not in (torch.float32, torch.float64):
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise UserError(f"{name} is {kind}; factors are made of float32 weights. Load the model in float32.")
+        if not bool(weight.isfinite().all()):
+            raise UserError(f"{name} has weights that are not finite (NaN or infinite). Give another checkpoint.")
+        if len(shared := names_of[id(weight)]) > 1:
+            raise UserError(
+                f"{' and '.join(shared)} are one tensor, so one cannot be put in factors without the other. Leave out "
+                f"that layer with {flag}."
+            )
+
+
+def _objection(module: nn.Module) -> str:
+    """Why a module with a weight cannot be put in factors, as far as its class tells; empty if it can."""
+    if not isinstance(module, nn.Linear):
+        return f"of class {type(module).__name__}, and only Linear is put in factors"
+    if type(module).forward is not nn.Linear.forward and type(module).__module__ != "timm.layers.linear":
+        return f"its class {type(module).__name__} is a Linear with a forward of its own"
+    if any(vars(module)[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre")):
+        return "hooks are on it"
+    return ""
+
+
+class _Probe(nn.Module):
+    """Stands in for a Linear and remembers who used it, and how."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.is_called, self.is_read = layer, False, False
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, for a model that reads it itself."""
+        self.is_read = True
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, which a layer in factors has too."""
+        return self.layer.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Do as the layer does."""
+        self.is_called = True
+        return self.layer(input)
+
+
+def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Linear], images: Tensor) -> dict[str, str]:
+    """The layers whose weight the model's forward pass reads itself, or that it does not use, with the reason."""
+    probes = {name: _Probe(layer) for name, layer in layers.items()}
+    with _in_place_of(model, layers, probes):
+        logits_of(model, images)
+    found: dict[str, str] = {}
+    for name, probe in probes.items():
+        if probe.is_read:
+            owner = type(model.get_submodule(name.rpartition(".")[0]))
+            found[name] = f"{owner.__module__}.{owner.__qualname__} reads its weight itself, which factors do not have"
+        elif not probe.is_called:
+            found[name] = "a forward pass of an image does not use it"
+    return found
+
+
+def _changed_at_full_rank(model: nn.Module, layers: Mapping[str, nn.Linear], images: Tensor) -> dict[str, str]:
+    """The layers without which, in factors of full rank, the logits would be the model's own, with the reason."""
+    expected, like = logits_of(model, images), next(model.parameters())
+    identity = cache(lambda columns: torch.eye(columns, dtype=like.dtype, device=like.device))
+    limit = _TOLERANCE * max(1.0, float(expected.abs().max()))
+
+    def fails(names: list[str]) -> bool:
+        some = {name: layers[name] for name in names}
+        # The product of a weight and an identity is that weight to the bit.
+        in_factors = {n: LowRankLinear(one.weight, identity(one.in_features), one.bias) for n, one in some.items()}
+        with _in_place_of(model, some, in_factors):
+            try:
+                found = logits_of(model, images)
+            except Exception:  # whatever a model does with its layers
+                return True
+        return found.shape != expected.shape or not float((found - expected).abs().max()) <= limit
+
+    def culprits(names: list[str]) -> list[str]:
+        """By halves."""
+        if not names or not fails(names):
+            return []
+        half = len(names) // 2
+        return names if len(names) == 1 else culprits(names[:half]) + culprits(names[half:])
+
+    return dict.fromkeys(culprits(list(layers)), "factors of full rank change what the model answers")
+
+
+@contextmanager
+def _in_place_of(model: nn.Module, layers: Mapping[str, nn.Module], others: Mapping[str, nn.Module]) -> Generator[None]:
+    try:
+        for name, other in others.items():
+            model.set_submodule(name, other)
+        yield
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+
+
+def noise(model: nn.Module, img_size: int | None) -> Tensor:
+    """Two images of noise, the same each time, where the model is."""
+    side, weight = input_spec(model, img_size, None).img_size, next(model.parameters())
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return images.to(weight.device, weight.dtype)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """What the model answers in evaluation mode; its mode stays."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        answer: Any = model(images)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    answer = answer[0] if isinstance(answer, list | tuple) else answer
+    return answer.float()
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+
+
+def _of_heads(split: Split) -> str:
+    return ", and how many heads they have" if split == "heads" else ""
