@@ -1,0 +1,247 @@
+"""Truncation of a weighted matrix: what every method does once it has said by what to weigh.
+
+A method is a pair (L, M): L W M is truncated to rank r, then L and M are undone, so that W_r is the matrix of rank r
+with the least |L (W - W_r) M|_F (Eckart & Young, Psychometrika 1 (1936)). Letters of shapes: weight W (R, C), y = W x +
+b, K = min(R, C). All is float64, on the weight's device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.lowrank.calibration import Moments
+from lowrank_vit.lowrank.layers import Factors, even_factors, joined
+
+DAMPING = 1e-6
+"""What is added to a moment's diagonal, as a share of its mean."""
+_CERTIFIED = 1e-10
+"""How far the residual of a triplet may be off, as a share of the greatest value."""
+
+
+@dataclass(frozen=True)
+class Root:
+    """A root F of a symmetric, positive definite moment A = F F^T.
+
+    Which one does not matter: two differ by a rotation, and neither W_r nor the values of L W M know of it. So it is
+    Cholesky's, a tenth of the work of an eigendecomposition.
+    """
+
+    factor: Tensor | None
+    """Lower triangular (N, N), a diagonal (N,), or None: the identity."""
+
+    @classmethod
+    def of(cls, moment: Tensor, damp_by: Tensor | None = None) -> Root:
+        """Of a moment (N, N), or a diagonal one (N,), with `DAMPING` times the mean of its diagonal added to that.
+
+        Moments are singular after a LayerNorm, with dead features and with few tokens. A moment of zeros knows no
+        direction from another: the identity.
+
+        Args:
+            moment: float64, positive semi-definite but for rounding.
+            damp_by: another moment, or its diagonal, to take the mean of: of a covariance the moment about zero, next
+                to which it may be nothing but rounding.
+        """
+        by = moment if damp_by is None else damp_by
+        damping = DAMPING * float((by if by.ndim == 1 else by.diagonal()).mean())
+        if not np.isfinite(damping):
+            raise UserError("The calibration gave moments that are not finite.")
+        if damping <= np.finfo(np.float64).tiny / DAMPING:
+            return cls(None)
+        if moment.ndim == 1:
+            return cls((moment + damping).sqrt())
+        damped = moment.clone()
+        damped.diagonal().add_(damping)
+        return cls(torch.linalg.cholesky(damped))
+
+    def times(self, matrix_XN: Tensor) -> Tensor:
+        """X F."""
+        if self.factor is None:
+            return matrix_XN
+        return matrix_XN * self.factor if self.factor.ndim == 1 else matrix_XN @ self.factor
+
+    def undo(self, matrix_XN: Tensor) -> Tensor:
+        """X F^-1."""
+        if self.factor is None:
+            return matrix_XN
+        if self.factor.ndim == 1:
+            return matrix_XN / self.factor
+        return torch.linalg.solve_triangular(self.factor, matrix_XN, upper=False, left=False)
+
+
+IDENTITY = Root(None)
+
+
+class Weighting(NamedTuple):
+    """What a method weighs W by: L is the transpose of `left`'s factor, M is `right`'s."""
+
+    left: Root = IDENTITY
+    right: Root = IDENTITY
+    is_centred: bool = False
+    """Whether the inputs are taken about their mean. The bias then becomes b + (W - W_r) E[x]."""
+
+
+Method = Callable[[Tensor, Moments, bool], Weighting]
+"""From a weight (R, C), float64, its moments, and whether the layer has a bias."""
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A layer's weight in directions, the most important first by its method, and what leaving out the rest costs.
+
+    A layer taken in P parts of its rows has K = min(R / P, C), and at rank r the first r directions of each part.
+    """
+
+    shape: tuple[int, int]
+    parts: int
+    values_PK: np.ndarray
+    """The singular values of L W M, descending."""
+    own_losses: np.ndarray
+    """(K + 1,) half the sum of the squared values that are cut off at ranks 0 to K, which the method makes least."""
+    losses: np.ndarray
+    """(K + 1,) predicted loss at ranks 0 to K, nats an image: tr(G dW S dW^T) / 2, dW = W - W_r; see `decompose`.
+
+    NaN without moments. It falls with the rank for the method `kfac`; for others it may rise.
+    """
+    weight_RC: Tensor
+    bias_R: Tensor | None
+    directions: tuple[tuple[Tensor, Tensor], ...]
+    """Of each part (R / P, K) and (K, C), whose product over the first r is its W_r."""
+    mean_C: Tensor | None
+    """E[x] where the bias is corrected."""
+
+    @property
+    def rank(self) -> int:
+        """K, the greatest."""
+        return self.values_PK.shape[1]
+
+    def factors(self, rank: int) -> Factors:
+        """W_r of rank 1 to K as balanced factors, and the bias, in the weight's own dtype.
+
+        Balanced: by the singular values of W_r itself, so that rounding to that dtype costs as little as it may.
+        """
+        if not 1 <= rank <= self.rank:
+            rows, cols = self.shape
+            part = f" of {self.parts} parts" if self.parts > 1 else ""
+            raise UserError(f"Rank {rank} does not fit a {rows} x {cols} matrix{part}: it is 1 to {self.rank}.")
+        dtype = self.weight_RC.dtype
+        made: list[Factors] = []
+        for left_RK, right_KC in self.directions:
+            q_Rr, a_rr = torch.linalg.qr(left_RK[:, :rank])
+            p_Cr, b_rr = torch.linalg.qr(right_KC[:rank].mT)
+            u_rr, s_r, vt_rr = torch.linalg.svd(a_rr @ b_rr.mT)
+            made.append((*even_factors(q_Rr @ u_rr, s_r, p_Cr @ vt_rr.mT), None))
+        up_Rr, down_rC, _ = joined(made)
+        bias_R = self.bias_R
+        if bias_R is not None and self.mean_C is not None:
+            bias_R = bias_R.double() + self.weight_RC.double() @ self.mean_C
+            halves = zip(up_Rr.chunk(self.parts), down_rC.chunk(self.parts), strict=True)
+            bias_R = (bias_R - torch.cat([up @ (down @ self.mean_C) for up, down in halves])).to(dtype)
+        return up_Rr.to(dtype), down_rC.to(dtype), bias_R
+
+
+def decompose(
+    weight_RC: Tensor, bias_R: Tensor | None, method: Method, moments: Moments | None, parts: int = 1
+) -> Decomposition:
+    """All directions of a layer's weight by a method, and the predicted loss of each rank.
+
+    The loss is the second-order one of the Kronecker-factored Fisher, whatever the method, so that losses of methods
+    compare: tr(G dW S dW^T) / 2, with S about the mean where the bias is corrected. It is exact to second order were
+    an image's tokens independent of one another and gradients of inputs; else it wants a constant, see
+    `allocation.measured_constant`.
+
+    Args:
+        weight_RC: finite, float32 or float64.
+        bias_R: or None.
+        method: one of `methods.METHODS`.
+        moments: those of the layer, of as many pieces as parts; None: W is truncated as it is, as by `svd`.
+        parts: see `Decomposition`.
+
+    Raises:
+        UserError: weights or moments that are not finite.
+    """
+    if not torch.isfinite(weight_RC).all():
+        raise UserError("The weights hold a NaN or an infinity.")
+    rows, cols = weight_RC.shape
+    if rows % parts:
+        raise UserError(f"{rows} rows are not {parts} equal parts.")
+    size = rows // parts
+    values: list[np.ndarray] = []
+    directions: list[tuple[Tensor, Tensor]] = []
+    is_centred = False
+    for part, weight in enumerate(weight_RC.detach().double().split(size)):
+        of_part = moments if moments is None or parts == 1 else moments.rows(part * size, (part + 1) * size)
+        weighting = Weighting() if of_part is None else method(weight, of_part, bias_R is not None)
+        left, right, is_centred = weighting
+        u_RK, s_K, vt_KC = _certified_svd(right.times(left.times(weight.mT).mT))
+        values.append(s_K.cpu().numpy())
+        directions.append((left.undo((u_RK * s_K).mT).mT, right.undo(vt_KC)))
+    values_PK = np.stack(values)
+    own = np.append(np.cumsum((values_PK**2).sum(axis=0)[::-1])[::-1], 0.0) / 2
+    losses = np.full_like(own, np.nan)
+    if moments is not None:
+        losses = _predicted(directions, moments.gradient_RR, moments.covariance_CC if is_centred else moments.input_CC)
+    mean_C = moments.mean_C if moments is not None and is_centred else None
+    bias = None if bias_R is None else bias_R.detach()
+    return Decomposition(
+        (rows, cols), parts, values_PK, own, losses, weight_RC.detach(), bias, tuple(directions), mean_C
+    )
+
+
+def decompose_layers(
+    targets: Mapping[str, nn.Linear],
+    method: Method,
+    moments: Mapping[str, Moments] | None,
+    *,
+    parts: Mapping[str, int] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Decomposition]:
+    """`decompose` for each layer; `progress` is called after each with the number of layers so far."""
+    made: dict[str, Decomposition] = {}
+    for name, layer in targets.items():
+        of_layer = None if moments is None else moments[name]
+        try:
+            made[name] = decompose(layer.weight, layer.bias, method, of_layer, (parts or {}).get(name, 1))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        if progress:
+            progress(len(made))
+    return made
+
+
+def _certified_svd(matrix_RC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (R, K), values (K,), V^T (K, C) by LAPACK or cuSOLVER, with the residuals of all triplets looked at.
+
+    A true value lies within sqrt((|A v - s u|^2 + |A^T u - s v|^2) / 2) of each.
+    """
+    u_RK, s_K, vt_KC = torch.linalg.svd(matrix_RC, full_matrices=False)
+    right = (matrix_RC @ vt_KC.mT - u_RK * s_K).square().sum(dim=0)
+    left = (u_RK.mT @ matrix_RC - s_K[:, None] * vt_KC).square().sum(dim=1)
+    worst = float(((right + left) / 2).sqrt().max())
+    if not worst <= _CERTIFIED * float(s_K[0]):
+        raise UserError(f"The solver's singular triplets are off by {worst:.1e}, of {float(s_K[0]):.1e} at most.")
+    return u_RK, s_K, vt_KC
+
+
+def _predicted(directions: list[tuple[Tensor, Tensor]], gradient_RR: Tensor, input_CC: Tensor) -> np.ndarray:
+    """Losses (K + 1,) at ranks 0 to K: half of tr(G dW S dW^T), where dW is the sum of the directions cut off.
+
+    With directions a_i b_i^T that is half the sum over pairs cut off of (a_i^T G a_j) (b_i^T S b_j), and each rank less
+    adds one row and column of it. Parts of the same rank count as one direction.
+    """
+    size, K = directions[0][0].shape
+    pairs_KK = gradient_RR.new_zeros(K, K)
+    for one, (left, right) in enumerate(directions):
+        weighted_KC = right @ input_CC
+        for other, (left_of_other, right_of_other) in enumerate(directions):
+            block_RR = gradient_RR[one * size : (one + 1) * size, other * size : (other + 1) * size]
+            pairs_KK += (left.mT @ block_RR @ left_of_other) * (weighted_KC @ right_of_other.mT)
+    added = pairs_KK.triu(1).sum(dim=1) + pairs_KK.tril(-1).sum(dim=0) + pairs_KK.diagonal()
+    tail = np.cumsum(added.cpu().numpy()[::-1])[::-1]
+    return np.maximum(np.append(tail, 0.0), 0.0) / 2
