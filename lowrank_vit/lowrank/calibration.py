@@ -25,6 +25,8 @@ from lowrank_vit.plan.plans import Stream
 
 _CHUNK = 2**24
 """Entries of a float64 copy that is made at a time; 128 MB."""
+_BLOCK = 256
+"""Rows of a symmetric matrix that are summed at a time."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ class _Sums:
         self._tokens += x_NTC.shape[0] * x_NTC.shape[1]
         for part in x_NTC.reshape(-1, x.shape[-1]).split(max(_CHUNK // x.shape[-1], 1)):
             chunk = part.double()
-            self._input_CC.addmm_(chunk.T, chunk)
+            _add_products(self._input_CC, chunk)
             self._mean_C += chunk.sum(dim=0)
             self._magnitude_C += chunk.abs().sum(dim=0)
         output.register_hook(partial(self._see_gradient, x_NTC))
@@ -211,8 +213,7 @@ class _Sums:
         size = max(_CHUNK // (tokens * (tokens + rows + cols)), 1)
         for x, g in zip(x_NTC.split(size), g_NTR.split(size), strict=True):
             x64, g64 = x.double(), g.double()
-            flat = g64.reshape(-1, rows)
-            self._gradient_RR.addmm_(flat.T, flat)
+            _add_products(self._gradient_RR, g64.reshape(-1, rows))
             self._fisher_PC += squared_gradients(x64, g64, len(self._fisher_PC))
 
     def moments(self, images: int) -> Moments:
@@ -221,15 +222,19 @@ class _Sums:
                 f"{self._name} is not called in the model's forward pass, which reads its weight itself or leaves it "
                 "out: it cannot be calibrated."
             )
-        return Moments(
-            images,
-            self._tokens,
-            self._input_CC / self._tokens,
-            self._mean_C / self._tokens,
-            self._magnitude_C / self._tokens,
-            self._gradient_RR / images,
-            self._fisher_PC / images,
-        )
+        of_tokens, of_images = (self._input_CC, self._mean_C, self._magnitude_C), (self._gradient_RR, self._fisher_PC)
+        for total, count in (*((one, self._tokens) for one in of_tokens), *((one, images) for one in of_images)):
+            total.div_(count)  # in place: the sums are gigabytes
+        for upper in (self._input_CC, self._gradient_RR):
+            upper.copy_(upper.triu() + upper.triu(1).mT)
+        return Moments(images, self._tokens, *of_tokens, *of_images)
+
+
+def _add_products(total_NN: Tensor, vectors_TN: Tensor) -> None:
+    """Add the sum over vectors of v v^T, the upper triangle in blocks and nothing below them: half of the work."""
+    for low in range(0, len(total_NN), _BLOCK):
+        block = slice(low, low + _BLOCK)
+        total_NN[block, low:].addmm_(vectors_TN[:, block].T, vectors_TN[:, low:])
 
 
 def squared_gradients(x_NTC: Tensor, g_NTR: Tensor, pieces: int) -> Tensor:

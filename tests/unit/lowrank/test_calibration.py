@@ -116,6 +116,7 @@ def test_memory_is_that_of_the_sums_whatever_is_chunked(monkeypatch: pytest.Monk
     model, images = model_and_images()
     expected = calibrate(model, [images], model.targets())
     monkeypatch.setattr("lowrank_vit.lowrank.calibration._CHUNK", 30)
+    monkeypatch.setattr("lowrank_vit.lowrank.calibration._BLOCK", 5)
     for name, moments in calibrate(model, [images], model.targets()).items():
         assert_same(moments, expected[name])
 
