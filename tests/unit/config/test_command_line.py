@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -21,7 +21,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.command_line import read, read_options
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.option_types import hints_of, kind_of, leaves
-from lowrank_vit.config.options import Config
+from lowrank_vit.config.options import Config, LoaderName
 from lowrank_vit.report.__main__ import Options as ReportOptions
 from lowrank_vit.score.options import PredictOptions, ValidateOptions
 
@@ -69,7 +69,7 @@ LINES = {
     "--sched=": f"--sched takes {SCHEDULES}, not an empty text.",
     "--tta 1": "--tta takes one of 0, 2, not `1`.",
     "--lr-base-scale quadratic": "--lr-base-scale takes one of linear, sqrt, not `quadratic`.",
-    "--loader dally": "--loader takes one of auto, resident, dali, ffcv, not `dally`. Did you mean dali?",
+    "--loader dally": f"--loader takes one of {', '.join(get_args(LoaderName))}, not `dally`. Did you mean dali?",
     # lists
     "--scale 0.5": f"--scale takes {PAIR}, not only `0.5`.",
     "--scale 0.5 2": f"--scale takes {PAIR}, not `2`.",

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -14,6 +15,7 @@ from lowrank_vit.__main__ import run
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.program import COMMANDS
 from lowrank_vit.config import completion
+from lowrank_vit.config.options import LoaderName
 
 ROOT = Path(__file__).parents[3]
 SHELL = shutil.which("bash")
@@ -63,9 +65,9 @@ def test_flags(words, expected, script):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["train", "--loader", ""], ["auto", "resident", "dali", "ffcv"]),
+        (["train", "--loader", ""], list(get_args(LoaderName))),
         (["train", "--loader", "=", "da"], ["dali"]),
-        (["train", "--loader", "="], ["auto", "resident", "dali", "ffcv"]),
+        (["train", "--loader", "="], list(get_args(LoaderName))),
         (["augment", "--config", "quick"], ["quickstart", "quickstart_muon"]),
         (["prep", "imagefolder", "--on-bad", "s"], ["skip"]),
         (["prep", "imagefolder", "--classes", ""], ["imagenet100_classes.txt", "imagenet1k_classes.txt"]),
