@@ -13,6 +13,7 @@ import numpy as np
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
+from lowrank_vit.report.flows_plot import flows_plot
 from lowrank_vit.report.metric_plots import cosine_plot, ema_plot, profile_plot, stable_rank_plot
 from lowrank_vit.report.read import Run, find_analysis, read_analysis, read_run, series
 from lowrank_vit.report.spectra_plots import bulk_plot, spectra_plot, vectors_plot
@@ -33,6 +34,7 @@ _PICTURES = (
     ),
     ("vectors.png", "Cosines between the recorded singular vectors then and now", vectors_plot),
     ("ema.png", "Largest singular value and stable rank of the model and of its moving average", ema_plot),
+    ("flows.png", "How tokens are spread and what attention looks at, over the validations and by depth", flows_plot),
     ("profile.png", "Newest numbers of every matrix over its depth", profile_plot),
 )
 
