@@ -196,7 +196,7 @@ def save_compressed(
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             if path.suffix == ".safetensors":
-                file.write(safetensors.torch.save(weights))
+                file.write(safetensors.torch.save({name: one.clone() for name, one in weights.items()}))
             else:
                 torch.save(content, file)
     except OSError as error:

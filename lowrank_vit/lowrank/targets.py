@@ -121,7 +121,8 @@ def _objection(module: nn.Module) -> str:
     """Why a module with a weight cannot be put in factors, as far as its class tells; empty if it can."""
     if not isinstance(module, nn.Linear):
         return f"of class {type(module).__name__}, and only Linear is put in factors"
-    if type(module).forward is not nn.Linear.forward and type(module).__module__ != "timm.layers.linear":
+    has_own = type(module).forward is not nn.Linear.forward or "forward" in vars(module)
+    if has_own and type(module).__module__ != "timm.layers.linear":
         return f"its class {type(module).__name__} is a Linear with a forward of its own"
     if any(vars(module)[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre")):
         return "hooks are on it"

@@ -22,7 +22,7 @@ from data_prep.sources.samples import abbreviated, positions
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say
 from lowrank_vit.model.class_match import Classes, Trust, match, published_names
-from lowrank_vit.model.low_rank import factor_names, rebuild, with_products
+from lowrank_vit.model.low_rank import factor_names, ranks_of, rebuild, with_products
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
 
 HEADS = ("head", "head.fc", "fc", "classifier")
@@ -103,7 +103,8 @@ def load_initial(
         advice = f"--pretrained-path {path} starts with a new head where the number of classes differs."
         weights = _with_head_of(weights, checkpoint, model, model_name, *of_data, say, advice)
     load_weights(model, checkpoint, resized(model, weights, path, say), model_name)
-    say(f"initial weights: {_whose(checkpoint, is_ema=is_ema)}")
+    in_factors = f", {len(ranks)} layers in factors" if (ranks := ranks_of(model)) else ""
+    say(f"initial weights: {_whose(checkpoint, is_ema=is_ema)}{in_factors}")
 
 
 def build_with_file(build: Build, name: str, checkpoint: Checkpoint, num_classes: int, say: Say) -> nn.Module:

@@ -121,7 +121,7 @@ def rebuild(model: nn.Module, weights: Mapping[str, Tensor], ranks: Mapping[str,
         UserError: ranks and factors disagree; it begins with `source`.
     """
     names = factor_names(weights)
-    again = "It is damaged, or its weights were changed without them. Make it anew with `lowrank_vit.compress`."
+    again = "It is damaged, or one was changed without the other. Give another checkpoint."
     if ranks and (different := sorted(set(ranks) ^ set(names))):
         lacks = "has no factors of" if different[0] in ranks else "tells no rank of"
         raise UserError(

@@ -103,7 +103,7 @@ class Checkpoint:
         if not isinstance(ranks, dict) or not all(isinstance(n, str) and type(r) is int for n, r in ranks.items()):
             raise UserError(
                 f"{self.path} is damaged: its `{LOWRANK_RANKS}` is {in_words(ranks)}, where names of layers and their "
-                "ranks belong. Make it anew with `lowrank_vit.compress`."
+                "ranks belong. Give another checkpoint."
             )
         return dict(ranks)
 

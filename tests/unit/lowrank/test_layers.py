@@ -19,6 +19,7 @@ from lowrank_vit.model.flops import train_flops_per_image
 from lowrank_vit.model.low_rank import LowRankLinear, merge, product, ranks_of
 from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.spectral.solving.solve import solve
+from tests.monitors import watch
 
 SMALL: dict[str, Any] = {"num_classes": 7, "img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -164,6 +165,20 @@ def test_what_is_no_linear_or_in_factors_already_cannot_be_put_in_factors():
         factorise(model, {"blocks.0.attn.qkv": some})
     with pytest.raises(UserError, match=r"in factors already: blocks.0.attn.qkv and 7 more"):
         find_targets(model, img_size=32)
+
+
+def test_the_monitor_watches_the_product_as_the_layer_it_stands_for(tmp_path: Path):
+    model, ema = in_factors(0), in_factors(1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with watch(model, tmp_path, ema, split_qkv=True) as monitor:
+        monitor.observe(0)
+        monitor.wait()
+    (record,) = monitor.records()
+    assert record.values["spec/refresh/failed"] == 0
+    found = {key: value for key, value in record.values.items() if key.endswith("/numerical_rank") and "blocks" in key}
+    assert len(found) == 2 * 2 * (3 + 3)
+    assert set(found.values()) == {8.0}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def content_of(path: Path) -> Mapping[str, Any]:
