@@ -38,11 +38,10 @@ class Stream(IntEnum):
     MIX_SAMPLE = 8
     INTERPOLATION = 9
     LABEL = 10
-    SUBSET = 11
 
 
-# A number for compiled code, which does not know enumerations.
-_CROP = int(Stream.CROP)
+# Numbers for compiled code, which does not know enumerations.
+_ORDER, _CROP = int(Stream.ORDER), int(Stream.CROP)
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ class TrainPlan:
 
         Samples are sorted by a random 64-bit number each: uniform up to ties, less likely than N**2 / 2**65.
         """
-        return np.argsort(_order_keys(self._key, self.num_samples, epoch, Stream.ORDER), kind="stable")
+        return np.argsort(_order_keys(self._key, self.num_samples, epoch), kind="stable")
 
     def ids(self, epoch: int) -> np.ndarray:
         """int64 (steps, batch_size): this rank's share of the epoch's order, `accum_steps` rows to an update."""
@@ -296,13 +295,14 @@ class EvalPlan:
         rank: int = 0,
         world_size: int = 1,
         interpolation: int = BICUBIC,
+        samples: np.ndarray | None = None,
     ) -> None:
-        """`interpolation`: how images are resized, NEAREST, BILINEAR or BICUBIC."""
+        """`interpolation`: how images are resized, NEAREST, BILINEAR or BICUBIC; `samples`: their ids, if not all."""
         self._interpolation = interpolation
         self.resized, self.corners = center_crops(heights, widths, img_size, crop_pct)
         self._windows = center_windows(heights, widths, self.resized, self.corners, img_size)
         self.num_samples, self.batch_size, self.img_size, self.rank = len(heights), batch_size, img_size, rank
-        own = np.array_split(np.arange(len(heights)), world_size)[rank]
+        own = np.array_split(np.arange(len(heights)) if samples is None else samples, world_size)[rank]
         self._batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
         self.steps_per_epoch = len(self._batches)
 
@@ -333,20 +333,20 @@ class EvalPlan:
         return BatchPlan(epoch, step, ids, self._windows[ids], flips, interpolations, (NO_MIX,), center=center)
 
 
-def subset(seed: int, num_samples: int, count: int) -> np.ndarray:
-    """Which `count` of the samples stand for all: int64, ascending; all of them where there are no more.
+def draw_samples(seed: int, num_samples: int, count: int) -> np.ndarray:
+    """int64 (count,), ascending: different ids out of `num_samples`, all of them where `count` is no less.
 
-    A smaller number gives a part of the same samples.
+    They are the first of `TrainPlan`'s order in epoch 0 of the same seed, so a greater count has those of a smaller.
     """
-    keys = _order_keys(np.uint64(seed), num_samples, 0, Stream.SUBSET)
+    keys = _order_keys(np.uint64(seed), num_samples, 0)
     return np.sort(np.argsort(keys, kind="stable")[:count])
 
 
 @njit(cache=True)
-def _order_keys(key: np.uint64, num_samples: int, epoch: int, stream: int) -> np.ndarray:
+def _order_keys(key: np.uint64, num_samples: int, epoch: int) -> np.ndarray:
     keys = np.empty(num_samples, np.uint64)
     for i in range(num_samples):
-        w0, w1, _, _ = philox(key, 0, i, epoch, stream)
+        w0, w1, _, _ = philox(key, 0, i, epoch, _ORDER)
         keys[i] = (w0 << np.uint64(32)) | w1
     return keys
 

@@ -1,4 +1,4 @@
-"""`python -m lowrank_vit.report RUN`: RUN/report.html and its pictures in RUN/report/; RUN may be an analysis too."""
+"""`python -m lowrank_vit.report RUN`: RUN/report.html and its pictures; also of an analysis or a compression."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Options:
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """What `python -m lowrank_vit.train` wrote, usually output/<experiment>; or a folder or *_spectral.json of
-    `python -m lowrank_vit.analyze_spectrum`."""
+    `python -m lowrank_vit.analyze_spectrum`; or the --out of `python -m lowrank_vit.compress`."""
     against: Annotated[Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="(default: none)")] = None
     """Another run, whose scores and spectra stand beside this one's: of the same plan, with another optimizer, say."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,10 @@ import numpy as np
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
-from lowrank_vit.report.flows_plot import flows_plot
+from lowrank_vit.report.compression.plots import curve_plot, ranks_plot
+from lowrank_vit.report.compression.plots import spectra_plot as weighted_spectra_plot
+from lowrank_vit.report.compression.read import Compression, Table, find_compression, read_compression, tables
+from lowrank_vit.report.compression.read import headline as compression_headline
 from lowrank_vit.report.metric_plots import cosine_plot, ema_plot, profile_plot, stable_rank_plot
 from lowrank_vit.report.read import Run, find_analysis, read_analysis, read_run, series
 from lowrank_vit.report.spectra_plots import bulk_plot, spectra_plot, vectors_plot
@@ -34,31 +36,55 @@ _PICTURES = (
     ),
     ("vectors.png", "Cosines between the recorded singular vectors then and now", vectors_plot),
     ("ema.png", "Largest singular value and stable rank of the model and of its moving average", ema_plot),
-    ("flows.png", "How tokens are spread and what attention looks at, over the validations and by depth", flows_plot),
     ("profile.png", "Newest numbers of every matrix over its depth", profile_plot),
+)
+_OF_COMPRESSION = (
+    (
+        "curve.png",
+        "Top-1 and loss over the share of the model that is left, and how well losses were predicted",
+        curve_plot,
+    ),
+    ("ranks.png", "Ranks chosen layer by layer for each budget and method", ranks_plot),
+    (
+        "weighted_spectra.png",
+        "Singular values of the weights as they are and as each method weighs them",
+        weighted_spectra_plot,
+    ),
 )
 
 
 def write_report(path: Path, against: Path | None = None) -> tuple[Path, list[str]]:
-    """Write the report of one run or analysis; returns the folder it is in and the notes on what was missing.
+    """Write the report of one run, analysis or compression; returns its folder and the notes on what was missing.
 
     `against`: another run, which it is compared with in a table.
 
     Raises:
-        UserError: `path` is neither, or its folder cannot be written.
+        UserError: `path` is none of them, or its folder cannot be written.
     """
+    if compression := find_compression(path):
+        if against:
+            raise UserError(f"--against compares runs, and {path} is a compression. Leave it out.")
+        found = read_compression(compression)
+        of_it = {name: (caption, draw(found)) for name, caption, draw in _OF_COMPRESSION}
+        html = compression_html(found, {caption: png for caption, png in of_it.values() if png is not None})
+        _write(compression.parent, html, {name: png for name, (_, png) in of_it.items()})
+        return compression.parent, []
     analysis = find_analysis(path)
     run = read_analysis(analysis) if analysis else read_run(path)
     other = read_run(against) if against else None
-    run_dir = run.path
-    drawn = {name: (caption, png) for name, caption, draw in _PICTURES if (png := draw(run)) is not None}
-    html = report_html(run, dict(drawn.values()), other)
+    drawn = {name: (caption, draw(run)) for name, caption, draw in _PICTURES}
+    html = report_html(run, {caption: png for caption, png in drawn.values() if png is not None}, other)
+    _write(run.path, html, {name: png for name, (_, png) in drawn.items()})
+    return run.path, run.notes
+
+
+def _write(run_dir: Path, html: str, pictures: Mapping[str, bytes | None]) -> None:
     folder = run_dir / "report"
     try:
         folder.mkdir(exist_ok=True)
-        for name, _, _ in _PICTURES:
-            if name in drawn:
-                write_whole(folder / name, drawn[name][1])
+        for name, png in pictures.items():
+            if png is not None:
+                write_whole(folder / name, png)
             else:
                 (folder / name).unlink(missing_ok=True)  # an earlier report's must not pass for this one's
         write_whole(run_dir / "report.html", html.encode("utf-8", "backslashreplace"))  # a page has no other bytes
@@ -66,7 +92,6 @@ def write_report(path: Path, against: Path | None = None) -> tuple[Path, list[st
         raise UserError(
             f"cannot write the report into {run_dir}: {error.strerror or error}; is it writable?"
         ) from error
-    return run_dir, run.notes
 
 
 def report_html(run: Run, pictures: Mapping[str, bytes], other: Run | None = None) -> str:
@@ -77,6 +102,37 @@ def report_html(run: Run, pictures: Mapping[str, bytes], other: Run | None = Non
         pictures: what a picture shows (its alternative text) to its PNG bytes, in the order they are shown.
         other: a run to compare with.
     """
+    standing = run.status.in_words if run.status else ""
+    return _page(
+        title=run.path.resolve().name,
+        model=str(run.args.get("model") or ""),
+        headline=headline(run),
+        notes=[note for note in (standing, *run.notes) if note],
+        pictures=pictures,
+        tables=[final_numbers(run), spectral_numbers(run), *([comparison(run, other)] if other else [])],
+        steps=_what_next(run),
+        arguments=run.args,
+        environment=run.environment,
+    )
+
+
+def compression_html(found: Compression, pictures: Mapping[str, bytes]) -> str:
+    """The page of a compression; `pictures` as for a run."""
+    content = found.content
+    return _page(
+        title=found.path.resolve().parent.name,
+        model=found.subtitle,
+        headline=compression_headline(found),
+        notes=[str(note) for note in content.get("notes", ())],
+        pictures=pictures,
+        tables=tables(found),
+        steps=None,
+        arguments={**content["source"], **content.get("options", {})},
+        environment=content.get("environment", {}),
+    )
+
+
+def _page(*, pictures: Mapping[str, bytes], **parts: Any) -> str:
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -85,18 +141,8 @@ def report_html(run: Run, pictures: Mapping[str, bytes], other: Run | None = Non
         keep_trailing_newline=True,
     )
     templates.filters["as_typed"] = _as_typed
-    standing = run.status.in_words if run.status else ""
-    return templates.get_template("page.html").render(
-        title=run.path.resolve().name,
-        model=str(run.args.get("model") or ""),
-        headline=headline(run),
-        notes=[note for note in (standing, *run.notes) if note],
-        pictures={caption: base64.b64encode(png).decode("ascii") for caption, png in pictures.items()},
-        tables=[final_numbers(run), spectral_numbers(run), *([comparison(run, other)] if other else [])],
-        steps=_what_next(run),
-        arguments=run.args,
-        environment=run.environment,
-    )
+    encoded = {caption: base64.b64encode(png).decode("ascii") for caption, png in pictures.items()}
+    return templates.get_template("page.html").render(pictures=encoded, **parts)
 
 
 def _what_next(run: Run) -> list[Step] | None:
@@ -116,15 +162,6 @@ def _as_typed(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(_as_typed(item) for item in value)
     return str(value)
-
-
-@dataclass(frozen=True)
-class Table:
-    """A heading and rows of text; the first cell of a row is its name."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
 
 
 _MEASURES = (

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from lowrank_vit.common.errors import UserError
@@ -27,11 +27,13 @@ from lowrank_vit.score.evaluate import Batches, Scores
 class ScoringProgress:
     """Counts images, on stderr: a live line, or a line a minute where that is no terminal. Use as a context."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, doing: str = "", unit: str = "images") -> None:
+        """`doing`: what is done, before the bar; `unit`: what is counted, in the plural."""
         self._bar = Progress(
+            *([TextColumn(doing, markup=False)] if doing else ()),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            _Speed(),
+            *([_Speed()] if unit == "images" else ()),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             disable=not sys.stderr.isatty(),
@@ -40,6 +42,7 @@ class ScoringProgress:
         )
         self._task = self._bar.add_task("", total=total)
         self._done, self._steady = 0, Steady(total, say_beside if self._bar.disable else None)
+        self._what = f"{doing}, {unit}:" if doing else f"{unit}:"
 
     def __enter__(self) -> ScoringProgress:
         self._bar.start()
@@ -52,7 +55,7 @@ class ScoringProgress:
         """Count more images."""
         self._bar.update(self._task, advance=images)
         self._done += images
-        self._steady.tell(self._done, "images:")
+        self._steady.tell(self._done, self._what)
 
 
 class Counted:

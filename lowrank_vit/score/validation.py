@@ -99,7 +99,7 @@ def _validate(options: ValidateOptions, say: Callable[[str], object], world: Wor
     world.progress.enter("opening the data, or converting or staging them")
     path = _find_data(options, scorer.args, say)
     beton, spec = Beton(path), scorer.spec
-    _follow_model(scorer, beton, options, say)
+    follow_model(scorer, beton, Trust(options.trust_labels, options.class_order), say)
     agree(world, "data", lambda: data_record({"set": beton}, scorer.model), "opening the data")
     batch_size = min(options.batch_size, beton.num_samples)
     plan = EvalPlan(
@@ -190,12 +190,11 @@ def _confusions(scores: Scores, names: list[str], subtitle: str) -> bytes:
     return confusion_plot(scores.confusion.numpy(), names, subtitle)
 
 
-def _follow_model(scorer: Scorer, beton: Beton, options: ValidateOptions, say: Callable[[str], object]) -> None:
+def follow_model(scorer: Scorer, beton: Beton, trust: Trust, say: Callable[[str], object]) -> None:
     """Give the set the labels of the model's outputs. Raises `UserError` if they cannot be compared."""
     of_data = Classes(str(beton.path), beton.num_classes, beton.classes)
     for remark in count_remarks(beton.path, beton.path.stem, beton.classes or (), beton.num_samples):
         say(remark)
-    trust = Trust(options.trust_labels, options.class_order)
     found = match(of_data, scorer.classes, trust, _own_data(scorer, beton.path))
     for remark in found.remarks:
         say(f"note: {remark}")

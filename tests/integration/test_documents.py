@@ -46,6 +46,7 @@ SMALLER = {
     "lowrank_vit.validate": "--device cpu --loader resident -b 10 --workers 1",
     "lowrank_vit.inference": "--device cpu --workers 1",
     "lowrank_vit.augment": "--img-size 32",
+    "lowrank_vit.compress": "SIZE --device cpu --loader resident -b 10 --workers 1 --calibration-images 20",
 }
 """Flags that make a command small; what they name is the only part of it that does not run as it stands."""
 NOT_OURS = ("pytest", "ruff", "pyright")
@@ -152,7 +153,8 @@ class Reader:
         elif module == "data_prep":
             self.prepare(arguments)
         else:
-            more = shlex.split(SMALLER.get(module, ""))
+            size = "--budget" if "--budget" in arguments else "--budgets"  # most of so small a model is no target
+            more = shlex.split(SMALLER.get(module, "").replace("SIZE", f"{size} 0.9"))
             with self._monkeypatch.context() as patch:
                 if "--pretrained" in arguments:  # there may be no network
                     patch.setattr(timm, "create_model", lambda name, **_: VisionTransformer(**TINY_OPTIONS))

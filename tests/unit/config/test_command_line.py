@@ -22,6 +22,7 @@ from lowrank_vit.config.command_line import read, read_options
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.option_types import hints_of, kind_of, leaves
 from lowrank_vit.config.options import Config, LoaderName
+from lowrank_vit.lowrank.options import CompressOptions
 from lowrank_vit.report.__main__ import Options as ReportOptions
 from lowrank_vit.score.options import PredictOptions, ValidateOptions
 
@@ -240,6 +241,7 @@ COMMANDS: dict[str, Any] = {
     "validate": ValidateOptions,
     "inference": PredictOptions,
     "analyze_spectrum": analyze_spectrum.Options,
+    "compress": CompressOptions,
     "report": ReportOptions,
 }
 PATHS = [
@@ -311,6 +313,7 @@ EVERY = {
     "validate": ("lowrank_vit.validate", "Give --checkpoint FILE", "Give --checkpoint FILE"),
     "inference": ("lowrank_vit.inference", "Give images or folders", "--input wrong does not exist"),
     "analyze-spectrum": ("lowrank_vit.analyze_spectrum", "Give one of --checkpoint", "`wrong` belongs to no option"),
+    "compress": ("lowrank_vit.compress", "needs CHECKPOINT. --help tells more", "--data DIR is missing"),
     "report": ("lowrank_vit.report.__main__", "needs RUN. --help tells more", "no run directory at wrong"),
     "augment": ("lowrank_vit.augment.__main__", None, "--preview FILE.png is missing"),
     "completion": ("lowrank_vit.config.completion", None, "`wrong` is not a shell of"),
@@ -395,6 +398,7 @@ def test_what_is_wrong_is_told_before_torch_is_loaded(tmp_path):
         "validate": ["--batch-size x", "--tta 1", "", "--input-size 3 1"],
         "inference": ["--topk 0 a", "nowhere --checkpoint x", ""],
         "analyze_spectrum": ["--topk 0", "wrong", ""],
+        "compress": ["a", "a --budget 2 --save b", "a --method svdd", ""],
         "report.__main__": ["a b", ""],
         "augment.__main__": ["wrong", "--preview a.jpg", "--preview a.png --lr abc"],
     }

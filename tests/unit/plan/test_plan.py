@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedC
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.plan.mixing import MixRules, cut_box
 from lowrank_vit.plan.operations import parse_policy
-from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan, TrainRules, subset
+from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan, TrainRules, draw_samples
 from lowrank_vit.plan.rectangles import center_crops, center_windows
 from tests.distributions import assert_same_distribution
 from tests.slots import joined
@@ -51,17 +52,6 @@ def test_positions_in_the_order_are_uniform():
     plan = make_plan(10, batch_size=1)
     first = np.bincount([plan.order(epoch)[0] for epoch in range(5000)], minlength=10)
     assert stats.chisquare(first).pvalue > 1e-4
-
-
-def test_a_subset_is_of_the_seed_alone_and_a_smaller_one_a_part_of_it():
-    chosen = subset(7, 101, 20)
-    assert chosen.tolist() == sorted(set(chosen.tolist()))
-    assert np.array_equal(chosen, subset(7, 101, 20))
-    assert set(subset(7, 101, 5).tolist()) < set(chosen.tolist())
-    assert not np.array_equal(chosen, subset(8, 101, 20))
-    assert not np.array_equal(chosen, np.sort(make_plan().order(0)[:20]))  # of a stream of its own
-    counts = np.bincount(np.concatenate([subset(seed, 10, 3) for seed in range(2000)]), minlength=10)
-    assert stats.chisquare(counts).pvalue > 1e-4
 
 
 EVERYTHING = TrainRules(
@@ -337,3 +327,21 @@ def test_evaluation_windows_are_the_crops_in_stored_pixels():
     side, top, left = 375 * 224 / 248, 12 * 375 / 248, 53 * 500 / 330
     assert windows[0].tolist() == [round(top), round(left), round(side), round(500 * 224 / 330)]
     assert windows[1].tolist() == [0, 0, 7, 7]
+
+
+def test_samples_that_are_drawn_are_those_that_come_first_in_training():
+    sizes = np.full(50, 8)
+    order = TrainPlan(sizes, sizes, TrainRules(), seed=7, img_size=8, batch_size=5).order(0)
+    for count in (1, 20, 50, 60):
+        assert draw_samples(7, 50, count).tolist() == sorted(order[:count].tolist())
+    assert draw_samples(8, 50, 20).tolist() != draw_samples(7, 50, 20).tolist()
+
+
+def test_an_evaluation_of_some_samples_cuts_each_as_that_of_all():
+    heights, widths = np.array([9, 20, 33, 8, 15, 64]), np.array([30, 8, 33, 9, 12, 8])
+    some = np.array([1, 2, 5])
+    rules: dict[str, Any] = {"img_size": 8, "crop_pct": 0.9, "batch_size": 2}
+    of_all, of_some = EvalPlan(heights, widths, **rules), EvalPlan(heights, widths, samples=some, **rules)
+    assert [ids.tolist() for ids in of_some.ids(0)] == [[1, 2], [5]]
+    assert of_some.steps_per_epoch == 2
+    assert (of_some.batch(0, 0, some[:2]).windows == of_all.batch(0, 0, some[:2]).windows).all()

@@ -1,0 +1,309 @@
+"""What `compress` does, from a checkpoint and images to a table, files and smaller checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from lowrank_vit.common import terminal
+from lowrank_vit.common.devices import pick_device, why_on_cpu
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.program import pasteable_command
+from lowrank_vit.lowrank.allocation import least_budget
+from lowrank_vit.lowrank.calibration import Moments, calibrate
+from lowrank_vit.lowrank.curve import (
+    Point,
+    Subject,
+    constant_candidates,
+    constant_of,
+    decompose,
+    in_turn,
+    layers_alone,
+    point,
+    spectra_of,
+)
+from lowrank_vit.lowrank.images import Images
+from lowrank_vit.lowrank.latency import ROUNDS, Speed, forward_of, layer_speeds, time_in_turns
+from lowrank_vit.lowrank.layers import costs_of, save_compressed
+from lowrank_vit.lowrank.options import CompressOptions, Curve
+from lowrank_vit.lowrank.results import NAME, Result, check_out, print_points, write_files
+from lowrank_vit.lowrank.targets import find_targets, parts_of_targets
+from lowrank_vit.lowrank.truncate import Decomposition
+from lowrank_vit.model.low_rank import merge
+from lowrank_vit.model.weights import COMPRESSION, read_checkpoint
+from lowrank_vit.run.directory import environment
+from lowrank_vit.score.options import ModelOptions
+from lowrank_vit.score.results import ScoringProgress, interval, make_folder_of
+from lowrank_vit.score.scorer import Scorer, load_scorer
+
+ROOM_BYTES = 2 << 30
+"""What the factors may take of the models that wait for being scored in one pass."""
+_LATENCY_IMAGES = (1, 32)
+Say = Callable[[str], object]
+
+
+def compress(options: CompressOptions, say: Say = terminal.say) -> Result | None:
+    """Measure a curve, or make one model; print a table and write what is asked for. Raises `UserError`.
+
+    None for `svd` without data, of which nothing is measured.
+    """
+    job = _Job(options, say)
+    return job.without_data() if options.data.data is None else job.run()
+
+
+class _Job:
+    """One call: the model, its targets, and where things go."""
+
+    def __init__(self, options: CompressOptions, say: Say) -> None:
+        self.options, self.say = options, say
+        files = options.files
+        for path in (files.save, files.merge, files.out and files.out / f"{NAME}.json"):
+            if path:
+                make_folder_of(path)
+        self.device = pick_device(options.running.device)
+        if why := why_on_cpu(options.running.device, self.device):
+            say(why)
+        source = options.source
+        of_model = ModelOptions(checkpoint=source.checkpoint, use_ema=source.use_ema, model=source.model)
+        self.scorer: Scorer = load_scorer(of_model, self.device, say)
+        model = self.scorer.model
+        say(f"{self.scorer.origin}: {self.scorer.name}, {sum(p.numel() for p in model.parameters()):,} parameters")
+        img_size = self.scorer.spec.img_size
+        targets = find_targets(model, source.targets, img_size=img_size, say=say)
+        parts = parts_of_targets(model, targets, source.split)
+        self.subject = Subject(model, targets, parts, costs_of(model, targets, img_size=img_size, parts=parts))
+        self.fingerprint = fingerprint(model.state_dict())
+        if options.files.out:
+            check_out(options.files.out, self.fingerprint)
+        for flag, path in (("--save", options.files.save), ("--merge", options.files.merge)):
+            if path and path.exists():
+                self._check_free(flag, path)
+        self.budgets = self._budgets()
+        self.method = "kfac" if "kfac" in options.methods else options.methods[-1]
+        """Of the constant, of the layers' sensitivities, and of the models whose latency is measured."""
+
+    def _budgets(self) -> tuple[float, ...]:
+        """Those that the model can have. Raises `UserError` for one that was asked for and is too small."""
+        by, given = self.options.curve.by, self.options.budgets
+        least = least_budget(self.subject.costs, by)
+        kept = tuple(budget for budget in given if budget >= least)
+        if len(kept) == len(given):
+            return kept
+        what = "parameters" if by == "params" else "FLOPs"
+        needs = (
+            f"what is not factorised, and rank 1 of every target, are {100 * least:.2f} % of the model's {what}, more "
+            f"than a budget of {min(given):g}"
+        )
+        if kept and self.options.curve.budgets == Curve.budgets:
+            self.say(f"note: {needs}; it is left out")
+            return kept
+        flag = "--budget" if self.options.files.budget is not None else "--budgets"
+        raise UserError(f"{flag}: {needs}. Give at least {_rounded_up(least)}, or more layers with --targets.")
+
+    def _check_free(self, flag: str, path: Path) -> None:
+        """Raise `UserError` where a file is there that is not of the same weights by this command."""
+        about: Any = read_checkpoint(path, flag).content.get(COMPRESSION)
+        if not isinstance(about, dict) or about.get("fingerprint") != self.fingerprint:
+            of = about.get("checkpoint", "another one") if isinstance(about, dict) else "no compression"
+            raise UserError(f"{flag} {path} is there already, of other weights ({of}). Give another name.")
+
+    def without_data(self) -> None:
+        """One model by `svd`, which is saved and not scored."""
+        with ScoringProgress(len(self.subject.targets), "decomposing by svd", "layers") as bar:
+            found = decompose(self.subject, "svd", None, bar.advance)
+        made = point(self.subject, found, "svd", self.options.allocations[0], self.budgets[0], self.options.curve.by)
+        self._save(made, None)
+
+    def run(self) -> Result:
+        """Score every point, print the table, write what is asked for."""
+        options = self.options
+        with Images(options, self.scorer, self.device, self.say) as images:
+            result = self._measured(images)
+        _print(result, self.say)
+        if options.files.budget is not None:
+            self._save(result.points[0], result)
+        if options.files.out:
+            if options.curve.latency:
+                result.latency = self._latency(result.points)
+            self._write(options.files.out, result, images)
+        return result
+
+    def _measured(self, images: Images) -> Result:
+        """Calibrate, make the points of each method in turn, and score them, as many in a pass as there is room for."""
+        options, subject, curve = self.options, self.subject, self.options.curve
+        with ScoringProgress(images.num_calibration, "calibrating") as bar:
+            moments = self._calibrated(images, bar)
+        if images.num_calibration_classes == 1 < self.scorer.num_classes:
+            self.say("note: all calibration images are of one class, so moments tell little of the others")
+        (original,) = images.score([subject.model])
+        whole = {"params": subject.costs.count({}), "flops": subject.costs.count({}, "flops")}
+        result = Result(original, whole, [])
+        result.shapes = {name: (layer.out_features, layer.in_features) for name, layer in subject.targets.items()}
+        waiting: list[Point] = []
+        for method in options.methods:
+            with ScoringProgress(len(subject.targets), f"decomposing by {method}", "layers") as bar:
+                found = decompose(subject, method, moments, bar.advance)
+            result.spectra[method] = spectra_of(found)
+            if method == self.method:
+                self._constant(images, found, result)
+                self._layers_alone(images, found, result)
+            chosen = [(allocation, budget) for allocation in options.allocations for budget in self.budgets]
+            made = [point(subject, found, method, *one, curve.by) for one in chosen]
+            waiting += [self._in_turn(images, one) for one in made] if curve.sequential else made
+            if method == options.methods[-1] or sum(one.size for one in waiting) > ROOM_BYTES:
+                scores = images.score([subject.with_factors(one.factors) for one in waiting])
+                pairs = zip(waiting, scores, strict=True)
+                result.points += [one.scored(each, keep=self._is_kept(one)) for one, each in pairs]
+                waiting = []
+        return result
+
+    def _is_kept(self, one: Point) -> bool:
+        """Whether a point's model is needed after it was scored."""
+        return one.method == self.method and one.allocation == self.options.allocations[0]
+
+    def _calibrated(self, images: Images, bar: ScoringProgress) -> dict[str, Moments]:
+        subject, seen = self.subject, [0]
+
+        def progress(count: int) -> None:
+            bar.advance(count - seen[0])
+            seen[0] = count
+
+        of_data = images.calibration()
+        seed, pieces = self.options.data.seed, subject.parts
+        return calibrate(subject.model, of_data, subject.targets, seed=seed, pieces=pieces, progress=progress)
+
+    def _in_turn(self, images: Images, made: Point) -> Point:
+        blocks = len({name.rpartition(".")[0].rpartition(".")[0] for name in self.subject.targets})
+        doing = f"{made.method} at {made.budget:g}, block after block"
+        with ScoringProgress(blocks * images.num_calibration, doing) as bar:
+            return in_turn(self.subject, made, images.calibration, self.options.data.seed, bar.advance)
+
+    def _constant(self, images: Images, found: Mapping[str, Decomposition], result: Result) -> None:
+        candidates = constant_candidates(self.subject, found, self.method)
+        models = [self.subject.with_factors(one.factors) for one in candidates]
+        scores = images.score([self.subject.model, *models], "calibration")
+        result.constant, result.constant_from = constant_of(self.subject, candidates, scores)
+
+    def _layers_alone(self, images: Images, found: Mapping[str, Decomposition], result: Result) -> None:
+        is_measured = self.options.curve.measure_layers
+        result.layers_by = self.method
+        result.layers = layers_alone(self.subject, found, with_factors=is_measured)
+        if is_measured:
+            result.layer_scores = images.score([self.subject.with_factors(one.factors) for one in result.layers])
+
+    def _latency(self, points: Sequence[Point]) -> dict[str, Any]:
+        """Times of the original beside those of the kept points, and where a layer gets faster, by device."""
+        kept = [one for one in points if one.factors]
+        shapes = list(dict.fromkeys((one.rows, one.columns) for one in self.subject.costs.layers.values()))
+        tokens = max(one.tokens for one in self.subject.costs.layers.values())
+        devices = list(dict.fromkeys((torch.device("cpu"), self.device)))
+        models, layers = list[dict[str, Any]](), list[dict[str, Any]]()
+        total = len(devices) * ROUNDS * (len(_LATENCY_IMAGES) * (1 + len(kept)) + 9 * len(shapes))
+        with ScoringProgress(total, "timing", "samples") as bar:
+            for device in devices:
+                tested = [self.subject.model, *(self.subject.with_factors(one.factors) for one in kept)]
+                tested = [copy.deepcopy(model).to(device) for model in tested]
+                for count in _LATENCY_IMAGES:
+                    size = self.scorer.spec.img_size
+                    images = torch.zeros(count, 3, size, size, device=device).to(memory_format=torch.channels_last)
+                    speeds = time_in_turns([forward_of(m, images) for m in tested], device, tick=bar.advance)
+                    for made, speed in zip((None, *kept), speeds, strict=True):
+                        models.append(_timed(made, speed, self.subject) | {"device": str(device), "images": count})
+                found = layer_speeds(shapes, _LATENCY_IMAGES[-1] * tokens, device, tick=bar.advance)
+                layers += [one.content() | {"device": str(device)} for one in found]
+        return {"models": models, "layers": layers}
+
+    def _write(self, out: Path, result: Result, images: Images) -> None:
+        options, scorer = self.options, self.scorer
+        source = {
+            "checkpoint": str(options.source.checkpoint),
+            "weights": "ema" if options.source.use_ema else "model",
+            "fingerprint": self.fingerprint,
+            "model": scorer.name,
+            "img_size": scorer.spec.img_size,
+        }
+        calibration = {"set": str(images.train.path), "images": images.num_calibration, "seed": options.data.seed}
+        about = {
+            "source": source,
+            "data": str(images.val.path),
+            "by": options.curve.by,
+            "split": options.source.split,
+            "sequential": options.curve.sequential,
+            "calibration": calibration,
+            "environment": environment(self.device),
+        }
+        written = write_files(result.content(about), out)
+        terminal.output_is_in_files()
+        self.say(f"written: {', '.join(map(str, written))}")
+        self.say(f"as a page: {pasteable_command('lowrank_vit.report')} {out}")
+
+    def _save(self, made: Point, result: Result | None) -> None:
+        """Write the checkpoints of a point, with how they were made."""
+        options, files = self.options, self.options.files
+        about: dict[str, Any] = {
+            "fingerprint": self.fingerprint,
+            "checkpoint": str(options.source.checkpoint),
+            "weights": "ema" if options.source.use_ema else "model",
+            **{name: getattr(made, name) for name in ("method", "allocation", "budget", "params", "flops")},
+            "by": options.curve.by,
+            "targets": options.source.targets,
+            "split": options.source.split,
+            "sequential": options.curve.sequential,
+            "calibration_images": options.data.calibration_images if result else 0,
+            "seed": options.data.seed,
+        }
+        if made.scores:
+            about |= {"top1": made.scores.top1, "loss": made.scores.loss}
+        source = read_checkpoint(options.source.checkpoint)
+        model = self.subject.with_factors(made.factors)
+        for path, is_merged in ((files.save, False), (files.merge, True)):
+            if path is None:
+                continue
+            if is_merged:
+                merge(model)
+            save_compressed(model, path, source, self.scorer.name, about)
+            terminal.output_is_in_files()
+            size = sum(parameter.numel() for parameter in model.parameters())
+            what = "its original shapes" if is_merged else f"{len(made.factors)} layers in factors"
+            self.say(f"wrote {path}: {size:,} parameters, {what}, its weights as `state_dict`")
+
+
+def _timed(made: Point | None, speed: Speed, subject: Subject) -> dict[str, Any]:
+    flops = subject.costs.count(made.ranks if made else {}, "flops")
+    of = {"method": made and made.method, "allocation": made and made.allocation, "budget": made and made.budget}
+    return {**of, "flops": flops, **speed.content()}
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types and values of a state dict, so that one state of the weights is told from another."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _rounded_up(share: float) -> str:
+    return f"{math.ceil(1e4 * share) / 1e4:g}"
+
+
+def _print(result: Result, say: Say) -> None:
+    """The table, and what it comes to."""
+    low, high = interval(result.original.top1, len(result.original.losses_N))
+    say(
+        f"original: top-1 {result.original.top1:.2f} % (95 %: {low:.2f} to {high:.2f}), "
+        f"loss {result.original.loss:.4f}, {len(result.original.losses_N):,} samples"
+    )
+    print_points(result, result.points, Console(highlight=False))
+    if result.constant_from:
+        say("±: one standard error of differences that are paired by sample")
+        unclear = "" if result.constant_from["is_clear"] else ": no rise was clear there"
+        say(f"predicted with a constant of {result.constant:.3g}, of the calibration images{unclear}")

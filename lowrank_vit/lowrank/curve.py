@@ -1,0 +1,206 @@
+"""Points of a curve: what a method makes of a model at a budget, what that is predicted to cost, and what it does cost.
+
+Losses are in nats an image, top-1 in percent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowrank_vit.lowrank.allocation import (
+    ALLOCATIONS,
+    Measured,
+    Ranks,
+    least_budget,
+    measured_constant,
+    predicted_loss,
+    sensitivities,
+)
+from lowrank_vit.lowrank.calibration import Moments, calibrate_in_turn
+from lowrank_vit.lowrank.layers import By, Costs, Factors, factorise
+from lowrank_vit.lowrank.methods import METHODS
+from lowrank_vit.lowrank.scoring import SampleScores, copy_of
+from lowrank_vit.lowrank.truncate import Decomposition, decompose_layers
+
+Tick = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is compressed: a model, the layers of it that may be, and what they cost."""
+
+    model: nn.Module
+    targets: dict[str, nn.Linear]
+    parts: dict[str, int]
+    costs: Costs
+
+    def with_factors(self, factors: Mapping[str, Factors]) -> nn.Module:
+        """A copy with these layers in factors, which shares all else with the model."""
+        made = copy_of(self.model)
+        factorise(made, factors)
+        return made
+
+
+@dataclass(frozen=True)
+class Point:
+    """A smaller model."""
+
+    method: str
+    allocation: str
+    budget: float
+    ranks: Ranks
+    params: int
+    flops: int
+    predicted: float
+    """Rise of the loss, before it is multiplied by the constant; NaN without moments."""
+    factors: dict[str, Factors] = field(repr=False)
+    scores: SampleScores | None = field(default=None, repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes that the factors take."""
+        return sum(t.numel() * t.element_size() for one in self.factors.values() for t in one if t is not None)
+
+    def scored(self, scores: SampleScores, *, keep: bool) -> Point:
+        """The same with its scores, and without its factors, which take memory, unless they are to be kept."""
+        return replace(self, scores=scores, factors=self.factors if keep else {})
+
+    def content(self, original: SampleScores, constant: float) -> dict[str, Any]:
+        """As plain values; a number that is not finite is None."""
+        assert self.scores is not None
+        than, loss = self.scores.than(original), self.scores.loss
+        numbers = {
+            "top1": self.scores.top1,
+            "loss": loss,
+            "predicted_loss": original.loss + constant * self.predicted,
+            "top1_difference": than.top1,
+            "top1_error": than.top1_error,
+            "loss_difference": than.loss,
+            "loss_error": than.loss_error,
+        }
+        sizes = {"budget": self.budget, "params": self.params, "flops": self.flops}
+        return {
+            "method": self.method,
+            "allocation": self.allocation,
+            **sizes,
+            **{name: plain(value) for name, value in numbers.items()},
+            "ranks": self.ranks,
+        }
+
+
+def plain(value: float) -> float | None:
+    """The number, or None for what JSON does not know."""
+    return value if math.isfinite(value) else None
+
+
+def decompose(
+    subject: Subject, method: str, moments: Mapping[str, Moments] | None, tick: Tick
+) -> dict[str, Decomposition]:
+    """All layers by a method; `tick` is told how many more are done. Raises `UserError`."""
+    return decompose_layers(subject.targets, METHODS[method], moments, parts=subject.parts, progress=lambda _: tick(1))
+
+
+def point(
+    subject: Subject,
+    decompositions: Mapping[str, Decomposition],
+    method: str,
+    allocation: str,
+    budget: float,
+    by: By = "params",
+) -> Point:
+    """The model of a budget. Raises `UserError` for one below what the model needs."""
+    ranks = ALLOCATIONS[allocation](decompositions, budget, subject.costs, by)
+    factors = {name: decompositions[name].factors(rank) for name, rank in ranks.items()}
+    sizes = subject.costs.count(ranks), subject.costs.count(ranks, "flops")
+    return Point(method, allocation, budget, ranks, *sizes, predicted_loss(decompositions, ranks), factors)
+
+
+def in_turn(subject: Subject, made: Point, batches: Callable[[], Iterable[Tensor]], seed: int, tick: Tick) -> Point:
+    """The same ranks with factors by moments behind the compressed layers before each, block after block.
+
+    Its predicted loss stays that of the factors before. `tick` is told of images.
+    """
+    model = copy_of(subject.model)
+    factors: dict[str, Factors] = {}
+    layers = {name: model.get_submodule(name) for name in subject.targets}
+    targets = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+
+    def compress(moments: dict[str, Moments]) -> None:
+        block = {name: targets[name] for name in moments if name in made.ranks}
+        found = decompose_layers(block, METHODS[made.method], moments, parts=subject.parts)
+        of_block = {name: one.factors(made.ranks[name]) for name, one in found.items()}
+        factorise(model, of_block)
+        factors.update(of_block)
+
+    seen = [0]
+
+    def progress(images: int) -> None:
+        tick(images - seen[0])
+        seen[0] = images
+
+    calibrate_in_turn(model, batches, targets, compress, seed=seed, pieces=subject.parts, progress=progress)
+    return replace(made, factors=factors)
+
+
+def constant_candidates(subject: Subject, decompositions: Mapping[str, Decomposition], method: str) -> list[Point]:
+    """Truncations by greedy ranks near a tenth of the targets' parameters, the first where the constant is measured.
+
+    The second is for a model of which a tenth is enough. Neither is below what the model needs.
+    """
+    rest, whole = subject.costs.rest["params"], subject.costs.count({})
+    shares = (max(least_budget(subject.costs), (rest + share * (whole - rest)) / whole) for share in (0.1, 0.05))
+    return [point(subject, decompositions, method, "greedy", share) for share in shares]
+
+
+def constant_of(
+    subject: Subject, candidates: Sequence[Point], scores: Sequence[SampleScores]
+) -> tuple[float, dict[str, Any]]:
+    """What predicted losses are multiplied by, and where it comes from; `scores`: the original's, then one each.
+
+    The first candidate counts whose loss rises by more than two standard errors; without one it is 1.
+    """
+    original, others = scores[0], scores[1:]
+    differences = [one.than(original) for one in others]
+    clear = [n for n, one in enumerate(differences) if one.loss > 2 * one.loss_error]
+    n = clear[0] if clear else 0
+    made, rise = candidates[n], differences[n]
+    rest, whole = subject.costs.rest["params"], subject.costs.count({})
+    share = (made.params - rest) / (whole - rest)
+    value = measured_constant([Measured(share, made.predicted, rise.loss)] if clear else [])
+    of = {"method": made.method, "allocation": made.allocation, "budget": made.budget, "targets_share": share}
+    measured = {"measured": plain(rise.loss), "error": plain(rise.loss_error), "predicted": plain(made.predicted)}
+    return value, {"value": value, "is_clear": bool(clear), **of, **measured, "images": len(original.losses_N)}
+
+
+@dataclass(frozen=True)
+class LayerPoint:
+    """One layer at a rank, all others as they are."""
+
+    layer: str
+    share: float
+    rank: int
+    predicted: float
+    factors: dict[str, Factors] = field(repr=False)
+
+
+def layers_alone(
+    subject: Subject, decompositions: Mapping[str, Decomposition], *, with_factors: bool
+) -> list[LayerPoint]:
+    """Every layer at some shares of its parameters; factors, to be scored with, only where asked for."""
+    found: list[LayerPoint] = []
+    for row in sensitivities(decompositions, subject.costs):
+        name, rank = str(row["layer"]), int(row["rank"])
+        factors = {name: decompositions[name].factors(rank)} if with_factors else {}
+        found.append(LayerPoint(name, float(row["share"]), rank, float(row["predicted_loss"]), factors))
+    return found
+
+
+def spectra_of(decompositions: Mapping[str, Decomposition]) -> dict[str, list[float]]:
+    """By layer the singular values of what is truncated, of all its parts together, descending, in six digits."""
+    values = {name: sorted(one.values_PK.ravel().tolist(), reverse=True) for name, one in decompositions.items()}
+    return {name: [float(f"{value:.6g}") for value in of_layer] for name, of_layer in values.items()}

@@ -1,0 +1,100 @@
+"""The images that a compression needs: some of the training set to take moments from, all of validation to score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lowrank_vit.common import terminal
+from lowrank_vit.common.filters import FILTERS
+from lowrank_vit.data.choose import open_loader
+from lowrank_vit.data.decode.backend import LoaderOptions, usual_workers
+from lowrank_vit.data.loader import Loader
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.data.sets.datasets import DataOptions, locate
+from lowrank_vit.lowrank.options import CompressOptions
+from lowrank_vit.lowrank.scoring import SampleScores, score_models
+from lowrank_vit.model.class_match import Trust
+from lowrank_vit.plan.plans import EvalPlan, draw_samples
+from lowrank_vit.score.results import Counted, ScoringProgress
+from lowrank_vit.score.scorer import Scorer
+from lowrank_vit.score.validation import follow_model
+
+
+class Images:
+    """Batches of both sets as validation sees them. Use it as a context."""
+
+    def __init__(
+        self,
+        options: CompressOptions,
+        scorer: Scorer,
+        device: torch.device,
+        say: Callable[[str], object] = terminal.say,
+    ) -> None:
+        """Open, and convert if need be, what --data holds, with the labels of the model. Raises `UserError`."""
+        self._options, self._scorer, self._device, self._say = options, scorer, device, say
+        self._stack = ExitStack()
+        data = options.data
+        nested: Any = data.nested_classes or scorer.args.get("nested-classes") or "leaf"
+        where = DataOptions(data.dataset, data.data, False, data.beton_dir, data.train_split, data.val_split)
+        self.train, self.val = (Beton(path) for path in locate(replace(where, nested=nested), say))
+        for beton in (self.train, self.val):
+            follow_model(scorer, beton, Trust(data.trust_labels), say)
+        count = min(data.calibration_images, self.train.num_samples)
+        self.calibration_ids = draw_samples(data.seed, self.train.num_samples, count)
+        self._loaders: dict[str, Loader] = {}
+
+    def __enter__(self) -> Images:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def num_calibration(self) -> int:
+        """How many images moments are taken from."""
+        return len(self.calibration_ids)
+
+    @property
+    def num_calibration_classes(self) -> int:
+        """How many classes they are of."""
+        return len(np.unique(self.train.labels[self.calibration_ids]))
+
+    def calibration(self) -> Iterator[Tensor]:
+        """The calibration images, normalised, batch by batch."""
+        for batch in self._loader("calibration").batches(0):
+            yield self._scorer.augment.normalize(batch.images)
+
+    def score(self, models: Sequence[nn.Module], which: str = "validation") -> list[SampleScores]:
+        """Score models on every image of "validation", or of "calibration", once and in one pass, with progress."""
+        count = self.val.num_samples if which == "validation" else self.num_calibration
+        doing = f"scoring {len(models)} models" if len(models) > 1 else "scoring"
+        with ScoringProgress(count, doing) as progress:
+            batches = Counted(self._loader(which), progress.advance).batches(0)
+            return score_models(models, batches, self._scorer.augment.normalize)
+
+    def _loader(self, which: str) -> Loader:
+        """The loader of a set, opened when it is first asked for."""
+        if which not in self._loaders:
+            ids, beton = (None, self.val) if which == "validation" else (self.calibration_ids, self.train)
+            spec, running = self._scorer.spec, self._options.running
+            plan = EvalPlan(
+                beton.heights,
+                beton.widths,
+                img_size=spec.img_size,
+                crop_pct=spec.crop_pct,
+                batch_size=min(running.batch_size, beton.num_samples),
+                interpolation=FILTERS[self._scorer.interpolation],
+                samples=ids,
+            )
+            decoding = LoaderOptions(running.loader, running.workers or usual_workers(self._device))
+            self._loaders[which], line = open_loader(beton, plan, self._device, decoding, say=self._say)
+            self._stack.callback(self._loaders[which].close)
+            self._say(line if ids is None else f"{line}, of which {len(ids):,} calibrate")
+        return self._loaders[which]

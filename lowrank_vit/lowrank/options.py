@@ -1,0 +1,177 @@
+"""The options of `compress`; nothing heavy is imported, so that a wrong one is told at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.check import check_ranges
+from lowrank_vit.config.option_types import POSITIVE, Range
+from lowrank_vit.config.options import LoaderName
+
+Method = Literal["svd", "asvd", "fwsvd", "svdllm", "kfac"]
+METHODS: tuple[Method, ...] = ("svd", "asvd", "fwsvd", "svdllm", "kfac")
+Allocation = Literal["uniform", "energy", "greedy"]
+NONE = "(default: none)"
+"""Of options without a value of their own."""
+SHARE = Range(0, 1, open_low=True)
+_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors")
+"""Of checkpoints that can be written."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is compressed."""
+
+    checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]]
+    """A run's model_best.pth.tar or last.pth.tar, or a file of weights of timm, DeiT or MAE."""
+    use_ema: Annotated[bool, FlagCreatePairsOff] = False
+    """Take the EMA weights; without it the model's own, as validate does."""
+    model: Annotated[str, arg(aliases=["-m"], metavar="NAME", help_behavior_hint="(default: the checkpoint's)")] = ""
+    """timm model name."""
+    targets: Annotated[str, arg(metavar="NAMES")] = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
+    """Comma-separated endings of the names of linear layers that may be factorised."""
+    split: Literal["whole", "thirds", "heads"] = "whole"
+    """A fused qkv as one matrix, as Q, K and V, or as those of every head."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where images are: DIR has a training set, from which moments are taken, and a validation set, which is scored."""
+
+    data: Annotated[Path | None, arg(aliases=["--data-dir"], metavar="DIR", help_behavior_hint=NONE)] = None
+    """As for train: train.beton and val.beton, or folders of images; needed but for svd with --save."""
+    dataset: str = ""
+    """folder or nothing: what --data holds; torch/cifar100; digits."""
+    train_split: str = "train"
+    """Name of the training set in --data."""
+    val_split: str = "validation"
+    """Name of the validation set; timm's synonyms count."""
+    nested_classes: Literal["", "leaf", "merge", "top"] = ""
+    """Which folders of images are classes; default: as the checkpoint's run had it, else leaf."""
+    trust_labels: Annotated[bool, FlagCreatePairsOff] = False
+    """Where names cannot be matched, label N of the data is output N of the model."""
+    beton_dir: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: DATA/.lowrank_vit)")] = None
+    """Where images are converted to."""
+    calibration_images: Annotated[int, arg(metavar="N"), POSITIVE] = 1024
+    """How many images of the training set, drawn by --seed, moments are taken from."""
+    seed: Annotated[int, arg(metavar="N"), Range(0)] = 0
+    """Of that draw, and of the labels drawn from the model."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Which points of accuracy against size are measured."""
+
+    method: Annotated[tuple[Method, ...], arg(help_behavior_hint="(default: all; with --budget kfac)")] = ()
+    """What is truncated: weights as they are (svd), or as inputs (asvd, svdllm) or losses (fwsvd, kfac) see them."""
+    ranks: tuple[Allocation, ...] = ("greedy",)
+    """How ranks are shared out among the layers."""
+    budgets: Annotated[tuple[float, ...], SHARE] = (0.5, 0.3, 0.2, 0.12, 0.08)
+    """Shares of the whole model that may be left."""
+    by: Literal["params", "flops"] = "params"
+    """What a budget is a share of: parameters, or FLOPs of the forward pass."""
+    sequential: Annotated[bool, FlagCreatePairsOff] = False
+    """Take each layer's moments behind the compressed layers before it."""
+    latency: bool = True
+    """Measure how long the original and the compressed models take."""
+    measure_layers: Annotated[bool, FlagCreatePairsOff] = False
+    """Also score the model with one layer truncated at a time, beside the losses that are predicted of that."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """What is written."""
+
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: no files are written)")] = None
+    """Where compression.json, .csv, .png and report.html go; made if missing."""
+    budget: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint=NONE), SHARE] = None
+    """Instead of a curve one model of this size, by --method (default kfac), for --save or --merge."""
+    save: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=NONE)] = None
+    """Write the factorised model as a checkpoint that validate, inference, analyze_spectrum and train take."""
+    merge: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=NONE)] = None
+    """Write the same with the original shapes, which timm takes too."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """How it is computed."""
+
+    batch_size: Annotated[int, arg(aliases=["-b"], metavar="N"), POSITIVE] = 128
+    """Images a step."""
+    loader: LoaderName = "auto"
+    """Decode backend."""
+    workers: Annotated[int | None, arg(aliases=["-j"], metavar="N", help_behavior_hint="(default: by the machine)")] = (
+        None
+    )
+    """CPU threads that decode."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """Accuracy against rank, or a smaller model.
+
+    A curve: every budget and method is scored on all of the validation set. With --budget and --save: one model.
+    """
+
+    source: Source
+    data: Data
+    curve: Curve
+    files: Files
+    running: Running
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """Those that are asked for, each once."""
+        default = METHODS if self.files.budget is None else METHODS[-1:]
+        return tuple(dict.fromkeys(self.curve.method)) or default
+
+    @property
+    def allocations(self) -> tuple[Allocation, ...]:
+        """Those that are asked for, each once."""
+        return tuple(dict.fromkeys(self.curve.ranks))
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Those of the curve, each once and the largest first; or the one of a checkpoint."""
+        given = self.curve.budgets if self.files.budget is None else (self.files.budget,)
+        return tuple(sorted(set(given), reverse=True))
+
+    def check(self) -> None:
+        """Raise `UserError` for numbers out of range, flags that contradict, or data that are needed and not named."""
+        for group in (self.data, self.curve, self.files, self.running):
+            check_ranges(group)
+        for name in ("budgets", "ranks"):
+            if not getattr(self.curve, name):
+                raise UserError(f"--{name} needs a value. Leave the flag out for the default.")
+        if self.files.budget is None:
+            if path := self.files.save or self.files.merge:
+                raise UserError(f"Which size is {path} to have? Add --budget 0.2, say: a fifth of the model.")
+        else:
+            self._check_one_model(self.files.budget)
+        if self.data.data is None and (self.files.budget is None or self.methods != ("svd",)):
+            raise UserError(
+                "--data DIR is missing: moments are taken from its training set, and its validation set is scored. "
+                "(Only --method svd with --budget and --save needs no data.)"
+            )
+        for path in filter(None, (self.files.save, self.files.merge)):
+            if path.suffix not in _SUFFIXES:
+                raise UserError(f"{path} has no name of a checkpoint: {', '.join(_SUFFIXES)}. Say small.pth.tar.")
+        if self.files.save and self.files.save == self.files.merge:
+            raise UserError(f"--save and --merge are both {self.files.save}. They are two files.")
+
+    def _check_one_model(self, budget: float) -> None:
+        """Raise `UserError` where `budget` has no file to go to, or where more than one model is asked for."""
+        if not (self.files.save or self.files.merge):
+            raise UserError(f"--budget {budget:g} is of a checkpoint: add --save FILE; a curve has --budgets.")
+        if self.curve.budgets != Curve.budgets:
+            raise UserError("--budget is of one model and --budgets of a curve. Leave one of them out.")
+        for flag, values in (("method", self.methods), ("ranks", self.allocations)):
+            if len(values) > 1:
+                raise UserError(f"--budget {budget:g} makes one model: give one --{flag}, not {', '.join(values)}.")

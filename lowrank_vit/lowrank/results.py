@@ -1,0 +1,133 @@
+"""What `compress` shows and writes: a table for the terminal; compression.json, .csv and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import write_all
+from lowrank_vit.lowrank.curve import LayerPoint, Point, plain
+from lowrank_vit.lowrank.scoring import SampleScores
+from lowrank_vit.score.results import interval, rows_to_csv
+
+NAME = "compression"
+"""Of the files, before their suffixes."""
+
+
+@dataclass
+class Result:
+    """All that was measured."""
+
+    original: SampleScores
+    sizes: dict[str, int]
+    """params and flops of the original."""
+    points: list[Point]
+    constant: float = 1.0
+    constant_from: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    spectra: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """By method, then by layer."""
+    layers: list[LayerPoint] = field(default_factory=list)
+    layers_by: str = ""
+    """The method that they are truncated by."""
+    layer_scores: list[SampleScores] = field(default_factory=list)
+    """Of each, where they were scored, else nothing."""
+    latency: dict[str, Any] = field(default_factory=dict)
+
+    def content(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        """What goes into compression.json; `about` is put before and behind the numbers by its keys."""
+        original = self.original
+        scores = {"top1": original.top1, "loss": plain(original.loss), **self.sizes}
+        num_samples = len(original.losses_N)
+        scores |= {"num_samples": num_samples, "top1_interval": list(interval(original.top1, num_samples))}
+        return {
+            **{key: about[key] for key in about if key != "environment"},
+            "original": scores,
+            "constant": self.constant_from or None,
+            "points": [one.content(original, self.constant) for one in self.points],
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "spectra": {name: {method: of[name] for method, of in self.spectra.items()} for name in self.shapes},
+            "sensitivities": {"method": self.layers_by, "layers": self._layers()},
+            "latency": self.latency or None,
+            "environment": about.get("environment", {}),
+        }
+
+    def _layers(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for n, one in enumerate(self.layers):
+            row: dict[str, Any] = {"layer": one.layer, "share": one.share, "rank": one.rank}
+            row["predicted"] = plain(self.constant * one.predicted)
+            if self.layer_scores:
+                than = self.layer_scores[n].than(self.original)
+                row |= {"measured": plain(than.loss), "error": plain(than.loss_error), "top1_difference": than.top1}
+            rows.append(row)
+        return rows
+
+
+def files_of(content: Mapping[str, Any], out: Path) -> dict[Path, Callable[[], str | bytes]]:
+    """The files of a compression in `out`, and what makes the content of each."""
+    path = out / f"{NAME}.json"
+    rows = [{key: value for key, value in point.items() if key != "ranks"} for point in content["points"]]
+
+    def picture() -> bytes:
+        from lowrank_vit.report.compression.plots import curve_plot  # draws: only where files are written
+        from lowrank_vit.report.compression.read import Compression
+
+        return curve_plot(Compression(path, dict(content)))
+
+    return {
+        path: lambda: json.dumps(content, indent=1, allow_nan=False) + "\n",
+        out / f"{NAME}.csv": lambda: rows_to_csv(rows),
+        out / f"{NAME}.png": picture,
+    }
+
+
+def write_files(content: Mapping[str, Any], out: Path) -> list[Path]:
+    """Write them all, whichever fails. Raises `UserError` that names those that could not be written."""
+    files = files_of(content, out)
+    write_all(files)
+    return list(files)
+
+
+def check_out(out: Path, fingerprint: str) -> None:
+    """Raise `UserError` where `out` holds what was measured of other weights, or something else of that name."""
+    path = out / f"{NAME}.json"
+    if not path.exists():
+        return
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        source = content["source"]
+        own, of = source["fingerprint"], f"{source['checkpoint']} ({source['weights']})"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--out: {path} is there and none of this command's. Give another --out.") from error
+    if own != fingerprint:
+        raise UserError(f"--out: {path} is of other weights, {of}, and is not replaced. Give another --out.")
+
+
+def print_points(result: Result, points: Sequence[Point], console: Console) -> None:
+    """A row a point, at most 80 columns wide: sizes in percent of the original's, differences from its scores."""
+    original, several = result.original, len({one.allocation for one in points}) > 1
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for name in ("method", *(("ranks",) if several else ()), "budget", "params", "FLOPs", "top-1", "loss", "predicted"):
+        table.add_column(name, justify="left" if name in ("method", "ranks") else "right", no_wrap=True)
+    for one in points:
+        assert one.scores is not None
+        than = one.scores.than(original)
+        sizes = (one.params, result.sizes["params"]), (one.flops, result.sizes["flops"])
+        table.add_row(
+            one.method,
+            *((one.allocation,) if several else ()),
+            f"{one.budget:g}",
+            *(f"{100 * mine / max(1, of_original):.1f}%" for mine, of_original in sizes),
+            f"{one.scores.top1:.2f} {than.top1:+.2f}±{than.top1_error:.2f}",
+            f"{one.scores.loss:.4f} {than.loss:+.4f}±{than.loss_error:.4f}",
+            f"{original.loss + result.constant * one.predicted:.4f}",
+        )
+    console.print(table)

@@ -1,0 +1,1 @@
+"""What `compress` has measured, as tables and pictures."""

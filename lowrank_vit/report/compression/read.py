@@ -1,0 +1,264 @@
+"""Reads `compression.json`, and makes tables of it: points, ranks, layers' sensitivities, predictions, latency."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank_vit.common.errors import UserError
+
+NAME = "compression.json"
+_KEYS = ("original", "points", "source")
+_POINT = ("method", "allocation", "budget", "params", "flops", "top1", "loss", "ranks")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading and rows of text; the first cell of a row is its name."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+    """What is to be known of it, above it."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The content of a `compression.json`, whose points have all that is needed of them."""
+
+    path: Path
+    """The file."""
+    content: dict[str, Any]
+
+    @property
+    def original(self) -> dict[str, Any]:
+        """top1, loss, params, flops, num_samples."""
+        return self.content["original"]
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """As they were measured."""
+        return self.content["points"]
+
+    @property
+    def methods(self) -> list[str]:
+        """Method and, where there are several allocations, allocation: the lines of a picture, in the points' order."""
+        return list(dict.fromkeys(map(self.line_of, self.points)))
+
+    def line_of(self, point: dict[str, Any]) -> str:
+        """The line that a point lies on."""
+        several = len({one["allocation"] for one in self.points}) > 1
+        return f"{point['method']}, {point['allocation']}" if several else str(point["method"])
+
+    @property
+    def full_ranks(self) -> dict[str, int]:
+        """The rank that each target has as it is."""
+        return {name: min(shape) for name, shape in self.content.get("shapes", {}).items()}
+
+    @property
+    def subtitle(self) -> str:
+        """Model, weights and how many samples were scored."""
+        source = self.content["source"]
+        words = [str(source.get("model", "")), "EMA weights" if source.get("weights") == "ema" else "own weights"]
+        return "  ·  ".join([*filter(None, words), f"{self.original['num_samples']:,} validation samples"])
+
+
+def find_compression(path: Path) -> Path | None:
+    """The file that a path means: itself, or one of that name in a folder; None if it is neither."""
+    if path.is_file() and path.name == NAME:
+        return path
+    return path / NAME if (path / NAME).is_file() else None
+
+
+def read_compression(path: Path) -> Compression:
+    """Read what `lowrank_vit.compress --out` wrote. Raises `UserError` for what is damaged or something else."""
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Run `python -m lowrank_vit.compress` again.") from error
+    is_whole = isinstance(content, dict) and all(key in content for key in _KEYS)
+    if not is_whole or any(key not in point for point in content["points"] for key in _POINT):
+        raise UserError(f"{path} is none of `python -m lowrank_vit.compress`: it lacks a part. Run that again.")
+    return Compression(path, content)
+
+
+def headline(found: Compression) -> list[tuple[str, str]]:
+    """The few figures a reader looks for first, as (label, value)."""
+    original = found.original
+    figures = [("original top-1", f"{original['top1']:.2f} %"), ("its loss", _number(original["loss"]))]
+    figures.append(("parameters", f"{original['params']:,}"))
+    if small := smallest_within(found, 1.0):
+        share = small["params"] / original["params"]
+        figures.append(("kept within 1 point of top-1", f"{100 * share:.1f} % ({small['method']})"))
+    return figures
+
+
+def smallest_within(found: Compression, points: float) -> dict[str, Any] | None:
+    """The smallest model that is at most so many points of top-1 below the original."""
+    near = [one for one in found.points if one["top1"] >= found.original["top1"] - points]
+    return min(near, key=lambda one: one["params"], default=None)
+
+
+def tables(found: Compression) -> list[Table]:
+    """All tables of the page that have rows."""
+    made = [_points(found), _prediction(found), _ranks(found), _sensitivities(found), _latency(found), _layers(found)]
+    return [table for table in made if table.rows]
+
+
+def _points(found: Compression) -> Table:
+    rows = []
+    original = found.original
+    for point in found.points:
+        rows.append(
+            [
+                f"{point['method']}, {point['allocation']}",
+                f"{point['budget']:g}",
+                f"{100 * point['params'] / original['params']:.1f} %",
+                f"{100 * point['flops'] / original['flops']:.1f} %" if original["flops"] else "",
+                f"{point['top1']:.2f}",
+                _difference(point.get("top1_difference"), point.get("top1_error"), 2),
+                _number(point["loss"]),
+                _difference(point.get("loss_difference"), point.get("loss_error"), 4),
+                _number(point.get("predicted_loss")),
+            ]
+        )
+    columns = ["", "budget", "params", "FLOPs", "top-1", "against the original", "loss", "against it", "predicted"]
+    note = (
+        "± is one standard error of the differences sample by sample: chance in which samples there are, not how "
+        "another training would come out."
+    )
+    return Table("Points", columns, rows, note)
+
+
+def prediction_quality(found: Compression) -> dict[str, tuple[int, float, float, float, float]]:
+    """By method, of the points whose loss rises measurably, how good the prediction was.
+
+    How many they are; median, least and greatest of measured over predicted rise; and the correlation of the logarithms
+    of both, NaN below three points.
+    """
+    quality: dict[str, tuple[int, float, float, float, float]] = {}
+    for method in dict.fromkeys(point["method"] for point in found.points):
+        measured, predicted = rises(found, method)
+        if len(measured):
+            ratio = measured / predicted
+            logs = np.log(measured), np.log(predicted)
+            varies = len(measured) > 2 and min(np.ptp(one) for one in logs) > 0
+            correlation = float(np.corrcoef(*logs)[0, 1]) if varies else math.nan
+            low, middle, high = (float(np.quantile(ratio, q)) for q in (0, 0.5, 1))
+            quality[method] = len(measured), middle, low, high, correlation
+    return quality
+
+
+def rises(found: Compression, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """Measured and predicted rise of the loss, nats, of a method's points where it is above two standard errors."""
+    original = found.original["loss"]
+    kept = [
+        (point["loss_difference"], point["predicted_loss"] - original)
+        for point in found.points
+        if point["method"] == method and None not in (point.get("predicted_loss"), point.get("loss_error"))
+        if point["loss_difference"] > 2 * point["loss_error"] and point["predicted_loss"] > original
+    ]
+    measured, predicted = zip(*kept, strict=True) if kept else ((), ())
+    return np.array(measured, float), np.array(predicted, float)
+
+
+def _prediction(found: Compression) -> Table:
+    rows = []
+    for method, (count, middle, low, high, correlation) in prediction_quality(found).items():
+        shown = "" if math.isnan(correlation) else f"{correlation:.3f}"
+        rows.append([method, str(count), f"{middle:.2g}", f"{low:.2g} to {high:.2g}", shown])
+    columns = ["", "points", "measured / predicted, median", "least to greatest", "correlation of the logarithms"]
+    constant = found.content.get("constant") or {}
+    note = "Of points whose loss rises by more than two standard errors."
+    if constant.get("value"):
+        note += (
+            f" The prediction is c/2 Σ tr(G ΔW S ΔWᵀ) with c = {constant['value']:.3g}, measured on the calibration "
+            f"images with {constant['method']} at {constant['budget']:.3g} of the model. 1 is a right prediction."
+        )
+    if not constant.get("is_clear", True):
+        note += " There no rise was told from chance, so that c is left out."
+    return Table("How good the predicted loss was", columns, rows, note)
+
+
+def _ranks(found: Compression) -> Table:
+    method = found.points[-1]["method"] if found.points else ""
+    wanted = [p for p in found.points if p["method"] == method and p["allocation"] == found.points[-1]["allocation"]]
+    rows = []
+    for name, full in found.full_ranks.items():
+        ranks = [point["ranks"].get(name) for point in wanted]
+        rows.append([name, str(full), *("whole" if rank is None else str(rank) for rank in ranks)])
+    columns = ["", "full", *(f"{point['budget']:g}" for point in wanted)]
+    return Table(f"Ranks by layer and budget, {found.line_of(wanted[-1]) if wanted else ''}", columns, rows)
+
+
+def _sensitivities(found: Compression) -> Table:
+    held = found.content.get("sensitivities") or {}
+    cells: dict[str, dict[float, str]] = {}
+    measured = False
+    for one in held.get("layers", ()):
+        text = f"{one['rank']}: {_number(one['predicted'])}"
+        if "measured" in one:
+            measured, text = True, f"{text} ({_number(one['measured'])})"
+        cells.setdefault(one["layer"], {})[one["share"]] = text
+    shares = sorted({share for of_layer in cells.values() for share in of_layer}, reverse=True)
+    rows = [[name, *(of_layer.get(share, "") for share in shares)] for name, of_layer in cells.items()]
+    note = "Rank, and the rise of the loss (nats) that the layer alone causes at it: predicted" + (
+        " (and, in brackets, measured)." if measured else "."
+    )
+    columns = ["", *(f"{100 * share:g} % of it kept" for share in shares)]
+    return Table(f"Sensitivities of the layers, {held.get('method', '')}", columns, rows, note)
+
+
+def _latency(found: Compression) -> Table:
+    rows = []
+    for one in (found.content.get("latency") or {}).get("models", ()):
+        name = "original" if one["method"] is None else f"{one['method']}, {one['allocation']}, {one['budget']:g}"
+        spread = (
+            "" if one["method"] is None else f"{one['ratio']:.2f} ({one['ratio_low']:.2f} to {one['ratio_high']:.2f})"
+        )
+        share = f"{100 * one['flops'] / found.original['flops']:.0f} %" if found.original["flops"] else ""
+        rows.append([name, one["device"], str(one["images"]), f"{one['ms']:.3g}", spread, share])
+    columns = ["", "device", "images", "ms", "of the original's time", "of its FLOPs"]
+    note = "Forward passes in float32, not compiled, in turns with the original's: medians, and quartiles in brackets."
+    return Table("Latency", columns, rows, note)
+
+
+def _layers(found: Compression) -> Table:
+    rows = []
+    for one in (found.content.get("latency") or {}).get("layers", ()):
+        faster = one["faster_up_to"]
+        ratios = ", ".join(f"{rank}: {ratio:.2f}" for rank, ratio in one["ratios"].items())
+        shape = f"{one['rows']} x {one['columns']}"
+        rows.append([shape, one["device"], str(one["tokens"]), str(one["pays_up_to"]), faster_in_words(faster), ratios])
+    columns = [
+        "",
+        "device",
+        "tokens",
+        "fewer FLOPs up to rank",
+        "faster up to rank",
+        "time of the whole layer's, by rank",
+    ]
+    return Table("From which rank a layer gets faster", columns, rows)
+
+
+def faster_in_words(rank: int | None) -> str:
+    """The rank, or that no rank was."""
+    return "none tried" if rank is None else str(rank)
+
+
+def _difference(value: float | None, error: float | None, digits: int) -> str:
+    if value is None:
+        return ""
+    return f"{value:+.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"

@@ -1,0 +1,156 @@
+"""The compress command as a user types it: curves, the page, checkpoints that every other command takes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from lowrank_vit import compress, train, validate
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.flags import parse
+from lowrank_vit.lowrank.options import METHODS
+from lowrank_vit.model.weights import read_checkpoint
+from lowrank_vit.report.__main__ import main as report_main
+from lowrank_vit.training.trainer import Trainer
+from tests.integration.conftest import SMALL
+
+MODULES = [f"blocks.{n}.{name}" for n in range(2) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(digits_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    more = f"--epochs 2 --data-dir {digits_dir} --output {folder} --no-spec-monitor --experiment small".split()
+    return Trainer(parse([*SMALL, *more]), "small").run().run_dir / "last.pth.tar"
+
+
+@pytest.fixture(scope="module")
+def curve(checkpoint: Path, digits_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("curve") / "new"
+    options = "--budgets 0.9 0.4 --ranks greedy uniform --calibration-images 96 --device cpu --measure-layers"
+    compress.main([str(checkpoint), "--data", str(digits_dir), "--out", str(out), *options.split()])
+    return out
+
+
+def scores_of(path: Path, digits_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    argv = f"--checkpoint {path} --data {digits_dir} --json {tmp_path / 'scores.json'} --device cpu".split()
+    validate.main(argv)
+    return json.loads((tmp_path / "scores.json").read_text())
+
+
+def test_every_budget_method_and_allocation_is_a_point(curve, checkpoint, digits_dir, tmp_path):
+    content = json.loads((curve / "compression.json").read_text())
+    original, points = content["original"], content["points"]
+    scored = scores_of(checkpoint, digits_dir, tmp_path)
+    assert original["top1"] == pytest.approx(scored["top1"])
+    assert original["loss"] == pytest.approx(scored["loss"], abs=1e-5)
+    found = {(one["method"], one["allocation"], one["budget"]) for one in points}
+    assert found == {(m, a, b) for m in METHODS for a in ("greedy", "uniform") for b in (0.9, 0.4)}
+    for one in points:
+        assert one["params"] <= one["budget"] * original["params"]
+        assert one["flops"] < original["flops"]
+        assert set(one["ranks"]) <= set(MODULES)
+        assert 0 <= one["top1"] <= 100
+        assert math.isfinite(one["loss"])
+        assert one["predicted_loss"] >= original["loss"] - 1e-9
+        assert one["loss_difference"] == pytest.approx(one["loss"] - original["loss"])
+        assert one["loss_error"] > 0
+    assert content["spectra"].keys() == set(MODULES)
+    assert {"measured", "predicted"} <= content["sensitivities"]["layers"][0].keys()
+    assert content["latency"]["layers"][0]["pays_up_to"] > 0
+    with (curve / "compression.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["loss"]) for row in rows] == pytest.approx([one["loss"] for one in points], rel=1e-4)
+    assert (curve / "compression.png").stat().st_size > 10_000
+
+
+def test_its_page(curve, capsys):
+    report_main([str(curve)])
+    page = (curve / "report.html").read_text()
+    for part in ("Points", "How good the predicted loss was", "Ranks by layer", "Sensitivities", "Latency"):
+        assert f"<h2>{part}" in page
+    assert {path.name for path in (curve / "report").iterdir()} == {"curve.png", "ranks.png", "weighted_spectra.png"}
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_numbers_and_other_weights_are_not_written_over(
+    curve, checkpoint, digits_dir, tmp_path
+):
+    options = "--budgets 0.4 --calibration-images 96 --device cpu --method kfac --no-latency".split()
+    argv = [str(checkpoint), "--data", str(digits_dir), *options]
+    found = []
+    for _ in range(2):
+        compress.main([*argv, "--out", str(tmp_path)])
+        found.append(json.loads((tmp_path / "compression.json").read_text())["points"])
+    assert found[0] == found[1]
+    before = (curve / "compression.json").read_bytes()
+    with pytest.raises(UserError, match=r"compression\.json is of other weights, .*\(model\), and is not replaced"):
+        compress.main([*argv, "--out", str(curve), "--use-ema"])
+    assert (curve / "compression.json").read_bytes() == before
+
+
+def test_a_smaller_model_is_taken_by_every_command_and_merged_by_timm(checkpoint, digits_dir, tmp_path, capsys):
+    small, merged = tmp_path / "deep" / "small.pth.tar", tmp_path / "merged.pth.tar"
+    argv = f"{checkpoint} --data {digits_dir} --budget 0.4 --save {small} --merge {merged} --calibration-images 96"
+    compress.main([*argv.split(), "--device", "cpu"])
+    said = capsys.readouterr().out
+    short = [line for line in said.splitlines() if "loader" not in line and "/" not in line]
+    assert len(short) == 5
+    assert all(len(line) <= 80 for line in short), said
+    scores = [scores_of(path, digits_dir, tmp_path) for path in (small, merged)]
+    assert scores[0]["top1"] == scores[1]["top1"]
+    assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], abs=1e-5)
+    assert f"{scores[0]['loss']:.4f}" in said
+    content = torch.load(small, weights_only=True)
+    assert set(content["lowrank_ranks"]) <= set(MODULES)
+    assert "lowrank_ranks" not in torch.load(merged, weights_only=True)
+    options = {"embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=16, patch_size=4, **options)
+    plain.load_state_dict(read_checkpoint(merged).weights(use_ema=False))
+    more = f"--initial-checkpoint {small} --data-dir {digits_dir} --output {tmp_path} --experiment tuned --epochs 1"
+    train.main([*SMALL, *more.split(), "--warmup-epochs", "0", "--no-spec-monitor"])
+    tuned = torch.load(tmp_path / "tuned" / "last.pth.tar", weights_only=True)
+    assert tuned["lowrank_ranks"] == content["lowrank_ranks"]
+    with pytest.raises(UserError, match="in factors already"):
+        compress.main([str(small), "--data", str(digits_dir), "--device", "cpu"])
+    with pytest.raises(UserError, match="another"):  # the file of other weights stays
+        compress.main([*argv.split(), "--device", "cpu", "--use-ema"])
+
+
+def test_svd_without_data(checkpoint, digits_dir, tmp_path, capsys):
+    small = tmp_path / "small.pth.tar"
+    compress.main([str(checkpoint), *f"--budget 0.5 --method svd --save {small} --device cpu".split()])
+    assert scores_of(small, digits_dir, tmp_path)["num_samples"] == 360
+    assert "kfac" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--budgets 0.01", r"--budgets: .* more than a budget of 0\.01\. Give at least 0\.\d+, or more layers"),
+        ("--targets attn.qkw", r"target .attn\.qkw. matches no"),
+        ("--targets patch_embed.proj", "No layer that --targets names"),
+        ("--split heads --targets mlp.fc1", "--split heads is about layers named qkv"),
+        ("--data nowhere", "nowhere does not exist"),
+        ("--model nothing", "nothing is not a timm model"),
+        ("--out /dev/null/x", "cannot be written"),
+    ],
+)
+def test_bad_input(checkpoint, digits_dir, line, message):
+    with pytest.raises(UserError, match=message):
+        compress.main([str(checkpoint), "--data", str(digits_dir), "--device", "cpu", *line.split()])
+
+
+def test_weights_that_are_not_finite(checkpoint, digits_dir, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["blocks.1.mlp.fc1.weight"][0, 0] = math.nan
+    torch.save(content, tmp_path / "nan.pth.tar")
+    with pytest.raises(UserError, match=r"blocks\.1\.mlp\.fc1.* not finite"):
+        compress.main([str(tmp_path / "nan.pth.tar"), "--data", str(digits_dir), "--device", "cpu"])

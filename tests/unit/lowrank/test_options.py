@@ -1,0 +1,64 @@
+"""What a stranger may type to `compress`, and what is told of it before anything is read."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowrank_vit import compress
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.command_line import read_options
+from lowrank_vit.lowrank.options import METHODS, CompressOptions
+
+
+def options(line: str) -> CompressOptions:
+    return read_options(CompressOptions, line.split(), "compress")
+
+
+def test_defaults_are_all_methods_and_five_budgets():
+    curve = options("c.pth --data d")
+    curve.check()
+    assert (curve.methods, curve.allocations, curve.budgets) == (METHODS, ("greedy",), (0.5, 0.3, 0.2, 0.12, 0.08))
+    one = options("c.pth --data d --budget 0.2 --save s.pth")
+    one.check()
+    assert (one.methods, one.budgets) == (("kfac",), (0.2,))
+
+
+def test_a_list_before_the_checkpoint_and_values_that_come_twice():
+    curve = options("--data d --method svd kfac svd --budgets 0.1 0.4 0.1 --ranks energy uniform c.pth")
+    assert (curve.source.checkpoint.name, curve.methods) == ("c.pth", ("svd", "kfac"))
+    assert (curve.budgets, curve.allocations) == ((0.4, 0.1), ("energy", "uniform"))
+
+
+def test_only_svd_that_is_saved_needs_no_data():
+    options("c.pth --budget 0.2 --method svd --save s.pth").check()
+    options("c.pth --budget 0.2 --method svd --merge s.pth").check()
+    for line in ("c.pth", "c.pth --method svd", "c.pth --budget 0.2 --save s.pth", "c.pth --out o"):
+        with pytest.raises(UserError, match="--data DIR is missing"):
+            options(line).check()
+
+
+WRONG = {
+    "--budget 0.2": "add --save FILE; a curve has --budgets",
+    "--budget 0.2 --out o": "add --save FILE",
+    "--save s.pth": "Which size is s.pth to have?",
+    "--merge s.pth --budgets 0.2": "Which size is s.pth to have?",
+    "--budget 0.2 --save s.pth --method svd kfac": "give one --method, not svd, kfac",
+    "--budget 0.2 --save s.pth --ranks greedy uniform": "give one --ranks, not greedy, uniform",
+    "--budget 0.2 --save s.pth --budgets 0.3": "Leave one of them out",
+    "--budget 0.2 --save s.json": "s.json has no name of a checkpoint",
+    "--budget 0.2 --save s.pth --merge s.pth": "They are two files",
+    "--budget 1.5 --save s.pth": "--budget takes a number above 0, up to 1, not `1.5`",
+    "--budget nan --save s.pth": "--budget takes",
+    "--budgets 0.5 0": "--budgets takes",
+    "--budgets": "--budgets",
+    "--calibration-images 0": "--calibration-images takes a whole number of at least 1",
+    "--ranks best": "--ranks takes one of uniform, energy, greedy, not `best`",
+    "--by size": "--by takes one of params, flops, not `size`",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_what_is_wrong_names_the_flag(line):
+    with pytest.raises(UserError) as caught:
+        compress.main(["c.pth", "--data", "d", *line.split()])
+    assert WRONG[line] in str(caught.value)

@@ -1,0 +1,126 @@
+"""A compression's page, from what `compress --out` writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.report.compression.read import (
+    Compression,
+    headline,
+    prediction_quality,
+    read_compression,
+    smallest_within,
+    tables,
+)
+from lowrank_vit.report.page import write_report
+
+SHAPES = {"blocks.0.attn.qkv": [6, 4], "blocks.0.mlp.fc1": [8, 4]}
+
+
+def point(method: str, budget: float, rise: float, *, factor: float = 1.0, rank: int | None = 2) -> dict[str, Any]:
+    """A point whose loss rises by `rise`, which is `factor` times what was predicted."""
+    return {
+        "method": method,
+        "allocation": "greedy",
+        "budget": budget,
+        "params": int(1000 * budget),
+        "flops": int(2000 * budget),
+        "top1": 98.0 - 10 * rise,
+        "loss": 0.1 + rise,
+        "predicted_loss": 0.1 + rise / factor,
+        "top1_difference": -10 * rise,
+        "top1_error": 0.3,
+        "loss_difference": rise,
+        "loss_error": 0.001,
+        "ranks": {"blocks.0.attn.qkv": 1} | ({} if rank is None else {"blocks.0.mlp.fc1": rank}),
+    }
+
+
+def content() -> dict[str, Any]:
+    return {
+        "source": {"checkpoint": "c.pth", "weights": "ema", "fingerprint": "f", "model": "vit <tiny>"},
+        "by": "params",
+        "original": {"top1": 98.0, "loss": 0.1, "params": 1000, "flops": 2000, "num_samples": 360},
+        "constant": {"value": 9.5, "method": "kfac", "budget": 0.125, "is_clear": True},
+        "points": [
+            *(point("svd", budget, rise, factor=0.5) for budget, rise in ((0.5, 0.01), (0.2, 0.2), (0.1, 1.0))),
+            point("kfac", 0.5, 0.0005, rank=None),
+            *(point("kfac", budget, rise) for budget, rise in ((0.2, 0.02), (0.1, 0.3))),
+        ],
+        "shapes": SHAPES,
+        "spectra": {name: {"svd": [3.0, 2.0, 1.0, 0.0], "kfac": [2.0, 0.1, 0.01, 1e-9]} for name in SHAPES},
+        "sensitivities": {
+            "method": "kfac",
+            "layers": [
+                {"layer": name, "share": share, "rank": rank, "predicted": 0.1 / rank, "measured": 0.2 / rank}
+                for name in SHAPES
+                for share, rank in ((0.5, 2), (0.1, 1))
+            ],
+        },
+        "latency": None,
+        "environment": {"torch": "2"},
+    }
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Compression:
+    (tmp_path / "compression.json").write_text(json.dumps(content()))
+    return read_compression(tmp_path / "compression.json")
+
+
+def test_the_page_holds_pictures_and_tables(found, tmp_path):
+    assert write_report(tmp_path) == (tmp_path, [])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<img") == 3
+    assert "vit &lt;tiny&gt;" in page
+    assert "EMA weights" in page
+    assert [table.title for table in tables(found)] == [
+        "Points",
+        "How good the predicted loss was",
+        "Ranks by layer and budget, kfac",
+        "Sensitivities of the layers, kfac",
+    ]
+    ranks = tables(found)[2]
+    assert ranks.rows == [["blocks.0.attn.qkv", "4", "1", "1", "1"], ["blocks.0.mlp.fc1", "4", "whole", "2", "2"]]
+
+
+def test_only_rises_above_chance_judge_the_prediction(found):
+    quality = prediction_quality(found)
+    assert quality["svd"] == (3, *[pytest.approx(0.5)] * 3, pytest.approx(1.0))
+    count, middle, *_, correlation = quality["kfac"]
+    assert (count, middle) == (2, pytest.approx(1.0))  # the third is half a standard error
+    assert math.isnan(correlation)
+
+
+def test_the_smallest_model_within_a_point(found):
+    small = smallest_within(found, 1.0)
+    assert small is not None
+    assert (small["method"], small["budget"]) == ("kfac", 0.2)
+    assert ("kept within 1 point of top-1", "20.0 % (kfac)") in headline(found)
+    assert smallest_within(found, -1.0) is None
+
+
+def test_a_loss_that_is_not_finite_is_shown_and_drawn(tmp_path):
+    made = content()
+    made["points"][0] |= {"loss": None, "loss_difference": None, "loss_error": None, "predicted_loss": None}
+    (tmp_path / "compression.json").write_text(json.dumps(made))
+    write_report(tmp_path)
+    assert "not finite" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"points": []}', '{"source": {}, "original": {}, "points": [{}]}'])
+def test_a_damaged_or_foreign_file_is_told(text, tmp_path):
+    (tmp_path / "compression.json").write_text(text)
+    with pytest.raises(UserError, match=r"compression\.json .*lowrank_vit\.compress"):
+        write_report(tmp_path)
+
+
+def test_a_compression_is_not_compared_with_a_run(found, tmp_path):
+    with pytest.raises(UserError, match="--against compares runs"):
+        write_report(tmp_path, tmp_path)
