@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from lowrank_vit.spectral.solving.extremes import ABSOLUTE_LIMIT, EPS, RELATIVE_LIMIT
-from lowrank_vit.spectral.solving.index import PROBES, enclosure, probes
+from lowrank_vit.spectral.solving.index import PROBES, enclosure, gram_times, probes
 from lowrank_vit.spectral.solving.lapack import (
     all_tridiagonal_vectors,
     apply_householder,
@@ -168,17 +168,15 @@ class Tridiagonal:
         counts = sturm_counts(self.d, self.e, points)
         return bool((counts[:, 0] <= chosen).all() and (counts[:, 1] > chosen).all())
 
-    def error(self) -> float:
+    def error(self, count: int = PROBES) -> float:
         """What |A^T A - Q T Q^T|_2 is below, see `index.enclosure`; and what its eigenvalues are exact to, hence."""
-        z_KP = probes(self.d.size)
+        z_KP = probes(self.d.size, count)
         image_KP = self.d[:, None] * z_KP
         image_KP[:-1] += self.e[:, None] * z_KP[1:]
         image_KP[1:] += self.e[:, None] * z_KP[:-1]
         both = self._turned(np.asfortranarray(np.concatenate([z_KP, image_KP], axis=1)))
-        a_RC, v_KP = self.a_RC, both[:, :PROBES]
-        is_tall = a_RC.shape[0] >= a_RC.shape[1]
-        true_KP = ((a_RC @ v_KP).T @ a_RC).T if is_tall else a_RC @ (v_KP.T @ a_RC).T  # the faster orders
-        return enclosure(true_KP - both[:, PROBES:]) + float(gram_floor(self.squares))
+        difference_KP = gram_times(self.a_RC, both[:, :count]) - both[:, count:]
+        return enclosure(difference_KP) + float(gram_floor(self.squares))
 
     def _turned(self, vectors_KM: np.ndarray) -> np.ndarray:
         return apply_reflectors(self.reflectors_KK, self.tau, vectors_KM)

@@ -23,9 +23,11 @@ from lowrank_vit.spectral.solving.index import square_beyond, square_beyond_of_m
 from lowrank_vit.spectral.solving.lapack import gram, symmetric_times, tridiagonal_values, tridiagonal_vectors
 from lowrank_vit.spectral.solving.solve import (
     as_float64,
+    as_numpy,
     divided_by,
     float64_numpy,
     one_torch_thread,
+    powers_above,
     scales_of,
     side_by_side,
     svd_error,
@@ -40,6 +42,8 @@ LIFT = 3e-5
 STEPS = 80
 """Of Lanczos at most, on a CPU, where every `_LOOK` it is asked whether the residual has come below `_RESIDUAL`."""
 STEPS_ON_DEVICE = 50
+USUAL = 2.0**40
+"""Matrices whose entries are up to that, or down to its inverse, need no scaling: float32 holds their squares' sums."""
 _LOOK, _RESIDUAL = 10, 1e-5
 _EXHAUSTED = 1e-6
 """A residual of this share of the greatest value so far is rounding: no direction is left."""
@@ -64,7 +68,11 @@ def spectral_norms(matrices_NRC: Tensor, solver: Solver = "gram64", cpu_threads:
 
     On a CPU a matrix's numbers depend neither on its neighbours nor on the number of threads or cores.
     """
+    n = len(matrices_NRC)
     with torch.no_grad():
+        if _is_by_matrix(matrices_NRC, solver):
+            each = side_by_side(lambda i: _on_cpu(float64_numpy(matrices_NRC[i])), range(n), cpu_threads)
+            return Norms(*np.array(each).reshape(n, 3).T)
         scales = scales_of(matrices_NRC) if 0 not in matrices_NRC.shape else np.ones(len(matrices_NRC))
         usable = np.isfinite(scales)
         found = np.full((len(scales), 3), np.nan)
@@ -73,28 +81,47 @@ def spectral_norms(matrices_NRC: Tensor, solver: Solver = "gram64", cpu_threads:
         elif solver == "svd":
             for i in np.flatnonzero(usable).tolist():
                 found[i] = _by_svd(as_float64(matrices_NRC[i], scales[i])) * scales[i]
-        elif cuda_path(matrices_NRC):
+        else:
             divided, divisors = divided_by(matrices_NRC, scales)
             found[usable] = (_on_device(divided) * divisors[:, None])[usable]
-        else:
-
-            def one(i: int) -> np.ndarray:
-                return _on_cpu(float64_numpy(matrices_NRC[i], scales[i])) * scales[i]
-
-            if each := side_by_side(one, np.flatnonzero(usable).tolist(), cpu_threads):
-                found[usable] = each
     return Norms(*found.T)
 
 
+def norms_of_changes(
+    before_NRC: Tensor, now_NRC: Tensor, solver: Solver = "gram64", cpu_threads: int = 1
+) -> tuple[Norms, np.ndarray]:
+    """`spectral_norms` of the float64 differences, and their Frobenius norms (N,); by no more copies than it takes."""
+    with torch.no_grad():
+        if _is_by_matrix(now_NRC, solver):
+
+            def one(i: int) -> np.ndarray:
+                change_RC = np.subtract(as_numpy(now_NRC[i]), as_numpy(before_NRC[i]), dtype=np.float64)
+                return np.append(_on_cpu(change_RC), np.sqrt(np.vdot(change_RC, change_RC)))
+
+            each = np.array(side_by_side(one, range(len(now_NRC)), cpu_threads)).reshape(-1, 4).T
+            return Norms(*each[:3]), each[3]
+        change_NRC = now_NRC.to(torch.float64, copy=True).sub_(before_NRC)
+        frobenius_N = torch.linalg.vector_norm(change_NRC, dim=(1, 2)).cpu().numpy()
+        return spectral_norms(change_NRC, solver, cpu_threads), frobenius_N
+
+
+def _is_by_matrix(matrices_NRC: Tensor, solver: Solver) -> bool:
+    return solver == "gram64" and not cuda_path(matrices_NRC) and 0 not in matrices_NRC.shape
+
+
 def _on_cpu(a_RC: np.ndarray) -> np.ndarray:
-    """Value, low and high (3,) of a finite float64 matrix with entries of about 1."""
-    if not a_RC.any():
-        return np.zeros(3)
+    """Value, low and high (3,) of a float64 matrix, NaN of one that is not finite."""
+    greatest = np.maximum(a_RC.max(), -a_RC.min())
+    if greatest == 0 or not np.isfinite(greatest):
+        return np.full(3, 0.0 if greatest == 0 else np.nan)
+    scale = float(powers_above(greatest))
+    if not 1 / USUAL <= scale <= USUAL:
+        return _on_cpu(a_RC * (1 / scale)) * scale
     if min(a_RC.shape) >= SMALL:
         gram_KK = gram(a_RC.astype(np.float32))
         v_K = _ritz_vector(gram_KK)
         length = float(np.linalg.norm(a_RC @ v_K if a_RC.shape[0] >= a_RC.shape[1] else v_K @ a_RC))
-        square = square_beyond_of_matrix(a_RC, gram_KK, length**2 * (1 + LIFT))
+        square = square_beyond_of_matrix(a_RC, gram_KK, length**2 * (1 + LIFT), length**2 * (1 + 1.9 * BRACKET))
         found = _ends(np.array([length]), np.array([square]), a_RC.shape)[0]
         if _is_close(found):
             return found

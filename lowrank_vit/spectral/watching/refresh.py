@@ -34,9 +34,8 @@ from lowrank_vit.spectral.measures.subspaces import (
 )
 from lowrank_vit.spectral.select import module_depth, module_type
 from lowrank_vit.spectral.solving.extremes import Solved, Solver
-from lowrank_vit.spectral.solving.lapack import one_blas_thread
-from lowrank_vit.spectral.solving.norm import spectral_norms
-from lowrank_vit.spectral.solving.solve import LOG, MatrixStack, never, solve_stack
+from lowrank_vit.spectral.solving.norm import norms_of_changes
+from lowrank_vit.spectral.solving.solve import LOG, MatrixStack, float64_numpy, never, side_by_side, solve_stack
 
 MODEL, EMA = "spec", "spec_ema"
 Stacks = dict[str, list[MatrixStack]]
@@ -162,14 +161,7 @@ def update_norms(
     "update_norm2_low" and "update_norm2_high" enclose the first, see `norm.spectral_norms`. Both norms: Golub & Van
     Loan, section 2.3.
     """
-    with torch.no_grad():
-        change = now.matrices_NRC.to(torch.float64, copy=True).sub_(before.matrices_NRC)
-        spectral = spectral_norms(change, solver, cpu_threads)
-        if cuda_path(change):
-            frobenius = torch.linalg.vector_norm(change, dim=(1, 2)).cpu().numpy()
-        else:
-            with one_blas_thread():
-                frobenius = [float(np.sqrt(np.vdot(d, d))) for d in change.numpy()]
+    spectral, frobenius = norms_of_changes(before.matrices_NRC, now.matrices_NRC, solver, cpu_threads)
     keys = ("update_norm2", "update_norm2_low", "update_norm2_high", "update_normF")
     return {
         name: dict(zip(keys, map(float, values), strict=True))
@@ -178,7 +170,7 @@ def update_norms(
 
 
 def block_energies(
-    before: Mapping[str, Solved], now: Mapping[str, Solved], stack: MatrixStack
+    before: Mapping[str, Solved], now: Mapping[str, Solved], stack: MatrixStack, cpu_threads: int = 1
 ) -> dict[str, dict[str, float]]:
     """By name: "block_energy" (see `subspaces.block_energy`), where `before` has the block.
 
@@ -186,19 +178,24 @@ def block_energies(
         before, now: by name, solved.
         stack: the weights that `now` was solved of, or some of them.
     """
-    energies: dict[str, float] = {}
+    on_host: dict[str, Tensor] = {}
     on_device: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, matrix in zip(stack.names, stack.matrices_NRC, strict=True):
             blocks = blocks_of(before[name], now[name]) if name in before else None
             if blocks is None:
                 continue
-            weights_RC = matrix.double()
             if cuda_path(matrix) and now[name].s[0] > 0:
+                weights_RC = matrix.double()
                 u_Rp = torch.from_numpy(blocks[0].u).to(weights_RC)
                 on_device[name] = torch.linalg.matrix_norm(u_Rp.T @ weights_RC / float(now[name].s[0]))
             else:
-                energies[name] = block_energy(before[name], now[name], weights_RC.cpu().numpy())
+                on_host[name] = matrix.cpu()
+
+        def one(name: str) -> float:
+            return block_energy(before[name], now[name], float64_numpy(on_host[name]))
+
+        energies = dict(zip(on_host, side_by_side(one, on_host, cpu_threads), strict=True))
         if on_device:
             norms = torch.stack(list(on_device.values())).tolist()  # waits once for all of them
             energies |= {name: captured(norm, now[name]) for name, norm in zip(on_device, norms, strict=True)}
@@ -236,7 +233,7 @@ def refresh(
         result.solved |= {f"{kind}/{name}": one for name, one in found.items()}
         pairs = zip(memory.weights.get(kind, ()), of_kind, strict=False)
         parts = [update_norms(before, now, settings.cpu_threads, settings.solver) for before, now in pairs]
-        for part in parts + [block_energies(last, found, stack) for stack in of_kind]:
+        for part in parts + [block_energies(last, found, stack, settings.cpu_threads) for stack in of_kind]:
             for name, values in part.items():
                 of_weights.setdefault(f"{kind}/{name}", {}).update(values)
     result.values = (describing or describe)(result.solved, of_weights, memory.first, memory.last, settings)
@@ -255,19 +252,20 @@ def describe(
 
     `of_weights`: see `drift_metrics`; the other dictionaries, too, are by key.
     """
-    described: dict[str, dict[str, float]] = {}
-    for key, one in solved.items():
+
+    def described_by(key: str) -> dict[str, float]:
+        one = solved[key]
         values = matrix_metrics(one, settings) | dict(of_weights.get(key, {}))
         if key in last:
             values |= drift_metrics(last[key], one, of_weights.get(key, {}))
         if key in first:
             values |= cosine_metrics("cos0", first[key], one)
-        described[key] = values
-    for key, one in solved.items():
         kind, _, name = key.partition("/")
         if kind == MODEL and f"{EMA}/{name}" in solved:
-            described[key] |= cosine_metrics("ema_cos", solved[f"{EMA}/{name}"], one)
-    return described
+            values |= cosine_metrics("ema_cos", solved[f"{EMA}/{name}"], one)
+        return values
+
+    return dict(zip(solved, side_by_side(described_by, solved, settings.cpu_threads), strict=True))
 
 
 def aggregates(values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

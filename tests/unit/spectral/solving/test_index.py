@@ -11,7 +11,15 @@ import torch
 
 from lowrank_vit.spectral.solving import gram
 from lowrank_vit.spectral.solving.extremes import Solved, Solver, Triplets
-from lowrank_vit.spectral.solving.index import enclosure, index_is_proven, nothing_beyond, probes
+from lowrank_vit.spectral.solving.index import (
+    FEW,
+    FEW_OF_FLOAT32,
+    PROBES,
+    enclosure,
+    index_is_proven,
+    nothing_beyond,
+    probes,
+)
 from lowrank_vit.spectral.solving.solve import solve
 from tests.device_path import CudaPath
 from tests.spectra import low_rank_and_noise, orthonormal, with_spectrum
@@ -67,7 +75,9 @@ def test_true_triplets_under_wrong_indices_are_noticed() -> None:
 def test_an_enclosure_holds_the_norm_of_what_it_probes() -> None:
     for rank in (1, 3, 40):
         difference = orthonormal(40, rank, rank) @ orthonormal(40, rank, 7).T
-        assert 1 <= enclosure(difference @ probes(40)) < 200
+        for count, most in ((PROBES, 200), (FEW_OF_FLOAT32, 1000), (FEW, 10_000)):
+            assert 1 <= enclosure(difference @ probes(40, count)) < most
+    assert np.array_equal(probes(40, FEW), probes(40)[:, :FEW])
 
 
 @pytest.mark.parametrize("name", ["noise", "wide", "cluster at p"])
