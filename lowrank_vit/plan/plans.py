@@ -38,10 +38,11 @@ class Stream(IntEnum):
     MIX_SAMPLE = 8
     INTERPOLATION = 9
     LABEL = 10
+    SUBSET = 11
 
 
-# Numbers for compiled code, which does not know enumerations.
-_ORDER, _CROP = int(Stream.ORDER), int(Stream.CROP)
+# A number for compiled code, which does not know enumerations.
+_CROP = int(Stream.CROP)
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class TrainPlan:
 
         Samples are sorted by a random 64-bit number each: uniform up to ties, less likely than N**2 / 2**65.
         """
-        return np.argsort(_order_keys(self._key, self.num_samples, epoch), kind="stable")
+        return np.argsort(_order_keys(self._key, self.num_samples, epoch, Stream.ORDER), kind="stable")
 
     def ids(self, epoch: int) -> np.ndarray:
         """int64 (steps, batch_size): this rank's share of the epoch's order, `accum_steps` rows to an update."""
@@ -338,15 +339,24 @@ def draw_samples(seed: int, num_samples: int, count: int) -> np.ndarray:
 
     They are the first of `TrainPlan`'s order in epoch 0 of the same seed, so a greater count has those of a smaller.
     """
-    keys = _order_keys(np.uint64(seed), num_samples, 0)
+    keys = _order_keys(np.uint64(seed), num_samples, 0, Stream.ORDER)
+    return np.sort(np.argsort(keys, kind="stable")[:count])
+
+
+def subset(seed: int, num_samples: int, count: int) -> np.ndarray:
+    """Which `count` of the samples stand for all: int64, ascending; all of them where there are no more.
+
+    A smaller number gives a part of the same samples.
+    """
+    keys = _order_keys(np.uint64(seed), num_samples, 0, Stream.SUBSET)
     return np.sort(np.argsort(keys, kind="stable")[:count])
 
 
 @njit(cache=True)
-def _order_keys(key: np.uint64, num_samples: int, epoch: int) -> np.ndarray:
+def _order_keys(key: np.uint64, num_samples: int, epoch: int, stream: int) -> np.ndarray:
     keys = np.empty(num_samples, np.uint64)
     for i in range(num_samples):
-        w0, w1, _, _ = philox(key, 0, i, epoch, _ORDER)
+        w0, w1, _, _ = philox(key, 0, i, epoch, stream)
         keys[i] = (w0 << np.uint64(32)) | w1
     return keys
 

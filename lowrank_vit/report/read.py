@@ -9,7 +9,7 @@ import contextlib
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ Columns = dict[str, np.ndarray]
 """A table by column: name to float64 array, all of one length; NaN where a cell is empty."""
 
 
-_SPEC_EVENT = b'{"kind": "spec"'
+_SPEC_EVENT, _FLOW_EVENT = b'{"kind": "spec"', b'{"kind": "flow"'
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Run:
     """By update; each "spec/<module>" or "spec_ema/<module>" to its singular values."""
     scalars: Columns = field(default_factory=dict)
     """The "spec" events of `metrics.jsonl`, by update; of each matrix those of `SCALARS`."""
+    flows: Columns = field(default_factory=dict)
+    """The "flow" events of `metrics.jsonl`, by update."""
     vectors: list[StoredVectors] = field(default_factory=list)
     """The first, the last but one and the newest that are stored, or fewer."""
     scaled: dict[str, np.ndarray] = field(default_factory=dict)
@@ -100,7 +102,8 @@ def read_run(path: Path) -> Run:
         environment=environment,
         spectra=spectra,
         scaled=_read_newest_scaled(stored, spectra),
-        scalars=_read_spec_events(path / "metrics.jsonl"),
+        scalars=_read_events(path / "metrics.jsonl", _SPEC_EVENT, SCALARS),
+        flows=_read_events(path / "metrics.jsonl", _FLOW_EVENT, None),
         vectors=_read_some_vectors(stored),
         shapes=stored.shapes,
         status=run_status(path, args, epochs, train),
@@ -177,14 +180,17 @@ def _read_train_events(path: Path, notes: list[str]) -> Columns:
     return _by_update(rows)
 
 
-def _read_spec_events(path: Path) -> Columns:
-    """At most MAX_SNAPSHOTS of them, evenly spaced; damaged lines are noted with those of the training."""
+def _read_events(path: Path, beginning: bytes, metrics: Collection[str] | None) -> Columns:
+    """The lines that begin so, at most MAX_SNAPSHOTS of them, evenly spaced, and of these `metrics`, or all.
+
+    Damaged lines are noted with those of the training.
+    """
     try:
         with path.open("rb") as file:
-            count = sum(line.startswith(_SPEC_EVENT) for line in file)
+            count = sum(line.startswith(beginning) for line in file)
         wanted = set(np.linspace(0, count - 1, min(count, MAX_SNAPSHOTS)).round().astype(int).tolist())
         with path.open("rb") as file:
-            lines = (line for line in file if line.startswith(_SPEC_EVENT))
+            lines = (line for line in file if line.startswith(beginning))
             chosen = [line for number, line in enumerate(lines) if number in wanted]
     except OSError:
         return {}
@@ -192,7 +198,7 @@ def _read_spec_events(path: Path) -> Columns:
     for line in chosen:
         with contextlib.suppress(ValueError):
             event = json.loads(line)
-            shown = {key: value for key, value in event.items() if key.rpartition("/")[2] in SCALARS}
+            shown = {k: v for k, v in event.items() if metrics is None or k.rpartition("/")[2] in metrics}
             rows.append({key: _float(value) for key, value in shown.items()} | {"update": _float(event.get("update"))})
     return _by_update([row for row in rows if not math.isnan(row["update"])])
 

@@ -124,9 +124,9 @@ def moment(run: Run, update: int) -> str:
     return run.moment or f"at update {update:,}"
 
 
-def subtitle(run: Run, updates_T: np.ndarray) -> str:
-    """The model and how many refreshes were made when."""
+def subtitle(run: Run, updates_T: np.ndarray, of_what: str = "refreshes") -> str:
+    """The model and how many of what were made when."""
     model = f"{run.args['model']}  ·  " if run.args.get("model") else ""
     if len(updates_T) == 1:
         return model + moment(run, updates_T[0])
-    return f"{model}{len(updates_T)} refreshes, updates {updates_T[0]:,} to {updates_T[-1]:,}"
+    return f"{model}{len(updates_T)} {of_what}, updates {updates_T[0]:,} to {updates_T[-1]:,}"

@@ -20,12 +20,12 @@ from lowrank_vit.common.files import append_whole, whole_file, write_whole
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.wandb_log import WandbLog
 
-_AXES = {"spec": "spec_update"}
+_AXES = {"spec": "spec_update", "flow": "spec_update"}
 """W&B's name of the update number, by kind; `update` for the others."""
 
 
-_ALSO = {"eval": ("epoch",)}
-"""What a record has beside its update, by kind."""
+_ALSO = {"eval": ("epoch",), "flow": ("epoch",)}
+"""What a record has beside its update, by kind: those of a validation, which comes at an epoch's end."""
 
 
 class Means(NamedTuple):
@@ -136,7 +136,7 @@ class RunLog:
                 )
 
     def log(self, kind: str, update: int, values: dict[str, Any]) -> None:
-        """One line in metrics.jsonl: `kind` is train, eval or spec; `update` the number of optimizer updates so far."""
+        """One line in metrics.jsonl: `kind` is train, eval, spec or flow; `update` the optimizer updates so far."""
         # JSON has no NaN: a value that is not finite becomes null.
         finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in values.items()}
         line = json.dumps({"kind": kind, "update": update, **finite}, allow_nan=False) + "\n"
@@ -227,6 +227,6 @@ def _drop_after(path: Path, update: int, epoch: int) -> None:
     with path.open("rb") as old, whole_file(path, through_link=False) as new:
         for line in old:
             record = _record(line)
-            if not record or record["update"] > update or (record["kind"] == "eval" and record["epoch"] >= epoch):
+            if not record or record["update"] > update or (record["kind"] in _ALSO and record["epoch"] >= epoch):
                 continue
             new.write(line if line.endswith(b"\n") else line + b"\n")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.terminal import duration
 from lowrank_vit.config.flags import to_yaml
 from lowrank_vit.config.option_types import leaves
@@ -15,9 +17,11 @@ from lowrank_vit.config.options import Config
 from lowrank_vit.run.directory import RunDir, environment, environment_json
 from lowrank_vit.run.metrics import RunLog
 from lowrank_vit.run.progress import Display, Figures, wait_in_words
-from lowrank_vit.run.state import RunState
+from lowrank_vit.run.state import Position, RunState
 from lowrank_vit.run.wandb_log import WandbLog
 from lowrank_vit.score.evaluate import Scores
+from lowrank_vit.spectral.flows import Flows
+from lowrank_vit.spectral.watching.store import write_flows
 from lowrank_vit.spectral.watching.worker import SpectralRecord
 
 SPECTRA = "spectra"
@@ -130,6 +134,15 @@ class Outputs:
         for record in records:
             if self._log:
                 self._log.log("spec", record.update, record.values)
+
+    def log_flows(self, position: Position, values: dict[str, float], flows: Mapping[str, Flows]) -> None:
+        """Write what a validation has found out of the models' flows: the scalars, and all of it by kind."""
+        if self._log:
+            self._log.log("flow", position.num_updates, {"epoch": position.epoch, **values})
+            try:
+                write_flows(self._run_dir.path / SPECTRA, position.num_updates, flows)
+            except UserError as error:
+                self.display.say(f"warning: {error} Training goes on.")
 
     def log_epoch(self, row: dict[str, Any], scores: dict[str, Scores], train_s: float) -> None:
         """Show and write a validated epoch; `row` is that of summary.csv without the scores, which come by prefix."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -58,9 +59,18 @@ class Evaluator:
         self._model, self._augment, self._is_mirrored = model, augment, tta == 2
         device = next(model.parameters()).device
         self._device, self._amp, self._amp_dtype = device, amp, amp_dtype
-        self._logits_of: Callable[[Tensor], Tensor] = torch.compile(self._logits) if compile else self._logits
+        self._logits_of: Callable[[Tensor], Tensor] = torch.compile(self.logits) if compile else self.logits
 
-    def _logits(self, images: Tensor) -> Tensor:
+    def apart(self) -> tuple[nn.Module, Evaluator]:
+        """A copy of the model, in evaluation mode, and what scores that, uncompiled: hooks on it change nothing else.
+
+        Images are not mirrored.
+        """
+        model = copy.deepcopy(self._model).eval()
+        return model, Evaluator(model, self._augment, amp=self._amp, compile=False, amp_dtype=self._amp_dtype)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The model's logits of uint8 images on its device, as they are scored."""
         normalized = self._augment.normalize(images)
         with torch.autocast(self._device.type, dtype=self._amp_dtype, enabled=self._amp):
             logits = self._model(normalized).float()

@@ -1,4 +1,4 @@
-"""Which layers named qkv have Q, K and V as the three equal parts of their rows, in this order.
+"""What is known of attentions by their classes: of which a layer named qkv has Q, K and V as the thirds of its rows.
 
 Names and shapes do not tell: tiny_vit, MaxViT and EfficientFormer have the rows of head 1 first, each with its own
 three parts. So a layer counts only where the forward of the module that holds it is known.
@@ -30,6 +30,9 @@ KNOWN = frozenset(
     timm.models.vision_transformer_sam.Attention timm.models.volo.Attention timm.models.xcit.XCA""".split()
 )
 """The classes whose forward reshapes the outputs of `qkv` to (3, heads, dim), or takes three equal parts of them."""
+PLAIN = frozenset({"timm.layers.attention.Attention"})
+"""Of these the classes whose probabilities are softmax(scale q k^T), q and k through `q_norm` and `k_norm`, over tokens
+(N, T, C): without a bias by position, rotation, windows or a second softmax."""
 
 # The parameters of a block of timm's plain ViT, DeiT, MAE and BEiT: such a state dict tells its layout without a class.
 _QKV_OF_PLAIN_VIT = re.compile(r"(blocks\.\d+\.)attn\.qkv")
@@ -58,11 +61,19 @@ def fused_qkv_of_state(state: Mapping[str, Tensor], arch: str) -> frozenset[str]
     return frozenset(name for name in named if by_place.get(_place(name), False))
 
 
+def has_plain_attention(module: nn.Module) -> bool:
+    """Whether a module is an attention of `PLAIN` with one layer for Q, K and V."""
+    return _owner_of_forward(module) in PLAIN and isinstance(getattr(module, "qkv", None), nn.Module)
+
+
 def _is_known(module: nn.Module) -> bool:
-    if getattr(module, _BY_HEAD, False):
-        return False
+    return not getattr(module, _BY_HEAD, False) and _owner_of_forward(module) in KNOWN
+
+
+def _owner_of_forward(module: nn.Module) -> str:
+    """The class that has defined a module's forward."""
     owner = next((c for c in type(module).__mro__ if "forward" in vars(c)), nn.Module)
-    return f"{owner.__module__}.{owner.__qualname__}" in KNOWN
+    return f"{owner.__module__}.{owner.__qualname__}"
 
 
 def _has_weight(model: nn.Module, name: str) -> bool:

@@ -13,6 +13,7 @@ from lowrank_vit.model.optimizer import check_optimizer, create_scheduler, learn
 from lowrank_vit.model.weights import require_file
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.wandb_log import check_login
+from lowrank_vit.spectral.flows import check_flows
 from lowrank_vit.spectral.select import targets_of_model
 
 _WITHOUT_MIN_LR = ("none", "constant", "step", "multistep")
@@ -47,6 +48,9 @@ def check_before_data(config: Config, *, is_resumed: bool, world: World | None =
         refuse_batch_norm(model, options.model)
     if config.spectra.spec_monitor:
         targets_of_model(model, config.spectra.spec_targets, config.spectra.spec_split_qkv)
+    if config.spectra.spec_flows:
+        side = input_spec(model, config.data.img_size, None).img_size
+        check_flows(model, lambda: _logits(model, side))
     if config.run.log_wandb and world.is_first:
         _check_project(config.run.wandb_project)
         check_login()

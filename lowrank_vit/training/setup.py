@@ -42,7 +42,9 @@ from lowrank_vit.ranks.records import data_record
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.state import Position
 from lowrank_vit.score.evaluate import Evaluator
+from lowrank_vit.spectral.flows import remark_on_attention
 from lowrank_vit.spectral.measures.initial import in_words, redraw_far_entries
+from lowrank_vit.training.flows import FlowWatch
 from lowrank_vit.training.loading import fed_step, loaders_before, make_train_loader, make_val_loader, with_workers
 from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
 from lowrank_vit.training.preflight import check_before_data
@@ -73,6 +75,8 @@ class Setup:
     step: TrainStep
     evaluators: dict[str, Evaluator]
     """Evaluators by prefix of the metric's name: "" for the model, "ema_" for its EMA. None without validation data."""
+    flows: FlowWatch | None
+    """With --spec-flows, where there are validation data."""
     train_loader: Loader | SyntheticLoader
     val_loader: Loader | None
     val_batch: int
@@ -174,7 +178,7 @@ def set_up(
     plan, train_loader, line = make_train_loader(*of_train, prepare, step, before)
     if share := train_loader.engine_share:
         config = with_options(config, {"hw-decoder-load": share.share})
-    lines, evaluators, val_loader, val_batch = [line], dict[str, Evaluator](), None, 0
+    lines, evaluators, flows, val_loader, val_batch = [line], dict[str, Evaluator](), None, None, 0
     lr, lr_origin = learning_rate(config.optim, plan.global_batch)
     optimizer = create_optimizer(config.optim, model, lr)
     scheduler, num_epochs = create_scheduler(config.optim, optimizer, plan.updates_per_epoch, config.run.seed)
@@ -188,6 +192,11 @@ def set_up(
         evaluators = {"": _make_evaluator(config, model, augment)}
         if ema:
             evaluators["ema_"] = _make_evaluator(config, ema.module, augment)
+        if config.spectra.spec_flows:
+            count, seed = config.spectra.spec_flow_images, config.run.seed
+            flows = FlowWatch(evaluators, sets.val.num_samples, count, seed, world, say)
+            if line := remark_on_attention(model):
+                lines.append(line)
     world.progress.enter("making ready to train")
     parameters = sum(p.numel() for p in model.parameters())
     return Setup(
@@ -204,6 +213,7 @@ def set_up(
         num_epochs=num_epochs,
         step=TrainStep(config, model, augment, optimizer, ema, world, position=position, phases=phases),
         evaluators=evaluators,
+        flows=flows,
         train_loader=train_loader,
         val_loader=val_loader,
         val_batch=val_batch,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lowrank_vit.score.evaluate import Scores
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor, default_cpu_threads
 from lowrank_vit.spectral.watching.refresh import SpectralSettings
 from lowrank_vit.spectral.watching.store import kept_name
+from lowrank_vit.training.flows import flows_of
 from lowrank_vit.training.loading import room_beside
 from lowrank_vit.training.phases import PhaseListener, Phases, ToldToRanks
 from lowrank_vit.training.resume import Start, capture, find_start, finished, open_run_dir, restore
@@ -391,7 +393,6 @@ class Trainer:
             world.progress.tick(is_compiled=done > most_batches * (len(setup.evaluators) - 1))
 
         loader = UntilStopped(setup.val_loader, most_batches, self.stop, tell)
-        with self._phases("evaluation"):
-            return {
-                prefix: evaluate(loader, setup.val_batch, world.sum) for prefix, evaluate in setup.evaluators.items()
-            }
+        log = partial(self.outputs.log_flows, self.state.position)
+        with self._phases("evaluation"), flows_of(loader, setup.flows, log) as seen:
+            return {prefix: evaluate(seen, setup.val_batch, world.sum) for prefix, evaluate in setup.evaluators.items()}

@@ -5,6 +5,7 @@
 `vectors_00000100.npz`  "update" and the recorded triplets, float64: per "<kind>/<name>" and end (top, last)
                         "<key>:top:u" (R, k), ":v" (C, k), ":s" (k,) and ":certificate" (k,). Where the recorded ones
                         leave some out at the top, those as "<key>:between:u" and so on, in the order of their values.
+`flows_00000100.npz`    of a validation after that update, per "<kind>/<block>:variances" and ":entropies", see `Flows`.
 `index.json`            the recorded indices and shapes of every matrix, the options, and entries far out at the start.
 `weights_00000100.pth`  for a run that is resumed: the weights that the newest refresh was taken of, see `Kept`. Written
                         with a checkpoint, by whoever writes that; one file, of the newest checkpoint.
@@ -29,10 +30,11 @@ from torch import Tensor
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import damaged_member, remove_leftovers, whole_file, write_whole
+from lowrank_vit.spectral.flows import Flows
 from lowrank_vit.spectral.measures.initial import FarEntry
 from lowrank_vit.spectral.solving.extremes import Solved, Triplets
 
-SPECTRA, VECTORS, WEIGHTS = "update", "vectors", "weights"
+SPECTRA, VECTORS, WEIGHTS, FLOWS = "update", "vectors", "weights", "flows"
 FAR_ENTRIES = "far_entries"
 """In the index: matrix to the entries far out of it before the first update (`initial.FarEntry`)."""
 SPECTRA_SHARE = 0.25
@@ -141,7 +143,7 @@ class SpectraStore:
 
     def forget_after(self, update: int) -> None:
         """Delete what a run that was cut off has stored after the checkpoint it is resumed from."""
-        for prefix in (SPECTRA, VECTORS, WEIGHTS):
+        for prefix in (SPECTRA, VECTORS, WEIGHTS, FLOWS):
             for path in _files(self.path, prefix):
                 if update_of(path) > update:
                     path.unlink(missing_ok=True)
@@ -213,6 +215,17 @@ def write_spectra(store_dir: Path, update: int, spectra: Mapping[str, np.ndarray
         UserError: the directory cannot be written (full, read-only, gone).
     """
     return _write(store_dir, SPECTRA, update, spectra)
+
+
+def write_flows(store_dir: Path, update: int, flows: Mapping[str, Flows]) -> Path:
+    """Write what was found out of the models of these kinds at a validation; return the path. Raises `UserError`."""
+    arrays: dict[str, np.ndarray] = {}
+    for kind, found in flows.items():
+        arrays |= {f"{kind}/{block}:variances": one for block, one in found.variances.items()}
+        arrays |= {f"{kind}/{block}:entropies": one for block, one in found.entropies.items()}
+    with contextlib.suppress(OSError):  # writing tells of it
+        store_dir.mkdir(exist_ok=True)
+    return _write(store_dir, FLOWS, update, arrays)
 
 
 def list_spectra(store_dir: Path) -> list[Path]:

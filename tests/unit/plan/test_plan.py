@@ -19,7 +19,7 @@ from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedC
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.plan.mixing import MixRules, cut_box
 from lowrank_vit.plan.operations import parse_policy
-from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan, TrainRules, draw_samples
+from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan, TrainRules, draw_samples, subset
 from lowrank_vit.plan.rectangles import center_crops, center_windows
 from tests.distributions import assert_same_distribution
 from tests.slots import joined
@@ -52,6 +52,17 @@ def test_positions_in_the_order_are_uniform():
     plan = make_plan(10, batch_size=1)
     first = np.bincount([plan.order(epoch)[0] for epoch in range(5000)], minlength=10)
     assert stats.chisquare(first).pvalue > 1e-4
+
+
+def test_a_subset_is_of_the_seed_alone_and_a_smaller_one_a_part_of_it():
+    chosen = subset(7, 101, 20)
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    assert np.array_equal(chosen, subset(7, 101, 20))
+    assert set(subset(7, 101, 5).tolist()) < set(chosen.tolist())
+    assert not np.array_equal(chosen, subset(8, 101, 20))
+    assert not np.array_equal(chosen, np.sort(make_plan().order(0)[:20]))  # of a stream of its own
+    counts = np.bincount(np.concatenate([subset(seed, 10, 3) for seed in range(2000)]), minlength=10)
+    assert stats.chisquare(counts).pvalue > 1e-4
 
 
 EVERYTHING = TrainRules(

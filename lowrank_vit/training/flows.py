@@ -1,0 +1,110 @@
+"""What flows through the model at a validation: which images are taken, and what is logged and stored of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowrank_vit.common.errors import in_short
+from lowrank_vit.common.locks import Say
+from lowrank_vit.data.batch import Batch
+from lowrank_vit.plan.plans import subset
+from lowrank_vit.ranks.world import World
+from lowrank_vit.score.evaluate import Batches, Evaluator
+from lowrank_vit.spectral.flows import Flows, measure
+from lowrank_vit.spectral.watching.refresh import EMA, MODEL
+
+IMAGES_AT_ONCE = 16
+"""In a batch, whatever the validation's: so the numbers do not depend on that."""
+_KINDS = {"": MODEL, "ema_": EMA}
+"""By prefix of a score's name."""
+
+
+Log = Callable[[dict[str, float], dict[str, Flows]], object]
+"""Told of what a validation has found out: scalars by "<kind>/flow/<block>/<metric>", kind "spec" or "spec_ema", with
+"spec/flow/images" and "spec/flow/seconds" among them; and all of it by kind."""
+
+
+class FlowWatch(Batches):
+    """Takes the same images out of every validation and has the first rank look at what the models make of them.
+
+    It goes round the loader of a validation, of whose passes the first gives the images. Copies of the models see
+    these, so that nothing of the run changes. What fails is said, and training goes on.
+    """
+
+    def __init__(
+        self, evaluators: Mapping[str, Evaluator], num_samples: int, count: int, seed: int, world: World, say: Say
+    ) -> None:
+        """Choose `count` of the validation set's samples by `seed`; `evaluators` by prefix of a score's name."""
+        self._evaluators, self._world, self._say = evaluators, world, say
+        self._is_chosen = np.zeros(num_samples, bool)
+        self._is_chosen[subset(seed, num_samples, count)] = True
+        self._loader: Batches | None = None
+        self._found: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def begin(self, loader: Batches) -> None:
+        """A validation begins, of which this is the loader."""
+        self._loader, self._found = loader, []
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Give the loader's batches."""
+        assert self._loader is not None
+        is_complete = bool(self._found)
+        for batch in self._loader.batches(epoch):
+            if not is_complete and (rows := np.flatnonzero(self._is_chosen[batch.plan.ids])).size:
+                images = batch.images[torch.from_numpy(rows).to(batch.images.device)]
+                self._found.append((batch.plan.ids[rows], images.cpu().numpy()))
+            yield batch
+
+    def end(self, log: Log) -> None:
+        """The validation is over. Every rank calls it together; the first tells `log` what was found out."""
+        start = time.perf_counter()
+        own, self._found = self._found, []
+        found = [part for of_rank in self._world.gather(own) for part in of_rank]
+        if not self._world.is_first or not found:
+            return
+        ids, images = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        try:
+            images = torch.from_numpy(images[np.argsort(ids)])
+            flows = {_KINDS[prefix]: self._flows(one, images) for prefix, one in self._evaluators.items()}
+        except Exception as error:  # such as no memory for a copy of the model
+            self._say(f"warning: the flows of this validation failed: {in_short(error)}. Training goes on.")
+            return
+        values = {
+            f"{kind}/flow/{block}/{metric}": value
+            for kind, found in flows.items()
+            for block, metrics in found.values.items()
+            for metric, value in metrics.items()
+        }
+        about = {"spec/flow/images": float(len(images)), "spec/flow/seconds": time.perf_counter() - start}
+        log(values | about, flows)
+
+    def _flows(self, evaluator: Evaluator, images: Tensor) -> Flows:
+        model, apart = evaluator.apart()
+        device = next(model.parameters()).device
+
+        def batches() -> Iterator[Tensor]:
+            for batch in images.split(IMAGES_AT_ONCE):
+                yield batch.to(device, memory_format=torch.channels_last)
+                self._world.progress.tick()
+
+        return measure(model, apart.logits, batches())
+
+
+@contextmanager
+def flows_of(loader: Batches, watch: FlowWatch | None, log: Log) -> Generator[Batches]:
+    """Within it a validation takes place: give the loader for that, and afterwards tell `log` what the watch has seen.
+
+    Nothing is told of a validation that ends by an error.
+    """
+    if watch is None:
+        yield loader
+    else:
+        watch.begin(loader)
+        yield watch
+        watch.end(log)
