@@ -21,7 +21,7 @@ from lowrank_vit.data.sets.datasets import DataOptions, locate
 from lowrank_vit.lowrank.options import CompressOptions
 from lowrank_vit.lowrank.scoring import SampleScores, score_models
 from lowrank_vit.model.class_match import Trust
-from lowrank_vit.plan.plans import EvalPlan, draw_samples
+from lowrank_vit.plan.plans import EvalPlan, subset
 from lowrank_vit.score.results import Counted, ScoringProgress
 from lowrank_vit.score.scorer import Scorer
 from lowrank_vit.score.validation import follow_model
@@ -47,7 +47,7 @@ class Images:
         for beton in (self.train, self.val):
             follow_model(scorer, beton, Trust(data.trust_labels), say)
         count = min(data.calibration_images, self.train.num_samples)
-        self.calibration_ids = draw_samples(data.seed, self.train.num_samples, count)
+        self.calibration_ids = subset(data.seed, self.train.num_samples, count)
         self._loaders: dict[str, Loader] = {}
 
     def __enter__(self) -> Images:

@@ -334,15 +334,6 @@ class EvalPlan:
         return BatchPlan(epoch, step, ids, self._windows[ids], flips, interpolations, (NO_MIX,), center=center)
 
 
-def draw_samples(seed: int, num_samples: int, count: int) -> np.ndarray:
-    """int64 (count,), ascending: different ids out of `num_samples`, all of them where `count` is no less.
-
-    They are the first of `TrainPlan`'s order in epoch 0 of the same seed, so a greater count has those of a smaller.
-    """
-    keys = _order_keys(np.uint64(seed), num_samples, 0, Stream.ORDER)
-    return np.sort(np.argsort(keys, kind="stable")[:count])
-
-
 def subset(seed: int, num_samples: int, count: int) -> np.ndarray:
     """Which `count` of the samples stand for all: int64, ascending; all of them where there are no more.
 

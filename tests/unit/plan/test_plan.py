@@ -19,7 +19,7 @@ from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedC
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.plan.mixing import MixRules, cut_box
 from lowrank_vit.plan.operations import parse_policy
-from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan, TrainRules, draw_samples, subset
+from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan, TrainRules, subset
 from lowrank_vit.plan.rectangles import center_crops, center_windows
 from tests.distributions import assert_same_distribution
 from tests.slots import joined
@@ -338,14 +338,6 @@ def test_evaluation_windows_are_the_crops_in_stored_pixels():
     side, top, left = 375 * 224 / 248, 12 * 375 / 248, 53 * 500 / 330
     assert windows[0].tolist() == [round(top), round(left), round(side), round(500 * 224 / 330)]
     assert windows[1].tolist() == [0, 0, 7, 7]
-
-
-def test_samples_that_are_drawn_are_those_that_come_first_in_training():
-    sizes = np.full(50, 8)
-    order = TrainPlan(sizes, sizes, TrainRules(), seed=7, img_size=8, batch_size=5).order(0)
-    for count in (1, 20, 50, 60):
-        assert draw_samples(7, 50, count).tolist() == sorted(order[:count].tolist())
-    assert draw_samples(8, 50, 20).tolist() != draw_samples(7, 50, 20).tolist()
 
 
 def test_an_evaluation_of_some_samples_cuts_each_as_that_of_all():
