@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,12 +15,13 @@ from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import check_versions, require_one_process, usage_name
 from lowrank_vit.common.terminal import output_is_in_files, say
 from lowrank_vit.config.command_line import read_options
-from lowrank_vit.config.option_types import POSITIVE
+from lowrank_vit.config.option_types import POSITIVE, Alone
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lowrank_vit.spectral.analyze import Analysis
+    from lowrank_vit.spectral.measures.circuits import BlockCircuits
 
 # What needs torch is imported where it is used: a wrong option is told before that.
 NONE = "(default: none)"
@@ -51,6 +52,8 @@ class Matrices:
     """Comma-separated endings of module names."""
     split_qkv: Annotated[bool, FlagCreatePairsOff] = False
     """Take Q, K and V as three matrices."""
+    circuits: Annotated[Literal["none", "raw", "folded"], Alone("raw")] = "none"
+    """Also of each head W_Q^T W_K, W_O W_V and how blocks compose; folded: with the norm's weight and LayerScale."""
     topk: Annotated[int, arg(metavar="N"), POSITIVE] = 8
     """How many singular values and vectors to record from each end."""
     interval: Annotated[int, arg(metavar="N"), POSITIVE] = 1
@@ -111,6 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("Give one of --checkpoint FILE, --model NAME --pretrained, or --compare BEFORE AFTER.")
     if source.compare and options.matrices.statistics:
         raise UserError("--statistics is about one state of the weights; leave it out with --compare.")
+    if source.compare and options.matrices.circuits != "none":
+        raise UserError("--circuits is about one state of the weights; leave it out with --compare.")
     files = options.files
     if files.save_dir is None and (files.full or files.save_vectors):
         raise UserError(
@@ -126,13 +131,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def _analyze(options: Options, console: Console) -> None:
     from lowrank_vit.spectral.analyze import arrays_of, as_json, free_stem, print_analysis, write_arrays, write_json
+    from lowrank_vit.spectral.measures.circuits import as_arrays
     from lowrank_vit.spectral.measures.initial import warning_of
 
     if options.source.checkpoint:
-        weights, meta = _read(options, options.source.checkpoint)
+        weights, meta, made_with = _read(options, options.source.checkpoint)
     else:
-        weights, meta = _fetch(options)
+        (weights, meta), made_with = _fetch(options), {}
     analysis, name = _solve(options, weights, meta), meta["model"]
+    if options.matrices.circuits != "none":
+        analysis = replace(analysis, circuits=_circuits(options, weights, name, made_with))
     epoch = f"epoch {meta['epoch'] + 1}, " if meta["epoch"] >= 0 else ""
     say(f"{name}, {epoch}{'EMA' if options.source.use_ema else 'raw'} weights")
     if analysis.far_entries:
@@ -146,6 +154,10 @@ def _analyze(options: Options, console: Console) -> None:
     write_json(as_json(analysis, meta | _settings(options)), path)
     output_is_in_files()
     say(f"wrote {path}")
+    if analysis.circuits:
+        path = files.save_dir / f"{stem}_circuits.npz"
+        write_arrays(as_arrays(analysis.circuits), path)
+        say(f"wrote {path}")
     if files.full or files.save_vectors:
         path = files.save_dir / f"{stem}_vectors.{files.format}"
         write_arrays(arrays_of(analysis, vectors=files.save_vectors, full=files.full), path)
@@ -155,7 +167,7 @@ def _analyze(options: Options, console: Console) -> None:
 def _compare(options: Options, paths: tuple[Path, Path], console: Console) -> None:
     from lowrank_vit.spectral.analyze import compare, drift_as_json, print_drift, write_json
 
-    (before, old), (after, new) = (_read(options, path) for path in paths)
+    (before, old, _), (after, new, _) = (_read(options, path) for path in paths)
     drift = compare(_solve(options, before, old), _solve(options, after, new))
     meta = {"model": new["model"], "before": old, "after": new, **_settings(options)}
     content = drift_as_json(drift, meta | {"topk": options.matrices.topk, "interval": options.matrices.interval})
@@ -190,7 +202,24 @@ def _solve(options: Options, state: dict[str, Tensor], meta: dict[str, Any]) -> 
     return analyze_weights(weights, settings, solving.dtype, matrices.bootstraps if matrices.statistics else 0, fused)
 
 
-def _read(options: Options, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _circuits(
+    options: Options, state: dict[str, Tensor], name: str, made_with: dict[str, Any]
+) -> dict[str, BlockCircuits]:
+    """The weights do not tell how many heads there are: that is asked of the model, made as the run had made it."""
+    from timm import is_model
+
+    from lowrank_vit.common.resources import available_cores
+    from lowrank_vit.model.create import create_model, outline
+    from lowrank_vit.spectral.heads import circuits_of_state
+
+    if not is_model(name):
+        raise UserError(f"--circuits: how many heads {name} has is not in the file. Give its timm name with --model.")
+    model = outline(lambda: create_model(name, 0, say=lambda line: None, **made_with))
+    return circuits_of_state(model, state, options.matrices.circuits, "--circuits", available_cores())
+
+
+def _read(options: Options, path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """The weights, what is told of them, and for --circuits what the run's model was made with."""
     from lowrank_vit.model.weights import read_checkpoint
 
     checkpoint = read_checkpoint(path)
@@ -200,7 +229,11 @@ def _read(options: Options, path: Path) -> tuple[dict[str, Tensor], dict[str, An
     # A bare state dict does not tell its model.
     name = own or given or path.name.split(".")[0]
     meta = {"model": name, "checkpoint": str(path), "epoch": checkpoint.epoch, "use_ema": options.source.use_ema}
-    return checkpoint.weights(options.source.use_ema), meta
+    made_with: dict[str, Any] = {}
+    if options.matrices.circuits != "none":
+        args = checkpoint.checked_args("model-kwargs", "img-size")
+        made_with = {"model_kwargs": tuple(args.get("model-kwargs") or ()), "img_size": args.get("img-size")}
+    return checkpoint.weights(options.source.use_ema), meta, made_with
 
 
 def _fetch(options: Options) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -228,6 +261,8 @@ def _settings(options: Options) -> dict[str, Any]:
 
     matrices, solving = options.matrices, options.solving
     chosen: dict[str, Any] = {"targets": matrices.targets, "split_qkv": matrices.split_qkv}
+    if matrices.circuits != "none":
+        chosen["circuits"] = matrices.circuits
     if matrices.statistics:
         chosen["bootstraps"] = matrices.bootstraps
     return chosen | {"solver": solving.solver, "dtype": solving.dtype, "torch": torch.__version__}

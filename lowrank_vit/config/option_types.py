@@ -92,6 +92,13 @@ class WordForNone:
 AUTO = WordForNone("auto")
 
 
+@dataclass(frozen=True)
+class Alone:
+    """Beside the type of an option with choices: the one that its flag means where none stands behind it."""
+
+    choice: str
+
+
 Hints = Mapping[str, Any]
 """Type hints, with their `Range`s, by the options' names without dashes in front."""
 _NAMES: dict[Any, tuple[str, str]] = {
@@ -235,6 +242,7 @@ def value_of(hint: Any, texts: Sequence[str], shown: str) -> Any:
     not take.
     """
     kind = kind_of(hint)
+    texts = texts or [note.choice for note in getattr(hint, "__metadata__", ()) if isinstance(note, Alone)]
     if kind.may_be_none and list(texts) in (["None"], [word_for_none(hint) or "None"]):
         return None
     if kind.element is Path and "" in texts:

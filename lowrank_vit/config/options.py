@@ -21,6 +21,7 @@ from lowrank_vit.config.option_types import (
     POSITIVE,
     SHARE,
     SHARE_BELOW_1,
+    Alone,
     NotHere,
     Range,
 )
@@ -320,6 +321,8 @@ class Spectra:
     """Endings of the modules to watch, separated by commas."""
     spec_split_qkv: Annotated[bool, MAY_CHANGE] = False
     """Watch Q, K and V as three matrices."""
+    spec_circuits: Annotated[Literal["none", "raw", "folded"], Alone("raw"), MAY_CHANGE] = "none"
+    """Also of each head W_Q^T W_K, W_O W_V and how blocks compose; folded: with the norm's weight and LayerScale."""
     spec_solver: Annotated[Literal["gram64", "svd"], MAY_CHANGE] = "gram64"
     """float64 Gram matrix, certified, or the slow reference: float64 SVD."""
     spec_on_cpu: Annotated[bool, MAY_CHANGE] = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import urllib.request
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -123,6 +123,15 @@ def create_model(
         except (AttributeError, AssertionError) as error:
             raise UserError(f"--grad-checkpointing: --model {name} cannot do that. Leave it out.") from error
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def outline(make: Callable[[], nn.Module]) -> nn.Module:
+    """What `make` makes by `create_model`, without memory for its weights where its constructor does without."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except UserError:  # the arguments are wrong, or the constructor looks at numbers that are not there: see which
+        return make()
 
 
 def _tell_of_unseen_pixels(model: nn.Module, img_size: int | None, say: Say) -> None:

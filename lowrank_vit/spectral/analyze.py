@@ -23,6 +23,7 @@ from lowrank_vit.common.files import remove_leftovers, whole_file, write_whole
 from lowrank_vit.common.terminal import one_line
 from lowrank_vit.model.low_rank import with_products
 from lowrank_vit.spectral.fused import fused_qkv_of_state
+from lowrank_vit.spectral.measures.circuits import BlockCircuits, circuit_metrics
 from lowrank_vit.spectral.measures.initial import FarEntry, far_entries_by_name
 from lowrank_vit.spectral.measures.metrics import recorded_indices
 from lowrank_vit.spectral.measures.statistics import statistics_of
@@ -55,6 +56,8 @@ class Analysis:
     weights: dict[str, Tensor] = field(repr=False)
     statistics: dict[str, dict[str, float]] = field(default_factory=dict)
     """What the fitted numbers are worth; empty where it was not asked for."""
+    circuits: dict[str, BlockCircuits] = field(default_factory=dict)
+    """By block, where they were asked for."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -144,7 +147,7 @@ def as_json(analysis: Analysis, meta: Mapping[str, Any]) -> dict[str, Any]:
     "indices_last" (see `recorded_indices`); "chance" is what each principal cosine of these vectors would be
     between random subspaces, by side (see `subspaces.chance_of_each`); "far_entries" are single entries far out of the
     matrix, as [{"at": [row, column], "value", "deviations"}] (see `initial.far_entries`). The other names are the
-    monitor's.
+    monitor's. "circuits" has by block what `circuits.circuit_metrics` says, where the analysis has them.
     """
     settings, layers = analysis.settings, {}
     for name, solved in analysis.solved.items():
@@ -164,10 +167,12 @@ def as_json(analysis: Analysis, meta: Mapping[str, Any]) -> dict[str, Any]:
             **{key: _plain(value) for key, value in values.items() if key.rstrip("0123456789") not in _LISTED},
         }
         if analysis.statistics:
-            layers[name]["statistics"] = {key: _plain(value) for key, value in analysis.statistics[name].items()}
+            layers[name]["statistics"] = _plain_values(analysis.statistics[name])
     content = {"meta": dict(meta) | {"topk": settings.topk, "interval": settings.interval}, "layers": layers}
+    if analysis.circuits:
+        content["circuits"] = {block: _plain_values(circuit_metrics(one)) for block, one in analysis.circuits.items()}
     for heading, groups in (("types", analysis.types), ("depths", analysis.depths)):
-        content[heading] = {name: {key: _plain(v) for key, v in group.items()} for name, group in groups.items()}
+        content[heading] = {name: _plain_values(group) for name, group in groups.items()}
     return content
 
 
@@ -176,7 +181,7 @@ def drift_as_json(drift: Mapping[str, Mapping[str, float]], meta: Mapping[str, A
     content: dict[str, Any] = {"meta": dict(meta)}
     groups = {"layers": drift, "types": _group("type", drift), "depths": _group("depth", drift)}
     for heading, group in groups.items():
-        content[heading] = {name: {key: _plain(v) for key, v in numbers.items()} for name, numbers in group.items()}
+        content[heading] = {name: _plain_values(numbers) for name, numbers in group.items()}
     return content
 
 
@@ -291,6 +296,10 @@ def _plain(value: float | Iterable[float]) -> Any:
     return value if math.isfinite(value) else None
 
 
+def _plain_values(values: Mapping[str, float]) -> dict[str, Any]:
+    return {key: _plain(value) for key, value in values.items()}
+
+
 _COLUMNS = {
     "sigma_max": "σ max",
     "sigma_min": "σ min",
@@ -309,6 +318,17 @@ _STATISTICS = {
     "shuffled_mp_outliers": "out-\nliers",
 }
 _WORTH = "What the fits are worth (ln of likelihood over that of others; * p < 0.1)"
+_OF_HEADS = "Heads (z: standard deviations of chance by which the mean composition lies above it)"
+_CIRCUITS = {
+    "qk_sigma_max": "QK\nσ max",
+    "qk_stable_rank_mean": "stable\nrank",
+    "ov_sigma_max": "OV\nσ max",
+    "ov_stable_rank_mean": "stable\nrank",
+    "q_composition_z": "Q-comp.\nz",
+    "q_composition_max": "\nmax",
+    "k_composition_z": "K-comp.\nz",
+    "k_composition_max": "\nmax",
+}
 _ERRORS = {"alpha": "alpha_sigma", "shuffled_alpha": "shuffled_alpha_sigma", "alpha_p": "alpha_p_error"}
 """Where the standard error stands of a number that is shown with one."""
 _CHANCES = {f"lr_{rival}": f"lr_{rival}_p" for rival in ("exponential", "lognormal", "truncated")}
@@ -335,6 +355,9 @@ def print_analysis(analysis: Analysis, console: Console) -> None:
     if analysis.statistics:
         rows = {name: values | analysis.statistics[name] for name, values in analysis.values.items()}
         console.print(_table(_WORTH, "layer", _STATISTICS, rows))
+    if analysis.circuits:
+        blocks = {name: circuit_metrics(one) for name, one in analysis.circuits.items()}
+        console.print(_table(_OF_HEADS, "block", _CIRCUITS, blocks))
 
 
 def print_drift(

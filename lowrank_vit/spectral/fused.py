@@ -63,15 +63,15 @@ def fused_qkv_of_state(state: Mapping[str, Tensor], arch: str) -> frozenset[str]
 
 def has_plain_attention(module: nn.Module) -> bool:
     """Whether a module is an attention of `PLAIN` with one layer for Q, K and V."""
-    return _owner_of_forward(module) in PLAIN and isinstance(getattr(module, "qkv", None), nn.Module)
+    return forward_of(module) in PLAIN and isinstance(getattr(module, "qkv", None), nn.Module)
 
 
 def _is_known(module: nn.Module) -> bool:
-    return not getattr(module, _BY_HEAD, False) and _owner_of_forward(module) in KNOWN
+    return not getattr(module, _BY_HEAD, False) and forward_of(module) in KNOWN
 
 
-def _owner_of_forward(module: nn.Module) -> str:
-    """The class that has defined a module's forward."""
+def forward_of(module: nn.Module) -> str:
+    """The class whose forward a module has, with its package: "timm.layers.attention.Attention"."""
     owner = next((c for c in type(module).__mro__ if "forward" in vars(c)), nn.Module)
     return f"{owner.__module__}.{owner.__qualname__}"
 

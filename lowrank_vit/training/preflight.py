@@ -8,12 +8,13 @@ from torch import nn
 from lowrank_vit.augment.recipe import batches_of_update, train_rules
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.options import Config
-from lowrank_vit.model.create import check_model_name, check_published, create_model, input_spec
+from lowrank_vit.model.create import check_model_name, check_published, create_model, input_spec, outline
 from lowrank_vit.model.optimizer import check_optimizer, create_scheduler, learning_rate
 from lowrank_vit.model.weights import require_file
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.wandb_log import check_login
 from lowrank_vit.spectral.flows import check_flows
+from lowrank_vit.spectral.heads import attention_blocks
 from lowrank_vit.spectral.select import targets_of_model
 
 _WITHOUT_MIN_LR = ("none", "constant", "step", "multistep")
@@ -42,12 +43,13 @@ def check_before_data(config: Config, *, is_resumed: bool, world: World | None =
         elif options.pretrained:
             check_published(options.model)
     _check_schedule(config, world.size, is_resumed=is_resumed)
-    model = _outline(config)
+    model = outline(lambda: _made(config))
     _check_forward(config, model)
     if options.sync_bn:
         refuse_batch_norm(model, options.model)
     if config.spectra.spec_monitor:
         targets_of_model(model, config.spectra.spec_targets, config.spectra.spec_split_qkv)
+        attention_blocks(model, config.spectra.spec_circuits)
     if config.spectra.spec_flows:
         side = input_spec(model, config.data.img_size, None).img_size
         check_flows(model, lambda: _logits(model, side))
@@ -121,16 +123,8 @@ def refuse_batch_norm(model: nn.Module, name: str) -> None:
         )
 
 
-def _outline(config: Config) -> nn.Module:
-    """The model without memory for its weights, and with a head of any size where only the data tell the classes."""
-    try:
-        with torch.device("meta"):
-            return _made(config)
-    except UserError:  # the arguments are wrong, or the constructor looks at numbers that are not there: see which
-        return _made(config)
-
-
 def _made(config: Config) -> nn.Module:
+    """The model, with a head of any size where only the data tell the classes."""
     options = config.model
     return create_model(
         options.model,

@@ -252,6 +252,7 @@ class Trainer:
                 options.spec_cpu_threads or default_cpu_threads(),
             ),
             split_qkv=options.spec_split_qkv,
+            circuits=options.spec_circuits,
             limit_gb=options.spec_store_gb,
             resumed_update=done,
             recorded_update=self.world.from_first(recorded),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from lowrank_vit.common.devices import Mark, cuda_path, current_stream, side_str
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.ranks.world import Channel
+from lowrank_vit.spectral.heads import Circuits
 from lowrank_vit.spectral.measures.initial import warning_of
 from lowrank_vit.spectral.measures.subspaces import chance_of_each
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, module_type
@@ -78,6 +79,7 @@ class SpectralMonitor:
         every: int = 100,
         settings: SpectralSettings | None = None,
         split_qkv: bool = False,
+        circuits: Circuits = "none",
         limit_gb: float = DEFAULT_LIMIT_GB,
         resumed_update: int | None = None,
         recorded_update: int | None = None,
@@ -94,6 +96,7 @@ class SpectralMonitor:
             every: updates between refreshes.
             settings: what is computed; default: `SpectralSettings()`.
             split_qkv: see `choose_targets`.
+            circuits: see `heads.attention_blocks`.
             limit_gb: size limit of the store, in 10^9 bytes.
             resumed_update: the update that a resumed run continues from. What the store holds of later ones is deleted,
                 and the next refresh is compared with the one of what was kept, or without that the newest left.
@@ -120,11 +123,12 @@ class SpectralMonitor:
                 raise UserError(f"spectral {flag} is {value}; expected 1 or more")
         models = {MODEL: model} if ema_model is None else {MODEL: model, EMA: ema_model}
         ranks = ranks or Channel(0, 1, None)
-        self._watched = Watched(models, targets, settings, ranks, split_qkv)
+        self._watched = Watched(models, targets, settings, ranks, split_qkv, circuits)
         self._every, self._num_ranks = every, ranks.size
         self.matrices = self._watched.matrices
         """By name: "shape", and the recorded indices "top" and "last", 1-based."""
-        options = {"targets": targets, "every": every, "split_qkv": split_qkv, "limit_gb": limit_gb}
+        options: dict[str, Any] = {"targets": targets, "every": every, "split_qkv": split_qkv, "limit_gb": limit_gb}
+        options |= {"circuits": circuits} if self._watched.heads else {}
         chance = {name: chance_of_each(len(one["top"]), one["shape"]) for name, one in self.matrices.items()}
         far = {} if resumed_update is None else read_far_entries(Path(store_dir))
         index = {"format": 2, **options, **asdict(settings), "matrices": self.matrices, "chance": chance}
@@ -156,7 +160,8 @@ class SpectralMonitor:
         # A step on a GPU waits for whoever holds Python's lock when the next operation is to be asked for.
         is_aside = self._stream is not None
         keys, memory = self._watched.keys, taken_up.memory
-        self._worker = Worker(settings, store, memory, ranks, keys, self._stream, say, is_aside=is_aside)
+        of_worker = (settings, store, memory, ranks, keys, self._stream, say)
+        self._worker = Worker(*of_worker, is_aside=is_aside, heads=self._watched.heads)
         kept = taken_up.kept if ranks.rank == 0 else None
         self._newest = kept._replace(before=None) if kept else None
         self._is_again = bool(taken_up.again)

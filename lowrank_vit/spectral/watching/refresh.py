@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.common.devices import cuda_path
+from lowrank_vit.spectral.measures.circuits import BlockCircuits, circuit_metrics
 from lowrank_vit.spectral.measures.metrics import (
     ends_metrics,
     is_of_full_rank,
@@ -38,6 +39,10 @@ from lowrank_vit.spectral.solving.norm import norms_of_changes
 from lowrank_vit.spectral.solving.solve import LOG, MatrixStack, float64_numpy, never, side_by_side, solve_stack
 
 MODEL, EMA = "spec", "spec_ema"
+FOR_HEADS = ":heads"
+"""Behind a kind, in a snapshot: of the weights that circuits need, those that are not among the kind's own."""
+CIRCUIT = "circuit"
+"""Between the kind and the name of a block in the key of its circuits."""
 Stacks = dict[str, list[MatrixStack]]
 """Kind to the copies of its matrices."""
 
@@ -76,6 +81,8 @@ class Refreshed:
     solved: dict[str, Solved] = field(default_factory=dict)
     """With the recorded triplets only."""
     values: dict[str, dict[str, float]] = field(default_factory=dict)
+    circuits: dict[str, BlockCircuits] = field(default_factory=dict)
+    """By "<kind>/circuit/<block>"."""
 
 
 @dataclass
@@ -281,6 +288,16 @@ def aggregates(values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str,
         if depth := module_depth(name):
             groups.setdefault(f"{kind}/depth/{depth}", []).append(metrics)
     return {group: _means(members) for group, members in groups.items()}
+
+
+def circuit_values(circuits: Mapping[str, BlockCircuits]) -> dict[str, dict[str, float]]:
+    """`circuits.circuit_metrics` by key, and their means over all blocks by "<kind>/type/circuit"."""
+    values = {key: circuit_metrics(one) for key, one in circuits.items()}
+    kinds = dict.fromkeys(key.partition("/")[0] for key in circuits)
+    for kind in kinds:
+        members = [one for key, one in values.items() if key.startswith(f"{kind}/{CIRCUIT}/")]
+        values[f"{kind}/type/{CIRCUIT}"] = _means([*members])
+    return values
 
 
 def _means(members: list[Mapping[str, float]]) -> dict[str, float]:

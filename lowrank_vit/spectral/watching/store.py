@@ -5,6 +5,7 @@
 `vectors_00000100.npz`  "update" and the recorded triplets, float64: per "<kind>/<name>" and end (top, last)
                         "<key>:top:u" (R, k), ":v" (C, k), ":s" (k,) and ":certificate" (k,). Where the recorded ones
                         leave some out at the top, those as "<key>:between:u" and so on, in the order of their values.
+`circuits_00000100.npz` with `--spec-circuits` per "<kind>/<block>" what `circuits.as_arrays` says.
 `flows_00000100.npz`    of a validation after that update, per "<kind>/<block>:variances" and ":entropies", see `Flows`.
 `index.json`            the recorded indices and shapes of every matrix, the options, and entries far out at the start.
 `weights_00000100.pth`  for a run that is resumed: the weights that the newest refresh was taken of, see `Kept`. Written
@@ -31,14 +32,17 @@ from torch import Tensor
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import damaged_member, remove_leftovers, whole_file, write_whole
 from lowrank_vit.spectral.flows import Flows
+from lowrank_vit.spectral.measures.circuits import BlockCircuits, as_arrays, of_arrays
 from lowrank_vit.spectral.measures.initial import FarEntry
 from lowrank_vit.spectral.solving.extremes import Solved, Triplets
 
-SPECTRA, VECTORS, WEIGHTS, FLOWS = "update", "vectors", "weights", "flows"
+SPECTRA, VECTORS, CIRCUITS, WEIGHTS, FLOWS = "update", "vectors", "circuits", "weights", "flows"
 FAR_ENTRIES = "far_entries"
 """In the index: matrix to the entries far out of it before the first update (`initial.FarEntry`)."""
 SPECTRA_SHARE = 0.25
 """Of the size limit; the rest is for vectors."""
+CIRCUITS_SHARE = 0.05
+"""Likewise, where there are circuits."""
 _ENDS, _BETWEEN = ("top", "last"), "between"
 _SCALED = ":scaled"
 _FIELDS = ("u", "v", "s", "certificate")
@@ -98,10 +102,13 @@ class SpectraStore:
     def __init__(self, path: Path, limit_bytes: float, index: Mapping[str, Any] | None = None) -> None:
         """`path` and its `index.json` are made when something is written. Without an `index` it is only read."""
         self.path, self._index = path, index
-        shares = {SPECTRA: SPECTRA_SHARE, VECTORS: 1 - SPECTRA_SHARE}
+        more = {CIRCUITS: CIRCUITS_SHARE} if CIRCUITS in (index or {}) else {}
+        shares = {SPECTRA: SPECTRA_SHARE, VECTORS: 1 - SPECTRA_SHARE - sum(more.values()), **more}
         self._series = {prefix: _Series(path, prefix, share * limit_bytes) for prefix, share in shares.items()}
 
-    def save(self, update: int, solved: Mapping[str, Solved]) -> None:
+    def save(
+        self, update: int, solved: Mapping[str, Solved], circuits: Mapping[str, BlockCircuits] | None = None
+    ) -> None:
         """Write one refresh, replacing an earlier one of the same update. Raises `UserError` (full, read-only)."""
         if not self.path.exists() and self.path.parent.exists():  # it went, but not the run with it
             self.begin()
@@ -115,6 +122,8 @@ class SpectraStore:
                 parts[_BETWEEN] = one.block.pick(between.tolist())
             arrays |= {f"{key}:{end}:{name}": getattr(of, name) for end, of in parts.items() for name in _FIELDS}
         _write(self.path, VECTORS, update, arrays)
+        if circuits:
+            _write(self.path, CIRCUITS, update, as_arrays(circuits))
         for series in self._series.values():
             series.thin()
 
@@ -143,7 +152,7 @@ class SpectraStore:
 
     def forget_after(self, update: int) -> None:
         """Delete what a run that was cut off has stored after the checkpoint it is resumed from."""
-        for prefix in (SPECTRA, VECTORS, WEIGHTS, FLOWS):
+        for prefix in (SPECTRA, VECTORS, CIRCUITS, WEIGHTS, FLOWS):
             for path in _files(self.path, prefix):
                 if update_of(path) > update:
                     path.unlink(missing_ok=True)
@@ -236,6 +245,14 @@ def list_spectra(store_dir: Path) -> list[Path]:
 def list_vectors(store_dir: Path) -> list[Path]:
     """The stored vectors in the order of their updates; empty when there is no such directory."""
     return _files(store_dir, VECTORS)
+
+
+def read_newest_circuits(store_dir: Path) -> dict[str, BlockCircuits]:
+    """Of the newest refresh that has them "<kind>/<block>" to the circuits; empty where none can be read."""
+    for path in reversed(_files(store_dir, CIRCUITS)):
+        with contextlib.suppress(UserError, KeyError):
+            return of_arrays(_read(path)[1])
+    return {}
 
 
 def read_spectra(path: Path) -> StoredSpectra:

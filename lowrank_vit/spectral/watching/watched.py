@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_vit.ranks.world import Channel
+from lowrank_vit.spectral.heads import Circuits, Heads, attention_blocks
 from lowrank_vit.spectral.measures.initial import FarEntry, far_entries_by_name
 from lowrank_vit.spectral.measures.metrics import recorded_indices
 from lowrank_vit.spectral.select import Target, fused_of, matrices_of, targets_of_model
 from lowrank_vit.spectral.solving.solve import stack_by_shape
-from lowrank_vit.spectral.watching.refresh import MODEL, Memory, SpectralSettings, Stacks
+from lowrank_vit.spectral.watching.refresh import FOR_HEADS, MODEL, Memory, SpectralSettings, Stacks
 from lowrank_vit.spectral.watching.store import Kept, SpectraStore
 
 
@@ -27,11 +28,12 @@ class Watched:
         settings: SpectralSettings,
         ranks: Channel,
         split_qkv: bool = False,
+        circuits: Circuits = "none",
     ) -> None:
-        """Choose the matrices, and this rank's among them; `models` by kind.
+        """Choose the matrices, and this rank's among them; `models` by kind, `circuits` of their heads.
 
         Raises:
-            UserError: a target matches nothing.
+            UserError: a target matches nothing, or the heads have no `circuits`.
             ValueError: model and EMA differ in their targets.
         """
         self._models = models
@@ -51,6 +53,10 @@ class Watched:
         self._mine = {name: every[name] for name in mine}
         self._every = every if ranks.rank == 0 else {}
         self._num_ranks = ranks.size
+        blocks = attention_blocks(models[MODEL], circuits)
+        self.heads = Heads.shared_out(blocks, ranks.size)[ranks.rank] if blocks else None
+        """This rank's share of the circuits."""
+        self._every_head = Heads(blocks, tuple(blocks)) if blocks else None
 
     def far_entries(self) -> dict[str, list[FarEntry]]:
         """On the first rank, single entries far out of the model's matrices, see `initial.far_entries`."""
@@ -58,28 +64,39 @@ class Watched:
 
     def copies(self, update: int) -> tuple[Stacks, Kept | None]:
         """This rank's share of the weights as they are; on the first rank also all of them, whoever computes them."""
-        stacks = self._stacks(self._mine)
+        stacks = self._stacks(self._mine, self.heads)
         if not self._every:
             return stacks, None
         weights = {
             f"{kind}/{name}": matrix
-            for kind, of_kind in (self._stacks(self._every) if self._num_ranks > 1 else stacks).items()
+            for kind, of_kind in (
+                self._stacks(self._every, self._every_head) if self._num_ranks > 1 else stacks
+            ).items()
             for stack in of_kind
             for name, matrix in zip(stack.names, stack.matrices_NRC, strict=True)
         }
         return stacks, Kept(update, weights)
 
-    def _stacks(self, watched: dict[str, Target]) -> Stacks:
-        fused = fused_of(watched)
-        return {kind: stack_by_shape(matrices_of(one, watched), fused) for kind, one in self._models.items()}
+    def _stacks(self, watched: dict[str, Target], heads: Heads | None) -> Stacks:
+        weights, fused = self._weights(watched, heads), fused_of(watched)
+        return {kind: stack_by_shape(of_kind, fused) for kind, of_kind in weights.items()}
 
-    def stacks_of(self, kept: Kept) -> Stacks:
+    def _weights(self, watched: dict[str, Target], heads: Heads | None) -> dict[str, dict[str, Tensor]]:
+        """What is copied, by kind and name; behind `FOR_HEADS` what circuits need beside the kind's matrices."""
+        weights = {kind: matrices_of(one, watched) for kind, one in self._models.items()}
+        if heads:  # of several ranks one may have other matrices than heads
+            among = watched if self._num_ranks == 1 else ()
+            weights |= {kind + FOR_HEADS: heads.others(one, among) for kind, one in self._models.items()}
+        return weights
+
+    def stacks_of(self, kept: Kept, heads: Heads | None = None) -> Stacks:
         """This rank's share of kept weights, as it would have copied them; empty if these are other matrices."""
         stacks: Stacks = {}
-        for kind, model in self._models.items():
-            own = matrices_of(model, self._mine)
+        for kind, own in self._weights(self._mine, heads).items():
             found = {name: kept.weights.get(f"{kind}/{name}") for name in own}
             if any(w is None or w.shape != own[name].shape for name, w in found.items()):
+                if kind.endswith(FOR_HEADS):  # kept by a process that had no circuits
+                    continue
                 return {}
             weights = {name: w.to(own[name]) for name, w in found.items() if w is not None}
             stacks[kind] = stack_by_shape(weights, fused_of(self._mine))
@@ -156,7 +173,7 @@ def take_up(
         found.update = kept.update if kept else resumed_update
         if recorded_update is not None and found.update > recorded_update:
             if kept:
-                found.again = watched.stacks_of(kept)
+                found.again = watched.stacks_of(kept, watched.heads)
             elif is_due(resumed_update):  # nothing could be kept of it, but here are its weights
                 found.again, found.kept = watched.copies(resumed_update)
     except Exception as error:  # whatever is wrong with the store: training matters more

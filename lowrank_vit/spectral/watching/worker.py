@@ -19,14 +19,19 @@ from lowrank_vit.common.devices import Mark, cuda_path, on_stream
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.threads import Jobs, beat
 from lowrank_vit.ranks.world import Channel
+from lowrank_vit.spectral.heads import Heads, circuits_by_block
+from lowrank_vit.spectral.measures.circuits import BlockCircuits
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.solve import LOG, Cancelled, MatrixStack
 from lowrank_vit.spectral.watching.refresh import (
+    CIRCUIT,
+    FOR_HEADS,
     Memory,
     Refreshed,
     SpectralSettings,
     Stacks,
     aggregates,
+    circuit_values,
     describe,
     refresh,
 )
@@ -77,8 +82,11 @@ class Worker:
         stream: torch.cuda.Stream | None,
         say: Callable[[str], object],
         is_aside: bool = False,
+        heads: Heads | None = None,
     ) -> None:
         """Start the thread; `keys` are those of all ranks, in the order in which they are stored.
+
+        `heads`: this rank's share of the circuits.
 
         `is_aside`: what a host computes is computed by another process, which changes no bit, or here where there can
         be none.
@@ -87,7 +95,7 @@ class Worker:
         self._settings, self._store, self._memory, self._ranks = settings, store, memory, ranks
         if settings.on_cpu:  # as those of a snapshot, which they are compared with
             memory.weights = self._on_cpu(memory.weights)
-        self._keys, self._stream = keys, stream
+        self._keys, self._stream, self._heads = keys, stream, heads
         self._aside = Aside() if is_aside else None
         self._say, self._is_failing = say, False
         self._noted: set[str] = set()
@@ -149,7 +157,9 @@ class Worker:
                 matrices = [one.matrices_NRC for of_kind in snapshot.stacks.values() for one in of_kind]
                 snapshot.ready.hand_over(self._stream, *matrices)
                 stacks = self._on_cpu(snapshot.stacks) if self._settings.on_cpu else snapshot.stacks
-                part = self._refreshed(snapshot.update, stacks)
+                own = {kind: of for kind, of in stacks.items() if not kind.endswith(FOR_HEADS)}
+                part = self._refreshed(snapshot.update, own)
+                part.circuits = self._circuits(stacks)
         except Cancelled:
             pass
         except Exception as error:
@@ -171,15 +181,16 @@ class Worker:
                 raise RuntimeError(f"rank {rank} is at update {one.update}")
             whole.solved |= one.solved
             whole.values |= one.values
+            whole.circuits |= one.circuits
         whole.solved = {key: whole.solved[key] for key in self._keys}
         whole.values = {key: whole.values[key] for key in self._keys}
-        flat = self._call(flattened, whole.values)
+        flat = self._call(flattened, whole.values) | self._call(flattened_circuits, whole.circuits)
         fallbacks = sum(bool(one.note) for one in whole.solved.values())
         flat |= {"spec/refresh/fallbacks": float(fallbacks), "spec/refresh/seconds": time.perf_counter() - start}
         if since is not None:
             flat["spec/refresh/since"] = float(snapshot.update - since)
         try:
-            self._store = self._call(saved, self._store, whole.update, whole.solved)
+            self._store = self._call(saved, self._store, whole.update, whole.solved, whole.circuits)
             self._is_failing = False
         finally:  # the numbers are there, stored or not
             self.finished.put(SpectralRecord(whole.update, flat))
@@ -202,6 +213,27 @@ class Worker:
             raise
         memory.keep(update, part.solved, stacks)
         return part
+
+    def _circuits(self, stacks: Stacks) -> dict[str, BlockCircuits]:
+        """Those of this rank's share, where the snapshot has their weights. Raises `Cancelled`."""
+        found: dict[str, BlockCircuits] = {}
+        if not self._heads:
+            return found
+        for kind in [kind for kind in stacks if kind + FOR_HEADS in stacks]:
+            if self._is_cancelled():
+                raise Cancelled
+            weights = {
+                name: _float_array(matrix)
+                for stack in [*stacks[kind], *stacks[kind + FOR_HEADS]]
+                for name, matrix in zip(stack.names, stack.matrices_NRC, strict=True)
+                if self._heads.reads(name)
+            }
+            of_kind = self._call(circuits_by_block, self._heads, weights, self._settings.cpu_threads)
+            for name, one in of_kind.items():
+                found[f"{kind}/{CIRCUIT}/{name}"] = one
+                if np.isnan(one.qk_HK).any() or np.isnan(one.ov_HK).any():
+                    self._note(f"{kind}: circuits of {name}: a weight is not finite, so the values of its head are NaN")
+        return found
 
     def _describe(self, *of_refresh: Any) -> dict[str, dict[str, float]]:
         return self._call(describe, *of_refresh)
@@ -258,10 +290,22 @@ def flattened(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {f"{key}/{metric}": v for group in groups for key, found in group.items() for metric, v in found.items()}
 
 
-def saved(store: SpectraStore, update: int, solved: Mapping[str, Solved]) -> SpectraStore:
+def flattened_circuits(circuits: Mapping[str, BlockCircuits]) -> dict[str, float]:
+    """The scalars of all circuits and their means by "<key>/<metric>"."""
+    return {f"{key}/{metric}": v for key, found in circuit_values(circuits).items() for metric, v in found.items()}
+
+
+def saved(
+    store: SpectraStore, update: int, solved: Mapping[str, Solved], circuits: Mapping[str, BlockCircuits]
+) -> SpectraStore:
     """The store with one refresh more, see `SpectraStore.save`: it may be another process's copy of it."""
-    store.save(update, solved)
+    store.save(update, solved, circuits)
     return store
+
+
+def _float_array(matrix: torch.Tensor) -> np.ndarray:
+    on_host = matrix.cpu()
+    return on_host.numpy() if on_host.dtype in (torch.float32, torch.float64) else on_host.float().numpy()
 
 
 Arrays = dict[str, list[tuple[tuple[str, ...], frozenset[str], np.ndarray, torch.dtype]]]

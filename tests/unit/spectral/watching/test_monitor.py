@@ -79,7 +79,7 @@ def train(store_dir: Path | None, steps: int = 7) -> tuple[list[float], torch.Te
     model = tiny_vit()
     ema = deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    monitor = watch(model, store_dir, ema, every=1) if store_dir else None
+    monitor = watch(model, store_dir, ema, every=1, circuits="folded") if store_dir else None
     torch.manual_seed(3)
     losses: list[float] = []
     if monitor:
@@ -381,7 +381,7 @@ def test_on_cpu_and_more_threads_change_no_bit(tmp_path: Path) -> None:
     model = tiny_vit()
     records = []
     for n, settings in enumerate((SpectralSettings(topk=3), SpectralSettings(topk=3, on_cpu=True, cpu_threads=3))):
-        with watch(model, tmp_path / str(n), settings=settings) as monitor:
+        with watch(model, tmp_path / str(n), settings=settings, circuits="raw") as monitor:
             monitor.observe(0)
         records.append(comparable(monitor.records()[0].values))
     assert records[0] == records[1]
@@ -392,7 +392,7 @@ def test_a_gpus_way_gives_the_cpus_figures(tmp_path: Path, on_cuda_path: CudaPat
     records: list[dict[str, float]] = []
     for way in (nullcontext, on_cuda_path):
         model, folder = tiny_vit(0), tmp_path / str(len(records))
-        with way(), watch(model, folder, tiny_vit(1)) as monitor:
+        with way(), watch(model, folder, tiny_vit(1), circuits="folded") as monitor:
             for update in (0, 2):
                 monitor.observe(update)
                 monitor.wait()
@@ -416,8 +416,8 @@ def test_computed_aside_all_that_is_stored_and_recorded_has_the_same_bits(tmp_pa
     said: list[str] = []
     for way in ("here", "aside", "not started"):
 
-        def make(*args: Any, is_aside: bool, now: str = way) -> Worker:
-            workers.append(Worker(*args, is_aside=now != "here"))
+        def make(*args: Any, is_aside: bool, now: str = way, **more: Any) -> Worker:
+            workers.append(Worker(*args, is_aside=now != "here", **more))
             return workers[-1]
 
         monkeypatch.setattr("lowrank_vit.spectral.watching.monitor.Worker", make)
@@ -425,7 +425,7 @@ def test_computed_aside_all_that_is_stored_and_recorded_has_the_same_bits(tmp_pa
             monkeypatch.setattr("sys.executable", "/nowhere/python")
         monkeypatch.chdir(tmp_path)
         model = tiny_vit(0)
-        with watch(model, Path(way), tiny_vit(1), say=said.append) as monitor:
+        with watch(model, Path(way), tiny_vit(1), say=said.append, circuits="folded") as monitor:
             records = observe(monitor, model, range(0, 4, 2))
             if way == "aside":
                 aside = workers[-1]._aside

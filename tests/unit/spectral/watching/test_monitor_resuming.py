@@ -37,13 +37,13 @@ def test_a_refresh_that_a_kill_cut_short_is_done_again_when_the_run_goes_on(
         monitor.close()
         return [{k: v for k, v in r.values.items() if not k.endswith(TIMES)} for r in monitor.records()]
 
-    whole = watch(model, tmp_path / "whole", model)
+    whole = watch(model, tmp_path / "whole", model, circuits="folded")
     for update in (0, 2, 4, 6):
         observe(whole, model, update)
     expected = numbers(whole)
 
     folder = tmp_path / "cut"
-    cut = watch(again, folder, again)
+    cut = watch(again, folder, again, circuits="folded")
     for update in (0, 2):
         observe(cut, again, update)
     cut.wait()
@@ -58,13 +58,13 @@ def test_a_refresh_that_a_kill_cut_short_is_done_again_when_the_run_goes_on(
     cut.close(cancel=not has_files)
     assert stored(folder) == ([0, 2, 4] if has_files else [0, 2])
 
-    resumed = watch(again, folder, again, resumed_update=5, recorded_update=2)
+    resumed = watch(again, folder, again, resumed_update=5, recorded_update=2, circuits="folded")
     observe(resumed, again, 6)
     assert numbers(resumed) == expected[2:]
     for path in (tmp_path / "whole").glob("*.npz"):
         assert path.read_bytes() == (folder / path.name).read_bytes()
     # With all records there nothing is done again, and the next one knows the weights of the last.
-    another = watch(again, folder, again, resumed_update=5, recorded_update=4)
+    another = watch(again, folder, again, resumed_update=5, recorded_update=4, circuits="folded")
     another.observe(6)
     assert numbers(another) == expected[3:]
 

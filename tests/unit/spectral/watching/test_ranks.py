@@ -57,7 +57,8 @@ def observe_three_times(monitor: SpectralMonitor, model: torch.nn.Module) -> lis
 
 
 def watch(model: torch.nn.Module, folder: Path, **more: Any) -> SpectralMonitor:
-    return SpectralMonitor(model, model, targets=DEFAULT_TARGETS, every=2, store_dir=folder, settings=SETTINGS, **more)
+    options: dict[str, Any] = {"targets": DEFAULT_TARGETS, "every": 2, "settings": SETTINGS, "circuits": "folded"}
+    return SpectralMonitor(model, model, store_dir=folder, **options | more)
 
 
 def one_of_two(rank: int, folder: Path) -> None:
@@ -83,9 +84,9 @@ def observe_while_the_first_is_slow(monitor: SpectralMonitor, rank: int) -> tupl
     """The first rank is still storing update 2 when 4 is due, and the second is through: what was recorded, skipped."""
     save, may_end = store.SpectraStore.save, threading.Event()
 
-    def slow(self: store.SpectraStore, update: int, solved: Any) -> None:
+    def slow(self: store.SpectraStore, update: int, *found: Any) -> None:
         assert update != 2 or may_end.wait(LONG_S)
-        save(self, update, solved)
+        save(self, update, *found)
 
     with monitor, pytest.MonkeyPatch.context() as patch:
         patch.setattr(store.SpectraStore, "save", slow)
