@@ -95,7 +95,8 @@ def norms_of_changes(
         if _is_by_matrix(now_NRC, solver):
 
             def one(i: int) -> np.ndarray:
-                change_RC = np.subtract(as_numpy(now_NRC[i]), as_numpy(before_NRC[i]), dtype=np.float64)
+                with np.errstate(invalid="ignore", over="ignore"):  # of what is not finite the norms are NaN
+                    change_RC = np.subtract(as_numpy(now_NRC[i]), as_numpy(before_NRC[i]), dtype=np.float64)
                 return np.append(_on_cpu(change_RC), np.sqrt(np.vdot(change_RC, change_RC)))
 
             each = np.array(side_by_side(one, range(len(now_NRC)), cpu_threads)).reshape(-1, 4).T

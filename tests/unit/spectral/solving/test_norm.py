@@ -176,3 +176,13 @@ def test_the_norms_of_a_change_are_the_same_bits_of_float32_weights_and_of_their
         change = (doubles[1][i] - doubles[0][i]).numpy()
         ends = [np.array([online[name][f"update_norm2{end}"]]) for end in ("", "_low", "_high")]
         assert_encloses(Norms(*ends), [float(np.linalg.norm(change, 2))])
+
+
+def test_the_norms_of_a_change_between_matrices_that_are_not_finite_are_nan_without_a_word() -> None:
+    infinite = MATRICES["noise"].clone()
+    infinite[0, 0] = torch.inf
+    names = ("kept", "bad", "changed")
+    before, now = (torch.stack([MATRICES["noise"], infinite, last]) for last in (infinite, MATRICES["noise"]))
+    found = update_norms(MatrixStack(names, before), MatrixStack(names, now))
+    assert set(found["kept"].values()) == {0.0}
+    assert np.isnan([found[name][f"update_norm2{end}"] for name in names[1:] for end in ("", "_low", "_high")]).all()
