@@ -51,8 +51,8 @@ def find_targets(
     """
     if has := ranks_of(model):
         raise UserError(
-            f"The model is in factors already: {_some(list(has))}. Give the checkpoint that it was made from, or merge "
-            "it first (--merge)."
+            f"The model is in factors already: {_some(list(has))}. Give the checkpoint that it was made from, or the "
+            "merged one (--merge of `lowrank_vit.compress`)."
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     chosen = select_targets(parameters, patterns, flag)
@@ -225,6 +225,10 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
         for module, mode in modes.items():
             module.training = mode
     answer = answer[0] if isinstance(answer, list | tuple) else answer
+    if not isinstance(answer, Tensor):
+        raise UserError(
+            f"The model makes a {type(answer).__name__} of images, where numbers for each class are expected."
+        )
     return answer.float()
 
 

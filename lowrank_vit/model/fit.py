@@ -103,8 +103,7 @@ def load_initial(
         advice = f"--pretrained-path {path} starts with a new head where the number of classes differs."
         weights = _with_head_of(weights, checkpoint, model, model_name, *of_data, say, advice)
     load_weights(model, checkpoint, resized(model, weights, path, say), model_name)
-    in_factors = f", {len(ranks)} layers in factors" if (ranks := ranks_of(model)) else ""
-    say(f"initial weights: {_whose(checkpoint, is_ema=is_ema)}{in_factors}")
+    say(f"initial weights: {_whose(checkpoint, is_ema=is_ema)}{_in_factors(model)}")
 
 
 def build_with_file(build: Build, name: str, checkpoint: Checkpoint, num_classes: int, say: Say) -> nn.Module:
@@ -144,7 +143,7 @@ def build_with_file(build: Build, name: str, checkpoint: Checkpoint, num_classes
         unused = ", ".join(checkpoint.no_tensors)
         say(f"pretrained weights: their {unused} has no place in the model and is not used")
     if not checkpoint.is_npz:
-        say(f"pretrained weights: {_whose(checkpoint, is_ema=is_ema)}")
+        say(f"pretrained weights: {_whose(checkpoint, is_ema=is_ema)}{_in_factors(model)}")
     return model
 
 
@@ -185,6 +184,10 @@ def head_names(name: str) -> tuple[str, ...]:
 
 def _whose(checkpoint: Checkpoint, *, is_ema: bool) -> str:
     return f"{'the EMA of' if is_ema else 'those of'} {checkpoint.path}"
+
+
+def _in_factors(model: nn.Module) -> str:
+    return f", {len(ranks)} layers in factors" if (ranks := ranks_of(model)) else ""
 
 
 def _head_in(weights: dict[str, Tensor], model_name: str) -> list[str]:
