@@ -12,6 +12,9 @@ import numpy as np
 
 Solver = Literal["gram64", "svd"]
 
+ENDS = "ends"
+"""As `Solved.solver`: the first values were found without the others."""
+
 EPS = float(np.finfo(np.float64).eps)
 RELATIVE_LIMIT, ABSOLUTE_LIMIT = 1e-6, 1e-12
 """A value is accepted when its error is proved to be at most RELATIVE_LIMIT sigma_i or ABSOLUTE_LIMIT sigma_1."""
@@ -86,6 +89,9 @@ class Solved:
     """Whether the whole spectrum is known, not only its first values."""
     frobenius: float = float("nan")
     """|W|_F of what is not `full`; NaN of others, whose values tell it."""
+    start: np.ndarray | None = None
+    """What `ends.solve_ends` starts from later, float32 (K, m or more): the first right vectors, of a wide matrix the
+    left ones. None where the first values lie too far apart for that."""
 
     def recorded(self, indices: Recorded) -> Solved:
         """With only the triplets of the recorded indices, in their order, and those between them at the top."""

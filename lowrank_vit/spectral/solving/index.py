@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.spectral.solving.extremes import ABSOLUTE_LIMIT, RELATIVE_LIMIT, Solved
-from lowrank_vit.spectral.solving.lapack import cholesky_in_place
+from lowrank_vit.spectral.solving.lapack import cholesky_in_place, product_less
 
 PROBES, FACTOR = 16, 8.0
 FEW, FEW_OF_FLOAT32 = 6, 10
 """So many probes are tried first on a CPU, where products are dear. `enclosure` makes up for the others, for which the
 rounding of float32 leaves less room."""
+_BLOCK = 64
+"""Columns of a factor at a time."""
 WRONG = 1e-9
 """A factorisation that differs by more than this share of sigma_1^2 is no rounding, but a fault."""
 
@@ -107,15 +109,33 @@ def square_beyond_of_matrix(a_RC: np.ndarray, gram_KK: np.ndarray, mu: float, en
         mu: about sigma_1^2, neither so large nor so small that float32 could not hold it.
         enough: if `FEW_OF_FLOAT32` probes show that the square is below this, no more are made.
     """
-    factor_KK = np.negative(gram_KK, out=gram_KK)
-    factor_KK[np.diag_indices(len(factor_KK))] += np.float32(mu)
-    if not cholesky_in_place(factor_KK):
-        return float("inf")
-    factor_KK, square = factor_KK.astype(np.float64), float("inf")
-    for count in (FEW_OF_FLOAT32, PROBES):
-        z_KP = probes(len(factor_KK), count)
-        found_KP = ((z_KP.T @ factor_KK) @ factor_KK.T).T
-        square = mu + enclosure(mu * z_KP - gram_times(a_RC, z_KP) - found_KP)
-        if square <= enough:
-            break
+    none_K0, square = np.empty((len(gram_KK), 0)), float("inf")
+    factor_KK = factor_of_rest(gram_KK, mu, none_K0)
+    if factor_KK is not None:
+        for count in (FEW_OF_FLOAT32, PROBES):
+            z_KP = probes(len(gram_KK), count)
+            square = mu + error_of_factor(factor_KK, mu, none_K0, z_KP, gram_times(a_RC, z_KP))
+            if square <= enough:
+                break
     return square
+
+
+def factor_of_rest(gram_KK: np.ndarray, mu: float, found_KM: np.ndarray) -> np.ndarray | None:
+    """R of R R^T, which is about mu I - A^T A + X X^T, in place of a float32 Gram matrix; None where there is none.
+
+    `found_KM`: X, the vectors of the short side times their values. mu + `error_of_factor` is `square_beyond`.
+    """
+    rest_KK = product_less(found_KM.astype(np.float32, order="F"), gram_KK)
+    rest_KK[np.diag_indices(len(rest_KK))] += np.float32(mu)
+    return rest_KK if cholesky_in_place(rest_KK) else None
+
+
+def error_of_factor(
+    factor_KK: np.ndarray, mu: float, found_KM: np.ndarray, z_KP: np.ndarray, image_KP: np.ndarray
+) -> float:
+    """What R R^T differs by at most; `image_KP`: A^T A times the probes z, in float64."""
+    difference_KP = mu * z_KP - image_KP + found_KM @ (found_KM.T @ z_KP)
+    for at in range(0, len(factor_KK), _BLOCK):  # of the triangle alone, and made float64 in a core's cache
+        columns_KB = factor_KK[at:, at : at + _BLOCK].astype(np.float64)
+        difference_KP[at:] -= columns_KB @ (columns_KB.T @ z_KP[at:])
+    return enclosure(difference_KP)

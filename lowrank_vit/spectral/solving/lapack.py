@@ -87,6 +87,16 @@ def symmetric_times(lower_KK: np.ndarray, vector_K: np.ndarray) -> np.ndarray:
     return result
 
 
+def product_less(columns_KM: np.ndarray, lower_KK: np.ndarray) -> np.ndarray:
+    """X X^T less a symmetric matrix, in place of its lower triangle (ssyrk), all float32, Fortran order."""
+    k, m = columns_KM.shape
+    if m == 0:
+        return np.negative(lower_KK, out=lower_KK)
+    one, minus = np.ones(1, np.float32), -np.ones(1, np.float32)
+    _call("cython_blas", "ssyrk", "L", "N", k, m, one, columns_KM, k, minus, lower_KK, k)
+    return lower_KK
+
+
 def cholesky_in_place(lower_KK: np.ndarray) -> bool:
     """R of R R^T in place of the lower triangle of a matrix (spotrf), float32, Fortran order; False where it has none.
 

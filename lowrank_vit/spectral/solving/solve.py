@@ -28,6 +28,9 @@ T = TypeVar("T")
 
 LOG = logging.getLogger(__name__)
 
+LEAST = 1e-2
+"""sigma_{m+1} over sigma_1: where it is less there is no `Solved.start`, since float32 would tell too little."""
+
 
 class Cancelled(Exception):
     """A refresh was given up between two matrices."""
@@ -135,7 +138,14 @@ def solve_stack(
                 solved[name] = replace(_scaled(_svd(as_float64(matrix, scale), m, turn=bool(note)), scale), note=note)
     dtype = stack.matrices_NRC.dtype
     eps = torch.finfo(dtype).eps if dtype.is_floating_point else EPS
-    return {name: replace(one, eps=eps) for name, one in solved.items()}
+    return {name: replace(one, eps=eps, start=_start(one)) for name, one in solved.items()}
+
+
+def _start(one: Solved) -> np.ndarray | None:
+    m, k = one.top.s.size, one.s.size
+    if m == k or not one.s[m] > LEAST * one.s[0]:
+        return None
+    return (one.top.v if len(one.top.v) == k else one.top.u).astype(np.float32)
 
 
 def solve(

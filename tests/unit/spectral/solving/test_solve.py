@@ -17,7 +17,7 @@ from lowrank_vit.spectral.solving import gram, lapack, refine
 from lowrank_vit.spectral.solving.extremes import Solved, Solver
 from lowrank_vit.spectral.solving.solve import Cancelled, all_values, solve, solve_stack, stack_by_shape
 from tests.device_path import CudaPath
-from tests.spectra import low_rank_and_noise, orthonormal, sine, with_spectrum
+from tests.spectra import low_rank_and_noise, nasty, orthonormal, sine, with_spectrum
 
 EPS = float(np.finfo(np.float64).eps)
 SOLVERS: list[Solver] = ["gram64", "svd"]
@@ -109,41 +109,6 @@ def test_the_batched_solver_agrees_or_objects(name: str) -> None:
     if not objection:
         check_against_numpy(solved, matrix, 6)
     assert bool(objection) == bool(solve({"m": matrix}, 6)["m"].note) or "condition" in name
-
-
-def of_rank(rank: int, rows: int, cols: int) -> torch.Tensor:
-    """A product of float32 factors, whose rounding fills what the rank leaves."""
-    generator = torch.Generator().manual_seed(rank)
-    return torch.randn(rows, rank, generator=generator) @ torch.randn(rank, cols, generator=generator)
-
-
-def nasty(k: int) -> dict[str, torch.Tensor]:
-    """Matrices with values below what one Gram matrix tells, K = k."""
-    i, sine_of_angle = np.arange(k), np.sin(1.2)
-    kahan = np.diag(sine_of_angle**i) @ (np.eye(k) - np.cos(1.2) * np.triu(np.ones((k, k)), 1))
-    laeuchli = {e: torch.cat([torch.ones(1, k), e * torch.eye(k)]).double() for e in (1e-3, 1e-7, 1e-9, 1e-12)}
-    rows, half = torch.zeros(3 * k, k), torch.randn(k, k, generator=torch.Generator().manual_seed(1))
-    rows[[1, 5, 9, 20, 33]], half[:, ::2] = half[:5], 0.0
-    cases = {
-        "kahan": torch.from_numpy(kahan),
-        "hilbert": torch.from_numpy(1 / (i[:, None] + i[None, :] + 1.0)),
-        **{f"laeuchli {e}": matrix for e, matrix in laeuchli.items()},
-        "graded to 1e-8": with_spectrum(np.geomspace(1, 1e-8, k), k, 2 * k),
-        "graded to 1e-12": with_spectrum(np.geomspace(1, 1e-12, k), 2 * k, k),
-        "four clusters": with_spectrum(np.repeat([1, 1e-3, 1e-6, 1e-9], k // 4), k, k),
-        "a cluster and three": with_spectrum(np.repeat([1, 1e-9], [k - 3, 3]), k, k),
-        "three and a cluster": with_spectrum(np.repeat([1, 1e-5], [3, k - 3]), 2 * k, k),
-        "all ones": torch.ones(2 * k, k),
-        "five nonzero rows": rows,
-        "half the columns": half,
-        "bfloat16": of_rank(8, 2 * k, k).bfloat16(),
-        "1e200": 1e200 * of_rank(8, 2 * k, k).double(),
-        "1e-200": 1e-200 * of_rank(8, k, 2 * k).double(),
-    }
-    for rank in (1, 2, 8, k // 4 + 1, k // 2, k - 9, k - 1):
-        for name, shape in {"tall": (3 * k, k), "square": (k, k), "wide": (k, 3 * k)}.items():
-            cases[f"rank {rank}, {name}"] = of_rank(rank, *shape)
-    return cases
 
 
 NASTY = nasty(64)
