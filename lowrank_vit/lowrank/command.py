@@ -40,13 +40,14 @@ from lowrank_vit.lowrank.truncate import Decomposition
 from lowrank_vit.model.low_rank import merge
 from lowrank_vit.model.weights import COMPRESSION, read_checkpoint
 from lowrank_vit.run.directory import environment
-from lowrank_vit.score.options import ModelOptions
 from lowrank_vit.score.results import ScoringProgress, interval, make_folder_of
 from lowrank_vit.score.scorer import Scorer, load_scorer
 
 ROOM_BYTES = 2 << 30
 """What the factors may take of the models that wait for being scored in one pass."""
 _LATENCY_IMAGES = (1, 32)
+_INPUT = ("model-kwargs", "img-size", "crop-pct", "mean", "std")
+"""Flags that a checkpoint keeps, since it cannot be used without them."""
 Say = Callable[[str], object]
 
 
@@ -72,8 +73,7 @@ class _Job:
         if why := why_on_cpu(options.running.device, self.device):
             say(why)
         source = options.source
-        of_model = ModelOptions(checkpoint=source.checkpoint, use_ema=source.use_ema, model=source.model)
-        self.scorer: Scorer = load_scorer(of_model, self.device, say)
+        self.scorer: Scorer = load_scorer(source, self.device, say)
         model = self.scorer.model
         say(f"{self.scorer.origin}: {self.scorer.name}, {sum(p.numel() for p in model.parameters()):,} parameters")
         img_size = self.scorer.spec.img_size
@@ -128,12 +128,14 @@ class _Job:
         with Images(options, self.scorer, self.device, self.say) as images:
             result = self._measured(images)
         _print(result, self.say)
-        if options.files.budget is not None:
-            self._save(result.points[0], result)
-        if options.files.out:
-            if options.curve.latency:
-                result.latency = self._latency(result.points)
-            self._write(options.files.out, result, images)
+        try:
+            if options.files.out:
+                if options.curve.latency:
+                    result.latency = self._latency(result.points)
+                self._write(options.files.out, result, images)
+        finally:  # a folder that cannot be written costs no checkpoint
+            if options.files.budget is not None:
+                self._save(result.points[0], result)
         return result
 
     def _measured(self, images: Images) -> Result:
@@ -224,8 +226,7 @@ class _Job:
     def _write(self, out: Path, result: Result, images: Images) -> None:
         options, scorer = self.options, self.scorer
         source = {
-            "checkpoint": str(options.source.checkpoint),
-            "weights": "ema" if options.source.use_ema else "model",
+            **self._origin(),
             "fingerprint": self.fingerprint,
             "model": scorer.name,
             "img_size": scorer.spec.img_size,
@@ -245,13 +246,17 @@ class _Job:
         self.say(f"written: {', '.join(map(str, written))}")
         self.say(f"as a page: {pasteable_command('lowrank_vit.report')} {out}")
 
+    def _origin(self) -> dict[str, str]:
+        source = self.options.source
+        file = source.checkpoint or source.pretrained_path
+        return {"checkpoint": str(file or self.scorer.origin), "weights": "ema" if source.use_ema else "model"}
+
     def _save(self, made: Point, result: Result | None) -> None:
         """Write the checkpoints of a point, with how they were made."""
         options, files = self.options, self.options.files
         about: dict[str, Any] = {
             "fingerprint": self.fingerprint,
-            "checkpoint": str(options.source.checkpoint),
-            "weights": "ema" if options.source.use_ema else "model",
+            **self._origin(),
             **{name: getattr(made, name) for name in ("method", "allocation", "budget", "params", "flops")},
             "by": options.curve.by,
             "targets": options.source.targets,
@@ -262,14 +267,17 @@ class _Job:
         }
         if made.scores:
             about |= {"top1": made.scores.top1, "loss": made.scores.loss}
-        source = read_checkpoint(options.source.checkpoint)
+        given = {name: getattr(options.source, name.replace("-", "_")) for name in _INPUT}
+        args = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v}
+        path = options.source.checkpoint or options.source.pretrained_path
+        source = read_checkpoint(path) if path else None
         model = self.subject.with_factors(made.factors)
         for path, is_merged in ((files.save, False), (files.merge, True)):
             if path is None:
                 continue
             if is_merged:
                 merge(model)
-            save_compressed(model, path, source, self.scorer.name, about)
+            save_compressed(model, path, source, self.scorer.name, about, args)
             terminal.output_is_in_files()
             size = sum(parameter.numel() for parameter in model.parameters())
             what = "its original shapes" if is_merged else f"{len(made.factors)} layers in factors"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +12,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.check import check_ranges
 from lowrank_vit.config.option_types import POSITIVE, Range
 from lowrank_vit.config.options import LoaderName
+from lowrank_vit.score.options import ModelOptions
 
 Method = Literal["svd", "asvd", "fwsvd", "svdllm", "kfac"]
 METHODS: tuple[Method, ...] = ("svd", "asvd", "fwsvd", "svdllm", "kfac")
@@ -24,15 +25,11 @@ _SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors")
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is compressed."""
+class Source(ModelOptions):
+    """What is compressed: weights as validate takes them, the model's own unless --use-ema is said."""
 
-    checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]]
+    checkpoint: Positional[Annotated[Path | None, arg(metavar="CHECKPOINT")]] = None
     """A run's model_best.pth.tar or last.pth.tar, or a file of weights of timm, DeiT or MAE."""
-    use_ema: Annotated[bool, FlagCreatePairsOff] = False
-    """Take the EMA weights; without it the model's own, as validate does."""
-    model: Annotated[str, arg(aliases=["-m"], metavar="NAME", help_behavior_hint="(default: the checkpoint's)")] = ""
-    """timm model name."""
     targets: Annotated[str, arg(metavar="NAMES")] = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
     """Comma-separated endings of the names of linear layers that may be factorised."""
     split: Literal["whole", "thirds", "heads"] = "whole"
@@ -120,11 +117,11 @@ class CompressOptions:
     A curve: every budget and method is scored on all of the validation set. With --budget and --save: one model.
     """
 
-    source: Source
-    data: Data
-    curve: Curve
-    files: Files
-    running: Running
+    source: Source = field(default_factory=Source)
+    data: Data = field(default_factory=Data)
+    curve: Curve = field(default_factory=Curve)
+    files: Files = field(default_factory=Files)
+    running: Running = field(default_factory=Running)
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -145,6 +142,7 @@ class CompressOptions:
 
     def check(self) -> None:
         """Raise `UserError` for numbers out of range, flags that contradict, or data that are needed and not named."""
+        self.source.check()
         for group in (self.data, self.curve, self.files, self.running):
             check_ranges(group)
         for name in ("budgets", "ranks"):

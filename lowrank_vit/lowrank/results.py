@@ -114,20 +114,22 @@ def check_out(out: Path, fingerprint: str) -> None:
 def print_points(result: Result, points: Sequence[Point], console: Console) -> None:
     """A row a point, at most 80 columns wide: sizes in percent of the original's, differences from its scores."""
     original, several = result.original, len({one.allocation for one in points}) > 1
+    of_ranks, of_flops = (("ranks",), ()) if several else ((), ("FLOPs",))  # there is no room for both
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    for name in ("method", *(("ranks",) if several else ()), "budget", "params", "FLOPs", "top-1", "loss", "predicted"):
+    for name in ("method", *of_ranks, "budget", "params", *of_flops, "top-1", "loss", "predicted"):
         table.add_column(name, justify="left" if name in ("method", "ranks") else "right", no_wrap=True)
     for one in points:
         assert one.scores is not None
         than = one.scores.than(original)
-        sizes = (one.params, result.sizes["params"]), (one.flops, result.sizes["flops"])
-        table.add_row(
-            one.method,
-            *((one.allocation,) if several else ()),
-            f"{one.budget:g}",
-            *(f"{100 * mine / max(1, of_original):.1f}%" for mine, of_original in sizes),
-            f"{one.scores.top1:.2f} {than.top1:+.2f}±{than.top1_error:.2f}",
-            f"{one.scores.loss:.4f} {than.loss:+.4f}±{than.loss_error:.4f}",
-            f"{original.loss + result.constant * one.predicted:.4f}",
-        )
+        row = {
+            "method": one.method,
+            "ranks": one.allocation,
+            "budget": f"{one.budget:g}",
+            "params": f"{100 * one.params / result.sizes['params']:.1f}%",
+            "FLOPs": f"{100 * one.flops / max(1, result.sizes['flops']):.1f}%",
+            "top-1": f"{one.scores.top1:.2f} {than.top1:+.2f}±{than.top1_error:.2f}",
+            "loss": f"{one.scores.loss:.4f} {than.loss:+.4f}±{than.loss_error:.4f}",
+            "predicted": f"{original.loss + result.constant * one.predicted:.4f}",
+        }
+        table.add_row(*(row[str(column.header)] for column in table.columns))
     console.print(table)

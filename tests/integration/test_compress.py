@@ -124,6 +124,16 @@ def test_a_smaller_model_is_taken_by_every_command_and_merged_by_timm(checkpoint
         compress.main([*argv.split(), "--device", "cpu", "--use-ema"])
 
 
+def test_a_few_images_of_one_class_are_enough_and_said(checkpoint, digits_dir, capsys):
+    line = "--budgets 0.5 --method kfac --ranks uniform energy greedy --split heads --by flops --calibration-images 1"
+    compress.main([str(checkpoint), "--data", str(digits_dir), "--device", "cpu", "--sequential", *line.split()])
+    said = capsys.readouterr().out
+    assert "note: all calibration images are of one class" in said
+    rows = [row for row in said.splitlines() if row.startswith("kfac")]
+    assert [row.split()[1] for row in rows] == ["uniform", "energy", "greedy"]
+    assert all(len(row) <= 80 and "…" not in row for row in rows)
+
+
 def test_svd_without_data(checkpoint, digits_dir, tmp_path, capsys):
     small = tmp_path / "small.pth.tar"
     compress.main([str(checkpoint), *f"--budget 0.5 --method svd --save {small} --device cpu".split()])

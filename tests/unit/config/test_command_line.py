@@ -313,7 +313,7 @@ EVERY = {
     "validate": ("lowrank_vit.validate", "Give --checkpoint FILE", "Give --checkpoint FILE"),
     "inference": ("lowrank_vit.inference", "Give images or folders", "--input wrong does not exist"),
     "analyze-spectrum": ("lowrank_vit.analyze_spectrum", "Give one of --checkpoint", "`wrong` belongs to no option"),
-    "compress": ("lowrank_vit.compress", "needs CHECKPOINT. --help tells more", "--data DIR is missing"),
+    "compress": ("lowrank_vit.compress", "Give --checkpoint FILE, or --model NAME", "--data DIR is missing"),
     "report": ("lowrank_vit.report.__main__", "needs RUN. --help tells more", "no run directory at wrong"),
     "augment": ("lowrank_vit.augment.__main__", None, "--preview FILE.png is missing"),
     "completion": ("lowrank_vit.config.completion", None, "`wrong` is not a shell of"),
