@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lowrank_vit.spectral.watching.refresh import SpectralSettings
 
 LONG_S = 30  # for waits that end at once unless something is broken
 SETTINGS = SpectralSettings(topk=3, interval=2)
+WITH_UPDATES = replace(SETTINGS, updates=True)
 TIMES = ("refresh/seconds", "refresh/skipped", "refresh/failed")
 
 
@@ -51,6 +53,19 @@ def nudge(model: nn.Module, seed: int, size: float = 0.02) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(size * torch.randn(parameter.shape, generator=noise))
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """An update by gradients that are noise."""
+    noise = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=noise)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def comparable(values: dict[str, float]) -> dict[str, float]:

@@ -331,6 +331,8 @@ class Spectra:
     """Cores that the monitor may use of a CPU; default: a quarter of them, at least 1."""
     spec_store_gb: Annotated[float, ABOVE_0, MAY_CHANGE] = 2.0
     """Size limit of the run's spectra/, 10^9 bytes; beyond it older refreshes are thinned out evenly."""
+    spec_updates: Annotated[bool, MAY_CHANGE] = False
+    """Also record the spectra of the model's changes between refreshes and of the optimizer's direction."""
     spec_flows: Annotated[bool, MAY_CHANGE] = False
     """At each validation: spectra of the blocks' outputs, and entropies of attention, on some of its images."""
     spec_flow_images: Annotated[int, POSITIVE, MAY_CHANGE] = 256

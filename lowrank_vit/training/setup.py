@@ -44,6 +44,7 @@ from lowrank_vit.run.state import Position
 from lowrank_vit.score.evaluate import Evaluator
 from lowrank_vit.spectral.flows import remark_on_attention
 from lowrank_vit.spectral.measures.initial import in_words, redraw_far_entries
+from lowrank_vit.spectral.measures.updates import why_no_direction
 from lowrank_vit.training.flows import FlowWatch
 from lowrank_vit.training.loading import fed_step, loaders_before, make_train_loader, make_val_loader, with_workers
 from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
@@ -197,6 +198,8 @@ def set_up(
             flows = FlowWatch(evaluators, sets.val.num_samples, count, seed, world, say)
             if line := remark_on_attention(model):
                 lines.append(line)
+    if config.spectra.spec_monitor and config.spectra.spec_updates and (why := why_no_direction(optimizer)):
+        lines.append(f"--spec-updates: no spectra of the optimizer's direction, {why}; those of changes are recorded")
     world.progress.enter("making ready to train")
     parameters = sum(p.numel() for p in model.parameters())
     return Setup(

@@ -238,25 +238,22 @@ class Trainer:
         options, store_dir = self.config.spectra, self.run_dir.path / SPECTRA
         done = self.state.position.num_updates if self.state.position.is_begun else None
         recorded = -1 if done is None else last_recorded(self.run_dir.path, "spec", done)
+        threads = options.spec_cpu_threads or default_cpu_threads()
+        numbers = options.spec_topk, options.spec_interval, options.spec_solver, options.spec_on_cpu, threads
         return SpectralMonitor(
             self.setup.model,
             self.setup.ema.module if self.setup.ema else None,
             targets=options.spec_targets,
             every=options.spec_every,
             store_dir=store_dir,
-            settings=SpectralSettings(
-                options.spec_topk,
-                options.spec_interval,
-                options.spec_solver,
-                options.spec_on_cpu,
-                options.spec_cpu_threads or default_cpu_threads(),
-            ),
+            settings=SpectralSettings(*numbers, updates=options.spec_updates),
             split_qkv=options.spec_split_qkv,
             circuits=options.spec_circuits,
             limit_gb=options.spec_store_gb,
             resumed_update=done,
             recorded_update=self.world.from_first(recorded),
             ranks=self.world.channel(_REFRESH_TIMEOUT, agrees=True),
+            optimizer=self.setup.optimizer,
             say=lambda line: self._say(line),
         )
 

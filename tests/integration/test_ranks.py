@@ -26,6 +26,7 @@ from tests.runs import losses, records, same_weights
 ROOT = Path(__file__).parents[2]
 RECIPE = """
 --epochs 2 --log-interval 4 --mixup 0.8 --cutmix 1 --reprob 0.25 --aa rand-m9-mstd0.5-inc1 --spec-every 11
+--spec-updates --spec-flows --spec-flow-images 48
 """.split()
 UPDATES = 11
 Process = subprocess.Popen[str] | forks.Forked
@@ -89,6 +90,10 @@ def assert_same_run(run: Path, one: Path) -> None:
         for name in names:
             values = [[record[name] for record in found] for found in (ours, expected)]
             np.testing.assert_allclose(*values, rtol=2e-4, atol=1e-9)
+    for ours, expected in zip(records(run, "flow"), records(one, "flow"), strict=True):
+        assert ours.keys() == expected.keys()
+        names = [name for name in expected if not name.endswith("seconds")]
+        np.testing.assert_allclose([ours[n] for n in names], [expected[n] for n in names], rtol=1e-2)
     first, second = (torch.load(path / "last.pth.tar", weights_only=True) for path in (run, one))
     for key in ("state_dict", "state_dict_ema"):
         for name, weight in second[key].items():

@@ -173,9 +173,17 @@ def test_args_yaml_repeats_the_run_bit_for_bit(train, tmp_path):
 
 
 def test_the_monitor_changes_no_bit(train):
-    flows = ("--spec-flows", "--spec-flow-images", "40")
-    on, off = train("--experiment", "on", *flows), train("--experiment", "off", "--no-spec-monitor")
+    more = ("--spec-updates", "--spec-flows", "--spec-flow-images", "40")
+    on, off = train("--experiment", "on", *more), train("--experiment", "off", "--no-spec-monitor")
     assert losses(on) == losses(off)
+    scores = [[(r["eval_loss"], r["eval_ema_loss"]) for r in lines(one.run_dir, "eval")] for one in (on, off)]
+    assert scores[0] == scores[1]
+    flows = lines(on.run_dir, "flow")
+    assert [(r["epoch"], r["update"], r["spec/flow/images"]) for r in flows] == [(0, 11, 40), (1, 22, 40)]
+    stored = np.load(on.run_dir / "spectra" / "flows_00000022.npz")
+    assert stored["spec/blocks.1:variances"].shape == (32,)
+    assert stored["spec_ema/blocks.1:entropies"].mean() == flows[-1]["spec_ema/flow/blocks.1/entropy"]
+    assert "spec/blocks.1.mlp.fc1/opt_top_u" in lines(on.run_dir, "spec")[-1]
 
 
 def test_quickstart_for_one_epoch(digits_dir, tmp_path):

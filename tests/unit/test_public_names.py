@@ -45,7 +45,7 @@ SIGNATURES: dict[str, str] = {
     "TrainPlan.batch": "(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan",
     "EvalPlan": (
         "(heights: np.ndarray, widths: np.ndarray, *, img_size: int, crop_pct: float, batch_size: int, rank: int "
-        "= 0, world_size: int = 1, interpolation: int = 2) -> None"
+        "= 0, world_size: int = 1, interpolation: int = 2, samples: np.ndarray | None = None) -> None"
     ),
     "EvalPlan.of": (
         "(images: Sizes, *, img_size: int, batch_size: int, crop_pct: float = 0.875, rank: int = 0, world_size: "
@@ -64,8 +64,9 @@ SIGNATURES: dict[str, str] = {
     "SpectralMonitor": (
         "(model: nn.Module, ema_model: nn.Module | None = None, *, store_dir: str | os.PathLike[str], targets: "
         "str = 'attn.qkv,attn.proj,mlp.fc1,mlp.fc2', every: int = 100, settings: SpectralSettings | None = None, "
-        "split_qkv: bool = False, limit_gb: float = 2.0, resumed_update: int | None = None, recorded_update: int "
-        "| None = None, ranks: Channel | None = None, say: Callable[[str], object] = ...) -> None"
+        "split_qkv: bool = False, circuits: Circuits = 'none', limit_gb: float = 2.0, resumed_update: int | None = "
+        "None, recorded_update: int | None = None, ranks: Channel | None = None, optimizer: Optimizer | None = None, "
+        "say: Callable[[str], object] = ...) -> None"
     ),
     "SpectralMonitor.observe": "(self, num_updates: int) -> None",
     "SpectralMonitor.records": "(self) -> list[SpectralRecord]",
@@ -73,7 +74,7 @@ SIGNATURES: dict[str, str] = {
     "SpectralMonitor.close": "(self, cancel: bool = False) -> None",
     "SpectralSettings": (
         "(topk: int = 8, interval: int = 1, solver: Solver = 'gram64', on_cpu: bool = False, cpu_threads: int = "
-        "1) -> None"
+        "1, updates: bool = False) -> None"
     ),
     "open_spectra": "(run: str | os.PathLike[str]) -> Spectra",
     "Spectra.values": "(self, name: str, update: int | None = None, *, ema: bool = False) -> np.ndarray",

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lowrank_vit.common.devices import Mark, cuda_path, current_stream, side_stream
 from lowrank_vit.common.errors import UserError
@@ -84,6 +85,7 @@ class SpectralMonitor:
         resumed_update: int | None = None,
         recorded_update: int | None = None,
         ranks: Channel | None = None,
+        optimizer: Optimizer | None = None,
         say: Callable[[str], object] = LOG.warning,
     ) -> None:
         """Choose the targets and start the worker.
@@ -105,6 +107,7 @@ class SpectralMonitor:
                 the model has its weights. None: all are there.
             ranks: the ranks that share the work (`World.channel` with `agrees`); default: this process does it all. One
                 that ends without `close` fails the others' refreshes.
+            optimizer: the model's, whose update directions are described, too, where `settings.updates` asks for that.
             say: told of failures, from the worker's thread too.
 
         Raises:
@@ -123,7 +126,8 @@ class SpectralMonitor:
                 raise UserError(f"spectral {flag} is {value}; expected 1 or more")
         models = {MODEL: model} if ema_model is None else {MODEL: model, EMA: ema_model}
         ranks = ranks or Channel(0, 1, None)
-        self._watched = Watched(models, targets, settings, ranks, split_qkv, circuits)
+        of_optimizer = optimizer if settings.updates else None
+        self._watched = Watched(models, targets, settings, ranks, split_qkv, circuits, of_optimizer)
         self._every, self._num_ranks = every, ranks.size
         self.matrices = self._watched.matrices
         """By name: "shape", and the recorded indices "top" and "last", 1-based."""

@@ -33,14 +33,25 @@ from lowrank_vit.spectral.measures.subspaces import (
     cosine_metrics,
     turn_bound,
 )
+from lowrank_vit.spectral.measures.updates import update_metrics
 from lowrank_vit.spectral.select import module_depth, module_type
-from lowrank_vit.spectral.solving.extremes import Solved, Solver
+from lowrank_vit.spectral.solving.extremes import Solved, Solver, Triplets
 from lowrank_vit.spectral.solving.norm import norms_of_changes
-from lowrank_vit.spectral.solving.solve import LOG, MatrixStack, float64_numpy, never, side_by_side, solve_stack
+from lowrank_vit.spectral.solving.solve import (
+    LOG,
+    MatrixStack,
+    all_values,
+    float64_numpy,
+    never,
+    side_by_side,
+    solve_stack,
+)
 
 MODEL, EMA = "spec", "spec_ema"
 FOR_HEADS = ":heads"
 """Behind a kind, in a snapshot: of the weights that circuits need, those that are not among the kind's own."""
+DIRECTION = "direction"
+"""In a snapshot, beside the kinds: the optimizer's update directions of some of the model's matrices."""
 CIRCUIT = "circuit"
 """Between the kind and the name of a block in the key of its circuits."""
 Stacks = dict[str, list[MatrixStack]]
@@ -58,7 +69,7 @@ class SpectralSettings:
 
     Example:
         >>> SpectralSettings(topk=2, interval=10)  # records the indices 1, 11 and the last but 10, the last
-        SpectralSettings(topk=2, interval=10, solver='gram64', on_cpu=False, cpu_threads=1)
+        SpectralSettings(topk=2, interval=10, solver='gram64', on_cpu=False, cpu_threads=1, updates=False)
     """
 
     topk: int = 8
@@ -71,6 +82,8 @@ class SpectralSettings:
     """Move copies on a GPU to the CPU first."""
     cpu_threads: int = 1
     """Matrices solved side by side on a CPU; changes no bit of the result."""
+    updates: bool = False
+    """Describe also the model's changes between refreshes and its optimizer's direction, see `update_spectra`."""
 
 
 @dataclass
@@ -99,7 +112,8 @@ class Memory:
     def keep(self, update: int, solved: Mapping[str, Solved], stacks: Stacks) -> None:
         """A refresh that has succeeded becomes the last one."""
         self.first = dict(solved) | self.first
-        self.last, self.last_update, self.weights = dict(solved), update, stacks
+        self.last, self.last_update = dict(solved), update
+        self.weights = {kind: of_kind for kind, of_kind in stacks.items() if kind != DIRECTION}
 
 
 def solve_all(
@@ -176,6 +190,19 @@ def update_norms(
     }
 
 
+def update_spectra(
+    prefix: str, stack: MatrixStack, blocks: Mapping[str, Triplets], cpu_threads: int = 1
+) -> dict[str, dict[str, float]]:
+    """By name: `updates.update_metrics` of each matrix of a stack, which are changes or directions of weights.
+
+    `blocks`: by name, the first triplets of the weights, where they are known.
+    """
+    with torch.no_grad():
+        changes_NRC = stack.matrices_NRC.double()
+        found = zip(stack.names, changes_NRC, all_values(changes_NRC, cpu_threads), strict=True)
+        return {name: update_metrics(prefix, change, s, blocks.get(name)) for name, change, s in found}
+
+
 def block_energies(
     before: Mapping[str, Solved], now: Mapping[str, Solved], stack: MatrixStack, cpu_threads: int = 1
 ) -> dict[str, dict[str, float]]:
@@ -235,17 +262,28 @@ def refresh(
     result = Refreshed(update)
     of_weights: dict[str, dict[str, float]] = {}
     for kind, of_kind in stacks.items():
+        if kind == DIRECTION:
+            continue
         found = solved_of(kind, of_kind)
         last = {name: memory.last[f"{kind}/{name}"] for name in found if f"{kind}/{name}" in memory.last}
         result.solved |= {f"{kind}/{name}": one for name, one in found.items()}
-        pairs = zip(memory.weights.get(kind, ()), of_kind, strict=False)
+        pairs = list(zip(memory.weights.get(kind, ()), of_kind, strict=False))
         parts = [update_norms(before, now, settings.cpu_threads, settings.solver) for before, now in pairs]
+        if settings.updates and kind == MODEL:
+            blocks = {name: both[0] for name in last if (both := blocks_of(last[name], found[name]))}
+            parts += [update_spectra("dw", _change(*pair), blocks, settings.cpu_threads) for pair in pairs]
+            now = {name: one.block or one.top for name, one in found.items()}
+            parts += [update_spectra("opt", of, now, settings.cpu_threads) for of in stacks.get(DIRECTION, ())]
         for part in parts + [block_energies(last, found, stack, settings.cpu_threads) for stack in of_kind]:
             for name, values in part.items():
                 of_weights.setdefault(f"{kind}/{name}", {}).update(values)
     result.values = (describing or describe)(result.solved, of_weights, memory.first, memory.last, settings)
     memory.keep(update, result.solved, stacks)
     return result
+
+
+def _change(before: MatrixStack, now: MatrixStack) -> MatrixStack:
+    return replace(now, matrices_NRC=now.matrices_NRC.double() - before.matrices_NRC.double())
 
 
 def describe(

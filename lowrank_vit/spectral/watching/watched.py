@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.heads import Circuits, Heads, attention_blocks
 from lowrank_vit.spectral.measures.initial import FarEntry, far_entries_by_name
 from lowrank_vit.spectral.measures.metrics import recorded_indices
-from lowrank_vit.spectral.select import Target, fused_of, matrices_of, targets_of_model
+from lowrank_vit.spectral.measures.updates import update_direction
+from lowrank_vit.spectral.select import Target, fused_of, matrices_of, take_targets, targets_of_model
 from lowrank_vit.spectral.solving.solve import stack_by_shape
-from lowrank_vit.spectral.watching.refresh import FOR_HEADS, MODEL, Memory, SpectralSettings, Stacks
+from lowrank_vit.spectral.watching.refresh import DIRECTION, FOR_HEADS, MODEL, Memory, SpectralSettings, Stacks
 from lowrank_vit.spectral.watching.store import Kept, SpectraStore
 
 
@@ -29,14 +31,17 @@ class Watched:
         ranks: Channel,
         split_qkv: bool = False,
         circuits: Circuits = "none",
+        optimizer: Optimizer | None = None,
     ) -> None:
         """Choose the matrices, and this rank's among them; `models` by kind, `circuits` of their heads.
+
+        Of an `optimizer` its update directions of the model's matrices are copied, too, as far as they are known.
 
         Raises:
             UserError: a target matches nothing, or the heads have no `circuits`.
             ValueError: model and EMA differ in their targets.
         """
-        self._models = models
+        self._models, self._optimizer = models, optimizer
         chosen = {kind: targets_of_model(one, targets, split_qkv) for kind, one in models.items()}
         every = chosen[MODEL]
         if any(list(of_kind) != list(every) for of_kind in chosen.values()):
@@ -87,6 +92,8 @@ class Watched:
         if heads:  # of several ranks one may have other matrices than heads
             among = watched if self._num_ranks == 1 else ()
             weights |= {kind + FOR_HEADS: heads.others(one, among) for kind, one in self._models.items()}
+        if self._optimizer is not None:
+            weights[DIRECTION] = directions_of(self._models[MODEL], self._optimizer, watched)
         return weights
 
     def stacks_of(self, kept: Kept, heads: Heads | None = None) -> Stacks:
@@ -95,7 +102,7 @@ class Watched:
         for kind, own in self._weights(self._mine, heads).items():
             found = {name: kept.weights.get(f"{kind}/{name}") for name in own}
             if any(w is None or w.shape != own[name].shape for name, w in found.items()):
-                if kind.endswith(FOR_HEADS):  # kept by a process that had no circuits
+                if kind == DIRECTION or kind.endswith(FOR_HEADS):  # kept by a process that had none
                     continue
                 return {}
             weights = {name: w.to(own[name]) for name, w in found.items() if w is not None}
@@ -121,9 +128,22 @@ class Watched:
                 if key not in keys or not fits(key, of[key]):
                     del of[key]
         weights = self.stacks_of(kept) if kept else {}
+        weights.pop(DIRECTION, None)
         if kept and weights and kept.update != last_update:
             return Memory(first, {}, kept.update, weights)
         return Memory(first, last, last_update if last else None, weights if last else {})
+
+
+def directions_of(model: nn.Module, optimizer: Optimizer, watched: Mapping[str, Target]) -> dict[str, Tensor]:
+    """The optimizer's update directions of watched matrices, by name; those without a known one are left out."""
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    found: dict[str, Tensor] = {}
+    for module in {target.module for target in watched.values()}:
+        weight = getattr(model.get_submodule(module), "weight", None)  # none of a layer in factors
+        if isinstance(weight, nn.Parameter) and weight in groups:
+            direction = update_direction(optimizer, groups[weight], weight)
+            found |= {} if direction is None else {module: direction}
+    return take_targets(found.__getitem__, {name: of for name, of in watched.items() if of.module in found})
 
 
 def share_out(shapes: Mapping[str, Sequence[int]], world_size: int) -> list[list[str]]:

@@ -43,8 +43,9 @@ T = TypeVar("T")
 class SpectralRecord(NamedTuple):
     """The scalars of one refresh, by "<kind>/<name>/<metric>", kind "spec" or "spec_ema".
 
-    Metrics are those of `refresh.matrix_metrics`, `refresh.drift_metrics`, `refresh.update_norms` and
-    `subspaces.cosine_metrics`; `refresh.aggregates` adds "<kind>/type/..." and "<kind>/depth/...". About the refresh
+    Metrics are those of `refresh.matrix_metrics`, `refresh.drift_metrics`, `refresh.update_norms`,
+    `subspaces.cosine_metrics` and, where asked for, `updates.update_metrics` with the prefixes "dw" and "opt";
+    `refresh.aggregates` adds "<kind>/type/..." and "<kind>/depth/...". About the refresh
     itself: "spec/refresh/seconds", "spec/refresh/skipped" (refreshes so far that were due and left out),
     "spec/refresh/failed" (those so far that failed or were not stored; both count from this process's start),
     "spec/refresh/fallbacks" (matrices not solved by the solver asked for) and "spec/refresh/since" (updates since the

@@ -14,7 +14,19 @@ from torch import nn
 from lowrank_vit.spectral.watching import store
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from lowrank_vit.spectral.watching.refresh import SpectralSettings
-from tests.monitors import LONG_S, TIMES, Gate, comparable, nudge, observe, stored, watch
+from tests.monitors import (
+    LONG_S,
+    TIMES,
+    WITH_UPDATES,
+    Gate,
+    adamw,
+    comparable,
+    nudge,
+    observe,
+    step,
+    stored,
+    watch,
+)
 from tests.spectra import tiny_vit
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
@@ -27,23 +39,30 @@ def test_a_refresh_that_a_kill_cut_short_is_done_again_when_the_run_goes_on(
     """It was under way when the checkpoint was written; at the kill its record was missing, or even its files."""
     gate.open.set()
     model, again = tiny_vit(0), tiny_vit(0)
+    optimizers: dict[nn.Module, torch.optim.Optimizer] = {one: adamw(one) for one in (model, again)}
+
+    def watch_with(watched: nn.Module, folder: Path, **more: Any) -> SpectralMonitor:
+        options: dict[str, Any] = {"settings": WITH_UPDATES, "optimizer": optimizers[watched], "circuits": "folded"}
+        return watch(watched, folder, watched, **options, **more)
 
     def observe(monitor: SpectralMonitor, watched: nn.Module, update: int) -> None:
         monitor.wait()
-        nudge(watched, update)
+        if update:
+            step(watched, optimizers[watched], update)
         monitor.observe(update)
 
     def numbers(monitor: SpectralMonitor) -> list[dict[str, float]]:
         monitor.close()
         return [{k: v for k, v in r.values.items() if not k.endswith(TIMES)} for r in monitor.records()]
 
-    whole = watch(model, tmp_path / "whole", model, circuits="folded")
+    whole = watch_with(model, tmp_path / "whole")
     for update in (0, 2, 4, 6):
         observe(whole, model, update)
     expected = numbers(whole)
+    assert {"spec/blocks.1.mlp.fc1/dw_top_u", "spec/blocks.1.mlp.fc1/opt_top_u"} <= set(expected[1])
 
     folder = tmp_path / "cut"
-    cut = watch(again, folder, again, circuits="folded")
+    cut = watch_with(again, folder)
     for update in (0, 2):
         observe(cut, again, update)
     cut.wait()
@@ -58,13 +77,13 @@ def test_a_refresh_that_a_kill_cut_short_is_done_again_when_the_run_goes_on(
     cut.close(cancel=not has_files)
     assert stored(folder) == ([0, 2, 4] if has_files else [0, 2])
 
-    resumed = watch(again, folder, again, resumed_update=5, recorded_update=2, circuits="folded")
+    resumed = watch_with(again, folder, resumed_update=5, recorded_update=2)
     observe(resumed, again, 6)
     assert numbers(resumed) == expected[2:]
     for path in (tmp_path / "whole").glob("*.npz"):
         assert path.read_bytes() == (folder / path.name).read_bytes()
     # With all records there nothing is done again, and the next one knows the weights of the last.
-    another = watch(again, folder, again, resumed_update=5, recorded_update=4, circuits="folded")
+    another = watch_with(again, folder, resumed_update=5, recorded_update=4)
     another.observe(6)
     assert numbers(another) == expected[3:]
 

@@ -20,7 +20,7 @@ from lowrank_vit.spectral.watching import refresh as refresh_module
 from lowrank_vit.spectral.watching import store
 from lowrank_vit.spectral.watching.monitor import _BUSY, _CLOSED, _IDLE, SpectralMonitor
 from lowrank_vit.spectral.watching.watched import share_out
-from tests.monitors import SETTINGS, Gate
+from tests.monitors import WITH_UPDATES, Gate, adamw, step
 from tests.spectra import tiny_vit
 
 LONG_S = 60
@@ -57,8 +57,10 @@ def observe_three_times(monitor: SpectralMonitor, model: torch.nn.Module) -> lis
 
 
 def watch(model: torch.nn.Module, folder: Path, **more: Any) -> SpectralMonitor:
-    options: dict[str, Any] = {"targets": DEFAULT_TARGETS, "every": 2, "settings": SETTINGS, "circuits": "folded"}
-    return SpectralMonitor(model, model, store_dir=folder, **options | more)
+    optimizer = adamw(model)
+    step(model, optimizer, 0)
+    options: dict[str, Any] = {"settings": WITH_UPDATES, "optimizer": optimizer, "circuits": "folded"}
+    return SpectralMonitor(model, model, targets=DEFAULT_TARGETS, every=2, store_dir=folder, **options | more)
 
 
 def one_of_two(rank: int, folder: Path) -> None:

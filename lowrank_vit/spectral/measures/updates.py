@@ -1,0 +1,96 @@
+"""Numbers of how weights move: of their change between two refreshes, and of the optimizer's direction at one.
+
+D is such an (R, C) matrix, float64; 1..p the block of W's first singular triplets, see `subspaces`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lowrank_vit.spectral.measures.metrics import effective_rank, energy_rank, stable_rank
+from lowrank_vit.spectral.solving.extremes import Triplets
+
+_ADAM = ("torch.optim.adam.Adam", "torch.optim.adamw.AdamW")
+_SGD, _MUON = "torch.optim.sgd.SGD", "timm.optim.muon.Muon"
+
+
+def why_no_direction(optimizer: Optimizer) -> str:
+    """Why `update_direction` knows none of this optimizer's, in words; empty where it does."""
+    name = _name_of(optimizer)
+    if name not in (*_ADAM, _SGD, _MUON):
+        return f"that of {name} is not known (of Adam, AdamW, Muon and SGD it is)"
+    if name == _SGD and not any(group["momentum"] for group in optimizer.param_groups):
+        return "SGD without momentum keeps none"
+    return ""
+
+
+@torch.no_grad()
+def update_direction(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Tensor | None:
+    """What the last step has moved a parameter by, but for learning rate and sign, as a new tensor; no wait for it.
+
+    Adam and AdamW: m / (sqrt(v) + eps), both corrected for their start as in torch, without weight decay where that is
+    decoupled. SGD and Muon: the momentum buffer, to which Nesterov's form adds the last gradient, and of which Muon's
+    step makes a nearly orthogonal matrix.
+
+    None where nothing was stepped yet, and where it is not known: see `why_no_direction`; of Muon those parameters that
+    it leaves to AdamW.
+
+    Args:
+        group: the optimizer's, of the parameter.
+    """
+    name, state = _name_of(optimizer), optimizer.state.get(parameter) or {}
+    if name in (_SGD, _MUON):
+        momentum = state.get("momentum_buffer")
+        return None if momentum is None else momentum.clone()
+    if name not in _ADAM or "exp_avg" not in state:
+        return None
+    (beta1, beta2), step = group["betas"], state["step"].double()
+    square = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+    deviation = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    return state["exp_avg"] / (1 - beta1**step) / deviation
+
+
+def _name_of(optimizer: Optimizer) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+
+
+def update_metrics(prefix: str, change_RC: Tensor, s: np.ndarray, block: Triplets | None) -> dict[str, float]:
+    """The spectrum of D, and how much of D lies in the top block of W.
+
+    Args:
+        prefix: of the names.
+        change_RC: D, float64, on any device.
+        s: its singular values, descending.
+        block: W's first p triplets; None: not known.
+
+    Returns:
+        "<prefix>_stable_rank", "<prefix>_effective_rank", "<prefix>_rank90" (see `metrics`). With a block also
+        "<prefix>_top_u" |U_p^T D|_F^2 / |D|_F^2, "<prefix>_top_v" |D V_p|_F^2 / |D|_F^2 and "<prefix>_top"
+        |U_p^T D V_p|_F^2 / |D|_F^2, 0-1; by chance, which is exact for a D of any kind and random U_p and V_p, p/R, p/C
+        and p^2/(R C): "<prefix>_chance_u", "_chance_v" and "_chance" (E U_p U_p^T is p/R times the identity).
+        "<prefix>_most", the share of the first p values of D's own, which none of the three exceeds (Ky Fan). Shares of
+        D = 0 are NaN, as all is with a NaN.
+    """
+    values = {"stable_rank": stable_rank(s), "effective_rank": effective_rank(s), "rank90": energy_rank(s, 90)}
+    if block is not None:
+        (rows, cols), p = change_RC.shape, block.s.size
+        values |= {"chance_u": p / rows, "chance_v": p / cols, "chance": p * p / (rows * cols)}
+        relative = s / s[0] if s[0] != 0 else np.full_like(s, np.nan)
+        values["most"] = float(np.sum(relative[:p] ** 2) / np.sum(relative**2))
+        values |= dict(zip(("top_u", "top_v", "top"), _shares(change_RC, float(s[0]), block), strict=True))
+    return {f"{prefix}_{name}": value for name, value in values.items()}
+
+
+def _shares(change_RC: Tensor, scale: float, block: Triplets) -> list[float]:
+    """The shares of D in the block: of left vectors, right ones and both; `scale` keeps squares in range."""
+    unit_RC = change_RC / scale if scale != 0 else torch.full_like(change_RC, float("nan"))
+    u_Rp, v_Cp = (torch.from_numpy(np.ascontiguousarray(one)).to(unit_RC) for one in (block.u, block.v))
+    left_pC = u_Rp.T @ unit_RC
+    parts = [left_pC, unit_RC @ v_Cp, left_pC @ v_Cp, unit_RC]
+    of_u, of_v, of_both, whole = torch.stack([part.square().sum() for part in parts]).tolist()
+    return [of_u / whole, of_v / whole, of_both / whole]

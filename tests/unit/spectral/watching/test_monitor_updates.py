@@ -1,0 +1,116 @@
+"""What a monitor says of how weights move: their changes, and the optimizer's direction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lowrank_vit.spectral.select import matrices_of, targets_of_model
+from tests.monitors import WITH_UPDATES, adamw, nudge, step, watch
+from tests.spectra import tiny_vit
+
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+NAME = "blocks.1.attn.qkv.k"
+P = 5
+"""The block of three recorded vectors at interval 2."""
+
+
+def of_update(values: dict[str, float], prefix: str) -> dict[str, float]:
+    start = f"spec/{NAME}/{prefix}_"
+    return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+
+
+def expected(change: np.ndarray, weight: np.ndarray) -> dict[str, float]:
+    u, _, vt = np.linalg.svd(weight)
+    u, v, s = u[:, :P], vt[:P].T, np.linalg.svd(change, compute_uv=False)
+    whole, p, (rows, cols) = np.sum(change**2), s / s.sum(), change.shape
+    shares = [u.T @ change, change @ v, u.T @ change @ v]
+    return {
+        "stable_rank": whole / s[0] ** 2,
+        "effective_rank": np.exp(-np.sum(p * np.log(p))),
+        "rank90": 1 + np.searchsorted(np.cumsum(s**2), 0.9 * whole),
+        "chance_u": P / rows,
+        "chance_v": P / cols,
+        "chance": P * P / (rows * cols),
+        "most": np.sum(s[:P] ** 2) / whole,
+        **dict(zip(("top_u", "top_v", "top"), (np.sum(one**2) / whole for one in shares), strict=True)),
+    }
+
+
+def test_changes_and_directions_are_those_of_numpy(tmp_path: Path):
+    model, ema = tiny_vit(0), tiny_vit(1)
+    optimizer = adamw(model)
+    weights, directions = [], []
+    monitor = watch(model, tmp_path, ema, split_qkv=True, settings=WITH_UPDATES, optimizer=optimizer)
+    with monitor:
+        for update in range(5):
+            if update:
+                step(model, optimizer, update)
+                nudge(ema, update)
+            monitor.observe(update)
+            monitor.wait()
+            if update % 2 == 0:
+                weights.append(matrices_of(model, targets_of_model(model, "attn.qkv", split_qkv=True))[NAME].clone())
+                if update:
+                    state = optimizer.state[model.get_parameter("blocks.1.attn.qkv.weight")]
+                    m, v = (state[n] / (1 - b**update) for n, b in (("exp_avg", 0.9), ("exp_avg_sq", 0.999)))
+                    directions.append((m / (v.sqrt() + 1e-8))[16:32])  # the second third
+    first, *later = (record.values for record in monitor.records())
+    assert not of_update(first, "dw")
+    assert not of_update(first, "opt")  # nothing was stepped yet
+    weights_64 = [w.detach().double().numpy() for w in weights]
+    for i, values in enumerate(later):
+        change = weights_64[i + 1] - weights_64[i]
+        assert of_update(values, "dw") == pytest.approx(expected(change, weights_64[i]), rel=1e-5)
+        direction = directions[i].double().numpy()
+        assert of_update(values, "opt") == pytest.approx(expected(direction, weights_64[i + 1]), rel=1e-5)
+        assert values[f"spec/{NAME}/dw_stable_rank"] == pytest.approx(
+            (values[f"spec/{NAME}/update_normF"] / values[f"spec/{NAME}/update_norm2"]) ** 2
+        )
+        assert "spec/type/attn.qkv.k/dw_top_u" in values
+    assert not [key for values in later for key in values if key.startswith("spec_ema/") and "/dw_" in key]
+    assert set(np.load(tmp_path / "update_00000004.npz")) == {
+        "update",
+        *(f for f in np.load(tmp_path / "update_00000000.npz") if f != "update"),
+    }
+
+
+def test_without_the_setting_or_a_known_optimizer_less_is_said(tmp_path: Path):
+    model = tiny_vit(0)
+    cases: list[tuple[str, dict[str, Any], set[str]]] = [
+        ("off", {"optimizer": adamw(model)}, set()),
+        ("changes", {"settings": WITH_UPDATES}, {"dw"}),
+        ("unknown", {"settings": WITH_UPDATES, "optimizer": torch.optim.NAdam(model.parameters())}, {"dw"}),
+    ]
+    for folder, more, prefixes in cases:
+        with watch(model, tmp_path / folder, **more) as monitor:
+            for update in (0, 2):
+                if "optimizer" in more:
+                    step(model, more["optimizer"], update)
+                nudge(model, update)
+                monitor.observe(update)
+                monitor.wait()
+        assert monitor.failed == 0
+        _, last = (record.values for record in monitor.records())
+        found = {name.rpartition("/")[2].partition("_")[0] for name in last if name.startswith("spec/blocks.0.mlp.fc1")}
+        assert found & {"dw", "opt"} == prefixes
+
+
+def test_a_nan_in_the_optimizer_is_a_nan_of_that_matrix_alone(tmp_path: Path):
+    model = tiny_vit(0)
+    optimizer = adamw(model)
+    step(model, optimizer, 0)
+    optimizer.state[model.get_parameter("blocks.0.mlp.fc1.weight")]["exp_avg"][0, 0] = torch.nan
+    with watch(model, tmp_path, settings=WITH_UPDATES, optimizer=optimizer) as monitor:
+        monitor.observe(0)
+        monitor.wait()
+    (record,) = monitor.records()
+    assert np.isnan(
+        [record.values[f"spec/blocks.0.mlp.fc1/opt_{name}"] for name in ("stable_rank", "top_u", "most")]
+    ).all()
+    assert np.isfinite(record.values["spec/blocks.1.mlp.fc1/opt_top_u"])
+    assert np.isfinite(record.values["spec/blocks.0.mlp.fc1/stable_rank"])
