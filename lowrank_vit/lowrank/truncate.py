@@ -109,8 +109,10 @@ class Decomposition:
 
     NaN without moments. It falls with the rank for the method `kfac`; for others it may rise.
     """
-    weight_RC: Tensor
+    dtype: torch.dtype
+    """Of the weight."""
     bias_R: Tensor | None
+    """Where it is corrected b + W E[x], in float64, else b."""
     directions: tuple[tuple[Tensor, Tensor], ...]
     """Of each part (R / P, K) and (K, C), whose product over the first r is its W_r."""
     mean_C: Tensor | None
@@ -130,7 +132,6 @@ class Decomposition:
             rows, cols = self.shape
             part = f" of {self.parts} parts" if self.parts > 1 else ""
             raise UserError(f"Rank {rank} does not fit a {rows} x {cols} matrix{part}: it is 1 to {self.rank}.")
-        dtype = self.weight_RC.dtype
         made: list[Factors] = []
         for left_RK, right_KC in self.directions:
             q_Rr, a_rr = torch.linalg.qr(left_RK[:, :rank])
@@ -140,10 +141,9 @@ class Decomposition:
         up_Rr, down_rC, _ = joined(made)
         bias_R = self.bias_R
         if bias_R is not None and self.mean_C is not None:
-            bias_R = bias_R.double() + self.weight_RC.double() @ self.mean_C
             halves = zip(up_Rr.chunk(self.parts), down_rC.chunk(self.parts), strict=True)
-            bias_R = (bias_R - torch.cat([up @ (down @ self.mean_C) for up, down in halves])).to(dtype)
-        return up_Rr.to(dtype), down_rC.to(dtype), bias_R
+            bias_R = (bias_R - torch.cat([up @ (down @ self.mean_C) for up, down in halves])).to(self.dtype)
+        return up_Rr.to(self.dtype), down_rC.to(self.dtype), bias_R
 
 
 def decompose(
@@ -187,11 +187,12 @@ def decompose(
     losses = np.full_like(own, np.nan)
     if moments is not None:
         losses = _predicted(directions, moments.gradient_RR, moments.covariance_CC if is_centred else moments.input_CC)
-    mean_C = moments.mean_C if moments is not None and is_centred else None
-    bias = None if bias_R is None else bias_R.detach()
-    return Decomposition(
-        (rows, cols), parts, values_PK, own, losses, weight_RC.detach(), bias, tuple(directions), mean_C
-    )
+    bias = None if bias_R is None else bias_R.detach().clone()
+    mean_C = None
+    if bias is not None and moments is not None and is_centred:
+        mean_C = moments.mean_C
+        bias = bias.double() + weight_RC.detach().double() @ mean_C
+    return Decomposition((rows, cols), parts, values_PK, own, losses, weight_RC.dtype, bias, tuple(directions), mean_C)
 
 
 def decompose_layers(
@@ -216,17 +217,20 @@ def decompose_layers(
 
 
 def _certified_svd(matrix_RC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (R, K), values (K,), V^T (K, C) by LAPACK or cuSOLVER, with the residuals of all triplets looked at.
+    """U (R, K), values (K,), V^T (K, C), with the residuals of all triplets looked at.
 
-    A true value lies within sqrt((|A v - s u|^2 + |A^T u - s v|^2) / 2) of each.
+    A true value lies within sqrt((|A v - s u|^2 + |A^T u - s v|^2) / 2) of each. Where a GPU's solver is off by more
+    than rounding, LAPACK's on the host is taken.
     """
-    u_RK, s_K, vt_KC = torch.linalg.svd(matrix_RC, full_matrices=False)
-    right = (matrix_RC @ vt_KC.mT - u_RK * s_K).square().sum(dim=0)
-    left = (u_RK.mT @ matrix_RC - s_K[:, None] * vt_KC).square().sum(dim=1)
-    worst = float(((right + left) / 2).sqrt().max())
-    if not worst <= _CERTIFIED * float(s_K[0]):
-        raise UserError(f"The solver's singular triplets are off by {worst:.1e}, of {float(s_K[0]):.1e} at most.")
-    return u_RK, s_K, vt_KC
+    worst, greatest = 0.0, 0.0
+    for place in (matrix_RC, matrix_RC.cpu()):
+        u_RK, s_K, vt_KC = (one.to(matrix_RC.device) for one in torch.linalg.svd(place, full_matrices=False))
+        right = (matrix_RC @ vt_KC.mT - u_RK * s_K).square().sum(dim=0)
+        left = (u_RK.mT @ matrix_RC - s_K[:, None] * vt_KC).square().sum(dim=1)
+        worst, greatest = float(((right + left) / 2).max().sqrt()), float(s_K[0])
+        if worst <= _CERTIFIED * greatest:
+            return u_RK, s_K, vt_KC
+    raise UserError(f"The singular triplets found are off by {worst:.1e}; the greatest value is {greatest:.1e}.")
 
 
 def _predicted(directions: list[tuple[Tensor, Tensor]], gradient_RR: Tensor, input_CC: Tensor) -> np.ndarray:

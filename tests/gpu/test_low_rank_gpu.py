@@ -1,13 +1,19 @@
-"""Layers in factors on a CUDA device."""
+"""Low rank on a CUDA device: layers in factors, moments, and how the factors come about."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 
 import pytest
 import torch
 
+from lowrank_vit.lowrank.calibration import Moments, calibrate
+from lowrank_vit.lowrank.methods import METHODS
+from lowrank_vit.lowrank.truncate import decompose_layers
 from lowrank_vit.model.low_rank import LowRankLinear, product
+from tests.unit.lowrank.examples import model_and_images
 
 pytestmark = pytest.mark.gpu
 
@@ -49,3 +55,23 @@ def test_a_compiled_layer_trains_in_bfloat16(parts: int) -> None:
     assert found.dtype is torch.bfloat16
     assert (found.float() - model.merged()(x)).abs().max() < 0.05 * found.abs().max()
     assert all(one.grad is not None and bool(one.grad.isfinite().all()) for one in model.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gpus_moments_and_factors_are_the_cpus(method: str) -> None:
+    model, images = model_and_images()
+    there = copy.deepcopy(model).cuda()
+    expected = calibrate(model, images.split(4), model.targets())
+    found = calibrate(there, images.split(4), there.targets())
+    for name, moments in found.items():
+        for field in dataclasses.fields(Moments)[2:]:
+            value = getattr(moments, field.name)
+            assert value.is_cuda
+            torch.testing.assert_close(value.cpu(), getattr(expected[name], field.name), rtol=1e-9, atol=1e-14)
+    on_cpu = decompose_layers(model.targets(), METHODS[method], expected)
+    on_gpu = decompose_layers(there.targets(), METHODS[method], found)
+    for name, one in on_gpu.items():
+        for a, b in ((one.losses, on_cpu[name].losses), (one.values_PK, on_cpu[name].values_PK)):
+            torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b), rtol=1e-6, atol=1e-12)
+        (up, down, _), (up_c, down_c, _) = one.factors(2), on_cpu[name].factors(2)
+        torch.testing.assert_close((up @ down).cpu(), up_c @ down_c, rtol=1e-6, atol=1e-9)

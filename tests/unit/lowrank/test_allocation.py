@@ -31,7 +31,7 @@ BYS: tuple[By, ...] = ("params", "flops")
 def decomposition(values: np.ndarray, rows: int, cols: int) -> Decomposition:
     """Of a matrix with these singular values; only what allocation looks at."""
     own = np.append(np.cumsum(values[::-1] ** 2)[::-1], 0.0) / 2
-    return Decomposition((rows, cols), 1, values[None], own, 3 * own, torch.zeros(rows, cols), None, (), None)
+    return Decomposition((rows, cols), 1, values[None], own, 3 * own, torch.float32, None, (), None)
 
 
 def example(shapes: list[tuple[int, int]], seed: int, rest: int) -> tuple[dict[str, Decomposition], Costs]:

@@ -290,16 +290,33 @@ def test_moments_that_are_not_finite_are_refused():
         decompose(matrix(ROWS, COLS), None, METHODS["kfac"], bad)
 
 
-def test_triplets_that_are_wrong_are_not_taken(monkeypatch: pytest.MonkeyPatch):
-    svd = torch.linalg.svd
+@pytest.mark.parametrize("faults", [1, 2])
+def test_wrong_triplets_are_not_taken_but_those_of_a_second_solver(faults: int, monkeypatch: pytest.MonkeyPatch):
+    svd, calls = torch.linalg.svd, list[int]()
 
-    def wrong(matrix_RC: Tensor, full_matrices: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def wrong(matrix_RC: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         u, s, vt = svd(matrix_RC, full_matrices=full_matrices)
-        return u, s, vt.flip(0)
+        calls.append(len(calls))
+        return u, s, vt.flip(0) if len(calls) <= faults else vt
 
     monkeypatch.setattr(torch.linalg, "svd", wrong)
-    with pytest.raises(UserError, match="singular triplets are off"):
-        decompose(matrix(ROWS, COLS), None, METHODS["svd"], None)
+    weight = matrix(ROWS, COLS)
+    if faults == 2:
+        with pytest.raises(UserError, match="singular triplets found are off"):
+            decompose(weight, None, METHODS["svd"], None)
+    else:
+        one = decompose(weight, None, METHODS["svd"], None)
+        torch.testing.assert_close(weight_of(one, ROWS)[0], weight)
+    assert len(calls) >= 2
+
+
+def test_factors_outlive_a_change_of_the_weights_that_they_are_of():
+    weight, bias = matrix(ROWS, COLS), matrix(1, ROWS)[0]
+    one = decompose(weight, bias, METHODS["kfac"], moments_of(*samples(ROWS, COLS)))
+    before = one.factors(RANK)
+    weight.zero_()
+    bias.zero_()
+    torch.testing.assert_close(one.factors(RANK), before, rtol=0, atol=0)
 
 
 def test_roots_are_roots():
