@@ -12,6 +12,7 @@ import numpy as np
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
+from lowrank_vit.report.circuits_plot import circuits_plot
 from lowrank_vit.report.compression.plots import curve_plot, ranks_plot
 from lowrank_vit.report.compression.plots import spectra_plot as weighted_spectra_plot
 from lowrank_vit.report.compression.read import Compression, Table, find_compression, read_compression, tables
@@ -38,6 +39,7 @@ _PICTURES = (
     ("vectors.png", "Cosines between the recorded singular vectors then and now", vectors_plot),
     ("ema.png", "Largest singular value and stable rank of the model and of its moving average", ema_plot),
     ("flows.png", "How tokens are spread and what attention looks at, over the validations and by depth", flows_plot),
+    ("circuits.png", "Ranks of each head's circuits by depth, and how heads read the block before", circuits_plot),
     ("profile.png", "Newest numbers of every matrix over its depth", profile_plot),
 )
 _OF_COMPRESSION = (

@@ -5,7 +5,7 @@
 `vectors_00000100.npz`  "update" and the recorded triplets, float64: per "<kind>/<name>" and end (top, last)
                         "<key>:top:u" (R, k), ":v" (C, k), ":s" (k,) and ":certificate" (k,). Where the recorded ones
                         leave some out at the top, those as "<key>:between:u" and so on, in the order of their values.
-`circuits_00000100.npz` with `--spec-circuits` per "<kind>/<block>" what `circuits.as_arrays` says.
+`circuits_00000100.npz` with `--spec-circuits` per "<kind>/circuit/<block>" what `circuits.as_arrays` says.
 `flows_00000100.npz`    of a validation after that update, per "<kind>/<block>:variances" and ":entropies", see `Flows`.
 `index.json`            the recorded indices and shapes of every matrix, the options, and entries far out at the start.
 `weights_00000100.pth`  for a run that is resumed: the weights that the newest refresh was taken of, see `Kept`. Written
@@ -247,12 +247,13 @@ def list_vectors(store_dir: Path) -> list[Path]:
     return _files(store_dir, VECTORS)
 
 
-def read_newest_circuits(store_dir: Path) -> dict[str, BlockCircuits]:
-    """Of the newest refresh that has them "<kind>/<block>" to the circuits; empty where none can be read."""
+def read_newest_circuits(store_dir: Path) -> tuple[int, dict[str, BlockCircuits]]:
+    """The newest refresh that has circuits, and these by "<kind>/circuit/<block>"; -1 and none where there is none."""
     for path in reversed(_files(store_dir, CIRCUITS)):
         with contextlib.suppress(UserError, KeyError):
-            return of_arrays(_read(path)[1])
-    return {}
+            update, arrays = _read(path)
+            return update, of_arrays(arrays)
+    return -1, {}
 
 
 def read_spectra(path: Path) -> StoredSpectra:

@@ -199,7 +199,7 @@ def test_what_a_monitor_stores_and_records_is_what_an_analysis_says(
         monitor.observe(0)
     (record,) = monitor.records()
     assert monitor.failed == 0
-    stored = read_newest_circuits(tmp_path)
+    _, stored = read_newest_circuits(tmp_path)
     for kind, one in (("spec", model), ("spec_ema", ema)):
         expected = numbers(one, circuits)
         prefix = f"{kind}/circuit/"
@@ -225,7 +225,9 @@ def test_a_weight_that_is_not_finite_is_said_once_and_spoils_its_head_alone(
             monitor.observe(update)
             monitor.wait()
     assert monitor.failed == 0
-    found = read_newest_circuits(tmp_path)["spec/circuit/blocks.1"]
+    update, stored = read_newest_circuits(tmp_path)
+    assert update == 2
+    found = stored["spec/circuit/blocks.1"]
     assert np.isnan(found.ov_HK[1]).all()
     assert np.isfinite(found.ov_HK[0]).all()
     assert np.isfinite(found.k_HG).all()
@@ -242,7 +244,7 @@ def test_of_a_layer_in_factors_the_product_counts(tmp_path: Path, targets: str) 
         model.set_submodule(name, LowRankLinear(up, down))
     with watch(model, tmp_path, circuits="folded", targets=targets) as monitor:
         monitor.observe(0)
-    stored = read_newest_circuits(tmp_path)
+    _, stored = read_newest_circuits(tmp_path)
     expected = circuits_of_state(tiny_vit(), model.state_dict(), "folded", "--circuits")
     assert same({key.removeprefix("spec/circuit/"): one for key, one in stored.items()}, expected)
     assert (stored["spec/circuit/blocks.0"].qk_HK[:, 4:] < 1e-12 * stored["spec/circuit/blocks.0"].qk_HK[:, :1]).all()
