@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowrank_vit.spectral.analyze import analyze_weights, compare
+from lowrank_vit.spectral.heads import circuits_of_state
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.norm import BRACKET, spectral_norms
@@ -59,9 +60,13 @@ def small_vit() -> VisionTransformer:
     return vit.to("cuda")
 
 
-def watch(model: VisionTransformer, store_dir: Path, every: int = 1, on_cpu: bool = False) -> SpectralMonitor:
+def watch(
+    model: VisionTransformer, store_dir: Path, every: int = 1, on_cpu: bool = False, **more: Any
+) -> SpectralMonitor:
     settings = SpectralSettings(topk=4, on_cpu=on_cpu)
-    return SpectralMonitor(model, model, targets=DEFAULT_TARGETS, every=every, settings=settings, store_dir=store_dir)
+    return SpectralMonitor(
+        model, model, targets=DEFAULT_TARGETS, every=every, settings=settings, store_dir=store_dir, **more
+    )
 
 
 def targets(model: VisionTransformer) -> dict[str, torch.Tensor]:
@@ -161,6 +166,17 @@ def test_stored_spectra_equal_an_offline_computation_on_the_same_device(tmp_path
     for name, one in expected.items():
         np.testing.assert_array_equal(stored[f"spec/{name}"], one.s)
         np.testing.assert_array_equal(stored[f"spec_ema/{name}"], one.s)
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_circuits_have_the_bits_of_a_cpu(tmp_path: Path, on_cpu: bool) -> None:
+    """They are computed on the host, from copies of the weights."""
+    model = small_vit()
+    with watch(model, tmp_path, on_cpu=on_cpu, circuits="folded") as monitor:
+        monitor.observe(0)
+    _, found = store.read_newest_circuits(tmp_path)
+    for block, one in circuits_of_state(model.cpu(), model.state_dict(), "folded", "").items():
+        assert all(np.array_equal(x, y) for x, y in zip(found[f"spec/circuit/{block}"], one, strict=True))
 
 
 def test_numbers_of_the_block_are_a_cpus_and_the_same_bits_offline() -> None:

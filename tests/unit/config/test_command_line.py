@@ -213,6 +213,21 @@ def test_the_last_of_several_counts():
     assert parse(shlex.split("--scale 0.1 0.2 --scale 0.3 0.4")).data.scale == (0.3, 0.4)
 
 
+def test_a_flag_alone_may_mean_one_of_its_choices(tmp_path):
+    """On a command line, behind it nothing or another flag; a file names the choice."""
+    (tmp_path / "own.yaml").write_text("synthetic: true\nspec-circuits: folded\n")
+    for line, expected in {
+        "--spec-circuits": "raw",
+        "--spec-circuits --amp": "raw",
+        "--spec-circuits folded": "folded",
+        "--spec-circuits=none": "none",
+        "--amp": "none",
+        f"--config {tmp_path}/own.yaml": "folded",
+        f"--config {tmp_path}/own.yaml --spec-circuits": "raw",
+    }.items():
+        assert parse([*line.split(), "--synthetic", "--device", "cpu"]).spectra.spec_circuits == expected
+
+
 def test_a_list_leaves_what_it_cannot_take_to_the_data_directory():
     config = parse("--model-kwargs depth=2 num_heads=2 DIR --opt-betas 0.9 0.95".split())
     assert (config.model.model_kwargs, config.data.data_dir) == (("depth=2", "num_heads=2"), Path("DIR"))
