@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import whole_file
 from lowrank_vit.config import meaning
-from lowrank_vit.lowrank.targets import logits_of, noise
+from lowrank_vit.lowrank.targets import in_evaluation, logits_of, noise
 from lowrank_vit.model.create import input_spec
 from lowrank_vit.model.flops import forward_flops_per_image
 from lowrank_vit.model.low_rank import LowRankLinear, ranks_of
@@ -101,10 +101,11 @@ def costs_of(
 
 def _flops(model: nn.Module, img_size: int | None) -> int:
     side = input_spec(model, img_size, None).img_size
-    try:
-        return forward_flops_per_image(model, side)
-    except Exception:  # the model looks at numbers, which are not there without data
-        return forward_flops_per_image(model, side, next(model.parameters()).device)
+    with in_evaluation(model):
+        try:
+            return forward_flops_per_image(model, side)
+        except Exception:  # the model looks at numbers, which are not there without data
+            return forward_flops_per_image(model, side, next(model.parameters()).device)
 
 
 def even_factors(u_Rr: Tensor, s_r: Tensor, v_Cr: Tensor) -> tuple[Tensor, Tensor]:

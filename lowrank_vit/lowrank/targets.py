@@ -173,7 +173,7 @@ def _changed_at_full_rank(model: nn.Module, layers: Mapping[str, nn.Linear], ima
     """The layers without which, in factors of full rank, the logits would be the model's own, with the reason."""
     expected, like = logits_of(model, images), next(model.parameters())
     identity = cache(lambda columns: torch.eye(columns, dtype=like.dtype, device=like.device))
-    limit = _TOLERANCE * max(1.0, float(expected.abs().max()))
+    limit = _TOLERANCE * float(expected.abs().max())
 
     def fails(names: list[str]) -> bool:
         some = {name: layers[name] for name in names}
@@ -214,22 +214,29 @@ def noise(model: nn.Module, img_size: int | None) -> Tensor:
     return images.to(weight.device, weight.dtype)
 
 
-@torch.no_grad()
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """What the model answers in evaluation mode; its mode stays."""
+@contextmanager
+def in_evaluation(model: nn.Module) -> Generator[None]:
+    """Have a model in evaluation mode; that of each module comes back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        answer: Any = model(images)
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """What the model answers in evaluation mode, float32 or float64."""
+    with in_evaluation(model):
+        answer: Any = model(images)
     answer = answer[0] if isinstance(answer, list | tuple) else answer
     if not isinstance(answer, Tensor):
         raise UserError(
             f"The model makes a {type(answer).__name__} of images, where numbers for each class are expected."
         )
-    return answer.float()
+    return answer
 
 
 def _some(names: Sequence[str]) -> str:
