@@ -17,8 +17,8 @@ from lowrank_vit.report.compression.plots import curve_plot, ranks_plot
 from lowrank_vit.report.compression.plots import spectra_plot as weighted_spectra_plot
 from lowrank_vit.report.compression.read import Compression, Table, find_compression, read_compression, tables
 from lowrank_vit.report.compression.read import headline as compression_headline
-from lowrank_vit.report.flows_plot import flows_plot
 from lowrank_vit.report.metric_plots import cosine_plot, ema_plot, profile_plot, stable_rank_plot
+from lowrank_vit.report.motion_plots import flows_plot, updates_plot
 from lowrank_vit.report.read import Run, find_analysis, read_analysis, read_run, series
 from lowrank_vit.report.spectra_plots import bulk_plot, spectra_plot, vectors_plot
 from lowrank_vit.report.status import Step, next_steps
@@ -38,6 +38,7 @@ _PICTURES = (
     ),
     ("vectors.png", "Cosines between the recorded singular vectors then and now", vectors_plot),
     ("ema.png", "Largest singular value and stable rank of the model and of its moving average", ema_plot),
+    ("updates.png", "How the weights move: ranks of their changes, and how much lies in the top block", updates_plot),
     ("flows.png", "How tokens are spread and what attention looks at, over the validations and by depth", flows_plot),
     ("circuits.png", "Ranks of each head's circuits by depth, and how heads read the block before", circuits_plot),
     ("profile.png", "Newest numbers of every matrix over its depth", profile_plot),

@@ -32,7 +32,11 @@ SCALARS = frozenset(
     cos0_u_mean cos0_v_mean ema_cos_u_mean block_cos_u_overlap block_cos_v_overlap block_cos0_u_overlap
     block_cos0_v_overlap block_ema_cos_u_mean_sq block_chance_u_mean_sq block_energy turn_bound
     seconds skipped failed fallbacks""".split()
-)
+) | {
+    f"{move}_{name}"
+    for move in ("dw", "opt")
+    for name in "stable_rank effective_rank top_u top_v top chance_u chance_v chance".split()
+}
 """What the report shows of the scalars that a run logs of its spectra."""
 
 Columns = dict[str, np.ndarray]

@@ -1,4 +1,7 @@
-"""Picture of a model's flows, `flows.png`: how the tokens of each block are spread, and what attention looks at."""
+"""Pictures of what moves in a model: `flows.png`, tokens and attention of each block, and `updates.png`, its weights.
+
+Shape legend: T moments, validations of `flows.png` and refreshes of `updates.png`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lowrank_vit.report.metric_plots import matrix_scalars
 from lowrank_vit.report.read import Run
 from lowrank_vit.report.style import (
     EMA,
     MODEL,
     MUTED,
+    by_type,
     heading,
     new_figure,
     png,
@@ -100,3 +105,52 @@ def _by_block(run: Run, kind: str, metric: str) -> dict[str, np.ndarray]:
 
 def _legend(axes: Axes) -> None:
     axes.legend(fontsize=8, frameon=False, labelcolor=MUTED)
+
+
+_MOVES = (("dw", MODEL, "change since the refresh before"), ("opt", EMA, "optimizer's direction"))
+_OF_MOVES = (
+    ("effective_rank", "effective rank", ""),
+    ("stable_rank", "stable rank", ""),
+    ("top_u", "share in the block's\nleft vectors", "chance_u"),
+    ("top_v", "share in the block's\nright vectors", "chance_v"),
+    ("top", "share in both", "chance"),
+)
+
+
+def updates_plot(run: Run) -> bytes | None:
+    """How the weights of each type move: ranks of the changes and of the optimizer's directions, and how they lie.
+
+    Lines are means over the blocks, bands their least and greatest; chance is dashed. Returns PNG bytes; None where the
+    run has logged no updates, or at fewer than two refreshes.
+    """
+    found = {(move, m): matrix_scalars(run, "spec", f"{move}_{m}") for move, *_ in _MOVES for m, *_ in _OF_MOVES}
+    types = by_type(dict.fromkeys(name for of in found.values() for name in of))
+    if not types or len(run.scalars["update"]) < 2:
+        return None
+    updates_T = run.scalars["update"].astype(np.int64)
+    figure = new_figure(1.2 + 3.0 * len(types), 1.1 + 2.1 * len(_OF_MOVES))
+    grid = figure.subplots(len(_OF_MOVES), len(types), squeeze=False)
+    for row, (metric, label, level) in enumerate(_OF_MOVES):
+        for column, (kind, names) in enumerate(types.items()):
+            axes, is_last = grid[row, column], row == len(_OF_MOVES) - 1
+            tidy(axes, kind if row == 0 else "", "update" if is_last else "", label if column == 0 else "")
+            for move, color, in_words in _MOVES:
+                lines = np.array([found[move, metric][name] for name in names if name in found[move, metric]])
+                there = np.isfinite(lines).any(axis=0) if lines.size else np.zeros(0, bool)
+                if there.any():
+                    x, shown = updates_T[there], lines[:, there]
+                    axes.fill_between(x, np.nanmin(shown, 0), np.nanmax(shown, 0), color=color, alpha=0.15, linewidth=0)
+                    axes.plot(
+                        x, np.nanmean(shown, 0), color=color, linewidth=1.6, marker="o", markersize=2, label=in_words
+                    )
+            if level:
+                levels = [matrix_scalars(run, "spec", f"{move}_{level}") for move, *_ in _MOVES]
+                chances = [of[name] for of in levels for name in names if name in of]
+                if np.isfinite(chances).any():
+                    axes.axhline(float(np.nanmean(chances)), **_LEVEL, label="chance")
+                axes.set_ylim(bottom=0)
+            update_ticks(axes.xaxis)
+    handles, labels = grid[2, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False, fontsize=9, labelcolor=MUTED)
+    heading(figure, "How the weights move", "band: least and greatest of the blocks  ·  " + subtitle(run, updates_T))
+    return png(figure)
