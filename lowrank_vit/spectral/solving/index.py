@@ -21,8 +21,9 @@ PROBES, FACTOR = 16, 8.0
 FEW, FEW_OF_FLOAT32 = 6, 10
 """So many probes are tried first on a CPU, where products are dear. `enclosure` makes up for the others, for which the
 rounding of float32 leaves less room."""
-_BLOCK = 64
-"""Columns of a factor at a time."""
+_COLUMNS, _ROWS, _AT_ONCE = 64, 64, 16
+"""Of a factor and of a matrix, made float64 at a time, so that they stay in a core's cache, and columns they are taken
+times at once: small products are faster there."""
 WRONG = 1e-9
 """A factorisation that differs by more than this share of sigma_1^2 is no rounding, but a fault."""
 
@@ -45,6 +46,33 @@ def gram_times(a_RC: np.ndarray, columns_KP: np.ndarray) -> np.ndarray:
     """A^T A, or A A^T where that is smaller, times columns, from A itself; in the orders that BLAS is fastest in."""
     a_LK = a_RC if a_RC.shape[0] >= a_RC.shape[1] else a_RC.T
     return ((columns_KP.T @ a_LK.T) @ a_LK).T
+
+
+def images(
+    a_RC: np.ndarray, columns_KJ: np.ndarray, less_RC: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """A X (L, J), A^T A X (K, J), A from the short side to the long one, and |A|_F, in float64; A is read once.
+
+    `less_RC` is taken from A, which may be float32, block by block.
+    """
+    is_tall = a_RC.shape[0] >= a_RC.shape[1]
+    tall_LK = a_RC if is_tall else a_RC.T
+    less_LK = less_RC if less_RC is None or is_tall else less_RC.T
+    (long, k), j = tall_LK.shape, columns_KJ.shape[1]
+    rows_JK = np.ascontiguousarray(columns_KJ.T)
+    image_JL, back_JK = np.empty((j, long)), np.zeros((j, k))
+    squares = 0.0
+    for at in range(0, long, _ROWS):
+        some_LK = tall_LK[at : at + _ROWS].astype(np.float64, order="C" if is_tall else "F")
+        if less_LK is not None:
+            some_LK -= less_LK[at : at + _ROWS].astype(np.float64, order="C" if is_tall else "F")
+        for some in (slice(first, first + _AT_ONCE) for first in range(0, j, _AT_ONCE)):
+            some_JL = rows_JK[some] @ some_LK.T
+            image_JL[some, at : at + _ROWS] = some_JL
+            back_JK[some] += some_JL @ some_LK
+        flat = some_LK.ravel(order="K")
+        squares += float(flat @ flat)
+    return image_JL.T, back_JK.T, squares**0.5
 
 
 def index_is_proven(solved: Solved, low_K: np.ndarray, high_K: np.ndarray) -> bool:
@@ -100,30 +128,14 @@ def square_beyond(matrices_NRC: Tensor, gram_NKK: Tensor, mu_N: Tensor, s_NM: Te
     return torch.where(info == 0, mu_N + error_N, torch.inf)
 
 
-def square_beyond_of_matrix(a_RC: np.ndarray, gram_KK: np.ndarray, mu: float, enough: float) -> float:
-    """As `square_beyond`, of one matrix on a CPU and with M = 0; the Gram matrix is overwritten.
-
-    Args:
-        a_RC: float64, C-contiguous.
-        gram_KK: as `lapack.gram` gives it, float32: that its rounding is larger shows in what is returned.
-        mu: about sigma_1^2, neither so large nor so small that float32 could not hold it.
-        enough: if `FEW_OF_FLOAT32` probes show that the square is below this, no more are made.
-    """
-    none_K0, square = np.empty((len(gram_KK), 0)), float("inf")
-    factor_KK = factor_of_rest(gram_KK, mu, none_K0)
-    if factor_KK is not None:
-        for count in (FEW_OF_FLOAT32, PROBES):
-            z_KP = probes(len(gram_KK), count)
-            square = mu + error_of_factor(factor_KK, mu, none_K0, z_KP, gram_times(a_RC, z_KP))
-            if square <= enough:
-                break
-    return square
-
-
 def factor_of_rest(gram_KK: np.ndarray, mu: float, found_KM: np.ndarray) -> np.ndarray | None:
     """R of R R^T, which is about mu I - A^T A + X X^T, in place of a float32 Gram matrix; None where there is none.
 
-    `found_KM`: X, the vectors of the short side times their values. mu + `error_of_factor` is `square_beyond`.
+    That its rounding is larger shows in `error_of_factor`. With mu, which float32 has to hold, this makes what
+    `square_beyond` is. The Gram matrix is as `lapack.gram` gives it.
+
+    Args:
+        found_KM: X, the vectors of the short side times their values.
     """
     rest_KK = product_less(found_KM.astype(np.float32, order="F"), gram_KK)
     rest_KK[np.diag_indices(len(rest_KK))] += np.float32(mu)
@@ -135,7 +147,7 @@ def error_of_factor(
 ) -> float:
     """What R R^T differs by at most; `image_KP`: A^T A times the probes z, in float64."""
     difference_KP = mu * z_KP - image_KP + found_KM @ (found_KM.T @ z_KP)
-    for at in range(0, len(factor_KK), _BLOCK):  # of the triangle alone, and made float64 in a core's cache
-        columns_KB = factor_KK[at:, at : at + _BLOCK].astype(np.float64)
+    for at in range(0, len(factor_KK), _COLUMNS):  # of the triangle alone, and made float64 in a core's cache
+        columns_KB = factor_KK[at:, at : at + _COLUMNS].astype(np.float64)
         difference_KP[at:] -= columns_KB @ (columns_KB.T @ z_KP[at:])
     return enclosure(difference_KP)

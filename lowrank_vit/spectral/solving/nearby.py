@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lowrank_vit.spectral.solving.extremes import ABSOLUTE_LIMIT, EPS
-from lowrank_vit.spectral.solving.index import error_of_factor, factor_of_rest, probes
+from lowrank_vit.spectral.solving.index import error_of_factor, factor_of_rest, images, probes
 from lowrank_vit.spectral.solving.lapack import gram
 from lowrank_vit.spectral.solving.solve import LEAST
 
@@ -35,8 +35,6 @@ _GAIN, _COLLAPSE = 14.0, 11.0
 J-th, before all columns turn to the first."""
 _CLEAR = 2e-4
 """A gap between squares, over sigma_1^2, that float32 proves."""
-_BLOCK = 192
-"""Rows of the matrix that are made float64 at a time, so that they stay in a core's cache."""
 
 
 @dataclass
@@ -80,7 +78,7 @@ def of_matrix(a_RC: np.ndarray, start_KB: np.ndarray, m: int) -> Near:
         squares_B, block_KB = _filtered(gram_KK, start_KB, j)
         z_KP = probes(len(start_KB))
         columns_KJ = np.linalg.qr(block_KB[:, :j].astype(np.float64))[0]
-        image, back, frobenius_squared = _images(a_RC, np.concatenate([columns_KJ, z_KP], axis=1))
+        image, back, frobenius = images(a_RC, np.concatenate([columns_KJ, z_KP], axis=1))
         image_LJ, back_KJ, probed_KP = image[:, :j], back[:, :j], back[:, j:]
         for left in reversed(range(CORRECTIONS + 1)):
             squares_B[:j], short_KJ, residual_KJ = _ritz(columns_KJ, back_KJ)
@@ -89,7 +87,7 @@ def of_matrix(a_RC: np.ndarray, start_KB: np.ndarray, m: int) -> Near:
             if ratio <= ABSOLUTE_LIMIT / 2 or not left:
                 break
             columns_KJ = np.linalg.qr(short_KJ + _correction(gram_KK, squares_B, block_KB, residual_KJ, ratio))[0]
-            image_LJ, back_KJ, _ = _images(a_RC, columns_KJ)
+            image_LJ, back_KJ, _ = images(a_RC, columns_KJ)
         long_LJ, s, short_KJ, certificate = _triplets(columns_KJ, image_LJ, back_KJ)
         known, mu = boundary(s**2, squares_B[j:], m, _CLEAR)
         found_KM = short_KJ[:, :known] * s[:known]
@@ -97,7 +95,7 @@ def of_matrix(a_RC: np.ndarray, start_KB: np.ndarray, m: int) -> Near:
         beyond = np.inf if factor_KK is None else mu + error_of_factor(factor_KK, mu, found_KM, z_KP, probed_KP)
     eye = np.eye(j)
     off = max(float(np.abs(x.T @ x - eye).max()) for x in (long_LJ, short_KJ))
-    return Near(s, long_LJ, short_KJ, certificate, off, block_KB[:, j:], known, beyond, frobenius_squared**0.5)
+    return Near(s, long_LJ, short_KJ, certificate, off, block_KB[:, j:], known, beyond, frobenius)
 
 
 def boundary(squares_J: np.ndarray, others: np.ndarray, m: int, clear: float) -> tuple[int, float]:
@@ -170,24 +168,6 @@ def _chebyshev(
         next_KB -= block_KB
         block_KB, now_KB, scale = now_KB, next_KB, following
     return now_KB
-
-
-def _images(a_RC: np.ndarray, columns_KJ: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """A X (L, J), A^T A X (K, J), A from the short side to the long one, and |A|_F^2, in float64; A is read once."""
-    is_tall = a_RC.shape[0] >= a_RC.shape[1]
-    tall_LK = a_RC if is_tall else a_RC.T
-    (long, k), j = tall_LK.shape, columns_KJ.shape[1]
-    rows_JK = np.ascontiguousarray(columns_KJ.T)
-    image_JL, back_JK, part_JK = np.empty((j, long)), np.zeros((j, k)), np.empty((j, k))
-    frobenius_squared = 0.0
-    for at in range(0, long, _BLOCK):
-        some_JL = image_JL[:, at : at + _BLOCK]
-        some_LK = tall_LK[at : at + _BLOCK].astype(np.float64, order="C" if is_tall else "F")
-        np.matmul(rows_JK, some_LK.T, out=some_JL)
-        back_JK += np.matmul(some_JL, some_LK, out=part_JK)
-        flat = some_LK.ravel(order="K")
-        frobenius_squared += float(flat @ flat)
-    return image_JL.T, back_JK.T, frobenius_squared
 
 
 def _ritz(columns_KJ: np.ndarray, back_KJ: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -19,13 +19,20 @@ from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.spectral.solving.extremes import EPS, Solver
 from lowrank_vit.spectral.solving.gram import Tridiagonal
 from lowrank_vit.spectral.solving.gram_stack import GramStack, gram_stack
-from lowrank_vit.spectral.solving.index import square_beyond, square_beyond_of_matrix
+from lowrank_vit.spectral.solving.index import (
+    FEW_OF_FLOAT32,
+    PROBES,
+    error_of_factor,
+    factor_of_rest,
+    images,
+    probes,
+    square_beyond,
+)
 from lowrank_vit.spectral.solving.lapack import gram, symmetric_times, tridiagonal_values, tridiagonal_vectors
 from lowrank_vit.spectral.solving.solve import (
     as_float64,
     as_numpy,
     divided_by,
-    float64_numpy,
     one_torch_thread,
     powers_above,
     scales_of,
@@ -71,7 +78,7 @@ def spectral_norms(matrices_NRC: Tensor, solver: Solver = "gram64", cpu_threads:
     n = len(matrices_NRC)
     with torch.no_grad():
         if _is_by_matrix(matrices_NRC, solver):
-            each = side_by_side(lambda i: _on_cpu(float64_numpy(matrices_NRC[i])), range(n), cpu_threads)
+            each = side_by_side(lambda i: _on_cpu(as_numpy(matrices_NRC[i]))[:3], range(n), cpu_threads)
             return Norms(*np.array(each).reshape(n, 3).T)
         scales = scales_of(matrices_NRC) if 0 not in matrices_NRC.shape else np.ones(len(matrices_NRC))
         usable = np.isfinite(scales)
@@ -95,9 +102,7 @@ def norms_of_changes(
         if _is_by_matrix(now_NRC, solver):
 
             def one(i: int) -> np.ndarray:
-                with np.errstate(invalid="ignore", over="ignore"):  # of what is not finite the norms are NaN
-                    change_RC = np.subtract(as_numpy(now_NRC[i]), as_numpy(before_NRC[i]), dtype=np.float64)
-                return np.append(_on_cpu(change_RC), np.sqrt(np.vdot(change_RC, change_RC)))
+                return _on_cpu(as_numpy(now_NRC[i]), as_numpy(before_NRC[i]))
 
             each = np.array(side_by_side(one, range(len(now_NRC)), cpu_threads)).reshape(-1, 4).T
             return Norms(*each[:3]), each[3]
@@ -110,24 +115,53 @@ def _is_by_matrix(matrices_NRC: Tensor, solver: Solver) -> bool:
     return solver == "gram64" and not cuda_path(matrices_NRC) and 0 not in matrices_NRC.shape
 
 
-def _on_cpu(a_RC: np.ndarray) -> np.ndarray:
-    """Value, low and high (3,) of a float64 matrix, NaN of one that is not finite."""
-    greatest = np.maximum(a_RC.max(), -a_RC.min())
+def _on_cpu(a_RC: np.ndarray, less_RC: np.ndarray | None = None) -> np.ndarray:
+    """Value, low, high and |A - B|_F (4,) of the float64 difference of A and B, if any; NaN where that is not finite.
+
+    Of float32 matrices the float32 difference is the float64 one, rounded, so no other is made of large ones.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):  # of what is not finite the norms are NaN
+        rounded_RC = (a_RC if less_RC is None else a_RC - less_RC).astype(np.float32, copy=False)
+    if min(a_RC.shape) >= SMALL and _is_usual(rounded_RC):
+        found = _by_factor(rounded_RC, a_RC, less_RC)
+        if _is_close(found[:3]):
+            return found
+    with np.errstate(invalid="ignore", over="ignore"):
+        change_RC = np.subtract(a_RC, 0.0 if less_RC is None else less_RC, dtype=np.float64)
+    greatest = np.maximum(change_RC.max(), -change_RC.min())
     if greatest == 0 or not np.isfinite(greatest):
-        return np.full(3, 0.0 if greatest == 0 else np.nan)
+        return np.full(4, 0.0 if greatest == 0 else np.nan)
     scale = float(powers_above(greatest))
     if not 1 / USUAL <= scale <= USUAL:
-        return _on_cpu(a_RC * (1 / scale)) * scale
-    if min(a_RC.shape) >= SMALL:
-        gram_KK = gram(a_RC.astype(np.float32))
-        v_K = _ritz_vector(gram_KK)
-        length = float(np.linalg.norm(a_RC @ v_K if a_RC.shape[0] >= a_RC.shape[1] else v_K @ a_RC))
-        square = square_beyond_of_matrix(a_RC, gram_KK, length**2 * (1 + LIFT), length**2 * (1 + 1.9 * BRACKET))
-        found = _ends(np.array([length]), np.array([square]), a_RC.shape)[0]
-        if _is_close(found):
-            return found
-    form = Tridiagonal.of(a_RC, gram(a_RC))
-    return _of_squares(form.squares[-1:], np.array([form.error()]))[0]
+        return _on_cpu(change_RC * (1 / scale)) * scale
+    form = Tridiagonal.of(change_RC, gram(change_RC))
+    around = _of_squares(form.squares[-1:], np.array([form.error()]))[0]
+    return np.append(around, np.sqrt(np.vdot(change_RC, change_RC)))
+
+
+def _is_usual(a_RC: np.ndarray) -> bool:
+    return bool(1 / USUAL <= np.maximum(a_RC.max(), -a_RC.min()) <= USUAL)
+
+
+def _by_factor(rounded_RC: np.ndarray, a_RC: np.ndarray, less_RC: np.ndarray | None) -> np.ndarray:
+    """As `_on_cpu`, by Lanczos and a Cholesky factor, of the difference in float32; the ends may lie far apart."""
+    gram_KK = gram(rounded_RC)
+    k = len(gram_KK)
+    v_K, none_K0 = _ritz_vector(gram_KK), np.empty((k, 0))
+    factor_KK, found = None, np.empty(4)
+    for count in (FEW_OF_FLOAT32, PROBES):
+        image, back, frobenius = images(a_RC, np.column_stack([v_K, probes(k, count)]), less_RC)
+        length = float(np.linalg.norm(image[:, 0]))
+        mu = length**2 * (1 + LIFT)
+        if factor_KK is None:
+            factor_KK = factor_of_rest(gram_KK, mu, none_K0)
+        square = np.inf
+        if factor_KK is not None:
+            square = mu + error_of_factor(factor_KK, mu, none_K0, probes(k, count), back[:, 1:])
+        found = np.append(_ends(np.array([length]), np.array([square]), a_RC.shape)[0], frobenius)
+        if factor_KK is None or _is_close(found[:3]):
+            break
+    return found
 
 
 def _on_device(matrices_NRC: Tensor) -> np.ndarray:
