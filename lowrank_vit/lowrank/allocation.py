@@ -114,9 +114,9 @@ class Measured(NamedTuple):
 def measured_constant(points: Iterable[Measured]) -> float:
     """What predicted losses are to be multiplied by: measured over predicted, of the truncation nearest a tenth.
 
-    Predictions take tokens for independent and the loss for quadratic, so they are too low, by much the same factor at
-    all shares where the loss is above its noise. Nearest by the ratio of the shares. 1 where no point has both losses
-    above 0.
+    Predictions take tokens for independent, the loss for quadratic and the errors of layers for unrelated, so they are
+    too low, by much the same factor at all shares where the loss is above its noise. Nearest by the ratio of the
+    shares. 1 where no point has both losses above 0.
     """
     usable = [point for point in points if point.share > 0 and point.predicted > 0 and point.loss > 0]
     if not usable:
