@@ -1,7 +1,8 @@
 """The bench `spectral`: how right the solver is, and how fast beside a plain SVD in the training loop.
 
 Inline is what existing code does: float32 `torch.linalg.svd(weight, full_matrices=False)`, layer after layer, model and
-EMA. Ours are all values, the first and last 8 vectors of both sides, and their certificates, in float64.
+EMA. Ours are all values, the first and last 8 vectors of both sides, and their certificates, in float64. Whole
+refreshes are held against what they cost before.
 """
 
 from __future__ import annotations
@@ -10,28 +11,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.harness.limits import products_case
 from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, Samples, environment, measure, nothing
+from benchmarks.spectra import refreshes
+from benchmarks.spectra.accuracy import TOPK, accuracy_cases, measure_accuracy
 from benchmarks.training.monitored import step_cases
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
-from lowrank_vit.spectral.solving.extremes import Solved
-from lowrank_vit.spectral.solving.solve import solve, stack_by_shape
-from lowrank_vit.spectral.watching.refresh import EMA, MODEL, Memory, SpectralSettings, Stacks, refresh, solve_all
+from lowrank_vit.spectral.solving.solve import stack_by_shape
+from lowrank_vit.spectral.watching.refresh import EMA, MODEL, SpectralSettings, Stacks, solve_all
 
 MODELS = {"small": "vit_small_patch16_224", "base": "vit_base_patch16_224"}
-TOPK = 8
-VIT_B_SHAPES = ((2304, 768), (768, 768), (3072, 768), (768, 3072))
 LOW_RANK = 8
-TOP_LIMIT, LAST_LIMIT, SINE_LIMIT = 1e-12, 1e-6, 1e-6
 
 
 @dataclass(frozen=True)
@@ -44,8 +40,8 @@ class Options:
     """Where both run."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")] = None
     """CPU threads of both."""
-    inline_layers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")] = None
-    """Time the inline SVD on so many layers of model and EMA only: it takes most of the time, the same for each."""
+    inline_layers: Annotated[int, tyro.conf.arg(metavar="N")] = 2
+    """Time the inline SVD on so many layers of model and EMA: it takes most of the time, the same for each."""
     step: bool = False
     """Also time training steps with the monitor and without; always on cuda."""
     step_model: str = MODELS["base"]
@@ -56,27 +52,6 @@ class Options:
     """Steps a block of those; the monitor refreshes every 10."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
     """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """One matrix against numpy's float64 SVD of it."""
-
-    top: float
-    """Greatest relative error of the first 8 values."""
-    last: float
-    """Greatest relative error of the last 8, or for values below 1e-12 sigma_1 the error over sigma_1."""
-    sine: float
-    """Greatest sine between our and the true subspaces, both ends and sides, where the relative gap is above 0.001."""
-    certified: bool
-    """No value of either end errs by more than its certificate."""
-    solver: str
-    """gram64, or svd after a fallback."""
-
-    @property
-    def passes(self) -> bool:
-        """Whether it is as exact as promised."""
-        return self.top <= TOP_LIMIT and self.last <= LAST_LIMIT and self.sine <= SINE_LIMIT and self.certified
 
 
 def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
@@ -102,7 +77,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     surroundings = environment(device.type)
     cases: dict[str, Case] = {}
     ratios: dict[str, tuple[str, str]] = {}
-    refreshes: dict[str, dict[str, list[float]]] = {}
+    of_steps: dict[str, dict[str, list[float]]] = {}
     for name in dict.fromkeys(options.models):
         cases |= _solver_cases(name, threads, device, options.inline_layers)
         ratios[f"gram64_vs_inline_svd_{name}"] = (f"gram64_{name}", f"inline_svd_{name}")
@@ -113,18 +88,19 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
             names = without, watched, f"{watched}_but_norms"
             of_batch, figures = step_cases(options.step_model, batch, options.steps, device, names)
             cases |= of_batch
-            refreshes[f"batch_{batch}"] = figures
+            of_steps[f"batch_{batch}"] = figures
             ratios[f"with_monitor_vs_without_{batch}"] = (watched, without)
             ratios[f"with_monitor_but_norms_vs_without_{batch}"] = (names[2], without)
-    cases |= _rank_cases(threads, device)
-    ratios["lowrank_vs_fullrank"] = ("lowrank", "fullrank")
+    of_refreshes, of_cost = refreshes.cases(threads, device)
+    cases |= of_refreshes | _rank_cases(threads, device)
+    ratios |= of_cost | {"lowrank_vs_fullrank": ("lowrank", "fullrank")}
     result = measure(
         "spectral", cases, ratios, environment=surroundings, repeats=options.repeats, limits=_LIMITS, note=note
     )
     extra = {"accuracy": {name: asdict(one) | {"passes": one.passes} for name, one in accuracy.items()}}
     extra |= {
         "threads": threads,
-        "refreshes": refreshes,
+        "refreshes": of_steps,
         "operations": {name: operations(name) for name in options.models},
     }
     return replace(result, ratios=_with_lowest(result.ratios), extra=extra)
@@ -147,81 +123,6 @@ _LIMITS = (
 )
 
 
-def print_accuracy(result: Result, console: Console) -> None:
-    """The accuracy section as a table that fits 80 columns."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("against numpy's float64 SVD", overflow="fold")
-    for heading in ("top 8", "last 8", "sine", "certified", "solver", ""):
-        table.add_column(heading, justify="right")
-    for name, one in result.extra["accuracy"].items():
-        numbers = (f"{one[key]:.0e}" for key in ("top", "last", "sine"))
-        table.add_row(name, *numbers, str(one["certified"]).lower(), one["solver"], "ok" if one["passes"] else "MISSED")
-    console.print(table)
-    console.print(f"promised: {TOP_LIMIT:.0e}, {LAST_LIMIT:.0e}, {SINE_LIMIT:.0e}, true\n", highlight=False)
-
-
-def accuracy_cases() -> dict[str, Tensor]:
-    """Matrices of ViT-Small's shapes whose spectra are hard in one way each, float64 or float32 as noted."""
-    rng = np.random.default_rng(0)
-
-    def haar(rows: int, cols: int) -> np.ndarray:
-        return np.linalg.qr(rng.standard_normal((rows, cols)))[0]
-
-    def known(s: np.ndarray, rows: int, cols: int) -> Tensor:
-        return torch.from_numpy((haar(rows, s.size) * s) @ haar(cols, s.size).T)
-
-    def noise(rows: int, cols: int) -> Tensor:
-        return torch.from_numpy(0.02 * rng.standard_normal((rows, cols)))
-
-    return {
-        "normal entries, 1152x384": noise(1152, 384).float(),
-        "normal entries, 384x384": noise(384, 384).float(),
-        "normal entries, 384x1536": noise(384, 1536).float(),
-        "rank 8 + noise, 1536x384": known(np.linspace(9, 2, 8), 1536, 384) + noise(1536, 384),
-        "condition 1e4, 384x384": known(np.geomspace(1, 1e-4, 384), 384, 384),
-        "condition 1e6, 1152x384": known(np.geomspace(1, 1e-6, 384), 1152, 384),
-        "condition 1e6, 384x384": known(np.geomspace(1, 1e-6, 384), 384, 384),
-        "condition 1e6, 384x1536": known(np.geomspace(1, 1e-6, 384), 384, 1536),
-        "condition 1e7, 384x384": known(np.geomspace(1, 1e-7, 384), 384, 384),
-        "repeated values, 1152x384": known(np.repeat(np.linspace(2, 1, 24), 16), 1152, 384),
-        "rank 100, 384x384": known(np.linspace(2, 1, 100), 384, 384),
-        "diagonal, 384x384": torch.diag(torch.linspace(1, 384, 384, dtype=torch.float64)),
-        "zero, 384x384": torch.zeros(384, 384),
-    }
-
-
-def measure_accuracy(name: str, matrix: Tensor, threads: int, device: torch.device) -> Accuracy:
-    """Solve one matrix on `device` and hold it against numpy."""
-    found = solve({name: matrix.to(device)}, TOPK, cpu_threads=threads)[name]
-    u, s, vh = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
-    unit = s[0] or 1.0
-    top, last = np.abs(found.top.s - s[:TOPK]), np.abs(found.last.s - s[::-1][:TOPK])
-    scale = np.where(s[::-1][:TOPK] > 1e-12 * unit, s[::-1][:TOPK], unit)
-    # The reference itself errs by some eps sigma_1, which is no fault of the certificate.
-    allowed = 32 * np.finfo(np.float64).eps * unit
-    certified = (top <= found.top.certificate + allowed).all() and (last <= found.last.certificate + allowed).all()
-    return Accuracy(
-        float((top / np.where(s[:TOPK] > 0, s[:TOPK], unit)).max()),
-        float((last / scale).max()),
-        _greatest_sine(found, u, s, vh.T),
-        bool(certified),
-        found.solver,
-    )
-
-
-def _greatest_sine(found: Solved, u: np.ndarray, s: np.ndarray, v: np.ndarray) -> float:
-    sines = [0.0]
-    for end, columns, gap in (
-        (found.top, slice(TOPK), s[TOPK - 1] - s[TOPK]),
-        (found.last, slice(-TOPK, None), s[-TOPK - 1] - s[-TOPK]),
-    ):
-        beside = s[TOPK - 1] if end is found.top else s[-TOPK - 1]
-        if beside > 1e-12 * s[0] and gap > 1e-3 * beside:
-            for ours, true in ((end.u, u[:, columns]), (end.v, v[:, columns])):
-                sines.append(float(np.linalg.norm(ours - true @ (true.T @ ours), 2)))
-    return max(sines)
-
-
 def operations(model: str) -> dict[str, float]:
     """Multiplications and additions of one solve of model and EMA, by stage, in 10^9; see `spectral.solving.gram`."""
     width = {"small": 384, "base": 768}[model]
@@ -238,7 +139,7 @@ def operations(model: str) -> dict[str, float]:
     return {stage: count * flops / 1e9 for stage, flops in stages.items()}
 
 
-def _solver_cases(name: str, threads: int, device: torch.device, inline_layers: int | None) -> dict[str, Case]:
+def _solver_cases(name: str, threads: int, device: torch.device, inline_layers: int) -> dict[str, Case]:
     stacks = stacks_of(MODELS[name], device)
     # A stack is one kind of matrix of all layers, so that a part of each keeps the mixture of shapes.
     inline_weights = [w for of_kind in stacks.values() for stack in of_kind for w in stack.matrices_NRC[:inline_layers]]
@@ -255,12 +156,6 @@ def _solver_cases(name: str, threads: int, device: torch.device, inline_layers: 
             solve_all(of_kind, settings)
         _wait(device)
 
-    memory = Memory()
-
-    def whole() -> None:
-        refresh(0, stacks, settings, memory)
-        _wait(device)
-
     where = f"{threads} threads" if device.type == "cpu" else "the GPU"
     flops = 1e9 * sum(operations(name).values()) / count
     return {
@@ -270,9 +165,6 @@ def _solver_cases(name: str, threads: int, device: torch.device, inline_layers: 
         ),
         f"gram64_{name}": Case(
             gram64, count, unit, f"all of them in float64: all values, {TOPK} vectors of each end, certificates"
-        ),
-        f"refresh_{name}": Case(
-            whole, count, unit, "the same, and all metrics and the update's norms: a whole refresh but for the disk"
         ),
         f"product_limit_{name}": products_case(flops, count, unit, device, torch.float64),
     }  # fmt: skip
@@ -287,13 +179,13 @@ def _rank_cases(threads: int, device: torch.device) -> dict[str, Case]:
         return torch.randn(rows, cols, generator=generator)
 
     def case(of: Callable[[int, int], Tensor], what: str) -> Case:
-        stacks = stack_by_shape({str(shape): of(*shape).to(device) for shape in VIT_B_SHAPES})
+        stacks = stack_by_shape({str(shape): of(*shape).to(device) for shape in refreshes.SHAPES.values()})
 
         def run() -> None:
             solve_all(stacks, settings)
             _wait(device)
 
-        return Case(run, len(VIT_B_SHAPES), "matrices/s", f"one matrix of each of ViT-B's shapes, {what}")
+        return Case(run, len(refreshes.SHAPES), "matrices/s", f"one matrix of each of ViT-B's shapes, {what}")
 
     return {
         "fullrank": case(drawn, "normal entries"),

@@ -1,4 +1,4 @@
-"""The bench of the solver: its accuracy section finds errors, its cases run, its result reads back."""
+"""The bench of the solver: errors are found, the rival is right, cases run, results read back."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ from rich.console import Console
 
 from benchmarks import spectral
 from benchmarks.harness.measure import Result, Samples
+from benchmarks.spectra import accuracy, before, refreshes
 from benchmarks.training import monitored
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.solve import solve
+from lowrank_vit.spectral.watching.refresh import Memory, SpectralSettings, refresh
+
+NEWER = ("mp_sigma", "mp_edge", "mp_outliers")
+"""Told otherwise since."""
+SOME = ("condition 1e6, 384x1536", "zero, 384x384")
 
 
 @pytest.fixture(scope="module")
-def right() -> spectral.Accuracy:
+def right() -> accuracy.Accuracy:
     """What the bench finds of the solver as it is."""
     return measured()
 
 
-def measured() -> spectral.Accuracy:
+def measured() -> accuracy.Accuracy:
     name = "rank 8 + noise, 1536x384"
-    return spectral.measure_accuracy("m", spectral.accuracy_cases()[name], 1, torch.device("cpu"))
+    return accuracy.measure_accuracy("m", accuracy.accuracy_cases()[name], 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("wrong", "field"), [("s", "top"), ("u", "sine"), ("certificate", "certified")])
 def test_a_wrong_solver_is_found_out(
-    right: spectral.Accuracy, wrong: str, field: str, monkeypatch: pytest.MonkeyPatch
+    right: accuracy.Accuracy, wrong: str, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoiled(*args: object, **more: object) -> dict[str, Solved]:
         result = solve(*args, **more)  # pyright: ignore[reportArgumentType]
@@ -39,7 +45,7 @@ def test_a_wrong_solver_is_found_out(
         return result
 
     assert right.passes
-    monkeypatch.setattr(spectral, "solve", spoiled)
+    monkeypatch.setattr(accuracy, "solve", spoiled)
     found = measured()
     assert not found.passes
     assert getattr(found, field) != getattr(right, field)
@@ -51,8 +57,36 @@ def test_operations_are_those_of_the_formula_by_hand() -> None:
     assert counted["tridiagonal"] == pytest.approx(24 * 4 * 4 / 3 * 768**3 / 1e9)
 
 
+@pytest.mark.parametrize("is_initial", [False, True])
+def test_the_refresh_of_before_has_the_same_numbers(is_initial: bool) -> None:
+    earlier, now = refreshes.pair(
+        torch.device("cpu"), {"attn.qkv": (192, 64), "mlp.fc2": (64, 80)}, is_initial=is_initial
+    )
+    memory, of_before = Memory(), before.Memory()
+    refresh(0, earlier, SpectralSettings(3, 2), memory)
+    before.refresh(earlier, 3, 2, 1, of_before)
+    found = refresh(1, now, SpectralSettings(3, 2), memory).values
+    expected = before.refresh(now, 3, 2, 1, of_before)
+    assert list(found) == list(expected)
+    for key, values in expected.items():
+        of_today = {name: found[key][name] for name in values if name not in NEWER}
+        assert of_today == pytest.approx({name: values[name] for name in of_today}, rel=1e-9, abs=1e-9)
+        assert {"cos_u1", "cos0_v_mean", "update_norm2", "alpha_ks", "delta_sv_rel"} <= set(of_today)
+
+
+def test_weights_of_both_sets_are_what_they_are_called() -> None:
+    random = torch.Generator().manual_seed(0)
+    trained, initial = (refreshes.weights((300, 100), random, is_initial=is_initial) for is_initial in (False, True))
+    edge = refreshes.STD * (300**0.5 + 100**0.5)
+    for matrix, above in ((trained, 32), (initial, 0)):
+        assert int((torch.linalg.svdvals(matrix) > 1.1 * edge).sum()) == above
+    moved = refreshes.moved(trained, random, refreshes.MOVE)
+    assert float((moved - trained).norm() / trained.norm()) == pytest.approx(refreshes.MOVE, rel=0.05)
+
+
 def test_a_small_round_runs_and_reads_back(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(spectral, "VIT_B_SHAPES", ((96, 48), (48, 64)))
+    monkeypatch.setattr(refreshes, "SHAPES", {"attn.qkv": (96, 48), "mlp.fc2": (48, 64)})
+    monkeypatch.setattr(spectral, "accuracy_cases", lambda: {name: accuracy.accuracy_cases()[name] for name in SOME})
     tiny = {"pretrained": False, "img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 2, "num_classes": 4}
     import timm
 
@@ -68,25 +102,28 @@ def test_a_small_round_runs_and_reads_back(monkeypatch: pytest.MonkeyPatch, caps
     assert set(content["ratios"]) == {
         "gram64_vs_inline_svd", "gram64_vs_inline_svd_small", "gram64_share_of_limit_small",
         "with_monitor_vs_without", "with_monitor_vs_without_2", "with_monitor_but_norms_vs_without_2",
-        "lowrank_vs_fullrank",
+        "lowrank_vs_fullrank", "full_refresh_vs_before", "full_refresh_vs_before_initial",
     }  # fmt: skip
     assert content["ratios"]["gram64_vs_inline_svd"] == content["ratios"]["gram64_vs_inline_svd_small"]
     assert {
         "inline_svd_small",
         "gram64_small",
-        "refresh_small",
         "product_limit_small",
         "step_2",
         "step_2_with_monitor",
         "step_2_with_monitor_but_norms",
         "fullrank",
         "lowrank",
+        "full_refresh",
+        "full_refresh_initial",
+        "refresh_before",
+        "refresh_before_initial",
     } == set(content["cases"])
-    refreshes = content["refreshes"]["batch_2"]
-    assert len(refreshes["refresh_s"]) == 2  # the warm-up's and the round's
-    assert refreshes["skipped"] == [0, 0]
+    of_batch = content["refreshes"]["batch_2"]
+    assert len(of_batch["refresh_s"]) == 2  # the warm-up's and the round's
+    assert of_batch["skipped"] == [0, 0]
     assert all(one["passes"] for one in content["accuracy"].values())
-    spectral.print_accuracy(result, Console(width=80))
+    accuracy.print_accuracy(result, Console(width=80))
     output = capsys.readouterr().out
     assert "condition 1e6" in output
     assert max(map(len, output.splitlines())) <= 80
@@ -108,7 +145,7 @@ def test_the_lowest_ratio_of_each_round_is_the_figure() -> None:
 def test_a_part_of_the_layers_has_the_shapes_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
     monkeypatch.setattr(torch.linalg, "svd", lambda weight, **_: seen.append(tuple(weight.shape)))
-    for layers, factor in ((2, 2), (None, 12)):
+    for layers, factor in ((2, 2), (12, 12)):
         seen.clear()
         cases = spectral._solver_cases("small", 1, torch.device("cpu"), layers)
         cases["inline_svd_small"].run()

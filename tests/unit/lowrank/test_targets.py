@@ -91,7 +91,7 @@ class _Odd(nn.Module):
         x = self.doubled(self.watched(x))[:, None]
         x = self.attention(x, x, x)[0][:, 0]
         x = self.seen(x) if type(self.seen).__name__ != "LowRankLinear" else -self.seen(x)
-        return 1e-6 * self.out(F.gelu(x))  # differences count by the size of the answer
+        return self.out(F.gelu(x))
 
 
 class _Doubled(nn.Linear):
