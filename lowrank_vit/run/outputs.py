@@ -21,7 +21,7 @@ from lowrank_vit.run.state import Position, RunState
 from lowrank_vit.run.wandb_log import WandbLog
 from lowrank_vit.score.evaluate import Scores
 from lowrank_vit.spectral.flows import Flows
-from lowrank_vit.spectral.watching.store import write_flows
+from lowrank_vit.spectral.watching.store import forget_flows, write_flows
 from lowrank_vit.spectral.watching.worker import SpectralRecord
 
 SPECTRA = "spectra"
@@ -79,6 +79,8 @@ class Outputs:
                 recorded = (f"# spectra of {kind}: singular indices {found}\n" for kind, found in self._indices.items())
                 run_dir.write_text("args.yaml", to_yaml(config) + "".join(recorded), say)
                 wandb = self._start_wandb() if config.run.log_wandb else None
+                if position.is_begun:
+                    forget_flows(run_dir.path / SPECTRA, done)
                 begin = {"start_epoch": position.epoch, "start_update": done}
                 self._log = stack.enter_context(RunLog(run_dir.path, wandb=wandb, **begin, say=say))
             self._stack = stack.pop_all()

@@ -15,8 +15,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowrank_vit.spectral.analyze import analyze_weights, compare
+from lowrank_vit.spectral.flows import measure
 from lowrank_vit.spectral.heads import circuits_of_state
-from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
+from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets, targets_of_model
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.norm import BRACKET, spectral_norms
 from lowrank_vit.spectral.solving.solve import MatrixStack, solve, solve_stack, stack_by_shape
@@ -24,6 +25,7 @@ from lowrank_vit.spectral.watching import refresh as refresh_module
 from lowrank_vit.spectral.watching import store
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from lowrank_vit.spectral.watching.refresh import Memory, SpectralSettings, refresh, update_norms
+from lowrank_vit.spectral.watching.watched import directions_of
 from tests.spectra import sine, with_spectrum
 
 pytestmark = pytest.mark.gpu
@@ -259,3 +261,32 @@ def test_losses_and_random_numbers_are_the_same_bits_with_and_without_the_monito
     watched_losses, watched_rng = train(tmp_path)
     assert watched_losses == plain_losses
     assert torch.equal(watched_rng, plain_rng)
+
+
+def test_flows_are_those_of_the_cpu() -> None:
+    model = small_vit().eval()
+    images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    on_gpu = measure(model, model, [part.cuda() for part in images.split(4)])
+    cpu = model.cpu()
+    expected = measure(cpu, cpu, images.split(4))
+    for block, values in expected.values.items():
+        assert on_gpu.values[block] == pytest.approx(values, rel=1e-2)
+        np.testing.assert_allclose(on_gpu.entropies[block], expected.entropies[block], rtol=1e-2)
+
+
+def test_update_directions_are_copied_without_a_wait_for_the_device() -> None:
+    model = small_vit()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    watched = targets_of_model(model, DEFAULT_TARGETS)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = directions_of(model, optimizer, watched)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert set(found) == set(watched)
+    for direction in found.values():
+        torch.testing.assert_close(direction, torch.ones_like(direction), rtol=1e-4, atol=1e-4)

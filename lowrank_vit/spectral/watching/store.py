@@ -237,6 +237,14 @@ def write_flows(store_dir: Path, update: int, flows: Mapping[str, Flows]) -> Pat
     return _write(store_dir, FLOWS, update, arrays)
 
 
+def forget_flows(store_dir: Path, update: int) -> None:
+    """Delete what validations after `update` have found out, which a run that goes on from there makes again."""
+    with contextlib.suppress(OSError):
+        for path in _files(store_dir, FLOWS):
+            if update_of(path) > update:
+                path.unlink(missing_ok=True)
+
+
 def list_spectra(store_dir: Path) -> list[Path]:
     """The stored refreshes in the order of their updates; empty when there is no such directory."""
     return _files(store_dir, SPECTRA)

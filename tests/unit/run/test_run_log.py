@@ -168,12 +168,16 @@ def test_a_resumed_run_has_each_record_once(tmp_path):
 
 
 def test_what_is_no_record_ends_no_resume(tmp_path):
-    kept = b'{"kind": "train", "update": 5}\n', b'{"kind": "eval", "update": 9, "epoch": 0}\n'
+    kept = (
+        b'{"kind": "train", "update": 5}\n',
+        b'{"kind": "flow", "update": 9, "epoch": 1}\n{"kind": "eval", "update": 9, "epoch": 0}\n',
+    )
     odd = (
         b'{"kind": "spec"}\n',
         b"1\n",
         b"\xff\xfe\n",
         b'{"kind": "eval", "update": 8}\n',
+        b'{"kind": "flow", "update": 9, "epoch": 2}\n',  # of a validation that is to come again
         b"[]\n",
         b"\n",
         b'{"update": 1}\n',

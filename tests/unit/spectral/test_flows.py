@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.flows import attentions_of, blocks_of, check_flows, measure, remark_on_attention
+from lowrank_vit.spectral.watching.store import forget_flows, write_flows
 
 TINY: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
 
@@ -64,6 +66,19 @@ def test_nothing_of_the_model_or_of_random_numbers_is_changed():
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_is_stored_holds_each_head_and_a_resumed_run_forgets_what_came_later(tmp_path: Path):
+    model = tiny_vit()
+    found = {"spec": measure(model, model, [images()])}
+    paths = [write_flows(tmp_path / "spectra", update, found) for update in (11, 22)]
+    stored = np.load(paths[0])
+    assert int(stored["update"]) == 11
+    assert stored["spec/blocks.1:variances"].shape == (16,)
+    assert stored["spec/blocks.1:entropies"].mean() == found["spec"].values["blocks.1"]["entropy"]
+    forget_flows(tmp_path / "spectra", 11)
+    assert [path.exists() for path in paths] == [True, False]
+    forget_flows(tmp_path / "missing", 0)
 
 
 def test_a_nan_stays_in_its_own_block_and_those_after_it():
