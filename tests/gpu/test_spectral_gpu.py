@@ -18,6 +18,7 @@ from lowrank_vit.spectral.analyze import analyze_weights, compare
 from lowrank_vit.spectral.flows import measure
 from lowrank_vit.spectral.heads import circuits_of_state
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets, targets_of_model
+from lowrank_vit.spectral.solving.ends import solve_ends
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.norm import BRACKET, spectral_norms
 from lowrank_vit.spectral.solving.solve import MatrixStack, solve, solve_stack, stack_by_shape
@@ -290,3 +291,17 @@ def test_update_directions_are_copied_without_a_wait_for_the_device() -> None:
     assert set(found) == set(watched)
     for direction in found.values():
         torch.testing.assert_close(direction, torch.ones_like(direction), rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_triplets_alone_are_those_of_the_whole_spectrum() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    for shape in ((768, 768), (2304, 768), (768, 3072)):
+        before = {f"m{i}": 0.02 * torch.randn(shape, generator=generator, device="cuda") for i in range(3)}
+        now = {name: w + 6e-5 * torch.randn(shape, generator=generator, device="cuda") for name, w in before.items()}
+        starts = {name: one.start for name, one in solve(before, 15).items() if one.start is not None}
+        (stack,) = stack_by_shape(now)
+        found, whole = solve_ends(stack, starts, 15), solve(now, 15)
+        for name, one in found.items():
+            assert one is not None
+            assert one.certificate_max <= 1e-12
+            np.testing.assert_allclose(one.top.s, whole[name].top.s, rtol=1e-12)

@@ -44,7 +44,7 @@ def of_stack(matrices_NRC: Tensor, starts_NKB: Tensor, m: int) -> list[Near | st
         squares_NB, block_NKB, image_NKB = _ritz(gram_NKK, block_NKB)
         residual_NKJ = image_NKB[..., :j] - block_NKB[..., :j] * squares_NB[:, None, :j]
         ratio_NJ = torch.linalg.vector_norm(residual_NKJ, dim=1) / (squares_NB[:, :j] * squares_NB[:, :1]).sqrt()
-        if bool((ratio_NJ.amax(dim=1) <= ABSOLUTE_LIMIT / 8).all()):
+        if bool((ratio_NJ.amax(dim=1) <= ABSOLUTE_LIMIT / 2).all()):
             break
     image_NLJ = tall_NLK @ block_NKB[..., :j]
     q_NLJ = _orthonormal(image_NLJ)
