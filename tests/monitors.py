@@ -13,7 +13,7 @@ from torch import nn
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.solve import MatrixStack, solve_stack
-from lowrank_vit.spectral.watching import store
+from lowrank_vit.spectral.watching import files
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from lowrank_vit.spectral.watching.refresh import SpectralSettings
 
@@ -33,7 +33,7 @@ def targets(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def stored(folder: Path) -> list[int]:
-    return [store.read_spectra(path).update for path in store.list_spectra(folder)]
+    return [files.read_spectra(path).update for path in files.list_spectra(folder)]
 
 
 class Gate:

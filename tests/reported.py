@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_vit.spectral.solving.extremes import Solved, Triplets
-from lowrank_vit.spectral.watching.store import SpectraStore, write_spectra
+from lowrank_vit.spectral.watching.files import write_spectra
+from lowrank_vit.spectral.watching.store import SpectraStore
 
 KINDS = {"attn.qkv": 6, "attn.proj": 6, "mlp.fc1": 6, "mlp.fc2": 6}
 

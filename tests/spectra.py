@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
-
-from lowrank_vit.spectral.solving.extremes import Solved
 
 
 def orthonormal(rows: int, cols: int, seed: int) -> np.ndarray:
@@ -66,14 +62,6 @@ def nasty(k: int) -> dict[str, torch.Tensor]:
 def sine(a: np.ndarray, b: np.ndarray) -> float:
     """Sine of the largest principal angle between the column spaces of two orthonormal matrices."""
     return float(np.linalg.norm(a - b @ (b.T @ a), 2))
-
-
-def ends_of(solved: Solved, m: int) -> Solved:
-    """What a solver of the first m values alone would give, of one that gave m triplets or more."""
-    s = np.where(np.arange(solved.s.size) < m, solved.s, np.nan)
-    top, last = solved.top.pick(list(range(m))), solved.last.pick([])
-    frobenius = float(np.linalg.norm(solved.s))
-    return replace(solved, s=s, top=top, last=last, thirds=None, solver="ends", full=False, frobenius=frobenius)
 
 
 def tiny_vit(seed: int = 0) -> VisionTransformer:

@@ -76,6 +76,11 @@ CHANGES: tuple[Change, ...] = (
         {"muon-fallback": False},
         concerns=lambda args: "muon" in str(args.get("opt")).lower(),
     ),
+    Change(
+        "one in --spec-full-every refreshes computes whole spectra, the others first values alone, before all did",
+        {"spec-full-every": 1},
+        concerns=lambda args: bool(args.get("spec-monitor")),
+    ),
 )
 
 

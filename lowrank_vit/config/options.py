@@ -36,7 +36,9 @@ _NO_PLATEAU = NotHere(
 )
 
 
-_AUTO_OR_SHARE = arg(metavar="auto|FLOAT", help_behavior_hint="(default: auto)")
+_AUTO_OR_SHARE, _AUTO_OR_COUNT = (
+    arg(metavar=f"auto|{one}", help_behavior_hint="(default: auto)") for one in ("FLOAT", "INT")
+)
 
 
 def has_cuda() -> bool:
@@ -313,8 +315,11 @@ class Spectra:
     """Record spectra of the model and of its EMA."""
     spec_every: Annotated[int, POSITIVE, MAY_CHANGE] = 100
     """Optimizer updates between two refreshes."""
+    spec_full_every: Annotated[int | None, POSITIVE, AUTO, _AUTO_OR_COUNT, MAY_CHANGE] = None
+    """One in so many refreshes computes the whole spectra, the others the first values and vectors alone; 1: all do;
+    auto: such that it costs as much as the others until the next."""
     spec_topk: Annotated[int, POSITIVE, MAY_CHANGE] = 8
-    """How many singular values and vectors to record from each end (the full spectra are always stored)."""
+    """How many singular values and vectors to record from each end."""
     spec_interval: Annotated[int, POSITIVE, MAY_CHANGE] = 1
     """Distance between the recorded indices: 1, 1+i, 1+2i, ..."""
     spec_targets: Annotated[str, MAY_CHANGE] = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"

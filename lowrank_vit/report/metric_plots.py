@@ -237,10 +237,20 @@ _PANELS = (
 _COLORS = ("#20639b", "#d1603d", "#3caea3", "#8a6fb0", "#b08a2e", "#7a8793")
 
 
+def _newest(found: Mapping[str, np.ndarray]) -> int | None:
+    """The newest refresh at which any matrix has the number; None where none has."""
+    finite_T = np.isfinite(list(found.values())).any(axis=0) if found else np.zeros(0)
+    return max(np.flatnonzero(finite_T).tolist(), default=None)
+
+
 def profile_plot(run: Run) -> bytes | None:
-    """A panel for each number that there is, a line for each type. Returns PNG bytes; None without any."""
+    """A panel for each number that there is, a line for each type. Returns PNG bytes; None without any.
+
+    What only whole spectra tell is that of the newest refresh which had them.
+    """
     panels = [(metric, title, label, matrix_scalars(run, "spec", metric)) for metric, title, label in _PANELS]
-    panels = [panel for panel in panels if any(np.isfinite(values[-1]) for values in panel[3].values())]
+    newest = {metric: _newest(found) for metric, _, _, found in panels}
+    panels = [panel for panel in panels if newest[panel[0]] is not None]
     if "block_cos0_u_overlap" in [metric for metric, *_ in panels]:
         panels = [panel for panel in panels if panel[0] != "cos0_u_mean"]
     if not panels:
@@ -253,11 +263,13 @@ def profile_plot(run: Run) -> bytes | None:
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (metric, title, label, found) in zip(grid.flat, panels, strict=False):
-        tidy(axes, title, "block", label)
+        at = newest[metric]
+        update = run.scalars["update"][at]
+        tidy(axes, title if update == run.scalars["update"][-1] else f"{title}, update {update:,.0f}", "block", label)
         for color, (kind, names) in zip(_COLORS, by_type(found).items(), strict=False):
-            values = [found[name][-1] for name in names]
+            values = [found[name][at] for name in names]
             axes.plot(range(len(names)), values, color=color, marker="o", markersize=3, linewidth=1.4, label=kind)
-            if label == _ALPHA and (errors := [alpha_errors[name][-1] for name in names if name in alpha_errors]):
+            if label == _ALPHA and (errors := [alpha_errors[name][at] for name in names if name in alpha_errors]):
                 axes.errorbar(range(len(names)), values, errors, fmt="none", ecolor=color, elinewidth=0.8, capsize=2)
             if metric == "cos0_u_mean":
                 chances = [_chance_of_mean(run, name, "u") for name in names]

@@ -9,10 +9,10 @@ import contextlib
 import csv
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
@@ -21,8 +21,10 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.report.status import RunStatus, run_status
 from lowrank_vit.spectral.measures.circuits import BlockCircuits, of_arrays
 from lowrank_vit.spectral.measures.initial import FarEntry, warning_of
-from lowrank_vit.spectral.watching.store import StoredSpectra, StoredVectors, read_newest_circuits, read_scaled
+from lowrank_vit.spectral.watching.files import StoredSpectra, StoredVectors, read_newest_circuits, read_scaled
 from lowrank_vit.spectral.watching.stored import Spectra
+
+T = TypeVar("T")
 
 MAX_SNAPSHOTS = 240
 """More refreshes than a picture has columns for are thinned evenly to this many."""
@@ -31,7 +33,7 @@ SCALARS = frozenset(
     """sigma_max stable_rank effective_rank alpha alpha_sigma mp_outliers chance_u chance_v cos_u_mean cos_v_mean
     cos0_u_mean cos0_v_mean ema_cos_u_mean block_cos_u_overlap block_cos_v_overlap block_cos0_u_overlap
     block_cos0_v_overlap block_ema_cos_u_mean_sq block_chance_u_mean_sq block_energy turn_bound
-    seconds skipped failed fallbacks""".split()
+    seconds skipped failed fallbacks full full_share""".split()
 ) | {
     f"{move}_{name}"
     for move in ("dw", "opt")
@@ -44,6 +46,7 @@ Columns = dict[str, np.ndarray]
 
 
 _SPEC_EVENT, _FLOW_EVENT = b'{"kind": "spec"', b'{"kind": "flow"'
+_FIRST_ALONE = b'"spec/refresh/full": 0.0'
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Run:
     environment: dict[str, Any]
     """`environment.json` with nested names joined by dots."""
     spectra: list[StoredSpectra]
-    """By update; each "spec/<module>" or "spec_ema/<module>" to its singular values."""
+    """By update; each "spec/<module>" or "spec_ema/<module>" to its singular values, in some the first alone."""
     scalars: Columns = field(default_factory=dict)
     """The "spec" events of `metrics.jsonl`, by update; of each matrix those of `SCALARS`."""
     flows: Columns = field(default_factory=dict)
@@ -129,8 +132,10 @@ def read_run(path: Path) -> Run:
     return run
 
 
-def series(run: Run, kind: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def series(run: Run, kind: str, *, whole: bool = True) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The spectra of one kind ("spec" or "spec_ema") over time.
+
+    `whole`: only refreshes of whole spectra; else there is NaN for what is not known of others.
 
     Returns:
         updates (T,) int64, and module to (T, K) float64, descending along K, in model order. Refreshes that lack a
@@ -140,6 +145,7 @@ def series(run: Run, kind: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     refreshes = [
         (stored.update, {key.removeprefix(prefix): s for key, s in stored.spectra.items() if key.startswith(prefix)})
         for stored in run.spectra
+        if stored.full or not whole
     ]
     if not refreshes or not refreshes[-1][1]:
         return np.empty(0, dtype=np.int64), {}
@@ -193,14 +199,17 @@ def _read_train_events(path: Path, notes: list[str]) -> Columns:
 
 
 def _read_events(path: Path, beginning: bytes, metrics: Collection[str] | None) -> Columns:
-    """The lines that begin so, at most MAX_SNAPSHOTS of them, evenly spaced, and of these `metrics`, or all.
+    """The lines that begin so, and of these `metrics`, or all.
+
+    At most MAX_SNAPSHOTS of them, evenly spaced, and the newest of whole spectra.
 
     Damaged lines are noted with those of the training.
     """
     try:
         with path.open("rb") as file:
-            count = sum(line.startswith(beginning) for line in file)
-        wanted = set(np.linspace(0, count - 1, min(count, MAX_SNAPSHOTS)).round().astype(int).tolist())
+            is_whole = [_FIRST_ALONE not in line for line in file if line.startswith(beginning)]
+        newest_whole = [i for i, one in enumerate(is_whole) if one][-1:]
+        wanted = {*_thinned(range(len(is_whole)), MAX_SNAPSHOTS), *newest_whole}
         with path.open("rb") as file:
             lines = (line for line in file if line.startswith(beginning))
             chosen = [line for number, line in enumerate(lines) if number in wanted]
@@ -248,7 +257,9 @@ def _read_all_spectra(stored: Spectra, notes: list[str]) -> list[StoredSpectra]:
         notes.append("There are no spectra: the spectral monitor (--spec-monitor) was off or has not stored any yet.")
     if len(updates) > MAX_SNAPSHOTS:
         notes.append(f"{MAX_SNAPSHOTS} of {len(updates)} stored spectra are used, evenly spaced.")
-        updates = [updates[i] for i in np.linspace(0, len(updates) - 1, MAX_SNAPSHOTS).round().astype(int)]
+        whole = _thinned(stored.full_updates, MAX_SNAPSHOTS)
+        others = [update for update in updates if update not in whole]
+        updates = sorted([*whole, *_thinned(others, MAX_SNAPSHOTS - len(whole))])
     spectra: list[StoredSpectra] = []
     for update in updates:
         try:
@@ -259,9 +270,15 @@ def _read_all_spectra(stored: Spectra, notes: list[str]) -> list[StoredSpectra]:
     return spectra
 
 
+def _thinned(items: Sequence[T], most: int) -> list[T]:
+    """So many of them at most, evenly spaced, with both ends."""
+    at = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
+    return [items[i] for i in at]
+
+
 def _read_newest_scaled(stored: Spectra, spectra: list[StoredSpectra]) -> dict[str, np.ndarray]:
     with contextlib.suppress(UserError, IndexError):
-        found = read_scaled(stored.file(spectra[-1].update))
+        found = read_scaled(stored.file([one.update for one in spectra if one.full][-1]))
         return {key.removeprefix("spec/"): s for key, s in found.items() if key.startswith("spec/")}
     return {}
 

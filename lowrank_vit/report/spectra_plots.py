@@ -34,7 +34,7 @@ from lowrank_vit.spectral.measures.metrics import above_rounding, power_law
 from lowrank_vit.spectral.measures.noise import bulk_density, marchenko_pastur
 from lowrank_vit.spectral.measures.subspaces import chance_cosines
 from lowrank_vit.spectral.solving.extremes import Triplets
-from lowrank_vit.spectral.watching.store import StoredVectors
+from lowrank_vit.spectral.watching.files import StoredVectors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,14 +50,17 @@ DEPTH_NAMES = ("first block", "middle block", "last block")
 def spectra_plot(run: Run) -> bytes | None:
     """Fans of sigma_i over the updates for the first, middle and last block of each type, then first against last.
 
-    Returns PNG bytes; None when the run has no spectra. With one refresh only there is no time axis, so no fans.
+    A line goes straight from one refresh that knows the value to the next that does. Returns PNG bytes; None when the
+    run has no spectra. With one refresh only there is no time axis, so no fans.
     """
     updates_T, modules = series(run, "spec")
     if not modules:
         return None
+    every_T, known = series(run, "spec", whole=False)
+    modules = {name: s_TK for name, s_TK in modules.items() if name in known}
     chosen = {kind: first_middle_last(names) for kind, names in by_type(modules).items()}
     depth_rows = max(len(names) for names in chosen.values())
-    fan_rows = depth_rows if len(updates_T) > 1 else 0
+    fan_rows, has_start = depth_rows if len(every_T) > 1 else 0, len(updates_T) > 1
     figure = new_figure(1.2 + 3.2 * len(chosen), 1.2 + 2.25 * fan_rows + 2.9)
     grid = figure.add_gridspec(fan_rows + 1, len(chosen), height_ratios=[1.0] * fan_rows + [1.25])
     colors = _index_colors()
@@ -67,19 +70,19 @@ def spectra_plot(run: Run) -> bytes | None:
         for row, name in enumerate(names if fan_rows else ()):
             axes = figure.add_subplot(grid[row, column])
             tidy(axes, name, "update" if row == len(names) - 1 else "", "singular value σᵢ" if column == 0 else "")
-            _fan(axes, updates_T, modules[name], colors)
-            axes.set(yscale="log", ylim=limits, xlim=(updates_T[0], updates_T[-1]))
+            _fan(axes, every_T, known[name], colors)
+            axes.set(yscale="log", ylim=limits, xlim=(every_T[0], every_T[-1]))
             log_ticks(axes.yaxis)
             update_ticks(axes.xaxis)
             fans.append(axes)
         axes = figure.add_subplot(grid[fan_rows, column])
-        title = f"{kind}: start and now" if fan_rows else f"{kind}: {moment(run, updates_T[0])}"
+        title = f"{kind}: start and now" if has_start else f"{kind}: {moment(run, updates_T[0])}"
         tidy(axes, title, "index i", "singular value σᵢ" if column == 0 else "")
         _first_and_last(axes, {name: modules[name] for name in names})
         axes.set(yscale="log", ylim=limits)
         log_ticks(axes.yaxis)
         if column == len(chosen) - 1:
-            _legend(axes, len(names), with_start=bool(fan_rows))
+            _legend(axes, len(names), with_start=has_start)
     if fans:
         _index_bar(figure, fans, colors)
     heading(figure, "Singular values of the weights", subtitle(run, updates_T))
@@ -100,7 +103,8 @@ def _fan(axes: Axes, updates_T: np.ndarray, s_TK: np.ndarray, colors: Colormap) 
     k = s_TK.shape[1]
     shown = np.unique(np.linspace(0, k - 1, min(k, MAX_LINES)).round().astype(int))
     positive = np.where(s_TK > 0, s_TK, np.nan)
-    lines = [np.column_stack([updates_T, positive[:, i]]) for i in shown[::-1]]  # the largest on top
+    is_left_out = np.isnan(s_TK) & ~np.isnan(s_TK[:, :1])  # where only the first values were computed
+    lines = [np.column_stack([updates_T, positive[:, i]])[~is_left_out[:, i]] for i in shown[::-1]]  # largest on top
     shade = colors(shown[::-1] / max(k - 1, 1))
     axes.add_collection(LineCollection(lines, colors=shade, linewidths=0.8), autolim=False)
 

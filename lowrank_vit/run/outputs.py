@@ -21,7 +21,7 @@ from lowrank_vit.run.state import Position, RunState
 from lowrank_vit.run.wandb_log import WandbLog
 from lowrank_vit.score.evaluate import Scores
 from lowrank_vit.spectral.flows import Flows
-from lowrank_vit.spectral.watching.store import forget_flows, write_flows
+from lowrank_vit.spectral.watching.files import forget_flows, write_flows
 from lowrank_vit.spectral.watching.worker import SpectralRecord
 
 SPECTRA = "spectra"

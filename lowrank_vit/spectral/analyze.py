@@ -23,6 +23,7 @@ from lowrank_vit.common.files import remove_leftovers, whole_file, write_whole
 from lowrank_vit.common.terminal import one_line
 from lowrank_vit.model.low_rank import with_products
 from lowrank_vit.spectral.fused import fused_qkv_of_state
+from lowrank_vit.spectral.measures.aggregates import aggregates
 from lowrank_vit.spectral.measures.circuits import BlockCircuits, circuit_metrics
 from lowrank_vit.spectral.measures.initial import FarEntry, far_entries_by_name
 from lowrank_vit.spectral.measures.metrics import recorded_indices
@@ -34,7 +35,6 @@ from lowrank_vit.spectral.solving.solve import stack_by_shape
 from lowrank_vit.spectral.watching.refresh import (
     MODEL,
     SpectralSettings,
-    aggregates,
     block_energies,
     drift_metrics,
     matrix_metrics,
@@ -71,7 +71,7 @@ class Analysis:
 
     @property
     def types(self) -> dict[str, dict[str, float]]:
-        """Means over the layers of a type; see `refresh.aggregates`."""
+        """Means over the layers of a type; see `aggregates.aggregates`."""
         return _group("type", self.values)
 
     @property
@@ -136,7 +136,8 @@ def compare(before: Analysis, after: Analysis) -> dict[str, dict[str, float]]:
         energies = block_energies(before.solved, after.solved, new)
         norms_of = update_norms(old, new, solver=after.settings.solver)
         of_weights |= {name: norms | energies[name] for name, norms in norms_of.items()}
-    return {name: drift_metrics(before.solved[name], now, of_weights[name]) for name, now in after.solved.items()}
+    was = before.solved
+    return {name: drift_metrics(was[name], now, of_weights[name], was[name]) for name, now in after.solved.items()}
 
 
 def as_json(analysis: Analysis, meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,10 @@ from lowrank_vit.run.state import Position
 from lowrank_vit.score.evaluate import Evaluator
 from lowrank_vit.spectral.flows import remark_on_attention
 from lowrank_vit.spectral.measures.initial import in_words, redraw_far_entries
+from lowrank_vit.spectral.measures.metrics import reach
 from lowrank_vit.spectral.measures.updates import why_no_direction
+from lowrank_vit.spectral.select import matrices_of, targets_of_model
+from lowrank_vit.spectral.watching.schedule import usual_full_every
 from lowrank_vit.training.flows import FlowWatch
 from lowrank_vit.training.loading import fed_step, loaders_before, make_train_loader, make_val_loader, with_workers
 from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
@@ -171,7 +174,7 @@ def set_up(
     train_flops = train_flops_per_image(model, spec.img_size)
     dtype = DTYPES[config.step.amp_dtype] if config.step.amp else torch.float32
     peak = peak_flops(device, dtype, tf32=config.step.tf32)
-    config = with_workers(config, world, device)
+    config = _with_full_every(with_workers(config, world, device), model, device)
     step = fed_step(config, spec, world, device, train_flops, peak)
     train = sets.train if sets else None
     before = loaders_before(resumed)
@@ -304,6 +307,18 @@ def _make_model(
         say(f"--fix-init has drawn anew {in_words(redrawn)}")
     set_head(model, options.head_init_scale, options.head_init_bias)
     return model
+
+
+def _with_full_every(config: Config, model: nn.Module, device: torch.device) -> Config:
+    """Decide on --spec-full-every where it is left open."""
+    spec = config.spectra
+    if not spec.spec_monitor or spec.spec_full_every is not None:
+        return config
+    matrices = matrices_of(model, targets_of_model(model, spec.spec_targets, spec.spec_split_qkv))
+    kind = "cpu" if spec.spec_on_cpu else device.type
+    m = reach(spec.spec_topk, spec.spec_interval)
+    usual = usual_full_every(kind, spec.spec_solver, m, [tuple(w.shape) for w in matrices.values()])
+    return with_options(config, {"spec-full-every": usual})
 
 
 def _with_ema_warmup(config: Config, num_updates: int) -> tuple[Config, list[str]]:

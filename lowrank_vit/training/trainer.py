@@ -238,7 +238,7 @@ class Trainer:
         options, store_dir = self.config.spectra, self.run_dir.path / SPECTRA
         done = self.state.position.num_updates if self.state.position.is_begun else None
         recorded = -1 if done is None else last_recorded(self.run_dir.path, "spec", done)
-        threads = options.spec_cpu_threads or default_cpu_threads()
+        threads, full_every = options.spec_cpu_threads or default_cpu_threads(), options.spec_full_every or 1
         numbers = options.spec_topk, options.spec_interval, options.spec_solver, options.spec_on_cpu, threads
         return SpectralMonitor(
             self.setup.model,
@@ -246,12 +246,13 @@ class Trainer:
             targets=options.spec_targets,
             every=options.spec_every,
             store_dir=store_dir,
-            settings=SpectralSettings(*numbers, updates=options.spec_updates),
+            settings=SpectralSettings(*numbers, full_every, options.spec_updates),
             split_qkv=options.spec_split_qkv,
             circuits=options.spec_circuits,
             limit_gb=options.spec_store_gb,
             resumed_update=done,
             recorded_update=self.world.from_first(recorded),
+            last_update=self.setup.num_epochs * self.setup.plan.updates_per_epoch,
             ranks=self.world.channel(_REFRESH_TIMEOUT, agrees=True),
             optimizer=self.setup.optimizer,
             say=lambda line: self._say(line),

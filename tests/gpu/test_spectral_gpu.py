@@ -22,8 +22,8 @@ from lowrank_vit.spectral.solving.ends import solve_ends
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.norm import BRACKET, spectral_norms
 from lowrank_vit.spectral.solving.solve import MatrixStack, solve, solve_stack, stack_by_shape
+from lowrank_vit.spectral.watching import files
 from lowrank_vit.spectral.watching import refresh as refresh_module
-from lowrank_vit.spectral.watching import store
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from lowrank_vit.spectral.watching.refresh import Memory, SpectralSettings, refresh, update_norms
 from lowrank_vit.spectral.watching.watched import directions_of
@@ -165,7 +165,7 @@ def test_stored_spectra_equal_an_offline_computation_on_the_same_device(tmp_path
     expected = analyze_weights(weights, SpectralSettings(topk=4)).solved
     with watch(model, tmp_path, on_cpu=on_cpu) as monitor:
         monitor.observe(0)
-    stored = store.read_spectra(tmp_path / "update_00000000.npz").spectra
+    stored = files.read_spectra(tmp_path / "update_00000000.npz").spectra
     for name, one in expected.items():
         np.testing.assert_array_equal(stored[f"spec/{name}"], one.s)
         np.testing.assert_array_equal(stored[f"spec_ema/{name}"], one.s)
@@ -177,7 +177,7 @@ def test_circuits_have_the_bits_of_a_cpu(tmp_path: Path, on_cpu: bool) -> None:
     model = small_vit()
     with watch(model, tmp_path, on_cpu=on_cpu, circuits="folded") as monitor:
         monitor.observe(0)
-    _, found = store.read_newest_circuits(tmp_path)
+    _, found = files.read_newest_circuits(tmp_path)
     for block, one in circuits_of_state(model.cpu(), model.state_dict(), "folded", "").items():
         assert all(np.array_equal(x, y) for x, y in zip(found[f"spec/circuit/{block}"], one, strict=True))
 
@@ -212,7 +212,7 @@ def test_a_snapshot_holds_while_the_weights_move_on_and_memory_is_reused(tmp_pat
                 for parameter in model.parameters():
                     parameter.copy_(torch.full_like(parameter, 7.0))
         gate.set()
-    stored = store.read_spectra(tmp_path / "update_00000000.npz").spectra
+    stored = files.read_spectra(tmp_path / "update_00000000.npz").spectra
     for name, one in expected.items():
         np.testing.assert_array_equal(stored[f"spec/{name}"], one.s)
 

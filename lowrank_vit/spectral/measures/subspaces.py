@@ -105,21 +105,19 @@ def overlap(mean_square: float, k: int, n: int) -> float:
 
 
 def cosine_metrics(prefix: str, before: Solved, now: Solved) -> dict[str, float]:
-    """Principal cosines of the recorded vectors of both ends, and of the blocks 1..p, as scalars.
+    """Principal cosines of the recorded vectors of the top, and of the blocks 1..p, as scalars.
 
     Returns:
-        "<prefix>_u1".."<prefix>_u<k>" and "..._v..." of the top, "<prefix>_u_last1".. and "..._v_last.." of the end,
-        largest cosine first; "<prefix>_u_max", "<prefix>_u_mean", "<prefix>_u_mean_sq" (of the squares) and
-        "<prefix>_u_overlap" (see `overlap`) of the top, and "..._v_..."; "block_<prefix>_u_mean", "..._min",
-        "..._mean_sq" and "..._overlap" of the blocks, and "..._v_...". The last are absent where `before` has no block.
+        "<prefix>_u1".."<prefix>_u<k>" and "..._v...", largest cosine first; "<prefix>_u_max", "<prefix>_u_mean",
+        "<prefix>_u_mean_sq" (of the squares) and "<prefix>_u_overlap" (see `overlap`) of these, and "..._v_...";
+        "block_<prefix>_u_mean", "..._min", "..._mean_sq" and "..._overlap" of the blocks, and "..._v_...". The last are
+        absent where `before` has no block.
     """
     values: dict[str, float] = {}
     blocks = blocks_of(before, now)
     for side in ("u", "v"):
         top = principal_cosines(getattr(before.top, side), getattr(now.top, side))
-        last = principal_cosines(getattr(before.last, side), getattr(now.last, side))
         values |= {f"{prefix}_{side}{i}": float(c) for i, c in enumerate(top, start=1)}
-        values |= {f"{prefix}_{side}_last{i}": float(c) for i, c in enumerate(last, start=1)}
         values |= {f"{prefix}_{side}_max": float(top.max()), f"{prefix}_{side}_mean": float(top.mean())}
         n = getattr(now.top, side).shape[0]
         values |= _squares(f"{prefix}_{side}", top, n)
@@ -130,6 +128,18 @@ def cosine_metrics(prefix: str, before: Solved, now: Solved) -> dict[str, float]
             name = f"block_{prefix}_{side}"
             values |= {f"{name}_mean": float(cosines.mean()), f"{name}_min": float(cosines[-1])}
             values |= _squares(name, cosines, n)
+    return values
+
+
+def last_cosines(prefix: str, before: Solved, now: Solved) -> dict[str, float]:
+    """Principal cosines of the recorded vectors of the smallest values of two whole spectra.
+
+    Returns "<prefix>_u_last1".."<prefix>_u_last<k>" and "..._v_last..", largest cosine first.
+    """
+    values: dict[str, float] = {}
+    for side in ("u", "v"):
+        cosines = principal_cosines(getattr(before.last, side), getattr(now.last, side))
+        values |= {f"{prefix}_{side}_last{i}": float(c) for i, c in enumerate(cosines, start=1)}
     return values
 
 

@@ -24,6 +24,9 @@ ANGLE_LIMIT, LEAST_GAP = 1e-6, 1e-3
 ORTHOGONALITY_LIMIT = 1e-10
 TRACE_LIMIT = 1e-12
 
+LEAST = 1e-2
+"""sigma_{m+1} over sigma_1: where it is less there is no `Solved.start`, since float32 would tell too little."""
+
 
 class Recorded(NamedTuple):
     """Which singular indices are recorded one by one, 1-based in a descending spectrum; see `metrics`."""
@@ -101,11 +104,32 @@ class Solved:
         last = self.last.pick([k - i for i in indices.last]) if self.full else self.last
         return replace(self, top=top, last=last, block=block)
 
+    def first_alone(self) -> Solved:
+        """Of a whole result with its recorded triplets what the first values tell, up to the one after the block."""
+        known = (self.block or self.top).s.size + 1
+        greatest = float(self.s[0])
+        return replace(
+            self,
+            s=np.where(np.arange(self.s.size) < known, self.s, np.nan),
+            last=self.last.pick([]),
+            thirds=None,
+            full=False,
+            frobenius=greatest * float(np.linalg.norm(self.s / greatest)) if greatest != 0.0 else 0.0,
+        )
+
     @property
     def certificate_max(self) -> float:
         """The greatest certificate relative to sigma_1; 0 for a zero matrix, NaN for one that is not finite."""
         worst = max((float(np.max(t.certificate)) for t in (self.top, self.last) if t.s.size), default=0.0)
         return worst / float(self.s[0]) if self.s.size and self.s[0] != 0 else worst
+
+
+def start_of(s: np.ndarray, top: Triplets) -> np.ndarray | None:
+    """`Solved.start` of the values (K,), of which one more than the triplets is known, and the first triplets."""
+    m, k = top.s.size, s.size
+    if m >= k or not s[m] > LEAST * s[0]:
+        return None
+    return (top.v if len(top.v) == k else top.u).astype(np.float32)
 
 
 def not_finite(shape: tuple[int, int], m: int) -> Solved:

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowrank_vit.spectral.solving.extremes import ABSOLUTE_LIMIT, EPS
+from lowrank_vit.spectral.solving.extremes import ABSOLUTE_LIMIT, EPS, LEAST
 from lowrank_vit.spectral.solving.index import error_of_factor, factor_of_rest, images, probes
 from lowrank_vit.spectral.solving.lapack import gram
-from lowrank_vit.spectral.solving.solve import LEAST
 
 DEGREE = 8
 """Of the filter at most."""

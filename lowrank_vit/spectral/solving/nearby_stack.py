@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_vit.spectral.solving.extremes import ABSOLUTE_LIMIT, EPS
+from lowrank_vit.spectral.solving.extremes import ABSOLUTE_LIMIT, EPS, LEAST
 from lowrank_vit.spectral.solving.gram_stack import gram_stack
 from lowrank_vit.spectral.solving.index import square_beyond
 from lowrank_vit.spectral.solving.nearby import DEGREE, Near, boundary
-from lowrank_vit.spectral.solving.solve import LEAST
 
 PASSES = 10
 """Of the filter at most."""

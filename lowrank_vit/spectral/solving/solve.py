@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.spectral.solving import gram, refine
-from lowrank_vit.spectral.solving.extremes import EPS, Solved, Solver, Triplets, not_finite
+from lowrank_vit.spectral.solving.extremes import EPS, Solved, Solver, Triplets, not_finite, start_of
 from lowrank_vit.spectral.solving.gram_stack import gram_stack
 from lowrank_vit.spectral.solving.index import enclosure, index_is_proven, probes
 from lowrank_vit.spectral.solving.lapack import one_blas_thread
@@ -27,9 +27,6 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 LOG = logging.getLogger(__name__)
-
-LEAST = 1e-2
-"""sigma_{m+1} over sigma_1: where it is less there is no `Solved.start`, since float32 would tell too little."""
 
 
 class Cancelled(Exception):
@@ -138,14 +135,7 @@ def solve_stack(
                 solved[name] = replace(_scaled(_svd(as_float64(matrix, scale), m, turn=bool(note)), scale), note=note)
     dtype = stack.matrices_NRC.dtype
     eps = torch.finfo(dtype).eps if dtype.is_floating_point else EPS
-    return {name: replace(one, eps=eps, start=_start(one)) for name, one in solved.items()}
-
-
-def _start(one: Solved) -> np.ndarray | None:
-    m, k = one.top.s.size, one.s.size
-    if m == k or not one.s[m] > LEAST * one.s[0]:
-        return None
-    return (one.top.v if len(one.top.v) == k else one.top.u).astype(np.float32)
+    return {name: replace(one, eps=eps, start=start_of(one.s, one.top)) for name, one in solved.items()}
 
 
 def solve(

@@ -25,6 +25,7 @@ from lowrank_vit.spectral.measures.subspaces import chance_of_each
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, module_type
 from lowrank_vit.spectral.solving.solve import LOG
 from lowrank_vit.spectral.watching.refresh import EMA, MODEL, SpectralSettings, Stacks
+from lowrank_vit.spectral.watching.schedule import Schedule
 from lowrank_vit.spectral.watching.store import Kept, SpectraStore, far_entries_content, read_far_entries
 from lowrank_vit.spectral.watching.watched import TakenUp, Watched, take_up
 from lowrank_vit.spectral.watching.worker import Snapshot, SpectralRecord, Worker
@@ -84,6 +85,7 @@ class SpectralMonitor:
         limit_gb: float = DEFAULT_LIMIT_GB,
         resumed_update: int | None = None,
         recorded_update: int | None = None,
+        last_update: int | None = None,
         ranks: Channel | None = None,
         optimizer: Optimizer | None = None,
         say: Callable[[str], object] = LOG.warning,
@@ -105,6 +107,8 @@ class SpectralMonitor:
             recorded_update: that of the newest record which the resumed run still has, -1 for none. A newer refresh
                 that was kept is done again, at once; so is one of `resumed_update` itself where nothing was kept, since
                 the model has its weights. None: all are there.
+            last_update: the training's last, where it is known: the last refresh due is of whole spectra, whatever
+                `settings.full_every` is.
             ranks: the ranks that share the work (`World.channel` with `agrees`); default: this process does it all. One
                 that ends without `close` fails the others' refreshes.
             optimizer: the model's, whose update directions are described, too, where `settings.updates` asks for that.
@@ -120,6 +124,7 @@ class SpectralMonitor:
             "topk": settings.topk,
             "interval": settings.interval,
             "threads": settings.cpu_threads,
+            "full_every": settings.full_every,
         }
         for flag, value in numbers.items():
             if value < 1:
@@ -128,7 +133,7 @@ class SpectralMonitor:
         ranks = ranks or Channel(0, 1, None)
         of_optimizer = optimizer if settings.updates else None
         self._watched = Watched(models, targets, settings, ranks, split_qkv, circuits, of_optimizer)
-        self._every, self._num_ranks = every, ranks.size
+        self._schedule = Schedule(every, settings.full_every, last_update)
         self.matrices = self._watched.matrices
         """By name: "shape", and the recorded indices "top" and "last", 1-based."""
         options: dict[str, Any] = {"targets": targets, "every": every, "split_qkv": split_qkv, "limit_gb": limit_gb}
@@ -148,7 +153,7 @@ class SpectralMonitor:
         self._ranks, self._is_over, self._is_lost, self._say = ranks, False, False, say
         taken_up = TakenUp()
         if resumed_update is not None:
-            of_run = resumed_update, recorded_update, self._is_due
+            of_run = resumed_update, recorded_update, self._schedule.is_due
             taken_up = take_up(self._watched, store, ranks, *of_run, say)
 
         devices = {p.device for one in models.values() for p in one.parameters()}
@@ -169,8 +174,11 @@ class SpectralMonitor:
         kept = taken_up.kept if ranks.rank == 0 else None
         self._newest = kept._replace(before=None) if kept else None
         self._is_again = bool(taken_up.again)
+        self._schedule.taken = memory.last_update
         if taken_up.again:
-            self._hand_over(taken_up.update, taken_up.again, kept.before if kept else None)
+            full = self._schedule.take(taken_up.update)
+            self._newest = self._newest and self._newest._replace(full=full)
+            self._hand_over(taken_up.update, taken_up.again, full, kept.before if kept else None)
 
     @property
     def failed(self) -> int:
@@ -189,31 +197,34 @@ class SpectralMonitor:
 
         When `num_updates` is a multiple of `every`, takes a snapshot (copies enqueued on the current stream) and hands
         it over; when the refresh before is not finished, here or on another rank, counts it in `skipped` instead.
-        Update 0 is never skipped. Several ranks wait for one another there, on the host alone. Before it the first rank
-        tells of single entries far out, see `initial.far_entries`.
+        Update 0 and the last one due are never skipped: they wait for the refresh before. Several ranks wait for one
+        another there, on the host alone. Before update 0 the first rank tells of single entries far out, see
+        `initial.far_entries`.
         """
         if self._closed:
             raise RuntimeError("this spectral monitor is closed; make a new one to observe further updates")
-        if not self._is_due(num_updates):
+        if not self._schedule.is_due(num_updates):
             return
         if num_updates == 0:
             self._tell_far_entries()
-        if num_updates == 0 or self._is_again:
+        must_be = num_updates == 0 or self._is_again
+        if must_be or self._schedule.is_last(num_updates):
             self._worker.wait()
-            self._is_again = False
-        elif self._is_any_busy():
+        self._is_again = False
+        if not must_be and self._is_any_busy():
             self.skipped += not self._is_lost  # else a record of before, which a resumed run keeps, would tell of it
             return
+        full = self._schedule.take(num_updates)
         try:
             stacks, newest = self._watched.copies(num_updates)
         except Exception as error:  # such as no memory for the copies
-            if self._num_ranks == 1:
+            if self._ranks.size == 1:
                 self._worker.fail(num_updates, error)
             else:  # the others have theirs, and wait for this one's part
                 self._worker.take(Snapshot(num_updates, {}, Mark(None), failure=error))
             return
-        before, self._newest = self._newest, newest
-        self._hand_over(num_updates, stacks, before)
+        before, self._newest = self._newest, newest and newest._replace(full=full)
+        self._hand_over(num_updates, stacks, full, before)
 
     def _tell_far_entries(self) -> None:
         """On the first rank, say and store which matrices have entries that their spectra would describe."""
@@ -221,9 +232,6 @@ class SpectralMonitor:
             self._say(f"warning: {warning_of(found)}. --fix-init draws such entries of fresh weights anew.")
             with contextlib.suppress(UserError):  # a refresh that cannot be stored either tells of that
                 self._store.note_far_entries(found)
-
-    def _is_due(self, num_updates: int) -> bool:
-        return num_updates % self._every == 0
 
     def _is_any_busy(self) -> bool:
         """Whether a refresh that is due now is to be skipped; the same on every rank."""
@@ -236,10 +244,10 @@ class SpectralMonitor:
             return state != _IDLE
         return True
 
-    def _hand_over(self, update: int, stacks: Stacks, before: Kept | None) -> None:
+    def _hand_over(self, update: int, stacks: Stacks, full: bool, before: Kept | None) -> None:
         """Have the worker compute the spectra of copies that were enqueued on the current stream."""
         made_on = None if self._stream is None else current_stream(self._stream.device)
-        self._worker.take(Snapshot(update, stacks, Mark.of(made_on), before))
+        self._worker.take(Snapshot(update, stacks, Mark.of(made_on), full, before))
 
     def wait(self) -> None:
         """Wait until the refresh that is being computed, if any, is finished."""
@@ -282,7 +290,7 @@ class SpectralMonitor:
                 self._ranks.agree(_CLOSED)  # nobody waits for it, but those who go on
         self._closed = True
         # Of several ranks one may have died, and this one's worker waits for it; that must not hold up the exit.
-        self._worker.close(_JOIN_S if cancel and self._num_ranks > 1 else None)
+        self._worker.close(_JOIN_S if cancel and self._ranks.size > 1 else None)
 
 
 def _drain(items: queue.SimpleQueue[T]) -> list[T]:

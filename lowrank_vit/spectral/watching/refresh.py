@@ -5,16 +5,16 @@ A key is "<kind>/<name>": kind "spec" (the model) or "spec_ema" (its moving aver
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lowrank_vit.common.devices import cuda_path
-from lowrank_vit.spectral.measures.circuits import BlockCircuits, circuit_metrics
+from lowrank_vit.spectral.measures.circuits import BlockCircuits
 from lowrank_vit.spectral.measures.metrics import (
     ends_metrics,
     is_of_full_rank,
@@ -31,10 +31,11 @@ from lowrank_vit.spectral.measures.subspaces import (
     captured,
     chance_metrics,
     cosine_metrics,
+    last_cosines,
     turn_bound,
 )
 from lowrank_vit.spectral.measures.updates import update_metrics
-from lowrank_vit.spectral.select import module_depth, module_type
+from lowrank_vit.spectral.solving.ends import solve_ends
 from lowrank_vit.spectral.solving.extremes import Solved, Solver, Triplets
 from lowrank_vit.spectral.solving.norm import norms_of_changes
 from lowrank_vit.spectral.solving.solve import (
@@ -52,15 +53,8 @@ FOR_HEADS = ":heads"
 """Behind a kind, in a snapshot: of the weights that circuits need, those that are not among the kind's own."""
 DIRECTION = "direction"
 """In a snapshot, beside the kinds: the optimizer's update directions of some of the model's matrices."""
-CIRCUIT = "circuit"
-"""Between the kind and the name of a block in the key of its circuits."""
 Stacks = dict[str, list[MatrixStack]]
 """Kind to the copies of its matrices."""
-
-# A number of its own for each recorded index: not averaged over layers.
-_ONE_OF_MANY = re.compile(r"(^sv|_[uv])(_last)?\d+$")
-# Often infinite, or far above the rest, so that a mean says nothing.
-_MEDIANS = ("turn_bound",)
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ class SpectralSettings:
 
     Example:
         >>> SpectralSettings(topk=2, interval=10)  # records the indices 1, 11 and the last but 10, the last
-        SpectralSettings(topk=2, interval=10, solver='gram64', on_cpu=False, cpu_threads=1, updates=False)
+        SpectralSettings(topk=2, interval=10, solver='gram64', on_cpu=False, cpu_threads=1, full_every=1, updates=False)
     """
 
     topk: int = 8
@@ -82,6 +76,8 @@ class SpectralSettings:
     """Move copies on a GPU to the CPU first."""
     cpu_threads: int = 1
     """Matrices solved side by side on a CPU; changes no bit of the result."""
+    full_every: int = 1
+    """Refreshes of which one computes the whole spectra, the others the first values alone; the monitor's matter."""
     updates: bool = False
     """Describe also the model's changes between refreshes and its optimizer's direction, see `update_spectra`."""
 
@@ -96,6 +92,8 @@ class Refreshed:
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     circuits: dict[str, BlockCircuits] = field(default_factory=dict)
     """By "<kind>/circuit/<block>"."""
+    full: bool = True
+    """Whether these are whole spectra."""
 
 
 @dataclass
@@ -103,17 +101,23 @@ class Memory:
     """What the next refresh is compared with."""
 
     first: dict[str, Solved] = field(default_factory=dict)
-    """At initialisation, or the first refresh that there was."""
+    """At initialisation, or the first refresh of whole spectra that there was."""
     last: dict[str, Solved] = field(default_factory=dict)
+    """With what the first values are sought from next, see `Solved.start`."""
     last_update: int | None = None
     weights: Stacks = field(default_factory=dict)
     """Copies of the last refresh; empty after a restart without them. With these alone, `last` is solved again."""
+    whole: dict[str, Solved] = field(default_factory=dict)
+    """The last refresh of whole spectra. Empty, too, where it is the one that is to be solved again."""
+    whole_update: int | None = None
 
-    def keep(self, update: int, solved: Mapping[str, Solved], stacks: Stacks) -> None:
+    def keep(self, found: Refreshed, stacks: Stacks) -> None:
         """A refresh that has succeeded becomes the last one."""
-        self.first = dict(solved) | self.first
-        self.last, self.last_update = dict(solved), update
+        self.last, self.last_update = found.solved, found.update
         self.weights = {kind: of_kind for kind, of_kind in stacks.items() if kind != DIRECTION}
+        if found.full:
+            self.first = found.solved | self.first
+            self.whole, self.whole_update = found.solved, found.update
 
 
 def solve_all(
@@ -137,6 +141,39 @@ def solve_all(
     return solved
 
 
+def solve_first(
+    stacks: Iterable[MatrixStack],
+    settings: SpectralSettings,
+    starts: Mapping[str, np.ndarray | None],
+    *,
+    cancelled: Callable[[], bool] = never,
+    log: Callable[[str], object] = LOG.warning,
+) -> dict[str, Solved]:
+    """As `solve_all`, of the first values alone, which are sought from `starts`, by name.
+
+    Where they are not proven to be the first, or where there is no start, they are those of the whole spectrum, and
+    always with the solver svd. Their `solver` is "ends" where they were found without it.
+    """
+    solved: dict[str, Solved] = {}
+    m = reach(settings.topk, settings.interval)
+    for stack in stacks:
+        found: dict[str, Solved | None] = {}
+        if settings.solver != "svd":
+            known = {name: start for name, start in starts.items() if start is not None}
+            found = solve_ends(stack, known, m, cpu_threads=settings.cpu_threads, cancelled=cancelled)
+        left = [i for i, name in enumerate(stack.names) if found.get(name) is None]
+        rest = replace(stack, fused=frozenset[str]())
+        if len(left) < len(stack.names):
+            rest = MatrixStack(tuple(stack.names[i] for i in left), stack.matrices_NRC[left])
+        whole = solve_all([rest], settings, cancelled=cancelled, log=log) if left else {}
+        for name in stack.names:
+            if (one := found.get(name)) is None:
+                solved[name] = whole[name].first_alone()
+            else:
+                solved[name] = one.recorded(recorded_indices(one.s.size, settings.topk, settings.interval))
+    return solved
+
+
 def matrix_metrics(solved: Solved, settings: SpectralSettings) -> dict[str, float]:
     """All scalars of one matrix at one moment.
 
@@ -157,18 +194,25 @@ def matrix_metrics(solved: Solved, settings: SpectralSettings) -> dict[str, floa
     return values | {"block_gap": block_gap(solved.s, p)} | chance_metrics(k, p, shape)
 
 
-def drift_metrics(before: Solved, now: Solved, of_weights: Mapping[str, float]) -> dict[str, float]:
+def drift_metrics(
+    before: Solved, now: Solved, of_weights: Mapping[str, float], whole: Solved | None
+) -> dict[str, float]:
     """What changed between two moments.
 
     Args:
+        before: of the earlier moment, or its first values alone.
+        now: of the later one.
         of_weights: what `update_norms` and `block_energies` have found, as far as the weights are there.
+        whole: the whole spectrum of the earlier moment, or of one before that; None without.
 
     Returns:
-        "delta_sv_rel" (see `metrics.relative_change`), "cos_*" and "block_cos_*" (`subspaces.cosine_metrics`), all of
-        `of_weights`, and with "update_norm2_high" among these "turn_bound" (`subspaces.turn_bound`). What is of the
-        block is absent where `before` has none.
+        "cos_*" and "block_cos_*" (`subspaces.cosine_metrics`), all of `of_weights`, and with "update_norm2_high" among
+        these "turn_bound" (`subspaces.turn_bound`). What is of the block is absent where `before` has none. Where `now`
+        is a whole spectrum, against `whole`: "delta_sv_rel" (`metrics.relative_change`) and `subspaces.last_cosines`.
     """
-    values = {"delta_sv_rel": relative_change(before, now)} | cosine_metrics("cos", before, now) | dict(of_weights)
+    values = cosine_metrics("cos", before, now) | dict(of_weights)
+    if now.full and whole is not None:
+        values |= {"delta_sv_rel": relative_change(whole, now)} | last_cosines("cos", whole, now)
     if "update_norm2_high" in of_weights and blocks_of(before, now):
         values["turn_bound"] = turn_bound(before, now, of_weights["update_norm2_high"])
     return values
@@ -244,27 +288,36 @@ def refresh(
     *,
     cancelled: Callable[[], bool] = never,
     log: Callable[[str], object] = LOG.warning,
+    full: bool = True,
     describing: Callable[..., dict[str, dict[str, float]]] | None = None,
 ) -> Refreshed:
     """Solve the copies, compare them with `memory`, and put them into it (only once everything has succeeded).
 
-    `describing`: calls `describe`, elsewhere; default: here. Raises `Cancelled`.
+    `full`: the whole spectra, or the first values alone. `describing`: calls `describe`, elsewhere; default: here.
+    Raises `Cancelled`.
     """
 
-    def solved_of(kind: str, of_kind: list[MatrixStack]) -> dict[str, Solved]:
-        return solve_all(of_kind, settings, cancelled=cancelled, log=lambda line: log(f"{kind}: {line}"))
+    def solved_of(kind: str, of_kind: list[MatrixStack], full: bool) -> dict[str, Solved]:
+        of_log: dict[str, Any] = {"cancelled": cancelled, "log": lambda line: log(f"{kind}: {line}")}
+        if full:
+            return solve_all(of_kind, settings, **of_log)
+        known = {key.removeprefix(f"{kind}/"): one.start for key, one in memory.last.items()}
+        starts = {name: known[name] for stack in of_kind for name in stack.names if name in known}
+        return solve_first(of_kind, settings, starts, **of_log)
 
     if memory.weights and not memory.last:
         before, memory.weights = memory.weights, {}  # if this fails, it is not tried again
-        solved_before = {kind: solved_of(kind, of_kind) for kind, of_kind in before.items()}
-        memory.last = {f"{kind}/{name}": one for kind, found in solved_before.items() for name, one in found.items()}
+        for kind, of_kind in before.items():
+            memory.last |= {f"{kind}/{name}": one for name, one in solved_of(kind, of_kind, True).items()}
         memory.weights = before
-    result = Refreshed(update)
+        if memory.whole_update == memory.last_update:
+            memory.whole = memory.last
+    result = Refreshed(update, full=full)
     of_weights: dict[str, dict[str, float]] = {}
     for kind, of_kind in stacks.items():
         if kind == DIRECTION:
             continue
-        found = solved_of(kind, of_kind)
+        found = solved_of(kind, of_kind, full)
         last = {name: memory.last[f"{kind}/{name}"] for name in found if f"{kind}/{name}" in memory.last}
         result.solved |= {f"{kind}/{name}": one for name, one in found.items()}
         pairs = list(zip(memory.weights.get(kind, ()), of_kind, strict=False))
@@ -277,8 +330,9 @@ def refresh(
         for part in parts + [block_energies(last, found, stack, settings.cpu_threads) for stack in of_kind]:
             for name, values in part.items():
                 of_weights.setdefault(f"{kind}/{name}", {}).update(values)
-    result.values = (describing or describe)(result.solved, of_weights, memory.first, memory.last, settings)
-    memory.keep(update, result.solved, stacks)
+    compared = Memory(memory.first, memory.last, whole=memory.whole)
+    result.values = (describing or describe)(result.solved, of_weights, compared, settings)
+    memory.keep(result, stacks)
     return result
 
 
@@ -289,60 +343,29 @@ def _change(before: MatrixStack, now: MatrixStack) -> MatrixStack:
 def describe(
     solved: Mapping[str, Solved],
     of_weights: Mapping[str, Mapping[str, float]],
-    first: Mapping[str, Solved],
-    last: Mapping[str, Solved],
+    memory: Memory,
     settings: SpectralSettings,
 ) -> dict[str, dict[str, float]]:
-    """All scalars of the matrices of one refresh: of each, against the first and the last one, and against the EMA.
+    """All scalars of the matrices of one refresh: of each, against those that are remembered, and against the EMA.
 
-    `of_weights`: see `drift_metrics`; the other dictionaries, too, are by key.
+    `of_weights`: see `drift_metrics`; by key, as all dictionaries are.
     """
 
     def described_by(key: str) -> dict[str, float]:
         one = solved[key]
         values = matrix_metrics(one, settings) | dict(of_weights.get(key, {}))
-        if key in last:
-            values |= drift_metrics(last[key], one, of_weights.get(key, {}))
-        if key in first:
-            values |= cosine_metrics("cos0", first[key], one)
+        if key in memory.last:
+            values |= drift_metrics(memory.last[key], one, of_weights.get(key, {}), memory.whole.get(key))
+        if key in memory.first:
+            values |= _cosines("cos0", memory.first[key], one)
         kind, _, name = key.partition("/")
         if kind == MODEL and f"{EMA}/{name}" in solved:
-            values |= cosine_metrics("ema_cos", solved[f"{EMA}/{name}"], one)
+            values |= _cosines("ema_cos", solved[f"{EMA}/{name}"], one)
         return values
 
     return dict(zip(solved, side_by_side(described_by, solved, settings.cpu_threads), strict=True))
 
 
-def aggregates(values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Means over the layers of a type and over the matrices of a depth: by "spec/type/attn.qkv", "spec/depth/3".
-
-    Only what is one number a matrix is averaged, over its finite values; NaN where there are none. Of "turn_bound"
-    it is the median, infinite ones among them.
-    """
-    groups: dict[str, list[Mapping[str, float]]] = {}
-    for key, metrics in values.items():
-        kind, _, name = key.partition("/")
-        groups.setdefault(f"{kind}/type/{module_type(name)}", []).append(metrics)
-        if depth := module_depth(name):
-            groups.setdefault(f"{kind}/depth/{depth}", []).append(metrics)
-    return {group: _means(members) for group, members in groups.items()}
-
-
-def circuit_values(circuits: Mapping[str, BlockCircuits]) -> dict[str, dict[str, float]]:
-    """`circuits.circuit_metrics` by key, and their means over all blocks by "<kind>/type/circuit"."""
-    values = {key: circuit_metrics(one) for key, one in circuits.items()}
-    kinds = dict.fromkeys(key.partition("/")[0] for key in circuits)
-    for kind in kinds:
-        members = [one for key, one in values.items() if key.startswith(f"{kind}/{CIRCUIT}/")]
-        values[f"{kind}/type/{CIRCUIT}"] = _means([*members])
-    return values
-
-
-def _means(members: list[Mapping[str, float]]) -> dict[str, float]:
-    metrics = dict.fromkeys(m for member in members for m in member if not _ONE_OF_MANY.search(m))
-    means: dict[str, float] = {}
-    for metric in metrics:
-        found = np.array([member[metric] for member in members if metric in member])
-        used, mean = (~np.isnan(found), np.median) if metric in _MEDIANS else (np.isfinite(found), np.mean)
-        means[metric] = float(mean(found[used])) if used.any() else float("nan")
-    return means
+def _cosines(prefix: str, before: Solved, now: Solved) -> dict[str, float]:
+    values = cosine_metrics(prefix, before, now)
+    return values | last_cosines(prefix, before, now) if before.full and now.full else values

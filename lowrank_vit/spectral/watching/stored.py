@@ -15,16 +15,17 @@ import numpy as np
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.measures.initial import FarEntry
 from lowrank_vit.spectral.solving.extremes import Recorded, Triplets
-from lowrank_vit.spectral.watching.store import (
+from lowrank_vit.spectral.watching.files import (
     StoredSpectra,
     StoredVectors,
+    is_full,
     list_spectra,
     list_vectors,
-    read_far_entries,
     read_spectra,
     read_vectors,
     update_of,
 )
+from lowrank_vit.spectral.watching.store import read_far_entries
 
 T = TypeVar("T")
 
@@ -60,6 +61,11 @@ class Spectra:
         return list(self._spectra)
 
     @property
+    def full_updates(self) -> list[int]:
+        """Those of `updates` whose whole spectra are stored, ascending; of the others the first values alone are."""
+        return [update for update, file in self._spectra.items() if is_full(file)]
+
+    @property
     def vector_updates(self) -> list[int]:
         """Those whose singular vectors are stored, ascending; they are thinned out more."""
         return list(self._vectors)
@@ -73,12 +79,13 @@ class Spectra:
     def values(self, name: str, update: int | None = None, *, ema: bool = False) -> np.ndarray:
         """(K,) float64, descending: all singular values of a matrix, of the model or of its EMA.
 
-        `update`: one of `updates`; default: the newest. Raises `UserError` for a name or an update that is not there.
+        `update`: one of `updates`; default: the newest of `full_updates`. Of another all but the first values are NaN.
+        Raises `UserError` for a name or an update that is not there.
         """
-        return self._named(self.refresh(self.updates[-1] if update is None else update).spectra, name, ema)
+        return self._named(self.refresh(_newest(self._spectra) if update is None else update).spectra, name, ema)
 
     def series(self, name: str, *, ema: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """(T,) int64 updates, and (T, K) float64 singular values of a matrix at each of them.
+        """(T,) int64 updates, and (T, K) float64 singular values of a matrix at each of them, NaN where not known.
 
         Refreshes without the matrix, or of a matrix of another size, are left out. Raises `UserError` for a name that
         is not there, and for a damaged file.
@@ -93,9 +100,10 @@ class Spectra:
         """The recorded triplets of the greatest and of the smallest values, both in the order of `indices`.
 
         Each has `s` (k,), unit columns of `u` (R, k) and `v` (C, k), and `certificate` (k,), float64. `update`: one of
-        `vector_updates`; default: the newest. Raises `UserError` for a name or an update that is not there.
+        `vector_updates`; default: the newest with whole spectra. Of another the second has none (k = 0). Raises
+        `UserError` for a name or an update that is not there.
         """
-        newest = max(self.vector_updates, default=self.updates[-1])
+        newest = _newest(self._vectors) if self._vectors else self.updates[-1]
         return self._named(self.refresh_vectors(newest if update is None else update).ends, name, ema)
 
     def file(self, update: int) -> Path:
@@ -103,7 +111,10 @@ class Spectra:
         return self._chosen(self._spectra, update)
 
     def refresh(self, update: int) -> StoredSpectra:
-        """All of one update at once. Raises `UserError` if there is no such update, or its file is gone or damaged."""
+        """All of one update at once; its `full` tells whether the whole spectra are known.
+
+        Raises `UserError` if there is no such update, or its file is gone or damaged.
+        """
         if self._newest_read is None or self._newest_read.update != update:
             self._newest_read = read_spectra(self.file(update))
         return self._newest_read
@@ -127,6 +138,12 @@ class Spectra:
             some = ", ".join(difflib.get_close_matches(name, known, n=3) or known[:8]) or "none"
             raise UserError(f"{self.path} has no {name} of the {'EMA' if ema else 'model'}. There are {some}.")
         return found[f"{kind}/{name}"]
+
+
+def _newest(files: Mapping[int, Path]) -> int:
+    """The newest update of whole spectra, or without any the newest."""
+    updates = list(files)
+    return next((update for update in reversed(updates) if is_full(files[update])), updates[-1])
 
 
 def open_spectra(run: str | os.PathLike[str]) -> Spectra:

@@ -15,6 +15,7 @@ from lowrank_vit.spectral.measures.initial import FarEntry, far_entries_by_name
 from lowrank_vit.spectral.measures.metrics import recorded_indices
 from lowrank_vit.spectral.measures.updates import update_direction
 from lowrank_vit.spectral.select import Target, fused_of, matrices_of, take_targets, targets_of_model
+from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.solve import stack_by_shape
 from lowrank_vit.spectral.watching.refresh import DIRECTION, FOR_HEADS, MODEL, Memory, SpectralSettings, Stacks
 from lowrank_vit.spectral.watching.store import Kept, SpectraStore
@@ -114,24 +115,30 @@ class Watched:
 
         Where the store's limit has thinned out the vectors of what was kept, only the weights of that are remembered.
         """
-        first, last_update, last = store.first_and_last(update)
+        stored = store.stored(update)
         keys = {f"{kind}/{name}": name for kind in self._models for name in self._mine}
 
-        def fits(key: str, found: Any) -> bool:
+        def fits(key: str, found: Solved) -> bool:
             matrix = self.matrices[keys[key]]
-            expected = [(side, len(matrix[end])) for end in ("top", "last") for side in matrix["shape"]]
-            shapes = [side.shape for end in (found.top, found.last) for side in (end.u, end.v)]
+            ends = {"top": found.top, "last": found.last} if found.full else {"top": found.top}
+            expected = [(side, len(matrix[end])) for end in ends for side in matrix["shape"]]
+            shapes = [side.shape for end in ends.values() for side in (end.u, end.v)]
             return shapes == expected and (found.block is None or found.block.s.size == matrix["top"][-1])
 
-        for of in (first, last):
-            for key in list(of):
-                if key not in keys or not fits(key, of[key]):
-                    del of[key]
+        first, last, whole = (
+            {key: one for key, one in of.items() if key in keys and fits(key, one)}
+            for of in (stored.first, stored.last, stored.whole)
+        )
+        memory = Memory(first, whole=whole, whole_update=stored.whole_update if whole else None)
         weights = self.stacks_of(kept) if kept else {}
         weights.pop(DIRECTION, None)
-        if kept and weights and kept.update != last_update:
-            return Memory(first, {}, kept.update, weights)
-        return Memory(first, last, last_update if last else None, weights if last else {})
+        if kept and weights and kept.update != stored.last_update:
+            memory.last_update, memory.weights = kept.update, weights
+            if kept.full:
+                memory.whole, memory.whole_update = {}, kept.update
+        elif last:
+            memory.last, memory.last_update, memory.weights = last, stored.last_update, weights
+        return memory
 
 
 def directions_of(model: nn.Module, optimizer: Optimizer, watched: Mapping[str, Target]) -> dict[str, Tensor]:

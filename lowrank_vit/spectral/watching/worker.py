@@ -20,18 +20,16 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.threads import Jobs, beat
 from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.heads import Heads, circuits_by_block
+from lowrank_vit.spectral.measures.aggregates import CIRCUIT, aggregates, circuit_values
 from lowrank_vit.spectral.measures.circuits import BlockCircuits
-from lowrank_vit.spectral.solving.extremes import Solved
+from lowrank_vit.spectral.solving.extremes import ENDS
 from lowrank_vit.spectral.solving.solve import LOG, Cancelled, MatrixStack
 from lowrank_vit.spectral.watching.refresh import (
-    CIRCUIT,
     FOR_HEADS,
     Memory,
     Refreshed,
     SpectralSettings,
     Stacks,
-    aggregates,
-    circuit_values,
     describe,
     refresh,
 )
@@ -45,11 +43,14 @@ class SpectralRecord(NamedTuple):
 
     Metrics are those of `refresh.matrix_metrics`, `refresh.drift_metrics`, `refresh.update_norms`,
     `subspaces.cosine_metrics` and, where asked for, `updates.update_metrics` with the prefixes "dw" and "opt";
-    `refresh.aggregates` adds "<kind>/type/..." and "<kind>/depth/...". About the refresh
+    `aggregates.aggregates` adds "<kind>/type/..." and "<kind>/depth/...". About the refresh
     itself: "spec/refresh/seconds", "spec/refresh/skipped" (refreshes so far that were due and left out),
     "spec/refresh/failed" (those so far that failed or were not stored; both count from this process's start),
-    "spec/refresh/fallbacks" (matrices not solved by the solver asked for) and "spec/refresh/since" (updates since the
-    one it is compared with; absent in the first).
+    "spec/refresh/fallbacks" (matrices not solved by the solver asked for), "spec/refresh/since" (updates since the one
+    it is compared with; absent in the first), "spec/refresh/full" (1: the whole spectra; 0: the first values alone),
+    "spec/refresh/full_share" (the share of matrices whose whole spectrum was solved, 0-1: with "full" 0, of those whose
+    first values alone were not proven) and, of whole spectra but the first, "spec/refresh/since_full" (updates since
+    the whole spectra that "delta_sv_rel" and the "cos_*_last*" compare them with).
     """
 
     update: int
@@ -64,6 +65,8 @@ class Snapshot:
     stacks: Stacks
     ready: Mark
     """The copies are complete once this is reached."""
+    full: bool = True
+    """Whether the whole spectra are to be computed."""
     before: Kept | None = None
     """On the first rank, the snapshot before."""
     failure: Exception | None = None
@@ -150,7 +153,7 @@ class Worker:
         start = time.perf_counter()
         part: Refreshed | None = None
         failure: Exception | None = None
-        since = self._memory.last_update
+        since, since_full = self._memory.last_update, self._memory.whole_update
         try:
             if snapshot.failure:
                 raise snapshot.failure
@@ -159,20 +162,21 @@ class Worker:
                 snapshot.ready.hand_over(self._stream, *matrices)
                 stacks = self._on_cpu(snapshot.stacks) if self._settings.on_cpu else snapshot.stacks
                 own = {kind: of for kind, of in stacks.items() if not kind.endswith(FOR_HEADS)}
-                part = self._refreshed(snapshot.update, own)
+                part = self._refreshed(snapshot, own)
                 part.circuits = self._circuits(stacks)
         except Cancelled:
             pass
         except Exception as error:
             failure = error
         # Also after a failure, since the others are waiting here; an error itself may not survive the way.
-        parts = self._ranks.gather(part or (f"{type(failure).__name__}: {failure}" if failure else ""))
+        sent = part and replace(part, solved={key: replace(one, start=None) for key, one in part.solved.items()})
+        parts = self._ranks.gather(sent or (f"{type(failure).__name__}: {failure}" if failure else ""))
         if parts is None:  # the first rank tells of what failed here
             self.failed += failure is not None
             return
         if failure is not None:
             raise failure
-        whole = Refreshed(snapshot.update)
+        whole = Refreshed(snapshot.update, full=snapshot.full)
         for rank, one in enumerate(parts):
             if not isinstance(one, Refreshed):
                 if one:
@@ -188,31 +192,35 @@ class Worker:
         flat = self._call(flattened, whole.values) | self._call(flattened_circuits, whole.circuits)
         fallbacks = sum(bool(one.note) for one in whole.solved.values())
         flat |= {"spec/refresh/fallbacks": float(fallbacks), "spec/refresh/seconds": time.perf_counter() - start}
+        share = sum(one.solver != ENDS for one in whole.solved.values()) / max(1, len(whole.solved))
+        flat |= {"spec/refresh/full": float(snapshot.full), "spec/refresh/full_share": share}
         if since is not None:
             flat["spec/refresh/since"] = float(snapshot.update - since)
+        if snapshot.full and since_full is not None:
+            flat["spec/refresh/since_full"] = float(snapshot.update - since_full)
         try:
-            self._store = self._call(saved, self._store, whole.update, whole.solved, whole.circuits)
+            self._store = self._call(saved, self._store, whole)
             self._is_failing = False
         finally:  # the numbers are there, stored or not
             self.finished.put(SpectralRecord(whole.update, flat))
 
-    def _refreshed(self, update: int, stacks: Stacks) -> Refreshed:
+    def _refreshed(self, snapshot: Snapshot, stacks: Stacks) -> Refreshed:
         """One refresh of this rank's share. Raises `Cancelled`."""
-        of_refresh: dict[str, Any] = {"cancelled": self._is_cancelled, "log": self._note, "describing": self._describe}
-        memory = self._memory
+        here: dict[str, Any] = {"cancelled": self._is_cancelled, "log": self._note, "describing": self._describe}
+        asked, memory = (snapshot.update, snapshot.full), self._memory
         if self._aside is None or any(cuda_path(one.matrices_NRC) for of_kind in stacks.values() for one in of_kind):
-            return refresh(update, stacks, self._settings, memory, **of_refresh)
+            return refresh(snapshot.update, stacks, self._settings, memory, full=snapshot.full, **here)
         try:
             sent = _as_arrays(stacks), replace(memory, weights=_as_arrays(memory.weights))
-            part = self._aside.call(_refreshed_aside, update, *sent, self._settings, hear=self._hear)
+            part = self._aside.call(_refreshed_aside, *asked, *sent, self._settings, hear=self._hear)
         except NotStarted as error:
             self._compute_here(error)
-            return refresh(update, stacks, self._settings, memory, **of_refresh)
+            return refresh(snapshot.update, stacks, self._settings, memory, full=snapshot.full, **here)
         except Exception:
             if not memory.last:  # as in `refresh`, weights that cannot be solved are not tried again
                 memory.weights = {}
             raise
-        memory.keep(update, part.solved, stacks)
+        memory.keep(part, stacks)
         return part
 
     def _circuits(self, stacks: Stacks) -> dict[str, BlockCircuits]:
@@ -296,11 +304,9 @@ def flattened_circuits(circuits: Mapping[str, BlockCircuits]) -> dict[str, float
     return {f"{key}/{metric}": v for key, found in circuit_values(circuits).items() for metric, v in found.items()}
 
 
-def saved(
-    store: SpectraStore, update: int, solved: Mapping[str, Solved], circuits: Mapping[str, BlockCircuits]
-) -> SpectraStore:
+def saved(store: SpectraStore, found: Refreshed) -> SpectraStore:
     """The store with one refresh more, see `SpectraStore.save`: it may be another process's copy of it."""
-    store.save(update, solved, circuits)
+    store.save(found.update, found.solved, full=found.full, circuits=found.circuits)
     return store
 
 
@@ -329,7 +335,12 @@ def _as_stacks(arrays: Arrays) -> Stacks:
 
 
 def _refreshed_aside(
-    tell: Callable[[str], object], update: int, stacks: Arrays, memory: Memory, settings: SpectralSettings
+    tell: Callable[[str], object],
+    update: int,
+    full: bool,
+    stacks: Arrays,
+    memory: Memory,
+    settings: SpectralSettings,
 ) -> Refreshed:
     """A whole refresh in another process, which tells of log lines, and of nothing before each matrix."""
 
@@ -339,7 +350,7 @@ def _refreshed_aside(
 
     torch.set_num_threads(1)
     memory.weights = _as_stacks(cast(Arrays, memory.weights))
-    return refresh(update, _as_stacks(stacks), settings, memory, cancelled=goes_on, log=tell)
+    return refresh(update, _as_stacks(stacks), settings, memory, full=full, cancelled=goes_on, log=tell)
 
 
 def _use_one_thread() -> None:

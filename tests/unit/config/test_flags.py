@@ -28,8 +28,8 @@ lr-stable-timescale lr-cycle-mul
 lr-cycle-decay lr-cycle-limit lr-k-decay lr-noise lr-noise-pct lr-noise-std aa color-jitter reprob remode recount
 erase-first resplit smoothing bce-loss bce-sum bce-target-thresh mixup cutmix mixup-prob mixup-switch-prob mixup-mode
 mix-block cutmix-minmax mixup-off-epoch device amp amp-dtype tf32 compile compile-mode compile-cache spec-monitor
-spec-every spec-topk spec-interval spec-targets spec-split-qkv spec-circuits spec-solver spec-on-cpu spec-cpu-threads
-spec-store-gb spec-updates spec-flows spec-flow-images
+spec-every spec-full-every spec-topk spec-interval spec-targets spec-split-qkv spec-circuits spec-solver spec-on-cpu
+spec-cpu-threads spec-store-gb spec-updates spec-flows spec-flow-images
 output experiment resume seed log-interval val-interval eval-metric tta checkpoint-hist checkpoint-interval
 rank-timeout init-timeout log-wandb wandb-project wandb-tags wandb-resume-id
 """.split()

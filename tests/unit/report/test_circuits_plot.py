@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from lowrank_vit.report.circuits_plot import circuits_plot
 from lowrank_vit.report.read import read_analysis, read_run
 from lowrank_vit.spectral.measures.circuits import HeadWeights, as_arrays, circuits_of
-from lowrank_vit.spectral.watching.store import CIRCUITS, SpectraStore
+from lowrank_vit.spectral.watching.files import CIRCUITS
+from lowrank_vit.spectral.watching.store import SpectraStore
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def test_scores_are_drawn_over_their_chance_value(
     if bad:
         found["blocks.1"].q_HG[0] = np.nan
     keyed = {f"{kind}/circuit/{block}": one for kind in ("spec", "spec_ema") for block, one in found.items()}
-    SpectraStore(tmp_path / "spectra", 1e9, {CIRCUITS: "raw"}).save(4, {}, keyed)
+    SpectraStore(tmp_path / "spectra", 1e9, {CIRCUITS: "raw"}).save(4, {}, circuits=keyed)
     (tmp_path / "args.yaml").write_text("model: vit\n")
     maps: list[np.ndarray] = []
     original = Axes.imshow

@@ -16,7 +16,8 @@ from lowrank_vit.report.read import read_run
 from lowrank_vit.report.spectra_plots import vectors_plot
 from lowrank_vit.spectral.measures.subspaces import chance_cosines
 from lowrank_vit.spectral.solving.extremes import Solved
-from lowrank_vit.spectral.watching.store import SpectraStore, list_vectors, read_vectors
+from lowrank_vit.spectral.watching.files import list_vectors, read_vectors
+from lowrank_vit.spectral.watching.store import SpectraStore
 from tests.reported import KINDS, add_monitor, solved
 
 

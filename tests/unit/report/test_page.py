@@ -20,9 +20,9 @@ from lowrank_vit.report.page import comparison, final_numbers, headline, report_
 from lowrank_vit.report.read import Run, read_analysis, read_run, series
 from lowrank_vit.report.spectra_plots import bulk_plot, spectra_plot, vectors_plot
 from lowrank_vit.spectral.measures.noise import Noise, marchenko_pastur
+from lowrank_vit.spectral.watching.files import write_spectra
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from lowrank_vit.spectral.watching.refresh import SpectralSettings
-from lowrank_vit.spectral.watching.store import write_spectra
 from tests.reported import KINDS, add_metrics, add_monitor, add_spectra, add_summary, fill, train_line
 from tests.spectra import tiny_vit
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.flows import attentions_of, blocks_of, check_flows, measure, remark_on_attention
-from lowrank_vit.spectral.watching.store import forget_flows, write_flows
+from lowrank_vit.spectral.watching.files import forget_flows, write_flows
 
 TINY: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
 

@@ -25,7 +25,7 @@ from lowrank_vit.spectral.heads import (
     head_weights,
 )
 from lowrank_vit.spectral.measures.circuits import BlockCircuits, circuit_metrics, of_arrays
-from lowrank_vit.spectral.watching.store import read_newest_circuits
+from lowrank_vit.spectral.watching.files import read_newest_circuits
 from tests.monitors import watch
 from tests.spectra import tiny_vit
 

@@ -18,13 +18,14 @@ from torch import nn
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.analyze import analyze_weights
 from lowrank_vit.spectral.fused import fused_qkv
+from lowrank_vit.spectral.measures.aggregates import aggregates
 from lowrank_vit.spectral.measures.metrics import reach
 from lowrank_vit.spectral.measures.subspaces import chance_cosines
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.solve import MatrixStack, solve, solve_stack, stack_by_shape
+from lowrank_vit.spectral.watching import files
 from lowrank_vit.spectral.watching import refresh as refresh_module
-from lowrank_vit.spectral.watching import store
-from lowrank_vit.spectral.watching.refresh import Memory, SpectralSettings, aggregates, refresh
+from lowrank_vit.spectral.watching.refresh import Memory, SpectralSettings, refresh
 from lowrank_vit.spectral.watching.worker import Worker
 from tests.device_path import CudaPath
 from tests.monitors import LONG_S, SETTINGS, Gate, comparable, nudge, observe, stored, targets, watch
@@ -46,7 +47,7 @@ def test_stored_spectra_and_records_equal_an_offline_computation_bit_for_bit(tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "index.json", "update_00000000.npz", "vectors_00000000.npz",
     ]  # fmt: skip
-    update, found = store.read_spectra(tmp_path / "update_00000000.npz")
+    update, found, _ = files.read_spectra(tmp_path / "update_00000000.npz")
     assert update == 0
     assert list(found) == list(expected)
     for key, s in expected.items():
@@ -70,7 +71,7 @@ def test_a_snapshot_is_of_its_moment_whatever_happens_to_the_weights_meanwhile(t
             for parameter in model.parameters():
                 parameter.zero_()
         gate.open.set()
-    for key, s in store.read_spectra(tmp_path / "update_00000000.npz").spectra.items():
+    for key, s in files.read_spectra(tmp_path / "update_00000000.npz").spectra.items():
         np.testing.assert_array_equal(s, expected[key])
 
 
@@ -271,7 +272,7 @@ def test_keys_of_the_first_and_of_later_refreshes(tmp_path: Path) -> None:
     drift = {"delta_sv_rel"} | of_weights | family("cos") | family("cos0")
     assert {k.rpartition("/")[2] for k in first} == single | family("ema_cos")
     assert {k.rpartition("/")[2] for k in second} == single | family("ema_cos") | drift
-    s = store.read_spectra(tmp_path / "update_00000002.npz").spectra["spec/blocks.0.attn.qkv"]
+    s = files.read_spectra(tmp_path / "update_00000002.npz").spectra["spec/blocks.0.attn.qkv"]
     assert [second[f"spec/blocks.0.attn.qkv/{n}"] for n in ("sv1", "sv2", "sv_last1", "sv_last2")] == [
         s[0], s[3], s[15], s[12],
     ]  # fmt: skip
@@ -367,7 +368,7 @@ def test_split_qkv_watches_three_matrices(tmp_path: Path) -> None:
     model = tiny_vit()
     with watch(model, tmp_path, targets="attn.qkv,mlp.fc1", split_qkv=True) as monitor:
         monitor.observe(0)
-    spectra = store.read_spectra(tmp_path / "update_00000000.npz").spectra
+    spectra = files.read_spectra(tmp_path / "update_00000000.npz").spectra
     names = [f"spec/blocks.{b}.{k}" for b in (0, 1) for k in ("attn.qkv.q", "attn.qkv.k", "attn.qkv.v", "mlp.fc1")]
     assert list(spectra) == names
     weight = model.get_parameter("blocks.1.attn.qkv.weight").detach().double().numpy()

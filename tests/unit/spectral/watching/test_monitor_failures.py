@@ -18,8 +18,8 @@ import torch
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.solving.extremes import Solved
+from lowrank_vit.spectral.watching import files
 from lowrank_vit.spectral.watching import refresh as refresh_module
-from lowrank_vit.spectral.watching import store
 from tests.monitors import LONG_S, Gate, observe, stored, watch
 from tests.spectra import tiny_vit
 
@@ -72,7 +72,7 @@ def test_a_full_disk_costs_the_file_and_not_the_record(tmp_path: Path, monkeypat
 
     said: list[str] = []
     with watch(tiny_vit(), tmp_path, say=said.append) as monitor:
-        monkeypatch.setattr(store.np, "savez", full)
+        monkeypatch.setattr(files.np, "savez", full)
         monitor.observe(0)
     (line,) = said
     assert "spectra of update 0" in line

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_vit.spectral.watching import store
+from lowrank_vit.spectral.watching import files, store
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from lowrank_vit.spectral.watching.refresh import SpectralSettings
 from tests.monitors import (
@@ -170,7 +170,7 @@ def test_a_store_that_cannot_be_read_ends_no_resume(tmp_path: Path, monkeypatch:
         raise OSError(116, "Stale file handle")
 
     said: list[str] = []
-    monkeypatch.setattr(store, "_files", stale)
+    monkeypatch.setattr(store, "files_of", stale)
     watch(tiny_vit(), tmp_path, resumed_update=2, recorded_update=0, say=said.append).close()
     assert len(said) == 2
     assert "holds of before cannot be read ([Errno 116] Stale file handle). Training goes on" in said[1]
@@ -195,7 +195,7 @@ def test_a_store_of_an_earlier_version_has_no_blocks_and_is_compared_with_all_th
         whole = observe(monitor, model, range(0, 4, 2))
         at_2 = deepcopy(model.state_dict())
         whole += observe(monitor, model, range(4, 8, 2))
-    for path in store.list_vectors(tmp_path):
+    for path in files.list_vectors(tmp_path):
         with np.load(path) as arrays:
             earlier = {name: arrays[name] for name in arrays.files if ":between:" not in name}
         np.savez(path, allow_pickle=False, **earlier)

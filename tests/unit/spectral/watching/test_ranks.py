@@ -16,8 +16,8 @@ import torch.multiprocessing as mp
 
 from lowrank_vit.ranks.world import World
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
+from lowrank_vit.spectral.watching import files, store
 from lowrank_vit.spectral.watching import refresh as refresh_module
-from lowrank_vit.spectral.watching import store
 from lowrank_vit.spectral.watching.monitor import _BUSY, _CLOSED, _IDLE, SpectralMonitor
 from lowrank_vit.spectral.watching.watched import share_out
 from tests.monitors import WITH_UPDATES, Gate, adamw, step
@@ -121,8 +121,8 @@ def test_two_ranks_equal_one_bit_for_bit(two_ranks: tuple[Path, list[Any]], tmp_
         assert found == wanted
     names = sorted(path.name for path in tmp_path.iterdir())
     assert sorted(path.name for path in (folder / "two").iterdir()) == names
-    for ours, theirs in zip(*(store.list_vectors(place) for place in (tmp_path, folder / "two")), strict=True):
-        one, two = store.read_vectors(ours).ends, store.read_vectors(theirs).ends
+    for ours, theirs in zip(*(files.list_vectors(place) for place in (tmp_path, folder / "two")), strict=True):
+        one, two = files.read_vectors(ours).ends, files.read_vectors(theirs).ends
         assert list(one) == list(two)
         for key in one:
             np.testing.assert_array_equal(one[key][0].u, two[key][0].u)

@@ -1,0 +1,237 @@
+"""The files that a refresh of spectra is stored in: their names, and how they are written and read.
+
+`update_00000100.npz`   "update" and a float64 array (K,) per "<kind>/<name>": all singular values, descending; of a
+                        fused qkv matrix also "<kind>/<name>:scaled" (K,), see `extremes.Thirds`.
+`vectors_00000100.npz`  "update" and the recorded triplets, float64: per "<kind>/<name>" and end (top, last)
+                        "<key>:top:u" (R, k), ":v" (C, k), ":s" (k,) and ":certificate" (k,). Where the recorded ones
+                        leave some out at the top, those as "<key>:between:u" and so on, in the order of their values.
+                        Of a refresh of the first values alone both files hold `FIRST_ALONE`: unknown values are NaN,
+                        and the last triplets have no columns.
+`circuits_00000100.npz` with `--spec-circuits` per "<kind>/circuit/<block>" what `circuits.as_arrays` says.
+`flows_00000100.npz`    of a validation after that update, per "<kind>/<block>:variances" and ":entropies", see `Flows`.
+
+Kinds are "spec" (the model) and "spec_ema" (its moving average). A file is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import whole_file
+from lowrank_vit.spectral.flows import Flows
+from lowrank_vit.spectral.measures.circuits import BlockCircuits, as_arrays, of_arrays
+from lowrank_vit.spectral.solving.extremes import Solved, Triplets
+
+SPECTRA, VECTORS, CIRCUITS, WEIGHTS, FLOWS = "update", "vectors", "circuits", "weights", "flows"
+FIRST_ALONE = "first_values_alone"
+"""In files of refreshes that did not compute the whole spectra; others do not have it."""
+_ENDS, _BETWEEN = ("top", "last"), "between"
+_SCALED = ":scaled"
+_FIELDS = ("u", "v", "s", "certificate")
+
+
+class StoredSpectra(NamedTuple):
+    """One refresh: the update it was taken at, and "<kind>/<name>" to (K,) float64 singular values, descending."""
+
+    update: int
+    spectra: dict[str, np.ndarray]
+    full: bool = True
+    """Whether the whole spectra are known. Otherwise all but the first values are NaN."""
+
+
+class StoredVectors(NamedTuple):
+    """One refresh: the update it was taken at, and "<kind>/<name>" to the recorded (top, last) triplets.
+
+    Of a refresh of the first values alone `last` has none.
+    """
+
+    update: int
+    ends: dict[str, tuple[Triplets, Triplets]]
+    blocks: dict[str, Triplets]
+    """The same key to the first p triplets, p the greatest recorded index, where the recorded ones leave some out."""
+    full: bool
+    """Whether the last triplets are known, too."""
+
+
+def write_spectra(store_dir: Path, update: int, spectra: Mapping[str, np.ndarray], *, full: bool = True) -> Path:
+    """Write the spectra of one refresh, replacing an earlier one of the same update; return its path.
+
+    `full`: whether all values are known.
+
+    Raises:
+        UserError: the directory cannot be written (full, read-only, gone).
+    """
+    return _write(store_dir, SPECTRA, update, spectra, full)
+
+
+def write_refresh(store_dir: Path, update: int, solved: Mapping[str, Solved], *, full: bool = True) -> None:
+    """Write both files of one refresh. `full` and errors as of `write_spectra`."""
+    scaled = {key + _SCALED: one.thirds.s for key, one in solved.items() if one.thirds}
+    write_spectra(store_dir, update, {key: one.s for key, one in solved.items()} | scaled, full=full)
+    arrays: dict[str, np.ndarray] = {}
+    for key, one in solved.items():
+        parts = {"top": one.top, "last": one.last}
+        if one.block is not None:
+            between = np.flatnonzero(~_is_recorded(one.top.s.size, one.block.s.size))
+            parts[_BETWEEN] = one.block.pick(between.tolist())
+        arrays |= {f"{key}:{end}:{name}": getattr(of, name) for end, of in parts.items() for name in _FIELDS}
+    _write(store_dir, VECTORS, update, arrays, full)
+
+
+def write_circuits(store_dir: Path, update: int, circuits: Mapping[str, BlockCircuits]) -> None:
+    """Write those of a refresh, by "<kind>/circuit/<block>". Raises `UserError`."""
+    _write(store_dir, CIRCUITS, update, as_arrays(circuits), full=True)
+
+
+def write_flows(store_dir: Path, update: int, flows: Mapping[str, Flows]) -> Path:
+    """Write what was found out of the models of these kinds at a validation; return the path. Raises `UserError`."""
+    arrays: dict[str, np.ndarray] = {}
+    for kind, found in flows.items():
+        arrays |= {f"{kind}/{block}:variances": one for block, one in found.variances.items()}
+        arrays |= {f"{kind}/{block}:entropies": one for block, one in found.entropies.items()}
+    with contextlib.suppress(OSError):  # writing tells of it
+        store_dir.mkdir(exist_ok=True)
+    return _write(store_dir, FLOWS, update, arrays, full=True)
+
+
+def forget_flows(store_dir: Path, update: int) -> None:
+    """Delete what validations after `update` have found out, which a run that goes on from there makes again."""
+    with contextlib.suppress(OSError):
+        for path in files_of(store_dir, FLOWS):
+            if update_of(path) > update:
+                path.unlink(missing_ok=True)
+
+
+def list_spectra(store_dir: Path) -> list[Path]:
+    """The stored refreshes in the order of their updates; empty when there is no such directory."""
+    return files_of(store_dir, SPECTRA)
+
+
+def list_vectors(store_dir: Path) -> list[Path]:
+    """The stored vectors in the order of their updates; empty when there is no such directory."""
+    return files_of(store_dir, VECTORS)
+
+
+def read_newest_circuits(store_dir: Path) -> tuple[int, dict[str, BlockCircuits]]:
+    """The newest refresh that has circuits, and these by "<kind>/circuit/<block>"; -1 and none where there is none."""
+    for path in reversed(files_of(store_dir, CIRCUITS)):
+        with contextlib.suppress(UserError, KeyError):
+            update, arrays, _ = _read(path)
+            return update, of_arrays(arrays)
+    return -1, {}
+
+
+def read_spectra(path: Path) -> StoredSpectra:
+    """Read one refresh, matrices in model order.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    update, arrays, full = _read(path)
+    return StoredSpectra(update, {key: s for key, s in arrays.items() if not key.endswith(_SCALED)}, full)
+
+
+def read_scaled(path: Path) -> dict[str, np.ndarray]:
+    """Of the fused qkv matrices of a refresh, "<kind>/<name>" to what to compare with noise; see `extremes.Thirds`.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    _, arrays, _ = _read(path)
+    return {key.removesuffix(_SCALED): s for key, s in arrays.items() if key.endswith(_SCALED)}
+
+
+def is_full(path: Path) -> bool:
+    """Whether a file of a refresh is of whole spectra; so it is of one that cannot be read."""
+    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as file:
+        return f"{FIRST_ALONE}.npy" not in file.NameToInfo
+    return True
+
+
+def read_vectors(path: Path) -> StoredVectors:
+    """Read the recorded triplets of one refresh, matrices in model order.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    update, arrays, full = _read(path)
+    ends: dict[str, tuple[Triplets, Triplets]] = {}
+    blocks: dict[str, Triplets] = {}
+    try:
+        for key in dict.fromkeys(name.rsplit(":", 2)[0] for name in arrays):
+            top, last = ({f: arrays[f"{key}:{end}:{f}"] for f in _FIELDS} for end in _ENDS)
+            ends[key] = (Triplets(**top), Triplets(**last))
+            if f"{key}:{_BETWEEN}:s" in arrays:
+                blocks[key] = _block(ends[key][0], Triplets(**{f: arrays[f"{key}:{_BETWEEN}:{f}"] for f in _FIELDS}))
+    except KeyError as error:
+        raise UserError(f"cannot read the vectors in {path}: {error} is missing") from error
+    return StoredVectors(update, ends, blocks, full)
+
+
+def _is_recorded(k: int, p: int) -> np.ndarray:
+    """(p,) bool: which of the first p indices are the k recorded ones, at equal distances from first to last."""
+    interval = (p - 1) // max(k - 1, 1)
+    return np.arange(p) % interval == 0
+
+
+def _block(top: Triplets, between: Triplets) -> Triplets:
+    """The recorded triplets and those between them, in the order of their indices."""
+    k, p = top.s.size, top.s.size + between.s.size
+    is_recorded = _is_recorded(k, p)
+    order = np.where(is_recorded, np.cumsum(is_recorded) - 1, k + np.cumsum(~is_recorded) - 1).tolist()
+    both = (np.concatenate([getattr(top, f), getattr(between, f)], axis=-1) for f in _FIELDS)
+    return Triplets(**dict(zip(_FIELDS, both, strict=True))).pick(order)
+
+
+def path_of(folder: Path, prefix: str, update: int) -> Path:
+    """Of the file of this prefix, `SPECTRA` and so on, of an update."""
+    return folder / f"{prefix}_{update:08d}{_suffix(prefix)}"
+
+
+def files_of(folder: Path, prefix: str) -> list[Path]:
+    """In the order of their updates. What has another name, such as update_best.npz, is not the store's."""
+    name = re.compile(rf"{prefix}_[0-9]{{8,}}{re.escape(_suffix(prefix))}")
+    found = (path for path in folder.glob(f"{prefix}_*") if name.fullmatch(path.name))
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
+def _suffix(prefix: str) -> str:
+    return ".pth" if prefix == WEIGHTS else ".npz"
+
+
+def update_of(path: Path) -> int:
+    """The update whose refresh a file of the store holds."""
+    return int(path.stem.rpartition("_")[2])
+
+
+def _write(folder: Path, prefix: str, update: int, arrays: Mapping[str, np.ndarray], full: bool) -> Path:
+    path = path_of(folder, prefix, update)
+    more = {} if full else {FIRST_ALONE: np.True_}
+    try:
+        with whole_file(path) as file:
+            np.savez(file, allow_pickle=False, update=np.int64(update), **more, **arrays)
+    except OSError as error:
+        raise UserError(
+            f"cannot store the spectra of update {update} in {folder}: {error.strerror or error}. "
+            "Free some space, or make it writable."
+        ) from error
+    return path
+
+
+def _read(path: Path) -> tuple[int, dict[str, np.ndarray], bool]:
+    """The update, the arrays by name, and whether these are of whole spectra."""
+    try:
+        # Opened here: np.load leaves the file open when it finds the archive damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            arrays = {key: stored[key] for key in stored.files if key not in ("update", FIRST_ALONE)}
+            return int(stored["update"]), arrays, FIRST_ALONE not in stored.files
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read the spectra in {path}: {error}") from error

@@ -1,0 +1,61 @@
+"""When a refresh is due, and whether it computes the whole spectra or their first values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lowrank_vit.spectral.solving.ends import is_large_enough
+from lowrank_vit.spectral.solving.extremes import Solver
+
+FULL_EVERY = {"cpu": 3, "cuda": 40}
+"""By kind of device, `SpectralSettings.full_every` at which one refresh of whole spectra costs about what the others
+until the next cost together: 1 + seconds of a whole one / seconds of one of the first values.
+
+On a CPU measured (`python -m benchmarks spectral`: 1.5 to 2). On a GPU an estimate, not yet run: batched `eigh` of
+ViT-B's matrices with EMA takes 0.77 s on an H100, products and factors of the first values about 20 ms.
+"""
+
+
+def usual_full_every(kind: str, solver: Solver, m: int, shapes: Iterable[Sequence[int]]) -> int:
+    """What `SpectralSettings.full_every` is where nobody chose it: as in `FULL_EVERY`, and 1 where that saves nothing.
+
+    Args:
+        kind: of device that the spectra are computed on, as torch calls it.
+        solver: `SpectralSettings.solver`.
+        m: triplets that are wanted of each end.
+        shapes: of the watched matrices.
+    """
+    if solver == "svd" or not any(is_large_enough(min(shape), m) for shape in shapes):
+        return 1
+    return FULL_EVERY.get(kind, FULL_EVERY["cpu"])
+
+
+@dataclass
+class Schedule:
+    """Which updates a refresh is due at; both methods tell the same on every rank, and in a run that is resumed."""
+
+    every: int
+    """Updates between refreshes."""
+    full_every: int = 1
+    """Refreshes of which one computes the whole spectra: that of the update 0, `every` * `full_every`, and so on."""
+    last_update: int | None = None
+    """The training's last update, where that is known."""
+    taken: int | None = None
+    """The update of the refresh that was taken last, by this process or an earlier one."""
+
+    def is_due(self, update: int) -> bool:
+        """Whether a refresh is due after so many updates."""
+        return update % self.every == 0
+
+    def is_last(self, update: int) -> bool:
+        """Whether no refresh is due after this one."""
+        return self.last_update is not None and self.last_update < update + self.every
+
+    def take(self, update: int) -> bool:
+        """Whether the refresh of an update, which is taken now, is to compute the whole spectra.
+
+        The first and the last do, and those at multiples; where such a one was left out, the next one taken does.
+        """
+        length, before, self.taken = self.every * self.full_every, self.taken, update
+        return before is None or self.is_last(update) or update // length > before // length

@@ -1,0 +1,223 @@
+"""One refresh in so many computes the whole spectra, the others their first values alone: which, and what they say."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lowrank_vit.spectral.solving.ends import GUARD, solve_ends
+from lowrank_vit.spectral.solving.extremes import Solved, Solver
+from lowrank_vit.spectral.solving.solve import MatrixStack
+from lowrank_vit.spectral.watching import refresh
+from lowrank_vit.spectral.watching.files import read_spectra, read_vectors
+from lowrank_vit.spectral.watching.refresh import SpectralSettings
+from lowrank_vit.spectral.watching.schedule import FULL_EVERY, Schedule, usual_full_every
+from lowrank_vit.spectral.watching.store import kept_name
+from lowrank_vit.spectral.watching.stored import open_spectra
+from tests.monitors import comparable, nudge, watch
+
+SETTINGS = SpectralSettings(topk=3, interval=2, full_every=3)
+OF_WHOLE = "_last alpha mp_ rank9 effective_rank nuclear_norm condition numerical_rank delta_sv_rel".split()
+
+
+def model_of(seed: int = 0) -> nn.Module:
+    """Wide enough for the first values to be found alone."""
+    torch.manual_seed(seed)
+    return nn.ModuleDict({"qkv": nn.Linear(64, 192), "fc": nn.Linear(128, 64)})
+
+
+def run(folder: Path, updates: range, model: nn.Module, ema: nn.Module | None = None, **more: Any) -> dict[int, Any]:
+    """The records of a monitor at each second of these updates, before which the weights have moved a little."""
+    records: dict[int, Any] = {}
+    options: dict[str, Any] = {"targets": "qkv,fc", "settings": SETTINGS} | more
+    with watch(model, folder, ema, **options) as monitor:
+        for update in updates:
+            if update:
+                nudge(model, update, 1e-3)
+            monitor.observe(update)
+            monitor.wait()
+    for record in monitor.records():
+        records[record.update] = comparable(record.values)
+    assert monitor.failed == 0
+    return records
+
+
+def is_of_whole(key: str) -> bool:
+    return any(part in key.rpartition("/")[2] for part in OF_WHOLE)
+
+
+def of_itself(metric: str) -> bool:
+    """Whether a number of a whole refresh depends on that refresh alone, or on the first one."""
+    return not metric.startswith(("cos_", "delta", "block_cos_", "turn", "block_energy", "update_"))
+
+
+@pytest.mark.parametrize("observed", [range(13), [0, 2, 3, 4, 5, 7, 11]])
+def test_whole_are_the_first_multiples_or_the_next_one_taken_and_the_last(observed: range | list[int]) -> None:
+    schedule = Schedule(1, 3, last_update=11)
+    full = [update for update in observed if schedule.take(update)]
+    assert full == ([0, 3, 6, 9, 11, 12] if isinstance(observed, range) else [0, 3, 7, 11])
+
+
+def test_a_run_that_goes_on_at_any_update_chooses_the_same() -> None:
+    whole = Schedule(10, 4, last_update=205)
+    expected = {update: whole.take(update) for update in range(0, 206, 10)}
+    assert [update for update, full in expected.items() if full] == [0, 40, 80, 120, 160, 200]
+    for begin in range(10, 200, 10):
+        resumed = Schedule(10, 4, last_update=205, taken=begin - 10)
+        assert {update: resumed.take(update) for update in range(begin, 206, 10)}.items() <= expected.items()
+
+
+def test_the_usual_number_depends_on_the_device_and_is_one_where_nothing_is_saved() -> None:
+    large, small = (4, 2 * (4 + GUARD)), (100, 2 * (4 + GUARD) - 1)
+    assert usual_full_every("cpu", "gram64", 4, [small, (400, 2 * (4 + GUARD))]) == FULL_EVERY["cpu"] == 3
+    assert usual_full_every("cuda", "gram64", 4, [(768, 768)]) == FULL_EVERY["cuda"]
+    assert usual_full_every("mps", "gram64", 4, [(768, 768)]) == FULL_EVERY["cpu"]
+    assert usual_full_every("cuda", "gram64", 4, [small, large]) == usual_full_every("cpu", "svd", 4, [(768, 768)]) == 1
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, Any], dict[int, Any]]:
+    """A folder, and what is recorded with one whole refresh in three, stored in it, and with whole ones alone."""
+    folder = tmp_path_factory.mktemp("runs")
+    mixed = run(folder / "mixed", range(0, 15, 2), model_of(), model_of(1), last_update=15)
+    whole = run(folder / "whole", range(0, 15, 2), model_of(), model_of(1), settings=replace(SETTINGS, full_every=1))
+    return folder, mixed, whole
+
+
+def test_a_refresh_of_the_first_values_says_what_they_tell_and_a_whole_one_has_the_bits_of_whole_ones_alone(
+    runs: tuple[Path, dict[int, Any], dict[int, Any]],
+) -> None:
+    _, mixed, whole = runs
+    full = [update for update, values in mixed.items() if values["spec/refresh/full"]]
+    assert full == [0, 6, 12, 14]
+    for update, values in mixed.items():
+        expected = whole[update]
+        alike = {key for key in expected if update in full or not is_of_whole(key)} - {"spec/refresh/since_full"}
+        assert {key for key in values if key != "spec/refresh/since_full"} == alike
+        assert values["spec/refresh/full_share"] == (update in full)  # no matrix fell back
+        assert values.get("spec/refresh/since_full") == {6: 6, 12: 6, 14: 2}.get(update)
+        assert values.get("spec/refresh/since") == (2 if update else None)
+        for key in alike:
+            metric = key.rpartition("/")[2]
+            if update in full and of_itself(metric) and "full" not in metric:
+                assert values[key] == expected[key], key
+            elif metric not in ("full", "full_share", "orthogonality", "certificate_max"):
+                is_of_another_time = metric == "delta_sv_rel" or (metric.startswith("cos_") and "_last" in metric)
+                assert is_of_another_time or values[key] == pytest.approx(expected[key], rel=1e-8, abs=1e-9), key
+        if update not in full:
+            assert values["spec/qkv/certificate_index"] == 1.0
+            assert 0 < values["spec/qkv/certificate_max"] <= 1e-12
+
+
+def test_the_last_values_are_compared_with_those_of_the_whole_refresh_before(tmp_path: Path) -> None:
+    mixed = run(tmp_path, range(0, 7, 2), model_of())
+    assert mixed[6]["spec/refresh/since_full"] == 6
+    found = open_spectra(tmp_path)
+    before, now = (found.vectors("fc", update)[1] for update in (0, 6))
+    cosines = np.linalg.svd(before.u.T @ now.u, compute_uv=False)
+    assert [mixed[6][f"spec/fc/cos_u_last{i}"] for i in (1, 2, 3)] == pytest.approx(cosines.tolist(), abs=1e-12)
+    old, new = (found.vectors("fc", update)[0].s for update in (0, 6))
+    assert mixed[6]["spec/fc/delta_sv_rel"] == pytest.approx(np.mean(np.abs(new / old - 1)), rel=1e-9)
+
+
+def test_what_is_stored_of_the_first_values_is_certified_as_whole_ones_are(
+    runs: tuple[Path, dict[int, Any], dict[int, Any]],
+) -> None:
+    folder, _, _ = runs
+    for update in range(0, 15, 2):
+        mixed, whole = (read_spectra(folder / name / f"update_{update:08d}.npz") for name in ("mixed", "whole"))
+        assert mixed.full == (update in (0, 6, 12, 14))
+        ends, expected = (read_vectors(folder / name / f"vectors_{update:08d}.npz") for name in ("mixed", "whole"))
+        for key, s in mixed.spectra.items():
+            known = np.isfinite(s)
+            assert known.sum() == (s.size if mixed.full else 6)  # the block of five and the next
+            top, last = ends.ends[key]
+            assert last.s.size == (3 if mixed.full else 0)
+            assert (np.abs(top.s - expected.ends[key][0].s) <= top.certificate).all()
+            if mixed.full:
+                np.testing.assert_array_equal(s, whole.spectra[key])
+                np.testing.assert_array_equal(last.u, expected.ends[key][1].u)
+            else:
+                np.testing.assert_allclose(s[known], whole.spectra[key][known], rtol=1e-9)
+
+
+@pytest.mark.parametrize("last_done", [4, 6, 8])
+def test_a_run_that_goes_on_chooses_the_same_refreshes_and_finds_the_same_numbers(
+    runs: tuple[Path, dict[int, Any], dict[int, Any]], tmp_path: Path, last_done: int
+) -> None:
+    _, expected, _ = runs
+    model, ema = model_of(), model_of(1)
+    with watch(model, tmp_path, ema, targets="qkv,fc", settings=SETTINGS) as monitor:
+        for update in range(0, last_done + 1, 2):
+            nudge(model, update, 1e-3 if update else 0.0)
+            monitor.observe(update)
+            monitor.wait()
+    kept = monitor.kept()
+    assert kept is not None
+    torch.save(kept.content(), tmp_path / kept_name(last_done))
+    more = {"resumed_update": last_done, "recorded_update": last_done, "last_update": 15}
+    found = run(tmp_path, range(last_done + 2, 15, 2), model, ema, **more)
+    assert list(found) == list(range(last_done + 2, 15, 2))
+    for update, values in found.items():
+        assert list(values) == list(expected[update])
+        for key, value in values.items():
+            if values["spec/refresh/full"] and of_itself(key.rpartition("/")[2]):
+                assert value == expected[update][key], key
+            elif not key.endswith(("certificate_max", "orthogonality")):
+                assert value == pytest.approx(expected[update][key], rel=1e-8, abs=1e-9), key
+
+
+def test_what_is_not_proven_is_taken_from_the_whole_spectrum_says_the_same_and_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(tmp_path / "a", range(0, 5, 2), model_of(), model_of(1))
+
+    def unproven(stack: MatrixStack, *args: Any, **more: Any) -> dict[str, Solved | None]:
+        return solve_ends(stack, *args, **more) | ({"qkv": None} if "qkv" in stack.names else {})
+
+    monkeypatch.setattr(refresh, "solve_ends", unproven)
+    found = run(tmp_path / "b", range(0, 5, 2), model_of(), model_of(1))
+    assert [values["spec/refresh/full_share"] for values in found.values()] == [1.0, 0.5, 0.5]
+    assert [values["spec/refresh/full"] for values in found.values()] == [1.0, 0.0, 0.0]
+    for update in (2, 4):
+        assert list(found[update]) == list(expected[update])
+        for key, value in found[update].items():
+            if not key.endswith(("full_share", "certificate_max", "orthogonality")):
+                assert value == pytest.approx(expected[update][key], rel=1e-8, abs=1e-9), key
+
+
+@pytest.mark.parametrize("solver", ["gram64", "svd"])
+def test_bad_and_small_matrices_have_the_keys_of_others(tmp_path: Path, solver: Solver) -> None:
+    """One row, all zeros, a NaN in the average alone: every refresh says the same of each as of any matrix."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"qkv": nn.Linear(64, 192), "row": nn.Linear(64, 1), "zero": nn.Linear(64, 64)})
+    nn.init.zeros_(model["zero"].weight)  # pyright: ignore[reportArgumentType]
+    ema = deepcopy(model)
+    nn.init.constant_(ema["qkv"].weight[3], float("nan"))  # pyright: ignore[reportArgumentType, reportIndexIssue]
+    settings = replace(SETTINGS, solver=solver)
+    with watch(model, tmp_path, ema, targets="qkv,row,zero", settings=settings) as monitor:
+        for update in range(0, 9, 2):
+            with torch.no_grad():
+                model["qkv"].weight.mul_(1.001)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+            monitor.observe(update)
+            monitor.wait()
+    assert monitor.failed == 0
+    first, second, third, fourth, fifth = (record.values for record in monitor.records())
+    assert list(second) == list(third) == list(fifth)
+    assert {key for key in fourth if not is_of_whole(key)} - {"spec/refresh/since_full"} == set(second)
+    assert {key for key in second if "row" in key} <= {key for key in first if "row" in key} | {
+        key for key in fourth if "row" in key
+    }
+    assert second["spec/zero/stable_rank"] == second["spec/zero/sv1"] == 0.0
+    assert second["spec/row/stable_rank"] == pytest.approx(1.0)
+    assert np.isnan([second[f"spec_ema/qkv/{metric}"] for metric in ("sv1", "stable_rank", "certificate_index")]).all()
+    assert np.isfinite(second["spec/qkv/sv1"])
+    # Of five matrices and an infinite one, that of 64 x 192 is large enough and neither zero nor bad.
+    assert second["spec/refresh/full_share"] == (1.0 if solver == "svd" else 5 / 6)
