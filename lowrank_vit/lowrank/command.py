@@ -128,14 +128,21 @@ class _Job:
         with Images(options, self.scorer, self.device, self.say) as images:
             result = self._measured(images)
         _print(result, self.say)
+        failures: list[str] = []
         try:
             if options.files.out:
                 if options.curve.latency:
                     result.latency = self._latency(result.points)
                 self._write(options.files.out, result, images)
-        finally:  # a folder that cannot be written costs no checkpoint
+        except UserError as error:  # a folder that cannot be written costs no checkpoint
+            failures.append(str(error))
+        try:
             if options.files.budget is not None:
                 self._save(result.points[0], result)
+        except UserError as error:
+            failures.append(str(error))
+        if failures:
+            raise UserError(" ".join(failures))
         return result
 
     def _measured(self, images: Images) -> Result:
