@@ -66,21 +66,26 @@ def write_report(path: Path, against: Path | None = None) -> tuple[Path, list[st
     Raises:
         UserError: `path` is none of them, or its folder cannot be written.
     """
-    if compression := find_compression(path):
+    compression = find_compression(path)
+    found = read_compression(compression) if compression else None
+    of_it = {name: (caption, draw(found) if found else None) for name, caption, draw in _OF_COMPRESSION}
+    if found and not (found.path.parent / "args.yaml").exists():  # of a run it is a part
         if against:
             raise UserError(f"--against compares runs, and {path} is a compression. Leave it out.")
-        found = read_compression(compression)
-        of_it = {name: (caption, draw(found)) for name, caption, draw in _OF_COMPRESSION}
-        html = compression_html(found, {caption: png for caption, png in of_it.values() if png is not None})
-        _write(compression.parent, html, {name: png for name, (_, png) in of_it.items()})
-        return compression.parent, []
-    analysis = find_analysis(path)
-    run = read_analysis(analysis) if analysis else read_run(path)
+        html = compression_html(found, _there(of_it))
+        _write(found.path.parent, html, {name: png for name, (_, png) in of_it.items()})
+        return found.path.parent, []
+    analysis = None if found else find_analysis(path)
+    run = read_analysis(analysis) if analysis else read_run(found.path.parent if found else path)
     other = read_run(against) if against else None
-    drawn = {name: (caption, draw(run)) for name, caption, draw in _PICTURES}
-    html = report_html(run, {caption: png for caption, png in drawn.values() if png is not None}, other)
-    _write(run.path, html, {name: png for name, (_, png) in drawn.items()})
+    drawn = {name: (caption, draw(run)) for name, caption, draw in _PICTURES} | of_it
+    _write(run.path, report_html(run, _there(drawn), other, found), {name: png for name, (_, png) in drawn.items()})
     return run.path, run.notes
+
+
+def _there(drawn: Mapping[str, tuple[str, bytes | None]]) -> dict[str, bytes]:
+    """The pictures that could be drawn, by their captions."""
+    return {caption: png for caption, png in drawn.values() if png is not None}
 
 
 def _write(run_dir: Path, html: str, pictures: Mapping[str, bytes | None]) -> None:
@@ -99,14 +104,18 @@ def _write(run_dir: Path, html: str, pictures: Mapping[str, bytes | None]) -> No
         ) from error
 
 
-def report_html(run: Run, pictures: Mapping[str, bytes], other: Run | None = None) -> str:
+def report_html(
+    run: Run, pictures: Mapping[str, bytes], other: Run | None = None, compression: Compression | None = None
+) -> str:
     """The whole page.
 
     Args:
         run: what `read_run` found; its notes are shown.
         pictures: what a picture shows (its alternative text) to its PNG bytes, in the order they are shown.
         other: a run to compare with.
+        compression: of the run's model, where one lies beside it.
     """
+    of_it = tables(compression) if compression else []
     standing = run.status.in_words if run.status else ""
     return _page(
         title=run.path.resolve().name,
@@ -114,7 +123,7 @@ def report_html(run: Run, pictures: Mapping[str, bytes], other: Run | None = Non
         headline=headline(run),
         notes=[note for note in (standing, *run.notes) if note],
         pictures=pictures,
-        tables=[final_numbers(run), spectral_numbers(run), *([comparison(run, other)] if other else [])],
+        tables=[final_numbers(run), spectral_numbers(run), *([comparison(run, other)] if other else []), *of_it],
         steps=_what_next(run),
         arguments=run.args,
         environment=run.environment,

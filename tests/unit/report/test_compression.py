@@ -91,6 +91,21 @@ def test_the_page_holds_pictures_and_tables(found, tmp_path):
     assert ranks.rows == [["blocks.0.attn.qkv", "4", "1", "1", "1"], ["blocks.0.mlp.fc1", "4", "whole", "2", "2"]]
 
 
+def test_within_a_run_it_is_a_section_of_the_runs_page(found, tmp_path, monkeypatch):
+    (tmp_path / "args.yaml").write_text("model: vit\n")
+    monkeypatch.setattr("lowrank_vit.report.page._PICTURES", ())
+    monkeypatch.setattr("lowrank_vit.report.page._OF_COMPRESSION", (("curve.png", "a curve", lambda found: b"PNG"),))
+    folder, notes = write_report(tmp_path)
+    page = (folder / "report.html").read_text()
+    assert '<img alt="a curve"' in page
+    assert "<h2>Sensitivities of the layers, kfac" in page
+    assert any("summary.csv" in note for note in notes)
+    (tmp_path / "compression.json").unlink()
+    write_report(tmp_path)
+    assert not (tmp_path / "report" / "curve.png").exists()
+    assert "Sensitivities" not in (tmp_path / "report.html").read_text()
+
+
 def test_only_rises_above_chance_judge_the_prediction(found):
     quality = prediction_quality(found)
     assert quality["svd"] == (3, *[pytest.approx(0.5)] * 3, pytest.approx(1.0))
