@@ -91,9 +91,9 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
             of_steps[f"batch_{batch}"] = figures
             ratios[f"with_monitor_vs_without_{batch}"] = (watched, without)
             ratios[f"with_monitor_but_norms_vs_without_{batch}"] = (names[2], without)
-    of_refreshes, of_cost = refreshes.cases(threads, device)
-    cases |= of_refreshes | _rank_cases(threads, device)
-    ratios |= of_cost | {"lowrank_vs_fullrank": ("lowrank", "fullrank")}
+    of_refreshes = refreshes.cases(threads, device)
+    cases |= of_refreshes.cases | _rank_cases(threads, device)
+    ratios |= of_refreshes.ratios | {"lowrank_vs_fullrank": ("lowrank", "fullrank")}
     result = measure(
         "spectral", cases, ratios, environment=surroundings, repeats=options.repeats, limits=_LIMITS, note=note
     )
@@ -101,6 +101,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     extra |= {
         "threads": threads,
         "refreshes": of_steps,
+        "fallbacks": of_refreshes.fallbacks,
         "operations": {name: operations(name) for name in options.models},
     }
     return replace(result, ratios=_with_lowest(result.ratios), extra=extra)

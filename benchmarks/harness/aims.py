@@ -43,6 +43,8 @@ AIMS = (
     Aim("augment", "full_recipe_vs_timm", 2.0, "augmentation / timm's transforms", "cpu"),
     Aim("spectral", "gram64_vs_inline_svd", 3.0, "float64 spectra / inline float32 SVD", "cpu"),
     Aim("spectral", "full_refresh_vs_before", 1.35, "a refresh of the spectra / before", "cpu"),
+    Aim("spectral", "ends_refresh_vs_before", 2.0, "the same, first values alone", "cpu"),
+    Aim("spectral", "ends_refresh_vs_before_initial", 1.5, "the same, timm's initial weights", "cpu"),
     Aim("spectral", "lowrank_vs_fullrank", 0.67, "matrices of rank 8 / of full rank", "cpu"),
     Aim("step", "compiled_vs_timm_compiled", 1.1, "ViT-S step / timm's, both compiled", "cuda"),
     Aim("end-to-end", "end_to_end", 10_000, "training a ViT-S, img/s", "cuda"),

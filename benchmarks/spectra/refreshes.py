@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from benchmarks.harness.measure import Case
 from benchmarks.spectra import before
 from lowrank_vit.common.devices import cuda_path
+from lowrank_vit.spectral.solving.extremes import ENDS
 from lowrank_vit.spectral.solving.solve import stack_by_shape
 from lowrank_vit.spectral.watching.refresh import EMA, MODEL, Memory, SpectralSettings, Stacks, refresh
 
@@ -35,54 +37,75 @@ STD = 0.02
 _UNIT = "matrices/s"
 
 
-def cases(threads: int, device: torch.device) -> tuple[dict[str, Case], dict[str, tuple[str, str]]]:
+class Cases(NamedTuple):
+    """What `cases` makes."""
+
+    cases: dict[str, Case]
+    ratios: dict[str, tuple[str, str]]
+    fallbacks: dict[str, list[float]]
+    """Filled as the cases run: by case, the share of matrices whose first values came from the whole spectrum."""
+
+
+def cases(threads: int, device: torch.device) -> Cases:
     """Cases, and ratios of them; what it cost before only on a CPU, since the copy that was kept is of that way."""
     found: dict[str, Case] = {}
     ratios: dict[str, tuple[str, str]] = {}
+    fallbacks: dict[str, list[float]] = {}
     for which in SETS:
-        earlier, now = pair(device, SHAPES, is_initial=bool(which))
-        found[f"full_refresh{which}"] = _of_today(earlier, now, threads, f"as now, {_in_words(which)}")
+        moments = series(device, SHAPES, is_initial=bool(which))
+        for name, full in (("full_refresh", True), ("ends_refresh", False)):
+            shares = [] if full else fallbacks.setdefault(f"{name}{which}", [])
+            found[f"{name}{which}"] = _of_today(moments, threads, _in_words(which), shares, full=full)
         if not cuda_path(device):
-            found[f"refresh_before{which}"] = _of_before(earlier, now, threads, f"as before, {_in_words(which)}")
-            ratios[f"full_refresh_vs_before{which}"] = (f"full_refresh{which}", f"refresh_before{which}")
-    return found, ratios
+            found[f"refresh_before{which}"] = _of_before(moments, threads, _in_words(which))
+            for name in ("full_refresh", "ends_refresh"):
+                ratios[f"{name}_vs_before{which}"] = (f"{name}{which}", f"refresh_before{which}")
+    return Cases(found, ratios, fallbacks)
 
 
 def _in_words(which: str) -> str:
     return "timm's initial weights" if which else "trained-like weights"
 
 
-def _of_today(earlier: Stacks, now: Stacks, threads: int, what: str) -> Case:
-    settings, memory = SpectralSettings(TOPK, INTERVAL, cpu_threads=threads), Memory()
+def _of_today(moments: list[Stacks], threads: int, what: str, shares: list[float], *, full: bool) -> Case:
+    """One refresh of whole spectra, or the two of the first values behind one: the second has more to start from."""
+    settings = SpectralSettings(TOPK, INTERVAL, cpu_threads=threads, full_every=1 if full else 3)
+    memory, timed = Memory(), moments[1:2] if full else moments[1:]
 
     def run() -> None:
-        refresh(1, now, settings, copy.copy(memory))
-        _wait(now)
+        remembered = copy.copy(memory)
+        found = [refresh(i, one, settings, remembered, full=full) for i, one in enumerate(timed, start=1)]
+        _wait(moments[0])
+        solved = [one for refreshed in found for one in refreshed.solved.values()]
+        shares.append(sum(one.solver != ENDS for one in solved) / len(solved))
+
+    values = "whole spectra" if full else "the first values alone, from those of the refresh before"
+    setting = f"all of a refresh but the disk, {values}, {what}"
 
     def first() -> None:
-        refresh(0, earlier, settings, memory)
+        refresh(0, moments[0], settings, memory)
 
-    return Case(run, _count(now), _UNIT, f"all of a refresh but the disk, {what}", first=first)
+    return Case(run, len(timed) * _count(moments[0]), _UNIT, setting, first=first)
 
 
-def _of_before(earlier: Stacks, now: Stacks, threads: int, what: str) -> Case:
+def _of_before(moments: list[Stacks], threads: int, what: str) -> Case:
     memory = before.Memory()
 
     def run() -> None:
-        before.refresh(now, TOPK, INTERVAL, threads, copy.copy(memory))
+        before.refresh(moments[1], TOPK, INTERVAL, threads, copy.copy(memory))
 
     def first() -> None:
-        before.refresh(earlier, TOPK, INTERVAL, threads, memory)
+        before.refresh(moments[0], TOPK, INTERVAL, threads, memory)
 
-    return Case(run, _count(now), _UNIT, f"the same, {what}", first=first)
+    return Case(run, _count(moments[0]), _UNIT, f"a refresh as at commit 3036a33, {what}", first=first)
 
 
 def _count(stacks: Stacks) -> int:
     return sum(len(stack.names) for of_kind in stacks.values() for stack in of_kind)
 
 
-def pair(device: torch.device, shapes: Mapping[str, tuple[int, int]], *, is_initial: bool) -> tuple[Stacks, Stacks]:
-    """Weights of model and EMA, and the same a refresh later."""
+def series(device: torch.device, shapes: Mapping[str, tuple[int, int]], *, is_initial: bool) -> list[Stacks]:
+    """Weights of model and EMA at three refreshes after one another."""
     random = torch.Generator().manual_seed(0)
     model = {
         f"blocks.{layer}.{name}": weights(shape, random, is_initial=is_initial)
@@ -90,13 +113,15 @@ def pair(device: torch.device, shapes: Mapping[str, tuple[int, int]], *, is_init
         for name, shape in shapes.items()
     }
     ema = {name: moved(weight, random, 3 * MOVE) for name, weight in model.items()}
-    both: list[Stacks] = []
-    for move in (0.0, MOVE):
-        both.append({})
-        for kind, of_kind in ((MODEL, model), (EMA, ema)):
-            now = {name: moved(weight, random, move).to(device) for name, weight in of_kind.items()}
-            both[-1][kind] = stack_by_shape(now, [name for name in now if name.endswith("qkv")])
-    return both[0], both[1]
+    kinds = {MODEL: model, EMA: ema}
+    moments: list[Stacks] = []
+    for move in (0.0, MOVE, MOVE):
+        moments.append({})
+        for kind, of_kind in kinds.items():
+            kinds[kind] = {name: moved(weight, random, move) for name, weight in of_kind.items()}
+            now = {name: weight.to(device) for name, weight in kinds[kind].items()}
+            moments[-1][kind] = stack_by_shape(now, [name for name in now if name.endswith("qkv")])
+    return moments
 
 
 def weights(shape: tuple[int, int], random: torch.Generator, *, is_initial: bool) -> Tensor:
@@ -113,8 +138,9 @@ def weights(shape: tuple[int, int], random: torch.Generator, *, is_initial: bool
 
 def moved(weight: Tensor, random: torch.Generator, share: float) -> Tensor:
     """The same with noise of this share of its Frobenius norm."""
-    deviation = share * float(torch.linalg.vector_norm(weight)) / weight.numel() ** 0.5
-    return weight + deviation * torch.randn(weight.shape, generator=random)
+    scale = float(weight.abs().max()) or 1.0  # so that no square overflows
+    deviation = share * scale * float(torch.linalg.vector_norm(weight / scale)) / weight.numel() ** 0.5
+    return weight + deviation * torch.randn(weight.shape, dtype=weight.dtype, generator=random)
 
 
 def _wait(stacks: Stacks) -> None:

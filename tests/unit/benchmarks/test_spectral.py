@@ -59,7 +59,7 @@ def test_operations_are_those_of_the_formula_by_hand() -> None:
 
 @pytest.mark.parametrize("is_initial", [False, True])
 def test_the_refresh_of_before_has_the_same_numbers(is_initial: bool) -> None:
-    earlier, now = refreshes.pair(
+    earlier, now, _ = refreshes.series(
         torch.device("cpu"), {"attn.qkv": (192, 64), "mlp.fc2": (64, 80)}, is_initial=is_initial
     )
     memory, of_before = Memory(), before.Memory()
@@ -103,6 +103,7 @@ def test_a_small_round_runs_and_reads_back(monkeypatch: pytest.MonkeyPatch, caps
         "gram64_vs_inline_svd", "gram64_vs_inline_svd_small", "gram64_share_of_limit_small",
         "with_monitor_vs_without", "with_monitor_vs_without_2", "with_monitor_but_norms_vs_without_2",
         "lowrank_vs_fullrank", "full_refresh_vs_before", "full_refresh_vs_before_initial",
+        "ends_refresh_vs_before", "ends_refresh_vs_before_initial",
     }  # fmt: skip
     assert content["ratios"]["gram64_vs_inline_svd"] == content["ratios"]["gram64_vs_inline_svd_small"]
     assert {
@@ -116,9 +117,13 @@ def test_a_small_round_runs_and_reads_back(monkeypatch: pytest.MonkeyPatch, caps
         "lowrank",
         "full_refresh",
         "full_refresh_initial",
+        "ends_refresh",
+        "ends_refresh_initial",
         "refresh_before",
         "refresh_before_initial",
     } == set(content["cases"])
+    # So small matrices have no ends of their own.
+    assert content["fallbacks"] == {"ends_refresh": [1.0, 1.0], "ends_refresh_initial": [1.0, 1.0]}
     of_batch = content["refreshes"]["batch_2"]
     assert len(of_batch["refresh_s"]) == 2  # the warm-up's and the round's
     assert of_batch["skipped"] == [0, 0]
