@@ -74,7 +74,7 @@ SIGNATURES: dict[str, str] = {
     "SpectralMonitor.close": "(self, cancel: bool = False) -> None",
     "SpectralSettings": (
         "(topk: int = 8, interval: int = 1, solver: Solver = 'gram64', on_cpu: bool = False, cpu_threads: int = "
-        "1, updates: bool = False) -> None"
+        "1, full_every: int = 1, updates: bool = False) -> None"
     ),
     "open_spectra": "(run: str | os.PathLike[str]) -> Spectra",
     "Spectra.values": "(self, name: str, update: int | None = None, *, ema: bool = False) -> np.ndarray",
