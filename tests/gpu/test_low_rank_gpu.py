@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 
 import pytest
 import torch
@@ -16,15 +15,6 @@ from lowrank_vit.model.low_rank import LowRankLinear, product
 from tests.unit.lowrank.examples import model_and_images
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _needs_a_gpu() -> None:
-    if torch.cuda.is_available():
-        return
-    if os.environ.get("LRV_REQUIRE_GPU") == "1":
-        pytest.fail("LRV_REQUIRE_GPU=1, but torch sees no CUDA device")
-    pytest.skip("needs a CUDA device")
 
 
 def layer(parts: int) -> LowRankLinear:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,15 +31,6 @@ from tests.spectra import sine, with_spectrum
 pytestmark = pytest.mark.gpu
 
 LONG_S = 60
-
-
-@pytest.fixture(autouse=True)
-def _needs_a_gpu() -> None:
-    if torch.cuda.is_available():
-        return
-    if os.environ.get("LRV_REQUIRE_GPU") == "1":
-        pytest.fail("LRV_REQUIRE_GPU=1, but torch sees no CUDA device")
-    pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture
