@@ -31,7 +31,7 @@ from lowrank_vit.config.option_types import (
     take_keyword,
     with_options,
 )
-from lowrank_vit.config.options import Config, Model, Step, has_cuda
+from lowrank_vit.config.options import Config, Model, Spectra, Step, has_cuda
 from lowrank_vit.config.timm_flags import HIDDEN, with_long_names
 from lowrank_vit.config.timm_line import in_words, translate
 from lowrank_vit.config.yaml_files import FromFile, config_files, read_config
@@ -68,6 +68,7 @@ def parse(argv: Sequence[str], prog: str = "") -> Config:
     config = _with_defaults_of_device(config, {*recipe, *typed})
     _tell_what_resuming_overrides(config)
     _tell_of_odd_batches(config)
+    _tell_of_idle_spectra(config, set(recipe), set(typed))
     _tell_of_timms(files, line.held, typed)
     return config
 
@@ -177,6 +178,26 @@ def _tell_of_odd_batches(config: Config) -> None:
             f"--batch-size {batch_size} is odd: mixing pairs images within a batch, so one of them stays as it is, and "
             "who is mixed with whom depends on ranks and accumulation"
         )
+
+
+def _tell_of_idle_spectra(config: Config, in_files: set[str], own: set[str]) -> None:
+    """Say which options of spectra change nothing, since what they are about is off.
+
+    Not where that was turned off beside them: --no-spec-monitor leaves a recipe's options as they are, and a file that
+    turns the monitor off may keep its options.
+    """
+    changed = [
+        name
+        for (name, _, value), (_, _, usual) in zip(leaves(config.spectra), leaves(Spectra()), strict=True)
+        if value != usual
+    ]
+    of_flows = [name for name in changed if name == "spec-flow-images"]
+    of_monitor = [name for name in changed if name not in ("spec-monitor", "spec-flows", *of_flows)]
+    for switch, options in (("spec-monitor", of_monitor), ("spec-flows", of_flows)):
+        given = own if switch in in_files else own | in_files
+        idle = [f"--{name}" for name in options if name in given]
+        if idle and switch not in [*own, *changed]:
+            _say(f"{', '.join(idle)} change{'s' * (len(idle) == 1)} nothing without --{switch}")
 
 
 def _fit_defaults(config: Config, own: set[str]) -> Config:

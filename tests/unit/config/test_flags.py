@@ -57,6 +57,32 @@ def test_a_share_is_a_number_or_left_to_the_program(tmp_path):
             share("--hw-decoder-load", wrong)
 
 
+@pytest.mark.parametrize(
+    ("in_file", "line", "said"),
+    [
+        ("", "--spec-circuits --spec-topk 4", "--spec-topk, --spec-circuits change nothing without --spec-monitor"),
+        ("", "--spec-updates --spec-flows", "--spec-updates changes nothing without --spec-monitor"),
+        ("", "--spec-flow-images 9", "--spec-flow-images changes nothing without --spec-flows"),
+        ("spec-circuits: raw", "", "--spec-circuits changes nothing without --spec-monitor"),
+        (
+            "spec-monitor: false\nspec-topk: 4",
+            "--spec-updates",
+            "--spec-updates changes nothing without --spec-monitor",
+        ),
+        ("spec-monitor: false\nspec-topk: 4", "", ""),
+        ("spec-monitor: true\nspec-topk: 4", "--no-spec-monitor", ""),
+        ("spec-topk: 4", "--spec-monitor --spec-circuits", ""),
+        ("", "--spec-every 100 --spec-circuits none", ""),
+        ("", "--spec-flows --spec-flow-images 9", ""),
+    ],
+)
+def test_options_of_spectra_without_what_they_are_about_are_said(tmp_path, capsys, in_file, line, said):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"lr: 0.001\n{in_file}\n")
+    parse(["--config", str(path), *line.split()])
+    assert capsys.readouterr().out == (f"note: {said}\n" if said else "")
+
+
 def test_a_resumed_run_may_change_what_no_update_depends_on():
     free = {name for name, hint, _ in leaves(Config()) if may_change(hint)}
     assert {
