@@ -130,6 +130,16 @@ def matrices_of(model: nn.Module, watched: Mapping[str, Target]) -> dict[str, Te
     return take_targets(cache(weight_of), watched)
 
 
+def ranks_of_factors(model: nn.Module, watched: Mapping[str, Target]) -> dict[str, int]:
+    """What the rank of each matrix of a layer in factors is at most, by name; those of others are left out."""
+    layers = {name: model.get_submodule(target.module) for name, target in watched.items()}
+    return {
+        name: layer.rank * (layer.parts if watched[name].third is None else 1)
+        for name, layer in layers.items()
+        if isinstance(layer, LowRankLinear)
+    }
+
+
 def fused_of(watched: Mapping[str, Target]) -> frozenset[str]:
     """The matrices whose rows are known to be Q, K and V."""
     return frozenset(name for name, target in watched.items() if target.is_fused)

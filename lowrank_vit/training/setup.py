@@ -46,7 +46,7 @@ from lowrank_vit.spectral.flows import remark_on_attention
 from lowrank_vit.spectral.measures.initial import in_words, redraw_far_entries
 from lowrank_vit.spectral.measures.metrics import reach
 from lowrank_vit.spectral.measures.updates import why_no_direction
-from lowrank_vit.spectral.select import matrices_of, targets_of_model
+from lowrank_vit.spectral.select import matrices_of, ranks_of_factors, targets_of_model
 from lowrank_vit.spectral.watching.schedule import usual_full_every
 from lowrank_vit.training.flows import FlowWatch
 from lowrank_vit.training.loading import fed_step, loaders_before, make_train_loader, make_val_loader, with_workers
@@ -314,10 +314,11 @@ def _with_full_every(config: Config, model: nn.Module, device: torch.device) -> 
     spec = config.spectra
     if not spec.spec_monitor or spec.spec_full_every is not None:
         return config
-    matrices = matrices_of(model, targets_of_model(model, spec.spec_targets, spec.spec_split_qkv))
+    targets = targets_of_model(model, spec.spec_targets, spec.spec_split_qkv)
     kind = "cpu" if spec.spec_on_cpu else device.type
-    m = reach(spec.spec_topk, spec.spec_interval)
-    usual = usual_full_every(kind, spec.spec_solver, m, [tuple(w.shape) for w in matrices.values()])
+    m, ranks = reach(spec.spec_topk, spec.spec_interval), ranks_of_factors(model, targets)
+    shapes = [tuple(w.shape) for name, w in matrices_of(model, targets).items() if ranks.get(name, m + 1) > m]
+    usual = usual_full_every(kind, spec.spec_solver, m, shapes)
     return with_options(config, {"spec-full-every": usual})
 
 

@@ -59,38 +59,49 @@ def _name_of(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
-def update_metrics(prefix: str, change_RC: Tensor, s: np.ndarray, block: Triplets | None) -> dict[str, float]:
-    """The spectrum of D, and how much of D lies in the top block of W.
+def update_metrics(
+    prefix: str, change_RC: Tensor, values_of_change: np.ndarray | float, block: Triplets | None
+) -> dict[str, float]:
+    """How many directions D has, and how much of it lies in the top block of W.
 
     Args:
         prefix: of the names.
         change_RC: D, float64, on any device.
-        s: its singular values, descending.
+        values_of_change: its singular values (K,), descending, or the first one alone, |D|_2.
         block: W's first p triplets; None: not known.
 
     Returns:
-        "<prefix>_stable_rank", "<prefix>_effective_rank", "<prefix>_rank90" (see `metrics`). With a block also
-        "<prefix>_top_u" |U_p^T D|_F^2 / |D|_F^2, "<prefix>_top_v" |D V_p|_F^2 / |D|_F^2 and "<prefix>_top"
+        "<prefix>_stable_rank" and, of all values, "<prefix>_effective_rank", "<prefix>_rank90" (see `metrics`). With a
+        block also "<prefix>_top_u" |U_p^T D|_F^2 / |D|_F^2, "<prefix>_top_v" |D V_p|_F^2 / |D|_F^2 and "<prefix>_top"
         |U_p^T D V_p|_F^2 / |D|_F^2, 0-1; by chance, which is exact for a D of any kind and random U_p and V_p, p/R, p/C
         and p^2/(R C): "<prefix>_chance_u", "_chance_v" and "_chance" (E U_p U_p^T is p/R times the identity).
-        "<prefix>_most", the share of the first p values of D's own, which none of the three exceeds (Ky Fan). Shares of
-        D = 0 are NaN, as all is with a NaN.
+        Of all values "<prefix>_most", the share of the first p of D's own, which none of the three exceeds (Ky Fan).
+        Shares of D = 0 are NaN, as all is with a NaN.
     """
-    values = {"stable_rank": stable_rank(s), "effective_rank": effective_rank(s), "rank90": energy_rank(s, 90)}
+    first_alone = isinstance(values_of_change, float | int)
+    s = np.atleast_1d(np.asarray(values_of_change, np.float64))
+    greatest = float(s[0])
+    whole, *shares = _squares(change_RC, greatest, block)
+    if first_alone:
+        values = {"stable_rank": whole if greatest != 0 else 0.0}
+    else:
+        values = {"stable_rank": stable_rank(s), "effective_rank": effective_rank(s), "rank90": energy_rank(s, 90)}
     if block is not None:
         (rows, cols), p = change_RC.shape, block.s.size
         values |= {"chance_u": p / rows, "chance_v": p / cols, "chance": p * p / (rows * cols)}
-        relative = s / s[0] if s[0] != 0 else np.full_like(s, np.nan)
-        values["most"] = float(np.sum(relative[:p] ** 2) / np.sum(relative**2))
-        values |= dict(zip(("top_u", "top_v", "top"), _shares(change_RC, float(s[0]), block), strict=True))
+        if not first_alone:
+            relative = s / greatest if greatest != 0 else np.full_like(s, np.nan)
+            values["most"] = float(np.sum(relative[:p] ** 2) / np.sum(relative**2))
+        values |= {name: share / whole for name, share in zip(("top_u", "top_v", "top"), shares, strict=True)}
     return {f"{prefix}_{name}": value for name, value in values.items()}
 
 
-def _shares(change_RC: Tensor, scale: float, block: Triplets) -> list[float]:
-    """The shares of D in the block: of left vectors, right ones and both; `scale` keeps squares in range."""
+def _squares(change_RC: Tensor, scale: float, block: Triplets | None) -> list[float]:
+    """|D|_F^2 and with a block those of U_p^T D, D V_p and both, of D over `scale`, which keeps squares in range."""
     unit_RC = change_RC / scale if scale != 0 else torch.full_like(change_RC, float("nan"))
-    u_Rp, v_Cp = (torch.from_numpy(np.ascontiguousarray(one)).to(unit_RC) for one in (block.u, block.v))
-    left_pC = u_Rp.T @ unit_RC
-    parts = [left_pC, unit_RC @ v_Cp, left_pC @ v_Cp, unit_RC]
-    of_u, of_v, of_both, whole = torch.stack([part.square().sum() for part in parts]).tolist()
-    return [of_u / whole, of_v / whole, of_both / whole]
+    parts = [unit_RC]
+    if block is not None:
+        u_Rp, v_Cp = (torch.from_numpy(np.ascontiguousarray(one)).to(unit_RC) for one in (block.u, block.v))
+        left_pC = u_Rp.T @ unit_RC
+        parts += [left_pC, unit_RC @ v_Cp, left_pC @ v_Cp]
+    return torch.stack([part.square().sum() for part in parts]).tolist()

@@ -37,7 +37,7 @@ from lowrank_vit.spectral.measures.subspaces import (
 from lowrank_vit.spectral.measures.updates import update_metrics
 from lowrank_vit.spectral.solving.ends import solve_ends
 from lowrank_vit.spectral.solving.extremes import Solved, Solver, Triplets
-from lowrank_vit.spectral.solving.norm import norms_of_changes
+from lowrank_vit.spectral.solving.norm import norms_of_changes, spectral_norms
 from lowrank_vit.spectral.solving.solve import (
     LOG,
     MatrixStack,
@@ -235,15 +235,21 @@ def update_norms(
 
 
 def update_spectra(
-    prefix: str, stack: MatrixStack, blocks: Mapping[str, Triplets], cpu_threads: int = 1
+    prefix: str,
+    stack: MatrixStack,
+    blocks: Mapping[str, Triplets],
+    cpu_threads: int = 1,
+    norms: Iterable[float] | None = None,
 ) -> dict[str, dict[str, float]]:
     """By name: `updates.update_metrics` of each matrix of a stack, which are changes or directions of weights.
 
-    `blocks`: by name, the first triplets of the weights, where they are known.
+    `blocks`: by name, the first triplets of the weights, where they are known. `norms`: the spectral norm of each
+    matrix, which then stands for all of its values.
     """
     with torch.no_grad():
         changes_NRC = stack.matrices_NRC.double()
-        found = zip(stack.names, changes_NRC, all_values(changes_NRC, cpu_threads), strict=True)
+        values = all_values(changes_NRC, cpu_threads) if norms is None else norms
+        found = zip(stack.names, changes_NRC, values, strict=True)
         return {name: update_metrics(prefix, change, s, blocks.get(name)) for name, change, s in found}
 
 
@@ -324,9 +330,14 @@ def refresh(
         parts = [update_norms(before, now, settings.cpu_threads, settings.solver) for before, now in pairs]
         if settings.updates and kind == MODEL:
             blocks = {name: both[0] for name in last if (both := blocks_of(last[name], found[name]))}
-            parts += [update_spectra("dw", _change(*pair), blocks, settings.cpu_threads) for pair in pairs]
+            for pair, of_pair in zip(pairs, list(parts), strict=True):
+                norms = None if full else [values["update_norm2"] for values in of_pair.values()]
+                parts.append(update_spectra("dw", _change(*pair), blocks, settings.cpu_threads, norms))
             now = {name: one.block or one.top for name, one in found.items()}
-            parts += [update_spectra("opt", of, now, settings.cpu_threads) for of in stacks.get(DIRECTION, ())]
+            for of in stacks.get(DIRECTION, ()):
+                by_norm = (of.matrices_NRC, settings.solver, settings.cpu_threads)
+                norms = None if full else spectral_norms(*by_norm).value.tolist()
+                parts.append(update_spectra("opt", of, now, settings.cpu_threads, norms))
         for part in parts + [block_energies(last, found, stack, settings.cpu_threads) for stack in of_kind]:
             for name, values in part.items():
                 of_weights.setdefault(f"{kind}/{name}", {}).update(values)

@@ -25,7 +25,7 @@ def usual_full_every(kind: str, solver: Solver, m: int, shapes: Iterable[Sequenc
         kind: of device that the spectra are computed on, as torch calls it.
         solver: `SpectralSettings.solver`.
         m: triplets that are wanted of each end.
-        shapes: of the watched matrices.
+        shapes: of the watched matrices, but for those whose rank is m or less: no next value tells these from the rest.
     """
     if solver == "svd" or not any(is_large_enough(min(shape), m) for shape in shapes):
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from lowrank_vit.spectral.select import matrices_of, targets_of_model
+from lowrank_vit.spectral.solving.extremes import Solver
 from tests.monitors import WITH_UPDATES, adamw, nudge, step, watch
 from tests.spectra import tiny_vit
 
@@ -77,6 +79,42 @@ def test_changes_and_directions_are_those_of_numpy(tmp_path: Path):
         "update",
         *(f for f in np.load(tmp_path / "update_00000000.npz") if f != "update"),
     }
+
+
+@pytest.mark.parametrize("solver", ["gram64", "svd"])
+def test_beside_first_values_alone_is_what_a_norm_tells_and_whole_refreshes_have_their_bits(
+    tmp_path: Path, solver: Solver
+):
+    of_all = {f"{prefix}_{name}" for prefix in ("dw", "opt") for name in ("effective_rank", "rank90", "most")}
+    records: list[list[dict[str, float]]] = []
+    for every in (1, 3):
+        model = tiny_vit(0)
+        optimizer = adamw(model)
+        settings = replace(WITH_UPDATES, full_every=every, solver=solver)
+        with watch(model, tmp_path / str(every), every=1, settings=settings, optimizer=optimizer) as monitor:
+            for update in range(5):
+                weight = model.get_parameter("blocks.0.mlp.fc1.weight")
+                before = weight.detach().clone()
+                if update:
+                    step(model, optimizer, update)
+                if update == 2:  # no change, and a direction of zeros
+                    weight.data.copy_(before)
+                    optimizer.state[weight]["exp_avg"].zero_()
+                monitor.observe(update)
+                monitor.wait()
+        assert monitor.failed == 0
+        records.append([record.values for record in monitor.records()])
+    for update, (whole, mixed) in enumerate(zip(*records, strict=True)):
+        told = {key for key in whole if key.rpartition("/")[2].startswith(("dw_", "opt_"))}
+        if update % 3:
+            told -= {key for key in told if key.rpartition("/")[2] in of_all}
+        assert {key for key in mixed if key.rpartition("/")[2].startswith(("dw_", "opt_"))} == told
+        assert bool(told) == bool(update)
+        for key in told:
+            rel = 0 if update % 3 == 0 and "dw_top" not in key else 1e-8
+            assert mixed[key] == pytest.approx(whole[key], rel=rel, abs=1e-300, nan_ok=True), key
+    assert records[1][2]["spec/blocks.0.mlp.fc1/dw_stable_rank"] == 0.0
+    assert np.isnan(records[1][2]["spec/blocks.0.mlp.fc1/opt_top"])
 
 
 def test_without_the_setting_or_a_known_optimizer_less_is_said(tmp_path: Path):

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from lowrank_vit.model.low_rank import LowRankLinear
+from lowrank_vit.spectral.select import Target, matrices_of, ranks_of_factors
 from lowrank_vit.spectral.solving.ends import GUARD, solve_ends
 from lowrank_vit.spectral.solving.extremes import Solved, Solver
 from lowrank_vit.spectral.solving.solve import MatrixStack
@@ -80,6 +82,40 @@ def test_the_usual_number_depends_on_the_device_and_is_one_where_nothing_is_save
     assert usual_full_every("cuda", "gram64", 4, [(768, 768)]) == FULL_EVERY["cuda"]
     assert usual_full_every("mps", "gram64", 4, [(768, 768)]) == FULL_EVERY["cpu"]
     assert usual_full_every("cuda", "gram64", 4, [small, large]) == usual_full_every("cpu", "svd", 4, [(768, 768)]) == 1
+
+
+@pytest.mark.parametrize(("rank", "share"), [(5, 0.5), (6, 0.0)])
+def test_of_a_layer_in_few_factors_all_is_computed_at_once_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, share: float
+) -> None:
+    """Behind a block of five values a product of rank five has nothing that could be told from them, and six one."""
+    tried: set[str] = set()
+
+    def noted(stack: MatrixStack, before: dict[str, np.ndarray], *args: Any, **more: Any) -> dict[str, Solved | None]:
+        tried.update(before)
+        return solve_ends(stack, before, *args, **more)
+
+    monkeypatch.setattr(refresh, "solve_ends", noted)
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {"qkv": LowRankLinear(torch.randn(192, rank), torch.randn(rank, 64)), "fc": nn.Linear(128, 64)}
+    )
+    lines: list[str] = []
+    found = run(tmp_path, range(0, 9, 2), model, say=lines.append)
+    assert ("qkv" in tried, "fc" in tried) == (share == 0.0, True)
+    assert not lines
+    assert [values["spec/refresh/full_share"] for values in found.values()] == [1.0, share, share, 1.0, share]
+    assert all(values["spec/refresh/fallbacks"] == 0 for values in found.values())
+
+
+def test_the_rank_of_each_matrix_of_a_layer_in_factors_is_that_of_its_parts() -> None:
+    layer = LowRankLinear(torch.randn(192, 2), torch.randn(6, 64))
+    model = nn.ModuleDict({"qkv": layer, "fc": nn.Linear(128, 64)})
+    thirds = {"qkv.k": Target("qkv", 1), "qkv": Target("qkv", is_fused=True), "fc": Target("fc")}
+    ranks = ranks_of_factors(model, thirds)
+    assert ranks == {"qkv.k": 2, "qkv": 6}
+    matrices = matrices_of(model, thirds)
+    assert {name: int(torch.linalg.matrix_rank(matrices[name])) for name in ranks} == ranks
 
 
 @pytest.fixture(scope="module")
