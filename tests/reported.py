@@ -10,6 +10,7 @@ import numpy as np
 from lowrank_vit.spectral.solving.extremes import Solved, Triplets
 from lowrank_vit.spectral.watching.files import write_spectra
 from lowrank_vit.spectral.watching.store import SpectraStore
+from tests.spectra import tiny_vit
 
 KINDS = {"attn.qkv": 6, "attn.proj": 6, "mlp.fc1": 6, "mlp.fc2": 6}
 
@@ -86,3 +87,15 @@ def fill(run: Path) -> Path:
     (run / "args.yaml").write_text(args)
     (run / "environment.json").write_text(json.dumps({"torch": "2.14.1", "gpu": {"name": "none"}}))
     return run
+
+
+def analysis_file(folder: Path, *flags: str) -> Path:
+    """What `analyze_spectrum` writes of a tiny model."""
+    import torch
+
+    from lowrank_vit.analyze_spectrum import main as analyze
+
+    checkpoint = folder / "model.pth"
+    torch.save({"state_dict": tiny_vit().state_dict(), "arch": "vit", "epoch": 4}, checkpoint)
+    analyze(["--checkpoint", str(checkpoint), "--save-dir", str(folder), "--topk", "3", *flags])
+    return folder / "vit_spectral.json"

@@ -12,15 +12,15 @@ import numpy as np
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
-from lowrank_vit.report.circuits_plot import circuits_plot
 from lowrank_vit.report.compression.plots import curve_plot, ranks_plot
 from lowrank_vit.report.compression.plots import spectra_plot as weighted_spectra_plot
 from lowrank_vit.report.compression.read import Compression, Table, find_compression, read_compression, tables
 from lowrank_vit.report.compression.read import headline as compression_headline
-from lowrank_vit.report.metric_plots import cosine_plot, ema_plot, profile_plot, stable_rank_plot
-from lowrank_vit.report.motion_plots import flows_plot, updates_plot
 from lowrank_vit.report.read import Run, find_analysis, read_analysis, read_run, series
-from lowrank_vit.report.spectra_plots import bulk_plot, spectra_plot, vectors_plot
+from lowrank_vit.report.spectra.circuits import circuits_plot
+from lowrank_vit.report.spectra.metrics import cosine_plot, ema_plot, profile_plot, stable_rank_plot
+from lowrank_vit.report.spectra.motion import flows_plot, updates_plot
+from lowrank_vit.report.spectra.values import bulk_plot, spectra_plot, vectors_plot
 from lowrank_vit.report.status import Step, next_steps
 from lowrank_vit.report.training_plot import training_plot
 from lowrank_vit.spectral.measures.metrics import effective_rank, stable_rank

@@ -36,10 +36,11 @@ from lowrank_vit.model.fit import fit_kept_head, load_initial, load_weights, tel
 from lowrank_vit.model.flops import Peak, peak_flops, train_flops_per_image
 from lowrank_vit.model.optimizer import Constant, create_optimizer, create_scheduler, learning_rate
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
-from lowrank_vit.plan.plans import TrainPlan
+from lowrank_vit.plan.plans import TrainPlan, subset
 from lowrank_vit.ranks.agree import agree
 from lowrank_vit.ranks.records import data_record
 from lowrank_vit.ranks.world import World
+from lowrank_vit.run.flows import FlowWatch
 from lowrank_vit.run.state import Position
 from lowrank_vit.score.evaluate import Evaluator
 from lowrank_vit.spectral.flows import remark_on_attention
@@ -48,7 +49,6 @@ from lowrank_vit.spectral.measures.metrics import reach
 from lowrank_vit.spectral.measures.updates import why_no_direction
 from lowrank_vit.spectral.select import matrices_of, ranks_of_factors, targets_of_model
 from lowrank_vit.spectral.watching.schedule import usual_full_every
-from lowrank_vit.training.flows import FlowWatch
 from lowrank_vit.training.loading import fed_step, loaders_before, make_train_loader, make_val_loader, with_workers
 from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
 from lowrank_vit.training.preflight import check_before_data
@@ -198,7 +198,7 @@ def set_up(
             evaluators["ema_"] = _make_evaluator(config, ema.module, augment)
         if config.spectra.spec_flows:
             count, seed = config.spectra.spec_flow_images, config.run.seed
-            flows = FlowWatch(evaluators, sets.val.num_samples, count, seed, world, say)
+            flows = FlowWatch(evaluators, subset(seed, sets.val.num_samples, count), world, say)
             if line := remark_on_attention(model):
                 lines.append(line)
     if config.spectra.spec_monitor and config.spectra.spec_updates and (why := why_no_direction(optimizer)):

@@ -19,6 +19,7 @@ from lowrank_vit.ranks.failing import Failing
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.checkpoints import Beside, Checkpoints, CheckpointWriter
 from lowrank_vit.run.directory import RunDir
+from lowrank_vit.run.flows import flows_of
 from lowrank_vit.run.metrics import last_recorded
 from lowrank_vit.run.outputs import SPECTRA, Outputs, already_finished
 from lowrank_vit.run.progress import Figures
@@ -28,7 +29,6 @@ from lowrank_vit.score.evaluate import Scores
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor, default_cpu_threads
 from lowrank_vit.spectral.watching.refresh import SpectralSettings
 from lowrank_vit.spectral.watching.store import kept_name
-from lowrank_vit.training.flows import flows_of
 from lowrank_vit.training.loading import room_beside
 from lowrank_vit.training.phases import PhaseListener, Phases, ToldToRanks
 from lowrank_vit.training.resume import Start, capture, find_start, finished, open_run_dir, restore

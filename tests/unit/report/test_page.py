@@ -7,7 +7,6 @@ import json
 import re
 import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,16 +14,12 @@ import pytest
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.report import read as read_module
 from lowrank_vit.report.__main__ import main
-from lowrank_vit.report.metric_plots import cosine_plot, ema_plot, matrix_scalars, profile_plot, stable_rank_plot
 from lowrank_vit.report.page import comparison, final_numbers, headline, report_html, spectral_numbers, write_report
-from lowrank_vit.report.read import Run, read_analysis, read_run, series
-from lowrank_vit.report.spectra_plots import bulk_plot, spectra_plot, vectors_plot
-from lowrank_vit.spectral.measures.noise import Noise, marchenko_pastur
+from lowrank_vit.report.read import read_analysis, read_run, series
+from lowrank_vit.report.spectra.metrics import cosine_plot, ema_plot, matrix_scalars, profile_plot, stable_rank_plot
+from lowrank_vit.report.spectra.values import bulk_plot, spectra_plot, vectors_plot
 from lowrank_vit.spectral.watching.files import write_spectra
-from lowrank_vit.spectral.watching.monitor import SpectralMonitor
-from lowrank_vit.spectral.watching.refresh import SpectralSettings
-from tests.reported import KINDS, add_metrics, add_monitor, add_spectra, add_summary, fill, train_line
-from tests.spectra import tiny_vit
+from tests.reported import KINDS, add_metrics, add_monitor, add_spectra, add_summary, analysis_file, fill, train_line
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PICTURES = "training spectra bulk stable_rank cosines vectors ema profile".split()
@@ -135,17 +130,6 @@ def test_many_spec_events_are_thinned(run: Path, monkeypatch: pytest.MonkeyPatch
     np.testing.assert_array_equal(read_run(run).scalars["update"], [0, 40, 80])
 
 
-def analysis_file(folder: Path, *flags: str) -> Path:
-    import torch
-
-    from lowrank_vit.analyze_spectrum import main as analyze
-
-    checkpoint = folder / "model.pth"
-    torch.save({"state_dict": tiny_vit().state_dict(), "arch": "vit", "epoch": 4}, checkpoint)
-    analyze(["--checkpoint", str(checkpoint), "--save-dir", str(folder), "--topk", "3", *flags])
-    return folder / "vit_spectral.json"
-
-
 @pytest.mark.parametrize("full", [False, True])
 def test_an_analysis_is_reported_too(tmp_path: Path, full: bool) -> None:
     path = analysis_file(tmp_path, *(["--full"] if full else []))
@@ -160,41 +144,6 @@ def test_an_analysis_is_reported_too(tmp_path: Path, full: bool) -> None:
     content = json.loads(path.read_text())
     values = matrix_scalars(read_analysis(path), "spec", "alpha")
     assert {n: v[0] for n, v in values.items()} == {n: layer["alpha"] for n, layer in content["layers"].items()}
-
-
-def drawn_edges(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    edges: list[float] = []
-
-    def noted(*args: Any) -> Noise:
-        edges.append(marchenko_pastur(*args).edge)
-        return marchenko_pastur(*args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr("lowrank_vit.report.spectra_plots.marchenko_pastur", noted)
-        bulk_plot(run)
-    return sorted(edges)
-
-
-def test_the_edge_that_is_drawn_is_the_one_that_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of a fused qkv matrix, of an analysis as of a run."""
-    path = analysis_file(tmp_path, "--full")
-    logged = {name: one["mp_edge"] for name, one in json.loads(path.read_text())["layers"].items()}
-    assert drawn_edges(read_analysis(path), monkeypatch) == sorted(logged.values())
-    settings = SpectralSettings(topk=3)
-    with SpectralMonitor(tiny_vit(), store_dir=tmp_path / "spectra", settings=settings) as monitor:
-        monitor.observe(0)
-    run = read_run(tmp_path)
-    assert len(run.scaled) == 2
-    assert drawn_edges(run, monkeypatch) == sorted(logged.values())
-
-
-def test_alpha_is_drawn_with_its_standard_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = analysis_file(tmp_path)
-    errors: list[float] = []
-    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", lambda axes, x, y, yerr, **style: errors.extend(yerr))
-    profile_plot(read_analysis(path))
-    logged = json.loads(path.read_text())["layers"].values()
-    assert sorted(errors) == sorted(layer["alpha_sigma"] for layer in logged)
 
 
 def test_several_analyses_or_a_foreign_file_are_told(tmp_path: Path) -> None:

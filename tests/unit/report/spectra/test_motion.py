@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from lowrank_vit.report.motion_plots import flows_plot, updates_plot
 from lowrank_vit.report.read import read_run
+from lowrank_vit.report.spectra.motion import flows_plot, updates_plot
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FLOW = {"effective_rank": 20.0, "stable_rank": 2.0, "rank_limit": 32.0, "cosine": 0.2, "cosine_image": 0.1}

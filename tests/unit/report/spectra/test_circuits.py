@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from lowrank_vit.report.circuits_plot import circuits_plot
 from lowrank_vit.report.read import read_analysis, read_run
+from lowrank_vit.report.spectra.circuits import circuits_plot
 from lowrank_vit.spectral.measures.circuits import HeadWeights, as_arrays, circuits_of
 from lowrank_vit.spectral.watching.files import CIRCUITS
 from lowrank_vit.spectral.watching.store import SpectraStore

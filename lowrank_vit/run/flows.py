@@ -1,4 +1,4 @@
-"""What flows through the model at a validation: which images are taken, and what is logged and stored of them."""
+"""What flows through the model at a validation: its images are looked at, and what is found out is told."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from lowrank_vit.common.errors import in_short
 from lowrank_vit.common.locks import Say
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.plan.plans import subset
 from lowrank_vit.ranks.world import World
 from lowrank_vit.score.evaluate import Batches, Evaluator
 from lowrank_vit.spectral.flows import Flows, measure
@@ -37,13 +36,10 @@ class FlowWatch(Batches):
     these, so that nothing of the run changes. What fails is said, and training goes on.
     """
 
-    def __init__(
-        self, evaluators: Mapping[str, Evaluator], num_samples: int, count: int, seed: int, world: World, say: Say
-    ) -> None:
-        """Choose `count` of the validation set's samples by `seed`; `evaluators` by prefix of a score's name."""
+    def __init__(self, evaluators: Mapping[str, Evaluator], ids: np.ndarray, world: World, say: Say) -> None:
+        """Take the images of `ids`, samples of the validation set; `evaluators` by prefix of a score's name."""
         self._evaluators, self._world, self._say = evaluators, world, say
-        self._is_chosen = np.zeros(num_samples, bool)
-        self._is_chosen[subset(seed, num_samples, count)] = True
+        self._ids = ids
         self._loader: Batches | None = None
         self._found: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -56,7 +52,7 @@ class FlowWatch(Batches):
         assert self._loader is not None
         is_complete = bool(self._found)
         for batch in self._loader.batches(epoch):
-            if not is_complete and (rows := np.flatnonzero(self._is_chosen[batch.plan.ids])).size:
+            if not is_complete and (rows := np.flatnonzero(np.isin(batch.plan.ids, self._ids))).size:
                 images = batch.images[torch.from_numpy(rows).to(batch.images.device)]
                 self._found.append((batch.plan.ids[rows], images.cpu().numpy()))
             yield batch

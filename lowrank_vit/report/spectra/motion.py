@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowrank_vit.report.metric_plots import matrix_scalars
 from lowrank_vit.report.read import Run
+from lowrank_vit.report.spectra.metrics import matrix_scalars
 from lowrank_vit.report.style import (
     EMA,
     MODEL,

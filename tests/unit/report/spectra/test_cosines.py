@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from lowrank_vit.report.metric_plots import cosine_plot, ema_plot, profile_plot
 from lowrank_vit.report.read import read_run
-from lowrank_vit.report.spectra_plots import vectors_plot
+from lowrank_vit.report.spectra.metrics import cosine_plot, ema_plot, profile_plot
+from lowrank_vit.report.spectra.values import vectors_plot
 from lowrank_vit.spectral.measures.subspaces import chance_cosines
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.watching.files import list_vectors, read_vectors

@@ -13,8 +13,8 @@ import torch
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.plan.plans import subset
 from lowrank_vit.ranks.world import World
+from lowrank_vit.run.flows import FlowWatch, flows_of
 from lowrank_vit.score.evaluate import Evaluator
-from lowrank_vit.training.flows import FlowWatch, flows_of
 
 NUM_SAMPLES = 23
 IMAGES = torch.randint(0, 256, (NUM_SAMPLES, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
@@ -57,7 +57,7 @@ def flows(evaluators: dict[str, Evaluator], shares: list[Loader], count: int = 7
     told, said, others = [], [], []
     for rank, loader in reversed(list(enumerate(shares))):
         world = OneOf(others, rank)
-        watch = FlowWatch(evaluators, NUM_SAMPLES, count, seed, world, said.append)
+        watch = FlowWatch(evaluators, subset(seed, NUM_SAMPLES, count), world, said.append)
         with flows_of(loader, watch, lambda *found: told.append(found)) as seen:
             for _ in evaluators:
                 assert len(list(seen.batches(0))) == len(loader.parts)
@@ -110,7 +110,7 @@ def test_more_images_than_there_are_means_all_of_them(evaluators):
 
 def test_what_fails_is_said_and_ends_nothing(evaluators, monkeypatch):
     said: list[str] = []
-    watch = FlowWatch(evaluators, NUM_SAMPLES, 4, 0, World(), said.append)
+    watch = FlowWatch(evaluators, np.arange(4), World(), said.append)
     with monkeypatch.context() as patch:
         patch.setattr(Evaluator, "apart", lambda self: 1 / 0)
         with flows_of(Loader(np.arange(NUM_SAMPLES), 8), watch, lambda *_: pytest.fail("told")) as seen:

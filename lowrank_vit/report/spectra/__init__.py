@@ -1,0 +1,1 @@
+"""Pictures of what a run, or an analysis, knows of spectra."""
