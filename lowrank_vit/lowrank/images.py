@@ -43,7 +43,8 @@ class Images:
         data = options.data
         nested: Any = data.nested_classes or scorer.args.get("nested-classes") or "leaf"
         where = DataOptions(data.dataset, data.data, False, data.beton_dir, data.train_split, data.val_split)
-        self.train, self.val = (Beton(path) for path in locate(replace(where, nested=nested), say))
+        where = replace(where, nested=nested, flag="--data")
+        self.train, self.val = (Beton(path) for path in locate(where, say))
         for beton in (self.train, self.val):
             follow_model(scorer, beton, Trust(data.trust_labels), say)
         count = min(data.calibration_images, self.train.num_samples)

@@ -212,11 +212,15 @@ def _own_data(scorer: Scorer, path: Path) -> str:
 def _find_data(options: ValidateOptions, args: dict[str, Any], say: Callable[[str], object]) -> Path:
     """The `.beton` to score, converted and staged now if need be; `args` are the flags of the checkpoint's run."""
     split = options.split or str(args.get("val-split") or "validation")
-    where = DataOptions(options.dataset, None, options.dataset_download, options.beton_dir, val_split=split)
+    where = DataOptions(
+        options.dataset, None, options.dataset_download, options.beton_dir, val_split=split, flag="--data"
+    )
     nested: Any = options.nested_classes or args.get("nested-classes") or "leaf"
     where = replace(where, on_bad=options.on_bad_sample, nested=nested)
     dataset = str(args.get("dataset") or "")
-    if options.data is None and kind_of(options.dataset or dataset) == kind_of(dataset):  # the checkpoint's own
+    if options.data is None and kind_of(options.dataset or dataset, where.flag) == kind_of(
+        dataset
+    ):  # the checkpoint's own
         kept = {name: Path(value) for name in ("data-dir", "beton-dir") if (value := args.get(name))}
         beton_dir = options.beton_dir or kept.get("beton-dir")
         where = replace(where, dataset=dataset, data_dir=kept.get("data-dir"), beton_dir=beton_dir)

@@ -28,17 +28,23 @@ class _Root:
 
 
 def cifar100(
-    data_dir: Path | None, beton_dir: Path | None, *, download: bool, splits: tuple[str, str], say: Say
+    data_dir: Path | None,
+    beton_dir: Path | None,
+    *,
+    download: bool,
+    splits: tuple[str, str],
+    say: Say,
+    flag: str = "--data-dir",
 ) -> tuple[Path, Path]:
     """train.beton and val.beton of CIFAR-100: those that are there, or converted now from the archive in the data root.
 
     The data root is `data_dir`, else `~/.cache/torch/datasets` or ./data: the first that holds CIFAR-100, or else the
     first that can be written. `download` fetches the archive where it is missing or damaged. `splits` are the names of
-    the training and the validation split, which must be that (`test` is the validation set).
-    Raises `UserError`.
+    the training and the validation split, which must be that (`test` is the validation set). `flag` is what the command
+    calls `data_dir`. Raises `UserError`.
     """
     _check_splits(*splits)
-    root = _root(data_dir, beton_dir)
+    root = _root(data_dir, beton_dir, flag)
     say(f"CIFAR-100: data root {root.path} ({root.why})")
     out_dir = beton_dir or root.path / FOLDER
     for folder in (root.path, out_dir):
@@ -47,9 +53,9 @@ def cifar100(
     if find_archive(root.path) is None and not download:
         raise UserError(
             f"--dataset torch/cifar100: {root.path} holds neither {_ARCHIVES[0]}/ nor {_ARCHIVES[1]}. Add "
-            "--dataset-download (169 MB), or give the folder that holds one with --data-dir."
+            f"--dataset-download (169 MB), or give the folder that holds one with {flag}."
         )
-    with one_process_in(out_dir, say, "Give a folder that can be written with --data-dir or --beton-dir."):
+    with one_process_in(out_dir, say, f"Give a folder that can be written with {flag} or --beton-dir."):
         if not _is_converted(out_dir, root.path):  # by another process meanwhile
             # Only now: until we have the lock, a file without a manifest may be what another process is writing.
             if any((out_dir / name).exists() and not _is_cifar100(out_dir / name) for name in _NAMES):
@@ -73,16 +79,16 @@ def _check_splits(train: str, val: str) -> None:
         )
 
 
-def _root(data_dir: Path | None, beton_dir: Path | None) -> _Root:
+def _root(data_dir: Path | None, beton_dir: Path | None, flag: str) -> _Root:
     if data_dir is not None:
-        return _Root(data_dir, "--data-dir")
+        return _Root(data_dir, flag)
     usual = TORCH_DATASETS.expanduser()
     for path in (usual, HERE):
         if find_archive(path) or any(_is_converted(folder, path) for folder in (beton_dir or path / FOLDER, path)):
-            return _Root(path, "CIFAR-100 is there; --data-dir chooses another")
+            return _Root(path, f"CIFAR-100 is there; {flag} chooses another")
     if _can_be_written(usual):
-        return _Root(usual, "the default; --data-dir chooses another")
-    return _Root(HERE, f"since {usual} cannot be written; --data-dir chooses another")
+        return _Root(usual, f"the default; {flag} chooses another")
+    return _Root(HERE, f"since {usual} cannot be written; {flag} chooses another")
 
 
 def _can_be_written(folder: Path) -> bool:

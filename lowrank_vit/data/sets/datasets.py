@@ -45,6 +45,8 @@ class DataOptions:
     """Which folders are classes, see `data_prep.sources.image_folder`."""
     trust_labels: bool = False
     """Two sets may have different classes: label N is label N."""
+    flag: str = "--data-dir"
+    """What the command calls `data_dir`, for messages."""
 
 
 def locate(options: DataOptions, say: Say = terminal.say) -> tuple[Path, Path]:
@@ -57,7 +59,7 @@ def locate(options: DataOptions, say: Say = terminal.say) -> tuple[Path, Path]:
 
 
 def locate_validation(path: Path | None, options: DataOptions, say: Say = terminal.say) -> Path:
-    """The validation `.beton` alone: `path` itself, or what `options` mean with it for --data-dir.
+    """The validation `.beton` alone: `path` itself, or what `options` mean with it as `data_dir`.
 
     `path` may also be a folder of class folders without splits. Raises `UserError`.
     """
@@ -66,10 +68,12 @@ def locate_validation(path: Path | None, options: DataOptions, say: Say = termin
     if not path.is_dir() and (path.suffix == ".beton" or path.is_file()):
         return path
     given = replace(options, data_dir=path)
-    may_be_single = kind_of(options.dataset) == "" and path.is_dir() and not _betons(given, ("val",))
+    may_be_single = kind_of(options.dataset, options.flag) == "" and path.is_dir() and not _betons(given, ("val",))
     if may_be_single and _is_single(path, options):
         if not _folders_in(path):  # before anything is made
-            raise UserError(f"--data-dir {path} has no class folders. Put the images of each class into a sub-folder.")
+            raise UserError(
+                f"{options.flag} {path} has no class folders. Put the images of each class into a sub-folder."
+            )
         place = options.beton_dir or path.resolve().parent / FOLDER
         return converted([(path, "val")], place, say, **_rules(options))[0]
     return _locate(given, ("val",), say)[0]
@@ -100,23 +104,25 @@ def _rules(options: DataOptions) -> dict[str, Any]:
         "on_bad": options.on_bad,
         "nested": options.nested,
         "trust_labels": options.trust_labels,
+        "flag": options.flag,
     }
 
 
 def _locate(options: DataOptions, wanted: tuple[Split, ...], say: Say) -> list[Path]:
-    kind = kind_of(options.dataset)
+    kind = kind_of(options.dataset, options.flag)
     splits = options.train_split, options.val_split
     for flag, name in zip(("--train-split", "--val-split"), splits, strict=True):
         if not name or Path(name).name != name or name == "..":
-            raise UserError(f"{flag} '{name}' must be the name of a folder in --data-dir, for example {flag} train.")
+            raise UserError(f"{flag} '{name}' must be the name of a folder in {options.flag}, say {flag} train.")
     if kind == "cifar100":
-        both = cifar100(options.data_dir, options.beton_dir, download=options.dataset_download, splits=splits, say=say)
+        how: dict[str, Any] = {"download": options.dataset_download, "splits": splits, "say": say, "flag": options.flag}
+        both = cifar100(options.data_dir, options.beton_dir, **how)
         return [both[("train", "val").index(split)] for split in wanted]
     root = options.data_dir or DEFAULT_DIR
     if kind == "digits" and _lacks_digits(options):
         from data_prep.convert import convert_digits
 
-        with one_process_in(root, say, "Give a folder that can be written with --data-dir."):
+        with one_process_in(root, say, f"Give a folder that can be written with {options.flag}."):
             if _lacks_digits(options):
                 convert_digits(root)
     there = _betons(options, wanted)
@@ -139,8 +145,11 @@ def _lacks_digits(options: DataOptions) -> bool:
         return False
 
 
-def kind_of(dataset: str) -> Literal["", "digits", "cifar100"]:
-    """What --dataset means; an empty string for a folder. Raises `UserError` for what is not there."""
+def kind_of(dataset: str, flag: str = DataOptions.flag) -> Literal["", "digits", "cifar100"]:
+    """What --dataset means; an empty string for a folder. Raises `UserError` for what is not there.
+
+    `flag`: see `DataOptions`.
+    """
     name = dataset.lower()
     if name in FOLDERS:
         return ""
@@ -148,11 +157,11 @@ def kind_of(dataset: str) -> Literal["", "digits", "cifar100"]:
         return "digits"
     if name == "torch/cifar100":
         return "cifar100"
-    hint = "Save its images as train/CLASS/FILE.jpg and val/CLASS/FILE.jpg, and give that folder with --data-dir."
+    hint = f"Save its images as train/CLASS/FILE.jpg and val/CLASS/FILE.jpg, and give that folder with {flag}."
     if name == "cifar100":
         hint = "Did you mean torch/cifar100?"
     raise UserError(
-        f"--dataset {dataset} is not there. There are: folder (the default: --data-dir holds images or .beton files), "
+        f"--dataset {dataset} is not there. There are: folder (the default: {flag} holds images or .beton files), "
         f"torch/cifar100, digits. {hint}"
     )
 
@@ -182,21 +191,21 @@ def _from_images(root: Path, options: DataOptions, wanted: tuple[Split, ...], sa
         say(f"the images of {root} are gone: what was converted in {place} is used")
         return [done[split] for split in wanted]
     missing: dict[Split, str] = {split: names[split] for split in wanted if not found[split]}
-    raise UserError(_what_is_missing(root, missing, is_split=bool(folders) or wanted == ("val",)))
+    raise UserError(
+        _what_is_missing(f"{options.flag} {root}", root, missing, is_split=bool(folders) or wanted == ("val",))
+    )
 
 
 def _folders_in(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir() and not is_of_the_system(path.name))
 
 
-def _what_is_missing(root: Path, missing: dict[Split, str], *, is_split: bool) -> str:
+def _what_is_missing(given: str, root: Path, missing: dict[Split, str], *, is_split: bool) -> str:
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
-        return (
-            f"--data-dir {root} {what}, so there is neither train.beton nor a folder of images named train. {_ADVICE}"
-        )
+        return f"{given} {what}, so there is neither train.beton nor a folder of images named train. {_ADVICE}"
     if find_archive(root):
-        return f"--data-dir {root} holds CIFAR-100's archive. Add --dataset torch/cifar100."
+        return f"{given} holds CIFAR-100's archive. Add --dataset torch/cifar100."
     present = _folders_in(root)
     holds = (
         f"it holds {', '.join(present[:6])}{', ...' if len(present) > 6 else ''}" if present else "it has no folders"
@@ -206,10 +215,10 @@ def _what_is_missing(root: Path, missing: dict[Split, str], *, is_split: bool) -
     if is_split and present:
         also = ", ".join(n for n in (*names_of(name), *(("test",) if split == "val" else ())) if n != name)
         return (
-            f"--data-dir {root} has no folder for {flag} {name}{f' (nor {also})' if also else ''}; {holds}. Put images "
+            f"{given} has no folder for {flag} {name}{f' (nor {also})' if also else ''}; {holds}. Put images "
             f"into {root / name}, one folder a class, or name another folder with {flag}."
         )
-    return f"--data-dir {root}: there is neither {split}.beton nor a folder of images named {name}; {holds}. {_ADVICE}"
+    return f"{given}: there is neither {split}.beton nor a folder of images named {name}; {holds}. {_ADVICE}"
 
 
 MEND = "Convert both from folders with the same class names."

@@ -55,12 +55,13 @@ def converted(
     on_bad: Literal["error", "skip"],
     nested: Nested = "leaf",
     trust_labels: bool = False,
+    flag: str = "--data-dir",
 ) -> list[Path]:
     """`place`/NAME.beton of each folder NAME of class folders, converted now unless that is done and still true.
 
     A role says what the folder is for, and so how it is converted: see `IMAGE_OPTIONS`. Options that a person chose,
     other than the converter's defaults, are kept, and so is an order of the classes that is not timm's. `nested`: which
-    folders are classes, see `image_folder`; `trust_labels`: see `convert_folders`.
+    folders are classes, see `image_folder`; `trust_labels`: see `convert_folders`. `flag` names data in messages.
 
     Every image's name, size and time is compared with those that were converted (0.7 s for 100,000 on a local disk).
     Parts, NAME-1-of-2.beton and so on, are taken as they are. `is_own`: nothing of the user's lies in `place`;
@@ -72,7 +73,7 @@ def converted(
     wanted = {out: IMAGE_OPTIONS[role] for out, (_, role) in zip(asked, folders, strict=True)}
     seen = {out: _identity(out) for out in outs}
     begun = time.monotonic()
-    stale = {out: why for out, folder in outs.items() if (why := _why_stale(out, folder, wanted[out], nested))}
+    stale = {out: why for out, folder in outs.items() if (why := _why_stale(out, folder, wanted[out], nested, flag))}
     if (seconds := time.monotonic() - begun) > SLOW_CHECK_S:
         say(f"compared the images in {_names(outs.values())} with {place} in {seconds:.0f} s")
     for out in stale:
@@ -84,7 +85,7 @@ def converted(
             stale = {out: why for out, why in stale.items() if _identity(out) == seen[out]}
             if stale:
                 why = ", ".join(dict.fromkeys(stale.values()))
-                _convert({out: outs[out] for out in stale}, wanted, why, say, on_bad, nested, trust_labels)
+                _convert({out: outs[out] for out in stale}, wanted, why, say, on_bad, nested, trust_labels, flag)
     for out in outs:
         manifest = manifest_of(out)
         if manifest and manifest.skipped:
@@ -109,6 +110,7 @@ def _convert(
     on_bad: Literal["error", "skip"],
     nested: Nested,
     trust_labels: bool,
+    flag: str,
 ) -> None:
     image = {out: _chosen_by_hand(manifest_of(out)) or wanted[out] for out in outs}
     place = next(iter(outs)).parent
@@ -120,7 +122,7 @@ def _convert(
         really = {out: folder.resolve() for out, folder in outs.items()}
         done = convert_folders(really, image=image, **options, progress=True, say=say)
     except UserError as error:
-        raise _in_the_trainers_words(error, outs) from error
+        raise _in_the_trainers_words(error, outs, flag) from error
     for conversion in done:
         gone_on = f", {conversion.resumed:,} of them by an interrupted run" if conversion.resumed else ""
         manifest = conversion.manifest
@@ -141,7 +143,7 @@ def _chosen_by_hand(manifest: Manifest | None) -> ImageOptions | None:
     return None if options == DEFAULT_IMAGE_OPTIONS else options
 
 
-def _why_stale(out: Path, folder: Path, wanted: ImageOptions, nested: Nested) -> str:
+def _why_stale(out: Path, folder: Path, wanted: ImageOptions, nested: Nested, flag: str) -> str:
     """Why `out` is not what `folder` holds now, or not as it is wanted; an empty string if it is."""
     if not out.exists() and find_parts(out):
         return ""
@@ -155,7 +157,7 @@ def _why_stale(out: Path, folder: Path, wanted: ImageOptions, nested: Nested) ->
     try:
         source = image_folder(folder, nested=nested)
     except UserError as error:
-        raise _in_the_trainers_words(error, {out: folder}) from error
+        raise _in_the_trainers_words(error, {out: folder}, flag) from error
     fitted = source.with_classes(manifest.classes)  # in another order than a new set's they mean the same
     if fitted is None:
         return "again, since the classes have changed"
@@ -199,15 +201,13 @@ def _names(folders: Iterable[Path]) -> str:
     return " and ".join(map(str, folders))
 
 
-def _in_the_trainers_words(error: UserError, outs: dict[Path, Path]) -> UserError:
+def _in_the_trainers_words(error: UserError, outs: dict[Path, Path], flag: str) -> UserError:
     """The converter's message without its own flags, but with the command that has them."""
     text = str(error).replace("--src ", "").replace("another --out", "another --beton-dir")
     text = text.replace("--on-bad skip", "--on-bad-sample skip").replace(MEND, f"{MEND} {TRUST}")
-    if any(flag in text for flag in ("--classes ", "--classes.", "--max-side", "--quality", "--workers")):
+    if any(one in text for one in ("--classes ", "--classes.", "--max-side", "--quality", "--workers")):
         src, place = os.path.commonpath([folder.parent for folder in outs.values()]), "OTHER"
-        text += (
-            f" Those are flags of `python -m data_prep imagefolder --src {src} --out {place}`; then --data-dir {place}."
-        )
+        text += f" Those are flags of `python -m data_prep imagefolder --src {src} --out {place}`; then {flag} {place}."
     message = UserError(text)
     for note in getattr(error, "__notes__", []):
         message.add_note(note)
