@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +20,7 @@ Allocation = Literal["uniform", "energy", "greedy"]
 NONE = "(default: none)"
 """Of options without a value of their own."""
 SHARE = Range(0, 1, open_low=True)
-_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors")
+SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors")
 """Of checkpoints that can be written."""
 
 
@@ -64,7 +64,7 @@ class Data:
 class Curve:
     """Which points of accuracy against size are measured."""
 
-    method: Annotated[tuple[Method, ...], arg(help_behavior_hint="(default: all; with --budget kfac)")] = ()
+    method: Annotated[tuple[Method, ...] | None, arg(help_behavior_hint="(default: all; with --budget kfac)")] = None
     """What is truncated: weights as they are (svd), or as inputs (asvd, svdllm) or losses (fwsvd, kfac) see them."""
     ranks: tuple[Allocation, ...] = ("greedy",)
     """How ranks are shared out among the layers."""
@@ -73,11 +73,11 @@ class Curve:
     by: Literal["params", "flops"] = "params"
     """What a budget is a share of: parameters, or FLOPs of the forward pass."""
     sequential: Annotated[bool, FlagCreatePairsOff] = False
-    """Take each layer's moments behind the compressed layers before it."""
+    """Take each block's moments behind the compressed blocks before it; svd takes none."""
     latency: bool = True
     """Measure how long the original and the compressed models take."""
     measure_layers: Annotated[bool, FlagCreatePairsOff] = False
-    """Also score the model with one layer truncated at a time, beside the losses that are predicted of that."""
+    """Also score the model with one layer truncated at a time, beside its predicted loss; goes into --out."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Files:
     """What is written."""
 
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: no files are written)")] = None
-    """Where compression.json, .csv, .png and report.html go; made if missing."""
+    """Where compression.json, .csv and .png go; made if missing. `report DIR` makes a page of them."""
     budget: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint=NONE), SHARE] = None
     """Instead of a curve one model of this size, by --method (default kfac), for --save or --merge."""
     save: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=NONE)] = None
@@ -110,6 +110,17 @@ class Running:
     """auto (cuda where there is one), cpu, cuda or cuda:N."""
 
 
+_OF_IMAGES = {one.name for one in fields(Data)} | {
+    "sequential",
+    "measure_layers",
+    "out",
+    "batch_size",
+    "loader",
+    "workers",
+}
+"""Options without a use where there is no --data."""
+
+
 @dataclass(frozen=True)
 class CompressOptions:
     """Accuracy against rank, or a smaller model.
@@ -127,7 +138,7 @@ class CompressOptions:
     def methods(self) -> tuple[Method, ...]:
         """Those that are asked for, each once."""
         default = METHODS if self.files.budget is None else METHODS[-1:]
-        return tuple(dict.fromkeys(self.curve.method)) or default
+        return tuple(dict.fromkeys(self.curve.method or default))
 
     @property
     def allocations(self) -> tuple[Allocation, ...]:
@@ -145,8 +156,8 @@ class CompressOptions:
         self.source.check()
         for group in (self.data, self.curve, self.files, self.running):
             check_ranges(group)
-        for name in ("budgets", "ranks"):
-            if not getattr(self.curve, name):
+        for name in ("method", "budgets", "ranks"):
+            if getattr(self.curve, name) == ():
                 raise UserError(f"--{name} needs a value. Leave the flag out for the default.")
         if self.files.budget is None:
             if path := self.files.save or self.files.merge:
@@ -158,11 +169,28 @@ class CompressOptions:
                 "--data DIR is missing: moments are taken from its training set, and its validation set is scored. "
                 "(Only --method svd with --budget and --save needs no data.)"
             )
+        if self.data.data is None:
+            self._check_without_data()
+        if self.curve.measure_layers and self.files.out is None:
+            raise UserError("--measure-layers goes into files: add --out DIR, or leave it out.")
         for path in filter(None, (self.files.save, self.files.merge)):
-            if path.suffix not in _SUFFIXES:
-                raise UserError(f"{path} has no name of a checkpoint: {', '.join(_SUFFIXES)}. Say small.pth.tar.")
-        if self.files.save and self.files.save == self.files.merge:
-            raise UserError(f"--save and --merge are both {self.files.save}. They are two files.")
+            if path.suffix not in SUFFIXES:
+                raise UserError(f"{path} has no name of a checkpoint: {', '.join(SUFFIXES)}. Say small.pth.tar.")
+        if self.files.save and self.files.merge and self.files.save.resolve() == self.files.merge.resolve():
+            raise UserError(f"--save and --merge are both {self.files.merge}. They are two files.")
+
+    def _check_without_data(self) -> None:
+        """Raise `UserError` for a flag that is about images, or about what is measured with them, where there are none.
+
+        A value that is the default cannot be told from a flag that was left out.
+        """
+        groups = (self.data, self.curve, self.files, self.running)
+        given = [one.name for group in groups for one in fields(group) if getattr(group, one.name) != one.default]
+        if wrong := next((name for name in given if name in _OF_IMAGES), None):
+            raise UserError(
+                f"--{wrong.replace('_', '-')} is of no use without images: add --data DIR, or leave it out. (By svd "
+                "without --data one model is written, of which nothing is measured.)"
+            )
 
     def _check_one_model(self, budget: float) -> None:
         """Raise `UserError` where `budget` has no file to go to, or where more than one model is asked for."""

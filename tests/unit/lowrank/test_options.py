@@ -25,7 +25,7 @@ def test_defaults_are_all_methods_and_five_budgets():
 
 def test_a_list_before_the_checkpoint_and_values_that_come_twice():
     curve = options("--data d --method svd kfac svd --budgets 0.1 0.4 0.1 --ranks energy uniform c.pth")
-    assert (curve.source.checkpoint.name, curve.methods) == ("c.pth", ("svd", "kfac"))
+    assert (str(curve.source.checkpoint), curve.methods) == ("c.pth", ("svd", "kfac"))
     assert (curve.budgets, curve.allocations) == ((0.4, 0.1), ("energy", "uniform"))
 
 
@@ -35,6 +35,35 @@ def test_only_svd_that_is_saved_needs_no_data():
     for line in ("c.pth", "c.pth --method svd", "c.pth --budget 0.2 --save s.pth", "c.pth --out o"):
         with pytest.raises(UserError, match="--data DIR is missing"):
             options(line).check()
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--out o",
+        "--measure-layers",
+        "--calibration-images 8",
+        "--sequential",
+        "--dataset digits",
+        "--val-split test",
+        "--trust-labels",
+        "-b 4",
+        "--loader ffcv",
+    ],
+)
+def test_a_flag_about_images_is_refused_without_them(flag):
+    with pytest.raises(UserError, match=r"^--[a-z-]+ is of no use without images: add --data DIR"):
+        options(f"c.pth --budget 0.2 --method svd --save s.pth {flag}").check()
+
+
+def test_one_file_by_two_names_is_one_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.pth").symlink_to("s.pth")
+    for other in (tmp_path / "s.pth", "./s.pth", "folder/../s.pth", "link.pth"):
+        with pytest.raises(UserError, match="They are two files"):
+            options(f"c.pth --data d --budget 0.2 --save s.pth --merge {other}").check()
+    options("c.pth --data d --budget 0.2 --save s.pth --merge folder/s.pth").check()
 
 
 WRONG = {
@@ -50,7 +79,10 @@ WRONG = {
     "--budget 1.5 --save s.pth": "--budget takes a number above 0, up to 1, not `1.5`",
     "--budget nan --save s.pth": "--budget takes",
     "--budgets 0.5 0": "--budgets takes",
-    "--budgets": "--budgets",
+    "--budgets": "--budgets takes numbers above 0, up to 1, and none is given",
+    "--ranks": "--ranks needs a value",
+    "--method": "--method needs a value",
+    "--measure-layers": "--measure-layers goes into files: add --out DIR",
     "--calibration-images 0": "--calibration-images takes a whole number of at least 1",
     "--ranks best": "--ranks takes one of uniform, energy, greedy, not `best`",
     "--by size": "--by takes one of params, flops, not `size`",
