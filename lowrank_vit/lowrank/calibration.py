@@ -133,18 +133,13 @@ def calibrate_in_turn(
 ) -> None:
     """Calibrate block after block, each with all before it compressed already (SVD-LLM's sequential update).
 
-    A block is what has the same name up to its last number, as "blocks.3" has four layers. One pass over the set a
-    block. `batches` gives the calibration set anew; `compress` is called with the moments of a block's layers and puts
-    their factors into the model. The rest is as for `calibrate`; targets come in the order of the forward pass.
+    One pass over the set for each of `blocks_of`. `batches` gives the calibration set anew; `compress` is called with
+    the moments of a block's layers and puts their factors into the model. The rest is as for `calibrate`; targets come
+    in the order of the forward pass.
     """
-    blocks: dict[str, dict[str, nn.Linear]] = {}
-    for name, layer in targets.items():
-        parts = name.split(".")
-        last = max((i for i, part in enumerate(parts) if part.isdecimal()), default=len(parts) - 1)
-        blocks.setdefault(".".join(parts[: last + 1]), {})[name] = layer
     done = 0
-    for block in blocks.values():
-        so_far = done
+    for names in blocks_of(targets):
+        block, so_far = {name: targets[name] for name in names}, done
         seen = [0]
 
         def tell(images: int, so_far: int = so_far, seen: list[int] = seen) -> None:
@@ -154,6 +149,16 @@ def calibrate_in_turn(
 
         compress(calibrate(model, batches(), block, seed=seed, pieces=pieces, progress=tell))
         done += seen[0]
+
+
+def blocks_of(names: Iterable[str]) -> list[list[str]]:
+    """Layers by block: those with the same name up to its last number, as "blocks.3" has four; in order."""
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        last = max((i for i, part in enumerate(parts) if part.isdecimal()), default=len(parts) - 1)
+        blocks.setdefault(".".join(parts[: last + 1]), []).append(name)
+    return list(blocks.values())
 
 
 def _draw_labels(logits_NK: Tensor, seed: int, first: int) -> Tensor:

@@ -18,7 +18,7 @@ from lowrank_vit.common.devices import pick_device, why_on_cpu
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.program import pasteable_command
 from lowrank_vit.lowrank.allocation import least_budget
-from lowrank_vit.lowrank.calibration import Moments, calibrate
+from lowrank_vit.lowrank.calibration import Moments, blocks_of, calibrate
 from lowrank_vit.lowrank.curve import (
     Point,
     Subject,
@@ -27,6 +27,7 @@ from lowrank_vit.lowrank.curve import (
     decompose,
     in_turn,
     layers_alone,
+    plain_spectra,
     point,
     spectra_of,
 )
@@ -34,11 +35,12 @@ from lowrank_vit.lowrank.images import Images
 from lowrank_vit.lowrank.latency import ROUNDS, Speed, forward_of, layer_speeds, time_in_turns
 from lowrank_vit.lowrank.layers import costs_of, save_compressed
 from lowrank_vit.lowrank.options import CompressOptions, Curve
-from lowrank_vit.lowrank.results import NAME, Result, check_out, print_points, write_files
+from lowrank_vit.lowrank.results import Result, check_out, print_points, write_files
 from lowrank_vit.lowrank.targets import find_targets, parts_of_targets
 from lowrank_vit.lowrank.truncate import Decomposition
 from lowrank_vit.model.low_rank import merge
 from lowrank_vit.model.weights import COMPRESSION, read_checkpoint
+from lowrank_vit.report.compression.read import NAME
 from lowrank_vit.run.directory import environment
 from lowrank_vit.score.results import ScoringProgress, interval, make_folder_of
 from lowrank_vit.score.scorer import Scorer, load_scorer
@@ -66,7 +68,7 @@ class _Job:
     def __init__(self, options: CompressOptions, say: Say) -> None:
         self.options, self.say = options, say
         files = options.files
-        for path in (files.save, files.merge, files.out and files.out / f"{NAME}.json"):
+        for path in (files.save, files.merge, files.out and files.out / NAME):
             if path:
                 make_folder_of(path)
         self.device = pick_device(options.running.device)
@@ -120,7 +122,7 @@ class _Job:
         with ScoringProgress(len(self.subject.targets), "decomposing by svd", "layers") as bar:
             found = decompose(self.subject, "svd", None, bar.advance)
         made = point(self.subject, found, "svd", self.options.allocations[0], self.budgets[0], self.options.curve.by)
-        self._save(made, None)
+        self._save(made, 0)
 
     def run(self) -> Result:
         """Score every point, print the table, write what is asked for."""
@@ -138,7 +140,7 @@ class _Job:
             failures.append(str(error))
         try:
             if options.files.budget is not None:
-                self._save(result.points[0], result)
+                self._save(result.points[0], images.num_calibration)
         except UserError as error:
             failures.append(str(error))
         if failures:
@@ -156,6 +158,12 @@ class _Job:
         whole = {"params": subject.costs.count({}), "flops": subject.costs.count({}, "flops")}
         result = Result(original, whole, [])
         result.shapes = {name: (layer.out_features, layer.in_features) for name, layer in subject.targets.items()}
+        result.parts = subject.parts
+        if curve.sequential and "svd" in options.methods:
+            self.say("note: svd takes no moments, so that --sequential does not change it")
+        if options.files.out and "svd" not in options.methods:
+            with ScoringProgress(len(subject.targets), "spectra of the weights as they are", "layers") as bar:
+                result.spectra["svd"] = plain_spectra(subject, bar.advance)
         waiting: list[Point] = []
         for method in options.methods:
             with ScoringProgress(len(subject.targets), f"decomposing by {method}", "layers") as bar:
@@ -166,7 +174,7 @@ class _Job:
                 self._layers_alone(images, found, result)
             chosen = [(allocation, budget) for allocation in options.allocations for budget in self.budgets]
             made = [point(subject, found, method, *one, curve.by) for one in chosen]
-            waiting += [self._in_turn(images, one) for one in made] if curve.sequential else made
+            waiting += [self._in_turn(images, one) for one in made] if curve.sequential and method != "svd" else made
             if method == options.methods[-1] or sum(one.size for one in waiting) > ROOM_BYTES:
                 scores = images.score([subject.with_factors(one.factors) for one in waiting])
                 pairs = zip(waiting, scores, strict=True)
@@ -190,7 +198,7 @@ class _Job:
         return calibrate(subject.model, of_data, subject.targets, seed=seed, pieces=pieces, progress=progress)
 
     def _in_turn(self, images: Images, made: Point) -> Point:
-        blocks = len({name.rpartition(".")[0].rpartition(".")[0] for name in self.subject.targets})
+        blocks = len(blocks_of(self.subject.targets))
         doing = f"{made.method} at {made.budget:g}, block after block"
         with ScoringProgress(blocks * images.num_calibration, doing) as bar:
             return in_turn(self.subject, made, images.calibration, self.options.data.seed, bar.advance)
@@ -211,7 +219,7 @@ class _Job:
     def _latency(self, points: Sequence[Point]) -> dict[str, Any]:
         """Times of the original beside those of the kept points, and where a layer gets faster, by device."""
         kept = [one for one in points if one.factors]
-        shapes = list(dict.fromkeys((one.rows, one.columns) for one in self.subject.costs.layers.values()))
+        shapes = list(dict.fromkeys((one.rows, one.columns, one.parts) for one in self.subject.costs.layers.values()))
         tokens = max(one.tokens for one in self.subject.costs.layers.values())
         devices = list(dict.fromkeys((torch.device("cpu"), self.device)))
         models, layers = list[dict[str, Any]](), list[dict[str, Any]]()
@@ -258,8 +266,10 @@ class _Job:
         file = source.checkpoint or source.pretrained_path
         return {"checkpoint": str(file or self.scorer.origin), "weights": "ema" if source.use_ema else "model"}
 
-    def _save(self, made: Point, result: Result | None) -> None:
+    def _save(self, made: Point, num_calibration: int) -> None:
         """Write the checkpoints of a point, with how they were made."""
+        if not made.ranks:
+            self.say(f"note: a budget of {made.budget:g} has room for every layer as it is: nothing is compressed")
         options, files = self.options, self.options.files
         about: dict[str, Any] = {
             "fingerprint": self.fingerprint,
@@ -268,8 +278,8 @@ class _Job:
             "by": options.curve.by,
             "targets": options.source.targets,
             "split": options.source.split,
-            "sequential": options.curve.sequential,
-            "calibration_images": options.data.calibration_images if result else 0,
+            "sequential": made.sequential,
+            "calibration_images": num_calibration,
             "seed": options.data.seed,
         }
         if made.scores:
@@ -322,3 +332,5 @@ def _print(result: Result, say: Say) -> None:
         say("±: one standard error of differences that are paired by sample")
         unclear = "" if result.constant_from["is_clear"] else ": no rise was clear there"
         say(f"predicted with a constant of {result.constant:.3g}, of the calibration images{unclear}")
+        if any(one.sequential for one in result.points):
+            say("predicted: for the same ranks without --sequential, as is the constant")

@@ -59,6 +59,8 @@ class Point:
     predicted: float
     """Rise of the loss, before it is multiplied by the constant; NaN without moments."""
     factors: dict[str, Factors] = field(repr=False)
+    sequential: bool = False
+    """Whether the factors are by moments behind the compressed layers; the prediction is of those that are not."""
     scores: SampleScores | None = field(default=None, repr=False)
 
     @property
@@ -87,6 +89,7 @@ class Point:
         return {
             "method": self.method,
             "allocation": self.allocation,
+            "sequential": self.sequential,
             **sizes,
             **{name: plain(value) for name, value in numbers.items()},
             "ranks": self.ranks,
@@ -144,7 +147,7 @@ def in_turn(subject: Subject, made: Point, batches: Callable[[], Iterable[Tensor
         seen[0] = images
 
     calibrate_in_turn(model, batches, targets, compress, seed=seed, pieces=subject.parts, progress=progress)
-    return replace(made, factors=factors)
+    return replace(made, factors=factors, sequential=True)
 
 
 def constant_candidates(subject: Subject, decompositions: Mapping[str, Decomposition], method: str) -> list[Point]:
@@ -197,6 +200,15 @@ def layers_alone(
         name, rank = str(row["layer"]), int(row["rank"])
         factors = {name: decompositions[name].factors(rank)} if with_factors else {}
         found.append(LayerPoint(name, float(row["share"]), rank, float(row["predicted_loss"]), factors))
+    return found
+
+
+def plain_spectra(subject: Subject, tick: Tick) -> dict[str, list[float]]:
+    """`spectra_of` the weights as they are; one layer after the other, since their vectors take memory."""
+    found: dict[str, list[float]] = {}
+    for name, layer in subject.targets.items():
+        found |= spectra_of(decompose_layers({name: layer}, METHODS["svd"], None, parts=subject.parts))
+        tick(1)
     return found
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from lowrank_vit.common.devices import wait_for
+from lowrank_vit.lowrank.layers import pays
+from lowrank_vit.model.low_rank import LowRankLinear
 
 ROUNDS = 9
 LEAST_S = 0.01
@@ -76,10 +77,10 @@ def _seconds(call: Callable[[], object], count: int, device: torch.device) -> fl
     return time.perf_counter() - start
 
 
-def forward_of(model: nn.Module, images: Tensor) -> Callable[[], object]:
-    """A call of a model in evaluation mode on `images`."""
+def forward_of(model: nn.Module, input: Tensor) -> Callable[[], object]:
+    """A call of a model, or of a layer, in evaluation mode."""
     model.eval()
-    return lambda: model(images)
+    return lambda: model(input)
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class LayerSpeed:
 
     rows: int
     columns: int
+    parts: int
+    """Of the rows, each with factors of its own."""
     tokens: int
     ratios: dict[int, float]
     """Rank to the time of two products over that of one."""
@@ -107,25 +110,23 @@ class LayerSpeed:
     def content(self) -> dict[str, Any]:
         """As plain values."""
         ratios = {str(rank): ratio for rank, ratio in self.ratios.items()}
-        shape = {"rows": self.rows, "columns": self.columns, "tokens": self.tokens}
+        shape = {"rows": self.rows, "columns": self.columns, "parts": self.parts, "tokens": self.tokens}
         return {**shape, "pays_up_to": self.pays, "faster_up_to": self.faster_below, "ratios": ratios}
 
 
 def layer_speeds(
-    shapes: Iterable[tuple[int, int]], tokens: int, device: torch.device, *, tick: Callable[[int], object]
+    shapes: Iterable[tuple[int, int, int]], tokens: int, device: torch.device, *, tick: Callable[[int], object]
 ) -> list[LayerSpeed]:
-    """Time W x + b beside U (V x) + b for each shape (R, C) at eighths of the rank that pays, on `tokens` tokens."""
+    """Time a Linear of each shape (R, C, P parts) beside its factors at eighths of the rank that pays."""
     found: list[LayerSpeed] = []
-    for rows, columns in dict.fromkeys(shapes):
-        pays = (rows * columns - 1) // (rows + columns)
-        ranks = sorted({max(1, pays * eighth // 8) for eighth in range(1, 9)})
-        made = (torch.ones(tokens, columns), torch.ones(rows, columns), torch.ones(rows))
-        x_TC, w_RC, b_R = (tensor.to(device) for tensor in made)
-        calls: list[Callable[[], object]] = [lambda x=x_TC, w=w_RC, b=b_R: linear(x, w, b)]
-        for rank in ranks:
-            up, down = torch.ones(rows, rank, device=device), torch.ones(rank, columns, device=device)
-            calls.append(lambda x=x_TC, u=up, v=down, b=b_R: linear(linear(x, v), u, b))
+    for rows, columns, parts in dict.fromkeys(shapes):
+        most = pays(rows, columns, parts)
+        ranks = sorted({max(1, most * eighth // 8) for eighth in range(1, 9)})
+        x_TC, b_R = torch.ones(tokens, columns, device=device), torch.ones(rows)
+        layers: list[nn.Module] = [nn.Linear(columns, rows)]
+        layers += [LowRankLinear(torch.ones(rows, r), torch.ones(parts * r, columns), b_R) for r in ranks]
+        calls = [forward_of(layer.to(device), x_TC) for layer in layers]
         speeds = time_in_turns(calls, device, tick=tick)
         ratios = {rank: speed.ratio for rank, speed in zip(ranks, speeds[1:], strict=True)}
-        found.append(LayerSpeed(rows, columns, tokens, ratios, pays))
+        found.append(LayerSpeed(rows, columns, parts, tokens, ratios, most))
     return found

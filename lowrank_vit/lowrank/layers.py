@@ -5,6 +5,7 @@ Shape legend: W of R rows and C columns, factors of rank r, P parts of the rows 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import whole_file
 from lowrank_vit.config import meaning
+from lowrank_vit.lowrank.options import SUFFIXES
 from lowrank_vit.lowrank.targets import in_evaluation, logits_of, noise
 from lowrank_vit.model.create import input_spec
 from lowrank_vit.model.flops import forward_flops_per_image
@@ -171,7 +173,8 @@ def save_compressed(
     """Write the model's weights as a checkpoint that validate, inference, analyze_spectrum and train take as it is.
 
     Merged or not: a model in factors keeps their ranks beside them. One in the original shapes is a checkpoint of plain
-    timm's too. To a path that ends in .safetensors go the tensors alone, from whose shapes the ranks are known.
+    timm's too. A path that ends in .safetensors gets the tensors, from whose shapes the ranks are known, and how they
+    were made.
 
     Args:
         model: with the weights that were chosen of `source`, the EMA's or its own; they become `state_dict`.
@@ -184,8 +187,8 @@ def save_compressed(
     Raises:
         UserError: the file cannot be written, or its name is of another format.
     """
-    if path.suffix not in (".pth", ".pt", ".tar", ".bin", ".safetensors"):
-        raise UserError(f"{path} has no name of a checkpoint. End it in .pth.tar, .pth or .safetensors.")
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path} has no name of a checkpoint: {', '.join(SUFFIXES)}. Say small.pth.tar.")
     kept = {key: value for key in _KEPT if source is not None and (value := source.content.get(key)) is not None}
     flags = {**(source.args if source else {}), **(args or {})}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -197,7 +200,8 @@ def save_compressed(
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             if path.suffix == ".safetensors":
-                file.write(safetensors.torch.save({name: one.clone() for name, one in weights.items()}))
+                about = {"format": "pt", COMPRESSION: json.dumps(dict(compression))}
+                file.write(safetensors.torch.save({name: one.clone() for name, one in weights.items()}, about))
             else:
                 torch.save(content, file)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,8 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_all
 from lowrank_vit.lowrank.curve import LayerPoint, Point, plain
 from lowrank_vit.lowrank.scoring import SampleScores
+from lowrank_vit.report.compression.read import NAME, Compression
 from lowrank_vit.score.results import interval, rows_to_csv
-
-NAME = "compression"
-"""Of the files, before their suffixes."""
 
 
 @dataclass
@@ -32,6 +31,8 @@ class Result:
     constant: float = 1.0
     constant_from: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    parts: dict[str, int] = field(default_factory=dict)
+    """How many parts a target's rows are taken in; a rank is that of each part."""
     spectra: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """By method, then by layer."""
     layers: list[LayerPoint] = field(default_factory=list)
@@ -53,6 +54,7 @@ class Result:
             "constant": self.constant_from or None,
             "points": [one.content(original, self.constant) for one in self.points],
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "parts": {name: self.parts.get(name, 1) for name in self.shapes},
             "spectra": {name: {method: of[name] for method, of in self.spectra.items()} for name in self.shapes},
             "sensitivities": {"method": self.layers_by, "layers": self._layers()},
             "latency": self.latency or None,
@@ -73,19 +75,18 @@ class Result:
 
 def files_of(content: Mapping[str, Any], out: Path) -> dict[Path, Callable[[], str | bytes]]:
     """The files of a compression in `out`, and what makes the content of each."""
-    path = out / f"{NAME}.json"
+    path = out / NAME
     rows = [{key: value for key, value in point.items() if key != "ranks"} for point in content["points"]]
 
     def picture() -> bytes:
         from lowrank_vit.report.compression.plots import curve_plot  # draws: only where files are written
-        from lowrank_vit.report.compression.read import Compression
 
         return curve_plot(Compression(path, dict(content)))
 
     return {
         path: lambda: json.dumps(content, indent=1, allow_nan=False) + "\n",
-        out / f"{NAME}.csv": lambda: rows_to_csv(rows),
-        out / f"{NAME}.png": picture,
+        path.with_suffix(".csv"): lambda: rows_to_csv(rows),
+        path.with_suffix(".png"): picture,
     }
 
 
@@ -98,7 +99,7 @@ def write_files(content: Mapping[str, Any], out: Path) -> list[Path]:
 
 def check_out(out: Path, fingerprint: str) -> None:
     """Raise `UserError` where `out` holds what was measured of other weights, or something else of that name."""
-    path = out / f"{NAME}.json"
+    path = out / NAME
     if not path.exists():
         return
     try:
@@ -109,6 +110,11 @@ def check_out(out: Path, fingerprint: str) -> None:
         raise UserError(f"--out: {path} is there and none of this command's. Give another --out.") from error
     if own != fingerprint:
         raise UserError(f"--out: {path} is of other weights, {of}, and is not replaced. Give another --out.")
+
+
+def _difference(value: float, error: float, digits: int) -> str:
+    """With its standard error, which a single sample does not have."""
+    return f"{value:+.{digits}f}" + ("" if math.isnan(error) else f"±{error:.{digits}f}")
 
 
 def print_points(result: Result, points: Sequence[Point], console: Console) -> None:
@@ -127,8 +133,8 @@ def print_points(result: Result, points: Sequence[Point], console: Console) -> N
             "budget": f"{one.budget:g}",
             "params": f"{100 * one.params / result.sizes['params']:.1f}%",
             "FLOPs": f"{100 * one.flops / max(1, result.sizes['flops']):.1f}%",
-            "top-1": f"{one.scores.top1:.2f} {than.top1:+.2f}±{than.top1_error:.2f}",
-            "loss": f"{one.scores.loss:.4f} {than.loss:+.4f}±{than.loss_error:.4f}",
+            "top-1": f"{one.scores.top1:.2f} {_difference(than.top1, than.top1_error, 2)}",
+            "loss": f"{one.scores.loss:.4f} {_difference(than.loss, than.loss_error, 4)}",
             "predicted": f"{original.loss + result.constant * one.predicted:.4f}",
         }
         table.add_row(*(row[str(column.header)] for column in table.columns))

@@ -7,6 +7,7 @@ Archives of torch's are read twice, since torch itself does not compare their ch
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from collections import Counter
@@ -18,6 +19,7 @@ from typing import Any, get_args
 import numpy as np
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -211,7 +213,7 @@ def read_checkpoint(path: Path, what: str = "Checkpoint") -> Checkpoint:
     try:
         if path.suffix == ".npz":
             return Checkpoint(path, _about_npz(path), is_npz=True)
-        content: Any = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+        content: Any = _safetensors(path) if path.suffix == ".safetensors" else _unpickled(path)
     except Exception as error:  # a damaged or foreign file fails in many ways
         raise UserError(f"{what} {path} cannot be read: {_reason(path, error)}") from error
     if is_state_dict(content):
@@ -346,6 +348,18 @@ def _number(kind: Any, data: bytes) -> Any:
         raise ValueError("a numpy value without a type")
     (value,) = np.frombuffer(data, np.dtype(kind.code))
     return value.item()
+
+
+def _safetensors(path: Path) -> dict[str, Any]:
+    """The tensors as a state dict, and how they were made by `lowrank_vit.compress`, where the file tells."""
+    content: dict[str, Any] = {"state_dict": load_file(path)}
+    with safe_open(path, "pt") as file:
+        told: Any = (file.metadata() or {}).get(COMPRESSION)
+    try:
+        about: Any = json.loads(told or "null")
+    except ValueError:  # another program's, of the same name
+        about = None
+    return content | ({COMPRESSION: about} if isinstance(about, dict) else {})
 
 
 def _about_npz(path: Path) -> dict[str, Any]:

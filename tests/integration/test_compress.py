@@ -16,7 +16,7 @@ from lowrank_vit import compress, train, validate
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.lowrank.options import METHODS
-from lowrank_vit.model.weights import read_checkpoint
+from lowrank_vit.model.low_rank import rebuild
 from lowrank_vit.report.compression.read import read_compression, tables
 from lowrank_vit.training.trainer import Trainer
 from tests.integration.conftest import SMALL
@@ -74,7 +74,7 @@ def test_every_budget_method_and_allocation_is_a_point(curve, checkpoint, digits
         "Ranks by layer and budget",
         "Sensitivities of the layers",
         "Latency",
-        "From which rank a layer gets faster",
+        "Up to which rank a layer is faster",
     ]
 
 
@@ -88,6 +88,8 @@ def test_the_same_seed_gives_the_same_numbers_and_other_weights_are_not_written_
         compress.main([*argv, "--out", str(tmp_path)])
         found.append(json.loads((tmp_path / "compression.json").read_text())["points"])
     assert found[0] == found[1]
+    spectra = json.loads((tmp_path / "compression.json").read_text())["spectra"]
+    assert all(list(of_layer) == ["svd", "kfac"] for of_layer in spectra.values())
     before = (curve / "compression.json").read_bytes()
     with pytest.raises(UserError, match=r"compression\.json is of other weights, .*\(model\), and is not replaced"):
         compress.main([*argv, "--out", str(curve), "--use-ema"])
@@ -110,8 +112,17 @@ def test_a_smaller_model_is_taken_by_every_command_and_merged_by_timm(checkpoint
     assert set(content["lowrank_ranks"]) <= set(MODULES)
     assert "lowrank_ranks" not in torch.load(merged, weights_only=True)
     options = {"embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}
-    plain = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=16, patch_size=4, **options)
-    plain.load_state_dict(read_checkpoint(merged).weights(use_ema=False))
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    options |= {"num_classes": 10, "img_size": 16, "patch_size": 4}
+    plain = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(merged), **options)
+    own = timm.create_model("vit_tiny_patch16_224", **options)
+    weights = content["state_dict"]
+    rebuild(own, weights, content["lowrank_ranks"], "small")
+    own.load_state_dict(weights)
+    with torch.no_grad():
+        assert torch.allclose(plain.eval()(images), own.eval()(images), atol=1e-5)
+    made = content["compression"]
+    assert (made["method"], made["calibration_images"], made["sequential"]) == ("kfac", 96, False)
     more = f"--initial-checkpoint {small} --data-dir {digits_dir} --output {tmp_path} --experiment tuned --epochs 1"
     train.main([*SMALL, *more.split(), "--warmup-epochs", "0", "--no-spec-monitor"])
     tuned = torch.load(tmp_path / "tuned" / "last.pth.tar", weights_only=True)
@@ -127,6 +138,7 @@ def test_a_few_images_of_one_class_are_enough_and_said(checkpoint, digits_dir, c
     compress.main([str(checkpoint), "--data", str(digits_dir), "--device", "cpu", "--sequential", *line.split()])
     said = capsys.readouterr().out
     assert "note: all calibration images are of one class" in said
+    assert "predicted: for the same ranks without --sequential" in said
     rows = [row for row in said.splitlines() if row.startswith("kfac")]
     assert [row.split()[1] for row in rows] == ["uniform", "energy", "greedy"]
     assert all(len(row) <= 80 and "…" not in row for row in rows)
@@ -139,6 +151,26 @@ def test_svd_without_data(checkpoint, digits_dir, tmp_path, capsys):
     assert "kfac" not in capsys.readouterr().out
 
 
+def test_files_of_the_same_weights_are_made_again_in_either_format(checkpoint, tmp_path, capsys):
+    for name in ("small.pth", "small.safetensors"):
+        argv = [str(checkpoint), *f"--method svd --save {tmp_path / name} --device cpu".split()]
+        compress.main([*argv, "--budget", "1"])
+        assert "room for every layer as it is: nothing is compressed" in capsys.readouterr().out
+        compress.main([*argv, "--budget", "0.5"])
+        assert "8 layers in factors" in capsys.readouterr().out
+        with pytest.raises(UserError, match=r"of other weights \(.*last.pth.tar\)"):
+            compress.main([*argv, "--budget", "0.5", "--use-ema"])
+
+
+def test_a_checkpoint_tells_what_was_done_not_what_was_asked_for(checkpoint, digits_dir, tmp_path, capsys):
+    small = tmp_path / "small.pth"
+    options = f"--data {digits_dir} --budget 0.5 --method svd --sequential --calibration-images 5000 --save {small}"
+    compress.main([str(checkpoint), *options.split(), "--device", "cpu"])
+    made = torch.load(small, weights_only=True)["compression"]
+    assert (made["calibration_images"], made["sequential"]) == (1437, False)
+    assert "note: svd takes no moments" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -146,7 +178,7 @@ def test_svd_without_data(checkpoint, digits_dir, tmp_path, capsys):
         ("--targets attn.qkw", r"target .attn\.qkw. matches no"),
         ("--targets patch_embed.proj", "No layer that --targets names"),
         ("--split heads --targets mlp.fc1", "--split heads is about layers named qkv"),
-        ("--data nowhere", "nowhere does not exist"),
+        ("--data nowhere", "^--data nowhere does not exist"),
         ("--model nothing", "nothing is not a timm model"),
         ("--out /dev/null/x", "cannot be written"),
     ],

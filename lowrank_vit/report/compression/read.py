@@ -13,6 +13,7 @@ import numpy as np
 from lowrank_vit.common.errors import UserError
 
 NAME = "compression.json"
+_SEQUENTIAL = " Losses are predicted for these ranks without --sequential, so for other factors than were scored."
 _KEYS = ("original", "points", "source")
 _POINT = ("method", "allocation", "budget", "params", "flops", "top1", "loss", "ranks")
 
@@ -58,8 +59,14 @@ class Compression:
 
     @property
     def full_ranks(self) -> dict[str, int]:
-        """The rank that each target has as it is."""
-        return {name: min(shape) for name, shape in self.content.get("shapes", {}).items()}
+        """The rank that each target has as it is; where its rows are in parts, that of a part."""
+        parts = self.content.get("parts", {})
+        return {name: min(R // parts.get(name, 1), C) for name, (R, C) in self.content.get("shapes", {}).items()}
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether there are points whose moments were taken behind compressed layers, which no prediction is of."""
+        return any(point.get("sequential") for point in self.points)
 
     @property
     def subtitle(self) -> str:
@@ -133,6 +140,7 @@ def _points(found: Compression) -> Table:
         "± is one standard error of the differences sample by sample: chance in which samples there are, not how "
         "another training would come out."
     )
+    note += _SEQUENTIAL if found.is_sequential else ""
     return Table("Points", columns, rows, note)
 
 
@@ -181,6 +189,8 @@ def _prediction(found: Compression) -> Table:
             f" The prediction is c/2 Σ tr(G ΔW S ΔWᵀ) with c = {constant['value']:.3g}, measured on the calibration "
             f"images with {constant['method']} at {constant['budget']:.3g} of the model. 1 is a right prediction."
         )
+    if found.is_sequential:
+        note += _SEQUENTIAL
     if not constant.get("is_clear", True):
         note += " There no rise was told from chance, so that c is left out."
     return Table("How good the predicted loss was", columns, rows, note)
@@ -194,7 +204,10 @@ def _ranks(found: Compression) -> Table:
         ranks = [point["ranks"].get(name) for point in wanted]
         rows.append([name, str(full), *("whole" if rank is None else str(rank) for rank in ranks)])
     columns = ["", "full", *(f"{point['budget']:g}" for point in wanted)]
-    return Table(f"Ranks by layer and budget, {found.line_of(wanted[-1]) if wanted else ''}", columns, rows)
+    title = f"Ranks by layer and budget, {found.line_of(wanted[-1]) if wanted else ''}"
+    parts = {name: count for name, count in found.content.get("parts", {}).items() if count > 1}
+    told = [f"{count} of {', '.join(name for name in parts if parts[name] == count)}" for count in set(parts.values())]
+    return Table(title, columns, rows, f"Ranks are of each part of the rows: {'; '.join(told)}." if told else "")
 
 
 def _sensitivities(found: Compression) -> Table:
@@ -234,7 +247,8 @@ def _layers(found: Compression) -> Table:
     for one in (found.content.get("latency") or {}).get("layers", ()):
         faster = one["faster_up_to"]
         ratios = ", ".join(f"{rank}: {ratio:.2f}" for rank, ratio in one["ratios"].items())
-        shape = f"{one['rows']} x {one['columns']}"
+        parts = one.get("parts", 1)
+        shape = f"{one['rows']} x {one['columns']}{f' in {parts} parts' if parts > 1 else ''}"
         rows.append([shape, one["device"], str(one["tokens"]), str(one["pays_up_to"]), faster_in_words(faster), ratios])
     columns = [
         "",
@@ -244,7 +258,7 @@ def _layers(found: Compression) -> Table:
         "faster up to rank",
         "time of the whole layer's, by rank",
     ]
-    return Table("From which rank a layer gets faster", columns, rows)
+    return Table("Up to which rank a layer is faster", columns, rows)
 
 
 def faster_in_words(rank: int | None) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.lowrank.calibration import Moments, calibrate, calibrate_in_turn, squared_gradients
+from lowrank_vit.lowrank.calibration import Moments, blocks_of, calibrate, calibrate_in_turn, squared_gradients
 from lowrank_vit.plan.philox import philox, to_unit
 from lowrank_vit.plan.plans import Stream
 from tests.unit.lowrank.examples import TinyModel, model_and_images, moments_of, samples
@@ -146,6 +146,11 @@ def test_in_turn_each_block_sees_those_before_it_compressed():
     again = calibrate(fresh, [images], fresh.targets())
     for name in ("blocks.1.fc1", "blocks.1.fc2"):
         assert_same(seen[name], again[name])
+
+
+def test_blocks_are_names_that_agree_up_to_their_last_number():
+    names = ["stem.0", "blocks.0.attn.qkv", "blocks.0.mlp.fc1", "blocks.1.attn.qkv", "head"]
+    assert blocks_of(names) == [["stem.0"], names[1:3], ["blocks.1.attn.qkv"], ["head"]]
 
 
 def test_one_class_and_one_image_have_moments_too():

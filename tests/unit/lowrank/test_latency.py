@@ -58,14 +58,20 @@ def test_short_calls_are_repeated_within_a_sample(clock):
     [({1: 0.2, 8: 0.9, 16: 1.1}, 8), ({1: 1.2, 8: 0.9}, None), ({1: 0.2, 8: 1.0, 16: 0.9}, 1), ({}, None)],
 )
 def test_up_to_which_rank_a_layer_is_faster(ratios, faster):
-    speed = LayerSpeed(8, 8, 1, ratios, 4)
+    speed = LayerSpeed(8, 8, 1, 1, ratios, 4)
     assert speed.faster_below == faster
     assert speed.content()["faster_up_to"] == faster
 
 
 def test_each_shape_is_timed_once_at_ranks_that_pay():
     count: list[int] = []
-    one, other = layer_speeds([(12, 4), (5, 40), (12, 4)], 3, CPU, tick=count.append)
+    one, other = layer_speeds([(12, 4, 1), (5, 40, 1), (12, 4, 1)], 3, CPU, tick=count.append)
     assert ((one.rows, one.columns, one.pays), (other.rows, other.columns, other.pays)) == ((12, 4, 2), (5, 40, 4))
     assert (list(one.ratios), list(other.ratios)) == ([1, 2], [1, 2, 3, 4])
     assert all(ratio > 0 for ratio in (*one.ratios.values(), *other.ratios.values()))
+
+
+def test_rows_in_parts_are_timed_as_such():
+    (found,) = layer_speeds([(48, 16, 3)], 3, CPU, tick=lambda count: None)
+    assert (found.parts, found.pays, max(found.ratios)) == (3, 7, 7)
+    assert found.content()["parts"] == 3

@@ -199,5 +199,10 @@ def test_a_compressed_checkpoint_keeps_the_ranks_and_a_merged_one_is_plain_timms
     plain = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(tmp_path / "merged.pth"), **SMALL).eval()
     with torch.no_grad():
         assert (plain(IMAGES) - expected).abs().max() < 1e-5 * expected.abs().max()
+    tensors = tmp_path / "merged.safetensors"
+    save_compressed(model, tensors, None, "vit_tiny_patch16_224", {"method": "svd", "budget": 0.5})
+    assert read_checkpoint(tensors).content["compression"] == {"method": "svd", "budget": 0.5}
+    again = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(tensors), **SMALL)
+    assert all(torch.equal(one, plain.state_dict()[name]) for name, one in again.state_dict().items())
     with pytest.raises(UserError, match=r"small.npz has no name"):
         save_compressed(model, tmp_path / "small.npz", None, "vit_tiny_patch16_224", {})

@@ -91,6 +91,28 @@ def test_the_page_holds_pictures_and_tables(found, tmp_path):
     assert ranks.rows == [["blocks.0.attn.qkv", "4", "1", "1", "1"], ["blocks.0.mlp.fc1", "4", "whole", "2", "2"]]
 
 
+def test_rows_in_parts_have_the_rank_of_a_part(tmp_path):
+    made = content() | {"parts": {"blocks.0.attn.qkv": 3, "blocks.0.mlp.fc1": 1}}
+    layer = {"rows": 6, "columns": 4, "parts": 3, "tokens": 5, "pays_up_to": 1, "faster_up_to": 1, "ratios": {"1": 0.5}}
+    made["latency"] = {"models": [], "layers": [layer | {"device": "cpu"}, layer | {"device": "cpu", "parts": 1}]}
+    found = Compression(tmp_path / "compression.json", made)
+    assert found.full_ranks == {"blocks.0.attn.qkv": 2, "blocks.0.mlp.fc1": 4}
+    ranks, layers = tables(found)[2], tables(found)[-1]
+    assert ranks.note == "Ranks are of each part of the rows: 3 of blocks.0.attn.qkv."
+    assert layers.title == "Up to which rank a layer is faster"
+    assert [row[0] for row in layers.rows] == ["6 x 4 in 3 parts", "6 x 4"]
+
+
+def test_that_no_prediction_is_of_sequential_factors_is_said(tmp_path):
+    made = content()
+    plain = tables(Compression(tmp_path / "compression.json", made))
+    assert not any("--sequential" in table.note for table in plain)
+    made["points"][-1]["sequential"] = True
+    points, prediction, *_ = tables(Compression(tmp_path / "compression.json", made))
+    assert "without --sequential" in points.note
+    assert "without --sequential" in prediction.note
+
+
 def test_within_a_run_it_is_a_section_of_the_runs_page(found, tmp_path, monkeypatch):
     (tmp_path / "args.yaml").write_text("model: vit\n")
     monkeypatch.setattr("lowrank_vit.report.page._PICTURES", ())
