@@ -1,9 +1,9 @@
 """The first singular triplets alone, from vectors of the same matrix a little earlier, and proof of their indices.
 
 A refresh's weights differ little from the last one's, so its first right vectors and some more (`GUARD`) span nearly
-the wanted directions. `nearby` and, for CUDA, `nearby_stack` bring them there by products with the Gram matrix. What
-comes out is certified as `solve.solve_stack` certifies it, and a Cholesky factor proves that no value was missed. That
-takes a fifth to a half of the time of a whole spectrum.
+the wanted directions. `nearby` brings them there by products with the Gram matrix. What comes out is certified as
+`solve.solve_stack` certifies it, and a Cholesky factor proves that no value was missed. That takes a fifth to a half of
+the time of a whole spectrum.
 
 Shape legend: see `solve`; m triplets are wanted, J = m + 1 computed, B = m + `GUARD` columns kept.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.common.devices import cuda_path
-from lowrank_vit.spectral.solving import nearby, nearby_stack
+from lowrank_vit.spectral.solving import nearby
 from lowrank_vit.spectral.solving.extremes import (
     ABSOLUTE_LIMIT,
     ANGLE_LIMIT,
@@ -146,7 +146,7 @@ def _on_device(
 ) -> list[tuple[Near | str, float]]:
     divided, divisors = divided_by(matrices_NRC, scales)
     try:
-        found = nearby_stack.of_stack(divided, torch.from_numpy(np.stack(starts)).to(divided.device), m)
+        found = nearby.of_stack(divided, torch.from_numpy(np.stack(starts)).to(divided.device), m)
     except torch.linalg.LinAlgError as error:
         return [(f"no convergence ({error})", 1.0)] * len(scales)
     return list(zip(found, divisors.tolist(), strict=True))
