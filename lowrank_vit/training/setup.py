@@ -315,10 +315,10 @@ def _with_full_every(config: Config, model: nn.Module, device: torch.device) -> 
     if not spec.spec_monitor or spec.spec_full_every is not None:
         return config
     targets = targets_of_model(model, spec.spec_targets, spec.spec_split_qkv)
-    kind = "cpu" if spec.spec_on_cpu else device.type
+    where = torch.device("cpu") if spec.spec_on_cpu else device
     m, ranks = reach(spec.spec_topk, spec.spec_interval), ranks_of_factors(model, targets)
     shapes = [tuple(w.shape) for name, w in matrices_of(model, targets).items() if ranks.get(name, m + 1) > m]
-    usual = usual_full_every(kind, spec.spec_solver, m, shapes)
+    usual = usual_full_every(where, spec.spec_solver, m, shapes)
     return with_options(config, {"spec-full-every": usual})
 
 

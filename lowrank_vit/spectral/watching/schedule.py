@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.spectral.solving.ends import is_large_enough
 from lowrank_vit.spectral.solving.extremes import Solver
 
-FULL_EVERY = {"cpu": 3, "cuda": 40}
-"""By kind of device, `SpectralSettings.full_every` at which one refresh of whole spectra costs about what the others
-until the next cost together: 1 + seconds of a whole one / seconds of one of the first values.
+FULL_EVERY, FULL_EVERY_ON_CUDA = 3, 40
+"""`SpectralSettings.full_every` at which one refresh of whole spectra costs about what the others until the next cost
+together: 1 + seconds of a whole one / seconds of one of the first values.
 
 Measured on one CPU core, ViT-B's four shapes with EMA: a whole one takes 1.5 times as long where 32 directions stand
 out, 1.2 times with initial weights. On a GPU an estimate, not yet run: batched `eigh` of ViT-B's matrices with EMA
@@ -18,18 +21,18 @@ takes 0.77 s on an H100, products and factors of the first values about 20 ms.
 """
 
 
-def usual_full_every(kind: str, solver: Solver, m: int, shapes: Iterable[Sequence[int]]) -> int:
-    """What `SpectralSettings.full_every` is where nobody chose it: as in `FULL_EVERY`, and 1 where that saves nothing.
+def usual_full_every(device: torch.device, solver: Solver, m: int, shapes: Iterable[Sequence[int]]) -> int:
+    """What `SpectralSettings.full_every` is where nobody chose it: `FULL_EVERY`, and 1 where that saves nothing.
 
     Args:
-        kind: of device that the spectra are computed on, as torch calls it.
+        device: that the spectra are computed on.
         solver: `SpectralSettings.solver`.
         m: triplets that are wanted of each end.
         shapes: of the watched matrices, but for those whose rank is m or less: no next value tells these from the rest.
     """
     if solver == "svd" or not any(is_large_enough(min(shape), m) for shape in shapes):
         return 1
-    return FULL_EVERY.get(kind, FULL_EVERY["cpu"])
+    return FULL_EVERY_ON_CUDA if cuda_path(device) else FULL_EVERY
 
 
 @dataclass

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.flags import parse
 from lowrank_vit.config.options import Config
+from lowrank_vit.model.low_rank import LowRankLinear
 from lowrank_vit.training import setup
-from lowrank_vit.training.setup import keep_compiled_code, set_float32_policy
+from lowrank_vit.training.setup import _with_full_every, keep_compiled_code, set_float32_policy
 
 CODE = """
 import sys, torch
@@ -79,3 +81,13 @@ def test_float32_policy_is_explicit(on_cuda_path, tf32):
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[1:]
+
+
+@pytest.mark.parametrize(
+    ("flags", "rank", "expected"), [("", 0, 3), ("", 8, 1), ("", 9, 3), ("--spec-full-every 2", 8, 2)]
+)
+def test_whole_refreshes_alone_where_no_matrix_has_a_value_behind_the_block(flags, rank, expected):
+    layer = LowRankLinear(torch.randn(192, rank), torch.randn(rank, 64)) if rank else torch.nn.Linear(64, 192)
+    model = torch.nn.ModuleDict({"qkv": layer})
+    config = parse(["--spec-monitor", "--spec-targets", "qkv", "--device", "cpu", *flags.split()])
+    assert _with_full_every(config, model, torch.device("cpu")).spectra.spec_full_every == expected

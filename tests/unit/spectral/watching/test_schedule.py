@@ -20,9 +20,10 @@ from lowrank_vit.spectral.solving.solve import MatrixStack
 from lowrank_vit.spectral.watching import refresh
 from lowrank_vit.spectral.watching.files import read_spectra, read_vectors
 from lowrank_vit.spectral.watching.refresh import SpectralSettings
-from lowrank_vit.spectral.watching.schedule import FULL_EVERY, Schedule, usual_full_every
+from lowrank_vit.spectral.watching.schedule import FULL_EVERY, FULL_EVERY_ON_CUDA, Schedule, usual_full_every
 from lowrank_vit.spectral.watching.store import kept_name
 from lowrank_vit.spectral.watching.stored import open_spectra
+from tests.device_path import CudaPath
 from tests.monitors import comparable, nudge, watch
 
 SETTINGS = SpectralSettings(topk=3, interval=2, full_every=3)
@@ -76,12 +77,15 @@ def test_a_run_that_goes_on_at_any_update_chooses_the_same() -> None:
         assert {update: resumed.take(update) for update in range(begin, 206, 10)}.items() <= expected.items()
 
 
-def test_the_usual_number_depends_on_the_device_and_is_one_where_nothing_is_saved() -> None:
+def test_the_usual_number_depends_on_the_device_and_is_one_where_nothing_is_saved(on_cuda_path: CudaPath) -> None:
+    cpu = torch.device("cpu")
     large, small = (4, 2 * (4 + GUARD)), (100, 2 * (4 + GUARD) - 1)
-    assert usual_full_every("cpu", "gram64", 4, [small, (400, 2 * (4 + GUARD))]) == FULL_EVERY["cpu"] == 3
-    assert usual_full_every("cuda", "gram64", 4, [(768, 768)]) == FULL_EVERY["cuda"]
-    assert usual_full_every("mps", "gram64", 4, [(768, 768)]) == FULL_EVERY["cpu"]
-    assert usual_full_every("cuda", "gram64", 4, [small, large]) == usual_full_every("cpu", "svd", 4, [(768, 768)]) == 1
+    assert usual_full_every(cpu, "gram64", 4, [small, (400, 2 * (4 + GUARD))]) == FULL_EVERY == 3
+    assert usual_full_every(torch.device("mps"), "gram64", 4, [(768, 768)]) == FULL_EVERY
+    assert usual_full_every(cpu, "svd", 4, [(768, 768)]) == 1
+    with on_cuda_path():
+        assert usual_full_every(cpu, "gram64", 4, [(768, 768)]) == FULL_EVERY_ON_CUDA == 40
+        assert usual_full_every(cpu, "gram64", 4, [small, large]) == 1
 
 
 @pytest.mark.parametrize(("rank", "share"), [(5, 0.5), (6, 0.0)])
