@@ -1,10 +1,11 @@
 """Points of a curve: what a method makes of a model at a budget, what that is predicted to cost, and what it does cost.
 
-Losses are in nats an image, top-1 in percent.
+Losses are in nats an image, top-1 in percent. N samples.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,10 +25,14 @@ from lowrank_vit.lowrank.allocation import (
 from lowrank_vit.lowrank.calibration import Moments, calibrate_in_turn
 from lowrank_vit.lowrank.layers import By, Costs, Factors, factorise
 from lowrank_vit.lowrank.methods import METHODS
-from lowrank_vit.lowrank.scoring import SampleScores, copy_of
 from lowrank_vit.lowrank.truncate import Decomposition, decompose_layers
 
 Tick = Callable[[int], object]
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares all parameters and buffers with it: replacing modules leaves the model as it is."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})  # its memory: not copied
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,52 @@ class Subject:
         made = copy_of(self.model)
         factorise(made, factors)
         return made
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """What a model made of every sample, in the order of the pass; on the CPU."""
+
+    losses_N: Tensor
+    """float64, nats: cross entropy with hard labels."""
+    hits_N: Tensor
+    """bool: whether the likeliest class was the sample's."""
+
+    @property
+    def loss(self) -> float:
+        """Their mean, nats."""
+        return float(self.losses_N.mean())
+
+    @property
+    def top1(self) -> float:
+        """Percent, 0-100."""
+        return 100 * float(self.hits_N.double().mean())
+
+    def than(self, other: SampleScores) -> Difference:
+        """How this model's scores differ from another's on the same samples."""
+        losses_N = self.losses_N - other.losses_N
+        hits_N = 100 * (self.hits_N.double() - other.hits_N.double())
+        return Difference(float(losses_N.mean()), _error(losses_N), float(hits_N.mean()), _error(hits_N))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Means over the samples of what differs in pairs, with the standard errors of these means.
+
+    A standard error of paired differences is that of chance in which samples there are, and says nothing of how another
+    training would come out. It is NaN for a single sample.
+    """
+
+    loss: float
+    loss_error: float
+    """Nats."""
+    top1: float
+    top1_error: float
+    """Percentage points."""
+
+
+def _error(differences_N: Tensor) -> float:
+    return float(differences_N.std()) / math.sqrt(len(differences_N)) if len(differences_N) > 1 else math.nan
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
-"""The images that a compression needs: some of the training set to take moments from, all of validation to score."""
+"""The images that a compression needs: some of the training set to take moments from, all of validation to score.
+
+Several models are scored in one pass over them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -12,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_vit.common import terminal
+from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.filters import FILTERS
+from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.choose import open_loader
 from lowrank_vit.data.decode.backend import LoaderOptions, usual_workers
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import DataOptions, locate
+from lowrank_vit.lowrank.curve import SampleScores
 from lowrank_vit.lowrank.options import CompressOptions
-from lowrank_vit.lowrank.scoring import SampleScores, score_models
 from lowrank_vit.model.class_match import Trust
 from lowrank_vit.plan.plans import EvalPlan, subset
 from lowrank_vit.score.results import Counted, ScoringProgress
@@ -99,3 +104,33 @@ class Images:
             self._stack.callback(self._loaders[which].close)
             self._say(line if ids is None else f"{line}, of which {len(ids):,} calibrate")
         return self._loaders[which]
+
+
+@torch.no_grad()
+def score_models(
+    models: Sequence[nn.Module], batches: Iterable[Batch], normalize: Callable[[Tensor], Tensor]
+) -> list[SampleScores]:
+    """Score every model on every batch, one after the other; they are put into evaluation mode.
+
+    Args:
+        models: on the batches' device.
+        batches: one pass over the samples.
+        normalize: makes what the models see of a batch's uint8 images.
+
+    Raises:
+        UserError: there is no sample.
+    """
+    for model in models:
+        model.eval()
+    losses: list[list[Tensor]] = [[] for _ in models]
+    hits: list[list[Tensor]] = [[] for _ in models]
+    for batch in batches:
+        images = normalize(batch.images)
+        for n, model in enumerate(models):
+            logits_BK = model(images).float()
+            losses[n].append(torch.nn.functional.cross_entropy(logits_BK, batch.targets, reduction="none").double())
+            hits[n].append(logits_BK.argmax(1) == batch.targets)
+    if not all(losses):
+        raise UserError("There is no sample to score: all were left out as damaged. Convert the set again.")
+    pairs = zip(losses, hits, strict=True)
+    return [SampleScores(torch.cat(loss).cpu(), torch.cat(hit).cpu()) for loss, hit in pairs]

@@ -14,8 +14,7 @@ from rich.table import Table
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_all
-from lowrank_vit.lowrank.curve import LayerPoint, Point, plain
-from lowrank_vit.lowrank.scoring import SampleScores
+from lowrank_vit.lowrank.curve import LayerPoint, Point, SampleScores, plain
 from lowrank_vit.report.compression.read import NAME, Compression
 from lowrank_vit.score.results import interval, rows_to_csv
 

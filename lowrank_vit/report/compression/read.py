@@ -199,15 +199,15 @@ def _prediction(found: Compression) -> Table:
 def _ranks(found: Compression) -> Table:
     method = found.points[-1]["method"] if found.points else ""
     wanted = [p for p in found.points if p["method"] == method and p["allocation"] == found.points[-1]["allocation"]]
-    rows = []
+    rows, parts = [], found.content.get("parts", {})
     for name, full in found.full_ranks.items():
         ranks = [point["ranks"].get(name) for point in wanted]
-        rows.append([name, str(full), *("whole" if rank is None else str(rank) for rank in ranks)])
+        shown = f"{full} of {parts[name]} parts" if parts.get(name, 1) > 1 else str(full)
+        rows.append([name, shown, *("whole" if rank is None else str(rank) for rank in ranks)])
     columns = ["", "full", *(f"{point['budget']:g}" for point in wanted)]
     title = f"Ranks by layer and budget, {found.line_of(wanted[-1]) if wanted else ''}"
-    parts = {name: count for name, count in found.content.get("parts", {}).items() if count > 1}
-    told = [f"{count} of {', '.join(name for name in parts if parts[name] == count)}" for count in set(parts.values())]
-    return Table(title, columns, rows, f"Ranks are of each part of the rows: {'; '.join(told)}." if told else "")
+    note = "Where the rows are in parts, ranks are those of each part." if max(parts.values(), default=1) > 1 else ""
+    return Table(title, columns, rows, note)
 
 
 def _sensitivities(found: Compression) -> Table:

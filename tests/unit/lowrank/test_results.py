@@ -8,9 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from lowrank_vit.lowrank.curve import Point
+from lowrank_vit.lowrank.curve import Point, SampleScores
 from lowrank_vit.lowrank.results import Result, print_points
-from lowrank_vit.lowrank.scoring import SampleScores
 
 
 @pytest.mark.parametrize(("samples", "shown"), [(1, "100.00 +0.00 0.2000 +0.1000"), (2, "100.00 +0.00±0.00 0.2000")])

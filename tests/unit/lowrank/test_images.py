@@ -12,7 +12,8 @@ from torch import nn
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.lowrank.scoring import SampleScores, copy_of, score_models
+from lowrank_vit.lowrank.curve import SampleScores, copy_of
+from lowrank_vit.lowrank.images import score_models
 from lowrank_vit.plan.plans import EvalPlan
 from lowrank_vit.score.evaluate import Evaluator
 
