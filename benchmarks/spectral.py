@@ -120,7 +120,7 @@ def _with_lowest(ratios: Mapping[str, Samples]) -> dict[str, Samples]:
 _LIMITS = (
     "gram64_vs_inline_svd and with_monitor_vs_without are the lowest of the models and batch sizes in each round.",
     "The weights are timm's initial ones, of full rank. lowrank_vs_fullrank compares ranks on ViT-B's four shapes; "
-    "of a rank above a quarter of the full one a matrix takes up to 2.5 times as long as one of full rank.",
+    "of a rank from an eighth of the full one on a matrix takes 1.8 to 2.5 times as long as one of full rank.",
 )
 
 

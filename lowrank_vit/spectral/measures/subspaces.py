@@ -166,7 +166,8 @@ def turn_bound(before: Solved, now: Solved, norm2: float) -> float:
 
     |W - W'|_2 / (sigma_p(before) - sigma_{p+1}(now)), infinite where the difference is not positive (Wedin,
     "Perturbation bounds in connection with singular value decomposition", BIT 12 (1972)). At 1 or more it says nothing.
-    With p = K the next value is 0, that of the null space. NaN with a NaN, or where `before` has no block.
+    With p = K the next value is 0, that of the null space. Where the next is not known it is what none after the block
+    exceeds, `Solved.beyond`. NaN with a NaN, or where `before` has no block.
 
     Args:
         norm2: |W - W'|_2, the upper end of what it may be.
@@ -175,7 +176,8 @@ def turn_bound(before: Solved, now: Solved, norm2: float) -> float:
     if blocks is None:
         return float("nan")
     p = blocks[0].s.size
-    room = float(blocks[0].s[-1]) - (float(now.s[p]) if p < now.s.size else 0.0)
+    following = float(now.s[p]) if p < now.s.size else 0.0
+    room = float(blocks[0].s[-1]) - (now.beyond if np.isnan(following) else following)
     if np.isnan(room) or np.isnan(norm2):
         return float("nan")
     return norm2 / room if room > 0 else float("inf")

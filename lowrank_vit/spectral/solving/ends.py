@@ -173,9 +173,10 @@ def _proven(near: Near, shape: tuple[int, int], m: int) -> Solved | str:
     top = Triplets(near.s, u, v, near.certificate).pick(list(range(m)))
     start = np.concatenate([near.short_KJ.astype(np.float32), near.others_KB], axis=1)
     found = Solved(s_K, top, top.pick([]), near.orthogonality, ENDS, index=True, full=False, frobenius=near.frobenius)
-    return replace(found, start=start)
+    return replace(found, beyond=max(near.beyond, 0.0) ** 0.5, start=start)
 
 
 def _scaled(solved: Solved, scale: float) -> Solved:
     top = replace(solved.top, s=solved.top.s * scale, certificate=solved.top.certificate * scale)
-    return replace(solved, s=solved.s * scale, top=top, frobenius=solved.frobenius * scale)
+    sizes = {"frobenius": solved.frobenius * scale, "beyond": solved.beyond * scale}
+    return replace(solved, s=solved.s * scale, top=top, **sizes)

@@ -24,7 +24,7 @@ ANGLE_LIMIT, LEAST_GAP = 1e-6, 1e-3
 ORTHOGONALITY_LIMIT = 1e-10
 TRACE_LIMIT = 1e-12
 
-LEAST = 1e-2
+LEAST = 1 / 64
 """sigma_{m+1} over sigma_1: where it is less there is no `Solved.start`, since float32 would tell too little."""
 
 
@@ -92,9 +92,11 @@ class Solved:
     """Whether the whole spectrum is known, not only its first values."""
     frobenius: float = float("nan")
     """|W|_F of what is not `full`; NaN of others, whose values tell it."""
+    beyond: float = float("nan")
+    """What no value after the first known ones exceeds, where that is proven of what is not `full`."""
     start: np.ndarray | None = None
     """What `ends.solve_ends` starts from later, float32 (K, m or more): the first right vectors, of a wide matrix the
-    left ones. None where the first values lie too far apart for that."""
+    left ones. None where the first values lie too far apart for that, or were just sought in vain."""
 
     def recorded(self, indices: Recorded) -> Solved:
         """With only the triplets of the recorded indices, in their order, and those between them at the top."""

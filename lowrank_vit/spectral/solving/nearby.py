@@ -32,8 +32,10 @@ PASSES, CORRECTIONS = 6, 3
 """Of the filter and of Newton at most."""
 PASSES_ON_DEVICE = 10
 """Of the filter at most, of a stack."""
-_NEAR = 1e-4
-"""The residual over sigma_1^2 from which on Newton's corrections converge."""
+_NEAR, _ROUNDED = 3e-4, 1e-6
+"""The residual over sigma_J^2 from which on Newton's corrections converge, and over sigma_1^2 what float32 reaches."""
+_FALLEN = LEAST**2 / 4
+"""sigma_J^2 over sigma_1^2 may have become so little since the start."""
 _BESIDE = 3
 """So many of the next columns must be about as near: the J-th may not be one of these."""
 _STEPS = 40
@@ -138,40 +140,60 @@ def _filtered(gram_KK: np.ndarray, start_KB: np.ndarray, j: int) -> tuple[np.nda
     block_KB = start_KB.astype(np.float32)
     image_KB = gram_KK @ block_KB
     squares_B = np.sort(np.einsum("kb,kb->b", image_KB, block_KB).astype(np.float64))[::-1]
-    for _ in range(PASSES):
-        block_KB = np.linalg.qr(_chebyshev(gram_KK, block_KB, image_KB, squares_B, j))[0]
+    held = 0
+    for number in range(PASSES):
+        strong_KH, *rest = block_KB[:, :held], block_KB[:, held:], image_KB[:, held:], squares_B[held:]
+        rest_KB = _chebyshev(gram_KK, *rest, j - held, strong_KH)
+        block_KB = np.linalg.qr(np.concatenate([strong_KH, rest_KB], axis=1))[0]
         image_KB = gram_KK @ block_KB
         ascending, turn_BB = np.linalg.eigh((block_KB.T @ image_KB).astype(np.float64))
         squares_B, turn_BB = ascending[::-1].copy(), turn_BB[:, ::-1].astype(np.float32)
-        if not squares_B[j - 1] > LEAST**2 * squares_B[0]:
+        if number and not squares_B[j - 1] > _FALLEN * squares_B[0]:  # the first pass may leave it too small
             raise np.linalg.LinAlgError("the first values lie too far apart")
         block_KB, image_KB = block_KB @ turn_BB, image_KB @ turn_BB
         n = j + _BESIDE
         lengths = np.linalg.norm(image_KB[:, :n] - block_KB[:, :n] * squares_B[:n].astype(np.float32), axis=0)
-        if lengths[:j].max() <= _NEAR * squares_B[0] and lengths[j:].max() <= 4 * _NEAR * squares_B[0]:
+        near = max(_NEAR * squares_B[j - 1], _ROUNDED * squares_B[0])
+        if lengths[:j].max() <= near and lengths[j:].max() <= 4 * near:
             return squares_B, block_KB
+        held = min(_strong(squares_B, j), int(np.argmax(lengths > near / 2)))
     raise np.linalg.LinAlgError("the last refresh's vectors are too far away")
 
 
+def _strong(squares_B: np.ndarray, j: int) -> int:
+    """How many of the first columns keep the filter's degree below what the J-th one needs."""
+    lifts_B = np.arccosh(np.maximum(2 * squares_B / squares_B[-1] - 1, 1.0))
+    degree = min(_GAIN / max(lifts_B[j - 1], 1e-3), DEGREE)
+    return int(np.sum(lifts_B[: j - 1] - lifts_B[j - 1] > _COLLAPSE / degree))
+
+
 def _chebyshev(
-    gram_KK: np.ndarray, block_KB: np.ndarray, image_KB: np.ndarray, squares_B: np.ndarray, j: int
+    gram_KK: np.ndarray,
+    block_KB: np.ndarray,
+    image_KB: np.ndarray,
+    squares_B: np.ndarray,
+    j: int,
+    strong_KH: np.ndarray,
 ) -> np.ndarray:
     """T_d of the Gram matrix times the block, [0, squares_B[-1]] mapped to [-1, 1], over its value at squares_B[0].
 
-    The degree d is what is needed for the J-th column; see `_GAIN`. `block_KB` is overwritten.
+    The degree d is what is needed for the J-th column; see `_GAIN`. `strong_KH`, orthonormal columns, are left out of
+    the Gram matrix. `block_KB` is overwritten.
     """
     greatest = float(squares_B[0])
     if not 0 < greatest < np.inf:
         raise np.linalg.LinAlgError("the first vectors come to nothing")
-    cut = min(max(float(squares_B[-1]), LEAST**2 * greatest), greatest)
+    cut = min(max(float(squares_B[-1]), _FALLEN * greatest), greatest)
     first, wanted = np.arccosh(np.maximum(2 * squares_B[[0, j - 1]] / cut - 1, 1.0)).tolist()
     degree = np.ceil(min(_GAIN / max(wanted, 1e-3), _COLLAPSE / max(first - wanted, 1e-3)))
     middle = cut / 2
     scale = ratio = middle / (greatest - middle)
+    image_KB = image_KB - strong_KH @ (strong_KH.T @ image_KB)
     now_KB = (image_KB - np.float32(middle) * block_KB) * np.float32(scale / middle)
     for _ in range(int(np.clip(degree, 2, DEGREE)) - 1):
         following = 1 / (2 / ratio - scale)
         next_KB = gram_KK @ now_KB
+        next_KB -= strong_KH @ (strong_KH.T @ next_KB)
         next_KB -= np.float32(middle) * now_KB
         next_KB *= np.float32(2 * following / middle)
         block_KB *= np.float32(scale * following)
@@ -197,14 +219,15 @@ def _triplets(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Left vectors on the long side, values, vectors on the short side and certificates of X, A X and A^T A X.
 
-    A^T u is A^T (A X) turned and divided by s. The rounding of that product counts by how much of which image is in u.
+    A^T u is A^T (A X) turned and divided by s. The rounding of that product counts by how much of which image is in u,
+    and what A^T makes of the part of A v that is not s u.
     """
     long_LJ, s, turn_JJ = np.linalg.svd(image_LJ, full_matrices=False)
     short_KJ = columns_KJ @ turn_JJ.T
     ahead_J = np.linalg.norm(image_LJ @ turn_JJ.T - long_LJ * s, axis=0)
     behind_J = np.linalg.norm(back_KJ @ turn_JJ.T / s - short_KJ * s, axis=0)
     parts_J = np.linalg.norm(image_LJ, axis=0) @ np.abs(turn_JJ.T) / s
-    rounding_J = EPS * len(long_LJ) ** 0.5 * s[0] * np.maximum(parts_J, 1.0)
+    rounding_J = EPS * len(long_LJ) ** 0.5 * s[0] * np.maximum(parts_J, 1.0) + ahead_J * s[0] / s
     return long_LJ, s, short_KJ, np.sqrt((ahead_J**2 + behind_J**2) / 2) + rounding_J
 
 
@@ -330,7 +353,7 @@ def _ritz_of_stack(gram_NKK: Tensor, columns_NKB: Tensor) -> tuple[Tensor, Tenso
 def _chebyshev_of_stack(gram_NKK: Tensor, block_NKB: Tensor, image_NKB: Tensor, squares_NB: Tensor) -> Tensor:
     """T_d of the Gram matrices times the blocks, see `_chebyshev`; d is one for all, see `_COLLAPSE_ON_DEVICE`."""
     greatest_N11 = squares_NB[:, :1, None]
-    middle_N11 = torch.maximum(squares_NB[:, -1:, None], LEAST**2 * greatest_N11).minimum(greatest_N11) / 2
+    middle_N11 = torch.maximum(squares_NB[:, -1:, None], _FALLEN * greatest_N11).minimum(greatest_N11) / 2
     first = float(torch.arccosh((greatest_N11 / middle_N11 - 1).nan_to_num(1.0)).max())
     degree = int(np.clip(_COLLAPSE_ON_DEVICE / max(first, 1e-3), 2, DEGREE))
     scale = ratio = middle_N11 / (greatest_N11 - middle_N11)

@@ -152,7 +152,9 @@ def solve_first(
     """As `solve_all`, of the first values alone, which are sought from `starts`, by name.
 
     Where they are not proven to be the first, or where there is no start, they are those of the whole spectrum, and
-    always with the solver svd. Their `solver` is "ends" where they were found without it.
+    always with the solver svd. Their `solver` is "ends" where they were found without it. A start of None goes on as
+    None until the next whole refresh. On a CPU, where trying costs about as much as the whole spectrum, so do those
+    that led to nothing.
     """
     solved: dict[str, Solved] = {}
     m = reach(settings.topk, settings.interval)
@@ -160,7 +162,7 @@ def solve_first(
         found: dict[str, Solved | None] = {}
         if settings.solver != "svd":
             known = {name: start for name, start in starts.items() if start is not None}
-            found = solve_ends(stack, known, m, cpu_threads=settings.cpu_threads, cancelled=cancelled)
+            found = solve_ends(stack, known, m, cpu_threads=settings.cpu_threads, cancelled=cancelled, log=log)
         left = [i for i, name in enumerate(stack.names) if found.get(name) is None]
         rest = replace(stack, fused=frozenset[str]())
         if len(left) < len(stack.names):
@@ -168,7 +170,8 @@ def solve_first(
         whole = solve_all([rest], settings, cancelled=cancelled, log=log) if left else {}
         for name in stack.names:
             if (one := found.get(name)) is None:
-                solved[name] = whole[name].first_alone()
+                in_vain = name in starts and (starts[name] is None or not cuda_path(stack.matrices_NRC))
+                solved[name] = replace(whole[name].first_alone(), **({"start": None} if in_vain else {}))
             else:
                 solved[name] = one.recorded(recorded_indices(one.s.size, settings.topk, settings.interval))
     return solved
@@ -206,13 +209,13 @@ def drift_metrics(
         whole: the whole spectrum of the earlier moment, or of one before that; None without.
 
     Returns:
-        "cos_*" and "block_cos_*" (`subspaces.cosine_metrics`), all of `of_weights`, and with "update_norm2_high" among
-        these "turn_bound" (`subspaces.turn_bound`). What is of the block is absent where `before` has none. Where `now`
-        is a whole spectrum, against `whole`: "delta_sv_rel" (`metrics.relative_change`) and `subspaces.last_cosines`.
+        "cos_*" and "block_cos_*" (`subspaces.cosine_metrics`), "delta_sv_rel" (`metrics.relative_change`), all of
+        `of_weights`, and with "update_norm2_high" among these "turn_bound" (`subspaces.turn_bound`). What is of the
+        block is absent where `before` has none. Where `now` is a whole spectrum, `subspaces.last_cosines` with `whole`.
     """
-    values = cosine_metrics("cos", before, now) | dict(of_weights)
+    values = cosine_metrics("cos", before, now) | dict(of_weights) | {"delta_sv_rel": relative_change(before, now)}
     if now.full and whole is not None:
-        values |= {"delta_sv_rel": relative_change(whole, now)} | last_cosines("cos", whole, now)
+        values |= last_cosines("cos", whole, now)
     if "update_norm2_high" in of_weights and blocks_of(before, now):
         values["turn_bound"] = turn_bound(before, now, of_weights["update_norm2_high"])
     return values

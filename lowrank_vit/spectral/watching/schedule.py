@@ -11,12 +11,12 @@ from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.spectral.solving.ends import is_large_enough
 from lowrank_vit.spectral.solving.extremes import Solver
 
-FULL_EVERY, FULL_EVERY_ON_CUDA = 3, 40
+FULL_EVERY, FULL_EVERY_ON_CUDA = 2, 40
 """`SpectralSettings.full_every` at which one refresh of whole spectra costs about what the others until the next cost
-together: 1 + seconds of a whole one / seconds of one of the first values.
+together: 1 + seconds of a whole one / seconds of one of the first values, rounded down.
 
 Measured on one CPU core, ViT-B's four shapes with EMA: a whole one takes 1.5 times as long where 32 directions stand
-out, 1.2 times with initial weights. On a GPU an estimate, not yet run: batched `eigh` of ViT-B's matrices with EMA
+out, 1.1 times with initial weights. On a GPU an estimate, not yet run: batched `eigh` of ViT-B's matrices with EMA
 takes 0.77 s on an H100, products and factors of the first values about 20 ms.
 """
 

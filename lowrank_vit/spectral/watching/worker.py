@@ -50,7 +50,7 @@ class SpectralRecord(NamedTuple):
     it is compared with; absent in the first), "spec/refresh/full" (1: the whole spectra; 0: the first values alone),
     "spec/refresh/full_share" (the share of matrices whose whole spectrum was solved, 0-1: with "full" 0, of those whose
     first values alone were not proven) and, of whole spectra but the first, "spec/refresh/since_full" (updates since
-    the whole spectra that "delta_sv_rel" and the "cos_*_last*" compare them with).
+    the whole spectra that the "cos_*_last*" compare them with).
     """
 
     update: int

@@ -58,9 +58,10 @@ def check_against_numpy(solved: Solved, matrix: torch.Tensor, m: int = M) -> Non
     certificate, values = top.certificate / unit, top.s / unit
     assert (np.abs(values - s[:m]) <= certificate + 4e-16 * s[0]).all()
     np.testing.assert_allclose(values, s[:m], rtol=0, atol=2e-14 * s[0])
-    ahead, behind = a @ top.v - top.u * values, a.T @ top.u - top.v * values
-    residual = np.hypot(np.linalg.norm(ahead, axis=0), np.linalg.norm(behind, axis=0))
-    assert (residual / 2**0.5 <= 1.0001 * certificate + 1e-14 * s[0]).all()
+    exact, left, right = (x.astype(np.longdouble) for x in (a, top.u, top.v))
+    ahead, behind = exact @ right - left * values, exact.T @ left - right * values
+    assert (np.sqrt((np.sum(ahead**2, axis=0) + np.sum(behind**2, axis=0)) / 2) <= certificate).all()
+    assert s[np.isfinite(solved.s).sum()] <= solved.beyond / unit < s[m - 1]
     assert max(np.abs(x.T @ x - np.eye(m)).max() for x in (top.u, top.v)) <= solved.orthogonality + 1e-15 <= 1e-10
     np.testing.assert_array_equal(solved.s[:m], top.s)
     assert np.isnan(solved.s[m]) or abs(solved.s[m] / unit - s[m]) <= 1e-12 * s[0]
@@ -96,6 +97,24 @@ def test_the_first_triplets_are_those_of_the_whole_spectrum(name: str) -> None:
         assert (np.abs(found.top.s - whole.top.s) <= found.top.certificate + whole.top.certificate).all()
         assert np.abs(np.abs(np.sum(found.top.u * whole.top.u, axis=0)) - 1).max() < 1e-9 or name == "a cluster within"
         assert found.eps == whole.eps
+        assert found.start is not None
+        start = found.start
+
+
+@pytest.mark.parametrize("count", [1, 4, M, M + 1])
+@pytest.mark.parametrize("ratio", [10, 25, 50])
+@pytest.mark.usefixtures("path")
+def test_the_block_may_end_in_the_bulk_below_few_strong_directions(count: int, ratio: int) -> None:
+    """The greatest is so many times the bulk's edge: near is what is near for the values of the bulk, too."""
+    strong = np.geomspace(1, 1.3 / ratio, count) if count > 1 else np.ones(1)
+    bulk = np.linspace(1, 0.1, K - count) / ratio
+    matrix = with_spectrum(np.concatenate([strong, bulk]), 90, K).float()
+    start = starts_of({"m": matrix})["m"]
+    for refresh in range(2):
+        now = moved(matrix, 1e-3, seed=refresh)
+        found = ends(now, start)
+        assert found is not None
+        check_against_numpy(found, now)
         assert found.start is not None
         start = found.start
 
