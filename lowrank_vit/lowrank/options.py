@@ -64,7 +64,10 @@ class Data:
 class Curve:
     """Which points of accuracy against size are measured."""
 
-    method: Annotated[tuple[Method, ...] | None, arg(help_behavior_hint="(default: all; with --budget kfac)")] = None
+    method: Annotated[
+        tuple[Method, ...] | None,
+        arg(metavar=f"[{{{','.join(METHODS)}}} ...]", help_behavior_hint="(default: all; with --budget kfac)"),
+    ] = None
     """What is truncated: weights as they are (svd), or as inputs (asvd, svdllm) or losses (fwsvd, kfac) see them."""
     ranks: tuple[Allocation, ...] = ("greedy",)
     """How ranks are shared out among the layers."""
