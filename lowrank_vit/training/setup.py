@@ -46,9 +46,9 @@ from lowrank_vit.score.evaluate import Evaluator
 from lowrank_vit.spectral.flows import remark_on_attention
 from lowrank_vit.spectral.measures.initial import in_words, redraw_far_entries
 from lowrank_vit.spectral.measures.metrics import reach
-from lowrank_vit.spectral.measures.updates import why_no_direction
-from lowrank_vit.spectral.select import matrices_of, ranks_of_factors, targets_of_model
+from lowrank_vit.spectral.select import Target, matrices_of, ranks_of_factors, targets_of_model
 from lowrank_vit.spectral.watching.schedule import usual_full_every
+from lowrank_vit.spectral.watching.watched import remark_on_directions
 from lowrank_vit.training.loading import fed_step, loaders_before, make_train_loader, make_val_loader, with_workers
 from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
 from lowrank_vit.training.preflight import check_before_data
@@ -201,8 +201,8 @@ def set_up(
             flows = FlowWatch(evaluators, subset(seed, sets.val.num_samples, count), world, say)
             if line := remark_on_attention(model):
                 lines.append(line)
-    if config.spectra.spec_monitor and config.spectra.spec_updates and (why := why_no_direction(optimizer)):
-        lines.append(f"--spec-updates: no spectra of the optimizer's direction, {why}; those of changes are recorded")
+    if config.spectra.spec_monitor and config.spectra.spec_updates:
+        lines += filter(None, [remark_on_directions(model, optimizer, _targets(config, model))])
     world.progress.enter("making ready to train")
     parameters = sum(p.numel() for p in model.parameters())
     return Setup(
@@ -314,12 +314,16 @@ def _with_full_every(config: Config, model: nn.Module, device: torch.device) -> 
     spec = config.spectra
     if not spec.spec_monitor or spec.spec_full_every is not None:
         return config
-    targets = targets_of_model(model, spec.spec_targets, spec.spec_split_qkv)
+    targets = _targets(config, model)
     where = torch.device("cpu") if spec.spec_on_cpu else device
     m, ranks = reach(spec.spec_topk, spec.spec_interval), ranks_of_factors(model, targets)
     shapes = [tuple(w.shape) for name, w in matrices_of(model, targets).items() if ranks.get(name, m + 1) > m]
     usual = usual_full_every(where, spec.spec_solver, m, shapes)
     return with_options(config, {"spec-full-every": usual})
+
+
+def _targets(config: Config, model: nn.Module) -> dict[str, Target]:
+    return targets_of_model(model, config.spectra.spec_targets, config.spectra.spec_split_qkv)
 
 
 def _with_ema_warmup(config: Config, num_updates: int) -> tuple[Config, list[str]]:

@@ -5,6 +5,7 @@ D is such an (R, C) matrix, float64; 1..p the block of W's first singular triple
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,16 @@ _ADAM = ("torch.optim.adam.Adam", "torch.optim.adamw.AdamW")
 _SGD, _MUON = "torch.optim.sgd.SGD", "timm.optim.muon.Muon"
 
 
-def why_no_direction(optimizer: Optimizer) -> str:
-    """Why `update_direction` knows none of this optimizer's, in words; empty where it does."""
-    name = _name_of(optimizer)
+def why_no_direction(optimizer: Optimizer, group: dict[str, Any]) -> str:
+    """Why `update_direction` knows none of this optimizer's parameters of a group, in words; empty where it does."""
+    name, of_known = _name_of(optimizer), "is not known (of Adam, AdamW, Muon and SGD it is)"
     if name not in (*_ADAM, _SGD, _MUON):
-        return f"that of {name} is not known (of Adam, AdamW, Muon and SGD it is)"
-    if name == _SGD and not any(group["momentum"] for group in optimizer.param_groups):
+        return f"that of {name} {of_known}"
+    if (algorithm := group.get("algo", "muon")) != "muon":
+        return f"that of {name} as {algorithm!r} {of_known}"
+    if group.get("nesterov"):
+        return "Nesterov's form adds the last gradient to the momentum, which is gone when spectra are due"
+    if name == _SGD and not group["momentum"]:
         return "SGD without momentum keeps none"
     return ""
 
@@ -34,25 +39,38 @@ def update_direction(optimizer: Optimizer, group: dict[str, Any], parameter: Ten
     """What the last step has moved a parameter by, but for learning rate and sign, as a new tensor; no wait for it.
 
     Adam and AdamW: m / (sqrt(v) + eps), both corrected for their start as in torch, without weight decay where that is
-    decoupled. SGD and Muon: the momentum buffer, to which Nesterov's form adds the last gradient, and of which Muon's
-    step makes a nearly orthogonal matrix.
+    decoupled; so are parameters that Muon leaves to AdamW. SGD: the momentum buffer. Muon: what timm's own iteration
+    makes of the momentum buffer, a nearly orthogonal matrix (as costly as that part of a step).
 
-    None where nothing was stepped yet, and where it is not known: see `why_no_direction`; of Muon those parameters that
-    it leaves to AdamW.
+    None where nothing was stepped yet, and where it is not known: see `why_no_direction`.
 
     Args:
         group: the optimizer's, of the parameter.
     """
-    name, state = _name_of(optimizer), optimizer.state.get(parameter) or {}
-    if name in (_SGD, _MUON):
-        momentum = state.get("momentum_buffer")
-        return None if momentum is None else momentum.clone()
-    if name not in _ADAM or "exp_avg" not in state:
+    state = optimizer.state.get(parameter) or {}
+    if why_no_direction(optimizer, group):
         return None
-    (beta1, beta2), step = group["betas"], state["step"].double()
-    square = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+    momentum = state.get("momentum_buffer")
+    if momentum is not None:
+        return _orthogonalised(momentum, group) if _name_of(optimizer) == _MUON else momentum.clone()
+    if "exp_avg" not in state:
+        return None
+    beta1, beta2 = group["betas"]
+    step = state["step"].double()
+    square = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
     deviation = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
     return state["exp_avg"] / (1 - beta1**step) / deviation
+
+
+def _orthogonalised(momentum: Tensor, group: dict[str, Any]) -> Tensor:
+    """What timm's step moves a zero parameter by, with the momentum for a gradient, too, so that it stays as it is."""
+    from timm.optim.muon import muon
+
+    moved = torch.zeros_like(momentum)
+    tensors = {"params": [moved], "grads": [momentum], "momentum_bufs": [momentum.clone()]}
+    chosen: dict[str, Any] = {**group, **tensors, "lr": 1.0, "weight_decay": 0.0}
+    muon(**{name: chosen[name] for name in inspect.signature(muon).parameters})
+    return moved.neg_()
 
 
 def _name_of(optimizer: Optimizer) -> str:

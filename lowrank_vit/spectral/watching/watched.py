@@ -13,7 +13,7 @@ from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.heads import Circuits, Heads, attention_blocks
 from lowrank_vit.spectral.measures.initial import FarEntry, far_entries_by_name
 from lowrank_vit.spectral.measures.metrics import recorded_indices
-from lowrank_vit.spectral.measures.updates import update_direction
+from lowrank_vit.spectral.measures.updates import update_direction, why_no_direction
 from lowrank_vit.spectral.select import Target, fused_of, matrices_of, take_targets, targets_of_model
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.solve import stack_by_shape
@@ -110,6 +110,11 @@ class Watched:
             stacks[kind] = stack_by_shape(weights, fused_of(self._mine))
         return stacks
 
+    def left_out(self, stacks: Stacks) -> list[str]:
+        """In words, what `stacks_of` has found no weights for, of what would have been copied beside the matrices."""
+        kinds = [kind for kind in self._weights(self._mine, self.heads) if kind not in stacks]
+        return list(dict.fromkeys("the optimizer's direction" if kind == DIRECTION else "circuits" for kind in kinds))
+
     def remember(self, store: SpectraStore, update: int, kept: Kept | None) -> Memory:
         """What an earlier process has stored up to `update`, as far as it recorded the same vectors, and has kept.
 
@@ -143,14 +148,43 @@ class Watched:
 
 def directions_of(model: nn.Module, optimizer: Optimizer, watched: Mapping[str, Target]) -> dict[str, Tensor]:
     """The optimizer's update directions of watched matrices, by name; those without a known one are left out."""
-    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    found: dict[str, Tensor] = {}
+    groups, found = _groups(optimizer), dict[str, Tensor]()
     for module in {target.module for target in watched.values()}:
-        weight = getattr(model.get_submodule(module), "weight", None)  # none of a layer in factors
-        if isinstance(weight, nn.Parameter) and weight in groups:
+        weight = _weight(model, module)
+        if weight is not None and weight in groups:
             direction = update_direction(optimizer, groups[weight], weight)
             found |= {} if direction is None else {module: direction}
     return take_targets(found.__getitem__, {name: of for name, of in watched.items() if of.module in found})
+
+
+def remark_on_directions(model: nn.Module, optimizer: Optimizer, watched: Mapping[str, Target]) -> str:
+    """Which matrices `directions_of` will have nothing of, and why, in a line for the log; empty where it has all."""
+    groups, without = _groups(optimizer), dict[str, list[str]]()
+    for name, target in watched.items():
+        weight = _weight(model, target.module)
+        if weight is None:
+            why = "the layer is in factors, which are stepped in place of it"
+        else:
+            why = why_no_direction(optimizer, groups[weight]) if weight in groups else "the optimizer does not step it"
+        if why:
+            without.setdefault(why, []).append(name)
+    if not without:
+        return ""
+    parts = (
+        why if len(names) == len(watched) else f"of {len(names)} of {len(watched)} matrices (as {names[0]}): {why}"
+        for why, names in without.items()
+    )
+    return f"--spec-updates: no spectra of the optimizer's direction, {', '.join(parts)}; those of changes are recorded"
+
+
+def _groups(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
+    return {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _weight(model: nn.Module, module: str) -> nn.Parameter | None:
+    """A module's weight; none of a layer in factors."""
+    weight = getattr(model.get_submodule(module), "weight", None)
+    return weight if isinstance(weight, nn.Parameter) else None
 
 
 def share_out(shapes: Mapping[str, Sequence[int]], world_size: int) -> list[list[str]]:
@@ -207,6 +241,11 @@ def take_up(
         found, failure = TakenUp(), error
     if not _is_common(ranks, found.update if found.again else -1):
         found.again = {}
+    if found.again and ranks.rank == 0 and (lost := watched.left_out(found.again)):
+        say(
+            f"warning: the refresh of update {found.update} is done again without {' and '.join(lost)}: "
+            "other options were on when its weights were kept."
+        )
     until, kept = resumed_update, found.kept
     if found.again:
         until, kept = found.update - 1, kept and kept.before

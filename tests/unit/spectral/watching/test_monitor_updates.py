@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm.optim
 import torch
 
-from lowrank_vit.spectral.select import matrices_of, targets_of_model
+from lowrank_vit.model.low_rank import LowRankLinear
+from lowrank_vit.spectral.select import Target, matrices_of, targets_of_model
 from lowrank_vit.spectral.solving.extremes import Solver
+from lowrank_vit.spectral.watching.watched import directions_of, remark_on_directions
 from tests.monitors import WITH_UPDATES, adamw, nudge, step, watch
 from tests.spectra import tiny_vit
 
@@ -136,6 +139,47 @@ def test_without_the_setting_or_a_known_optimizer_less_is_said(tmp_path: Path):
         _, last = (record.values for record in monitor.records())
         found = {name.rpartition("/")[2].partition("_")[0] for name in last if name.startswith("spec/blocks.0.mlp.fc1")}
         assert found & {"dw", "opt"} == prefixes
+
+
+def test_which_matrices_have_no_direction_is_said_before_the_first_step():
+    """Of a frozen layer, one in factors, and of groups with different rules; the line agrees with what is copied."""
+    model = tiny_vit(0)
+    watched = targets_of_model(model, "attn.qkv,mlp.fc1", split_qkv=True)
+    assert not remark_on_directions(model, adamw(model), watched)
+    model.set_submodule("blocks.0.attn.qkv", LowRankLinear(torch.randn(48, 4), torch.randn(12, 16)))
+    frozen, others = model.get_parameter("blocks.1.mlp.fc1.weight"), model.get_parameter("blocks.0.mlp.fc1.weight")
+    rest = [one for one in model.parameters() if one is not frozen and one is not others]
+    groups = [{"params": rest}, {"params": [others], "nesterov": True}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    line = remark_on_directions(model, optimizer, watched)
+    assert line.startswith(
+        "--spec-updates: no spectra of the optimizer's direction, of 3 of 8 matrices (as blocks.0.attn."
+    )
+    assert "of 1 of 8 matrices (as blocks.0.mlp.fc1): Nesterov's form" in line
+    assert "of 1 of 8 matrices (as blocks.1.mlp.fc1): the optimizer does not step it" in line
+    for one in (*rest, others):
+        one.grad = torch.ones_like(one)
+    optimizer.step()
+    assert set(directions_of(model, optimizer, watched)) == {f"blocks.1.attn.qkv.{part}" for part in "qkv"}
+    none = remark_on_directions(model, torch.optim.NAdam(model.parameters()), {"a": Target("blocks.0.mlp.fc1")})
+    assert none.startswith(
+        "--spec-updates: no spectra of the optimizer's direction, that of torch.optim.nadam.NAdam is"
+    )
+
+
+def test_of_muon_it_is_what_the_step_has_moved(tmp_path: Path):
+    model = tiny_vit(0)
+    optimizer = timm.optim.Muon(model.parameters(), lr=0.01)
+    with watch(model, tmp_path, settings=WITH_UPDATES, optimizer=optimizer, targets="attn.qkv", every=1) as monitor:
+        for update in range(3):
+            if update:
+                step(model, optimizer, update)
+            monitor.observe(update)
+            monitor.wait()
+    values = monitor.records()[-1].values
+    for name in ("stable_rank", "effective_rank", "most"):  # one step lies between refreshes
+        of_step, key = values[f"spec/blocks.1.attn.qkv/dw_{name}"], f"spec/blocks.1.attn.qkv/opt_{name}"
+        assert values[key] == pytest.approx(of_step, rel=1e-3), name
 
 
 def test_a_nan_in_the_optimizer_is_a_nan_of_that_matrix_alone(tmp_path: Path):
