@@ -156,7 +156,7 @@ def _analyze(options: Options, console: Console) -> None:
     say(f"wrote {path}")
     if analysis.circuits:
         path = files.save_dir / f"{stem}_circuits.npz"
-        write_arrays(as_arrays(analysis.circuits), path)
+        write_arrays(as_arrays(analysis.circuits, options.matrices.circuits), path)
         say(f"wrote {path}")
     if files.full or files.save_vectors:
         path = files.save_dir / f"{stem}_vectors.{files.format}"

@@ -19,9 +19,16 @@ import yaml
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.report.status import RunStatus, run_status
-from lowrank_vit.spectral.measures.circuits import BlockCircuits, of_arrays
 from lowrank_vit.spectral.measures.initial import FarEntry, warning_of
-from lowrank_vit.spectral.watching.files import StoredSpectra, StoredVectors, read_newest_circuits, read_scaled
+from lowrank_vit.spectral.watching.files import (
+    NO_CIRCUITS,
+    StoredCircuits,
+    StoredSpectra,
+    StoredVectors,
+    read_circuits,
+    read_newest_circuits,
+    read_scaled,
+)
 from lowrank_vit.spectral.watching.stored import Spectra
 
 T = TypeVar("T")
@@ -71,9 +78,8 @@ class Run:
     """The first, the last but one and the newest that are stored, or fewer."""
     scaled: dict[str, np.ndarray] = field(default_factory=dict)
     """Of the newest spectra, fused qkv matrix to the one to compare with noise (`extremes.Thirds`)."""
-    circuits: dict[str, BlockCircuits] = field(default_factory=dict)
-    """The newest circuits of heads, by "<kind>/circuit/<block>"."""
-    circuits_update: int = -1
+    circuits: StoredCircuits = NO_CIRCUITS
+    """The newest circuits of heads."""
     """Of those."""
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Matrix to (rows, columns)."""
@@ -103,7 +109,6 @@ def read_run(path: Path) -> Run:
     train = _read_train_events(path / "metrics.jsonl", notes)
     stored = Spectra(path / "spectra")
     environment = _read_environment(path / "environment.json", notes)
-    circuits_update, circuits = read_newest_circuits(stored.path)
     spectra = _read_all_spectra(stored, notes)
     if stored.far_entries:
         notes.append(f"At the start {warning_of(stored.far_entries)}.")
@@ -118,8 +123,7 @@ def read_run(path: Path) -> Run:
         scalars=_read_events(path / "metrics.jsonl", _SPEC_EVENT, SCALARS),
         flows=_read_events(path / "metrics.jsonl", _FLOW_EVENT, None),
         vectors=_read_some_vectors(stored),
-        circuits=circuits,
-        circuits_update=circuits_update,
+        circuits=read_newest_circuits(stored.path),
         shapes=stored.shapes,
         status=run_status(path, args, epochs, train),
         notes=notes,
@@ -366,7 +370,7 @@ def read_analysis(path: Path) -> Run:
         spectra=[StoredSpectra(0, spectra)] if spectra else [],
         scaled=scaled,
         scalars=scalars,
-        circuits=_read_circuits(path.with_name(path.name.removesuffix(ENDING) + "_circuits.npz")),
+        circuits=read_circuits(path.with_name(path.name.removesuffix(ENDING) + "_circuits.npz")),
         shapes=shapes,
         moment=f"epoch {epoch + 1}, {weights}" if epoch >= 0 else weights,
         notes=notes,
@@ -381,14 +385,6 @@ def _read_full(path: Path, names: list[str]) -> tuple[dict[str, np.ndarray], dic
             return {f"spec/{name}": stored[f"{name}:s"] for name in names}, scaled
     except (OSError, ValueError, KeyError, EOFError):
         return {}, {}
-
-
-def _read_circuits(path: Path) -> dict[str, BlockCircuits]:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {f"spec/circuit/{block}": one for block, one in of_arrays(stored).items()}
-    except (OSError, ValueError, KeyError, EOFError):
-        return {}
 
 
 def _shown(meta: dict[str, Any]) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def test_circuits_have_the_bits_of_a_cpu(tmp_path: Path, on_cpu: bool) -> None:
     model = small_vit()
     with watch(model, tmp_path, on_cpu=on_cpu, circuits="folded") as monitor:
         monitor.observe(0)
-    _, found = files.read_newest_circuits(tmp_path)
+    _, found, _ = files.read_newest_circuits(tmp_path)
     for block, one in circuits_of_state(model.cpu(), model.state_dict(), "folded", "").items():
         assert all(np.array_equal(x, y) for x, y in zip(found[f"spec/circuit/{block}"], one, strict=True))
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _CHANCE: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (3, 2)), "zorder": 1}
+_OF = {"raw": ", without the weights of norms", "folded": ", the weights of norms and LayerScale folded in"}
 _MOST_PAIRS = 11
 """Of blocks, in the lower rows; of a deeper model evenly spaced ones."""
 _LEAST_COLUMNS = 6
@@ -41,7 +42,7 @@ def circuits_plot(run: Run) -> bytes | None:
     Dashed is chance: independent Gaussian factors for the ranks, unrelated directions for the scores, with two standard
     deviations of a pair shaded. Returns PNG bytes; None where there are no circuits.
     """
-    blocks = {key.rpartition("/")[2]: one for key, one in run.circuits.items() if key.startswith("spec/")}
+    blocks = {key.rpartition("/")[2]: one for key, one in run.circuits.blocks.items() if key.startswith("spec/")}
     if not blocks:
         return None
     pairs = [name for name, one in blocks.items() if one.q_HG.size]
@@ -63,7 +64,8 @@ def circuits_plot(run: Run) -> bytes | None:
     if pairs:
         _maps(lower[0], {name: blocks[name] for name in pairs})
     text = "a dot is a head, or a pair of heads; line: mean, of scores the root mean square; dashed: chance"
-    heading(figure, "Circuits of heads", f"{text}  ·  {moment(run, run.circuits_update)}")
+    of = _OF.get(run.circuits.circuits, run.circuits.circuits)
+    heading(figure, f"Circuits of heads{of}", f"{text}  ·  {moment(run, run.circuits.update)}")
     return png(figure)
 
 

@@ -18,6 +18,8 @@ import numpy as np
 
 from lowrank_vit.spectral.measures.metrics import effective_rank, stable_rank
 
+CIRCUITS = "circuits"
+"""In files of circuits: which parameters count, see `heads.Circuits`."""
 _DRAWS = 64
 
 
@@ -46,6 +48,8 @@ class BlockCircuits(NamedTuple):
     """K-composition, with QK in place of its transpose. Both are (H, 0) where there is no block before."""
     spread_HG: np.ndarray
     """Standard deviation of the squared scores of unrelated directions, see `chance_spread`."""
+    means_2: np.ndarray
+    """Likewise of the mean of all Q scores squared, and of all K scores; (0,) where there is no block before."""
 
 
 def circuits_of(blocks: Iterable[HeadWeights], before: HeadWeights | None = None) -> list[BlockCircuits]:
@@ -63,12 +67,15 @@ def circuits_of(blocks: Iterable[HeadWeights], before: HeadWeights | None = None
             norms, qk_HK = _spectra(q, k)
             ov_HK, writes = _written(weights)
             heads, width = len(qk_HK), weights.q_HDn.shape[2]
-            scores = spread = np.empty((heads, 0))
-            by_k = scores
+            by_q = by_k = spread = np.empty((heads, 0))
+            means = np.empty(0)
             if written:
-                scores, by_k = (_scores(s.r @ o.rows / norms, written.rows_GKn) for s, o in ((k, q), (q, k)))
+                reads = [s.r @ o.rows / norms for s, o in ((k, q), (q, k))]
+                by_q, by_k = (_scores(one, written.rows_GKn) for one in reads)
                 spread = chance_spread(_concentration(qk_HK), written.concentration_G, width)
-            found.append(BlockCircuits(width, qk_HK, ov_HK, scores, by_k, spread))
+                shared = np.array([_shared(one) for one in reads]), np.array([_shared(written.rows_GKn)])
+                means = chance_spread(*shared, width)[:, 0]
+            found.append(BlockCircuits(width, qk_HK, ov_HK, by_q, by_k, spread, means))
             written = writes
     return found
 
@@ -124,6 +131,11 @@ def _concentration(s_HK: np.ndarray) -> np.ndarray:
     return np.square(shares).sum(axis=1) / np.square(shares.sum(axis=1))
 
 
+def _shared(rows_HKn: np.ndarray) -> float:
+    """The trace of M^2, M the mean of the heads' B^T B: `_concentration` of one, and less the less they share."""
+    return float(np.mean(np.square(_scores(rows_HKn, rows_HKn))))
+
+
 def chance_spread(p_H: np.ndarray, q_G: np.ndarray, width: int) -> np.ndarray:
     """Standard deviation (H, G) of the squared score of circuits A and B, where the directions of one are random.
 
@@ -133,8 +145,11 @@ def chance_spread(p_H: np.ndarray, q_G: np.ndarray, width: int) -> np.ndarray:
     orthogonal matrix, E x^2 y^2 = 1 / n(n+2) of two in one row or column and (n+1) / n(n-1)(n+2) of two in neither
     (Collins & Sniady, Comm. Math. Phys. 264 (2006)) its variance is 2 (n p - 1) (n q - 1) / n^2 (n-1) (n+2).
 
+    The mean over all pairs of heads, of which one side is turned as a whole, is tr M N with M and N the means of
+    A^T A / |A|_F^2 and of B B^T / |B|_F^2. So its variance is the same with p = tr M^2 and q = tr N^2.
+
     Args:
-        p_H, q_G: sum s^4 / (sum s^2)^2 of the circuits of either side.
+        p_H, q_G: sum s^4 / (sum s^2)^2 of the circuits of either side, or tr M^2 of means.
         width: n. 0 where that is 1, and the score always 1.
     """
     n = float(width)
@@ -142,18 +157,23 @@ def chance_spread(p_H: np.ndarray, q_G: np.ndarray, width: int) -> np.ndarray:
     return np.sqrt(2 * product / (max(n - 1, 1.0) * (n + 2))) / n
 
 
-def as_arrays(found: Mapping[str, BlockCircuits]) -> dict[str, np.ndarray]:
-    """By "<key>:<field>" for files: "width", "qk" and "ov" (H, K), "q", "k" and "spread" (H, G)."""
-    return {
+def as_arrays(found: Mapping[str, BlockCircuits], circuits: str) -> dict[str, np.ndarray]:
+    """For files: by "<key>:<field>" "width", "qk" and "ov" (H, K), "q", "k" and "spread" (H, G), "means" (2,).
+
+    And as "circuits" which parameters count, see `heads.Circuits`.
+    """
+    arrays = {
         f"{key}:{f.partition('_')[0]}": np.asarray(v) for key, one in found.items() for f, v in one._asdict().items()
     }
+    return {CIRCUITS: np.asarray(circuits)} | arrays
 
 
-def of_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, BlockCircuits]:
-    """What `as_arrays` was given, by key. Raises `KeyError` where one is missing."""
+def of_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, BlockCircuits], str]:
+    """What `as_arrays` was given, the blocks by key. Raises `KeyError` where an array is missing."""
     _, *names = (field.partition("_")[0] for field in BlockCircuits._fields)
-    keys = dict.fromkeys(name.rpartition(":")[0] for name in arrays)
-    return {key: BlockCircuits(int(arrays[f"{key}:width"]), *(arrays[f"{key}:{n}"] for n in names)) for key in keys}
+    keys = dict.fromkeys(name.rpartition(":")[0] for name in arrays if ":" in name)
+    blocks = {key: BlockCircuits(int(arrays[f"{key}:width"]), *(arrays[f"{key}:{n}"] for n in names)) for key in keys}
+    return blocks, str(arrays[CIRCUITS])
 
 
 def circuit_metrics(one: BlockCircuits) -> dict[str, float]:
@@ -165,8 +185,7 @@ def circuit_metrics(one: BlockCircuits) -> dict[str, float]:
         in "q", "k", over all pairs of heads: "<c>_composition_mean_sq", the mean squared score, whose chance value that
         is; "<c>_composition_max", the greatest score; "<c>_composition_z" and "_max_z", by how many standard deviations
         of chance the mean and the greatest squared score lie above it (the greatest of a pair's own; see
-        `chance_spread`). Chance pairs that share a head are uncorrelated, so the mean's variance is that of
-        independent ones. NaN where chance has no spread.
+        `chance_spread`). NaN where chance has no spread.
     """
     values: dict[str, float] = {}
     for name, s_HK in (("qk", one.qk_HK), ("ov", one.ov_HK)):
@@ -177,12 +196,11 @@ def circuit_metrics(one: BlockCircuits) -> dict[str, float]:
     if not one.q_HG.size:
         return values
     chance = values["composition_chance"] = 1.0 / one.width
-    spread = np.where(one.spread_HG > 1e-9 * chance, one.spread_HG, np.nan)
-    for name, scores in (("q", one.q_HG), ("k", one.k_HG)):
+    spread, of_means = (np.where(of > 1e-9 * chance, of, np.nan) for of in (one.spread_HG, one.means_2))
+    for name, scores, of_mean in (("q", one.q_HG, of_means[0]), ("k", one.k_HG, of_means[1])):
         squares = np.square(scores)
-        mean, of_mean = float(np.mean(squares)), float(np.linalg.norm(spread) / spread.size)
-        values[f"{name}_composition_mean_sq"] = mean
-        values[f"{name}_composition_z"] = (mean - chance) / of_mean
+        mean = values[f"{name}_composition_mean_sq"] = float(np.mean(squares))
+        values[f"{name}_composition_z"] = (mean - chance) / float(of_mean)
         values[f"{name}_composition_max"] = float(np.max(scores))
         values[f"{name}_composition_max_z"] = float(np.max((squares - chance) / spread))
     return values

@@ -7,7 +7,7 @@
                         leave some out at the top, those as "<key>:between:u" and so on, in the order of their values.
                         Of a refresh of the first values alone both files hold `FIRST_ALONE`: unknown values are NaN,
                         and the last triplets have no columns.
-`circuits_00000100.npz` with `--spec-circuits` per "<kind>/circuit/<block>" what `circuits.as_arrays` says.
+`circuits_00000100.npz` with `--spec-circuits` what `circuits.as_arrays` says, by "<kind>/circuit/<block>".
 `flows_00000100.npz`    of a validation after that update, per "<kind>/<block>:variances" and ":entropies", see `Flows`.
 
 Kinds are "spec" (the model) and "spec_ema" (its moving average). A file is there whole or not at all.
@@ -61,6 +61,19 @@ class StoredVectors(NamedTuple):
     """Whether the last triplets are known, too."""
 
 
+class StoredCircuits(NamedTuple):
+    """The circuits of one refresh, or of an analysis, whose `update` is -1; so is it where there are none."""
+
+    update: int
+    blocks: dict[str, BlockCircuits]
+    """By "<kind>/circuit/<block>"."""
+    circuits: str
+    """Which parameters count, see `heads.Circuits`; empty where there are none."""
+
+
+NO_CIRCUITS = StoredCircuits(-1, {}, "")
+
+
 def write_spectra(store_dir: Path, update: int, spectra: Mapping[str, np.ndarray], *, full: bool = True) -> Path:
     """Write the spectra of one refresh, replacing an earlier one of the same update; return its path.
 
@@ -86,9 +99,9 @@ def write_refresh(store_dir: Path, update: int, solved: Mapping[str, Solved], *,
     _write(store_dir, VECTORS, update, arrays, full)
 
 
-def write_circuits(store_dir: Path, update: int, circuits: Mapping[str, BlockCircuits]) -> None:
-    """Write those of a refresh, by "<kind>/circuit/<block>". Raises `UserError`."""
-    _write(store_dir, CIRCUITS, update, as_arrays(circuits), full=True)
+def write_circuits(store_dir: Path, one: StoredCircuits) -> None:
+    """Write those of a refresh. Raises `UserError`."""
+    _write(store_dir, CIRCUITS, one.update, as_arrays(one.blocks, one.circuits), full=True)
 
 
 def write_flows(store_dir: Path, update: int, flows: Mapping[str, Flows]) -> Path:
@@ -120,13 +133,23 @@ def list_vectors(store_dir: Path) -> list[Path]:
     return files_of(store_dir, VECTORS)
 
 
-def read_newest_circuits(store_dir: Path) -> tuple[int, dict[str, BlockCircuits]]:
-    """The newest refresh that has circuits, and these by "<kind>/circuit/<block>"; -1 and none where there is none."""
+def read_newest_circuits(store_dir: Path) -> StoredCircuits:
+    """Those of the newest refresh that has some; `NO_CIRCUITS` where there is none."""
     for path in reversed(files_of(store_dir, CIRCUITS)):
         with contextlib.suppress(UserError, KeyError):
             update, arrays, _ = _read(path)
-            return update, of_arrays(arrays)
-    return -1, {}
+            return StoredCircuits(update, *of_arrays(arrays))
+    return NO_CIRCUITS
+
+
+def read_circuits(path: Path) -> StoredCircuits:
+    """Those that an analysis has stored, as if of the model; `NO_CIRCUITS` without a readable file."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            blocks, circuits = of_arrays(stored)
+            return StoredCircuits(-1, {f"spec/circuit/{block}": one for block, one in blocks.items()}, circuits)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return NO_CIRCUITS
 
 
 def read_spectra(path: Path) -> StoredSpectra:

@@ -24,6 +24,7 @@ from lowrank_vit.spectral.measures.initial import warning_of
 from lowrank_vit.spectral.measures.subspaces import chance_of_each
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, module_type
 from lowrank_vit.spectral.solving.solve import LOG
+from lowrank_vit.spectral.watching.files import read_newest_circuits
 from lowrank_vit.spectral.watching.refresh import EMA, MODEL, SpectralSettings, Stacks
 from lowrank_vit.spectral.watching.schedule import Schedule
 from lowrank_vit.spectral.watching.store import Kept, SpectraStore, far_entries_content, read_far_entries
@@ -148,6 +149,12 @@ class SpectralMonitor:
                 store.begin()
                 if resumed_update is not None:
                     store.forget_after(resumed_update)
+                    was = read_newest_circuits(store.path).circuits
+                    if self._watched.heads and was not in ("", circuits):
+                        say(
+                            f"warning: circuits are {circuits} from update {resumed_update} on and were {was} before: "
+                            "their curves hold both."
+                        )
             except Exception as error:  # it may be mended before the next refresh
                 say(f"warning: {error}. Training goes on.")
         self._ranks, self._is_over, self._is_lost, self._say = ranks, False, False, say

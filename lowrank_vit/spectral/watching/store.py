@@ -32,6 +32,7 @@ from lowrank_vit.spectral.watching.files import (
     SPECTRA,
     VECTORS,
     WEIGHTS,
+    StoredCircuits,
     files_of,
     is_full,
     path_of,
@@ -123,7 +124,7 @@ class SpectraStore:
             self.begin()
         write_refresh(self.path, update, solved, full=full)
         if circuits:
-            write_circuits(self.path, update, circuits)
+            write_circuits(self.path, StoredCircuits(update, dict(circuits), str((self._index or {})[CIRCUITS])))
         for series in self._series.values():
             series.thin()
 

@@ -199,7 +199,8 @@ def test_what_a_monitor_stores_and_records_is_what_an_analysis_says(
         monitor.observe(0)
     (record,) = monitor.records()
     assert monitor.failed == 0
-    _, stored = read_newest_circuits(tmp_path)
+    _, stored, kind_of_circuits = read_newest_circuits(tmp_path)
+    assert kind_of_circuits == circuits
     for kind, one in (("spec", model), ("spec_ema", ema)):
         expected = numbers(one, circuits)
         prefix = f"{kind}/circuit/"
@@ -225,7 +226,7 @@ def test_a_weight_that_is_not_finite_is_said_once_and_spoils_its_head_alone(
             monitor.observe(update)
             monitor.wait()
     assert monitor.failed == 0
-    update, stored = read_newest_circuits(tmp_path)
+    update, stored, _ = read_newest_circuits(tmp_path)
     assert update == 2
     found = stored["spec/circuit/blocks.1"]
     assert np.isnan(found.ov_HK[1]).all()
@@ -244,7 +245,7 @@ def test_of_a_layer_in_factors_the_product_counts(tmp_path: Path, targets: str) 
         model.set_submodule(name, LowRankLinear(up, down))
     with watch(model, tmp_path, circuits="folded", targets=targets) as monitor:
         monitor.observe(0)
-    _, stored = read_newest_circuits(tmp_path)
+    _, stored, _ = read_newest_circuits(tmp_path)
     expected = circuits_of_state(tiny_vit(), model.state_dict(), "folded", "--circuits")
     assert same({key.removeprefix("spec/circuit/"): one for key, one in stored.items()}, expected)
     assert (stored["spec/circuit/blocks.0"].qk_HK[:, 4:] < 1e-12 * stored["spec/circuit/blocks.0"].qk_HK[:, :1]).all()
@@ -255,7 +256,9 @@ def analyze(path: Path, *flags: str) -> tuple[dict[str, Any], dict[str, BlockCir
     main(["--checkpoint", str(path), "--save-dir", str(out), *flags])
     (json_path,), (npz_path,) = out.glob("*_spectral.json"), out.glob("*_circuits.npz")
     with np.load(npz_path) as arrays:
-        return json.loads(json_path.read_text()), of_arrays(dict(arrays))
+        content, (found, circuits) = json.loads(json_path.read_text()), of_arrays(dict(arrays))
+    assert circuits == content["meta"]["circuits"]
+    return content, found
 
 
 def test_analyze_spectrum_makes_the_model_as_its_run_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ def test_scores_are_drawn_over_their_chance_value(
 
     monkeypatch.setattr(Axes, "imshow", record)
     run = read_run(tmp_path)
-    assert run.circuits_update == 4
+    assert run.circuits.update == 4
     picture = circuits_plot(run)
     assert picture is not None
     assert picture.startswith(b"\x89PNG")
@@ -59,8 +59,17 @@ def test_scores_are_drawn_over_their_chance_value(
         np.testing.assert_array_equal(maps[-2], np.square(found[f"blocks.{blocks - 1}"].q_HG) * 9)
 
 
-def test_an_analysis_has_the_file_beside_it_and_none_has_no_picture(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("circuits", "said"), [("raw", "without the weights of norms"), ("folded", "folded in")])
+def test_an_analysis_has_the_file_beside_it_and_none_has_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, circuits: str, said: str
+) -> None:
+    """The heading says which circuits these are."""
+    titles: list[str] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda _figure, title, **_: titles.append(title))
     (tmp_path / "vit_spectral.json").write_text(json.dumps({"meta": {"model": "vit"}, "layers": {}}))
     assert circuits_plot(read_analysis(tmp_path / "vit_spectral.json")) is None
-    np.savez(tmp_path / "vit_circuits.npz", allow_pickle=False, **as_arrays(stored(2)))
+    np.savez(tmp_path / "vit_circuits.npz", allow_pickle=False, **as_arrays(stored(2), circuits))
     assert circuits_plot(read_analysis(tmp_path / "vit_spectral.json")) is not None
+    assert said in titles[-1]
+    (tmp_path / "vit_circuits.npz").write_bytes(b"PK\x03\x04 cut short")
+    assert circuits_plot(read_analysis(tmp_path / "vit_spectral.json")) is None

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowrank_vit.spectral.heads import Circuits
 from lowrank_vit.spectral.watching import files, store
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from lowrank_vit.spectral.watching.refresh import SpectralSettings
@@ -86,6 +87,38 @@ def test_a_refresh_that_a_kill_cut_short_is_done_again_when_the_run_goes_on(
     another = watch_with(again, folder, resumed_update=5, recorded_update=4)
     another.observe(6)
     assert numbers(another) == expected[3:]
+
+
+@pytest.mark.parametrize(("before", "after", "done_again_has"), [("raw", "folded", 0), ("folded", "raw", 2)])
+def test_other_circuits_than_before_are_said_and_each_file_tells_its_own(
+    tmp_path: Path, before: Circuits, after: Circuits, done_again_has: int
+) -> None:
+    """Directions, too, are missing in the refresh that is done again, where the run before did not look at them."""
+    model = tiny_vit(0)
+    optimizer, said = adamw(model), list[str]()
+    more: dict[str, Any] = {"settings": WITH_UPDATES, "optimizer": optimizer, "say": said.append}
+    with watch(model, tmp_path, circuits=before) as monitor:
+        monitor.observe(0)
+        monitor.wait()
+        step(model, optimizer, 1)
+        monitor.observe(2)
+        kept = monitor.kept()
+    assert kept is not None
+    torch.save(kept.content(), tmp_path / store.kept_name(2))
+    with watch(model, tmp_path, circuits=after, resumed_update=3, recorded_update=0, **more) as monitor:
+        monitor.wait()
+        records = monitor.records()
+    step_in_curves = f"warning: circuits are {after} from update 3 on and were {before} before: their curves hold both."
+    without = "the optimizer's direction" if done_again_has else "circuits and the optimizer's direction"
+    again = f"warning: the refresh of update 2 is done again without {without}: "
+    assert [line[: len(again)] for line in said] == [step_in_curves[: len(again)], again]
+    assert said[0] == step_in_curves
+    assert [record.update for record in records] == [2]
+    assert len([key for key in records[0].values if key.endswith("/qk_sigma_max") and "/blocks." in key]) == (
+        done_again_has
+    )
+    newest = files.read_newest_circuits(tmp_path)
+    assert (newest.update, newest.circuits) == (2, after if done_again_has else before)
 
 
 @pytest.mark.parametrize(("resumed", "recorded", "expected"), [(4, 2, [4, 6]), (4, 4, [6]), (5, 2, [6])])
