@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -169,12 +170,18 @@ def _bisected(
     by: By,
     rank_at: Callable[[str, float], int],
 ) -> Ranks:
-    """The ranks of the greatest share, 0 to 1, that fits; `rank_at` must not fall with it."""
+    """The ranks of the greatest share, 0 to 1, that fits; `rank_at` must not fall with it.
+
+    Where the next rank comes at one share for many layers, as those of all blocks, the budget may have room for some of
+    them: they go out one at a time, in the order of the layers.
+    """
     limit = costs.count(_least(costs), by) + _left_over(decompositions, budget, costs, by)
     if costs.count({}, by) <= limit:
         return {}
 
     def ranks_at(share: float) -> Ranks:
+        if share >= 1:
+            return {}
         ranks = {name: rank_at(name, share) for name in decompositions}
         return {name: rank for name, rank in ranks.items() if rank <= costs.layers[name].pays}
 
@@ -185,7 +192,23 @@ def _bisected(
             low = middle
         else:
             high = middle
-    return ranks_at(low)
+    ranks, next_ranks = ranks_at(low), ranks_at(high)
+    left = limit - costs.count(ranks, by)
+    queue = deque(name for name in costs.layers if name in ranks and next_ranks.get(name) != ranks[name])
+    while queue:
+        name = queue.popleft()
+        layer, rank = costs.layers[name], ranks.pop(name)
+        more_rank = rank + 1 if rank < layer.pays else None
+        more = layer.cost(more_rank, by) - layer.cost(rank, by)
+        if more > left:
+            ranks[name] = rank
+            continue
+        left -= more
+        if more_rank is not None:
+            ranks[name] = more_rank
+            if more_rank != next_ranks.get(name):
+                queue.append(name)
+    return {name: ranks[name] for name in decompositions if name in ranks}
 
 
 class _Steps(NamedTuple):

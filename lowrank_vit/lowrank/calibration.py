@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from lowrank_vit.common.devices import to_device
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.lowrank.targets import check_finite
 from lowrank_vit.plan.operations import uniform_table
 from lowrank_vit.plan.plans import Stream
 
@@ -27,6 +28,10 @@ _CHUNK = 2**24
 """Entries of a float64 copy that is made at a time; 128 MB."""
 _BLOCK = 256
 """Rows of a symmetric matrix that are summed at a time."""
+_ROOM_BYTES = 2 << 30
+"""What the images of one forward pass may keep for their gradients; a ViT-B of 224 pixels has 11 images in that."""
+_Seen = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
+"""A forward hook: of a layer, its arguments and its output."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def calibrate(
     pieces: Mapping[str, int] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Moments]:
-    """The moments of layers over a calibration set, whose size the memory for them does not depend on.
+    """The moments of layers over a calibration set, with memory that depends neither on its size nor on its batches'.
 
     Products are taken in float64 on the device that the layers are on: with float32 products the noise of S would
     exceed its damping wherever a few directions carry most of it.
@@ -82,15 +87,16 @@ def calibrate(
     Args:
         model: float32 or float64, its images to logits (N, classes). It is evaluated without dropout and drop path, in
             its own precision, and left as it was.
-        batches: images (N, 3, height, width), normalised, on any device.
+        batches: images (N, 3, height, width), normalised, on any device. A forward pass takes as many of them as there
+            is room for.
         targets: layers of the model by name.
         seed: of the labels, which depend on an image's place in the stream, not on the size of batches.
         pieces: by name into how many equal pieces of rows a layer is to be taken apart, see `Moments.rows`; else 1.
-        progress: called after each batch with the number of images so far.
+        progress: called after each forward pass with the number of images so far.
 
     Raises:
         UserError: no image, no target, a model in half precision, logits that are not finite, a layer whose forward is
-            not called, or one that sees an image's tokens scattered.
+            not called, or one to which an image's tokens do not come together.
     """
     if not targets:
         raise UserError("There is no layer to calibrate: the targets match nothing.")
@@ -100,22 +106,18 @@ def calibrate(
             raise UserError(f"Calibration needs a model in float32, but {name} is {kind}. Convert it: model.float().")
     device = next(iter(targets.values())).weight.device
     sums = {name: _Sums(name, layer, (pieces or {}).get(name, 1)) for name, layer in targets.items()}
-    done = 0
-    with _watched(model, targets, sums), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    done, room = 0, 0
+    with _at_rest(model), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for batch in batches:
             if not len(batch):
                 continue
-            images = batch.detach().to(device, copy=True).requires_grad_()
-            for each in sums.values():
-                each.batch = len(images)
-            logits: Tensor = model(images)
-            if not torch.isfinite(logits).all():
-                raise UserError("The model's logits are not finite: its weights hold a NaN or an infinity.")
-            labels = _draw_labels(logits.detach(), seed, done)
-            torch.autograd.grad(functional.cross_entropy(logits, labels, reduction="sum"), images)
-            done += len(images)
-            if progress:
-                progress(done)
+            room = room or max(1, _ROOM_BYTES // _bytes_of_one(model, targets, batch[:1].detach().to(device)))
+            for images in batch.detach().split(room):
+                with _hooked(targets, {name: partial(one.see, len(images)) for name, one in sums.items()}):
+                    _back_and_forth(model, images.to(device, copy=True), seed, done)
+                done += len(images)
+                if progress:
+                    progress(done)
     if not done:
         raise UserError("The calibration set is empty. Give at least one image.")
     return {name: each.moments(done) for name, each in sums.items()}
@@ -161,6 +163,61 @@ def blocks_of(names: Iterable[str]) -> list[list[str]]:
     return list(blocks.values())
 
 
+def _back_and_forth(model: nn.Module, images: Tensor, seed: int, first: int) -> None:
+    """A forward and a backward pass; images are numbered from `first`.
+
+    A function of its own, so that nothing of a graph, whose hooks hold every layer's inputs, outlives it.
+    """
+    logits: Tensor = model(images.requires_grad_())
+    check_finite(model, images, logits)
+    labels = _draw_labels(logits.detach(), seed, first)
+    torch.autograd.grad(functional.cross_entropy(logits, labels, reduction="sum"), images)
+
+
+def _bytes_of_one(model: nn.Module, targets: Mapping[str, nn.Linear], image: Tensor) -> int:
+    """What a forward pass of one image (1, 3, height, width) keeps for its gradients, and a few bytes more.
+
+    Raises `UserError` for a layer that takes in something else for the image, or at other places, with another image
+    behind it: gradients at its outputs cannot be told apart by image.
+    """
+    kept: dict[int, int] = {}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in targets}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # itself it may be the output of what saves it, which then never goes
+
+    def see(name: str, _layer: nn.Module, given: tuple[Tensor, ...], _output: Tensor) -> None:
+        inputs[name].append(keep(given[0]))
+
+    with _hooked(targets, {name: partial(see, name) for name in targets}):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits: Tensor = model(image.requires_grad_())
+        check_finite(model, image, logits)
+        of_model = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        found = sum(size for pointer, size in kept.items() if pointer not in of_model)
+        with torch.no_grad():
+            model(torch.cat([image, image.flip(-1)]))
+    for name, seen in inputs.items():
+        half = len(seen) // 2
+        for alone, both in zip(seen[:half], seen[half:], strict=True):
+            if not _comes_first(alone, both):
+                raise UserError(
+                    f"{name} does not take in one image's tokens after another's, which its moments need: leave it out."
+                )
+    return max(found, 1)
+
+
+def _comes_first(alone: Tensor, both: Tensor) -> bool:
+    """Whether the tokens (..., C) of one image are the first half of those of two, but for rounding."""
+    if both.numel() != 2 * alone.numel():
+        return False
+    alone_TC, both_TC = alone.flatten(0, -2), both.flatten(0, -2)
+    off, spread = (both_TC[: len(alone_TC)] - alone_TC).norm(), (both_TC - both_TC.mean(dim=0)).norm()
+    return float(off) <= 0.01 * float(spread) + 1e-4 * float(alone_TC.norm())
+
+
 def _draw_labels(logits_NK: Tensor, seed: int, first: int) -> Tensor:
     """A label (N,) for each image from its softmax; images are numbered from `first`."""
     positions = np.arange(first, first + len(logits_NK))
@@ -171,8 +228,17 @@ def _draw_labels(logits_NK: Tensor, seed: int, first: int) -> Tensor:
 
 
 @contextmanager
-def _watched(model: nn.Module, targets: Mapping[str, nn.Linear], sums: Mapping[str, _Sums]) -> Generator[None]:
-    """The model in evaluation mode, with hooks on its layers and no gradients of its parameters; undone at last."""
+def _hooked(targets: Mapping[str, nn.Linear], hooks: Mapping[str, _Seen]) -> Generator[None]:
+    """A forward hook on each layer, by its name; removed at last."""
+    with ExitStack() as stack:
+        for name, layer in targets.items():
+            stack.callback(layer.register_forward_hook(hooks[name]).remove)
+        yield
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Generator[None]:
+    """The model in evaluation mode, with no gradients of its parameters; undone at last."""
     modes = {module: module.training for module in model.modules()}
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as stack:
@@ -181,8 +247,6 @@ def _watched(model: nn.Module, targets: Mapping[str, nn.Linear], sums: Mapping[s
         model.eval()
         for parameter in learned:
             parameter.requires_grad_(False)  # a backward pass without them takes two thirds of the time
-        for name, layer in targets.items():
-            stack.callback(layer.register_forward_hook(sums[name].see).remove)
         yield
 
 
@@ -194,16 +258,14 @@ class _Sums:
         if pieces < 1 or rows % pieces:
             raise UserError(f"{name} has {rows} rows, which are not {pieces} equal pieces.")
         zeros = partial(torch.zeros, dtype=torch.float64, device=layer.weight.device)
-        self._name, self.batch, self._tokens = name, 0, 0
+        self._name, self._tokens = name, 0
         self._input_CC, self._gradient_RR = zeros(cols, cols), zeros(rows, rows)
         self._mean_C, self._magnitude_C, self._fisher_PC = zeros(cols), zeros(cols), zeros(pieces, cols)
 
-    def see(self, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """A forward hook: take in the inputs, and the gradients when they come."""
+    def see(self, images: int, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Take in the inputs of a forward pass of so many images, and the gradients when they come."""
         x = inputs[0].detach()
-        if x.shape[0] % self.batch:
-            raise UserError(f"{self._name} sees {x.shape[0]} rows of tokens for {self.batch} images: leave it out.")
-        x_NTC = x.reshape(self.batch, -1, x.shape[-1])
+        x_NTC = x.reshape(images, -1, x.shape[-1])
         self._tokens += x_NTC.shape[0] * x_NTC.shape[1]
         for part in x_NTC.reshape(-1, x.shape[-1]).split(max(_CHUNK // x.shape[-1], 1)):
             chunk = part.double()

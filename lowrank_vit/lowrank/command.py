@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_vit.common import terminal
 from lowrank_vit.common.devices import pick_device, why_on_cpu
@@ -78,6 +78,8 @@ class _Job:
         self.scorer: Scorer = load_scorer(source, self.device, say)
         model = self.scorer.model
         say(f"{self.scorer.origin}: {self.scorer.name}, {sum(p.numel() for p in model.parameters()):,} parameters")
+        if kind := self.scorer.half_precision:
+            say(f"note: its weights are {kind} in the file; they are compressed, and saved, as float32")
         img_size = self.scorer.spec.img_size
         targets = find_targets(model, source.targets, img_size=img_size, say=say)
         parts = parts_of_targets(model, targets, source.split)
@@ -149,7 +151,7 @@ class _Job:
 
     def _measured(self, images: Images) -> Result:
         """Calibrate, make the points of each method in turn, and score them, as many in a pass as there is room for."""
-        options, subject, curve = self.options, self.subject, self.options.curve
+        options, subject = self.options, self.subject
         with ScoringProgress(images.num_calibration, "calibrating") as bar:
             moments = self._calibrated(images, bar)
         if images.num_calibration_classes == 1 < self.scorer.num_classes:
@@ -159,32 +161,46 @@ class _Job:
         result = Result(original, whole, [])
         result.shapes = {name: (layer.out_features, layer.in_features) for name, layer in subject.targets.items()}
         result.parts = subject.parts
-        if curve.sequential and "svd" in options.methods:
+        if options.curve.sequential and "svd" in options.methods:
             self.say("note: svd takes no moments, so that --sequential does not change it")
         if options.files.out and "svd" not in options.methods:
             with ScoringProgress(len(subject.targets), "spectra of the weights as they are", "layers") as bar:
                 result.spectra["svd"] = plain_spectra(subject, bar.advance)
         waiting: list[Point] = []
         for method in options.methods:
-            with ScoringProgress(len(subject.targets), f"decomposing by {method}", "layers") as bar:
-                found = decompose(subject, method, moments, bar.advance)
-            result.spectra[method] = spectra_of(found)
-            if method == self.method:
-                self._constant(images, found, result)
-                self._layers_alone(images, found, result)
-            chosen = [(allocation, budget) for allocation in options.allocations for budget in self.budgets]
-            made = [point(subject, found, method, *one, curve.by) for one in chosen]
-            waiting += [self._in_turn(images, one) for one in made] if curve.sequential and method != "svd" else made
-            if method == options.methods[-1] or sum(one.size for one in waiting) > ROOM_BYTES:
-                scores = images.score([subject.with_factors(one.factors) for one in waiting])
-                pairs = zip(waiting, scores, strict=True)
-                result.points += [one.scored(each, keep=self._is_kept(one)) for one, each in pairs]
-                waiting = []
+            for made in self._points_of(method, images, moments, result):
+                if waiting and sum(one.size for one in waiting) + made.size > ROOM_BYTES:
+                    result.points += self._scored(images, waiting)
+                    waiting = []
+                waiting.append(made)
+        result.points += self._scored(images, waiting)
         return result
 
+    def _points_of(
+        self, method: str, images: Images, moments: Mapping[str, Moments], result: Result
+    ) -> Generator[Point]:
+        """Those of one method, whose decompositions end with it."""
+        subject, curve = self.subject, self.options.curve
+        with ScoringProgress(len(subject.targets), f"decomposing by {method}", "layers") as bar:
+            found = decompose(subject, method, moments, bar.advance)
+        result.spectra[method] = spectra_of(found)
+        if method == self.method:
+            self._constant(images, found, result)
+            self._layers_alone(images, found, result)
+        for allocation in self.options.allocations:
+            for budget in self.budgets:
+                made = point(subject, found, method, allocation, budget, curve.by)
+                yield self._in_turn(images, made) if curve.sequential and method != "svd" else made
+
+    def _scored(self, images: Images, points: Sequence[Point]) -> list[Point]:
+        scores = images.score([self.subject.with_factors(one.factors) for one in points])
+        return [one.scored(each, keep=self._is_kept(one)) for one, each in zip(points, scores, strict=True)]
+
     def _is_kept(self, one: Point) -> bool:
-        """Whether a point's model is needed after it was scored."""
-        return one.method == self.method and one.allocation == self.options.allocations[0]
+        """Whether a point's model is needed after it was scored: it is saved, or its latency is measured."""
+        files = self.options.files
+        is_needed = files.budget is not None or (files.out is not None and self.options.curve.latency)
+        return is_needed and one.method == self.method and one.allocation == self.options.allocations[0]
 
     def _calibrated(self, images: Images, bar: ScoringProgress) -> dict[str, Moments]:
         subject, seen = self.subject, [0]
@@ -226,8 +242,8 @@ class _Job:
         total = len(devices) * ROUNDS * (len(_LATENCY_IMAGES) * (1 + len(kept)) + 9 * len(shapes))
         with ScoringProgress(total, "timing", "samples") as bar:
             for device in devices:
-                tested = [self.subject.model, *(self.subject.with_factors(one.factors) for one in kept)]
-                tested = [copy.deepcopy(model).to(device) for model in tested]
+                smaller = (self.subject.with_factors(one.factors) for one in kept)
+                tested = [_on(device, model) for model in (self.subject.model, *smaller)]
                 for count in _LATENCY_IMAGES:
                     size = self.scorer.spec.img_size
                     images = torch.zeros(count, 3, size, size, device=device).to(memory_format=torch.channels_last)
@@ -299,6 +315,12 @@ class _Job:
             size = sum(parameter.numel() for parameter in model.parameters())
             what = "its original shapes" if is_merged else f"{len(made.factors)} layers in factors"
             self.say(f"wrote {path}: {size:,} parameters, {what}, its weights as `state_dict`")
+
+
+def _on(device: torch.device, model: nn.Module) -> nn.Module:
+    """The model itself where it is on the device, else a copy there."""
+    is_there = next(model.parameters()).device == device
+    return model if is_there else copy.deepcopy(model).to(device)
 
 
 def _timed(made: Point | None, speed: Speed, subject: Subject) -> dict[str, Any]:

@@ -45,9 +45,9 @@ class Subject:
     costs: Costs
 
     def with_factors(self, factors: Mapping[str, Factors]) -> nn.Module:
-        """A copy with these layers in factors, which shares all else with the model."""
+        """A copy with these layers in factors, for scoring: it shares the memory of the factors and of the model."""
         made = copy_of(self.model)
-        factorise(made, factors)
+        factorise(made, factors, shared=True)
         return made
 
 

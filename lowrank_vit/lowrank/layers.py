@@ -19,8 +19,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import whole_file
 from lowrank_vit.config import meaning
 from lowrank_vit.lowrank.options import SUFFIXES
-from lowrank_vit.lowrank.targets import in_evaluation, logits_of, noise
-from lowrank_vit.model.create import input_spec
+from lowrank_vit.lowrank.targets import in_evaluation, logits_of, noise, side_of
 from lowrank_vit.model.flops import forward_flops_per_image
 from lowrank_vit.model.low_rank import LowRankLinear, ranks_of
 from lowrank_vit.model.weights import COMPRESSION, LOWRANK_RANKS, Checkpoint
@@ -102,7 +101,7 @@ def costs_of(
 
 
 def _flops(model: nn.Module, img_size: int | None) -> int:
-    side = input_spec(model, img_size, None).img_size
+    side = side_of(model, img_size)
     with in_evaluation(model):
         try:
             return forward_flops_per_image(model, side)
@@ -125,8 +124,11 @@ def joined(parts: Sequence[Factors]) -> Factors:
     return torch.cat(ups), torch.cat(downs), None if biases[0] is None else torch.cat(biases)
 
 
-def factorise(model: nn.Module, factors: Mapping[str, Factors], *, anyway: bool = False) -> None:
+def factorise(model: nn.Module, factors: Mapping[str, Factors], *, anyway: bool = False, shared: bool = False) -> None:
     """Put layers in these factors, in place; their dtype, device and mode stay.
+
+    `shared`: the model's parameters are the factors' own memory where dtype and device are the same, for a model that
+    is not trained. Else they are copies.
 
     Raises:
         UserError: a layer is none that can be, a rank is above the matrix or, without `anyway`, saves nothing, factors
@@ -142,9 +144,9 @@ def factorise(model: nn.Module, factors: Mapping[str, Factors], *, anyway: bool 
         R, C, like = layer.out_features, layer.in_features, layer.weight
         if (bias is not None) != ("bias" in dict(layer.named_parameters())):
             raise UserError(f"{name}: factors and layer must both have a bias, or none.")
-        new = LowRankLinear(
-            up.to(like, copy=True), down.to(like, copy=True), None if bias is None else bias.to(like, copy=True)
-        )
+        copy = not shared
+        bias_R = None if bias is None else bias.to(like, copy=copy)
+        new = LowRankLinear(up.to(like, copy=copy), down.to(like, copy=copy), bias_R)
         if (new.out_features, new.in_features) != (R, C):
             raise UserError(f"{name} is {R} x {C}, its factors make {new.out_features} x {new.in_features}.")
         limit = min(R // new.parts, C)

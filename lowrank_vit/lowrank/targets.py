@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -41,13 +42,13 @@ def find_targets(
     Args:
         model: not compiled and not wrapped, on its device.
         patterns: see `spectral.select.select_targets`.
-        img_size: side of an image, pixels; default: the model's own.
+        img_size: side of an image, pixels; default: that which the model was built for, see `side_of`.
         flag: that gives the patterns, for messages.
         say: see above.
 
     Raises:
         UserError: a pattern matches nothing; the model is in factors already; a weight is shared by two layers, of half
-            precision or not finite; or no layer is left.
+            precision or not finite; logits are not finite; or no layer is left.
     """
     if has := ranks_of(model):
         raise UserError(
@@ -172,6 +173,7 @@ def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Linear], images: T
 def _changed_at_full_rank(model: nn.Module, layers: Mapping[str, nn.Linear], images: Tensor) -> dict[str, str]:
     """The layers without which, in factors of full rank, the logits would be the model's own, with the reason."""
     expected, like = logits_of(model, images), next(model.parameters())
+    check_finite(model, images, expected)
     identity = cache(lambda columns: torch.eye(columns, dtype=like.dtype, device=like.device))
     limit = _TOLERANCE * float(expected.abs().max())
 
@@ -207,9 +209,31 @@ def _in_place_of(model: nn.Module, layers: Mapping[str, nn.Module], others: Mapp
             model.set_submodule(name, layer)
 
 
+def check_finite(model: nn.Module, images: Tensor, logits: Tensor) -> None:
+    """Raise `UserError` for logits with a NaN or an infinity, with what they come from."""
+    if bool(logits.isfinite().all()):
+        return
+    if not bool(images.isfinite().all()):
+        raise UserError("The model's logits are not finite: the images hold a NaN or an infinity.")
+    named = {name: one for name, one in chain(model.named_parameters(), model.named_buffers()) if one.numel()}
+    broken = next((name for name, one in named.items() if not bool(one.isfinite().all())), None)
+    why = f"{broken} holds a NaN or an infinity"
+    if broken is None:
+        greatest = {name: float(one.detach().abs().max()) for name, one in named.items()}
+        largest = max(greatest, key=greatest.__getitem__)
+        why = f"no weight holds a NaN or an infinity, but {largest} has numbers up to {greatest[largest]:.1e}"
+    raise UserError(f"The model's logits are not finite: {why}. Give another checkpoint.")
+
+
+def side_of(model: nn.Module, img_size: int | None) -> int:
+    """The side of an image, pixels: as given, else what the patches were built for, else timm's for the model."""
+    built: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return img_size or (built[0] if isinstance(built, tuple) else input_spec(model, None, None).img_size)
+
+
 def noise(model: nn.Module, img_size: int | None) -> Tensor:
     """Two images of noise, the same each time, where the model is."""
-    side, weight = input_spec(model, img_size, None).img_size, next(model.parameters())
+    side, weight = side_of(model, img_size), next(model.parameters())
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     return images.to(weight.device, weight.dtype)
 

@@ -22,7 +22,7 @@ from lowrank_vit.config import meaning
 from lowrank_vit.model.class_match import Classes, published_names
 from lowrank_vit.model.create import InputSpec, create_model, input_spec, parse_model_kwargs
 from lowrank_vit.model.fit import head_names, load_weights, resized
-from lowrank_vit.model.weights import read_checkpoint
+from lowrank_vit.model.weights import Checkpoint, read_checkpoint
 from lowrank_vit.score.options import LabelType, ModelOptions
 
 _ARGS = tuple("dataset data-dir beton-dir val-split nested-classes img-size crop-pct mean std model-kwargs".split())
@@ -49,6 +49,8 @@ class Scorer:
     """Names of the training set's classes in label order, where the file tells."""
     args: dict[str, Any] = field(default_factory=dict)
     """The flags of the checkpoint's run."""
+    half_precision: str = ""
+    """The type of the file's weights where that is of half precision, which the model's are not."""
     is_published: bool = False
     """True for weights that timm publishes, whose classes are known by their number."""
 
@@ -93,11 +95,19 @@ def load_scorer(options: ModelOptions, device: torch.device, say: Say = terminal
     if is_ours:  # what the run knew nothing of yet
         args = {**meaning.values_before(checkpoint.meaning, args), **args}
     origin = f"{options.checkpoint} ({_kind(is_ema=options.use_ema)})"
-    return replace(scorer, origin=origin, trained_names=checkpoint.class_names or [], args=args)
+    half, names = _half_precision(checkpoint, use_ema=options.use_ema), checkpoint.class_names or []
+    return replace(scorer, origin=origin, trained_names=names, args=args, half_precision=half)
 
 
 def _kind(*, is_ema: bool) -> str:
     return "EMA weights" if is_ema else "weights"
+
+
+def _half_precision(file: Checkpoint, *, use_ema: bool) -> str:
+    """The type, such as "bfloat16", that `Checkpoint.weights` makes float32 of; empty where there is none."""
+    found: dict[str, Any] = file.content.get("state_dict_ema" if use_ema else "state_dict", {})
+    kinds = (str(one.dtype) for one in found.values() if isinstance(one, torch.Tensor) and one.is_floating_point())
+    return next((kind.removeprefix("torch.") for kind in kinds if kind not in ("torch.float32", "torch.float64")), "")
 
 
 def _published(options: ModelOptions, device: torch.device, say: Say) -> Scorer:
@@ -116,7 +126,8 @@ def _published(options: ModelOptions, device: torch.device, say: Say) -> Scorer:
     if file is None:
         return replace(scorer, origin=f"{name} (timm's weights)", is_published=True)
     origin = f"{path} ({_kind(is_ema=file.starts_from_ema)})"
-    return replace(scorer, origin=origin, trained_names=file.class_names or [])
+    half, names = _half_precision(file, use_ema=file.starts_from_ema), file.class_names or []
+    return replace(scorer, origin=origin, trained_names=names, half_precision=half)
 
 
 def _check_number(options: ModelOptions, num_classes: int, source: str) -> None:

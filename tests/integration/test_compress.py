@@ -5,17 +5,24 @@ from __future__ import annotations
 import csv
 import json
 import math
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from torch import nn
 
 from lowrank_vit import compress, train, validate
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.command_line import read_options
 from lowrank_vit.config.flags import parse
-from lowrank_vit.lowrank.options import METHODS
+from lowrank_vit.lowrank import command
+from lowrank_vit.lowrank.images import Images
+from lowrank_vit.lowrank.options import METHODS, CompressOptions
+from lowrank_vit.lowrank.truncate import Decomposition
 from lowrank_vit.model.low_rank import rebuild
 from lowrank_vit.report.compression.read import read_compression, tables
 from lowrank_vit.training.trainer import Trainer
@@ -94,6 +101,54 @@ def test_the_same_seed_gives_the_same_numbers_and_other_weights_are_not_written_
     with pytest.raises(UserError, match=r"compression\.json is of other weights, .*\(model\), and is not replaced"):
         compress.main([*argv, "--out", str(curve), "--use-ema"])
     assert (curve / "compression.json").read_bytes() == before
+
+
+def test_models_wait_for_one_pass_only_as_far_as_there_is_room_and_decompositions_go_with_their_method(
+    checkpoint, digits_dir, monkeypatch
+):
+    """With room for no two models each is scored in a pass of its own, with the scores that it has among others."""
+    seen: list[weakref.ref[Decomposition]] = []
+    passes: list[int] = []
+    decompose, score = command.decompose, Images.score
+
+    def decomposed(*args: Any) -> dict[str, Decomposition]:
+        assert not [one for one in seen if one() is not None]
+        made = decompose(*args)
+        seen.extend(weakref.ref(one) for one in made.values())
+        return made
+
+    def scored(self: Images, models: Sequence[nn.Module], which: str = "validation"):
+        passes.append(len(models))
+        return score(self, models, which)
+
+    monkeypatch.setattr(command, "decompose", decomposed)
+    monkeypatch.setattr(Images, "score", scored)
+    line = f"{checkpoint} --data {digits_dir} --budgets 0.6 0.4 --method svd kfac --device cpu --calibration-images 32"
+    found = []
+    for room in (command.ROOM_BYTES, 1):
+        monkeypatch.setattr(command, "ROOM_BYTES", room)
+        result = command.compress(read_options(CompressOptions, line.split(), "compress"))
+        assert result
+        found.append([(one.method, one.budget, one.scores and one.scores.loss) for one in result.points])
+        assert not any(one.factors for one in result.points)  # nothing is to be saved or timed
+    assert passes == [1, 3, 4, 1, 1, 3, 1, 1, 1]  # the original alone, and once with what the constant is of
+    assert found[0] == found[1]
+
+
+def test_weights_of_half_precision_are_taken_as_float32_and_that_is_said(checkpoint, digits_dir, tmp_path, capsys):
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"] = {name: one.bfloat16() for name, one in content["state_dict"].items()}
+    torch.save(content, tmp_path / "half.pth.tar")
+    small = tmp_path / "small.pth.tar"
+    argv = f"--budget 0.5 --method svd --save {small} --device cpu".split()
+    for path, is_said in ((tmp_path / "half.pth.tar", True), (checkpoint, False)):
+        small.unlink(missing_ok=True)
+        compress.main([str(path), *argv])
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("note: its weights are bfloat16 in the file; they are compressed, and saved, as float32" in said) == (
+            is_said
+        )
+        assert {one.dtype for one in torch.load(small, weights_only=True)["state_dict"].values()} == {torch.float32}
 
 
 def test_a_smaller_model_is_taken_by_every_command_and_merged_by_timm(checkpoint, digits_dir, tmp_path, capsys):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 from lowrank_vit.common.errors import UserError
@@ -112,13 +113,84 @@ def test_pieces_of_rows_have_the_moments_of_a_layer_of_those_rows():
         calibrate(model, [images], model.targets(), pieces={name: 4})
 
 
-def test_memory_is_that_of_the_sums_whatever_is_chunked(monkeypatch: pytest.MonkeyPatch):
+def test_sums_are_the_same_whatever_is_chunked(monkeypatch: pytest.MonkeyPatch):
     model, images = model_and_images()
     expected = calibrate(model, [images], model.targets())
     monkeypatch.setattr("lowrank_vit.lowrank.calibration._CHUNK", 30)
     monkeypatch.setattr("lowrank_vit.lowrank.calibration._BLOCK", 5)
     for name, moments in calibrate(model, [images], model.targets()).items():
         assert_same(moments, expected[name])
+
+
+def test_nothing_of_a_forward_pass_is_alive_in_the_next():
+    model, images = model_and_images()
+    alive: list[StorageWeakRef] = []
+    counts: list[int] = []
+
+    def look(*_: object) -> None:
+        counts.append(sum(not one.expired() for one in alive))
+
+    def keep(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        alive.append(StorageWeakRef(inputs[0].untyped_storage()))
+
+    model.register_forward_pre_hook(look)
+    for layer in model.targets().values():
+        layer.register_forward_pre_hook(keep)
+    calibrate(model, images.split(2), model.targets())
+    assert len(alive) == 4 * len(counts)
+    assert counts[2:] == [0] * 5  # behind the two passes that look at how much one image takes
+
+
+@pytest.mark.parametrize(("room", "passes"), [(1, 1), (5 * 4 * (12 + 6 + 12 + 6) * 8, 5), (2**40, 10)])
+def test_a_forward_pass_takes_as_many_images_as_there_is_room_for(
+    room: int, passes: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The inputs of an image's layers are four tokens of 12 and of 6 numbers; their outputs and more are kept, too."""
+    model, images = model_and_images()
+    expected = calibrate(model, images.split(4), model.targets())
+    monkeypatch.setattr("lowrank_vit.lowrank.calibration._ROOM_BYTES", room)
+    heard: list[int] = []
+    found = calibrate(model, [images], model.targets(), progress=heard.append)
+    steps = [after - before for before, after in zip([0, *heard], heard, strict=False)]
+    assert sum(steps) == 10
+    assert passes / 4 <= max(steps) <= passes
+    for name, moments in found.items():
+        assert_same(moments, expected[name])
+
+
+class _Laid(nn.Module):
+    """A layer that four tokens of 12 numbers come to in one layout or another."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layout, self.layer, self.head = layout, nn.Linear(12, 6).double(), nn.Linear(6, 3).double()
+        self.table = nn.Parameter(torch.randn(4, 12, dtype=torch.float64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, 3)."""
+        x_NTC = images.reshape(len(images), 4, 12)
+        if self.layout == "tokens first":
+            y_NTR = self.layer(x_NTC.transpose(0, 1)).transpose(0, 1)
+        elif self.layout == "windows":
+            y_NTR = self.layer(x_NTC.reshape(-1, 2, 2, 12)).reshape(-1, 4, 6)
+        elif self.layout == "flat":
+            y_NTR = self.layer(x_NTC.reshape(-1, 12)).reshape(-1, 4, 6)
+        else:
+            y_NTR = self.layer(self.table) + x_NTC[..., :6]
+        return self.head(y_NTR.mean(dim=1))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5])
+def test_a_layer_to_which_tokens_do_not_come_image_by_image_is_refused(count: int):
+    images = torch.randn(count, 3, 4, 4, dtype=torch.float64)
+    for layout in ("tokens first", "of no image"):
+        model = _Laid(layout)
+        with pytest.raises(UserError, match="layer does not take in one image's tokens after another's"):
+            calibrate(model, [images], {"layer": model.layer})
+    flat, windows = (_Laid(layout) for layout in ("flat", "windows"))
+    expected = calibrate(flat, [images], {"layer": flat.layer})["layer"]
+    assert_same(calibrate(windows, [images], {"layer": windows.layer})["layer"], expected)
 
 
 def test_in_turn_each_block_sees_those_before_it_compressed():
@@ -168,9 +240,11 @@ def test_what_cannot_be_calibrated_is_said():
         calibrate(model, [images], {})
     with pytest.raises(UserError, match=r"unused is not called in the model's forward pass"):
         calibrate(model, [images], {"unused": nn.Linear(3, 3).double()})
+    with pytest.raises(UserError, match="logits are not finite: the images hold a NaN"):
+        calibrate(model, [images, images / 0], model.targets())
     with torch.no_grad():
         model.targets()["blocks.1.fc1"].weight[0, 0] = torch.nan
-    with pytest.raises(UserError, match="logits are not finite"):
+    with pytest.raises(UserError, match=r"logits are not finite: blocks\.1\.fc1\.weight holds a NaN"):
         calibrate(model, [images], model.targets())
     with pytest.raises(UserError, match=r"needs a model in float32, but .* is bfloat16"):
         calibrate(model.bfloat16(), [images], model.targets())

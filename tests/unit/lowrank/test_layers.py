@@ -66,6 +66,18 @@ def test_factors_of_certified_triplets_make_the_truncated_matrix():
     assert torch.allclose(made.up.norm(dim=0), made.down.norm(dim=1))
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_factors_are_copied_unless_they_are_to_be_shared(shared: bool):
+    up, down, bias = torch.randn(9, 2), torch.randn(2, 6), torch.randn(9)
+    model = nn.Sequential(nn.Linear(6, 9))
+    factorise(model, {"0": (up, down, bias)}, shared=shared)
+    for given, parameter in zip((up, down, bias), model.parameters(), strict=True):
+        assert torch.equal(given, parameter)
+        assert (given.data_ptr() == parameter.data_ptr()) == shared
+    factorise(model := nn.Sequential(nn.Linear(6, 9)).double(), {"0": (up, down, bias)}, shared=shared)
+    assert all(parameter.dtype == torch.float64 for parameter in model.parameters())
+
+
 def test_a_merged_model_answers_as_the_one_in_factors():
     model, whole = in_factors(), vit()
     shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.lowrank.layers import costs_of
 from lowrank_vit.lowrank.targets import find_targets, parts_of_targets
 
 SIDE = 32
@@ -125,11 +126,21 @@ def broken(model: nn.Module) -> None:
     model.get_parameter("blocks.1.mlp.fc2.weight").data[3, 4] = float("nan")
 
 
+def broken_elsewhere(model: nn.Module) -> None:
+    model.get_parameter("head.weight").data[1, 2] = float("nan")
+
+
+def too_large(model: nn.Module) -> None:
+    model.get_parameter("blocks.0.mlp.fc1.weight").data.mul_(1e30)
+
+
 @pytest.mark.parametrize(
     ("change", "patterns", "message"),
     [
         (tied, "mlp.fc1", r"blocks.0.mlp.fc1.weight and blocks.1.mlp.fc1.weight are one tensor.*--targets"),
         (broken, "mlp.fc2", r"blocks.1.mlp.fc2 has weights that are not finite"),
+        (broken_elsewhere, "mlp.fc2", r"logits are not finite: head\.weight holds a NaN or an infinity"),
+        (too_large, "mlp.fc2", r"logits are not finite: no weight .* but blocks\.0\.mlp\.fc1\.weight has .*e\+\d\d"),
         (lambda model: model.half(), "mlp.fc2", r"blocks.0.mlp.fc2 is float16.*float32"),
         (lambda model: model.bfloat16(), "mlp.fc2", r"blocks.0.mlp.fc2 is bfloat16.*float32"),
         (lambda model: None, "mlp.fc3", r"'mlp.fc3' matches no 2-D weight.*mlp.fc1"),
@@ -147,6 +158,12 @@ def test_weights_of_which_no_factors_can_be_made_are_an_error(
     change(model)
     with pytest.raises(UserError, match=message):
         found(model, patterns)
+
+
+def test_images_are_of_the_size_that_the_model_was_built_for():
+    for model in (plain(), plain(dynamic_img_size=True)):
+        targets = find_targets(model, "mlp.fc1")
+        assert {one.tokens for one in costs_of(model, targets).layers.values()} == {(SIDE // 8) ** 2 + 1}
 
 
 def test_rows_are_split_only_where_their_order_is_known():
