@@ -201,14 +201,13 @@ class _Series:
         self._spacing = 0
         with contextlib.suppress(OSError):  # a disk that does not answer is met, and said, when something is written
             paths = files_of(folder, prefix)
-            self._spacing = _least_distance([path for path in paths if path not in _newest(paths)])
+            self._spacing = _least_distance(_spaced(paths))
 
     def thin(self) -> None:
         """Delete what is not to be kept beside the first file, the newest and the newest of whole spectra."""
         paths = self._thinned(files_of(self._folder, self._prefix))
         while len(paths) > len({paths[0], *_newest(paths)}) and sum(map(_size, paths)) > self._limit:
-            nearest = _least_distance([path for path in paths if path not in _newest(paths)])
-            self._spacing = 2 * max(self._spacing, nearest)
+            self._spacing = 2 * max(self._spacing, _least_distance(_spaced(paths)))
             paths = self._thinned(paths)
 
     def _thinned(self, paths: list[Path]) -> list[Path]:
@@ -228,6 +227,12 @@ class _Series:
 def _newest(paths: list[Path]) -> set[Path]:
     """The newest file of a series, and the newest of whole spectra."""
     return {*paths[-1:], *itertools.islice(filter(is_full, reversed(paths)), 1)}
+
+
+def _spaced(paths: list[Path]) -> list[Path]:
+    """The first file of a series, which may be the newest of whole spectra, and those that are not `_newest`."""
+    newest = _newest(paths)
+    return [path for path in paths if path == paths[0] or path not in newest]
 
 
 def _least_distance(paths: list[Path]) -> int:

@@ -259,3 +259,15 @@ def test_the_newest_whole_spectra_stay_when_a_series_is_thinned_also_by_another_
         grid = sorted(set(of) - {newest, 390})
         assert len(grid) >= 3
         assert len(set(np.diff(grid))) == 1
+
+
+@pytest.mark.parametrize("full_every", [2, 3, 50])
+def test_with_no_room_at_all_the_first_the_newest_and_the_newest_of_whole_spectra_stay(
+    tmp_path: Path, full_every: int
+) -> None:
+    store = SpectraStore(tmp_path, 0)
+    for n in range(8):
+        full = n % full_every == 0
+        store.save(n, {"spec/m": solved(n) if full else first_alone(n)}, full=full)
+        for of in kept(tmp_path):
+            assert sorted(of) == sorted({0, n // full_every * full_every, n})
