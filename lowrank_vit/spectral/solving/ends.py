@@ -113,7 +113,7 @@ def _is_start(start: np.ndarray, k: int, m: int) -> bool:
 
 
 def _filled(start: np.ndarray, m: int) -> np.ndarray:
-    """With random columns up to m + `GUARD`, of about unit length; whole spectra come with the first vectors alone."""
+    """With random columns up to m + `GUARD`, of about unit length; what was stored has the first vectors alone."""
     k, known = start.shape
     random = np.random.default_rng(0).standard_normal((k, m + GUARD - known)) / k**0.5
     return np.concatenate([start, random], axis=1, dtype=np.float32)

@@ -127,9 +127,9 @@ class Solved:
 
 
 def start_of(s: np.ndarray, top: Triplets) -> np.ndarray | None:
-    """`Solved.start` of the values (K,), of which one more than the triplets is known, and the first triplets."""
-    m, k = top.s.size, s.size
-    if m >= k or not s[m] > LEAST * s[0]:
+    """`Solved.start` of the first triplets, and of the values, of which the one after these may be unknown."""
+    m, k = top.s.size, min(len(top.u), len(top.v))
+    if m >= k or not (s[m] if m < s.size and np.isfinite(s[m]) else top.s[-1]) > LEAST * top.s[0]:
         return None
     return (top.v if len(top.v) == k else top.u).astype(np.float32)
 

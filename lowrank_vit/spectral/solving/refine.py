@@ -8,6 +8,7 @@ matrix, 8 L K m operations.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -15,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_vit.spectral.solving.extremes import EPS, Solved, assemble, objection
-from lowrank_vit.spectral.solving.gram import Array, Ends, ends_of_matrix
+from lowrank_vit.spectral.solving.extremes import EPS, Solved, assemble, objection, start_of
+from lowrank_vit.spectral.solving.gram import Array, Ends, Tridiagonal, ends_of_matrix
 from lowrank_vit.spectral.solving.gram_stack import StackEnds, ends_of_stack
 from lowrank_vit.spectral.solving.index import FEW, PROBES, WRONG, index_is_proven
 
@@ -26,7 +27,7 @@ BLANK = EPS**2
 """The length over |A|_F of an image that stands for 0: below all rounding."""
 
 
-def solve_matrix(a_RC: np.ndarray, m: int) -> tuple[Solved, str]:
+def solve_matrix(a_RC: np.ndarray, m: int, guard: int = 0) -> tuple[Solved, str]:
     """All values of one matrix and the first and last m triplets; and an objection, empty where all checks passed.
 
     What one Gram matrix is not exact enough for is tried once more, split.
@@ -34,6 +35,7 @@ def solve_matrix(a_RC: np.ndarray, m: int) -> tuple[Solved, str]:
     Args:
         a_RC: finite float64, C-contiguous, greatest entry about 1; not changed. Call inside `lapack.one_blas_thread`.
         m: 1 <= m and 2 m < K.
+        guard: so many of the next columns `Solved.start` is to have, if they are cheap; 2 m + `guard` < K.
     """
     ends, taken_apart = ends_of_matrix(a_RC, m)
     solved, problem = _refined(a_RC, ends)
@@ -48,7 +50,19 @@ def solve_matrix(a_RC: np.ndarray, m: int) -> tuple[Solved, str]:
         solved, problem = _with_index(solved, taken_apart.squares, taken_apart.error(count))
         if solved.index:
             break
-    return solved, problem
+    return _with_start(solved, taken_apart, guard), problem
+
+
+def _with_start(solved: Solved, taken_apart: Tridiagonal, guard: int) -> Solved:
+    """With the vectors after the first ones in its start. They change nothing else, and may be missing."""
+    start = start_of(solved.s, solved.top) if guard else None
+    if start is None:
+        return solved
+    end = len(start) - solved.top.s.size
+    with contextlib.suppress(np.linalg.LinAlgError):
+        next_KG = taken_apart.vectors(np.arange(end - guard, end))[:, ::-1].astype(np.float32)
+        start = np.concatenate([start, next_KG], axis=1)
+    return replace(solved, start=start)
 
 
 def _with_index(solved: Solved, squares: np.ndarray, error: float) -> tuple[Solved, str]:

@@ -77,6 +77,7 @@ def solve_stack(
     cpu_threads: int = 1,
     cancelled: Callable[[], bool] = never,
     log: Callable[[str], object] = LOG.warning,
+    guard: int = 0,
 ) -> dict[str, Solved]:
     """Solve every matrix of one stack, where the stack is; results on the host, float64.
 
@@ -99,6 +100,8 @@ def solve_stack(
         cpu_threads: matrices solved side by side, on a CPU only.
         cancelled: asked before every matrix (CPU) or stack.
         log: called with a line when a matrix is not solved as asked.
+        guard: so many vectors after the first m `Solved.start` is to have, too, where they cost little: on a CPU, with
+            gram64. No other number depends on it.
 
     Raises:
         Cancelled: `cancelled()` was true.
@@ -118,7 +121,7 @@ def solve_stack(
         elif cuda_path(stack.matrices_NRC):
             first = _gram_on_device(stack.matrices_NRC, m, scales)
         else:
-            first = _gram_on_cpu(stack.matrices_NRC, m, scales, cpu_threads, cancelled)
+            first = _gram_on_cpu(stack.matrices_NRC, m, scales, cpu_threads, cancelled, guard)
         solved: dict[str, Solved] = {}
         for name, matrix, scale, found in zip(stack.names, stack.matrices_NRC, scales, first, strict=True):
             if not np.isfinite(scale):
@@ -135,7 +138,8 @@ def solve_stack(
                 solved[name] = replace(_scaled(_svd(as_float64(matrix, scale), m, turn=bool(note)), scale), note=note)
     dtype = stack.matrices_NRC.dtype
     eps = torch.finfo(dtype).eps if dtype.is_floating_point else EPS
-    return {name: replace(one, eps=eps, start=start_of(one.s, one.top)) for name, one in solved.items()}
+    starts = {name: start_of(one.s, one.top) if one.start is None else one.start for name, one in solved.items()}
+    return {name: replace(one, eps=eps, start=starts[name]) for name, one in solved.items()}
 
 
 def solve(
@@ -217,15 +221,17 @@ def _scaled(solved: Solved, scale: float) -> Solved:
 
 
 def _gram_on_cpu(
-    matrices_NRC: Tensor, m: int, scales: np.ndarray, cpu_threads: int, cancelled: Callable[[], bool]
+    matrices_NRC: Tensor, m: int, scales: np.ndarray, cpu_threads: int, cancelled: Callable[[], bool], guard: int
 ) -> list[tuple[Solved, str] | None]:
+    guard = guard if 2 * m + guard < min(matrices_NRC.shape[1:]) else 0
+
     def one(i: int) -> tuple[Solved, str] | None:
         if cancelled():
             raise Cancelled
         if not np.isfinite(scales[i]):
             return None
         try:
-            return refine.solve_matrix(float64_numpy(matrices_NRC[i], scales[i]), m)
+            return refine.solve_matrix(float64_numpy(matrices_NRC[i], scales[i]), m, guard)
         except np.linalg.LinAlgError as error:
             return not_finite((matrices_NRC.shape[1], matrices_NRC.shape[2]), m), str(error)
 

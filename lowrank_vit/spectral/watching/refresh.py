@@ -35,7 +35,7 @@ from lowrank_vit.spectral.measures.subspaces import (
     turn_bound,
 )
 from lowrank_vit.spectral.measures.updates import update_metrics
-from lowrank_vit.spectral.solving.ends import solve_ends
+from lowrank_vit.spectral.solving.ends import GUARD, solve_ends
 from lowrank_vit.spectral.solving.extremes import Solved, Solver, Triplets
 from lowrank_vit.spectral.solving.norm import norms_of_changes, spectral_norms
 from lowrank_vit.spectral.solving.solve import (
@@ -129,9 +129,10 @@ def solve_all(
 ) -> dict[str, Solved]:
     """Name to the solved matrix with its recorded triplets. Raises `Cancelled`."""
     solved: dict[str, Solved] = {}
-    m = reach(settings.topk, settings.interval)
+    m, guard = reach(settings.topk, settings.interval), GUARD if settings.full_every > 1 else 0
+    options: dict[str, Any] = {"cpu_threads": settings.cpu_threads, "cancelled": cancelled, "log": log}
     for stack in stacks:
-        found = solve_stack(stack, m, settings.solver, cpu_threads=settings.cpu_threads, cancelled=cancelled, log=log)
+        found = solve_stack(stack, m, settings.solver, guard=guard, **options)
         for name, one in found.items():
             solved[name] = one.recorded(recorded_indices(one.s.size, settings.topk, settings.interval))
         shape = (stack.matrices_NRC.shape[1], stack.matrices_NRC.shape[2])

@@ -12,7 +12,7 @@ import torch
 from lowrank_vit.spectral.solving import nearby
 from lowrank_vit.spectral.solving.ends import GUARD, is_large_enough, solve_ends
 from lowrank_vit.spectral.solving.extremes import Solved
-from lowrank_vit.spectral.solving.solve import Cancelled, MatrixStack, solve
+from lowrank_vit.spectral.solving.solve import Cancelled, MatrixStack, solve, solve_stack
 from tests.device_path import CudaPath
 from tests.spectra import low_rank_and_noise, nasty, orthonormal, with_spectrum
 
@@ -295,6 +295,23 @@ def test_matrices_without_a_start_small_ones_and_those_not_finite_are_left_to_ot
     assert not is_large_enough(2 * (M + GUARD) - 1, M)
     small = torch.randn(90, 20, generator=torch.Generator().manual_seed(0))
     assert ends(small, np.linalg.qr(small.numpy().T[:, :M])[0]) is None
+
+
+@pytest.mark.parametrize("shape", [(K, 3 * K), (K, K)])
+def test_a_whole_spectrum_hands_over_the_next_vectors_too_and_has_the_same_bits(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    stack = MatrixStack(("m",), matrix[None])
+    without, found = (solve_stack(stack, M, guard=guard)["m"] for guard in (0, GUARD))
+    for one, same in ((without.top, found.top), (without.last, found.last)):
+        np.testing.assert_array_equal(one.u, same.u)
+        np.testing.assert_array_equal(one.v, same.v)
+        np.testing.assert_array_equal(one.certificate, same.certificate)
+    np.testing.assert_array_equal(found.s, without.s)
+    assert found.start is not None
+    u, _, vh = np.linalg.svd(matrix.double().numpy())
+    short = u if shape[0] < shape[1] else vh.T
+    np.testing.assert_allclose(np.abs(found.start.T @ short[:, : M + GUARD]), np.eye(M + GUARD), atol=1e-5)
+    assert ends(moved(matrix), found.start) is not None
 
 
 def test_cancelling_stops_between_two_matrices() -> None:
