@@ -181,7 +181,7 @@ class SpectralMonitor:
         kept = taken_up.kept if ranks.rank == 0 else None
         self._newest = kept._replace(before=None) if kept else None
         self._is_again = bool(taken_up.again)
-        self._schedule.taken = memory.last_update
+        self._schedule.taken = taken_up.taken
         if taken_up.again:
             full = self._schedule.take(taken_up.update)
             self._newest = self._newest and self._newest._replace(full=full)

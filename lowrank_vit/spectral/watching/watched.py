@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,6 +20,9 @@ from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.solve import stack_by_shape
 from lowrank_vit.spectral.watching.refresh import DIRECTION, FOR_HEADS, MODEL, Memory, SpectralSettings, Stacks
 from lowrank_vit.spectral.watching.store import Kept, SpectraStore
+
+_ALIKE = 1e-9
+"""Of two values of a matrix that are the same, of which one may have changed places with one as near."""
 
 
 class Watched:
@@ -118,7 +122,7 @@ class Watched:
     def remember(self, store: SpectraStore, update: int, kept: Kept | None) -> Memory:
         """What an earlier process has stored up to `update`, as far as it recorded the same vectors, and has kept.
 
-        Where the store's limit has thinned out the vectors of what was kept, only the weights of that are remembered.
+        Where the vectors of what was kept are others, or thinned out, only the weights of that are remembered.
         """
         stored = store.stored(update)
         keys = {f"{kind}/{name}": name for kind in self._models for name in self._mine}
@@ -126,6 +130,9 @@ class Watched:
         def fits(key: str, found: Solved) -> bool:
             matrix = self.matrices[keys[key]]
             ends = {"top": found.top, "last": found.last} if found.full else {"top": found.top}
+            at = [i - 1 for i in matrix["top"]]  # of another interval they may be as many
+            if found.s.size == min(matrix["shape"]) and not np.allclose(found.s[at], found.top.s, _ALIKE, 0.0, True):
+                return False
             expected = [(side, len(matrix[end])) for end in ends for side in matrix["shape"]]
             shapes = [side.shape for end in ends.values() for side in (end.u, end.v)]
             return shapes == expected and (found.block is None or found.block.s.size == matrix["top"][-1])
@@ -137,7 +144,7 @@ class Watched:
         memory = Memory(first, whole=whole, whole_update=stored.whole_update if whole else None)
         weights = self.stacks_of(kept) if kept else {}
         weights.pop(DIRECTION, None)
-        if kept and weights and kept.update != stored.last_update:
+        if kept and weights and not (last and kept.update == stored.last_update):
             memory.last_update, memory.weights = kept.update, weights
             if kept.full:
                 memory.whole, memory.whole_update = {}, kept.update
@@ -213,6 +220,8 @@ class TakenUp:
     """This rank's copies of it where its refresh is to be done again, as on all ranks."""
     memory: Memory = field(default_factory=Memory)
     """What the next refresh is compared with."""
+    taken: int | None = None
+    """The update of the refresh that was taken last, where all ranks know of the same."""
 
 
 def take_up(
@@ -255,6 +264,8 @@ def take_up(
         failure = error
     if failure is not None:
         say(f"warning: what {store.path} holds of before cannot be read ({failure}). Training goes on without it.")
+    if _is_common(ranks, -1 if found.memory.last_update is None else found.memory.last_update):
+        found.taken = found.memory.last_update
     return found
 
 

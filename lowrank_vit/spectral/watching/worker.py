@@ -22,7 +22,7 @@ from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.heads import Heads, circuits_by_block
 from lowrank_vit.spectral.measures.aggregates import CIRCUIT, aggregates, circuit_values
 from lowrank_vit.spectral.measures.circuits import BlockCircuits
-from lowrank_vit.spectral.solving.extremes import ENDS
+from lowrank_vit.spectral.solving.extremes import ENDS, Solved
 from lowrank_vit.spectral.solving.solve import LOG, Cancelled, MatrixStack
 from lowrank_vit.spectral.watching.refresh import (
     FOR_HEADS,
@@ -212,7 +212,7 @@ class Worker:
             return refresh(snapshot.update, stacks, self._settings, memory, full=snapshot.full, **here)
         try:
             sent = _as_arrays(stacks), replace(memory, weights=_as_arrays(memory.weights))
-            part = self._aside.call(_refreshed_aside, *asked, *sent, self._settings, hear=self._hear)
+            part, whole = self._aside.call(_refreshed_aside, *asked, *sent, self._settings, hear=self._hear)
         except NotStarted as error:
             self._compute_here(error)
             return refresh(snapshot.update, stacks, self._settings, memory, full=snapshot.full, **here)
@@ -220,6 +220,7 @@ class Worker:
             if not memory.last:  # as in `refresh`, weights that cannot be solved are not tried again
                 memory.weights = {}
             raise
+        memory.whole = memory.whole or whole
         memory.keep(part, stacks)
         return part
 
@@ -341,8 +342,11 @@ def _refreshed_aside(
     stacks: Arrays,
     memory: Memory,
     settings: SpectralSettings,
-) -> Refreshed:
-    """A whole refresh in another process, which tells of log lines, and of nothing before each matrix."""
+) -> tuple[Refreshed, dict[str, Solved]]:
+    """A whole refresh in another process, which tells of log lines, and of nothing before each matrix.
+
+    The second is the memory's `whole` where that was empty: the refresh may have solved it again.
+    """
 
     def goes_on() -> bool:
         tell("")
@@ -350,7 +354,9 @@ def _refreshed_aside(
 
     torch.set_num_threads(1)
     memory.weights = _as_stacks(cast(Arrays, memory.weights))
-    return refresh(update, _as_stacks(stacks), settings, memory, full=full, cancelled=goes_on, log=tell)
+    had_whole = bool(memory.whole)
+    found = refresh(update, _as_stacks(stacks), settings, memory, full=full, cancelled=goes_on, log=tell)
+    return found, {} if had_whole else memory.whole
 
 
 def _use_one_thread() -> None:

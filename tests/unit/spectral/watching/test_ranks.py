@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from timm.models.vision_transformer import VisionTransformer
 
 from lowrank_vit.ranks.world import World
 from lowrank_vit.spectral.select import DEFAULT_TARGETS
@@ -59,8 +61,17 @@ def observe_three_times(monitor: SpectralMonitor, model: torch.nn.Module) -> lis
 def watch(model: torch.nn.Module, folder: Path, **more: Any) -> SpectralMonitor:
     optimizer = adamw(model)
     step(model, optimizer, 0)
-    options: dict[str, Any] = {"settings": WITH_UPDATES, "optimizer": optimizer, "circuits": "folded"}
-    return SpectralMonitor(model, model, targets=DEFAULT_TARGETS, every=2, store_dir=folder, **options | more)
+    options: dict[str, Any] = {"settings": WITH_UPDATES, "optimizer": optimizer, "circuits": "folded", "every": 2}
+    return SpectralMonitor(model, model, targets=DEFAULT_TARGETS, store_dir=folder, **options | more)
+
+
+MIXED = replace(WITH_UPDATES, full_every=2)
+"""The refresh at 2 is of the first values alone, where the matrices of `wide` are large enough."""
+
+
+def wide() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=16, patch_size=8, embed_dim=48, depth=2, num_heads=2, num_classes=3)
 
 
 def one_of_two(rank: int, folder: Path) -> None:
@@ -69,10 +80,13 @@ def one_of_two(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     model, world = tiny_vit(), World(rank, size=2)
 
-    def watched(name: str, module: torch.nn.Module) -> SpectralMonitor:
-        return watch(module, folder / name, ranks=world.channel(timedelta(seconds=LONG_S), agrees=True))
+    def watched(name: str, module: torch.nn.Module, **more: Any) -> SpectralMonitor:
+        ranks = world.channel(timedelta(seconds=LONG_S), agrees=True)
+        return watch(module, folder / name, ranks=ranks, **more)
 
     observed = observe_three_times(watched("two", model), model)
+    mixed = wide()
+    observed += observe_three_times(watched("mixed", mixed, settings=MIXED), mixed)
     out_of_step = observe_while_the_first_is_slow(watched("slow", tiny_vit()), rank)
     monitor = watched("cancelled", tiny_vit())
     monitor.observe(0)
@@ -112,20 +126,23 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]
 
 
 def test_two_ranks_equal_one_bit_for_bit(two_ranks: tuple[Path, list[Any]], tmp_path: Path) -> None:
-    model = tiny_vit()
-    expected = observe_three_times(watch(model, tmp_path), model)
+    model, mixed = tiny_vit(), wide()
+    expected = observe_three_times(watch(model, tmp_path / "two"), model)
+    expected += observe_three_times(watch(mixed, tmp_path / "mixed", settings=MIXED), mixed)
     folder, ((first, *_), (second, *_)) = two_ranks
     assert second == []
-    assert [update for update, _ in first] == [0, 2, 4]
+    assert [update for update, _ in first] == [0, 2, 4] * 2
+    assert [values["spec/refresh/full_share"] for _, values in first] == [1, 1, 1, 1, 0, 1]
     for (_, found), (_, wanted) in zip(first, expected, strict=True):
         assert found == wanted
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert sorted(path.name for path in (folder / "two").iterdir()) == names
-    for ours, theirs in zip(*(files.list_vectors(place) for place in (tmp_path, folder / "two")), strict=True):
-        one, two = files.read_vectors(ours).ends, files.read_vectors(theirs).ends
-        assert list(one) == list(two)
-        for key in one:
-            np.testing.assert_array_equal(one[key][0].u, two[key][0].u)
+    for run in ("two", "mixed"):
+        names = sorted(path.name for path in (tmp_path / run).iterdir())
+        assert sorted(path.name for path in (folder / run).iterdir()) == names
+        for ours, theirs in zip(*(files.list_vectors(place / run) for place in (tmp_path, folder)), strict=True):
+            one, two = files.read_vectors(ours).ends, files.read_vectors(theirs).ends
+            assert list(one) == list(two)
+            for key in one:
+                np.testing.assert_array_equal(one[key][0].u, two[key][0].u)
 
 
 def test_ranks_that_cancel_and_ranks_that_close_all_come_to_an_end(two_ranks: tuple[Path, list[Any]]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from lowrank_vit.spectral.select import Target, matrices_of, ranks_of_factors
 from lowrank_vit.spectral.solving.ends import GUARD, solve_ends
 from lowrank_vit.spectral.solving.extremes import Solved, Solver
 from lowrank_vit.spectral.solving.solve import MatrixStack
-from lowrank_vit.spectral.watching import refresh
+from lowrank_vit.spectral.watching import refresh, worker
 from lowrank_vit.spectral.watching.files import read_spectra, read_vectors
 from lowrank_vit.spectral.watching.refresh import SpectralSettings
 from lowrank_vit.spectral.watching.schedule import FULL_EVERY, FULL_EVERY_ON_CUDA, Schedule, usual_full_every
@@ -281,3 +284,90 @@ def test_bad_and_small_matrices_have_the_keys_of_others(tmp_path: Path, solver: 
     assert np.isfinite(second["spec/qkv/sv1"])
     # Of five matrices and an infinite one, that of 64 x 192 is large enough and neither zero nor bad.
     assert second["spec/refresh/full_share"] == (1.0 if solver == "svd" else 5 / 6)
+
+
+class Through:
+    """Calls what a process aside would, here, with what would come through to it and back."""
+
+    def call(self, function: Callable[..., Any], *args: Any, hear: Callable[[Any], object] | None = None) -> Any:
+        first = () if hear is None else (hear,)
+        return pickle.loads(pickle.dumps(function(*first, *pickle.loads(pickle.dumps(args)))))
+
+    def close(self) -> None:
+        """Nothing is left."""
+
+
+def cut_off(folder: Path, last_done: int, **more: Any) -> nn.Module:
+    """The model of a run that was watched up to an update, of which the weights are kept."""
+    model = model_of()
+    with watch(model, folder, **({"targets": "qkv,fc", "settings": SETTINGS} | more)) as monitor:
+        for update in range(0, last_done + 1, 2):
+            nudge(model, update, 1e-3 if update else 0.0)
+            monitor.observe(update)
+            monitor.wait()
+    kept = monitor.kept()
+    assert kept is not None
+    torch.save(kept.content(), folder / kept_name(last_done))
+    return model
+
+
+def of_way(aside: bool, *args: Any, is_aside: bool, **more: Any) -> worker.Worker:
+    """A worker that computes aside, or here, whatever device the weights are on."""
+    return worker.Worker(*args, is_aside=aside, **more)
+
+
+def test_a_whole_refresh_of_which_only_the_weights_are_left_is_compared_with_also_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[int, Any]] = []
+    for way in ("here", "aside"):
+        model = cut_off(tmp_path / way, 6)
+        for path in (tmp_path / way).glob("*_00000006.npz"):  # thinned out
+            path.unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(worker, "Aside", Through)
+            patch.setattr("lowrank_vit.spectral.watching.monitor.Worker", partial(of_way, way == "aside"))
+            more: dict[str, Any] = {"resumed_update": 6, "recorded_update": 6}
+            found.append(run(tmp_path / way, range(8, 13, 2), model, **more))
+    assert found[0] == found[1]
+    assert [values["spec/refresh/full"] for values in found[0].values()] == [0.0, 0.0, 1.0]
+    assert found[0][12]["spec/refresh/since_full"] == 6
+    assert 0 < found[0][12]["spec/qkv/delta_sv_rel"] < 0.01
+
+
+@pytest.mark.parametrize("last_done", [4, 6])
+def test_vectors_of_another_interval_are_not_compared_with_though_as_many(tmp_path: Path, last_done: int) -> None:
+    """Indices 1, 2, 3 before, and 1, 3, 5 now."""
+    model = cut_off(tmp_path, last_done, settings=replace(SETTINGS, interval=1))
+    more: dict[str, Any] = {"resumed_update": last_done, "recorded_update": last_done}
+    found = run(tmp_path, range(last_done + 2, last_done + 5, 2), model, **more)
+    for update, values in found.items():
+        assert values["spec/refresh/full"] == (update == 6)
+        assert values["spec/fc/cos_u_mean"] > 0.99  # the weights were kept, too
+        assert values.get("spec/fc/cos0_u_mean", 1.0) > 0.99
+
+
+def test_ranks_that_know_of_different_refreshes_before_take_a_whole_one(tmp_path: Path) -> None:
+    model = cut_off(tmp_path, 2)
+
+    class Other:
+        """The first of two ranks; the other has `last` for the refresh that was taken last."""
+
+        rank, size = 0, 2
+
+        def __init__(self, last: int) -> None:
+            self.last, self.asked = last, 0
+
+        def agree(self, number: int) -> Callable[[], int]:
+            self.asked += 1  # twice for what is done again, twice for what was taken last
+            greatest = max(number, {3: self.last, 4: -self.last}.get(self.asked, number))
+            return lambda: greatest
+
+        def gather(self, part: Any) -> list[Any]:
+            return [part]
+
+    for last, full in ((2, False), (-1, True)):
+        with watch(
+            model, tmp_path, targets="qkv,fc", settings=SETTINGS, ranks=Other(last), resumed_update=2, recorded_update=2
+        ) as watching:
+            assert watching._schedule.take(4) == full
