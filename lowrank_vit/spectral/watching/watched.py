@@ -119,10 +119,11 @@ class Watched:
         kinds = [kind for kind in self._weights(self._mine, self.heads) if kind not in stacks]
         return list(dict.fromkeys("the optimizer's direction" if kind == DIRECTION else "circuits" for kind in kinds))
 
-    def remember(self, store: SpectraStore, update: int, kept: Kept | None) -> Memory:
+    def remember(self, store: SpectraStore, update: int, kept: Kept | None, say: Callable[[str], object]) -> Memory:
         """What an earlier process has stored up to `update`, as far as it recorded the same vectors, and has kept.
 
-        Where the vectors of what was kept are others, or thinned out, only the weights of that are remembered.
+        Where the vectors of what was kept are others, or the store's limit has thinned them out, only the weights of
+        that are remembered. `say` is told where no first vectors are left to compare with.
         """
         stored = store.stored(update)
         keys = {f"{kind}/{name}": name for kind in self._models for name in self._mine}
@@ -131,6 +132,8 @@ class Watched:
             matrix = self.matrices[keys[key]]
             ends = {"top": found.top, "last": found.last} if found.full else {"top": found.top}
             at = [i - 1 for i in matrix["top"]]  # of another interval they may be as many
+            if found.top.s.size != len(at):
+                return False
             if found.s.size == min(matrix["shape"]) and not np.allclose(found.s[at], found.top.s, _ALIKE, 0.0, True):
                 return False
             expected = [(side, len(matrix[end])) for end in ends for side in matrix["shape"]]
@@ -141,6 +144,8 @@ class Watched:
             {key: one for key, one in of.items() if key in keys and fits(key, one)}
             for of in (stored.first, stored.last, stored.whole)
         )
+        if self._every and stored.first and not first:  # the first rank says it for all
+            say("the stored spectra are of other vectors or matrices, so cos0_* are of the next whole refresh.")
         memory = Memory(first, whole=whole, whole_update=stored.whole_update if whole else None)
         weights = self.stacks_of(kept) if kept else {}
         weights.pop(DIRECTION, None)
@@ -259,7 +264,7 @@ def take_up(
     if found.again:
         until, kept = found.update - 1, kept and kept.before
     try:
-        found.memory = watched.remember(store, until, kept) if failure is None else Memory()
+        found.memory = watched.remember(store, until, kept, say) if failure is None else Memory()
     except Exception as error:
         failure = error
     if failure is not None:

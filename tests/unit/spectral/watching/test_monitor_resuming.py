@@ -218,6 +218,26 @@ def test_what_another_monitor_recorded_is_not_compared_with(tmp_path: Path) -> N
     assert not [key for key in record.values if "/cos" in key]
 
 
+def test_a_run_that_goes_on_with_other_vectors_compares_with_the_kept_weights_and_says_what_starts_anew(
+    tmp_path: Path,
+) -> None:
+    model, lines = tiny_vit(), list[str]()
+    with watch(model, tmp_path, model, settings=SpectralSettings(topk=2)) as monitor:
+        observe(monitor, model, range(0, 4, 2))
+        kept = monitor.kept()
+        assert kept is not None
+        torch.save(kept.content(), tmp_path / store.kept_name(2))
+    options: dict[str, Any] = {"resumed_update": 2, "recorded_update": 2, "say": lines.append}
+    with watch(model, tmp_path, model, settings=SpectralSettings(topk=3, interval=2), **options) as monitor:
+        fourth, sixth = observe(monitor, model, range(4, 8, 2))
+    assert any("cos0_* are of the next whole refresh" in line for line in lines), lines
+    assert fourth["spec/refresh/since"] == 2
+    found = {key.rpartition("/")[2] for key in fourth}
+    assert {"update_norm2", "turn_bound", "cos_u1", "block_cos_u_mean", "delta_sv_rel"} <= found
+    assert "cos0_u1" not in found
+    assert "cos0_u1" in {key.rpartition("/")[2] for key in sixth}
+
+
 @pytest.mark.parametrize("interval", [1, 2])
 def test_a_store_of_an_earlier_version_has_no_blocks_and_is_compared_with_all_the_same(
     tmp_path: Path, interval: int
