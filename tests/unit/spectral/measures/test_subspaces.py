@@ -18,6 +18,7 @@ from lowrank_vit.spectral.measures.subspaces import (
     chance_level,
     chance_metrics,
     cosine_metrics,
+    last_cosines,
     overlap,
     principal_cosines,
     turn_bound,
@@ -117,7 +118,8 @@ def test_metrics_name_both_sides_and_both_ends() -> None:
     before = solved(s, u, v, 2)
     after_u = u.copy()
     after_u[:, :2] = rotated(u[:, :2], np.array([0.1, 0.5]), 5)
-    values = cosine_metrics("cos", before, solved(s, after_u, v, 2))
+    now = solved(s, after_u, v, 2)
+    values = cosine_metrics("cos", before, now) | last_cosines("cos", before, now)
     assert len(values) == 4 * 2 + 2 * (4 + 4)
     assert (values["cos_u1"], values["cos_u2"]) == pytest.approx((np.cos(0.1), np.cos(0.5)))
     assert values["cos_u_max"] == values["cos_u1"]
