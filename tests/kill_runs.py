@@ -189,7 +189,7 @@ def skip_no_refresh() -> None:
     observe = SpectralMonitor.observe
 
     def and_skip_none(self: SpectralMonitor, num_updates: int) -> None:
-        if num_updates % self._every == 0:
+        if self._schedule.is_due(num_updates):
             self.wait()
         observe(self, num_updates)
 

@@ -319,9 +319,15 @@ class EvalPlan:
         world_size: int = 1,
     ) -> EvalPlan:
         """The plan for a `Beton`; `crop_pct`: the centre crop as a share of the short side, timm's default."""
-        share = {"rank": rank, "world_size": world_size}
-        sizes = images.heights, images.widths
-        return cls(*sizes, img_size=img_size, crop_pct=crop_pct, batch_size=batch_size, **share)
+        return cls(
+            images.heights,
+            images.widths,
+            img_size=img_size,
+            crop_pct=crop_pct,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
 
     def ids(self, epoch: int) -> list[np.ndarray]:
         """This rank's batches of ids, int64 (B,) each; the same in every epoch."""

@@ -121,9 +121,15 @@ def make_val_loader(
     before: Mapping[str, str],
 ) -> tuple[Loader, str]:
     """The loader of the validation set, and a line about it. `before`: `loaders_before`."""
-    sides = {"img_size": spec.img_size, "crop_pct": spec.crop_pct}
-    share = {"rank": world.rank, "world_size": world.size}
-    plan = EvalPlan(val.heights, val.widths, **sides, batch_size=batch_size, **share)
+    plan = EvalPlan(
+        val.heights,
+        val.widths,
+        img_size=spec.img_size,
+        crop_pct=spec.crop_pct,
+        batch_size=batch_size,
+        rank=world.rank,
+        world_size=world.size,
+    )
     # A GPU decodes as it does for `validate`: a score does not depend on what was measured.
     return open_loader(val, plan, device, _decoding(config, world, device, "val", before), say=world.say)
 

@@ -40,8 +40,9 @@ class Share:
 
     def __init__(self, batch_size: int, rank: int = 0, world_size: int = 1, num_samples: int = SAMPLES) -> None:
         sides = np.full(num_samples, SIZE)
-        share = {"rank": rank, "world_size": world_size}
-        self.plan = EvalPlan(sides, sides, img_size=SIZE, crop_pct=1.0, batch_size=batch_size, **share)
+        self.plan = EvalPlan(
+            sides, sides, img_size=SIZE, crop_pct=1.0, batch_size=batch_size, rank=rank, world_size=world_size
+        )
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         for step, ids in enumerate(self.plan.ids(epoch)):
