@@ -121,9 +121,8 @@ def make_val_loader(
     before: Mapping[str, str],
 ) -> tuple[Loader, str]:
     """The loader of the validation set, and a line about it. `before`: `loaders_before`."""
-    plan = EvalPlan(
-        val.heights,
-        val.widths,
+    plan = EvalPlan.of(
+        val,
         img_size=spec.img_size,
         crop_pct=spec.crop_pct,
         batch_size=batch_size,

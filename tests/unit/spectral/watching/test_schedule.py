@@ -197,15 +197,8 @@ def test_a_run_that_goes_on_chooses_the_same_refreshes_and_finds_the_same_number
     runs: tuple[Path, dict[int, Any], dict[int, Any]], tmp_path: Path, last_done: int
 ) -> None:
     _, expected, _ = runs
-    model, ema = model_of(), model_of(1)
-    with watch(model, tmp_path, ema, targets="qkv,fc", settings=SETTINGS) as monitor:
-        for update in range(0, last_done + 1, 2):
-            nudge(model, update, 1e-3 if update else 0.0)
-            monitor.observe(update)
-            monitor.wait()
-    kept = monitor.kept()
-    assert kept is not None
-    torch.save(kept.content(), tmp_path / kept_name(last_done))
+    ema = model_of(1)
+    model = cut_off(tmp_path, last_done, ema)
     more = {"resumed_update": last_done, "recorded_update": last_done, "last_update": 15}
     found = run(tmp_path, range(last_done + 2, 15, 2), model, ema, **more)
     assert list(found) == list(range(last_done + 2, 15, 2))
@@ -306,10 +299,10 @@ class Through:
         """Nothing is left."""
 
 
-def cut_off(folder: Path, last_done: int, **more: Any) -> nn.Module:
+def cut_off(folder: Path, last_done: int, ema: nn.Module | None = None, **more: Any) -> nn.Module:
     """The model of a run that was watched up to an update, of which the weights are kept."""
     model = model_of()
-    with watch(model, folder, **({"targets": "qkv,fc", "settings": SETTINGS} | more)) as monitor:
+    with watch(model, folder, ema, **({"targets": "qkv,fc", "settings": SETTINGS} | more)) as monitor:
         for update in range(0, last_done + 1, 2):
             nudge(model, update, 1e-3 if update else 0.0)
             monitor.observe(update)
