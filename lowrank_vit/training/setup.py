@@ -31,11 +31,10 @@ from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import DataOptions, open_datasets
 from lowrank_vit.data.synthetic import SyntheticLoader
 from lowrank_vit.model.class_match import Classes, Trust, match
-from lowrank_vit.model.create import InputSpec, create_model, input_spec, set_head
-from lowrank_vit.model.fit import fit_kept_head, load_initial, load_weights, tell_of_published_head
+from lowrank_vit.model.create import InputSpec, input_spec
 from lowrank_vit.model.flops import Peak, peak_flops, train_flops_per_image
 from lowrank_vit.model.optimizer import Constant, create_optimizer, create_scheduler, learning_rate
-from lowrank_vit.model.weights import Checkpoint, read_checkpoint
+from lowrank_vit.model.weights import Checkpoint
 from lowrank_vit.plan.plans import TrainPlan, subset
 from lowrank_vit.ranks.agree import agree
 from lowrank_vit.ranks.records import data_record
@@ -44,12 +43,12 @@ from lowrank_vit.run.flows import FlowWatch
 from lowrank_vit.run.state import Position
 from lowrank_vit.score.evaluate import Evaluator
 from lowrank_vit.spectral.flows import remark_on_attention
-from lowrank_vit.spectral.measures.initial import in_words, redraw_far_entries
 from lowrank_vit.spectral.measures.metrics import reach
 from lowrank_vit.spectral.select import Target, matrices_of, ranks_of_factors, targets_of_model
 from lowrank_vit.spectral.watching.schedule import usual_full_every
 from lowrank_vit.spectral.watching.watched import remark_on_directions
 from lowrank_vit.training.loading import fed_step, loaders_before, make_train_loader, make_val_loader, with_workers
+from lowrank_vit.training.models import make_ema, make_model, with_ema_warmup
 from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
 from lowrank_vit.training.preflight import check_before_data
 from lowrank_vit.training.step import TrainStep
@@ -160,7 +159,7 @@ def set_up(
         sets.follow(resumed, config, say)
     world.progress.enter("making the model")
     torch.manual_seed(config.run.seed)
-    model = _make_model(config, num_classes, sets, resumed, say)
+    model = make_model(config, num_classes, (sets.classes, trust_in(config)) if sets else None, resumed, say)
     by_name = sets.by_name if sets else {}
     agree(world, "data", lambda: data_record(by_name, model, resumed), "opening the data")
     model = model.to(device)
@@ -186,8 +185,8 @@ def set_up(
     lr, lr_origin = learning_rate(config.optim, plan.global_batch)
     optimizer = create_optimizer(config.optim, model, lr)
     scheduler, num_epochs = create_scheduler(config.optim, optimizer, plan.updates_per_epoch, config.run.seed)
-    config, ema_line = _with_ema_warmup(config, num_epochs * plan.updates_per_epoch)
-    ema = _make_ema(config, model, resumed)
+    config, ema_line = with_ema_warmup(config, num_epochs * plan.updates_per_epoch)
+    ema = make_ema(config, model, resumed)
     if sets:
         world.progress.enter("opening the validation data's loader")
         val_batch = min(config.data.validation_batch_size or config.data.batch_size, sets.val.num_samples)
@@ -275,40 +274,6 @@ def _batch_in_words(plan: TrainPlan) -> str:
     return f"batch {plan.global_batch}{f' ({plan.batch_size}{of})' if of else ''}"
 
 
-def _make_model(
-    config: Config, num_classes: int, sets: _Sets | None, resumed: Checkpoint | None, say: Say
-) -> nn.Module:
-    options, file = config.model, None
-    if options.pretrained_path and not resumed:
-        file = read_checkpoint(options.pretrained_path, "--pretrained-path")
-    model = create_model(
-        options.model,
-        num_classes,
-        img_size=config.data.img_size,
-        drop=options.drop,
-        drop_path=options.drop_path,
-        model_kwargs=options.model_kwargs,
-        pretrained=options.pretrained and not resumed,
-        pretrained_file=file,
-        grad_checkpointing=options.grad_checkpointing,
-        say=say,
-    )
-    if resumed:
-        load_weights(model, resumed, resumed.weights(use_ema=False), options.model)
-        return model
-    of_data = (sets.classes, trust_in(config)) if sets else None
-    if options.initial_checkpoint:
-        load_initial(model, options.initial_checkpoint, options.model, say, of_data)
-    elif file and of_data:
-        fit_kept_head(model, file, options.model, say, *of_data)
-    elif options.pretrained and of_data:
-        tell_of_published_head(options.model, of_data[0], say)
-    if options.fix_init and (redrawn := redraw_far_entries(model, config.run.seed)):
-        say(f"--fix-init has drawn anew {in_words(redrawn)}")
-    set_head(model, options.head_init_scale, options.head_init_bias)
-    return model
-
-
 def _with_full_every(config: Config, model: nn.Module, device: torch.device) -> Config:
     """Decide on --spec-full-every where it is left open."""
     spec = config.spectra
@@ -324,37 +289,6 @@ def _with_full_every(config: Config, model: nn.Module, device: torch.device) -> 
 
 def _targets(config: Config, model: nn.Module) -> dict[str, Target]:
     return targets_of_model(model, config.spectra.spec_targets, config.spectra.spec_split_qkv)
-
-
-def _with_ema_warmup(config: Config, num_updates: int) -> tuple[Config, list[str]]:
-    """Decide on --model-ema-warmup where it is left open, and say so.
-
-    Without it the first weights have the share decay^updates in the average, 5e-5 at 10 / (1 - decay) updates, and the
-    average spans a tenth of such a run. In a shorter one it would be of weights that are mostly too old.
-    """
-    options = config.model
-    if not options.model_ema or options.model_ema_warmup is not None:
-        return config, []
-    enough = round(10 / (1 - options.model_ema_decay))
-    is_short = num_updates < enough
-    config = with_options(config, {"model-ema-warmup": is_short})
-    line = (
-        f"EMA with warm-up, since {num_updates:,} updates are fewer than {enough:,} = 10 / (1 - "
-        f"{options.model_ema_decay:g}); --no-model-ema-warmup keeps the decay as it is"
-    )
-    return config, [line] if is_short else []
-
-
-def _make_ema(config: Config, model: nn.Module, resumed: Checkpoint | None) -> ModelEmaV3 | None:
-    options = config.model
-    if not options.model_ema:
-        return None
-    ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=bool(options.model_ema_warmup))
-    if resumed:
-        if not resumed.has_ema:
-            raise UserError(f"{resumed.path} is of a run without an EMA. Resume it with --no-model-ema.")
-        load_weights(ema.module, resumed, resumed.weights(use_ema=True), options.model)
-    return ema
 
 
 def keep_compiled_code(folder: Path | None) -> Path:

@@ -16,7 +16,8 @@ from lowrank_vit.config.flags import parse
 from lowrank_vit.report.read import read_analysis, read_run
 from lowrank_vit.spectral.measures.initial import FarEntry, far_entries, redraw_far_entries
 from lowrank_vit.spectral.watching.stored import open_spectra
-from lowrank_vit.training.setup import _make_model, silent
+from lowrank_vit.training.models import make_model
+from lowrank_vit.training.setup import silent
 from tests.monitors import watch
 from tests.spectra import tiny_vit
 
@@ -117,11 +118,11 @@ def test_redrawn_entries_are_ordinary_the_same_for_a_seed_and_all_else_stays() -
 
 
 def test_a_fresh_model_is_mended_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowrank_vit.training.setup.create_model", lambda *_, **__: spiked_vit())
-    plain = _make_model(parse([]), 3, None, None, silent)
+    monkeypatch.setattr("lowrank_vit.training.models.create_model", lambda *_, **__: spiked_vit())
+    plain = make_model(parse([]), 3, None, None, silent)
     assert plain.get_parameter(f"{NAME}.weight")[3, 5] == -2
     said: list[str] = []
-    mended = _make_model(parse(["--fix-init"]), 3, None, None, said.append)
+    mended = make_model(parse(["--fix-init"]), 3, None, None, said.append)
     assert mended.get_parameter(f"{NAME}.weight")[3, 5].abs() < 1
     assert "--fix-init has drawn anew" in said[0]
 

@@ -1,0 +1,85 @@
+"""The model of a run and its EMA as they begin: drawn anew, from files of weights, or from the run's checkpoint."""
+
+from __future__ import annotations
+
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.locks import Say
+from lowrank_vit.config.option_types import with_options
+from lowrank_vit.config.options import Config
+from lowrank_vit.model.class_match import Classes, Trust
+from lowrank_vit.model.create import create_model, set_head
+from lowrank_vit.model.fit import fit_kept_head, load_initial, load_weights, tell_of_published_head
+from lowrank_vit.model.weights import Checkpoint, read_checkpoint
+from lowrank_vit.spectral.measures.initial import in_words, redraw_far_entries
+
+
+def make_model(
+    config: Config, num_classes: int, of_data: tuple[Classes, Trust] | None, resumed: Checkpoint | None, say: Say
+) -> nn.Module:
+    """The model on the CPU with the weights that a run starts or goes on from. Raises `UserError`.
+
+    `of_data`: the classes that the head is to tell apart, and what the flags say of classes that cannot be compared.
+    """
+    options, file = config.model, None
+    if options.pretrained_path and not resumed:
+        file = read_checkpoint(options.pretrained_path, "--pretrained-path")
+    model = create_model(
+        options.model,
+        num_classes,
+        img_size=config.data.img_size,
+        drop=options.drop,
+        drop_path=options.drop_path,
+        model_kwargs=options.model_kwargs,
+        pretrained=options.pretrained and not resumed,
+        pretrained_file=file,
+        grad_checkpointing=options.grad_checkpointing,
+        say=say,
+    )
+    if resumed:
+        load_weights(model, resumed, resumed.weights(use_ema=False), options.model)
+        return model
+    if options.initial_checkpoint:
+        load_initial(model, options.initial_checkpoint, options.model, say, of_data)
+    elif file and of_data:
+        fit_kept_head(model, file, options.model, say, *of_data)
+    elif options.pretrained and of_data:
+        tell_of_published_head(options.model, of_data[0], say)
+    if options.fix_init and (redrawn := redraw_far_entries(model, config.run.seed)):
+        say(f"--fix-init has drawn anew {in_words(redrawn)}")
+    set_head(model, options.head_init_scale, options.head_init_bias)
+    return model
+
+
+def with_ema_warmup(config: Config, num_updates: int) -> tuple[Config, list[str]]:
+    """Decide on --model-ema-warmup where it is left open, and say so.
+
+    Without it the first weights have the share decay^updates in the average, 5e-5 at 10 / (1 - decay) updates, and the
+    average spans a tenth of such a run. In a shorter one it would be of weights that are mostly too old.
+    """
+    options = config.model
+    if not options.model_ema or options.model_ema_warmup is not None:
+        return config, []
+    enough = round(10 / (1 - options.model_ema_decay))
+    is_short = num_updates < enough
+    config = with_options(config, {"model-ema-warmup": is_short})
+    line = (
+        f"EMA with warm-up, since {num_updates:,} updates are fewer than {enough:,} = 10 / (1 - "
+        f"{options.model_ema_decay:g}); --no-model-ema-warmup keeps the decay as it is"
+    )
+    return config, [line] if is_short else []
+
+
+def make_ema(config: Config, model: nn.Module, resumed: Checkpoint | None) -> ModelEmaV3 | None:
+    """The EMA of the model, or that of the checkpoint; None without one. Raises `UserError`."""
+    options = config.model
+    if not options.model_ema:
+        return None
+    ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=bool(options.model_ema_warmup))
+    if resumed:
+        if not resumed.has_ema:
+            raise UserError(f"{resumed.path} is of a run without an EMA. Resume it with --no-model-ema.")
+        load_weights(ema.module, resumed, resumed.weights(use_ema=True), options.model)
+    return ema
