@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.low_rank_options import check_low_rank
 from lowrank_vit.config.option_types import leaves, parse_keywords, range_of, wrong_value
 from lowrank_vit.config.options import Config
 
@@ -40,6 +41,7 @@ def check(config: Config) -> None:
             f"--fix-init is about fresh weights, and --{given[0]} starts from others. Leave one of them out."
         )
     _check_lists(config)
+    check_low_rank(config.lowrank, is_watched=config.spectra.spec_monitor)
     if optim.global_batch_size is not None and optim.grad_accum_steps > 1:
         raise UserError(
             f"--grad-accum-steps {optim.grad_accum_steps} and --global-batch-size {optim.global_batch_size} both say "

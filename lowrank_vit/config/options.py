@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+from lowrank_vit.config.low_rank_options import LowRank
 from lowrank_vit.config.option_types import (
     ABOVE_0,
     AUTO,
@@ -392,4 +393,5 @@ class Config:
     augment: Augment = field(default_factory=Augment)
     step: Step = field(default_factory=Step)
     spectra: Spectra = field(default_factory=Spectra)
+    lowrank: LowRank = field(default_factory=LowRank)
     run: Run = field(default_factory=Run)

@@ -29,7 +29,7 @@ from lowrank_vit.spectral.watching.refresh import EMA, MODEL, SpectralSettings, 
 from lowrank_vit.spectral.watching.schedule import Schedule
 from lowrank_vit.spectral.watching.store import Kept, SpectraStore, far_entries_content, read_far_entries
 from lowrank_vit.spectral.watching.watched import TakenUp, Watched, take_up
-from lowrank_vit.spectral.watching.worker import Snapshot, SpectralRecord, Worker
+from lowrank_vit.spectral.watching.worker import OnFull, Snapshot, SpectralRecord, Worker
 
 T = TypeVar("T")
 
@@ -89,6 +89,7 @@ class SpectralMonitor:
         last_update: int | None = None,
         ranks: Channel | None = None,
         optimizer: Optimizer | None = None,
+        on_full: OnFull | None = None,
         say: Callable[[str], object] = LOG.warning,
     ) -> None:
         """Choose the targets and start the worker.
@@ -113,6 +114,7 @@ class SpectralMonitor:
             ranks: the ranks that share the work (`World.channel` with `agrees`); default: this process does it all. One
                 that ends without `close` fails the others' refreshes.
             optimizer: the model's, whose update directions are described, too, where `settings.updates` asks for that.
+            on_full: called in the worker's thread with the copies of each refresh of whole spectra, see `Worker`.
             say: told of failures, from the worker's thread too.
 
         Raises:
@@ -177,7 +179,7 @@ class SpectralMonitor:
         is_aside = self._stream is not None
         keys, memory = self._watched.keys, taken_up.memory
         of_worker = (settings, store, memory, ranks, keys, self._stream, say)
-        self._worker = Worker(*of_worker, is_aside=is_aside, heads=self._watched.heads)
+        self._worker = Worker(*of_worker, is_aside=is_aside, heads=self._watched.heads, on_full=on_full)
         kept = taken_up.kept if ranks.rank == 0 else None
         self._newest = kept._replace(before=None) if kept else None
         self._is_again = bool(taken_up.again)
@@ -198,6 +200,15 @@ class SpectralMonitor:
         for name, matrix in self.matrices.items():
             found.setdefault(module_type(name), {end: matrix[end] for end in ("top", "last")})
         return found
+
+    @property
+    def own(self) -> list[str]:
+        """The matrices that this rank computes, and that `on_full` is told of, by name."""
+        return self._watched.own
+
+    def is_due(self, num_updates: int) -> bool:
+        """Whether a refresh is due after so many updates."""
+        return self._schedule.is_due(num_updates)
 
     def observe(self, num_updates: int) -> None:
         """Call after every optimizer update with the updates made so far, and once with 0 before the first.

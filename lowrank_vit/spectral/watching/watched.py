@@ -68,6 +68,11 @@ class Watched:
         """This rank's share of the circuits."""
         self._every_head = Heads(blocks, tuple(blocks)) if blocks else None
 
+    @property
+    def own(self) -> list[str]:
+        """The matrices of this rank, by name."""
+        return list(self._mine)
+
     def far_entries(self) -> dict[str, list[FarEntry]]:
         """On the first rank, single entries far out of the model's matrices, see `initial.far_entries`."""
         return far_entries_by_name(matrices_of(self._models[MODEL], self._every))

@@ -26,6 +26,7 @@ from lowrank_vit.spectral.solving.extremes import ENDS, Solved
 from lowrank_vit.spectral.solving.solve import LOG, Cancelled, MatrixStack
 from lowrank_vit.spectral.watching.refresh import (
     FOR_HEADS,
+    MODEL,
     Memory,
     Refreshed,
     SpectralSettings,
@@ -36,6 +37,8 @@ from lowrank_vit.spectral.watching.refresh import (
 from lowrank_vit.spectral.watching.store import Kept, SpectraStore
 
 T = TypeVar("T")
+OnFull = Callable[[int, Mapping[str, torch.Tensor]], object]
+"""Told of an update and of copies of this rank's share of the model's matrices, by name."""
 
 
 class SpectralRecord(NamedTuple):
@@ -87,10 +90,12 @@ class Worker:
         say: Callable[[str], object],
         is_aside: bool = False,
         heads: Heads | None = None,
+        on_full: OnFull | None = None,
     ) -> None:
         """Start the thread; `keys` are those of all ranks, in the order in which they are stored.
 
-        `heads`: this rank's share of the circuits.
+        `heads`: this rank's share of the circuits. `on_full`: told of every refresh of whole spectra before these are
+        computed, whatever becomes of them; it raises nothing.
 
         `is_aside`: what a host computes is computed by another process, which changes no bit, or here where there can
         be none.
@@ -99,7 +104,7 @@ class Worker:
         self._settings, self._store, self._memory, self._ranks = settings, store, memory, ranks
         if settings.on_cpu:  # as those of a snapshot, which they are compared with
             memory.weights = self._on_cpu(memory.weights)
-        self._keys, self._stream, self._heads = keys, stream, heads
+        self._keys, self._stream, self._heads, self._on_full = keys, stream, heads, on_full
         self._aside = Aside() if is_aside else None
         self._say, self._is_failing = say, False
         self._noted: set[str] = set()
@@ -161,6 +166,9 @@ class Worker:
                 matrices = [one.matrices_NRC for of_kind in snapshot.stacks.values() for one in of_kind]
                 snapshot.ready.hand_over(self._stream, *matrices)
                 stacks = self._on_cpu(snapshot.stacks) if self._settings.on_cpu else snapshot.stacks
+                if snapshot.full and self._on_full:
+                    named = (zip(one.names, one.matrices_NRC, strict=True) for one in stacks[MODEL])
+                    self._on_full(snapshot.update, {name: matrix for pairs in named for name, matrix in pairs})
                 own = {kind: of for kind, of in stacks.items() if not kind.endswith(FOR_HEADS)}
                 part = self._refreshed(snapshot, own)
                 part.circuits = self._circuits(stacks)

@@ -6,6 +6,7 @@ import threading
 import weakref
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,31 @@ def test_losses_and_random_numbers_are_the_same_bits_with_and_without_the_monito
     watched_losses, watched_rng = train(tmp_path)
     assert watched_losses == plain_losses
     assert torch.equal(watched_rng, plain_rng)
+
+
+def test_whoever_asks_is_shown_the_copies_of_whole_refreshes_whatever_becomes_of_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen, weights = tiny_vit(), dict[int, dict[str, torch.Tensor]](), dict[int, dict[str, torch.Tensor]]()
+
+    def fails(*_: Any, **more: Any) -> None:
+        raise RuntimeError("no solver")
+
+    monkeypatch.setattr(refresh_module, "solve_stack", fails)
+    settings = replace(SETTINGS, full_every=2)
+    with watch(model, tmp_path, settings=settings, on_full=lambda update, of: seen.update({update: dict(of)})) as one:
+        for update in range(7):
+            nudge(model, update)
+            one.observe(update)
+            weights[update] = {name: w.detach().clone() for name, w in targets(model).items()}
+            one.wait()
+        assert one.own == list(weights[0])
+        assert [update for update in range(7) if one.is_due(update)] == [0, 2, 4, 6]
+    assert one.failed
+    assert list(seen) == [0, 4]
+    for update, of in seen.items():
+        assert of.keys() == weights[update].keys()
+        assert all(torch.equal(of[name], weights[update][name]) for name in of)
 
 
 def test_only_multiples_of_every_are_taken_and_records_come_in_order(tmp_path: Path) -> None:

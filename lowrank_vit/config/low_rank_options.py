@@ -1,0 +1,96 @@
+"""Options of training that becomes low-rank, and what of them contradicts before anything is opened."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.option_types import POSITIVE, Range
+
+_SHARE = Range(0, 1, open_low=True)
+_EXAMPLE = "8=0.15 20=0.08"
+
+RankRule = Literal["none", "energy", "mp", "kfac"]
+"""How the number of directions is chosen that a layer keeps; none: training stays as it is."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Training that puts layers in factors once their directions have settled, or at given epochs."""
+
+    lowrank_train: RankRule = "none"
+    """Put settled layers in factors, of this rank: --lowrank-energy, values above the Marchenko-Pastur edge, or kfac's
+    greedy ranks under --lowrank-budget. Needs --spec-monitor."""
+    lowrank_targets: str = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
+    """Endings of the linear layers that may be put in factors, separated by commas."""
+    lowrank_energy: Annotated[float, _SHARE] = 0.9
+    """energy: the least rank that holds this share of a layer's squared singular values."""
+    lowrank_budget: Annotated[float, _SHARE] = 0.15
+    """kfac: share of the targets' parameters that all of them together may keep."""
+    lowrank_settled: Annotated[int, POSITIVE] = 3
+    """So many whole refreshes in a row must find a layer's first directions the same."""
+    lowrank_switches: Annotated[int, POSITIVE] = 3
+    """The most updates of a run at which settled layers are put in factors."""
+    lowrank_schedule: Annotated[tuple[str, ...], arg(metavar="EPOCH=BUDGET ...")] = ()
+    """After so many epochs all targets go in factors of this share of their parameters, settled or not; what has
+    settled is then only logged."""
+    lowrank_dry_run: bool = False
+    """Only log when layers would be put in factors, and of which rank: training stays as it is, to the bit."""
+    lowrank_moments: Literal["carry", "restart"] = "carry"
+    """The optimizer's moments of new factors: taken from those of the matrix, or begun anew with a short warm-up."""
+    lowrank_decay: Literal["factors", "product"] = "factors"
+    """What weight decay shrinks: each factor, or their product (Frobenius decay)."""
+    lowrank_calibration_images: Annotated[int, POSITIVE] = 1024
+    """How many training images, drawn by --seed, kfac's moments are taken from."""
+
+
+def parse_schedule(texts: tuple[str, ...]) -> dict[int, float]:
+    """--lowrank-schedule as shares of the targets' parameters by the number of epochs before; in order.
+
+    Raises `UserError` for a text of another form, a share that is none, and epochs out of order.
+    """
+    pairs: list[tuple[int, float]] = []
+    for text in texts:
+        match = re.fullmatch(r"([0-9]+)=([0-9]*\.?[0-9]+(?:[eE]-?[0-9]+)?)", text)
+        if not match or float(match[2]) not in _SHARE:
+            raise UserError(
+                f"--lowrank-schedule takes EPOCH=BUDGET, a whole number and a share above 0, up to 1, e.g. {_EXAMPLE}; "
+                f"not `{text}`."
+            )
+        pairs.append((int(match[1]), float(match[2])))
+    for (epoch, budget), (later, smaller) in itertools.pairwise(pairs):
+        if later <= epoch:
+            raise UserError(
+                f"--lowrank-schedule: epoch {later} stands behind epoch {epoch}. Give each epoch once, the first first."
+            )
+        if smaller >= budget:
+            raise UserError(
+                f"--lowrank-schedule: ranks never grow, so {later}={smaller:g} does nothing behind {epoch}={budget:g}. "
+                "Each budget must be smaller than the one before."
+            )
+    if pairs and pairs[0][0] == 0:
+        raise UserError("--lowrank-schedule: the first epoch that can end is 1. Give the number of epochs before.")
+    return dict(pairs)
+
+
+def check_low_rank(options: LowRank, *, is_watched: bool) -> None:
+    """Raise `UserError` for options that need another; `is_watched`: with --spec-monitor."""
+    if options.lowrank_train == "none":
+        given = {"schedule": options.lowrank_schedule, "dry-run": options.lowrank_dry_run}
+        if idle := [name for name, value in given.items() if value]:
+            raise UserError(
+                f"--lowrank-{idle[0]} is about --lowrank-train, which is not there. Add --lowrank-train kfac (or "
+                "energy, mp), or leave it out."
+            )
+        return
+    parse_schedule(options.lowrank_schedule)
+    if not is_watched:
+        raise UserError(
+            f"--lowrank-train {options.lowrank_train} rests on the refreshes of --spec-monitor, which is off. Add "
+            "--spec-monitor."
+        )

@@ -1,0 +1,77 @@
+"""Options of training that becomes low-rank."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.flags import parse
+from lowrank_vit.config.low_rank_options import parse_schedule
+from lowrank_vit.config.option_types import leaves, may_change
+from lowrank_vit.config.options import Config
+
+
+def test_a_schedule_is_a_share_by_the_number_of_epochs_before():
+    line = "--config configs/quickstart.yaml --lowrank-train kfac --lowrank-schedule 8=0.15 20=.08 30=1e-2"
+    assert parse_schedule(parse(shlex.split(line)).lowrank.lowrank_schedule) == {8: 0.15, 20: 0.08, 30: 0.01}
+    assert parse_schedule(()) == {}
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        "8",
+        "8=",
+        "=0.1",
+        "8:0.1",
+        "8=0",
+        "8=1.5",
+        "8=nan",
+        "8=inf",
+        "-1=0.1",
+        "8.5=0.1",
+        "8=0.1,20=0.08",
+        "a=b",
+        "8=-0.1",
+    ],
+)
+def test_what_is_no_schedule_is_shown_one(texts: str):
+    with pytest.raises(UserError, match=r"takes EPOCH=BUDGET, a whole number and a share .* 8=0.15 20=0.08; not `"):
+        parse_schedule(tuple(texts.split()))
+
+
+@pytest.mark.parametrize(
+    ("texts", "why"),
+    [
+        ("20=0.15 8=0.08", "epoch 8 stands behind epoch 20"),
+        ("8=0.15 8=0.08", "epoch 8 stands behind epoch 8"),
+        ("8=0.08 20=0.15", "ranks never grow, so 20=0.15 does nothing behind 8=0.08"),
+        ("0=0.15", "the first epoch that can end is 1"),
+    ],
+)
+def test_a_schedule_goes_forward_and_down(texts: str, why: str):
+    with pytest.raises(UserError, match=why):
+        parse_schedule(tuple(texts.split()))
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("--lowrank-schedule 8=0.15", "--lowrank-schedule is about --lowrank-train, which is not there"),
+        ("--lowrank-dry-run", "--lowrank-dry-run is about --lowrank-train, which is not there"),
+        ("--lowrank-train kfac", "rests on the refreshes of --spec-monitor, which is off. Add --spec-monitor"),
+        ("--spec-monitor --lowrank-train kfac --lowrank-schedule 8", "takes EPOCH=BUDGET"),
+        ("--spec-monitor --lowrank-train svd", "--lowrank-train takes one of none, energy, mp, kfac, not `svd`"),
+        ("--lowrank-budget 0", "--lowrank-budget takes a number above 0, up to 1"),
+        ("--lowrank-switches 0", "--lowrank-switches takes a whole number of at least 1"),
+    ],
+)
+def test_what_contradicts_is_said_before_anything_is_opened(line: str, why: str):
+    with pytest.raises(UserError, match=why):
+        parse(shlex.split(line))
+
+
+def test_what_decides_when_and_how_much_stays_as_it_is_on_resume():
+    assert not [name for name, hint, _ in leaves(Config().lowrank) if may_change(hint)]
