@@ -12,7 +12,7 @@ from tyro.conf import arg
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.option_types import POSITIVE, Range
 
-_SHARE = Range(0, 1, open_low=True)
+_SHARE, _SHARE_BELOW_1 = Range(0, 1, open_low=True), Range(0, 1, open_low=True, open_high=True)
 _EXAMPLE = "8=0.15 20=0.08"
 
 RankRule = Literal["none", "energy", "mp", "kfac"]
@@ -21,8 +21,10 @@ RankRule = Literal["none", "energy", "mp", "kfac"]
 
 @dataclass(frozen=True)
 class LowRank:
-    """Training that puts layers in factors once their directions have settled, or at given epochs."""
+    """Training that puts layers in factors: once their directions have settled, at given epochs, or from the start."""
 
+    lowrank_init: Annotated[float | None, _SHARE_BELOW_1] = None
+    """Begin with the targets in factors of this share of their parameters, by the SVD of their first weights."""
     lowrank_train: RankRule = "none"
     """Put settled layers in factors, of this rank: --lowrank-energy, values above the Marchenko-Pastur edge, or kfac's
     greedy ranks under --lowrank-budget. Needs --spec-monitor."""
@@ -88,6 +90,11 @@ def check_low_rank(options: LowRank, *, is_watched: bool) -> None:
                 "energy, mp), or leave it out."
             )
         return
+    if options.lowrank_init is not None:
+        raise UserError(
+            "--lowrank-init puts the targets in factors from the first update, and --lowrank-train whole ones later. "
+            "Leave one of them out."
+        )
     parse_schedule(options.lowrank_schedule)
     if not is_watched:
         raise UserError(

@@ -25,8 +25,11 @@ _NEAR = 0.1
 _HALVINGS = 60
 
 
-def uniform(decompositions: Mapping[str, Decomposition], budget: float, costs: Costs, by: By = "params") -> Ranks:
-    """The greatest common share of its own cost for every layer; budget and errors as for `greedy`."""
+def uniform(decompositions: Mapping[str, object], budget: float, costs: Costs, by: By = "params") -> Ranks:
+    """The greatest common share of its own cost for every layer; budget and errors as for `greedy`.
+
+    Of `decompositions` the names alone count.
+    """
 
     def rank_at(name: str, share: float) -> int:
         return max(int(share * costs.layers[name].cost(None) / costs.layers[name].cost(1)), 1)
@@ -149,7 +152,7 @@ def _least(costs: Costs) -> Ranks:
     return {name: 1 for name, layer in costs.layers.items() if layer.pays}
 
 
-def _left_over(decompositions: Mapping[str, Decomposition], budget: float, costs: Costs, by: By) -> int:
+def _left_over(decompositions: Mapping[str, object], budget: float, costs: Costs, by: By) -> int:
     """What the budget has left with all layers at rank 1, parameters or FLOPs."""
     assert decompositions.keys() == costs.layers.keys(), "decompositions and costs are of the same layers"
     least = least_budget(costs, by)
@@ -164,7 +167,7 @@ def _left_over(decompositions: Mapping[str, Decomposition], budget: float, costs
 
 
 def _bisected(
-    decompositions: Mapping[str, Decomposition],
+    decompositions: Mapping[str, object],
     budget: float,
     costs: Costs,
     by: By,

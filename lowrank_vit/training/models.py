@@ -9,10 +9,12 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say
 from lowrank_vit.config.option_types import with_options
 from lowrank_vit.config.options import Config
+from lowrank_vit.lowrank.switching.start import start_in_factors
 from lowrank_vit.model.class_match import Classes, Trust
 from lowrank_vit.model.create import create_model, set_head
 from lowrank_vit.model.fit import fit_kept_head, load_initial, load_weights, tell_of_published_head
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
+from lowrank_vit.ranks.world import World
 from lowrank_vit.spectral.measures.initial import in_words, redraw_far_entries
 
 
@@ -51,6 +53,24 @@ def make_model(
         say(f"--fix-init has drawn anew {in_words(redrawn)}")
     set_head(model, options.head_init_scale, options.head_init_bias)
     return model
+
+
+def begin_in_factors(config: Config, model: nn.Module, world: World, say: Say) -> list[str]:
+    """With --lowrank-init put the targets in factors, in place; lines for the log. Raises `UserError`."""
+    options = config.lowrank
+    if options.lowrank_init is None:
+        return []
+    world.progress.enter("decomposing the first weights")
+    line = start_in_factors(
+        model,
+        options.lowrank_init,
+        options.lowrank_targets,
+        img_size=config.data.img_size,
+        is_first=world.is_first,
+        from_first=world.from_first if world.is_joined else None,
+        say=say,
+    )
+    return [line]
 
 
 def with_ema_warmup(config: Config, num_updates: int) -> tuple[Config, list[str]]:

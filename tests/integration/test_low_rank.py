@@ -6,14 +6,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lowrank_vit import analyze_spectrum, validate
+from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.lowrank.layers import even_factors, factorise, save_compressed
 from lowrank_vit.lowrank.targets import find_targets
-from lowrank_vit.model.low_rank import merge
+from lowrank_vit.model.low_rank import merge, ranks_of, with_products
 from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.score.options import ModelOptions
 from lowrank_vit.score.scorer import load_scorer
@@ -81,3 +83,38 @@ def test_a_compressed_checkpoint_is_tuned_resumed_scored_and_analyzed(
     layers = json.loads(file.read_text())["layers"]
     assert {name: layer["numerical_rank"] for name, layer in layers.items()} == dict.fromkeys(layers, float(RANK))
     assert "blocks.0.attn.qkv" in layers
+
+
+def test_a_run_begins_in_factors_of_the_weights_that_it_would_have_had_and_is_resumed(
+    small: Callable[..., list[str]], tmp_path: Path
+):
+    drawn = Trainer(parse(small("--no-spec-monitor")), "drawn").setup.model.state_dict()
+    share = ["--lowrank-init", "0.2", *TUNE]
+    whole = Trainer(parse(small(*share)), "whole")
+    (line,) = [line for line in whole.setup.description if line.startswith("--lowrank-init 0.2: 8 layers in factors")]
+    assert "of their 24,576 parameters" in line
+    first, average = whole.setup.model.state_dict(), whole.setup.ema.module.state_dict() if whole.setup.ema else {}
+    ranks = ranks_of(whole.setup.model)
+    for name, tensor in with_products(first).items():
+        rank = ranks.get(name.removesuffix(".weight"))
+        expected = drawn[name]
+        if rank:
+            u, s, vh = np.linalg.svd(expected.double().numpy())
+            expected = torch.from_numpy((u[:, :rank] * s[:rank]) @ vh[:rank])
+        torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=0, check_dtype=False)
+    assert first.keys() == average.keys()
+    assert all(torch.equal(first[name], average[name]) for name in first)
+    stepped = {parameter for group in whole.setup.optimizer.param_groups for parameter in group["params"]}
+    assert stepped == set(whole.setup.model.parameters())
+    of_whole = whole.run().run_dir
+    part = Trainer(parse(small(*share)), "part")
+    stop_after(part, UPDATES // 2)
+    stopped = part.run().run_dir
+    Trainer(parse(small(*share, "--resume", str(stopped / "last.pth.tar"))), "part").run()
+    assert losses(stopped) == losses(of_whole)
+    assert same_weights(stopped / "last.pth.tar", of_whole / "last.pth.tar")
+    for other in (["--lowrank-init", "0.3", *TUNE], TUNE):
+        with pytest.raises(UserError, match=r"other options: --lowrank-init was 0.2, now (0.3|None)"):
+            Trainer(parse(small(*other, "--resume", str(stopped / "last.pth.tar"))), "other")
+    with pytest.raises(UserError, match="The model is in factors already"):
+        Trainer(parse(small(*share, "--initial-checkpoint", str(stopped / "last.pth.tar"))), "again")

@@ -1,0 +1,103 @@
+"""Layers in factors from a run's first update: spectral initialisation, at ranks of a share of their parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from lowrank_vit.common import terminal
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.locks import Say
+from lowrank_vit.lowrank.allocation import Ranks, least_budget, uniform
+from lowrank_vit.lowrank.layers import Costs, Factors, Layer, factorise
+from lowrank_vit.lowrank.methods import svd
+from lowrank_vit.lowrank.targets import find_targets
+from lowrank_vit.lowrank.truncate import decompose
+from lowrank_vit.spectral.select import select_targets
+
+_TARGETS = "--lowrank-targets"
+
+
+def start_in_factors(
+    model: nn.Module,
+    share: float,
+    patterns: str,
+    *,
+    img_size: int | None = None,
+    is_first: bool = True,
+    from_first: Callable[[dict[str, Factors] | None], dict[str, Factors]] | None = None,
+    say: Say = terminal.say,
+) -> str:
+    """Put the layers that the patterns name in factors that have this share of their parameters, in place.
+
+    Spectral initialisation (Khodak et al., "Initialization and Regularization of Factorized Neural Layers", ICLR 2021):
+    the truncated SVD of each weight as it is, its values shared out evenly. All layers keep the same share, as far as
+    whole ranks go. Nothing is drawn, so a run of the same seed without factors begins with the very matrices that
+    these are the best approximations of.
+
+    Args:
+        model: as it begins, on its device.
+        share: of the layers' weights that their factors may have together, above 0 and below 1.
+        patterns: see `find_targets`.
+        img_size: likewise.
+        is_first: whether this rank makes the factors, whose last bits depend on the machine.
+        from_first: gives every rank those of the first, on the CPU; None: there is one rank.
+        say: is told of layers that are left as they are.
+
+    Returns:
+        Ranks and parameters, in a line for the log.
+
+    Raises:
+        UserError: as `find_targets`; the share has no room for rank 1 of every layer.
+    """
+    targets = find_targets(model, patterns, img_size=img_size, flag=_TARGETS, say=say)
+    costs = _costs_of({name: layer.weight for name, layer in targets.items()})
+    ranks = _ranks(costs, share)
+    made = {name: _spectral(targets[name], rank) for name, rank in ranks.items()} if is_first else None
+    if from_first:
+        made = from_first(made)
+    assert made is not None, "the first rank makes them"
+    factorise(model, made)
+    return f"--lowrank-init {share:g}: {_in_words(costs, ranks)}"
+
+
+def check_share(model: nn.Module, share: float, patterns: str) -> None:
+    """Raise `UserError` where no weight matches the patterns, or the share has no room for rank 1.
+
+    For a model as it is built: what else `start_in_factors` refuses, its weights must tell.
+    """
+    chosen = select_targets(dict(model.named_parameters(remove_duplicate=False)), patterns, _TARGETS)
+    if matrices := {name: weight for name, weight in chosen.items() if weight.ndim == 2}:
+        _ranks(_costs_of(matrices), share)
+
+
+def _costs_of(weights: Mapping[str, Tensor]) -> Costs:
+    """Of the layers alone, as if they were the model: budgets are shares of their parameters then."""
+    return Costs({name: Layer(*weight.shape, tokens=0) for name, weight in weights.items()}, {"params": 0, "flops": 0})
+
+
+def _ranks(costs: Costs, share: float) -> Ranks:
+    least = least_budget(costs)
+    if share < least:
+        raise UserError(
+            f"--lowrank-init {share:g}: rank 1 of every target needs {math.ceil(least * 1e4) / 1e4:g} of their "
+            f"parameters. Give at least that, or other {_TARGETS}."
+        )
+    return uniform(costs.layers, share, costs)
+
+
+def _spectral(layer: nn.Linear, rank: int) -> Factors:
+    up_Rr, down_rC, bias_R = decompose(layer.weight, layer.bias, svd.weighting, None).factors(rank)
+    return up_Rr.cpu(), down_rC.cpu(), None if bias_R is None else bias_R.cpu()
+
+
+def _in_words(costs: Costs, ranks: Ranks) -> str:
+    whole, now = costs.count({}), costs.count(ranks)
+    low, high = min(ranks.values()), max(ranks.values())
+    left = len(costs.layers) - len(ranks)
+    return (
+        f"{len(ranks)} layers in factors of rank {low if low == high else f'{low} to {high}'}"
+        f"{f', {left} whole' if left else ''}: {now:,} of their {whole:,} parameters ({now / whole:.1%})"
+    )

@@ -1,0 +1,112 @@
+"""Factors that a run begins with: numpy's truncated SVD of the weights, at the ranks that a share has room for."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.lowrank.layers import Factors
+from lowrank_vit.lowrank.switching.start import check_share, start_in_factors
+from lowrank_vit.model.low_rank import LowRankLinear, low_rank_layers, product, ranks_of
+
+TARGETS = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(1)
+    size: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=3, **size)
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.61])
+def test_the_factors_are_numpys_truncated_svd_evenly_shared_at_a_share_that_is_never_exceeded(share: float):
+    model = vit()
+    whole = {name: one.weight.detach().clone() for name, one in model.named_modules() if isinstance(one, nn.Linear)}
+    biases = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith("bias")}
+    line = start_in_factors(model, share, TARGETS, say=silent)
+    layers = low_rank_layers(model)
+    assert len(layers) == 8
+    of_layers = sum(layer.up.numel() + layer.down.numel() for layer in layers.values())
+    of_targets = sum(whole[name].numel() for name in layers)
+    one_rank_more = max(sum(whole[name].shape) for name in layers)
+    assert share * of_targets - one_rank_more < of_layers <= share * of_targets
+    for name, layer in layers.items():
+        u, s, vh = np.linalg.svd(whole[name].double().numpy())
+        best = (u[:, : layer.rank] * s[: layer.rank]) @ vh[: layer.rank]
+        np.testing.assert_allclose(product(layer.up, layer.down).numpy(), best, atol=1e-6)
+        up, down = layer.up.detach().double(), layer.down.detach().double()
+        for gram in (up.mT @ up, down @ down.mT):  # both are the singular values
+            np.testing.assert_allclose(gram.numpy(), np.diag(s[: layer.rank]), atol=1e-5)
+    assert all(torch.equal(biases[name], tensor) for name, tensor in model.state_dict().items() if name in biases)
+    ranks = sorted(set(ranks_of(model).values()))
+    assert line == (
+        f"--lowrank-init {share:g}: 8 layers in factors of rank {ranks[0]} to {ranks[-1]}: {of_layers:,} of their "
+        f"{of_targets:,} parameters ({of_layers / of_targets:.1%})"
+    )
+
+
+def test_what_is_not_named_stays_and_nothing_is_drawn():
+    model, other = vit(), vit()
+    state = torch.get_rng_state()
+    start_in_factors(model, 0.2, "mlp.fc1", say=silent)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert set(ranks_of(model)) == {"blocks.0.mlp.fc1", "blocks.1.mlp.fc1"}
+    rest = {name: tensor for name, tensor in other.state_dict().items() if "fc1.weight" not in name}
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in rest.items())
+
+
+def test_every_rank_takes_the_factors_of_the_first():
+    models = vit(), vit()
+    with torch.no_grad():
+        for parameter in models[1].parameters():
+            parameter.mul_(1 + 1e-7)  # another machine's last bits
+    told: list[dict[str, Factors]] = []
+
+    def tell(made: dict[str, Factors] | None) -> dict[str, Factors]:
+        told.extend([made] if made is not None else [])
+        return copy.deepcopy(told[0])
+
+    for n, model in enumerate(models):
+        start_in_factors(model, 0.2, TARGETS, is_first=n == 0, from_first=tell, say=silent)
+    assert len(told) == 1
+    for name, layer in low_rank_layers(models[0]).items():
+        other = models[1].get_submodule(name)
+        assert isinstance(other, LowRankLinear)
+        assert torch.equal(layer.up, other.up)
+        assert torch.equal(layer.down, other.down)
+
+
+def test_what_no_ranks_fit_is_refused_before_and_when_it_is_done():
+    model = vit()
+    words = r"--lowrank-init 0.001: rank 1 of every target needs 0\.\d+ of their parameters.*--lowrank-targets"
+    with pytest.raises(UserError, match=words):
+        check_share(model, 1e-3, TARGETS)
+    with pytest.raises(UserError, match=words):
+        start_in_factors(model, 1e-3, TARGETS, say=silent)
+    assert not ranks_of(model)
+    with pytest.raises(UserError, match=r"'attn\.qvk' matches no"):
+        check_share(vit(), 0.1, "attn.qvk")
+    model = vit()
+    start_in_factors(model, 0.3, TARGETS, say=silent)
+    with pytest.raises(UserError, match="in factors already"):
+        start_in_factors(model, 0.1, TARGETS, say=silent)
+    model = vit()
+    model.get_submodule("blocks.1.mlp").fc1 = model.get_submodule("blocks.0.mlp.fc1")
+    with pytest.raises(UserError, match=r"one tensor.*--lowrank-targets"):
+        start_in_factors(model, 0.3, TARGETS, say=silent)
+    model = vit()
+    with torch.no_grad():
+        model.get_parameter("blocks.1.mlp.fc1.weight")[0, 0] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        start_in_factors(model, 0.3, TARGETS, say=silent)
