@@ -39,7 +39,8 @@ from lowrank_vit.lowrank.results import Result, check_out, print_points, write_f
 from lowrank_vit.lowrank.targets import find_targets, parts_of_targets
 from lowrank_vit.lowrank.truncate import Decomposition
 from lowrank_vit.model.low_rank import merge
-from lowrank_vit.model.weights import COMPRESSION, read_checkpoint
+from lowrank_vit.model.weight_files import COMPRESSION
+from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.report.compression.read import NAME
 from lowrank_vit.run.directory import environment
 from lowrank_vit.score.results import ScoringProgress, interval, make_folder_of

@@ -22,7 +22,8 @@ from lowrank_vit.lowrank.options import SUFFIXES
 from lowrank_vit.lowrank.targets import in_evaluation, logits_of, noise, side_of
 from lowrank_vit.model.flops import forward_flops_per_image
 from lowrank_vit.model.low_rank import LowRankLinear, ranks_of
-from lowrank_vit.model.weights import COMPRESSION, LOWRANK_RANKS, Checkpoint
+from lowrank_vit.model.weight_files import COMPRESSION
+from lowrank_vit.model.weights import LOWRANK_RANKS, Checkpoint
 
 By = Literal["params", "flops"]
 Factors = tuple[Tensor, Tensor, Tensor | None]

@@ -7,7 +7,6 @@ Archives of torch's are read twice, since torch itself does not compare their ch
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 from collections import Counter
@@ -16,37 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import timm
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.files import damaged_member
 from lowrank_vit.config import meaning
 from lowrank_vit.config.option_types import Range, kind_of, leaves, may_change
 from lowrank_vit.config.options import Config
+from lowrank_vit.model.weight_files import COMPRESSION, SUFFIXES, about_npz, read_safetensors, reason_of, unpickled
 
 BETTER = "better"
 """Key of a checkpoint's content: "model" or "ema", whichever scored higher in the newest epoch; "" before the first."""
 LOWRANK_RANKS = "lowrank_ranks"
 """Key of a checkpoint's content: the rank of each layer that is in factors, by its name; absent where none is."""
-COMPRESSION = "compression"
-"""Key of a checkpoint's content: how `lowrank_vit.compress` made its weights, plain values."""
-SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors", ".npz")
 _OWN, _EMA = ("state_dict", "model"), ("state_dict_ema", "model_ema")
 """Where files have the model's weights and the EMA's, by timm, and by DeiT and MAE; timm looks in this order."""
 _OF_A_RUN = ("state_dict", "optimizer", "progress", "step", "data", "args")
 """What a run is continued from."""
-_OTHERS = {
-    (".yaml", ".yml"): "options, which --config takes",
-    (".beton",): "images, which --data takes",
-    (".jpg", ".jpeg", ".png", ".webp"): "an image, which `lowrank_vit.inference` takes",
-    (".csv", ".json", ".jsonl", ".html", ".npy"): "numbers; `lowrank_vit.report` takes the directory of a run",
-}
-"""What files of other kinds hold, by their suffixes, and where they belong."""
 _OF_THE_MONITOR = {"update", "weights", "before"}
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What DDP, torch.compile, FSDP and checkpointed activations put into names; only the first two in front of all."""
@@ -212,10 +198,10 @@ def read_checkpoint(path: Path, what: str = "Checkpoint") -> Checkpoint:
     require_file(path, what)
     try:
         if path.suffix == ".npz":
-            return Checkpoint(path, _about_npz(path), is_npz=True)
-        content: Any = _safetensors(path) if path.suffix == ".safetensors" else _unpickled(path)
+            return Checkpoint(path, about_npz(path), is_npz=True)
+        content: Any = read_safetensors(path) if path.suffix == ".safetensors" else unpickled(path)
     except Exception as error:  # a damaged or foreign file fails in many ways
-        raise UserError(f"{what} {path} cannot be read: {_reason(path, error)}") from error
+        raise UserError(f"{what} {path} cannot be read: {reason_of(path, error)}") from error
     if is_state_dict(content):
         content = {"state_dict": content}
     content = dict(content) if isinstance(content, dict) else {}
@@ -308,89 +294,3 @@ def _first_of(content: dict[str, Any], keys: tuple[str, ...]) -> str:
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
-
-
-def _unpickled(path: Path) -> Any:
-    """The content of a file of torch's; of classes and functions it may name those below, and torch's own for tensors.
-
-    timm, DeiT and MAE save their arguments as a Namespace, a bag of plain values. numpy's own functions stay out of it:
-    its types can be forged in a pickle. Raises `Damaged` for an archive whose checksums do not fit.
-    """
-    if member := damaged_member(path):
-        raise Damaged(member)
-    numpys = [(_number, "numpy._core.multiarray.scalar"), (_number, "numpy.core.multiarray.scalar")]
-    with torch.serialization.safe_globals([argparse.Namespace, *numpys, (_NumberType, "numpy.dtype")]):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-class Damaged(Exception):
-    """A member of an archive has other bytes than were written."""
-
-
-class _NumberType:
-    """A numpy dtype as a pickle tells it, without numpy's."""
-
-    def __init__(self, code: str, *_: object) -> None:
-        if not re.fullmatch(r"[biufcUS]\d+", code):
-            raise ValueError(f"a numpy value of type {code}")
-        self.code = code
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Take the byte order of `state`: (numpy's version, order, and what only compound types have)."""
-        if state[1] not in ("<", ">", "|"):
-            raise ValueError(f"a numpy value of byte order {state[1]}")
-        self.code = state[1] + self.code
-
-
-def _number(kind: Any, data: bytes) -> Any:
-    """A numpy scalar as a Python value. Raises `ValueError` for what is not the bytes of one number or text."""
-    if not isinstance(kind, _NumberType):  # whatever a forged pickle put there
-        raise ValueError("a numpy value without a type")
-    (value,) = np.frombuffer(data, np.dtype(kind.code))
-    return value.item()
-
-
-def _safetensors(path: Path) -> dict[str, Any]:
-    """The tensors as a state dict, and how they were made by `lowrank_vit.compress`, where the file tells."""
-    content: dict[str, Any] = {"state_dict": load_file(path)}
-    with safe_open(path, "pt") as file:
-        told: Any = (file.metadata() or {}).get(COMPRESSION)
-    try:
-        about: Any = json.loads(told or "null")
-    except ValueError:  # another program's, of the same name
-        about = None
-    return content | ({COMPRESSION: about} if isinstance(about, dict) else {})
-
-
-def _about_npz(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file, np.load(file) as arrays:  # numpy leaves a damaged file open
-        biases = [arrays[key] for key in arrays.files if key.endswith("head/bias")]
-    return {"num_classes": len(biases[0])} if biases else {}
-
-
-def _reason(path: Path, error: Exception) -> str:
-    """Why a file could not be read, and what to do."""
-    other = next((what for suffixes, what in _OTHERS.items() if path.suffix.lower() in suffixes), "")
-    if other:
-        return (
-            f"it holds no weights, but {other}. Give a run's last.pth.tar or model_best.pth.tar, or a file of weights."
-        )
-    if "TorchScript" in str(error):
-        return (
-            "it is a program of TorchScript. Save its weights alone, as torch.save(torch.jit.load(FILE).state_dict(), "
-            "NEW_FILE), and give that."
-        )
-    if isinstance(error, Damaged):
-        return (
-            f"it is damaged, since its part `{error}` has other bytes than were written (by its checksum). Copy the "
-            "file again from where it came, or give an older one, such as a run's model_best.pth.tar."
-        )
-    if named := re.search(r"GLOBAL (\S+)", str(error)):
-        return (
-            f"it holds `{named[1]}`, which reading would have to run, and no code of a file is run. Save the weights "
-            'alone where it was made, as torch.save({"state_dict": model.state_dict()}, FILE), and give that.'
-        )
-    return (
-        f"it is damaged, cut short, or no file of weights (tensors and plain values: {', '.join(SUFFIXES)}). Give a "
-        "file such as a run's last.pth.tar or model_best.pth.tar."
-    )

@@ -21,7 +21,8 @@ from lowrank_vit import analyze_spectrum
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.model.create import create_model
 from lowrank_vit.model.fit import load_initial
-from lowrank_vit.model.weights import SUFFIXES, read_checkpoint
+from lowrank_vit.model.weight_files import SUFFIXES
+from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.run.checkpoints import write_checkpoint
 from lowrank_vit.score.scorer import ModelOptions, Scorer, load_scorer
 
