@@ -14,6 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.waiting import LONG_S
+
 ROOT = Path(__file__).parents[1]
 RECORDED = ("python", "torchrun", "make", "docker", "wandb", "lowrank-vit")
 RECORDER = """#!{python} -IS
@@ -91,7 +93,7 @@ def calls_of(text: str, folder: Path) -> list[Call]:
     }
     command = [tool("bash"), "-euo", "pipefail", "-c", NOTE_UNKNOWN + text]
     done = subprocess.run(
-        command, cwd=folder, env=told | slurm, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=folder, env=told | slurm, capture_output=True, text=True, timeout=LONG_S, check=False
     )
     missed = unknown.read_text().split()
     assert not missed, f"no test knows what to do with {', '.join(missed)}"

@@ -41,8 +41,9 @@ import torch
 
 from tests.kill_runs import COMMON, campaign, differing_bits, verdict
 from tests.killed_rank import AFTER, BEFORE, Place
-from tests.launches import LONG_S, Fault, Launch, Victim, lives
+from tests.launches import Fault, Launch, Victim, lives
 from tests.runs import records
+from tests.waiting import LONG_S
 
 EPOCHS, UPDATES = 10, 110
 TRAINED = [*COMMON, "--epochs", str(EPOCHS), "--batch-size", "64", "--mixup", "0.2", "--reprob", "0.25"]

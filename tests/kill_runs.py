@@ -30,7 +30,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -49,12 +48,11 @@ from lowrank_vit import train
 from lowrank_vit.common.errors import exit_cleanly
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from tests.golden.compare import differences
+from tests.waiting import LONG_S, free_port
 
 IMPORTED = ("sklearn.datasets", *(f"lowrank_vit.data.decode.{name}" for name in ("dali", "ffcv", "resident")))
 """Where they are used otherwise; a forked child finds them there."""
 ROOT = Path(__file__).parents[1]
-LONG_S = 300.0
-"""No attempt takes so long unless it hangs."""
 COMMON = f"""
 --config {ROOT}/configs/quickstart.yaml --device cpu --loader resident --workers 2 --batch-size 128
 --model-kwargs patch_size=4 embed_dim=32 depth=2 num_heads=2 class_token=False global_pool=avg --epochs 4
@@ -128,13 +126,6 @@ class Attempt:
     def codes(self) -> list[int]:
         """Wait for the ends; the exit codes, a signal's negative."""
         return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self._children]
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens at just now."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 def has_ended(pid: int) -> bool:

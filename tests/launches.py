@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from tests import killed_rank
-from tests.kill_runs import ROOT, forked, free_port, has_ended, spawned
+from tests.kill_runs import ROOT, forked, has_ended, spawned
 from tests.killed_rank import TRACES, Place
+from tests.waiting import LONG_S, free_port
 
-LONG_S = 180.0
-"""Nothing that is waited for takes so long unless something hangs."""
 RENDEZVOUS = "last_call_timeout=3,keep_alive_interval=2,keep_alive_max_attempt=3"
 """A node that is lost is known after 6 s, and another is waited for 3 s."""
 Victim = Literal["rank", "node", "agent"]

@@ -16,8 +16,8 @@ from lowrank_vit.spectral.solving.solve import MatrixStack, solve_stack
 from lowrank_vit.spectral.watching import files
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from lowrank_vit.spectral.watching.refresh import SpectralSettings
+from tests.waiting import LONG_S
 
-LONG_S = 30  # for waits that end at once unless something is broken
 SETTINGS = SpectralSettings(topk=3, interval=2)
 WITH_UPDATES = replace(SETTINGS, updates=True)
 TIMES = ("refresh/seconds", "refresh/skipped", "refresh/failed")

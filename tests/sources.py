@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.photos import write_folder
 from tests.unit.data_prep.sources.test_cifar100 import PYTHON_FORM, write_tar
+from tests.waiting import LONG_S
 
 
 class Said(list[str]):
@@ -41,6 +42,6 @@ def run_at_once(code: str, count: int = 3) -> list[str]:
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(count)
     ]
-    outputs = [process.communicate(timeout=180) for process in running]
+    outputs = [process.communicate(timeout=LONG_S) for process in running]
     assert [process.returncode for process in running] == [0] * count, outputs
     return [out for out, _ in outputs]

@@ -28,10 +28,9 @@ from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from lowrank_vit.spectral.watching.refresh import Memory, SpectralSettings, refresh, update_norms
 from lowrank_vit.spectral.watching.watched import directions_of
 from tests.spectra import sine, with_spectrum
+from tests.waiting import LONG_S
 
 pytestmark = pytest.mark.gpu
-
-LONG_S = 60
 
 
 @pytest.fixture

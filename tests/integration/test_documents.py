@@ -30,6 +30,7 @@ from tests.documents import ROOT, Block, blocks, calls_of, tool, write_recorders
 from tests.integration.test_published_commands import COMMANDS
 from tests.photos import write_folder
 from tests.sources import write_archive
+from tests.waiting import LONG_S
 
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 ENGLISH, CHINESE = "docs/guide.md", "docs/guide_zh.md"
@@ -134,7 +135,7 @@ class Reader:
         """What make itself would run; nothing where it would install or remove something."""
         told = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
         command = [tool("make"), "--dry-run", *arguments, "PY=python"]
-        done = subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, timeout=LONG_S, check=False)
         assert done.returncode == 0, f"make {arguments}: {done.stderr}"
         return "" if {"setup", "clean"} & set(arguments) else done.stdout
 

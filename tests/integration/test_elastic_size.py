@@ -19,11 +19,12 @@ RECIPE = """
 """.split()
 
 RANKS = """
-import os, socket, sys
+import os, sys
 from lowrank_vit import train
 from lowrank_vit.training.trainer import Trainer
 from tests.forked import Forked
 from tests.runs import stop_after
+from tests.waiting import free_port
 made = Trainer.__init__
 def make(trainer, *args):
     made(trainer, *args)
@@ -33,9 +34,7 @@ def make(trainer, *args):
 Trainer.__init__ = make
 stop = 0
 for size, stop in ((4, 4), (3, 11), (2, 17)):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    port = free_port()
     children = []
     for rank in range(size):
         if not (pid := os.fork()):

@@ -14,6 +14,7 @@ from lowrank_vit import train as train_command
 from lowrank_vit.config.flags import parse
 from lowrank_vit.model.create import create_model
 from tests.sources import write_archive, write_splits
+from tests.wandb_files import run_files
 
 CIFAR100 = """
 --dataset torch/cifar100 --dataset-download --data-dir ./data --model {model} --num-classes 100 --img-size 224
@@ -131,4 +132,4 @@ def test_spectra_and_wandb_train(tmp_path, monkeypatch):
     (row,) = run("imagenet1k_vit_base_spectra", " --data-dir photos --spec-every 1")
     assert float(row["train_loss"]) > 0
     assert list(Path("output/run/spectra").glob("update_*.npz"))
-    assert list(tmp_path.rglob("run-*.wandb"))
+    assert run_files(next(tmp_path.rglob("wandb")))

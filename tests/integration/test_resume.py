@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.training.trainer import Trainer
 from tests.integration.conftest import RECIPE, UPDATES
 from tests.runs import at_update, losses, records, same_weights, stop_after
+from tests.waiting import LONG_S, wait_until
 
 SHORT = ("--epochs", "2")
 
@@ -261,14 +261,6 @@ def modified(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the run ended by itself"
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1"])
 def test_signals_save_and_say_how_to_go_on(small, tmp_path, name, monkeypatch, capsys):
     """Within this process; see the next test for one of its own."""
@@ -290,10 +282,10 @@ def test_sigterm_saves_and_ends_cleanly(small, tmp_path):
     process = subprocess.Popen(
         command(small, "--experiment", "s"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_for(last(tmp_path, "s").exists, process)
-    process.send_signal(signal.SIGTERM)
     try:
-        out, err = process.communicate(timeout=60)
+        wait_until(last(tmp_path, "s").exists, while_runs=process)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=LONG_S)
     finally:
         process.kill()  # a failure must not leave it running
     assert process.returncode == 0, err
@@ -314,10 +306,12 @@ def test_a_killed_run_leaves_a_checkpoint_that_loads(small, tmp_path):
             [*command(small, *more), *resume], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         before = modified(last(tmp_path, "k"))
-        wait_for(lambda since=before: modified(last(tmp_path, "k")) > since, process)
-        time.sleep(wait_s)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            wait_until(lambda since=before: modified(last(tmp_path, "k")) > since, while_runs=process)
+            time.sleep(wait_s)
+        finally:
+            process.kill()
+            process.wait()
         updates.append(read_checkpoint(last(tmp_path, "k")).content["step"]["num_updates"])
         resume = ("--resume", str(last(tmp_path, "k")))
     assert updates == sorted(set(updates))

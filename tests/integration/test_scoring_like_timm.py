@@ -22,6 +22,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.score import prediction
 from lowrank_vit.score.options import PredictOptions
 from tests.photos import write_folder
+from tests.waiting import LONG_S
 
 TINY: dict[str, Any] = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
 KWARGS = " ".join(f"{name}={value}" for name, value in TINY.items())
@@ -225,7 +226,7 @@ def test_the_next_batch_is_decoded_while_this_one_is_computed(photos, weights, m
         return crop(file, scorer)
 
     def compute(*arguments):
-        waited.append(begun.wait(20))
+        waited.append(begun.wait(LONG_S))
         return classify(*arguments)
 
     monkeypatch.setattr(prediction, "_crop", crop_one)

@@ -14,6 +14,7 @@ import torch
 from lowrank_vit import inference, validate
 from tests.forked import Forked, torchrun
 from tests.photos import write_folder
+from tests.waiting import LONG_S
 
 KWARGS: dict[str, Any] = {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
 PROGRAM = """
@@ -57,7 +58,7 @@ def ranks(folder: Path, argv: tuple[list[str], list[str]], **more: str) -> tuple
     (folder / "program.py").write_text(PROGRAM)
     program = [str(folder / "program.py"), *("|".join(line) for line in argv)]
     process = Forked(torchrun, "--nproc-per-node=3", "--run-path", *program, environment=more)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=LONG_S)
     return process.returncode, out, err
 
 

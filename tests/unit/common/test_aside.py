@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from lowrank_vit.common.aside import Aside, NotStarted
 from lowrank_vit.common.errors import UserError
-
-LONG_S = 60
+from tests.waiting import LONG_S, is_gone, wait_until
 
 
 @pytest.fixture
@@ -39,18 +37,8 @@ def count(tell, until: int) -> int:
 
 
 def open_files() -> set[Path]:
+    gc.collect()  # what earlier tests have left open would be closed at any time
     return set(Path("/proc/self/fd").iterdir())
-
-
-def is_gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
-def wait_until_gone(pid: int) -> None:
-    end = time.monotonic() + LONG_S
-    while not is_gone(pid):
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_arrays_come_back_bit_for_bit_whatever_their_number_and_layout(aside):
@@ -109,7 +97,7 @@ def test_one_that_cannot_be_started_is_told_and_leaves_nothing_open(aside, monke
     for _ in range(2):
         with pytest.raises(NotStarted, match=r"exit status 1|No such file"):
             aside.call(os.getpid)
-    assert open_files() == before
+    assert open_files() <= before
     assert aside.pid is None
 
 
@@ -136,4 +124,4 @@ def test_it_ends_with_a_process_that_is_killed(is_busy):
         pid = int(process.stdout.readline())
         assert not is_gone(pid)
         process.kill()
-    wait_until_gone(pid)
+    wait_until(lambda: is_gone(pid), "its end")

@@ -11,6 +11,7 @@ import pytest
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import LOCK, SOFT_LOCK, holder, is_locked, lock_folder, one_process_in, try_flock
+from tests.waiting import LONG_S
 
 HOLD = """
 import sys
@@ -101,7 +102,7 @@ def test_who_waits_says_so_once(tmp_path):
     thread = threading.Thread(target=second)
     with one_process_in(tmp_path / "place", pytest.fail, ""):
         thread.start()
-        assert waits.wait(60)
+        assert waits.wait(LONG_S)
         order.append(1)
     thread.join()
     assert order == [1, 2]

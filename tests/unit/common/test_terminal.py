@@ -15,6 +15,7 @@ import pytest
 from lowrank_vit.common import begin, terminal
 from lowrank_vit.common.program import COMMANDS
 from lowrank_vit.common.terminal import Steady, duration
+from tests.waiting import LONG_S
 
 ROOT = Path(__file__).parents[3]
 TALK = """
@@ -70,7 +71,7 @@ def test_a_command_goes_on_when_nobody_reads_its_output(tmp_path, lost: Callable
     stream = lost()
     process = command(TALK, flags=flags, arguments=[str(tmp_path / "file")], stdout=stream, stderr=stream)
     os.close(stream)
-    assert process.wait(100) == (1 if lost is full_disk else 0)
+    assert process.wait(LONG_S) == (1 if lost is full_disk else 0)
     assert (tmp_path / "file").read_text() == "True"
 
 
@@ -86,14 +87,14 @@ def test_a_command_goes_on_when_nobody_reads_its_output(tmp_path, lost: Callable
 )
 def test_output_for_which_there_is_no_space_is_an_error_where_it_is_all_there_is(body: str, code: int):
     process = command(body, stdout=full_disk(), stderr=subprocess.PIPE)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=LONG_S)
     said = b"error: the output could not be written: No space left on device\n"
     assert (process.returncode, errors) == (code, said if code == 1 else b"")
 
 
 def test_a_command_goes_on_without_any_stream_and_no_file_gets_the_number_of_one(tmp_path):
     process = command(TALK, arguments=[str(tmp_path / "file")], preexec_fn=lambda: os.closerange(0, 3))
-    assert process.wait(100) == 0
+    assert process.wait(LONG_S) == 0
     assert (tmp_path / "file").read_text() == "True"
 
 
@@ -104,7 +105,7 @@ def test_what_is_read_is_all_there_also_of_a_pipe_that_does_not_wait():
     os.close(writing)
     with os.fdopen(reading) as file:
         assert list(map(int, file)) == list(range(100_000))
-    assert process.wait(100) == 0
+    assert process.wait(LONG_S) == 0
 
 
 def test_a_reader_that_goes_away_is_told_to_whoever_asks():
@@ -114,7 +115,7 @@ def test_a_reader_that_goes_away_is_told_to_whoever_asks():
     assert process.stdout
     assert process.stdout.readline() == b"a\n"
     process.stdout.close()
-    assert process.wait(100) == 0
+    assert process.wait(LONG_S) == 0
 
 
 @pytest.mark.parametrize("module", [module for module, _ in COMMANDS.values()] + ["lowrank_vit", "benchmarks"])
@@ -187,7 +188,7 @@ def test_ctrl_c_leaves_no_traceback(body, tmp_path):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     process = command(body, arguments=[str(tmp_path)], stderr=subprocess.PIPE, preexec_fn=not_ignored)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=LONG_S)
     assert (process.returncode, errors) == (130, b"interrupted\n")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Generator
 import pytest
 
 from lowrank_vit.common.threads import Ahead, Jobs
+from tests.waiting import LONG_S, wait_until
 
 
 def counting(log: list[object], count: int, error: BaseException | None = None) -> Generator[int, None, None]:
@@ -28,12 +29,11 @@ def counting(log: list[object], count: int, error: BaseException | None = None) 
         log.append(threading.current_thread().name)
 
 
-def settled(log: list[object]) -> int:
-    """How long the log is when it grows no more."""
-    length = -1
-    while length != (length := len(log)):
-        time.sleep(0.05)
-    return length
+def settled(log: list[object], least: int) -> int:
+    """How long the log is when it has come to `least` and grows no more."""
+    wait_until(lambda: len(log) >= least)
+    time.sleep(0.05)
+    return len(log)
 
 
 def test_items_come_in_order_and_the_thread_ends():
@@ -51,10 +51,10 @@ def test_items_come_in_order_and_the_thread_ends():
 def test_only_so_many_are_made_ahead(depth):
     log: list[object] = []
     items = Ahead(counting(log, 100), depth, "maker")
-    assert settled(log) == depth + 1
+    assert settled(log, depth + 1) == depth + 1
     assert items.waiting == depth
     assert next(items) == 0
-    assert settled(log) == depth + 2
+    assert settled(log, depth + 2) == depth + 2
     items.close()
 
 
@@ -93,7 +93,7 @@ def test_an_item_that_was_taken_is_not_held_by_the_thread():
 
     items = Ahead(make(), 1, "maker")
     taken = weakref.ref(next(items))
-    assert begun.wait(60)
+    assert begun.wait(LONG_S)
     gc.collect()
     assert taken() is None
     items.close()
@@ -165,7 +165,7 @@ def test_a_job_is_busy_until_it_is_forgotten():
 
     go_on, job = threading.Event(), Job()
     held = weakref.ref(job)
-    jobs = Jobs[Job](lambda _: go_on.wait(60), lambda *_: None, "worker")
+    jobs = Jobs[Job](lambda _: go_on.wait(LONG_S), lambda *_: None, "worker")
     jobs.put(job)
     del job
     assert jobs.is_busy
@@ -183,19 +183,19 @@ def test_closing_wakes_whoever_waits_for_an_item():
 
     def made() -> Generator[int]:
         is_asked.set()
-        go_on.wait(30)
+        go_on.wait(LONG_S)
         yield 1
 
     ahead, taken = Ahead(made(), 1, "maker"), list[int]()
     waiting = threading.Thread(target=lambda: taken.extend(ahead), daemon=True)
     waiting.start()
-    is_asked.wait(30)
+    assert is_asked.wait(LONG_S)
     closing = threading.Thread(target=ahead.close, daemon=True)
     closing.start()
     time.sleep(0.05)
     go_on.set()
     for thread in (closing, waiting):
-        thread.join(30)
+        thread.join(LONG_S)
         assert not thread.is_alive()
 
 
@@ -217,8 +217,8 @@ def test_jobs_behind_an_error_that_ended_the_thread_are_dropped():
     jobs.put(1)
     with pytest.raises(RuntimeError, match="beyond help"):
         jobs.wait()
-    while jobs._thread.is_alive():
-        time.sleep(0.001)
+    jobs._thread.join(LONG_S)
+    assert not jobs._thread.is_alive()
     job = weakref.ref(late := type("Job", (), {})())
     jobs.put(late)
     del late

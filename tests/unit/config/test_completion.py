@@ -16,6 +16,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.program import COMMANDS
 from lowrank_vit.config import completion
 from lowrank_vit.config.options import LoaderName
+from tests.waiting import LONG_S
 
 ROOT = Path(__file__).parents[3]
 SHELL = shutil.which("bash")
@@ -32,7 +33,7 @@ def complete(script: str, *words: str) -> list[str]:
     line = " ".join(shlex.quote(word) for word in ("lowrank-vit", *words))
     driver = f"\nCOMP_WORDS=({line}); COMP_CWORD={len(words)}; _lowrank_vit; printf '%s\\n' \"${{COMPREPLY[@]}}\""
     command = [SHELL, "--norc", "-uc", script + driver]
-    done = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, check=True, timeout=LONG_S)
     assert not done.stderr
     return done.stdout.split()
 

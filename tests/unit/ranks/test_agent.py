@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 
 import psutil
 
 from lowrank_vit.ranks.agent import agent, has_ended, launched
+from tests.waiting import wait_until
+
+
+def children(pid: int) -> list[int]:
+    return [one.pid for one in psutil.Process(pid).children()]
 
 
 def test_a_launcher_that_runs_the_command_in_a_child_is_not_torchrun(monkeypatch):
@@ -21,12 +25,11 @@ def test_a_launcher_that_runs_the_command_in_a_child_is_not_torchrun(monkeypatch
     launcher = subprocess.Popen(["sh", "-c", f"sh -c '{shell[2]}'; :"], start_new_session=True)
     of_another = subprocess.Popen(shell, env=os.environ | {"RANK": "0"}, start_new_session=True)
     try:
-        deadline = time.monotonic() + 60
-        while (
-            not (within := [one.pid for one in psutil.Process(launcher.pid).children()]) and time.monotonic() < deadline
-        ):
-            time.sleep(0.01)
-        for pid in (*within, launcher.pid):
+        # A process that has just begun its program has no environment for a moment; one that has a child has.
+        (within,) = wait_until(lambda: children(launcher.pid))
+        wait_until(lambda: children(within))
+        wait_until(lambda: children(of_another.pid))
+        for pid in (within, launcher.pid):
             assert launched(psutil.Process(pid)).pid == launcher.pid
         assert launched(psutil.Process(of_another.pid)).pid == of_another.pid
         assert (launched().pid, agent()) == (os.getpid(), psutil.Process(os.getppid()))

@@ -12,6 +12,7 @@ import pytest
 from torch.distributed import HashStore
 
 from lowrank_vit.ranks.world import CommonStep
+from tests.waiting import LONG_S
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_none_ends_its_step_before_all_are_known(store):
     assert waiting.is_alive()
     ranks[1].poll(store, 1, 2)
     ranks[0].poll(store, 0, 2)
-    waiting.join(60)
+    waiting.join(LONG_S)
     assert here == [False]
 
 
@@ -61,7 +62,7 @@ def test_ranks_that_go_in_step_and_ask_at_any_time_meet(store, seed):
     """Each step ends with a collective, here a barrier, so that a rank which waited for ever would hold up all."""
     size, generator = 4, random.Random(seed)
     ranks, found = [CommonStep() for _ in range(size)], dict[int, int]()
-    barrier, is_over = threading.Barrier(size, timeout=60), threading.Event()
+    barrier, is_over = threading.Barrier(size, timeout=LONG_S), threading.Event()
     pauses = [[generator.random() / 300 for _ in range(7)] for _ in ranks]
 
     def train(rank: int) -> None:
@@ -83,7 +84,7 @@ def test_ranks_that_go_in_step_and_ask_at_any_time_meet(store, seed):
     for thread in watching + training:
         thread.start()
     for thread in training:
-        thread.join(60)
+        thread.join(LONG_S)
     is_over.set()
     assert len(found) == size
     assert len(set(found.values())) == 1

@@ -20,6 +20,7 @@ from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.run import checkpoints as checkpoints_module
 from lowrank_vit.run.checkpoints import IS_FINITE, LAST, Beside, Checkpoints, CheckpointWriter, write_checkpoint
 from lowrank_vit.run.state import RunState
+from tests.waiting import LONG_S
 
 CPU = torch.device("cpu")
 
@@ -37,14 +38,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
     def slow(path, content):
         is_writing.set()
-        assert may_write.wait(30)
+        assert may_write.wait(LONG_S)
         write_checkpoint(path, content)
 
     monkeypatch.setattr(checkpoints_module, "write_checkpoint", slow)
     writer = CheckpointWriter(tmp_path, CPU, print)
     state = content(1.0)
     writer.save(state)
-    assert is_writing.wait(30)  # `save` has returned, the disk is at work
+    assert is_writing.wait(LONG_S)  # `save` has returned, the disk is at work
     assert writer.is_busy
     state["state_dict"]["w"].fill_(9.0)
     state["optimizer"]["state"][0]["m"].fill_(9.0)
@@ -73,7 +74,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_disk(tmp_path, monkeypatch):
     may_write = threading.Event()
 
     def slow(path, content):
-        assert may_write.wait(100)
+        assert may_write.wait(LONG_S)
         write_checkpoint(path, content)
 
     monkeypatch.setattr(checkpoints_module, "write_checkpoint", slow)

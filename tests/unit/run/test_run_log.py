@@ -16,6 +16,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.run.directory import RunDir, environment
 from lowrank_vit.run.metrics import RunLog, last_recorded
 from tests.forked import Forked
+from tests.waiting import LONG_S
 
 
 def rows(path):
@@ -56,11 +57,11 @@ def test_only_one_process_owns_a_run_directory(tmp_path):
         "from pathlib import Path; from lowrank_vit.run.directory import RunDir; "
         f"RunDir.reopen(Path({str(ours.path)!r}))"
     )
-    _, err = Forked(exec, code, {}).communicate(timeout=60)
+    _, err = Forked(exec, code, {}).communicate(timeout=LONG_S)
     assert "is in use by another process" in err
     ours.close()
     theirs = Forked(exec, code, {})
-    theirs.communicate(timeout=60)
+    theirs.communicate(timeout=LONG_S)
     assert theirs.returncode == 0
 
 

@@ -22,6 +22,7 @@ from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import DataOptions, locate, locate_validation
 from tests.sources import Said, run_at_once, write_archive
 from tests.unit.data_prep.sources.test_cifar100 import PYTHON_FORM, write_folder
+from tests.waiting import LONG_S
 
 CIFAR = DataOptions("torch/cifar100")
 NAME = "cifar-100-python.tar.gz"
@@ -246,10 +247,10 @@ def test_files_that_another_process_is_finishing_are_waited_for(tmp_path):
         with one_process_in(place, Said(), ""):
             copy2(tmp_path / "elsewhere" / "train.beton", place)
             asked = threads.submit(locate, replace(CIFAR, data_dir=tmp_path), say)
-            assert waits.wait(60), said
+            assert waits.wait(LONG_S), said
             for path in finished:
                 copy2(path, place)
-        assert asked.result(60)[0] == place / "train.beton"
+        assert asked.result(LONG_S)[0] == place / "train.beton"
     assert not said.about("converting")
 
 

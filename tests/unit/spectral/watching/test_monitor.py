@@ -26,8 +26,9 @@ from lowrank_vit.spectral.watching import refresh as refresh_module
 from lowrank_vit.spectral.watching.refresh import Memory, SpectralSettings, refresh
 from lowrank_vit.spectral.watching.worker import Worker
 from tests.device_path import CudaPath
-from tests.monitors import LONG_S, SETTINGS, Gate, comparable, nudge, observe, stored, targets, watch
+from tests.monitors import SETTINGS, Gate, comparable, nudge, observe, stored, targets, watch
 from tests.spectra import tiny_vit
+from tests.waiting import LONG_S
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 

@@ -20,8 +20,9 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.watching import files
 from lowrank_vit.spectral.watching import refresh as refresh_module
-from tests.monitors import LONG_S, Gate, observe, stored, watch
+from tests.monitors import Gate, observe, stored, watch
 from tests.spectra import tiny_vit
+from tests.waiting import LONG_S
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
@@ -158,7 +159,8 @@ def test_an_exception_in_the_training_cancels_the_refresh_in_flight(tmp_path: Pa
         with watch(tiny_vit(), tmp_path) as monitor:
             monitor.observe(0)
             assert gate.asked.wait(LONG_S)
-            threading.Timer(0.1, gate.open.set).start()
+            cancelled = monitor._worker.cancelled
+            threading.Thread(target=lambda: cancelled.wait(LONG_S) and gate.open.set()).start()
             raise KeyError("out of data")
 
     with pytest.raises(KeyError, match="out of data"):
@@ -173,13 +175,14 @@ from pathlib import Path
 from lowrank_vit.spectral.watching import refresh
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from tests.spectra import tiny_vit
+from tests.waiting import LONG_S
 asked = threading.Event()
 refresh.solve_stack = lambda *a, **k: (asked.set(), threading.Event().wait())
 monitor = SpectralMonitor(tiny_vit(), None, targets="mlp.fc1", every=1, store_dir=Path({str(tmp_path)!r}))
 monitor.observe(0)
 asked.wait()
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], timeout=4 * LONG_S, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], timeout=LONG_S, check=False)
     assert done.returncode == 0
 
 

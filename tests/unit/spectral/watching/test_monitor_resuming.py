@@ -16,7 +16,6 @@ from lowrank_vit.spectral.watching import files, store
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from lowrank_vit.spectral.watching.refresh import SpectralSettings
 from tests.monitors import (
-    LONG_S,
     TIMES,
     WITH_UPDATES,
     Gate,
@@ -29,6 +28,7 @@ from tests.monitors import (
     watch,
 )
 from tests.spectra import tiny_vit
+from tests.waiting import LONG_S
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 

@@ -24,8 +24,8 @@ from lowrank_vit.spectral.watching.monitor import _BUSY, _CLOSED, _IDLE, Spectra
 from lowrank_vit.spectral.watching.watched import share_out
 from tests.monitors import WITH_UPDATES, Gate, adamw, step
 from tests.spectra import tiny_vit
+from tests.waiting import LONG_S
 
-LONG_S = 60
 TIMES = ("refresh/seconds", "refresh/skipped")
 
 VIT_B = {
