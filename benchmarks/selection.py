@@ -47,7 +47,7 @@ CPU: Mapping[str, Entry] = {
     "loader": Entry("loader", ("--count", "1200"), expected_s=75),
     "augment": Entry("augment", ("--batches", "4"), expected_s=30),
     "spectral": Entry("spectral", expected_s=140),
-    "step": Entry("step", expected_s=60),
+    "step": Entry("step", expected_s=150),
     "end-to-end": Entry("end-to-end", ("--count", "1200", "--steps", "20"), expected_s=120),
     "limits": Entry("limits", ("--count", "600"), expected_s=20),
     # Without memory, which takes a process a sample.

@@ -1,4 +1,7 @@
-"""The bench `step`: one training step on synthetic images, eager and compiled, beside that of timm's train.py."""
+"""The bench `step`: one training step on synthetic images, eager and compiled, beside that of timm's train.py.
+
+And the compiled step of a model whose block layers are in factors beside that of the same model of full rank.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +55,19 @@ WORKLOADS = {
 }
 """By device: small enough for a CPU, and what ImageNet is trained with on a GPU."""
 
+FACTORISED = {
+    "cuda": Workload("vit_small_patch16_224", 128, 64, 20),
+    "cpu": Workload("vit_small_patch16_224", 128, 64, 1),
+}
+"""What full rank and factors are compared on, by device: with `OF_FACTORISED` width 384, depth 6, 64 tokens."""
+OF_FACTORISED = ("--model-kwargs", "depth=6", "class_token=False", "global_pool=avg")
+KEPT_SHARE = 0.25
+"""The share of the block layers' weights that their factors have."""
+
 WARM_UP_STEPS = 20
 """Of compiled steps, before the first round: compiling, and what is chosen or allocated in the first few."""
+FEW_WARM_UP_STEPS = 5
+"""The same where a step is so long that a round is one."""
 UPDATE_BYTES = 10 * 4
 """A parameter's least traffic in an update, float32: AdamW reads weight, gradient and both moments and writes weight
 and moments (7 numbers; Loshchilov & Hutter, Decoupled Weight Decay Regularization, algorithm 2); the EMA reads weight
@@ -83,8 +97,11 @@ class Options:
     on any device, and with the latter images normalised and mixed before the step instead of within."""
     modes: Annotated[tuple[Literal["reduce-overhead", "max-autotune"], ...], tyro.conf.arg(metavar="MODE ...")] = ()
     """Also time our step in these modes of torch.compile."""
+    low_rank: bool = True
+    """With compiled steps also time that of a ViT of width 384, depth 6 and 64 tokens, batch 64, in full rank and with
+    its block layers in factors of a quarter of their weights."""
     ours_only: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Leave out timm's steps, and the eager one beside the compiled."""
+    """Leave out timm's steps, the eager one beside the compiled, and that of a model in factors."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
     """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
 
@@ -137,10 +154,36 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
         ratios |= {f"mfu_{name}": (name, "product_limit") for name in steps}
     cases["update_limit"] = update_case(num_params, load, device)
     ratios |= {f"update_share_{name}": (name, "update_limit") for name in steps}
-    result = measure("step", cases, ratios, environment=surroundings, repeats=options.repeats, limits=LIMITS, note=note)
     about = {"model": load.model, "img_size": load.img_size, "batch_size": load.batch_size, "steps": load.steps}
     extra = {"workload": about, "train_flops_per_image": flops, "update_bytes": UPDATE_BYTES * num_params}
+    if options.compile and options.low_rank and not options.ours_only:
+        pair, of_pair, extra["low_rank"] = _factorised_cases(device, note)
+        cases, ratios = cases | pair, ratios | of_pair
+    result = measure("step", cases, ratios, environment=surroundings, repeats=options.repeats, limits=LIMITS, note=note)
     return replace(result, extra=extra)
+
+
+def _factorised_cases(
+    device: torch.device, note: Callable[[str], object]
+) -> tuple[dict[str, Case], dict[str, tuple[str, str]], dict[str, Any]]:
+    """Our compiled step in full rank and in factors, with the arithmetic of each as one product; ratios; sizes."""
+    load = FACTORISED[device.type]
+    cases: dict[str, Case] = {}
+    sizes: dict[str, Any] = {"model": load.model, "img_size": load.img_size, "batch_size": load.batch_size}
+    ratios = {"lowrank_vs_full": ("low_rank", "full_rank")}
+    for name, flags in {"full_rank": (), "low_rank": ("--lowrank-init", str(KEPT_SHARE))}.items():
+        note(f"making the step of a model {'in factors' if flags else 'of full rank'}")
+        config = config_of(load, device, "compiled", *OF_FACTORISED, *flags)
+        parts = set_up(config, None)
+        case = _our_case(parts, load, "compiled", config)
+        cases[name] = replace(case, setting="; ".join([case.setting, " ".join((*OF_FACTORISED[1:], *flags))]))
+        if parts.train_flops:
+            dtype, items = dtype_of(config), load.batch_size * load.steps
+            cases[f"{name}_limit"] = products_case(parts.train_flops, items, "img/s", device, dtype)
+            ratios[f"mfu_{name}"] = (name, f"{name}_limit")
+        num_params = sum(p.numel() for p in parts.model.parameters())
+        sizes[name] = {"params": num_params, "train_flops_per_image": parts.train_flops}
+    return cases, ratios, sizes
 
 
 class NormalizedBefore(Augment):
@@ -228,7 +271,7 @@ def _our_case(parts: Setup, load: Workload, way: str, config: Config) -> Case:
 
 def _case(steps: Callable[[int], None], load: Workload, way: str, setting: str) -> Case:
     """Of a function that runs so many steps."""
-    warm_up = partial(steps, WARM_UP_STEPS) if way == "compiled" else nothing
+    warm_up = partial(steps, WARM_UP_STEPS if load.steps > 1 else FEW_WARM_UP_STEPS) if way == "compiled" else nothing
     return Case(partial(steps, load.steps), load.batch_size * load.steps, setting=setting, first=warm_up)
 
 

@@ -46,6 +46,7 @@ AIMS = (
     Aim("spectral", "ends_refresh_vs_before", 2.0, "the same, first values alone", "cpu"),
     Aim("spectral", "ends_refresh_vs_before_initial", 1.5, "the same, timm's initial weights", "cpu"),
     Aim("spectral", "lowrank_vs_fullrank", 0.67, "matrices of rank 8 / of full rank", "cpu"),
+    Aim("step", "lowrank_vs_full", 1.2, "step, a quarter of the weights / full rank", "cpu"),
     Aim("step", "compiled_vs_timm_compiled", 1.1, "ViT-S step / timm's, both compiled", "cuda"),
     Aim("end-to-end", "end_to_end", 10_000, "training a ViT-S, img/s", "cuda"),
     Aim("end-to-end", "end_to_end_vs_smaller", 0.97, "ViT-S / smaller of step, decoder beside it", "cuda"),

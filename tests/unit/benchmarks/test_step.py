@@ -16,6 +16,7 @@ from benchmarks.selection import CUDA
 from benchmarks.training import end_to_end
 from benchmarks.training.timed_steps import PHASES, Phases, Timer
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.model.low_rank import LowRankLinear
 from lowrank_vit.ranks.world import World
 
 TINY = "-b 4 --img-size 32 --steps 2 --device cpu --repeats 1".split()
@@ -96,6 +97,34 @@ def test_the_steps_forms_compute_the_same(monkeypatch):
             parts.step(batch)
         losses.append(parts.step.meter.read(World()).loss)
     assert losses == pytest.approx(losses[:1] * 4, rel=1e-5)
+
+
+def test_full_rank_and_factors_are_two_steps_of_the_same_model(monkeypatch):
+    """Compiled in the bench; here they run as they are, of a smaller model."""
+    made: list[step.Setup] = []
+    make = step.set_up
+
+    def noted(config: step.Config, resumed: None) -> step.Setup:
+        made.append(make(config, resumed))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(step, "set_up", noted)
+    monkeypatch.setattr(step, "FACTORISED", {"cpu": step.Workload("vit_tiny_patch16_224", 32, 4, 1)})
+    monkeypatch.setattr(step, "OF_FACTORISED", ("--model-kwargs", "depth=2", "embed_dim=48", "num_heads=3"))
+    cases, ratios, sizes = step._factorised_cases(torch.device("cpu"), step.nothing)
+    assert ratios["lowrank_vs_full"] == ("low_rank", "full_rank")
+    assert all(set(pair) <= set(cases) for pair in ratios.values())
+    full, low = ([n for n in one.model.modules() if isinstance(n, LowRankLinear)] for one in made)
+    assert (len(full), len(low)) == (0, 8)
+    weights = 12 * 48**2 * 2
+    kept = sum(layer.up.numel() + layer.down.numel() for layer in low)
+    assert 0.2 * weights < kept <= 0.25 * weights
+    assert sizes["full_rank"]["params"] - sizes["low_rank"]["params"] == weights - kept
+    for name in ("full_rank", "low_rank"):
+        cases[name].run()
+        assert cases[name].items == 4
+    assert cases["low_rank"].setting.endswith("--lowrank-init 0.25")
 
 
 def test_ours_alone_is_the_compiled_step_and_its_forms(monkeypatch):
