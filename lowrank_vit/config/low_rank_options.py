@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.config.option_types import POSITIVE, Range
+from lowrank_vit.config.option_types import ABOVE_0, NOT_NEGATIVE, POSITIVE, Range
 
 _SHARE, _SHARE_BELOW_1 = Range(0, 1, open_low=True), Range(0, 1, open_low=True, open_high=True)
 _EXAMPLE = "8=0.15 20=0.08"
@@ -49,6 +49,19 @@ class LowRank:
     """What weight decay shrinks: each factor, or their product (Frobenius decay)."""
     lowrank_calibration_images: Annotated[int, POSITIVE] = 1024
     """How many training images, drawn by --seed, kfac's moments are taken from."""
+    reg_nuclear: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Add so many times the sum of the targets' singular values to the loss, which draws them to low rank; 0: off."""
+    reg_stable_rank: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Add so many times the sum of the targets' stable ranks, |W|_F^2 over the greatest squared value; 0: off."""
+    spectral_clip: Annotated[float | None, ABOVE_0] = None
+    """Bring the targets' singular values above this down to it; default: off."""
+    reg_every: Annotated[int, POSITIVE] = 10
+    """Updates between two computations of the penalties' gradients, which are kept meanwhile, and between clippings."""
+    reg_targets: Annotated[str | None, arg(help_behavior_hint="(default: as --lowrank-targets)")] = None
+    """Endings of the layers whose weights these act on, separated by commas."""
+    reg_coupled: bool = False
+    """Give the penalties to the optimizer with the loss's gradients, as an L2 penalty; default: apart, as AdamW's
+    weight decay, learning rate times gradient."""
 
 
 def parse_schedule(texts: tuple[str, ...]) -> dict[int, float]:
@@ -82,6 +95,16 @@ def parse_schedule(texts: tuple[str, ...]) -> dict[int, float]:
 
 def check_low_rank(options: LowRank, *, is_watched: bool) -> None:
     """Raise `UserError` for options that need another; `is_watched`: with --spec-monitor."""
+    acts = options.reg_nuclear or options.reg_stable_rank
+    for name, is_idle in {
+        "reg-targets": options.reg_targets is not None and not acts and options.spectral_clip is None,
+        "reg-coupled": options.reg_coupled and not acts,
+    }.items():
+        if is_idle:
+            raise UserError(
+                f"--{name} is about --reg-nuclear and --reg-stable-rank, which are not there. Add one of them with its "
+                "weight, e.g. --reg-nuclear 0.05, or leave it out."
+            )
     if options.lowrank_train == "none":
         given = {"schedule": options.lowrank_schedule, "dry-run": options.lowrank_dry_run}
         if idle := [name for name, value in given.items() if value]:

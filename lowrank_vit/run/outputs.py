@@ -115,10 +115,10 @@ class Outputs:
 
     def log_interval(self, epoch: int, update: int, figures: Figures, top1: float) -> None:
         """Show and write what happened since the last time."""
-        apart = ("loading", "wait_share", "wait_rank")
+        apart = ("loading", "wait_share", "wait_rank", "penalties")
         values = {name: value for name, value in asdict(figures).items() if name not in apart}
         waiting = {"data_wait": figures.wait_share, "data_wait_rank": figures.wait_rank}
-        values = {"epoch": epoch, **values, "top1": top1, **waiting, **asdict(figures.loading)}
+        values = {"epoch": epoch, **values, "top1": top1, **waiting, **asdict(figures.loading), **figures.penalties}
         if self._log:
             self._log.log("train", update, {name: value for name, value in values.items() if value is not None})
         is_interval = self._state.position.updates_done % self._config.run.log_interval == 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -41,6 +42,8 @@ class Figures:
     grad_norm: float | None = None
     wait_rank: int | None = None
     """The rank that waited longest; None with one process."""
+    penalties: Mapping[str, float] = field(default_factory=dict[str, float])
+    """What regularisers of the loss have to say, by name; empty without any."""
 
 
 def in_words(figures: Figures, width: int) -> str:

@@ -207,8 +207,8 @@ def restore(setup: Setup, state: RunState, resumed: Checkpoint) -> None:
     load_optimizer(setup.optimizer, resumed)
     progress, step = resumed.training_state("progress"), resumed.training_state("step")
     state.load_state_dict(progress, step["num_updates"])
-    setup.step.load_state_dict(step)
     try:
+        setup.step.load_state_dict(step)
         setup.train_loader.load_state_dict(resumed.training_state("data"))
     except UserError as error:
         raise UserError(f"{resumed.path}: {error}") from error

@@ -71,6 +71,11 @@ _STEP = {
     "scaler": _Kind("a mapping of names to numbers", _maps(_is_text, _is_finite)),
     "meter": _Kind("a mapping", lambda value: isinstance(value, dict)),
 }
+_LATER_STEP = {"regulariser": _Kind("a mapping", lambda value: isinstance(value, dict))}
+_REGULARISER = {
+    "kept": _Kind("finite numbers, float32", lambda value: _is_flat(value, torch.float32) and _all_finite(value)),
+    "counts": _Kind("two whole numbers, int64", lambda value: _is_tensor(value, torch.int64, 2)),
+}
 _SCALER = {
     "scale": _Kind("a number above 0", lambda value: _is_finite(value) and value > 0),
     "growth_factor": _FINITE,
@@ -98,8 +103,10 @@ def check_state(resumed: Checkpoint) -> None:
     """
     progress, step, data = (resumed.training_state(key) for key in ("progress", "step", "data"))
     _check(resumed, "progress", progress, _PROGRESS, _LATER_PROGRESS, is_all=True)
-    _check(resumed, "step", step, _STEP, is_all=True)
+    _check(resumed, "step", step, _STEP, _LATER_STEP, is_all=True)
     _check(resumed, "step.meter", step["meter"], _METER, is_all=True)
+    if "regulariser" in step:
+        _check(resumed, "step.regulariser", step["regulariser"], _REGULARISER, is_all=True)
     args = resumed.args
     if step["scaler"] or (args.get("amp") is True and args.get("amp-dtype") == "float16"):
         _check(resumed, "step.scaler", step["scaler"], _SCALER)
@@ -247,6 +254,10 @@ def _wrong(resumed: Checkpoint, what: str) -> UserError:
 
 def _is_tensor(value: Any, dtype: torch.dtype, numel: int) -> bool:
     return isinstance(value, Tensor) and not oddity(value) and value.dtype is dtype and value.numel() == numel
+
+
+def _is_flat(value: Any, dtype: torch.dtype) -> bool:
+    return isinstance(value, Tensor) and not oddity(value) and value.dtype is dtype and value.ndim == 1
 
 
 def _all_finite(tensor: Tensor) -> bool:

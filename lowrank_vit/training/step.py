@@ -22,8 +22,10 @@ from torch.optim import Optimizer
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.recipe import batches_of_update
 from lowrank_vit.common.devices import DTYPES, FIRST, cuda_path, pick_device, side_stream
+from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.batch import Batch
+from lowrank_vit.lowrank.regularisers.regulariser import Regulariser
 from lowrank_vit.model.patches import patch_of_product, set_patch_embedding
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.metrics import Meter
@@ -95,6 +97,7 @@ class TrainStep:
         self.position, self._phases = position or Position(), phases
         self._model, self._optimizer, self._world = model, optimizer, world or World()
         self._ema = Average(ema, model) if ema is not None else None
+        self.regulariser = Regulariser.of(config.lowrank, model, optimizer, self._world)
         self._augment = augment
         # Kept from batch to batch: touching new memory for every batch takes longer than the arithmetic.
         self._inputs: Tensor | None = None
@@ -168,7 +171,8 @@ class TrainStep:
             parameter.grad = torch.zeros_like(parameter)
 
     def _update(self, measure_norm: bool) -> None:
-        if self._clip_grad is not None or measure_norm:
+        regulariser, update = self.regulariser, self.position.num_updates
+        if self._clip_grad is not None or measure_norm or regulariser:
             self._scaler.unscale_(self._optimizer)
         if measure_norm:
             grads = [p.grad for p in self._model.parameters() if p.grad is not None]
@@ -176,9 +180,20 @@ class TrainStep:
         if self._clip_grad is not None:
             clipped = model_parameters(self._model, exclude_head="agc" in self._clip_mode)  # as timm
             dispatch_clip_grad(clipped, self._clip_grad, mode=self._clip_mode)
+        if regulariser:
+            regulariser.before_step(update, self._is_skipped())
         self._scaler.step(self._optimizer)
+        if regulariser:
+            regulariser.after_step(update)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=not self._keeps_grads)
+
+    def _is_skipped(self) -> Tensor | None:
+        """Above 0 where the scaler skips the update, since unscaled gradients are not finite; None without a scaler."""
+        if not self._scaler.is_enabled():
+            return None
+        by_device: dict[torch.device, Tensor] = self._scaler._found_inf_per_device(self._optimizer)  # pyright: ignore
+        return next(iter(by_device.values()))
 
     def _seed_update(self) -> None:
         # An odd multiplier is a bijection modulo 2**63, so updates and ranks never meet at a seed.
@@ -196,16 +211,18 @@ class TrainStep:
     def state_dict(self) -> dict[str, Any]:
         """What an update needs beside weights, EMA, optimizer and position. Only between two updates."""
         assert self._num_batches == 0
-        return {
-            "scaler": self._scaler.state_dict(),
-            "meter": self.meter.state_dict(self._world),
-        }
+        state: dict[str, Any] = {"scaler": self._scaler.state_dict(), "meter": self.meter.state_dict(self._world)}
+        return state | ({"regulariser": self.regulariser.state_dict()} if self.regulariser else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         if state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"])
+        if self.regulariser:
+            if "regulariser" not in state:
+                raise UserError("it lacks the state of the run's regulariser. Give another checkpoint of the run.")
+            self.regulariser.load_state_dict(state["regulariser"])
 
 
 class Average:

@@ -335,6 +335,7 @@ class Trainer:
             mfu=mfu(speed.img_per_s, setup.train_flops, setup.peak, self.world.size) if setup.train_flops else None,
             grad_norm=None if norm is None else float(norm),
             wait_rank=speed.wait_rank if self.world.size > 1 else None,
+            penalties=setup.step.regulariser.values() if setup.step.regulariser else {},
         )
         self.outputs.log_interval(epoch, position.num_updates, figures, means.top1)
         if not self._cold_updates:

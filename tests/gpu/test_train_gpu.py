@@ -50,6 +50,8 @@ def losses(run: Path) -> list[float]:
         "--compile --amp --compile-mode reduce-overhead",
         "--compile --amp --compile-mode max-autotune",
         "--compile --amp --spec-monitor --spec-every 1000",
+        "--compile --amp --reg-nuclear 0.01 --reg-stable-rank 1e-3 --spectral-clip 1 --reg-every 4",
+        "--no-compile --amp --amp-dtype float16 --reg-nuclear 0.01 --reg-coupled --reg-every 4",
     ],
 )
 def test_a_warm_step_never_waits_and_never_recompiles(argv, loader, way):

@@ -1,0 +1,408 @@
+"""Regularisers of the loss: their gradients are those of exact SVDs, and an update does with them what is said."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.flags import parse
+from lowrank_vit.lowrank.layers import factorise
+from lowrank_vit.lowrank.regularisers.first import first_triplets, stable_rank_gradient
+from lowrank_vit.lowrank.regularisers.polar import _STEPS, EDGE, FLOOR, clipped, polar
+from lowrank_vit.lowrank.regularisers.regulariser import Regulariser
+from lowrank_vit.model.low_rank import LowRankLinear
+from lowrank_vit.ranks.world import World
+from tests.unit.lowrank.examples import TinyModel
+from tests.unit.training.test_step import batches, make_step, small_vit
+
+BLOCKS = "--reg-targets fc1,fc2 --device cpu"
+
+
+def with_values(rows: int, columns: int, values: Tensor, seed: int = 0) -> Tensor:
+    """A float32 matrix of these singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (
+        torch.linalg.qr(torch.randn(size, len(values), dtype=torch.float64, generator=generator))[0]
+        for size in (rows, columns)
+    )
+    return ((left * values) @ right.mT).float()
+
+
+def exact_polar(matrix: Tensor) -> Tensor:
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return (u * (s > 1e-5 * s[0])) @ v
+
+
+def falling(count: int, condition: float) -> Tensor:
+    return torch.logspace(0, -np.log10(condition), count, dtype=torch.float64)
+
+
+def test_the_chain_of_quintics_makes_ones_of_all_values_down_to_the_floor():
+    values = torch.logspace(np.log10(FLOOR), 0, 5000, dtype=torch.float64)
+    for a, b, c in _STEPS:
+        values = a * values + b * values**3 + c * values**5
+    assert (values - 1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(48, 48), (48, 192)])
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        (torch.ones(48, dtype=torch.float64), 1e-5),
+        (falling(48, 1e2), 1e-4),
+        (falling(48, 2e3), 1e-3),  # the bound is up to K^(1/4) above the greatest value
+        (falling(12, 1e1), 5e-3),  # of rank a quarter: roundings of float32 are what is left of the others
+        (falling(1, 1e0), 1e-2),
+    ],
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e15])
+def test_a_polar_factor_is_that_of_the_svd(rows, columns, values, error, scale):
+    matrices = torch.stack([with_values(rows, columns, values, seed) * scale for seed in range(2)])
+    for found, matrix in zip(polar(matrices), matrices, strict=True):
+        expected = exact_polar(matrix)
+        assert torch.linalg.matrix_norm(found - expected) < error * torch.linalg.matrix_norm(expected)
+        nuclear = torch.linalg.svdvals(matrix.double()).sum()
+        assert float((found.double() * matrix).sum()) == pytest.approx(float(nuclear), rel=1e-4)
+
+
+def test_a_tail_below_the_floor_is_drawn_less_and_never_more():
+    matrix = with_values(48, 96, torch.cat([torch.ones(24), torch.full((24,), 1e-6)]).double())
+    values = torch.linalg.svdvals(polar(matrix[None])[0])
+    assert values.max() < 1.001
+    assert 0 < values[-1] < 0.2
+
+
+def test_a_zero_matrix_has_no_polar_factor_and_no_first_triplet():
+    zero = torch.zeros(1, 4, 6)
+    assert torch.equal(polar(zero), zero)
+    first = first_triplets(zero, torch.zeros(1, 4))
+    assert not first.is_certified_N.any()
+
+
+@pytest.mark.parametrize("share", [0.95, 0.5, 0.1])
+def test_clipping_is_that_of_numpys_svd(share):
+    matrix = torch.randn(40, 70, generator=torch.Generator().manual_seed(1))
+    u, s, v = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    limit = float(s[0]) * share
+    found = clipped(matrix[None], limit)
+    expected = (u * s.clip(max=limit)) @ v
+    assert np.linalg.norm(found.matrices_NKL[0].numpy() - expected) < 2e-4 * np.linalg.norm(expected)
+    assert int(found.count_N) == (s > limit * (1 + EDGE)).sum()
+    again = clipped(found.matrices_NKL, limit)
+    assert torch.equal(again.matrices_NKL, found.matrices_NKL)
+    assert int(again.count_N) == 0
+
+
+def test_what_is_below_the_limit_keeps_its_bits():
+    matrices = torch.stack([with_values(16, 24, falling(16, 1e5)), 3 * with_values(16, 24, falling(16, 1e5), 1)])
+    found = clipped(matrices, 1.5)
+    assert torch.equal(found.matrices_NKL[0], matrices[0])
+    assert not torch.equal(found.matrices_NKL[1], matrices[1])
+    tail = torch.linalg.svdvals(found.matrices_NKL[1].double())[1:]
+    torch.testing.assert_close(tail[:4], torch.linalg.svdvals(matrices[1].double())[1:5], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("values", [falling(48, 10), falling(48, 1e6), torch.ones(48).double(), falling(1, 1)])
+def test_a_first_value_is_certified_and_the_certificate_holds(values):
+    matrix = with_values(48, 64, values)
+    first = first_triplets(matrix[None] * 1e-18, torch.zeros(1, 48))
+    exact = float(torch.linalg.svdvals(matrix.double())[0]) * 1e-18
+    assert first.is_certified_N.all()
+    value = float(first.value_N)
+    assert value <= exact * (1 + 1e-6)
+    assert exact <= value * (1 + float(first.error_N))
+
+
+def test_a_triplet_that_was_overtaken_is_left_for_the_first_one():
+    u, s, v = torch.linalg.svd(torch.randn(20, 30, generator=torch.Generator().manual_seed(2)).double())
+    s[1] = 0.999 * s[0]
+    matrix = ((u * s) @ v[:20]).float()
+    first = first_triplets(matrix[None], u[None, :, 1].float().contiguous())
+    assert float(first.value_N) == pytest.approx(float(s[0]), rel=1.1e-3)
+    assert first.is_certified_N.all()
+    s[1] = 0.5 * s[0]
+    first = first_triplets(((u * s) @ v[:20]).float()[None], u[None, :, 1].float().contiguous())
+    assert abs(float(first.left_NK[0].double() @ u[:, 0])) > 1 - 1e-6
+
+
+def test_among_equal_values_it_stays_with_the_last_direction():
+    u = torch.linalg.qr(torch.randn(20, 20, generator=torch.Generator().manual_seed(3)))[0]
+    first = first_triplets((u @ torch.eye(20, 30))[None], u[None, :, 7].contiguous())
+    assert float(first.left_NK[0] @ u[:, 7]) > 1 - 1e-5
+
+
+def stable_rank(matrix: Tensor) -> Tensor:
+    return matrix.square().sum() / torch.linalg.svdvals(matrix)[0] ** 2
+
+
+def test_the_stable_ranks_gradient_is_the_exact_one_and_finite_differences():
+    matrix = with_values(12, 20, falling(12, 30)).requires_grad_()
+    first = first_triplets(matrix.detach()[None], torch.zeros(1, 12))
+    rank, gradient = stable_rank_gradient(matrix.detach()[None], first)
+    exact = matrix.double()
+    expected = torch.autograd.grad(stable_rank(exact), exact)[0]
+    assert float(rank) == pytest.approx(float(stable_rank(exact.detach())), rel=1e-5)
+    assert torch.linalg.matrix_norm(gradient[0] - expected) < 1e-4 * torch.linalg.matrix_norm(expected)
+    way = torch.randn(12, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    ahead, back = (stable_rank(exact.detach() + by * way) for by in (1e-5, -1e-5))
+    assert float((gradient[0] * way).sum()) == pytest.approx(float(ahead - back) / 2e-5, rel=1e-3)
+
+
+def regulariser(argv: str, model: nn.Module, world: World | None = None) -> tuple[Regulariser, torch.optim.SGD]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    return Regulariser(parse(f"{BLOCKS} {argv}".split()).lowrank, model, optimizer, world), optimizer
+
+
+def first_layer(model: TinyModel, block: int) -> Any:
+    return model.get_submodule(f"blocks.{block}.fc1")
+
+
+def factors(model: TinyModel, parts: int) -> None:
+    """Put the first layer of each block in factors, not balanced."""
+    torch.manual_seed(1)
+    factorise(
+        model,
+        {f"blocks.{i}.fc1": (torch.randn(6, 1), 2 * torch.randn(parts, 12), torch.zeros(6)) for i in range(2)},
+        anyway=True,
+    )
+
+
+def penalty(model: nn.Module, nuclear: float, rank: float) -> Tensor:
+    """What the gradients are said to be those of, in float64."""
+    total = torch.zeros((), dtype=torch.float64)
+    for name, module in model.named_modules():
+        if not name.endswith(("fc1", "fc2")):
+            continue
+        if isinstance(module, LowRankLinear):
+            up, down = module.up.double(), module.down.double()
+            total = total + nuclear * (up.square().sum() + down.square().sum()) / 2
+            for a, b in zip(up.unflatten(0, (module.parts, -1)), down.unflatten(0, (module.parts, -1)), strict=True):
+                total = total + rank * stable_rank(a @ b)
+        else:
+            weight: Any = module.weight
+            total = total + nuclear * torch.linalg.svdvals(weight.double()).sum() + rank * stable_rank(weight.double())
+    return total
+
+
+@pytest.mark.parametrize("parts", [0, 1, 3])
+@pytest.mark.parametrize(("nuclear", "rank"), [(0.1, 0.0), (0.0, 0.02), (0.1, 0.02)])
+def test_penalties_are_taken_from_weights_as_decay_is(parts, nuclear, rank):
+    torch.manual_seed(0)
+    model = TinyModel()
+    if parts:
+        factors(model, parts)
+    found, _ = regulariser(f"--reg-nuclear {nuclear} --reg-stable-rank {rank}", model)
+    expected = {name: one.detach().clone() for name, one in model.named_parameters()}
+    own = dict(model.named_parameters())
+    penalty(model, nuclear, rank).backward()
+    for name, one in own.items():
+        if one.grad is not None:
+            expected[name] -= 0.5 * one.grad
+    found.before_step(0)
+    for name, one in own.items():
+        torch.testing.assert_close(one.detach(), expected[name], rtol=1e-4, atol=2e-5)
+    noted = found.values()
+    assert ("nuclear_norm" in noted, "stable_rank" in noted) == (nuclear > 0, rank > 0)
+    if rank:
+        assert 0 <= noted["stable_rank_error"] < 0.02
+        assert noted["stable_rank_left_out"] == 0
+
+
+def test_coupled_they_are_added_to_the_gradients():
+    model = TinyModel()
+    found, _ = regulariser("--reg-nuclear 0.1 --reg-coupled", model)
+    before = copy.deepcopy(model.state_dict())
+    weight = first_layer(model, 0).weight
+    weight.grad = torch.ones_like(weight)
+    found.before_step(0)
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    torch.testing.assert_close(weight.grad, 1 + 0.1 * exact_polar(weight.detach()).float(), rtol=1e-4, atol=1e-5)
+    assert first_layer(model, 1).weight.grad is None
+
+
+def test_gradients_are_kept_between_refreshes_and_follow_the_learning_rate():
+    model = TinyModel()
+    found, optimizer = regulariser("--reg-nuclear 0.1 --reg-every 3", model)
+    weight = first_layer(model, 0).weight
+    steps = []
+    for update in range(4):
+        before = weight.detach().clone()
+        found.before_step(update)
+        steps.append(before - weight.detach())
+        weight.data += torch.randn_like(weight)
+        optimizer.param_groups[0]["lr"] /= 2
+    torch.testing.assert_close(steps[0], 4 * steps[2], rtol=0, atol=1e-6)
+    assert not torch.allclose(steps[2], 2 * steps[3], atol=1e-3)
+
+
+def test_an_update_that_a_scaler_skips_takes_nothing_from_weights():
+    model = TinyModel()
+    found, _ = regulariser("--reg-nuclear 0.1 --reg-stable-rank 0.1", model)
+    before = copy.deepcopy(model.state_dict())
+    found.before_step(0, torch.tensor(1.0))
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    found.before_step(1, torch.tensor(0.0))
+    assert not torch.equal(model.state_dict()["blocks.0.fc1.weight"], before["blocks.0.fc1.weight"])
+
+
+def test_a_matrix_without_a_certificate_is_left_out_and_counted():
+    model = TinyModel()
+    with torch.no_grad():
+        first_layer(model, 0).weight.zero_()
+    found, _ = regulariser("--reg-stable-rank 0.1", model)
+    other = first_layer(model, 1).weight.detach().clone()
+    found.before_step(0)
+    assert not first_layer(model, 0).weight.any()
+    assert not torch.equal(first_layer(model, 1).weight, other)
+    assert found.values()["stable_rank_left_out"] == 1
+    assert all(np.isfinite(value) for value in found.values().values())
+
+
+@pytest.mark.parametrize("parts", [0, 3])
+def test_clipping_bounds_weights_and_the_products_of_factors(parts):
+    torch.manual_seed(0)
+    model = TinyModel()
+    if parts:
+        factors(model, parts)
+    found, _ = regulariser("--spectral-clip 0.4 --reg-every 2", model)
+    before = copy.deepcopy(model.state_dict())
+    found.before_step(0)
+    found.after_step(0)
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    found.after_step(1)
+    assert found.values()["clipped_values"] > 0
+    for name, module in model.named_modules():
+        if name.endswith(("fc1", "fc2")):
+            weight: Any = module.weight if isinstance(module, nn.Linear) else None
+            products = [weight.detach()] if weight is not None else []
+            if isinstance(module, LowRankLinear):
+                up, down = module.up.detach(), module.down.detach()
+                pairs = zip(up.unflatten(0, (parts, -1)), down.unflatten(0, (parts, -1)), strict=True)
+                products = [a @ b for a, b in pairs]
+            assert all(torch.linalg.matrix_norm(one, 2) < 0.4 * (1 + 2 * EDGE) for one in products)
+    assert torch.equal(model.head.weight, before["head.weight"])
+
+
+class _Side(World):
+    """One of two ranks in two threads."""
+
+    def __init__(self, rank: int, shared: list[Tensor], barrier: threading.Barrier) -> None:
+        super().__init__(rank=rank, size=2)
+        self._shared, self._barrier = shared, barrier
+
+    def sum(self, values: Tensor) -> None:
+        self._shared[self.rank] = values.clone()
+        self._barrier.wait(60)
+        values.copy_(self._shared[0] + self._shared[1])
+        self._barrier.wait(60)
+
+
+def test_ranks_share_the_work_and_have_the_same_bits():
+    torch.manual_seed(0)
+    argv = "--reg-nuclear 0.1 --reg-stable-rank 0.01 --spectral-clip 0.5 --reg-every 1"
+    model = TinyModel()
+    alone, models = copy.deepcopy(model), [copy.deepcopy(model) for _ in range(2)]
+    shared, barrier = [torch.empty(0)] * 2, threading.Barrier(2)
+
+    def run(one: nn.Module, world: World) -> None:
+        found = regulariser(argv, one, world)[0]
+        for update in range(2):
+            found.before_step(update)
+            found.after_step(update)
+
+    threads = [threading.Thread(target=run, args=(one, _Side(i, shared, barrier))) for i, one in enumerate(models)]
+    for thread in threads:
+        thread.start()
+    run(alone, World())
+    for thread in threads:
+        thread.join()
+    for name, one in alone.state_dict().items():
+        a, b = (model.state_dict()[name] for model in models)
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, one, rtol=1e-5, atol=1e-6)
+
+
+def test_after_a_switch_it_acts_on_the_factors():
+    model = TinyModel()
+    found, optimizer = regulariser("--reg-nuclear 0.1 --reg-every 100", model)
+    found.before_step(0)
+    factors(model, 1)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    found.follow(model, optimizer)
+    assert found.state_dict()["kept"].numel() == 0
+    layer: Any = first_layer(model, 0)
+    before = layer.up.detach().clone()
+    found.before_step(1)
+    torch.testing.assert_close(layer.up.detach(), before * (1 - 0.5 * 0.1))
+
+
+def test_frozen_and_unknown_targets_are_refused():
+    model = TinyModel()
+    with pytest.raises(UserError, match="--reg-targets"):
+        regulariser("--reg-nuclear 0.1 --reg-targets nothing", model)
+    for parameter in model.blocks.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(UserError, match="No weight that --reg-targets names is trained"):
+        regulariser("--reg-nuclear 0.1", model)
+
+
+def test_without_the_flags_there_is_none_and_losses_keep_their_bits():
+    ours, _ = make_step("", small_vit())
+    assert ours.regulariser is None
+    assert "regulariser" not in ours.state_dict()
+
+
+@pytest.mark.parametrize("argv", ["--opt adamw", "--opt momentum --reg-coupled --clip-grad 1", "--opt lion"])
+@pytest.mark.parametrize("saved_at", [2, 3])
+def test_a_resumed_run_has_the_same_bits(argv, saved_at):
+    argv = f"{argv} --reg-nuclear 0.05 --reg-stable-rank 0.001 --spectral-clip 1 --reg-every 3"
+    model = small_vit()
+    step, _ = make_step(argv, model)
+    assert step.regulariser is not None
+    given = batches(6)
+    for batch in given[:saved_at]:
+        step(batch)
+    saved = copy.deepcopy([model.state_dict(), step._optimizer.state_dict(), step.state_dict()])
+    for batch in given[saved_at:]:
+        step(batch)
+    other = small_vit()
+    again, _ = make_step(argv, other)
+    other.load_state_dict(saved[0])
+    again._optimizer.load_state_dict(saved[1])
+    again.load_state_dict(saved[2])
+    again.position.num_updates = saved_at
+    for batch in given[saved_at:]:
+        again(batch)
+    assert all(torch.equal(one, other.state_dict()[name]) for name, one in model.state_dict().items())
+
+
+def test_a_state_of_other_targets_is_refused():
+    found, _ = regulariser("--reg-nuclear 0.1", TinyModel())
+    with pytest.raises(UserError, match="damaged"):
+        found.load_state_dict({"kept": torch.zeros(3), "counts": torch.zeros(2, dtype=torch.int64)})
+    step, _ = make_step("--reg-nuclear 0.1", small_vit())
+    with pytest.raises(UserError, match="lacks the state"):
+        step.load_state_dict(make_step("", small_vit())[0].state_dict())
+
+
+@pytest.mark.parametrize("argv", ["--reg-coupled", "--reg-targets fc1", "--spectral-clip 2 --reg-coupled"])
+def test_a_flag_about_penalties_that_are_not_there_is_told(argv):
+    with pytest.raises(UserError, match="Add one of them"):
+        parse(f"--device cpu {argv}".split())
+
+
+def test_float16_unscales_what_it_is_given_to():
+    step, _ = make_step("--amp --amp-dtype float16 --reg-nuclear 0.1 --reg-coupled --lr 1e-3", small_vit())
+    step(batches(1)[0])
+    step, _ = make_step("--amp --amp-dtype float16 --reg-nuclear 0.1 --lr 1e-3", small_vit())
+    for batch in batches(2):
+        step(batch)
+    assert step.regulariser is not None
+    assert step.regulariser.values()["nuclear_norm"] > 0
