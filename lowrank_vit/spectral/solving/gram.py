@@ -127,7 +127,7 @@ class Tridiagonal:
 
     def vectors(self, chosen: np.ndarray) -> np.ndarray:
         """Eigenvectors (K, len(chosen)) of the Gram matrix, ascending indices."""
-        return self._turned(tridiagonal_vectors(self.d, self.e, self.squares, chosen))
+        return self.turned(tridiagonal_vectors(self.d, self.e, self.squares, chosen))
 
     def split(self, m: int, unit: float, depth: int = 0) -> Ends:
         """The ends, with a Gram matrix of its own for what lies below `SPLIT` sigma_1; unsplit where nothing does."""
@@ -139,7 +139,7 @@ class Tridiagonal:
         if q == 0:
             return Ends(self.squares, above_KJ, float(gram_floor(self.squares)))
         if q > _MANY:
-            below_KQ = self._turned(all_tridiagonal_vectors(self.d, self.e)[:, :q].copy(order="F"))
+            below_KQ = self.turned(all_tridiagonal_vectors(self.d, self.e)[:, :q].copy(order="F"))
         else:
             below_KQ = self.vectors(np.arange(q))
         deeper = ends_of_matrix(np.ascontiguousarray(_tall(self.a_RC) @ below_KQ), m, unit, depth + 1)[0]
@@ -156,7 +156,7 @@ class Tridiagonal:
         """G^-1 times the columns, but for the directions below. A shift keeps T positive definite."""
         leading_KJ = np.array(columns_KJ - below_KQ @ (below_KQ.T @ columns_KJ), order="F")
         turned_KJ = apply_reflectors(self.reflectors_KK, self.tau, leading_KJ, "T")
-        found_KJ = self._turned(tridiagonal_solve(self.d + gram_floor(self.squares), self.e, turned_KJ))
+        found_KJ = self.turned(tridiagonal_solve(self.d + gram_floor(self.squares), self.e, turned_KJ))
         return found_KJ - below_KQ @ (below_KQ.T @ found_KJ)
 
     def has_right_values(self, m: int) -> bool:
@@ -174,11 +174,12 @@ class Tridiagonal:
         image_KP = self.d[:, None] * z_KP
         image_KP[:-1] += self.e[:, None] * z_KP[1:]
         image_KP[1:] += self.e[:, None] * z_KP[:-1]
-        both = self._turned(np.asfortranarray(np.concatenate([z_KP, image_KP], axis=1)))
+        both = self.turned(np.asfortranarray(np.concatenate([z_KP, image_KP], axis=1)))
         difference_KP = gram_times(self.a_RC, both[:, :count]) - both[:, count:]
         return enclosure(difference_KP) + float(gram_floor(self.squares))
 
-    def _turned(self, vectors_KM: np.ndarray) -> np.ndarray:
+    def turned(self, vectors_KM: np.ndarray) -> np.ndarray:
+        """Vectors of T, in place, as vectors of the Gram matrix; in Fortran order."""
         return apply_reflectors(self.reflectors_KK, self.tau, vectors_KM)
 
 

@@ -82,14 +82,14 @@ def index_is_proven(solved: Solved, low_K: np.ndarray, high_K: np.ndarray) -> bo
     lies within `RELATIVE_LIMIT` s or `ABSOLUTE_LIMIT` sigma_1 of s, so that it does not matter which is which.
 
     Args:
-        solved: m triplets of each end, as a solver has them.
+        solved: triplets of each end, as a solver has them, or of the top alone.
         low_K, high_K: what sigma_1, sigma_2, ... are at least and at most.
     """
     k, m = solved.s.size, solved.top.s.size
-    own = np.concatenate([np.arange(m), np.arange(k - 1, k - 1 - m, -1)])
+    own = np.concatenate([np.arange(m), np.arange(k - 1, k - 1 - solved.last.s.size, -1)])
     s, r = (np.concatenate([getattr(end, what) for end in (solved.top, solved.last)]) for what in ("s", "certificate"))
     met = (low_K[None, :] <= (s + r)[:, None]) & (high_K[None, :] >= (s - r)[:, None])
-    alone = met[np.arange(2 * m), own] & (met.sum(axis=1) == 1)
+    alone = met[np.arange(own.size), own] & (met.sum(axis=1) == 1)
     greatest = float(solved.s[0]) if k else 0.0
     near = np.maximum(high_K[own] - s, s - low_K[own]) <= np.maximum(RELATIVE_LIMIT * s, ABSOLUTE_LIMIT * greatest)
     return bool((alone | near).all())

@@ -6,10 +6,11 @@ Shape legend: N matrices of one shape, R rows, C columns, K = min(R, C) singular
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.common.devices import cuda_path
-from lowrank_vit.spectral.solving import gram, refine
+from lowrank_vit.spectral.solving import first, gram, refine
 from lowrank_vit.spectral.solving.extremes import EPS, Solved, Solver, Triplets, not_finite, start_of
 from lowrank_vit.spectral.solving.gram_stack import gram_stack
 from lowrank_vit.spectral.solving.index import enclosure, index_is_proven, probes
@@ -27,6 +28,8 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 LOG = logging.getLogger(__name__)
+LARGE = 256
+"""From this K on, a matrix of which half of the triplets or more are wanted has them all by `first`."""
 
 
 class Cancelled(Exception):
@@ -87,7 +90,7 @@ def solve_stack(
     theorem 4.5.1, for [[0, A], [A^T, 0]]); for sigma_i it is about eps sigma_1^2 / sigma_i (eps = 2.2e-16). Values
     between the two ends err by about eps (sigma_1 / sigma_i)^2 relatively. Rank-deficient and ill-conditioned matrices
     are split, see `gram`. One whose checks (`extremes.objection`) fail even so is solved again by `svd`, and `log` is
-    told. So is, silently, one with K <= 2 m.
+    told. One with K <= 2 m has all its triplets found by `first` where K is `LARGE` or more, else, silently, by `svd`.
 
     `svd`: `torch.linalg.svd` in float64, errors of about eps sigma_1 everywhere.
 
@@ -116,14 +119,17 @@ def solve_stack(
         return {name: Solved(np.empty(0), empty, empty, 0.0, solver) for name in stack.names}
     with torch.no_grad():
         scales = scales_of(stack.matrices_NRC)
-        if solver == "svd" or 2 * m >= k:
-            first = [None] * n
+        by_gram: Sequence[tuple[Solved, str] | None] = [None] * n
+        if solver == "svd" or (2 * m >= k and k < LARGE):
+            pass
+        elif 2 * m >= k:
+            by_gram = side_by_side(partial(_all_of, stack, scales, m, cancelled), range(n), cpu_threads)
         elif cuda_path(stack.matrices_NRC):
-            first = _gram_on_device(stack.matrices_NRC, m, scales)
+            by_gram = _gram_on_device(stack.matrices_NRC, m, scales)
         else:
-            first = _gram_on_cpu(stack.matrices_NRC, m, scales, cpu_threads, cancelled, guard)
+            by_gram = _gram_on_cpu(stack.matrices_NRC, m, scales, cpu_threads, cancelled, guard)
         solved: dict[str, Solved] = {}
-        for name, matrix, scale, found in zip(stack.names, stack.matrices_NRC, scales, first, strict=True):
+        for name, matrix, scale, found in zip(stack.names, stack.matrices_NRC, scales, by_gram, strict=True):
             if not np.isfinite(scale):
                 log(f"spectra of {name}: the matrix holds a NaN or an infinity, so its values are NaN")
                 solved[name] = not_finite((rows, cols), m)
@@ -150,6 +156,49 @@ def solve(
     for stack in stack_by_shape(weights):
         solved |= solve_stack(stack, m, solver, cpu_threads=cpu_threads)
     return {name: solved[name] for name in weights}
+
+
+def first_triplets(
+    name: str, matrix_RC: Tensor, count: first.Count, *, log: Callable[[str], object] = LOG.warning
+) -> Solved:
+    """All values of a matrix and as many of the first triplets as these call for, up to all; see `first`.
+
+    The result has no triplets of the last values. A matrix that fails its checks is solved by an SVD, and `log` is
+    told; on a CPU the bits depend neither on the number of cores nor on torch's threads.
+
+    Args:
+        name: for the log.
+        matrix_RC: any real dtype and device. With a NaN or an infinity the result is NaN, without triplets.
+        count: how many, 0 to K, of a matrix with these values (K,), descending. It may be asked twice.
+        log: see above.
+    """
+    with torch.no_grad():
+        (scale,) = scales_of(matrix_RC[None])
+        shape = (matrix_RC.shape[0], matrix_RC.shape[1])
+        if not np.isfinite(scale):
+            log(f"spectra of {name}: the matrix holds a NaN or an infinity, so its values are NaN")
+            return not_finite(shape, 0)
+        found, note = _first_of(matrix_RC, float(scale), lambda values: count(values * scale))
+        if note:
+            log(f"spectra of {name}: {note}; solved by float64 SVD instead")
+            values = _svd(as_float64(matrix_RC, float(scale)), min(shape), turn=True, ends=1)
+            m = count(values.s * scale) if np.isfinite(values.s).all() else 0
+            found = replace(values, top=values.top.pick(list(range(m))), note=note)
+    return _scaled(found, float(scale))
+
+
+def _first_of(matrix_RC: Tensor, scale: float, count: first.Count) -> tuple[Solved, str]:
+    """The first triplets of one matrix over its scale, where it is; and an objection, empty where all checks passed."""
+    try:
+        if cuda_path(matrix_RC):
+            return first.solve_on_device(as_float64(matrix_RC, scale), count)
+        with one_blas_thread():
+            return first.solve_matrix(float64_numpy(matrix_RC, scale), count)
+    except np.linalg.LinAlgError as error:
+        note = str(error)
+    except torch.linalg.LinAlgError as error:
+        note = f"no convergence ({error})"
+    return not_finite((matrix_RC.shape[0], matrix_RC.shape[1]), 0), note
 
 
 def all_values(matrices_NRC: Tensor, cpu_threads: int = 1) -> np.ndarray:
@@ -272,8 +321,20 @@ def _gram_on_device(matrices_NRC: Tensor, m: int, scales: np.ndarray) -> list[tu
     return [(_scaled(solved, factor), note) for (solved, note), factor in zip(found, factors, strict=True)]
 
 
-def _svd(a_RC: Tensor, m: int, turn: bool) -> Solved:
-    """The reference: a full float64 SVD, its ends certified in the same way.
+def _all_of(
+    stack: MatrixStack, scales: np.ndarray, m: int, cancelled: Callable[[], bool], i: int
+) -> tuple[Solved, str] | None:
+    """The ends of one matrix from all its triplets; None where they fail their checks or are not proven to be those."""
+    if cancelled():
+        raise Cancelled
+    if not np.isfinite(scales[i]):
+        return None
+    solved, note = _first_of(stack.matrices_NRC[i], float(scales[i]), len)
+    return None if note or not solved.index else (first.both_ends(solved, m), "")
+
+
+def _svd(a_RC: Tensor, m: int, turn: bool, ends: int = 2) -> Solved:
+    """The reference: a full float64 SVD, its ends, or the first end alone, certified in the same way.
 
     `turn` takes the SVD of a wide matrix's transpose, which is several times faster, and other bits.
     """
@@ -288,18 +349,18 @@ def _svd(a_RC: Tensor, m: int, turn: bool) -> Solved:
             return replace(not_finite((a_RC.shape[0], a_RC.shape[1]), m), note=f"no convergence ({error})")
         error = svd_error(a_RC, u, s, vh)
         k = s.numel()
-        columns = torch.cat([torch.arange(m), torch.arange(k - 1, k - m - 1, -1)]).to(a_RC.device)
-        u, v, ends = u[:, columns], vh.mT[:, columns], s[columns]
-        ahead = torch.linalg.vector_norm(a_RC @ v - u * ends, dim=0)
-        back = torch.linalg.vector_norm(a_RC.mT @ u - v * ends, dim=0)
+        columns = torch.cat([torch.arange(m), torch.arange(k - 1, k - m - 1, -1)][:ends]).to(a_RC.device)
+        u, v, values = u[:, columns], vh.mT[:, columns], s[columns]
+        ahead = torch.linalg.vector_norm(a_RC @ v - u * values, dim=0)
+        back = torch.linalg.vector_norm(a_RC.mT @ u - v * values, dim=0)
         eye = torch.eye(m, dtype=torch.float64, device=a_RC.device)
-        halves = [x[:, part] for x in (u, v) for part in (slice(m), slice(m, None))]
+        halves = [x[:, part] for x in (u, v) for part in (slice(m), slice(m, None))[:ends]]
         off = max(float((x.mT @ x - eye).abs().max()) for x in halves)
     allowance = EPS * max(a_RC.shape) ** 0.5 * s[0]
     certificate = torch.sqrt((ahead**2 + back**2) / 2) + allowance
-    ends_np, u_np, v_np, certificate_np = (x.cpu().numpy() for x in (ends, u, v, certificate))
-    both, s_K = Triplets(ends_np, u_np, v_np, certificate_np), s.cpu().numpy()
-    solved = Solved(s_K, both.pick(list(range(m))), both.pick(list(range(m, 2 * m))), off, "svd")
+    values_np, u_np, v_np, certificate_np = (x.cpu().numpy() for x in (values, u, v, certificate))
+    both, s_K = Triplets(values_np, u_np, v_np, certificate_np), s.cpu().numpy()
+    solved = Solved(s_K, both.pick(list(range(m))), both.pick(list(range(m, ends * m))), off, "svd")
     return replace(solved, index=index_is_proven(solved, s_K - error, s_K + error))
 
 

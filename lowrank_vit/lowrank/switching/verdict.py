@@ -1,0 +1,210 @@
+"""When a layer is settled: its first r directions have stayed the same for several full refreshes, and are no noise.
+
+A layer's *anchor* is the basis of the look that its streak began with. Every later look is compared with it, not with
+the one before, so directions that turn slowly do not pass. A look counts for the streak where all three shares reach
+`GAIN`, ends it where one is below `LOSE`, and leaves it as it is between the two:
+
+- energy: what the anchor's directions hold of the energy of W now, from chance to the best possible;
+- cosine: the mean squared principal cosine between the two, from chance (r/n) to 1, of the worse side;
+- above noise: how much of what the first r hold noise of the same entries would not hold, see `Look.above_noise`. This
+  one keeps back weights that never change: their directions are always the same, and mean nothing.
+
+All is of the r directions that the rule asks for now, and of as many of the anchor. r may move a little while a streak
+goes on (`margin`), beyond that it begins anew. A look whose triplets are not proven to be the first changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from lowrank_vit.lowrank.layers import pays
+from lowrank_vit.lowrank.switching.settled import Basis, Likeness, Look, Rule, look_at, rank_by_energy, rank_by_noise
+
+
+class Shares(NamedTuple):
+    """Thresholds for the three shares, each a part of the way from chance, 0, to the most there could be, 1."""
+
+    energy: float
+    cosine: float
+    above_noise: float
+
+
+GAIN, LOSE = Shares(0.75, 0.7, 0.2), Shares(0.65, 0.6, 0.15)
+_SMALL = 4.0
+"""What is asked for above noise is more by this over K: the spectra of small matrices differ more by chance."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a layer after its last look. Without a rank that pays, or finite weights, numbers are 0."""
+
+    rank: int
+    """r by the rule at the last look; 0 where none pays, or the weights are not finite."""
+    settled: bool
+    streak: int
+    """How many looks in a row have found the directions to be those of the anchor."""
+    energy: float
+    energy_of_chance: float
+    cosine: float
+    chance: float
+    """See `Likeness`. 0 at a streak's beginning."""
+    certificate: float
+    share: float
+    share_of_noise: float
+    above_noise: float
+    """See `Look`."""
+
+
+NOTHING = Verdict(0, False, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass
+class _Layer:
+    """What is kept of a layer."""
+
+    rank: int
+    """The anchor's."""
+    streak: int
+    settled: bool
+    anchor: Basis | None
+    verdict: Verdict
+
+
+def margin(rank: int) -> int:
+    """How far r may rise while a streak goes on: by an eighth, or by 2, of rank 1 by 1; it may fall twice as far."""
+    return max(rank // 8, min(rank, 2))
+
+
+class Settling:
+    """Watches which layers have settled, from copies of their weights at full refreshes.
+
+    A pure function of what it was shown: the same weights give the same bits. No generator of torch's or numpy's is
+    touched. It keeps a float32 basis of 9/8 r directions on both sides for each layer whose r pays, so at most 9/8 of
+    the float32 weights themselves, which is 382 MB for the block layers of a ViT-B; with r = 100 everywhere 67 MB.
+    """
+
+    def __init__(self, rule: Rule, *, energy: float = 0.9, times: int = 3, fused: Collection[str] = ()) -> None:
+        """Begin without any look.
+
+        Args:
+            rule: "energy", "mp", or "kfac", whose ranks come with the weights.
+            energy: the share, 0-1, that r directions hold, of rule "energy".
+            times: so many looks in a row, after the first, must find the same directions.
+            fused: the names of matrices whose rows are Q, K and V, a third each.
+        """
+        self._rule, self._energy, self._times, self._fused = rule, energy, times, frozenset(fused)
+        self._update: int | None = None
+        self._layers: dict[str, _Layer] = {}
+
+    def see(
+        self,
+        update: int,
+        weights: Mapping[str, Tensor],
+        *,
+        ranks: Mapping[str, int] | None = None,
+        in_factors: Mapping[str, int] | None = None,
+    ) -> None:
+        """Look at all matrices after an update. An update that is not after the last one seen counts once.
+
+        Args:
+            update: number.
+            weights: copies by name, any float dtype and device; of a layer in factors the product.
+            ranks: r by name, for rule "kfac"; a layer without one has no verdict.
+            in_factors: the ranks of layers that are in factors already: they only shrink.
+        """
+        if self._update is not None and update <= self._update:
+            return
+        self._update = update
+        for name, matrix in weights.items():
+            given = (ranks or {}).get(name, 0)
+            self._layers[name] = self._seen(name, matrix, given, (in_factors or {}).get(name, 0))
+
+    def verdicts(self) -> dict[str, Verdict]:
+        """By name, of the last look at each."""
+        return {name: layer.verdict for name, layer in self._layers.items()}
+
+    def forget(self, names: Collection[str]) -> None:
+        """Begin anew with these layers, as after they have switched: their directions count from then on."""
+        for name in names:
+            self._layers.pop(name, None)
+
+    def _seen(self, name: str, matrix: Tensor, given: int, q: int) -> _Layer:
+        rows, columns = matrix.shape
+        most = q - 1 if q else pays(rows, columns)
+
+        def rank_of(s_K: np.ndarray) -> int:
+            if self._rule == "energy":
+                return rank_by_energy(s_K[: q or s_K.size], self._energy)
+            return given if self._rule == "kfac" else rank_by_noise(name, matrix, s_K, name in self._fused)
+
+        look = look_at(name, matrix, rank_of, most=most, margin=margin, in_factors=q)
+        if look is None or not look.rank:
+            return _Layer(0, 0, False, None, NOTHING)
+        before = self._layers.get(name)
+        if before is None or before.anchor is None or not _knows(before, look.rank):
+            return _begin(look)
+        like = look.likeness(before.anchor, matrix)
+        if not look.is_certain:
+            return replace(before, verdict=_verdict(look, like, before.streak, before.settled))
+        if _below(like, look, LOSE):
+            return replace(_begin(look), verdict=_verdict(look, like, 0, settled=False))
+        streak = before.streak if _below(like, look, GAIN) else before.streak + 1
+        settled = before.settled or streak >= self._times
+        return _Layer(before.rank, streak, settled, before.anchor, _verdict(look, like, streak, settled))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, which `torch.load` reads with `weights_only=True`."""
+        layers: dict[str, dict[str, Any]] = {}
+        for name, layer in self._layers.items():
+            layers[name] = {"rank": layer.rank, "streak": layer.streak, "settled": layer.settled}
+            layers[name]["verdict"] = asdict(layer.verdict)
+            if layer.anchor is not None:
+                layers[name] |= {"left": layer.anchor.left, "right": layer.anchor.right}
+        return {"update": self._update, "layers": layers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; on all devices, whatever it was on."""
+        self._update = state["update"]
+        self._layers = {}
+        for name, one in state["layers"].items():
+            anchor = Basis(one["left"].cpu(), one["right"].cpu()) if "left" in one else None
+            verdict = Verdict(**one["verdict"])
+            self._layers[name] = _Layer(one["rank"], one["streak"], one["settled"], anchor, verdict)
+
+
+def _knows(layer: _Layer, rank: int) -> bool:
+    assert layer.anchor is not None
+    may_move = margin(layer.rank)
+    return layer.rank - 2 * may_move <= rank <= min(layer.rank + may_move, layer.anchor.count)
+
+
+def _begin(look: Look) -> _Layer:
+    if not look.is_certain:
+        return _Layer(0, 0, False, None, _verdict(look, None, 0, settled=False))
+    return _Layer(look.rank, 0, False, look.basis(), _verdict(look, None, 0, settled=False))
+
+
+def _below(like: Likeness, look: Look, limits: Shares) -> bool:
+    shares = Shares(like.energy_share, like.cosine_share, look.above_noise - _SMALL / look.solved.s.size)
+    return any(not share >= limit for share, limit in zip(shares, limits, strict=True))
+
+
+def _verdict(look: Look, like: Likeness | None, streak: int, settled: bool) -> Verdict:
+    return Verdict(
+        rank=look.rank,
+        settled=settled,
+        streak=streak,
+        energy=like.energy if like else 0.0,
+        energy_of_chance=like.energy_of_chance if like else 0.0,
+        cosine=like.cosine if like else 0.0,
+        chance=like.chance if like else 0.0,
+        certificate=look.certificate,
+        share=look.share,
+        share_of_noise=look.share_of_noise,
+        above_noise=look.above_noise,
+    )
