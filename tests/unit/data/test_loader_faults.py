@@ -28,6 +28,7 @@ from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
 from tests.photos import BACKENDS, NUM_PHOTOS, psnr
 from tests.slots import joined
+from tests.waiting import LONG_S, wait_until
 
 CPU = torch.device("cpu")
 BAD = 7
@@ -58,12 +59,12 @@ def open_one(backend: str, beton: Beton, plan=None, **more) -> Loader:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_damaged_sample_is_named(damaged, backend):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     loader = open_one(backend, Beton(damaged))
     with pytest.raises(BetonError, match=r"jpeg.beton: sample 7 \(from .*07.jpg\) does not decode \(cannot identify"):
         list(loader.batches(0))
     loader.close()
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -151,7 +152,7 @@ def test_a_file_cut_while_it_is_open_is_an_error_and_no_crash(sets, tmp_path, ba
     loader = open_one(backend, Beton(path), train_plan(Beton(sets["jpeg"]), 2), prefetch=1)
     batches = loader.batches(0)
     next(batches)
-    wait_until_idle()  # all that may be decoded ahead is decoded
+    wait_until(lambda: len(loader._backend.decode_ms) == 3, "all that may be decoded ahead")
     os.truncate(path, 4096)
     with pytest.raises(BetonError, match=r"copy.beton was cut from [\d,]+ to 4,096 bytes while it was open"):
         list(batches)
@@ -167,23 +168,6 @@ def test_a_file_removed_while_it_is_open_is_read_to_the_end(sets, tmp_path, back
     next(batches)
     path.unlink()
     assert len(list(batches)) == 5
-
-
-def wait_for_threads(most: int) -> int:
-    """Number of threads, once it is at most `most` or 5 s are over: the system ends a joined thread a little later."""
-    process, end = psutil.Process(), time.monotonic() + 5
-    while (number := process.num_threads()) > most and time.monotonic() < end:
-        time.sleep(0.01)
-    return number
-
-
-def wait_until_idle() -> None:
-    process = psutil.Process()
-    process.cpu_percent()
-    for _ in range(100):
-        time.sleep(0.1)
-        if process.cpu_percent() < 5:
-            return
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -206,7 +190,9 @@ def test_fifty_epochs_left_early_leave_threads_and_memory_as_they_were(sets, bac
     leave(range(10, 60))
     gc.collect()
     loader._end()
-    assert wait_for_threads(threads) <= threads
+    wait_until(
+        lambda: process.num_threads() <= threads, "the end of the threads"
+    )  # one that is joined ends a bit later
     assert process.num_fds() <= files
     assert process.memory_info().rss - memory < 2**24
     assert torch.get_num_threads() == torch_threads
@@ -223,10 +209,10 @@ def test_an_error_in_the_training_loop_ends_the_threads(sets, backend):
         finally:
             loader.close()
 
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(ZeroDivisionError) as kept:  # whose traceback keeps the generator alive
         train()
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
     assert kept
 
 
@@ -284,19 +270,19 @@ def test_ctrl_c_ends_the_process(sets, backend):
 import torch
 from tests.unit.data.test_loader_faults import *
 loader = open_one({backend!r}, Beton({str(sets["jpeg"])!r}), prefetch=1)
-print("ready", flush=True)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background has it ignored
 for epoch in range(10**9):
     for batch in loader.batches(epoch):
         pass
+    if epoch == 10:
+        print("ready", flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
     try:
-        _, errors = process.communicate(timeout=60)
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=LONG_S)
     finally:
         process.kill()  # a failure must not leave it running
     assert process.returncode != 0

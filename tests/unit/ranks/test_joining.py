@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 import threading
-import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from types import SimpleNamespace
@@ -21,12 +22,28 @@ from lowrank_vit.ranks.joining import JOB_IDS, environment_world, job_record, jo
 from lowrank_vit.ranks.signs import Limits
 from lowrank_vit.ranks.waiting import saying
 from lowrank_vit.ranks.world import World
+from tests.waiting import LONG_S, free_port, wait_until
+
+
+class Once(timedelta):
+    """A limit that is reached when something is so, however long that takes."""
+
+    is_so: Callable[[], bool]
+
+    def total_seconds(self) -> float:
+        return 0.0 if self.is_so() else math.inf
+
+
+def once(is_so: Callable[[], bool]) -> Once:
+    limit = Once()
+    limit.is_so = is_so
+    return limit
 
 
 def attempt(store: HashStore, size: int, *, without: int = -1) -> set[str]:
     with ThreadPoolExecutor(size) as pool:
         names = [pool.submit(meet, store, rank, size) for rank in reversed(range(size)) if rank != without]
-        return {name.result(30) for name in names}
+        return {name.result(LONG_S) for name in names}
 
 
 def test_all_ranks_of_an_attempt_have_one_name_and_no_other_attempt_has_it():
@@ -41,34 +58,39 @@ def test_what_a_rank_has_left_that_came_alone_is_no_answer():
     store = HashStore()
     with pytest.raises(RuntimeError, match=r"rank 1 on .* has waited \d+ s for rank 0 of 2"):
         meet(store, 1, 2, timedelta(seconds=0.2))
+    first = joining._Meeting(0, 4, job_record(4), "here:1")
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(meet, store, 1, 4, timedelta(seconds=30))
+        pool.submit(meet, store, 1, 4)
         with pytest.raises(RuntimeError, match=r"rank 0 on .* has waited \d+ s for ranks 2, 3 of 4"):
-            meet(store, 0, 4, timedelta(seconds=2))
+            first.meet(store, once(lambda: first._missing == {2, 3}))
     assert len(attempt(store, 2)) == 1
 
 
-def meet_as(job: dict[str, str], store: HashStore, rank: int, size: int, limit_s: float = 30) -> str:
-    told = {name: (text, text) for name, text in job.items()}
-    return joining._Meeting(rank, size, told, "here:1").meet(store, timedelta(seconds=limit_s))
+def meeting(job: dict[str, str], rank: int) -> joining._Meeting:
+    return joining._Meeting(rank, 2, {name: (text, text) for name, text in job.items()}, "here:1")
+
+
+def meet_as(job: dict[str, str], store: HashStore, rank: int, limit: timedelta = timedelta(seconds=LONG_S)) -> str:
+    return meeting(job, rank).meet(store, limit)
 
 
 def test_a_rank_of_another_job_is_turned_away_and_the_right_one_is_let_in():
     """Both jobs have one port. Whoever waits for its rank says who came instead."""
     store, ours, theirs = HashStore(), {"SLURM_JOB_ID": "11"}, {"SLURM_JOB_ID": "12"}
     with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(meet_as, ours, store, 0, 2)
+        first = pool.submit(meet_as, ours, store, 0)
         with pytest.raises(
             OfRank, match=r"Rank 1 on .* has met rank 0 of another job at here:1: SLURM_JOB_ID is 12, there"
         ):
-            meet_as(theirs, store, 1, 2)
-        assert meet_as(ours, store, 1, 2) == first.result(30)
+            meet_as(theirs, store, 1)
+        assert meet_as(ours, store, 1) == first.result(LONG_S)
         store.set("asks/1", "what an earlier version asks with")
         with pytest.raises(RuntimeError, match=r"for rank 1 of 2 .* came as rank 1 runs another version"):
-            meet_as(ours, store, 0, 2, 0.2)
-        pool.submit(meet_as, theirs, store, 1, 2)
+            meet_as(ours, store, 0, timedelta(seconds=0.2))
+        pool.submit(meet_as, theirs, store, 1)
+        waits = meeting(ours, 0)
         with pytest.raises(RuntimeError, match=r"for rank 1 of 2 .* came as rank 1, on .*, is of another job: SLURM"):
-            meet_as(ours, store, 0, 2, 2)
+            waits.meet(store, once(lambda: "is of another job" in waits.waits_for()))
 
 
 def job(**ids: str) -> dict[str, tuple[str, str]]:
@@ -109,15 +131,14 @@ def test_nothing_is_said_of_who_was_turned_away_once_the_right_rank_is_there(env
     environment()
     store, first = HashStore(), joining._Meeting(0, 3, job_record(3), "here:1")
     with ThreadPoolExecutor(2) as pool:
-        name = pool.submit(first.meet, store, timedelta(seconds=60))
+        name = pool.submit(first.meet, store, timedelta(seconds=LONG_S))
         with pytest.raises(OfRank, match="the number of ranks is 4, there 3"):
             meet(store, 1, 4)
         assert "of another job: the number of ranks is 4, there 3" in first.waits_for()
         second = pool.submit(meet, store, 1, 3)
-        while first._missing != {2}:
-            time.sleep(0.01)
+        wait_until(lambda: first._missing == {2})
         assert "another job" not in first.waits_for()
-        assert meet(store, 2, 3) == second.result(30) == name.result(30)
+        assert meet(store, 2, 3) == second.result(LONG_S) == name.result(LONG_S)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -129,10 +150,10 @@ def test_a_rank_whose_agent_has_ended_takes_no_place_in_the_next_attempt(environ
     store, orphan = HashStore(), joining._Meeting(rank, 2, job_record(2), "here:1")
     orphan._agent = SimpleNamespace(pid=77)  # type: ignore[assignment]
     with ThreadPoolExecutor(1) as pool:
-        waits = pool.submit(orphan.meet, store, timedelta(seconds=60))
+        waits = pool.submit(orphan.meet, store, timedelta(seconds=LONG_S))
         over.set()
         with pytest.raises(OfRank, match=rf"agent on .* \(process 77\) is gone, while rank {rank} was waiting"):
-            waits.result(30)
+            waits.result(LONG_S)
     assert len(attempt(store, 2)) == 1
 
 
@@ -140,12 +161,11 @@ def test_two_processes_with_one_rank_are_told():
     store = HashStore()
     with ThreadPoolExecutor(4) as pool:
         first = pool.submit(meet, store, 0, 3)
-        twins = [pool.submit(meet, store, 1, 3, timedelta(seconds=3)) for _ in range(2)]
-        while not any(twin.done() for twin in twins):
-            time.sleep(0.01)
+        twins = [pool.submit(meet, store, 1, 3, once(first.done)) for _ in range(2)]
+        wait_until(lambda: any(twin.done() for twin in twins))
         third = pool.submit(meet, store, 2, 3)
-        assert third.result(30) == first.result(30)
-        errors = [error for twin in twins if (error := twin.exception(30))]
+        assert third.result(LONG_S) == first.result(LONG_S)
+        errors = [error for twin in twins if (error := twin.exception(LONG_S))]
     assert len(errors) == 1
     assert re.search("Two processes have come to .* as rank 1|rank 1 on .* has waited", str(errors[0]))
 
@@ -232,8 +252,7 @@ def test_who_waits_for_others_says_so(environment, monkeypatch, capsys):
     monkeypatch.setattr(waiting, "_FIRST_LINE_S", 0.05)
     monkeypatch.setattr(waiting, "_NEXT_LINE_S", 0.1)
     for rank in ("0", "1"):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = str(free.getsockname()[1])
+        port = str(free_port())
         environment(**{**PLACE, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port})
         told = rf"Rank {rank} cannot meet the others .*: (rank 0 on|nobody answers)"
         with pytest.raises(UserError, match=told), joined(environment_world(), CPU, limits=Limits(init_s=1.0)):
@@ -248,8 +267,7 @@ def test_who_waits_for_others_says_so(environment, monkeypatch, capsys):
 def test_an_agent_that_has_ended_is_not_waited_for(environment, monkeypatch, rank):
     """Its ranks are still starting when it is killed."""
     monkeypatch.setattr(joining, "_AGENT_S", 0.0)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     environment(**{**PLACE, "RANK": rank, "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"})
     told = f"torchrun's store at 127.0.0.1:{port} does not answer rank {rank} on .* agent that has it is gone"
     with pytest.raises(UserError, match=told), joined(environment_world(), CPU):

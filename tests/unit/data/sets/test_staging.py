@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import DataOptions, open_datasets
 from lowrank_vit.data.sets.staging import stage, stage_all
 from tests.sources import Said, run_at_once
+from tests.waiting import wait_until
 
 ENDS = ("", ".json", ".samples")
 
@@ -121,6 +123,7 @@ def test_a_copy_that_does_not_match_is_made_anew(source, tmp_path, harm):
     if harm == "cut":
         os.truncate(copy, 100)
     elif harm == "overwritten":
+        wait_until(lambda: time.time_ns() > copy.stat().st_mtime_ns + 10**8)  # the clock of a file system has ticks
         with copy.open("r+b") as file:
             file.seek(5000)
             file.write(b"rubbish")
