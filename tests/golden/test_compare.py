@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from tests.golden.compare import differences
+from tests.golden.train_and_wait import wait_for_each_refresh
+from tests.monitors import stored, watch
+from tests.spectra import tiny_vit
 
 
 def _run(folder: Path) -> Path:
@@ -79,3 +83,14 @@ def test_what_one_of_them_lacks_is_a_difference(runs):
         "spectra/update_00000007.npz.partial: only in A",
         "summary.csv: 0: train_loss: only in A",
     ]
+
+
+def test_the_runs_that_are_compared_leave_no_refresh_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(SpectralMonitor, "observe", SpectralMonitor.observe)  # which is there again afterwards
+    wait_for_each_refresh()
+    with watch(tiny_vit(), tmp_path, every=1) as monitor:
+        for update in range(4):
+            monitor.observe(update)
+            assert not monitor._worker.is_busy
+    assert monitor.skipped == 0
+    assert stored(tmp_path) == [0, 1, 2, 3]
