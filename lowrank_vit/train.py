@@ -83,6 +83,7 @@ def default_name(argv: list[str], config: Config) -> str:
 
 def _farewell(result: Result, config: Config, world: World) -> str:
     from lowrank_vit.report.status import next_steps, shown
+    from lowrank_vit.report.switching.read import in_words, read_switching
 
     run = result.run_dir
     args = {name: value for name, _, value in leaves(config)}
@@ -95,6 +96,8 @@ def _farewell(result: Result, config: Config, world: World) -> str:
     else:
         how_long = "" if result.is_repeated else f", {duration(result.train_s)} of training"
         heading = "\n".join([f"{_best(result)}{how_long}", *_whose(result)])
+    if config.lowrank.lowrank_train != "none" and (switching := read_switching(run)):
+        heading = "\n".join([heading, *in_words(switching)])
     there = (f"    {name:<20}{what}" for name, pattern, what in _FILES if any(run.glob(pattern)))
     commands = (step.command("  ") for step in steps)
     return "\n".join(["", heading, "", f"  {shown(run)}/", *there, "", "next:", *commands])

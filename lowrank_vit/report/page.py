@@ -22,12 +22,15 @@ from lowrank_vit.report.spectra.metrics import cosine_plot, ema_plot, profile_pl
 from lowrank_vit.report.spectra.motion import flows_plot, updates_plot
 from lowrank_vit.report.spectra.values import bulk_plot, spectra_plot, vectors_plot
 from lowrank_vit.report.status import Step, next_steps
+from lowrank_vit.report.switching import read as switching_read
+from lowrank_vit.report.switching.plots import switching_plot
 from lowrank_vit.report.training_plot import training_plot
 from lowrank_vit.spectral.measures.metrics import effective_rank, stable_rank
 from lowrank_vit.spectral.select import module_type
 
 _PICTURES = (
     ("training.png", "Loss, accuracy, learning rate and throughput over the updates", training_plot),
+    ("lowrank.png", "Rank of every layer over the updates, and what refreshes said of them", switching_plot),
     ("spectra.png", "Singular values of the weights over the updates", spectra_plot),
     ("bulk.png", "Newest spectra as histograms with the Marchenko-Pastur law and its edge", bulk_plot),
     ("stable_rank.png", "Stable and effective rank of every block over the updates", stable_rank_plot),
@@ -116,12 +119,16 @@ def report_html(
         compression: of the run's model, where one lies beside it.
     """
     of_it = tables(compression) if compression else []
+    switching = switching_read.read_switching(run.path)
+    refused = switching_read.notes(switching) if switching else []
+    if switching:
+        of_it = [*switching_read.tables(switching, run.shapes), *of_it]
     standing = run.status.in_words if run.status else ""
     return _page(
         title=run.path.resolve().name,
         model=str(run.args.get("model") or ""),
-        headline=headline(run),
-        notes=[note for note in (standing, *run.notes) if note],
+        headline=[*headline(run), *(switching_read.headline(switching) if switching else [])],
+        notes=[note for note in (standing, *run.notes, *refused) if note],
         pictures=pictures,
         tables=[final_numbers(run), spectral_numbers(run), *([comparison(run, other)] if other else []), *of_it],
         steps=_what_next(run),

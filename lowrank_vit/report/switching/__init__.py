@@ -1,0 +1,1 @@
+"""What a run's log holds of its training becoming low-rank, as pictures and tables."""

@@ -1,0 +1,155 @@
+"""`lowrank.png`: the rank of every layer over the updates, and what refreshes said of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lowrank_vit.report.style import (
+    EMA,
+    INK,
+    MODEL,
+    MUTED,
+    TRAIN,
+    by_type,
+    heading,
+    new_figure,
+    png,
+    style_bar,
+    tidy,
+    update_ticks,
+)
+from lowrank_vit.report.switching.read import Switching, mean_over_time, read_switching
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from lowrank_vit.report.read import Run
+
+_LABELLED = 30
+"""Up to so many layers have their ranks written into the picture."""
+_NAMED = 60
+"""Up to so many layers are named beside it."""
+_COLORS = (MODEL, EMA, "#3caea3", "#c9a227", "#7d5ba6", TRAIN)
+
+
+def switching_plot(run: Run) -> bytes | None:
+    """PNG bytes: ranks by layer over the updates; energy, cosine and certificates beside chance. None without any."""
+    switching = read_switching(run.path)
+    if not switching or not switching.layers:
+        return None
+    names, looks = switching.layers, switching.looks
+    end = max([run.status.updates if run.status else 0, *(one.update for one in [*looks, *switching.switches])])
+    full = {name: min(run.shapes[name]) if name in run.shapes else _greatest(switching, name) for name in names}
+    rows, height = 2 if looks else 1, 1.2 + 0.2 * max(8, min(len(names), _NAMED))
+    figure = new_figure(13.2 if looks else 8.6, 1.0 + height + (2.9 if looks else 0.0))
+    above, *below = figure.subfigures(rows, 1, height_ratios=[height, 2.9][:rows], squeeze=False)[:, 0]
+    panels = above.subplots(1, 2 if looks else 1, squeeze=False)[0]
+    shown = _ranks(panels[0], switching, full, end)
+    if looks:
+        _verdicts(panels[1], switching, full, end)
+        _evidence(below[0].subplots(1, 4), switching)
+    style_bar(above.colorbar(shown, ax=list(panels), shrink=0.7, pad=0.01), "of the full rank")
+    what = "would be in factors (dry run)" if switching.is_dry else "are in factors"
+    model = f"{run.args['model']}  ·  " if run.args.get("model") else ""
+    count = len(switching.ranks_after(len(switching.switches)))
+    title = "Ranks that layers would have" if switching.is_dry else "Ranks of the layers"
+    heading(figure, title, f"{model}{count} of {len(names)} layers {what}, all: the layer is whole")
+    return png(figure)
+
+
+def _greatest(switching: Switching, name: str) -> int:
+    """The greatest rank that the log has of a layer, where its shape is not known."""
+    found = [one.ranks[name] for one in switching.switches if name in one.ranks]
+    return max([1, *found, *(int(one.layers[name].get("rank", 1)) for one in switching.looks if name in one.layers)])
+
+
+def _heat(axes: Axes, shares_LT: np.ndarray, edges: list[int]) -> Any:
+    """Rows are layers, the first above; a column is a stretch of updates."""
+    edges = [*edges[:-1], max(edges[-1], edges[-2] + 1)]
+    rows = np.arange(len(shares_LT) + 1) - 0.5
+    shown = axes.pcolormesh(edges, rows, shares_LT, cmap="Blues", vmin=0, vmax=1)
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    update_ticks(axes.xaxis)
+    return shown
+
+
+def _ranks(axes: Axes, switching: Switching, full: dict[str, int], end: int) -> Any:
+    names = list(full)
+    stages = [switching.ranks_after(count) for count in range(len(switching.switches) + 1)]
+    shares = np.array([[ranks.get(name, full[name]) / full[name] for ranks in stages] for name in names])
+    edges = [0, *(one.update for one in switching.switches), end]
+    tidy(axes, "Would be kept" if switching.is_dry else "Kept", "update")
+    shown = _heat(axes, shares, edges)
+    if len(names) <= _NAMED:
+        axes.set_yticks(range(len(names)), names, parse_math=False)
+    else:
+        axes.set_yticks([])
+        axes.set_ylabel("layers, first above", fontsize=9.5, color=MUTED)
+    for update in edges[1:-1]:
+        axes.axvline(update, color=EMA, linewidth=1.4)
+    if len(names) <= _LABELLED:
+        for column, ranks in enumerate(stages):
+            if edges[column + 1] - edges[column] < 0.06 * end:
+                continue
+            for row, name in enumerate(names):
+                ink = "white" if shares[row, column] > 0.55 else INK
+                text = str(ranks.get(name, "all"))
+                place = (edges[column] + edges[column + 1]) / 2
+                axes.text(place, row, text, ha="center", va="center", fontsize=7.5, color=ink)
+    return shown
+
+
+def _verdicts(axes: Axes, switching: Switching, full: dict[str, int], end: int) -> None:
+    """What each refresh would keep, until the next; dots where it calls a layer settled."""
+    names, looks = list(full), switching.looks
+    ranks = [[look.layers.get(name, {}).get("rank", np.nan) / full[name] for look in looks] for name in names]
+    tidy(axes, "What each whole refresh would keep  ·  dots: settled", "update")
+    axes.set_yticks([])
+    _heat(axes, np.array(ranks, float), [*(look.update for look in looks), end])
+    dots = [
+        (look.update, row)
+        for look in looks
+        for row, name in enumerate(names)
+        if look.layers.get(name, {}).get("settled", 0)
+    ]
+    if dots:
+        axes.scatter(*zip(*dots, strict=True), s=7, color=EMA, linewidths=0, zorder=3, clip_on=False)
+    axes.set_xlim(0, None)
+
+
+def _evidence(panels: Any, switching: Switching) -> None:
+    updates = [look.update for look in switching.looks]
+    types = by_type(switching.layers)
+    marks: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(updates) <= 30 else {}
+    titles = (
+        ("energy", "energy_of_chance", "Energy in earlier directions"),
+        ("cosine", "chance", "Cosine with them"),
+        ("above_noise", "", "Above noise of the same entries"),
+    )
+    for axes, (key, chance, title) in zip(panels[:3], titles, strict=True):
+        tidy(axes, title, "update")
+        for color, (kind, names) in zip(_COLORS, types.items(), strict=False):
+            axes.plot(updates, mean_over_time(switching.looks, key, names), color=color, label=kind, **marks)
+            if chance:
+                by_chance = mean_over_time(switching.looks, chance, names)
+                axes.plot(updates, by_chance, color=color, linestyle=(0, (2, 2)), linewidth=1)
+        axes.set_ylim(0, 1.03)
+        if chance:
+            axes.text(0.98, 0.03, "dashes: by chance", transform=axes.transAxes, ha="right", fontsize=8, color=MUTED)
+    panels[2].legend(fontsize=8, frameon=False, labelcolor=MUTED)
+    widest = np.array(
+        [max((one.get("certificate", 0.0) for one in look.layers.values()), default=0.0) for look in switching.looks]
+    )
+    tidy(panels[3], "Certificates, the widest", "update")
+    panels[3].plot(updates, np.where(widest > 0, widest, np.nan), color=INK, **marks)
+    if (widest > 0).any():
+        panels[3].set_yscale("log")
+    panels[3].set_ylabel("radius / σ₁", fontsize=9.5, color=MUTED)
+    for axes in panels:
+        axes.set_xlim(0, None)
+        update_ticks(axes.xaxis)
+        for one in switching.switches:
+            axes.axvline(one.update, color=EMA, linewidth=1.2, alpha=0.8)

@@ -1,0 +1,285 @@
+"""Reads the "lowrank" lines of a run's log: when layers were put in factors, of which rank, and on what that rested."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank_vit.report.compression.read import Table
+
+_EVENT, _TRAIN = b'{"kind": "lowrank"', b'{"kind": "train"'
+EVIDENCE = {
+    "energy": "energy held",
+    "energy_of_chance": "energy by chance",
+    "cosine": "cosine",
+    "chance": "cosine by chance",
+    "above_noise": "above noise",
+    "certificate": "certificate",
+    "scale": "factor of the lr",
+    "error": "|W - AB| / |W|",
+}
+"""What a rank rested on and what became of the layer, by its key in the log, in words."""
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Layers that were put in factors at one update, or would have been."""
+
+    update: int
+    """The update that it is a part of."""
+    is_dry: bool
+    """Whether it was only logged (--lowrank-dry-run)."""
+    ranks: dict[str, int]
+    """Of the layers that changed, by name."""
+    layers: dict[str, dict[str, float]]
+    """By name of the layer what its rank rested on and what became of it; see `EVIDENCE`."""
+    numbers: dict[str, float]
+    """All other numbers of the line."""
+
+    def number(self, name: str) -> float:
+        """A number of the line; NaN where it has none of that name."""
+        return self.numbers.get(name, math.nan)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether it came at the beginning of a given epoch, before the update."""
+        return "epoch" in self.numbers
+
+    @property
+    def done(self) -> int:
+        """Updates that were made before it."""
+        return self.update - 1 if self.is_scheduled else self.update
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one refresh of whole spectra said of the layers."""
+
+    update: int
+    layers: dict[str, dict[str, float]]
+    """By name of the layer: rank, settled (0 or 1), streak, and what `EVIDENCE` names; without what is not known."""
+
+
+@dataclass(frozen=True)
+class Switching:
+    """All of one run, by update."""
+
+    switches: list[Switch]
+    looks: list[Look]
+    refusals: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+    """Updates at which no layer was put in factors though that was due, and why."""
+    rates: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+    """Images a second of each interval of the log, by its last update."""
+
+    @property
+    def is_dry(self) -> bool:
+        """Whether nothing was put in factors, but would have been."""
+        return bool(self.switches) and all(one.is_dry for one in self.switches)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of all layers that a line is about, in the order of the model's blocks, then of the log."""
+        found = dict.fromkeys(name for one in self.looks for name in one.layers)
+        return sorted(found | dict.fromkeys(name for one in self.switches for name in one.ranks), key=_block)
+
+    def ranks_after(self, count: int) -> dict[str, int]:
+        """The rank of every layer in factors after so many switches; layers that are whole are not named."""
+        ranks: dict[str, int] = {}
+        for one in self.switches[:count]:
+            ranks |= one.ranks
+        return ranks
+
+    def speeds(self) -> list[tuple[float, float]]:
+        """Median images a second before and after each switch, up to the switches next to it; NaN where not known.
+
+        The first interval that has updates behind a switch holds its compiling, and is left out.
+        """
+        stretches: list[float] = []
+        for begin, end in itertools.pairwise([-1, *(one.done for one in self.switches), math.inf]):
+            rates = [rate for update, rate in self.rates if begin < update <= end]
+            rates = rates[1:] if begin >= 0 else rates
+            stretches.append(float(np.median(rates)) if rates else math.nan)
+        return list(itertools.pairwise(stretches))
+
+
+def _block(name: str) -> list[int]:
+    """The numbers in a name: blocks.2 before blocks.10."""
+    return [int(part) for part in name.split(".") if part.isdecimal()]
+
+
+def read_switching(run_dir: Path) -> Switching | None:
+    """What `metrics.jsonl` holds; None for a run whose log has no such line. Damaged lines are left out."""
+    events: list[dict[str, Any]] = []
+    train: list[bytes] = []
+    with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
+        for line in file:
+            if line.startswith(_TRAIN):
+                train.append(line)
+            elif line.startswith(_EVENT):
+                with contextlib.suppress(ValueError):
+                    events.append(json.loads(line))
+    # A run that went on repeats some: of two of one update the later one counts.
+    switches: dict[int, Switch] = {}
+    looks: dict[int, Look] = {}
+    refusals: dict[int, str] = {}
+    for event in events:
+        with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError):
+            update, kind = int(event["update"]), event["event"]
+            if kind == "evidence":
+                seen = int(event["seen"])
+                looks[seen] = Look(seen, {name: _known(one) for name, one in _by_layer(event["layers"]).items()})
+            elif kind in ("switch", "dry-run"):
+                switches[update] = _switch(event, is_dry=kind == "dry-run")
+            elif kind == "refused":
+                refusals[update] = str(event["why"])
+    if not switches and not looks and not refusals:
+        return None
+    return Switching(
+        [switches[update] for update in sorted(switches)],
+        [looks[update] for update in sorted(looks)],
+        refusals=sorted(refusals.items()),
+        rates=sorted(_rates(train).items()),
+    )
+
+
+def _switch(event: Mapping[str, Any], *, is_dry: bool) -> Switch:
+    layers = _by_layer(event.get("layers") or {})
+    for key, value in _numbers(event.get("change") or {}).items():
+        name, _, number = key.rpartition("/")
+        layers.setdefault(name, {})[number] = value
+    ranks = {str(name): int(rank) for name, rank in event["ranks"].items()}
+    return Switch(int(event["update"]), is_dry, ranks, layers, _numbers(event))
+
+
+def _rates(train: Iterable[bytes]) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for line in train:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            event = json.loads(line)
+            found[int(event["update"])] = float(event["img_per_s"])
+    return {update: rate for update, rate in found.items() if math.isfinite(rate)}
+
+
+def _by_layer(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    return {str(name): _numbers(numbers) for name, numbers in content.items() if isinstance(numbers, Mapping)}
+
+
+def _known(verdict: dict[str, float]) -> dict[str, float]:
+    """Without the zeros that stand for what nothing is known of: no rank that pays, or nothing to compare with."""
+    return {key: value for key, value in verdict.items() if value or key in ("settled", "streak")}
+
+
+def _numbers(content: Mapping[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in content.items() if isinstance(value, int | float)}
+
+
+def in_words(switching: Switching) -> list[str]:
+    """A line for each switch: layers, parameters, FLOPs and images a second before and after, where they are known."""
+    lines: list[str] = []
+    for one, speed in zip(switching.switches, switching.speeds(), strict=True):
+        would = "would be put" if one.is_dry else "put"
+        parts = [f"update {one.update:,}: {len(one.ranks)} layer{'s' * (len(one.ranks) != 1)} {would} in factors"]
+        changes = {"M parameters": _parameters(one), "GFLOP an image": _flops(one)}
+        if not one.is_dry and all(map(math.isfinite, speed)):
+            changes["img/s"] = _change(*speed, ",.0f")
+        lines.append(", ".join([*parts, *(f"{change} {what}" for what, change in changes.items() if change)]))
+    return lines
+
+
+def headline(switching: Switching) -> list[tuple[str, str]]:
+    """The figure that a reader of a switched run looks for first, as (label, value)."""
+    done = [one for one in switching.switches if not one.is_dry]
+    left = done[-1].number("parameters") / done[0].number("parameters_before") if done else math.nan
+    return [("parameters left", f"{100 * left:.1f} %")] if math.isfinite(left) else []
+
+
+def tables(switching: Switching, shapes: Mapping[str, tuple[int, int]]) -> list[Table]:
+    """Of the switches, and of the ranks by layer with what they rested on."""
+    return [_switches(switching), _ranks(switching, shapes)]
+
+
+def notes(switching: Switching) -> list[str]:
+    """A line for each time that layers stayed as they were though a switch was due."""
+    return [f"At update {update:,} no layer was put in factors: {why}." for update, why in switching.refusals]
+
+
+def _switches(switching: Switching) -> Table:
+    rows: list[list[str]] = []
+    for one, speed in zip(switching.switches, switching.speeds(), strict=True):
+        why = f"schedule, after epoch {one.number('epoch'):.0f}" if one.is_scheduled else "settled"
+        share = one.number("share")
+        rows.append(
+            [
+                f"{one.update:,}",
+                why,
+                str(len(one.ranks)),
+                "" if math.isnan(share) else f"{100 * share:.1f} %",
+                _parameters(one),
+                _flops(one),
+                "not trained" if one.is_dry else _change(*speed, ",.0f"),
+                _change(one.number("loss_before"), one.number("loss"), ".4f"),
+            ]
+        )
+    columns = ["update", "why", "layers", "targets left", "M parameters", "GFLOP an image", "img/s", "loss, one batch"]
+    title = "Layers that would be put in factors (dry run)" if switching.is_dry else "Layers put in factors"
+    note = (
+        "FLOPs of training on an image; loss of the same images before and after. Images a second are medians of the "
+        "log's intervals up to the next switch, without the one in which the step is compiled anew."
+    )
+    return Table(title, columns, rows, note)
+
+
+def _ranks(switching: Switching, shapes: Mapping[str, tuple[int, int]]) -> Table:
+    newest: dict[str, dict[str, float]] = {}
+    for look in switching.looks:
+        newest |= look.layers
+    for one in switching.switches:
+        newest |= {name: newest.get(name, {}) | numbers for name, numbers in one.layers.items()}
+    known = [key for key in EVIDENCE if any(math.isfinite(one.get(key, math.nan)) for one in newest.values())]
+    after = [switching.ranks_after(count + 1) for count in range(len(switching.switches))]
+    rows: list[list[str]] = []
+    for name in switching.layers:
+        shape = " x ".join(map(str, shapes[name])) if name in shapes else ""
+        ranks = [str(ranks.get(name, "whole")) for ranks in after]
+        rows.append([name, shape, *ranks, *(_cell(key, newest.get(name, {}).get(key)) for key in known)])
+    at = [f"update {one.update:,}" for one in switching.switches]
+    note = "The rank behind each switch, and what the layer's newest switch or refresh rested on."
+    return Table("Ranks by layer", ["", "shape", *at, *(EVIDENCE[key] for key in known)], rows, note)
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return ""
+    return f"{value:.0e}" if key == "certificate" else f"{value:.3g}"
+
+
+def _parameters(one: Switch) -> str:
+    return _change(one.number("parameters_before") / 1e6, one.number("parameters") / 1e6)
+
+
+def _flops(one: Switch) -> str:
+    return _change(one.number("flops_before") / 1e9, one.number("flops") / 1e9)
+
+
+def _change(before: float, after: float, form: str = ".3g") -> str:
+    """Such as 3.2 → 1.1, with a question mark for what is not known; empty where neither is."""
+    shown = [format(value, form) if math.isfinite(value) else "?" for value in (before, after)]
+    return "" if shown == ["?", "?"] else " → ".join(shown)
+
+
+def mean_over_time(looks: Iterable[Look], key: str, names: Iterable[str]) -> np.ndarray:
+    """The mean of a number over these layers at each refresh (T,); NaN where none has it."""
+    wanted = list(names)
+    found = [[look.layers.get(name, {}).get(key, math.nan) for name in wanted] for look in looks]
+    values = np.array(found, float).reshape(-1, len(wanted))
+    known = np.isfinite(values)
+    sums = np.where(known, values, 0.0).sum(axis=1)
+    return np.divide(sums, known.sum(axis=1), out=np.full(len(sums), np.nan), where=known.any(axis=1))
