@@ -205,6 +205,7 @@ def set_up(
         lines += filter(None, [remark_on_directions(model, optimizer, _targets(config, model))])
     world.progress.enter("making ready to train")
     parameters = sum(p.numel() for p in model.parameters())
+    train_step = TrainStep(config, model, augment, optimizer, ema, world, position=position, phases=phases)
     return Setup(
         config=config,
         device=device,
@@ -217,7 +218,7 @@ def set_up(
         optimizer=optimizer,
         scheduler=scheduler,
         num_epochs=num_epochs,
-        step=TrainStep(config, model, augment, optimizer, ema, world, position=position, phases=phases),
+        step=train_step,
         evaluators=evaluators,
         flows=flows,
         train_loader=train_loader,
@@ -233,6 +234,7 @@ def set_up(
             f"peak learning rate {lr:.3g} ({lr_origin}), {_batch_in_words(plan)}, "
             f"{plan.updates_per_epoch} updates an epoch, {num_epochs} epoch{'s' if num_epochs != 1 else ''}",
             *ema_line,
+            *([train_step.regulariser.in_words()] if train_step.regulariser else []),
             *([COMPILING] if sets and _must_compile(config, train_loader.name, device) else []),
             *([f"{train_flops / 1e9:.3g} GFLOP a training image; MFU is against {peak.name}"] if train_flops else []),
         ],

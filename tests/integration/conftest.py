@@ -20,6 +20,7 @@ SMALL = [
 RECIPE = """
 --no-spec-monitor --epochs 3 --log-interval 4 --drop 0.1 --drop-path 0.1 --mixup 0.8 --cutmix 1 --reprob 0.25
 --aa rand-m9-mstd0.5-inc1 --vflip 0.2 --model-ema-warmup
+--reg-nuclear 0.02 --reg-stable-rank 1e-4 --spectral-clip 1.5 --reg-every 4
 """.split()
 UPDATES = 11
 """Of an epoch of the digits in batches of 128."""

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 RECIPE = """
 --epochs 2 --log-interval 4 --mixup 0.8 --cutmix 1 --reprob 0.25 --aa rand-m9-mstd0.5-inc1 --spec-every 11
 --spec-updates --spec-flows --spec-flow-images 48
+--reg-nuclear 0.02 --reg-stable-rank 1e-4 --spectral-clip 1.5 --reg-every 4
 """.split()
 UPDATES = 11
 Process = subprocess.Popen[str] | forks.Forked

@@ -87,6 +87,18 @@ class Regulariser:
         self._sizes, self._is_fresh = sizes, False
         self._groups: list[list[int]] | None = None
 
+    def in_words(self) -> str:
+        """A line about what it does."""
+        options, count = self._options, len(self._matrices)
+        way = "with the loss's gradients" if options.reg_coupled else "apart from the loss's gradients"
+        parts = {
+            f"nuclear norm {options.reg_nuclear:g}, {way}": options.reg_nuclear,
+            f"stable rank {options.reg_stable_rank:g}, {way}": options.reg_stable_rank,
+            f"values clipped to {options.spectral_clip}": options.spectral_clip,
+        }
+        acting = "; ".join(text for text, value in parts.items() if value)
+        return f"{count} matrices regularised every {options.reg_every} updates: {acting}"
+
     def before_step(self, update: int, is_skipped: Tensor | None = None) -> None:
         """Add the penalties to the gradients, or take them from the weights; before the step of update `update`.
 

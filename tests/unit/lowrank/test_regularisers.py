@@ -343,6 +343,14 @@ def test_after_a_switch_it_acts_on_the_factors():
     torch.testing.assert_close(layer.up.detach(), before * (1 - 0.5 * 0.1))
 
 
+def test_what_it_does_is_said():
+    found, _ = regulariser("--reg-nuclear 0.1 --spectral-clip 2 --reg-coupled", TinyModel())
+    expected = (
+        "4 matrices regularised every 10 updates: nuclear norm 0.1, with the loss's gradients; values clipped to 2.0"
+    )
+    assert found.in_words() == expected
+
+
 def test_frozen_and_unknown_targets_are_refused():
     model = TinyModel()
     with pytest.raises(UserError, match="--reg-targets"):
