@@ -57,7 +57,6 @@ import ctypes, json, os, sys
 from types import SimpleNamespace
 from benchmarks.harness.processes import serve
 from lowrank_vit.common.errors import UserError
-from tests.waiting import LONG_S, is_gone, wait_until
 
 def fail():
     raise RuntimeError("an illegal memory access was encountered")

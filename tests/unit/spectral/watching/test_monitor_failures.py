@@ -175,7 +175,6 @@ from pathlib import Path
 from lowrank_vit.spectral.watching import refresh
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from tests.spectra import tiny_vit
-from tests.waiting import LONG_S
 asked = threading.Event()
 refresh.solve_stack = lambda *a, **k: (asked.set(), threading.Event().wait())
 monitor = SpectralMonitor(tiny_vit(), None, targets="mlp.fc1", every=1, store_dir=Path({str(tmp_path)!r}))
