@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.config.option_types import ABOVE_0, NOT_NEGATIVE, POSITIVE, Range
+from lowrank_vit.config.option_types import ABOVE_0, NOT_NEGATIVE, POSITIVE, SHARE_BELOW_1, Range
 
 _SHARE, _SHARE_BELOW_1 = Range(0, 1, open_low=True), Range(0, 1, open_low=True, open_high=True)
 _EXAMPLE = "8=0.15 20=0.08"
@@ -25,6 +25,12 @@ class LowRank:
 
     lowrank_init: Annotated[float | None, _SHARE_BELOW_1] = None
     """Begin with the targets in factors of this share of their parameters, by the SVD of their first weights."""
+    lora: Annotated[int | None, POSITIVE] = None
+    """Fine-tune adapters of this rank beside the targets (LoRA, by PEFT), and the head; all else is frozen."""
+    lora_alpha: Annotated[float | None, ABOVE_0] = None
+    """The adapters' products are multiplied by alpha / rank; default: the rank, so by 1."""
+    lora_dropout: Annotated[float, SHARE_BELOW_1] = 0.0
+    """Share of a target's inputs that its adapter does not see in a training step."""
     lowrank_train: RankRule = "none"
     """Put settled layers in factors, of this rank: --lowrank-energy, values above the Marchenko-Pastur edge, or kfac's
     greedy ranks under --lowrank-budget. Needs --spec-monitor."""
@@ -94,7 +100,8 @@ def parse_schedule(texts: tuple[str, ...]) -> dict[int, float]:
 
 
 def check_low_rank(options: LowRank, *, is_watched: bool) -> None:
-    """Raise `UserError` for options that need another; `is_watched`: with --spec-monitor."""
+    """Raise `UserError` for options that need or exclude another; `is_watched`: with --spec-monitor."""
+    _check_lora(options)
     acts = options.reg_nuclear or options.reg_stable_rank
     for name, is_idle in {
         "reg-targets": options.reg_targets is not None and not acts and options.spectral_clip is None,
@@ -123,4 +130,24 @@ def check_low_rank(options: LowRank, *, is_watched: bool) -> None:
         raise UserError(
             f"--lowrank-train {options.lowrank_train} rests on the refreshes of --spec-monitor, which is off. Add "
             "--spec-monitor."
+        )
+
+
+def _check_lora(options: LowRank) -> None:
+    """Raise `UserError` for options of adapters without any, and for others that change the targets' own weights."""
+    if options.lora is None:
+        given = {"alpha": options.lora_alpha is not None, "dropout": options.lora_dropout}
+        if idle := [name for name, value in given.items() if value]:
+            raise UserError(f"--lora-{idle[0]} is about --lora, which is not there. Add --lora RANK, or leave it out.")
+        return
+    changing = {
+        "lowrank-init": options.lowrank_init is not None,
+        "lowrank-train": options.lowrank_train != "none",
+        "reg-nuclear": options.reg_nuclear,
+        "reg-stable-rank": options.reg_stable_rank,
+        "spectral-clip": options.spectral_clip is not None,
+    }
+    if other := [name for name, is_given in changing.items() if is_given]:
+        raise UserError(
+            f"--lora keeps the targets' own weights as they are, and --{other[0]} changes them. Leave one of them out."
         )

@@ -49,12 +49,15 @@ class Peak(NamedTuple):
 def train_flops_per_image(model: nn.Module, img_size: int) -> float | None:
     """FLOPs (a multiply-add is two) of one training image: three times those of the forward pass.
 
-    The backward pass takes two products for each of the forward pass (Chowdhery et al., PaLM, appendix B); what
-    gradient checkpointing computes again does not count. The forward pass is counted by torch's FlopCounterMode on
-    tensors without data. None where the model cannot be counted so.
+    The backward pass takes two products for each of the forward pass (Chowdhery et al., PaLM, appendix B), and one
+    where the layer's weight is frozen; what gradient checkpointing computes again does not count. The forward pass is
+    counted by torch's FlopCounterMode on tensors without data. None where the model cannot be counted so.
     """
     try:
-        return 3.0 * forward_flops_per_image(model, img_size)
+        by_module = _forward_flops(model, img_size)
+        own = {name: dict(module.named_parameters(recurse=False)) for name, module in model.named_modules()}
+        frozen = [n for n, of in own.items() if "weight" in of and not any(p.requires_grad for p in of.values())]
+        return 3.0 * by_module[""] - sum(by_module.get(name, 0) for name in frozen)
     except Exception:  # only a figure beside the training: no model may fail for want of it
         return None
 
@@ -64,12 +67,18 @@ def forward_flops_per_image(model: nn.Module, img_size: int, device: torch.devic
 
     Raises whatever the model does there.
     """
+    return _forward_flops(model, img_size, device)[""]
+
+
+def _forward_flops(model: nn.Module, img_size: int, device: torch.device | str = "meta") -> dict[str, int]:
+    """By the name of the module that does them; those of the whole model by ""."""
     image = torch.zeros(1, 3, img_size, img_size, device=device)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     there = {name: tensor.detach().to(device) for name, tensor in tensors.items()}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         torch.func.functional_call(model, there, (image,))
-    return counter.get_total_flops()
+    found = {name.partition(".")[2]: sum(of.values()) for name, of in counter.get_flop_counts().items()}
+    return {**found, "": counter.get_total_flops()}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, *, tf32: bool = False) -> Peak:

@@ -23,6 +23,8 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
 from lowrank_vit.config.option_types import Range, kind_of, leaves, may_change
 from lowrank_vit.config.options import Config
+from lowrank_vit.model.lora import KEY as LORA
+from lowrank_vit.model.lora import Lora, merged
 from lowrank_vit.model.weight_files import COMPRESSION, SUFFIXES, about_npz, read_safetensors, reason_of, unpickled
 
 BETTER = "better"
@@ -105,8 +107,17 @@ class Checkpoint:
         """True where there are EMA weights."""
         return "state_dict_ema" in self.content
 
-    def weights(self, use_ema: bool) -> dict[str, Tensor]:
-        """The state dict of the model or of its EMA, half precision as float32. Raises `UserError` if it is absent."""
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters of the weights; None without. Raises `UserError` for what does not tell of any."""
+        told: Any = self.content.get(LORA)
+        return None if told is None else Lora.of_content(told, str(self.path))
+
+    def weights(self, use_ema: bool, *, with_adapters: bool = False) -> dict[str, Tensor]:
+        """The state dict of the model or of its EMA, half precision as float32. Raises `UserError` if it is absent.
+
+        Adapters are merged into the weights, unless they are to be loaded `with_adapters`.
+        """
         if self.is_npz:
             raise UserError(
                 f"{self.path} has Google's arrays, which timm fits to a model as it makes it. Give the file with "
@@ -117,7 +128,8 @@ class Checkpoint:
         if not use_ema and "state_dict" not in self.content:
             raise UserError(f"{self.path} holds EMA weights alone. Add --use-ema to read them.")
         found: dict[str, Tensor] = self.content["state_dict_ema" if use_ema else "state_dict"]
-        return {name: _at_least_float32(tensor) for name, tensor in found.items()}
+        weights = {name: _at_least_float32(tensor) for name, tensor in found.items()}
+        return weights if with_adapters and self.lora else merged(weights, self.lora, str(self.path))
 
     @property
     def starts_from_ema(self) -> bool:

@@ -390,7 +390,7 @@ def _table(
 
 def _text(key: str, numbers: Mapping[str, float]) -> str:
     """Four significant digits: 12.35, 0.0421, 3.1e-07; fewer where a standard error or a p-value limits them."""
-    value = numbers.get(key, float("nan"))
+    value = float("nan") if (found := numbers.get(key)) is None else found
     if key in _ERRORS:
         error = numbers.get(_ERRORS[key], float("nan"))
         return f"{value:.3g}±{error:.0f}" if error >= 1 else f"{value:.3g}±{error:.1g}"

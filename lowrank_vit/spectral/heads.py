@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.model.lora import has_adapter
 from lowrank_vit.model.low_rank import LowRankLinear, with_products
 from lowrank_vit.spectral.fused import forward_of
 from lowrank_vit.spectral.measures.circuits import BlockCircuits, HeadWeights, circuits_of
@@ -138,8 +139,9 @@ def _why_not(block: Any, circuits: Circuits) -> tuple[str, str] | None:
             return f"attn.{part}", why
     parts = ("qkv", "proj") if has("qkv") else ("q_proj", "k_proj", "v_proj", "proj")
     for part in parts:
-        if not isinstance(getattr(attn, part), nn.Linear | LowRankLinear):
-            return f"attn.{part}", f"is no plain layer, but {type(getattr(attn, part)).__name__}"
+        layer = getattr(attn, part)
+        if not isinstance(layer, nn.Linear | LowRankLinear) and not has_adapter(layer):
+            return f"attn.{part}", f"is no plain layer, but {type(layer).__name__}"
     if not has("qkv") and attn.q_proj.out_features != attn.k_proj.out_features:
         return "attn.k_proj", "has fewer heads than queries have (grouped queries)"
     width = attn.proj.out_features

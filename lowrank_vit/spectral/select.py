@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.model.lora import effective_weight, has_adapter, lora_of, merged
 from lowrank_vit.model.low_rank import LowRankLinear, product, with_products
 from lowrank_vit.spectral.fused import fused_qkv, is_named_qkv
 
@@ -112,20 +113,24 @@ def choose_targets(
 def targets_of_model(model: nn.Module, patterns: str, split_qkv: bool = False) -> dict[str, Target]:
     """`choose_targets` in a model. Raises `UserError`.
 
-    A weight that modules share is found under each of its names; a layer in factors counts as the one it stands for.
+    A weight that modules share is found under each of its names. A layer in factors counts as the one it stands for, as
+    does one with an adapter.
     """
     weights = with_products(dict(model.named_parameters(remove_duplicate=False)))
+    weights = merged(weights, lora_of(model), "the model")
     return choose_targets(weights, patterns, split_qkv, fused_qkv(model))
 
 
 def matrices_of(model: nn.Module, watched: Mapping[str, Target]) -> dict[str, Tensor]:
-    """`take_targets` in a model; of layers in factors a float64 copy of the product."""
+    """`take_targets` in a model; a float64 copy of the product of factors, and of the sum of layer and adapter."""
 
     def weight_of(name: str) -> Tensor:
         layer = model.get_submodule(name)
-        return (
-            product(layer.up, layer.down) if isinstance(layer, LowRankLinear) else model.get_parameter(name + _WEIGHT)
-        )
+        if has_adapter(layer):
+            return effective_weight(layer)
+        if isinstance(layer, LowRankLinear):
+            return product(layer.up, layer.down)
+        return model.get_parameter(name + _WEIGHT)
 
     return take_targets(cache(weight_of), watched)
 

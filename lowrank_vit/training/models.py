@@ -9,10 +9,11 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say
 from lowrank_vit.config.option_types import with_options
 from lowrank_vit.config.options import Config
-from lowrank_vit.lowrank.switching.start import start_in_factors
+from lowrank_vit.lowrank.switching.start import adapters_in_words, start_in_factors, start_with_adapters
 from lowrank_vit.model.class_match import Classes, Trust
 from lowrank_vit.model.create import create_model, set_head
 from lowrank_vit.model.fit import fit_kept_head, load_initial, load_weights, tell_of_published_head
+from lowrank_vit.model.lora import add_adapters
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
 from lowrank_vit.ranks.world import World
 from lowrank_vit.spectral.measures.initial import in_words, redraw_far_entries
@@ -41,7 +42,9 @@ def make_model(
         say=say,
     )
     if resumed:
-        load_weights(model, resumed, resumed.weights(use_ema=False), options.model)
+        if resumed.lora:
+            add_adapters(model, resumed.lora, config.lowrank.lora_dropout)
+        load_weights(model, resumed, resumed.weights(use_ema=False, with_adapters=True), options.model)
         return model
     if options.initial_checkpoint:
         load_initial(model, options.initial_checkpoint, options.model, say, of_data)
@@ -55,11 +58,23 @@ def make_model(
     return model
 
 
-def begin_in_factors(config: Config, model: nn.Module, world: World, say: Say) -> list[str]:
-    """With --lowrank-init put the targets in factors, in place; lines for the log. Raises `UserError`."""
+def begin_low_rank(config: Config, model: nn.Module, world: World, say: Say, *, is_resumed: bool) -> list[str]:
+    """Put the targets in factors, or give them adapters, in place, as the flags say; lines for the log.
+
+    A resumed model has them already. Raises `UserError`.
+    """
     options = config.lowrank
-    if options.lowrank_init is None:
-        return []
+    if options.lora is not None and not is_resumed:
+        start = config.model
+        if not (start.pretrained or start.pretrained_path or start.initial_checkpoint):
+            say(
+                "warning: --lora tunes adapters beside weights that stay as they are, and these are drawn anew. Give "
+                "weights to start from with --pretrained, --pretrained-path or --initial-checkpoint."
+            )
+        adapters = options.lora, options.lora_alpha, options.lora_dropout
+        start_with_adapters(model, *adapters, options.lowrank_targets, img_size=config.data.img_size, say=say)
+    if options.lowrank_init is None or is_resumed:
+        return adapters_in_words(model)
     world.progress.enter("decomposing the first weights")
     line = start_in_factors(
         model,
@@ -101,5 +116,5 @@ def make_ema(config: Config, model: nn.Module, resumed: Checkpoint | None) -> Mo
     if resumed:
         if not resumed.has_ema:
             raise UserError(f"{resumed.path} is of a run without an EMA. Resume it with --no-model-ema.")
-        load_weights(ema.module, resumed, resumed.weights(use_ema=True), options.model)
+        load_weights(ema.module, resumed, resumed.weights(use_ema=True, with_adapters=True), options.model)
     return ema

@@ -8,7 +8,7 @@ from torch import nn
 from lowrank_vit.augment.recipe import batches_of_update, train_rules
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.options import Config
-from lowrank_vit.lowrank.switching.start import check_share
+from lowrank_vit.lowrank.switching.start import check_adapters, check_share
 from lowrank_vit.model.create import check_model_name, check_published, create_model, input_spec, outline
 from lowrank_vit.model.optimizer import check_optimizer, create_scheduler, learning_rate
 from lowrank_vit.model.weights import require_file
@@ -50,6 +50,8 @@ def check_before_data(config: Config, *, is_resumed: bool, world: World | None =
         refuse_batch_norm(model, options.model)
     if config.lowrank.lowrank_init is not None and not is_resumed:
         check_share(model, config.lowrank.lowrank_init, config.lowrank.lowrank_targets)
+    if config.lowrank.lora is not None and not is_resumed:
+        check_adapters(model, config.lowrank.lora, config.lowrank.lowrank_targets)
     if config.spectra.spec_monitor:
         targets_of_model(model, config.spectra.spec_targets, config.spectra.spec_split_qkv)
         attention_blocks(model, config.spectra.spec_circuits)

@@ -48,7 +48,7 @@ from lowrank_vit.spectral.select import Target, matrices_of, ranks_of_factors, t
 from lowrank_vit.spectral.watching.schedule import usual_full_every
 from lowrank_vit.spectral.watching.watched import remark_on_directions
 from lowrank_vit.training.loading import fed_step, loaders_before, make_train_loader, make_val_loader, with_workers
-from lowrank_vit.training.models import begin_in_factors, make_ema, make_model, with_ema_warmup
+from lowrank_vit.training.models import begin_low_rank, make_ema, make_model, with_ema_warmup
 from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
 from lowrank_vit.training.preflight import check_before_data
 from lowrank_vit.training.step import TrainStep
@@ -163,7 +163,7 @@ def set_up(
     by_name = sets.by_name if sets else {}
     agree(world, "data", lambda: data_record(by_name, model, resumed), "opening the data")
     model = model.to(device)
-    of_factors = [] if resumed else begin_in_factors(config, model, world, say)
+    of_low_rank = begin_low_rank(config, model, world, say, is_resumed=resumed is not None)
     data = config.data
     spec = input_spec(model, data.img_size, data.crop_pct, data.mean, data.std)
     smoothing, remode = config.augment.smoothing, config.augment.remode
@@ -229,7 +229,7 @@ def set_up(
         description=[
             f"{config.model.model}: {parameters / 1e6:.2f} M parameters, {spec.img_size} px, "
             f"{num_classes} classes, on {device}",
-            *of_factors,
+            *of_low_rank,
             *lines,
             f"peak learning rate {lr:.3g} ({lr_origin}), {_batch_in_words(plan)}, "
             f"{plan.updates_per_epoch} updates an epoch, {num_epochs} epoch{'s' if num_epochs != 1 else ''}",

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import peft
 import pytest
+import timm
 import torch
+from torch import nn
 
-from lowrank_vit import analyze_spectrum, validate
+from lowrank_vit import analyze_spectrum, compress, validate
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.lowrank.layers import even_factors, factorise, save_compressed
@@ -24,6 +28,15 @@ from tests.integration.conftest import UPDATES
 from tests.runs import losses, records, same_weights, stop_after
 
 RANK = 5
+SIZE: dict[str, Any] = {
+    "img_size": 16,
+    "patch_size": 4,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "class_token": False,
+    "global_pool": "avg",
+}
 TUNE = "--epochs 1 --warmup-epochs 0 --lr 5e-4 --spec-every 5 --layer-decay 0.8 --log-interval 1".split()
 
 
@@ -40,6 +53,11 @@ def compressed(of: Path, folder: Path) -> tuple[Path, Path]:
     merge(model)
     save_compressed(model, paths[1], source, scorer.name, {"method": "svd"})
     return paths
+
+
+def plain_vit() -> nn.Module:
+    """A model of the small command's, by timm alone."""
+    return timm.create_model("vit_tiny_patch16_224", num_classes=10, **SIZE)
 
 
 def scores(checkpoint: Path, digits_dir: Path, folder: Path, *more: str) -> dict[str, float]:
@@ -118,3 +136,64 @@ def test_a_run_begins_in_factors_of_the_weights_that_it_would_have_had_and_is_re
             Trainer(parse(small(*other, "--resume", str(stopped / "last.pth.tar"))), "other")
     with pytest.raises(UserError, match="The model is in factors already"):
         Trainer(parse(small(*share, "--initial-checkpoint", str(stopped / "last.pth.tar"))), "again")
+
+
+def test_adapters_are_tuned_watched_resumed_and_merged_by_every_reader(
+    small: Callable[..., list[str]], digits_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    torch.manual_seed(3)
+    drawn, start = plain_vit(), tmp_path / "start.pth"
+    torch.save(drawn.state_dict(), start)
+    flags = "--lora 3 --lora-alpha 6 --lora-dropout 0.1 --lr 1e-2 --spec-every 11".split()
+    tuning = small("--initial-checkpoint", str(start), *TUNE, *flags)
+    whole = Trainer(parse(tuning), "whole").run().run_dir
+    line = "--lora 3: adapters beside 8 layers, times 2: 3,072 parameters of theirs and 330 of the head are trained"
+    assert line in capsys.readouterr().out
+    last = whole / "last.pth.tar"
+    content = torch.load(last, weights_only=True)
+    assert content["lora"] == {"rank": 3, "alpha": 6.0, "layers": list(find_targets(drawn, say=lambda line: None))}
+    of_start = drawn.state_dict()
+    for key in ("state_dict", "state_dict_ema"):  # the layers' own weights are the start's
+        kept = {name.replace("base_layer.", ""): one for name, one in content[key].items() if ".lora_" not in name}
+        changed = [name for name, tensor in kept.items() if not torch.equal(tensor, of_start[name])]
+        assert changed == ["head.weight", "head.bias"]
+
+    part = Trainer(parse(tuning), "part")
+    stop_after(part, UPDATES // 2)
+    stopped = part.run().run_dir / "last.pth.tar"
+    Trainer(parse([*tuning, "--resume", str(stopped)]), "part").run()
+    assert losses(stopped.parent) == losses(whole)
+    assert same_weights(stopped, last)
+
+    logged, spectra = records(whole, "eval")[-1], records(whole, "spec")[-1]
+    assert spectra["update"] == UPDATES
+    for more, prefix in (((), ""), (("--use-ema",), "_ema")):
+        weights = read_checkpoint(last).weights(use_ema=bool(more))
+        assert weights.keys() == of_start.keys()
+        top = float(np.linalg.svd(weights["blocks.1.mlp.fc2.weight"].double().numpy(), compute_uv=False)[0])
+        assert spectra[f"spec{prefix}/blocks.1.mlp.fc2/sigma_max"] == pytest.approx(top, rel=1e-6)
+        found = scores(last, digits_dir, tmp_path, *more)
+        assert found["top1"] == pytest.approx(logged[f"eval{prefix}_top1"])
+        merged = tmp_path / f"merged{prefix}.pth.tar"
+        compress.main([str(last), "--method", "svd", "--budget", "1", "--merge", str(merged), "--device", "cpu", *more])
+        plain = timm.create_model("vit_tiny_patch16_224", num_classes=10, checkpoint_path=str(merged), **SIZE)
+        images, tuned = torch.randn(4, 3, 16, 16), tuned_vit(content["state_dict_ema" if more else "state_dict"])
+        torch.testing.assert_close(plain.eval()(images), tuned.eval()(images), atol=1e-5, rtol=0)
+
+    analyze_spectrum.main(["--checkpoint", str(last), "--save-dir", str(tmp_path / "spectra")])
+    (file,) = (tmp_path / "spectra").glob("*.json")
+    assert "blocks.1.mlp.fc2" in json.loads(file.read_text())["layers"]
+    on = Trainer(parse(small("--initial-checkpoint", str(last), *TUNE)), "on").setup.model.state_dict()
+    expected = read_checkpoint(last).weights_to_start_from()[0]
+    assert all(torch.equal(on[name], tensor) for name, tensor in expected.items())
+    for more, words in (("--lora 4", "--lora was 3, now 4"), ("", "--lora was 3, now None")):
+        with pytest.raises(UserError, match=f"belongs to a run with other options: .*{words}"):
+            Trainer(parse([*small(*TUNE), *more.split(), "--resume", str(last)]), "other")
+
+
+def tuned_vit(state: dict[str, torch.Tensor]) -> nn.Module:
+    """The model of a run with adapters, by timm and PEFT alone."""
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["qkv", "proj", "fc1", "fc2"], exclude_modules="patch.*")
+    model = peft.inject_adapter_in_model(config, plain_vit())
+    model.load_state_dict(state)
+    return model

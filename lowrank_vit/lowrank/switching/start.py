@@ -1,4 +1,4 @@
-"""Layers in factors from a run's first update: spectral initialisation, at ranks of a share of their parameters."""
+"""What a run has in the place of whole layers from its first update: factors of them, or adapters beside them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lowrank_vit.lowrank.layers import Costs, Factors, Layer, factorise
 from lowrank_vit.lowrank.methods import svd
 from lowrank_vit.lowrank.targets import find_targets
 from lowrank_vit.lowrank.truncate import decompose
+from lowrank_vit.model.lora import Lora, add_adapters, classifiers, lora_of, require_peft
 from lowrank_vit.spectral.select import select_targets
 
 _TARGETS = "--lowrank-targets"
@@ -71,6 +72,71 @@ def check_share(model: nn.Module, share: float, patterns: str) -> None:
     chosen = select_targets(dict(model.named_parameters(remove_duplicate=False)), patterns, _TARGETS)
     if matrices := {name: weight for name, weight in chosen.items() if weight.ndim == 2}:
         _ranks(_costs_of(matrices), share)
+
+
+def start_with_adapters(
+    model: nn.Module,
+    rank: int,
+    alpha: float | None,
+    dropout: float,
+    patterns: str,
+    *,
+    img_size: int | None = None,
+    say: Say = terminal.say,
+) -> None:
+    """Give the layers that the patterns name LoRA's adapters, in place, and freeze all but these and the classifier.
+
+    Args:
+        model: with the weights that are to be tuned, on its device.
+        rank: of the adapters.
+        alpha: see `model.lora`; None: the rank.
+        dropout: see `add_adapters`.
+        patterns: see `find_targets`.
+        img_size: likewise.
+        say: is told of layers that are left without.
+
+    Raises:
+        UserError: as `find_targets` and `check_adapters`.
+    """
+    layers = find_targets(model, patterns, img_size=img_size, flag=_TARGETS, say=say)
+    _check_rank(model, {name: layer.weight for name, layer in layers.items()}, rank)
+    add_adapters(model, Lora(rank, rank if alpha is None else alpha, tuple(layers)), dropout)
+
+
+def check_adapters(model: nn.Module, rank: int, patterns: str) -> None:
+    """Raise `UserError` where no weight matches the patterns, the rank is above a matrix, or PEFT is missing.
+
+    So for the classifier, which is trained whole. For a model as it is built.
+    """
+    require_peft()
+    _check_rank(model, select_targets(dict(model.named_parameters(remove_duplicate=False)), patterns, _TARGETS), rank)
+
+
+def adapters_in_words(model: nn.Module) -> list[str]:
+    """What is trained of a model with adapters, in a line for the log; none without adapters."""
+    lora = lora_of(model)
+    if lora is None:
+        return []
+    of_adapters = sum(one.numel() for name, one in model.named_parameters() if ".lora_" in name)
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    frozen = sum(one.numel() for one in model.parameters()) - trained
+    return [
+        f"--lora {lora.rank}: adapters beside {len(lora.layers)} layers, times {lora.scale:g}: {of_adapters:,} "
+        f"parameters of theirs and {trained - of_adapters:,} of the head are trained, {frozen:,} stay as they are"
+    ]
+
+
+def _check_rank(model: nn.Module, weights: Mapping[str, Tensor], rank: int) -> None:
+    heads = classifiers(model)
+    for name, weight in weights.items():
+        if name in heads:
+            raise UserError(f"--lora: {name} is the classifier, which is trained whole. Leave it out of {_TARGETS}.")
+        if weight.ndim == 2 and rank > min(weight.shape):
+            rows, columns = weight.shape
+            raise UserError(
+                f"--lora {rank} is above the rank of {name}, {rows} x {columns}: {min(weight.shape)} at most. Give a "
+                f"smaller rank, or other {_TARGETS}."
+            )
 
 
 def _costs_of(weights: Mapping[str, Tensor]) -> Costs:

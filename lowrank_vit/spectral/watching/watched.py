@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_vit.model.lora import has_adapter
 from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.heads import Circuits, Heads, attention_blocks
 from lowrank_vit.spectral.measures.initial import FarEntry, far_entries_by_name
@@ -180,7 +181,7 @@ def remark_on_directions(model: nn.Module, optimizer: Optimizer, watched: Mappin
     for name, target in watched.items():
         weight = _weight(model, target.module)
         if weight is None:
-            why = "the layer is in factors, which are stepped in place of it"
+            why = "the layer is in factors, or has an adapter, which are stepped in place of it"
         else:
             why = why_no_direction(optimizer, groups[weight]) if weight in groups else "the optimizer does not step it"
         if why:
@@ -199,8 +200,9 @@ def _groups(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
 
 
 def _weight(model: nn.Module, module: str) -> nn.Parameter | None:
-    """A module's weight; none of a layer in factors."""
-    weight = getattr(model.get_submodule(module), "weight", None)
+    """A module's weight; none of a layer in factors or with an adapter."""
+    layer = model.get_submodule(module)
+    weight = None if has_adapter(layer) else getattr(layer, "weight", None)
     return weight if isinstance(weight, nn.Parameter) else None
 
 

@@ -30,9 +30,9 @@ erase-first resplit smoothing bce-loss bce-sum bce-target-thresh mixup cutmix mi
 mix-block cutmix-minmax mixup-off-epoch device amp amp-dtype tf32 compile compile-mode compile-cache spec-monitor
 spec-every spec-full-every spec-topk spec-interval spec-targets spec-split-qkv spec-circuits spec-solver spec-on-cpu
 spec-cpu-threads spec-store-gb spec-updates spec-flows spec-flow-images
-lowrank-init lowrank-train lowrank-targets lowrank-energy lowrank-budget lowrank-settled lowrank-switches
-lowrank-schedule lowrank-dry-run lowrank-moments lowrank-decay lowrank-calibration-images
-reg-nuclear reg-stable-rank spectral-clip reg-every reg-targets reg-coupled
+lowrank-init lora lora-alpha lora-dropout lowrank-train lowrank-targets lowrank-energy lowrank-budget lowrank-settled
+lowrank-switches lowrank-schedule lowrank-dry-run lowrank-moments lowrank-decay lowrank-calibration-images reg-nuclear
+reg-stable-rank spectral-clip reg-every reg-targets reg-coupled
 output experiment resume seed log-interval val-interval eval-metric tta checkpoint-hist checkpoint-interval
 rank-timeout init-timeout log-wandb wandb-project wandb-tags wandb-resume-id
 """.split()

@@ -9,6 +9,7 @@ from torch import nn
 
 from lowrank_vit.model import flops
 from lowrank_vit.model.flops import Peak, memory_gb, mfu, peak_flops, train_flops_per_image
+from lowrank_vit.model.lora import Lora, add_adapters
 
 CPU = torch.device("cpu")
 
@@ -26,6 +27,18 @@ def test_flops_are_those_of_the_formula():
     n, d = 65, 48
     macs = 64 * 4 * 4 * 3 * d + 3 * n * (12 * d * d + 2 * n * d) + 10 * d
     assert train_flops_per_image(model, 32) == 3 * 2 * macs
+
+
+def test_a_frozen_weight_has_no_gradient_to_compute():
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3, num_classes=10
+    )
+    whole = train_flops_per_image(model, 32)
+    n, d, r = 65, 48, 4
+    add_adapters(model, Lora(r, 4.0, tuple(f"blocks.{block}.mlp.fc1" for block in range(3))))
+    of_adapters, frozen = 3 * n * r * (d + 4 * d), 64 * 4 * 4 * 3 * d + 3 * n * 12 * d * d
+    assert whole is not None
+    assert train_flops_per_image(model, 32) == whole + 3 * 2 * of_adapters - 2 * frozen
 
 
 def test_counting_leaves_no_trace():

@@ -158,6 +158,14 @@ def test_comparing_two_checkpoints_says_what_the_monitor_would_have(tmp_path: Pa
     assert same_weights["cos_u8"] == pytest.approx(1.0)
 
 
+def test_a_mean_that_is_infinite_has_no_number_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    others = [save(tmp_path / f"{seed}.pth.tar", seed=seed) for seed in (0, 1)]
+    main(["--compare", *map(str, others), "--save-dir", str(tmp_path)])
+    types = json.loads((tmp_path / f"{ARCH}_drift.json").read_text())["types"]
+    assert None in {of_type["turn_bound"] for of_type in types.values()}
+    assert "Drift by type, means" in capsys.readouterr().out
+
+
 def test_checkpoints_of_different_models_are_not_compared(tmp_path: Path) -> None:
     before, after = save(tmp_path / "a.pth.tar"), tmp_path / "b.pth.tar"
     torch.save({"blocks.0.attn.qkv.weight": torch.ones(3, 4)}, after)

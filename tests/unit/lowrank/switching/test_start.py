@@ -1,4 +1,4 @@
-"""Factors that a run begins with: numpy's truncated SVD of the weights, at the ranks that a share has room for."""
+"""What a run begins with: numpy's truncated SVD at the ranks that a share has room for, or adapters; or why not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from torch import nn
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.lowrank.layers import Factors
-from lowrank_vit.lowrank.switching.start import check_share, start_in_factors
+from lowrank_vit.lowrank.switching.start import (
+    adapters_in_words,
+    check_adapters,
+    check_share,
+    start_in_factors,
+    start_with_adapters,
+)
+from lowrank_vit.model.lora import lora_of
 from lowrank_vit.model.low_rank import LowRankLinear, low_rank_layers, product, ranks_of
 
 TARGETS = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
@@ -110,3 +117,34 @@ def test_what_no_ranks_fit_is_refused_before_and_when_it_is_done():
         model.get_parameter("blocks.1.mlp.fc1.weight")[0, 0] = torch.nan
     with pytest.raises(UserError, match="not finite"):
         start_in_factors(model, 0.3, TARGETS, say=silent)
+
+
+def test_adapters_stand_beside_what_may_have_them_and_their_scale_is_one_unless_told():
+    model, said = vit(), list[str]()
+    model.get_submodule("blocks.0.mlp.fc1").register_forward_hook(lambda *_: None)
+    start_with_adapters(model, 3, None, 0.0, TARGETS, say=said.append)
+    lora = lora_of(model)
+    assert lora is not None
+    assert (lora.rank, lora.scale, len(lora.layers)) == (3, 1.0, 7)
+    assert said == ["note: left as it is: blocks.0.mlp.fc1: hooks are on it"]
+    (line,) = adapters_in_words(model)
+    rows = 3 * ((72 + 24) + (24 + 24) + (24 + 96) + (96 + 24)) * 2 - 3 * (24 + 96)
+    assert f"--lora 3: adapters beside 7 layers, times 1: {rows:,} parameters of theirs and 75 of the head" in line
+    assert not adapters_in_words(vit())
+
+
+def test_adapters_that_no_layer_can_have_are_refused_before_and_when_they_are_made():
+    for rank, patterns, why in (
+        (25, TARGETS, r"--lora 25 is above the rank of blocks\.0\.attn\.qkv, 72 x 24: 24 at most"),
+        (2, "head", "head is the classifier, which is trained whole. Leave it out of --lowrank-targets"),
+        (2, "attn.qvk", "'attn.qvk' matches no"),
+    ):
+        model = vit()
+        with pytest.raises(UserError, match=why):
+            check_adapters(model, rank, patterns)
+        with pytest.raises(UserError, match=why):
+            start_with_adapters(model, rank, None, 0.0, patterns, say=silent)
+        assert lora_of(model) is None
+    start_in_factors(model := vit(), 0.3, TARGETS, say=silent)
+    with pytest.raises(UserError, match="in factors already"):
+        start_with_adapters(model, 2, None, 0.0, TARGETS, say=silent)

@@ -1,0 +1,177 @@
+"""LoRA: PEFT's adapters beside frozen layers of a model, the weights that they add up to, and what files tell of them.
+
+A layer y = W x + b of R rows and C columns becomes y = W x + b + s B (A x), with A (r, C) and B (R, r), which are
+trained, and s = alpha / r (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022). B begins at 0,
+so the model begins as it was. PEFT names the tensors NAME.base_layer.weight, NAME.base_layer.bias,
+NAME.lora_A.default.weight and NAME.lora_B.default.weight; without adapters they are NAME.weight and NAME.bias.
+
+An EMA averages A and B, each for itself, as it does factors. Their product is not the average of the products: it
+differs by how A and B vary together within the averaged updates, which is of second order in their steps. But it has
+rank r, so the EMA is a model with adapters like any other, and resumed, watched and merged as one. The average of the
+products would be a whole matrix of each layer, at a product a layer in each update.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowrank_vit.common.errors import UserError
+
+KEY = "lora"
+"""Of a checkpoint's content: `Lora.content`; absent where there are no adapters."""
+_ADAPTER = "default"
+"""PEFT's name of the only adapters of a model."""
+_BASE, _A, _B = ".base_layer", f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapters of a model."""
+
+    rank: int
+    alpha: float
+    layers: tuple[str, ...]
+    """Names of the layers that have one, in the model's order."""
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / self.rank
+
+    def content(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {"rank": self.rank, "alpha": self.alpha, "layers": list(self.layers)}
+
+    @classmethod
+    def of_content(cls, told: Any, source: str) -> Lora:
+        """Read what `content` has made. Raises `UserError`, which begins with `source`, for anything else."""
+        match told:
+            case {"rank": int(rank), "alpha": int(alpha) | float(alpha), "layers": [*layers]} if (
+                rank > 0 and math.isfinite(alpha) and layers and all(isinstance(name, str) for name in layers)
+            ):
+                return cls(rank, float(alpha), tuple(map(str, layers)))
+        raise UserError(
+            f"{source} is damaged: its `{KEY}` does not tell rank, alpha and layers of its adapters. Give another "
+            "checkpoint."
+        )
+
+
+def lora_of(model: nn.Module) -> Lora | None:
+    """The adapters of a model; None without any."""
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if has_adapter(module)}
+    if not layers:
+        return None
+    first = next(iter(layers.values()))
+    return Lora(first.r[_ADAPTER], float(first.lora_alpha[_ADAPTER]), tuple(layers))
+
+
+def has_adapter(layer: nn.Module) -> bool:
+    """Whether a layer is one with an adapter. PEFT is not imported for that."""
+    return isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) and hasattr(layer, "base_layer")
+
+
+def require_peft() -> Any:
+    """The package PEFT. Raises `UserError` where it is missing."""
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(
+            "--lora needs the package peft, which is not there. Install it: pip install 'lowrank-vit[lora]'."
+        ) from error
+    return peft
+
+
+def add_adapters(model: nn.Module, lora: Lora, dropout: float = 0.0) -> None:
+    """Give layers adapters, in place, and freeze all but these and the classifier.
+
+    A is drawn from torch's generator (Kaiming's uniform, as PEFT does), B is 0. All else keeps its names and modes.
+
+    Args:
+        model: not compiled and not wrapped.
+        lora: `layers` are Linears of the model.
+        dropout: share of a layer's inputs that A does not see while training.
+
+    Raises:
+        UserError: PEFT is missing.
+    """
+    peft = require_peft()
+    modes = {name: model.get_submodule(name).training for name in lora.layers}
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=dropout,
+        target_modules="|".join(map(re.escape, lora.layers)),  # a text must match the whole name
+    )
+    peft.inject_adapter_in_model(config, model)
+    for name, is_training in modes.items():
+        layer: Any = model.get_submodule(name).train(is_training)
+        layer.cast_input_dtype_enabled = False  # autocast takes care of types, without a copy in float32
+    for parameter in (one for layer in classifiers(model).values() for one in layer.parameters()):
+        parameter.requires_grad_(True)
+
+
+def classifiers(model: nn.Module) -> dict[str, nn.Module]:
+    """The last layers of a model of timm's by name, of distilled ones two."""
+    found: Any = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
+    layers = {id(one) for one in (found if isinstance(found, list | tuple) else (found,))}
+    return {name: module for name, module in model.named_modules() if id(module) in layers}
+
+
+def effective_weight(layer: nn.Module) -> Tensor:
+    """W + s B A of a layer with an adapter, (R, C), float64."""
+    adapted: Any = layer
+    lora_a, lora_b = (one[_ADAPTER].weight for one in (adapted.lora_A, adapted.lora_B))
+    return _sum(adapted.base_layer.weight, lora_a, lora_b, adapted.scaling[_ADAPTER])
+
+
+def merged(weights: Mapping[str, Tensor], lora: Lora | None, source: str) -> dict[str, Tensor]:
+    """A state dict, or parameters by name, with NAME.weight = W + s B A in the place of the tensors of each adapter.
+
+    The sum is made in float64 and rounded once, to the type of W. Without adapters the same tensors.
+
+    Raises:
+        UserError: adapters of which `lora` does not tell, or other ones; it begins with `source`.
+    """
+    if lora is None:
+        if stray := next((name for name in weights if name.endswith((_A, _B))), None):
+            raise UserError(
+                f"{source} has adapters ({stray}), and no `{KEY}` that tells their scale. Give the checkpoint as the "
+                "run wrote it, or one of merged weights."
+            )
+        return dict(weights)
+    found, bases = dict[str, Tensor](), {f"{name}{_BASE}": name for name in lora.layers}
+    adapters = {f"{name}{end}" for name in lora.layers for end in (_A, _B)}
+    for key, tensor in weights.items():
+        base, _, last = key.rpartition(".")
+        name = bases.pop(base, None) if last == "weight" else None
+        if name is not None:
+            pair = [weights.get(f"{name}{end}") for end in (_A, _B)]
+            if any(one is None for one in pair):
+                raise _does_not_fit(source, f"{name} has no adapter")
+            lora_a, lora_b = (one for one in pair if one is not None)
+            shapes = [(lora.rank, *tensor.shape[1:]), (*tensor.shape[:1], lora.rank)]
+            if [tuple(lora_a.shape), tuple(lora_b.shape)] != shapes:
+                raise _does_not_fit(source, f"the adapter of {name} is not of rank {lora.rank} or of another layer")
+            found[f"{name}.weight"] = _sum(tensor, lora_a, lora_b, lora.scale).to(tensor.dtype)
+        elif key not in adapters:
+            found[key.replace(f"{_BASE}.", ".") if base.removesuffix(_BASE) in lora.layers else key] = tensor
+    if bases:
+        raise _does_not_fit(source, f"{next(iter(bases.values()))} has no weight")
+    return found
+
+
+def _sum(weight_RC: Tensor, a_rC: Tensor, b_Rr: Tensor, scale: float) -> Tensor:
+    return weight_RC.detach().double() + scale * (b_Rr.detach().double() @ a_rC.detach().double())
+
+
+def _does_not_fit(source: str, what: str) -> UserError:
+    return UserError(
+        f"{source}: {what}, unlike its `{KEY}`. It is damaged, or one was changed without the other. Give another "
+        "checkpoint."
+    )
