@@ -38,7 +38,7 @@ from lowrank_vit.lowrank.options import CompressOptions, Curve
 from lowrank_vit.lowrank.results import Result, check_out, print_points, write_files
 from lowrank_vit.lowrank.targets import find_targets, parts_of_targets
 from lowrank_vit.lowrank.truncate import Decomposition
-from lowrank_vit.model.low_rank import merge
+from lowrank_vit.model.low_rank import merge, ranks_of
 from lowrank_vit.model.weight_files import COMPRESSION
 from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.report.compression.read import NAME
@@ -81,6 +81,13 @@ class _Job:
         say(f"{self.scorer.origin}: {self.scorer.name}, {sum(p.numel() for p in model.parameters()):,} parameters")
         if kind := self.scorer.half_precision:
             say(f"note: its weights are {kind} in the file; they are compressed, and saved, as float32")
+        if ranks := ranks_of(model):
+            merge(model)
+            whole = sum(p.numel() for p in model.parameters())
+            say(
+                f"note: {len(ranks)} layers are in factors; they are compressed as their products, and budgets are "
+                f"shares of the model with these: {whole:,} parameters"
+            )
         img_size = self.scorer.spec.img_size
         targets = find_targets(model, source.targets, img_size=img_size, say=say)
         parts = parts_of_targets(model, targets, source.split)

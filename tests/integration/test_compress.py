@@ -182,8 +182,15 @@ def test_a_smaller_model_is_taken_by_every_command_and_merged_by_timm(checkpoint
     train.main([*SMALL, *more.split(), "--warmup-epochs", "0", "--no-spec-monitor"])
     tuned = torch.load(tmp_path / "tuned" / "last.pth.tar", weights_only=True)
     assert tuned["lowrank_ranks"] == content["lowrank_ranks"]
-    with pytest.raises(UserError, match="in factors already"):
-        compress.main([str(small), "--data", str(digits_dir), "--device", "cpu"])
+    capsys.readouterr()
+    again = f"--data {digits_dir} --device cpu --budget 0.2 --save {tmp_path / 'smaller.pth.tar'} --method svd"
+    compress.main([str(small), *again.split()])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "layers are in factors; they are compressed as their products" in said
+    smaller = torch.load(tmp_path / "smaller.pth.tar", weights_only=True)["lowrank_ranks"]
+    assert smaller.keys() == content["lowrank_ranks"].keys()
+    assert all(smaller[name] <= rank for name, rank in content["lowrank_ranks"].items())
+    assert smaller != content["lowrank_ranks"]
     with pytest.raises(UserError, match="another"):  # the file of other weights stays
         compress.main([*argv.split(), "--device", "cpu", "--use-ema"])
 

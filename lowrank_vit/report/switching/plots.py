@@ -106,7 +106,7 @@ def _verdicts(axes: Axes, switching: Switching, full: dict[str, int], end: int) 
     """What each refresh would keep, until the next; dots where it calls a layer settled."""
     names, looks = list(full), switching.looks
     ranks = [[look.layers.get(name, {}).get("rank", np.nan) / full[name] for look in looks] for name in names]
-    tidy(axes, "What each whole refresh would keep  ·  dots: settled", "update")
+    tidy(axes, "What each whole refresh would keep  ·  dots: settled, white: none pays", "update")
     axes.set_yticks([])
     _heat(axes, np.array(ranks, float), [*(look.update for look in looks), end])
     dots = [
@@ -130,23 +130,24 @@ def _evidence(panels: Any, switching: Switching) -> None:
         ("above_noise", "", "Above noise of the same entries"),
     )
     for axes, (key, chance, title) in zip(panels[:3], titles, strict=True):
-        tidy(axes, title, "update")
+        tidy(axes, title, "update  ·  dashes: by chance" if chance else "update")
         for color, (kind, names) in zip(_COLORS, types.items(), strict=False):
             axes.plot(updates, mean_over_time(switching.looks, key, names), color=color, label=kind, **marks)
             if chance:
                 by_chance = mean_over_time(switching.looks, chance, names)
                 axes.plot(updates, by_chance, color=color, linestyle=(0, (2, 2)), linewidth=1)
         axes.set_ylim(0, 1.03)
-        if chance:
-            axes.text(0.98, 0.03, "dashes: by chance", transform=axes.transAxes, ha="right", fontsize=8, color=MUTED)
     panels[2].legend(fontsize=8, frameon=False, labelcolor=MUTED)
     widest = np.array(
         [max((one.get("certificate", 0.0) for one in look.layers.values()), default=0.0) for look in switching.looks]
     )
     tidy(panels[3], "Certificates, the widest", "update")
     panels[3].plot(updates, np.where(widest > 0, widest, np.nan), color=INK, **marks)
-    if (widest > 0).any():
+    if (widest > 0).any() and widest.max() > 30 * widest[widest > 0].min():
         panels[3].set_yscale("log")
+    else:
+        panels[3].set_ylim(bottom=0)
+        panels[3].yaxis.set_major_formatter("{x:g}")  # a power of ten on top would push the row down
     panels[3].set_ylabel("radius / σ₁", fontsize=9.5, color=MUTED)
     for axes in panels:
         axes.set_xlim(0, None)

@@ -69,7 +69,7 @@ def test_flags(words, expected, script):
         (["train", "--loader", ""], list(get_args(LoaderName))),
         (["train", "--loader", "=", "da"], ["dali"]),
         (["train", "--loader", "="], list(get_args(LoaderName))),
-        (["augment", "--config", "quick"], ["quickstart", "quickstart_muon"]),
+        (["augment", "--config", "quick"], ["quickstart", "quickstart_lowrank", "quickstart_muon"]),
         (["prep", "imagefolder", "--on-bad", "s"], ["skip"]),
         (["prep", "imagefolder", "--classes", ""], ["imagenet100_classes.txt", "imagenet1k_classes.txt"]),
         (["analyze-spectrum", "--format", ""], ["npz", "pt"]),

@@ -12,10 +12,12 @@ import yaml
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
 from lowrank_vit.config.flags import parse, to_yaml
+from lowrank_vit.config.low_rank_options import parse_schedule
 from lowrank_vit.config.option_types import leaves
 from lowrank_vit.config.options import Config
 from tests.unit.config.test_flags import FLAGS
 
+LOWRANK = "_lowrank"
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
 
@@ -160,9 +162,24 @@ def test_the_pair_of_optimizers_differs_in_nothing_else():
     assert (adamw["opt"], muon["opt"]) == ("adamw", "muon")
 
 
+def test_recipes_that_become_low_rank_differ_from_others_in_nothing_else():
+    found = [path for path in CONFIGS if path.stem.endswith(LOWRANK)]
+    assert {path.stem.partition("_")[0] for path in found} == {"quickstart", "cifar100", "imagenet100", "imagenet1k"}
+    for path in found:
+        whole = yaml.safe_load(path.with_stem(path.stem.removesuffix(LOWRANK)).read_text())
+        flat = yaml.safe_load(path.read_text())
+        assert {key: value for key, value in flat.items() if not key.startswith("lowrank-")} == whole
+        low_rank = parse(["--config", str(path)]).lowrank
+        assert low_rank.lowrank_train == "kfac"
+        scheduled = {"quickstart": {8: 0.15}, "imagenet1k": {50: 0.25}}
+        assert parse_schedule(low_rank.lowrank_schedule) == scheduled.get(path.stem.partition("_")[0], {})
+
+
 def test_six_published_recipes():
     published = {
-        path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS if not path.stem.startswith("quickstart")
+        path.stem: yaml.safe_load(path.read_text())
+        for path in CONFIGS
+        if not path.stem.startswith("quickstart") and not path.stem.endswith(LOWRANK)
     }
     assert len(published) == 6
     for name, flat in published.items():
