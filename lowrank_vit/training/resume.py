@@ -16,6 +16,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
 from lowrank_vit.config.option_types import kind_of, leaves, may_change, with_options, word_for_none
 from lowrank_vit.config.options import Config
+from lowrank_vit.lowrank.switching.groups import regroup
 from lowrank_vit.model.lora import KEY as LORA
 from lowrank_vit.model.lora import lora_of
 from lowrank_vit.model.low_rank import ranks_of
@@ -208,6 +209,11 @@ def restore(setup: Setup, state: RunState, resumed: Checkpoint) -> None:
     """Put back all but weights and EMA, which the setup has already. Raises `UserError`, before anything is used."""
     check_state(resumed)
     check_counts(resumed, setup.plan.updates_per_epoch)
+    try:
+        groups = resumed.training_state("optimizer").get("param_groups")
+        regroup(setup.optimizer, setup.scheduler, setup.model, groups if isinstance(groups, list) else [])
+    except UserError as error:
+        raise UserError(f"{resumed.path} cannot be resumed: {error}") from error
     load_optimizer(setup.optimizer, resumed)
     progress, step = resumed.training_state("progress"), resumed.training_state("step")
     state.load_state_dict(progress, step["num_updates"])

@@ -5,6 +5,7 @@ The host never waits for the device here, but where it is so far ahead that the 
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections import deque
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.lowrank.regularisers.regulariser import Regulariser
+from lowrank_vit.lowrank.switching.groups import groups_of, step_of_factors
 from lowrank_vit.model.patches import patch_of_product, set_patch_embedding
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.metrics import Meter
@@ -96,7 +98,7 @@ class TrainStep:
         """
         self.position, self._phases = position or Position(), phases
         self._model, self._optimizer, self._world = model, optimizer, world or World()
-        self._ema = Average(ema, model) if ema is not None else None
+        self._average = Average(ema, model) if ema is not None else None
         self.regulariser = Regulariser.of(config.lowrank, model, optimizer, self._world)
         self._augment = augment
         # Kept from batch to batch: touching new memory for every batch takes longer than the arithmetic.
@@ -109,14 +111,12 @@ class TrainStep:
         dtype = DTYPES[config.step.amp_dtype] if config.step.amp else None
         # float16's range is too small for gradients, so the loss is scaled; timm does the same.
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        loss_of: nn.Module = LossOfBatch(model, augment, Loss.of(config), dtype)
-        self._ddp = _distribute(loss_of, device) if self._world.is_joined else None
-        loss_of = self._ddp or loss_of
-        self._loss_of: Callable[..., tuple[Tensor, Tensor]] = loss_of
+        self._loss_of_batch = LossOfBatch(model, augment, Loss.of(config), dtype)
         mode = config.step.compile_mode
-        if config.step.compile:
-            self._loss_of = torch.compile(loss_of, mode=mode)
+        self._compile_mode = mode if config.step.compile else None
         uses_graphs = config.step.compile and mode in ("reduce-overhead", "max-autotune") and cuda_path(device)
+        self._ddp: DistributedDataParallel | None = None
+        self._assemble(device)
         self._keeps_grads = False
         if uses_graphs and self._accum_steps > 1:
             self.keep_grads()
@@ -125,6 +125,38 @@ class TrainStep:
         self.meter = Meter(device, self._accum_steps)
         self.grad_norm: Tensor | None = None
         """Norm of all gradients, before clipping, in the last update that was asked to measure it; on the device."""
+
+    def _assemble(self, device: torch.device) -> None:
+        loss_of: nn.Module = self._loss_of_batch
+        if self._world.is_joined:
+            loss_of = self._ddp = _distribute(loss_of, device)
+        self._loss_of: Callable[..., tuple[Tensor, Tensor]] = loss_of
+        if self._compile_mode is not None:
+            self._loss_of = torch.compile(loss_of, mode=self._compile_mode)
+
+    def rebuild(self) -> None:
+        """Make all anew that is made from the model's parameters, after some have taken the place of others.
+
+        Between two updates, on the step's stream; on all ranks together. What averages gradients over the ranks has
+        hooks on each parameter, also on those that stay, until it is gone. All compiled code of the process is
+        forgotten: torch would count one more version of the same code for each switch, and from the eighth on would
+        run it uncompiled without a word. The scaler of float16, the meter and the position go on.
+        """
+        assert self._num_batches == 0
+        device = next(self._model.parameters()).device
+        for parameter in self._model.parameters():
+            parameter.grad = None  # of DDP, a view of memory that goes with it
+        self._loss_of, self._ddp = self._loss_of_batch, None
+        torch._dynamo.reset()  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        if self._world.is_joined:
+            gc.collect()  # the hooks go with the last reference, and some go round in circles
+        if self._average is not None:
+            self._average = Average(*self._average.models)
+        if self.regulariser:
+            self.regulariser.follow(self._model, self._optimizer)
+        self._assemble(device)
+        if self._keeps_grads:
+            self.keep_grads()
 
     def __call__(self, batch: Batch, *, measure_norm: bool = False) -> bool:
         """Run one batch that `augment.prepare` has gone over; whether it completed an update.
@@ -154,8 +186,8 @@ class TrainStep:
                 self._update(measure_norm)
             self.position.count_update()
             with self._phases("ema"):
-                if self._ema is not None:
-                    self._ema.update(self.position.num_updates)
+                if self._average is not None:
+                    self._average.update(self.position.num_updates)
         self._pace.step()
         return is_last
 
@@ -173,7 +205,8 @@ class TrainStep:
 
     def _update(self, measure_norm: bool) -> None:
         regulariser, update = self.regulariser, self.position.num_updates
-        if self._clip_grad is not None or measure_norm or regulariser:
+        has_factors = self._scaler.is_enabled() and bool(groups_of(self._optimizer)[1])
+        if self._clip_grad is not None or measure_norm or regulariser or has_factors:
             self._scaler.unscale_(self._optimizer)
         if measure_norm:
             grads = [p.grad for p in self._model.parameters() if p.grad is not None]
@@ -183,7 +216,8 @@ class TrainStep:
             dispatch_clip_grad(clipped, self._clip_grad, mode=self._clip_mode)
         if regulariser:
             regulariser.before_step(update, self._is_skipped())
-        self._scaler.step(self._optimizer)
+        with step_of_factors(self._optimizer, update, self._is_skipped() if has_factors else None):
+            self._scaler.step(self._optimizer)
         if regulariser:
             regulariser.after_step(update)
         self._scaler.update()
@@ -206,8 +240,11 @@ class TrainStep:
 
     @property
     def lr(self) -> float:
-        """The greatest learning rate of all parameter groups (layer decay makes some smaller)."""
-        return max(group["lr"] for group in self._optimizer.param_groups)
+        """The greatest learning rate of all parameter groups (layer decay makes some smaller).
+
+        Those of factors are left out: theirs is that of the weight which they stand for, times a scale.
+        """
+        return max(group["lr"] for group in groups_of(self._optimizer)[0])
 
     def state_dict(self) -> dict[str, Any]:
         """What an update needs beside weights, EMA, optimizer and position. Only between two updates."""
@@ -234,7 +271,7 @@ class Average:
 
     def __init__(self, ema: ModelEmaV3, model: nn.Module) -> None:
         """Both on one device. Tensors that are put in the place of others later are not seen; their values are."""
-        self._ema, self._model = ema, model
+        self.models = ema, model
         states = (ema.module.state_dict(keep_vars=True), model.state_dict(keep_vars=True))
         pairs = list(zip(*(state.values() for state in states), strict=True))
         self._averages = [average for average, _ in pairs if average.is_floating_point()]
@@ -248,9 +285,9 @@ class Average:
     def update(self, num_updates: int) -> None:
         """Move the averages to the weights after update `num_updates`, by timm's decay for it."""
         if not self._is_plain:
-            self._ema.update(self._model, step=num_updates)
+            self.models[0].update(self.models[1], step=num_updates)
             return
-        weight = 1.0 - self._ema.get_decay(num_updates)
+        weight = 1.0 - self.models[0].get_decay(num_updates)
         torch._foreach_lerp_(self._averages, self._values, weight=weight)  # pyright: ignore[reportPrivateUsage]
         for average, value in self._copied:
             average.copy_(value)

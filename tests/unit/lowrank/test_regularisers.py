@@ -343,6 +343,22 @@ def test_after_a_switch_it_acts_on_the_factors():
     torch.testing.assert_close(layer.up.detach(), before * (1 - 0.5 * 0.1))
 
 
+@pytest.mark.parametrize("parts", [0, 3])
+def test_the_host_reads_no_number_in_an_update(parts):
+    """Tensors without values stand for a device's: reading one would be an error."""
+    model = TinyModel()
+    if parts:
+        factors(model, parts)
+    found, _ = regulariser(
+        "--reg-nuclear 0.1 --reg-stable-rank 0.01 --spectral-clip 0.5 --reg-every 1", model.to("meta")
+    )
+    for update in range(2):
+        found.before_step(update, torch.zeros((), device="meta"))
+        found.after_step(update)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        found.values()
+
+
 def test_what_it_does_is_said():
     found, _ = regulariser("--reg-nuclear 0.1 --spectral-clip 2 --reg-coupled", TinyModel())
     expected = (

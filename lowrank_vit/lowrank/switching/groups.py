@@ -1,0 +1,228 @@
+"""Parameter groups of an optimizer in which factors have learning rates and weight decay of their own.
+
+A factor goes where its weight was: its group is a copy of that one, which keeps its place and its other parameters.
+What is said of the factors stands in the group itself, under `KEY`, in plain values; so a checkpoint's optimizer tells
+how the groups were, and `regroup` makes them again.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.model.low_rank import LowRankLinear, parts_of
+from lowrank_vit.model.optimizer import Constant
+
+KEY = "lowrank"
+"""What a group of factors has beside a group of others."""
+WARM_UPDATES = 20
+"""Updates in which the learning rate of factors that begin with no moments rises to its own. Adam's first average
+(beta 0.9) spans ten updates; before that its steps are two to four times as long as later."""
+
+Decay = Literal["factors", "product"]
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where factors of a layer belong, and how they are trained."""
+
+    of: int
+    """Number of the group that the layer's weight was in."""
+    scale: float = 1.0
+    """Learning rate, as a multiple of that group's."""
+    decay: Decay = "factors"
+    warm_from: int = -1
+    """The update before which they began with no moments; -1: they did not."""
+
+
+def groups_of(optimizer: Optimizer) -> tuple[list[Group], list[Group]]:
+    """The groups as the optimizer was made with, and those of factors."""
+    of_factors = [group for group in optimizer.param_groups if KEY in group]
+    return [group for group in optimizer.param_groups if KEY not in group], of_factors
+
+
+def placed_in(groups: Iterable[Any]) -> dict[str, Placed]:
+    """What groups, or a checkpoint's, say of the layers in factors, by name. Raises `UserError` for what is damaged."""
+    found: dict[str, Placed] = {}
+    for group in groups:
+        if not isinstance(group, Mapping) or KEY not in group:
+            continue
+        try:
+            about: dict[str, Any] = dict(group[KEY])
+            names, placed = about.pop("layers"), Placed(**about)
+            kinds = {"of": int, "scale": (int, float), "decay": str, "warm_from": int}
+            is_sound = all(isinstance(about[key], kind) for key, kind in kinds.items())
+            if not is_sound or not math.isfinite(placed.scale) or placed.scale <= 0 or placed.of < 0:
+                raise ValueError
+            if placed.decay not in ("factors", "product"):
+                raise ValueError
+            found.update({str(name): placed for name in names})
+        except (TypeError, ValueError, KeyError) as error:
+            raise UserError("its optimizer's groups of factors are damaged. Give another checkpoint.") from error
+    return found
+
+
+def regrouped(
+    optimizer: Optimizer,
+    placed: Mapping[str, Placed],
+    factors: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
+    gone: Collection[int] = (),
+) -> list[Group]:
+    """The groups with these layers' factors in groups of their own; the optimizer stays as it is.
+
+    First the groups that it was made with, without what goes to others. Then, for each way to be trained, a group of
+    the layers that have it, in the order of `factors`. A group that is there already keeps what the optimizer has
+    noted in it, such as LAMB's step.
+
+    Args:
+        optimizer: whose groups hold the layers' weights, or their factors.
+        placed: by name of the layer, also those that have groups of their own already.
+        factors: up and down by name, in the model's order, of the same layers.
+        gone: ids of the parameters whose place they take.
+    """
+    usual, of_factors = groups_of(optimizer)
+    moved = {id(one) for pair in factors.values() for one in pair}.union(gone)
+    groups = [{**group, "params": [one for one in group["params"] if id(one) not in moved]} for group in usual]
+    before = {_placed(group): group for group in of_factors}
+    made: dict[Placed, Group] = {}
+    for name, pair in factors.items():
+        where = placed[name]
+        if where not in made:
+            made[where] = _copy(before[where]) if where in before else _derived(usual[where.of], where)
+            made[where] |= {"params": [], KEY: {**asdict(where), "layers": []}}
+        made[where]["params"] += pair
+        made[where][KEY]["layers"].append(name)
+    return groups + list(made.values())
+
+
+def _placed(group: Group) -> Placed:
+    return next(iter(placed_in([group]).values()))
+
+
+def _copy(group: Group) -> Group:
+    return {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+
+
+def _derived(group: Group, placed: Placed) -> Group:
+    """A group for factors of weights that are in `group`.
+
+    Decay that is no part of the gradient's average (AdamW's, Lion's), or scales with it (SGD's), stays as strong on
+    each factor as it was on the weight, whatever the scale. One within a normalised gradient (Adam's, LAMB's) stays as
+    it is.
+    """
+    new, scale = _copy(group), placed.scale
+    new |= {"lr": group["lr"] * scale, "lr_scale": group.get("lr_scale", 1.0) * scale}
+    if group.get("max_lr_snapshot") is not None:
+        new["max_lr_snapshot"] = group["max_lr_snapshot"] * scale
+    if placed.decay == "product":
+        new["weight_decay"] = 0.0
+        if "always_adapt" in new and group["weight_decay"]:
+            new["always_adapt"] = True  # as LAMB did for the weight, which had a decay
+    elif group.get("decoupled_weight_decay", group.get("decoupled_decay", True)):
+        new["weight_decay"] = group["weight_decay"] / scale
+    if "ns_steps" in group and not group.get("use_fallback"):
+        new["use_muon"] = True  # which Muon would else judge by the shape of each factor
+    if placed.warm_from >= 0 and "step" in new:
+        del new["step"]  # LAMB counts by group
+    return new
+
+
+def put_groups(optimizer: Optimizer, scheduler: Scheduler | Constant, groups: Sequence[Group]) -> None:
+    """Give the optimizer these groups, and the scheduler, which keeps values of each group, those that go with them.
+
+    A group of factors has the base values of the one that its weights were in: its own rate follows by `lr_scale`.
+    """
+    num_usual = sum(KEY not in group for group in groups)
+    of = [*range(num_usual), *(group[KEY]["of"] for group in groups[num_usual:])]
+    optimizer.param_groups[:] = groups
+    for name in ("base_values", "warmup_steps"):
+        if isinstance(values := getattr(scheduler, name, None), list):
+            setattr(scheduler, name, [values[number] for number in of])
+
+
+def regroup(
+    optimizer: Optimizer,
+    scheduler: Scheduler | Constant,
+    model: nn.Module,
+    saved: Iterable[Any],
+) -> None:
+    """Have an optimizer and a scheduler made for a model in factors group these as a run did that has made them.
+
+    Args:
+        optimizer: made anew for the model, as for one without factors.
+        scheduler: made anew for that optimizer.
+        model: with the layers in factors that the run had.
+        saved: the groups of the run's optimizer, out of its `state_dict()`.
+
+    Raises:
+        UserError: these groups are damaged, or of another model.
+    """
+    placed, usual = placed_in(saved), len(optimizer.param_groups)
+    modules = {name: one for name, one in model.named_modules() if isinstance(one, LowRankLinear)}
+    if strange := next((n for n, where in placed.items() if n not in modules or where.of >= usual), None):
+        raise UserError(f"its optimizer has a group for {strange}, which is in no factors here.")
+    factors = {name: (one.up, one.down) for name, one in modules.items() if name in placed}
+    if factors:
+        put_groups(optimizer, scheduler, regrouped(optimizer, placed, factors))
+
+
+@contextmanager
+def step_of_factors(optimizer: Optimizer, num_updates: int, is_skipped: Tensor | None = None) -> Generator[None]:
+    """Within it the optimizer makes the step after update `num_updates`, with the rates and the decay of factors.
+
+    Rates of factors that have begun with no moments rise over their first `WARM_UPDATES` updates. Decay of the product
+    is the gradient of |A B|_F^2 / 2 apart from the loss (Khodak et al., "Initialization and regularization of
+    factorized neural layers", ICLR 2021): A -= lr wd A (B B^T) and B -= lr wd (A^T A) B, both from the values before,
+    with lr and wd as the weight had them. There is none where `is_skipped`, (), is above 0: a scaler skips this step.
+    Nothing waits for the device.
+    """
+    rates: list[tuple[Group, float]] = []
+    for group in optimizer.param_groups:
+        about = group.get(KEY)
+        if about is None:
+            continue
+        rate: float = group["lr"]
+        if about["warm_from"] >= 0 and (done := num_updates - about["warm_from"]) < WARM_UPDATES - 1:
+            rates.append((group, rate))
+            group["lr"] = rate * (done + 1) / WARM_UPDATES
+        if about["decay"] == "product":
+            usual = optimizer.param_groups[about["of"]]
+            decay_products(group["params"], _strength(usual, rate / about["scale"]), is_skipped)
+    try:
+        yield
+    finally:
+        for group, rate in rates:
+            group["lr"] = rate
+
+
+def _strength(group: Group, lr: float) -> float:
+    """How much of itself a weight of that group loses in a step, by timm's rules."""
+    if group.get("corrected_weight_decay") and group.get("max_lr_snapshot"):
+        lr = lr * lr / group["max_lr_snapshot"]
+    return lr * group["weight_decay"]
+
+
+@torch.no_grad()
+def decay_products(factors: Sequence[Tensor], strength: float, is_skipped: Tensor | None = None) -> None:
+    """Shrink A and B, in turns in `factors`, by `strength` times the gradient of |A B|_F^2 / 2, in place."""
+    if not strength:
+        return
+    shrunk: list[Tensor] = []
+    for up, down in zip(factors[::2], factors[1::2], strict=True):
+        parts = parts_of(up.shape, down.shape)
+        a_PRr, b_PrC = up.unflatten(0, (parts, -1)), down.unflatten(0, (parts, -1))
+        shrunk += [(a_PRr @ (b_PrC @ b_PrC.mT)).flatten(0, 1), ((a_PRr.mT @ a_PRr) @ b_PrC).flatten(0, 1)]
+    if is_skipped is not None:
+        shrunk = list(torch._foreach_mul(shrunk, (is_skipped == 0).to(shrunk[0])))  # pyright: ignore
+    torch._foreach_sub_(list(factors), shrunk, alpha=strength)  # pyright: ignore[reportPrivateUsage]
