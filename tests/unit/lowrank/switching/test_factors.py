@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -34,7 +36,7 @@ def moments(rows: int, columns: int) -> Moments:
 @pytest.mark.parametrize("layer", ["linear", "factors", "parts"])
 def test_factors_are_balanced_and_their_product_is_the_methods(method, layer):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 30))
+    model: Any = nn.Sequential(nn.Linear(20, 30))
     if layer != "linear":
         parts = 3 if layer == "parts" else 1
         model[0] = LowRankLinear(torch.randn(30, 9), torch.randn(9 * parts, 20), torch.randn(30))
@@ -51,12 +53,13 @@ def test_factors_are_balanced_and_their_product_is_the_methods(method, layer):
     expected = decompose(weight, old.bias, METHODS[method], known["0"], parts).factors(5)
     torch.testing.assert_close(product(made.up, made.down), product(*expected[:2]), rtol=1e-5, atol=1e-6)
     assert made.bias is not None
+    assert expected[2] is not None
     torch.testing.assert_close(made.bias, expected[2].float())
     assert (made.mean is not None) is (method != "svd")
 
 
 def test_methods_that_weigh_need_a_calibration_and_ranks_must_fit():
-    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU())
+    model: Any = nn.Sequential(nn.Linear(20, 30), nn.ReLU())
     with pytest.raises(UserError, match="0 has not been calibrated"):
         make_factors(model, {"0": 5}, "kfac")
     with pytest.raises(UserError, match="0: Rank 21 does not fit"):
@@ -85,7 +88,7 @@ def test_averages_in_one_gauge_have_the_products_average_and_two_svds_rubbish():
     torch.manual_seed(0)
     weight = torch.randn(40, 6).double() @ torch.randn(6, 30).double() + 0.05 * torch.randn(40, 30).double()
     average = weight + 0.1 * torch.randn(40, 30).double()
-    model = nn.Sequential(nn.Linear(30, 40, bias=False, dtype=torch.float64))
+    model: Any = nn.Sequential(nn.Linear(30, 40, bias=False, dtype=torch.float64))
     results = []
     for is_in_gauge in (True, False):
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.unit.lowrank.switching.trained import ALL, LR, UPDATES_PER_EPOCH, Tra
 
 SCHEDULES = [
     "--sched cosine --warmup-epochs 4 --warmup-lr 1e-5",
-    "--sched cosine --warmup-epochs 4 --sched-on-updates",
+    "--sched cosine --warmup-epochs 4 --sched-on-updates --layer-decay 0.75",
     "--sched step --decay-epochs 3 --sched-on-updates",
     "--sched multistep --decay-milestones 3 5",
     "--sched poly --warmup-epochs 3 --warmup-prefix",
@@ -24,7 +25,7 @@ SCHEDULES = [
 ]
 
 
-def fresh(run: Training) -> tuple[torch.optim.Optimizer, object]:
+def fresh(run: Training) -> tuple[torch.optim.Optimizer, Any]:
     """An optimizer and a schedule made for the model as it is now."""
     optimizer = create_optimizer(run.config.optim, run.model, LR)
     return optimizer, create_scheduler(run.config.optim, optimizer, UPDATES_PER_EPOCH)[0]
@@ -41,17 +42,17 @@ def by_name(run: Training, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("more", ["", "--layer-decay 0.75"])
-def test_rates_after_a_switch_are_those_of_a_schedule_made_for_the_factors_times_their_scale(schedule, more):
-    run = training(f"{schedule} {more}", updates=6)
+def test_rates_after_a_switch_are_those_of_a_schedule_made_for_the_factors_times_their_scale(schedule):
+    run = training(schedule, updates=6)
     scales = run.switch().scales
     assert len(set(scales.values())) > 1
     optimizer, scheduler = fresh(run)
     for _ in range(20):
-        run.go_on(1)
+        run.step.position.count_update()
         done = run.step.position.num_updates
-        scheduler.step_update(done)
-        scheduler.step(done // UPDATES_PER_EPOCH)
+        for one in (scheduler, run.scheduler):
+            one.step_update(done)
+            one.step(done // UPDATES_PER_EPOCH)
         found, expected = by_name(run, run.optimizer), by_name(run, optimizer)
         assert found.keys() == expected.keys()
         for name, group in expected.items():
@@ -80,7 +81,8 @@ def test_a_run_that_is_resumed_has_the_same_groups_in_the_same_order(opt):
     assert [g["params"] for g in optimizer.param_groups] == [g["params"] for g in run.optimizer.param_groups]
     for values in ("base_values", "warmup_steps"):
         assert getattr(scheduler, values) == getattr(run.scheduler, values)
-    scheduler.step_update(40), run.scheduler.step_update(40)
+    scheduler.step_update(40)
+    run.scheduler.step_update(40)
     assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in run.optimizer.param_groups]
     own = [group[KEY] for group in run.optimizer.param_groups if KEY in group]
     assert sorted(name for about in own for name in about["layers"]) == sorted(ALL[:7])

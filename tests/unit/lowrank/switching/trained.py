@@ -29,8 +29,8 @@ class Training:
     """A model and its step; `batches` are those that are still to come."""
 
     config: Config
-    model: nn.Module
-    ema: ModelEmaV3
+    model: Any
+    ema: Any
     optimizer: Any
     scheduler: Any
     step: TrainStep
