@@ -30,6 +30,7 @@ from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import DataOptions, open_datasets
 from lowrank_vit.data.synthetic import SyntheticLoader
+from lowrank_vit.lowrank.switching.groups import decay_product
 from lowrank_vit.model.class_match import Classes, Trust, match
 from lowrank_vit.model.create import InputSpec, input_spec
 from lowrank_vit.model.flops import Peak, peak_flops, train_flops_per_image
@@ -186,6 +187,8 @@ def set_up(
     lr, lr_origin = learning_rate(config.optim, plan.global_batch)
     optimizer = create_optimizer(config.optim, model, lr)
     scheduler, num_epochs = create_scheduler(config.optim, optimizer, plan.updates_per_epoch, config.run.seed)
+    if config.lowrank.lowrank_decay == "product" and not resumed:  # a resumed run's groups say so
+        decay_product(optimizer, scheduler, model)
     config, ema_line = with_ema_warmup(config, num_epochs * plan.updates_per_epoch)
     ema = make_ema(config, model, resumed)
     if sets:

@@ -177,6 +177,15 @@ def regroup(
         put_groups(optimizer, scheduler, regrouped(optimizer, placed, factors))
 
 
+def decay_product(optimizer: Optimizer, scheduler: Scheduler | Constant, model: nn.Module) -> None:
+    """Have decay act on the products of factors that the optimizer was made with, in groups of their own."""
+    numbers = {id(one): n for n, group in enumerate(optimizer.param_groups) for one in group["params"]}
+    modules = {n: one for n, one in model.named_modules() if isinstance(one, LowRankLinear) and id(one.up) in numbers}
+    placed = {name: Placed(numbers[id(one.up)], decay="product") for name, one in modules.items()}
+    factors = {name: (one.up, one.down) for name, one in modules.items()}
+    put_groups(optimizer, scheduler, regrouped(optimizer, placed, factors))
+
+
 @contextmanager
 def step_of_factors(optimizer: Optimizer, num_updates: int, is_skipped: Tensor | None = None) -> Generator[None]:
     """Within it the optimizer makes the step after update `num_updates`, with the rates and the decay of factors.

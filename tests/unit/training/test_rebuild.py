@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from lowrank_vit.ranks.joining import joined
 from lowrank_vit.ranks.world import World, collectives_begun
 from tests.forked import Forked
-from tests.unit.lowrank.switching.trained import same, training
+from tests.unit.lowrank.switching.trained import ALL, same, training
 from tests.unit.training.test_step import NUM_CLASSES
 
 CPU = torch.device("cpu")
@@ -56,6 +56,18 @@ def test_kept_gradients_and_the_scale_of_float16_go_on():
     assert all(p.grad is kept[name] for name, p in run.model.named_parameters())
     assert run.step._scaler is scaler
     assert same(run.everything(), other.everything())
+
+
+def test_a_step_in_float16_that_overflows_leaves_factors_as_they_are():
+    run = training("--amp --amp-dtype float16 --weight-decay 0.5 --opt momentum", updates=3)
+    run.switch({ALL[0]: 4}, decay="product")
+    before = run.everything()["weights"]
+    run.step._scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    run.go_on(1)
+    assert same(run.everything()["weights"], before)
+    run.step._scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    run.go_on(1)
+    assert not same(run.everything()["weights"], before)
 
 
 @pytest.mark.parametrize("argv", ["", "--grad-accum-steps 2", "--compile"])

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.lowrank.switching.groups import KEY, WARM_UPDATES, decay_products, regroup, step_of_factors
+from lowrank_vit.lowrank.switching.groups import (
+    KEY,
+    WARM_UPDATES,
+    decay_product,
+    decay_products,
+    regroup,
+    step_of_factors,
+)
 from lowrank_vit.model.low_rank import product
 from lowrank_vit.model.optimizer import create_optimizer, create_scheduler
 from tests.unit.lowrank.switching.trained import ALL, LR, UPDATES_PER_EPOCH, Training, training
@@ -169,3 +176,39 @@ def test_decay_of_the_product_has_the_strength_that_the_weight_had_whatever_the_
     assert float((product(layer.up, layer.down) - before).norm()) > 0
     (group,) = (group for group in run.optimizer.param_groups if name in group.get(KEY, {}).get("layers", ()))
     assert group["weight_decay"] == 0
+
+
+def test_factors_that_a_run_begins_with_can_have_the_decay_of_their_product():
+    """They have no scale, and a run that is resumed finds the same groups."""
+    run = training(updates=3)
+    run.switch()  # a model in factors, for an optimizer made for it
+    optimizer, scheduler = fresh(run)
+    decay_product(optimizer, scheduler, run.model)
+    (group,) = (group for group in optimizer.param_groups if KEY in group)
+    assert group[KEY]["layers"] == ALL
+    assert (group["lr"], group["weight_decay"]) == (optimizer.param_groups[1]["lr"], 0)
+    again, schedule_again = fresh(run)
+    regroup(again, schedule_again, run.model, optimizer.state_dict()["param_groups"])
+    assert again.state_dict() == optimizer.state_dict()
+    assert schedule_again.base_values == scheduler.base_values
+    layer = run.model.get_submodule(ALL[0])
+    before, strength = layer.up.detach().clone(), group["lr"] * optimizer.param_groups[1]["weight_decay"]
+    decay_products(expected := [layer.up.detach().clone(), layer.down.detach().clone()], strength)
+    with step_of_factors(optimizer, 0):
+        pass
+    assert torch.equal(layer.up, expected[0])
+    assert not torch.equal(layer.up, before)
+
+
+def test_the_host_reads_no_number_in_the_step_of_factors():
+    """Tensors without values stand for a device's: reading one would be an error."""
+    factors = [
+        torch.nn.Parameter(torch.empty(10, 3, device="meta")),
+        torch.nn.Parameter(torch.empty(3, 8, device="meta")),
+    ]
+    decay_products(factors, 0.1, torch.zeros((), device="meta"))
+    values = [torch.ones(10, 3), torch.ones(3, 8)]
+    decay_products(values, 0.1, torch.ones(()))
+    assert all(bool((one == 1).all()) for one in values)  # of a step that is skipped
+    decay_products(values, 0.1, torch.zeros(()))
+    assert not any(bool((one == 1).any()) for one in values)
