@@ -110,6 +110,8 @@ _FILES = (
     ("spectra/", "spectra/*.npz", "full spectra, one file a refresh"),
     ("last.pth.tar", "last.pth.tar", "to resume from"),
     ("model_best.pth.tar", "model_best.pth.tar", "the best weights"),
+    ("tensorboard/", "tensorboard/*/events.*", "the numbers for TensorBoard"),
+    ("mlflow/", "mlflow/mlflow.db", "the numbers for MLflow"),
     ("wandb/", "wandb/run-*", "sent to Weights & Biases"),
     ("wandb/", "wandb/offline-run-*", "kept for Weights & Biases, not sent yet"),
 )

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.waiting import LONG_S
 
 ROOT = Path(__file__).parents[1]
-RECORDED = ("python", "torchrun", "make", "docker", "wandb", "lowrank-vit")
+RECORDED = ("python", "torchrun", "make", "docker", "wandb", "tensorboard", "lowrank-vit")
 RECORDER = """#!{python} -IS
 import json, os, sys
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_MODE")

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("lowrank_vit", "data_prep", "benchmarks")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-HEAVY = ("wandb", "matplotlib", "nvidia", "sklearn", "plotly", "pandas")
+HEAVY = ("wandb", "tensorboard", "trackio", "mlflow", "matplotlib", "nvidia", "sklearn", "plotly", "pandas")
 RANDOM = set(
     """
     random rand randn randint randperm rand_like randn_like manual_seed default_rng Generator bernoulli bernoulli_

@@ -12,6 +12,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.low_rank_options import check_low_rank
 from lowrank_vit.config.option_types import leaves, parse_keywords, range_of, wrong_value
 from lowrank_vit.config.options import Config
+from lowrank_vit.config.tracking_options import trackers
 
 
 def check(config: Config) -> None:
@@ -50,6 +51,7 @@ def check(config: Config) -> None:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.step.device):
         raise UserError(f"--device takes auto, cpu, cuda or cuda:N, not `{config.step.device}`.")
     parse_interval(config.run.checkpoint_interval)
+    trackers(config.tracking)
     name = config.run.experiment
     if name and (Path(name).name != name or name == ".."):
         raise UserError(f"--experiment takes a plain name, not `{name}`; --output is the folder that it lies in.")

@@ -26,6 +26,7 @@ from lowrank_vit.config.option_types import (
     NotHere,
     Range,
 )
+from lowrank_vit.config.tracking_options import Tracking
 
 LoaderName = Literal["auto", "resident", "dali", "ffcv"]
 """auto, or a module of `data/decode/` with an `open_backend`."""
@@ -373,14 +374,6 @@ class Run:
     """Several ranks: seconds for which they wait for one without progress, which is then named and ends the run."""
     init_timeout: Annotated[float, Range(1, 1e8), MAY_CHANGE] = 3600.0
     """The same from the start, when data are opened and code is compiled, until the first update is done."""
-    log_wandb: Annotated[bool, MAY_CHANGE] = False
-    """Log to Weights & Biases (works offline with WANDB_MODE=offline)."""
-    wandb_project: Annotated[str, MAY_CHANGE] = "lowrank-vit"
-    """Weights & Biases project."""
-    wandb_tags: Annotated[tuple[str, ...], MAY_CHANGE] = ()
-    """Weights & Biases tags."""
-    wandb_resume_id: Annotated[str, MAY_CHANGE] = ""
-    """Go on with this W&B run; default with --resume: the checkpoint's."""
 
 
 @dataclass(frozen=True)
@@ -395,3 +388,4 @@ class Config:
     spectra: Spectra = field(default_factory=Spectra)
     lowrank: LowRank = field(default_factory=LowRank)
     run: Run = field(default_factory=Run)
+    tracking: Tracking = field(default_factory=Tracking)

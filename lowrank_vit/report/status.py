@@ -149,6 +149,10 @@ def next_steps(
             Step("Score it again, with 95 % intervals", (pasteable_command("lowrank_vit.validate"), *ema, best)),
             Step("Classify images", (pasteable_command("lowrank_vit.inference"), "IMAGE_OR_FOLDER", *ema, best)),
         ]
+    if any(run_dir.glob("tensorboard/*/events.*")):
+        steps.append(Step("Watch it in TensorBoard", ("tensorboard", f"--logdir {run}/tensorboard")))
+    if (run_dir / "mlflow" / "mlflow.db").exists():
+        steps.append(Step("See it in MLflow", ("mlflow ui", f"--backend-store-uri sqlite:///{run}/mlflow/mlflow.db")))
     if any(run_dir.glob("wandb/offline-run-*")):
         steps.append(Step("Send what was kept for Weights & Biases", ("wandb sync", f"{run}/wandb/offline-run-*")))
     return steps

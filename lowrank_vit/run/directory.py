@@ -28,10 +28,10 @@ from lowrank_vit.common.resources import available_cores
 from lowrank_vit.spectral.watching.store import SpectraStore
 
 PACKAGES = (
-    *("torch", "torchvision", "timm", "ffcv", "nvidia-dali-cuda130", "spdl", "numba", "numpy", "pillow", "wandb"),
-    *("scikit-image", "scikit-learn"),
+    *("torch", "torchvision", "timm", "ffcv", "nvidia-dali-cuda130", "spdl", "numba", "numpy", "pillow"),
+    *("scikit-image", "scikit-learn", "wandb", "tensorboard", "trackio", "mlflow"),
 )
-"""Packages whose versions are noted: what computes, decodes, and carries the benches' photographs."""
+"""Packages whose versions are noted: what computes, decodes, carries the benches' photographs, and follows numbers."""
 
 
 LAST = "last.pth.tar"
@@ -40,8 +40,8 @@ _LATEST = "latest"
 _EPOCHS_UNSAVED = 2
 """Epochs whose scores may be there while the first checkpoint is being written: the next one waits for that."""
 _BEFORE_A_CHECKPOINT = {
-    *(LOCK, SOFT_LOCK, ".launch", "args.yaml", "environment.json", "metrics.jsonl", "summary.csv", "spectra", "wandb"),
-    *("report", "report.html"),
+    *(LOCK, SOFT_LOCK, ".launch", "args.yaml", "environment.json", "metrics.jsonl", "summary.csv", "spectra"),
+    *("report", "report.html", "wandb", "tensorboard", "mlflow"),
 }
 """What a run may have left when it has not yet saved anything."""
 
@@ -135,6 +135,9 @@ class RunDir:
                 picture.unlink(missing_ok=True)
         for folder in (self.path / "wandb").glob("offline-run-*"):
             shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for file in (*self.path.glob("tensorboard/*/events.*"), *self.path.glob("mlflow/mlflow.db*")):
+                file.unlink(missing_ok=True)
         self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:

@@ -18,10 +18,10 @@ from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import Failures, UserError
 from lowrank_vit.common.files import append_whole, whole_file, write_whole
 from lowrank_vit.ranks.world import World
-from lowrank_vit.run.wandb_log import WandbLog
+from lowrank_vit.run.trackers.sending import Trackers
 
-_AXES = {"spec": "spec_update", "flow": "spec_update"}
-"""W&B's name of the update number, by kind; `update` for the others."""
+_AXES = {"spec": "spec_update", "flow": "spec_update", "eval": "epoch"}
+"""The trackers' axis, by kind; `update` for the others."""
 
 
 _ALSO = {"eval": ("epoch",), "flow": ("epoch",)}
@@ -116,13 +116,13 @@ class RunLog:
         self,
         run_dir: Path,
         *,
-        wandb: WandbLog | None = None,
+        trackers: Trackers | None = None,
         start_epoch: int = 0,
         start_update: int = 0,
         say: Callable[[str], object] = terminal.say,
     ) -> None:
         """A run that goes on: rows of `start_epoch` and later, and records of later updates, are dropped."""
-        self._summary, self._jsonl, self._wandb = run_dir / "summary.csv", run_dir / "metrics.jsonl", wandb
+        self._summary, self._jsonl, self._trackers = run_dir / "summary.csv", run_dir / "metrics.jsonl", trackers
         self._lost_lines = Failures("lines of metrics.jsonl were lost", say)
         self._lost_rows = Failures("versions of summary.csv could not be written", say)
         self._rows = _rows_before(self._summary, start_epoch) if start_epoch else []
@@ -145,12 +145,10 @@ class RunLog:
             self._lost_lines.is_over()
         except OSError as error:
             self._lost_lines.note(_lost(error, self._jsonl))
-        if self._wandb is None:
-            return
-        if kind == "train":
-            self._wandb.log({"update": update, **{f"train/{name}": value for name, value in values.items()}})
-        else:
-            self._wandb.log({_AXES.get(kind, "update"): update, **values})
+        if self._trackers is not None:
+            axis = _AXES.get(kind, "update")
+            named = {f"train/{name}": value for name, value in values.items()} if kind == "train" else values
+            self._trackers.log({"update" if kind == "eval" else axis: update, **named}, axis)
 
     def log_epoch(self, row: dict[str, Any]) -> None:
         """A validated epoch: a row in summary.csv, and a line of kind eval. `row` has `update` among its keys.
@@ -176,8 +174,8 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self._lost_lines.tell()
         self._lost_rows.tell()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._trackers is not None:
+            self._trackers.finish()
 
 
 def _lost(error: OSError, path: Path) -> str:

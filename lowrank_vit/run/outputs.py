@@ -14,11 +14,13 @@ from lowrank_vit.common.terminal import duration
 from lowrank_vit.config.flags import to_yaml
 from lowrank_vit.config.option_types import leaves
 from lowrank_vit.config.options import Config
+from lowrank_vit.config.tracking_options import trackers
 from lowrank_vit.run.directory import RunDir, environment, environment_json
 from lowrank_vit.run.metrics import RunLog
 from lowrank_vit.run.progress import Display, Figures, wait_in_words
 from lowrank_vit.run.state import Position, RunState
-from lowrank_vit.run.wandb_log import WandbLog
+from lowrank_vit.run.trackers.sending import Trackers
+from lowrank_vit.run.trackers.tracker import About
 from lowrank_vit.score.evaluate import Scores
 from lowrank_vit.spectral.flows import Flows
 from lowrank_vit.spectral.watching.files import forget_flows, write_flows
@@ -34,7 +36,7 @@ def already_finished(num_epochs: int) -> str:
 
 
 class Outputs:
-    """Display, metrics and W&B of one run. Use as a context manager."""
+    """Display, metrics and trackers of one run. Use as a context manager."""
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class Outputs:
         is_first: bool,
         indices: dict[str, dict[str, list[int]]],
     ) -> None:
-        """Take where the run stands from `state`, and put the id of a W&B run that is begun there.
+        """Take where the run stands from `state`, and put the ids of runs that are begun at trackers there.
 
         Args:
             config: of the run.
@@ -78,11 +80,10 @@ class Outputs:
                 run_dir.write_text("environment.json", environment_json(self._device), say)
                 recorded = (f"# spectra of {kind}: singular indices {found}\n" for kind, found in self._indices.items())
                 run_dir.write_text("args.yaml", to_yaml(config) + "".join(recorded), say)
-                wandb = self._start_wandb() if config.run.log_wandb else None
                 if position.is_begun:
                     forget_flows(run_dir.path / SPECTRA, done)
                 begin = {"start_epoch": position.epoch, "start_update": done}
-                self._log = stack.enter_context(RunLog(run_dir.path, wandb=wandb, **begin, say=say))
+                self._log = stack.enter_context(RunLog(run_dir.path, trackers=self._start_trackers(), **begin, say=say))
             self._stack = stack.pop_all()
         for line in (*self._description, f"run directory {run_dir.path}"):
             self.display.say(line)
@@ -97,21 +98,25 @@ class Outputs:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def _start_wandb(self) -> WandbLog:
-        run = self._config.run
+    def _start_trackers(self) -> Trackers | None:
+        tracking, position = self._config.tracking, self._state.position
+        if not trackers(tracking):
+            return None
         flags = {name: value for name, _, value in leaves(self._config)}
-        content = {**flags, "spec-indices": self._indices, "environment": environment(self._device)}
-        wandb = WandbLog.start(
-            run.wandb_project,
+        then = position.num_updates + 1
+        about = About(
+            tracking.wandb_project,
+            self._run_dir.path.name,
             self._run_dir.path,
-            content,
-            tags=run.wandb_tags,
-            resume_id=run.wandb_resume_id or self._state.wandb_id,
-            say=self.display.say,
+            {**flags, "spec-indices": self._indices, "environment": environment(self._device)},
+            tracking.wandb_tags,
+            {"epoch": position.epoch, "update": then, "spec_update": then} if position.is_begun else {},
         )
-        # Without --log-wandb the run's id is kept for the next time.
-        self._state.wandb_id = wandb.run_id or self._state.wandb_id
-        return wandb
+        given = {"wandb": tracking.wandb_resume_id} if tracking.wandb_resume_id else {}
+        ids = {**self._state.tracker_ids, **given}
+        found = Trackers.start(trackers(tracking), about, resume_ids=ids, say=self.display.say)
+        self._state.tracker_ids = found.ids  # also those that are not chosen, for the next time
+        return found
 
     def log_interval(self, epoch: int, update: int, figures: Figures, top1: float) -> None:
         """Show and write what happened since the last time."""

@@ -87,8 +87,8 @@ class RunState:
     position: Position = field(default_factory=Position)
     sums: EpochSums = field(default_factory=EpochSums)
     best: BestEpochs = field(default_factory=BestEpochs)
-    wandb_id: str = ""
-    """Identifier of the W&B run; empty without one."""
+    tracker_ids: dict[str, str] = field(default_factory=dict[str, str])
+    """With which the run at each tracker goes on."""
 
     def end_epoch(self) -> None:
         """All updates of the epoch were made and logged."""
@@ -99,7 +99,7 @@ class RunState:
         """Plain values for a checkpoint, but for `position.num_updates`, which stands with the step's state there."""
         place = {"epoch": self.position.epoch, "updates_done": self.position.updates_done}
         best = {**asdict(self.best), "kept": [list(one) for one in self.best.kept]}
-        return {**place, **asdict(self.sums), **best, "wandb_id": self.wandb_id}
+        return {**place, **asdict(self.sums), **best, "tracker_ids": dict(self.tracker_ids)}
 
     def load_state_dict(self, state: dict[str, Any], num_updates: int) -> None:
         """Go on from there."""
@@ -108,7 +108,8 @@ class RunState:
         self.position.epoch, self.position.updates_done = saved["epoch"], saved["updates_done"]
         self.position.num_updates = num_updates
         self.sums, self.best = EpochSums(**_fields_in(saved, EpochSums)), BestEpochs(**_fields_in(saved, BestEpochs))
-        self.wandb_id = saved.get("wandb_id", "")
+        of_wandb = saved.get("wandb_id")  # all that older files have
+        self.tracker_ids = dict(saved.get("tracker_ids", {"wandb": of_wandb} if of_wandb else {}))
 
 
 def _fields_in(saved: dict[str, Any], kind: type[EpochSums | BestEpochs]) -> dict[str, Any]:

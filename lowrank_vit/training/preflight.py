@@ -8,28 +8,27 @@ from torch import nn
 from lowrank_vit.augment.recipe import batches_of_update, train_rules
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.options import Config
+from lowrank_vit.config.tracking_options import trackers
 from lowrank_vit.lowrank.switching.start import check_adapters, check_share
 from lowrank_vit.model.create import check_model_name, check_published, create_model, input_spec, outline
 from lowrank_vit.model.optimizer import check_optimizer, create_scheduler, learning_rate
 from lowrank_vit.model.weights import require_file
 from lowrank_vit.ranks.world import World
-from lowrank_vit.run.wandb_log import check_login
+from lowrank_vit.run.trackers.sending import check as check_trackers
 from lowrank_vit.spectral.flows import check_flows
 from lowrank_vit.spectral.heads import attention_blocks
 from lowrank_vit.spectral.select import targets_of_model
 
 _WITHOUT_MIN_LR = ("none", "constant", "step", "multistep")
 """Schedules of timm's that read no --min-lr."""
-_NOT_IN_A_PROJECT = "/\\#?%:"
-"""What W&B refuses in a project's name."""
 
 
 def check_before_data(config: Config, *, is_resumed: bool, world: World | None = None) -> None:
     """Raise `UserError` for names, policies, files, arguments and spectral targets that do not exist.
 
     So for a global batch that does not fit the ranks, a model that cannot take the images, a schedule that cannot be
-    made, and W&B without a login or with a project that it refuses. With ImageNet to be converted first, a typo would
-    else be found out after an hour.
+    made, a tracker that is not installed, and W&B without a login or with a project that it refuses. With ImageNet to
+    be converted first, a typo would else be found out after an hour.
     """
     world = world or World()
     options = config.model
@@ -58,17 +57,8 @@ def check_before_data(config: Config, *, is_resumed: bool, world: World | None =
     if config.spectra.spec_flows:
         side = input_spec(model, config.data.img_size, None).img_size
         check_flows(model, lambda: _logits(model, side))
-    if config.run.log_wandb and world.is_first:
-        _check_project(config.run.wandb_project)
-        check_login()
-
-
-def _check_project(name: str) -> None:
-    if wrong := [one for one in _NOT_IN_A_PROJECT if one in name]:
-        raise UserError(
-            f"--wandb-project {name}: the name of a W&B project has no `{wrong[0]}`. Choose one without any of "
-            f"{' '.join(_NOT_IN_A_PROJECT)}"
-        )
+    if world.is_first:
+        check_trackers(trackers(config.tracking), config.tracking.wandb_project)
 
 
 def _check_schedule(config: Config, world_size: int, *, is_resumed: bool) -> None:

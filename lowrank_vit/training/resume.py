@@ -16,6 +16,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
 from lowrank_vit.config.option_types import kind_of, leaves, may_change, with_options, word_for_none
 from lowrank_vit.config.options import Config
+from lowrank_vit.config.tracking_options import trackers
 from lowrank_vit.lowrank.switching.groups import regroup
 from lowrank_vit.model.lora import KEY as LORA
 from lowrank_vit.model.lora import lora_of
@@ -74,7 +75,7 @@ def finished(start: Start, world: World) -> tuple[RunState, int] | None:
     short, is left to be done.
     """
     resumed, config, done = start.resumed, start.config, None
-    if world.is_first and resumed and not config.run.log_wandb:
+    if world.is_first and resumed and "wandb" not in trackers(config.tracking):
         check_state(resumed)
         state = RunState()
         updates = resumed.training_state("step")["num_updates"]

@@ -63,7 +63,8 @@ _LATER_PROGRESS = {
     "best_scores": _Kind("scores by name", _maps(_is_text, _is_number)),
     "better": _Kind("model, ema or empty", lambda value: isinstance(value, str) and value in ("", "model", "ema")),
     "is_chosen_by_ema": _Kind("True or False", lambda value: isinstance(value, bool)),
-    "wandb_id": _Kind("a text", _is_text),
+    "wandb_id": _Kind("a text", _is_text),  # which newer files have among `tracker_ids`
+    "tracker_ids": _Kind("texts by name", _maps(_is_text, _is_text)),
 }
 """What files of older runs may lack."""
 _STEP = {

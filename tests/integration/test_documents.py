@@ -123,6 +123,8 @@ class Reader:
             parse(launch.training_script_args)
         elif name == "wandb":
             assert arguments == ["login"] or (arguments[0] == "sync" and "/wandb/" in arguments[1])
+        elif name == "tensorboard":
+            assert arguments == ["--logdir", "output"]
         elif name == "docker" and arguments[0] == "build":
             assert (ROOT / arguments[-1] / "Dockerfile").exists()
         else:
@@ -168,7 +170,7 @@ class Reader:
                 parse(arguments)
             return
         parse(arguments)
-        is_online = "--log-wandb" in arguments and "WANDB_MODE" not in told
+        is_online = {"--log-wandb", "wandb"} & set(arguments) and "WANDB_MODE" not in told
         if "RANK" in told:
             assert told == {**RANKS, "WORLD_SIZE": "16", "RANK": "3", "LOCAL_RANK": "1"}
         elif not is_sketch and not is_online:

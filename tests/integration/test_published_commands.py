@@ -72,7 +72,7 @@ def test_it_parses_unchanged(name):
     )
     assert config.run.experiment == name
     assert config.run.output == Path("output")
-    assert config.run.log_wandb == config.spectra.spec_monitor == ("spectra" in name)
+    assert config.tracking.log_wandb == config.spectra.spec_monitor == ("spectra" in name)
     if "spectra" in name:
         assert (config.optim.layer_decay, config.model.drop_path) == (0.65, 0.3)
         assert (config.spectra.spec_every, config.spectra.spec_topk, config.spectra.spec_interval) == (10, 8, 2)

@@ -119,9 +119,9 @@ def test_the_best_epoch_is_one_whose_file_is_there(small, monkeypatch):
     assert (progress["best_metric"], progress["kept"]) == (30.0, [[30.0, 2], [25.0, 3]])
 
 
-def test_the_wandb_run_is_remembered_while_it_is_not_used(small):
+def test_runs_at_trackers_are_remembered_while_they_are_not_used(small):
     trainer = Trainer(parse(small(*RECIPE)), "x")
-    trainer.state.wandb_id = "abc123"
+    trainer.state.tracker_ids = {"wandb": "abc123", "mlflow": "x"}
     stop_after(trainer, 3)
     run = trainer.run().run_dir
-    assert read_checkpoint(run / "last.pth.tar").content["progress"]["wandb_id"] == "abc123"
+    assert read_checkpoint(run / "last.pth.tar").content["progress"]["tracker_ids"] == trainer.state.tracker_ids

@@ -28,6 +28,7 @@ from lowrank_vit.score.scorer import ModelOptions, load_scorer
 from lowrank_vit.score.validation import validate
 from lowrank_vit.training.step import TrainStep
 from lowrank_vit.training.trainer import COLD_UPDATES, Trainer
+from tests.events import scalars
 from tests.runs import stop_after
 from tests.wandb_files import run_files
 
@@ -225,11 +226,12 @@ def test_the_first_updates_of_a_process_are_no_part_of_its_speed(train, monkeypa
     assert [record["img_per_s"] for record in lines(run, "train")][-1] == batch
 
 
-def test_wandb_works_offline_and_goes_on_with_the_same_run(train, tmp_path, monkeypatch):
+def test_trackers_work_offline_and_go_on_with_the_same_run(train, tmp_path, monkeypatch):
     """What arrives is looked for in W&B's own files, in which names stand as they are."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    recipe = "--log-wandb --wandb-project test --wandb-tags small digits --epochs 3 --spec-every 11".split()
+    recipe = "--tracker wandb tensorboard --wandb-project test --wandb-tags small digits".split()
+    recipe += ["--epochs", "3", "--spec-every", "11"]
     part = Trainer(parse_small(train, "--experiment", "w", *recipe), "x")
     stop_after(part, 15)
     run = part.run().run_dir
@@ -242,6 +244,13 @@ def test_wandb_works_offline_and_goes_on_with_the_same_run(train, tmp_path, monk
     spectra = "spec/blocks.0.mlp.fc1/sigma_max spec_ema/blocks.0.mlp.fc1/sigma_max"
     for name in f"{timms} {ours} {spectra} small digits batch-size environment spec-indices".split():
         assert name.encode() in content, name
+    train_loss = scalars(run, "update")["train/loss"]
+    assert [step for step, _ in train_loss] == [record["update"] for record in lines(run, "train")]
+    assert [step for step, _ in scalars(run, "epoch")["eval_top1"]] == [0, 1, 2]
+    refreshes = sorted(record["update"] for record in lines(run, "spec"))
+    for kind in ("spec", "spec_ema"):
+        points = scalars(run, "spec_update")[f"{kind}/blocks.0.mlp.fc1/sigma_max"]
+        assert sorted(step for step, _ in points) == refreshes
 
 
 def parse_small(train, *more):

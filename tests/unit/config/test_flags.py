@@ -34,7 +34,7 @@ lowrank-init lora lora-alpha lora-dropout lowrank-train lowrank-targets lowrank-
 lowrank-switches lowrank-schedule lowrank-dry-run lowrank-moments lowrank-decay lowrank-calibration-images reg-nuclear
 reg-stable-rank spectral-clip reg-every reg-targets reg-coupled
 output experiment resume seed log-interval val-interval eval-metric tta checkpoint-hist checkpoint-interval
-rank-timeout init-timeout log-wandb wandb-project wandb-tags wandb-resume-id
+rank-timeout init-timeout tracker log-wandb wandb-project wandb-tags wandb-resume-id
 """.split()
 
 
@@ -104,6 +104,7 @@ def test_a_resumed_run_may_change_what_no_update_depends_on():
     assert {g for g in groups if all(may_change(h) for _, h, _ in leaves(getattr(Config(), g)))} == {
         "spectra",
         "step",
+        "tracking",
     }
 
 

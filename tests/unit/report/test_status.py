@@ -96,6 +96,16 @@ def test_a_run_that_was_not_sent_is_to_be_synced(run):
     assert commands(next_steps(run, {}, is_finished=True))[-1] == ["wandb", "sync", "output/a/wandb/offline-run-*"]
 
 
+def test_what_trackers_wrote_to_the_run_directory_can_be_looked_at(run):
+    for name in ("tensorboard/update/events.out.tfevents.1", "mlflow/mlflow.db"):
+        (run / name).parent.mkdir(parents=True)
+        (run / name).write_text("")
+    assert commands(next_steps(run, {}, is_finished=True))[-2:] == [
+        ["tensorboard", "--logdir", "output/a/tensorboard"],
+        ["mlflow", "ui", "--backend-store-uri", "sqlite:///output/a/mlflow/mlflow.db"],
+    ]
+
+
 def test_ranks_are_started_as_before(run):
     (first, *_) = next_steps(run, {}, is_finished=False, launcher="torchrun ...")
     assert first.command().startswith("torchrun ... -m lowrank_vit.train --config")

@@ -101,15 +101,17 @@ def test_a_directory_is_taken_over_unless_it_holds_a_checkpoint_other_files_or_a
 def test_what_was_made_of_a_dead_attempt_goes_with_it(is_link, tmp_path):
     RunDir.create(tmp_path, "run", "x").close()
     run = tmp_path / "run"
-    for name in ("spectra", "report", "wandb"):
+    for name in ("spectra", "report", "wandb", "tensorboard", "mlflow"):
         if is_link:
             (tmp_path / name).mkdir()
             (run / name).symlink_to(tmp_path / name)
         else:
             (run / name).mkdir()
     (run / "wandb" / "offline-run-1").mkdir()
+    (run / "tensorboard" / "update").mkdir()
     stale = "spectra/update_00000000.npz", "spectra/vectors_123456789.npz", "spectra/weights_00000000.pth"
     stale += "spectra/index.json", "report/training.png", "report.html", "wandb/offline-run-1/run.wandb"
+    stale += "tensorboard/update/events.out.tfevents.1.host.2.0", "mlflow/mlflow.db"
     for name in (*stale, "spectra/update_best.npz"):
         (run / name).write_text("")
     RunDir.create(tmp_path, "run", "x").close()

@@ -48,6 +48,8 @@ def no_data(monkeypatch):
         ("--mixup 1 --global-batch-size 7 -b 4", "--global-batch-size 7 does not fit 1 rank: .* no number of ranks"),
         ("--sched wsd --epochs 6 --warmup-epochs 5 --decay-epochs 5", "--sched wsd cannot be made"),
         ("--log-wandb --wandb-project a/b", "--wandb-project a/b: the name of a W&B project has no `/`"),
+        ("--tracker tensorboard wandb", "No API key configured.* Log in with `wandb login`"),
+        ("--tracker trackio", "--tracker trackio: the package trackio is not installed. Install it with `pip install"),
         ("--log-wandb", "No API key configured.* Log in with `wandb login`"),
         ("--model dla46_c --model-kwargs --grad-checkpointing", "--grad-checkpointing: --model dla46_c cannot"),
     ],

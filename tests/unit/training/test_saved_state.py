@@ -192,9 +192,18 @@ def test_a_run_in_float16_needs_its_scale(run):
 
 def test_older_files_lack_what_came_later(run):
     content = copy.deepcopy(run.content)
-    for name in ("lr", "best_scores", "better", "is_chosen_by_ema", "wandb_id"):
+    for name in ("lr", "best_scores", "better", "is_chosen_by_ema", "tracker_ids"):
         del content["progress"][name]
     run.go_on(content)
+
+
+def test_the_wandb_run_of_an_older_file_goes_on():
+    saved = RunState(tracker_ids={"wandb": "abc", "mlflow": "x"}).state_dict()
+    newer, older = RunState(), RunState()
+    newer.load_state_dict(saved, 0)
+    older.load_state_dict({"wandb_id": "abc", **{k: v for k, v in saved.items() if k != "tracker_ids"}}, 0)
+    assert newer.tracker_ids == {"wandb": "abc", "mlflow": "x"}
+    assert older.tracker_ids == {"wandb": "abc"}
 
 
 @pytest.mark.parametrize("opt", ["sgd", "lookahead_adamw", "adafactorbv", "muon"])

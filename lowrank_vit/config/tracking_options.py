@@ -1,0 +1,41 @@
+"""Options of what follows a run's numbers beside its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.option_types import MAY_CHANGE
+
+TrackerName = Literal["wandb", "tensorboard", "trackio", "mlflow", "none"]
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Trackers that get a copy of the numbers; none of them ever stops a run."""
+
+    tracker: Annotated[tuple[TrackerName, ...], MAY_CHANGE] = ()
+    """Also send the numbers to these, one or several; tensorboard needs no account: it writes to the run directory."""
+    log_wandb: Annotated[bool, MAY_CHANGE] = False
+    """The same as --tracker wandb: Weights & Biases (works offline with WANDB_MODE=offline)."""
+    wandb_project: Annotated[str, MAY_CHANGE] = "lowrank-vit"
+    """Project of Weights & Biases and of trackio, experiment of MLflow."""
+    wandb_tags: Annotated[tuple[str, ...], MAY_CHANGE] = ()
+    """Tags of the run at its trackers."""
+    wandb_resume_id: Annotated[str, MAY_CHANGE] = ""
+    """Go on with this W&B run; default with --resume: the checkpoint's."""
+
+
+def trackers(options: Tracking) -> tuple[str, ...]:
+    """The chosen trackers, each once. Raises `UserError` where two options choose differently."""
+    chosen = tuple(dict.fromkeys(options.tracker))
+    typed = " ".join(chosen)
+    if options.log_wandb and chosen and "wandb" not in chosen:
+        raise UserError(
+            f"--log-wandb means --tracker wandb, and --tracker {typed} says otherwise. Leave one of them out, or write "
+            f"--tracker {' '.join(('wandb', *(name for name in chosen if name != 'none')))}."
+        )
+    if "none" in chosen and len(chosen) > 1:
+        raise UserError(f"--tracker {typed}: none stands alone. Leave it out, or the others.")
+    return ("wandb",) if options.log_wandb and not chosen else tuple(name for name in chosen if name != "none")
