@@ -99,6 +99,15 @@ def least_budget(costs: Costs, by: By = "params") -> float:
     return costs.count(_least(costs), by) / costs.count({}, by)
 
 
+def check_share_of(flag: str, share: float, costs: Costs) -> None:
+    """Raise `UserError` for a share of the targets' parameters that has no room for rank 1 of all; `costs_alone`."""
+    if share < (least := least_budget(costs)):
+        raise UserError(
+            f"{flag}: rank 1 of every target needs {math.ceil(least * 1e4) / 1e4:g} of their parameters. Give at least "
+            "that, or other --lowrank-targets."
+        )
+
+
 def predicted_loss(decompositions: Mapping[str, Decomposition], ranks: Ranks) -> float:
     """The sum over layers of the losses predicted at these ranks, nats an image; see `truncate.decompose`."""
     return math.fsum(float(decompositions[name].losses[rank]) for name, rank in ranks.items())

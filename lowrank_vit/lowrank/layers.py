@@ -101,6 +101,11 @@ def costs_of(
     return Costs(layers, {by: whole[by] - sum(one.cost(None, by) for one in layers.values()) for by in whole})
 
 
+def costs_alone(weights: Mapping[str, Tensor]) -> Costs:
+    """Of layers as if they were the model, so that budgets are shares of their parameters."""
+    return Costs({name: Layer(*weight.shape, tokens=0) for name, weight in weights.items()}, {"params": 0, "flops": 0})
+
+
 def _flops(model: nn.Module, img_size: int | None) -> int:
     side = side_of(model, img_size)
     with in_evaluation(model):

@@ -36,6 +36,15 @@ class Means(NamedTuple):
     """Percent of images whose own label, before mixing, is predicted."""
 
 
+class Event(NamedTuple):
+    """Something that happened at an update: a line of metrics.jsonl, and one to say where there is any."""
+
+    update: int
+    values: dict[str, Any]
+    """Plain values, those of layers in tables by name."""
+    line: str = ""
+
+
 NEVER = torch.iinfo(torch.int64).max
 """The first update whose loss is not finite, where there is none."""
 
@@ -136,16 +145,14 @@ class RunLog:
                 )
 
     def log(self, kind: str, update: int, values: dict[str, Any]) -> None:
-        """One line in metrics.jsonl: `kind` is train, eval, spec or flow; `update` the optimizer updates so far."""
-        # JSON has no NaN: a value that is not finite becomes null.
-        finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in values.items()}
-        line = json.dumps({"kind": kind, "update": update, **finite}, allow_nan=False) + "\n"
+        """One line in metrics.jsonl: `kind` is train, eval, spec, flow or lowrank; `update` the updates so far."""
+        line = json.dumps({"kind": kind, "update": update, **_finite(values)}, allow_nan=False) + "\n"
         try:
             append_whole(self._jsonl, line)
             self._lost_lines.is_over()
         except OSError as error:
             self._lost_lines.note(_lost(error, self._jsonl))
-        if self._trackers is not None:
+        if self._trackers is not None and kind != "lowrank":  # tables, of which a tracker would make curves
             axis = _AXES.get(kind, "update")
             named = {f"train/{name}": value for name, value in values.items()} if kind == "train" else values
             self._trackers.log({"update" if kind == "eval" else axis: update, **named}, axis)
@@ -176,6 +183,13 @@ class RunLog:
         self._lost_rows.tell()
         if self._trackers is not None:
             self._trackers.finish()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in cast(dict[str, Any], value).items()}
+    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 def _lost(error: OSError, path: Path) -> str:

@@ -16,7 +16,7 @@ from lowrank_vit.config.option_types import leaves
 from lowrank_vit.config.options import Config
 from lowrank_vit.config.tracking_options import trackers
 from lowrank_vit.run.directory import RunDir, environment, environment_json
-from lowrank_vit.run.metrics import RunLog
+from lowrank_vit.run.metrics import Event, RunLog
 from lowrank_vit.run.progress import Display, Figures, wait_in_words
 from lowrank_vit.run.state import Position, RunState
 from lowrank_vit.run.trackers.sending import Trackers
@@ -141,6 +141,14 @@ class Outputs:
         for record in records:
             if self._log:
                 self._log.log("spec", record.update, record.values)
+
+    def log_low_rank(self, events: list[Event]) -> None:
+        """Write and say what layers in factors there are by now, and what that rests on."""
+        for event in events:
+            if self._log:
+                self._log.log("lowrank", event.update, event.values)
+            if event.line:
+                self.display.say(event.line)
 
     def log_flows(self, position: Position, values: dict[str, float], flows: Mapping[str, Flows]) -> None:
         """Write what a validation has found out of the models' flows: the scalars, and all of it by kind."""

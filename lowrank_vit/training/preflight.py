@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -9,9 +11,17 @@ from lowrank_vit.augment.recipe import batches_of_update, train_rules
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.options import Config
 from lowrank_vit.config.tracking_options import trackers
+from lowrank_vit.lowrank.switching.begin import check_low_rank_training
+from lowrank_vit.lowrank.switching.moments import check_can_switch
 from lowrank_vit.lowrank.switching.start import check_adapters, check_share
 from lowrank_vit.model.create import check_model_name, check_published, create_model, input_spec, outline
-from lowrank_vit.model.optimizer import check_optimizer, create_scheduler, learning_rate
+from lowrank_vit.model.optimizer import (
+    check_optimizer,
+    create_optimizer,
+    create_scheduler,
+    epochs_in_all,
+    learning_rate,
+)
 from lowrank_vit.model.weights import require_file
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.trackers.sending import check as check_trackers
@@ -54,6 +64,8 @@ def check_before_data(config: Config, *, is_resumed: bool, world: World | None =
     if config.spectra.spec_monitor:
         targets_of_model(model, config.spectra.spec_targets, config.spectra.spec_split_qkv)
         attention_blocks(model, config.spectra.spec_circuits)
+    if config.lowrank.lowrank_train != "none":
+        _check_low_rank(config, model)
     if config.spectra.spec_flows:
         side = input_spec(model, config.data.img_size, None).img_size
         check_flows(model, lambda: _logits(model, side))
@@ -72,6 +84,14 @@ def _check_schedule(config: Config, world_size: int, *, is_resumed: bool) -> Non
             f"--min-lr {optim.min_lr:g}, at which the schedule ends, is above the peak learning rate {lr:.3g} "
             f"({origin}): it would rise to the end. Give a smaller --min-lr or a greater --lr."
         )
+
+
+def _check_low_rank(config: Config, model: nn.Module) -> None:
+    optim = config.optim
+    optimizer = create_optimizer(replace(optim, layer_decay=None), nn.Linear(2, 2), optim.lr or optim.lr_base)
+    if not config.lowrank.lowrank_dry_run:
+        check_can_switch(optimizer)
+    check_low_rank_training(config, model, epochs_in_all(optim, 1000))
 
 
 def _check_forward(config: Config, model: nn.Module) -> None:

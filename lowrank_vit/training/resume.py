@@ -32,8 +32,11 @@ from lowrank_vit.run.state import RunState
 from lowrank_vit.spectral.watching.store import SpectraStore
 from lowrank_vit.training import launch
 from lowrank_vit.training.loading import LOADERS
-from lowrank_vit.training.saved_state import check_counts, check_state, load_optimizer
+from lowrank_vit.training.saved_state import LOW_RANK, check_counts, check_state, load_optimizer
 from lowrank_vit.training.setup import Setup, silent
+
+_DECIDING = ("spec-monitor", "spec-every", "spec-full-every", "spec-targets", "spec-split-qkv", "spec-on-cpu")
+"""Options of the monitor on which it depends when --lowrank-train puts layers in factors."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,8 @@ def capture(setup: Setup, state: RunState) -> dict[str, Any]:
         content[LORA] = lora.content()
     if setup.ema:
         content["state_dict_ema"] = setup.ema.module.state_dict()
+    if setup.low_rank:
+        content[LOW_RANK] = setup.low_rank.state_dict()
     return content
 
 
@@ -223,6 +228,8 @@ def restore(setup: Setup, state: RunState, resumed: Checkpoint) -> None:
         setup.train_loader.load_state_dict(resumed.training_state("data"))
     except UserError as error:
         raise UserError(f"{resumed.path}: {error}") from error
+    if setup.low_rank:
+        setup.low_rank.load_state_dict(resumed.training_state(LOW_RANK))
     # Within an epoch the optimizer's own learning rates are those of the interrupted run, to the bit.
     if state.position.updates_done == 0:
         setup.scheduler.step(state.position.epoch)
@@ -235,10 +242,11 @@ def _check_same_run(config: Config, resumed: Checkpoint) -> None:
         name: _plain(value) for name, _, value in leaves(Config())
     }  # what is meant by an option that it knew nothing of
     args = {**usual, **meaning.values_before(resumed.meaning, resumed.args), **resumed.args}
+    is_low_rank = config.lowrank.lowrank_train != "none"
     changed = [
         f"--{name} was {args[name]}, now {_plain(value)}"
         for name, hint, value in leaves(config)
-        if not may_change(hint) and args[name] != _plain(value)
+        if (not may_change(hint) or (is_low_rank and name in _DECIDING)) and args[name] != _plain(value)
     ]
     if changed:
         raise UserError(

@@ -94,6 +94,23 @@ _METER = {
 _SLOW = "lookahead_slow_buff"
 """What Lookahead keeps of a parameter, among what its inner optimizer does."""
 _DATA = {"epoch": _COUNT, "update": _COUNT}
+LOW_RANK = "lowrank"
+"""Key of what --lowrank-train remembers, in a checkpoint of a run that has it."""
+_RANKS = _Kind("ranks by layer", _maps(_is_text, lambda value: _is_whole(value) and value > 0))
+_MAPPING = _Kind("a mapping", lambda value: isinstance(value, dict))
+_SETTLING = {
+    "update": _Kind("a whole number or None", lambda value: value is None or _is_whole(value)),
+    "layers": _MAPPING,
+}
+_LOW_RANK = {
+    "num_switches": _COUNT,
+    "ranks": _RANKS,
+    "seen": _WHOLE,
+    "decided": _WHOLE,
+    "wanted": _Kind("ranks by layer or None", lambda value: value is None or _RANKS.fits(value)),
+    "failure": _Kind("a text", _is_text),
+    "settling": _MAPPING,
+}
 
 
 def check_state(resumed: Checkpoint) -> None:
@@ -112,6 +129,10 @@ def check_state(resumed: Checkpoint) -> None:
     if step["scaler"] or (args.get("amp") is True and args.get("amp-dtype") == "float16"):
         _check(resumed, "step.scaler", step["scaler"], _SCALER)
     _check(resumed, "data", data, _DATA | dict.fromkeys(data.keys() - _DATA.keys(), _WHOLE))
+    if args.get("lowrank-train", "none") != "none":
+        of_run = resumed.training_state(LOW_RANK)
+        _check(resumed, LOW_RANK, of_run, _LOW_RANK, is_all=True)
+        _check(resumed, f"{LOW_RANK}.settling", of_run["settling"], _SETTLING, is_all=True)
     names = resumed.content.get("class_names")
     if names is not None and resumed.class_names is None:
         raise _wrong(resumed, f"its `class_names` is {in_words(names)}, where a list of names belongs")

@@ -30,6 +30,8 @@ from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import DataOptions, open_datasets
 from lowrank_vit.data.synthetic import SyntheticLoader
+from lowrank_vit.lowrank.switching.begin import begin
+from lowrank_vit.lowrank.switching.controller import LowRankTraining
 from lowrank_vit.lowrank.switching.groups import decay_product
 from lowrank_vit.model.class_match import Classes, Trust, match
 from lowrank_vit.model.create import InputSpec, input_spec
@@ -81,6 +83,8 @@ class Setup:
     """Evaluators by prefix of the metric's name: "" for the model, "ema_" for its EMA. None without validation data."""
     flows: FlowWatch | None
     """With --spec-flows, where there are validation data."""
+    low_rank: LowRankTraining | None
+    """With --lowrank-train."""
     train_loader: Loader | SyntheticLoader
     val_loader: Loader | None
     val_batch: int
@@ -176,11 +180,11 @@ def set_up(
     dtype = DTYPES[config.step.amp_dtype] if config.step.amp else torch.float32
     peak = peak_flops(device, dtype, tf32=config.step.tf32)
     config = _with_full_every(with_workers(config, world, device), model, device)
-    step = fed_step(config, spec, world, device, train_flops, peak)
+    fed = fed_step(config, spec, world, device, train_flops, peak)
     train = sets.train if sets else None
     before = loaders_before(resumed)
     of_train = config, train, num_classes, spec, world, device
-    plan, train_loader, line = make_train_loader(*of_train, prepare, step, before)
+    plan, train_loader, line = make_train_loader(*of_train, prepare, fed, before)
     if share := train_loader.engine_share:
         config = with_options(config, {"hw-decoder-load": share.share})
     lines, evaluators, flows, val_loader, val_batch = [line], dict[str, Evaluator](), None, None, 0
@@ -209,6 +213,18 @@ def set_up(
     world.progress.enter("making ready to train")
     parameters = sum(p.numel() for p in model.parameters())
     train_step = TrainStep(config, model, augment, optimizer, ema, world, position=position, phases=phases)
+    low_rank = begin(
+        *(config, model, ema, optimizer, scheduler),
+        train=train,
+        plan=plan,
+        spec=spec,
+        augment=augment,
+        num_epochs=num_epochs,
+        world=world,
+        rebuild=train_step.rebuild,
+        is_resumed=resumed is not None,
+        say=say,
+    )
     return Setup(
         config=config,
         device=device,
@@ -224,6 +240,7 @@ def set_up(
         step=train_step,
         evaluators=evaluators,
         flows=flows,
+        low_rank=low_rank,
         train_loader=train_loader,
         val_loader=val_loader,
         val_batch=val_batch,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,11 @@ from lowrank_vit.ranks.world import World
 from lowrank_vit.run.checkpoints import Beside, Checkpoints, CheckpointWriter
 from lowrank_vit.run.directory import RunDir
 from lowrank_vit.run.flows import flows_of
-from lowrank_vit.run.metrics import last_recorded
 from lowrank_vit.run.outputs import SPECTRA, Outputs, already_finished
 from lowrank_vit.run.progress import Figures
 from lowrank_vit.run.speed import Clock, FirstUpdates, RankFigures, Speed, Stretch
 from lowrank_vit.run.state import Position, RunState
 from lowrank_vit.score.evaluate import Scores
-from lowrank_vit.spectral.watching.monitor import SpectralMonitor, default_cpu_threads
-from lowrank_vit.spectral.watching.refresh import SpectralSettings
 from lowrank_vit.spectral.watching.store import kept_name
 from lowrank_vit.training.loading import room_beside
 from lowrank_vit.training.phases import PhaseListener, Phases, ToldToRanks
@@ -35,13 +31,11 @@ from lowrank_vit.training.resume import Start, capture, find_start, finished, op
 from lowrank_vit.training.setup import set_up
 from lowrank_vit.training.step import stream_of_step
 from lowrank_vit.training.stop import Stopped, StopRequest, UntilStopped
+from lowrank_vit.training.watching import after_switch, finish_spectra, make_monitor, observe
 
 COLD_UPDATES = {False: 2, True: 20}
 """The first updates of a process, without and with --compile: compilers, autotuning and memory pools get ready in them,
 so they are no part of img/s, MFU and the share of waiting."""
-
-_REFRESH_TIMEOUT = timedelta(minutes=10)
-"""After so long the spectra of a rank that hangs are no longer waited for."""
 
 _RECHECKED_UPDATES = 100
 """After so many warm ones a loader's speed, which was measured without a step beside it, is looked at again."""
@@ -173,7 +167,10 @@ class Trainer:
         # Before what follows an error is closed, it is told.
         with ExitStack() as stack, self._failing.told_at_once():
             stack.callback(self.run_dir.close)
-            self.monitor = stack.enter_context(self._make_monitor()) if self.config.spectra.spec_monitor else None
+            self.monitor = None
+            if self.config.spectra.spec_monitor:
+                of_run = setup, self.state.position, self.run_dir.path, self.world
+                self.monitor = stack.enter_context(make_monitor(*of_run, say=lambda line: self._say(line)))
             for loader in (setup.train_loader, setup.val_loader):
                 if loader:
                     stack.callback(loader.close)
@@ -184,7 +181,7 @@ class Trainer:
                 self._say = self.outputs.display.say
             self.checkpoints = stack.enter_context(self._make_checkpoints())
             if self.monitor and self.state.position.num_updates == 0:
-                self.monitor.observe(0)
+                observe(self.monitor, setup, self.outputs, 0)
             self._failing.save_and_end = self.stop.ask
             # Noted to the end: what asked for it once may ask again while all is saved.
             with self.stop.noted(), room_beside(setup.train_loader, setup.val_loader):
@@ -234,48 +231,18 @@ class Trainer:
         self.outputs.log_spectra(self.monitor.records())
         return Beside(SPECTRA, kept_name(kept.update), kept.content()) if kept else None
 
-    def _make_monitor(self) -> SpectralMonitor:
-        options, store_dir = self.config.spectra, self.run_dir.path / SPECTRA
-        done = self.state.position.num_updates if self.state.position.is_begun else None
-        recorded = -1 if done is None else last_recorded(self.run_dir.path, "spec", done)
-        threads, full_every = options.spec_cpu_threads or default_cpu_threads(), options.spec_full_every or 1
-        numbers = options.spec_topk, options.spec_interval, options.spec_solver, options.spec_on_cpu, threads
-        return SpectralMonitor(
-            self.setup.model,
-            self.setup.ema.module if self.setup.ema else None,
-            targets=options.spec_targets,
-            every=options.spec_every,
-            store_dir=store_dir,
-            settings=SpectralSettings(*numbers, full_every, options.spec_updates),
-            split_qkv=options.spec_split_qkv,
-            circuits=options.spec_circuits,
-            limit_gb=options.spec_store_gb,
-            resumed_update=done,
-            recorded_update=self.world.from_first(recorded),
-            last_update=self.setup.num_epochs * self.setup.plan.updates_per_epoch,
-            ranks=self.world.channel(_REFRESH_TIMEOUT, agrees=True),
-            optimizer=self.setup.optimizer,
-            say=lambda line: self._say(line),
-        )
-
     def _finish_spectra(self) -> None:
-        if not self.monitor:
-            return
-        self.monitor.close()
-        self.outputs.log_spectra(self.monitor.records())
-        say = self.outputs.display.say  # rank 0's figures are those of all
-        if self.monitor.skipped:
-            say(
-                f"{self.monitor.skipped} spectral refreshes were skipped, since the one before was still running; a "
-                "greater --spec-every avoids that"
-            )
-        if self.monitor.failed:
-            say(f"{self.monitor.failed} spectral refreshes failed, the first as was said; training missed nothing")
+        if self.monitor:
+            finish_spectra(self.monitor, self.outputs)
 
     def _train_epoch(self, epoch: int) -> Generator[Position, None, EpochStats]:
         """Train the rest of an epoch. Raises `Stopped` after the update at which all ranks are to end."""
         setup, position, phases = self.setup, self.state.position, self._phases
         setup.model.train()
+        if setup.low_rank and position.updates_done == 0:
+            with phases("refresh"):
+                is_changed = setup.low_rank.at_epoch(epoch, position.num_updates)
+                after_switch(setup, self.outputs, is_changed=is_changed)
         updates, interval = setup.plan.updates_per_epoch, self.config.run.log_interval
         clock, speed = Clock(), None
         warm_at = position.updates_done + min(self._cold_updates, (updates - position.updates_done) // 2)
@@ -291,8 +258,7 @@ class Trainer:
             setup.scheduler.step_update(position.num_updates)
             if self.monitor:
                 with phases("refresh"):
-                    self.monitor.observe(position.num_updates)
-                    self.outputs.log_spectra(self.monitor.records())
+                    observe(self.monitor, setup, self.outputs, position.num_updates)
             if is_due:
                 with phases("log"):
                     speed = self._log_interval(epoch, clock)

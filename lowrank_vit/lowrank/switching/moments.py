@@ -200,7 +200,7 @@ def steps(optimizer: Optimizer, tried: Sequence[tuple[Tensor, State, Mapping[str
         if average is None:
             copies.append(None)
             continue
-        moved = nn.Parameter(parameter.detach().double())
+        moved = nn.Parameter(parameter.detach().to(torch.float64, copy=True))
         moved.grad = average.double() * _steady(group)
         state[moved] = {name: _doubled(value) for name, value in kept.items()}
         own = {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
@@ -229,4 +229,4 @@ def _steady(group: Mapping[str, Any]) -> float:
 def _doubled(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
-    return value.double() if value.ndim and value.is_floating_point() else value.clone().cpu()
+    return value.to(torch.float64, copy=True) if value.ndim and value.is_floating_point() else value.clone().cpu()

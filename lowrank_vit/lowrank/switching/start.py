@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say
-from lowrank_vit.lowrank.allocation import Ranks, least_budget, uniform
-from lowrank_vit.lowrank.layers import Costs, Factors, Layer, factorise
+from lowrank_vit.lowrank.allocation import Ranks, check_share_of, uniform
+from lowrank_vit.lowrank.layers import Costs, Factors, costs_alone, factorise
 from lowrank_vit.lowrank.methods import svd
 from lowrank_vit.lowrank.targets import find_targets
 from lowrank_vit.lowrank.truncate import decompose
@@ -54,7 +53,7 @@ def start_in_factors(
         UserError: as `find_targets`; the share has no room for rank 1 of every layer.
     """
     targets = find_targets(model, patterns, img_size=img_size, flag=_TARGETS, say=say)
-    costs = _costs_of({name: layer.weight for name, layer in targets.items()})
+    costs = costs_alone({name: layer.weight for name, layer in targets.items()})
     ranks = _ranks(costs, share)
     made = {name: _spectral(targets[name], rank) for name, rank in ranks.items()} if is_first else None
     if from_first:
@@ -71,7 +70,7 @@ def check_share(model: nn.Module, share: float, patterns: str) -> None:
     """
     chosen = select_targets(dict(model.named_parameters(remove_duplicate=False)), patterns, _TARGETS)
     if matrices := {name: weight for name, weight in chosen.items() if weight.ndim == 2}:
-        _ranks(_costs_of(matrices), share)
+        _ranks(costs_alone(matrices), share)
 
 
 def start_with_adapters(
@@ -139,18 +138,8 @@ def _check_rank(model: nn.Module, weights: Mapping[str, Tensor], rank: int) -> N
             )
 
 
-def _costs_of(weights: Mapping[str, Tensor]) -> Costs:
-    """Of the layers alone, as if they were the model: budgets are shares of their parameters then."""
-    return Costs({name: Layer(*weight.shape, tokens=0) for name, weight in weights.items()}, {"params": 0, "flops": 0})
-
-
 def _ranks(costs: Costs, share: float) -> Ranks:
-    least = least_budget(costs)
-    if share < least:
-        raise UserError(
-            f"--lowrank-init {share:g}: rank 1 of every target needs {math.ceil(least * 1e4) / 1e4:g} of their "
-            f"parameters. Give at least that, or other {_TARGETS}."
-        )
+    check_share_of(f"--lowrank-init {share:g}", share, costs)
     return uniform(costs.layers, share, costs)
 
 

@@ -6,6 +6,8 @@ D is such an (R, C) matrix, float64; 1..p the block of W's first singular triple
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,26 @@ from torch.optim import Optimizer
 
 from lowrank_vit.spectral.measures.metrics import effective_rank, energy_rank, stable_rank
 from lowrank_vit.spectral.solving.extremes import Triplets
+from lowrank_vit.spectral.solving.solve import MatrixStack
 
 _ADAM = ("torch.optim.adam.Adam", "torch.optim.adamw.AdamW")
 _SGD, _MUON = "torch.optim.sgd.SGD", "timm.optim.muon.Muon"
+
+
+def paired(before: Sequence[MatrixStack], now: Sequence[MatrixStack]) -> list[tuple[MatrixStack, MatrixStack]]:
+    """Each stack of now that was there before, with the matrices of the same names and of now's dtype before it.
+
+    A layer that has become factors in between is in another stack, since its product is float64.
+    """
+    if [one.names for one in before] == [one.names for one in now]:
+        return list(zip(before, now, strict=True))
+    earlier = {name: matrix for one in before for name, matrix in zip(one.names, one.matrices_NRC, strict=True)}
+    pairs: list[tuple[MatrixStack, MatrixStack]] = []
+    for one in now:
+        if all(name in earlier for name in one.names):
+            matrices_NRC = torch.stack([earlier[name].to(one.matrices_NRC) for name in one.names])
+            pairs.append((replace(one, matrices_NRC=matrices_NRC), one))
+    return pairs
 
 
 def why_no_direction(optimizer: Optimizer, group: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ from lowrank_vit.spectral.measures.subspaces import (
     last_cosines,
     turn_bound,
 )
-from lowrank_vit.spectral.measures.updates import update_metrics
+from lowrank_vit.spectral.measures.updates import paired, update_metrics
 from lowrank_vit.spectral.solving.ends import GUARD, solve_ends
 from lowrank_vit.spectral.solving.extremes import Solved, Solver, Triplets
 from lowrank_vit.spectral.solving.norm import norms_of_changes, spectral_norms
@@ -330,7 +330,7 @@ def refresh(
         found = solved_of(kind, of_kind, full)
         last = {name: memory.last[f"{kind}/{name}"] for name in found if f"{kind}/{name}" in memory.last}
         result.solved |= {f"{kind}/{name}": one for name, one in found.items()}
-        pairs = list(zip(memory.weights.get(kind, ()), of_kind, strict=False))
+        pairs = paired(memory.weights.get(kind, ()), of_kind)
         parts = [update_norms(before, now, settings.cpu_threads, settings.solver) for before, now in pairs]
         if settings.updates and kind == MODEL:
             blocks = {name: both[0] for name in last if (both := blocks_of(last[name], found[name]))}

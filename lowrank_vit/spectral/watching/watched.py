@@ -25,6 +25,9 @@ from lowrank_vit.spectral.watching.store import Kept, SpectraStore
 _ALIKE = 1e-9
 """Of two values of a matrix that are the same, of which one may have changed places with one as near."""
 
+_ROUNDING = 1e-12
+"""Of the greatest value: those beyond a matrix's rank are less, and of no ratio to one another."""
+
 
 class Watched:
     """The target matrices of a model and of its EMA, of which several ranks copy and compute a share each."""
@@ -140,7 +143,9 @@ class Watched:
             at = [i - 1 for i in matrix["top"]]  # of another interval they may be as many
             if found.top.s.size != len(at):
                 return False
-            if found.s.size == min(matrix["shape"]) and not np.allclose(found.s[at], found.top.s, _ALIKE, 0.0, True):
+            rounding = _ROUNDING * float(found.s[0]) if found.s.size else 0.0
+            is_whole = found.s.size == min(matrix["shape"])
+            if is_whole and not np.allclose(found.s[at], found.top.s, _ALIKE, rounding, equal_nan=True):
                 return False
             expected = [(side, len(matrix[end])) for end in ends for side in matrix["shape"]]
             shapes = [side.shape for end in ends.values() for side in (end.u, end.v)]

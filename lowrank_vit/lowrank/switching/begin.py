@@ -1,0 +1,192 @@
+"""The beginning of a training that becomes low-rank: what is wrong with its options, its targets and its images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowrank_vit.augment.pipeline import Augment
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.locks import Say
+from lowrank_vit.config.low_rank_options import parse_schedule
+from lowrank_vit.config.options import Config
+from lowrank_vit.data.batch import Batch
+from lowrank_vit.data.choose import open_loader
+from lowrank_vit.data.decode.backend import LoaderOptions, usual_workers
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.data.synthetic import SyntheticLoader
+from lowrank_vit.lowrank.allocation import check_share_of
+from lowrank_vit.lowrank.layers import Costs, costs_alone
+from lowrank_vit.lowrank.switching.controller import LowRankTraining, Span
+from lowrank_vit.lowrank.switching.planner import TARGETS_FLAG, Planner, merged_copy
+from lowrank_vit.lowrank.switching.verdict import Settling
+from lowrank_vit.lowrank.targets import find_targets
+from lowrank_vit.model.create import InputSpec
+from lowrank_vit.plan.plans import EvalPlan, TrainPlan, subset
+from lowrank_vit.ranks.world import World
+from lowrank_vit.spectral.fused import fused_qkv
+from lowrank_vit.spectral.select import select_targets, targets_of_model
+
+_BATCH = 128
+"""Calibration images that are decoded at a time; the loss before and after a switch is that of the first batch."""
+
+
+def check_low_rank_training(config: Config, model: nn.Module, num_epochs: int) -> None:
+    """Raise `UserError` for targets that match nothing or are not watched, budgets without room, and epochs too late.
+
+    For a model as it is built: what else `begin` refuses, its weights must tell.
+    """
+    options = config.lowrank
+    weights = select_targets(
+        dict(model.named_parameters(remove_duplicate=False)), options.lowrank_targets, TARGETS_FLAG
+    )
+    _check_budgets(config, costs_alone({name: weight for name, weight in weights.items() if weight.ndim == 2}))
+    schedule = parse_schedule(options.lowrank_schedule)
+    if late := [epoch for epoch in schedule if epoch >= num_epochs]:
+        raise UserError(
+            f"--lowrank-schedule {late[0]}={schedule[late[0]]:g}: the run ends after {num_epochs} epochs, so nothing "
+            f"would be trained behind that switch. Give {f'{num_epochs - 1} at most, or ' * (num_epochs > 1)}a greater "
+            "--epochs."
+        )
+    watched = targets_of_model(model, config.spectra.spec_targets, config.spectra.spec_split_qkv)
+    if not schedule and (unseen := [name for name in weights if name not in watched]):
+        split = config.spectra.spec_split_qkv and f"{unseen[0]}.q" in watched
+        advice = "Leave out --spec-split-qkv" if split else f"Add it to --spec-targets, or take it from {TARGETS_FLAG}"
+        raise UserError(
+            f"--lowrank-train {options.lowrank_train} rests on the spectra that are watched, and {unseen[0]} is not"
+            f"{' as one matrix' if split else ''}. {advice}; or say when with --lowrank-schedule."
+        )
+
+
+def begin(
+    config: Config,
+    model: nn.Module,
+    ema: ModelEmaV3 | None,
+    optimizer: Optimizer,
+    scheduler: Any,
+    *,
+    train: Beton | None,
+    plan: TrainPlan,
+    spec: InputSpec,
+    augment: Augment,
+    num_epochs: int,
+    world: World,
+    rebuild: Callable[[], object],
+    is_resumed: bool,
+    say: Say,
+) -> LowRankTraining | None:
+    """What puts layers of the run in factors; None without --lowrank-train. Raises `UserError`, see `find_targets`.
+
+    Args:
+        config: of the run, with nothing left open.
+        model: raw, on its device, with the layers in factors of a run that is resumed.
+        ema: its average.
+        optimizer: the model's.
+        scheduler: the optimizer's.
+        train: the training set; None: synthetic images.
+        plan: of the training.
+        spec: what the model sees.
+        augment: normalises images, on the model's device.
+        num_epochs: of the whole run.
+        world: the ranks, which call this together.
+        rebuild: see `LowRankTraining`.
+        is_resumed: whether layers may be in factors already.
+        say: told of layers that are left as they are.
+    """
+    options, spectra = config.lowrank, config.spectra
+    if options.lowrank_train == "none":
+        return None
+    whole = merged_copy(model) if is_resumed else model
+    say = say if whole is model else lambda line: None  # a run that goes on has said it
+    patterns, side = options.lowrank_targets, spec.img_size
+    targets = find_targets(whole, patterns, img_size=side, flag=TARGETS_FLAG, say=say)
+    costs = costs_alone({name: layer.weight for name, layer in targets.items()})
+    _check_budgets(config, costs)
+    # kfac's ranks take images; what is logged beside a schedule does not.
+    rule = "energy" if options.lowrank_train == "kfac" and options.lowrank_schedule else options.lowrank_train
+    fused = fused_qkv(whole)
+    return LowRankTraining(
+        options=options,
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        costs=costs,
+        settling=Settling(rule, energy=options.lowrank_energy, times=options.lowrank_settled, fused=fused),
+        planner=Planner(options, TrainingImages(config, train, plan, spec, augment), spec.img_size, config.run.seed),
+        span=Span(spectra.spec_every * (spectra.spec_full_every or 1), num_epochs * plan.updates_per_epoch),
+        world=world,
+        rebuild=rebuild,
+    )
+
+
+class TrainingImages:
+    """Some images of the training set as validation sees them, drawn by the seed; decoded once, when first asked for.
+
+    Always decoded by ffcv's way: what a switch makes does not depend on --loader.
+    """
+
+    def __init__(self, config: Config, train: Beton | None, plan: TrainPlan, spec: InputSpec, augment: Augment) -> None:
+        """`train` None: the synthetic images of `plan`."""
+        self._config, self._train, self._plan, self._spec, self._augment = config, train, plan, spec, augment
+
+    def __call__(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """Batches of normalised images and of labels, on the model's device."""
+        return _Normalised(self._batches, self._augment)
+
+    @cached_property
+    def _batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Images uint8 and labels, on the CPU."""
+        cpu, count = torch.device("cpu"), self._config.lowrank.lowrank_calibration_images
+        if self._train is None:
+            made = next(SyntheticLoader(self._plan, self._augment.num_classes, cpu).batches(0))
+            return [(made.images[:count], made.targets[:count])]
+        beton, spec = self._train, self._spec
+        plan = EvalPlan(
+            beton.heights,
+            beton.widths,
+            img_size=spec.img_size,
+            crop_pct=spec.crop_pct,
+            batch_size=_BATCH,
+            samples=subset(self._config.run.seed, beton.num_samples, count),
+        )
+        loader, _ = open_loader(beton, plan, cpu, LoaderOptions("ffcv", usual_workers(cpu)), say=lambda line: None)
+        try:
+            return [_kept(batch) for batch in loader.batches(0)]
+        finally:
+            loader.close()
+
+
+class _Normalised(Sequence[tuple[Tensor, Tensor]]):
+    """Batches that are normalised when they are taken, so that no more than one is on the device."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]], augment: Augment) -> None:
+        self._batches, self._augment = batches, augment
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, at: Any) -> Any:
+        images, labels = self._batches[at]
+        device = next(self._augment.buffers()).device
+        return self._augment.normalize(images.to(device)), labels.to(device)
+
+
+def _kept(batch: Batch) -> tuple[Tensor, Tensor]:
+    return batch.images.clone(), batch.targets.clone()
+
+
+def _check_budgets(config: Config, costs: Costs) -> None:
+    options = config.lowrank
+    schedule = parse_schedule(options.lowrank_schedule)
+    budgets = {f"--lowrank-schedule {epoch}={budget:g}": budget for epoch, budget in schedule.items()}
+    if options.lowrank_train == "kfac" and not schedule:
+        budgets = {f"--lowrank-budget {options.lowrank_budget:g}": options.lowrank_budget}
+    for flag, budget in budgets.items():
+        check_share_of(flag, budget, costs)

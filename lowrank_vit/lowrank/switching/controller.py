@@ -1,0 +1,311 @@
+"""Training that becomes low-rank: waits for what whole refreshes have seen, decides alike on every rank, and switches.
+
+Nothing here depends on how fast a worker is. A whole refresh of update u is waited for at the next refresh's update v,
+and what it has seen acts there: the switch is a part of update v, and so of every checkpoint of it. A switch by
+--lowrank-schedule is a part of its epoch's first update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.low_rank_options import LowRank, parse_schedule
+from lowrank_vit.lowrank.allocation import Ranks
+from lowrank_vit.lowrank.layers import Costs
+from lowrank_vit.lowrank.switching.decision import Decision, decide
+from lowrank_vit.lowrank.switching.factors import NewFactors
+from lowrank_vit.lowrank.switching.planner import Calibration, Measured, Planner
+from lowrank_vit.lowrank.switching.switch import switch
+from lowrank_vit.lowrank.switching.verdict import Settling
+from lowrank_vit.model.low_rank import ranks_of
+from lowrank_vit.ranks.world import World
+from lowrank_vit.run.metrics import Event
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Span:
+    """When something can happen in a run."""
+
+    full_every: int
+    """Updates between two whole refreshes that count."""
+    last_update: int
+    """The run's last."""
+
+
+@dataclass
+class LowRankTraining:
+    """The switches of one run. Every rank has one and calls it alike, but for `see`.
+
+    `see` is called in the monitor's thread, all else in the main one: at an update at which a refresh is due, before
+    its copies are taken, `at_refresh`; before an epoch's first update `at_epoch`. Both return whether the model has
+    changed. `wait` must have been called before a state is saved or looked at.
+    """
+
+    options: LowRank
+    model: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: Optimizer
+    scheduler: Any
+    costs: Costs
+    """Of the targets alone."""
+    settling: Settling
+    planner: Planner
+    span: Span
+    world: World
+    rebuild: Callable[[], object]
+    """Called behind a switch, for all that was made of the model's parameters."""
+    wait: Callable[[], object] = lambda: None
+    """Waits until the monitor's worker has done what it was given."""
+    _events: list[Event] = field(default_factory=list[Event])
+    _num_switches: int = 0
+    _ranks: Ranks = field(default_factory=Ranks)
+    """Of the layers in factors, or in a dry run of those that would be."""
+    _seen: int = -1
+    """The update of the newest whole refresh that was looked at."""
+    _decided: int = -1
+    """The one that was decided on last."""
+    _wanted: Ranks | None = None
+    """kfac: ranks under the budget at the newest whole refresh."""
+    _failure: str = ""
+    """Why that refresh could not be looked at."""
+    _shown: frozenset[str] | None = None
+    """The layers that this rank is shown; None: it has not been shown any, and knows of all what a checkpoint has."""
+
+    def __post_init__(self) -> None:
+        self.schedule = parse_schedule(self.options.lowrank_schedule)
+        self._ranks = {name: rank for name, rank in ranks_of(self.model).items() if name in self.costs.layers}
+
+    def see(self, update: int, weights: Mapping[str, Tensor]) -> None:
+        """Look at the copies of a whole refresh; in the worker's thread. A refresh that is done again is not counted.
+
+        One that comes out of turn, since a run was resumed without its spectra, is none that an uninterrupted run has.
+        """
+        is_used_up = self._num_switches >= self.options.lowrank_switches and not self.schedule
+        if is_used_up or update <= self._seen or update % self.span.full_every:
+            return
+        try:
+            watched = {name: weight for name, weight in weights.items() if name in self.costs.layers}
+            self._shown = frozenset(watched)
+            in_factors = {} if self.options.lowrank_dry_run else self._ranks
+            self.settling.see(update, watched, ranks=self._wanted, in_factors=in_factors)
+            self._failure = ""
+        except Exception as error:  # the refresh's own numbers are none the worse for it
+            self._failure = _why(error)
+        self._seen = update
+
+    def at_refresh(self, update: int) -> bool:
+        """Decide on what the refresh before has seen, and make ready for the one that is due now."""
+        self.wait()
+        is_changed = False
+        if self._seen > self._decided:
+            self._decided = self._seen
+            is_changed = self._act_on_evidence(update)
+        is_seen_next = update % self.span.full_every == 0 and update > self._seen
+        if is_seen_next and self.options.lowrank_train == "kfac" and self._may_switch(update):
+            self._wanted = self._wanted_ranks(update)
+        return is_changed
+
+    def at_epoch(self, epoch: int, update: int) -> bool:
+        """Switch where the schedule says so; `epoch` is 0-based, `update` that of the updates made so far."""
+        budget = self.schedule.get(epoch)
+        if budget is None:
+            return False
+        self.wait()
+
+        def planned() -> tuple[Ranks, Calibration]:
+            return self.planner.ranks(self.model, self.costs, budget)
+
+        found, failure = self._on_first(planned, send=lambda made: (made[0], None))
+        if found is None:
+            return self._leave_whole(update + 1, failure)
+        ranks, moments = found
+        ranks = {name: rank for name, rank in ranks.items() if rank < self._ranks.get(name, rank + 1)}
+        if not ranks:
+            return self._leave_whole(update + 1, f"no layer would be smaller with a budget of {budget:g}")
+        return self._switch(Decision(update + 1, ranks), update, moments, {"epoch": epoch, "budget": budget})
+
+    def events(self) -> list[Event]:
+        """What has happened since the last call, oldest first; nothing on all ranks but the first."""
+        events, self._events = self._events, []
+        return events if self.world.is_first else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors for a checkpoint; every rank calls it together, and gets the same."""
+        self.wait()
+        own = self.settling.state_dict()
+        parts = self.world.gather((self._own(own["layers"]), self._failure))
+        return {
+            "num_switches": self._num_switches,
+            "ranks": dict(self._ranks),
+            "seen": self._seen,
+            "decided": self._decided,
+            "wanted": self._wanted,
+            "failure": next((failure for _, failure in parts if failure), ""),
+            "settling": {"update": own["update"], "layers": {k: v for part, _ in parts for k, v in part.items()}},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; the model has the layers of then."""
+        self._num_switches, self._ranks, self._wanted = state["num_switches"], state["ranks"], state["wanted"]
+        self._seen, self._decided, self._failure = state["seen"], state["decided"], state["failure"]
+        self.settling.load_state_dict(state["settling"])
+
+    def _own(self, by_layer: Mapping[str, T]) -> dict[str, T]:
+        """What is this rank's to tell: of the layers that it is shown, and not of those that it was earlier."""
+        return {name: one for name, one in by_layer.items() if self._shown is None or name in self._shown}
+
+    def _may_switch(self, update: int) -> bool:
+        left = self._num_switches < self.options.lowrank_switches
+        return left and not self.schedule and update < self.span.last_update
+
+    def _wanted_ranks(self, update: int) -> Ranks | None:
+        budget = self.options.lowrank_budget
+        found, failure = self._on_first(lambda: self.planner.ranks(self.model, self.costs, budget)[0])
+        if found is None:
+            self._leave_whole(update, failure)
+        return found
+
+    def _act_on_evidence(self, update: int) -> bool:
+        gathered = self.world.gather((self._own(self.settling.verdicts()), self._failure))
+        if failure := next((one for _, one in gathered if one), ""):
+            return self._leave_whole(update, f"the refresh of update {self._seen} could not be judged: {failure}")
+        verdicts = {name: verdict for part, _ in gathered for name, verdict in part.items()}
+        evidence = {name: asdict(verdicts[name]) for name in self.costs.layers if name in verdicts}
+        due = decide(verdicts, self._ranks, self.costs)
+        about = {"event": "evidence", "seen": self._seen, "due": due, "layers": evidence}
+        self._events.append(Event(update, about))
+        if due and update >= self.span.last_update and not self.schedule:
+            self._leave_whole(update, f"{len(due)} have settled, but no update is left to train them in factors")
+        if not due or not self._may_switch(update):
+            return False
+        return self._switch(Decision(update, due, {name: evidence[name] for name in due}), update, None, {})
+
+    def _switch(self, decision: Decision, done: int, moments: Calibration, about: dict[str, Any]) -> bool:
+        """Put the layers of a decision in factors, or in a dry run see what that would be; whether they are.
+
+        `done`: updates made so far; `moments`: of now, where they are known.
+        """
+        found, failure = self._on_first(lambda: self._made(decision, moments), send=_sent)
+        if found is None:
+            return self._leave_whole(decision.update, failure)
+        factors, before, after = found
+        is_dry = self.options.lowrank_dry_run
+        if not is_dry:
+            ema = self.ema.module if self.ema else None
+            carry, decay = self.options.lowrank_moments, self.options.lowrank_decay
+            try:
+                of_run = self.model, ema, self.optimizer, self.scheduler
+                switched = switch(
+                    *of_run,
+                    factors,
+                    moments=carry,
+                    decay=decay,
+                    num_updates=done,
+                    agreed=self.world.from_first,
+                )
+                about["change"] = switched.numbers()
+            except UserError as error:
+                return self._leave_whole(decision.update, str(error))
+            self.rebuild()
+            if self.world.is_first:
+                after = self.planner.measure(self.model)
+        was = {name: self._ranks.get(name) for name in decision.ranks}
+        self._ranks |= decision.ranks
+        self._num_switches += 1
+        self.settling.forget(decision.ranks)
+        self._tell(decision, was, before, after, about)
+        return not is_dry
+
+    def _made(self, decision: Decision, moments: Calibration) -> tuple[dict[str, NewFactors], Measured, Measured]:
+        """On the first rank: factors of the weights as they are, and the model without and with them."""
+        factors = self.planner.factors(self.model, decision.ranks, moments)
+        with_them = self.planner.measure(self.model, factors) if self.options.lowrank_dry_run else None
+        before = self.planner.measure(self.model)
+        return factors, before, with_them or before
+
+    def _on_first(self, work: Callable[[], T], send: Callable[[T], Any] = lambda made: made) -> tuple[T | None, str]:
+        """What the first rank makes, or None and why there is nothing; on other ranks, of that what `send` leaves."""
+        made, failure = None, ""
+        if self.world.is_first:
+            try:
+                made = work()
+            except Exception as error:  # whatever it is: training goes on with the layers that it has
+                failure = _why(error)
+        sent, failure = self.world.from_first((None if made is None else send(made), failure))
+        return (made if self.world.is_first else sent), failure
+
+    def _leave_whole(self, update: int, why: str) -> bool:
+        line = f"warning: no layer is put in factors at update {update}: {why.rstrip('.')}. Training goes on as it is."
+        self._events.append(Event(update, {"event": "refused", "why": why}, line))
+        return False
+
+    def _tell(
+        self,
+        decision: Decision,
+        was: Mapping[str, int | None],
+        before: Measured,
+        after: Measured,
+        about: dict[str, Any],
+    ) -> None:
+        is_dry, switches = self.options.lowrank_dry_run, self.options.lowrank_switches
+        values = {
+            "event": "dry-run" if is_dry else "switch",
+            **about,
+            "ranks": decision.ranks,
+            "ranks_before": dict(was),
+            **{f"{name}_before": value for name, value in before._asdict().items()},
+            **after._asdict(),
+            "share": self.costs.count(self._ranks) / self.costs.count({}),
+            "layers": decision.evidence,
+        }
+        self._events.append(Event(decision.update, values, _in_words(decision, was, before, after, is_dry)))
+        if self._num_switches == switches and not self.schedule:
+            line = f"low rank: that was switch {switches} of --lowrank-switches {switches}; layers stay as they are now"
+            self._events.append(Event(decision.update, {"event": "used-up", "switches": switches}, line))
+
+
+def _why(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def _sent(made: tuple[dict[str, NewFactors], Measured, Measured]) -> tuple[dict[str, NewFactors], Measured, Measured]:
+    """The same with all tensors on the CPU."""
+    factors = {
+        name: NewFactors(
+            one.up.cpu(),
+            one.down.cpu(),
+            None if one.bias is None else one.bias.cpu(),
+            None if one.mean is None else one.mean.cpu(),
+        )
+        for name, one in made[0].items()
+    }
+    return factors, *made[1:]
+
+
+def _in_words(
+    decision: Decision, was: Mapping[str, int | None], before: Measured, after: Measured, is_dry: bool
+) -> str:
+    flops = ""
+    if before.flops is not None and after.flops is not None:
+        flops = f", {before.flops / 1e9:.3g} -> {after.flops / 1e9:.3g} GFLOP a training image"
+    old = "full rank" if any(rank is None for rank in was.values()) else _span([rank or 0 for rank in was.values()])
+    return (
+        f"low rank{' (dry run)' if is_dry else ''} at update {decision.update}: {len(decision.ranks)} layers "
+        f"{'would go ' if is_dry else ''}from {old} to {_span(list(decision.ranks.values()))}, "
+        f"{before.parameters / 1e6:.3g} -> {after.parameters / 1e6:.3g} M parameters{flops}, "
+        f"loss {before.loss:.4f} -> {after.loss:.4f}"
+    )
+
+
+def _span(ranks: Sequence[int]) -> str:
+    low, high = min(ranks), max(ranks)
+    return f"rank {low}" if low == high else f"ranks {low} to {high}"

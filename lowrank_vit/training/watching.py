@@ -1,0 +1,81 @@
+"""The spectral monitor of a run, and what acts on what it has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+from lowrank_vit.model.flops import train_flops_per_image
+from lowrank_vit.ranks.world import World
+from lowrank_vit.run.metrics import last_recorded
+from lowrank_vit.run.outputs import SPECTRA, Outputs
+from lowrank_vit.run.state import Position
+from lowrank_vit.spectral.watching.monitor import SpectralMonitor, default_cpu_threads
+from lowrank_vit.spectral.watching.refresh import SpectralSettings
+from lowrank_vit.training.setup import Setup
+
+_REFRESH_TIMEOUT = timedelta(minutes=10)
+"""After so long the spectra of a rank that hangs are no longer waited for."""
+
+
+def make_monitor(
+    setup: Setup, position: Position, run_dir: Path, world: World, say: Callable[[str], object]
+) -> SpectralMonitor:
+    """The monitor of a run, which goes on from `position`; with --lowrank-train tied to what waits for it."""
+    options, low_rank = setup.config.spectra, setup.low_rank
+    done = position.num_updates if position.is_begun else None
+    recorded = -1 if done is None else last_recorded(run_dir, "spec", done)
+    threads, full_every = options.spec_cpu_threads or default_cpu_threads(), options.spec_full_every or 1
+    numbers = options.spec_topk, options.spec_interval, options.spec_solver, options.spec_on_cpu, threads
+    monitor = SpectralMonitor(
+        setup.model,
+        setup.ema.module if setup.ema else None,
+        targets=options.spec_targets,
+        every=options.spec_every,
+        store_dir=run_dir / SPECTRA,
+        settings=SpectralSettings(*numbers, full_every, options.spec_updates),
+        split_qkv=options.spec_split_qkv,
+        circuits=options.spec_circuits,
+        limit_gb=options.spec_store_gb,
+        resumed_update=done,
+        recorded_update=world.from_first(recorded),
+        last_update=setup.num_epochs * setup.plan.updates_per_epoch,
+        ranks=world.channel(_REFRESH_TIMEOUT, agrees=True),
+        optimizer=setup.optimizer,
+        on_full=low_rank.see if low_rank else None,
+        say=say,
+    )
+    if low_rank:
+        low_rank.wait = monitor.wait
+    return monitor
+
+
+def observe(monitor: SpectralMonitor, setup: Setup, outputs: Outputs, update: int) -> None:
+    """Take a refresh of the spectra where one is due, behind what the refresh before it leads to; log both."""
+    if setup.low_rank and monitor.is_due(update):
+        after_switch(setup, outputs, is_changed=setup.low_rank.at_refresh(update))
+    monitor.observe(update)
+    outputs.log_spectra(monitor.records())
+
+
+def after_switch(setup: Setup, outputs: Outputs, *, is_changed: bool) -> None:
+    """Count the model's arithmetic anew where it `is_changed`, and log what has happened."""
+    assert setup.low_rank
+    if is_changed:
+        setup.train_flops = train_flops_per_image(setup.model, setup.spec.img_size)
+    outputs.log_low_rank(setup.low_rank.events())
+
+
+def finish_spectra(monitor: SpectralMonitor, outputs: Outputs) -> None:
+    """Wait for the last refresh, log it, and say what was left out."""
+    monitor.close()
+    outputs.log_spectra(monitor.records())
+    say = outputs.display.say  # rank 0's figures are those of all
+    if monitor.skipped:
+        say(
+            f"{monitor.skipped} spectral refreshes were skipped, since the one before was still running; a "
+            "greater --spec-every avoids that"
+        )
+    if monitor.failed:
+        say(f"{monitor.failed} spectral refreshes failed, the first as was said; training missed nothing")

@@ -1,0 +1,164 @@
+"""Trainings that become low-rank: at given epochs or on evidence, dry, stopped, resumed, and what they refuse."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.flags import parse
+from lowrank_vit.lowrank.switching import begin
+from lowrank_vit.training.trainer import Trainer
+from tests.integration.conftest import SMALL, UPDATES
+from tests.monitors import TIMES
+from tests.runs import losses, records, same_weights, stop_after
+from tests.settling import Told
+
+EVERY = "--epochs 4 --log-interval 1 --drop-path 0.1 --mixup 0.2 --spec-every 4 --spec-full-every 2 --seed 3".split()
+SCHEDULE = "--lowrank-train kfac --lowrank-schedule 1=0.4 3=0.2 --lowrank-calibration-images 200".split()
+EVIDENCE = "--lowrank-train energy --lowrank-settled 2 --lowrank-switches 2".split()
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def run(digits_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Uninterrupted runs by their options; each is made once."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def trained(*more: str) -> Path:
+        if more not in made:
+            output = tmp_path_factory.mktemp("whole")
+            argv = [*SMALL, "--data-dir", str(digits_dir), "--output", str(output), *EVERY, *more]
+            made[more] = Trainer(parse(argv), "whole").run().run_dir
+        return made[more]
+
+    return trained
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers settle at the looks that tests/settling.py says."""
+    monkeypatch.setattr(begin, "Settling", Told)
+
+
+def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
+    return [one for one in records(folder, "lowrank") if one["event"] in kinds]
+
+
+def state(folder: Path, name: str = "last.pth.tar") -> dict[str, Any]:
+    return torch.load(folder / name, weights_only=True)
+
+
+def test_at_the_given_epochs_layers_go_in_factors_and_shrink_and_until_then_no_bit_differs(run: Run):
+    whole, dry, folder = run(), run(*SCHEDULE, "--lowrank-dry-run"), run(*SCHEDULE)
+    assert losses(dry) == losses(whole)
+    assert same_weights(dry / "last.pth.tar", whole / "last.pth.tar")
+    both = losses(folder), losses(whole)
+    assert [both[0][n] == both[1][n] for n in range(1, UPDATES + 1)] == [True] * UPDATES
+    assert all(both[0][n] != both[1][n] for n in range(UPDATES + 2, 4 * UPDATES + 1))
+
+    first, second = events(folder, "switch")
+    assert (first["update"], first["epoch"], first["budget"]) == (UPDATES + 1, 1, 0.4)
+    assert (second["update"], second["epoch"], second["budget"]) == (3 * UPDATES + 1, 3, 0.2)
+    for one, budget in ((first, 0.4), (second, 0.2)):
+        assert 0.9 * budget < one["share"] <= budget
+        assert one["parameters"] < one["parameters_before"]
+        assert one["flops"] < one["flops_before"]
+    assert set(first["ranks_before"].values()) == {None}
+    assert all(rank < second["ranks_before"][name] for name, rank in second["ranks"].items())
+    content = state(folder)
+    assert content["lowrank_ranks"] == {**first["ranks"], **second["ranks"]}
+    assert content["lowrank"]["ranks"] == content["lowrank_ranks"]
+    assert first["loss_before"] != first["loss"]
+    of_dry = events(dry, "dry-run")
+    assert of_dry[0]["ranks"] == first["ranks"]
+    assert of_dry[0]["loss_before"] == first["loss_before"]
+    assert of_dry[0]["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    assert [one["update"] for one in of_dry] == [first["update"], second["update"]]
+    assert "lowrank_ranks" not in state(dry)
+    assert "lowrank" not in state(whole)
+    assert not records(whole, "lowrank")
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        UPDATES - 2,  # before the first switch, with a refresh whose verdict is still to act
+        UPDATES,  # at the end of the epoch before it, not yet validated
+        UPDATES + 1,  # at it
+        UPDATES + 3,
+        3 * UPDATES + 1,  # at the one that shrinks
+    ],
+)
+def test_resumed_is_uninterrupted_around_the_given_epochs(small: Any, run: Run, tmp_path: Path, after: int):
+    whole = run(*SCHEDULE)
+    check_resumed(small, tmp_path, whole, after, SCHEDULE)
+
+
+@pytest.mark.parametrize("after", [15, 16, 17, 23, 25])
+def test_resumed_is_uninterrupted_around_what_evidence_leads_to(
+    small: Any, run: Run, told: None, tmp_path: Path, after: int
+):
+    check_resumed(small, tmp_path, run(*EVIDENCE), after, EVIDENCE)
+
+
+def check_resumed(small: Any, tmp_path: Path, whole: Path, after: int, flags: Sequence[str]) -> None:
+    """Stop a run after some updates and resume it; all that it leaves is that of the whole one."""
+    part = Trainer(parse(small(*EVERY, *flags)), "part")
+    stop_after(part, after)
+    folder = part.run().run_dir
+    Trainer(parse([*small(*EVERY, *flags), "--resume", str(folder / "last.pth.tar")]), "part").run()
+    assert losses(folder) == losses(whole)
+    assert same_weights(folder / "last.pth.tar", whole / "last.pth.tar")
+    assert records(folder, "lowrank") == records(whole, "lowrank")
+    assert spectra(folder) == spectra(whole)
+
+
+def spectra(folder: Path) -> list[dict[str, Any]]:
+    """The lines about spectra, without what tells of time."""
+    return [{k: v for k, v in line.items() if not k.endswith(TIMES)} for line in records(folder, "spec")]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-0.pth.tar", "checkpoint-1.pth.tar", "model_best.pth.tar"])
+def test_a_run_goes_on_from_the_checkpoint_of_an_epoch(small: Any, run: Run, tmp_path: Path, name: str):
+    whole = run(*SCHEDULE)
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    Trainer(parse([*small(*EVERY, *SCHEDULE), "--resume", str(folder / name)]), "copy").run()
+    assert losses(folder) == losses(whole)
+    assert same_weights(folder / "last.pth.tar", whole / "last.pth.tar")
+    assert records(folder, "lowrank") == records(whole, "lowrank")
+
+
+def test_on_evidence_all_that_are_due_switch_at_the_next_refresh_and_so_often_as_is_allowed(
+    run: Run, told: None, capsys: pytest.CaptureFixture[str]
+):
+    folder, dry = run(*EVIDENCE), run(*EVIDENCE, "--lowrank-dry-run")
+    switches = events(folder, "switch")
+    # Whole refreshes: 0, 8, 16, ... The second look is at 8 for the first block, the third at 16 for the second.
+    assert [one["update"] for one in switches] == [12, 20]
+    assert [sorted({name.split(".")[1] for name in one["ranks"]}) for one in switches] == [["0"], ["1"]]
+    assert {rank for one in switches for rank in one["ranks"].values()} == {9}
+    assert events(folder, "used-up")[0]["update"] == 20
+    assert "that was switch 2 of --lowrank-switches 2" in capsys.readouterr().out
+    assert [one["seen"] for one in events(folder, "evidence")] == [0, 8, 16]
+    assert losses(dry) == losses(run())
+    assert [(one["update"], one["ranks"]) for one in events(dry, "dry-run")] == [
+        (one["update"], one["ranks"]) for one in switches
+    ]
+
+
+def test_a_run_of_full_rank_is_not_resumed_as_low_rank_nor_the_other_way(small: Any, run: Run):
+    for before, now, was in (((), SCHEDULE, "none, now kfac"), (SCHEDULE, (), "kfac, now none")):
+        last = str(run(*before) / "last.pth.tar")
+        with pytest.raises(UserError, match=rf"other options: --lowrank-train was {was}.*--initial-checkpoint"):
+            Trainer(parse([*small(*EVERY, *now), "--resume", last]), "x")
+    last = str(run(*SCHEDULE) / "last.pth.tar")
+    for more in (["--spec-every", "8"], ["--spec-full-every", "1"], ["--lowrank-settled", "9"]):
+        with pytest.raises(UserError, match=rf"other options: {more[0]} was"):
+            Trainer(parse([*small(*EVERY, *SCHEDULE), *more, "--resume", last]), "x")
