@@ -32,12 +32,12 @@ from lowrank_vit.spectral.solving.extremes import (
 from lowrank_vit.spectral.solving.gram import Array, Tridiagonal
 from lowrank_vit.spectral.solving.gram_stack import GramStack
 from lowrank_vit.spectral.solving.index import FEW, PROBES, WRONG, index_is_proven
-from lowrank_vit.spectral.solving.lapack import all_tridiagonal_vectors, gram
+from lowrank_vit.spectral.solving.lapack import all_tridiagonal_vectors, gram, is_in_blocks
 
 Count = Callable[[np.ndarray], int]
 """How many triplets are wanted, 0 to K, of a matrix with these singular values (K,), descending."""
-_FEW_VECTORS = 48
-"""Up to so many vectors inverse iteration is faster than all of them by divide and conquer."""
+_FEW_VECTORS = 192
+"""Of a T that is one block, inverse iteration gives so many faster than divide and conquer gives all."""
 _ORTHOGONAL = 1e-12
 """Images that are orthogonal to this are left as they are."""
 _GREATEST_TURN = 1e-4
@@ -72,7 +72,7 @@ def solve_matrix(a_RC: np.ndarray, count: Count) -> tuple[Solved, str]:
     m = count(values_of(found.squares))
     if m == 0:
         basis_KM = np.empty((k, 0))
-    elif m <= _FEW_VECTORS:
+    elif m <= _FEW_VECTORS and not is_in_blocks(found.d, found.e):
         basis_KM = found.vectors(np.arange(k - m, k))
     else:
         of_form = all_tridiagonal_vectors(found.d, found.e)[:, k - m :]

@@ -139,6 +139,12 @@ def sturm_counts(d: np.ndarray, e: np.ndarray, points_M2: np.ndarray) -> np.ndar
     return counts
 
 
+def is_in_blocks(d: np.ndarray, e: np.ndarray) -> bool:
+    """Whether an off-diagonal of T is negligible, as where eigenvalues are equal, or 0."""
+    tiny = np.finfo(np.float64).eps * np.sqrt(np.abs(d[:-1])) * np.sqrt(np.abs(d[1:]))
+    return bool((np.abs(e) <= tiny).any())
+
+
 def tridiagonal_vectors(d: np.ndarray, e: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """Eigenvectors (K, M), Fortran order, of the eigenvalues `values[chosen]`; `chosen` ascending.
 
@@ -146,8 +152,7 @@ def tridiagonal_vectors(d: np.ndarray, e: np.ndarray, values: np.ndarray, chosen
     negligible; such a T goes through the slower dstemr instead, which finds them itself.
     """
     k, m = d.size, chosen.size
-    tiny = np.finfo(np.float64).eps * np.sqrt(np.abs(d[:-1])) * np.sqrt(np.abs(d[1:]))
-    if (np.abs(e) <= tiny).any():
+    if is_in_blocks(d, e):
         return _vectors_mrrr(d, e, chosen)
     vectors = np.empty((k, m), order="F")
     int32 = np.int32

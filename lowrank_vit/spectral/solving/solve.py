@@ -123,7 +123,8 @@ def solve_stack(
         if solver == "svd" or (2 * m >= k and k < LARGE):
             pass
         elif 2 * m >= k:
-            by_gram = side_by_side(partial(_all_of, stack, scales, m, cancelled), range(n), cpu_threads)
+            threads = 1 if cuda_path(stack.matrices_NRC) else cpu_threads  # another thread works on another stream
+            by_gram = side_by_side(partial(_all_of, stack, scales, m, cancelled), range(n), threads)
         elif cuda_path(stack.matrices_NRC):
             by_gram = _gram_on_device(stack.matrices_NRC, m, scales)
         else:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional
 
 from lowrank_vit.lowrank.layers import pays
 from lowrank_vit.lowrank.switching.settled import Rule
@@ -83,6 +85,36 @@ def test_no_layer_of_pure_noise_settles_in_thirty_looks(
     looks = LOOKS if weights is not unchanging else 6  # nothing changes after the fourth
     for after in watch((weights(look) for look in range(looks)), rule, energy):
         assert settled(after) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", [0.0, 1e-5])
+def test_no_layer_of_the_quickstarts_model_settles_while_its_weights_are_noise(lr: float) -> None:
+    """Thirty epochs of AdamW on noise and labels at random, at rates that leave the weights what they were drawn as."""
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=16,
+        patch_size=4,
+        embed_dim=96,
+        depth=4,
+        num_heads=3,
+        num_classes=10,
+        class_token=False,
+        global_pool="avg",
+    )
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and "blocks" in name}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    rules: list[tuple[Rule, float]] = [*RULES[:-1], ("energy", 0.95)]
+    all_of = [Settling(rule, energy=energy, fused=[n for n in layers if "qkv" in n]) for rule, energy in rules]
+    for epoch in range(LOOKS):
+        for _ in range(5):
+            logits: Tensor = model(torch.randn(32, 3, 16, 16))
+            functional.cross_entropy(logits, torch.randint(0, 10, (32,))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for settling in all_of:
+            settling.see(epoch, {name: layer.weight for name, layer in layers.items()})
+            assert settled(settling) == set()
 
 
 @pytest.mark.parametrize("times", [1, 3])

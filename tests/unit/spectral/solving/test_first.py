@@ -28,6 +28,11 @@ def path(request: pytest.FixtureRequest, on_cuda_path: CudaPath) -> Generator[No
         yield
 
 
+@pytest.fixture(autouse=True)
+def _both_ways_to_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first, "_FEW_VECTORS", 35)
+
+
 def check(solved: Solved, matrix: torch.Tensor, m: int) -> None:
     """All values, and the first m triplets with what they are certified to."""
     a = matrix.double().numpy()
@@ -47,7 +52,7 @@ def check(solved: Solved, matrix: torch.Tensor, m: int) -> None:
 @pytest.mark.usefixtures("path")
 def test_any_number_up_to_all(shape: tuple[int, int]) -> None:
     matrix = 0.3 * low_rank_and_noise(*shape, np.array([9.0, 5.0, 3.0]), 0.1)
-    for m in (0, 1, 30, 49, min(shape)):
+    for m in (0, 1, 30, min(shape)):
         solved = first_triplets("m", matrix, lambda _, m=m: m)
         check(solved, matrix, m)
         assert (solved.solver, solved.note, solved.index, solved.last.s.size) == ("gram64", "", True, 0)
