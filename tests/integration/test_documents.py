@@ -164,12 +164,12 @@ class Reader:
                 run(module, arguments + more)
 
     def train(self, arguments: list[str], told: dict[str, str], *, is_sketch: bool) -> None:
-        """For one epoch of a tiny model, or one more of a resumed run."""
+        """For one epoch of a tiny model, two where layers go in factors between, or one more of a resumed run."""
         if "--help" in arguments:
             with pytest.raises(SystemExit, match="0"):
                 parse(arguments)
             return
-        parse(arguments)
+        config = parse(arguments)
         is_online = {"--log-wandb", "wandb"} & set(arguments) and "WANDB_MODE" not in told
         if "RANK" in told:
             assert told == {**RANKS, "WORLD_SIZE": "16", "RANK": "3", "LOCAL_RANK": "1"}
@@ -177,6 +177,8 @@ class Reader:
             for name, value in told.items():
                 self._monkeypatch.setenv(name, value)
             more = SHRINK
+            if config.lowrank.lowrank_schedule:  # at the one epoch's end that there is before the last
+                more += " --epochs 2 --lowrank-schedule 1=0.6"
             if "--resume" in arguments:
                 last = read_checkpoint(Path(arguments[arguments.index("--resume") + 1]))
                 more = f"--epochs {last.epoch + 2} --warmup-epochs 0"
