@@ -147,7 +147,8 @@ class TrainStep:
         for parameter in self._model.parameters():
             parameter.grad = None  # of DDP, a view of memory that goes with it
         self._loss_of, self._ddp = self._loss_of_batch, None
-        torch._dynamo.reset()  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        if self._compile_mode is not None:
+            torch._dynamo.reset()  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         if self._world.is_joined:
             gc.collect()  # the hooks go with the last reference, and some go round in circles
         if self._average is not None:

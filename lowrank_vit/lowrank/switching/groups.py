@@ -143,9 +143,13 @@ def put_groups(optimizer: Optimizer, scheduler: Scheduler | Constant, groups: Se
 
     A group of factors has the base values of the one that its weights were in: its own rate follows by `lr_scale`.
     """
-    num_usual = sum(KEY not in group for group in groups)
-    of = [*range(num_usual), *(group[KEY]["of"] for group in groups[num_usual:])]
-    optimizer.param_groups[:] = groups
+    usual, of_factors = groups_of(optimizer)
+    before = {_placed(group): group for group in of_factors}
+    kept = [*usual, *(before.get(_placed(group), group) for group in groups[len(usual) :])]
+    for group, new in zip(kept, groups, strict=True):
+        group.update(new)  # the same mappings as before: others may hold them
+    optimizer.param_groups[:] = kept
+    of = [*range(len(usual)), *(group[KEY]["of"] for group in kept[len(usual) :])]
     for name in ("base_values", "warmup_steps"):
         if isinstance(values := getattr(scheduler, name, None), list):
             setattr(scheduler, name, [values[number] for number in of])

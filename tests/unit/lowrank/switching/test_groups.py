@@ -77,7 +77,9 @@ def test_rates_after_a_switch_are_those_of_a_schedule_made_for_the_factors_times
 def test_a_run_that_is_resumed_has_the_same_groups_in_the_same_order(opt):
     """Also after a second switch, in which some layers shrink and others become factors, each its own way."""
     run = training(f"--opt {opt} --layer-decay 0.75 --muon-fallback --sched-on-updates", updates=5)
+    before = list(run.optimizer.param_groups)
     run.switch(dict.fromkeys(ALL[:5], 7), moments="restart")
+    assert all(old is new for old, new in zip(before, run.optimizer.param_groups, strict=False))
     run.go_on(4)
     run.switch({ALL[1]: 4, ALL[5]: 6, ALL[6]: 5}, moments="carry", decay="product")
     run.go_on(3)

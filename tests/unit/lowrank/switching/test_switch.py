@@ -152,6 +152,15 @@ def test_before_the_first_update_there_is_nothing_to_carry_over():
     run.go_on(2)
 
 
+def test_a_training_without_an_average_switches_too():
+    run, other = training(), training()
+    factors = make_factors(run.model, dict.fromkeys(ALL, 6))
+    made = switch(run.model, None, run.optimizer, run.scheduler, factors)
+    other.switch()
+    assert same(run.everything()["state"], other.everything()["state"])
+    assert f"{NAME}/ema_error" not in made.numbers()
+
+
 def test_lookaheads_slow_weights_are_in_the_gauge_of_the_factors():
     run = training("--opt lookahead_adamw --weight-decay 0", updates=12)
     slow = run.optimizer._base_optimizer.state[run.model.get_submodule(NAME).weight]["lookahead_slow_buff"].double()
