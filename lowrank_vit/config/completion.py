@@ -37,6 +37,11 @@ For every shell, without waiting for Python at each start:
 In zsh say zsh and .zshrc instead.
 """
 
+
+class _Several(tuple[str, ...]):
+    """Values of which several may stand behind one flag."""
+
+
 Words = dict[str, dict[str, tuple[str, ...]]]
 """Command ("train", "prep digits") to its flags; each to the values it may have, none where it takes others."""
 
@@ -53,7 +58,11 @@ _lowrank_vit() {{
   case "$name" in
 {groups}
   esac
-  case "$name $before" in
+  local key="$name $before" at=$COMP_CWORD
+  # Behind a flag that takes several values comes another one.
+  while ((at > 2)) && [[ ${{COMP_WORDS[at]}} != -* ]]; do at=$((at - 1)); done
+  if [[ $before != -* && $cur != -* ]]; then key="$name ${{COMP_WORDS[at]}} +"; fi
+  case "$key" in
 {choices}
   *)
     [[ $cur == -* ]] || return 0
@@ -94,9 +103,10 @@ def script(shell: str, words: Words) -> str:
         nested.setdefault(first, []).extend([second] if second else [])
     groups = (_GROUP.format(name=name, subcommands=" ".join(found)) for name, found in nested.items() if found)
     choices = (
-        f'  "{command} {flag}") words="{" ".join(values)}" ;;'
+        f'  "{command} {flag}"{several}) words="{" ".join(values)}" ;;'
         for command, flags in words.items()
         for flag, values in flags.items()
+        for several in [f' | "{command} {flag} +"' if isinstance(values, _Several) else ""]
         if values
     )
     flags = (f'    "{command}") words="{" ".join([*flags, "--help"])}" ;;' for command, flags in words.items())
@@ -127,7 +137,8 @@ def _flags(options: list[dict[str, Any]]) -> Iterator[tuple[str, tuple[str, ...]
     for option in options:
         for flag in option["flags"]:
             if flag.startswith("--") and flag != "--help":
-                yield flag, tuple(choice for choice in option.get("choices", ()) if choice)
+                choices = [choice for choice in option.get("choices", ()) if choice]
+                yield flag, (_Several if option.get("nargs") == "*" else tuple)(choices)
 
 
 def main(argv: list[str] | None = None) -> None:

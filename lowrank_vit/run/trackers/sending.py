@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from lowrank_vit.common import terminal
@@ -116,7 +117,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _plain(value: Any) -> Any:
     """The same with text that can be sent: a name may hold bytes that are not UTF-8."""
-    if isinstance(value, str):
+    if isinstance(value, str | Path):
         return printable(value)
     if isinstance(value, dict):
         return {_plain(name): _plain(one) for name, one in value.items()}

@@ -68,6 +68,9 @@ def test_flags(words, expected, script):
     [
         (["train", "--loader", ""], list(get_args(LoaderName))),
         (["train", "--loader", "=", "da"], ["dali"]),
+        (["train", "--tracker", "te"], ["tensorboard"]),
+        (["train", "photos", "--tracker", "wandb", "trackio", "te"], ["tensorboard"]),
+        (["train", "--tracker", "wandb", "--log-w"], ["--log-wandb"]),
         (["train", "--loader", "="], list(get_args(LoaderName))),
         (["augment", "--config", "quick"], ["quickstart", "quickstart_lowrank", "quickstart_muon"]),
         (["prep", "imagefolder", "--on-bad", "s"], ["skip"]),

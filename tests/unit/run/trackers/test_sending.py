@@ -142,7 +142,7 @@ def test_all_that_is_a_number_is_sent(library, tmp_path):
 
 
 def test_texts_come_as_they_can_be_sent(library, tmp_path):
-    config = {"data": "\udcff", "names": ["\ud800"], "environment": {"device": "cpu"}}
+    config = {"data": Path("\udcff"), "names": ["\ud800"], "environment": {"device": "cpu"}}
     trackers = started(library, tmp_path, config=config, tags=("small", "\udcff"), project="\ud800")
     trackers.finish()
     (told,) = library.begun
