@@ -17,9 +17,10 @@ from lowrank_vit.lowrank.layers import factorise
 from lowrank_vit.lowrank.regularisers.first import first_triplets, stable_rank_gradient
 from lowrank_vit.lowrank.regularisers.polar import _STEPS, EDGE, FLOOR, clipped, polar
 from lowrank_vit.lowrank.regularisers.regulariser import Regulariser
-from lowrank_vit.model.low_rank import LowRankLinear
+from lowrank_vit.model.low_rank import LowRankLinear, low_rank_layers, product
 from lowrank_vit.ranks.world import World
 from tests.unit.lowrank.examples import TinyModel
+from tests.unit.lowrank.switching.trained import ALL, training
 from tests.unit.training.test_step import batches, make_step, small_vit
 
 BLOCKS = "--reg-targets fc1,fc2 --device cpu"
@@ -341,6 +342,24 @@ def test_after_a_switch_it_acts_on_the_factors():
     before = layer.up.detach().clone()
     found.before_step(1)
     torch.testing.assert_close(layer.up.detach(), before * (1 - 0.5 * 0.1))
+
+
+def test_a_switch_of_a_training_is_followed_and_balanced_factors_have_the_products_norm():
+    """The penalty of the factors is the nuclear norm of the product as long as they are balanced."""
+    made = training("--reg-nuclear 0.05 --reg-stable-rank 1e-3 --spectral-clip 3 --reg-every 3", updates=4)
+    assert made.step.regulariser is not None
+    made.switch()
+    products = [product(layer.up, layer.down) for layer in low_rank_layers(made.model).values()]
+    assert len(products) == len(ALL)
+    made.go_on(1)
+    noted = made.step.regulariser.values()
+    exact = sum(float(torch.linalg.svdvals(one).sum()) for one in products)
+    assert noted["nuclear_norm"] == pytest.approx(exact, rel=1e-4)
+    assert noted["stable_rank"] == pytest.approx(
+        float(np.mean([float(stable_rank(one)) for one in products])), rel=1e-4
+    )
+    made.go_on(6)
+    assert all(bool(one.isfinite().all()) for one in made.model.state_dict().values())
 
 
 @pytest.mark.parametrize("parts", [0, 3])
