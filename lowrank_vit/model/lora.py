@@ -56,10 +56,11 @@ class Lora:
                 rank > 0 and math.isfinite(alpha) and layers and all(isinstance(name, str) for name in layers)
             ):
                 return cls(rank, float(alpha), tuple(map(str, layers)))
-        raise UserError(
-            f"{source} is damaged: its `{KEY}` does not tell rank, alpha and layers of its adapters. Give another "
-            "checkpoint."
-        )
+            case _:
+                raise UserError(
+                    f"{source} is damaged: its `{KEY}` does not tell rank, alpha and layers of its adapters. Give "
+                    "another checkpoint."
+                )
 
 
 def lora_of(model: nn.Module) -> Lora | None:

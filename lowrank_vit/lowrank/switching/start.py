@@ -11,9 +11,8 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say
 from lowrank_vit.lowrank.allocation import Ranks, check_share_of, uniform
 from lowrank_vit.lowrank.layers import Costs, Factors, costs_alone, factorise
-from lowrank_vit.lowrank.methods import svd
+from lowrank_vit.lowrank.switching.factors import NewFactors, make_factors
 from lowrank_vit.lowrank.targets import find_targets
-from lowrank_vit.lowrank.truncate import decompose
 from lowrank_vit.model.lora import Lora, add_adapters, classifiers, lora_of, require_peft
 from lowrank_vit.spectral.select import select_targets
 
@@ -55,7 +54,7 @@ def start_in_factors(
     targets = find_targets(model, patterns, img_size=img_size, flag=_TARGETS, say=say)
     costs = costs_alone({name: layer.weight for name, layer in targets.items()})
     ranks = _ranks(costs, share)
-    made = {name: _spectral(targets[name], rank) for name, rank in ranks.items()} if is_first else None
+    made = {name: _on_host(one) for name, one in make_factors(model, ranks).items()} if is_first else None
     if from_first:
         made = from_first(made)
     assert made is not None, "the first rank makes them"
@@ -143,9 +142,8 @@ def _ranks(costs: Costs, share: float) -> Ranks:
     return uniform(costs.layers, share, costs)
 
 
-def _spectral(layer: nn.Linear, rank: int) -> Factors:
-    up_Rr, down_rC, bias_R = decompose(layer.weight, layer.bias, svd.weighting, None).factors(rank)
-    return up_Rr.cpu(), down_rC.cpu(), None if bias_R is None else bias_R.cpu()
+def _on_host(made: NewFactors) -> Factors:
+    return made.up.cpu(), made.down.cpu(), None if made.bias is None else made.bias.cpu()
 
 
 def _in_words(costs: Costs, ranks: Ranks) -> str:
