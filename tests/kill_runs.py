@@ -86,6 +86,11 @@ KINDS = (
         " --opt lookahead_adamw",
         "folder",
     ),
+    Kind(
+        "low rank",
+        "--checkpoint-interval 1 --lowrank-train kfac --lowrank-schedule 1=0.5 2=0.3 3=0.2 --spec-full-every 2"
+        " --lowrank-calibration-images 200",
+    ),
 )
 
 

@@ -27,6 +27,14 @@ def test_a_training_that_is_killed_ten_times_ends_in_the_bits_of_one_that_was_le
 
 
 @pytest.mark.slow
+def test_kills_around_switches_to_factors_end_in_the_same_bits(tmp_path):
+    number = [kind.name for kind in kill_runs.KINDS].index("low rank")
+    said = kills("tests.kill_runs", tmp_path / "state", "--first", str(number), "--kills", "10")
+    assert f"run {number}, low rank" in said
+    assert "10 kills in 1 runs, 0 differ" in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "count"), [(1, 3), (2, 2)])
 def test_ranks_and_nodes_that_are_killed_end_as_those_that_were_left_alone(tmp_path, number, count):
     """Five kills: of nodes that are replaced at once, and of nodes that are missed for a while."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from lowrank_vit import analyze_spectrum, inference, validate
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.lowrank.switching import begin
 from lowrank_vit.training.trainer import Trainer
 from tests.integration.conftest import SMALL, UPDATES
+from tests.integration.test_ranks import altered, finish, forked
 from tests.monitors import TIMES
 from tests.runs import losses, records, same_weights, stop_after
 from tests.settling import Told
@@ -162,3 +166,58 @@ def test_a_run_of_full_rank_is_not_resumed_as_low_rank_nor_the_other_way(small: 
     for more in (["--spec-every", "8"], ["--spec-full-every", "1"], ["--lowrank-settled", "9"]):
         with pytest.raises(UserError, match=rf"other options: {more[0]} was"):
             Trainer(parse([*small(*EVERY, *SCHEDULE), *more, "--resume", last]), "x")
+
+
+def test_ranks_decide_alike_and_one_process_goes_on_from_what_they_saved(
+    small: Any, run: Run, told: None, tmp_path: Path
+):
+    """Each of two ranks is shown a share of the layers, and one has all of them afterwards."""
+    program = altered(
+        tmp_path,
+        """
+        from tests.settling import Told
+        t.setup.low_rank.settling = Told(times=2)
+        """,
+    )
+    argv = small(*EVERY, *EVIDENCE)
+    code, out, err = finish(forked(2, [*argv, "-b", "64", "--experiment", "two"], program=program))
+    assert code == 0, err
+    whole, folder = run(*EVIDENCE), tmp_path / "two"
+    assert out.count("low rank at update") == 2
+    for ours, expected in zip(events(folder, "switch"), events(whole, "switch"), strict=True):
+        assert (ours["update"], ours["ranks"]) == (expected["update"], expected["ranks"])
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    seen = [[(one["update"], one["layers"]) for one in events(of, "evidence")] for of in (folder, whole)]
+    assert seen[0] == seen[1]
+    of_whole = losses(whole)
+    assert losses(folder) == pytest.approx(of_whole, rel=5e-3)
+    # Between two refreshes: what was seen at update 8 is still to act.
+    Trainer(parse([*argv, "--resume", str(folder / "checkpoint-0.pth.tar")]), "two").run()
+    assert losses(folder) == pytest.approx(of_whole, rel=5e-3)
+    assert [one["update"] for one in events(folder, "switch")] == [12, 20]
+
+
+def test_a_model_that_is_in_factors_already_is_refused(small: Any, run: Run):
+    last = str(run(*SCHEDULE) / "last.pth.tar")
+    with pytest.raises(UserError, match=r"The model is in factors already: blocks.0.attn.qkv and 7 more\. Give the"):
+        Trainer(parse([*small(*EVERY, *SCHEDULE), "--initial-checkpoint", last]), "x")
+
+
+def test_a_switched_checkpoint_is_scored_classified_and_analyzed(
+    run: Run, digits_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = run(*SCHEDULE)
+    last, results = str(folder / "last.pth.tar"), tmp_path / "scores.json"
+    source = ["--checkpoint", last, "--data-dir", str(digits_dir), "--device", "cpu"]
+    for more, name in (((), "eval_top1"), (("--use-ema",), "eval_ema_top1")):
+        validate.main([*source, "--results-file", str(results), "--results-format", "json", *more])
+        assert json.loads(results.read_text())["top1"] == pytest.approx(records(folder, "eval")[-1][name])
+    analyze_spectrum.main(["--checkpoint", last, "--save-dir", str(tmp_path)])
+    (file,) = tmp_path.glob("*_spectral.json")
+    layers = json.loads(file.read_text())["layers"]
+    assert {name: layers[name]["numerical_rank"] for name in layers} == state(folder)["lowrank_ranks"]
+    image = tmp_path / "one.png"
+    Image.new("RGB", (16, 16), "white").save(image)
+    capsys.readouterr()
+    inference.main([str(image), "--checkpoint", last, "--device", "cpu"])
+    assert "one.png" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from lowrank_vit.training.preflight import check_before_data
 from lowrank_vit.training.trainer import Trainer
 
 TINY = "--device cpu --model-kwargs patch_size=4 embed_dim=32 depth=2 num_heads=2 --img-size 32".split()
+LOW = "--spec-monitor --lowrank-train"
 
 
 @pytest.fixture
@@ -52,6 +53,14 @@ def no_data(monkeypatch):
         ("--tracker trackio", "--tracker trackio: the package trackio is not installed. Install it with `pip install"),
         ("--log-wandb", "No API key configured.* Log in with `wandb login`"),
         ("--model dla46_c --model-kwargs --grad-checkpointing", "--grad-checkpointing: --model dla46_c cannot"),
+        (f"{LOW} kfac --lowrank-schedule 300=0.2", "300=0.2: the run ends after 300 epochs.* Give 299 at most"),
+        (f"{LOW} kfac --epochs 1 --lowrank-schedule 1=0.2", r"ends after 1 epochs.* Give a greater --epochs"),
+        (f"{LOW} kfac --lowrank-schedule 2=0.001", "2=0.001: rank 1 of every target needs 0.0[0-9]+ of their"),
+        (f"{LOW} kfac --lowrank-budget 0.001", "--lowrank-budget 0.001: rank 1 of every target needs"),
+        (f"{LOW} mp --spec-targets attn.qkv", "blocks.0.attn.proj is not. Add it to --spec-targets"),
+        (f"{LOW} energy --spec-split-qkv", "blocks.0.attn.qkv is not as one matrix. Leave out --spec-split-qkv"),
+        (f"{LOW} energy --lowrank-targets mlp.fc9", "'mlp.fc9' matches no 2-D weight"),
+        (f"{LOW} energy --opt adafactor", "Adafactor has no rule .* Train with another --opt: adam"),
     ],
 )
 def test_it_is_found_out_before_the_data(line, said, tmp_path, monkeypatch):
