@@ -18,6 +18,8 @@ import pytest
 if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(processes))))
 
+os.environ.setdefault("WANDB__SERVICE_WAIT", "300")  # seconds: W&B's service starts late on a busy machine
+
 import torch
 from hypothesis import settings
 
