@@ -21,7 +21,7 @@ if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 os.environ.setdefault("WANDB__SERVICE_WAIT", "300")  # seconds: W&B's service starts late on a busy machine
 
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from data_prep.convert import convert_digits
 from lowrank_vit.common.files import write_whole
@@ -35,8 +35,12 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
         signal.signal(number, usual)
 
 # A change is judged by the same examples each time; `--hypothesis-profile=search` looks for new ones.
-settings.register_profile("same", derandomize=True, database=None)
-settings.register_profile("search", derandomize=False)
+# How long one takes says nothing on a busy machine; what a fixture gives may be used by all of them.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.register_profile("same", settings.get_profile("any machine"), derandomize=True, database=None)
+settings.register_profile("search", settings.get_profile("any machine"), derandomize=False)
 settings.load_profile("same")
 
 

@@ -136,7 +136,7 @@ def test_as_pil(kind, picture, version):
             assert error.max() == 0, (arg, interpolation)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_batches_of_many_operations_are_each_images_own(data):
     """Odd sizes, any mixture, several layers: the same as one image and one operation at a time; and both versions."""

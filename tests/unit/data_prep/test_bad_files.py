@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage.data
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -104,7 +104,7 @@ def test_files_cut_at_every_kind_of_place_are_bad(tmp_path: Path, name: str) -> 
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=600)
 @given(
     name=st.sampled_from(sorted(KINDS)),
     damage=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4)), max_size=6),
@@ -122,7 +122,7 @@ def test_damaged_files_are_converted_or_bad(tmp_path: Path, name, damage, zeroed
     converts_or_is_bad(tmp_path / name, options)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(data=st.binary(max_size=300), prefix=st.sampled_from([data[:n] for data in FILES.values() for n in (4, 24)]))
 @pytest.mark.filterwarnings("ignore")
 def test_rubbish_is_bad(tmp_path: Path, data: bytes, prefix: bytes) -> None:

@@ -13,7 +13,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.plan.dealing import deal, split
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 200))
 def test_dealing_is_a_permutation_whose_mirror_images_are_partners(batch, slots, block):
     dealing = deal(batch * slots, batch, block)
@@ -50,7 +50,7 @@ def test_the_fewest_steps_that_fit(global_batch, largest, ranks, block, expected
     assert split(global_batch, largest, ranks, block) == expected
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(1, 96), st.integers(1, 40), st.integers(1, 6), st.sampled_from([None, 0, 5, 8, 128]))
 def test_whatever_fits_is_whole_and_pairs_the_same_samples(global_batch, largest, ranks, block):
     def partners(batch_size: int) -> set[frozenset[int]]:

@@ -34,7 +34,7 @@ def make_plan(num_samples=101, rules=None, **kwargs):
     return TrainPlan(heights, widths, rules or TrainRules(), **options)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 1000))
 def test_order_is_a_permutation(num_samples, seed, epoch):
     order = make_plan(num_samples, seed=seed, batch_size=1).order(epoch)

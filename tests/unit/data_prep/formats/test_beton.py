@@ -101,7 +101,7 @@ def test_a_valid_file_reads_as_it_was_written(beton: Path) -> None:
     assert (tables.sizes == 72).all()
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=800)
 @given(st.data())
 def test_random_bytes_in_the_tables(beton: Path, data: st.DataObject) -> None:
     tail = NUM_SAMPLES * layout.ALLOCATION.itemsize
@@ -117,7 +117,7 @@ def test_random_bytes_in_the_tables(beton: Path, data: st.DataObject) -> None:
         reads_or_refuses(beton)
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=800)
 @given(st.data())
 def test_extreme_values_in_whole_fields(beton: Path, data: st.DataObject) -> None:
     start = table_start(beton)
@@ -136,7 +136,7 @@ def test_extreme_values_in_whole_fields(beton: Path, data: st.DataObject) -> Non
         reads_or_refuses(beton)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_cut_or_grown_files(beton: Path, data: st.DataObject) -> None:
     whole = beton.stat().st_size

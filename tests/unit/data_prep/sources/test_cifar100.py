@@ -13,7 +13,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torchvision.datasets
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.__main__ import main
@@ -212,7 +212,7 @@ def test_a_pickle_that_tries_to_run_code_is_refused(tmp_path: Path, name: str, m
     assert not target.exists()
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(
     member=st.sampled_from(sorted(PYTHON_FORM)),
     length=st.floats(0, 1),
@@ -236,7 +236,7 @@ def test_damaged_pickles_never_crash(tmp_path: Path, member: str, length: float,
     (folder / member).write_bytes(PYTHON_FORM[member])
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(
     suffix=st.sampled_from([".tar", ".tar.gz"]),
     length=st.floats(0, 1),

@@ -58,7 +58,7 @@ def test_labels_are_timms(tmp_path, names):
     assert source.remarks == ()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(st.characters(exclude_categories=("Cs", "No")), max_size=8))
 def test_the_key_is_timms(name):
     assert natural_key(name) == timms_key(name)

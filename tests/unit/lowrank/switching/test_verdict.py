@@ -262,7 +262,7 @@ def test_a_gpus_way_comes_to_the_same_verdicts(on_cuda_path: CudaPath) -> None:
         assert by_gpu[name].above_noise == pytest.approx(one.above_noise, abs=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.tuples(st.integers(2, 40), st.integers(2, 40)),
     st.integers(0, 2**16),

@@ -196,7 +196,7 @@ def test_a_crossing_at_the_end_of_the_block_turns_it_and_costs_no_energy() -> No
     assert turn_bound(before, solved(risen.tolist(), u, v, 3, 2), norm2) == np.inf
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shape=st.sampled_from([(12, 12), (20, 9), (9, 20), (5, 5), (7, 3)]),
     k=st.integers(1, 5),

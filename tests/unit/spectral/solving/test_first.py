@@ -114,7 +114,7 @@ def test_hard_cases_are_right_or_go_to_an_svd_with_a_line_that_says_why(name: st
     assert bool(solved.note) == bool(lines) == (solved.solver == "svd")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(0, 2**16), st.data())
 def test_any_shape_and_number(rows: int, columns: int, seed: int, data: st.DataObject) -> None:
     matrix = torch.from_numpy(np.random.default_rng(seed).standard_normal((rows, columns)))

@@ -59,7 +59,7 @@ matrices = st.tuples(st.integers(1, 12), st.integers(1, 12)).flatmap(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(matrices, min_size=1, max_size=4), st.integers(1, 3), st.sampled_from(SOLVERS))
 @example([np.array([[7.1e-9, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])], 1, "gram64")  # 5e-9 is not the last value
 def test_any_matrices_agree_with_numpy(arrays: list[np.ndarray], m: int, solver: Solver) -> None:

@@ -93,7 +93,7 @@ def test_a_small_limit_thins_evenly_and_keeps_both_ends(tmp_path: Path) -> None:
     assert all(len(updates) >= 4 for updates in kept(tmp_path))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(3, 40), st.integers(1, 39), st.integers(0, 3))
 def test_a_store_that_is_opened_again_goes_on_thinning_in_the_same_way(
     tmp_path_factory: pytest.TempPathFactory, count: int, break_at: int, jitter: int
