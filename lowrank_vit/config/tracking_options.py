@@ -30,12 +30,12 @@ class Tracking:
 def trackers(options: Tracking) -> tuple[str, ...]:
     """The chosen trackers, each once. Raises `UserError` where two options choose differently."""
     chosen = tuple(dict.fromkeys(options.tracker))
-    typed = " ".join(chosen)
+    typed, sent = " ".join(chosen), tuple(name for name in chosen if name != "none")
     if options.log_wandb and chosen and "wandb" not in chosen:
         raise UserError(
-            f"--log-wandb means --tracker wandb, and --tracker {typed} says otherwise. Leave one of them out, or write "
-            f"--tracker {' '.join(('wandb', *(name for name in chosen if name != 'none')))}."
+            f"--log-wandb means --tracker wandb, and --tracker {typed} says otherwise. Leave one of them out (a file's "
+            f"with --no-log-wandb), or write --tracker {' '.join(('wandb', *sent))}."
         )
     if "none" in chosen and len(chosen) > 1:
         raise UserError(f"--tracker {typed}: none stands alone. Leave it out, or the others.")
-    return ("wandb",) if options.log_wandb and not chosen else tuple(name for name in chosen if name != "none")
+    return ("wandb",) if options.log_wandb and not chosen else sent

@@ -77,6 +77,8 @@ def start(about: About, resume_id: str, say: Callable[[str], object]) -> Tracker
     folder = about.run_dir / FOLDER
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
+        if "?" in str(folder):  # behind which SQLAlchemy reads options: the database would lie elsewhere
+            raise ValueError(f"no database can lie in {folder}, for its `?`: set MLFLOW_TRACKING_URI")
         folder.mkdir(exist_ok=True)
         uri = f"sqlite:///{folder}/mlflow.db"
     client = tracking.MlflowClient(tracking_uri=uri)

@@ -56,6 +56,17 @@ def test_a_server_that_is_named_is_taken_and_a_run_that_is_gone_begins_anew(uri,
     assert not list(tmp_path.iterdir())
 
 
+def test_no_database_is_made_beside_a_run_directory_whose_name_it_would_cut(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    fake("mlflow", monkeypatch)
+    said: list[str] = []
+    (tmp_path / "a?b").mkdir()
+    Trackers.start(["mlflow"], About("p", "n", tmp_path / "a?b"), say=said.append).finish()
+    assert len(said) == 1
+    assert "set MLFLOW_TRACKING_URI" in said[0]
+    assert [path.name for path in tmp_path.rglob("*")] == ["a?b"]
+
+
 @pytest.mark.filterwarnings("default")
 def test_the_library_itself(tmp_path, monkeypatch):
     tracking: Any = pytest.importorskip("mlflow.tracking")
