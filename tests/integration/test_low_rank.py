@@ -189,6 +189,13 @@ def test_adapters_are_tuned_watched_resumed_and_merged_by_every_reader(
     for more, words in (("--lora 4", "--lora was 3, now 4"), ("", "--lora was 3, now None")):
         with pytest.raises(UserError, match=f"belongs to a run with other options: .*{words}"):
             Trainer(parse([*small(*TUNE), *more.split(), "--resume", str(last)]), "other")
+    Trainer(parse(small("--lora", "2", *TUNE)), "drawn")
+    assert "warning: --lora tunes adapters beside weights that stay as they are, and" in capsys.readouterr().out
+    del content["lora"]
+    torch.save(content, last)
+    for read in (Trainer, lambda config, _: load_scorer(ModelOptions(checkpoint=last), torch.device("cpu"))):
+        with pytest.raises(UserError, match=r"has adapters \(.*and no `lora` that tells their scale"):
+            read(parse([*tuning, "--resume", str(last)]), "damaged")
 
 
 def tuned_vit(state: dict[str, torch.Tensor]) -> nn.Module:
