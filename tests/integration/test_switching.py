@@ -12,10 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from lowrank_vit import analyze_spectrum, inference, validate
+from lowrank_vit import analyze_spectrum, compress, inference, validate
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.lowrank.switching import begin
+from lowrank_vit.model.low_rank import with_products
+from lowrank_vit.report.read import read_run
+from lowrank_vit.report.switching.plots import switching_plot
+from lowrank_vit.report.switching.read import in_words, read_switching
 from lowrank_vit.training.trainer import Trainer
 from tests.integration.conftest import SMALL, UPDATES
 from tests.integration.test_ranks import altered, finish, forked
@@ -203,21 +207,56 @@ def test_a_model_that_is_in_factors_already_is_refused(small: Any, run: Run):
         Trainer(parse([*small(*EVERY, *SCHEDULE), "--initial-checkpoint", last]), "x")
 
 
-def test_a_switched_checkpoint_is_scored_classified_and_analyzed(
-    run: Run, digits_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_every_command_takes_the_checkpoint_of_a_run_that_switched(
+    small: Any, run: Run, digits_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
+    """And all mean the products of its factors, as the monitor does."""
     folder = run(*SCHEDULE)
-    last, results = str(folder / "last.pth.tar"), tmp_path / "scores.json"
-    source = ["--checkpoint", last, "--data-dir", str(digits_dir), "--device", "cpu"]
-    for more, name in (((), "eval_top1"), (("--use-ema",), "eval_ema_top1")):
-        validate.main([*source, "--results-file", str(results), "--results-format", "json", *more])
-        assert json.loads(results.read_text())["top1"] == pytest.approx(records(folder, "eval")[-1][name])
-    analyze_spectrum.main(["--checkpoint", last, "--save-dir", str(tmp_path)])
-    (file,) = tmp_path.glob("*_spectral.json")
+    last, ranks = folder / "last.pth.tar", state(folder)["lowrank_ranks"]
+    of_run, on_cpu = ["--checkpoint", str(last)], ["--device", "cpu"]
+    data = ["--data", str(digits_dir)]
+
+    logged = records(folder, "eval")[-1]
+    for more in ((), ("--use-ema",)):
+        validate.main([*of_run, *data, *on_cpu, *more, "--results-file", str(tmp_path / "scores.json")])
+        found = json.loads((tmp_path / "scores.json").read_text())
+        assert found["top1"] == pytest.approx(logged["eval_ema_top1" if more else "eval_top1"], abs=0.01)
+
+    Image.new("RGB", (16, 16), (9, 90, 200)).save(tmp_path / "one.png")
+    inference.main([str(tmp_path / "one.png"), *of_run, *on_cpu, "--output", str(tmp_path / "classes.csv")])
+    assert "one.png" in (tmp_path / "classes.csv").read_text()
+
+    newest = records(folder, "spec")[-1]
+    assert {name: newest[f"spec/{name}/numerical_rank"] for name in ranks} == ranks
+    analyze_spectrum.main([*of_run, "--save-dir", str(tmp_path / "spectra")])
+    (file,) = (tmp_path / "spectra").glob("*.json")
     layers = json.loads(file.read_text())["layers"]
-    assert {name: layers[name]["numerical_rank"] for name in layers} == state(folder)["lowrank_ranks"]
-    image = tmp_path / "one.png"
-    Image.new("RGB", (16, 16), "white").save(image)
+    assert {name: layers[name]["numerical_rank"] for name in ranks} == ranks
+    assert newest["update"] == state(folder)["step"]["num_updates"]
+    for name in ranks:
+        assert layers[name]["sigma_max"] == pytest.approx(newest[f"spec/{name}/sigma_max"])
+
     capsys.readouterr()
-    inference.main([str(image), "--checkpoint", last, "--device", "cpu"])
-    assert "one.png" in capsys.readouterr().out
+    merged = tmp_path / "merged.pth.tar"
+    compress.main([str(last), *data, *on_cpu, "--budget", "1", "--method", "svd", "--merge", str(merged)])
+    assert f"{len(ranks)} layers are in factors" in capsys.readouterr().out
+    plain = torch.load(merged, weights_only=True)
+    assert "lowrank_ranks" not in plain
+    for name, product in with_products(state(folder)["state_dict"]).items():
+        torch.testing.assert_close(plain["state_dict"][name].double(), product.double(), atol=1e-5, rtol=0)
+
+    more = ["--epochs", "1", "--warmup-epochs", "0", "--initial-checkpoint", str(last), "--no-spec-monitor"]
+    tuned = Trainer(parse(small(*more)), "tuned").run().run_dir
+    assert state(tuned)["lowrank_ranks"] == ranks
+    assert "lowrank" not in state(tuned)
+
+    switching = read_switching(folder)
+    assert switching is not None
+    assert [(one.update, one.is_dry) for one in switching.switches] == [(UPDATES + 1, False), (3 * UPDATES + 1, False)]
+    assert switching.ranks_after(2) == ranks
+    assert switching.looks
+    assert all(" → " in line and " img/s" in line for line in in_words(switching))
+    assert switching_plot(read_run(folder))
+    assert [one.is_dry for one in (read_switching(run(*SCHEDULE, "--lowrank-dry-run")) or switching).switches] == [
+        True
+    ] * 2
