@@ -30,7 +30,7 @@ Rule = Literal["energy", "mp", "kfac"]
 
 _FEWEST_VALUES = 256
 """Noise is drawn so often that it has so many values in all."""
-_TURN = 1e-3
+_TURN = 0.1
 """Where rounding alone may turn the first r directions by more than this sine, there is no gap at r to speak of."""
 
 
@@ -78,8 +78,8 @@ class Look:
     certificate: float
     """The greatest of the r triplets' certificates over sigma_1."""
     turn: float
-    """What the sine of the greatest angle between these r directions and the true ones cannot exceed; infinite
-    without a gap."""
+    """What the sine of the greatest angle to the true r directions cannot exceed, nor that by which rounding of the
+    weights turns those: certificates and a last digit of sigma_1, over the gap. Infinite without a gap."""
 
     @property
     def above_noise(self) -> float:
@@ -159,7 +159,8 @@ def look_at(
     certificates = solved.top.certificate[:r]
     gap = float(s[r - 1] - following) - 2 * float(certificates.max())
     # Wedin's theorem, of residuals of |r|_F <= sqrt(2) |certificates| on each side.
-    turn = (2 * float(np.sum(certificates**2))) ** 0.5 / gap if gap > 0 else float("inf")
+    rounding = (2 * float(np.sum(certificates**2))) ** 0.5 + torch.finfo(matrix_RC.dtype).eps * float(s[0])
+    turn = rounding / gap if gap > 0 else float("inf")
     f, f0 = _held(s, r, in_factors), noise_share(matrix_RC, r, in_factors)
     return Look(solved, r, f, f0, float(certificates.max() / s[0]), turn)
 
