@@ -17,10 +17,12 @@ from torch.optim import Optimizer
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.lowrank.switching.factors import RANK_TOLERANCE, NewFactors, in_gauge, weight_of
 from lowrank_vit.lowrank.switching.groups import Placed
-from lowrank_vit.lowrank.switching.moments import SLOW, Projection, State, carried, inner, steps
+from lowrank_vit.lowrank.switching.moments import SLOW, Projection, State, carried, has_squares, inner, steps
 from lowrank_vit.model.low_rank import LowRankLinear, parts_of, product
 
 KeptMoments = Literal["carry", "restart"]
+_LATER: dict[KeptMoments, float] = {"carry": 0.25, "restart": 0.5}
+"""How far, in the logarithm, the speed of later steps is from that of the first to that of independent entries."""
 _FINEST = 4
 """Scales are powers of 2^(1/4): near enough for layers to share a group, so that a step has few."""
 _WIDEST = 6
@@ -37,7 +39,7 @@ class Change:
     rate_before: float
     """|dW|_F / |W|_F in an update, by the optimizer's averages and learning rate as they are; NaN without averages."""
     rate_unscaled: float
-    """|d(A B)|_F / |A B|_F in an update, were the learning rate the weight's."""
+    """|d(A B)|_F / |A B|_F to expect of the updates that follow, were the learning rate the weight's."""
     rate_after: float
     """The same with the scale."""
     error: float
@@ -127,7 +129,11 @@ class Trial(NamedTuple):
         """See `Change`: rate_before, rate_unscaled, scale.
 
         dW of a weight is the optimizer's step. Of factors the change of the product is dA B + A dB, but for dA dB,
-        which is smaller by the learning rate.
+        which is smaller by the learning rate. With the averages that are carried over that is exact for the first step.
+        Later ones agree less from entry to entry, as averages of squares learn of products of entries; though more than
+        independent entries would, of the root mean square q that the old step's have: |dA B|_F would be
+        q sqrt(R / P) |B|_F, and |A dB|_F q sqrt(C) |A|_F. So the speed is taken to be a quarter of the way to that one,
+        in the logarithm, and half of the way where squares begin anew and the first steps are a warm-up.
         """
         assert self.group is not None
         assert self.place is not None
@@ -139,7 +145,15 @@ class Trial(NamedTuple):
         moved = old[0] if len(sources) == 1 else _moved(*sources, *old)
         before = float(moved.norm() / weight.norm()) * self.place.scale  # type: ignore[union-attr]
         up, down = self.new[:2]
-        unscaled = float(_moved(up, down, *new).norm() / product(up, down).norm())
+        entries = torch.cat([one.flatten() for one in old if one is not None])
+        rows, cols = len(up) // parts_of(up.shape, down.shape), down.shape[1]
+        sizes = rows * down.double().square().sum() + cols * up.double().square().sum()
+        independent = (entries.square().mean() * sizes).sqrt()
+        share = 0.0
+        if has_squares(self.optimizer, sources[0]):
+            share = _LATER[self.moments]
+        speed = _moved(up, down, *new).norm() ** (1 - share) * independent**share
+        unscaled = float(speed / product(up, down).norm())
         lr, scale = self.group["lr"], 1.0
         if math.isfinite(before) and math.isfinite(unscaled) and before > 0 and unscaled > 0:
             nearest = round(_FINEST * math.log2(before / unscaled)) / _FINEST
