@@ -49,7 +49,7 @@ def switching_plot(run: Run) -> bytes | None:
     shown = _ranks(panels[0], switching, full, end)
     if looks:
         _verdicts(panels[1], switching, full, end)
-        _evidence(below[0].subplots(1, 4), switching)
+        _evidence(below[0].subplots(1, 4), switching, end)
     style_bar(above.colorbar(shown, ax=list(panels), shrink=0.7, pad=0.01), "of the full rank")
     what = "would be in factors (dry run)" if switching.is_dry else "are in factors"
     model = f"{run.args['model']}  ·  " if run.args.get("model") else ""
@@ -120,7 +120,7 @@ def _verdicts(axes: Axes, switching: Switching, full: dict[str, int], end: int) 
     axes.set_xlim(0, None)
 
 
-def _evidence(panels: Any, switching: Switching) -> None:
+def _evidence(panels: Any, switching: Switching, end: int) -> None:
     updates = [look.update for look in switching.looks]
     types = by_type(switching.layers)
     marks: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(updates) <= 30 else {}
@@ -150,7 +150,7 @@ def _evidence(panels: Any, switching: Switching) -> None:
         panels[3].yaxis.set_major_formatter("{x:g}")  # a power of ten on top would push the row down
     panels[3].set_ylabel("radius / σ₁", fontsize=9.5, color=MUTED)
     for axes in panels:
-        axes.set_xlim(0, None)
+        axes.set_xlim(0, end or 1)
         update_ticks(axes.xaxis)
         for one in switching.switches:
             axes.axvline(one.update, color=EMA, linewidth=1.2, alpha=0.8)

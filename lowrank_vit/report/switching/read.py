@@ -234,6 +234,8 @@ def _switches(switching: Switching) -> Table:
         "FLOPs of training on an image; loss of the same images before and after. Images a second are medians of the "
         "log's intervals up to the next switch, without the one in which the step is compiled anew."
     )
+    if switching.is_dry:
+        note = "FLOPs of training on an image; loss of the same images. Each row is beside the whole model."
     return Table(title, columns, rows, note)
 
 
