@@ -27,8 +27,8 @@ from tests.monitors import TIMES
 from tests.runs import losses, records, same_weights, stop_after
 from tests.settling import Told
 
-EVERY = "--epochs 4 --log-interval 1 --drop-path 0.1 --mixup 0.2 --spec-every 4 --spec-full-every 2 --seed 3".split()
-SCHEDULE = "--lowrank-train kfac --lowrank-schedule 1=0.4 3=0.2 --lowrank-calibration-images 200".split()
+EVERY = "--epochs 3 --log-interval 1 --drop-path 0.1 --mixup 0.2 --spec-every 4 --spec-full-every 2 --seed 3".split()
+SCHEDULE = "--lowrank-train kfac --lowrank-schedule 1=0.4 2=0.2 --lowrank-calibration-images 200".split()
 EVIDENCE = "--lowrank-train energy --lowrank-settled 2 --lowrank-switches 2".split()
 Run = Callable[..., Path]
 
@@ -68,11 +68,11 @@ def test_at_the_given_epochs_layers_go_in_factors_and_shrink_and_until_then_no_b
     assert same_weights(dry / "last.pth.tar", whole / "last.pth.tar")
     both = losses(folder), losses(whole)
     assert [both[0][n] == both[1][n] for n in range(1, UPDATES + 1)] == [True] * UPDATES
-    assert all(both[0][n] != both[1][n] for n in range(UPDATES + 2, 4 * UPDATES + 1))
+    assert all(both[0][n] != both[1][n] for n in range(UPDATES + 2, 3 * UPDATES + 1))
 
     first, second = events(folder, "switch")
     assert (first["update"], first["epoch"], first["budget"]) == (UPDATES + 1, 1, 0.4)
-    assert (second["update"], second["epoch"], second["budget"]) == (3 * UPDATES + 1, 3, 0.2)
+    assert (second["update"], second["epoch"], second["budget"]) == (2 * UPDATES + 1, 2, 0.2)
     for one, budget in ((first, 0.4), (second, 0.2)):
         assert 0.9 * budget < one["share"] <= budget
         assert one["parameters"] < one["parameters_before"]
@@ -96,11 +96,9 @@ def test_at_the_given_epochs_layers_go_in_factors_and_shrink_and_until_then_no_b
 @pytest.mark.parametrize(
     "after",
     [
-        UPDATES - 2,  # before the first switch, with a refresh whose verdict is still to act
-        UPDATES,  # at the end of the epoch before it, not yet validated
+        UPDATES,  # at the end of the epoch before the first, not yet validated
         UPDATES + 1,  # at it
-        UPDATES + 3,
-        3 * UPDATES + 1,  # at the one that shrinks
+        2 * UPDATES + 3,  # after the one that shrinks
     ],
 )
 def test_resumed_is_uninterrupted_around_the_given_epochs(small: Any, run: Run, tmp_path: Path, after: int):
@@ -108,7 +106,7 @@ def test_resumed_is_uninterrupted_around_the_given_epochs(small: Any, run: Run, 
     check_resumed(small, tmp_path, whole, after, SCHEDULE)
 
 
-@pytest.mark.parametrize("after", [15, 16, 17, 23, 25])
+@pytest.mark.parametrize("after", [8, 12, 17])  # with a refresh under way, at a switch, and between the two
 def test_resumed_is_uninterrupted_around_what_evidence_leads_to(
     small: Any, run: Run, told: None, tmp_path: Path, after: int
 ):
@@ -132,7 +130,7 @@ def spectra(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.endswith(TIMES)} for line in records(folder, "spec")]
 
 
-@pytest.mark.parametrize("name", ["checkpoint-0.pth.tar", "checkpoint-1.pth.tar", "model_best.pth.tar"])
+@pytest.mark.parametrize("name", ["checkpoint-0.pth.tar", "checkpoint-1.pth.tar"])
 def test_a_run_goes_on_from_the_checkpoint_of_an_epoch(small: Any, run: Run, tmp_path: Path, name: str):
     whole = run(*SCHEDULE)
     folder = tmp_path / "copy"
