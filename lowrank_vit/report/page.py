@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,19 @@ _OF_COMPRESSION = (
 )
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A report that is nowhere written yet."""
+
+    folder: Path
+    """Where it belongs."""
+    html: str
+    pictures: dict[str, bytes | None]
+    """File name to PNG; None: not to be drawn of what there is."""
+    notes: list[str]
+    """On what was missing."""
+
+
 def write_report(path: Path, against: Path | None = None) -> tuple[Path, list[str]]:
     """Write the report of one run, analysis or compression; returns its folder and the notes on what was missing.
 
@@ -69,6 +83,13 @@ def write_report(path: Path, against: Path | None = None) -> tuple[Path, list[st
     Raises:
         UserError: `path` is none of them, or its folder cannot be written.
     """
+    drawn = draw_report(path, against)
+    write_drawn(drawn)
+    return drawn.folder, drawn.notes
+
+
+def draw_report(path: Path, against: Path | None = None) -> Drawn:
+    """The report as `write_report` writes it. Raises `UserError` where `path` is of no run, analysis or compression."""
     compression = find_compression(path)
     found = read_compression(compression) if compression else None
     of_it = {name: (caption, draw(found) if found else None) for name, caption, draw in _OF_COMPRESSION}
@@ -76,14 +97,13 @@ def write_report(path: Path, against: Path | None = None) -> tuple[Path, list[st
         if against:
             raise UserError(f"--against compares runs, and {path} is a compression. Leave it out.")
         html = compression_html(found, _there(of_it))
-        _write(found.path.parent, html, {name: png for name, (_, png) in of_it.items()})
-        return found.path.parent, []
+        return Drawn(found.path.parent, html, {name: png for name, (_, png) in of_it.items()}, [])
     analysis = None if found else find_analysis(path)
     run = read_analysis(analysis) if analysis else read_run(found.path.parent if found else path)
     other = read_run(against) if against else None
     drawn = {name: (caption, draw(run)) for name, caption, draw in _PICTURES} | of_it
-    _write(run.path, report_html(run, _there(drawn), other, found), {name: png for name, (_, png) in drawn.items()})
-    return run.path, run.notes
+    html = report_html(run, _there(drawn), other, found)
+    return Drawn(run.path, html, {name: png for name, (_, png) in drawn.items()}, run.notes)
 
 
 def _there(drawn: Mapping[str, tuple[str, bytes | None]]) -> dict[str, bytes]:
@@ -91,19 +111,21 @@ def _there(drawn: Mapping[str, tuple[str, bytes | None]]) -> dict[str, bytes]:
     return {caption: png for caption, png in drawn.values() if png is not None}
 
 
-def _write(run_dir: Path, html: str, pictures: Mapping[str, bytes | None]) -> None:
-    folder = run_dir / "report"
+def write_drawn(drawn: Drawn, name: str = "report") -> None:
+    """Write a page as `name`.html into its folder, and its pictures into `name`/. Raises `UserError`."""
+    folder = drawn.folder / name
     try:
         folder.mkdir(exist_ok=True)
-        for name, png in pictures.items():
+        for file, png in drawn.pictures.items():
             if png is not None:
-                write_whole(folder / name, png)
+                write_whole(folder / file, png)
             else:
-                (folder / name).unlink(missing_ok=True)  # an earlier report's must not pass for this one's
-        write_whole(run_dir / "report.html", html.encode("utf-8", "backslashreplace"))  # a page has no other bytes
+                (folder / file).unlink(missing_ok=True)  # an earlier report's must not pass for this one's
+        page = drawn.html.encode("utf-8", "backslashreplace")  # a page has no other bytes
+        write_whole(drawn.folder / f"{name}.html", page)
     except OSError as error:
         raise UserError(
-            f"cannot write the report into {run_dir}: {error.strerror or error}; is it writable?"
+            f"cannot write the report into {drawn.folder}: {error.strerror or error}; is it writable?"
         ) from error
 
 
