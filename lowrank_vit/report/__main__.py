@@ -24,6 +24,8 @@ class Options:
     `python -m lowrank_vit.analyze_spectrum`; or the --out of `python -m lowrank_vit.compress`."""
     against: Annotated[Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="(default: none)")] = None
     """Another run, whose scores and spectra stand beside this one's: of the same plan, with another optimizer, say."""
+    png: bool = True
+    """Draw pictures too: RUN/report/*.png, and in the page for readers without scripts. Without them it is faster."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,11 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     options = read_options(Options, argv, usage_name("lowrank_vit.report"))
     from lowrank_vit.report.page import write_report  # torch takes seconds, which a wrong option must not cost
 
-    folder, notes = write_report(options.run, options.against)
+    folder, notes = write_report(options.run, options.against, options.png)
     output_is_in_files()
     for note in notes:
         say(f"note: {note}")
-    say(f"wrote {folder / 'report.html'} and {folder / 'report'}/*.png")
+    say(f"wrote {folder / 'report.html'}" + (f" and {folder / 'report'}/*.png" if options.png else ""))
 
 
 if __name__ == "__main__":

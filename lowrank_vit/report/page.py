@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,15 @@ import numpy as np
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
+from lowrank_vit.config.option_types import leaves
+from lowrank_vit.config.options import Config
 from lowrank_vit.report.compression.plots import curve_plot, ranks_plot
 from lowrank_vit.report.compression.plots import spectra_plot as weighted_spectra_plot
 from lowrank_vit.report.compression.read import Compression, Table, find_compression, read_compression, tables
 from lowrank_vit.report.compression.read import headline as compression_headline
+from lowrank_vit.report.interactive.embed import embedded, embedded_pictures
+from lowrank_vit.report.interactive.packing import script
+from lowrank_vit.report.interactive.sentences import sentences
 from lowrank_vit.report.read import Run, find_analysis, read_analysis, read_run, series
 from lowrank_vit.report.spectra.circuits import circuits_plot
 from lowrank_vit.report.spectra.metrics import cosine_plot, ema_plot, profile_plot, stable_rank_plot
@@ -75,24 +79,27 @@ class Drawn:
     """On what was missing."""
 
 
-def write_report(path: Path, against: Path | None = None) -> tuple[Path, list[str]]:
+def write_report(path: Path, against: Path | None = None, png: bool = True) -> tuple[Path, list[str]]:
     """Write the report of one run, analysis or compression; returns its folder and the notes on what was missing.
 
-    `against`: another run, which it is compared with in a table.
+    Args:
+        path: the run, analysis or compression.
+        against: another run, which it is compared with in a table.
+        png: whether pictures are drawn too, beside the page and in it for readers without scripts.
 
     Raises:
         UserError: `path` is none of them, or its folder cannot be written.
     """
-    drawn = draw_report(path, against)
+    drawn = draw_report(path, against, png)
     write_drawn(drawn)
     return drawn.folder, drawn.notes
 
 
-def draw_report(path: Path, against: Path | None = None) -> Drawn:
+def draw_report(path: Path, against: Path | None = None, png: bool = True) -> Drawn:
     """The report as `write_report` writes it. Raises `UserError` where `path` is of no run, analysis or compression."""
     compression = find_compression(path)
     found = read_compression(compression) if compression else None
-    of_it = {name: (caption, draw(found) if found else None) for name, caption, draw in _OF_COMPRESSION}
+    of_it = {name: (caption, draw(found) if found and png else None) for name, caption, draw in _OF_COMPRESSION}
     if found and not (found.path.parent / "args.yaml").exists():  # of a run it is a part
         if against:
             raise UserError(f"--against compares runs, and {path} is a compression. Leave it out.")
@@ -101,7 +108,7 @@ def draw_report(path: Path, against: Path | None = None) -> Drawn:
     analysis = None if found else find_analysis(path)
     run = read_analysis(analysis) if analysis else read_run(found.path.parent if found else path)
     other = read_run(against) if against else None
-    drawn = {name: (caption, draw(run)) for name, caption, draw in _PICTURES} | of_it
+    drawn = {name: (caption, draw(run) if png else None) for name, caption, draw in _PICTURES} | of_it
     html = report_html(run, _there(drawn), other, found)
     return Drawn(run.path, html, {name: png for name, (_, png) in drawn.items()}, run.notes)
 
@@ -146,15 +153,20 @@ def report_html(
     if switching:
         of_it = [*switching_read.tables(switching, run.shapes), *of_it]
     standing = run.status.in_words if run.status else ""
+    data, thinned = embedded(run, switching, compression)
     return _page(
         title=run.path.resolve().name,
         model=str(run.args.get("model") or ""),
         headline=[*headline(run), *(switching_read.headline(switching) if switching else [])],
+        said=sentences(run),
         notes=[note for note in (standing, *run.notes, *refused) if note],
+        thinned=thinned,
+        embedded=data,
         pictures=pictures,
         tables=[final_numbers(run), spectral_numbers(run), *([comparison(run, other)] if other else []), *of_it],
         steps=_what_next(run),
         arguments=run.args,
+        differing=_not_default(run.args) if run.status and run.args else None,
         environment=run.environment,
     )
 
@@ -162,15 +174,20 @@ def report_html(
 def compression_html(found: Compression, pictures: Mapping[str, bytes]) -> str:
     """The page of a compression; `pictures` as for a run."""
     content = found.content
+    data, thinned = embedded(None, None, found)
     return _page(
         title=found.path.resolve().parent.name,
         model=found.subtitle,
         headline=compression_headline(found),
+        said=[],
         notes=[str(note) for note in content.get("notes", ())],
+        thinned=thinned,
+        embedded=data,
         pictures=pictures,
         tables=tables(found),
         steps=None,
         arguments={**content["source"], **content.get("options", {})},
+        differing=None,
         environment=content.get("environment", {}),
     )
 
@@ -184,8 +201,13 @@ def _page(*, pictures: Mapping[str, bytes], **parts: Any) -> str:
         keep_trailing_newline=True,
     )
     templates.filters["as_typed"] = _as_typed
-    encoded = {caption: base64.b64encode(png).decode("ascii") for caption, png in pictures.items()}
-    return templates.get_template("page.html").render(pictures=encoded, **parts)
+    return templates.get_template("page.html").render(pictures=embedded_pictures(pictures), script=script(), **parts)
+
+
+def _not_default(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a run that are not what `train` has without any flag; those it does not know are among them."""
+    defaults = {name: _as_typed(value) for name, _, value in leaves(Config())}
+    return {name: value for name, value in args.items() if _as_typed(value) != defaults.get(name)}
 
 
 def _what_next(run: Run) -> list[Step] | None:

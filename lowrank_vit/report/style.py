@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,43 @@ GRID = "#dfe5ea"
 TRAIN = "#9aa7b3"
 MODEL = "#20639b"
 EMA = "#d1603d"
+
+_LOOKS = {
+    "attn.qkv": ("#0072b2", "o"),
+    "attn.qkv.q": ("#332288", "p"),
+    "attn.qkv.k": ("#e69f00", "v"),
+    "attn.qkv.v": ("#009e73", "D"),
+    "attn.proj": ("#d55e00", "s"),
+    "mlp.fc1": ("#56b4e9", "^"),
+    "mlp.fc2": ("#cc79a7", "X"),
+}
+"""Colours that are told apart under deuteranopia (Okabe & Ito, but for one), and marks that differ beside them."""
+_OTHERS = (("#999933", "P"), ("#7a8793", "*"), ("#882255", "d"), ("#44aa99", "h"), ("#aa4499", "<"))
+_SYMBOLS = {
+    "o": "circle",
+    "p": "pentagon",
+    "v": "triangle-down",
+    "D": "diamond",
+    "s": "square",
+    "^": "triangle-up",
+    "X": "x",
+    "P": "cross",
+    "*": "star",
+    "d": "diamond-tall",
+    "h": "hexagon",
+    "<": "triangle-left",
+}
+
+
+def type_look(kind: str) -> tuple[str, str]:
+    """Colour and marker of a type of matrices, the same in every report."""
+    return _LOOKS.get(kind) or _OTHERS[zlib.crc32(kind.encode("utf-8", "replace")) % len(_OTHERS)]
+
+
+def browser_look(kind: str) -> dict[str, str]:
+    """`type_look` as the page's charts take it."""
+    color, marker = type_look(kind)
+    return {"color": color, "symbol": _SYMBOLS[marker]}
 
 
 def new_figure(width_in: float, height_in: float) -> Figure:

@@ -49,7 +49,7 @@ def _subtitle(run: Run) -> str:
 
 def _loss(axes: Axes, run: Run) -> None:
     tidy(axes, "Loss", "update", "loss (cross-entropy, nats)")
-    if not _is_covered(run.train, run.epochs):
+    if not is_covered(run.train, run.epochs):
         _line(axes, run.train, "loss", "train, each report", TRAIN, linewidth=0.8, alpha=0.7)
     _line(axes, run.epochs, "train_loss", "train, epoch mean", MUTED, linewidth=1.6)
     _line(axes, run.epochs, "eval_loss", "eval", MODEL, linewidth=2)
@@ -101,7 +101,7 @@ def _has(columns: Columns, name: str) -> bool:
     return name in columns and bool(np.isfinite(columns[name]).any())
 
 
-def _is_covered(train: Columns, epochs: Columns) -> bool:
+def is_covered(train: Columns, epochs: Columns) -> bool:
     """Whether every report stands at the end of an epoch, where the epoch's mean is the same number."""
     return "train_loss" in epochs and set(train.get("update", ())) <= set(epochs["update"])
 

@@ -25,6 +25,7 @@ from lowrank_vit.report.style import (
     style_bar,
     subtitle,
     tidy,
+    type_look,
     update_ticks,
 )
 from lowrank_vit.spectral.measures.metrics import effective_rank, stable_rank
@@ -234,7 +235,6 @@ _PANELS = (
     ("cos0_u_mean", "left vectors against the start", "mean cosine (dashed: chance)"),
 )
 """The last one stands in for the one before where a run of an earlier version has not logged that."""
-_COLORS = ("#20639b", "#d1603d", "#3caea3", "#8a6fb0", "#b08a2e", "#7a8793")
 
 
 def _newest(found: Mapping[str, np.ndarray]) -> int | None:
@@ -266,9 +266,10 @@ def profile_plot(run: Run) -> bytes | None:
         at = newest[metric]
         update = run.scalars["update"][at]
         tidy(axes, title if update == run.scalars["update"][-1] else f"{title}, update {update:,.0f}", "block", label)
-        for color, (kind, names) in zip(_COLORS, by_type(found).items(), strict=False):
+        for kind, names in by_type(found).items():
+            color, marker = type_look(kind)
             values = [found[name][at] for name in names]
-            axes.plot(range(len(names)), values, color=color, marker="o", markersize=3, linewidth=1.4, label=kind)
+            axes.plot(range(len(names)), values, color=color, marker=marker, markersize=3.5, linewidth=1.4, label=kind)
             if label == _ALPHA and (errors := [alpha_errors[name][at] for name in names if name in alpha_errors]):
                 axes.errorbar(range(len(names)), values, errors, fmt="none", ecolor=color, elinewidth=0.8, capsize=2)
             if metric == "cos0_u_mean":

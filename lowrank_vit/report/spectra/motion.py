@@ -28,7 +28,7 @@ from lowrank_vit.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PANELS = (
+FLOW_PANELS = (
     ("effective_rank", "effective rank of tokens", "exp(entropy of σ / Σ σ)", "rank_limit", "no more is possible"),
     ("stable_rank", "stable rank of tokens", "Σ σ² / σ₁²", "", ""),
     ("cosine", "mean cosine of tokens", "1: all alike", "", "isotropic: 0"),
@@ -45,8 +45,8 @@ def flows_plot(run: Run) -> bytes | None:
     Levels are dashed: what directions without structure, or uniform attention, would give, and the greatest rank that
     is possible. Returns PNG bytes; None where the run has looked at no flows.
     """
-    found = {(kind, metric): _by_block(run, kind, metric) for kind in ("spec", "spec_ema") for metric, *_ in _PANELS}
-    panels = [panel for panel in _PANELS if found["spec", panel[0]]]
+    found = {(kind, metric): by_block(run, kind, metric) for kind in ("spec", "spec_ema") for metric, *_ in FLOW_PANELS}
+    panels = [panel for panel in FLOW_PANELS if found["spec", panel[0]]]
     if not panels:
         return None
     from matplotlib import colormaps
@@ -60,7 +60,7 @@ def flows_plot(run: Run) -> bytes | None:
     colors, blocks = colormaps["viridis"], list(found["spec", panels[0][0]])
     for column, (metric, title, label, level, of_level) in enumerate(panels):
         of_model = found["spec", metric]
-        levels = _by_block(run, "spec", level) if level else dict.fromkeys(of_model, np.zeros(len(updates_T)))
+        levels = by_block(run, "spec", level) if level else dict.fromkeys(of_model, np.zeros(len(updates_T)))
         if rows > 1:
             axes = grid[0, column]
             tidy(axes, title, "update", label)
@@ -93,7 +93,7 @@ def flows_plot(run: Run) -> bytes | None:
     return png(figure)
 
 
-def _by_block(run: Run, kind: str, metric: str) -> dict[str, np.ndarray]:
+def by_block(run: Run, kind: str, metric: str) -> dict[str, np.ndarray]:
     """Block to one number over the validations (T,), in model order; those without any finite one are left out."""
     prefix, ending = f"{kind}/flow/", f"/{metric}"
     return {

@@ -260,6 +260,18 @@ def vectors_plot(run: Run) -> bytes | None:
     return png(figure)
 
 
+def vector_pairs(run: Run) -> list[tuple[int, int, str, Triplets, Triplets]]:
+    """Of the middle matrix of each type: earlier and newest update, its name, and the top vectors then and now."""
+    found: list[tuple[int, int, str, Triplets, Triplets]] = []
+    for old in run.vectors[:-1]:
+        now = run.vectors[-1]
+        shared = [key.removeprefix(_KIND) for key in now.ends if key.startswith(_KIND) and _both(old, now, key)]
+        for names in by_type(shared).values():
+            if both := _both(old, now, _KIND + middle(names)):
+                found.append((old.update, now.update, middle(names), *both))
+    return found
+
+
 def _both(old: StoredVectors, now: StoredVectors, key: str) -> tuple[Triplets, Triplets] | tuple[()]:
     """The top vectors of both, with those between the recorded ones where both have them; () if they do not fit."""
     if key not in old.ends:

@@ -9,15 +9,14 @@ import numpy as np
 from lowrank_vit.report.style import (
     EMA,
     INK,
-    MODEL,
     MUTED,
-    TRAIN,
     by_type,
     heading,
     new_figure,
     png,
     style_bar,
     tidy,
+    type_look,
     update_ticks,
 )
 from lowrank_vit.report.switching.read import Switching, mean_over_time, read_switching
@@ -31,7 +30,6 @@ _LABELLED = 30
 """Up to so many layers have their ranks written into the picture."""
 _NAMED = 60
 """Up to so many layers are named beside it."""
-_COLORS = (MODEL, EMA, "#3caea3", "#c9a227", "#7d5ba6", TRAIN)
 
 
 def switching_plot(run: Run) -> bytes | None:
@@ -124,6 +122,7 @@ def _evidence(panels: Any, switching: Switching, end: int) -> None:
     updates = [look.update for look in switching.looks]
     types = by_type(switching.layers)
     marks: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(updates) <= 30 else {}
+    every = max(1, len(updates) // 12)
     titles = (
         ("energy", "energy_of_chance", "Energy in earlier directions"),
         ("cosine", "chance", "Cosine with them"),
@@ -131,8 +130,10 @@ def _evidence(panels: Any, switching: Switching, end: int) -> None:
     )
     for axes, (key, chance, title) in zip(panels[:3], titles, strict=True):
         tidy(axes, title, "update  ·  dashes: by chance" if chance else "update")
-        for color, (kind, names) in zip(_COLORS, types.items(), strict=False):
-            axes.plot(updates, mean_over_time(switching.looks, key, names), color=color, label=kind, **marks)
+        for kind, names in types.items():
+            color, marker = type_look(kind)
+            look: dict[str, Any] = {"marker": marker, "markersize": 3.5, "markevery": every}
+            axes.plot(updates, mean_over_time(switching.looks, key, names), color=color, label=kind, **look)
             if chance:
                 by_chance = mean_over_time(switching.looks, chance, names)
                 axes.plot(updates, by_chance, color=color, linestyle=(0, (2, 2)), linewidth=1)

@@ -1,0 +1,295 @@
+"""Figures that come ready: of training, flows, circuits, vectors, low-rank switches and compressions.
+
+A figure is a dictionary that `page.js` draws: id, title, note, and `views`, name to a list of panels. With more than
+one view the reader chooses. A panel has a title, labels `x` and `y`, and `series` or one `heat` map. Series of several
+runs go into one panel as well as those of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lowrank_vit.report.compression.read import Compression, rises
+from lowrank_vit.report.interactive.packing import Packer
+from lowrank_vit.report.read import Columns, Run
+from lowrank_vit.report.spectra.motion import FLOW_PANELS, by_block
+from lowrank_vit.report.spectra.values import vector_pairs
+from lowrank_vit.report.style import EMA, MODEL, MUTED, TRAIN, by_type
+from lowrank_vit.report.switching.read import Switching, mean_over_time
+from lowrank_vit.report.training_plot import is_covered
+from lowrank_vit.spectral.measures.circuits import chance_stable_rank
+from lowrank_vit.spectral.measures.metrics import stable_rank
+
+POINTS = 3_000
+"""Of a curve; longer ones keep evenly spaced points."""
+SQUARES = 24
+"""Blocks whose maps of heads or vectors are embedded."""
+
+
+def series_of(name: str, x: Any, y: np.ndarray, pack: Packer, **look: Any) -> dict[str, Any] | None:
+    """A line: None without a finite value. `look`: color or look (a type), dash, width, mode, error, on2, legend."""
+    y = np.asarray(y, np.float64)
+    if not np.isfinite(y).any():
+        return None
+    x, at = np.asarray(x), np.unique(np.linspace(0, len(y) - 1, min(len(y), POINTS)).round().astype(int))
+    return {"name": name, "x": x[at] if x.dtype.kind in "iuUO" else pack(x[at]), "y": pack(y[at]), **look}
+
+
+def panel(title: str, x: str, y: str, series: Sequence[dict[str, Any] | None], **more: Any) -> dict[str, Any] | None:
+    """A panel of those that are there; None without any."""
+    there = [one for one in series if one]
+    return {"title": title, "x": x, "y": y, "series": there, **more} if there else None
+
+
+def figure(
+    identity: str, title: str, note: str, views: Mapping[str, Sequence[Any]], **more: Any
+) -> dict[str, Any] | None:
+    """A figure of the views that have a panel; None without any."""
+    there = {name: [one for one in panels if one] for name, panels in views.items()}
+    there = {name: panels for name, panels in there.items() if panels}
+    return {"id": identity, "title": title, "note": note, "views": there, **more} if there else None
+
+
+def training_figure(run: Run, pack: Packer, notes: list[str]) -> dict[str, Any] | None:
+    """Loss, accuracy, learning rate, throughput and waiting over the updates."""
+    train, epochs = run.train, run.epochs
+    if len(train.get("update", ())) > POINTS:
+        notes.append(f"Of the log's {len(train['update']):,} lines this page holds {POINTS:,}, evenly spaced.")
+
+    def line(columns: Columns, name: str, label: str, color: str, scale: float = 1.0, **look: Any) -> Any:
+        if name not in columns:
+            return None
+        return series_of(label, columns["update"].astype(np.int64), scale * columns[name], pack, color=color, **look)
+
+    rates = train if np.isfinite(train.get("lr", np.nan)).any() else epochs
+    speeds = train if np.isfinite(train.get("img_per_s", np.nan)).any() else epochs
+    losses = [
+        None if is_covered(train, epochs) else line(train, "loss", "train, each report", TRAIN, width=1, mode="lines"),
+        line(epochs, "train_loss", "train, epoch mean", MUTED),
+        line(epochs, "eval_loss", "eval", MODEL, width=2.2),
+        line(epochs, "eval_ema_loss", "eval, EMA", EMA, symbol="square", width=2.2),
+    ]
+    accuracies = [
+        line(epochs, "eval_top1", "top-1", MODEL, width=2.2),
+        line(epochs, "eval_ema_top1", "top-1, EMA", EMA, symbol="square", width=2.2),
+        line(epochs, "eval_top5", "top-5", MODEL, dash="dash", width=1.3),
+        line(epochs, "eval_ema_top5", "top-5, EMA", EMA, symbol="square", dash="dash", width=1.3),
+    ]
+    throughput = [line(speeds, "img_per_s", "images / s", MODEL)]
+    waiting = [line(speeds, "data_wait", "waiting for data", EMA, 100.0)]
+    panels = [
+        panel("Loss", "update", "cross-entropy, nats", losses),
+        panel("Accuracy on the evaluation set", "update", "accuracy, %", accuracies, positive=False),
+        panel("Learning rate", "update", "learning rate", [line(rates, "lr", "lr", MODEL)], positive=False),
+        panel("Throughput", "update", "images / s", throughput, positive=False, yaxis={"rangemode": "tozero"}),
+        panel("Waiting for data", "update", "share of the time, %", waiting, positive=False,
+              yaxis={"rangemode": "tozero"}),
+    ]  # fmt: skip
+    return figure("training", "Training", "", {"all": panels}, logarithmic="off")
+
+
+def flows_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
+    """Tokens and attention of each block: over the validations, and the newest by depth."""
+    over_time, by_depth = [], []
+    updates = run.flows.get("update", np.empty(0)).astype(np.int64)
+    for metric, title, label, level, of_level in FLOW_PANELS:
+        found = {kind: by_block(run, kind, metric) for kind in ("spec", "spec_ema")}
+        blocks = list(found["spec"])
+        levels = by_block(run, "spec", level) if level else dict.fromkeys(blocks, np.zeros(len(updates)))
+        by_depth.append(
+            panel(title, "block", label, [
+                *(series_of(name, np.arange(len(of)), np.array([v[-1] for v in of.values()]), pack, color=color,
+                            symbol=symbol)
+                  for (name, color, symbol), of in zip((("model", MODEL, "circle"), ("EMA", EMA, "square")),
+                                                       found.values(), strict=True) if of),
+                series_of(of_level, np.arange(len(levels)), np.array([v[-1] for v in levels.values()]), pack,
+                          color="ink", dash="dash", width=1, mode="lines") if of_level and levels else None,
+            ])
+        )  # fmt: skip
+        if len(updates) > 1:
+            over_time.append(
+                panel(title, "update", label, [
+                    series_of(block, updates, values, pack, color=_shade(place, len(blocks)))
+                    for place, (block, values) in enumerate(found["spec"].items())
+                ])
+            )  # fmt: skip
+    images = run.flows.get("spec/flow/images", np.array([np.nan]))[-1]
+    note = f"Of {images:,.0f} images of the validation set." if np.isfinite(images) else ""
+    return figure(
+        "flows",
+        "What flows through the blocks",
+        note,
+        {"newest, by depth": by_depth, "over the validations": over_time},
+    )
+
+
+def circuits_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
+    """Ranks of each head's QK and OV by depth, and which heads read what heads of the block before wrote."""
+    found = {key.rpartition("/")[2]: one for key, one in run.circuits.blocks.items() if key.startswith("spec/")}
+    ranks: list[Any] = []
+    for field, title in (("qk_HK", "QK: what is compared"), ("ov_HK", "OV: what is written")):
+        heads = [[stable_rank(s) for s in getattr(one, field)] for one in found.values()]
+        x = np.array([block for block, of in enumerate(heads) for _ in of], int)
+        chance = [chance_stable_rank(one.width, getattr(one, field).shape[1]) for one in found.values()]
+        names = [f"{block}, head {head}" for block, of in zip(found, heads, strict=True) for head in range(len(of))]
+        ranks.append(
+            panel(title, "block", "stable rank of a head", [
+                series_of("a head", x, np.array([one for of in heads for one in of]), pack, color=MODEL, mode="markers",
+                          size=5, opacity=0.6, text=names),
+                series_of("mean", np.arange(len(heads)), np.array([np.mean(of) for of in heads]), pack, color=EMA),
+                series_of("chance", np.arange(len(heads)), np.array(chance), pack, color="ink", dash="dash", width=1,
+                          mode="lines"),
+            ])
+        )  # fmt: skip
+    views: dict[str, list[Any]] = {"ranks of heads": ranks}
+    with_pairs = [(name, one) for name, one in found.items() if one.q_HG.size]
+    for name, one in with_pairs[:: max(1, -(-len(with_pairs) // SQUARES))]:
+        views[f"{name} reads the block before"] = [
+            square(f"{which}-composition", np.square(scores) * one.width, "squared score, chance = 1", "head before",
+                   "head", pack, scale="RdBu")
+            for which, scores in (("Q", one.q_HG), ("K", one.k_HG))
+        ]  # fmt: skip
+    return figure("circuits", "Circuits of heads", "Dashed: what independent Gaussian factors would have.", views)
+
+
+def square(title: str, values: np.ndarray, label: str, x: str, y: str, pack: Packer, **heat: Any) -> dict[str, Any]:
+    """A map with rows and columns numbered from 1."""
+    return {
+        "title": title, "x": x, "y": y, "height": 380,
+        "yaxis": {"autorange": "reversed", "showgrid": False, "type": "category"},
+        "xaxis": {"showgrid": False, "type": "category"},
+        "heat": {"x": [str(i + 1) for i in range(values.shape[1])], "y": [str(i + 1) for i in range(values.shape[0])],
+                 "z": [pack(row) for row in values], "label": label, "over": x, **heat},
+    }  # fmt: skip
+
+
+def vectors_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
+    """Cosines between the recorded vectors then and now, of the middle matrix of each type."""
+    views: dict[str, list[Any]] = {}
+    for old, now, name, before, after in vector_pairs(run):
+        view = f"{name}: update {old:,} to {now:,}"
+        for side in ("u", "v"):
+            cosines = np.abs(getattr(before, side).T @ getattr(after, side))
+            title = f"{'left' if side == 'u' else 'right'} vectors"
+            views.setdefault(view, []).append(
+                square(title, cosines, "|cosine|", "index now", "index then", pack, range=[0, 1])
+            )
+    return figure(
+        "vectors", "Singular vectors then and now",
+        "The top vectors, the largest value's first. A bright diagonal: each is still itself.", views,
+    )  # fmt: skip
+
+
+def switching_figure(switching: Switching, run: Run, pack: Packer) -> dict[str, Any] | None:
+    """Rank of every layer over the updates, and what refreshes said of it."""
+    looks, switches = switching.looks, switching.switches
+    steps = np.array([0, *(one.update for one in switches), run.status.updates if run.status else 0], int)
+    steps[-1] = max(steps)
+    ranks = [
+        series_of(name, steps, np.array(
+            [stage.get(name, min(run.shapes[name]) if name in run.shapes else np.nan)
+             for stage in [*(switching.ranks_after(i) for i in range(len(switches) + 1)),
+                           switching.ranks_after(len(switches))]], float),
+            pack, color=_shade(place, len(switching.layers)), width=1.3)
+        for place, name in enumerate(switching.layers)
+    ]  # fmt: skip
+    for one in filter(None, ranks):
+        one["stepped"] = True
+    evidence: list[Any] = []
+    at = np.array([look.update for look in looks], int)
+    titles = (
+        ("energy", "energy_of_chance", "Energy in earlier directions"),
+        ("cosine", "chance", "Cosine with them"),
+        ("above_noise", "", "Above noise of the same entries"),
+    )
+    for key, chance, title in titles:
+        lines: list[Any] = []
+        for kind, names in by_type(switching.layers).items():
+            lines.append(series_of(kind, at, mean_over_time(looks, key, names), pack, look=kind))
+            if chance:
+                level = mean_over_time(looks, chance, names)
+                thin = {"dash": "dash", "width": 1, "legend": False, "mode": "lines"}
+                lines.append(series_of(f"{kind}, chance", at, level, pack, look=kind, **thin))
+        marked = [one.update for one in switches]
+        evidence.append(panel(title, "update", "share, 0-1", lines, lines=marked))
+    of = "would have (dry run)" if switching.is_dry else "have"
+    rank_panel = panel(f"Rank that layers {of}", "update", "rank", ranks, height=420)
+    return figure(
+        "lowrank", "Layers in factors", "Dashed upright lines: switches.",
+        {"ranks": [rank_panel], "evidence by type": evidence},
+    )  # fmt: skip
+
+
+_METHODS = {
+    "svd": ("#7a8793", "square"),
+    "asvd": ("#009e73", "triangle-up"),
+    "fwsvd": ("#e69f00", "triangle-down"),
+    "svdllm": ("#0072b2", "diamond"),
+    "kfac": ("#d55e00", "circle"),
+}
+
+
+def compression_figure(found: Compression, pack: Packer) -> dict[str, Any] | None:
+    """Top-1 and loss over the share that is left, the rises that were predicted, and ranks by layer."""
+    by = found.content.get("by", "params")
+    left = f"{'parameters' if by == 'params' else 'FLOPs'} left, share of the model"
+    panels: dict[str, list[Any]] = {"top1": [], "loss": []}
+    predicted: list[Any] = []
+    for line in found.methods:
+        points = sorted((one for one in found.points if found.line_of(one) == line), key=lambda one: one[by])
+        color, symbol = _METHODS.get(points[0]["method"], ("#7a8793", "circle"))
+        x = np.array([one[by] / max(1, found.original[by]) for one in points], float)
+        for name, into in panels.items():
+            errors = np.array([one.get(f"{name}_error") or 0.0 for one in points], float)
+            values = np.array([np.nan if one[name] is None else one[name] for one in points], float)
+            into.append(series_of(line, x, values, pack, color=color, symbol=symbol, error=pack(errors)))
+    for method in dict.fromkeys(point["method"] for point in found.points):
+        measured, foreseen = rises(found, method)
+        color, symbol = _METHODS.get(method, ("#7a8793", "circle"))
+        if len(measured):
+            predicted.append(series_of(method, foreseen, measured, pack, color=color, symbol=symbol, mode="markers"))
+    for name, into in panels.items():
+        value = found.original[name]
+        whole = np.full(2, np.nan if value is None else value, float)
+        into.append(
+            series_of("original", np.array([0.0, 1.0]), whole, pack, color="ink", dash="dash", width=1, mode="lines")
+        )
+    ranks = [
+        panel(found.line_of(points[0]), "layer", "rank", [
+            series_of(f"{point['budget']:g}", np.array(list(found.full_ranks), str), np.array(
+                [full if point["ranks"].get(name) is None else point["ranks"][name]
+                 for name, full in found.full_ranks.items()], float), pack, color=_shade(i, len(points)))
+            for i, point in enumerate(points)], height=420)
+        for points in ([p for p in found.points if found.line_of(p) == line] for line in found.methods)
+    ]  # fmt: skip
+    weighted: dict[str, dict[str, list[float]]] = found.content.get("spectra") or {}
+    spectra = {
+        f"spectra of {name}": [
+            panel(name, "index i", "σᵢ / σ₁", [
+                series_of(method, np.arange(1, len(s) + 1), np.array(s, float) / (s[0] or np.nan), pack, mode="lines",
+                          color=_METHODS.get(method, ("#7a8793", ""))[0], dash="dash" if method == "svd" else "solid")
+                for method, s in of.items() if s], log=True, height=400)]
+        for name, of in list(weighted.items())[:SQUARES]
+    }  # fmt: skip
+    views = {
+        "curves": [
+            panel("Top-1", left, "%", panels["top1"]),
+            panel("Loss", left, "nats", panels["loss"]),
+            panel("Measured over predicted rise of the loss", "predicted, nats", "measured, nats", predicted,
+                  xlog=True, log=True),
+        ],
+        "ranks by layer": ranks,
+        **spectra,
+    }  # fmt: skip
+    return figure("compression", "Compression", f"{found.subtitle}. Bars: one standard error.", views, place="end")
+
+
+def _shade(place: int, count: int) -> str:
+    """Dark for the first of so many, light for the last: viridis without its palest end."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return to_hex(colormaps["viridis"](0.92 * place / max(count - 1, 1)))

@@ -1,0 +1,232 @@
+"""Numbers and spectra of every matrix, over the refreshes, as a page embeds them: bounded, with a note of what is not.
+
+Shape legend: T refreshes, N matrices, K singular values of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lowrank_vit.report.interactive.packing import Packer
+from lowrank_vit.report.interactive.trust import Numbers, matrix_table
+from lowrank_vit.report.read import Run, series
+from lowrank_vit.spectral.measures.metrics import above_rounding, effective_rank, power_law, stable_rank
+from lowrank_vit.spectral.measures.noise import bulk_density, marchenko_pastur
+from lowrank_vit.spectral.select import module_type
+
+KINDS = {"spec": "model", "spec_ema": "EMA"}
+LABELS = {
+    "sigma_max": "σ₁, largest singular value",
+    "stable_rank": "stable rank, Σ σ² / σ₁²",
+    "effective_rank": "effective rank, exp(entropy of σ / Σ σ)",
+    "numerical_rank": "numerical rank, count",
+    "nuclear_norm": "nuclear norm, Σ σ",
+    "alpha": "power law's exponent α",
+    "alpha_sigma": "standard error of α",
+    "alpha_ks": "KS distance of the power law, 0-1",
+    "alpha_tail": "values in the power law's tail, count",
+    "mp_outliers": "values beyond the noise edge, count",
+    "mp_edge": "noise edge, as a singular value",
+    "mp_ks": "KS distance of the bulk to noise, 0-1",
+    "block_cos_u_overlap": "overlap with the refresh before, left vectors",
+    "block_cos_v_overlap": "overlap with the refresh before, right vectors",
+    "block_cos0_u_overlap": "overlap with the first refresh, left vectors",
+    "block_cos0_v_overlap": "overlap with the first refresh, right vectors",
+    "block_ema_cos_u_overlap": "overlap of model and EMA, left vectors",
+    "block_ema_cos_v_overlap": "overlap of model and EMA, right vectors",
+    "block_energy": "energy that the block before still holds, 0-1",
+    "turn_bound": "bound on the sine of the block's turn",
+    "update_normF": "‖W − W′‖ since the refresh before, Frobenius",
+    "rank90": "directions of 90 % of ‖W‖², count",
+    "rank95": "directions of 95 % of ‖W‖², count",
+    "rank99": "directions of 99 % of ‖W‖², count",
+    "delta_sv_rel": "mean relative change of the top values",
+}
+"""What is said of a number in place of its name in the log."""
+FIRST = ("sigma_max", "stable_rank", "effective_rank", "alpha", "mp_outliers", "block_cos0_u_overlap", "cos0_u_mean")
+"""Columns of the table before all are asked for."""
+SCALARS_AT_MOST, VALUES_AT_MOST = 420_000, 420_000
+"""Embedded numbers: of matrices over time, and of spectra."""
+LEAST_TIMES = 6
+INDICES = 48
+"""Lines of a matrix's singular values: the first ones, then ever wider apart."""
+BINS = 48
+
+
+def matrices(run: Run, pack: Packer, notes: list[str], share: float = 1.0) -> dict[str, Any] | None:
+    """All that the page's figures of matrices need; None where the run knows nothing of any.
+
+    Args:
+        run: what was read.
+        pack: takes the arrays.
+        notes: gets a line for what was left out.
+        share: of the bounds, for a page that came out too large.
+    """
+    numbers = _numbers(run)
+    if not numbers.names:
+        return None
+    kinds = {kind: label for kind, label in KINDS.items() if kind in numbers.values}
+    count = sum(len(of) for of in numbers.values.values()) * len(numbers.names)
+    at = _thinned(len(numbers.updates), max(LEAST_TIMES, int(share * SCALARS_AT_MOST / max(1, count))))
+    if len(at) < len(numbers.updates):
+        notes.append(
+            f"Of the numbers of matrices this page holds {len(at)} of {len(numbers.updates)} refreshes, evenly spaced."
+        )
+    keys = sorted({metric for of in numbers.values.values() for metric in of}, key=_place)
+    spectra, thinned = _spectra(run, numbers.names, pack, int(share * VALUES_AT_MOST))
+    notes.extend(thinned)
+    return {
+        "names": numbers.names,
+        "types": [module_type(name) for name in numbers.names],
+        "kinds": list(kinds.items()),
+        "updates": numbers.updates[at],
+        "note": "Means are over the matrices of a type that have the number.",
+        "metrics": [
+            {"key": key, "label": LABELS.get(key, key), "chance": _chance(key), "group": _group(key)} for key in keys
+        ],
+        "values": {kind: {metric: pack(of[:, at]) for metric, of in numbers.values[kind].items()} for kind in kinds},
+        "spectra": spectra,
+        "spectraNote": f"Up to {INDICES} of a matrix's values: the first ones, then ever wider apart. "
+        "σ₁ is dark, the last one light.",
+        "bulk": _bulk(run, numbers.names, pack),
+        "table": matrix_table(numbers, kinds, keys, LABELS, FIRST, pack),
+    }
+
+
+def _numbers(run: Run) -> Numbers:
+    """What was logged of each matrix, with the ranks and first values of stored spectra where nothing was logged."""
+    found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    updates = run.scalars.get("update", np.empty(0)).astype(np.int64)
+    for key, values_T in run.scalars.items():
+        kind, _, rest = key.partition("/")
+        name, _, metric = rest.rpartition("/")
+        if kind in KINDS and name and not name.startswith(("type/", "depth/", "flow/")) and name != "refresh":
+            found.setdefault(kind, {}).setdefault(metric, {})[name] = values_T
+    if not found:
+        measures: dict[str, Callable[[np.ndarray], float]] = {
+            "sigma_max": lambda s: float(s[0]),
+            "stable_rank": stable_rank,
+            "effective_rank": effective_rank,
+        }
+        for kind in KINDS:
+            updates_T, modules = series(run, kind)
+            if modules:
+                updates = updates_T if kind == "spec" or not updates.size else updates
+                found[kind] = {
+                    metric: {name: np.array([measure(s) for s in s_TK]) for name, s_TK in modules.items()}
+                    for metric, measure in measures.items()
+                }
+    names = list(dict.fromkeys(name for of in found.values() for one in of.values() for name in one))
+    times = len(updates)
+    values = {
+        kind: {
+            metric: np.array([_of_length(one.get(name), times) for name in names]) for metric, one in metrics.items()
+        }
+        for kind, metrics in found.items()
+    }
+    return Numbers(names, updates, values, dict(run.shapes))
+
+
+def _of_length(values: np.ndarray | None, times: int) -> np.ndarray:
+    return values if values is not None and len(values) == times else np.full(times, np.nan)
+
+
+def _place(metric: str) -> tuple[int, str]:
+    known = list(LABELS)
+    return (known.index(metric) if metric in known else len(known), metric)
+
+
+def _group(metric: str) -> str:
+    words = metric.split("_")
+    return "cosine" if {"cos", "cos0"} & set(words) or metric in ("block_energy", "turn_bound") else "number"
+
+
+def _chance(metric: str) -> str | None:
+    """The metric that a cosine's chance value is logged as; "0" where it is 0; None where there is none."""
+    if metric.endswith("_overlap"):
+        return "0"
+    if _group(metric) == "cosine" and "cos" in metric:
+        block, side = ("block_" if metric.startswith("block_") else ""), metric.rpartition("_cos")[2].split("_")[1:]
+        return f"{block}chance_{'_'.join(side)}"
+    if metric.startswith(("dw_top", "opt_top")):
+        return metric.replace("_top", "_chance")
+    return None
+
+
+def _thinned(count: int, most: int) -> np.ndarray:
+    """So many places at most of so many, evenly spaced, with both ends."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)) if count else np.empty(0, int)
+
+
+def _spectra(run: Run, names: list[str], pack: Packer, most: int) -> tuple[dict[str, Any], list[str]]:
+    """By kind: updates, and by place of the matrix in `names` which values are there and (T, of them)."""
+    found = {kind: series(run, kind, whole=False) for kind in KINDS}
+    found = {kind: one for kind, one in found.items() if one[1]}
+    matrices_ = sum(len(modules) for _, modules in found.values())
+    indices = min(INDICES, max(8, most // max(1, matrices_ * LEAST_TIMES)))
+    times = max(LEAST_TIMES, most // max(1, matrices_ * indices))
+    notes: list[str] = []
+    content: dict[str, Any] = {}
+    places = {name: place for place, name in enumerate(names)}
+    for kind, (updates_T, modules) in found.items():
+        whole = set(series(run, kind)[0].tolist())
+        at = _thinned(len(updates_T), times)
+        ends = [i for i, update in enumerate(updates_T) if update in whole]
+        at = np.union1d(at, np.array([*ends[:1], *ends[-1:]], int))  # the spectra of the start and of now are whole
+        if len(at) < len(updates_T):
+            notes.append(
+                f"Of {KINDS[kind]} spectra this page holds {len(at)} of {len(updates_T)} refreshes, evenly spaced."
+            )
+        held: dict[str, Any] = {}
+        for name, s_TK in modules.items():
+            if name in places:
+                chosen = np.unique(np.geomspace(1, s_TK.shape[1], indices).round().astype(int))
+                held[str(places[name])] = {"index": chosen, "values": pack(s_TK[np.ix_(at, chosen - 1)])}
+        if held:
+            content[kind] = {"updates": updates_T[at], "matrices": held}
+    return content, notes
+
+
+def _bulk(run: Run, names: list[str], pack: Packer) -> dict[str, Any]:
+    """By a key of its own: histogram of the newest whole spectrum, the law's density, edge, and both fits in words."""
+    content: dict[str, Any] = {}
+    for kind, label in KINDS.items():
+        _, modules = series(run, kind)
+        for name, s_TK in modules.items():
+            own: np.ndarray = s_TK[-1]
+            s = run.scaled[name] if kind == "spec" and name in run.scaled else own
+            shape = run.shapes.get(name)
+            if name not in names or shape is None or not np.isfinite(s).all() or not s.size or s[0] <= 0:
+                continue
+            one = _against_noise(s, own, shape, pack)
+            one |= {"name": name, "label": name if kind == "spec" else f"{name}, {label}"}
+            content[f"{kind}/{name}"] = one
+    return content
+
+
+def _against_noise(s: np.ndarray, own: np.ndarray, shape: tuple[int, int], pack: Packer) -> dict[str, Any]:
+    above, of_above = above_rounding(s, shape)
+    noise, fit = marchenko_pastur(above, of_above), power_law(above_rounding(own, shape)[0])
+    has_edge = bool(np.isfinite(noise.edge))
+    right = 1.04 * max(float(s[0]), noise.edge if has_edge else 0.0)
+    bars, _ = np.histogram(s, bins=np.linspace(0, right, BINS + 1), density=True)
+    one: dict[str, Any] = {"right": right, "counts": pack(bars), "edge": noise.edge}
+    told: list[str] = []
+    if has_edge:
+        x = (np.arange(120) + 0.5) / 120 * right
+        one["density"] = pack((above.size - noise.outliers) / s.size * bulk_density(x, of_above, noise.sigma))
+        told.append(f"{noise.outliers:.0f} of {s.size} values lie beyond the edge {noise.edge:.4g}.")
+        told.append(f"The bulk's KS distance to the law is {noise.ks:.3f}.")
+        if noise.ks > 0.05:
+            told.append("Above 0.05 the bulk is no noise: edge and outliers say little.")
+    if np.isfinite(fit.alpha):
+        told.append(f"Power law of the tail: α = {fit.alpha:.2f} ± {fit.sigma:.2f}, KS distance {fit.ks:.2f}.")
+        if fit.ks > 0.1:
+            told.append("Above 0.1 the tail is no power law.")
+    if above.size < s.size:
+        told.append(f"{s.size - above.size} values are rounding, and left out of both fits.")
+    one["told"] = " ".join(told)
+    return one

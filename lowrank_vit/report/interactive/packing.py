@@ -1,0 +1,74 @@
+"""Data inside a page: JSON beside one block of float32 numbers, both compressed, as text that stands in HTML."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import math
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+_HERE, _LIBRARY = "lowrank_vit.report.interactive", "plotly-cartesian.min.js.gz"
+_KEPT = np.uint32(0xFFFFFC00)
+"""Bits of a float32 that stay: sign, exponent and 13 of the mantissa."""
+_HALF = np.uint32(0x200)
+
+
+class Packer:
+    """Arrays of numbers that a page's JSON refers to by their place in one block.
+
+    A number keeps four significant digits (a relative error of at most 6e-5); what is not finite stays so.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+        self._size = 0
+
+    def __call__(self, values: ArrayLike) -> dict[str, list[int]]:
+        """What stands for `values`, flattened, in the JSON: `{"$": [first number, how many]}`."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            bits = np.asarray(values, np.float64).ravel().astype("<f4").view("<u4")
+        is_finite = (bits & np.uint32(0x7F800000)) < np.uint32(0x7F000000)  # and not so great that rounding ends that
+        self._parts.append(np.where(is_finite, (bits + _HALF) & _KEPT, bits))
+        at, self._size = self._size, self._size + bits.size
+        return {"$": [at, bits.size]}
+
+    def embedded(self) -> str:
+        """All arrays: first bytes of all numbers, then second ones and so on, gzip, base64."""
+        block = np.concatenate([np.empty(0, "<u4"), *self._parts]).astype("<u4")
+        return _text(block.view(np.uint8).reshape(-1, 4).T.tobytes())
+
+
+def embedded_json(data: Mapping[str, Any]) -> str:
+    """`data` as JSON, gzip, base64. What is not finite in it becomes null."""
+    return _text(json.dumps(_plain(data), allow_nan=False, separators=(",", ":")).encode("ascii"))
+
+
+def embedded_library() -> str:
+    """Plotly's bundle for Cartesian charts, gzip, base64."""
+    return base64.b64encode(resources.files(_HERE).joinpath(_LIBRARY).read_bytes()).decode("ascii")
+
+
+def script() -> str:
+    """The page's own script, which stands between its script tags as it is."""
+    return resources.files(_HERE).joinpath("page.js").read_text(encoding="utf-8")
+
+
+def _text(content: bytes) -> str:
+    return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode("ascii")
+
+
+def _plain(value: Any) -> Any:
+    """With Python's own types, and None for numbers that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, np.ndarray | list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,128 @@
+"""The page in a real browser: it opens without errors, and what a reader chooses, sorts and zooms changes it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowrank_vit.report.page import write_report
+from tests.browser import Tab, opened
+from tests.reported import fill
+
+EVIL = "<img src=x onerror=\"document.title='hurt'\"><b>x<b>"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run whose name and whose layers hold HTML."""
+    path = tmp_path_factory.mktemp("pages") / EVIL
+    path.mkdir()
+    fill(path)
+    log = path / "metrics.jsonl"
+    named = log.read_text().replace("/blocks.2.mlp.fc2/", f"/{json.dumps(EVIL)[1:-1]}/")
+    log.write_text(re.sub(r'"([^"]*)/alpha": ', r'"\1/alpha_sigma": 9, "\1/alpha": ', named))
+    write_report(path, png=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    with opened(tmp_path_factory.mktemp("profile")) as tab:
+        yield tab
+
+
+def drawn(tab: Tab, figure: str) -> None:
+    tab.js(f"document.getElementById('{figure}').scrollIntoView()")
+    tab.wait(f"document.querySelector('#{figure} .js-plotly-plot')")
+
+
+def of_plot(tab: Tab, figure: str, expression: str) -> Any:
+    return tab.js(
+        f"(() => {{ const plot = document.querySelector('#{figure} .js-plotly-plot'); return {expression}; }})()"
+    )
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (420, "dark")])
+def test_a_page_opens_without_errors_and_is_no_wider_than_its_window(
+    run: Path, tab: Tab, width: int, scheme: str
+) -> None:
+    tab.open(run / "report.html", width=width, scheme=scheme)
+    assert tab.js("document.documentElement.dataset.state") == "ready"
+    sections = tab.js("[...document.querySelectorAll('section.interactive')].map((one) => one.id)")
+    assert sections == [
+        "fig-training", "fig-cosines", "fig-metrics", "fig-heat", "fig-values", "fig-bulk", "fig-table", "fig-vectors",
+    ]  # fmt: skip
+    for name in sections:
+        if name != "fig-table":
+            drawn(tab, name)
+    assert tab.js("document.documentElement.scrollWidth") <= width
+    assert tab.js("getComputedStyle(document.body).backgroundColor") == (
+        "rgb(246, 248, 250)" if scheme == "light" else "rgb(18, 24, 30)"
+    )
+    assert tab.js("document.title") != "hurt"
+    assert tab.js("document.querySelectorAll('main img').length") == 0
+    assert tab.errors == []
+
+
+def test_a_reader_chooses_a_number_a_layer_and_weights(run: Path, tab: Tab) -> None:
+    tab.open(run / "report.html")
+    drawn(tab, "fig-metrics")
+    assert set(of_plot(tab, "fig-metrics", "plot.data.map((one) => one.name)")) >= {"attn.proj", "mlp.fc1"}
+    tab.choose("#fig-metrics select[name=layer]", "type:attn.proj")
+    names = of_plot(tab, "fig-metrics", "plot.data.map((one) => one.name)")
+    assert names == [f"blocks.{block}.attn.proj" for block in range(3)]
+    tab.choose("#fig-metrics select[name=weights]", "both")
+    assert len(of_plot(tab, "fig-metrics", "plot.data")) == 6
+    tab.choose("#fig-metrics select[name=metric]", "stable_rank")
+    assert of_plot(tab, "fig-metrics", "[...plot.data[0].y]") == [1, 2, 3]
+    tab.click("#fig-metrics input[name=log]")
+    assert of_plot(tab, "fig-metrics", "plot.layout.yaxis.type") == "log"
+    tab.choose("#fig-heat select[name=type]", "all")
+    drawn(tab, "fig-heat")
+    assert len(of_plot(tab, "fig-heat", "plot.data[0].z")) == 12
+    assert tab.errors == []
+
+
+def test_a_drag_zooms_and_a_double_click_ends_it(run: Path, tab: Tab) -> None:
+    tab.open(run / "report.html")
+    drawn(tab, "fig-metrics")
+    before = of_plot(tab, "fig-metrics", "[...plot.layout.xaxis.range]")
+    left, top, width, height = tab.place("#fig-metrics .nsewdrag")
+    across, down = left + 0.2 * width, top + 0.5 * height
+    tab.mouse("mouseMoved", across, down)
+    tab.mouse("mousePressed", across, down, 1)
+    for share in (0.3, 0.5, 0.6):
+        tab.mouse("mouseMoved", left + share * width, down, 1)
+    tab.mouse("mouseReleased", left + 0.6 * width, down)
+    plot = "document.querySelector('#fig-metrics .js-plotly-plot')"
+    tab.wait(f"{plot}.layout.xaxis.range[0] > {before[0]} && {plot}.layout.xaxis.range[1] < {before[1]}")
+    for clicks in (1, 2):
+        tab.mouse("mousePressed", across, down, 1, clicks)
+        tab.mouse("mouseReleased", across, down, 0, clicks)
+    tab.wait(f"Math.abs({plot}.layout.xaxis.range[0] - {before[0]}) < 1e-6")
+    assert tab.errors == []
+
+
+def test_the_table_sorts_and_says_why_a_number_is_doubted(run: Path, tab: Tab) -> None:
+    tab.open(run / "report.html")
+    cells = "[...document.querySelectorAll('#fig-table tbody tr')].map((row) => row.cells[{}].textContent)"
+    names = tab.js(cells.format(0))
+    assert len(names) == 12
+    assert EVIL in names
+    tab.click('#fig-table th button[data-sort="name"]')
+    tab.click('#fig-table th button[data-sort="name"]')
+    assert tab.js(cells.format(0))[0] == "blocks.2.mlp.fc1"
+    assert tab.js("document.querySelector('#fig-table th').getAttribute('aria-sort')") == "descending"
+    tab.js("document.querySelector('#fig-table input[name=search]').focus()")
+    tab.call("Input.insertText", text="BLOCKS.1.")
+    tab.wait("document.querySelectorAll('#fig-table tbody tr').length === 4")
+    tab.click("#fig-table .doubt")
+    why = tab.js("document.querySelector('#fig-table .told').textContent")
+    assert "smaller than the standard error" in why
+    assert why in tab.js("[...document.querySelectorAll('#fig-table .reasons li')].map((one) => one.textContent)")
+    assert tab.errors == []
