@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_vit.common.errors import UserError, exit_cleanly
-from lowrank_vit.common.program import CONFIGS, bundled_names, check_versions, usage_name
+from lowrank_vit.common.program import CONFIGS, bundled_names, check_versions, pasteable_command, usage_name
 from lowrank_vit.common.terminal import duration, output_is_in_files, say
-from lowrank_vit.config.flags import parse
+from lowrank_vit.config.flags import parse, without_seeds
 from lowrank_vit.config.option_types import leaves
 from lowrank_vit.config.options import Config
 from lowrank_vit.config.timm_flags import with_long_names
@@ -26,6 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line, train, and say what came of it and what to do next. Under torchrun: one of the ranks."""
     argv = sys.argv[1:] if argv is None else argv
     config = None if "WORLD_SIZE" in os.environ else _read(argv)  # before torch is loaded, which takes seconds
+    if config and config.run.seeds:
+        _train_series(argv, config)
+        return
     from lowrank_vit.ranks.failing import as_rank
 
     as_rank(lambda world, failing: _train(argv, config or _read(argv), world, failing))
@@ -40,8 +44,49 @@ def _read(argv: list[str]) -> Config:
             "which comes with the program. --help lists all options."
         )
     config = parse(argv, usage_name("lowrank_vit.train"))
+    if config.run.seeds and "WORLD_SIZE" in os.environ:
+        raise UserError(
+            "--seeds starts one run after another, each in a process of its own, and torchrun has started the ranks of "
+            "one run. Start torchrun once for each: --seed N --experiment NAME-seedN; "
+        )
     check_versions()
     return config
+
+
+def _train_series(argv: list[str], config: Config) -> None:
+    """One run for each of --seeds, then their scores. Ends as the first of them that failed."""
+    from lowrank_vit.report.compare.scores import read_scores, table_of_seeds
+    from lowrank_vit.report.status import Step
+    from lowrank_vit.training.series import own_command, run_series, unused_name
+
+    output_is_in_files()
+    seeds, output = config.run.seeds or (), config.run.output
+    name = config.run.experiment or unused_name(output, default_name(argv, config), seeds)
+    plain = without_seeds(argv)
+    command = [*own_command(argv, "lowrank_vit.train"), *plain]
+
+    def is_done(run: Path) -> bool:
+        status = read_scores(run).status
+        return status is not None and status.is_finished
+
+    done = run_series(config, command, name, is_done)
+    whole = [run for run in done.runs if not run.exit_code and is_done(run.path)]
+    if whole and (table := table_of_seeds([run.seed for run in whole], [run.path for run in whole])):
+        say("\n".join(["", f"{len(whole)} of {len(seeds)} seeds; sd: standard deviation (n - 1)", "", *table]))
+    steps: list[Step] = []
+    if len(whole) < len(seeds):
+        again = [*map(shlex.quote, plain), f"--seeds {' '.join(map(str, seeds))}"]
+        again += [] if config.run.experiment else [f"--experiment {shlex.quote(name)}"]
+        steps.append(Step("Go on with the series", (pasteable_command("lowrank_vit.train"), *again)))
+    if done.stopped_by:
+        say(f"\nthe series was stopped by {done.stopped_by}; {len(whole)} of {len(seeds)} runs are through")
+    for run in done.failed:
+        say(f"the run under seed {run.seed} has failed (exit code {run.exit_code}): {run.path}")
+    if steps:
+        say("\n".join(["", "next:", *(step.command("  ") for step in steps)]))
+    if done.failed:
+        code = done.failed[0].exit_code
+        sys.exit(code if code > 0 else 1)
 
 
 def _train(argv: list[str], config: Config, world: World, failing: Failing) -> None:

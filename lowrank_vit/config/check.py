@@ -52,9 +52,29 @@ def check(config: Config) -> None:
         raise UserError(f"--device takes auto, cpu, cuda or cuda:N, not `{config.step.device}`.")
     parse_interval(config.run.checkpoint_interval)
     trackers(config.tracking)
+    _check_seeds(config)
     name = config.run.experiment
     if name and (Path(name).name != name or name == ".."):
         raise UserError(f"--experiment takes a plain name, not `{name}`; --output is the folder that it lies in.")
+
+
+def _check_seeds(config: Config) -> None:
+    """Raise `UserError` for a series of runs that is none, and for what one run alone can have."""
+    seeds = config.run.seeds or ()
+    typed = " ".join(map(str, seeds))
+    if not seeds:
+        return
+    if len(seeds) == 1:
+        raise UserError(f"--seeds {typed} is one run: write --seed {typed}, or give two seeds or more.")
+    if (twice := next((seed for seed in seeds if seeds.count(seed) > 1), None)) is not None:
+        raise UserError(f"--seeds {typed}: {twice} stands there twice, and would be the same run again.")
+    if config.run.resume:
+        raise UserError(
+            "--resume goes on with one run, and --seeds is a series. The series' own command line goes on with it "
+            "where it was interrupted: leave --resume out, and name the series by --experiment."
+        )
+    if config.tracking.wandb_resume_id:
+        raise UserError("--wandb-resume-id is of one run, and --seeds makes several. Leave it out.")
 
 
 def _check_lists(config: Config) -> None:

@@ -26,10 +26,12 @@ from lowrank_vit.config.option_types import (
     Hints,
     hints_of,
     in_flags,
+    is_number,
     leaves,
     square_side,
     take_keyword,
     with_options,
+    without_dashes,
 )
 from lowrank_vit.config.options import Config, Model, Spectra, Step, has_cuda
 from lowrank_vit.config.timm_flags import HIDDEN, with_long_names
@@ -79,7 +81,9 @@ def _config(recipe: Mapping[str, Any], typed: Mapping[str, Any]) -> Config:
     Raises `UserError` for data that are given beside --synthetic, and for two poolings.
     """
     # Without looking for a GPU, which takes the seconds that torch needs to load.
-    config = with_options(Config(step=Step(amp=False, compile=False)), {**recipe, **typed})
+    config = with_options(
+        Config(step=Step(amp=False, compile=False)), _one_of_seeds({**recipe, **typed}, recipe, typed)
+    )
     # A recipe's file names its data; to measure it with --synthetic beside it is no contradiction.
     unread = next((name for name in ("data-dir", "dataset") if typed.get(name)), "")
     if config.data.synthetic and unread:
@@ -90,6 +94,14 @@ def _config(recipe: Mapping[str, Any], typed: Mapping[str, Any]) -> Config:
     if typed.get("no-aug", recipe.get("no-aug")):
         config = _without_augmentation(config)
     return _fit_defaults(config, set(typed))
+
+
+def _one_of_seeds(values: dict[str, Any], recipe: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without --seeds where --seed is typed beside a file's. Raises `UserError` for both in one place."""
+    place = typed if {"seed", "seeds"} & typed.keys() else recipe
+    if place.get("seeds") and "seed" in place:
+        raise UserError(f"--seed {place['seed']} and --seeds both say which seeds. Give one of them.")
+    return values | {"seeds": None} if "seed" in typed else values
 
 
 def _with_pooling(model: Model, pooling: str, own: set[str], in_files: set[str]) -> Model:
@@ -217,6 +229,20 @@ def _with_defaults_of_device(config: Config, given: set[str]) -> Config:
     open_ones = {"amp", "compile"} - given
     is_on = bool(open_ones) and config.step.device != "cpu" and has_cuda()
     return dataclasses.replace(config, step=dataclasses.replace(config.step, **dict.fromkeys(open_ones, is_on)))
+
+
+def without_seeds(argv: Sequence[str]) -> list[str]:
+    """A command line that was parsed, without --seeds and its values."""
+    kept: list[str] = []
+    is_of_seeds = False
+    for token in argv:
+        if token.startswith("-") and not is_number(token):
+            is_of_seeds = without_dashes(token.partition("=")[0]) == "seeds"
+            kept += [] if is_of_seeds else [token]
+        elif not (is_of_seeds and is_number(token)):
+            is_of_seeds = False
+            kept.append(token)
+    return kept
 
 
 def to_yaml(config: Config) -> str:

@@ -358,6 +358,10 @@ class Run:
     """Continue the run of this last.pth.tar, in its own run directory."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 42
     """Seed of the plan and of the model's own randomness."""
+    seeds: Annotated[
+        tuple[int, ...] | None, arg(metavar="INT INT ...", help_behavior_hint=""), Range(0, 2**63 - 1), MAY_CHANGE
+    ] = None
+    """Instead: train under each of these in turn, in EXPERIMENT-seedN; the same again goes on with what is left."""
     log_interval: Annotated[int, POSITIVE, MAY_CHANGE] = 50
     """Updates between two lines in metrics.jsonl."""
     val_interval: Annotated[int, POSITIVE, MAY_CHANGE] = 1

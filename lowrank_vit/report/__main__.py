@@ -9,10 +9,14 @@ from typing import Annotated
 
 import tyro
 
-from lowrank_vit.common.errors import exit_cleanly
+from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import require_one_process, usage_name
 from lowrank_vit.common.terminal import output_is_in_files, say
+from lowrank_vit.config.check import check_ranges
 from lowrank_vit.config.command_line import read_options
+from lowrank_vit.config.option_types import Range
+
+NONE = "(default: none)"
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,14 @@ class Options:
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """What `python -m lowrank_vit.train` wrote, usually output/<experiment>; or a folder or *_spectral.json of
     `python -m lowrank_vit.analyze_spectrum`; or the --out of `python -m lowrank_vit.compress`."""
-    against: Annotated[Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="(default: none)")] = None
+    against: Annotated[Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint=NONE)] = None
     """Another run, whose scores and spectra stand beside this one's: of the same plan, with another optimizer, say."""
     png: bool = True
     """Draw pictures too: RUN/report/*.png, and in the page for readers without scripts. Without them it is faster."""
+    watch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write nothing: serve the page to browsers on this machine, made anew while the run goes on, until Ctrl-C."""
+    port: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=""), Range(0, 65535)] = None
+    """With --watch, the port of 127.0.0.1; 0: any; default: 8642, another where that is taken."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,6 +41,14 @@ def main(argv: list[str] | None = None) -> None:
     require_one_process("lowrank_vit.report")
     argv = sys.argv[1:] if argv is None else argv
     options = read_options(Options, argv, usage_name("lowrank_vit.report"))
+    check_ranges(options)
+    if options.port is not None and not options.watch:
+        raise UserError("--port is about --watch, which is not there. Add --watch, or leave --port out.")
+    if options.watch:
+        from lowrank_vit.report.watch import serve_page
+
+        serve_page(options.run, options.against, options.port, options.png)
+        return
     from lowrank_vit.report.page import write_report  # torch takes seconds, which a wrong option must not cost
 
     folder, notes = write_report(options.run, options.against, options.png)

@@ -14,6 +14,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
 from lowrank_vit.config.option_types import leaves
 from lowrank_vit.config.options import Config
+from lowrank_vit.report.compare.scores import MEASURES
 from lowrank_vit.report.compression.plots import curve_plot, ranks_plot
 from lowrank_vit.report.compression.plots import spectra_plot as weighted_spectra_plot
 from lowrank_vit.report.compression.read import Compression, Table, find_compression, read_compression, tables
@@ -229,17 +230,6 @@ def _as_typed(value: Any) -> str:
     return str(value)
 
 
-_MEASURES = (
-    ("eval_top1", "top-1 accuracy (%)", max),
-    ("eval_ema_top1", "top-1 accuracy, EMA (%)", max),
-    ("eval_top5", "top-5 accuracy (%)", max),
-    ("eval_ema_top5", "top-5 accuracy, EMA (%)", max),
-    ("eval_loss", "eval loss", min),
-    ("eval_ema_loss", "eval loss, EMA", min),
-    ("train_loss", "train loss, epoch mean", min),
-)
-
-
 def headline(run: Run) -> list[tuple[str, str]]:
     """The few figures a reader looks for first, as (label, value)."""
     figures: list[tuple[str, str]] = []
@@ -266,7 +256,7 @@ def headline(run: Run) -> list[tuple[str, str]]:
 def final_numbers(run: Run) -> Table:
     """Last and best value of every measured quantity; empty while no epoch is finished."""
     rows: list[list[str]] = []
-    for name, label, better in _MEASURES:
+    for name, label, better in MEASURES:
         values = run.epochs.get(name)
         finite = _finite(values)
         if values is None or not finite.size:
@@ -302,7 +292,7 @@ def comparison(run: Run, other: Run) -> Table:
     runs = (run, other)
     names = _differing(*runs)
     rows = [["options that differ", *("; ".join(f"{k}: {_as_typed(one.args.get(k))}" for k in names) for one in runs)]]
-    for name, label, better in _MEASURES:
+    for name, label, better in MEASURES:
         best = [_finite(one.epochs.get(name)) for one in runs]
         if all(values.size for values in best):
             rows.append([f"best {label}", *(f"{better(values):.4g}" for values in best)])

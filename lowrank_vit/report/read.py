@@ -104,8 +104,8 @@ def read_run(path: Path) -> Run:
             "usually output/<experiment>."
         )
     notes: list[str] = []
-    args = _read_args(path / "args.yaml", notes)
-    epochs = _read_summary(path / "summary.csv", [] if args.get("synthetic") else notes)  # nothing to validate on
+    args = read_args(path / "args.yaml", notes)
+    epochs = read_summary(path / "summary.csv", [] if args.get("synthetic") else notes)  # nothing to validate on
     train = _read_train_events(path / "metrics.jsonl", notes)
     stored = Spectra(path / "spectra")
     environment = _read_environment(path / "environment.json", notes)
@@ -159,7 +159,8 @@ def series(run: Run, kind: str, *, whole: bool = True) -> tuple[np.ndarray, dict
     return updates, {name: np.stack([s[name] for _, s in kept]) for name in modules}
 
 
-def _read_summary(path: Path, notes: list[str]) -> Columns:
+def read_summary(path: Path, notes: list[str]) -> Columns:
+    """The rows of a `summary.csv`; what is wrong with it goes to `notes`."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [{key: _float(cell) for key, cell in row.items() if key} for row in csv.DictReader(file)]
@@ -237,7 +238,8 @@ def _read_some_vectors(stored: Spectra) -> list[StoredVectors]:
     return found
 
 
-def _read_args(path: Path, notes: list[str]) -> dict[str, Any]:
+def read_args(path: Path, notes: list[str]) -> dict[str, Any]:
+    """The options of an `args.yaml`; what is wrong with it goes to `notes`."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

@@ -33,7 +33,7 @@ spec-cpu-threads spec-store-gb spec-updates spec-flows spec-flow-images
 lowrank-init lora lora-alpha lora-dropout lowrank-train lowrank-targets lowrank-energy lowrank-budget lowrank-settled
 lowrank-switches lowrank-schedule lowrank-dry-run lowrank-moments lowrank-decay lowrank-calibration-images reg-nuclear
 reg-stable-rank spectral-clip reg-every reg-targets reg-coupled
-output experiment resume seed log-interval val-interval eval-metric tta checkpoint-hist checkpoint-interval
+output experiment resume seed seeds log-interval val-interval eval-metric tta checkpoint-hist checkpoint-interval
 rank-timeout init-timeout tracker log-wandb wandb-project wandb-tags wandb-resume-id
 """.split()
 

@@ -1,0 +1,93 @@
+"""Scores of runs: last and best of each measure, and mean and standard deviation over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lowrank_vit.report.read import Columns, Run, read_args, read_summary
+from lowrank_vit.report.status import run_status
+
+MEASURES: tuple[tuple[str, str, Callable[[Iterable[float]], float]], ...] = (
+    ("eval_top1", "top-1 accuracy (%)", max),
+    ("eval_ema_top1", "top-1 accuracy, EMA (%)", max),
+    ("eval_top5", "top-5 accuracy (%)", max),
+    ("eval_ema_top5", "top-5 accuracy, EMA (%)", max),
+    ("eval_loss", "eval loss", min),
+    ("eval_ema_loss", "eval loss, EMA", min),
+    ("train_loss", "train loss, epoch mean", min),
+)
+"""Column of `summary.csv`, name and unit, and which of its values is the best."""
+_LAST, _BEST = "last epoch", "best epoch"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measure of several runs."""
+
+    label: str
+    """With its unit."""
+    when: str
+    """last epoch, or best epoch."""
+    values: list[float]
+    """By run; NaN where a run has none."""
+
+    @property
+    def digits(self) -> int:
+        """Behind the point."""
+        return 2 if "%" in self.label else 4
+
+    def text(self, value: float) -> str:
+        """A value as it is shown."""
+        return f"{value:.{self.digits}f}" if np.isfinite(value) else "not measured"
+
+    def spread(self, of: Sequence[int] | None = None) -> str:
+        """`spread_of` of all runs, or those at the places `of`."""
+        return spread_of([self.values[i] for i in (of if of is not None else range(len(self.values)))], self.text)
+
+
+def spread_of(values: Sequence[float], text: Callable[[float], str]) -> str:
+    """Mean ± standard deviation (n - 1) of what was measured; how many there are where that is not all."""
+    finite = [value for value in values if np.isfinite(value)]
+    if not finite:
+        return "not measured"
+    deviation = f" ± {text(statistics.stdev(finite))}" if len(finite) > 1 else ""
+    return text(statistics.fmean(finite)) + deviation + (f" (of {len(finite)})" if len(finite) < len(values) else "")
+
+
+def scores_of(runs: Sequence[Mapping[str, np.ndarray]]) -> list[Score]:
+    """Last and best of every measure that one of the runs, each by columns of its `summary.csv`, has."""
+    found: list[Score] = []
+    for name, label, better in MEASURES:
+        columns = [one.get(name, np.empty(0)) for one in runs]
+        finite = [values[np.isfinite(values)] for values in columns]
+        if any(values.size for values in finite):
+            last = [float(values[-1]) if values.size else float("nan") for values in columns]
+            best = [float(better(values)) if values.size else float("nan") for values in finite]
+            found += [Score(label, _LAST, last), Score(label, _BEST, best)]
+    return found
+
+
+def read_scores(path: Path) -> Run:
+    """A run without what takes long to read: its options, the rows of its epochs and where it stands."""
+    args, epochs = read_args(path / "args.yaml", []), read_summary(path / "summary.csv", [])
+    empty: Columns = {}
+    return Run(path, epochs, empty, args, {}, [], status=run_status(path, args, epochs, empty))
+
+
+def table_of_seeds(seeds: Sequence[int], paths: Sequence[Path]) -> list[str]:
+    """Lines: every measure by seed, with mean and standard deviation (n - 1); empty where nothing was measured."""
+    scores = scores_of([read_scores(path).epochs for path in paths])
+    rows = [["", "", *(f"seed {seed}" for seed in seeds), "mean ± sd"]]
+    rows += [[one.label, one.when, *map(one.text, one.values), one.spread()] for one in scores]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: list[str]) -> str:
+        cells = [row[i].ljust(widths[i]) if i < 2 else row[i].rjust(widths[i]) for i in range(len(row))]
+        return "  ".join(cells).rstrip()
+
+    return [line(row) for row in rows] if scores else []
