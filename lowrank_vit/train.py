@@ -150,9 +150,9 @@ def _farewell(result: Result, config: Config, world: World) -> str:
 
 _FILES = (
     ("args.yaml", "args.yaml", "every option; --config on it repeats the run"),
-    ("metrics.jsonl", "metrics.jsonl", "all numbers, a line each time"),
+    ("metrics.jsonl", "metrics.jsonl", "numbers of training and validation, means of spectra"),
     ("summary.csv", "summary.csv", "one row an epoch"),
-    ("spectra/", "spectra/*.npz", "full spectra, one file a refresh"),
+    ("spectra/", "spectra/*.npz", "spectra and every number of them, files for each refresh"),
     ("last.pth.tar", "last.pth.tar", "to resume from"),
     ("model_best.pth.tar", "model_best.pth.tar", "the best weights"),
     ("tensorboard/", "tensorboard/*/events.*", "the numbers for TensorBoard"),

@@ -12,6 +12,7 @@ import torch
 
 from lowrank_vit.model import weights
 from lowrank_vit.model.weights import Checkpoint
+from lowrank_vit.spectral.watching.scalars import ScalarHistory
 from lowrank_vit.training.trainer import Trainer
 
 
@@ -19,6 +20,12 @@ def records(run: Path, kind: str) -> list[dict]:
     """The lines of one kind in metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
+
+
+def spectral_records(run: Path) -> list[dict]:
+    """The lines of kind spec, each with all scalars that the store has of its refresh, numbers alone."""
+    history, lines = ScalarHistory(run / "spectra"), records(run, "spec")
+    return [line | (history.read(u).named() if (u := line["update"]) in history.updates else {}) for line in lines]
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -81,6 +81,11 @@ CHANGES: tuple[Change, ...] = (
         {"spec-full-every": 1},
         concerns=lambda args: bool(args.get("spec-monitor")),
     ),
+    Change(
+        "metrics.jsonl and trackers get means of the spectra and spectra/ has every number, before they got all",
+        {"spec-log": "all", "wandb-spec": "all"},
+        concerns=lambda args: bool(args.get("spec-monitor")),
+    ),
 )
 
 

@@ -338,6 +338,8 @@ class Spectra:
     """Cores that the monitor may use of a CPU; default: a quarter of them, at least 1."""
     spec_store_gb: Annotated[float, ABOVE_0, MAY_CHANGE] = 2.0
     """Size limit of the run's spectra/, 10^9 bytes; beyond it older refreshes are thinned out evenly."""
+    spec_log: Annotated[Literal["means", "all"], MAY_CHANGE] = "means"
+    """What metrics.jsonl gets of them: means by type, or every number, about 1 MB a refresh of ViT-B, without limit."""
     spec_updates: Annotated[bool, MAY_CHANGE] = False
     """Also record the spectra of the model's changes between refreshes and of the optimizer's direction."""
     spec_flows: Annotated[bool, MAY_CHANGE] = False

@@ -25,6 +25,9 @@ class Tracking:
     """Tags of the run at its trackers."""
     wandb_resume_id: Annotated[str, MAY_CHANGE] = ""
     """Go on with this W&B run; default with --resume: the checkpoint's."""
+    wandb_spec: Annotated[Literal["means", "types", "first-last", "all"], MAY_CHANGE] = "means"
+    """Of the spectra every tracker gets: means of twelve metrics by type, and sigma_max and block_cos_u_mean of each
+    matrix; or all means by type; or also all of the first and last block; or all of every matrix."""
 
 
 def trackers(options: Tracking) -> tuple[str, ...]:

@@ -9,15 +9,26 @@ import contextlib
 import csv
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import yaml
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.report.events import (
+    MAX_SNAPSHOTS,
+    SCALARS,
+    Columns,
+    as_float,
+    by_update,
+    read_flows,
+    read_scalars,
+    read_train,
+    thinned,
+)
 from lowrank_vit.report.status import RunStatus, run_status
 from lowrank_vit.spectral.measures.initial import FarEntry, warning_of
 from lowrank_vit.spectral.watching.files import (
@@ -30,30 +41,6 @@ from lowrank_vit.spectral.watching.files import (
     read_scaled,
 )
 from lowrank_vit.spectral.watching.stored import Spectra
-
-T = TypeVar("T")
-
-MAX_SNAPSHOTS = 240
-"""More refreshes than a picture has columns for are thinned evenly to this many."""
-
-SCALARS = frozenset(
-    """sigma_max stable_rank effective_rank alpha alpha_sigma mp_outliers chance_u chance_v cos_u_mean cos_v_mean
-    cos0_u_mean cos0_v_mean ema_cos_u_mean block_cos_u_overlap block_cos_v_overlap block_cos0_u_overlap
-    block_cos0_v_overlap block_ema_cos_u_mean_sq block_chance_u_mean_sq block_energy turn_bound
-    seconds skipped failed fallbacks full full_share""".split()
-) | {
-    f"{move}_{name}"
-    for move in ("dw", "opt")
-    for name in "stable_rank effective_rank top_u top_v top chance_u chance_v chance".split()
-}
-"""What the report shows of the scalars that a run logs of its spectra."""
-
-Columns = dict[str, np.ndarray]
-"""A table by column: name to float64 array, all of one length; NaN where a cell is empty."""
-
-
-_SPEC_EVENT, _FLOW_EVENT = b'{"kind": "spec"', b'{"kind": "flow"'
-_FIRST_ALONE = b'"spec/refresh/full": 0.0'
 
 
 @dataclass(frozen=True)
@@ -71,7 +58,7 @@ class Run:
     spectra: list[StoredSpectra]
     """By update; each "spec/<module>" or "spec_ema/<module>" to its singular values, in some the first alone."""
     scalars: Columns = field(default_factory=dict)
-    """The "spec" events of `metrics.jsonl`, by update; of each matrix those of `SCALARS`."""
+    """`SCALARS` of each refresh, by update; each "spec/<name>/<metric>" or "spec_ema/...", means among them."""
     flows: Columns = field(default_factory=dict)
     """The "flow" events of `metrics.jsonl`, by update."""
     vectors: list[StoredVectors] = field(default_factory=list)
@@ -106,7 +93,7 @@ def read_run(path: Path) -> Run:
     notes: list[str] = []
     args = read_args(path / "args.yaml", notes)
     epochs = read_summary(path / "summary.csv", [] if args.get("synthetic") else notes)  # nothing to validate on
-    train = _read_train_events(path / "metrics.jsonl", notes)
+    train = read_train(path / "metrics.jsonl", notes)
     stored = Spectra(path / "spectra")
     environment = _read_environment(path / "environment.json", notes)
     spectra = _read_all_spectra(stored, notes)
@@ -120,8 +107,8 @@ def read_run(path: Path) -> Run:
         environment=environment,
         spectra=spectra,
         scaled=_read_newest_scaled(stored, spectra),
-        scalars=_read_events(path / "metrics.jsonl", _SPEC_EVENT, SCALARS),
-        flows=_read_events(path / "metrics.jsonl", _FLOW_EVENT, None),
+        scalars=read_scalars(path / "metrics.jsonl", stored.history),
+        flows=read_flows(path / "metrics.jsonl"),
         vectors=_read_some_vectors(stored),
         circuits=read_newest_circuits(stored.path),
         shapes=stored.shapes,
@@ -163,7 +150,7 @@ def read_summary(path: Path, notes: list[str]) -> Columns:
     """The rows of a `summary.csv`; what is wrong with it goes to `notes`."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [{key: _float(cell) for key, cell in row.items() if key} for row in csv.DictReader(file)]
+            rows = [{key: as_float(cell) for key, cell in row.items() if key} for row in csv.DictReader(file)]
     except FileNotFoundError:
         notes.append("summary.csv is not there yet: no epoch has been validated.")
         return {}
@@ -173,60 +160,7 @@ def read_summary(path: Path, notes: list[str]) -> Columns:
     whole = [row for row in rows if not math.isnan(row.get("update", math.nan))]
     if len(whole) < len(rows):
         notes.append(f"summary.csv has {len(rows) - len(whole)} incomplete row(s), left out.")
-    return _by_update(whole)
-
-
-def _read_train_events(path: Path, notes: list[str]) -> Columns:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
-        notes.append("metrics.jsonl is not there: no curve between the epochs.")
-        return {}
-    rows: list[dict[str, float]] = []
-    damaged: list[int] = []
-    for number, line in enumerate(lines, start=1):
-        if line.startswith(_SPEC_EVENT) and line.endswith(b"}"):
-            continue  # long, many, and read elsewhere
-        try:
-            event = json.loads(line)
-        except ValueError:  # also a line cut inside a UTF-8 character
-            damaged.append(number)
-            continue
-        if isinstance(event, dict) and event.get("kind") == "train":
-            row = {key: _float(value) for key, value in event.items() if key != "kind"}
-            if not math.isnan(row.get("update", math.nan)):
-                rows.append(row)
-    if damaged == [len(lines)]:
-        notes.append("The last line of metrics.jsonl is half written (the run was writing it or was cut off).")
-    elif damaged:
-        notes.append(f"metrics.jsonl has {len(damaged)} unreadable line(s), the first is line {damaged[0]}; left out.")
-    return _by_update(rows)
-
-
-def _read_events(path: Path, beginning: bytes, metrics: Collection[str] | None) -> Columns:
-    """The lines that begin so, and of these `metrics`, or all.
-
-    At most MAX_SNAPSHOTS of them, evenly spaced, and the newest of whole spectra.
-
-    Damaged lines are noted with those of the training.
-    """
-    try:
-        with path.open("rb") as file:
-            is_whole = [_FIRST_ALONE not in line for line in file if line.startswith(beginning)]
-        newest_whole = [i for i, one in enumerate(is_whole) if one][-1:]
-        wanted = {*_thinned(range(len(is_whole)), MAX_SNAPSHOTS), *newest_whole}
-        with path.open("rb") as file:
-            lines = (line for line in file if line.startswith(beginning))
-            chosen = [line for number, line in enumerate(lines) if number in wanted]
-    except OSError:
-        return {}
-    rows: list[dict[str, float]] = []
-    for line in chosen:
-        with contextlib.suppress(ValueError):
-            event = json.loads(line)
-            shown = {k: v for k, v in event.items() if metrics is None or k.rpartition("/")[2] in metrics}
-            rows.append({key: _float(value) for key, value in shown.items()} | {"update": _float(event.get("update"))})
-    return _by_update([row for row in rows if not math.isnan(row["update"])])
+    return by_update(whole)
 
 
 def _read_some_vectors(stored: Spectra) -> list[StoredVectors]:
@@ -263,9 +197,9 @@ def _read_all_spectra(stored: Spectra, notes: list[str]) -> list[StoredSpectra]:
         notes.append("There are no spectra: the spectral monitor (--spec-monitor) was off or has not stored any yet.")
     if len(updates) > MAX_SNAPSHOTS:
         notes.append(f"{MAX_SNAPSHOTS} of {len(updates)} stored spectra are used, evenly spaced.")
-        whole = _thinned(stored.full_updates, MAX_SNAPSHOTS)
+        whole = thinned(stored.full_updates, MAX_SNAPSHOTS)
         others = [update for update in updates if update not in whole]
-        updates = sorted([*whole, *_thinned(others, MAX_SNAPSHOTS - len(whole))])
+        updates = sorted([*whole, *thinned(others, MAX_SNAPSHOTS - len(whole))])
     spectra: list[StoredSpectra] = []
     for update in updates:
         try:
@@ -276,32 +210,11 @@ def _read_all_spectra(stored: Spectra, notes: list[str]) -> list[StoredSpectra]:
     return spectra
 
 
-def _thinned(items: Sequence[T], most: int) -> list[T]:
-    """So many of them at most, evenly spaced, with both ends."""
-    at = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
-    return [items[i] for i in at]
-
-
 def _read_newest_scaled(stored: Spectra, spectra: list[StoredSpectra]) -> dict[str, np.ndarray]:
     with contextlib.suppress(UserError, IndexError):
         found = read_scaled(stored.file([one.update for one in spectra if one.full][-1]))
         return {key.removeprefix("spec/"): s for key, s in found.items() if key.startswith("spec/")}
     return {}
-
-
-def _by_update(rows: list[dict[str, float]]) -> Columns:
-    """Rows to columns, sorted; of two rows of one update (a resumed run repeats some) the later one counts."""
-    latest = {row["update"]: row for row in rows}
-    ordered = [latest[update] for update in sorted(latest)]
-    names = dict.fromkeys(name for row in ordered for name in row)
-    return {name: np.array([row.get(name, math.nan) for row in ordered]) for name in names}
-
-
-def _float(value: object) -> float:
-    try:
-        return float(value)  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError):
-        return math.nan
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

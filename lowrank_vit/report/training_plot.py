@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lowrank_vit.report.read import Columns, Run
+from lowrank_vit.report.events import Columns
+from lowrank_vit.report.read import Run
 from lowrank_vit.report.style import EMA, MODEL, MUTED, TRAIN, heading, log_ticks, new_figure, png, tidy, update_ticks
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""A run's numbers: sums on the device; metrics.jsonl (all), summary.csv (a row an epoch) and, if asked for, W&B."""
+"""A run's numbers: sums on the device; metrics.jsonl, summary.csv (a row an epoch) and, if asked for, trackers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import Failures, UserError
 from lowrank_vit.common.files import append_whole, whole_file, write_whole
 from lowrank_vit.ranks.world import World
+from lowrank_vit.run.spectral_records import Logged, Sent, logged, sent, table_of
 from lowrank_vit.run.trackers.sending import Trackers
 
 _AXES = {"spec": "spec_update", "flow": "spec_update", "eval": "epoch"}
@@ -128,9 +129,17 @@ class RunLog:
         trackers: Trackers | None = None,
         start_epoch: int = 0,
         start_update: int = 0,
+        spec_log: Logged = "means",
+        wandb_spec: Sent = "means",
         say: Callable[[str], object] = terminal.say,
     ) -> None:
-        """A run that goes on: rows of `start_epoch` and later, and records of later updates, are dropped."""
+        """A run that goes on: rows of `start_epoch` and later, and records of later updates, are dropped.
+
+        `spec_log`, `wandb_spec`: what of the spectra is written, and sent to the trackers, see `spectral_records`.
+        """
+        self._spec_log: Logged = spec_log
+        self._wandb_spec: Sent = wandb_spec
+        self._newest_spectra: tuple[int, dict[str, Any]] | None = None
         self._summary, self._jsonl, self._trackers = run_dir / "summary.csv", run_dir / "metrics.jsonl", trackers
         self._lost_lines = Failures("lines of metrics.jsonl were lost", say)
         self._lost_rows = Failures("versions of summary.csv could not be written", say)
@@ -146,7 +155,8 @@ class RunLog:
 
     def log(self, kind: str, update: int, values: dict[str, Any]) -> None:
         """One line in metrics.jsonl: `kind` is train, eval, spec, flow or lowrank; `update` the updates so far."""
-        line = json.dumps({"kind": kind, "update": update, **_finite(values)}, allow_nan=False) + "\n"
+        written = values if kind != "spec" else logged(values, self._spec_log)
+        line = json.dumps({"kind": kind, "update": update, **_finite(written)}, allow_nan=False) + "\n"
         try:
             append_whole(self._jsonl, line)
             self._lost_lines.is_over()
@@ -155,6 +165,8 @@ class RunLog:
         if self._trackers is not None and kind != "lowrank":  # tables, of which a tracker would make curves
             axis = _AXES.get(kind, "update")
             named = {f"train/{name}": value for name, value in values.items()} if kind == "train" else values
+            if kind == "spec":
+                named, self._newest_spectra = sent(values, self._wandb_spec), (update, values)
             self._trackers.log({"update" if kind == "eval" else axis: update, **named}, axis)
 
     def log_epoch(self, row: dict[str, Any]) -> None:
@@ -182,7 +194,7 @@ class RunLog:
         self._lost_lines.tell()
         self._lost_rows.tell()
         if self._trackers is not None:
-            self._trackers.finish()
+            self._trackers.finish(self._newest_spectra and table_of(*self._newest_spectra))
 
 
 def _finite(value: Any) -> Any:

@@ -82,7 +82,8 @@ class Outputs:
                 run_dir.write_text("args.yaml", to_yaml(config) + "".join(recorded), say)
                 if position.is_begun:
                     forget_flows(run_dir.path / SPECTRA, done)
-                begin = {"start_epoch": position.epoch, "start_update": done}
+                begin: dict[str, Any] = {"start_epoch": position.epoch, "start_update": done}
+                begin |= {"spec_log": config.spectra.spec_log, "wandb_spec": config.tracking.wandb_spec}
                 self._log = stack.enter_context(RunLog(run_dir.path, trackers=self._start_trackers(), **begin, say=say))
             self._stack = stack.pop_all()
         for line in (*self._description, f"run directory {run_dir.path}"):

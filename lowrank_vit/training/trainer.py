@@ -31,7 +31,7 @@ from lowrank_vit.training.resume import Start, capture, find_start, finished, op
 from lowrank_vit.training.setup import set_up
 from lowrank_vit.training.step import stream_of_step
 from lowrank_vit.training.stop import Stopped, StopRequest, UntilStopped
-from lowrank_vit.training.watching import after_switch, finish_spectra, make_monitor, observe
+from lowrank_vit.training.watching import after_switch, finish_spectra, make_monitor, observe, size_of_records
 
 COLD_UPDATES = {False: 2, True: 20}
 """The first updates of a process, without and with --compile: compilers, autotuning and memory pools get ready in them,
@@ -209,7 +209,7 @@ class Trainer:
             device=self.setup.device,
             num_epochs=self.setup.num_epochs,
             updates_per_epoch=self.setup.plan.updates_per_epoch,
-            description=self.setup.description,
+            description=self.setup.description + size_of_records(self.monitor, self.setup),
             is_first=self.world.is_first,
             indices=self.monitor.indices_by_type() if self.monitor else {},
         )

@@ -10,6 +10,7 @@ from lowrank_vit.model.flops import train_flops_per_image
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.metrics import last_recorded
 from lowrank_vit.run.outputs import SPECTRA, Outputs
+from lowrank_vit.run.spectral_records import expected_sizes, sizes_in_words
 from lowrank_vit.run.state import Position
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor, default_cpu_threads
 from lowrank_vit.spectral.watching.refresh import SpectralSettings
@@ -49,6 +50,18 @@ def make_monitor(
     if low_rank:
         low_rank.wait = monitor.wait
     return monitor
+
+
+def size_of_records(monitor: SpectralMonitor | None, setup: Setup) -> list[str]:
+    """A line that says how large the records of the spectra will get in the whole run; none without a monitor."""
+    if monitor is None:
+        return []
+    options = setup.config.spectra
+    kinds, indices = 2 if setup.ema else 1, (options.spec_topk, options.spec_interval)
+    sizes = expected_sizes(monitor.matrices, kinds, *indices, options.spec_full_every or 1, options.spec_log)
+    refreshes = setup.num_epochs * setup.plan.updates_per_epoch // options.spec_every + 1
+    told = refreshes, kinds * len(monitor.matrices), options.spec_store_gb, options.spec_log
+    return [sizes_in_words(sizes, *told)]
 
 
 def observe(monitor: SpectralMonitor, setup: Setup, outputs: Outputs, update: int) -> None:

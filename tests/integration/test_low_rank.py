@@ -25,7 +25,7 @@ from lowrank_vit.score.options import ModelOptions
 from lowrank_vit.score.scorer import load_scorer
 from lowrank_vit.training.trainer import Result, Trainer
 from tests.integration.conftest import UPDATES
-from tests.runs import losses, records, same_weights, stop_after
+from tests.runs import losses, records, same_weights, spectral_records, stop_after
 
 RANK = 5
 SIZE: dict[str, Any] = {
@@ -90,7 +90,9 @@ def test_a_compressed_checkpoint_is_tuned_resumed_scored_and_analyzed(
     assert losses(stopped) == losses(whole)
     assert same_weights(stopped / "last.pth.tar", whole / "last.pth.tar")
 
-    ranks = {v for r in records(whole, "spec") for k, v in r.items() if k.endswith("/numerical_rank") and "blocks" in k}
+    ranks = {
+        v for r in spectral_records(whole) for k, v in r.items() if k.endswith("/numerical_rank") and "blocks" in k
+    }
     assert ranks == {float(RANK)}
     for more in ((), ("--use-ema",)):
         logged = records(whole, "eval")[-1]
@@ -165,7 +167,7 @@ def test_adapters_are_tuned_watched_resumed_and_merged_by_every_reader(
     assert losses(stopped.parent) == losses(whole)
     assert same_weights(stopped, last)
 
-    logged, spectra = records(whole, "eval")[-1], records(whole, "spec")[-1]
+    logged, spectra = records(whole, "eval")[-1], spectral_records(whole)[-1]
     assert spectra["update"] == UPDATES
     for more, prefix in (((), ""), (("--use-ema",), "_ema")):
         weights = read_checkpoint(last).weights(use_ema=bool(more))

@@ -18,7 +18,7 @@ from lowrank_vit.config.flags import parse
 from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.training.trainer import Trainer
 from tests.integration.conftest import RECIPE, UPDATES
-from tests.runs import at_update, losses, records, same_weights, stop_after
+from tests.runs import at_update, losses, records, same_weights, spectral_records, stop_after
 from tests.waiting import LONG_S, wait_until
 
 SHORT = ("--epochs", "2")
@@ -145,7 +145,7 @@ def test_spectra_go_on_after_an_interruption(small, tmp_path):
     for update in updates:
         name = f"update_{update:08d}.npz"
         assert (expected / "spectra" / name).read_bytes() == (part / "spectra" / name).read_bytes()
-    ours, theirs = records(part, "spec"), records(expected, "spec")
+    ours, theirs = spectral_records(part), spectral_records(expected)
     assert [record["update"] for record in ours] == [record["update"] for record in theirs] == updates
     for record, other in zip(ours, theirs, strict=True):
         assert without_times(record) == without_times(other)

@@ -24,7 +24,7 @@ from lowrank_vit.training.trainer import Trainer
 from tests.integration.conftest import SMALL, UPDATES
 from tests.integration.test_ranks import altered, finish, forked
 from tests.monitors import TIMES
-from tests.runs import losses, records, same_weights, stop_after
+from tests.runs import losses, records, same_weights, spectral_records, stop_after
 from tests.settling import Told
 
 EVERY = "--epochs 3 --log-interval 1 --drop-path 0.1 --mixup 0.2 --spec-every 4 --spec-full-every 2 --seed 3".split()
@@ -127,7 +127,7 @@ def check_resumed(small: Any, tmp_path: Path, whole: Path, after: int, flags: Se
 
 def spectra(folder: Path) -> list[dict[str, Any]]:
     """The lines about spectra, without what tells of time."""
-    return [{k: v for k, v in line.items() if not k.endswith(TIMES)} for line in records(folder, "spec")]
+    return [{k: v for k, v in line.items() if not k.endswith(TIMES)} for line in spectral_records(folder)]
 
 
 @pytest.mark.parametrize("name", ["checkpoint-0.pth.tar", "checkpoint-1.pth.tar"])
@@ -224,7 +224,7 @@ def test_every_command_takes_the_checkpoint_of_a_run_that_switched(
     inference.main([str(tmp_path / "one.png"), *of_run, *on_cpu, "--output", str(tmp_path / "classes.csv")])
     assert "one.png" in (tmp_path / "classes.csv").read_text()
 
-    newest = records(folder, "spec")[-1]
+    newest = spectral_records(folder)[-1]
     assert {name: newest[f"spec/{name}/numerical_rank"] for name in ranks} == ranks
     analyze_spectrum.main([*of_run, "--save-dir", str(tmp_path / "spectra")])
     (file,) = (tmp_path / "spectra").glob("*.json")

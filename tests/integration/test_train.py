@@ -29,7 +29,7 @@ from lowrank_vit.score.validation import validate
 from lowrank_vit.training.step import TrainStep
 from lowrank_vit.training.trainer import COLD_UPDATES, Trainer
 from tests.events import scalars
-from tests.runs import stop_after
+from tests.runs import spectral_records, stop_after
 from tests.wandb_files import run_files
 
 
@@ -75,7 +75,7 @@ def test_metrics_hold_training_validation_and_spectra(finished):
     updates = 1437 // 128 * 2
     assert [r["update"] for r in lines(finished, "train")][-1] == updates
     assert [r["update"] for r in lines(finished, "eval")] == [updates // 2, updates]
-    spectra = lines(finished, "spec")
+    spectra = spectral_records(finished)
     # On a busy machine a refresh may still run when the next is due, which is then left out.
     assert {0} <= {r["update"] for r in spectra} <= {0, 10, 20}
     for kind in ("spec", "spec_ema"):
@@ -185,7 +185,7 @@ def test_the_monitor_changes_no_bit(train):
     stored = np.load(on.run_dir / "spectra" / "flows_00000022.npz")
     assert stored["spec/blocks.1:variances"].shape == (32,)
     assert stored["spec_ema/blocks.1:entropies"].mean() == flows[-1]["spec_ema/flow/blocks.1/entropy"]
-    assert "spec/blocks.1.mlp.fc1/opt_top_u" in lines(on.run_dir, "spec")[-1]
+    assert "spec/blocks.1.mlp.fc1/opt_top_u" in spectral_records(on.run_dir)[-1]
 
 
 def test_quickstart_for_one_epoch(digits_dir, tmp_path):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lowrank_vit.report.read import Columns, Run, read_args, read_summary
+from lowrank_vit.report.events import Columns
+from lowrank_vit.report.read import Run, read_args, read_summary
 from lowrank_vit.report.status import run_status
 
 MEASURES: tuple[tuple[str, str, Callable[[Iterable[float]], float]], ...] = (

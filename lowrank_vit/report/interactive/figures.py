@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from lowrank_vit.report.compression.read import Compression, rises
+from lowrank_vit.report.events import Columns
 from lowrank_vit.report.interactive.packing import Packer
-from lowrank_vit.report.read import Columns, Run
+from lowrank_vit.report.read import Run
 from lowrank_vit.report.spectra.motion import FLOW_PANELS, by_block
 from lowrank_vit.report.spectra.values import vector_pairs
 from lowrank_vit.report.style import EMA, MODEL, MUTED, TRAIN, by_type

@@ -18,7 +18,7 @@ from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import Failures, UserError, in_short
 from lowrank_vit.common.terminal import printable
 from lowrank_vit.common.threads import Jobs
-from lowrank_vit.run.trackers.tracker import About, Tracker, paths
+from lowrank_vit.run.trackers.tracker import About, Table, Tracker, paths
 
 TITLES = {"wandb": "W&B", "tensorboard": "TensorBoard", "trackio": "trackio", "mlflow": "MLflow"}
 """The trackers' modules here, which are called as their packages, and how messages call them."""
@@ -35,7 +35,7 @@ def check(names: Sequence[str], project: str) -> None:
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             raise UserError(
                 f"--tracker {name}: the package {name} is not installed. Install it with `pip install {name}`, or "
-                "leave the option out: metrics.jsonl has all numbers."
+                "leave the option out: the run directory has all numbers."
             )
         if look := getattr(_module(name), "check", None):
             look(project)
@@ -91,10 +91,10 @@ class Trackers:
         for sender in self._senders:
             sender.put(row, axis)
 
-    def finish(self, timeout_s: float = FINISH_TIMEOUT_S) -> None:
-        """Send what is left, for at most `timeout_s`, all at once."""
+    def finish(self, spectra: Table | None = None, *, timeout_s: float = FINISH_TIMEOUT_S) -> None:
+        """Send what is left, for at most `timeout_s`, all at once; `spectra`, the newest, to those that have tables."""
         for sender in self._senders:
-            sender.begin_finish()
+            sender.begin_finish(spectra)
         until = time.monotonic() + timeout_s
         for sender in self._senders:
             sender.finish(until, timeout_s)
@@ -192,14 +192,18 @@ class _Sender:
             with self._lock:
                 self._waiting -= len(row)
 
-    def begin_finish(self) -> None:
-        """Have the tracker's run ended after the last row."""
-        self._jobs.put(self._finish)
+    def begin_finish(self, spectra: Table | None) -> None:
+        """Have the tracker's run ended after the last row, and after the table of the newest spectra."""
+        self._jobs.put(partial(self._finish, spectra))
 
-    def _finish(self) -> None:
+    def _finish(self, spectra: Table | None) -> None:
         try:
             if self._tracker is not None:
-                self._tracker.finish()
+                try:
+                    if spectra is not None:
+                        self._tracker.log_table(spectra)
+                finally:
+                    self._tracker.finish()
         except BaseException as error:  # SystemExit, too: training matters more
             self._cut_short(in_short(error))
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,13 @@ def paths(values: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
             yield f"{above}{name}", value
 
 
+class Table(NamedTuple):
+    """Plain cells under names; a cell without a number is None."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+
+
 class Tracker(ABC):
     """One run at one tracker. Every method may raise, or hang: whoever calls it, see `Trackers`, expects that."""
 
@@ -47,6 +54,10 @@ class Tracker(ABC):
     def holds(self, name: str, step: int) -> bool:
         """Whether a point of that metric is there from before the run was resumed, and not to be sent again."""
         return False
+
+    def log_table(self, spectra: Table) -> None:
+        """Send the newest numbers of the spectra as a table, where it has tables; before `finish`."""
+        return
 
     @abstractmethod
     def finish(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.run.trackers.tracker import About, Tracker
+from lowrank_vit.run.trackers.tracker import About, Table, Tracker
 
 INIT_TIMEOUT_S = 60.0
 AXES = {
@@ -35,6 +35,14 @@ class WandbRun(Tracker):
     def log(self, values: Mapping[str, float], axis: str) -> None:
         """Send one row. Which of its values is the axis, W&B knows from `AXES`."""
         self._run.log(dict(values))
+
+    def log_table(self, spectra: Table) -> None:
+        """Send it as an artifact of the run, a table `scalars`."""
+        import wandb
+
+        artifact = wandb.Artifact(f"spectra-{self.id}", type="spectra")
+        artifact.add(wandb.Table(columns=[*spectra.columns], data=spectra.rows), "scalars")
+        self._run.log_artifact(artifact)
 
     def finish(self) -> None:
         """Send what is left."""

@@ -7,6 +7,8 @@
                         leave some out at the top, those as "<key>:between:u" and so on, in the order of their values.
                         Of a refresh of the first values alone both files hold `FIRST_ALONE`: unknown values are NaN,
                         and the last triplets have no columns.
+`scalars_00000100.npz`  all scalars but those about the refresh itself, see `StoredScalars`: "values" (N, M) float64,
+                        and "keys" and "metrics", the names of its rows and columns as JSON in bytes.
 `circuits_00000100.npz` with `--spec-circuits` what `circuits.as_arrays` says, by "<kind>/circuit/<block>".
 `flows_00000100.npz`    of a validation after that update, per "<kind>/<block>:variances" and ":entropies", see `Flows`.
 
@@ -16,9 +18,10 @@ Kinds are "spec" (the model) and "spec_ema" (its moving average). A file is ther
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +34,15 @@ from lowrank_vit.spectral.measures.circuits import BlockCircuits, as_arrays, of_
 from lowrank_vit.spectral.solving.extremes import Solved, Triplets
 
 SPECTRA, VECTORS, CIRCUITS, WEIGHTS, FLOWS = "update", "vectors", "circuits", "weights", "flows"
+SCALARS = "scalars"
+ABOUT = "refresh"
+"""The name, behind the kind, of the scalars about a refresh itself."""
 FIRST_ALONE = "first_values_alone"
 """In files of refreshes that did not compute the whole spectra; others do not have it."""
 _ENDS, _BETWEEN = ("top", "last"), "between"
 _SCALED = ":scaled"
 _FIELDS = ("u", "v", "s", "certificate")
+_NAMES = ("keys", "metrics")
 
 
 class StoredSpectra(NamedTuple):
@@ -71,6 +78,40 @@ class StoredCircuits(NamedTuple):
     """Which parameters count, see `heads.Circuits`; empty where there are none."""
 
 
+class StoredScalars(NamedTuple):
+    """The scalars of one refresh as a table: a row for each matrix, circuit and mean, a column for each metric."""
+
+    update: int
+    keys: list[str]
+    """Of the rows: "<kind>/<name>"; the names of means begin with "type/" or "depth/", those of circuits "circuit/"."""
+    metrics: list[str]
+    """Of the columns."""
+    values_NM: np.ndarray
+    """(N, M) float64; NaN where a row has no such metric, and where it is not a number."""
+    full: bool = True
+    """Whether the whole spectra were computed."""
+
+    @classmethod
+    def of(cls, update: int, values: Mapping[str, float | None], *, full: bool = True) -> StoredScalars:
+        """The table of a record's values, which are by "<key>/<metric>"; those about the refresh are left out."""
+        split = [(name.rpartition("/"), value) for name, value in values.items()]
+        split = [(key, metric, value) for (key, _, metric), value in split if key.partition("/")[2] != ABOUT]
+        rows = {key: n for n, key in enumerate(dict.fromkeys(key for key, _, _ in split))}
+        columns = {metric: m for m, metric in enumerate(dict.fromkeys(metric for _, metric, _ in split))}
+        values_NM = np.full((len(rows), len(columns)), np.nan)
+        places = [rows[key] * len(columns) + columns[metric] for key, metric, _ in split]
+        values_NM.reshape(-1)[places] = [np.nan if value is None else value for *_, value in split]
+        return cls(update, list(rows), list(columns), values_NM, full)
+
+    def named(self, metrics: Collection[str] = ()) -> dict[str, float]:
+        """By "<key>/<metric>", as in a record: all that is a number, infinite or not. `metrics`: of these alone."""
+        wanted = [m for m, name in enumerate(self.metrics) if not metrics or name in metrics]
+        of_wanted = self.values_NM[:, wanted]
+        rows, columns = np.nonzero(~np.isnan(of_wanted))
+        found = zip(rows.tolist(), columns.tolist(), of_wanted[rows, columns].tolist(), strict=True)
+        return {f"{self.keys[n]}/{self.metrics[wanted[m]]}": value for n, m, value in found}
+
+
 NO_CIRCUITS = StoredCircuits(-1, {}, "")
 
 
@@ -104,6 +145,12 @@ def write_circuits(store_dir: Path, one: StoredCircuits) -> None:
     _write(store_dir, CIRCUITS, one.update, as_arrays(one.blocks, one.circuits), full=True)
 
 
+def write_scalars(store_dir: Path, one: StoredScalars) -> None:
+    """Write those of a refresh. Raises `UserError`."""
+    names = {name: np.frombuffer(json.dumps(of).encode(), np.uint8) for name, of in zip(_NAMES, one[1:3], strict=True)}
+    _write(store_dir, SCALARS, one.update, {**names, "values": one.values_NM}, one.full)
+
+
 def write_flows(store_dir: Path, update: int, flows: Mapping[str, Flows]) -> Path:
     """Write what was found out of the models of these kinds at a validation; return the path. Raises `UserError`."""
     arrays: dict[str, np.ndarray] = {}
@@ -131,6 +178,26 @@ def list_spectra(store_dir: Path) -> list[Path]:
 def list_vectors(store_dir: Path) -> list[Path]:
     """The stored vectors in the order of their updates; empty when there is no such directory."""
     return files_of(store_dir, VECTORS)
+
+
+def list_scalars(store_dir: Path) -> list[Path]:
+    """The stored scalars in the order of their updates; empty when there is no such directory."""
+    return files_of(store_dir, SCALARS)
+
+
+def read_scalars(path: Path) -> StoredScalars:
+    """Read those of one refresh.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    update, arrays, full = _read(path)
+    try:
+        keys, metrics = (list(map(str, json.loads(arrays[name].tobytes()))) for name in _NAMES)
+        values_NM = arrays["values"].astype(np.float64, copy=False).reshape(len(keys), len(metrics))
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read the scalars in {path}: {type(error).__name__}: {error}") from error
+    return StoredScalars(update, keys, metrics, values_NM, full)
 
 
 def read_newest_circuits(store_dir: Path) -> StoredCircuits:

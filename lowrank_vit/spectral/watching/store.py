@@ -2,6 +2,7 @@
 
 `update_*.npz`          all singular values of a refresh,
 `vectors_*.npz`         its recorded triplets,
+`scalars_*.npz`         its scalars,
 `circuits_*.npz`        with `--spec-circuits` the circuits of heads, and
 `flows_*.npz`           what a validation has found of tokens and attention; see `files.py`.
 `index.json`            the recorded indices and shapes of every matrix, the options, and entries far out at the start.
@@ -29,10 +30,12 @@ from lowrank_vit.spectral.solving.extremes import Solved, start_of
 from lowrank_vit.spectral.watching.files import (
     CIRCUITS,
     FLOWS,
+    SCALARS,
     SPECTRA,
     VECTORS,
     WEIGHTS,
     StoredCircuits,
+    StoredScalars,
     files_of,
     is_full,
     path_of,
@@ -41,11 +44,12 @@ from lowrank_vit.spectral.watching.files import (
     update_of,
     write_circuits,
     write_refresh,
+    write_scalars,
 )
 
 FAR_ENTRIES = "far_entries"
 """In the index: matrix to the entries far out of it before the first update (`initial.FarEntry`)."""
-SPECTRA_SHARE = 0.25
+SPECTRA_SHARE, SCALARS_SHARE = 0.25, 0.1
 """Of the size limit; the rest is for vectors."""
 CIRCUITS_SHARE = 0.05
 """Likewise, where there are circuits."""
@@ -96,16 +100,17 @@ def far_entries_content(found: Mapping[str, list[FarEntry]]) -> dict[str, Any]:
 class SpectraStore:
     """Writes refreshes into one directory and keeps it below `limit_bytes`.
 
-    Where a series (spectra, vectors) would outgrow its share, every second refresh of it goes and only every second one
-    to come is kept: the series thins out evenly. The first, the newest and the newest of whole spectra always stay, so
-    the least size is that of three refreshes.
+    Where a series (spectra, vectors, scalars) would outgrow its share, every second refresh of it goes and only every
+    second one to come is kept: the series thins out evenly. The first, the newest and the newest of whole spectra
+    always stay, so the least size is that of three refreshes.
     """
 
     def __init__(self, path: Path, limit_bytes: float, index: Mapping[str, Any] | None = None) -> None:
         """`path` and its `index.json` are made when something is written. Without an `index` it is only read."""
         self.path, self._index = path, index
         more = {CIRCUITS: CIRCUITS_SHARE} if CIRCUITS in (index or {}) else {}
-        shares = {SPECTRA: SPECTRA_SHARE, VECTORS: 1 - SPECTRA_SHARE - sum(more.values()), **more}
+        more |= {SPECTRA: SPECTRA_SHARE, SCALARS: SCALARS_SHARE}
+        shares = {**more, VECTORS: 1 - sum(more.values())}
         self._series = {prefix: _Series(path, prefix, share * limit_bytes) for prefix, share in shares.items()}
 
     def save(
@@ -115,13 +120,16 @@ class SpectraStore:
         *,
         full: bool = True,
         circuits: Mapping[str, BlockCircuits] | None = None,
+        scalars: Mapping[str, float] | None = None,
     ) -> None:
         """Write one refresh, replacing an earlier one of the same update. Raises `UserError` (full, read-only).
 
-        `full`: whether these are whole spectra.
+        `full`: whether these are whole spectra. `scalars`: as in a `SpectralRecord`.
         """
         if not self.path.exists() and self.path.parent.exists():  # it went, but not the run with it
             self.begin()
+        if scalars:  # the least first, where room runs out
+            write_scalars(self.path, StoredScalars.of(update, scalars, full=full))
         write_refresh(self.path, update, solved, full=full)
         if circuits:
             write_circuits(self.path, StoredCircuits(update, dict(circuits), str((self._index or {})[CIRCUITS])))
@@ -153,7 +161,7 @@ class SpectraStore:
 
     def forget_after(self, update: int) -> None:
         """Delete what a run that was cut off has stored after the checkpoint it is resumed from."""
-        for prefix in (SPECTRA, VECTORS, CIRCUITS, WEIGHTS, FLOWS):
+        for prefix in (SPECTRA, VECTORS, SCALARS, CIRCUITS, WEIGHTS, FLOWS):
             for path in files_of(self.path, prefix):
                 if update_of(path) > update:
                     path.unlink(missing_ok=True)
@@ -206,7 +214,7 @@ class _Series:
     def thin(self) -> None:
         """Delete what is not to be kept beside the first file, the newest and the newest of whole spectra."""
         paths = self._thinned(files_of(self._folder, self._prefix))
-        while len(paths) > len({paths[0], *_newest(paths)}) and sum(map(_size, paths)) > self._limit:
+        while paths and len(paths) > len({paths[0], *_newest(paths)}) and sum(map(_size, paths)) > self._limit:
             self._spacing = 2 * max(self._spacing, _least_distance(_spaced(paths)))
             paths = self._thinned(paths)
 

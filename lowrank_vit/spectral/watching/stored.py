@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +27,7 @@ from lowrank_vit.spectral.watching.files import (
     read_vectors,
     update_of,
 )
+from lowrank_vit.spectral.watching.scalars import ScalarHistory, columns_of
 from lowrank_vit.spectral.watching.store import read_far_entries
 
 T = TypeVar("T")
@@ -105,6 +108,43 @@ class Spectra:
         """
         newest = _newest(self._vectors) if self._vectors else self.updates[-1]
         return self._named(self.refresh_vectors(newest if update is None else update).ends, name, ema)
+
+    @cached_property
+    def history(self) -> ScalarHistory:
+        """The scalars, refresh by refresh."""
+        return ScalarHistory(self.path)
+
+    @property
+    def scalar_updates(self) -> list[int]:
+        """Those whose scalars are there, ascending; beyond the size limit of the store they are thinned out, too."""
+        return self.history.updates
+
+    def scalars(self, *metrics: str, updates: Collection[int] | None = None) -> dict[str, np.ndarray]:
+        """The scalars of all refreshes as the columns of one table, a row for each refresh and matrix or mean.
+
+        `metrics`: those that are wanted, such as "sigma_max"; default: all, which of a long run of ViT-B are 350 MB.
+        `updates`: some of `scalar_updates`; default: all. Refreshes that cannot be read are left out.
+
+        Returns what `columns_of` says: "update" int64, "ema" bool, "name", and each metric float64 with NaN where there
+        is none. Raises `UserError` for a metric that no refresh has, and for an update that is not there.
+        """
+        known, found = self.scalar_updates, []
+        for update in known if updates is None else updates:
+            with contextlib.suppress(*((UserError,) if update in known else ())):
+                found.append(self.history.read(update))
+        there = {metric for one in found for metric in one.metrics}
+        if missing := [metric for metric in metrics if metric not in there]:
+            some = ", ".join(difflib.get_close_matches(missing[0], there, n=3) or sorted(there)[:8]) or "none"
+            raise UserError(f"{self.path} has no metric {missing[0]}. There are {some}.")
+        return columns_of(found, metrics)
+
+    def to_pandas(self, *metrics: str, updates: Collection[int] | None = None) -> Any:
+        """`scalars` as a pandas DataFrame. Raises `UserError` where pandas is not installed."""
+        try:
+            pandas: Any = importlib.import_module("pandas")
+        except ImportError as error:
+            raise UserError("pandas is not installed: `pip install pandas`, or take `scalars`, without it.") from error
+        return pandas.DataFrame(self.scalars(*metrics, updates=updates))
 
     def file(self, update: int) -> Path:
         """Where the singular values of an update are stored."""

@@ -207,7 +207,7 @@ class Worker:
         if snapshot.full and since_full is not None:
             flat["spec/refresh/since_full"] = float(snapshot.update - since_full)
         try:
-            self._store = self._call(saved, self._store, whole)
+            self._store = self._call(saved, self._store, replace(whole, values={}), flat)
             self._is_failing = False
         finally:  # the numbers are there, stored or not
             self.finished.put(SpectralRecord(whole.update, flat))
@@ -313,9 +313,9 @@ def flattened_circuits(circuits: Mapping[str, BlockCircuits]) -> dict[str, float
     return {f"{key}/{metric}": v for key, found in circuit_values(circuits).items() for metric, v in found.items()}
 
 
-def saved(store: SpectraStore, found: Refreshed) -> SpectraStore:
+def saved(store: SpectraStore, found: Refreshed, scalars: Mapping[str, float]) -> SpectraStore:
     """The store with one refresh more, see `SpectraStore.save`: it may be another process's copy of it."""
-    store.save(found.update, found.solved, full=found.full, circuits=found.circuits)
+    store.save(found.update, found.solved, full=found.full, circuits=found.circuits, scalars=scalars)
     return store
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.report import events as events_module
 from lowrank_vit.report import read as read_module
 from lowrank_vit.report.__main__ import main
 from lowrank_vit.report.page import comparison, final_numbers, headline, report_html, spectral_numbers, write_report
@@ -128,7 +129,7 @@ def test_logged_scalars_are_read_without_aggregates_and_a_torn_line_is_left_out(
 
 
 def test_many_spec_events_are_thinned(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_module, "MAX_SNAPSHOTS", 3)
+    monkeypatch.setattr(events_module, "MAX_SNAPSHOTS", 3)
     add_monitor(run, refreshes=9)
     np.testing.assert_array_equal(read_run(run).scalars["update"], [0, 40, 80])
 

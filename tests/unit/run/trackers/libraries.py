@@ -24,6 +24,7 @@ class Library:
         """Each with its place on its axis as `step`, where the library is told that."""
         self.begun: list[dict[str, Any]] = []
         """What runs were started with."""
+        self.tables: list[Any] = []
         self.is_finished = False
 
     def meet(self, what: str) -> None:
@@ -67,7 +68,8 @@ def _module(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:
 def _wandb(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**told: Any) -> Any:
         run_id = library.begin(**told)
-        return SimpleNamespace(id=run_id, define_metric=lambda *_, **__: None, log=library.take, finish=library.finish)
+        calls = {"define_metric": lambda *_, **__: None, "log_artifact": library.tables.append}
+        return SimpleNamespace(id=run_id, log=library.take, finish=library.finish, **calls)
 
     monkeypatch.setattr(wandb, "init", init)
 

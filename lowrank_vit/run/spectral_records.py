@@ -1,0 +1,154 @@
+"""Which numbers of the spectra go where, to `metrics.jsonl`, to trackers, in a table; and how much that will be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from lowrank_vit.run.trackers.tracker import Table
+from lowrank_vit.spectral.measures.aggregates import CIRCUIT
+from lowrank_vit.spectral.select import module_depth, module_type
+from lowrank_vit.spectral.watching.files import ABOUT, StoredScalars
+from lowrank_vit.spectral.watching.scalars import columns_of
+
+Logged = Literal["means", "all"]
+Sent = Literal["means", "types", "first-last", "all"]
+
+MEANS = frozenset(
+    """sigma_max stable_rank effective_rank numerical_rank alpha mp_outliers update_norm2 turn_bound block_energy
+    block_cos_u_overlap block_cos0_u_overlap block_ema_cos_u_overlap""".split()
+)
+"""Metrics whose means by type are logged and sent unless more is asked for."""
+OF_EACH = frozenset(("sigma_max", "block_cos_u_mean"))
+"""Those that are then sent of each matrix."""
+_ASKED_FOR = ("dw_", "opt_")
+"""Metrics begin so that only `--spec-updates` computes."""
+_TYPE, _DEPTH = "type/", "depth/"
+
+
+@cache
+def _parts(key: str) -> tuple[str, str]:
+    """Name and metric of a number; the same few thousand keys come with every refresh."""
+    group, _, metric = key.rpartition("/")
+    return group.partition("/")[2], metric
+
+
+@cache
+def _is_mean(key: str) -> bool:
+    """Whether a number is about the refresh, or a mean by type of `MEANS` or of what a flag of its own asks for."""
+    name, metric = _parts(key)
+    is_shown = metric in MEANS or metric.startswith(_ASKED_FOR) or name == _TYPE + CIRCUIT
+    return name == ABOUT or (name.startswith(_TYPE) and is_shown)
+
+
+@cache
+def _is_of_each(key: str) -> bool:
+    name, metric = _parts(key)
+    return metric in OF_EACH and not name.startswith((_TYPE, _DEPTH))
+
+
+def logged(values: dict[str, Any], what: Logged) -> dict[str, Any]:
+    """What of a record goes to `metrics.jsonl`, which has no limit: means by type, or all."""
+    return values if what == "all" else {key: value for key, value in values.items() if _is_mean(key)}
+
+
+def sent(values: dict[str, Any], what: Sent) -> dict[str, Any]:
+    """What of a record goes to trackers.
+
+    means: by type the means of `MEANS`, and `OF_EACH` of each matrix; types: all means by type; first-last: these, and
+    all numbers of the matrices of the first and of the last block and of those in no block. Each has what is about the
+    refresh.
+    """
+    match what:
+        case "all":
+            return values
+        case "means":
+            return {key: value for key, value in values.items() if _is_mean(key) or _is_of_each(key)}
+        case "types":
+            groups = (_TYPE, ABOUT)
+            return {key: value for key, value in values.items() if _parts(key)[0].startswith(groups)}
+        case "first-last":
+            names = [name for name in dict.fromkeys(_parts(key)[0] for key in values) if not name.startswith(_DEPTH)]
+            depths = {name: "" if name.startswith((_TYPE, ABOUT)) else module_depth(name) for name in names}
+            of_blocks = [depth for depth in depths.values() if depth]
+            ends = {"", *of_blocks[:1], *of_blocks[-1:]}
+            return {key: value for key, value in values.items() if depths.get(_parts(key)[0]) in ends}
+
+
+def table_of(update: int, values: Mapping[str, float]) -> Table:
+    """All numbers of a record, a row for each matrix, circuit and mean."""
+    columns = columns_of([StoredScalars.of(update, values)])
+    plain = [
+        [None if isinstance(cell, float) and np.isnan(cell) else cell for cell in c.tolist()] for c in columns.values()
+    ]
+    return Table(list(columns), [list(row) for row in zip(*plain, strict=True)])
+
+
+class Sizes(NamedTuple):
+    """Bytes that a refresh takes."""
+
+    store: float
+    """In the store, before it is thinned out."""
+    line: float
+    """In `metrics.jsonl`."""
+
+
+def expected_sizes(
+    matrices: Mapping[str, Mapping[str, Any]], kinds: int, topk: int, interval: int, full_every: int, what: Logged
+) -> Sizes:
+    """About what a refresh takes, from how many numbers records have; without circuits and changes.
+
+    Args:
+        matrices: by name, the "shape" of each; see `SpectralMonitor.matrices`.
+        kinds: 2 with an EMA, else 1.
+        topk, interval, full_every: see `SpectralSettings`.
+        what: is logged.
+    """
+    shapes = [one["shape"] for one in matrices.values()]
+    types, depths = {module_type(name) for name in matrices}, {module_depth(name) for name in matrices}
+    means = kinds * (len(types) + len(depths))
+    whole = 1 / full_every
+    per_matrix = whole * (_METRICS + _PER_INDEX * topk) + (1 - whole) * (_METRICS_FIRST + _PER_INDEX_FIRST * topk)
+    scalars = 8 * (kinds * len(shapes) + means) * per_matrix
+    spectra = 8 * sum(min(shape) for shape in shapes) * kinds
+    reach = 1 + (topk - 1) * interval
+    vectors = 8 * kinds * sum((min(reach, min(shape)) + whole * topk) * (sum(shape) + 2) for shape in shapes)
+    numbers = _FILLED * (kinds * len(shapes) * per_matrix + means * (whole * _METRICS + (1 - whole) * _METRICS_FIRST))
+    of_means = kinds * len(types) * len(MEANS) * (whole + (1 - whole) * _MEANS_FIRST)
+    line = _BYTES_A_NUMBER * (numbers if what == "all" else of_means)
+    return Sizes(scalars + spectra + vectors, line)
+
+
+_METRICS, _PER_INDEX = 95, 14
+"""Numbers of a matrix in a whole refresh: so many, and so many for each recorded index."""
+_METRICS_FIRST, _PER_INDEX_FIRST = 76, 7
+"""The same in another refresh."""
+_MEANS_FIRST = 0.65
+"""The share of `MEANS` that it has."""
+_FILLED = 0.87
+"""An EMA lacks some."""
+_BYTES_A_NUMBER = 57
+"""In JSON, with its name."""
+
+
+def sizes_in_words(sizes: Sizes, refreshes: int, matrices: int, limit_gb: float, what: Logged) -> str:
+    """A line for the beginning of a run of so many refreshes: how large its records will get."""
+    store, log = refreshes * sizes.store, refreshes * sizes.line
+    held = f"{_bytes(store)} in spectra/"
+    if store > limit_gb * 1e9:
+        held = f"thinned out in spectra/ to {_bytes(limit_gb * 1e9)} (--spec-store-gb; all would be {_bytes(store)})"
+    unbounded = "; --spec-log means is small" if what == "all" else ""
+    return (
+        f"spectra: {refreshes:,} refreshes of {matrices:,} matrices, about {_bytes(sizes.store)} each, {held}; "
+        f"metrics.jsonl gets about {_bytes(log)} of them{unbounded}"
+    )
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:,.{2 - min(2, len(f'{count / size:.0f}') - 1)}f} {unit}"
+    return f"{count / 1e3:.0f} kB"
