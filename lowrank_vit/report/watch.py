@@ -31,6 +31,8 @@ from lowrank_vit.common.terminal import printable, say
 HOST, USUAL_PORT = "127.0.0.1", 8642
 _NAMES = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.IGNORECASE)
 """What a browser here calls this server; of a forwarded port (ssh -L) the number is another."""
+_OWN_POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+"""Of a page that may fetch nothing; the one of `_HEADERS` lets it ask for the newest one's number alone."""
 _LOOKED_AT_S = 20.0
 """After so long without a question nobody looks any more."""
 _PAUSE_S, _PAUSES = 10.0, 4.0
@@ -147,7 +149,7 @@ class Watched:
     def _made(self, content: str) -> Page:
         self._number += 1
         version = f"{self._begun}-{self._number}"
-        before, end, after = content.rpartition("</body>")
+        before, end, after = _OWN_POLICY.sub("", content).rpartition("</body>")
         content = f"{before}{_SCRIPT % (_LOST, version)}{end}{after}"
         return Page(version, content.encode("utf-8", "backslashreplace"))
 

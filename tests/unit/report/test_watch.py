@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -14,8 +15,10 @@ import pytest
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.report import watch
 from lowrank_vit.report.__main__ import main
+from lowrank_vit.report.page import draw_report
 from lowrank_vit.report.watch import Watched, open_server, page_of, state_of
-from tests.reported import add_metrics
+from tests.browser import opened
+from tests.reported import add_metrics, add_summary
 
 PAGE = "<!doctype html><html><body><h1>{}</h1></body></html>"
 
@@ -32,12 +35,13 @@ class Drawing:
     def __init__(self) -> None:
         self.count = 0
         self.error: Exception | None = None
+        self.page = PAGE
 
     def __call__(self, path: Path) -> str:
         self.count += 1
         if self.error:
             raise self.error
-        return PAGE.format(f"page {self.count} of {path.name}")
+        return self.page.format(f"page {self.count} of {path.name}")
 
 
 @pytest.fixture
@@ -227,6 +231,39 @@ def test_ctrl_c_ends_it_without_an_error(
     main([str(run), "--watch", "--port", "0"])
     assert capsys.readouterr().out.splitlines()[-1] == "ended"
     assert list(run.iterdir()) == []
+
+
+def test_a_browsers_page_loads_itself_anew(tmp_path: Path, run: Path) -> None:
+    add_metrics(run)
+    watched = Watched(run, lambda path: draw_report(path, png=False).html)
+    with opened(tmp_path / "profile") as tab, open_server(0, watched) as server:
+        threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01), daemon=True).start()
+        watched.start()
+        tab.call("Page.navigate", url=f"http://127.0.0.1:{server.server_address[1]}/")
+        tab.wait("document.documentElement?.dataset.state === 'ready'")
+        add_summary(run)
+        tab.wait("document.body?.textContent.includes('62.25 %')")
+        tab.wait("document.getElementById('watched')?.hidden")
+        server.shutdown()
+        server.server_close()
+        watched.close()
+        tab.wait("document.getElementById('watched')?.hidden === false")
+
+
+def test_a_page_that_forbids_itself_to_fetch_may_ask_for_its_number(ask: Ask, run: Path, drawing: Drawing) -> None:
+    add_metrics(run)
+    policy = re.search(
+        r'<meta http-equiv="Content-Security-Policy"\s+content="([^"]*)">', draw_report(run, png=False).html
+    )
+    assert policy
+    drawing.page = PAGE.replace("<html>", f"<html><head>{policy[0]}</head>")
+    page = until(ask, "page 1 of run")
+    assert policy[1] not in page
+    header = ask()[2]["Content-Security-Policy"]
+    assert {one.strip() for one in policy[1].split(";")} - {"img-src data: blob:"} <= {
+        one.strip() for one in header.split(";")
+    }
+    assert "connect-src 'self'" in header
 
 
 def test_the_page_is_the_reports_and_nothing_is_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
