@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from tyro.conf import arg
 
@@ -54,7 +55,7 @@ class LowRank:
     lowrank_decay: Literal["factors", "product"] = "factors"
     """What weight decay shrinks: each factor, or their product (Frobenius decay)."""
     lowrank_calibration_images: Annotated[int, POSITIVE] = 1024
-    """How many training images, drawn by --seed, kfac's moments are taken from."""
+    """How many training images, drawn by --seed, kfac's moments are of; the loss at a switch is of the first 128."""
     reg_nuclear: Annotated[float, NOT_NEGATIVE] = 0.0
     """Add so many times the sum of the targets' singular values to the loss, which draws them to low rank; 0: off."""
     reg_stable_rank: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -99,26 +100,92 @@ def parse_schedule(texts: tuple[str, ...]) -> dict[int, float]:
     return dict(pairs)
 
 
+def _regularises(options: LowRank) -> bool:
+    return bool(options.reg_nuclear or options.reg_stable_rank)
+
+
+def _acts_on_weights(options: LowRank) -> bool:
+    return _regularises(options) or options.spectral_clip is not None
+
+
+class _Need(NamedTuple):
+    """What a flag needs in order to do anything."""
+
+    is_met: Callable[[LowRank], bool]
+    why: str
+    """The rest of the sentence that begins with the flag."""
+
+
+_LORA = _Need(
+    lambda options: options.lora is not None,
+    "is about --lora, which is not there. Add --lora RANK, or leave it out.",
+)
+_TRAIN = _Need(
+    lambda options: options.lowrank_train != "none",
+    "is about --lowrank-train, which is not there. Add --lowrank-train kfac (or energy, mp), or leave it out.",
+)
+_KFAC = _Need(
+    lambda options: options.lowrank_train == "kfac",
+    "is about --lowrank-train kfac, which is not there. Give that rule, or leave it out.",
+)
+_ENERGY = _Need(  # beside kfac's schedule it says what refreshes would keep
+    lambda options: (
+        options.lowrank_train == "energy" or bool(options.lowrank_train == "kfac" and options.lowrank_schedule)
+    ),
+    "is about --lowrank-train energy, which is not there. Give that rule, or leave it out.",
+)
+_NO_SCHEDULE = _Need(
+    lambda options: not options.lowrank_schedule,
+    "is about switches of layers that have settled; --lowrank-schedule says when to switch and with which budget. "
+    "Leave one of them out.",
+)
+_FACTORS = _Need(
+    lambda options: options.lowrank_train != "none" or options.lowrank_init is not None,
+    "is about layers in factors, of --lowrank-train or --lowrank-init, which are not there. Add one of them, or leave "
+    "it out.",
+)
+_TARGETS = _Need(
+    lambda options: (
+        _FACTORS.is_met(options) or _LORA.is_met(options) or (_acts_on_weights(options) and options.reg_targets is None)
+    ),
+    "names the layers of --lowrank-train, --lowrank-init, --lora, or of regularisers without --reg-targets, none of "
+    "which is there. Add one of them, or leave it out.",
+)
+_PENALTY = _Need(
+    _regularises,
+    "is about --reg-nuclear and --reg-stable-rank, which are not there. Add one of them with its weight, e.g. "
+    "--reg-nuclear 0.05, or leave it out.",
+)
+_ACTING = _Need(
+    _acts_on_weights,
+    "is about --reg-nuclear, --reg-stable-rank and --spectral-clip, which are not there. Add one of them, e.g. "
+    "--reg-nuclear 0.05, or leave it out.",
+)
+_NEEDS: dict[str, tuple[_Need, ...]] = {
+    "lora_alpha": (_LORA,),
+    "lora_dropout": (_LORA,),
+    "lowrank_targets": (_TARGETS,),
+    "lowrank_energy": (_TRAIN, _ENERGY),
+    "lowrank_budget": (_TRAIN, _KFAC, _NO_SCHEDULE),
+    "lowrank_settled": (_TRAIN,),
+    "lowrank_switches": (_TRAIN, _NO_SCHEDULE),
+    "lowrank_schedule": (_TRAIN,),
+    "lowrank_dry_run": (_TRAIN,),
+    "lowrank_moments": (_TRAIN,),
+    "lowrank_decay": (_FACTORS,),
+    "lowrank_calibration_images": (_TRAIN,),
+    "reg_every": (_ACTING,),
+    "reg_targets": (_ACTING,),
+    "reg_coupled": (_PENALTY,),
+}
+"""By field all that it needs. The others do something by themselves."""
+
+
 def check_low_rank(options: LowRank, *, is_watched: bool) -> None:
     """Raise `UserError` for options that need or exclude another; `is_watched`: with --spec-monitor."""
+    _check_idle(options)
     _check_lora(options)
-    acts = options.reg_nuclear or options.reg_stable_rank
-    for name, is_idle in {
-        "reg-targets": options.reg_targets is not None and not acts and options.spectral_clip is None,
-        "reg-coupled": options.reg_coupled and not acts,
-    }.items():
-        if is_idle:
-            raise UserError(
-                f"--{name} is about --reg-nuclear and --reg-stable-rank, which are not there. Add one of them with its "
-                "weight, e.g. --reg-nuclear 0.05, or leave it out."
-            )
     if options.lowrank_train == "none":
-        given = {"schedule": options.lowrank_schedule, "dry-run": options.lowrank_dry_run}
-        if idle := [name for name, value in given.items() if value]:
-            raise UserError(
-                f"--lowrank-{idle[0]} is about --lowrank-train, which is not there. Add --lowrank-train kfac (or "
-                "energy, mp), or leave it out."
-            )
         return
     if options.lowrank_init is not None:
         raise UserError(
@@ -133,12 +200,19 @@ def check_low_rank(options: LowRank, *, is_watched: bool) -> None:
         )
 
 
+def _check_idle(options: LowRank) -> None:
+    """Raise `UserError` for the first option that would do nothing as the others are; defaults may always stand."""
+    defaults = LowRank()
+    for name, needs in _NEEDS.items():
+        if getattr(options, name) == getattr(defaults, name):
+            continue
+        if missing := next((need for need in needs if not need.is_met(options)), None):
+            raise UserError(f"--{name.replace('_', '-')} {missing.why}")
+
+
 def _check_lora(options: LowRank) -> None:
-    """Raise `UserError` for options of adapters without any, and for others that change the targets' own weights."""
+    """Raise `UserError` for options beside adapters that change the targets' own weights."""
     if options.lora is None:
-        given = {"alpha": options.lora_alpha is not None, "dropout": options.lora_dropout}
-        if idle := [name for name, value in given.items() if value]:
-            raise UserError(f"--lora-{idle[0]} is about --lora, which is not there. Add --lora RANK, or leave it out.")
         return
     changing = {
         "lowrank-init": options.lowrank_init is not None,

@@ -99,8 +99,8 @@ LINES = {
     "--output ~no-such-user/x": "--output ~no-such-user/x: there is no such user. For that very name write "
     "./~no-such-user/x.",
     "--config quickstrt": "--config quickstrt: No such file or directory. Did you mean quickstart?",
-    "--config cifar100": "--config cifar100: No such file or directory. Did you mean cifar100_vit_base or "
-    "cifar100_vit_small?",
+    "--config cifar100": "--config cifar100: No such file or directory. Did you mean cifar100_vit_base, "
+    "cifar100_vit_small or cifar100_vit_small_lowrank?",
     "--config $NOT_THERE/a.yaml": "--config $NOT_THERE/a.yaml: there is no environment variable NOT_THERE. "
     "For a plain $ write $$.",
     # flags that are not there

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+from pathlib import Path
 
 import pytest
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
-from lowrank_vit.config.low_rank_options import parse_schedule
+from lowrank_vit.config.low_rank_options import LowRank, parse_schedule
 from lowrank_vit.config.option_types import leaves, may_change
 from lowrank_vit.config.options import Config
 
@@ -59,8 +61,6 @@ def test_a_schedule_goes_forward_and_down(texts: str, why: str):
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("--lowrank-schedule 8=0.15", "--lowrank-schedule is about --lowrank-train, which is not there"),
-        ("--lowrank-dry-run", "--lowrank-dry-run is about --lowrank-train, which is not there"),
         ("--lowrank-train kfac", "rests on the refreshes of --spec-monitor, which is off. Add --spec-monitor"),
         ("--spec-monitor --lowrank-train kfac --lowrank-schedule 8", "takes EPOCH=BUDGET"),
         ("--spec-monitor --lowrank-train svd", "--lowrank-train takes one of none, energy, mp, kfac, not `svd`"),
@@ -72,15 +72,16 @@ def test_a_schedule_goes_forward_and_down(texts: str, why: str):
         ("--spec-monitor --lora 4 --lowrank-train mp", "--lora keeps .* and --lowrank-train changes them"),
         ("--lora 4 --reg-nuclear 0.1", "--lora keeps .* and --reg-nuclear changes them"),
         ("--lora 4 --spectral-clip 2", "--lora keeps .* and --spectral-clip changes them"),
-        ("--lora-alpha 8", "--lora-alpha is about --lora, which is not there. Add --lora RANK"),
-        ("--lora-dropout 0.1", "--lora-dropout is about --lora, which is not there"),
         ("--lora 0", "--lora takes a whole number of at least 1"),
         ("--lora 4 --lora-alpha 0", "--lora-alpha takes a number above 0"),
         ("--lora 4 --lora-dropout 1", "--lora-dropout takes a number from 0 to below 1"),
         ("--lowrank-init 0", "--lowrank-init takes a number above 0, up to below 1"),
         ("--lowrank-init 1", "--lowrank-init takes a number above 0, up to below 1"),
-        ("--lowrank-budget 0", "--lowrank-budget takes a number above 0, up to 1"),
-        ("--lowrank-switches 0", "--lowrank-switches takes a whole number of at least 1"),
+        ("--spec-monitor --lowrank-train kfac --lowrank-budget 0", "--lowrank-budget takes a number above 0, up to 1"),
+        (
+            "--spec-monitor --lowrank-train mp --lowrank-switches 0",
+            "--lowrank-switches takes a whole number of at least 1",
+        ),
     ],
 )
 def test_what_contradicts_is_said_before_anything_is_opened(line: str, why: str):
@@ -90,3 +91,62 @@ def test_what_contradicts_is_said_before_anything_is_opened(line: str, why: str)
 
 def test_what_decides_when_and_how_much_stays_as_it_is_on_resume():
     assert not [name for name, hint, _ in leaves(Config().lowrank) if may_change(hint)]
+
+
+TRAIN = "--spec-monitor --lowrank-train"
+WITH = {
+    "--lora-alpha 8": ["--lora 4"],
+    "--lora-dropout 0.1": ["--lora 4"],
+    "--lowrank-targets mlp.fc1": [f"{TRAIN} mp", "--lowrank-init 0.2", "--lora 4", "--spectral-clip 2"],
+    "--lowrank-energy 0.8": [f"{TRAIN} energy", f"{TRAIN} kfac --lowrank-schedule 8=0.15"],
+    "--lowrank-budget 0.3": [f"{TRAIN} kfac"],
+    "--lowrank-settled 5": [f"{TRAIN} mp", f"{TRAIN} kfac --lowrank-schedule 8=0.15"],
+    "--lowrank-switches 1": [f"{TRAIN} mp --lowrank-dry-run"],
+    "--lowrank-schedule 8=0.15": [f"{TRAIN} energy"],
+    "--lowrank-dry-run": [f"{TRAIN} energy"],
+    "--lowrank-moments restart": [f"{TRAIN} mp --lowrank-dry-run"],
+    "--lowrank-decay product": [f"{TRAIN} mp", "--lowrank-init 0.2"],
+    "--lowrank-calibration-images 99": [f"{TRAIN} kfac", f"{TRAIN} energy"],
+    "--reg-every 3": ["--reg-nuclear 0.1", "--reg-stable-rank 0.1", "--spectral-clip 2"],
+    "--reg-targets mlp.fc1": ["--reg-nuclear 0.1", "--reg-stable-rank 0.1", "--spectral-clip 2"],
+    "--reg-coupled": ["--reg-nuclear 0.1", "--reg-stable-rank 0.1"],
+}
+"""Options that do nothing alone, and what each of them does something with."""
+BY_THEMSELVES = {"lowrank-train", "lowrank-init", "lora", "reg-nuclear", "reg-stable-rank", "spectral-clip"}
+
+
+@pytest.mark.parametrize("option", WITH)
+def test_an_option_that_would_do_nothing_is_refused(option: str):
+    name = option.split()[0]
+    with pytest.raises(UserError, match=rf"^{name} (is about|names) .* Add .*, or leave it out\.$"):
+        parse(option.split())
+    for others in WITH[option]:
+        parse(f"{option} {others}".split())
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (f"{TRAIN} mp --lowrank-energy 0.8", "--lowrank-energy is about --lowrank-train energy"),
+        (f"{TRAIN} kfac --lowrank-energy 0.8", "--lowrank-energy is about --lowrank-train energy"),
+        (f"{TRAIN} energy --lowrank-budget 0.3", "--lowrank-budget is about --lowrank-train kfac"),
+        (f"{TRAIN} kfac --lowrank-schedule 8=0.15 --lowrank-budget 0.3", "--lowrank-schedule says .* which budget"),
+        (f"{TRAIN} mp --lowrank-schedule 8=0.15 --lowrank-switches 1", "--lowrank-schedule says when to switch"),
+        ("--lowrank-init 0.2 --lowrank-moments restart", "--lowrank-moments is about --lowrank-train"),
+        ("--lora 4 --lowrank-decay product", "--lowrank-decay is about layers in factors"),
+        ("--spectral-clip 2 --reg-targets fc1 --lowrank-targets fc1", "regularisers without --reg-targets"),
+        ("--reg-targets fc1", "--reg-nuclear, --reg-stable-rank and --spectral-clip, which are not there"),
+        ("--spectral-clip 2 --reg-coupled", "--reg-nuclear and --reg-stable-rank, which are not there"),
+    ],
+)
+def test_an_option_that_the_others_leave_nothing_to_do_is_refused(line: str, why: str):
+    with pytest.raises(UserError, match=why):
+        parse(line.split())
+
+
+def test_defaults_may_be_spelled_and_every_option_is_known_to_do_something(tmp_path: Path):
+    options = list(leaves(Config().lowrank))
+    assert {name for name, _, _ in options} == BY_THEMSELVES | {option.split()[0].removeprefix("--") for option in WITH}
+    path = tmp_path / "args.yaml"
+    path.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, _, value in options))
+    assert parse(["--config", str(path)]).lowrank == LowRank()

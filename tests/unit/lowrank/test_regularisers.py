@@ -435,12 +435,6 @@ def test_a_state_of_other_targets_is_refused():
         step.load_state_dict(make_step("", small_vit())[0].state_dict())
 
 
-@pytest.mark.parametrize("argv", ["--reg-coupled", "--reg-targets fc1", "--spectral-clip 2 --reg-coupled"])
-def test_a_flag_about_penalties_that_are_not_there_is_told(argv):
-    with pytest.raises(UserError, match="Add one of them"):
-        parse(f"--device cpu {argv}".split())
-
-
 def test_float16_unscales_what_it_is_given_to():
     step, _ = make_step("--amp --amp-dtype float16 --reg-nuclear 0.1 --reg-coupled --lr 1e-3", small_vit())
     step(batches(1)[0])
