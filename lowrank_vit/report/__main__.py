@@ -30,6 +30,8 @@ class Options:
     """Another run, whose scores and spectra stand beside this one's: of the same plan, with another optimizer, say."""
     png: bool = True
     """Draw pictures too: RUN/report/*.png, and in the page for readers without scripts. Without them it is faster."""
+    export: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="csv|parquet DIR", help_behavior_hint=NONE)] = None
+    """Write the run's numbers as tables into a folder, and nothing else: csv DIR, or parquet DIR with pyarrow."""
     watch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write nothing: serve the page to browsers on this machine, made anew while the run goes on, until Ctrl-C."""
     port: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=""), Range(0, 65535)] = None
@@ -44,6 +46,16 @@ def main(argv: list[str] | None = None) -> None:
     check_ranges(options)
     if options.port is not None and not options.watch:
         raise UserError("--port is about --watch, which is not there. Add --watch, or leave --port out.")
+    if options.export is not None:
+        if options.watch or options.against:
+            raise UserError("--export writes tables alone. Leave --watch and --against out.")
+        from lowrank_vit.report.export import export_run, format_of
+
+        form, folder = options.export
+        files = export_run(options.run, format_of(form), Path(folder))
+        output_is_in_files()
+        say(f"wrote {', '.join(map(str, files))}")
+        return
     if options.watch:
         from lowrank_vit.report.watch import serve_page
 

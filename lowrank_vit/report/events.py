@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -75,7 +75,7 @@ def read_scalars(log: Path, history: ScalarHistory) -> Columns:
     those of the log.
     """
     wanted = {*thinned(history.updates, MAX_SNAPSHOTS), *history.full_updates[-1:]}
-    lines = _read_lines(log, _SPEC_EVENT, lambda updates: wanted or thinned(updates, MAX_SNAPSHOTS))
+    lines = _read_lines(log, _SPEC_EVENT, lambda updates: wanted or thinned(updates, MAX_SNAPSHOTS), SCALARS)
     rows = {row["update"]: row for row in lines}
     for update in wanted:
         with contextlib.suppress(UserError):  # a run that goes on may have thinned it out meanwhile
@@ -85,15 +85,16 @@ def read_scalars(log: Path, history: ScalarHistory) -> Columns:
     return by_update(rows.values())
 
 
-def read_flows(log: Path) -> Columns:
-    """All of the lines of kind flow, at most MAX_SNAPSHOTS, evenly spaced."""
-    return by_update(_read_lines(log, _FLOW_EVENT, lambda updates: thinned(updates, MAX_SNAPSHOTS), every=True))
+def read_flows(log: Path, *, every: bool = False) -> Columns:
+    """All numbers of the lines of kind flow: of `every` one, or of at most MAX_SNAPSHOTS, evenly spaced."""
+    rows = _read_lines(log, _FLOW_EVENT, lambda updates: updates if every else thinned(updates, MAX_SNAPSHOTS), None)
+    return by_update(rows)
 
 
 def _read_lines(
-    path: Path, beginning: bytes, choose: Callable[[list[int]], Iterable[int]], *, every: bool = False
+    path: Path, beginning: bytes, choose: Callable[[list[int]], Iterable[int]], metrics: Collection[str] | None
 ) -> list[dict[str, float]]:
-    """The lines that begin so and are of updates that are chosen: `SCALARS`, or `every` number.
+    """The lines that begin so and are of updates that are chosen: of these `metrics`, or all.
 
     Damaged lines are noted with those of the training.
     """
@@ -111,7 +112,8 @@ def _read_lines(
             if update in wanted:
                 with contextlib.suppress(ValueError):
                     event = json.loads(line)
-                    shown = {k: v for k, v in event.items() if every or k.rpartition("/")[2] in SCALARS}
+                    shown = {k: v for k, v in event.items() if metrics is None or k.rpartition("/")[2] in metrics}
+                    shown.pop("kind", None)
                     rows.append({key: as_float(value) for key, value in shown.items()} | {"update": float(update)})
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,12 @@ import wandb
 from wandb.errors import CommError, UsageError
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.run.metrics import RunLog
 from lowrank_vit.run.trackers import wandb as tracker
 from lowrank_vit.run.trackers.sending import Trackers
 from lowrank_vit.run.trackers.tracker import About
 from tests.unit.run.trackers.libraries import fake
-from tests.wandb_files import logged_rows
+from tests.wandb_files import logged_rows, run_files
 
 
 def started(run_dir: Path, **more: Any) -> Trackers:
@@ -90,6 +92,53 @@ def test_what_failed_can_be_sent_later(tmp_path, monkeypatch):
     log.log({"epoch": 0, "train_loss": 1.0}, "epoch")
     log.finish()
     assert f"wandb sync {tmp_path}" in said[0]
+
+
+SPECTRA = {
+    "spec/blocks.0.mlp.fc1/sigma_max": 1.5,
+    "spec/blocks.0.mlp.fc1/alpha": float("nan"),
+    "spec/blocks.0.mlp.fc2/sigma_max": 2.5,
+    "spec/blocks.0.mlp.fc2/alpha": 2.5,
+    "spec/type/mlp.fc1/turn_bound": float("inf"),
+}
+
+
+def test_a_table_of_the_newest_spectra_comes_at_the_end(tmp_path, monkeypatch):
+    library = fake("wandb", monkeypatch)
+    with RunLog(tmp_path, trackers=started(tmp_path)) as log:
+        log.log("spec", 100, SPECTRA)
+        log.log("spec", 200, SPECTRA)
+        assert library.tables == []
+    (artifact,) = library.tables
+    assert (artifact.name, artifact.type) == ("spectra-abc123", "spectra")
+    (entry,) = artifact.manifest.entries.values()
+    table = json.loads(Path(entry.local_path).read_text())
+    assert table["columns"] == ["update", "ema", "name", "sigma_max", "alpha", "turn_bound"]
+    assert table["data"][0] == [200, False, "blocks.0.mlp.fc1", 1.5, None, None]
+    assert table["data"][1] == [200, False, "blocks.0.mlp.fc2", 2.5, 2.5, None]
+    assert library.is_finished
+
+
+@pytest.mark.parametrize("spectra", [{}, SPECTRA], ids=["none", "some"])
+def test_a_table_that_fails_ends_the_run_there_all_the_same(tmp_path, monkeypatch, spectra):
+    library, said = fake("wandb", monkeypatch), list[str]()
+    monkeypatch.setattr(wandb, "Artifact", lambda *_, **__: 1 / 0)
+    with RunLog(tmp_path, trackers=started(tmp_path, say=said.append)) as log:
+        if spectra:
+            log.log("spec", 100, spectra)
+    assert library.is_finished
+    assert [line.partition(" (")[0] for line in said] == ["warning: W&B could not send everything"] * bool(spectra)
+
+
+def test_the_library_itself_takes_the_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    said: list[str] = []
+    with RunLog(tmp_path, trackers=started(tmp_path, say=said.append)) as log:
+        log.log("spec", 100, SPECTRA)
+    assert said == []
+    (file,) = run_files(tmp_path / "wandb")
+    assert b"scalars.table.json" in file.read_bytes()
 
 
 def test_a_real_server_that_is_away(tmp_path, monkeypatch):
