@@ -167,6 +167,10 @@ def first_triplets(
     The result has no triplets of the last values. A matrix that fails its checks is solved by an SVD, and `log` is
     told; on a CPU the bits depend neither on the number of cores nor on torch's threads.
 
+    The first values are those of the triplets, to their certificates. Those behind are roots of the Gram matrix's
+    eigenvalues, which are exact to about 1e-16 sigma_1^2: sums of squares are so, but what is 0 may come out as
+    2e-8 sigma_1.
+
     Args:
         name: for the log.
         matrix_RC: any real dtype and device. With a NaN or an infinity the result is NaN, without triplets.

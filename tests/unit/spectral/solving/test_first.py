@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +140,37 @@ def test_wrong_numbers_of_a_library_are_noticed(wrong: str, monkeypatch: pytest.
     solved = first_triplets("m", matrix, len, log=lines.append)
     assert (solved.solver, len(lines)) == ("svd", 1)
     check(solved, matrix, 60)
+
+
+@pytest.mark.parametrize("angle", [1e-12, 1e-9, 1e-6, 1e-4])
+@pytest.mark.parametrize("beside", [3, 19, 20, 45], ids=["near", "far", "next to the last", "left out"])
+@pytest.mark.usefixtures("path")
+def test_certificates_cover_bases_that_are_wrong_beside_right_squares(
+    angle: float, beside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Squares, orthogonality and the index say nothing of a basis that is turned a little: the residual alone does."""
+    m, turned, right = 20, 2, first._solved
+
+    def with_wrong_basis(a_RC: Any, found: first.First) -> tuple[Solved, str]:
+        basis_KM = torch.as_tensor(found.basis).clone()
+        one_K = basis_KM[:, turned].clone()
+        every_KK = torch.linalg.svd(torch.as_tensor(a_RC), full_matrices=False).Vh.T
+        other_K = basis_KM[:, beside].clone() if beside < m else every_KK[:, beside].clone()
+        basis_KM[:, turned] = np.cos(angle) * one_K + np.sin(angle) * other_K
+        if beside < m:
+            basis_KM[:, beside] = np.cos(angle) * other_K - np.sin(angle) * one_K
+        basis = basis_KM.numpy() if isinstance(found.basis, np.ndarray) else basis_KM
+        return right(a_RC, replace(found, basis=basis))
+
+    monkeypatch.setattr(first, "_solved", with_wrong_basis)
+    s = np.concatenate([np.array([9.0, 7.0, 5.0, 4.999]), np.geomspace(4, 0.5, 56)])
+    matrix = with_spectrum(s, 90, 60)
+    for step in (first._turn, lambda products_MM: None):
+        monkeypatch.setattr(first, "_turn", step)
+        solved = first_triplets("m", matrix, lambda _: m, log=lambda _: None)
+        check(solved, matrix, m)
+        if beside >= m and angle >= 1e-9:
+            assert solved.note or solved.certificate_max > 0.1 * angle
 
 
 def test_wrong_vectors_of_a_gpus_eigensolver_are_noticed(
