@@ -36,7 +36,7 @@ class Triplets(NamedTuple):
     @property
     def is_certified_N(self) -> Tensor:
         """Bool, on the device."""
-        return (self.error_N <= WORST) & (self.value_N > 0)
+        return (self.error_N <= WORST) & (self.value_N > 0) & self.value_N.isfinite()
 
 
 def first_triplets(matrices_NKL: Tensor, last_NK: Tensor) -> Triplets:

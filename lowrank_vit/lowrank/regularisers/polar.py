@@ -44,7 +44,7 @@ class Clipped(NamedTuple):
     matrices_NKL: Tensor
     """To the bit as they were where no value was above the limit."""
     count_N: Tensor
-    """How many values were, to a rounding."""
+    """How many values were, to a rounding; 0 where that is no number, as of a matrix that is not finite."""
 
 
 def polar(matrices_NKL: Tensor) -> Tensor:
@@ -81,4 +81,5 @@ def clipped(matrices_NKL: Tensor, limit: float) -> Clipped:
     count_N = above_NKK.diagonal(dim1=1, dim2=2).sum(1)
     less_NKL = torch.baddbmm(matrices_NKL, above_NKK, matrices_NKL - limit * polar_NKL, alpha=-1)
     is_above_N = count_N > 0.5
-    return Clipped(torch.where(is_above_N[:, None, None], less_NKL, matrices_NKL), count_N.round() * is_above_N)
+    kept_NKL = torch.where(is_above_N[:, None, None], less_NKL, matrices_NKL)
+    return Clipped(kept_NKL, torch.where(is_above_N, count_N.round(), 0.0))

@@ -152,16 +152,20 @@ class Regulariser:
         """What to log, of the last refresh and clipping; waits for the device.
 
         `nuclear_norm`: sum over the targets. `stable_rank`: mean; `stable_rank_error`: the worst certificate of a first
-        value; `stable_rank_left_out`: gradients that were none, so far. `clipped_values`: of the last clipping.
+        value, both of the matrices that have one; `stable_rank_left_out`: gradients that were none, so far.
+        `clipped_values`: of the last clipping. What is no number is not there.
         """
         numbers = self._split(self._kept)[-1].view(-1, 4)
-        both = [numbers[:, _NUCLEAR].sum(), numbers[:, _STABLE_RANK].mean(), numbers[:, _ERROR].max()]
-        nuclear, rank, error, left_out, count = torch.stack([*both, *self._counts]).tolist()
+        is_good = numbers[:, _LEFT_OUT] == 0
+        ranks, errors = (torch.where(is_good, numbers[:, at], 0.0) for at in (_STABLE_RANK, _ERROR))
+        of_all = [numbers[:, _NUCLEAR].sum(), is_good.sum(), ranks.sum(), errors.max()]
+        nuclear, good, rank, error, left_out, count = torch.stack([*of_all, *self._counts]).tolist()
         found: dict[str, float] = {}
-        if self._options.reg_nuclear:
+        if self._options.reg_nuclear and nuclear < _NO_NUMBER:
             found |= {"nuclear_norm": nuclear}
         if self._options.reg_stable_rank:
-            found |= {"stable_rank": rank, "stable_rank_error": error, "stable_rank_left_out": int(left_out)}
+            found |= {"stable_rank": rank / good, "stable_rank_error": error} if good else {}
+            found |= {"stable_rank_left_out": int(left_out)}
         return found | ({"clipped_values": int(count)} if self._options.spectral_clip else {})
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -214,7 +218,7 @@ class Regulariser:
         if options.reg_stable_rank:
             first = first_triplets(wide_NKL, torch.stack([last[at + i] for i in own]))
             rank_N, by_NKL = stable_rank_gradient(wide_NKL, first)
-            is_good_N = first.is_certified_N
+            is_good_N = first.is_certified_N & by_NKL.flatten(1).isfinite().all(1)
             gradient_NKL += torch.where(is_good_N[:, None, None], options.reg_stable_rank * by_NKL, 0.0)
             noted_N4[:, _STABLE_RANK:] = torch.stack([rank_N, first.error_N, ~is_good_N], 1)
             for i, left_K in zip(own, torch.where(is_good_N[:, None], first.left_NK, 0.0), strict=True):

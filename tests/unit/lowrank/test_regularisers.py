@@ -362,6 +362,35 @@ def test_a_switch_of_a_training_is_followed_and_balanced_factors_have_the_produc
     assert all(bool(one.isfinite().all()) for one in made.model.state_dict().values())
 
 
+@pytest.mark.parametrize("weight", [0.0, 1e-30, 1e-42, 1e38, 3e38, float("inf"), float("nan")])
+def test_at_the_ends_of_float32_what_is_no_number_is_left_out(weight: float):
+    """One matrix of four is filled so; the gradients and the numbers of the others are what they are without it."""
+    argv = "--reg-nuclear 0.1 --reg-stable-rank 0.01 --spectral-clip 0.5 --reg-every 1"
+    model = TinyModel()
+    first_layer(model, 0).weight.data.fill_(weight)
+    found, _ = regulariser(argv, model)
+    found.before_step(0)
+    found.after_step(0)
+    noted = found.values()
+    assert all(np.isfinite(value) for value in noted.values())
+    assert 0 <= noted["clipped_values"] <= 4 * 6
+    assert noted["stable_rank_left_out"] <= 1
+    assert 1 <= noted["stable_rank"] <= 6
+    assert 0 <= noted["stable_rank_error"] <= 0.02
+    assert all(bool(one.isfinite().all()) for one in first_layer(model, 1).parameters())
+    assert found.state_dict()["counts"].min() >= 0
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e38, float("nan")])
+def test_of_matrices_without_any_certificate_no_stable_rank_is_told(weight: float):
+    model = TinyModel()
+    for parameter in model.blocks.parameters():
+        parameter.data.fill_(weight)
+    found, _ = regulariser("--reg-stable-rank 0.01", model)
+    found.before_step(0)
+    assert found.values() == {"stable_rank_left_out": 4}
+
+
 @pytest.mark.parametrize("parts", [0, 3])
 def test_the_host_reads_no_number_in_an_update(parts):
     """Tensors without values stand for a device's: reading one would be an error."""
