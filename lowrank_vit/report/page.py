@@ -159,7 +159,7 @@ def report_html(
         title=run.path.resolve().name,
         model=str(run.args.get("model") or ""),
         headline=[*headline(run), *(switching_read.headline(switching) if switching else [])],
-        said=sentences(run),
+        said=sentences(run, switching),
         notes=[note for note in (standing, *run.notes, *refused) if note],
         thinned=thinned,
         embedded=data,

@@ -98,6 +98,7 @@ function axis(title, extra) {
   return { title: { text: plain(title || ""), font: { size: 12 }, standoff: 8 }, gridcolor: css("--line"), linecolor: css("--line"),
     zerolinecolor: css("--line"), automargin: true, ...extra };
 }
+const MOST_NAMED = 16;
 /* A panel: {title, x, y, log, range, series: [{name, x, y, look | color, dash, width, mode, error, hover, on2}],
    y2, heat: {x, y, z, label, range, scale, log}, bars, lines: [x of a vertical line]}. */
 function draw(place) {
@@ -110,7 +111,7 @@ function draw(place) {
   const layout = {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), size: 12 },
     margin: { l: 56, r: panel.y2 || panel.heat ? 60 : 16, t: 12, b: 48 },
-    showlegend: few > 1, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
+    showlegend: few > 1 && few <= MOST_NAMED, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
     hovermode: panel.heat ? "closest" : panel.hover || "closest",
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--muted"), font: { color: css("--ink") } },
     dragmode: isCoarse ? false : "zoom", barmode: "overlay", bargap: 0, uirevision: panel.revision || "all", modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--muted"), activecolor: css("--ink") },
@@ -269,6 +270,12 @@ function heatMap(m) {
   const place = chart(made, 420);
   render();
 }
+/* From four decades below the greatest value, or the smallest: what rounding has made of zeros would squeeze the rest. */
+function decades(values) {
+  const known = Array.from(values).filter((value) => value > 0 && isKnown(value));
+  const most = known.reduce((a, b) => Math.max(a, b), 0) || 1, least = known.reduce((a, b) => Math.min(a, b), most);
+  return [Math.log10(Math.max(least, most * 1e-4) / 1.15), Math.log10(most * 1.15)];
+}
 function singularValues(m) {
   const kinds = m.kinds.filter(([kind]) => m.spectra[kind]);
   if (!kinds.length) return;
@@ -289,7 +296,8 @@ function singularValues(m) {
       hover: `σ<sub>%{x}</sub>: %{y:.4~g}<extra>update ${found.updates[t].toLocaleString("en")}</extra>` }));
     const isTime = over.value === "time";
     show(place, { title: m.names[Number(layer.value)], x: isTime ? "update" : "index i", y: "singular value σᵢ",
-      log: log.checked, series, revision: over.value + log.checked + layer.value });
+      log: log.checked, series, revision: over.value + log.checked + layer.value,
+      yaxis: log.checked ? { range: decades(one.values) } : {} });
   };
   const layer = select(bar, "layer", "matrix", m.names.map((name, i) => [i, name]), render);
   const weights = select(bar, "weights", "weights", kinds, render);

@@ -13,6 +13,7 @@ import numpy as np
 
 from lowrank_vit.report.read import Run, series
 from lowrank_vit.report.style import moment
+from lowrank_vit.report.switching.read import Switching, in_words
 from lowrank_vit.spectral.measures.metrics import effective_rank, stable_rank
 from lowrank_vit.spectral.select import module_type
 
@@ -21,6 +22,9 @@ _LEAST = math.log(1.05)
 """A smaller change than by a twentieth is no news."""
 _LOCAL = 1.3
 """Blocks are named whose change is so many times that of the whole type."""
+
+
+_SWITCHED = 100.0
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,9 @@ class Finding:
     """Type of the matrices, or another subject."""
 
 
-def sentences(run: Run) -> list[str]:
+def sentences(run: Run, switching: Switching | None = None) -> list[str]:
     """At most three, the weightiest first; fewer where the run has too little to tell."""
-    spectral = sorted(_of_spectra(run), key=lambda one: -one.weight)
+    spectral = sorted([*_of_spectra(run), *(_of_switches(switching) if switching else ())], key=lambda one: -one.weight)
     training = _of_training(run)
     urgent = [one for one in training if one.weight == math.inf]
     chosen: list[Finding] = urgent[:1]
@@ -108,6 +112,16 @@ def _change(
         text = f"{label} of {kind} {_grew(after / before)}, in all blocks alike ({rests})."
         text = text.replace(", in all blocks alike", "") if len(names) < 2 else text
     return Finding(text, weight, kind)
+
+
+def _of_switches(switching: Switching) -> list[Finding]:
+    """That layers were put in factors, which outweighs what it does to their spectra."""
+    done = [one for one in switching.switches if not one.is_dry]
+    if not done:
+        return []
+    count, lines = len(switching.ranks_after(len(switching.switches))), in_words(switching)
+    text = f"{count} of {len(switching.layers)} layers were put in factors; the last time at {lines[-1]}."
+    return [Finding(text, _SWITCHED, "switches")]
 
 
 def _grew(ratio: float) -> str:

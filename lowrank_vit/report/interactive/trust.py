@@ -91,9 +91,9 @@ def _doubts(numbers: Numbers, kind: str, metric: str, change_N: np.ndarray) -> l
         found.extend((part, int(at), reason) for at in np.flatnonzero(where_N))
 
     updates, last, first = numbers.updates, _last(values_NT), _first(values_NT)
-    known: np.ndarray = np.isfinite(values_NT).any(axis=1)
+    known = np.asarray(np.isfinite(values_NT).any(axis=1))
     begins_with_nan = metric.startswith(("cos", "block_cos", "delta", "update", "turn", "block_energy", "dw"))
-    mark(~known, "It is not finite at any refresh that this page has.")
+    mark(np.logical_not(known), "It is not finite at any refresh that this page has.")
     for at in set(last[known & (last < len(updates) - 1)].tolist()):
         mark(
             known & (last == at),

@@ -213,7 +213,8 @@ def ema_plot(run: Run) -> bytes | None:
                     axes.plot(updates_T, np.mean(lines, axis=0), color=color, linewidth=1.7, label=label_)
             if bottom:
                 levels = matrix_scalars(run, "spec", "block_chance_u_mean_sq")
-                chances = [levels[n][-1] if is_of_block else _chance_of_mean(run, n, "u") for n in names]
+                unknown = np.array([np.nan])
+                chances = [levels.get(n, unknown)[-1] if is_of_block else _chance_of_mean(run, n, "u") for n in names]
                 if np.isfinite(chances).all():
                     axes.axhline(float(np.mean(chances)), **_OF_CHANCE, label="chance")
                 axes.set_ylim(0, 1.02)

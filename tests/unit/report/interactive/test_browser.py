@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lowrank_vit.report.page import write_report
+from tests.big_run import write_big_run
 from tests.browser import Tab, opened
 from tests.reported import fill
 
@@ -125,4 +126,34 @@ def test_the_table_sorts_and_says_why_a_number_is_doubted(run: Path, tab: Tab) -
     why = tab.js("document.querySelector('#fig-table .told').textContent")
     assert "smaller than the standard error" in why
     assert why in tab.js("[...document.querySelectorAll('#fig-table .reasons li')].map((one) => one.textContent)")
+    assert tab.errors == []
+
+
+def test_without_scripts_the_pictures_are_shown_and_with_them_they_are_not_loaded(run: Path, tab: Tab) -> None:
+    content = (run / "report.html").read_text()
+    picture = '<img alt="a picture" src="data:image/png;base64,iVBORw0KGgo=">'
+    page = run / "with pictures.html"
+    page.write_text(content.replace("</main>", f'<noscript id="pictures"><figure>{picture}</figure></noscript></main>'))
+    tab.open(page, scripts=False)
+    tab.wait("document.querySelectorAll('main img').length === 1")
+    tab.open(page)
+    assert tab.js("document.querySelectorAll('main img').length") == 0
+    page.write_text(page.read_text().replace('id="packed-json">', 'id="packed-json">x'))
+    tab.open(page)
+    assert tab.js("document.documentElement.dataset.state") == "failed"
+    assert tab.js("document.querySelectorAll('#figures img').length") == 1
+    assert "could not be drawn" in tab.js("document.getElementById('figures').textContent")
+
+
+def test_a_tenth_of_a_long_run_is_a_page_below_6_mb_that_says_what_it_leaves_out(tab: Tab, tmp_path: Path) -> None:
+    run = write_big_run(tmp_path / "big", 0.1)
+    write_report(run, png=False)
+    page = run / "report.html"
+    assert page.stat().st_size < 4e6  # the pictures take up to 2 MB more
+    assert "this page holds" in page.read_text()
+    tab.open(page)
+    assert tab.js("document.documentElement.dataset.state") == "ready"
+    drawn(tab, "fig-values")
+    tab.choose("#fig-values select[name=layer]", "47")
+    assert of_plot(tab, "fig-values", "plot.data.length") > 20
     assert tab.errors == []
