@@ -31,7 +31,7 @@ SQUARES = 24
 
 
 def series_of(name: str, x: Any, y: np.ndarray, pack: Packer, **look: Any) -> dict[str, Any] | None:
-    """A line: None without a finite value. `look`: color or look (a type), dash, width, mode, error, on2, legend."""
+    """A line; None without a finite value. `look`: color, look (a type) or shade (0-1), dash, width, mode, error."""
     y = np.asarray(y, np.float64)
     if not np.isfinite(y).any():
         return None
@@ -113,7 +113,7 @@ def flows_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
         if len(updates) > 1:
             over_time.append(
                 panel(title, "update", label, [
-                    series_of(block, updates, values, pack, color=_shade(place, len(blocks)))
+                    series_of(block, updates, values, pack, shade=_share(place, len(blocks)))
                     for place, (block, values) in enumerate(found["spec"].items())
                 ])
             )  # fmt: skip
@@ -194,7 +194,7 @@ def switching_figure(switching: Switching, run: Run, pack: Packer) -> dict[str, 
             [stage.get(name, min(run.shapes[name]) if name in run.shapes else np.nan)
              for stage in [*(switching.ranks_after(i) for i in range(len(switches) + 1)),
                            switching.ranks_after(len(switches))]], float),
-            pack, color=_shade(place, len(switching.layers)), width=1.3)
+            pack, shade=_share(place, len(switching.layers)), width=1.3)
         for place, name in enumerate(switching.layers)
     ]  # fmt: skip
     for one in filter(None, ranks):
@@ -262,7 +262,7 @@ def compression_figure(found: Compression, pack: Packer) -> dict[str, Any] | Non
         panel(found.line_of(points[0]), "layer", "rank", [
             series_of(f"{point['budget']:g}", np.array(list(found.full_ranks), str), np.array(
                 [full if point["ranks"].get(name) is None else point["ranks"][name]
-                 for name, full in found.full_ranks.items()], float), pack, color=_shade(i, len(points)))
+                 for name, full in found.full_ranks.items()], float), pack, shade=_share(i, len(points)))
             for i, point in enumerate(points)], height=420)
         for points in ([p for p in found.points if found.line_of(p) == line] for line in found.methods)
     ]  # fmt: skip
@@ -288,9 +288,6 @@ def compression_figure(found: Compression, pack: Packer) -> dict[str, Any] | Non
     return figure("compression", "Compression", f"{found.subtitle}. Bars: one standard error.", views, place="end")
 
 
-def _shade(place: int, count: int) -> str:
-    """Dark for the first of so many, light for the last: viridis without its palest end."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    return to_hex(colormaps["viridis"](0.92 * place / max(count - 1, 1)))
+def _share(place: int, count: int) -> float:
+    """0 for the first of so many, 1 for the last: the page has a scale of colours."""
+    return place / max(count - 1, 1)

@@ -90,7 +90,7 @@ def matrices(run: Run, pack: Packer, notes: list[str], share: float = 1.0) -> di
         "values": {kind: {metric: pack(of[:, at]) for metric, of in numbers.values[kind].items()} for kind in kinds},
         "spectra": spectra,
         "spectraNote": f"Up to {INDICES} of a matrix's values: the first ones, then ever wider apart. "
-        "σ₁ is dark, the last one light.",
+        "σ₁ is violet, the last one yellow.",
         "bulk": _bulk(run, numbers.names, pack),
         "table": matrix_table(numbers, kinds, keys, LABELS, FIRST, pack),
     }

@@ -72,7 +72,8 @@ function tick(bar, name, label, checked, changed) {
 const controls = () => make("div", { class: "controls" });
 
 /* ---- charts ---- */
-const shades = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [190, 215, 50]];
+/* Neither dark nor light, so that all are seen on both backgrounds. */
+const shades = [[132, 84, 214], [62, 124, 228], [30, 158, 158], [112, 176, 72], [222, 160, 40]];
 function shade(share) {
   const at = Math.min(0.9999, Math.max(0, share)) * (shades.length - 1), i = Math.floor(at);
   return `rgb(${shades[i].map((low, c) => Math.round(low + (at - i) * (shades[i + 1][c] - low))).join(",")})`;
@@ -116,7 +117,7 @@ function draw(place) {
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--muted"), font: { color: css("--ink") } },
     dragmode: isCoarse ? false : "zoom", barmode: "overlay", bargap: 0, uirevision: panel.revision || "all", modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--muted"), activecolor: css("--ink") },
     xaxis: axis(panel.x, { type: panel.xlog ? "log" : undefined, ...(panel.xaxis || {}) }),
-    yaxis: axis(panel.y, { type: panel.log ? "log" : undefined, exponentformat: "power",
+    yaxis: axis(panel.y, { type: panel.log ? "log" : undefined, exponentformat: panel.log ? "power" : "SI",
       ...(panel.range && !panel.log ? { range: panel.range } : {}), ...(panel.yaxis || {}) }),
     shapes: (panel.lines || []).map((x) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper",
       line: { color: css("--mark"), width: 1.3, dash: "dash" } })),
@@ -130,15 +131,17 @@ function draw(place) {
     toImageButtonOptions: { filename: panel.title || "figure", scale: 2 } });
 }
 function trace(one, panel) {
-  const look = data.looks[one.look] || {}, color = one.color === "ink" ? css("--ink") : one.color || look.color;
+  const look = data.looks[one.look] || {}, color = one.color === "ink" ? css("--ink")
+    : one.color || (isKnown(one.shade) ? shade(one.shade) : look.color);
   if (one.bars) return { type: "bar", name: plain(one.name), x: one.x, y: one.y, width: one.width,
     marker: { color: color || css("--muted"), opacity: 0.65 }, hovertemplate: one.hover || "%{x:.4g}: %{y:.4g}" };
   const few = Array.prototype.filter.call(one.y, isKnown).length <= 60;
-  const mode = one.mode || (few ? "lines+markers" : "lines");
+  const mode = one.mode || (few || one.look ? "lines+markers" : "lines");
   return { type: "scatter", name: plain(one.name), x: one.x, y: one.y, mode, showlegend: one.legend !== false,
     text: one.text ? one.text.map(plain) : undefined, yaxis: one.on2 ? "y2" : "y", connectgaps: Boolean(one.gaps),
     line: { color, width: one.width || 1.8, dash: one.dash || "solid", shape: one.stepped ? "hv" : "linear" },
-    marker: { color, size: one.size || 6, symbol: one.symbol || look.symbol || "circle", opacity: one.opacity || 1 },
+    marker: { color, size: one.size || 6, symbol: one.symbol || look.symbol || "circle", opacity: one.opacity || 1,
+      maxdisplayed: few ? 0 : 12 },
     error_y: one.error ? { type: "data", array: one.error, color, thickness: 1, width: 3 } : undefined,
     fill: one.fill, fillcolor: one.fillcolor,
     hovertemplate: one.hover || `${one.text ? "%{text}<br>" : ""}%{x:,.6~g}: %{y:.4~g}<extra>${plain(one.name)}</extra>` };

@@ -11,9 +11,14 @@ from typing import Any
 import pytest
 
 from lowrank_vit.report.page import write_report
+from lowrank_vit.spectral.watching.files import CIRCUITS
+from lowrank_vit.spectral.watching.store import SpectraStore
 from tests.big_run import write_big_run
 from tests.browser import Tab, opened
-from tests.reported import fill
+from tests.reported import add_monitor, fill
+from tests.unit.report.spectra.test_circuits import stored
+from tests.unit.report.test_compression import content
+from tests.unit.report.test_switching import evidence, switch
 
 EVIL = "<img src=x onerror=\"document.title='hurt'\"><b>x<b>"
 
@@ -156,4 +161,31 @@ def test_a_tenth_of_a_long_run_is_a_page_below_6_mb_that_says_what_it_leaves_out
     drawn(tab, "fig-values")
     tab.choose("#fig-values select[name=layer]", "47")
     assert of_plot(tab, "fig-values", "plot.data.length") > 20
+    assert tab.errors == []
+
+
+def test_flows_circuits_switches_and_a_compression_are_drawn_where_they_are_recorded(tab: Tab, tmp_path: Path) -> None:
+    add_monitor(tmp_path)
+    circuits = {f"spec/circuit/{block}": one for block, one in stored(3).items()}
+    SpectraStore(tmp_path / "spectra", 1e9, {CIRCUITS: "raw"}).save(4, {}, circuits=circuits)
+    names = ["blocks.0.attn.qkv", "blocks.0.mlp.fc1"]
+    flows = {f"spec/flow/blocks.{block}/entropy": 1.5 for block in range(3)}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        for event in (
+            *({"kind": "flow", "update": update, "spec/flow/images": 40, **flows} for update in (5, 10)),
+            evidence(8),
+            switch(10, names, 2),
+        ):
+            file.write(json.dumps(event) + "\n")
+    (tmp_path / "compression.json").write_text(json.dumps(content()))
+    (tmp_path / "args.yaml").write_text("model: vit\n")
+    write_report(tmp_path, png=False)
+    tab.open(tmp_path / "report.html")
+    for name, view in (("lowrank", "evidence by type"), ("flows", "over the validations"),
+                       ("circuits", "blocks.1 reads the block before"), ("compression", "ranks by layer")):  # fmt: skip
+        drawn(tab, f"fig-{name}")
+        tab.choose(f"#fig-{name} select[name=view]", view)
+        tab.wait(f"document.querySelector('#fig-{name} .js-plotly-plot')?.data.length")
+    tab.choose("#fig-compression select[name=view]", "curves")
+    tab.wait("document.querySelectorAll('#fig-compression .js-plotly-plot').length === 3")
     assert tab.errors == []
