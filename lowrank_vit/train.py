@@ -47,7 +47,7 @@ def _read(argv: list[str]) -> Config:
     if config.run.seeds and "WORLD_SIZE" in os.environ:
         raise UserError(
             "--seeds starts one run after another, each in a process of its own, and torchrun has started the ranks of "
-            "one run. Start torchrun once for each: --seed N --experiment NAME-seedN; "
+            "one run. Start torchrun once for each: --seed N --experiment NAME-seedN; `report` on all of them compares."
         )
     check_versions()
     return config
@@ -56,7 +56,7 @@ def _read(argv: list[str]) -> Config:
 def _train_series(argv: list[str], config: Config) -> None:
     """One run for each of --seeds, then their scores. Ends as the first of them that failed."""
     from lowrank_vit.report.compare.scores import read_scores, table_of_seeds
-    from lowrank_vit.report.status import Step
+    from lowrank_vit.report.status import Step, shown
     from lowrank_vit.training.series import own_command, run_series, unused_name
 
     output_is_in_files()
@@ -74,6 +74,9 @@ def _train_series(argv: list[str], config: Config) -> None:
     if whole and (table := table_of_seeds([run.seed for run in whole], [run.path for run in whole])):
         say("\n".join(["", f"{len(whole)} of {len(seeds)} seeds; sd: standard deviation (n - 1)", "", *table]))
     steps: list[Step] = []
+    if len(whole) > 1:
+        compared = (shown(run.path) for run in whole)
+        steps.append(Step("Draw them side by side", (pasteable_command("lowrank_vit.report"), *compared)))
     if len(whole) < len(seeds):
         again = [*map(shlex.quote, plain), f"--seeds {' '.join(map(str, seeds))}"]
         again += [] if config.run.experiment else [f"--experiment {shlex.quote(name)}"]

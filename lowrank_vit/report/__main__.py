@@ -23,9 +23,12 @@ NONE = "(default: none)"
 class Options:
     """Draw a run, finished or not: RUN/report.html, self-contained, and its pictures in RUN/report/."""
 
-    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]
     """What `python -m lowrank_vit.train` wrote, usually output/<experiment>; or a folder or *_spectral.json of
-    `python -m lowrank_vit.analyze_spectrum`; or the --out of `python -m lowrank_vit.compress`."""
+    `python -m lowrank_vit.analyze_spectrum`; or the --out of `python -m lowrank_vit.compress`. Several runs, or several
+    analyses, are compared in a page of their own, comparison.html; their own reports stay."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    """Of several runs: where their page goes; default: a folder named after them, beside the first."""
     against: Annotated[Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint=NONE)] = None
     """Another run, whose scores and spectra stand beside this one's: of the same plan, with another optimizer, say."""
     png: bool = True
@@ -46,28 +49,49 @@ def main(argv: list[str] | None = None) -> None:
     check_ranges(options)
     if options.port is not None and not options.watch:
         raise UserError("--port is about --watch, which is not there. Add --watch, or leave --port out.")
+    if len(options.runs) > 1:
+        _compare(options)
+        return
+    if options.out is not None:
+        raise UserError("--out is where the page of several runs goes; one run's report lies in its own folder.")
     if options.export is not None:
         if options.watch or options.against:
             raise UserError("--export writes tables alone. Leave --watch and --against out.")
         from lowrank_vit.report.export import export_run, format_of
 
         form, folder = options.export
-        files = export_run(options.run, format_of(form), Path(folder))
+        files = export_run(options.runs[0], format_of(form), Path(folder))
         output_is_in_files()
         say(f"wrote {', '.join(map(str, files))}")
         return
     if options.watch:
         from lowrank_vit.report.watch import serve_page
 
-        serve_page(options.run, options.against, options.port, options.png)
+        serve_page(options.runs[0], options.against, options.port, options.png)
         return
     from lowrank_vit.report.page import write_report  # torch takes seconds, which a wrong option must not cost
 
-    folder, notes = write_report(options.run, options.against, options.png)
+    folder, notes = write_report(options.runs[0], options.against, options.png)
     output_is_in_files()
     for note in notes:
         say(f"note: {note}")
     say(f"wrote {folder / 'report.html'}" + (f" and {folder / 'report'}/*.png" if options.png else ""))
+
+
+def _compare(options: Options) -> None:
+    for name in ("watch", "against", "export"):
+        if getattr(options, name):
+            raise UserError(f"--{name} goes with one run, and {len(options.runs)} are given. Leave it out.")
+    from lowrank_vit.report.compare.page import NAME, draw_comparison
+    from lowrank_vit.report.page import write_drawn
+
+    drawn = draw_comparison(options.runs, options.out, with_png=options.png)
+    write_drawn(drawn, NAME)
+    output_is_in_files()
+    for note in drawn.notes:
+        say(f"note: {note}")
+    page = drawn.folder / f"{NAME}.html"
+    say(f"wrote {page}" + (f" and {drawn.folder / NAME}/*.png" if options.png else ""))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
 from lowrank_vit.config.option_types import leaves
 from lowrank_vit.config.options import Config
+from lowrank_vit.report.compare.groups import OF_THE_RUN, typed
 from lowrank_vit.report.compare.scores import MEASURES
 from lowrank_vit.report.compression.plots import curve_plot, ranks_plot
 from lowrank_vit.report.compression.plots import spectra_plot as weighted_spectra_plot
@@ -123,7 +124,7 @@ def write_drawn(drawn: Drawn, name: str = "report") -> None:
     """Write a page as `name`.html into its folder, and its pictures into `name`/. Raises `UserError`."""
     folder = drawn.folder / name
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for file, png in drawn.pictures.items():
             if png is not None:
                 write_whole(folder / file, png)
@@ -155,7 +156,7 @@ def report_html(
         of_it = [*switching_read.tables(switching, run.shapes), *of_it]
     standing = run.status.in_words if run.status else ""
     data, thinned = embedded(run, switching, compression)
-    return _page(
+    return render_page(
         title=run.path.resolve().name,
         model=str(run.args.get("model") or ""),
         headline=[*headline(run), *(switching_read.headline(switching) if switching else [])],
@@ -176,7 +177,7 @@ def compression_html(found: Compression, pictures: Mapping[str, bytes]) -> str:
     """The page of a compression; `pictures` as for a run."""
     content = found.content
     data, thinned = embedded(None, None, found)
-    return _page(
+    return render_page(
         title=found.path.resolve().parent.name,
         model=found.subtitle,
         headline=compression_headline(found),
@@ -193,7 +194,8 @@ def compression_html(found: Compression, pictures: Mapping[str, bytes]) -> str:
     )
 
 
-def _page(*, pictures: Mapping[str, bytes], **parts: Any) -> str:
+def render_page(*, pictures: Mapping[str, bytes], **parts: Any) -> str:
+    """`page.html` with its parts; `pictures` as for a run."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -201,14 +203,14 @@ def _page(*, pictures: Mapping[str, bytes], **parts: Any) -> str:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters["as_typed"] = _as_typed
+    templates.filters["as_typed"] = typed
     return templates.get_template("page.html").render(pictures=embedded_pictures(pictures), script=script(), **parts)
 
 
 def _not_default(args: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a run that are not what `train` has without any flag; those it does not know are among them."""
-    defaults = {name: _as_typed(value) for name, _, value in leaves(Config())}
-    return {name: value for name, value in args.items() if _as_typed(value) != defaults.get(name)}
+    defaults = {name: typed(value) for name, _, value in leaves(Config())}
+    return {name: value for name, value in args.items() if typed(value) != defaults.get(name)}
 
 
 def _what_next(run: Run) -> list[Step] | None:
@@ -217,17 +219,6 @@ def _what_next(run: Run) -> list[Step] | None:
         return None
     goes_on, is_over = run.status.is_running, run.status.is_finished
     return next_steps(run.path, run.args, is_finished=is_over or goes_on, is_drawn=is_over and not goes_on)
-
-
-def _as_typed(value: Any) -> str:
-    """As it would stand on the command line: lists with spaces, nothing for None."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return " ".join(_as_typed(item) for item in value)
-    return str(value)
 
 
 def headline(run: Run) -> list[tuple[str, str]]:
@@ -291,7 +282,7 @@ def comparison(run: Run, other: Run) -> Table:
     """Best scores, and means by type of matrix at the last refresh, of two runs, and which options differ."""
     runs = (run, other)
     names = _differing(*runs)
-    rows = [["options that differ", *("; ".join(f"{k}: {_as_typed(one.args.get(k))}" for k in names) for one in runs)]]
+    rows = [["options that differ", *("; ".join(f"{k}: {typed(one.args.get(k))}" for k in names) for one in runs)]]
     for name, label, better in MEASURES:
         best = [_finite(one.epochs.get(name)) for one in runs]
         if all(values.size for values in best):
@@ -305,12 +296,9 @@ def comparison(run: Run, other: Run) -> Table:
     return Table("Beside another run", ["", *(one.path.resolve().name for one in runs)], rows)
 
 
-_OF_THE_RUN = ("experiment", "output", "resume", "wandb-resume-id", "config")
-
-
 def _differing(run: Run, other: Run) -> list[str]:
     names = dict.fromkeys([*run.args, *other.args])
-    return [name for name in names if run.args.get(name) != other.args.get(name) and name not in _OF_THE_RUN]
+    return [name for name in names if run.args.get(name) != other.args.get(name) and name not in OF_THE_RUN]
 
 
 def _sigma_max(s: np.ndarray) -> float:

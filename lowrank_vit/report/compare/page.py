@@ -1,0 +1,210 @@
+"""`report RUN_A RUN_B ...`: the page of a comparison, in a folder of its own; differences first, runs by colour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.report.compare import curves
+from lowrank_vit.report.compare.curves import Figure, Line, Panel
+from lowrank_vit.report.compare.groups import Compared, read_compared
+from lowrank_vit.report.compare.scores import scores_of, spread_of
+from lowrank_vit.report.compression.read import Table
+from lowrank_vit.report.interactive import figures as interactive
+from lowrank_vit.report.interactive.embed import DATA_AT_MOST
+from lowrank_vit.report.interactive.packing import Packer, embedded_json, embedded_library
+from lowrank_vit.report.page import Drawn, render_page
+from lowrank_vit.report.style import MUTED, heading, log_ticks, new_figure, png, tidy, update_ticks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NAME = "comparison"
+"""Of the page and of the folder of its pictures: no report of a run is called so."""
+_LONGEST = 120
+"""Characters of a folder's name."""
+_OF_A_RUN = ("args.yaml", "metrics.jsonl", "summary.csv", "last.pth.tar", "report.html", "spectra", "compression.json")
+
+
+def draw_comparison(paths: Sequence[Path], out: Path | None, *, with_png: bool = True) -> Drawn:
+    """The comparison of runs or analyses, for the folder `out`, else one beside the first, named after them.
+
+    Raises `UserError`, see `read_compared`, and where `out` is a run's folder.
+    """
+    folder = out or paths[0].absolute().parent / _folder_name(paths)
+    if held := next((name for name in _OF_A_RUN if (folder / name).exists()), ""):
+        raise UserError(
+            f"{folder} holds a run or its report ({held}). Give a comparison a folder of its own, --out DIR."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; a comparison is written to a folder: --out DIR.")
+    compared = read_compared(paths)
+    drawn = [one for one in (make(compared) for make in (curves.score_figure, curves.type_figure)) if one]
+    layers = curves.layer_figure(compared)
+    made, thinned = [*drawn, *([layers] if layers else [])], list[str]()
+    embedded = _embedded(made)
+    if layers and sum(map(len, embedded.values())) > DATA_AT_MOST:
+        few = curves.layer_figure(compared, every=False)
+        made = [*drawn, *([few] if few else [])]
+        embedded = _embedded(made)
+        thinned.append("Of the layers this page holds the first, the middle and the last of each type.")
+    pictures = {f"{one.name}.png": (one.title, _picture(one, compared)) for one in made} if with_png else {}
+    notes = [f"{name}: {note}" for name, run in zip(compared.names, compared.runs, strict=True) for note in _notes(run)]
+    if any(len(group.at) > 1 for group in compared.groups):
+        notes.insert(0, "Runs that differ in the seed alone are one line: their mean, in a band of ± one standard "
+                        "deviation (n - 1).")  # fmt: skip
+    tables = comparison_tables(compared)
+    html = render_page(
+        title=" beside ".join(group.name for group in compared.groups) if len(compared.groups) > 1 else NAME,
+        model=", ".join(dict.fromkeys(str(run.args["model"]) for run in compared.runs if run.args.get("model"))),
+        headline=_headline(compared),
+        said=[],
+        notes=notes,
+        thinned=thinned,
+        embedded={"library": embedded_library(), **embedded},
+        pictures=dict(pictures.values()),
+        leading=tables[:2],
+        tables=tables[2:],
+        steps=None,
+        arguments={},
+        differing=None,
+        environment={},
+    )
+    files = {f"{name}.png": None for name in ("scores", "types", "layers")} | {n: p for n, (_, p) in pictures.items()}
+    return Drawn(folder, html, files, notes)
+
+
+def _folder_name(paths: Sequence[Path]) -> str:
+    names = [path.resolve().name.removesuffix("_spectral.json") for path in paths]
+    shown, more = "-beside-".join(names[:2]), len(names) - 2
+    return shown[:_LONGEST] + (f"-and-{more}-more" if more > 0 else "")
+
+
+def _notes(run: Any) -> list[str]:
+    return [note for note in (run.status.in_words if run.status else "", *run.notes) if note]
+
+
+def _headline(compared: Compared) -> list[tuple[str, str]]:
+    """The best top-1 of each group, of the weights that score higher."""
+    best = {one.label: one for one in scores_of([run.epochs for run in compared.runs]) if one.when == "best epoch"}
+    of = [one for label, one in best.items() if label.startswith("top-1")]
+    if not of:
+        return []
+    values = [max((one.values[i] for one in of if np.isfinite(one.values[i])), default=np.nan) for i in
+              range(len(compared.runs))]  # fmt: skip
+    return [(f"best top-1, {g.name}", spread_of([values[i] for i in g.at], of[0].text) + " %") for g in compared.groups]
+
+
+def comparison_tables(compared: Compared) -> list[Table]:
+    """What differs: options, scores, spectra at the last common moment, versions and hardware."""
+    names = [group.name for group in compared.groups]
+    options = [[f"--{name}", *values] for name, values in compared.options_that_differ.items()]
+    scores = scores_of([run.epochs for run in compared.runs])
+    rows = [[f"{one.label}, {one.when}", *(one.spread(group.at) for group in compared.groups)] for one in scores]
+    spectra = [
+        [f"{kind}, {label}", *(spread_of([values[i] for i in group.at], _four) for group in compared.groups)]
+        for (kind, label), values in curves.means_at_common_end(compared).items()
+    ]
+    tables = [
+        Table("Options that differ", ["", *names], options, "" if options else "None."),
+        Table("Scores", ["", *names], rows),
+        Table(f"Spectra, {curves.moment(compared)}", ["", *names], spectra, "Means over the blocks."),
+        Table("Versions and hardware that differ", ["", *names], [[n, *v] for n, v in
+              compared.environment_that_differs.items()]),
+    ]  # fmt: skip
+    if any(len(group.at) > 1 for group in compared.groups):
+        each = [[f"{one.label}, {one.when}", *map(one.text, one.values)] for one in scores]
+        tables.insert(2, Table("Scores of each run", ["", *compared.names], each))
+    return tables
+
+
+def _four(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _embedded(made: Sequence[Figure]) -> dict[str, str]:
+    """The figures for `interactive/page.js`."""
+    pack, found = Packer(), []
+    for one in made:
+        views = {
+            name: [
+                interactive.panel(
+                    panel.title, panel.x, panel.y,
+                    [part for line in panel.lines for part in _parts(line, pack)], log=panel.is_log,
+                )
+                for panel in panels
+            ]
+            for name, panels in one.views.items()
+        }  # fmt: skip
+        log = {} if one.name == "layers" else {"logarithmic": "off"}
+        found.append(interactive.figure(one.name, one.title, one.note, views, **log))
+    data = {"figures": [one for one in found if one], "matrices": None, "looks": {}}
+    return {"json": embedded_json(data), "numbers": pack.embedded()}
+
+
+def _parts(line: Line, pack: Packer) -> list[dict[str, Any] | None]:
+    """A line, on the band of its seeds."""
+    group, parts = line.group, list[dict[str, Any] | None]()
+    look = {"color": group.color, "symbol": group.mark[0], "dash": "dash" if group.is_dashed else "solid"}
+    if line.deviation_T is not None:
+        edge = {"color": group.color, "width": 0.01, "mode": "lines", "legend": False}
+        red, green, blue = (int(group.color[i : i + 2], 16) for i in (1, 3, 5))
+        band = {"fill": "tonexty", "fillcolor": f"rgba({red},{green},{blue},0.22)"}
+        for sign, more in ((-1, {}), (1, band)):
+            y_T = line.y_T + sign * line.deviation_T
+            parts.append(interactive.series_of(f"{group.name}, ± sd", line.x_T, y_T, pack, **edge, **more))
+    parts.append(interactive.series_of(group.name, line.x_T, line.y_T, pack, width=2, **look))
+    return parts
+
+
+def _picture(one: Figure, compared: Compared) -> bytes:
+    """A figure's first view as PNG; of layers the middle one."""
+    names = list(one.views)
+    chosen = names[len(names) // 2] if one.name == "layers" else names[0]
+    panels = one.views[chosen]
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = new_figure(0.6 + 3.9 * columns, 1.5 + 2.7 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        _draw(axes, panel)
+    text = {"scores": "at each validation", "types": chosen + ", means over the blocks"}.get(one.name, chosen)
+    heading(figure, one.title, text)
+    lines = {line.group.name: _handle(line) for panel in panels for line in panel.lines}
+    figure.legend(
+        handles=list(lines.values()), loc="outside lower left", ncols=min(3, len(lines)), frameon=False, fontsize=9,
+        labelcolor=MUTED,
+    )  # fmt: skip
+    return png(figure)
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+    tidy(axes, panel.title if len(panel.title) < 40 else "", panel.x, panel.y)
+    axes.title.set_parse_math(False)
+    for line in panel.lines:
+        few: dict[str, Any] = {"marker": line.group.mark[1], "markersize": 4} if len(line.x_T) <= 40 else {}
+        style = (0, (3, 2)) if line.group.is_dashed else "-"
+        axes.plot(line.x_T, line.y_T, color=line.group.color, linewidth=1.6, linestyle=style, **few)
+        if line.deviation_T is not None:
+            low, high = line.y_T - line.deviation_T, line.y_T + line.deviation_T
+            axes.fill_between(line.x_T, low, high, color=line.group.color, alpha=0.2, linewidth=0)
+    if panel.is_log:
+        axes.set_yscale("log")
+        log_ticks(axes.yaxis)
+    update_ticks(axes.xaxis)
+
+
+def _handle(line: Line) -> Any:
+    from matplotlib.lines import Line2D
+
+    style, name = (0, (3, 2)) if line.group.is_dashed else "-", line.group.name
+    shown = name if len(name) <= 48 else name[:47] + "…"
+    handle = Line2D([], [], color=line.group.color, marker=line.group.mark[1], markersize=4, linestyle=style)
+    handle.set_label(shown.replace("$", r"\$"))
+    return handle

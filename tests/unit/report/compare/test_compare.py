@@ -1,0 +1,240 @@
+"""`report RUN_A RUN_B`: what differs, which runs are seeds of one configuration, one axis, and a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.report.__main__ import main
+from lowrank_vit.report.compare.curves import (
+    common_end,
+    layer_figure,
+    line_of,
+    means_at_common_end,
+    score_figure,
+    type_figure,
+)
+from lowrank_vit.report.compare.groups import COLORS, MARKS, Group, read_compared
+from lowrank_vit.report.compare.page import comparison_tables, draw_comparison
+from tests.browser import opened
+from tests.reported import add_metrics, add_monitor, add_spectra, add_summary, analysis_file, fill
+
+EVIL = '<img src=x onerror="document.title=1">$a_1$'
+
+
+@pytest.fixture(autouse=True)
+def _sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a layout, which takes half of the time of a picture."""
+    monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda _figure: None)
+
+
+def make(
+    folder: Path, name: str, *, per_epoch: int = 10, refreshes: int = 3, scale: float = 1.0, **args: object
+) -> Path:
+    """A run of three epochs with spectra."""
+    run = folder / name
+    run.mkdir(parents=True)
+    add_summary(run)
+    summary = (run / "summary.csv").read_text()
+    rows = [line.split(",") for line in summary.splitlines()]
+    moved = [[row[0], str(per_epoch * (int(row[0]) + 1)), *row[2:]] for row in rows[1:]]
+    (run / "summary.csv").write_text("\n".join(map(",".join, [rows[0], *moved])) + "\n")
+    add_spectra(run, refreshes, scale=scale)
+    options = {"model": "vit", "epochs": 3, "lr": 0.1, "experiment": name, "output": str(folder), "seed": 42} | args
+    (run / "args.yaml").write_text(json.dumps(options))
+    (run / "environment.json").write_text(json.dumps({"torch": "2.14.1", "command": name}))
+    return run
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_group(tmp_path: Path) -> None:
+    seeds = [make(tmp_path, f"vit-seed{n}", seed=n) for n in (0, 1)]
+    other = make(tmp_path, "sgd", lr=0.2)
+    nameless = make(tmp_path, "nameless")
+    (nameless / "args.yaml").unlink()
+    compared = read_compared([seeds[0], other, seeds[1], nameless])
+    assert [(group.name, group.at) for group in compared.groups] == [
+        ("vit (seeds 0, 1)", [0, 2]),
+        ("sgd", [1]),
+        ("nameless", [3]),
+    ]
+    options = compared.options_that_differ
+    assert options["seed"] == ["0, 1", "42", "–"]
+    assert options["lr"] == ["0.1", "0.2", "–"]
+    assert not options.keys() & {"experiment", "output"}
+    assert compared.environment_that_differs == {}
+
+
+def test_names_that_are_alike_have_their_folders(tmp_path: Path) -> None:
+    runs = [make(tmp_path / folder, "run") for folder in "ab"]
+    assert read_compared(runs).names == ["a/run", "b/run"]
+
+
+def test_the_axis_counts_updates_unless_epochs_have_other_numbers_of_them(tmp_path: Path) -> None:
+    runs = [make(tmp_path, name, per_epoch=n) for name, n in (("a", 10), ("b", 10), ("c", 20))]
+    assert read_compared(runs[:2]).axis == "update"
+    compared = read_compared([runs[0], runs[2]])
+    assert compared.axis == "epoch"
+    figure = score_figure(compared)
+    assert figure
+    for line in figure.views["all"][0].lines:
+        np.testing.assert_allclose(line.x_T, [1, 2, 3])
+    shutil.rmtree(runs[2] / "spectra")
+    (runs[2] / "summary.csv").unlink()
+    assert read_compared([runs[0], runs[2]]).axis == "update"
+
+
+def test_spectra_are_compared_at_the_last_moment_that_all_have_reached(tmp_path: Path) -> None:
+    short, long = make(tmp_path, "short", refreshes=2), make(tmp_path, "long", lr=1, refreshes=5, scale=2.0)
+    compared = read_compared([long, short])
+    assert common_end(compared) == 10
+    means = means_at_common_end(compared)["attn.qkv", "largest singular value σ₁"]
+    assert means == pytest.approx([2 * 3.0, 3.0])  # `add_spectra`: 1 + refresh + block, the mean over three blocks
+    figure = layer_figure(compared)
+    assert figure
+    spectrum = figure.views["blocks.0.attn.qkv"][0]
+    assert spectrum.title == "spectrum, update 10"
+    np.testing.assert_allclose(spectrum.lines[0].y_T, 2 * spectrum.lines[1].y_T)
+    of_types = type_figure(compared)
+    assert of_types
+    lines = of_types.views["largest singular value σ₁"][0].lines
+    assert [line.x_T[-1] for line in lines] == [40, 10]
+
+
+def test_the_line_of_seeds_is_their_mean_where_all_have_a_value() -> None:
+    group, nan = Group("g", [0, 1], 0), np.nan
+    line = line_of(
+        group, [(np.array([1.0, 2, 3]), np.array([4.0, nan, 8])), (np.array([1.0, 2, 3, 4]), np.array([6.0, 1, 8, 9]))]
+    )
+    assert line
+    assert line.deviation_T is not None
+    np.testing.assert_allclose(line.x_T, [1, 3])
+    np.testing.assert_allclose(line.y_T, [5, 8])
+    np.testing.assert_allclose(line.deviation_T, [np.sqrt(2), 0])
+    assert line_of(group, [(np.array([1.0]), np.array([nan])), (np.array([1.0]), np.array([1.0]))]) is None
+
+
+def test_tables_have_differences_first_and_means_of_seeds(tmp_path: Path) -> None:
+    runs = [make(tmp_path, f"vit-seed{n}", seed=n) for n in (0, 1)]
+    text = (runs[1] / "summary.csv").read_text()
+    (runs[1] / "summary.csv").write_text(text.replace("60.5,", "62.5,"))
+    tables = comparison_tables(read_compared([*runs, make(tmp_path, "other", lr=1)]))
+    assert [one.title for one in tables][:4] == [
+        "Options that differ", "Scores", "Scores of each run", "Spectra, update 20"
+    ]  # fmt: skip
+    scores = {row[0]: row[1:] for row in tables[1].rows}
+    assert scores["top-1 accuracy (%), last epoch"] == ["61.50 ± 1.41", "60.50"]
+    assert [row[0] for row in tables[0].rows] == ["--lr", "--seed"]
+
+
+def test_a_page_of_its_own_beside_the_runs_and_never_over_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = make(tmp_path, "a"), make(tmp_path, "b", lr=0.3)
+    (a / "report.html").write_text("a's own")
+    main([str(a), str(b)])
+    folder = tmp_path / "a-beside-b"
+    assert sorted(path.name for path in folder.iterdir()) == ["comparison", "comparison.html"]
+    assert sorted(path.name for path in (folder / "comparison").iterdir()) == ["layers.png", "scores.png", "types.png"]
+    assert f"wrote {folder}/comparison.html" in capsys.readouterr().out
+    main([str(a), str(b), "--no-png"])  # the same again
+    assert list((folder / "comparison").iterdir()) == []
+    main([str(b), str(a), "--no-png", "--out", str(tmp_path / "x" / "y")])
+    assert (tmp_path / "x" / "y" / "comparison.html").exists()
+    for taken in (a, b):
+        with pytest.raises(UserError, match=r"holds a run or its report \((args.yaml|report.html)\)"):
+            main([str(a), str(b), "--out", str(taken)])
+    with pytest.raises(UserError, match="is a file"):
+        main([str(a), str(b), "--out", str(a / "args.yaml")])
+    assert (a / "report.html").read_text() == "a's own"
+    assert not (b / "report.html").exists()
+
+
+def test_what_cannot_be_compared(tmp_path: Path) -> None:
+    a, b = make(tmp_path, "a"), make(tmp_path, "b")
+    link = tmp_path / "latest"
+    link.symlink_to("a")
+    compression = tmp_path / "compressed"
+    compression.mkdir()
+    (compression / "compression.json").write_text("{}")
+    for line, words in (
+        ([a, link], "latest is given twice"),
+        ([a, b, a], "a is given twice"),
+        ([a, compression], "compressed is a compression"),
+        ([a, tmp_path / "none"], "no run directory at"),
+        ([a, tmp_path], "holds no run"),
+        ([a, b, "--watch"], "--watch goes with one run, and 2 are given"),
+        ([a, b, "--against", b], "--against goes with one run"),
+        ([a, "--out", tmp_path / "x"], "--out is where the page of several runs goes"),
+    ):
+        with pytest.raises(UserError, match=words):
+            main([str(word) for word in line])
+    with pytest.raises(UserError, match="needs RUN"):
+        main([])
+
+
+def test_runs_of_five_minutes_damaged_ones_and_other_models_are_compared(tmp_path: Path) -> None:
+    whole = fill_named(tmp_path / "whole")
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    add_metrics(begun, end='{"kind": "tra')
+    one = tmp_path / "one refresh"
+    one.mkdir()
+    add_monitor(one, refreshes=1)
+    diverged = make(tmp_path, "diverged")
+    text = (diverged / "summary.csv").read_text()
+    (diverged / "summary.csv").write_text(re.sub(r"(?m)^2,.*$", "2,30,nan,nan,nan,nan,nan,nan,nan,nan,nan,nan", text))
+    add_spectra(diverged, scale=float("nan"))
+    damaged = make(tmp_path, "damaged")
+    for file in (damaged / "spectra").iterdir():
+        file.write_bytes(b"no file of numpy's")
+    drawn = draw_comparison([whole, begun, one, diverged, damaged], None)
+    assert {name for name, png in drawn.pictures.items() if png} == {"scores.png", "types.png", "layers.png"}
+    assert any(note.startswith("begun: summary.csv is not there yet") for note in drawn.notes)
+    assert any("damaged: " in note and "is damaged, left out" in note for note in drawn.notes)
+    assert "not measured" in drawn.html
+    drawn = draw_comparison([begun, one], None)
+    assert not drawn.pictures["scores.png"]
+
+
+def fill_named(path: Path) -> Path:
+    path.mkdir()
+    return fill(path)
+
+
+def test_more_groups_than_colours_are_dashed_and_analyses_are_compared_too(tmp_path: Path) -> None:
+    assert len(COLORS) == len(MARKS)
+    runs = [make(tmp_path, f"run {n}", lr=n, refreshes=1) for n in range(9)]
+    groups = read_compared(runs).groups
+    assert [group.is_dashed for group in groups] == 8 * [False] + [True]
+    assert len({(group.color, group.is_dashed) for group in groups}) == 9
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    analyses = [analysis_file(tmp_path / name, "--full") for name in "ab"]
+    drawn = draw_comparison(analyses, tmp_path / "out", with_png=False)
+    assert "Spectra, of the analyses" in drawn.html
+
+
+def test_a_browser_shows_it_and_names_are_text(tmp_path: Path) -> None:
+    runs = [make(tmp_path, EVIL, lr=EVIL), *(make(tmp_path, f"b-seed{n}", seed=n) for n in (1, 2))]
+    drawn = draw_comparison(runs, tmp_path / "out")
+    assert EVIL not in drawn.html
+    page = tmp_path / "page.html"
+    page.write_text(drawn.html)
+    with opened(tmp_path / "profile") as tab:
+        tab.open(page, width=420)
+        headings = tab.js("[...document.querySelectorAll('h2')].map((one) => one.textContent)")
+        assert headings[:3] == ["Options that differ", "Scores", "Scores"]
+        sections = tab.js("[...document.querySelectorAll('section.interactive')].map((one) => one.id)")
+        assert sections == ["fig-scores", "fig-types", "fig-layers"]
+        tab.js("document.getElementById('fig-scores').scrollIntoView()")
+        tab.wait("document.querySelector('#fig-scores .js-plotly-plot')?.data?.length === 4")  # two lines, one band
+        assert tab.js("document.documentElement.scrollWidth <= innerWidth")
+        tab.choose("#fig-layers select", "blocks.2.mlp.fc2")
+        assert tab.js("document.title").startswith("<img")
+        assert tab.errors == []
