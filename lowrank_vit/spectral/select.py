@@ -51,7 +51,7 @@ def select_targets(weights: Mapping[str, Tensor], patterns: str, flag: str = "--
     """
     wanted = list(dict.fromkeys(p.strip() for p in patterns.split(",") if p.strip()))
     if not wanted:
-        raise UserError(f"no spectral targets in {patterns!r}; expected endings of module names: {DEFAULT_TARGETS}")
+        raise UserError(f"{flag} {patterns!r} names nothing; expected endings of module names: {DEFAULT_TARGETS}")
     named = {name.removesuffix(_WEIGHT): w for name, w in weights.items() if name.endswith(_WEIGHT)}
     matrices = {name: w for name, w in named.items() if w.ndim == 2}
     others = {name: w for name, w in named.items() if 2 < w.ndim <= 5}
@@ -96,7 +96,7 @@ def choose_targets(
             watched[name] = Target(name, is_fused=is_fused)
         elif weight.shape[0] % 3:
             raise UserError(
-                f"{name} has {weight.shape[0]} rows, which do not divide into Q, K and V; leave out split-qkv"
+                f"{name} has {weight.shape[0]} rows, which do not divide into Q, K and V; leave out {flags}split-qkv"
             )
         elif not is_fused:
             raise UserError(
@@ -106,7 +106,7 @@ def choose_targets(
         else:
             watched |= {f"{name}.{letter}": Target(name, third) for third, letter in enumerate(_QKV)}
     if split_qkv and all(target.third is None for target in watched.values()):
-        raise UserError(f"split-qkv: none of the spectral targets {patterns!r} is a qkv module; leave it out")
+        raise UserError(f"{flags}split-qkv: none of {flags}targets {patterns!r} is a qkv module; leave it out")
     return watched
 
 
@@ -183,7 +183,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _no_match(pattern: str, wanted: list[str], matrices: list[str], others: list[str], flag: str) -> str:
     if not matrices and not others:
-        return f"spectral target {pattern!r} matches nothing: the model has no 2-D weight at all"
+        return f"{flag}: {pattern!r} matches nothing: the model has no 2-D weight at all"
     names = matrices + others
     instead = {one: _in_place_of(one, names) for one in wanted if not any(_matches(name, one) for name in names)}
     endings = list(dict.fromkeys(module_type(name) for name in matrices))
@@ -196,7 +196,7 @@ def _no_match(pattern: str, wanted: list[str], matrices: list[str], others: list
     convolutions = list(dict.fromkeys(module_type(name) for name in others))
     more = f"; convolutions: {', '.join(convolutions)}" if convolutions else ""
     return (
-        f"spectral target {pattern!r} matches no 2-D weight and no convolution.{hint} "
+        f"{flag}: {pattern!r} matches no 2-D weight and no convolution.{hint} "
         f"Endings that exist: {', '.join(endings)}{more}"
     )
 

@@ -72,14 +72,12 @@ class Regulariser:
     def follow(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Take the targets as they are now, after layers were put in factors; gradients are computed anew."""
         self._optimizer = optimizer
-        patterns = self._options.reg_targets or self._options.lowrank_targets
-        try:
-            names = select_targets(with_products(dict(model.named_parameters())), patterns, "--reg-targets")
-        except UserError as error:
-            raise UserError(f"--reg-targets: {error}") from error
+        own = self._options.reg_targets
+        patterns, flag = (own, "--reg-targets") if own else (self._options.lowrank_targets, "--lowrank-targets")
+        names = select_targets(with_products(dict(model.named_parameters())), patterns, flag)
         self._parameters, self._matrices = _matrices_of(model, list(names))
         if not self._matrices:
-            raise UserError("No weight that --reg-targets names is trained. Leave the --reg- options out.")
+            raise UserError(f"No weight that {flag} names is trained. Leave the --reg- options out.")
         sizes = [parameter.numel() for parameter in self._parameters]
         sizes += [min(matrix.shape) for matrix in self._matrices] + [4 * len(self._matrices)]
         self._kept = torch.zeros(sum(sizes), device=self._parameters[0].device)

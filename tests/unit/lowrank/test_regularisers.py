@@ -417,8 +417,11 @@ def test_what_it_does_is_said():
 
 def test_frozen_and_unknown_targets_are_refused():
     model = TinyModel()
-    with pytest.raises(UserError, match="--reg-targets"):
+    with pytest.raises(UserError, match=r"^--reg-targets: 'nothing' matches no"):
         regulariser("--reg-nuclear 0.1 --reg-targets nothing", model)
+    of_low_rank = parse("--reg-nuclear 0.1 --lowrank-targets nothing --device cpu".split()).lowrank
+    with pytest.raises(UserError, match=r"^--lowrank-targets: 'nothing' matches no"):
+        Regulariser(of_low_rank, model, torch.optim.SGD(model.parameters(), lr=0.5))
     for parameter in model.blocks.parameters():
         parameter.requires_grad_(False)
     with pytest.raises(UserError, match="No weight that --reg-targets names is trained"):

@@ -79,10 +79,21 @@ def test_the_error_names_the_nearest_ending_and_those_that_exist(vit: VisionTran
 
 
 def test_no_pattern_and_no_matrix_are_errors(vit: VisionTransformer) -> None:
-    with pytest.raises(UserError, match="no spectral targets"):
+    with pytest.raises(UserError, match=r"^--spec-targets ' , ' names nothing"):
         select_targets(dict(vit.named_parameters()), " , ")
     with pytest.raises(UserError, match="no 2-D weight at all"):
         select_targets({"norm.weight": torch.ones(3)}, "norm")
+
+
+@pytest.mark.parametrize("patterns", ["nothing", "", "norm1"])
+def test_an_error_begins_with_the_flag_that_gave_the_names(vit: VisionTransformer, patterns: str) -> None:
+    weights = dict(vit.named_parameters())
+    with pytest.raises(UserError, match=r"^--lowrank-targets[: ]"):
+        select_targets(weights, patterns, "--lowrank-targets")
+    with pytest.raises(UserError, match=r"^--spec-targets[: ]"):
+        targets_of_model(vit, patterns)
+    with pytest.raises(UserError, match=r"^--targets[: ]"):
+        choose_targets(weights, patterns, flags="--")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +136,7 @@ def test_splitting_gives_what_the_attention_computes_with(vit: VisionTransformer
 
 
 def test_splitting_needs_a_qkv_that_divides_by_three(vit: VisionTransformer) -> None:
-    with pytest.raises(UserError, match="none of the spectral targets"):
+    with pytest.raises(UserError, match=r"^--spec-split-qkv: none of --spec-targets"):
         choose_targets(dict(vit.named_parameters()), "mlp.fc1", split_qkv=True)
     with pytest.raises(UserError, match="16 rows, which do not divide"):
         choose_targets({"attn.qkv.weight": torch.ones(16, 4)}, "qkv", split_qkv=True)
