@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -44,6 +44,8 @@ class MatrixStack:
     matrices_NRC: Tensor
     fused: frozenset[str] = frozenset()
     """Those of the names whose rows are Q, K and V, a third each."""
+    ranks: Mapping[str, int] = field(default_factory=dict[str, int])
+    """By name, what the rank of a product of factors is at most; of matrices of any rank nothing."""
 
 
 def never() -> bool:
@@ -51,11 +53,13 @@ def never() -> bool:
     return False
 
 
-def stack_by_shape(weights: Mapping[str, Tensor], fused: Collection[str] = ()) -> list[MatrixStack]:
+def stack_by_shape(
+    weights: Mapping[str, Tensor], fused: Collection[str] = (), ranks: Mapping[str, int] | None = None
+) -> list[MatrixStack]:
     """Copy the matrices into one stack for each (shape, dtype, device): few kernels, no wait for the device.
 
     Later changes of `weights` do not reach the stacks, so this is also how a snapshot is taken. `fused`: the matrices
-    whose rows are Q, K and V.
+    whose rows are Q, K and V. `ranks`: of products, see `MatrixStack`.
 
     Raises:
         ValueError: a tensor is not 2-D.
@@ -67,7 +71,12 @@ def stack_by_shape(weights: Mapping[str, Tensor], fused: Collection[str] = ()) -
         groups.setdefault((weight.shape, weight.dtype, weight.device), []).append(name)
     with torch.no_grad():
         return [
-            MatrixStack(tuple(names), torch.stack([weights[n] for n in names]), frozenset(fused).intersection(names))
+            MatrixStack(
+                tuple(names),
+                torch.stack([weights[name] for name in names]),
+                frozenset(fused).intersection(names),
+                {name: ranks[name] for name in names if name in ranks} if ranks else {},
+            )
             for names in groups.values()
         ]
 

@@ -152,17 +152,19 @@ def solve_first(
 ) -> dict[str, Solved]:
     """As `solve_all`, of the first values alone, which are sought from `starts`, by name.
 
-    Where they are not proven to be the first, or where there is no start, they are those of the whole spectrum, and
-    always with the solver svd. Their `solver` is "ends" where they were found without it. A start of None goes on as
-    None until the next whole refresh. On a CPU, where trying costs about as much as the whole spectrum, so do those
-    that led to nothing.
+    Where they are not proven to be the first, or where there is no start, they are those of the whole spectrum; so are
+    those of a product of rank m or less, and always with the solver svd. Their `solver` is "ends" where they were found
+    without it. A start of None goes on as None until the next whole refresh. On a CPU, where trying costs about as much
+    as the whole spectrum, so do those that led to nothing.
     """
     solved: dict[str, Solved] = {}
     m = reach(settings.topk, settings.interval)
     for stack in stacks:
         found: dict[str, Solved | None] = {}
+        k = min(stack.matrices_NRC.shape[1:])
         if settings.solver != "svd":
-            known = {name: start for name, start in starts.items() if start is not None}
+            ranks = stack.ranks  # no value after a product's last one tells its first ones from the rest
+            known = {name: start for name, start in starts.items() if start is not None and ranks.get(name, k) > m}
             found = solve_ends(stack, known, m, cpu_threads=settings.cpu_threads, cancelled=cancelled, log=log)
         left = [i for i, name in enumerate(stack.names) if found.get(name) is None]
         rest = replace(stack, fused=frozenset[str]())

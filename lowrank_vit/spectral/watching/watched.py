@@ -16,7 +16,14 @@ from lowrank_vit.spectral.heads import Circuits, Heads, attention_blocks
 from lowrank_vit.spectral.measures.initial import FarEntry, far_entries_by_name
 from lowrank_vit.spectral.measures.metrics import recorded_indices
 from lowrank_vit.spectral.measures.updates import update_direction, why_no_direction
-from lowrank_vit.spectral.select import Target, fused_of, matrices_of, take_targets, targets_of_model
+from lowrank_vit.spectral.select import (
+    Target,
+    fused_of,
+    matrices_of,
+    ranks_of_factors,
+    take_targets,
+    targets_of_model,
+)
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.solve import stack_by_shape
 from lowrank_vit.spectral.watching.refresh import DIRECTION, FOR_HEADS, MODEL, Memory, SpectralSettings, Stacks
@@ -98,7 +105,8 @@ class Watched:
 
     def _stacks(self, watched: dict[str, Target], heads: Heads | None) -> Stacks:
         weights, fused = self._weights(watched, heads), fused_of(watched)
-        return {kind: stack_by_shape(of_kind, fused) for kind, of_kind in weights.items()}
+        ranks = {kind: ranks_of_factors(one, watched) for kind, one in self._models.items()}
+        return {kind: stack_by_shape(of_kind, fused, ranks.get(kind)) for kind, of_kind in weights.items()}
 
     def _weights(self, watched: dict[str, Target], heads: Heads | None) -> dict[str, dict[str, Tensor]]:
         """What is copied, by kind and name; behind `FOR_HEADS` what circuits need beside the kind's matrices."""

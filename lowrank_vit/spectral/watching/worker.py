@@ -324,21 +324,25 @@ def _float_array(matrix: torch.Tensor) -> np.ndarray:
     return on_host.numpy() if on_host.dtype in (torch.float32, torch.float64) else on_host.float().numpy()
 
 
-Arrays = dict[str, list[tuple[tuple[str, ...], frozenset[str], np.ndarray, torch.dtype]]]
-"""Stacks as another process gets them: names, fused ones, bytes (N, R, C x item size), and what type they are of."""
+Arrays = dict[str, list[tuple[tuple[str, ...], frozenset[str], dict[str, int], np.ndarray, torch.dtype]]]
+"""Stacks as another process gets them: names, fused ones, ranks, bytes (N, R, C x item size), and their type."""
 
 
 def _as_arrays(stacks: Stacks) -> Arrays:
-    def of(stack: MatrixStack) -> tuple[tuple[str, ...], frozenset[str], np.ndarray, torch.dtype]:
+    def of(stack: MatrixStack) -> tuple[tuple[str, ...], frozenset[str], dict[str, int], np.ndarray, torch.dtype]:
         matrices = stack.matrices_NRC
-        return stack.names, stack.fused, matrices.contiguous().view(torch.uint8).numpy(), matrices.dtype
+        as_bytes = matrices.contiguous().view(torch.uint8).numpy()
+        return stack.names, stack.fused, dict(stack.ranks), as_bytes, matrices.dtype
 
     return {kind: [of(stack) for stack in of_kind] for kind, of_kind in stacks.items()}
 
 
 def _as_stacks(arrays: Arrays) -> Stacks:
     return {
-        kind: [MatrixStack(names, torch.from_numpy(array).view(dtype), fused) for names, fused, array, dtype in of]
+        kind: [
+            MatrixStack(names, torch.from_numpy(array).view(dtype), fused, ranks)
+            for names, fused, ranks, array, dtype in of
+        ]
         for kind, of in arrays.items()
     }
 

@@ -116,6 +116,33 @@ def test_of_a_layer_in_few_factors_all_is_computed_at_once_without_a_word(
     assert all(values["spec/refresh/fallbacks"] == 0 for values in found.values())
 
 
+@pytest.mark.parametrize("is_aside", [False, True])
+@pytest.mark.parametrize(("rank", "share"), [(1, 1.0), (5, 1.0), (6, 0.0)])
+def test_a_layer_that_goes_in_factors_between_two_refreshes_is_solved_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, share: float, is_aside: bool
+) -> None:
+    """The next refresh of the first values has the start of the whole matrix, of which few values are left."""
+    monkeypatch.setattr(worker, "Aside", Through)
+    monkeypatch.setattr("lowrank_vit.spectral.watching.monitor.Worker", partial(of_way, is_aside))
+    model, lines = model_of(), list[str]()
+    monkeypatch.setattr(worker.LOG, "log", lambda level, form, *args: lines.append(form % args))
+    with watch(model, tmp_path, model, targets="qkv,fc", settings=SETTINGS) as monitor:
+        for update in range(0, 5, 2):
+            monitor.observe(update)
+            monitor.wait()
+            if update:
+                continue
+            for name in ("qkv", "fc"):
+                weight = model.get_parameter(f"{name}.weight").detach().double()
+                u, s, v = torch.linalg.svd(weight, full_matrices=False)
+                model.set_submodule(name, LowRankLinear(u[:, :rank] * s[:rank], v[:rank]))
+    records = {record.update: record.values for record in monitor.records()}
+    assert not lines
+    assert [records[update]["spec/refresh/full_share"] for update in records] == [1.0, share, share]
+    for key in ("spec/qkv/sv1", "spec_ema/fc/sv1"):
+        assert records[2][key] == pytest.approx(records[0][key], rel=1e-6)
+
+
 def test_the_rank_of_each_matrix_of_a_layer_in_factors_is_that_of_its_parts() -> None:
     layer = LowRankLinear(torch.randn(192, 2), torch.randn(6, 64))
     model = nn.ModuleDict({"qkv": layer, "fc": nn.Linear(128, 64)})
