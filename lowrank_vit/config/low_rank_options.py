@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 from tyro.conf import arg
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.config.option_types import ABOVE_0, NOT_NEGATIVE, POSITIVE, SHARE_BELOW_1, Range
+from lowrank_vit.config.option_types import ABOVE_0, NOT_NEGATIVE, POSITIVE, SHARE, SHARE_BELOW_1, Range
 
 _SHARE, _SHARE_BELOW_1 = Range(0, 1, open_low=True), Range(0, 1, open_low=True, open_high=True)
 _EXAMPLE = "8=0.15 20=0.08"
@@ -45,6 +45,11 @@ class LowRank:
     """So many whole refreshes in a row must find a layer's first directions the same."""
     lowrank_switches: Annotated[int, POSITIVE] = 3
     """The most updates of a run at which settled layers are put in factors."""
+    lowrank_at_once: Annotated[
+        float | None, SHARE, arg(help_behavior_hint="(default: one over the switches that are left, so a third first)")
+    ] = None
+    """Settled layers wait until they have this share of the parameters that could still go in factors. It falls with
+    the updates that are left, half-way to a half; 0: none waits."""
     lowrank_schedule: Annotated[tuple[str, ...], arg(metavar="EPOCH=BUDGET ...")] = ()
     """After so many epochs all targets go in factors of this share of their parameters, settled or not; what has
     settled is then only logged."""
@@ -169,6 +174,7 @@ _NEEDS: dict[str, tuple[_Need, ...]] = {
     "lowrank_budget": (_TRAIN, _KFAC, _NO_SCHEDULE),
     "lowrank_settled": (_TRAIN,),
     "lowrank_switches": (_TRAIN, _NO_SCHEDULE),
+    "lowrank_at_once": (_TRAIN, _NO_SCHEDULE),
     "lowrank_schedule": (_TRAIN,),
     "lowrank_dry_run": (_TRAIN,),
     "lowrank_moments": (_TRAIN,),

@@ -108,6 +108,7 @@ _LOW_RANK = {
     "seen": _WHOLE,
     "decided": _WHOLE,
     "wanted": _Kind("ranks by layer or None", lambda value: value is None or _RANKS.fits(value)),
+    "chosen": _WHOLE,
     "failure": _Kind("a text", _is_text),
     "settling": _MAPPING,
 }

@@ -8,7 +8,7 @@ and what it has seen acts there: the switch is a part of update v, and so of eve
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from timm.utils import ModelEmaV3
@@ -19,11 +19,11 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.low_rank_options import LowRank, parse_schedule
 from lowrank_vit.lowrank.allocation import Ranks
 from lowrank_vit.lowrank.layers import Costs
-from lowrank_vit.lowrank.switching.decision import Decision, decide
+from lowrank_vit.lowrank.switching.decision import Decision, decide, enough, share_of_due
 from lowrank_vit.lowrank.switching.factors import NewFactors
 from lowrank_vit.lowrank.switching.planner import Calibration, Measured, Planner
 from lowrank_vit.lowrank.switching.switch import switch
-from lowrank_vit.lowrank.switching.verdict import Settling
+from lowrank_vit.lowrank.switching.verdict import Settling, Verdict, is_near
 from lowrank_vit.model.low_rank import ranks_of
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.metrics import Event
@@ -74,7 +74,9 @@ class LowRankTraining:
     _decided: int = -1
     """The one that was decided on last."""
     _wanted: Ranks | None = None
-    """kfac: ranks under the budget at the newest whole refresh."""
+    """kfac: the ranks at which directions are judged."""
+    _chosen: int = -1
+    """kfac: the update that these were chosen at."""
     _failure: str = ""
     """Why that refresh could not be looked at."""
     _shown: frozenset[str] | None = None
@@ -111,7 +113,7 @@ class LowRankTraining:
             is_changed = self._act_on_evidence(update)
         is_seen_next = update % self.span.full_every == 0 and update > self._seen
         if is_seen_next and self.options.lowrank_train == "kfac" and self._may_switch(update):
-            self._wanted = self._wanted_ranks(update)
+            self._choose_in_turn(update)
         return is_changed
 
     def at_epoch(self, epoch: int, update: int) -> bool:
@@ -149,13 +151,15 @@ class LowRankTraining:
             "seen": self._seen,
             "decided": self._decided,
             "wanted": self._wanted,
+            "chosen": self._chosen,
             "failure": next((failure for _, failure in parts if failure), ""),
             "settling": {"update": own["update"], "layers": {k: v for part, _ in parts for k, v in part.items()}},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; the model has the layers of then."""
-        self._num_switches, self._ranks, self._wanted = state["num_switches"], state["ranks"], state["wanted"]
+        self._num_switches, self._ranks = state["num_switches"], state["ranks"]
+        self._wanted, self._chosen = state["wanted"], state["chosen"]
         self._seen, self._decided, self._failure = state["seen"], state["decided"], state["failure"]
         self.settling.load_state_dict(state["settling"])
 
@@ -167,12 +171,29 @@ class LowRankTraining:
         left = self._num_switches < self.options.lowrank_switches
         return left and not self.schedule and update < self.span.last_update
 
-    def _wanted_ranks(self, update: int) -> Ranks | None:
-        budget = self.options.lowrank_budget
-        found, failure = self._on_first(lambda: self.planner.ranks(self.model, self.costs, budget)[0])
-        if found is None:
+    def _choose_in_turn(self, update: int) -> None:
+        """kfac: choose ranks anew once in so many whole refreshes as a layer needs to settle.
+
+        More often would only cost time, since directions are judged at one rank while it goes on.
+        """
+        turn = (self.options.lowrank_settled + 1) * self.span.full_every
+        if self._wanted is None or update >= self._chosen + turn:
+            self._choose(update)
+
+    def _choose(self, update: int) -> Calibration:
+        """kfac: choose ranks by the weights as they are; on the first rank their moments. Leaves none if that fails."""
+
+        def chosen() -> tuple[Ranks, Calibration]:
+            return self.planner.ranks_beside(self.model, self.costs, self.options.lowrank_budget, self._ranks)
+
+        found, failure = self._on_first(chosen, send=lambda made: (made[0], None))
+        self._wanted, moments = found or (None, None)
+        self._chosen = update
+        if self._wanted is None:
             self._leave_whole(update, failure)
-        return found
+        else:
+            self._events.append(Event(update, {"event": "ranks", "ranks": self._wanted}))
+        return moments
 
     def _act_on_evidence(self, update: int) -> bool:
         gathered = self.world.gather((self._own(self.settling.verdicts()), self._failure))
@@ -181,13 +202,37 @@ class LowRankTraining:
         verdicts = {name: verdict for part, _ in gathered for name, verdict in part.items()}
         evidence = {name: asdict(verdicts[name]) for name in self.costs.layers if name in verdicts}
         due = decide(verdicts, self._ranks, self.costs)
-        about = {"event": "evidence", "seen": self._seen, "due": due, "layers": evidence}
-        self._events.append(Event(update, about))
+        share, needed = self._share_and_needed(due, update)
+        about = {"event": "evidence", "seen": self._seen, "due": due, "share": share, "needed": needed}
+        self._events.append(Event(update, about | {"layers": evidence}))
         if due and update >= self.span.last_update and not self.schedule:
             self._leave_whole(update, f"{len(due)} have settled, but no update is left to train them in factors")
-        if not due or not self._may_switch(update):
+        if not due or not self._may_switch(update) or share < needed:
             return False
-        return self._switch(Decision(update, due, {name: evidence[name] for name in due}), update, None, {})
+        moments = None
+        if self.options.lowrank_train == "kfac":
+            due, moments = self._due_as_chosen_now(verdicts, update)
+            if not due or self._share_and_needed(due, update)[0] < needed:
+                return False
+        return self._switch(Decision(update, due, {name: evidence[name] for name in due}), update, moments, {})
+
+    def _share_and_needed(self, due: Ranks, update: int) -> tuple[float, float]:
+        """What is due of what could still go, and from which share on it does; see `enough`."""
+        switches_left = max(self.options.lowrank_switches - self._num_switches, 1)
+        updates_left = max(1 - update / self.span.last_update, 0.0)
+        needed = enough(self.options.lowrank_at_once, switches_left, updates_left)
+        return share_of_due(due, self._ranks, self.costs), needed
+
+    def _due_as_chosen_now(self, verdicts: Mapping[str, Verdict], update: int) -> tuple[Ranks, Calibration]:
+        """kfac: what is due at ranks chosen by the weights as they are. The others' directions are judged at these."""
+        moments = self._choose(update)
+        wanted = self._wanted or {}
+        at_these = {
+            name: replace(one, rank=rank, settled=one.settled and is_near(rank, one.rank))
+            for name, one in verdicts.items()
+            if (rank := wanted.get(name))
+        }
+        return decide(at_these, self._ranks, self.costs), moments
 
     def _switch(self, decision: Decision, done: int, moments: Calibration, about: dict[str, Any]) -> bool:
         """Put the layers of a decision in factors, or in a dry run see what that would be; whether they are.
@@ -226,11 +271,16 @@ class LowRankTraining:
         return not is_dry
 
     def _made(self, decision: Decision, moments: Calibration) -> tuple[dict[str, NewFactors], Measured, Measured]:
-        """On the first rank: factors of the weights as they are, and the model without and with them."""
+        """On the first rank: factors of the weights as they are, and the model without and with them.
+
+        In a dry run both are with the layers in factors, too, that would be.
+        """
         factors = self.planner.factors(self.model, decision.ranks, moments)
-        with_them = self.planner.measure(self.model, factors) if self.options.lowrank_dry_run else None
-        before = self.planner.measure(self.model)
-        return factors, before, with_them or before
+        if not self.options.lowrank_dry_run:
+            before = self.planner.measure(self.model)
+            return factors, before, before
+        earlier = self.planner.factors(self.model, self._ranks, moments) if self._ranks else {}
+        return factors, self.planner.measure(self.model, earlier), self.planner.measure(self.model, earlier | factors)
 
     def _on_first(self, work: Callable[[], T], send: Callable[[T], Any] = lambda made: made) -> tuple[T | None, str]:
         """What the first rank makes, or None and why there is nothing; on other ranks, of that what `send` leaves."""
@@ -267,7 +317,8 @@ class LowRankTraining:
             "share": self.costs.count(self._ranks) / self.costs.count({}),
             "layers": decision.evidence,
         }
-        self._events.append(Event(decision.update, values, _in_words(decision, was, before, after, is_dry)))
+        earlier = len(self._ranks.keys() - {name for name, rank in was.items() if rank is None}) if is_dry else 0
+        self._events.append(Event(decision.update, values, _in_words(decision, was, before, after, is_dry, earlier)))
         if self._num_switches == switches and not self.schedule:
             line = f"low rank: that was switch {switches} of --lowrank-switches {switches}; layers stay as they are now"
             self._events.append(Event(decision.update, {"event": "used-up", "switches": switches}, line))
@@ -292,8 +343,15 @@ def _sent(made: tuple[dict[str, NewFactors], Measured, Measured]) -> tuple[dict[
 
 
 def _in_words(
-    decision: Decision, was: Mapping[str, int | None], before: Measured, after: Measured, is_dry: bool
+    decision: Decision,
+    was: Mapping[str, int | None],
+    before: Measured,
+    after: Measured,
+    is_dry: bool,
+    earlier: int,
 ) -> str:
+    """`earlier`: how many layers would be in factors already, in a dry run."""
+    beside = f" (with the {earlier} of earlier dry switches in factors)" if earlier else ""
     flops = ""
     if before.flops is not None and after.flops is not None:
         flops = f", {before.flops / 1e9:.3g} -> {after.flops / 1e9:.3g} GFLOP a training image"
@@ -302,7 +360,7 @@ def _in_words(
         f"low rank{' (dry run)' if is_dry else ''} at update {decision.update}: {len(decision.ranks)} layers "
         f"{'would go ' if is_dry else ''}from {old} to {_span(list(decision.ranks.values()))}, "
         f"{before.parameters / 1e6:.3g} -> {after.parameters / 1e6:.3g} M parameters{flops}, "
-        f"loss {before.loss:.4f} -> {after.loss:.4f}"
+        f"loss {before.loss:.4f} -> {after.loss:.4f}{beside}"
     )
 
 

@@ -19,7 +19,7 @@ from lowrank_vit.common.threads import beat
 from lowrank_vit.config.low_rank_options import LowRank, RankRule
 from lowrank_vit.lowrank.allocation import Ranks, energy, greedy
 from lowrank_vit.lowrank.calibration import Moments, calibrate
-from lowrank_vit.lowrank.layers import Costs, factorise
+from lowrank_vit.lowrank.layers import Costs, costs_alone, factorise
 from lowrank_vit.lowrank.methods import METHODS
 from lowrank_vit.lowrank.switching.factors import NewFactors, make_factors
 from lowrank_vit.lowrank.targets import logits_of
@@ -74,6 +74,13 @@ class Planner:
         ranks = ranks_under(self.options.lowrank_train, found, budget, costs)
         return {name: rank for name, rank in ranks.items() if rank < now.get(name, rank + 1)}, moments
 
+    def ranks_beside(self, model: nn.Module, costs: Costs, budget: float, now: Ranks) -> tuple[Ranks, Calibration]:
+        """As `ranks`, of layers that go in factors beside others, `now`, which are, or in a dry run would be."""
+        twin = merged_copy(model)
+        layers = _linears(twin, costs.layers)
+        moments = self._calibrated(twin, layers)
+        return ranks_left(decompose_layers(layers, METHODS[self.method], moments), budget, costs, now), moments
+
     def factors(self, model: nn.Module, ranks: Ranks, moments: Calibration = None) -> dict[str, NewFactors]:
         """Factors of these layers as they are now, by `moments` of now. Raises `UserError`, see `make_factors`."""
         if moments is None:
@@ -119,6 +126,23 @@ def ranks_under(rule: RankRule, found: Mapping[str, Decomposition], budget: floa
             name: rank if np.isnan(above[name]) else max(1, min(rank, int(above[name]))) for name, rank in ranks.items()
         }
     return ranks
+
+
+def ranks_left(found: Mapping[str, Decomposition], budget: float, costs: Costs, now: Ranks) -> Ranks:
+    """Ranks of rule kfac beside layers in factors: these only shrink, and the others share out what they leave.
+
+    Args:
+        found: the decompositions of all layers of `costs`.
+        budget: see `ranks_under`.
+        costs: likewise.
+        now: the ranks of the layers that are in factors.
+    """
+    fewer = {name: rank for name, rank in greedy(found, budget, costs).items() if rank < now.get(name, 0)}
+    whole = Costs({name: layer for name, layer in costs.layers.items() if name not in now}, costs_alone({}).rest)
+    if not whole.layers:
+        return fewer
+    left = budget * costs.count({}) - sum(costs.layers[name].cost(rank) for name, rank in now.items())
+    return fewer | greedy({name: found[name] for name in whole.layers}, left / whole.count({}), whole)
 
 
 def merged_copy(model: nn.Module, names: set[str] | None = None) -> nn.Module:

@@ -80,6 +80,11 @@ def margin(rank: int) -> int:
     return max(rank // 8, min(rank, 2))
 
 
+def is_near(rank: int, settled: int) -> bool:
+    """Whether what was seen of the first `settled` directions also goes for so many; see `margin`."""
+    return settled - 2 * margin(settled) <= rank <= settled + margin(settled)
+
+
 class Settling:
     """Watches which layers have settled, from copies of their weights at full refreshes.
 
@@ -180,8 +185,7 @@ class Settling:
 
 def _knows(layer: _Layer, rank: int) -> bool:
     assert layer.anchor is not None
-    may_move = margin(layer.rank)
-    return layer.rank - 2 * may_move <= rank <= min(layer.rank + may_move, layer.anchor.count)
+    return is_near(rank, layer.rank) and rank <= layer.anchor.count
 
 
 def _begin(look: Look) -> _Layer:

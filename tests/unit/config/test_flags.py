@@ -31,8 +31,8 @@ mix-block cutmix-minmax mixup-off-epoch device amp amp-dtype tf32 compile compil
 spec-every spec-full-every spec-topk spec-interval spec-targets spec-split-qkv spec-circuits spec-solver spec-on-cpu
 spec-cpu-threads spec-store-gb spec-log spec-updates spec-flows spec-flow-images
 lowrank-init lora lora-alpha lora-dropout lowrank-train lowrank-targets lowrank-energy lowrank-budget lowrank-settled
-lowrank-switches lowrank-schedule lowrank-dry-run lowrank-moments lowrank-decay lowrank-calibration-images reg-nuclear
-reg-stable-rank spectral-clip reg-every reg-targets reg-coupled
+lowrank-switches lowrank-at-once lowrank-schedule lowrank-dry-run lowrank-moments lowrank-decay
+lowrank-calibration-images reg-nuclear reg-stable-rank spectral-clip reg-every reg-targets reg-coupled
 output experiment resume seed seeds log-interval val-interval eval-metric tta checkpoint-hist checkpoint-interval
 rank-timeout init-timeout tracker log-wandb wandb-project wandb-tags wandb-resume-id wandb-spec
 """.split()

@@ -82,6 +82,10 @@ def test_a_schedule_goes_forward_and_down(texts: str, why: str):
             "--spec-monitor --lowrank-train mp --lowrank-switches 0",
             "--lowrank-switches takes a whole number of at least 1",
         ),
+        (
+            "--spec-monitor --lowrank-train mp --lowrank-at-once 1.5",
+            "--lowrank-at-once takes a number from 0 to 1",
+        ),
     ],
 )
 def test_what_contradicts_is_said_before_anything_is_opened(line: str, why: str):
@@ -102,6 +106,7 @@ WITH = {
     "--lowrank-budget 0.3": [f"{TRAIN} kfac"],
     "--lowrank-settled 5": [f"{TRAIN} mp", f"{TRAIN} kfac --lowrank-schedule 8=0.15"],
     "--lowrank-switches 1": [f"{TRAIN} mp --lowrank-dry-run"],
+    "--lowrank-at-once 0": [f"{TRAIN} mp --lowrank-dry-run"],
     "--lowrank-schedule 8=0.15": [f"{TRAIN} energy"],
     "--lowrank-dry-run": [f"{TRAIN} energy"],
     "--lowrank-moments restart": [f"{TRAIN} mp --lowrank-dry-run"],
