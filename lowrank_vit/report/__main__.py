@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -16,6 +16,9 @@ from lowrank_vit.config.check import check_ranges
 from lowrank_vit.config.command_line import read_options
 from lowrank_vit.config.option_types import Range
 
+if TYPE_CHECKING:
+    from lowrank_vit.report.page import Drawn
+
 NONE = "(default: none)"
 
 
@@ -25,8 +28,9 @@ class Options:
 
     runs: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]
     """What `python -m lowrank_vit.train` wrote, usually output/<experiment>; or a folder or *_spectral.json of
-    `python -m lowrank_vit.analyze_spectrum`; or the --out of `python -m lowrank_vit.compress`. Several runs, or several
-    analyses, are compared in a page of their own, comparison.html; their own reports stay."""
+    `python -m lowrank_vit.analyze_spectrum`, or a *_drift.json of its --compare; or the --out of
+    `python -m lowrank_vit.compress`. Several runs, or several analyses, are compared in a page of their own,
+    comparison.html; their own reports stay."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Of several runs: where their page goes; default: a folder named after them, beside the first."""
     against: Annotated[Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint=NONE)] = None
@@ -49,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     check_ranges(options)
     if options.port is not None and not options.watch:
         raise UserError("--port is about --watch, which is not there. Add --watch, or leave --port out.")
-    if len(options.runs) > 1:
+    run, *others = options.runs
+    if others:
         _compare(options)
         return
     if options.out is not None:
@@ -60,38 +65,37 @@ def main(argv: list[str] | None = None) -> None:
         from lowrank_vit.report.export import export_run, format_of
 
         form, folder = options.export
-        files = export_run(options.runs[0], format_of(form), Path(folder))
+        files = export_run(run, format_of(form), Path(folder))
         output_is_in_files()
         say(f"wrote {', '.join(map(str, files))}")
         return
     if options.watch:
         from lowrank_vit.report.watch import serve_page
 
-        serve_page(options.runs[0], options.against, options.port, options.png)
+        serve_page(run, options.against, options.port, options.png)
         return
-    from lowrank_vit.report.page import write_report  # torch takes seconds, which a wrong option must not cost
+    from lowrank_vit.report.page import draw_report  # torch takes seconds, which a wrong option must not cost
 
-    folder, notes = write_report(options.runs[0], options.against, options.png)
+    _write(draw_report(run, options.against, options.png), options)
+
+
+def _write(drawn: Drawn, options: Options) -> None:
+    from lowrank_vit.report.page import write_drawn
+
+    write_drawn(drawn)
     output_is_in_files()
-    for note in notes:
+    for note in drawn.notes:
         say(f"note: {note}")
-    say(f"wrote {folder / 'report.html'}" + (f" and {folder / 'report'}/*.png" if options.png else ""))
+    say(f"wrote {drawn.page}" + (f" and {drawn.page.with_suffix('')}/*.png" if options.png else ""))
 
 
 def _compare(options: Options) -> None:
     for name in ("watch", "against", "export"):
         if getattr(options, name):
             raise UserError(f"--{name} goes with one run, and {len(options.runs)} are given. Leave it out.")
-    from lowrank_vit.report.compare.page import NAME, draw_comparison
-    from lowrank_vit.report.page import write_drawn
+    from lowrank_vit.report.compare.page import draw_comparison
 
-    drawn = draw_comparison(options.runs, options.out, with_png=options.png)
-    write_drawn(drawn, NAME)
-    output_is_in_files()
-    for note in drawn.notes:
-        say(f"note: {note}")
-    page = drawn.folder / f"{NAME}.html"
-    say(f"wrote {page}" + (f" and {drawn.folder / NAME}/*.png" if options.png else ""))
+    _write(draw_comparison(options.runs, options.out, with_png=options.png), options)
 
 
 if __name__ == "__main__":

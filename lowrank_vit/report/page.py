@@ -20,6 +20,7 @@ from lowrank_vit.report.compression.plots import curve_plot, ranks_plot
 from lowrank_vit.report.compression.plots import spectra_plot as weighted_spectra_plot
 from lowrank_vit.report.compression.read import Compression, Table, find_compression, read_compression, tables
 from lowrank_vit.report.compression.read import headline as compression_headline
+from lowrank_vit.report.drift import drift_parts, find_drift
 from lowrank_vit.report.interactive.embed import embedded, embedded_pictures
 from lowrank_vit.report.interactive.packing import script
 from lowrank_vit.report.interactive.sentences import sentences
@@ -79,6 +80,13 @@ class Drawn:
     """File name to PNG; None: not to be drawn of what there is."""
     notes: list[str]
     """On what was missing."""
+    name: str = "report"
+    """Of the page and of the folder of its pictures."""
+
+    @property
+    def page(self) -> Path:
+        """The page's file."""
+        return self.folder / f"{self.name}.html"
 
 
 def write_report(path: Path, against: Path | None = None, png: bool = True) -> tuple[Path, list[str]]:
@@ -107,12 +115,19 @@ def draw_report(path: Path, against: Path | None = None, png: bool = True) -> Dr
             raise UserError(f"--against compares runs, and {path} is a compression. Leave it out.")
         html = compression_html(found, _there(of_it))
         return Drawn(found.path.parent, html, {name: png for name, (_, png) in of_it.items()}, [])
+    if not found and (drift := find_drift(path)):
+        if against:
+            raise UserError(f"--against compares runs, and {path} is no run. Leave it out.")
+        parts, pictures = drift_parts(drift, with_png=png)
+        return Drawn(drift.parent, render_page(**parts), pictures, [], drift.stem)
     analysis = None if found else find_analysis(path)
     run = read_analysis(analysis) if analysis else read_run(found.path.parent if found else path)
     other = read_run(against) if against else None
     drawn = {name: (caption, draw(run) if png else None) for name, caption, draw in _PICTURES} | of_it
     html = report_html(run, _there(drawn), other, found)
-    return Drawn(run.path, html, {name: png for name, (_, png) in drawn.items()}, run.notes)
+    # In a run's own folder the report is the run's.
+    name = analysis.stem if analysis and (run.path / "args.yaml").exists() else "report"
+    return Drawn(run.path, html, {name: png for name, (_, png) in drawn.items()}, run.notes, name)
 
 
 def _there(drawn: Mapping[str, tuple[str, bytes | None]]) -> dict[str, bytes]:
@@ -120,9 +135,9 @@ def _there(drawn: Mapping[str, tuple[str, bytes | None]]) -> dict[str, bytes]:
     return {caption: png for caption, png in drawn.values() if png is not None}
 
 
-def write_drawn(drawn: Drawn, name: str = "report") -> None:
-    """Write a page as `name`.html into its folder, and its pictures into `name`/. Raises `UserError`."""
-    folder = drawn.folder / name
+def write_drawn(drawn: Drawn) -> None:
+    """Write a page into its folder, and its pictures into one beside it. Raises `UserError`."""
+    folder = drawn.folder / drawn.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, png in drawn.pictures.items():
@@ -131,7 +146,7 @@ def write_drawn(drawn: Drawn, name: str = "report") -> None:
             else:
                 (folder / file).unlink(missing_ok=True)  # an earlier report's must not pass for this one's
         page = drawn.html.encode("utf-8", "backslashreplace")  # a page has no other bytes
-        write_whole(drawn.folder / f"{name}.html", page)
+        write_whole(drawn.page, page)
     except OSError as error:
         raise UserError(
             f"cannot write the report into {drawn.folder}: {error.strerror or error}; is it writable?"

@@ -231,14 +231,14 @@ ENDING = "_spectral.json"
 
 
 def find_analysis(path: Path) -> Path | None:
-    """The `*_spectral.json` that `path` is, or that the folder `path` holds; None where there is none.
+    """The `*_spectral.json` that `path` is, or that a folder holds which is no run's; else None.
 
     Raises:
         UserError: a folder holds several.
     """
     if path.is_file():
         return path if path.name.endswith(ENDING) else None
-    found = sorted(path.glob(f"*{ENDING}"))
+    found = [] if (path / "args.yaml").exists() else sorted(path.glob(f"*{ENDING}"))
     if len(found) > 1:
         names = ", ".join(one.name for one in found)
         raise UserError(f"{path} holds several analyses ({names}); give one of these files.")

@@ -75,7 +75,7 @@ def draw_comparison(paths: Sequence[Path], out: Path | None, *, with_png: bool =
         environment={},
     )
     files = {f"{name}.png": None for name in ("scores", "types", "layers")} | {n: p for n, (_, p) in pictures.items()}
-    return Drawn(folder, html, files, notes)
+    return Drawn(folder, html, files, notes, NAME)
 
 
 def _folder_name(paths: Sequence[Path]) -> str:

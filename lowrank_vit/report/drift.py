@@ -1,0 +1,127 @@
+"""The page of `analyze_spectrum --compare`: how far each matrix moved between two checkpoints, by depth and by type."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.report.compression.read import Table
+from lowrank_vit.report.interactive.figures import figure, panel, series_of
+from lowrank_vit.report.interactive.packing import Packer, embedded_json, embedded_library
+from lowrank_vit.report.style import browser_look, by_type, heading, new_figure, png, tidy, type_look
+
+ENDING = "_drift.json"
+_NUMBERS = (
+    ("update_normF", "Frobenius norm of the change", "|ΔW|F"),
+    ("update_norm2", "spectral norm of the change", "|ΔW|₂"),
+    ("delta_sv_rel", "change of singular values", "Δσ / σ"),
+    ("turn_bound", "bound on the block's turn", "sine (above 1: none)"),
+    ("block_cos_u_overlap", "left vectors: overlap", "0: chance, 1: the same"),
+    ("block_cos_v_overlap", "right vectors: overlap", "0: chance, 1: the same"),
+    ("block_energy", "energy that the old block holds", "share"),
+)
+"""Key in the file, title and label."""
+
+
+def find_drift(path: Path) -> Path | None:
+    """The `*_drift.json` that `path` is, or the only one in a folder that holds no run and no analysis; else None."""
+    if path.is_file():
+        return path if path.name.endswith(ENDING) else None
+    found = list(path.glob(f"*{ENDING}"))
+    others = (*path.glob("*_spectral.json"), *path.glob("args.yaml"), *path.glob("metrics.jsonl"))
+    return found[0] if len(found) == 1 and not others else None
+
+
+def drift_parts(path: Path, *, with_png: bool) -> tuple[dict[str, Any], dict[str, bytes | None]]:
+    """The parts of the page, as `page.render_page` takes them, and its pictures by file name. Raises `UserError`."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        meta, layers = dict(content["meta"]), {name: dict(of) for name, of in content["layers"].items()}
+        before, after = (dict(meta[name]) for name in ("before", "after"))
+        types = {name: dict(of) for name, of in content["types"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read as a comparison of checkpoints ({error}); write it with "
+            "`python -m lowrank_vit.analyze_spectrum --compare BEFORE AFTER --save-dir DIR`."
+        ) from error
+    numbers = [one for one in _NUMBERS if any(np.isfinite(_number(of, one[0])) for of in layers.values())]
+    picture = _picture(layers, numbers, _words(meta, before, after)) if with_png and numbers else None
+    parts = {
+        "title": path.name.removesuffix(".json"),
+        "model": _words(meta, before, after),
+        "headline": [],
+        "said": [],
+        "notes": [] if numbers else ["No number of it is finite."],
+        "thinned": [],
+        "embedded": _embedded(layers, numbers),
+        "pictures": {"How far each matrix moved, by depth": picture} if picture else {},
+        "tables": [_table("Means by type", types, numbers), _table("Every matrix", layers, numbers)],
+        "steps": None,
+        "arguments": {name: value for name, value in meta.items() if not isinstance(value, dict)},
+        "differing": None,
+        "environment": {},
+    }
+    return parts, {"drift.png": picture}
+
+
+def _words(meta: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    def state(one: Mapping[str, Any]) -> str:
+        epoch = one.get("epoch", -1)
+        of = f", epoch {epoch + 1}" if isinstance(epoch, int) and epoch >= 0 else ""
+        return f"{one.get('checkpoint', '')}{of}{', EMA' if one.get('use_ema') else ''}"
+
+    return f"{meta.get('model', '')}  ·  from {state(before)} to {state(after)}"
+
+
+def _number(values: Mapping[str, Any], key: str) -> float:
+    value = values.get(key)
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _table(title: str, rows: Mapping[str, Mapping[str, Any]], numbers: list[tuple[str, str, str]]) -> Table:
+    def text(value: float) -> str:
+        return f"{value:.4g}" if np.isfinite(value) else "–"
+
+    cells = [[name, *(text(_number(of, key)) for key, _, _ in numbers)] for name, of in rows.items()]
+    return Table(title, ["", *(title for _, title, _ in numbers)], cells)
+
+
+def _embedded(layers: Mapping[str, Mapping[str, Any]], numbers: list[tuple[str, str, str]]) -> dict[str, str]:
+    pack, types = Packer(), by_type(layers)
+    panels = [
+        panel(title, "block", label, [
+            series_of(kind, np.arange(len(names)), np.array([_number(layers[name], key) for name in names]), pack,
+                      look=kind, text=names)
+            for kind, names in types.items()
+        ])
+        for key, title, label in numbers
+    ]  # fmt: skip
+    made = figure("drift", "From the one to the other, by depth", "", {"all": panels}, logarithmic="off")
+    looks = {kind: browser_look(kind) for kind in types}
+    data = {"figures": [made] if made else [], "matrices": None, "looks": looks}
+    return {"library": embedded_library(), "json": embedded_json(data), "numbers": pack.embedded()}
+
+
+def _picture(layers: Mapping[str, Mapping[str, Any]], numbers: list[tuple[str, str, str]], words: str) -> bytes:
+    rows = -(-len(numbers) // 3)
+    drawn = new_figure(12.3, 1.5 + 2.6 * rows)
+    grid = drawn.subplots(rows, 3, squeeze=False)
+    for axes in grid.flat[len(numbers) :]:
+        axes.set_axis_off()
+    for axes, (key, title, label) in zip(grid.flat, numbers, strict=False):
+        tidy(axes, title, "block", label)
+        for kind, names in by_type(layers).items():
+            color, mark = type_look(kind)
+            values = [_number(layers[name], key) for name in names]
+            axes.plot(range(len(names)), values, color=color, marker=mark, markersize=4, linewidth=1.4, label=kind)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    heading(drawn, "From one checkpoint to another", words)
+    lines = grid.flat[0].get_lines()
+    drawn.legend(handles=lines, loc="outside lower left", ncols=min(6, max(1, len(lines))), frameon=False, fontsize=9)
+    return png(drawn)

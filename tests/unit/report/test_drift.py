@@ -1,0 +1,80 @@
+"""The page of `analyze_spectrum --compare`, and analyses in a run's own folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_vit.analyze_spectrum import main as analyze
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.report.__main__ import main
+from tests.browser import opened
+from tests.reported import analysis_file, fill
+from tests.spectra import tiny_vit
+
+
+@pytest.fixture(autouse=True)
+def _sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a layout, which takes half of the time of a picture."""
+    monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda _figure: None)
+
+
+def drift_file(folder: Path) -> Path:
+    """What `--compare` writes of two states of a tiny model."""
+    for name, seed in (("before", 0), ("after", 1)):
+        torch.manual_seed(seed)
+        torch.save({"state_dict": tiny_vit().state_dict(), "arch": "vit", "epoch": seed}, folder / f"{name}.pth")
+    files = [str(folder / f"{name}.pth") for name in ("before", "after")]
+    analyze(["--compare", *files, "--save-dir", str(folder), "--topk", "3"])
+    return folder / "vit_drift.json"
+
+
+def test_a_comparison_of_checkpoints_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = drift_file(tmp_path)
+    main([str(path)])
+    assert f"wrote {tmp_path}/vit_drift.html and {tmp_path}/vit_drift/*.png" in capsys.readouterr().out
+    assert [one.name for one in (tmp_path / "vit_drift").iterdir()] == ["drift.png"]
+    html = (tmp_path / "vit_drift.html").read_text()
+    layers = json.loads(path.read_text())["layers"]
+    for name, numbers in layers.items():
+        assert f"<td>{name}</td><td>{numbers['update_normF']:.4g}</td>" in html
+    main([str(tmp_path), "--no-png"])  # the folder means it, too
+    assert list((tmp_path / "vit_drift").iterdir()) == []
+    with opened(tmp_path / "profile") as tab:
+        tab.open(tmp_path / "vit_drift.html", width=420)
+        tab.js("document.getElementById('fig-drift').scrollIntoView()")
+        tab.wait("document.querySelector('#fig-drift .js-plotly-plot')?.data?.length > 0")
+        assert tab.js("document.documentElement.scrollWidth <= innerWidth")
+        assert tab.errors == []
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"meta": {}, "layers": {}}', '{"meta": 3, "layers": [1]}'])
+def test_what_is_no_comparison_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x_drift.json").write_text(content)
+    with pytest.raises(UserError, match="cannot be read as a comparison of checkpoints"):
+        main([str(tmp_path / "x_drift.json")])
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    content = {"meta": {"before": {}, "after": {}}, "types": {}, "layers": {"<b>": {"update_normF": None}}}
+    (tmp_path / "x_drift.json").write_text(json.dumps(content))
+    main([str(tmp_path / "x_drift.json")])
+    html = (tmp_path / "x_drift.html").read_text()
+    assert "No number of it is finite." in html
+    assert "<b>" not in html
+
+
+def test_an_analysis_in_a_runs_folder_leaves_the_runs_report_alone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    fill(run)
+    analysis = analysis_file(run, "--full")
+    main([str(run), "--no-png"])
+    assert "61.25" in (run / "report.html").read_text()  # of the run, not of the analysis that lies there
+    before = (run / "report.html").read_text()
+    main([str(analysis), "--no-png"])
+    assert (run / "report.html").read_text() == before
+    assert (run / "vit_spectral.html").exists()
