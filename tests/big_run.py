@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lowrank_vit.spectral.watching.files import write_spectra
+from lowrank_vit.spectral.watching.files import StoredScalars, write_scalars, write_spectra
 from tests.reported import train_line
 
 WIDTH, BLOCKS, UPDATES = 768, 12, 1_501_200
@@ -39,8 +39,8 @@ METRICS = [
 ]
 REFRESHES = 1_700
 """Whose spectra 2 GB hold."""
-RECORDS = 1_000
-"""Of scalars."""
+RECORDS = 1_700
+"""Of scalars, whose share of the store is 200 MB."""
 
 
 def write_big_run(path: Path, share: float = 1.0, *, blocks: int = BLOCKS) -> Path:
@@ -58,11 +58,11 @@ def write_big_run(path: Path, share: float = 1.0, *, blocks: int = BLOCKS) -> Pa
     with (path / "metrics.jsonl").open("w") as file:
         for update in range(50, UPDATES, 300 if share == 1 else 3000):
             file.write(train_line(update, 7 / (1 + update / 2e5) + 0.1 * float(rng.random())))
-        fields = [f"{key}/{metric}" for key in keys for metric in METRICS]
         for update in np.linspace(0, UPDATES, max(3, int(share * RECORDS))).astype(int).tolist():
-            values = rng.random(len(fields)).round(16).tolist()
-            event = {"kind": "spec", "update": update, "spec/refresh/full": 1.0}
-            file.write(json.dumps(event | dict(zip(fields, values, strict=True))) + "\n")
+            values = rng.random((len(keys), len(METRICS)))
+            write_scalars(path / "spectra", StoredScalars(update, keys, METRICS, values, True))
+            event = {"kind": "spec", "update": update, "spec/refresh/full": 1.0, "spec/refresh/seconds": 2.5}
+            file.write(json.dumps(event) + "\n")
     header = "epoch,update,train_loss,eval_loss,eval_top1,eval_top5,eval_ema_loss,eval_ema_top1,eval_ema_top5,lr"
     header += ",img_per_s,data_wait"
     rows = [

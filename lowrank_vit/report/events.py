@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -24,7 +25,11 @@ SCALARS = frozenset(
     """sigma_max stable_rank effective_rank alpha alpha_sigma mp_outliers chance_u chance_v cos_u_mean cos_v_mean
     cos0_u_mean cos0_v_mean ema_cos_u_mean block_cos_u_overlap block_cos_v_overlap block_cos0_u_overlap
     block_cos0_v_overlap block_ema_cos_u_mean_sq block_chance_u_mean_sq block_energy turn_bound
-    seconds skipped failed fallbacks full full_share""".split()
+    seconds skipped failed fallbacks full full_share
+    alpha_ks alpha_tail mp_ks mp_edge mp_sigma numerical_rank nuclear_norm condition rank90 rank95 rank99 delta_sv_rel
+    gap_k gap_last block_gap certificate_max update_normF update_norm2 block_ema_cos_u_overlap block_ema_cos_v_overlap
+    block_cos_u_min block_cos_v_min block_chance_u_min block_chance_v_min cos_u_max cos_v_max chance_u_max chance_v_max
+    chance_u_mean chance_v_mean ema_cos_v_mean""".split()
 ) | {
     f"{move}_{name}"
     for move in ("dw", "opt")
@@ -42,26 +47,27 @@ _UPDATE = re.compile(rb'\{"kind": "[a-z]*", "update": (\d+)')
 
 def read_train(path: Path, notes: list[str]) -> Columns:
     """Of the lines of kind train, by update; what is missing or damaged is added to `notes`."""
+    rows: list[dict[str, float]] = []
+    damaged: list[int] = []
+    number = 0
     try:
-        lines = path.read_bytes().splitlines()
+        with path.open("rb") as file:  # line by line: those of spectra may be gigabytes
+            for number, line in enumerate(file, start=1):
+                if line.startswith(_SPEC_EVENT) and line.rstrip().endswith(b"}"):
+                    continue  # long, many, and read elsewhere
+                try:
+                    event = json.loads(line)
+                except ValueError:  # also a line cut inside a UTF-8 character
+                    damaged.append(number)
+                    continue
+                if isinstance(event, dict) and event.get("kind") == "train":
+                    row = {sys.intern(key): as_float(value) for key, value in event.items() if key != "kind"}
+                    if not math.isnan(row.get("update", math.nan)):
+                        rows.append(row)
     except OSError:
         notes.append("metrics.jsonl is not there: no curve between the epochs.")
         return {}
-    rows: list[dict[str, float]] = []
-    damaged: list[int] = []
-    for number, line in enumerate(lines, start=1):
-        if line.startswith(_SPEC_EVENT) and line.endswith(b"}"):
-            continue  # long, many, and read elsewhere
-        try:
-            event = json.loads(line)
-        except ValueError:  # also a line cut inside a UTF-8 character
-            damaged.append(number)
-            continue
-        if isinstance(event, dict) and event.get("kind") == "train":
-            row = {key: as_float(value) for key, value in event.items() if key != "kind"}
-            if not math.isnan(row.get("update", math.nan)):
-                rows.append(row)
-    if damaged == [len(lines)]:
+    if damaged == [number]:
         notes.append("The last line of metrics.jsonl is half written (the run was writing it or was cut off).")
     elif damaged:
         notes.append(f"metrics.jsonl has {len(damaged)} unreadable line(s), the first is line {damaged[0]}; left out.")
@@ -75,46 +81,75 @@ def read_scalars(log: Path, history: ScalarHistory) -> Columns:
     those of the log.
     """
     wanted = {*thinned(history.updates, MAX_SNAPSHOTS), *history.full_updates[-1:]}
-    lines = _read_lines(log, _SPEC_EVENT, lambda updates: wanted or thinned(updates, MAX_SNAPSHOTS), SCALARS)
-    rows = {row["update"]: row for row in lines}
+    found = _read_lines(log, _SPEC_EVENT, lambda updates: wanted or thinned(updates, MAX_SNAPSHOTS), SCALARS)
     for update in wanted:
         with contextlib.suppress(UserError):  # a run that goes on may have thinned it out meanwhile
             values = history.read(update).named(SCALARS)
-            row = rows.setdefault(float(update), {"update": float(update)})
-            row |= {key: value if math.isfinite(value) else math.nan for key, value in values.items()}
-    return by_update(rows.values())
+            found.put(update, {key: value if math.isfinite(value) else math.nan for key, value in values.items()})
+    return found.columns()
 
 
 def read_flows(log: Path, *, every: bool = False) -> Columns:
     """All numbers of the lines of kind flow: of `every` one, or of at most MAX_SNAPSHOTS, evenly spaced."""
-    rows = _read_lines(log, _FLOW_EVENT, lambda updates: updates if every else thinned(updates, MAX_SNAPSHOTS), None)
-    return by_update(rows)
+    choose = list[int] if every else (lambda updates: thinned(updates, MAX_SNAPSHOTS))
+    return _read_lines(log, _FLOW_EVENT, choose, None).columns()
+
+
+class _Rows:
+    """A table that is filled row by row, of updates that are known before; as arrays, since rows are long."""
+
+    def __init__(self, updates: Iterable[int]) -> None:
+        self._row = {update: row for row, update in enumerate(sorted(set(updates)))}
+        self._columns: Columns = {}
+        self._filled: set[int] = set()
+
+    def put(self, update: int, values: Mapping[str, float]) -> None:
+        """Add values to the row of an update."""
+        row = self._row[update]
+        self._filled.add(row)
+        for key, value in values.items():
+            column = self._columns.get(key)
+            if column is None:
+                column = self._columns[key] = np.full(len(self._row), math.nan)
+            column[row] = value
+
+    def clear(self, update: int) -> None:
+        """Forget the row of an update: a run that was resumed tells of it again."""
+        if self._row[update] in self._filled:
+            for column in self._columns.values():
+                column[self._row[update]] = math.nan
+
+    def columns(self) -> Columns:
+        """The rows that were filled, by update; none without any."""
+        at = sorted(self._filled)
+        updates = np.array(sorted(self._row), float)
+        return {key: column[at] for key, column in (self._columns | {"update": updates}).items()} if at else {}
 
 
 def _read_lines(
     path: Path, beginning: bytes, choose: Callable[[list[int]], Iterable[int]], metrics: Collection[str] | None
-) -> list[dict[str, float]]:
+) -> _Rows:
     """The lines that begin so and are of updates that are chosen: of these `metrics`, or all.
 
     Damaged lines are noted with those of the training.
     """
 
     def lines() -> Iterable[tuple[int, bytes]]:
-        with path.open("rb") as file:
+        with contextlib.suppress(OSError), path.open("rb") as file:
             for line in file:
                 if line.startswith(beginning) and (head := _UPDATE.match(line)):
                     yield int(head[1]), line
 
-    rows: list[dict[str, float]] = []
-    with contextlib.suppress(OSError):
-        wanted = set(choose(list(dict.fromkeys(update for update, _ in lines()))))
-        for update, line in lines():
-            if update in wanted:
-                with contextlib.suppress(ValueError):
-                    event = json.loads(line)
-                    shown = {k: v for k, v in event.items() if metrics is None or k.rpartition("/")[2] in metrics}
-                    shown.pop("kind", None)
-                    rows.append({key: as_float(value) for key, value in shown.items()} | {"update": float(update)})
+    wanted = set(choose(list(dict.fromkeys(update for update, _ in lines()))))
+    rows = _Rows(wanted)
+    for update, line in lines():
+        if update in wanted:
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+                shown = {k: v for k, v in event.items() if metrics is None or k.rpartition("/")[2] in metrics}
+                shown.pop("kind", None)
+                rows.clear(update)
+                rows.put(update, {key: as_float(value) for key, value in shown.items()})
     return rows
 
 
