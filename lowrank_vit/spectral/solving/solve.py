@@ -65,19 +65,16 @@ def stack_by_shape(
         ValueError: a tensor is not 2-D.
     """
     groups: dict[tuple[torch.Size, torch.dtype, torch.device], list[str]] = {}
+    fused, ranks = frozenset(fused), ranks or {}
     for name, weight in weights.items():
         if weight.ndim != 2:
             raise ValueError(f"{name} has shape {tuple(weight.shape)}; expected a matrix (2 dimensions)")
         groups.setdefault((weight.shape, weight.dtype, weight.device), []).append(name)
     with torch.no_grad():
         return [
-            MatrixStack(
-                tuple(names),
-                torch.stack([weights[name] for name in names]),
-                frozenset(fused).intersection(names),
-                {name: ranks[name] for name in names if name in ranks} if ranks else {},
-            )
+            MatrixStack(tuple(names), torch.stack([weights[n] for n in names]), fused.intersection(names), known)
             for names in groups.values()
+            for known in [{name: ranks[name] for name in names if name in ranks}]
         ]
 
 
