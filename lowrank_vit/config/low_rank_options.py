@@ -28,8 +28,8 @@ class LowRank:
     """Begin with the targets in factors of this share of their parameters, by the SVD of their first weights."""
     lora: Annotated[int | None, POSITIVE] = None
     """Fine-tune adapters of this rank beside the targets (LoRA, by PEFT), and the head; all else is frozen."""
-    lora_alpha: Annotated[float | None, ABOVE_0] = None
-    """The adapters' products are multiplied by alpha / rank; default: the rank, so by 1."""
+    lora_alpha: Annotated[float | None, ABOVE_0, arg(help_behavior_hint="(default: the rank, so by 1)")] = None
+    """The adapters' products are multiplied by alpha / rank."""
     lora_dropout: Annotated[float, SHARE_BELOW_1] = 0.0
     """Share of a target's inputs that its adapter does not see in a training step."""
     lowrank_train: RankRule = "none"
@@ -65,15 +65,15 @@ class LowRank:
     """Add so many times the sum of the targets' singular values to the loss, which draws them to low rank; 0: off."""
     reg_stable_rank: Annotated[float, NOT_NEGATIVE] = 0.0
     """Add so many times the sum of the targets' stable ranks, |W|_F^2 over the greatest squared value; 0: off."""
-    spectral_clip: Annotated[float | None, ABOVE_0] = None
-    """Bring the targets' singular values above this down to it; default: off."""
+    spectral_clip: Annotated[float | None, ABOVE_0, arg(help_behavior_hint="(default: off)")] = None
+    """Bring the targets' singular values above this down to it."""
     reg_every: Annotated[int, POSITIVE] = 10
     """Updates between two computations of the penalties' gradients, which are kept meanwhile, and between clippings."""
     reg_targets: Annotated[str | None, arg(help_behavior_hint="(default: as --lowrank-targets)")] = None
     """Endings of the layers whose weights these act on, separated by commas."""
     reg_coupled: bool = False
-    """Give the penalties to the optimizer with the loss's gradients, as an L2 penalty; default: apart, as AdamW's
-    weight decay, learning rate times gradient."""
+    """Give the penalties to the optimizer with the loss's gradients, as an L2 penalty; else they act apart, as
+    AdamW's weight decay, learning rate times gradient."""
 
 
 def parse_schedule(texts: tuple[str, ...]) -> dict[int, float]:

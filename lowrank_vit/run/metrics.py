@@ -154,7 +154,7 @@ class RunLog:
                 )
 
     def log(self, kind: str, update: int, values: dict[str, Any]) -> None:
-        """One line in metrics.jsonl: `kind` is train, eval, spec, flow or lowrank; `update` the updates so far."""
+        """One line in metrics.jsonl: `kind` is train, eval, spec, flow, lowrank or speed; `update`: made so far."""
         written = values if kind != "spec" else logged(values, self._spec_log)
         line = json.dumps({"kind": kind, "update": update, **_finite(written)}, allow_nan=False) + "\n"
         try:
@@ -162,7 +162,8 @@ class RunLog:
             self._lost_lines.is_over()
         except OSError as error:
             self._lost_lines.note(_lost(error, self._jsonl))
-        if self._trackers is not None and kind != "lowrank":  # tables, of which a tracker would make curves
+        # Tables, of which a tracker would make curves, and what train lines have.
+        if self._trackers is not None and kind not in ("lowrank", "speed"):
             axis = _AXES.get(kind, "update")
             named = {f"train/{name}": value for name, value in values.items()} if kind == "train" else values
             if kind == "spec":

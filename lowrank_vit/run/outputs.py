@@ -148,8 +148,14 @@ class Outputs:
         for event in events:
             if self._log:
                 self._log.log("lowrank", event.update, event.values)
-            if event.line:
-                self.display.say(event.line)
+            for line in event.line.splitlines():
+                self.display.say(line)
+
+    def log_switch_speed(self, update: int, values: dict[str, Any], line: str) -> None:
+        """Write and say how fast the run is behind a switch; apart from what is the same however fast it is."""
+        if self._log:
+            self._log.log("speed", update, values)
+        self.display.say(line)
 
     def log_flows(self, position: Position, values: dict[str, float], flows: Mapping[str, Flows]) -> None:
         """Write what a validation has found out of the models' flows: the scalars, and all of it by kind."""

@@ -31,11 +31,18 @@ from lowrank_vit.training.resume import Start, capture, find_start, finished, op
 from lowrank_vit.training.setup import set_up
 from lowrank_vit.training.step import stream_of_step
 from lowrank_vit.training.stop import Stopped, StopRequest, UntilStopped
-from lowrank_vit.training.watching import after_switch, finish_spectra, make_monitor, observe, size_of_records
+from lowrank_vit.training.watching import (
+    SwitchSpeed,
+    after_switch,
+    finish_spectra,
+    make_monitor,
+    observe,
+    size_of_records,
+)
 
 COLD_UPDATES = {False: 2, True: 20}
 """The first updates of a process, without and with --compile: compilers, autotuning and memory pools get ready in them,
-so they are no part of img/s, MFU and the share of waiting."""
+so they are no part of img/s, MFU and the share of waiting. Those behind a switch to factors neither."""
 
 _RECHECKED_UPDATES = 100
 """After so many warm ones a loader's speed, which was measured without a step beside it, is looked at again."""
@@ -160,7 +167,7 @@ class Trainer:
     def _updates(self) -> Generator[Position]:
         setup, stopped_by = self.setup, ""
         self.train_s, self._bad_counts, self._num_bad = 0.0, [0] * self.world.size, 0
-        self._cold_updates = COLD_UPDATES[self.config.step.compile]
+        self._cold_updates, self._switch_speed = COLD_UPDATES[self.config.step.compile], SwitchSpeed()
         self._first_updates = FirstUpdates(_RECHECKED_UPDATES * setup.plan.global_batch)
         self._say: Callable[[str], object] = self.world.say
         """For lines about this rank alone."""
@@ -243,9 +250,11 @@ class Trainer:
             with phases("refresh"):
                 is_changed = setup.low_rank.at_epoch(epoch, position.num_updates)
                 after_switch(setup, self.outputs, is_changed=is_changed)
+            if is_changed:
+                self._begin_cold(position.num_updates + 1)
         updates, interval = setup.plan.updates_per_epoch, self.config.run.log_interval
         clock, speed = Clock(), None
-        warm_at = position.updates_done + min(self._cold_updates, (updates - position.updates_done) // 2)
+        warm_at = self._warm_at()
         self.stop.begin(position.num_updates)
         batches = setup.train_loader.batches(epoch) if position.updates_done < updates else iter(())
         for batch in clock.timed(phases.each("data", batches)):
@@ -258,12 +267,15 @@ class Trainer:
             setup.scheduler.step_update(position.num_updates)
             if self.monitor:
                 with phases("refresh"):
-                    observe(self.monitor, setup, self.outputs, position.num_updates)
+                    is_changed = observe(self.monitor, setup, self.outputs, position.num_updates)
+                if is_changed:
+                    self._begin_cold(position.num_updates)
+                    warm_at = self._warm_at()
             if is_due:
                 with phases("log"):
                     speed = self._log_interval(epoch, clock)
             self.outputs.tick()
-            if position.updates_done == warm_at:
+            if self._cold_updates and position.updates_done == warm_at < updates:
                 wait_for(setup.device)  # what was asked of it so far is no part of what follows
                 clock.tick()
                 clock.restart()
@@ -276,6 +288,16 @@ class Trainer:
                 yield position
         self.train_s += clock.train_s
         return EpochStats(self.state.sums.loss_sum / updates, self.state.sums.lr, speed, clock.train_s)
+
+    def _begin_cold(self, update: int) -> None:
+        """Layers were put in factors at this update, so what follows gets ready anew."""
+        self._cold_updates = COLD_UPDATES[self.config.step.compile]
+        self._switch_speed.begin(update)
+
+    def _warm_at(self) -> int:
+        """The update of the epoch behind which all is ready; that is in the next epoch where this one has too few."""
+        done = self.state.position.updates_done
+        return done + max(1, min(self._cold_updates, (self.setup.plan.updates_per_epoch - done) // 2))
 
     def _log_interval(self, epoch: int, clock: Clock) -> Speed:
         """Log what happened since the last time; the epoch's speed so far."""
@@ -306,6 +328,8 @@ class Trainer:
         self.outputs.log_interval(epoch, position.num_updates, figures, means.top1)
         if not self._cold_updates:
             self._recheck_loader([one.interval for one in ranks])
+            if found := self._switch_speed.see(speed.img_per_s):
+                self.outputs.log_switch_speed(position.num_updates, *found)
         return Speed.of([one.epoch for one in ranks])
 
     def _recheck_loader(self, stretches: Sequence[Stretch]) -> None:

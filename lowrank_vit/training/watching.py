@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from lowrank_vit.model.flops import train_flops_per_image
 from lowrank_vit.ranks.world import World
@@ -64,12 +65,18 @@ def size_of_records(monitor: SpectralMonitor | None, setup: Setup) -> list[str]:
     return [sizes_in_words(sizes, *told)]
 
 
-def observe(monitor: SpectralMonitor, setup: Setup, outputs: Outputs, update: int) -> None:
-    """Take a refresh of the spectra where one is due, behind what the refresh before it leads to; log both."""
+def observe(monitor: SpectralMonitor, setup: Setup, outputs: Outputs, update: int) -> bool:
+    """Take a refresh of the spectra where one is due, behind what the refresh before it leads to; log both.
+
+    Returns whether that was a switch, so that the model has changed.
+    """
+    is_changed = False
     if setup.low_rank and monitor.is_due(update):
-        after_switch(setup, outputs, is_changed=setup.low_rank.at_refresh(update))
+        is_changed = setup.low_rank.at_refresh(update)
+        after_switch(setup, outputs, is_changed=is_changed)
     monitor.observe(update)
     outputs.log_spectra(monitor.records())
+    return is_changed
 
 
 def after_switch(setup: Setup, outputs: Outputs, *, is_changed: bool) -> None:
@@ -78,6 +85,27 @@ def after_switch(setup: Setup, outputs: Outputs, *, is_changed: bool) -> None:
     if is_changed:
         setup.train_flops = train_flops_per_image(setup.model, setup.spec.img_size)
     outputs.log_low_rank(setup.low_rank.events())
+
+
+class SwitchSpeed:
+    """Images a second before and after a switch, told once there is an interval behind it that compiles nothing."""
+
+    def __init__(self) -> None:
+        self._newest: float | None = None
+        self._switch: tuple[int, float | None] | None = None
+
+    def begin(self, update: int) -> None:
+        """Update `update` is the first with a switch, or the one that it is a part of."""
+        self._switch = update, self._newest
+
+    def see(self, img_per_s: float) -> tuple[dict[str, Any], str] | None:
+        """An interval was logged in which nothing got ready: numbers and a line for the log, if it is the first."""
+        switch, self._switch, self._newest = self._switch, None, img_per_s
+        if switch is None:
+            return None
+        update, before = switch
+        line = f"after the switch at {update}: {img_per_s:,.0f} img/s{f', before {before:,.0f}' if before else ''}"
+        return {"switch": update, "img_per_s_before": before, "img_per_s": img_per_s}, line
 
 
 def finish_spectra(monitor: SpectralMonitor, outputs: Outputs) -> None:

@@ -91,6 +91,14 @@ def test_at_the_given_epochs_layers_go_in_factors_and_shrink_and_until_then_no_b
     assert "lowrank_ranks" not in state(dry)
     assert "lowrank" not in state(whole)
     assert not records(whole, "lowrank")
+    measured = records(folder, "speed")
+    assert [one["switch"] for one in measured] == [first["update"], second["update"]]
+    assert all(one["update"] > one["switch"] and one["img_per_s"] > 0 for one in measured)
+    assert all(one["img_per_s_before"] > 0 for one in measured)
+    switching = read_switching(folder)
+    assert switching is not None
+    assert [speed > 0 for pair in switching.speeds() for speed in pair] == [True] * 4
+    assert not records(dry, "speed")
 
 
 @pytest.mark.parametrize(

@@ -350,16 +350,16 @@ def _in_words(
     is_dry: bool,
     earlier: int,
 ) -> str:
-    """`earlier`: how many layers would be in factors already, in a dry run."""
-    beside = f" (with the {earlier} of earlier dry switches in factors)" if earlier else ""
+    """Lines of up to 80 characters; `earlier`: how many layers would be in factors already, in a dry run."""
+    beside = f"\n  (with the {earlier} of earlier dry switches in factors)" if earlier else ""
     flops = ""
     if before.flops is not None and after.flops is not None:
-        flops = f", {before.flops / 1e9:.3g} -> {after.flops / 1e9:.3g} GFLOP a training image"
+        flops = f"{before.flops / 1e9:.3g} -> {after.flops / 1e9:.3g} GFLOP an image, "
     old = "full rank" if any(rank is None for rank in was.values()) else _span([rank or 0 for rank in was.values()])
     return (
         f"low rank{' (dry run)' if is_dry else ''} at update {decision.update}: {len(decision.ranks)} layers "
-        f"{'would go ' if is_dry else ''}from {old} to {_span(list(decision.ranks.values()))}, "
-        f"{before.parameters / 1e6:.3g} -> {after.parameters / 1e6:.3g} M parameters{flops}, "
+        f"{'would go ' if is_dry else ''}from {old} to {_span(list(decision.ranks.values()))}\n"
+        f"  {before.parameters / 1e6:.3g} -> {after.parameters / 1e6:.3g} M parameters, {flops}"
         f"loss {before.loss:.4f} -> {after.loss:.4f}{beside}"
     )
 

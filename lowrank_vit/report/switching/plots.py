@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,13 +21,15 @@ from lowrank_vit.report.style import (
     type_look,
     update_ticks,
 )
-from lowrank_vit.report.switching.read import Switching, mean_over_time, read_switching
+from lowrank_vit.report.switching.read import Look, Switching, mean_over_time, read_switching
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
 
     from lowrank_vit.report.read import Run
 
+_NO_LOOK = "#d9d9d9"
 _LABELLED = 30
 """Up to so many layers have their ranks written into the picture."""
 _NAMED = 60
@@ -47,7 +51,7 @@ def switching_plot(run: Run) -> bytes | None:
     shown = _ranks(panels[0], switching, full, end)
     if looks:
         _verdicts(panels[1], switching, full, end)
-        _evidence(below[0].subplots(1, 4), switching, end)
+        _evidence(below[0], switching, end)
     style_bar(above.colorbar(shown, ax=list(panels), shrink=0.7, pad=0.01), "of the full rank")
     what = "would be in factors (dry run)" if switching.is_dry else "are in factors"
     model = f"{run.args['model']}  ·  " if run.args.get("model") else ""
@@ -103,10 +107,17 @@ def _ranks(axes: Axes, switching: Switching, full: dict[str, int], end: int) -> 
 def _verdicts(axes: Axes, switching: Switching, full: dict[str, int], end: int) -> None:
     """What each refresh would keep, until the next; dots where it calls a layer settled."""
     names, looks = list(full), switching.looks
-    ranks = [[look.layers.get(name, {}).get("rank", np.nan) / full[name] for look in looks] for name in names]
-    tidy(axes, "What each whole refresh would keep  ·  dots: settled, white: none pays", "update")
+
+    def kept(look: Look, name: str) -> float:
+        return look.layers[name].get("rank", 0.0) / full[name] if name in look.layers else np.nan
+
+    shares_LT = np.array([[kept(look, name) for look in looks] for name in names])
+    updates = [look.update for look in looks]
+    longest = max((b - a for a, b in itertools.pairwise(updates)), default=end)
+    tidy(axes, "What each whole refresh would keep", "update  ·  dots: settled, white: none pays, hatched: no look")
     axes.set_yticks([])
-    _heat(axes, np.array(ranks, float), [*(look.update for look in looks), end])
+    axes.patch.set(facecolor=_NO_LOOK, edgecolor="white", hatch="////", linewidth=0)
+    _heat(axes, shares_LT, [*updates, min(end, updates[-1] + longest)])
     dots = [
         (look.update, row)
         for look in looks
@@ -115,10 +126,16 @@ def _verdicts(axes: Axes, switching: Switching, full: dict[str, int], end: int) 
     ]
     if dots:
         axes.scatter(*zip(*dots, strict=True), s=7, color=EMA, linewidths=0, zorder=3, clip_on=False)
-    axes.set_xlim(0, None)
+    axes.set_xlim(0, end or 1)
 
 
-def _evidence(panels: Any, switching: Switching, end: int) -> None:
+def _covering(curve_T: np.ndarray, others: Sequence[np.ndarray]) -> int:
+    """How many other curves lie on this one somewhere, as far as an eye can tell."""
+    return sum(bool(np.any(np.abs(other_T - curve_T) < 0.02)) for other_T in others)
+
+
+def _evidence(figure: SubFigure, switching: Switching, end: int) -> None:
+    panels: Any = figure.subplots(1, 4)
     updates = [look.update for look in switching.looks]
     types = by_type(switching.layers)
     marks: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(updates) <= 30 else {}
@@ -130,24 +147,31 @@ def _evidence(panels: Any, switching: Switching, end: int) -> None:
     )
     for axes, (key, chance, title) in zip(panels[:3], titles, strict=True):
         tidy(axes, title, "update  ·  dashes: by chance" if chance else "update")
-        for kind, names in types.items():
+        curves = {kind: mean_over_time(switching.looks, key, names) for kind, names in types.items()}
+        for place, (kind, names) in enumerate(types.items()):
             color, marker = type_look(kind)
-            look: dict[str, Any] = {"marker": marker, "markersize": 3.5, "markevery": every}
-            axes.plot(updates, mean_over_time(switching.looks, key, names), color=color, label=kind, **look)
+            over = _covering(curves[kind], list(curves.values())[place + 1 :])  # what is drawn below others is wider
+            look: dict[str, Any] = {"marker": marker, "markersize": 3.5 + 2 * over, "linewidth": 1.4 + 1.8 * over}
+            look["markevery"] = (place * every // len(types), every)
+            axes.plot(updates, curves[kind], color=color, label=kind, **look)
             if chance:
+                dash = (3 * place, (3, 3 * max(1, len(types) - 1)))  # in turn, where curves are the same
                 by_chance = mean_over_time(switching.looks, chance, names)
-                axes.plot(updates, by_chance, color=color, linestyle=(0, (2, 2)), linewidth=1)
+                axes.plot(updates, by_chance, color=color, linestyle=dash, linewidth=1)
         axes.set_ylim(0, 1.03)
-    panels[2].legend(fontsize=8, frameon=False, labelcolor=MUTED)
+    handles, labels = panels[2].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncol=len(labels), fontsize=8, frameon=False, labelcolor=MUTED
+    )
     widest = np.array(
         [max((one.get("certificate", 0.0) for one in look.layers.values()), default=0.0) for look in switching.looks]
     )
     tidy(panels[3], "Certificates, the widest", "update")
-    panels[3].plot(updates, np.where(widest > 0, widest, np.nan), color=INK, **marks)
+    panels[3].plot(updates, np.where(widest > 0, widest, np.nan), color=INK, clip_on=False, **marks)
     if (widest > 0).any() and widest.max() > 30 * widest[widest > 0].min():
         panels[3].set_yscale("log")
     else:
-        panels[3].set_ylim(bottom=0)
+        panels[3].set_ylim(0, 1.15 * widest.max() or 1)
         panels[3].yaxis.set_major_formatter("{x:g}")  # a power of ten on top would push the row down
     panels[3].set_ylabel("radius / σ₁", fontsize=9.5, color=MUTED)
     for axes in panels:

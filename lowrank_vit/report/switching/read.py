@@ -15,7 +15,9 @@ import numpy as np
 
 from lowrank_vit.report.compression.read import Table
 
-_EVENT, _TRAIN = b'{"kind": "lowrank"', b'{"kind": "train"'
+_UNKNOWN = "?"
+"""In a table, for what was not measured."""
+_EVENT, _TRAIN, _SPEED = (f'{{"kind": "{kind}"'.encode() for kind in ("lowrank", "train", "speed"))
 EVIDENCE = {
     "energy": "energy held",
     "energy_of_chance": "energy by chance",
@@ -78,6 +80,8 @@ class Switching:
     """Updates at which no layer was put in factors though that was due, and why."""
     rates: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
     """Images a second of each interval of the log, by its last update."""
+    measured: dict[int, tuple[float, float]] = field(default_factory=dict[int, tuple[float, float]])
+    """By a switch's update images a second of the intervals next to it in which nothing is compiled."""
 
     @property
     def is_dry(self) -> bool:
@@ -100,14 +104,20 @@ class Switching:
     def speeds(self) -> list[tuple[float, float]]:
         """Median images a second before and after each switch, up to the switches next to it; NaN where not known.
 
-        The first interval that has updates behind a switch holds its compiling, and is left out.
+        The first interval that has updates behind a switch holds its compiling, and is left out. Where no others are
+        there, it is what the run itself has measured.
         """
         stretches: list[float] = []
         for begin, end in itertools.pairwise([-1, *(one.done for one in self.switches), math.inf]):
             rates = [rate for update, rate in self.rates if begin < update <= end]
             rates = rates[1:] if begin >= 0 else rates
             stretches.append(float(np.median(rates)) if rates else math.nan)
-        return list(itertools.pairwise(stretches))
+        found: list[tuple[float, float]] = []
+        for one, pair in zip(self.switches, itertools.pairwise(stretches), strict=True):
+            own = self.measured.get(one.update, (math.nan, math.nan))
+            before, after = (b if math.isnan(a) else a for a, b in zip(pair, own, strict=True))
+            found.append((before, after))
+        return found
 
 
 def _block(name: str) -> list[int]:
@@ -119,10 +129,15 @@ def read_switching(run_dir: Path) -> Switching | None:
     """What `metrics.jsonl` holds; None for a run whose log has no such line. Damaged lines are left out."""
     events: list[dict[str, Any]] = []
     train: list[bytes] = []
+    measured: dict[int, tuple[float, float]] = {}
     with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
         for line in file:
             if line.startswith(_TRAIN):
                 train.append(line)
+            elif line.startswith(_SPEED):
+                with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError):
+                    of_it = _numbers(json.loads(line))
+                    measured[int(of_it["switch"])] = of_it.get("img_per_s_before", math.nan), of_it["img_per_s"]
             elif line.startswith(_EVENT):
                 with contextlib.suppress(ValueError):
                     events.append(json.loads(line))
@@ -147,6 +162,7 @@ def read_switching(run_dir: Path) -> Switching | None:
         [looks[update] for update in sorted(looks)],
         refusals=sorted(refusals.items()),
         rates=sorted(_rates(train).items()),
+        measured=measured,
     )
 
 
@@ -221,21 +237,25 @@ def _switches(switching: Switching) -> Table:
                 f"{one.update:,}",
                 why,
                 str(len(one.ranks)),
-                "" if math.isnan(share) else f"{100 * share:.1f} %",
-                _parameters(one),
-                _flops(one),
-                "not trained" if one.is_dry else _change(*speed, ",.0f"),
-                _change(one.number("loss_before"), one.number("loss"), ".4f"),
+                _UNKNOWN if math.isnan(share) else f"{100 * share:.1f} %",
+                _parameters(one) or _UNKNOWN,
+                _flops(one) or _UNKNOWN,
+                "not trained" if one.is_dry else _change(*speed, ",.0f") or _UNKNOWN,
+                _change(one.number("loss_before"), one.number("loss"), ".4f") or _UNKNOWN,
             ]
         )
     columns = ["update", "why", "layers", "targets left", "M parameters", "GFLOP an image", "img/s", "loss, one batch"]
     title = "Layers that would be put in factors (dry run)" if switching.is_dry else "Layers put in factors"
     note = (
         "FLOPs of training on an image; loss of the same images before and after. Images a second are medians of the "
-        "log's intervals up to the next switch, without the one in which the step is compiled anew."
+        "log's intervals up to the next switch, without the one in which the step is compiled anew. "
+        f"{_UNKNOWN}: not measured."
     )
     if switching.is_dry:
-        note = "FLOPs of training on an image; loss of the same images. Each row is beside the whole model."
+        note = (
+            "FLOPs of training on an image; loss of the same images. Each row is beside the whole model. "
+            f"{_UNKNOWN}: not measured."
+        )
     return Table(title, columns, rows, note)
 
 
@@ -249,17 +269,17 @@ def _ranks(switching: Switching, shapes: Mapping[str, tuple[int, int]]) -> Table
     after = [switching.ranks_after(count + 1) for count in range(len(switching.switches))]
     rows: list[list[str]] = []
     for name in switching.layers:
-        shape = " x ".join(map(str, shapes[name])) if name in shapes else ""
+        shape = " x ".join(map(str, shapes[name])) if name in shapes else _UNKNOWN
         ranks = [str(ranks.get(name, "whole")) for ranks in after]
         rows.append([name, shape, *ranks, *(_cell(key, newest.get(name, {}).get(key)) for key in known)])
     at = [f"update {one.update:,}" for one in switching.switches]
-    note = "The rank behind each switch, and what the layer's newest switch or refresh rested on."
+    note = f"The rank behind each switch, and what the newest switch or refresh rested on. {_UNKNOWN}: not measured."
     return Table("Ranks by layer", ["", "shape", *at, *(EVIDENCE[key] for key in known)], rows, note)
 
 
 def _cell(key: str, value: float | None) -> str:
     if value is None or not math.isfinite(value):
-        return ""
+        return _UNKNOWN
     return f"{value:.0e}" if key == "certificate" else f"{value:.3g}"
 
 
@@ -273,8 +293,8 @@ def _flops(one: Switch) -> str:
 
 def _change(before: float, after: float, form: str = ".3g") -> str:
     """Such as 3.2 → 1.1, with a question mark for what is not known; empty where neither is."""
-    shown = [format(value, form) if math.isfinite(value) else "?" for value in (before, after)]
-    return "" if shown == ["?", "?"] else " → ".join(shown)
+    shown = [format(value, form) if math.isfinite(value) else _UNKNOWN for value in (before, after)]
+    return "" if shown == [_UNKNOWN, _UNKNOWN] else " → ".join(shown)
 
 
 def mean_over_time(looks: Iterable[Look], key: str, names: Iterable[str]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -15,6 +16,7 @@ from lowrank_vit.config.flags import parse
 from lowrank_vit.ranks.world import World
 from lowrank_vit.report.page import write_report
 from lowrank_vit.report.read import read_run
+from lowrank_vit.report.switching import plots
 from lowrank_vit.report.switching.plots import switching_plot
 from lowrank_vit.report.switching.read import Look, headline, in_words, mean_over_time, notes, read_switching, tables
 from lowrank_vit.train import _farewell
@@ -154,6 +156,71 @@ def test_zeros_that_mean_nothing_is_known_are_not_drawn(tmp_path):
     (look,) = found.looks
     assert "rank" not in look.layers[LAYERS[0]]
     assert switching_plot(replace(read_run(tmp_path), shapes={})) is not None
+
+
+def drawn(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The panels of a run's picture by the beginning of their titles."""
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "png", lambda figure: figures.append(figure) or b"")
+    switching_plot(read_run(run_dir))
+    (figure,) = figures
+    figure.canvas.draw()
+    return {axes.get_title(loc="left").split(" ")[0]: axes for axes in figure.axes}
+
+
+def test_no_look_is_told_from_no_rank_that_pays(tmp_path, monkeypatch):
+    nothing = {"rank": 0, "streak": 0, "energy": 0.0, "cosine": 0.0, "certificate": 0.0}
+    looks = [evidence(10, blocks_0_mlp_fc1=nothing), evidence(20)]
+    del looks[1]["layers"][LAYERS[1]]
+    panel = drawn(log(tmp_path, *looks, switch(90, LAYERS, 4)), monkeypatch)["What"]
+    (mesh,) = panel.collections[:1]
+    shares = mesh.get_array().reshape(len(LAYERS), 2)
+    assert shares[0, 0] == 0
+    assert np.ma.getmaskarray(shares).tolist() == [[False, False], [False, True], [False, False], [False, False]]
+    assert panel.patch.get_hatch()
+    assert "hatched: no look" in panel.get_xlabel()
+    assert mesh.get_coordinates()[0, :, 0].tolist() == [10, 20, 30]  # behind it nothing was looked at
+    assert panel.get_xlim() == (0, 90)
+
+
+@pytest.mark.parametrize("certificates", [(1e-13, 1e-13), (1e-13, 9e-13), (1e-15, 1e-12), (0.0, 0.0)])
+def test_certificates_have_room_above(tmp_path, monkeypatch, certificates):
+    looks = [
+        evidence(update, **{name.replace(".", "_"): {"certificate": one} for name in LAYERS})
+        for update, one in zip((10, 20), certificates, strict=True)
+    ]
+    bottom, top = drawn(log(tmp_path, *looks), monkeypatch)["Certificates,"].get_ylim()
+    assert top > 1.04 * max(certificates)
+    assert bottom == 0 or bottom < 0.96 * min(certificates)
+
+
+def test_curves_that_lie_on_one_another_are_all_seen(tmp_path, monkeypatch):
+    panel = drawn(log(tmp_path, evidence(10), evidence(20), evidence(30)), monkeypatch)["Above"]
+    widths = [line.get_linewidth() for line in panel.get_lines()]
+    assert len(widths) == 3  # qkv, fc1, fc2, the same numbers
+    assert all(a > b + 1 for a, b in itertools.pairwise(widths))
+
+
+def test_what_the_run_has_measured_stands_where_the_log_is_too_short(tmp_path):
+    speed = {"kind": "speed", "update": 60, "switch": 40, "img_per_s": 250, "img_per_s_before": 90}
+    found = read_switching(log(tmp_path, *RATES[:5], switch(40, LAYERS, 8), speed))
+    assert found is not None
+    assert found.speeds() == [(105, 250)]
+    assert tables(found, {})[0].rows[0][6] == "105 → 250"
+    speed |= {"switch": 41, "img_per_s_before": None}
+    found = read_switching(log(tmp_path, switch(41, LAYERS, 8), speed))
+    assert found is not None
+    assert tables(found, {})[0].rows[0][6] == "? → 250"
+
+
+def test_what_was_not_measured_has_one_mark(tmp_path):
+    bare = {"kind": "lowrank", "update": 9, "event": "switch", "ranks": {"a.fc": 2}}
+    found = read_switching(log(tmp_path, bare))
+    assert found is not None
+    switches, ranks = tables(found, {})
+    assert switches.rows == [["9", "settled", "1", "?", "?", "?", "?", "?"]]
+    assert ranks.rows == [["a.fc", "?", "2"]]
+    assert "?: not measured" in (switches.note or "")
 
 
 def test_means_are_over_those_that_are_known():
