@@ -13,7 +13,7 @@ from tyro.conf import arg
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.option_types import ABOVE_0, NOT_NEGATIVE, POSITIVE, SHARE, SHARE_BELOW_1, Range
 
-_SHARE, _SHARE_BELOW_1 = Range(0, 1, open_low=True), Range(0, 1, open_low=True, open_high=True)
+_SHARE_BELOW_1 = Range(0, 1, open_low=True, open_high=True)
 _EXAMPLE = "8=0.15 20=0.08"
 
 RankRule = Literal["none", "energy", "mp", "kfac"]
@@ -37,14 +37,18 @@ class LowRank:
     greedy ranks under --lowrank-budget. Needs --spec-monitor."""
     lowrank_targets: str = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
     """Endings of the linear layers that may be put in factors, separated by commas."""
-    lowrank_energy: Annotated[float, _SHARE] = 0.9
+    lowrank_energy: Annotated[float, _SHARE_BELOW_1] = 0.9
     """energy: the least rank that holds this share of a layer's squared singular values."""
-    lowrank_budget: Annotated[float, _SHARE] = 0.15
-    """kfac: share of the targets' parameters that all of them together may keep."""
+    lowrank_budget: Annotated[float, _SHARE_BELOW_1] = 0.15
+    """kfac: share of the targets' parameters that all of them together may keep, once all have settled."""
     lowrank_settled: Annotated[int, POSITIVE] = 3
     """So many whole refreshes in a row must find a layer's first directions the same."""
+    lowrank_thresholds: Annotated[
+        tuple[float, float, float], _SHARE_BELOW_1, arg(metavar="ENERGY COSINE ABOVE_NOISE")
+    ] = (0.75, 0.7, 0.2)
+    """From which parts of the way from chance to certainty on they count as the same, and as more than noise."""
     lowrank_switches: Annotated[int, POSITIVE] = 3
-    """The most updates of a run at which settled layers are put in factors."""
+    """The most updates of a run at which layers are put in factors; a schedule has no more epochs."""
     lowrank_at_once: Annotated[
         float | None, SHARE, arg(help_behavior_hint="(default: one over the switches that are left, so a third first)")
     ] = None
@@ -84,10 +88,10 @@ def parse_schedule(texts: tuple[str, ...]) -> dict[int, float]:
     pairs: list[tuple[int, float]] = []
     for text in texts:
         match = re.fullmatch(r"([0-9]+)=([0-9]*\.?[0-9]+(?:[eE]-?[0-9]+)?)", text)
-        if not match or float(match[2]) not in _SHARE:
+        if not match or float(match[2]) not in _SHARE_BELOW_1:
             raise UserError(
-                f"--lowrank-schedule takes EPOCH=BUDGET, a whole number and a share above 0, up to 1, e.g. {_EXAMPLE}; "
-                f"not `{text}`."
+                "--lowrank-schedule takes EPOCH=BUDGET, a whole number and a share above 0 and below 1, e.g. "
+                f"{_EXAMPLE}; not `{text}`."
             )
         pairs.append((int(match[1]), float(match[2])))
     for (epoch, budget), (later, smaller) in itertools.pairwise(pairs):
@@ -173,7 +177,8 @@ _NEEDS: dict[str, tuple[_Need, ...]] = {
     "lowrank_energy": (_TRAIN, _ENERGY),
     "lowrank_budget": (_TRAIN, _KFAC, _NO_SCHEDULE),
     "lowrank_settled": (_TRAIN,),
-    "lowrank_switches": (_TRAIN, _NO_SCHEDULE),
+    "lowrank_thresholds": (_TRAIN,),
+    "lowrank_switches": (_TRAIN,),
     "lowrank_at_once": (_TRAIN, _NO_SCHEDULE),
     "lowrank_schedule": (_TRAIN,),
     "lowrank_dry_run": (_TRAIN,),
@@ -198,7 +203,12 @@ def check_low_rank(options: LowRank, *, is_watched: bool) -> None:
             "--lowrank-init puts the targets in factors from the first update, and --lowrank-train whole ones later. "
             "Leave one of them out."
         )
-    parse_schedule(options.lowrank_schedule)
+    schedule, most = parse_schedule(options.lowrank_schedule), options.lowrank_switches
+    if len(schedule) > most:
+        raise UserError(
+            f"--lowrank-schedule has {len(schedule)} epochs, and --lowrank-switches {most} lets a run switch no more "
+            f"often than that. Add --lowrank-switches {len(schedule)}, or leave epochs out."
+        )
     if not is_watched:
         raise UserError(
             f"--lowrank-train {options.lowrank_train} rests on the refreshes of --spec-monitor, which is off. Add "

@@ -32,6 +32,7 @@ def find_targets(
     img_size: int | None = None,
     flag: str = "--targets",
     say: Say = terminal.say,
+    already: str = "",
 ) -> dict[str, nn.Linear]:
     """The layers that the patterns name and that may be put in factors, in model order.
 
@@ -45,6 +46,7 @@ def find_targets(
         img_size: side of an image, pixels; default: that which the model was built for, see `side_of`.
         flag: that gives the patterns, for messages.
         say: see above.
+        already: what else to do with a model in factors, the end of a sentence.
 
     Raises:
         UserError: a pattern matches nothing; the model is in factors already; a weight is shared by two layers, of half
@@ -53,7 +55,7 @@ def find_targets(
     if has := ranks_of(model):
         raise UserError(
             f"The model is in factors already: {_some(list(has))}. Give the checkpoint that it was made from, or the "
-            "merged one (--merge of `lowrank_vit.compress`)."
+            f"merged one (--merge of `lowrank_vit.compress`){already}."
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     chosen = select_targets(parameters, patterns, flag)

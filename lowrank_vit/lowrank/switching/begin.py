@@ -25,7 +25,7 @@ from lowrank_vit.lowrank.allocation import check_share_of
 from lowrank_vit.lowrank.layers import Costs, costs_alone
 from lowrank_vit.lowrank.switching.controller import LowRankTraining, Span
 from lowrank_vit.lowrank.switching.planner import TARGETS_FLAG, Planner, merged_copy
-from lowrank_vit.lowrank.switching.verdict import Settling
+from lowrank_vit.lowrank.switching.verdict import Settling, Shares
 from lowrank_vit.lowrank.targets import find_targets
 from lowrank_vit.model.create import InputSpec
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, subset
@@ -105,12 +105,25 @@ def begin(
     whole = merged_copy(model) if is_resumed else model
     say = say if whole is model else lambda line: None  # a run that goes on has said it
     patterns, side = options.lowrank_targets, spec.img_size
-    targets = find_targets(whole, patterns, img_size=side, flag=TARGETS_FLAG, say=say)
+    already = "; or leave out --lowrank-train, and its factors train on as they are"
+    targets = find_targets(whole, patterns, img_size=side, flag=TARGETS_FLAG, say=say, already=already)
     costs = costs_alone({name: layer.weight for name, layer in targets.items()})
     _check_budgets(config, costs)
+    if never := _never_pays(costs):
+        say(f"note: {never}; left whole")
     # kfac's ranks take images; what is logged beside a schedule does not.
     rule = "energy" if options.lowrank_train == "kfac" and options.lowrank_schedule else options.lowrank_train
     fused = fused_qkv(whole)
+    of_options: dict[str, Any] = {"energy": options.lowrank_energy, "times": options.lowrank_settled}
+    span = Span(spectra.spec_every * (spectra.spec_full_every or 1), num_epochs * plan.updates_per_epoch)
+    first = options.lowrank_settled * span.full_every + spectra.spec_every
+    if not options.lowrank_schedule and first >= span.last_update:
+        say(
+            f"warning: --lowrank-train {options.lowrank_train} can put no layer in factors in this run: with "
+            f"--lowrank-settled {options.lowrank_settled} and a whole refresh every {span.full_every} updates, the "
+            f"first could go at update {first}, and {span.last_update} is the last. Lower --spec-every, "
+            "--spec-full-every or --lowrank-settled, or say when with --lowrank-schedule"
+        )
     return LowRankTraining(
         options=options,
         model=model,
@@ -118,9 +131,9 @@ def begin(
         optimizer=optimizer,
         scheduler=scheduler,
         costs=costs,
-        settling=Settling(rule, energy=options.lowrank_energy, times=options.lowrank_settled, fused=fused),
+        settling=Settling(rule, **of_options, fused=fused, gain=Shares(*options.lowrank_thresholds)),
         planner=Planner(options, TrainingImages(config, train, plan, spec, augment), spec.img_size, config.run.seed),
-        span=Span(spectra.spec_every * (spectra.spec_full_every or 1), num_epochs * plan.updates_per_epoch),
+        span=span,
         world=world,
         rebuild=rebuild,
     )
@@ -182,8 +195,17 @@ def _kept(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch.images.clone(), batch.targets.clone()
 
 
+def _never_pays(costs: Costs) -> str:
+    """The targets of which factors of any rank have no fewer weights; empty without one."""
+    never = [f"{name} ({one.rows} x {one.columns})" for name, one in costs.layers.items() if not one.pays]
+    return f"factors of no rank have fewer weights than {', '.join(never)}" if never else ""
+
+
 def _check_budgets(config: Config, costs: Costs) -> None:
+    """Raise `UserError` for budgets without room, and for targets of which none can save anything."""
     options = config.lowrank
+    if not any(one.pays for one in costs.layers.values()):
+        raise UserError(f"{TARGETS_FLAG} {options.lowrank_targets}: {_never_pays(costs)}. Name other layers.")
     schedule = parse_schedule(options.lowrank_schedule)
     budgets = {f"--lowrank-schedule {epoch}={budget:g}": budget for epoch, budget in schedule.items()}
     if options.lowrank_train == "kfac" and not schedule:

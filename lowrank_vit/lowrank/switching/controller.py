@@ -19,10 +19,10 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.low_rank_options import LowRank, parse_schedule
 from lowrank_vit.lowrank.allocation import Ranks
 from lowrank_vit.lowrank.layers import Costs
+from lowrank_vit.lowrank.switching.change import Made
 from lowrank_vit.lowrank.switching.decision import Decision, decide, enough, share_of_due
-from lowrank_vit.lowrank.switching.factors import NewFactors
 from lowrank_vit.lowrank.switching.planner import Calibration, Measured, Planner
-from lowrank_vit.lowrank.switching.switch import switch
+from lowrank_vit.lowrank.switching.switch import prepare, work_out
 from lowrank_vit.lowrank.switching.verdict import Settling, Verdict, is_near
 from lowrank_vit.model.low_rank import ranks_of
 from lowrank_vit.ranks.world import World
@@ -86,15 +86,17 @@ class LowRankTraining:
         self.schedule = parse_schedule(self.options.lowrank_schedule)
         self._ranks = {name: rank for name, rank in ranks_of(self.model).items() if name in self.costs.layers}
 
-    def see(self, update: int, weights: Mapping[str, Tensor]) -> None:
-        """Look at the copies of a whole refresh; in the worker's thread. A refresh that is done again is not counted.
+    def see(self, update: int, weights: Mapping[str, Tensor] | Exception) -> None:
+        """Look at the copies of a whole refresh, or note why there are none; in the worker's thread.
 
-        One that comes out of turn, since a run was resumed without its spectra, is none that an uninterrupted run has.
+        A refresh that is done again is not counted. One that comes out of turn, since a run was resumed without its
+        spectra, is none that an uninterrupted run has.
         """
-        is_used_up = self._num_switches >= self.options.lowrank_switches and not self.schedule
-        if is_used_up or update <= self._seen or update % self.span.full_every:
+        if self._is_used_up or update <= max(self._seen, self._decided) or update % self.span.full_every:
             return
         try:
+            if isinstance(weights, Exception):
+                raise weights
             watched = {name: weight for name, weight in weights.items() if name in self.costs.layers}
             self._shown = frozenset(watched)
             in_factors = {} if self.options.lowrank_dry_run else self._ranks
@@ -105,13 +107,17 @@ class LowRankTraining:
         self._seen = update
 
     def at_refresh(self, update: int) -> bool:
-        """Decide on what the refresh before has seen, and make ready for the one that is due now."""
-        self.wait()
-        is_changed = False
-        if self._seen > self._decided:
-            self._decided = self._seen
+        """Decide on what the refresh before has seen, and make ready for the one that is due now.
+
+        That there is something to decide on follows from the update alone, so ranks talk with one another in step,
+        whatever has become of the refresh on each of them.
+        """
+        self._wait_for_worker()
+        is_changed, newest = False, (update - 1) // self.span.full_every * self.span.full_every
+        if newest > self._decided and not self._is_used_up:
+            self._decided = newest
             is_changed = self._act_on_evidence(update)
-        is_seen_next = update % self.span.full_every == 0 and update > self._seen
+        is_seen_next = update % self.span.full_every == 0 and update > self._decided
         if is_seen_next and self.options.lowrank_train == "kfac" and self._may_switch(update):
             self._choose_in_turn(update)
         return is_changed
@@ -121,15 +127,17 @@ class LowRankTraining:
         budget = self.schedule.get(epoch)
         if budget is None:
             return False
-        self.wait()
+        self._wait_for_worker()
+        notes: list[str] = []
 
         def planned() -> tuple[Ranks, Calibration]:
-            return self.planner.ranks(self.model, self.costs, budget)
+            return self.planner.ranks(self.model, self.costs, budget, notes.append)
 
         found, failure = self._on_first(planned, send=lambda made: (made[0], None))
         if found is None:
             return self._leave_whole(update + 1, failure)
         ranks, moments = found
+        self._events += [Event(update + 1, {"event": "note", "why": line}, f"note: {line}") for line in notes]
         ranks = {name: rank for name, rank in ranks.items() if rank < self._ranks.get(name, rank + 1)}
         if not ranks:
             return self._leave_whole(update + 1, f"no layer would be smaller with a budget of {budget:g}")
@@ -142,18 +150,21 @@ class LowRankTraining:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors for a checkpoint; every rank calls it together, and gets the same."""
-        self.wait()
+        self._wait_for_worker()
         own = self.settling.state_dict()
-        parts = self.world.gather((self._own(own["layers"]), self._failure))
+        parts = self.world.gather((self._own(own["layers"]), own["update"], self._seen, self._failure))
+        looks, seen = [one[2:] for one in parts], max(one[2] for one in parts)
+        updates = [update for _, update, _, _ in parts if update is not None]
+        layers = {name: layer for part, *_ in parts for name, layer in part.items()}
         return {
             "num_switches": self._num_switches,
             "ranks": dict(self._ranks),
-            "seen": self._seen,
+            "seen": seen,
             "decided": self._decided,
             "wanted": self._wanted,
             "chosen": self._chosen,
-            "failure": next((failure for _, failure in parts if failure), ""),
-            "settling": {"update": own["update"], "layers": {k: v for part, _ in parts for k, v in part.items()}},
+            "failure": _failure_of(looks, seen),
+            "settling": {"update": max(updates, default=None), "layers": layers},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -162,6 +173,17 @@ class LowRankTraining:
         self._wanted, self._chosen = state["wanted"], state["chosen"]
         self._seen, self._decided, self._failure = state["seen"], state["decided"], state["failure"]
         self.settling.load_state_dict(state["settling"])
+
+    @property
+    def _is_used_up(self) -> bool:
+        """Whether what has settled leads to nothing any more, not even to a line of the log."""
+        return self._num_switches >= self.options.lowrank_switches and not self.schedule
+
+    def _wait_for_worker(self) -> None:
+        try:
+            self.wait()
+        except Exception as error:  # of a worker that has ended: the other ranks are to be told, not left waiting
+            self._failure = _why(error)
 
     def _own(self, by_layer: Mapping[str, T]) -> dict[str, T]:
         """What is this rank's to tell: of the layers that it is shown, and not of those that it was earlier."""
@@ -196,14 +218,15 @@ class LowRankTraining:
         return moments
 
     def _act_on_evidence(self, update: int) -> bool:
-        gathered = self.world.gather((self._own(self.settling.verdicts()), self._failure))
-        if failure := next((one for _, one in gathered if one), ""):
-            return self._leave_whole(update, f"the refresh of update {self._seen} could not be judged: {failure}")
-        verdicts = {name: verdict for part, _ in gathered for name, verdict in part.items()}
+        gathered = self.world.gather((self._own(self.settling.verdicts()), self._seen, self._failure))
+        newest = self._seen = self._decided
+        if failure := _failure_of([one[1:] for one in gathered], newest):
+            return self._leave_whole(update, f"the refresh of update {newest} could not be judged: {failure}")
+        verdicts = {name: verdict for part, *_ in gathered for name, verdict in part.items()}
         evidence = {name: asdict(verdicts[name]) for name in self.costs.layers if name in verdicts}
         due = decide(verdicts, self._ranks, self.costs)
         share, needed = self._share_and_needed(due, update)
-        about = {"event": "evidence", "seen": self._seen, "due": due, "share": share, "needed": needed}
+        about = {"event": "evidence", "seen": newest, "due": due, "share": share, "needed": needed}
         self._events.append(Event(update, about | {"layers": evidence}))
         if due and update >= self.span.last_update and not self.schedule:
             self._leave_whole(update, f"{len(due)} have settled, but no update is left to train them in factors")
@@ -239,30 +262,18 @@ class LowRankTraining:
 
         `done`: updates made so far; `moments`: of now, where they are known.
         """
-        found, failure = self._on_first(lambda: self._made(decision, moments), send=_sent)
+        found, failure = self._on_first(lambda: self._made(decision, moments))
         if found is None:
             return self._leave_whole(decision.update, failure)
-        factors, before, after = found
+        made, before, after = found
         is_dry = self.options.lowrank_dry_run
         if not is_dry:
-            ema = self.ema.module if self.ema else None
-            carry, decay = self.options.lowrank_moments, self.options.lowrank_decay
-            try:
-                of_run = self.model, ema, self.optimizer, self.scheduler
-                switched = switch(
-                    *of_run,
-                    factors,
-                    moments=carry,
-                    decay=decay,
-                    num_updates=done,
-                    agreed=self.world.from_first,
-                )
-                about["change"] = switched.numbers()
-            except UserError as error:
-                return self._leave_whole(decision.update, str(error))
+            more: dict[str, Any] = {"moments": self.options.lowrank_moments, "decay": self.options.lowrank_decay}
+            prepared, failure = self._on_each(lambda: prepare(*self._of_run, made, num_updates=done, **more))
+            if prepared is None:
+                return self._leave_whole(decision.update, failure)
+            about["change"] = prepared.put().numbers()
             self.rebuild()
-            if self.world.is_first:
-                after = self.planner.measure(self.model)
         was = {name: self._ranks.get(name) for name in decision.ranks}
         self._ranks |= decision.ranks
         self._num_switches += 1
@@ -270,17 +281,33 @@ class LowRankTraining:
         self._tell(decision, was, before, after, about)
         return not is_dry
 
-    def _made(self, decision: Decision, moments: Calibration) -> tuple[dict[str, NewFactors], Measured, Measured]:
-        """On the first rank: factors of the weights as they are, and the model without and with them.
+    def _made(self, decision: Decision, moments: Calibration) -> tuple[dict[str, Made], Measured, Measured]:
+        """On the first rank: all numbers of a switch, none of a dry run, and the model without and with the factors.
 
         In a dry run both are with the layers in factors, too, that would be.
         """
-        factors = self.planner.factors(self.model, decision.ranks, moments)
-        if not self.options.lowrank_dry_run:
-            before = self.planner.measure(self.model)
-            return factors, before, before
-        earlier = self.planner.factors(self.model, self._ranks, moments) if self._ranks else {}
-        return factors, self.planner.measure(self.model, earlier), self.planner.measure(self.model, earlier | factors)
+        factors, is_dry = self.planner.factors(self.model, decision.ranks, moments), self.options.lowrank_dry_run
+        earlier = self.planner.factors(self.model, self._ranks, moments) if is_dry and self._ranks else {}
+        before, after = (self.planner.measure(self.model, one) for one in (earlier, earlier | factors))
+        if is_dry:
+            return {}, before, after
+        model, ema, optimizer, _ = self._of_run
+        return work_out(model, ema, optimizer, factors, moments=self.options.lowrank_moments), before, after
+
+    @property
+    def _of_run(self) -> tuple[nn.Module, nn.Module | None, Optimizer, Any]:
+        return self.model, self.ema.module if self.ema else None, self.optimizer, self.scheduler
+
+    def _on_each(self, work: Callable[[], T]) -> tuple[T | None, str]:
+        """What every rank makes for itself, or None everywhere and why, where one of them cannot."""
+        made, failure = None, ""
+        try:
+            made = work()
+        except Exception as error:
+            failure = _why(error)
+        if failure := _first_of(self.world.gather(failure)):
+            return None, failure
+        return made, ""
 
     def _on_first(self, work: Callable[[], T], send: Callable[[T], Any] = lambda made: made) -> tuple[T | None, str]:
         """What the first rank makes, or None and why there is nothing; on other ranks, of that what `send` leaves."""
@@ -324,22 +351,18 @@ class LowRankTraining:
             self._events.append(Event(decision.update, {"event": "used-up", "switches": switches}, line))
 
 
+def _first_of(failures: Sequence[str]) -> str:
+    """What went wrong on the first of the ranks on which something did; empty if nothing."""
+    return next((f"rank {n}: {why}" if n else why for n, why in enumerate(failures) if why), "")
+
+
+def _failure_of(looks: Sequence[tuple[int, str]], update: int) -> str:
+    """Why a rank has not judged the refresh of an update, by what all of them have looked at last, and its failure."""
+    return _first_of([why or ("" if seen >= update else "nothing was seen of it") for seen, why in looks])
+
+
 def _why(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".rstrip(": ")
-
-
-def _sent(made: tuple[dict[str, NewFactors], Measured, Measured]) -> tuple[dict[str, NewFactors], Measured, Measured]:
-    """The same with all tensors on the CPU."""
-    factors = {
-        name: NewFactors(
-            one.up.cpu(),
-            one.down.cpu(),
-            None if one.bias is None else one.bias.cpu(),
-            None if one.mean is None else one.mean.cpu(),
-        )
-        for name, one in made[0].items()
-    }
-    return factors, *made[1:]
 
 
 def _in_words(

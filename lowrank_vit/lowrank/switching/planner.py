@@ -62,16 +62,22 @@ class Planner:
         """How weights are truncated."""
         return "kfac" if self.options.lowrank_train == "kfac" else "svd"
 
-    def ranks(self, model: nn.Module, costs: Costs, budget: float) -> tuple[Ranks, Calibration]:
+    def ranks(
+        self, model: nn.Module, costs: Costs, budget: float, tell: Callable[[str], object] = lambda line: None
+    ) -> tuple[Ranks, Calibration]:
         """The rank of each layer of `costs` under a share of the parameters of them all, and what they rest on.
 
-        Layers that stay as they are are left out. Raises `UserError` for weights or logits that are not finite.
+        Layers that stay as they are are left out. `tell` hears of layers that the rule says nothing about. Raises
+        `UserError` for weights or logits that are not finite.
         """
         twin, now = merged_copy(model), ranks_of(model)
         layers = _linears(twin, costs.layers)
         moments = self._calibrated(twin, layers)
         found = decompose_layers(layers, METHODS[self.method], moments)
         ranks = ranks_under(self.options.lowrank_train, found, budget, costs)
+        unknown = [name for name, one in found.items() if not _outliers(one)]
+        if self.options.lowrank_train == "mp" and unknown:
+            tell(f"no value above the Marchenko-Pastur edge, so the budget alone says the rank: {', '.join(unknown)}")
         return {name: rank for name, rank in ranks.items() if rank < now.get(name, rank + 1)}, moments
 
     def ranks_beside(self, model: nn.Module, costs: Costs, budget: float, now: Ranks) -> tuple[Ranks, Calibration]:
@@ -108,7 +114,8 @@ class Planner:
 def ranks_under(rule: RankRule, found: Mapping[str, Decomposition], budget: float, costs: Costs) -> Ranks:
     """How a rule shares a budget out: kfac greedily by its losses, energy by the same share of every layer's energy.
 
-    mp: greedily by singular values, and none at or below the Marchenko-Pastur edge of its layer.
+    mp: greedily by singular values, and none at or below the Marchenko-Pastur edge of its layer. Of a layer without a
+    value above it nothing is known, and the budget alone decides.
 
     Args:
         rule: of --lowrank-train.
@@ -120,11 +127,7 @@ def ranks_under(rule: RankRule, found: Mapping[str, Decomposition], budget: floa
         return energy(found, budget, costs)
     ranks = greedy(found, budget, costs)
     if rule == "mp":
-        above = {name: marchenko_pastur(one.values_PK[0], one.shape).outliers for name, one in found.items()}
-        # Of a matrix of low rank the median is nothing but rounding, and says nothing of noise.
-        return {
-            name: rank if np.isnan(above[name]) else max(1, min(rank, int(above[name]))) for name, rank in ranks.items()
-        }
+        return {name: min(rank, _outliers(found[name]) or rank) for name, rank in ranks.items()}
     return ranks
 
 
@@ -143,6 +146,12 @@ def ranks_left(found: Mapping[str, Decomposition], budget: float, costs: Costs, 
         return fewer
     left = budget * costs.count({}) - sum(costs.layers[name].cost(rank) for name, rank in now.items())
     return fewer | greedy({name: found[name] for name in whole.layers}, left / whole.count({}), whole)
+
+
+def _outliers(found: Decomposition) -> int:
+    """How many values lie above the edge; 0 also where there is none, as of a matrix of low rank."""
+    count = marchenko_pastur(found.values_PK[0], found.shape).outliers
+    return int(count) if np.isfinite(count) else 0
 
 
 def merged_copy(model: nn.Module, names: set[str] | None = None) -> nn.Module:

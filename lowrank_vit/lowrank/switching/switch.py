@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.lowrank.layers import pays
 from lowrank_vit.lowrank.switching.change import Change, KeptMoments, Made, Trial, sources_of
 from lowrank_vit.lowrank.switching.factors import NewFactors
-from lowrank_vit.lowrank.switching.groups import Decay, Placed, groups_of, placed_in, put_groups, regrouped
+from lowrank_vit.lowrank.switching.groups import Decay, Group, Placed, groups_of, placed_in, put_groups, regrouped
 from lowrank_vit.lowrank.switching.moments import SLOW, State, check_can_switch, has_squares, inner
 from lowrank_vit.model.low_rank import LowRankLinear, parts_of
 from lowrank_vit.model.optimizer import Constant
@@ -55,14 +55,14 @@ def switch(
     moments: KeptMoments = "carry",
     decay: Decay = "factors",
     num_updates: int = 0,
-    agreed: Callable[[Any], Any] = lambda value: value,
 ) -> Switched:
     """Put layers in factors between two updates, in place: all of them, or on an error none.
 
     Their parameters go out of the optimizer, the factors go in, with state (see `moments`) and groups (`groups`). A
     bias stays the parameter that it was, with its state: the gradient at b is that at the layer's output, in factors
     or not. Where a method has the bias make up for what is cut off of the mean input, the EMA's does so for its own.
-    Afterwards `TrainStep.rebuild` is due.
+    Afterwards `TrainStep.rebuild` is due. Several ranks have the first one call `work_out`, all of them `prepare` with
+    what it made, and `Prepared.put` once all are ready.
 
     Args:
         model: not compiled and not wrapped; layers are Linear, or in factors of a greater rank and then shrink.
@@ -73,57 +73,120 @@ def switch(
         moments: carry the optimizer's squares over, or begin anew where it has any, with a short warm-up.
         decay: whether weight decay acts on both factors, or on their product.
         num_updates: made so far.
-        agreed: given all numbers that were worked out here, gives back those to use: the first rank's on every rank.
 
     Raises:
         UserError: the optimizer has no rule, a layer cannot be put in these factors, or numbers are not finite. All is
-            as it was then.
+            as it was then, as it is after any other error.
     """
+    made = work_out(model, ema, optimizer, factors, moments=moments)
+    more: dict[str, Any] = {"moments": moments, "decay": decay, "num_updates": num_updates}
+    return prepare(model, ema, optimizer, scheduler, made, **more).put()
+
+
+def work_out(
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: Optimizer,
+    factors: Mapping[str, NewFactors],
+    *,
+    moments: KeptMoments = "carry",
+) -> dict[str, Made]:
+    """All numbers of a switch by name of the layer, on the CPU; nothing is changed. Arguments and errors: `switch`."""
     check_can_switch(optimizer)
     modules = dict(model.named_modules())
     groups = {id(one): group for group in optimizer.param_groups for one in group["params"]}
     _check(model, modules, factors, groups)
-    usual, of_factors = groups_of(optimizer)
-    placed = placed_in(of_factors)
-    number_of = {id(one): number for number, group in enumerate(usual) for one in group["params"]}
-    places, made = dict[str, Placed](), dict[str, Made]()
+    usual, places, made = groups_of(optimizer)[0], _places(optimizer, modules, factors), dict[str, Made]()
     for name, new in factors.items():
-        source = sources_of(modules[name])[0]
-        if source.requires_grad:
-            places[name] = placed[name] if name in placed else Placed(number_of[id(source)])
-        here = NewFactors(*(None if one is None else one.to(source.device) for one in new))  # type: ignore[arg-type]
+        device = sources_of(modules[name])[0].device
+        here = NewFactors(*(None if one is None else one.to(device) for one in new))  # type: ignore[arg-type]
         group = usual[places[name].of] if name in places else None
         trial = Trial(name, modules[name], here, optimizer, group, places.get(name), moments)
         made[name] = trial.made(None if ema is None else ema.get_submodule(name))
-    made = agreed(made)
+    return made
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A switch of which all is made and nothing is in use."""
+
+    made: Mapping[str, Made]
+    sources: Sequence[nn.Parameter]
+    """The parameters that go."""
+    groups: list[Group]
+    """All of the optimizer's."""
+    kept: Sequence[dict[nn.Parameter, State]]
+    """What the optimizer keeps of the factors."""
+    replaced: Sequence[tuple[nn.Module, Mapping[str, LowRankLinear], Mapping[str, Tensor | None]]]
+    """Of the model and of its average: layers and the values of their biases, by name."""
+    optimizer: Optimizer
+    scheduler: Scheduler | Constant
+
+    def put(self) -> Switched:
+        """Switch; there is nothing left in it that could fail."""
+        for module, layers, biases in self.replaced:
+            _replace(module, layers, biases)
+        put_groups(self.optimizer, self.scheduler, self.groups)
+        state = inner(self.optimizer).state
+        for source in self.sources:
+            state.pop(source, None)
+        for of_layer in self.kept:
+            for parameter, of_parameter in of_layer.items():
+                state[parameter] = of_parameter
+        return Switched({name: one.change for name, one in self.made.items()})
+
+
+def prepare(
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: Optimizer,
+    scheduler: Scheduler | Constant,
+    made: Mapping[str, Made],
+    *,
+    moments: KeptMoments = "carry",
+    decay: Decay = "factors",
+    num_updates: int = 0,
+) -> Prepared:
+    """Make everything that a switch puts in place, on the model's device. For the arguments see `switch`.
+
+    `made` is what `work_out` returned, in this process or on another rank.
+    """
+    modules, placed = dict(model.named_modules()), placed_in(groups_of(optimizer)[1])
     layers = {name: _in_factors(modules[name], *one.factors[:2]) for name, one in made.items()}
-    for name in places:
+    for name, place in _places(optimizer, modules, made).items():
         restarts = moments == "restart" and has_squares(optimizer, sources_of(modules[name])[0])
         since = num_updates if restarts else -1
-        placed[name] = replace(places[name], scale=made[name].change.scale, decay=decay, warm_from=since)
+        placed[name] = replace(place, scale=made[name].change.scale, decay=decay, warm_from=since)
     every = {name: layers.get(name, one) for name, one in modules.items() if name in placed}
     own = {name: (one.up, one.down) for name, one in every.items() if isinstance(one, LowRankLinear)}
-    gone = {id(one) for name in factors for one in sources_of(modules[name])}
-    new_groups = regrouped(optimizer, placed, own, gone)
-    averages = {
-        name: _in_factors(ema.get_submodule(name), one.ema.up, one.ema.down)
-        for name, one in made.items()
-        if ema is not None and one.ema is not None
-    }
-    kept = [_state_of(optimizer, modules[name], layers[name], one) for name, one in made.items()]
-    # From here on nothing can fail.
-    _replace(model, layers, {name: one.factors.bias for name, one in made.items()})
+    sources = [one for name in made for one in sources_of(modules[name])]
+    replaced = [(model, layers, {name: one.factors.bias for name, one in made.items()})]
     if ema is not None:
-        _replace(ema, averages, {name: one.ema.bias for name, one in made.items() if one.ema is not None})
-    put_groups(optimizer, scheduler, new_groups)
-    state = inner(optimizer).state
-    for name in factors:
-        for source in sources_of(modules[name]):
-            state.pop(source, None)
-    for of_layer in kept:
-        for parameter, of_parameter in of_layer.items():
-            state[parameter] = of_parameter
-    return Switched({name: one.change for name, one in made.items()})
+        of_ema = {name: one.ema for name, one in made.items() if one.ema is not None}
+        averages = {name: _in_factors(ema.get_submodule(name), one.up, one.down) for name, one in of_ema.items()}
+        replaced.append((ema, averages, {name: one.bias for name, one in of_ema.items()}))
+    return Prepared(
+        made,
+        sources,
+        regrouped(optimizer, placed, own, {id(one) for one in sources}),
+        [_state_of(optimizer, modules[name], layers[name], one) for name, one in made.items()],
+        replaced,
+        optimizer,
+        scheduler,
+    )
+
+
+def _places(optimizer: Optimizer, modules: Mapping[str, nn.Module], names: Iterable[str]) -> dict[str, Placed]:
+    """Where the layers of these names that train have their parameters now."""
+    usual, of_factors = groups_of(optimizer)
+    placed = placed_in(of_factors)
+    number_of = {id(one): number for number, group in enumerate(usual) for one in group["params"]}
+    sources = {name: sources_of(modules[name])[0] for name in names}
+    return {
+        name: placed[name] if name in placed else Placed(number_of[id(one)])
+        for name, one in sources.items()
+        if one.requires_grad
+    }
 
 
 def _check(

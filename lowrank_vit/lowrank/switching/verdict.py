@@ -2,7 +2,7 @@
 
 A layer's *anchor* is the basis of the look that its streak began with. Every later look is compared with it, not with
 the one before, so directions that turn slowly do not pass. A look counts for the streak where all three shares reach
-`GAIN`, ends it where one is below `LOSE`, and leaves it as it is between the two:
+the thresholds, ends it where one is `HYSTERESIS` below them, and leaves it as it is between the two:
 
 - energy: what the anchor's directions hold of the energy of W now, from chance to the best possible;
 - cosine: the mean squared principal cosine between the two, from chance (r/n) to 1, of the worse side;
@@ -34,7 +34,9 @@ class Shares(NamedTuple):
     above_noise: float
 
 
-GAIN, LOSE = Shares(0.75, 0.7, 0.2), Shares(0.65, 0.6, 0.15)
+GAIN = Shares(0.75, 0.7, 0.2)
+HYSTERESIS = Shares(0.1, 0.1, 0.05)
+"""A streak ends so far below what it gains a look at."""
 _SMALL = 4.0
 """What is asked for above noise is more by this over K: the spectra of small matrices differ more by chance."""
 
@@ -93,7 +95,9 @@ class Settling:
     the float32 weights themselves, which is 381 MB for the block layers of a ViT-B; with r = 100 everywhere 66 MB.
     """
 
-    def __init__(self, rule: Rule, *, energy: float = 0.9, times: int = 3, fused: Collection[str] = ()) -> None:
+    def __init__(
+        self, rule: Rule, *, energy: float = 0.9, times: int = 3, fused: Collection[str] = (), gain: Shares = GAIN
+    ) -> None:
         """Begin without any look.
 
         Args:
@@ -101,7 +105,10 @@ class Settling:
             energy: the share, 0-1, that r directions hold, of rule "energy".
             times: so many looks in a row, after the first, must find the same directions.
             fused: the names of matrices whose rows are Q, K and V, a third each.
+            gain: the thresholds at which a look counts.
         """
+        self._gain = gain
+        self._lose = Shares(*(high - low for high, low in zip(gain, HYSTERESIS, strict=True)))
         self._rule, self._energy, self._times, self._fused = rule, energy, times, frozenset(fused)
         self._update: int | None = None
         self._layers: dict[str, _Layer] = {}
@@ -157,9 +164,9 @@ class Settling:
         like = look.likeness(before.anchor, matrix)
         if not look.is_certain:
             return replace(before, verdict=_verdict(look, like, before.streak, before.settled))
-        if _below(like, look, LOSE):
+        if _below(like, look, self._lose):
             return replace(_begin(look), verdict=_verdict(look, like, 0, settled=False))
-        streak = before.streak if _below(like, look, GAIN) else before.streak + 1
+        streak = before.streak if _below(like, look, self._gain) else before.streak + 1
         settled = before.settled or streak >= self._times
         return _Layer(before.rank, streak, settled, before.anchor, _verdict(look, like, streak, settled))
 

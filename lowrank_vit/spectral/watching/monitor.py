@@ -114,7 +114,8 @@ class SpectralMonitor:
             ranks: the ranks that share the work (`World.channel` with `agrees`); default: this process does it all. One
                 that ends without `close` fails the others' refreshes.
             optimizer: the model's, whose update directions are described, too, where `settings.updates` asks for that.
-            on_full: called in the worker's thread with the copies of each refresh of whole spectra, see `Worker`.
+            on_full: called in the worker's thread with the copies of each refresh of whole spectra, or with why there
+                are none, see `Worker`.
             say: told of failures, from the worker's thread too.
 
         Raises:
@@ -235,11 +236,8 @@ class SpectralMonitor:
         full = self._schedule.take(num_updates)
         try:
             stacks, newest = self._watched.copies(num_updates)
-        except Exception as error:  # such as no memory for the copies
-            if self._ranks.size == 1:
-                self._worker.fail(num_updates, error)
-            else:  # the others have theirs, and wait for this one's part
-                self._worker.take(Snapshot(num_updates, {}, Mark(None), failure=error))
+        except Exception as error:  # such as no memory for the copies; other ranks have theirs, and wait for this one's
+            self._worker.take(Snapshot(num_updates, {}, Mark(None), full, failure=error))
             return
         before, self._newest = self._newest, newest and newest._replace(full=full)
         self._hand_over(num_updates, stacks, full, before)

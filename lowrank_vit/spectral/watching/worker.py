@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import queue
 import threading
@@ -37,8 +38,8 @@ from lowrank_vit.spectral.watching.refresh import (
 from lowrank_vit.spectral.watching.store import Kept, SpectraStore
 
 T = TypeVar("T")
-OnFull = Callable[[int, Mapping[str, torch.Tensor]], object]
-"""Told of an update and of copies of this rank's share of the model's matrices, by name."""
+OnFull = Callable[[int, Mapping[str, torch.Tensor] | Exception], object]
+"""Told of an update and of copies of this rank's share of the model's matrices, by name, or of why there are none."""
 
 
 class SpectralRecord(NamedTuple):
@@ -95,7 +96,7 @@ class Worker:
         """Start the thread; `keys` are those of all ranks, in the order in which they are stored.
 
         `heads`: this rank's share of the circuits. `on_full`: told of every refresh of whole spectra before these are
-        computed, whatever becomes of them; it raises nothing.
+        computed, whatever becomes of them, or of why there are no copies; it raises nothing.
 
         `is_aside`: what a host computes is computed by another process, which changes no bit, or here where there can
         be none.
@@ -158,6 +159,7 @@ class Worker:
         start = time.perf_counter()
         part: Refreshed | None = None
         failure: Exception | None = None
+        on_full = self._on_full if snapshot.full else None
         since, since_full = self._memory.last_update, self._memory.whole_update
         try:
             if snapshot.failure:
@@ -166,9 +168,10 @@ class Worker:
                 matrices = [one.matrices_NRC for of_kind in snapshot.stacks.values() for one in of_kind]
                 snapshot.ready.hand_over(self._stream, *matrices)
                 stacks = self._on_cpu(snapshot.stacks) if self._settings.on_cpu else snapshot.stacks
-                if snapshot.full and self._on_full:
-                    named = (zip(one.names, one.matrices_NRC, strict=True) for one in stacks[MODEL])
-                    self._on_full(snapshot.update, {name: matrix for pairs in named for name, matrix in pairs})
+                if on_full:
+                    pairs = (zip(one.names, one.matrices_NRC, strict=True) for one in stacks[MODEL])
+                    named, tell, on_full = dict(itertools.chain(*pairs)), on_full, None
+                    tell(snapshot.update, named)
                 own = {kind: of for kind, of in stacks.items() if not kind.endswith(FOR_HEADS)}
                 part = self._refreshed(snapshot, own)
                 part.circuits = self._circuits(stacks)
@@ -176,6 +179,8 @@ class Worker:
             pass
         except Exception as error:
             failure = error
+            if on_full:  # whoever acts on whole spectra has to know that there are none
+                on_full(snapshot.update, error)
         # Also after a failure, since the others are waiting here; an error itself may not survive the way.
         sent = part and replace(part, solved={key: replace(one, start=None) for key, one in part.solved.items()})
         parts = self._ranks.gather(sent or (f"{type(failure).__name__}: {failure}" if failure else ""))

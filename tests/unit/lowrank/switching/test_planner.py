@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_vit.config.low_rank_options import RankRule
+from lowrank_vit.config.low_rank_options import LowRank, RankRule
 from lowrank_vit.lowrank.layers import costs_alone
 from lowrank_vit.lowrank.methods import METHODS
-from lowrank_vit.lowrank.switching.planner import merged_copy, ranks_under
+from lowrank_vit.lowrank.switching.planner import Planner, merged_copy, ranks_under
 from lowrank_vit.lowrank.truncate import decompose_layers
 from lowrank_vit.model.low_rank import LowRankLinear
 from lowrank_vit.spectral.measures.noise import marchenko_pastur
@@ -27,7 +27,7 @@ def test_every_rule_keeps_to_the_budget(rule: RankRule, budget: float):
     assert all(1 <= rank <= costs.layers[name].pays for name, rank in ranks.items())
 
 
-def test_mp_keeps_nothing_below_the_edge_and_one_at_least():
+def test_mp_keeps_nothing_below_the_edge_and_the_budgets_rank_where_nothing_is_above():
     noise = torch.Generator().manual_seed(0)
     layers = {"noise": torch.nn.Linear(40, 60), "signal": torch.nn.Linear(40, 60)}
     with torch.no_grad():
@@ -38,7 +38,13 @@ def test_mp_keeps_nothing_below_the_edge_and_one_at_least():
     costs = costs_alone({name: layer.weight for name, layer in layers.items()})
     above = marchenko_pastur(found["signal"].values_PK[0], (60, 40)).outliers
     assert above == 3
-    assert ranks_under("mp", found, 0.5, costs) == {"noise": 1, "signal": 3}
+    greedy = ranks_under("kfac", found, 0.5, costs)
+    assert ranks_under("mp", found, 0.5, costs) == {"noise": greedy["noise"], "signal": 3}
+    assert greedy["noise"] > 1
+    model, lines = torch.nn.ModuleDict(layers), list[str]()
+    planner = Planner(LowRank(lowrank_train="mp"), list, 4, 0)
+    assert planner.ranks(model, costs, 0.5, lines.append)[0]["noise"] == greedy["noise"]
+    assert lines == ["no value above the Marchenko-Pastur edge, so the budget alone says the rank: noise"]
 
 
 def test_a_copy_has_layers_in_factors_as_one_and_shares_nothing():

@@ -10,7 +10,7 @@ import torch
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.lowrank.switching.factors import NewFactors, make_factors, weight_of
 from lowrank_vit.lowrank.switching.groups import KEY, regroup
-from lowrank_vit.lowrank.switching.switch import switch
+from lowrank_vit.lowrank.switching.switch import prepare, switch, work_out
 from lowrank_vit.model.low_rank import LowRankLinear, product, ranks_of
 from lowrank_vit.model.optimizer import create_optimizer, create_scheduler
 from lowrank_vit.training.step import TrainStep
@@ -245,27 +245,14 @@ def test_what_cannot_be_switched_is_told_and_nothing_has_changed(kind, message):
 
 
 def test_every_rank_takes_the_numbers_of_the_first():
-    """Whatever its own arithmetic gives: what is agreed on is all that was worked out."""
+    """Whatever its own arithmetic gives: what was worked out on one is all that another needs."""
     first, other = training(), training()
-    sent: list = []
-    switch(
-        first.model,
-        first.ema.module,
-        first.optimizer,
-        first.scheduler,
-        make_factors(first.model, {NAME: 6}),
-        agreed=lambda value: sent.append(value) or value,
-    )
+    factors = make_factors(first.model, {NAME: 6})
+    made = work_out(first.model, first.ema.module, first.optimizer, factors)
     with torch.no_grad():
         other.model.get_submodule(NAME).weight.mul_(1.01)
-    switch(
-        other.model,
-        other.ema.module,
-        other.optimizer,
-        other.scheduler,
-        make_factors(other.model, {NAME: 6}),
-        agreed=lambda value: sent[0],
-    )
+    for one in (first, other):
+        prepare(one.model, one.ema.module, one.optimizer, one.scheduler, made).put()
     assert same(first.everything(), other.everything())
 
 

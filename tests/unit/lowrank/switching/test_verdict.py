@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from lowrank_vit.lowrank.layers import pays
 from lowrank_vit.lowrank.switching.settled import Rule
-from lowrank_vit.lowrank.switching.verdict import NOTHING, Settling, margin
+from lowrank_vit.lowrank.switching.verdict import GAIN, NOTHING, Settling, Shares, margin
 from tests.device_path import CudaPath
 
 LOOKS = 30
@@ -161,6 +161,21 @@ def test_a_streak_is_gained_above_one_threshold_and_lost_below_another() -> None
         verdict = settling.verdicts()["w"]
         streaks.append((verdict.streak, verdict.settled))
     assert streaks == [(0, False), (1, False), (2, True), (2, True), (2, True), (3, True), (0, False), (1, False)]
+
+
+def test_thresholds_say_what_counts_as_the_same() -> None:
+    """Of twenty directions five are replaced: shares of 0.63 and 0.73, which the usual thresholds leave undecided."""
+    left, right = (np.linalg.qr(np.random.default_rng(s).standard_normal((n, 40)))[0] for s, n in enumerate((80, 60)))
+    kinds = {"strict": Shares(0.8, 0.9, 0.2), "usual": GAIN, "lax": Shares(0.5, 0.5, 0.2), "noisy": Shares(0.5, 0.5, 1)}
+    found: dict[str, int] = {}
+    for kind, gain in kinds.items():
+        settling = Settling("kfac", times=2, gain=gain)
+        for update, first in enumerate([0, 0, 5]):
+            chosen = np.r_[first : 20 + first]
+            weights = torch.from_numpy(left[:, chosen] @ right[:, chosen].T) + 1e-3 * normal((80, 60), 5)
+            settling.see(update, {"w": weights}, ranks={"w": 20})
+        found[kind] = settling.verdicts()["w"].streak
+    assert found == {"strict": 0, "usual": 1, "lax": 2, "noisy": 0}
 
 
 def test_without_a_gap_at_the_rank_energy_alone_decides() -> None:

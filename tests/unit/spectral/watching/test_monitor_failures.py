@@ -55,15 +55,21 @@ def test_an_error_of_the_worker_is_said_once_counted_and_ends_nothing(
 
 def test_copies_that_find_no_memory_end_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    with watch(tiny_vit(), tmp_path, say=said.append) as monitor:
+    told: list[tuple[int, object]] = []
+    with watch(tiny_vit(), tmp_path, say=said.append, on_full=lambda *of: told.append(of)) as monitor:
         with monkeypatch.context() as patch:
             patch.setattr(
                 "lowrank_vit.spectral.watching.watched.stack_by_shape", failing(torch.OutOfMemoryError("out"))
             )
             monitor.observe(0)
+            monitor.wait()
         monitor.observe(2)
     assert stored(tmp_path) == [2]
     assert monitor.failed == len(said) == 1
+    (_, failure), (_, copies) = told
+    assert [update for update, _ in told] == [0, 2]
+    assert isinstance(failure, torch.OutOfMemoryError)
+    assert isinstance(copies, dict)
 
 
 def test_a_full_disk_costs_the_file_and_not_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
