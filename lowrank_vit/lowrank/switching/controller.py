@@ -164,7 +164,7 @@ class LowRankTraining:
             "wanted": self._wanted,
             "chosen": self._chosen,
             "failure": _failure_of(looks, seen),
-            "settling": {"update": max(updates, default=None), "layers": layers},
+            "settling": own | {"update": max(updates, default=None), "layers": layers},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -28,9 +28,9 @@ from lowrank_vit.spectral.solving.solve import MatrixStack, all_values, as_numpy
 
 Rule = Literal["energy", "mp", "kfac"]
 
-_FEWEST_VALUES = 256
+FEWEST_VALUES = 256
 """Noise is drawn so often that it has so many values in all."""
-_TURN = 0.1
+TURN = 0.1
 """Where rounding alone may turn the first r directions by more than this sine, there is no gap at r to speak of."""
 
 
@@ -117,7 +117,7 @@ class Look:
         of_chance = min(r * r / (rows * columns) * float(np.sum((self.solved.s / greatest) ** 2)) / best, 1.0)
         shares = [_from_chance(min(c2, 1.0), r / n) for c2, n in zip(squares, (rows, columns), strict=True)]
         worse = int(np.argmin(shares))
-        cosine_share = shares[worse] if self.turn <= _TURN else 1.0
+        cosine_share = shares[worse] if self.turn <= TURN else 1.0
         chance = (r / (rows, columns)[worse]) ** 0.5
         energy_share = _from_chance(energy, of_chance)
         return Likeness(energy, of_chance, min(squares[worse], 1.0) ** 0.5, chance, energy_share, cosine_share)
@@ -189,7 +189,7 @@ def noise_share(matrix_RC: Tensor, r: int, in_factors: int = 0) -> float:
     greater one counts.
     """
     rows, columns = matrix_RC.shape
-    draws = -(-_FEWEST_VALUES // min(rows, columns))
+    draws = -(-FEWEST_VALUES // min(rows, columns))
     random = np.random.default_rng((rows, columns))
     signs_DRC = torch.from_numpy(2 * random.integers(0, 2, (draws, rows, columns), np.int8) - 1)
     flipped_DRC = matrix_RC.detach() * signs_DRC.to(matrix_RC.device)
@@ -209,7 +209,7 @@ def _product_values(rows: int, columns: int, q: int) -> np.ndarray:
     random = np.random.default_rng((rows, columns, q))
     found: list[np.ndarray] = []
     with one_blas_thread():
-        for _ in range(-(-_FEWEST_VALUES // (2 * q))):
+        for _ in range(-(-FEWEST_VALUES // (2 * q))):
             up, down = random.standard_normal((rows, q)), random.standard_normal((q, columns))
             found.append(np.linalg.svd(np.linalg.qr(up)[1] @ np.linalg.qr(down.T)[1].T, compute_uv=False))
     return np.stack(found)

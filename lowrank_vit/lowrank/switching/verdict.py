@@ -22,8 +22,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from lowrank_vit.common.errors import UserError
 from lowrank_vit.lowrank.layers import pays
-from lowrank_vit.lowrank.switching.settled import Basis, Likeness, Look, Rule, look_at, rank_by_energy, rank_by_noise
+from lowrank_vit.lowrank.switching.settled import (
+    FEWEST_VALUES,
+    TURN,
+    Basis,
+    Likeness,
+    Look,
+    Rule,
+    look_at,
+    rank_by_energy,
+    rank_by_noise,
+)
 
 
 class Shares(NamedTuple):
@@ -39,6 +50,16 @@ HYSTERESIS = Shares(0.1, 0.1, 0.05)
 """A streak ends so far below what it gains a look at."""
 _SMALL = 4.0
 """What is asked for above noise is more by this over K: the spectra of small matrices differ more by chance."""
+
+
+CONSTANTS: dict[str, float] = {
+    **{f"hysteresis_{name}": value for name, value in HYSTERESIS._asdict().items()},
+    "small": _SMALL,
+    "noise_values": FEWEST_VALUES,
+    "turn": TURN,
+    "margin": 8,
+}
+"""What decides beside the options, by name; a run keeps to those that it began with."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +100,7 @@ class _Layer:
 
 def margin(rank: int) -> int:
     """How far r may rise while a streak goes on: by an eighth, or by 2, of rank 1 by 1; it may fall twice as far."""
-    return max(rank // 8, min(rank, 2))
+    return max(rank // int(CONSTANTS["margin"]), min(rank, 2))
 
 
 def is_near(rank: int, settled: int) -> bool:
@@ -178,10 +199,21 @@ class Settling:
             layers[name]["verdict"] = asdict(layer.verdict)
             if layer.anchor is not None:
                 layers[name] |= {"left": layer.anchor.left, "right": layer.anchor.right}
-        return {"update": self._update, "layers": layers}
+        return {"update": self._update, "layers": layers, "constants": CONSTANTS}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; on all devices, whatever it was on."""
+        """Go on from a state; on all devices, whatever it was on.
+
+        Raises `UserError` for that of a version with other constants, by which other layers would settle. Options are
+        not among them; a state without any is of a version that did not note them.
+        """
+        was = state.get("constants", CONSTANTS)
+        if other := [name for name in sorted({*was, *CONSTANTS}) if was.get(name) != CONSTANTS.get(name)]:
+            changed = ", ".join(f"{name} was {was.get(name)}, now {CONSTANTS.get(name)}" for name in other)
+            raise UserError(
+                f"The run was begun by a version that judges otherwise when a layer has settled: {changed}. Resume it "
+                "with that version, or start anew from its weights with --initial-checkpoint."
+            )
         self._update = state["update"]
         self._layers = {}
         for name, one in state["layers"].items():

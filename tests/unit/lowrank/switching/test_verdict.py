@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowrank_vit.common.errors import UserError
 from lowrank_vit.lowrank.layers import pays
 from lowrank_vit.lowrank.switching.settled import Rule
 from lowrank_vit.lowrank.switching.verdict import GAIN, NOTHING, Settling, Shares, margin
@@ -176,6 +177,14 @@ def test_thresholds_say_what_counts_as_the_same() -> None:
             settling.see(update, {"w": weights}, ranks={"w": 20})
         found[kind] = settling.verdicts()["w"].streak
     assert found == {"strict": 0, "usual": 1, "lax": 2, "noisy": 0}
+
+
+def test_a_state_of_other_constants_is_refused_and_one_without_any_is_taken() -> None:
+    state = Settling("mp").state_dict()
+    with pytest.raises(UserError, match=r"small was 5.0, now 4.0\. Resume it with that version"):
+        Settling("mp").load_state_dict({**state, "constants": {**state["constants"], "small": 5.0}})
+    del state["constants"]
+    Settling("mp").load_state_dict(state)
 
 
 def test_without_a_gap_at_the_rank_energy_alone_decides() -> None:
