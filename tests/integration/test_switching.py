@@ -207,6 +207,27 @@ def test_ranks_decide_alike_and_one_process_goes_on_from_what_they_saved(
     assert [one["update"] for one in events(folder, "switch")] == [12, 20]
 
 
+def test_a_run_too_short_for_a_layer_to_settle_is_warned_of(small: Any, capsys: pytest.CaptureFixture[str]):
+    """Whole refreshes at 0, 8, 16 and 24 of 33 updates: the third look after the first acts at 28."""
+    few, enough, scheduled = EVERY, [*EVERY, "--lowrank-settled", "3"], [*EVERY, *SCHEDULE]
+    for flags, is_warned in ((["--lowrank-settled", "4", *few], True), (enough, False), (scheduled, False)):
+        rule = [] if flags is scheduled else ["--lowrank-train", "energy"]
+        Trainer(parse([*small(*rule, *flags)]), "x")
+        line = (
+            "can put no layer in factors in this run: with --lowrank-settled 4 and a whole refresh every 8 updates, the"
+        )
+        assert (line in capsys.readouterr().out) == is_warned
+
+
+def test_targets_of_which_no_factors_save_anything_are_named():
+    model, config = torch.nn.Module(), parse("--spec-monitor --lowrank-train energy --lowrank-targets head".split())
+    model.head = torch.nn.Linear(9, 1)
+    with pytest.raises(
+        UserError, match=r"targets head: factors of no rank have fewer weights than head \(1 x 9\)\. Name"
+    ):
+        begin.check_low_rank_training(config, model, 3)
+
+
 def test_a_model_that_is_in_factors_already_is_refused(small: Any, run: Run):
     last = str(run(*SCHEDULE) / "last.pth.tar")
     with pytest.raises(UserError, match=r"already: blocks.0.attn.qkv and 7 more\. .* leave out --lowrank-train"):
