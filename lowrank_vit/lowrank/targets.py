@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,42 @@ from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
 
 Split = Literal["whole", "thirds", "heads"]
 """How the fused layer of queries, keys and values is taken: as one matrix, as three, or as three for each head."""
+Purpose = Literal["factors", "adapters"]
+"""What layers are looked for: those that factors may take the place of, or those that adapters may stand beside."""
 _TOLERANCE = 1e-4
 """Of logits at full rank against the model's own, as a share of the greatest: rounding in another order."""
+
+
+class _Words(NamedTuple):
+    """How a purpose is spoken of."""
+
+    can: str
+    """No layer can ..."""
+    only: str
+    """Only Linear ..."""
+    of_float: str
+    unlike: str
+    """What is wrong where a model reads a weight itself."""
+    change: str
+    """What is wrong where logits change."""
+
+
+_WORDS: dict[Purpose, _Words] = {
+    "factors": _Words(
+        "be put in factors",
+        "is put in factors",
+        "factors are made of",
+        "which factors do not have",
+        "factors of full rank change what the model answers",
+    ),
+    "adapters": _Words(
+        "have adapters",
+        "has adapters",
+        "adapters stand beside",
+        "and would not see an adapter",
+        "another layer in its place changes what the model answers",
+    ),
+}
 
 
 def find_targets(
@@ -31,10 +65,11 @@ def find_targets(
     *,
     img_size: int | None = None,
     flag: str = "--targets",
+    purpose: Purpose = "factors",
     say: Say = terminal.say,
     already: str = "",
 ) -> dict[str, nn.Linear]:
-    """The layers that the patterns name and that may be put in factors, in model order.
+    """The layers that the patterns name and that may be put in factors, or have adapters, in model order.
 
     Those that may not are named by `say` with the reason, and left out: convolutions and embeddings, classes with a
     forward of their own, hooks, layers whose weight the model reads itself (timm's EVA, BEiT, Swin V2), and whatever
@@ -45,6 +80,7 @@ def find_targets(
         patterns: see `spectral.select.select_targets`.
         img_size: side of an image, pixels; default: that which the model was built for, see `side_of`.
         flag: that gives the patterns, for messages.
+        purpose: likewise; the layers are the same for both.
         say: see above.
         already: what else to do with a model in factors, the end of a sentence.
 
@@ -59,23 +95,46 @@ def find_targets(
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     chosen = select_targets(parameters, patterns, flag)
-    _check_weights(chosen, parameters, flag)
-    refused = {name: why for name in chosen if (why := _objection(model.get_submodule(name)))}
+    _check_weights(chosen, parameters, flag, purpose)
+    refused = _refused_by_class(model, chosen, flag, purpose)
     found = {name: model.get_submodule(name) for name in chosen if name not in refused}
     layers = {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}
     images = noise(model, img_size)
-    refused |= _read_elsewhere(model, layers, images)
+    refused |= _read_elsewhere(model, layers, images, _WORDS[purpose].unlike)
     layers = {name: layer for name, layer in layers.items() if name not in refused}
-    refused |= _changed_at_full_rank(model, layers, images)
+    refused |= dict.fromkeys(_changed_at_full_rank(model, layers, images), _WORDS[purpose].change)
+    for line in _lines_of(refused, len(chosen), flag, purpose):
+        say(f"note: left as it is: {line}")
+    return {name: layer for name, layer in layers.items() if name not in refused}
+
+
+def possible_weights(model: nn.Module, patterns: str, flag: str, purpose: Purpose = "factors") -> dict[str, Tensor]:
+    """The weights that the patterns name, of layers whose class does not forbid it; for a model without weights, too.
+
+    Raises `UserError` where that is none.
+    """
+    chosen = select_targets(dict(model.named_parameters(remove_duplicate=False)), patterns, flag)
+    refused = _refused_by_class(model, chosen, flag, purpose)
+    return {name: weight for name, weight in chosen.items() if name not in refused}
+
+
+def _refused_by_class(model: nn.Module, names: Collection[str], flag: str, purpose: Purpose) -> dict[str, str]:
+    """The modules that their class alone keeps from it, by name, with the reason; `UserError` where none is left."""
+    refused = {name: why for name in names if (why := _objection(model.get_submodule(name), _WORDS[purpose].only))}
+    _lines_of(refused, len(names), flag, purpose)
+    return refused
+
+
+def _lines_of(refused: Mapping[str, str], count: int, flag: str, purpose: Purpose) -> list[str]:
+    """A line for each reason; raises `UserError` where all of `count` layers are refused."""
     by_reason: dict[str, list[str]] = {}
     for name, why in refused.items():
         by_reason.setdefault(why, []).append(name)
     lines = [f"{_some(names)}: {why}" for why, names in by_reason.items()]
-    if len(refused) == len(chosen):
-        raise UserError(f"No layer that {flag} names can be put in factors. {'. '.join(lines)}. Name other layers.")
-    for line in lines:
-        say(f"note: left as it is: {line}")
-    return {name: layer for name, layer in layers.items() if name not in refused}
+    if len(refused) == count:
+        can = _WORDS[purpose].can
+        raise UserError(f"No layer that {flag} names can {can}. {'. '.join(lines)}. Name other layers.")
+    return lines
 
 
 def parts_of_targets(model: nn.Module, targets: Mapping[str, nn.Linear], split: Split) -> dict[str, int]:
@@ -102,7 +161,7 @@ def parts_of_targets(model: nn.Module, targets: Mapping[str, nn.Linear], split: 
     return parts
 
 
-def _check_weights(chosen: Mapping[str, Tensor], parameters: Mapping[str, Tensor], flag: str) -> None:
+def _check_weights(chosen: Mapping[str, Tensor], parameters: Mapping[str, Tensor], flag: str, purpose: Purpose) -> None:
     """Raise `UserError` for weights of which no factors can be made, whatever their layer is."""
     names_of: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
@@ -110,20 +169,20 @@ def _check_weights(chosen: Mapping[str, Tensor], parameters: Mapping[str, Tensor
     for name, weight in chosen.items():
         if weight.dtype not in (torch.float32, torch.float64):
             kind = str(weight.dtype).removeprefix("torch.")
-            raise UserError(f"{name} is {kind}; factors are made of float32 weights. Load the model in float32.")
+            raise UserError(f"{name} is {kind}; {_WORDS[purpose].of_float} float32 weights. Load the model in float32.")
         if not bool(weight.isfinite().all()):
             raise UserError(f"{name} has weights that are not finite (NaN or infinite). Give another checkpoint.")
         if len(shared := names_of[id(weight)]) > 1:
             raise UserError(
-                f"{' and '.join(shared)} are one tensor, so one cannot be put in factors without the other. Leave out "
-                f"that layer with {flag}."
+                f"{' and '.join(shared)} are one tensor, so one cannot {_WORDS[purpose].can} without the other. Leave "
+                f"out that layer with {flag}."
             )
 
 
-def _objection(module: nn.Module) -> str:
-    """Why a module with a weight cannot be put in factors, as far as its class tells; empty if it can."""
+def _objection(module: nn.Module, only: str) -> str:
+    """Why a module with a weight is no target, as far as its class tells; empty if it may be one."""
     if not isinstance(module, nn.Linear):
-        return f"of class {type(module).__name__}, and only Linear is put in factors"
+        return f"of class {type(module).__name__}, and only Linear {only}"
     has_own = type(module).forward is not nn.Linear.forward or "forward" in vars(module)
     if has_own and type(module).__module__ != "timm.layers.linear":
         return f"its class {type(module).__name__} is a Linear with a forward of its own"
@@ -157,7 +216,7 @@ class _Probe(nn.Module):
         return self.layer(input)
 
 
-def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Linear], images: Tensor) -> dict[str, str]:
+def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Linear], images: Tensor, unlike: str) -> dict[str, str]:
     """The layers whose weight the model's forward pass reads itself, or that it does not use, with the reason."""
     probes = {name: _Probe(layer) for name, layer in layers.items()}
     with _in_place_of(model, layers, probes):
@@ -166,14 +225,14 @@ def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Linear], images: T
     for name, probe in probes.items():
         if probe.is_read:
             owner = type(model.get_submodule(name.rpartition(".")[0]))
-            found[name] = f"{owner.__module__}.{owner.__qualname__} reads its weight itself, which factors do not have"
+            found[name] = f"{owner.__module__}.{owner.__qualname__} reads its weight itself, {unlike}"
         elif not probe.is_called:
             found[name] = "a forward pass of an image does not use it"
     return found
 
 
-def _changed_at_full_rank(model: nn.Module, layers: Mapping[str, nn.Linear], images: Tensor) -> dict[str, str]:
-    """The layers without which, in factors of full rank, the logits would be the model's own, with the reason."""
+def _changed_at_full_rank(model: nn.Module, layers: Mapping[str, nn.Linear], images: Tensor) -> list[str]:
+    """The layers without which, in factors of full rank, the logits would be the model's own."""
     expected, like = logits_of(model, images), next(model.parameters())
     check_finite(model, images, expected)
     identity = cache(lambda columns: torch.eye(columns, dtype=like.dtype, device=like.device))
@@ -197,7 +256,7 @@ def _changed_at_full_rank(model: nn.Module, layers: Mapping[str, nn.Linear], ima
         half = len(names) // 2
         return names if len(names) == 1 else culprits(names[:half]) + culprits(names[half:])
 
-    return dict.fromkeys(culprits(list(layers)), "factors of full rank change what the model answers")
+    return culprits(list(layers))
 
 
 @contextmanager

@@ -26,12 +26,12 @@ from lowrank_vit.lowrank.layers import Costs, costs_alone
 from lowrank_vit.lowrank.switching.controller import LowRankTraining, Span
 from lowrank_vit.lowrank.switching.planner import TARGETS_FLAG, Planner, merged_copy
 from lowrank_vit.lowrank.switching.verdict import Settling, Shares
-from lowrank_vit.lowrank.targets import find_targets
+from lowrank_vit.lowrank.targets import find_targets, possible_weights
 from lowrank_vit.model.create import InputSpec
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, subset
 from lowrank_vit.ranks.world import World
 from lowrank_vit.spectral.fused import fused_qkv
-from lowrank_vit.spectral.select import select_targets, targets_of_model
+from lowrank_vit.spectral.select import targets_of_model
 
 _BATCH = 128
 """Calibration images that are decoded at a time; the loss before and after a switch is that of the first batch."""
@@ -43,10 +43,8 @@ def check_low_rank_training(config: Config, model: nn.Module, num_epochs: int) -
     For a model as it is built: what else `begin` refuses, its weights must tell.
     """
     options = config.lowrank
-    weights = select_targets(
-        dict(model.named_parameters(remove_duplicate=False)), options.lowrank_targets, TARGETS_FLAG
-    )
-    _check_budgets(config, costs_alone({name: weight for name, weight in weights.items() if weight.ndim == 2}))
+    weights = possible_weights(model, options.lowrank_targets, TARGETS_FLAG)
+    _check_budgets(config, costs_alone(weights))
     schedule = parse_schedule(options.lowrank_schedule)
     if late := [epoch for epoch in schedule if epoch >= num_epochs]:
         raise UserError(

@@ -12,9 +12,8 @@ from lowrank_vit.common.locks import Say
 from lowrank_vit.lowrank.allocation import Ranks, check_share_of, uniform
 from lowrank_vit.lowrank.layers import Costs, Factors, costs_alone, factorise
 from lowrank_vit.lowrank.switching.factors import NewFactors, make_factors
-from lowrank_vit.lowrank.targets import find_targets
+from lowrank_vit.lowrank.targets import find_targets, possible_weights
 from lowrank_vit.model.lora import Lora, add_adapters, classifiers, lora_of, require_peft
-from lowrank_vit.spectral.select import select_targets
 
 _TARGETS = "--lowrank-targets"
 
@@ -63,13 +62,11 @@ def start_in_factors(
 
 
 def check_share(model: nn.Module, share: float, patterns: str) -> None:
-    """Raise `UserError` where no weight matches the patterns, or the share has no room for rank 1.
+    """Raise `UserError` where the patterns match nothing that may be put in factors, or there is no room for rank 1.
 
     For a model as it is built: what else `start_in_factors` refuses, its weights must tell.
     """
-    chosen = select_targets(dict(model.named_parameters(remove_duplicate=False)), patterns, _TARGETS)
-    if matrices := {name: weight for name, weight in chosen.items() if weight.ndim == 2}:
-        _ranks(costs_alone(matrices), share)
+    _ranks(costs_alone(possible_weights(model, patterns, _TARGETS, "factors")), share)
 
 
 def start_with_adapters(
@@ -96,18 +93,18 @@ def start_with_adapters(
     Raises:
         UserError: as `find_targets` and `check_adapters`.
     """
-    layers = find_targets(model, patterns, img_size=img_size, flag=_TARGETS, say=say)
+    layers = find_targets(model, patterns, img_size=img_size, flag=_TARGETS, purpose="adapters", say=say)
     _check_rank(model, {name: layer.weight for name, layer in layers.items()}, rank)
     add_adapters(model, Lora(rank, rank if alpha is None else alpha, tuple(layers)), dropout)
 
 
 def check_adapters(model: nn.Module, rank: int, patterns: str) -> None:
-    """Raise `UserError` where no weight matches the patterns, the rank is above a matrix, or PEFT is missing.
+    """Raise `UserError` where the patterns match no Linear, the rank is above a matrix, or PEFT is missing.
 
     So for the classifier, which is trained whole. For a model as it is built.
     """
     require_peft()
-    _check_rank(model, select_targets(dict(model.named_parameters(remove_duplicate=False)), patterns, _TARGETS), rank)
+    _check_rank(model, possible_weights(model, patterns, _TARGETS, "adapters"), rank)
 
 
 def adapters_in_words(model: nn.Module) -> list[str]:

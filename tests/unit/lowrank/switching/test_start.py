@@ -133,6 +133,46 @@ def test_adapters_stand_beside_what_may_have_them_and_their_scale_is_one_unless_
     assert not adapters_in_words(vit())
 
 
+@pytest.mark.parametrize("patterns", ["patch_embed.proj", "patch_embed.proj,mlp.fc1"])
+def test_what_is_asked_for_is_what_is_spoken_of(patterns: str):
+    """Of convolutions alone it is refused before any data are opened; beside others they are named, and left."""
+    kind = "patch_embed.proj: of class Conv2d, and only Linear"
+    for check, start, can, only in (
+        (
+            lambda model: check_share(model, 0.3, patterns),
+            lambda model, say: start_in_factors(model, 0.3, patterns, say=say),
+            "be put in factors",
+            "is put in factors",
+        ),
+        (
+            lambda model: check_adapters(model, 2, patterns),
+            lambda model, say: start_with_adapters(model, 2, None, 0.0, patterns, say=say),
+            "have adapters",
+            "has adapters",
+        ),
+    ):
+        said: list[str] = []
+        if "," in patterns:
+            check(vit())
+            start(vit(), said.append)
+            assert said == [f"note: left as it is: {kind} {only}"]
+            continue
+        for refused in (check, lambda model, start=start: start(model, silent)):
+            with pytest.raises(UserError, match=f"No layer that --lowrank-targets names can {can}. {kind} {only}"):
+                refused(vit())
+
+
+def test_a_layer_whose_weight_the_model_reads_itself_would_not_see_an_adapter():
+    size: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    model, said = timm.create_model("beit_base_patch16_224", num_classes=3, **size), list[str]()
+    start_with_adapters(model, 2, None, 0.0, "attn.qkv,attn.proj", say=said.append)
+    lora = lora_of(model)
+    assert lora is not None
+    assert lora.layers == ("blocks.0.attn.proj",)
+    assert all("factors" not in line for line in said)
+    assert "and would not see an adapter" in " ".join(said)
+
+
 def test_adapters_that_no_layer_can_have_are_refused_before_and_when_they_are_made():
     for rank, patterns, why in (
         (25, TARGETS, r"--lora 25 is above the rank of blocks\.0\.attn\.qkv, 72 x 24: 24 at most"),
