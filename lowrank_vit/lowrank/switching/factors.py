@@ -5,7 +5,7 @@ Letters of shapes: weight W (R, C), up A (R, r), down B (P r, C), P parts of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,12 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 def make_factors(
-    model: nn.Module, ranks: Mapping[str, int], method: str = "svd", moments: Mapping[str, Moments] | None = None
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    method: str = "svd",
+    moments: Mapping[str, Moments] | None = None,
+    *,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> dict[str, NewFactors]:
     """Factors of layers as they are now: the matrix of that rank nearest to W by a method, from certified triplets.
 
@@ -56,6 +61,7 @@ def make_factors(
         ranks: by the layers' names.
         method: one of `methods.METHODS`. `kfac` and `svdllm` take the inputs about their mean where there is a bias.
         moments: of each layer; `svd` needs none.
+        progress: called after each layer with the number of those that are done.
 
     Raises:
         UserError: a rank does not fit, weights are not finite, or a method lacks its moments.
@@ -69,14 +75,15 @@ def make_factors(
             raise UserError(f"{name} has not been calibrated, which the method {method} needs.")
         parts = layer.parts if isinstance(layer, LowRankLinear) else 1
         like = layer.up if isinstance(layer, LowRankLinear) else layer.weight
-        of_layer = moments[name] if moments is not None and name in moments else None
+        of_layer = moments[name] if moments is not None and method != "svd" else None
         try:
-            found = decompose(weight_of(layer), layer.bias, METHODS[method], of_layer, parts)
+            found = decompose(weight_of(layer), layer.bias, METHODS[method], of_layer, parts, rank)
             up, down, bias = found.factors(rank)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         new_bias = None if layer.bias is None or bias is None else bias.to(layer.bias)
         made[name] = NewFactors(up.to(like), down.to(like), new_bias, found.mean_C)
+        progress(len(made))
     return made
 
 

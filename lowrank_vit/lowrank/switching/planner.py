@@ -92,7 +92,7 @@ class Planner:
         if moments is None:
             twin = merged_copy(model)
             moments = self._calibrated(twin, _linears(twin, ranks))
-        return make_factors(model, ranks, self.method, moments)
+        return make_factors(model, ranks, self.method, moments, progress=lambda done: beat())
 
     def measure(self, model: nn.Module, factors: Mapping[str, NewFactors] | None = None) -> Measured:
         """What a model is like, or would be with these factors."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say
+from lowrank_vit.common.threads import beat
 from lowrank_vit.lowrank.allocation import Ranks, check_share_of, uniform
 from lowrank_vit.lowrank.layers import Costs, Factors, costs_alone, factorise
 from lowrank_vit.lowrank.switching.factors import NewFactors, make_factors
@@ -16,6 +17,8 @@ from lowrank_vit.lowrank.targets import find_targets, possible_weights
 from lowrank_vit.model.lora import Lora, add_adapters, classifiers, lora_of, require_peft
 
 _TARGETS = "--lowrank-targets"
+_LINE_EVERY_S = 10.0
+"""Seconds between two lines while a large model is decomposed."""
 
 
 def start_in_factors(
@@ -53,7 +56,15 @@ def start_in_factors(
     targets = find_targets(model, patterns, img_size=img_size, flag=_TARGETS, say=say)
     costs = costs_alone({name: layer.weight for name, layer in targets.items()})
     ranks = _ranks(costs, share)
-    made = {name: _on_host(one) for name, one in make_factors(model, ranks).items()} if is_first else None
+    made = None
+    if is_first:
+        shown = terminal.Steady(len(ranks), say)
+
+        def progress(done: int) -> None:
+            beat()
+            shown.tell(done, "first weights put in factors: layer", every_s=_LINE_EVERY_S)
+
+        made = {name: _on_host(one) for name, one in make_factors(model, ranks, progress=progress).items()}
     if from_first:
         made = from_first(made)
     assert made is not None, "the first rank makes them"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.lowrank import truncate
 from lowrank_vit.lowrank.calibration import Moments
 from lowrank_vit.lowrank.methods import METHODS
 from lowrank_vit.lowrank.switching.factors import in_gauge, make_factors
@@ -58,6 +60,36 @@ def test_factors_are_balanced_and_their_product_is_the_methods(method, layer):
     assert (made.mean is not None) is (method != "svd")
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("rank", [1, 9, 20])
+def test_only_the_directions_that_are_kept_are_computed_and_their_product_is_the_svds(parts, rank, monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randn(60, 20)
+    whole = decompose(weight, None, METHODS["svd"], None, parts).factors(rank)
+    monkeypatch.setattr(truncate, "_certified_svd", lambda matrix_RC: pytest.fail("an SVD of the whole"))
+    found = decompose(weight, None, METHODS["svd"], None, parts, rank)
+    assert [one.shape for one in found.directions[0]] == [(60 // parts, rank), (rank, 20)]
+    torch.testing.assert_close(product(*found.factors(rank)[:2]), product(*whole[:2]), rtol=1e-5, atol=1e-6)
+    exact = torch.stack([torch.linalg.svdvals(one.double()) for one in weight.chunk(parts)]).numpy()
+    np.testing.assert_allclose(found.values_PK, exact, rtol=1e-9)
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(8, 6), torch.ones(8, 6), torch.eye(8)[:, :6], 1e-30 * torch.ones(8, 6)])
+def test_weights_of_less_rank_than_is_kept_have_factors_all_the_same(weight):
+    model: Any = nn.Sequential(nn.Linear(6, 8))
+    with torch.no_grad():
+        model[0].weight.copy_(weight)
+    done: list[int] = []
+    made = make_factors(model, {"0": 3}, progress=done.append)["0"]
+    assert (made.up.shape, made.down.shape, done) == ((8, 3), (3, 6), [1])
+    u, s, vh = np.linalg.svd(weight.double().numpy(), full_matrices=False)
+    nearest = (u[:, :3] * s[:3]) @ vh[:3]
+    if s[2] == s[3] > 0:  # any three of equal directions are nearest
+        assert np.linalg.matrix_rank(product(made.up, made.down).numpy()) == 3
+    else:
+        np.testing.assert_allclose(product(made.up, made.down).numpy(), nearest, atol=1e-6 * max(s[0], 1e-30))
+
+
 def test_methods_that_weigh_need_a_calibration_and_ranks_must_fit():
     model: Any = nn.Sequential(nn.Linear(20, 30), nn.ReLU())
     with pytest.raises(UserError, match="0 has not been calibrated"):
@@ -86,7 +118,8 @@ def test_another_weight_of_the_same_rows_and_columns_is_its_factors_exactly(part
 def test_averages_in_one_gauge_have_the_products_average_and_two_svds_rubbish():
     """Ten updates after a switch, of factors that move as a training's do."""
     torch.manual_seed(0)
-    weight = torch.randn(40, 6).double() @ torch.randn(6, 30).double() + 0.05 * torch.randn(40, 30).double()
+    left, right = (torch.linalg.qr(torch.randn(size, 6).double())[0] for size in (40, 30))  # values that lie close
+    weight = 30 * left @ right.mT + 0.05 * torch.randn(40, 30).double()
     average = weight + 0.1 * torch.randn(40, 30).double()
     model: Any = nn.Sequential(nn.Linear(30, 40, bias=False, dtype=torch.float64))
     results = []
