@@ -169,6 +169,7 @@ def report_html(
     refused = switching_read.notes(switching) if switching else []
     if switching:
         of_it = [*switching_read.tables(switching, run.shapes), *of_it]
+    of_it = [*switching_read.beside_the_loss(run.args, run.train), *of_it]
     standing = run.status.in_words if run.status else ""
     data, thinned = embedded(run, switching, compression)
     return render_page(

@@ -227,6 +227,23 @@ def notes(switching: Switching) -> list[str]:
     return [f"At update {update:,} no layer was put in factors: {why}." for update, why in switching.refusals]
 
 
+def beside_the_loss(args: Mapping[str, Any], train: Mapping[str, np.ndarray]) -> list[Table]:
+    """Of the adapters and regularisers of a run, by its options, and what its train lines have of them; or none."""
+    flags = ("lora", "reg-nuclear", "reg-stable-rank", "spectral-clip")
+    given = [f"--{flag} {args[flag]:g}" for flag in flags if isinstance(args.get(flag), int | float) and args[flag]]
+    if not given:
+        return []
+    rows: list[list[str]] = []
+    for key in ("nuclear_norm", "stable_rank", "stable_rank_error", "clipped_values"):
+        known = [value for value in map(float, train.get(key, ())) if math.isfinite(value)]
+        if known:
+            rows.append(
+                [key.replace("_", " "), *(f"{one:.4g}" for one in (known[0], known[-1], min(known), max(known)))]
+            )
+    title = "Adapters" if given[0].startswith("--lora") else "Regularisers"
+    return [Table(title, ["", "first", "last", "least", "greatest"], rows, f"{', '.join(given)}.")]
+
+
 def _switches(switching: Switching) -> Table:
     rows: list[list[str]] = []
     for one, speed in zip(switching.switches, switching.speeds(), strict=True):

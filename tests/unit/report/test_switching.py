@@ -18,7 +18,16 @@ from lowrank_vit.report.page import write_report
 from lowrank_vit.report.read import read_run
 from lowrank_vit.report.switching import plots
 from lowrank_vit.report.switching.plots import switching_plot
-from lowrank_vit.report.switching.read import Look, headline, in_words, mean_over_time, notes, read_switching, tables
+from lowrank_vit.report.switching.read import (
+    Look,
+    beside_the_loss,
+    headline,
+    in_words,
+    mean_over_time,
+    notes,
+    read_switching,
+    tables,
+)
 from lowrank_vit.train import _farewell
 from lowrank_vit.training.trainer import Result
 from tests.reported import add_summary
@@ -221,6 +230,20 @@ def test_what_was_not_measured_has_one_mark(tmp_path):
     assert switches.rows == [["9", "settled", "1", "?", "?", "?", "?", "?"]]
     assert ranks.rows == [["a.fc", "?", "2"]]
     assert "?: not measured" in (switches.note or "")
+
+
+def test_regularisers_and_adapters_have_a_table(tmp_path):
+    lines = [train(n, 100) | {"nuclear_norm": 9.0 - n, "clipped_values": n} for n in (1, 2, 3)]
+    log(tmp_path, *lines)
+    (tmp_path / "args.yaml").write_text("reg-nuclear: 0.05\nspectral-clip: 2.0\nlora: null\n")
+    run = read_run(tmp_path)
+    (table,) = beside_the_loss(run.args, run.train)
+    assert (table.title, table.note) == ("Regularisers", "--reg-nuclear 0.05, --spectral-clip 2.")
+    assert table.rows == [["nuclear norm", "8", "6", "6", "8"], ["clipped values", "1", "3", "1", "3"]]
+    assert beside_the_loss({"lora": 4}, {})[0].title == "Adapters"
+    assert not beside_the_loss({"lora": None, "reg-nuclear": 0.0}, run.train)
+    write_report(tmp_path)
+    assert "--reg-nuclear 0.05" in (tmp_path / "report.html").read_text()
 
 
 def test_means_are_over_those_that_are_known():
