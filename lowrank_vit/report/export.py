@@ -145,12 +145,13 @@ def _parquet_file(form: Format) -> Any:
     @contextmanager
     def opened(file: io.BufferedWriter, columns: list[str]) -> Generator[_Write]:
         plain = {"update": arrow.int64(), "ema": arrow.bool_(), "name": arrow.string()}
-        schema = arrow.schema([(name, plain.get(name, arrow.float64())) for name in columns])
+        kinds = {name: plain.get(name, arrow.float64()) for name in columns}
+        schema = arrow.schema(list(kinds.items()))
         with parquet.ParquetWriter(file, schema) as writer:
 
             def write(chunk: Columns) -> None:
                 length = len(next(iter(chunk.values()), ()))
-                arrays = [_arrow(arrow, chunk.get(name), length, schema.field(name).type) for name in columns]
+                arrays = [_arrow(arrow, chunk.get(name), length, kind) for name, kind in kinds.items()]
                 writer.write_table(arrow.Table.from_arrays(arrays, schema=schema))
 
             yield write

@@ -66,7 +66,7 @@ SIGNATURES: dict[str, str] = {
         "str = 'attn.qkv,attn.proj,mlp.fc1,mlp.fc2', every: int = 100, settings: SpectralSettings | None = None, "
         "split_qkv: bool = False, circuits: Circuits = 'none', limit_gb: float = 2.0, resumed_update: int | None = "
         "None, recorded_update: int | None = None, last_update: int | None = None, ranks: Channel | None = None, "
-        "optimizer: Optimizer | None = None, say: Callable[[str], object] = ...) -> None"
+        "optimizer: Optimizer | None = None, on_full: OnFull | None = None, say: Callable[[str], object] = ...) -> None"
     ),
     "SpectralMonitor.observe": "(self, num_updates: int) -> None",
     "SpectralMonitor.records": "(self) -> list[SpectralRecord]",
