@@ -329,7 +329,7 @@ EVERY = {
     "inference": ("lowrank_vit.inference", "Give images or folders", "--input wrong does not exist"),
     "analyze-spectrum": ("lowrank_vit.analyze_spectrum", "Give one of --checkpoint", "`wrong` belongs to no option"),
     "compress": ("lowrank_vit.compress", "Give --checkpoint FILE, or --model NAME", "--data DIR is missing"),
-    "report": ("lowrank_vit.report.__main__", r"needs RUN \[RUN \.\.\.\]\. --help tells more", "no run directory at wrong"),
+    "report": ("lowrank_vit.report.__main__", "needs RUN .*--help tells more", "no run directory at wrong"),
     "augment": ("lowrank_vit.augment.__main__", None, "--preview FILE.png is missing"),
     "completion": ("lowrank_vit.config.completion", None, "`wrong` is not a shell of"),
     "bench": ("lowrank_vit.bench", "benches are no part of the installed package", "python -m benchmarks wrong"),
