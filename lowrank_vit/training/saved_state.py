@@ -102,6 +102,7 @@ _SETTLING = {
     "update": _Kind("a whole number or None", lambda value: value is None or _is_whole(value)),
     "layers": _MAPPING,
 }
+_LATER_SETTLING = {"constants": _Kind("numbers by name", _maps(_is_text, _is_finite))}
 _LOW_RANK = {
     "num_switches": _COUNT,
     "ranks": _RANKS,
@@ -133,7 +134,7 @@ def check_state(resumed: Checkpoint) -> None:
     if args.get("lowrank-train", "none") != "none":
         of_run = resumed.training_state(LOW_RANK)
         _check(resumed, LOW_RANK, of_run, _LOW_RANK, is_all=True)
-        _check(resumed, f"{LOW_RANK}.settling", of_run["settling"], _SETTLING, is_all=True)
+        _check(resumed, f"{LOW_RANK}.settling", of_run["settling"], _SETTLING, _LATER_SETTLING, is_all=True)
     names = resumed.content.get("class_names")
     if names is not None and resumed.class_names is None:
         raise _wrong(resumed, f"its `class_names` is {in_words(names)}, where a list of names belongs")
