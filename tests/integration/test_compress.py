@@ -237,7 +237,7 @@ def test_a_checkpoint_tells_what_was_done_not_what_was_asked_for(checkpoint, dig
     ("line", "message"),
     [
         ("--budgets 0.01", r"--budgets: .* more than a budget of 0\.01\. Give at least 0\.\d+, or more layers"),
-        ("--targets attn.qkw", r"target .attn\.qkw. matches no"),
+        ("--targets attn.qkw", r"--targets: .attn\.qkw. matches no"),
         ("--targets patch_embed.proj", "No layer that --targets names"),
         ("--split heads --targets mlp.fc1", "--split heads is about layers named qkv"),
         ("--data nowhere", "^--data nowhere does not exist"),

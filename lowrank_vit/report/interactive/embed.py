@@ -78,7 +78,7 @@ def _text(png: bytes) -> str:
 def _smaller(png: bytes, scale: float) -> bytes:
     from PIL import Image
 
-    with Image.open(BytesIO(png)) as image:
+    with Image.open(BytesIO(png), formats=("PNG",)) as image:
         size = [max(1, round(scale * side)) for side in image.size]
         small = image.convert("RGB").resize((size[0], size[1])).quantize(96)
     buffer = BytesIO()

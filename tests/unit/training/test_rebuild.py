@@ -98,7 +98,7 @@ def rank(folder: Path, number: int) -> None:
         dist.init_process_group("gloo", store=store, rank=number, world_size=2)
         run = training("", updates=4, world=World(number, size=2))
         torch.manual_seed(number)
-        run.switch(agreed=World(number, size=2).from_first)
+        run.switch(world=World(number, size=2))
         run.go_on(4)
         found = run.everything()
         torch.save([found[part] for part in ("weights", "ema", "state")], folder / f"{number}.pt")

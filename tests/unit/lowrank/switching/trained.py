@@ -14,7 +14,7 @@ from lowrank_vit.config.flags import parse
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.lowrank.switching.factors import make_factors
-from lowrank_vit.lowrank.switching.switch import Switched, switch
+from lowrank_vit.lowrank.switching.switch import Switched, prepare, switch, work_out
 from lowrank_vit.model.optimizer import create_optimizer, create_scheduler
 from lowrank_vit.ranks.world import World
 from lowrank_vit.training.step import TrainStep
@@ -46,10 +46,16 @@ class Training:
                 self.scheduler.step(done // UPDATES_PER_EPOCH)
         del self.batches[:count]
 
-    def switch(self, ranks: dict[str, int] | None = None, **more: Any) -> Switched:
+    def switch(self, ranks: dict[str, int] | None = None, world: World | None = None, **more: Any) -> Switched:
         """Put layers in factors, all of rank 6 if not said."""
         factors = make_factors(self.model, ranks or dict.fromkeys(ALL, 6))
         done = self.step.position.num_updates
+        if world is not None:  # as several ranks do it: the first works the numbers out
+            parts = self.model, self.ema.module, self.optimizer
+            numbers = world.from_first(work_out(*parts, factors) if world.is_first else None)
+            made = prepare(*parts, self.scheduler, numbers, num_updates=done, **more).put()
+            self.step.rebuild()
+            return made
         made = switch(self.model, self.ema.module, self.optimizer, self.scheduler, factors, num_updates=done, **more)
         self.step.rebuild()
         return made

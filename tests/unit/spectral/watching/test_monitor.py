@@ -44,7 +44,7 @@ def test_stored_spectra_and_records_equal_an_offline_computation_bit_for_bit(tmp
     with watch(model, tmp_path, ema) as monitor:
         monitor.observe(0)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "index.json", "update_00000000.npz", "vectors_00000000.npz",
+        "index.json", "scalars_00000000.npz", "update_00000000.npz", "vectors_00000000.npz",
     ]  # fmt: skip
     update, found, _ = files.read_spectra(tmp_path / "update_00000000.npz")
     assert update == 0
