@@ -186,7 +186,14 @@ class Reader:
                 last = read_checkpoint(Path(arguments[arguments.index("--resume") + 1]))
                 more = f"--epochs {last.epoch + 2} --warmup-epochs 0"
             # What --pretrained fetches is tested with the published commands.
-            run("lowrank_vit.train", [one for one in arguments if one != "--pretrained"] + shlex.split(more))
+            words = [one for one in arguments if one != "--pretrained"] + shlex.split(more)
+            if config.run.seeds:  # a process each, but for here: two of its runs, as it would start them
+                at, name = words.index("--seeds"), config.run.experiment
+                words[at : at + 1 + len(config.run.seeds)] = []
+                for seed in config.run.seeds[:2]:
+                    run("lowrank_vit.train", [*words, "--seed", str(seed), "--experiment", f"{name}-seed{seed}"])
+                return
+            run("lowrank_vit.train", words)
 
     def prepare(self, arguments: list[str]) -> None:
         """What would be downloaded is there already, and small."""
