@@ -13,8 +13,8 @@ from torch._dynamo.utils import counters
 from lowrank_vit.common.devices import in_turn
 from lowrank_vit.config.flags import parse
 from lowrank_vit.lowrank.switching.factors import make_factors
-from lowrank_vit.lowrank.switching.switch import switch
 from lowrank_vit.training.trainer import Trainer
+from tests.unit.lowrank.switching.trained import switch
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]

@@ -45,44 +45,6 @@ class Switched:
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
-def switch(
-    model: nn.Module,
-    ema: nn.Module | None,
-    optimizer: Optimizer,
-    scheduler: Scheduler | Constant,
-    factors: Mapping[str, NewFactors],
-    *,
-    moments: KeptMoments = "carry",
-    decay: Decay = "factors",
-    num_updates: int = 0,
-) -> Switched:
-    """Put layers in factors between two updates, in place: all of them, or on an error none.
-
-    Their parameters go out of the optimizer, the factors go in, with state (see `moments`) and groups (`groups`). A
-    bias stays the parameter that it was, with its state: the gradient at b is that at the layer's output, in factors
-    or not. Where a method has the bias make up for what is cut off of the mean input, the EMA's does so for its own.
-    Afterwards `TrainStep.rebuild` is due. Several ranks have the first one call `work_out`, all of them `prepare` with
-    what it made, and `Prepared.put` once all are ready.
-
-    Args:
-        model: not compiled and not wrapped; layers are Linear, or in factors of a greater rank and then shrink.
-        ema: its average of the same structure, without timm's wrapper.
-        optimizer: of the model.
-        scheduler: of the optimizer.
-        factors: by name of the layer, see `factors.make_factors`.
-        moments: carry the optimizer's squares over, or begin anew where it has any, with a short warm-up.
-        decay: whether weight decay acts on both factors, or on their product.
-        num_updates: made so far.
-
-    Raises:
-        UserError: the optimizer has no rule, a layer cannot be put in these factors, or numbers are not finite. All is
-            as it was then, as it is after any other error.
-    """
-    made = work_out(model, ema, optimizer, factors, moments=moments)
-    more: dict[str, Any] = {"moments": moments, "decay": decay, "num_updates": num_updates}
-    return prepare(model, ema, optimizer, scheduler, made, **more).put()
-
-
 def work_out(
     model: nn.Module,
     ema: nn.Module | None,
@@ -91,7 +53,21 @@ def work_out(
     *,
     moments: KeptMoments = "carry",
 ) -> dict[str, Made]:
-    """All numbers of a switch by name of the layer, on the CPU; nothing is changed. Arguments and errors: `switch`."""
+    """All numbers of a switch by name of the layer, on the CPU; nothing is changed.
+
+    A bias stays the parameter that it was, with its state: the gradient at b is that at the layer's output, in factors
+    or not. Where a method has the bias make up for what is cut off of the mean input, the EMA's does so for its own.
+
+    Args:
+        model: not compiled and not wrapped; layers are Linear, or in factors of a greater rank and then shrink.
+        ema: its average of the same structure, without timm's wrapper.
+        optimizer: of the model.
+        factors: by name of the layer, see `factors.make_factors`.
+        moments: carry the optimizer's squares over, or begin anew where it has any, with a short warm-up.
+
+    Raises:
+        UserError: the optimizer has no rule, a layer cannot be put in these factors, or numbers are not finite.
+    """
     check_can_switch(optimizer)
     modules = dict(model.named_modules())
     groups = {id(one): group for group in optimizer.param_groups for one in group["params"]}
@@ -123,7 +99,7 @@ class Prepared:
     scheduler: Scheduler | Constant
 
     def put(self) -> Switched:
-        """Switch; there is nothing left in it that could fail."""
+        """Switch; there is nothing left in it that could fail. Afterwards `TrainStep.rebuild` is due."""
         for module, layers, biases in self.replaced:
             _replace(module, layers, biases)
         put_groups(self.optimizer, self.scheduler, self.groups)
@@ -147,9 +123,14 @@ def prepare(
     decay: Decay = "factors",
     num_updates: int = 0,
 ) -> Prepared:
-    """Make everything that a switch puts in place, on the model's device. For the arguments see `switch`.
+    """Make everything that a switch puts in place, on the model's device; nothing is changed before `Prepared.put`.
 
-    `made` is what `work_out` returned, in this process or on another rank.
+    Args:
+        model, ema, optimizer, moments: as for `work_out`.
+        scheduler: of the optimizer.
+        made: what `work_out` returned, in this process or on another rank.
+        decay: whether weight decay acts on both factors, or on their product.
+        num_updates: made so far.
     """
     modules, placed = dict(model.named_modules()), placed_in(groups_of(optimizer)[1])
     layers = {name: _in_factors(modules[name], *one.factors[:2]) for name, one in made.items()}

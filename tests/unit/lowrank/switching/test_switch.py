@@ -11,12 +11,12 @@ import torch
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.lowrank.switching.factors import NewFactors, make_factors, weight_of
 from lowrank_vit.lowrank.switching.groups import KEY, regroup
-from lowrank_vit.lowrank.switching.switch import prepare, switch, work_out
+from lowrank_vit.lowrank.switching.switch import prepare, work_out
 from lowrank_vit.model.low_rank import LowRankLinear, product, ranks_of
 from lowrank_vit.model.optimizer import create_optimizer, create_scheduler
 from lowrank_vit.training.step import TrainStep
 from tests.unit.lowrank.switching.test_factors import moments
-from tests.unit.lowrank.switching.trained import ALL, LR, UPDATES_PER_EPOCH, Training, same, training
+from tests.unit.lowrank.switching.trained import ALL, LR, UPDATES_PER_EPOCH, Training, same, switch, training
 
 NAME = "blocks.1.mlp.fc1"
 

@@ -13,8 +13,9 @@ from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.batch import Batch
+from lowrank_vit.lowrank.switching.change import KeptMoments
 from lowrank_vit.lowrank.switching.factors import make_factors
-from lowrank_vit.lowrank.switching.switch import Switched, prepare, switch, work_out
+from lowrank_vit.lowrank.switching.switch import Switched, prepare, work_out
 from lowrank_vit.model.optimizer import create_optimizer, create_scheduler
 from lowrank_vit.ranks.world import World
 from lowrank_vit.training.step import TrainStep
@@ -22,6 +23,23 @@ from tests.unit.training.test_step import NUM_CLASSES, OPTIONS, batches, small_v
 
 LR, UPDATES_PER_EPOCH = 1e-3, 4
 ALL = [f"blocks.{block}.{layer}" for block in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+
+
+def switch(
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: Any,
+    scheduler: Any,
+    factors: Any,
+    world: World | None = None,
+    *,
+    moments: KeptMoments = "carry",
+    **more: Any,
+) -> Switched:
+    """Put layers in factors as a run does: the first rank works the numbers out, and each makes ready and switches."""
+    world = world or World()
+    numbers = work_out(model, ema, optimizer, factors, moments=moments) if world.is_first else None
+    return prepare(model, ema, optimizer, scheduler, world.from_first(numbers), moments=moments, **more).put()
 
 
 @dataclass
@@ -49,14 +67,8 @@ class Training:
     def switch(self, ranks: dict[str, int] | None = None, world: World | None = None, **more: Any) -> Switched:
         """Put layers in factors, all of rank 6 if not said."""
         factors = make_factors(self.model, ranks or dict.fromkeys(ALL, 6))
-        done = self.step.position.num_updates
-        if world is not None:  # as several ranks do it: the first works the numbers out
-            parts = self.model, self.ema.module, self.optimizer
-            numbers = world.from_first(work_out(*parts, factors) if world.is_first else None)
-            made = prepare(*parts, self.scheduler, numbers, num_updates=done, **more).put()
-            self.step.rebuild()
-            return made
-        made = switch(self.model, self.ema.module, self.optimizer, self.scheduler, factors, num_updates=done, **more)
+        parts = self.model, self.ema.module, self.optimizer, self.scheduler
+        made = switch(*parts, factors, world, num_updates=self.step.position.num_updates, **more)
         self.step.rebuild()
         return made
 
