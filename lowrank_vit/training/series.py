@@ -10,10 +10,8 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,9 +19,9 @@ from types import FrameType
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.terminal import say
 from lowrank_vit.config.options import Config
-from lowrank_vit.training.stop import SIGNALS
+from lowrank_vit.run.directory import LAST
+from lowrank_vit.training.stop import handled
 
-LAST = "last.pth.tar"
 _TO_MEND = 2
 """Exit code of what the user has to mend, which the other runs would meet as well."""
 
@@ -63,7 +61,8 @@ def run_series(config: Config, command: Sequence[str], series: str, is_done: Cal
     paths = {seed: config.run.output / f"{series}-seed{seed}" for seed in seeds}
     for path in paths.values():
         require_free(path)
-    with _passed_on() as child:
+    child = _Child()
+    with handled(child.pass_on):
         for number, seed in enumerate(seeds, 1):
             path = paths[seed]
             resume = ["--resume", str(path / LAST)] if (path / LAST).exists() else []
@@ -129,17 +128,3 @@ class _Child:
         self.signal = self.signal or number
         if self._process is not None:
             self._process.send_signal(number)
-
-
-@contextmanager
-def _passed_on() -> Generator[_Child]:
-    child = _Child()
-    is_main = threading.current_thread() is threading.main_thread()
-    ignored = [number for number in SIGNALS if is_main and signal.getsignal(number) is signal.SIG_IGN]
-    passed = [number for number in SIGNALS if is_main and number not in ignored]
-    before = {number: signal.signal(number, child.pass_on) for number in passed}
-    try:
-        yield child
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

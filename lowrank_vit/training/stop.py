@@ -8,7 +8,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from types import FrameType
 
 from lowrank_vit.common.terminal import end_within
@@ -28,6 +28,24 @@ _CLEAN_UP_S = 3.0
 """Time for what a second one leaves to be closed."""
 _AGREE_S, _AGREE_STEPS = 2.0, 1000
 """Time, and the most steps, between two agreements of the ranks."""
+
+
+@contextlib.contextmanager
+def handled(
+    handler: Callable[[int, FrameType | None], None], *, spared: Sequence[signal.Signals] = SIGNALS
+) -> Generator[None]:
+    """Have `SIGNALS` go to `handler` within the context; not those of `spared` that are ignored, as by nohup.
+
+    Does nothing outside the main thread, where Python cannot do so.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    left = [number for number in spared if signal.getsignal(number) is signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in SIGNALS if is_main and number not in left}
+    try:
+        yield
+    finally:
+        for number, one in before.items():
+            signal.signal(number, one)
 
 
 class Stopped(Exception):
@@ -62,17 +80,8 @@ class StopRequest:
 
         Does nothing outside the main thread, where Python cannot do so.
         """
-        if threading.current_thread() is not threading.main_thread():
+        with handled(self._note, spared=(signal.SIGHUP,)):
             yield self
-            return
-        is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        noted = [number for number in SIGNALS if not (is_ignored and number == signal.SIGHUP)]
-        before = {number: signal.signal(number, self._note) for number in noted}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def ask(self, number: int = _LAUNCHER_LOST) -> None:
         """Have the run end because of the signal of that number, once all ranks know. Safe in a signal handler.
