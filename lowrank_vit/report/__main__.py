@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,7 +35,7 @@ class Options:
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Of several runs: where their page goes; default: a folder named after them, beside the first."""
     against: Annotated[Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint=NONE)] = None
-    """Another run, whose scores and spectra stand beside this one's: of the same plan, with another optimizer, say."""
+    """Another run to compare with: `report RUN --against OTHER` is `report RUN OTHER`."""
     png: bool = True
     """Draw pictures too: RUN/report/*.png, and in the page for readers without scripts. Without them it is faster."""
     export: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="csv|parquet DIR", help_behavior_hint=NONE)] = None
@@ -53,15 +54,16 @@ def main(argv: list[str] | None = None) -> None:
     check_ranges(options)
     if options.port is not None and not options.watch:
         raise UserError("--port is about --watch, which is not there. Add --watch, or leave --port out.")
-    run, *others = options.runs
-    if others:
-        _compare(options)
+    runs = [*options.runs, *([options.against] if options.against else [])]
+    if len(runs) > 1:
+        _compare(runs, options)
         return
+    (run,) = runs
     if options.out is not None:
         raise UserError("--out is where the page of several runs goes; one run's report lies in its own folder.")
     if options.export is not None:
-        if options.watch or options.against:
-            raise UserError("--export writes tables alone. Leave --watch and --against out.")
+        if options.watch:
+            raise UserError("--export writes tables alone. Leave --watch out.")
         from lowrank_vit.report.export import export_run, format_of
 
         form, folder = options.export
@@ -72,11 +74,11 @@ def main(argv: list[str] | None = None) -> None:
     if options.watch:
         from lowrank_vit.report.watch import serve_page
 
-        serve_page(run, options.against, options.port, options.png)
+        serve_page(run, options.port, options.png)
         return
     from lowrank_vit.report.page import draw_report  # torch takes seconds, which a wrong option must not cost
 
-    _write(draw_report(run, options.against, options.png), options)
+    _write(draw_report(run, options.png), options)
 
 
 def _write(drawn: Drawn, options: Options) -> None:
@@ -89,13 +91,13 @@ def _write(drawn: Drawn, options: Options) -> None:
     say(f"wrote {drawn.page}" + (f" and {drawn.page.with_suffix('')}/*.png" if options.png else ""))
 
 
-def _compare(options: Options) -> None:
-    for name in ("watch", "against", "export"):
+def _compare(runs: Sequence[Path], options: Options) -> None:
+    for name in ("watch", "export"):
         if getattr(options, name):
-            raise UserError(f"--{name} goes with one run, and {len(options.runs)} are given. Leave it out.")
+            raise UserError(f"--{name} goes with one run, and {len(runs)} are given. Leave it out.")
     from lowrank_vit.report.compare.page import draw_comparison
 
-    _write(draw_comparison(options.runs, options.out, with_png=options.png), options)
+    _write(draw_comparison(runs, options.out, with_png=options.png), options)
 
 
 if __name__ == "__main__":

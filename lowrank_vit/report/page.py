@@ -14,7 +14,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
 from lowrank_vit.config.option_types import leaves
 from lowrank_vit.config.options import Config
-from lowrank_vit.report.compare.groups import OF_THE_RUN, typed
+from lowrank_vit.report.compare.groups import typed
 from lowrank_vit.report.compare.scores import MEASURES
 from lowrank_vit.report.compression.plots import curve_plot, ranks_plot
 from lowrank_vit.report.compression.plots import spectra_plot as weighted_spectra_plot
@@ -89,42 +89,36 @@ class Drawn:
         return self.folder / f"{self.name}.html"
 
 
-def write_report(path: Path, against: Path | None = None, png: bool = True) -> tuple[Path, list[str]]:
+def write_report(path: Path, png: bool = True) -> tuple[Path, list[str]]:
     """Write the report of one run, analysis or compression; returns its folder and the notes on what was missing.
 
     Args:
         path: the run, analysis or compression.
-        against: another run, which it is compared with in a table.
         png: whether pictures are drawn too, beside the page and in it for readers without scripts.
 
     Raises:
         UserError: `path` is none of them, or its folder cannot be written.
     """
-    drawn = draw_report(path, against, png)
+    drawn = draw_report(path, png)
     write_drawn(drawn)
     return drawn.folder, drawn.notes
 
 
-def draw_report(path: Path, against: Path | None = None, png: bool = True) -> Drawn:
+def draw_report(path: Path, png: bool = True) -> Drawn:
     """The report as `write_report` writes it. Raises `UserError` where `path` is of no run, analysis or compression."""
     compression = find_compression(path)
     found = read_compression(compression) if compression else None
     of_it = {name: (caption, draw(found) if found and png else None) for name, caption, draw in _OF_COMPRESSION}
     if found and not (found.path.parent / "args.yaml").exists():  # of a run it is a part
-        if against:
-            raise UserError(f"--against compares runs, and {path} is a compression. Leave it out.")
         html = compression_html(found, _there(of_it))
         return Drawn(found.path.parent, html, {name: png for name, (_, png) in of_it.items()}, [])
     if not found and (drift := find_drift(path)):
-        if against:
-            raise UserError(f"--against compares runs, and {path} is no run. Leave it out.")
         parts, pictures = drift_parts(drift, with_png=png)
         return Drawn(drift.parent, render_page(**parts), pictures, [], drift.stem)
     analysis = None if found else find_analysis(path)
     run = read_analysis(analysis) if analysis else read_run(found.path.parent if found else path)
-    other = read_run(against) if against else None
     drawn = {name: (caption, draw(run) if png else None) for name, caption, draw in _PICTURES} | of_it
-    html = report_html(run, _there(drawn), other, found)
+    html = report_html(run, _there(drawn), found)
     # In a run's own folder the report is the run's.
     name = analysis.stem if analysis and (run.path / "args.yaml").exists() else "report"
     return Drawn(run.path, html, {name: png for name, (_, png) in drawn.items()}, run.notes, name)
@@ -153,15 +147,12 @@ def write_drawn(drawn: Drawn) -> None:
         ) from error
 
 
-def report_html(
-    run: Run, pictures: Mapping[str, bytes], other: Run | None = None, compression: Compression | None = None
-) -> str:
+def report_html(run: Run, pictures: Mapping[str, bytes], compression: Compression | None = None) -> str:
     """The whole page.
 
     Args:
         run: what `read_run` found; its notes are shown.
         pictures: what a picture shows (its alternative text) to its PNG bytes, in the order they are shown.
-        other: a run to compare with.
         compression: of the run's model, where one lies beside it.
     """
     of_it = tables(compression) if compression else []
@@ -181,7 +172,7 @@ def report_html(
         thinned=thinned,
         embedded=data,
         pictures=pictures,
-        tables=[final_numbers(run), spectral_numbers(run), *([comparison(run, other)] if other else []), *of_it],
+        tables=[final_numbers(run), spectral_numbers(run), *of_it],
         steps=_what_next(run),
         arguments=run.args,
         differing=_not_default(run.args) if run.status and run.args else None,
@@ -294,34 +285,8 @@ def spectral_numbers(run: Run) -> Table:
     return Table("Spectra, first → last refresh", columns, rows)
 
 
-def comparison(run: Run, other: Run) -> Table:
-    """Best scores, and means by type of matrix at the last refresh, of two runs, and which options differ."""
-    runs = (run, other)
-    names = _differing(*runs)
-    rows = [["options that differ", *("; ".join(f"{k}: {typed(one.args.get(k))}" for k in names) for one in runs)]]
-    for name, label, better in MEASURES:
-        best = [_finite(one.epochs.get(name)) for one in runs]
-        if all(values.size for values in best):
-            rows.append([f"best {label}", *(f"{better(values):.4g}" for values in best)])
-    modules = [series(one, "spec")[1] for one in runs]
-    for kind in dict.fromkeys(module_type(name) for name in modules[0]):
-        groups = [[s_TK[-1] for name, s_TK in of.items() if module_type(name) == kind] for of in modules]
-        if all(groups):
-            for label, measure in _OF_SPECTRA.items():
-                rows.append([f"{kind}, {label}", *(f"{np.mean([measure(s) for s in group]):.4g}" for group in groups)])
-    return Table("Beside another run", ["", *(one.path.resolve().name for one in runs)], rows)
-
-
-def _differing(run: Run, other: Run) -> list[str]:
-    names = dict.fromkeys([*run.args, *other.args])
-    return [name for name in names if run.args.get(name) != other.args.get(name) and name not in OF_THE_RUN]
-
-
 def _sigma_max(s: np.ndarray) -> float:
     return float(s[0])
-
-
-_OF_SPECTRA = {"mean σ₁": _sigma_max, "mean stable rank": stable_rank, "mean effective rank": effective_rank}
 
 
 def _finite(values: np.ndarray | None) -> np.ndarray:

@@ -257,12 +257,12 @@ def open_server(port: int | None, watched: Watched) -> ThreadingHTTPServer:
         raise UserError(f"port {port or 0} of {HOST}: {error.strerror or error}. {advice}") from error
 
 
-def serve_page(path: Path, against: Path | None, port: int | None, png: bool) -> None:
+def serve_page(path: Path, port: int | None, png: bool) -> None:
     """Serve the page until Ctrl-C. Raises `UserError` for a folder that cannot hold a run, and for a taken port."""
     if not path.exists() and not path.absolute().parent.is_dir():
         raise UserError(f"no run at {path}, nor a folder where one could begin. Give output/<experiment>.")
     aside = Aside()
-    watched = Watched(path, lambda found: aside.call(page_of, found, against, png))
+    watched = Watched(path, lambda found: aside.call(page_of, found, png))
     server = open_server(port, watched)
     try:
         watched.start()
@@ -277,10 +277,10 @@ def serve_page(path: Path, against: Path | None, port: int | None, png: bool) ->
         watched.close()  # the process aside ends with this one
 
 
-def page_of(path: Path, against: Path | None, png: bool) -> str:
+def page_of(path: Path, png: bool) -> str:
     """The HTML of a run, an analysis or a compression; called in a process of its own. Raises `UserError`."""
     from lowrank_vit.report.page import draw_report
 
     if os.nice(0) < 5:
         os.nice(5)  # training goes first
-    return draw_report(path, against, png).html
+    return draw_report(path, png).html

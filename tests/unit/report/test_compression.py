@@ -158,8 +158,3 @@ def test_a_damaged_or_foreign_file_is_told(text, tmp_path):
     (tmp_path / "compression.json").write_text(text)
     with pytest.raises(UserError, match=r"compression\.json .*lowrank_vit\.compress"):
         write_report(tmp_path)
-
-
-def test_a_compression_is_not_compared_with_a_run(found, tmp_path):
-    with pytest.raises(UserError, match="--against compares runs"):
-        write_report(tmp_path, tmp_path)

@@ -15,7 +15,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.report import events as events_module
 from lowrank_vit.report import read as read_module
 from lowrank_vit.report.__main__ import main
-from lowrank_vit.report.page import comparison, final_numbers, headline, report_html, spectral_numbers, write_report
+from lowrank_vit.report.page import final_numbers, headline, spectral_numbers, write_report
 from lowrank_vit.report.read import read_analysis, read_run, series
 from lowrank_vit.report.spectra.metrics import cosine_plot, ema_plot, matrix_scalars, profile_plot, stable_rank_plot
 from lowrank_vit.report.spectra.values import bulk_plot, spectra_plot, vectors_plot
@@ -268,24 +268,3 @@ def test_a_place_that_cannot_be_written_is_a_user_error(run: Path) -> None:
     (run / "report").write_text("in the way")
     with pytest.raises(UserError, match="cannot write the report"):
         write_report(run)
-
-
-def test_two_runs_stand_beside_one_another(tmp_path: Path) -> None:
-    runs = [tmp_path / name for name in ("muon", "adamw")]
-    for run, scale in zip(runs, (2.0, 1.0), strict=True):
-        run.mkdir()
-        add_summary(run)
-        add_metrics(run)
-        add_spectra(run, scale=scale)
-        (run / "args.yaml").write_text(f"model: vit\nopt: {run.name}\nexperiment: {run.name}\n")
-    table = comparison(*(read_run(run) for run in runs))
-    assert table.columns == ["", "muon", "adamw"]
-    rows = {row[0]: row[1:] for row in table.rows}
-    assert rows["options that differ"] == ["opt: muon", "opt: adamw"]
-    assert rows["best top-1 accuracy (%)"] == ["61.25", "61.25"]
-    assert [float(one) for one in rows["attn.qkv, mean σ₁"]] == [8.0, 4.0]
-    assert rows["mlp.fc2, mean stable rank"][0] == rows["mlp.fc2, mean stable rank"][1]
-    assert "Beside another run" in report_html(read_run(runs[0]), {}, read_run(runs[1]))
-    assert "Beside another run" not in report_html(read_run(runs[0]), {})
-    with pytest.raises(UserError, match="no run directory at"):
-        main([str(runs[0]), "--against", str(tmp_path / "none")])

@@ -270,5 +270,5 @@ def test_the_page_is_the_reports_and_nothing_is_written(run: Path, monkeypatch: 
     monkeypatch.setattr("os.nice", lambda more: 0)
     add_metrics(run)
     before = sorted(path.name for path in run.iterdir())
-    assert "<h1>run</h1>" in page_of(run, None, False)
+    assert "<h1>run</h1>" in page_of(run, False)
     assert sorted(path.name for path in run.iterdir()) == before

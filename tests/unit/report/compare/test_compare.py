@@ -144,7 +144,7 @@ def test_a_page_of_its_own_beside_the_runs_and_never_over_a_report(
     assert f"wrote {folder}/comparison.html" in capsys.readouterr().out
     main([str(a), str(b), "--no-png"])  # the same again
     assert list((folder / "comparison").iterdir()) == []
-    main([str(b), str(a), "--no-png", "--out", str(tmp_path / "x" / "y")])
+    main([str(b), "--against", str(a), "--no-png", "--out", str(tmp_path / "x" / "y")])
     assert (tmp_path / "x" / "y" / "comparison.html").exists()
     for taken in (a, b):
         with pytest.raises(UserError, match=r"holds a run or its report \((args.yaml|report.html)\)"):
@@ -169,7 +169,9 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         ([a, tmp_path / "none"], "no run directory at"),
         ([a, tmp_path], "holds no run"),
         ([a, b, "--watch"], "--watch goes with one run, and 2 are given"),
-        ([a, b, "--against", b], "--against goes with one run"),
+        ([a, b, "--against", b], "b is given twice"),
+        ([a, "--against", tmp_path / "none"], "no run directory at"),
+        ([a, "--against", b, "--watch"], "--watch goes with one run, and 2 are given"),
         ([a, "--out", tmp_path / "x"], "--out is where the page of several runs goes"),
     ):
         with pytest.raises(UserError, match=words):
