@@ -16,6 +16,7 @@ from lowrank_vit.common.terminal import output_is_in_files, say
 from lowrank_vit.config.check import check_ranges
 from lowrank_vit.config.command_line import read_options
 from lowrank_vit.config.option_types import Range
+from lowrank_vit.report.language import Language, in_language
 
 if TYPE_CHECKING:
     from lowrank_vit.report.page import Drawn
@@ -38,6 +39,8 @@ class Options:
     """Another run to compare with: `report RUN --against OTHER` is `report RUN OTHER`."""
     png: bool = True
     """Draw pictures too: RUN/report/*.png, and in the page for readers without scripts. Without them it is faster."""
+    lang: Language = "en"
+    """The page's language: English or Chinese. Pictures stay English."""
     export: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="csv|parquet DIR", help_behavior_hint=NONE)] = None
     """Write the run's numbers as tables into a folder, and nothing else: csv DIR, or parquet DIR with pyarrow."""
     watch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -52,6 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     options = read_options(Options, argv, usage_name("lowrank_vit.report"))
     check_ranges(options)
+    with in_language(options.lang):
+        _report(options)
+
+
+def _report(options: Options) -> None:
     if options.port is not None and not options.watch:
         raise UserError("--port is about --watch, which is not there. Add --watch, or leave --port out.")
     runs = [*options.runs, *([options.against] if options.against else [])]

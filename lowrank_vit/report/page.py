@@ -24,6 +24,7 @@ from lowrank_vit.report.drift import drift_parts, find_drift
 from lowrank_vit.report.interactive.embed import embedded, embedded_pictures
 from lowrank_vit.report.interactive.packing import script
 from lowrank_vit.report.interactive.sentences import sentences
+from lowrank_vit.report.language import language, tr
 from lowrank_vit.report.read import Run, find_analysis, read_analysis, read_run, series
 from lowrank_vit.report.spectra.circuits import circuits_plot
 from lowrank_vit.report.spectra.metrics import cosine_plot, ema_plot, profile_plot, stable_rank_plot
@@ -211,6 +212,7 @@ def render_page(*, pictures: Mapping[str, bytes], **parts: Any) -> str:
         keep_trailing_newline=True,
     )
     templates.filters["as_typed"] = typed
+    templates.globals |= {"tr": tr, "language": language()}
     return templates.get_template("page.html").render(pictures=embedded_pictures(pictures), script=script(), **parts)
 
 

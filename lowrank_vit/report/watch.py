@@ -27,6 +27,7 @@ from lowrank_vit.common.aside import Aside
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import is_locked
 from lowrank_vit.common.terminal import printable, say
+from lowrank_vit.report.language import Language, in_language, language
 
 HOST, USUAL_PORT = "127.0.0.1", 8642
 _NAMES = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.IGNORECASE)
@@ -262,7 +263,8 @@ def serve_page(path: Path, port: int | None, png: bool) -> None:
     if not path.exists() and not path.absolute().parent.is_dir():
         raise UserError(f"no run at {path}, nor a folder where one could begin. Give output/<experiment>.")
     aside = Aside()
-    watched = Watched(path, lambda found: aside.call(page_of, found, png))
+    speaks = language()  # another thread asks, for another process
+    watched = Watched(path, lambda found: aside.call(page_of, found, png, speaks))
     server = open_server(port, watched)
     try:
         watched.start()
@@ -277,10 +279,11 @@ def serve_page(path: Path, port: int | None, png: bool) -> None:
         watched.close()  # the process aside ends with this one
 
 
-def page_of(path: Path, png: bool) -> str:
+def page_of(path: Path, png: bool, language: Language = "en") -> str:
     """The HTML of a run, an analysis or a compression; called in a process of its own. Raises `UserError`."""
     from lowrank_vit.report.page import draw_report
 
     if os.nice(0) < 5:
         os.nice(5)  # training goes first
-    return draw_report(path, png).html
+    with in_language(language):
+        return draw_report(path, png).html

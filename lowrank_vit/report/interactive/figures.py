@@ -1,8 +1,8 @@
 """Figures that come ready: of training, flows, circuits, vectors, low-rank switches and compressions.
 
-A figure is a dictionary that `page.js` draws: id, title, note, and `views`, name to a list of panels. With more than
-one view the reader chooses. A panel has a title, labels `x` and `y`, and `series` or one `heat` map. Series of several
-runs go into one panel as well as those of one.
+A figure is a dictionary that `js/charts.js` draws: id, title, note, and `views`, name to a list of panels. With more
+than one view the reader chooses. A panel has a title, labels `x` and `y`, and `series` or one `heat` map. Series of
+several runs go into one panel as well as those of one.
 """
 
 from __future__ import annotations

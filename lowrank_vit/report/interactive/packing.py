@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lowrank_vit.report.language import texts
+
 _HERE, _LIBRARY = "lowrank_vit.report.interactive", "plotly-cartesian.min.js.gz"
+_SCRIPTS = ("data", "charts", "matrices", "table", "start")
+"""Files of `js/`, in their order in the page."""
 _KEPT = np.uint32(0xFFFFFC00)
 """Bits of a float32 that stay: sign, exponent and 13 of the mantissa."""
 _HALF = np.uint32(0x200)
@@ -55,8 +59,11 @@ def embedded_library() -> str:
 
 
 def script() -> str:
-    """The page's own script, which stands between its script tags as it is."""
-    return resources.files(_HERE).joinpath("page.js").read_text(encoding="utf-8")
+    """The page's own script, which stands between its script tags as it is, with the texts of its language."""
+    folder = resources.files(_HERE).joinpath("js")
+    parts = [folder.joinpath(f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS]
+    own = json.dumps(texts(), ensure_ascii=False).replace("<", "\\u003c")
+    return "".join(['(() => {\n"use strict";\n', f"const texts = {own};\n", *parts, "})();"])
 
 
 def _text(content: bytes) -> str:

@@ -1,0 +1,111 @@
+/* Charts: panels drawn by the library when they come near the window, and figures of panels that come ready. */
+/* Neither dark nor light, so that all are seen on both backgrounds. */
+const shades = [[132, 84, 214], [62, 124, 228], [30, 158, 158], [112, 176, 72], [222, 160, 40]];
+function shade(share) {
+  const at = Math.min(0.9999, Math.max(0, share)) * (shades.length - 1), i = Math.floor(at);
+  return `rgb(${shades[i].map((low, c) => Math.round(low + (at - i) * (shades[i + 1][c] - low))).join(",")})`;
+}
+const charts = new Map();
+const watcher = new IntersectionObserver((entries) => {
+  for (const entry of entries) if (entry.isIntersecting) { watcher.unobserve(entry.target); draw(entry.target); }
+}, { rootMargin: "400px" });
+
+/* A place for a panel; it is drawn when it comes near the window. Give another panel to `show` to change it. */
+function chart(parent, height) {
+  const place = make("div", { style: `height:${height || 310}px` });
+  parent.append(make("div", { class: "plot" }, make("h3", {}), place));
+  return place;
+}
+function show(place, panel) {
+  const isDrawn = charts.get(place)?.drawn;
+  charts.set(place, { panel, drawn: isDrawn });
+  if (isDrawn) draw(place);
+  else watcher.observe(place);
+}
+function axis(title, extra) {
+  return { title: { text: plain(title || ""), font: { size: 12 }, standoff: 8 }, gridcolor: css("--line"), linecolor: css("--line"),
+    zerolinecolor: css("--line"), automargin: true, ...extra };
+}
+const MOST_NAMED = 16;
+/* A panel: {title, x, y, log, range, series: [{name, x, y, look | color, dash, width, mode, error, hover, on2}],
+   y2, heat: {x, y, z, label, range, scale, log}, bars, lines: [x of a vertical line]}. */
+function draw(place) {
+  const held = charts.get(place), panel = held.panel, known = (panel.series || []).length;
+  held.drawn = true;
+  place.previousSibling.textContent = panel.title || "";
+  const traces = (panel.series || []).map((one) => trace(one, panel));
+  if (panel.heat) traces.push(heat(panel.heat));
+  const few = traces.filter((one) => one.showlegend !== false && one.name).length;
+  const layout = {
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), size: 12 },
+    margin: { l: 56, r: panel.y2 || panel.heat ? 60 : 16, t: 12, b: 48 },
+    showlegend: few > 1 && few <= MOST_NAMED, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
+    hovermode: panel.heat ? "closest" : panel.hover || "closest",
+    hoverlabel: { bgcolor: css("--card"), bordercolor: css("--muted"), font: { color: css("--ink") } },
+    dragmode: isCoarse ? false : "zoom", barmode: "overlay", bargap: 0, uirevision: panel.revision || "all", modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--muted"), activecolor: css("--ink") },
+    xaxis: axis(panel.x, { type: panel.xlog ? "log" : undefined, ...(panel.xaxis || {}) }),
+    yaxis: axis(panel.y, { type: panel.log ? "log" : undefined, exponentformat: panel.log ? "power" : "SI",
+      ...(panel.range && !panel.log ? { range: panel.range } : {}), ...(panel.yaxis || {}) }),
+    shapes: (panel.lines || []).map((x) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper",
+      line: { color: css("--mark"), width: 1.3, dash: "dash" } })),
+    annotations: known || panel.heat ? [] : [{ text: t("no finite numbers"), showarrow: false, xref: "paper",
+      yref: "paper", x: 0.5, y: 0.5, font: { color: css("--muted"), size: 14 } }],
+  };
+  if (panel.y2) layout.yaxis2 = axis(panel.y2, { overlaying: "y", side: "right", showgrid: false, rangemode: "tozero" });
+  Plotly.react(place, traces, layout, { responsive: true, displaylogo: false, displayModeBar: "hover",
+    /* Named one by one, and no server: of the library's own buttons one would send the chart to a service. */
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], plotlyServerURL: "",
+    toImageButtonOptions: { filename: panel.title || t("figure"), scale: 2 } });
+}
+function trace(one, panel) {
+  const look = data.looks[one.look] || {}, color = one.color === "ink" ? css("--ink")
+    : one.color || (isKnown(one.shade) ? shade(one.shade) : look.color);
+  if (one.bars) return { type: "bar", name: plain(one.name), x: one.x, y: one.y, width: one.width,
+    marker: { color: color || css("--muted"), opacity: 0.65 }, hovertemplate: one.hover || "%{x:.4g}: %{y:.4g}" };
+  const few = Array.prototype.filter.call(one.y, isKnown).length <= 60;
+  const mode = one.mode || (few || one.look ? "lines+markers" : "lines");
+  return { type: "scatter", name: plain(one.name), x: one.x, y: one.y, mode, showlegend: one.legend !== false,
+    text: one.text ? one.text.map(plain) : undefined, yaxis: one.on2 ? "y2" : "y", connectgaps: Boolean(one.gaps),
+    line: { color, width: one.width || 1.8, dash: one.dash || "solid", shape: one.stepped ? "hv" : "linear" },
+    marker: { color, size: one.size || 6, symbol: one.symbol || look.symbol || "circle", opacity: one.opacity || 1,
+      maxdisplayed: few ? 0 : 12 },
+    error_y: one.error ? { type: "data", array: one.error, color, thickness: 1, width: 3 } : undefined,
+    fill: one.fill, fillcolor: one.fillcolor,
+    hovertemplate: one.hover || `${one.text ? "%{text}<br>" : ""}%{x:,.6~g}: %{y:.4~g}<extra>${plain(one.name)}</extra>` };
+}
+function heat(one) {
+  let z = one.z, text, bar = {};
+  if (one.log) {
+    z = one.z.map((row) => Array.from(row, (value) => value > 0 && isKnown(value) ? Math.log10(value) : null));
+    const all = z.flat().filter(isKnown);
+    const low = Math.min(...all), high = Math.max(...all), ticks = [];
+    for (let k = Math.floor(low); k <= high; k++)
+      for (const step of high - low > 3 ? [1] : [1, 2, 5]) {
+        const at = k + Math.log10(step);
+        if (at >= low && at <= high) ticks.push([at, shown(step * 10 ** k)]);
+      }
+    if (ticks.length > 1) bar = { tickvals: ticks.map((t) => t[0]), ticktext: ticks.map((t) => t[1]) };
+    else if (all.length) bar = { tickvals: [low, high], ticktext: [shown(10 ** low), shown(10 ** high)] };
+  } else z = one.z.map((row) => Array.from(row));
+  text = one.z.map((row) => Array.from(row, shown));
+  return { type: "heatmap", x: one.x, y: one.y.map(plain), z, text, colorscale: one.scale || "Viridis",
+    zmin: one.log ? undefined : one.range?.[0], zmax: one.log ? undefined : one.range?.[1], hoverongaps: false,
+    colorbar: { title: { text: plain(one.label || ""), side: "right", font: { size: 11 } }, thickness: 12, ...bar },
+    hovertemplate: `%{y}<br>${plain(one.over || t("update"))} %{x}: %{text}<extra></extra>` };
+}
+
+/* ---- figures that come ready: panels, in one view or several to choose from ---- */
+function figure(one) {
+  const made = section("fig-" + one.id, one.title, one.note);
+  const names = Object.keys(one.views), bar = controls(), grid = make("div", { class: "panels" });
+  const render = () => {
+    grid.replaceChildren();
+    for (const panel of one.views[chosen ? chosen.value : names[0]])
+      show(chart(grid, panel.height), { ...panel, log: log && panel.positive !== false ? log.checked : panel.log });
+  };
+  const chosen = names.length > 1 ? select(bar, "view", t("show"), names.map((name) => [name, name]), render) : null;
+  const log = one.logarithmic ? tick(bar, "log", t("logarithmic"), one.logarithmic === "on", render) : null;
+  if (bar.children.length) made.append(bar);
+  made.append(grid);
+  render();
+}
