@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+
+from lowrank_vit.common.packages import install_line, why_missing
 
 LEAST_BATCHES_A_PROCESS = 4
 
@@ -254,13 +257,10 @@ SETTING = (
 
 def why_no_spdl(photo: Path) -> str:
     """The reason why SPDL cannot be measured, or an empty string; tried by decoding `photo`."""
+    if why := why_missing("spdl.io") or why_missing("spdl.pipeline"):
+        return f"it {why}; {install_line('bench-peers')} brings it"
     try:
-        import spdl.io  # pyright: ignore[reportMissingImports]
-        import spdl.pipeline  # pyright: ignore[reportMissingImports, reportUnusedImport]  only tried
-    except ImportError as error:
-        return f"it cannot be imported ({error}); pip install 'lowrank-vit[bench-peers]' brings it"
-    try:
-        spdl.io.load_image(str(photo))
+        importlib.import_module("spdl.io").load_image(str(photo))
     except Exception as error:  # it raises plain RuntimeErrors
         words = " ".join(str(error).split())
         return f"it does not decode ({words[:160]}); it needs FFmpeg's shared libraries, Debian: libavdevice59"

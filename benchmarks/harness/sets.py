@@ -27,6 +27,7 @@ from data_prep.formats.jpeg import JPEG_MAX_SIDE, ImageOptions
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import remove_leftovers, whole_folder, writing
 from lowrank_vit.common.filesystem import symbolic_link
+from lowrank_vit.common.packages import needs
 from lowrank_vit.data.sets.beton import Beton
 
 VERSION = 1
@@ -134,17 +135,11 @@ def _mosaics(photographs: list[np.ndarray]) -> list[np.ndarray]:
 
 def _photographs() -> list[np.ndarray]:
     """Seven photographs, uint8 (H, W, 3), from the installed packages; nothing is downloaded."""
-    try:
-        import skimage.data
-        from sklearn.datasets import load_sample_images
-    except ImportError as error:
-        raise UserError(
-            f"the benchmark's photographs come with scikit-image and scikit-learn, and {error.name} is not installed. "
-            "Install the project with its dev extra (pip install -e '.[dev]'), or give --data DIR."
-        ) from error
-    motorcycle = skimage.data.stereo_motorcycle()[0]
-    others = (skimage.data.astronaut, skimage.data.chelsea, skimage.data.coffee, skimage.data.rocket)
-    return [*load_sample_images().images, motorcycle, *(photograph() for photograph in others)]
+    to, instead = "Making the benchmark's photographs", "give --data DIR"
+    data = needs("skimage.data", extra="dev", to=to, instead=instead)
+    samples = needs("sklearn.datasets", extra="dev", to=to, instead=instead).load_sample_images().images
+    others = (data.astronaut, data.chelsea, data.coffee, data.rocket)
+    return [*samples, data.stereo_motorcycle()[0], *(photograph() for photograph in others)]
 
 
 _FILES_STAMP = ".files.json"

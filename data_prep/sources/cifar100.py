@@ -19,6 +19,7 @@ import numpy as np
 from data_prep.sources.samples import Sample, Source, Superclasses
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.filesystem import rename
+from lowrank_vit.common.packages import needs
 
 NUM_CLASSES, NUM_COARSE = 100, 20
 PIXEL_BYTES = 3 * 32 * 32
@@ -64,22 +65,19 @@ def download(directory: Path) -> Path:
 
     What lies there under its name is whole: it is fetched beside it. Raises `UserError`.
     """
+    datasets = needs("torchvision.datasets", extra="", to="--download", instead="give --src")
+    official, utils = datasets.CIFAR100, datasets.utils
+    archive, beside = directory / official.filename, directory / f".{official.filename}.download"
     try:
-        from torchvision.datasets import CIFAR100
-        from torchvision.datasets.utils import check_integrity, download_url
-    except ImportError as error:
-        raise UserError("--download needs torchvision, which cannot be imported: `pip install torchvision`.") from error
-    archive, beside = directory / CIFAR100.filename, directory / f".{CIFAR100.filename}.download"
-    try:
-        if not check_integrity(archive, CIFAR100.tgz_md5):
+        if not utils.check_integrity(archive, official.tgz_md5):
             beside.mkdir(parents=True, exist_ok=True)
-            download_url(CIFAR100.url, beside, CIFAR100.filename, CIFAR100.tgz_md5)
-            rename(beside / CIFAR100.filename, archive)
+            utils.download_url(official.url, beside, official.filename, official.tgz_md5)
+            rename(beside / official.filename, archive)
             beside.rmdir()
     except (OSError, RuntimeError) as error:  # no network; or a checksum that is wrong
         raise UserError(
-            f"{CIFAR100.url} could not be fetched into {directory}: {error}. Download it by other means, then give "
-            f"its path with --src {CIFAR100.filename}."
+            f"{official.url} could not be fetched into {directory}: {error}. Download it by other means, then give "
+            f"its path with --src {official.filename}."
         ) from error
     return archive
 

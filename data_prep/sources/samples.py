@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.packages import needs
 from lowrank_vit.common.program import CLASSES, bundled_text
 from lowrank_vit.common.terminal import one_line
 
@@ -209,11 +209,7 @@ def digits(split: Literal["train", "val"]) -> Source:
     Grey levels 0..16 become uint8 0..255, rounded to nearest, the same in all three channels.
     Raises `UserError` without scikit-learn.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError("the digits come with scikit-learn, which is missing: `pip install scikit-learn`.") from error
-    bunch: Any = load_digits()
+    bunch = needs("sklearn.datasets", extra="quickstart", to="Making the handwritten digits").load_digits()
     levels, labels = bunch.images.astype(np.int64), bunch.target
     grey = ((levels * 255 + 8) // 16).astype(np.uint8)
     images = np.repeat(grey[..., None], 3, axis=-1)

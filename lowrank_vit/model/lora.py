@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.packages import needs
 
 KEY = "lora"
 """Of a checkpoint's content: `Lora.content`; absent where there are no adapters."""
@@ -79,13 +80,7 @@ def has_adapter(layer: nn.Module) -> bool:
 
 def require_peft() -> Any:
     """The package PEFT. Raises `UserError` where it is missing."""
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError(
-            "--lora needs the package peft, which is not there. Install it: pip install 'lowrank-vit[lora]'."
-        ) from error
-    return peft
+    return needs("peft", extra="lora", to="--lora")
 
 
 def add_adapters(model: nn.Module, lora: Lora, dropout: float = 0.0) -> None:

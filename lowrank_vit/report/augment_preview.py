@@ -20,6 +20,7 @@ from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.filters import BICUBIC
 from lowrank_vit.common.numba_cache import NOTE, must_compile
+from lowrank_vit.common.packages import needs
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.decode.pil import crop_and_resize, decode
 from lowrank_vit.data.sets.beton import Beton
@@ -137,15 +138,10 @@ def _open_images(data_dir: Path) -> tuple[tuple[np.ndarray, np.ndarray], Callabl
     if path.exists() or find_parts(path):
         beton = Beton(path)
         return (beton.heights, beton.widths), lambda ids: _of_beton(beton, ids)
-    try:
-        import skimage.data
-    except ImportError as error:
-        raise UserError(
-            f"--data-dir {data_dir} has no train.beton, and the photographs to show instead come with scikit-image, "
-            "which is not installed. Give --data-dir, or pip install scikit-image."
-        ) from error
-    sources = {"astronaut": skimage.data.astronaut(), "cat": skimage.data.chelsea()}
-    sources |= {"coffee": skimage.data.coffee(), "rocket": skimage.data.rocket()}
+    lacking = f"--data-dir {data_dir} has no train.beton. Showing photographs instead"
+    photographs = needs("skimage.data", extra="", to=lacking, instead="give --data-dir")
+    sources = {"astronaut": photographs.astronaut(), "cat": photographs.chelsea()}
+    sources |= {"coffee": photographs.coffee(), "rocket": photographs.rocket()}
     sizes = np.array([image.shape[:2] for image in sources.values()])[np.arange(4096) % len(sources)]
 
     def read(ids: np.ndarray) -> Images:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import numpy as np
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import whole_file, writing
+from lowrank_vit.common.packages import needs
 from lowrank_vit.report.events import Columns, read_flows, read_train
 from lowrank_vit.report.read import Run, read_summary
 from lowrank_vit.spectral.watching.files import StoredScalars
@@ -136,11 +136,8 @@ def _csv_file(file: io.BufferedWriter, columns: list[str]) -> Generator[_Write]:
 
 
 def _parquet_file(form: Format) -> Any:
-    try:
-        arrow: Any = importlib.import_module("pyarrow")
-        parquet: Any = importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise UserError(f"--export {form}: pyarrow is not installed: `pip install pyarrow`, or take csv.") from error
+    parquet = needs("pyarrow.parquet", extra="tables", to=f"--export {form}", instead="take csv")
+    arrow = needs("pyarrow", extra="tables", to=f"--export {form}", instead="take csv")
 
     @contextmanager
     def opened(file: io.BufferedWriter, columns: list[str]) -> Generator[_Write]:

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from functools import cache
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import numba
@@ -30,7 +29,8 @@ from lowrank_vit.common.devices import (
     side_stream,
     to_device,
 )
-from lowrank_vit.common.errors import BetonError, UserError, in_short
+from lowrank_vit.common.errors import BetonError, UserError
+from lowrank_vit.common.packages import needs, why_missing
 from lowrank_vit.common.threads import Ahead
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.decode.backend import (
@@ -264,10 +264,8 @@ def rows_of(plan: BatchPlan, rows: slice) -> BatchPlan:
 @cache
 def why_no_dali(device: torch.device) -> str:
     """The reason why DALI cannot decode for a device, or an empty string. On a GPU an image is decoded to find out."""
-    try:
-        import_module("nvidia.dali")
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"NVIDIA DALI cannot be imported ({in_short(error)})"
+    if why := why_missing("nvidia.dali"):
+        return f"NVIDIA DALI {why}"
     if not cuda_path(device):
         return ""
     try:
@@ -292,10 +290,8 @@ def why_no_dali(device: torch.device) -> str:
 
 def open_backend(beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions) -> DaliBackend:
     """Decode with DALI. Raises `UserError` where it cannot be used."""
-    reason = why_no_dali(device)
-    if "imported" in reason:
-        raise UserError(f"--loader dali: {reason}. Install it with `pip install nvidia-dali-cuda130`.")
-    if reason:
+    needs("nvidia.dali", extra="dali", to="--loader dali", instead="decode on the CPU with --loader ffcv")
+    if reason := why_no_dali(device):
         raise UserError(f"--loader dali: {reason}. {_NO_GPU}")
     share = USUAL_SHARE if options.hw_decoder_load is None else options.hw_decoder_load
     try:

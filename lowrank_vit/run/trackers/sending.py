@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +14,7 @@ from typing import Any
 
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import Failures, UserError, in_short
+from lowrank_vit.common.packages import needs
 from lowrank_vit.common.terminal import printable
 from lowrank_vit.common.threads import Jobs
 from lowrank_vit.run.trackers.tracker import About, Table, Tracker, paths
@@ -31,12 +30,9 @@ MOST_WAITING = 500_000
 
 def check(names: Sequence[str], project: str) -> None:
     """Raise `UserError` for a tracker that is not installed, or that refuses the project or wants a login."""
+    without = "leave the option out: the run directory has all numbers"
     for name in names:
-        if name not in sys.modules and importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"--tracker {name}: the package {name} is not installed. Install it with `pip install {name}`, or "
-                "leave the option out: the run directory has all numbers."
-            )
+        needs(name, extra=name, to=f"--tracker {name}", instead=without)
         if look := getattr(_module(name), "check", None):
             look(project)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.packages import needs
 from lowrank_vit.spectral.measures.initial import FarEntry
 from lowrank_vit.spectral.solving.extremes import Recorded, Triplets
 from lowrank_vit.spectral.watching.files import (
@@ -140,10 +140,7 @@ class Spectra:
 
     def to_pandas(self, *metrics: str, updates: Collection[int] | None = None) -> Any:
         """`scalars` as a pandas DataFrame. Raises `UserError` where pandas is not installed."""
-        try:
-            pandas: Any = importlib.import_module("pandas")
-        except ImportError as error:
-            raise UserError("pandas is not installed: `pip install pandas`, or take `scalars`, without it.") from error
+        pandas = needs("pandas", extra="tables", to="to_pandas()", instead="take `scalars`, without it")
         return pandas.DataFrame(self.scalars(*metrics, updates=updates))
 
     def file(self, update: int) -> Path:

@@ -22,6 +22,7 @@ from lowrank_vit.data.decode.backend import LoaderOptions
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.speeds import speed_path
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, TrainRules
+from tests.hidden_packages import hidden_packages
 
 CPU = torch.device("cpu")
 FREE_BYTES = resident_set.free_bytes
@@ -154,8 +155,8 @@ def test_without_a_gpu_the_faster_one_is_taken_and_the_figures_are_kept(beton, s
 def test_without_dali_there_is_ffcv(beton, small_memory, monkeypatch):
     monkeypatch.setattr(choose, "why_no_dali", lambda device: "NVIDIA DALI cannot be imported (x)")
     assert choose_backend(beton, plan_of(beton), CPU, AUTO)[0] == "ffcv"
-    monkeypatch.setattr("lowrank_vit.data.decode.dali.why_no_dali", lambda device: "NVIDIA DALI cannot be imported (x)")
-    with pytest.raises(UserError, match=r"--loader dali: NVIDIA DALI cannot be imported.*pip install nvidia-dali"):
+    said = r"--loader dali needs the package nvidia-dali-cuda130, .*`pip install 'lowrank-vit\[dali\]'`, or decode"
+    with hidden_packages("nvidia.dali"), pytest.raises(UserError, match=said):
         open_loader(beton, plan_of(beton), CPU, LoaderOptions("dali", 2))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from lowrank_vit.model.lora import KEY, Lora, add_adapters, classifiers, has_ada
 from lowrank_vit.spectral.heads import attention_blocks
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, matrices_of, targets_of_model
 from lowrank_vit.spectral.watching.watched import directions_of, remark_on_directions
+from tests.hidden_packages import hidden_packages
 
 NAMES = tuple(f"blocks.{n}.{layer}" for n in range(2) for layer in DEFAULT_TARGETS.split(","))
 LORA = Lora(3, 6.0, NAMES)
@@ -168,8 +168,8 @@ def test_what_tells_of_no_adapters_is_refused(told: Any):
         Lora.of_content(told, "it")
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"needs the package peft.*pip install 'lowrank-vit\[lora\]'"):
+def test_a_missing_package_is_named():
+    said = r"needs the package peft.*pip install 'lowrank-vit\[lora\]'"
+    with hidden_packages("peft"), pytest.raises(UserError, match=said):
         require_peft()
     assert not has_adapter(vit().get_submodule("blocks.0.attn.qkv"))  # and is not wanted for that

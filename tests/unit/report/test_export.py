@@ -15,6 +15,7 @@ from lowrank_vit.report.export import csv_text, export_run, tables_of
 from lowrank_vit.report.read import read_run
 from lowrank_vit.spectral.watching.files import StoredScalars, write_scalars
 from lowrank_vit.spectral.watching.stored import open_spectra
+from tests.hidden_packages import hidden_packages
 from tests.reported import fill
 
 NAME = "blocks.1.mlp.fc1"
@@ -80,9 +81,9 @@ def test_parquet_has_the_same_in_columns_with_types(run: Path, tmp_path: Path) -
             }
 
 
-def test_without_pyarrow_it_is_said_what_to_do(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(UserError, match="pyarrow is not installed: `pip install pyarrow`, or take csv"):
+def test_without_pyarrow_it_is_said_what_to_do(run: Path, tmp_path: Path) -> None:
+    said = r"--export parquet needs the package pyarrow, .*`pip install 'lowrank-vit\[tables\]'`, or take csv"
+    with hidden_packages("pyarrow"), pytest.raises(UserError, match=said):
         export_run(run, "parquet", tmp_path / "tables")
     assert not (tmp_path / "tables").exists()
 

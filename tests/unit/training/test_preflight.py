@@ -50,7 +50,7 @@ def no_data(monkeypatch):
         ("--sched wsd --epochs 6 --warmup-epochs 5 --decay-epochs 5", "--sched wsd cannot be made"),
         ("--log-wandb --wandb-project a/b", "--wandb-project a/b: the name of a W&B project has no `/`"),
         ("--tracker tensorboard wandb", "No API key configured.* Log in with `wandb login`"),
-        ("--tracker trackio", "--tracker trackio: the package trackio is not installed. Install it with `pip install"),
+        ("--tracker trackio", "--tracker trackio needs the package trackio, which is not installed: `pip install"),
         ("--log-wandb", "No API key configured.* Log in with `wandb login`"),
         ("--model dla46_c --model-kwargs --grad-checkpointing", "--grad-checkpointing: --model dla46_c cannot"),
         (f"{LOW} kfac --lowrank-schedule 300=0.2", "300=0.2: the run ends after 300 epochs.* Give 299 at most"),

@@ -15,6 +15,7 @@ from lowrank_vit.run.metrics import RunLog
 from lowrank_vit.run.trackers import sending
 from lowrank_vit.run.trackers.sending import TITLES, Trackers, check
 from lowrank_vit.run.trackers.tracker import About
+from tests.hidden_packages import hidden_packages
 from tests.unit.run.trackers.libraries import NAMES, Library, fake
 from tests.waiting import wait_until
 
@@ -213,10 +214,9 @@ def test_what_is_the_users_to_mend_ends_the_start_of_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_not_installed_is_named(name, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    monkeypatch.delitem(__import__("sys").modules, name, raising=False)
-    with pytest.raises(UserError, match=f"--tracker {name}: .* is not installed.*`pip install {name}`"):
+def test_what_is_not_installed_is_named(name):
+    said = rf"--tracker {name} needs .* is not installed: `pip install 'lowrank-vit\[{name}\]'`"
+    with hidden_packages(name), pytest.raises(UserError, match=said):
         check([name], "p")
 
 

@@ -15,6 +15,7 @@ from lowrank_vit.spectral.watching.files import StoredScalars, list_scalars, rea
 from lowrank_vit.spectral.watching.scalars import ScalarHistory, columns_of
 from lowrank_vit.spectral.watching.store import SCALARS_SHARE, SpectraStore
 from lowrank_vit.spectral.watching.stored import open_spectra
+from tests.hidden_packages import hidden_packages
 from tests.monitors import watch
 from tests.reported import add_spectra
 from tests.spectra import tiny_vit
@@ -148,7 +149,7 @@ def test_pandas_gets_the_same_columns(run: Path) -> None:
     assert frame[~frame.ema].groupby("name").sigma_max.max()["blocks.1.mlp.fc1"] == 11
 
 
-def test_without_pandas_it_is_said_what_to_do(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pandas", None)
-    with pytest.raises(UserError, match="pandas is not installed: `pip install pandas`"):
+def test_without_pandas_it_is_said_what_to_do(run: Path) -> None:
+    said = r"the package pandas, which is not installed: `pip install 'lowrank-vit\[tables\]'`, or take `scalars`"
+    with hidden_packages("pandas"), pytest.raises(UserError, match=said):
         open_spectra(run).to_pandas()
