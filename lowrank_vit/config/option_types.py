@@ -243,6 +243,8 @@ def value_of(hint: Any, texts: Sequence[str], shown: str) -> Any:
     """
     kind = kind_of(hint)
     texts = texts or [note.choice for note in getattr(hint, "__metadata__", ()) if isinstance(note, Alone)]
+    if list(texts) == ["None"] and "none" in kind.choices:  # timm's --sched None
+        texts = ["none"]
     if kind.may_be_none and list(texts) in (["None"], [word_for_none(hint) or "None"]):
         return None
     if kind.element is Path and "" in texts:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.option_types import is_number, without_dashes
+from lowrank_vit.config.other_flags import OTHERS
 from lowrank_vit.config.timm_flags import FLAGS, HIDDEN, Command, Flag, Instead, Renamed, Unused
 
 
@@ -20,12 +21,14 @@ class Line:
 
 
 def translate(argv: Iterable[str], command: Command = "train") -> Line:
-    """The tokens in a command's own flags. Raises `UserError` for a flag of timm's that is not here."""
+    """The tokens in a command's own flags. Raises `UserError` for a flag of timm's or of `OTHERS` that is not here."""
     line, tokens = Line(), list(argv)
     while tokens:
         token = tokens.pop(0)
         shown, equals, value = token.partition("=")
         name = without_dashes(shown)
+        if shown.startswith("--") and command == "train":
+            refuse_others(name, shown)
         if not shown.startswith("--") or not is_foreign(name, command):
             line.tokens.append(token)
             continue
@@ -44,6 +47,15 @@ def fit_flags(argv: Iterable[str], command: Command, say: Callable[[str], object
         verb = "changes" if len(line.held) == 1 else "change"
         say(f"note: {', '.join(flag.partition(' ')[0] for flag in line.held)} {verb} nothing here")
     return line.tokens
+
+
+def refuse_others(name: str, shown: str) -> None:
+    """Raise `UserError` for a flag of another program of `OTHERS`, with what says the same here."""
+    if other := OTHERS.get(name):
+        raise UserError(
+            f"{shown} is {other.whose}; here: {other.instead}. What a line of that program leaves out has other "
+            "defaults in timm and here: docs/from_timm.md, Flags of other programs."
+        )
 
 
 def is_foreign(name: str, command: Command = "train") -> bool:

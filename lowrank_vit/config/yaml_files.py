@@ -24,7 +24,7 @@ from lowrank_vit.config.option_types import (
     wrong_value,
 )
 from lowrank_vit.config.timm_flags import FLAGS, Holds
-from lowrank_vit.config.timm_line import foreign, is_foreign
+from lowrank_vit.config.timm_line import foreign, is_foreign, refuse_others
 
 
 class _OnceLoader(yaml.SafeLoader):
@@ -98,6 +98,7 @@ def read_config(path: Path, hints: Hints) -> FromFile:
             _foreign(found, name, value, shown, hints)
             continue
         if name not in hints:
+            refuse_others(name, shown)
             near = did_you_mean(name, [*hints, *(other for other in names if len(other) > 1)])
             raise UserError(f"{shown} is not an option.{near or ' --help lists all.'}")
         if name in seen and value is not None and found.values[name] is not UNSET:

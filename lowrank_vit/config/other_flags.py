@@ -1,0 +1,91 @@
+"""Flags of programs that are built on timm and have command lines of their own: DeiT, MAE, BEiT, Swin, torchvision.
+
+Their lines are refused at the first such flag, with what says the same here. They are not translated, since what such
+a line leaves out has another default there than in timm: DeiT's optimizer is adamw, timm's is sgd.
+`docs/from_timm.md` has the same table.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Elsewhere(NamedTuple):
+    """A flag that timm does not have."""
+
+    whose: str
+    """The programs that have it, in the genitive."""
+    instead: str
+    """What says the same here, as a part of the message."""
+
+
+_DEIT, _MAE, _BEIT, _SWIN, _TORCHVISION = "DeiT's", "MAE's", "BEiT's", "Swin's", "torchvision's"
+_DATA = Elsewhere(
+    "DeiT's, MAE's and BEiT's", "--data-dir, which holds both splits, named by --train-split, --val-split"
+)
+_DISTILL = Elsewhere(_DEIT, "leave it out, there is no distillation")
+_TOKENS = Elsewhere("token labelling's", "leave it out, there are no labels of tokens")
+_WEIGHTS = "--pretrained-path FILE, or --initial-checkpoint FILE where the head is to stay as it is"
+_OUTPUT = "--output, the parent of the run directories"
+_ACCUMULATE = "--grad-accum-steps"
+_LAUNCHER = "leave it out, torchrun or srun says it"
+_SCORED_ONCE = "leave it out, all ranks score every image once"
+_REPEATED = "leave it out, every image comes once an epoch"
+_SHARED = "DeiT's and MAE's"
+
+OTHERS: dict[str, Elsewhere] = {
+    # data
+    **dict.fromkeys("data-path eval-data-path".split(), _DATA),
+    "data-set": Elsewhere("DeiT's and BEiT's", "--dataset, or leave it out for a folder of images"),
+    "nb-classes": Elsewhere("DeiT's, MAE's and BEiT's", "--num-classes"),
+    "eval-crop-ratio": Elsewhere(_DEIT, "--crop-pct"),
+    "num-workers": Elsewhere(_SHARED, "--workers"),
+    # augmentation
+    **dict.fromkeys("repeated-aug ra-sampler ra-reps".split(), Elsewhere("DeiT's and torchvision's", _REPEATED)),
+    "ThreeAugment": Elsewhere(_DEIT, "--aa 3a"),
+    "src": Elsewhere(_DEIT, "--train-crop-mode; its simple random crop is not here"),
+    "auto-augment": Elsewhere(_TORCHVISION, "--aa"),
+    "random-erase": Elsewhere(_TORCHVISION, "--reprob"),
+    "mixup-alpha": Elsewhere(_TORCHVISION, "--mixup"),
+    "cutmix-alpha": Elsewhere(_TORCHVISION, "--cutmix"),
+    "label-smoothing": Elsewhere(_TORCHVISION, "--smoothing"),
+    # optimizer and schedule
+    "blr": Elsewhere(_MAE, "--lr-base, at a global batch of --lr-base-size 256, with --lr-base-scale linear"),
+    "scale-lr": Elsewhere(
+        "RobustCNN's", "--lr-base, at a global batch of --lr-base-size 512, with --lr-base-scale linear"
+    ),
+    "unscale-lr": Elsewhere(_DEIT, "leave it out, --lr is taken as it is"),
+    "accum-iter": Elsewhere(_MAE, _ACCUMULATE),
+    "update-freq": Elsewhere("BEiT's and ConvNeXt's", _ACCUMULATE),
+    "accumulation-steps": Elsewhere(_SWIN, _ACCUMULATE),
+    "lr-scheduler": Elsewhere(_TORCHVISION, "--sched"),
+    "lr-warmup-epochs": Elsewhere(_TORCHVISION, "--warmup-epochs"),
+    "lr-warmup-method": Elsewhere(_TORCHVISION, "leave it out, the warm-up is linear"),
+    "lr-warmup-decay": Elsewhere(_TORCHVISION, "--warmup-lr, which is a learning rate and no share"),
+    "clip-grad-norm": Elsewhere(_TORCHVISION, "--clip-grad"),
+    "norm-weight-decay": Elsewhere(_TORCHVISION, "leave it out, norms and biases have no weight decay"),
+    # model
+    "finetune": Elsewhere("DeiT's, MAE's and BEiT's", _WEIGHTS),
+    "model-ema-eval": Elsewhere("BEiT's and ConvNeXt's", "leave it out, an EMA is always validated"),
+    "global-pool": Elsewhere(_MAE, "--gp avg"),
+    "cls-token": Elsewhere(_MAE, "--gp token"),
+    "use-checkpoint": Elsewhere(_SWIN, "--grad-checkpointing"),
+    "head-dropout": Elsewhere("MetaFormer's", "--drop"),
+    **dict.fromkeys("distillation-type distillation-alpha teacher-model teacher-path".split(), _DISTILL),
+    **dict.fromkeys("token-label token-label-size token-label-data ground-truth".split(), _TOKENS),
+    # run
+    "output-dir": Elsewhere("DeiT's, MAE's and BEiT's", _OUTPUT),
+    "log-dir": Elsewhere("MAE's and BEiT's", _OUTPUT),
+    "job-dir": Elsewhere("submitit's", _OUTPUT),
+    "cfg": Elsewhere(_SWIN, "--config FILE, a flat YAML with names of flags as keys"),
+    "dist-eval": Elsewhere("DeiT's, MAE's and BEiT's", _SCORED_ONCE),
+    **dict.fromkeys(
+        "nodes node ngpus gpu use-volta32 partition world-size dist-url".split(),
+        Elsewhere("DeiT's and MAE's", _LAUNCHER),
+    ),
+    **dict.fromkeys(
+        "enable-deepspeed zero-stage".split(), Elsewhere("BEiT's and EVA's", "--amp; there is no DeepSpeed")
+    ),
+    "use-amp": Elsewhere("ConvNeXt's", "--amp"),
+}
+"""By name, without dashes in front."""
