@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.report.language import tr
 from lowrank_vit.spectral.watching.scalars import ScalarHistory
 
 T = TypeVar("T")
@@ -65,12 +66,18 @@ def read_train(path: Path, notes: list[str]) -> Columns:
                     if not math.isnan(row.get("update", math.nan)):
                         rows.append(row)
     except OSError:
-        notes.append("metrics.jsonl is not there: no curve between the epochs.")
+        notes.append(tr("metrics.jsonl is not there: no curve between the epochs."))
         return {}
     if damaged == [number]:
-        notes.append("The last line of metrics.jsonl is half written (the run was writing it or was cut off).")
+        notes.append(tr("The last line of metrics.jsonl is half written (the run was writing it or was cut off)."))
     elif damaged:
-        notes.append(f"metrics.jsonl has {len(damaged)} unreadable line(s), the first is line {damaged[0]}; left out.")
+        notes.append(
+            tr(
+                "metrics.jsonl has {n} unreadable line(s), the first is line {first}; left out.",
+                n=len(damaged),
+                first=damaged[0],
+            )
+        )
     return by_update(rows)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import numpy as np
@@ -24,7 +24,7 @@ from lowrank_vit.report.drift import drift_parts, find_drift
 from lowrank_vit.report.interactive.embed import embedded, embedded_pictures
 from lowrank_vit.report.interactive.packing import script
 from lowrank_vit.report.interactive.sentences import sentences
-from lowrank_vit.report.language import language, tr
+from lowrank_vit.report.language import in_language, language, msg, tr
 from lowrank_vit.report.read import Run, find_analysis, read_analysis, read_run, series
 from lowrank_vit.report.spectra.circuits import circuits_plot
 from lowrank_vit.report.spectra.metrics import cosine_plot, ema_plot, profile_plot, stable_rank_plot
@@ -37,34 +37,43 @@ from lowrank_vit.report.training_plot import training_plot
 from lowrank_vit.spectral.measures.metrics import effective_rank, stable_rank
 from lowrank_vit.spectral.select import module_type
 
+T = TypeVar("T")
 _PICTURES = (
-    ("training.png", "Loss, accuracy, learning rate and throughput over the updates", training_plot),
-    ("lowrank.png", "Rank of every layer over the updates, and what refreshes said of them", switching_plot),
-    ("spectra.png", "Singular values of the weights over the updates", spectra_plot),
-    ("bulk.png", "Newest spectra as histograms with the Marchenko-Pastur law and its edge", bulk_plot),
-    ("stable_rank.png", "Stable and effective rank of every block over the updates", stable_rank_plot),
+    ("training.png", msg("Loss, accuracy, learning rate and throughput over the updates"), training_plot),
+    ("lowrank.png", msg("Rank of every layer over the updates, and what refreshes said of them"), switching_plot),
+    ("spectra.png", msg("Singular values of the weights over the updates"), spectra_plot),
+    ("bulk.png", msg("Newest spectra as histograms with the Marchenko-Pastur law and its edge"), bulk_plot),
+    ("stable_rank.png", msg("Stable and effective rank of every block over the updates"), stable_rank_plot),
     (
         "cosines.png",
-        "How the top subspaces turn: since the refresh before, what bounds it, and since the start",
+        msg("How the top subspaces turn: since the refresh before, what bounds it, and since the start"),
         cosine_plot,
     ),
-    ("vectors.png", "Cosines between the recorded singular vectors then and now", vectors_plot),
-    ("ema.png", "Largest singular value and stable rank of the model and of its moving average", ema_plot),
-    ("updates.png", "How the weights move: ranks of their changes, and how much lies in the top block", updates_plot),
-    ("flows.png", "How tokens are spread and what attention looks at, over the validations and by depth", flows_plot),
-    ("circuits.png", "Ranks of each head's circuits by depth, and how heads read the block before", circuits_plot),
-    ("profile.png", "Newest numbers of every matrix over its depth", profile_plot),
+    ("vectors.png", msg("Cosines between the recorded singular vectors then and now"), vectors_plot),
+    ("ema.png", msg("Largest singular value and stable rank of the model and of its moving average"), ema_plot),
+    (
+        "updates.png",
+        msg("How the weights move: ranks of their changes, and how much lies in the top block"),
+        updates_plot,
+    ),
+    (
+        "flows.png",
+        msg("How tokens are spread and what attention looks at, over the validations and by depth"),
+        flows_plot,
+    ),
+    ("circuits.png", msg("Ranks of each head's circuits by depth, and how heads read the block before"), circuits_plot),
+    ("profile.png", msg("Newest numbers of every matrix over its depth"), profile_plot),
 )
 _OF_COMPRESSION = (
     (
         "curve.png",
-        "Top-1 and loss over the share of the model that is left, and how well losses were predicted",
+        msg("Top-1 and loss over the share of the model that is left, and how well losses were predicted"),
         curve_plot,
     ),
-    ("ranks.png", "Ranks chosen layer by layer for each budget and method", ranks_plot),
+    ("ranks.png", msg("Ranks chosen layer by layer for each budget and method"), ranks_plot),
     (
         "weighted_spectra.png",
-        "Singular values of the weights as they are and as each method weighs them",
+        msg("Singular values of the weights as they are and as each method weighs them"),
         weighted_spectra_plot,
     ),
 )
@@ -109,7 +118,7 @@ def draw_report(path: Path, png: bool = True) -> Drawn:
     """The report as `write_report` writes it. Raises `UserError` where `path` is of no run, analysis or compression."""
     compression = find_compression(path)
     found = read_compression(compression) if compression else None
-    of_it = {name: (caption, draw(found) if found and png else None) for name, caption, draw in _OF_COMPRESSION}
+    of_it = {name: (caption, _drawn(draw, found if png else None)) for name, caption, draw in _OF_COMPRESSION}
     if found and not (found.path.parent / "args.yaml").exists():  # of a run it is a part
         html = compression_html(found, _there(of_it))
         return Drawn(found.path.parent, html, {name: png for name, (_, png) in of_it.items()}, [])
@@ -118,16 +127,22 @@ def draw_report(path: Path, png: bool = True) -> Drawn:
         return Drawn(drift.parent, render_page(**parts), pictures, [], drift.stem)
     analysis = None if found else find_analysis(path)
     run = read_analysis(analysis) if analysis else read_run(found.path.parent if found else path)
-    drawn = {name: (caption, draw(run) if png else None) for name, caption, draw in _PICTURES} | of_it
+    drawn = {name: (caption, _drawn(draw, run if png else None)) for name, caption, draw in _PICTURES} | of_it
     html = report_html(run, _there(drawn), found)
     # In a run's own folder the report is the run's.
     name = analysis.stem if analysis and (run.path / "args.yaml").exists() else "report"
     return Drawn(run.path, html, {name: png for name, (_, png) in drawn.items()}, run.notes, name)
 
 
+def _drawn(draw: Callable[[T], bytes | None], of: T | None) -> bytes | None:
+    """A picture, whose fonts may lack Chinese; None of nothing."""
+    with in_language("en"):
+        return None if of is None else draw(of)
+
+
 def _there(drawn: Mapping[str, tuple[str, bytes | None]]) -> dict[str, bytes]:
     """The pictures that could be drawn, by their captions."""
-    return {caption: png for caption, png in drawn.values() if png is not None}
+    return {tr(caption): png for caption, png in drawn.values() if png is not None}
 
 
 def write_drawn(drawn: Drawn) -> None:
@@ -212,7 +227,7 @@ def render_page(*, pictures: Mapping[str, bytes], **parts: Any) -> str:
         keep_trailing_newline=True,
     )
     templates.filters["as_typed"] = typed
-    templates.globals |= {"tr": tr, "language": language()}
+    templates.globals.update({"tr": tr, "language": language()})  # pyright: ignore[reportArgumentType, reportCallIssue]
     return templates.get_template("page.html").render(pictures=embedded_pictures(pictures), script=script(), **parts)
 
 
@@ -233,23 +248,23 @@ def _what_next(run: Run) -> list[Step] | None:
 def headline(run: Run) -> list[tuple[str, str]]:
     """The few figures a reader looks for first, as (label, value)."""
     figures: list[tuple[str, str]] = []
-    for name, label in (("eval_top1", "best top-1"), ("eval_ema_top1", "best top-1, EMA")):
+    for name, label in (("eval_top1", tr("best top-1")), ("eval_ema_top1", tr("best top-1, EMA"))):
         values = _finite(run.epochs.get(name))
         if values.size:
             figures.append((label, f"{values.max():.2f} %"))
     if not figures and (losses := _finite(run.train.get("loss"))).size:  # nothing to validate on, or not yet
-        figures.append(("newest train loss", f"{losses[-1]:.4g}"))
+        figures.append((tr("newest train loss"), f"{losses[-1]:.4g}"))
     if run.status:
-        of_planned = f" of {run.status.planned:,}" if run.status.planned else ""
-        figures.append(("epochs", f"{run.status.epochs:,}{of_planned}"))
-        figures.append(("updates", f"{run.status.updates:,}"))
+        done, planned = run.status.epochs, run.status.planned
+        figures.append((tr("epochs"), tr("{n:,} of {all:,}", n=done, all=planned) if planned else f"{done:,}"))
+        figures.append((tr("updates"), f"{run.status.updates:,}"))
     columns = run.epochs if _finite(run.epochs.get("img_per_s")).size else run.train
     rates = _finite(columns.get("img_per_s"))
     if rates.size:
-        figures.append(("median images / s", f"{np.median(rates):,.0f}"))
+        figures.append((tr("median images / s"), f"{np.median(rates):,.0f}"))
     waits = _finite(columns.get("data_wait"))
     if waits.size:
-        figures.append(("median data wait", f"{100 * np.median(waits):.1f} %"))
+        figures.append((tr("median data wait"), f"{100 * np.median(waits):.1f} %"))
     return figures
 
 
@@ -264,11 +279,15 @@ def final_numbers(run: Run) -> Table:
         best = better(finite)
         at = int(np.flatnonzero(values == best)[0])
         epochs = run.epochs.get("epoch")
-        where = f"epoch {epochs[at] + 1:.0f}" if epochs is not None else f"update {run.epochs['update'][at]:.0f}"
+        where = (
+            tr("epoch {n:.0f}", n=epochs[at] + 1)
+            if epochs is not None
+            else tr("update {n}", n=f"{run.epochs['update'][at]:.0f}")
+        )
         digits = 2 if "top" in name else 4
-        last = f"{values[-1]:.{digits}f}" if np.isfinite(values[-1]) else "not measured"
-        rows.append([label, last, f"{best:.{digits}f}", where])
-    return Table("Final numbers", ["", "last", "best", "best at"], rows)
+        last = f"{values[-1]:.{digits}f}" if np.isfinite(values[-1]) else tr("not measured")
+        rows.append([tr(label), last, f"{best:.{digits}f}", where])
+    return Table(tr("Final numbers"), ["", tr("last"), tr("best"), tr("best at")], rows)
 
 
 def spectral_numbers(run: Run) -> Table:
@@ -283,8 +302,8 @@ def spectral_numbers(run: Run) -> Table:
                 first, last = (np.mean([measure(s_TK[t]) for s_TK in group]) for t in (0, -1))
                 cells.append(f"{first:.4g} → {last:.4g}")
             rows.append([f"{module}{suffix}", str(len(group)), *cells])
-    columns = ["", "layers", "mean σ₁", "mean stable rank", "mean effective rank"]
-    return Table("Spectra, first → last refresh", columns, rows)
+    columns = ["", tr("layers"), tr("mean σ₁"), tr("mean stable rank"), tr("mean effective rank")]
+    return Table(tr("Spectra, first → last refresh"), columns, rows)
 
 
 def _sigma_max(s: np.ndarray) -> float:

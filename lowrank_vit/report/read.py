@@ -9,7 +9,7 @@ import contextlib
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from lowrank_vit.report.events import (
     read_train,
     thinned,
 )
+from lowrank_vit.report.language import msg, tr
 from lowrank_vit.report.status import RunStatus, run_status
-from lowrank_vit.spectral.measures.initial import FarEntry, warning_of
+from lowrank_vit.spectral.measures.initial import FarEntry, in_words
 from lowrank_vit.spectral.watching.files import (
     NO_CIRCUITS,
     StoredCircuits,
@@ -70,8 +71,8 @@ class Run:
     """Of those."""
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Matrix to (rows, columns)."""
-    moment: str = ""
-    """When an analysis was made of, in words; empty for a run, which has updates."""
+    moment: Callable[[], str] | None = None
+    """When an analysis was made of, in words of `tr`'s language; None for a run, which has updates."""
     status: RunStatus | None = None
     """Of a run; None for an analysis."""
     notes: list[str] = field(default_factory=list)
@@ -98,7 +99,11 @@ def read_run(path: Path) -> Run:
     environment = _read_environment(path / "environment.json", notes)
     spectra = _read_all_spectra(stored, notes)
     if stored.far_entries:
-        notes.append(f"At the start {warning_of(stored.far_entries)}.")
+        text = msg(
+            "At the start single entries stand far out: {entries}. sigma_max, stable rank and cosines there may be "
+            "theirs alone."
+        )
+        notes.append(tr(text, entries=_entries(stored.far_entries)))
     run = Run(
         path,
         epochs=epochs,
@@ -152,14 +157,14 @@ def read_summary(path: Path, notes: list[str]) -> Columns:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [{key: as_float(cell) for key, cell in row.items() if key} for row in csv.DictReader(file)]
     except FileNotFoundError:
-        notes.append("summary.csv is not there yet: no epoch has been validated.")
+        notes.append(tr("summary.csv is not there yet: no epoch has been validated."))
         return {}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        notes.append(f"summary.csv cannot be read ({error}).")
+        notes.append(tr("summary.csv cannot be read ({why}).", why=error))
         return {}
     whole = [row for row in rows if not math.isnan(row.get("update", math.nan))]
     if len(whole) < len(rows):
-        notes.append(f"summary.csv has {len(rows) - len(whole)} incomplete row(s), left out.")
+        notes.append(tr("summary.csv has {n} incomplete row(s), left out.", n=len(rows) - len(whole)))
     return by_update(whole)
 
 
@@ -177,7 +182,7 @@ def read_args(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        notes.append("args.yaml is missing or cannot be read: the run's arguments are not shown.")
+        notes.append(tr("args.yaml is missing or cannot be read: the run's arguments are not shown."))
         return {}
     return dict(content) if isinstance(content, Mapping) else {}
 
@@ -186,7 +191,7 @@ def _read_environment(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        notes.append("environment.json is missing or cannot be read: versions and hardware are not shown.")
+        notes.append(tr("environment.json is missing or cannot be read: versions and hardware are not shown."))
         return {}
     return _flatten(content) if isinstance(content, Mapping) else {}
 
@@ -194,9 +199,11 @@ def _read_environment(path: Path, notes: list[str]) -> dict[str, Any]:
 def _read_all_spectra(stored: Spectra, notes: list[str]) -> list[StoredSpectra]:
     updates = stored.updates
     if not updates:
-        notes.append("There are no spectra: the spectral monitor (--spec-monitor) was off or has not stored any yet.")
+        notes.append(
+            tr("There are no spectra: the spectral monitor (--spec-monitor) was off or has not stored any yet.")
+        )
     if len(updates) > MAX_SNAPSHOTS:
-        notes.append(f"{MAX_SNAPSHOTS} of {len(updates)} stored spectra are used, evenly spaced.")
+        notes.append(tr("{n} of {all} stored spectra are used, evenly spaced.", n=MAX_SNAPSHOTS, all=len(updates)))
         whole = thinned(stored.full_updates, MAX_SNAPSHOTS)
         others = [update for update in updates if update not in whole]
         updates = sorted([*whole, *thinned(others, MAX_SNAPSHOTS - len(whole))])
@@ -206,7 +213,7 @@ def _read_all_spectra(stored: Spectra, notes: list[str]) -> list[StoredSpectra]:
             spectra.append(stored.refresh(update))
         except UserError:
             if stored.file(update).exists():  # a run that goes on may have thinned it out meanwhile
-                notes.append(f"{stored.file(update).name} is damaged, left out.")
+                notes.append(tr("{file} is damaged, left out.", file=stored.file(update).name))
     return spectra
 
 
@@ -259,7 +266,7 @@ def read_analysis(path: Path) -> Run:
         raise UserError(
             f"{path} cannot be read as an analysis ({error}); write it with `python -m lowrank_vit.analyze_spectrum`."
         ) from error
-    epoch, weights = int(meta.get("epoch", -1)), "EMA weights" if meta.get("use_ema") else "raw weights"
+    epoch, is_ema = int(meta.get("epoch", -1)), bool(meta.get("use_ema"))
     scalars: Columns = {"update": np.zeros(1)}
     for name, numbers in layers.items():
         scalars |= {
@@ -272,10 +279,14 @@ def read_analysis(path: Path) -> Run:
     with contextlib.suppress(KeyError, TypeError, ValueError):
         far = {name: of for name, one in layers.items() if (of := [FarEntry.of(e) for e in one.get("far_entries", ())])}
     if far:
-        notes.append(f"Here {warning_of(far)}.")
+        text = msg(
+            "Here single entries stand far out: {entries}. sigma_max, stable rank and cosines there may be "
+            "theirs alone."
+        )
+        notes.append(tr(text, entries=_entries(far)))
     spectra, scaled = _read_full(path.with_name(path.name.removesuffix(ENDING) + "_vectors.npz"), list(layers))
     if not spectra:
-        notes.append("Only the recorded values are there; `analyze_spectrum --full` also saves the full spectra.")
+        notes.append(tr("Only the recorded values are there; `analyze_spectrum --full` also saves the full spectra."))
     return Run(
         path.parent,
         epochs={},
@@ -287,9 +298,19 @@ def read_analysis(path: Path) -> Run:
         scalars=scalars,
         circuits=read_circuits(path.with_name(path.name.removesuffix(ENDING) + "_circuits.npz")),
         shapes=shapes,
-        moment=f"epoch {epoch + 1}, {weights}" if epoch >= 0 else weights,
+        moment=lambda: _moment(epoch, is_ema),
         notes=notes,
     )
+
+
+def _moment(epoch: int, is_ema: bool) -> str:
+    weights = tr("EMA weights") if is_ema else tr("raw weights")
+    return tr("epoch {n}, {weights}", n=epoch + 1, weights=weights) if epoch >= 0 else weights
+
+
+def _entries(found: Mapping[str, Sequence[FarEntry]]) -> str:
+    one = tr("{name}[{at}] = {value:.4g} ({deviations:.0f} standard deviations)")
+    return in_words(found, one, tr(" and {n} more"))
 
 
 def _read_full(path: Path, names: list[str]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from lowrank_vit.common.locks import is_locked
 from lowrank_vit.common.program import pasteable_command
+from lowrank_vit.report.language import tr
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,12 @@ class RunStatus:
         """A line for the reader; empty where too little is known."""
         if self.planned is None:
             return ""
-        of_planned = f"{self.epochs:,} of {self.planned:,} epochs are done"
+        done = {"n": self.epochs, "all": self.planned}
         if self.is_running:
-            return f"Still training: {of_planned}."
-        return "" if self.is_finished else f"Stopped after update {self.updates:,}: {of_planned}."
+            return tr("Still training: {n:,} of {all:,} epochs are done.", **done)
+        if self.is_finished:
+            return ""
+        return tr("Stopped after update {at:,}: {n:,} of {all:,} epochs are done.", at=self.updates, **done)
 
 
 def run_status(
@@ -133,26 +136,28 @@ def next_steps(
     config = f"--config {run}/args.yaml"
     if not is_finished:
         if (run_dir / "last.pth.tar").exists():
-            steps.append(Step("Go on with it", (train, config, f"--resume {run}/last.pth.tar")))
+            steps.append(Step(tr("Go on with it"), (train, config, f"--resume {run}/last.pth.tar")))
         else:
-            steps.append(Step("Nothing was saved yet: begin anew", (train, config)))
+            steps.append(Step(tr("Nothing was saved yet: begin anew"), (train, config)))
     if not is_drawn:
-        steps.append(Step("Draw it", (pasteable_command("lowrank_vit.report"), run)))
+        steps.append(Step(tr("Draw it"), (pasteable_command("lowrank_vit.report"), run)))
     if args.get("synthetic"):
         data = () if args.get("data-dir") else ("--data-dir DATA",)
-        steps.append(Step("Compare its img/s with those of your data", (train, config, "--no-synthetic", *data)))
+        steps.append(Step(tr("Compare its img/s with those of your data"), (train, config, "--no-synthetic", *data)))
     elif (run_dir / "model_best.pth.tar").exists():
         best = f"--checkpoint {run}/model_best.pth.tar"
         ema = ("--use-ema",) if better_weights(run_dir / "model_best.pth.tar") == "ema" else ()
         steps += [
-            Step("Singular values of its weights", (pasteable_command("lowrank_vit.analyze_spectrum"), *ema, best)),
-            Step("Score it again, with 95 % intervals", (pasteable_command("lowrank_vit.validate"), *ema, best)),
-            Step("Classify images", (pasteable_command("lowrank_vit.inference"), "IMAGE_OR_FOLDER", *ema, best)),
+            Step(tr("Singular values of its weights"), (pasteable_command("lowrank_vit.analyze_spectrum"), *ema, best)),
+            Step(tr("Score it again, with 95 % intervals"), (pasteable_command("lowrank_vit.validate"), *ema, best)),
+            Step(tr("Classify images"), (pasteable_command("lowrank_vit.inference"), "IMAGE_OR_FOLDER", *ema, best)),
         ]
     if any(run_dir.glob("tensorboard/*/events.*")):
-        steps.append(Step("Watch it in TensorBoard", ("tensorboard", f"--logdir {run}/tensorboard")))
+        steps.append(Step(tr("Watch it in TensorBoard"), ("tensorboard", f"--logdir {run}/tensorboard")))
     if (run_dir / "mlflow" / "mlflow.db").exists():
-        steps.append(Step("See it in MLflow", ("mlflow ui", f"--backend-store-uri sqlite:///{run}/mlflow/mlflow.db")))
+        steps.append(
+            Step(tr("See it in MLflow"), ("mlflow ui", f"--backend-store-uri sqlite:///{run}/mlflow/mlflow.db"))
+        )
     if any(run_dir.glob("wandb/offline-run-*")):
-        steps.append(Step("Send what was kept for Weights & Biases", ("wandb sync", f"{run}/wandb/offline-run-*")))
+        steps.append(Step(tr("Send what was kept for Weights & Biases"), ("wandb sync", f"{run}/wandb/offline-run-*")))
     return steps

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lowrank_vit.common.terminal import printable
+from lowrank_vit.report.language import tr
 from lowrank_vit.spectral.select import module_type
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def style_bar(bar: Colorbar, label: str) -> None:
 
 def moment(run: Run, update: int) -> str:
     """When something was measured: the update, or what the analysis was made of."""
-    return run.moment or f"at update {update:,}"
+    return run.moment() if run.moment else tr("at update {n:,}", n=update)
 
 
 def subtitle(run: Run, updates_T: np.ndarray, of_what: str = "refreshes") -> str:

@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_vit.report.events import Columns
+from lowrank_vit.report.language import msg
 from lowrank_vit.report.read import Run, read_args, read_summary
 from lowrank_vit.report.status import run_status
 
 MEASURES: tuple[tuple[str, str, Callable[[Iterable[float]], float]], ...] = (
-    ("eval_top1", "top-1 accuracy (%)", max),
-    ("eval_ema_top1", "top-1 accuracy, EMA (%)", max),
-    ("eval_top5", "top-5 accuracy (%)", max),
-    ("eval_ema_top5", "top-5 accuracy, EMA (%)", max),
-    ("eval_loss", "eval loss", min),
-    ("eval_ema_loss", "eval loss, EMA", min),
-    ("train_loss", "train loss, epoch mean", min),
+    ("eval_top1", msg("top-1 accuracy (%)"), max),
+    ("eval_ema_top1", msg("top-1 accuracy, EMA (%)"), max),
+    ("eval_top5", msg("top-5 accuracy (%)"), max),
+    ("eval_ema_top5", msg("top-5 accuracy, EMA (%)"), max),
+    ("eval_loss", msg("eval loss"), min),
+    ("eval_ema_loss", msg("eval loss, EMA"), min),
+    ("train_loss", msg("train loss, epoch mean"), min),
 )
 """Column of `summary.csv`, name and unit, and which of its values is the best."""
 _LAST, _BEST = "last epoch", "best epoch"

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.report.language import msg, tr
 
 NAME = "compression.json"
-_SEQUENTIAL = " Losses are predicted for these ranks without --sequential, so for other factors than were scored."
+_SEQUENTIAL = msg(" Losses are predicted for these ranks without --sequential, so for other factors than were scored.")
 _KEYS = ("original", "points", "source")
 _POINT = ("method", "allocation", "budget", "params", "flops", "top1", "loss", "ranks")
 
@@ -72,8 +73,11 @@ class Compression:
     def subtitle(self) -> str:
         """Model, weights and how many samples were scored."""
         source = self.content["source"]
-        words = [str(source.get("model", "")), "EMA weights" if source.get("weights") == "ema" else "own weights"]
-        return "  ·  ".join([*filter(None, words), f"{self.original['num_samples']:,} validation samples"])
+        words = [
+            str(source.get("model", "")),
+            tr("EMA weights") if source.get("weights") == "ema" else tr("own weights"),
+        ]
+        return "  ·  ".join([*filter(None, words), tr("{n:,} validation samples", n=self.original["num_samples"])])
 
 
 def find_compression(path: Path) -> Path | None:
@@ -98,11 +102,11 @@ def read_compression(path: Path) -> Compression:
 def headline(found: Compression) -> list[tuple[str, str]]:
     """The few figures a reader looks for first, as (label, value)."""
     original = found.original
-    figures = [("original top-1", f"{original['top1']:.2f} %"), ("its loss", _number(original["loss"]))]
-    figures.append(("parameters", f"{original['params']:,}"))
+    figures = [(tr("original top-1"), f"{original['top1']:.2f} %"), (tr("its loss"), _number(original["loss"]))]
+    figures.append((tr("parameters"), f"{original['params']:,}"))
     if small := smallest_within(found, 1.0):
         share = small["params"] / original["params"]
-        figures.append(("kept within 1 point of top-1", f"{100 * share:.1f} % ({small['method']})"))
+        figures.append((tr("kept within 1 point of top-1"), f"{100 * share:.1f} % ({small['method']})"))
     return figures
 
 
@@ -135,13 +139,14 @@ def _points(found: Compression) -> Table:
                 _number(point.get("predicted_loss")),
             ]
         )
-    columns = ["", "budget", "params", "FLOPs", "top-1", "against the original", "loss", "against it", "predicted"]
-    note = (
+    columns = ["", tr("budget"), tr("params"), "FLOPs", "top-1", tr("against the original"), tr("loss"),
+               tr("against it"), tr("predicted")]  # fmt: skip
+    note = tr(
         "± is one standard error of the differences sample by sample: chance in which samples there are, not how "
         "another training would come out."
     )
-    note += _SEQUENTIAL if found.is_sequential else ""
-    return Table("Points", columns, rows, note)
+    note += tr(_SEQUENTIAL) if found.is_sequential else ""
+    return Table(tr("Points"), columns, rows, note)
 
 
 def prediction_quality(found: Compression) -> dict[str, tuple[int, float, float, float, float]]:
@@ -180,20 +185,24 @@ def _prediction(found: Compression) -> Table:
     rows = []
     for method, (count, middle, low, high, correlation) in prediction_quality(found).items():
         shown = "" if math.isnan(correlation) else f"{correlation:.3f}"
-        rows.append([method, str(count), f"{middle:.2g}", f"{low:.2g} to {high:.2g}", shown])
-    columns = ["", "points", "measured / predicted, median", "least to greatest", "correlation of the logarithms"]
+        rows.append(
+            [method, str(count), f"{middle:.2g}", tr("{low} to {high}", low=f"{low:.2g}", high=f"{high:.2g}"), shown]
+        )
+    columns = ["", tr("points"), tr("measured / predicted, median"), tr("least to greatest"),
+               tr("correlation of the logarithms")]  # fmt: skip
     constant = found.content.get("constant") or {}
-    note = "Of points whose loss rises by more than two standard errors."
+    note = tr("Of points whose loss rises by more than two standard errors.")
     if constant.get("value"):
-        note += (
-            f" The prediction is c/2 Σ tr(G ΔW S ΔWᵀ) with c = {constant['value']:.3g}, measured on the calibration "
-            f"images with {constant['method']} at {constant['budget']:.3g} of the model. 1 is a right prediction."
+        note += tr(
+            " The prediction is c/2 Σ tr(G ΔW S ΔWᵀ) with c = {value:.3g}, measured on the calibration images with "
+            "{method} at {budget:.3g} of the model. 1 is a right prediction.",
+            **{name: constant[name] for name in ("value", "method", "budget")},
         )
     if found.is_sequential:
-        note += _SEQUENTIAL
+        note += tr(_SEQUENTIAL)
     if not constant.get("is_clear", True):
-        note += " There no rise was told from chance, so that c is left out."
-    return Table("How good the predicted loss was", columns, rows, note)
+        note += tr(" There no rise was told from chance, so that c is left out.")
+    return Table(tr("How good the predicted loss was"), columns, rows, note)
 
 
 def _ranks(found: Compression) -> Table:
@@ -202,11 +211,13 @@ def _ranks(found: Compression) -> Table:
     rows, parts = [], found.content.get("parts", {})
     for name, full in found.full_ranks.items():
         ranks = [point["ranks"].get(name) for point in wanted]
-        shown = f"{full} of {parts[name]} parts" if parts.get(name, 1) > 1 else str(full)
-        rows.append([name, shown, *("whole" if rank is None else str(rank) for rank in ranks)])
-    columns = ["", "full", *(f"{point['budget']:g}" for point in wanted)]
-    title = f"Ranks by layer and budget, {found.line_of(wanted[-1]) if wanted else ''}"
-    note = "Where the rows are in parts, ranks are those of each part." if max(parts.values(), default=1) > 1 else ""
+        shown = tr("{n} of {parts} parts", n=full, parts=parts[name]) if parts.get(name, 1) > 1 else str(full)
+        rows.append([name, shown, *(tr("whole") if rank is None else str(rank) for rank in ranks)])
+    columns = ["", tr("full"), *(f"{point['budget']:g}" for point in wanted)]
+    title = tr("Ranks by layer and budget, {which}", which=found.line_of(wanted[-1]) if wanted else "")
+    note = (
+        tr("Where the rows are in parts, ranks are those of each part.") if max(parts.values(), default=1) > 1 else ""
+    )
     return Table(title, columns, rows, note)
 
 
@@ -221,25 +232,32 @@ def _sensitivities(found: Compression) -> Table:
         cells.setdefault(one["layer"], {})[one["share"]] = text
     shares = sorted({share for of_layer in cells.values() for share in of_layer}, reverse=True)
     rows = [[name, *(of_layer.get(share, "") for share in shares)] for name, of_layer in cells.items()]
-    note = "Rank, and the rise of the loss (nats) that the layer alone causes at it: predicted" + (
-        " (and, in brackets, measured)." if measured else "."
-    )
-    columns = ["", *(f"{100 * share:g} % of it kept" for share in shares)]
-    return Table(f"Sensitivities of the layers, {held.get('method', '')}", columns, rows, note)
+    note = tr("Rank, and the rise of the loss (nats) that the layer alone causes at it: predicted.")
+    if measured:
+        note = tr(
+            "Rank, and the rise of the loss (nats) that the layer alone causes at it: predicted (and, in brackets, "
+            "measured)."
+        )
+    columns = ["", *(tr("{n:g} % of it kept", n=100 * share) for share in shares)]
+    return Table(tr("Sensitivities of the layers, {method}", method=held.get("method", "")), columns, rows, note)
 
 
 def _latency(found: Compression) -> Table:
     rows = []
     for one in (found.content.get("latency") or {}).get("models", ()):
-        name = "original" if one["method"] is None else f"{one['method']}, {one['allocation']}, {one['budget']:g}"
+        name = tr("original") if one["method"] is None else f"{one['method']}, {one['allocation']}, {one['budget']:g}"
         spread = (
-            "" if one["method"] is None else f"{one['ratio']:.2f} ({one['ratio_low']:.2f} to {one['ratio_high']:.2f})"
+            ""
+            if one["method"] is None
+            else tr("{n:.2f} ({low:.2f} to {high:.2f})", n=one["ratio"], low=one["ratio_low"], high=one["ratio_high"])
         )
         share = f"{100 * one['flops'] / found.original['flops']:.0f} %" if found.original["flops"] else ""
         rows.append([name, one["device"], str(one["images"]), f"{one['ms']:.3g}", spread, share])
-    columns = ["", "device", "images", "ms", "of the original's time", "of its FLOPs"]
-    note = "Forward passes in float32, not compiled, in turns with the original's: medians, and quartiles in brackets."
-    return Table("Latency", columns, rows, note)
+    columns = ["", tr("device"), tr("images"), "ms", tr("of the original's time"), tr("of its FLOPs")]
+    note = tr(
+        "Forward passes in float32, not compiled, in turns with the original's: medians, and quartiles in brackets."
+    )
+    return Table(tr("Latency"), columns, rows, note)
 
 
 def _layers(found: Compression) -> Table:
@@ -248,22 +266,22 @@ def _layers(found: Compression) -> Table:
         faster = one["faster_up_to"]
         ratios = ", ".join(f"{rank}: {ratio:.2f}" for rank, ratio in one["ratios"].items())
         parts = one.get("parts", 1)
-        shape = f"{one['rows']} x {one['columns']}{f' in {parts} parts' if parts > 1 else ''}"
+        shape = f"{one['rows']} x {one['columns']}" + (tr(" in {n} parts", n=parts) if parts > 1 else "")
         rows.append([shape, one["device"], str(one["tokens"]), str(one["pays_up_to"]), faster_in_words(faster), ratios])
     columns = [
         "",
-        "device",
-        "tokens",
-        "fewer FLOPs up to rank",
-        "faster up to rank",
-        "time of the whole layer's, by rank",
+        tr("device"),
+        tr("tokens"),
+        tr("fewer FLOPs up to rank"),
+        tr("faster up to rank"),
+        tr("time of the whole layer's, by rank"),
     ]
-    return Table("Up to which rank a layer is faster", columns, rows)
+    return Table(tr("Up to which rank a layer is faster"), columns, rows)
 
 
 def faster_in_words(rank: int | None) -> str:
     """The rank, or that no rank was."""
-    return "none tried" if rank is None else str(rank)
+    return tr("none tried") if rank is None else str(rank)
 
 
 def _difference(value: float | None, error: float | None, digits: int) -> str:
@@ -274,5 +292,5 @@ def _difference(value: float | None, error: float | None, digits: int) -> str:
 
 def _number(value: float | None) -> str:
     if value is None:
-        return "not finite"
+        return tr("not finite")
     return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"

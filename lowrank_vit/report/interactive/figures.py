@@ -15,6 +15,7 @@ import numpy as np
 from lowrank_vit.report.compression.read import Compression, rises
 from lowrank_vit.report.events import Columns
 from lowrank_vit.report.interactive.packing import Packer
+from lowrank_vit.report.language import msg, tr
 from lowrank_vit.report.read import Run
 from lowrank_vit.report.spectra.motion import FLOW_PANELS, by_block
 from lowrank_vit.report.spectra.values import vector_pairs
@@ -58,7 +59,8 @@ def training_figure(run: Run, pack: Packer, notes: list[str]) -> dict[str, Any] 
     """Loss, accuracy, learning rate, throughput and waiting over the updates."""
     train, epochs = run.train, run.epochs
     if len(train.get("update", ())) > POINTS:
-        notes.append(f"Of the log's {len(train['update']):,} lines this page holds {POINTS:,}, evenly spaced.")
+        text = msg("Of the log's {all:,} lines this page holds {n:,}, evenly spaced.")
+        notes.append(tr(text, all=len(train["update"]), n=POINTS))
 
     def line(columns: Columns, name: str, label: str, color: str, scale: float = 1.0, **look: Any) -> Any:
         if name not in columns:
@@ -68,10 +70,12 @@ def training_figure(run: Run, pack: Packer, notes: list[str]) -> dict[str, Any] 
     rates = train if np.isfinite(train.get("lr", np.nan)).any() else epochs
     speeds = train if np.isfinite(train.get("img_per_s", np.nan)).any() else epochs
     losses = [
-        None if is_covered(train, epochs) else line(train, "loss", "train, each report", TRAIN, width=1, mode="lines"),
-        line(epochs, "train_loss", "train, epoch mean", MUTED),
-        line(epochs, "eval_loss", "eval", MODEL, width=2.2),
-        line(epochs, "eval_ema_loss", "eval, EMA", EMA, symbol="square", width=2.2),
+        None
+        if is_covered(train, epochs)
+        else line(train, "loss", tr("train, each report"), TRAIN, width=1, mode="lines"),
+        line(epochs, "train_loss", tr("train, epoch mean"), MUTED),
+        line(epochs, "eval_loss", tr("eval"), MODEL, width=2.2),
+        line(epochs, "eval_ema_loss", tr("eval, EMA"), EMA, symbol="square", width=2.2),
     ]
     accuracies = [
         line(epochs, "eval_top1", "top-1", MODEL, width=2.2),
@@ -79,17 +83,18 @@ def training_figure(run: Run, pack: Packer, notes: list[str]) -> dict[str, Any] 
         line(epochs, "eval_top5", "top-5", MODEL, dash="dash", width=1.3),
         line(epochs, "eval_ema_top5", "top-5, EMA", EMA, symbol="square", dash="dash", width=1.3),
     ]
-    throughput = [line(speeds, "img_per_s", "images / s", MODEL)]
-    waiting = [line(speeds, "data_wait", "waiting for data", EMA, 100.0)]
+    throughput = [line(speeds, "img_per_s", tr("images / s"), MODEL)]
+    waiting = [line(speeds, "data_wait", tr("waiting for data"), EMA, 100.0)]
+    update = tr("update")
     panels = [
-        panel("Loss", "update", "cross-entropy, nats", losses),
-        panel("Accuracy on the evaluation set", "update", "accuracy, %", accuracies, positive=False),
-        panel("Learning rate", "update", "learning rate", [line(rates, "lr", "lr", MODEL)], positive=False),
-        panel("Throughput", "update", "images / s", throughput, positive=False, yaxis={"rangemode": "tozero"}),
-        panel("Waiting for data", "update", "share of the time, %", waiting, positive=False,
+        panel(tr("Loss"), update, tr("cross-entropy, nats"), losses),
+        panel(tr("Accuracy on the evaluation set"), update, tr("accuracy, %"), accuracies, positive=False),
+        panel(tr("Learning rate"), update, tr("learning rate"), [line(rates, "lr", "lr", MODEL)], positive=False),
+        panel(tr("Throughput"), update, tr("images / s"), throughput, positive=False, yaxis={"rangemode": "tozero"}),
+        panel(tr("Waiting for data"), update, tr("share of the time, %"), waiting, positive=False,
               yaxis={"rangemode": "tozero"}),
     ]  # fmt: skip
-    return figure("training", "Training", "", {"all": panels}, logarithmic="off")
+    return figure("training", tr("Training"), "", {"all": panels}, logarithmic="off")
 
 
 def flows_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
@@ -101,29 +106,29 @@ def flows_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
         blocks = list(found["spec"])
         levels = by_block(run, "spec", level) if level else dict.fromkeys(blocks, np.zeros(len(updates)))
         by_depth.append(
-            panel(title, "block", label, [
+            panel(tr(title), tr("block"), tr(label), [
                 *(series_of(name, np.arange(len(of)), np.array([v[-1] for v in of.values()]), pack, color=color,
                             symbol=symbol)
-                  for (name, color, symbol), of in zip((("model", MODEL, "circle"), ("EMA", EMA, "square")),
+                  for (name, color, symbol), of in zip(((tr("model"), MODEL, "circle"), ("EMA", EMA, "square")),
                                                        found.values(), strict=True) if of),
-                series_of(of_level, np.arange(len(levels)), np.array([v[-1] for v in levels.values()]), pack,
+                series_of(tr(of_level), np.arange(len(levels)), np.array([v[-1] for v in levels.values()]), pack,
                           color="ink", dash="dash", width=1, mode="lines") if of_level and levels else None,
             ])
         )  # fmt: skip
         if len(updates) > 1:
             over_time.append(
-                panel(title, "update", label, [
+                panel(tr(title), tr("update"), tr(label), [
                     series_of(block, updates, values, pack, shade=_share(place, len(blocks)))
                     for place, (block, values) in enumerate(found["spec"].items())
                 ])
             )  # fmt: skip
     images = run.flows.get("spec/flow/images", np.array([np.nan]))[-1]
-    note = f"Of {images:,.0f} images of the validation set." if np.isfinite(images) else ""
+    note = tr("Of {n:,.0f} images of the validation set.", n=images) if np.isfinite(images) else ""
     return figure(
         "flows",
-        "What flows through the blocks",
+        tr("What flows through the blocks"),
         note,
-        {"newest, by depth": by_depth, "over the validations": over_time},
+        {tr("newest, by depth"): by_depth, tr("over the validations"): over_time},
     )
 
 
@@ -131,29 +136,35 @@ def circuits_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
     """Ranks of each head's QK and OV by depth, and which heads read what heads of the block before wrote."""
     found = {key.rpartition("/")[2]: one for key, one in run.circuits.blocks.items() if key.startswith("spec/")}
     ranks: list[Any] = []
-    for field, title in (("qk_HK", "QK: what is compared"), ("ov_HK", "OV: what is written")):
+    for field, title in (("qk_HK", tr("QK: what is compared")), ("ov_HK", tr("OV: what is written"))):
         heads = [[stable_rank(s) for s in getattr(one, field)] for one in found.values()]
         x = np.array([block for block, of in enumerate(heads) for _ in of], int)
         chance = [chance_stable_rank(one.width, getattr(one, field).shape[1]) for one in found.values()]
-        names = [f"{block}, head {head}" for block, of in zip(found, heads, strict=True) for head in range(len(of))]
+        names = [
+            tr("{block}, head {head}", block=block, head=head)
+            for block, of in zip(found, heads, strict=True)
+            for head in range(len(of))
+        ]
         ranks.append(
-            panel(title, "block", "stable rank of a head", [
-                series_of("a head", x, np.array([one for of in heads for one in of]), pack, color=MODEL, mode="markers",
-                          size=5, opacity=0.6, text=names),
-                series_of("mean", np.arange(len(heads)), np.array([np.mean(of) for of in heads]), pack, color=EMA),
-                series_of("chance", np.arange(len(heads)), np.array(chance), pack, color="ink", dash="dash", width=1,
-                          mode="lines"),
+            panel(title, tr("block"), tr("stable rank of a head"), [
+                series_of(tr("a head"), x, np.array([one for of in heads for one in of]), pack, color=MODEL,
+                          mode="markers", size=5, opacity=0.6, text=names),
+                series_of(tr("mean"), np.arange(len(heads)), np.array([np.mean(of) for of in heads]), pack, color=EMA),
+                series_of(tr("chance"), np.arange(len(heads)), np.array(chance), pack, color="ink", dash="dash",
+                          width=1, mode="lines"),
             ])
         )  # fmt: skip
-    views: dict[str, list[Any]] = {"ranks of heads": ranks}
+    views: dict[str, list[Any]] = {tr("ranks of heads"): ranks}
     with_pairs = [(name, one) for name, one in found.items() if one.q_HG.size]
     for name, one in with_pairs[:: max(1, -(-len(with_pairs) // SQUARES))]:
-        views[f"{name} reads the block before"] = [
-            square(f"{which}-composition", np.square(scores) * one.width, "squared score, chance = 1", "head before",
-                   "head", pack, scale="RdBu")
+        views[tr("{name} reads the block before", name=name)] = [
+            square(tr("{which}-composition", which=which), np.square(scores) * one.width,
+                   tr("squared score, chance = 1"), tr("head before"), tr("head"), pack, scale="RdBu")
             for which, scores in (("Q", one.q_HG), ("K", one.k_HG))
         ]  # fmt: skip
-    return figure("circuits", "Circuits of heads", "Dashed: what independent Gaussian factors would have.", views)
+    return figure(
+        "circuits", tr("Circuits of heads"), tr("Dashed: what independent Gaussian factors would have."), views
+    )
 
 
 def square(title: str, values: np.ndarray, label: str, x: str, y: str, pack: Packer, **heat: Any) -> dict[str, Any]:
@@ -171,16 +182,16 @@ def vectors_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
     """Cosines between the recorded vectors then and now, of the middle matrix of each type."""
     views: dict[str, list[Any]] = {}
     for old, now, name, before, after in vector_pairs(run):
-        view = f"{name}: update {old:,} to {now:,}"
+        view = tr("{name}: update {old:,} to {now:,}", name=name, old=old, now=now)
         for side in ("u", "v"):
             cosines = np.abs(getattr(before, side).T @ getattr(after, side))
-            title = f"{'left' if side == 'u' else 'right'} vectors"
+            title = tr("left vectors") if side == "u" else tr("right vectors")
             views.setdefault(view, []).append(
-                square(title, cosines, "|cosine|", "index now", "index then", pack, range=[0, 1])
+                square(title, cosines, tr("|cosine|"), tr("index now"), tr("index then"), pack, range=[0, 1])
             )
     return figure(
-        "vectors", "Singular vectors then and now",
-        "The top vectors, the largest value's first. A bright diagonal: each is still itself.", views,
+        "vectors", tr("Singular vectors then and now"),
+        tr("The top vectors, the largest value's first. A bright diagonal: each is still itself."), views,
     )  # fmt: skip
 
 
@@ -202,9 +213,9 @@ def switching_figure(switching: Switching, run: Run, pack: Packer) -> dict[str, 
     evidence: list[Any] = []
     at = np.array([look.update for look in looks], int)
     titles = (
-        ("energy", "energy_of_chance", "Energy in earlier directions"),
-        ("cosine", "chance", "Cosine with them"),
-        ("above_noise", "", "Above noise of the same entries"),
+        ("energy", "energy_of_chance", tr("Energy in earlier directions")),
+        ("cosine", "chance", tr("Cosine with them")),
+        ("above_noise", "", tr("Above noise of the same entries")),
     )
     for key, chance, title in titles:
         lines: list[Any] = []
@@ -213,14 +224,14 @@ def switching_figure(switching: Switching, run: Run, pack: Packer) -> dict[str, 
             if chance:
                 level = mean_over_time(looks, chance, names)
                 thin = {"dash": "dash", "width": 1, "legend": False, "mode": "lines"}
-                lines.append(series_of(f"{kind}, chance", at, level, pack, look=kind, **thin))
+                lines.append(series_of(tr("chance, {type}", type=kind), at, level, pack, look=kind, **thin))
         marked = [one.update for one in switches]
-        evidence.append(panel(title, "update", "share, 0-1", lines, lines=marked))
-    of = "would have (dry run)" if switching.is_dry else "have"
-    rank_panel = panel(f"Rank that layers {of}", "update", "rank", ranks, height=420)
+        evidence.append(panel(title, tr("update"), tr("share, 0-1"), lines, lines=marked))
+    title = tr("Rank that layers would have (dry run)") if switching.is_dry else tr("Rank that layers have")
+    rank_panel = panel(title, tr("update"), tr("rank"), ranks, height=420)
     return figure(
-        "lowrank", "Layers in factors", "Dashed upright lines: switches.",
-        {"ranks": [rank_panel], "evidence by type": evidence},
+        "lowrank", tr("Layers in factors"), tr("Dashed upright lines: switches."),
+        {tr("ranks"): [rank_panel], tr("evidence by type"): evidence},
     )  # fmt: skip
 
 
@@ -236,7 +247,7 @@ _METHODS = {
 def compression_figure(found: Compression, pack: Packer) -> dict[str, Any] | None:
     """Top-1 and loss over the share that is left, the rises that were predicted, and ranks by layer."""
     by = found.content.get("by", "params")
-    left = f"{'parameters' if by == 'params' else 'FLOPs'} left, share of the model"
+    left = tr("parameters left, share of the model") if by == "params" else tr("FLOPs left, share of the model")
     panels: dict[str, list[Any]] = {"top1": [], "loss": []}
     predicted: list[Any] = []
     for line in found.methods:
@@ -256,10 +267,12 @@ def compression_figure(found: Compression, pack: Packer) -> dict[str, Any] | Non
         value = found.original[name]
         whole = np.full(2, np.nan if value is None else value, float)
         into.append(
-            series_of("original", np.array([0.0, 1.0]), whole, pack, color="ink", dash="dash", width=1, mode="lines")
+            series_of(
+                tr("original"), np.array([0.0, 1.0]), whole, pack, color="ink", dash="dash", width=1, mode="lines"
+            )
         )
     ranks = [
-        panel(found.line_of(points[0]), "layer", "rank", [
+        panel(found.line_of(points[0]), tr("layer"), tr("rank"), [
             series_of(f"{point['budget']:g}", np.array(list(found.full_ranks), str), np.array(
                 [full if point["ranks"].get(name) is None else point["ranks"][name]
                  for name, full in found.full_ranks.items()], float), pack, shade=_share(i, len(points)))
@@ -268,24 +281,30 @@ def compression_figure(found: Compression, pack: Packer) -> dict[str, Any] | Non
     ]  # fmt: skip
     weighted: dict[str, dict[str, list[float]]] = found.content.get("spectra") or {}
     spectra = {
-        f"spectra of {name}": [
-            panel(name, "index i", "σᵢ / σ₁", [
+        tr("spectra of {name}", name=name): [
+            panel(name, tr("index i"), "σᵢ / σ₁", [
                 series_of(method, np.arange(1, len(s) + 1), np.array(s, float) / (s[0] or np.nan), pack, mode="lines",
                           color=_METHODS.get(method, ("#7a8793", ""))[0], dash="dash" if method == "svd" else "solid")
                 for method, s in of.items() if s], log=True, height=400)]
         for name, of in list(weighted.items())[:SQUARES]
     }  # fmt: skip
     views = {
-        "curves": [
-            panel("Top-1", left, "%", panels["top1"]),
-            panel("Loss", left, "nats", panels["loss"]),
-            panel("Measured over predicted rise of the loss", "predicted, nats", "measured, nats", predicted,
-                  xlog=True, log=True),
+        tr("curves"): [
+            panel(tr("Top-1"), left, "%", panels["top1"]),
+            panel(tr("Loss"), left, "nats", panels["loss"]),
+            panel(tr("Measured over predicted rise of the loss"), tr("predicted, nats"), tr("measured, nats"),
+                  predicted, xlog=True, log=True),
         ],
-        "ranks by layer": ranks,
+        tr("ranks by layer"): ranks,
         **spectra,
     }  # fmt: skip
-    return figure("compression", "Compression", f"{found.subtitle}. Bars: one standard error.", views, place="end")
+    return figure(
+        "compression",
+        tr("Compression"),
+        tr("{what}. Bars: one standard error.", what=found.subtitle),
+        views,
+        place="end",
+    )
 
 
 def _share(place: int, count: int) -> float:

@@ -12,40 +12,41 @@ import numpy as np
 
 from lowrank_vit.report.interactive.packing import Packer
 from lowrank_vit.report.interactive.trust import Numbers, matrix_table
+from lowrank_vit.report.language import msg, tr
 from lowrank_vit.report.read import Run, series
 from lowrank_vit.spectral.measures.metrics import above_rounding, effective_rank, power_law, stable_rank
 from lowrank_vit.spectral.measures.noise import bulk_density, marchenko_pastur
 from lowrank_vit.spectral.select import module_type
 
-KINDS = {"spec": "model", "spec_ema": "EMA"}
+KINDS = {"spec": msg("model"), "spec_ema": "EMA"}
 LABELS = {
-    "sigma_max": "σ₁, largest singular value",
-    "stable_rank": "stable rank, Σ σ² / σ₁²",
-    "effective_rank": "effective rank, exp(entropy of σ / Σ σ)",
-    "numerical_rank": "numerical rank, count",
-    "nuclear_norm": "nuclear norm, Σ σ",
-    "alpha": "power law's exponent α",
-    "alpha_sigma": "standard error of α",
-    "alpha_ks": "KS distance of the power law, 0-1",
-    "alpha_tail": "values in the power law's tail, count",
-    "mp_outliers": "values beyond the noise edge, count",
-    "mp_edge": "noise edge, as a singular value",
-    "mp_ks": "KS distance of the bulk to noise, 0-1",
-    "block_cos_u_overlap": "overlap with the refresh before, left vectors",
-    "block_cos_v_overlap": "overlap with the refresh before, right vectors",
-    "block_cos0_u_overlap": "overlap with the first refresh, left vectors",
-    "block_cos0_v_overlap": "overlap with the first refresh, right vectors",
-    "block_ema_cos_u_overlap": "overlap of model and EMA, left vectors",
-    "block_ema_cos_v_overlap": "overlap of model and EMA, right vectors",
-    "block_energy": "energy that the block before still holds, 0-1",
-    "turn_bound": "bound on the sine of the block's turn",
-    "update_normF": "‖W − W′‖ since the refresh before, Frobenius",
-    "rank90": "directions of 90 % of ‖W‖², count",
-    "rank95": "directions of 95 % of ‖W‖², count",
-    "rank99": "directions of 99 % of ‖W‖², count",
-    "delta_sv_rel": "mean relative change of the top values",
+    "sigma_max": (msg("σ₁"), msg("largest singular value")),
+    "stable_rank": (msg("stable rank"), "Σ σ² / σ₁²"),
+    "effective_rank": (msg("effective rank"), msg("exp(entropy of σ / Σ σ)")),
+    "numerical_rank": (msg("numerical rank"), msg("count")),
+    "nuclear_norm": (msg("nuclear norm"), "Σ σ"),
+    "alpha": (msg("power law's exponent α"), ""),
+    "alpha_sigma": (msg("standard error of α"), ""),
+    "alpha_ks": (msg("KS distance of the power law"), "0-1"),
+    "alpha_tail": (msg("values in the power law's tail"), msg("count")),
+    "mp_outliers": (msg("values beyond the noise edge"), msg("count")),
+    "mp_edge": (msg("noise edge"), msg("as a singular value")),
+    "mp_ks": (msg("KS distance of the bulk to noise"), "0-1"),
+    "block_cos_u_overlap": (msg("overlap with the refresh before, left vectors"), msg("0: chance, 1: the same")),
+    "block_cos_v_overlap": (msg("overlap with the refresh before, right vectors"), msg("0: chance, 1: the same")),
+    "block_cos0_u_overlap": (msg("overlap with the first refresh, left vectors"), msg("0: chance, 1: the same")),
+    "block_cos0_v_overlap": (msg("overlap with the first refresh, right vectors"), msg("0: chance, 1: the same")),
+    "block_ema_cos_u_overlap": (msg("overlap of model and EMA, left vectors"), msg("0: chance, 1: the same")),
+    "block_ema_cos_v_overlap": (msg("overlap of model and EMA, right vectors"), msg("0: chance, 1: the same")),
+    "block_energy": (msg("energy that the block before still holds"), "0-1"),
+    "turn_bound": (msg("bound on the block's turn"), msg("sine, above 1: none")),
+    "update_normF": (msg("‖W − W′‖ since the refresh before"), msg("Frobenius")),
+    "rank90": (msg("directions of 90 % of ‖W‖²"), msg("count")),
+    "rank95": (msg("directions of 95 % of ‖W‖²"), msg("count")),
+    "rank99": (msg("directions of 99 % of ‖W‖²"), msg("count")),
+    "delta_sv_rel": (msg("change of the top values, mean"), "Δσ / σ"),
 }
-"""What is said of a number in place of its name in the log."""
+"""What is said of a number in place of its name in the log, and its unit or what it is."""
 FIRST = ("sigma_max", "stable_rank", "effective_rank", "alpha", "mp_outliers", "block_cos0_u_overlap", "cos0_u_mean")
 """Columns of the table before all are asked for."""
 SCALARS_AT_MOST, VALUES_AT_MOST = 420_000, 420_000
@@ -68,12 +69,16 @@ def matrices(run: Run, pack: Packer, notes: list[str], share: float = 1.0) -> di
     numbers = _numbers(run)
     if not numbers.names:
         return None
-    kinds = {kind: label for kind, label in KINDS.items() if kind in numbers.values}
+    kinds = {kind: tr(label) for kind, label in KINDS.items() if kind in numbers.values}
     count = sum(len(of) for of in numbers.values.values()) * len(numbers.names)
     at = _thinned(len(numbers.updates), max(LEAST_TIMES, int(share * SCALARS_AT_MOST / max(1, count))))
     if len(at) < len(numbers.updates):
         notes.append(
-            f"Of the numbers of matrices this page holds {len(at)} of {len(numbers.updates)} refreshes, evenly spaced."
+            tr(
+                "Of the numbers of matrices this page holds {n} of {all} refreshes, evenly spaced.",
+                n=len(at),
+                all=len(numbers.updates),
+            )
         )
     keys = sorted({metric for of in numbers.values.values() for metric in of}, key=_place)
     spectra, thinned = _spectra(run, numbers.names, pack, int(share * VALUES_AT_MOST))
@@ -83,16 +88,16 @@ def matrices(run: Run, pack: Packer, notes: list[str], share: float = 1.0) -> di
         "types": [module_type(name) for name in numbers.names],
         "kinds": list(kinds.items()),
         "updates": numbers.updates[at],
-        "note": "Means are over the matrices of a type that have the number.",
-        "metrics": [
-            {"key": key, "label": LABELS.get(key, key), "chance": _chance(key), "group": _group(key)} for key in keys
-        ],
+        "note": tr("Means are over the matrices of a type that have the number."),
+        "metrics": [{"key": key, **_label(key), "chance": _chance(key), "group": _group(key)} for key in keys],
         "values": {kind: {metric: pack(of[:, at]) for metric, of in numbers.values[kind].items()} for kind in kinds},
         "spectra": spectra,
-        "spectraNote": f"Up to {INDICES} of a matrix's values: the first ones, then ever wider apart. "
-        "σ₁ is violet, the last one yellow.",
+        "spectraNote": tr(
+            "Up to {n} of a matrix's values: the first ones, then ever wider apart. σ₁ is violet, the last one yellow.",
+            n=INDICES,
+        ),
         "bulk": _bulk(run, numbers.names, pack),
-        "table": matrix_table(numbers, kinds, keys, LABELS, FIRST, pack),
+        "table": matrix_table(numbers, kinds, keys, {key: tr(name) for key, (name, _) in LABELS.items()}, FIRST, pack),
     }
 
 
@@ -132,6 +137,12 @@ def _numbers(run: Run) -> Numbers:
 
 def _of_length(values: np.ndarray | None, times: int) -> np.ndarray:
     return values if values is not None and len(values) == times else np.full(times, np.nan)
+
+
+def _label(metric: str) -> dict[str, str]:
+    """What is said of it, and its unit; its name in the log without."""
+    name, unit = LABELS.get(metric, (metric, ""))
+    return {"label": tr(name), "unit": tr(unit) if unit else ""}
 
 
 def _place(metric: str) -> tuple[int, str]:
@@ -178,7 +189,12 @@ def _spectra(run: Run, names: list[str], pack: Packer, most: int) -> tuple[dict[
         at = np.union1d(at, np.array([*ends[:1], *ends[-1:]], int))  # the spectra of the start and of now are whole
         if len(at) < len(updates_T):
             notes.append(
-                f"Of {KINDS[kind]} spectra this page holds {len(at)} of {len(updates_T)} refreshes, evenly spaced."
+                tr(
+                    "Of {kind} spectra this page holds {n} of {all} refreshes, evenly spaced.",
+                    kind=tr(KINDS[kind]),
+                    n=len(at),
+                    all=len(updates_T),
+                )
             )
         held: dict[str, Any] = {}
         for name, s_TK in modules.items():
@@ -202,7 +218,7 @@ def _bulk(run: Run, names: list[str], pack: Packer) -> dict[str, Any]:
             if name not in names or shape is None or not np.isfinite(s).all() or not s.size or s[0] <= 0:
                 continue
             one = _against_noise(s, own, shape, pack)
-            one |= {"name": name, "label": name if kind == "spec" else f"{name}, {label}"}
+            one |= {"name": name, "label": name if kind == "spec" else f"{name}, {tr(label)}"}
             content[f"{kind}/{name}"] = one
     return content
 
@@ -218,15 +234,18 @@ def _against_noise(s: np.ndarray, own: np.ndarray, shape: tuple[int, int], pack:
     if has_edge:
         x = (np.arange(120) + 0.5) / 120 * right
         one["density"] = pack((above.size - noise.outliers) / s.size * bulk_density(x, of_above, noise.sigma))
-        told.append(f"{noise.outliers:.0f} of {s.size} values lie beyond the edge {noise.edge:.4g}.")
-        told.append(f"The bulk's KS distance to the law is {noise.ks:.3f}.")
+        told.append(
+            tr("{n:.0f} of {all} values lie beyond the edge {at:.4g}.", n=noise.outliers, all=s.size, at=noise.edge)
+        )
+        told.append(tr("The bulk's KS distance to the law is {n:.3f}.", n=noise.ks))
         if noise.ks > 0.05:
-            told.append("Above 0.05 the bulk is no noise: edge and outliers say little.")
+            told.append(tr("Above 0.05 the bulk is no noise: edge and outliers say little."))
     if np.isfinite(fit.alpha):
-        told.append(f"Power law of the tail: α = {fit.alpha:.2f} ± {fit.sigma:.2f}, KS distance {fit.ks:.2f}.")
+        text = msg("Power law of the tail: α = {alpha:.2f} ± {error:.2f}, KS distance {ks:.2f}.")
+        told.append(tr(text, alpha=fit.alpha, error=fit.sigma, ks=fit.ks))
         if fit.ks > 0.1:
-            told.append("Above 0.1 the tail is no power law.")
+            told.append(tr("Above 0.1 the tail is no power law."))
     if above.size < s.size:
-        told.append(f"{s.size - above.size} values are rounding, and left out of both fits.")
+        told.append(tr("{n} values are rounding, and left out of both fits.", n=s.size - above.size))
     one["told"] = " ".join(told)
     return one

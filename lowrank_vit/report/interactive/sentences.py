@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lowrank_vit.report.language import msg, tr
 from lowrank_vit.report.read import Run, series
 from lowrank_vit.report.style import moment
 from lowrank_vit.report.switching.read import Switching, in_words
@@ -63,12 +64,17 @@ def _of_spectra(run: Run) -> list[Finding]:
     found: list[Finding] = []
     broken = [name for name, s_TK in modules.items() if not np.isfinite(s_TK[-1]).all()]
     if broken:
-        of = f"{len(broken)} of {len(modules)} matrices, {broken[0]} first"
-        found.append(Finding(f"Weights are not finite {moment(run, updates_T[-1])}: {of}.", math.inf, "not finite"))
+        text = tr("Weights are not finite {when}: {n} of {all} matrices, {first} first.", n=len(broken),
+                  all=len(modules), first=broken[0], when=moment(run, updates_T[-1]))  # fmt: skip
+        found.append(Finding(text, math.inf, "not finite"))
     if len(updates_T) < 2:
         return found
     # The stable rank moves by the square of what sigma_1 moves by.
-    measures = (("σ₁", _sigma_max, 1.0), ("stable rank", stable_rank, 0.5), ("effective rank", effective_rank, 1.0))
+    measures = (
+        ("σ₁", _sigma_max, 1.0),
+        (tr("stable rank"), stable_rank, 0.5),
+        (tr("effective rank"), effective_rank, 1.0),
+    )
     for kind, names in types.items():
         for label, measure, scale in measures:
             first, last = (np.array([measure(modules[name][t]) for name in names]) for t in (0, -1))
@@ -101,16 +107,22 @@ def _change(
     before, after = float(np.mean(first_B)), float(np.mean(last_B))
     is_local = abs(there) > _LOCAL * abs(overall) + _LEAST and len(names) > window
     where = _blocks(names[at : at + window])
-    of_them = np.exp(there)
-    between = f"update {updates_T[0]:,} to {updates_T[-1]:,}"
-    rests = f"mean of {len(names)} {'matrices' if len(names) > 1 else 'matrix'}: {before:.3g} → {after:.3g}, {between}"
+    of_them = float(np.exp(there))
+    numbers = {"n": len(names), "before": before, "after": after, "begin": int(updates_T[0]), "end": int(updates_T[-1])}
+    rests = msg("mean of {n} matrices: {before:.3g} → {after:.3g}, update {begin:,} to {end:,}")
+    if len(names) < 2:
+        rests = msg("mean of {n} matrix: {before:.3g} → {after:.3g}, update {begin:,} to {end:,}")
+    told = {"what": label, "kind": kind, "where": where, "rests": tr(rests, **numbers)}
     if is_local and abs(overall) < _LEAST:
-        text = f"{label} of {kind} {_grew(of_them)} in {where}, and hardly elsewhere ({rests})."
+        form = msg("{what} of {kind} {grew} in {where}, and hardly elsewhere ({rests}).")
+        text = tr(form, grew=_grew(of_them), **told)
     elif is_local:
-        text = f"{label} of {kind} {_grew(after / before)}, most in {where} ({_times(of_them)}; {rests})."
+        form = msg("{what} of {kind} {grew}, most in {where} (× {times:.2g} there; {rests}).")
+        text = tr(form, grew=_grew(after / before), times=of_them, **told)
     else:
-        text = f"{label} of {kind} {_grew(after / before)}, in all blocks alike ({rests})."
-        text = text.replace(", in all blocks alike", "") if len(names) < 2 else text
+        form = msg("{what} of {kind} {grew}, in all blocks alike ({rests}).")
+        form = msg("{what} of {kind} {grew} ({rests}).") if len(names) < 2 else form
+        text = tr(form, grew=_grew(after / before), **told)
     return Finding(text, weight, kind)
 
 
@@ -120,16 +132,13 @@ def _of_switches(switching: Switching) -> list[Finding]:
     if not done:
         return []
     count, lines = len(switching.ranks_after(len(switching.switches))), in_words(switching)
-    text = f"{count} of {len(switching.layers)} layers were put in factors; the last time at {lines[-1]}."
+    text = tr("{n} of {all} layers were put in factors; the last time at {when}.", n=count,
+              all=len(switching.layers), when=lines[-1])  # fmt: skip
     return [Finding(text, _SWITCHED, "switches")]
 
 
 def _grew(ratio: float) -> str:
-    return f"grew {ratio:.2g} times" if ratio >= 1 else f"fell to {100 * ratio:.2g} %"
-
-
-def _times(ratio: float) -> str:
-    return f"× {ratio:.2g} there"
+    return tr("grew {n:.2g} times", n=ratio) if ratio >= 1 else tr("fell to {n:.2g} %", n=100 * ratio)
 
 
 def _blocks(names: list[str]) -> str:
@@ -137,8 +146,10 @@ def _blocks(names: list[str]) -> str:
     numbers = [[int(part) for part in name.split(".") if part.isdecimal()] for name in names]
     if all(len(one) == 1 for one in numbers):
         ends = numbers[0][0], numbers[-1][0]
-        return f"block {ends[0]}" if ends[0] == ends[1] else f"blocks {ends[0]}-{ends[1]}"
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        if ends[0] == ends[1]:
+            return tr("block {n}", n=ends[0])
+        return tr("blocks {first}-{last}", first=ends[0], last=ends[1])
+    return names[0] if len(names) == 1 else tr("{first} to {last}", first=names[0], last=names[-1])
 
 
 def _of_training(run: Run) -> list[Finding]:
@@ -146,31 +157,33 @@ def _of_training(run: Run) -> list[Finding]:
     losses, updates = run.train.get("loss", np.empty(0)), run.train.get("update", np.empty(0))
     if losses.size and not np.isfinite(losses[-1]):
         finite = np.flatnonzero(np.isfinite(losses))
-        since = (
-            f"the last finite one, {losses[finite[-1]]:.3g}, is of update {updates[finite[-1]]:,.0f}"
-            if finite.size
-            else "none was"
-        )
-        found.append(Finding(f"The training loss is not finite: {since}.", math.inf, "loss"))
+        text = tr("The training loss is not finite: none was.")
+        if finite.size:
+            form = msg("The training loss is not finite: the last finite one, {loss:.3g}, is of update {n:,.0f}.")
+            text = tr(form, loss=losses[finite[-1]], n=updates[finite[-1]])
+        found.append(Finding(text, math.inf, "loss"))
     top1, epochs = run.epochs.get("eval_top1", np.empty(0)), run.epochs.get("epoch", np.empty(0))
     known = np.flatnonzero(np.isfinite(top1))
     parts: list[str] = []
     if known.size:
         best = known[int(np.argmax(top1[known]))]
-        when = f" after epoch {epochs[best] + 1:.0f}" if epochs.size == top1.size else ""
-        parts.append(
-            f"Top-1 went from {top1[known[0]]:.2f} % to {top1[known[-1]]:.2f} % (best: {top1[best]:.2f} %{when})"
-        )
+        form = msg("Top-1 went from {first:.2f} % to {last:.2f} % (best: {best:.2f} %)")
+        if has_epochs := epochs.size == top1.size:
+            form = msg("Top-1 went from {first:.2f} % to {last:.2f} % (best: {best:.2f} % after epoch {epoch:.0f})")
+        of = {"first": top1[known[0]], "last": top1[known[-1]], "best": top1[best]}
+        parts.append(tr(form, epoch=epochs[best] + 1 if has_epochs else 0, **of))
     there = np.flatnonzero(np.isfinite(losses))
     if there.size > 1:
-        text = f"the training loss from {losses[there[0]]:.3g} to {losses[there[-1]]:.3g} nats"
-        parts.append(text if parts else f"The training loss went{text.removeprefix('the training loss')}")
+        form = msg("the training loss from {first:.3g} to {last:.3g} nats")
+        form = form if parts else msg("The training loss went from {first:.3g} to {last:.3g} nats")
+        parts.append(tr(form, first=losses[there[0]], last=losses[there[-1]]))
     waits = run.train.get("data_wait", run.epochs.get("data_wait", np.empty(0)))
     waits = waits[np.isfinite(waits)]
     if parts and waits.size:
-        parts.append(f"{100 * float(np.median(waits)):.1f} % of the time was spent waiting for data (median)")
+        share = 100 * float(np.median(waits))
+        parts.append(tr("{n:.1f} % of the time was spent waiting for data (median)", n=share))
     if parts:
-        found.append(Finding(", ".join(parts) + ".", 0.0, "training"))
+        found.append(Finding(tr(", ").join(parts) + tr("."), 0.0, "training"))
     return found
 
 

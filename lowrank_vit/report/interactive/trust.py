@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_vit.report.interactive.packing import Packer
+from lowrank_vit.report.language import tr
 
 FIT_KS, BULK_KS, LEAST_TAIL, NO_GAP, LOOSE = 0.1, 0.05, 20, 0.01, 1e-6
 _RATIOS = frozenset("sigma_max stable_rank effective_rank nuclear_norm update_normF mp_edge condition".split())
@@ -67,10 +68,12 @@ def matrix_table(
                 reasons += [reason] if reason not in reasons else []
                 doubts[part].setdefault(f"{start + at},{column}", []).append(reasons.index(reason))
     return {
-        "note": "Newest number, and its change since the first refresh that has it. Click a heading to sort; "
-        "a question mark says that a number should not be trusted, and why.",
+        "note": tr(
+            "Newest number, and its change since the first refresh that has it. Click a heading to sort; "
+            "a question mark says that a number should not be trusted, and why."
+        ),
         "columns": [
-            {"label": labels.get(metric, metric).split(",")[0], "ratio": metric in _RATIOS, "first": metric in first}
+            {"label": labels.get(metric, metric), "ratio": metric in _RATIOS, "first": metric in first}
             for metric in metrics
         ],
         "rows": rows,
@@ -93,42 +96,49 @@ def _doubts(numbers: Numbers, kind: str, metric: str, change_N: np.ndarray) -> l
     updates, last, first = numbers.updates, _last(values_NT), _first(values_NT)
     known = np.asarray(np.isfinite(values_NT).any(axis=1))
     begins_with_nan = metric.startswith(("cos", "block_cos", "delta", "update", "turn", "block_energy", "dw"))
-    mark(np.logical_not(known), "It is not finite at any refresh that this page has.")
+    mark(np.logical_not(known), tr("It is not finite at any refresh that this page has."))
     for at in set(last[known & (last < len(updates) - 1)].tolist()):
         mark(
             known & (last == at),
-            f"It is of update {updates[at]:,}: later refreshes did not compute it, or it was not finite.",
+            tr("It is of update {n:,}: later refreshes did not compute it, or it was not finite.", n=updates[at]),
         )
     for at in set(first[known & (first > 0)].tolist()) - ({1} if begins_with_nan else set()):
-        mark(known & (first == at), f"The change is since update {updates[at]:,}, the first that has it.", "change")
+        since = tr("The change is since update {n:,}, the first that has it.", n=updates[at])
+        mark(known & (first == at), since, "change")
     of = {name: numbers.newest(kind, name) for name in ("alpha_ks", "alpha_tail", "alpha_sigma", "mp_ks", "gap_k")}
     of |= {name: numbers.newest(kind, name) for name in ("block_gap", "turn_bound", "certificate_max")}
     if metric in ("alpha", "alpha_sigma", "alpha_tail"):
-        mark(of["alpha_ks"] > FIT_KS, f"The fit's KS distance is above {FIT_KS}: the tail is no power law.")
-        mark(of["alpha_tail"] < LEAST_TAIL, f"The power law was fitted to fewer than {LEAST_TAIL} values.")
+        mark(of["alpha_ks"] > FIT_KS, tr("The fit's KS distance is above {n}: the tail is no power law.", n=FIT_KS))
+        mark(of["alpha_tail"] < LEAST_TAIL, tr("The power law was fitted to fewer than {n} values.", n=LEAST_TAIL))
     if metric == "alpha":
         mark(
             np.asarray(np.abs(change_N) < of["alpha_sigma"]),
-            "The change is smaller than the standard error of α.",
+            tr("The change is smaller than the standard error of α."),
             "change",
         )
     if metric.startswith("mp_") and metric != "mp_ks":
         mark(
-            of["mp_ks"] > BULK_KS, f"The bulk's KS distance to noise is above {BULK_KS}: edge and outliers say little."
+            of["mp_ks"] > BULK_KS,
+            tr("The bulk's KS distance to noise is above {n}: edge and outliers say little.", n=BULK_KS),
         )
     if metric.startswith("block_cos"):
         # An infinite or missing bound proves nothing.
         mark(
             (of["block_gap"] < NO_GAP) & ~(of["turn_bound"] < 1),
-            f"The block is not well defined: the gap behind it is below {NO_GAP:g}, its turn not bounded below 1.",
+            tr(
+                "The block is not well defined: the gap behind it is below {n:g}, its turn not bounded below 1.",
+                n=NO_GAP,
+            ),
         )
     if metric.startswith(("cos_", "cos0_", "ema_cos_")):
-        mark(of["gap_k"] < NO_GAP, f"A gap beside a recorded value is below {NO_GAP:g}: neighbours swap their vectors.")
+        text = tr("A gap beside a recorded value is below {n:g}: neighbours swap their vectors.", n=NO_GAP)
+        mark(of["gap_k"] < NO_GAP, text)
     if metric in ("sigma_max", "stable_rank"):
-        mark(of["certificate_max"] > LOOSE, f"The proven error of a recorded value is above {LOOSE:g} of σ₁.")
+        text = tr("The proven error of a recorded value is above {n:g} of σ₁.", n=LOOSE)
+        mark(of["certificate_max"] > LOOSE, text)
     if metric == "condition":
         square = np.array([len(set(numbers.shapes.get(name, (0, 1)))) == 1 for name in numbers.names])
-        mark(square & known, "Of a square matrix the condition is random at the start, and says nothing.")
+        mark(square & known, tr("Of a square matrix the condition is random at the start, and says nothing."))
     return found
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lowrank_vit.report.language import msg
 from lowrank_vit.report.read import Run
 from lowrank_vit.report.spectra.metrics import matrix_scalars
 from lowrank_vit.report.style import (
@@ -29,11 +30,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FLOW_PANELS = (
-    ("effective_rank", "effective rank of tokens", "exp(entropy of σ / Σ σ)", "rank_limit", "no more is possible"),
-    ("stable_rank", "stable rank of tokens", "Σ σ² / σ₁²", "", ""),
-    ("cosine", "mean cosine of tokens", "1: all alike", "", "isotropic: 0"),
-    ("cosine_image", "mean cosine within an image", "1: all alike", "", "isotropic: 0"),
-    ("entropy", "entropy of attention", "nats, mean of the heads", "entropy_uniform", "uniform: ln T"),
+    (
+        "effective_rank",
+        msg("effective rank of tokens"),
+        msg("exp(entropy of σ / Σ σ)"),
+        "rank_limit",
+        msg("no more is possible"),
+    ),
+    ("stable_rank", msg("stable rank of tokens"), "Σ σ² / σ₁²", "", ""),
+    ("cosine", msg("mean cosine of tokens"), msg("1: all alike"), "", msg("isotropic: 0")),
+    ("cosine_image", msg("mean cosine within an image"), msg("1: all alike"), "", msg("isotropic: 0")),
+    ("entropy", msg("entropy of attention"), msg("nats, mean of the heads"), "entropy_uniform", msg("uniform: ln T")),
 )
 """Metric, title and label; what the level is logged as, or 0 where it has words alone."""
 _LEVEL: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (3, 2))}

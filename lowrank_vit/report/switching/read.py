@@ -14,18 +14,19 @@ from typing import Any
 import numpy as np
 
 from lowrank_vit.report.compression.read import Table
+from lowrank_vit.report.language import msg, tr
 
 _UNKNOWN = "?"
 """In a table, for what was not measured."""
 _EVENT, _TRAIN, _SPEED = (f'{{"kind": "{kind}"'.encode() for kind in ("lowrank", "train", "speed"))
 EVIDENCE = {
-    "energy": "energy held",
-    "energy_of_chance": "energy by chance",
-    "cosine": "cosine",
-    "chance": "cosine by chance",
-    "above_noise": "above noise",
-    "certificate": "certificate",
-    "scale": "factor of the lr",
+    "energy": msg("energy held"),
+    "energy_of_chance": msg("energy by chance"),
+    "cosine": msg("cosine"),
+    "chance": msg("cosine by chance"),
+    "above_noise": msg("above noise"),
+    "certificate": msg("certificate"),
+    "scale": msg("factor of the lr"),
     "error": "|W - AB| / |W|",
 }
 """What a rank rested on and what became of the layer, by its key in the log, in words."""
@@ -201,12 +202,19 @@ def in_words(switching: Switching) -> list[str]:
     """A line for each switch: layers, parameters, FLOPs and images a second before and after, where they are known."""
     lines: list[str] = []
     for one, speed in zip(switching.switches, switching.speeds(), strict=True):
-        would = "would be put" if one.is_dry else "put"
-        parts = [f"update {one.update:,}: {len(one.ranks)} layer{'s' * (len(one.ranks) != 1)} {would} in factors"]
-        changes = {"M parameters": _parameters(one), "GFLOP an image": _flops(one)}
+        forms = (
+            (
+                msg("update {at:,}: {n} layer would be put in factors"),
+                msg("update {at:,}: {n} layers would be put in factors"),
+            )
+            if one.is_dry
+            else (msg("update {at:,}: {n} layer put in factors"), msg("update {at:,}: {n} layers put in factors"))
+        )
+        parts = [tr(forms[len(one.ranks) != 1], at=one.update, n=len(one.ranks))]
+        changes = {tr("M parameters"): _parameters(one), tr("GFLOP an image"): _flops(one)}
         if not one.is_dry and all(map(math.isfinite, speed)):
             changes["img/s"] = _change(*speed, ",.0f")
-        lines.append(", ".join([*parts, *(f"{change} {what}" for what, change in changes.items() if change)]))
+        lines.append(tr(", ").join([*parts, *(f"{change} {what}" for what, change in changes.items() if change)]))
     return lines
 
 
@@ -214,7 +222,7 @@ def headline(switching: Switching) -> list[tuple[str, str]]:
     """The figure that a reader of a switched run looks for first, as (label, value)."""
     done = [one for one in switching.switches if not one.is_dry]
     left = done[-1].number("parameters") / done[0].number("parameters_before") if done else math.nan
-    return [("parameters left", f"{100 * left:.1f} %")] if math.isfinite(left) else []
+    return [(tr("parameters left"), f"{100 * left:.1f} %")] if math.isfinite(left) else []
 
 
 def tables(switching: Switching, shapes: Mapping[str, tuple[int, int]]) -> list[Table]:
@@ -224,7 +232,8 @@ def tables(switching: Switching, shapes: Mapping[str, tuple[int, int]]) -> list[
 
 def notes(switching: Switching) -> list[str]:
     """A line for each time that layers stayed as they were though a switch was due."""
-    return [f"At update {update:,} no layer was put in factors: {why}." for update, why in switching.refusals]
+    text = msg("At update {n:,} no layer was put in factors: {why}.")
+    return [tr(text, n=update, why=why) for update, why in switching.refusals]
 
 
 def beside_the_loss(args: Mapping[str, Any], train: Mapping[str, np.ndarray]) -> list[Table]:
@@ -247,7 +256,7 @@ def beside_the_loss(args: Mapping[str, Any], train: Mapping[str, np.ndarray]) ->
 def _switches(switching: Switching) -> Table:
     rows: list[list[str]] = []
     for one, speed in zip(switching.switches, switching.speeds(), strict=True):
-        why = f"schedule, after epoch {one.number('epoch'):.0f}" if one.is_scheduled else "settled"
+        why = tr("schedule, after epoch {n:.0f}", n=one.number("epoch")) if one.is_scheduled else tr("settled")
         share = one.number("share")
         rows.append(
             [
@@ -257,21 +266,23 @@ def _switches(switching: Switching) -> Table:
                 _UNKNOWN if math.isnan(share) else f"{100 * share:.1f} %",
                 _parameters(one) or _UNKNOWN,
                 _flops(one) or _UNKNOWN,
-                "not trained" if one.is_dry else _change(*speed, ",.0f") or _UNKNOWN,
+                tr("not trained") if one.is_dry else _change(*speed, ",.0f") or _UNKNOWN,
                 _change(one.number("loss_before"), one.number("loss"), ".4f") or _UNKNOWN,
             ]
         )
-    columns = ["update", "why", "layers", "targets left", "M parameters", "GFLOP an image", "img/s", "loss, one batch"]
-    title = "Layers that would be put in factors (dry run)" if switching.is_dry else "Layers put in factors"
-    note = (
+    columns = [tr("update"), tr("why"), tr("layers"), tr("targets left"), tr("M parameters"), tr("GFLOP an image"),
+               "img/s", tr("loss, one batch")]  # fmt: skip
+    title = tr("Layers put in factors")
+    note = tr(
         "FLOPs of training on an image; loss of the same images before and after. Images a second are medians of the "
         "log's intervals up to the next switch, without the one in which the step is compiled anew. "
-        f"{_UNKNOWN}: not measured."
+        "?: not measured."
     )
     if switching.is_dry:
-        note = (
+        title = tr("Layers that would be put in factors (dry run)")
+        note = tr(
             "FLOPs of training on an image; loss of the same images. Each row is beside the whole model. "
-            f"{_UNKNOWN}: not measured."
+            "?: not measured."
         )
     return Table(title, columns, rows, note)
 
@@ -287,11 +298,11 @@ def _ranks(switching: Switching, shapes: Mapping[str, tuple[int, int]]) -> Table
     rows: list[list[str]] = []
     for name in switching.layers:
         shape = " x ".join(map(str, shapes[name])) if name in shapes else _UNKNOWN
-        ranks = [str(ranks.get(name, "whole")) for ranks in after]
+        ranks = [str(ranks.get(name, tr("whole"))) for ranks in after]
         rows.append([name, shape, *ranks, *(_cell(key, newest.get(name, {}).get(key)) for key in known)])
-    at = [f"update {one.update:,}" for one in switching.switches]
-    note = f"The rank behind each switch, and what the newest switch or refresh rested on. {_UNKNOWN}: not measured."
-    return Table("Ranks by layer", ["", "shape", *at, *(EVIDENCE[key] for key in known)], rows, note)
+    at = [tr("update {n}", n=f"{one.update:,}") for one in switching.switches]
+    note = tr("The rank behind each switch, and what the newest switch or refresh rested on. ?: not measured.")
+    return Table(tr("Ranks by layer"), ["", tr("shape"), *at, *(tr(EVIDENCE[key]) for key in known)], rows, note)
 
 
 def _cell(key: str, value: float | None) -> str:

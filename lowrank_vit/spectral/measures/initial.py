@@ -86,17 +86,24 @@ def redraw_far_entries(model: nn.Module, seed: int) -> dict[str, list[FarEntry]]
     return found
 
 
-def in_words(found: Mapping[str, Sequence[FarEntry]]) -> str:
-    """Which entries of which matrices, those farthest out first: "head[1, 2] = -2 (100 standard deviations)"."""
+def in_words(
+    found: Mapping[str, Sequence[FarEntry]],
+    one: str = "{name}[{at}] = {value:.4g} ({deviations:.0f} standard deviations)",
+    more: str = " and {n} more",
+) -> str:
+    """Which entries of which matrices, those farthest out first: "head[1, 2] = -2 (100 standard deviations)".
+
+    `one` and `more` are formats of an entry and of how many are not named.
+    """
     farthest = sorted(
-        ((e, name) for name, entries in found.items() for e in entries), key=lambda one: -one[0].deviations
+        ((e, name) for name, entries in found.items() for e in entries), key=lambda pair: -pair[0].deviations
     )
     shown = [
-        f"{name}[{', '.join(map(str, e.at))}] = {e.value:.4g} ({e.deviations:.0f} standard deviations)"
+        one.format(name=name, at=", ".join(map(str, e.at)), value=e.value, deviations=e.deviations)
         for e, name in farthest[:_SHOWN]
     ]
-    more = len(farthest) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
+    left = len(farthest) - len(shown)
+    return ", ".join(shown) + (more.format(n=left) if left else "")
 
 
 def warning_of(found: Mapping[str, Sequence[FarEntry]]) -> str:

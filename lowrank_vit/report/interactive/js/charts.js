@@ -23,7 +23,7 @@ function show(place, panel) {
   else watcher.observe(place);
 }
 function axis(title, extra) {
-  return { title: { text: plain(title || ""), font: { size: 12 }, standoff: 8 }, gridcolor: css("--line"), linecolor: css("--line"),
+  return { title: { text: lines(title || ""), font: { size: 12 }, standoff: 8 }, gridcolor: css("--line"), linecolor: css("--line"),
     zerolinecolor: css("--line"), automargin: true, ...extra };
 }
 const MOST_NAMED = 16;
@@ -55,6 +55,9 @@ function draw(place) {
   Plotly.react(place, traces, layout, { responsive: true, displaylogo: false, displayModeBar: "hover",
     /* Named one by one, and no server: of the library's own buttons one would send the chart to a service. */
     modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], plotlyServerURL: "",
+    locale: "own", locales: { own: { dictionary: {
+      "Download plot as a PNG": t("Download plot as a PNG"), "Zoom": t("Zoom"), "Pan": t("Pan"), "Reset axes": t("Reset axes"),
+      "Double-click to zoom back out": t("Double-click to zoom back out") } } },
     toImageButtonOptions: { filename: panel.title || t("figure"), scale: 2 } });
 }
 function trace(one, panel) {
@@ -90,7 +93,7 @@ function heat(one) {
   text = one.z.map((row) => Array.from(row, shown));
   return { type: "heatmap", x: one.x, y: one.y.map(plain), z, text, colorscale: one.scale || "Viridis",
     zmin: one.log ? undefined : one.range?.[0], zmax: one.log ? undefined : one.range?.[1], hoverongaps: false,
-    colorbar: { title: { text: plain(one.label || ""), side: "right", font: { size: 11 } }, thickness: 12, ...bar },
+    colorbar: { title: { text: lines(one.label || ""), side: "right", font: { size: 11 } }, thickness: 12, ...bar },
     hovertemplate: `%{y}<br>${plain(one.over || t("update"))} %{x}: %{text}<extra></extra>` };
 }
 

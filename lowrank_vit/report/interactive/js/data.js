@@ -41,6 +41,7 @@ function make(tag, attributes = {}, ...children) {
 }
 /* Plotly takes a few tags in texts: names are shown as they are. */
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+const lines = (text) => plain(text).replace(/\n/g, "<br>");
 const isKnown = (value) => value !== null && value !== undefined && Number.isFinite(value);
 function shown(value) {
   if (!isKnown(value)) return "";

@@ -5,6 +5,8 @@ function rowOf(m, kind, metric, index) {
   return values ? values.subarray(index * count, (index + 1) * count) : null;
 }
 const hasAny = (row) => row && row.some(isKnown);
+const named = (metric) => (metric.unit ? `${metric.label}, ${metric.unit}` : metric.label);
+const titled = (metric) => (metric.unit ? `${metric.label}\n${metric.unit}` : metric.label);
 const metricsOf = (m, kind, wanted) => m.metrics.filter((one) => m.values[kind]?.[one.key] && (!wanted || wanted(one)));
 function meanOf(rows) {
   const sums = new Array(rows[0].length).fill(0), counts = new Array(rows[0].length).fill(0);
@@ -49,9 +51,9 @@ function explorer(m, id, title, note, wanted, first) {
     }
     const zero = metric.chance === "0" ? series.filter((one) => one.isChance) : [];
     zero.forEach((one) => { one.name = t("chance"); one.color = "ink"; delete one.look; one.legend = true; });
-    show(place, { x: t("update"), y: metric.label, log: log.checked, series, revision: metric.key + log.checked });
+    show(place, { x: t("update"), y: titled(metric), log: log.checked, series, revision: metric.key + log.checked });
   };
-  const what = select(bar, "metric", t("number"), metrics.map((one) => [one.key, one.label]), render);
+  const what = select(bar, "metric", t("number"), metrics.map((one) => [one.key, named(one)]), render);
   if (first && metrics.some((one) => one.key === first)) what.value = first;
   const layers = select(bar, "layer", t("layers"), [["means", t("means by type")], ...types.map((type) => ["type:" + type, t("each {type}", { type })]),
     ...m.names.map((name, i) => ["layer:" + i, name])], render);
@@ -77,9 +79,9 @@ function heatMap(m) {
     show(place, { x: t("update"), yaxis: { autorange: "reversed", type: "category", showgrid: false },
       xaxis: { type: "category", nticks: 8, showgrid: false }, revision: metric.key + type.value,
       heat: at.length ? { x: m.updates.map((u) => u.toLocaleString("en")), y: at.map((i) => m.names[i]), log: log.checked,
-        z: at.map((i) => rowOf(m, weights.value, metric.key, i)), label: metric.label } : null });
+        z: at.map((i) => rowOf(m, weights.value, metric.key, i)), label: titled(metric) } : null });
   };
-  const what = select(bar, "metric", t("number"), metrics.map((one) => [one.key, one.label]), render);
+  const what = select(bar, "metric", t("number"), metrics.map((one) => [one.key, named(one)]), render);
   if (metrics.some((one) => one.key === "stable_rank")) what.value = "stable_rank";
   const type = select(bar, "type", t("type"), [...typesOf(m).map((one) => [one, one]), ["all", t("all types")]], render);
   const weights = select(bar, "weights", t("weights"), m.kinds, render);
