@@ -38,6 +38,7 @@ from data_prep.writing.bad_images import BadImagesError, joined
 from data_prep.writing.beton import Resume, Written, write_beton
 from data_prep.writing.resuming import find_finished, remove_left_of, rename_pending, write_pending
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.packages import needs
 from lowrank_vit.common.resources import available_cores
 
 DEFAULT_IMAGE_OPTIONS = ImageOptions()
@@ -345,12 +346,11 @@ def _convert(
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what reads, resizes and writes images."""
-    import cv2
-
+    """Versions of what reads, resizes and writes images. Raises `UserError` where one is missing."""
+    turbojpeg.load()
     return {
         "numpy": np.__version__,
         "pillow": PIL.__version__,
-        "opencv": cv2.__version__,
+        "opencv": needs("cv2", extra="train", to="Converting image files").__version__,
         "turbojpeg": turbojpeg.identity(),
     }

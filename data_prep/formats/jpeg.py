@@ -37,6 +37,7 @@ from data_prep.formats.image_formats import format_by_suffix
 from data_prep.formats.jpeg_segments import JpegHeader
 from data_prep.sources.samples import Sample
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.packages import needs
 
 # Named one by one because a file's suffix proves nothing, and PIL would hand an EPS file to Ghostscript. Formats that
 # cannot be told by their first bytes are tried only where the suffix speaks of them.
@@ -373,7 +374,6 @@ _decoded, _resized = _Scratch(), _Scratch()
 
 @cache
 def _opencv() -> Any:
-    import cv2  # a tenth of a second, and not every set needs it
-
-    cv2.setNumThreads(1)  # the workers already use every core
-    return cv2
+    opencv = needs("cv2", extra="train", to="Resizing images")  # a tenth of a second, and not every set needs it
+    opencv.setNumThreads(1)  # the workers already use every core
+    return opencv

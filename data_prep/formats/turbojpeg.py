@@ -181,7 +181,10 @@ def _handle(kind: str) -> ctypes.c_void_p:
 
 @cache
 def identity() -> str:
-    """The loaded library's file name and the beginning of its SHA-256; it has no function that tells its version."""
+    """The library's file name and the beginning of its SHA-256; it has no function that tells its version.
+
+    Raises `UserError` where it is missing, as all do that call it.
+    """
 
     class SymbolInfo(ctypes.Structure):  # Dl_info of dladdr(3)
         _fields_ = (
@@ -200,6 +203,11 @@ def identity() -> str:
 def address(name: str) -> int:
     """Where a function of the library lies, for compiled code that calls it without Python."""
     return ctypes.cast(getattr(_library(), name), ctypes.c_void_p).value or 0
+
+
+def load() -> None:
+    """Load the library. Raises `UserError` where it is missing."""
+    _library()
 
 
 @cache
@@ -231,5 +239,6 @@ def _load() -> ctypes.CDLL:
         for extension in Path(folder).glob("_libffcv*.so"):
             return ctypes.CDLL(str(extension))
     raise UserError(
-        "libturbojpeg is missing. Install it (Debian: `apt-get install libturbojpeg0-dev`), or run `make setup`."
+        "libturbojpeg is missing, which reads and writes JPEGs. Install it (Debian, Ubuntu: `apt-get install "
+        "libturbojpeg0-dev`; conda: `conda install -c conda-forge libjpeg-turbo`), or run `make setup`."
     )

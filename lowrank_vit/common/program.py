@@ -44,13 +44,14 @@ def check_versions() -> None:
     except metadata.PackageNotFoundError:
         return
     for line in needed:
-        match = re.match(r"(?P<name>[\w.-]+)>=(?P<least>[\d.]+)$", line)
+        match = re.match(r"(?P<name>[\w.-]+)>=(?P<least>[\d.]+)(?: *; *extra .*)?$", line)
         if not match or not match["name"].startswith(_DECISIVE):
             continue
-        with suppress(metadata.PackageNotFoundError):  # a build under another name, which is not known here
+        with suppress(metadata.PackageNotFoundError):  # of an extra; or a build under a name not known here
             found = metadata.version(match["name"])
             if _release(found) < _release(match["least"]):
-                raise UserError(f"{match['name']} {found} is too old: `pip install -U '{line}'`.")
+                newer = f"{match['name']}>={match['least']}"
+                raise UserError(f"{match['name']} {found} is too old: `pip install -U '{newer}'`.")
 
 
 def _release(version: str) -> tuple[int, ...]:

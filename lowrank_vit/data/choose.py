@@ -10,8 +10,10 @@ import torch
 from rich.filesize import decimal as size_in_words
 
 from data_prep.formats import turbojpeg
+from data_prep.formats.beton import MODE_RAW
 from lowrank_vit.common import resources, terminal
 from lowrank_vit.common.devices import cuda_path, pick_device
+from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.decode import resident_set
 from lowrank_vit.data.decode.backend import Backend, LoaderOptions
 from lowrank_vit.data.decode.dali import why_no_dali
@@ -62,6 +64,8 @@ def open_loader(
     options = options or LoaderOptions(workers=workers)
     device = pick_device(device) if isinstance(device, str) else device
     options = replace(options, say=say if plan.rank == 0 else None)
+    if (beton.modes != MODE_RAW).any():
+        turbojpeg.load()
     backend, reason, share = _open_backend(beton, plan, device, options)
     if options.before and options.before != backend.name:
         reason += f"; the run has decoded with {options.before} so far, and pixels may differ a little from here on"
@@ -193,8 +197,12 @@ def _choose_decoder(
 
 
 def _versions() -> dict[str, str]:
+    try:
+        jpeg = turbojpeg.identity()
+    except UserError:  # raw images alone can have come so far
+        jpeg = "no libturbojpeg"
     return {
-        "ffcv": f"numba {metadata.version('numba')}, {turbojpeg.identity()}",
+        "ffcv": f"numba {metadata.version('numba')}, {jpeg}",
         "dali": dali_version(),
     }
 

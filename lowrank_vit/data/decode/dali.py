@@ -30,7 +30,7 @@ from lowrank_vit.common.devices import (
     to_device,
 )
 from lowrank_vit.common.errors import BetonError, UserError
-from lowrank_vit.common.packages import needs, why_missing
+from lowrank_vit.common.packages import NOT_INSTALLED, install_line, needs, why_missing
 from lowrank_vit.common.threads import Ahead
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.decode.backend import (
@@ -265,7 +265,8 @@ def rows_of(plan: BatchPlan, rows: slice) -> BatchPlan:
 def why_no_dali(device: torch.device) -> str:
     """The reason why DALI cannot decode for a device, or an empty string. On a GPU an image is decoded to find out."""
     if why := why_missing("nvidia.dali"):
-        return f"NVIDIA DALI {why}"
+        which = f", which may decode faster ({install_line('dali')})" if why == NOT_INSTALLED else ""
+        return f"NVIDIA DALI {why}{which}"
     if not cuda_path(device):
         return ""
     try:

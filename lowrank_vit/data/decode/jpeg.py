@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numba
@@ -10,14 +11,21 @@ from llvmlite import binding
 from numba import types
 
 from data_prep.formats import turbojpeg
+from lowrank_vit.common.errors import UserError
 
 _VOID, _INT = types.uintp, types.int32
 
 
 def _function(name: str, result: types.Type, *arguments: types.Type) -> Any:
-    """A function of the library, found by name rather than by address, so that numba may keep what calls it."""
+    """A function of the library, found by name rather than by address, so that numba may keep what calls it.
+
+    Where the library is missing another one stands for it, which is not called: `open_loader` opens no JPEGs there.
+    """
     symbol = f"lowrank_vit_{name}"
-    binding.add_symbol(symbol, turbojpeg.address(name))
+    try:
+        binding.add_symbol(symbol, turbojpeg.address(name))
+    except UserError:
+        binding.add_symbol(symbol, ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p).value)
     return types.ExternalFunction(symbol, result(*arguments))
 
 
