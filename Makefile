@@ -17,7 +17,8 @@ endif
 help:
 	@echo "make train [CFG=configs/quickstart.yaml] [ARGS='--epochs 1']"
 	@echo "                                        set up on first use, then train"
-	@echo "make setup                              .venv with everything"
+	@echo "make setup [YES=1]                      .venv with everything; asks before sudo,"
+	@echo "                                        unless YES=1 agrees"
 	@echo "make test                               the test suite, all but its slow half"
 	@echo "make test-slow                          the slow half: many mutated files, kills"
 	@echo "make compare A=main B=.                 losses, spectra, scores of two commits"

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Install what ffcv needs to build: a C++ compiler, pkg-config, OpenCV 4, libturbojpeg and Python's headers.
-# Does nothing where all of it is there. Usage: sh scripts/system_libraries.sh PYTHON
+# Does nothing where all of it is there. What it runs with sudo it says and asks for first; YES=1 agrees, and without a
+# terminal nothing is asked. Usage: [YES=1] sh scripts/system_libraries.sh PYTHON
 set -eu
 python=${1:-python3}
 debian="g++ pkg-config libopencv-dev libturbojpeg0-dev"
@@ -23,23 +24,44 @@ lacking=$(missing | paste -sd, - | sed 's/,/, /g')
 test -n "$lacking" || exit 0
 echo "ffcv needs system libraries that are missing here: $lacking"
 
-root=""
-if [ "$(id -u)" != 0 ]; then
-    root="sudo"
-    command -v sudo >/dev/null 2>&1 && sudo -n true >/dev/null 2>&1 || root="none"
-fi
-if command -v apt-get >/dev/null 2>&1 && [ "$root" != none ]; then
-    case "$lacking" in *Python*) debian="$debian python3-dev python3-venv" ;; esac
+case "$lacking" in *Python*) debian="$debian python3-dev python3-venv" ;; esac
+update="env DEBIAN_FRONTEND=noninteractive apt-get -qq update"
+install="env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $debian"
+
+# Whether the user agrees, who is asked where there is a terminal, unless YES=1 agrees for all.
+agreed() {
+    case "${YES:-}" in 1 | y | yes | true) return 0 ;; esac
+    [ -t 0 ] || return 0
+    printf "Run that? [y/N] " >&2
+    read -r answer || answer=""
+    case "$answer" in [yY] | [yY][eE][sS]) return 0 ;; esac
+    return 1
+}
+
+if ! command -v apt-get >/dev/null 2>&1; then
+    root="none"
+elif [ "$(id -u)" = 0 ]; then
+    root=""
     echo "installing with apt: $debian"
-    $root env DEBIAN_FRONTEND=noninteractive apt-get -qq update
-    # shellcheck disable=SC2086  # a list of packages
-    $root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $debian >/dev/null
+elif command -v sudo >/dev/null 2>&1; then
+    root="sudo"
+    [ -t 0 ] || root="sudo -n"
+    printf 'To install them, this runs:\n  %s\n  %s\n' "$root $update" "$root $install"
+    agreed || root="none"
+else
+    root="none"
+fi
+if [ "$root" != none ]; then
+    # shellcheck disable=SC2086  # lists of words
+    $root $update && $root $install >/dev/null || echo "apt could not install them." >&2
     lacking=$(missing | paste -sd, - | sed 's/,/, /g')
     test -n "$lacking" || exit 0
 fi
 cat >&2 <<END
-Still missing: $lacking. They could not be installed from here. Install them, then run the command again:
+Still missing: $lacking. They were not installed from here. Install them, then run the command again:
   Debian, Ubuntu:  sudo apt-get install $debian
   conda:           conda install -c conda-forge $conda
+or do without FFCV, with which only comparisons are made, in an environment of your own:
+  pip install '.[train,quickstart]'
 END
 exit 1
