@@ -43,10 +43,10 @@ RECORDS = 1_700
 """Of scalars, whose share of the store is 200 MB."""
 
 
-def write_big_run(path: Path, share: float = 1.0, *, blocks: int = BLOCKS) -> Path:
-    """Write a finished run; `share` of its refreshes and records."""
+def write_big_run(path: Path, share: float = 1.0, *, blocks: int = BLOCKS, seed: int = 0, **args: object) -> Path:
+    """Write a finished run; `share` of its refreshes and records. `args`: options beside those of all."""
     (path / "spectra").mkdir(parents=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     names = [f"blocks.{block}.{kind}" for block in range(blocks) for kind in SHAPES]
     keys = [f"{kind}/{name}" for kind in ("spec", "spec_ema") for name in names]
     matrices = {name: {"shape": list(SHAPES[name.split(".", 2)[2]])} for name in names}
@@ -66,12 +66,19 @@ def write_big_run(path: Path, share: float = 1.0, *, blocks: int = BLOCKS) -> Pa
     header = "epoch,update,train_loss,eval_loss,eval_top1,eval_top5,eval_ema_loss,eval_ema_top1,eval_ema_top5,lr"
     header += ",img_per_s,data_wait"
     rows = [
-        f"{epoch},{(epoch + 1) * 5004},{7 - epoch / 60},{6 - epoch / 60},{epoch / 4},{epoch / 3.2},"
+        f"{epoch},{(epoch + 1) * 5004},{7 - epoch / 60},{6 - epoch / 60},{epoch / 4 + noise},{epoch / 3.2},"
         f"{6 - epoch / 58},{epoch / 3.9},{epoch / 3.1},0.001,8000,0.01"
-        for epoch in range(300)
+        for epoch, noise in enumerate(0.3 * rng.standard_normal(300))
     ]
     (path / "summary.csv").write_text("\n".join([header, *rows]) + "\n")
-    (path / "args.yaml").write_text("model: vit_base_patch16_224\nepochs: 300\nmodel-ema: true\nspec-every: 100\n")
+    options = {
+        "model": "vit_base_patch16_224",
+        "epochs": 300,
+        "model-ema": True,
+        "spec-every": 100,
+        "seed": seed,
+    } | args
+    (path / "args.yaml").write_text(json.dumps(options))
     (path / "environment.json").write_text(json.dumps({"torch": "2.14.1"}))
     return path
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -78,8 +79,8 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
 
-def read_run(path: Path) -> Run:
-    """Read what `lowrank_vit.train` has written to `path` so far.
+def read_run(path: Path, *, spectra: bool = True) -> Run:
+    """Read what `lowrank_vit.train` has written to `path` so far; without `spectra` nothing of the store.
 
     A half-written last line, a damaged file or a missing one is left out with a note, never an error.
 
@@ -97,35 +98,44 @@ def read_run(path: Path) -> Run:
     train = read_train(path / "metrics.jsonl", notes)
     stored = Spectra(path / "spectra")
     environment = _read_environment(path / "environment.json", notes)
-    spectra = _read_all_spectra(stored, notes)
-    if stored.far_entries:
-        text = msg(
-            "At the start single entries stand far out: {entries}. sigma_max, stable rank and cosines there may be "
-            "theirs alone."
-        )
-        notes.append(tr(text, entries=_entries(stored.far_entries)))
     run = Run(
         path,
         epochs=epochs,
         train=train,
         args=args,
         environment=environment,
-        spectra=spectra,
-        scaled=_read_newest_scaled(stored, spectra),
-        scalars=read_scalars(path / "metrics.jsonl", stored.history),
-        flows=read_flows(path / "metrics.jsonl"),
-        vectors=_read_some_vectors(stored),
-        circuits=read_newest_circuits(stored.path),
+        spectra=[],
         shapes=stored.shapes,
         status=run_status(path, args, epochs, train),
         notes=notes,
     )
-    if not (run.epochs or run.train or run.args or run.environment or run.spectra):
+    if spectra:
+        run = _with_spectra(run, stored)
+    if not (run.epochs or run.train or run.args or run.environment or stored.updates):
         raise UserError(
             f"{path} holds no run: expected some of summary.csv, metrics.jsonl, args.yaml, environment.json, spectra/. "
             "Give the directory that `python -m lowrank_vit.train` wrote, usually output/<experiment>."
         )
     return run
+
+
+def _with_spectra(run: Run, stored: Spectra) -> Run:
+    spectra, log = _read_all_spectra(stored, run.notes), run.path / "metrics.jsonl"
+    if stored.far_entries:
+        text = msg(
+            "At the start single entries stand far out: {entries}. sigma_max, stable rank and cosines there may be "
+            "theirs alone."
+        )
+        run.notes.append(tr(text, entries=_entries(stored.far_entries)))
+    return dataclasses.replace(
+        run,
+        spectra=spectra,
+        scaled=_read_newest_scaled(stored, spectra),
+        scalars=read_scalars(log, stored.history),
+        flows=read_flows(log),
+        vectors=_read_some_vectors(stored),
+        circuits=read_newest_circuits(stored.path),
+    )
 
 
 def series(run: Run, kind: str, *, whole: bool = True) -> tuple[np.ndarray, dict[str, np.ndarray]]:

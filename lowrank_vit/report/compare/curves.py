@@ -5,39 +5,29 @@ Shape legend: T moments, K singular values of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from lowrank_vit.report.compare.extract import METRICS, OF_SPECTRA, TIMES
 from lowrank_vit.report.compare.groups import Compared, Group
-from lowrank_vit.report.read import Run, series
-from lowrank_vit.report.spectra.metrics import matrix_scalars
+from lowrank_vit.report.interactive.matrices import KINDS
+from lowrank_vit.report.language import msg, tr
 from lowrank_vit.report.style import by_type, first_middle_last
-from lowrank_vit.spectral.measures.metrics import effective_rank, stable_rank
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Places on the axis, growing, and values."""
-METRICS = (
-    ("sigma_max", "largest singular value σ₁"),
-    ("stable_rank", "stable rank, Σ σ² / σ₁²"),
-    ("effective_rank", "effective rank, exp(entropy of σ / Σ σ)"),
-    ("alpha", "power-law exponent α of the tail"),
-    ("mp_outliers", "values beyond the noise edge"),
-    ("block_cos0_u_overlap", "left vectors: overlap with the start (0: chance)"),
-)
-_OF_SPECTRA: Mapping[str, Callable[[np.ndarray], float]] = {
-    "sigma_max": lambda s: float(s[0]),
-    "stable_rank": stable_rank,
-    "effective_rank": effective_rank,
-}
+INDICES = 96
+"""Points of a spectrum: the first values, then ever wider apart."""
 _SCORES = (
-    ("eval_top1", "Accuracy", "top-1, %"),
-    ("eval_ema_top1", "Accuracy of the EMA", "top-1, %"),
-    ("eval_loss", "Loss", "cross-entropy, nats"),
-    ("eval_ema_loss", "Loss of the EMA", "cross-entropy, nats"),
-    ("train_loss", "Training loss, epoch means", "cross-entropy, nats"),
-    ("img_per_s", "Throughput", "images / s"),
+    ("eval_top1", msg("Accuracy"), msg("top-1, %")),
+    ("eval_ema_top1", msg("Accuracy of the EMA"), msg("top-1, %")),
+    ("eval_loss", msg("Loss"), msg("cross-entropy, nats")),
+    ("eval_ema_loss", msg("Loss of the EMA"), msg("cross-entropy, nats")),
+    ("train_loss", msg("Training loss, epoch means"), msg("cross-entropy, nats")),
+    ("img_per_s", msg("Throughput"), msg("images / s")),
 )
 
 
@@ -63,6 +53,9 @@ class Panel:
     is_log: bool = False
 
 
+Views = dict[str, list[Panel]]
+
+
 @dataclass(frozen=True)
 class Figure:
     """Panels in one view, or in several of which a reader chooses."""
@@ -71,12 +64,18 @@ class Figure:
     """Of its file, and in the page."""
     title: str
     note: str
-    views: dict[str, list[Panel]]
+    views: dict[str, Views]
+    """By weights, of the model or of its EMA."""
+
+    @property
+    def first(self) -> Views:
+        """Those of the model, where there are any."""
+        return next(iter(self.views.values()))
 
 
 def line_of(group: Group, curves: Sequence[Curve]) -> Line | None:
-    """One line of the curves of a group's runs; None without a finite value."""
-    known = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in curves]
+    """One line of the curves of a group's runs, as far as these have anything; None without a finite value."""
+    known = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in curves if len(x)]
     if len(known) == 1:
         x, y = known[0]
         return Line(group, x, y, None) if len(x) else None
@@ -99,109 +98,97 @@ def score_figure(compared: Compared) -> Figure | None:
             updates = epochs.get("update", np.empty(0))
             return compared.on_axis(at, updates), epochs.get(name, np.full(len(updates), np.nan))
 
-        panels += _panel(compared, title, label, curve)
-    return Figure("scores", "Scores", "", {"all": panels}) if panels else None
+        panels += _panel(compared, tr(title), tr(label), curve)
+    return Figure("scores", tr("Scores"), "", {"": {"all": panels}}) if panels else None
 
 
 def type_figure(compared: Compared) -> Figure | None:
     """Means over the matrices of a type, a panel for each; to be chosen: the number."""
-    found = {metric: [_values(run, metric) for run in compared.runs] for metric, _ in METRICS}
-    types = by_type(dict.fromkeys(name for one in found["sigma_max"] for name in one[1]))
-    views: dict[str, list[Panel]] = {}
-    for metric, label in METRICS:
-        panels: list[Panel] = []
-        for kind in types:
+    found: dict[str, Views] = {}
+    for kind, weights in KINDS.items():
+        types = by_type(names_of(compared, kind))
+        views: Views = {}
+        for metric, label in METRICS.items():
+            panels: list[Panel] = []
+            for one, members in types.items():
 
-            def curve(at: int, metric: str = metric, kind: str = kind) -> Curve:
-                updates_T, of = found[metric][at]
-                rows = [values_T for name, values_T in of.items() if name in types[kind]]
-                means = np.mean(rows, axis=0) if rows else np.full(len(updates_T), np.nan)
-                return compared.on_axis(at, updates_T), means
+                def curve(at: int, metric: str = metric, kind: str = kind, members: Sequence[str] = members) -> Curve:
+                    of = compared.numbers[at].over_time.get((kind, metric), {})
+                    rows = [of[name] for name in members if name in of]
+                    return _over_time(compared, at, np.mean(rows, axis=0) if rows else None)
 
-            panels += _panel(compared, kind, label, curve)
-        if any(len(line.x_T) > 1 for panel in panels for line in panel.lines):
-            views[label] = panels
-    note = "Means over the blocks."
-    return Figure("types", "Spectra by type of matrix", note, views) if views else None
+                panels += _panel(compared, one, tr(label), curve)
+            if any(len(line.x_T) > 1 for panel in panels for line in panel.lines):
+                views[tr(label)] = panels
+        if views:
+            found[tr(weights)] = views
+    return Figure("types", tr("Spectra by type of matrix"), tr("Means over the blocks."), found) if found else None
 
 
-def layer_figure(compared: Compared, *, every: bool = True) -> Figure | None:
+def layer_figure(compared: Compared, *, every: bool = True, times: int = TIMES) -> Figure | None:
     """Of each layer that two runs have: numbers over time, and the whole spectrum at the last common moment.
 
-    `every`: else of first, middle and last of each type.
+    `every`: else of first, middle and last of each type. `times`: moments of a line, at most.
     """
-    found = {metric: [_values(run, metric) for run in compared.runs] for metric, _ in METRICS[:3]}
-    spectra = [_spectra_at(compared, at) for at in range(len(compared.runs))]
-    names = [name for name in dict.fromkeys(n for one in spectra for n in one) if sum(name in s for s in spectra) > 1]
-    if not every:
-        names = [name for group in by_type(names).values() for name in first_middle_last(group)]
-    views: dict[str, list[Panel]] = {}
-    for layer in names:
-
-        def spectrum(at: int, layer: str = layer) -> Curve:
-            s_K = spectra[at].get(layer, np.empty(0))
-            return np.arange(1.0, len(s_K) + 1), np.where(s_K > 0, s_K, np.nan)
-
-        panels = _panel(compared, f"spectrum, {moment(compared)}", "singular value σᵢ", spectrum, x="index i", log=True)
-        for metric, label in METRICS[:3]:
-
-            def curve(at: int, metric: str = metric, layer: str = layer) -> Curve:
-                updates_T, of = found[metric][at]
-                return compared.on_axis(at, updates_T), of.get(layer, np.full(len(updates_T), np.nan))
-
-            over_time = _panel(compared, label, label, curve)
-            panels += [one for one in over_time if any(len(line.x_T) > 1 for line in one.lines)]
-        views[layer] = panels
-    return Figure("layers", "Spectra of one layer", "Choose a layer.", views) if views else None
+    found: dict[str, Views] = {}
+    for kind, weights in KINDS.items():
+        spectra = [numbers.spectra.get(kind, {}) for numbers in compared.numbers]
+        names = [name for name in names_of(compared, kind) if sum(name in of for of in spectra) > 1]
+        if not every:
+            names = [name for group in by_type(names).values() for name in first_middle_last(group)]
+        if names:
+            found[tr(weights)] = {name: _layer(compared, kind, name, times) for name in names}
+    return Figure("layers", tr("Spectra of one layer"), tr("Choose a layer."), found) if found else None
 
 
-def common_end(compared: Compared) -> float:
-    """The last place on the axis that every run with spectra has reached."""
-    ends = [updates_T[-1:] for run in compared.runs if len(updates_T := series(run, "spec")[0])]
-    places = [compared.on_axis(at, end)[0] for at, end in zip(_with_spectra(compared), ends, strict=True)]
-    return float(min(places, default=0.0))
+def _layer(compared: Compared, kind: str, layer: str, times: int) -> list[Panel]:
+    def spectrum(at: int) -> Curve:
+        s_K = compared.numbers[at].spectra.get(kind, {}).get(layer, np.empty(0))
+        index = np.unique(np.geomspace(1, len(s_K), INDICES).round().astype(int)) if len(s_K) else np.empty(0, int)
+        return index.astype(float), np.where(s_K[index - 1] > 0, s_K[index - 1], np.nan)
+
+    title = tr("spectrum, {moment}", moment=moment(compared))
+    panels = _panel(compared, title, tr("singular value σᵢ"), spectrum, x=tr("index i"), log=True)
+    for metric in OF_SPECTRA:
+
+        def curve(at: int, metric: str = metric) -> Curve:
+            return _over_time(compared, at, compared.numbers[at].over_time.get((kind, metric), {}).get(layer))
+
+        for one in _panel(compared, tr(METRICS[metric]), tr(METRICS[metric]), curve):
+            if any(len(line.x_T) > 1 for line in one.lines):
+                panels.append(dataclasses.replace(one, lines=[_thinned(line, times) for line in one.lines]))
+    return panels
 
 
-def _with_spectra(compared: Compared) -> list[int]:
-    return [at for at, run in enumerate(compared.runs) if len(series(run, "spec")[0])]
+def _thinned(line: Line, times: int) -> Line:
+    keep = np.unique(np.linspace(0, len(line.x_T) - 1, min(len(line.x_T), times)).round().astype(int))
+    deviation_T = None if line.deviation_T is None else line.deviation_T[keep]
+    return Line(line.group, line.x_T[keep], line.y_T[keep], deviation_T)
+
+
+def names_of(compared: Compared, kind: str) -> list[str]:
+    """The matrices of all runs, in model order."""
+    found: dict[str, None] = {}
+    for numbers in compared.numbers:
+        of = numbers.spectra.get(kind) or numbers.over_time.get((kind, "sigma_max"), {})
+        found |= dict.fromkeys(of)
+    return list(found)
 
 
 def moment(compared: Compared) -> str:
     """The last common moment, in words."""
-    if any(run.moment for run in compared.runs):
-        return "of the analyses"
-    end = common_end(compared)
-    return f"epoch {end:.4g}" if compared.axis == "epoch" else f"update {end:,.0f}"
+    if all(run.moment for run in compared.runs):
+        return tr("of the analyses")
+    if compared.axis == "epoch":
+        return tr("epoch {n:.4g}", n=compared.end)
+    return tr("update {n:,.0f}", n=compared.end)
 
 
-def _spectra_at(compared: Compared, at: int) -> dict[str, np.ndarray]:
-    """A run's whole spectra at the last common moment, or the last ones before it."""
-    updates_T, of = series(compared.runs[at], "spec")
-    before = np.flatnonzero(compared.on_axis(at, updates_T) <= common_end(compared) + 1e-6) if len(updates_T) else []
-    return {name: s_TK[before[-1]] for name, s_TK in of.items()} if len(before) else {}
-
-
-def means_at_common_end(compared: Compared) -> dict[tuple[str, str], list[float]]:
-    """(type, number) to its mean over the blocks in each run, at the last common moment; NaN where there is none."""
-    spectra = [_spectra_at(compared, at) for at in range(len(compared.runs))]
-    found: dict[tuple[str, str], list[float]] = {}
-    for kind, names in by_type(dict.fromkeys(name for one in spectra for name in one)).items():
-        for metric, label in METRICS[:3]:
-            of_runs = [[_OF_SPECTRA[metric](one[name]) for name in names if name in one] for one in spectra]
-            found[kind, label] = [float(np.mean(values)) if values else float("nan") for values in of_runs]
-    return found
-
-
-def _values(run: Run, metric: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Updates (T,) and the number of each matrix (T,): as logged, else computed from whole spectra."""
-    logged = {name: values for name, values in matrix_scalars(run, "spec", metric).items() if np.isfinite(values).any()}
-    if logged:
-        return run.scalars["update"], logged
-    measure = _OF_SPECTRA.get(metric)
-    updates_T, of = series(run, "spec")
-    if measure is None or not of:
-        return np.empty(0), {}
-    return updates_T, {name: np.array([measure(s_K) for s_K in s_TK]) for name, s_TK in of.items()}
+def _over_time(compared: Compared, at: int, values_T: np.ndarray | None) -> Curve:
+    updates_T = compared.numbers[at].updates_T
+    if values_T is None or len(values_T) != len(updates_T):
+        return np.empty(0), np.empty(0)
+    return compared.on_axis(at, updates_T), values_T
 
 
 def _panel(
@@ -210,4 +197,4 @@ def _panel(
     """The panel of what `curve` says of the run at a place; empty without a finite value."""
     lines = [line_of(group, [curve(at) for at in group.at]) for group in compared.groups]
     there = [line for line in lines if line]
-    return [Panel(title, x or compared.axis, label, there, log)] if there else []
+    return [Panel(title, x or tr(compared.axis), label, there, log)] if there else []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import numpy as np
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.terminal import one_line
+from lowrank_vit.report.compare.extract import Numbers, read_numbers
 from lowrank_vit.report.compression.read import find_compression
+from lowrank_vit.report.language import msg, tr
 from lowrank_vit.report.read import Run, find_analysis, read_analysis, read_run
 
 OF_THE_RUN = frozenset({"experiment", "output", "resume", "wandb-resume-id", "config", "checkpoint"})
@@ -62,16 +65,22 @@ class Compared:
     names: list[str]
     """One line each, all different."""
     groups: list[Group]
+    numbers: list[Numbers] = field(default_factory=list)
+    """Of each run."""
+    end: float = 0.0
+    """The last place on the axis that every run with spectra has reached; there they are compared."""
+    notes: list[str] = field(default_factory=list)
 
     @property
     def axis(self) -> str:
         """update, or epoch where an epoch has another number of updates in one of them than in another."""
-        counts = {count for run in self.runs if (count := updates_per_epoch(run))}
-        return "epoch" if len(counts) > 1 and all(updates_per_epoch(run) for run in self.runs) else "update"
+        counts = [updates_per_epoch(run) for run in self.runs if not run.moment]
+        return msg("epoch") if all(counts) and len(set(counts)) > 1 else msg("update")
 
     def on_axis(self, at: int, updates_T: np.ndarray) -> np.ndarray:
         """Updates of one run on the common axis."""
-        return updates_T / updates_per_epoch(self.runs[at]) if self.axis == "epoch" else updates_T.astype(np.float64)
+        unit = updates_per_epoch(self.runs[at]) if self.axis == "epoch" else 1.0
+        return updates_T / (unit or 1.0)
 
     @property
     def options_that_differ(self) -> dict[str, list[str]]:
@@ -100,7 +109,7 @@ def updates_per_epoch(run: Run) -> float:
 
 
 def read_compared(paths: Sequence[Path]) -> Compared:
-    """Read runs, or analyses.
+    """Read runs, or analyses, as much of each as a comparison holds.
 
     Raises:
         UserError: one cannot be read, is a compression or is given twice, or there are fewer than two.
@@ -113,9 +122,15 @@ def read_compared(paths: Sequence[Path]) -> Compared:
     for path in paths:
         if find_compression(path) and not (path.is_dir() and (path / "args.yaml").exists()):
             raise UserError(f"{path} is a compression; runs and analyses are what is compared. Leave it out.")
-    runs = [read_analysis(found) if (found := find_analysis(path)) else read_run(path) for path in paths]
+    analyses = [find_analysis(path) for path in paths]
+    runs = [
+        read_analysis(found) if found else read_run(path, spectra=False)
+        for path, found in zip(paths, analyses, strict=True)
+    ]
     names = _names([path.name.removesuffix("_spectral.json") or str(path) for path in places], places)
-    return Compared(runs, names, _groups(runs, names))
+    compared = Compared(runs, names, _groups(runs, names))
+    numbers, end, notes = read_numbers(compared)
+    return dataclasses.replace(compared, numbers=numbers, end=end, notes=notes)
 
 
 def _names(names: list[str], places: Sequence[Path]) -> list[str]:
@@ -144,7 +159,7 @@ def _of_seeds(names: Sequence[str], args: Sequence[Mapping[str, Any]]) -> str:
     same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
     begins = "".join(letters[0] for letters in same).rstrip("-_. ").removesuffix("seed").rstrip("-_. ")
     seeds = ", ".join(dict.fromkeys(typed(one.get("seed")) for one in args))
-    return f"{begins or names[0]} (seeds {seeds})"
+    return tr("{group} (seeds {seeds})", group=begins or names[0], seeds=seeds)
 
 
 def typed(value: Any) -> str:

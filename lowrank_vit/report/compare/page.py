@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,15 @@ import numpy as np
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.report.compare import curves
 from lowrank_vit.report.compare.curves import Figure, Line, Panel
+from lowrank_vit.report.compare.differences import measures, sentences
+from lowrank_vit.report.compare.extract import TIMES
 from lowrank_vit.report.compare.groups import Compared, read_compared
-from lowrank_vit.report.compare.scores import scores_of, spread_of
+from lowrank_vit.report.compare.scores import BEST, scores_of, spread_of
 from lowrank_vit.report.compression.read import Table
 from lowrank_vit.report.interactive import figures as interactive
 from lowrank_vit.report.interactive.embed import DATA_AT_MOST
 from lowrank_vit.report.interactive.packing import Packer, embedded_json, embedded_library
+from lowrank_vit.report.language import msg, tr
 from lowrank_vit.report.page import Drawn, render_page
 from lowrank_vit.report.style import MUTED, heading, log_ticks, new_figure, png, tidy, update_ticks
 
@@ -43,26 +47,20 @@ def draw_comparison(paths: Sequence[Path], out: Path | None, *, with_png: bool =
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; a comparison is written to a folder: --out DIR.")
     compared = read_compared(paths)
-    drawn = [one for one in (make(compared) for make in (curves.score_figure, curves.type_figure)) if one]
-    layers = curves.layer_figure(compared)
-    made, thinned = [*drawn, *([layers] if layers else [])], list[str]()
-    embedded = _embedded(made)
-    if layers and sum(map(len, embedded.values())) > DATA_AT_MOST:
-        few = curves.layer_figure(compared, every=False)
-        made = [*drawn, *([few] if few else [])]
-        embedded = _embedded(made)
-        thinned.append("Of the layers this page holds the first, the middle and the last of each type.")
+    made, embedded, thinned = _bounded(compared)
     pictures = {f"{one.name}.png": (one.title, _picture(one, compared)) for one in made} if with_png else {}
     notes = [f"{name}: {note}" for name, run in zip(compared.names, compared.runs, strict=True) for note in _notes(run)]
+    notes += [*compared.notes, *_ends(compared)]
     if any(len(group.at) > 1 for group in compared.groups):
-        notes.insert(0, "Runs that differ in the seed alone are one line: their mean, in a band of ± one standard "
-                        "deviation (n - 1).")  # fmt: skip
+        of_seeds = msg("Runs that differ in the seed alone are one line: their mean, in a band of ± one standard "
+                       "deviation (n - 1).")  # fmt: skip
+        notes.insert(0, tr(of_seeds))
     tables = comparison_tables(compared)
     html = render_page(
-        title=" beside ".join(group.name for group in compared.groups) if len(compared.groups) > 1 else NAME,
+        title=tr(" beside ").join(group.name for group in compared.groups) if len(compared.groups) > 1 else NAME,
         model=", ".join(dict.fromkeys(str(run.args["model"]) for run in compared.runs if run.args.get("model"))),
         headline=_headline(compared),
-        said=[],
+        said=sentences(compared),
         notes=notes,
         thinned=thinned,
         embedded={"library": embedded_library(), **embedded},
@@ -78,6 +76,36 @@ def draw_comparison(paths: Sequence[Path], out: Path | None, *, with_png: bool =
     return Drawn(folder, html, files, notes, NAME)
 
 
+def _bounded(compared: Compared) -> tuple[list[Figure], dict[str, str], list[str]]:
+    """The figures, what of them stands in the page, and notes on what does not."""
+    leading = [one for one in (make(compared) for make in (curves.score_figure, curves.type_figure)) if one]
+    notes: list[str] = []
+    for every, times in ((True, TIMES), (True, TIMES // 4), (False, TIMES // 4), (False, 8)):
+        layers = curves.layer_figure(compared, every=every, times=times)
+        made = [*leading, *([layers] if layers else [])]
+        embedded = _embedded(made)
+        notes = [] if every else [tr("Of the layers this page holds the first, the middle and the last of each type.")]
+        if times < TIMES:
+            notes.append(tr("Lines of one layer have up to {n} points, evenly spaced.", n=times))
+        if sum(map(len, embedded.values())) <= DATA_AT_MOST:
+            break
+    refreshes = max((len(numbers.updates_T) for numbers in compared.numbers), default=0)
+    if refreshes >= TIMES:
+        notes.append(tr("Of each run's refreshes this page holds {n}, evenly spaced.", n=TIMES))
+    return made, embedded, notes
+
+
+def _ends(compared: Compared) -> list[str]:
+    """Which runs have their spectra compared long before they end, since another has not come so far."""
+    last = [float(compared.on_axis(at, of.updates_T[-1:])[0]) if len(of.updates_T) else math.nan
+            for at, of in enumerate(compared.numbers)]  # fmt: skip
+    early = [name for name, at in zip(compared.names, last, strict=True) if at <= compared.end + 1e-6]
+    if not early or not any(at > 1.1 * compared.end for at in last):
+        return []
+    text = msg("Spectra are compared at {moment}, the last that {runs} has.")
+    return [tr(text, moment=curves.moment(compared), runs=", ".join(early))]
+
+
 def _folder_name(paths: Sequence[Path]) -> str:
     names = [path.resolve().name.removesuffix("_spectral.json") for path in paths]
     shown, more = "-beside-".join(names[:2]), len(names) - 2
@@ -90,13 +118,14 @@ def _notes(run: Any) -> list[str]:
 
 def _headline(compared: Compared) -> list[tuple[str, str]]:
     """The best top-1 of each group, of the weights that score higher."""
-    best = {one.label: one for one in scores_of([run.epochs for run in compared.runs]) if one.when == "best epoch"}
+    best = {one.label: one for one in scores_of([run.epochs for run in compared.runs]) if one.when == BEST}
     of = [one for label, one in best.items() if label.startswith("top-1")]
     if not of:
         return []
-    values = [max((one.values[i] for one in of if np.isfinite(one.values[i])), default=np.nan) for i in
-              range(len(compared.runs))]  # fmt: skip
-    return [(f"best top-1, {g.name}", spread_of([values[i] for i in g.at], of[0].text) + " %") for g in compared.groups]
+    runs = range(len(compared.runs))
+    values = [max((one.values[i] for one in of if np.isfinite(one.values[i])), default=np.nan) for i in runs]
+    spreads = [(group.name, spread_of([values[i] for i in group.at], of[0].text)) for group in compared.groups]
+    return [(tr("best top-1, {run}", run=name), f"{spread} %") for name, spread in spreads]
 
 
 def comparison_tables(compared: Compared) -> list[Table]:
@@ -104,68 +133,64 @@ def comparison_tables(compared: Compared) -> list[Table]:
     names = [group.name for group in compared.groups]
     options = [[f"--{name}", *values] for name, values in compared.options_that_differ.items()]
     scores = scores_of([run.epochs for run in compared.runs])
-    rows = [[f"{one.label}, {one.when}", *(one.spread(group.at) for group in compared.groups)] for one in scores]
+    labels = [f"{tr(one.label)}, {tr(one.when)}" for one in scores]
+    rows = [[label, *(one.spread(group.at) for group in compared.groups)]
+            for label, one in zip(labels, scores, strict=True)]  # fmt: skip
     spectra = [
-        [f"{kind}, {label}", *(spread_of([values[i] for i in group.at], _four) for group in compared.groups)]
-        for (kind, label), values in curves.means_at_common_end(compared).items()
-    ]
+        [one.label, *(spread_of([one.values[i] for i in group.at], one.text) for group in compared.groups)]
+        for one in measures(compared) if one.of_matrices
+    ]  # fmt: skip
     tables = [
-        Table("Options that differ", ["", *names], options, "" if options else "None."),
-        Table("Scores", ["", *names], rows),
-        Table(f"Spectra, {curves.moment(compared)}", ["", *names], spectra, "Means over the blocks."),
-        Table("Versions and hardware that differ", ["", *names], [[n, *v] for n, v in
+        Table(tr("Options that differ"), ["", *names], options, "" if options else tr("None.")),
+        Table(tr("Scores"), ["", *names], rows),
+        Table(tr("Spectra, {moment}", moment=curves.moment(compared)), ["", *names], spectra,
+              tr("Means over the blocks.")),
+        Table(tr("Versions and hardware that differ"), ["", *names], [[n, *v] for n, v in
               compared.environment_that_differs.items()]),
     ]  # fmt: skip
     if any(len(group.at) > 1 for group in compared.groups):
-        each = [[f"{one.label}, {one.when}", *map(one.text, one.values)] for one in scores]
-        tables.insert(2, Table("Scores of each run", ["", *compared.names], each))
+        each = [[label, *map(one.text, one.values)] for label, one in zip(labels, scores, strict=True)]
+        tables.insert(2, Table(tr("Scores of each run"), ["", *compared.names], each))
     return tables
 
 
-def _four(value: float) -> str:
-    return f"{value:.4g}"
-
-
 def _embedded(made: Sequence[Figure]) -> dict[str, str]:
-    """The figures for `interactive/page.js`."""
+    """The figures for the page's scripts."""
     pack, found = Packer(), []
     for one in made:
-        views = {
-            name: [
-                interactive.panel(
-                    panel.title, panel.x, panel.y,
-                    [part for line in panel.lines for part in _parts(line, pack)], log=panel.is_log,
-                )
-                for panel in panels
-            ]
-            for name, panels in one.views.items()
+        weights = {
+            label: {
+                name: [
+                    interactive.panel(panel.title, panel.x, panel.y, [_series(line, pack) for line in panel.lines],
+                                      log=panel.is_log)
+                    for panel in panels
+                ]
+                for name, panels in views.items()
+            }
+            for label, views in one.views.items()
         }  # fmt: skip
         log = {} if one.name == "layers" else {"logarithmic": "off"}
-        found.append(interactive.figure(one.name, one.title, one.note, views, **log))
+        first = next(iter(weights.values()))
+        found.append(interactive.figure(one.name, one.title, one.note, first, weights=weights, **log))
     data = {"figures": [one for one in found if one], "matrices": None, "looks": {}}
     return {"json": embedded_json(data), "numbers": pack.embedded()}
 
 
-def _parts(line: Line, pack: Packer) -> list[dict[str, Any] | None]:
-    """A line, on the band of its seeds."""
-    group, parts = line.group, list[dict[str, Any] | None]()
-    look = {"color": group.color, "symbol": group.mark[0], "dash": "dash" if group.is_dashed else "solid"}
-    if line.deviation_T is not None:
-        edge = {"color": group.color, "width": 0.01, "mode": "lines", "legend": False}
-        red, green, blue = (int(group.color[i : i + 2], 16) for i in (1, 3, 5))
-        band = {"fill": "tonexty", "fillcolor": f"rgba({red},{green},{blue},0.22)"}
-        for sign, more in ((-1, {}), (1, band)):
-            y_T = line.y_T + sign * line.deviation_T
-            parts.append(interactive.series_of(f"{group.name}, ± sd", line.x_T, y_T, pack, **edge, **more))
-    parts.append(interactive.series_of(group.name, line.x_T, line.y_T, pack, width=2, **look))
-    return parts
+def _series(line: Line, pack: Packer) -> dict[str, Any] | None:
+    """A line, with the band of its seeds."""
+    group = line.group
+    band = {} if line.deviation_T is None else {"band": pack(line.deviation_T)}
+    dash = "dash" if group.is_dashed else "solid"
+    return interactive.series_of(
+        group.name, line.x_T, line.y_T, pack, width=2, color=group.color, symbol=group.mark[0], dash=dash, **band
+    )
 
 
 def _picture(one: Figure, compared: Compared) -> bytes:
     """A figure's first view as PNG; of layers the middle one."""
-    names = list(one.views)
+    names = list(one.first)
     chosen = names[len(names) // 2] if one.name == "layers" else names[0]
-    panels = one.views[chosen]
+    panels = one.first[chosen]
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure = new_figure(0.6 + 3.9 * columns, 1.5 + 2.7 * rows)

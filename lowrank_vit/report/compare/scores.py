@@ -24,7 +24,7 @@ MEASURES: tuple[tuple[str, str, Callable[[Iterable[float]], float]], ...] = (
     ("train_loss", msg("train loss, epoch mean"), min),
 )
 """Column of `summary.csv`, name and unit, and which of its values is the best."""
-_LAST, _BEST = "last epoch", "best epoch"
+LAST, BEST = msg("last epoch"), msg("best epoch")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def scores_of(runs: Sequence[Mapping[str, np.ndarray]]) -> list[Score]:
         if any(values.size for values in finite):
             last = [float(values[-1]) if values.size else float("nan") for values in columns]
             best = [float(better(values)) if values.size else float("nan") for values in finite]
-            found += [Score(label, _LAST, last), Score(label, _BEST, best)]
+            found += [Score(label, LAST, last), Score(label, BEST, best)]
     return found
 
 

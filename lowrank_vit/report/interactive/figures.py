@@ -37,7 +37,7 @@ def series_of(name: str, x: Any, y: np.ndarray, pack: Packer, **look: Any) -> di
     if not np.isfinite(y).any():
         return None
     x, at = np.asarray(x), np.unique(np.linspace(0, len(y) - 1, min(len(y), POINTS)).round().astype(int))
-    return {"name": name, "x": x[at] if x.dtype.kind in "iuUO" else pack(x[at]), "y": pack(y[at]), **look}
+    return {"name": name, "x": x[at] if x.dtype.kind in "iuUO" else pack(x[at], exact=True), "y": pack(y[at]), **look}
 
 
 def panel(title: str, x: str, y: str, series: Sequence[dict[str, Any] | None], **more: Any) -> dict[str, Any] | None:

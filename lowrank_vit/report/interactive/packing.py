@@ -32,14 +32,22 @@ class Packer:
     def __init__(self) -> None:
         self._parts: list[np.ndarray] = []
         self._size = 0
+        self._places: dict[bytes, int] = {}
 
-    def __call__(self, values: ArrayLike) -> dict[str, list[int]]:
-        """What stands for `values`, flattened, in the JSON: `{"$": [first number, how many]}`."""
+    def __call__(self, values: ArrayLike, *, exact: bool = False) -> dict[str, list[int]]:
+        """What stands for `values`, flattened, in the JSON: `{"$": [first number, how many]}`; for equal ones the same.
+
+        `exact`: with all digits of a float32.
+        """
         with np.errstate(over="ignore", invalid="ignore"):
             bits = np.asarray(values, np.float64).ravel().astype("<f4").view("<u4")
-        is_finite = (bits & np.uint32(0x7F800000)) < np.uint32(0x7F000000)  # and not so great that rounding ends that
-        self._parts.append(np.where(is_finite, (bits + _HALF) & _KEPT, bits))
-        at, self._size = self._size, self._size + bits.size
+        if not exact:
+            is_finite = (bits & np.uint32(0x7F800000)) < np.uint32(0x7F000000)  # and rounding leaves it so
+            bits = np.where(is_finite, (bits + _HALF) & _KEPT, bits)
+        at = self._places.setdefault(bits.tobytes(), self._size)
+        if at == self._size:
+            self._parts.append(bits)
+            self._size += bits.size
         return {"$": [at, bits.size]}
 
     def embedded(self) -> str:

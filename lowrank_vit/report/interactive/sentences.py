@@ -106,7 +106,7 @@ def _change(
         return None
     before, after = float(np.mean(first_B)), float(np.mean(last_B))
     is_local = abs(there) > _LOCAL * abs(overall) + _LEAST and len(names) > window
-    where = _blocks(names[at : at + window])
+    where = blocks_of(names[at : at + window])
     of_them = float(np.exp(there))
     numbers = {"n": len(names), "before": before, "after": after, "begin": int(updates_T[0]), "end": int(updates_T[-1])}
     rests = msg("mean of {n} matrices: {before:.3g} → {after:.3g}, update {begin:,} to {end:,}")
@@ -141,7 +141,7 @@ def _grew(ratio: float) -> str:
     return tr("grew {n:.2g} times", n=ratio) if ratio >= 1 else tr("fell to {n:.2g} %", n=100 * ratio)
 
 
-def _blocks(names: list[str]) -> str:
+def blocks_of(names: list[str]) -> str:
     """Such as "blocks 9-11"; the names themselves where they have no numbers."""
     numbers = [[int(part) for part in name.split(".") if part.isdecimal()] for name in names]
     if all(len(one) == 1 for one in numbers):

@@ -33,7 +33,7 @@ function draw(place) {
   const held = charts.get(place), panel = held.panel, known = (panel.series || []).length;
   held.drawn = true;
   place.previousSibling.textContent = panel.title || "";
-  const traces = (panel.series || []).map((one) => trace(one, panel));
+  const traces = (panel.series || []).flatMap((one) => [...band(one), trace(one, panel)]);
   if (panel.heat) traces.push(heat(panel.heat));
   const few = traces.filter((one) => one.showlegend !== false && one.name).length;
   const layout = {
@@ -60,6 +60,14 @@ function draw(place) {
       "Double-click to zoom back out": t("Double-click to zoom back out") } } },
     toImageButtonOptions: { filename: panel.title || t("figure"), scale: 2 } });
 }
+/* Below a line the values within one standard deviation of it. */
+function band(one) {
+  if (!one.band) return [];
+  const edge = (sign) => ({ type: "scatter", mode: "lines", x: one.x, y: Array.from(one.y, (y, i) => y + sign * one.band[i]),
+    name: `${plain(one.name)}, ± sd`, showlegend: false, line: { color: one.color, width: 0.01 },
+    hovertemplate: `%{x:,.6~g}: %{y:.4~g}<extra>${plain(one.name)}, ${sign < 0 ? "−" : "+"} sd</extra>` });
+  return [edge(-1), { ...edge(1), fill: "tonexty", fillcolor: one.color + "38" }];
+}
 function trace(one, panel) {
   const look = data.looks[one.look] || {}, color = one.color === "ink" ? css("--ink")
     : one.color || (isKnown(one.shade) ? shade(one.shade) : look.color);
@@ -73,7 +81,6 @@ function trace(one, panel) {
     marker: { color, size: one.size || 6, symbol: one.symbol || look.symbol || "circle", opacity: one.opacity || 1,
       maxdisplayed: few ? 0 : 12 },
     error_y: one.error ? { type: "data", array: one.error, color, thickness: 1, width: 3 } : undefined,
-    fill: one.fill, fillcolor: one.fillcolor,
     hovertemplate: one.hover || `${one.text ? "%{text}<br>" : ""}%{x:,.6~g}: %{y:.4~g}<extra>${plain(one.name)}</extra>` };
 }
 function heat(one) {
@@ -99,14 +106,18 @@ function heat(one) {
 
 /* ---- figures that come ready: panels, in one view or several to choose from ---- */
 function figure(one) {
-  const made = section("fig-" + one.id, one.title, one.note);
-  const names = Object.keys(one.views), bar = controls(), grid = make("div", { class: "panels" });
+  const made = section("fig-" + one.id, one.title, one.note), bar = controls(), grid = make("div", { class: "panels" });
+  const sets = one.weights || { "": one.views }, labels = Object.keys(sets), names = (label) => Object.keys(sets[label]);
   const render = () => {
+    const views = sets[weights ? weights.value : labels[0]];
+    if (chosen) fill(chosen, Object.keys(views).map((name) => [name, name]));
     grid.replaceChildren();
-    for (const panel of one.views[chosen ? chosen.value : names[0]])
+    for (const panel of views[chosen ? chosen.value : Object.keys(views)[0]])
       show(chart(grid, panel.height), { ...panel, log: log && panel.positive !== false ? log.checked : panel.log });
   };
-  const chosen = names.length > 1 ? select(bar, "view", t("show"), names.map((name) => [name, name]), render) : null;
+  const chosen = labels.some((label) => names(label).length > 1)
+    ? select(bar, "view", t("show"), names(labels[0]).map((name) => [name, name]), render) : null;
+  const weights = labels.length > 1 ? select(bar, "weights", t("weights"), labels.map((one) => [one, one]), render) : null;
   const log = one.logarithmic ? tick(bar, "log", t("logarithmic"), one.logarithmic === "on", render) : null;
   if (bar.children.length) made.append(bar);
   made.append(grid);

@@ -12,14 +12,7 @@ import pytest
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.report.__main__ import main
-from lowrank_vit.report.compare.curves import (
-    common_end,
-    layer_figure,
-    line_of,
-    means_at_common_end,
-    score_figure,
-    type_figure,
-)
+from lowrank_vit.report.compare.curves import layer_figure, line_of, moment, score_figure, type_figure
 from lowrank_vit.report.compare.groups import COLORS, MARKS, Group, read_compared
 from lowrank_vit.report.compare.page import comparison_tables, draw_comparison
 from tests.browser import opened
@@ -82,7 +75,7 @@ def test_the_axis_counts_updates_unless_epochs_have_other_numbers_of_them(tmp_pa
     assert compared.axis == "epoch"
     figure = score_figure(compared)
     assert figure
-    for line in figure.views["all"][0].lines:
+    for line in figure.first["all"][0].lines:
         np.testing.assert_allclose(line.x_T, [1, 2, 3])
     shutil.rmtree(runs[2] / "spectra")
     (runs[2] / "summary.csv").unlink()
@@ -92,18 +85,20 @@ def test_the_axis_counts_updates_unless_epochs_have_other_numbers_of_them(tmp_pa
 def test_spectra_are_compared_at_the_last_moment_that_all_have_reached(tmp_path: Path) -> None:
     short, long = make(tmp_path, "short", refreshes=2), make(tmp_path, "long", lr=1, refreshes=5, scale=2.0)
     compared = read_compared([long, short])
-    assert common_end(compared) == 10
-    means = means_at_common_end(compared)["attn.qkv", "largest singular value σ₁"]
-    assert means == pytest.approx([2 * 3.0, 3.0])  # `add_spectra`: 1 + refresh + block, the mean over three blocks
+    assert compared.end == 10
+    (row,) = (one for one in comparison_tables(compared)[2].rows if one[0] == "σ₁ of attn.qkv, EMA")
+    assert row[1:] == ["6", "3"]  # `add_spectra`: 1 + refresh + block, the mean over three blocks
     figure = layer_figure(compared)
     assert figure
-    spectrum = figure.views["blocks.0.attn.qkv"][0]
+    assert list(figure.views) == ["model", "EMA"]
+    spectrum = figure.views["EMA"]["blocks.0.attn.qkv"][0]
     assert spectrum.title == "spectrum, update 10"
     np.testing.assert_allclose(spectrum.lines[0].y_T, 2 * spectrum.lines[1].y_T)
     of_types = type_figure(compared)
     assert of_types
-    lines = of_types.views["largest singular value σ₁"][0].lines
+    lines = of_types.views["EMA"]["largest singular value σ₁"][0].lines
     assert [line.x_T[-1] for line in lines] == [40, 10]
+    assert "Spectra are compared at update 10, the last that short has." in draw_comparison([long, short], None).notes
 
 
 def test_the_line_of_seeds_is_their_mean_where_all_have_a_value() -> None:
@@ -117,6 +112,10 @@ def test_the_line_of_seeds_is_their_mean_where_all_have_a_value() -> None:
     np.testing.assert_allclose(line.y_T, [5, 8])
     np.testing.assert_allclose(line.deviation_T, [np.sqrt(2), 0])
     assert line_of(group, [(np.array([1.0]), np.array([nan])), (np.array([1.0]), np.array([1.0]))]) is None
+    crashed = (np.empty(0), np.empty(0))
+    line = line_of(group, [crashed, (np.array([1.0]), np.array([2.0]))])
+    assert line
+    assert (line.y_T.tolist(), line.deviation_T) == ([2], None)
 
 
 def test_tables_have_differences_first_and_means_of_seeds(tmp_path: Path) -> None:
@@ -199,6 +198,7 @@ def test_runs_of_five_minutes_damaged_ones_and_other_models_are_compared(tmp_pat
     assert {name for name, png in drawn.pictures.items() if png} == {"scores.png", "types.png", "layers.png"}
     assert any(note.startswith("begun: summary.csv is not there yet") for note in drawn.notes)
     assert any("damaged: " in note and "is damaged, left out" in note for note in drawn.notes)
+    assert "begun: there are no spectra." in drawn.notes
     assert "not measured" in drawn.html
     drawn = draw_comparison([begun, one], None)
     assert not drawn.pictures["scores.png"]
@@ -220,6 +220,8 @@ def test_more_groups_than_colours_are_dashed_and_analyses_are_compared_too(tmp_p
     analyses = [analysis_file(tmp_path / name, "--full") for name in "ab"]
     drawn = draw_comparison(analyses, tmp_path / "out", with_png=False)
     assert "Spectra, of the analyses" in drawn.html
+    mixed = read_compared([runs[0], make(tmp_path, "longer", refreshes=3), analyses[0]])
+    assert (mixed.axis, moment(mixed)) == ("update", "update 0")  # an analysis has no place in time
 
 
 def test_a_browser_shows_it_and_names_are_text(tmp_path: Path) -> None:
@@ -237,6 +239,9 @@ def test_a_browser_shows_it_and_names_are_text(tmp_path: Path) -> None:
         tab.js("document.getElementById('fig-scores').scrollIntoView()")
         tab.wait("document.querySelector('#fig-scores .js-plotly-plot')?.data?.length === 4")  # two lines, one band
         assert tab.js("document.documentElement.scrollWidth <= innerWidth")
-        tab.choose("#fig-layers select", "blocks.2.mlp.fc2")
+        tab.choose("#fig-layers select[name=weights]", "EMA")
+        tab.choose("#fig-layers select[name=view]", "blocks.2.mlp.fc2")
+        tab.js("document.getElementById('fig-layers').scrollIntoView()")
+        tab.wait("document.querySelector('#fig-layers .js-plotly-plot')?.data?.length === 4")
         assert tab.js("document.title").startswith("<img")
         assert tab.errors == []
