@@ -158,8 +158,16 @@ def _groups(runs: Sequence[Run], names: Sequence[str]) -> list[Group]:
 def _of_seeds(names: Sequence[str], args: Sequence[Mapping[str, Any]]) -> str:
     same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
     begins = "".join(letters[0] for letters in same).rstrip("-_. ").removesuffix("seed").rstrip("-_. ")
-    seeds = ", ".join(dict.fromkeys(typed(one.get("seed")) for one in args))
+    seeds = _ranges(list(dict.fromkeys(typed(one.get("seed")) for one in args)))
     return tr("{group} (seeds {seeds})", group=begins or names[0], seeds=seeds)
+
+
+def _ranges(seeds: list[str]) -> str:
+    """Such as "0-4" where they are three or more whole numbers in a row, else each of them."""
+    numbers = [int(seed) for seed in seeds if seed.isdecimal()]
+    if len(numbers) == len(seeds) > 2 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        return f"{numbers[0]}-{numbers[-1]}"
+    return ", ".join(seeds)
 
 
 def typed(value: Any) -> str:

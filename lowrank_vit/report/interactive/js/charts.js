@@ -39,7 +39,7 @@ function draw(place) {
   const layout = {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), size: 12 },
     margin: { l: 56, r: panel.y2 || panel.heat ? 60 : 16, t: 12, b: 48 },
-    showlegend: few > 1 && few <= MOST_NAMED, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
+    showlegend: few > 1 && few <= MOST_NAMED, legend: { orientation: "h", traceorder: "normal", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
     hovermode: panel.heat ? "closest" : panel.hover || "closest",
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--muted"), font: { color: css("--ink") } },
     dragmode: isCoarse ? false : "zoom", barmode: "overlay", bargap: 0, uirevision: panel.revision || "all", modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--muted"), activecolor: css("--ink") },
