@@ -37,9 +37,10 @@ class Source:
     use_ema: Annotated[bool, FlagCreatePairsOff] = False
     """Read a checkpoint's averaged weights instead of the raw ones."""
     model: Annotated[str, arg(metavar="NAME", help_behavior_hint="(default: the checkpoint's)")] = ""
-    """timm model name; with --pretrained its published weights are analyzed, else of a file without a name."""
+    """timm model name, hf-hub:OWNER/NAME or local-dir:DIR; with --pretrained its published weights are analyzed, else
+    of a file without a name."""
     pretrained: Annotated[bool, FlagCreatePairsOff] = False
-    """Fetch timm's weights of --model (needs a network or timm's cache)."""
+    """Fetch timm's weights of --model (needs a network or timm's cache), or read those of local-dir:DIR."""
     compare: Annotated[tuple[Path, Path] | None, arg(metavar="BEFORE AFTER", help_behavior_hint=NONE)] = None
     """Instead: how far two checkpoints of one model lie apart, in <save-dir>/<model>_drift.json."""
 
@@ -137,7 +138,7 @@ def _analyze(options: Options, console: Console) -> None:
     if options.source.checkpoint:
         weights, meta, made_with = _read(options, options.source.checkpoint)
     else:
-        (weights, meta), made_with = _fetch(options), {}
+        weights, meta, made_with = _fetch(options)
     analysis, name = _solve(options, weights, meta), meta["model"]
     if options.matrices.circuits != "none":
         analysis = replace(analysis, circuits=_circuits(options, weights, name, made_with))
@@ -220,10 +221,16 @@ def _circuits(
 
 def _read(options: Options, path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """The weights, what is told of them, and for --circuits what the run's model was made with."""
+    from lowrank_vit.model.hub import find_model, is_of, source_of
     from lowrank_vit.model.weights import read_checkpoint
 
     checkpoint = read_checkpoint(path)
     own, given = re.sub(r"[^\w.:-]", "_", checkpoint.arch), options.source.model
+    flags: dict[str, Any] = {}
+    if source_of(given):
+        is_own = is_of(given, str(checkpoint.args.get("model-from", "")))
+        flags = {} if is_own else find_model(given).flags()
+        given = own if is_own else flags["model"]
     if own and given and own != given:
         say(f"note: {path} is of {own}, as it tells itself, and not of --model {given}.")
     # A bare state dict does not tell its model.
@@ -231,29 +238,38 @@ def _read(options: Options, path: Path) -> tuple[dict[str, Tensor], dict[str, An
     meta = {"model": name, "checkpoint": str(path), "epoch": checkpoint.epoch, "use_ema": options.source.use_ema}
     made_with: dict[str, Any] = {}
     if options.matrices.circuits != "none":
-        args = checkpoint.checked_args("model-kwargs", "img-size")
+        args = flags | {k: v for k, v in checkpoint.checked_args("model-kwargs", "img-size").items() if v is not None}
         made_with = {"model_kwargs": tuple(args.get("model-kwargs") or ()), "img_size": args.get("img-size")}
     return checkpoint.weights(options.source.use_ema), meta, made_with
 
 
-def _fetch(options: Options) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _fetch(options: Options) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """The same of published weights."""
     from timm import is_model
     from timm.models import get_pretrained_cfg
 
     from lowrank_vit.model.create import create_model
+    from lowrank_vit.model.hub import find_model, source_of
 
     name = options.source.model
     if not name:
         raise UserError("--pretrained: give the timm model's name too, e.g. --model vit_small_patch16_224.")
     if options.source.use_ema:
         raise UserError("--use-ema reads a checkpoint's averaged weights; leave it out with --pretrained.")
+    meta = {"model": name, "checkpoint": "pretrained", "epoch": -1, "use_ema": False}
+    if source_of(name):
+        found = find_model(name)
+        meta |= {"model": found.architecture, "checkpoint": found.source}
+        flags = found.flags()
+        made_with = {"model_kwargs": flags["model-kwargs"], "img_size": flags["img-size"]}
+        return found.weights().weights(use_ema=False), meta, made_with
     published = get_pretrained_cfg(name) if is_model(name) else None
     num_classes = published.num_classes if published else 0  # with its own head there is none to replace
     try:
         model = create_model(name, num_classes, pretrained=True, say=lambda line: None)
     except UserError as error:
         raise UserError(str(error).replace("--pretrained-path FILE", "--checkpoint FILE")) from error
-    return model.state_dict(), {"model": name, "checkpoint": "pretrained", "epoch": -1, "use_ema": False}
+    return model.state_dict(), meta, {}
 
 
 def _settings(options: Options) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -126,7 +127,8 @@ def default_name(argv: list[str], config: Config) -> str:
             return Path(value).stem
         if flag.startswith("--config="):
             return Path(flag).stem
-    return config.model.model
+    of_hub = re.split(r"[:/@]", config.model.model.rstrip("/"))  # hf-hub:OWNER/NAME@COMMIT, local-dir:DIR
+    return config.model.model if len(of_hub) == 1 else of_hub[2 if config.model.model.startswith("hf") else -1]
 
 
 def _farewell(result: Result, config: Config, world: World) -> str:

@@ -65,8 +65,11 @@ def main(argv: list[str] | None = None) -> None:
     if path.suffix.lower() != ".png":
         raise UserError(f"--preview {path} does not end in .png.")
     config = parse(flags, prog=f"{prog} --preview FILE.png")
-    from lowrank_vit.report.augment_preview import preview  # torch takes seconds, which a wrong option must not cost
+    from lowrank_vit.model.hub import find_model, source_of, with_source  # torch takes seconds, which a wrong option
+    from lowrank_vit.report.augment_preview import preview  # must not cost
 
+    if source_of(config.model.model):
+        config = with_source(config, find_model(config.model.model).flags())
     picture = preview(config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

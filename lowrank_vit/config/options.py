@@ -117,7 +117,9 @@ class Model:
     """The network: any timm model."""
 
     model: str = "vit_small_patch16_224"
-    """timm model name."""
+    """timm model name, or hf-hub:OWNER/NAME, or local-dir:DIR in timm's hub layout."""
+    model_from: Annotated[str, MAY_CHANGE] = ""
+    """Set by such a --model, with the hub's commit: whose weights --pretrained reads; --model is then its timm name."""
     model_kwargs: tuple[str, ...] = ()
     """Arguments for the model's constructor: NAME=VALUE ..."""
     num_classes: Annotated[int | None, Range(2)] = None

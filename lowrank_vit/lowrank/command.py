@@ -38,6 +38,7 @@ from lowrank_vit.lowrank.options import CompressOptions, Curve
 from lowrank_vit.lowrank.results import Result, check_out, print_points, write_files
 from lowrank_vit.lowrank.targets import find_targets, parts_of_targets
 from lowrank_vit.lowrank.truncate import Decomposition
+from lowrank_vit.model.hub import find_model, source_of
 from lowrank_vit.model.low_rank import merge, ranks_of
 from lowrank_vit.model.weight_files import COMPRESSION
 from lowrank_vit.model.weights import read_checkpoint
@@ -312,6 +313,8 @@ class _Job:
         args = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v}
         path = options.source.checkpoint or options.source.pretrained_path
         source = read_checkpoint(path) if path else None
+        if source is None and source_of(options.source.model):
+            source = find_model(options.source.model).weights()
         model = self.subject.with_factors(made.factors)
         for path, is_merged in ((files.save, False), (files.merge, True)):
             if path is None:

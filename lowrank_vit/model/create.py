@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import urllib.request
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from urllib.parse import urlparse
 
 import timm
 import timm.data
@@ -22,10 +18,9 @@ from lowrank_vit.common.errors import UserError, did_you_mean
 from lowrank_vit.common.locks import Say
 from lowrank_vit.config.option_types import parse_keywords, square_side
 from lowrank_vit.model.fit import Build, build_with, build_with_file, in_one_line
+from lowrank_vit.model.hub import quick_without_network, source_of
 from lowrank_vit.model.weights import Checkpoint
 
-CONNECT_S = 5.0
-"""How long to wait for the hub before it counts as out of reach."""
 FLAG_OF = {"num_classes": "num-classes", "drop_rate": "drop", "drop_path_rate": "drop-path"}
 """Arguments of a constructor that have a flag of their own, which data and run look at too."""
 _REFUSED = {
@@ -68,11 +63,7 @@ def parse_model_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 def check_model_name(name: str) -> None:
     """Raise `UserError` for a name that timm does not know, with the nearest ones."""
-    if ":" in name:
-        raise UserError(
-            f"--model {name}: models are known by timm's names here. Fetch its weights as a file, and give that with "
-            "--pretrained-path FILE beside the --model that it is of."
-        )
+    source_of(name)
     if not timm.is_model(name):
         near = did_you_mean(name.partition(".")[0], timm.list_models())
         raise UserError(f"--model {name} is not a timm model.{near}")
@@ -177,7 +168,7 @@ def _build_published(build: Build, name: str, num_classes: int, say: Say) -> nn.
     """
     published = timm.models.get_pretrained_cfg(name)
     try:
-        with _quick_without_network():
+        with quick_without_network():
             return build_with(
                 build, name, "--pretrained", (published.num_classes if published else None, num_classes), say
             )
@@ -204,7 +195,7 @@ def check_published(name: str) -> None:
         return
     from huggingface_hub import constants, try_to_load_from_cache
 
-    with _quick_without_network():
+    with quick_without_network():
         is_out_of_reach = constants.HF_HUB_OFFLINE
     names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
     if is_out_of_reach and not any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, one), str) for one in names):
@@ -216,25 +207,6 @@ def _out_of_reach(name: str) -> UserError:
         f"--pretrained: the weights of {name} cannot be fetched from the Hugging Face hub (no network?), and its "
         "local cache does not have them. Fetch them elsewhere and give the file with --pretrained-path FILE."
     )
-
-
-@contextlib.contextmanager
-def _quick_without_network() -> Generator[None, None, None]:
-    """Where the hub cannot be reached, look in its local cache alone rather than try again for most of a minute."""
-    from huggingface_hub import constants
-
-    url = urlparse(constants.ENDPOINT)
-    before = constants.HF_HUB_OFFLINE
-    if not before and not urllib.request.getproxies():  # a proxy finds the way where this machine cannot
-        address = url.hostname or "huggingface.co", url.port or (80 if url.scheme == "http" else 443)
-        try:
-            socket.create_connection(address, timeout=CONNECT_S).close()
-        except OSError:
-            constants.HF_HUB_OFFLINE = True  # what the environment variable would set
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def input_spec(

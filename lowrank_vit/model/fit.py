@@ -107,12 +107,12 @@ def load_initial(
 
 
 def build_with_file(build: Build, name: str, checkpoint: Checkpoint, num_classes: int, say: Say) -> nn.Module:
-    """The model with the weights of --pretrained-path, fitted by timm; whose they are is said.
+    """The model with the weights of a file, --pretrained-path or one of the hub, fitted by timm; whose is said.
 
     timm fits the products of layers in factors, which are put in their factors again then. Raises `UserError` for
     weights of another model.
     """
-    flag = f"--pretrained-path {checkpoint.path}"
+    flag = f"--model {checkpoint.source}" if checkpoint.source else f"--pretrained-path {checkpoint.path}"
     in_file = checkpoint.num_outputs(head_names(name))
     # timm keeps the head where both numbers agree, and wants every tensor then. -1: there is none to keep.
     overlay: dict[str, Any] = {"num_classes": in_file or -1, "label_offset": 0}
@@ -183,7 +183,7 @@ def head_names(name: str) -> tuple[str, ...]:
 
 
 def _whose(checkpoint: Checkpoint, *, is_ema: bool) -> str:
-    return f"{'the EMA of' if is_ema else 'those of'} {checkpoint.path}"
+    return f"{'the EMA of' if is_ema else 'those of'} {checkpoint.source or checkpoint.path}"
 
 
 def _in_factors(model: nn.Module) -> str:

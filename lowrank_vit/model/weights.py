@@ -54,6 +54,8 @@ class Checkpoint:
     """Whether these are Google's arrays, which each model of timm reads in a way of its own."""
     no_tensors: tuple[str, ...] = ()
     """Names among the weights that hold something else, such as a counter; they are left out."""
+    source: str = ""
+    """The model of the hub, or the folder, that it is of, as in `hub.py`; empty for a file by itself."""
 
     @property
     def arch(self) -> str:

@@ -25,7 +25,8 @@ class ModelOptions:
     use_ema: bool = False
     """Use the EMA weights."""
     model: Annotated[str, arg(aliases=["-m"])] = ""
-    """timm model name; default: the checkpoint's. Without --checkpoint: with the weights that timm publishes."""
+    """timm model name, hf-hub:OWNER/NAME or local-dir:DIR; default: the checkpoint's. Without --checkpoint: with the
+    weights that are published for it, or lie there."""
     pretrained: bool = False
     """The weights that timm publishes for --model; a --checkpoint goes before them."""
     pretrained_path: Annotated[Path | None, PER_RANK] = None

@@ -22,6 +22,7 @@ from lowrank_vit.config import meaning
 from lowrank_vit.model.class_match import Classes, published_names
 from lowrank_vit.model.create import InputSpec, create_model, input_spec, parse_model_kwargs
 from lowrank_vit.model.fit import head_names, load_weights, resized
+from lowrank_vit.model.hub import find_model, is_of, source_of, with_source
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
 from lowrank_vit.score.options import LabelType, ModelOptions
 
@@ -66,15 +67,21 @@ class Scorer:
         return names + [str(label) for label in range(len(names), self.num_classes)]  # --num-classes may exceed them
 
 
-def load_scorer(options: ModelOptions, device: torch.device, say: Say = terminal.say) -> Scorer:
-    """Load weights; what is not given is taken from the checkpoint, else from timm. Raises `UserError`."""
+def load_scorer(
+    options: ModelOptions, device: torch.device, say: Say = terminal.say, checkpoint: Checkpoint | None = None
+) -> Scorer:
+    """Load weights; what is not given is taken from the checkpoint, else from timm. Raises `UserError`.
+
+    `checkpoint`: what --checkpoint holds, where it was read already.
+    """
     if options.checkpoint is None:
         return _published(options, device, say)
     if options.pretrained or options.pretrained_path:
         flag = "--pretrained" if options.pretrained else "--pretrained-path"
         say(f"note: the weights are those of --checkpoint {options.checkpoint}; {flag} is not read")
-    checkpoint = read_checkpoint(options.checkpoint)
+    checkpoint = checkpoint or read_checkpoint(options.checkpoint)
     weights, args = checkpoint.weights(options.use_ema), checkpoint.checked_args(*_ARGS)
+    options = _for_file(options, checkpoint)
     name = options.model or checkpoint.arch
     if not name:
         raise UserError(f"{options.checkpoint} does not name its model. Give --model.")
@@ -99,6 +106,18 @@ def load_scorer(options: ModelOptions, device: torch.device, say: Say = terminal
     return replace(scorer, origin=origin, trained_names=names, args=args, half_precision=half)
 
 
+def _for_file(options: ModelOptions, checkpoint: Checkpoint) -> ModelOptions:
+    """The options, where a --model of the hub tells what the file and the flags do not."""
+    if not source_of(options.model):
+        return options
+    if is_of(options.model, str(checkpoint.args.get("model-from", ""))):
+        return replace(options, model="")  # the run's own, which its checkpoint tells better
+    flags = find_model(options.model).flags(for_tests=True)
+    if "class_names" in checkpoint.content:
+        return replace(options, model=flags["model"])
+    return with_source(options, flags)
+
+
 def _kind(*, is_ema: bool) -> str:
     return "EMA weights" if is_ema else "weights"
 
@@ -114,10 +133,14 @@ def _published(options: ModelOptions, device: torch.device, say: Say) -> Scorer:
     name, path = options.model, options.pretrained_path
     if options.use_ema:
         raise UserError("--use-ema is about a --checkpoint, which is not there. Leave it out.")
-    file = read_checkpoint(path, "--pretrained-path") if path else None
-    known = timm.models.get_pretrained_cfg(name)
+    found = find_model(name) if source_of(name) else None
+    if found:
+        options = with_source(options, found.flags(for_tests=True))
+        name = options.model
+    file = read_checkpoint(path, "--pretrained-path") if path else found.weights() if found else None
+    known = found.cfg if found else timm.models.get_pretrained_cfg(name)
     num_classes = (file.num_outputs(head_names(name)) if file else None) or (known.num_classes if known else 0) or 1000
-    source = f"--pretrained-path {path}" if path else f"--pretrained {name}"
+    source = f"--pretrained-path {path}" if path else f"--pretrained {found.source if found else name}"
     _check_number(options, num_classes, source)
     size, kwargs = options.img_size, options.model_kwargs
     weights: dict[str, Any] = {"pretrained": file is None, "pretrained_file": file}
@@ -125,9 +148,10 @@ def _published(options: ModelOptions, device: torch.device, say: Say) -> Scorer:
     scorer = _scorer(made, name, options, device, say, size, {}, num_classes, is_ours=False)
     if file is None:
         return replace(scorer, origin=f"{name} (timm's weights)", is_published=True)
-    origin = f"{path} ({_kind(is_ema=file.starts_from_ema)})"
+    origin = f"{file.source or path} ({_kind(is_ema=file.starts_from_ema)})"
     half, names = _half_precision(file, use_ema=file.starts_from_ema), file.class_names or []
-    return replace(scorer, origin=origin, trained_names=names, half_precision=half)
+    is_named_by_number = bool(file.source) and not names  # as those that timm publishes
+    return replace(scorer, origin=origin, trained_names=names, half_precision=half, is_published=is_named_by_number)
 
 
 def _check_number(options: ModelOptions, num_classes: int, source: str) -> None:

@@ -18,6 +18,7 @@ from lowrank_vit.config.option_types import kind_of, leaves, may_change, with_op
 from lowrank_vit.config.options import Config
 from lowrank_vit.config.tracking_options import trackers
 from lowrank_vit.lowrank.switching.groups import regroup
+from lowrank_vit.model.hub import find_model, is_of, source_of, with_source
 from lowrank_vit.model.lora import KEY as LORA
 from lowrank_vit.model.lora import lora_of
 from lowrank_vit.model.low_rank import ranks_of
@@ -66,6 +67,11 @@ def find_start(config: Config, world: World) -> Start:
         RunDir.require_free(run.output, run.experiment)  # before data are converted for nothing
     config = replace(config, run=replace(run, resume=resume))
     resumed = _read_alike(resume, world) if resume else None
+    if source_of(config.model.model):
+        kept = resumed.args if resumed else {}
+        is_known = is_of(config.model.model, str(kept.get("model-from", "")))
+        flags = kept if is_known else find_model(config.model.model).flags() if world.is_first else None
+        config = with_source(config, world.from_first(flags))
     if resumed:
         config = as_resumed(config, resumed, terminal.say if world.is_first else silent)
     return Start(config, resumed, earlier, names)
@@ -161,6 +167,7 @@ def capture(setup: Setup, state: RunState) -> dict[str, Any]:
         LOADERS: {"train": setup.train_loader.name, **({"val": setup.val_loader.name} if setup.val_loader else {})},
         "num_classes": setup.num_classes,
         "class_names": setup.class_names,
+        **({"val_samples": setup.val_loader.plan.num_samples} if setup.val_loader else {}),
         "input": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(setup.spec).items()},
         "args": {name: _plain(value) for name, _, value in leaves(config)},
     }

@@ -313,11 +313,6 @@ def test_the_size_may_stand_among_the_arguments(pair):
         create_model(NAME, 7, img_size=32, model_kwargs=(*KWARGS, pair))
 
 
-def test_models_of_the_hub_are_refused_in_a_sentence():
-    with pytest.raises(UserError, match=r"--model hf-hub:timm/x: models are known by timm's names.*--pretrained-path"):
-        create_model("hf-hub:timm/x", 7)
-
-
 def test_mean_and_std_replace_the_models():
     model = seeded(1)
     assert input_spec(model, 32, None, (0.1, 0.2, 0.3), (0.5,)).mean == (0.1, 0.2, 0.3)

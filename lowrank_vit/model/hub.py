@@ -1,0 +1,328 @@
+"""Models in timm's hub layout, a folder with config.json and weights: `hf-hub:OWNER/NAME[@REVISION]`, `local-dir:DIR`.
+
+A model of the hub is looked up once, where a command begins. What its config.json says becomes the command's own
+options: the architecture, its arguments, and how images must look. So a run's args.yaml and checkpoints tell all that
+is needed later, when the folder has moved or there is no network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import socket
+import urllib.request
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlparse
+
+import timm
+from timm.models import PretrainedCfg, parse_model_name
+
+from lowrank_vit.common.errors import UserError, did_you_mean
+from lowrank_vit.common.filters import FILTERS
+from lowrank_vit.config.option_types import leaves, literal, parse_keywords, square_side, with_options
+from lowrank_vit.model.fit import in_one_line
+from lowrank_vit.model.weights import Checkpoint, read_checkpoint
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+CONNECT_S = 5.0
+"""How long to wait for the hub before it counts as out of reach."""
+HUB, LOCAL = "hf-hub", "local-dir"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_FILES = (
+    *(WEIGHTS, "pytorch_model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"),
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
+)
+"""What weights are called, in timm's order."""
+_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin")
+"""Of other names in a folder, in timm's order."""
+_NOT_OF_THE_MODEL = ("num_classes", "in_chans", "img_size", "drop_rate", "drop_path_rate")
+"""Arguments of the constructor that have a flag of their own, or a value that is always the same here."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_OF_IMAGES = ("model-kwargs", "img-size", "crop-pct", "mean", "std")
+_LEFT_OPEN = {
+    **dict.fromkeys(("img-size", "crop-pct", "mean", "std", "drop-path")),
+    "train-interpolation": "model",
+    "interpolation": "",
+}
+"""Options that a model of the hub decides where they have these values."""
+D = TypeVar("D", bound="DataclassInstance")
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model as its config.json describes it."""
+
+    source: str
+    """hf-hub:OWNER/NAME@COMMIT, or local-dir: and an absolute path."""
+    architecture: str
+    """timm's name."""
+    cfg: PretrainedCfg
+    model_args: dict[str, Any]
+    """Arguments of the constructor."""
+    folder: Path
+    """Where config.json lies; for a model of the hub in its local cache."""
+    class_names: list[str] | None = None
+    """Names of the first outputs, in their order."""
+
+    def flags(self, *, for_tests: bool = False) -> dict[str, Any]:
+        """What config.json says, as options: the model, its arguments, image size, crop, mean, std, interpolation.
+
+        `for_tests`: with the size and the crop that it has for tests. Raises `UserError` for images that are not square
+        or have other than three colours, and for what are no numbers.
+        """
+        args, cfg, said = self.model_args, self.cfg, f"--model {self.source}: its {CONFIG} has"
+        size: Any = args.get("img_size") or (for_tests and cfg.test_input_size) or cfg.input_size
+        sides = [size, size] if isinstance(size, int) else list(size)[-2:]
+        channels = [args.get("in_chans", 3), *(list(cfg.input_size)[:1])]
+        if any(one != 3 for one in channels):
+            raise UserError(f"{said} {max(channels)} channels of input, and images are RGB here. Choose another model.")
+        crop_pct = (for_tests and cfg.test_crop_pct) or cfg.crop_pct
+        numbers: dict[str, Any] = {"crop_pct": [crop_pct], "mean": cfg.mean, "std": cfg.std}
+        for name, values in numbers.items():
+            lowest = -math.inf if name == "mean" else 0.0
+            is_right = isinstance(values, list | tuple) and len(values) in (1, 3)
+            if not is_right or not all(isinstance(v, int | float) and lowest < v < math.inf for v in values):
+                raise UserError(f"{said} {name}={values}. Give another folder, or mend that file.")
+        found = {
+            "model": self.architecture,
+            "model-from": self.source,
+            "model-kwargs": tuple(_pair(k, v) for k, v in args.items() if k not in _NOT_OF_THE_MODEL and v is not None),
+            "img-size": square_side(str(tuple(sides)), f"{said} the image size"),
+            "crop-pct": min(1.0, numbers["crop_pct"][0]),
+            **{name: tuple(numbers[name]) * (3 // len(numbers[name])) for name in ("mean", "std")},
+            "drop-path": args.get("drop_path_rate"),
+        }
+        if cfg.interpolation in FILTERS:
+            found |= {"train-interpolation": cfg.interpolation, "interpolation": cfg.interpolation}
+        return found
+
+    def weights(self, flag: str = "--model") -> Checkpoint:
+        """Read its weights, which are fetched first if need be. Raises `UserError`."""
+        said = f"{flag} {self.source}"
+        checkpoint = read_checkpoint(self.weight_file(said), f"{said}:")
+        flags = self.flags(for_tests=True)
+        args = {name: list(v) if isinstance(v, tuple) else v for name in _OF_IMAGES if (v := flags[name]) is not None}
+        content = checkpoint.content | {"arch": self.architecture, "args": args}
+        if self.class_names:
+            content["class_names"] = self.class_names
+        if self.cfg.label_offset and not checkpoint.is_npz:  # outputs before the first class, as old weights have them
+            heads = self.cfg.classifier or ()
+            ends = {f"{head}.{kind}" for head in ([heads] if isinstance(heads, str) else heads) for kind in _PARTS}
+            own: Any = content["state_dict"]
+            content["state_dict"] = {k: v[self.cfg.label_offset :] if k in ends else v for k, v in own.items()}
+        return replace(checkpoint, content=content, source=self.source)
+
+    def weight_file(self, said: str = "") -> Path:
+        """Find the file of weights; one of the hub is fetched if need be. Raises `UserError` beginning with `said`."""
+        said = said or f"--model {self.source}"
+        own = self.cfg.hf_hub_filename
+        if self.source.startswith(LOCAL):
+            there = [path for name in filter(None, (own, *_FILES)) if (path := self.folder / name).is_file()]
+            there += [path for suffix in _SUFFIXES for path in sorted(self.folder.glob(f"*{suffix}"))]
+            if not there:
+                raise UserError(
+                    f"{said}: there are no weights beside its {CONFIG} (expected {WEIGHTS}). Give another folder, or "
+                    "leave --pretrained out to begin with fresh weights."
+                )
+            return there[0]
+        unreached: UserError | None = None
+        for name in [own] if own else _FILES:
+            try:
+                if path := _fetched(self.source.partition(":")[2], name, said):
+                    return path
+            except _OutOfReach as error:  # of several names one may be in the cache
+                unreached = unreached or error
+        raise unreached or UserError(f"{said}: it has no file of weights ({WEIGHTS}). Choose another model.")
+
+
+class _OutOfReach(UserError):
+    """The hub cannot be asked."""
+
+
+_PARTS = ("weight", "bias")
+
+
+def source_of(name: str) -> str:
+    """The source that a name of a model begins with, hf-hub or local-dir; empty for a timm name.
+
+    Raises `UserError` for another source, and for a path or a name of the hub without one.
+    """
+    try:
+        return parse_model_name(name)[0] or ""
+    except ValueError as error:
+        raise UserError(
+            f"--model {name} is no name of a model. Give a timm name, {HUB}:OWNER/NAME for one of the Hugging Face "
+            f"hub, or {LOCAL}:DIR for a folder with {CONFIG} and weights."
+        ) from error
+
+
+def with_source(options: D, flags: Mapping[str, Any]) -> D:
+    """A command's options with what is told of a model of the hub, see `HubModel.flags`, where they leave it open.
+
+    Arguments of the constructor are joined; the command's go before the model's.
+    """
+    now = {name: value for name, _, value in leaves(options)}
+    own = parse_keywords(now["model-kwargs"], "--model-kwargs", "patch_size=2")
+    told = tuple(pair for pair in flags["model-kwargs"] if pair.partition("=")[0] not in own)
+    if now.get("img-size") is None and "img_size" in own:
+        flags = {name: value for name, value in flags.items() if name != "img-size"}
+    new = {"model": flags["model"], "model-from": flags["model-from"], "model-kwargs": (*told, *now["model-kwargs"])}
+    new |= {name: flags[name] for name, usual in _LEFT_OPEN.items() if name in flags and now.get(name, ...) == usual}
+    return with_options(options, new)
+
+
+def is_of(name: str, source: str) -> bool:
+    """Whether `name`, as it is typed, is the model that `source` was found for: another commit is another model."""
+    kind, given = parse_model_name(name)
+    if kind == LOCAL or not kind:
+        return kind == LOCAL and f"{LOCAL}:{_absolute(given)}" == source
+    repository, _, revision = given.partition("@")
+    found, _, commit = source.removeprefix(f"{HUB}:").partition("@")
+    is_same = source.startswith(HUB) and repository == found
+    return is_same and (revision == commit or not _COMMIT.fullmatch(revision))
+
+
+def find_model(name: str, flag: str = "--model") -> HubModel:
+    """Look a model of the hub, or of a folder, up: config.json alone is read. Raises `UserError`."""
+    kind, given = parse_model_name(name)
+    said = f"{flag} {name}"
+    if kind == HUB:
+        repository, _, revision = given.partition("@")
+        path = _fetched(given, CONFIG, said)
+        if path is None:
+            raise UserError(f"{said}: it has no {CONFIG}, so it is no model of timm. Choose another.")
+        commit = path.parent.name if _COMMIT.fullmatch(path.parent.name) else revision
+        return _described(path.parent, f"{HUB}:{repository}" + (f"@{commit}" if commit else ""), said)
+    folder = _absolute(given)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{said}: that folder {what}. Give a folder with {CONFIG} and {WEIGHTS}.")
+    if not (folder / CONFIG).is_file():
+        is_run = (folder / "args.yaml").exists()
+        way = f"It is a run: `lowrank-vit export {given} --local-dir DIR` writes such a folder." if is_run else ""
+        way = way or f"Give a folder with {CONFIG} and {WEIGHTS}."
+        raise UserError(f"{said}: there is no {CONFIG} in it, so it is no model of timm's. {way}")
+    return _described(folder, f"{LOCAL}:{folder}", said)
+
+
+def _described(folder: Path, source: str, said: str) -> HubModel:
+    try:
+        content: Any = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{said}: its {CONFIG} cannot be read ({error}). Give another.") from error
+    if not isinstance(content, dict) or not isinstance(content.get("architecture"), str):
+        of_transformers = isinstance(content, dict) and "model_type" in content
+        why = "it is of the library transformers" if of_transformers else "it names no `architecture`"
+        raise UserError(f"{said} is no model of timm: by its {CONFIG}, {why}. Choose another.")
+    name = content["architecture"]
+    if not timm.is_model(name):
+        near = did_you_mean(name, timm.list_models())
+        raise UserError(f"{said}: its {CONFIG} names {name}, which this version of timm does not know.{near}")
+    told: Any = content.get("pretrained_cfg", content)  # old files have all in one
+    args: Any = content.get("model_args") or {}
+    if not isinstance(told, dict) or not isinstance(args, dict):
+        raise UserError(f"{said}: its {CONFIG} is damaged: pretrained_cfg and model_args are no tables there.")
+    known = {one.name for one in fields(PretrainedCfg)} - {"url", "file", "state_dict", "hf_hub_id", "source"}
+    cfg = PretrainedCfg(**{key: value for key, value in told.items() if key in known and value is not None})
+    labels = content.get("label_names") or told.get("label_names") or told.get("labels")
+    return HubModel(source, name, cfg, dict(args), folder, _names(labels))
+
+
+def _names(labels: Any) -> list[str] | None:
+    """Names of outputs 0, 1 and so on; None where the labels do not tell them."""
+    if isinstance(labels, dict):
+        labels = [labels.get(str(number)) for number in range(len(labels))]
+    is_list = isinstance(labels, list) and labels and all(isinstance(name, str) for name in labels)
+    return list(labels) if is_list else None
+
+
+def _pair(name: str, value: Any) -> str:
+    is_plain = isinstance(value, str) and literal(value) == value
+    return f"{name}={value if is_plain else repr(value)}"
+
+
+def _absolute(given: str) -> Path:
+    return Path(given).expanduser().absolute()
+
+
+def _fetched(given: str, name: str, said: str) -> Path | None:
+    """A file of OWNER/NAME[@REVISION] in the local cache, fetched if need be; None where it has no such file.
+
+    Raises `UserError`.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    repository, _, revision = given.partition("@")
+    try:
+        with quick_without_network():
+            return Path(hf_hub_download(repository, name, revision=revision or None))
+    except LocalEntryNotFoundError as error:
+        raise _OutOfReach(str(hub_error(error, repository, said))) from error
+    except EntryNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise hub_error(error, repository, said) from error
+
+
+def hub_error(error: Exception, repository: str, said: str) -> UserError:
+    """An error of the hub in a sentence that begins with `said`, and what to do."""
+    from huggingface_hub import errors
+
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.HFValidationError):
+        return UserError(f"{said}: `{repository}` is no name of the hub, which is OWNER/NAME. Check how it is spelt.")
+    if isinstance(error, errors.GatedRepoError):
+        return UserError(
+            f"{said}: {repository} is open only to those who ask. Do so at https://huggingface.co/{repository}, and "
+            f"{log_in}."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return UserError(
+            f"{said}: the hub has no {repository}, or it is private and no token that may read it is here. Check the "
+            f"name; for a private one {log_in}."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return UserError(f"{said}: {repository} has no such revision. Give a branch, a tag or a commit that it has.")
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return UserError(f"{said}: there is no token of the hub here. To write to it, {log_in}.")
+    if status == 401:
+        return UserError(f"{said}: the hub does not take the token that is here. {log_in[0].upper()}{log_in[1:]}.")
+    if status == 403:
+        return UserError(
+            f"{said}: the token here may not write to {repository}. Make one with the right to write at "
+            f"https://huggingface.co/settings/tokens, and {log_in}; or give a name of your own."
+        )
+    if status is not None:
+        return UserError(f"{said}: the hub refused it ({status}): {in_one_line(error)}")
+    return UserError(
+        f"{said}: the Hugging Face hub cannot be reached (no network?), and its local cache does not have "
+        f"{repository}. Fetch it elsewhere, and give the folder as {LOCAL}:DIR."
+    )
+
+
+@contextlib.contextmanager
+def quick_without_network() -> Generator[None]:
+    """Where the hub cannot be reached, look in its local cache alone rather than try again for most of a minute."""
+    from huggingface_hub import constants
+
+    url = urlparse(constants.ENDPOINT)
+    before = constants.HF_HUB_OFFLINE
+    if not before and not urllib.request.getproxies():  # a proxy finds the way where this machine cannot
+        address = url.hostname or "huggingface.co", url.port or (80 if url.scheme == "http" else 443)
+        try:
+            socket.create_connection(address, timeout=CONNECT_S).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True  # what the environment variable would set
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
