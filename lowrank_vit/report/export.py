@@ -1,10 +1,10 @@
-"""A run's numbers as tables for other programs: CSV or Parquet files, or text that a page offers for download."""
+"""A run's numbers as tables for other programs: CSV or Parquet files."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
@@ -15,8 +15,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import whole_file, writing
 from lowrank_vit.common.packages import needs
 from lowrank_vit.report.events import Columns, read_flows, read_train
-from lowrank_vit.report.read import Run, read_summary
-from lowrank_vit.spectral.watching.files import StoredScalars
+from lowrank_vit.report.read import read_summary
 from lowrank_vit.spectral.watching.scalars import ScalarHistory, columns_of
 from lowrank_vit.spectral.watching.stored import Spectra
 
@@ -160,24 +159,3 @@ def _arrow(arrow: Any, values: np.ndarray | None, length: int, kind: Any) -> Any
     if values is None:
         return arrow.nulls(length, kind)
     return arrow.array(values.tolist() if values.dtype.kind == "U" else values, from_pandas=True).cast(kind)
-
-
-def csv_text(columns: Mapping[str, np.ndarray]) -> str:
-    """A table as text, a line a row under a line of names; a cell without a number is empty."""
-    text = io.StringIO()
-    _row_writer(text, list(columns))(dict(columns))
-    return text.getvalue()
-
-
-def tables_of(run: Run) -> dict[str, Columns]:
-    """The tables of what a report has read, by name: `epochs`, `train`, `flows` and `scalars`; without empty ones.
-
-    `scalars` has a row for each of the report's refreshes and each matrix or mean, as `columns_of` says.
-    """
-    updates = run.scalars.get("update", np.empty(0)).tolist()
-    refreshes = [
-        StoredScalars.of(int(update), {key: float(of[t]) for key, of in run.scalars.items() if "/" in key})
-        for t, update in enumerate(updates)
-    ]
-    found = {"epochs": run.epochs, "train": run.train, "flows": run.flows, "scalars": columns_of(refreshes)}
-    return {name: columns for name, columns in found.items() if len(next(iter(columns.values()), ()))}

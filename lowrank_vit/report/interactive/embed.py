@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from io import BytesIO
+from typing import Any
+
+import numpy as np
 
 from lowrank_vit.report.compression.read import Compression
 from lowrank_vit.report.interactive import figures
@@ -57,8 +60,23 @@ def _embedded(
         "figures": [one for one in made if one],
         "matrices": content,
         "looks": {kind: browser_look(kind) for kind in kinds},
+        "tables": _tables(run, pack) if run else {},
     }
     return {"json": embedded_json(data), "numbers": pack.embedded()}, notes
+
+
+def _tables(run: Run, pack: Packer) -> dict[str, dict[str, Any]]:
+    """The columns of `report --export` that no figure holds, by table; of long ones evenly spaced rows."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, columns in (("epochs", run.epochs), ("train", run.train), ("flows", run.flows)):
+        rows = len(columns.get("update", ()))
+        at = np.unique(np.linspace(0, rows - 1, min(rows, figures.POINTS)).round().astype(int))
+        if rows:
+            found[name] = {
+                column: of[at] if name == "epochs" or column in ("update", "epoch") else pack(of[at])
+                for column, of in columns.items()
+            }
+    return found
 
 
 def embedded_pictures(pictures: Mapping[str, bytes]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from lowrank_vit.report.language import texts
 
 _HERE, _LIBRARY = "lowrank_vit.report.interactive", "plotly-cartesian.min.js.gz"
-_SCRIPTS = ("data", "charts", "matrices", "table", "start")
+_SCRIPTS = ("data", "charts", "matrices", "table", "downloads", "start")
 """Files of `js/`, in their order in the page."""
 _KEPT = np.uint32(0xFFFFFC00)
 """Bits of a float32 that stay: sign, exponent and 13 of the mantissa."""

@@ -11,8 +11,7 @@ import pytest
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.report.__main__ import main
-from lowrank_vit.report.export import csv_text, export_run, tables_of
-from lowrank_vit.report.read import read_run
+from lowrank_vit.report.export import export_run
 from lowrank_vit.spectral.watching.files import StoredScalars, write_scalars
 from lowrank_vit.spectral.watching.stored import open_spectra
 from tests.hidden_packages import hidden_packages
@@ -121,13 +120,3 @@ def test_what_cannot_be_is_told(run: Path, tmp_path: Path) -> None:
         main([str(run), "--export", "csv"])
     with pytest.raises(UserError, match="--export writes tables alone"):
         main([str(run), "--export", "csv", str(tmp_path), "--watch"])
-
-
-def test_a_page_gets_the_tables_of_what_it_shows(run: Path) -> None:
-    found = tables_of(read_run(run))
-    assert list(found) == ["epochs", "train", "flows", "scalars"]
-    assert {"update", "ema", "name", "sigma_max"} <= set(found["scalars"])
-    lines = csv_text(found["scalars"]).splitlines()
-    assert lines[0].startswith("update,ema,name,")
-    assert len(lines) == 1 + len(found["scalars"]["update"])
-    assert csv_text({"a": np.array([1.5, np.nan]), "b": np.array(["x,y", "z"])}) == 'a,b\n1.5,"x,y"\n,z\n'

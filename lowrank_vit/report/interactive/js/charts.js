@@ -7,8 +7,19 @@ function shade(share) {
 }
 const charts = new Map();
 const watcher = new IntersectionObserver((entries) => {
-  for (const entry of entries) if (entry.isIntersecting) { watcher.unobserve(entry.target); draw(entry.target); }
+  for (const { isIntersecting, target } of entries) if (isIntersecting) {
+    watcher.unobserve(target);
+    plotly().then(() => draw(target)).catch(failed);
+  }
 }, { rootMargin: "400px" });
+/* The library takes most of the time that a page takes: it is read when the first chart comes near, behind the rest. */
+let library;
+function plotly() {
+  library ||= inflate("packed-library").then((bytes) => {
+    document.head.append(Object.assign(document.createElement("script"), { textContent: new TextDecoder().decode(bytes) }));
+  });
+  return library;
+}
 
 /* A place for a panel; it is drawn when it comes near the window. Give another panel to `show` to change it. */
 function chart(parent, height) {

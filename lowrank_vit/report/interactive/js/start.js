@@ -12,25 +12,30 @@ function start() {
     matrixTable(m);
   }
   data.figures.filter((one) => one.place === "end").forEach(figure);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-    for (const [place, held] of charts) if (held.drawn && place.isConnected) draw(place);
-  });
+  downloads();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw((held) => held.drawn));
+  addEventListener("beforeprint", () => { if (window.Plotly) redraw(() => true); });
+}
+function redraw(wanted) {
+  for (const [place, held] of charts) if (place.isConnected && wanted(held)) draw(place);
+}
+/* An old browser, or a page that was cut off: the pictures that readers without scripts see. */
+function failed(error) {
+  if (root.dataset.state === "failed") return;
+  console.error(error);
+  root.dataset.state = "failed";
+  const pictures = byId("pictures");
+  if (pictures) byId("figures").innerHTML = pictures.textContent;
+  byId("figures").prepend(t("The interactive figures could not be drawn: {why}", { why: error.message }));
 }
 async function boot() {
   try {
-    const [library, json, block] = await Promise.all(["library", "json", "numbers"].map((id) => inflate("packed-" + id)));
-    const text = new TextDecoder();
-    document.head.append(Object.assign(document.createElement("script"), { textContent: text.decode(library) }));
-    data = unpacked(JSON.parse(text.decode(json)), numbersOf(block));
+    const [json, block] = await Promise.all(["json", "numbers"].map((id) => inflate("packed-" + id)));
+    data = unpacked(JSON.parse(new TextDecoder().decode(json)), numbersOf(block));
     start();
     root.dataset.state = "ready";
   } catch (error) {
-    /* An old browser, or a page that was cut off: the pictures that readers without scripts see. */
-    console.error(error);
-    root.dataset.state = "failed";
-    const pictures = byId("pictures");
-    if (pictures) byId("figures").innerHTML = pictures.textContent;
-    byId("figures").prepend(t("The interactive figures could not be drawn: {why}", { why: error.message }));
+    failed(error);
   }
 }
 boot();

@@ -1,4 +1,7 @@
-"""The page in a real browser: it opens without errors, and what a reader chooses, sorts and zooms changes it."""
+"""The page in a real browser: it opens without errors, and what a reader chooses, sorts and zooms changes it.
+
+One browser and one run serve all tests, which share a loaded page where they can.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,45 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from lowrank_vit.report.page import write_report
+from lowrank_vit import open_spectra
+from lowrank_vit.report.language import in_language, texts
+from lowrank_vit.report.page import draw_report, write_report
 from lowrank_vit.spectral.watching.files import CIRCUITS
 from lowrank_vit.spectral.watching.store import SpectraStore
 from tests.big_run import write_big_run
 from tests.browser import Tab, opened
-from tests.reported import add_monitor, fill
+from tests.reported import fill
 from tests.unit.report.spectra.test_circuits import stored
 from tests.unit.report.test_compression import content
 from tests.unit.report.test_switching import evidence, switch
+from tests.waiting import wait_until
 
 EVIL = "<img src=x onerror=\"document.title='hurt'\"><b>x<b>"
+SECTIONS = "training cosines metrics heat values bulk table lowrank vectors flows circuits compression data".split()
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run whose name and whose layers hold HTML."""
+    """A small run with all that a page shows, whose name and whose layers hold HTML, and its report."""
     path = tmp_path_factory.mktemp("pages") / EVIL
     path.mkdir()
     fill(path)
+    circuits = {f"spec/circuit/{block}": one for block, one in stored(3).items()}
+    SpectraStore(path / "spectra", 1e9, {CIRCUITS: "raw"}).save(4, {}, circuits=circuits)
     log = path / "metrics.jsonl"
     named = log.read_text().replace("/blocks.2.mlp.fc2/", f"/{json.dumps(EVIL)[1:-1]}/")
-    log.write_text(re.sub(r'"([^"]*)/alpha": ', r'"\1/alpha_sigma": 9, "\1/alpha": ', named))
+    named = re.sub(r'"([^"]*)/alpha": ', r'"\1/alpha_sigma": 9, "\1/alpha": ', named)
+    flows = {f"spec/flow/blocks.{block}/entropy": 1.5 for block in range(3)}
+    events = [
+        *({"kind": "flow", "update": update, "spec/flow/images": 40, **flows} for update in (5, 10)),
+        evidence(8),
+        switch(10, ["blocks.0.attn.qkv", "blocks.0.mlp.fc1"], 2),
+    ]
+    log.write_text(named + "".join(json.dumps(event) + "\n" for event in events))
+    (path / "compression.json").write_text(json.dumps(content()))
     write_report(path, png=False)
     return path
 
@@ -40,6 +58,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
     with opened(tmp_path_factory.mktemp("profile")) as tab:
         yield tab
+
+
+@pytest.fixture
+def page(run: Path, tab: Tab) -> Tab:
+    """The run's page in a wide window; loaded anew only where another was shown."""
+    page = run / "report.html"
+    if tab.js("location.href") != page.resolve().as_uri() or tab.js("innerWidth") != 1400:
+        tab.open(page)
+    tab.errors.clear()
+    return tab
 
 
 def drawn(tab: Tab, figure: str) -> None:
@@ -53,18 +81,16 @@ def of_plot(tab: Tab, figure: str, expression: str) -> Any:
     )
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (420, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(420, "dark"), (1400, "light")])
 def test_a_page_opens_without_errors_and_is_no_wider_than_its_window(
     run: Path, tab: Tab, width: int, scheme: str
 ) -> None:
     tab.open(run / "report.html", width=width, scheme=scheme)
     assert tab.js("document.documentElement.dataset.state") == "ready"
     sections = tab.js("[...document.querySelectorAll('section.interactive')].map((one) => one.id)")
-    assert sections == [
-        "fig-training", "fig-cosines", "fig-metrics", "fig-heat", "fig-values", "fig-bulk", "fig-table", "fig-vectors",
-    ]  # fmt: skip
+    assert sections == [f"fig-{name}" for name in SECTIONS]
     for name in sections:
-        if name != "fig-table":
+        if name not in ("fig-table", "fig-data"):
             drawn(tab, name)
     assert tab.js("document.documentElement.scrollWidth") <= width
     assert tab.js("getComputedStyle(document.body).backgroundColor") == (
@@ -75,8 +101,8 @@ def test_a_page_opens_without_errors_and_is_no_wider_than_its_window(
     assert tab.errors == []
 
 
-def test_a_reader_chooses_a_number_a_layer_and_weights(run: Path, tab: Tab) -> None:
-    tab.open(run / "report.html")
+def test_a_reader_chooses_a_number_a_layer_and_weights(page: Tab) -> None:
+    tab = page
     drawn(tab, "fig-metrics")
     assert set(of_plot(tab, "fig-metrics", "plot.data.map((one) => one.name)")) >= {"attn.proj", "mlp.fc1"}
     tab.choose("#fig-metrics select[name=layer]", "type:attn.proj")
@@ -94,8 +120,8 @@ def test_a_reader_chooses_a_number_a_layer_and_weights(run: Path, tab: Tab) -> N
     assert tab.errors == []
 
 
-def test_a_drag_zooms_and_a_double_click_ends_it(run: Path, tab: Tab) -> None:
-    tab.open(run / "report.html")
+def test_a_drag_zooms_and_a_double_click_ends_it(page: Tab) -> None:
+    tab = page
     drawn(tab, "fig-metrics")
     before = of_plot(tab, "fig-metrics", "[...plot.layout.xaxis.range]")
     left, top, width, height = tab.place("#fig-metrics .nsewdrag")
@@ -114,8 +140,8 @@ def test_a_drag_zooms_and_a_double_click_ends_it(run: Path, tab: Tab) -> None:
     assert tab.errors == []
 
 
-def test_the_table_sorts_and_says_why_a_number_is_doubted(run: Path, tab: Tab) -> None:
-    tab.open(run / "report.html")
+def test_the_table_sorts_and_says_why_a_number_is_doubted(page: Tab) -> None:
+    tab = page
     cells = "[...document.querySelectorAll('#fig-table tbody tr')].map((row) => row.cells[{}].textContent)"
     names = tab.js(cells.format(0))
     assert len(names) == 12
@@ -150,6 +176,88 @@ def test_without_scripts_the_pictures_are_shown_and_with_them_they_are_not_loade
     assert "could not be drawn" in tab.js("document.getElementById('figures').textContent")
 
 
+@pytest.mark.parametrize(
+    ("figure", "view"),
+    [("lowrank", "evidence by type"), ("flows", "over the validations"),
+     ("circuits", "blocks.1 reads the block before"), ("compression", "ranks by layer")],
+)  # fmt: skip
+def test_flows_circuits_switches_and_a_compression_are_drawn_where_they_are_recorded(
+    page: Tab, figure: str, view: str
+) -> None:
+    drawn(page, f"fig-{figure}")
+    page.choose(f"#fig-{figure} select[name=view]", view)
+    page.wait(f"document.querySelector('#fig-{figure} .js-plotly-plot')?.data.length")
+    assert page.errors == []
+
+
+ENGLISH = re.compile(r"[A-Za-z][a-z]{2,} [a-z]{2,}")
+OF_THE_PAGE = """(() => {
+  const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const one = walker.currentNode;
+    const left = "script, style, noscript, pre, .pairs, h1, h1 + .sub";
+    if (!one.parentElement.closest(left)) found.push(one.textContent.trim());
+  }
+  for (const one of document.querySelectorAll("[title], [data-title]"))
+    found.push(one.getAttribute("title") || one.getAttribute("data-title"));
+  return found.filter(Boolean);
+})()"""
+
+
+def test_a_chinese_page_has_no_english_but_names(run: Path, tab: Tab) -> None:
+    with in_language("zh"):
+        (run / "zh.html").write_text(draw_report(run, png=False).html)
+        others = {text for text, own in texts().items() if text != own and len(text) > 3}
+    tab.open(run / "zh.html", width=1400)
+    for name in SECTIONS:
+        if name not in ("table", "data"):
+            drawn(tab, f"fig-{name}")
+    for name in ("lowrank", "flows", "circuits", "compression"):
+        for view in tab.js(f"[...document.querySelectorAll('#fig-{name} select option')].map((one) => one.value)"):
+            tab.choose(f"#fig-{name} select", view)
+            drawn(tab, f"fig-{name}")
+    tab.click("#fig-table input[name=all]")
+    shown = [text.replace(EVIL, "").replace("report --export csv DIR", "") for text in tab.js(OF_THE_PAGE)]
+    assert len(shown) > 300
+    assert [text for text in shown if ENGLISH.search(text) or text in others] == []
+    assert tab.js("document.documentElement.lang") == "zh-CN"
+    assert tab.errors == []
+
+
+def test_tables_are_downloaded_with_the_numbers_of_the_run_and_read_by_the_pages_own_recipes(
+    tab: Tab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pandas = pytest.importorskip("pandas")
+    run = write_big_run(tmp_path / "run", 0.001, blocks=1)
+    write_report(run, png=False)
+    tab.open(run / "report.html")
+    tab.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    for name in ("scalars", "singular_values", "epochs", "train"):
+        tab.click(f"#fig-data button[data-table={name}]")
+        wait_until(lambda name=name: (tmp_path / f"{name}.csv").exists(), f"{name}.csv")
+    spectra = open_spectra(run)
+    table = pandas.read_csv(tmp_path / "scalars.csv")
+    wanted = spectra.to_pandas(*(set(table.columns) - {"update", "ema", "name"}))
+    keys = ["update", "ema", "name"]
+    table, wanted = (one.set_index(keys).sort_index().sort_index(axis=1) for one in (table, wanted))
+    assert table.shape == (3 * 8, len(wanted.columns))
+    pandas.testing.assert_frame_equal(table, wanted, rtol=7e-5, check_dtype=False)
+    values = pandas.read_csv(tmp_path / "singular_values.csv")
+    updates, all_TK = spectra.series("blocks.0.attn.proj", ema=True)
+    own = values[values.ema & (values.name == "blocks.0.attn.proj")].drop(columns=keys)
+    assert set(values["update"]) == set(updates.tolist())
+    np.testing.assert_allclose(own, all_TK[:, [int(name[1:]) - 1 for name in own.columns]], rtol=7e-5)
+    epochs = pandas.read_csv(tmp_path / "epochs.csv")
+    pandas.testing.assert_frame_equal(epochs, pandas.read_csv(run / "summary.csv"), check_dtype=False)
+    assert len(pandas.read_csv(tmp_path / "train.csv").columns) == 6
+    monkeypatch.chdir(tmp_path)
+    for library in ("pandas", "numpy"):
+        recipe = tab.js(f"document.querySelector('.recipe[data-library={library}]').textContent")
+        assert len(recipe.splitlines()) == 3
+        exec(recipe, {})
+    assert tab.errors == []
+
+
 def test_a_tenth_of_a_long_run_is_a_page_below_6_mb_that_says_what_it_leaves_out(tab: Tab, tmp_path: Path) -> None:
     run = write_big_run(tmp_path / "big", 0.1)
     write_report(run, png=False)
@@ -161,31 +269,4 @@ def test_a_tenth_of_a_long_run_is_a_page_below_6_mb_that_says_what_it_leaves_out
     drawn(tab, "fig-values")
     tab.choose("#fig-values select[name=layer]", "47")
     assert of_plot(tab, "fig-values", "plot.data.length") > 20
-    assert tab.errors == []
-
-
-def test_flows_circuits_switches_and_a_compression_are_drawn_where_they_are_recorded(tab: Tab, tmp_path: Path) -> None:
-    add_monitor(tmp_path)
-    circuits = {f"spec/circuit/{block}": one for block, one in stored(3).items()}
-    SpectraStore(tmp_path / "spectra", 1e9, {CIRCUITS: "raw"}).save(4, {}, circuits=circuits)
-    names = ["blocks.0.attn.qkv", "blocks.0.mlp.fc1"]
-    flows = {f"spec/flow/blocks.{block}/entropy": 1.5 for block in range(3)}
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        for event in (
-            *({"kind": "flow", "update": update, "spec/flow/images": 40, **flows} for update in (5, 10)),
-            evidence(8),
-            switch(10, names, 2),
-        ):
-            file.write(json.dumps(event) + "\n")
-    (tmp_path / "compression.json").write_text(json.dumps(content()))
-    (tmp_path / "args.yaml").write_text("model: vit\n")
-    write_report(tmp_path, png=False)
-    tab.open(tmp_path / "report.html")
-    for name, view in (("lowrank", "evidence by type"), ("flows", "over the validations"),
-                       ("circuits", "blocks.1 reads the block before"), ("compression", "ranks by layer")):  # fmt: skip
-        drawn(tab, f"fig-{name}")
-        tab.choose(f"#fig-{name} select[name=view]", view)
-        tab.wait(f"document.querySelector('#fig-{name} .js-plotly-plot')?.data.length")
-    tab.choose("#fig-compression select[name=view]", "curves")
-    tab.wait("document.querySelectorAll('#fig-compression .js-plotly-plot').length === 3")
     assert tab.errors == []
