@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,16 +18,29 @@ from pathlib import Path
 from tests.waiting import LONG_S
 
 ROOT = Path(__file__).parents[1]
-RECORDED = ("python", "torchrun", "make", "docker", "wandb", "tensorboard", "lowrank-vit")
+RECORDED = ("python", "torchrun", "make", "docker", "wandb", "tensorboard", "lowrank-vit", "sbatch")
 RECORDER = """#!{python} -IS
 import json, os, sys
-names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_MODE")
+names = ("WANDB_MODE", "RUN", "OUTPUT", "PARTS")
 told = {{name: os.environ[name] for name in names if name in os.environ}}
 with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps([os.path.basename(sys.argv[0]), sys.argv[1:], told]) + "\\n")
 """
-SLURM = {"srun": 'exec "$@"', "scontrol": "echo node1", "head": 'read -r line; echo "$line"'}
-"""What a batch script calls, as one of its ranks sees it."""
+SLURM = {
+    "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+    "scontrol": '[ "$1" != requeue ] || echo "$*" >>requeued.txt; echo node1',
+    "head": 'read -r line; echo "$line"',
+}
+"""What a batch script calls, as one of its tasks sees it."""
+SBATCH = set(
+    """
+    --account --array --cpus-per-gpu --cpus-per-task --dependency --error --exclude --exclusive --export --gpus
+    --gpus-per-node --gpus-per-task --gres --hint --job-name --mail-type --mail-user --mem --mem-per-cpu --mem-per-gpu
+    --nodelist --nodes --ntasks --ntasks-per-node --open-mode --output --partition --qos --requeue --reservation
+    --signal --time --time-min --wait --wrap
+    """.split()
+)
+"""Options of sbatch by its manual (https://slurm.schedmd.com/sbatch.html), as far as one may want them."""
 Call = tuple[str, list[str], dict[str, str]]
 """A command's name, its arguments, and what its environment tells."""
 NOTE_UNKNOWN = 'command_not_found_handle() { echo "$1" >>"$UNKNOWN"; }; export -f command_not_found_handle\n'
@@ -85,11 +99,14 @@ def calls_of(text: str, folder: Path) -> list[Call]:
         file.write_text("")
     told = {"PATH": str(folder / "bin"), "RECORD": str(record), "UNKNOWN": str(unknown)}
     slurm = {
-        "SLURM_PROCID": "3",
-        "SLURM_LOCALID": "1",
-        "SLURM_NTASKS": "16",
+        "SLURM_SUBMIT_DIR": str(folder),
         "SLURM_JOB_ID": "123456",
         "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_CPUS_PER_TASK": "96",
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_ARRAY_TASK_COUNT": "16",
     }
     command = [tool("bash"), "-euo", "pipefail", "-c", NOTE_UNKNOWN + text]
     done = subprocess.run(
@@ -119,3 +136,13 @@ def write_recorders(folder: Path) -> None:
             (bin_dir / name).chmod(0o755)
     (folder / "bin" / "bash").symlink_to(tool("bash"))
     (folder / ".venv" / "bin" / "activate").touch()
+    (folder / "scripts").symlink_to(ROOT / "scripts")
+
+
+def calls_of_job(arguments: list[str], told: dict[str, str], folder: Path) -> list[Call]:
+    """What the batch script that an sbatch command line names calls in one of its tasks."""
+    at = next(n for n, one in enumerate(arguments) if not one.startswith("--"))
+    assert {one.split("=")[0] for one in arguments[:at]} <= SBATCH, arguments
+    assert arguments[at].startswith("scripts/slurm/")
+    words = [*(f"{name}={value}" for name, value in told.items()), "bash", *arguments[at:]]
+    return calls_of(shlex.join(words), folder)
