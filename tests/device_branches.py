@@ -76,8 +76,9 @@ def branches(root: Path = SOURCES) -> list[Branch]:
 def find(trees: Mapping[Path, ast.Module], base: Path) -> list[Branch]:
     """Every branch of some files, given as syntax trees; their paths are written as below `base`."""
     derived = set[str]()
+    known = [(path.relative_to(base).as_posix(), tree, _Facts(tree)) for path, tree in trees.items()]
     while True:
-        files = [_File(path.relative_to(base).as_posix(), tree, derived) for path, tree in trees.items()]
+        files = [_File(name, tree, facts, derived) for name, tree, facts in known]
         more = set[str]().union(*(one.derived for one in files)) - derived
         if not more:
             return [branch for one in files for branch in one.branches]
@@ -100,45 +101,54 @@ def _last_name(node: ast.AST) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
+class _Facts:
+    """What a file's syntax tells whatever else is known of the program."""
+
+    def __init__(self, tree: ast.Module) -> None:
+        self.aliases: dict[str, str] = {}
+        self.decides = set[int]()
+        """Nodes that something is decided by."""
+        self.handed_on = set[int]()
+        """Types of devices that torch is told."""
+        self.tried = set[int]()
+        """Nodes whose failure something is decided by."""
+        imported = set[str]()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                self.aliases |= {one.asname or one.name: f"{node.module}.{one.name}" for one in node.names}
+            elif isinstance(node, ast.Import):
+                self.aliases |= {one.asname: one.name for one in node.names if one.asname}
+                imported |= {one.name for one in node.names}
+            elif isinstance(node, ast.Try) and node.handlers:
+                self.tried |= {id(part) for statement in node.body for part in ast.walk(statement)}
+            elif isinstance(node, ast.Call) and _last_name(node.func) in _TAKES_A_TYPE:
+                self.handed_on |= {id(part) for value in [*node.args, *node.keywords] for part in ast.walk(value)}
+            elif isinstance(node, _DECIDING):
+                self.decides |= {id(part) for part in _conditions(node)}
+        self.uses_torch = any(name.partition(".")[0] == "torch" for name in {*self.aliases.values(), *imported})
+
+
 class _File(ast.NodeVisitor):
     """Goes through one file; what was made of an answer goes into `derived`, as names."""
 
-    def __init__(self, name: str, tree: ast.Module, derived: set[str]) -> None:
+    def __init__(self, name: str, tree: ast.Module, facts: _Facts, derived: set[str]) -> None:
         self.branches, self.derived = list[Branch](), set[str]()
-        self._name, self._known = name, derived
+        self._name, self._facts, self._known = name, facts, derived
+        self._known_names = {one.rpartition(":")[2] for one in derived}
         self._scope, self._seen = list[str](), Counter[tuple[str, str]]()
-        self._aliases: dict[str, str] = {}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                self._aliases |= {one.asname or one.name: f"{node.module}.{one.name}" for one in node.names}
-            elif isinstance(node, ast.Import):
-                self._aliases |= {one.asname: one.name for one in node.names if one.asname}
-        self._uses_torch = any(name.partition(".")[0] == "torch" for name in self._aliases.values()) or any(
-            isinstance(node, ast.Import) and any(one.name.partition(".")[0] == "torch" for one in node.names)
-            for node in ast.walk(tree)
-        )
-        self._decides = set[int]()  # nodes that something is decided by
-        self._handed_on = set[int]()  # types of devices that torch is told
-        self._tried = set[int]()  # nodes whose failure something is decided by
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Try) and node.handlers:
-                self._tried |= {id(part) for statement in node.body for part in ast.walk(statement)}
-            self._decides |= {id(part) for part in _conditions(node)}
-            if isinstance(node, ast.Call) and _last_name(node.func) in _TAKES_A_TYPE:
-                self._handed_on |= {id(part) for value in [*node.args, *node.keywords] for part in ast.walk(value)}
         self.visit(tree)
 
     def _dotted(self, node: ast.AST) -> str:
         if isinstance(node, ast.Attribute):
             return f"{self._dotted(node.value)}.{node.attr}"
-        return self._aliases.get(node.id, node.id) if isinstance(node, ast.Name) else ""
+        return self._facts.aliases.get(node.id, node.id) if isinstance(node, ast.Name) else ""
 
     def _asks(self, node: ast.Call) -> bool:
         return self._dotted(node.func).rpartition(".")[2] == _ASKS
 
     def _is_stream(self, node: ast.AST) -> bool:
         """Whether it is a stream of a device, or none; a file without torch has those of text alone."""
-        return self._uses_torch and bool(_STREAMS.fullmatch(_last_name(node)))
+        return self._facts.uses_torch and bool(_STREAMS.fullmatch(_last_name(node)))
 
     def _noted(self, target: ast.AST, *, called: bool = False) -> set[str]:
         """A name for what was made of an answer; variables are known in their function, private functions in a file."""
@@ -150,6 +160,8 @@ class _File(ast.NodeVisitor):
 
     def _is_known(self, node: ast.AST, *, called: bool = False) -> bool:
         name = f"{_last_name(node)}{'()' * called}"
+        if name not in self._known_names:
+            return False
         scopes = [".".join(self._scope[:depth]) for depth in range(len(self._scope) + 1)]
         own = {f"{self._name}:{scope}:{name}" for scope in scopes} if isinstance(node, ast.Name) else set[str]()
         return bool(({name, f"{self._name}:{name}"} | own) & self._known)
@@ -157,11 +169,11 @@ class _File(ast.NodeVisitor):
     def _tells(self, node: ast.AST) -> bool:
         """Whether this expression by itself asks for the kind of a device."""
         if isinstance(node, ast.Name | ast.Attribute):
-            if not isinstance(node.ctx, ast.Load) or id(node) in self._handed_on:
+            if not isinstance(node.ctx, ast.Load) or id(node) in self._facts.handed_on:
                 return False
             name = _last_name(node)
             dotted = self._dotted(node)
-            if id(node) in self._decides and (
+            if id(node) in self._facts.decides and (
                 self._is_known(node)
                 or self._is_stream(node)
                 or _VERSIONS.fullmatch(dotted)
@@ -170,7 +182,7 @@ class _File(ast.NodeVisitor):
             ):
                 return True
             of_device = isinstance(node, ast.Attribute) and (name == "type" or name in _ATTRIBUTES)
-            tries = id(node) in self._tried and bool(_TYPES.fullmatch(dotted))
+            tries = id(node) in self._facts.tried and bool(_TYPES.fullmatch(dotted))
             return of_device or tries or name == "device_type" or bool(_PREDICATES.fullmatch(dotted))
         if isinstance(node, ast.Constant):
             return node.value in ("is_cuda", "is_cpu", "is_available")
@@ -205,10 +217,12 @@ class _File(ast.NodeVisitor):
         return False
 
     def generic_visit(self, node: ast.AST) -> None:
-        if self._tells(node):
+        if isinstance(node, _MAY_TELL) and self._tells(node):
             self._add(node)
             return
-        super().generic_visit(node)
+        for part in ast.iter_child_nodes(node):
+            if not isinstance(part, _SAYS_NOTHING):
+                self.visit(part)
 
     def _add(self, node: ast.AST) -> None:
         assert isinstance(node, ast.expr)
@@ -326,6 +340,14 @@ class _File(ast.NodeVisitor):
                 if default is not None:
                     self.visit(default)
         self._scope.pop()
+
+
+_MAY_TELL = (ast.Name, ast.Attribute, ast.Constant, ast.Call, ast.Compare, ast.Dict)
+_SAYS_NOTHING = (ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.alias)
+_DECIDING = (
+    *(ast.If, ast.IfExp, ast.While, ast.Assert, ast.comprehension, ast.BoolOp, ast.UnaryOp, ast.match_case, ast.Match),
+    *(ast.Subscript, ast.Compare),
+)
 
 
 def _is_kind(node: ast.AST) -> bool:
