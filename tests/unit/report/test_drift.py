@@ -16,12 +16,6 @@ from tests.reported import analysis_file, fill
 from tests.spectra import tiny_vit
 
 
-@pytest.fixture(autouse=True)
-def _sketched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a layout, which takes half of the time of a picture."""
-    monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda _figure: None)
-
-
 def drift_file(folder: Path) -> Path:
     """What `--compare` writes of two states of a tiny model."""
     for name, seed in (("before", 0), ("after", 1)):

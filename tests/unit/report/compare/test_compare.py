@@ -21,12 +21,6 @@ from tests.reported import add_metrics, add_monitor, add_spectra, add_summary, a
 EVIL = '<img src=x onerror="document.title=1">$a_1$'
 
 
-@pytest.fixture(autouse=True)
-def _sketched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a layout, which takes half of the time of a picture."""
-    monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda _figure: None)
-
-
 def make(
     folder: Path, name: str, *, per_epoch: int = 10, refreshes: int = 3, scale: float = 1.0, **args: object
 ) -> Path:

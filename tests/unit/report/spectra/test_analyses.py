@@ -18,12 +18,6 @@ from tests.reported import analysis_file
 from tests.spectra import tiny_vit
 
 
-@pytest.fixture(autouse=True)
-def _sketched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are drawn without a layout, which takes half of their time."""
-    monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda _figure: None)
-
-
 def drawn_edges(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     edges: list[float] = []
 

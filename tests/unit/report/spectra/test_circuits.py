@@ -17,12 +17,6 @@ from lowrank_vit.spectral.watching.files import CIRCUITS
 from lowrank_vit.spectral.watching.store import SpectraStore
 
 
-@pytest.fixture(autouse=True)
-def without_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes half of a picture's time."""
-    monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda _figure: None)
-
-
 def stored(blocks: int, heads: int = 2) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     weights = [HeadWeights(*(rng.standard_normal((heads, 3, 9)) for _ in range(4))) for _ in range(blocks)]

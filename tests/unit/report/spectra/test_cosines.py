@@ -22,9 +22,8 @@ from tests.reported import KINDS, add_monitor, solved
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place for a run; pictures are drawn without a layout, which takes half of their time."""
-    monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda _figure: None)
+def run(tmp_path: Path) -> Path:
+    """A place for a run."""
     return tmp_path
 
 

@@ -20,8 +20,7 @@ ENTROPY = {"entropy": 2.5, "entropy_uniform": 2.77}
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda _figure: None)
+def run(tmp_path: Path) -> Path:
     (tmp_path / "args.yaml").write_text("model: vit_small_patch16_224\n")
     return tmp_path
 
