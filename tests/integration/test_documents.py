@@ -43,11 +43,14 @@ SHRINK = f"""
 --img-size 32 --model-kwargs {TINY} --epochs 1 --warmup-epochs 0 -b 10 -vb 10 --grad-accum-steps 1 --workers 1
 --no-compile --no-amp --device cpu --loader resident --spec-every 10 --larger-head
 """
+MANY_IMAGES = "-b 120 -vb 120 --spec-every 4"
+"""Beside SHRINK, of the digits: a dozen updates, not a hundred."""
 SMALLER = {
-    "lowrank_vit.validate": "--device cpu --loader resident -b 10 --workers 1",
+    "lowrank_vit.validate": "--device cpu --loader resident -b 120 --workers 1",
     "lowrank_vit.inference": "--device cpu --workers 1",
     "lowrank_vit.augment": "--img-size 32",
-    "lowrank_vit.compress": "SIZE --device cpu --loader resident -b 10 --workers 1 --calibration-images 20",
+    "lowrank_vit.report": "--no-png",
+    "lowrank_vit.compress": "SIZE --device cpu --loader resident -b 120 --workers 1 --calibration-images 20",
 }
 """Flags that make a command small; what they name is the only part of it that does not run as it stands."""
 NOT_OURS = ("pytest", "ruff", "pyright")
@@ -181,7 +184,7 @@ class Reader:
         if not is_sketch and not is_online:
             for name, value in told.items():
                 self._monkeypatch.setenv(name, value)
-            more = SHRINK
+            more = f"{SHRINK} {MANY_IMAGES}" if config.data.dataset == "digits" else SHRINK
             if config.lowrank.lowrank_schedule:  # at the one epoch's end that there is before the last
                 more += " --epochs 2 --lowrank-schedule 1=0.6"
             if "--resume" in arguments:
