@@ -50,6 +50,13 @@ class Forked:
     def poll(self) -> int | None:
         return self.returncode
 
+    def kill(self) -> None:
+        """End it by SIGKILL, and wait for that; what it wrote is not read."""
+        self._process.kill()
+        self._process.join()
+        self.stdout.close()
+        self.stderr.close()
+
     def communicate(self, timeout: float) -> tuple[str, str]:
         """What it and its children wrote, once all have closed their output; and it has ended by then."""
         with self.stdout, self.stderr, ThreadPoolExecutor(2) as pool:

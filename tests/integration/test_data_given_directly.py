@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,10 +31,7 @@ def start(*argv: str, output: Path) -> str:
 
 
 def test_a_folder_is_converted_and_trained_on_and_the_second_run_converts_nothing(folder, tmp_path):
-    command = [sys.executable, "-m", "lowrank_vit.train", str(folder), "--loader", "dali", *TINY]  # as a stranger does
-    done = subprocess.run([*command, "--output", tmp_path / "output"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    first = done.stdout
+    first = start(str(folder), "--loader", "dali", output=tmp_path / "output")  # as a stranger does
     assert f"converting {folder}/train and {folder}/val into {folder}/.lowrank_vit (once)" in first
     assert "dali loader (--loader dali)" in first
     written = (folder / ".lowrank_vit" / "train.beton").stat()

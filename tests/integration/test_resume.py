@@ -17,6 +17,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.training.trainer import Trainer
+from tests.forked import Forked
 from tests.integration.conftest import RECIPE, UPDATES
 from tests.runs import at_update, losses, records, same_weights, spectral_records, stop_after
 from tests.waiting import LONG_S, wait_until
@@ -61,12 +62,11 @@ def interrupted(small, *more: str, after: int) -> Path:
         (8, ()),  # just after one
         (UPDATES, ()),  # at an epoch's end, before it is validated
         (UPDATES + 1, ("--loader", "ffcv")),
-        (2 * UPDATES, ("--sched-on-updates",)),
-        (UPDATES + 3, (*SHORT, "--batch-size", "32", "--grad-accum-steps", "4", "--clip-grad", "1")),
-        (UPDATES + 3, (*SHORT, "--warmup-epochs", "0", "--opt", "sgd")),
+        (2 * UPDATES, ()),
+        (UPDATES + 3, (*SHORT, *"--sched none --opt lookahead_adamw --mean 0.4 --std 0.3 --warmup-epochs 0".split())),
+        (UPDATES + 3, (*SHORT, *"--lr-noise 0.1 --sched-on-updates --sched wsd --opt sgd".split())),
+        (UPDATES + 3, (*SHORT, *"--batch-size 32 --grad-accum-steps 4 --clip-grad 1 --sched-on-updates".split())),
         pytest.param(4, ("--amp", "--amp-dtype", "float16"), marks=pytest.mark.slow),  # with a scaled loss
-        (UPDATES + 3, (*SHORT, "--sched", "none", "--opt", "lookahead_adamw", "--mean", "0.4", "--std", "0.3")),
-        (UPDATES + 3, (*SHORT, "--lr-noise", "0.1", "--sched-on-updates", "--sched", "wsd")),
     ],
 )
 def test_resumed_is_uninterrupted(small, whole, after, more):
@@ -252,8 +252,8 @@ def test_an_attempt_that_died_before_its_first_checkpoint_is_taken_over(small, t
     assert updates == sorted(set(updates))
 
 
-def command(small, *more: str) -> list[str]:
-    return [sys.executable, "-m", "lowrank_vit.train", *small(*RECIPE, "--epochs", "1000", *more)]
+def endless(small, *more: str) -> list[str]:
+    return small(*RECIPE, "--epochs", "1000", *more)
 
 
 def modified(path: Path) -> int:
@@ -279,9 +279,8 @@ def test_signals_save_and_say_how_to_go_on(small, tmp_path, name, monkeypatch, c
 
 
 def test_sigterm_saves_and_ends_cleanly(small, tmp_path):
-    process = subprocess.Popen(
-        command(small, "--experiment", "s"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "lowrank_vit.train", *endless(small, "--experiment", "s")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         wait_until(last(tmp_path, "s").exists, while_runs=process)
         process.send_signal(signal.SIGTERM)
@@ -302,16 +301,13 @@ def test_a_killed_run_leaves_a_checkpoint_that_loads(small, tmp_path):
     resume: tuple[str, ...] = ()
     updates = []
     for wait_s in (0.0, 0.2):
-        process = subprocess.Popen(
-            [*command(small, *more), *resume], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = Forked(train_command.main, [*endless(small, *more), *resume])
         before = modified(last(tmp_path, "k"))
         try:
             wait_until(lambda since=before: modified(last(tmp_path, "k")) > since, while_runs=process)
             time.sleep(wait_s)
         finally:
             process.kill()
-            process.wait()
         updates.append(read_checkpoint(last(tmp_path, "k")).content["step"]["num_updates"])
         resume = ("--resume", str(last(tmp_path, "k")))
     assert updates == sorted(set(updates))
