@@ -24,6 +24,7 @@ COMMANDS = {
     "report": ("lowrank_vit.report.__main__", "a run directory as one HTML page and PNGs"),
     "augment": ("lowrank_vit.augment.__main__", "draw what the training flags do to images"),
     "prep": ("data_prep.__main__", "write .beton files (also: python -m data_prep)"),
+    "doctor": ("lowrank_vit.doctor", "one page for a bug report: versions, machine, what auto would choose"),
     "completion": ("lowrank_vit.config.completion", "a script for the shell: TAB completes all of this"),
 }
 """The commands of `lowrank-vit`, in the order in which they are shown: the module with its `main(argv)`, a line."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
@@ -67,6 +68,13 @@ def available_cores(root: Path | None = None) -> int:
         if quota and period and quota > 0:
             cores = min(cores, max(1, math.ceil(quota / period)))
     return cores
+
+
+def cpu_name() -> str:
+    """The processor's model, in words; less where the system does not tell."""
+    lines = (_text(ROOT / "proc/cpuinfo") or "").splitlines()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
@@ -20,7 +19,7 @@ import torch
 
 from lowrank_vit.common.devices import Mark, cuda_path, current_stream
 from lowrank_vit.common.files import write_whole
-from lowrank_vit.common.resources import available_cores
+from lowrank_vit.common.resources import available_cores, cpu_name
 from lowrank_vit.common.threads import beat
 from lowrank_vit.data.decode.backend import Backend, DamagedSamples, Schedule
 from lowrank_vit.data.sets.beton import Beton
@@ -44,7 +43,7 @@ def speed_path(beton: Beton) -> Path:
 def key_of(beton: Beton, plan: TrainPlan, workers: int, **more: Any) -> dict[str, Any]:
     """What every speed of decoding depends on: CPU, cores, threads, image size and the set; and `more`."""
     return {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": available_cores(),
         "workers": workers,
         "img_size": plan.img_size,
@@ -135,14 +134,6 @@ class _Few(Schedule):
     def __init__(self, plan: TrainPlan, num_batches: int) -> None:
         super().__init__(plan, 0, 0, set())
         self.ids = self.ids[:num_batches]
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

@@ -24,7 +24,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import remove_leftovers, write_whole, writing
 from lowrank_vit.common.filesystem import symbolic_link
 from lowrank_vit.common.locks import LOCK, SOFT_LOCK, FolderLock, holder, lock_folder
-from lowrank_vit.common.resources import available_cores
+from lowrank_vit.common.resources import available_cores, cpu_name
 from lowrank_vit.spectral.watching.store import SpectraStore
 
 PACKAGES = (
@@ -232,7 +232,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_cores": available_cores(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "device": str(device),
     }
     for package in PACKAGES:
@@ -263,11 +263,3 @@ def _commit() -> str:
     root = str(Path(__file__).resolve().parents[2])
     commit = _output("git", "-C", root, "rev-parse", "--short=12", "HEAD")
     return commit + "+changes" if commit and _output("git", "-C", root, "status", "--porcelain") else commit
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
