@@ -187,9 +187,24 @@ class _Talk:
         os.close(self._back)
 
 
+def signalled_with_parent(number: signal.Signals) -> Callable[[], None]:
+    """What a process calls at its beginning to get this signal when its parent's thread ends, however that ends.
+
+    It can be a `preexec_fn`: what it needs is loaded here, before the fork.
+    """
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, number)
+        if os.getpid() != parent and os.getppid() != parent:  # it has ended already
+            os.kill(os.getpid(), number)
+
+    return ask
+
+
 def serve() -> None:
     """The other process: do what is asked for until nobody is there to ask; its arguments are three open files."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signalled_with_parent(signal.SIGKILL)()
     for number in _NOT_FOR_IT:
         signal.signal(number, signal.SIG_IGN)
     pipe, back, there = map(int, sys.argv[2:])

@@ -22,6 +22,10 @@ from lowrank_vit.spectral.watching.stored import Spectra
 Format = Literal["csv", "parquet"]
 
 
+_AT_ONCE = 4_000_000
+"""Numbers that are held, 32 MB, before they are written as a row group: the file tells of each column of each group."""
+
+
 def format_of(text: str) -> Format:
     """The format of that name. Raises `UserError` for another."""
     if text not in ("csv", "parquet"):
@@ -140,17 +144,26 @@ def _parquet_file(form: Format) -> Any:
 
     @contextmanager
     def opened(file: io.BufferedWriter, columns: list[str]) -> Generator[_Write]:
-        plain = {"update": arrow.int64(), "ema": arrow.bool_(), "name": arrow.string()}
+        plain = {"update": arrow.int64(), "epoch": arrow.int64(), "ema": arrow.bool_(), "name": arrow.string()}
         kinds = {name: plain.get(name, arrow.float64()) for name in columns}
         schema = arrow.schema(list(kinds.items()))
+        held: list[Any] = []
         with parquet.ParquetWriter(file, schema) as writer:
+
+            def flush() -> None:
+                if held:
+                    writer.write_table(arrow.concat_tables(held).combine_chunks())
+                    held.clear()
 
             def write(chunk: Columns) -> None:
                 length = len(next(iter(chunk.values()), ()))
                 arrays = [_arrow(arrow, chunk.get(name), length, kind) for name, kind in kinds.items()]
-                writer.write_table(arrow.Table.from_arrays(arrays, schema=schema))
+                held.append(arrow.Table.from_arrays(arrays, schema=schema))
+                if sum(table.num_rows for table in held) * len(kinds) >= _AT_ONCE:
+                    flush()
 
             yield write
+            flush()
 
     return opened
 

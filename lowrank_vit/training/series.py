@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from lowrank_vit.common.aside import signalled_with_parent
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.terminal import say
 from lowrank_vit.config.options import Config
@@ -115,8 +116,8 @@ class _Child:
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, command: list[str]) -> int:
-        """The exit code of a process that shares the terminal."""
-        self._process = subprocess.Popen(command)
+        """The exit code of a process that shares the terminal, and is told to save and end where this one is killed."""
+        self._process = subprocess.Popen(command, preexec_fn=signalled_with_parent(signal.SIGTERM))
         if self.signal:  # it came between two runs
             self._process.send_signal(self.signal)
         code = self._process.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from lowrank_vit.config.flags import parse, without_seeds
 from lowrank_vit.report.compare.scores import read_scores, scores_of, spread_of, table_of_seeds
 from lowrank_vit.train import main
 from lowrank_vit.training.series import Series, own_command, run_series, unused_name
+from tests.waiting import wait_until
 
 TRAINER = """
 import json, os, pathlib, signal, sys
@@ -216,3 +218,26 @@ def test_scores_that_some_runs_lack() -> None:
         ("best epoch", "4.00 ± 1.41 (of 2)"),
     ]
     assert spread_of([nan, nan], str) == "not measured"
+
+
+def test_a_run_ends_with_a_series_that_is_killed(tmp_path: Path) -> None:
+    """The stand-in of a training ends by SIGTERM, as one does that saves first."""
+    waiting = "import signal, sys; signal.signal(15, lambda *_: sys.exit(0)); print(1, flush=True); signal.pause()"
+    series = f"""
+import os, signal, subprocess, sys
+from lowrank_vit.common.aside import signalled_with_parent
+child = subprocess.Popen([sys.executable, "-c", {waiting!r}], stdout=subprocess.PIPE,
+                         preexec_fn=signalled_with_parent(signal.SIGTERM))
+child.stdout.readline()
+print(child.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", series], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    wait_until(lambda: not _is_there(int(done.stdout)), "the end of the run")
+
+
+def _is_there(process: int) -> bool:
+    import psutil
+
+    return psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
