@@ -123,6 +123,9 @@ def read_compared(paths: Sequence[Path]) -> Compared:
         if find_compression(path) and not (path.is_dir() and (path / "args.yaml").exists()):
             raise UserError(f"{path} is a compression; runs and analyses are what is compared. Leave it out.")
     analyses = [find_analysis(path) for path in paths]
+    for path, analysis in zip(paths, analyses, strict=True):
+        if path.is_file() and not analysis:
+            raise UserError(f"{path} is a file of no analysis. Compare run directories, or *_spectral.json files.")
     runs = [
         read_analysis(found) if found else read_run(path, spectra=False)
         for path, found in zip(paths, analyses, strict=True)

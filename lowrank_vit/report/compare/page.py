@@ -40,12 +40,7 @@ def draw_comparison(paths: Sequence[Path], out: Path | None, *, with_png: bool =
     Raises `UserError`, see `read_compared`, and where `out` is a run's folder.
     """
     folder = out or paths[0].absolute().parent / _folder_name(paths)
-    if held := next((name for name in _OF_A_RUN if (folder / name).exists()), ""):
-        raise UserError(
-            f"{folder} holds a run or its report ({held}). Give a comparison a folder of its own, --out DIR."
-        )
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; a comparison is written to a folder: --out DIR.")
+    _require_own(folder)
     compared = read_compared(paths)
     made, embedded, thinned = _bounded(compared)
     pictures = {f"{one.name}.png": (one.title, _picture(one, compared)) for one in made} if with_png else {}
@@ -74,6 +69,20 @@ def draw_comparison(paths: Sequence[Path], out: Path | None, *, with_png: bool =
     )
     files = {f"{name}.png": None for name in ("scores", "types", "layers")} | {n: p for n, (_, p) in pictures.items()}
     return Drawn(folder, html, files, notes, NAME)
+
+
+def _require_own(folder: Path) -> None:
+    """Raise `UserError` for a folder that is a run's, or lies in one, or has another's pictures."""
+    if held := next((name for name in _OF_A_RUN if (folder / name).exists()), ""):
+        raise UserError(
+            f"{folder} holds a run or its report ({held}). Give a comparison a folder of its own, --out DIR."
+        )
+    if run := next((one for one in folder.absolute().parents if (one / "args.yaml").exists()), None):
+        raise UserError(f"{folder} lies in the run {run}. Give a comparison a folder of its own, --out DIR.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; a comparison is written to a folder: --out DIR.")
+    if (folder / NAME).exists() and not (folder / f"{NAME}.html").exists():
+        raise UserError(f"{folder / NAME} is there and of no comparison. Give another folder, --out DIR.")
 
 
 def _bounded(compared: Compared) -> tuple[list[Figure], dict[str, str], list[str]]:

@@ -15,6 +15,7 @@ from lowrank_vit.report.__main__ import main
 from lowrank_vit.report.compare.curves import layer_figure, line_of, moment, score_figure, type_figure
 from lowrank_vit.report.compare.groups import COLORS, MARKS, Group, read_compared
 from lowrank_vit.report.compare.page import comparison_tables, draw_comparison
+from lowrank_vit.spectral.watching.files import write_spectra
 from tests.browser import opened
 from tests.reported import add_metrics, add_monitor, add_spectra, add_summary, analysis_file, fill
 
@@ -142,8 +143,19 @@ def test_a_page_of_its_own_beside_the_runs_and_never_over_a_report(
     for taken in (a, b):
         with pytest.raises(UserError, match=r"holds a run or its report \((args.yaml|report.html)\)"):
             main([str(a), str(b), "--out", str(taken)])
-    with pytest.raises(UserError, match="is a file"):
+    for inside in ("cmp", "spectra/x"):
+        with pytest.raises(UserError, match=f"{inside} lies in the run {a}"):
+            main([str(a), str(b), "--out", str(a / inside)])
+    with pytest.raises(UserError, match="lies in the run"):
         main([str(a), str(b), "--out", str(a / "args.yaml")])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        main([str(a), str(b), "--out", str(tmp_path / "file")])
+    (tmp_path / "mine" / "comparison").mkdir(parents=True)
+    (tmp_path / "mine" / "comparison" / "scores.png").write_text("mine")
+    with pytest.raises(UserError, match="of no comparison"):
+        main([str(a), str(b), "--out", str(tmp_path / "mine")])
+    assert (tmp_path / "mine" / "comparison" / "scores.png").read_text() == "mine"
     assert (a / "report.html").read_text() == "a's own"
     assert not (b / "report.html").exists()
 
@@ -160,6 +172,8 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         ([a, b, a], "a is given twice"),
         ([a, compression], "compressed is a compression"),
         ([a, tmp_path / "none"], "no run directory at"),
+        ([a, tmp_path / "none*"], r"no run directory at .*none\*"),
+        ([a, tmp_path / "b" / "args.yaml"], "is a file of no analysis"),
         ([a, tmp_path], "holds no run"),
         ([a, b, "--watch"], "--watch goes with one run, and 2 are given"),
         ([a, b, "--against", b], "b is given twice"),
@@ -196,6 +210,22 @@ def test_runs_of_five_minutes_damaged_ones_and_other_models_are_compared(tmp_pat
     assert "not measured" in drawn.html
     drawn = draw_comparison([begun, one], None)
     assert not drawn.pictures["scores.png"]
+
+
+def test_runs_of_other_models_sizes_and_depths_are_compared_by_what_they_share(tmp_path: Path) -> None:
+    vit, deep, other = make(tmp_path, "vit"), make(tmp_path, "deep", depth=24), make(tmp_path, "other", model="swin")
+    for run, names in ((deep, [f"blocks.{i}.attn.qkv" for i in range(8)]), (other, ["layers.0.reduction"])):
+        shutil.rmtree(run / "spectra")
+        (run / "spectra").mkdir()
+        for update in (0, 20):
+            write_spectra(run / "spectra", update, {f"spec/{name}": np.linspace(9, 1, 20) for name in names})
+    compared = read_compared([vit, deep, other])
+    figure = layer_figure(compared)
+    assert figure
+    assert list(figure.first) == [f"blocks.{i}.attn.qkv" for i in range(3)]
+    rows = {row[0]: row[1:] for row in comparison_tables(compared)[2].rows}
+    assert rows["σ₁ of attn.qkv"] == ["4", "9", "not measured"]
+    assert rows["σ₁ of reduction"] == ["not measured", "not measured", "9"]
 
 
 def fill_named(path: Path) -> Path:
