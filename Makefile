@@ -11,7 +11,7 @@ ifeq ($(PY),.venv/bin/python)
 READY := .venv/.ready
 endif
 
-.PHONY: help setup train test test-slow compare compare-speed lint report gpu-check bench prep-cifar100 prep-imagenet prep-imagenet100 clean
+.PHONY: help setup train test test-slow compare compare-speed lint report gpu-check bench dist prep-cifar100 prep-imagenet prep-imagenet100 clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo "make gpu-check [PY=python3] [JOBS=16]   GPU tests and benches in 6 minutes, a"
 	@echo "                                        page in docs/benchmarks/; ARGS='--tiny'"
 	@echo "                                        rehearses it without a GPU"
+	@echo "make dist                               wheel and sdist, built and checked"
 	@echo "make clean                              remove .venv and built packages"
 
 setup: .venv/.ready
@@ -94,6 +95,12 @@ prep-imagenet100: $(READY)
 
 bench: $(READY)
 	$(PY) -m benchmarks $(or $(WHAT),all --short) $(ARGS)
+
+# What is released: a wheel and an sdist in dist/, see docs/releasing.md.
+dist: $(READY)
+	rm -rf dist
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
 
 clean:
 	rm -rf .venv build dist *.egg-info
