@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,11 +34,13 @@ class Options:
     `python -m lowrank_vit.compress`. Several runs, or several analyses, are compared in a page of their own,
     comparison.html; their own reports stay."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Of several runs: where their page goes; default: a folder named after them, beside the first."""
+    """Where the page goes; default: the run's own folder, of several runs one named after them, beside the first."""
     against: Annotated[Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint=NONE)] = None
     """Another run to compare with: `report RUN --against OTHER` is `report RUN OTHER`."""
     png: bool = True
     """Draw pictures too: RUN/report/*.png, and in the page for readers without scripts. Without them it is faster."""
+    dark: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Draw each picture once more, on a dark ground: *_dark.png. The page follows the reader's setting anyway."""
     lang: Language = "en"
     """The page's language: English or Chinese. Pictures stay English."""
     export: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="csv|parquet DIR", help_behavior_hint=NONE)] = None
@@ -67,8 +69,10 @@ def _report(options: Options) -> None:
         _compare(runs, options)
         return
     (run,) = runs
-    if options.out is not None:
-        raise UserError("--out is where the page of several runs goes; one run's report lies in its own folder.")
+    if options.dark and (options.watch or options.export or not options.png):
+        raise UserError("--dark is about pictures in files, which --watch, --export and --no-png do without.")
+    if options.out is not None and (options.watch or options.export):
+        raise UserError("--out is where a page is written, which --watch and --export do not. Leave --out out.")
     if options.export is not None:
         if options.watch:
             raise UserError("--export writes tables alone. Leave --watch out.")
@@ -84,14 +88,21 @@ def _report(options: Options) -> None:
 
         serve_page(run, options.port, options.png)
         return
-    from lowrank_vit.report.page import draw_report  # torch takes seconds, which a wrong option must not cost
+    from lowrank_vit.report.page import (
+        draw_report,
+        in_folder,
+    )  # torch takes seconds, which a wrong option must not cost
 
-    _write(draw_report(run, options.png), options)
+    def draw() -> Drawn:
+        return draw_report(run, options.png)
+
+    _write(in_folder(draw(), run, options.out) if options.out else draw(), options, draw)
 
 
-def _write(drawn: Drawn, options: Options) -> None:
-    from lowrank_vit.report.page import write_drawn
+def _write(drawn: Drawn, options: Options, draw: Callable[[], Drawn]) -> None:
+    from lowrank_vit.report.page import with_dark_twins, write_drawn
 
+    drawn = with_dark_twins(drawn, draw) if options.dark else drawn
     write_drawn(drawn)
     output_is_in_files()
     for note in drawn.notes:
@@ -105,7 +116,10 @@ def _compare(runs: Sequence[Path], options: Options) -> None:
             raise UserError(f"--{name} goes with one run, and {len(runs)} are given. Leave it out.")
     from lowrank_vit.report.compare.page import draw_comparison
 
-    _write(draw_comparison(runs, options.out, with_png=options.png), options)
+    def draw() -> Drawn:
+        return draw_comparison(runs, options.out, with_png=options.png)
+
+    _write(draw(), options, draw)
 
 
 if __name__ == "__main__":

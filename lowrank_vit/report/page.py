@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from lowrank_vit.report.spectra.metrics import cosine_plot, ema_plot, profile_pl
 from lowrank_vit.report.spectra.motion import flows_plot, updates_plot
 from lowrank_vit.report.spectra.values import bulk_plot, spectra_plot, vectors_plot
 from lowrank_vit.report.status import Step, next_steps
+from lowrank_vit.report.style import dark_pictures
 from lowrank_vit.report.switching import read as switching_read
 from lowrank_vit.report.switching.plots import switching_plot
 from lowrank_vit.report.training_plot import training_plot
@@ -38,6 +39,7 @@ from lowrank_vit.spectral.measures.metrics import effective_rank, stable_rank
 from lowrank_vit.spectral.select import module_type
 
 T = TypeVar("T")
+_OF_A_RUN = ("args.yaml", "metrics.jsonl", "summary.csv", "last.pth.tar", "spectra", "compression.json")
 _PICTURES = (
     ("training.png", msg("Loss, accuracy, learning rate and throughput over the updates"), training_plot),
     ("lowrank.png", msg("Rank of every layer over the updates, and what refreshes said of them"), switching_plot),
@@ -145,12 +147,33 @@ def _there(drawn: Mapping[str, tuple[str, bytes | None]]) -> dict[str, bytes]:
     return {tr(caption): png for caption, png in drawn.values() if png is not None}
 
 
+def with_dark_twins(drawn: Drawn, draw: Callable[[], Drawn]) -> Drawn:
+    """With each picture once more, on a dark ground, as `<name>_dark.png`; `draw` draws all anew."""
+    with dark_pictures():
+        twins = draw().pictures
+    return replace(drawn, pictures=drawn.pictures | {_dark_name(file): png for file, png in twins.items()})
+
+
+def _dark_name(file: str) -> str:
+    return f"{file.removesuffix('.png')}_dark.png"
+
+
+def in_folder(drawn: Drawn, run: Path, out: Path) -> Drawn:
+    """The report of `run` for another folder. Raises `UserError` where that is another run's."""
+    folder = run if run.is_dir() else run.parent
+    held = next((name for name in _OF_A_RUN if (out / name).exists()), "")
+    if held and out.resolve() != folder.resolve():
+        raise UserError(f"{out} holds another run ({held}), whose report it would replace. Give --out a new folder.")
+    return replace(drawn, folder=out)
+
+
 def write_drawn(drawn: Drawn) -> None:
     """Write a page into its folder, and its pictures into one beside it. Raises `UserError`."""
     folder = drawn.folder / drawn.name
+    stale = {_dark_name(file): None for file in drawn.pictures if not file.endswith("_dark.png")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for file, png in drawn.pictures.items():
+        for file, png in (stale | drawn.pictures).items():
             if png is not None:
                 write_whole(folder / file, png)
             else:
@@ -159,7 +182,7 @@ def write_drawn(drawn: Drawn) -> None:
         write_whole(drawn.page, page)
     except OSError as error:
         raise UserError(
-            f"cannot write the report into {drawn.folder}: {error.strerror or error}; is it writable?"
+            f"cannot write the report into {drawn.folder}: {error.strerror or error}. Give another folder: --out DIR."
         ) from error
 
 

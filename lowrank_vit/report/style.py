@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +27,20 @@ INK = "#22303c"
 MUTED = "#6b7a88"
 GRID = "#dfe5ea"
 TRAIN = "#9aa7b3"
-MODEL = "#20639b"
+MODEL = "#2b7bba"
 EMA = "#d1603d"
 
 _LOOKS = {
     "attn.qkv": ("#0072b2", "o"),
-    "attn.qkv.q": ("#332288", "p"),
+    "attn.qkv.q": ("#5b5bd6", "p"),
     "attn.qkv.k": ("#e69f00", "v"),
     "attn.qkv.v": ("#009e73", "D"),
     "attn.proj": ("#d55e00", "s"),
     "mlp.fc1": ("#56b4e9", "^"),
     "mlp.fc2": ("#cc79a7", "X"),
 }
-"""Colours that are told apart under deuteranopia (Okabe & Ito, but for one), and marks that differ beside them."""
-_OTHERS = (("#999933", "P"), ("#7a8793", "*"), ("#882255", "d"), ("#44aa99", "h"), ("#aa4499", "<"))
+"""Colours that are told apart under deuteranopia and seen on both backgrounds (Okabe & Ito, but for one), and marks."""
+_OTHERS = (("#999933", "P"), ("#7a8793", "*"), ("#b0487c", "d"), ("#44aa99", "h"), ("#aa4499", "<"))
 _SYMBOLS = {
     "o": "circle",
     "p": "pentagon",
@@ -110,12 +112,51 @@ def log_ticks(axis: Axis) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def index_ticks(count: int) -> list[int]:
+    """Indices to write at an axis of so many, from 1 on: 1, 5, 10 and so on, about six of them."""
+    step = next((step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if count <= 6 * step), 1000)
+    return sorted({1, *range(step, count + 1, step)})
+
+
 def update_ticks(axis: Axis) -> None:
     """Few and short ticks for counts that may reach millions: 0, 50k, 100k."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True))
     axis.set_major_formatter(EngFormatter(sep=""))
+
+
+_DARK = {"#ffffff": "#1b242c", "#000000": "#e4eaef", INK: "#e4eaef", MUTED: "#9fb0bd", GRID: "#31404c"}
+"""In dark pictures, what stands for the colours of paper, ink and lines. Those of the data stay."""
+_IS_DARK: ContextVar[bool] = ContextVar("is_dark", default=False)
+
+
+@contextmanager
+def dark_pictures() -> Generator[None]:
+    """Inside it `png` gives dark pictures."""
+    token = _IS_DARK.set(True)
+    try:
+        yield
+    finally:
+        _IS_DARK.reset(token)
+
+
+def _darken(figure: Figure) -> None:
+    """Replace `_DARK` colours in all that a figure is made of."""
+    from matplotlib.colors import to_hex, to_rgba
+
+    def dark(color: Any) -> Any:
+        if getattr(color, "ndim", 1) == 2:  # of a collection, one each
+            return np.array([dark(one) for one in color]).reshape(-1, 4)
+        rgba: Any = to_rgba(color)
+        return to_rgba(_DARK.get(to_hex(rgba), rgba), rgba[3])
+
+    for artist in figure.findobj():
+        for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
+            get: Any = getattr(artist, f"get_{name}", None)
+            if get is not None:
+                with suppress(ValueError, TypeError):  # "none", "auto", nothing
+                    artist.set(**{name: dark(get())})
 
 
 def png(figure: Figure, dpi: int = 130) -> bytes:
@@ -127,6 +168,8 @@ def png(figure: Figure, dpi: int = 130) -> bytes:
     layout.execute(figure)
     figure.set_layout_engine("none")
     figure.set_dpi(dpi)
+    if _IS_DARK.get():
+        _darken(figure)
     buffer = BytesIO()
     # `savefig` would go through all that is drawn once more before, with nothing to show for it: a third of the time.
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})

@@ -19,7 +19,7 @@ from lowrank_vit.report.language import msg, tr
 from lowrank_vit.report.read import Run
 from lowrank_vit.report.spectra.motion import FLOW_PANELS, by_block
 from lowrank_vit.report.spectra.values import vector_pairs
-from lowrank_vit.report.style import EMA, MODEL, MUTED, TRAIN, by_type
+from lowrank_vit.report.style import EMA, MODEL, MUTED, TRAIN, by_type, index_ticks
 from lowrank_vit.report.switching.read import Switching, mean_over_time
 from lowrank_vit.report.training_plot import is_covered
 from lowrank_vit.spectral.measures.circuits import chance_stable_rank
@@ -169,10 +169,11 @@ def circuits_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
 
 def square(title: str, values: np.ndarray, label: str, x: str, y: str, pack: Packer, **heat: Any) -> dict[str, Any]:
     """A map with rows and columns numbered from 1."""
+    ticks = [[str(one) for one in index_ticks(count)] for count in values.shape]
     return {
         "title": title, "x": x, "y": y, "height": 380,
-        "yaxis": {"autorange": "reversed", "showgrid": False, "type": "category"},
-        "xaxis": {"showgrid": False, "type": "category"},
+        "yaxis": {"autorange": "reversed", "showgrid": False, "type": "category", "tickvals": ticks[0]},
+        "xaxis": {"showgrid": False, "type": "category", "tickvals": ticks[1]},
         "heat": {"x": [str(i + 1) for i in range(values.shape[1])], "y": [str(i + 1) for i in range(values.shape[0])],
                  "z": [pack(row) for row in values], "label": label, "over": x, **heat},
     }  # fmt: skip

@@ -14,6 +14,7 @@ from lowrank_vit.report.style import (
     MODEL,
     MUTED,
     heading,
+    index_ticks,
     log_ticks,
     moment,
     new_figure,
@@ -135,7 +136,7 @@ def _maps(figure: Any, blocks: dict[str, BlockCircuits]) -> None:
             extent=(0.5, before + 0.5, heads + 0.5, 0.5),
         )
         for axis, count in ((axes.xaxis, before), (axes.yaxis, heads)):
-            axis.set_ticks([1, count] if count > 1 else [1])
+            axis.set_ticks(index_ticks(count))
         axes.title.set_color(INK)
     if image is not None:
         bar = figure.colorbar(image, ax=list(grid.ravel()), pad=0.01, fraction=0.02, aspect=28)

@@ -20,6 +20,7 @@ from lowrank_vit.report.style import (
     by_type,
     first_middle_last,
     heading,
+    index_ticks,
     log_ticks,
     middle,
     moment,
@@ -200,7 +201,7 @@ def _histogram(axes: Axes, s_K: np.ndarray, own_K: np.ndarray, shape: tuple[int,
         density = share * bulk_density(x, of_above, noise.sigma)
         bars = np.histogram(s_K, bins=np.linspace(0, right, BINS + 1), density=True)[0]
         axes.plot(x, density, color=MODEL, linewidth=1.5)
-        axes.axvline(noise.edge, color=EMA, linewidth=1.3, linestyle=(0, (3, 2)))
+        axes.axvline(noise.edge, ymax=0.8, color=EMA, linewidth=1.3, linestyle=(0, (3, 2)))  # below the text
         # Of a square matrix the law has a finite height at 0; of no matrix may the curve push the bars down.
         axes.set_ylim(0, 1.35 * max(float(bars.max()), min(float(density.max()), 2 * float(bars.max()))))
         lines.append(f"{noise.outliers:.0f} beyond the edge (bulk KS {noise.ks:.3f})")
@@ -251,7 +252,7 @@ def vectors_plot(run: Run) -> bytes | None:
                 np.abs(before.T @ after), vmin=0, vmax=1, cmap="magma", extent=(0.5, k + 0.5, k + 0.5, 0.5)
             )
             for axis in (axes.xaxis, axes.yaxis):
-                axis.set_ticks([1, k] if k > 1 else [1])
+                axis.set_ticks(index_ticks(k))
             if column == len(types) - 1:
                 style_bar(figure.colorbar(image, ax=list(grid[row]), pad=0.01, fraction=0.03, aspect=18), "|cosine|")
     text = "top vectors, largest singular value first; a bright diagonal: each is still itself"

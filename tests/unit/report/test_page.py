@@ -19,6 +19,7 @@ from lowrank_vit.report.page import final_numbers, headline, spectral_numbers, w
 from lowrank_vit.report.read import read_analysis, read_run, series
 from lowrank_vit.report.spectra.metrics import cosine_plot, ema_plot, matrix_scalars, profile_plot, stable_rank_plot
 from lowrank_vit.report.spectra.values import bulk_plot, spectra_plot, vectors_plot
+from lowrank_vit.report.style import index_ticks
 from lowrank_vit.spectral.watching.files import write_spectra
 from tests.reported import KINDS, add_metrics, add_monitor, add_spectra, add_summary, analysis_file, fill, train_line
 
@@ -264,3 +265,42 @@ def test_a_place_that_cannot_be_written_is_a_user_error(run: Path) -> None:
     (run / "report").write_text("in the way")
     with pytest.raises(UserError, match="cannot write the report"):
         write_report(run)
+
+
+def test_a_report_goes_to_another_folder_but_never_over_another_runs(run: Path, tmp_path: Path) -> None:
+    (run / "args.yaml").write_text("model: vit\n")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "args.yaml").write_text("model: vit\n")
+    for _ in range(2):
+        main([str(run), "--no-png", "--out", str(tmp_path / "new" / "place")])
+    assert (tmp_path / "new" / "place" / "report.html").exists()
+    assert not (run / "report.html").exists()
+    with pytest.raises(UserError, match=r"other holds another run \(args\.yaml\)"):
+        main([str(run), "--no-png", "--out", str(other)])
+    main([str(run), "--no-png", "--out", str(run)])
+    (run / "report.html").unlink()
+    (run / "report").rmdir()
+    (run / "report").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot write the report into .*--out DIR"):
+        main([str(run)])
+
+
+def test_dark_pictures_stand_beside_the_light_ones_and_go_with_the_next_report(run: Path) -> None:
+    from PIL import Image
+
+    add_summary(run)
+    main([str(run), "--dark"])
+    corners = {}
+    for name in ("training.png", "training_dark.png"):
+        with Image.open(run / "report" / name) as image:
+            corners[name] = image.convert("RGB").getpixel((2, 2))
+    assert corners == {"training.png": (255, 255, 255), "training_dark.png": (27, 36, 44)}
+    main([str(run)])
+    assert [path.name for path in (run / "report").iterdir()] == ["training.png"]
+
+
+def test_axes_of_vector_maps_are_numbered_by_index() -> None:
+    assert [index_ticks(k) for k in (1, 5, 8, 16, 64)] == [
+        [1], [1, 2, 3, 4, 5], [1, 2, 4, 6, 8], [1, 5, 10, 15], [1, 20, 40, 60],
+    ]  # fmt: skip

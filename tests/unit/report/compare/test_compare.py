@@ -179,7 +179,9 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         ([a, b, "--against", b], "b is given twice"),
         ([a, "--against", tmp_path / "none"], "no run directory at"),
         ([a, "--against", b, "--watch"], "--watch goes with one run, and 2 are given"),
-        ([a, "--out", tmp_path / "x"], "--out is where the page of several runs goes"),
+        ([a, "--out", tmp_path / "x", "--watch"], "--out is where a page is written"),
+        ([a, "--out", b], "holds another run .args.yaml."),
+        ([a, "--dark", "--no-png"], "--dark is about pictures in files"),
     ):
         with pytest.raises(UserError, match=words):
             main([str(word) for word in line])

@@ -146,7 +146,18 @@ def test_each_type_has_a_colour_and_a_marker_of_its_own_in_every_report() -> Non
     seen = [deuteranope(type_look(kind)[0]) for kind in kinds]
     nearest = min(float(np.linalg.norm(a - b)) for i, a in enumerate(seen) for b in seen[:i])
     assert nearest > 20  # of 255; and their markers differ beside that
+    for background in ("#ffffff", "#1b242c"):
+        assert min(contrast(type_look(kind)[0], background) for kind in kinds) > 2
     assert type_look("head") == type_look("head")
+
+
+def contrast(color: str, background: str) -> float:
+    """The ratio of luminances (WCAG), from 1 on."""
+    low, high = sorted(
+        float(np.dot([0.2126, 0.7152, 0.0722], [(int(one[i : i + 2], 16) / 255) ** 2.2 for i in (1, 3, 5)])) + 0.05
+        for one in (color, background)
+    )
+    return high / low
 
 
 def deuteranope(color: str) -> np.ndarray:
