@@ -21,6 +21,7 @@ COMMANDS = {
     "inference": ("lowrank_vit.inference", "what a checkpoint says of some images"),
     "analyze-spectrum": ("lowrank_vit.analyze_spectrum", "singular values of a checkpoint's weights"),
     "compress": ("lowrank_vit.compress", "accuracy against rank, and a checkpoint that has only the ranks it needs"),
+    "export": ("lowrank_vit.export", "a run's weights for timm and the Hugging Face hub, with a model card"),
     "report": ("lowrank_vit.report.__main__", "a run directory as one HTML page and PNGs"),
     "augment": ("lowrank_vit.augment.__main__", "draw what the training flags do to images"),
     "prep": ("data_prep.__main__", "write .beton files (also: python -m data_prep)"),

@@ -10,7 +10,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from lowrank_vit import analyze_spectrum, validate
+from lowrank_vit import analyze_spectrum, export, validate
 from lowrank_vit.config.flags import parse
 from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.run.directory import LAST
@@ -59,3 +59,21 @@ def test_a_run_needs_its_first_folder_no_more(folder, digits_dir, tmp_path, caps
     analyze_spectrum.main(["--checkpoint", str(run / LAST), "--model", f"local-dir:{folder}", "--circuits", "raw"])
     analyze_spectrum.main(["--model", f"local-dir:{tmp_path / 'moved'}", "--pretrained", "--circuits", "raw"])
     assert capsys.readouterr().out.count("raw weights\n") == 2
+
+
+def test_an_exported_run_scores_as_the_run(train, digits_dir, tmp_path):
+    run = train("--experiment", "run", "--epochs", "1", "--warmup-epochs", "0").run_dir
+    out = tmp_path / "out"
+    export.main([str(run), "--local-dir", str(out), "--weights", "ema"])
+    assert {path.name for path in out.iterdir()} == {"README.md", "config.json", "model.safetensors", "spectra.png"}
+    scores: list[dict[str, Any]] = []
+    for more in (["--checkpoint", str(run / "model_best.pth.tar"), "--use-ema"], ["--model", f"local-dir:{out}"]):
+        path = tmp_path / f"{len(more)}.json"
+        validate.main(["--data", str(digits_dir), "--device", "cpu", "--json", str(path), *more])
+        scores.append(json.loads(path.read_text()))
+    same = ("num_samples", "top1", "top1_interval", "top5", "loss", "img_size", "crop_pct", "interpolation")
+    assert [scores[0][name] for name in same] == [scores[1][name] for name in same]
+    card = (out / "README.md").read_text()
+    low, high = scores[0]["top1_interval"]
+    assert f"| top-1 | {scores[0]['top1']:.2f} | {low:.2f} to {high:.2f} |" in card
+    assert str(tmp_path) not in card

@@ -1,0 +1,182 @@
+"""The model card, README.md: what the model is, its scores, how it was trained, in Markdown with the hub's header.
+
+Nothing of the machine goes into it but versions and hardware: of paths the last name, no trackers, no tokens.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from lowrank_vit.config.option_types import in_flags, is_per_rank, kind_of, leaves
+from lowrank_vit.config.options import Config
+from lowrank_vit.config.tracking_options import Tracking
+from lowrank_vit.publish.subject import Subject
+from lowrank_vit.score.results import CONFIDENCE
+
+PICTURE = "spectra.png"
+_FILL_IN = "# license: FILL IN, such as apache-2.0 (https://huggingface.co/docs/hub/repositories-licenses)"
+_NOT_SHOWN = (
+    *("output", "experiment", "resume", "seeds", "beton-dir", "stage-dir", "compile-cache"),
+    *(name for name, _, _ in leaves(Tracking())),
+)
+"""Options that tell of the user's machine and accounts, not of the model."""
+_SURROUNDINGS = (
+    *("lowrank_vit", "commit", "python", "torch", "timm", "numpy", "platform", "cpu", "cpu_cores"),
+    *("gpu", "gpu_memory_gib", "cuda", "driver", "device"),
+)
+"""Of environment.json what is shown, in this order."""
+_SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$>])")
+_PATH = re.compile(r"(?<![\w./])(?:~|/(?!/))[^\s,;'\"]*/")
+"""A path up to its last name; no address."""
+_SECRETS = (
+    (re.compile(r"\b(?:hf|sk|ghp|gho|glpat)[_-][A-Za-z0-9_-]{12,}"), "***"),
+    (re.compile(r"://[^\s/@]+@"), "://***@"),
+    (re.compile(r"(?i)\b((?:\w*[_-])?(?:token|secret|passwd|password|key))=\S+"), r"\1=***"),
+)
+"""What tokens and passwords look like, and what is shown for them."""
+
+
+def card(subject: Subject, name: str, reference: str, license_id: str = "") -> str:
+    """README.md of the export.
+
+    Args:
+        subject: what is exported.
+        name: the model's, for the title.
+        reference: what timm makes it by, such as hf-hub:OWNER/NAME.
+        license_id: of the weights; without one a line says to fill it in.
+    """
+    lines = [*_header(license_id), f"# {plain(name)}", "", *_description(subject), *_scores(subject)]
+    lines += ["## Use", "", *fenced(_usage(subject, reference), "python"), ""]
+    lines += _training(subject)
+    if subject.picture:
+        lines += ["## Spectra", "", f"![Singular values of the weights over the updates]({PICTURE})", ""]
+    lines += _environment(subject)
+    what = f"{plain(license_id)}." if license_id else "Not stated yet: fill in `license` at the head of this file."
+    return "\n".join([*lines, "## License", "", what, ""])
+
+
+def _header(license_id: str) -> list[str]:
+    tags = [f"- {tag}" for tag in ("image-classification", "timm", "lowrank-vit")]
+    license_line = f'license: "{license_id}"' if license_id else _FILL_IN
+    return ["---", license_line, "library_name: timm", "pipeline_tag: image-classification", "tags:", *tags, "---", ""]
+
+
+def _description(subject: Subject) -> list[str]:
+    size = sum(parameter.numel() for parameter in subject.model.parameters())
+    spec, outputs = subject.spec, int(getattr(subject.model, "num_classes", 0))
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (spec.mean, spec.std))
+    facts = {
+        "Architecture": f"`{subject.name}` of timm" + _arguments(subject),
+        "Parameters": f"{size:,}",
+        "Classes": f"{outputs:,}" + (", named in `config.json`" if subject.class_names else ", without names"),
+        "Images": f"{spec.img_size} x {spec.img_size} pixels, {subject.interpolation}, crop {spec.crop_pct:.4g}, "
+        f"mean {mean}, standard deviation {std}",
+        "Weights": "an exponential moving average (EMA)" if subject.is_ema else "the model's own",
+    }
+    lines = ["A model for classifying images, trained and exported with lowrank-vit.", ""]
+    lines += [f"- {what}: {told}" for what, told in facts.items()]
+    return [*lines, *([f"- Merged: {subject.merged}"] if subject.merged else []), ""]
+
+
+def _arguments(subject: Subject) -> str:
+    pairs = subject.args.get("model-kwargs") or ()
+    return f", with {' '.join(code(private(str(pair))) for pair in pairs)}" if pairs else ""
+
+
+def _scores(subject: Subject) -> list[str]:
+    lines = ["## Scores", ""]
+    if not subject.scores:
+        return [*lines, "These weights were not scored on validation data.", ""]
+    of = f"{subject.num_images:,} images" if subject.num_images else "an unknown number of images"
+    lines += [f"| on {of} | % | {CONFIDENCE:.0%} interval |", "|---|---|---|"]
+    for score in subject.scores:
+        known = f"{score.interval[0]:.2f} to {score.interval[1]:.2f}" if score.interval else "not known"
+        lines.append(f"| {score.name} | {score.percent:.2f} | {known} |")
+    lines += [""]
+    if subject.scores[0].interval:
+        lines += ["The interval tells of other images of the same kind (Wilson's), not of another training.", ""]
+    if subject.scored_at is not None and subject.updates not in (None, subject.scored_at):
+        behind = (subject.updates or 0) - subject.scored_at
+        lines += [f"They are of the newest validation, {behind:,} updates before these weights.", ""]
+    return lines
+
+
+def _usage(subject: Subject, reference: str) -> str:
+    return "\n".join(
+        (
+            "import timm",
+            "",
+            f"model = timm.create_model({reference!r}, pretrained=True).eval()",
+            "transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))",
+        )
+    )
+
+
+def _training(subject: Subject) -> list[str]:
+    lines, args, run = ["## Training", ""], subject.args, subject.run
+    if not args:
+        return [*lines, "The checkpoint does not tell how it was trained.", ""]
+    data = private(str(args.get("dataset") or "")), Path(str(args.get("data-dir") or "")).name
+    lines.append(f"- Data: {' in '.join(code(one) for one in data if one) or 'not named'}")
+    if subject.updates is not None:
+        epoch = f"{subject.checkpoint.epoch + 1:,} epochs, " if subject.checkpoint.epoch >= 0 else ""
+        lines.append(f"- These weights: after {epoch}{subject.updates:,} updates")
+    if run and run.status and run.status.in_words:
+        lines.append(f"- The run: {plain(run.status.in_words)}")
+    return [*lines, "", *fenced(command(args), "bash"), ""]
+
+
+def command(args: dict[str, Any]) -> str:
+    """The line that trains so again: the options that are not at their defaults, of paths the last name alone."""
+    words = ["lowrank-vit train"]
+    for name, hint, usual in leaves(Config()):
+        value = args.get(name, usual)
+        value = tuple(value) if isinstance(value, list) else value
+        is_path = kind_of(hint).element is Path
+        if value in (usual, str(usual)) or value is None or name in _NOT_SHOWN or (is_per_rank(hint) and not is_path):
+            continue
+        if is_path:
+            value = Path(str(value)).name
+        texts = in_flags(name, value).split(" ") if isinstance(value, bool) else [f"--{name}", *_texts(value)]
+        words.append(" ".join([texts[0], *(shlex.quote(private(text)) for text in texts[1:])]))
+    return " \\\n    ".join(words)
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(one) for one in value] if isinstance(value, tuple) else [str(value)]
+
+
+def _environment(subject: Subject) -> list[str]:
+    found = subject.run.environment if subject.run else {}
+    lines = [f"- {plain(name)}: {plain(private(str(found[name])))}" for name in _SURROUNDINGS if name in found]
+    return ["## Environment", "", *lines, ""] if lines else []
+
+
+def private(text: str) -> str:
+    """A text without what is the user's alone: of paths the last name stays, tokens and passwords become `***`."""
+    for secret, instead in _SECRETS:
+        text = secret.sub(instead, text)
+    return _PATH.sub("", text)
+
+
+def plain(text: str) -> str:
+    """A text that Markdown and HTML show as it is, on one line."""
+    escaped = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return _SPECIAL.sub(r"\\\1", escaped)
+
+
+def code(text: str) -> str:
+    """A text as code within a line."""
+    text = " ".join(text.split()).replace("|", "&#124;") if "|" in text else " ".join(text.split())
+    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """Lines of code; the fence is longer than any in them."""
+    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return [f"{ticks}{language}", *text.splitlines(), ticks]
