@@ -14,19 +14,22 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.report.compression.read import Table
 from lowrank_vit.report.interactive.figures import figure, panel, series_of
 from lowrank_vit.report.interactive.packing import Packer, embedded_json, embedded_library
+from lowrank_vit.report.language import msg, tr
 from lowrank_vit.report.style import browser_look, by_type, heading, new_figure, png, tidy, type_look
 
 ENDING = "_drift.json"
 _NUMBERS = (
-    ("update_normF", "Frobenius norm of the change", "|ΔW|F"),
-    ("update_norm2", "spectral norm of the change", "|ΔW|₂"),
-    ("delta_sv_rel", "change of singular values", "Δσ / σ"),
-    ("turn_bound", "bound on the block's turn", "sine (above 1: none)"),
-    ("block_cos_u_overlap", "left vectors: overlap", "0: chance, 1: the same"),
-    ("block_cos_v_overlap", "right vectors: overlap", "0: chance, 1: the same"),
-    ("block_energy", "energy that the old block holds", "share"),
+    ("update_normF", msg("Frobenius norm of the change"), "|ΔW|F"),
+    ("update_norm2", msg("spectral norm of the change"), "|ΔW|₂"),
+    ("delta_sv_rel", msg("change of singular values"), "Δσ / σ"),
+    ("turn_bound", msg("bound on the block's turn"), msg("sine (above 1: none)")),
+    ("block_cos_u_overlap", msg("left vectors: overlap"), msg("0: chance, 1: the same")),
+    ("block_cos_v_overlap", msg("right vectors: overlap"), msg("0: chance, 1: the same")),
+    ("block_energy", msg("energy that the old block holds"), msg("share")),
 )
 """Key in the file, title and label."""
+_TOLD = (("update_normF", True), ("delta_sv_rel", True), ("block_cos_u_overlap", False))
+"""What sentences are about, and whether the most counts or the least."""
 
 
 def find_drift(path: Path) -> Path | None:
@@ -56,12 +59,12 @@ def drift_parts(path: Path, *, with_png: bool) -> tuple[dict[str, Any], dict[str
         "title": path.name.removesuffix(".json"),
         "model": _words(meta, before, after),
         "headline": [],
-        "said": [],
-        "notes": [] if numbers else ["No number of it is finite."],
+        "said": [text for key, is_most in _TOLD if (text := _sentence(layers, key, is_most=is_most))],
+        "notes": [] if numbers else [tr("No number of it is finite.")],
         "thinned": [],
         "embedded": _embedded(layers, numbers),
-        "pictures": {"How far each matrix moved, by depth": picture} if picture else {},
-        "tables": [_table("Means by type", types, numbers), _table("Every matrix", layers, numbers)],
+        "pictures": {tr("How far each matrix moved, by depth"): picture} if picture else {},
+        "tables": [_table(tr("Means by type"), types, numbers), _table(tr("Every matrix"), layers, numbers)],
         "steps": None,
         "arguments": {name: value for name, value in meta.items() if not isinstance(value, dict)},
         "differing": None,
@@ -73,10 +76,31 @@ def drift_parts(path: Path, *, with_png: bool) -> tuple[dict[str, Any], dict[str
 def _words(meta: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     def state(one: Mapping[str, Any]) -> str:
         epoch = one.get("epoch", -1)
-        of = f", epoch {epoch + 1}" if isinstance(epoch, int) and epoch >= 0 else ""
+        of = ", " + tr("epoch {n:.4g}", n=epoch + 1) if isinstance(epoch, int) and epoch >= 0 else ""
         return f"{one.get('checkpoint', '')}{of}{', EMA' if one.get('use_ema') else ''}"
 
-    return f"{meta.get('model', '')}  ·  from {state(before)} to {state(after)}"
+    between = tr("from {before} to {after}", before=state(before), after=state(after))
+    return f"{meta.get('model', '')}  ·  {between}"
+
+
+def _sentence(layers: Mapping[str, Mapping[str, Any]], key: str, *, is_most: bool) -> str:
+    """Which type and which matrix moved most by this number, beside the other types; empty without it."""
+    known = {name: value for name, of in layers.items() if math.isfinite(value := _number(of, key))}
+    if not known:
+        return ""
+    means = {kind: float(np.mean([known[name] for name in names])) for kind, names in by_type(known).items()}
+    order = sorted(means, key=lambda kind: -means[kind] if is_most else means[kind])
+    chosen = max(known, key=lambda name: known[name] if is_most else -known[name])
+    title = next(title for one, title, _ in _NUMBERS if one == key)
+    words: dict[str, Any] = {"number": tr(title), "name": chosen, "value": known[chosen]}
+    words |= {"first": order[0], "mean": means[order[0]], "last": order[-1], "other": means[order[-1]]}
+    if len(order) > 1:
+        both = msg(
+            "{number}: {first} moved most, {mean:.3g} in the mean against {other:.3g} of {last}; "
+            "{name} has {value:.3g}."
+        )
+        return tr(both, **words)
+    return tr("{number}: {mean:.3g} in the mean; {name} has {value:.3g}.", **words)
 
 
 def _number(values: Mapping[str, Any], key: str) -> float:
@@ -89,22 +113,24 @@ def _table(title: str, rows: Mapping[str, Mapping[str, Any]], numbers: list[tupl
         return f"{value:.4g}" if np.isfinite(value) else "–"
 
     cells = [[name, *(text(_number(of, key)) for key, _, _ in numbers)] for name, of in rows.items()]
-    return Table(title, ["", *(title for _, title, _ in numbers)], cells)
+    return Table(title, ["", *(tr(title) for _, title, _ in numbers)], cells)
 
 
 def _embedded(layers: Mapping[str, Mapping[str, Any]], numbers: list[tuple[str, str, str]]) -> dict[str, str]:
     pack, types = Packer(), by_type(layers)
     panels = [
-        panel(title, "block", label, [
+        panel(tr(title), tr("block"), tr(label), [
             series_of(kind, np.arange(len(names)), np.array([_number(layers[name], key) for name in names]), pack,
                       look=kind, text=names)
             for kind, names in types.items()
         ])
         for key, title, label in numbers
     ]  # fmt: skip
-    made = figure("drift", "From the one to the other, by depth", "", {"all": panels}, logarithmic="off")
+    made = figure("drift", tr("From the one to the other, by depth"), "", {"all": panels}, logarithmic="off")
     looks = {kind: browser_look(kind) for kind in types}
-    data = {"figures": [made] if made else [], "matrices": None, "looks": looks}
+    columns = {key: np.array([_number(of, key) for of in layers.values()]) for key, _, _ in numbers}
+    tables = {"matrices": {"matrix": list(layers), **columns}} if columns else {}
+    data = {"figures": [made] if made else [], "matrices": None, "looks": looks, "tables": tables}
     return {"library": embedded_library(), "json": embedded_json(data), "numbers": pack.embedded()}
 
 

@@ -92,7 +92,7 @@ def _bounded(compared: Compared) -> tuple[list[Figure], dict[str, str], list[str
     for every, times in ((True, TIMES), (True, TIMES // 4), (False, TIMES // 4), (False, 8)):
         layers = curves.layer_figure(compared, every=every, times=times)
         made = [*leading, *([layers] if layers else [])]
-        embedded = _embedded(made)
+        embedded = _embedded(compared, made)
         notes = [] if every else [tr("Of the layers this page holds the first, the middle and the last of each type.")]
         if times < TIMES:
             notes.append(tr("Lines of one layer have up to {n} points, evenly spaced.", n=times))
@@ -163,7 +163,7 @@ def comparison_tables(compared: Compared) -> list[Table]:
     return tables
 
 
-def _embedded(made: Sequence[Figure]) -> dict[str, str]:
+def _embedded(compared: Compared, made: Sequence[Figure]) -> dict[str, str]:
     """The figures for the page's scripts."""
     pack, found = Packer(), []
     for one in made:
@@ -182,7 +182,25 @@ def _embedded(made: Sequence[Figure]) -> dict[str, str]:
         first = next(iter(weights.values()))
         found.append(interactive.figure(one.name, one.title, one.note, first, weights=weights, **log))
     data = {"figures": [one for one in found if one], "matrices": None, "looks": {}}
+    data["tables"] = _long(compared)
     return {"json": embedded_json(data), "numbers": pack.embedded()}
+
+
+def _long(compared: Compared) -> dict[str, dict[str, list[Any]]]:
+    """Tables for other programs: a row for each run and score, or number of spectra at the last common moment."""
+    groups = {at: group.name for group in compared.groups for at in group.at}
+    scores = [
+        {"run": name, "group": groups[at], "score": one.label, "when": one.when, "value": one.values[at]}
+        for one in scores_of([run.epochs for run in compared.runs])
+        for at, name in enumerate(compared.names)
+    ]
+    spectra = [
+        {"run": name, "group": groups[at], "number": one.label, "value": one.values[at]}
+        for one in measures(compared) if one.of_matrices
+        for at, name in enumerate(compared.names)
+    ]  # fmt: skip
+    found = {"scores": scores, "spectra": spectra}
+    return {name: {key: [row[key] for row in rows] for key in rows[0]} for name, rows in found.items() if rows}
 
 
 def _series(line: Line, pack: Packer) -> dict[str, Any] | None:

@@ -35,6 +35,9 @@ def test_a_comparison_of_checkpoints_has_a_page(tmp_path: Path, capsys: pytest.C
     layers = json.loads(path.read_text())["layers"]
     for name, numbers in layers.items():
         assert f"<td>{name}</td><td>{numbers['update_normF']:.4g}</td>" in html
+    name, most = max(((name, of["update_normF"]) for name, of in layers.items()), key=lambda one: one[1])
+    assert f"; {name} has {most:.3g}.</li>" in html
+    assert html.count("<li>") == 3
     main([str(tmp_path), "--no-png"])  # the folder means it, too
     assert list((tmp_path / "vit_drift").iterdir()) == []
     with opened(tmp_path / "profile") as tab:
@@ -42,7 +45,13 @@ def test_a_comparison_of_checkpoints_has_a_page(tmp_path: Path, capsys: pytest.C
         tab.js("document.getElementById('fig-drift').scrollIntoView()")
         tab.wait("document.querySelector('#fig-drift .js-plotly-plot')?.data?.length > 0")
         assert tab.js("document.documentElement.scrollWidth <= innerWidth")
+        assert tab.js("[...document.querySelectorAll('#fig-data button')].map((one) => one.dataset.table)") == [
+            "matrices",
+            "lines",
+        ]
         assert tab.errors == []
+    main([str(path), "--no-png", "--lang", "zh"])
+    assert "移动最多" in (tmp_path / "vit_drift.html").read_text()
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"meta": {}, "layers": {}}', '{"meta": 3, "layers": [1]}'])

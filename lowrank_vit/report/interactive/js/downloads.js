@@ -14,7 +14,7 @@ function tablesToLoad() {
     found[name] = { columns: names, count, * rows() { for (let i = 0; i < count; i++) yield of.map((one) => one[i]); } };
   }
   const m = data.matrices;
-  if (!m) return found;
+  if (!m) return { ...found, ...linesToLoad() };
   const keys = m.metrics.map((one) => one.key), none = [];
   found.scalars = { columns: ["update", "ema", "name", ...keys], count: m.updates.length * m.kinds.length * m.names.length,
     * rows() {
@@ -37,6 +37,16 @@ function tablesToLoad() {
     } };
   return found;
 }
+/* Every point of the figures that come ready: of pages that have no others. */
+function linesToLoad() {
+  const points = [];
+  for (const figure of data.figures) for (const [weights, views] of Object.entries(figure.weights || { "": figure.views }))
+    for (const [view, panels] of Object.entries(views)) for (const panel of panels) for (const line of panel.series || [])
+      Array.prototype.forEach.call(line.x, (x, i) => points.push(
+        [figure.id, weights, view, panel.title, line.name, line.text ? line.text[i] : "", x, line.y[i], line.band?.[i]]));
+  const columns = ["figure", "weights", "view", "panel", "line", "point", "x", "y", "sd"];
+  return points.length ? { lines: { columns, count: points.length, rows: () => points } } : {};
+}
 function csvOf(table) {
   const lines = [table.columns.map(cellOf).join(",")];
   for (const row of table.rows()) lines.push(row.map(cellOf).join(","));
@@ -49,11 +59,13 @@ function download(name, text) {
 }
 /* Three lines that read a table, of a matrix's numbers where there are any. */
 function recipes(name, table) {
-  const column = table.columns.find((one) => !["update", "ema", "name", "epoch"].includes(one)) || "update";
+  const isOver = table.columns.includes("update");
+  const column = isOver ? table.columns.find((one) => !["update", "ema", "name", "epoch"].includes(one)) || "update"
+    : table.columns.at(-1);
   const quoted = (text) => JSON.stringify(text), file = quoted(name + ".csv");
   const where = table.columns.includes("name") ? `table["name"] == ${quoted(data.matrices.names[0])}` : "";
   return {
-    pandas: `import pandas\ntable = pandas.read_csv(${file})\nprint(table${where && `[${where}]`}.set_index("update")[${quoted(column)}])`,
+    pandas: `import pandas\ntable = pandas.read_csv(${file})\nprint(table${where && `[${where}]`}${isOver ? '.set_index("update")' : ""}[${quoted(column)}])`,
     numpy: `import numpy\ntable = numpy.genfromtxt(${file}, delimiter=",", names=True, dtype=None, encoding="utf-8")\n`
       + `print(table[${quoted(column)}]${where && `[${where}]`})`,
   };
@@ -61,8 +73,10 @@ function recipes(name, table) {
 function downloads() {
   const tables = tablesToLoad(), names = Object.keys(tables);
   if (!names.length) return;
-  const made = section("fig-data", t("Data"), t("Tables as CSV, made of what this page holds, with at least four digits. "
-    + "What it leaves out is told below; report --export csv DIR writes all of it.")), bar = controls();
+  const made = section("fig-data", t("Data"), data.matrices
+    ? t("Tables as CSV, made of what this page holds, with at least four digits. "
+      + "What it leaves out is told below; report --export csv DIR writes all of it.")
+    : t("Tables as CSV, made of what this page holds, with at least four digits.")), bar = controls();
   for (const name of names) bar.append(make("button", { type: "button", "data-table": name,
     onclick: () => download(name + ".csv", csvOf(tables[name])) }, t("{file}: {rows} rows, {columns} columns",
     { file: name + ".csv", rows: tables[name].count.toLocaleString("en"), columns: tables[name].columns.length })));

@@ -261,7 +261,9 @@ def test_a_browser_shows_it_and_names_are_text(tmp_path: Path) -> None:
         headings = tab.js("[...document.querySelectorAll('h2')].map((one) => one.textContent)")
         assert headings[:3] == ["Options that differ", "Scores", "Scores"]
         sections = tab.js("[...document.querySelectorAll('section.interactive')].map((one) => one.id)")
-        assert sections == ["fig-scores", "fig-types", "fig-layers"]
+        assert sections == ["fig-scores", "fig-types", "fig-layers", "fig-data"]
+        files = tab.js("[...document.querySelectorAll('#fig-data button')].map((one) => one.textContent)")
+        assert [text.split(" rows")[0] for text in files[:2]] == ["scores.csv: 42", "spectra.csv: 72"]
         tab.js("document.getElementById('fig-scores').scrollIntoView()")
         tab.wait("document.querySelector('#fig-scores .js-plotly-plot')?.data?.length === 4")  # two lines, one band
         assert tab.js("document.documentElement.scrollWidth <= innerWidth")
