@@ -18,7 +18,10 @@ from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.errors import UserError
 
 
-def test_smoke(tmp_path, capsys):
+@pytest.mark.parametrize("with_stock_ffcv", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_smoke(tmp_path, capsys, monkeypatch, with_stock_ffcv):
+    if not with_stock_ffcv:  # which compiles its loader for ten seconds
+        monkeypatch.setattr(loader_peers, "stock_ffcv", lambda path, **_: path.stat)
     path = tmp_path / "loader.json"
     sizes = "--count 24 -b 8 --img-size 32 --device cpu --repeats 1 --workers 2"
     main(["loader", *sizes.split(), "--json", str(path), "--scratch", str(tmp_path / "scratch")])
