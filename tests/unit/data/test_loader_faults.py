@@ -264,15 +264,15 @@ def test_an_error_in_the_plan_reaches_the_trainer(sets, backend, monkeypatch):
     assert len(list(loader.batches(0))) == 6
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "dali"])
-def test_ctrl_c_ends_the_process(sets, backend):
+def test_ctrl_c_ends_the_process(sets):
+    """With the threads of two backends at work."""
     code = f"""
 import torch
 from tests.unit.data.test_loader_faults import *
-loader = open_one({backend!r}, Beton({str(sets["jpeg"])!r}), prefetch=1)
+loaders = [open_one(backend, Beton({str(sets["jpeg"])!r}), prefetch=1) for backend in ("ffcv", "dali")]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background has it ignored
 for epoch in range(10**9):
-    for batch in loader.batches(epoch):
+    for batches in zip(*(loader.batches(epoch) for loader in loaders), strict=True):
         pass
     if epoch == 10:
         print("ready", flush=True)
