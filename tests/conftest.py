@@ -184,6 +184,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Record(path), "gpu_record")
 
 
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of few pixels without a layout, which take most of a picture's time, until `monkeypatch.undo()`."""
+    monkeypatch.setattr("matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda *_: None)
+    monkeypatch.setattr("matplotlib.figure.Figure.set_dpi", lambda figure, _: setattr(figure, "dpi", 40))
+
+
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train.beton and val.beton of the handwritten digits."""

@@ -228,7 +228,7 @@ def run(module: str, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_commands(document, place, monkeypatch):
+def test_commands(document, place, monkeypatch, sketched):
     monkeypatch.chdir(place)
     latest = place / "output" / "latest"  # each document begins with a run that is there
     latest.unlink()

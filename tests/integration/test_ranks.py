@@ -123,7 +123,7 @@ def assert_same_run(run: Path, one: Path) -> None:
 @pytest.mark.parametrize(
     ("launched", "processes", "more"),
     [
-        (torchrun, 2, ("-b", "64")),
+        pytest.param(torchrun, 2, ("-b", "64"), marks=pytest.mark.slow),
         (forked, 4, ("-b", "16", "--grad-accum-steps", "2", "--validation-batch-size", "50")),
         pytest.param(forked, 2, ("-b", "32", "--grad-accum-steps", "2", "--compile"), marks=pytest.mark.slow),
     ],

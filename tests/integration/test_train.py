@@ -154,7 +154,7 @@ def test_validation_is_plain_timms(finished, digits_dir):
     assert lines(finished, "eval")[-1]["eval_top1"] == pytest.approx(expected, abs=0.3)  # one sample in 360
 
 
-def test_next_commands_work(finished, tmp_path, capsys):
+def test_next_commands_work(finished, tmp_path, capsys, sketched):
     report_main([str(finished)])
     assert (finished / "report.html").stat().st_size > 10_000
     assert (finished / "report" / "spectra.png").exists()
@@ -191,11 +191,16 @@ def test_the_monitor_changes_no_bit(train):
 def test_quickstart_for_one_epoch(digits_dir, tmp_path):
     """What the Makefile's help offers: make train ARGS='--epochs 1'."""
     config = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-    argv = f"--config {config} --epochs 1 --data-dir {digits_dir} --output {tmp_path} --device cpu".split()
+    argv = f"--config {config} --epochs 1 --data-dir {digits_dir} --output {tmp_path} --device cpu -b 128".split()
+    argv += "--model-kwargs patch_size=4 embed_dim=32 depth=2 num_heads=2 class_token=False global_pool=avg".split()
     assert Trainer(parse(argv), "x").run().best_epoch == 0
 
 
-def test_compiled_and_bf16_training_learns(train):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_and_bf16_training_learns(train, backend, monkeypatch):
+    """The graphs are made by both backends; code is written for them, and compiled, by the second alone."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode=None: compile(function, backend=backend))
     model = "patch_size=4 embed_dim=32 depth=1 num_heads=2 class_token=False global_pool=avg".split()
     common = ("--no-model-ema", "--no-spec-monitor", "--model-kwargs", *model)
     eager = train("--experiment", "eager", *common)
@@ -291,17 +296,17 @@ def test_no_memory_beside_a_resident_set_is_told_with_what_that_takes(train, mon
         train("--loader", "resident", "--no-spec-monitor")
 
 
-def test_console_script_and_exit_codes(tmp_path):
+def test_console_script_and_exit_codes():
     environment = os.environ | {"COLUMNS": "80"}
     done = subprocess.run(
-        [sys.executable, "-m", "lowrank_vit", "train", "--data-dir", str(tmp_path / "nowhere")],
+        [sys.executable, "-m", "lowrank_vit", "train", "--epochs", "0"],
         capture_output=True,
         text=True,
         env=environment,
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --data-dir")
+    assert done.stderr.startswith("error: --epochs takes a whole number")
     assert "Traceback" not in done.stderr
     helped = subprocess.run([sys.executable, "-m", "lowrank_vit"], capture_output=True, text=True, check=True)
     assert "analyze-spectrum" in helped.stdout

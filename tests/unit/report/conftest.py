@@ -1,4 +1,4 @@
-"""Pictures as sketches: a layout takes half of a picture's time."""
+"""Pictures as sketches, but for those that fixtures of a module draw."""
 
 from __future__ import annotations
 
@@ -6,6 +6,5 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _sketched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have tests draw without a layout until they call `monkeypatch.undo()`; fixtures of a module draw with one."""
-    monkeypatch.setattr("matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda *_: None)
+def _sketched(sketched: None) -> None:
+    pass
