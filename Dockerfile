@@ -1,4 +1,4 @@
-# Not built or run by the tests. On a machine with the NVIDIA container toolkit:
+# The tests run its steps in a folder, with nothing installed; no image has been built. On a machine with the NVIDIA container toolkit:
 #   docker build -t lowrank-vit .
 #   docker run --gpus all --ipc=host -v "$PWD/output:/app/output" -v "$PWD/data:/app/data" lowrank-vit
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
