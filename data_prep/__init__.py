@@ -2,3 +2,13 @@
 
 # First, before anything heavy: it makes this process a command, where it is one.
 import lowrank_vit.common  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+__all__ = ["convert_dataset"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "convert_dataset":
+        from data_prep.convert_rows import convert_dataset  # what it needs takes a while to load
+
+        return convert_dataset
+    raise AttributeError(f"module data_prep has no attribute {name}")

@@ -23,6 +23,7 @@ from data_prep.formats.jpeg import JPEG_MAX_SIDE, LOSSLESS, EncodedImage, ImageO
 from data_prep.formats.sidecars import CONVERTER_VERSION, Manifest
 from data_prep.sources.cifar100 import cifar100, download
 from data_prep.sources.image_folder import SPLIT_NAMES, Nested, image_folder, split_folders
+from data_prep.sources.rows import RowSource
 from data_prep.sources.samples import (
     DIGITS_SPLIT_SEED,
     Sample,
@@ -206,17 +207,41 @@ def convert_folders(
     for one in images.values():
         _check(one, workers, part)
     sources = {out: image_folder(folder, classes, nested) for out, folder in folders.items()}
+    about: Options = {"classes": None if classes is None else str(classes)}
+    if nested != "leaf":  # the key came later than others
+        about["nested_classes"] = nested
+    how: dict[str, Any] = {"part": part, "workers": workers, "on_bad": on_bad, "progress": progress, "say": say}
+    return convert_sources(sources, images, about, **how, trust_labels=trust_labels)
+
+
+def convert_sources(
+    sources: Mapping[Path, Source],
+    images: Mapping[Path, ImageOptions],
+    about: Options,
+    *,
+    part: tuple[int, int] | None,
+    workers: int | None,
+    on_bad: Literal["error", "skip"],
+    progress: bool,
+    say: Say,
+    trust_labels: bool = False,
+) -> list[Conversion]:
+    """`convert_folders` of sources that are listed; `about`: what else their manifests tell among the options.
+
+    Raises `UserError`.
+    """
+    for one in images.values():
+        _check(one, workers, part)
     for source in sources.values():
         for remark in source.remarks:
             say(remark)
-    sources = _with_labels_of_the_first(sources, say, trust_labels=trust_labels)
     conversions, bad = [], []
-    for out, source in sources.items():
+    for out, source in _with_labels_of_the_first(sources, say, trust_labels=trust_labels).items():
         image = images[out]
-        options: Options = {"classes": None if classes is None else str(classes), **asdict(image), "on_bad": on_bad}
-        if nested != "leaf":  # the key came later than others
-            options["nested_classes"] = nested
+        options: Options = {**about, **asdict(image), "on_bad": on_bad}
         if part is not None:
+            if isinstance(source, RowSource) and source.in_parts:
+                raise UserError(f"--shard {part[0]}/{part[1]}: {source.in_parts}.")
             if len(source.samples) < part[1]:
                 raise UserError(
                     f"--shard {part[0]}/{part[1]}: there are only {len(source.samples):,} images in {source.name}."
@@ -234,11 +259,16 @@ def convert_folders(
                 workers=available_cores() if workers is None else workers,
                 on_bad=on_bad,
                 progress=progress,
-                source_stat=partial(file_stat, source.name),
+                libraries=library_versions(),
             )
             try:
-                encode = partial(encode_file, root=Path(source.name), options=image)
-                conversions.append(convert(source, out, encode, options))
+                if isinstance(source, RowSource):
+                    options = {**source.options, **options}
+                    encode, stat = partial(source.encode, options=image), source.stat if source.can_resume else None
+                else:
+                    encode = partial(encode_file, root=Path(source.name), options=image)
+                    stat = partial(file_stat, source.name)
+                conversions.append(convert(source, out, encode, options, source_stat=stat))
             except BadImagesError as error:  # those of the next split belong into the same list
                 bad.append(error)
     if bad:
@@ -246,7 +276,7 @@ def convert_folders(
     return conversions
 
 
-def _with_labels_of_the_first(sources: dict[Path, Source], say: Say, *, trust_labels: bool) -> dict[Path, Source]:
+def _with_labels_of_the_first(sources: Mapping[Path, Source], say: Say, *, trust_labels: bool) -> dict[Path, Source]:
     first = next(iter(sources.values()))
     fitting: dict[Path, Source] = {}
     for out, source in sources.items():
@@ -256,7 +286,8 @@ def _with_labels_of_the_first(sources: dict[Path, Source], say: Say, *, trust_la
             continue
         if fitted is None:
             lists = differences(first.classes, first.name, source.classes, source.name)
-            raise UserError(f"The folders have different classes, so their labels would not agree. {lists}. {MEND}")
+            what = "sets" if isinstance(source, RowSource) else "folders"
+            raise UserError(f"The {what} have different classes, so their labels would not agree. {lists}. {MEND}")
         there = set(positions(source.classes, first.classes) or ())
         if missing := [name for label, name in enumerate(first.classes) if label not in there]:
             count = f"{len(missing):,} of the {len(first.classes):,} classes of {first.name}"
@@ -287,13 +318,16 @@ def _convert(
     progress: bool = False,
     page_size: int = PAGE_SIZE,
     source_stat: Callable[[Sample], tuple[int, int]] | None = None,
+    libraries: Mapping[str, str] | None = None,
 ) -> Conversion:
     start = time.perf_counter()
-    libraries = library_versions() if source_stat else {"numpy": np.__version__}
+    libraries = dict(libraries or {"numpy": np.__version__})
     # All that decides the bytes of the images that are finished; whether a bad one stops the rest does not, nor does
     # the list of files, which is compared one by one.
     deciding = {key: value for key, value in options.items() if key not in ("on_bad", "classes", "nested_classes")}
-    key = json.dumps([CONVERTER_VERSION, libraries, str(Path(source.name).resolve()), page_size, deciding])
+    rows = source if isinstance(source, RowSource) else None
+    origin = [source.name, rows.fingerprint, rows.revision] if rows else [str(Path(source.name).resolve())]
+    key = json.dumps([CONVERTER_VERSION, libraries, *origin, page_size, deciding])
     key = hashlib.sha256(key.encode()).hexdigest()
     files = file_list_sha256(source.samples)
     remove_left_of(out)
@@ -326,6 +360,8 @@ def _convert(
                 superclasses=source.superclasses,
                 repaired=written.repaired,
                 empty_classes=tuple(source.classes[label] for label in written.emptied),
+                revision=rows.revision if rows else "",
+                fingerprint=rows.fingerprint if rows else "",
             )
         )
         write_pending(out, table, manifest[0])

@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_images
 
 from data_prep.convert import convert_image_folder
 from data_prep.formats.jpeg import ImageOptions
-from lowrank_vit.config.options import LoaderName
+from lowrank_vit.config.data_options import LoaderName
 
 BACKENDS = [name for name in get_args(LoaderName) if name != "auto"]
 """Every decode backend: the tests that take these hold for a new one, too."""

@@ -161,8 +161,17 @@ def encode_image(path: Path | str, options: ImageOptions) -> EncodedImage:
         raise UnreadableImageError(str(path), f"cannot be read: {error.strerror}") from error
     if not data:
         raise bad("the file is empty")
+    return encode_bytes(data, str(path), options, (stat.st_size, stat.st_mtime_ns))
+
+
+def encode_bytes(data: bytes, name: str, options: ImageOptions, source_stat: tuple[int, int] = (0, 0)) -> EncodedImage:
+    """`encode_image` of an image file's content; `name` tells its format by the suffix, and goes into messages.
+
+    Raises `BadImageError`.
+    """
+    bad = partial(BadImageError, name)
     try:
-        by_suffix = format_by_suffix(str(path))
+        by_suffix = format_by_suffix(name)
         try:
             (mode, width, height, stored, reason), repairs = _encode(data, options, by_suffix), ()
         except turbojpeg.JpegDataError as error:
@@ -177,7 +186,7 @@ def encode_image(path: Path | str, options: ImageOptions) -> EncodedImage:
         raise bad(f"{error}; make the image smaller") from error
     except Exception as error:  # PIL's decoders raise nearly every built-in exception on damaged files
         raise bad(f"does not decode: {error or type(error).__name__}") from error
-    return EncodedImage(mode, width, height, stored, reason, (stat.st_size, stat.st_mtime_ns), repairs)
+    return EncodedImage(mode, width, height, stored, reason, source_stat, repairs)
 
 
 class _TooLargeError(ValueError):
@@ -199,12 +208,12 @@ def _encode(data: bytes, options: ImageOptions, by_suffix: str) -> tuple[int, in
     header = jpeg_segments.read_header(data) if data.startswith(jpeg_segments.START) else None
     if header is None:
         pixels, reason = _decode_with_pil(data, by_suffix)
-        return _encode_pixels(pixels, "raw" if options.raw else reason, options)
+        return store_pixels(pixels, "raw" if options.raw else reason, options)
     _check_pixels(header.width, header.height)
     orientation = _orientation(data) if header.may_be_turned else 1
     reason = _why_convert(data, header, orientation, options)
     if reason != "passthrough":
-        return _encode_pixels(_decode_jpeg(data, header, orientation, reason, options), reason, options)
+        return store_pixels(_decode_jpeg(data, header, orientation, reason, options), reason, options)
     # A file cut short lacks its end marker: even where only headers are to be parsed that much is free to see.
     if options.verify == "decode" or data.rfind(jpeg_segments.END, -4096) < 0:
         turbojpeg.check(data, header.width, header.height)
@@ -318,7 +327,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _encode_pixels(pixels: np.ndarray, reason: str, options: ImageOptions) -> tuple[int, int, int, bytes, str]:
+def store_pixels(pixels: np.ndarray, reason: str, options: ImageOptions) -> tuple[int, int, int, bytes, str]:
     """Store uint8 (height, width, 3) as the options say."""
     height, width, _ = pixels.shape
     if options.raw:

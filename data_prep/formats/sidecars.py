@@ -105,6 +105,11 @@ class Manifest:
     repaired: tuple[Repaired, ...] = ()
     empty_classes: tuple[str, ...] = ()
     """Classes of which no image is left, since all of them were bad and `--on-bad skip` was given."""
+    revision: str = ""
+    """Which state of a published data set it is, such as a commit of the hub; empty where none is known."""
+    fingerprint: str = ""
+    """SHA-256 of the names, sizes and times of the files that the source's rows lie in; empty for folders of images,
+    whose files are told one by one, and for what lies in no file."""
     schema_version: int = SCHEMA_VERSION
     converter_version: int = CONVERTER_VERSION
 
@@ -222,7 +227,7 @@ def _from_json(content: Any) -> Manifest:
     for names, kind in (
         (("num_samples", "file_bytes", "converter_version", "sample_bytes", "page_size"), int),
         (("source", "sha256", "file_list_sha256", "whole_list_sha256", "source_stat_sha256"), str),
-        (("sample_table_sha256", "resume_key", "index_xxh3"), str),
+        (("sample_table_sha256", "resume_key", "index_xxh3", "revision", "fingerprint"), str),
         (("classes", "skipped"), list),
         (("repaired", "empty_classes"), (list, tuple)),
         (("reasons", "options", "libraries"), dict),

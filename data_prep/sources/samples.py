@@ -108,6 +108,8 @@ class Sample:
     """Where it comes from, relative to the source, with forward slashes."""
     pixels: np.ndarray | None = None
     """uint8 (height, width, 3) where the source holds pixels already, None where `name` is a file to read."""
+    row: int = -1
+    """Its number in a source that is read by number, see `rows.RowSource`; -1 elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,14 @@ class Source:
         labels = positions(self.classes, classes)
         if labels is None:
             return None
+        return replace(self, classes=classes, samples=self._relabelled(labels))
+
+    def _relabelled(self, labels: list[int]) -> FileList:
+        """The samples with `labels[label]` for each label, in the order of the new ones, as folders are listed."""
         samples: Iterable[tuple[int, str]] = ((labels[sample.label], sample.name) for sample in self.samples)
         if labels != sorted(labels):
             samples = sorted(samples, key=lambda sample: sample[0])  # which keeps the order within a class
-        return replace(self, classes=classes, samples=FileList.pack(samples))
+        return FileList.pack(samples)
 
 
 _UNPACKED = 4096
@@ -150,39 +156,50 @@ _UNPACKED = 4096
 
 
 class FileList(Sequence[Sample]):
-    """Files to convert, packed: about 12 bytes a file and its name, where a list of `Sample` takes 200 more."""
+    """Samples to convert, packed: about 12 bytes each and its name, where a list of `Sample` takes 200 more."""
 
-    def __init__(self, labels: np.ndarray, names: bytes, ends: np.ndarray) -> None:
-        self._labels, self._names, self._ends = labels, names, ends
+    def __init__(self, labels: np.ndarray, names: bytes, ends: np.ndarray, first_row: int | None = None) -> None:
+        self._labels, self._names, self._ends, self._first_row = labels, names, ends, first_row
 
     @classmethod
-    def pack(cls, files: Iterable[tuple[int, str]]) -> FileList:
-        """Pack `(label, name)` pairs, in order."""
+    def pack(cls, files: Iterable[tuple[int, str]], first_row: int | None = None) -> FileList:
+        """Pack `(label, name)` pairs, in order; `first_row`: they are rows of a source, from this number on."""
         labels, names, ends = array("i"), bytearray(), array("q")
         for label, name in files:
             labels.append(label)
             names += os.fsencode(name)
             ends.append(len(names))
-        return cls(np.frombuffer(labels, np.intc), bytes(names), np.frombuffer(ends, np.int64))
+        return cls(np.frombuffer(labels, np.intc), bytes(names), np.frombuffer(ends, np.int64), first_row)
 
     def __len__(self) -> int:
         return len(self._ends)
 
+    def _row(self, position: int) -> int:
+        return -1 if self._first_row is None else self._first_row + position
+
     def __getitem__(self, index: Any) -> Any:
-        """The `Sample` at `index`, or a `FileList` for a slice."""
+        """The `Sample` at `index`, or a `FileList` for a slice without steps."""
         if isinstance(index, slice):
-            return FileList.pack((s.label, s.name) for s in map(self.__getitem__, range(*index.indices(len(self)))))
+            chosen = range(*index.indices(len(self)))
+            samples = ((s.label, s.name) for s in map(self.__getitem__, chosen))
+            return FileList.pack(samples, None if self._first_row is None else self._row(chosen.start))
         position = range(len(self))[index]
         start = int(self._ends[position - 1]) if position else 0
         name = os.fsdecode(self._names[start : int(self._ends[position])])
-        return Sample(int(self._labels[position]), name)
+        return Sample(int(self._labels[position]), name, row=self._row(position))
+
+    def relabelled(self, labels: Sequence[int]) -> FileList:
+        """The same samples in the same order, with `labels[label]` for each label; those without one, -1, keep it."""
+        table = np.array([*labels, -1], np.intc)
+        return FileList(table[self._labels], self._names, self._ends, self._first_row)
 
     def __iter__(self) -> Iterator[Sample]:
         start = 0
         for first in range(0, len(self), _UNPACKED):  # Python's own integers are twice as fast here as NumPy's
             part = slice(first, first + _UNPACKED)
-            for label, end in zip(self._labels[part].tolist(), self._ends[part].tolist(), strict=True):
-                yield Sample(label, os.fsdecode(self._names[start:end]))
+            pairs = zip(self._labels[part].tolist(), self._ends[part].tolist(), strict=True)
+            for position, (label, end) in enumerate(pairs, first):
+                yield Sample(label, os.fsdecode(self._names[start:end]), None, self._row(position))
                 start = end
 
 

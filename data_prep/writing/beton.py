@@ -60,7 +60,7 @@ class Written:
     """SHA-256 of all source files' sizes and modification times, see `pack_stat`."""
     repaired: tuple[Repaired, ...] = ()
     emptied: tuple[int, ...] = ()
-    """Labels all of whose samples were bad, ascending."""
+    """Labels all of whose samples were bad, ascending; -1 is none."""
     resumed: int = 0
     """How many images an interrupted run had finished."""
 
@@ -140,7 +140,7 @@ def _written(samples: Sequence[Sample], work: _Work, file_bytes: int, sha256: st
         table=SampleTable.of(beton.checksums[:n], beton.reasons[:n], names),
         source_stat_sha256=work.stats.hexdigest(),
         repaired=tuple(work.repaired),
-        emptied=tuple(sorted(work.bad_labels - work.good_labels)),
+        emptied=tuple(sorted(work.bad_labels - work.good_labels - {-1})),
         resumed=resumed,
     )
 

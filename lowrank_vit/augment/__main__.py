@@ -13,10 +13,11 @@ from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import require_one_process, usage_name
 from lowrank_vit.common.terminal import output_is_in_files, say
 from lowrank_vit.config.command_line import asks_for_help, show_help
+from lowrank_vit.config.data_options import Data
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.option_types import expanded
 from lowrank_vit.config.options import Augment as AugmentOptions
-from lowrank_vit.config.options import Data, Run
+from lowrank_vit.config.options import Run
 
 HELP = """Draw what augmentation does: each operation at every level, and a batch as the model sees it, with its labels.
 

@@ -37,7 +37,9 @@ def _is_mixed(args: Mapping[str, Any]) -> bool:
 
 def _is_of_folders(args: Mapping[str, Any]) -> bool:
     """Whether a run may have read class folders."""
-    return not args.get("synthetic") and str(args.get("dataset") or "").lower() not in ("digits", "torch/cifar100")
+    dataset = str(args.get("dataset") or "").lower()
+    others = ("digits", "torch/cifar100", "hfds/", "hfids/", "wds/")
+    return not args.get("synthetic") and not dataset.startswith(others)
 
 
 def _may_decode_on_a_gpu(args: Mapping[str, Any]) -> bool:

@@ -71,12 +71,8 @@ class Flag:
         return getattr(self, command) or (None if command == "train" else self.scores)
 
 
-_CLASSES = (
-    "`python -m data_prep imagefolder --classes FILE`, which chooses the classes; labels are in timm's order of them"
-)
 _COUNT = Instead("leave it out, the data tell their number of images")
-_KEYS = Instead("leave it out, --data-dir holds folders of images or .beton files")
-_SCORED_KEYS = Instead("leave it out, the data are folders of images or .beton files")
+_CODE = Instead("leave it out, no code that comes with a data set is run; `datasets` 4 took that out")
 _CHANNELS = Holds("images are RGB: 3, any other number is an error")
 _RGB = Instead("leave it out, images are RGB")
 _CROP = Instead("leave it out, the crop is the centre; --crop-pct sets its size")
@@ -93,11 +89,10 @@ _ONE_GPU = Holds("one GPU scores; CUDA_VISIBLE_DEVICES chooses which. Leave it o
 
 FLAGS: dict[str, Flag] = {
     # data
-    "class-map": Flag(Instead(_CLASSES), scores=Instead("leave it out, labels are timm's order of the class folders")),
+    "class-map": Flag(inference=Instead("leave it out, labels are timm's order of the class folders")),
     "train-num-samples": Flag(_COUNT, means_something_at_0=True),
     "val-num-samples": Flag(_COUNT),
-    **dict.fromkeys("input-key target-key".split(), Flag(_KEYS, validate=_SCORED_KEYS)),
-    "dataset-trust-remote-code": Flag(_KEYS, validate=_SCORED_KEYS, values=0),
+    "dataset-trust-remote-code": Flag(_CODE, validate=_CODE, values=0),
     "input-img-mode": Flag(_RGB, validate=_RGB, same=("RGB",)),
     "interpolation": Flag(
         Instead("leave it out, validation is bicubic; --train-interpolation is for training"), same=("bicubic",)

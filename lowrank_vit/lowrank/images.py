@@ -22,7 +22,7 @@ from lowrank_vit.data.choose import open_loader
 from lowrank_vit.data.decode.backend import LoaderOptions, usual_workers
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.datasets import DataOptions, locate
+from lowrank_vit.data.sets.datasets import KINDS, DataOptions, columns_of, kind_of, locate
 from lowrank_vit.lowrank.curve import SampleScores
 from lowrank_vit.lowrank.options import CompressOptions
 from lowrank_vit.model.class_match import Trust
@@ -49,6 +49,8 @@ class Images:
         nested: Any = data.nested_classes or scorer.args.get("nested-classes") or "leaf"
         where = DataOptions(data.dataset, data.data, False, data.beton_dir, data.train_split, data.val_split)
         where = replace(where, nested=nested, flag="--data")
+        if kind_of(data.dataset, "--data") in KINDS:
+            where = replace(where, **columns_of(scorer.args))
         self.train, self.val = (Beton(path) for path in locate(where, say))
         for beton in (self.train, self.val):
             follow_model(scorer, beton, Trust(data.trust_labels), say)

@@ -10,8 +10,8 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.check import check_ranges
+from lowrank_vit.config.data_options import LoaderName
 from lowrank_vit.config.option_types import POSITIVE, Range
-from lowrank_vit.config.options import LoaderName
 from lowrank_vit.score.options import ModelOptions
 
 Method = Literal["svd", "asvd", "fwsvd", "svdllm", "kfac"]
@@ -43,7 +43,7 @@ class Data:
     data: Annotated[Path | None, arg(aliases=["--data-dir"], metavar="DIR", help_behavior_hint=NONE)] = None
     """As for train: train.beton and val.beton, or folders of images; needed but for svd with --save."""
     dataset: str = ""
-    """folder or nothing: what --data holds; torch/cifar100; digits."""
+    """folder or nothing: what --data holds; hfds/NAME, hfids/NAME, wds/, as for train; torch/cifar100; digits."""
     train_split: str = "train"
     """Name of the training set in --data."""
     val_split: str = "validation"

@@ -10,8 +10,8 @@ from tyro.conf import FlagCreatePairsOff, arg
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.check import check_ranges
+from lowrank_vit.config.data_options import LoaderName
 from lowrank_vit.config.option_types import PER_RANK, POSITIVE, Range
-from lowrank_vit.config.options import LoaderName
 
 LabelType = Literal["auto", "none", "name", "description", "detail", "detailed"]
 
@@ -60,11 +60,18 @@ class ValidateOptions(ModelOptions):
     data: Annotated[Path | None, arg(aliases=["--data-dir"]), PER_RANK] = None
     """A .beton file, or a folder of images or .beton files; default: what the checkpoint was validated on."""
     dataset: str = ""
-    """folder or nothing: what --data holds; torch/cifar100; digits. Without --data the default is the checkpoint's."""
+    """folder or nothing: what --data holds; hfds/NAME, hfids/NAME, wds/, as for train; torch/cifar100; digits. Without
+    --data the default is the checkpoint's."""
     dataset_download: bool = False
     """torch/cifar100: download the archive where it is missing or damaged."""
     split: Annotated[str, arg(aliases=["--val-split"])] = ""
     """Name of the set in --data; timm's synonyms count. Default: that of the checkpoint's validation."""
+    input_key: str = ""
+    """hfds, wds: the images' column or suffix, as for train; default: as the checkpoint's run had it."""
+    target_key: str = ""
+    """hfds, wds: the labels' column or key, likewise."""
+    class_map: Path | None = None
+    """hfds, wds: text file with the names of the classes, one a line, likewise."""
     nested_classes: Literal["", "leaf", "merge", "top"] = ""
     """Which folders of images are classes, as for training; default: as the checkpoint's run had it, else leaf."""
     trust_labels: bool = False

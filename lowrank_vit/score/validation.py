@@ -20,7 +20,7 @@ from lowrank_vit.common.filters import FILTERS
 from lowrank_vit.data.choose import open_loader
 from lowrank_vit.data.decode.backend import LoaderOptions, usual_workers
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.datasets import DataOptions, kind_of, locate_validation
+from lowrank_vit.data.sets.datasets import KINDS, DataOptions, columns_of, kind_of, locate_validation, without_split
 from lowrank_vit.data.sets.provenance import remarks
 from lowrank_vit.data.sets.staging import stage
 from lowrank_vit.model.class_match import Classes, Trust, match
@@ -211,18 +211,24 @@ def _own_data(scorer: Scorer, path: Path) -> str:
 
 def _find_data(options: ValidateOptions, args: dict[str, Any], say: Callable[[str], object]) -> Path:
     """The `.beton` to score, converted and staged now if need be; `args` are the flags of the checkpoint's run."""
-    split = options.split or str(args.get("val-split") or "validation")
+    asked = without_split(options.dataset, None, "--data")[0]
+    of_run = "" if asked != options.dataset else str(args.get("val-split") or "")  # --dataset may name a split
+    split = options.split or of_run or DataOptions.val_split
     where = DataOptions(
         options.dataset, None, options.dataset_download, options.beton_dir, val_split=split, flag="--data"
     )
     nested: Any = options.nested_classes or args.get("nested-classes") or "leaf"
     where = replace(where, on_bad=options.on_bad_sample, nested=nested)
-    dataset = str(args.get("dataset") or "")
-    if options.data is None and kind_of(options.dataset or dataset, where.flag) == kind_of(
-        dataset
-    ):  # the checkpoint's own
-        kept = {name: Path(value) for name in ("data-dir", "beton-dir") if (value := args.get(name))}
+    kept = {name: Path(value) for name in ("data-dir", "beton-dir") if (value := args.get(name))}
+    dataset, data_dir = without_split(str(args.get("dataset") or ""), kept.get("data-dir"))
+    kind = kind_of(dataset)
+    is_same = kind_of(asked or dataset, where.flag) == kind and (kind not in KINDS or asked in ("", dataset))
+    if options.data is None and is_same:  # the checkpoint's own
         beton_dir = options.beton_dir or kept.get("beton-dir")
-        where = replace(where, dataset=dataset, data_dir=kept.get("data-dir"), beton_dir=beton_dir)
+        where = replace(where, dataset=options.dataset or dataset, data_dir=data_dir, beton_dir=beton_dir)
+    given = {key: value for key in ("input_key", "target_key", "class_map") if (value := getattr(options, key))}
+    if is_same and kind_of(where.dataset, where.flag) in KINDS:
+        given = {**columns_of(args), **given}
+    where = replace(where, **given)
     path = locate_validation(options.data, where, say)
     return stage(path, options.stage_dir, say) if options.stage_dir else path

@@ -14,8 +14,9 @@ from torch import Tensor
 from lowrank_vit.augment.recipe import batches_of_update, train_rules
 from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.common.errors import UserError, in_short
+from lowrank_vit.config.data_options import LoaderName
 from lowrank_vit.config.option_types import with_options
-from lowrank_vit.config.options import Config, LoaderName
+from lowrank_vit.config.options import Config
 from lowrank_vit.data.choose import open_loader
 from lowrank_vit.data.decode.backend import FedStep, LoaderOptions, usual_workers
 from lowrank_vit.data.loader import Loader

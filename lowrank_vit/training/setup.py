@@ -271,6 +271,9 @@ def _open_sets(config: Config, say: Say) -> tuple[_Sets | None, int]:
         on_bad=data.on_bad_sample,
         nested=data.nested_classes,
         trust_labels=config.model.trust_labels,
+        input_key=data.input_key,
+        target_key=data.target_key,
+        class_map=data.class_map,
     )
     larger = config.model.larger_head
     train, val, num_classes = open_datasets(where, num_classes, data.stage_dir, say, larger_head=larger)

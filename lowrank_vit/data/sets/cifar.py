@@ -10,7 +10,7 @@ from data_prep.formats.sidecars import manifest_path
 from data_prep.sources.image_folder import SPLIT_NAMES
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say, one_process_in
-from lowrank_vit.data.sets.image_dirs import manifest_of
+from lowrank_vit.data.sets.made_once import manifest_of
 
 FOLDER = "cifar100.lowrank_vit"
 """Below the data root: the converted files."""

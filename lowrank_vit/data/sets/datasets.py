@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep.convert_rows import KINDS, Kind, parse_name
 from data_prep.formats.beton import find_parts
 from data_prep.formats.image_formats import image_suffixes, is_of_the_system
 from data_prep.formats.sidecars import read_manifest
+from data_prep.sources.hugging_face import Columns
 from data_prep.sources.image_folder import NO_CLASSES, Nested, count_remarks
 from data_prep.sources.samples import DIGITS, TRUST, abbreviated, differences, in_timms_order, positions
 from lowrank_vit.common import terminal
@@ -17,6 +20,7 @@ from lowrank_vit.common.locks import Say, one_process_in
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.cifar import cifar100, find_archive
 from lowrank_vit.data.sets.image_dirs import FOLDER, converted, names_of, split_folder
+from lowrank_vit.data.sets.row_sets import converted_rows
 from lowrank_vit.data.sets.staging import stage_all
 
 Split = Literal["train", "val"]
@@ -45,8 +49,17 @@ class DataOptions:
     """Which folders are classes, see `data_prep.sources.image_folder`."""
     trust_labels: bool = False
     """Two sets may have different classes: label N is label N."""
+    input_key: str = ""
+    target_key: str = ""
+    class_map: Path | None = None
+    """Of data sets that are no folders, see `data_prep.sources.hugging_face.Columns`."""
     flag: str = "--data-dir"
     """What the command calls `data_dir`, for messages."""
+
+    @property
+    def columns(self) -> Columns:
+        """Which images and labels of the rows."""
+        return Columns(self.input_key, self.target_key, self.class_map)
 
 
 def locate(options: DataOptions, say: Say = terminal.say) -> tuple[Path, Path]:
@@ -110,6 +123,13 @@ def _rules(options: DataOptions) -> dict[str, Any]:
 
 def _locate(options: DataOptions, wanted: tuple[Split, ...], say: Say) -> list[Path]:
     kind = kind_of(options.dataset, options.flag)
+    if kind in KINDS:
+        return _locate_rows(kind, options, wanted, say)
+    if given := next((name for name, value in options.columns.options().items() if value), ""):
+        raise UserError(
+            f"--{given.replace('_', '-')} is for --dataset hfds/, hfids/ and wds/. The labels of folders are timm's "
+            "order of their names; `python -m data_prep imagefolder --classes FILE` chooses among them."
+        )
     splits = options.train_split, options.val_split
     for flag, name in zip(("--train-split", "--val-split"), splits, strict=True):
         if not name or Path(name).name != name or name == "..":
@@ -131,6 +151,43 @@ def _locate(options: DataOptions, wanted: tuple[Split, ...], say: Say) -> list[P
     return _from_images(root, options, wanted, say)
 
 
+def _locate_rows(kind: Kind, options: DataOptions, wanted: tuple[Split, ...], say: Say) -> list[Path]:
+    name = options.dataset.partition("/")[2]
+    data, split = parse_name(kind, name, options.data_dir, options.columns)
+    asked = {"train": options.train_split, "val": options.val_split}
+    one = wanted[0]
+    default = DataOptions.train_split if one == "train" else DataOptions.val_split
+    if split and asked[one] not in (default, split):
+        raise UserError(
+            f"--dataset {options.dataset} names a split, and --{one}-split {asked[one]} another. Leave one."
+        )
+    if split:
+        asked[one] = split
+    flags = {"train": "--train-split", "val": "--val-split" if len(wanted) > 1 else "--split"}
+    splits: list[tuple[str, Split, str]] = [(asked[role], role, flags[role]) for role in wanted]
+    rules: dict[str, Any] = {"on_bad": options.on_bad, "trust_labels": options.trust_labels}
+    return converted_rows(data, splits, options.beton_dir, DEFAULT_DIR, say, **rules)
+
+
+def columns_of(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Which images and labels a run has read, by its flags' names without dashes in front; for `DataOptions`."""
+    class_map = args.get("class-map")
+    keys: dict[str, Any] = {key: str(args.get(key.replace("_", "-")) or "") for key in ("input_key", "target_key")}
+    return {**keys, "class_map": Path(class_map) if class_map else None}
+
+
+def without_split(dataset: str, data_dir: Path | None, flag: str = DataOptions.flag) -> tuple[str, Path | None]:
+    """--dataset and --data-dir without the split that the former may name: that of a training is not scored.
+
+    Raises `UserError`.
+    """
+    kind = kind_of(dataset, flag)
+    if kind not in KINDS:
+        return dataset, data_dir
+    data, _ = parse_name(kind, dataset.partition("/")[2], data_dir)
+    return f"{kind}/{data.name}", data.root
+
+
 def _lacks_digits(options: DataOptions) -> bool:
     """Whether they are to be written: never over a file of the user's, but behind a first set of ours, if that is all.
 
@@ -145,12 +202,15 @@ def _lacks_digits(options: DataOptions) -> bool:
         return False
 
 
-def kind_of(dataset: str, flag: str = DataOptions.flag) -> Literal["", "digits", "cifar100"]:
+def kind_of(dataset: str, flag: str = DataOptions.flag) -> Literal["", "digits", "cifar100"] | Kind:
     """What --dataset means; an empty string for a folder. Raises `UserError` for what is not there.
 
     `flag`: see `DataOptions`.
     """
     name = dataset.lower()
+    for kind in KINDS:
+        if name.startswith(f"{kind}/"):
+            return kind
     if name in FOLDERS:
         return ""
     if name == "digits":
@@ -158,11 +218,16 @@ def kind_of(dataset: str, flag: str = DataOptions.flag) -> Literal["", "digits",
     if name == "torch/cifar100":
         return "cifar100"
     hint = f"Save its images as train/CLASS/FILE.jpg and val/CLASS/FILE.jpg, and give that folder with {flag}."
+    if name.startswith("torch/"):
+        hint = (
+            "`python -m data_prep torch MODULE:FUNCTION --out DIR/train.beton` converts what a function of yours "
+            f"returns, such as a data set of torchvision's; then give DIR with {flag}."
+        )
     if name == "cifar100":
         hint = "Did you mean torch/cifar100?"
     raise UserError(
         f"--dataset {dataset} is not there. There are: folder (the default: {flag} holds images or .beton files), "
-        f"torch/cifar100, digits. {hint}"
+        f"hfds/NAME and hfids/NAME (Hugging Face's), wds/ (shards of WebDataset), torch/cifar100, digits. {hint}"
     )
 
 

@@ -14,7 +14,8 @@ import pytest
 from lowrank_vit.common.terminal import fit
 
 ROOT = Path(__file__).parents[3]
-PREP = [("data_prep.__main__", [command]) for command in ("digits", "cifar100", "imagefolder", "verify", "info")]
+COMMANDS = "digits cifar100 imagefolder hfds wds torch verify info".split()
+PREP = [("data_prep.__main__", [command]) for command in COMMANDS]
 OURS = [
     ("lowrank_vit.analyze_spectrum", []),
     ("lowrank_vit.report.__main__", []),

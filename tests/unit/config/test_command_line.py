@@ -19,9 +19,10 @@ from data_prep import __main__ as prep
 from lowrank_vit import analyze_spectrum
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.command_line import read, read_options
+from lowrank_vit.config.data_options import LoaderName
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.option_types import hints_of, kind_of, leaves
-from lowrank_vit.config.options import Config, LoaderName
+from lowrank_vit.config.options import Config
 from lowrank_vit.lowrank.options import CompressOptions
 from lowrank_vit.report.__main__ import Options as ReportOptions
 from lowrank_vit.score.options import PredictOptions, ValidateOptions

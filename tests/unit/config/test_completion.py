@@ -15,7 +15,7 @@ from lowrank_vit.__main__ import run
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.program import COMMANDS
 from lowrank_vit.config import completion
-from lowrank_vit.config.options import LoaderName
+from lowrank_vit.config.data_options import LoaderName
 from tests.waiting import LONG_S
 
 ROOT = Path(__file__).parents[3]

@@ -18,7 +18,7 @@ from data_prep.formats.jpeg import ImageOptions
 from data_prep.formats.sidecars import manifest_path, read_manifest
 from lowrank_vit.common import locks as one_process
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.data.sets import image_dirs
+from lowrank_vit.data.sets import image_dirs, made_once
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import DataOptions, locate
 from tests.photos import NUM_PHOTOS
@@ -65,7 +65,7 @@ def test_a_folder_is_converted_once(folder):
 
 
 def test_a_finished_conversion_needs_no_writing(done, monkeypatch):
-    monkeypatch.setattr(image_dirs, "one_process_in", lambda *_: pytest.fail("wants to write"))
+    monkeypatch.setattr(made_once, "one_process_in", lambda *_: pytest.fail("wants to write"))
     assert locate(DataOptions(data_dir=done), Said())[0].exists()
 
 

@@ -157,9 +157,9 @@ def test_half_a_set_of_betons_is_named(digits_dir, tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "said"),
     [
-        ("torch/cifar10", "give that folder with --data-dir"),
-        ("hfds/imagenet-1k", "give that folder with --data-dir"),
-        ("wds/imagenet", "There are: folder (the default"),
+        ("torch/cifar10", "python -m data_prep torch MODULE:FUNCTION"),
+        ("hfds", "hfds/NAME and hfids/NAME (Hugging Face's)"),
+        ("tfds/imagenet", "There are: folder (the default"),
         ("tfds/cifar100", "torch/cifar100, digits"),
         ("cifar100", "Did you mean torch/cifar100?"),
     ],

@@ -1,0 +1,399 @@
+"""Data sets of Hugging Face's `datasets`: of the hub, of local files, saved ones; from the disk or as a stream."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.formats.jpeg import BadImageError
+from data_prep.sources.image_folder import SPLIT_NAMES
+from data_prep.sources.rows import Picture, RowSource, files_fingerprint, read_labels
+from data_prep.sources.samples import FileList, Sample, abbreviated, nearest
+from data_prep.sources.spool import Spool
+from lowrank_vit.common.errors import UserError, in_short
+from lowrank_vit.common.hub import hub_message, quick_without_network
+from lowrank_vit.common.packages import needs
+from lowrank_vit.common.terminal import one_line
+
+IMAGE, LABEL = "image", "label"
+"""timm's default columns."""
+EXTRA, _TO = "hfds", "Reading data sets of Hugging Face"
+_BLOCK = 64
+"""Rows that a thread takes out of the table at a time."""
+_SAVED = ("dataset_dict.json", "state.json")
+"""What `save_to_disk` leaves: for several splits, and for one set."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns and labels; names are the flags'."""
+
+    input_key: str = ""
+    target_key: str = ""
+    class_map: Path | None = None
+
+    def options(self) -> dict[str, str]:
+        """Those that are given, for the manifest; a class map by its content."""
+        given = {"input_key": self.input_key, "target_key": self.target_key}
+        if self.class_map:
+            given["class_map"] = files_fingerprint(self.class_map)
+        return {name: value for name, value in given.items() if value}
+
+
+NO_COLUMNS = Columns()
+"""Found by their names and kinds."""
+
+
+def local_data(name: str, root: Path | None) -> Path | None:
+    """The file or folder that NAME is, here or below `root`; None for a name of the hub."""
+    for path in (Path(name).expanduser(), *((root / name,) if root and name else ())):
+        if name and path.exists():
+            return path
+    return None
+
+
+def hugging_face(
+    name: str,
+    split: str,
+    columns: Columns,
+    *,
+    root: Path | None = None,
+    flag: str = "--split",
+    say: Callable[[str], object] = print,
+) -> RowSource:
+    """The rows of a split, read from `datasets`' copy on the disk (`root`, or its own cache).
+
+    NAME is one of the hub, a folder that `datasets.load_dataset` reads, one that `save_to_disk` wrote, or a .parquet or
+    .arrow file. `split` by timm's synonyms; where there is no other, `test` is the validation set. Images are not
+    decoded. `flag`: what names the split, for messages. Raises `UserError`.
+    """
+    datasets = _datasets()
+    with _in_one_line(name, root):
+        found = _load(datasets, name, split, root, flag, say, streamed=False)
+        return _of_table(found, name, columns)
+
+
+def loaded(dataset: Any, columns: Columns, name: str = "") -> RowSource:
+    """The rows of a `datasets.Dataset` that is there already. Raises `UserError`."""
+    name = name or f"datasets.Dataset {dataset.info.dataset_name or ''}".strip()
+    with _in_one_line(name, Path()):
+        return _of_table(_Found(dataset, str(dataset.split or ""), Path(), "", "", ()), name, columns, name)
+
+
+def _of_table(found: _Found, name: str, columns: Columns, source: str = "") -> RowSource:
+    dataset, features = found.dataset, found.dataset.features
+    if len(dataset) == 0:
+        raise UserError(f"{name}: split {found.split} has no rows.")
+    image, label = _image_column(name, features, columns), _label_column(name, features, columns)
+    table = _Table(dataset, image, found.base)
+    values = dataset.select_columns([label]).with_format("arrow")[:].column(label).to_pylist()
+    names = getattr(features[label], "names", None) or ()
+    what = f"{name}, split {found.split}" if found.split else name
+    labels = read_labels(values, what, label, names, columns.class_map)
+    return RowSource(
+        source or f"hfds/{name}:{found.split}",
+        labels.classes,
+        FileList.pack(zip(labels.values.tolist(), table.row_names(), strict=True), 0),
+        remarks=(*found.remarks, *_column_remarks(image, label, columns), *labels.remarks),
+        read=table.read,
+        bad=labels.bad,
+        options=columns.options(),
+        fingerprint=found.fingerprint or str(dataset._fingerprint),  # the only name of a state of rows in no file
+        revision=found.revision,
+        stat=table.stat,
+    )
+
+
+def streamed(
+    name: str,
+    split: str,
+    columns: Columns,
+    spool_path: Path,
+    *,
+    root: Path | None = None,
+    flag: str = "--split",
+    say: Callable[[str], object] = print,
+) -> RowSource:
+    """The rows of a split, read once from a stream into the file `spool_path`, which the caller removes in the end.
+
+    Labels are known, and their classes, only when all have been read. An interrupted reading is gone on with. See
+    `hugging_face` for the rest. Raises `UserError`.
+    """
+    datasets = _datasets()
+    with _in_one_line(name, root):
+        found = _load(datasets, name, split, root, flag, say, streamed=True)
+        dataset = found.dataset
+        features = dataset.features or dataset._resolve_features().features
+        image, label = _image_column(name, features, columns), _label_column(name, features, columns)
+        if type(features[image]).__name__ == "Image":
+            dataset = dataset.cast_column(image, datasets.Image(decode=False))
+        key = json.dumps([name, found.split, found.fingerprint, found.revision, columns.options()])
+        spool = Spool(spool_path, key)
+        if len(spool):
+            say(f"going on with the stream of {name} behind {len(spool):,} rows that an interrupted run has read")
+        rows = dataset.select_columns([image, label])
+        with spool:
+            for item in rows.skip(len(spool)) if len(spool) else rows:
+                _keep(spool, item[image], item[label], found.base)
+    names = getattr(features[label], "names", None) or ()
+    labels = read_labels(spool.labels, f"{name}, split {found.split}", label, names, columns.class_map)
+    row_names = (_row_name(row, path) for row, path in enumerate(spool.paths))
+    return RowSource(
+        f"hfids/{name}:{found.split}",
+        labels.classes,
+        FileList.pack(zip(labels.values.tolist(), row_names, strict=True), 0),
+        remarks=(*found.remarks, *_column_remarks(image, label, columns), *labels.remarks),
+        read=spool.read,
+        bad=labels.bad | spool.errors,
+        options=columns.options(),
+        fingerprint=found.fingerprint or found.revision,
+        revision=found.revision,
+        in_parts="a stream is read from its beginning; hfds, whose rows lie on the disk, can be divided",
+    )
+
+
+def _keep(spool: Spool, value: Any, label: Any, base: Path | None) -> None:
+    """Put a row of a stream into the spool, with the file that it names."""
+    content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, value)
+    error = ""
+    if isinstance(path, bytes):
+        content, path = path, None
+    if content is None and path is not None:
+        try:
+            content = _opened(path) if path.startswith("hf://") else local_file(path, base, "").read_bytes()
+        except (OSError, BadImageError) as caught:
+            error = caught.reason if isinstance(caught, BadImageError) else f"cannot be read: {caught}"
+    elif content is None:
+        error = "there is no image"
+    spool.append(content or b"", path, label, error)
+
+
+def _opened(url: str) -> bytes:
+    from datasets.utils.file_utils import xopen
+
+    with xopen(url, "rb") as file:
+        return file.read()
+
+
+def _datasets() -> Any:
+    datasets = needs("datasets", extra=EXTRA, to=_TO)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets
+
+
+@dataclass(frozen=True)
+class _Found:
+    dataset: Any
+    split: str
+    base: Path | None
+    """Where paths in the table are relative to."""
+    fingerprint: str
+    """Of local files."""
+    revision: str
+    remarks: tuple[str, ...]
+
+
+def _load(
+    datasets: Any, name: str, split: str, root: Path | None, flag: str, say: Callable[[str], object], *, streamed: bool
+) -> _Found:
+    path = local_data(name, root)
+    fingerprint = files_fingerprint(path) if path else ""
+    base = (path if path.is_dir() else path.parent).resolve() if path else None
+    if path and any((path / saved).is_file() for saved in _SAVED):
+        loaded = datasets.load_from_disk(str(path))
+        splits = loaded if isinstance(loaded, Mapping) else {str(loaded.split or split): loaded}
+        chosen, remarks = _split(name, split, list(map(str, splits)), flag)
+        dataset = splits[chosen].to_iterable_dataset() if streamed else splits[chosen]
+        return _Found(dataset, chosen, base, fingerprint, "", remarks)
+    if path is None:
+        say(f"{name}: asking the Hugging Face hub")
+    given: dict[str, Any] = {"path": str(path or name)}
+    if path and path.is_file():
+        kind = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix)
+        if kind is None:
+            raise UserError(f"{path} is a {path.suffix or 'plain'} file; give a folder, or a .parquet or .arrow file.")
+        given = {"path": kind, "data_files": {split.partition("[")[0]: str(path)}}
+    if root is not None and path is None:
+        given["cache_dir"] = str(root)
+    builder = datasets.load_dataset_builder(**given)
+    splits = list(map(str, builder.info.splits or builder.config.data_files or ()))
+    chosen, remarks = _split(name, split, splits, flag)
+    revision = "" if path else str(builder.hash or "")
+    dataset = datasets.load_dataset(**given, split=chosen, streaming=streamed)
+    return _Found(dataset, chosen, base, fingerprint, revision, remarks)
+
+
+def _split(name: str, split: str, there: Sequence[str], flag: str) -> tuple[str, tuple[str, ...]]:
+    """The split that is meant, and what is remarkable about that. Raises `UserError`."""
+    plain, _, rest = split.partition("[")
+    synonyms = next((names for names in SPLIT_NAMES.values() if plain in names), ())
+    chosen = next((one for one in (plain, *synonyms) if one in there), "")
+    if chosen or not there or "+" in split:
+        return (chosen or plain) + (f"[{rest}" if rest else ""), ()
+    if synonyms == SPLIT_NAMES["val"] and "test" in there and not rest:
+        return "test", (f"{name} has no split named {split}: validating on test ({flag} chooses)",)
+    near = nearest(split, there)
+    raise UserError(
+        f"{name} has no split {split}; there {'is' if len(there) == 1 else 'are'} {abbreviated(there, 10)}."
+        f"{f' Did you mean {near}?' if near else ''} Name one with {flag}."
+    )
+
+
+def _image_column(name: str, features: Any, columns: Columns) -> str:
+    images = [key for key, feature in features.items() if type(feature).__name__ == "Image"]
+    key = columns.input_key or (IMAGE if IMAGE in features else images[0] if len(images) == 1 else "")
+    if key not in features:
+        what = f"--input-key {key} is no column" if key else "which column holds the images is not clear"
+        of_them = f"; images are {', '.join(images)}" if images else "; none holds images"
+        raise UserError(f"{name}: {what}. Its columns are {_described(features)}{of_them}. Say --input-key NAME.")
+    kind = type(features[key]).__name__
+    if kind != "Image" and getattr(features[key], "dtype", "") not in (
+        "string",
+        "large_string",
+        "binary",
+        "large_binary",
+    ):
+        raise UserError(
+            f"{name}: column {key} is {one_line(str(features[key]))[:80]}, not images, their bytes or paths. Its "
+            f"columns are {_described(features)}. Say --input-key NAME."
+        )
+    return key
+
+
+def _label_column(name: str, features: Any, columns: Columns) -> str:
+    labels = [key for key, feature in features.items() if type(feature).__name__ == "ClassLabel"]
+    key = columns.target_key or (LABEL if LABEL in features else labels[0] if len(labels) == 1 else "")
+    if "," in key:
+        raise UserError(f"--target-key {key} names several labels; images are trained on with one label each.")
+    if key not in features:
+        what = f"--target-key {key} is no column" if key else "which column holds the labels is not clear"
+        of_them = f"; classes are {', '.join(labels)}" if labels else "; none holds classes"
+        raise UserError(
+            f"{name}: {what}. Its columns are {_described(features)}{of_them}. Say --target-key NAME; to predict "
+            "without labels give `python -m lowrank_vit.inference` a folder of the images."
+        )
+    return key
+
+
+def _described(features: Any) -> str:
+    kinds = ((key, getattr(feature, "dtype", None)) for key, feature in features.items())
+    return abbreviated((f"{key} ({type(features[key]).__name__ if kind is None else kind})" for key, kind in kinds), 12)
+
+
+def _column_remarks(image: str, label: str, columns: Columns) -> Iterator[str]:
+    if (not columns.input_key and image != IMAGE) or (not columns.target_key and label != LABEL):
+        yield f"images are of column {image}, labels of column {label}"
+
+
+def _row_name(row: int, path: str | None) -> str:
+    return f"row {row}" + (f" ({one_line(path.rpartition('/')[2])})" if path else "")
+
+
+class _Table:
+    """Images of a data set on the disk, by row; for any thread."""
+
+    def __init__(self, dataset: Any, column: str, base: Path | None) -> None:
+        self._rows = dataset.select_columns([column]).with_format("arrow")
+        self._base, self._kept = base, threading.local()
+        kind = str(self._rows.features.arrow_schema.field(0).type)
+        self._kind = "struct" if kind.startswith("struct") else "binary" if "binary" in kind else "string"
+        self._names_files = self._kind == "string" or (
+            self._kind == "struct" and any(self._is_file(row) for row in {0, len(self._rows) - 1} if len(self._rows))
+        )
+
+    def _is_file(self, row: int) -> bool:
+        return self._value(row)[0] is None
+
+    def _value(self, row: int) -> tuple[bytes | None, str | None]:
+        """The bytes of an image, and its path."""
+        block = row // _BLOCK
+        if getattr(self._kept, "block", None) != block:
+            self._kept.column = self._rows[block * _BLOCK : (block + 1) * _BLOCK].column(0)
+            self._kept.block = block
+        value = self._kept.column[row % _BLOCK]
+        if not value.is_valid:
+            return None, None
+        if self._kind == "struct":
+            return value["bytes"].as_py(), value["path"].as_py()
+        return (value.as_py(), None) if self._kind == "binary" else (None, value.as_py())
+
+    def row_names(self) -> Iterator[str]:
+        """A name for each row."""
+        struct_field: Any = needs("pyarrow.compute", extra=EXTRA, to=_TO).struct_field
+        for first in range(0, len(self._rows), 1000):
+            column = self._rows[first : first + 1000].column(0)
+            if self._kind == "struct":
+                column = struct_field(column, "path")
+            paths = [None] * len(column) if self._kind == "binary" else column.to_pylist()
+            yield from (_row_name(row, path) for row, path in enumerate(paths, first))
+
+    def read(self, sample: Sample) -> Picture:
+        """See `RowSource.read`."""
+        data, path = self._value(sample.row)
+        if data is not None or path is None:
+            return data
+        return local_file(path, self._base, sample.name)
+
+    def stat(self, sample: Sample) -> tuple[int, int]:
+        """See `RowSource.stat`."""
+        if not self._names_files:
+            return 0, 0
+        try:
+            found = self.read(sample)
+            stat = found.stat() if isinstance(found, Path) else None
+        except (OSError, BadImageError):
+            return 0, 0
+        return (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
+
+
+def local_file(path: str, base: Path | None, name: str) -> Path:
+    """The file that a row names, relative to the folder of the table. Raises `BadImageError`."""
+    if re.match(r"\w+://", path):
+        raise BadImageError(name, f"its image is not in the data but at {path}; download it first")
+    if base is None and not os.path.isabs(path):  # noqa: PTH117  a string, no path
+        raise BadImageError(name, f"its image is the file {path}, and data of the hub have no folder")
+    return base / path if base else Path(path)
+
+
+@contextmanager
+def _in_one_line(name: str, root: Path | None) -> Generator[None]:
+    """What `datasets` and the hub raise, as a `UserError` that says what to do. Their retries are not logged."""
+    loggers = [logging.getLogger(one) for one in ("huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        if local_data(name, root):
+            yield
+        else:
+            with quick_without_network(needs("datasets.config", extra=EXTRA, to=_TO)):
+                yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of several libraries, without a common kind
+        raise UserError(_message(name, error)) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _message(name: str, error: Exception) -> str:
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & {"EmptyDatasetError", "DataFilesNotFoundError"}:
+        return f"{name} holds no data files that datasets reads (Parquet, Arrow, a folder of images)."
+    if "corresponds to no data" in str(error):
+        return f"{name}: that split has no rows."
+    if "Config name is missing" in str(error):
+        return f"{name}: {in_short(error)}. Save the one you mean: `load_dataset(NAME, CONFIG).save_to_disk(DIR)`."
+    where = "save it where there is a network (`datasets.load_dataset(NAME).save_to_disk(DIR)`) and give hfds/DIR"
+    return hub_message(name, error, "dataset", where)

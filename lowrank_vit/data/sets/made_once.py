@@ -1,0 +1,109 @@
+"""What is converted for training: once, by one process, again when its source has changed, and told of in few lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from data_prep.convert import DEFAULT_IMAGE_OPTIONS, MEND, Conversion
+from data_prep.formats.jpeg import ImageOptions
+from data_prep.formats.sidecars import Manifest, doubt_line, emptied_line, manifest_path, read_manifest
+from lowrank_vit.common.errors import BetonError, UserError
+from lowrank_vit.common.locks import Say, one_process_in
+
+SLOW_CHECK_S = 2.0
+"""A check of the source that took longer is worth a line."""
+
+
+def make_once(
+    sources: Mapping[Path, object],
+    why_stale: Callable[[Path], str],
+    refuse_foreign: Callable[[Path], None],
+    convert: Callable[[Sequence[Path]], list[Conversion]],
+    place: Path,
+    say: Say,
+) -> None:
+    """Convert those files in `place` that are stale, and say what there is to say of all.
+
+    `sources`: what each is made from, for messages. `why_stale`: a phrase, or nothing for a file that is as it should
+    be. `refuse_foreign` raises `UserError` where a file of somebody else would be replaced. Other processes wait for
+    the one that converts. Raises `UserError`.
+    """
+    seen = {out: _identity(out) for out in sources}
+    begun = time.monotonic()
+    stale = {out: why for out in sources if (why := why_stale(out))}
+    if (seconds := time.monotonic() - begun) > SLOW_CHECK_S:
+        say(f"compared the images in {_names(sources.values())} with {place} in {seconds:.0f} s")
+    for out in stale:
+        refuse_foreign(out)
+    if stale:
+        with one_process_in(place, say, "Give a folder that can be written with --beton-dir."):
+            # Where another process has converted meanwhile, that is as new as what we would do.
+            stale = {out: why for out, why in stale.items() if _identity(out) == seen[out]}
+            if stale:
+                why = ", ".join(dict.fromkeys(stale.values()))
+                say(f"converting {_names(sources[out] for out in stale)} into {place} ({why})")
+                begun = time.monotonic()
+                _tell(convert(list(stale)), say)
+                say(f"  converted in {time.monotonic() - begun:.1f} s")
+    for out in sources:
+        manifest = manifest_of(out)
+        if manifest and manifest.skipped:
+            bad = "1 bad image" if len(manifest.skipped) == 1 else f"{len(manifest.skipped):,} bad images"
+            say(f"{out.name} leaves out {bad}, listed in {manifest_path(out)}")
+        for line in filter(None, (emptied_line(manifest), doubt_line(manifest)) if manifest else ()):
+            say(f"{out.name}: {line}")
+
+
+def _tell(conversions: Sequence[Conversion], say: Say) -> None:
+    for conversion in conversions:
+        gone_on = f", {conversion.resumed:,} of them by an interrupted run" if conversion.resumed else ""
+        manifest = conversion.manifest
+        where = f"listed in {manifest_path(conversion.beton)}"
+        mended = f", {len(manifest.repaired):,} JPEGs repaired without loss, {where}" if manifest.repaired else ""
+        say(f"  {conversion.beton.name}: {manifest.num_samples:,} images{gone_on}{mended}")
+
+
+def manifest_of(out: Path) -> Manifest | None:
+    """The manifest of a finished file; None where the file or a readable manifest is missing."""
+    with suppress(BetonError):
+        return read_manifest(out) if out.exists() else None
+    return None
+
+
+def chosen_by_hand(manifest: Manifest | None) -> ImageOptions | None:
+    """The options by which a set was converted, unless they are the defaults: a person's choice outlives changes."""
+    if manifest is None:
+        return None
+    known: dict[str, Any] = {
+        f.name: manifest.options[f.name] for f in fields(ImageOptions) if f.name in manifest.options
+    }
+    options = ImageOptions(**known)
+    return None if options == DEFAULT_IMAGE_OPTIONS else options
+
+
+def _identity(out: Path) -> tuple[int, int] | None:
+    """Changes with every conversion."""
+    try:
+        stat = manifest_path(out).stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def _names(sources: Any) -> str:
+    return " and ".join(map(str, sources))
+
+
+def in_the_trainers_words(error: UserError, trust: str, more: Callable[[str], str] = lambda text: "") -> UserError:
+    """The converter's message without its own flags; `more`: what to add to a text. `trust` follows `MEND`."""
+    text = str(error).replace("--src ", "").replace("another --out", "another --beton-dir")
+    text = text.replace("--on-bad skip", "--on-bad-sample skip").replace(MEND, f"{MEND} {trust}")
+    message = UserError(text + more(text))
+    for note in getattr(error, "__notes__", []):
+        message.add_note(note)
+    return message
