@@ -83,8 +83,8 @@ def wds_command(
     """Convert shards of WebDataset: tar files with images and their labels.
 
     - PATTERN is such as 'imagenet-train-{000..146}.tar'; quote it. With --out FILE.beton these shards are converted.
-    - DIR holds the shards of both splits, which --train-split and --val-split name: by a pattern, by timm's _info.json,
-      or by the names of the files. With --out DIR they are written to train.beton and val.beton.
+    - DIR holds the shards of both splits. With --out DIR they are written to train.beton and val.beton.
+    - --train-split and --val-split name them: by a pattern, by timm's _info.json, or by the names of the files.
     - A sample's label is its .cls, or a key of its .json.
     - Images are stored as by imagefolder: usual JPEGs byte for byte.
     - The same command goes on with a conversion that was interrupted, and does nothing where all is finished.

@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 from lowrank_vit.common.errors import in_short
 
 _OFFLINE_VARIABLES = "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"
-_CONNECT_S = 5.0
+CONNECT_S = 5.0
 _OFFLINE = {"ConnectionError", "ConnectError", "TimeoutException", "TimeoutError", "LocalEntryNotFoundError"}
 
 
@@ -76,7 +76,7 @@ def quick_without_network(*others: Any) -> Generator[None]:
     if not any(before) and not urllib.request.getproxies():  # a proxy finds the way where this machine cannot
         address = url.hostname or "huggingface.co", url.port or (80 if url.scheme == "http" else 443)
         try:
-            socket.create_connection(address, timeout=_CONNECT_S).close()
+            socket.create_connection(address, timeout=CONNECT_S).close()
         except OSError:
             for module in modules:
                 module.HF_HUB_OFFLINE = True  # what the environment variable would set

@@ -92,6 +92,7 @@ FLAGS: dict[str, Flag] = {
     "class-map": Flag(inference=Instead("leave it out, labels are timm's order of the class folders")),
     "train-num-samples": Flag(_COUNT, means_something_at_0=True),
     "val-num-samples": Flag(_COUNT),
+    "task": Flag(Instead("leave it out, each image has one label")),
     "dataset-trust-remote-code": Flag(_CODE, validate=_CODE, values=0),
     "input-img-mode": Flag(_RGB, validate=_RGB, same=("RGB",)),
     "interpolation": Flag(

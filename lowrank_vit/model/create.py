@@ -15,10 +15,11 @@ from torch import nn
 
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError, did_you_mean
+from lowrank_vit.common.hub import quick_without_network
 from lowrank_vit.common.locks import Say
 from lowrank_vit.config.option_types import parse_keywords, square_side
 from lowrank_vit.model.fit import Build, build_with, build_with_file, in_one_line
-from lowrank_vit.model.hub import quick_without_network, source_of
+from lowrank_vit.model.hub import source_of
 from lowrank_vit.model.weights import Checkpoint
 
 FLAG_OF = {"num_classes": "num-classes", "drop_rate": "drop", "drop_path_rate": "drop-path"}

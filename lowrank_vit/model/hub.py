@@ -7,23 +7,20 @@ is needed later, when the folder has moved or there is no network.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
-import socket
-import urllib.request
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlparse
 
 import timm
 from timm.models import PretrainedCfg, parse_model_name
 
 from lowrank_vit.common.errors import UserError, did_you_mean
 from lowrank_vit.common.filters import FILTERS
+from lowrank_vit.common.hub import quick_without_network
 from lowrank_vit.config.option_types import leaves, literal, parse_keywords, square_side, with_options
 from lowrank_vit.model.fit import in_one_line
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
@@ -31,8 +28,6 @@ from lowrank_vit.model.weights import Checkpoint, read_checkpoint
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-CONNECT_S = 5.0
-"""How long to wait for the hub before it counts as out of reach."""
 HUB, LOCAL = "hf-hub", "local-dir"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _FILES = (
@@ -307,22 +302,3 @@ def hub_error(error: Exception, repository: str, said: str) -> UserError:
         f"{said}: the Hugging Face hub cannot be reached (no network?), and its local cache does not have "
         f"{repository}. Fetch it elsewhere, and give the folder as {LOCAL}:DIR."
     )
-
-
-@contextlib.contextmanager
-def quick_without_network() -> Generator[None]:
-    """Where the hub cannot be reached, look in its local cache alone rather than try again for most of a minute."""
-    from huggingface_hub import constants
-
-    url = urlparse(constants.ENDPOINT)
-    before = constants.HF_HUB_OFFLINE
-    if not before and not urllib.request.getproxies():  # a proxy finds the way where this machine cannot
-        address = url.hostname or "huggingface.co", url.port or (80 if url.scheme == "http" else 443)
-        try:
-            socket.create_connection(address, timeout=CONNECT_S).close()
-        except OSError:
-            constants.HF_HUB_OFFLINE = True  # what the environment variable would set
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before

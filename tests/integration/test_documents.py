@@ -204,7 +204,7 @@ class Reader:
         """What would be downloaded is there already, and small."""
         if "--download" in arguments:
             with self._monkeypatch.context() as patch:
-                patch.setattr("data_prep.__main__.convert_cifar100", lambda *_, **__: ())
+                patch.setattr("data_prep.commands.convert_cifar100", lambda *_, **__: ())
                 run("data_prep", arguments)
             arguments = [*(one for one in arguments if one != "--download"), "--src", "cifar-100-python.tar.gz"]
         run("data_prep", arguments)

@@ -37,6 +37,8 @@ OTHERS = {name: default for name, default in TIMMS.items() if name not in OURS}
 """The others, with timm's defaults."""
 OLDER = "amp-impl native-amp apex-amp prefetcher".split()
 """Of earlier versions and of code derived from them."""
+NEWER = ["task"]
+"""Of its development branch."""
 OF_DATA_CONFIG = "chans crop-mode test-input-size test-crop-pct".split()
 """Keys of timm's data configuration for which train.py has no flag."""
 OTHER_NAMES = ["train-steps-per-epoch"]
@@ -54,7 +56,7 @@ def test_every_flag_of_timm_is_ours_or_gets_an_answer_and_none_both():
     assert set(SHARED) <= set(OURS)
     answered = [*INSTEAD, *HOLDS, *RENAMED]
     assert len(answered) == len(set(answered))
-    assert set(answered) == {*OTHERS, *OLDER, *OF_DATA_CONFIG, *OTHER_NAMES}
+    assert set(answered) == {*OTHERS, *OLDER, *NEWER, *OF_DATA_CONFIG, *OTHER_NAMES}
     assert not set(answered) & set(OURS)
     assert set(OF_THE_LIBRARY) <= set(OURS)
     aliases = {"--data", "--wd", "--data-dir", "--dr"}
@@ -120,9 +122,7 @@ def test_typing_a_flag_that_is_not_here_is_one_line_with_the_way_out(name, tmp_p
     "line",
     """--pin-mem;--prefetcher;--use-multi-epochs-loader;--channels-last;--amp-impl native
     --synchronize-step;--no-ddp-bb;--local-rank 3;--local_rank=3;--worker-seeding all;--dist-bn reduce;--dist-bn ''
-    --fast-norm;--in-chans 3;--aug-repeats 0;--aug-splits 0;--class-map '';--interpolation bicubic""".replace(
-        "\n", ";"
-    ).split(";"),
+    --fast-norm;--in-chans 3;--aug-repeats 0;--aug-splits 0;--interpolation bicubic""".replace("\n", ";").split(";"),
 )
 def test_flags_whose_effect_is_there_change_nothing_but_a_note(line: str, capsys):
     argv = shlex.split(line)
@@ -226,7 +226,7 @@ def test_timms_own_args_yaml_is_a_config(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("aug_splits", 3), ("jsd_loss", True), ("class_map", "map.txt"), ("kd_model_name", "vit_tiny"), ("bn_eps", 0.0)],
+    [("aug_splits", 3), ("jsd_loss", True), ("kd_model_name", "vit_tiny"), ("bn_eps", 0.0)],
 )
 def test_an_option_of_timms_that_means_something_stays_an_error(key, value, tmp_path):
     with pytest.raises(UserError, match=rf"args.yaml: `{key}` is timm's; here: "):

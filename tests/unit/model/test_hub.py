@@ -14,7 +14,6 @@ from timm.models import save_for_hf
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.option_types import leaves
-from lowrank_vit.model import hub
 from lowrank_vit.model.hub import CONFIG, WEIGHTS, find_model, is_of, source_of, with_source
 
 ARCHITECTURE, COMMIT = "vit_tiny_patch16_224", "0123456789abcdef0123456789abcdef01234567"
@@ -227,7 +226,7 @@ def test_what_the_hub_answers_becomes_a_line(monkeypatch, error, said):
         raise error
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    monkeypatch.setattr(hub, "CONNECT_S", 0.01)
+    monkeypatch.setattr("lowrank_vit.common.hub.CONNECT_S", 0.01)
     with pytest.raises(UserError, match=said) as caught:
         find_model("hf-hub:me/tiny")
     assert "\n" not in str(caught.value)
