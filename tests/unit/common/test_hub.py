@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 import pytest
 from huggingface_hub import constants, errors
@@ -11,7 +13,8 @@ from lowrank_vit.common.hub import hub_message, quick_without_network
 
 
 def http(kind: type[errors.HfHubHTTPError], status: int) -> Exception:
-    return kind("text", response=httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co")))
+    response: Any = httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co"))
+    return kind("text", response=response)
 
 
 def wrapped(cause: Exception, message: str = "Couldn't reach it") -> Exception:
