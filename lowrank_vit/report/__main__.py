@@ -64,13 +64,13 @@ def main(argv: list[str] | None = None) -> None:
 def _report(options: Options) -> None:
     if options.port is not None and not options.watch:
         raise UserError("--port is about --watch, which is not there. Add --watch, or leave --port out.")
+    if options.dark and (options.watch or options.export or not options.png):
+        raise UserError("--dark is about pictures in files, which --watch, --export and --no-png do without.")
     runs = [*options.runs, *([options.against] if options.against else [])]
     if len(runs) > 1:
         _compare(runs, options)
         return
     (run,) = runs
-    if options.dark and (options.watch or options.export or not options.png):
-        raise UserError("--dark is about pictures in files, which --watch, --export and --no-png do without.")
     if options.out is not None and (options.watch or options.export):
         raise UserError("--out is where a page is written, which --watch and --export do not. Leave --out out.")
     if options.export is not None:

@@ -94,7 +94,7 @@ def _sentence(layers: Mapping[str, Mapping[str, Any]], key: str, *, is_most: boo
     title = next(title for one, title, _ in _NUMBERS if one == key)
     words: dict[str, Any] = {"number": tr(title), "name": chosen, "value": known[chosen]}
     words |= {"first": order[0], "mean": means[order[0]], "last": order[-1], "other": means[order[-1]]}
-    if len(order) > 1:
+    if not math.isclose(means[order[0]], means[order[-1]], rel_tol=1e-6, abs_tol=1e-12):
         both = msg(
             "{number}: {first} moved most, {mean:.3g} in the mean against {other:.3g} of {last}; "
             "{name} has {value:.3g}."

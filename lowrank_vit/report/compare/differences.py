@@ -103,6 +103,8 @@ def sentences(compared: Compared) -> list[str]:
     if not found:
         return [tr("The runs have no number in common that could be compared.")]
     known = [one for one in found if not math.isnan(one.p)]
+    if not known and found[0].weight <= _LEAST:
+        return [tr("No number that is compared differs by more than a hundredth between the runs.")]
     if not known:
         unsure = tr("one run each, so there is no spread over seeds to hold it against")
         return [_sentence(compared, one, unsure) for one in _by_subject(found)]

@@ -20,7 +20,8 @@ def drift_file(folder: Path) -> Path:
     """What `--compare` writes of two states of a tiny model."""
     for name, seed in (("before", 0), ("after", 1)):
         torch.manual_seed(seed)
-        torch.save({"state_dict": tiny_vit().state_dict(), "arch": "vit", "epoch": seed}, folder / f"{name}.pth")
+        state = {key: (1 + seed * torch.rand(())) * value for key, value in tiny_vit().state_dict().items()}
+        torch.save({"state_dict": state, "arch": "vit", "epoch": seed}, folder / f"{name}.pth")
     files = [str(folder / f"{name}.pth") for name in ("before", "after")]
     analyze(["--compare", *files, "--save-dir", str(folder), "--topk", "3"])
     return folder / "vit_drift.json"
@@ -37,6 +38,7 @@ def test_a_comparison_of_checkpoints_has_a_page(tmp_path: Path, capsys: pytest.C
         assert f"<td>{name}</td><td>{numbers['update_normF']:.4g}</td>" in html
     name, most = max(((name, of["update_normF"]) for name, of in layers.items()), key=lambda one: one[1])
     assert f"; {name} has {most:.3g}.</li>" in html
+    assert [one in html for one in ("moved most", "left vectors: overlap: 1 in the mean; ")] == [True, True]
     assert html.count("<li>") == 3
     main([str(tmp_path), "--no-png"])  # the folder means it, too
     assert list((tmp_path / "vit_drift").iterdir()) == []

@@ -175,6 +175,7 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         ([a, tmp_path / "none*"], r"no run directory at .*none\*"),
         ([a, tmp_path / "b" / "args.yaml"], "is a file of no analysis"),
         ([a, tmp_path], "holds no run"),
+        ([a, b, "--dark", "--no-png"], "--dark is about pictures in files"),
         ([a, b, "--watch"], "--watch goes with one run, and 2 are given"),
         ([a, b, "--against", b], "b is given twice"),
         ([a, "--against", tmp_path / "none"], "no run directory at"),

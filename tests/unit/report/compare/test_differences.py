@@ -72,6 +72,8 @@ def test_two_runs_alone_name_the_planted_difference_and_that_no_spread_is_known(
     assert "in blocks" not in first
     assert first.endswith("; one run each, so there is no spread over seeds to hold it against.")
     assert len(others) <= 2
+    (same,) = of(run(tmp_path, "c", 0), run(tmp_path, "d", 0, lr=1))
+    assert same == "No number that is compared differs by more than a hundredth between the runs."
 
 
 def test_where_only_seeds_differ_nothing_is_claimed(tmp_path: Path) -> None:
