@@ -149,7 +149,8 @@ def _darken(figure: Figure) -> None:
         if getattr(color, "ndim", 1) == 2:  # of a collection, one each
             return np.array([dark(one) for one in color]).reshape(-1, 4)
         rgba: Any = to_rgba(color)
-        return to_rgba(_DARK.get(str(to_hex(rgba)), rgba), rgba[3])
+        found: Any = _DARK.get(str(to_hex(rgba)), rgba)
+        return to_rgba(found, rgba[3])
 
     for artist in figure.findobj():
         for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
