@@ -31,6 +31,16 @@ SQUARES = 24
 """Blocks whose maps of heads or vectors are embedded."""
 
 
+_OF_REGULARISERS = (
+    ("nuclear_norm", msg("Nuclear norm of the regularised matrices"), msg("Σ σ, sum of the matrices")),
+    ("stable_rank", msg("Stable rank of the regularised matrices"), msg("Σ σ² / σ₁², mean of the matrices")),
+    ("stable_rank_error", msg("Worst certificate of their σ₁"), msg("share of σ₁")),
+    ("stable_rank_left_out", msg("Gradients of it that were none"), msg("count so far")),
+    ("clipped_values", msg("Clipped singular values"), msg("count")),
+)
+"""Column of the train lines, title and unit: how far a penalty or a bound has come."""
+
+
 def series_of(name: str, x: Any, y: np.ndarray, pack: Packer, **look: Any) -> dict[str, Any] | None:
     """A line; None without a finite value. `look`: color, look (a type) or shade (0-1), dash, width, mode, error."""
     y = np.asarray(y, np.float64)
@@ -93,6 +103,8 @@ def training_figure(run: Run, pack: Packer, notes: list[str]) -> dict[str, Any] 
         panel(tr("Throughput"), update, tr("images / s"), throughput, positive=False, yaxis={"rangemode": "tozero"}),
         panel(tr("Waiting for data"), update, tr("share of the time, %"), waiting, positive=False,
               yaxis={"rangemode": "tozero"}),
+        *(panel(tr(title), update, tr(unit), [line(train, key, tr(title), EMA)], positive=False)
+          for key, title, unit in _OF_REGULARISERS),
     ]  # fmt: skip
     return figure("training", tr("Training"), "", {"all": panels}, logarithmic="off")
 
@@ -106,7 +118,7 @@ def flows_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
         blocks = list(found["spec"])
         levels = by_block(run, "spec", level) if level else dict.fromkeys(blocks, np.zeros(len(updates)))
         by_depth.append(
-            panel(tr(title), tr("block"), tr(label), [
+            panel(tr(title), tr("block"), tr(label), whole=True, series=[
                 *(series_of(name, np.arange(len(of)), np.array([v[-1] for v in of.values()]), pack, color=color,
                             symbol=symbol)
                   for (name, color, symbol), of in zip(((tr("model"), MODEL, "circle"), ("EMA", EMA, "square")),
@@ -146,7 +158,7 @@ def circuits_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
             for head in range(len(of))
         ]
         ranks.append(
-            panel(title, tr("block"), tr("stable rank of a head"), [
+            panel(title, tr("block"), tr("stable rank of a head"), whole=True, series=[
                 series_of(tr("a head"), x, np.array([one for of in heads for one in of]), pack, color=MODEL,
                           mode="markers", size=5, opacity=0.6, text=names),
                 series_of(tr("mean"), np.arange(len(heads)), np.array([np.mean(of) for of in heads]), pack, color=EMA),

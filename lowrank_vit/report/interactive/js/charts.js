@@ -37,6 +37,8 @@ function axis(title, extra) {
   return { title: { text: lines(title || ""), font: { size: 12 }, standoff: 8 }, gridcolor: css("--line"), linecolor: css("--line"),
     zerolinecolor: css("--line"), automargin: true, ...extra };
 }
+/* Blocks have no halves: an axis of them has ticks at whole numbers. */
+const whole = (series) => ({ tick0: 0, dtick: Math.max(1, Math.ceil(Math.max(0, ...series.map((one) => Math.max(...one.x))) / 12)) });
 const MOST_NAMED = 16;
 /* A panel: {title, x, y, log, range, series: [{name, x, y, look | color, dash, width, mode, error, hover, on2}],
    y2, heat: {x, y, z, label, range, scale, log}, bars, lines: [x of a vertical line]}. */
@@ -54,7 +56,7 @@ function draw(place) {
     hovermode: panel.heat ? "closest" : panel.hover || "closest",
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--muted"), font: { color: css("--ink") } },
     dragmode: isCoarse ? false : "zoom", barmode: "overlay", bargap: 0, uirevision: panel.revision || "all", modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--muted"), activecolor: css("--ink") },
-    xaxis: axis(panel.x, { type: panel.xlog ? "log" : undefined, ...(panel.xaxis || {}) }),
+    xaxis: axis(panel.x, { type: panel.xlog ? "log" : undefined, ...(panel.whole ? whole(panel.series) : {}), ...(panel.xaxis || {}) }),
     yaxis: axis(panel.y, { type: panel.log ? "log" : undefined, exponentformat: panel.log ? "power" : "SI",
       ...(panel.range && !panel.log ? { range: panel.range } : {}), ...(panel.yaxis || {}) }),
     shapes: (panel.lines || []).map((x) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper",

@@ -178,6 +178,19 @@ def test_every_number_of_a_run_is_in_its_page(tmp_path: Path) -> None:
     assert notes == []
 
 
+def test_what_regularisers_have_done_is_drawn_beside_the_loss() -> None:
+    columns = {
+        "update": np.arange(5.0),
+        "loss": np.ones(5),
+        "nuclear_norm": np.arange(5.0),
+        "clipped_values": np.ones(5),
+    }
+    data = json.loads(inflated(embed.embedded(Run(Path("x"), {}, columns, {}, {}, []))[0]["json"]))
+    (training,) = data["figures"]
+    titles = [one["title"] for one in training["views"]["all"]]
+    assert titles == ["Loss", "Nuclear norm of the regularised matrices", "Clipped singular values"]
+
+
 @pytest.mark.slow
 def test_a_report_of_a_long_run_takes_less_than_a_minute_and_1_5_gb(tmp_path: Path) -> None:
     run = write_big_run(tmp_path / "big")
