@@ -207,6 +207,18 @@ def find_model(name: str, flag: str = "--model") -> HubModel:
     return _described(folder, f"{LOCAL}:{folder}", said)
 
 
+def find_kept(source: str, name: str) -> HubModel:
+    """Look up what a run's --model-from names. Raises `UserError`, also where that is of another model than `name`."""
+    way = "Take model-from out of the configuration to begin with the weights that timm publishes."
+    try:
+        found = find_model(source, "--model-from")
+    except UserError as error:
+        raise UserError(f"{error} {way}") from error
+    if found.architecture != name.partition(".")[0]:
+        raise UserError(f"--model-from {source} is of {found.architecture}, and not of --model {name}. {way}")
+    return found
+
+
 def _described(folder: Path, source: str, said: str) -> HubModel:
     try:
         content: Any = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -10,9 +10,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from lowrank_vit.config import meaning
 from lowrank_vit.config.option_types import in_flags, is_per_rank, kind_of, leaves
 from lowrank_vit.config.options import Config
 from lowrank_vit.config.tracking_options import Tracking
+from lowrank_vit.model.weight_files import COMPRESSION
 from lowrank_vit.publish.subject import Subject
 from lowrank_vit.score.results import CONFIDENCE
 
@@ -117,13 +119,17 @@ def _usage(subject: Subject, reference: str) -> str:
 
 def _training(subject: Subject) -> list[str]:
     lines, args, run = ["## Training", ""], subject.args, subject.run
-    if not args:
+    about: Any = subject.checkpoint.content.get(COMPRESSION)
+    if isinstance(about, dict):
+        told = (f"{name} {about[name]}" for name in ("method", "budget") if name in about)
+        lines += [f"Its layers were compressed after training: {plain(', '.join(told)) or 'how is not told'}.", ""]
+    if subject.updates is None and meaning.KEY not in subject.checkpoint.content:
         return [*lines, "The checkpoint does not tell how it was trained.", ""]
     data = private(str(args.get("dataset") or "")), Path(str(args.get("data-dir") or "")).name
     lines.append(f"- Data: {' in '.join(code(one) for one in data if one) or 'not named'}")
-    if subject.updates is not None:
-        epoch = f"{subject.checkpoint.epoch + 1:,} epochs, " if subject.checkpoint.epoch >= 0 else ""
-        lines.append(f"- These weights: after {epoch}{subject.updates:,} updates")
+    epochs = subject.checkpoint.epoch + 1
+    after = f"{epochs:,} epoch{'s' if epochs != 1 else ''}, " if epochs > 0 else ""
+    lines += [f"- These weights: after {after}{subject.updates:,} updates"] if subject.updates is not None else []
     if run and run.status and run.status.in_words:
         lines.append(f"- The run: {plain(run.status.in_words)}")
     return [*lines, "", *fenced(command(args), "bash"), ""]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.hub import quick_without_network
 from lowrank_vit.common.locks import Say
-from lowrank_vit.model.hub import hub_error, quick_without_network
+from lowrank_vit.model.hub import hub_error
 from lowrank_vit.publish.folder import CARD
 from lowrank_vit.publish.options import ExportOptions
 

@@ -13,7 +13,7 @@ from lowrank_vit.lowrank.switching.start import adapters_in_words, start_in_fact
 from lowrank_vit.model.class_match import Classes, Trust
 from lowrank_vit.model.create import create_model, set_head
 from lowrank_vit.model.fit import fit_kept_head, load_initial, load_weights, tell_of_published_head
-from lowrank_vit.model.hub import find_model
+from lowrank_vit.model.hub import find_kept
 from lowrank_vit.model.lora import add_adapters
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
 from lowrank_vit.ranks.world import World
@@ -31,7 +31,7 @@ def make_model(
     if options.pretrained_path and not resumed:
         file = read_checkpoint(options.pretrained_path, "--pretrained-path")
     elif options.pretrained and options.model_from and not resumed:
-        file = find_model(options.model_from).weights()
+        file = find_kept(options.model_from, options.model).weights()
     model = create_model(
         options.model,
         num_classes,

@@ -15,7 +15,7 @@ from lowrank_vit.lowrank.switching.begin import check_low_rank_training
 from lowrank_vit.lowrank.switching.moments import check_can_switch
 from lowrank_vit.lowrank.switching.start import check_adapters, check_share
 from lowrank_vit.model.create import check_model_name, check_published, create_model, input_spec, outline
-from lowrank_vit.model.hub import find_model
+from lowrank_vit.model.hub import find_kept
 from lowrank_vit.model.optimizer import (
     check_optimizer,
     create_optimizer,
@@ -52,7 +52,7 @@ def check_before_data(config: Config, *, is_resumed: bool, world: World | None =
         if options.pretrained_path:
             require_file(options.pretrained_path, "--pretrained-path")
         elif options.pretrained and options.model_from:
-            find_model(options.model_from).weight_file()
+            find_kept(options.model_from, options.model).weight_file()
         elif options.pretrained:
             check_published(options.model)
     _check_schedule(config, world.size, is_resumed=is_resumed)

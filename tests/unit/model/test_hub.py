@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.option_types import leaves
-from lowrank_vit.model.hub import CONFIG, WEIGHTS, find_model, is_of, source_of, with_source
+from lowrank_vit.model.hub import CONFIG, WEIGHTS, find_kept, find_model, is_of, source_of, with_source
 
 ARCHITECTURE, COMMIT = "vit_tiny_patch16_224", "0123456789abcdef0123456789abcdef01234567"
 ARGS = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "qkv_bias": False, "global_pool": "avg"}
@@ -230,6 +230,15 @@ def test_what_the_hub_answers_becomes_a_line(monkeypatch, error, said):
     with pytest.raises(UserError, match=said) as caught:
         find_model("hf-hub:me/tiny")
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_a_run_keeps_are_of_its_model(folder):
+    source = f"local-dir:{folder}"
+    assert find_kept(source, f"{ARCHITECTURE}.augreg_in21k").source == source
+    with pytest.raises(UserError, match=rf"is of {ARCHITECTURE}, and not of --model resnet18.*Take model-from out"):
+        find_kept(source, "resnet18")
+    with pytest.raises(UserError, match=r"--model-from local-dir:nowhere: .* Take model-from out"):
+        find_kept("local-dir:nowhere", ARCHITECTURE)
 
 
 def test_what_is_not_in_the_cache_needs_the_network(cached):

@@ -104,7 +104,16 @@ def test_a_file_by_itself_is_exported_with_what_it_tells(tmp_path):
     put(tmp_path / "x.pth", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
     assert "were not scored" in text
+    assert "does not tell how it was trained" in text
     assert "## Environment" not in text
+    about = {"method": "kfac", "budget": 0.7, "top1": 50.0}
+    torch.save(
+        {key: content[key] for key in ("state_dict", "arch", "args")} | {"compression": about}, tmp_path / "x.pth"
+    )
+    put(tmp_path / "x.pth", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "compressed after training: method kfac, budget 0.7." in text
+    assert "| top-1 | 50.00 | not known |" in text
 
 
 def factors(weights: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
