@@ -24,19 +24,28 @@ SOME = ("condition 1e6, 384x1536", "zero, 384x384")
 
 
 @pytest.fixture(scope="module")
-def right() -> accuracy.Accuracy:
+def cases() -> dict[str, torch.Tensor]:
+    """The bench's matrices, which take seconds to make; tests only read them."""
+    return accuracy.accuracy_cases()
+
+
+@pytest.fixture(scope="module")
+def right(cases: dict[str, torch.Tensor]) -> accuracy.Accuracy:
     """What the bench finds of the solver as it is."""
-    return measured()
+    return measured(cases)
 
 
-def measured() -> accuracy.Accuracy:
-    name = "rank 8 + noise, 1536x384"
-    return accuracy.measure_accuracy("m", accuracy.accuracy_cases()[name], 1, torch.device("cpu"))
+def measured(cases: dict[str, torch.Tensor]) -> accuracy.Accuracy:
+    return accuracy.measure_accuracy("m", cases["rank 8 + noise, 1536x384"], 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("wrong", "field"), [("s", "top"), ("u", "sine"), ("certificate", "certified")])
 def test_a_wrong_solver_is_found_out(
-    right: accuracy.Accuracy, wrong: str, field: str, monkeypatch: pytest.MonkeyPatch
+    cases: dict[str, torch.Tensor],
+    right: accuracy.Accuracy,
+    wrong: str,
+    field: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def spoiled(*args: object, **more: object) -> dict[str, Solved]:
         result = solve(*args, **more)  # pyright: ignore[reportArgumentType]
@@ -46,7 +55,7 @@ def test_a_wrong_solver_is_found_out(
 
     assert right.passes
     monkeypatch.setattr(accuracy, "solve", spoiled)
-    found = measured()
+    found = measured(cases)
     assert not found.passes
     assert getattr(found, field) != getattr(right, field)
 
@@ -84,9 +93,11 @@ def test_weights_of_both_sets_are_what_they_are_called() -> None:
     assert float((moved - trained).norm() / trained.norm()) == pytest.approx(refreshes.MOVE, rel=0.05)
 
 
-def test_a_small_round_runs_and_reads_back(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_round_runs_and_reads_back(
+    cases: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(refreshes, "SHAPES", {"attn.qkv": (96, 48), "mlp.fc2": (48, 64)})
-    monkeypatch.setattr(spectral, "accuracy_cases", lambda: {name: accuracy.accuracy_cases()[name] for name in SOME})
+    monkeypatch.setattr(spectral, "accuracy_cases", lambda: {name: cases[name] for name in SOME})
     tiny = {"pretrained": False, "img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 2, "num_classes": 4}
     import timm
 
