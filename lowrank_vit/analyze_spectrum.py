@@ -50,7 +50,8 @@ class Matrices:
     """Which matrices, and what is recorded of each."""
 
     targets: Annotated[str, arg(metavar="NAMES")] = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
-    """Comma-separated endings of module names."""
+    """Comma-separated endings of module names; all-linear: every 2-D weight. The default is that, too, for a model that
+    lacks some of the four."""
     split_qkv: Annotated[bool, FlagCreatePairsOff] = False
     """Take Q, K and V as three matrices."""
     circuits: Annotated[Literal["none", "raw", "folded"], Alone("raw")] = "none"
@@ -192,7 +193,8 @@ def _solve(options: Options, state: dict[str, Tensor], meta: dict[str, Any]) -> 
 
     matrices, solving = options.matrices, options.solving
     device = pick_device("cpu" if solving.svd_on_cpu else "auto")
-    weights, fused = choose_weights(state, matrices.targets, matrices.split_qkv, device, meta["model"])
+    targets = None if matrices.targets == Matrices.targets else matrices.targets
+    weights, fused = choose_weights(state, targets, matrices.split_qkv, device, meta["model"])
     if unknown := [name for name in weights if is_named_qkv(name) and name not in fused]:
         say(
             f"note: that the rows of {unknown[0]} are Q, K and V, a third each, is not known of {meta['model']}: it is "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import timm
-import torch
 from torch import Tensor
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
 from lowrank_vit.config.option_types import Range, kind_of, leaves, may_change
 from lowrank_vit.config.options import Config
+from lowrank_vit.model.foreign import oddity, plain_name
 from lowrank_vit.model.lora import KEY as LORA
 from lowrank_vit.model.lora import Lora, merged
 from lowrank_vit.model.weight_files import COMPRESSION, SUFFIXES, about_npz, read_safetensors, reason_of, unpickled
@@ -36,8 +35,6 @@ _OWN, _EMA = ("state_dict", "model"), ("state_dict_ema", "model_ema")
 _OF_A_RUN = ("state_dict", "optimizer", "progress", "step", "data", "args")
 """What a run is continued from."""
 _OF_THE_MONITOR = {"update", "weights", "before"}
-_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What DDP, torch.compile, FSDP and checkpointed activations put into names; only the first two in front of all."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +241,7 @@ def read_checkpoint(path: Path, what: str = "Checkpoint") -> Checkpoint:
 
 def _with_plain_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """The same tensors under the model's own names. Raises `UserError` for two of one name, and for no plain array."""
-    names = {name: _WRAPPERS.sub("", name) for name in tensors}
+    names = {name: plain_name(name) for name in tensors}
     for name, tensor in tensors.items():
         if odd := oddity(tensor):
             raise UserError(f"{source}: `{name}` is {odd}, and weights are plain arrays here. Save it as one.")
@@ -253,15 +250,6 @@ def _with_plain_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, T
         found = " and ".join(f"`{name}`" for name, plain in names.items() if plain == twice)
         raise UserError(f"{source} holds {found}, which are one tensor of the model. Save the weights of one model.")
     return {names[name]: tensor for name, tensor in tensors.items()}
-
-
-def oddity(tensor: Tensor) -> str:
-    """Why a tensor is no plain array of real numbers in memory; empty if it is one."""
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        return f"a {'nested' if tensor.is_nested else str(tensor.layout).removeprefix('torch.')} tensor"
-    if tensor.is_quantized or tensor.is_complex():
-        return f"a tensor of {str(tensor.dtype).removeprefix('torch.')}"
-    return "a tensor without values" if tensor.is_meta else ""
 
 
 def in_words(value: Any) -> str:

@@ -17,7 +17,7 @@ from lowrank_vit.common.packages import needs
 from lowrank_vit.report.events import Columns, read_flows, read_train
 from lowrank_vit.report.read import read_summary
 from lowrank_vit.spectral.watching.scalars import ScalarHistory, columns_of
-from lowrank_vit.spectral.watching.stored import Spectra
+from lowrank_vit.spectral.watching.stored import Spectra, store_dir_of
 
 Format = Literal["csv", "parquet"]
 
@@ -43,7 +43,7 @@ def export_run(path: Path, form: Format, out: Path) -> list[Path]:
     Raises:
         UserError: there is nothing of a run in `path`, `out` cannot be written, or pyarrow is missing.
     """
-    stored, notes = Spectra(path / "spectra"), list[str]()
+    stored, notes = Spectra(store_dir_of(path)), list[str]()
     log = path / "metrics.jsonl"
     chunks: dict[str, Iterable[Columns]] = {
         "epochs": [read_summary(path / "summary.csv", notes)],

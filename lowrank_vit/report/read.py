@@ -42,7 +42,7 @@ from lowrank_vit.spectral.watching.files import (
     read_newest_circuits,
     read_scaled,
 )
-from lowrank_vit.spectral.watching.stored import Spectra
+from lowrank_vit.spectral.watching.stored import Spectra, store_dir_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class Run:
 
 
 def read_run(path: Path, *, spectra: bool = True) -> Run:
-    """Read what `lowrank_vit.train` has written to `path` so far; without `spectra` nothing of the store.
+    """Read what `lowrank_vit.train` has written to `path` so far, or a monitor alone (its `store_dir`).
+
+    Without `spectra` nothing of the store.
 
     A half-written last line, a damaged file or a missing one is left out with a note, never an error.
 
@@ -93,11 +95,12 @@ def read_run(path: Path, *, spectra: bool = True) -> Run:
             "usually output/<experiment>."
         )
     notes: list[str] = []
-    args = read_args(path / "args.yaml", notes)
-    epochs = read_summary(path / "summary.csv", [] if args.get("synthetic") else notes)  # nothing to validate on
-    train = read_train(path / "metrics.jsonl", notes)
-    stored = Spectra(path / "spectra")
-    environment = _read_environment(path / "environment.json", notes)
+    stored = Spectra(store_dir_of(path))
+    of_files = [] if stored.path == path else notes  # beside a monitor's directory alone there are none
+    args = read_args(path / "args.yaml", of_files)
+    epochs = read_summary(path / "summary.csv", [] if args.get("synthetic") else of_files)  # nothing to validate on
+    train = read_train(path / "metrics.jsonl", of_files)
+    environment = _read_environment(path / "environment.json", of_files)
     run = Run(
         path,
         epochs=epochs,
@@ -114,7 +117,8 @@ def read_run(path: Path, *, spectra: bool = True) -> Run:
     if not (run.epochs or run.train or run.args or run.environment or stored.updates):
         raise UserError(
             f"{path} holds no run: expected some of summary.csv, metrics.jsonl, args.yaml, environment.json, spectra/. "
-            "Give the directory that `python -m lowrank_vit.train` wrote, usually output/<experiment>."
+            "Give the directory that `python -m lowrank_vit.train` wrote, usually output/<experiment>, or a monitor's "
+            "store_dir."
         )
     return run
 

@@ -29,7 +29,7 @@ from lowrank_vit.spectral.measures.initial import FarEntry, far_entries_by_name
 from lowrank_vit.spectral.measures.metrics import recorded_indices
 from lowrank_vit.spectral.measures.statistics import statistics_of
 from lowrank_vit.spectral.measures.subspaces import chance_of_each
-from lowrank_vit.spectral.select import choose_targets, fused_of, take_targets
+from lowrank_vit.spectral.select import Targets, choose_targets, fused_of, take_targets
 from lowrank_vit.spectral.solving.extremes import EPS, Recorded, Solved, Triplets, not_finite
 from lowrank_vit.spectral.solving.solve import stack_by_shape
 from lowrank_vit.spectral.watching.refresh import (
@@ -81,7 +81,7 @@ class Analysis:
 
 
 def choose_weights(
-    state: Mapping[str, Tensor], targets: str, split_qkv: bool, device: torch.device, arch: str = ""
+    state: Mapping[str, Tensor], targets: Targets, split_qkv: bool, device: torch.device, arch: str = ""
 ) -> tuple[dict[str, Tensor], frozenset[str]]:
     """Name to matrix, on `device`, and which of them are known to be Q, K and V by rows.
 
@@ -90,7 +90,7 @@ def choose_weights(
     """
     state = with_products(state)
     watched = choose_targets(state, targets, split_qkv, fused_qkv_of_state(state, arch), flags="--")
-    matrices = take_targets(lambda module: state[f"{module}.weight"], watched)
+    matrices = take_targets(lambda name: state[f"{name}.weight" if f"{name}.weight" in state else name], watched)
     return {name: matrix.detach().to(device) for name, matrix in matrices.items()}, fused_of(watched)
 
 

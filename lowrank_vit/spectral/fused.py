@@ -34,6 +34,9 @@ PLAIN = frozenset({"timm.layers.attention.Attention"})
 """Of these the classes whose probabilities are softmax(scale q k^T), q and k through `q_norm` and `k_norm`, over tokens
 (N, T, C): without a bias by position, rotation, windows or a second softmax."""
 
+_ATTENTION_OF_TORCH, _OF_TORCH = "torch.nn.modules.activation.MultiheadAttention", "in_proj_weight"
+"""torch's attention, and its parameter of three equal parts where queries, keys and values are of one width."""
+
 # The parameters of a block of timm's plain ViT, DeiT, MAE and BEiT: such a state dict tells its layout without a class.
 _QKV_OF_PLAIN_VIT = re.compile(r"(blocks\.\d+\.)attn\.qkv")
 _PLAIN_VIT = ("norm1.weight", "attn.proj.weight", "norm2.weight", "mlp.fc1.weight", "mlp.fc2.weight")
@@ -41,24 +44,31 @@ _PLAIN_VIT = ("norm1.weight", "attn.proj.weight", "norm2.weight", "mlp.fc1.weigh
 
 def is_named_qkv(name: str) -> bool:
     """Whether a matrix is the layer of an attention that gives queries, keys and values at once, in some order."""
-    return name.rpartition(".")[2] == "qkv"
+    return name.rpartition(".")[2] in ("qkv", _OF_TORCH)
 
 
 def fused_qkv(model: nn.Module) -> frozenset[str]:
-    """The modules whose weight's rows are Q, K and V, a third each."""
-    found = {f"{name}.qkv".lstrip(".") for name, module in model.named_modules() if _is_known(module)}
-    return frozenset(name for name in found if _has_weight(model, name))
+    """The modules whose weight's rows are Q, K and V, a third each; of torch's own attention its parameter."""
+    modules = dict(model.named_modules())
+    found = {f"{name}.qkv".lstrip(".") for name, module in modules.items() if _is_known(module)}
+    of_torch = {
+        f"{name}.{_OF_TORCH}".lstrip(".")
+        for name, module in modules.items()
+        if forward_of(module) == _ATTENTION_OF_TORCH and module.in_proj_weight is not None
+    }
+    return frozenset(name for name in found if _has_weight(model, name)) | of_torch
 
 
 def fused_qkv_of_state(state: Mapping[str, Tensor], arch: str) -> frozenset[str]:
     """The same of a state dict: by the timm model it is of, or where `arch` is none by the names of a plain ViT."""
-    named = [name for key in state if is_named_qkv(name := key.removesuffix(".weight"))]
+    of_torch = frozenset(key for key, weight in state.items() if key.endswith(_OF_TORCH) and _is_of_torch(weight))
+    named = [name for key in state if key not in of_torch and is_named_qkv(name := key.removesuffix(".weight"))]
     outline = _outline(arch) if named else None
     if outline is None:
-        return frozenset(name for name in named if _is_plain(state, name))
+        return of_torch.union(name for name in named if _is_plain(state, name))
     # The file may be of a model of another depth.
     by_place = {_place(name): name in fused_qkv(outline) for name, _ in outline.named_modules() if is_named_qkv(name)}
-    return frozenset(name for name in named if by_place.get(_place(name), False))
+    return of_torch.union(name for name in named if by_place.get(_place(name), False))
 
 
 def has_plain_attention(module: nn.Module) -> bool:
@@ -94,6 +104,10 @@ def _outline(arch: str) -> nn.Module | None:
             return timm.create_model(arch) if timm.is_model(arch) else None
     except Exception:  # some constructors look at numbers, which are not there
         return None
+
+
+def _is_of_torch(weight: Tensor) -> bool:
+    return weight.ndim == 2 and weight.shape[0] == 3 * weight.shape[1]
 
 
 def _place(name: str) -> str:

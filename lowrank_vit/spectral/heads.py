@@ -20,8 +20,9 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.model.lora import has_adapter
 from lowrank_vit.model.low_rank import LowRankLinear, with_products
 from lowrank_vit.spectral.fused import forward_of
+from lowrank_vit.spectral.layers import matrices_of
 from lowrank_vit.spectral.measures.circuits import BlockCircuits, HeadWeights, circuits_of
-from lowrank_vit.spectral.select import Target, matrices_of
+from lowrank_vit.spectral.select import Target
 from lowrank_vit.spectral.solving.solve import side_by_side
 
 Circuits = Literal["none", "raw", "folded"]

@@ -1,44 +1,55 @@
-"""Which weight matrices are watched: name patterns to modules, and qkv to its three parts."""
+"""Which weight matrices are watched: name patterns to layers of any model, and qkv to its three parts."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Mapping
-from functools import cache
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.model.lora import effective_weight, has_adapter, lora_of, merged
-from lowrank_vit.model.low_rank import LowRankLinear, product, with_products
-from lowrank_vit.spectral.fused import fused_qkv, is_named_qkv
+from lowrank_vit.model.foreign import oddity
+from lowrank_vit.spectral.fused import is_named_qkv
 
 DEFAULT_TARGETS = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
 """The four matrices of every block of a timm ViT."""
+ALL_LINEAR = "all-linear"
+"""A pattern that chooses every layer with a 2-D weight, as PEFT calls it."""
+Targets = str | Sequence[str] | None
+"""Patterns, separated by commas or one by one; None: `DEFAULT_TARGETS` where each chooses layers, else `ALL_LINEAR`."""
+Rename = Mapping[str, str] | Callable[[str], str]
+"""From a layer's name to the one under which its matrix is recorded; a mapping keeps those that it lacks."""
 
-_WEIGHT = ".weight"
+WEIGHT = ".weight"
+"""How the name of a layer's weight goes on."""
+_BARE = re.compile(r"(.+\.)?(\w+_weight|weight_[ih][hr]_l\d+(_reverse)?|weight)")
+"""Weights that are no layer's `weight`: of torch's MultiheadAttention and RNNs, and of a layer that is the model."""
 _QKV = ("q", "k", "v")
 _SEPARATE = re.compile(r"(to_)?(q|k|v|kv|qk)(_proj)?|(query|key|value)(_proj)?|[qkv]_lin")
 """Last names of layers that give queries, keys or values."""
+_NUMBERED = re.compile(r"[^\W\d]\w*_(\d+)")
 
 
 class Target(NamedTuple):
     """A watched matrix: the weight of a module, or with `third` 0, 1 or 2 that third of its rows (Q, K or V)."""
 
     module: str
+    """The path of a module of the model, or of a parameter that is no module's `weight`."""
     third: int | None = None
     is_fused: bool = False
     """Whether its rows are known to be Q, K and V, a third each."""
 
 
-def select_targets(weights: Mapping[str, Tensor], patterns: str, flag: str = "--spec-targets") -> dict[str, Tensor]:
+def select_targets(
+    weights: Mapping[str, Tensor], patterns: str | Sequence[str], flag: str = "--spec-targets"
+) -> dict[str, Tensor]:
     """The weights of the modules that the patterns name.
 
     Args:
         weights: a state dict, or the parameters by name; any dtype and device.
-        patterns: comma-separated endings of module names, such as "attn.qkv,mlp.fc1". A module is chosen when its
+        patterns: endings of module names, such as "attn.qkv,mlp.fc1" or a sequence of them. A module is chosen when its
             name equals a pattern or ends with "." + pattern, and its `<name>.weight` is a 2-D tensor. A pattern that
             chooses none so chooses convolutions, such as "patch_embed.proj": weights of three to five dimensions.
         flag: that gives the patterns, for messages.
@@ -49,10 +60,10 @@ def select_targets(weights: Mapping[str, Tensor], patterns: str, flag: str = "--
     Raises:
         UserError: no pattern was given, or one matches nothing; the message lists the endings that exist.
     """
-    wanted = list(dict.fromkeys(p.strip() for p in patterns.split(",") if p.strip()))
+    wanted = split_patterns(patterns)
     if not wanted:
         raise UserError(f"{flag} {patterns!r} names nothing; expected endings of module names: {DEFAULT_TARGETS}")
-    named = {name.removesuffix(_WEIGHT): w for name, w in weights.items() if name.endswith(_WEIGHT)}
+    named = {name.removesuffix(WEIGHT): w for name, w in weights.items() if name.endswith(WEIGHT)}
     matrices = {name: w for name, w in named.items() if w.ndim == 2}
     others = {name: w for name, w in named.items() if 2 < w.ndim <= 5}
     chosen: set[str] = set()
@@ -65,84 +76,139 @@ def select_targets(weights: Mapping[str, Tensor], patterns: str, flag: str = "--
     return {name: w for name, w in named.items() if name in chosen}
 
 
+def split_patterns(patterns: str | Sequence[str]) -> list[str]:
+    """The patterns of a text, at its commas, or those of a sequence as they are; each once."""
+    return list(dict.fromkeys(p.strip() for p in _each(patterns) if p.strip()))
+
+
+def _each(patterns: str | Sequence[str]) -> Sequence[str]:
+    return patterns.split(",") if isinstance(patterns, str) else patterns
+
+
 def choose_targets(
     weights: Mapping[str, Tensor],
-    patterns: str,
+    patterns: Targets,
     split_qkv: bool = False,
     fused: Collection[str] = (),
     flags: str = "--spec-",
+    *,
+    embeddings: Collection[str] = (),
+    rename: Rename | None = None,
 ) -> dict[str, Target]:
-    """The matrices that the patterns name, by name and in model order.
+    """The matrices that the patterns name, by name and in model order; one that layers share, once.
+
+    Beside `select_targets`, a pattern may name a 2-D weight that is no module's `weight`, such as
+    "self_attn.in_proj_weight", or be `ALL_LINEAR`: all 2-D weights but those of embeddings.
 
     With `split_qkv` each module of `fused` gives three, "blocks.0.attn.qkv.q", "....k" and "....v": its rows in three
     equal parts, in this order as in timm's attention (`qkv(x).reshape(B, N, 3, heads, -1)`).
 
     Args:
         weights: see `select_targets`.
-        patterns: likewise.
+        patterns: see `Targets`.
         split_qkv: see above.
         fused: modules whose rows are Q, K and V (`fused.fused_qkv`).
-        flags: how the names of flags begin, for messages.
+        flags: how the names of flags begin, for messages; empty: they are arguments of a function.
+        embeddings: modules that `ALL_LINEAR` leaves out.
+        rename: see `Rename`.
 
     Raises:
         UserError: as `select_targets`; or nothing is there to split, or a qkv is none of `fused`, or its rows do not
-            divide by 3.
+            divide by 3; or a weight is no plain array of real numbers, or two get one name.
     """
-    chosen = select_targets(weights, patterns, f"{flags}targets")
+    flag, flag_of_split = (f"{flags}{name}" if flags else name.replace("-", "_") for name in ("targets", "split-qkv"))
+    weights = {f"{key}{WEIGHT}" if _is_bare(key, w) else key: w for key, w in weights.items()}
+    chosen = _chosen(weights, patterns, flag, embeddings)
+    names = _recorded_names(chosen, rename)
     watched: dict[str, Target] = {}
-    for name, weight in chosen.items():
-        is_fused = name in fused and weight.shape[0] % 3 == 0
-        if not (split_qkv and is_named_qkv(name)):
-            watched[name] = Target(name, is_fused=is_fused)
+    for module, weight in chosen.items():
+        is_fused = module in fused and weight.shape[0] % 3 == 0
+        if not (split_qkv and is_named_qkv(module)):
+            watched[names[module]] = Target(module, is_fused=is_fused)
         elif weight.shape[0] % 3:
             raise UserError(
-                f"{name} has {weight.shape[0]} rows, which do not divide into Q, K and V; leave out {flags}split-qkv"
+                f"{module} has {weight.shape[0]} rows, which do not divide into Q, K and V; leave out {flag_of_split}"
             )
         elif not is_fused:
+            again = f": {flag} {_quoted(patterns)}" if isinstance(patterns, str) else ""
             raise UserError(
-                f"{flags}split-qkv: that the rows of {name} are Q, K and V, a third each, is not known: some have them "
-                f"head by head. Watch it whole, without {flags}split-qkv: {flags}targets {_quoted(patterns)}"
+                f"{flag_of_split}: that the rows of {module} are Q, K and V, a third each, is not known: some have "
+                f"them head by head. Watch it whole, without {flag_of_split}{again}"
             )
         else:
-            watched |= {f"{name}.{letter}": Target(name, third) for third, letter in enumerate(_QKV)}
+            watched |= {f"{names[module]}.{letter}": Target(module, third) for third, letter in enumerate(_QKV)}
     if split_qkv and all(target.third is None for target in watched.values()):
-        raise UserError(f"{flags}split-qkv: none of {flags}targets {patterns!r} is a qkv module; leave it out")
+        raise UserError(f"{flag_of_split}: none of {flag} {patterns!r} is a qkv module; leave it out")
     return watched
 
 
-def targets_of_model(model: nn.Module, patterns: str, split_qkv: bool = False) -> dict[str, Target]:
-    """`choose_targets` in a model. Raises `UserError`.
+def _chosen(
+    weights: Mapping[str, Tensor], patterns: Targets, flag: str, embeddings: Collection[str]
+) -> dict[str, Tensor]:
+    """The layers that the patterns name, without those that have the weight of one before."""
+    modules = {key.removesuffix(WEIGHT): w for key, w in weights.items() if key.endswith(WEIGHT)}
+    if patterns is None:
+        usual = split_patterns(DEFAULT_TARGETS)
+        patterns = usual if all(any(_matches(name, one) for name in modules) for one in usual) else ALL_LINEAR
+    wanted, found = split_patterns(patterns), dict[str, Tensor]()
+    others = [one for one in wanted if one != ALL_LINEAR]
+    if others or not wanted:
+        found = select_targets(weights, others if others != wanted else patterns, flag)
+    if ALL_LINEAR in wanted:
+        linear = {n: w for n, w in modules.items() if w.ndim == 2 and w.numel() and n not in embeddings}
+        if not linear:
+            convolutions = ", ".join(dict.fromkeys(module_type(n) for n, w in modules.items() if 2 < w.ndim <= 5))
+            hint = f" Name convolutions, which are taken as matrices: {convolutions}." if convolutions else ""
+            raise UserError(f"{flag}: the model has no Linear layer.{hint}")
+        found = {name: w for name, w in modules.items() if name in found or name in linear}
+    seen, once = set[object](), dict[str, Tensor]()
+    for name, weight in found.items():
+        _check_watchable(name, weight, flag)
+        if (place := _place_in_memory(weight)) not in seen:
+            seen.add(place)
+            once[name] = weight
+    return once
 
-    A weight that modules share is found under each of its names. A layer in factors counts as the one it stands for, as
-    does one with an adapter.
-    """
-    weights = with_products(dict(model.named_parameters(remove_duplicate=False)))
-    weights = merged(weights, lora_of(model), "the model")
-    return choose_targets(weights, patterns, split_qkv, fused_qkv(model))
+
+def _is_bare(key: str, weight: Tensor) -> bool:
+    return weight.ndim == 2 and not key.endswith(WEIGHT) and _BARE.fullmatch(key) is not None
 
 
-def matrices_of(model: nn.Module, watched: Mapping[str, Target]) -> dict[str, Tensor]:
-    """`take_targets` in a model; a float64 copy of the product of factors, and of the sum of layer and adapter."""
-
-    def weight_of(name: str) -> Tensor:
-        layer = model.get_submodule(name)
-        if has_adapter(layer):
-            return effective_weight(layer)
-        if isinstance(layer, LowRankLinear):
-            return product(layer.up, layer.down)
-        return model.get_parameter(name + _WEIGHT)
-
-    return take_targets(cache(weight_of), watched)
+def _place_in_memory(weight: Tensor) -> object:
+    """The same of two tensors that are one weight."""
+    if weight.is_meta:
+        return id(weight)
+    return weight.device, weight.data_ptr(), weight.shape, weight.stride()
 
 
-def ranks_of_factors(model: nn.Module, watched: Mapping[str, Target]) -> dict[str, int]:
-    """What the rank of each matrix of a layer in factors is at most, by name; those of others are left out."""
-    layers = {name: model.get_submodule(target.module) for name, target in watched.items()}
-    return {
-        name: layer.rank * (layer.parts if watched[name].third is None else 1)
-        for name, layer in layers.items()
-        if isinstance(layer, LowRankLinear)
-    }
+def _check_watchable(name: str, weight: Tensor, flag: str) -> None:
+    """Raise `UserError` for a weight that has no singular values here."""
+    if hasattr(weight, "full_tensor"):
+        raise UserError(
+            f"{flag}: {name} is sharded over ranks (DTensor, FSDP). Each rank needs whole weights, as in DDP."
+        )
+    odd = "" if weight.is_meta else oddity(weight)
+    if not odd and not weight.is_floating_point():
+        odd = f"a tensor of {str(weight.dtype).removeprefix('torch.')}"
+    if not odd and not weight.numel():
+        odd = f"empty, of shape {tuple(weight.shape)}"
+    if odd:
+        raise UserError(f"{flag}: {name} is {odd}, where floating-point numbers are expected. Leave it out.")
+
+
+def _recorded_names(modules: Collection[str], rename: Rename | None) -> dict[str, str]:
+    """Module to name. Raises `UserError` for no name, and for one twice."""
+    if rename is None:
+        return dict(zip(modules, modules, strict=True))
+    new = {one: rename.get(one, one) if isinstance(rename, Mapping) else rename(one) for one in modules}
+    by_name: dict[str, str] = {}
+    for module, name in new.items():
+        if not isinstance(name, str) or not name:  # type: ignore[reportUnnecessaryIsInstance]  # a user's function
+            raise UserError(f"rename gives {name!r} for {module}; expected a name")
+        if name in by_name:
+            raise UserError(f"rename gives {name!r} for both {by_name[name]} and {module}; each matrix needs its own")
+        by_name[name] = module
+    return new
 
 
 def fused_of(watched: Mapping[str, Target]) -> frozenset[str]:
@@ -166,15 +232,31 @@ def take_targets(weight_of: Callable[[str], Tensor], watched: Mapping[str, Targe
 
 
 def module_depth(name: str) -> str:
-    """Where a module sits: its numbers, "blocks.3.attn.qkv" -> "3", "layers.2.blocks.11.mlp.fc1" -> "2.11", else ""."""
-    return ".".join(part for part in name.split(".") if part.isdigit())
+    """Where a module sits: its numbers, "blocks.3.attn.qkv" -> "3", "layers.2.blocks.11.mlp.fc1" -> "2.11", else "".
+
+    See `module_type` for which numbers count.
+    """
+    return _type_and_depth(name)[1]
 
 
 def module_type(name: str) -> str:
-    """What a module is, without where it sits: the part after the last number, "blocks.0.attn.qkv" -> "attn.qkv"."""
+    """What a module is, without where it sits: the part after the last number, "blocks.0.attn.qkv" -> "attn.qkv".
+
+    A number is a part of digits, or the end of one as in "encoder_layer_0". Those at the end of a name tell layers of a
+    `Sequential` apart and not blocks: "encoder_layer_0.mlp.3" -> "mlp.3". Where there are no others, the name is the
+    type, and all its digits are the depth.
+    """
+    return _type_and_depth(name)[0]
+
+
+def _type_and_depth(name: str) -> tuple[str, str]:
     parts = name.split(".")
-    after = max((i + 1 for i, part in enumerate(parts) if part.isdigit()), default=0)
-    return ".".join(parts[after:]) or name
+    numbers = [part if part.isdigit() else found[1] if (found := _NUMBERED.fullmatch(part)) else "" for part in parts]
+    last_word = max((i for i, number in enumerate(numbers) if not number), default=0)
+    before = [i for i in range(last_word) if numbers[i]]
+    if not before:
+        return name, ".".join(part for part in parts if part.isdigit())
+    return ".".join(parts[before[-1] + 1 :]), ".".join(numbers[i] for i in before)
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -28,7 +28,7 @@ from lowrank_vit.ranks.world import World
 from lowrank_vit.run.trackers.sending import check as check_trackers
 from lowrank_vit.spectral.flows import check_flows
 from lowrank_vit.spectral.heads import attention_blocks
-from lowrank_vit.spectral.select import targets_of_model
+from lowrank_vit.spectral.layers import targets_of_model
 
 _WITHOUT_MIN_LR = ("none", "constant", "step", "multistep")
 """Schedules of timm's that read no --min-lr."""

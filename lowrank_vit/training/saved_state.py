@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.model.weights import Checkpoint, in_words, oddity
+from lowrank_vit.model.foreign import oddity
+from lowrank_vit.model.weights import Checkpoint, in_words
 
 
 class _Kind(NamedTuple):

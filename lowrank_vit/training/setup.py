@@ -46,8 +46,9 @@ from lowrank_vit.run.flows import FlowWatch
 from lowrank_vit.run.state import Position
 from lowrank_vit.score.evaluate import Evaluator
 from lowrank_vit.spectral.flows import remark_on_attention
+from lowrank_vit.spectral.layers import matrices_of, ranks_of_factors, targets_of_model
 from lowrank_vit.spectral.measures.metrics import reach
-from lowrank_vit.spectral.select import Target, matrices_of, ranks_of_factors, targets_of_model
+from lowrank_vit.spectral.select import Target
 from lowrank_vit.spectral.watching.schedule import usual_full_every
 from lowrank_vit.spectral.watching.watched import remark_on_directions
 from lowrank_vit.training.loading import fed_step, loaders_before, make_train_loader, make_val_loader, with_workers

@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lowrank_vit.spectral.analyze import analyze_weights, compare
 from lowrank_vit.spectral.flows import measure
 from lowrank_vit.spectral.heads import circuits_of_state
-from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets, targets_of_model
+from lowrank_vit.spectral.layers import targets_of_model
+from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
 from lowrank_vit.spectral.solving.ends import solve_ends
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.norm import BRACKET, spectral_norms

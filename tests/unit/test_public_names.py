@@ -63,10 +63,11 @@ SIGNATURES: dict[str, str] = {
     "Batch": "(images: Tensor, targets: Tensor, plan: BatchPlan) -> None",
     "SpectralMonitor": (
         "(model: nn.Module, ema_model: nn.Module | None = None, *, store_dir: str | os.PathLike[str], targets: "
-        "str = 'attn.qkv,attn.proj,mlp.fc1,mlp.fc2', every: int = 100, settings: SpectralSettings | None = None, "
-        "split_qkv: bool = False, circuits: Circuits = 'none', limit_gb: float = 2.0, resumed_update: int | None = "
-        "None, recorded_update: int | None = None, last_update: int | None = None, ranks: Channel | None = None, "
-        "optimizer: Optimizer | None = None, on_full: OnFull | None = None, say: Callable[[str], object] = ...) -> None"
+        "Targets = None, every: int = 100, settings: SpectralSettings | None = None, split_qkv: bool = False, "
+        "circuits: Circuits = 'none', limit_gb: float = 2.0, resumed_update: int | None = None, recorded_update: int "
+        "| None = None, last_update: int | None = None, ranks: Channel | None = None, optimizer: Optimizer | None = "
+        "None, rename: Rename | None = None, on_full: OnFull | None = None, say: Callable[[str], object] = ...) -> "
+        "None"
     ),
     "SpectralMonitor.observe": "(self, num_updates: int) -> None",
     "SpectralMonitor.records": "(self) -> list[SpectralRecord]",

@@ -31,7 +31,7 @@ from lowrank_vit.model.create import InputSpec
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan, subset
 from lowrank_vit.ranks.world import World
 from lowrank_vit.spectral.fused import fused_qkv
-from lowrank_vit.spectral.select import targets_of_model
+from lowrank_vit.spectral.layers import targets_of_model
 
 _BATCH = 128
 """Calibration images that are decoded at a time; the loss before and after a switch is that of the first batch."""

@@ -16,7 +16,7 @@ from lowrank_vit.report.read import Run, series
 from lowrank_vit.report.style import moment
 from lowrank_vit.report.switching.read import Switching, in_words
 from lowrank_vit.spectral.measures.metrics import effective_rank, stable_rank
-from lowrank_vit.spectral.select import module_type
+from lowrank_vit.spectral.select import module_depth, module_type
 
 COUNT = 3
 _LEAST = math.log(1.05)
@@ -143,9 +143,9 @@ def _grew(ratio: float) -> str:
 
 def blocks_of(names: list[str]) -> str:
     """Such as "blocks 9-11"; the names themselves where they have no numbers."""
-    numbers = [[int(part) for part in name.split(".") if part.isdecimal()] for name in names]
-    if all(len(one) == 1 for one in numbers):
-        ends = numbers[0][0], numbers[-1][0]
+    numbers = [module_depth(name) for name in names]
+    if all(one.isdecimal() for one in numbers):
+        ends = numbers[0], numbers[-1]
         if ends[0] == ends[1]:
             return tr("block {n}", n=ends[0])
         return tr("blocks {first}-{last}", first=ends[0], last=ends[1])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import queue
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -22,9 +25,9 @@ from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.heads import Circuits
 from lowrank_vit.spectral.measures.initial import warning_of
 from lowrank_vit.spectral.measures.subspaces import chance_of_each
-from lowrank_vit.spectral.select import DEFAULT_TARGETS, module_type
+from lowrank_vit.spectral.select import Rename, Targets, module_type
 from lowrank_vit.spectral.solving.solve import LOG
-from lowrank_vit.spectral.watching.files import read_newest_circuits
+from lowrank_vit.spectral.watching.files import list_spectra, read_newest_circuits, update_of
 from lowrank_vit.spectral.watching.refresh import EMA, MODEL, SpectralSettings, Stacks
 from lowrank_vit.spectral.watching.schedule import Schedule
 from lowrank_vit.spectral.watching.store import Kept, SpectraStore, far_entries_content, read_far_entries
@@ -78,7 +81,7 @@ class SpectralMonitor:
         ema_model: nn.Module | None = None,
         *,
         store_dir: str | os.PathLike[str],
-        targets: str = DEFAULT_TARGETS,
+        targets: Targets = None,
         every: int = 100,
         settings: SpectralSettings | None = None,
         split_qkv: bool = False,
@@ -89,16 +92,22 @@ class SpectralMonitor:
         last_update: int | None = None,
         ranks: Channel | None = None,
         optimizer: Optimizer | None = None,
+        rename: Rename | None = None,
         on_full: OnFull | None = None,
         say: Callable[[str], object] = LOG.warning,
     ) -> None:
         """Choose the targets and start the worker.
 
         Args:
-            model: the raw module, not its compiled or DDP wrapper, already on its device.
-            ema_model: the averaged module itself (timm: `ema.module`), on any device, or None.
-            store_dir: made if missing; `open_spectra` reads it.
-            targets: comma-separated endings of module names, see `select_targets`.
+            model: any module with Linear layers, already on its device. Of DDP, DataParallel and torch.compile the
+                module inside is watched, under the names that it has there.
+            ema_model: the average of it (timm's ModelEma, torch's AveragedModel, or a module), on any device, or None.
+            store_dir: made if missing, without spectra of before; `open_spectra` reads it.
+            targets: endings of layers' names, separated by commas or in a sequence, such as "mlp.fc1"; "all-linear":
+                every layer with a 2-D weight but embeddings. A 2-D parameter of another name than `weight` is named
+                whole, such as "self_attn.in_proj_weight" of torch's attention. A convolution that is named is taken as
+                a matrix. A weight that layers share is watched once. None: the four matrices of a block of timm's ViT
+                (attn.qkv, attn.proj, mlp.fc1, mlp.fc2) where the model has them, else "all-linear".
             every: updates between refreshes.
             settings: what is computed; default: `SpectralSettings()`.
             split_qkv: see `choose_targets`.
@@ -114,15 +123,20 @@ class SpectralMonitor:
             ranks: the ranks that share the work (`World.channel` with `agrees`); default: this process does it all. One
                 that ends without `close` fails the others' refreshes.
             optimizer: the model's, whose update directions are described, too, where `settings.updates` asks for that.
+            rename: from a layer's name to the one that its matrix is recorded under, a mapping or a function. Types and
+                depths are read from that: "encoder.0.ff.lin_a" -> "blocks.0.mlp.fc1" is of type "mlp.fc1", depth "0".
             on_full: called in the worker's thread with the copies of each refresh of whole spectra, or with why there
                 are none, see `Worker`.
             say: told of failures, from the worker's thread too.
 
         Raises:
-            UserError: a target matches nothing, or a number is out of range.
+            UserError: a target matches nothing, or has no real values of its own here (device meta, a shard, packed
+                integers); a number is out of range; or `store_dir` has spectra of another training.
             ValueError: model and EMA differ in their targets.
         """
         settings = settings or SpectralSettings()
+        if not isinstance(model, nn.Module):  # type: ignore[reportUnnecessaryIsInstance]  # a user's
+            raise UserError(f"model is of type {type(model).__name__}; expected a torch.nn.Module")
         numbers = {
             "every": every,
             "topk": settings.topk,
@@ -131,16 +145,17 @@ class SpectralMonitor:
             "full_every": settings.full_every,
         }
         for flag, value in numbers.items():
-            if value < 1:
-                raise UserError(f"spectral {flag} is {value}; expected 1 or more")
+            if value < 1 or value != int(value):
+                raise UserError(f"spectral {flag} is {value}; expected a whole number, 1 or more")
         models = {MODEL: model} if ema_model is None else {MODEL: model, EMA: ema_model}
         ranks = ranks or Channel(0, 1, None)
         of_optimizer = optimizer if settings.updates else None
-        self._watched = Watched(models, targets, settings, ranks, split_qkv, circuits, of_optimizer)
+        self._watched = Watched(models, targets, settings, ranks, split_qkv, circuits, of_optimizer, rename)
         self._schedule = Schedule(every, settings.full_every, last_update)
         self.matrices = self._watched.matrices
         """By name: "shape", and the recorded indices "top" and "last", 1-based."""
-        options: dict[str, Any] = {"targets": targets, "every": every, "split_qkv": split_qkv, "limit_gb": limit_gb}
+        patterns = targets if targets is None or isinstance(targets, str) else ",".join(targets)
+        options: dict[str, Any] = {"targets": patterns, "every": every, "split_qkv": split_qkv, "limit_gb": limit_gb}
         options |= {"circuits": circuits} if self._watched.heads else {}
         chance = {name: chance_of_each(len(one["top"]), one["shape"]) for name, one in self.matrices.items()}
         far = {} if resumed_update is None else read_far_entries(Path(store_dir))
@@ -148,6 +163,8 @@ class SpectralMonitor:
         index |= far_entries_content(far)
         store = self._store = SpectraStore(Path(store_dir).absolute(), limit_gb * 1e9, index)
         if ranks.rank == 0:
+            if resumed_update is None:
+                _require_unused(store.path)
             try:
                 store.begin()
                 if resumed_update is not None:
@@ -181,6 +198,10 @@ class SpectralMonitor:
         keys, memory = self._watched.keys, taken_up.memory
         of_worker = (settings, store, memory, ranks, keys, self._stream, say)
         self._worker = Worker(*of_worker, is_aside=is_aside, heads=self._watched.heads, on_full=on_full)
+        self.store_dir = store.path
+        """Where the spectra go, absolute."""
+        _open.add(self)
+        weakref.finalize(self, self._worker.give_up).atexit = False
         kept = taken_up.kept if ranks.rank == 0 else None
         self._newest = kept._replace(before=None) if kept else None
         self._is_again = bool(taken_up.again)
@@ -189,6 +210,11 @@ class SpectralMonitor:
             full = self._schedule.take(taken_up.update)
             self._newest = self._newest and self._newest._replace(full=full)
             self._hand_over(taken_up.update, taken_up.again, full, kept.before if kept else None)
+
+    @property
+    def shares_work(self) -> bool:
+        """Whether there are other ranks."""
+        return self._ranks.size > 1
 
     @property
     def failed(self) -> int:
@@ -305,8 +331,35 @@ class SpectralMonitor:
             with contextlib.suppress(RuntimeError, ValueError):  # at the end the others may be gone, or their group
                 self._ranks.agree(_CLOSED)  # nobody waits for it, but those who go on
         self._closed = True
+        _open.discard(self)
         # Of several ranks one may have died, and this one's worker waits for it; that must not hold up the exit.
         self._worker.close(_JOIN_S if cancel and self._ranks.size > 1 else None)
+
+
+_open: WeakSet[SpectralMonitor] = WeakSet()
+"""Those of this process that are not closed."""
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what nobody has closed: a process that ends while a worker solves would be aborted."""
+    for monitor in list(_open):
+        with contextlib.suppress(Exception):
+            monitor.close(cancel=monitor.shares_work)
+
+
+def _require_unused(store_dir: Path) -> None:
+    """Raise `UserError` where a new training would mix its spectra with others."""
+    if any(monitor.store_dir == store_dir for monitor in _open):
+        raise UserError(
+            f"{store_dir} is written to by another monitor, which is not closed. Close that first, or give each a "
+            "store_dir of its own."
+        )
+    if found := list_spectra(store_dir):
+        raise UserError(
+            f"{store_dir} has spectra of another training, of updates {update_of(found[0])} to {update_of(found[-1])}. "
+            "Give another store_dir, delete that one, or go on from update N of it with resumed_update=N."
+        )
 
 
 def _drain(items: queue.SimpleQueue[T]) -> list[T]:

@@ -183,6 +183,12 @@ def _newest(files: Mapping[int, Path]) -> int:
     return next((update for update in reversed(updates) if is_full(files[update])), updates[-1])
 
 
+def store_dir_of(folder: Path) -> Path:
+    """Where the spectra of a run directory are: in its folder spectra/, unless it is a `store_dir` itself."""
+    inside = folder / "spectra"
+    return folder if not inside.is_dir() and list_spectra(folder) else inside
+
+
 def open_spectra(run: str | os.PathLike[str]) -> Spectra:
     """Open the stored spectra of a run directory, of a checkpoint's run, or a `store_dir` of `SpectralMonitor`.
 
@@ -200,9 +206,12 @@ def open_spectra(run: str | os.PathLike[str]) -> Spectra:
     """
     path = Path(run)
     folder = path.parent if path.is_file() else path
-    store_dir = folder / "spectra" if (folder / "spectra").is_dir() else folder
+    store_dir = store_dir_of(folder)
     if not path.exists():
-        raise UserError(f"{path} is not there. Give the directory that `python -m lowrank_vit.train` wrote.")
+        raise UserError(
+            f"{path} is not there. Give the directory that `python -m lowrank_vit.train` wrote, or the store_dir of a "
+            "monitor."
+        )
     if not list_spectra(store_dir):
-        raise UserError(f"{path} has no spectra: --spec-monitor was off, or has not stored any yet.")
+        raise UserError(f"{path} has no spectra: --spec-monitor was off, or no monitor has stored any yet.")
     return Spectra(store_dir)

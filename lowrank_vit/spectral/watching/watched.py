@@ -10,20 +10,16 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_vit.common.errors import UserError
+from lowrank_vit.model.foreign import unwrapped
 from lowrank_vit.model.lora import has_adapter
 from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.heads import Circuits, Heads, attention_blocks
+from lowrank_vit.spectral.layers import layer_of, matrices_of, ranks_of_factors, targets_of_model
 from lowrank_vit.spectral.measures.initial import FarEntry, far_entries_by_name
 from lowrank_vit.spectral.measures.metrics import recorded_indices
 from lowrank_vit.spectral.measures.updates import update_direction, why_no_direction
-from lowrank_vit.spectral.select import (
-    Target,
-    fused_of,
-    matrices_of,
-    ranks_of_factors,
-    take_targets,
-    targets_of_model,
-)
+from lowrank_vit.spectral.select import Rename, Target, Targets, fused_of, take_targets
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.solve import stack_by_shape
 from lowrank_vit.spectral.watching.refresh import DIRECTION, FOR_HEADS, MODEL, Memory, SpectralSettings, Stacks
@@ -42,26 +38,31 @@ class Watched:
     def __init__(
         self,
         models: Mapping[str, nn.Module],
-        targets: str,
+        targets: Targets,
         settings: SpectralSettings,
         ranks: Channel,
         split_qkv: bool = False,
         circuits: Circuits = "none",
         optimizer: Optimizer | None = None,
+        rename: Rename | None = None,
     ) -> None:
         """Choose the matrices, and this rank's among them; `models` by kind, `circuits` of their heads.
 
         Of an `optimizer` its update directions of the model's matrices are copied, too, as far as they are known.
 
         Raises:
-            UserError: a target matches nothing, or the heads have no `circuits`.
+            UserError: a target matches nothing or has no values, or the heads have no `circuits`.
             ValueError: model and EMA differ in their targets.
         """
+        models = {kind: unwrapped(one) for kind, one in models.items()}
         self._models, self._optimizer = models, optimizer
-        chosen = {kind: targets_of_model(one, targets, split_qkv) for kind, one in models.items()}
+        chosen = {kind: targets_of_model(one, targets, split_qkv, "", rename) for kind, one in models.items()}
         every = chosen[MODEL]
         if any(list(of_kind) != list(every) for of_kind in chosen.values()):
-            raise ValueError("the EMA's targets differ from the model's; pass both without wrappers (ema.module)")
+            raise ValueError("the EMA's targets differ from the model's; give the average of this very model")
+        for name, matrix in matrices_of(models[MODEL], every).items():
+            if matrix.is_meta:
+                raise UserError(f"{name} has no values yet: it is on the device meta. Load the weights first.")
         shapes = {name: tuple(w.shape) for name, w in matrices_of(models[MODEL], every).items()}
         self.matrices: dict[str, dict[str, Any]] = {
             name: {"shape": list(shape), **recorded_indices(min(shape), settings.topk, settings.interval)._asdict()}
@@ -74,7 +75,9 @@ class Watched:
         self._mine = {name: every[name] for name in mine}
         self._every = every if ranks.rank == 0 else {}
         self._num_ranks = ranks.size
-        blocks = attention_blocks(models[MODEL], circuits)
+        if rename is not None and circuits != "none":
+            raise UserError("circuits name matrices as the model does: leave out rename, or circuits")
+        blocks = attention_blocks(models[MODEL], circuits, "circuits")
         self.heads = Heads.shared_out(blocks, ranks.size)[ranks.rank] if blocks else None
         """This rank's share of the circuits."""
         self._every_head = Heads(blocks, tuple(blocks)) if blocks else None
@@ -181,7 +184,7 @@ def directions_of(model: nn.Module, optimizer: Optimizer, watched: Mapping[str, 
     """The optimizer's update directions of watched matrices, by name; those without a known one are left out."""
     groups, found = _groups(optimizer), dict[str, Tensor]()
     for module in {target.module for target in watched.values()}:
-        weight = _weight(model, module)
+        weight = _weight(model, Target(module))
         if weight is not None and weight in groups:
             direction = update_direction(optimizer, groups[weight], weight)
             found |= {} if direction is None else {module: direction}
@@ -192,7 +195,7 @@ def remark_on_directions(model: nn.Module, optimizer: Optimizer, watched: Mappin
     """Which matrices `directions_of` will have nothing of, and why, in a line for the log; empty where it has all."""
     groups, without = _groups(optimizer), dict[str, list[str]]()
     for name, target in watched.items():
-        weight = _weight(model, target.module)
+        weight = _weight(model, target)
         if weight is None:
             why = "the layer is in factors, or has an adapter, which are stepped in place of it"
         else:
@@ -212,11 +215,12 @@ def _groups(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
     return {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def _weight(model: nn.Module, module: str) -> nn.Parameter | None:
-    """A module's weight; none of a layer in factors or with an adapter."""
-    layer = model.get_submodule(module)
-    weight = None if has_adapter(layer) else getattr(layer, "weight", None)
-    return weight if isinstance(weight, nn.Parameter) else None
+def _weight(model: nn.Module, target: Target) -> nn.Parameter | None:
+    """The parameter that it is; none of a layer in factors, with an adapter or parametrized."""
+    layer = layer_of(model, target)
+    if layer is None:
+        return model.get_parameter(target.module)
+    return None if has_adapter(layer) else dict(layer.named_parameters(recurse=False)).get("weight")
 
 
 def share_out(shapes: Mapping[str, Sequence[int]], world_size: int) -> list[list[str]]:

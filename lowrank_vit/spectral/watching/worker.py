@@ -137,6 +137,11 @@ class Worker:
         """Wait for the end of the refresh and of the thread, or for so long."""
         self._jobs.close(timeout_s)
 
+    def give_up(self) -> None:
+        """End soon, in the middle of a refresh, too; nobody waits for that."""
+        self.cancelled.set()
+        self._jobs.close(0)
+
     def _do(self, snapshot: Snapshot) -> None:
         self._refresh(snapshot)
         self.current = None

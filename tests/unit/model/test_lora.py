@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.model.lora import KEY, Lora, add_adapters, classifiers, has_adapter, lora_of, merged, require_peft
 from lowrank_vit.spectral.heads import attention_blocks
-from lowrank_vit.spectral.select import DEFAULT_TARGETS, matrices_of, targets_of_model
+from lowrank_vit.spectral.layers import matrices_of, targets_of_model
+from lowrank_vit.spectral.select import DEFAULT_TARGETS
 from lowrank_vit.spectral.watching.watched import directions_of, remark_on_directions
 from tests.hidden_packages import hidden_packages
 

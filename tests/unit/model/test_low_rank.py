@@ -19,7 +19,7 @@ from lowrank_vit.model.low_rank import LowRankLinear, merge, parts_of, product, 
 from lowrank_vit.model.optimizer import create_optimizer
 from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.spectral.analyze import choose_weights
-from lowrank_vit.spectral.select import matrices_of, targets_of_model
+from lowrank_vit.spectral.layers import matrices_of, targets_of_model
 
 NAME = "vit_tiny_patch16_224"
 KWARGS = ("patch_size=8", "embed_dim=24", "depth=2", "num_heads=2")

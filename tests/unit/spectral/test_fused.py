@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.spectral.fused import KNOWN, fused_qkv, fused_qkv_of_state
-from lowrank_vit.spectral.select import targets_of_model
+from lowrank_vit.spectral.layers import targets_of_model
 from tests.spectra import tiny_vit
 
 TOKENS, IMAGE = (2, 16, 24), (2, 24, 4, 4)

@@ -11,15 +11,14 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.spectral.layers import matrices_of, targets_of_model
 from lowrank_vit.spectral.select import (
     DEFAULT_TARGETS,
     choose_targets,
-    matrices_of,
     module_depth,
     module_type,
     select_targets,
     take_targets,
-    targets_of_model,
 )
 
 

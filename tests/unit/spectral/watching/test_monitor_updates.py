@@ -12,7 +12,8 @@ import timm.optim
 import torch
 
 from lowrank_vit.model.low_rank import LowRankLinear
-from lowrank_vit.spectral.select import Target, matrices_of, targets_of_model
+from lowrank_vit.spectral.layers import matrices_of, targets_of_model
+from lowrank_vit.spectral.select import Target
 from lowrank_vit.spectral.solving.extremes import Solver
 from lowrank_vit.spectral.watching.watched import directions_of, remark_on_directions
 from tests.monitors import WITH_UPDATES, adamw, nudge, step, watch

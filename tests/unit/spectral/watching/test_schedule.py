@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from lowrank_vit.model.low_rank import LowRankLinear
-from lowrank_vit.spectral.select import Target, matrices_of, ranks_of_factors
+from lowrank_vit.spectral.layers import matrices_of, ranks_of_factors
+from lowrank_vit.spectral.select import Target
 from lowrank_vit.spectral.solving.ends import GUARD, solve_ends
 from lowrank_vit.spectral.solving.extremes import Solved, Solver
 from lowrank_vit.spectral.solving.solve import MatrixStack
