@@ -42,4 +42,4 @@ def main(folder: str, updates: int = 300) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(sys.argv[1])

@@ -54,7 +54,7 @@ def fused_qkv(model: nn.Module) -> frozenset[str]:
     of_torch = {
         f"{name}.{_OF_TORCH}".lstrip(".")
         for name, module in modules.items()
-        if forward_of(module) == _ATTENTION_OF_TORCH and module.in_proj_weight is not None
+        if forward_of(module) == _ATTENTION_OF_TORCH and isinstance(module.in_proj_weight, Tensor)
     }
     return frozenset(name for name in found if _has_weight(model, name)) | of_torch
 

@@ -251,7 +251,9 @@ def module_type(name: str) -> str:
 
 def _type_and_depth(name: str) -> tuple[str, str]:
     parts = name.split(".")
-    numbers = [part if part.isdigit() else found[1] if (found := _NUMBERED.fullmatch(part)) else "" for part in parts]
+    numbers = [part if part.isdigit() else "" for part in parts]
+    for i, part in enumerate(parts[:-1]):
+        numbers[i] = found[1] if (found := _NUMBERED.fullmatch(part)) else numbers[i]
     last_word = max((i for i, number in enumerate(numbers) if not number), default=0)
     before = [i for i in range(last_word) if numbers[i]]
     if not before:

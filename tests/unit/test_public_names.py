@@ -94,6 +94,7 @@ SIGNATURES: dict[str, str] = {
         "(self, images: Tensor, plan: BatchPlan, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | "
         "None, Tensor | None]"
     ),
+    "Augment.normalize": "(self, images: Tensor, grid: Grid | None = None) -> Tensor",
     "Augment.inputs": "(self, images: Tensor, targets: Tensor, plan: BatchPlan) -> tuple[Tensor, Tensor]",
     "Augment.forward": (
         "(self, images: Tensor, targets: Tensor, mix: Tensor, boxes: Tensor | None = None, keys: Tensor | None = "
