@@ -18,7 +18,7 @@ from lowrank_vit.report.language import msg, tr
 from lowrank_vit.report.read import Run
 from lowrank_vit.spectral.measures.metrics import effective_rank, stable_rank
 from lowrank_vit.spectral.watching.files import StoredScalars
-from lowrank_vit.spectral.watching.stored import Spectra
+from lowrank_vit.spectral.watching.stored import Spectra, store_dir_of
 
 if TYPE_CHECKING:
     from lowrank_vit.report.compare.groups import Compared
@@ -71,7 +71,7 @@ class Numbers:
 def read_numbers(compared: Compared) -> tuple[list[Numbers], float, list[str]]:
     """Numbers of each run, the place on the common axis where spectra are compared, and notes on damaged files."""
     notes: list[str] = []
-    stores = [None if run.moment else Spectra(run.path / "spectra") for run in compared.runs]
+    stores = [None if run.moment else Spectra(store_dir_of(run.path)) for run in compared.runs]
     full = [store.full_updates if store else [] for store in stores]
     places = [compared.on_axis(at, np.array(of[-1:])) for at, of in enumerate(full)]
     end = min((float(of[0]) for of in places if of.size), default=0.0)
