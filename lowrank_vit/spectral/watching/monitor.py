@@ -37,7 +37,7 @@ from lowrank_vit.spectral.watching.worker import OnFull, Snapshot, SpectralRecor
 T = TypeVar("T")
 
 DEFAULT_LIMIT_GB = 2.0
-_JOIN_S = 2.0
+_JOIN_S, _EXIT_S = 2.0, 10.0
 _IDLE, _BUSY, _CLOSED = range(3)
 """What a rank tells the others where a refresh is due; the greatest counts."""
 
@@ -212,11 +212,6 @@ class SpectralMonitor:
             self._hand_over(taken_up.update, taken_up.again, full, kept.before if kept else None)
 
     @property
-    def shares_work(self) -> bool:
-        """Whether there are other ranks."""
-        return self._ranks.size > 1
-
-    @property
     def failed(self) -> int:
         """Refreshes of this process that came to nothing, or could not be stored."""
         return self._worker.failed
@@ -316,6 +311,11 @@ class SpectralMonitor:
         """Finish the running refresh and join the worker; with `cancel`, abandon it at the next matrix. Idempotent."""
         self._stop(cancel)
 
+    def give_up(self, timeout_s: float) -> None:
+        """Close at the end of a process: abandon the running refresh, and wait for so long at most."""
+        self._closed = True
+        self._worker.give_up(timeout_s)
+
     def __enter__(self) -> SpectralMonitor:
         return self
 
@@ -342,10 +342,10 @@ _open: WeakSet[SpectralMonitor] = WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Close what nobody has closed: a process that ends while a worker solves would be aborted."""
+    """Give up what nobody has closed: a process that ends while a worker solves would be aborted."""
     for monitor in list(_open):
         with contextlib.suppress(Exception):
-            monitor.close(cancel=monitor.shares_work)
+            monitor.give_up(_EXIT_S)
 
 
 def _require_unused(store_dir: Path) -> None:

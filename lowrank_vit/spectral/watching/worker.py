@@ -137,10 +137,10 @@ class Worker:
         """Wait for the end of the refresh and of the thread, or for so long."""
         self._jobs.close(timeout_s)
 
-    def give_up(self) -> None:
-        """End soon, in the middle of a refresh, too; nobody waits for that."""
+    def give_up(self, timeout_s: float = 0.0) -> None:
+        """End at the next matrix, and wait for that for so long."""
         self.cancelled.set()
-        self._jobs.close(0)
+        self._jobs.close(timeout_s)
 
     def _do(self, snapshot: Snapshot) -> None:
         self._refresh(snapshot)

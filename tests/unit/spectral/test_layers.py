@@ -45,7 +45,14 @@ def encoder() -> nn.TransformerEncoder:
 
 
 def of_torchvision() -> nn.Module:
-    small = {"image_size": 8, "patch_size": 4, "num_layers": 2, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 12}
+    small: dict[str, Any] = {
+        "image_size": 8,
+        "patch_size": 4,
+        "num_layers": 2,
+        "num_heads": 2,
+        "hidden_dim": 8,
+        "mlp_dim": 12,
+    }
     return torchvision.models.VisionTransformer(**small, num_classes=3)
 
 

@@ -20,7 +20,7 @@ from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from lowrank_vit.spectral.watching.refresh import SpectralSettings
 from lowrank_vit.spectral.watching.stored import open_spectra
 from tests.monitors import Gate
-from tests.waiting import wait_until
+from tests.waiting import LONG_S, wait_until
 
 SETTINGS = SpectralSettings(topk=2)
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
@@ -115,10 +115,12 @@ def test_a_directory_is_one_trainings(tmp_path: Path) -> None:
 def test_one_that_nobody_closes_ends_with_its_process_or_when_it_is_forgotten(tmp_path: Path, gate: Gate) -> None:
     monitor = watch(mlp(), tmp_path / "a")
     monitor.observe(0)
-    gate.open.set()
+    assert gate.asked.wait(LONG_S)
+    threading.Timer(0.1, gate.open.set).start()  # a matrix that was begun is finished
     monitor_module._close_all()  # as the interpreter does at its end
     assert of_monitors() == []
-    assert open_spectra(tmp_path / "a").updates == [0]
+    with pytest.raises(RuntimeError, match="is closed"):
+        monitor.observe(1)
     forgotten = watch(mlp(), tmp_path / "b")
     assert len(of_monitors()) == 1
     del forgotten

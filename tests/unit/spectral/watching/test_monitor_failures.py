@@ -178,13 +178,14 @@ def test_a_process_that_exits_with_a_refresh_in_flight_does_not_hang(tmp_path: P
     code = f"""
 import threading
 from pathlib import Path
-from lowrank_vit.spectral.watching import refresh
+from lowrank_vit.spectral.watching import monitor, refresh
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from tests.spectra import tiny_vit
+monitor._EXIT_S = 0.1
 asked = threading.Event()
 refresh.solve_stack = lambda *a, **k: (asked.set(), threading.Event().wait())
-monitor = SpectralMonitor(tiny_vit(), None, targets="mlp.fc1", every=1, store_dir=Path({str(tmp_path)!r}))
-monitor.observe(0)
+watching = SpectralMonitor(tiny_vit(), None, targets="mlp.fc1", every=1, store_dir=Path({str(tmp_path)!r}))
+watching.observe(0)
 asked.wait()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], timeout=LONG_S, check=False)
