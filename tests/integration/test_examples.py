@@ -58,14 +58,10 @@ def test_the_loader_in_a_loop_trains_and_scores_each_sample(tmp_path: Path, caps
 def test_the_callback_in_hugging_faces_trainer(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
-    sizes: dict[str, Any] = {
-        "hidden_size": 8,
-        "intermediate_size": 12,
-        "image_size": 8,
-        "patch_size": 4,
-        "num_labels": 2,
-    }
-    model = ViTForImageClassification(ViTConfig(num_hidden_layers=1, num_attention_heads=2, **sizes))
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4
+    )
+    model = ViTForImageClassification(config)
     images = [{"pixel_values": torch.randn(3, 8, 8), "labels": n % 2} for n in range(8)]
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "report_to": [], "use_cpu": True}
     settings = TrainingArguments(

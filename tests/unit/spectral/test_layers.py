@@ -45,15 +45,9 @@ def encoder() -> nn.TransformerEncoder:
 
 
 def of_torchvision() -> nn.Module:
-    small: dict[str, Any] = {
-        "image_size": 8,
-        "patch_size": 4,
-        "num_layers": 2,
-        "num_heads": 2,
-        "hidden_dim": 8,
-        "mlp_dim": 12,
-    }
-    return torchvision.models.VisionTransformer(**small, num_classes=3)
+    return torchvision.models.VisionTransformer(
+        image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=12, num_classes=3
+    )
 
 
 def compiled_inside() -> nn.Sequential:
