@@ -20,9 +20,8 @@ from timm.models import PretrainedCfg, parse_model_name
 
 from lowrank_vit.common.errors import UserError, did_you_mean
 from lowrank_vit.common.filters import FILTERS
-from lowrank_vit.common.hub import quick_without_network
+from lowrank_vit.common.hub import hub_message, quick_without_network
 from lowrank_vit.config.option_types import leaves, literal, parse_keywords, square_side, with_options
-from lowrank_vit.model.fit import in_one_line
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
 
 if TYPE_CHECKING:
@@ -281,36 +280,8 @@ def _fetched(given: str, name: str, said: str) -> Path | None:
 
 def hub_error(error: Exception, repository: str, said: str) -> UserError:
     """An error of the hub in a sentence that begins with `said`, and what to do."""
-    from huggingface_hub import errors
+    from huggingface_hub.errors import HFValidationError
 
-    log_in = "log in with `hf auth login`, or set HF_TOKEN"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.HFValidationError):
+    if isinstance(error, HFValidationError):
         return UserError(f"{said}: `{repository}` is no name of the hub, which is OWNER/NAME. Check how it is spelt.")
-    if isinstance(error, errors.GatedRepoError):
-        return UserError(
-            f"{said}: {repository} is open only to those who ask. Do so at https://huggingface.co/{repository}, and "
-            f"{log_in}."
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return UserError(
-            f"{said}: the hub has no {repository}, or it is private and no token that may read it is here. Check the "
-            f"name; for a private one {log_in}."
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return UserError(f"{said}: {repository} has no such revision. Give a branch, a tag or a commit that it has.")
-    if isinstance(error, errors.LocalTokenNotFoundError):
-        return UserError(f"{said}: there is no token of the hub here. To write to it, {log_in}.")
-    if status == 401:
-        return UserError(f"{said}: the hub does not take the token that is here. {log_in[0].upper()}{log_in[1:]}.")
-    if status == 403:
-        return UserError(
-            f"{said}: the token here may not write to {repository}. Make one with the right to write at "
-            f"https://huggingface.co/settings/tokens, and {log_in}; or give a name of your own."
-        )
-    if status is not None:
-        return UserError(f"{said}: the hub refused it ({status}): {in_one_line(error)}")
-    return UserError(
-        f"{said}: the Hugging Face hub cannot be reached (no network?), and its local cache does not have "
-        f"{repository}. Fetch it elsewhere, and give the folder as {LOCAL}:DIR."
-    )
+    return UserError(f"{said}: {hub_message(repository, error, 'model', f'give a folder of it as {LOCAL}:DIR')}")

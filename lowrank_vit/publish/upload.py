@@ -12,6 +12,7 @@ from typing import Any
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.hub import quick_without_network
 from lowrank_vit.common.locks import Say
+from lowrank_vit.model.fit import in_one_line
 from lowrank_vit.model.hub import hub_error
 from lowrank_vit.publish.folder import CARD
 from lowrank_vit.publish.options import ExportOptions
@@ -95,12 +96,20 @@ def _told(typed: str, repository: str) -> Generator[Any]:
     except UserError:
         raise
     except (OSError, ValueError, HTTPError) as error:
-        is_lost = getattr(error, "response", None) is None and not isinstance(error, ValueError)
-        message = (
-            UserError(f"{said}: the Hugging Face hub cannot be reached (no network?). {way}")
-            if is_lost
-            else hub_error(error, repository, said)
-        )
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is None and not isinstance(error, ValueError):
+            message = UserError(f"{said}: the Hugging Face hub cannot be reached (no network?). {way}")
+        elif status == 401:
+            message = UserError(f"{said}: the hub does not take the token that is here. Log in with `hf auth login`.")
+        elif status == 403:
+            message = UserError(
+                f"{said}: the token here may not write to {repository}. Make one with the right to write at "
+                "https://huggingface.co/settings/tokens, and log in with `hf auth login`; or give a name of your own."
+            )
+        elif status is None or status == 404:
+            message = hub_error(error, repository, said)
+        else:
+            message = UserError(f"{said}: the hub refused it ({status}): {in_one_line(error)}")
         for note in getattr(error, "__notes__", []):
             message.add_note(note)
         raise message from error

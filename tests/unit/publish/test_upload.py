@@ -105,7 +105,7 @@ def test_a_branch_is_made_in_a_new_repository(hub, run):
             answer("HfHubHTTPError", 403),
             r"may not write to me/vit.*https://huggingface.co/settings/tokens",
         ),
-        ("create_repo", answer("RepositoryNotFoundError", 404), "the hub has no me/vit"),
+        ("create_repo", answer("RepositoryNotFoundError", 404), "me/vit is not on the hub"),
         ("upload_folder", answer("HfHubHTTPError", 500), r"refused it \(500\)"),
         ("upload_folder", ConnectionError("reset"), r"cannot be reached .*--local-dir DIR.*hf upload"),
     ],
@@ -128,7 +128,7 @@ def test_what_is_wrong_is_told_before_weights_are_read(hub, monkeypatch, tmp_pat
             export.main([str(tmp_path), "--hub", name])
     hub.repositories["me/vit"] = {}
     hub.fails["list_repo_files"] = answer("RevisionNotFoundError", 404)
-    with pytest.raises(UserError, match="me/vit has no such revision"):
+    with pytest.raises(UserError, match="me/vit is on the hub, but not in that revision"):
         export.main([str(tmp_path), "--hub", "me/vit", "--revision", "dev"])
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(UserError, match=r"there is no token of the hub here. Log in with `hf auth login`"):
