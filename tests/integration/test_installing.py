@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import sys
 import tarfile
 import tomllib
 import zipfile
@@ -14,13 +16,15 @@ from pathlib import Path
 import pytest
 
 from lowrank_vit import __version__
+from lowrank_vit.common.program import COMMANDS
 from tests.hidden_packages import canonical
+from tests.waiting import LONG_S
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PYTHONS = [name.rpartition(" ")[2] for name in PROJECT["classifiers"] if "Python :: 3." in name]
-TORCHS = ("torch", "torchvision", "triton", "nvidia-", "cuda-")
-"""How the names of the gigabytes begin that a test does not install again."""
+WITHOUT_TORCH = [one for one in PROJECT["dependencies"] if not one.startswith(("torch>", "torchvision", "timm"))]
+"""What the base needs but torch and what needs it: gigabytes that a test does not install."""
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +79,33 @@ def test_the_metadata_are_those_of_the_project_and_pass_twine(built):
     assert not base & {"ffcv", "nvidia-dali-cuda130", "wandb", "opencv-python", "setuptools", "scikit-learn"}
     check = pytest.importorskip("twine.commands.check", reason="twine is not installed: run `make setup` again")
     assert not check.check([str(path) for path in built], strict=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["pip", "uv"])
+@pytest.mark.parametrize("version", PYTHONS)
+def test_it_installs_into_a_clean_environment_and_its_script_runs(version, tool, built, tmp_path):
+    python = shutil.which(f"python{version}")
+    if python is None or subprocess.run([python, "--version"], capture_output=True, check=False).returncode:
+        pytest.skip(f"python{version} is not on this machine")
+    subprocess.run([python, "-m", "venv", str(tmp_path / "env")], check=True, timeout=LONG_S)
+    folder = tmp_path / "env" / "bin"
+    install = [str(folder / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if tool == "uv":
+        uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        if uv is None:
+            pytest.skip("uv is not installed")
+        install = [uv, "pip", "install", "--quiet", "--python", str(folder / "python")]
+    for words in (WITHOUT_TORCH, ["--no-deps", str(built[0])]):
+        subprocess.run([*install, *words], check=True, timeout=4 * LONG_S)
+
+    def run(*words: str) -> str:
+        command = [str(folder / "lowrank-vit"), *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LONG_S, check=True).stdout
+
+    assert run("--version") == f"lowrank-vit {__version__}\n"
+    assert all(f"  {name} " in run("--help") for name in COMMANDS)
+    page = run("doctor")
+    assert version in page
+    assert "No module named 'torch'" in " ".join(page.split())
+    assert "opencv-python not installed" in " ".join(page.split())
