@@ -41,7 +41,7 @@ class WandbRun(Tracker):
         import wandb
 
         artifact = wandb.Artifact(f"spectra-{self.id}", type="spectra")
-        artifact.add(wandb.Table(columns=[*spectra.columns], data=spectra.rows), "scalars")
+        artifact.add(wandb.Table(columns=[*spectra.columns], data=[*spectra.rows]), "scalars")
         self._run.log_artifact(artifact)
 
     def finish(self) -> None:

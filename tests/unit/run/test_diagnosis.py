@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lowrank_vit import doctor
 from lowrank_vit.common import resources
@@ -64,6 +66,20 @@ def test_it_asks_the_functions_that_choose_in_a_run(tmp_path, monkeypatch):
     auto = diagnosis(tmp_path, tmp_path)["auto"]
     assert auto["--workers"].startswith("17 threads")
     assert auto["--loader"] == "resident for sets of up to 256.0 GiB decoded, else ffcv (NVIDIA DALI is not installed)"
+
+
+def test_of_gpus_it_tells_memory_and_which_have_a_jpeg_engine(tmp_path, monkeypatch, on_cuda_path):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("lowrank_vit.data.jpeg_engine.has_jpeg_engine", lambda device: device.index == 1)
+    monkeypatch.setattr("lowrank_vit.data.decode.dali.why_no_dali", lambda device: "")
+    card = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 * 2**30)
+    with on_cuda_path(is_available=lambda: True, device_count=lambda: 2, get_device_properties=lambda device: card):
+        page = diagnosis(tmp_path, tmp_path)
+    assert page["versions"]["torch"].endswith(", CUDA 13.0")
+    assert page["gpu"]["devices"] == (
+        "0: NVIDIA H100 80GB HBM3, 80.0 GiB, no JPEG engine; 1: NVIDIA H100 80GB HBM3, 80.0 GiB, a JPEG engine"
+    )
+    assert page["auto"]["--loader"].endswith("decoded, else dali")
 
 
 def test_a_line_that_fails_or_hangs_takes_no_other_one_away(tmp_path, monkeypatch):
