@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module, metadata
 
+import numpy as np
 import torch
 from rich.filesize import decimal as size_in_words
 
@@ -62,6 +63,7 @@ def open_loader(
         >>> loader.close()
     """
     options = options or LoaderOptions(workers=workers)
+    _check_plan(beton, plan)
     device = pick_device(device) if isinstance(device, str) else device
     options = replace(options, say=say if plan.rank == 0 else None)
     if (beton.modes != MODE_RAW).any():
@@ -74,6 +76,19 @@ def open_loader(
     loader = Loader(backend, beton, plan, device, on_bad_sample=options.on_bad_sample, prepare=prepare, say=say)
     loader.engine_share = share
     return loader, f"{beton.path.name}: {beton.num_samples:,} samples, {backend.name} loader ({reason})"
+
+
+def _check_plan(beton: Beton, plan: TrainPlan | EvalPlan) -> None:
+    """Raise `UserError` for a plan of other images, whose samples or pixels this set would not have."""
+    if plan.num_samples != beton.num_samples:
+        other = f"{plan.num_samples:,} samples, and this set has {beton.num_samples:,}"
+    elif not (np.array_equal(plan.heights, beton.heights) and np.array_equal(plan.widths, beton.widths)):
+        other = "as many samples, but some of other sizes in pixels"
+    else:
+        return
+    raise UserError(
+        f"the plan is of another set than {beton.path}: of {other}. Make the plan of the same Beton that is loaded."
+    )
 
 
 def _open_backend(

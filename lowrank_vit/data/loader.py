@@ -68,7 +68,7 @@ class Loader:
         self._depths: list[int] = []
         self._running: Iterator[Batch] | None = None
         self._accum_steps = plan.accum_steps if isinstance(plan, TrainPlan) else 1
-        self._epoch, self._step, self._is_loaded = 0, 0, False
+        self._epoch, self._step, self._is_loaded, self._is_closed = 0, 0, False, False
 
     @property
     def resident_bytes(self) -> int:
@@ -85,9 +85,13 @@ class Loader:
 
         Without it from the beginning, or, in the first call after `load_state_dict`, from the loaded position.
 
-        Only one epoch runs at a time: a second call, like `close`, ends the first. Raises `BetonError` naming file,
-        sample and source for a damaged sample (unless those are skipped) and for a file that changed meanwhile.
+        Only one epoch runs at a time: a second call, like `close` and `load_state_dict`, ends the first, which raises
+        `UserError` if it is asked for another batch. `UserError` also of a closed loader, and of a step that the epoch
+        does not have. Raises `BetonError` naming file, sample and source for a damaged sample (unless those are
+        skipped) and for a file that changed meanwhile.
         """
+        if self._is_closed:
+            raise UserError(self._why_ended())
         self._end()
         if first_step is None:
             first_step = self._step if self._is_loaded and epoch == self._epoch else 0
@@ -99,6 +103,8 @@ class Loader:
     def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         try:
             while True:
+                if self._running is not batches:
+                    raise UserError(self._why_ended())
                 self._depths.append(self.waiting)
                 batch = next(batches, None)
                 if batch is None:
@@ -107,10 +113,18 @@ class Loader:
                 self._step = batch.plan.step + 1
                 beat()
                 yield batch
-            if self._running is batches:  # and not ended in favour of another epoch
-                self._epoch, self._step = self._epoch + 1, 0
+            self._epoch, self._step = self._epoch + 1, 0
         finally:
             _close(batches)
+
+    def _why_ended(self) -> str:
+        """Why there is no further batch, in words."""
+        if self._is_closed:
+            return f"the loader of {self._beton.path} is closed. Open another one with open_loader."
+        return (
+            f"this epoch of {self._beton.path} was ended: a loader runs one at a time, and batches() or "
+            "load_state_dict() was called since it began. Open a second loader to have two epochs side by side."
+        )
 
     def _decoded(self, epoch: int, step: int) -> Iterator[Batch]:
         while True:
@@ -188,7 +202,10 @@ class Loader:
             self._running = None
 
     def close(self) -> None:
-        """End a running epoch, with its threads, and give back memory."""
+        """End a running epoch, with its threads, and give back memory. A second call does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._end()
         self._hand_over.close()
         self._backend.close()

@@ -299,7 +299,7 @@ class EvalPlan:
         samples: np.ndarray | None = None,
     ) -> None:
         """`interpolation`: how images are resized, NEAREST, BILINEAR or BICUBIC; `samples`: their ids, if not all."""
-        self._interpolation = interpolation
+        self.heights, self.widths, self._interpolation = heights, widths, interpolation
         self.resized, self.corners = center_crops(heights, widths, img_size, crop_pct)
         self._windows = center_windows(heights, widths, self.resized, self.corners, img_size)
         self.num_samples, self.batch_size, self.img_size, self.rank = len(heights), batch_size, img_size, rank

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +29,12 @@ from tests.hidden_packages import hidden_packages
 CPU = torch.device("cpu")
 FREE_BYTES = resident_set.free_bytes
 AUTO = LoaderOptions(workers=2)
+
+
+@dataclass
+class Sides:
+    heights: np.ndarray
+    widths: np.ndarray
 
 
 def plan_of(beton: Beton, img_size: int = 16) -> TrainPlan:
@@ -165,6 +173,17 @@ OLD_DRIVER = (
     "[/opt/dali/core/cuda.cc:57] CUDA runtime API error cudaErrorInsufficientDriver (35):\nCUDA driver version is "
     "insufficient for CUDA runtime version\nStacktrace (9 entries):\n[frame 0]: /lib/libdali.so"
 )
+
+
+@pytest.mark.parametrize(("other", "told"), [(20, "20 samples, and this set has 24"), (24, "some of other sizes")])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_plan_of_another_set_is_refused(beton, other, told, is_training):
+    sides = np.full(other, 300)
+    plan = TrainPlan.of(Sides(sides, sides), img_size=16, batch_size=4)
+    if not is_training:
+        plan = EvalPlan.of(Sides(sides, sides), img_size=16, batch_size=4)
+    with pytest.raises(UserError, match=f"the plan is of another set than .*: of .*{told}"):
+        open_loader(beton, plan, CPU, AUTO)
 
 
 def test_where_dali_cannot_use_the_gpu_the_cpu_decodes(beton, small_memory, free, monkeypatch, on_cuda_path):

@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from data_prep.convert import convert_image_folder
-from lowrank_vit.common.errors import BetonError
+from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.data.choose import open_loader
 from lowrank_vit.data.decode.backend import LoaderOptions, Schedule
 from lowrank_vit.data.decode.pil import decode
@@ -223,9 +223,25 @@ def test_a_second_epoch_ends_the_first(sets, backend):
     next(first)
     second = loader.batches(1)
     next(second)
-    assert list(first) == []
+    with pytest.raises(UserError, match=r"this epoch of .*jpeg.beton was ended: a loader runs one at a time"):
+        next(first)
     assert loader.state_dict()["update"] == 1
     assert len(list(second)) == 5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_seen", [None, 0, 2])
+def test_a_closed_loader_says_so(sets, backend, num_seen):
+    """Whether batches are asked for then, or were asked for, or were seen already before."""
+    loader = open_one(backend, Beton(sets["jpeg"]))
+    batches = iter(()) if num_seen is None else loader.batches(0)
+    for _ in range(num_seen or 0):
+        next(batches)
+    loader.close()
+    loader.close()
+    with pytest.raises(UserError, match=r"the loader of .*jpeg.beton is closed. Open another one"):
+        next(loader.batches(0) if num_seen is None else batches)
+    assert loader.state_dict()["update"] == (num_seen or 0)
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "dali"])
