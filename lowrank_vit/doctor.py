@@ -50,7 +50,7 @@ def text_of(page: Page) -> str:
 
 def _run(argv: list[str]) -> None:
     options = read_options(Options, argv, usage_name("lowrank_vit.doctor"))
-    page = diagnosis(options.output.expanduser(), options.data_dir.expanduser())
+    page = diagnosis(options.output, options.data_dir)
     say(json.dumps(page, indent=2) if options.json else text_of(page))
 
 

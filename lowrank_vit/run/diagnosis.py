@@ -18,8 +18,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -33,12 +34,25 @@ Lines = Iterator[tuple[str, Callable[[], str]]]
 TIMEOUT_S = 20.0
 """A line that takes longer, such as one about a file system that does not answer, says so."""
 _OF_WORK = ("dev", "all")
+_OTHER_PATHS = (
+    re.compile(r"(?<=')/(?:[^'/\n]+/)+(?=[^'\n]*')"),
+    re.compile(r'(?<=")/(?:[^"/\n]+/)+(?=[^"\n]*")'),
+    re.compile(r"(?<![\w.~])(?<!:/)/(?:[^\s/:;'\"]+(?: [^\s/:;'\"]+)*/)+"),
+)
+"""Folders of an absolute path: in quotation marks whatever they are called, else with single blanks in their names."""
 _TOLD = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "NUMBA_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "WANDB_MODE")
 """Variables of the environment that change what a run does and name nobody."""
 
 
 def diagnosis(output: Path, data_dir: Path) -> Page:
-    """All lines. `output` and `data_dir` need not exist: then the nearest folder above is looked at."""
+    """All lines. `output` and `data_dir` need not exist: then the nearest folder above is looked at.
+
+    A process whose working directory was removed works in / afterwards: torch's libraries end one that has none.
+    """
+    was_in = _lost_folder()
+    if was_in:
+        os.chdir("/")
+        output, data_dir = was_in / output, was_in / data_dir
     sections: dict[str, Callable[[], Lines]] = {
         "versions": _versions,
         "extras": _extras,
@@ -48,7 +62,7 @@ def diagnosis(output: Path, data_dir: Path) -> Page:
         "data": lambda: _files(data_dir),
         "auto": lambda: _auto(data_dir),
     }
-    hide = _Hider(output, data_dir)
+    hide = _Hider(output, data_dir, *([was_in] if was_in else []))
     page: Page = {}
     for section, lines in sections.items():
         entries = page[section] = dict[str, str]()
@@ -57,7 +71,18 @@ def diagnosis(output: Path, data_dir: Path) -> Page:
                 entries[name] = hide(_told(look))
         except Exception as error:  # what the lines are cannot be found out
             entries["and more"] = hide(_failed(error))
+    if was_in:
+        page["machine"]["working directory"] = "it is not there any more"
     return page
+
+
+def _lost_folder() -> Path | None:
+    """The working directory if it was removed, as the shell has called it; None while it is there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return Path("/", os.environ.get("PWD", ""))
+    return None
 
 
 def _told(look: Callable[[], str]) -> str:
@@ -70,10 +95,18 @@ def _told(look: Callable[[], str]) -> str:
         except BaseException as error:  # whatever a library does while it is looked at
             found.append(_failed(error))
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(TIMEOUT_S)
+    _do_in_time([work])
     return found[0] if found else f"no answer within {TIMEOUT_S:g} s"
+
+
+def _do_in_time(works: Iterable[Callable[[], None]]) -> None:
+    """Do all at once; what takes longer than `TIMEOUT_S` is left alone, since nothing can end it."""
+    threads = [threading.Thread(target=work, daemon=True) for work in works]
+    end = time.monotonic() + TIMEOUT_S
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
 
 
 def _failed(error: BaseException) -> str:
@@ -85,21 +118,40 @@ class _Hider:
 
     def __init__(self, *given: Path) -> None:
         self._paths: list[tuple[str, str]] = []
-        places = [(sys.prefix, "ENV"), (sys.base_prefix, "PYTHON"), (str(Path.cwd()), "."), (str(Path.home()), "~")]
-        places = [*((str(path.absolute()), "DIR") for path in given), *places, (tempfile.gettempdir(), "TMP")]
-        places += [(str(Path(place).resolve()), short) for place, short in places]
-        self._paths = sorted({one for one in places if len(one[0]) > 1}, key=lambda one: -len(one[0]))
-        names = {socket.gethostname()}
+        self._names: list[str] = []
+        places: list[tuple[Callable[[], object], str]] = [
+            *((lambda path=path: path, "DIR") for path in given),
+            (lambda: sys.prefix, "ENV"),
+            (lambda: sys.base_prefix, "PYTHON"),
+            (Path.cwd, "."),
+            (Path.home, "~"),
+            (tempfile.gettempdir, "TMP"),
+        ]
+        looks = [lambda place=place, short=short: self._find_place(place, short) for place, short in places]
+        _do_in_time([*looks, self._find_names])
+        self._places = sorted({one for one in [*self._paths] if len(one[0]) > 1}, key=lambda one: -len(one[0]))
+        names = "|".join(map(re.escape, sorted([*self._names], key=len, reverse=True)))
+        self._who = re.compile(rf"(?<!\w)(?:{names})(?!\w)" if names else "(?!)")
+
+    def _find_place(self, place: Callable[[], object], short: str) -> None:
+        """Note a folder as it is called and as it is without links, as far as that can be found out."""
+        with contextlib.suppress(OSError, RuntimeError):  # it is gone, or there is no home
+            path = Path(str(place())).absolute()
+            self._paths.append((str(path), short))
+            self._paths.append((str(path.resolve()), short))
+
+    def _find_names(self) -> None:
+        host = socket.gethostname()
+        self._names += filter(None, {host, host.partition(".")[0]})
         with contextlib.suppress(Exception):  # a user without a name
-            names.add(getpass.getuser())
-        words = (rf"(?<!\w){re.escape(name)}(?!\w)" for name in names if len(name) > 3)
-        self._names = re.compile("|".join(words) or "(?!)")
+            self._names.append(getpass.getuser())
 
     def __call__(self, text: str) -> str:
-        for path, short in self._paths:
+        for path, short in self._places:
             text = text.replace(path, short)
-        text = re.sub(r"(?<![\w.~])/(?:[\w.@+-]+/)+", ".../", text)  # of any other absolute path its last part
-        return re.sub(r"(://)[^/\s@]+@", r"\1", self._names.sub("...", text))
+        for pattern in _OTHER_PATHS:  # of any other absolute path its last part
+            text = pattern.sub(".../", text)
+        return re.sub(r"(://)[^/\s@]+@", r"\1", self._who.sub("...", text))
 
 
 def _versions() -> Lines:
@@ -237,13 +289,19 @@ def _devices() -> str:
 
 
 def _files(folder: Path) -> Lines:
+    above = ", of the nearest folder above"
+    yield "file system", lambda: f"{_type_of(_there(folder))}{'' if folder.is_dir() else above}"
+    yield "room", lambda: _room(_there(folder))
+    yield "locks", lambda: _locks(_there(folder))
+    yield "mappings", lambda: _mappings(_there(folder))
+
+
+def _there(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
     there = folder.absolute()
     while not there.is_dir() and there != there.parent:
         there = there.parent
-    yield "file system", lambda: f"{_type_of(there)}{'' if folder.is_dir() else ', of the nearest folder above'}"
-    yield "room", lambda: _room(there)
-    yield "locks", lambda: _locks(there)
-    yield "mappings", lambda: _mappings(there)
+    return there
 
 
 def _type_of(folder: Path) -> str:

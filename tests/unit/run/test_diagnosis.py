@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,61 @@ def test_it_tells_nothing_of_who_works_there(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_cores", lambda: text)
     told = diagnosis(secret, secret)["machine"]["cores"]
     assert told == "~/x.so and DIR/train.beton by ...@... of .../libfoo.so, https://host/a, Mariana"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("by bo on n1.lab.org, not bob or n10", "by ... on ....lab.org, not bob or n10"),
+        ("n1 is up; bo@n1:/a", "... is up; ...@...:/a"),
+        ("cannot read /home/Jane Doe/my set/x.so: no such file", "cannot read .../x.so: no such file"),
+        ("'/home/Jane, (old): 2/set/train.beton' and '/b/c'", "'.../train.beton' and '.../c'"),
+        ('"/home/J\'s set/train.beton" is cut', '".../train.beton" is cut'),
+        ("/opt/a.so and /b/c.so, /data/Ünï+(x)/z", ".../a.so and .../c.so, .../z"),
+        ("see https://host/a/b and 1/2", "see https://host/a/b and 1/2"),
+    ],
+)
+def test_short_names_and_odd_folders_are_left_out_too(text, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.getpass, "getuser", lambda: "bo")
+    monkeypatch.setattr(module.socket, "gethostname", lambda: "n1")
+    monkeypatch.setattr(module, "_cores", lambda: text)
+    monkeypatch.setattr(module, "_gpu", lambda: iter([]))
+    monkeypatch.setattr(module, "_auto", lambda data_dir: iter([]))
+    assert diagnosis(tmp_path, tmp_path)["machine"]["cores"] == told
+
+
+def test_without_a_working_directory_and_a_home_the_rest_is_told(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setenv("PWD", str(gone))
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", dict[int, str]().__getitem__)  # a container's user without an entry
+    page = diagnosis(Path("output"), tmp_path)
+    told = [text for lines in page.values() for text in lines.values()]
+    assert [text for text in told if text.startswith("failed") or str(tmp_path) in text] == []
+    assert page["output"]["file system"].endswith(", of the nearest folder above")
+    assert page["machine"]["working directory"] == "it is not there any more"
+
+
+def test_file_systems_that_do_not_answer_end_no_page(tmp_path, monkeypatch):
+    dead = tmp_path / "dead"
+    for name in ("is_dir", "resolve"):
+        usual = getattr(Path, name)
+
+        def ask(self: Path, *args: object, usual: Any = usual, **keywords: object) -> object:
+            return threading.Event().wait() if dead in (self, *self.parents) else usual(self, *args, **keywords)
+
+        monkeypatch.setattr(Path, name, ask)
+    monkeypatch.setattr(module, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(module, "_gpu", lambda: iter([]))
+    monkeypatch.setattr(module, "_auto", lambda data_dir: iter([]))
+    monkeypatch.setattr(module, "_cores", lambda: f"{dead}/a/x.so")
+    page = diagnosis(tmp_path, dead / "a")
+    assert set(page["data"].values()) == {"no answer within 0.2 s"}
+    assert page["machine"]["cores"] == "DIR/x.so"
+    assert page["output"]["file system"]
 
 
 def test_without_torch_the_rest_is_told(tmp_path):
