@@ -1,13 +1,16 @@
 # Sourced by the batch scripts beside it.
 #
-# `step_with_requeue SIGNAL COMMAND...` runs a step of the job. SIGUSR1, which `--signal=B:USR1@120` sends to the batch
-# shell two minutes before the time limit, is passed on to the step as SIGNAL. When the step has saved and ended, the job
-# is queued again, under the same number, and the same script goes on. srun passes signals on to its tasks.
+# `step_with_requeue SIGNAL STATUS COMMAND...` runs a step of the job. SIGUSR1, which `--signal=B:USR1@120` sends to the
+# batch shell two minutes before the time limit, is passed on to the step as SIGNAL. A step that then ends with STATUS has
+# ended because of it: the job is queued again, under the same number, and the same script goes on. A step that ends with
+# another status has finished (0) or failed: that is the job's status. srun passes signals on to its tasks.
+#
+# Where STATUS does not tell a stop from a failure, the script defines `has_progress`: a job without is not queued again.
 
 # shellcheck shell=bash
 step_with_requeue() {
-    local signal=$1 step="" is_told="" status=0
-    shift
+    local signal=$1 stopped=$2 step="" is_told="" status=0
+    shift 2
     trap 'is_told=1; [ -z "$step" ] || kill -s "$signal" "$step" 2>/dev/null || true' USR1
     "$@" &
     step=$!
@@ -19,6 +22,14 @@ step_with_requeue() {
     done
     trap - USR1
     [ -n "$is_told" ] || return "$status"
+    if [ "$status" -ne "$stopped" ]; then
+        echo "the step has ended with $status after SIGUSR1, not with $stopped: job $SLURM_JOB_ID is not queued again"
+        return "$status"
+    fi
+    if declare -F has_progress >/dev/null && ! has_progress; then
+        echo "the step has ended with $status and saved nothing new: job $SLURM_JOB_ID is not queued again"
+        return "$((status ? status : 1))"
+    fi
     echo "the step has ended with $status after SIGUSR1: job $SLURM_JOB_ID is queued again"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0

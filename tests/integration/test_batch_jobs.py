@@ -76,17 +76,52 @@ def test_an_array_converts_a_set_in_parts_that_open_as_one(tmp_path):
     assert [part.name for part in parts] == [f"train-{n}-of-3.beton" for n in (1, 2, 3)]
 
 
+@pytest.mark.parametrize("words", [["hfds", "user/set:train"], ["wds", "a b-{00..11}.tar"], ["imagefolder"], []])
+def test_an_array_converts_what_data_prep_can(words, tmp_path):
+    write_recorders(tmp_path)
+    line = ["scripts/slurm/convert.sbatch", *words, "--out", "b"]
+    ((_, called, _),) = calls_of_job(line, {}, tmp_path)
+    assert called == ["-m", "data_prep", *(words or ["imagefolder"]), "--out", "b", "--shard", "3/16"]
+
+
+@pytest.mark.parametrize(
+    ("told", "is_right"),
+    [
+        ({"ID": "0", "MIN": "0", "MAX": "15", "COUNT": "16"}, False),
+        ({"ID": "3", "MIN": "0", "MAX": "15", "COUNT": "16"}, False),
+        ({"ID": "2", "MIN": "2", "MAX": "17", "COUNT": "16"}, False),
+        ({"ID": "3", "MIN": "1", "MAX": "15", "COUNT": "8"}, False),
+        ({"ID": "7", "MIN": "7", "MAX": "7", "COUNT": "1"}, False),
+        ({"ID": "1", "MIN": "1", "MAX": "16", "COUNT": "16"}, True),
+        ({"ID": "7", "MIN": "7", "MAX": "9", "COUNT": "2", "PARTS": "16"}, True),
+        ({"ID": "0", "MIN": "0", "MAX": "0", "COUNT": "1", "PARTS": "16"}, False),
+        ({"ID": "17", "MIN": "17", "MAX": "17", "COUNT": "1", "PARTS": "16"}, False),
+    ],
+)
+def test_an_array_that_is_not_of_all_parts_is_refused(told, is_right, tmp_path):
+    """By each of its elements, before one of them has converted a part under a wrong name."""
+    write_recorders(tmp_path)
+    record = tmp_path / "record.jsonl"
+    environment = {key if key == "PARTS" else f"SLURM_ARRAY_TASK_{key}": value for key, value in told.items()}
+    environment |= {"SLURM_SUBMIT_DIR": str(tmp_path), "RECORD": str(record), "PATH": str(tmp_path / "bin")}
+    command = [tool("bash"), "scripts/slurm/convert.sbatch", "--src", "a", "--out", "b"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, record.exists()) == ((0, True) if is_right else (2, False)), done.stderr
+    assert is_right or "count from 1, as in --array=1-" in done.stderr
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=NAMES)
 def test_what_its_comment_says_can_be_typed(path, tmp_path):
     write_recorders(tmp_path)
     calls = calls_of(header_commands(path), tmp_path)
-    assert len(calls) == 2
+    assert len(calls) >= 2
     for name, words, told in calls:
         assert name == "sbatch"
         assert calls_of_job(words, told, tmp_path)
 
 
-STEP = "trap 'echo saved >>log; exit 7' {signal}; echo begun >>log; while :; do read -rt 0.02 <>/dev/zero || true; done"
+WAITS = "while :; do read -rt 0.02 <>/dev/zero || true; done"
+STEP = "trap 'echo saved >>log; exit {code}' {signal}; echo begun >>log; " + WAITS
 
 
 def start(script: str, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -107,22 +142,57 @@ def lines_of(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-@pytest.mark.parametrize("signal_name", ["USR1", "TERM"])
-def test_a_step_is_told_and_its_job_queued_again(signal_name, tmp_path):
-    step = STEP.format(signal=signal_name).replace("'", "'\\''")
-    script = f". {ROOT}/scripts/slurm/requeue.sh; step_with_requeue {signal_name} srun --x=1 bash -c '{step}'"
-    job = start(f"set -eu; {script}", tmp_path, {})
+@pytest.mark.parametrize(
+    ("signal_name", "stopped", "code", "progress", "is_queued"),
+    [
+        ("USR1", 1, 1, "", True),
+        ("TERM", 143, 143, "", True),
+        ("USR1", 0, 0, "true", True),
+        ("USR1", 1, 1, "false", False),
+        ("USR1", 1, 0, "", False),  # it was finished
+        ("USR1", 1, 139, "", False),
+        ("TERM", 143, 1, "true", False),
+    ],
+)
+def test_the_job_of_a_step_that_was_stopped_is_queued_again(signal_name, stopped, code, progress, is_queued, tmp_path):
+    step = STEP.format(signal=signal_name, code=code).replace("'", "'\\''")
+    script = f"step_with_requeue {signal_name} {stopped} srun --x=1 bash -c '{step}'"
+    defined = f"has_progress() {{ {progress}; }};" if progress else ""
+    job = start(f"set -eu; . {ROOT}/scripts/slurm/requeue.sh; {defined} {script}", tmp_path, {})
     wait_until(lambda: lines_of(tmp_path / "log") == ["begun"], "the step", while_runs=job)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(LONG_S) == 0
+    assert job.wait(LONG_S) == (0 if is_queued else code)
     assert lines_of(tmp_path / "log") == ["begun", "saved"]
-    assert lines_of(tmp_path / "requeued.txt") == ["requeue 77"]
-    assert "the step has ended with 7 after SIGUSR1: job 77 is queued again" in lines_of(tmp_path / "job.log")
+    assert lines_of(tmp_path / "requeued.txt") == ["requeue 77"] * is_queued
+    said, *_ = lines_of(tmp_path / "job.log")
+    assert said.endswith(f": job 77 is {'' if is_queued else 'not '}queued again")
+
+
+@pytest.mark.parametrize(
+    ("has_checkpoint", "saves", "is_queued"), [(True, True, True), (False, True, True), (True, False, False)]
+)
+def test_a_training_that_has_saved_nothing_new_is_not_queued_again(has_checkpoint, saves, is_queued, tmp_path):
+    """The 1 of torchrun says that it was stopped or that a rank has failed: so the checkpoint tells."""
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    (tmp_path / "bin").mkdir()
+    last = tmp_path / "output" / "slurm_77" / "last.pth.tar"
+    last.parent.mkdir(parents=True)
+    if has_checkpoint:
+        last.touch()
+    save = f"echo new >{last}.new; mv {last}.new {last}" if saves else "true"
+    torchrun = STEP.format(signal="USR1", code=1).replace("echo saved >>log", save)
+    (tmp_path / "bin" / "torchrun").write_text(f"#!{tool('bash')}\n{torchrun}\n")
+    (tmp_path / "bin" / "torchrun").chmod(0o755)
+    job = start(f"exec bash {TRAIN}", tmp_path, {"SLURM_JOB_NUM_NODES": "1"})
+    wait_until(lambda: lines_of(tmp_path / "log") == ["begun"], "the step", while_runs=job)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(LONG_S) == (0 if is_queued else 1), lines_of(tmp_path / "job.log")
+    assert lines_of(tmp_path / "requeued.txt") == ["requeue 77"] * is_queued
 
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_step_that_ends_by_itself_is_not_queued_again(code, tmp_path):
-    script = f". {ROOT}/scripts/slurm/requeue.sh; step_with_requeue USR1 srun bash -c 'exit {code}'; echo after >log"
+    script = f". {ROOT}/scripts/slurm/requeue.sh; step_with_requeue USR1 1 srun bash -c 'exit {code}'; echo after >log"
     job = start(f"set -eu; {script}", tmp_path, {})
     assert job.wait(LONG_S) == code
     assert lines_of(tmp_path / "log") == ["after"] * (code == 0)
