@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from data_prep.convert import DEFAULT_IMAGE_OPTIONS, Conversion, Say, convert_sources
 from data_prep.formats.jpeg import ImageOptions
-from data_prep.sources.hugging_face import NO_COLUMNS, Columns, hugging_face, loaded, local_data, streamed
+from data_prep.sources.hugging_face import NO_COLUMNS, Columns, hugging_face, is_table, loaded, local_data, streamed
 from data_prep.sources.python_dataset import python_dataset
 from data_prep.sources.rows import RowSource, files_fingerprint
 from data_prep.sources.spool import rows_path
@@ -132,13 +132,16 @@ def convert_dataset(
 ) -> Conversion:
     """Write a data set that is a Python object to `out`, a `.beton` that training reads.
 
-    `dataset` has a length and items by number: (picture, label, ...), as torchvision's data sets have them, or a dict
-    with "image" and "label". A picture is a PIL image, a path, an image file's bytes, a NumPy array uint8 (height,
+    `dataset` has a length and items `dataset[n]`: (picture, label, ...), as torchvision's data sets have them, or a
+    dict with "image" and "label". A picture is a PIL image, a path, an image file's bytes, a NumPy array uint8 (height,
     width, 3) or a torch tensor uint8 (3, height, width). A label is a number or the name of a class. Class names are
-    `dataset.classes` or `class_to_idx`. Where the object lists its files (`samples`, as torchvision's ImageFolder) and
-    transforms nothing, and where a picture is bytes or a path, files are stored as `convert_image_folder` stores them:
-    usual JPEGs byte for byte. Decoded pictures up to 64 pixels a side are stored as they are. A `datasets.Dataset` is
-    read without decoding; `input_key` and `target_key` name its columns.
+    `dataset.classes` or `class_to_idx`.
+
+    Where a picture is bytes or a path, files are stored as `convert_image_folder` stores them: usual JPEGs byte for
+    byte. So are those of torchvision's ImageFolder, also below torch's `Subset` and `ConcatDataset`, unless a
+    `transform`, a loader or a derived class's `__getitem__` may change pictures: these are stored as they come out. A
+    `target_transform` is applied. Decoded pictures up to 64 pixels a side are stored as they are. A `datasets.Dataset`
+    is read without decoding, unless `set_transform` was called.
 
     Leave out random transforms: training augments, and an item may be read twice. Items are read one at a time.
 
@@ -149,8 +152,8 @@ def convert_dataset(
         fingerprint: Any text that changes with the data, such as a version. With it (or with files) an interrupted
             conversion is gone on with, and nothing is done where all is finished; without, all is written anew.
         image: How images are stored; `data_prep.formats.jpeg.LOSSLESS` keeps every pixel, for sets that are scored.
-        input_key: See above.
-        target_key: See above.
+        input_key: The column, or the key of a dict, that holds the pictures; "image" by default.
+        target_key: The same for the labels; "label" by default.
         class_map: Text file with the names of classes, one a line, in label order.
         part: (i, n) writes part i of n, counted from 1, to FILE-i-of-n.beton.
         workers: Threads that encode; one a core by default.
@@ -171,11 +174,13 @@ def convert_dataset(
     if hasattr(dataset, "keys") and hasattr(dataset, "values"):
         splits = ", ".join(map(str, dataset.keys()))
         raise UserError(f"this is a dict of data sets ({splits}), not one. Convert each to a file of its own.")
-    if hasattr(dataset, "cast_column") and hasattr(dataset, "select_columns"):
-        if not hasattr(dataset, "__len__"):
-            raise UserError("a stream has no length: use `python -m data_prep hfids`, or load it without streaming.")
-        source = loaded(dataset, Columns(input_key, target_key, class_map), name)
-    else:
-        source = python_dataset(dataset, name, class_map, fingerprint)
+    columns = Columns(input_key, target_key, class_map)
+    if hasattr(dataset, "cast_column") and not hasattr(dataset, "__len__"):
+        raise UserError(
+            "a stream has no length: use `python -m data_prep hfds --stream`, or load it without streaming."
+        )
+    source = (
+        loaded(dataset, columns, name) if is_table(dataset) else python_dataset(dataset, name, columns, fingerprint)
+    )
     how: dict[str, Any] = {"part": part, "workers": workers, "on_bad": on_bad, "progress": progress, "say": say}
     return convert_sources({path: source}, {path: image}, {}, **how)[0]

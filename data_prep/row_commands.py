@@ -118,7 +118,7 @@ def torch_command(
 
     - FUNCTION of MODULE, which may lie here, returns it: with a length, and items (picture, label).
     - A picture is a PIL image, a path, bytes, or an array or a tensor of uint8.
-    - Where it lists its files, as torchvision's ImageFolder does, usual JPEGs are stored byte for byte.
+    - Files of torchvision's ImageFolder, unless a transform or code of your own changes them, are stored as by imagefolder.
     - Decoded pictures up to 64 pixels a side are stored as they are.
 
     Args:

@@ -82,6 +82,13 @@ def hugging_face(
         return _of_table(found, name, columns)
 
 
+def is_table(dataset: Any) -> bool:
+    """Whether it is a `datasets.Dataset` whose items are its rows: a transform, or a derived class, may change them."""
+    kind = getattr(sys.modules.get("datasets"), "Dataset", None)
+    is_one = kind is not None and isinstance(dataset, kind) and type(dataset).__getitem__ is kind.__getitem__
+    return is_one and dataset.format["type"] != "custom"
+
+
 def loaded(dataset: Any, columns: Columns, name: str = "") -> RowSource:
     """The rows of a `datasets.Dataset` that is there already. Raises `UserError`."""
     name = name or f"datasets.Dataset {dataset.info.dataset_name or ''}".strip()

@@ -4,49 +4,51 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from data_prep.formats.jpeg import BadImageError
+from data_prep.sources.hugging_face import NO_COLUMNS, Columns
 from data_prep.sources.rows import Picture, RowSource, read_labels
-from data_prep.sources.samples import FileList, Sample
+from data_prep.sources.samples import FileList, Sample, abbreviated
 from lowrank_vit.common.errors import UserError, in_short
 
-_TRANSFORMS = ("transform", "transforms", "target_transform")
 
+def python_dataset(dataset: Any, name: str = "", columns: Columns = NO_COLUMNS, fingerprint: str = "") -> RowSource:
+    """The items `dataset[n]`, in order.
 
-def python_dataset(dataset: Any, name: str = "", class_map: Path | None = None, fingerprint: str = "") -> RowSource:
-    """The items of `dataset`, in order.
-
-    An item is a pair, or a longer tuple that begins with it, or a dict with the keys "image" and "label". The picture
-    is a PIL image, a path, an image file's bytes, a NumPy array uint8 (height, width[, 1, 3 or 4]) or a torch tensor
-    uint8 ([1, 3 or 4,] height, width). Class names are the object's `classes`, else `class_to_idx`. Where it lists its
-    files (`samples` or `imgs`, as torchvision's ImageFolder) and transforms nothing, the files' own bytes are taken;
-    labels are its `targets` or `labels`. Otherwise every item is read twice, once for its label. Items are read one at
-    a time. `fingerprint` stands for the data's state, see `RowSource`. Raises `UserError`.
+    An item is a pair, or a longer tuple that begins with it, or a dict with the keys "image" and "label" (or those of
+    `columns`). The picture is a PIL image, a path, an image file's bytes, a NumPy array uint8 (height, width[, 1, 3 or
+    4]) or a torch tensor uint8 ([1, 3 or 4,] height, width). Every item is read twice, once for its label, and one at a
+    time. Nothing is taken past a `__getitem__` of the user's own. Where it is that of torchvision's ImageFolder (or
+    DatasetFolder), labels come from its list, and without a `transform` or another loader so do the files' own bytes;
+    that of torch's `Subset` and `ConcatDataset` is followed to the sets below. Class names are the object's `classes`,
+    else `class_to_idx`. `fingerprint` stands for the data's state, see `RowSource`. Raises `UserError`.
     """
     name = name or f"{type(dataset).__module__}.{type(dataset).__qualname__}"
-    found = _flat(dataset)
-    items = _Items(found)
-    labels = read_labels(items.labels(name), name, "the label", _class_names(found.dataset, name), class_map)
-    is_known = items.paths is not None or bool(fingerprint)
+    items = _Items(dataset, name, columns)
+    items.refuse_floats()
+    names, remarks = items.class_names()
+    labels = read_labels(items.labels(), name, "the label", names, columns.class_map)
+    if names or columns.class_map or not _are_numbers(labels.classes):
+        remarks = ()
     return RowSource(
         name,
         labels.classes,
         FileList.pack(zip(labels.values.tolist(), map(items.row_name, range(len(items))), strict=True), 0),
-        remarks=labels.remarks,
+        remarks=(*items.remarks(), *remarks, *labels.remarks),
         read=items.read,
         bad=labels.bad,
         fingerprint=hashlib.sha256(fingerprint.encode()).hexdigest() if fingerprint else "",
-        can_resume=is_known,
+        can_resume=items.are_files or bool(fingerprint),
         stat=items.stat,
     )
 
@@ -74,118 +76,178 @@ def made_by(factory: str) -> Any:
         raise UserError(f"{factory}() failed: {type(error).__name__}: {in_short(error)}.") from error
 
 
-@dataclass(frozen=True)
-class _Flat:
-    """A data set below its `Subset`s."""
+def _reads_as(dataset: Any, module: str, name: str) -> bool:
+    """Whether items are those of the library's class: a `__getitem__` of a class derived from it may do anything."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(dataset, kind) and type(dataset).__getitem__ is kind.__getitem__
+
+
+def _is_subset(dataset: Any) -> bool:
+    return _reads_as(dataset, "torch.utils.data.dataset", "Subset")
+
+
+def _is_joined(dataset: Any) -> bool:
+    return _reads_as(dataset, "torch.utils.data.dataset", "ConcatDataset")
+
+
+def _lists_files(dataset: Any) -> bool:
+    """Whether an item is an entry of `samples`, read by `loader` and transformed."""
+    return _reads_as(dataset, "torchvision.datasets.folder", "DatasetFolder")
+
+
+def _takes_files(dataset: Any) -> bool:
+    """Whether a picture is what the file holds."""
+    if not _lists_files(dataset) or dataset.transform is not None:
+        return False
+    folder = sys.modules["torchvision.datasets.folder"]
+    return dataset.loader in (folder.default_loader, folder.pil_loader, folder.accimage_loader)
+
+
+class _Leaf(NamedTuple):
+    """A data set below all `Subset`s and `ConcatDataset`s."""
 
     dataset: Any
-    indices: Sequence[int] | None = None
-    """Its items that count, in order; None for all."""
-
-
-def _flat(dataset: Any) -> _Flat:
-    indices: Sequence[int] | None = None
-    while hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # torch.utils.data.Subset
-        inner = [int(index) for index in dataset.indices]
-        indices = inner if indices is None else [inner[index] for index in indices]
-        dataset = dataset.dataset
-    return _Flat(dataset, indices)
-
-
-def _class_names(dataset: Any, name: str) -> tuple[str, ...]:
-    classes = getattr(dataset, "classes", None)
-    if not classes and isinstance(getattr(dataset, "class_to_idx", None), Mapping):
-        places: Mapping[Any, int] = dataset.class_to_idx
-        if sorted(places.values()) != list(range(len(places))):
-            raise UserError(f"{name}: the numbers in class_to_idx are not 0 to {len(places) - 1}, one a class.")
-        classes = sorted(places, key=lambda one: places[one])
-    if not classes or isinstance(classes, str):
-        return ()
-    names = tuple(", ".join(map(str, one)) if isinstance(one, tuple | list) else str(one) for one in classes)
-    if len(set(names)) < len(names):  # ImageNet's "crane": the number tells them apart
-        names = tuple(f"{one} ({n})" if names.count(one) > 1 else one for n, one in enumerate(names))
-    return names
+    lists_files: bool
+    takes_files: bool
 
 
 class _Items:
     """The items of a data set, for any thread."""
 
-    def __init__(self, found: _Flat) -> None:
-        self._dataset, self._indices = found.dataset, found.indices
-        self._lock = threading.Lock()
+    def __init__(self, dataset: Any, name: str, columns: Columns) -> None:
+        self._name, self._lock = name, threading.Lock()
+        self._keys = columns.input_key or "image", columns.target_key or "label"
+        self._leaves: list[_Leaf] = []
         try:
-            self._length = len(self._dataset) if self._indices is None else len(self._indices)
+            length = len(dataset)
         except TypeError as error:
             raise UserError(
-                f"{type(self._dataset).__qualname__} has no length, so its items cannot be read by number. Give a data "
-                "set with __len__ and __getitem__."
+                f"{type(dataset).__qualname__} has no length, so its items cannot be read by number. Give a data set "
+                "with __len__ and __getitem__."
             ) from error
-        self.paths = self._files()
-        """Of each item, where its own bytes are taken."""
+        self._leaf_of, self._at, self._numbers = array("i"), array("q"), array("q")
+        places: dict[int, int] = {}
+        for row in range(length):
+            try:
+                leaf, index, number = _below(dataset, row)
+            except (IndexError, TypeError, ValueError) as error:
+                raise UserError(f"{name}: item {row} is in none of the sets below it: {in_short(error)}.") from error
+            if id(leaf) not in places:
+                places[id(leaf)] = len(self._leaves)
+                self._leaves.append(_Leaf(leaf, _lists_files(leaf), _takes_files(leaf)))
+            self._leaf_of.append(places[id(leaf)])
+            self._at.append(index)
+            self._numbers.append(number)
+        if not self._leaves:
+            self._leaves.append(_Leaf(dataset, lists_files=False, takes_files=False))
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._at)
 
-    def _at(self, row: int) -> int:
-        return row if self._indices is None else self._indices[row]
+    @property
+    def are_files(self) -> bool:
+        """Whether every item's own bytes are taken."""
+        return all(leaf.takes_files for leaf in self._leaves)
 
-    def _files(self) -> list[Path] | None:
-        samples = getattr(self._dataset, "samples", None) or getattr(self._dataset, "imgs", None)
-        if any(getattr(self._dataset, one, None) is not None for one in _TRANSFORMS) or not isinstance(samples, list):
-            return None
-        loader = getattr(self._dataset, "loader", None)
-        if loader is not None and getattr(loader, "__module__", "") != "torchvision.datasets.folder":
-            return None
-        if len(samples) != len(self._dataset) or not all(
-            isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], str | Path) for one in samples
-        ):
-            return None
-        return [Path(samples[self._at(row)][0]) for row in range(len(self))]
-
-    def labels(self, name: str) -> list[Any]:
-        """The label of every item."""
-        listed = next(
-            (one for key in ("targets", "labels") if (one := getattr(self._dataset, key, None)) is not None), None
+    def class_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names that all sets agree on, else none; and what is remarkable where there are none."""
+        names = list(dict.fromkeys(_class_names(leaf.dataset, self._name, self._keys[1]) for leaf in self._leaves))
+        if len(names) > 1:
+            sets = "; ".join(abbreviated(some, 3) if some else "no names" for some in names[:3])
+            return (), (
+                f"warning: {self._name} joins sets of different classes ({sets}{'; ...' if len(names) > 3 else ''}): "
+                "labels are their numbers, which must mean the same in all; --class-map gives names",
+            )
+        hidden = next(
+            (inner for leaf in self._leaves if _has_names(inner := getattr(leaf.dataset, "dataset", None))), None
         )
-        if getattr(self._dataset, "target_transform", None) is None and listed is not None:
-            values = listed.tolist() if hasattr(listed, "tolist") else listed
-            if isinstance(values, list | tuple) and len(values) == len(self._dataset):
-                return [values[self._at(row)] for row in range(len(self))]
-        if self.paths is not None:
-            return [self._dataset.samples[self._at(row)][1] for row in range(len(self))]
-        found: list[Any] = []
+        if names[0] or hidden is None:
+            return names[0], ()
+        kind, inner = type(self._leaves[0].dataset).__qualname__, type(hidden).__qualname__
+        return (), (
+            f"classes have no names: {kind}, with a __getitem__ of its own, need not have the labels of its {inner}. "
+            f"Where it has, give it `classes`, or say --class-map",
+        )
+
+    def remarks(self) -> Iterator[str]:
+        """Where files are not taken as they are, though there are some."""
+        for kind in dict.fromkeys(type(leaf.dataset) for leaf in self._leaves if not leaf.takes_files):
+            if any(base.__module__ == "torchvision.datasets.folder" for base in kind.__mro__):
+                yield (
+                    f"pictures of {kind.__qualname__} are stored decoded and encoded anew: its __getitem__, loader or "
+                    "transform may change them"
+                )
+
+    def refuse_floats(self) -> None:
+        """Raise `UserError` where the first and the last picture are tensors of floats: all are, then."""
+        kinds: list[Any] = []
+        for row in (0, len(self) - 1) if len(self) else ():
+            if self._leaves[self._leaf_of[row]].takes_files:
+                return
+            try:
+                picture = self._item(row)[0]
+            except (BadImageError, _NoPairError):
+                return
+            kinds.append(getattr(picture, "dtype", None))
+        if kinds and all("float" in str(kind) for kind in kinds):
+            raise UserError(
+                f"{self._name}: pictures are {str(kinds[0]).removeprefix('torch.')}, expected uint8 from 0 to 255. "
+                "Leave out transforms such as ToTensor and Normalize, or take PILToTensor: training normalises itself."
+            )
+
+    def labels(self) -> Iterator[Any]:
+        """The label of every item; None where it cannot be read."""
         for row in range(len(self)):
             try:
-                found.append(self._item(row)[1])
+                yield self._label(row)
             except BadImageError:  # reading its picture will say why
-                found.append(None)
+                yield None
             except _NoPairError as error:
-                raise UserError(f"{name}: item {row} is {error}, expected a pair of picture and label.") from error
-        return found
+                raise UserError(
+                    f"{self._name}: item {row} is {error}, expected a pair of picture and label."
+                ) from error
+
+    def _label(self, row: int) -> Any:
+        dataset, lists_files, _ = self._leaves[self._leaf_of[row]]
+        if not lists_files:
+            return self._item(row)[1]
+        try:
+            label = dataset.samples[self._at[row]][1]
+            return label if dataset.target_transform is None else dataset.target_transform(label)
+        except MemoryError:
+            raise
+        except Exception as error:  # the user's own code
+            raise UserError(f"{self._name}: the label of item {row} cannot be read: {in_short(error)}.") from error
 
     def _item(self, row: int) -> tuple[Any, Any]:
         """Picture and label. Raises `BadImageError`, `_NoPairError`."""
         try:
             with self._lock:
-                item: Any = self._dataset[self._at(row)]
+                item: Any = self._leaves[self._leaf_of[row]].dataset[self._at[row]]
         except MemoryError:
             raise
         except Exception as error:  # the user's own code
             raise BadImageError(self.row_name(row), f"cannot be read: {error or type(error).__name__}") from error
-        if isinstance(item, Mapping) and "image" in item and "label" in item:
-            return item["image"], item["label"]
+        if isinstance(item, Mapping) and all(key in item for key in self._keys):
+            return item[self._keys[0]], item[self._keys[1]]
         if isinstance(item, tuple | list) and len(item) >= 2:
             return item[0], item[1]
-        raise _NoPairError(f"of the kind {type(item).__name__}")
+        keys = f" with the keys {abbreviated(map(str, item), 6)}" if isinstance(item, Mapping) else ""
+        raise _NoPairError(f"of the kind {type(item).__name__}{keys}")
+
+    def _path(self, row: int) -> Path | None:
+        leaf = self._leaves[self._leaf_of[row]]
+        return Path(leaf.dataset.samples[self._at[row]][0]) if leaf.takes_files else None
 
     def row_name(self, row: int) -> str:
         """What an item is called."""
-        return f"item {self._at(row)}" + (f" ({self.paths[row].name})" if self.paths is not None else "")
+        path = self._path(row)
+        return f"item {self._numbers[row]}" + (f" ({path.name})" if path else "")
 
     def read(self, sample: Sample) -> Picture:
         """See `RowSource.read`."""
-        if self.paths is not None:
-            return self.paths[sample.row]
+        if path := self._path(sample.row):
+            return path
         try:
             return _picture(self._item(sample.row)[0], sample.name)
         except _NoPairError as error:
@@ -194,10 +256,52 @@ class _Items:
     def stat(self, sample: Sample) -> tuple[int, int]:
         """See `RowSource.stat`."""
         try:
-            stat = os.stat(self.paths[sample.row]) if self.paths is not None else None  # noqa: PTH116
+            stat = path.stat() if (path := self._path(sample.row)) else None
         except OSError:
             stat = None
         return (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
+
+
+def _below(dataset: Any, row: int) -> tuple[Any, int, int]:
+    """The set that item `row` comes from in the end, its number there, and its number below the outer `Subset`s."""
+    number = None
+    while True:
+        if _is_subset(dataset):
+            row = int(dataset.indices[row])
+            dataset = dataset.dataset
+            continue
+        number = row if number is None else number
+        if not _is_joined(dataset):
+            return dataset, row, number
+        row += len(dataset) if row < 0 else 0
+        part = bisect_right(dataset.cumulative_sizes, row)
+        row -= dataset.cumulative_sizes[part - 1] if part else 0
+        dataset = dataset.datasets[part]
+
+
+def _has_names(dataset: Any) -> bool:
+    return bool(getattr(dataset, "classes", None) or getattr(dataset, "class_to_idx", None))
+
+
+def _class_names(dataset: Any, name: str, label: str) -> tuple[str, ...]:
+    classes = getattr(dataset, "classes", None)
+    if not classes and isinstance(getattr(dataset, "class_to_idx", None), Mapping):
+        places: Mapping[Any, int] = dataset.class_to_idx
+        if sorted(places.values()) != list(range(len(places))):
+            raise UserError(f"{name}: the numbers in class_to_idx are not 0 to {len(places) - 1}, one a class.")
+        classes = sorted(places, key=lambda one: places[one])
+    if not classes and isinstance(features := getattr(dataset, "features", None), Mapping):  # one of `datasets`
+        classes = getattr(features.get(label), "names", None)
+    if not classes or isinstance(classes, str):
+        return ()
+    names = tuple(", ".join(map(str, one)) if isinstance(one, tuple | list) else str(one) for one in classes)
+    if len(set(names)) < len(names):  # ImageNet's "crane": the number tells them apart
+        names = tuple(f"{one} ({n})" if names.count(one) > 1 else one for n, one in enumerate(names))
+    return names
+
+
+def _are_numbers(classes: Sequence[str]) -> bool:
+    return list(classes) == [str(n) for n in range(len(classes))]
 
 
 class _NoPairError(TypeError):

@@ -95,7 +95,7 @@ def encode_picture(picture: Picture, name: str, options: ImageOptions) -> Encode
             raise ValueError("there is no image")
         image = picture if isinstance(picture, Image.Image) else _from_array(picture)
         return _encode_decoded(image, options)
-    except (BadImageError, MemoryError):
+    except (BadImageError, UserError, MemoryError):
         raise
     except Exception as error:  # as for files: PIL raises nearly anything
         raise BadImageError(name, str(error) or type(error).__name__) from error
@@ -204,8 +204,15 @@ def _plain(value: Any) -> int | str | _Bad:
         return int(value)
     if isinstance(value, float):
         return _Bad(f"its label {value} is not a whole number")
+    if isinstance(value, list | tuple) and len(value) == 1:
+        only: Any = value[0]
+        return _plain(only)
     if isinstance(value, list | tuple | dict | set):
         several: Any = value
+        if not several:
+            return _Bad("it has no label")
+        if len(several) == 1:
+            return _Bad(f"its label is of the kind {type(several).__name__}", is_several=True)
         return _Bad(f"it has {len(several)} labels: {one_line(repr(several)[:60])}", is_several=True)
     return _Bad(f"its label is of the kind {type(value).__name__}")
 

@@ -253,6 +253,11 @@ def test_objects_of_datasets_are_read_without_decoding(pairs, tmp_path):
     assert convert_dataset(rows, tmp_path / "a.beton").was_finished
     shuffled: Conversion = convert_dataset(rows.shuffle(seed=1), tmp_path / "a.beton")
     assert not shuffled.was_finished
+    turned = rows.with_transform(lambda batch: {"picture": [png(np.zeros((9, 9, 3), np.uint8))], "class": [1]})
+    moved = convert_dataset(turned, tmp_path / "t.beton", input_key="picture", target_key="class")
+    assert set(Beton(moved.beton).labels.tolist()) == {1}
+    with pytest.raises(UserError, match="item 0 is of the kind dict with the keys picture, class"):
+        convert_dataset(turned, tmp_path / "t.beton")
     with pytest.raises(UserError, match="a dict of data sets"):
         convert_dataset(datasets.DatasetDict(train=rows), tmp_path / "b.beton")
     with pytest.raises(UserError, match="a stream has no length"):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Subset
-from torchvision.datasets import CIFAR10, ImageFolder
+from torch.utils.data import ConcatDataset, Subset
+from torchvision.datasets import CIFAR10, DatasetFolder, ImageFolder
+from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import ToTensor
 
 from data_prep import convert_dataset
@@ -19,6 +20,7 @@ from data_prep.__main__ import main
 from data_prep.convert import convert_image_folder
 from data_prep.formats.jpeg import LOSSLESS
 from data_prep.formats.sidecars import read_manifest, read_sample_table
+from data_prep.sources.python_dataset import python_dataset
 from data_prep.writing.bad_images import BadImagesError
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.sets.beton import Beton
@@ -53,11 +55,110 @@ def test_a_transform_is_applied_and_one_to_floats_refused(tmp_path):
     found = convert_dataset(small, tmp_path / "a.beton")
     assert found.manifest.reasons == {"raw": 24}
     assert (stored(found.beton, 3) == np.asarray(small[3][0])).all()
-    with pytest.raises(BadImagesError, match="pixels are float32, expected uint8"):
+    with pytest.raises(UserError, match=r"pictures are float32, expected uint8.*PILToTensor") as caught:
         convert_dataset(ImageFolder(str(tmp_path / "f"), transform=ToTensor()), tmp_path / "b.beton")
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("form", ["array", "tensor", "image", "dict", "longer", "bytes", "path"])
+class Moved(ImageFolder):
+    """Other labels than its list's."""
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = super().__getitem__(index)
+        return image, 1 - label
+
+
+class Grey(ImageFolder):
+    """Other pixels than its files'."""
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = super().__getitem__(index)
+        return image.convert("L").convert("RGB"), label
+
+
+class Seen(Subset[Any]):
+    """The usual subset with a transform of its own."""
+
+    def __getitem__(self, idx: Any) -> Any:
+        image, label = super().__getitem__(idx)
+        return image.transpose(Image.Transpose.ROTATE_90), 1 - label
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[index] for index in indices]
+
+
+class Joined(ConcatDataset[Any]):
+    """Parts with labels of their own."""
+
+    def __getitem__(self, idx: int) -> Any:
+        image, _ = super().__getitem__(idx)
+        return image, int(idx >= len(self.datasets[0]))  # pyright: ignore[reportArgumentType]
+
+
+def opened_grey(path: str) -> Image.Image:
+    return Image.open(path).convert("L").convert("RGB")
+
+
+def edited(folder: ImageFolder) -> ImageFolder:
+    folder.samples = [(path, 1 - label) for path, label in folder.samples]  # `targets` stay as they were
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "are_files"),
+    [
+        (lambda f: ImageFolder(f), True),
+        (lambda f: ImageFolder(f, target_transform=lambda label: 1 - label), True),
+        (lambda f: edited(ImageFolder(f)), True),
+        (lambda f: DatasetFolder(f, pil_loader, ("jpg",)), True),
+        (lambda f: ConcatDataset([Subset(ImageFolder(f), [20, 3]), ImageFolder(f)]), True),
+        (lambda f: Subset(ConcatDataset([ImageFolder(f), ImageFolder(f)]), [30, -1, 2]), True),
+        (lambda f: Moved(f), False),
+        (lambda f: Grey(f), False),
+        (lambda f: ImageFolder(f, loader=opened_grey), False),
+        (lambda f: ImageFolder(f, transform=lambda image: image.resize((70, 70))), False),
+        (lambda f: Seen(ImageFolder(f), [0, 23]), False),
+        (lambda f: Subset(Seen(ImageFolder(f), [0, 23, 4]), [2, 1]), False),
+        (lambda f: Subset(Moved(f), [23, 0]), False),
+        (lambda f: Joined([ImageFolder(f), Subset(ImageFolder(f), [0, 1])]), False),
+    ],
+)
+def test_what_is_stored_is_what_the_items_are(tmp_path, make, are_files):
+    write_folder(tmp_path / "f")
+    dataset = make(str(tmp_path / "f"))
+    source = python_dataset(dataset)
+    assert [source.classes[s.label] for s in source.samples] == [
+        ("flower", "temple")[dataset[n][1]] if source.classes == ("flower", "temple") else str(dataset[n][1])
+        for n in range(len(dataset))
+    ]
+    assert source.can_resume == are_files
+    for sample in source.samples:
+        picture = source.read(sample)
+        assert isinstance(picture, Path) == are_files
+        shown = Image.open(picture).convert("RGB") if isinstance(picture, Path) else picture
+        assert (np.asarray(shown) == np.asarray(dataset[sample.row][0])).all()
+
+
+def test_names_of_joined_and_wrapped_sets_are_kept_or_missed_aloud(tmp_path):
+    write_folder(tmp_path / "f")
+    (tmp_path / "g" / "fish").mkdir(parents=True)
+    Image.fromarray(pixels(0)).save(tmp_path / "g" / "fish" / "0.png")
+    folder = ImageFolder(str(tmp_path / "f"))
+    same = python_dataset(ConcatDataset([folder, folder]))
+    assert (same.classes, same.remarks) == (("flower", "temple"), ())
+    other = python_dataset(ConcatDataset([folder, ImageFolder(str(tmp_path / "g"))]))
+    assert other.classes == ("0", "1")
+    assert "joins sets of different classes (flower, temple; fish)" in other.remarks[0]
+    wrapped = Seen(folder, [0, 23])
+    assert "classes have no names: Seen" in python_dataset(wrapped).remarks[0]
+    vars(wrapped)["classes"] = folder.classes
+    assert (python_dataset(wrapped).classes, python_dataset(wrapped).remarks) == (("flower", "temple"), ())
+    assert "pictures of Grey are stored decoded" in python_dataset(Grey(str(tmp_path / "f"))).remarks[0]
+    with pytest.raises(UserError, match="the label of item 1 cannot be read"):
+        python_dataset(Subset(folder, [0, 99]))
+
+
+@pytest.mark.parametrize("form", ["array", "tensor", "image", "dict", "one in a list", "longer", "bytes", "path"])
 def test_items_of_every_kind(tmp_path, form):
     for n in range(4):
         Image.fromarray(pixels(n)).save(tmp_path / f"{n}.png")
@@ -66,6 +167,7 @@ def test_items_of_every_kind(tmp_path, form):
         "tensor": lambda n: (torch.from_numpy(pixels(n)).permute(2, 0, 1), torch.tensor(n % 2)),
         "image": lambda n: (Image.fromarray(pixels(n)), np.int64(n % 2)),
         "dict": lambda n: {"image": pixels(n), "label": n % 2},
+        "one in a list": lambda n: (pixels(n), [torch.tensor([n % 2])]),
         "longer": lambda n: (pixels(n), n % 2, "more"),
         "bytes": lambda n: ((tmp_path / f"{n}.png").read_bytes(), n % 2),
         "path": lambda n: (str(tmp_path / f"{n}.png"), n % 2),

@@ -52,7 +52,7 @@ def test_an_id_is_no_label_and_words_do_not_mix_with_numbers():
     assert labels(["a", 3])[2] == {1: "label is the number 3, those of other rows are names"}
 
 
-@pytest.mark.parametrize("value", [[0, 1], (1,), {"a": 1}, np.array([0.0, 1.0])])
+@pytest.mark.parametrize("value", [[0, 1], (1, 2), {"a": 1}, {"a": 1, "b": 2}, np.array([0.0, 1.0])])
 def test_several_labels_a_row_are_refused(value):
     with pytest.raises(UserError, match="label of row 1 is no single label"):
         labels([0, value])
