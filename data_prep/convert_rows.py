@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from data_prep.convert import DEFAULT_IMAGE_OPTIONS, Conversion, Say, convert_sources
 from data_prep.formats.jpeg import ImageOptions
-from data_prep.sources.hugging_face import NO_COLUMNS, Columns, hugging_face, is_table, loaded, local_data, streamed
+from data_prep.sources.hugging_face import hugging_face, is_table, loaded, local_data, streamed
 from data_prep.sources.python_dataset import python_dataset
 from data_prep.sources.rows import RowSource, files_fingerprint
 from data_prep.sources.spool import rows_path
+from data_prep.sources.table_columns import NO_COLUMNS, Columns
 from data_prep.sources.tar_shards import find_shards, is_pattern, tar_shards
 from lowrank_vit.common.errors import UserError
 
@@ -69,16 +70,29 @@ class RowData:
 def parse_name(kind: Kind, given: str, root: Path | None, columns: Columns = NO_COLUMNS) -> tuple[RowData, str]:
     """The data set and the split, or an empty one, of `NAME[:SPLIT]` or of a pattern of shards. Raises `UserError`."""
     if kind == "wds":
-        if not is_pattern(given):  # timm does not look at it
-            return RowData(kind, "", root or Path("data"), columns), ""
+        if not is_pattern(given, Path(), *([root] if root else [])):
+            folder = Path(given) if given and Path(given).is_dir() else Path("data")  # timm does not look at the name
+            return RowData(kind, "", root or folder, columns), ""
         folder, name = os.path.split(given.partition("::")[0])
         if root is None and "{" not in folder and "::" not in given:
             return RowData(kind, "", Path(folder), columns), name
         return RowData(kind, "", root or Path(), columns), given
-    name, _, split = given.partition(":")
+    name, _, split = (given, "", "") if local_data(given, root) else given.partition(":")
     if not name:
         raise UserError(f"{kind}/ needs a name behind it: {kind}/OWNER/NAME of the hub, or {kind}/ and a local folder.")
     return RowData(kind, name, root, columns), split
+
+
+def without_prefix(given: str, kinds: tuple[Kind, ...], root: Path | None) -> str:
+    """A command's NAME or PATTERN without the prefix that `--dataset` has, unless it leads to something that is there.
+
+    A local folder may be named wds or hfds itself.
+    """
+    prefix, _, plain = given.partition("/")
+    if prefix not in kinds:
+        return given
+    name = os.path.split(given.partition("::")[0])[0] if is_pattern(given) else given.partition(":")[0]
+    return given if local_data(given, root) or local_data(name, root) else plain
 
 
 def spool_path(out: Path) -> Path:

@@ -10,9 +10,9 @@ import tyro
 
 from data_prep.commands import Doing, Storing, say_unclear, tell
 from data_prep.convert import role_by_name
-from data_prep.convert_rows import RowData, convert_dataset, convert_rows, parse_name
-from data_prep.sources.hugging_face import Columns
+from data_prep.convert_rows import RowData, convert_dataset, convert_rows, parse_name, without_prefix
 from data_prep.sources.python_dataset import made_by
+from data_prep.sources.table_columns import Columns
 from lowrank_vit.common.errors import UserError
 
 
@@ -65,8 +65,7 @@ def hfds_command(
         stream: Read the rows once from a stream (timm's hfids) rather than from the library's copy on the disk.
     """
     kind = "hfids" if stream else "hfds"
-    plain = name.removeprefix("hfds/").removeprefix("hfids/")
-    data, split = parse_name(kind, plain, data_dir, keys.columns())
+    data, split = parse_name(kind, without_prefix(name, ("hfds", "hfids"), data_dir), data_dir, keys.columns())
     _convert(data, split, out, train_split, val_split, storing, doing)
 
 
@@ -99,7 +98,7 @@ def wds_command(
         train_split: The training split, for --out DIR: a name or a pattern.
         val_split: The validation split, for --out DIR: a name or a pattern.
     """
-    plain = shards.removeprefix("wds/")
+    plain = without_prefix(shards, ("wds",), data_dir)
     data, split = parse_name("wds", plain, data_dir, keys.columns())
     if not split:
         data = RowData("wds", "", (data_dir or Path()) / plain, keys.columns())
@@ -118,7 +117,7 @@ def torch_command(
 
     - FUNCTION of MODULE, which may lie here, returns it: with a length, and items (picture, label).
     - A picture is a PIL image, a path, bytes, or an array or a tensor of uint8.
-    - Files of torchvision's ImageFolder, unless a transform or code of your own changes them, are stored as by imagefolder.
+    - Files of torchvision's ImageFolder are stored as by imagefolder, unless code of your own may change them.
     - Decoded pictures up to 64 pixels a side are stored as they are.
 
     Args:
@@ -156,7 +155,12 @@ def _convert(
             say_unclear(out)
         return
     if split:
-        raise UserError(f"--out {out} is for both splits: leave out :{split}, or give the file to write, FILE.beton.")
+        of_one = (
+            f"{split} is no folder, so it names shards of one. Give the folder of all"
+            if data.kind == "wds"
+            else f"leave out :{split}"
+        )
+        raise UserError(f"--out {out} is for both splits: {of_one}, or give the file to write, FILE.beton.")
     image, val_image = storing.of_sets()
     train, val = out / "train.beton", out / "val.beton"
     splits = {train: (train_split, "--train-split"), val: (val_split, "--val-split")}

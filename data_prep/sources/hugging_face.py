@@ -19,38 +19,19 @@ from data_prep.sources.image_folder import SPLIT_NAMES
 from data_prep.sources.rows import Picture, RowSource, files_fingerprint, read_labels
 from data_prep.sources.samples import FileList, Sample, abbreviated, nearest
 from data_prep.sources.spool import Spool
+from data_prep.sources.table_columns import Columns, column_remarks, image_column, label_column
 from lowrank_vit.common.errors import UserError, in_short
 from lowrank_vit.common.hub import hub_message, quick_without_network
 from lowrank_vit.common.packages import needs
 from lowrank_vit.common.terminal import one_line
 
-IMAGE, LABEL = "image", "label"
-"""timm's default columns."""
 EXTRA, _TO = "hfds", "Reading data sets of Hugging Face"
 _BLOCK = 64
 """Rows that a thread takes out of the table at a time."""
 _SAVED = ("dataset_dict.json", "state.json")
 """What `save_to_disk` leaves: for several splits, and for one set."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns and labels; names are the flags'."""
-
-    input_key: str = ""
-    target_key: str = ""
-    class_map: Path | None = None
-
-    def options(self) -> dict[str, str]:
-        """Those that are given, for the manifest; a class map by its content."""
-        given = {"input_key": self.input_key, "target_key": self.target_key}
-        if self.class_map:
-            given["class_map"] = files_fingerprint(self.class_map)
-        return {name: value for name, value in given.items() if value}
-
-
-NO_COLUMNS = Columns()
-"""Found by their names and kinds."""
+_SLICE = re.compile(r"(-?[\d_]+%?)?:(-?[\d_]+%?)?\](\(\w+\))?")
+"""Behind a split's name and "["."""
 
 
 def local_data(name: str, root: Path | None) -> Path | None:
@@ -100,7 +81,8 @@ def _of_table(found: _Found, name: str, columns: Columns, source: str = "") -> R
     dataset, features = found.dataset, found.dataset.features
     if len(dataset) == 0:
         raise UserError(f"{name}: split {found.split} has no rows.")
-    image, label = _image_column(name, features, columns), _label_column(name, features, columns)
+    image = image_column(name, features, columns)
+    label = label_column(name, features, columns, image)
     table = _Table(dataset, image, found.base)
     values = dataset.select_columns([label]).with_format("arrow")[:].column(label).to_pylist()
     names = getattr(features[label], "names", None) or ()
@@ -110,7 +92,7 @@ def _of_table(found: _Found, name: str, columns: Columns, source: str = "") -> R
         source or f"hfds/{name}:{found.split}",
         labels.classes,
         FileList.pack(zip(labels.values.tolist(), table.row_names(), strict=True), 0),
-        remarks=(*found.remarks, *_column_remarks(image, label, columns), *labels.remarks),
+        remarks=(*found.remarks, *column_remarks(image, label, columns), *labels.remarks),
         read=table.read,
         bad=labels.bad,
         options=columns.options(),
@@ -140,7 +122,8 @@ def streamed(
         found = _load(datasets, name, split, root, flag, say, streamed=True)
         dataset = found.dataset
         features = dataset.features or dataset._resolve_features().features
-        image, label = _image_column(name, features, columns), _label_column(name, features, columns)
+        image = image_column(name, features, columns)
+        label = label_column(name, features, columns, image)
         if type(features[image]).__name__ == "Image":
             dataset = dataset.cast_column(image, datasets.Image(decode=False))
         key = json.dumps([name, found.split, found.fingerprint, found.revision, columns.options()])
@@ -158,7 +141,7 @@ def streamed(
         f"hfids/{name}:{found.split}",
         labels.classes,
         FileList.pack(zip(labels.values.tolist(), row_names, strict=True), 0),
-        remarks=(*found.remarks, *_column_remarks(image, label, columns), *labels.remarks),
+        remarks=(*found.remarks, *column_remarks(image, label, columns), *labels.remarks),
         read=spool.read,
         bad=labels.bad | spool.errors,
         options=columns.options(),
@@ -217,11 +200,11 @@ def _load(
     fingerprint = files_fingerprint(path) if path else ""
     base = (path if path.is_dir() else path.parent).resolve() if path else None
     if path and any((path / saved).is_file() for saved in _SAVED):
-        loaded = datasets.load_from_disk(str(path))
-        splits = loaded if isinstance(loaded, Mapping) else {str(loaded.split or split): loaded}
-        chosen, remarks = _split(name, split, list(map(str, splits)), flag)
-        dataset = splits[chosen].to_iterable_dataset() if streamed else splits[chosen]
-        return _Found(dataset, chosen, base, fingerprint, "", remarks)
+        there = datasets.load_from_disk(str(path))
+        saved: dict[str, Any] = dict(there) if isinstance(there, Mapping) else {_first_word(there.split): there}
+        chosen, remarks = _split(name, split, list(saved), flag)
+        dataset = _of_saved(datasets, saved, chosen)
+        return _Found(dataset.to_iterable_dataset() if streamed else dataset, chosen, base, fingerprint, "", remarks)
     if path is None:
         say(f"{name}: asking the Hugging Face hub")
     given: dict[str, Any] = {"path": str(path or name)}
@@ -229,77 +212,61 @@ def _load(
         kind = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix)
         if kind is None:
             raise UserError(f"{path} is a {path.suffix or 'plain'} file; give a folder, or a .parquet or .arrow file.")
-        given = {"path": kind, "data_files": {split.partition("[")[0]: str(path)}}
+        given = {"path": kind, "data_files": {_split_of(path): str(path)}}
     if root is not None and path is None:
         given["cache_dir"] = str(root)
     builder = datasets.load_dataset_builder(**given)
     splits = list(map(str, builder.info.splits or builder.config.data_files or ()))
     chosen, remarks = _split(name, split, splits, flag)
+    if streamed and "[" in chosen:
+        raise UserError(f"{name}: a stream has no slices ({chosen}). Take hfds, whose rows lie on the disk.")
     revision = "" if path else str(builder.hash or "")
     dataset = datasets.load_dataset(**given, split=chosen, streaming=streamed)
     return _Found(dataset, chosen, base, fingerprint, revision, remarks)
 
 
+def _first_word(split: Any) -> str:
+    """The split of a saved set without others, without a slice; "train" where it has none, as for `datasets`."""
+    found = re.match(r"\w+", str(split or ""))
+    return found[0] if found else "train"
+
+
+def _split_of(file: Path) -> str:
+    """The split of a single file by its name, as `datasets` finds it in a folder."""
+    words = re.split(r"[^a-z]+", file.stem.lower())
+    names = (*SPLIT_NAMES["train"], *SPLIT_NAMES["val"], "test")
+    return next((name for name in names if name in words), "train")
+
+
+def _of_saved(datasets: Any, splits: Mapping[str, Any], chosen: str) -> Any:
+    """The rows of one split, or of slices and sums as `load_dataset` has them ("train[:10%]+test")."""
+    if chosen in splits:
+        return splits[chosen]
+    parts = datasets.ReadInstruction.from_spec(chosen).to_absolute({name: len(one) for name, one in splits.items()})
+    return datasets.concatenate_datasets([splits[one.splitname].select(range(one.from_, one.to)) for one in parts])
+
+
 def _split(name: str, split: str, there: Sequence[str], flag: str) -> tuple[str, tuple[str, ...]]:
-    """The split that is meant, and what is remarkable about that. Raises `UserError`."""
+    """The split that is meant, or the sum of splits, and what is remarkable about that. Raises `UserError`."""
+    found = [_one_split(name, one.strip(), there, flag) for one in split.split("+")]
+    return "+".join(chosen for chosen, _ in found), tuple(remark for _, remark in found if remark)
+
+
+def _one_split(name: str, split: str, there: Sequence[str], flag: str) -> tuple[str, str]:
     plain, _, rest = split.partition("[")
     synonyms = next((names for names in SPLIT_NAMES.values() if plain in names), ())
     chosen = next((one for one in (plain, *synonyms) if one in there), "")
-    if chosen or not there or "+" in split:
-        return (chosen or plain) + (f"[{rest}" if rest else ""), ()
+    if rest and not _SLICE.fullmatch(rest):
+        raise UserError(f"{name}: {split} is no slice, such as {chosen or plain}[:10%] or {chosen or plain}[100:].")
+    if chosen or not there:
+        return (chosen or plain) + (f"[{rest}" if rest else ""), ""
     if synonyms == SPLIT_NAMES["val"] and "test" in there and not rest:
-        return "test", (f"{name} has no split named {split}: validating on test ({flag} chooses)",)
-    near = nearest(split, there)
+        return "test", f"{name} has no split named {split}: validating on test ({flag} chooses)"
+    near = nearest(plain, there)
     raise UserError(
-        f"{name} has no split {split}; there {'is' if len(there) == 1 else 'are'} {abbreviated(there, 10)}."
-        f"{f' Did you mean {near}?' if near else ''} Name one with {flag}."
+        f"{name} has no split {plain or '(an empty name)'}; there {'is' if len(there) == 1 else 'are'} "
+        f"{abbreviated(there, 10)}.{f' Did you mean {near}?' if near else ''} Name one with {flag}."
     )
-
-
-def _image_column(name: str, features: Any, columns: Columns) -> str:
-    images = [key for key, feature in features.items() if type(feature).__name__ == "Image"]
-    key = columns.input_key or (IMAGE if IMAGE in features else images[0] if len(images) == 1 else "")
-    if key not in features:
-        what = f"--input-key {key} is no column" if key else "which column holds the images is not clear"
-        of_them = f"; images are {', '.join(images)}" if images else "; none holds images"
-        raise UserError(f"{name}: {what}. Its columns are {_described(features)}{of_them}. Say --input-key NAME.")
-    kind = type(features[key]).__name__
-    if kind != "Image" and getattr(features[key], "dtype", "") not in (
-        "string",
-        "large_string",
-        "binary",
-        "large_binary",
-    ):
-        raise UserError(
-            f"{name}: column {key} is {one_line(str(features[key]))[:80]}, not images, their bytes or paths. Its "
-            f"columns are {_described(features)}. Say --input-key NAME."
-        )
-    return key
-
-
-def _label_column(name: str, features: Any, columns: Columns) -> str:
-    labels = [key for key, feature in features.items() if type(feature).__name__ == "ClassLabel"]
-    key = columns.target_key or (LABEL if LABEL in features else labels[0] if len(labels) == 1 else "")
-    if "," in key:
-        raise UserError(f"--target-key {key} names several labels; images are trained on with one label each.")
-    if key not in features:
-        what = f"--target-key {key} is no column" if key else "which column holds the labels is not clear"
-        of_them = f"; classes are {', '.join(labels)}" if labels else "; none holds classes"
-        raise UserError(
-            f"{name}: {what}. Its columns are {_described(features)}{of_them}. Say --target-key NAME; to predict "
-            "without labels give `python -m lowrank_vit.inference` a folder of the images."
-        )
-    return key
-
-
-def _described(features: Any) -> str:
-    kinds = ((key, getattr(feature, "dtype", None)) for key, feature in features.items())
-    return abbreviated((f"{key} ({type(features[key]).__name__ if kind is None else kind})" for key, kind in kinds), 12)
-
-
-def _column_remarks(image: str, label: str, columns: Columns) -> Iterator[str]:
-    if (not columns.input_key and image != IMAGE) or (not columns.target_key and label != LABEL):
-        yield f"images are of column {image}, labels of column {label}"
 
 
 def _row_name(row: int, path: str | None) -> str:
@@ -314,6 +281,8 @@ class _Table:
         self._base, self._kept = base, threading.local()
         kind = str(self._rows.features.arrow_schema.field(0).type)
         self._kind = "struct" if kind.startswith("struct") else "binary" if "binary" in kind else "string"
+        feature = self._rows.features[column]
+        self._fields = set(feature) if isinstance(feature, Mapping) else {"bytes", "path"}
         self._names_files = self._kind == "string" or (
             self._kind == "struct" and any(self._is_file(row) for row in {0, len(self._rows) - 1} if len(self._rows))
         )
@@ -331,7 +300,8 @@ class _Table:
         if not value.is_valid:
             return None, None
         if self._kind == "struct":
-            return value["bytes"].as_py(), value["path"].as_py()
+            data, path = (value[key].as_py() if key in self._fields else None for key in ("bytes", "path"))
+            return data, path
         return (value.as_py(), None) if self._kind == "binary" else (None, value.as_py())
 
     def row_names(self) -> Iterator[str]:
@@ -339,9 +309,10 @@ class _Table:
         struct_field: Any = needs("pyarrow.compute", extra=EXTRA, to=_TO).struct_field
         for first in range(0, len(self._rows), 1000):
             column = self._rows[first : first + 1000].column(0)
-            if self._kind == "struct":
+            if self._kind == "struct" and "path" in self._fields:
                 column = struct_field(column, "path")
-            paths = [None] * len(column) if self._kind == "binary" else column.to_pylist()
+            has_paths = self._kind != "binary" and "path" in self._fields
+            paths = column.to_pylist() if has_paths else [None] * len(column)
             yield from (_row_name(row, path) for row, path in enumerate(paths, first))
 
     def read(self, sample: Sample) -> Picture:

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from data_prep.formats.jpeg import BadImageError
-from data_prep.sources.hugging_face import NO_COLUMNS, Columns
 from data_prep.sources.rows import Picture, RowSource, read_labels
 from data_prep.sources.samples import FileList, Sample, abbreviated
+from data_prep.sources.table_columns import NO_COLUMNS, Columns
 from lowrank_vit.common.errors import UserError, in_short
 
 

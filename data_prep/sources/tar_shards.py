@@ -18,10 +18,10 @@ from typing import Any
 
 from data_prep.formats.image_formats import image_suffixes
 from data_prep.formats.jpeg import BadImageError
-from data_prep.sources.hugging_face import Columns
 from data_prep.sources.image_folder import SPLIT_NAMES
 from data_prep.sources.rows import RowSource, files_fingerprint, read_at, read_labels
 from data_prep.sources.samples import FileList, Sample, abbreviated
+from data_prep.sources.table_columns import Columns
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.terminal import one_line
 
@@ -34,9 +34,10 @@ _END = 512
 """Bytes of zeros that end a tar file, at least."""
 
 
-def is_pattern(split: str) -> bool:
-    """Whether a split's name is a pattern of shards, as in timm."""
-    return ".tar" in split or ".." in split
+def is_pattern(split: str, *folders: Path) -> bool:
+    """Whether a split's name is a pattern of shards, as in timm, and no folder, here or below one of `folders`."""
+    looks_like_one = ".tar" in split or re.search(r"\{[^{}]*\.\.", split)
+    return bool(looks_like_one) and not any((folder / split).is_dir() for folder in folders or (Path(),))
 
 
 def expanded(pattern: str) -> list[str]:
@@ -88,7 +89,7 @@ def find_shards(root: Path, split: str, flag: str = "--split") -> Shards:
     A pattern may have a number of samples behind it, `...tar|50000`. Without one and without `_info.json`, they are
     SPLIT/*.tar, or SPLIT*.tar and *-SPLIT-*.tar in `root`. Raises `UserError` also for shards that are missing.
     """
-    if is_pattern(split):
+    if is_pattern(split, root):
         return _by_pattern(root, split)
     info = _info(root)
     names = (split, *next((names for names in SPLIT_NAMES.values() if split in names), ()))

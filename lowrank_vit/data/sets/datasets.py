@@ -11,9 +11,9 @@ from data_prep.convert_rows import KINDS, Kind, parse_name
 from data_prep.formats.beton import find_parts
 from data_prep.formats.image_formats import image_suffixes, is_of_the_system
 from data_prep.formats.sidecars import read_manifest
-from data_prep.sources.hugging_face import Columns
 from data_prep.sources.image_folder import NO_CLASSES, Nested, count_remarks
 from data_prep.sources.samples import DIGITS, TRUST, abbreviated, differences, in_timms_order, positions
+from data_prep.sources.table_columns import Columns
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say, one_process_in
@@ -52,7 +52,7 @@ class DataOptions:
     input_key: str = ""
     target_key: str = ""
     class_map: Path | None = None
-    """Of data sets that are no folders, see `data_prep.sources.hugging_face.Columns`."""
+    """Of data sets that are no folders, see `data_prep.sources.table_columns.Columns`."""
     flag: str = "--data-dir"
     """What the command calls `data_dir`, for messages."""
 

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from data_prep.convert import Conversion, convert_image_folder
-from data_prep.convert_rows import RowData, convert_dataset, convert_rows, parse_name, spool_path
+from data_prep.convert_rows import RowData, convert_dataset, convert_rows, parse_name, spool_path, without_prefix
 from data_prep.formats.jpeg import EncodedImage, ImageOptions
 from data_prep.formats.sidecars import read_sample_table
-from data_prep.sources.hugging_face import NO_COLUMNS, Columns
 from data_prep.sources.rows import RowSource
+from data_prep.sources.table_columns import NO_COLUMNS, Columns
 from data_prep.writing.bad_images import BadImagesError
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.sets.beton import Beton
@@ -26,6 +28,7 @@ from tests.sources import Said
 
 datasets: Any = pytest.importorskip("datasets")
 KINDS = ("hfds", "hfids")
+WITH_PATHS = ("struct", "swapped", "large", "only paths", "other")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,6 +97,88 @@ def test_images_as_paths_are_relative_to_the_table(pairs, tmp_path):
             assert [one.name for one in manifest.skipped] == ["row 2 (c.jpg)", "row 3 (y.jpg)"]
             assert "there is no" in manifest.skipped[0].reason
             assert "download it first" in manifest.skipped[1].reason
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "form", ["struct", "swapped", "large", "only bytes", "only paths", "no paths", "plain", "other"]
+)
+def test_tables_without_the_librarys_own_mark_are_read(pairs, tmp_path, form, kind):
+    images = [{"bytes": pairs[n][0], "path": f"{n}.jpg"} for n in range(4)]
+    (tmp_path / "t").mkdir()
+    for n in range(4):
+        (tmp_path / "t" / f"{n}.jpg").write_bytes(pairs[n][0])
+    struct, binary, string = pa.struct, pa.binary(), pa.string()
+    made: dict[str, Any] = {
+        "struct": (struct({"bytes": binary, "path": string}), images),
+        "swapped": (struct({"path": string, "bytes": binary}), images),
+        "large": (struct({"bytes": pa.large_binary(), "path": pa.large_string()}), images),
+        "only bytes": (struct({"bytes": binary}), [{"bytes": one["bytes"]} for one in images]),
+        "only paths": (struct({"path": string}), [{"path": one["path"]} for one in images]),
+        "no paths": (struct({"bytes": binary, "path": pa.null()}), [{**one, "path": None} for one in images]),
+        "plain": (pa.large_binary(), [one["bytes"] for one in images]),
+        "other": (struct({"bytes": binary, "path": string}), images),
+    }
+    name = "picture" if form == "other" else "image"  # the only column of that kind
+    columns = {name: pa.array(made[form][1], made[form][0]), "label": pa.array([0, 1, 0, 1])}
+    parquet.write_table(pa.table(columns), tmp_path / "t" / "train.parquet")
+    data = tmp_path / "t" / "train.parquet" if form == "only paths" else tmp_path / "t"
+    found = convert(data, kind=kind, out=tmp_path / "out.beton")
+    assert (found.manifest.reasons, Beton(found.beton).labels.tolist()) == ({"passthrough": 4}, [0, 1, 0, 1])
+    assert read_sample_table(found.beton).names[1] == ("row 1 (1.jpg)" if form in WITH_PATHS else "row 1")
+
+
+def test_what_is_no_image_or_has_no_labels_is_said(tmp_path):
+    (tmp_path / "t").mkdir()
+    for image, said in (
+        ([{"bytes": "text", "path": "a"}], "not images, their bytes or paths"),
+        ([{"x": b"1"}], "not images, their bytes or paths"),
+        ([{"bytes": b"1", "path": "a"}], r"has no labels\. Its only column is image .*inference"),
+        ([b"1"], r"has no labels\. Its only column is image"),
+    ):
+        parquet.write_table(pa.table({"image": pa.array(image)}), tmp_path / "t" / "train.parquet")
+        with pytest.raises(UserError, match=said):
+            convert(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("split", "rows"),
+    [
+        ("train", range(20)),
+        ("train[:10%]", range(2)),
+        ("train[-3:]", range(17, 20)),
+        ("train+validation", range(24)),
+        ("train[:2]+val[1:3]", [0, 1, 21, 22]),
+    ],
+)
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+def test_splits_are_sliced_and_added(pairs, tmp_path, form, split, rows):
+    if form == "saved":
+        parts = {"train": table(pairs[:20]), "validation": table(pairs[20:])}
+        datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "t"))
+    else:
+        write_parquet(tmp_path / "t", pairs[:20])
+        write_parquet(tmp_path / "t", pairs[20:], "validation")
+    found = Beton(convert(tmp_path / "t", split, out=tmp_path / "o.beton").beton)
+    assert [bytes(found.sample(n)) for n in range(len(found.labels))] == [pairs[row][0] for row in rows]
+    for wrong, said in (
+        ("train+test", "has no split test; there are train, validation"),
+        ("nope[:3]", "has no split nope"),
+        ("train+", r"has no split \(an empty name\)"),
+        ("train[:10", r"train\[:10 is no slice, such as train\[:10%\]"),
+    ):
+        with pytest.raises(UserError, match=said):
+            convert(tmp_path / "t", wrong)
+
+
+def test_one_saved_set_and_one_file_are_one_split(pairs, tmp_path):
+    table(pairs).save_to_disk(str(tmp_path / "saved"))
+    file = next(write_parquet(tmp_path / "t", pairs, "my-val").iterdir())
+    for data, split, other in ((tmp_path / "saved", "train", "validation"), (file, "validation", "train")):
+        assert convert(data, f"{split}[:3]", out=tmp_path / "o.beton").manifest.num_samples == 3
+        for wrong in (other, f"{split}+{other}"):
+            with pytest.raises(UserError, match=f"has no split {other}; there is "):
+                convert(data, wrong)
 
 
 def test_odd_images_are_converted_and_broken_rows_listed(pairs, tmp_path):
@@ -269,6 +354,13 @@ def test_names_and_splits(tmp_path):
     assert (data.name, split, data.title, data.local) == ("owner/name", "test", "hfds/owner/name", None)
     (tmp_path / "mine").mkdir()
     assert parse_name("hfds", "mine", tmp_path)[0].local == tmp_path / "mine"
+    (tmp_path / "hfds" / "a:b").mkdir(parents=True)
+    assert parse_name("hfds", "hfds/a:b", tmp_path)[1] == ""
+    both = ("hfds", "hfids")
+    assert without_prefix("hfds/a:train", both, None) == "a:train"
+    assert without_prefix("hfids/a/b", both, tmp_path) == "a/b"
+    assert without_prefix("hfds/a:b", both, tmp_path) == "hfds/a:b"
+    assert without_prefix("hfds/mine:train[:5]", both, tmp_path / "hfds") == "mine:train[:5]"
     with pytest.raises(UserError, match="needs a name behind it"):
         parse_name("hfds", "", None)
     with pytest.raises(UserError, match="holds no data files"):

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.__main__ import main
 from data_prep.convert import convert_image_folder
 from data_prep.convert_rows import RowData, convert_rows, parse_name
 from data_prep.formats.jpeg import ImageOptions
-from data_prep.formats.sidecars import read_sample_table
-from data_prep.sources.hugging_face import Columns
+from data_prep.formats.sidecars import read_manifest, read_sample_table
+from data_prep.sources.table_columns import Columns
 from data_prep.sources.tar_shards import expanded, find_shards, tar_shards
 from data_prep.writing.bad_images import BadImagesError
 from lowrank_vit.common.errors import UserError
@@ -177,6 +178,32 @@ def test_keys_in_several_shards_are_told(pairs, tmp_path):
     write_tar(tmp_path / "t.tar", [*members("a", *pairs[0]), *members("a", *pairs[1])])
     with pytest.raises(UserError, match=r"a\.jpg is there twice"):
         tar_shards(tmp_path, "t.tar", Columns())
+
+
+def test_folders_are_no_patterns_and_may_have_the_prefixs_name(pairs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in ("../wcls", "my..shards", "x.tar.d", "a{1..2}", "wds", "wds/wds"):
+        write_shards(Path(folder), pairs[:4], 1)
+        write_shards(Path(folder), pairs[:4], 1, "x-val")
+        for given in (folder, str(Path(folder).absolute())):
+            data, split = parse_name("wds", given, None)
+            assert (data.root, split) == (Path(given), "")
+        assert parse_name("wds", folder, tmp_path)[0].root == tmp_path  # timm does not look at the name then
+    assert find_shards(Path("wds"), "wds").files[0].name == "x-train-000.tar"
+    pattern = "x-train-{000..000}.tar"
+    main(["wds", f"wds/{pattern}", "--out", "a.beton"])
+    assert read_manifest(Path("a.beton")).source == f"wds/{Path().resolve() / 'wds' / pattern}"
+    main(["wds", f"wds/../wcls/{pattern}", "--out", "b.beton"])
+    main(["wds", "../wcls", "--out", "out"])
+    assert read_manifest(Path("out/val.beton")).num_samples == 4
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["wds", "../wclz", "--out", "out"])
+    assert "wclz has neither" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["wds", "../wcls.tar.d", "--out", "out"])
+    assert "wcls.tar.d is no folder" in capsys.readouterr().err
 
 
 def test_names_are_timms(tmp_path):
