@@ -8,6 +8,7 @@ may lack Chinese.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from importlib import resources
 from typing import Any, Literal
 
 Language = Literal["en", "zh"]
+_SPACED = re.compile(r"(?<=\S) *([，。：；（）]) *(?=\S)")
+"""Full-width punctuation has its space in itself; a value that is put in beside it may leave another one."""
 _LANGUAGE: ContextVar[Language] = ContextVar("language", default="en")
 
 
@@ -46,7 +49,8 @@ def tr(text: str, /, **values: Any) -> str:
     A text that the language's table lacks stays English.
     """
     found = texts().get(text, text)
-    return found.format(**values) if values else found
+    found = found.format(**values) if values else found
+    return _SPACED.sub(r"\1", found) if language() == "zh" else found
 
 
 def texts() -> dict[str, str]:

@@ -99,7 +99,7 @@ def score_figure(compared: Compared) -> Figure | None:
             return compared.on_axis(at, updates), epochs.get(name, np.full(len(updates), np.nan))
 
         panels += _panel(compared, tr(title), tr(label), curve)
-    return Figure("scores", tr("Scores"), "", {"": {"all": panels}}) if panels else None
+    return Figure("scores", tr("Scores over time"), "", {"": {"all": panels}}) if panels else None
 
 
 def type_figure(compared: Compared) -> Figure | None:

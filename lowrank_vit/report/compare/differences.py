@@ -1,8 +1,9 @@
 """The largest differences between groups of runs, in sentences, held against what seeds alone make of a number.
 
 The spread of a number over seeds is its standard deviation within the groups, pooled over all that have two runs or
-more. A difference is claimed where Student's t of it has p < 0.05 after Bonferroni's correction for all numbers and
-pairs of groups that were looked at; without such a group nothing is known of the spread, and the sentence says so.
+more. A difference is proven where Student's t of it has p < 0.05 after Bonferroni's correction for all numbers and
+pairs of groups that were looked at. Seeds that coincide, as counts of few values do by chance, tell no spread: such a
+difference is never proven. Large ones that are not proven are told as such, with what is missing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtr
@@ -20,14 +22,22 @@ from lowrank_vit.report.compare.groups import Compared, Group
 from lowrank_vit.report.compare.scores import BEST, scores_of, spread_of
 from lowrank_vit.report.interactive.matrices import KINDS
 from lowrank_vit.report.interactive.sentences import blocks_of
-from lowrank_vit.report.language import msg, tr
+from lowrank_vit.report.language import language, msg, tr
 from lowrank_vit.report.style import by_type
 
 COUNT, LEVEL = 3, 0.05
+"""Sentences on differences that are proven, as many on those that are not, and the p-value that proves."""
+FAR = 3.0
+"""Standard deviations over seeds from which a difference is worth a sentence, though it may not be proven."""
+SCORES = "scores"
+_MOST_RUNS = 20
+"""A group with more is not advised."""
 _LEAST = math.log(1.01)
 """A smaller weight than of a hundredth is no news."""
-_LOCAL = 1.3
-"""Blocks are named whose difference weighs so many times that of the whole type."""
+_SAME = 1e-9
+"""Seeds whose standard deviation is such a share of their numbers coincide, but for rounding."""
+_LOCAL = 0.5
+"""Blocks are named whose difference is above this share of the largest."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Measure:
 
     label: str
     subject: str
-    """Type of the matrices, or "scores": of each there is one sentence at most."""
+    """Type of the matrices, or `SCORES`: of each there is one sentence at most."""
     values: list[float]
     """By run; NaN where a run has none."""
     weigh: Callable[[float], float]
@@ -46,6 +56,8 @@ class Measure:
     """By name of a matrix: its number in every run, whose mean `values` are."""
     is_factor: bool = True
     """Whether a difference is told as a factor."""
+    rank: int = 0
+    """Of a score, its place among them: the first one is told."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +69,21 @@ class Difference:
     low: int
     """Places of the groups."""
     weight: float
-    deviations: float
-    """The difference in standard deviations over seeds; NaN where these are not known."""
+    spread: float
+    """Standard deviation over seeds; 0 where they coincide, NaN where no group has two runs with the number."""
+    apart: float
+    """Between the means, 0 or more."""
+    freedom: int
+    """Degrees of freedom of the spread: runs less groups, of those that have the number."""
+    runs: tuple[int, int]
+    """Of both groups, those that have the number."""
     p: float
-    """Of Student's t, not corrected; NaN where the spread is not known."""
+    """Of Student's t, both tails, not corrected; NaN where the spread is not known."""
+
+    @property
+    def deviations(self) -> float:
+        """The difference in standard deviations over seeds; NaN where these are not known."""
+        return self.apart / self.spread if self.spread > 0 else math.nan
 
 
 def differences(measures: Sequence[Measure], groups: Sequence[Sequence[int]]) -> list[Difference]:
@@ -71,6 +94,8 @@ def differences(measures: Sequence[Measure], groups: Sequence[Sequence[int]]) ->
         freedom = sum(len(of) - 1 for of in values if of)
         squares = sum(float(np.var(of)) * len(of) for of in values if of)
         spread = math.sqrt(squares / freedom) if freedom else math.nan
+        if spread <= _SAME * max((abs(value) for of in values for value in of), default=0.0):
+            spread = 0.0
         for a, b in itertools.combinations(range(len(groups)), 2):
             if not values[a] or not values[b]:
                 continue
@@ -81,60 +106,59 @@ def differences(measures: Sequence[Measure], groups: Sequence[Sequence[int]]) ->
             if not math.isfinite(weight):
                 continue
             error = spread * math.sqrt(1 / len(values[a]) + 1 / len(values[b]))
-            p = math.nan if math.isnan(error) else _p(apart, error, freedom)
-            deviations = apart / spread if spread else (math.nan if math.isnan(spread) else math.inf)
-            found.append(Difference(measure, high, low, weight, deviations, p))
+            p = 2 * float(stdtr(freedom, -apart / error)) if error > 0 else math.nan
+            found.append(
+                Difference(measure, high, low, weight, spread, apart, freedom, (len(values[a]), len(values[b])), p)
+            )
     return sorted(found, key=lambda one: -one.weight)
 
 
-def _p(apart: float, error: float, freedom: int) -> float:
-    """Of both tails; seeds that make no difference at all (a number without a spread) leave any difference certain."""
-    if error <= 1e-12 * apart:
-        return 0.0 if apart > 0 else 1.0
-    return 2 * float(stdtr(freedom, -apart / error))
-
-
 def sentences(compared: Compared) -> list[str]:
-    """At most three, the largest difference first; what is not beyond the spread over seeds is not claimed."""
+    """Differences that are proven, the largest first, how many are, and large ones that are not, `COUNT` each."""
     groups = [group.at for group in compared.groups]
     if len(groups) < 2:
         return [_of_one_group(compared)]
     found = differences(measures(compared), groups)
     if not found:
         return [tr("The runs have no number in common that could be compared.")]
-    known = [one for one in found if not math.isnan(one.p)]
-    if not known and found[0].weight <= _LEAST:
+    if found[0].weight <= _LEAST:
         return [tr("No number that is compared differs by more than a hundredth between the runs.")]
-    if not known:
-        unsure = tr("one run each, so there is no spread over seeds to hold it against")
-        return [_sentence(compared, one, unsure) for one in _by_subject(found)]
-    sure = [one for one in known if one.p * len(known) < LEVEL]
-    if not sure:
-        nothing = tr(
-            "No difference is claimed: of {n} comparisons none is beyond what seeds alone make of it "
-            "(p < {level} after Bonferroni's correction).",
-            n=len(known),
-            level=LEVEL,
-        )
-        first = _sentence(compared, known[0], _held(known[0], len(known)))
-        return [nothing, tr("The largest one: {sentence}", sentence=first)]
-    told = [_sentence(compared, one, _held(one, len(known))) for one in _by_subject(sure)]
-    of_all = tr(
-        "Of {n} comparisons {k} are beyond what seeds alone make of them (p < {level} after Bonferroni's correction).",
-        n=len(known),
-        k=len(sure),
+    # Those of coinciding seeds were looked at, too: left out, they would make the others' correction too small.
+    count = sum(one.freedom > 0 for one in found)
+    if not count:
+        return [_begun(_sentence(compared, one, 0)) for one in _by_subject(found)]
+    proven = [one for one in found if one.p * count < LEVEL]
+    told = _by_subject(proven)
+    heaviest = {one.measure.subject: one.weight for one in reversed(proven)}
+    others = [one for one in found if one not in proven and one.weight > heaviest.get(one.measure.subject, 0.0)]
+    large = _by_subject([one for one in others if not one.deviations < FAR])
+    numbers = tr(
+        "Differences that are proven (beyond what seeds alone make of them, p < {level} after Bonferroni's "
+        "correction): {k} of {n}.",
         level=LEVEL,
+        k=len(proven),
+        n=count,
     )
-    return [*told, of_all][:COUNT]
+    said = [_begun(_sentence(compared, one, count)) for one in told]
+    unproven = [tr("Not proven: {sentence}", sentence=_sentence(compared, one, count)) for one in large]
+    if not proven and not large:
+        unproven = [tr("The largest one: {sentence}", sentence=_sentence(compared, found[0], count))]
+    return [*said, numbers, *unproven]
 
 
 def _by_subject(found: Sequence[Difference]) -> list[Difference]:
-    """The weightiest of each subject; those that weigh hardly anything are left out."""
+    """The weightiest of each subject, of scores the first that is named, so top-1; without what weighs hardly anything.
+
+    Scores are among them, however many matrices have larger differences.
+    """
     chosen: dict[str, Difference] = {}
     for one in found:
-        if one.weight > _LEAST or not chosen:
+        if one.weight > _LEAST and one.measure.subject != SCORES:
             chosen.setdefault(one.measure.subject, one)
-    return list(chosen.values())[:COUNT]
+    scores = [one for one in found if one.weight > _LEAST and one.measure.subject == SCORES]
+    best = min(scores, key=lambda one: one.measure.rank, default=None)
+    of_matrices = list(chosen.values())[: COUNT - (best is not None)]
+    return sorted([*of_matrices, *([best] if best else [])], key=lambda one: -one.weight)
 
 
 def _of_one_group(compared: Compared) -> str:
@@ -144,56 +168,78 @@ def _of_one_group(compared: Compared) -> str:
     if known is None:
         return alone
     best = tr("best {score}", score=tr(known.label))
-    return f"{alone} {_begun(best)}: {known.spread()} (n = {len(compared.runs)})."
+    spread = tr("{spread} (n = {n})", spread=known.spread(), n=len(compared.runs))
+    return f"{alone} {tr('{score}: {spread}.', score=_begun(best), spread=spread)}"
 
 
 def _held(one: Difference, count: int) -> str:
-    """What the difference is held against."""
-    if math.isinf(one.deviations):
-        return tr("under other seeds the number is the same")
+    """What the difference is held against, and what is missing where that does not prove it."""
+    if not one.freedom:
+        if not count:
+            return tr("one run each, so there is no spread over seeds to hold it against")
+        return tr("no group has two runs with this number, so its spread over seeds is not known: add seeds")
+    if not one.spread:
+        return tr("its seeds coincide, which tells no spread to hold it against: add seeds")
     p, far = min(1.0, one.p * count), one.deviations
-    return tr(
-        "{d} standard deviations over seeds, {p} after correction for {n} comparisons",
-        d=f"{far:,.0f}" if far >= 10 else f"{far:.2g}",
-        p=f"p = {p:.1g}" if p >= 1e-6 else "p < 10⁻⁶",
-        n=count,
-    )
+    words: dict[str, Any] = {"d": f"{far:,.0f}" if far >= 10 else f"{far:.2g}", "n": count}
+    words["p"] = f"p = {p:.1g}" if p >= 1e-6 else "p < 10⁻⁶"
+    held = tr("{d} standard deviations over seeds, {p} after correction (× {n})", **words)
+    if p < LEVEL or far < FAR:
+        return held
+    if runs := _runs_to_prove(one, count):
+        return held + tr("; {runs} runs of each group would prove it if difference and spread stay", runs=runs)
+    return held + tr("; not even {runs} runs of each group would prove it", runs=_MOST_RUNS)
 
 
-def _sentence(compared: Compared, one: Difference, held: str) -> str:
+def _runs_to_prove(one: Difference, count: int) -> int:
+    """How many runs of each group would prove the same difference beside the same spread; 0: more than is advised."""
+    fewest = max(one.runs) + (one.runs[0] == one.runs[1])
+    for runs in range(max(2, fewest), _MOST_RUNS + 1):
+        t = one.apart / (one.spread * math.sqrt(2 / runs))
+        if 2 * float(stdtr(2 * (runs - 1), -t)) * count < LEVEL:
+            return runs
+    return 0
+
+
+def _sentence(compared: Compared, one: Difference, count: int) -> str:
+    """What differs, where and by how much; `count`: comparisons that were looked at, 0 where no spread is known."""
     measure, groups = one.measure, (compared.groups[one.high], compared.groups[one.low])
     values = [[v for i in group.at if math.isfinite(v := measure.values[i])] for group in groups]
     means = [float(np.mean(of)) for of in values]
     ratio = means[0] / means[1] if measure.is_factor and means[1] > 0 else math.nan
-    told = [f"{spread_of(of, measure.text)} (n = {len(of)})" for of in values]
+    told = [tr("{spread} (n = {n})", spread=spread_of(of, measure.text), n=len(of)) for of in values]
     words = {"label": measure.label, "high": _short(groups[0].name), "low": _short(groups[1].name)}
-    words |= {"where": _where(one, groups), "a": told[0], "b": told[1], "held": held}
+    words |= {"where": _where(one, groups), "a": told[0], "b": told[1], "held": _held(one, count)}
     if ratio >= 1.1:
         text = msg("{label} is {by} times as large in {high} as in {low}{where}: {a} against {b}; {held}.")
-        return _begun(tr(text, by=f"{ratio:.2g}", **words))
+        return tr(text, by=f"{ratio:.2g}", **words)
     if math.isfinite(ratio):
         text = msg("{label} is {by} % larger in {high} than in {low}{where}: {a} against {b}; {held}.")
-        return _begun(tr(text, by=f"{100 * (ratio - 1):.2g}", **words))
+        return tr(text, by=f"{100 * (ratio - 1):.2g}", **words)
     text = msg("{label} is {by} higher in {high} than in {low}{where}: {a} against {b}; {held}.")
-    return _begun(tr(text, by=measure.text(means[0] - means[1]), **words))
+    return tr(text, by=measure.text(means[0] - means[1]), **words)
 
 
 def _where(one: Difference, groups: tuple[Group, Group]) -> str:
-    """Blocks in which a difference of a type is much larger than elsewhere."""
+    """Blocks of a type, half of them at most, whose difference is more than twice that of every other block."""
     found: dict[str, float] = {}
     for name, values in one.measure.of_matrices.items():
         high, low = ([v for i in group.at if math.isfinite(v := values[i])] for group in groups)
         if high and low:
             found[name] = one.measure.weigh(float(np.mean(high))) - one.measure.weigh(float(np.mean(low)))
-    apart = np.array(list(found.values()))
-    window = max(1, round(len(apart) / 4))
-    if len(apart) <= window or not np.isfinite(apart).all():
+    if not found or not all(map(math.isfinite, found.values())):
         return ""
-    means = np.convolve(apart, np.ones(window) / window, "valid")
-    at = int(np.argmax(np.abs(means)))
-    if abs(float(means[at])) <= _LOCAL * abs(float(np.median(apart))) + _LEAST:
+    names, most = list(found), max(found.values())
+    chosen = [at for at, name in enumerate(names) if found[name] > _LOCAL * most]
+    rest = max((abs(found[name]) for at, name in enumerate(names) if at not in chosen), default=math.inf)
+    if most <= _LEAST or 2 * len(chosen) > len(names) or rest > _LOCAL * min(found[names[at]] for at in chosen):
         return ""
-    return tr(", most in {blocks}", blocks=blocks_of(list(found)[at : at + window]))
+    stretches: list[list[str]] = []
+    for at in chosen:
+        if at - 1 not in chosen:
+            stretches.append([])
+        stretches[-1].append(names[at])
+    return tr(", most in {blocks}", blocks=tr(", ").join(map(blocks_of, stretches)))
 
 
 def measures(compared: Compared) -> list[Measure]:
@@ -203,10 +249,10 @@ def measures(compared: Compared) -> list[Measure]:
     for one in scores:
         if one.when == BEST:
             label, weigh = tr("best {score}", score=tr(one.label)), _of_percent if "%" in one.label else _log
-            found.append(Measure(label, "scores", one.values, weigh, one.text, is_factor=False))
+            found.append(Measure(label, SCORES, one.values, weigh, one.text, is_factor=False, rank=len(found)))
     for kind, weights in KINDS.items():
         for subject, members in by_type(names_of(compared, kind)).items():
-            label = subject if kind == "spec" else f"{subject}, {tr(weights)}"
+            label = subject if kind == "spec" else tr(", ").join([subject, tr(weights)])
             for metric, (name, weigh) in _NUMBERS.items():
                 of_runs = [numbers.at_end(kind, metric) for numbers in compared.numbers]
                 of = {one: [found_.get(one, math.nan) for found_ in of_runs] for one in members}
@@ -252,5 +298,5 @@ def _short(name: str) -> str:
 
 
 def _begun(text: str) -> str:
-    """With a capital letter, but for Greek ones."""
-    return text[0].upper() + text[1:] if text[0].isascii() else text
+    """With a capital letter, but for Greek ones; a Chinese sentence may begin with a name, which stays as it is."""
+    return text[0].upper() + text[1:] if text[0].isascii() and language() == "en" else text

@@ -97,7 +97,7 @@ class Compared:
         return {name: self._by_group(values) for name, values in found.items() if len(set(values)) > 1}
 
     def _by_group(self, values: Sequence[str]) -> list[str]:
-        return [", ".join(dict.fromkeys(values[i] or "–" for i in group.at)) for group in self.groups]
+        return [tr(", ").join(dict.fromkeys(values[i] or "–" for i in group.at)) for group in self.groups]
 
 
 def updates_per_epoch(run: Run) -> float:
@@ -170,7 +170,7 @@ def _ranges(seeds: list[str]) -> str:
     numbers = [int(seed) for seed in seeds if seed.isdecimal()]
     if len(numbers) == len(seeds) > 2 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
         return f"{numbers[0]}-{numbers[-1]}"
-    return ", ".join(seeds)
+    return tr(", ").join(seeds)
 
 
 def typed(value: Any) -> str:

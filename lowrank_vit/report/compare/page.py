@@ -54,7 +54,7 @@ def draw_comparison(paths: Sequence[Path], out: Path | None, *, with_png: bool =
     html = render_page(
         title=tr(" beside ").join(group.name for group in compared.groups) if len(compared.groups) > 1 else NAME,
         model=", ".join(dict.fromkeys(str(run.args["model"]) for run in compared.runs if run.args.get("model"))),
-        headline=_headline(compared),
+        headline=headline(compared),
         said=sentences(compared),
         notes=notes,
         thinned=thinned,
@@ -125,16 +125,19 @@ def _notes(run: Any) -> list[str]:
     return [note for note in (run.status.in_words if run.status else "", *run.notes) if note]
 
 
-def _headline(compared: Compared) -> list[tuple[str, str]]:
-    """The best top-1 of each group, of the weights that score higher."""
-    best = {one.label: one for one in scores_of([run.epochs for run in compared.runs]) if one.when == BEST}
-    of = [one for label, one in best.items() if label.startswith("top-1")]
-    if not of:
-        return []
-    runs = range(len(compared.runs))
-    values = [max((one.values[i] for one in of if np.isfinite(one.values[i])), default=np.nan) for i in runs]
-    spreads = [(group.name, spread_of([values[i] for i in group.at], of[0].text)) for group in compared.groups]
-    return [(tr("best top-1, {run}", run=name), f"{spread} %") for name, spread in spreads]
+def headline(compared: Compared) -> list[tuple[str, str]]:
+    """The best top-1 of each group, of the model and of its EMA, as in the table of scores."""
+    labels = {
+        "top-1 accuracy (%)": msg("best top-1, {run}"),
+        "top-1 accuracy, EMA (%)": msg("best top-1, EMA, {run}"),
+    }
+    best = [one for one in scores_of([run.epochs for run in compared.runs]) if one.when == BEST and one.label in labels]
+    return [
+        (tr(labels[one.label], run=group.name), f"{one.spread(group.at)} %")
+        for group in compared.groups
+        for one in best
+        if any(np.isfinite(one.values[i]) for i in group.at)
+    ]
 
 
 def comparison_tables(compared: Compared) -> list[Table]:
@@ -142,7 +145,7 @@ def comparison_tables(compared: Compared) -> list[Table]:
     names = [group.name for group in compared.groups]
     options = [[f"--{name}", *values] for name, values in compared.options_that_differ.items()]
     scores = scores_of([run.epochs for run in compared.runs])
-    labels = [f"{tr(one.label)}, {tr(one.when)}" for one in scores]
+    labels = [tr(", ").join([tr(one.label), tr(one.when)]) for one in scores]
     rows = [[label, *(one.spread(group.at) for group in compared.groups)]
             for label, one in zip(labels, scores, strict=True)]  # fmt: skip
     spectra = [

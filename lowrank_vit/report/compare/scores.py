@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_vit.report.events import Columns
-from lowrank_vit.report.language import msg
+from lowrank_vit.report.language import msg, tr
 from lowrank_vit.report.read import Run, read_args, read_summary
 from lowrank_vit.report.status import run_status
 
@@ -45,7 +45,7 @@ class Score:
 
     def text(self, value: float) -> str:
         """A value as it is shown."""
-        return f"{value:.{self.digits}f}" if np.isfinite(value) else "not measured"
+        return f"{value:.{self.digits}f}" if np.isfinite(value) else tr("not measured")
 
     def spread(self, of: Sequence[int] | None = None) -> str:
         """`spread_of` of all runs, or those at the places `of`."""
@@ -56,9 +56,13 @@ def spread_of(values: Sequence[float], text: Callable[[float], str]) -> str:
     """Mean ± standard deviation (n - 1) of what was measured; how many there are where that is not all."""
     finite = [value for value in values if np.isfinite(value)]
     if not finite:
-        return "not measured"
+        return tr("not measured")
     deviation = f" ± {text(statistics.stdev(finite))}" if len(finite) > 1 else ""
-    return text(statistics.fmean(finite)) + deviation + (f" (of {len(finite)})" if len(finite) < len(values) else "")
+    return (
+        text(statistics.fmean(finite))
+        + deviation
+        + (tr(" (of {n})", n=len(finite)) if len(finite) < len(values) else "")
+    )
 
 
 def scores_of(runs: Sequence[Mapping[str, np.ndarray]]) -> list[Score]:

@@ -14,7 +14,8 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.report.__main__ import main
 from lowrank_vit.report.compare.curves import layer_figure, line_of, moment, score_figure, type_figure
 from lowrank_vit.report.compare.groups import COLORS, MARKS, Group, read_compared
-from lowrank_vit.report.compare.page import comparison_tables, draw_comparison
+from lowrank_vit.report.compare.page import comparison_tables, draw_comparison, headline
+from lowrank_vit.report.language import in_language
 from lowrank_vit.spectral.watching.files import write_spectra
 from tests.browser import opened
 from tests.reported import add_metrics, add_monitor, add_spectra, add_summary, analysis_file, fill
@@ -124,6 +125,27 @@ def test_tables_have_differences_first_and_means_of_seeds(tmp_path: Path) -> Non
     scores = {row[0]: row[1:] for row in tables[1].rows}
     assert scores["top-1 accuracy (%), last epoch"] == ["61.50 ± 1.41", "60.50"]
     assert [row[0] for row in tables[0].rows] == ["--lr", "--seed"]
+
+
+def test_the_headline_has_the_numbers_of_the_table_of_the_model_and_of_its_ema(tmp_path: Path) -> None:
+    runs = [make(tmp_path, f"vit-seed{n}", seed=n) for n in (0, 1)]
+    none = make(tmp_path, "none", lr=1)
+    for run, top1s in ((runs[0], (60.0, 64.0)), (runs[1], (62.0, 50.0))):
+        row = ["epoch,update,train_loss,eval_top1,eval_ema_top1", f"0,10,2.0,{top1s[0]},{top1s[1]}"]
+        (run / "summary.csv").write_text("\n".join(row) + "\n")
+    (none / "summary.csv").write_text("epoch,update,train_loss\n0,10,2.0\n")
+    compared = read_compared([*runs, none])
+    assert headline(compared) == [
+        ("best top-1, vit (seeds 0, 1)", "61.00 ± 1.41 %"),
+        ("best top-1, EMA, vit (seeds 0, 1)", "57.00 ± 9.90 %"),
+    ]
+    rows = {row[0]: row[1] for row in comparison_tables(compared)[1].rows}
+    assert rows["top-1 accuracy (%), best epoch"] == "61.00 ± 1.41"
+    assert rows["top-1 accuracy, EMA (%), best epoch"] == "57.00 ± 9.90"
+    with in_language("zh"):
+        texts = [cell for table in comparison_tables(read_compared(runs)) for row in table.rows for cell in row]
+    assert "训练损失，整轮均值，最佳轮" in texts
+    assert not any(re.search(r"[\u4e00-\u9fff], ", text) for text in texts)
 
 
 def test_a_page_of_its_own_beside_the_runs_and_never_over_a_report(
@@ -260,7 +282,7 @@ def test_a_browser_shows_it_and_names_are_text(tmp_path: Path) -> None:
     with opened(tmp_path / "profile") as tab:
         tab.open(page, width=420)
         headings = tab.js("[...document.querySelectorAll('h2')].map((one) => one.textContent)")
-        assert headings[:3] == ["Options that differ", "Scores", "Scores"]
+        assert headings[:3] == ["Options that differ", "Scores", "Scores over time"]
         sections = tab.js("[...document.querySelectorAll('section.interactive')].map((one) => one.id)")
         assert sections == ["fig-scores", "fig-types", "fig-layers", "fig-data"]
         files = tab.js("[...document.querySelectorAll('#fig-data button')].map((one) => one.textContent)")
