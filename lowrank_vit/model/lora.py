@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -119,11 +119,21 @@ def classifiers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if id(module) in layers}
 
 
-def effective_weight(layer: nn.Module) -> Tensor:
-    """W + s B A of a layer with an adapter, (R, C), float64."""
-    adapted: Any = layer
-    lora_a, lora_b = (one[_ADAPTER].weight for one in (adapted.lora_A, adapted.lora_B))
-    return _sum(adapted.base_layer.weight, lora_a, lora_b, adapted.scaling[_ADAPTER])
+def effective_weight(layer: nn.Module, weight_RC: Tensor, adapters: Iterable[str]) -> Tensor | None:
+    """W, and s B A of each of these adapters, (R, C), float64; None where one is another kind than plain LoRA."""
+    adapted, total = cast("Any", layer), weight_RC
+    others = {*getattr(layer, "lora_variant", ())}
+    others |= {name for name, is_dora in getattr(layer, "use_dora", {}).items() if is_dora}
+    if getattr(layer, "fan_in_fan_out", False) or weight_RC.ndim != 2:
+        return None
+    for name in adapters:
+        if name in others or name not in adapted.lora_A or name not in adapted.lora_B:
+            return None
+        lora_a, lora_b = adapted.lora_A[name].weight, adapted.lora_B[name].weight
+        if (lora_b.ndim, lora_a.ndim) != (2, 2) or (len(lora_b), lora_a.shape[1]) != tuple(weight_RC.shape):
+            return None
+        total = _sum(total, lora_a, lora_b, adapted.scaling[name])
+    return total
 
 
 def merged(weights: Mapping[str, Tensor], lora: Lora | None, source: str) -> dict[str, Tensor]:

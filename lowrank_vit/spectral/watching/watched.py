@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.model.foreign import unwrapped
-from lowrank_vit.model.lora import has_adapter
 from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.heads import Circuits, Heads, attention_blocks
 from lowrank_vit.spectral.layers import layer_of, matrices_of, ranks_of_factors, targets_of_model
@@ -60,10 +59,11 @@ class Watched:
         every = chosen[MODEL]
         if any(list(of_kind) != list(every) for of_kind in chosen.values()):
             raise ValueError("the EMA's targets differ from the model's; give the average of this very model")
-        for name, matrix in matrices_of(models[MODEL], every).items():
+        weights = {kind: matrices_of(one, chosen[kind]) for kind, one in models.items()}
+        for name, matrix in (named for of_kind in weights.values() for named in of_kind.items()):
             if matrix.is_meta:
                 raise UserError(f"{name} has no values yet: it is on the device meta. Load the weights first.")
-        shapes = {name: tuple(w.shape) for name, w in matrices_of(models[MODEL], every).items()}
+        shapes = {name: tuple(w.shape) for name, w in weights[MODEL].items()}
         self.matrices: dict[str, dict[str, Any]] = {
             name: {"shape": list(shape), **recorded_indices(min(shape), settings.topk, settings.interval)._asdict()}
             for name, shape in shapes.items()
@@ -218,9 +218,9 @@ def _groups(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
 def _weight(model: nn.Module, target: Target) -> nn.Parameter | None:
     """The parameter that it is; none of a layer in factors, with an adapter or parametrized."""
     layer = layer_of(model, target)
-    if layer is None:
-        return model.get_parameter(target.module)
-    return None if has_adapter(layer) else dict(layer.named_parameters(recurse=False)).get("weight")
+    owner, _, name = target.module.rpartition(".")
+    layer, name = (layer_of(model, Target(owner)) if owner else model, name) if layer is None else (layer, "weight")
+    return None if layer is None else dict(layer.named_parameters(recurse=False)).get(name)
 
 
 def share_out(shapes: Mapping[str, Sequence[int]], world_size: int) -> list[list[str]]:
