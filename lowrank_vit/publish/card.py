@@ -14,6 +14,7 @@ from lowrank_vit.config import meaning
 from lowrank_vit.config.option_types import in_flags, is_per_rank, kind_of, leaves
 from lowrank_vit.config.options import Config
 from lowrank_vit.config.tracking_options import Tracking
+from lowrank_vit.model.hub import LOCAL
 from lowrank_vit.model.weight_files import COMPRESSION
 from lowrank_vit.publish.subject import Subject
 from lowrank_vit.score.results import CONFIDENCE
@@ -33,10 +34,13 @@ _SURROUNDINGS = (
 _SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$>])")
 _PATH = re.compile(r"(?<![\w./])(?:~|/(?!/))[^\s,;'\"]*/")
 """A path up to its last name; no address."""
+_SWITCH = r"['\"]?(?:true|false|none|-?\d{1,2}(?:\.\d*)?)(?![\w.+/=-])"
+"""A value that is no secret: a model's `class_token=False` is an argument."""
 _SECRETS = (
     (re.compile(r"\b(?:hf|sk|ghp|gho|glpat)[_-][A-Za-z0-9_-]{12,}"), "***"),
     (re.compile(r"://[^\s/@]+@"), "://***@"),
-    (re.compile(r"(?i)\b((?:\w*[_-])?(?:token|secret|passwd|password|key))=\S+"), r"\1=***"),
+    (re.compile(r"(?i)\b((?:\w*[_-])?(?:secret|passwd|password))=\S+"), r"\1=***"),
+    (re.compile(rf"(?i)\b((?:\w*[_-])?(?:token|key))=(?!{_SWITCH})\S+"), r"\1=***"),
 )
 """What tokens and passwords look like, and what is shown for them."""
 
@@ -107,10 +111,12 @@ def _scores(subject: Subject) -> list[str]:
 
 
 def _usage(subject: Subject, reference: str) -> str:
+    where = ["# from the folder that this one lies in; from elsewhere with the path to it"]
     return "\n".join(
         (
             "import timm",
             "",
+            *(where if reference.startswith(LOCAL) else ()),
             f"model = timm.create_model({reference!r}, pretrained=True).eval()",
             "transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))",
         )

@@ -89,6 +89,9 @@ def check_folder(folder: Path, *, overwrite: bool) -> str:
     if folder.is_symlink() and not folder.exists():
         raise UserError(f"--local-dir {folder} is a link to nothing. Remove it, or choose another folder.")
     if not folder.exists():
+        there = next((parent for parent in folder.absolute().parents if parent.exists()), folder)
+        if there.is_file():
+            raise UserError(f"--local-dir {folder}: {there} is a file, and no folder. {_ADVICE}")
         return ""
     if not folder.is_dir():
         raise UserError(f"--local-dir {folder} is a file. Choose another folder.")

@@ -15,6 +15,7 @@ from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say
 from lowrank_vit.model.create import InputSpec
+from lowrank_vit.model.hub import CONFIG, LOCAL
 from lowrank_vit.model.low_rank import merge, ranks_of
 from lowrank_vit.model.weight_files import COMPRESSION
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
@@ -75,6 +76,13 @@ class Subject:
 
 def find_checkpoint(run: Path) -> Path:
     """The file of a run that is exported, or `run` itself if it is one. Raises `UserError`."""
+    folder = run if run.is_dir() else run.parent
+    is_of_timm = (folder / CONFIG).is_file() and not (folder / "args.yaml").exists()
+    if is_of_timm and (run.is_dir() or run.suffix == ".safetensors"):
+        raise UserError(
+            f"{run} is in timm's hub layout already: timm loads it by the name {LOCAL}:{folder}, and "
+            f"`hf upload NAME {folder}` sends it to the hub. Give a run's directory, or a checkpoint."
+        )
     if not run.is_dir():
         return run
     found = next((path for name in CHECKPOINTS if (path := run / name).is_file()), None)
@@ -95,6 +103,11 @@ def read_subject(options: ExportOptions, say: Say = terminal.say) -> Subject:
     """
     path = find_checkpoint(options.run)
     checkpoint = read_checkpoint(path)
+    if not checkpoint.arch:
+        raise UserError(
+            f"{path} does not name its model, so that it cannot be made. Export a checkpoint that a run has saved, "
+            f"such as {CHECKPOINTS[0]}."
+        )
     is_ema = checkpoint.starts_from_ema if options.weights == "auto" else options.weights == "ema"
     if ("state_dict_ema" if is_ema else "state_dict") not in checkpoint.content:
         other = "raw" if is_ema else "ema"

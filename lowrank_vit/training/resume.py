@@ -15,7 +15,7 @@ from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
 from lowrank_vit.config.option_types import kind_of, leaves, may_change, with_options, word_for_none
-from lowrank_vit.config.options import Config
+from lowrank_vit.config.options import Config, Optim
 from lowrank_vit.config.tracking_options import trackers
 from lowrank_vit.lowrank.switching.groups import regroup
 from lowrank_vit.model.hub import find_model, is_of, source_of, with_source
@@ -250,16 +250,30 @@ def _check_same_run(config: Config, resumed: Checkpoint) -> None:
     }  # what is meant by an option that it knew nothing of
     args = {**usual, **meaning.values_before(resumed.meaning, resumed.args), **resumed.args}
     is_low_rank = config.lowrank.lowrank_train != "none"
+    follows = _has_shortened_warmup(config.optim, args)
     changed = [
         f"--{name} was {args[name]}, now {_plain(value)}"
         for name, hint, value in leaves(config)
         if (not may_change(hint) or (is_low_rank and name in _DECIDING)) and args[name] != _plain(value)
+        if not (name == "warmup-epochs" and follows)
     ]
     if changed:
         raise UserError(
             f"{resumed.path} belongs to a run with other options: {'; '.join(changed)}. Resume with the run's own "
             f"(--config {resumed.path.parent / 'args.yaml'}), or start anew from its weights with --initial-checkpoint."
         )
+
+
+def _has_shortened_warmup(now: Optim, args: dict[str, Any]) -> bool:
+    """Whether one --warmup-epochs, shortened where --epochs left no room for it, is that of the run and of now.
+
+    It is the longer one of both: fewer epochs than that have shortened the other.
+    """
+    before, epochs = args["warmup-epochs"], args["epochs"]
+    if now.warmup_prefix or not isinstance(before, int) or not isinstance(epochs, int):
+        return False
+    asked = max(before, now.warmup_epochs)
+    return (before, now.warmup_epochs) == (min(asked, epochs - 1), min(asked, now.epochs - 1))
 
 
 def _plain(value: Any) -> Any:

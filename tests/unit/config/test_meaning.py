@@ -82,6 +82,28 @@ def test_a_resumed_run_keeps_the_share_that_was_chosen_for_it():
     assert resumed([], {"hw-decoder-load": None})[0].data.hw_decoder_load is None  # it was on a CPU
 
 
+@pytest.mark.parametrize(
+    ("before", "line", "is_same"),
+    [
+        ((1, 0), "--epochs 2", True),
+        ((1, 0), "--epochs 100", True),
+        ((3, 2), "--epochs 100", True),
+        ((100, 5), "--epochs 3", True),
+        ((100, 3), "--epochs 50", False),
+        ((100, 5), "--epochs 50 --warmup-epochs 3", False),
+        ((3, 1), "--epochs 3", False),
+        ((3, 1), "--epochs 3 --warmup-epochs 1", True),
+    ],
+)
+def test_a_warm_up_that_was_shortened_is_compared_as_it_was_asked_for(before, line, is_same):
+    args = dict(zip(("epochs", "warmup-epochs"), before, strict=True))
+    if is_same:
+        assert resumed(line.split(), args, meaning=meaning.now())[0] == parse(line.split())
+        return
+    with pytest.raises(UserError, match="--warmup-epochs was"):
+        resumed(line.split(), args, meaning=meaning.now())
+
+
 def test_what_cannot_go_on_is_refused_with_the_reason(monkeypatch):
     gone = Change("noise is drawn by sample", cannot="the old noise is no longer there")
     monkeypatch.setattr(meaning, "CHANGES", (*CHANGES, gone))

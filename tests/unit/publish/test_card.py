@@ -23,6 +23,12 @@ from lowrank_vit.publish.card import code, command, fenced, plain, private
         ("api_key=abc, x", "api_key=*** x"),
         ("WANDB_API_KEY=0123", "WANDB_API_KEY=***"),
         ("patch_size=4",) * 2,
+        *((pair, pair) for pair in ("class_token=False", "class_token=True", "use_key=None", "a_token=2")),
+        ("'class_token=False' x",) * 2,
+        ("my_token=abc", "my_token=***"),
+        ("key=12345678", "key=***"),
+        ("token=1-2f3", "token=***"),
+        ("password=1", "password=***"),
         ("rand-m9-mstd0.5-inc1",) * 2,
     ],
 )
@@ -38,7 +44,8 @@ def test_texts_of_others_are_shown_as_they_are():
 
 
 def test_the_command_has_what_was_chosen_and_trains_so_again():
-    typed = "--data-dir /home/ann/digits --model-kwargs patch_size=4 'norm_layer=a b' --opt adamw --opt-betas 0.9 0.95"
+    typed = "--data-dir /home/ann/digits --model-kwargs patch_size=4 class_token=False 'norm_layer=a b' --opt adamw"
+    typed += " --opt-betas 0.9 0.95"
     typed += " --no-model-ema --output /home/ann/out --experiment mine --wandb-project private --workers 3 --seed 7"
     config = parse(shlex.split(typed))
     args = {name: list(v) if isinstance(v, tuple) else v for name, _, v in leaves(config)}

@@ -175,6 +175,16 @@ def test_a_model_that_is_worth_nothing_is_not_exported(tmp_path, content, more, 
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
+def test_an_export_is_not_exported_again(run, tmp_path):
+    put(run, tmp_path / "out")
+    for name in ("out", "out/model.safetensors"):
+        with pytest.raises(UserError, match=r"is in timm's hub layout already: .*local-dir:.*/out.*hf upload NAME"):
+            put(tmp_path / name, tmp_path / "again")
+    (tmp_path / "out" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"does not name its model, .* Export a checkpoint that a run has saved"):
+        put(tmp_path / "out" / "model.safetensors", tmp_path / "again")
+
+
 def test_a_run_that_has_saved_nothing_says_so(run, tmp_path):
     for name in ("model_best.pth.tar", "last.pth.tar"):
         (run / name).unlink()
@@ -237,7 +247,7 @@ def test_a_run_and_what_is_no_folder_are_never_written_to(run, tmp_path):
     (tmp_path / "odd" / "config.json").mkdir(parents=True)
     said = {"run": "directory of a run", "file": "is a file", "link": "a link to nothing", "odd": "has a folder config"}
     before = sorted(tmp_path.rglob("*"))
-    for name, words in {**said, "file/out": "cannot be written"}.items():
+    for name, words in {**said, "file/out": "file is a file, and no folder"}.items():
         for more in ((), ("--overwrite",)):
             with pytest.raises(UserError, match=words):
                 put(run, tmp_path / name, *more)
