@@ -36,7 +36,13 @@ _WITHOUT_NO = get_args(FlagCreatePairsOff[bool])[1]
 _FOR_TYRO = {*HELP_FLAGS, "--tyro-write-completion", "--tyro-print-completion"}
 _LONG_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 """What text programs and web pages make of two dashes."""
+LIST = "--help lists all."
+"""The end of a message about an option that there is not."""
 _SAID_OF_SWITCHES = ("true", "false", "yes", "no", "on", "off", "0", "1")
+
+
+class NoSuchOptionError(UserError):
+    """A flag that there is not."""
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
@@ -89,38 +95,70 @@ def run_subcommand(
     read_options(commands[name], argv[1:], f"{prog} {name}")
 
 
-def read(argv: Sequence[str], hints: Hints, places: Sequence[str] = ()) -> dict[str, Any]:
+def is_flag(token: str) -> bool:
+    """Whether a token is no value: it begins with a dash, and is neither a number nor the dash alone."""
+    return token.startswith("-") and token != "-" and not is_number(token)
+
+
+def read(
+    argv: Sequence[str], hints: Hints, places: Sequence[str] = (), wrong: list[UserError] | None = None
+) -> dict[str, Any]:
     """The options that a command line names, with their values, the last one of each; raises `UserError`.
 
     Words that belong to no option are values of `places`, one after the other; where that takes any number of them, of
-    which a flag may give some, it takes them all.
+    which a flag may give some, it takes them all. Where `wrong` is given, what cannot be taken goes there, and reading
+    goes on with the next flag.
     """
-    values, words, tokens, others = dict[str, Any](), list[str](), list(argv), aliases(hints)
-    names = {without_dashes(alias): name for alias, name in others.items()}
-    gathers = bool(places) and kind_of(hints[places[0]]).num_words is None
+    values, words, tokens = dict[str, Any](), list[str](), list(argv)
     while tokens:
-        token = tokens.pop(0)
-        if not token.startswith("-") or token == "-" or is_number(token):
-            words.append(_word(token, hints))
-            continue
-        shown, equals, value = token.partition("=")
-        if without_dashes(shown) not in {*hints, *names}:
-            shown, equals, value = _glued(token, others, hints) or (shown, equals, value)
-        name = without_dashes(shown)
-        name = names.get(name, name)
-        if switch := _switch(name, hints):
-            values[switch[0]] = switch[1]
-            _check_alone(switch[0], token, tokens[:1], bool(equals), hints)
-            continue
-        if name not in hints:
-            raise _unknown(shown, [*hints, *names], hints)
-        texts = [value] if equals else _take(tokens, kind_of(hints[name]), name, others=bool(places))
-        if gathers and name == places[0]:
-            words += texts
-        else:
-            values[name] = value_of(hints[name], texts, shown)
-    _place(values, words, hints, places, gathers)
+        try:
+            _read_one(tokens, hints, places, values, words)
+        except UserError as error:
+            if wrong is None:
+                raise
+            wrong.append(error)
+            if not isinstance(error, NoSuchOptionError) and tokens and tokens[0][:2] != "--":
+                tokens.pop(0)  # a value that looks like a short flag, as in --experiment -x
+            drop_values(tokens)
+    _place(values, words, hints, places)
     return {name: value for name, value in values.items() if value is not UNSET}
+
+
+def drop_values(tokens: list[str]) -> None:
+    """Take all off the tokens that stand before the next flag."""
+    while tokens and not is_flag(tokens[0]):
+        tokens.pop(0)
+
+
+def _read_one(tokens: list[str], hints: Hints, places: Sequence[str], values: dict[str, Any], words: list[str]) -> None:
+    """Take a word or a flag with its values off the tokens, into `words` or `values`. Raises `UserError`."""
+    others = aliases(hints)
+    names = {without_dashes(alias): name for alias, name in others.items()}
+    token = tokens.pop(0)
+    if not is_flag(token):
+        words.append(_word(token, hints))
+        return
+    shown, equals, value = token.partition("=")
+    if without_dashes(shown) not in {*hints, *names}:
+        shown, equals, value = _glued(token, others, hints) or (shown, equals, value)
+    name = without_dashes(shown)
+    name = names.get(name, name)
+    if switch := _switch(name, hints):
+        values[switch[0]] = switch[1]
+        _check_alone(switch[0], token, tokens[:1], bool(equals), hints)
+        return
+    if name not in hints:
+        raise _unknown(shown, [*hints, *names], hints)
+    texts = [value] if equals else _take(tokens, kind_of(hints[name]), name, others=bool(places))
+    if _gathers(hints, places) and name == places[0]:
+        words += texts
+    else:
+        values[name] = value_of(hints[name], texts, shown)
+
+
+def _gathers(hints: Hints, places: Sequence[str]) -> bool:
+    """Whether the first of the places takes any number of words."""
+    return bool(places) and kind_of(hints[places[0]]).num_words is None
 
 
 def _glued(token: str, names: Mapping[str, str], hints: Hints) -> tuple[str, str, str] | None:
@@ -170,7 +208,7 @@ def _take(tokens: list[str], kind: Kind, name: str, *, others: bool) -> list[str
     texts: list[str] = []
     while tokens and (kind.num_words is None or len(texts) < kind.num_words):
         token = tokens[0]
-        if token.startswith("-") and token != "-" and not is_number(token):
+        if is_flag(token):
             break
         if kind.num_words is None and others and texts and not _could_be(kind, name, token):
             break
@@ -188,9 +226,9 @@ def _could_be(kind: Kind, name: str, token: str) -> bool:
     return "=" in token if name.endswith("-kwargs") else True
 
 
-def _place(values: dict[str, Any], words: list[str], hints: Hints, places: Sequence[str], gathers: bool) -> None:
+def _place(values: dict[str, Any], words: list[str], hints: Hints, places: Sequence[str]) -> None:
     """Make the words that belong to no flag values of `places`. Raises `UserError` for one too many."""
-    if words and gathers:
+    if words and _gathers(hints, places):
         values[places[0]] = value_of(hints[places[0]], words, f"--{places[0]}")
         return
     for name, word in zip(places, words, strict=False):
@@ -205,19 +243,21 @@ def _place(values: dict[str, Any], words: list[str], hints: Hints, places: Seque
         near = f" Did you mean --{before} {extra[0]}?" if before and before != extra[0] else ""
         may = f" Without a flag stands only --{places[0]}, which is {words[0]}." if places else ""
         near = near or did_you_mean(extra[0], hints, "--")
-        raise UserError(f"`{extra[0]}` belongs to no option.{may}{near or ' --help lists all.'}")
+        raise UserError(f"`{extra[0]}` belongs to no option.{may}{near or f' {LIST}'}")
 
 
-def _unknown(shown: str, names: Iterable[str], hints: Hints) -> UserError:
+def _unknown(shown: str, names: Iterable[str], hints: Hints) -> NoSuchOptionError:
     """That there is no such flag, with the nearest ones."""
     first, *rest = re.split(r"[\s:]+", shown, maxsplit=1)
     if rest and without_dashes(first) in hints:
-        return UserError(f"`{shown}` is one word. Did you mean {first}={rest[0]}?")
+        return NoSuchOptionError(f"`{shown}` is one word. Did you mean {first}={rest[0]}?")
     if without_dashes(shown).removeprefix("no-") in hints:
-        return UserError(f"{shown} is not an option: --{without_dashes(shown).removeprefix('no-')} is no switch.")
+        return NoSuchOptionError(
+            f"{shown} is not an option: --{without_dashes(shown).removeprefix('no-')} is no switch."
+        )
     switches = [f"no-{name}" for name, hint in hints.items() if kind_of(hint).element is bool]
     near = did_you_mean(without_dashes(shown), [name for name in [*names, *switches] if len(name) > 1], "--")
-    return UserError(f"{shown} is not an option.{near or ' --help lists all.'}")
+    return NoSuchOptionError(f"{shown} is not an option.{near or f' {LIST}'}")
 
 
 def _parameters(target: Callable[..., object]) -> dict[str, Any]:

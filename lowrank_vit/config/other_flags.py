@@ -1,6 +1,6 @@
-"""Flags of programs that are built on timm and have command lines of their own: DeiT, MAE, BEiT, Swin, torchvision.
+"""Flags of programs that are built on timm or look like it: DeiT, MAE, BEiT, Swin, torchvision, models' own copies.
 
-Their lines are refused at the first such flag, with what says the same here. They are not translated, since what such
+Their lines are refused, with what says the same here for each such flag. They are not translated, since what such
 a line leaves out has another default there than in timm: DeiT's optimizer is adamw, timm's is sgd.
 `docs/from_timm.md` has the same table.
 """
@@ -41,9 +41,12 @@ OTHERS: dict[str, Elsewhere] = {
     "eval-crop-ratio": Elsewhere(_DEIT, "--crop-pct"),
     "num-workers": Elsewhere(_SHARED, "--workers"),
     # augmentation
-    **dict.fromkeys("repeated-aug ra-sampler ra-reps".split(), Elsewhere("DeiT's and torchvision's", _REPEATED)),
+    **dict.fromkeys(
+        "repeated-aug no-repeated-aug ra-sampler ra-reps".split(), Elsewhere("DeiT's and torchvision's", _REPEATED)
+    ),
     "ThreeAugment": Elsewhere(_DEIT, "--aa 3a"),
     "src": Elsewhere(_DEIT, "--train-crop-mode; its simple random crop is not here"),
+    "simple-aug": Elsewhere("SSF's and HST's", "--aa none --color-jitter 0 --reprob 0, which leaves crop and flip"),
     "auto-augment": Elsewhere(_TORCHVISION, "--aa"),
     "random-erase": Elsewhere(_TORCHVISION, "--reprob"),
     "mixup-alpha": Elsewhere(_TORCHVISION, "--mixup"),
@@ -71,12 +74,22 @@ OTHERS: dict[str, Elsewhere] = {
     "cls-token": Elsewhere(_MAE, "--gp token"),
     "use-checkpoint": Elsewhere(_SWIN, "--grad-checkpointing"),
     "head-dropout": Elsewhere("MetaFormer's", "--drop"),
+    "width": Elsewhere("GhostNet's", "--model-kwargs, for models that take it: width=1.0"),
+    "tuning-mode": Elsewhere("SSF's", "leave it out, all weights are trained"),
+    "partial-freeze": Elsewhere("EVA's", "leave it out, all weights are trained"),
+    "use-ml-decoder-head": Elsewhere("ML-Decoder's", "leave it out, the head is the model's"),
+    "mesa": Elsewhere("MambaVision's", "leave it out, there is no loss against the EMA"),
+    **dict.fromkeys("augsub augsub-ratio".split(), Elsewhere("AugSub's", "leave it out, there are no sub-models")),
     **dict.fromkeys("distillation-type distillation-alpha teacher-model teacher-path".split(), _DISTILL),
     **dict.fromkeys("token-label token-label-size token-label-data ground-truth".split(), _TOKENS),
     # run
     "output-dir": Elsewhere("DeiT's, MAE's and BEiT's", _OUTPUT),
     "log-dir": Elsewhere("MAE's and BEiT's", _OUTPUT),
     "job-dir": Elsewhere("submitit's", _OUTPUT),
+    "tag": Elsewhere("Swin's and MambaVision's", "--experiment, the run's name"),
+    "task-name": Elsewhere("DFFormer's", "--experiment, the run's name"),
+    "val-freq": Elsewhere("TransXNet's", "--val-interval, in epochs"),
+    "val-start-epoch": Elsewhere("TransXNet's", "leave it out, --val-interval says which epochs are validated"),
     "cfg": Elsewhere(_SWIN, "--config FILE, a flat YAML with names of flags as keys"),
     "dist-eval": Elsewhere("DeiT's, MAE's and BEiT's", _SCORED_ONCE),
     **dict.fromkeys(

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.config.command_line import LIST, drop_values, is_flag
 from lowrank_vit.config.option_types import is_number, without_dashes
 from lowrank_vit.config.other_flags import OTHERS
 from lowrank_vit.config.timm_flags import FLAGS, HIDDEN, Command, Flag, Instead, Renamed, Unused
+
+_WIDTH = 80
+_DEFAULTS = (
+    "What a line of that program leaves out has other defaults in timm and here: docs/from_timm.md, Flags of other "
+    "programs."
+)
 
 
 @dataclass
@@ -18,22 +26,31 @@ class Line:
     tokens: list[str] = field(default_factory=list)
     held: list[str] = field(default_factory=list)
     """Flags, as typed, that change nothing."""
+    refused: list[UserError] = field(default_factory=list)
+    """Why flags of timm's or of `OTHERS` are not taken."""
 
 
 def translate(argv: Iterable[str], command: Command = "train") -> Line:
-    """The tokens in a command's own flags. Raises `UserError` for a flag of timm's or of `OTHERS` that is not here."""
+    """The tokens in a command's own flags, without those flags of timm's or of `OTHERS` that are not here."""
     line, tokens = Line(), list(argv)
     while tokens:
         token = tokens.pop(0)
         shown, equals, value = token.partition("=")
         name = without_dashes(shown)
-        if shown.startswith("--") and command == "train":
-            refuse_others(name, shown)
+        if shown.startswith("--") and command == "train" and name in OTHERS:
+            line.refused.append(of_other(name, shown))
+            drop_values(tokens)  # how many it has is not known
+            continue
         if not shown.startswith("--") or not is_foreign(name, command):
             line.tokens.append(token)
             continue
         values = [value] if equals else _take_foreign(FLAGS[name], tokens, command)
-        made = foreign(name, values, shown, command)
+        try:
+            made = foreign(name, values, shown, command)
+        except UserError as error:
+            line.refused.append(error)
+            drop_values(tokens)
+            continue
         line.tokens += made
         if not made:
             line.held.append(" ".join([shown, *values]))
@@ -41,21 +58,42 @@ def translate(argv: Iterable[str], command: Command = "train") -> Line:
 
 
 def fit_flags(argv: Iterable[str], command: Command, say: Callable[[str], object]) -> list[str]:
-    """The command line of validate or inference in our own flags; one note is said of those that change nothing."""
+    """The command line of validate or inference in our own flags; one note is said of those that change nothing.
+
+    Raises `UserError` for all that are refused.
+    """
     line = translate(argv, command)
+    refuse(line.refused)
     if line.held:
         verb = "changes" if len(line.held) == 1 else "change"
         say(f"note: {', '.join(flag.partition(' ')[0] for flag in line.held)} {verb} nothing here")
     return line.tokens
 
 
-def refuse_others(name: str, shown: str) -> None:
-    """Raise `UserError` for a flag of another program of `OTHERS`, with what says the same here."""
-    if other := OTHERS.get(name):
-        raise UserError(
-            f"{shown} is {other.whose}; here: {other.instead}. What a line of that program leaves out has other "
-            "defaults in timm and here: docs/from_timm.md, Flags of other programs."
-        )
+def of_other(name: str, shown: str) -> UserError:
+    """That a flag is another program's, one of `OTHERS`, with what says the same here."""
+    return UserError(f"{shown} is {OTHERS[name].whose}; here: {OTHERS[name].instead}. {_DEFAULTS}")
+
+
+def refuse(errors: Sequence[UserError]) -> None:
+    """Raise what is wrong with one option as it is, that of several as one error with a line for each of them."""
+    if not errors:
+        return
+    if len(errors) == 1:
+        raise errors[0]
+    texts, ends = list[str](), dict[str, None]()
+    for text in dict.fromkeys(map(str, errors)):
+        end = next((end for end in (_DEFAULTS, LIST) if text.endswith(f" {end}")), "")
+        ends |= {end: None} if end else {}
+        texts.append(text.removesuffix(f" {end}"))
+    lines = [line for text in texts for line in _wrapped(text, "  ", " " * 6)]
+    raise UserError("\n".join([f"{len(texts)} options cannot be taken:", *lines, *_wrapped(" ".join(ends))]))
+
+
+def _wrapped(text: str, first: str = "", others: str = "") -> list[str]:
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def is_foreign(name: str, command: Command = "train") -> bool:
@@ -133,13 +171,9 @@ def _img_size(values: list[str], shown: str) -> list[str]:
 def _take(count: int | None, tokens: list[str]) -> list[str]:
     """Take up to so many values, or all numbers, off the tokens behind a flag."""
     values: list[str] = []
-    while tokens and (is_number(tokens[0]) if count is None else len(values) < count and not _is_flag(tokens[0])):
+    while tokens and (is_number(tokens[0]) if count is None else len(values) < count and not is_flag(tokens[0])):
         values.append(tokens.pop(0))
     return values
-
-
-def _is_flag(token: str) -> bool:
-    return token.startswith("-") and not is_number(token)
 
 
 def _take_foreign(flag: Flag, tokens: list[str], command: Command) -> list[str]:

@@ -12,7 +12,7 @@ import yaml
 from lowrank_vit.common.errors import UserError, did_you_mean
 from lowrank_vit.common.program import CONFIGS, bundled_names, find_bundled
 from lowrank_vit.config import meaning
-from lowrank_vit.config.command_line import read
+from lowrank_vit.config.command_line import LIST, read
 from lowrank_vit.config.option_types import (
     UNSET,
     Hints,
@@ -23,8 +23,9 @@ from lowrank_vit.config.option_types import (
     without_dashes,
     wrong_value,
 )
+from lowrank_vit.config.other_flags import OTHERS
 from lowrank_vit.config.timm_flags import FLAGS, Holds
-from lowrank_vit.config.timm_line import foreign, is_foreign, refuse_others
+from lowrank_vit.config.timm_line import foreign, is_foreign, of_other, refuse
 
 
 class _OnceLoader(yaml.SafeLoader):
@@ -75,7 +76,7 @@ class FromFile:
 def read_config(path: Path, hints: Hints) -> FromFile:
     """The options that a flat YAML file names; `hints` are all that there are.
 
-    timm's own args.yaml is such a file. Raises `UserError` naming file and key.
+    timm's own args.yaml is such a file. Raises `UserError` naming file and all keys that cannot be taken.
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
@@ -85,7 +86,7 @@ def read_config(path: Path, hints: Hints) -> FromFile:
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must be a flat mapping of flag names to values, e.g. `epochs: 300`.")
-    found, seen = FromFile(), dict[str, str]()
+    found, seen, refused = FromFile(), dict[str, str](), list[UserError]()
     names = {without_dashes(alias): name for alias, name in aliases(hints).items()}
     number = meaning.number_in(content, f"--config {path}")
     for key, value in content.items():
@@ -94,18 +95,23 @@ def read_config(path: Path, hints: Hints) -> FromFile:
         name = without_dashes(str(key))
         name = names.get(name, name)
         shown = f"--config {path}: `{key}`"
-        if is_foreign(name):
-            _foreign(found, name, value, shown, hints)
-            continue
-        if name not in hints:
-            refuse_others(name, shown)
-            near = did_you_mean(name, [*hints, *(other for other in names if len(other) > 1)])
-            raise UserError(f"{shown} is not an option.{near or ' --help lists all.'}")
-        if name in seen and value is not None and found.values[name] is not UNSET:
-            raise UserError(f"{shown} and `{seen[name]}` are the same option. Keep one of them.")
-        if name not in seen or value is not None:
-            found.values[name] = UNSET if value is None else _value(shown, name, hints[name], value)
-            seen[name] = str(key)
+        try:
+            if is_foreign(name):
+                _foreign(found, name, value, shown, hints)
+                continue
+            if name in OTHERS:
+                raise of_other(name, shown)
+            if name not in hints:
+                near = did_you_mean(name, [*hints, *(other for other in names if len(other) > 1)])
+                raise UserError(f"{shown} is not an option.{near or f' {LIST}'}")
+            if name in seen and value is not None and found.values[name] is not UNSET:
+                raise UserError(f"{shown} and `{seen[name]}` are the same option. Keep one of them.")
+            if name not in seen or value is not None:
+                found.values[name] = UNSET if value is None else _value(shown, name, hints[name], value)
+                seen[name] = str(key)
+        except UserError as error:
+            refused.append(error)
+    refuse(refused)
     if number is None and _is_whole(found, hints):
         number = meaning.FIRST
     if number is not None:

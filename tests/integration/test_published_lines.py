@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ import pytest
 from lowrank_vit import train as train_command
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
-from lowrank_vit.config.option_types import aliases, hints_of
+from lowrank_vit.config.option_types import aliases, hints_of, without_dashes
 from lowrank_vit.config.options import Config
 from lowrank_vit.config.other_flags import OTHERS
 from lowrank_vit.config.timm_flags import FLAGS
+from lowrank_vit.config.timm_line import fit_flags
 from lowrank_vit.data.sets.datasets import kind_of
 from tests.published_lines import DOCUMENT, UPDATES, PublishedLine, published_lines, written
 from tests.runs import losses, spectral_records
@@ -29,7 +31,11 @@ def test_it_parses_or_is_refused_with_its_reason(line: PublishedLine):
     if line.refused:
         with pytest.raises(UserError) as caught:
             parse(line.words)
-        assert str(caught.value).startswith(line.refused)
+        message = re.sub(r"^\d+ options cannot be taken: ", "", " ".join(str(caught.value).split()))
+        assert message.startswith(line.refused)
+        for word in line.words:
+            name = without_dashes(word.partition("=")[0])
+            assert not word.startswith("--") or name not in OTHERS or f"{word.partition('=')[0]} is " in message
         return
     config = parse(line.words)
     assert config.model.model == line.model
@@ -72,6 +78,30 @@ def test_it_trains_and_its_matrices_are_watched(line: PublishedLine, photos, tmp
     assert all(math.isfinite(loss) for loss in losses(run).values())
     refresh = spectral_records(run)[-1]
     assert any("sigma_max" in name for name in refresh)
+
+
+def test_all_that_cannot_be_taken_is_told_at_once_in_80_columns(tmp_path):
+    """Of another program, of timm, misspelt, with a wrong value; each once."""
+    line = "--apex-amp 1 --token-label --foo a b --sched onecycle --data-path=x --data-path y"
+    line += " --amp true --experiment -x -q"
+    with pytest.raises(UserError) as caught:
+        parse(line.split())
+    first, *lines = str(caught.value).splitlines()
+    assert first == "8 options cannot be taken:"
+    assert max(map(len, lines)) <= 80
+    told = [one.split()[0] for one in lines if re.match("  [^ ]", one)]
+    assert told == "--apex-amp --token-label --data-path --foo --sched --amp --experiment -q".split()
+    assert " ".join(lines[-2:]).startswith("What a line of that program leaves out")
+    assert lines[-1].endswith(" --help lists all.")
+    path = tmp_path / "recipe.yaml"
+    path.write_text("apex_amp: true\ntoken_label: true\nfoo: 1\nepochs: many\nlr: 0.1\n")
+    with pytest.raises(UserError) as caught:
+        parse(["--config", str(path)])
+    text = str(caught.value)
+    assert text.startswith("4 options cannot be taken:\n")
+    assert re.findall(r": `(\w+)`", " ".join(text.split())) == ["apex_amp", "token_label", "foo", "epochs"]
+    with pytest.raises(UserError, match=r"(?s)2 options.* --model-dtype .* --input-size "):
+        fit_flags("--model-dtype float16 --input-size 1 2 3 --fuser x".split(), "validate", print)
 
 
 @pytest.mark.parametrize("name", ["data-path", "ThreeAugment", "repeated-aug", "blr", "lr-scheduler"])
