@@ -23,7 +23,7 @@ from data_prep.sources.table_columns import Columns, column_remarks, image_colum
 from lowrank_vit.common.errors import UserError, in_short
 from lowrank_vit.common.hub import hub_message, quick_without_network
 from lowrank_vit.common.packages import needs
-from lowrank_vit.common.terminal import one_line
+from lowrank_vit.common.terminal import one_line, say
 
 EXTRA, _TO = "hfds", "Reading data sets of Hugging Face"
 _BLOCK = 64
@@ -49,7 +49,7 @@ def hugging_face(
     *,
     root: Path | None = None,
     flag: str = "--split",
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] = say,
 ) -> RowSource:
     """The rows of a split, read from `datasets`' copy on the disk (`root`, or its own cache).
 
@@ -110,7 +110,7 @@ def streamed(
     *,
     root: Path | None = None,
     flag: str = "--split",
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] = say,
 ) -> RowSource:
     """The rows of a split, read once from a stream into the file `spool_path`, which the caller removes in the end.
 

@@ -34,7 +34,7 @@ from tests.waiting import LONG_S
 
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 ENGLISH, CHINESE = "docs/guide.md", "docs/guide_zh.md"
-PICTURES = ("image folders / CIFAR-100 archive / digits",)
+PICTURES = ("image folders / CIFAR-100 archive / digits / tables / shards of tar / Python objects",)
 """First lines of fenced blocks without a language that are drawings, not commands."""
 
 TINY_OPTIONS: dict[str, Any] = {"patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}

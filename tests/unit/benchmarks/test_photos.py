@@ -109,6 +109,6 @@ def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UserError, match="--count is 9, expected 10 or more"):
         ensure_photos(tmp_path / "photos", 9)
     monkeypatch.setitem(__import__("sys").modules, "skimage.data", None)
-    with pytest.raises(UserError, match="scikit-image and scikit-learn"):
+    with pytest.raises(UserError, match="scikit-image"):
         ensure_photos(tmp_path / "photos", 10)
     assert not (tmp_path / "photos").exists()
