@@ -176,7 +176,7 @@ def _compare(options: Options, paths: tuple[Path, Path], console: Console) -> No
     weights = "EMA weights" if options.source.use_ema else "raw weights"
     epochs = f", epoch {old['epoch'] + 1} to {new['epoch'] + 1}" if min(old["epoch"], new["epoch"]) >= 0 else ""
     say(f"{new['model']}, {weights}{epochs}")
-    print_drift(drift, content["types"], console)
+    print_drift(drift, console)
     if options.files.save_dir is not None:
         path = options.files.save_dir / f"{new['model']}_drift.json"
         write_json(content, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from lowrank_vit.report.compression.read import Table
 from lowrank_vit.report.interactive.figures import figure, panel, series_of
 from lowrank_vit.report.interactive.packing import Packer, embedded_json, embedded_library
 from lowrank_vit.report.language import msg, tr
-from lowrank_vit.report.style import browser_look, by_type, heading, new_figure, png, tidy, type_look
+from lowrank_vit.report.style import MUTED, browser_look, by_type, heading, new_figure, png, tidy, type_look
 
 ENDING = "_drift.json"
 _NUMBERS = (
-    ("update_normF", msg("Frobenius norm of the change"), "|ΔW|F"),
-    ("update_norm2", msg("spectral norm of the change"), "|ΔW|₂"),
+    ("update_rel", msg("change beside the weights, Frobenius norms"), "‖ΔW‖ / ‖W‖"),
+    ("update_normF", msg("Frobenius norm of the change"), "‖ΔW‖"),
+    ("update_norm2", msg("spectral norm of the change"), "‖ΔW‖₂"),
     ("delta_sv_rel", msg("change of singular values"), "Δσ / σ"),
     ("turn_bound", msg("bound on the block's turn"), msg("sine (above 1: none)")),
     ("block_cos_u_overlap", msg("left vectors: overlap"), msg("0: chance, 1: the same")),
@@ -28,8 +29,26 @@ _NUMBERS = (
     ("block_energy", msg("energy that the old block holds"), msg("share")),
 )
 """Key in the file, title and label."""
-_TOLD = (("update_normF", True), ("delta_sv_rel", True), ("block_cos_u_overlap", False))
-"""What sentences are about, and whether the most counts or the least."""
+_TOLD = (
+    (
+        "update_rel",
+        msg("Change beside the weights, ‖ΔW‖ / ‖W‖, means by type, the largest first: {types}. The largest of a matrix "
+            "is {value:.3g}, of {name}."),
+    ),
+    (
+        "delta_sv_rel",
+        msg("Change of the singular values, Δσ / σ, means by type, the largest first: {types}. The largest of a matrix "
+            "is {value:.3g}, of {name}."),
+    ),
+    (
+        "block_cos_u_overlap",
+        msg("Overlap of the top left vectors before and after (1: the same, 0: chance), means by type, the lowest, "
+            "turned most, first: {types}. The lowest of a matrix is {value:.3g}, of {name}."),
+    ),
+)  # fmt: skip
+"""What sentences are about; norms of changes are left out, since they grow with the matrix."""
+_IS_LESS = ("block_cos_u_overlap", "block_cos_v_overlap")
+"""Numbers of which the least have moved most; by chance they are 0."""
 
 
 def find_drift(path: Path) -> Path | None:
@@ -59,8 +78,8 @@ def drift_parts(path: Path, *, with_png: bool) -> tuple[dict[str, Any], dict[str
         "title": path.name.removesuffix(".json"),
         "model": _words(meta, before, after),
         "headline": [],
-        "said": [text for key, is_most in _TOLD if (text := _sentence(layers, key, is_most=is_most))],
-        "notes": [] if numbers else [tr("No number of it is finite.")],
+        "said": [text for key, form in _TOLD if (text := _sentence(layers, key, form))],
+        "notes": _notes(layers, numbers),
         "thinned": [],
         "embedded": _embedded(layers, numbers),
         "pictures": {tr("How far each matrix moved, by depth"): picture} if picture else {},
@@ -83,24 +102,31 @@ def _words(meta: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[st
     return f"{meta.get('model', '')}  ·  {between}"
 
 
-def _sentence(layers: Mapping[str, Mapping[str, Any]], key: str, *, is_most: bool) -> str:
-    """Which type and which matrix moved most by this number, beside the other types; empty without it."""
+def _notes(layers: Mapping[str, Mapping[str, Any]], numbers: Sequence[tuple[str, str, str]]) -> list[str]:
+    """What charts cannot show."""
+    if not numbers:
+        return [tr("No number of it is finite.")]
+    unbound = [name for name, of in layers.items() if "turn_bound" in of and not np.isfinite(_number(of, "turn_bound"))]
+    if not unbound:
+        return []
+    text = msg(
+        "Of {n} of {all} matrices, {name} first, there is no bound on the block's turn: they changed by more than the "
+        "gap behind the block, or are not finite."
+    )
+    return [tr(text, n=len(unbound), all=len(layers), name=unbound[0])]
+
+
+def _sentence(layers: Mapping[str, Mapping[str, Any]], key: str, form: str) -> str:
+    """Every type by this number, those that moved most first, and the matrix that did; empty without it."""
     known = {name: value for name, of in layers.items() if math.isfinite(value := _number(of, key))}
     if not known:
         return ""
+    sign = 1 if key in _IS_LESS else -1
     means = {kind: float(np.mean([known[name] for name in names])) for kind, names in by_type(known).items()}
-    order = sorted(means, key=lambda kind: -means[kind] if is_most else means[kind])
-    chosen = max(known, key=lambda name: known[name] if is_most else -known[name])
-    title = next(title for one, title, _ in _NUMBERS if one == key)
-    words: dict[str, Any] = {"number": tr(title), "name": chosen, "value": known[chosen]}
-    words |= {"first": order[0], "mean": means[order[0]], "last": order[-1], "other": means[order[-1]]}
-    if not math.isclose(means[order[0]], means[order[-1]], rel_tol=1e-6, abs_tol=1e-12):
-        both = msg(
-            "{number}: {first} moved most, {mean:.3g} in the mean against {other:.3g} of {last}; "
-            "{name} has {value:.3g}."
-        )
-        return tr(both, **words)
-    return tr("{number}: {mean:.3g} in the mean; {name} has {value:.3g}.", **words)
+    order = sorted(means, key=lambda kind: sign * means[kind])
+    chosen = min(known, key=lambda name: sign * known[name])
+    types = tr(", ").join(f"{kind} {means[kind]:.3g}" for kind in order)
+    return tr(form, types=types, name=chosen, value=known[chosen])
 
 
 def _number(values: Mapping[str, Any], key: str) -> float:
@@ -118,12 +144,16 @@ def _table(title: str, rows: Mapping[str, Mapping[str, Any]], numbers: list[tupl
 
 def _embedded(layers: Mapping[str, Mapping[str, Any]], numbers: list[tuple[str, str, str]]) -> dict[str, str]:
     pack, types = Packer(), by_type(layers)
+    deepest = max(map(len, types.values()), default=0)
     panels = [
         panel(tr(title), tr("block"), tr(label), [
             series_of(kind, np.arange(len(names)), np.array([_number(layers[name], key) for name in names]), pack,
                       look=kind, text=names)
             for kind, names in types.items()
-        ])
+        ] + [
+            series_of(tr("chance"), np.arange(deepest), np.zeros(deepest), pack, color="ink", dash="dash", width=1,
+                      mode="lines")
+        ] * (key in _IS_LESS), whole=True)
         for key, title, label in numbers
     ]  # fmt: skip
     made = figure("drift", tr("From the one to the other, by depth"), "", {"all": panels}, logarithmic="off")
@@ -146,6 +176,8 @@ def _picture(layers: Mapping[str, Mapping[str, Any]], numbers: list[tuple[str, s
             color, mark = type_look(kind)
             values = [_number(layers[name], key) for name in names]
             axes.plot(range(len(names)), values, color=color, marker=mark, markersize=4, linewidth=1.4, label=kind)
+        if key in _IS_LESS:
+            axes.axhline(0, color=MUTED, linewidth=1, linestyle="--")
         axes.xaxis.get_major_locator().set_params(integer=True)
     heading(drawn, "From one checkpoint to another", words)
     lines = grid.flat[0].get_lines()

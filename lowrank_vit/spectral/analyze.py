@@ -118,7 +118,9 @@ def analyze_weights(
 
 
 def compare(before: Analysis, after: Analysis) -> dict[str, dict[str, float]]:
-    """By name, what the monitor would log at `after` with `before` as the refresh before it.
+    """By name, what the monitor would log at `after` with `before` as the refresh before it, and "update_rel".
+
+    That is |W - W'|_F / |W'|_F, W' of `before`; NaN where that is zero.
 
     Raises:
         UserError: they are not of the same matrices.
@@ -134,8 +136,10 @@ def compare(before: Analysis, after: Analysis) -> dict[str, dict[str, float]]:
     stacks = (stack_by_shape({name: one.weights[name].double() for name in before.weights}) for one in (before, after))
     for old, new in zip(*stacks, strict=True):
         energies = block_energies(before.solved, after.solved, new)
-        norms_of = update_norms(old, new, solver=after.settings.solver)
-        of_weights |= {name: norms | energies[name] for name, norms in norms_of.items()}
+        for name, norms in update_norms(old, new, solver=after.settings.solver).items():
+            size = float(np.linalg.norm(before.solved[name].s))
+            relative = norms["update_normF"] / size if size else math.nan
+            of_weights[name] = norms | energies[name] | {"update_rel": relative}
     was = before.solved
     return {name: drift_metrics(was[name], now, of_weights[name], was[name]) for name, now in after.solved.items()}
 
@@ -179,11 +183,9 @@ def as_json(analysis: Analysis, meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def drift_as_json(drift: Mapping[str, Mapping[str, float]], meta: Mapping[str, Any]) -> dict[str, Any]:
     """What goes into `<model>_drift.json`: {"meta", "layers", "types", "depths"} of the numbers of `compare`."""
-    content: dict[str, Any] = {"meta": dict(meta)}
     groups = {"layers": drift, "types": _group("type", drift), "depths": _group("depth", drift)}
-    for heading, group in groups.items():
-        content[heading] = {name: _plain_values(numbers) for name, numbers in group.items()}
-    return content
+    plain = {heading: {name: _plain_values(of) for name, of in group.items()} for heading, group in groups.items()}
+    return {"meta": dict(meta), **plain}
 
 
 def arrays_of(analysis: Analysis, *, vectors: bool, full: bool) -> dict[str, np.ndarray]:
@@ -335,6 +337,7 @@ _ERRORS = {"alpha": "alpha_sigma", "shuffled_alpha": "shuffled_alpha_sigma", "al
 _CHANCES = {f"lr_{rival}": f"lr_{rival}_p" for rival in ("exponential", "lognormal", "truncated")}
 """Where the p-value stands of a ratio, which has a star if it is small."""
 _DRIFT = {
+    "update_rel": "|ΔW|F\n/ |W|F",
     "update_normF": "|ΔW|F",
     "update_norm2": "|ΔW|₂",
     "delta_sv_rel": "Δσ/σ",
@@ -361,12 +364,10 @@ def print_analysis(analysis: Analysis, console: Console) -> None:
         console.print(_table(_OF_HEADS, "block", _CIRCUITS, blocks))
 
 
-def print_drift(
-    layers: Mapping[str, Mapping[str, float]], types: Mapping[str, Mapping[str, float]], console: Console
-) -> None:
+def print_drift(drift: Mapping[str, Mapping[str, float]], console: Console) -> None:
     """Drift between two checkpoints by layer and by type."""
-    console.print(_table("Drift by layer", "layer", _DRIFT, layers))
-    console.print(_table("Drift by type, means", "type", _DRIFT, types))
+    console.print(_table("Drift by layer", "layer", _DRIFT, drift))
+    console.print(_table("Drift by type, means", "type", _DRIFT, _group("type", drift)))
 
 
 def _table(
@@ -396,4 +397,4 @@ def _text(key: str, numbers: Mapping[str, float]) -> str:
         return f"{value:.3g}±{error:.0f}" if error >= 1 else f"{value:.3g}±{error:.1g}"
     if key in _CHANCES:
         return f"{value:+.2g}{'*' if numbers.get(_CHANCES[key], 1.0) < 0.1 else ' '}"
-    return f"{value:.4g}"
+    return "none" if key == "turn_bound" and value == math.inf else f"{value:.4g}"

@@ -11,6 +11,7 @@ import torch
 from lowrank_vit.analyze_spectrum import main as analyze
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.report.__main__ import main
+from lowrank_vit.report.drift import drift_parts
 from tests.browser import opened
 from tests.reported import analysis_file, fill
 from tests.spectra import tiny_vit
@@ -35,11 +36,11 @@ def test_a_comparison_of_checkpoints_has_a_page(tmp_path: Path, capsys: pytest.C
     html = (tmp_path / "vit_drift.html").read_text()
     layers = json.loads(path.read_text())["layers"]
     for name, numbers in layers.items():
-        assert f"<td>{name}</td><td>{numbers['update_normF']:.4g}</td>" in html
-    name, most = max(((name, of["update_normF"]) for name, of in layers.items()), key=lambda one: one[1])
-    assert f"; {name} has {most:.3g}.</li>" in html
-    assert [one in html for one in ("moved most", "left vectors: overlap: 1 in the mean; ")] == [True, True]
-    assert html.count("<li>") == 3
+        assert f"<td>{name}</td><td>{numbers['update_rel']:.4g}</td>" in html
+    name, most = max(((name, of["update_rel"]) for name, of in layers.items()), key=lambda one: one[1])
+    assert f"The largest of a matrix is {most:.3g}, of {name}.</li>" in html
+    assert ". The lowest of a matrix is 1, of " in html
+    assert html.count("<li>") == 4  # one says that there is no bound on the turn
     main([str(tmp_path), "--no-png"])  # the folder means it, too
     assert list((tmp_path / "vit_drift").iterdir()) == []
     with opened(tmp_path / "profile") as tab:
@@ -53,7 +54,35 @@ def test_a_comparison_of_checkpoints_has_a_page(tmp_path: Path, capsys: pytest.C
         ]
         assert tab.errors == []
     main([str(path), "--no-png", "--lang", "zh"])
-    assert "移动最多" in (tmp_path / "vit_drift.html").read_text()
+    assert "单个矩阵的最大值为" in (tmp_path / "vit_drift.html").read_text()
+
+
+def test_sentences_are_about_numbers_that_do_not_grow_with_the_matrix_and_order_every_type(tmp_path: Path) -> None:
+    def of(relative: float, overlap: float) -> dict[str, float | None]:
+        return {
+            "update_normF": 100 * relative,
+            "update_rel": relative,
+            "turn_bound": None,
+            "block_cos_u_overlap": overlap,
+        }
+
+    layers = {"blocks.0.mlp.fc1": of(0.5, 0.9), "blocks.1.mlp.fc1": of(0.7, 0.7), "blocks.0.attn.qkv": of(0.59, 0.2)}
+    path = tmp_path / "x_drift.json"
+    path.write_text(json.dumps({"meta": {"before": {}, "after": {}}, "types": {}, "layers": layers}))
+    parts, _ = drift_parts(path, with_png=False)
+    assert parts["said"] == [
+        "Change beside the weights, ‖ΔW‖ / ‖W‖, means by type, the largest first: mlp.fc1 0.6, attn.qkv 0.59. "
+        "The largest of a matrix is 0.7, of blocks.1.mlp.fc1.",
+        "Overlap of the top left vectors before and after (1: the same, 0: chance), means by type, the lowest, turned "
+        "most, first: attn.qkv 0.2, mlp.fc1 0.8. The lowest of a matrix is 0.2, of blocks.0.attn.qkv.",
+    ]
+    (note,) = parts["notes"]
+    assert note.startswith("Of 3 of 3 matrices, blocks.0.mlp.fc1 first, there is no bound on the block's turn")
+    for numbers in layers.values():
+        del numbers["update_rel"]  # as files of earlier versions
+    path.write_text(json.dumps({"meta": {"before": {}, "after": {}}, "types": {}, "layers": layers}))
+    (only,) = drift_parts(path, with_png=False)[0]["said"]
+    assert only.startswith("Overlap of")
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"meta": {}, "layers": {}}', '{"meta": 3, "layers": [1]}'])
