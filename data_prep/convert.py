@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -39,7 +40,7 @@ from data_prep.writing.bad_images import BadImagesError, joined
 from data_prep.writing.beton import Resume, Written, write_beton
 from data_prep.writing.resuming import find_finished, remove_left_of, rename_pending, write_pending
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.packages import needs
+from lowrank_vit.common.packages import why_missing
 from lowrank_vit.common.resources import available_cores
 
 DEFAULT_IMAGE_OPTIONS = ImageOptions()
@@ -382,11 +383,10 @@ def _convert(
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what reads, resizes and writes images. Raises `UserError` where one is missing."""
+    """Versions of what reads, resizes and writes images, of OpenCV where it is there: only resizing needs it.
+
+    Raises `UserError` where libturbojpeg is missing.
+    """
     turbojpeg.load()
-    return {
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
-        "opencv": needs("cv2", extra="train", to="Converting image files").__version__,
-        "turbojpeg": turbojpeg.identity(),
-    }
+    opencv = {} if why_missing("cv2") else {"opencv": str(importlib.import_module("cv2").__version__)}
+    return {"numpy": np.__version__, "pillow": PIL.__version__, **opencv, "turbojpeg": turbojpeg.identity()}

@@ -21,10 +21,18 @@ class BadImagesError(UserError):
     can_skip = True
     """Whether `on_bad="skip"` would help."""
 
+    def __init__(self, found: str, advice: str = "") -> None:
+        super().__init__("\n".join(filter(None, (found, advice))))
+        self.found, self.advice = found, advice
+
 
 def joined(errors: Sequence[BadImagesError]) -> BadImagesError:
-    """One error that says what all of them say."""
-    error = BadImagesError("\n".join(map(str, errors)))
+    """One error that says what all of them say, the same advice once."""
+    said: list[str] = []
+    for number, one in enumerate(errors):
+        is_said_below = any(other.advice == one.advice for other in errors[number + 1 :])
+        said.append(one.found if is_said_below else str(one))
+    error = BadImagesError("\n".join(said))
     error.can_skip = all(one.can_skip for one in errors)
     for note in (note for one in errors for note in getattr(one, "__notes__", [])):
         error.add_note(note)
@@ -43,7 +51,9 @@ def bad_images_error(out: Path, bad: list[Skipped], unreadable: int, total: int)
         f"  {one_line(image.name)}: {one_line(image.reason)}"
         for image in bad[: ALL_BAD_SHOWN if is_all else BAD_IMAGES_SHOWN]
     ]
-    if len(bad) > len(lines):
+    if is_all and len(bad) > 1 and len({image.reason for image in bad}) == 1:
+        lines = [f"  all, from {one_line(bad[0].name)} to {one_line(bad[-1].name)}: {one_line(bad[0].reason)}"]
+    elif len(bad) > len(lines):
         more = f"  ... and {len(bad) - len(lines):,} more"
         where = "" if is_all else _whole_list(out, bad)
         lines.append(more + where)
@@ -53,7 +63,7 @@ def bad_images_error(out: Path, bad: list[Skipped], unreadable: int, total: int)
         advice = "Check the unreadable files: broken links, permissions, the disk. They cannot be skipped."
     if is_all:
         advice = "Check the source."
-    error = BadImagesError("\n".join([what, *lines, advice]))
+    error = BadImagesError("\n".join([what, *lines]), advice)
     error.can_skip = not unreadable and not is_all
     return error
 

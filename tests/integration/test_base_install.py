@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from data_prep.formats import jpeg, turbojpeg
+from data_prep.formats.sidecars import read_manifest
 from lowrank_vit import __main__ as script
 from lowrank_vit import open_spectra
 from lowrank_vit.common import packages
@@ -128,13 +129,25 @@ def test_the_base_trains_on_raw_images_scores_and_watches_spectra(digits_dir, tm
 
 
 @pytest.mark.usefixtures("base_only")
+def test_the_base_converts_what_it_need_not_resize(tmp_path, capsys):
+    for name, mode, kind in (("0.jpg", "RGB", "JPEG"), ("1.jpg", "L", "JPEG"), ("2.png", "RGB", "PNG")):
+        (tmp_path / "src" / "a").mkdir(parents=True, exist_ok=True)
+        Image.new(mode, (60, 40)).save(tmp_path / "src" / "a" / name, kind)
+    script.run(["prep", "imagefolder", "--src", str(tmp_path / "src"), "--out", str(tmp_path / "x.beton")])
+    manifest = read_manifest(tmp_path / "x.beton")
+    assert manifest.reasons == {"passthrough": 1, "gray": 1, "png": 1}
+    assert "opencv" not in manifest.libraries
+    assert "3 images" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("base_only")
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("prep digits --out {tmp}", "handwritten digits needs the package scikit-learn, .*lowrank-vit[quickstart]"),
         (
             "prep imagefolder --src {tmp}/src --out {tmp}/x.beton",
-            "image files needs the package opencv-python, .*[train]",
+            "Resizing images needs the package opencv-python, .*[train]",
         ),
         ("train --loader dali --data-dir {digits}", "--loader dali needs the package nvidia-dali-cuda130, .*[dali]"),
         ("train --log-wandb --data-dir {digits}", "--tracker wandb needs the package wandb, .*[wandb]"),
