@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, arg
 
+from lowrank_vit.common.arguments import POSITIVE
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import check_versions, require_one_process, usage_name
 from lowrank_vit.common.terminal import output_is_in_files, say
 from lowrank_vit.config.command_line import read_options
-from lowrank_vit.config.option_types import POSITIVE, Alone
+from lowrank_vit.config.option_types import Alone
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,16 +8,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from lowrank_vit.config.option_types import (
-    ABOVE_0,
-    AUTO,
-    MAY_CHANGE,
-    NOT_NEGATIVE,
-    PER_RANK,
-    POSITIVE,
-    SHARE,
-    Range,
-)
+from lowrank_vit.common.arguments import ABOVE_0, NOT_NEGATIVE, POSITIVE, SHARE, Range
+from lowrank_vit.config.option_types import AUTO, MAY_CHANGE, PER_RANK
 
 LoaderName = Literal["auto", "resident", "dali", "ffcv"]
 """auto, or a module of `data/decode/` with an `open_backend`."""

@@ -10,8 +10,8 @@ from typing import Annotated, Literal, NamedTuple
 
 from tyro.conf import arg
 
+from lowrank_vit.common.arguments import ABOVE_0, NOT_NEGATIVE, POSITIVE, SHARE, SHARE_BELOW_1, Range
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.config.option_types import ABOVE_0, NOT_NEGATIVE, POSITIVE, SHARE, SHARE_BELOW_1, Range
 
 _SHARE_BELOW_1 = Range(0, 1, open_low=True, open_high=True)
 _EXAMPLE = "8=0.15 20=0.08"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,48 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from lowrank_vit.common.arguments import Range
 from lowrank_vit.common.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 D = TypeVar("D", bound="DataclassInstance")
-
-
-@dataclass(frozen=True)
-class Range:
-    """The values a number may take; `low` and `high` are allowed unless marked open."""
-
-    low: float = float("-inf")
-    high: float = float("inf")
-    open_low: bool = False
-    open_high: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        if isinstance(value, float) and not math.isfinite(value):
-            return False
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below
-
-    def in_words(self) -> str:
-        """What a message says of it behind "a number"; nothing where every finite number is allowed."""
-        if self.low == float("-inf"):
-            return ""
-        if self.high == float("inf"):
-            return f" {'above' if self.open_low else 'of at least'} {_plain(self.low)}"
-        low = f"above {_plain(self.low)}, up" if self.open_low else f"from {_plain(self.low)}"
-        return f" {low} to {'below ' if self.open_high else ''}{_plain(self.high)}"
-
-
-def _plain(number: float) -> str:
-    return str(number) if isinstance(number, int) else f"{number:g}"
-
-
-POSITIVE = Range(1)
-NOT_NEGATIVE = Range(0)
-SHARE = Range(0, 1)
-SHARE_BELOW_1 = Range(0, 1, open_high=True)
-ABOVE_0 = Range(0, open_low=True)
 
 
 MAY_CHANGE = "may change on resume"

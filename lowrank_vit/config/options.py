@@ -12,21 +12,10 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+from lowrank_vit.common.arguments import ABOVE_0, NOT_NEGATIVE, POSITIVE, SHARE, SHARE_BELOW_1, Range
 from lowrank_vit.config.data_options import Data
 from lowrank_vit.config.low_rank_options import LowRank
-from lowrank_vit.config.option_types import (
-    ABOVE_0,
-    AUTO,
-    MAY_CHANGE,
-    NOT_NEGATIVE,
-    PER_RANK,
-    POSITIVE,
-    SHARE,
-    SHARE_BELOW_1,
-    Alone,
-    NotHere,
-    Range,
-)
+from lowrank_vit.config.option_types import AUTO, MAY_CHANGE, PER_RANK, Alone, NotHere
 from lowrank_vit.config.tracking_options import Tracking
 
 _NO_PLATEAU = NotHere(

@@ -17,9 +17,10 @@ from typing import Any, get_args
 import timm
 from torch import Tensor
 
+from lowrank_vit.common.arguments import Range
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config import meaning
-from lowrank_vit.config.option_types import Range, kind_of, leaves, may_change
+from lowrank_vit.config.option_types import kind_of, leaves, may_change
 from lowrank_vit.config.options import Config
 from lowrank_vit.model.foreign import oddity, plain_name
 from lowrank_vit.model.lora import KEY as LORA

@@ -48,6 +48,24 @@ def deal(global_batch: int, batch_size: int, block: int) -> Dealing:
     return Dealing(positions, positions // (block or global_batch), len(sides), np.isin(positions, alone))
 
 
+def check_global_batch(
+    num_samples: int,
+    batch_size: int,
+    world_size: int,
+    accum_steps: int,
+    names: tuple[str, str] = ("batch_size=", "accum_steps"),
+) -> None:
+    """Raise `UserError` where a set has no whole global batch. `names`: of the arguments, or of their flags."""
+    if (global_batch := batch_size * world_size * accum_steps) <= num_samples:
+        return
+    most = num_samples // (world_size * accum_steps)
+    advice = f"{names[0]}{most} or less" if most else f"fewer {names[1]} than {accum_steps}, or ranks"
+    raise UserError(
+        f"The global batch of {global_batch} is larger than the training set of {num_samples} samples, "
+        f"which leaves no whole batch. Use {advice}."
+    )
+
+
 def split(global_batch: int, largest: int, ranks: int, block: int | None) -> tuple[int, int]:
     """Batch size and accumulation steps of `ranks` that make up an update of G samples, with the fewest steps.
 

@@ -12,6 +12,14 @@ from typing import Literal
 import numpy as np
 from numba import njit
 
+from lowrank_vit.common.arguments import (
+    NOT_NEGATIVE,
+    SHARE,
+    check_ascending,
+    check_choice,
+    check_number,
+    check_whole,
+)
 from lowrank_vit.plan.philox import beta, philox, to_unit
 
 
@@ -49,6 +57,15 @@ class MixRules:
 
     With as many as a process of timm's has in its batches, an update is mixed as timm mixes it.
     """
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` for what is outside its range."""
+        check_number(NOT_NEGATIVE, mixup=self.mixup, cutmix=self.cutmix)
+        check_number(SHARE, prob=self.prob, switch_prob=self.switch_prob)
+        check_choice(("batch", "pair", "elem"), mode=self.mode)
+        check_whole(NOT_NEGATIVE, block=self.block)
+        if self.minmax is not None:
+            check_ascending(SHARE, minmax=self.minmax)
 
     @property
     def is_on(self) -> bool:

@@ -309,8 +309,11 @@ _AUTO = re.compile(r"mstd\d+(\.\d+)?")
 _TABLES = ("original", "originalr", "v0", "v0r", "3a")
 
 
-def parse_policy(text: str) -> Policy | None:
-    """The policy of timm's `--aa`; None for "" and "none". Raises `UserError` that lists what there is."""
+def parse_policy(text: str, shown: str = "--aa ") -> Policy | None:
+    """The policy of timm's `--aa`; None for "" and "none". Raises `UserError` that lists what there is.
+
+    `shown`: what stands before the text in that, the flag or an argument.
+    """
     if text in ("", "none"):
         return None
     name, *sections = text.split("-")
@@ -319,21 +322,21 @@ def parse_policy(text: str) -> Policy | None:
     if name not in ("rand", *_TABLES) or wrong:
         what = f"`{wrong[0]}` of it" if name in ("rand", *_TABLES) else f"`{name}`"
         raise UserError(
-            f"--aa {text}: {what} is not known. There are rand, followed by any of -m9 (level), -n2 (operations an "
+            f"{shown}{text}: {what} is not known. There are rand, followed by any of -m9 (level), -n2 (operations an "
             "image), -p0.5 (chance of each), -mstd0.5 (spread of the level; above 100: uniform), -mmax10, -inc1, and "
-            f"-t with {', '.join(SETS)}; and {', '.join(_TABLES)}, followed by -mstd. For none, --aa none."
+            f"-t with {', '.join(SETS)}; and {', '.join(_TABLES)}, followed by -mstd. For none, {shown}none."
         )
-    return _randaugment(text) if name == "rand" else _autoaugment(text)
+    return _randaugment(text, shown) if name == "rand" else _autoaugment(text)
 
 
-def _randaugment(text: str) -> Policy:
+def _randaugment(text: str, shown: str) -> Policy:
     from timm.data import auto_augment  # heavy
 
     parsed = auto_augment.rand_augment_transform(text, {})
     weights = None if parsed.choice_weights is None else tuple(float(w) for w in parsed.choice_weights)
     if weights is not None and parsed.num_layers > len(weights):
         raise UserError(
-            f"--aa {text}: n is {parsed.num_layers}, but none of its {len(weights)} operations is picked twice."
+            f"{shown}{text}: n is {parsed.num_layers}, but none of its {len(weights)} operations is picked twice."
         )
     rows = tuple((_spec(op),) for op in parsed.ops)
     return Policy(rows, parsed.num_layers, picks_each_layer=True, weights=weights, **_noise(parsed.ops[0]))

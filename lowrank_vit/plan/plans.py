@@ -10,14 +10,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Protocol
 
 import numpy as np
 from numba import njit
 
+from lowrank_vit.common.arguments import (
+    ABOVE_0,
+    NOT_NEGATIVE,
+    SHARE,
+    Range,
+    check_ascending,
+    check_number,
+    check_type,
+    check_whole,
+)
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.filters import BICUBIC, BILINEAR
-from lowrank_vit.plan.dealing import deal
+from lowrank_vit.plan.arguments import EPOCHS, SEEDS, Sizes, check_batch, check_share, sides_of
+from lowrank_vit.plan.dealing import check_global_batch, deal
 from lowrank_vit.plan.mixing import NO_MIX, Mix, MixRules, draw_mix
 from lowrank_vit.plan.operations import ImageOps, Policy, draw_jitter, draw_ops, join_ops
 from lowrank_vit.plan.philox import philox, to_unit
@@ -71,14 +81,6 @@ class BatchPlan:
     """Evaluation: what `windows` says to the fraction of a pixel; None: stretch `windows` to the size."""
 
 
-class Sizes(Protocol):
-    """What a plan knows of a set of N images, such as a `Beton`."""
-
-    heights: np.ndarray
-    widths: np.ndarray
-    """int (N,) each, pixels."""
-
-
 @dataclass(frozen=True)
 class TrainRules:
     """Ranges of the random choices; names and meanings are timm's flags."""
@@ -98,6 +100,14 @@ class TrainRules:
     recount: int = 1
     mixing: MixRules = field(default_factory=MixRules)
     mixup_off_epoch: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` for what is outside its range."""
+        check_ascending(Range(0, 1, open_low=True), scale=self.scale)
+        check_ascending(ABOVE_0, ratio=self.ratio)
+        check_number(SHARE, hflip=self.hflip, vflip=self.vflip, reprob=self.reprob)
+        check_whole(recount=self.recount)
+        check_whole(NOT_NEGATIVE, mixup_off_epoch=self.mixup_off_epoch)
 
 
 class TrainPlan:
@@ -131,21 +141,16 @@ class TrainPlan:
 
         `accum_steps`: steps to an update. See `of` for a `Beton`.
         """
+        check_whole(SEEDS, seed=seed)
+        check_whole(accum_steps=accum_steps)
+        check_share(img_size, batch_size, rank, world_size)
         self.heights, self.widths = heights.astype(np.int64), widths.astype(np.int64)
         self.num_samples = len(heights)
         self.rules, self.img_size = rules, img_size
         self.batch_size, self.rank, self.world_size, self.accum_steps = batch_size, rank, world_size, accum_steps
         self.seed, self._key = seed, np.uint64(seed)
         self.global_batch = global_batch = batch_size * world_size * accum_steps
-        if global_batch > self.num_samples:
-            most = self.num_samples // (world_size * accum_steps)
-            advice = (
-                f"--batch-size {most} or less" if most else f"fewer --grad-accum-steps than {accum_steps}, or ranks"
-            )
-            raise UserError(
-                f"The global batch of {global_batch} is larger than the training set of {self.num_samples} samples, "
-                f"which leaves no whole batch. Use {advice}."
-            )
+        check_global_batch(self.num_samples, batch_size, world_size, accum_steps)
         if self.num_samples >= 2**32:
             raise UserError(f"{self.num_samples} samples are more than the plan can number (2**32 - 1).")
         self._dealing = dealing = deal(global_batch, batch_size, rules.mixing.block if rules.mixing.is_on else 0)
@@ -181,10 +186,15 @@ class TrainPlan:
         """
         from lowrank_vit.plan.operations import parse_policy  # imports timm
 
+        sides = sides_of(images)
+        check_type(str, "a text such as rand-m9-mstd0.5-inc1, or none", aa=aa)
         mixing = MixRules(mixup=mixup, cutmix=cutmix)
-        rules = TrainRules(scale=scale, ratio=ratio, hflip=hflip, policy=parse_policy(aa), reprob=reprob, mixing=mixing)
+        if mixing.is_on and batch_size == 1:
+            raise UserError("mixup and cutmix mix an image with another one of its batch: batch_size=1 has none.")
+        policy = parse_policy(aa, "aa=")
+        rules = TrainRules(scale=scale, ratio=ratio, hflip=hflip, policy=policy, reprob=reprob, mixing=mixing)
         share = {"rank": rank, "world_size": world_size, "accum_steps": accum_steps}
-        return cls(images.heights, images.widths, rules, seed=seed, img_size=img_size, batch_size=batch_size, **share)
+        return cls(*sides, rules, seed=seed, img_size=img_size, batch_size=batch_size, **share)
 
     def order(self, epoch: int) -> np.ndarray:
         """int64 (N,): the permutation of all sample ids for this epoch, the same on every rank.
@@ -195,6 +205,7 @@ class TrainPlan:
 
     def ids(self, epoch: int) -> np.ndarray:
         """int64 (steps, batch_size): this rank's share of the epoch's order, `accum_steps` rows to an update."""
+        check_whole(EPOCHS, epoch=epoch)
         updates = self.updates_per_epoch
         order_UG = self.order(epoch)[: updates * self.global_batch].reshape(updates, self.global_batch)
         own_AB = self._dealing.positions[self.rank :: self.world_size]
@@ -261,7 +272,8 @@ class TrainPlan:
         return Erase(*draw_erase_boxes(self._key, epoch, ids, Stream.ERASE, rules.reprob, rules.recount, size, size))
 
     def batch(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan:
-        """The batch whose ids are row `step` of `ids(epoch)`."""
+        """The batch whose ids are row `step` of `ids(epoch)`. Raises `UserError` for ids that are not there."""
+        check_batch(self, epoch, step, ids)
         return BatchPlan(
             epoch,
             step,
@@ -299,6 +311,8 @@ class EvalPlan:
         samples: np.ndarray | None = None,
     ) -> None:
         """`interpolation`: how images are resized, NEAREST, BILINEAR or BICUBIC; `samples`: their ids, if not all."""
+        check_share(img_size, batch_size, rank, world_size)
+        check_number(ABOVE_0, crop_pct=crop_pct)
         self.heights, self.widths, self._interpolation = heights, widths, interpolation
         self.resized, self.corners = center_crops(heights, widths, img_size, crop_pct)
         self._windows = center_windows(heights, widths, self.resized, self.corners, img_size)
@@ -320,8 +334,7 @@ class EvalPlan:
     ) -> EvalPlan:
         """The plan for a `Beton`; `crop_pct`: the centre crop as a share of the short side, timm's default."""
         return cls(
-            images.heights,
-            images.widths,
+            *sides_of(images),
             img_size=img_size,
             crop_pct=crop_pct,
             batch_size=batch_size,
@@ -331,10 +344,12 @@ class EvalPlan:
 
     def ids(self, epoch: int) -> list[np.ndarray]:
         """This rank's batches of ids, int64 (B,) each; the same in every epoch."""
+        check_whole(EPOCHS, epoch=epoch)
         return self._batches
 
     def batch(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan:
-        """The centre crops of `ids`, unmirrored and unmixed."""
+        """The centre crops of `ids`, unmirrored and unmixed. Raises `UserError` for ids that are not there."""
+        check_batch(self, epoch, step, ids)
         flips, interpolations = np.zeros(len(ids), bool), np.full(len(ids), self._interpolation, np.int8)
         center = CenterCrops(self.resized[ids], self.corners[ids])
         return BatchPlan(epoch, step, ids, self._windows[ids], flips, interpolations, (NO_MIX,), center=center)

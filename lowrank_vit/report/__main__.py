@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from lowrank_vit.common.arguments import Range
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import require_one_process, usage_name
 from lowrank_vit.common.terminal import output_is_in_files, say
 from lowrank_vit.config.check import check_ranges
 from lowrank_vit.config.command_line import read_options
-from lowrank_vit.config.option_types import Range
 from lowrank_vit.report.language import Language, in_language
 
 if TYPE_CHECKING:

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, arg
 
+from lowrank_vit.common.arguments import POSITIVE, Range
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.check import check_ranges
 from lowrank_vit.config.data_options import LoaderName
-from lowrank_vit.config.option_types import PER_RANK, POSITIVE, Range
+from lowrank_vit.config.option_types import PER_RANK
 
 LabelType = Literal["auto", "none", "name", "description", "detail", "detailed"]
 

@@ -25,6 +25,7 @@ from lowrank_vit.data.synthetic import SyntheticLoader, synthetic_plan
 from lowrank_vit.model.create import InputSpec
 from lowrank_vit.model.flops import Peak
 from lowrank_vit.model.weights import Checkpoint
+from lowrank_vit.plan.dealing import check_global_batch
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 from lowrank_vit.ranks.agree import gatherer
 from lowrank_vit.ranks.world import World
@@ -102,6 +103,7 @@ def make_train_loader(
             f"--global-batch-size {wanted} is larger than the training set of {there} samples, which leaves no whole "
             f"update. Use {there} or less."
         )
+    check_global_batch(there, batch_size, world.size, accum_steps, ("--batch-size ", "--grad-accum-steps"))
     plan = TrainPlan(train.heights, train.widths, train_rules(config), **of_batch, **share)
     options = replace(
         _decoding(config, world, device, "train", before),

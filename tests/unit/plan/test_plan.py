@@ -158,7 +158,7 @@ def test_training_drops_the_tail():
 
 
 def test_batch_larger_than_data_is_an_error():
-    with pytest.raises(UserError, match=r"global batch of 32 .* 20 samples.*--batch-size 20"):
+    with pytest.raises(UserError, match=r"global batch of 32 .* 20 samples.*batch_size=20"):
         make_plan(20, batch_size=32)
 
 

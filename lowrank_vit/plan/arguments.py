@@ -1,0 +1,59 @@
+"""What the plans' arguments may be: sizes of images, shares of ranks, epochs, steps and ids."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from lowrank_vit.common.arguments import NOT_NEGATIVE, Range, check_whole, wrong_argument
+
+SEEDS, EPOCHS = Range(0, 2**64 - 1), Range(0, 2**32 - 1)
+"""What Philox's key and a word of its counter hold."""
+
+
+class Sizes(Protocol):
+    """What a plan knows of a set of N images, such as a `Beton`."""
+
+    heights: np.ndarray
+    widths: np.ndarray
+    """int (N,) each, pixels."""
+
+
+class Steps(Protocol):
+    """What a plan says of its length."""
+
+    num_samples: int
+    steps_per_epoch: int
+
+
+def sides_of(images: Sizes) -> tuple[np.ndarray, np.ndarray]:
+    """Heights and widths, for `of`; they may be lists. Raises `UserError` for what has none, such as a path."""
+    try:
+        heights, widths = np.asarray(images.heights), np.asarray(images.widths)
+    except AttributeError:
+        takes = "a Beton, or what has heights and widths"
+        raise wrong_argument("images", takes, images) from None
+    for name, sides in {"images.heights": heights, "images.widths": widths}.items():
+        is_whole = sides.ndim == 1 and np.issubdtype(sides.dtype, np.integer)
+        if not is_whole or (sides < 1).any() or len(sides) != len(heights):
+            raise wrong_argument(name, "whole numbers of pixels of at least 1, one for each image", sides)
+    return heights, widths
+
+
+def check_share(img_size: int, batch_size: int, rank: int, world_size: int) -> None:
+    """Raise `UserError` for arguments, which both plans have, outside their range."""
+    check_whole(img_size=img_size, batch_size=batch_size, world_size=world_size)
+    check_whole(NOT_NEGATIVE, rank=rank)
+    if rank >= world_size:
+        raise wrong_argument("rank", f"a whole number below world_size={world_size}", rank)
+
+
+def check_batch(plan: Steps, epoch: int, step: Any, ids: Any) -> None:
+    """Raise `UserError` for a batch that a plan does not have; some microseconds."""
+    check_whole(EPOCHS, epoch=epoch)
+    if not isinstance(step, (int, np.integer)) or not 0 <= step < plan.steps_per_epoch:
+        raise wrong_argument("step", f"a whole number below steps_per_epoch={plan.steps_per_epoch}", step)
+    is_whole = isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu"
+    if not is_whole or (len(ids) and not 0 <= ids.min() <= ids.max() < plan.num_samples):
+        raise wrong_argument("ids", f"a row of ids(epoch): whole numbers below {plan.num_samples}", ids)
