@@ -325,7 +325,7 @@ class _RepeatedPlan(TrainPlan):
     """Of a set that is read several times over in an epoch; its ids are those of the set."""
 
     different: int
-    """Samples in the set; their sides are given again and again."""
+    """Samples in the set; the plan is made of their sides again and again."""
 
     def ids(self, epoch: int) -> np.ndarray:
         return super().ids(epoch) % self.different
@@ -336,5 +336,5 @@ def plan_of(heights: np.ndarray, widths: np.ndarray, options: Options, rules: Tr
     batch_size, img_size = _batch(options)
     sides = np.tile(heights, options.times), np.tile(widths, options.times)
     plan = _RepeatedPlan(*sides, rules, seed=0, img_size=img_size, batch_size=batch_size)
-    plan.different = len(heights)
+    plan.heights, plan.widths, plan.different = heights, widths, len(heights)
     return plan

@@ -80,8 +80,8 @@ def open_loader(
 
 def _check_plan(beton: Beton, plan: TrainPlan | EvalPlan) -> None:
     """Raise `UserError` for a plan of other images, whose samples or pixels this set would not have."""
-    if plan.num_samples != beton.num_samples:
-        other = f"{plan.num_samples:,} samples, and this set has {beton.num_samples:,}"
+    if len(plan.heights) != beton.num_samples:
+        other = f"{len(plan.heights):,} samples, and this set has {beton.num_samples:,}"
     elif not (np.array_equal(plan.heights, beton.heights) and np.array_equal(plan.widths, beton.widths)):
         other = "as many samples, but some of other sizes in pixels"
     else:
