@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import socket
-import urllib.request
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
-from urllib.parse import urlparse
 
 from lowrank_vit.common.errors import in_short
+from lowrank_vit.common.terminal import say_beside
 
 _OFFLINE_VARIABLES = "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"
-CONNECT_S = 5.0
-_OFFLINE = {"ConnectionError", "ConnectError", "TimeoutException", "TimeoutError", "LocalEntryNotFoundError"}
+_OFFLINE = {
+    *("ConnectionError", "NetworkError", "ProxyError", "TimeoutException", "TimeoutError", "LocalEntryNotFoundError"),
+}
+_NO_HUB = {
+    "FileMetadataError",
+    "ProtocolError",
+    "DecodingError",
+    "TooManyRedirects",
+    "UnsupportedProtocol",
+    "InvalidURL",
+}
+"""What is raised where something else answers."""
 
 
 def hub_message(name: str, error: BaseException, kind: Literal["dataset", "model"], instead: str) -> str:
     """The line, by what `huggingface_hub`, or a library above it, raised.
 
-    Told apart are: no network, HF_HUB_OFFLINE, a gated name, a name that is not there or not without a token, a token
-    that is not enough, a revision that is not there. Of anything else the first sentence is quoted.
+    Told apart are: no network, HF_HUB_OFFLINE, a gated name, a name that is none, one that is not there or not without
+    a token, a token that is not enough, a revision that is not there, too many requests, an error of the hub's own,
+    and what answers in its place. Of anything else the first sentence is quoted.
 
     Args:
         name: OWNER/NAME.
@@ -32,11 +42,13 @@ def hub_message(name: str, error: BaseException, kind: Literal["dataset", "model
     chain = [error, *_causes(error)]
     kinds = {base.__name__ for one in chain for base in type(one).__mro__}
     text = " ".join(map(str, chain))
-    status = next((code for one in chain if (code := getattr(getattr(one, "response", None), "status_code", None))), 0)
+    status = status_of(error)
     page = f"https://huggingface.co/{'datasets/' * (kind == 'dataset')}{name}"
     is_forbidden = "OfflineModeIsEnabled" in kinds or "OfflineModeIsEnabled" in text
     if is_forbidden and _asked_to_be_offline():
         return f"{name} is not on this machine, and HF_HUB_OFFLINE forbids to ask the hub: unset it, or {instead}."
+    if "HFValidationError" in kinds:
+        return f"`{name}` is no name of the hub, which is OWNER/NAME. Check how it is spelt."
     if "GatedRepoError" in kinds or f"gated {kind}" in text:
         return (
             f"{name} is gated: ask for access on {page}, then `hf auth login` (or set HF_TOKEN) with a token of that "
@@ -44,14 +56,28 @@ def hub_message(name: str, error: BaseException, kind: Literal["dataset", "model
         )
     if "RevisionNotFoundError" in kinds:
         return f"{name} is on the hub, but not in that revision: see {page}."
-    if status == 403:
+    if status == 429:
+        login = "" if _has_token() else ", log in with `hf auth login`, which allows more"
+        return f"{name}: the hub was asked too often from here (429). Wait some minutes{login}, or {instead}."
+    if status >= 500:
+        return f"{name}: the hub answers with an error of its own ({status}). Try again later, or {instead}."
+    if status == 403 and _has_token():
         return f"{name}: the hub refuses your token. Make one that may read it, then `hf auth login`, or set HF_TOKEN."
-    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError", "LocalTokenNotFoundError"} or status in (401, 404):
+    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError", "LocalTokenNotFoundError"} or status in (
+        401,
+        403,
+        404,
+    ):
         if _has_token():
             return f"{name} is not on the hub, or your token may not read it. Check the name (OWNER/NAME)."
         return (
             f"{name} is not on the hub, or is private and no token is there. Check the name (OWNER/NAME, or a folder "
             "that exists); for a private one `hf auth login`, or set HF_TOKEN."
+        )
+    if kinds & _NO_HUB or (kind == "model" and "JSONDecodeError" in kinds):
+        return (
+            f"{name}: what answers is not the Hugging Face hub, but perhaps a login page of this network, or a wrong "
+            f"HF_ENDPOINT. Check these, or {instead}."
         )
     if is_forbidden or kinds & _OFFLINE:
         return f"{name}: the Hugging Face hub cannot be reached. Check the network, or {instead}."
@@ -62,9 +88,25 @@ def _asked_to_be_offline() -> bool:
     return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in _OFFLINE_VARIABLES)
 
 
+def status_of(error: BaseException) -> int:
+    """The HTTP status that the hub has answered with, by an error or its causes; 0 where there is none."""
+    chain = [error, *_causes(error)]
+    return next((code for one in chain if (code := getattr(getattr(one, "response", None), "status_code", None))), 0)
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What asking the hub raises: `OSError`, and its HTTP client's errors, which are another with each version."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return OSError, *(kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception))
+
+
 @contextmanager
-def quick_without_network(*others: Any) -> Generator[None]:
-    """Let libraries look in their caches alone where the hub cannot be reached: they try again for half a minute.
+def quick_without_network(*others: Any) -> Generator[Exception | None]:
+    """Let libraries look in their caches alone where the hub does not answer: they try again for minutes.
+
+    Yields why it does not; None where it does, or where HF_HUB_OFFLINE was set before. An error that leaves the block
+    has that among its causes. Of the tries within, one line tells.
 
     `others`: modules besides `huggingface_hub.constants` with a HF_HUB_OFFLINE of their own.
     """
@@ -72,19 +114,58 @@ def quick_without_network(*others: Any) -> Generator[None]:
 
     modules: tuple[Any, ...] = (constants, *others)
     before = [module.HF_HUB_OFFLINE for module in modules]
-    url = urlparse(constants.ENDPOINT)
-    if not any(before) and not urllib.request.getproxies():  # a proxy finds the way where this machine cannot
-        address = url.hostname or "huggingface.co", url.port or (80 if url.scheme == "http" else 443)
-        try:
-            socket.create_connection(address, timeout=CONNECT_S).close()
-        except OSError:
-            for module in modules:
-                module.HF_HUB_OFFLINE = True  # what the environment variable would set
+    why = None if any(before) else why_out_of_reach()
+    if why:
+        for module in modules:
+            module.HF_HUB_OFFLINE = True  # what the environment variable would set
+    logger, tries = logging.getLogger("huggingface_hub.utils._http"), _Tries()
+    logger.addFilter(tries)
     try:
-        yield
+        yield why
+    except Exception as error:
+        last = [error, *_causes(error)][-1]
+        if why and last is not why:
+            last.__cause__ = why
+        raise
     finally:
+        logger.removeFilter(tries)
         for module, value in zip(modules, before, strict=True):
             module.HF_HUB_OFFLINE = value
+
+
+def why_out_of_reach() -> Exception | None:
+    """Ask the hub for its first page, once: what goes wrong; None where it answers, be it that it wants a token.
+
+    It has as many seconds as HF_HUB_ETAG_TIMEOUT says.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        answer: Any = get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        if answer.status_code == 429 or answer.status_code >= 500:
+            answer.raise_for_status()
+    except Exception as error:  # of an HTTP client that is another with each version of the library
+        return error
+    return None
+
+
+class _Tries(logging.Filter):
+    """The library's lines about each try: the first becomes one line of ours, the others are not shown."""
+
+    _why, _is_said = "no answer", False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line is none of these."""
+        why, is_try, _ = record.getMessage().partition(" thrown while requesting ")
+        if is_try:
+            self._why = why
+        elif "[Retry " not in why:
+            return True
+        elif not self._is_said:
+            self._is_said = True
+            say_beside(f"note: the Hugging Face hub: {self._why}; it is asked again, for minutes at the most")
+        return False
 
 
 def _has_token() -> bool:

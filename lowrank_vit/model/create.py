@@ -15,7 +15,7 @@ from torch import nn
 
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError, did_you_mean
-from lowrank_vit.common.hub import quick_without_network
+from lowrank_vit.common.hub import hub_errors, quick_without_network, status_of
 from lowrank_vit.common.locks import Say
 from lowrank_vit.config.option_types import parse_keywords, square_side
 from lowrank_vit.model.fit import Build, build_with, build_with_file, in_one_line
@@ -175,8 +175,8 @@ def _build_published(build: Build, name: str, num_classes: int, say: Say) -> nn.
             )
     except UserError:
         raise
-    except OSError as error:  # the hub's errors are among them
-        raise _out_of_reach(name) from error
+    except hub_errors() as error:
+        raise _out_of_reach(name, error) from error
     except (RuntimeError, ValueError, AssertionError, LookupError, AttributeError, TypeError) as error:
         raise UserError(
             f"--pretrained: timm has no weights for {name} with these options: {in_one_line(error)} Choose another "
@@ -196,16 +196,18 @@ def check_published(name: str) -> None:
         return
     from huggingface_hub import constants, try_to_load_from_cache
 
-    with quick_without_network():
+    with quick_without_network() as why:
         is_out_of_reach = constants.HF_HUB_OFFLINE
     names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
     if is_out_of_reach and not any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, one), str) for one in names):
-        raise _out_of_reach(name)
+        raise _out_of_reach(name, why)
 
 
-def _out_of_reach(name: str) -> UserError:
+def _out_of_reach(name: str, why: Exception | None) -> UserError:
+    status = status_of(why) if why else 0
+    said = f"it answers {status}" if status else "no network?"
     return UserError(
-        f"--pretrained: the weights of {name} cannot be fetched from the Hugging Face hub (no network?), and its "
+        f"--pretrained: the weights of {name} cannot be fetched from the Hugging Face hub ({said}), and its "
         "local cache does not have them. Fetch them elsewhere and give the file with --pretrained-path FILE."
     )
 

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,6 +39,7 @@ _SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin")
 """Of other names in a folder, in timm's order."""
 _NOT_OF_THE_MODEL = ("num_classes", "in_chans", "img_size", "drop_rate", "drop_path_rate")
 """Arguments of the constructor that have a flag of their own, or a value that is always the same here."""
+_PAGE = re.compile(rb"<(!doctype|html|head|body|\?xml)", re.IGNORECASE)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _OF_IMAGES = ("model-kwargs", "img-size", "crop-pct", "mean", "std")
 _LEFT_OPEN = {
@@ -269,19 +271,35 @@ def _fetched(given: str, name: str, said: str) -> Path | None:
     repository, _, revision = given.partition("@")
     try:
         with quick_without_network():
-            return Path(hf_hub_download(repository, name, revision=revision or None))
+            path = Path(hf_hub_download(repository, name, revision=revision or None))
     except LocalEntryNotFoundError as error:
         raise _OutOfReach(str(hub_error(error, repository, said))) from error
     except EntryNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the library and its HTTP client, without a common kind
         raise hub_error(error, repository, said) from error
+    with path.open("rb") as file:
+        begin = file.read(64).lstrip()
+    if _PAGE.match(begin):
+        _forget(path)
+        raise _OutOfReach(
+            f"{said}: what came as its {name} is a web page, such as the login page of a network. It is not kept. "
+            "Check the network and HF_ENDPOINT, and try again."
+        )
+    return path
 
 
-def hub_error(error: Exception, repository: str, said: str) -> UserError:
+def _forget(path: Path) -> None:
+    """Remove a file from the hub's cache, where a link stands for it."""
+    with suppress(OSError):
+        content = path.resolve()
+        path.unlink()
+        if content.parent.name == "blobs":
+            content.unlink(missing_ok=True)
+
+
+def hub_error(
+    error: Exception, repository: str, said: str, instead: str = f"give a folder of it as {LOCAL}:DIR"
+) -> UserError:
     """An error of the hub in a sentence that begins with `said`, and what to do."""
-    from huggingface_hub.errors import HFValidationError
-
-    if isinstance(error, HFValidationError):
-        return UserError(f"{said}: `{repository}` is no name of the hub, which is OWNER/NAME. Check how it is spelt.")
-    return UserError(f"{said}: {hub_message(repository, error, 'model', f'give a folder of it as {LOCAL}:DIR')}")
+    return UserError(f"{said}: {hub_message(repository, error, 'model', instead)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.hub import quick_without_network
+from lowrank_vit.common.hub import quick_without_network, status_of
 from lowrank_vit.common.locks import Say
 from lowrank_vit.model.fit import in_one_line
 from lowrank_vit.model.hub import hub_error
@@ -76,12 +76,11 @@ def upload(options: ExportOptions, repository: Repository, make: Callable[[Path]
 @contextmanager
 def _told(typed: str, repository: str) -> Generator[Any]:
     """Yield the hub's interface; its errors become sentences. Raises `UserError`."""
-    from httpx import HTTPError
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.utils import validate_repo_id
 
     said = f"--hub {typed}"
-    way = "Export to a folder with --local-dir DIR, and send that later with `hf upload NAME DIR`."
+    way = "export to a folder with --local-dir DIR, and send that later with `hf upload NAME DIR`"
     try:
         validate_repo_id(repository)
         if not get_token():
@@ -89,25 +88,25 @@ def _told(typed: str, repository: str) -> Generator[Any]:
                 f"{said}: there is no token of the hub here. Log in with `hf auth login`, or set HF_TOKEN to one "
                 "that may write."
             )
-        with quick_without_network():
+        with quick_without_network() as unreached:
+            if unreached:
+                raise unreached
             if constants.HF_HUB_OFFLINE:
-                raise UserError(f"{said}: the Hugging Face hub cannot be reached (no network?). {way}")
+                raise UserError(f"{said}: HF_HUB_OFFLINE forbids to ask the hub. Unset it, or {way}.")
             yield HfApi(library_name="lowrank-vit")
     except UserError:
         raise
-    except (OSError, ValueError, HTTPError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is None and not isinstance(error, ValueError):
-            message = UserError(f"{said}: the Hugging Face hub cannot be reached (no network?). {way}")
-        elif status == 401:
+    except Exception as error:  # of the library and its HTTP client, without a common kind
+        status = status_of(error)
+        if status == 401:
             message = UserError(f"{said}: the hub does not take the token that is here. Log in with `hf auth login`.")
         elif status == 403:
             message = UserError(
                 f"{said}: the token here may not write to {repository}. Make one with the right to write at "
                 "https://huggingface.co/settings/tokens, and log in with `hf auth login`; or give a name of your own."
             )
-        elif status is None or status == 404:
-            message = hub_error(error, repository, said)
+        elif status in (0, 200, 404, 429) or status >= 500:
+            message = hub_error(error, repository, said, way)
         else:
             message = UserError(f"{said}: the hub refused it ({status}): {in_one_line(error)}")
         for note in getattr(error, "__notes__", []):

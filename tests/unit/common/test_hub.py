@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import httpx
@@ -30,7 +31,11 @@ def wrapped(cause: Exception, message: str = "Couldn't reach it") -> Exception:
         (http(errors.RepositoryNotFoundError, 404), "is not on the hub, or is private and no token is there"),
         (http(errors.RevisionNotFoundError, 404), "not in that revision"),
         (http(errors.HfHubHTTPError, 401), "no token is there"),
-        (http(errors.HfHubHTTPError, 403), "the hub refuses your token"),
+        (http(errors.HfHubHTTPError, 403), "is private and no token is there"),
+        (http(errors.HfHubHTTPError, 429), "asked too often from here (429). Wait some minutes, log in"),
+        (wrapped(http(errors.HfHubHTTPError, 503)), "an error of its own (503). Try again later, or take a copy"),
+        (wrapped(errors.FileMetadataError("x")), "what answers is not the Hugging Face hub"),
+        (errors.HFValidationError("x"), "`a/b` is no name of the hub"),
         (wrapped(errors.LocalEntryNotFoundError("x")), "the Hugging Face hub cannot be reached"),
         (httpx.ConnectError("x"), "the Hugging Face hub cannot be reached"),
         (wrapped(errors.OfflineModeIsEnabled("x")), "the Hugging Face hub cannot be reached"),
@@ -47,6 +52,7 @@ def test_errors_are_told_apart(monkeypatch, error, said):
 
 def test_a_token_and_offline_mode_change_the_advice(monkeypatch):
     monkeypatch.setattr(hub, "_has_token", lambda: True)
+    assert "the hub refuses your token" in hub_message("a/b", http(errors.HfHubHTTPError, 403), "model", "x")
     missing = http(errors.RepositoryNotFoundError, 404)
     assert "your token may not read it" in hub_message("a/b", missing, "model", "x")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -54,13 +60,30 @@ def test_a_token_and_offline_mode_change_the_advice(monkeypatch):
     assert "HF_HUB_OFFLINE forbids to ask the hub: unset it, or take a copy" in message
 
 
-def test_without_a_network_only_the_cache_is_asked(monkeypatch):
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError
-
-    monkeypatch.setattr(hub.socket, "create_connection", refuse)
-    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+def test_where_the_hub_does_not_answer_only_the_cache_is_asked(monkeypatch):
+    why = OSError("silence")
+    monkeypatch.setattr(hub, "why_out_of_reach", lambda: why)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with quick_without_network():
-        assert constants.HF_HUB_OFFLINE
+    error = ValueError("x")
+
+    def fail() -> None:
+        with quick_without_network() as found:
+            assert (found, constants.HF_HUB_OFFLINE) == (why, True)
+            raise error
+
+    with pytest.raises(ValueError, match="x"):
+        fail()
+    assert error.__cause__ is why
     assert not constants.HF_HUB_OFFLINE
+
+
+def test_of_the_tries_one_line_tells(monkeypatch, capsys):
+    monkeypatch.setattr(hub, "why_out_of_reach", lambda: None)
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    with quick_without_network():
+        for number in (1, 2):
+            logger.warning("HTTP Error 503 thrown while requesting HEAD https://host/x")
+            logger.warning(f"Retrying in 1s [Retry {number}/5].")
+    assert capsys.readouterr().err.splitlines() == [
+        "note: the Hugging Face hub: HTTP Error 503; it is asked again, for minutes at the most"
+    ]

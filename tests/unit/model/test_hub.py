@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.option_types import leaves
 from lowrank_vit.model.hub import CONFIG, WEIGHTS, find_kept, find_model, is_of, source_of, with_source
+from tests.waiting import LONG_S
 
 ARCHITECTURE, COMMIT = "vit_tiny_patch16_224", "0123456789abcdef0123456789abcdef01234567"
 ARGS = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "qkv_bias": False, "global_pool": "avg"}
@@ -217,7 +222,7 @@ def answer(kind: str, status: int) -> Exception:
         (answer("RevisionNotFoundError", 404), "not in that revision"),
         (answer("RemoteEntryNotFoundError", 404), r"has no config\.json, so it is no model of timm"),
         (answer("HfHubHTTPError", 401), "not on the hub, or is private"),
-        (answer("HfHubHTTPError", 503), "cannot be loaded: a library's"),
+        (answer("HfHubHTTPError", 503), r"an error of its own \(503\)"),
         (ConnectionError("reset"), "cannot be reached"),
     ],
 )
@@ -226,10 +231,77 @@ def test_what_the_hub_answers_becomes_a_line(monkeypatch, error, said):
         raise error
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    monkeypatch.setattr("lowrank_vit.common.hub.CONNECT_S", 0.01)
+    monkeypatch.setattr("lowrank_vit.common.hub.why_out_of_reach", lambda: None)
     with pytest.raises(UserError, match=said) as caught:
         find_model("hf-hub:me/tiny")
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def answers(tmp_path, monkeypatch) -> Iterator[dict[str, bytes]]:
+    """A server in the hub's place with an empty cache; it answers what the test puts into `all`, or nothing."""
+    from huggingface_hub import constants
+
+    told: dict[str, bytes] = {}
+    server, held = socket.create_server(("127.0.0.1", 0)), list[socket.socket]()
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                connection = server.accept()[0]
+                held.append(connection)
+                if told["all"]:
+                    connection.recv(65536)
+                    connection.sendall(told["all"])
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.5)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    yield told
+    server.shutdown(socket.SHUT_RDWR)
+    server.close()
+    thread.join(LONG_S)
+    for connection in held:
+        connection.close()
+
+
+def http(status: int, *headers: str, body: bytes = b"") -> bytes:
+    lines = (f"HTTP/1.1 {status} X", "Connection: close", f"Content-Length: {len(body)}", *headers, "", "")
+    return "\r\n".join(lines).encode() + body
+
+
+OF_THE_HUB = "ETag: 0123", f"X-Repo-Commit: {COMMIT}"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\x00\x01 garbage\r\n\r\n", "what answers is not the Hugging Face hub"),
+        (http(200, body=b"<html>log in</html>"), "what answers is not the Hugging Face hub"),
+        (http(200, *OF_THE_HUB, body=b"<!DOCTYPE html>"), r"its config\.json is a web page.* It is not kept"),
+        (http(302, "Location: /login"), "what answers is not the Hugging Face hub"),
+        (http(401), "is private and no token is there"),
+        (http(403), "is private and no token is there"),
+        (http(429), r"asked too often from here \(429\). Wait some minutes, log in"),
+        (http(500), r"an error of its own \(500\)"),
+        (b"", "cannot be reached"),
+    ],
+    ids=["garbage", "page", "page of a mirror", "redirect", "401", "403", "429", "500", "never"],
+)
+def test_what_a_server_answers_becomes_a_line(answers, tmp_path, capfd, content, said):
+    answers["all"] = content
+    with pytest.raises(UserError, match=said) as caught:
+        find_model("hf-hub:me/tiny")
+    assert "\n" not in str(caught.value)
+    assert "".join(capfd.readouterr()) == ""
+    assert not [path for path in tmp_path.rglob("cache/*/snapshots/**/*") if path.is_file()]
 
 
 def test_weights_that_a_run_keeps_are_of_its_model(folder):

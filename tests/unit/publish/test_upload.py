@@ -60,7 +60,7 @@ def hub(monkeypatch) -> Hub:
     found = Hub()
     monkeypatch.setattr("huggingface_hub.HfApi", found)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
-    monkeypatch.setattr("socket.create_connection", lambda *_, **__: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr("lowrank_vit.common.hub.why_out_of_reach", lambda: None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     return found
 
@@ -106,8 +106,9 @@ def test_a_branch_is_made_in_a_new_repository(hub, run):
             r"may not write to me/vit.*https://huggingface.co/settings/tokens",
         ),
         ("create_repo", answer("RepositoryNotFoundError", 404), "me/vit is not on the hub"),
-        ("upload_folder", answer("HfHubHTTPError", 500), r"refused it \(500\)"),
-        ("upload_folder", ConnectionError("reset"), r"cannot be reached .*--local-dir DIR.*hf upload"),
+        ("upload_folder", answer("HfHubHTTPError", 500), r"an error of its own \(500\).*--local-dir"),
+        ("upload_folder", answer("HfHubHTTPError", 413), r"refused it \(413\)"),
+        ("upload_folder", ConnectionError("reset"), r"cannot be reached.*--local-dir DIR.*hf upload"),
     ],
 )
 def test_what_the_hub_refuses_becomes_a_line(hub, run, method, error, said):
@@ -135,5 +136,5 @@ def test_what_is_wrong_is_told_before_weights_are_read(hub, monkeypatch, tmp_pat
         export.main([str(tmp_path), "--hub", "me/vit"])
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"cannot be reached \(no network\?\)"):
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE forbids to ask the hub\. Unset it, or export to a folder"):
         export.main([str(tmp_path), "--hub", "me/vit"])
