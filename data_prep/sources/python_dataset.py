@@ -192,7 +192,7 @@ class _Items:
         if kinds and all("float" in str(kind) for kind in kinds):
             raise UserError(
                 f"{self._name}: pictures are {str(kinds[0]).removeprefix('torch.')}, expected uint8 from 0 to 255. "
-                "Leave out transforms such as ToTensor and Normalize, or take PILToTensor: training normalises itself."
+                "Leave out transforms such as ToTensor and Normalize, or take PILToTensor: training normalises them."
             )
 
     def labels(self) -> Iterator[Any]:
