@@ -83,7 +83,7 @@ def fill(run: Path) -> Path:
     add_metrics(run)
     add_monitor(run)
     add_spectra(run)
-    args = "model: vit_small_patch16_224\nscale: [0.35, 1.0]\nnote: <script>alert(1)</script>\n"
+    args = "meaning: 9\nmodel: vit_small_patch16_224\nscale: [0.35, 1.0]\nnote: <script>alert(1)</script>\n"
     (run / "args.yaml").write_text(args)
     (run / "environment.json").write_text(json.dumps({"torch": "2.14.1", "gpu": {"name": "none"}}))
     return run

@@ -12,6 +12,7 @@ import numpy as np
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
+from lowrank_vit.config import meaning
 from lowrank_vit.config.option_types import leaves
 from lowrank_vit.config.options import Config
 from lowrank_vit.report.compare.groups import typed
@@ -202,6 +203,7 @@ def report_html(run: Run, pictures: Mapping[str, bytes], compression: Compressio
     of_it = [*switching_read.beside_the_loss(run.args, run.train), *of_it]
     standing = run.status.in_words if run.status else ""
     data, thinned = embedded(run, switching, compression)
+    args = {name: value for name, value in run.args.items() if name != meaning.KEY}  # no option of a reader's
     return render_page(
         title=run.path.resolve().name,
         model=str(run.args.get("model") or ""),
@@ -213,8 +215,8 @@ def report_html(run: Run, pictures: Mapping[str, bytes], compression: Compressio
         pictures=pictures,
         tables=[final_numbers(run), spectral_numbers(run), *of_it],
         steps=_what_next(run),
-        arguments=run.args,
-        differing=_not_default(run.args) if run.status and run.args else None,
+        arguments=args,
+        differing=_not_default(args) if run.status and args else None,
         environment=run.environment,
     )
 

@@ -20,8 +20,8 @@ from scipy.special import stdtr
 from lowrank_vit.report.compare.curves import names_of
 from lowrank_vit.report.compare.groups import Compared, Group
 from lowrank_vit.report.compare.scores import BEST, scores_of, spread_of
+from lowrank_vit.report.interactive.changes import blocks_of
 from lowrank_vit.report.interactive.matrices import KINDS
-from lowrank_vit.report.interactive.sentences import blocks_of
 from lowrank_vit.report.language import language, msg, tr
 from lowrank_vit.report.style import by_type
 

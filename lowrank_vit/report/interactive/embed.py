@@ -61,6 +61,7 @@ def _embedded(
         "matrices": content,
         "looks": {kind: browser_look(kind) for kind in kinds},
         "tables": _tables(run, pack) if run else {},
+        "exports": run is not None and run.moment is None and content is not None,
     }
     return {"json": embedded_json(data), "numbers": pack.embedded()}, notes
 

@@ -17,7 +17,7 @@ from lowrank_vit.report.events import Columns
 from lowrank_vit.report.interactive.packing import Packer
 from lowrank_vit.report.language import msg, tr
 from lowrank_vit.report.read import Run
-from lowrank_vit.report.spectra.motion import FLOW_PANELS, by_block
+from lowrank_vit.report.spectra.motion import FLOW_PANELS, by_block, levels_of
 from lowrank_vit.report.spectra.values import vector_pairs
 from lowrank_vit.report.style import EMA, MODEL, MUTED, TRAIN, by_type, index_ticks
 from lowrank_vit.report.switching.read import Switching, mean_over_time
@@ -99,14 +99,15 @@ def training_figure(run: Run, pack: Packer, notes: list[str]) -> dict[str, Any] 
     panels = [
         panel(tr("Loss"), update, tr("cross-entropy, nats"), losses),
         panel(tr("Accuracy on the evaluation set"), update, tr("accuracy, %"), accuracies, positive=False),
-        panel(tr("Learning rate"), update, tr("learning rate"), [line(rates, "lr", "lr", MODEL)], positive=False),
+        panel(tr("Learning rate"), update, tr("learning rate"), [line(rates, "lr", "lr", MODEL)], positive=False,
+              yaxis={"tickformat": "~g"}),
         panel(tr("Throughput"), update, tr("images / s"), throughput, positive=False, yaxis={"rangemode": "tozero"}),
         panel(tr("Waiting for data"), update, tr("share of the time, %"), waiting, positive=False,
               yaxis={"rangemode": "tozero"}),
         *(panel(tr(title), update, tr(unit), [line(train, key, tr(title), EMA)], positive=False)
           for key, title, unit in _OF_REGULARISERS),
     ]  # fmt: skip
-    return figure("training", tr("Training"), "", {"all": panels}, logarithmic="off")
+    return figure("training", tr("Training"), "", {"all": panels}, logarithmic="off", logName=tr("logarithmic loss"))
 
 
 def flows_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
@@ -116,9 +117,12 @@ def flows_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
     for metric, title, label, level, of_level in FLOW_PANELS:
         found = {kind: by_block(run, kind, metric) for kind in ("spec", "spec_ema")}
         blocks = list(found["spec"])
-        levels = by_block(run, "spec", level) if level else dict.fromkeys(blocks, np.zeros(len(updates)))
+        levels, far = levels_of(run, metric, level, len(updates))
+        unit = tr(label)
+        if far:
+            unit = tr("{unit}\n{level}: {n:.4g}", unit=unit, level=tr(of_level), n=far)
         by_depth.append(
-            panel(tr(title), tr("block"), tr(label), whole=True, series=[
+            panel(tr(title), tr("block"), unit, whole=True, series=[
                 *(series_of(name, np.arange(len(of)), np.array([v[-1] for v in of.values()]), pack, color=color,
                             symbol=symbol)
                   for (name, color, symbol), of in zip(((tr("model"), MODEL, "circle"), ("EMA", EMA, "square")),
@@ -129,7 +133,7 @@ def flows_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
         )  # fmt: skip
         if len(updates) > 1:
             over_time.append(
-                panel(tr(title), tr("update"), tr(label), [
+                panel(tr(title), tr("update"), unit, [
                     series_of(block, updates, values, pack, shade=_share(place, len(blocks)))
                     for place, (block, values) in enumerate(found["spec"].items())
                 ])

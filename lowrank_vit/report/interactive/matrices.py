@@ -80,6 +80,12 @@ def matrices(run: Run, pack: Packer, notes: list[str], share: float = 1.0) -> di
                 all=len(numbers.updates),
             )
         )
+    if run.moment is None and run.scalars:
+        text = msg(
+            "Of what was logged of the spectra this page holds {n} numbers of each matrix; means by type and by depth, "
+            "and other numbers, are left out."
+        )
+        notes.append(tr(text, n=len({metric for of in numbers.values.values() for metric in of})))
     keys = sorted({metric for of in numbers.values.values() for metric in of}, key=_place)
     spectra, thinned = _spectra(run, numbers.names, pack, int(share * VALUES_AT_MOST))
     notes.extend(thinned)
@@ -180,6 +186,7 @@ def _spectra(run: Run, names: list[str], pack: Packer, most: int) -> tuple[dict[
     indices = min(INDICES, max(8, most // max(1, matrices_ * LEAST_TIMES)))
     times = max(LEAST_TIMES, most // max(1, matrices_ * indices))
     notes: list[str] = []
+    is_thinned = False
     content: dict[str, Any] = {}
     places = {name: place for place, name in enumerate(names)}
     for kind, (updates_T, modules) in found.items():
@@ -200,9 +207,13 @@ def _spectra(run: Run, names: list[str], pack: Packer, most: int) -> tuple[dict[
         for name, s_TK in modules.items():
             if name in places:
                 chosen = np.unique(np.geomspace(1, s_TK.shape[1], indices).round().astype(int))
+                is_thinned |= len(chosen) < s_TK.shape[1]
                 held[str(places[name])] = {"index": chosen, "values": pack(s_TK[np.ix_(at, chosen - 1)])}
         if held:
             content[kind] = {"updates": updates_T[at], "matrices": held}
+    if is_thinned:
+        text = msg("Of each matrix's singular values this page holds up to {n}: the first ones, then ever wider apart.")
+        notes.append(tr(text, n=indices))
     return content, notes
 
 

@@ -37,12 +37,14 @@ FLOW_PANELS = (
         "rank_limit",
         msg("no more is possible"),
     ),
-    ("stable_rank", msg("stable rank of tokens"), "Σ σ² / σ₁²", "", ""),
+    ("stable_rank", msg("stable rank of tokens"), "Σ σ² / σ₁²", "rank_limit", msg("no more is possible")),
     ("cosine", msg("mean cosine of tokens"), msg("1: all alike"), "", msg("isotropic: 0")),
     ("cosine_image", msg("mean cosine within an image"), msg("1: all alike"), "", msg("isotropic: 0")),
     ("entropy", msg("entropy of attention"), msg("nats, mean of the heads"), "entropy_uniform", msg("uniform: ln T")),
 )
 """Metric, title and label; what the level is logged as, or 0 where it has words alone."""
+_FAR = 2.0
+"""A level so many times above all values is told beside the axis: as a line it would make the curves one flat line."""
 _LEVEL: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (3, 2))}
 
 
@@ -67,7 +69,9 @@ def flows_plot(run: Run) -> bytes | None:
     colors, blocks = colormaps["viridis"], list(found["spec", panels[0][0]])
     for column, (metric, title, label, level, of_level) in enumerate(panels):
         of_model = found["spec", metric]
-        levels = by_block(run, "spec", level) if level else dict.fromkeys(of_model, np.zeros(len(updates_T)))
+        levels, far = levels_of(run, metric, level, len(updates_T))
+        if not levels:
+            label, of_level = f"{label}\n{of_level}: {far:.4g}" if far else label, ""
         if rows > 1:
             axes = grid[0, column]
             tidy(axes, title, "update", label)
@@ -98,6 +102,16 @@ def flows_plot(run: Run) -> bytes | None:
     of_images = f"{images:,.0f} images of the validation set  ·  " if np.isfinite(images) else ""
     heading(figure, "What flows through the blocks", of_images + subtitle(run, updates_T, "validations"))
     return png(figure)
+
+
+def levels_of(run: Run, metric: str, level: str, times: int) -> tuple[dict[str, np.ndarray], float]:
+    """Block to a panel's level over the validations (T,), 0 where it is not logged; or none, and one far above all."""
+    shown = [value for kind in ("spec", "spec_ema") for of in by_block(run, kind, metric).values() for value in of]
+    if not level:
+        return dict.fromkeys(by_block(run, "spec", metric), np.zeros(times)), 0.0
+    levels = by_block(run, "spec", level)
+    least = min((float(np.nanmin(of)) for of in levels.values()), default=0.0)
+    return ({}, least) if shown and least > _FAR * float(np.nanmax(shown)) else (levels, 0.0)
 
 
 def by_block(run: Run, kind: str, metric: str) -> dict[str, np.ndarray]:

@@ -60,6 +60,7 @@ def test_a_finished_run_gives_all_pictures_and_one_page_that_holds_them(reported
         assert height >= 500
     html = (reported / "report.html").read_text()
     assert embedded_pictures(html) == [pictures[f"{name}.png"] for name in PICTURES]
+    assert "<td>meaning</td>" not in html
     for text in ("my experiment", "61.25", "62.25 %", "epoch 2", "vit_small_patch16_224", "0.35 1.0", "gpu.name"):
         assert text in html
     assert 'class="notes"' not in html

@@ -24,7 +24,7 @@ function plotly() {
 /* A place for a panel; it is drawn when it comes near the window. Give another panel to `show` to change it. */
 function chart(parent, height) {
   const place = make("div", { style: `height:${height || 310}px` });
-  parent.append(make("div", { class: "plot" }, make("h3", {}), place));
+  parent.append(make("div", { class: "plot" }, make("h3", {}), place, make("p", { class: "told", hidden: "" })));
   return place;
 }
 function show(place, panel) {
@@ -37,8 +37,21 @@ function axis(title, extra) {
   return { title: { text: lines(title || ""), font: { size: 12 }, standoff: 8 }, gridcolor: css("--line"), linecolor: css("--line"),
     zerolinecolor: css("--line"), automargin: true, ...extra };
 }
-/* Blocks have no halves: an axis of them has ticks at whole numbers. */
-const whole = (series) => ({ tick0: 0, dtick: Math.max(1, Math.ceil(Math.max(0, ...series.map((one) => Math.max(...one.x))) / 12)) });
+/* Ticks between the powers of ten are written out: the library's own are "1 5 2 1". */
+const logarithmic = { type: "log", tickformat: "~g" };
+/* Blocks and updates have no halves: an axis of blocks, or of few updates, has ticks at whole numbers. */
+function whole(panel) {
+  const xs = (panel.series || []).flatMap((one) => Array.from(one.x));
+  if (!xs.length || !xs.every(Number.isInteger)) return {};
+  const [low, high] = ends(xs);
+  return panel.whole || high - low <= 10 ? { tick0: 0, dtick: Math.max(1, Math.ceil((high - low) / 12)) } : {};
+}
+/* Of one value alone the library draws from 1 below to 1 above, where a learning rate cannot be read. */
+function fromZero(panel) {
+  const [low, high] = ends((panel.series || []).flatMap((one) => Array.from(one.y)).filter(isKnown));
+  return low === high && low ? { rangemode: "tozero" } : {};
+}
+const ends = (values) => values.reduce(([low, high], one) => [Math.min(low, one), Math.max(high, one)], [Infinity, -Infinity]);
 const MOST_NAMED = 16;
 /* A panel: {title, x, y, log, range, series: [{name, x, y, look | color, dash, width, mode, error, hover, on2}],
    y2, heat: {x, y, z, label, range, scale, log}, bars, lines: [x of a vertical line]}. */
@@ -46,6 +59,10 @@ function draw(place) {
   const held = charts.get(place), panel = held.panel, known = (panel.series || []).length;
   held.drawn = true;
   place.previousSibling.textContent = panel.title || "";
+  const gone = panel.log ? (panel.series || []).filter((one) => one.y.some((y) => isKnown(y) && y <= 0)) : [];
+  place.nextSibling.hidden = !gone.length;
+  place.nextSibling.textContent = t("Where it is 0 or less, not drawn on a logarithmic axis: {names}.",
+    { names: gone.slice(0, 3).map((one) => one.name).join(", ") + (gone.length > 3 ? ", …" : "") });
   const traces = (panel.series || []).flatMap((one) => [...band(one), trace(one, panel)]);
   if (panel.heat) traces.push(heat(panel.heat));
   const few = traces.filter((one) => one.showlegend !== false && one.name).length;
@@ -56,8 +73,8 @@ function draw(place) {
     hovermode: panel.heat ? "closest" : panel.hover || "closest",
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--muted"), font: { color: css("--ink") } },
     dragmode: isCoarse ? false : "zoom", barmode: "overlay", bargap: 0, uirevision: panel.revision || "all", modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--muted"), activecolor: css("--ink") },
-    xaxis: axis(panel.x, { type: panel.xlog ? "log" : undefined, ...(panel.whole ? whole(panel.series) : {}), ...(panel.xaxis || {}) }),
-    yaxis: axis(panel.y, { type: panel.log ? "log" : undefined, exponentformat: panel.log ? "power" : "SI",
+    xaxis: axis(panel.x, { ...(panel.xlog ? logarithmic : whole(panel)), ...(panel.xaxis || {}) }),
+    yaxis: axis(panel.y, { ...(panel.log ? logarithmic : { exponentformat: "SI", ...fromZero(panel) }),
       ...(panel.range && !panel.log ? { range: panel.range } : {}), ...(panel.yaxis || {}) }),
     shapes: (panel.lines || []).map((x) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper",
       line: { color: css("--mark"), width: 1.3, dash: "dash" } })),
@@ -131,7 +148,7 @@ function figure(one) {
   const chosen = labels.some((label) => names(label).length > 1)
     ? select(bar, "view", t("show"), names(labels[0]).map((name) => [name, name]), render) : null;
   const weights = labels.length > 1 ? select(bar, "weights", t("weights"), labels.map((one) => [one, one]), render) : null;
-  const log = one.logarithmic ? tick(bar, "log", t("logarithmic"), one.logarithmic === "on", render) : null;
+  const log = one.logarithmic ? tick(bar, "log", one.logName || t("logarithmic"), one.logarithmic === "on", render) : null;
   if (bar.children.length) made.append(bar);
   made.append(grid);
   render();

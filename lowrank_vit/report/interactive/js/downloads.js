@@ -73,9 +73,9 @@ function recipes(name, table) {
 function downloads() {
   const tables = tablesToLoad(), names = Object.keys(tables);
   if (!names.length) return;
-  const made = section("fig-data", t("Data"), data.matrices
+  const made = section("fig-data", t("Data"), data.exports
     ? t("Tables as CSV, made of what this page holds, with at least four digits. "
-      + "What it leaves out is told below; report --export csv DIR writes all of it.")
+      + "What this page leaves out stands at its end; report --export csv DIR writes all of it.")
     : t("Tables as CSV, made of what this page holds, with at least four digits.")), bar = controls();
   for (const name of names) bar.append(make("button", { type: "button", "data-table": name,
     onclick: () => download(name + ".csv", csvOf(tables[name])) }, t("{file}: {rows} rows, {columns} columns",

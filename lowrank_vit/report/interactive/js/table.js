@@ -30,8 +30,8 @@ function matrixTable(m) {
     } else if (order === "name") rows.sort((a, b) => (rising ? 1 : -1) * (m.names[held.rows[a][0]]
       .localeCompare(m.names[held.rows[b][0]], "en", { numeric: true }) || held.rows[a][1] - held.rows[b][1]));
     const head = make("tr", {}, heading(t("matrix"), "name"), make("th", {}, t("weights")));
-    for (const i of columns) head.append(heading(held.columns[i].label, "newest:" + i), heading(held.columns[i].ratio ? t("÷ start") : t("− start"), "change:" + i));
-    const used = new Set(), body = make("tbody");
+    for (const i of columns) head.append(heading(held.columns[i].label, "newest:" + i), heading(`${held.columns[i].label} ${held.columns[i].ratio ? t("÷ start") : t("− start")}`, "change:" + i));
+    const used = new Map(), body = make("tbody");
     for (const i of rows.slice(0, limit)) {
       const line = make("tr", {}, make("td", {}, m.names[held.rows[i][0]]), make("td", {}, m.kinds[held.rows[i][1]][1]));
       for (const column of columns) {
@@ -39,9 +39,10 @@ function matrixTable(m) {
           const value = cell(i, column, part), td = make("td", {});
           td.append(isKnown(value) ? (part === "change" ? changed(value, held.columns[column].ratio) : shown(value)) : "–");
           for (const why of (held.doubts[part][`${i},${column}`] || [])) {
-            used.add(why);
+            if (!used.has(why)) used.set(why, `?${used.size + 1}`);
+            const mark = used.get(why), words = `${mark}: ${held.reasons[why]}`;
             td.append(make("button", { type: "button", class: "doubt", title: held.reasons[why],
-              onclick: () => { reason.textContent = `?${why + 1}: ${held.reasons[why]}`; } }, `?${why + 1}`));
+              onclick: () => { reason.textContent = words; } }, mark));
           }
           line.append(td);
         }
@@ -51,7 +52,8 @@ function matrixTable(m) {
     table.replaceChildren(make("thead", {}, head), body);
     more.textContent = t("show all {n} rows", { n: rows.length });
     more.hidden = rows.length <= limit;
-    list.replaceChildren(...[...used].sort((a, b) => a - b).map((why) => make("li", {}, `?${why + 1}: ${held.reasons[why]}`)));
+    list.replaceChildren(...[...used].map(([why, mark]) => make("li", {}, `${mark}: ${held.reasons[why]}`)));
+    reason.textContent = "";  /* marks are numbered anew */
   };
   const changed = (value, isRatio) => isRatio ? `×${shown(value)}` : (value > 0 ? "+" : "") + shown(value);
   const type = select(bar, "type", t("type"), [["all", t("all")], ...typesOf(m).map((one) => [one, one])], () => render());

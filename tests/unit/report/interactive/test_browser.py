@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     SpectraStore(path / "spectra", 1e9, {CIRCUITS: "raw"}).save(4, {}, circuits=circuits)
     log = path / "metrics.jsonl"
     named = log.read_text().replace("/blocks.2.mlp.fc2/", f"/{json.dumps(EVIL)[1:-1]}/")
-    named = re.sub(r'"([^"]*)/alpha": ', r'"\1/alpha_sigma": 9, "\1/alpha": ', named)
+    named = re.sub(r'"([^"]*)/alpha": ', r'"\1/block_cos0_u_overlap": 0.5, "\1/alpha_sigma": 9, "\1/alpha": ', named)
     flows = {f"spec/flow/blocks.{block}/entropy": 1.5 for block in range(3)}
     events = [
         *({"kind": "flow", "update": update, "spec/flow/images": 40, **flows} for update in (5, 10)),
@@ -120,6 +120,42 @@ def test_a_reader_chooses_a_number_a_layer_and_weights(page: Tab) -> None:
     assert tab.errors == []
 
 
+def test_an_axis_is_read_without_guessing(page: Tab) -> None:
+    tab = page
+    drawn(tab, "fig-cosines")
+    told = "document.querySelector('#fig-cosines .plot .told')"
+    assert tab.js(f"{told}.hidden")
+    tab.click("#fig-cosines input[name=log]")
+    assert tab.js(f"!{told}.hidden && {told}.textContent") == (
+        "Where it is 0 or less, not drawn on a logarithmic axis: chance."
+    )
+    tab.click("#fig-cosines input[name=log]")
+    assert tab.js(f"{told}.hidden")
+    drawn(tab, "fig-values")
+    ticks = "[...plot.querySelectorAll('.ytick text')].map((one) => Number(one.textContent))"
+    heights = of_plot(tab, "fig-values", ticks)
+    assert len(heights) > 2
+    assert heights == sorted(heights)
+    assert min(heights) < 1 < max(heights)
+    drawn(tab, "fig-training")
+    assert tab.js("document.querySelector('#fig-training label').textContent.trim()") == "logarithmic loss"
+    assert tab.errors == []
+
+
+def test_of_one_epoch_a_learning_rate_and_its_update_can_be_read(tab: Tab, tmp_path: Path) -> None:
+    (tmp_path / "summary.csv").write_text("epoch,update,eval_top1,lr\n0,44,9.72,1e-05\n")
+    write_report(tmp_path, png=False)
+    tab.open(tmp_path / "report.html")
+    drawn(tab, "fig-training")
+    plot = "[...document.querySelectorAll('#fig-training .js-plotly-plot')].at(-1)"
+    tab.wait(f"{plot}?.data[0].name === 'lr'")
+    low, high = tab.js(f"{plot}.layout.yaxis.range")
+    assert 0 <= low < 1e-5 < high < 1e-4
+    ticks = tab.js(f"[...{plot}.querySelectorAll('.xtick text')].map((one) => one.textContent)")
+    assert "44" in ticks
+    assert all("." not in one for one in ticks)
+
+
 def test_a_drag_zooms_and_a_double_click_ends_it(page: Tab) -> None:
     tab = page
     drawn(tab, "fig-metrics")
@@ -146,6 +182,10 @@ def test_the_table_sorts_and_says_why_a_number_is_doubted(page: Tab) -> None:
     names = tab.js(cells.format(0))
     assert len(names) == 12
     assert EVIL in names
+    headings = tab.js("[...document.querySelectorAll('#fig-table thead th')].map((one) => one.textContent)")
+    assert [one for one in headings if one.startswith("stable rank")] == ["stable rank", "stable rank ÷ start"]
+    notes = tab.js("[...document.querySelectorAll('#fig-table .reasons li')].map((one) => one.textContent)")
+    assert [one.partition(":")[0] for one in notes] == [f"?{i + 1}" for i in range(len(notes))]
     tab.click('#fig-table th button[data-sort="name"]')
     tab.click('#fig-table th button[data-sort="name"]')
     assert tab.js(cells.format(0))[0] == "blocks.2.mlp.fc1"

@@ -175,7 +175,10 @@ def test_every_number_of_a_run_is_in_its_page(tmp_path: Path) -> None:
     np.testing.assert_array_equal(numbers[place : place + count].reshape(12, 3), [[1, 2, 3]] * 12)
     assert [one["id"] for one in data["figures"]] == ["training", "vectors"]
     assert len(content["bulk"]) == 24
-    assert notes == []
+    assert notes == [
+        "Of what was logged of the spectra this page holds 9 numbers of each matrix; means by type and by depth, "
+        "and other numbers, are left out."
+    ]
 
 
 def test_what_regularisers_have_done_is_drawn_beside_the_loss() -> None:

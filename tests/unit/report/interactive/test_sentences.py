@@ -39,11 +39,11 @@ def test_the_first_sentence_names_the_difference_that_was_planted(tmp_path: Path
     everywhere = planted(tmp_path / "a", lambda name, _: 3.1 / 1.1 if name == "attn.proj" else 1.0)
     late = planted(tmp_path / "b", lambda name, block: 4.0 if name == "mlp.fc1" and block >= 9 else 1.0)
     of_all, of_late = (sentences(read_run(path))[0] for path in (everywhere, late))
-    assert of_all == (
-        "σ₁ of attn.proj grew 3.1 times, in all blocks alike (mean of 12 matrices: 2 → 6.2, update 0 to 200)."
+    assert of_all == "σ₁ of attn.proj grew 3.1 times in all 12 blocks (mean 2 → 6.2), from update 0 to 200."
+    assert of_late == (
+        "σ₁ of mlp.fc1 grew 1.1-4.4 times in all 12 blocks (mean 2 → 3.85), most in blocks 9-11 (4.4 times), "
+        "from update 0 to 200."
     )
-    assert of_late.startswith("σ₁ of mlp.fc1 grew 1.9 times, most in blocks 9-11 (× 4.4 there; ")
-    assert "2 → 3.85" in of_late
 
 
 def test_each_type_is_named_once_and_the_training_comes_last(tmp_path: Path) -> None:
@@ -55,9 +55,24 @@ def test_each_type_is_named_once_and_the_training_comes_last(tmp_path: Path) -> 
     assert "attn.proj" in told[0]
     assert "mlp.fc2" in told[1]
     assert told[2] == (
-        "Top-1 went from 10.00 % to 60.50 % (best: 61.25 % after epoch 2), the training loss from 5 to 0.167 nats, "
-        "1.0 % of the time was spent waiting for data (median)."
+        "Top-1 of the model went from 10.00 % to 60.50 % (best: 61.25 % after epoch 2); "
+        "top-1 of the EMA went from 11.00 % to 61.50 % (best: 62.25 % after epoch 2); "
+        "the training loss went from 5 to 0.167 nats; 1.0 % of the time was spent waiting for data (median)."
     )
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([9.72], "Top-1 is 9.72 %, measured once"),
+        ([9.5, 20.0], "Top-1 went from 9.50 % to 20.00 %, its best"),
+        ([9.5, 30.0, 20.0], "Top-1 went from 9.50 % to 20.00 % (best: 30.00 % after epoch 2)"),
+    ],
+)
+def test_a_best_score_is_told_where_it_is_another_than_the_last(tmp_path: Path, scores: list[float], said: str) -> None:
+    lines = [f"{epoch},{epoch + 1},{top1}\n" for epoch, top1 in enumerate(scores)]
+    (tmp_path / "summary.csv").write_text("epoch,update,eval_top1\n" + "".join(lines))
+    assert sentences(read_run(tmp_path)) == [f"{said}."]
 
 
 def test_a_loss_that_is_not_finite_comes_before_everything(tmp_path: Path) -> None:

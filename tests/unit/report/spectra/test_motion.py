@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
+from lowrank_vit.report.interactive.figures import flows_figure
+from lowrank_vit.report.interactive.packing import Packer
 from lowrank_vit.report.read import read_run
-from lowrank_vit.report.spectra.motion import flows_plot, updates_plot
+from lowrank_vit.report.spectra.motion import flows_plot, levels_of, updates_plot
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FLOW = {"effective_rank": 20.0, "stable_rank": 2.0, "rank_limit": 32.0, "cosine": 0.2, "cosine_image": 0.1}
@@ -68,6 +70,24 @@ def test_flows_have_their_levels(
     assert png.startswith(PNG)
     expected = [32.0, *([0.0] if validations > 1 else []), 0.0, *([2.77] if entropy else [])]
     assert levels == [level for level in expected for _ in range(2 if validations > 1 else 1)]
+
+
+def test_a_level_far_above_all_values_is_no_line(run: Path) -> None:
+    for block, rank in enumerate((14.0, 12.0)):
+        numbers = FLOW | {"effective_rank": rank, "rank_limit": 96.0}
+        log(
+            run, "flow", block, {f"spec/flow/blocks.{i}/{name}": one for i in range(2) for name, one in numbers.items()}
+        )
+    found = read_run(run)
+    assert levels_of(found, "effective_rank", "rank_limit", 2) == ({}, 96.0)
+    figure = flows_figure(found, Packer())
+    assert figure is not None
+    effective, stable, cosine, *_ = figure["views"]["newest, by depth"]
+    assert effective["y"] == "exp(entropy of σ / Σ σ)\nno more is possible: 96"
+    assert stable["y"].endswith("no more is possible: 96")
+    assert [[one["name"] for one in panel["series"]] for panel in (effective, stable, cosine)] == [
+        ["model"], ["model"], ["model", "isotropic: 0"],
+    ]  # fmt: skip
 
 
 def test_updates_have_chance_as_it_was_logged(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
