@@ -233,7 +233,8 @@ def _place(values: dict[str, Any], words: list[str], hints: Hints, places: Seque
         return
     for name, word in zip(places, words, strict=False):
         if kind_of(hints[name]).element is Path and is_number(word) and not os.path.lexists(word):
-            raise UserError(f"`{word}` belongs to no option, and no file or folder is called so.")
+            several = _takes_several(word, values, hints)
+            raise UserError(f"`{word}` belongs to no option, and no file or folder is called so.{several}")
         value = value_of(hints[name], [word], f"--{name}")
         if values.get(name) not in (None, value):
             raise UserError(f"{word} and --{name} {values[name]}: a word without a flag is --{name}. Give it once.")
@@ -242,8 +243,17 @@ def _place(values: dict[str, Any], words: list[str], hints: Hints, places: Seque
         before = next((other for other in words if without_dashes(other) in hints), "")
         near = f" Did you mean --{before} {extra[0]}?" if before and before != extra[0] else ""
         may = f" Without a flag stands only --{places[0]}, which is {words[0]}." if places else ""
-        near = near or did_you_mean(extra[0], hints, "--")
+        near = near or _takes_several(extra[0], values, hints) or did_you_mean(extra[0], hints, "--")
         raise UserError(f"`{extra[0]}` belongs to no option.{may}{near or f' {LIST}'}")
+
+
+def _takes_several(word: str, values: Iterable[str], hints: Hints) -> str:
+    """That several go to --budgets, where one was given to --budget and `word` is another; else nothing."""
+    for name in values:
+        kind = kind_of(hints[f"{name}s"]) if f"{name}s" in hints else None
+        if kind and kind.num_words is None and _could_be(kind, name, word):
+            return f" --{name} takes one; several go to --{name}s."
+    return ""
 
 
 def _unknown(shown: str, names: Iterable[str], hints: Hints) -> NoSuchOptionError:

@@ -255,10 +255,10 @@ def _takes(hint: Any, shown: str) -> str:
     one, several = _NAMES[kind.element]
     within = limits.in_words() if limits else ""
     if not kind.is_tuple:
-        word = word_for_none(hint)
-        return f"{one}{within}{word and f', or {word}'}"
+        return f"{one}{within}" + (f", or {word}" if (word := word_for_none(hint)) else "")
     count = kind.count or (f"{_least(shown)} or more" if _least(shown) > 1 else "")
-    return f"{count} {several}{within}".strip()
+    shapes = [n.metavar for n in getattr(hint, "__metadata__", ()) if kind.element is str and getattr(n, "metavar", "")]
+    return shapes[0] if kind.count and shapes else f"{count} {several}{within}".strip()
 
 
 def _least(shown: str) -> int:

@@ -52,6 +52,8 @@ def export_run(path: Path, form: Format, out: Path) -> list[Path]:
         "scalars": _Scalars(stored.history),
         "singular_values": _SingularValues(stored),
     }
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; tables are written into a folder. Give --export {form} another one.")
     write = _csv_file if form == "csv" else _parquet_file(form)
     written: list[Path] = []
     for name, of_table in chunks.items():

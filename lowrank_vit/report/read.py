@@ -89,6 +89,11 @@ def read_run(path: Path, *, spectra: bool = True) -> Run:
     Raises:
         UserError: there is no such directory, or nothing of a run in it.
     """
+    if path.is_file():
+        raise UserError(
+            f"{path} is a file of no run. Give the directory that `python -m lowrank_vit.train` wrote, usually "
+            f"output/<experiment>, or a file that analyze_spectrum wrote: *{ENDING}, *_drift.json."
+        )
     if not path.is_dir():
         raise UserError(
             f"no run directory at {path}. Give the directory that `python -m lowrank_vit.train` wrote, "

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_vit.common.aside import Aside
-from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.errors import UserError, did_you_mean
 from lowrank_vit.common.locks import is_locked
 from lowrank_vit.common.terminal import printable, say
 from lowrank_vit.report.language import Language, in_language, language
@@ -41,6 +41,8 @@ _PAUSE_S, _PAUSES = 10.0, 4.0
 _SETTLED_S = 0.5
 _OF_NO_PAGE = {"report", "comparison", "wandb", "tensorboard", "mlflow"}
 """Folders of a run that its page does not show."""
+_FILES = ("_spectral.json", "_drift.json", "compression.json")
+"""How names of files end that have a page."""
 _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
@@ -262,6 +264,8 @@ def serve_page(path: Path, port: int | None, png: bool) -> None:
     """Serve the page until Ctrl-C. Raises `UserError` for a folder that cannot hold a run, and for a taken port."""
     if not path.exists() and not path.absolute().parent.is_dir():
         raise UserError(f"no run at {path}, nor a folder where one could begin. Give output/<experiment>.")
+    if path.is_file() and not path.name.endswith(_FILES):
+        raise UserError(f"{path} is a file of no run, which will not become one. Give output/<experiment>.")
     aside = Aside()
     speaks = language()  # another thread asks, for another process
     watched = Watched(path, lambda found: aside.call(page_of, found, png, speaks))
@@ -270,7 +274,8 @@ def serve_page(path: Path, port: int | None, png: bool) -> None:
         watched.start()
         say(f"{path} at http://{HOST}:{server.server_address[1]}/ until Ctrl-C")
         if not path.exists():
-            say(f"note: there is no {path} yet; the page shows it when it begins")
+            near = did_you_mean(path.name, [one.name for one in path.absolute().parent.iterdir() if one.is_dir()])
+            say(f"note: there is no {path} yet; the page shows it when it begins.{near}")
         server.serve_forever(poll_interval=0.2)
     except KeyboardInterrupt:
         say("ended")

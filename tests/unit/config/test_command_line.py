@@ -121,6 +121,10 @@ LINES = {
     # words
     "lr 0.1": "`0.1` belongs to no option. Without a flag stands only --data-dir, which is lr. Did you mean --lr 0.1?",
     "epochs=3": "`epochs=3` belongs to no option. Did you mean --epochs=3?",
+    "--seed 0 1 2": "`1` belongs to no option, and no file or folder is called so. --seed takes one; several go to "
+    "--seeds.",
+    "DIR --seed 0 1": "`1` belongs to no option. Without a flag stands only --data-dir, which is DIR. --seed takes "
+    "one; several go to --seeds.",
     "--img-size 224 224": "`224` belongs to no option, and no file or folder is called so.",
     "--scale 0.1 0.2 0.3": "`0.3` belongs to no option, and no file or folder is called so.",
     "DIR OTHER": "`OTHER` belongs to no option. Without a flag stands only --data-dir, which is DIR. --help lists all.",

@@ -109,14 +109,16 @@ def test_damaged_files_are_passed_over(run: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_told(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/epochs\.csv cannot be written"):
+    with pytest.raises(UserError, match=r"file is a file; tables are written into a folder"):
         export_run(run, "csv", tmp_path / "file")
+    with pytest.raises(UserError, match=r"file/x/epochs\.csv cannot be written: Not a directory"):
+        export_run(run, "csv", tmp_path / "file" / "x")
     with pytest.raises(UserError, match="holds no numbers of a run"):
         export_run(tmp_path, "csv", tmp_path / "tables")
     for words in (("xml", "tables"), ("tables", "csv")):
         with pytest.raises(UserError, match="--export takes csv or parquet, and a folder, not"):
             main([str(run), "--export", *words])
-    with pytest.raises(UserError, match="--export"):
+    with pytest.raises(UserError, match=r"^--export takes csv\|parquet DIR, not only `csv`\.$"):
         main([str(run), "--export", "csv"])
     with pytest.raises(UserError, match="--export writes tables alone"):
         main([str(run), "--export", "csv", str(tmp_path), "--watch"])

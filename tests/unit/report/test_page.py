@@ -254,11 +254,14 @@ def test_losses_that_became_nan_are_drawn_and_not_taken_for_the_best(run: Path) 
 
 
 def test_a_wrong_path_names_the_next_step(tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("")
+    with pytest.raises(UserError, match=r"file\.txt is a file of no run.*output/<experiment>.*_spectral\.json"):
+        write_report(tmp_path / "file.txt")
     with pytest.raises(UserError, match=r"no run directory at .*nowhere.*lowrank_vit\.train.*output/<experiment>"):
         main([str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match=r"holds no run: expected some of summary\.csv"):
         main([str(tmp_path)])
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
 
 
 def test_a_place_that_cannot_be_written_is_a_user_error(run: Path) -> None:

@@ -211,6 +211,9 @@ def test_ports_and_paths_that_cannot_be(run: Path) -> None:
             main([str(run), *line])
     with pytest.raises(UserError, match="nor a folder where one could begin"):
         main([str(run / "not" / "there"), "--watch"])
+    (run / "notes.txt").write_text("")
+    with pytest.raises(UserError, match=r"notes\.txt is a file of no run, which will not become one"):
+        main([str(run / "notes.txt"), "--watch"])
 
 
 def test_the_usual_port_gives_way_to_another(run: Path) -> None:
@@ -231,6 +234,9 @@ def test_ctrl_c_ends_it_without_an_error(
     main([str(run), "--watch", "--port", "0"])
     assert capsys.readouterr().out.splitlines()[-1] == "ended"
     assert list(run.iterdir()) == []
+    main([str(run) + "s", "--watch", "--port", "0"])
+    note = capsys.readouterr().out.splitlines()[-2]
+    assert note == f"note: there is no {run}s yet; the page shows it when it begins. Did you mean {run.name}?"
 
 
 def test_a_browsers_page_loads_itself_anew(tmp_path: Path, run: Path) -> None:
