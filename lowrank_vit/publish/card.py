@@ -31,6 +31,10 @@ _SURROUNDINGS = (
     *("gpu", "gpu_memory_gib", "cuda", "driver", "device"),
 )
 """Of environment.json what is shown, in this order."""
+_ROUNDING = (
+    "Images were resized along columns first, and Pillow resizes along rows first; both round and clip in between. So timm "
+    "may score a few images otherwise, above all small ones with hard edges that are enlarged."
+)
 _SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$>])")
 _PATH = re.compile(r"(?<![\w./])(?:~|/(?!/))[^\s,;'\"]*/")
 """A path up to its last name; no address."""
@@ -104,6 +108,7 @@ def _scores(subject: Subject) -> list[str]:
     lines += [""]
     if subject.scores[0].interval:
         lines += ["The interval tells of other images of the same kind (Wilson's), not of another training.", ""]
+    lines += [_ROUNDING, ""]
     if subject.scored_at is not None and subject.updates not in (None, subject.scored_at):
         behind = (subject.updates or 0) - subject.scored_at
         lines += [f"They are of the newest validation, {behind:,} updates before these weights.", ""]

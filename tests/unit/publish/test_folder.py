@@ -66,6 +66,7 @@ def test_the_card_tells_of_the_run_and_nothing_of_its_owner(run, tmp_path):
     assert "| on 360 images |" in text
     low, high = interval(60, 360)
     assert f"| top-1 | 60.00 | {low:.2f} to {high:.2f} |" in text
+    assert "timm may score a few images otherwise" in text
     assert "after 2 epochs, 22 updates" in text
     assert "--data-dir digits" in text
     assert "--img-size 16" in text
