@@ -96,6 +96,8 @@ def read_tables(path: str | os.PathLike[str]) -> Tables:
         file_bytes = path.stat().st_size if path.is_file() else -1
         if file_bytes < 0:
             what = "is a directory, not a .beton file" if path.is_dir() else "does not exist"
+            if path.exists() and not path.is_dir():
+                what = "is a device or a pipe, not a .beton file"
             raise BetonError(f"{path} {what}. Give the path of a file written by `python -m data_prep`.")
         with path.open("rb") as file:
             head = file.read(METADATA_START)

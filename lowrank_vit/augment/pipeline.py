@@ -16,6 +16,15 @@ from lowrank_vit.augment import ops_cpu
 from lowrank_vit.augment.erase import MODES, NORMAL, Mode, erase, erase_cpu
 from lowrank_vit.augment.grid import Grid
 from lowrank_vit.augment.mixing import mix_cpu, mix_images, mix_targets, mix_to_tensor
+from lowrank_vit.common.arguments import (
+    SHARE,
+    SHARE_BELOW_1,
+    Range,
+    check_choice,
+    check_number,
+    check_numbers,
+    check_whole,
+)
 from lowrank_vit.common.devices import cuda_path, to_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.plan.mixing import NO_MIX
@@ -30,12 +39,9 @@ def apply_operations(images: Tensor, plan: BatchPlan, fill: Tensor) -> Tensor:
     same or new ones; a plan with nothing of the kind costs nothing. The host does not wait for the device.
     Raises `UserError` for another dtype or layout.
     """
+    _check_images(images)
     if plan.vflips is None and plan.ops is None:
         return images
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise UserError(f"augmentation takes uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
-    if not images.is_contiguous(memory_format=torch.channels_last):
-        raise UserError("augmentation takes channels_last images: .contiguous(memory_format=torch.channels_last).")
     images_BHWC = images.permute(0, 2, 3, 1)
     if plan.vflips is not None:
         rows = to_device(np.flatnonzero(plan.vflips), images)
@@ -49,6 +55,23 @@ def apply_operations(images: Tensor, plan: BatchPlan, fill: Tensor) -> Tensor:
     _use_torchs_threads()
     ops_cpu.apply_ops(images_BHWC.numpy(), plan.ops.kinds, plan.ops.args, plan.ops.interpolations, fill.numpy())
     return images
+
+
+def _check_images(images: Tensor) -> None:
+    """Raise `UserError` for other images than those of a loader."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise UserError(f"augmentation takes uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
+    if not images.is_contiguous(memory_format=torch.channels_last):
+        raise UserError("augmentation takes channels_last images: .contiguous(memory_format=torch.channels_last).")
+
+
+def _check_pixels(images: Tensor) -> None:
+    """Raise `UserError` for images that have been normalised already."""
+    if images.dtype != torch.uint8:
+        raise UserError(
+            f"images to augment are {images.dtype}, expected torch.uint8 of 0 to 255, as a loader gives them. "
+            "Normalising is done here, too."
+        )
 
 
 class Augment(nn.Module):
@@ -82,7 +105,14 @@ class Augment(nn.Module):
         """`mean`, `std`: of RGB in 0-1, the model's own; `smoothing`: label smoothing in [0, 1).
 
         `remode`: what erased boxes are filled with, const (zeros), rand or pixel. `erase_first`: erase before mixing.
+        Raises `UserError` for what is outside its range.
         """
+        check_numbers(SHARE, 3, mean=mean)
+        check_numbers(Range(0, 1, open_low=True), 3, std=std)
+        check_whole(num_classes=num_classes)
+        check_number(SHARE_BELOW_1, smoothing=smoothing)
+        check_choice(MODES, remode=remode)
+        check_choice((True, False), erase_first=erase_first)
         super().__init__()
         self.num_classes, self.smoothing = num_classes, smoothing
         self.remode: Mode = remode
@@ -112,11 +142,7 @@ class Augment(nn.Module):
         compiled numba code, into float32 `out` where that has their shape; boxes and keys are then None. Else images
         stay as they are, and boxes and keys are None where nothing is erased. The host does not wait for the device.
         """
-        if images.dtype != torch.uint8:
-            raise UserError(
-                f"images to augment are {images.dtype}, expected torch.uint8 of 0 to 255, as a loader gives them. "
-                "Normalising is done here, too."
-            )
+        _check_pixels(images)
         mix = mix_to_tensor(plan.mix)
         if plan.erase is None:
             return images, to_device(mix.numpy(), images), None, None
@@ -142,12 +168,48 @@ class Augment(nn.Module):
         return out, mix, None, None
 
     def inputs(self, images: Tensor, targets: Tensor, plan: BatchPlan) -> tuple[Tensor, Tensor]:
-        """Float32 (B, 3, S, S) input of the model and soft targets (B, num_classes) of what `prepare` gave."""
+        """Float32 (B, 3, S, S) input of the model and soft targets (B, num_classes) of what `prepare` gave.
+
+        Raises `UserError` for images and labels that are not those of a batch of the plan.
+        """
+        _check_pixels(images)
+        _check_images(images)
+        self._check_targets(images, targets, plan)
         images, *drawn = self.begin(images, plan)
-        return self(images, targets, *drawn)
+        try:
+            return self(images, targets, *drawn)
+        except RuntimeError as error:
+            if "Class values must be" not in str(error):  # what torch says on a CPU, where it looks at labels
+                raise
+            raise UserError(
+                f"targets are labels from {int(targets.min())} to {int(targets.max())}, but num_classes is "
+                f"{self.num_classes}: labels are 0 to {self.num_classes - 1}."
+            ) from None
+
+    def _check_targets(self, images: Tensor, targets: Tensor, plan: BatchPlan) -> None:
+        if targets.dtype != torch.int64 or targets.ndim != 1:
+            raise UserError(
+                f"targets are int64 labels (B,), got {targets.dtype} {tuple(targets.shape)}. Smoothing and mixing make "
+                "shares of classes of them here."
+            )
+        if not len(images) == len(targets) == len(plan.ids):
+            raise UserError(
+                f"images, targets and plan are of {len(images)}, {len(targets)} and {len(plan.ids)} samples. All are "
+                "to be of one batch of the loader."
+            )
+        if not images.device == targets.device == self.mean.device:
+            raise UserError(
+                f"images, targets and this module are on {images.device}, {targets.device} and {self.mean.device}. "
+                "Move them to one device with .to(device)."
+            )
 
     def normalize(self, images: Tensor, grid: Grid | None = None) -> Tensor:
-        """uint8 (B, 3, S, S) in 0-255, or as `grid` says, to float32 with the model's mean and standard deviation."""
+        """uint8 (B, 3, S, S) in 0-255, or as `grid` says, to float32 with the model's mean and standard deviation.
+
+        Raises `UserError` for another dtype.
+        """
+        if images.dtype != torch.uint8:
+            raise UserError(f"images to normalize are {images.dtype}, expected torch.uint8 of 0 to 255.")
         mean, std = (grid.along_channels(values) if grid else values for values in (self.mean, self.std))
         return (images.float() - mean) / std
 

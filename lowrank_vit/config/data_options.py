@@ -68,9 +68,9 @@ class Data:
     """Side of the square image that the model sees, pixels; default: the model's own."""
     crop_pct: Annotated[float | None, Range(0, 1, open_low=True)] = None
     """Validation centre crop as a share of the short side; default: the model's own."""
-    mean: Annotated[tuple[float, ...] | None, Range()] = None
+    mean: Annotated[tuple[float, ...] | None, SHARE] = None
     """Pixel value that the model sees as 0, in 0-1: one number, or red, green, blue; default: the model's own."""
-    std: Annotated[tuple[float, ...] | None, ABOVE_0] = None
+    std: Annotated[tuple[float, ...] | None, Range(0, 1, open_low=True)] = None
     """Standard deviation that pixels are divided by, in the same form; default: the model's own."""
     train_crop_mode: Literal["rrc", "whole"] = "rrc"
     """In training: rrc, random resized crops by --scale and --ratio; whole: the whole image, stretched to a square."""

@@ -13,6 +13,7 @@ from rich.filesize import decimal as size_in_words
 from data_prep.formats import turbojpeg
 from data_prep.formats.beton import MODE_RAW
 from lowrank_vit.common import resources, terminal
+from lowrank_vit.common.arguments import check_type, check_whole
 from lowrank_vit.common.devices import cuda_path, pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.decode import resident_set
@@ -62,9 +63,16 @@ def open_loader(
         [(8, 3, 32, 32), (4, 3, 32, 32)]
         >>> loader.close()
     """
-    options = options or LoaderOptions(workers=workers)
+    check_type(Beton, "an open Beton, as Beton(path) gives", beton=beton)
+    check_type((TrainPlan, EvalPlan), "a TrainPlan or an EvalPlan", plan=plan)
+    check_type((str, torch.device), "auto, cpu, cuda, cuda:N or a torch.device", device=device)
+    check_type((LoaderOptions, type(None)), "LoaderOptions or None", options=options)
+    check_type((Callable, type(None)), "a function or None", prepare=prepare)
+    check_type(Callable, "a function", say=say)
+    check_whole(workers=workers)
     _check_plan(beton, plan)
-    device = pick_device(device) if isinstance(device, str) else device
+    options = options or LoaderOptions(workers=workers)
+    device = pick_device(device, shown="device=") if isinstance(device, str) else device
     options = replace(options, say=say if plan.rank == 0 else None)
     if (beton.modes != MODE_RAW).any():
         turbojpeg.load()
@@ -138,7 +146,11 @@ def make_backend(
     kind: str, beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions
 ) -> Backend:
     """The backend of that name. Raises `UserError` where it cannot be had."""
-    return import_module(f"lowrank_vit.data.decode.{kind}").open_backend(beton, plan, device, options)
+    try:
+        open_backend = import_module(f"lowrank_vit.data.decode.{kind}").open_backend
+    except (ModuleNotFoundError, AttributeError):
+        raise UserError(f"options.loader takes auto, resident, dali or ffcv, not {kind!r}.") from None
+    return open_backend(beton, plan, device, options)
 
 
 def choose_backend(

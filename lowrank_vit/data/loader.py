@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_vit.common import terminal
+from lowrank_vit.common.arguments import Range, check_whole
 from lowrank_vit.common.devices import FIRST, KeptAlive, Mark, Spans, TimedMark, cuda_path, on_stream
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.threads import beat
@@ -19,6 +20,7 @@ from lowrank_vit.data.decode.backend import Backend, DamagedSamples, Schedule
 from lowrank_vit.data.decode.resident_set import resident_bytes
 from lowrank_vit.data.jpeg_engine import EngineShare
 from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.plan.arguments import EPOCHS
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 
 Prepare = Callable[[Tensor, BatchPlan], Tensor]
@@ -92,6 +94,9 @@ class Loader:
         """
         if self._is_closed:
             raise UserError(self._why_ended())
+        check_whole(EPOCHS, epoch=epoch)
+        if first_step is not None:
+            check_whole(Range(0, self.plan.steps_per_epoch), first_step=first_step)
         self._end()
         if first_step is None:
             first_step = self._step if self._is_loaded and epoch == self._epoch else 0

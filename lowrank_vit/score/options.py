@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, arg
 
-from lowrank_vit.common.arguments import POSITIVE, Range
+from lowrank_vit.common.arguments import POSITIVE, SHARE, Range
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.check import check_ranges
 from lowrank_vit.config.data_options import LoaderName
@@ -40,9 +40,9 @@ class ModelOptions:
     """Pixels; default: the checkpoint's, else the model's own for tests."""
     crop_pct: Annotated[float | None, Range(0, 1, open_low=True)] = None
     """Default: as for the size."""
-    mean: tuple[float, float, float] | None = None
+    mean: Annotated[tuple[float, float, float] | None, SHARE] = None
     """Of RGB in 0-1; default: the model's own."""
-    std: tuple[float, float, float] | None = None
+    std: Annotated[tuple[float, float, float] | None, Range(0, 1, open_low=True)] = None
     """Likewise."""
     interpolation: Literal["", "nearest", "bilinear", "bicubic"] = ""
     """Default: bicubic for a run of this program, else the model's own."""

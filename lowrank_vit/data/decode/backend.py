@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_vit.common.arguments import SHARE, check_choice, check_number, check_whole
 from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.data.batch import Batch
@@ -55,6 +56,13 @@ class LoaderOptions:
     """By which a share is chosen."""
     before: str = ""
     """The loader that a run has decoded with so far, which `auto` takes again where it can; empty: a new run."""
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` for what is outside its range."""
+        check_whole(workers=self.workers, prefetch=self.prefetch)
+        check_choice(("error", "skip"), on_bad_sample=self.on_bad_sample)
+        if self.hw_decoder_load is not None:
+            check_number(SHARE, hw_decoder_load=self.hw_decoder_load)
 
 
 def usual_workers(device: torch.device, sharing: int = 1) -> int:

@@ -17,6 +17,7 @@ from data_prep.formats import turbojpeg
 from data_prep.formats.beton import MODE_RAW, find_parts, part_path, read_tables
 from data_prep.formats.jpeg import MAX_PIXELS
 from data_prep.formats.sidecars import Manifest, check_index, manifest_path, read_manifest, read_sample_table
+from lowrank_vit.common.arguments import Range, check_type, check_whole
 from lowrank_vit.common.errors import BetonError
 from lowrank_vit.common.filesystem import map_files
 from lowrank_vit.common.terminal import one_line
@@ -43,7 +44,9 @@ class Beton:
     """
 
     def __init__(self, path: str | os.PathLike[str] | list[Path]) -> None:
+        check_type((str, os.PathLike, list), "a path, or a list of the paths of parts", path=path)
         if isinstance(path, list):
+            check_type(Path, "a path, or a list of the paths of parts", path=path[0] if path else None)
             self.path, self.parts = path[0], path
         else:
             self.path = Path(path)
@@ -187,7 +190,9 @@ class Beton:
         return np.concatenate([pointers + start for pointers, start in zip(self._pointers, starts, strict=True)])
 
     def sample(self, sample_id: int) -> np.ndarray:
-        """uint8 (size,): one sample's stored bytes, a read-only view of the map."""
+        """uint8 (size,): one sample's stored bytes, a read-only view of the map. Raises `UserError` for another id."""
+        if type(sample_id) not in (int, np.int64) or not 0 <= sample_id < self.num_samples:
+            check_whole(Range(0, self.num_samples - 1), sample_id=sample_id)
         start = self.pointers[sample_id]
         return self.bytes[start : start + self.sizes[sample_id]]
 

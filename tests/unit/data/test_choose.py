@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,6 +185,44 @@ def test_a_plan_of_another_set_is_refused(beton, other, told, is_training):
         plan = EvalPlan.of(Sides(sides, sides), img_size=16, batch_size=4)
     with pytest.raises(UserError, match=f"the plan is of another set than .*: of .*{told}"):
         open_loader(beton, plan, CPU, AUTO)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        *(({"workers": n}, r"^workers takes a whole number of at least 1, not ") for n in (0, -1, "2", 1.5, None)),
+        *(({"device": d}, "^device takes auto, cpu, cuda") for d in (None, 0, "tpu", "cpu:1")),
+        *(({"beton": b}, "^beton takes an open Beton") for b in ("val.beton", None)),
+        *(({"plan": p}, "^plan takes a TrainPlan or an EvalPlan") for p in (None, "train")),
+        *(({"options": o}, "^options takes LoaderOptions or None") for o in ({"workers": 1}, "ffcv")),
+        ({"options": LoaderOptions("nope")}, "^options.loader takes auto, resident, dali or ffcv, not 'nope'"),
+        ({"options": LoaderOptions("backend")}, "^options.loader takes"),
+        ({"prepare": 3}, "^prepare takes a function"),
+        ({"say": None}, "^say takes a function"),
+    ],
+)
+def test_an_argument_outside_its_range_is_named(beton, arguments, told):
+    with pytest.raises(UserError, match=told):
+        open_loader(**{"beton": beton, "plan": plan_of(beton), "device": "cpu", **arguments})
+
+
+@pytest.mark.parametrize("wrong", [{"workers": 0}, {"prefetch": 0}, {"on_bad_sample": "x"}, {"hw_decoder_load": 2}])
+def test_options_outside_their_ranges_are_refused(wrong):
+    with pytest.raises(UserError, match=f"^{next(iter(wrong))} takes"):
+        LoaderOptions(**wrong)
+
+
+def test_batches_that_there_are_not_are_refused(beton):
+    loader, _ = open_loader(beton, plan_of(beton), "cpu", workers=1)
+    wrong: Any
+    for wrong in (-1, 7, 999, "0", 1.5):
+        with pytest.raises(UserError, match=r"^first_step takes a whole number from 0 to 6, not "):
+            loader.batches(0, first_step=wrong)
+    for wrong in (-1, "a", None, 0.5):
+        with pytest.raises(UserError, match=r"^epoch takes a whole number"):
+            loader.batches(wrong)
+    assert [len(list(loader.batches(0, first_step=step))) for step in (0, 5, 6)] == [6, 1, 0]
+    loader.close()
 
 
 def test_where_dali_cannot_use_the_gpu_the_cpu_decodes(beton, small_memory, free, monkeypatch, on_cuda_path):

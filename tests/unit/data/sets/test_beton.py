@@ -270,3 +270,18 @@ def test_a_label_beyond_the_classes_is_found_at_opening(digits):
     with_row(digits, 7, label=1 << 32)
     with pytest.raises(BetonError, match=r"sample 7 has the label 4294967296, but there is no manifest"):
         Beton(digits)
+
+
+def test_an_id_that_no_sample_has_is_refused(beton):
+    for wrong in (-1, beton.num_samples, 10**9, "0", 1.0, None):
+        with pytest.raises(UserError, match=f"sample_id takes a whole number from 0 to {beton.num_samples - 1}, not "):
+            beton.sample(wrong)
+    assert np.array_equal(beton.sample(np.int32(0)), beton.sample(0))
+
+
+def test_what_is_no_file_is_told_as_what_it_is():
+    with pytest.raises(BetonError, match="/dev/null is a device or a pipe"):
+        Beton("/dev/null")
+    for wrong in (None, 3, [], ["a.beton"]):
+        with pytest.raises(UserError, match=r"^path takes a path"):
+            Beton(wrong)  # type: ignore[arg-type]
