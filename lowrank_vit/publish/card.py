@@ -32,8 +32,8 @@ _SURROUNDINGS = (
 )
 """Of environment.json what is shown, in this order."""
 _ROUNDING = (
-    "Images were resized along columns first, and Pillow resizes along rows first; both round and clip in between. So timm "
-    "may score a few images otherwise, above all small ones with hard edges that are enlarged."
+    "Images were resized along columns first, and Pillow resizes along rows first; both round and clip in between. So "
+    "timm may score a few images otherwise, above all small ones with hard edges that are enlarged."
 )
 _SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$>])")
 _PATH = re.compile(r"(?<![\w./])(?:~|/(?!/))[^\s,;'\"]*/")
