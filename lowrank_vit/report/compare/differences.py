@@ -20,7 +20,7 @@ from scipy.special import stdtr
 from lowrank_vit.report.compare.curves import names_of
 from lowrank_vit.report.compare.groups import Compared, Group
 from lowrank_vit.report.compare.scores import BEST, scores_of, spread_of
-from lowrank_vit.report.interactive.changes import blocks_of
+from lowrank_vit.report.interactive.changes import blocks_of, plain
 from lowrank_vit.report.interactive.matrices import KINDS
 from lowrank_vit.report.language import language, msg, tr
 from lowrank_vit.report.style import by_type
@@ -212,7 +212,7 @@ def _sentence(compared: Compared, one: Difference, count: int) -> str:
     words |= {"where": _where(one, groups), "a": told[0], "b": told[1], "held": _held(one, count)}
     if ratio >= 1.1:
         text = msg("{label} is {by} times as large in {high} as in {low}{where}: {a} against {b}; {held}.")
-        return tr(text, by=f"{ratio:.2g}", **words)
+        return tr(text, by=f"{ratio:.2g}" if ratio < 99 else plain(ratio), **words)
     if math.isfinite(ratio):
         text = msg("{label} is {by} % larger in {high} than in {low}{where}: {a} against {b}; {held}.")
         return tr(text, by=f"{100 * (ratio - 1):.2g}", **words)
@@ -234,12 +234,7 @@ def _where(one: Difference, groups: tuple[Group, Group]) -> str:
     rest = max((abs(found[name]) for at, name in enumerate(names) if at not in chosen), default=math.inf)
     if most <= _LEAST or 2 * len(chosen) > len(names) or rest > _LOCAL * min(found[names[at]] for at in chosen):
         return ""
-    stretches: list[list[str]] = []
-    for at in chosen:
-        if at - 1 not in chosen:
-            stretches.append([])
-        stretches[-1].append(names[at])
-    return tr(", most in {blocks}", blocks=tr(", ").join(map(blocks_of, stretches)))
+    return tr(", most in {blocks}", blocks=blocks_of([names[at] for at in chosen]))
 
 
 def measures(compared: Compared) -> list[Measure]:

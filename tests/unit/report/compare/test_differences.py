@@ -146,6 +146,9 @@ def test_seeds_that_coincide_prove_nothing_and_large_differences_are_told_as_not
         "23 standard deviations over seeds, p = 0.07 after correction (× 2); "
         "2 runs of each group would prove it if difference and spread stay."
     )
+    _, first = compared([("alpha", [300.0, 320.0, 2.0])], [[0, 1], [2]])
+    assert " is 155 times as large in a as in b: 310 ±" in first
+    assert "e+" not in first
     nan = math.nan
     _, first = compared([("alpha", [9.0, nan, 2.0])], [[0, 1], [2]])
     assert "9 (n = 1) against 2 (n = 1); no group has two runs with this number" in first
@@ -178,7 +181,7 @@ def test_a_score_is_told_beside_larger_differences_of_matrices(tmp_path: Path) -
     ("factors", "where"),
     [
         ([1, 1, 1, 1, 1, 3, 1, 1], "block 5"),
-        ([3, 3, 1, 1, 1, 1, 1, 3], "blocks 0-1, block 7"),
+        ([3, 3, 1, 1, 1, 1, 1, 3], "blocks 0-1, 7"),
         ([3, 3, 3, 3, 3, 1, 1, 1], ""),
         ([3, 2.5, 2, 1.7, 1.4, 1.2, 1.1, 1], ""),
         ([4, 1, 1, 1, 1, 1, 1, 0.3], ""),
