@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from os import PathLike
 from typing import Any
 
 from lowrank_vit.common.errors import UserError
@@ -92,6 +93,20 @@ def check_type(types: type | tuple[type, ...], in_words: str, **arguments: Any) 
     """Raise `UserError` for the first argument of another type; `in_words` says what it takes."""
     for name, value in arguments.items():
         if not isinstance(value, types):
+            raise wrong_argument(name, in_words, value)
+
+
+def check_path(**arguments: Any) -> None:
+    """Raise `UserError` for the first argument that is no path: a text that is not empty, or a `Path`."""
+    for name, value in arguments.items():
+        if not isinstance(value, (str, PathLike)) or not str(value).strip():  # type: ignore[reportUnknownArgumentType]
+            raise wrong_argument(name, "a path", value)
+
+
+def check_function(in_words: str, others: type | tuple[type, ...] = (), **arguments: Any) -> None:
+    """Raise `UserError` for the first argument that can neither be called nor is of one of the `others`."""
+    for name, value in arguments.items():
+        if not callable(value) and not isinstance(value, others):
             raise wrong_argument(name, in_words, value)
 
 

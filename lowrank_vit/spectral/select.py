@@ -116,6 +116,9 @@ def choose_targets(
         UserError: as `select_targets`; or nothing is there to split, or a qkv is none of `fused`, or its rows do not
             divide by 3; or a weight is no plain array of real numbers, or two get one name.
     """
+    given = patterns if isinstance(patterns, list | tuple) else [] if patterns is None else [patterns]
+    if not all(isinstance(one, str) for one in given):
+        raise UserError(f"{flags}targets takes a text, texts in a list, or None, not {patterns!r}.")
     flag, flag_of_split = (f"{flags}{name}" if flags else name.replace("-", "_") for name in ("targets", "split-qkv"))
     weights = {f"{key}{WEIGHT}" if _is_bare(key, w) else key: w for key, w in weights.items()}
     chosen = _chosen(weights, patterns, flag, embeddings)
@@ -138,7 +141,11 @@ def choose_targets(
         else:
             watched |= {f"{names[module]}.{letter}": Target(module, third) for third, letter in enumerate(_QKV)}
     if split_qkv and all(target.third is None for target in watched.values()):
-        raise UserError(f"{flag_of_split}: none of {flag} {patterns!r} is a qkv module; leave it out")
+        types = ", ".join(dict.fromkeys(map(module_type, watched)))
+        raise UserError(
+            f"{flag_of_split}: of the watched matrices ({types}) none is a qkv layer that is known to "
+            "have Q, K and V as the thirds of its rows; leave it out"
+        )
     return watched
 
 
@@ -188,12 +195,14 @@ def _check_watchable(name: str, weight: Tensor, flag: str) -> None:
             f"{flag}: {name} is sharded over ranks (DTensor, FSDP). Each rank needs whole weights, as in DDP."
         )
     odd = "" if weight.is_meta else oddity(weight)
-    if not odd and not weight.is_floating_point():
+    if not odd and (not weight.is_floating_point() or weight.element_size() < 2):
         odd = f"a tensor of {str(weight.dtype).removeprefix('torch.')}"
     if not odd and not weight.numel():
         odd = f"empty, of shape {tuple(weight.shape)}"
     if odd:
-        raise UserError(f"{flag}: {name} is {odd}, where floating-point numbers are expected. Leave it out.")
+        raise UserError(
+            f"{flag}: {name} is {odd}, where floating-point numbers of 16 bits or more are expected. Leave it out."
+        )
 
 
 def _recorded_names(modules: Collection[str], rename: Rename | None) -> dict[str, str]:

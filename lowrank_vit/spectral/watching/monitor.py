@@ -7,17 +7,28 @@ import contextlib
 import os
 import queue
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from types import NoneType, TracebackType
+from typing import Any, TypeVar, get_args
 from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lowrank_vit.common.arguments import (
+    ABOVE_0,
+    NOT_NEGATIVE,
+    Range,
+    check_choice,
+    check_function,
+    check_number,
+    check_path,
+    check_type,
+    check_whole,
+)
 from lowrank_vit.common.devices import Mark, cuda_path, current_stream, side_stream
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores
@@ -131,22 +142,26 @@ class SpectralMonitor:
 
         Raises:
             UserError: a target matches nothing, or has no real values of its own here (device meta, a shard, packed
-                integers); a number is out of range; or `store_dir` has spectra of another training.
-            ValueError: model and EMA differ in their targets.
+                integers); model and EMA differ in their targets; an argument is out of range or of another type; or
+                `store_dir` has spectra of another training.
         """
+        check_type(nn.Module, "a torch.nn.Module", model=model)
+        check_type((nn.Module, NoneType), "a torch.nn.Module, or None", ema_model=ema_model)
+        check_type((SpectralSettings, NoneType), "SpectralSettings(...), or None", settings=settings)
+        check_path(store_dir=store_dir)
+        check_whole(every=every)
+        check_number(ABOVE_0, limit_gb=limit_gb)
+        counts = {"resumed_update": resumed_update, "last_update": last_update}
+        check_whole(NOT_NEGATIVE, **{name: value for name, value in counts.items() if value is not None})
+        if recorded_update is not None:
+            check_whole(Range(-1), recorded_update=recorded_update)
+        check_choice((False, True), split_qkv=split_qkv)
+        check_choice(get_args(Circuits), circuits=circuits)
+        check_type((Optimizer, NoneType), "a torch.optim.Optimizer, or None", optimizer=optimizer)
+        check_function("a mapping of names, a function, or None", (Mapping, NoneType), rename=rename)
+        check_function("a function, or None", NoneType, on_full=on_full)
+        check_function("a function", say=say)
         settings = settings or SpectralSettings()
-        if not isinstance(model, nn.Module):  # type: ignore[reportUnnecessaryIsInstance]  # a user's
-            raise UserError(f"model is of type {type(model).__name__}; expected a torch.nn.Module")
-        numbers = {
-            "every": every,
-            "topk": settings.topk,
-            "interval": settings.interval,
-            "threads": settings.cpu_threads,
-            "full_every": settings.full_every,
-        }
-        for flag, value in numbers.items():
-            if value < 1 or value != int(value):
-                raise UserError(f"spectral {flag} is {value}; expected a whole number, 1 or more")
         models = {MODEL: model} if ema_model is None else {MODEL: model, EMA: ema_model}
         ranks = ranks or Channel(0, 1, None)
         of_optimizer = optimizer if settings.updates else None
@@ -168,6 +183,8 @@ class SpectralMonitor:
             try:
                 store.begin()
                 if resumed_update is not None:
+                    if recorded_update is None and not list_spectra(store.path):
+                        say(f"warning: {store.path} has no spectra to go on from: they begin at {resumed_update}.")
                     store.forget_after(resumed_update)
                     was = read_newest_circuits(store.path).circuits
                     if self._watched.heads and was not in ("", circuits):
@@ -192,7 +209,7 @@ class SpectralMonitor:
         self._stream = None if cuda_device is None else side_stream(cuda_device)
         self.skipped = 0
         """Refreshes that were due while the one before was still being computed, here or on another rank."""
-        self._closed = False
+        self._closed, self._observed = False, (resumed_update or 0) - 1
         # A step on a GPU waits for whoever holds Python's lock when the next operation is to be asked for.
         is_aside = self._stream is not None
         keys, memory = self._watched.keys, taken_up.memory
@@ -240,9 +257,20 @@ class SpectralMonitor:
         Update 0 and the last one due are never skipped: they wait for the refresh before. Several ranks wait for one
         another there, on the host alone. Before update 0 the first rank tells of single entries far out, see
         `initial.far_entries`.
+
+        The same number again changes nothing. Raises `UserError` for a smaller one, and for what is no number.
         """
         if self._closed:
             raise RuntimeError("this spectral monitor is closed; make a new one to observe further updates")
+        check_whole(NOT_NEGATIVE, num_updates=num_updates)
+        if num_updates < self._observed:
+            raise UserError(
+                f"num_updates is {num_updates}, and was {self._observed} before. Count updates over all epochs; "
+                "for a training that goes on from an earlier one, make a new monitor with resumed_update."
+            )
+        if num_updates == self._observed:
+            return
+        self._observed = num_updates
         if not self._schedule.is_due(num_updates):
             return
         if num_updates == 0:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_vit.common.arguments import check_choice, check_whole
 from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.spectral.measures.circuits import BlockCircuits
 from lowrank_vit.spectral.measures.metrics import (
@@ -80,6 +81,12 @@ class SpectralSettings:
     """Refreshes of which one computes the whole spectra, the others the first values alone; the monitor's matter."""
     updates: bool = False
     """Describe also the model's changes between refreshes and its optimizer's direction, see `update_spectra`."""
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` for what is out of range."""
+        check_whole(topk=self.topk, interval=self.interval, cpu_threads=self.cpu_threads, full_every=self.full_every)
+        check_choice(get_args(Solver), solver=self.solver)
+        check_choice((False, True), on_cpu=self.on_cpu, updates=self.updates)
 
 
 @dataclass

@@ -145,14 +145,14 @@ class SpectraStore:
             raise UserError(f"cannot make {self.path} for the spectra: it is a file; move it away") from error
         except OSError as error:
             raise UserError(
-                f"cannot make {self.path} for the spectra: {error.strerror}; choose a writable output directory"
+                f"cannot make {self.path} for the spectra: {error.strerror}; choose a directory that can be written"
             ) from error
         if self._index is None:
             return
         try:
             write_whole(path, json.dumps(dict(self._index), indent=1) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose a writable output directory") from error
+            raise UserError(f"cannot write {path}: {error.strerror}; choose a directory that can be written") from error
 
     def note_far_entries(self, found: Mapping[str, list[FarEntry]]) -> None:
         """Have `index.json` tell of these, by matrix. Raises `UserError` as `begin` does."""

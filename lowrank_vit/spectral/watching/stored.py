@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from lowrank_vit.common.arguments import check_path, check_type
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.packages import needs
 from lowrank_vit.spectral.measures.initial import FarEntry
@@ -31,6 +32,9 @@ from lowrank_vit.spectral.watching.scalars import ScalarHistory, columns_of
 from lowrank_vit.spectral.watching.store import read_far_entries
 
 T = TypeVar("T")
+
+_CHECKPOINTS = (".pt", ".pth", ".tar", ".safetensors")
+"""How names of a run's files of weights end."""
 
 
 class Spectra:
@@ -128,6 +132,8 @@ class Spectra:
         Returns what `columns_of` says: "update" int64, "ema" bool, "name", and each metric float64 with NaN where there
         is none. Raises `UserError` for a metric that no refresh has, and for an update that is not there.
         """
+        for metric in metrics:
+            check_type(str, "names of metrics, each an argument", metrics=metric)
         known, found = self.scalar_updates, []
         for update in known if updates is None else updates:
             with contextlib.suppress(*((UserError,) if update in known else ())):
@@ -169,6 +175,7 @@ class Spectra:
         return files[update]
 
     def _named(self, found: Mapping[str, T], name: str, ema: bool) -> T:
+        check_type(str, "the name of a matrix", name=name)
         kind = "spec_ema" if ema else "spec"
         if f"{kind}/{name}" not in found:
             known = [key.partition("/")[2] for key in found if key.startswith(f"{kind}/")]
@@ -204,14 +211,16 @@ def open_spectra(run: str | os.PathLike[str]) -> Spectra:
         >>> top.s.shape, top.u.shape, top.v.shape, spectra.indices["blocks.0.attn.qkv"].top
         ((2,), (48, 2), (16, 2), [1, 2])
     """
+    check_path(run=run)
     path = Path(run)
+    if path.is_file() and not (path.suffix in _CHECKPOINTS and (path.parent / "spectra").is_dir()):
+        raise UserError(f"{path} is a file, and no checkpoint of a run that has spectra. Give the directory.")
     folder = path.parent if path.is_file() else path
     store_dir = store_dir_of(folder)
     if not path.exists():
         raise UserError(
-            f"{path} is not there. Give the directory that `python -m lowrank_vit.train` wrote, or the store_dir of a "
-            "monitor."
+            f"{path} is not there. Give the directory of a run of this project's, or the store_dir of a monitor."
         )
     if not list_spectra(store_dir):
-        raise UserError(f"{path} has no spectra: --spec-monitor was off, or no monitor has stored any yet.")
+        raise UserError(f"{path} has no spectra: no monitor has stored any in it yet. Give another directory.")
     return Spectra(store_dir)

@@ -50,20 +50,21 @@ class Watched:
         Of an `optimizer` its update directions of the model's matrices are copied, too, as far as they are known.
 
         Raises:
-            UserError: a target matches nothing or has no values, or the heads have no `circuits`.
-            ValueError: model and EMA differ in their targets.
+            UserError: a target matches nothing or has no values, the heads have no `circuits`, or model and EMA differ
+                in their targets.
         """
         models = {kind: unwrapped(one) for kind, one in models.items()}
         self._models, self._optimizer = models, optimizer
         chosen = {kind: targets_of_model(one, targets, split_qkv, "", rename) for kind, one in models.items()}
         every = chosen[MODEL]
-        if any(list(of_kind) != list(every) for of_kind in chosen.values()):
-            raise ValueError("the EMA's targets differ from the model's; give the average of this very model")
         weights = {kind: matrices_of(one, chosen[kind]) for kind, one in models.items()}
         for name, matrix in (named for of_kind in weights.values() for named in of_kind.items()):
             if matrix.is_meta:
                 raise UserError(f"{name} has no values yet: it is on the device meta. Load the weights first.")
         shapes = {name: tuple(w.shape) for name, w in weights[MODEL].items()}
+        for of_kind in weights.values():
+            if list(of_kind) != list(shapes) or any(tuple(w.shape) != shapes[name] for name, w in of_kind.items()):
+                raise UserError("ema_model: its targets differ from the model's; give the average of this very model")
         self.matrices: dict[str, dict[str, Any]] = {
             name: {"shape": list(shape), **recorded_indices(min(shape), settings.topk, settings.interval)._asdict()}
             for name, shape in shapes.items()

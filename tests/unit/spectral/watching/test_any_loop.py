@@ -32,7 +32,7 @@ def mlp() -> nn.Sequential:
 
 
 def watch(model: nn.Module, folder: Path, **more: Any) -> SpectralMonitor:
-    return SpectralMonitor(model, store_dir=folder, **{"every": 1, "settings": SETTINGS} | more)
+    return SpectralMonitor(model, **{"store_dir": folder, "every": 1, "settings": SETTINGS} | more)
 
 
 def of_monitors() -> list[threading.Thread]:
@@ -84,10 +84,38 @@ def test_a_layer_in_place_of_another_fails_refreshes_and_not_the_loop(tmp_path: 
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ({"0.weight": 1}, {}, "model is of type dict; expected a torch.nn.Module"),
-        (mlp(), {"every": 1.5}, "every is 1.5; expected a whole number"),
+        ({"0.weight": 1}, {}, r"^model takes a torch\.nn\.Module, not \{'0.weight': 1\}"),
+        (mlp(), {"ema_model": 3}, "^ema_model takes a torch.nn.Module, or None, not 3"),
+        (mlp(), {"ema_model": nn.Linear(2, 2)}, "^ema_model: its targets differ from the model's"),
+        (
+            mlp(),
+            {"ema_model": nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 1))},
+            "^ema_model: its targets differ",
+        ),
+        (mlp(), {"settings": {}}, "^settings takes SpectralSettings"),
+        (mlp(), {"settings": SpectralSettings}, "^settings takes SpectralSettings"),
+        *(
+            (mlp(), {name: wrong}, f"^{name} takes ")
+            for name, wrongs in {
+                "every": (1.5, 0, "2", True, None),
+                "limit_gb": ("2", 0, -1, float("nan")),
+                "store_dir": ("", " ", None, 3),
+                "targets": (3, ["a", 3]),
+                "resumed_update": (-1, "4", 2.0),
+                "recorded_update": (-2,),
+                "last_update": (-1,),
+                "split_qkv": ("no",),
+                "circuits": ("all",),
+                "optimizer": (3,),
+                "rename": (5,),
+                "on_full": (5,),
+                "say": (3,),
+            }.items()
+            for wrong in wrongs
+        ),
+        (mlp().to(torch.float8_e4m3fn), {}, "0 is a tensor of float8_e4m3fn, where .* of 16 bits or more"),
         (mlp(), {"targets": "mlp.fc1"}, r"^targets: 'mlp.fc1' matches no 2-D weight"),
-        (mlp(), {"split_qkv": True}, r"^split_qkv: none of targets None is a qkv module"),
+        (mlp(), {"split_qkv": True}, r"^split_qkv: of the watched matrices \(0, 2\) none is a qkv layer"),
         (mlp().to("meta"), {}, "0 has no values yet: it is on the device meta"),
         (mlp(), {"circuits": "raw"}, r"^circuits: Sequential has no attention that is known"),
         (mlp(), {"circuits": "raw", "rename": {}}, "leave out rename, or circuits"),
@@ -133,3 +161,58 @@ def test_a_report_is_drawn_of_a_monitors_directory_alone(tmp_path: Path) -> None
         monitor.observe(0)
     run = read_run(tmp_path)
     assert ([one.update for one in run.spectra], run.shapes["0"], run.notes) == ([0], (6, 8), [])
+
+
+@pytest.mark.parametrize(
+    ("name", "wrongs"),
+    [
+        *((name, (0, -1, "3", 2.5, True, None)) for name in ("topk", "interval", "cpu_threads", "full_every")),
+        ("solver", ("x", None)),
+        ("on_cpu", ("no", 1)),
+        ("updates", (None,)),
+    ],
+)
+def test_settings_are_checked_when_they_are_made(name: str, wrongs: tuple[Any, ...]) -> None:
+    for wrong in wrongs:
+        with pytest.raises(UserError, match=f"^{name} takes "):
+            SpectralSettings(**{name: wrong})
+
+
+def test_updates_are_counted_upwards(tmp_path: Path) -> None:
+    with watch(mlp(), tmp_path) as monitor:
+        for update in (0, 5, 5):
+            monitor.observe(update)
+            monitor.wait()
+        for wrong, message in ((3, "num_updates is 3, and was 5 before"), (-1, "^num_updates takes"), ("a", "not 'a'")):
+            with pytest.raises(UserError, match=message):
+                monitor.observe(wrong)  # type: ignore[arg-type]
+    assert [record.update for record in monitor.records()] == [0, 5]
+
+
+def test_a_store_that_has_nothing_to_go_on_from_is_told(tmp_path: Path) -> None:
+    said = list[str]()
+    with watch(mlp(), tmp_path, resumed_update=4, say=said.append) as monitor:
+        with pytest.raises(UserError, match="num_updates is 2, and was 3 before"):
+            monitor.observe(2)
+        monitor.observe(4)
+    assert len(said) == 1
+    assert "has no spectra to go on from: they begin at 4" in said[0]
+    assert open_spectra(tmp_path).updates == [4]
+
+
+def test_what_holds_no_spectra_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with watch(mlp(), Path()) as monitor:
+        monitor.observe(0)
+    (tmp_path / "mon.py").touch()
+    for wrong, message in (
+        ("", "^run takes a path"),
+        (3, "^run takes a path"),
+        ("mon.py", "is a file, and no checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_spectra(wrong)  # type: ignore[arg-type]
+    spectra: Any = open_spectra(".")
+    for ask in (lambda: spectra.values(3), lambda: spectra.vectors(None), lambda: spectra.scalars(3)):
+        with pytest.raises(UserError, match=r"^(name|metrics) takes .*name"):
+            ask()

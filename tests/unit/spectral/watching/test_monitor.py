@@ -161,6 +161,7 @@ def test_update_0_waits_rather_than_be_skipped(tmp_path: Path, gate: Gate) -> No
     monitor = watch(tiny_vit(), tmp_path)
     monitor.observe(2)
     assert gate.asked.wait(LONG_S)
+    monitor._observed = -1  # as if the training began now
     observing = threading.Thread(target=monitor.observe, args=(0,))
     observing.start()
     gate.open.set()
@@ -224,9 +225,9 @@ def test_closing_twice_is_fine_and_observing_after_it_is_an_error(tmp_path: Path
     "change",
     [
         {"every": 0},
-        {"settings": SpectralSettings(topk=0)},
-        {"settings": SpectralSettings(interval=-1)},
-        {"settings": SpectralSettings(cpu_threads=0)},
+        {"limit_gb": 0},
+        {"last_update": -1},
+        {"circuits": "all"},
         {"targets": "attn.qvk"},
         {"targets": "mlp.fc1", "split_qkv": True},
     ],
@@ -237,7 +238,7 @@ def test_wrong_options_are_user_errors(tmp_path: Path, change: dict[str, Any]) -
 
 
 def test_an_ema_of_another_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="average of this very model"):
+    with pytest.raises(UserError, match="average of this very model"):
         watch(tiny_vit(), tmp_path, nn.ModuleDict({"inner": tiny_vit()}))
 
 

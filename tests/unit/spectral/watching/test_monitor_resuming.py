@@ -171,10 +171,10 @@ def test_what_a_tight_limit_has_thinned_out_is_compared_with_all_the_same(
     """At the checkpoint the refresh of update 4 was the newest, or that of 6 was under way; its record came, or not."""
     gate.open.set()
     model, whole, folder = tiny_vit(), tmp_path / "whole", tmp_path / "broken"
-    with watch(model, whole, model, limit_gb=0) as monitor:
+    with watch(model, whole, model, limit_gb=1e-9) as monitor:
         expected = observe(monitor, model, range(0, 14, 2))
     model = tiny_vit()
-    with watch(model, folder, model, limit_gb=0) as monitor:
+    with watch(model, folder, model, limit_gb=1e-9) as monitor:
         observe(monitor, model, range(0, 6, 2))
         if is_cut_short:
             gate.open.clear()
@@ -189,7 +189,7 @@ def test_what_a_tight_limit_has_thinned_out_is_compared_with_all_the_same(
     assert stored(folder) == [0, 10]
     model.load_state_dict(checkpoint)
     resumed_update = 7 if is_cut_short else 5
-    with watch(model, folder, model, limit_gb=0, resumed_update=resumed_update, recorded_update=recorded) as monitor:
+    with watch(model, folder, model, limit_gb=1e-9, resumed_update=resumed_update, recorded_update=recorded) as monitor:
         assert stored(folder) == [0]
         resumed = observe(monitor, model, range(resumed_update + 1, 14, 2))
     assert resumed == expected[recorded // 2 + 1 :]

@@ -161,7 +161,7 @@ def test_stores_sort_by_update_and_damaged_files_are_named(tmp_path: Path) -> No
 
 def test_a_place_that_cannot_be_made_or_written_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="choose a writable output directory"):
+    with pytest.raises(UserError, match="choose a directory that can be written"):
         SpectraStore(tmp_path / "file" / "spectra", 1e9).begin()
     (tmp_path / "spectra" / "index.json").mkdir(parents=True)
     with pytest.raises(UserError, match=r"index\.json"):
