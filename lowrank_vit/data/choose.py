@@ -13,7 +13,7 @@ from rich.filesize import decimal as size_in_words
 from data_prep.formats import turbojpeg
 from data_prep.formats.beton import MODE_RAW
 from lowrank_vit.common import resources, terminal
-from lowrank_vit.common.arguments import check_type, check_whole
+from lowrank_vit.common.arguments import check_function, check_type, check_whole
 from lowrank_vit.common.devices import cuda_path, pick_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.decode import resident_set
@@ -67,8 +67,8 @@ def open_loader(
     check_type((TrainPlan, EvalPlan), "a TrainPlan or an EvalPlan", plan=plan)
     check_type((str, torch.device), "auto, cpu, cuda, cuda:N or a torch.device", device=device)
     check_type((LoaderOptions, type(None)), "LoaderOptions or None", options=options)
-    check_type((Callable, type(None)), "a function or None", prepare=prepare)
-    check_type(Callable, "a function", say=say)
+    check_function("a function or None", type(None), prepare=prepare)
+    check_function("a function", say=say)
     check_whole(workers=workers)
     _check_plan(beton, plan)
     options = options or LoaderOptions(workers=workers)
