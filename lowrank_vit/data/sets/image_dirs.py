@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.convert import DEFAULT_IMAGE_OPTIONS, Conversion, convert_folders, file_stat
-from data_prep.formats.beton import find_parts
 from data_prep.formats.jpeg import LOSSLESS, ImageOptions
+from data_prep.formats.sidecars import Manifest
 from data_prep.sources.image_folder import SPLIT_NAMES, Nested, image_folder
 from data_prep.sources.samples import TRUST
-from data_prep.writing.resuming import is_current, is_cut_off, is_whole
+from data_prep.writing.resuming import is_current, is_cut_off
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say
-from lowrank_vit.data.sets.made_once import chosen_by_hand, in_the_trainers_words, make_once, manifest_of
+from lowrank_vit.data.sets.made_once import (
+    chosen_by_hand,
+    has_own_pixels,
+    in_the_trainers_words,
+    make_once,
+    manifest_of,
+)
 
 Role = Literal["train", "val"]
 FOLDER = ".lowrank_vit"
@@ -79,7 +85,7 @@ def converted(
 
     make_once(
         outs,
-        lambda out: _why_stale(out, outs[out], wanted[out], nested, flag),
+        lambda out, manifest: _why_stale(out, manifest, outs[out], wanted[out], nested, flag),
         lambda out: None if is_own else _refuse_foreign(out, outs[out]),
         convert,
         place,
@@ -94,15 +100,8 @@ def _file_name(folder: Path, role: Role) -> str:
     return f"{folder.name}.lossless.beton" if is_train else f"{folder.name}.beton"
 
 
-def _why_stale(out: Path, folder: Path, wanted: ImageOptions, nested: Nested, flag: str) -> str:
+def _why_stale(out: Path, manifest: Manifest, folder: Path, wanted: ImageOptions, nested: Nested, flag: str) -> str:
     """Why `out` is not what `folder` holds now, or not as it is wanted; an empty string if it is."""
-    if not out.exists() and find_parts(out):
-        return ""
-    manifest = manifest_of(out)
-    if manifest is None:
-        return "once"
-    if not is_whole(out, manifest):
-        return "again, since the converted file was damaged"
     if manifest.options.get("classes"):  # chosen by hand, and the list of them may be gone
         return ""
     try:
@@ -114,7 +113,7 @@ def _why_stale(out: Path, folder: Path, wanted: ImageOptions, nested: Nested, fl
         return "again, since the classes have changed"
     if not is_current(out, manifest, fitted.samples, partial(file_stat, source.name)):
         return "again, since the images have changed"
-    if wanted.lossless and not chosen_by_hand(manifest) and set(manifest.reasons) - {"passthrough", "repaired"}:
+    if wanted.lossless and not has_own_pixels(manifest):
         return "again, since scores are of the images' own pixels"
     return ""
 

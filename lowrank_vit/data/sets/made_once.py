@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.convert import DEFAULT_IMAGE_OPTIONS, MEND, Conversion
+from data_prep.formats.beton import find_parts
 from data_prep.formats.jpeg import ImageOptions
 from data_prep.formats.sidecars import Manifest, doubt_line, emptied_line, manifest_path, read_manifest
+from data_prep.writing.resuming import is_whole
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.locks import Say, one_process_in
 
@@ -21,7 +23,7 @@ SLOW_CHECK_S = 2.0
 
 def make_once(
     sources: Mapping[Path, object],
-    why_stale: Callable[[Path], str],
+    why_stale: Callable[[Path, Manifest], str],
     refuse_foreign: Callable[[Path], None],
     convert: Callable[[Sequence[Path]], list[Conversion]],
     place: Path,
@@ -30,12 +32,12 @@ def make_once(
     """Convert those files in `place` that are stale, and say what there is to say of all.
 
     `sources`: what each is made from, for messages. `why_stale`: a phrase, or nothing for a file that is as it should
-    be. `refuse_foreign` raises `UserError` where a file of somebody else would be replaced. Other processes wait for
-    the one that converts. Raises `UserError`.
+    be; it is asked of files that are there and whole. `refuse_foreign` raises `UserError` where a file of somebody
+    else would be replaced. Other processes wait for the one that converts. Raises `UserError`.
     """
     seen = {out: _identity(out) for out in sources}
     begun = time.monotonic()
-    stale = {out: why for out in sources if (why := why_stale(out))}
+    stale = {out: why for out in sources if (why := _why_stale(out, why_stale))}
     if (seconds := time.monotonic() - begun) > SLOW_CHECK_S:
         say(f"compared the images in {_names(sources.values())} with {place} in {seconds:.0f} s")
     for out in stale:
@@ -57,6 +59,15 @@ def make_once(
             say(f"{out.name} leaves out {bad}, listed in {manifest_path(out)}")
         for line in filter(None, (emptied_line(manifest), doubt_line(manifest)) if manifest else ()):
             say(f"{out.name}: {line}")
+
+
+def _why_stale(out: Path, why_stale: Callable[[Path, Manifest], str]) -> str:
+    if not out.exists() and find_parts(out):
+        return ""
+    manifest = manifest_of(out)
+    if manifest is None:
+        return "once"
+    return why_stale(out, manifest) if is_whole(out, manifest) else "again, since the converted file was damaged"
 
 
 def _tell(conversions: Sequence[Conversion], say: Say) -> None:
@@ -84,6 +95,11 @@ def chosen_by_hand(manifest: Manifest | None) -> ImageOptions | None:
     }
     options = ImageOptions(**known)
     return None if options == DEFAULT_IMAGE_OPTIONS else options
+
+
+def has_own_pixels(manifest: Manifest) -> bool:
+    """Whether images are stored with their own pixels, or as somebody chose by hand."""
+    return bool(chosen_by_hand(manifest)) or not set(manifest.reasons) - {"passthrough", "repaired"}
 
 
 def _identity(out: Path) -> tuple[int, int] | None:

@@ -11,14 +11,20 @@ import xxhash
 
 from data_prep.convert import Conversion
 from data_prep.convert_rows import RowData, convert_rows
-from data_prep.formats.beton import find_parts
+from data_prep.formats.sidecars import Manifest
 from data_prep.sources.image_folder import SPLIT_NAMES
 from data_prep.sources.samples import TRUST
-from data_prep.writing.resuming import is_cut_off, is_whole
+from data_prep.writing.resuming import is_cut_off
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say
 from lowrank_vit.data.sets.image_dirs import FOLDER, IMAGE_OPTIONS, Role
-from lowrank_vit.data.sets.made_once import chosen_by_hand, in_the_trainers_words, make_once, manifest_of
+from lowrank_vit.data.sets.made_once import (
+    chosen_by_hand,
+    has_own_pixels,
+    in_the_trainers_words,
+    make_once,
+    manifest_of,
+)
 
 _LONGEST = 120
 
@@ -54,7 +60,7 @@ def converted_rows(
 
     make_once(
         {out: f"{data.title}:{split}" for out, (split, _, _) in asked.items()},
-        lambda out: _why_stale(out, data, *asked[out], say),
+        lambda out, manifest: _why_stale(out, manifest, data, *asked[out], say),
         lambda out: _refuse_foreign(out, data) if beton_dir else None,
         convert,
         place,
@@ -85,15 +91,8 @@ def _plain(name: str) -> str:
     return short if short == name else f"{short}-{xxhash.xxh3_64_hexdigest(name.encode())[:6]}"
 
 
-def _why_stale(out: Path, data: RowData, split: str, role: Role, flag: str, say: Say) -> str:
+def _why_stale(out: Path, manifest: Manifest, data: RowData, split: str, role: Role, flag: str, say: Say) -> str:
     """Why `out` is not what the data hold now, or not as it is wanted; an empty string if it is."""
-    if not out.exists() and find_parts(out):
-        return ""
-    manifest = manifest_of(out)
-    if manifest is None:
-        return "once"
-    if not is_whole(out, manifest):
-        return "again, since the converted file was damaged"
     if not _is_of(manifest.source, data):
         return "again, since it was made of other data"
     options = data.columns.options()
@@ -111,8 +110,8 @@ def _why_stale(out: Path, data: RowData, split: str, role: Role, flag: str, say:
     if not now:
         revision = f"revision {manifest.revision[:12]} of " if manifest.revision else ""
         say(f"{out} is used: {revision}{data.title}, as it was converted; without that file it is converted anew")
-    is_lossy = bool(set(manifest.reasons) - {"passthrough", "repaired"}) and not chosen_by_hand(manifest)
-    return "again, since scores are of the images' own pixels" if IMAGE_OPTIONS[role].lossless and is_lossy else ""
+    is_lossy = IMAGE_OPTIONS[role].lossless and not has_own_pixels(manifest)
+    return "again, since scores are of the images' own pixels" if is_lossy else ""
 
 
 def _is_of(source: str, data: RowData) -> bool:
