@@ -39,12 +39,18 @@ from lowrank_vit.config.timm_line import Line, in_words, refuse, translate
 from lowrank_vit.config.yaml_files import FromFile, config_files, read_config
 
 
+
+_NO_GPU_ASKED_FOR = Step(amp=False, compile=False)
+"""Where nothing is to look for a GPU, which takes the seconds that torch needs to load."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Shown(Config):
     """The options, and timm's old form `train.py DIR --model ...`, for `--help`."""
 
     dir: Positional[Annotated[Path | None, arg(metavar="[DIR]")]] = None
     """The same as --data-dir DIR."""
+    step: Step = _NO_GPU_ASKED_FOR
 
 
 def parse(argv: Sequence[str], prog: str = "") -> Config:
@@ -92,10 +98,7 @@ def _config(recipe: Mapping[str, Any], typed: Mapping[str, Any]) -> Config:
 
     Raises `UserError` for data that are given beside --synthetic, and for two poolings.
     """
-    # Without looking for a GPU, which takes the seconds that torch needs to load.
-    config = with_options(
-        Config(step=Step(amp=False, compile=False)), _one_of_seeds({**recipe, **typed}, recipe, typed)
-    )
+    config = with_options(Config(step=_NO_GPU_ASKED_FOR), _one_of_seeds({**recipe, **typed}, recipe, typed))
     # A recipe's file names its data; to measure it with --synthetic beside it is no contradiction.
     unread = next((name for name in ("data-dir", "dataset") if typed.get(name)), "")
     if config.data.synthetic and unread:

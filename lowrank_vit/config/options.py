@@ -26,11 +26,12 @@ _NO_PLATEAU = NotHere(
 
 
 _AUTO_OR_COUNT = arg(metavar="auto|INT", help_behavior_hint="(default: auto)")
+_ON_WITH_CUDA = arg(help_behavior_hint="(default: on with CUDA)")
 
 
 def has_cuda() -> bool:
     """Whether torch finds a GPU."""
-    from lowrank_vit.common import devices  # torch takes seconds, which a wrong option must not cost
+    from lowrank_vit.common import devices  # torch takes seconds, which --help or a wrong option must not cost
 
     return devices.has_cuda()
 
@@ -218,14 +219,14 @@ class Step:
 
     device: Annotated[str, MAY_CHANGE, PER_RANK] = "auto"
     """auto (cuda where there is one), cpu, cuda, or cuda:N; with torchrun each process has the GPU of its rank."""
-    amp: Annotated[bool, MAY_CHANGE] = field(default_factory=has_cuda)
-    """Mixed precision; on by default with CUDA."""
+    amp: Annotated[bool, _ON_WITH_CUDA, MAY_CHANGE] = field(default_factory=has_cuda)
+    """Mixed precision."""
     amp_dtype: Annotated[Literal["bfloat16", "float16"], MAY_CHANGE] = "bfloat16"
     """What --amp computes in; float16 scales the loss."""
     tf32: Annotated[bool, MAY_CHANGE] = True
     """Without --amp: TF32 in matrix products on CUDA, as in timm. Spectra never use it."""
-    compile: Annotated[bool, MAY_CHANGE] = field(default_factory=has_cuda)
-    """torch.compile the step; on by default with CUDA (it takes about a minute)."""
+    compile: Annotated[bool, _ON_WITH_CUDA, MAY_CHANGE] = field(default_factory=has_cuda)
+    """torch.compile the step, which takes about a minute."""
     compile_mode: Annotated[
         Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"], MAY_CHANGE
     ] = "default"
