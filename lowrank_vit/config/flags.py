@@ -38,8 +38,6 @@ from lowrank_vit.config.timm_flags import HIDDEN, with_long_names
 from lowrank_vit.config.timm_line import Line, in_words, refuse, translate
 from lowrank_vit.config.yaml_files import FromFile, config_files, read_config
 
-
-
 _NO_GPU_ASKED_FOR = Step(amp=False, compile=False)
 """Where nothing is to look for a GPU, which takes the seconds that torch needs to load."""
 
