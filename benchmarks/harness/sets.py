@@ -94,7 +94,7 @@ def read_stamp(root: Path) -> dict[str, Any] | None:
 
 def make_photos(count: int, seed: int = 0) -> Iterator[bytes]:
     """Yield `count` JPEG files; the one at an index does not depend on the count. Raises `UserError`."""
-    mosaics = _mosaics(_photographs())
+    mosaics = _mosaics(photograph_arrays())
     rng = np.random.default_rng(seed)
     field = rng.standard_normal((HEIGHT + _NOISE_MARGIN, WIDTH + _NOISE_MARGIN, 1))
     noises = [np.rint(field * level).astype(np.int16) for level in _NOISE_GREY_LEVELS]
@@ -133,7 +133,7 @@ def _mosaics(photographs: list[np.ndarray]) -> list[np.ndarray]:
     return mosaics
 
 
-def _photographs() -> list[np.ndarray]:
+def photograph_arrays() -> list[np.ndarray]:
     """Seven photographs, uint8 (H, W, 3), from the installed packages; nothing is downloaded."""
     to, instead = "Making the benchmark's photographs", "give --data DIR"
     data = needs("skimage.data", extra="dev", to=to, instead=instead)

@@ -52,6 +52,22 @@ def align_to_page(offset: int, page_size: int) -> int:
     return -(-offset // page_size) * page_size
 
 
+def head_bytes(num_samples: int, page_size: int, table_start: int) -> bytes:
+    """The first `METADATA_START` bytes of a file of ours; `table_start` is where its allocation table begins."""
+    fields = np.zeros(2, FIELD)
+    fields["type_id"] = TYPE_RGB_IMAGE, TYPE_INT
+    fields["name"] = b"image", b"label"
+    return np.array((VERSION, 2, page_size, num_samples, table_start), HEADER).tobytes() + fields.tobytes()
+
+
+def allocations(pointers: np.ndarray, sizes: np.ndarray, first_id: int = 0) -> np.ndarray:
+    """Rows of the allocation table, `ALLOCATION` (N,), for samples from `first_id` on."""
+    table = np.zeros(len(pointers), ALLOCATION)
+    table["sample_id"] = np.arange(first_id, first_id + len(pointers))
+    table["ptr"], table["size"] = pointers, sizes
+    return table
+
+
 @dataclass(frozen=True)
 class Tables:
     """What a `.beton` says of its N samples, in sample order; every pointer is known to lie inside the file."""

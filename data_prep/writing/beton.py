@@ -345,24 +345,19 @@ class _BetonFile:
         """Write the tables and, last, the header; return the file's size in bytes."""
         self._flush_page()
         self.note_pages(wait=True)
-        table = np.zeros(self.num_samples, layout.ALLOCATION)
-        table["sample_id"] = np.arange(self.num_samples)
-        table["ptr"], table["size"] = self.pointers[: self.num_samples], self.sizes[: self.num_samples]
+        table = layout.allocations(self.pointers[: self.num_samples], self.sizes[: self.num_samples])
         self.file.seek(self.page_start)
         table_bytes = table.view(np.uint8).data
         self.file.write(table_bytes)
         file_bytes = self.file.tell()
         self.file.truncate(file_bytes)
-        fields = np.zeros(2, layout.FIELD)
-        fields["type_id"] = layout.TYPE_RGB_IMAGE, layout.TYPE_INT
-        fields["name"] = b"image", b"label"
+        head = layout.head_bytes(self.num_samples, self.page_size, self.page_start)
         self.file.seek(layout.HEADER.itemsize)
-        self.file.write(fields.tobytes())
+        self.file.write(head[layout.HEADER.itemsize :])
         rows = memoryview(self.rows)[: self.num_samples * layout.SAMPLE.itemsize]
         self.file.write(rows)
-        header = np.array((layout.VERSION, 2, self.page_size, self.num_samples, self.page_start), layout.HEADER)
         self.file.seek(0)
-        self.file.write(header.tobytes())
+        self.file.write(head[: layout.HEADER.itemsize])
         self.file.flush()
-        self.index_xxh3 = layout.index_checksum(header.tobytes() + fields.tobytes(), rows, table_bytes)
+        self.index_xxh3 = layout.index_checksum(head, rows, table_bytes)
         return file_bytes
