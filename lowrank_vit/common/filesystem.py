@@ -13,6 +13,7 @@ import mmap
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 LACKING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY)
 """What a call answers that the file system does not have."""
+_NETWORKED = frozenset(
+    "nfs nfs4 lustre gpfs beegfs ceph cifs smb3 panfs wekafs pvfs2 gfs2 ocfs2 fuse.glusterfs fuse.juicefs".split()
+)
+"""Types of file systems whose source (/proc/self/mountinfo) names the same one on every machine."""
 _UNSHARED = (*LACKING, errno.ENODEV, errno.EPERM, errno.EACCES)
 T = TypeVar("T")
 _MAP_FIXED = 0x10  # which Python does not name
@@ -120,6 +125,40 @@ def free_bytes(folder: Path) -> int | None:
     except OSError:
         return None
     return usage.free if usage.total else None  # some have nothing but zeros to tell
+
+
+def place_of(path: Path) -> list[object]:
+    """What is equal (as JSON has it) where processes, also on several machines, mean one folder by a path.
+
+    On a file system that machines share: its type, its source and the folder's number there; on any other the machine,
+    too. Of a path that is not there yet: the same of what is above it.
+    """
+    there = path = Path(os.path.abspath(path))  # noqa: PTH100  not `resolve`: what is returned is this path's spelling
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    stat = there.stat()
+    shared = _shared_by_machines(stat.st_dev)
+    where = shared or [_machine(), stat.st_dev]
+    return [str(path), *where, stat.st_ino]
+
+
+def _shared_by_machines(device: int) -> list[object]:
+    """Type and source of the mounted file system with a device number if it is one of a network; else nothing."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+            mounted, _, of_system = line.partition(" - ")
+            if mounted.split(" ")[2] == number:
+                kind, source = of_system.split(" ")[:2]
+                return [kind, source] if kind in _NETWORKED else []
+    return []
+
+
+def _machine() -> str:
+    """A name that no other machine has, nor this one after its next start."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
 
 
 def map_file(path: Path) -> mmap.mmap:

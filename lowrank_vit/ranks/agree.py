@@ -56,6 +56,56 @@ def gatherer(world: World, topic: str, doing: str) -> Callable[[Any], list[Any]]
     return lambda value: gather(world, f"{topic}/{next(calls)}", value, doing)
 
 
+def once(world: World, topic: str, doing: str) -> Callable[[str, Callable[[], Any]], Any]:
+    """A function of a place and of what to do there, which one rank of all that name the same place does for them.
+
+    Its value (as JSON has it) is that of all; its `UserError` is raised on all, in the same words. Every rank makes the
+    same calls in the same order. While the others wait, a line says for whom, as in `gather`.
+    """
+    calls = itertools.count()
+
+    def one_of_a_place(place: str, do: Callable[[], Any]) -> Any:
+        if world.size == 1 or world.store is None:
+            return do()
+        call = f"{topic}/{next(calls)}"
+        first_in = _decide(world, call, place, _first_in, doing, None)
+        doer = first_in[place]
+        if doer != world.rank:
+            speaks = next(rank for rank in range(world.size) if rank not in first_in.values()) == world.rank
+            return _done_by(world, doer, f"{call}/done/{doer}", doing, speaks=speaks)
+        try:
+            told = {"value": do()}
+        except UserError as error:
+            notes = getattr(error, "__notes__", [])
+            world.store.set(f"{call}/done/{doer}", json.dumps({"error": str(error), "notes": notes}))
+            raise
+        world.store.set(f"{call}/done/{doer}", json.dumps(told))
+        return told["value"]
+
+    return one_of_a_place
+
+
+def _first_in(places: list[str]) -> dict[str, int]:
+    """The lowest rank of each place."""
+    return {place: rank for rank, place in reversed(list(enumerate(places)))}
+
+
+def _done_by(world: World, rank: int, key: str, doing: str, *, speaks: bool) -> Any:
+    """What another rank has made of it, once it has told. Raises `OfRank` with the words of its error."""
+    line = f"waiting for {_named(world, [rank])} to finish {doing}" if speaks else ""
+    with world.progress.waiting(is_said=True), saying(lambda: line):
+        if not until(lambda: world.store.check([key]), world.start_limit):
+            raise _late(world, [rank], doing, world.start_limit)
+    told = json.loads(world.store.get(key))
+    if "error" not in told:
+        return told["value"]
+    until(lambda: False, timedelta(seconds=_SPEAKER_FIRST_S))
+    error = OfRank(told["error"], rank)
+    for note in told["notes"]:
+        error.add_note(note)
+    raise error
+
+
 def agree(world: World, topic: str, record: Callable[[], Record], doing: str, limit: timedelta | None = None) -> None:
     """Raise `UserError` on all ranks where one has another record than most, or than rank 0; that one is the first.
 
@@ -95,16 +145,19 @@ def _decide(
     wanted = keys if world.is_first else [outcome]
     with world.progress.waiting(is_said=True), saying(line):
         if not until(lambda: store.check(wanted), limit):
-            late = missing() or [0]
-            raise OfRank(
-                f"{_named(world, late)} did not finish {doing} within {limit}. See what holds it up there; a "
-                "slow disk or a dead mount is the usual reason.",
-                late[0],
-            )
+            raise _late(world, missing() or [0], doing, limit)
     if world.is_first:
         values = [json.loads(text) for text in store.multi_get(keys)]
         store.set(outcome, json.dumps(decision(values)))
     return json.loads(store.get(outcome))
+
+
+def _late(world: World, ranks: Sequence[int], doing: str, limit: timedelta) -> OfRank:
+    return OfRank(
+        f"{_named(world, ranks)} did not finish {doing} within {limit}. See what holds it up there; a slow disk or a "
+        "dead mount is the usual reason.",
+        ranks[0],
+    )
 
 
 def _named(world: World, ranks: Sequence[int]) -> str:

@@ -20,12 +20,19 @@ from lowrank_vit.common.filters import FILTERS
 from lowrank_vit.data.choose import open_loader
 from lowrank_vit.data.decode.backend import LoaderOptions, usual_workers
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.datasets import KINDS, DataOptions, columns_of, kind_of, locate_validation, without_split
+from lowrank_vit.data.sets.datasets import (
+    FINDING,
+    KINDS,
+    DataOptions,
+    columns_of,
+    kind_of,
+    locate_validation,
+    without_split,
+)
 from lowrank_vit.data.sets.provenance import remarks
-from lowrank_vit.data.sets.staging import stage
 from lowrank_vit.model.class_match import Classes, Trust, match
 from lowrank_vit.plan.plans import EvalPlan
-from lowrank_vit.ranks.agree import agree, gatherer
+from lowrank_vit.ranks.agree import agree, gatherer, once
 from lowrank_vit.ranks.failing import Failing
 from lowrank_vit.ranks.joining import joined
 from lowrank_vit.ranks.records import data_record, run_record
@@ -96,8 +103,8 @@ def _validate(options: ValidateOptions, say: Callable[[str], object], world: Wor
         say(why)
     world.progress.enter("loading the weights")
     scorer = load_scorer(options, device, say)
-    world.progress.enter("opening the data, or converting or staging them")
-    path = _find_data(options, scorer.args, say)
+    world.progress.enter(FINDING)
+    path = _find_data(options, scorer.args, say, world)
     beton, spec = Beton(path), scorer.spec
     follow_model(scorer, beton, Trust(options.trust_labels, options.class_order), say)
     agree(world, "data", lambda: data_record({"set": beton}, scorer.model), "opening the data")
@@ -209,7 +216,7 @@ def _own_data(scorer: Scorer, path: Path) -> str:
     return f"Give {own}, or a checkpoint that was trained on {path}."
 
 
-def _find_data(options: ValidateOptions, args: dict[str, Any], say: Callable[[str], object]) -> Path:
+def _find_data(options: ValidateOptions, args: dict[str, Any], say: Callable[[str], object], world: World) -> Path:
     """The `.beton` to score, converted and staged now if need be; `args` are the flags of the checkpoint's run."""
     asked = without_split(options.dataset, None, "--data")[0]
     of_run = "" if asked != options.dataset else str(args.get("val-split") or "")  # --dataset may name a split
@@ -230,5 +237,4 @@ def _find_data(options: ValidateOptions, args: dict[str, Any], say: Callable[[st
     if is_same and kind_of(where.dataset, where.flag) in KINDS:
         given = {**columns_of(args), **given}
     where = replace(where, **given)
-    path = locate_validation(options.data, where, say)
-    return stage(path, options.stage_dir, say) if options.stage_dir else path
+    return locate_validation(options.data, where, say, options.stage_dir, once(world, "sets", FINDING))

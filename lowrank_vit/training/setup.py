@@ -28,7 +28,7 @@ from lowrank_vit.data.decode.ffcv import decode_batch
 from lowrank_vit.data.decode.resize_cpu import resize_batch
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.datasets import DataOptions, open_datasets
+from lowrank_vit.data.sets.datasets import FINDING, DataOptions, open_datasets
 from lowrank_vit.data.synthetic import SyntheticLoader
 from lowrank_vit.lowrank.switching.begin import begin
 from lowrank_vit.lowrank.switching.controller import LowRankTraining
@@ -39,7 +39,7 @@ from lowrank_vit.model.flops import Peak, peak_flops, train_flops_per_image
 from lowrank_vit.model.optimizer import Constant, create_optimizer, create_scheduler, learning_rate
 from lowrank_vit.model.weights import Checkpoint
 from lowrank_vit.plan.plans import TrainPlan, subset
-from lowrank_vit.ranks.agree import agree
+from lowrank_vit.ranks.agree import agree, once
 from lowrank_vit.ranks.records import data_record
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.flows import FlowWatch
@@ -159,8 +159,8 @@ def set_up(
         say(why)
     world.progress.enter("checking the options")
     check_before_data(config, is_resumed=resumed is not None, world=world)
-    world.progress.enter("opening the data, or converting or staging them")
-    sets, num_classes = _open_sets(config, say)
+    world.progress.enter(FINDING)
+    sets, num_classes = _open_sets(config, world, say)
     if sets and resumed:
         sets.follow(resumed, config, say)
     world.progress.enter("making the model")
@@ -262,7 +262,7 @@ def set_up(
     )
 
 
-def _open_sets(config: Config, say: Say) -> tuple[_Sets | None, int]:
+def _open_sets(config: Config, world: World, say: Say) -> tuple[_Sets | None, int]:
     """The sets and the number of classes. Raises `UserError`."""
     data, num_classes = config.data, config.model.num_classes
     if data.synthetic:
@@ -277,7 +277,8 @@ def _open_sets(config: Config, say: Say) -> tuple[_Sets | None, int]:
         class_map=data.class_map,
     )
     larger = config.model.larger_head
-    train, val, num_classes = open_datasets(where, num_classes, data.stage_dir, say, larger_head=larger)
+    one_of = once(world, "sets", FINDING)
+    train, val, num_classes = open_datasets(where, num_classes, data.stage_dir, say, larger_head=larger, one_of=one_of)
     return _Sets(train, val), num_classes
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,25 +13,36 @@ from data_prep.formats.beton import find_parts
 from data_prep.formats.image_formats import image_suffixes, is_of_the_system
 from data_prep.formats.sidecars import read_manifest
 from data_prep.sources.image_folder import NO_CLASSES, Nested, count_remarks
-from data_prep.sources.samples import DIGITS, TRUST, abbreviated, differences, in_timms_order, positions
+from data_prep.sources.samples import DIGITS, abbreviated
 from data_prep.sources.table_columns import Columns
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.filesystem import place_of
 from lowrank_vit.common.locks import Say, one_process_in
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.cifar import cifar100, find_archive
+from lowrank_vit.data.sets.cifar import TORCH_DATASETS, cifar100, find_archive
 from lowrank_vit.data.sets.image_dirs import FOLDER, converted, names_of, split_folder
+from lowrank_vit.data.sets.labels import give_labels_of
 from lowrank_vit.data.sets.row_sets import converted_rows
 from lowrank_vit.data.sets.staging import stage_all
 
 Split = Literal["train", "val"]
+OneOf = Callable[[str, Callable[[], Any]], Any]
+"""Of all processes that name one place, lets one do what is given (its value as JSON has it) and tells the others."""
 FOLDERS = ("", "folder", "imagefolder", "image_folder", "torch/folder", "torch/image_folder")
 """timm's names for a folder of images."""
+FINDING = "opening the data, or converting or staging them"
+"""What a command is at while it calls what is here."""
 DEFAULT_DIR = Path("data")
 _ADVICE = (
     "Give a folder with train/ and val/, one folder a class in each, or with files that `python -m data_prep` wrote, "
     "or train on the embedded digits with --dataset digits."
 )
+
+
+def by_itself(place: str, do: Callable[[], Any]) -> Any:
+    """The `OneOf` of a process that is alone, or that asks nobody."""
+    return do()
 
 
 @dataclass(frozen=True)
@@ -62,20 +74,57 @@ class DataOptions:
         return Columns(self.input_key, self.target_key, self.class_map)
 
 
-def locate(options: DataOptions, say: Say = terminal.say) -> tuple[Path, Path]:
+def locate(options: DataOptions, say: Say = terminal.say, one_of: OneOf = by_itself) -> tuple[Path, Path]:
     """The training and the validation `.beton` (either may stand for its parts), converted now if need be.
 
+    `one_of`: see `OneOf`; with it one process looks at the images and converts them, for all that share the folders.
     Raises `UserError`: a data set that is not known, nothing there, no split, not writable, images that do not decode.
     """
-    train, val = _locate(options, ("train", "val"), say)
+    train, val = _by_one(one_of, _places(options), lambda: _locate(options, ("train", "val"), say))
     return train, val
 
 
-def locate_validation(path: Path | None, options: DataOptions, say: Say = terminal.say) -> Path:
+def locate_validation(
+    path: Path | None,
+    options: DataOptions,
+    say: Say = terminal.say,
+    stage_dir: Path | None = None,
+    one_of: OneOf = by_itself,
+) -> Path:
     """The validation `.beton` alone: `path` itself, or what `options` mean with it as `data_dir`.
 
-    `path` may also be a folder of class folders without splits. Raises `UserError`.
+    `path` may also be a folder of class folders without splits. `stage_dir`: its copy there. Raises `UserError`.
     """
+    places = _places(options if path is None else replace(options, data_dir=path))
+    found = _by_one(one_of, places, lambda: [_locate_validation(path, options, say)])
+    return staged(found, stage_dir, say, one_of)[0]
+
+
+def staged(betons: Sequence[Path], stage_dir: Path | None, say: Say, one_of: OneOf = by_itself) -> list[Path]:
+    """`betons` themselves, or with `stage_dir` their copies there (`stage_all`), made by one of those that share it."""
+    if stage_dir is None:
+        return list(betons)
+    return _by_one(one_of, [stage_dir, *betons], lambda: stage_all(betons, stage_dir, say))
+
+
+def _by_one(one_of: OneOf, places: Sequence[Path], find: Callable[[], Sequence[Path]]) -> list[Path]:
+    place = json.dumps([place_of(path) for path in places])
+    return [Path(path) for path in one_of(place, lambda: [str(path) for path in find()])]
+
+
+def _places(options: DataOptions) -> list[Path]:
+    """All folders and files that decide what is found, and whether it has to be made; where some are not there, too."""
+    kind = kind_of(options.dataset, options.flag)
+    places = [options.data_dir or DEFAULT_DIR, *filter(None, (options.beton_dir, options.class_map))]
+    if kind == "cifar100" and options.data_dir is None:
+        places.append(TORCH_DATASETS.expanduser())
+    if kind in KINDS:
+        data, _ = parse_name(kind, options.dataset.partition("/")[2], options.data_dir, options.columns)
+        places += [data.local] if data.local else []
+    return places
+
+
+def _locate_validation(path: Path | None, options: DataOptions, say: Say) -> Path:
     if path is None:
         return _locate(options, ("val",), say)[0]
     if not path.is_dir() and (path.suffix == ".beton" or path.is_file()):
@@ -286,9 +335,6 @@ def _what_is_missing(given: str, root: Path, missing: dict[Split, str], *, is_sp
     return f"{given}: there is neither {split}.beton nor a folder of images named {name}; {holds}. {_ADVICE}"
 
 
-MEND = "Convert both from folders with the same class names."
-
-
 def open_datasets(
     options: DataOptions,
     num_classes: int | None,
@@ -296,28 +342,28 @@ def open_datasets(
     say: Say = terminal.say,
     *,
     larger_head: bool = False,
+    one_of: OneOf = by_itself,
 ) -> tuple[Beton, Beton, int]:
     """Find or make the sets and open them: training set, validation set, number of classes.
 
     The validation set gets the labels of the training set, by the names of the classes; it may lack some. A training
     set without names gets those of the validation set. `stage_dir`: open copies there. `larger_head`: `num_classes` may
-    be more than the data have. Raises `UserError` if something is missing or damaged, if the validation set has a class
-    of its own, or if `num_classes` is not that of the data.
+    be more than the data have. `one_of`: see `locate`. Raises `UserError` if something is missing or damaged, if the
+    validation set has a class of its own, or if `num_classes` is not that of the data.
     """
-    paths = locate(options, say)
+    paths = locate(options, say, one_of)
     for path in paths:
-        if not path.exists() and not find_parts(path):
+        # Listing the folder first has a network file system ask its server for what another machine has just written.
+        if not find_parts(path) and not path.exists():
             raise UserError(
                 f"{path.parent}: {path.name} is not there. Write it with `python -m data_prep imagefolder "
                 f"--src DIR --out {path}`."
             )
-    if stage_dir is not None:
-        paths = stage_all(paths, stage_dir, say)
-    train, val = (Beton(path) for path in paths)
+    train, val = (Beton(path) for path in staged(paths, stage_dir, say, one_of))
     for beton in (train, val):
         for remark in count_remarks(beton.path, beton.path.stem, beton.classes or (), beton.num_samples):
             say(remark)
-    _give_labels_of(train, val, say, trust_labels=options.trust_labels, larger_head=larger_head)
+    give_labels_of(train, val, say, trust_labels=options.trust_labels, larger_head=larger_head)
     of_data = max(train.num_classes, val.num_classes)
     if num_classes is None or num_classes == of_data or (larger_head and num_classes > of_data):
         return train, val, num_classes or of_data
@@ -328,59 +374,3 @@ def open_datasets(
         f"--num-classes {num_classes} is too large: {has}. Leave the flag out, or add --larger-head if the model is "
         "meant to have outputs without a class."
     )
-
-
-def _give_labels_of(train: Beton, val: Beton, say: Say, *, trust_labels: bool, larger_head: bool) -> None:
-    """Relabel `val` by the names of `train`, or name `train` by those of `val`. Raises `UserError` where that fails."""
-    if train.classes and val.classes:
-        _match_names(train, val, train.classes, val.classes, say, trust_labels=trust_labels)
-        return
-    if val.classes:  # all of them are known, of `train` only the greatest label
-        fits, may_differ = val.num_classes == train.num_classes, trust_labels
-    else:
-        fits = val.num_classes <= train.num_classes
-        may_differ = not train.classes and (trust_labels or larger_head)
-    if not fits and not may_differ:
-        sides = "; ".join(
-            f"{one.path}: {one.num_classes:,} classes ({abbreviated(one.classes)})"
-            if one.classes
-            else f"{one.path}: labels up to {one.num_classes - 1}, without names"
-            for one in (train, val)
-        )
-        raise UserError(
-            "The two sets have different numbers of classes, so their labels do not mean the same. "
-            f"{sides}. {MEND}{'' if train.classes else f' {TRUST}'}"
-        )
-    if not fits and trust_labels:
-        say(f"label N of {val.path} is taken for label N of {train.path} (--trust-labels)")
-        if val.num_classes < train.num_classes:
-            val.classes = None  # they would name only some of the outputs
-    one, other = (train, val) if train.classes else (val, train)
-    if one.classes and (one is val or sorted(one.classes) != in_timms_order(one.classes)):
-        say(
-            f"{other.path} names no classes: its labels are taken in the order of {one.path} "
-            f"({abbreviated(one.classes, 4)})"
-        )
-    train.classes = train.classes or val.classes  # for the checkpoint
-
-
-def _match_names(
-    train: Beton, val: Beton, names: list[str], of_val: list[str], say: Say, *, trust_labels: bool
-) -> None:
-    if names == of_val:
-        return
-    labels = positions(of_val, names)
-    if labels is None and trust_labels and len(of_val) <= len(names):
-        say(f"label N of {val.path} is taken for label N of {train.path} (--trust-labels)")
-        labels = list(range(len(of_val)))
-    if labels is None:
-        lists = differences(names, str(train.path), of_val, str(val.path))
-        trust = "--trust-labels cannot help, since the latter has more." if trust_labels else TRUST
-        raise UserError(
-            f"The two sets have different classes, so their labels do not mean the same. {lists}. {MEND} {trust}"
-        )
-    if len(labels) < len(names):
-        missing = [name for n, name in enumerate(names) if n not in set(labels)]
-        count = f"{len(missing):,} of the {len(names):,} classes"
-        say(f"{val.path} has no sample of {count} ({abbreviated(missing)})")
-    val.relabel(labels, names)

@@ -176,3 +176,23 @@ def test_a_disk_that_does_not_tell_its_room(tmp_path, monkeypatch):
     assert free_bytes(tmp_path) is None
     monkeypatch.setattr(os, "statvfs", refusing(errno.ENOSYS))
     assert free_bytes(Path("/nowhere")) is None
+
+
+def test_a_place_is_the_same_for_processes_that_share_it(tmp_path, monkeypatch):
+    """On one machine, or on several where the file system is one of a network; and whether it is there yet or not."""
+    own, later = tmp_path / "own", tmp_path / "own" / "not" / "there"
+    own.mkdir()
+    here = [filesystem.place_of(path) for path in (own, later)]
+    assert here == [filesystem.place_of(path) for path in (own, later)]
+    assert here[0] != here[1] != filesystem.place_of(tmp_path / "own" / "not")
+    monkeypatch.setattr(filesystem, "_machine", lambda: "another")
+    assert [filesystem.place_of(path) for path in (own, later)] != here
+    number = own.stat().st_dev
+    mounted = f"36 35 {os.major(number)}:{os.minor(number)} / {tmp_path} rw - KIND server:/export rw\n"
+    for kind, is_shared in (("nfs4", True), ("lustre", True), ("ext4", False), ("fuse.sshfs", False)):
+        monkeypatch.setattr(Path, "read_text", lambda *_, kind=kind, **__: mounted.replace("KIND", kind))
+        places = list[list[object]]()
+        for machine in ("one", "another"):
+            monkeypatch.setattr(filesystem, "_machine", lambda machine=machine: machine)
+            places.append(filesystem.place_of(own))
+        assert (places[0] == places[1]) == is_shared

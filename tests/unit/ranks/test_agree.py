@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
+from lowrank_vit.common.errors import UserError
 from lowrank_vit.ranks import agree as agreeing
 from lowrank_vit.ranks import waiting
-from lowrank_vit.ranks.agree import OfRank, agree, differences, gather, gatherer
+from lowrank_vit.ranks.agree import OfRank, agree, differences, gather, gatherer, once
 from lowrank_vit.ranks.world import World
 
 LIMIT = timedelta(seconds=60)
@@ -88,6 +89,39 @@ def test_values_are_gathered_by_rank_again_and_again():
 
     assert on_ranks(3, both) == [[[f"{call} of {rank}" for rank in range(3)] for call in "ab"]] * 3
     assert both(World()) == [["a of 0"], ["b of 0"]]
+
+
+def test_of_ranks_at_one_place_the_first_does_it_for_all():
+    """Again and again, also where one fails: the others then say the same, notes included, as its error."""
+    calls = list[tuple[int, str]]()
+
+    def all_three(world: World) -> list[Any]:
+        one_of = once(world, "sets", "finding")
+        place = "shared" if world.rank in (1, 2, 4) else f"node{world.rank}"
+
+        def do(what: str) -> list[Any]:
+            calls.append((world.rank, what))
+            if what == "fails" and world.rank in (0, 1):
+                error = UserError(f"{what} for {world.rank}")
+                error.add_note("a note")
+                raise error
+            return [what, world.rank, "\udcff"]
+
+        given = [one_of(place, lambda: do("first")), one_of("one", lambda: do("second"))]
+        try:
+            return [*given, one_of(place, lambda: do("fails"))]
+        except UserError as error:
+            return [*given, (str(error), error.__notes__, error.rank if isinstance(error, OfRank) else None)]
+
+    found = on_ranks(5, all_three)
+    at = [0, 1, 1, 3, 1]
+    assert [one[:2] for one in found] == [[["first", n, "\udcff"], ["second", 0, "\udcff"]] for n in at]
+    failed = [("fails for 0", ["a note"], None), *[("fails for 1", ["a note"], n) for n in (None, 1, 1)]]
+    assert [found[rank][2] for rank in (0, 1, 2, 4)] == failed
+    assert found[3][2] == ["fails", 3, "\udcff"]
+    assert sorted(calls) == sorted([*[(n, w) for n in (0, 1, 3) for w in ("first", "fails")], (0, "second")])
+    calls.clear()
+    assert all_three(World())[:2] == [["first", 0, "\udcff"], ["second", 0, "\udcff"]]
 
 
 def test_a_rank_that_does_not_come_is_named_with_its_host(monkeypatch, capsys):
