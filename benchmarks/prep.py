@@ -26,8 +26,8 @@ from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, environmen
 from benchmarks.harness.peak_memory import measure_memory
 from benchmarks.harness.sets import ensure_photos
 from data_prep.convert import convert_image_folder
-from data_prep.formats.beton import read_tables
 from data_prep.formats.jpeg import FORMATS, ImageOptions
+from data_prep.formats.tables import read_tables
 from data_prep.sources.image_folder import image_folder
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.resources import available_cores

@@ -14,8 +14,9 @@ from rich.filesize import decimal as size_in_words
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.formats.beton import MODE_RAW, Tables, read_tables
+from data_prep.formats.beton import MODE_RAW
 from data_prep.formats.sidecars import Manifest, check_index, doubt_line, emptied_line, manifest_path, read_manifest
+from data_prep.formats.tables import Tables, read_tables
 from data_prep.writing.workers import counts_in_words
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.terminal import one_line

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.formats import jpeg_segments, turbojpeg
-from data_prep.formats.beton import METADATA_START, MODE_JPEG, SAMPLE, Tables, read_tables
+from data_prep.formats.beton import METADATA_START, MODE_JPEG, SAMPLE
 from data_prep.formats.sidecars import (
     Manifest,
     SampleTable,
@@ -25,6 +25,7 @@ from data_prep.formats.sidecars import (
     read_sample_table,
     sample_table_path,
 )
+from data_prep.formats.tables import Tables, read_tables
 from data_prep.writing.workers import ConversionProgress, map_ordered
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.filesystem import map_file

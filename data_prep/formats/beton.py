@@ -1,7 +1,6 @@
-"""The FFCV `.beton` layout (version 2, little-endian): record types, safe reading of a file's tables, names of parts.
+"""The FFCV `.beton` layout (version 2, little-endian): record types, checksum of the index, names of parts.
 
-Both the writer (`write_beton`) and every reader (`lowrank_vit.data.sets.beton`) know the
-format through this file alone.
+The writer (`write_beton`) and the reader of the tables (`read_tables`) know the format through this file alone.
 Source: FFCV 1.0.2, `ffcv/types.py`, `ffcv/writer.py` and `ffcv/fields/rgb_image.py`.
 
     header 24 B | one 1041-B descriptor a field | one 24-B row a sample | pages of samples | allocation table to the end
@@ -9,10 +8,8 @@ Source: FFCV 1.0.2, `ffcv/types.py`, `ffcv/writer.py` and `ffcv/fields/rgb_image
 
 from __future__ import annotations
 
-import os
 import re
 import struct
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -68,28 +65,6 @@ def allocations(pointers: np.ndarray, sizes: np.ndarray, first_id: int = 0) -> n
     return table
 
 
-@dataclass(frozen=True)
-class Tables:
-    """What a `.beton` says of its N samples, in sample order; every pointer is known to lie inside the file."""
-
-    page_size: int
-    file_bytes: int
-    modes: np.ndarray
-    """uint8 (N,): MODE_JPEG or MODE_RAW."""
-    heights: np.ndarray
-    """int32 (N,), pixels."""
-    widths: np.ndarray
-    """int32 (N,), pixels."""
-    labels: np.ndarray
-    """int64 (N,), >= 0."""
-    pointers: np.ndarray
-    """int64 (N,), byte offset of the sample's data in the file."""
-    sizes: np.ndarray
-    """int64 (N,), bytes."""
-    index_xxh3: str
-    """`index_checksum` of the file."""
-
-
 def index_checksum(*index: bytes | bytearray | memoryview) -> str:
     """XXH3-64 in hexadecimal of header and field descriptors, rows, allocation table, in this order.
 
@@ -101,138 +76,18 @@ def index_checksum(*index: bytes | bytearray | memoryview) -> str:
     return digest.hexdigest()
 
 
-def read_tables(path: str | os.PathLike[str]) -> Tables:
-    """Read and check header, fields, metadata and allocation table of an image + integer label `.beton`.
-
-    No sample is decoded. Raises `BetonError`, which names the file and the next step, whatever the bytes are.
-    """
-    path = Path(path)
-    again = "Convert it again with `python -m data_prep`."
-    try:
-        file_bytes = path.stat().st_size if path.is_file() else -1
-        if file_bytes < 0:
-            what = "is a directory, not a .beton file" if path.is_dir() else "does not exist"
-            if path.exists() and not path.is_dir():
-                what = "is a device or a pipe, not a .beton file"
-            raise BetonError(f"{path} {what}. Give the path of a file written by `python -m data_prep`.")
-        with path.open("rb") as file:
-            head = file.read(METADATA_START)
-            if len(head) < HEADER.itemsize:
-                raise BetonError(f"{path} holds {file_bytes} bytes, too few for a .beton header. {again}")
-            header = np.frombuffer(head, HEADER, count=1)[0]
-            _check_header(path, header, head, file_bytes)
-            num_samples, table_start = int(header["num_samples"]), int(header["alloc_table_ptr"])
-            sample_bytes = file.read(num_samples * SAMPLE.itemsize)
-            file.seek(table_start)
-            table_bytes = file.read(num_samples * ALLOCATION.itemsize)
-    except OSError as error:
-        raise BetonError(f"{path} cannot be read: {error.strerror}. Check its permissions and the disk.") from error
-    if len(sample_bytes) != num_samples * SAMPLE.itemsize or len(table_bytes) != num_samples * ALLOCATION.itemsize:
-        raise BetonError(f"{path} became shorter while it was read. {again}")
-    samples, table = np.frombuffer(sample_bytes, SAMPLE), np.frombuffer(table_bytes, ALLOCATION)
-    checksum = index_checksum(head, sample_bytes, table_bytes)
-    return _check_samples(path, samples, table, int(header["page_size"]), table_start, file_bytes, checksum)
-
-
 def field_names(head: bytes) -> list[str]:
     """The names of the image's and of the label's field, from the first `METADATA_START` bytes of a file.
 
     FFCV's users choose them as they like; ours are image and label.
     """
-    return [name.split(b"\0")[0].decode("latin-1") for name in _stored_names(head)]
+    return [name.split(b"\0")[0].decode("latin-1") for name in stored_names(head)]
 
 
-def _stored_names(head: bytes) -> list[bytes]:
+def stored_names(head: bytes) -> list[bytes]:
+    """The 16 bytes each that the names of the image's and of the label's field take, likewise."""
     starts = (HEADER.itemsize + n * FIELD.itemsize + 1 for n in range(2))
     return [head[start : start + 16] for start in starts]
-
-
-def _check_header(path: Path, header: np.void, head: bytes, file_bytes: int) -> None:
-    again = "Convert it again with `python -m data_prep`."
-    version, num_fields = int(header["version"]), int(header["num_fields"])
-    page_size, num_samples = int(header["page_size"]), int(header["num_samples"])
-    table_start = int(header["alloc_table_ptr"])
-    if version != VERSION:
-        raise BetonError(
-            f"{path} is not an FFCV .beton file: its version field reads {version}, expected {VERSION}. "
-            "Give a file written by `python -m data_prep`."
-        )
-    if num_fields != 2 or len(head) < METADATA_START:
-        raise BetonError(
-            f"{path} holds {num_fields} fields in {file_bytes} bytes; expected an image and an integer label. {again}"
-        )
-    types = [int(t) for t in np.frombuffer(head, FIELD, count=2, offset=HEADER.itemsize)["type_id"]]
-    if types != [TYPE_RGB_IMAGE, TYPE_INT]:
-        raise BetonError(
-            f"{path} holds fields of FFCV types {types}; expected an RGB image ({TYPE_RGB_IMAGE}) "
-            f"and an integer label ({TYPE_INT}). {again}"
-        )
-    names = field_names(head)
-    if (
-        not all(name.isascii() for name in _stored_names(head)) or names[0] == names[1]
-    ):  # FFCV tells the fields apart by them
-        raise BetonError(f"{path} has fields of the names {names[0]!r} and {names[1]!r}: it is damaged. {again}")
-    if table_start == 0:
-        raise BetonError(f"{path} is unfinished: its writer was interrupted before the end. {again}")
-    if not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):
-        raise BetonError(f"{path} has the impossible page size {page_size}: its header is damaged. {again}")
-    if num_samples == 0:
-        raise BetonError(f"{path} holds no samples. Check the source it was converted from.")
-    first_page = align_to_page(METADATA_START + num_samples * SAMPLE.itemsize, page_size)
-    expected = table_start + num_samples * ALLOCATION.itemsize
-    if not first_page < table_start or expected != file_bytes:
-        raise BetonError(
-            f"{path} is cut short or damaged: its header promises {num_samples} samples and a table that ends at "
-            f"byte {expected}, but the file has {file_bytes} bytes. {again}"
-        )
-
-
-def _check_samples(
-    path: Path,
-    samples: np.ndarray,
-    table: np.ndarray,
-    page_size: int,
-    table_start: int,
-    file_bytes: int,
-    checksum: str,
-) -> Tables:
-    again = "The file is damaged; convert it again with `python -m data_prep`."
-    num_samples = len(samples)
-    modes, labels = samples["image"]["mode"].copy(), samples["label"].astype(np.int64)
-    heights, widths = samples["image"]["height"].astype(np.int32), samples["image"]["width"].astype(np.int32)
-    pointers_u64 = samples["image"]["data_ptr"].astype(np.uint64)
-
-    def fail(bad: np.ndarray, what: str) -> None:
-        if bad.any():
-            error = BetonError(f"{path}: sample {int(np.flatnonzero(bad)[0])} {what}. {again}")
-            error.sample_id = int(np.flatnonzero(bad)[0])
-            raise error
-
-    fail((modes != MODE_JPEG) & (modes != MODE_RAW), "has an unknown storage mode")
-    fail((heights == 0) | (widths == 0), "has no pixels")
-    fail(labels < 0, "has a negative label")
-    # Allocations may stand in any order (FFCV's workers finish as they please): sort them by sample.
-    order = np.argsort(table["sample_id"], kind="stable")
-    table = table[order]
-    fail(table["sample_id"] != np.arange(num_samples, dtype=np.uint64), "is missing from the allocation table")
-    fail(table["ptr"] != pointers_u64, "lies elsewhere by the allocation table than by its metadata")
-    first_page = align_to_page(METADATA_START + num_samples * SAMPLE.itemsize, page_size)
-    sizes_u64 = table["size"].astype(np.uint64)
-    # Compare in uint64 without adding first, so that no sum can wrap around.
-    outside = (pointers_u64 < first_page) | (pointers_u64 >= table_start) | (sizes_u64 == 0)
-    outside |= sizes_u64 > np.uint64(table_start) - np.minimum(pointers_u64, np.uint64(table_start))
-    fail(outside, "points outside the file's pages")
-    pointers, sizes = pointers_u64.astype(np.int64), sizes_u64.astype(np.int64)
-    fail(pointers // page_size != (pointers + sizes - 1) // page_size, "spans two pages")
-    raw_bytes = heights.astype(np.int64) * widths * 3
-    fail((modes == MODE_RAW) & (sizes != raw_bytes), "is raw but its size is not height x width x 3")
-    # FFCV looks a sample's size up by its address, so two samples may share their bytes but not overlap otherwise.
-    by_address = np.lexsort((sizes, pointers))
-    starts, ends = pointers[by_address], (pointers + sizes)[by_address]
-    overlaps = np.zeros(num_samples, bool)
-    overlaps[by_address[1:]] = (starts[1:] < ends[:-1]) & ((starts[1:] != starts[:-1]) | (ends[1:] != ends[:-1]))
-    fail(overlaps, "overlaps another sample")
-    return Tables(page_size, file_bytes, modes, heights, widths, labels, pointers, sizes, checksum)
 
 
 def part_path(out: Path, index: int, count: int) -> Path:

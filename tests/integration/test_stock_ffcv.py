@@ -29,8 +29,9 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
 
 from data_prep.convert import convert_digits, convert_image_folder
-from data_prep.formats.beton import MODE_JPEG, MODE_RAW, read_tables
+from data_prep.formats.beton import MODE_JPEG, MODE_RAW
 from data_prep.formats.jpeg import ImageOptions
+from data_prep.formats.tables import read_tables
 from data_prep.sources.image_folder import image_folder
 from data_prep.sources.samples import digits_indices
 from lowrank_vit.data.choose import open_loader

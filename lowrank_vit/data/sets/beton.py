@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.formats import turbojpeg
-from data_prep.formats.beton import MODE_RAW, find_parts, part_path, read_tables
+from data_prep.formats.beton import MODE_RAW, find_parts, part_path
 from data_prep.formats.jpeg import MAX_PIXELS
 from data_prep.formats.sidecars import Manifest, check_index, manifest_path, read_manifest, read_sample_table
+from data_prep.formats.tables import read_tables
 from lowrank_vit.common.arguments import Range, check_type, check_whole
 from lowrank_vit.common.errors import BetonError
 from lowrank_vit.common.filesystem import map_files

@@ -12,7 +12,7 @@ from benchmarks.__main__ import main
 from benchmarks.harness import peak_memory
 from benchmarks.harness.sets import ensure_photos
 from benchmarks.prep import ImageFiles, write_with_ffcv
-from data_prep.formats.beton import read_tables
+from data_prep.formats.tables import read_tables
 from lowrank_vit.common.errors import UserError
 
 OURS = ["passthrough_decode", "passthrough_header", "reencode"]

@@ -11,8 +11,8 @@ from PIL import Image
 
 import data_prep
 from data_prep.__main__ import main
-from data_prep.formats.beton import read_tables
 from data_prep.formats.sidecars import read_manifest
+from data_prep.formats.tables import read_tables
 
 
 @pytest.fixture

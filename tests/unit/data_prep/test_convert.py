@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from data_prep.convert import convert_digits, convert_image_folder
-from data_prep.formats.beton import MIN_PAGE_SIZE, MODE_RAW, read_tables
+from data_prep.formats.beton import MIN_PAGE_SIZE, MODE_RAW
 from data_prep.formats.jpeg import EncodedImage, ImageOptions
 from data_prep.formats.sidecars import Manifest, manifest_path, read_manifest, write_manifest
+from data_prep.formats.tables import read_tables
 from data_prep.sources.image_folder import image_folder
 from data_prep.sources.samples import Sample, digits, digits_indices
 from data_prep.writing.beton import write_beton

@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 
 from data_prep.__main__ import main
 from data_prep.convert import convert_image_folder
-from data_prep.formats.beton import HEADER, METADATA_START, SAMPLE, read_tables
+from data_prep.formats.beton import HEADER, METADATA_START, SAMPLE
 from data_prep.formats.jpeg import ImageOptions
 from data_prep.formats.sidecars import (
     manifest_path,
@@ -26,6 +26,7 @@ from data_prep.formats.sidecars import (
     sample_table_path,
     write_manifest,
 )
+from data_prep.formats.tables import read_tables
 from data_prep.info import info_table, plot_info
 from data_prep.verify import verify
 from lowrank_vit.common.errors import BetonError

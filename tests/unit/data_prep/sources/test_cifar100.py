@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.__main__ import main
-from data_prep.formats.beton import MODE_RAW, read_tables
+from data_prep.formats.beton import MODE_RAW
 from data_prep.formats.sidecars import read_manifest
+from data_prep.formats.tables import read_tables
 from data_prep.sources.cifar100 import RECORD_BYTES, cifar100, download
 from data_prep.sources.samples import Source
 from lowrank_vit.common.errors import UserError

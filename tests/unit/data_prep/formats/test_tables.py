@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.formats import beton as layout
-from data_prep.formats.beton import read_tables
+from data_prep.formats import tables as tables_module
 from data_prep.formats.jpeg import encode_pixels
+from data_prep.formats.tables import read_tables
 from data_prep.sources.samples import Sample
 from data_prep.writing.beton import write_beton
 from lowrank_vit.common.errors import BetonError
@@ -194,6 +195,78 @@ def test_two_samples_may_share_their_bytes(beton: Path) -> None:
     pointer = layout.MIN_PAGE_SIZE.to_bytes(8, "little")
     with damaged(beton, [(layout.METADATA_START + 24 + 5, pointer), (table_start(beton) + 24 + 8, pointer)]):
         assert read_tables(beton).pointers[0] == read_tables(beton).pointers[1]
+
+
+def outcome(beton: Path) -> str | list[list[int]]:
+    try:
+        tables = read_tables(beton)
+    except BetonError as error:
+        return str(error)
+    return [getattr(tables, name).tolist() for name in tables_module.COLUMNS]
+
+
+@pytest.mark.parametrize("block", [1, 5, 12])
+def test_blocks_find_what_the_whole_tables_do(beton: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass by blocks against the check that sorts everything, on damaged and on odd, but sound, tables."""
+    monkeypatch.setattr(tables_module, "_BLOCK", block)
+    start, rng = table_start(beton), np.random.default_rng(block)
+    sound = 0
+    for _ in range(150):
+        patches = []
+        for _ in range(rng.integers(0, 3)):
+            row, other = (int(n) for n in rng.integers(0, NUM_SAMPLES, 2))
+            pointer = (layout.MIN_PAGE_SIZE + 72 * other + int(rng.choice([0, 0, 0, 36]))).to_bytes(8, "little")
+            patches += [(layout.METADATA_START + 24 * row + 5, pointer), (start + 24 * row + 8, pointer)]
+        if rng.random() < 0.3:
+            field = int(rng.choice([start + 24 * int(rng.integers(12)) + int(rng.choice([0, 8, 16])), 2106 + 24 + 1]))
+            patches.append((field, int(rng.choice([0, 1, 6, 71, 73, 1 << 40])).to_bytes(8, "little")[:8]))
+        with damaged(beton, patches):
+            by_blocks = outcome(beton)
+            with monkeypatch.context() as patch:
+                patch.setattr(tables_module, "_read_allocations", lambda *args, **kwargs: False)
+                assert outcome(beton) == by_blocks
+        sound += not isinstance(by_blocks, str)
+    assert 20 < sound < 130
+
+
+def test_what_a_converter_writes_is_not_sorted(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shuffled(start: int) -> list[tuple[int, bytes]]:
+        content = beton.read_bytes()
+        rows = [content[start + 24 * n : start + 24 * (n + 1)] for n in range(NUM_SAMPLES)]
+        return [(start + 24 * n, rows[-1 - n]) for n in range(NUM_SAMPLES)]
+
+    expected = outcome(beton)
+    with damaged(beton, shuffled(table_start(beton))):  # as FFCV's writer may leave it
+        assert outcome(beton) == expected
+        monkeypatch.setattr(tables_module, "_sort_and_check", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            read_tables(beton)
+    assert outcome(beton) == expected
+
+
+def test_columns_are_filled_into_given_arrays(beton: Path) -> None:
+    columns = tables_module.empty_columns(NUM_SAMPLES + 2)
+    tables = read_tables(beton, {name: column[1:-1] for name, column in columns.items()})
+    for name, dtype in tables_module.COLUMNS.items():
+        assert columns[name].dtype == getattr(read_tables(beton), name).dtype == dtype
+        assert np.array_equal(columns[name][1:-1], getattr(read_tables(beton), name))
+        assert np.shares_memory(columns[name], getattr(tables, name))
+    with pytest.raises(BetonError, match="was changed while it was read"):
+        read_tables(beton, columns)
+
+
+def test_more_samples_than_there_are_ids(tmp_path: Path) -> None:
+    """A sparse file, which says so and is as long as it says."""
+    path, count = tmp_path / "huge.beton", tables_module.MAX_SAMPLES + 1
+    with path.open("wb") as file:
+        start = layout.align_to_page(layout.METADATA_START + 24 * count, layout.MIN_PAGE_SIZE) + layout.MIN_PAGE_SIZE
+        file.write(layout.head_bytes(count, layout.MIN_PAGE_SIZE, start))
+        try:
+            file.truncate(start + 24 * count)
+        except OSError:
+            pytest.skip("a file system without files of this size")
+    with pytest.raises(BetonError, match=r"holds 4,294,967,297 samples, more than the 4,294,967,296 .* Divide the set"):
+        read_tables(path)
 
 
 def test_missing_file_directory_and_text(tmp_path: Path) -> None:
