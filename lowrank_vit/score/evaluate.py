@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.batch import Batch
+from lowrank_vit.score.confusions import ConfusionCounter, Confusions, Counts
 
 
 class Batches(Protocol):
@@ -33,10 +34,8 @@ class Scores:
     top1: float
     top5: float
     """Percent, 0-100."""
-    confusion: Tensor | None = None
-    """int64 (C, C) on the CPU: how many samples of class [row] were taken for class [column]; None: not counted."""
-    top5_by_class: Tensor | None = None
-    """int64 (C,) on the CPU: how many samples of each class had it among the likeliest five."""
+    confusions: Confusions | None = None
+    """None: not counted, or on a rank that does not have the parts of all."""
 
 
 class Evaluator:
@@ -84,6 +83,7 @@ class Evaluator:
         loader: Batches,
         batch_size: int,
         reduce: Callable[[Tensor], None] | None = None,
+        gather: Callable[[Counts], Sequence[Counts] | None] | None = None,
         *,
         by_class: bool = False,
     ) -> Scores:
@@ -91,12 +91,13 @@ class Evaluator:
 
         Puts the model into evaluation mode. The sums stay on the device until the end. `reduce` adds a tensor up over
         the ranks, in place, where each has a share of the samples; every rank calls it equally often, also one whose
-        share is empty. `by_class`: count the confusions, too. Raises `UserError` if there is no sample at all.
+        share is empty. `by_class`: count the confusions, too; of several ranks the one that `gather` gives the parts of
+        all has them. Raises `UserError` if there is no sample at all.
         """
         self._model.eval()
         device = next(self._model.parameters()).device
         sums = torch.zeros(4, dtype=torch.float64, device=device)
-        counts = _Confusions(self._augment.num_classes, device) if by_class else None
+        counter = ConfusionCounter(self._augment.num_classes, device) if by_class else None
         for batch in loader.batches(0):
             logits = self._logits_of(_padded(batch, batch_size))[: len(batch)]
             losses = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
@@ -104,30 +105,16 @@ class Evaluator:
             hits = likeliest == batch.targets[:, None]
             added = losses.double().sum(), hits[:, 0].double().sum(), hits.double().sum()
             sums += torch.stack([*added, sums.new_full((), len(batch))])
-            if counts:
-                counts.add(batch.targets, likeliest[:, 0], hits.any(1))
+            if counter:
+                counter.add(batch.targets, likeliest[:, 0], hits.any(1))
         if reduce:
-            for values in (sums, counts.confusion, counts.top5) if counts else (sums,):
-                reduce(values)
+            reduce(sums)
+        confusions = counter.result(reduce, gather) if counter else None
         loss, top1, top5, num_samples = sums.tolist()
         if num_samples == 0:
             raise UserError("There is no sample to score: all were left out as damaged. Convert the set again.")
-        found = (counts.confusion.cpu(), counts.top5.cpu()) if counts else ()
         scores = loss / num_samples, 100 * top1 / num_samples, 100 * top5 / num_samples
-        return Scores(int(num_samples), *scores, *found)
-
-
-class _Confusions:
-    """Counts by class, on the device."""
-
-    def __init__(self, num_classes: int, device: torch.device) -> None:
-        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-        self.top5 = torch.zeros(num_classes, dtype=torch.int64, device=device)
-
-    def add(self, targets: Tensor, predictions: Tensor, is_in_top5: Tensor) -> None:
-        pairs = targets * len(self.top5) + predictions
-        self.confusion.view(-1).scatter_add_(0, pairs, torch.ones_like(pairs))
-        self.top5.scatter_add_(0, targets, is_in_top5.long())
+        return Scores(int(num_samples), *scores, confusions)
 
 
 def _padded(batch: Batch, batch_size: int) -> Tensor:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -138,23 +137,22 @@ def class_rows(scores: Scores, class_names: list[str]) -> list[dict[str, Any]]:
 
     Shares of a class without samples are None. Needs scores that were counted by class.
     """
-    assert scores.confusion is not None
-    assert scores.top5_by_class is not None
-    confusion_CC, top5_C = scores.confusion.numpy(), scores.top5_by_class.numpy()
+    confusions = scores.confusions
+    assert confusions is not None
+    of_class = (confusions.totals_C(), confusions.hits_C(), confusions.top5_C, *confusions.most_frequent_mistake_C())
     rows = []
-    for label, name in enumerate(class_names):
-        total, hits = int(confusion_CC[label].sum()), int(confusion_CC[label, label])
-        others = confusion_CC[label].copy()
-        others[label] = 0
+    for label, (name, total, hits, top5, other, taken) in enumerate(
+        zip(class_names, *(values.tolist() for values in of_class), strict=True)
+    ):
         rows.append(
             {
                 "label": label,
                 "class": name,
                 "num_samples": total,
                 "top1": 100 * hits / total if total else None,
-                "top5": 100 * int(top5_C[label]) / total if total else None,
-                "taken_for": class_names[int(np.argmax(others))] if others.any() else "",
-                "taken_for_samples": int(others.max()),
+                "top5": 100 * top5 / total if total else None,
+                "taken_for": class_names[other] if taken else "",
+                "taken_for_samples": taken,
             }
         )
     return rows

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from lowrank_vit.ranks.failing import Failing
 from lowrank_vit.ranks.joining import joined
 from lowrank_vit.ranks.records import data_record, run_record
 from lowrank_vit.ranks.world import World
+from lowrank_vit.score.confusions import Counts
 from lowrank_vit.score.evaluate import Evaluator, Scores
 from lowrank_vit.score.options import ValidateOptions
 from lowrank_vit.score.results import (
@@ -90,7 +92,7 @@ def validate(options: ValidateOptions, say: Callable[[str], object] = terminal.s
 
 
 def _validate(options: ValidateOptions, say: Callable[[str], object], world: World) -> tuple[Scores, Scorer, Beton]:
-    """Score this rank's share of the samples; the scores of all on every rank."""
+    """Score this rank's share of the samples; the scores of all on every rank, those of classes on the first."""
     options.check()
     for path, suffix in _written(options).items():
         if path.suffix != suffix:
@@ -130,6 +132,8 @@ def _validate(options: ValidateOptions, say: Callable[[str], object], world: Wor
     for remark in remarks(beton, spec.img_size, spec.crop_pct):
         say(f"note: {remark}")
     precision: dict[str, Any] = {"amp": options.amp, "amp_dtype": DTYPES[options.amp_dtype]}
+    by_class = options.per_class is not None
+    channel = world.channel(timedelta(days=365)) if by_class else None  # of hanging ranks `failing` tells
     evaluate = Evaluator(scorer.model, scorer.augment, **precision, compile=False, tta=options.tta)
     world.progress.enter("scoring")
     try:
@@ -140,7 +144,11 @@ def _validate(options: ValidateOptions, say: Callable[[str], object], world: Wor
                 if progress:
                     progress.advance(images * world.size)  # those of the other ranks, which come as fast
 
-            scores = evaluate(Counted(loader, advance), batch_size, world.sum, by_class=options.per_class is not None)
+            def gather(part: Counts) -> list[Counts] | None:
+                with world.progress.waiting():
+                    return channel.gather(part) if channel else [part]
+
+            scores = evaluate(Counted(loader, advance), batch_size, world.sum, gather, by_class=by_class)
     finally:
         loader.close()
     return scores, scorer, beton
@@ -191,10 +199,15 @@ def _files(
 
 
 def _confusions(scores: Scores, names: list[str], subtitle: str) -> bytes:
-    from lowrank_vit.report.confusion_plot import confusion_plot  # draws: only where asked for
+    from lowrank_vit.report import confusion_plot as plot  # draws: only where asked for
 
-    assert scores.confusion is not None
-    return confusion_plot(scores.confusion.numpy(), names, subtitle)
+    confusions = scores.confusions
+    assert confusions is not None
+    pairs, counts = confusions.most_frequent_mistakes(plot.MISTAKES)
+    true, predicted = pairs // len(names), pairs % len(names)
+    columns = true, predicted, counts, confusions.totals_C()[true]
+    mistakes = [plot.Mistake(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    return plot.confusion_plot(confusions.binned(plot.classes_a_cell(len(names))), mistakes, names, subtitle)
 
 
 def follow_model(scorer: Scorer, beton: Beton, trust: Trust, say: Callable[[str], object]) -> None:

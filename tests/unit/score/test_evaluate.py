@@ -6,10 +6,12 @@ import contextlib
 import csv
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 from torch import Tensor, nn
 
@@ -17,7 +19,8 @@ from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.plan.plans import EvalPlan
-from lowrank_vit.report.confusion_plot import confusion_plot, most_confused
+from lowrank_vit.report.confusion_plot import Mistake, classes_a_cell, confusion_plot
+from lowrank_vit.score.confusions import ConfusionCounter
 from lowrank_vit.score.evaluate import Evaluator
 from lowrank_vit.score.results import class_rows, rows_to_csv
 
@@ -78,7 +81,7 @@ def test_scores_are_sklearns(batch_size):
     assert scores.top1 == pytest.approx(100 * np.mean(expected.argmax(1) == TARGETS.numpy()))
     assert scores.top5 == pytest.approx(100 * float(top_k_accuracy_score(TARGETS, expected, k=5, labels=labels)))
     assert scores.loss == pytest.approx(log_loss(TARGETS, shares(expected), labels=list(labels)), rel=1e-5)
-    assert scores.confusion is None
+    assert scores.confusions is None
 
 
 def test_mirror_images_count_half():
@@ -120,49 +123,67 @@ def _nothing():
 
 @pytest.mark.parametrize("world_size", [2, 5, 60])  # of 60 ranks some have no sample
 def test_ranks_together_count_the_confusions_of_one(world_size):
-    alone = evaluator()(Share(10), 10, by_class=True)
-    parts = list[list[Tensor]]()
+    alone = evaluator()(Share(10), 10, by_class=True).confusions
+    sums, parts = list[list[Tensor]](), list[Any]()
     for rank in range(world_size):
-        parts.append([])
+        sums.append([])
+
+        def give(part: Any) -> None:
+            parts.append(part)
+
         with contextlib.suppress(UserError):  # an empty share alone
-            evaluator()(Share(10, rank, world_size), 10, parts[-1].append, by_class=True)
-    _, confusion, top5 = (torch.stack(one).sum(0) for one in zip(*parts, strict=True))
-    assert alone.confusion is not None
-    assert alone.top5_by_class is not None
-    assert torch.equal(confusion, alone.confusion)
-    assert torch.equal(top5, alone.top5_by_class)
+            scores = evaluator()(Share(10, rank, world_size), 10, sums[-1].append, give, by_class=True)
+            assert scores.confusions is None
+    _, top5 = (torch.stack(one).sum(0) for one in zip(*sums, strict=True))
+    first = ConfusionCounter(CLASSES, torch.device("cpu")).result(lambda values: None, lambda part: [part, *parts])
+    assert alone
+    assert first
+    assert np.array_equal(first.binned(1), alone.binned(1))
+    assert np.array_equal(top5, alone.top5_C)
 
 
 def test_confusions_are_sklearns():
     scores = evaluator()(Share(10), 10, by_class=True)
-    assert scores.confusion is not None
+    assert scores.confusions
     predictions = logits(IMAGES).argmax(1)
     expected = confusion_matrix(TARGETS, predictions, labels=range(CLASSES))
-    assert np.array_equal(scores.confusion.numpy(), expected)
+    assert np.array_equal(scores.confusions.binned(1), expected)
     names = [f"c{n}" for n in range(CLASSES)]
     rows = list(csv.DictReader(io.StringIO(rows_to_csv(class_rows(scores, names)))))
     for label, row in enumerate(rows):
         assert int(row["num_samples"]) == int(TARGETS.eq(label).sum())
         assert float(row["top1"]) == pytest.approx(100 * expected[label, label] / expected[label].sum(), rel=1e-5)
         assert float(row["top5"]) >= float(row["top1"])
-        wrong = expected[label] - np.diag(expected[label])[label]
         assert int(row["taken_for_samples"]) == max(0, *np.delete(expected[label], label))
         assert row["taken_for"] != names[label]
-        assert len(wrong) == CLASSES
-    by_count = most_confused(expected, names, 100)
-    assert sum(pair.count for pair in by_count) == (predictions != TARGETS.numpy()).sum()
-    assert by_count == sorted(by_count, key=lambda pair: -pair.count)
 
 
 @pytest.mark.parametrize("classes", [2, 30])
 def test_the_picture_is_a_picture_and_repeats(classes):
-    from PIL import Image
-
     confusion = np.arange(classes * classes).reshape(classes, classes)
     names = [f"a class with a rather long name {n}" for n in range(classes)]
-    confusion_plot(confusion[:2, :2], [r"$\frac$", "\udce9"], r"$\frac$ \udce9")  # names are no formulas
-    content = confusion_plot(confusion, names, "a model")
-    assert content == confusion_plot(confusion, names, "a model")
+    mistakes = [Mistake(0, 1, 3, 7)]
+    confusion_plot(confusion[:2, :2], mistakes, [r"$\frac$", "\udce9"], r"$\frac$ \udce9")  # names are no formulas
+    content = confusion_plot(confusion, mistakes, names, "a model")
+    assert content == confusion_plot(confusion, mistakes, names, "a model")
     pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
     assert pixels.shape[1] > 1000
     assert pixels.std() > 10
+
+
+def test_a_picture_of_many_classes_has_all_of_them_in_its_cells():
+    """A mistake of the last class alone colours the last row, at its left."""
+    classes = 5_000
+    together = classes_a_cell(classes)
+    bins = -(-classes // together)
+    counts = np.zeros((bins, bins), np.int64)
+    counts[-1, 0] = 1
+    names = [str(n) for n in range(classes)]
+    blank, drawn = (
+        np.asarray(Image.open(io.BytesIO(confusion_plot(one, [], names, ""))).convert("L")).astype(int)
+        for one in (np.zeros_like(counts), counts)
+    )
+    rows, columns = np.nonzero(blank != drawn)
+    assert len(rows)
+    assert rows.min() > 0.85 * len(drawn)
+    assert columns.max() < 0.1 * drawn.shape[1]

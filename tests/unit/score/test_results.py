@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 
+from lowrank_vit.score.confusions import Confusions
 from lowrank_vit.score.evaluate import Scores
 from lowrank_vit.score.results import class_rows, interval, rows_to_csv, with_suffix_of
 
 
 def test_a_class_without_samples_has_no_share():
-    scores = Scores(2, 0.0, 100.0, 100.0, torch.tensor([[2, 0], [0, 0]]), torch.tensor([2, 0]))
+    scores = Scores(2, 0.0, 100.0, 100.0, Confusions(2, np.array([0]), np.array([2]), np.array([2, 0])))
     rows = class_rows(scores, ["a", "b"])
     assert (rows[0]["top1"], rows[1]["top1"], rows[1]["taken_for"]) == (100.0, None, "")
     assert rows_to_csv(rows).splitlines()[2] == "1,b,0,,,,0"
