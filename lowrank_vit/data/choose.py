@@ -72,7 +72,7 @@ def open_loader(
     check_whole(workers=workers)
     _check_plan(beton, plan)
     options = options or LoaderOptions(workers=workers)
-    device = pick_device(device, shown="device=") if isinstance(device, str) else device
+    device = pick_device(device, shown="device=")
     options = replace(options, say=say if plan.rank == 0 else None)
     if (beton.modes != MODE_RAW).any():
         turbojpeg.load()

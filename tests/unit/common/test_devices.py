@@ -30,6 +30,19 @@ def test_which_gpu(name, local_rank, index, monkeypatch):
         pick_device("cuda:7", 7 if local_rank else 0)
 
 
+@pytest.mark.parametrize("name", ["cpu", "cpu:0", "cuda", "cuda:3"])
+def test_a_device_is_given_back_as_it_is_where_it_is_there(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    device = torch.device(name)
+    assert pick_device(device) == device
+    with pytest.raises(UserError, match=r"device=cuda:7: there is no GPU left, torch sees 4\. Give a smaller number"):
+        pick_device(torch.device("cuda", 7), shown="device=")
+    with pytest.raises(UserError, match=r"^device takes auto, cpu, cuda or cuda:N, not `meta`"):
+        pick_device(torch.device("meta"), shown="device=")
+
+
 def test_a_run_that_goes_a_gpus_way_needs_no_note(monkeypatch, on_cuda_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert why_on_cpu("auto", torch.device("cpu")).startswith("note: on the CPU, since CUDA_VISIBLE_DEVICES")
@@ -79,6 +92,8 @@ def test_what_keeps_torch_from_a_gpu_is_said_once_and_in_words(case, monkeypatch
     _without_gpu(monkeypatch, visible, said)
     with pytest.raises(UserError, match=rf"--device cuda: torch sees no CUDA device, since .*{expected}.*--device cpu"):
         pick_device("cuda")
+    with pytest.raises(UserError, match=rf"^device=cuda: torch sees no CUDA device, since .*{expected}.*device=cpu"):
+        pick_device(torch.device("cuda"), shown="device=")
     assert pick_device("auto") == torch.device("cpu")
     note = why_on_cpu("auto", torch.device("cpu"))
     assert note.startswith("note: on the CPU, since ")

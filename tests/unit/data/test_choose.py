@@ -191,7 +191,8 @@ def test_a_plan_of_another_set_is_refused(beton, other, told, is_training):
     ("arguments", "told"),
     [
         *(({"workers": n}, r"^workers takes a whole number of at least 1, not ") for n in (0, -1, "2", 1.5, None)),
-        *(({"device": d}, "^device takes auto, cpu, cuda") for d in (None, 0, "tpu", "cpu:1")),
+        *(({"device": d}, "^device takes auto, cpu, cuda") for d in (None, 0, "tpu", "cpu:1", torch.device("meta"))),
+        ({"device": torch.device("cuda", 99)}, "^device=cuda:99: "),
         *(({"beton": b}, "^beton takes an open Beton") for b in ("val.beton", None)),
         *(({"plan": p}, "^plan takes a TrainPlan or an EvalPlan") for p in (None, "train")),
         *(({"options": o}, "^options takes LoaderOptions or None") for o in ({"workers": 1}, "ffcv")),

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.report.read import read_run
@@ -124,6 +127,26 @@ def test_a_layer_in_place_of_another_fails_refreshes_and_not_the_loop(tmp_path: 
 def test_what_cannot_be_watched_is_told_at_once(tmp_path: Path, model: Any, options: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         watch(model, tmp_path / "spectra", **options)
+    assert not (tmp_path / "spectra").exists()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
+@pytest.mark.parametrize(
+    "shard",
+    [
+        lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (1,))),
+        lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+        lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True),
+    ],
+    ids=["fully_shard", "FSDP", "FSDP with the model's parameters"],
+)
+def test_a_model_that_is_sharded_over_ranks_is_refused(tmp_path: Path, shard: Any) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError, match=r"sharded over ranks \((DTensor, )?FSDP\)\. Each rank needs (the )?whole"):
+            watch(shard(mlp()), tmp_path / "spectra")
+    finally:
+        dist.destroy_process_group()
     assert not (tmp_path / "spectra").exists()
 
 
