@@ -32,7 +32,8 @@ def _read(argv: list[str], *, is_first: bool = True) -> PredictOptions:
     """The options; what there is to be said of them the first rank says."""
     say = say_beside if is_first else lambda text: None
     prog = usage_name("lowrank_vit.inference")
-    options = read_options(PredictOptions, fit_flags(argv, "inference", say), prog, word="input")
+    line = fit_flags(argv, "inference", say)
+    options = read_options(PredictOptions, line.tokens, prog, word="input", refused=line.refused)
     options.check()
     check_versions()
     return options

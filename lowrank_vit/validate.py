@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> None:
 def _read(argv: list[str], prog: str, *, is_first: bool = True) -> ValidateOptions:
     """The options; what there is to be said of them the first rank says."""
     say = terminal.say if is_first else lambda text: None
-    options = read_options(ValidateOptions, fit_flags(argv, "validate", say), prog, word="data")
+    line = fit_flags(argv, "validate", say)
+    options = read_options(ValidateOptions, line.tokens, prog, word="data", refused=line.refused)
     options.check()
     check_versions()
     return options

@@ -31,18 +31,18 @@ FIRST = -1
 """Priority of a stream whose kernels go before those of others, as the training step's before the spectra's."""
 
 
-def pick_device(name: str | torch.device, local_rank: int = 0, shown: str = "--device ") -> torch.device:
+def pick_device(wanted: str | torch.device, local_rank: int = 0, shown: str = "--device ") -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a device; under torchrun the GPU is that of the rank, whatever N.
 
     One that is a device already is given back as it is. Raises `UserError` where there is none. `shown`: what stands
     before the name in that, the flag or an argument.
     """
-    given, name = name, str(name)
+    name = str(wanted)
     if name == "auto":
         name = "cuda" if has_cuda() else "cpu"
     kind, _, number = name.partition(":")
-    is_unknown = kind not in ("cpu", "cuda") or (number and not number.isdecimal())
-    if is_unknown or (isinstance(given, str) and name.startswith("cpu:")):
+    is_typed = isinstance(wanted, str)
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (is_typed and name.startswith("cpu:")):
         raise UserError(f"{shown.rstrip(' =')} takes auto, cpu, cuda or cuda:N, not `{name}`.")
     if kind == "cuda" and not has_cuda():
         why, advice = why_no_cuda() or ("", "Check nvidia-smi")
@@ -51,14 +51,14 @@ def pick_device(name: str | torch.device, local_rank: int = 0, shown: str = "--d
         )
     if kind == "cpu":
         return torch.device(name)
-    is_one_of_many = "LOCAL_RANK" in os.environ and isinstance(given, str)
+    is_one_of_many = is_typed and "LOCAL_RANK" in os.environ
     index = int(number) if number and not is_one_of_many else local_rank
     if index >= torch.cuda.device_count():
         what = f"process {local_rank + 1} of this machine has" if is_one_of_many or not number else "there is"
         advice = "Start at most that many with torchrun --nproc-per-node" if what[0] == "p" else "Give a smaller number"
         raise UserError(f"{shown}{name}: {what} no GPU left, torch sees {torch.cuda.device_count()}. {advice}.")
-    if isinstance(given, torch.device):
-        return given
+    if not isinstance(wanted, str):
+        return wanted
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

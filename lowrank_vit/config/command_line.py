@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -38,6 +39,12 @@ _LONG_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 """What text programs and web pages make of two dashes."""
 LIST = "--help lists all."
 """The end of a message about an option that there is not."""
+DEFAULTS = (
+    "What a line of that program leaves out has other defaults in timm and here: docs/from_timm.md, Flags of other "
+    "programs."
+)
+"""The end of a message about an option of another program."""
+_WIDTH = 80
 _SAID_OF_SWITCHES = ("true", "false", "yes", "no", "on", "off", "0", "1")
 
 
@@ -61,17 +68,19 @@ def show_help(options: Callable[..., object], argv: Sequence[str], prog: str, de
         tyro.cli(tyro.conf.OmitArgPrefixes[options], args=_for_tyro(argv), prog=prog, description=description)  # pyright: ignore
 
 
-def read_options(target: Callable[..., T], argv: Sequence[str], prog: str, word: str = "") -> T:
+def read_options(
+    target: Callable[..., T], argv: Sequence[str], prog: str, word: str = "", refused: Sequence[UserError] = ()
+) -> T:
     """A dataclass of options, or what a function returns, from a command line; `--help` ends the process.
 
     Words that belong to no option are values of the option `word`, else of those that are marked `Positional`. Raises
-    `UserError`.
+    `UserError` for all that cannot be taken, `refused` before it.
     """
     if asks_for_help(argv):
         show_help(target, argv, prog)
     hints = _parameters(target)
     places = [name for name, hint in hints.items() if _POSITIONAL in getattr(hint, "__metadata__", ())]
-    values = read(argv, hints, places or [word] * bool(word))
+    values = read(argv, hints, places or [word] * bool(word), refused)
     return _made(target, values, prog)
 
 
@@ -101,27 +110,50 @@ def is_flag(token: str) -> bool:
 
 
 def read(
-    argv: Sequence[str], hints: Hints, places: Sequence[str] = (), wrong: list[UserError] | None = None
+    argv: Sequence[str], hints: Hints, places: Sequence[str] = (), refused: Sequence[UserError] = ()
 ) -> dict[str, Any]:
-    """The options that a command line names, with their values, the last one of each; raises `UserError`.
+    """The options that a command line names, with their values, the last one of each.
 
     Words that belong to no option are values of `places`, one after the other; where that takes any number of them, of
-    which a flag may give some, it takes them all. Where `wrong` is given, what cannot be taken goes there, and reading
-    goes on with the next flag.
+    which a flag may give some, it takes them all. Raises `UserError` for all flags that cannot be taken, behind what
+    was `refused` before.
     """
-    values, words, tokens = dict[str, Any](), list[str](), list(argv)
+    values, words, tokens, wrong = dict[str, Any](), list[str](), list(argv), [*refused]
     while tokens:
         try:
             _read_one(tokens, hints, places, values, words)
         except UserError as error:
-            if wrong is None:
-                raise
             wrong.append(error)
             if not isinstance(error, NoSuchOptionError) and tokens and tokens[0][:2] != "--":
                 tokens.pop(0)  # a value that looks like a short flag, as in --experiment -x
             drop_values(tokens)
-    _place(values, words, hints, places)
+    try:
+        _place(values, words, hints, places)
+    except UserError as error:
+        wrong.append(error)
+    refuse(wrong)
     return {name: value for name, value in values.items() if value is not UNSET}
+
+
+def refuse(errors: Sequence[UserError]) -> None:
+    """Raise what is wrong with one option as it is, that of several as one error with a line for each of them."""
+    if not errors:
+        return
+    if len(errors) == 1:
+        raise errors[0]
+    texts, ends = list[str](), dict[str, None]()
+    for text in dict.fromkeys(map(str, errors)):
+        end = next((end for end in (DEFAULTS, LIST) if text.endswith(f" {end}")), "")
+        ends |= {end: None} if end else {}
+        texts.append(text.removesuffix(f" {end}"))
+    lines = [line for text in texts for line in _wrapped(text, "  ", " " * 6)]
+    raise UserError("\n".join([f"{len(texts)} options cannot be taken:", *lines, *_wrapped(" ".join(ends))]))
+
+
+def _wrapped(text: str, first: str = "", others: str = "") -> list[str]:
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def drop_values(tokens: list[str]) -> None:

@@ -35,7 +35,7 @@ from lowrank_vit.config.option_types import (
 )
 from lowrank_vit.config.options import Config, Model, Spectra, Step, has_cuda
 from lowrank_vit.config.timm_flags import HIDDEN, with_long_names
-from lowrank_vit.config.timm_line import Line, in_words, refuse, translate
+from lowrank_vit.config.timm_line import in_words, translate
 from lowrank_vit.config.yaml_files import FromFile, config_files, read_config
 
 _NO_GPU_ASKED_FOR = Step(amp=False, compile=False)
@@ -63,7 +63,7 @@ def parse(argv: Sequence[str], prog: str = "") -> Config:
     hints: Hints = hints_of(Config) | HIDDEN
     paths, own = config_files(with_long_names(argv))
     line = translate(own)
-    typed = _with_img_size(_read(line, hints))
+    typed = _with_img_size(read(line.tokens, hints, ["data-dir"], line.refused))
     files = {path: read_config(path, hints) for path in paths}
     try:
         recipe = _with_img_size(_merged(files))
@@ -77,18 +77,6 @@ def parse(argv: Sequence[str], prog: str = "") -> Config:
     _tell_of_idle_spectra(config, set(recipe), set(typed))
     _tell_of_timms(files, line.held, typed)
     return config
-
-
-def _read(line: Line, hints: Hints) -> dict[str, Any]:
-    """The options of a translated line. Raises `UserError` for all flags that cannot be taken."""
-    refused = [*line.refused]
-    values = dict[str, Any]()
-    try:
-        values = read(line.tokens, hints, ["data-dir"], refused)
-    except UserError as error:
-        refused.append(error)
-    refuse(refused)
-    return values
 
 
 def _config(recipe: Mapping[str, Any], typed: Mapping[str, Any]) -> Config:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.config.command_line import LIST, drop_values, is_flag
+from lowrank_vit.config.command_line import DEFAULTS, drop_values, is_flag
 from lowrank_vit.config.option_types import is_number, without_dashes
 from lowrank_vit.config.other_flags import OTHERS
 from lowrank_vit.config.timm_flags import FLAGS, HIDDEN, Command, Flag, Instead, Renamed, Unused
-
-_WIDTH = 80
-_DEFAULTS = (
-    "What a line of that program leaves out has other defaults in timm and here: docs/from_timm.md, Flags of other "
-    "programs."
-)
 
 
 @dataclass
@@ -57,43 +50,18 @@ def translate(argv: Iterable[str], command: Command = "train") -> Line:
     return line
 
 
-def fit_flags(argv: Iterable[str], command: Command, say: Callable[[str], object]) -> list[str]:
-    """The command line of validate or inference in our own flags; one note is said of those that change nothing.
-
-    Raises `UserError` for all that are refused.
-    """
+def fit_flags(argv: Iterable[str], command: Command, say: Callable[[str], object]) -> Line:
+    """The command line of validate or inference in our own flags; one note is said of those that change nothing."""
     line = translate(argv, command)
-    refuse(line.refused)
-    if line.held:
+    if line.held and not line.refused:
         verb = "changes" if len(line.held) == 1 else "change"
         say(f"note: {', '.join(flag.partition(' ')[0] for flag in line.held)} {verb} nothing here")
-    return line.tokens
+    return line
 
 
 def of_other(name: str, shown: str) -> UserError:
     """That a flag is another program's, one of `OTHERS`, with what says the same here."""
-    return UserError(f"{shown} is {OTHERS[name].whose}; here: {OTHERS[name].instead}. {_DEFAULTS}")
-
-
-def refuse(errors: Sequence[UserError]) -> None:
-    """Raise what is wrong with one option as it is, that of several as one error with a line for each of them."""
-    if not errors:
-        return
-    if len(errors) == 1:
-        raise errors[0]
-    texts, ends = list[str](), dict[str, None]()
-    for text in dict.fromkeys(map(str, errors)):
-        end = next((end for end in (_DEFAULTS, LIST) if text.endswith(f" {end}")), "")
-        ends |= {end: None} if end else {}
-        texts.append(text.removesuffix(f" {end}"))
-    lines = [line for text in texts for line in _wrapped(text, "  ", " " * 6)]
-    raise UserError("\n".join([f"{len(texts)} options cannot be taken:", *lines, *_wrapped(" ".join(ends))]))
-
-
-def _wrapped(text: str, first: str = "", others: str = "") -> list[str]:
-    return textwrap.wrap(
-        text, _WIDTH, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
-    )
+    return UserError(f"{shown} is {OTHERS[name].whose}; here: {OTHERS[name].instead}. {DEFAULTS}")
 
 
 def is_foreign(name: str, command: Command = "train") -> bool:

@@ -12,7 +12,7 @@ import yaml
 from lowrank_vit.common.errors import UserError, did_you_mean
 from lowrank_vit.common.program import CONFIGS, bundled_names, find_bundled
 from lowrank_vit.config import meaning
-from lowrank_vit.config.command_line import LIST, read
+from lowrank_vit.config.command_line import LIST, read, refuse
 from lowrank_vit.config.option_types import (
     UNSET,
     Hints,
@@ -25,7 +25,7 @@ from lowrank_vit.config.option_types import (
 )
 from lowrank_vit.config.other_flags import OTHERS
 from lowrank_vit.config.timm_flags import FLAGS, Holds
-from lowrank_vit.config.timm_line import foreign, is_foreign, of_other, refuse
+from lowrank_vit.config.timm_line import foreign, is_foreign, of_other
 
 
 class _OnceLoader(yaml.SafeLoader):

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from lowrank_vit import train as train_command
+from lowrank_vit import validate
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.config.flags import parse
 from lowrank_vit.config.option_types import aliases, hints_of, without_dashes
 from lowrank_vit.config.options import Config
 from lowrank_vit.config.other_flags import OTHERS
 from lowrank_vit.config.timm_flags import FLAGS
-from lowrank_vit.config.timm_line import fit_flags
 from lowrank_vit.data.sets.datasets import kind_of
 from tests.published_lines import DOCUMENT, UPDATES, PublishedLine, published_lines, written
 from tests.runs import losses, spectral_records
@@ -100,8 +100,8 @@ def test_all_that_cannot_be_taken_is_told_at_once_in_80_columns(tmp_path):
     text = str(caught.value)
     assert text.startswith("4 options cannot be taken:\n")
     assert re.findall(r": `(\w+)`", " ".join(text.split())) == ["apex_amp", "token_label", "foo", "epochs"]
-    with pytest.raises(UserError, match=r"(?s)2 options.* --model-dtype .* --input-size "):
-        fit_flags("--model-dtype float16 --input-size 1 2 3 --fuser x".split(), "validate", print)
+    with pytest.raises(UserError, match=r"(?s)3 options.* --model-dtype .* --input-size .* --batch-size "):
+        validate.main("--model-dtype float16 --input-size 1 2 3 --batch-size x --fuser x".split())
 
 
 @pytest.mark.parametrize("name", ["data-path", "ThreeAugment", "repeated-aug", "blr", "lr-scheduler"])

@@ -412,6 +412,16 @@ def test_the_script_names_its_commands(capsys):
         run(["trian"])
 
 
+@pytest.mark.parametrize("command", [name for name in program.COMMANDS if name not in ("augment", "completion")])
+def test_all_that_is_wrong_is_told_at_once(command, capsys):
+    main = importlib.import_module(program.COMMANDS[command][0]).main
+    with pytest.raises((UserError, SystemExit)) as caught:
+        main(["imagefolder"] * (command == "prep") + ["--nonsense", "7", "--foo=1", "--bar"])
+    first, *others = (capsys.readouterr().err or str(caught.value)).splitlines()
+    assert first.removeprefix("error: ") == "3 options cannot be taken:"
+    assert re.findall(r"--[a-z]+(?= is not an option)", " ".join(others)) == ["--nonsense", "--foo", "--bar"]
+
+
 def test_what_is_wrong_is_told_before_torch_is_loaded(tmp_path):
     """By all commands of training and scoring, in one process."""
     lines = {
