@@ -317,8 +317,8 @@ def _plan_cases(options: Options) -> _Makers:
 
 
 def _draw_epoch(plan: TrainPlan) -> None:
-    for step, ids in enumerate(plan.ids(0)):
-        plan.batch(0, step, ids)
+    for step in range(plan.steps_per_epoch):
+        plan.batch(0, step, plan.step_ids(0, step))
 
 
 class _RepeatedPlan(TrainPlan):
@@ -327,8 +327,8 @@ class _RepeatedPlan(TrainPlan):
     different: int
     """Samples in the set; the plan is made of their sides again and again."""
 
-    def ids(self, epoch: int) -> np.ndarray:
-        return super().ids(epoch) % self.different
+    def step_ids(self, epoch: int, step: int, without: Collection[int] = ()) -> np.ndarray:
+        return super().step_ids(epoch, step, without) % self.different
 
 
 def plan_of(heights: np.ndarray, widths: np.ndarray, options: Options, rules: TrainRules) -> TrainPlan:

@@ -40,6 +40,7 @@ def train_rules(config: Config) -> TrainRules:
             block=augment.mix_block,
         ),
         mixup_off_epoch=augment.mixup_off_epoch,
+        order=data.epoch_order,
     )
 
 

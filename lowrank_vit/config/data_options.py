@@ -82,5 +82,8 @@ class Data:
     """Probability of a horizontal flip in training."""
     vflip: Annotated[float, SHARE] = 0.0
     """Probability of a vertical flip in training."""
+    epoch_order: Literal["keyed", "sorted"] = "keyed"
+    """Shuffling of sets above 65,536 images: any part of an epoch's order at once; sorted: all of it, as in earlier
+    versions. Smaller sets are always sorted."""
     train_interpolation: Literal["random", "nearest", "bilinear", "bicubic", "model"] = "random"
     """Of the crop and of geometric operations; random: bilinear or bicubic, drawn for each; model: the model's own."""

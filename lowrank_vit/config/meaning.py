@@ -42,6 +42,12 @@ def _is_of_folders(args: Mapping[str, Any]) -> bool:
     return not args.get("synthetic") and not dataset.startswith(others)
 
 
+def _may_be_large(args: Mapping[str, Any]) -> bool:
+    """Whether a run's sets may have more than 65,536 samples."""
+    dataset = str(args.get("dataset") or "").lower()
+    return not args.get("synthetic") and dataset not in ("digits", "torch/cifar100")
+
+
 def _may_decode_on_a_gpu(args: Mapping[str, Any]) -> bool:
     return not args.get("synthetic") and args.get("loader", "auto") in ("auto", "dali")
 
@@ -87,6 +93,11 @@ CHANGES: tuple[Change, ...] = (
         "metrics.jsonl and trackers get means of the spectra and spectra/ has every number, before they got all",
         {"spec-log": "all", "wandb-spec": "all"},
         concerns=lambda args: bool(args.get("spec-monitor")),
+    ),
+    Change(
+        "sets above 65,536 images are shuffled by a keyed permutation, before they were sorted by random numbers",
+        {"epoch-order": "sorted"},
+        concerns=_may_be_large,
     ),
 )
 

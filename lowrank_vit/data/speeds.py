@@ -105,7 +105,7 @@ def measure(backends: Mapping[str, Backend], plan: TrainPlan, device: torch.devi
     try:
         for n in range(1 + _ROUNDS):
             for kind, backend in backends.items():
-                img_per_s = _timed(backend, _Few(plan, few), device, limit_s)
+                img_per_s = _timed(backend, Schedule(plan, 0, most=few), device, limit_s)
                 if n:  # the first round warms up
                     taken[kind].append(img_per_s)
     finally:
@@ -126,14 +126,6 @@ def _timed(backend: Backend, schedule: Schedule, device: torch.device, limit_s: 
         # The host may be ahead of the device, of which what is decoded ahead is not waited for.
         Mark.of(current_stream(device)).wait_on_host()
         return count / (time.perf_counter() - begun)
-
-
-class _Few(Schedule):
-    """The first batches of the first epoch."""
-
-    def __init__(self, plan: TrainPlan, num_batches: int) -> None:
-        super().__init__(plan, 0, 0, set())
-        self.ids = self.ids[:num_batches]
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

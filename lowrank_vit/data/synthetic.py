@@ -47,10 +47,9 @@ class SyntheticLoader:
         """Yield the same batch as often as an epoch has steps, from the loaded position on."""
         first = self._step if self._is_loaded and epoch == self._epoch else 0
         self._is_loaded = False
-        ids = self.plan.ids(epoch)
         for step in range(first, self.plan.steps_per_epoch):
             self._epoch, self._step = epoch, step + 1
-            yield Batch(self._images, self._targets, self.plan.batch(epoch, step, ids[step]))
+            yield Batch(self._images, self._targets, self.plan.batch(epoch, step, self.plan.step_ids(epoch, step)))
         self._epoch, self._step = epoch + 1, 0
 
     def stats(self) -> LoaderStats:

@@ -22,7 +22,7 @@ from lowrank_vit.common.devices import to_device
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.lowrank.targets import check_finite
 from lowrank_vit.plan.operations import uniform_table
-from lowrank_vit.plan.plans import Stream
+from lowrank_vit.plan.philox import Stream
 
 _CHUNK = 2**24
 """Entries of a float64 copy that is made at a time; 128 MB."""
@@ -221,7 +221,7 @@ def _comes_first(alone: Tensor, both: Tensor) -> bool:
 def _draw_labels(logits_NK: Tensor, seed: int, first: int) -> Tensor:
     """A label (N,) for each image from its softmax; images are numbered from `first`."""
     positions = np.arange(first, first + len(logits_NK))
-    uniforms = uniform_table(np.uint64(seed), 0, positions, int(Stream.LABEL), 1)[:, 0]
+    uniforms = uniform_table(np.uint64(seed), 0, positions, Stream.LABEL, 1)[:, 0]
     cumulative = logits_NK.double().softmax(dim=1).cumsum(dim=1)
     below = cumulative < to_device(uniforms, logits_NK)[:, None]
     return below.sum(dim=1).clamp_(max=logits_NK.shape[1] - 1)

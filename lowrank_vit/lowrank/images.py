@@ -26,7 +26,8 @@ from lowrank_vit.data.sets.datasets import KINDS, DataOptions, columns_of, kind_
 from lowrank_vit.lowrank.curve import SampleScores
 from lowrank_vit.lowrank.options import CompressOptions
 from lowrank_vit.model.class_match import Trust
-from lowrank_vit.plan.plans import EvalPlan, subset
+from lowrank_vit.plan.order import subset
+from lowrank_vit.plan.plans import EvalPlan
 from lowrank_vit.score.results import Counted, ScoringProgress
 from lowrank_vit.score.scorer import Scorer
 from lowrank_vit.score.validation import follow_model

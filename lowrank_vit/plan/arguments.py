@@ -49,11 +49,16 @@ def check_share(img_size: int, batch_size: int, rank: int, world_size: int) -> N
         raise wrong_argument("rank", f"a whole number below world_size={world_size}", rank)
 
 
-def check_batch(plan: Steps, epoch: int, step: Any, ids: Any) -> None:
-    """Raise `UserError` for a batch that a plan does not have; some microseconds."""
+def check_step(plan: Steps, epoch: int, step: Any) -> None:
+    """Raise `UserError` for a step that a plan does not have."""
     check_whole(EPOCHS, epoch=epoch)
     if not isinstance(step, (int, np.integer)) or not 0 <= step < plan.steps_per_epoch:
         raise wrong_argument("step", f"a whole number below steps_per_epoch={plan.steps_per_epoch}", step)
+
+
+def check_batch(plan: Steps, epoch: int, step: Any, ids: Any) -> None:
+    """Raise `UserError` for a batch that a plan does not have; some microseconds."""
+    check_step(plan, epoch, step)
     is_whole = isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu"
     if not is_whole or (len(ids) and not 0 <= ids.min() <= ids.max() < plan.num_samples):
         raise wrong_argument("ids", f"a row of ids(epoch): whole numbers below {plan.num_samples}", ids)

@@ -73,26 +73,67 @@ class MixRules:
         return self.mixup > 0 or self.cutmix > 0 or self.minmax is not None
 
 
-def draw_mix(rules: MixRules, img_size: int, key: np.uint64, epoch: int, index: int, stream: int) -> Mix:
-    """One draw for `index`: a step, or a sample id."""
-    u_mixed, u_cutmix, u_row, u_column = _uniforms(key, 0, index, epoch, stream)
-    if u_mixed >= rules.prob:
-        return NO_MIX
-    alpha = rules.cutmix if rules.minmax is None else 1.0
-    is_cutmix = alpha > 0 and (rules.mixup == 0 or u_cutmix < rules.switch_prob)
-    lam = float(beta(key, alpha if is_cutmix else rules.mixup, index, epoch, stream))
-    if not is_cutmix:
-        return Mix(lam, is_cutmix=False)
-    if rules.minmax is None:
-        box = cut_box(img_size, lam, u_row, u_column)
-    else:
-        # The draw counter far from those that `beta` may have used.
-        u_height, u_width, _, _ = _uniforms(key, 1 << 20, index, epoch, stream)
-        box = minmax_box(img_size, rules.minmax, u_height, u_width, u_row, u_column)
-    area = (box[1] - box[0]) * (box[3] - box[2])
-    return Mix(1.0 - area / img_size**2, is_cutmix=True, box=box)
+def draw_mixes(
+    rules: MixRules, img_size: int, key: np.uint64, epoch: int, indices: np.ndarray, stream: int
+) -> tuple[Mix, ...]:
+    """One draw for each of `indices`, int64: steps, or sample ids."""
+    low, high = rules.minmax or (-1.0, -1.0)
+    of_rules = (
+        float(rules.mixup),
+        float(rules.cutmix),
+        float(low),
+        float(high),
+        float(rules.prob),
+        float(rules.switch_prob),
+    )
+    lams, is_cutmix, boxes = _draw_mixes(key, epoch, indices, stream, img_size, *of_rules)
+    rows = zip(lams.tolist(), is_cutmix.tolist(), map(tuple, boxes.tolist()), strict=True)
+    return tuple(Mix(lam, cut, box) if cut or lam < 1.0 else NO_MIX for lam, cut, box in rows)
 
 
+@njit(cache=True)
+def _draw_mixes(
+    key: np.uint64,
+    epoch: int,
+    indices: np.ndarray,
+    stream: int,
+    img_size: int,
+    mixup: float,
+    cutmix: float,
+    low: float,
+    high: float,
+    prob: float,
+    switch_prob: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Float64 (M,) lam, bool (M,) is_cutmix and int64 (M, 4) box; `low` is negative where cutmix has no least side."""
+    lams, is_cutmix, boxes = (
+        np.ones(len(indices)),
+        np.zeros(len(indices), np.bool_),
+        np.zeros((len(indices), 4), np.int64),
+    )
+    alpha = cutmix if low < 0 else 1.0
+    for n in range(len(indices)):
+        index = indices[n]
+        u_mixed, u_cutmix, u_row, u_column = _uniforms(key, 0, index, epoch, stream)
+        if u_mixed >= prob:
+            continue
+        is_cutmix[n] = alpha > 0 and (mixup == 0 or u_cutmix < switch_prob)
+        lams[n] = beta(key, alpha if is_cutmix[n] else mixup, index, epoch, stream)
+        if not is_cutmix[n]:
+            continue
+        if low < 0:
+            box = cut_box(img_size, lams[n], u_row, u_column)
+        else:
+            # The draw counter far from those that `beta` may have used.
+            u_height, u_width, _, _ = _uniforms(key, 1 << 20, index, epoch, stream)
+            box = minmax_box(img_size, low, high, u_height, u_width, u_row, u_column)
+        boxes[n, 0], boxes[n, 1], boxes[n, 2], boxes[n, 3] = box
+        area = (box[1] - box[0]) * (box[3] - box[2])
+        lams[n] = 1.0 - area / img_size**2
+    return lams, is_cutmix, boxes
+
+
+@njit(cache=True)
 def cut_box(img_size: int, lam: float, u_row: float, u_column: float) -> tuple[int, int, int, int]:
     """CutMix's box, (top, bottom, left, right) clipped to the image, as timm's `rand_bbox` (Yun et al., ICCV 2019)."""
     cut = int(img_size * math.sqrt(1.0 - lam))
@@ -102,11 +143,12 @@ def cut_box(img_size: int, lam: float, u_row: float, u_column: float) -> tuple[i
     return top, bottom, left, right
 
 
+@njit(cache=True)
 def minmax_box(
-    img_size: int, minmax: tuple[float, float], u_height: float, u_width: float, u_row: float, u_column: float
+    img_size: int, least: float, most: float, u_height: float, u_width: float, u_row: float, u_column: float
 ) -> tuple[int, int, int, int]:
     """CutMix's box with sides between two shares of the image, as timm's `rand_bbox_minmax`."""
-    low, high = int(img_size * minmax[0]), int(img_size * minmax[1])
+    low, high = int(img_size * least), int(img_size * most)
     height, width = low + int(u_height * (high - low)), low + int(u_width * (high - low))
     top, left = int(u_row * (img_size - height + 1)), int(u_column * (img_size - width + 1))
     return top, top + height, left, left + width

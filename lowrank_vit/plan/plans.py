@@ -8,8 +8,8 @@ project draws a random number about the data.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from enum import IntEnum
 
 import numpy as np
 from numba import njit
@@ -20,39 +20,20 @@ from lowrank_vit.common.arguments import (
     SHARE,
     Range,
     check_ascending,
+    check_choice,
     check_number,
     check_type,
     check_whole,
 )
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.filters import BICUBIC, BILINEAR
-from lowrank_vit.plan.arguments import EPOCHS, SEEDS, Sizes, check_batch, check_share, sides_of
+from lowrank_vit.plan.arguments import EPOCHS, SEEDS, Sizes, check_batch, check_share, check_step, sides_of
 from lowrank_vit.plan.dealing import check_global_batch, deal
-from lowrank_vit.plan.mixing import NO_MIX, Mix, MixRules, draw_mix
+from lowrank_vit.plan.mixing import NO_MIX, Mix, MixRules, draw_mixes
 from lowrank_vit.plan.operations import ImageOps, Policy, draw_jitter, draw_ops, join_ops
-from lowrank_vit.plan.philox import philox, to_unit
+from lowrank_vit.plan.order import Order, OrderName
+from lowrank_vit.plan.philox import Stream, philox, to_unit
 from lowrank_vit.plan.rectangles import CenterCrops, Erase, center_crops, center_windows, crop_windows, draw_erase_boxes
-
-
-class Stream(IntEnum):
-    """The last counter word, so that no two uses share a draw. Values are part of the reproducible stream."""
-
-    ORDER = 0
-    CROP = 1
-    FLIP = 2
-    MIX = 3
-    VFLIP = 4
-    OPS = 5
-    JITTER = 6
-    ERASE = 7
-    MIX_SAMPLE = 8
-    INTERPOLATION = 9
-    LABEL = 10
-    SUBSET = 11
-
-
-# A number for compiled code, which does not know enumerations.
-_CROP = int(Stream.CROP)
 
 
 @dataclass(frozen=True)
@@ -100,6 +81,8 @@ class TrainRules:
     recount: int = 1
     mixing: MixRules = field(default_factory=MixRules)
     mixup_off_epoch: int = 0
+    order: OrderName = "keyed"
+    """Of sets of more than 65,536 samples: keyed, or sorted as in earlier versions."""
 
     def __post_init__(self) -> None:
         """Raise `UserError` for what is outside its range."""
@@ -108,6 +91,7 @@ class TrainRules:
         check_number(SHARE, hflip=self.hflip, vflip=self.vflip, reprob=self.reprob)
         check_whole(recount=self.recount)
         check_whole(NOT_NEGATIVE, mixup_off_epoch=self.mixup_off_epoch)
+        check_choice(("keyed", "sorted"), order=self.order)
 
 
 class TrainPlan:
@@ -144,7 +128,7 @@ class TrainPlan:
         check_whole(SEEDS, seed=seed)
         check_whole(accum_steps=accum_steps)
         check_share(img_size, batch_size, rank, world_size)
-        self.heights, self.widths = heights.astype(np.int64), widths.astype(np.int64)
+        self.heights, self.widths = heights, widths
         self.num_samples = len(heights)
         self.rules, self.img_size = rules, img_size
         self.batch_size, self.rank, self.world_size, self.accum_steps = batch_size, rank, world_size, accum_steps
@@ -153,9 +137,12 @@ class TrainPlan:
         check_global_batch(self.num_samples, batch_size, world_size, accum_steps)
         if self.num_samples >= 2**32:
             raise UserError(f"{self.num_samples} samples are more than the plan can number (2**32 - 1).")
-        self._dealing = dealing = deal(global_batch, batch_size, rules.mixing.block if rules.mixing.is_on else 0)
-        blocks, is_alone = dealing.blocks[rank::world_size], dealing.is_alone[rank::world_size]
-        has_one_draw = not is_alone.any() and bool((blocks == blocks[:, :1]).all())
+        dealing = deal(global_batch, batch_size, rules.mixing.block if rules.mixing.is_on else 0)
+        self._num_blocks = dealing.num_blocks
+        of_all = dealing.positions, dealing.blocks, dealing.is_alone
+        self._positions_AB, self._blocks_AB, self._is_alone_AB = (each[rank::world_size].copy() for each in of_all)
+        self._order_of_epoch: tuple[int, Order] | None = None
+        has_one_draw = not self._is_alone_AB.any() and bool((self._blocks_AB == self._blocks_AB[:, :1]).all())
         self._mixes_batches = rules.mixing.mode == "batch" and has_one_draw
         self.updates_per_epoch = self.num_samples // global_batch
         self.steps_per_epoch = self.updates_per_epoch * accum_steps
@@ -178,11 +165,13 @@ class TrainPlan:
         rank: int = 0,
         world_size: int = 1,
         accum_steps: int = 1,
+        order: OrderName = "keyed",
     ) -> TrainPlan:
         """The plan for a `Beton`, by timm's names of what is drawn; `TrainRules` has them all. Raises `UserError`.
 
         `aa`: timm's policy, e.g. "rand-m9-mstd0.5-inc1"; `scale`, `ratio`: of random resized crops; `hflip`, `reprob`:
-        probabilities; `mixup`, `cutmix`: alpha, 0 for none.
+        probabilities; `mixup`, `cutmix`: alpha, 0 for none; `order`: sorted for the stream of earlier versions, which
+        differs for more than 65,536 samples.
         """
         from lowrank_vit.plan.operations import parse_policy  # imports timm
 
@@ -192,32 +181,51 @@ class TrainPlan:
         if mixing.is_on and batch_size == 1:
             raise UserError("mixup and cutmix mix an image with another one of its batch: batch_size=1 has none.")
         policy = parse_policy(aa, "aa=")
-        rules = TrainRules(scale=scale, ratio=ratio, hflip=hflip, policy=policy, reprob=reprob, mixing=mixing)
+        rules = TrainRules(
+            scale=scale, ratio=ratio, hflip=hflip, policy=policy, reprob=reprob, mixing=mixing, order=order
+        )
         share = {"rank": rank, "world_size": world_size, "accum_steps": accum_steps}
         return cls(*sides, rules, seed=seed, img_size=img_size, batch_size=batch_size, **share)
 
     def order(self, epoch: int) -> np.ndarray:
-        """int64 (N,): the permutation of all sample ids for this epoch, the same on every rank.
-
-        Samples are sorted by a random 64-bit number each: uniform up to ties, less likely than N**2 / 2**65.
-        """
-        return np.argsort(_order_keys(self._key, self.num_samples, epoch, Stream.ORDER), kind="stable")
+        """int64 (N,): the permutation of all sample ids for this epoch, the same on every rank."""
+        return self._order(epoch).at(np.arange(self.num_samples))
 
     def ids(self, epoch: int) -> np.ndarray:
         """int64 (steps, batch_size): this rank's share of the epoch's order, `accum_steps` rows to an update."""
         check_whole(EPOCHS, epoch=epoch)
-        updates = self.updates_per_epoch
-        order_UG = self.order(epoch)[: updates * self.global_batch].reshape(updates, self.global_batch)
-        own_AB = self._dealing.positions[self.rank :: self.world_size]
-        return np.ascontiguousarray(order_UG[:, own_AB]).reshape(self.steps_per_epoch, self.batch_size)
+        order = self._order(epoch)
+        return np.stack([order.at(self._places(step)) for step in range(self.steps_per_epoch)])
+
+    def step_ids(self, epoch: int, step: int, without: Collection[int] = ()) -> np.ndarray:
+        """int64 (batch_size,): row `step` of `ids(epoch)`, in the time that one batch takes whatever the set's size.
+
+        `without`: samples to do without. For each the one that follows in the epoch's order, of all ranks, stands in,
+        so that it depends on neither ranks nor batches. Raises `UserError` for a step that is not there.
+        """
+        check_step(self, epoch, step)
+        return self._order(epoch).without(without, self._places(step))
+
+    def _order(self, epoch: int) -> Order:
+        """Kept for the epoch: an order that is sorted takes all samples to make."""
+        kept = self._order_of_epoch
+        if kept is None or kept[0] != epoch:
+            order = Order.of(self._key, self.num_samples, epoch, Stream.ORDER, self.rules.order)
+            self._order_of_epoch = kept = epoch, order
+        return kept[1]
+
+    def _places(self, step: int) -> np.ndarray:
+        """int64 (B,): where a batch's samples stand in the epoch's order."""
+        update, slot = divmod(step, self.accum_steps)
+        return update * self.global_batch + self._positions_AB[slot]
 
     def windows(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         """int32 (B, 4), top, left, height, width: RandomResizedCrop of torchvision and timm for each id."""
         if not self.rules.is_cropped:
             corner = np.zeros(len(ids), np.int64)
             return np.stack([corner, corner, self.heights[ids], self.widths[ids]], axis=1).astype(np.int32)
-        sizes, rules = (self.heights[ids], self.widths[ids]), self.rules
-        return crop_windows(self._key, epoch, _CROP, ids, *sizes, *rules.scale, *rules.ratio)
+        sizes, rules = (self.heights[ids].astype(np.int64), self.widths[ids].astype(np.int64)), self.rules
+        return crop_windows(self._key, epoch, Stream.CROP, ids, *sizes, *rules.scale, *rules.ratio)
 
     def flips(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         """Bool (B,): whether each sample is mirrored in this epoch."""
@@ -235,25 +243,26 @@ class TrainPlan:
         A sample's partner is its mirror image in its block; in `pair` mode both share one draw. One of them for the
         whole batch where in `batch` mode each batch of this rank lies in one block, else one a sample: in every step.
         """
-        rules, key, dealing = self.rules.mixing, self._key, self._dealing
-        slot = step % self.accum_steps * self.world_size + self.rank
+        rules, key, slot = self.rules.mixing, self._key, step % self.accum_steps
         is_off = self.rules.mixup_off_epoch and epoch >= self.rules.mixup_off_epoch
         if is_off or not rules.is_on:
             return (NO_MIX,) * (1 if self._mixes_batches else len(ids))
         if rules.mode == "batch":
-            first, blocks = step // self.accum_steps * dealing.num_blocks, dealing.blocks[slot].tolist()
-            draws = {b: draw_mix(rules, self.img_size, key, epoch, first + b, Stream.MIX) for b in set(blocks)}
+            blocks, first = self._blocks_AB[slot], step // self.accum_steps * self._num_blocks
+            own = np.unique(blocks)
+            draws = draw_mixes(rules, self.img_size, key, epoch, first + own, Stream.MIX)
             if self._mixes_batches:
-                return (draws[blocks[0]],)
-            mixes = tuple(draws[b] for b in blocks)
+                return draws
+            mixes = tuple(draws[n] for n in np.searchsorted(own, blocks))
         else:
             drawn = ids if rules.mode == "elem" else ids[: len(ids) // 2]
-            mixes = tuple(draw_mix(rules, self.img_size, key, epoch, int(i), Stream.MIX_SAMPLE) for i in drawn)
+            mixes = draw_mixes(rules, self.img_size, key, epoch, drawn, Stream.MIX_SAMPLE)
             if rules.mode == "pair":
                 mixes += (NO_MIX,) * (len(ids) % 2) + mixes[::-1]
-        if not dealing.is_alone[slot].any():
+        is_alone = self._is_alone_AB[slot]
+        if not is_alone.any():
             return mixes
-        return tuple(NO_MIX if alone else mix for alone, mix in zip(dealing.is_alone[slot], mixes, strict=True))
+        return tuple(NO_MIX if alone else mix for alone, mix in zip(is_alone, mixes, strict=True))
 
     def ops(self, epoch: int, ids: np.ndarray) -> ImageOps | None:
         """The operations of the policy, then colour jitter, for each id."""
@@ -314,12 +323,13 @@ class EvalPlan:
         check_share(img_size, batch_size, rank, world_size)
         check_number(ABOVE_0, crop_pct=crop_pct)
         self.heights, self.widths, self._interpolation = heights, widths, interpolation
-        self.resized, self.corners = center_crops(heights, widths, img_size, crop_pct)
-        self._windows = center_windows(heights, widths, self.resized, self.corners, img_size)
         self.num_samples, self.batch_size, self.img_size, self.rank = len(heights), batch_size, img_size, rank
-        own = np.array_split(np.arange(len(heights)) if samples is None else samples, world_size)[rank]
-        self._batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
-        self.steps_per_epoch = len(self._batches)
+        self._crop_pct, self._samples = crop_pct, samples
+        each, rest = divmod(len(heights) if samples is None else len(samples), world_size)
+        self._first = rank * each + min(rank, rest)
+        self._end = self._first + each + (rank < rest)
+        """Of this rank's share, in the order of the file."""
+        self.steps_per_epoch = -(-(self._end - self._first) // batch_size)
 
     @classmethod
     def of(
@@ -345,32 +355,25 @@ class EvalPlan:
     def ids(self, epoch: int) -> list[np.ndarray]:
         """This rank's batches of ids, int64 (B,) each; the same in every epoch."""
         check_whole(EPOCHS, epoch=epoch)
-        return self._batches
+        return [self.step_ids(epoch, step) for step in range(self.steps_per_epoch)]
+
+    def step_ids(self, epoch: int, step: int, without: Collection[int] = ()) -> np.ndarray:
+        """One of the batches of `ids(epoch)`, int64 (B,), where samples to do `without` are left out."""
+        check_step(self, epoch, step)
+        first = self._first + step * self.batch_size
+        end = min(first + self.batch_size, self._end)
+        ids = np.arange(first, end) if self._samples is None else self._samples[first:end]
+        return ids[~np.isin(ids, np.fromiter(without, np.int64, len(without)))] if len(without) else ids
 
     def batch(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan:
         """The centre crops of `ids`, unmirrored and unmixed. Raises `UserError` for ids that are not there."""
         check_batch(self, epoch, step, ids)
+        heights, widths = self.heights[ids], self.widths[ids]
+        resized, corners = center_crops(heights, widths, self.img_size, self._crop_pct)
+        windows = center_windows(heights, widths, resized, corners, self.img_size)
         flips, interpolations = np.zeros(len(ids), bool), np.full(len(ids), self._interpolation, np.int8)
-        center = CenterCrops(self.resized[ids], self.corners[ids])
-        return BatchPlan(epoch, step, ids, self._windows[ids], flips, interpolations, (NO_MIX,), center=center)
-
-
-def subset(seed: int, num_samples: int, count: int) -> np.ndarray:
-    """Which `count` of the samples stand for all: int64, ascending; all of them where there are no more.
-
-    A smaller number gives a part of the same samples.
-    """
-    keys = _order_keys(np.uint64(seed), num_samples, 0, Stream.SUBSET)
-    return np.sort(np.argsort(keys, kind="stable")[:count])
-
-
-@njit(cache=True)
-def _order_keys(key: np.uint64, num_samples: int, epoch: int, stream: int) -> np.ndarray:
-    keys = np.empty(num_samples, np.uint64)
-    for i in range(num_samples):
-        w0, w1, _, _ = philox(key, 0, i, epoch, stream)
-        keys[i] = (w0 << np.uint64(32)) | w1
-    return keys
+        center = CenterCrops(resized, corners)
+        return BatchPlan(epoch, step, ids, windows, flips, interpolations, (NO_MIX,), center=center)
 
 
 @njit(cache=True)

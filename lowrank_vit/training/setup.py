@@ -38,7 +38,8 @@ from lowrank_vit.model.create import InputSpec, input_spec
 from lowrank_vit.model.flops import Peak, peak_flops, train_flops_per_image
 from lowrank_vit.model.optimizer import Constant, create_optimizer, create_scheduler, learning_rate
 from lowrank_vit.model.weights import Checkpoint
-from lowrank_vit.plan.plans import TrainPlan, subset
+from lowrank_vit.plan.order import subset
+from lowrank_vit.plan.plans import TrainPlan
 from lowrank_vit.ranks.agree import agree, once
 from lowrank_vit.ranks.records import data_record
 from lowrank_vit.ranks.world import World
@@ -205,8 +206,8 @@ def set_up(
         if ema:
             evaluators["ema_"] = _make_evaluator(config, ema.module, augment)
         if config.spectra.spec_flows:
-            count, seed = config.spectra.spec_flow_images, config.run.seed
-            flows = FlowWatch(evaluators, subset(seed, sets.val.num_samples, count), world, say)
+            watched = config.run.seed, sets.val.num_samples, config.spectra.spec_flow_images
+            flows = FlowWatch(evaluators, subset(*watched, config.data.epoch_order), world, say)
             if line := remark_on_attention(model):
                 lines.append(line)
     if config.spectra.spec_monitor and config.spectra.spec_updates:

@@ -39,9 +39,10 @@ SIGNATURES: dict[str, str] = {
         "(images: Sizes, *, img_size: int, batch_size: int, seed: int = 42, aa: str = 'none', scale: "
         "tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (0.75, 1.3333333333333333), hflip: "
         "float = 0.5, reprob: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0, rank: int = 0, world_size: "
-        "int = 1, accum_steps: int = 1) -> TrainPlan"
+        "int = 1, accum_steps: int = 1, order: OrderName = 'keyed') -> TrainPlan"
     ),
     "TrainPlan.ids": "(self, epoch: int) -> np.ndarray",
+    "TrainPlan.step_ids": "(self, epoch: int, step: int, without: Collection[int] = ()) -> np.ndarray",
     "TrainPlan.batch": "(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan",
     "EvalPlan": (
         "(heights: np.ndarray, widths: np.ndarray, *, img_size: int, crop_pct: float, batch_size: int, rank: int "
@@ -52,6 +53,7 @@ SIGNATURES: dict[str, str] = {
         "int = 1) -> EvalPlan"
     ),
     "EvalPlan.ids": "(self, epoch: int) -> list[np.ndarray]",
+    "EvalPlan.step_ids": "(self, epoch: int, step: int, without: Collection[int] = ()) -> np.ndarray",
     "EvalPlan.batch": "(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan",
     "open_loader": (
         "(beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device | str = 'auto', options: LoaderOptions "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -74,7 +74,7 @@ def usual_workers(device: torch.device, sharing: int = 1) -> int:
 
 
 class Schedule:
-    """The rest of an epoch. Ids are known at once; windows and all else of a batch are drawn in `plan`.
+    """The rest of an epoch: each batch is planned, its ids too, when it is asked for, so none waits for the others.
 
     Backends ask for plans in threads of their own, so that drawing them costs the trainer nothing.
     """
@@ -83,48 +83,26 @@ class Schedule:
         self,
         plan: TrainPlan | EvalPlan,
         epoch: int,
-        first_step: int,
-        bad: set[int],
+        first_step: int = 0,
+        bad: Collection[int] = (),
         check: Callable[[], None] = lambda: None,
+        *,
+        most: int | None = None,
     ) -> None:
-        """`bad`: samples to do without, see `_without`; `check` is called before each batch and may raise."""
-        self._plan, self._check, self.epoch = plan, check, epoch
-        rows = _without(plan, epoch, plan.ids(epoch), bad)[first_step:]
-        self._steps = [first_step + n for n, ids in enumerate(rows) if len(ids)]
-        self.ids = [ids for ids in rows if len(ids)]
-        """int64 (B,) for each batch."""
+        """`bad`: samples to do without, see `step_ids`; `check` is called before each batch and may raise.
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def plan(self, n: int) -> BatchPlan:
-        """The plan of the n-th batch of the schedule."""
-        self._check()
-        return self._plan.batch(self.epoch, self._steps[n], self.ids[n])
+        `most`: steps, where not the whole rest is wanted.
+        """
+        self._plan, self._check, self.epoch, self._bad = plan, check, epoch, np.array(sorted(bad), np.int64)
+        rest = range(first_step, plan.steps_per_epoch)
+        self._steps = rest if most is None else rest[:most]
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        return (self.plan(n) for n in range(len(self)))
-
-
-def _without(
-    plan: TrainPlan | EvalPlan, epoch: int, rows: np.ndarray | list[np.ndarray], bad: set[int]
-) -> list[np.ndarray]:
-    """Rows of ids without `bad` samples.
-
-    In training the sample that follows in the epoch's order (of all ranks) stands in for a bad one, so that the
-    replacement depends on neither ranks nor batches nor on when the damage was found; in evaluation it is left out.
-    """
-    if not bad:
-        return list(rows)
-    if isinstance(plan, EvalPlan):
-        return [ids[~np.isin(ids, list(bad))] for ids in rows]
-    order = plan.order(epoch)
-    stand_in = {}
-    for sample_id in bad:
-        place = int(np.flatnonzero(order == sample_id)[0])
-        others = (int(order[(place + n) % len(order)]) for n in range(1, len(order)))
-        stand_in[sample_id] = next((other for other in others if other not in bad), sample_id)
-    return [np.array([stand_in.get(int(i), int(i)) for i in ids]) for ids in rows]
+        for step in self._steps:
+            ids = self._plan.step_ids(self.epoch, step, self._bad)
+            if len(ids):  # in evaluation bad samples may be all that there were
+                self._check()
+                yield self._plan.batch(self.epoch, step, ids)
 
 
 class Backend(Protocol):

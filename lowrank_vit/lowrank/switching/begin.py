@@ -28,7 +28,8 @@ from lowrank_vit.lowrank.switching.planner import TARGETS_FLAG, Planner, merged_
 from lowrank_vit.lowrank.switching.verdict import Settling, Shares
 from lowrank_vit.lowrank.targets import find_targets, possible_weights
 from lowrank_vit.model.create import InputSpec
-from lowrank_vit.plan.plans import EvalPlan, TrainPlan, subset
+from lowrank_vit.plan.order import subset
+from lowrank_vit.plan.plans import EvalPlan, TrainPlan
 from lowrank_vit.ranks.world import World
 from lowrank_vit.spectral.fused import fused_qkv
 from lowrank_vit.spectral.layers import targets_of_model
@@ -165,7 +166,7 @@ class TrainingImages:
             img_size=spec.img_size,
             crop_pct=spec.crop_pct,
             batch_size=_BATCH,
-            samples=subset(self._config.run.seed, beton.num_samples, count),
+            samples=subset(self._config.run.seed, beton.num_samples, count, self._config.data.epoch_order),
         )
         loader, _ = open_loader(beton, plan, cpu, LoaderOptions("ffcv", usual_workers(cpu)), say=lambda line: None)
         try:

@@ -12,8 +12,9 @@ import yaml
 from lowrank_vit.augment.mixing import mix_images, mix_targets, mix_to_tensor
 from lowrank_vit.config.flags import parse, to_yaml
 from lowrank_vit.plan.dealing import deal
-from lowrank_vit.plan.mixing import NO_MIX, MixRules, draw_mix
-from lowrank_vit.plan.plans import Stream, TrainPlan, TrainRules
+from lowrank_vit.plan.mixing import NO_MIX, MixRules, draw_mixes
+from lowrank_vit.plan.philox import Stream
+from lowrank_vit.plan.plans import TrainPlan, TrainRules
 from lowrank_vit.training.resume import as_resumed
 from tests.runs import checkpoint_of
 from tests.unit.augment.test_pipeline import timms
@@ -66,7 +67,9 @@ def test_an_update_is_timms_mixup_of_each_block(samples, batch, world_size, accu
         ids = one.order(1)[24 * update : 24 * (update + 1)]
         blocks, expected = [ids[low : low + block] for low in range(0, 24, block)], {}
         for number, own in enumerate(blocks):
-            draw = draw_mix(one.rules.mixing, SIDE, np.uint64(5), 1, update * len(blocks) + number, Stream.MIX)
+            (draw,) = draw_mixes(
+                one.rules.mixing, SIDE, np.uint64(5), 1, np.array([update * len(blocks) + number]), Stream.MIX
+            )
             made = timms(images[own], labels[own], [draw], "batch", monkeypatch)
             expected |= {int(i): (image, soft) for i, image, soft in zip(own, *made, strict=True)}
         assert_same(mixed(samples, plans_of(batch, world_size, accum_steps, block=block), update), expected)
@@ -108,7 +111,7 @@ def test_a_block_as_large_as_the_batch_is_the_draw_and_the_order_of_older_runs(b
     assert np.array_equal(deal(len(order), batch, block).positions, earlier)
     for plan in plans_of(batch, slots, 1, block=block):
         for update in range(plan.updates_per_epoch):
-            draw = draw_mix(plan.rules.mixing, SIDE, np.uint64(5), 3, update, Stream.MIX)
+            (draw,) = draw_mixes(plan.rules.mixing, SIDE, np.uint64(5), 3, np.array([update]), Stream.MIX)
             assert plan.batch(3, update, plan.ids(3)[update]).mix == (draw,)
 
 

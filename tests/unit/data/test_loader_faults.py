@@ -129,7 +129,7 @@ def test_the_next_sample_stands_in_even_if_that_one_is_damaged_too(sets):
     plan = train_plan(beton)
     order = plan.order(0).tolist()
     bad = {order[3], order[4], order[-1]}
-    ids = np.concatenate(Schedule(plan, 0, 0, bad).ids).tolist()
+    ids = np.concatenate([batch.ids for batch in Schedule(plan, 0, bad=bad)]).tolist()
     assert ids == [order[5] if n in (3, 4) else order[0] if n == NUM_PHOTOS - 1 else i for n, i in enumerate(order)]
 
 

@@ -47,9 +47,9 @@ def test_slow_gpus_and_large_batches_are_timed_for_a_while_not_for_so_many_batch
 
     def decode(schedule):
         try:
-            for n in range(len(schedule)):
+            for plan in schedule:
                 now[0] += 0.2
-                yield schedule.plan(n).ids
+                yield plan.ids
         finally:
             now[0] += 5.0  # ending early what is decoded ahead counts for nothing
             closed[0] += 1

@@ -13,8 +13,7 @@ from torch.nn import functional
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.lowrank.calibration import Moments, blocks_of, calibrate, calibrate_in_turn, squared_gradients
-from lowrank_vit.plan.philox import philox, to_unit
-from lowrank_vit.plan.plans import Stream
+from lowrank_vit.plan.philox import Stream, philox, to_unit
 from tests.unit.lowrank.examples import TinyModel, model_and_images, moments_of, samples
 
 
@@ -37,7 +36,7 @@ def by_definition(model: TinyModel, images: Tensor, name: str, seed: int) -> Mom
         hook = layer.register_forward_hook(lambda _, args, output, seen=seen: seen.extend([args[0], output]))
         logits = model(image[None])
         hook.remove()
-        u = to_unit(philox(np.uint64(seed), 0, n, 0, int(Stream.LABEL))[0])
+        u = to_unit(philox(np.uint64(seed), 0, n, 0, Stream.LABEL)[0])
         label = int(np.searchsorted(np.cumsum(torch.softmax(logits[0], 0).detach().numpy()), u))
         loss = functional.cross_entropy(logits[0], torch.tensor(label))
         of_weight, of_output = torch.autograd.grad(loss, [layer.weight, seen[1]])

@@ -17,9 +17,11 @@ from timm.data.mixup import rand_bbox, rand_bbox_minmax
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.plan.mixing import MixRules, cut_box
+from lowrank_vit.plan.mixing import NO_MIX, Mix, MixRules, cut_box
 from lowrank_vit.plan.operations import parse_policy
-from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan, TrainRules, subset
+from lowrank_vit.plan.order import subset
+from lowrank_vit.plan.philox import Stream, beta, philox, to_unit
+from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan, TrainRules
 from lowrank_vit.plan.rectangles import center_crops, center_windows
 from tests.distributions import assert_same_distribution
 from tests.slots import joined
@@ -296,6 +298,42 @@ def test_boxes_between_two_sides_have_timms_distribution():
     theirs = np.array([[int(v) for v in rand_bbox_minmax((3, 32, 32), (0.2, 0.8))] for _ in range(4000)])
     for measure in (lambda b: b[:, 1] - b[:, 0], lambda b: b[:, 3] - b[:, 2], lambda b: b[:, 0], lambda b: b[:, 2]):
         assert_same_distribution(measure(ours).tolist(), measure(theirs).tolist())
+
+
+def mixed_in_python(rules: MixRules, side: int, sample_id: int) -> Mix:
+    """The draw for one sample in Python's own arithmetic."""
+    counter = sample_id, 4, Stream.MIX_SAMPLE
+    u_mixed, u_cutmix, u_row, u_column = map(to_unit, philox(np.uint64(7), 0, *counter))
+    if u_mixed >= rules.prob:
+        return NO_MIX
+    alpha = rules.cutmix if rules.minmax is None else 1.0
+    is_cutmix = alpha > 0 and (rules.mixup == 0 or u_cutmix < rules.switch_prob)
+    lam = float(beta(np.uint64(7), alpha if is_cutmix else rules.mixup, *counter))
+    if not is_cutmix:
+        return Mix(lam, is_cutmix=False)
+    height = width = int(side * math.sqrt(1 - lam))
+    row, column = int(u_row * side), int(u_column * side)
+    ends = (row - height // 2, row + (height + 1) // 2, column - width // 2, column + (width + 1) // 2)
+    if rules.minmax is not None:
+        low, high = (int(side * share) for share in rules.minmax)
+        u_height, u_width, *_ = map(to_unit, philox(np.uint64(7), 1 << 20, *counter))
+        height, width = low + int(u_height * (high - low)), low + int(u_width * (high - low))
+        top, left = int(u_row * (side - height + 1)), int(u_column * (side - width + 1))
+        ends = (top, top + height, left, left + width)
+    top, bottom, left, right = (min(max(end, 0), side) for end in ends)
+    return Mix(1 - (bottom - top) * (right - left) / side**2, is_cutmix=True, box=(top, bottom, left, right))
+
+
+@pytest.mark.parametrize("mode", ["elem", "pair"])
+@pytest.mark.parametrize(
+    "rules", [MixRules(0.8, 1.0, prob=0.7), MixRules(0.2), MixRules(0.0, 0.3), MixRules(3.0, minmax=(0.2, 0.8))]
+)
+def test_each_samples_draw_is_that_of_plain_python_to_the_bit(rules, mode):
+    plan, ids = make_plan(rules=TrainRules(mixing=replace(rules, mode=mode))), np.arange(10**9, 10**9 + 301)
+    expected = [mixed_in_python(rules, 32, i) for i in ids.tolist()]
+    if mode == "pair":
+        expected = [*expected[:150], NO_MIX, *expected[149::-1]]
+    assert list(plan.mix(4, 0, ids)) == expected
 
 
 def test_both_of_a_pair_are_mixed_alike_and_the_middle_one_stays():

@@ -11,7 +11,7 @@ import timm
 import torch
 
 from lowrank_vit.augment.pipeline import Augment
-from lowrank_vit.plan.plans import subset
+from lowrank_vit.plan.order import subset
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.flows import FlowWatch, flows_of
 from lowrank_vit.score.evaluate import Evaluator
