@@ -94,7 +94,7 @@ def _done_by(world: World, rank: int, key: str, doing: str, *, speaks: bool) -> 
     """What another rank has made of it, once it has told. Raises `OfRank` with the words of its error."""
     line = f"waiting for {_named(world, [rank])} to finish {doing}" if speaks else ""
     with world.progress.waiting(is_said=True), saying(lambda: line):
-        if not until(lambda: world.store.check([key]), world.start_limit):
+        if not until(lambda: world.store.check([key]), world.start_limit, world.size):
             raise _late(world, [rank], doing, world.start_limit)
     told = json.loads(world.store.get(key))
     if "error" not in told:
@@ -134,17 +134,17 @@ def _decide(
     store.set(keys[world.rank], json.dumps(value))
 
     def missing() -> list[int]:
-        return [rank for rank, key in enumerate(keys) if not store.check([key])]
+        return [int(key.rpartition("/")[2]) for key in _missing(store, keys)]
 
     def line() -> str:
-        late = missing()
         # Those that wait for others speak by the first of them.
-        speaks = late and all(rank in late for rank in range(world.rank))
-        return f"waiting for {_named(world, late)} to finish {doing}" if speaks else ""
+        if any(store.check([key]) for key in keys[: world.rank]) or not (late := missing()):
+            return ""
+        return f"waiting for {_named(world, late)} to finish {doing}"
 
     wanted = keys if world.is_first else [outcome]
     with world.progress.waiting(is_said=True), saying(line):
-        if not until(lambda: store.check(wanted), limit):
+        if not until(lambda: store.check(wanted), limit, world.size):
             raise _late(world, missing() or [0], doing, limit)
     if world.is_first:
         values = [json.loads(text) for text in store.multi_get(keys)]
@@ -158,6 +158,14 @@ def _late(world: World, ranks: Sequence[int], doing: str, limit: timedelta) -> O
         "dead mount is the usual reason.",
         ranks[0],
     )
+
+
+def _missing(store: Any, keys: list[str]) -> list[str]:
+    """Those that are not there; it asks seldom where these are few."""
+    if store.check(keys):
+        return []
+    half = len(keys) // 2
+    return _missing(store, keys[:half]) + _missing(store, keys[half:]) if half else keys
 
 
 def _named(world: World, ranks: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import socket
@@ -30,7 +31,8 @@ from lowrank_vit.ranks.agent import agent, has_ended
 from lowrank_vit.ranks.agree import OfRank
 from lowrank_vit.ranks.joining import environment_world
 from lowrank_vit.ranks.signs import USUAL, Limits, Signs
-from lowrank_vit.ranks.world import Channel, World, collectives_begun
+from lowrank_vit.ranks.waiting import pause_s
+from lowrank_vit.ranks.world import World, collectives_begun
 
 _POLL_S = 0.25
 _RANK_0_FAILS_TOO_S = 20.0
@@ -68,6 +70,8 @@ class Failing:
         self._is_training = True
         self._is_alone = False
         """The launcher is gone, and all know."""
+        self._lost: int | None = None
+        """The neighbour to which the connection was lost."""
         self.save_and_end: Callable[[], None] | None = None
         """Asks the run, once it trains, to save and end, from another thread."""
 
@@ -99,11 +103,9 @@ class Failing:
         signs = Signs(world.progress, store, world.rank, world.size, limits, say=world.say)
         watching = threading.Thread(target=self._watch, args=(store, is_over, signs), name="ranks", daemon=True)
         self._agent = agent()
-        channel = self._world.channel(timedelta(days=365))
-        told = self._world.store.clone()
         after, before = ((self._world.rank + step) % self._world.size for step in (1, -1))
         # A thread, since the main one may wait for a device that waits for the lost rank.
-        neighbour = threading.Thread(target=self._listen, args=(channel, told, after), name="neighbour", daemon=True)
+        neighbour = threading.Thread(target=self._listen, args=(after,), name="neighbour", daemon=True)
         neighbour.start()
         watching.start()
         world.start_limit = timedelta.max
@@ -111,7 +113,7 @@ class Failing:
             yield
             self._is_through = True  # from here on rank 0, which may have the store, may end
             self._world.wait_for_all()
-            channel.signal(before)
+            world.side.signal(before)
             neighbour.join()
         finally:
             # It must not be inside torch's C++ code when the interpreter ends: that aborts the process.
@@ -139,15 +141,21 @@ class Failing:
 
     def _watch(self, store: Any, is_over: threading.Event, signs: Signs) -> None:
         """End this process when another rank has noted its failure in the store, or the ranks wait too long for one."""
+        read_at, pause = -math.inf, pause_s(_POLL_S, self._world.size)
         try:
             while not is_over.wait(_POLL_S):
+                if self._lost is not None:
+                    self._note_lost(store, self._lost)
                 if self._is_failing:
                     continue
-                if store.check([_FAILED]) and not self._is_failing:
+                is_due = (now := time.monotonic()) - read_at >= pause
+                if is_due and store.check([_FAILED]) and not self._is_failing:
                     break
-                if stuck := signs.poll(time.monotonic()):
+                if stuck := signs.poll(now):
                     self._end(self._tell(stuck))
-                self._world.common_step.poll(store, self._world.rank, self._world.size)
+                if is_due:
+                    read_at = now
+                    self._world.common_step.poll(store, self._world.rank, self._world.size)
                 if self._agent and has_ended(self._agent):
                     self._lose_launcher(
                         f"torchrun's agent on {socket.gethostname()} (process {self._agent.pid}) is gone"
@@ -192,14 +200,17 @@ class Failing:
             print(f"warning: rank {self._world.rank}: {what}. The run saves and ends.", file=sys.stderr, flush=True)
         self.save_and_end()
 
-    def _listen(self, channel: Channel, store: Any, after: int) -> None:
+    def _note_lost(self, store: Any, rank: int) -> None:
+        self._lost = None
+        if not store.check([_FAILED]):  # else it has ended because of another
+            store.compare_set(_WHO, "", str(rank))
+
+    def _listen(self, after: int) -> None:
         """Wait for the next rank's word that all is well; a lost connection instead of it ends this process."""
         try:
-            channel.wait_for(after)
+            self._world.side.wait_for(after)
         except RuntimeError as error:
-            with contextlib.suppress(RuntimeError):
-                if not store.check([_FAILED]):  # else it has ended because of another
-                    store.compare_set(_WHO, "", str(after))
+            self._lost = after  # told by the other thread, which has a connection with the store
             time.sleep(_LOST_CONNECTION_S)
             if not self._is_failing:
                 self._end(self._tell(_gone(after, error)))

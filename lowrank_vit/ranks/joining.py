@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import os
+import resource
 import secrets
 import socket
 import time
@@ -24,7 +25,7 @@ from lowrank_vit.ranks.agent import agent, has_ended
 from lowrank_vit.ranks.agree import OfRank, Record, agree, differences
 from lowrank_vit.ranks.signs import USUAL, Limits
 from lowrank_vit.ranks.waiting import saying, until
-from lowrank_vit.ranks.world import World
+from lowrank_vit.ranks.world import World, connect_ring
 
 ALONE = "LRV_JOIN_ALONE"
 """Where the environment has it as 1, one process makes its collectives and averages its gradients, too."""
@@ -33,6 +34,8 @@ _RESOLVE_S = 5.0
 """Time for a name to become known: a cluster's may come a little later than the process."""
 _AGENT_S = 10.0
 """Time for torchrun's store to answer, which is there before any rank is: where it does not, its agent has ended."""
+_OTHER_DESCRIPTORS = 512
+"""Files, pipes and connections of a rank beside those of the store; more than a training was seen to have."""
 _LEFT_OVER = (
     "Unset WORLD_SIZE, which may be left over in the environment, or start with torchrun --nproc-per-node=N -m "
     "lowrank_vit.train ..."
@@ -143,10 +146,15 @@ def _join(world: World, device: torch.device, record: Callable[[], Record], limi
 
 
 def _connect(world: World, device: torch.device, store: Any, limits: Limits) -> None:
-    """Make the group of all ranks. On CUDA what it sends comes before all else there, as the step waits for it."""
+    """Make the group of all ranks. On CUDA what it sends comes before all else there, as the step waits for it.
+
+    By Gloo a rank is connected with those alone that it sends to, not with all. That takes the store, which may be lost
+    before the ranks have ended, so the connections are made here.
+    """
     import torch.distributed as dist
 
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     dist.init_process_group(
         _backend(device),
         store=store,
@@ -155,6 +163,9 @@ def _connect(world: World, device: torch.device, store: Any, limits: Limits) -> 
         timeout=timedelta(seconds=max(limits.init_s, limits.rank_s)) + _LATER,
         device_id=device if cuda_path(device) else None,
     )
+    connect_ring(dist.group.WORLD)
+    dist.broadcast(torch.zeros(1), src=0)
+    world.side  # noqa: B018
 
 
 def _backend(device: torch.device) -> str:
@@ -219,7 +230,10 @@ def _open_store(world: World, limit: timedelta) -> Any:
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_server = world.is_first and not is_of_agent
-    if not is_server and not until(lambda: _answers(*address), timedelta(seconds=_AGENT_S) if is_of_agent else limit):
+    if is_server:
+        _allow_connections(world.size)
+    may_take = timedelta(seconds=_AGENT_S) if is_of_agent else limit
+    if not is_server and not until(lambda: _answers(*address), may_take, world.size):
         if not is_of_agent:
             raise RuntimeError("nobody answers there")
         raise OfRank(
@@ -237,6 +251,20 @@ def _open_store(world: World, limit: timedelta) -> Any:
         multi_tenant=not is_of_agent,
         use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
     )
+
+
+def _allow_connections(size: int) -> None:
+    """Let this process, which has the store, have two connections with each rank, beside all that it opens itself."""
+    needed, (soft, hard) = 2 * size + _OTHER_DESCRIPTORS, resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != soft < needed:
+        most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(most, soft), hard))
+        if most < needed:
+            raise OfRank(
+                f"{size} ranks need {needed} open files in the process of rank 0, on {socket.gethostname()}, and its "
+                f"limit is {hard}. Raise it there (ulimit -Hn {needed}).",
+                0,
+            )
 
 
 def _answers(host: str, port: int) -> bool:
@@ -294,7 +322,7 @@ class _Meeting:
             store.set(f"asks/{self._rank}", json.dumps({**asking, "times": next(times)}))
             return False
 
-        if not until(is_answered, limit):
+        if not until(is_answered, limit, self._size):
             raise RuntimeError(self.waits_for())
         answer = json.loads(store.get(f"answer/{mine}"))
         if foreign := answer["foreign"]:
@@ -313,18 +341,23 @@ class _Meeting:
 
     def _receive(self, store: Any, attempt: str, limit: timedelta) -> None:
         """Answer the ranks that ask until all have met."""
+        asking = set[int]()
+
+        def key(rank: int) -> str:
+            return f"asks/{rank}"
 
         def have_come() -> bool:
             self._require_agent()
-            for other in range(1, self._size):
-                if store.check([f"asks/{other}"]):
-                    self._answer(store, attempt, other, store.get(f"asks/{other}"))
-                if other in self._missing and store.check([f"met/{attempt}/{other}"]):
-                    self._missing.discard(other)
-                    self._turned_away.pop(other, None)
+            asking.update(rank for rank in range(1, self._size) if rank not in asking and store.check([key(rank)]))
+            texts = store.multi_get([key(rank) for rank in asking]) if asking else ()
+            for rank, told in zip(asking, texts, strict=True):
+                self._answer(store, attempt, rank, told)
+            for rank in [rank for rank in self._missing if store.check([f"met/{attempt}/{rank}"])]:
+                self._missing.discard(rank)
+                self._turned_away.pop(rank, None)
             return not self._missing
 
-        if not until(have_come, limit):
+        if not until(have_come, limit, self._size):
             raise RuntimeError(self.waits_for())
 
     def _answer(self, store: Any, attempt: str, rank: int, asks: bytes) -> None:

@@ -4,6 +4,9 @@ All ranks go through the same program, so the rank that the others wait for is t
 earliest; of those at one place, one that does not itself wait for others; of these, the one that has begun the fewest
 collectives, since some stretches, as the backward pass, have collectives within. Times are counted while this process
 runs: a job that is stopped for the night and continued is not late.
+
+Of many ranks a few, spread over the nodes, read the signs of all, and tell the one that is stuck to say so. So all of
+them together read no more than a small multiple of the number of ranks a second, and nothing while updates are made.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any
 
 from lowrank_vit.common import threads
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.ranks.waiting import pause_s
 
 _PERIOD_S = 1.0
 """Time between two signs of a rank."""
@@ -33,6 +37,8 @@ _FRAMES = 12
 """Innermost ones of a stack."""
 _FEW = 8
 """Ranks that a message names one by one."""
+_JUDGES = 8
+"""Ranks that read the signs of all, if there are more than these."""
 
 
 @dataclass(frozen=True)
@@ -166,14 +172,15 @@ class Signs:
         """
         self._progress, self._store, self._rank, self._size, self._limits = progress, store, rank, size, limits
         self._say, self._main_thread = say, main_thread or threading.main_thread().ident
-        self._period_s = min(_PERIOD_S, limits.rank_s / 20, limits.init_s / 20)
+        self._period_s = pause_s(min(_PERIOD_S, limits.rank_s / 20, limits.init_s / 20), size)
+        self._judges = {size * n // _JUDGES for n in range(_JUDGES)}
         self._host = socket.gethostname()
         self._polled_at: float | None = None
         self._since_sign_s = self._idle_s = 0.0
         self._state: tuple[int, ...] = ()
         self._beat, self._line_at_s = 0, _LINES_S
         self._seen: dict[int, Sign] = {}
-        self._silent_s = dict.fromkeys(range(size), 0.0)
+        self._silent_s = dict.fromkeys(range(size) if rank in self._judges else (), 0.0)
         """Time for which a rank's sign was looked at and had no new beat."""
         self._looked = False
 
@@ -199,6 +206,8 @@ class Signs:
         if self._idle_s < min(self.limit_s / 8, _LINES_S / 2):
             self._looked = False
             return None
+        if self._rank not in self._judges:
+            return self._judged(sign)
         self._look(since_s)
         self._seen[self._rank] = sign
         return self._judge()
@@ -284,14 +293,31 @@ class Signs:
                 return UserError(self._of_itself(signs[self._rank]))
             return UserError(self._of_several(signs, heard, limit_s))
         if heard and stuck_s < limit_s + max(2.0, limit_s / 10):
+            if heard[0] not in self._judges:
+                told = {"ranks": heard[:_FEW], "of": len(heard), "is_alone": len(behind) == 1, "limit_s": limit_s}
+                self._store.set(f"stuck/{heard[0]}", json.dumps({**told, "key": signs[heard[0]].key}))
             return None  # it says so itself, with its own name
         if silent:
             return UserError(self._of_silent(signs, silent, limit_s))
         return UserError(self._of_several(signs, heard, limit_s))
 
+    def _judged(self, own: Sign) -> UserError | None:
+        """The error to end with where one that judges has told this rank to, which has made no progress since."""
+        key = f"stuck/{self._rank}"
+        if self._idle_s < self.limit_s or not self._store.check([key]):
+            return None
+        told = json.loads(self._store.get(key))
+        if tuple(told["key"]) != own.key:  # that was another time
+            return None
+        if told["is_alone"]:
+            return UserError(self._of_itself(own))
+        texts = self._store.multi_get([f"sign/{rank}" for rank in told["ranks"]])
+        signs = {rank: Sign(**json.loads(text)) for rank, text in zip(told["ranks"], texts, strict=True)}
+        return UserError(self._of_several(signs, told["ranks"], told["limit_s"], told["of"]))
+
     def _say_whom(self, signs: dict[int, Sign], behind: list[int]) -> None:
-        """While the ranks start, the first of those that wait says whom they wait for, once a minute."""
-        waiting = [rank for rank, sign in signs.items() if sign.waits]
+        """While the ranks start, the first of those that wait, and judge, says whom they wait for, once a minute."""
+        waiting = [rank for rank in self._judges if signs[rank].waits]
         if (
             not self._progress.is_starting
             or self._progress.is_said
@@ -310,8 +336,9 @@ class Signs:
             f"{self._stack().rstrip()}"
         )
 
-    def _of_several(self, signs: dict[int, Sign], ranks: list[int], limit_s: float) -> str:
-        who, advice = _named(signs, ranks), self._limits.advice(signs[ranks[0]].is_starting)
+    def _of_several(self, signs: dict[int, Sign], ranks: list[int], limit_s: float, size: int | None = None) -> str:
+        """`ranks`: the first of them, which are `size` in all."""
+        who, advice = _named(signs, ranks, size), self._limits.advice(signs[ranks[0]].is_starting)
         why = ""
         if len(ranks) > 1:
             why = " None of them is behind the others, so it may be the network between them."
@@ -331,7 +358,8 @@ class Signs:
         )
 
 
-def _named(signs: dict[int, Sign], ranks: list[int]) -> str:
-    """Ranks with their hosts, and what they are at."""
+def _named(signs: dict[int, Sign], ranks: list[int], size: int | None = None) -> str:
+    """Ranks with their hosts, and what they are at; `size`: how many they are in all."""
     few = [f"rank {rank} on {signs[rank].host} (in {signs[rank].in_words()})" for rank in ranks[:_FEW]]
-    return ", ".join(few) + (f" and {len(ranks) - _FEW} more" if len(ranks) > _FEW else "")
+    more = (size or len(ranks)) - len(few)
+    return ", ".join(few) + (f" and {more} more" if more else "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,8 +18,10 @@ from lowrank_vit.ranks.signs import Progress
 
 T = TypeVar("T")
 
-_WANTED = "step wanted"
-"""Key in torch's store."""
+_WANTED, _COMMON = "step wanted", "step in common"
+"""Keys in torch's store."""
+_SIGNAL, _PARTS = 0, 1
+"""Tags of messages."""
 
 
 class CommonStep:
@@ -26,6 +30,7 @@ class CommonStep:
     The threads that watch the ranks (see `failing.py`) tell one another through torch's store which step each rank ends
     next. The greatest of these is the common one: no rank has passed it, and since nobody passes the step that it has
     told before all are known, all of them hear of it in time. So it comes within a step, however slow steps become.
+    Rank 0 reads what all have told, and tells the others.
     It comes once in a run. The main thread calls `is_here`, the watching one the rest.
     """
 
@@ -63,9 +68,12 @@ class CommonStep:
             with self._lock:
                 self._told = self._steps + 1
             store.set(f"step/{rank}", str(self._told))
-        keys = [f"step/{other}" for other in range(size)]
+        keys = [f"step/{other}" for other in range(size)] if rank == 0 else [_COMMON]
         if store.check(keys):
-            self._common = max(map(int, store.multi_get(keys)))
+            common = max(map(int, store.multi_get(keys)))
+            if rank == 0:
+                store.set(_COMMON, str(common))
+            self._common = common
             self._is_decided.set()
 
     def give_up(self) -> None:
@@ -95,6 +103,7 @@ class World:
     """A name that all attempts of one launch share while torchrun's own store lives; empty for one process."""
     joins_alone: bool = False
     """Whether one process, too, makes its collectives and averages its gradients, as a test of NCCL on one GPU does."""
+    _side: Channel | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_joined(self) -> bool:
@@ -158,20 +167,30 @@ class World:
             torch.distributed.broadcast_object_list(values, src=0)
         return values[0]  # type: ignore[return-value]
 
+    @property
+    def side(self) -> Channel:
+        """The ranks' own channel, of which no call ends but with the other ranks. The first to ask are all together.
+
+        `joined` asks. One thread beside the main one may wait for a neighbour in it.
+        """
+        if self._side is None:
+            self._side = self.channel(timedelta(days=365))
+        return self._side
+
     def gather(self, value: T) -> list[T]:
-        """Every rank's value (anything that can be pickled), by rank, on every rank."""
+        """Every rank's value (anything that can be pickled), by rank, on every rank, which has memory for all."""
+        return self.from_first(self.gather_on_first(value))  # type: ignore[return-value]
+
+    def gather_on_first(self, value: T) -> list[T] | None:
+        """Every rank's value (anything that can be pickled), by rank, on the first one; None on the others."""
         if not self.is_joined:
             return [value]
-        values: list[Any] = [None] * self.size
         with self.progress.waiting():
-            torch.distributed.all_gather_object(values, value)
-        return values
+            return self.side.gather(value)
 
     def wait_for_all(self) -> None:
         """Wait until every rank has come here."""
-        if self.is_joined:
-            with self.progress.waiting():
-                torch.distributed.barrier()
+        self.greatest(0.0)
 
     def channel(self, timeout: timedelta, *, agrees: bool = False) -> Channel:
         """Make a channel among all ranks, which call this together.
@@ -182,7 +201,9 @@ class World:
         def group() -> Any:
             return torch.distributed.new_group(backend="gloo", timeout=timeout) if self.is_joined else None
 
-        return Channel(self.rank, self.size, group(), group() if agrees else None, self.progress)
+        channel = Channel(self.rank, self.size, group(), group() if agrees else None, self.progress)
+        channel.connect()
+        return channel
 
 
 def collectives_begun() -> int:
@@ -202,6 +223,8 @@ class Channel:
 
     It goes over the host's network, in a Gloo group of its own. Every rank makes the same calls in the same order, from
     one thread. They raise `RuntimeError` where another rank has ended.
+
+    A rank is connected with its two neighbours and with those that a binomial tree links it to, at most 2 + log2(size).
     """
 
     def __init__(
@@ -230,18 +253,66 @@ class Channel:
 
         return wait
 
-    def gather(self, part: T) -> list[T] | None:
-        """Every rank's part (anything that can be pickled) on rank 0, by rank; None on the others."""
+    def connect(self) -> None:
+        """Make the connections that later calls need, which takes the store: every rank calls it together."""
+        if self._group is None:
+            return
+        self.gather(None)
+        connect_ring(self._group)
+        if self._main_group is not None:
+            connect_ring(self._main_group)
+
+    def gather(self, part: T, *, of: int | None = None) -> list[T] | None:
+        """Every rank's part (anything that can be pickled) on rank 0, by rank; None on the others.
+
+        Parts travel as they are, one at a time, up a binomial tree: a rank between holds no more than one beside its
+        own. `of`: the first so many ranks take part, and the others do nothing; default: all.
+        """
         if self._group is None:
             return [part]
-        parts: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        torch.distributed.gather_object(part, parts, dst=0, group=self._group)
-        return parts
+        size, rank = self.size if of is None else max(1, min(of, self.size)), self.rank
+        if rank >= size:
+            return None
+        parts, above, step = [part], rank & (rank - 1), 1
+        if rank:
+            self._send(_pickled(part), above)
+        while rank % (2 * step) == 0 and rank + step < size:
+            for _ in range(min(step, size - rank - step)):  # those below that rank, itself first
+                data = self._receive(rank + step)
+                if rank:
+                    self._send(data, above)
+                else:
+                    parts.append(pickle.loads(data.numpy().data))
+            step *= 2
+        return None if rank else parts
+
+    def _send(self, data: Tensor, rank: int) -> None:
+        for one in (torch.tensor([data.numel()]), data):
+            self._group.send([one], rank, _PARTS).wait()
+
+    def _receive(self, rank: int) -> Tensor:
+        size = torch.zeros(1, dtype=torch.int64)
+        self._group.recv([size], rank, _PARTS).wait()
+        data = torch.empty(int(size), dtype=torch.uint8)
+        self._group.recv([data], rank, _PARTS).wait()
+        return data
 
     def signal(self, rank: int) -> None:
         """End that rank's `wait_for` this one."""
-        torch.distributed.send(torch.zeros(1), dst=rank, group=self._group)
+        self._group.send([torch.zeros(1)], rank, _SIGNAL).wait()
 
     def wait_for(self, rank: int) -> None:
         """Wait until that rank signals."""
-        torch.distributed.recv(torch.zeros(1), src=rank, group=self._group)
+        self._group.recv([torch.zeros(1)], rank, _SIGNAL).wait()
+
+
+def connect_ring(group: Any) -> None:
+    """Connect every rank of a Gloo group with its two neighbours, as its sums do."""
+    group.allreduce([torch.zeros(1)]).wait()
+
+
+def _pickled(part: Any) -> Tensor:
+    """uint8 (n,)"""
+    buffer = io.BytesIO()
+    pickle.dump(part, buffer, pickle.HIGHEST_PROTOCOL)
+    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)

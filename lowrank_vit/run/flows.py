@@ -61,8 +61,8 @@ class FlowWatch(Batches):
         """The validation is over. Every rank calls it together; the first tells `log` what was found out."""
         start = time.perf_counter()
         own, self._found = self._found, []
-        found = [part for of_rank in self._world.gather(own) for part in of_rank]
-        if not self._world.is_first or not found:
+        found = [part for of_rank in self._world.gather_on_first(own) or () for part in of_rank]
+        if not found:
             return
         ids, images = (np.concatenate(parts) for parts in zip(*found, strict=True))
         try:

@@ -30,7 +30,7 @@ MARK = ".launch"
 def names(world: World) -> list[str]:
     """What this attempt's launch is known by, of all nodes; empty without torchrun. Every rank calls it."""
     own = [_agent(), world.launch] if os.environ.get("TORCHELASTIC_RUN_ID") else []
-    return sorted({name for told in world.gather(own) for name in told if name})
+    return world.from_first(sorted({name for told in world.gather_on_first(own) or () for name in told if name}))
 
 
 def _agent() -> str:

@@ -345,8 +345,8 @@ class Trainer:
         """How many different samples all ranks have left out as damaged; they are gathered when there are more."""
         counts = [int(one.loading.bad_samples) for one in ranks]
         if counts != self._bad_counts:
-            found = self.world.gather(self.setup.train_loader.bad)
-            self._bad_counts, self._num_bad = counts, len(frozenset[int]().union(*found))
+            found = self.world.gather_on_first(self.setup.train_loader.bad) or ()
+            self._bad_counts, self._num_bad = counts, self.world.from_first(len(frozenset[int]().union(*found)))
         return self._num_bad
 
     def _finish_epoch(self, epoch: int, stats: EpochStats) -> None:

@@ -214,7 +214,8 @@ class SpectralMonitor:
         is_aside = self._stream is not None
         keys, memory = self._watched.keys, taken_up.memory
         of_worker = (settings, store, memory, ranks, keys, self._stream, say)
-        self._worker = Worker(*of_worker, is_aside=is_aside, heads=self._watched.heads, on_full=on_full)
+        of_rank: dict[str, Any] = {"heads": self._watched.heads, "num_workers": self._watched.num_workers}
+        self._worker = Worker(*of_worker, is_aside=is_aside, on_full=on_full, **of_rank)
         self.store_dir = store.path
         """Where the spectra go, absolute."""
         _open.add(self)

@@ -72,8 +72,8 @@ class Watched:
         """By name: "shape", and the recorded indices "top" and "last", 1-based."""
         self.keys = [f"{kind}/{name}" for kind in models for name in every]
         """Of all ranks, in the order in which they are stored."""
-        mine = share_out(shapes, ranks.size)[ranks.rank]
-        self._mine = {name: every[name] for name in mine}
+        shares = share_out(shapes, ranks.size)
+        self._mine = {name: every[name] for name in shares[ranks.rank]}
         self._every = every if ranks.rank == 0 else {}
         self._num_ranks = ranks.size
         if rename is not None and circuits != "none":
@@ -81,6 +81,8 @@ class Watched:
         blocks = attention_blocks(models[MODEL], circuits, "circuits")
         self.heads = Heads.shared_out(blocks, ranks.size)[ranks.rank] if blocks else None
         """This rank's share of the circuits."""
+        self.num_workers = min(ranks.size, max(sum(map(bool, shares)), len(blocks)))
+        """So many ranks, the first, have a share of the work."""
         self._every_head = Heads(blocks, tuple(blocks)) if blocks else None
 
     @property
@@ -228,7 +230,7 @@ def share_out(shapes: Mapping[str, Sequence[int]], world_size: int) -> list[list
     """Which names each rank computes: dearest first to the rank with the least work; the same on every rank.
 
     The cost of an (R, C) matrix is that of its Gram matrix and of the eigenvalues, L K^2 + 4/3 K^3 (L the long side, K
-    the short one). Each list is in the order of `shapes`.
+    the short one). Each list is in the order of `shapes`; of more ranks than names the last have none.
     """
     costs = {name: max(shape) * min(shape) ** 2 + 4 / 3 * min(shape) ** 3 for name, shape in shapes.items()}
     loads, owner = [0.0] * world_size, dict[str, int]()

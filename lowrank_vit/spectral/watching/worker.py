@@ -92,8 +92,11 @@ class Worker:
         is_aside: bool = False,
         heads: Heads | None = None,
         on_full: OnFull | None = None,
+        num_workers: int | None = None,
     ) -> None:
         """Start the thread; `keys` are those of all ranks, in the order in which they are stored.
+
+        `num_workers`: the first so many ranks have a share of the work, and the others tell nothing; default: all.
 
         `heads`: this rank's share of the circuits. `on_full`: told of every refresh of whole spectra before these are
         computed, whatever becomes of them, or of why there are no copies; it raises nothing.
@@ -106,6 +109,7 @@ class Worker:
         if settings.on_cpu:  # as those of a snapshot, which they are compared with
             memory.weights = self._on_cpu(memory.weights)
         self._keys, self._stream, self._heads, self._on_full = keys, stream, heads, on_full
+        self._num_workers = num_workers
         self._aside = Aside() if is_aside else None
         self._say, self._is_failing = say, False
         self._noted: set[str] = set()
@@ -188,7 +192,8 @@ class Worker:
                 on_full(snapshot.update, error)
         # Also after a failure, since the others are waiting here; an error itself may not survive the way.
         sent = part and replace(part, solved={key: replace(one, start=None) for key, one in part.solved.items()})
-        parts = self._ranks.gather(sent or (f"{type(failure).__name__}: {failure}" if failure else ""))
+        told = sent or (f"{type(failure).__name__}: {failure}" if failure else "")
+        parts = self._ranks.gather(told, of=self._num_workers)
         if parts is None:  # the first rank tells of what failed here
             self.failed += failure is not None
             return

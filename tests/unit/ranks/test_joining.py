@@ -287,3 +287,19 @@ def test_a_port_in_use_is_told(environment):
         told = rf"cannot meet the others at 127.0.0.1:{port}: .*--master-port"
         with pytest.raises(UserError, match=told), joined(environment_world(), CPU):
             pass
+
+
+@pytest.mark.parametrize(
+    ("limits", "after"),
+    [((1024, 4096), (2560, 4096)), ((1024, -1), (2560, -1)), ((3000, 4096), None), ((-1, -1), None), ((256, 2000), ())],
+)
+def test_the_process_that_has_the_store_may_open_a_connection_with_every_rank(monkeypatch, limits, after):
+    set_to = list[tuple[int, int]]()
+    monkeypatch.setattr(joining.resource, "getrlimit", lambda kind: limits)
+    monkeypatch.setattr(joining.resource, "setrlimit", lambda kind, given: set_to.append(given))
+    if after == ():
+        with pytest.raises(OfRank, match=r"1024 ranks need 2560 open files .* limit is 2000\. .*ulimit -Hn 2560"):
+            joining._allow_connections(1024)
+    else:
+        joining._allow_connections(1024)
+        assert set_to == ([after] if after else [])

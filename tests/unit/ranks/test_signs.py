@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -255,3 +256,76 @@ def test_a_rank_alone_judges_itself_by_its_own_clock():
     signs = Signs(progress, None, 0, 2, LIMITS, say=print, main_thread=other.ident)
     errors = [signs.alone(float(now)) for now in range(70)]
     assert next(n for n, error in enumerate(errors) if error) == 60
+
+
+MANY = 24
+"""Ranks of which 0, 3, 6, .. read the signs of all."""
+
+
+@pytest.mark.parametrize("stuck", [(0,), (5,), (10, 12), (12, 13)])
+def test_of_many_ranks_those_that_are_behind_name_themselves_too(stuck):
+    ranks = Ranks(MANY)
+    ranks.wait_for(*stuck)
+    found = ranks.first_error_within(70)
+    assert found is not None
+    rank, said = found
+    assert rank == stuck[0]
+    assert re.search("no progress for 6[0-2] s", said)
+    if len(stuck) == 1:
+        assert said.startswith("stuck on ")
+        assert "Its main thread is here:" in said
+    else:
+        assert all(f"rank {one} on " in said for one in stuck)
+        assert "rank 1 on" not in said
+
+
+@pytest.mark.parametrize("stopped", [0, 5])
+def test_of_many_ranks_a_stopped_one_is_named_by_another(stopped):
+    ranks = Ranks(MANY)
+    assert ranks.first_error_within(5) is None
+    ranks.wait_for(stopped)
+    ranks.stopped.add(stopped)
+    found = ranks.first_error_within(80)
+    assert found is not None
+    rank, said = found
+    assert rank != stopped
+    assert re.match(rf"rank {stopped} on \S+ \(in starting\) gives no sign of life since", said), said
+
+
+def test_what_was_said_of_a_rank_before_it_went_on_is_no_longer_so():
+    ranks = Ranks(MANY)
+    ranks.wait_for(5)
+    ranks.stopped.add(5)  # it is told, and has no time to hear of it
+    assert ranks.first_error_within(61) is None
+    ranks.stopped.discard(5)
+    ranks.progress[5].place, ranks.progress[5].waits = 12, True
+    ranks.progress[7].place, ranks.progress[7].waits = 11, False
+    found = ranks.first_error_within(70)
+    assert found is not None
+    assert found[0] == 7
+
+
+class Asked:
+    """A store that counts the keys which are read there."""
+
+    def __init__(self, store: Any, count: list[int]) -> None:
+        self._store, self._count = store, count
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*given: Any) -> Any:
+            self._count[0] += len(given[0]) if isinstance(given[0], list) else 1
+            return getattr(self._store, name)(*given)
+
+        return call
+
+
+def test_what_all_ranks_ask_of_the_store_grows_with_their_number_alone():
+    def asked_in_a_minute(size: int) -> int:
+        ranks, count = Ranks(size), [0]
+        ranks.wait_for(size // 2 + 1)
+        for signs in ranks._signs:
+            signs._store = Asked(signs._store, count)
+        assert ranks.first_error_within(55) is None
+        return count[0]
+
+    assert asked_in_a_minute(32) < 2.2 * asked_in_a_minute(16)

@@ -6,6 +6,7 @@ import itertools
 import random
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def test_the_greatest_step_that_a_rank_ends_next_is_common(store):
     for one, steps in zip(ranks, (4, 5, 5), strict=True):
         assert not any(one.is_here() for _ in range(steps))
     ranks[1].is_wanted = True
-    for rank in (1, 0, 2, 1, 0):
+    for rank in (1, 0, 2, 0, 1, 2):  # the first tells the others
         ranks[rank].poll(store, rank, 3)
     assert [one.is_here() for one in ranks] == [False, True, True]
     assert ranks[0].is_here()
@@ -46,6 +47,21 @@ def test_none_ends_its_step_before_all_are_known(store):
     ranks[0].poll(store, 0, 2)
     waiting.join(LONG_S)
     assert here == [False]
+
+
+def test_of_many_ranks_one_alone_reads_what_all_have_told(store):
+    ranks, size = [CommonStep() for _ in range(64)], 64
+    ranks[17].is_wanted = True
+    read = list[list[str]]()
+    counting = SimpleNamespace(
+        set=store.set,
+        multi_get=store.multi_get,
+        check=lambda keys: read.append(keys) or store.check(keys),
+    )
+    for rank in [17, *range(size), *range(size)]:
+        ranks[rank].poll(counting, rank, size)
+    assert all(one.is_here() for one in ranks)
+    assert sum(map(len, read)) < 10 * size
 
 
 def test_without_a_store_a_rank_goes_on(store):

@@ -38,9 +38,9 @@ class OneOf(World):
         super().__init__(rank=rank)
         self.others = others
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather_on_first(self, value: Any) -> list[Any] | None:
         self.others.insert(0, value)
-        return self.others
+        return self.others if self.is_first else None
 
 
 @pytest.fixture(scope="module")

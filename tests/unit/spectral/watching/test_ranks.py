@@ -171,7 +171,7 @@ class Script:
         greatest = max(self.others.pop(0) if self.others else _IDLE, number)
         return lambda: greatest
 
-    def gather(self, part: Any) -> list[Any] | None:
+    def gather(self, part: Any, *, of: int | None = None) -> list[Any] | None:
         self.gathered.append(getattr(part, "update", part))
 
 
@@ -253,7 +253,7 @@ def test_a_refresh_is_done_again_where_all_ranks_can(tmp_path: Path, others: tup
 def test_a_rank_whose_refresh_fails_still_meets_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     met: list[Any] = []
     script = Script()
-    monkeypatch.setattr(script, "gather", met.append)
+    monkeypatch.setattr(script, "gather", lambda part, of: met.append(part))
     monkeypatch.setattr(refresh_module, "solve_stack", lambda *_, **__: 1 / 0)
     with watch(tiny_vit(), tmp_path, ranks=script) as monitor:
         monitor.observe(0)

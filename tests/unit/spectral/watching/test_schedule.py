@@ -393,7 +393,7 @@ def test_ranks_that_know_of_different_refreshes_before_take_a_whole_one(tmp_path
             greatest = max(number, {3: self.last, 4: -self.last}.get(self.asked, number))
             return lambda: greatest
 
-        def gather(self, part: Any) -> list[Any]:
+        def gather(self, part: Any, *, of: int | None = None) -> list[Any]:
             return [part]
 
     for last, full in ((2, False), (-1, True)):
