@@ -75,14 +75,17 @@ def branches(root: Path = SOURCES) -> list[Branch]:
 
 def find(trees: Mapping[Path, ast.Module], base: Path) -> list[Branch]:
     """Every branch of some files, given as syntax trees; their paths are written as below `base`."""
-    derived = set[str]()
+    derived, files = set[str](), dict[str, _File]()
     known = [(path.relative_to(base).as_posix(), tree, _Facts(tree)) for path, tree in trees.items()]
+    changed = known
     while True:
-        files = [_File(name, tree, facts, derived) for name, tree, facts in known]
-        more = set[str]().union(*(one.derived for one in files)) - derived
+        files |= {name: _File(name, tree, facts, derived) for name, tree, facts in changed}
+        more = set[str]().union(*(one.derived for one in files.values())) - derived
         if not more:
-            return [branch for one in files for branch in one.branches]
+            return [branch for one in files.values() for branch in one.branches]
         derived |= more
+        new = {one.rpartition(":")[2].removesuffix("()") for one in more}
+        changed = [one for one in known if one[2].names & new]
 
 
 @cache
@@ -106,6 +109,7 @@ class _Facts:
 
     def __init__(self, tree: ast.Module) -> None:
         self.aliases: dict[str, str] = {}
+        self.names = set[str]()
         self.decides = set[int]()
         """Nodes that something is decided by."""
         self.handed_on = set[int]()
@@ -114,6 +118,7 @@ class _Facts:
         """Nodes whose failure something is decided by."""
         imported = set[str]()
         for node in ast.walk(tree):
+            self.names.add(_last_name(node))
             if isinstance(node, ast.ImportFrom) and node.module:
                 self.aliases |= {one.asname or one.name: f"{node.module}.{one.name}" for one in node.names}
             elif isinstance(node, ast.Import):

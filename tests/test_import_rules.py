@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +22,7 @@ RANDOM = set(
 )
 
 
+@cache
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
     """The modules that a file imports, as dotted names."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -37,6 +39,7 @@ def of_project(names: set[str]) -> set[str]:
     return {name for name in names if name.split(".")[0] in PACKAGES}
 
 
+@cache
 def rooms() -> dict[str, str]:
     """Each room of the page's table, as a path below the repository, to the column of what it imports."""
     table = PAGE.partition("| room |")[2].partition("\n\n")[0]

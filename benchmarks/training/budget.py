@@ -54,10 +54,10 @@ H100 = Ceilings(781e12, 2.98e12)
 
 def ceilings_of(device: torch.device) -> Ceilings:
     """Measured now, in bfloat16."""
-    size = 1 << (30 if device.type == "cuda" else 26)
+    size, flops = (1 << 30, 1e10) if device.type == "cuda" else (1 << 26, 1e8)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     cases = {
-        "product": products_case(1e10, 1, "TFLOP/s", device, torch.bfloat16, unit_flops=1e12),
+        "product": products_case(flops, 1, "TFLOP/s", device, torch.bfloat16, unit_flops=1e12),
         "copy": copy_case(source, torch.zeros_like(source), 1),
     }
     found = measure("ceilings", cases, {}, environment={}).cases

@@ -32,7 +32,7 @@ ROUNDS = 4
 
 
 def config_on(folder: Path, loader: str = "dali") -> Config:
-    load = Workload("vit_tiny_patch16_224", 32, BATCH, STEPS)
+    load = Workload("test_vit", 32, BATCH, STEPS)
     flags = ["--loader", loader, "--workers", "1", *AUGMENTATION]
     return with_data(config_of(load, CPU, "eager"), folder, flags)
 

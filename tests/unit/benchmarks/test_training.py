@@ -10,6 +10,7 @@ import torch
 from torch.autograd import DeviceType
 
 from benchmarks.__main__ import main
+from benchmarks.harness import limits
 from benchmarks.harness.measure import Result, Samples
 from benchmarks.training import figures, kernels
 from benchmarks.training.decoding import DecodingBeside
@@ -46,6 +47,11 @@ def options(tmp_path_factory) -> Options:
 def _one_run():
     with kept_open():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _products_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(limits._PRODUCT_SIDE, "cpu", 128)
 
 
 def of(options: Options, figure: figures.Figure) -> Options:

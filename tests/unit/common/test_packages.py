@@ -76,7 +76,8 @@ def test_every_extra_that_the_code_names_is_there():
         keyword.value.value
         for package in ("lowrank_vit", "data_prep", "benchmarks")
         for path in (ROOT / package).rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        if "extra=" in (text := path.read_text(encoding="utf-8"))
+        for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Call)
         for keyword in node.keywords
         if keyword.arg == "extra" and isinstance(keyword.value, ast.Constant)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,17 +66,23 @@ def read_all(backend: str, path: Path, mode: str, **more) -> list[str]:
     return [line for line in said if "left out" in line]
 
 
-def test_every_opening_of_an_image_names_its_formats():
+def files_with(name: str) -> Iterator[tuple[Path, ast.Module]]:
+    """The program's files that have a name somewhere, and their syntax."""
     for path in [*(ROOT / "data_prep").rglob("*.py"), *(ROOT / "lowrank_vit").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if name in (text := path.read_text(encoding="utf-8")):
+            yield path, ast.parse(text)
+
+
+def test_every_opening_of_an_image_names_its_formats():
+    for path, tree in files_with("Image"):
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
                 assert "formats" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"
 
 
 def test_nothing_is_handed_the_bare_print():
     """`terminal.say` escapes what names from files may hold; what calls `print` itself is looked at one by one."""
-    for path in [*(ROOT / "data_prep").rglob("*.py"), *(ROOT / "lowrank_vit").rglob("*.py")]:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+    for path, tree in files_with("print"):
         called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Name) and node.id == "print":
