@@ -67,7 +67,7 @@ def test_photographs_where_there_is_no_data(tmp_path):
         (["--preview", "/proc/p.png", "--img-size", "16"], "cannot be written"),
     ],
 )
-def test_errors(argv, message):
+def test_errors(argv, message, sketched):
     with pytest.raises(UserError, match=message):
         main(argv)
 

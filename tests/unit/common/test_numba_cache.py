@@ -38,7 +38,7 @@ def test_it_must_compile_until_it_was_called_and_again_when_its_source_changed(t
 
 
 @pytest.mark.parametrize("is_new", [True, False])
-def test_the_preview_says_so(is_new, tmp_path, monkeypatch, capsys):
+def test_the_preview_says_so(is_new, tmp_path, monkeypatch, capsys, sketched):
     asked = []
     monkeypatch.setattr(
         "lowrank_vit.report.augment_preview.must_compile", lambda *functions: asked.append(functions) or is_new
