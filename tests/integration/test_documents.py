@@ -34,8 +34,12 @@ from tests.waiting import LONG_S
 
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 ENGLISH, CHINESE = "docs/guide.md", "docs/guide_zh.md"
-PICTURES = ("image folders / CIFAR-100 archive / digits / tables / shards of tar / Python objects",)
-"""First lines of fenced blocks without a language that are drawings, not commands."""
+PICTURES = (
+    "image folders / CIFAR-100 archive / digits / tables / shards of tar / Python objects",
+    "top-1 98.89 % (best, epoch 27), 0:31 of training",
+    "data_prep/                           images to .beton files, offline",
+)
+"""First lines of fenced blocks without a language that are drawings or output, not commands."""
 
 TINY_OPTIONS: dict[str, Any] = {"patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
 TINY = " ".join(f"{name}={value}" for name, value in TINY_OPTIONS.items())
@@ -255,7 +259,10 @@ def test_a_block_of_an_unknown_kind_is_an_error(text, place, monkeypatch, tmp_pa
 
 
 def test_both_guides_have_the_same_commands():
-    english, chinese = ([(block.language, block.text) for block in blocks(name)] for name in (ENGLISH, CHINESE))
+    english, chinese = (
+        [(block.language, re.sub(r"(?m)(^|[ ]+)# .*$", "", block.text)) for block in blocks(name)]
+        for name in (ENGLISH, CHINESE)  # comments are translated
+    )
     assert english
     assert english == chinese
 
