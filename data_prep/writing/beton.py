@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -95,7 +95,7 @@ def write_beton(
         ConversionProgress(len(samples), progress) as bar,
     ):
         work = _Work(_BetonFile(partial_file, len(samples), page_size), bar, resume)
-        done = _replay(partial_file, samples, report, resume, work) if resume else 0
+        done = _replay(partial_file, samples, report, resume, work, workers) if resume else 0
         results = map_ordered(report, islice(samples, done, None), workers)
         with closing(results):
             try:
@@ -190,51 +190,86 @@ def _replay(
     report: Callable[[Sample], EncodedImage | BadImageError],
     resume: Resume,
     work: _Work,
+    workers: int,
 ) -> int:
     """Take over what an interrupted run finished, as long as it is still true; return how many samples that is.
 
-    Every sample's data are read back and compared with their checksum, and its source file must not have changed. Of
-    the bad images those count that are still bad, and it does not matter if they have been removed.
+    Every sample's data are read back, in `workers` threads, and compared with their checksum, and its source file must
+    not have changed. Of the bad images those count that are still bad, and it does not matter if they have been
+    removed. Memory as for converting: what waits for its turn, see `map_ordered`.
     """
     beton, count = work.beton, 0
     beton.replaying = True
     work.bar.describe("resume")
     records = partial_file.records()
     kept = np.zeros(len(records), bool)
-    for n, record in enumerate(records):
-        if count == len(samples):
-            break
-        sample = samples[count]
-        image: EncodedImage | BadImageError
-        if record["name_hash"] != name_hash(sample):
-            if record["outcome"] == BAD:
-                continue
-            break
-        if record["outcome"] == BAD:
-            image = report(sample)
-            if not isinstance(image, BadImageError):
+    check = partial(_as_recorded, beton, report, resume)
+    with closing(map_ordered(check, _finished(records, samples, beton), workers)) as results:
+        for one, image in results:
+            if image is None:
                 break
-        elif record["outcome"] == STORED and record["reason"] < len(REASONS):
-            stat = int(record["source_size"]), int(record["source_mtime_ns"])
-            size = int(record["size"])
-            if resume.source_stat(sample) != stat or size > beton.page_size:
-                break
-            data = beton.read_at(beton.next_pointer(size), size)
-            mode, width, height = (int(record[name]) for name in ("mode", "width", "height"))
-            repairs = jpeg_segments.from_bits(int(record["repairs"]))
-            image = EncodedImage(mode, width, height, data, REASONS[record["reason"]], stat, repairs)
-            if len(data) != size or beton.checksum_of(sample, image) != record["checksum"]:
-                break
-        else:
-            break
-        work.add(sample, image)
-        kept[n] = True
-        count += 1
+            work.add(one.sample, image)
+            kept[one.number] = True
+            count += 1
     beton.replaying = False
     beton.journaled = len(beton.unwritten)
     partial_file.replace_records(records[kept])
     work.bar.describe("convert")
     return count
+
+
+class _Finished(NamedTuple):
+    """A sample that an interrupted run has finished, if its record is still true."""
+
+    number: int
+    """Of its record."""
+    sample: Sample
+    record: np.void
+    pointer: int
+    """Where its data begin, if all before it stay."""
+
+
+def _finished(records: np.ndarray, samples: Sequence[Sample], beton: _BetonFile) -> Generator[_Finished]:
+    """The samples that have records, in order, up to the first that another has in its place, or none."""
+    rest = iter(samples)
+    sample = next(rest, None)
+    start, used = beton.page_start, beton.page_used
+    for number, record in enumerate(records):
+        if sample is None:
+            return
+        if record["name_hash"] != name_hash(sample):
+            if record["outcome"] == BAD:  # it was removed
+                continue
+            return
+        size = int(record["size"]) if record["outcome"] == STORED else 0
+        if used + size > beton.page_size:
+            start, used = start + beton.page_size, 0
+        yield _Finished(number, sample, record, start + used)
+        used += size
+        sample = next(rest, None)
+
+
+def _as_recorded(
+    beton: _BetonFile, report: Callable[[Sample], EncodedImage | BadImageError], resume: Resume, one: _Finished
+) -> tuple[_Finished, EncodedImage | BadImageError | None]:
+    """What a record says, read back or found bad again; None where it is not true any more."""
+    sample, record = one.sample, one.record
+    if record["outcome"] == BAD:
+        image = report(sample)
+        return one, image if isinstance(image, BadImageError) else None
+    if record["outcome"] != STORED or record["reason"] >= len(REASONS):
+        return one, None
+    stat = int(record["source_size"]), int(record["source_mtime_ns"])
+    size = int(record["size"])
+    if resume.source_stat(sample) != stat or size > beton.page_size:
+        return one, None
+    data = beton.read_at(one.pointer, size)
+    mode, width, height = (int(record[name]) for name in ("mode", "width", "height"))
+    row = layout.PACK_SAMPLE.pack(mode, width, height, one.pointer, sample.label)
+    if len(data) != size or checksum(row, data) != record["checksum"]:
+        return one, None
+    repairs = jpeg_segments.from_bits(int(record["repairs"]))
+    return one, EncodedImage(mode, width, height, data, REASONS[record["reason"]], stat, repairs)
 
 
 def _encode_or_report(encode: Encode, sample: Sample) -> EncodedImage | BadImageError:
@@ -271,20 +306,9 @@ class _BetonFile:
         self.page_used = 0
         self.page_start = layout.align_to_page(layout.METADATA_START + len(self.rows), page_size)
 
-    def next_pointer(self, size: int) -> int:
-        """Where a sample of `size` bytes goes."""
-        start, used = self.page_start, self.page_used
-        return start + used if used + size <= self.page_size else start + self.page_size
-
     def read_at(self, offset: int, size: int) -> bytes:
         """Bytes of the file; fewer at its end."""
         return os.pread(self.file.fileno(), size, offset)
-
-    def checksum_of(self, sample: Sample, image: EncodedImage) -> int:
-        """`checksum` of the next sample."""
-        pointer = self.next_pointer(len(image.data))
-        row = layout.PACK_SAMPLE.pack(image.mode, image.width, image.height, pointer, sample.label)
-        return checksum(row, image.data)
 
     def append_bad(self, sample: Sample) -> None:
         """Note a sample that is left out."""

@@ -8,7 +8,9 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,11 @@ import data_prep
 from data_prep.formats.beton import MIN_PAGE_SIZE, MODE_RAW
 from data_prep.formats.jpeg import BadImageError, EncodedImage
 from data_prep.sources.samples import Sample
+from data_prep.writing import workers as workers_module
 from data_prep.writing.beton import Resume, Written, write_beton
 from data_prep.writing.resuming import RECORD
 from lowrank_vit.common.errors import UserError
+from tests.waiting import LONG_S
 
 NUM_SAMPLES = 60
 KEY = "0" * 64
@@ -52,12 +56,13 @@ class Folder:
         i = int(sample.name)
         return len(self.contents[i]), self.changed[i]
 
-    def write(self, key: str = KEY, on_bad: str = "error", out: Path | None = None) -> Written:
+    def write(self, key: str = KEY, on_bad: str = "error", out: Path | None = None, workers: int = 1) -> Written:
         self.encoded.clear()
         return write_beton(
             out or self.out,
             self.samples,
             self.encode,
+            workers=workers,
             on_bad=on_bad,  # type: ignore[arg-type]
             page_size=MIN_PAGE_SIZE,
             resume=Resume(key, self.stat),
@@ -113,6 +118,83 @@ def test_runs_that_stop_at_once_lose_nothing(folder: Folder) -> None:
         folder.interrupted(finished)  # at the first new image
     assert folder.write().resumed == finished
     assert folder.out.read_bytes() == folder.whole()
+
+
+def _nothing(folder: Folder) -> None:
+    pass
+
+
+def _a_file_changes(folder: Folder) -> None:
+    folder.changed[20] = 1
+
+
+def _a_byte_on_the_disk_changes(folder: Folder) -> None:
+    path = folder.out.with_name(".a.beton.partial")
+    content = bytearray(path.read_bytes())
+    content[3 * MIN_PAGE_SIZE + 1000] ^= 1
+    path.write_bytes(content)
+
+
+def _a_bad_one_is_mended(folder: Folder) -> None:
+    folder.bad = {7}
+
+
+def _a_bad_one_is_removed(folder: Folder) -> None:
+    folder.samples = [sample for sample in folder.samples if sample.name != "7"]
+
+
+def _a_good_one_is_removed(folder: Folder) -> None:
+    folder.samples = [sample for sample in folder.samples if sample.name != "21"]
+
+
+def _a_label_changes(folder: Folder) -> None:
+    folder.samples[22] = Sample(6, "22")
+
+
+@pytest.mark.parametrize(
+    ("befalls", "most"),
+    [
+        (_nothing, 50),
+        (_a_file_changes, 20),
+        (_a_byte_on_the_disk_changes, 21),
+        (_a_bad_one_is_mended, 31),
+        (_a_bad_one_is_removed, 50),
+        (_a_good_one_is_removed, 21),
+        (_a_label_changes, 22),
+    ],
+)
+def test_threads_read_back_what_one_does(folder: Folder, befalls: Callable[[Folder], None], most: int) -> None:
+    """The same samples are taken over, whatever became of one of them meanwhile, and no more are held than usual."""
+    folder.bad = {7, 31}
+    folder.interrupted(50, on_bad="skip")
+    befalls(folder)
+    partial = {path.name: path.read_bytes() for path in folder.out.parent.glob(".a.beton.partial*")}
+    found = list[tuple[int, bytes]]()
+    for workers in (1, 3):
+        for name, content in partial.items():
+            (folder.out.parent / name).write_bytes(content)
+        folder.out.unlink(missing_ok=True)
+        found.append((folder.write(on_bad="skip", workers=workers).resumed, folder.out.read_bytes()))
+    assert found[0] == found[1]
+    assert most - 15 < found[0][0] <= most
+    assert found[0][1] == folder.whole()
+
+
+def test_threads_read_back_side_by_side(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two reads are under way at once."""
+    folder.interrupted(50)
+    both, pread = threading.Barrier(2), os.pread
+
+    def together(*given: int) -> bytes:
+        both.wait(LONG_S)
+        return pread(*given)
+
+    monkeypatch.setattr(os, "pread", together)
+    monkeypatch.setattr(workers_module, "CHUNK", 1)
+    resumed = len(np.frombuffer(folder.out.with_name(".a.beton.partial.journal").read_bytes()[64:], RECORD)) // 2 * 2
+    journal = folder.out.with_name(".a.beton.partial.journal")
+    journal.write_bytes(journal.read_bytes()[: 64 + resumed * RECORD.itemsize])
+    assert folder.write(workers=2).resumed == resumed
 
 
 def test_a_source_file_that_changed_is_read_again(folder: Folder) -> None:
