@@ -10,7 +10,14 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 
-from data_prep.commands import cifar100_command, digits_command, imagefolder_command, info_command, verify_command
+from data_prep.commands import (
+    cifar100_command,
+    digits_command,
+    imagefolder_command,
+    info_command,
+    list_command,
+    verify_command,
+)
 from data_prep.row_commands import hfds_command, torch_command, wds_command
 from data_prep.writing.bad_images import BadImagesError
 from lowrank_vit.common.errors import exit_cleanly
@@ -21,6 +28,7 @@ _COMMANDS = {
     "digits": digits_command,
     "cifar100": cifar100_command,
     "imagefolder": imagefolder_command,
+    "list": list_command,
     "hfds": hfds_command,
     "wds": wds_command,
     "torch": torch_command,

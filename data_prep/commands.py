@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,19 +20,25 @@ from data_prep.convert import (
     convert_digits,
     convert_image_folder,
     convert_splits,
-    role_by_name,
 )
 from data_prep.formats.beton import file_or_parts, parse_shard
 from data_prep.formats.jpeg import LOSSLESS, ImageOptions
 from data_prep.formats.sidecars import emptied_line, manifest_path
 from data_prep.info import info_table, plot_info
-from data_prep.sources.image_folder import Nested
+from data_prep.sources.file_list import write_list
+from data_prep.sources.image_folder import SPLIT_NAMES, Nested
 from data_prep.verify import verify
 from data_prep.writing.workers import counts_in_words
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.program import CLASSES, find_bundled
 from lowrank_vit.common.resources import available_cores
 from lowrank_vit.common.terminal import output_is_in_files, say
+
+_ROLES = {
+    **dict.fromkeys((*SPLIT_NAMES["val"], "test", "testing", "dev", "holdout", "heldout"), "val"),
+    **dict.fromkeys(SPLIT_NAMES["train"], "train"),
+}
+"""What a word in a set's name says that it is for."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,12 @@ def imagefolder_command(
     storing: tyro.conf.OmitArgPrefixes[Storing],
     doing: tyro.conf.OmitArgPrefixes[Doing],
     classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: all)")] = None,
-    nested_classes: Nested = "leaf",
+    nested_classes: Annotated[
+        Nested | None, tyro.conf.arg(metavar="{leaf,merge,top}", help_behavior_hint="(default: leaf)")
+    ] = None,
+    file_list: Annotated[
+        Path | None, tyro.conf.arg(metavar="LIST", help_behavior_hint="(default: list the folders now)")
+    ] = None,
 ) -> None:
     """Convert a directory with one sub-folder of images for each class.
 
@@ -170,6 +183,7 @@ def imagefolder_command(
         **doing.options(),
         "classes": classes and find_bundled(classes, CLASSES),
         "nested": nested_classes,
+        "file_list": file_list,
     }
     if out.suffix == ".beton":
         image, is_unclear = storing.of_one(role_by_name(src, out))
@@ -181,6 +195,48 @@ def imagefolder_command(
     tell(conversions)
     if is_unclear:
         say_unclear(out)
+
+
+def role_by_name(src: Path, out: Path) -> Literal["train", "val", ""]:
+    """What a set is for by a word in the name of its file, else of its folder: val2017, imagenet-val, cars_testset.
+
+    Empty if no word says so. Where words disagree (train_val) it is trained on.
+    """
+    roles = next(filter(None, map(_roles_in, (out.stem, src.resolve().name))), set[str]())
+    return "train" if "train" in roles else "val" if roles else ""
+
+
+def _roles_in(name: str) -> set[str]:
+    words = re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    return {_ROLES[word] for word in (word.removesuffix("set") for word in words) if word in _ROLES}
+
+
+def list_command(
+    src: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]],
+    out: Annotated[Path, tyro.conf.arg(metavar="LIST")],
+    classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: all)")] = None,
+    nested_classes: Nested = "leaf",
+) -> None:
+    """List a directory of class folders once, for `imagefolder --file-list` in many processes.
+
+    - DIR has one sub-folder of images for each class, or is that of both splits.
+    - LIST has every image's label, name and size. Images are not read.
+    - Each process of `imagefolder --shard I/N --file-list LIST` reads its own part of LIST, and no folder.
+    - What is added to DIR later is not converted; what is removed or gets another size ends a conversion.
+
+    Args:
+        src: The directory. Labels are as `imagefolder` gives them.
+        out: File to write, outside DIR.
+        classes: As for imagefolder, which then needs it no more.
+        nested_classes: As for imagefolder, which then needs it no more.
+    """
+    begun = time.monotonic()
+    chosen = classes and find_bundled(classes, CLASSES)
+    for folder in write_list(src, out, chosen, nested_classes, progress=True):
+        for remark in folder.remarks:
+            say(remark)
+        say(f"listed {len(folder):,} images of {len(folder.classes):,} classes in {folder.source}")
+    say(f"wrote {out}, {size_in_words(out.stat().st_size)}, in {time.monotonic() - begun:.1f} s")
 
 
 def verify_command(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,10 +18,17 @@ import PIL
 
 from data_prep.formats import turbojpeg
 from data_prep.formats.beton import MIN_PAGE_SIZE, PAGE_SIZE, part_path
-from data_prep.formats.jpeg import JPEG_MAX_SIDE, LOSSLESS, EncodedImage, ImageOptions, encode_file, encode_pixels
+from data_prep.formats.jpeg import (
+    JPEG_MAX_SIDE,
+    LOSSLESS,
+    EncodedImage,
+    ImageOptions,
+    encode_pixels,
+)
 from data_prep.formats.sidecars import CONVERTER_VERSION, Manifest
 from data_prep.sources.cifar100 import cifar100, download
-from data_prep.sources.image_folder import SPLIT_NAMES, Nested, image_folder, split_folders
+from data_prep.sources.file_list import encode_listed, file_stat, listed_source, read_list, refuse_other_options
+from data_prep.sources.image_folder import Nested, image_folder, split_folders
 from data_prep.sources.rows import RowSource
 from data_prep.sources.samples import (
     DIGITS_SPLIT_SEED,
@@ -46,11 +51,6 @@ from lowrank_vit.common.resources import available_cores
 DEFAULT_IMAGE_OPTIONS = ImageOptions()
 Options = dict[str, str | int | bool | None]
 Say = Callable[[str], object]
-_ROLES = {
-    **dict.fromkeys((*SPLIT_NAMES["val"], "test", "testing", "dev", "holdout", "heldout"), "val"),
-    **dict.fromkeys(SPLIT_NAMES["train"], "train"),
-}
-"""What a word in a set's name says that it is for."""
 MEND = "Mend the folders, or choose classes that both have with --classes."
 RAW_MAX_SIDE = 1672
 """Pixels; a square of raw pixels must fit one page of 8 MiB."""
@@ -106,7 +106,8 @@ def convert_image_folder(
     *,
     image: ImageOptions = DEFAULT_IMAGE_OPTIONS,
     classes: Path | None = None,
-    nested: Nested = "leaf",
+    nested: Nested | None = None,
+    file_list: Path | None = None,
     part: tuple[int, int] | None = None,
     workers: int | None = None,
     on_bad: Literal["error", "skip"] = "error",
@@ -115,16 +116,18 @@ def convert_image_folder(
 ) -> Conversion:
     """Convert `src`/class/**/image to `out`, going on where an interrupted conversion stopped.
 
-    See `image_folder` for `classes` and `nested`, `encode_image` for `image`, `write_beton` for the rest. `workers`
-    None means one thread a core. `part` (i, n) converts only part i of n, counted from 1, to `part_path(out, i, n)`.
-    `say` hears what is remarkable about the folder. Raises `UserError`.
+    See `list_folder` for `classes` and `nested` (None is "leaf"), `encode_image` for `image`, `write_beton` for the
+    rest. `file_list`: what `write_list` made of `src`, which is not listed again; it tells classes and rule, too.
+    `workers` None means one thread a core. `part` (i, n) converts only part i of n, counted from 1, to
+    `part_path(out, i, n)`. `say` hears what is remarkable about the folder. Raises `UserError`.
     """
     if out.suffix != ".beton":
         raise UserError(
             f"--out {out} does not end in .beton. Give the file to write, for example --out {out / 'train.beton'}."
         )
-    options: dict[str, Any] = {"image": image, "classes": classes, "nested": nested, "part": part, "workers": workers}
-    return convert_folders({out: src}, **options, on_bad=on_bad, progress=progress, say=say)[0]
+    listed: dict[str, Any] = {"classes": classes, "nested": nested, "file_list": file_list}
+    how: dict[str, Any] = {"part": part, "workers": workers, "on_bad": on_bad, "progress": progress, "say": say}
+    return convert_folders({out: src}, image=image, **listed, **how)[0]
 
 
 def convert_splits(
@@ -134,7 +137,8 @@ def convert_splits(
     image: ImageOptions = DEFAULT_IMAGE_OPTIONS,
     val_image: ImageOptions = LOSSLESS,
     classes: Path | None = None,
-    nested: Nested = "leaf",
+    nested: Nested | None = None,
+    file_list: Path | None = None,
     part: tuple[int, int] | None = None,
     workers: int | None = None,
     on_bad: Literal["error", "skip"] = "error",
@@ -154,22 +158,9 @@ def convert_splits(
         )
     outs = {out_dir / f"{split}.beton": folder for split, folder in folders.items()}
     images = {out: val_image if out.stem == "val" else image for out in outs}
-    options: dict[str, Any] = {"image": images, "classes": classes, "nested": nested, "part": part, "workers": workers}
-    return convert_folders(outs, **options, on_bad=on_bad, progress=progress, say=say)
-
-
-def role_by_name(src: Path, out: Path) -> Literal["train", "val", ""]:
-    """What a set is for by a word in the name of its file, else of its folder: val2017, imagenet-val, cars_testset.
-
-    Empty if no word says so. Where words disagree (train_val) it is trained on.
-    """
-    roles = next(filter(None, map(_roles_in, (out.stem, src.resolve().name))), set[str]())
-    return "train" if "train" in roles else "val" if roles else ""
-
-
-def _roles_in(name: str) -> set[str]:
-    words = re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
-    return {_ROLES[word] for word in (word.removesuffix("set") for word in words) if word in _ROLES}
+    listed: dict[str, Any] = {"classes": classes, "nested": nested, "file_list": file_list}
+    how: dict[str, Any] = {"part": part, "workers": workers, "on_bad": on_bad, "progress": progress, "say": say}
+    return convert_folders(outs, image=images, **listed, **how)
 
 
 def _check(image: ImageOptions, workers: int | None, part: tuple[int, int] | None) -> None:
@@ -190,7 +181,8 @@ def convert_folders(
     *,
     image: ImageOptions | Mapping[Path, ImageOptions] = DEFAULT_IMAGE_OPTIONS,
     classes: Path | None = None,
-    nested: Nested = "leaf",
+    nested: Nested | None = None,
+    file_list: Path | None = None,
     part: tuple[int, int] | None = None,
     workers: int | None = None,
     on_bad: Literal["error", "skip"] = "error",
@@ -207,8 +199,15 @@ def convert_folders(
     images = dict.fromkeys(folders, image) if isinstance(image, ImageOptions) else image
     for one in images.values():
         _check(one, workers, part)
-    sources = {out: image_folder(folder, classes, nested) for out, folder in folders.items()}
-    about: Options = {"classes": None if classes is None else str(classes)}
+    listed = None if file_list is None else read_list(file_list)
+    if listed:
+        refuse_other_options(listed, classes, nested)
+        sources: dict[Path, Source] = {out: listed_source(listed, folder) for out, folder in folders.items()}
+        about: Options = {"classes": listed.classes_file}
+    else:
+        sources = {out: image_folder(folder, classes, nested or "leaf") for out, folder in folders.items()}
+        about = {"classes": None if classes is None else str(classes)}
+    nested = listed.nested if listed else nested or "leaf"
     if nested != "leaf":  # the key came later than others
         about["nested_classes"] = nested
     how: dict[str, Any] = {"part": part, "workers": workers, "on_bad": on_bad, "progress": progress, "say": say}
@@ -267,7 +266,7 @@ def convert_sources(
                     options = {**source.options, **options}
                     encode, stat = partial(source.encode, options=image), source.stat if source.can_resume else None
                 else:
-                    encode = partial(encode_file, root=Path(source.name), options=image)
+                    encode = partial(encode_listed, root=Path(source.name), options=image)
                     stat = partial(file_stat, source.name)
                 conversions.append(convert(source, out, encode, options, source_stat=stat))
             except BadImagesError as error:  # those of the next split belong into the same list
@@ -295,15 +294,6 @@ def _with_labels_of_the_first(sources: Mapping[Path, Source], say: Say, *, trust
             say(f"{source.name} has no image of {count} ({abbreviated(missing)}); its labels are those of all")
         fitting[out] = fitted
     return fitting
-
-
-def file_stat(root: str, sample: Sample) -> tuple[int, int]:
-    """Size in bytes and modification time in ns of a source file below `root`; zeros if it cannot be looked at."""
-    try:
-        stat = os.stat(f"{root}/{sample.name}")  # noqa: PTH116  half the time of a `Path`, a million times over
-    except OSError:
-        return 0, 0  # reading the file will say why
-    return stat.st_size, stat.st_mtime_ns
 
 
 def _convert(

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from data_prep.commands import Doing, Storing, say_unclear, tell
-from data_prep.convert import role_by_name
+from data_prep.commands import Doing, Storing, role_by_name, say_unclear, tell
 from data_prep.convert_rows import RowData, convert_dataset, convert_rows, parse_name, without_prefix
 from data_prep.sources.python_dataset import made_by
 from data_prep.sources.table_columns import Columns

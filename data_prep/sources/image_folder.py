@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -28,7 +29,26 @@ _IMAGENET_1K = {"train": 1_281_167, "val": 50_000}
 """Images of its splits."""
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The classes below a folder, and their images, which are told one by one."""
+
+    root: Path
+    classes: tuple[str, ...]
+    count: int
+    """Images of all classes."""
+    files: Callable[[], Iterator[tuple[int, str]]]
+    """Label and name of each, in the order of the samples; from memory."""
+    remarks: tuple[str, ...]
+
+
 def image_folder(root: Path, classes_file: Path | None = None, nested: Nested = "leaf") -> Source:
+    """The classes and images below `root`, see `list_folder`."""
+    listing = list_folder(root, classes_file, nested)
+    return Source(str(root), listing.classes, FileList.pack(listing.files()), remarks=listing.remarks)
+
+
+def list_folder(root: Path, classes_file: Path | None = None, nested: Nested = "leaf") -> Listing:
     """List the classes and images below `root`. Classes are in timm's order (`in_timms_order`), as it has the labels.
 
     `nested` says which folders are classes. `leaf`, as in timm: each one that holds images, by its own name, at any
@@ -41,8 +61,8 @@ def image_folder(root: Path, classes_file: Path | None = None, nested: Nested = 
     `remarks`.
     Raises `UserError` if a folder is missing, unreadable or empty, or a link leads nowhere.
     """
-    wanted = _listed(classes_file) if classes_file else None
-    present = _folders_in(root, wanted or ())
+    wanted = chosen_classes(classes_file) if classes_file else None
+    present = top_folders(root, wanted or ())
     if not present:
         raise UserError(_no_classes_message(root))
     if set(present) <= NO_CLASSES:
@@ -60,12 +80,13 @@ def image_folder(root: Path, classes_file: Path | None = None, nested: Nested = 
     if wanted is not None:
         folders_of = _choose(folders_of, wanted, str(classes_file), tree)
     classes = in_timms_order(folders_of)
-    files = FileList.pack(_files(tree, [folders_of[name] for name in classes]))
+    count = sum(tree.num_images(folder) for folders in folders_of.values() for folder in folders)
     remarks = (
         *_remarks(tree, folders_of, nested, is_chosen=wanted is not None),
-        *count_remarks(root, root.name, classes, len(files)),
+        *count_remarks(root, root.name, classes, count),
     )
-    return Source(str(root), tuple(classes), files, remarks=remarks)
+    files = partial(_files, tree, [folders_of[name] for name in classes])
+    return Listing(root, tuple(classes), count, files, remarks)
 
 
 def split_folders(root: Path) -> dict[str, Path]:
@@ -73,7 +94,7 @@ def split_folders(root: Path) -> dict[str, Path]:
 
     Raises `UserError` if `root` cannot be listed.
     """
-    present = set(_folders_in(root))
+    present = set(top_folders(root))
     found = {}
     for split, names in SPLIT_NAMES.items():
         first = next((name for name in names if name in present), None)
@@ -87,8 +108,8 @@ class _Tree:
     """What lies below a root; folders by their path from it, which is empty for the root itself."""
 
     root: Path
-    images: dict[str, list[str]] = field(default_factory=dict)
-    """Names of the images directly in each folder that holds some."""
+    images: dict[str, bytes] = field(default_factory=dict)
+    """Names of the images directly in each folder that holds some, in order, with a NUL behind each."""
     suffixes: dict[str, set[str]] = field(default_factory=dict)
     """Suffixes of these images, in lower case."""
     below: dict[str, list[str]] = field(default_factory=dict)
@@ -140,9 +161,19 @@ class _Tree:
         except OSError as error:
             _unreadable(error, path)
         if images:
-            self.images[folder], self.suffixes[folder] = sorted(images), suffixes
+            images.sort()
+            self.images[folder] = b"".join(b"%s\0" % os.fsencode(name) for name in images)
+            self.suffixes[folder] = suffixes
         self.below[folder] = [one for one in sorted(below) if self._visit(one, (*above, real), None)]
         return True
+
+    def num_images(self, folder: str) -> int:
+        """How many images are directly in a folder."""
+        return self.images.get(folder, b"").count(b"\0")
+
+    def names(self, folder: str) -> list[str]:
+        """Of the images directly in a folder, in order."""
+        return [os.fsdecode(name) for name in self.images[folder].split(b"\0")[:-1]]
 
     def doubtful(self) -> list[str]:
         """Folders ignored by their name that hold images in a class's place: one may be a class. None is hidden."""
@@ -232,7 +263,7 @@ def _classes(tree: _Tree, nested: Nested) -> dict[str, list[str]]:
 
 def _files(tree: _Tree, folders_of_classes: list[list[str]]) -> Iterator[tuple[int, str]]:
     for label, folders in enumerate(folders_of_classes):
-        names = [f"{folder}/{name}" for folder in folders for name in tree.images[folder]]
+        names = [f"{folder}/{name}" for folder in folders for name in tree.names(folder)]
         yield from ((label, name) for name in (sorted(names) if len(folders) > 1 else names))
 
 
@@ -256,7 +287,7 @@ def _remarks(tree: _Tree, folders_of: Mapping[str, list[str]], nested: Nested, *
             f"{root}: the classes are its {len(folders_of):,} folders that hold images, as in timm "
             f"({abbreviated(deep, 3)}); --nested-classes top takes those directly in {root}"
         )
-    if loose := len(tree.images.get("", ())):
+    if loose := tree.num_images(""):
         yield (
             f"warning: left out {loose:,} images directly in {root}, outside every class folder; timm makes a first "
             "class of them, so that all its labels are one greater"
@@ -312,7 +343,8 @@ def _no_classes_message(root: Path) -> str:
     return message + "."
 
 
-def _folders_in(root: Path, wanted: Collection[str] = ()) -> list[str]:
+def top_folders(root: Path, wanted: Collection[str] = ()) -> list[str]:
+    """The folders directly in `root`; those of the system only where they are `wanted`. Raises `UserError`."""
     try:
         with os.scandir(root) as entries:
             image = image_suffixes()
@@ -325,7 +357,8 @@ def _folders_in(root: Path, wanted: Collection[str] = ()) -> list[str]:
         _unreadable(error, str(root))
 
 
-def _listed(classes_file: Path) -> set[str]:
+def chosen_classes(classes_file: Path) -> set[str]:
+    """The names in a text file, one a line. Raises `UserError`."""
     try:
         text = classes_file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # names of folders are any bytes
     except OSError as error:

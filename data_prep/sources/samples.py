@@ -110,6 +110,8 @@ class Sample:
     """uint8 (height, width, 3) where the source holds pixels already, None where `name` is a file to read."""
     row: int = -1
     """Its number in a source that is read by number, see `rows.RowSource`; -1 elsewhere."""
+    size: int = -1
+    """Of its file in bytes as a list has it, see `file_list`; -1 where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class Source:
             return None
         return replace(self, classes=classes, samples=self._relabelled(labels))
 
-    def _relabelled(self, labels: list[int]) -> FileList:
+    def _relabelled(self, labels: list[int]) -> Sequence[Sample]:
         """The samples with `labels[label]` for each label, in the order of the new ones, as folders are listed."""
         samples: Iterable[tuple[int, str]] = ((labels[sample.label], sample.name) for sample in self.samples)
         if labels != sorted(labels):
@@ -204,11 +206,21 @@ class FileList(Sequence[Sample]):
 
 
 def file_list_sha256(samples: Iterable[Sample]) -> str:
-    """Hexadecimal SHA-256 of every sample's `label`, a space, its name and a NUL, in order."""
+    """Hexadecimal SHA-256 of every sample's `label`, a space, its name and a NUL, in order.
+
+    Samples may know it (`sha256`), as those of a list do.
+    """
+    if known := getattr(samples, "sha256", ""):
+        return known
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(b"%d %s\0" % (sample.label, os.fsencode(sample.name)))
+        digest.update(sample_line(sample.label, os.fsencode(sample.name)))
     return digest.hexdigest()
+
+
+def sample_line(label: int, name: bytes) -> bytes:
+    """What `file_list_sha256` is of, for one sample."""
+    return b"%d %s\0" % (label, name)
 
 
 def shard(samples: Sequence[Sample], index: int, count: int) -> Sequence[Sample]:

@@ -116,6 +116,9 @@ def test_what_its_comment_says_can_be_typed(path, tmp_path):
     calls = calls_of(header_commands(path), tmp_path)
     assert len(calls) >= 2
     for name, words, told in calls:
+        if name == "python":  # what the jobs need
+            assert words[:3] == ["-m", "data_prep", "list"]
+            continue
         assert name == "sbatch"
         assert calls_of_job(words, told, tmp_path)
 

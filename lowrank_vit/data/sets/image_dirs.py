@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.convert import DEFAULT_IMAGE_OPTIONS, Conversion, convert_folders, file_stat
+from data_prep.convert import DEFAULT_IMAGE_OPTIONS, Conversion, convert_folders
 from data_prep.formats.jpeg import LOSSLESS, ImageOptions
 from data_prep.formats.sidecars import Manifest
+from data_prep.sources.file_list import file_stat
 from data_prep.sources.image_folder import SPLIT_NAMES, Nested, image_folder
 from data_prep.sources.samples import TRUST
 from data_prep.writing.resuming import is_current, is_cut_off

@@ -313,12 +313,12 @@ def test_a_killed_conversion_is_gone_on_with(tmp_path, images):
     code = f"""
 import os, signal
 import data_prep.convert as convert
-really = convert.encode_file
+really = convert.encode_listed
 def encode(sample, root, options):
     if root.name == "val":
         os.kill(os.getpid(), signal.SIGKILL)
     return really(sample, root=root, options=options)
-convert.encode_file = encode
+convert.encode_listed = encode
 {code_of(folder)}"""
     killed = subprocess.run([sys.executable, "-c", code], check=False)
     assert killed.returncode == -signal.SIGKILL
