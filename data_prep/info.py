@@ -78,7 +78,7 @@ def _facts(tables: Tables, manifest: Manifest | None) -> list[tuple[str, str]]:
         ("left out", ". ".join(filter(None, [f"{len(manifest.skipped):,} bad images", emptied_line(manifest)]))),
         (
             "repaired",
-            ". ".join(filter(None, [f"{len(manifest.repaired):,} JPEGs, without loss", doubt_line(manifest)])),
+            ". ".join(filter(None, [f"{len(manifest.repaired):,} JPEGs, without loss", doubt_line(manifest.reasons)])),
         ),
         ("source", manifest.source),
         ("options", _pairs(manifest.options)),

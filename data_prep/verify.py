@@ -13,17 +13,14 @@ import numpy as np
 
 from data_prep.formats import jpeg_segments, turbojpeg
 from data_prep.formats.beton import METADATA_START, MODE_JPEG, SAMPLE
+from data_prep.formats.sample_table import SampleTable, checksum, read_sample_table, sample_table_path
 from data_prep.formats.sidecars import (
     Manifest,
-    SampleTable,
     add_index_checksum,
     check_index,
-    checksum,
     doubt_line,
     manifest_path,
     read_manifest,
-    read_sample_table,
-    sample_table_path,
 )
 from data_prep.formats.tables import Tables, read_tables
 from data_prep.writing.workers import ConversionProgress, map_ordered
@@ -75,7 +72,7 @@ def verify(beton: Path, *, full: bool = False, workers: int = 1, progress: bool 
         raise BetonError(f"{beton} cannot be read: {error.strerror}. Check its permissions and the disk.") from error
     check_index(beton, tables.index_xxh3, manifest)
     note = "" if manifest.index_xxh3 else _add_index_checksum(beton, tables.index_xxh3)
-    notes = filter(None, (note, doubt_line(manifest)))
+    notes = filter(None, (note, doubt_line(manifest.reasons)))
     return Verified(beton, manifest.num_samples, tables.file_bytes, full, " ".join(notes))
 
 

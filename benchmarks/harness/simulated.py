@@ -29,15 +29,8 @@ from benchmarks.harness.sets import photograph_arrays
 from data_prep.convert import library_versions
 from data_prep.formats import beton as layout
 from data_prep.formats.jpeg import REASONS, ImageOptions
-from data_prep.formats.sidecars import (
-    Manifest,
-    SampleTable,
-    checksum,
-    manifest_path,
-    sample_table_path,
-    write_manifest,
-    write_sample_table,
-)
+from data_prep.formats.sample_table import SampleTable, checksum, sample_table_path, write_sample_table
+from data_prep.formats.sidecars import Manifest, manifest_path, write_manifest
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.files import writing
 from lowrank_vit.common.filesystem import map_file

@@ -20,7 +20,8 @@ import xxhash
 from data_prep.formats import beton as layout
 from data_prep.formats import jpeg_segments
 from data_prep.formats.jpeg import REASONS, BadImageError, EncodedImage, UnreadableImageError
-from data_prep.formats.sidecars import Repaired, SampleTable, Skipped, checksum, remove_manifest, sample_table_path
+from data_prep.formats.sample_table import SampleTable, checksum, sample_table_path
+from data_prep.formats.sidecars import Repaired, Skipped, remove_manifest
 from data_prep.sources.samples import Sample
 from data_prep.writing.bad_images import bad_images_error, bad_list_path
 from data_prep.writing.direct_io import sha256_of

@@ -20,15 +20,14 @@ from typing import Literal
 
 import numpy as np
 
+from data_prep.formats.sample_table import sample_table_path, write_sample_table
 from data_prep.formats.sidecars import (
     ADVICE,
     Manifest,
     manifest_path,
     read_manifest,
     read_manifest_file,
-    sample_table_path,
     write_manifest,
-    write_sample_table,
 )
 from data_prep.sources.samples import Sample, file_list_sha256
 from data_prep.writing.direct_io import PageWriter, sha256_of

@@ -35,12 +35,12 @@ _DEAD_AFTER_S = 3600.0
 
 
 @contextmanager
-def whole_file(path: Path, *, through_link: bool = True) -> Generator[io.BufferedWriter]:
+def whole_file(path: Path, *, through_link: bool = True, mode: int = 0o666) -> Generator[io.BufferedWriter]:
     """Yield a temporary file to write bytes to, which takes `path`'s place at the end, when it is on the disk.
 
     On any exception, Ctrl-C included, it is removed and `path` stays as it was. A link at `path` stays, and the file
     that it points to is replaced; without `through_link` the link itself is. A device or a pipe is written to, and so
-    is a file in a folder where none can be made.
+    is a file in a folder where none can be made. `mode`: permissions of a new one, of which the umask takes some.
     Raises `OSError` of every step (full disk, no permission, a folder at `path`), also where torch, while it writes,
     makes a `RuntimeError` of it that tells no reason.
     """
@@ -52,7 +52,7 @@ def whole_file(path: Path, *, through_link: bool = True) -> Generator[io.Buffere
         with target.open("wb") as file:
             yield file
         return
-    temporary, descriptor = _create(target)
+    temporary, descriptor = _create(target, mode)
     file = _Output(descriptor)
     try:
         try:
@@ -203,12 +203,12 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 
-def _create(target: Path) -> tuple[Path, int]:
+def _create(target: Path, mode: int) -> tuple[Path, int]:
     """A new temporary file for `target`, open and locked."""
     while True:
         temporary = _temporary(target)
         # Not `tempfile`: it makes files that only their owner can read, whatever the umask.
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
         # Until it is locked, it passes for a leftover, and another process may just be removing it.
         if try_flock(descriptor) is not False and temporary.exists():
             return temporary, descriptor

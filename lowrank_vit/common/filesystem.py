@@ -16,8 +16,9 @@ import shutil
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -164,31 +165,72 @@ def _machine() -> str:
 def map_file(path: Path) -> mmap.mmap:
     """Map a file to read. Private where the file system does not share mappings. Raises `OSError`."""
     with path.open("rb") as file:
-        return _shared_or_private(lambda flag: mmap.mmap(file.fileno(), 0, flags=flag, prot=mmap.PROT_READ))
+        return map_descriptor(file.fileno())
 
 
-def map_files(paths: Sequence[Path], sizes: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-    """Map files of `sizes` bytes; return uint8 (bytes,) and where in it each file begins. Raises `OSError`.
+def map_descriptor(descriptor: int) -> mmap.mmap:
+    """`map_file` of an open file, which may be closed then."""
+    return _shared_or_private(lambda flag: mmap.mmap(descriptor, 0, flags=flag, prot=mmap.PROT_READ))
 
-    Each begins at a multiple of the machine's page size; the gaps read as zeros.
+
+def starts_of(sizes: Sequence[int]) -> list[int]:
+    """Where each file of `sizes` bytes begins by `map_files`, and where the last ends."""
+    return [0, *accumulate(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes)]
+
+
+class MappedFiles(NamedTuple):
+    """Files that lie behind one another in memory; none of them stays open."""
+
+    bytes: np.ndarray
+    """uint8 (bytes,), read-only."""
+    starts: np.ndarray
+    """int64 (files,): where each begins."""
+    ids: list[tuple[int, int]]
+    """Device and inode of each."""
+
+
+def map_files(paths: Sequence[Path], sizes: Sequence[int]) -> MappedFiles:
+    """Map files of `sizes` bytes, each from a multiple of the machine's page size on; the gaps read as zeros.
+
+    Raises `OSError`.
     """
     import numpy as np  # a tenth of a second that most commands need not spend here
 
     if len(paths) == 1:
-        return np.frombuffer(map_file(paths[0]), np.uint8), [0]
-    starts, end = list[int](), 0
-    for size in sizes:
-        starts.append(end)
-        end += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        with paths[0].open("rb") as file:
+            found = os.fstat(file.fileno())
+            array = np.frombuffer(map_descriptor(file.fileno()), np.uint8)
+        return MappedFiles(array, np.zeros(1, np.int64), [(found.st_dev, found.st_ino)])
+    *starts, end = starts_of(sizes)
     # Reserve the addresses with an empty private map, then lay each file over its stretch (mmap(2), MAP_FIXED). The
     # whole is unmapped with the reservation, when the last view of the array is gone.
     whole = mmap.mmap(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
-    array = np.frombuffer(whole, np.uint8)
+    array, ids = np.frombuffer(whole, np.uint8), list[tuple[int, int]]()
     for path, size, start in zip(paths, sizes, starts, strict=True):
         address = array.ctypes.data + start
         with path.open("rb") as file:
+            found = os.fstat(file.fileno())
             _shared_or_private(lambda flag, at=address, size=size, file=file: _map_at(at, size, flag, file.fileno()))
-    return array, starts
+        ids.append((found.st_dev, found.st_ino))
+    return MappedFiles(array, np.array(starts, np.int64), ids)
+
+
+def can_be_read(byte: memoryview) -> bool:
+    """Whether a byte of a mapped file is there; where the file has lost it, reading it would kill the process (SIGBUS).
+
+    The kernel reads it for us, and has an answer (EFAULT). Raises `OSError` where no pipe can be made.
+    """
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, byte)
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+        return False
+    finally:
+        os.close(reading)
+        os.close(writing)
+    return True
 
 
 def _shared_or_private(map_with: Callable[[int], T]) -> T:

@@ -11,7 +11,6 @@ import torch
 from rich.filesize import decimal as size_in_words
 
 from data_prep.formats import turbojpeg
-from data_prep.formats.beton import MODE_RAW
 from lowrank_vit.common import resources, terminal
 from lowrank_vit.common.arguments import check_function, check_type, check_whole
 from lowrank_vit.common.devices import cuda_path, pick_device
@@ -20,7 +19,7 @@ from lowrank_vit.data.decode import resident_set
 from lowrank_vit.data.decode.backend import Backend, LoaderOptions
 from lowrank_vit.data.decode.dali import why_no_dali
 from lowrank_vit.data.decode.resident import ResidentBackend
-from lowrank_vit.data.decode.resident_set import NoRoom, resident_bytes
+from lowrank_vit.data.decode.resident_set import NoRoom
 from lowrank_vit.data.jpeg_engine import EngineShare, choose_share, measure_shares
 from lowrank_vit.data.loader import Loader, Prepare
 from lowrank_vit.data.sets.beton import Beton
@@ -74,13 +73,14 @@ def open_loader(
     options = options or LoaderOptions(workers=workers)
     device = pick_device(device, shown="device=")
     options = replace(options, say=say if plan.rank == 0 else None)
-    if (beton.modes != MODE_RAW).any():
+    if beton.num_jpeg:
         turbojpeg.load()
     backend, reason, share = _open_backend(beton, plan, device, options)
     if options.before and options.before != backend.name:
         reason += f"; the run has decoded with {options.before} so far, and pixels may differ a little from here on"
-    if beton.unverified and plan.rank == 0:
-        say(beton.unverified)
+    for line in filter(None, (beton.unverified, beton.unshared)):
+        if plan.rank == 0:
+            say(line)
     loader = Loader(backend, beton, plan, device, on_bad_sample=options.on_bad_sample, prepare=prepare, say=say)
     loader.engine_share = share
     return loader, f"{beton.path.name}: {beton.num_samples:,} samples, {backend.name} loader ({reason})"
@@ -90,7 +90,10 @@ def _check_plan(beton: Beton, plan: TrainPlan | EvalPlan) -> None:
     """Raise `UserError` for a plan of other images, whose samples or pixels this set would not have."""
     if len(plan.heights) != beton.num_samples:
         other = f"{len(plan.heights):,} samples, and this set has {beton.num_samples:,}"
-    elif not (np.array_equal(plan.heights, beton.heights) and np.array_equal(plan.widths, beton.widths)):
+    elif not all(  # most are of the very arrays, which need not be walked through
+        one is other or np.array_equal(one, other)
+        for one, other in ((plan.heights, beton.heights), (plan.widths, beton.widths))
+    ):
         other = "as many samples, but some of other sizes in pixels"
     else:
         return
@@ -167,7 +170,7 @@ def choose_backend(
     A run that goes on keeps what its pixels depend on: it stays resident while the set fits at all, and does not become
     resident because of what is free by now; but a GPU is not left to what decoded on a CPU alone.
     """
-    size, before = resident_bytes(beton), options.before
+    size, before = beton.decoded_bytes, options.before
     if before == "dali" or (before == "ffcv" and not cuda_path(device)):
         too_big = "not resident, as before"
     else:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from data_prep.formats.beton import MODE_RAW
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.data.decode.backend import USUAL_SHARE, Backend, FedStep, LoaderOptions
 from lowrank_vit.data.sets.beton import Beton
@@ -67,7 +66,7 @@ class EngineShare:
             return ""
         line = f"the run waits for the loader {waited:.0%} of the time: {img_per_s:,.0f} img/s a GPU with "
         line += f"--hw-decoder-load {self.share:g}"
-        if (from_storage := read_bytes / max(float(self.beton.sizes.mean()), 1.0)) > FROM_STORAGE:
+        if (from_storage := read_bytes / max(self.beton.stored_bytes / self.beton.num_samples, 1.0)) > FROM_STORAGE:
             return (
                 f"{line}, and {min(from_storage, 1.0):.0%} of the data came from storage, which may be what it waits "
                 "for. --stage-dir may help, see the guide"
@@ -107,7 +106,7 @@ def choose_share(
         gpu: its name, that of its MIG slice where it is one; default: torch's.
         has_engine: whether it has a JPEG engine; default: what nvJPEG says.
     """
-    if isinstance(plan, EvalPlan) or not (beton.modes != MODE_RAW).any():
+    if isinstance(plan, EvalPlan) or not beton.num_jpeg:
         return None if options.hw_decoder_load is not None else _fixed(USUAL_SHARE, "", beton)
     own: Sequence[Any] | None = None
     gpu = gpu or torch.cuda.get_device_name(device)

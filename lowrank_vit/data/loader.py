@@ -17,7 +17,6 @@ from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.common.threads import beat
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.decode.backend import Backend, DamagedSamples, Schedule
-from lowrank_vit.data.decode.resident_set import resident_bytes
 from lowrank_vit.data.jpeg_engine import EngineShare
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.arguments import EPOCHS
@@ -75,7 +74,7 @@ class Loader:
     @property
     def resident_bytes(self) -> int:
         """Memory of the device that decoded images take for as long as the loader is open."""
-        return resident_bytes(self._beton) if self.name == "resident" else 0
+        return self._beton.decoded_bytes if self.name == "resident" else 0
 
     @property
     def bad(self) -> frozenset[int]:

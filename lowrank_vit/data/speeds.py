@@ -47,7 +47,7 @@ def key_of(beton: Beton, plan: TrainPlan, workers: int, **more: Any) -> dict[str
         "cores": available_cores(),
         "workers": workers,
         "img_size": plan.img_size,
-        "bytes": int(beton.sizes.sum()),
+        "bytes": beton.stored_bytes,
         "samples": beton.num_samples,
         **more,
     }

@@ -54,7 +54,7 @@ def data_record(sets: Mapping[str, Beton], model: nn.Module, resumed: Checkpoint
         record |= _plain({f"the number of images of the {name}": f"{beton.num_samples:,}"})
         record |= _others(
             (f"other classes in the {name}", xxhash.xxh3_64_hexdigest(classes.encode(errors="replace")), shown),
-            (f"other labels in the {name}", xxhash.xxh3_64_hexdigest(beton.labels.data), shown),
+            (f"other labels in the {name}", beton.digests()[0], shown),
             (f"other images in the {name}", _fingerprint(beton), shown),
         )
     weights = _digest(model.state_dict().values())
@@ -98,13 +98,8 @@ def _fingerprint(beton: Beton) -> str:
 
     Reading terabytes would cost more than it is worth where a manifest has the checksum of the file as it was made.
     """
-    digest = xxhash.xxh3_64()
-    for manifest in beton.manifests:
-        digest.update(manifest.sha256.encode())
-    for table in (beton.heights, beton.widths, beton.modes, beton.sizes):
-        digest.update(table.data)
-    n = beton.num_samples
-    ids = range(n) if int(beton.sizes.sum()) <= _READ_BYTES else np.linspace(0, n - 1, _READ_SAMPLES).astype(int)
+    digest, n = xxhash.xxh3_64(beton.digests()[1].encode()), beton.num_samples
+    ids = range(n) if beton.stored_bytes <= _READ_BYTES else np.linspace(0, n - 1, _READ_SAMPLES).astype(int)
     for sample_id in ids:
         digest.update(beton.sample(int(sample_id)).data)
     return digest.hexdigest()

@@ -383,7 +383,7 @@ def _loader(data_dir: Path) -> str:
     from lowrank_vit.common.devices import cuda_path, pick_device
     from lowrank_vit.data.choose import RESIDENT_SHARE, memory_bytes, why_not_resident
     from lowrank_vit.data.decode.dali import why_no_dali
-    from lowrank_vit.data.decode.resident_set import free_bytes, resident_bytes
+    from lowrank_vit.data.decode.resident_set import free_bytes
     from lowrank_vit.data.sets.beton import Beton
 
     device = pick_device("auto")
@@ -394,6 +394,6 @@ def _loader(data_dir: Path) -> str:
         other = "dali" if cuda_path(device) else "ffcv or dali, whichever decodes the set faster"
     path = data_dir / "train.beton"
     if path.is_file():
-        too_big = why_not_resident(resident_bytes(Beton(path)), total, free, device)
+        too_big = why_not_resident(Beton(path).decoded_bytes, total, free, device)
         return f"{other}; train.beton: {too_big}" if too_big else "resident for train.beton"
     return f"resident for sets of up to {_size(min(RESIDENT_SHARE * total, free / 2))} decoded, else {other}"

@@ -125,7 +125,7 @@ class _Sets:
                 f"{differences(self.classes.names or (), self.classes.what, names, 'there')}. {advice} {TRUST}"
             )
         of_data = self.classes
-        if not names and not self.train.manifests:  # the validation set's, which older runs did not take
+        if not names and not self.train.manifest:  # the validation set's, which older runs did not take
             of_data = replace(of_data, names=None)
         found = match(of_data, model, trust_in(config), advice)
         for remark in found.remarks:

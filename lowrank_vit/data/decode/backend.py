@@ -85,11 +85,11 @@ class Schedule:
         epoch: int,
         first_step: int = 0,
         bad: Collection[int] = (),
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[np.ndarray], None] = lambda ids: None,
         *,
         most: int | None = None,
     ) -> None:
-        """`bad`: samples to do without, see `step_ids`; `check` is called before each batch and may raise.
+        """`bad`: samples to do without, see `step_ids`; `check` is given each batch's ids and may raise.
 
         `most`: steps, where not the whole rest is wanted.
         """
@@ -101,7 +101,7 @@ class Schedule:
         for step in self._steps:
             ids = self._plan.step_ids(self.epoch, step, self._bad)
             if len(ids):  # in evaluation bad samples may be all that there were
-                self._check()
+                self._check(ids)
                 yield self._plan.batch(self.epoch, step, ids)
 
 

@@ -43,7 +43,7 @@ from lowrank_vit.data.decode.backend import (
     new_meter,
     spans,
 )
-from lowrank_vit.data.decode.dali_pipeline import PipelineShape, Sources, large_sides, release_memory, start_pipeline
+from lowrank_vit.data.decode.dali_pipeline import PipelineShape, Sources, release_memory, start_pipeline
 from lowrank_vit.data.decode.pil import find_damage
 from lowrank_vit.data.decode.resize_cpu import resize_batch
 from lowrank_vit.data.sets.beton import Beton
@@ -93,8 +93,8 @@ class DaliBackend:
         self._shape = PipelineShape(
             img_size=plan.img_size,
             batch_size=plan.batch_size,
-            has_jpeg=bool((beton.modes != MODE_RAW).any()),
-            has_raw=bool((beton.modes == MODE_RAW).any()),
+            has_jpeg=beton.num_jpeg > 0,
+            has_raw=beton.num_jpeg < beton.num_samples,
             is_evaluation=isinstance(plan, EvalPlan),
             device_id=torch.empty(0, device=device).device.index,
             resize=cuda_path(device),
@@ -102,7 +102,7 @@ class DaliBackend:
             prefetch=prefetch,
             hw_decoder_load=hw_decoder_load,
             fancy_upsampling=fancy_upsampling,
-            large=large_sides(beton),
+            large=beton.large_sides,
         )
         self._threads = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         # Of the feeding thread's own: on the consumer's, its work on one batch would wait for the decoding of the next.
@@ -185,7 +185,9 @@ class DaliBackend:
         batch = None
         if plan is not None:
             images_NHWC = torch.cat(self._made) if len(self._made) > 1 else part
-            batch = Batch(images_NHWC.permute(0, 3, 1, 2), to_device(self._beton.labels[plan.ids], self._device), plan)
+            batch = Batch(
+                images_NHWC.permute(0, 3, 1, 2), to_device(self._beton.labels_of(plan.ids), self._device), plan
+            )
             self.decode_ms.append(self._made_ms)
         done = Mark.of(self._stream)
         self._being_read.keep((sources, self._made), done)  # a GPU may still copy from there

@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.formats.beton import MODE_RAW
 from lowrank_vit.common.filters import BILINEAR, DALI_NAMES
-from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.mixing import NO_MIX
 from lowrank_vit.plan.plans import BatchPlan
 from lowrank_vit.plan.rectangles import CenterCrops
@@ -49,19 +47,6 @@ _DEVICE_PADDING, _HOST_PADDING = 1 << 24, 1 << 23
 """DALI's own, bytes a thread."""
 _MOST_PADDING, _MOST_OF_ENGINE = 1 << 26, 1 << 31
 """The most that is taken ahead, in bytes a thread and for a batch."""
-_LARGE = 99
-"""Percent of a set's JPEGs for which memory is taken ahead: few huge ones among many must not cost so much."""
-
-
-def large_sides(beton: Beton) -> tuple[int, int]:
-    """Height and width, pixels, that `_LARGE` percent of a set's JPEGs do not exceed each; 0 without any."""
-    is_jpeg = beton.modes != MODE_RAW
-    if not is_jpeg.any():
-        return 0, 0
-    height, width = (
-        int(np.percentile(sides[is_jpeg], _LARGE, method="higher")) for sides in (beton.heights, beton.widths)
-    )
-    return height, width
 
 
 def memory_hints(shape: PipelineShape) -> dict[str, int]:

@@ -96,7 +96,7 @@ class FfcvBackend:
         try:
             for images_NHWC, plan in decoding:
                 on_device = images_NHWC.to(self._device, non_blocking=True)
-                targets = to_device(self._beton.labels[plan.ids], self._device)
+                targets = to_device(self._beton.labels_of(plan.ids), self._device)
                 yield Batch(on_device.permute(0, 3, 1, 2), targets, plan)
         finally:
             decoding.close()

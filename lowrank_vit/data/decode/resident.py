@@ -38,7 +38,7 @@ class ResidentBackend:
         """Load the set with `workers` threads; `say` is told of the progress. Raises `NoRoom`, see `ResidentSet`."""
         self._img_size, self._device = plan.img_size, device
         self._workers = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-        self._heights, self._widths = beton.heights.astype(np.int64), beton.widths.astype(np.int64)
+        self._beton = beton
         self._set = ResidentSet(beton, device)
         self._set.load(workers, say)
         self.decode_ms = new_meter()
@@ -56,9 +56,12 @@ class ResidentBackend:
     def _cut(self, plan: BatchPlan) -> Batch:
         return self._cut_on_device(plan) if cuda_path(self._device) else self._cut_on_threads(plan)
 
+    def _sides(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._beton.heights[ids].astype(np.int64), self._beton.widths[ids].astype(np.int64)
+
     def _cut_on_threads(self, plan: BatchPlan) -> Batch:
         ids, size = plan.ids, self._img_size
-        heights, widths = self._heights[ids], self._widths[ids]
+        heights, widths = self._sides(ids)
         planned = spans(plan, heights, widths, size)
         images_NHWC = np.zeros((len(ids), size, size, 3), np.uint8)
         addresses = self._set.pixels.data_ptr() + self._set.starts[ids]
@@ -74,12 +77,13 @@ class ResidentBackend:
         from lowrank_vit.data.decode.resize_triton import resize  # comes with torch's builds for GPUs
 
         ids = plan.ids
-        planned = spans(plan, self._heights[ids], self._widths[ids], self._img_size)
+        heights, widths = self._sides(ids)
+        planned = spans(plan, heights, widths, self._img_size)
         columns = [
             plan.flips,
             plan.interpolations,
             self._set.starts[ids],
-            self._widths[ids],
+            widths,
             planned.reshape(len(ids), 8),
             ids,
         ]

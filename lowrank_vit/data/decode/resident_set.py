@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,7 +14,6 @@ from rich.filesize import decimal as size_in_words
 from torch import Tensor
 
 from data_prep.formats.beton import MODE_RAW
-from data_prep.formats.jpeg import MAX_PIXELS
 from lowrank_vit.common import resources
 from lowrank_vit.common.devices import Mark, cuda_path, current_stream
 from lowrank_vit.common.errors import UserError
@@ -22,6 +22,7 @@ from lowrank_vit.common.threads import beat
 from lowrank_vit.data.decode.jpeg import EXACT, decode_jpeg
 from lowrank_vit.data.decode.pil import decode_sound
 from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.data.sets.index import decoded_bytes
 
 _PART_BYTES = 64 << 20
 """Decoded, and copied to a GPU, at a time; of the host's memory two such pieces are taken."""
@@ -45,22 +46,25 @@ class ResidentSet:
     def __init__(self, beton: Beton, device: torch.device) -> None:
         """Take all memory that `load` needs. Raises `NoRoom`, and then has taken none."""
         self._beton, self._device = beton, device
-        sizes = _decoded_bytes(beton)
-        total = int(sizes.sum())
+        total = beton.decoded_bytes
         if crowded := place_without_room(total, device):
             raise NoRoom(f"{size_in_words(total)} decoded, but {crowded} free")
-        self._order = np.argsort(beton.pointers, kind="stable")
-        self._ends = np.cumsum(sizes[self._order])
-        """Behind each image, by its place in the file."""
-        self.starts = np.empty_like(sizes)
+        self._bounds = _bounds(beton)
+        """int64 (N + 1,): first byte of each image, by its place in the file, and what is behind the last."""
+        self.starts = self._bounds[:-1]
         """int64 (N,): first byte of each image."""
-        self.starts[self._order] = self._ends - sizes[self._order]
+        self._order = None if beton.is_ascending else np.argsort(beton.pointers, kind="stable")
+        if self._order is not None:
+            sizes = np.diff(self._bounds)
+            np.cumsum(sizes[self._order], out=self._bounds[1:])
+            self.starts = np.empty_like(sizes)
+            self.starts[self._order] = self._bounds[:-1]
         self.damaged: dict[int, str] = {}
         """Why samples do not decode, by their ids; complete when all is loaded."""
         try:
             self.pixels = _empty(total, device)
             """uint8 (bytes,)."""
-            self.labels = torch.from_numpy(beton.labels).to(device)
+            self.labels = _tensor(beton.labels).to(device)
             """int64 (N,)."""
             self._pieces = [_pinned(min(_PART_BYTES, total), device) for _ in range(2 if cuda_path(device) else 0)]
         except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError, or what CUDA says of pinned memory
@@ -75,11 +79,10 @@ class ResidentSet:
         Raises `NoRoom`, and `BetonError` for a file that changed or cannot be read; damaged samples are noted. After an
         error, or Ctrl-C, all is released and no thread is left.
         """
-        total, begun = int(self._ends[-1]), time.monotonic()
+        total, begun = int(self._bounds[-1]), time.monotonic()
         say = say if total >= _SHOWN_BYTES else None
         name, told = self._beton.path.name, say or (lambda line: None)
         told(f"loading {name}, {size_in_words(total)} decoded, to {self._device} (once)")
-        self._beton.contradicting(self._order[:0])  # which begins to keep what threads find there
         try:
             with (
                 bytes_shown(total, f"loading {name}", say) as advance,
@@ -101,9 +104,9 @@ class ResidentSet:
     def _fill(self, pool: ThreadPoolExecutor, advance: Callable[[int], object]) -> None:
         marks = [Mark(None), Mark(None)]
         """Behind the copies of what lies in the pieces."""
-        for n, (first, last) in enumerate(_parts(self._ends, _PART_BYTES)):
-            self._beton.check_unchanged()
-            begin, end = self._begin(first), self._begin(last)
+        for n, (first, last) in enumerate(_parts(self._bounds[1:], _PART_BYTES)):
+            self._beton.check_unchanged(self._ids(first, last))
+            begin, end = int(self._bounds[first]), int(self._bounds[last])
             on_device = host = self.pixels[begin:end]
             if self._pieces:
                 marks[n % 2].wait_on_host()
@@ -119,14 +122,15 @@ class ResidentSet:
         for mark in marks:
             mark.wait_on_host()
 
-    def _begin(self, place: int) -> int:
-        return int(self._ends[place - 1]) if place else 0
+    def _ids(self, first: int, last: int) -> np.ndarray:
+        """Of the samples from one place in the file to another."""
+        return np.arange(first, last) if self._order is None else self._order[first:last]
 
     def _tasks(self, first: int, last: int, host: np.ndarray) -> Iterator[Callable[[], None]]:
         """What fills `host` with the images from one place in the file to another: reads and decodings."""
-        beton, ids, offset = self._beton, self._order[first:last], self._begin(first)
+        beton, ids, offset = self._beton, self._ids(first, last), int(self._bounds[first])
         is_raw, pointers, sizes = beton.modes[ids] == MODE_RAW, beton.pointers[ids], beton.sizes[ids]
-        begins, ends = self.starts[ids] - offset, self._ends[first:last] - offset
+        begins, ends = self.starts[ids] - offset, self._bounds[first + 1 : last + 1] - offset
         n = 0
         while n < len(ids):
             begin, id_ = int(begins[n]), int(ids[n])
@@ -153,7 +157,7 @@ class ResidentSet:
         """As ffcv does in evaluation: Pillow is asked where libjpeg-turbo has as much as a warning."""
         beat()
         beton, height, width = self._beton, int(self._beton.heights[sample_id]), int(self._beton.widths[sample_id])
-        is_wrong = len(beton.contradicting(np.array([sample_id]))) > 0
+        is_wrong = beton.contradicts(sample_id)
         try:
             if is_wrong or not decode_jpeg(beton.sample(sample_id), pixels, height, width, EXACT):
                 decoded = decode_sound(beton, sample_id)
@@ -166,7 +170,7 @@ class ResidentSet:
     def _no_room(self, reason: str) -> NoRoom:
         """The error that says so, when all is released."""
         self.release()
-        taken, free = size_in_words(resident_bytes(self._beton)), size_in_words(free_bytes(self._device))
+        taken, free = size_in_words(self._beton.decoded_bytes), size_in_words(free_bytes(self._device))
         return NoRoom(f"{taken} decoded, but {self._device}, where {free} are free, has no room ({reason})")
 
     def release(self) -> None:
@@ -176,15 +180,21 @@ class ResidentSet:
             torch.cuda.empty_cache()
 
 
-def resident_bytes(beton: Beton) -> int:
-    """Memory that the decoded set takes, in bytes."""
-    return int(_decoded_bytes(beton).sum())
+def _bounds(beton: Beton) -> np.ndarray:
+    """int64 (N + 1,): where each image would begin if they lay in the order of their ids, and the end."""
+    bounds, at = np.zeros(beton.num_samples + 1, np.int64), 1
+    for block in beton.blocks():
+        sizes = decoded_bytes(block)
+        bounds[at : at + len(sizes)] = sizes
+        at += len(sizes)
+    return np.cumsum(bounds, out=bounds)
 
 
-def _decoded_bytes(beton: Beton) -> np.ndarray:
-    """int64 (N,), of each image; none for a JPEG of more pixels than are ever decoded."""
-    pixels = beton.heights.astype(np.int64) * beton.widths
-    return 3 * np.where((beton.modes != MODE_RAW) & (pixels > MAX_PIXELS), 0, pixels)
+def _tensor(read_only: np.ndarray) -> Tensor:
+    """A tensor of an array that is not to be written to, of which torch would warn; it must not be, either."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(read_only)
 
 
 def place_without_room(size: int, device: torch.device) -> str:

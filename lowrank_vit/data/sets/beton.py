@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import math
 import os
-import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import xxhash
+from rich.filesize import decimal as size_in_words
 
 from data_prep.formats import turbojpeg
-from data_prep.formats.beton import MODE_RAW, find_parts, part_path
+from data_prep.formats.beton import MODE_RAW, find_parts
 from data_prep.formats.jpeg import MAX_PIXELS
-from data_prep.formats.sidecars import Manifest, check_index, manifest_path, read_manifest, read_sample_table
-from data_prep.formats.tables import read_tables
+from data_prep.formats.sample_table import read_sample_name
+from data_prep.formats.sidecars import read_manifest
 from lowrank_vit.common.arguments import Range, check_type, check_whole
 from lowrank_vit.common.errors import BetonError
-from lowrank_vit.common.filesystem import map_files
+from lowrank_vit.common.filesystem import MappedFiles, can_be_read, map_files
 from lowrank_vit.common.terminal import one_line
 from lowrank_vit.data.decode.jpeg import has_too_many_scans
+from lowrank_vit.data.sets.index import blocks
+from lowrank_vit.data.sets.published import open_index
 
+_MUCH_BYTES = 1 << 26
+"""From here on it is said that each process keeps so much."""
 LABELS_UNNAMED = 1 << 16
 """Without a manifest labels are below this, or below the number of samples where that is more."""
 
@@ -36,7 +40,8 @@ class Beton:
 
     Opening checks the header, the metadata and the allocation table, and the manifest if one lies beside the file, with
     the checksum of the index and the labels; anything wrong is a `BetonError` that names the file and the next step.
-    Samples are memory-mapped, not read.
+    Of a large set one process of a node does that and publishes the index, which the others map (`published.py`); its
+    arrays are read-only. Samples are memory-mapped, not read.
 
     Example:
         >>> beton = Beton("train.beton")
@@ -57,84 +62,60 @@ class Beton:
                     f"{self.path} lies beside parts of the same name, such as {self.parts[0].name}. "
                     "Remove the one or the others."
                 )
-        tables = [read_tables(part) for part in self.parts]
-        self._file_sizes, self._index_xxh3 = [t.file_bytes for t in tables], [t.index_xxh3 for t in tables]
-        self._first_ids = np.cumsum([0, *(len(t.labels) for t in tables)]).tolist()
-        self.num_samples: int = self._first_ids[-1]
-        self.heights = np.concatenate([t.heights for t in tables])
-        self.widths = np.concatenate([t.widths for t in tables])
+        self._index = open_index(self.path, self.parts)
+        columns, summary = self._index.columns, self._index.summary
+        self.num_samples: int = self._index.num_samples
+        self.heights, self.widths = columns["heights"], columns["widths"]
         """int32 (N,), pixels."""
-        self.labels = np.concatenate([t.labels for t in tables])
-        """int64 (N,)."""
-        self.modes = np.concatenate([t.modes for t in tables])
+        self.modes = columns["modes"]
         """uint8 (N,): MODE_JPEG or MODE_RAW."""
-        self._pointers, self.sizes = [t.pointers for t in tables], np.concatenate([t.sizes for t in tables])
+        self.sizes = columns["sizes"]
         """int64 (N,), bytes."""
-        self.is_raw = bool((self.modes == MODE_RAW).all())
-        self._descriptors: list[int] = []  # of the mapped files
-        self._contradicts: np.ndarray | None = None
-        self.manifests = self._read_manifests()
-        """Of the parts that have one."""
-        self.classes = list(self.manifests[0].classes) if self.manifests else None
+        self.pointers = columns["pointers"]
+        """int64 (N,): where each sample begins in `bytes`."""
+        self.num_jpeg = self.num_samples - summary.num_raw
+        self.is_raw = self.num_jpeg == 0
+        self.is_uniform = summary.is_uniform
+        """Whether all images have one size."""
+        self.is_ascending = summary.is_ascending
+        """Whether samples lie in `bytes` in their own order."""
+        self.stored_bytes, self.decoded_bytes = summary.stored_bytes, summary.decoded_bytes
+        """Of all samples; decoded as uint8 RGB."""
+        self.large_sides = summary.jpeg_height, summary.jpeg_width
+        """Height and width, pixels, that 99 percent of the JPEGs do not exceed each; 0 without any."""
+        self.reasons = summary.reasons
+        """How many samples were stored for which reason, by the manifests of all parts."""
+        self.manifest = read_manifest(self.parts[summary.manifest_part]) if summary.num_manifests else None
+        """Of the first part that has one; those of the others were compared with it."""
+        self.classes = list(self.manifest.classes) if self.manifest else None
         """Class names in label order, or None without a manifest."""
+        self._outputs: np.ndarray | None = None  # by label, see `relabel`
+        self._looked_at, self._contradicting = np.zeros(-(-self.num_samples // 8), np.uint8), set[int]()
         self._check_labels()
-
-    def _read_manifests(self) -> list[Manifest]:
-        manifests = [self._read_manifest(n) for n in range(len(self.parts))]
-        known = [m for m in manifests if m is not None]
-        for one, other in pairwise(known):
-            differing = {
-                "classes": one.classes != other.classes,
-                "options": one.options != other.options or one.converter_version != other.converter_version,
-                "lists of files": one.whole_list_sha256 != other.whole_list_sha256,
-            }
-            if any(differing.values()):
-                what = next(name for name, differs in differing.items() if differs)
-                raise BetonError(f"{self.path}: its parts have different {what}. Convert all parts from one source.")
-        for n, manifest in enumerate(manifests):
-            is_named = self.parts[n] == part_path(self.path, n + 1, len(self.parts))  # a list may have any order
-            if is_named and manifest and manifest.shard != (n + 1, len(self.parts)):
-                i, count = manifest.shard or (1, 1)
-                raise BetonError(f"{self.parts[n]} says that it is part {i} of {count}. It must have been renamed.")
-        return known
-
-    def _read_manifest(self, part: int) -> Manifest | None:
-        path = self.parts[part]
-        if not manifest_path(path).exists():
-            return None
-        manifest = read_manifest(path)
-        num_samples = self._first_ids[part + 1] - self._first_ids[part]
-        if manifest.num_samples != num_samples or manifest.file_bytes != self._file_sizes[part]:
-            raise BetonError(
-                f"{path} does not belong to its manifest {manifest_path(path).name}: the manifest speaks of "
-                f"{manifest.num_samples} samples in {manifest.file_bytes} bytes, the file has {num_samples} "
-                f"samples in {self._file_sizes[part]} bytes. Convert it again with `python -m data_prep`."
-            )
-        check_index(path, self._index_xxh3[part], manifest)
-        return manifest
 
     def _check_labels(self) -> None:
         # Without a manifest any label might be meant; but not one that asks for a head of gigabytes.
         limit = len(self.classes) if self.classes else max(self.num_samples, LABELS_UNNAMED)
-        beyond = np.flatnonzero(self.labels >= limit)
-        if len(beyond):
-            part = self.parts[self._part_of(int(beyond[0]))]
-            known = (
-                f"its manifest names {limit} classes"
-                if self.classes
-                else (f"there is no manifest, and {self.num_samples:,} samples cannot have that many classes")
-            )
-            raise BetonError(
-                f"{self.describe(int(beyond[0]))} has the label {self.labels[beyond[0]]}, but {known}. The file is "
-                f"damaged, or its manifest is another's: see `python -m data_prep verify {part}`, or convert it again."
-            )
+        if self._index.summary.label_max < limit:
+            return
+        first = int(np.flatnonzero(self.labels >= limit)[0])
+        part = self.parts[self._part_of(first)]
+        known = (
+            f"its manifest names {limit} classes"
+            if self.classes
+            else f"there is no manifest, and {self.num_samples:,} samples cannot have that many classes"
+        )
+        raise BetonError(
+            f"{self.describe(first)} has the label {self.labels[first]}, but {known}. The file is damaged, or its "
+            f"manifest is another's: see `python -m data_prep verify {part}`, or convert it again."
+        )
 
     @property
     def unverified(self) -> str:
         """A line about an index that no checksum vouches for; empty where all parts have one."""
-        if all(m.index_xxh3 for m in self.manifests) and len(self.manifests) == len(self.parts):
+        if self._index.summary.num_checked == len(self.parts):
             return ""
-        if not self.manifests:
+        if not self.manifest:
             return f"{self.path.name}: index not verified, since no manifest lies beside it"
         return (
             f"{self.path.name}: index not verified, since its manifest is of an earlier version; "
@@ -142,53 +123,91 @@ class Beton:
         )
 
     @property
+    def unshared(self) -> str:
+        """A line about an index of which each process keeps its own, though that takes much; empty where none does."""
+        size = sum(column.nbytes for column in self._index.columns.values())
+        if not (why := self._index.why_private) or size < _MUCH_BYTES:
+            return ""
+        return (
+            f"{self.path.name}: each process keeps {size_in_words(size)} of index, since it could not be written "
+            f"({why}). Make room, or let the set's folder be written to"
+        )
+
+    @property
     def num_classes(self) -> int:
         """Number of classes by the manifest, else by the greatest label."""
-        return len(self.classes) if self.classes else int(self.labels.max()) + 1
+        if self.classes:
+            return len(self.classes)
+        return 1 + (self._index.summary.label_max if self._outputs is None else int(self.labels.max()))
 
     def relabel(self, labels: Sequence[int], classes: Sequence[str] | None) -> None:
         """Let each label be another one, `labels[label]`, of these classes; before a loader is opened."""
-        self.labels = np.asarray(labels, np.int64)[self.labels]
+        outputs = np.asarray(labels, np.int64)
+        if len(outputs) <= self._index.summary.label_max or not np.array_equal(outputs, np.arange(len(outputs))):
+            self._outputs = outputs if self._outputs is None else outputs[self._outputs]
+            self.__dict__.pop("labels", None)
         self.classes = list(classes) if classes is not None else self.classes
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all images have one size."""
-        return bool((self.heights == self.heights[0]).all() and (self.widths == self.widths[0]).all())
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """int64 (N,); a copy where labels are not those of the file. See `labels_of`."""
+        return self.labels_of(slice(None))
+
+    def labels_of(self, ids: np.ndarray | slice) -> np.ndarray:
+        """int64 (B,): the labels of some samples."""
+        labels = self._index.columns["labels"][ids]
+        return labels if self._outputs is None else self._outputs[labels]
+
+    def digests(self) -> tuple[str, str]:
+        """XXH3-64 of all labels, and of all that manifests and index say of the images but where they lie."""
+        summary, labels = self._index.summary, xxhash.xxh3_64()
+        for told in (summary.labels_xxh3.encode(), b"" if self._outputs is None else self._outputs.data):
+            labels.update(told)
+        return labels.hexdigest(), f"{summary.files_sha256_xxh3}{summary.images_xxh3}"
+
+    def blocks(self) -> Iterator[dict[str, np.ndarray]]:
+        """The columns, a block of samples at a time, for what is to be found out of all of them."""
+        return blocks(self._index.columns)
 
     @cached_property
-    def _mapped(self) -> tuple[np.ndarray, list[int]]:
-        self._descriptors = [os.open(part, os.O_RDONLY) for part in self.parts]
-        weakref.finalize(self, _close_all, self._descriptors)
+    def _mapped(self) -> MappedFiles:
         try:
-            return map_files(self.parts, self._file_sizes)
+            return map_files(self.parts, self._index.file_sizes.tolist())
         except OSError as error:
             raise BetonError(
                 f"{self.path} cannot be mapped into memory: {error.strerror or error}. Its file system may not be able "
                 "to: copy it to a local disk, which --stage-dir does."
             ) from error
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, ids: np.ndarray | None = None) -> None:
         """Raise `BetonError` if a mapped file has lost bytes: reading them would kill the process (SIGBUS).
 
-        A file that is merely removed or replaced by another stays readable through the map.
+        Of the files that hold the samples `ids`, int64 (B,), or of all. A file that is merely removed or replaced by
+        another stays readable through the map. No file is kept open for this, since a set may have thousands.
         """
-        for part, descriptor, size in zip(self.parts, self._descriptors, self._file_sizes, strict=False):
-            if (now := os.fstat(descriptor).st_size) < size:
-                raise BetonError(
-                    f"{part} was cut from {size:,} to {now:,} bytes while it was open. Restore it and resume."
-                )
+        if "_mapped" not in self.__dict__:
+            return
+        one = len(self.parts) == 1
+        parts = range(len(self.parts)) if ids is None or one else np.unique(self._parts_of(ids)).tolist()
+        for part in parts:
+            path, size = self.parts[part], int(self._index.file_sizes[part])
+            if (now := self._size_now(part)) < size:
+                shown = f"from {size:,} to {now:,} bytes" if now >= 0 else f"from {size:,} bytes"
+                raise BetonError(f"{path} was cut {shown} while it was open. Restore it and resume.")
+
+    def _size_now(self, part: int) -> int:
+        """Bytes of a mapped file; -1 of one that is no longer under its name and has lost some."""
+        with suppress(OSError):
+            found = self.parts[part].stat()
+            if (found.st_dev, found.st_ino) == self._mapped.ids[part]:
+                return found.st_size
+        size, start = int(self._index.file_sizes[part]), int(self._mapped.starts[part])
+        return size if can_be_read(self.bytes[start + size - 1 : start + size].data) else -1
 
     @property
     def bytes(self) -> np.ndarray:
         """uint8 (bytes of all parts,): the whole set, read-only, mapped on first use."""
-        return self._mapped[0]
-
-    @cached_property
-    def pointers(self) -> np.ndarray:
-        """int64 (N,): where each sample begins in `bytes`."""
-        starts = self._mapped[1]
-        return np.concatenate([pointers + start for pointers, start in zip(self._pointers, starts, strict=True)])
+        return self._mapped.bytes
 
     def sample(self, sample_id: int) -> np.ndarray:
         """uint8 (size,): one sample's stored bytes, a read-only view of the map. Raises `UserError` for another id."""
@@ -202,18 +221,23 @@ class Beton:
 
         Raises `BetonError` where the file has lost these bytes or cannot be read.
         """
-        starts = self._mapped[1]
-        part = int(np.searchsorted(starts, start, side="right")) - 1
-        at, left = start - starts[part], out.data
-        while left:
-            try:
-                count = os.preadv(self._descriptors[part], [left], at)
-            except OSError as error:
-                raise BetonError(f"{self.parts[part]} cannot be read: {error.strerror or error}.") from error
-            if not count:
-                self.check_unchanged()
-                raise BetonError(f"{self.parts[part]} ends too early. Convert it again with `python -m data_prep`.")
-            at, left = at + count, left[count:]
+        part = int(np.searchsorted(self._mapped.starts, start, side="right")) - 1
+        at, left = start - int(self._mapped.starts[part]), out.data
+        try:
+            with self.parts[part].open("rb", buffering=0) as file:
+                found = os.fstat(file.fileno())
+                if (found.st_dev, found.st_ino) == self._mapped.ids[part]:
+                    file.seek(at)
+                    while left and (count := file.readinto(left)):
+                        left = left[count:]
+        except FileNotFoundError:
+            pass  # it stays readable through the map
+        except OSError as error:
+            raise BetonError(f"{self.parts[part]} cannot be read: {error.strerror or error}.") from error
+        if left:
+            self.check_unchanged(np.searchsorted(self.pointers, [start]) if self.is_ascending else None)
+            end = start + len(out)
+            out[:] = self.bytes[start:end]
 
     def contradicting(self, ids: np.ndarray) -> np.ndarray:
         """Ids of the samples whose JPEG has another size than the index says, is none, or would take minutes.
@@ -221,29 +245,39 @@ class Beton:
         A sample is looked at once, without decoding it, when it is first asked about. (That raw samples have the size
         of their pixels is known from opening.)
         """
-        if self._contradicts is None:
-            self._contradicts = np.where(self.modes == MODE_RAW, np.int8(0), np.int8(-1))  # -1: not yet looked at
-        start = self.bytes.ctypes.data
-        for i in ids[self._contradicts[ids] < 0].tolist():
-            size = int(self.heights[i]), int(self.widths[i])
-            found = turbojpeg.size_at(start + int(self.pointers[i]), int(self.sizes[i]))
-            is_sound = found == size and math.prod(size) <= MAX_PIXELS
-            self._contradicts[i] = not is_sound or has_too_many_scans(self.sample(i))
-        return ids[self._contradicts[ids] == 1]
+        bits = (1 << (ids & 7)).astype(np.uint8)
+        for i in ids[(self._looked_at[ids >> 3] & bits) == 0].tolist():
+            if self.contradicts(i):
+                self._contradicting.add(i)
+            self._looked_at[i >> 3] |= 1 << (i & 7)
+        return (
+            np.array([i for i in ids.tolist() if i in self._contradicting], np.int64)
+            if self._contradicting
+            else ids[:0]
+        )
+
+    def contradicts(self, sample_id: int) -> bool:
+        """Whether that is so of one sample; it is not kept."""
+        if self.modes[sample_id] == MODE_RAW:
+            return False
+        size = int(self.heights[sample_id]), int(self.widths[sample_id])
+        address = self.bytes.ctypes.data + int(self.pointers[sample_id])
+        is_sound = turbojpeg.size_at(address, int(self.sizes[sample_id])) == size and math.prod(size) <= MAX_PIXELS
+        return not is_sound or has_too_many_scans(self.sample(sample_id))
+
+    def _parts_of(self, ids: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._index.first_ids, ids, side="right") - 1
 
     def _part_of(self, sample_id: int) -> int:
-        return int(np.searchsorted(self._first_ids, sample_id, side="right")) - 1
+        return int(self._parts_of(np.array(sample_id)))
 
     def describe(self, sample_id: int) -> str:
         """A sample in words: its file, its number there, and its source file where that is known."""
         part = self._part_of(sample_id)
-        path, local = self.parts[part], sample_id - self._first_ids[part]
+        path, local = self.parts[part], sample_id - int(self._index.first_ids[part])
         words = f"{path}: sample {local}"
-        with suppress(BetonError, IndexError):  # without sidecars, or damaged ones, there is no more to say
-            words += f" (from {one_line(Path(read_manifest(path).source) / read_sample_table(path).names[local])})"
+        with suppress(BetonError):  # without sidecars, or damaged ones, there is no more to say
+            is_first = self.manifest and part == self._index.summary.manifest_part
+            manifest = self.manifest if self.manifest and is_first else read_manifest(path)
+            words += f" (from {one_line(Path(manifest.source) / read_sample_name(path, local))})"
         return words
-
-
-def _close_all(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)

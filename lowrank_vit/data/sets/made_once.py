@@ -57,7 +57,7 @@ def make_once(
         if manifest and manifest.skipped:
             bad = "1 bad image" if len(manifest.skipped) == 1 else f"{len(manifest.skipped):,} bad images"
             say(f"{out.name} leaves out {bad}, listed in {manifest_path(out)}")
-        for line in filter(None, (emptied_line(manifest), doubt_line(manifest)) if manifest else ()):
+        for line in filter(None, (emptied_line(manifest), doubt_line(manifest.reasons)) if manifest else ()):
             say(f"{out.name}: {line}")
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 
-from data_prep.formats.beton import MODE_JPEG
 from data_prep.formats.jpeg import JPEG_REASONS
 from data_prep.formats.sidecars import doubt_line
 from data_prep.writing.workers import counts_in_words
@@ -21,20 +21,17 @@ def remarks(beton: Beton, img_size: int, crop_pct: float) -> list[str]:
 
     Nothing is said of a set without a manifest, or of pixels that were raw from the start.
     """
-    if not beton.manifests:
+    if not beton.manifest:
         return []
-    doubts = [f"{beton.path.name}: {line}" for line in dict.fromkeys(map(doubt_line, beton.manifests)) if line]
-    return [*doubts, *_changes(beton, img_size, crop_pct)]
+    doubts = [f"{beton.path.name}: {line}" for line in [doubt_line(beton.reasons)] if line]
+    return [*doubts, *_changes(beton, beton.manifest.options, img_size, crop_pct)]
 
 
-def _changes(beton: Beton, img_size: int, crop_pct: float) -> list[str]:
-    options = beton.manifests[0].options
+def _changes(beton: Beton, options: Mapping[str, object], img_size: int, crop_pct: float) -> list[str]:
     if side := options.get("raw"):
         return [f"{beton.path.name}: all images were cut to squares of {side} pixels when they were converted (--raw)"]
-    reasons = Counter[str]()
-    for manifest in beton.manifests:
-        reasons.update(manifest.reasons)
-    changed = int((beton.modes == MODE_JPEG).sum()) - sum(reasons[name] for name in _UNCHANGED)
+    reasons = Counter(beton.reasons)
+    changed = beton.num_jpeg - sum(reasons[name] for name in _UNCHANGED)
     if changed <= 0:
         return []
     how = f"at quality {options.get('quality')}"
@@ -49,8 +46,10 @@ def _changes(beton: Beton, img_size: int, crop_pct: float) -> list[str]:
         "--lossless), and so does giving the folder of images itself"
     ]
     max_side, short_side = options.get("max_side"), int(img_size / crop_pct)
-    sides = np.stack([beton.heights, beton.widths])
-    too_small = int(((sides.max(0) == max_side) & (sides.min(0) < short_side)).sum()) if reasons["resized"] else 0
+    too_small = 0
+    for block in beton.blocks() if reasons["resized"] else ():
+        sides = np.stack([block["heights"], block["widths"]])
+        too_small += int(((sides.max(0) == max_side) & (sides.min(0) < short_side)).sum())
     if too_small:
         lines.append(
             f"{beton.path.name}: {too_small:,} of {beton.num_samples:,} images were made smaller when they were "

@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.filesize import decimal as size_in_words
 
 from data_prep.formats.beton import file_or_parts
-from data_prep.formats.sidecars import Manifest, manifest_path, read_manifest, sample_table_path
+from data_prep.formats.sample_table import sample_table_path
+from data_prep.formats.sidecars import Manifest, manifest_path, read_manifest
 from data_prep.writing.direct_io import sha256_of
 from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import BetonError, UserError

@@ -13,7 +13,8 @@ from PIL import Image
 
 from benchmarks.harness import simulated
 from benchmarks.harness.simulated import Options, main, simulate
-from data_prep.formats.sidecars import read_manifest, read_sample_table
+from data_prep.formats.sample_table import read_sample_table
+from data_prep.formats.sidecars import read_manifest
 from data_prep.formats.tables import read_tables
 from data_prep.sources.samples import Sample, file_list_sha256
 from data_prep.verify import verify

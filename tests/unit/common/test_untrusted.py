@@ -15,7 +15,7 @@ from PIL import EpsImagePlugin, Image
 from data_prep.__main__ import main
 from data_prep.convert import convert_image_folder
 from data_prep.formats.beton import METADATA_START, SAMPLE, find_parts, parse_shard
-from data_prep.formats.sidecars import read_sample_table, sample_table_path
+from data_prep.formats.sample_table import read_sample_table, sample_table_path
 from data_prep.info import plot_info
 from lowrank_vit.common.errors import BetonError, UserError, exit_cleanly
 from lowrank_vit.common.terminal import one_line, printable, say

@@ -264,7 +264,7 @@ def test_a_jpeg_with_a_mere_warning_is_decoded(tmp_path, backend):
 @pytest.mark.parametrize("backend", ["ffcv", "dali"])
 def test_a_slow_disk_is_waited_for(sets, backend, monkeypatch):
     beton = Beton(sets["jpeg"])
-    monkeypatch.setattr(beton, "check_unchanged", lambda: time.sleep(0.3))  # called before each batch
+    monkeypatch.setattr(beton, "check_unchanged", lambda ids: time.sleep(0.3))  # called before each batch
     assert len(list(open_one(backend, beton).batches(0))) == 6
 
 

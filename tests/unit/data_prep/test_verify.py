@@ -19,13 +19,8 @@ from data_prep.__main__ import main
 from data_prep.convert import convert_image_folder
 from data_prep.formats.beton import HEADER, METADATA_START, SAMPLE
 from data_prep.formats.jpeg import ImageOptions
-from data_prep.formats.sidecars import (
-    manifest_path,
-    read_manifest,
-    read_sample_table,
-    sample_table_path,
-    write_manifest,
-)
+from data_prep.formats.sample_table import read_sample_table, sample_table_path
+from data_prep.formats.sidecars import manifest_path, read_manifest, write_manifest
 from data_prep.formats.tables import read_tables
 from data_prep.info import info_table, plot_info
 from data_prep.verify import verify

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from nvidia.dali import backend
 
-from data_prep.formats.beton import MODE_JPEG, MODE_RAW
 from lowrank_vit.data.decode import dali
-from lowrank_vit.data.decode.dali_pipeline import PipelineShape, large_sides, memory_hints, release_memory
+from lowrank_vit.data.decode.dali_pipeline import PipelineShape, memory_hints, release_memory
 
 
 def hints(height: int, width: int, load: float = 0.5, batch_size: int = 256) -> dict[str, int]:
@@ -42,17 +39,6 @@ def test_huge_images_do_not_take_the_gpus_memory():
 
 def test_without_the_engine_nothing_is_taken_for_it():
     assert set(hints(375, 500, load=0.0)) == {"device_memory_padding", "host_memory_padding"}
-
-
-def test_few_huge_images_and_stored_pixels_are_not_what_memory_is_taken_for():
-    heights, widths, modes = np.full(1000, 375), np.full(1000, 500), np.full(1000, MODE_JPEG)
-    heights[:9], widths[5:12] = 9000, 8000
-    of_set: Any = SimpleNamespace(heights=heights, widths=widths, modes=modes)
-    assert large_sides(of_set) == (375, 500)
-    modes[12:] = MODE_RAW
-    assert large_sides(of_set) == (9000, 8000)
-    modes[:] = MODE_RAW
-    assert large_sides(of_set) == (0, 0)
 
 
 def test_a_decoder_that_is_closed_gives_the_gpus_memory_to_others(monkeypatch, on_cuda_path):

@@ -47,7 +47,7 @@ def test_all_images_are_pillows_by_every_way(sets, stored, part_bytes, way, monk
     assert len(room._pieces) == (2 if way == "staged" else 0)
     room.load(3)
     assert not room.damaged
-    assert room.pixels.numel() == resident_set.resident_bytes(beton)
+    assert room.pixels.numel() == beton.decoded_bytes
     for i, start in enumerate(room.starts):
         expected = decode(beton, i).reshape(-1)
         assert np.array_equal(room.pixels[start : start + len(expected)].numpy(), expected)

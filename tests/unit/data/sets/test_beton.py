@@ -219,7 +219,7 @@ def test_descriptors_and_allocation_table_are_part_of_the_index(digits):
     digits.write_bytes(content)
     with pytest.raises(BetonError, match="its index"):
         Beton(digits)
-    assert not Beton(digits.rename(digits.with_name("other.beton"))).manifests
+    assert not Beton(digits.rename(digits.with_name("other.beton"))).manifest
 
 
 def test_an_index_that_nothing_vouches_for_is_said_until_it_is_verified(digits, capsys):

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import pytest
 from rich import filesize
 
-from data_prep.formats.sidecars import manifest_path, read_manifest, sample_table_path, write_manifest
+from data_prep.formats.sample_table import sample_table_path
+from data_prep.formats.sidecars import manifest_path, read_manifest, write_manifest
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.data.sets import staging
 from lowrank_vit.data.sets.beton import Beton

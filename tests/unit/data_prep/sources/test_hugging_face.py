@@ -17,7 +17,7 @@ from pyarrow import parquet
 from data_prep.convert import Conversion, convert_image_folder
 from data_prep.convert_rows import RowData, convert_dataset, convert_rows, parse_name, spool_path, without_prefix
 from data_prep.formats.jpeg import EncodedImage, ImageOptions
-from data_prep.formats.sidecars import read_sample_table
+from data_prep.formats.sample_table import read_sample_table
 from data_prep.sources.rows import RowSource
 from data_prep.sources.table_columns import NO_COLUMNS, Columns
 from data_prep.writing.bad_images import BadImagesError

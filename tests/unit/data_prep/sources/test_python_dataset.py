@@ -19,7 +19,8 @@ from data_prep import convert_dataset
 from data_prep.__main__ import main
 from data_prep.convert import convert_image_folder
 from data_prep.formats.jpeg import LOSSLESS
-from data_prep.formats.sidecars import read_manifest, read_sample_table
+from data_prep.formats.sample_table import read_sample_table
+from data_prep.formats.sidecars import read_manifest
 from data_prep.sources.python_dataset import python_dataset
 from data_prep.writing.bad_images import BadImagesError
 from lowrank_vit.common.errors import UserError

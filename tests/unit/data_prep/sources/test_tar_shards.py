@@ -11,7 +11,8 @@ from data_prep.__main__ import main
 from data_prep.convert import convert_image_folder
 from data_prep.convert_rows import RowData, convert_rows, parse_name
 from data_prep.formats.jpeg import ImageOptions
-from data_prep.formats.sidecars import read_manifest, read_sample_table
+from data_prep.formats.sample_table import read_sample_table
+from data_prep.formats.sidecars import read_manifest
 from data_prep.sources.table_columns import Columns
 from data_prep.sources.tar_shards import expanded, find_shards, tar_shards
 from data_prep.writing.bad_images import BadImagesError

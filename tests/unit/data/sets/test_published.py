@@ -1,0 +1,355 @@
+"""A published index is that of its files as they are, or is not taken; whoever opens a set has the same arrays."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.harness.simulated import Options, simulate
+from data_prep.formats.sidecars import manifest_path, read_manifest
+from data_prep.formats.tables import COLUMNS
+from data_prep.verify import verify
+from lowrank_vit.common import filesystem
+from lowrank_vit.common.errors import BetonError
+from lowrank_vit.data.sets import index, published
+from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.data.sets.staging import stage
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A set in one file and the same in 40 parts, of 1,000 samples and 10 classes."""
+    root = tmp_path_factory.mktemp("simulated")
+    for folder, files in (("one", 1), ("many", 40)):
+        simulate(Options(out=root / folder, samples=1000, files=files, classes=10))
+    return root
+
+
+@pytest.fixture(params=["one", "many"])
+def beton(made, request, tmp_path, monkeypatch) -> Path:
+    """A copy of each, of which everything is published; what goes elsewhere stays in this test's folder."""
+    monkeypatch.setattr(published, "PUBLISHED_FROM", 1)
+    places = published._places
+    monkeypatch.setattr(published, "_places", lambda path, parts: list(places(path, parts))[:1])
+    shutil.copytree(made / request.param, tmp_path / "set")
+    return tmp_path / "set" / "train.beton"
+
+
+def published_file(beton: Path) -> Path:
+    (found,) = beton.parent.glob(f".{beton.name}*.index1-{os.geteuid()}")
+    return found
+
+
+def arrays(beton: Beton) -> dict[str, list[int]]:
+    return {name: getattr(beton, name).tolist() for name in COLUMNS}
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[Path]:
+    """Files whose tables this process has read, as it goes."""
+    found: list[Path] = []
+    real = index.read_tables
+    monkeypatch.setattr(index, "read_tables", lambda path, into: found.append(path) or real(path, into))
+    return found
+
+
+def test_the_second_opening_reads_no_tables(beton, reads, monkeypatch):
+    first = Beton(beton)
+    assert len(reads) == len(first.parts)
+    second = Beton(beton)
+    assert len(reads) == len(first.parts)
+    monkeypatch.setattr(published, "PUBLISHED_FROM", 1 << 20)
+    published_file(beton).unlink()
+    private = Beton(beton)
+    assert len(reads) == 2 * len(first.parts)
+    assert arrays(first) == arrays(second) == arrays(private)
+    assert first._index.summary == second._index.summary == private._index.summary
+    assert np.array_equal(first._index.first_ids, private._index.first_ids)
+    assert [second.sample(i).tobytes() for i in (0, 25, 999)] == [private.sample(i).tobytes() for i in (0, 25, 999)]
+    for column in second._index.columns.values():
+        with pytest.raises(ValueError, match="read-only"):
+            column[0] = 1
+    assert not list(beton.parent.glob("*.lock"))
+    assert not list(beton.parent.glob(".*.lock"))
+
+
+def test_only_its_owner_reads_it(beton):
+    Beton(beton)
+    assert published_file(beton).stat().st_mode & 0o777 == 0o600
+
+
+def spoil(content: bytes, how: str) -> bytes:
+    if how == "version":
+        return content[:8] + b"\x02" + content[9:]
+    if how == "header":
+        return content[:40] + bytes([content[40] ^ 1]) + content[41:]
+    if how == "half written":
+        return content[: len(content) // 2]
+    if how == "nothing":
+        return b""
+    if how == "longer":
+        return content + b"\0"
+    return content.replace(b'"key": "', b'"kez": "')
+
+
+@pytest.mark.parametrize("how", ["version", "header", "half written", "nothing", "longer", "key"])
+def test_what_is_damaged_is_made_anew(beton, reads, how):
+    expected = arrays(Beton(beton))
+    path = published_file(beton)
+    intact = path.read_bytes()
+    path.write_bytes(spoil(intact, how))
+    reads.clear()
+    assert arrays(Beton(beton)) == expected
+    assert reads
+    assert path.read_bytes() == intact
+
+
+@pytest.mark.parametrize("how", ["wider", "another", "link"])
+def test_what_others_may_have_written_is_not_opened(beton, reads, how, tmp_path, monkeypatch):
+    expected = arrays(Beton(beton))
+    path = published_file(beton)
+    if how == "wider":
+        path.chmod(0o644)
+    elif how == "another":
+        monkeypatch.setattr(published.os, "geteuid", lambda: os.getuid() + 1)
+        path.rename(path.with_name(f"{path.name[: path.name.rindex('-')]}-{os.getuid() + 1}"))
+    else:
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    reads.clear()
+    assert arrays(Beton(beton)) == expected
+    assert reads
+    if how == "another":
+        assert Beton(beton)._index.why_private
+    else:
+        assert not path.is_symlink()
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("change", ["time", "inode", "manifest", "no manifest", "converted"])
+def test_a_changed_set_makes_it_stale(beton, made, reads, change):
+    before = Beton(beton)
+    part = before.parts[-1]
+    reads.clear()
+    if change == "time":
+        os.utime(part)
+    elif change == "inode":
+        stat = part.stat()
+        shutil.copyfile(part, part.with_suffix(".copy"))
+        os.utime(part.with_suffix(".copy"), ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        part.with_suffix(".copy").replace(part)
+    elif change == "manifest":
+        manifest_path(part).write_bytes(manifest_path(part).read_bytes() + b"\n")
+    elif change == "no manifest":
+        manifest_path(part).unlink()
+    else:
+        with part.open("r+b") as file:  # as a damaged disk, or a copy onto it, would
+            file.seek(2106 + 1)
+            file.write(b"\0\0")
+        with pytest.raises(BetonError, match="sample 0 has no pixels"):
+            Beton(beton)
+        return
+    assert arrays(Beton(beton)) == arrays(before)
+    assert reads
+    reads.clear()
+    Beton(beton)
+    assert not reads
+
+
+def test_where_it_cannot_be_written_each_process_keeps_its_own(beton, tmp_path, monkeypatch):
+    expected = arrays(Beton(beton))
+    published_file(beton).unlink()
+
+    def refused(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refused)
+    full = Beton(beton)  # as a /dev/shm of 64 MB
+    assert arrays(full) == expected
+    assert "No space left" in full._index.why_private
+    assert not list(beton.parent.glob(".*.part"))
+    assert not full.unshared
+    monkeypatch.setattr("lowrank_vit.data.sets.beton._MUCH_BYTES", 1000)
+    assert "train.beton: each process keeps 33.0 kB of index, since it could not be written" in full.unshared
+
+
+def test_the_next_place_is_taken_in_a_folder_that_is_not_writable(beton, tmp_path, monkeypatch, reads):
+    names = [beton.with_name(".x.index"), tmp_path / "shm" / "x.index"]
+    monkeypatch.setattr(published, "_places", lambda path, parts: names)
+    (tmp_path / "shm").mkdir()
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != beton.parent and real(path, mode))
+    expected = arrays(Beton(beton))
+    assert names[1].stat().st_mode & 0o777 == 0o600
+    reads.clear()
+    assert arrays(Beton(beton)) == expected
+    assert not reads
+
+
+def test_a_file_system_without_maps_that_are_shared(beton, monkeypatch):
+    expected = arrays(Beton(beton))
+    monkeypatch.setattr(
+        filesystem.mmap, "mmap", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(19, "No device"))
+    )
+    assert arrays(Beton(beton)) == expected
+
+
+_OPENS = """
+import os, sys
+from pathlib import Path
+from lowrank_vit.data.sets import index, published
+from lowrank_vit.data.sets.beton import Beton
+published.PUBLISHED_FROM = 1
+real, path, mark = index.read_tables, Path(sys.argv[1]), Path(sys.argv[2])
+def read(part, into):
+    with mark.open("a") as file:
+        print(os.getpid(), file=file)
+    if len(sys.argv) > 3:
+        os.kill(os.getpid(), 9)
+    return real(part, into)
+index.read_tables = read
+print(int(Beton(path).pointers.sum()))
+"""
+
+
+def opening(beton: Path, mark: Path, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _OPENS, str(beton), str(mark), *more], stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_of_processes_that_open_at_once_one_computes(made, tmp_path):
+    shutil.copytree(made / "many", tmp_path / "set")
+    beton, mark = tmp_path / "set" / "train.beton", tmp_path / "mark"
+    running = [opening(beton, mark) for _ in range(2)]
+    said = {process.communicate(timeout=300)[0] for process in running}
+    assert len(said) == 1
+    assert len(set(mark.read_text().split())) == 1
+    assert len(mark.read_text().split()) == 40
+
+
+def test_a_killed_publisher_is_followed_by_another(made, tmp_path):
+    shutil.copytree(made / "one", tmp_path / "set")
+    beton, mark = tmp_path / "set" / "train.beton", tmp_path / "mark"
+    killed = opening(beton, mark, "die")
+    killed.communicate(timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(beton.parent.glob(".*.part"))
+    following = opening(beton, mark)
+    assert following.communicate(timeout=300)[0]
+    assert not list(beton.parent.glob(".*.part"))
+    assert published_file(beton).exists()
+
+
+def test_many_files_need_few_descriptors(made, tmp_path):
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+from lowrank_vit.data.sets.beton import Beton
+beton = Beton({str(made / "many" / "train.beton")!r})
+print(sum(len(beton.sample(i)) for i in range(1000)) == beton.stored_bytes)
+beton.check_unchanged()
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout == b"True\n"
+
+
+def test_only_the_files_of_a_batch_are_looked_at(beton, monkeypatch):
+    opened = Beton(beton)
+    opened.sample(0)
+    looked: list[int] = []
+    monkeypatch.setattr(Beton, "_size_now", lambda self, part: looked.append(part) or int(self._index.file_sizes[part]))
+    opened.check_unchanged(np.array([30, 999, 31]))
+    assert looked == sorted({opened._part_of(i) for i in (30, 999)})
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_file_that_loses_bytes_is_noticed_also_under_another_name(beton, moved):
+    opened = Beton(beton)
+    last = opened.parts[-1]
+    opened.sample(999)
+    if moved:
+        last = last.rename(last.with_suffix(".moved"))
+        opened.check_unchanged()
+    os.truncate(last, 5000)
+    if len(opened.parts) > 1:
+        opened.check_unchanged(np.array([0]))
+    with pytest.raises(BetonError, match=rf"{opened.parts[-1].name} was cut from .* while it was open"):
+        opened.check_unchanged(np.array([999]))
+    with pytest.raises(BetonError, match="was cut from"):
+        opened.read_into(int(opened.pointers[999]), np.empty(int(opened.sizes[999]), np.uint8))
+
+
+def test_removed_files_are_read_to_the_end(beton):
+    opened, out = Beton(beton), np.empty(0, np.uint8)
+    expected = opened.sample(999).tobytes()
+    for part in opened.parts:
+        part.unlink()
+    opened.check_unchanged()
+    out = np.empty(int(opened.sizes[999]), np.uint8)
+    opened.read_into(int(opened.pointers[999]), out)
+    assert out.tobytes() == opened.sample(999).tobytes() == expected
+
+
+def test_it_is_no_part_of_the_set(beton, tmp_path):
+    """Nor staged, nor an error of `verify`, nor in the way of the same set under another name."""
+    opened = Beton(beton)
+    name = published_file(beton).name
+    copy = stage(beton, tmp_path / "stage", lambda line: None)
+    assert name not in {path.name for path in copy.parent.iterdir()}
+    assert arrays(Beton(copy)) == arrays(opened)
+    assert stage(beton, tmp_path / "stage", lambda line: None) == copy
+    assert verify(opened.parts[0]).num_samples == read_manifest(opened.parts[0]).num_samples
+
+
+def test_facts_are_those_of_all_samples(beton):
+    opened = Beton(beton)
+    pixels = opened.heights.astype(np.int64) * opened.widths
+    assert opened.stored_bytes == opened.sizes.sum()
+    assert opened.decoded_bytes == 3 * pixels.sum()
+    assert (opened.num_jpeg, opened.is_raw, opened.is_uniform) == (1000, False, False)
+    sides = (np.percentile(side, index.LARGE, method="higher") for side in (opened.heights, opened.widths))
+    assert opened.large_sides == tuple(map(int, sides))
+    assert opened.is_ascending == bool((np.diff(opened.pointers) >= 0).all())
+    told = [json.loads(manifest_path(part).read_bytes())["reasons"] for part in opened.parts]
+    assert opened.reasons == {name: sum(one[name] for one in told) for name in told[0]}
+
+
+def test_percentiles_are_numpys():
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 3, 99, 100, 101, 102, 1000):
+        values = rng.integers(0, 50, count)
+        assert index._percentile(np.bincount(values)) == np.percentile(values, index.LARGE, method="higher")
+    assert index._percentile(np.zeros(9, int)) == 0
+
+
+def test_labels_are_mapped_where_they_are_asked_for(beton):
+    opened, labels = Beton(beton), Beton(beton).labels.copy()
+    digests = opened.digests()
+    opened.relabel(range(10), None)
+    assert opened.labels is opened._index.columns["labels"] or np.shares_memory(
+        opened.labels, opened._index.columns["labels"]
+    )
+    assert opened.digests() == digests
+    mapping = np.random.default_rng(1).permutation(10)
+    opened.relabel(mapping.tolist(), [str(n) for n in range(10)])
+    opened.relabel([*range(1, 10), 0], None)
+    expected = (mapping[labels] + 1) % 10
+    assert np.array_equal(opened.labels, expected)
+    assert np.array_equal(opened.labels_of(np.array([999, 3])), expected[[999, 3]])
+    assert opened.digests()[0] != digests[0]
+    assert opened.digests()[1] == digests[1]
+
+
+def test_too_many_samples_in_all_parts(beton, monkeypatch):
+    monkeypatch.setattr("data_prep.formats.tables.MAX_SAMPLES", 999)
+    with pytest.raises(BetonError, match=r"train.beton holds 1,000 samples, more than the 999"):
+        Beton(beton)
