@@ -118,7 +118,7 @@ class PredictOptions(ModelOptions):
     topk: Annotated[int, POSITIVE] = 5
     """Predictions for each image."""
     output: Path | None = None
-    """Write all predictions to this .csv or .json file."""
+    """Write all predictions to this .csv or .json file; the same command goes on where a killed one ended."""
     results_dir: Path | None = None
     """timm's way to say the same: the folder of --results-file, which is named after model and size by default."""
     results_file: Path | None = None

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +14,10 @@ import torch
 import xxhash
 from PIL import Image
 
-from data_prep.formats.image_formats import formats, image_suffixes, is_of_the_system
+from data_prep.formats.image_formats import formats
 from data_prep.formats.jpeg import upright_rgb
 from lowrank_vit.common.devices import DTYPES, pick_device, why_on_cpu
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.files import write_all
 from lowrank_vit.common.filters import FILTERS
 from lowrank_vit.common.terminal import is_unread, one_line, output_is_in_files
 from lowrank_vit.data.decode.backend import usual_workers
@@ -33,14 +28,17 @@ from lowrank_vit.ranks.failing import Failing
 from lowrank_vit.ranks.joining import joined
 from lowrank_vit.ranks.records import data_record, run_record
 from lowrank_vit.ranks.world import World
+from lowrank_vit.score.kept import Part, keeping
+from lowrank_vit.score.listing import ImageList, digest_of_stats
 from lowrank_vit.score.options import PredictOptions
 from lowrank_vit.score.results import (
     Prediction,
     Predictions,
     ScoringProgress,
+    csv_columns,
+    csv_rows,
+    json_items,
     make_folder_of,
-    predictions_to_csv,
-    predictions_to_json,
     with_suffix_of,
 )
 from lowrank_vit.score.scorer import Scorer, labels_of, load_scorer
@@ -48,6 +46,7 @@ from lowrank_vit.score.scorer import Scorer, labels_of, load_scorer
 SHOWN = 3
 """Predictions of an image that the terminal shows."""
 Note = Callable[[str], object]
+_DECIDE_NO_ROW = ("--output", "--results-dir", "--results-file", "--results-format", "--no-console-results")
 _FOREVER = timedelta(days=365)
 """Of a rank that makes no progress the threads that watch the ranks tell."""
 
@@ -55,115 +54,158 @@ _FOREVER = timedelta(days=365)
 def classify(options: PredictOptions, note: Note, world: World, failing: Failing) -> None:
     """Classify on the ranks of `world`, not yet joined; the first prints and writes files.
 
-    Raises `UserError`, also where no image could be read.
+    Memory does not grow with the number of images: rows are appended as batches finish, see `score.kept`. Raises
+    `UserError`, also where no image could be read.
     """
     device = pick_device(options.device, world.local_rank)
     with joined(world, device, lambda: run_record(options, device)), failing.watched():
-        if world.is_first:
-            _classify_and_write(options, note, world)
-        else:
-            predict(options, world=world)
+        _classify_and_write(options, note if world.is_first else lambda text: None, world)
 
 
 def _classify_and_write(options: PredictOptions, note: Note, world: World) -> None:
     outputs = _outputs(options)
-    if outputs:
+    if outputs and world.is_first:
+        for path in outputs:
+            make_folder_of(path)
         output_is_in_files()
-    show = (lambda prediction: None) if options.no_console_results else _Printer(options.output_type, bool(outputs))
-    predictions = predict(options, note, show, world)
-    columns: dict[str, Any] = {
-        "index": options.include_index,
-        "value": "" if options.exclude_output else options.output_type,
-    }
-    writers = {path: predictions_to_json if path.suffix == ".json" else predictions_to_csv for path in outputs}
-    write_all({path: partial(write, predictions, **columns) for path, write in writers.items()})
-    if not predictions.found:
-        raise UserError(f"None of the {len(predictions.skipped)} files could be read as an image.")
+    with _Job(options, note, world) as job, ExitStack() as stack:
+        channel = world.channel(_FOREVER)
+        kept = stack.enter_context(keeping(outputs, job.key(), job.is_same, note)) if _keeps(outputs, world) else None
+        first = world.from_first(kept.num_images if kept else 0)
+        world.progress.enter("classifying")
+        shown = ScoringProgress(len(job.files), done=first) if world.is_first else nullcontext()
+        progress = stack.enter_context(shown)
+        num_found = kept.num_found if kept else 0
+        for part in job.parts(first, {path.suffix for path in outputs}):
+            with world.progress.waiting():
+                parts = channel.gather(part) or []
+            if kept:
+                kept.add(parts)
+            for one in parts:
+                for file, reason in one.skipped:
+                    note(f"skipped {file}: {reason}")
+                for line in one.shown:
+                    print(line, flush=True)
+                    if not outputs and is_unread():
+                        raise BrokenPipeError
+                num_found += one.num_found
+                if progress:
+                    progress.advance(one.num_images)
+        if kept:
+            kept.finish(outputs, csv_columns(job.num_columns, **_columns_of(options)))
+    if world.is_first and not num_found:
+        raise UserError(f"None of the {len(job.files)} files could be read as an image.")
+
+
+def _keeps(outputs: Sequence[Path], world: World) -> bool:
+    return bool(outputs) and world.is_first
+
+
+def _columns_of(options: PredictOptions) -> dict[str, Any]:
+    return {"index": options.include_index, "value": "" if options.exclude_output else options.output_type}
 
 
 def predict(
     options: PredictOptions,
     note: Note = lambda text: None,
     show: Callable[[Prediction], object] = lambda prediction: None,
-    world: World | None = None,
 ) -> Predictions:
-    """Classify all images, each shown when its batch is done; what cannot be opened is noted and skipped.
+    """Classify all images in this process, each shown when its batch is done; what cannot be opened is noted.
 
-    The ranks of `world` take the batches in turn; the first one gets all predictions, in the order of the images, and
-    the others none. Raises `UserError`.
+    All predictions are in memory. Raises `UserError`.
     """
-    world = world or World()
-    options.check()
-    world.progress.enter("searching for images")
-    files = _images(options.input, note)
-    device = pick_device(options.device, world.local_rank)
-    if why := why_on_cpu(options.device, device):
-        note(why)
-    world.progress.enter("loading the weights")
-    scorer = load_scorer(options, device, note)
-    labels = labels_of(scorer, options.label_type)
-    agree(world, "images", lambda: _record(files, scorer), "searching for images and loading the weights")
-    predictions, channel = Predictions(), world.channel(_FOREVER)
-    world.progress.enter("classifying")
-    shown = ScoringProgress(len(files)) if world.is_first else nullcontext()
-    workers = options.workers or usual_workers(device, world.local_size)
-    with ThreadPoolExecutor(workers) as pool, shown as progress:
-        for batch in _decoded(files, scorer, options.batch_size, pool, world):
-            skipped = [(file, crop) for file, crop in batch if isinstance(crop, str)]
-            crops = [(file, crop) for file, crop in batch if not isinstance(crop, str)]
-            part = skipped, _classify(scorer, labels, crops, options, device) if crops else []
-            world.progress.tick()
-            with world.progress.waiting():
-                parts = channel.gather(part) or []
-            for skipped, found in parts:
-                for file, reason in skipped:
-                    predictions.skipped[file] = reason
-                    note(f"skipped {file}: {reason}")
-                for prediction in found:
-                    predictions.found.append(prediction)
-                    show(prediction)
-                if progress:
-                    progress.advance(len(skipped) + len(found))
+    predictions = Predictions()
+    with _Job(options, note, World()) as job:
+        for _, skipped, found in job.batches(0):
+            for file, reason in skipped:
+                predictions.skipped[file] = reason
+                note(f"skipped {file}: {reason}")
+            for prediction in found:
+                predictions.found.append(prediction)
+                show(prediction)
     return predictions
 
 
-def _record(files: Sequence[Path], scorer: Scorer) -> Record:
-    """What the ranks must have in common: the images, by their names, and the weights."""
-    names = xxhash.xxh3_64_hexdigest(b"\0".join(map(os.fsencode, files)))
-    return {**data_record({}, scorer.model), "other images": (names, f"{len(files):,} files")}
+class _Job:
+    """The images, the model, and this rank's share of the batches, which the ranks take in turn; a context."""
 
+    def __init__(self, options: PredictOptions, note: Note, world: World) -> None:
+        """Search for the images and load the weights; all ranks must have the same. Raises `UserError`."""
+        options.check()
+        self._options, self._world = options, world
+        world.progress.enter("searching for images")
+        self._stack = ExitStack()
+        with self._stack as stack:
+            self.files = stack.enter_context(ImageList(options.input, options.batch_size, note))
+            self._device = device = pick_device(options.device, world.local_rank)
+            if why := why_on_cpu(options.device, device):
+                note(why)
+            world.progress.enter("loading the weights")
+            self._scorer = scorer = load_scorer(options, device, note)
+            self._labels = labels_of(scorer, options.label_type)
+            agree(world, "images", self._record, "searching for images and loading the weights")
+            workers = options.workers or usual_workers(device, world.local_size)
+            self._pool = stack.enter_context(ThreadPoolExecutor(workers))
+            self._stack = stack.pop_all()
+        self.num_columns = min(options.topk, scorer.num_classes)
+        """Classes an image."""
 
-def _images(paths: tuple[Path, ...], note: Note) -> list[Path]:
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside, others = images_below(path)
-            kinds = ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in others.most_common(5))
-            if not inside:
-                raise UserError(f"--input {path} holds no image{f', only other files ({kinds})' if kinds else ''}.")
-            if kinds:
-                note(f"{path}: left out {others.total():,} files that are no images by their suffix ({kinds})")
-            found += inside
-        else:
-            found.append(path)
-    return found
+    def __enter__(self) -> _Job:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
-def _decoded(
-    files: Sequence[Path], scorer: Scorer, batch_size: int, pool: ThreadPoolExecutor, world: World
-) -> Iterator[list[tuple[Path, np.ndarray | str]]]:
-    """Files with their crops, batch by batch; the next batch is decoded while the caller computes with this one.
+    def _record(self) -> Record:
+        """What the ranks must have in common: the images, by their names, and the weights."""
+        shown = f"{len(self.files):,} files"
+        return {**data_record({}, self._scorer.model), "other images": (self.files.digest, shown)}
 
-    This rank's batches, as many on each rank; the last may be empty.
-    """
-    waiting: list[list[tuple[Path, Future[np.ndarray | str]]]] = []
-    for first in range(0, len(files), batch_size * world.size):
-        first += batch_size * world.rank
-        waiting.append([(file, pool.submit(_crop, file, scorer)) for file in files[first : first + batch_size]])
-        if len(waiting) == 2:
-            yield [(file, crop.result()) for file, crop in waiting.pop(0)]
-    for batch in waiting:
-        yield [(file, crop.result()) for file, crop in batch]
+    def key(self) -> Record:
+        """All that decides a row, but what `is_same` looks at."""
+        scorer, labels = self._scorer, "\0".join(self._labels).encode(errors="surrogateescape")
+        look = f"{scorer.spec} {scorer.interpolation} {scorer.name}"
+        of_run = {k: v for k, v in run_record(self._options, self._device).items() if k not in _DECIDE_NO_ROW}
+        own = {"other names of the classes": (xxhash.xxh3_64_hexdigest(labels), ""), "how images look": (look, look)}
+        return {**of_run, **self._record(), **own}
+
+    def is_same(self, first: int, stats: list[str]) -> bool:
+        """Whether the images of the batches from that image on still have these sizes and times."""
+        numbers = range(first // self._options.batch_size, first // self._options.batch_size + len(stats))
+        return stats == list(self._pool.map(digest_of_stats, map(self.files.batch, numbers)))
+
+    def parts(self, first: int, suffixes: Collection[str]) -> Iterator[Part]:
+        """What each of this rank's batches adds, as many on each rank; the last may be empty."""
+        columns = _columns_of(self._options)
+        writers = {suffix: json_items if suffix == ".json" else csv_rows for suffix in suffixes}
+        is_shown = not self._options.no_console_results
+        for files, skipped, found in self.batches(first):
+            rows = {suffix: write(found, **columns) for suffix, write in writers.items()}
+            named = [(str(file), reason) for file, reason in skipped]
+            shown = [_line(prediction, self._options.output_type) for prediction in found if is_shown]
+            stats = digest_of_stats(files) if files and suffixes else ""
+            yield Part(len(files), len(found), rows, named, stats, shown)
+
+    def batches(self, first: int) -> Iterator[tuple[list[Path], list[tuple[Path, str]], list[Prediction]]]:
+        """This rank's batches from that image on: files, those that are no images with the reason, predictions."""
+        for batch in self._decoded(first):
+            skipped = [(file, crop) for file, crop in batch if isinstance(crop, str)]
+            crops = [(file, crop) for file, crop in batch if not isinstance(crop, str)]
+            given = self._labels, crops, self._options, self._device
+            found = _classify(self._scorer, *given) if crops else []
+            self._world.progress.tick()
+            yield [file for file, _ in batch], skipped, found
+
+    def _decoded(self, first: int) -> Iterator[list[tuple[Path, np.ndarray | str]]]:
+        """Files with their crops, batch by batch; the next one is decoded while the caller computes with this one."""
+        waiting: list[list[tuple[Path, Future[np.ndarray | str]]]] = []
+        for start in range(first, len(self.files), self._options.batch_size * self._world.size):
+            files = self.files.batch(start // self._options.batch_size + self._world.rank)
+            waiting.append([(file, self._pool.submit(_crop, file, self._scorer)) for file in files])
+            if len(waiting) == 2:
+                yield [(file, crop.result()) for file, crop in waiting.pop(0)]
+        for batch in waiting:
+            yield [(file, crop.result()) for file, crop in batch]
 
 
 def _crop(file: Path, scorer: Scorer) -> np.ndarray | str:
@@ -195,7 +237,7 @@ def _classify(
 
 
 def _outputs(options: PredictOptions) -> list[Path]:
-    """The files to write, whose folders are made now. Raises `UserError`."""
+    """The files to write. Raises `UserError`."""
     paths = [options.output] if options.output else []
     if options.output and options.output.suffix not in (".csv", ".json"):
         raise UserError(f"--output {options.output} must end in .csv or .json.")
@@ -204,37 +246,16 @@ def _outputs(options: PredictOptions) -> list[Path]:
         base = (options.results_dir or Path()) / named
         suffixes = () if base.suffix in (".csv", ".json") else options.results_format
         paths += [with_suffix_of(base, suffix) for suffix in suffixes] or [base]
-    for path in paths:
-        make_folder_of(path)
     return paths
 
 
-@dataclass(frozen=True)
-class _Printer:
-    """Predictions as lines on stdout. Raises `BrokenPipeError` when nobody reads them and no file is asked for."""
-
-    output_type: str
-    is_written: bool
-
-    def __call__(self, p: Prediction) -> None:
-        values = [f"{share:.1%}" for share in p.probabilities]
-        if self.output_type == "logit":
-            values = [f"{logit:.3f}" for logit in p.logits]
-        shown = zip(p.classes[:SHOWN], values[:SHOWN], strict=True)
-        print(one_line(f"{p.file}  " + "  ".join(f"{name} {value}" for name, value in shown)), flush=True)
-        if not self.is_written and is_unread():
-            raise BrokenPipeError
-
-
-def images_below(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """The images in a folder and its sub-folders, sorted, and how many other files there are by suffix.
-
-    What is hidden or a file server's own is neither.
-    """
-    below = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    files = [path for path in below if not any(map(is_of_the_system, path.relative_to(folder).parts))]
-    images = [path for path in files if path.suffix.lower() in image_suffixes()]
-    return images, Counter(path.suffix.lower() for path in files if path.suffix.lower() not in image_suffixes())
+def _line(p: Prediction, output_type: str) -> str:
+    """A prediction for the terminal."""
+    values = [f"{share:.1%}" for share in p.probabilities]
+    if output_type == "logit":
+        values = [f"{logit:.3f}" for logit in p.logits]
+    shown = zip(p.classes[:SHOWN], values[:SHOWN], strict=True)
+    return one_line(f"{p.file}  " + "  ".join(f"{name} {value}" for name, value in shown))
 
 
 def read_image(file: Path) -> np.ndarray | str:

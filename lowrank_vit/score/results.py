@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.terminal import Steady, say_beside
+from lowrank_vit.common.terminal import Steady, as_bytes, say_beside
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.score.evaluate import Batches, Scores
 
@@ -26,8 +26,8 @@ from lowrank_vit.score.evaluate import Batches, Scores
 class ScoringProgress:
     """Counts images, on stderr: a live line, or a line a minute where that is no terminal. Use as a context."""
 
-    def __init__(self, total: int, doing: str = "", unit: str = "images") -> None:
-        """`doing`: what is done, before the bar; `unit`: what is counted, in the plural."""
+    def __init__(self, total: int, doing: str = "", unit: str = "images", done: int = 0) -> None:
+        """`doing`: what is done, before the bar; `unit`: what is counted, in the plural; `done` of them were before."""
         self._bar = Progress(
             *([TextColumn(doing, markup=False)] if doing else ()),
             BarColumn(bar_width=None),
@@ -39,8 +39,8 @@ class ScoringProgress:
             expand=True,
             transient=True,
         )
-        self._task = self._bar.add_task("", total=total)
-        self._done, self._steady = 0, Steady(total, say_beside if self._bar.disable else None)
+        self._task = self._bar.add_task("", total=total, completed=done, before=done)
+        self._done, self._steady = done, Steady(total, say_beside if self._bar.disable else None, done)
         self._what = f"{doing}, {unit}:" if doing else f"{unit}:"
 
     def __enter__(self) -> ScoringProgress:
@@ -75,7 +75,8 @@ class _Speed(ProgressColumn):
     """Images a second, averaged since the start."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.completed / task.elapsed:,.0f} img/s" if task.elapsed else "")
+        done = task.completed - task.fields["before"]
+        return Text(f"{done / task.elapsed:,.0f} img/s" if task.elapsed else "")
 
 
 CONFIDENCE = 0.95
@@ -207,28 +208,35 @@ def _columns(prediction: Prediction, *, index: bool, value: str) -> dict[str, li
     return columns
 
 
-def predictions_to_csv(predictions: Predictions, *, index: bool = False, value: str = "prob") -> str:
-    """A row an image: file, class_1, probability_1, class_2, ...; skipped files are left out.
+def csv_columns(count: int, *, index: bool, value: str) -> list[str]:
+    """The columns of a table of `count` classes an image: file, class_1, probability_1, class_2, ...
 
     `index` adds the classes' numbers, index_1 and so on. `value`: "prob", "logit" or nothing.
     """
+    names = _columns(Prediction(Path(), [], [], [], []), index=index, value=value)
+    return ["file", *(f"{name}_{n + 1}" for n in range(count) for name in names)]
+
+
+def csv_header(columns: Sequence[str]) -> bytes:
+    """The first line of a table."""
+    return f"{','.join(columns)}\n".encode()
+
+
+def csv_rows(predictions: Iterable[Prediction], *, index: bool, value: str) -> bytes:
+    """A row an image, see `csv_columns`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    rows = [(p.file, _columns(p, index=index, value=value)) for p in predictions.found]
-    first = rows[0][1] if rows else {}
-    count = len(first.get("class", ()))
-    writer.writerow(["file", *(f"{name}_{n + 1}" for n in range(count) for name in first)])
-    for file, columns in rows:
-        writer.writerow([file, *(values[n] for n in range(count) for values in columns.values())])
-    return text.getvalue()
+    for p in predictions:
+        columns = _columns(p, index=index, value=value).values()
+        writer.writerow([p.file, *(values[n] for n in range(len(p.classes)) for values in columns)])
+    return as_bytes(text.getvalue())
 
 
-def predictions_to_json(predictions: Predictions, *, index: bool = False, value: str = "prob") -> str:
-    """{"predictions": [{"file", "classes", "probabilities"}], "skipped": {file: reason}}; more as in the table."""
+def json_items(predictions: Iterable[Prediction], *, index: bool, value: str) -> bytes:
+    """{"file", "classes", "probabilities"} of each image, more as in the table: items, each behind a comma."""
     plural = {"class": "classes", "index": "indices", "probability": "probabilities", "logit": "logits"}
-    found = [
+    items = [
         {"file": str(p.file), **{plural[k]: v for k, v in _columns(p, index=index, value=value).items()}}
-        for p in predictions.found
+        for p in predictions
     ]
-    skipped = {str(file): reason for file, reason in predictions.skipped.items()}
-    return json.dumps({"predictions": found, "skipped": skipped}, indent=1) + "\n"
+    return "".join(",\n  " + json.dumps(item, indent=1).replace("\n", "\n  ") for item in items).encode()

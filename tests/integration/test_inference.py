@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,10 @@ from lowrank_vit import inference, train, validate
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.score.options import PredictOptions
 from lowrank_vit.score.prediction import predict
+from tests.forked import Forked
 from tests.integration.test_data_given_directly import TINY
 from tests.photos import write_folder
+from tests.waiting import LONG_S
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,61 @@ def test_any_format_is_read_and_what_is_no_image_is_skipped(trained, tmp_path, c
     assert content["skipped"][str(tmp_path / "e.jpg")] == "cannot identify image file"
     assert "truncated" in content["skipped"][str(tmp_path / "f.jpg")]
     assert f"skipped {tmp_path / 'e.jpg'}" in capsys.readouterr().err
+
+
+def classify_and_die(argv: list[str], *, after: int) -> None:
+    """Classify, and end by SIGKILL in the middle of what the given batch writes."""
+    from lowrank_vit.score import kept
+
+    really, calls = kept._write, list[int]()
+
+    def write(file, content: bytes) -> None:
+        calls.append(1)
+        if len(calls) > 4 * after:
+            really(file, content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        really(file, content)
+
+    kept._write = write
+    inference.main(argv)
+
+
+@pytest.mark.parametrize("change", ["", "arguments", "weights", "images"])
+def test_a_killed_command_goes_on_and_ends_in_the_same_bytes(trained, tmp_path, capsys, change):
+    folder, checkpoint = trained
+    shutil.copytree(folder, tmp_path / "images")
+    (tmp_path / "images" / "flower" / "broken.jpg").write_bytes(b"no image")
+    shutil.copy(checkpoint, tmp_path / "c.pth")
+
+    def line(out: str) -> list[str]:
+        files = ["--results-dir", str(tmp_path / out), "--results-file", "r", "--results-format", "csv", "json"]
+        of_model = ["--checkpoint", str(tmp_path / "c.pth"), "--device", "cpu", "--no-console-results"]
+        return [str(tmp_path / "images"), *of_model, *files, "-b", "4", *(["--topk", "1"] if is_changed else [])]
+
+    is_changed = False
+    process = Forked(functools.partial(classify_and_die, after=3), line("killed"))
+    process.communicate(LONG_S)
+    assert process.returncode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == [".r.csv.partial"]
+    is_changed = change == "arguments"
+    if change == "weights":
+        content = torch.load(tmp_path / "c.pth", weights_only=False)
+        content["state_dict"]["head.bias"] += 1
+        torch.save(content, tmp_path / "c.pth")
+    elif change == "images":
+        images = sorted((tmp_path / "images").rglob("*.jpg"))
+        shutil.copy(images[-1], images[5])
+    inference.main(line("killed"))
+    said = capsys.readouterr().err
+    begun = {"": 12, "images": 4}.get(change, 0)
+    assert (f"{begun} images were done before" in said) == (begun > 0)
+    reason = {"arguments": "--topk is 1, there 5", "weights": "other weights"}.get(change, "")
+    assert ("begins anew" in said) == bool(reason)
+    assert reason in said
+    inference.main(line("whole"))
+    for name in ("r.csv", "r.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(list((tmp_path / "killed").iterdir())) == 2
 
 
 @pytest.mark.parametrize(

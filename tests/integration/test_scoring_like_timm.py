@@ -207,7 +207,7 @@ def test_every_format_that_pillow_reads_by_itself(photos, weights, tmp_path, cap
 
 @pytest.mark.parametrize("out", ["/dev/null/x.csv", "{folder}"])
 def test_an_output_that_cannot_be_written_is_found_before_the_work(weights, tmp_path, monkeypatch, out):
-    monkeypatch.setattr(prediction, "predict", lambda *_: pytest.fail("works"))
+    monkeypatch.setattr(prediction, "load_scorer", lambda *_: pytest.fail("works"))
     (tmp_path / "x.csv").mkdir()
     (tmp_path / "photo.jpg").touch()
     line = f"{tmp_path / 'photo.jpg'} --checkpoint {weights} --output {out.format(folder=tmp_path / 'x.csv')}"
