@@ -9,7 +9,7 @@ from lowrank_vit.config.options import Augment, Config
 from lowrank_vit.plan.dealing import split
 from lowrank_vit.plan.mixing import MixRules
 from lowrank_vit.plan.operations import parse_policy
-from lowrank_vit.plan.plans import TrainRules
+from lowrank_vit.plan.rules import TrainRules
 
 _INTERPOLATIONS = {"random": None, **FILTERS}
 
@@ -41,6 +41,7 @@ def train_rules(config: Config) -> TrainRules:
         ),
         mixup_off_epoch=augment.mixup_off_epoch,
         order=data.epoch_order,
+        repeats=max(1, int(augment.aug_repeats)),
     )
 
 

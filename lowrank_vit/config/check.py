@@ -95,6 +95,10 @@ def _check_lists(config: Config) -> None:
 
 def _check_mixing_and_loss(config: Config) -> None:
     augment = config.augment
+    if augment.aug_repeats != int(augment.aug_repeats):
+        raise UserError(
+            f"--aug-repeats {augment.aug_repeats:g}: each image comes equally often here. Give a whole number of times."
+        )
     mixing = {"mixup": augment.mixup, "cutmix": augment.cutmix, "cutmix-minmax": augment.cutmix_minmax}
     mixed_by = next((name for name, value in mixing.items() if value), None)
     if mixed_by and config.data.batch_size == 1:

@@ -176,6 +176,9 @@ class Augment:
     """Policy: rand-m9-mstd0.5-inc1 and all of timm's RandAugment, original, originalr, v0, v0r, 3a, or none."""
     color_jitter: Annotated[tuple[float, ...], NOT_NEGATIVE] = (0.4,)
     """Strength of colour jitter, one number or brightness, contrast, saturation; off with any --aa but 3a."""
+    aug_repeats: Annotated[float, Range(0, 2**16)] = 0.0
+    """How often an image comes in an epoch, cropped and augmented anew each time; an epoch is as long, with fewer
+    images; 0 and 1: once."""
     reprob: Annotated[float, SHARE] = 0.0
     """Random erasing probability."""
     remode: Literal["const", "rand", "pixel"] = "pixel"

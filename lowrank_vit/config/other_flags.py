@@ -30,7 +30,7 @@ _OUTPUT = "--output, the parent of the run directories"
 _ACCUMULATE = "--grad-accum-steps"
 _LAUNCHER = "leave it out, torchrun or srun says it"
 _SCORED_ONCE = "leave it out, all ranks score every image once"
-_REPEATED = "leave it out, every image comes once an epoch"
+_REPEATING = "DeiT's and torchvision's"
 _SHARED = "DeiT's and MAE's"
 
 OTHERS: dict[str, Elsewhere] = {
@@ -41,9 +41,8 @@ OTHERS: dict[str, Elsewhere] = {
     "eval-crop-ratio": Elsewhere(_DEIT, "--crop-pct"),
     "num-workers": Elsewhere(_SHARED, "--workers"),
     # augmentation
-    **dict.fromkeys(
-        "repeated-aug no-repeated-aug ra-sampler ra-reps".split(), Elsewhere("DeiT's and torchvision's", _REPEATED)
-    ),
+    **dict.fromkeys("repeated-aug ra-sampler ra-reps".split(), Elsewhere(_REPEATING, "--aug-repeats 3")),
+    "no-repeated-aug": Elsewhere(_REPEATING, "leave it out, every image comes once an epoch without --aug-repeats"),
     "ThreeAugment": Elsewhere(_DEIT, "--aa 3a"),
     "src": Elsewhere(_DEIT, "--train-crop-mode; its simple random crop is not here"),
     "simple-aug": Elsewhere("SSF's and HST's", "--aa none --color-jitter 0 --reprob 0, which leaves crop and flip"),

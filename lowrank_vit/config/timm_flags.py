@@ -123,7 +123,6 @@ FLAGS: dict[str, Flag] = {
     ),
     "grayscale-prob": Flag(Instead("--aa 3a, of which grey images are a part")),
     "gaussian-blur-prob": Flag(Instead("--aa 3a, of which blurring is a part")),
-    "aug-repeats": Flag(Instead("leave it out, every image comes once an epoch")),
     "aug-splits": Flag(_SPLITS),
     "jsd-loss": Flag(_SPLITS, values=0),
     "bce-pos-weight": Flag(Instead("leave it out, --bce-loss weighs all targets alike"), means_something_at_0=True),

@@ -8,6 +8,7 @@ import numpy as np
 
 from lowrank_vit.common.errors import UserError
 
+_ROUND = 256
 _MANY_RANKS = 8
 """An error names sizes up to this, or to twice the one that there is."""
 
@@ -46,6 +47,26 @@ def deal(global_batch: int, batch_size: int, block: int) -> Dealing:
         mirrored = partner.reshape(slots, half)[:, ::-1]
         positions = np.concatenate([first.reshape(slots, half), own.reshape(slots, batch_size % 2), mirrored], axis=1)
     return Dealing(positions, positions // (block or global_batch), len(sides), np.isin(positions, alone))
+
+
+def dealt_repeats(update: int, global_batch: int, positions: np.ndarray, repeats: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where samples of an update stand in the epoch's order, and the repetition, from 0, that each is: int64 (B,) each.
+
+    Each sample of the order comes `repeats` times in turn (Hoffer et al., "Augment your batch", CVPR 2020), and an
+    update takes the next G of these. Its first positions have the first repetitions, and so on: those of one sample lie
+    in different batches as far as there are, as timm deals them to different processes.
+    """
+    begin, each = update * global_batch, np.arange(repeats)
+    first = begin + (each - begin) % repeats
+    counts = (begin + global_batch - first + repeats - 1) // repeats
+    ends = np.cumsum(counts)
+    repetition = np.searchsorted(ends, positions, side="right")
+    return (first + (counts - ends) * repeats)[repetition] // repeats + positions, repetition
+
+
+def length_of_epoch(num_samples: int, repeats: int) -> int:
+    """Samples in an epoch: all; where they are repeated whole 256s, as timm's `RepeatAugSampler` has it."""
+    return num_samples if repeats == 1 else num_samples // _ROUND * _ROUND or num_samples
 
 
 def check_global_batch(

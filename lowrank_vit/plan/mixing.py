@@ -20,7 +20,7 @@ from lowrank_vit.common.arguments import (
     check_number,
     check_whole,
 )
-from lowrank_vit.plan.philox import beta, philox, to_unit
+from lowrank_vit.plan.philox import Word, beta, counter_of, philox, to_unit
 
 
 @dataclass(frozen=True)
@@ -113,19 +113,19 @@ def _draw_mixes(
     )
     alpha = cutmix if low < 0 else 1.0
     for n in range(len(indices)):
-        index = indices[n]
-        u_mixed, u_cutmix, u_row, u_column = _uniforms(key, 0, index, epoch, stream)
+        index, use = counter_of(indices[n], stream)
+        u_mixed, u_cutmix, u_row, u_column = _uniforms(key, 0, index, epoch, use)
         if u_mixed >= prob:
             continue
         is_cutmix[n] = alpha > 0 and (mixup == 0 or u_cutmix < switch_prob)
-        lams[n] = beta(key, alpha if is_cutmix[n] else mixup, index, epoch, stream)
+        lams[n] = beta(key, alpha if is_cutmix[n] else mixup, index, epoch, use)
         if not is_cutmix[n]:
             continue
         if low < 0:
             box = cut_box(img_size, lams[n], u_row, u_column)
         else:
             # The draw counter far from those that `beta` may have used.
-            u_height, u_width, _, _ = _uniforms(key, 1 << 20, index, epoch, stream)
+            u_height, u_width, _, _ = _uniforms(key, 1 << 20, index, epoch, use)
             box = minmax_box(img_size, low, high, u_height, u_width, u_row, u_column)
         boxes[n, 0], boxes[n, 1], boxes[n, 2], boxes[n, 3] = box
         area = (box[1] - box[0]) * (box[3] - box[2])
@@ -155,6 +155,6 @@ def minmax_box(
 
 
 @njit(cache=True)
-def _uniforms(key: np.uint64, draw: int, index: int, epoch: int, stream: int) -> tuple[float, float, float, float]:
+def _uniforms(key: np.uint64, draw: int, index: Word, epoch: int, stream: Word) -> tuple[float, float, float, float]:
     w0, w1, w2, w3 = philox(key, draw, index, epoch, stream)
     return to_unit(w0), to_unit(w1), to_unit(w2), to_unit(w3)

@@ -18,7 +18,7 @@ from numba import njit
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.filters import BICUBIC, BILINEAR
-from lowrank_vit.plan.philox import philox, to_unit
+from lowrank_vit.plan.philox import counter_of, philox, to_unit
 
 if TYPE_CHECKING:
     from timm.data.auto_augment import AugmentOp
@@ -294,8 +294,9 @@ def uniform_table(key: np.uint64, epoch: int, ids: np.ndarray, stream: int, bloc
     """float64 (B, 4 * blocks) strictly inside (0, 1): the draws 0..blocks-1 of each sample id."""
     table = np.empty((len(ids), 4 * blocks))
     for n in range(len(ids)):
+        id_, use = counter_of(ids[n], stream)
         for draw in range(blocks):
-            w0, w1, w2, w3 = philox(key, draw, ids[n], epoch, stream)
+            w0, w1, w2, w3 = philox(key, draw, id_, epoch, use)
             table[n, 4 * draw] = to_unit(w0)
             table[n, 4 * draw + 1] = to_unit(w1)
             table[n, 4 * draw + 2] = to_unit(w2)

@@ -16,7 +16,8 @@ _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 _TO_UNIT = 2.0**-32
-_Word = int | np.uint64
+Word = int | np.uint64
+"""Of a counter."""
 
 
 class Stream:
@@ -42,7 +43,7 @@ class Stream:
 
 
 @njit(cache=True, inline="always")
-def philox(key: _Word, c0: _Word, c1: _Word, c2: _Word, c3: _Word) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
+def philox(key: Word, c0: Word, c1: Word, c2: Word, c3: Word) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
     """Ten rounds of Philox4x32.
 
     `key` is a uint64, its low 32 bits the first key word; `c0..c3` are 32-bit counter words.
@@ -55,6 +56,20 @@ def philox(key: _Word, c0: _Word, c1: _Word, c2: _Word, c3: _Word) -> tuple[np.u
         c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ k0, p1 & _LOW, (p0 >> _32) ^ c3 ^ k1, p0 & _LOW
         k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
     return c0, c1, c2, c3
+
+
+LAST_ID = 2**32 - 1
+"""The greatest number that a sample can have."""
+
+
+@njit(cache=True, inline="always")
+def counter_of(sample: np.int64, stream: int) -> tuple[np.uint64, np.uint64]:
+    """The counter's words for a sample's number, and for the use of a draw.
+
+    Where a sample comes several times in an epoch, the number of the repetition, 0 first, stands above its own's 32
+    bits; it goes above the stream's.
+    """
+    return np.uint64(sample) & _LOW, np.uint64(stream) + (np.uint64(sample) >> _32 << np.uint64(8))
 
 
 @njit(cache=True, inline="always")
@@ -70,7 +85,7 @@ def to_below(word: np.uint64, bound: int) -> np.int64:
 
 
 @njit(cache=True)
-def _gamma(key: np.uint64, alpha: float, draw: int, step: int, epoch: int, stream: int) -> tuple[float, int]:
+def _gamma(key: np.uint64, alpha: float, draw: int, step: Word, epoch: int, stream: Word) -> tuple[float, int]:
     """One Gamma(alpha, 1) draw and the next free draw counter: Marsaglia and Tsang, ACM TOMS 26 (2000).
 
     For alpha < 1 their boost Gamma(alpha + 1) * U**(1 / alpha) is used, in logarithms. Returns (log of the draw, draw).
@@ -91,7 +106,7 @@ def _gamma(key: np.uint64, alpha: float, draw: int, step: int, epoch: int, strea
 
 
 @njit(cache=True)
-def beta(key: np.uint64, alpha: float, step: int, epoch: int, stream: int) -> float:
+def beta(key: np.uint64, alpha: float, step: Word, epoch: int, stream: Word) -> float:
     """One Beta(alpha, alpha) draw in [0, 1] from the counters (1.., step, epoch, stream); alpha > 0."""
     log_x, draw = _gamma(key, alpha, 1, step, epoch, stream)
     log_y, _ = _gamma(key, alpha, draw, step, epoch, stream)

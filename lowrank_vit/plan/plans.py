@@ -9,31 +9,22 @@ project draws a random number about the data.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
 
-from lowrank_vit.common.arguments import (
-    ABOVE_0,
-    NOT_NEGATIVE,
-    SHARE,
-    Range,
-    check_ascending,
-    check_choice,
-    check_number,
-    check_type,
-    check_whole,
-)
+from lowrank_vit.common.arguments import ABOVE_0, check_number, check_type, check_whole, wrong_argument
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.filters import BICUBIC, BILINEAR
 from lowrank_vit.plan.arguments import EPOCHS, SEEDS, Sizes, check_batch, check_share, check_step, sides_of
-from lowrank_vit.plan.dealing import check_global_batch, deal
+from lowrank_vit.plan.dealing import check_global_batch, deal, dealt_repeats, length_of_epoch
 from lowrank_vit.plan.mixing import NO_MIX, Mix, MixRules, draw_mixes
-from lowrank_vit.plan.operations import ImageOps, Policy, draw_jitter, draw_ops, join_ops
+from lowrank_vit.plan.operations import ImageOps, draw_jitter, draw_ops, join_ops
 from lowrank_vit.plan.order import Order, OrderName
-from lowrank_vit.plan.philox import Stream, philox, to_unit
+from lowrank_vit.plan.philox import LAST_ID, Stream, counter_of, philox, to_unit
 from lowrank_vit.plan.rectangles import CenterCrops, Erase, center_crops, center_windows, crop_windows, draw_erase_boxes
+from lowrank_vit.plan.rules import TrainRules
 
 
 @dataclass(frozen=True)
@@ -60,38 +51,6 @@ class BatchPlan:
     """Rectangles to erase after normalising; None: nothing to erase."""
     center: CenterCrops | None = None
     """Evaluation: what `windows` says to the fraction of a pixel; None: stretch `windows` to the size."""
-
-
-@dataclass(frozen=True)
-class TrainRules:
-    """Ranges of the random choices; names and meanings are timm's flags."""
-
-    is_cropped: bool = True
-    """By `scale` and `ratio`; else whole images are stretched to a square."""
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    vflip: float = 0.0
-    policy: Policy | None = None
-    color_jitter: tuple[float, ...] | None = None
-    """Strength of brightness, contrast and saturation."""
-    interpolation: int | None = None
-    """Of the crop and of geometric operations, NEAREST, BILINEAR or BICUBIC; None: one of the last two for each."""
-    reprob: float = 0.0
-    recount: int = 1
-    mixing: MixRules = field(default_factory=MixRules)
-    mixup_off_epoch: int = 0
-    order: OrderName = "keyed"
-    """Of sets of more than 65,536 samples: keyed, or sorted as in earlier versions."""
-
-    def __post_init__(self) -> None:
-        """Raise `UserError` for what is outside its range."""
-        check_ascending(Range(0, 1, open_low=True), scale=self.scale)
-        check_ascending(ABOVE_0, ratio=self.ratio)
-        check_number(SHARE, hflip=self.hflip, vflip=self.vflip, reprob=self.reprob)
-        check_whole(recount=self.recount)
-        check_whole(NOT_NEGATIVE, mixup_off_epoch=self.mixup_off_epoch)
-        check_choice(("keyed", "sorted"), order=self.order)
 
 
 class TrainPlan:
@@ -134,7 +93,8 @@ class TrainPlan:
         self.batch_size, self.rank, self.world_size, self.accum_steps = batch_size, rank, world_size, accum_steps
         self.seed, self._key = seed, np.uint64(seed)
         self.global_batch = global_batch = batch_size * world_size * accum_steps
-        check_global_batch(self.num_samples, batch_size, world_size, accum_steps)
+        epoch_length = length_of_epoch(self.num_samples, rules.repeats)
+        check_global_batch(epoch_length, batch_size, world_size, accum_steps)
         if self.num_samples >= 2**32:
             raise UserError(f"{self.num_samples} samples are more than the plan can number (2**32 - 1).")
         dealing = deal(global_batch, batch_size, rules.mixing.block if rules.mixing.is_on else 0)
@@ -144,7 +104,7 @@ class TrainPlan:
         self._order_of_epoch: tuple[int, Order] | None = None
         has_one_draw = not self._is_alone_AB.any() and bool((self._blocks_AB == self._blocks_AB[:, :1]).all())
         self._mixes_batches = rules.mixing.mode == "batch" and has_one_draw
-        self.updates_per_epoch = self.num_samples // global_batch
+        self.updates_per_epoch = epoch_length // global_batch
         self.steps_per_epoch = self.updates_per_epoch * accum_steps
 
     @classmethod
@@ -166,12 +126,13 @@ class TrainPlan:
         world_size: int = 1,
         accum_steps: int = 1,
         order: OrderName = "keyed",
+        repeats: int = 1,
     ) -> TrainPlan:
         """The plan for a `Beton`, by timm's names of what is drawn; `TrainRules` has them all. Raises `UserError`.
 
         `aa`: timm's policy, e.g. "rand-m9-mstd0.5-inc1"; `scale`, `ratio`: of random resized crops; `hflip`, `reprob`:
         probabilities; `mixup`, `cutmix`: alpha, 0 for none; `order`: sorted for the stream of earlier versions, which
-        differs for more than 65,536 samples.
+        differs for more than 65,536 samples; `repeats`: timm's --aug-repeats.
         """
         from lowrank_vit.plan.operations import parse_policy  # imports timm
 
@@ -182,7 +143,14 @@ class TrainPlan:
             raise UserError("mixup and cutmix mix an image with another one of its batch: batch_size=1 has none.")
         policy = parse_policy(aa, "aa=")
         rules = TrainRules(
-            scale=scale, ratio=ratio, hflip=hflip, policy=policy, reprob=reprob, mixing=mixing, order=order
+            scale=scale,
+            ratio=ratio,
+            hflip=hflip,
+            policy=policy,
+            reprob=reprob,
+            mixing=mixing,
+            order=order,
+            repeats=repeats,
         )
         share = {"rank": rank, "world_size": world_size, "accum_steps": accum_steps}
         return cls(*sides, rules, seed=seed, img_size=img_size, batch_size=batch_size, **share)
@@ -195,7 +163,7 @@ class TrainPlan:
         """int64 (steps, batch_size): this rank's share of the epoch's order, `accum_steps` rows to an update."""
         check_whole(EPOCHS, epoch=epoch)
         order = self._order(epoch)
-        return np.stack([order.at(self._places(step)) for step in range(self.steps_per_epoch)])
+        return np.stack([order.at(self._dealt(step)[0]) for step in range(self.steps_per_epoch)])
 
     def step_ids(self, epoch: int, step: int, without: Collection[int] = ()) -> np.ndarray:
         """int64 (batch_size,): row `step` of `ids(epoch)`, in the time that one batch takes whatever the set's size.
@@ -204,7 +172,7 @@ class TrainPlan:
         so that it depends on neither ranks nor batches. Raises `UserError` for a step that is not there.
         """
         check_step(self, epoch, step)
-        return self._order(epoch).without(without, self._places(step))
+        return self._order(epoch).without(without, self._dealt(step)[0])
 
     def _order(self, epoch: int) -> Order:
         """Kept for the epoch: an order that is sorted takes all samples to make."""
@@ -214,18 +182,22 @@ class TrainPlan:
             self._order_of_epoch = kept = epoch, order
         return kept[1]
 
-    def _places(self, step: int) -> np.ndarray:
-        """int64 (B,): where a batch's samples stand in the epoch's order."""
+    def _dealt(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """int64 (B,) each: where a batch's samples stand in the epoch's order, and the repetition that each is."""
         update, slot = divmod(step, self.accum_steps)
-        return update * self.global_batch + self._positions_AB[slot]
+        return dealt_repeats(update, self.global_batch, self._positions_AB[slot], self.rules.repeats)
 
     def windows(self, epoch: int, ids: np.ndarray) -> np.ndarray:
-        """int32 (B, 4), top, left, height, width: RandomResizedCrop of torchvision and timm for each id."""
-        if not self.rules.is_cropped:
+        """int32 (B, 4), top, left, height, width: RandomResizedCrop of torchvision and timm for each id.
+
+        As elsewhere in this class ids may hold the number of a repetition, see `counter_of`.
+        """
+        numbers, rules = ids & LAST_ID, self.rules
+        heights, widths = self.heights[numbers].astype(np.int64), self.widths[numbers].astype(np.int64)
+        if not rules.is_cropped:
             corner = np.zeros(len(ids), np.int64)
-            return np.stack([corner, corner, self.heights[ids], self.widths[ids]], axis=1).astype(np.int32)
-        sizes, rules = (self.heights[ids].astype(np.int64), self.widths[ids].astype(np.int64)), self.rules
-        return crop_windows(self._key, epoch, Stream.CROP, ids, *sizes, *rules.scale, *rules.ratio)
+            return np.stack([corner, corner, heights, widths], axis=1).astype(np.int32)
+        return crop_windows(self._key, epoch, Stream.CROP, ids, heights, widths, *rules.scale, *rules.ratio)
 
     def flips(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         """Bool (B,): whether each sample is mirrored in this epoch."""
@@ -283,17 +255,22 @@ class TrainPlan:
     def batch(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan:
         """The batch whose ids are row `step` of `ids(epoch)`. Raises `UserError` for ids that are not there."""
         check_batch(self, epoch, step, ids)
+        drawn = ids
+        if self.rules.repeats > 1:
+            if len(ids) != self.batch_size:
+                raise wrong_argument("ids", f"the {self.batch_size} of a batch, since samples are repeated", ids)
+            drawn = ids + (self._dealt(step)[1] << 32)
         return BatchPlan(
             epoch,
             step,
             ids,
-            self.windows(epoch, ids),
-            self.flips(epoch, ids),
-            self.interpolations(epoch, ids),
-            self.mix(epoch, step, ids),
-            _flips(self._key, epoch, ids, self.rules.vflip, Stream.VFLIP) if self.rules.vflip > 0 else None,
-            self.ops(epoch, ids),
-            self.erase(epoch, ids),
+            self.windows(epoch, drawn),
+            self.flips(epoch, drawn),
+            self.interpolations(epoch, drawn),
+            self.mix(epoch, step, drawn),
+            _flips(self._key, epoch, drawn, self.rules.vflip, Stream.VFLIP) if self.rules.vflip > 0 else None,
+            self.ops(epoch, drawn),
+            self.erase(epoch, drawn),
         )
 
 
@@ -380,5 +357,6 @@ class EvalPlan:
 def _flips(key: np.uint64, epoch: int, ids: np.ndarray, probability: float, stream: int) -> np.ndarray:
     flips = np.empty(len(ids), np.bool_)
     for n in range(len(ids)):
-        flips[n] = to_unit(philox(key, 0, ids[n], epoch, stream)[0]) < probability
+        id_, use = counter_of(ids[n], stream)
+        flips[n] = to_unit(philox(key, 0, id_, epoch, use)[0]) < probability
     return flips

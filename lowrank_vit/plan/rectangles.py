@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from lowrank_vit.plan.philox import philox, to_below, to_unit
+from lowrank_vit.plan.philox import counter_of, philox, to_below, to_unit
 
 ATTEMPTS = 10
 """For each window and box, as timm's and torchvision's."""
@@ -74,8 +74,9 @@ def crop_windows(
     for n in range(len(ids)):
         height, width = heights[n], widths[n]
         top, left, h, w = 0, 0, 0, 0
+        id_, use = counter_of(ids[n], stream)
         for attempt in range(ATTEMPTS):
-            w0, w1, w2, w3 = philox(key, attempt, ids[n], epoch, stream)
+            w0, w1, w2, w3 = philox(key, attempt, id_, epoch, use)
             area = height * width * (scale_min + (scale_max - scale_min) * to_unit(w0))
             aspect = math.exp(log_min + (log_max - log_min) * to_unit(w1))
             w = int(round(math.sqrt(area * aspect)))
@@ -113,14 +114,15 @@ def draw_erase_boxes(
     keys = np.zeros((len(ids), 2), np.uint32)
     log_aspect = math.log(1 / MIN_ASPECT)
     for n in range(len(ids)):
-        w0, w1, w2, w3 = philox(key, 0, ids[n], epoch, stream)
+        id_, use = counter_of(ids[n], stream)
+        w0, w1, w2, w3 = philox(key, 0, id_, epoch, use)
         keys[n, 0], keys[n, 1] = w2, w3
         if to_unit(w0) >= prob:
             continue
         count = 1 + to_below(w1, max_count)
         for box in range(count):
             for attempt in range(ATTEMPTS):
-                w0, w1, w2, w3 = philox(key, 1 + box * ATTEMPTS + attempt, ids[n], epoch, stream)
+                w0, w1, w2, w3 = philox(key, 1 + box * ATTEMPTS + attempt, id_, epoch, use)
                 area = (MIN_AREA + (MAX_AREA - MIN_AREA) * to_unit(w0)) * height * width / count
                 aspect = math.exp(log_aspect * (2 * to_unit(w1) - 1))
                 h, w = int(round(math.sqrt(area * aspect))), int(round(math.sqrt(area / aspect)))

@@ -25,7 +25,7 @@ from lowrank_vit.data.synthetic import SyntheticLoader, synthetic_plan
 from lowrank_vit.model.create import InputSpec
 from lowrank_vit.model.flops import Peak
 from lowrank_vit.model.weights import Checkpoint
-from lowrank_vit.plan.dealing import check_global_batch
+from lowrank_vit.plan.dealing import check_global_batch, length_of_epoch
 from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 from lowrank_vit.ranks.agree import gatherer
 from lowrank_vit.ranks.world import World
@@ -103,8 +103,10 @@ def make_train_loader(
             f"--global-batch-size {wanted} is larger than the training set of {there} samples, which leaves no whole "
             f"update. Use {there} or less."
         )
-    check_global_batch(there, batch_size, world.size, accum_steps, ("--batch-size ", "--grad-accum-steps"))
-    plan = TrainPlan(train.heights, train.widths, train_rules(config), **of_batch, **share)
+    rules = train_rules(config)
+    of_epoch = length_of_epoch(there, rules.repeats)
+    check_global_batch(of_epoch, batch_size, world.size, accum_steps, ("--batch-size ", "--grad-accum-steps"))
+    plan = TrainPlan(train.heights, train.widths, rules, **of_batch, **share)
     options = replace(
         _decoding(config, world, device, "train", before),
         hw_decoder_load=config.data.hw_decoder_load,
@@ -124,8 +126,9 @@ def make_val_loader(
     before: Mapping[str, str],
 ) -> tuple[Loader, str]:
     """The loader of the validation set, and a line about it. `before`: `loaders_before`."""
-    plan = EvalPlan.of(
-        val,
+    plan = EvalPlan(
+        val.heights,
+        val.widths,
         img_size=spec.img_size,
         crop_pct=spec.crop_pct,
         batch_size=batch_size,

@@ -39,7 +39,7 @@ SIGNATURES: dict[str, str] = {
         "(images: Sizes, *, img_size: int, batch_size: int, seed: int = 42, aa: str = 'none', scale: "
         "tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (0.75, 1.3333333333333333), hflip: "
         "float = 0.5, reprob: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0, rank: int = 0, world_size: "
-        "int = 1, accum_steps: int = 1, order: OrderName = 'keyed') -> TrainPlan"
+        "int = 1, accum_steps: int = 1, order: OrderName = 'keyed', repeats: int = 1) -> TrainPlan"
     ),
     "TrainPlan.ids": "(self, epoch: int) -> np.ndarray",
     "TrainPlan.step_ids": "(self, epoch: int, step: int, without: Collection[int] = ()) -> np.ndarray",

@@ -17,7 +17,8 @@ from lowrank_vit.config.options import Config, Step
 # What a user types is a contract: a flag may be added, but not renamed or dropped. (docs/from_timm.md has them all.)
 FLAGS = """
 dataset dataset-download data-dir train-split val-split beton-dir nested-classes stage-dir synthetic loader workers
-prefetch hw-decoder-load jpeg-fancy-upsampling on-bad-sample batch-size validation-batch-size img-size crop-pct mean std
+prefetch hw-decoder-load jpeg-fancy-upsampling on-bad-sample epoch-order batch-size validation-batch-size img-size
+crop-pct mean std aug-repeats
 train-crop-mode scale ratio hflip vflip train-interpolation model model-kwargs num-classes larger-head trust-labels
 class-order head-init-scale head-init-bias fix-init sync-bn drop drop-path pretrained
 pretrained-path initial-checkpoint grad-checkpointing model-ema model-ema-decay model-ema-warmup opt opt-eps opt-betas

@@ -122,7 +122,7 @@ def test_typing_a_flag_that_is_not_here_is_one_line_with_the_way_out(name, tmp_p
     "line",
     """--pin-mem;--prefetcher;--use-multi-epochs-loader;--channels-last;--amp-impl native
     --synchronize-step;--no-ddp-bb;--local-rank 3;--local_rank=3;--worker-seeding all;--dist-bn reduce;--dist-bn ''
-    --fast-norm;--in-chans 3;--aug-repeats 0;--aug-splits 0;--interpolation bicubic""".replace("\n", ";").split(";"),
+    --fast-norm;--in-chans 3;--aug-splits 0;--interpolation bicubic""".replace("\n", ";").split(";"),
 )
 def test_flags_whose_effect_is_there_change_nothing_but_a_note(line: str, capsys):
     argv = shlex.split(line)
@@ -145,7 +145,7 @@ def test_there_is_one_note_for_all_of_them_on_the_first_rank(monkeypatch, capsys
 @pytest.mark.parametrize(
     "line",
     [
-        "--in-chans 1", "--amp-impl apex", "--aug-repeats 3", "--aug-splits 2", "--bn-eps 0", "--color-jitter-prob 0",
+        "--in-chans 1", "--amp-impl apex", "--aug-splits 2", "--bn-eps 0", "--color-jitter-prob 0",
         "--interpolation nearest", "--model-ema-force-cpu", "--recovery-interval 100", "--local-rank",
         "--torchcompile aot_eager", "--input-size 1 224 224", "--input-size 3 224 192", "--input-size 3 224",
         "--torchcompile-mode", "--sched plateau",
