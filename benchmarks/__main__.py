@@ -17,6 +17,7 @@ from benchmarks.harness.aims import aims_chart
 from benchmarks.harness.measure import Result, nothing
 from benchmarks.harness.peak_memory import peak_resident_bytes
 from benchmarks.harness.show import Output, print_result
+from benchmarks.scale.exponents import print_exponents
 from benchmarks.spectra.accuracy import print_accuracy
 from benchmarks.training import end_to_end, figures
 from lowrank_vit.common.errors import UserError, exit_cleanly
@@ -99,11 +100,12 @@ def limits_command(bench: tyro.conf.OmitArgPrefixes[limits.Options], output: tyr
 
 
 def growth_command(bench: tyro.conf.OmitArgPrefixes[growth.Options], output: tyro.conf.OmitArgPrefixes[Output]) -> None:
-    """How speed and memory grow with workers, batch, image size, samples and the model's width.
+    """How speed and memory grow with workers, batch, image size, samples, files, classes, ranks and the model's width.
 
-    Takes about a minute a round on 2 cores, most of it for the processes whose memory is measured.
+    Takes about four minutes a round on 2 cores, most of it for the processes whose memory is measured, and 1 GB on the
+    disk.
     """
-    _bench(partial(growth.run, bench), output, chart=growth.growth_chart)
+    _bench(partial(growth.run, bench), output, print_exponents, chart=growth.growth_chart)
 
 
 def all_command(

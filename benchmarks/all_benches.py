@@ -207,7 +207,7 @@ class Joined:
             {
                 "bench": verdict.aim.bench,
                 "name": verdict.aim.name,
-                "aim": verdict.aim.least,
+                "aim": verdict.aim.goal,
                 "median": verdict.median,
                 "reached": verdict.is_reached,
             }

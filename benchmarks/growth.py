@@ -1,5 +1,5 @@
-"""The bench `growth`: how throughput grows with workers, batch, image size and samples, memory with samples, and the
-time of a refresh of the spectra with the width of the model.
+"""The bench `growth`: how throughput grows with workers, batch, image size and samples, memory with samples, the time
+of a refresh of the spectra with the width of the model, and what one rank pays with the set and the world (`scale/`).
 
 `python -m benchmarks.growth KIND FILE.beton IMG_SIZE BATCH WORKERS` reads an epoch and prints its peak in bytes.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count as counted
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Literal
 
 import torch
@@ -38,7 +39,7 @@ from benchmarks.harness.sets import NUM_CLASSES, ensure_photos
 from benchmarks.harness.show import where
 from benchmarks.loader import Options as LoaderBench
 from benchmarks.loader import converted, plan_of, read_epoch
-from benchmarks.prep import CACHE
+from benchmarks.scale import axes
 from benchmarks.spectral import TOPK, stacks_of
 from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.errors import UserError
@@ -49,19 +50,20 @@ from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import TrainRules
 from lowrank_vit.spectral.watching.refresh import Memory, SpectralSettings, Stacks, refresh, solve_all
 
-Sweep = Literal["workers", "batch", "size", "samples", "memory", "width"]
-SWEEPS: tuple[Sweep, ...] = ("workers", "batch", "size", "samples", "memory", "width")
+Sweep = Literal["workers", "batch", "size", "samples", "memory", "width", "sets", "files", "classes", "ranks", "shards"]
+SWEEPS: tuple[Sweep, ...] = ("workers", "batch", "size", "samples", "memory", "width", *axes.AXES)
 WIDTHS = {192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224", 768: "vit_base_patch16_224"}
 KINDS = ("ffcv", "dali")
 LIMITS = (
     "Each sweep runs by itself; its points run round by round like the cases of any bench.",
     "memory is the host's, of processes of their own that read on the CPU; with fewer samples than 3 rounds its "
     "medians say little.",
+    "Simulated sets share the bytes of a few hundred JPEGs, so what they cost says nothing of a disk that is read.",
 )
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(axes.Options):
     """Options of the bench."""
 
     sweeps: Annotated[tuple[Sweep, ...], tyro.conf.arg(metavar="NAME ...")] = SWEEPS
@@ -76,10 +78,6 @@ class Options:
     """Widths of the ViTs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where images and weights have to be; memory is measured on a CPU always."""
-    repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
-    """Rounds that count, after one that does not (but for memory). Fewer than 5 are a smoke test."""
-    scratch: Annotated[Path, tyro.conf.arg(metavar="DIR")] = CACHE
-    """Where photographs and converted sets are kept."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,10 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
 
     device = pick_device(options.device)
     surroundings, growth = environment(device.type), _Growth()
-    for sweep in dict.fromkeys(options.sweeps):
+    chosen = [*dict.fromkeys(options.sweeps)]
+    for sweep in chosen:
+        if sweep in axes.AXES:
+            continue
         note(f"{sweep}:")
         if sweep == "memory":
             _add_memory(growth, options, note)
@@ -136,8 +137,17 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
             for line, x in cases:
                 growth.take(sweep, line, x, result)
     few = () if options.repeats >= DEFAULT_REPEATS else ("Fewer than 5 rounds: a smoke test, not a measurement.",)
-    extra = {"growth": growth.lines}
-    return Result("growth", surroundings, growth.cases, {}, (*few, *LIMITS), extra, growth.failed)
+    found = axes.measure_axes([axis for axis in axes.AXES if axis in chosen], options, note)
+    for axis, costs in found.costs.items():
+        for cost, places in costs.items():
+            for x, samples in sorted(places.items()):
+                growth.add(axis, cost, x, samples)
+    extra: dict[str, object] = {"growth": growth.lines}
+    if found.costs:
+        wall_s = {name: median(seconds) for name, seconds in found.wall_s.items()}
+        extra |= {"exponents": found.exponents(), "extrapolated": found.extrapolated(), "wall_s": wall_s}
+    failed = {**growth.failed, **found.failed}
+    return Result("growth", surroundings, growth.cases, found.ratios(options.sets), (*few, *LIMITS), extra, failed)
 
 
 def _check(options: Options) -> None:
@@ -275,6 +285,7 @@ LABELS = {
     "samples": "samples in the set",
     "memory": "samples in the set",
     "width": "width of the ViT (192 tiny, 384 small, 768 base)",
+    **axes.LABELS,
 }
 TITLES = {
     "workers": "Loading, by threads",
@@ -283,6 +294,7 @@ TITLES = {
     "samples": "Loading, by number of samples",
     "memory": "Peak memory, by number of samples",
     "width": "Spectra, by width",
+    **axes.TITLES,
 }
 APART = ("resident",)
 """Lines that would flatten the others of their panel: nothing is decoded there."""
@@ -311,7 +323,7 @@ def panels_of(result: Result) -> list[Panel]:
             own = line if line in APART and unit == "img/s" else ""
             groups.setdefault((unit, own), {})[line] = cases
         for (unit, own), lines in groups.items():
-            title = TITLES[sweep]
+            title = TITLES[sweep] + (f": {unit}" if sweep in axes.AXES else "")
             if own:
                 title = title.replace("Loading", "Resident loading")
             elif unit == SECONDS:
@@ -322,26 +334,32 @@ def panels_of(result: Result) -> list[Panel]:
 
 def growth_chart(result: Result) -> bytes:
     """The medians, with whiskers from the lowest to the highest sample, as a PNG."""
-    from lowrank_vit.report.style import EMA, INK, MODEL, heading, new_figure, png, tidy
+    from lowrank_vit.report.style import EMA, INK, MODEL, heading, log_ticks, new_figure, png, tidy
 
     panels = panels_of(result)
     rows = -(-len(panels) // 2)
     figure = new_figure(9.2, 0.9 + 2.5 * rows)
     places = figure.subplots(rows, 2, squeeze=False).flatten()
     colours = {"ffcv": MODEL, "dali": EMA, "resident": INK, "gram64": MODEL, "refresh": MODEL}
-    for axes, panel in zip(places, panels, strict=False):
-        tidy(axes, panel.title, LABELS[panel.sweep], panel.unit)
+    for place, panel in zip(places, panels, strict=False):
+        tidy(place, panel.title, LABELS[panel.sweep], panel.unit)
         for line, cases in panel.lines.items():
-            axes.errorbar(
+            place.errorbar(
                 list(cases), [case.median for case in cases.values()], yerr=_whiskers(list(cases.values())), label=line,
-                marker="o", ms=4, capsize=3, color=colours.get(line, INK),
+                marker="o", ms=4, capsize=3, color=None if panel.sweep in axes.AXES else colours.get(line, INK),
             )  # fmt: skip
-        axes.set_xticks(sorted({x for cases in panel.lines.values() for x in cases}))
-        axes.set_ylim(bottom=0)
+        if panel.sweep in axes.AXES:
+            place.set_xscale("log")
+            place.set_yscale("log")
+            for axis in (place.xaxis, place.yaxis):
+                log_ticks(axis)
+        else:
+            place.set_xticks(sorted({x for cases in panel.lines.values() for x in cases}))
+            place.set_ylim(bottom=0)
         if len(panel.lines) > 1:
-            axes.legend(frameon=False, fontsize=8.5)
-    for axes in places[len(panels) :]:
-        axes.set_visible(False)
+            place.legend(frameon=False, fontsize=8.5 if len(panel.lines) < 4 else 6)
+    for place in places[len(panels) :]:
+        place.set_visible(False)
     heading(figure, "Bench: growth", where(result))
     return png(figure)
 

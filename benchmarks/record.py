@@ -67,12 +67,12 @@ def not_measured(
     for aim in AIMS:
         if not aim.is_for(device):
             if device == "cpu":
-                found.append(f"{aim.bench}: {aim.what} (aim {aim.least:g}): needs a GPU")
+                found.append(f"{aim.bench}: {aim.what} (aim {aim.goal:g}): needs a GPU")
             continue
         (verdict,) = judge({aim.bench: results.get(aim.bench, {})}, device, [aim])
         if verdict.median is None:
             reason = "its bench failed, see below" if aim.bench in failed else "" if aim.bench in results else "not run"
-            found.append(f"{aim.bench}: {aim.what} (aim {aim.least:g}){': ' if reason else ''}{reason}")
+            found.append(f"{aim.bench}: {aim.what} (aim {aim.goal:g}){': ' if reason else ''}{reason}")
     found += [f"{name}: {_plain(reason)}" for name, reason in failed.items()]
     for name, one in _outcomes(tests).items():
         if one.get("outcome") == "skipped":
@@ -123,7 +123,7 @@ def _benches(benches: Mapping[str, Any], tests: Mapping[str, Any] | None) -> lis
         aim = verdict.aim
         median = "" if verdict.median is None else f"{verdict.median:.4g}"
         reached = {True: "yes", False: "**no**", None: "not measured"}[verdict.is_reached]
-        rows.append([aim.bench, aim.what, median, _spread(verdict.samples), f"{aim.least:g}", reached])
+        rows.append([aim.bench, aim.what, median, _spread(verdict.samples), f"{aim.goal:g}", reached])
     lines = ["", "## What is to be reached", ""]
     lines += _table(["bench", "what", "median", "lowest .. highest", "aim", "reached"], rows)
     rows = [

@@ -41,6 +41,8 @@ class Entry:
         return self.longest_s or 60 + 3 * self.expected_s
 
 
+SCALE = ("sets", "files", "classes", "ranks", "shards")
+"""Axes of the bench `growth` that simulated sets are made for: too long for the short form."""
 CPU: Mapping[str, Entry] = {
     # 4,000 images: with fewer, the fixed cost of starting FFCV's writer would flatter us.
     "prep": Entry("prep", ("--count", "4000"), expected_s=180, has_device=False),
@@ -54,8 +56,10 @@ CPU: Mapping[str, Entry] = {
     "growth": Entry(
         "growth",
         ("--sweeps", "workers", "batch", "size", "samples", "width", "--count", "256", "--widths", "192", "384"),
+        flags=("--sweeps", "workers", "batch", "size", "samples", "memory", "width"),
         expected_s=90,
     ),
+    "scale": Entry("growth", flags=("--sweeps", *SCALE), has_device=False, is_short=False),
 }
 """In this order. `expected_s` is of 2 cores without a GPU, reckoned from the speeds of the cases: 12 minutes in all,
 and two more when the photographs are made for the first time."""
@@ -135,7 +139,9 @@ CUDA: Mapping[str, Entry] = {
     ),
     "limits": Entry("limits", is_short=False),
     "prep": Entry("prep", has_device=False, is_short=False),
-    "growth": Entry("growth", is_short=False),
+    "growth": Entry(
+        "growth", flags=("--sweeps", "workers", "batch", "size", "samples", "memory", "width"), is_short=False
+    ),
 }
 """The most valuable first, ViT-S before ViT-B, since the budget, or the machine, may end before the last.
 

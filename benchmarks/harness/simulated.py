@@ -37,6 +37,7 @@ from lowrank_vit.common.filesystem import map_file
 from lowrank_vit.common.program import usage_name
 from lowrank_vit.config.command_line import read_options
 
+NAME = "train.beton"
 SHARED = 256
 """JPEGs in all."""
 _SHARES = 8
@@ -80,7 +81,7 @@ def simulate(options: Options, note: Callable[[str], object] = nothing) -> Path:
         raise UserError(f"--files is {options.files}, expected 1 or more and at most --samples ({options.samples}).")
     if not 1 <= options.classes <= options.samples:
         raise UserError(f"--classes is {options.classes}, expected 1 or more and at most --samples.")
-    out = options.out / "train.beton"
+    out = options.out / NAME
     jpegs, names = _jpegs(options.seed), _Names(options.samples, options.classes)
     with writing(options.out, "Check the free space and the permissions."):
         options.out.mkdir(parents=True, exist_ok=True)
@@ -92,6 +93,11 @@ def simulate(options: Options, note: Callable[[str], object] = nothing) -> Path:
             path = out if part is None else layout.part_path(out, *part)
             _write(path, jpegs, names, range(first, last), part, whole_list)
     return out
+
+
+def small_jpegs(seed: int) -> list[bytes]:
+    """The JPEG files that samples share, `SHARED` of 48 to 96 pixels a side."""
+    return _jpegs(seed).data
 
 
 @cache

@@ -82,7 +82,7 @@ def test_what_was_not_measured_is_complete(tmp_path):
     found = {("loader", "dali_gpu"), ("end-to-end", "end_to_end_vs_smaller")}
     for aim in AIMS:
         if aim.is_for("cuda"):
-            line = f"- {aim.bench}: {aim.what} (aim {aim.least:g})"
+            line = f"- {aim.bench}: {aim.what} (aim {aim.goal:g})"
             assert (line in missing) == ((aim.bench, aim.name) not in found), aim
     assert "float64 spectra / inline float32 SVD (aim 50): its bench failed, see below" in missing
     assert "augmentation on the GPU, img/s (aim 500000): not run" in missing

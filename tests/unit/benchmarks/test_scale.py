@@ -1,0 +1,106 @@
+"""The axes of the bench `growth`: each cost is measured where it says, and its exponent found."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import growth
+from benchmarks.__main__ import main
+from benchmarks.harness.measure import Samples
+from benchmarks.scale import axes, probes
+from benchmarks.scale.exponents import growth_of, ratio_name, ratio_of
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
+def test_the_exponent_of_a_power_law_lies_in_its_interval(exponent):
+    rng = np.random.default_rng(0)
+    cases = {x: Samples(tuple(3 * x**exponent * np.exp(rng.normal(0, 0.05, 4)))) for x in (10, 1000, 100_000)}
+    fit = growth_of(cases)
+    assert fit is not None
+    assert fit.low < exponent < fit.high
+    assert fit.high - fit.low < 0.1
+    assert fit.per_item == pytest.approx(cases[100_000].median / 100_000)
+    assert fit.at(1e6) == pytest.approx(3 * 1e6**exponent, rel=0.2)
+
+
+def test_no_exponent_of_one_place_and_an_infinite_interval_of_two_samples():
+    assert growth_of({10: Samples((1.0, 2.0))}) is None
+    assert growth_of({10: Samples((0.0,)), 20: Samples((1.0,))}) is None
+    fit = growth_of({10: Samples((1.0,)), 100: Samples((10.0,))})
+    assert fit is not None
+    assert (fit.low, fit.high) == (-np.inf, np.inf)
+    assert fit.exponent == pytest.approx(1)
+
+
+def test_ratios_are_named_after_powers_of_ten():
+    assert ratio_name("first_batch", 14_200_000, 100_000) == "first_batch_1e7_vs_1e5"
+    cases = {10: Samples((1.0, 2.0)), 20: Samples((9.0, 9.0)), 30: Samples((3.0, 8.0))}
+    ratio = ratio_of(cases, (30, 10, 20))
+    assert ratio is not None
+    assert ratio.samples == (3.0, 4.0)
+    assert ratio_of(cases, (10,)) is None
+
+
+def in_this_process(name: str, /, **arguments: Any) -> dict[str, Any]:
+    if name == "per_class":  # a whole validation, which has tests of its own
+        peak = float(arguments["num_classes"])
+        return {"per_class_peak": {"unit": probes.MB, "samples": [peak]}}
+    return json.loads(json.dumps(probes.PROBES[name](**arguments)))
+
+
+def test_all_axes_of_tiny_sets(tmp_path, monkeypatch):
+    monkeypatch.setattr(axes, "probe", in_this_process)
+    path, plot = tmp_path / "growth.json", tmp_path / "growth.png"
+    sizes = "--sets 200 800 --files 1 3 --classes 5 50 --ranks 1 4 1000 --shards 20 40 --repeats 1".split()
+    where = ["--scratch", str(tmp_path / "scratch"), "--json", str(path), "--plot", str(plot)]
+    main(["growth", "--sweeps", *axes.AXES, *sizes, *where])
+    result = json.loads(path.read_text())
+    assert {axis: sorted(next(iter(costs.values())), key=int) for axis, costs in result["growth"].items()} == {
+        "sets": ["200", "800"],
+        "files": ["1", "3"],
+        "classes": ["5", "50"],
+        "ranks": ["1", "4"],  # a thousand ranks have more than the set
+        "shards": ["20", "40"],
+    }
+    assert set(result["growth"]["sets"]) >= {"first_open", "open", "first_batch", "resume", "ffcv_memory", "naming"}
+    assert set(result["ratios"]) == {
+        "second_open_vs_first_open",
+        *(f"{name}_1e2_vs_1e2" for name in axes.RATIOS),
+    }
+    assert {case["unit"] for case in result["cases"].values()} == {"CPU s", "MB", "descriptors"}
+    assert result["exponents"]["classes"]["per_class_peak"]["exponent"] == pytest.approx(1)
+    assert result["exponents"]["files"]["open"]["per_item"] > 0
+    assert set(result["extrapolated"]) == {"100000000"}
+    assert set(result["wall_s"]) == {name for name, case in result["cases"].items() if case["unit"] == "CPU s"}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_private_memory_counts_what_is_written_and_no_map_of_a_file(tmp_path):
+    file = tmp_path / "mapped"
+    file.write_bytes(bytes(64 << 20))
+    before = probes.private_bytes()
+    mapped = np.memmap(file, np.uint8, "r")
+    assert mapped.sum() == 0
+    other = np.memmap(file, np.uint8, "r")  # a page that only one process has mapped, once, counts as private
+    assert other.sum() == 0
+    mapped_bytes = probes.private_bytes() - before
+    own = np.ones(64 << 20, np.uint8)
+    assert probes.private_bytes() - before - mapped_bytes > 0.9 * own.nbytes
+    assert mapped_bytes < 0.1 * own.nbytes
+
+
+def test_a_place_that_fails_is_told_and_the_others_are_measured(tmp_path, monkeypatch):
+    def probe(name: str, /, **arguments: Any) -> dict[str, Any]:
+        if arguments["num_classes"] == 50:
+            raise RuntimeError("ended with code -9: ")
+        return in_this_process(name, **arguments)
+
+    monkeypatch.setattr(axes, "probe", probe)
+    result = growth.run(growth.Options(("classes",), classes=(5, 50), scratch=tmp_path, device="cpu", repeats=2))
+    assert set(result.cases) == {"classes=5/per_class_peak"}
+    assert list(result.failed) == ["classes=50"]
+    assert result.is_broken
