@@ -147,7 +147,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
         wall_s = {name: median(seconds) for name, seconds in found.wall_s.items()}
         extra |= {"exponents": found.exponents(), "extrapolated": found.extrapolated(), "wall_s": wall_s}
     failed = {**growth.failed, **found.failed}
-    return Result("growth", surroundings, growth.cases, found.ratios(options.sets), (*few, *LIMITS), extra, failed)
+    return Result("growth", surroundings, growth.cases, found.ratios(), (*few, *LIMITS), extra, failed)
 
 
 def _check(options: Options) -> None:

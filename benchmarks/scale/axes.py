@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,6 +61,7 @@ class Options:
 class Found:
     """Costs by axis, name and place."""
 
+    options: Options
     costs: dict[str, dict[str, dict[int, Samples]]] = field(default_factory=dict)
     wall_s: dict[str, list[float]] = field(default_factory=dict)
     """Of the cases that are CPU seconds."""
@@ -74,9 +76,14 @@ class Found:
             if "wall" in cost:
                 self.wall_s.setdefault(case_name(axis, name, x), []).extend(cost["wall"])
 
-    def ratios(self, sizes: Sequence[int]) -> dict[str, Samples]:
+    def pieces(self, axis: str, x: int) -> float:
+        """What a cost is divided by: a rank's own samples, or files or classes."""
+        own = {"sets": x / WORLD_SIZE, "ranks": _samples_of_ranks(self.options) / x}
+        return own.get(axis, float(x))
+
+    def ratios(self) -> dict[str, Samples]:
         """Those of `RATIOS`, and of the largest set the opening by a further process over that by the first one."""
-        costs, found = self.costs.get("sets", {}), dict[str, Samples]()
+        costs, found, sizes = self.costs.get("sets", {}), dict[str, Samples](), self.options.sets
         for name, cost in RATIOS.items():
             if (ratio := ratio_of(costs.get(cost, {}), sizes)) is not None:
                 found[ratio_name(name, max(sizes), min(sizes))] = ratio
@@ -93,14 +100,13 @@ class Found:
 
     def exponents(self) -> dict[str, dict[str, dict[str, Any]]]:
         """By axis and cost: those of `Growth`, and the unit."""
-        fits = {
-            axis: {name: (growth_of(places), next(iter(places.values())).unit) for name, places in costs.items()}
-            for axis, costs in self.costs.items()
-        }
-        return {
-            axis: {name: {**asdict(fit), "unit": unit} for name, (fit, unit) in of_axis.items() if fit is not None}
-            for axis, of_axis in fits.items()
-        }
+        found = dict[str, dict[str, dict[str, Any]]]()
+        for axis, costs in self.costs.items():
+            for name, places in costs.items():
+                if fit := growth_of(places, partial(self.pieces, axis)):
+                    unit = next(iter(places.values())).unit
+                    found.setdefault(axis, {})[name] = {**asdict(fit), "unit": unit}
+        return found
 
 
 SETTINGS = {
@@ -152,7 +158,7 @@ def measure_axes(axes: Sequence[Axis], options: Options, note: Callable[[str], o
     for axis in axes:
         if not getattr(options, axis) or min(getattr(options, axis)) < 1:
             raise UserError(f"--{axis} takes numbers of 1 or more.")
-    found = Found()
+    found = Found(options)
     for n in range(options.repeats):
         for axis in axes:
             for x in getattr(options, axis) if axis != "ranks" else (0,):
@@ -193,8 +199,12 @@ def _classes(x: int, options: Options, note: Callable[[str], object]) -> _Costs:
     yield x, probe("per_class", path=str(path), num_classes=x, folder=str(path.parent))
 
 
+def _samples_of_ranks(options: Options) -> int:
+    return sorted(options.sets)[:2][-1]
+
+
 def _ranks(_x: int, options: Options, note: Callable[[str], object]) -> _Costs:
-    samples = sorted(options.sets)[:2][-1]
+    samples = _samples_of_ranks(options)
     worlds = [size for size in options.ranks if size * BATCH_SIZE <= samples]
     found = probe("plans", path=str(_simulated(options, note, samples)), worlds=worlds, batch_size=BATCH_SIZE)
     yield from ((int(size), costs) for size, costs in found.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,15 +28,18 @@ class Growth:
     at_1: float
     """Natural logarithm of the cost at x = 1."""
     per_item: float
-    """Cost a sample, file, class or rank at the largest x."""
+    """Cost a piece (an own sample, a file, a class) at the largest x."""
 
     def at(self, x: float) -> float:
         """What the line says of an x: extrapolated where that was not measured."""
         return math.exp(self.at_1 + self.exponent * math.log(x))
 
 
-def growth_of(cases: Mapping[int, Samples]) -> Growth | None:
-    """Fit all samples by place on the axis; None with fewer than two places, or where a cost is not above 0."""
+def growth_of(cases: Mapping[int, Samples], pieces: Callable[[int], float] = float) -> Growth | None:
+    """Fit all samples by place on the axis; None with fewer than two places, or where a cost is not above 0.
+
+    `pieces`: how many a cost is divided by, at a place.
+    """
     pairs = [(x, sample) for x, case in cases.items() for sample in case.samples]
     if len(cases) < 2 or min(sample for _, sample in pairs) <= 0:
         return None
@@ -50,7 +53,7 @@ def growth_of(cases: Mapping[int, Samples]) -> Growth | None:
         error = math.sqrt(residuals @ residuals / left / ((x - x.mean()) ** 2).sum())
         width = float(t.ppf((1 + CONFIDENCE) / 2, left)) * error
     largest = max(cases)
-    return Growth(float(slope), slope - width, slope + width, float(at_1), cases[largest].median / largest)
+    return Growth(float(slope), slope - width, slope + width, float(at_1), cases[largest].median / pieces(largest))
 
 
 def print_exponents(result: Result, console: Console) -> None:
@@ -59,7 +62,7 @@ def print_exponents(result: Result, console: Console) -> None:
     if not section:
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for n, heading in enumerate(("axis", "cost", "exponent", "95 % interval", "a piece", "unit")):
+    for n, heading in enumerate(("axis", "cost", "exponent", "95 % interval", "each", "unit")):
         table.add_column(heading, justify="right" if 2 <= n <= 4 else "left", no_wrap=True)
     for axis, costs in section.items():
         for cost, found in costs.items():
