@@ -14,7 +14,7 @@ from tyro.conf import FlagCreatePairsOff, arg
 from lowrank_vit.common.arguments import POSITIVE
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.program import check_versions, require_one_process, usage_name
-from lowrank_vit.common.terminal import output_is_in_files, say
+from lowrank_vit.common.terminal import output_is_in_files, say, say_beside
 from lowrank_vit.config.command_line import read_options
 from lowrank_vit.config.option_types import Alone
 
@@ -133,9 +133,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _analyze(options: Options, console: Console) -> None:
-    from lowrank_vit.spectral.analyze import arrays_of, as_json, free_stem, print_analysis, write_arrays, write_json
+    from lowrank_vit.spectral.analyze import arrays_of, as_json, free_stem, write_arrays, write_json
     from lowrank_vit.spectral.measures.circuits import as_arrays
     from lowrank_vit.spectral.measures.initial import warning_of
+    from lowrank_vit.spectral.printed import print_analysis
 
     if options.source.checkpoint:
         weights, meta, made_with = _read(options, options.source.checkpoint)
@@ -168,7 +169,8 @@ def _analyze(options: Options, console: Console) -> None:
 
 
 def _compare(options: Options, paths: tuple[Path, Path], console: Console) -> None:
-    from lowrank_vit.spectral.analyze import compare, drift_as_json, print_drift, write_json
+    from lowrank_vit.spectral.analyze import compare, drift_as_json, write_json
+    from lowrank_vit.spectral.printed import print_drift
 
     (before, old, _), (after, new, _) = (_read(options, path) for path in paths)
     drift = compare(_solve(options, before, old), _solve(options, after, new))
@@ -203,7 +205,8 @@ def _solve(options: Options, state: dict[str, Tensor], meta: dict[str, Any]) -> 
         )
     threads = available_cores()
     settings = SpectralSettings(matrices.topk, matrices.interval, solving.solver, solving.svd_on_cpu, threads)
-    return analyze_weights(weights, settings, solving.dtype, matrices.bootstraps if matrices.statistics else 0, fused)
+    bootstraps = matrices.bootstraps if matrices.statistics else 0
+    return analyze_weights(weights, settings, solving.dtype, bootstraps, fused, say_beside)
 
 
 def _circuits(

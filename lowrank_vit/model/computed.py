@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -103,18 +104,20 @@ def path_without_peft(model: nn.Module, path: str) -> str | None:
 
 def is_of_peft(module: nn.Module) -> bool:
     """Whether PEFT has put a module around a layer, to adapt it. PEFT is not imported for that."""
-    return isinstance(getattr(module, _BASE, None), nn.Module) and _has_base(module, "BaseTunerLayer")
+    return _has_base(type(module), "BaseTunerLayer") and isinstance(getattr(module, _BASE, None), nn.Module)
 
 
-def _has_base(module: nn.Module, name: str) -> bool:
-    return any(one.__name__ == name and one.__module__.startswith("peft.") for one in type(module).__mro__)
+@lru_cache(maxsize=1024)
+def _has_base(kind: type, name: str) -> bool:
+    """Asked of every module on the way to every watched matrix, at each refresh of spectra."""
+    return any(one.__name__ == name and one.__module__.startswith("peft.") for one in kind.__mro__)
 
 
 def _inside(module: Any) -> list[str]:
     """The path from a module that PEFT has put around a layer to that, or to the one in use of its copies."""
     if is_of_peft(module):
         return [_BASE]
-    if not _has_base(module, "AuxiliaryTrainingWrapper"):
+    if not _has_base(type(module), "AuxiliaryTrainingWrapper"):
         return []
     if "token_adapter" in module._modules:
         return ["token_adapter"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -18,10 +19,10 @@ from lowrank_vit.common import terminal
 from lowrank_vit.common.errors import Failures, UserError
 from lowrank_vit.common.files import append_whole, whole_file, write_whole
 from lowrank_vit.ranks.world import World
-from lowrank_vit.run.spectral_records import Logged, Sent, logged, sent, table_of
+from lowrank_vit.run.spectral_records import Logged, Prepared, Preparing, Sent, ended, json_of, table_of
 from lowrank_vit.run.trackers.sending import Trackers
 
-_AXES = {"spec": "spec_update", "flow": "spec_update", "eval": "epoch"}
+_AXES = {"flow": "spec_update", "eval": "epoch"}
 """The trackers' axis, by kind; `update` for the others."""
 
 
@@ -137,8 +138,7 @@ class RunLog:
 
         `spec_log`, `wandb_spec`: what of the spectra is written, and sent to the trackers, see `spectral_records`.
         """
-        self._spec_log: Logged = spec_log
-        self._wandb_spec: Sent = wandb_spec
+        self._prepare = Preparing(spec_log, wandb_spec if trackers else None)
         self._newest_spectra: tuple[int, dict[str, Any]] | None = None
         self._summary, self._jsonl, self._trackers = run_dir / "summary.csv", run_dir / "metrics.jsonl", trackers
         self._lost_lines = Failures("lines of metrics.jsonl were lost", say)
@@ -155,20 +155,34 @@ class RunLog:
 
     def log(self, kind: str, update: int, values: dict[str, Any]) -> None:
         """One line in metrics.jsonl: `kind` is train, eval, spec, flow, lowrank or speed; `update`: made so far."""
-        written = values if kind != "spec" else logged(values, self._spec_log)
-        line = json.dumps({"kind": kind, "update": update, **_finite(written)}, allow_nan=False) + "\n"
-        try:
-            append_whole(self._jsonl, line)
-            self._lost_lines.is_over()
-        except OSError as error:
-            self._lost_lines.note(_lost(error, self._jsonl))
+        if kind == "spec":
+            self.log_spectra(update, values)
+            return
+        self._append(json_of(kind, update, values))
         # Tables, of which a tracker would make curves, and what train lines have.
         if self._trackers is not None and kind not in ("lowrank", "speed"):
             axis = _AXES.get(kind, "update")
             named = {f"train/{name}": value for name, value in values.items()} if kind == "train" else values
-            if kind == "spec":
-                named, self._newest_spectra = sent(values, self._wandb_spec), (update, values)
             self._trackers.log({"update" if kind == "eval" else axis: update, **named}, axis)
+
+    def log_spectra(self, update: int, values: dict[str, Any], prepared: Prepared | None = None) -> None:
+        """One refresh of the spectra; of all its numbers those go to each place that are wanted there.
+
+        `prepared`: what `Preparing` has made of `values`, which may have more behind them now; default: made here.
+        """
+        prepared = prepared or self._prepare(update, values)
+        late = dict(itertools.islice(values.items(), prepared.num_values, None))
+        self._append(ended(prepared.line, late))
+        if self._trackers is not None:
+            self._newest_spectra = update, values
+            self._trackers.send(prepared.row | late if late else prepared.row, "spec_update")
+
+    def _append(self, line: str) -> None:
+        try:
+            append_whole(self._jsonl, f"{line}\n")
+            self._lost_lines.is_over()
+        except OSError as error:
+            self._lost_lines.note(_lost(error, self._jsonl))
 
     def log_epoch(self, row: dict[str, Any]) -> None:
         """A validated epoch: a row in summary.csv, and a line of kind eval. `row` has `update` among its keys.
@@ -196,13 +210,6 @@ class RunLog:
         self._lost_rows.tell()
         if self._trackers is not None:
             self._trackers.finish(self._newest_spectra and table_of(*self._newest_spectra))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a number that is not finite becomes null."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in cast(dict[str, Any], value).items()}
-    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 def _lost(error: OSError, path: Path) -> str:

@@ -18,6 +18,7 @@ from lowrank_vit.config.tracking_options import trackers
 from lowrank_vit.run.directory import RunDir, environment, environment_json
 from lowrank_vit.run.metrics import Event, RunLog
 from lowrank_vit.run.progress import Display, Figures, wait_in_words
+from lowrank_vit.run.spectral_records import Prepared
 from lowrank_vit.run.state import Position, RunState
 from lowrank_vit.run.trackers.sending import Trackers
 from lowrank_vit.run.trackers.tracker import About
@@ -137,11 +138,11 @@ class Outputs:
     def _place(self) -> str:
         return f"{self._state.position.epoch + 1}/{self._num_epochs}"
 
-    def log_spectra(self, records: list[SpectralRecord]) -> None:
-        """Write the refreshes of the spectra that are finished."""
-        for record in records:
+    def log_spectra(self, records: list[tuple[SpectralRecord, Prepared | None]]) -> None:
+        """Write the refreshes of the spectra that are finished, see `SpectralMonitor.prepared_records`."""
+        for record, prepared in records:
             if self._log:
-                self._log.log("spec", record.update, record.values)
+                self._log.log_spectra(record.update, record.values, prepared)
 
     def log_low_rank(self, events: list[Event]) -> None:
         """Write and say what layers in factors there are by now, and what that rests on."""

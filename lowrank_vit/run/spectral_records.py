@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
+from lowrank_vit.run.trackers.sending import plain_row
 from lowrank_vit.run.trackers.tracker import Table
 from lowrank_vit.spectral.measures.aggregates import CIRCUIT
 from lowrank_vit.spectral.select import module_depth, module_type
@@ -78,6 +82,48 @@ def sent(values: dict[str, Any], what: Sent) -> dict[str, Any]:
             return {key: value for key, value in values.items() if depths.get(_parts(key)[0]) in ends}
 
 
+class Prepared(NamedTuple):
+    """A refresh as it is written and sent, see `RunLog.log_spectra`."""
+
+    line: str
+    """Of `metrics.jsonl`, without its end."""
+    row: dict[str, float]
+    """For trackers; empty without any."""
+    num_values: int
+    """How many values it was made of; those behind them, which are about the refresh, go into both."""
+
+
+@dataclass(frozen=True)
+class Preparing:
+    """Makes a `Prepared` of a record, which takes tens of ms: in the monitor's worker, so that no update waits."""
+
+    log: Logged
+    send: Sent | None
+    """None: there is no tracker."""
+
+    def __call__(self, update: int, values: Mapping[str, float]) -> Prepared:
+        """Of the scalars of a refresh."""
+        of_record = dict(values)
+        row = plain_row({"spec_update": update, **sent(of_record, self.send)}) if self.send else {}
+        return Prepared(json_of("spec", update, logged(of_record, self.log))[:-1], row, len(of_record))
+
+
+def json_of(kind: str, update: int, values: Mapping[str, Any]) -> str:
+    """A line of `metrics.jsonl`. JSON has no NaN: a number that is not finite becomes null."""
+    return json.dumps({"kind": kind, "update": update, **_finite(values)}, allow_nan=False)
+
+
+def ended(line: str, values: Mapping[str, Any]) -> str:
+    """`Prepared.line` with more values behind the others."""
+    return f"{line}{''.join(f', {json.dumps(key)}: {json.dumps(_finite(one))}' for key, one in values.items())}}}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in cast(dict[str, Any], value).items()}
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
 def table_of(update: int, values: Mapping[str, float]) -> Table:
     """All numbers of a record, a row for each matrix, circuit and mean."""
     columns = columns_of([StoredScalars.of(update, values)])
@@ -122,6 +168,61 @@ def expected_sizes(
     return Sizes(scalars + spectra + vectors, line)
 
 
+class Held(NamedTuple):
+    """Bytes that a monitor holds while a refresh runs, beside what solving takes."""
+
+    copies: int
+    """On the weights' device: of the watched weights, now and at the refresh before."""
+    vectors: int
+    """In the host's memory, at most: values and vectors of this refresh, the one before, the last whole, the first."""
+
+
+def expected_held(
+    matrices: Mapping[str, Mapping[str, Any]],
+    kinds: int,
+    item_bytes: int,
+    topk: int,
+    interval: int,
+    *,
+    ranks: int = 1,
+    is_first: bool = True,
+    updates: bool = False,
+) -> Held:
+    """What the copies and vectors of a monitor take on a rank, by the shapes alone; without circuits.
+
+    Args:
+        matrices, kinds, topk, interval: see `expected_sizes`.
+        item_bytes: of a weight.
+        ranks: that share the work.
+        is_first: whether this is the first of them, which has all the weights beside its share.
+        updates: whether the optimizer's directions are copied, too, of the model.
+    """
+    shapes = [one["shape"] for one in matrices.values()]
+    weights = item_bytes * sum(rows * cols for rows, cols in shapes)
+    share = -(-weights // ranks)
+    copies = 2 * kinds * (share + (weights if is_first and ranks > 1 else 0)) + updates * share
+    reach = 1 + (topk - 1) * interval
+    vectors = 0
+    for shape in shapes:
+        short, long = min(shape), max(shape)
+        ends = 2 * min(topk, short) + (min(reach, short) if interval > 1 else 0)
+        vectors += 8 * (ends * (short + long + 2) + short) + 4 * short * min(reach + _GUARD, short)
+    return Held(copies, 4 * kinds * -(-vectors // ranks))
+
+
+def held_in_words(held: Held, free: int, place: str) -> str:
+    """A warning where copies take more than is free; empty where they do not."""
+    if held.copies <= free:
+        return ""
+    return (
+        f"warning: the spectra's copies of the watched weights take {_bytes(held.copies)} of {place}, which has "
+        f"{_bytes(free)} free: the run may end for want of memory. Watch fewer layers by --spec-targets, leave out "
+        "--model-ema or --spec-updates, or share them by more ranks."
+    )
+
+
+_GUARD = 18
+"""Columns beyond the wanted ones from which the next values are sought, at most."""
 _METRICS, _PER_INDEX = 95, 14
 """Numbers of a matrix in a whole refresh: so many, and so many for each recorded index."""
 _METRICS_FIRST, _PER_INDEX_FIRST = 76, 7

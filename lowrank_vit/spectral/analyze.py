@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import remove_leftovers, whole_file, write_whole
-from lowrank_vit.common.terminal import one_line
+from lowrank_vit.common.terminal import Steady, one_line
 from lowrank_vit.model.low_rank import with_products
 from lowrank_vit.spectral.fused import fused_qkv_of_state
 from lowrank_vit.spectral.measures.aggregates import aggregates
@@ -29,17 +26,18 @@ from lowrank_vit.spectral.measures.initial import FarEntry, far_entries_by_name
 from lowrank_vit.spectral.measures.metrics import recorded_indices
 from lowrank_vit.spectral.measures.statistics import statistics_of
 from lowrank_vit.spectral.measures.subspaces import chance_of_each
+from lowrank_vit.spectral.measures.updates import block_energies, update_norms
 from lowrank_vit.spectral.select import Targets, choose_targets, fused_of, take_targets
 from lowrank_vit.spectral.solving.extremes import EPS, Recorded, Solved, Triplets, not_finite
-from lowrank_vit.spectral.solving.solve import stack_by_shape
+from lowrank_vit.spectral.solving.pieces import names_in_pieces
+from lowrank_vit.spectral.solving.solve import MatrixStack, stack_by_shape
+from lowrank_vit.spectral.watching.pace import LONG, foretold_s, in_seconds, operations
 from lowrank_vit.spectral.watching.refresh import (
     MODEL,
     SpectralSettings,
-    block_energies,
     drift_metrics,
     matrix_metrics,
     solve_all,
-    update_norms,
 )
 
 Precision = Literal["float64", "float32"]
@@ -72,12 +70,12 @@ class Analysis:
     @property
     def types(self) -> dict[str, dict[str, float]]:
         """Means over the layers of a type; see `aggregates.aggregates`."""
-        return _group("type", self.values)
+        return by_group("type", self.values)
 
     @property
     def depths(self) -> dict[str, dict[str, float]]:
         """Means over the matrices of a block, by its number."""
-        return _group("depth", self.values)
+        return by_group("depth", self.values)
 
 
 def choose_weights(
@@ -100,21 +98,46 @@ def analyze_weights(
     precision: Precision = "float64",
     bootstraps: int = 0,
     fused: Collection[str] = (),
+    say: Callable[[str], object] | None = None,
 ) -> Analysis:
     """Solve the matrices where they are and describe them, as the monitor does. `fused`: see `choose_weights`.
+
+    `say` is told beforehand how long that takes, where it is long, and then how far it is.
 
     With `bootstraps` their `statistics` are there too, of so many draws each; see `statistics.statistics_of`.
 
     With `precision` float32 a plain float32 SVD is described instead, with its certificates: what the usual code sees.
     """
     if precision == "float64":
-        solved = solve_all(stack_by_shape(weights, fused), settings)
+        solved = _solved(weights, settings, fused, say)
     else:
         solved = {name: _float32_svd(weight, settings) for name, weight in weights.items()}
     solved = {name: solved[name] for name in weights}
     values = {name: matrix_metrics(one, settings) for name, one in solved.items()}
     statistics = statistics_of(weights, solved, settings, bootstraps, fused) if bootstraps else {}
     return Analysis(settings, solved, values, dict(weights), statistics)
+
+
+def _solved(
+    weights: Mapping[str, Tensor],
+    settings: SpectralSettings,
+    fused: Collection[str],
+    say: Callable[[str], object] | None,
+) -> dict[str, Solved]:
+    """By pieces of one shape, of which one at a time is copied."""
+
+    def stacks_of(names: Iterable[str]) -> list[MatrixStack]:
+        return stack_by_shape({name: weights[name] for name in names}, fused)
+
+    pieces = list(names_in_pieces(weights, 4 * settings.cpu_threads))
+    if say and operations((w.shape[0], w.shape[1]) for w in weights.values()) >= LONG:
+        seconds = foretold_s(((stacks_of(names[:1])[0], len(names)) for names in pieces), settings)
+        say(f"spectra of {len(weights):,} matrices take about {in_seconds(seconds)}")
+    progress, solved = Steady(len(weights), say), dict[str, Solved]()
+    for names in pieces:
+        solved |= solve_all(stacks_of(names), settings)
+        progress.tell(len(solved), "spectra: matrix")
+    return solved
 
 
 def compare(before: Analysis, after: Analysis) -> dict[str, dict[str, float]]:
@@ -132,11 +155,13 @@ def compare(before: Analysis, after: Analysis) -> dict[str, dict[str, float]]:
             f"{'x'.join(map(str, different[1]))} is only in one. Give two checkpoints of one model."
         )
     of_weights: dict[str, dict[str, float]] = {}
-    # Files of one model may have its matrices in another order, and in another type.
-    stacks = (stack_by_shape({name: one.weights[name].double() for name in before.weights}) for one in (before, after))
-    for old, new in zip(*stacks, strict=True):
-        energies = block_energies(before.solved, after.solved, new)
-        for name, norms in update_norms(old, new, solver=after.settings.solver).items():
+    threads = after.settings.cpu_threads
+    for names in names_in_pieces(before.weights, threads):
+        # Files of one model may have its matrices in another type.
+        pair = (stack_by_shape({name: of.weights[name].double() for name in names}) for of in (before, after))
+        ((old,), (new,)) = pair
+        energies = block_energies(before.solved, after.solved, new, threads)
+        for name, norms in update_norms(old, new, threads, after.settings.solver).items():
             size = float(np.linalg.norm(before.solved[name].s))
             relative = norms["update_normF"] / size if size else math.nan
             of_weights[name] = norms | energies[name] | {"update_rel": relative}
@@ -183,7 +208,7 @@ def as_json(analysis: Analysis, meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def drift_as_json(drift: Mapping[str, Mapping[str, float]], meta: Mapping[str, Any]) -> dict[str, Any]:
     """What goes into `<model>_drift.json`: {"meta", "layers", "types", "depths"} of the numbers of `compare`."""
-    groups = {"layers": drift, "types": _group("type", drift), "depths": _group("depth", drift)}
+    groups = {"layers": drift, "types": by_group("type", drift), "depths": by_group("depth", drift)}
     plain = {heading: {name: _plain_values(of) for name, of in group.items()} for heading, group in groups.items()}
     return {"meta": dict(meta), **plain}
 
@@ -265,7 +290,8 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --save-dir") from error
 
 
-def _group(by: str, values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+def by_group(by: str, values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Means of the numbers of matrices by "type" or "depth", see `aggregates.aggregates`."""
     prefix = f"{MODEL}/{by}/"
     found = aggregates({f"{MODEL}/{name}": numbers for name, numbers in values.items()})
     return {key.removeprefix(prefix): group for key, group in found.items() if key.startswith(prefix)}
@@ -301,100 +327,3 @@ def _plain(value: float | Iterable[float]) -> Any:
 
 def _plain_values(values: Mapping[str, float]) -> dict[str, Any]:
     return {key: _plain(value) for key, value in values.items()}
-
-
-_COLUMNS = {
-    "sigma_max": "σ max",
-    "sigma_min": "σ min",
-    "stable_rank": "stable\nrank",
-    "effective_rank": "eff.\nrank",
-    "alpha": "α",
-    "mp_outliers": "out-\nliers",
-}
-_STATISTICS = {
-    "alpha_p": "p of the\nlaw",
-    "lr_exponential": "expo-\nnential",
-    "lr_lognormal": "log-\nnormal",
-    "lr_truncated": "cut\noff",
-    "spikes": "spikes",
-    "shuffled_alpha": "shuf-\nfled α",
-    "shuffled_mp_outliers": "out-\nliers",
-}
-_WORTH = "What the fits are worth (ln of likelihood over that of others; * p < 0.1)"
-_OF_HEADS = "Heads (z: standard deviations of chance by which the mean composition lies above it)"
-_CIRCUITS = {
-    "qk_sigma_max": "QK\nσ max",
-    "qk_stable_rank_mean": "stable\nrank",
-    "ov_sigma_max": "OV\nσ max",
-    "ov_stable_rank_mean": "stable\nrank",
-    "q_composition_z": "Q-comp.\nz",
-    "q_composition_max": "\nmax",
-    "k_composition_z": "K-comp.\nz",
-    "k_composition_max": "\nmax",
-}
-_ERRORS = {"alpha": "alpha_sigma", "shuffled_alpha": "shuffled_alpha_sigma", "alpha_p": "alpha_p_error"}
-"""Where the standard error stands of a number that is shown with one."""
-_CHANCES = {f"lr_{rival}": f"lr_{rival}_p" for rival in ("exponential", "lognormal", "truncated")}
-"""Where the p-value stands of a ratio, which has a star if it is small."""
-_DRIFT = {
-    "update_rel": "|ΔW|F\n/ |W|F",
-    "update_normF": "|ΔW|F",
-    "update_norm2": "|ΔW|₂",
-    "delta_sv_rel": "Δσ/σ",
-    "turn_bound": "turn\nbound",
-    "block_cos_u_overlap": "over-\nlap u",
-    "block_cos_v_overlap": "over-\nlap v",
-    "block_energy": "block\nenergy",
-}
-
-
-def print_analysis(analysis: Analysis, console: Console) -> None:
-    """Spectra by layer and by type; the smallest value is that of the layer, and the mean of them of a type."""
-    minima = {name: {"sigma_min": float(one.s[-1])} for name, one in analysis.solved.items()}
-    layers = {name: values | minima[name] for name, values in analysis.values.items()}
-    shapes = {name: f"{rows}x{cols}" for name, (rows, cols) in analysis.shapes.items()}
-    console.print(_table("Spectra by layer", "layer", _COLUMNS, layers, shapes))
-    by_type = {key: heading for key, heading in _COLUMNS.items() if key != "sigma_min"} | {"rank95": "rank\n95 %"}
-    console.print(_table("Spectra by type, means", "type", by_type, analysis.types))
-    if analysis.statistics:
-        rows = {name: values | analysis.statistics[name] for name, values in analysis.values.items()}
-        console.print(_table(_WORTH, "layer", _STATISTICS, rows))
-    if analysis.circuits:
-        blocks = {name: circuit_metrics(one) for name, one in analysis.circuits.items()}
-        console.print(_table(_OF_HEADS, "block", _CIRCUITS, blocks))
-
-
-def print_drift(drift: Mapping[str, Mapping[str, float]], console: Console) -> None:
-    """Drift between two checkpoints by layer and by type."""
-    console.print(_table("Drift by layer", "layer", _DRIFT, drift))
-    console.print(_table("Drift by type, means", "type", _DRIFT, _group("type", drift)))
-
-
-def _table(
-    title: str,
-    first: str,
-    columns: Mapping[str, str],
-    rows: Mapping[str, Mapping[str, float]],
-    shapes: Mapping[str, str] | None = None,
-) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(first, overflow="fold")
-    if shapes is not None:
-        table.add_column("shape", justify="right", no_wrap=True)
-    for heading in columns.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, numbers in rows.items():
-        shape = [] if shapes is None else [shapes[name]]
-        table.add_row(Text(one_line(name)), *shape, *(_text(key, numbers) for key in columns))
-    return table
-
-
-def _text(key: str, numbers: Mapping[str, float]) -> str:
-    """Four significant digits: 12.35, 0.0421, 3.1e-07; fewer where a standard error or a p-value limits them."""
-    value = float("nan") if (found := numbers.get(key)) is None else found
-    if key in _ERRORS:
-        error = numbers.get(_ERRORS[key], float("nan"))
-        return f"{value:.3g}±{error:.0f}" if error >= 1 else f"{value:.3g}±{error:.1g}"
-    if key in _CHANCES:
-        return f"{value:+.2g}{'*' if numbers.get(_CHANCES[key], 1.0) < 0.1 else ' '}"
-    return "none" if key == "turn_bound" and value == math.inf else f"{value:.4g}"

@@ -235,7 +235,7 @@ class Trainer:
         if not self.monitor:
             return None
         kept = self.monitor.kept()
-        self.outputs.log_spectra(self.monitor.records())
+        self.outputs.log_spectra(self.monitor.prepared_records())
         return Beside(SPECTRA, kept_name(kept.update), kept.content()) if kept else None
 
     def _finish_spectra(self) -> None:

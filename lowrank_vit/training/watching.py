@@ -7,11 +7,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from lowrank_vit.config.tracking_options import trackers
+from lowrank_vit.data.decode.resident_set import free_bytes
 from lowrank_vit.model.flops import train_flops_per_image
 from lowrank_vit.ranks.world import World
 from lowrank_vit.run.metrics import last_recorded
 from lowrank_vit.run.outputs import SPECTRA, Outputs
-from lowrank_vit.run.spectral_records import expected_sizes, sizes_in_words
+from lowrank_vit.run.spectral_records import Preparing, expected_held, expected_sizes, held_in_words, sizes_in_words
 from lowrank_vit.run.state import Position
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor, default_cpu_threads
 from lowrank_vit.spectral.watching.refresh import SpectralSettings
@@ -25,7 +27,7 @@ def make_monitor(
     setup: Setup, position: Position, run_dir: Path, world: World, say: Callable[[str], object]
 ) -> SpectralMonitor:
     """The monitor of a run, which goes on from `position`; with --lowrank-train tied to what waits for it."""
-    options, low_rank = setup.config.spectra, setup.low_rank
+    options, tracking, low_rank = setup.config.spectra, setup.config.tracking, setup.low_rank
     done = position.num_updates if position.is_begun else None
     recorded = -1 if done is None else last_recorded(run_dir, "spec", done)
     threads, full_every = options.spec_cpu_threads or default_cpu_threads(), options.spec_full_every or 1
@@ -46,10 +48,17 @@ def make_monitor(
         ranks=world.channel(_REFRESH_TIMEOUT, agrees=True),
         optimizer=setup.optimizer,
         on_full=low_rank.see if low_rank else None,
+        prepare=Preparing(options.spec_log, tracking.wandb_spec if trackers(tracking) else None),
         say=say,
     )
     if low_rank:
         low_rank.wait = monitor.wait
+    weight = next(setup.model.parameters())
+    of_ranks: dict[str, Any] = {"ranks": world.size, "is_first": world.is_first, "updates": options.spec_updates}
+    of_records = options.spec_topk, options.spec_interval
+    held = expected_held(monitor.matrices, 2 if setup.ema else 1, weight.element_size(), *of_records, **of_ranks)
+    if warning := held_in_words(held, free_bytes(weight.device), str(weight.device)):
+        say(warning)
     return monitor
 
 
@@ -75,7 +84,7 @@ def observe(monitor: SpectralMonitor, setup: Setup, outputs: Outputs, update: in
         is_changed = setup.low_rank.at_refresh(update)
         after_switch(setup, outputs, is_changed=is_changed)
     monitor.observe(update)
-    outputs.log_spectra(monitor.records())
+    outputs.log_spectra(monitor.prepared_records())
     return is_changed
 
 
@@ -111,7 +120,7 @@ class SwitchSpeed:
 def finish_spectra(monitor: SpectralMonitor, outputs: Outputs) -> None:
     """Wait for the last refresh, log it, and say what was left out."""
     monitor.close()
-    outputs.log_spectra(monitor.records())
+    outputs.log_spectra(monitor.prepared_records())
     say = outputs.display.say  # rank 0's figures are those of all
     if monitor.skipped:
         say(

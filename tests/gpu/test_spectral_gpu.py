@@ -18,6 +18,7 @@ from lowrank_vit.spectral.analyze import analyze_weights, compare
 from lowrank_vit.spectral.flows import measure
 from lowrank_vit.spectral.heads import circuits_of_state
 from lowrank_vit.spectral.layers import targets_of_model
+from lowrank_vit.spectral.measures.updates import update_norms
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
 from lowrank_vit.spectral.solving.ends import solve_ends
 from lowrank_vit.spectral.solving.extremes import Solved
@@ -26,7 +27,7 @@ from lowrank_vit.spectral.solving.solve import MatrixStack, solve, solve_stack, 
 from lowrank_vit.spectral.watching import files
 from lowrank_vit.spectral.watching import refresh as refresh_module
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor
-from lowrank_vit.spectral.watching.refresh import Memory, SpectralSettings, refresh, update_norms
+from lowrank_vit.spectral.watching.refresh import Memory, SpectralSettings, refresh
 from lowrank_vit.spectral.watching.watched import directions_of
 from tests.spectra import sine, with_spectrum
 from tests.waiting import LONG_S

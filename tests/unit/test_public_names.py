@@ -68,8 +68,8 @@ SIGNATURES: dict[str, str] = {
         "Targets = None, every: int = 100, settings: SpectralSettings | None = None, split_qkv: bool = False, "
         "circuits: Circuits = 'none', limit_gb: float = 2.0, resumed_update: int | None = None, recorded_update: int "
         "| None = None, last_update: int | None = None, ranks: Channel | None = None, optimizer: Optimizer | None = "
-        "None, rename: Rename | None = None, on_full: OnFull | None = None, say: Callable[[str], object] = ...) -> "
-        "None"
+        "None, rename: Rename | None = None, on_full: OnFull | None = None, prepare: Prepare | "
+        "None = None, say: Callable[[str], object] = ...) -> None"
     ),
     "SpectralMonitor.observe": "(self, num_updates: int) -> None",
     "SpectralMonitor.records": "(self) -> list[SpectralRecord]",

@@ -83,7 +83,10 @@ class Trackers:
 
     def log(self, values: Mapping[str, Any], axis: str) -> None:
         """Send one row, whose place on its axis is `values[axis]`: its numbers, those in mappings by their paths."""
-        row = dict(values) if _is_plain(values) else _numbers(values)
+        self.send(plain_row(values), axis)
+
+    def send(self, row: dict[str, float], axis: str) -> None:
+        """Send what `plain_row` has made of values. Nobody may change it any more."""
         for sender in self._senders:
             sender.put(row, axis)
 
@@ -95,6 +98,11 @@ class Trackers:
         for sender in self._senders:
             sender.finish(until, timeout_s)
         self._senders = ()
+
+
+def plain_row(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row, those in mappings by their paths, under names that can be sent."""
+    return dict(values) if _is_plain(values) else _numbers(values)
 
 
 def _is_plain(values: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lowrank_vit.spectral.solving.extremes import Thirds
+from lowrank_vit.spectral.solving.pieces import in_pieces, some_of
 from lowrank_vit.spectral.solving.solve import MatrixStack, all_values
 
 FALSE_ALARMS = 0.01
@@ -80,13 +81,24 @@ def scaled_thirds(stack: MatrixStack, spectra: Mapping[str, np.ndarray], cpu_thr
             median of a third would be rounding.
         cpu_threads: matrices solved side by side.
     """
+    chosen = [i for i, name in enumerate(stack.names) if name in spectra]
+    if not chosen or stack.matrices_NRC.shape[1] % 3:
+        return {}
+    found: dict[str, Thirds] = {}
+    for one in in_pieces(stack, cpu_threads):
+        found |= _thirds_of(one, spectra, cpu_threads)
+    return found
+
+
+def _thirds_of(stack: MatrixStack, spectra: Mapping[str, np.ndarray], cpu_threads: int) -> dict[str, Thirds]:
+    """`scaled_thirds` of a few matrices, which are copied."""
     rows, cols = stack.matrices_NRC.shape[1:]
     chosen = [i for i, name in enumerate(stack.names) if name in spectra]
     n = len(chosen)
-    if not chosen or rows % 3:
+    if not chosen:
         return {}
     with torch.no_grad():
-        fused_NRC = stack.matrices_NRC[chosen]
+        fused_NRC = some_of(stack, chosen).matrices_NRC
         some = fused_NRC.reshape(3 * n, rows // 3, cols)[..., :: max(1, cols // SCALE_COLUMNS)]
         values = all_values(some, cpu_threads)
         deviations = np.array([deviation(s, (some.shape[1], some.shape[2])) for s in values]).reshape(n, 3)

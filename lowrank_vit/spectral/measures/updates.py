@@ -6,7 +6,8 @@ D is such an (R, C) matrix, float64; 1..p the block of W's first singular triple
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,28 +16,34 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.spectral.measures.metrics import effective_rank, energy_rank, stable_rank
-from lowrank_vit.spectral.solving.extremes import Triplets
-from lowrank_vit.spectral.solving.solve import MatrixStack
+from lowrank_vit.spectral.measures.subspaces import block_energy, blocks_of, captured
+from lowrank_vit.spectral.solving.extremes import Solved, Solver, Triplets
+from lowrank_vit.spectral.solving.norm import norms_of_changes
+from lowrank_vit.spectral.solving.pieces import in_pieces, slices_of
+from lowrank_vit.spectral.solving.solve import MatrixStack, all_values, float64_numpy, side_by_side
 
 _ADAM = ("torch.optim.adam.Adam", "torch.optim.adamw.AdamW")
+_PAIRED_ON_CPU = 4
+"""Matrices that are copied at a time where they were in other stacks before."""
 _SGD, _MUON = "torch.optim.sgd.SGD", "timm.optim.muon.Muon"
 
 
-def paired(before: Sequence[MatrixStack], now: Sequence[MatrixStack]) -> list[tuple[MatrixStack, MatrixStack]]:
+def paired(before: Sequence[MatrixStack], now: Sequence[MatrixStack]) -> Iterator[tuple[MatrixStack, MatrixStack]]:
     """Each stack of now that was there before, with the matrices of the same names and of now's dtype before it.
 
-    A layer that has become factors in between is in another stack, since its product is float64.
+    By `pieces.in_pieces`. A layer that has become factors in between is in another stack, since its product is float64.
     """
     if [one.names for one in before] == [one.names for one in now]:
-        return list(zip(before, now, strict=True))
+        for pair in zip(before, now, strict=True):
+            yield from zip(*map(in_pieces, pair), strict=True)
+        return
     earlier = {name: matrix for one in before for name, matrix in zip(one.names, one.matrices_NRC, strict=True)}
-    pairs: list[tuple[MatrixStack, MatrixStack]] = []
-    for one in now:
+    for one in itertools.chain.from_iterable(in_pieces(stack, _PAIRED_ON_CPU) for stack in now):
         if all(name in earlier for name in one.names):
             matrices_NRC = torch.stack([earlier[name].to(one.matrices_NRC) for name in one.names])
-            pairs.append((replace(one, matrices_NRC=matrices_NRC), one))
-    return pairs
+            yield replace(one, matrices_NRC=matrices_NRC), one
 
 
 def why_no_direction(optimizer: Optimizer, group: dict[str, Any]) -> str:
@@ -142,3 +149,77 @@ def _squares(change_RC: Tensor, scale: float, block: Triplets | None) -> list[fl
         left_pC = u_Rp.T @ unit_RC
         parts += [left_pC, unit_RC @ v_Cp, left_pC @ v_Cp]
     return torch.stack([part.square().sum() for part in parts]).tolist()
+
+
+def update_norms(
+    before: MatrixStack, now: MatrixStack, cpu_threads: int = 1, solver: Solver = "gram64"
+) -> dict[str, dict[str, float]]:
+    """By name: "update_norm2" |W - W'|_2 = sigma_1(W - W') and "update_normF" |W - W'|_F, in the weights' unit.
+
+    "update_norm2_low" and "update_norm2_high" enclose the first, see `norm.spectral_norms`. Both norms: Golub & Van
+    Loan, section 2.3.
+    """
+    spectral, frobenius = norms_of_changes(before.matrices_NRC, now.matrices_NRC, solver, cpu_threads)
+    keys = ("update_norm2", "update_norm2_low", "update_norm2_high", "update_normF")
+    return {
+        name: dict(zip(keys, map(float, values), strict=True))
+        for name, *values in zip(now.names, *spectral, frobenius, strict=True)
+    }
+
+
+def update_spectra(
+    prefix: str,
+    stack: MatrixStack,
+    blocks: Mapping[str, Triplets],
+    cpu_threads: int = 1,
+    norms: Sequence[float] | None = None,
+    before_NRC: Tensor | None = None,
+) -> dict[str, dict[str, float]]:
+    """By name: `update_metrics` of each matrix of a stack, which are changes or directions of weights.
+
+    `blocks`: by name, the first triplets of the weights, where they are known. `norms`: the spectral norm of each
+    matrix, which then stands for all of its values. `before_NRC`: what is to be taken from each, in float64.
+    """
+    described: dict[str, dict[str, float]] = {}
+    with torch.no_grad():
+        for one in slices_of(stack.matrices_NRC, cpu_threads):
+            changes_NRC = stack.matrices_NRC[one].double()
+            if before_NRC is not None:
+                changes_NRC = changes_NRC - before_NRC[one].double()
+            values = all_values(changes_NRC, cpu_threads) if norms is None else norms[one]
+            found = zip(stack.names[one], changes_NRC, values, strict=True)
+            described |= {name: update_metrics(prefix, change, s, blocks.get(name)) for name, change, s in found}
+    return described
+
+
+def block_energies(
+    before: Mapping[str, Solved], now: Mapping[str, Solved], stack: MatrixStack, cpu_threads: int = 1
+) -> dict[str, dict[str, float]]:
+    """By name: "block_energy" (see `subspaces.block_energy`), where `before` has the block.
+
+    Args:
+        before, now: by name, solved.
+        stack: the weights that `now` was solved of, or some of them.
+    """
+    on_host: dict[str, Tensor] = {}
+    on_device: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, matrix in zip(stack.names, stack.matrices_NRC, strict=True):
+            blocks = blocks_of(before[name], now[name]) if name in before else None
+            if blocks is None:
+                continue
+            if cuda_path(matrix) and now[name].s[0] > 0:
+                weights_RC = matrix.double()
+                u_Rp = torch.from_numpy(blocks[0].u).to(weights_RC)
+                on_device[name] = torch.linalg.matrix_norm(u_Rp.T @ weights_RC / float(now[name].s[0]))
+            else:
+                on_host[name] = matrix.cpu()
+
+        def one(name: str) -> float:
+            return block_energy(before[name], now[name], float64_numpy(on_host[name]))
+
+        energies = dict(zip(on_host, side_by_side(one, on_host, cpu_threads), strict=True))
+        if on_device:
+            norms = torch.stack(list(on_device.values())).tolist()  # waits once for all of them
+            energies |= {name: captured(norm, now[name]) for name, norm in zip(on_device, norms, strict=True)}
+    return {name: {"block_energy": energy} for name, energy in energies.items()}

@@ -29,6 +29,7 @@ from lowrank_vit.spectral.solving.index import (
     square_beyond,
 )
 from lowrank_vit.spectral.solving.lapack import gram, symmetric_times, tridiagonal_values, tridiagonal_vectors
+from lowrank_vit.spectral.solving.pieces import slices_of
 from lowrank_vit.spectral.solving.solve import (
     as_float64,
     as_numpy,
@@ -106,9 +107,13 @@ def norms_of_changes(
 
             each = np.array(side_by_side(one, range(len(now_NRC)), cpu_threads)).reshape(-1, 4).T
             return Norms(*each[:3]), each[3]
-        change_NRC = now_NRC.to(torch.float64, copy=True).sub_(before_NRC)
-        frobenius_N = torch.linalg.vector_norm(change_NRC, dim=(1, 2)).cpu().numpy()
-        return spectral_norms(change_NRC, solver, cpu_threads), frobenius_N
+        parts: list[np.ndarray] = []
+        for some in slices_of(now_NRC, on_cpu=1):
+            change_NRC = now_NRC[some].to(torch.float64, copy=True).sub_(before_NRC[some])
+            frobenius_N = torch.linalg.vector_norm(change_NRC, dim=(1, 2)).cpu().numpy()
+            parts.append(np.array([*spectral_norms(change_NRC, solver, cpu_threads), frobenius_N]))
+        *ends, frobenius_N = np.concatenate(parts, axis=1)
+        return Norms(*ends), frobenius_N
 
 
 def _is_by_matrix(matrices_NRC: Tensor, solver: Solver) -> bool:

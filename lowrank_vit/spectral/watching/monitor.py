@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import os
 import queue
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -38,11 +39,13 @@ from lowrank_vit.spectral.measures.initial import warning_of
 from lowrank_vit.spectral.measures.subspaces import chance_of_each
 from lowrank_vit.spectral.select import Rename, Targets, module_type
 from lowrank_vit.spectral.solving.solve import LOG
-from lowrank_vit.spectral.watching.files import list_spectra, read_newest_circuits, update_of
+from lowrank_vit.spectral.watching.elsewhere import Prepare
+from lowrank_vit.spectral.watching.files import list_spectra, update_of
+from lowrank_vit.spectral.watching.pace import Pace
 from lowrank_vit.spectral.watching.refresh import EMA, MODEL, SpectralSettings, Stacks
 from lowrank_vit.spectral.watching.schedule import Schedule
 from lowrank_vit.spectral.watching.store import Kept, SpectraStore, far_entries_content, read_far_entries
-from lowrank_vit.spectral.watching.watched import TakenUp, Watched, take_up
+from lowrank_vit.spectral.watching.watched import TakenUp, Watched, begin_store, take_up
 from lowrank_vit.spectral.watching.worker import OnFull, Snapshot, SpectralRecord, Worker
 
 T = TypeVar("T")
@@ -105,6 +108,7 @@ class SpectralMonitor:
         optimizer: Optimizer | None = None,
         rename: Rename | None = None,
         on_full: OnFull | None = None,
+        prepare: Prepare | None = None,
         say: Callable[[str], object] = LOG.warning,
     ) -> None:
         """Choose the targets and start the worker.
@@ -138,6 +142,8 @@ class SpectralMonitor:
                 depths are read from that: "encoder.0.ff.lin_a" -> "blocks.0.mlp.fc1" is of type "mlp.fc1", depth "0".
             on_full: called in the worker's thread with the copies of each refresh of whole spectra, or with why there
                 are none, see `Worker`.
+            prepare: makes of an update and its record's values what `prepared_records` gives with it (None where the
+                refresh was not stored). It is called where nobody waits: be it in a process, for which it is pickled.
             say: told of failures, from the worker's thread too.
 
         Raises:
@@ -159,7 +165,7 @@ class SpectralMonitor:
         check_choice(get_args(Circuits), circuits=circuits)
         check_type((Optimizer, NoneType), "a torch.optim.Optimizer, or None", optimizer=optimizer)
         check_function("a mapping of names, a function, or None", (Mapping, NoneType), rename=rename)
-        check_function("a function, or None", NoneType, on_full=on_full)
+        check_function("a function, or None", NoneType, on_full=on_full, prepare=prepare)
         check_function("a function", say=say)
         settings = settings or SpectralSettings()
         models = {MODEL: model} if ema_model is None else {MODEL: model, EMA: ema_model}
@@ -180,20 +186,8 @@ class SpectralMonitor:
         if ranks.rank == 0:
             if resumed_update is None:
                 _require_unused(store.path)
-            try:
-                store.begin()
-                if resumed_update is not None:
-                    if recorded_update is None and not list_spectra(store.path):
-                        say(f"warning: {store.path} has no spectra to go on from: they begin at {resumed_update}.")
-                    store.forget_after(resumed_update)
-                    was = read_newest_circuits(store.path).circuits
-                    if self._watched.heads and was not in ("", circuits):
-                        say(
-                            f"warning: circuits are {circuits} from update {resumed_update} on and were {was} before: "
-                            "their curves hold both."
-                        )
-            except Exception as error:  # it may be mended before the next refresh
-                say(f"warning: {error}. Training goes on.")
+            of_heads, is_new = circuits if self._watched.heads else "", recorded_update is None
+            begin_store(store, resumed_update, of_heads, say, is_new=is_new)
         self._ranks, self._is_over, self._is_lost, self._say = ranks, False, False, say
         taken_up = TakenUp()
         if resumed_update is not None:
@@ -208,14 +202,15 @@ class SpectralMonitor:
         # 0 is the lowest priority CUDA has, and the default stream's: the trainer's step is on one that comes first.
         self._stream = None if cuda_device is None else side_stream(cuda_device)
         self.skipped = 0
-        """Refreshes that were due while the one before was still being computed, here or on another rank."""
+        """Refreshes that were due while the one before was still being computed, here or elsewhere."""
+        self._due_at = time.monotonic()
         self._closed, self._observed = False, (resumed_update or 0) - 1
         # A step on a GPU waits for whoever holds Python's lock when the next operation is to be asked for.
         is_aside = self._stream is not None
-        keys, memory = self._watched.keys, taken_up.memory
-        of_worker = (settings, store, memory, ranks, keys, self._stream, say)
-        of_rank: dict[str, Any] = {"heads": self._watched.heads, "num_workers": self._watched.num_workers}
-        self._worker = Worker(*of_worker, is_aside=is_aside, on_full=on_full, **of_rank)
+        of_worker = (settings, store, taken_up.memory, ranks, self._watched.keys, self._stream, say)
+        self._pace = Pace(every, settings, say if ranks.rank == 0 else None)
+        told: dict[str, Any] = {"prepare": prepare, "pace": self._pace, "num_workers": self._watched.num_workers}
+        self._worker = Worker(*of_worker, is_aside=is_aside, heads=self._watched.heads, on_full=on_full, **told)
         self.store_dir = store.path
         """Where the spectra go, absolute."""
         _open.add(self)
@@ -276,11 +271,13 @@ class SpectralMonitor:
             return
         if num_updates == 0:
             self._tell_far_entries()
+        since_s, self._due_at = time.monotonic() - self._due_at, time.monotonic()
         must_be = num_updates == 0 or self._is_again
         if must_be or self._schedule.is_last(num_updates):
             self._worker.wait()
         self._is_again = False
         if not must_be and self._is_any_busy():
+            self._pace.skip(num_updates, since_s)
             self.skipped += not self._is_lost  # else a record of before, which a resumed run keeps, would tell of it
             return
         full = self._schedule.take(num_updates)
@@ -321,11 +318,15 @@ class SpectralMonitor:
 
     def records(self) -> list[SpectralRecord]:
         """The refreshes finished since the last call, oldest first; never waits. Still works after `close`."""
-        records = _drain(self._worker.finished)
-        for record in records:
+        return [record for record, _ in self.prepared_records()]
+
+    def prepared_records(self) -> list[tuple[SpectralRecord, Any]]:
+        """As `records`, each with what `prepare` has made of it."""
+        found = _drain(self._worker.finished)
+        for record, _ in found:
             record.values["spec/refresh/skipped"] = float(self.skipped)
             record.values["spec/refresh/failed"] = float(self.failed)
-        return records
+        return found
 
     def kept(self) -> Kept | None:
         """What to write, under `kept_name`, beside a checkpoint of now, for a run that is resumed from that.

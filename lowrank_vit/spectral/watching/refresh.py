@@ -5,13 +5,12 @@ A key is "<kind>/<name>": kind "spec" (the model) or "spec_ema" (its moving aver
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from lowrank_vit.common.arguments import check_choice, check_whole
 from lowrank_vit.common.devices import cuda_path
@@ -26,24 +25,21 @@ from lowrank_vit.spectral.measures.metrics import (
 )
 from lowrank_vit.spectral.measures.noise import scaled_thirds
 from lowrank_vit.spectral.measures.subspaces import (
-    block_energy,
     block_gap,
     blocks_of,
-    captured,
     chance_metrics,
     cosine_metrics,
     last_cosines,
     turn_bound,
 )
-from lowrank_vit.spectral.measures.updates import paired, update_metrics
+from lowrank_vit.spectral.measures.updates import block_energies, paired, update_norms, update_spectra
 from lowrank_vit.spectral.solving.ends import GUARD, solve_ends
-from lowrank_vit.spectral.solving.extremes import Solved, Solver, Triplets
-from lowrank_vit.spectral.solving.norm import norms_of_changes, spectral_norms
+from lowrank_vit.spectral.solving.extremes import Solved, Solver
+from lowrank_vit.spectral.solving.norm import spectral_norms
+from lowrank_vit.spectral.solving.pieces import in_pieces, slices_of, some_of
 from lowrank_vit.spectral.solving.solve import (
     LOG,
     MatrixStack,
-    all_values,
-    float64_numpy,
     never,
     side_by_side,
     solve_stack,
@@ -138,7 +134,7 @@ def solve_all(
     solved: dict[str, Solved] = {}
     m, guard = reach(settings.topk, settings.interval), GUARD if settings.full_every > 1 else 0
     options: dict[str, Any] = {"cpu_threads": settings.cpu_threads, "cancelled": cancelled, "log": log}
-    for stack in stacks:
+    for stack in itertools.chain.from_iterable(map(in_pieces, stacks)):
         found = solve_stack(stack, m, settings.solver, guard=guard, **options)
         for name, one in found.items():
             solved[name] = one.recorded(recorded_indices(one.s.size, settings.topk, settings.interval))
@@ -166,7 +162,7 @@ def solve_first(
     """
     solved: dict[str, Solved] = {}
     m = reach(settings.topk, settings.interval)
-    for stack in stacks:
+    for stack in itertools.chain.from_iterable(map(in_pieces, stacks)):
         found: dict[str, Solved | None] = {}
         k = min(stack.matrices_NRC.shape[1:])
         if settings.solver != "svd":
@@ -174,10 +170,12 @@ def solve_first(
             known = {name: start for name, start in starts.items() if start is not None and ranks.get(name, k) > m}
             found = solve_ends(stack, known, m, cpu_threads=settings.cpu_threads, cancelled=cancelled, log=log)
         left = [i for i, name in enumerate(stack.names) if found.get(name) is None]
-        rest = replace(stack, fused=frozenset[str]())
-        if len(left) < len(stack.names):
-            rest = MatrixStack(tuple(stack.names[i] for i in left), stack.matrices_NRC[left])
-        whole = solve_all([rest], settings, cancelled=cancelled, log=log) if left else {}
+        whole: dict[str, Solved] = {}
+        unfused = replace(stack, fused=frozenset[str]())
+        on_cpu = settings.cpu_threads if len(left) < len(stack.names) else None  # only some are copied
+        for one in slices_of(stack.matrices_NRC[: len(left)], on_cpu):
+            rest = some_of(unfused, left[one])
+            whole |= solve_all([rest], settings, cancelled=cancelled, log=log) if rest.names else {}
         for name in stack.names:
             if (one := found.get(name)) is None:
                 in_vain = name in starts and (starts[name] is None or not cuda_path(stack.matrices_NRC))
@@ -231,74 +229,6 @@ def drift_metrics(
     return values
 
 
-def update_norms(
-    before: MatrixStack, now: MatrixStack, cpu_threads: int = 1, solver: Solver = "gram64"
-) -> dict[str, dict[str, float]]:
-    """By name: "update_norm2" |W - W'|_2 = sigma_1(W - W') and "update_normF" |W - W'|_F, in the weights' unit.
-
-    "update_norm2_low" and "update_norm2_high" enclose the first, see `norm.spectral_norms`. Both norms: Golub & Van
-    Loan, section 2.3.
-    """
-    spectral, frobenius = norms_of_changes(before.matrices_NRC, now.matrices_NRC, solver, cpu_threads)
-    keys = ("update_norm2", "update_norm2_low", "update_norm2_high", "update_normF")
-    return {
-        name: dict(zip(keys, map(float, values), strict=True))
-        for name, *values in zip(now.names, *spectral, frobenius, strict=True)
-    }
-
-
-def update_spectra(
-    prefix: str,
-    stack: MatrixStack,
-    blocks: Mapping[str, Triplets],
-    cpu_threads: int = 1,
-    norms: Iterable[float] | None = None,
-) -> dict[str, dict[str, float]]:
-    """By name: `updates.update_metrics` of each matrix of a stack, which are changes or directions of weights.
-
-    `blocks`: by name, the first triplets of the weights, where they are known. `norms`: the spectral norm of each
-    matrix, which then stands for all of its values.
-    """
-    with torch.no_grad():
-        changes_NRC = stack.matrices_NRC.double()
-        values = all_values(changes_NRC, cpu_threads) if norms is None else norms
-        found = zip(stack.names, changes_NRC, values, strict=True)
-        return {name: update_metrics(prefix, change, s, blocks.get(name)) for name, change, s in found}
-
-
-def block_energies(
-    before: Mapping[str, Solved], now: Mapping[str, Solved], stack: MatrixStack, cpu_threads: int = 1
-) -> dict[str, dict[str, float]]:
-    """By name: "block_energy" (see `subspaces.block_energy`), where `before` has the block.
-
-    Args:
-        before, now: by name, solved.
-        stack: the weights that `now` was solved of, or some of them.
-    """
-    on_host: dict[str, Tensor] = {}
-    on_device: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for name, matrix in zip(stack.names, stack.matrices_NRC, strict=True):
-            blocks = blocks_of(before[name], now[name]) if name in before else None
-            if blocks is None:
-                continue
-            if cuda_path(matrix) and now[name].s[0] > 0:
-                weights_RC = matrix.double()
-                u_Rp = torch.from_numpy(blocks[0].u).to(weights_RC)
-                on_device[name] = torch.linalg.matrix_norm(u_Rp.T @ weights_RC / float(now[name].s[0]))
-            else:
-                on_host[name] = matrix.cpu()
-
-        def one(name: str) -> float:
-            return block_energy(before[name], now[name], float64_numpy(on_host[name]))
-
-        energies = dict(zip(on_host, side_by_side(one, on_host, cpu_threads), strict=True))
-        if on_device:
-            norms = torch.stack(list(on_device.values())).tolist()  # waits once for all of them
-            energies |= {name: captured(norm, now[name]) for name, norm in zip(on_device, norms, strict=True)}
-    return {name: {"block_energy": energy} for name, energy in energies.items()}
-
-
 def refresh(
     update: int,
     stacks: Stacks,
@@ -339,18 +269,19 @@ def refresh(
         found = solved_of(kind, of_kind, full)
         last = {name: memory.last[f"{kind}/{name}"] for name in found if f"{kind}/{name}" in memory.last}
         result.solved |= {f"{kind}/{name}": one for name, one in found.items()}
-        pairs = paired(memory.weights.get(kind, ()), of_kind)
-        parts = [update_norms(before, now, settings.cpu_threads, settings.solver) for before, now in pairs]
-        if settings.updates and kind == MODEL:
-            blocks = {name: both[0] for name in last if (both := blocks_of(last[name], found[name]))}
-            for pair, of_pair in zip(pairs, list(parts), strict=True):
+        is_described, threads = settings.updates and kind == MODEL, settings.cpu_threads
+        blocks = {name: both[0] for name in last if (both := blocks_of(last[name], found[name]))}
+        parts: list[dict[str, dict[str, float]]] = []
+        for before, now in paired(memory.weights.get(kind, ()), of_kind):
+            parts.append(of_pair := update_norms(before, now, threads, settings.solver))
+            if is_described:
                 norms = None if full else [values["update_norm2"] for values in of_pair.values()]
-                parts.append(update_spectra("dw", _change(*pair), blocks, settings.cpu_threads, norms))
-            now = {name: one.block or one.top for name, one in found.items()}
-            for of in stacks.get(DIRECTION, ()):
-                by_norm = (of.matrices_NRC, settings.solver, settings.cpu_threads)
-                norms = None if full else spectral_norms(*by_norm).value.tolist()
-                parts.append(update_spectra("opt", of, now, settings.cpu_threads, norms))
+                parts.append(update_spectra("dw", now, blocks, threads, norms, before.matrices_NRC))
+        if is_described:
+            tops = {name: one.block or one.top for name, one in found.items()}
+            for of in itertools.chain.from_iterable(map(in_pieces, stacks.get(DIRECTION, ()))):
+                norms = None if full else spectral_norms(of.matrices_NRC, settings.solver, threads).value.tolist()
+                parts.append(update_spectra("opt", of, tops, threads, norms))
         for part in parts + [block_energies(last, found, stack, settings.cpu_threads) for stack in of_kind]:
             for name, values in part.items():
                 of_weights.setdefault(f"{kind}/{name}", {}).update(values)
@@ -358,10 +289,6 @@ def refresh(
     result.values = (describing or describe)(result.solved, of_weights, compared, settings)
     memory.keep(result, stacks)
     return result
-
-
-def _change(before: MatrixStack, now: MatrixStack) -> MatrixStack:
-    return replace(now, matrices_NRC=now.matrices_NRC.double() - before.matrices_NRC.double())
 
 
 def describe(

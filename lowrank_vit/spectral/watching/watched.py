@@ -21,6 +21,7 @@ from lowrank_vit.spectral.measures.updates import update_direction, why_no_direc
 from lowrank_vit.spectral.select import Rename, Target, Targets, fused_of, take_targets
 from lowrank_vit.spectral.solving.extremes import Solved
 from lowrank_vit.spectral.solving.solve import stack_by_shape
+from lowrank_vit.spectral.watching.files import list_spectra, read_newest_circuits
 from lowrank_vit.spectral.watching.refresh import DIRECTION, FOR_HEADS, MODEL, Memory, SpectralSettings, Stacks
 from lowrank_vit.spectral.watching.store import Kept, SpectraStore
 
@@ -254,6 +255,34 @@ class TakenUp:
     """What the next refresh is compared with."""
     taken: int | None = None
     """The update of the refresh that was taken last, where all ranks know of the same."""
+
+
+def begin_store(
+    store: SpectraStore, resumed_update: int | None, circuits: str, say: Callable[[str], object], *, is_new: bool
+) -> None:
+    """On the first rank, make the store, or go on with it; `say` is told of what is wrong with it.
+
+    Args:
+        store: see `SpectralMonitor`, as for all others.
+        resumed_update: of a run that goes on; None of a new one.
+        circuits: of the heads; empty without heads.
+        say: told of what is wrong.
+        is_new: that a run that goes on has no spectra of before is worth a word.
+    """
+    try:
+        store.begin()
+        if resumed_update is not None:
+            if is_new and not list_spectra(store.path):
+                say(f"warning: {store.path} has no spectra to go on from: they begin at {resumed_update}.")
+            store.forget_after(resumed_update)
+            was = read_newest_circuits(store.path).circuits
+            if circuits and was not in ("", circuits):
+                say(
+                    f"warning: circuits are {circuits} from update {resumed_update} on and were {was} before: "
+                    "their curves hold both."
+                )
+    except Exception as error:  # it may be mended before the next refresh
+        say(f"warning: {error}. Training goes on.")
 
 
 def take_up(

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +21,19 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.threads import Jobs, beat
 from lowrank_vit.ranks.world import Channel
 from lowrank_vit.spectral.heads import Heads, circuits_by_block
-from lowrank_vit.spectral.measures.aggregates import CIRCUIT, aggregates, circuit_values
+from lowrank_vit.spectral.measures.aggregates import CIRCUIT
 from lowrank_vit.spectral.measures.circuits import BlockCircuits
-from lowrank_vit.spectral.solving.extremes import ENDS, Solved
-from lowrank_vit.spectral.solving.solve import LOG, Cancelled, MatrixStack
+from lowrank_vit.spectral.solving.extremes import ENDS
+from lowrank_vit.spectral.solving.solve import LOG, Cancelled
+from lowrank_vit.spectral.watching.elsewhere import (
+    Prepare,
+    as_arrays,
+    flattened,
+    flattened_circuits,
+    refreshed_aside,
+    saved,
+)
+from lowrank_vit.spectral.watching.pace import Pace
 from lowrank_vit.spectral.watching.refresh import (
     FOR_HEADS,
     MODEL,
@@ -93,13 +102,16 @@ class Worker:
         heads: Heads | None = None,
         on_full: OnFull | None = None,
         num_workers: int | None = None,
+        prepare: Prepare | None = None,
+        pace: Pace | None = None,
     ) -> None:
         """Start the thread; `keys` are those of all ranks, in the order in which they are stored.
 
         `num_workers`: the first so many ranks have a share of the work, and the others tell nothing; default: all.
 
         `heads`: this rank's share of the circuits. `on_full`: told of every refresh of whole spectra before these are
-        computed, whatever becomes of them, or of why there are no copies; it raises nothing.
+        computed, whatever becomes of them, or of why there are no copies; it raises nothing. `prepare`: see
+        `SpectralMonitor`. `pace` is told when a refresh begins, and how long a whole one took.
 
         `is_aside`: what a host computes is computed by another process, which changes no bit, or here where there can
         be none.
@@ -110,12 +122,14 @@ class Worker:
             memory.weights = self._on_cpu(memory.weights)
         self._keys, self._stream, self._heads, self._on_full = keys, stream, heads, on_full
         self._num_workers = num_workers
+        self._prepare, self._pace = prepare, pace
         self._aside = Aside() if is_aside else None
         self._say, self._is_failing = say, False
         self._noted: set[str] = set()
         self.current: Snapshot | None = None
         """The one that is being worked on, or has failed; its record is in `finished` when it is no longer here."""
-        self.finished: queue.SimpleQueue[SpectralRecord] = queue.SimpleQueue()
+        self.finished: queue.SimpleQueue[tuple[SpectralRecord, Any]] = queue.SimpleQueue()
+        """With what was prepared of each."""
         self.failed = 0
         """Refreshes that came to nothing, or were not stored."""
         self.cancelled = threading.Event()
@@ -181,6 +195,9 @@ class Worker:
                     pairs = (zip(one.names, one.matrices_NRC, strict=True) for one in stacks[MODEL])
                     named, tell, on_full = dict(itertools.chain(*pairs)), on_full, None
                     tell(snapshot.update, named)
+                if self._pace:
+                    self._pace.begin(stacks)
+                    start = time.perf_counter()
                 own = {kind: of for kind, of in stacks.items() if not kind.endswith(FOR_HEADS)}
                 part = self._refreshed(snapshot, own)
                 part.circuits = self._circuits(stacks)
@@ -217,15 +234,19 @@ class Worker:
         flat |= {"spec/refresh/fallbacks": float(fallbacks), "spec/refresh/seconds": time.perf_counter() - start}
         share = sum(one.solver != ENDS for one in whole.solved.values()) / max(1, len(whole.solved))
         flat |= {"spec/refresh/full": float(snapshot.full), "spec/refresh/full_share": share}
+        if self._pace and snapshot.full:
+            self._pace.end(flat["spec/refresh/seconds"])
         if since is not None:
             flat["spec/refresh/since"] = float(snapshot.update - since)
         if snapshot.full and since_full is not None:
             flat["spec/refresh/since_full"] = float(snapshot.update - since_full)
+        prepared: Any = None
         try:
-            self._store = self._call(saved, self._store, replace(whole, values={}), flat)
+            of_store = self._store, replace(whole, values={}), flat, self._prepare
+            self._store, prepared = self._call(saved, *of_store)
             self._is_failing = False
         finally:  # the numbers are there, stored or not
-            self.finished.put(SpectralRecord(whole.update, flat))
+            self.finished.put((SpectralRecord(whole.update, flat), prepared))
 
     def _refreshed(self, snapshot: Snapshot, stacks: Stacks) -> Refreshed:
         """One refresh of this rank's share. Raises `Cancelled`."""
@@ -234,8 +255,8 @@ class Worker:
         if self._aside is None or any(cuda_path(one.matrices_NRC) for of_kind in stacks.values() for one in of_kind):
             return refresh(snapshot.update, stacks, self._settings, memory, full=snapshot.full, **here)
         try:
-            sent = _as_arrays(stacks), replace(memory, weights=_as_arrays(memory.weights))
-            part, whole = self._aside.call(_refreshed_aside, *asked, *sent, self._settings, hear=self._hear)
+            sent = as_arrays(stacks), replace(memory, weights=as_arrays(memory.weights))
+            part, whole = self._aside.call(refreshed_aside, *asked, *sent, self._settings, hear=self._hear)
         except NotStarted as error:
             self._compute_here(error)
             return refresh(snapshot.update, stacks, self._settings, memory, full=snapshot.full, **here)
@@ -317,73 +338,9 @@ class Worker:
         }
 
 
-def flattened(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The scalars of a refresh and their means by "<key>/<metric>"."""
-    groups = (values, aggregates(values))
-    return {f"{key}/{metric}": v for group in groups for key, found in group.items() for metric, v in found.items()}
-
-
-def flattened_circuits(circuits: Mapping[str, BlockCircuits]) -> dict[str, float]:
-    """The scalars of all circuits and their means by "<key>/<metric>"."""
-    return {f"{key}/{metric}": v for key, found in circuit_values(circuits).items() for metric, v in found.items()}
-
-
-def saved(store: SpectraStore, found: Refreshed, scalars: Mapping[str, float]) -> SpectraStore:
-    """The store with one refresh more, see `SpectraStore.save`: it may be another process's copy of it."""
-    store.save(found.update, found.solved, full=found.full, circuits=found.circuits, scalars=scalars)
-    return store
-
-
 def _float_array(matrix: torch.Tensor) -> np.ndarray:
     on_host = matrix.cpu()
     return on_host.numpy() if on_host.dtype in (torch.float32, torch.float64) else on_host.float().numpy()
-
-
-Arrays = dict[str, list[tuple[tuple[str, ...], frozenset[str], dict[str, int], np.ndarray, torch.dtype]]]
-"""Stacks as another process gets them: names, fused ones, ranks, bytes (N, R, C x item size), and their type."""
-
-
-def _as_arrays(stacks: Stacks) -> Arrays:
-    def of(stack: MatrixStack) -> tuple[tuple[str, ...], frozenset[str], dict[str, int], np.ndarray, torch.dtype]:
-        matrices = stack.matrices_NRC
-        as_bytes = matrices.contiguous().view(torch.uint8).numpy()
-        return stack.names, stack.fused, dict(stack.ranks), as_bytes, matrices.dtype
-
-    return {kind: [of(stack) for stack in of_kind] for kind, of_kind in stacks.items()}
-
-
-def _as_stacks(arrays: Arrays) -> Stacks:
-    return {
-        kind: [
-            MatrixStack(names, torch.from_numpy(array).view(dtype), fused, ranks)
-            for names, fused, ranks, array, dtype in of
-        ]
-        for kind, of in arrays.items()
-    }
-
-
-def _refreshed_aside(
-    tell: Callable[[str], object],
-    update: int,
-    full: bool,
-    stacks: Arrays,
-    memory: Memory,
-    settings: SpectralSettings,
-) -> tuple[Refreshed, dict[str, Solved]]:
-    """A whole refresh in another process, which tells of log lines, and of nothing before each matrix.
-
-    The second is the memory's `whole` where that was empty: the refresh may have solved it again.
-    """
-
-    def goes_on() -> bool:
-        tell("")
-        return False
-
-    torch.set_num_threads(1)
-    memory.weights = _as_stacks(cast(Arrays, memory.weights))
-    had_whole = bool(memory.whole)
-    found = refresh(update, _as_stacks(stacks), settings, memory, full=full, cancelled=goes_on, log=tell)
-    return found, {} if had_whole else memory.whole
 
 
 def _use_one_thread() -> None:

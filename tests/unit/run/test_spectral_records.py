@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,18 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from lowrank_vit.run.metrics import RunLog
-from lowrank_vit.run.spectral_records import MEANS, expected_sizes, logged, sent, sizes_in_words, table_of
+from lowrank_vit.run.spectral_records import (
+    MEANS,
+    Preparing,
+    expected_held,
+    expected_sizes,
+    held_in_words,
+    logged,
+    sent,
+    sizes_in_words,
+    table_of,
+)
+from lowrank_vit.run.trackers.sending import Trackers
 from lowrank_vit.spectral.watching.monitor import SpectralMonitor
 from lowrank_vit.spectral.watching.refresh import SpectralSettings
 
@@ -129,3 +141,52 @@ def test_a_table_has_a_row_for_each_matrix_and_plain_cells(of_vit_b: dict[str, f
     assert row[table.columns.index("sigma_max")] == of_vit_b["spec_ema/blocks.3.mlp.fc1/sigma_max"]
     assert row[table.columns.index("dw_top_u")] is None
     assert {type(cell) for row in table.rows for cell in row} == {int, bool, str, float, type(None)}
+
+
+class Rows:
+    """In place of a tracker's sender."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[list[tuple[str, float]], str]] = []
+
+    def put(self, row: dict[str, float], axis: str) -> None:
+        self.rows.append((list(row.items()), axis))
+
+
+@pytest.mark.parametrize("what", ["means", "all"])
+@pytest.mark.parametrize("send", ["means", "types", "first-last", "all"])
+def test_a_prepared_record_is_written_and_sent_as_one_that_is_not(
+    of_vit_b: dict[str, float], tmp_path: Path, what: Any, send: Any
+) -> None:
+    late = ("spec/refresh/skipped", "spec/refresh/failed")
+    early = {key: value for key, value in of_vit_b.items() if key not in late}
+    values = early | dict.fromkeys(late, 3.0) | {"spec/refresh/odd": math.nan}
+    written, sent_rows = list[bytes](), list[list[tuple[list[tuple[str, float]], str]]]()
+    for number, prepared in enumerate((None, Preparing(what, send)(100, early))):
+        folder, sender = tmp_path / str(number), Rows()
+        folder.mkdir()
+        trackers: Any = Trackers([], {})
+        trackers._senders = [sender]
+        RunLog(folder, trackers=trackers, spec_log=what, wandb_spec=send).log_spectra(100, values, prepared)
+        written.append((folder / "metrics.jsonl").read_bytes())
+        sent_rows.append(sender.rows)
+    assert written[0] == written[1]
+    assert written[0].endswith(b"null}\n")
+    assert str(sent_rows[0]) == str(sent_rows[1])
+    assert sent_rows[0][0][0][0] == ("spec_update", 100)
+
+
+def test_what_a_monitor_holds_is_known_from_the_shapes(tmp_path: Path) -> None:
+    _, monitor = watched(tmp_path, 3, ema=True, interval=2)
+    memory = monitor._worker._memory
+    held = expected_held(monitor.matrices, 2, 4, 3, 2)
+    copies = sum(one.matrices_NRC.nbytes for of in memory.weights.values() for one in of)
+    assert held.copies == 2 * copies
+    ends = [end for one in memory.last.values() for end in (one.top, one.last, one.block) if end]
+    arrays = [array for end in ends for array in (end.u, end.v, end.s, end.certificate)]
+    arrays += [array for one in memory.last.values() for array in (one.s, one.start) if array is not None]
+    assert 0.7 * held.vectors < 4 * sum(array.nbytes for array in arrays) <= held.vectors
+    shared = [expected_held(monitor.matrices, 2, 4, 3, 2, ranks=8, is_first=first) for first in (True, False)]
+    assert shared[0].copies - shared[1].copies == held.copies
+    assert held_in_words(held, held.copies, "cuda:0") == ""
+    assert "--spec-targets" in held_in_words(held, held.copies - 1, "cuda:0")

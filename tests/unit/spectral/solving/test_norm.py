@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from lowrank_vit.spectral.measures.updates import update_norms
 from lowrank_vit.spectral.solving import norm
 from lowrank_vit.spectral.solving.norm import BRACKET, SMALL, Norms, spectral_norms
 from lowrank_vit.spectral.solving.solve import MatrixStack
-from lowrank_vit.spectral.watching.refresh import update_norms
 from tests.device_path import CudaPath
 from tests.spectra import low_rank_and_noise, orthonormal, with_spectrum
 
