@@ -60,7 +60,7 @@ class Stopped(BaseException):
 def run(
     folder: Path, *, stop: int = BATCHES, together: int = 1, key=KEY, is_same=lambda first, stats: True
 ) -> tuple[int, str]:
-    """Add batches up to `stop`, where it ends if that is not the last; where it began, and the first of what was noted."""
+    """Add batches up to `stop`, where it ends if that is not the last; where it began, and the first note."""
     notes = list[str]()
     outputs = [folder / "o.csv", folder / "o.json"]
     begun = 0
