@@ -46,18 +46,18 @@ class Storing:
     """How images are stored."""
 
     max_side: Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="(default: 500)")] = None
-    """Longest side in pixels, 16 to 65500; larger images are made smaller."""
+    """Longest side in pixels, 16 to 65500; larger images are shrunk to it."""
     quality: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 90)")] = None
     """JPEG quality of converted images, 1 to 100."""
     raw: Annotated[int | None, tyro.conf.arg(metavar="SIZE", help_behavior_hint="(default: store JPEGs)")] = None
     """Store uncompressed pixels instead: short side resized to SIZE, centre crop to a square."""
     baseline: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Rewrite progressive JPEGs as baseline ones, which hardware decoders need; no pixel changes."""
+    """Rewrite progressive JPEGs as baseline JPEGs, which hardware decoders need; pixels do not change."""
     lossless: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Keep every image's own pixels and size as far as the format allows: JPEGs go in byte for byte, other formats
-    uncompressed. Validation sets are converted so anyway (see above)."""
+    """Keep the pixels and size of every image as far as the format allows: JPEGs are copied byte for byte, other
+    formats stored uncompressed. Validation sets are always converted like this (see above)."""
     lossy_val: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Convert validation sets as training sets are."""
+    """Convert validation sets like training sets."""
     verify: Literal["decode", "header"] = "decode"
     """"decode" decodes every image completely, so that damage shows now; "header" only parses those JPEGs that are
     stored as they are."""
@@ -92,7 +92,7 @@ class Doing:
     """How the work is done."""
 
     workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")] = None
-    """Threads, 1 or more."""
+    """Number of threads."""
     shard: Annotated[str | None, tyro.conf.arg(metavar="I/N", help_behavior_hint="(default: everything)")] = None
     """Convert only part I of N, to FILE-I-of-N.beton, so that N machines can share the work."""
     on_bad: Literal["error", "skip"] = "error"

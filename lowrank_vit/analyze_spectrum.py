@@ -31,19 +31,19 @@ NONE = "(default: none)"
 
 @dataclass(frozen=True)
 class Source:
-    """One of: --checkpoint; --model with --pretrained; --compare."""
+    """Give one of --checkpoint, --model with --pretrained, or --compare."""
 
     checkpoint: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=NONE)] = None
     """A run's last.pth.tar or model_best.pth.tar, or a file of weights of timm, DeiT or MAE."""
     use_ema: Annotated[bool, FlagCreatePairsOff] = False
-    """Read a checkpoint's averaged weights instead of the raw ones."""
+    """Analyse a checkpoint's EMA weights instead of the model's own."""
     model: Annotated[str, arg(metavar="NAME", help_behavior_hint="(default: the checkpoint's)")] = ""
-    """timm model name, hf-hub:OWNER/NAME or local-dir:DIR; with --pretrained its published weights are analyzed, else
-    of a file without a name."""
+    """timm model name, hf-hub:OWNER/NAME or local-dir:DIR. With --pretrained, its published weights are analysed.
+    Without, it names the model of a file of weights that does not."""
     pretrained: Annotated[bool, FlagCreatePairsOff] = False
     """Fetch timm's weights of --model (needs a network or timm's cache), or read those of local-dir:DIR."""
     compare: Annotated[tuple[Path, Path] | None, arg(metavar="BEFORE AFTER", help_behavior_hint=NONE)] = None
-    """Instead: how far two checkpoints of one model lie apart, in <save-dir>/<model>_drift.json."""
+    """Compare two checkpoints of one model instead; writes <save-dir>/<model>_drift.json."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,22 @@ class Matrices:
     """Which matrices, and what is recorded of each."""
 
     targets: Annotated[str, arg(metavar="NAMES")] = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
-    """Comma-separated endings of module names; all-linear: every 2-D weight. The default is that, too, for a model that
-    lacks some of the four."""
+    """Names of modules, or their endings, separated by commas. all-linear: every 2-D weight, which is also what a model
+    without all four default names gets."""
     split_qkv: Annotated[bool, FlagCreatePairsOff] = False
     """Take Q, K and V as three matrices."""
     circuits: Annotated[Literal["none", "raw", "folded"], Alone("raw")] = "none"
-    """Also of each head W_Q^T W_K, W_O W_V and how blocks compose; folded: with the norm's weight and LayerScale."""
+    """Also analyse the circuits of each head, W_Q^T W_K and W_O W_V, and how blocks compose. folded: include the norm's
+    weight and LayerScale."""
     topk: Annotated[int, arg(metavar="N"), POSITIVE] = 8
-    """How many singular values and vectors to record from each end."""
+    """How many singular values and vectors to record from each end of a spectrum."""
     interval: Annotated[int, arg(metavar="N"), POSITIVE] = 1
-    """Distance between the recorded ones: 1 lists 1, 2, 3, ...; 10 lists 1, 11, 21, ..."""
+    """Step between the recorded ones: 1 lists 1, 2, 3, ...; 10 lists 1, 11, 21, ..."""
     statistics: Annotated[bool, FlagCreatePairsOff] = False
-    """Also what the fits are worth: the power law's p-value and rivals, spikes against noise, a shuffled twin."""
+    """Also test the fits: the power law's p-value and its rivals, spikes against noise, and a shuffled copy."""
     bootstraps: Annotated[int, arg(metavar="N"), POSITIVE] = 100
-    """With --statistics, spectra drawn for the power law's p-value; its standard error is at most 0.5 / sqrt(N)."""
+    """With --statistics: number of random spectra for the power law's p-value; its standard error is at most 0.5 /
+    sqrt(N)."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,11 @@ class Solving:
     """How they are solved."""
 
     solver: Literal["gram64", "svd"] = "gram64"
-    """float64 Gram matrix, certified, or the slow reference: float64 SVD."""
+    """gram64: float64 Gram matrix with proven error bounds. svd: float64 SVD, the slow reference."""
     dtype: Literal["float64", "float32"] = "float64"
     """float32: a plain float32 SVD, to see what it loses."""
     svd_on_cpu: Annotated[bool, FlagCreatePairsOff] = False
-    """Stay on the CPU where there is a GPU."""
+    """Use the CPU even if there is a GPU."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ class Files:
     save_vectors: Annotated[bool, FlagCreatePairsOff] = False
     """Save the recorded vectors there."""
     format: Literal["npz", "pt"] = "npz"
-    """Of the saved arrays."""
+    """Format of the saved arrays."""
     save_dir: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: no files are written)")] = None
-    """Where files go; made if missing. A file of another checkpoint, or of its other weights, is not replaced."""
+    """Folder for the files, created if missing. Files of other checkpoints or weights are never replaced."""
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,11 @@ class Options:
     """
 
     output: Annotated[Path, arg(metavar="DIR")] = Path("output")
-    """Where runs are written: its file system is tried with a small file."""
+    """Folder of the runs; a small file tests its file system."""
     data_dir: Annotated[Path, arg(metavar="DIR")] = Path("data")
-    """Where the data are: the same is tried; what a train.beton there would be decoded by is said."""
+    """Folder of the data; tested the same way. If it has a train.beton, the page says which backend would decode it."""
     json: Annotated[bool, FlagCreatePairsOff] = False
-    """As JSON."""
+    """Print JSON instead of text."""
 
 
 def text_of(page: Page) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import os
 import re
 import select
@@ -311,10 +312,18 @@ def fitted_help(argv: Sequence[str] | None) -> Generator[None, None, None]:
         print(fit(captured.getvalue(), min(NARROW, shutil.get_terminal_size().columns)), end="")
 
 
+_DESCRIPTION = re.compile(r"│ {7}(\S.*?) *│")
+_NO_DEFAULT = re.compile(r" \(default: (?:None|'')?\)|\{None\}\|")
+
+
 def fit(text: str, width: int) -> str:
-    """Wrap the lines beyond `width` that are not part of a table, and leave of several empty lines one."""
+    """Wrap the lines beyond `width` that are not part of a table, and leave of several empty lines one.
+
+    In a table, the description of an option becomes one paragraph: tyro breaks it where the source does. A default of
+    None or nothing is left out, and None among the values that an option takes.
+    """
     lines: list[str] = []
-    for line in text.split("\n"):
+    for line in _with_paragraphs(text.split("\n")):
         bare = _ANSI.sub("", line)
         is_table = bare.startswith((" ", "╭", "│", "╰"))
         if is_table:
@@ -327,6 +336,23 @@ def fit(text: str, width: int) -> str:
         else:
             lines.append(line)
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+
+
+def _with_paragraphs(lines: list[str]) -> Generator[str]:
+    found = [_DESCRIPTION.fullmatch(_ANSI.sub("", line)) for line in lines]
+    for is_described, group in itertools.groupby(zip(lines, found, strict=True), lambda pair: pair[1] is not None):
+        pairs = list(group)
+        if not is_described:
+            for line, _ in pairs:
+                without = _NO_DEFAULT.sub("", line)
+                lost = " " * (len(line) - len(without))
+                yield f"{without[:-1]}{lost}│" if without.endswith("│") else without
+            continue
+        described = [one for _, one in pairs if one]
+        whole = " ".join(one[1] for one in described)
+        whole = _NO_DEFAULT.sub("", whole)
+        room = len(described[0][0]) - len("│       │")
+        yield from (f"│       {line:<{room}}│" for line in _wrap(whole, room - 1, ""))
 
 
 def _wrap(text: str, width: int, indent: str) -> list[str]:

@@ -25,59 +25,64 @@ class LowRank:
     """Training that puts layers in factors: once their directions have settled, at given epochs, or from the start."""
 
     lowrank_init: Annotated[float | None, _SHARE_BELOW_1] = None
-    """Begin with the targets in factors of this share of their parameters, by the SVD of their first weights."""
+    """Factorise the target layers from the start, to this share of their parameters, by the SVD of their initial
+    weights."""
     lora: Annotated[int | None, POSITIVE] = None
-    """Fine-tune adapters of this rank beside the targets (LoRA, by PEFT), and the head; all else is frozen."""
+    """LoRA: train adapters of this rank beside the target layers, and the head; freeze everything else."""
     lora_alpha: Annotated[float | None, ABOVE_0, arg(help_behavior_hint="(default: the rank, so by 1)")] = None
-    """The adapters' products are multiplied by alpha / rank."""
+    """LoRA: scale the adapters by alpha / rank."""
     lora_dropout: Annotated[float, SHARE_BELOW_1] = 0.0
-    """Share of a target's inputs that its adapter does not see in a training step."""
+    """LoRA: dropout rate of the adapters' inputs."""
     lowrank_train: RankRule = "none"
-    """Put settled layers in factors, of this rank: --lowrank-energy, values above the Marchenko-Pastur edge, or kfac's
-    greedy ranks under --lowrank-budget. Needs --spec-monitor."""
+    """Factorise layers during training once their directions have settled. This chooses their rank: energy, by
+    --lowrank-energy; mp, singular values above the Marchenko-Pastur edge; kfac, greedily under --lowrank-budget. Needs
+    --spec-monitor."""
     lowrank_targets: str = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
-    """Endings of the linear layers that may be put in factors, separated by commas."""
+    """Names of the linear layers that may be factorised, or their endings, separated by commas."""
     lowrank_energy: Annotated[float, _SHARE_BELOW_1] = 0.9
-    """energy: the least rank that holds this share of a layer's squared singular values."""
+    """--lowrank-train energy: keep the smallest rank with this share of a layer's squared singular values."""
     lowrank_budget: Annotated[float, _SHARE_BELOW_1] = 0.15
-    """kfac: share of the targets' parameters that all of them together may keep, once all have settled."""
+    """--lowrank-train kfac: share of their parameters that all target layers together keep in the end."""
     lowrank_settled: Annotated[int, POSITIVE] = 3
-    """So many whole refreshes in a row must find a layer's first directions the same."""
+    """A layer has settled when this many complete refreshes in a row find the same first directions."""
     lowrank_thresholds: Annotated[
         tuple[float, float, float], _SHARE_BELOW_1, arg(metavar="ENERGY COSINE ABOVE_NOISE")
     ] = (0.75, 0.7, 0.2)
-    """From which parts of the way from chance to certainty on they count as the same, and as more than noise."""
+    """When directions count as the same and as more than noise: each a share of the way from chance (0) to certainty
+    (1)."""
     lowrank_switches: Annotated[int, POSITIVE] = 3
-    """The most updates of a run at which layers are put in factors; a schedule has no more epochs."""
+    """Largest number of times in a run that layers are factorised; also the largest length of --lowrank-schedule."""
     lowrank_at_once: Annotated[
         float | None, SHARE, arg(help_behavior_hint="(default: one over the switches that are left, so a third first)")
     ] = None
-    """Settled layers wait until they have this share of the parameters that could still go in factors. It falls with
-    the updates that are left, half-way to a half; 0: none waits."""
+    """Settled layers wait until they hold this share of the parameters that could still be factorised. The share falls
+    as updates run out (to a half at half-time). 0: no layer waits."""
     lowrank_schedule: Annotated[tuple[str, ...], arg(metavar="EPOCH=BUDGET ...")] = ()
-    """After so many epochs all targets go in factors of this share of their parameters, settled or not; what has
+    """After EPOCH epochs, factorise all target layers to this share of their parameters, settled or not. What has
     settled is then only logged."""
     lowrank_dry_run: bool = False
-    """Only log when layers would be put in factors, and of which rank: training stays as it is, to the bit."""
+    """Only log when layers would be factorised, and to which rank. Training stays the same, to the bit."""
     lowrank_moments: Literal["carry", "restart"] = "carry"
-    """The optimizer's moments of new factors: taken from those of the matrix, or begun anew with a short warm-up."""
+    """Optimizer state of new factors: carried over from the matrix, or restarted with a short warm-up."""
     lowrank_decay: Literal["factors", "product"] = "factors"
-    """What weight decay shrinks: each factor, or their product (Frobenius decay)."""
+    """Apply weight decay to each factor, or to their product (Frobenius decay)."""
     lowrank_calibration_images: Annotated[int, POSITIVE] = 1024
-    """How many training images, drawn by --seed, kfac's moments are of; the loss at a switch is of the first 128."""
+    """kfac: number of training images for its moments, drawn by --seed. The first 128 also measure the loss at a
+    switch."""
     reg_nuclear: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Add so many times the sum of the targets' singular values to the loss, which draws them to low rank; 0: off."""
+    """Nuclear-norm penalty: add this times the sum of the layers' singular values to the loss; 0: off."""
     reg_stable_rank: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Add so many times the sum of the targets' stable ranks, |W|_F^2 over the greatest squared value; 0: off."""
+    """Stable-rank penalty: add this times the sum of the layers' stable ranks, |W|_F^2 / sigma_1^2, to the loss; 0:
+    off."""
     spectral_clip: Annotated[float | None, ABOVE_0, arg(help_behavior_hint="(default: off)")] = None
-    """Bring the targets' singular values above this down to it."""
+    """Clip the layers' singular values at this value."""
     reg_every: Annotated[int, POSITIVE] = 10
-    """Updates between two computations of the penalties' gradients, which are kept meanwhile, and between clippings."""
+    """Updates between two clippings, and between two computations of the penalties' gradients (reused in between)."""
     reg_targets: Annotated[str | None, arg(help_behavior_hint="(default: as --lowrank-targets)")] = None
-    """Endings of the layers whose weights these act on, separated by commas."""
+    """Layers that the --reg options and --spectral-clip act on: names or endings, separated by commas."""
     reg_coupled: bool = False
-    """Give the penalties to the optimizer with the loss's gradients, as an L2 penalty; else they act apart, as
-    AdamW's weight decay, learning rate times gradient."""
+    """Add the penalties' gradients to the loss's, as an L2 penalty would be. Otherwise they are decoupled, like AdamW's
+    weight decay: weights move by learning rate times gradient."""
 
 
 def parse_schedule(texts: tuple[str, ...]) -> dict[int, float]:

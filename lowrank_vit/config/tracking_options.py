@@ -16,18 +16,18 @@ class Tracking:
     """Trackers that get a copy of the numbers; none of them ever stops a run."""
 
     tracker: Annotated[tuple[TrackerName, ...], MAY_CHANGE] = ()
-    """Also send the numbers to these, one or several; tensorboard needs no account: it writes to the run directory."""
+    """Also send the numbers to these trackers, one or several. tensorboard needs no account."""
     log_wandb: Annotated[bool, MAY_CHANGE] = False
-    """The same as --tracker wandb: Weights & Biases (works offline with WANDB_MODE=offline)."""
+    """The same as --tracker wandb: Weights & Biases. WANDB_MODE=offline works without a network."""
     wandb_project: Annotated[str, MAY_CHANGE] = "lowrank-vit"
-    """Project of Weights & Biases and of trackio, experiment of MLflow."""
+    """Project name in Weights & Biases and trackio, experiment name in MLflow."""
     wandb_tags: Annotated[tuple[str, ...], MAY_CHANGE] = ()
-    """Tags of the run at its trackers."""
+    """Tags of the run in its trackers."""
     wandb_resume_id: Annotated[str, MAY_CHANGE] = ""
-    """Go on with this W&B run; default with --resume: the checkpoint's."""
+    """Continue this W&B run; default with --resume: the checkpoint's."""
     wandb_spec: Annotated[Literal["means", "types", "first-last", "all"], MAY_CHANGE] = "means"
-    """Of the spectra every tracker gets: means of twelve metrics by type, and sigma_max and block_cos_u_mean of each
-    matrix; or all means by type; or also all of the first and last block; or all of every matrix."""
+    """Which numbers of the spectra each tracker gets. means: twelve metrics by type, and two of each matrix. types: all
+    means by type. first-last: also everything of the first and last block. all: everything."""
 
 
 def trackers(options: Tracking) -> tuple[str, ...]:

@@ -34,21 +34,21 @@ class Options:
     `python -m lowrank_vit.compress`. Several runs, or several analyses, are compared in a page of their own,
     comparison.html; their own reports stay."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Where the page goes; default: the run's own folder, of several runs one named after them, beside the first."""
+    """Folder for the page; default: the run's own; for several runs, a folder named after them beside the first."""
     against: Annotated[Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint=NONE)] = None
     """Another run to compare with: `report RUN --against OTHER` is `report RUN OTHER`."""
     png: bool = True
-    """Draw pictures too: RUN/report/*.png, and in the page for readers without scripts. Without them it is faster."""
+    """Also draw RUN/report/*.png, which the page shows if scripts are off. --no-png is faster."""
     dark: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Draw each picture once more, on a dark ground: *_dark.png. The page follows the reader's setting anyway."""
+    """Also draw each picture on a dark background, *_dark.png. The page itself follows the browser's setting."""
     lang: Language = "en"
     """The page's language: English or Chinese. Pictures stay English."""
     export: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="csv|parquet DIR", help_behavior_hint=NONE)] = None
-    """Write the run's numbers as tables into a folder, and nothing else: csv DIR, or parquet DIR with pyarrow."""
+    """Only write the run's numbers as tables into a folder: csv DIR, or parquet DIR (needs pyarrow)."""
     watch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Write nothing: serve the page to browsers on this machine, made anew while the run goes on, until Ctrl-C."""
+    """Write nothing. Serve the page on this machine and rebuild it while the run continues, until Ctrl-C."""
     port: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=""), Range(0, 65535)] = None
-    """With --watch, the port of 127.0.0.1; 0: any; default: 8642, another where that is taken."""
+    """With --watch: port on 127.0.0.1; 0: any free one; default: 8642, or another if it is taken."""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,26 +26,26 @@ class ModelOptions:
     use_ema: bool = False
     """Use the EMA weights."""
     model: Annotated[str, arg(aliases=["-m"])] = ""
-    """timm model name, hf-hub:OWNER/NAME or local-dir:DIR; default: the checkpoint's. Without --checkpoint: with the
-    weights that are published for it, or lie there."""
+    """timm model name, hf-hub:OWNER/NAME or local-dir:DIR; default: the checkpoint's. Without --checkpoint, its
+    published weights are used, or those in DIR."""
     pretrained: bool = False
-    """The weights that timm publishes for --model; a --checkpoint goes before them."""
+    """Use the weights that timm publishes for --model; a --checkpoint overrides them."""
     pretrained_path: Annotated[Path | None, PER_RANK] = None
-    """A file of weights for --model, fitted to it by timm."""
+    """A local file of weights for --model, adapted to it by timm."""
     model_kwargs: tuple[str, ...] = ()
-    """NAME=VALUE ...; default: the checkpoint's."""
+    """Extra arguments for the model's constructor, as NAME=VALUE ...; default: the checkpoint's."""
     num_classes: Annotated[int | None, POSITIVE] = None
-    """Must be that of the weights, which is the default."""
+    """Number of classes; it must be that of the weights, which is the default."""
     img_size: Annotated[int | None, POSITIVE] = None
-    """Pixels; default: the checkpoint's, else the model's own for tests."""
+    """Side of the input image in pixels; default: the checkpoint's, else the model's own test size."""
     crop_pct: Annotated[float | None, Range(0, 1, open_low=True)] = None
-    """Default: as for the size."""
+    """Centre crop as a share of the short side; default: the checkpoint's, else the model's own."""
     mean: Annotated[tuple[float, float, float] | None, SHARE] = None
-    """Of RGB in 0-1; default: the model's own."""
+    """Mean for normalisation: red, green, blue in 0-1; default: the model's own."""
     std: Annotated[tuple[float, float, float] | None, Range(0, 1, open_low=True)] = None
-    """Likewise."""
+    """Standard deviation for normalisation: red, green, blue in 0-1; default: the model's own."""
     interpolation: Literal["", "nearest", "bilinear", "bicubic"] = ""
-    """Default: bicubic for a run of this program, else the model's own."""
+    """Interpolation for resizing; default: bicubic for a run of this program, else the model's own."""
 
     def check(self) -> None:
         """Raise `UserError` for a number out of its range, or where nothing says which weights."""
@@ -61,52 +61,52 @@ class ValidateOptions(ModelOptions):
     data: Annotated[Path | None, arg(aliases=["--data-dir"]), PER_RANK] = None
     """A .beton file, or a folder of images or .beton files; default: what the checkpoint was validated on."""
     dataset: str = ""
-    """folder or nothing: what --data holds; hfds/NAME, hfids/NAME, wds/, as for train; torch/cifar100; digits. Without
-    --data the default is the checkpoint's."""
+    """Empty or folder: what --data holds. hfds/NAME, hfids/NAME, wds/, torch/cifar100, digits: as for train. Without
+    --data, the default is the checkpoint's."""
     dataset_download: bool = False
-    """torch/cifar100: download the archive where it is missing or damaged."""
+    """torch/cifar100: download the archive if it is missing or damaged."""
     split: Annotated[str, arg(aliases=["--val-split"])] = ""
-    """Name of the set in --data; timm's synonyms count. Default: that of the checkpoint's validation."""
+    """Name of the split in --data, or a synonym that timm knows; default: the checkpoint's validation split."""
     input_key: str = ""
-    """hfds, wds: the images' column or suffix, as for train; default: as the checkpoint's run had it."""
+    """hfds, wds: column or suffix of the images, as for train; default: the checkpoint's."""
     target_key: str = ""
-    """hfds, wds: the labels' column or key, likewise."""
+    """hfds, wds: column or key of the labels, as for train; default: the checkpoint's."""
     class_map: Path | None = None
-    """hfds, wds: text file with the names of the classes, one a line, likewise."""
+    """hfds, wds: text file of class names, one per line, as for train; default: the checkpoint's."""
     nested_classes: Literal["", "leaf", "merge", "top"] = ""
-    """Which folders of images are classes, as for training; default: as the checkpoint's run had it, else leaf."""
+    """Which folders are classes, as for train; default: the checkpoint's, else leaf."""
     trust_labels: bool = False
-    """Where names cannot be matched, label N of the data is output N of the model."""
+    """If class names cannot be matched, take label N of the data as output N of the model."""
     class_order: Literal["timm", "code-point"] = "timm"
-    """Of the outputs of a model that names no classes: timm's order of the class folders, or torchvision's."""
+    """Class order of a model that does not name its classes: timm's order of folders, or torchvision's."""
     beton_dir: Annotated[Path | None, PER_RANK] = None
-    """Where images are converted to; default: DATA/.lowrank_vit."""
+    """Where converted images are written; default: DATA/.lowrank_vit."""
     stage_dir: Annotated[Path | None, PER_RANK] = None
-    """Copy the .beton file to this folder on a fast local disk, once, and read the copy."""
+    """Copy the .beton file to this folder on a fast local disk once, and read the copy."""
     batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE] = 128
-    """Images a step."""
+    """Batch size per GPU, in images."""
     loader: LoaderName = "auto"
-    """Decode backend."""
+    """Decoding backend."""
     workers: Annotated[int | None, arg(aliases=["-j"]), POSITIVE, PER_RANK] = None
     """CPU threads that decode; default: 4, with a GPU all cores but 2, shared among the machine's ranks."""
     on_bad_sample: Literal["error", "skip"] = "error"
-    """A damaged sample: stop, or leave it out and say so."""
+    """If a sample is damaged: stop with an error, or leave it out and report it."""
     device: Annotated[str, PER_RANK] = "auto"
-    """auto (cuda where there is one), cpu, cuda or cuda:N."""
+    """auto (cuda if there is one), cpu, cuda or cuda:N."""
     amp: bool = False
     """Mixed precision."""
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
-    """What --amp computes in."""
+    """Number type of --amp."""
     tta: Literal[0, 2] = 0
-    """2: score the mean of each image and its mirror image."""
+    """2: average the scores of each image and its mirror image."""
     per_class: Path | None = None
-    """Write a table of the classes to this .csv file, and a picture of the confusions beside it."""
+    """Write scores per class to this .csv file, and a picture of the confusions beside it."""
     json: Path | None = None
     """Write all scores to this .json file."""
     results_file: Path | None = None
-    """The same to a .json file, or a line with timm's columns to a .csv file."""
+    """timm's flag: write the scores to this .json file, or a line with timm's columns to this .csv file."""
     results_format: Literal["csv", "json"] = "csv"
-    """The form of --results-file where its name does not tell."""
+    """Format of --results-file if its name does not tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,37 +114,37 @@ class PredictOptions(ModelOptions):
     """Classify images. Model, size and crop default to those that the checkpoint was trained with."""
 
     input: Annotated[tuple[Path, ...], arg(aliases=["--data-dir"])] = ()
-    """Images, and folders to search for images; also without a flag."""
+    """Images, or folders to search for images; the flag itself may be left out."""
     topk: Annotated[int, POSITIVE] = 5
-    """Predictions for each image."""
+    """Number of predicted classes per image."""
     output: Path | None = None
-    """Write all predictions to this .csv or .json file; the same command goes on where a killed one ended."""
+    """Write all predictions to this .csv or .json file. The same command continues after a kill."""
     results_dir: Path | None = None
-    """timm's way to say the same: the folder of --results-file, which is named after model and size by default."""
+    """timm's flag: folder of --results-file, whose default name has model and image size."""
     results_file: Path | None = None
-    """In --results-dir."""
+    """timm's flag: file name in --results-dir."""
     results_format: tuple[Literal["csv", "json"], ...] = ("csv",)
-    """Of --results-file."""
+    """timm's flag: format of --results-file, one or both."""
     label_type: LabelType = "auto"
-    """What classes are called: auto, none (numbers), name, description or detail (of ImageNet's classes)."""
+    """How classes are named: auto, none (numbers), name, description or detail (for ImageNet's classes)."""
     include_index: bool = False
-    """Write the classes' numbers, too."""
+    """Also write class numbers."""
     output_type: Literal["prob", "logit"] = "prob"
-    """Write probabilities, or the model's outputs."""
+    """Write probabilities, or the model's raw outputs (logits)."""
     exclude_output: bool = False
-    """Write classes alone."""
+    """Write classes without their scores."""
     no_console_results: Annotated[bool, FlagCreatePairsOff] = False
-    """Print no predictions."""
+    """Do not print predictions."""
     batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE] = 64
-    """Images a step."""
+    """Batch size per GPU, in images."""
     workers: Annotated[int | None, arg(aliases=["-j"]), POSITIVE, PER_RANK] = None
-    """Threads that open images; default: 4, with a GPU all cores but 2, shared among the machine's ranks."""
+    """CPU threads that open images; default: 4, with a GPU all cores but 2, shared among the machine's ranks."""
     device: Annotated[str, PER_RANK] = "auto"
-    """auto (cuda where there is one), cpu, cuda or cuda:N."""
+    """auto (cuda if there is one), cpu, cuda or cuda:N."""
     amp: bool = False
     """Mixed precision."""
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
-    """What --amp computes in."""
+    """Number type of --amp."""
 
     def check(self) -> None:
         """Raise `UserError` for the same, or for images that are not there."""

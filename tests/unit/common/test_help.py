@@ -42,9 +42,11 @@ def test_help_fits(module, arguments, monkeypatch, capsys):
     assert "\n\n\n" not in text
 
 
-@pytest.mark.parametrize("module", ["lowrank_vit.analyze_spectrum", "lowrank_vit.report.__main__"])
-def test_help_says_defaults_in_words(module, monkeypatch, capsys):
-    text = help_of(module, [], monkeypatch, capsys)
+@pytest.mark.parametrize(("module", "arguments"), OURS, ids=lambda one: str(one))
+def test_help_says_defaults_in_words(module, arguments, monkeypatch, capsys):
+    text = help_of(module, arguments, monkeypatch, capsys)
+    described = re.findall(r"(?m)^│ {7}\S.*│$", text)
+    assert all(len(line) == 80 for line in described), "a paragraph does not fit its frame"
     assert "{None}" not in text
     assert "None)" not in text
     assert "(default: '')" not in text

@@ -364,7 +364,7 @@ def test_a_command_with_nothing_with_help_and_with_one_wrong_word(name, tmp_path
 
 
 PREP = {
-    "": "needs a command: digits, cifar100, imagefolder, hfds, wds, torch, verify, info",
+    "": "needs a command: digits, cifar100, imagefolder, list, hfds, wds, torch, verify, info",
     "wrong": "`wrong` is not a command of",
     "digitz": "Did you mean digits?",
     "digits": "digits needs --out DIR",
