@@ -156,6 +156,7 @@ def read_sample_name(beton: Path, sample_id: int) -> str:
     """
     path = sample_table_path(beton)
     with _reading(path), path.open("rb") as file, ZipFile(file) as archive:
+        _check_size(archive, beton)
         member, skipped, start = archive.getinfo("names.npy"), sample_id, 0
         if member.compress_type == ZIP_STORED and "name_starts.npy" in archive.namelist():
             with archive.open("name_starts.npy") as column:

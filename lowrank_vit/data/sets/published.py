@@ -1,8 +1,9 @@
 """A large set's index, checked by one process of a node and mapped by all others and by later runs.
 
-The file is `.FILE.beton.index1-UID` beside the set, or where that folder cannot be written a file in the folder for
-temporary files or in shared memory. Only its owner can read it, and nobody else's is opened. It is taken while all
-files and manifests of the set have the inode, size and time that they had when they were checked; else it is replaced.
+The file is `.FILE.beton.index1-UID` beside the set (of parts, `.FILE.beton.HASH.index1-UID`). Where that folder cannot
+be written, or is on another disk than the set's files, it lies in the folder for temporary files or in shared memory.
+Only its owner can read it, and nobody else's is opened. It is taken while all files and manifests of the set have the
+inode, size and time that they had when they were checked; else it is replaced.
 
     header 64 KiB: magic, version, length and XXH3-64 of what follows, JSON | columns, from a page on each | ids | sizes
 """
@@ -53,7 +54,7 @@ _WAIT_S, _POLL_S = 600.0, 0.05
 def open_index(path: Path, parts: Sequence[Path]) -> Index:
     """The index of the set `path` that consists of these files, mapped where it is large. Raises `BetonError`."""
     places = list(_places(path, parts))
-    if any(place.exists() for place in places) and (found := _find(places, parts)):
+    if found := _find(places, parts):
         return found
     layouts = read_layouts(path, parts)
     num_samples = sum(layout.num_samples for layout in layouts)
@@ -68,6 +69,7 @@ def open_index(path: Path, parts: Sequence[Path]) -> Index:
                 _publish(place, path, layouts)
             if found := _find([place], parts):
                 return found
+            place.unlink(missing_ok=True)
             reasons.append(f"{place.parent}: what is written there cannot be trusted")
         except OSError as error:
             reasons.append(f"{place.parent}: {error.strerror or error}")
@@ -80,7 +82,10 @@ def _places(path: Path, parts: Sequence[Path]) -> Iterator[Path]:
     ending = f"{names and '.'}{names}.index{VERSION}-{os.geteuid()}"
     yield path.parent / f".{path.name}{ending}"
     origin = hashlib.sha256(as_bytes(str(path.absolute()))).hexdigest()[:16]
-    for folder in dict.fromkeys((Path(tempfile.gettempdir()), Path("/dev/shm"))):
+    folders = [Path("/dev/shm")]
+    with suppress(OSError):  # there may be no folder for temporary files
+        folders.insert(0, Path(tempfile.gettempdir()))
+    for folder in dict.fromkeys(folders):
         yield folder / f"lowrank_vit-{origin}{ending}"
 
 
@@ -119,6 +124,9 @@ def _publish(place: Path, path: Path, layouts: Sequence[Layout]) -> None:
     """Read, check and publish an index. Raises `OSError` where that cannot be written, `BetonError` of the set."""
     if not os.access(place.parent, os.W_OK):
         raise PermissionError(13, os.strerror(13))
+    with suppress(FileNotFoundError):
+        if place.lstat().st_uid != os.geteuid():
+            raise PermissionError(1, "another user's file lies there")
     parts = [layout.path for layout in layouts]
     first_ids, file_sizes = places_of(layouts)
     starts, key = _starts(int(first_ids[-1]), len(parts)), _key(place, parts)
@@ -159,23 +167,26 @@ def _arrays(mapped: mmap.mmap, starts: dict[str, tuple[int, int, np.dtype[Any]]]
 def _key(place: Path, parts: Sequence[Path]) -> str:
     """Of all files and manifests: device, inode, size and time; of the first manifest also its bytes.
 
-    A device that is the published file's own counts as such: nodes number a network's devices differently.
+    Beside the set no device counts, since machines number a network's devices differently: raises `OSError` where a
+    file is on another than the published one, as behind a link. Each machine would replace what another has mapped.
     """
-    own_disk = place.parent.stat().st_dev
+    own_disk, is_beside = place.parent.stat().st_dev, place.parent == parts[0].parent
     digest = xxhash.xxh3_128(struct.pack("<2q", VERSION, mmap.PAGESIZE))  # where a part begins depends on pages
+
+    def add(path: Path) -> None:
+        of = path.stat()
+        if is_beside and of.st_dev != own_disk:
+            raise OSError(None, "files of the set are on another disk")
+        device = 0 if of.st_dev == own_disk else of.st_dev + 1
+        digest.update(struct.pack("<3Qq", device, of.st_ino, of.st_size, of.st_mtime_ns))
+
     for part in parts:
-        of_part = part.stat()
-        digest.update(_packed(of_part, own_disk))
+        add(part)
         with suppress(FileNotFoundError):
-            digest.update(_packed(manifest_path(part).stat(), own_disk))
+            add(manifest_path(part))
     with suppress(FileNotFoundError):
         digest.update(manifest_path(parts[0]).read_bytes())
     return digest.hexdigest()
-
-
-def _packed(of: os.stat_result, own_disk: int) -> bytes:
-    other = 0 if of.st_dev == own_disk else of.st_dev + 1
-    return struct.pack("<3Qq", other, of.st_ino, of.st_size, of.st_mtime_ns)
 
 
 @contextmanager

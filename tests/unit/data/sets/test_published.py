@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,61 @@ def test_the_next_place_is_taken_in_a_folder_that_is_not_writable(beton, tmp_pat
     reads.clear()
     assert arrays(Beton(beton)) == expected
     assert not reads
+
+
+def test_what_cannot_be_trusted_afterwards_does_not_stay(beton, monkeypatch):
+    def refused(*args: object) -> None:  # as where a file system shows other permissions, or another owner
+        raise PermissionError
+
+    monkeypatch.setattr(published, "_map", refused)
+    assert "cannot be trusted" in Beton(beton)._index.why_private
+    assert not list(beton.parent.glob(".*"))
+
+
+def test_another_users_pipe_is_not_written_to(beton, monkeypatch):
+    place, parts = beton.with_name(".x.index"), Beton(beton).parts
+    os.mkfifo(place)
+    reader = os.open(place, os.O_RDONLY | os.O_NONBLOCK)  # without one, writing would wait for ever
+    try:
+        monkeypatch.setattr(published.os, "geteuid", lambda: os.getuid() + 1)
+        with pytest.raises(PermissionError, match="another user's file"):
+            published._publish(place, beton, index.read_layouts(beton, parts))
+    finally:
+        os.close(reader)
+
+
+def test_nothing_is_published_beside_a_link_to_another_disk(made, tmp_path, monkeypatch, reads):
+    """Machines number disks differently, so one would replace what the other has mapped."""
+    if not Path("/dev/shm").is_dir() or Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second disk")
+    monkeypatch.setattr(published, "PUBLISHED_FROM", 1)
+    monkeypatch.setattr(published.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "set").mkdir()
+    beton = tmp_path / "set" / "train.beton"
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        shutil.copytree(made / "one", other, dirs_exist_ok=True)
+        for path in (beton, manifest_path(beton)):
+            path.symlink_to(Path(other) / path.name)
+        expected = arrays(Beton(beton))
+        assert sorted(path.name for path in beton.parent.iterdir()) == [beton.name, manifest_path(beton).name]
+        assert len(list((tmp_path / "temporary").iterdir())) == 1
+        reads.clear()
+        assert arrays(Beton(beton)) == expected
+        assert not reads
+
+
+@pytest.mark.parametrize("lacking", ["temporary folder", "room for its name"])
+def test_a_set_opens_where_there_is_no_place(made, tmp_path, monkeypatch, lacking):
+    beton = tmp_path / f"{'n' * (240 if lacking[0] == 'r' else 1)}.beton"
+    shutil.copyfile(made / "one" / "train.beton", beton)
+
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    if lacking == "temporary folder":
+        monkeypatch.setattr(published.tempfile, "gettempdir", none)
+    assert Beton(beton).num_samples == 1000
 
 
 def test_a_file_system_without_maps_that_are_shared(beton, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import pytest
@@ -79,3 +80,20 @@ def test_a_damaged_table_names_nothing(beton):
             assert isinstance(read_sample_name(beton, int(rng.integers(count))), str)
         except BetonError:
             continue
+
+
+def test_a_table_that_unpacks_to_too_much_is_not_unpacked(beton):
+    """A few kB of zeros that are packed well must not take all memory, whichever way a name is asked for."""
+    table = SampleTable.of(np.zeros(1, np.uint64), np.zeros(1, np.uint8), ["a"])
+    intact, path = table.to_bytes(), sample_table_path(beton)
+    with ZipFile(io.BytesIO(intact)) as archive, ZipFile(path, "w", ZIP_DEFLATED) as large:
+        for member in archive.infolist():
+            content = archive.read(member)
+            if member.filename == "name_starts.npy":
+                content = io.BytesIO()
+                np.save(content, np.zeros(1 << 20, np.uint64))
+                content = content.getvalue()
+            large.writestr(member, content)
+    for read in (read_sample_table, lambda beton: read_sample_name(beton, 0)):
+        with pytest.raises(BetonError, match="unpacks to more than"):
+            read(beton)
