@@ -44,15 +44,18 @@ class Costs:
         self.found.setdefault(name, {"unit": unit, "samples": []})["samples"].append(value)
 
     def private(self, name: str) -> None:
-        """What this process alone keeps in memory now: pages of maps that other processes share do not count."""
+        """What this process keeps in memory for itself now: pages of mapped files, which it may share, do not count."""
         gc.collect()
         self.value(name, private_bytes() / 1e6, MB)
 
 
 def private_bytes() -> int:
-    """The process's private memory: `Private_*` of /proc/self/smaps_rollup (Linux)."""
+    """The process's private memory: `Anonymous` and `Swap` of /proc/self/smaps_rollup (Linux).
+
+    `Private_*` there also counts pages of files for as long as no other process has mapped them.
+    """
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Anonymous:", "Swap:")))
 
 
 def opening(path: str) -> dict[str, Any]:

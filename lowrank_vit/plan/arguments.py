@@ -36,7 +36,7 @@ def sides_of(images: Sizes) -> tuple[np.ndarray, np.ndarray]:
         raise wrong_argument("images", takes, images) from None
     for name, sides in {"images.heights": heights, "images.widths": widths}.items():
         is_whole = sides.ndim == 1 and np.issubdtype(sides.dtype, np.integer)
-        if not is_whole or (sides < 1).any() or len(sides) != len(heights):
+        if not is_whole or len(sides) != len(heights) or sides.min(initial=1) < 1:
             raise wrong_argument(name, "whole numbers of pixels of at least 1, one for each image", sides)
     return heights, widths
 

@@ -162,7 +162,10 @@ class TrainPlan:
     def ids(self, epoch: int) -> np.ndarray:
         """int64 (steps, batch_size): this rank's share of the epoch's order, `accum_steps` rows to an update."""
         check_whole(EPOCHS, epoch=epoch)
-        order = self._order(epoch)
+        order, slots, repeats = self._order(epoch), self._positions_AB, self.rules.repeats
+        if repeats == 1:  # what `dealt_repeats` says then, of all updates at once
+            firsts = np.arange(self.updates_per_epoch)[:, None, None] * self.global_batch
+            return order.at(firsts + slots).reshape(-1, self.batch_size)
         return np.stack([order.at(self._dealt(step)[0]) for step in range(self.steps_per_epoch)])
 
     def step_ids(self, epoch: int, step: int, without: Collection[int] = ()) -> np.ndarray:
