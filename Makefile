@@ -11,7 +11,7 @@ ifeq ($(PY),.venv/bin/python)
 READY := .venv/.ready
 endif
 
-.PHONY: help setup train test test-slow compare compare-speed lint report gpu-check bench dist prep-cifar100 prep-imagenet prep-imagenet100 clean
+.PHONY: help setup train test test-slow compare compare-speed lint report gpu-check bench dist docs prep-cifar100 prep-imagenet prep-imagenet100 clean
 .DEFAULT_GOAL := help
 
 help:
@@ -37,7 +37,8 @@ help:
 	@echo "                                        page in docs/benchmarks/; ARGS='--tiny'"
 	@echo "                                        rehearses it without a GPU"
 	@echo "make dist                               wheel and sdist, built and checked"
-	@echo "make clean                              remove .venv and built packages"
+	@echo "make docs                               the documents as a site, in site/"
+	@echo "make clean                              remove .venv, built packages and site"
 
 setup: .venv/.ready
 
@@ -102,5 +103,12 @@ dist: $(READY)
 	$(PY) -m build
 	$(PY) -m twine check --strict dist/*
 
+# Laid out as in the repository, so that each link between two files holds on the site, too.
+docs: $(READY)
+	rm -rf build/docs site
+	mkdir -p build/docs
+	cp -rL README.md CONTRIBUTING.md CHANGELOG.md LICENSE docs examples build/docs/
+	$(PY) -m zensical build --strict
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site .cache *.egg-info

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import data_prep
+import lowrank_vit
 from lowrank_vit import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +35,31 @@ def test_hosted_ci_runs_the_local_one_on_each_python():
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
     listed = [name.rpartition(" ")[2] for name in PROJECT["classifiers"] if "Python :: 3." in name]
     assert job["strategy"]["matrix"]["python"] == listed
+
+
+class AnyTag(yaml.SafeLoader):
+    """Reads what a tag of Python's makes as nothing."""
+
+
+AnyTag.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+
+
+def pages(nav: str | list | dict) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    return [page for part in (nav.values() if isinstance(nav, dict) else nav) for page in pages(part)]
+
+
+def test_each_document_is_in_the_sites_navigation():
+    found = pages(yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), AnyTag)["nav"])
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    assert sorted(found) == sorted(path.relative_to(ROOT).as_posix() for path in documents)
+
+
+def test_the_api_page_names_what_is_public():
+    named = re.findall(r"(?m)^::: (.+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"))
+    public = {f"{module.__name__}.{name}" for module in (lowrank_vit, data_prep) for name in module.__all__}
+    assert sorted(named) == sorted(public - {"lowrank_vit.__version__"})
 
 
 def test_the_citation_is_of_this_version():

@@ -58,8 +58,8 @@ def open_loader(
     Example:
         >>> beton = Beton("val.beton")
         >>> loader, line = open_loader(beton, EvalPlan.of(beton, img_size=32, batch_size=8), "cpu", workers=1)
-        >>> [tuple(batch.images.shape) for batch in loader.batches(epoch=0)]
-        [(8, 3, 32, 32), (4, 3, 32, 32)]
+        >>> print(*(tuple(batch.images.shape) for batch in loader.batches(epoch=0)))
+        (8, 3, 32, 32) (4, 3, 32, 32)
         >>> loader.close()
     """
     check_type(Beton, "an open Beton, as Beton(path) gives", beton=beton)

@@ -33,7 +33,7 @@ Page = dict[str, dict[str, str]]
 Lines = Iterator[tuple[str, Callable[[], str]]]
 TIMEOUT_S = 20.0
 """A line that takes longer, such as one about a file system that does not answer, says so."""
-_OF_WORK = ("dev", "all")
+_OF_WORK = ("dev", "docs", "all")
 _OTHER_PATHS = (
     re.compile(r"(?<=')/(?:[^'/\n]+/)+(?=[^'\n]*')"),
     re.compile(r'(?<=")/(?:[^"/\n]+/)+(?=[^"\n]*")'),

@@ -29,7 +29,7 @@ from tests.hidden_packages import canonical, hidden_packages, owners
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-OF_THE_WORK = {"bench-peers", "dev"}
+OF_THE_WORK = {"bench-peers", "dev", "docs"}
 """Extras that only the project's own work needs."""
 WITH_SERVERS = {"trackio", "mlflow"}
 TINY = """--model vit_tiny_patch16_224 --model-kwargs patch_size=8 embed_dim=16 depth=1 num_heads=2 --img-size 16

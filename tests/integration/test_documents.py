@@ -153,7 +153,7 @@ class Reader:
         command = [tool("make"), "--dry-run", *arguments, "PY=python"]
         done = subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, timeout=LONG_S, check=False)
         assert done.returncode == 0, f"make {arguments}: {done.stderr}"
-        return "" if {"setup", "clean", "dist"} & set(arguments) else done.stdout
+        return "" if {"setup", "clean", "dist", "docs"} & set(arguments) else done.stdout
 
     def module(self, module: str, arguments: list[str], told: dict[str, str]) -> None:
         """`python -m MODULE ARGUMENTS`."""
