@@ -218,11 +218,12 @@ def map_files(paths: Sequence[Path], sizes: Sequence[int]) -> MappedFiles:
 def can_be_read(byte: memoryview) -> bool:
     """Whether a byte of a mapped file is there; where the file has lost it, reading it would kill the process (SIGBUS).
 
-    The kernel reads it for us, and has an answer (EFAULT). Raises `OSError` where no pipe can be made.
+    None at all, as of a place behind the map, is not there. The kernel reads it for us, and has an answer (EFAULT).
+    Raises `OSError` where no pipe can be made.
     """
     reading, writing = os.pipe()
     try:
-        os.write(writing, byte)
+        return os.write(writing, byte) == 1
     except OSError as error:
         if error.errno != errno.EFAULT:
             raise
@@ -230,7 +231,6 @@ def can_be_read(byte: memoryview) -> bool:
     finally:
         os.close(reading)
         os.close(writing)
-    return True
 
 
 def _shared_or_private(map_with: Callable[[int], T]) -> T:

@@ -344,6 +344,19 @@ def test_a_file_that_loses_bytes_is_noticed_also_under_another_name(beton, moved
         opened.read_into(int(opened.pointers[999]), np.empty(int(opened.sizes[999]), np.uint8))
 
 
+def test_a_file_that_was_shorter_when_it_was_mapped_is_noticed(beton):
+    opened = Beton(beton)
+    last = opened.parts[-1]
+    content = last.read_bytes()
+    last.write_bytes(content[:5000])
+    assert len(opened.bytes)  # which maps it
+    other = last.with_suffix(".other")
+    other.write_bytes(content)
+    other.replace(last)
+    with pytest.raises(BetonError, match="was cut from"):
+        opened.check_unchanged()
+
+
 def test_removed_files_are_read_to_the_end(beton):
     opened, out = Beton(beton), np.empty(0, np.uint8)
     expected = opened.sample(999).tobytes()
