@@ -232,7 +232,10 @@ class Joined:
     def _named(self, section: str) -> dict[str, Samples]:
         return {
             f"{bench}/{name}": Samples(
-                tuple(one["samples"]), one.get("unit", ""), str(result.get("settings", {}).get(name, ""))
+                tuple(one["samples"]),
+                one.get("unit", ""),
+                str(result.get("settings", {}).get(name, "")),
+                tuple(one.get("cpu", ())),  # benches of before have none
             )
             for bench, result in self.results.items()
             for name, one in result[section].items()

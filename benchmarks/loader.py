@@ -15,7 +15,7 @@ import tyro
 
 from benchmarks import loader_peers
 from benchmarks.harness.limits import batch_copy_case, decode_case
-from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, Samples, environment, measure, nothing
+from benchmarks.harness.measure import DEFAULT_REPEATS, Case, Result, environment, measure, nothing
 from benchmarks.harness.sets import AS_STORED, converted, files_of, open_given, photographs
 from benchmarks.prep import CACHE
 from data_prep.formats.jpeg import ImageOptions
@@ -123,7 +123,7 @@ def run(
     named = dict(result.ratios)
     if compared := [kind for kind in ("ffcv", "dali_cpu") if f"{kind}_vs_timm" in named]:
         best = max(compared, key=lambda kind: result.cases[kind].median)
-        named["best_vs_timm"], extra["best"] = Samples(named[f"{best}_vs_timm"].samples), best
+        named["best_vs_timm"], extra["best"] = named[f"{best}_vs_timm"], best
     return replace(result, ratios=named, extra=extra)
 
 

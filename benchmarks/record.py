@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import tyro
@@ -141,10 +142,11 @@ def _benches(benches: Mapping[str, Any], tests: Mapping[str, Any] | None) -> lis
     lines += _table(["case", "setting"], [[f"`{name}`", text] for name, text in settings_of_peers(results).items()])
     for section in ("ratios", "cases"):
         rows = [
-            [f"`{name}`", f"{one['median']:.4g}", _spread(one["samples"]), one.get("unit", "")]
+            [f"`{name}`", f"{one['median']:.4g}", _spread(one["samples"]), one.get("unit", ""), _cpu(one)]
             for name, one in benches.get(section, {}).items()
         ]
-        lines += ["", f"## All {section}", "", *_table(["name", "median", "lowest .. highest", ""], rows)]
+        cpu = "by CPU time" if section == "ratios" else "CPU ms an item"
+        lines += ["", f"## All {section}", "", *_table(["name", "median", "lowest .. highest", "", cpu], rows)]
     return lines
 
 
@@ -224,6 +226,11 @@ def _runs(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What the runs said of themselves, those of a model once."""
     found = dict.fromkeys(tuple(result["description"]) for result in results.values() if result.get("description"))
     return ["", "The runs:", "", *(f"- {_plain('; '.join(lines))}" for lines in found)] if found else []
+
+
+def _cpu(one: Mapping[str, Any]) -> str:
+    """The median by CPU time; nothing of a record that has none."""
+    return f"{median(one['cpu']) * (1e3 if 'unit' in one else 1):.4g}" if one.get("cpu") else ""
 
 
 def _spread(samples: Sequence[float]) -> str:

@@ -3,6 +3,8 @@
 Absolute figures drift with whatever else a machine does; a ratio of two neighbours in time drifts far less. The order
 changes from round to round (A B C, C B A, B C A, ...), so that no case always follows the same one, whose heat, caches
 and threads it would inherit.
+
+CPU seconds stand beside the time. A neighbour that takes cores makes a run last longer; its CPU seconds grow little.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +21,7 @@ from importlib import metadata
 from statistics import median
 from typing import Any, TypeVar
 
+import psutil
 from PIL import features
 
 from lowrank_vit.common import resources
@@ -81,6 +85,9 @@ class Samples:
     unit: str = ""
     """Empty for a ratio."""
     setting: str = ""
+    cpu: tuple[float, ...] = ()
+    """The CPU seconds an item, round by round; of a ratio what it is by CPU seconds in place of time. Empty where they
+    were not measured."""
 
     @property
     def median(self) -> float:
@@ -115,13 +122,8 @@ class Result:
         return {
             "bench": self.bench,
             "environment": dict(self.environment),
-            "cases": {
-                name: {"unit": case.unit, "median": case.median, "samples": list(case.samples)}
-                for name, case in self.cases.items()
-            },
-            "ratios": {
-                name: {"median": ratio.median, "samples": list(ratio.samples)} for name, ratio in self.ratios.items()
-            },
+            "cases": {name: {"unit": case.unit, **_figures(case)} for name, case in self.cases.items()},
+            "ratios": {name: _figures(ratio) for name, ratio in self.ratios.items()},
             "settings": {name: case.setting for name, case in self.cases.items()},
             "peers": sorted(self.peers),
             "failed": dict(self.failed),
@@ -132,6 +134,11 @@ class Result:
     def to_json(self) -> str:
         """`to_dict` as indented JSON."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def _figures(samples: Samples) -> dict[str, Any]:
+    found = {"median": samples.median, "samples": list(samples.samples)}
+    return found | ({"cpu": list(samples.cpu)} if samples.cpu else {})
 
 
 def measure(
@@ -161,6 +168,7 @@ def measure(
         assert set(pair) <= set(cases), name
         assert all(cases[one].unit != SECONDS for one in pair), name
     samples: dict[str, list[float]] = {name: [] for name in cases}
+    cpu: dict[str, list[float]] = {name: [] for name in cases}
     failed: dict[str, str] = {}
     for n in range(warmup + repeats):
         note(f"warm-up {n + 1} of {warmup}" if n < warmup else f"round {n - warmup + 1} of {repeats}")
@@ -171,7 +179,7 @@ def measure(
             try:
                 if n == 0:
                     case.first()
-                seconds = _time(case, clock)
+                seconds, of_cpus = _time(case, clock)
             except Exception as error:
                 if isinstance(error, UserError) and not case.peer:
                     raise
@@ -180,9 +188,10 @@ def measure(
                 continue
             if n >= warmup:
                 samples[name].append(case.sample(seconds))
+                cpu[name].append(of_cpus / case.items)
         if warmup <= n < warmup + repeats - 1:
-            keep(_result(bench, environment, cases, ratios, samples, failed, limits))
-    return _result(bench, environment, cases, ratios, samples, failed, limits)
+            keep(_result(bench, environment, cases, ratios, samples, cpu, failed, limits))
+    return _result(bench, environment, cases, ratios, samples, cpu, failed, limits)
 
 
 def _result(
@@ -191,6 +200,7 @@ def _result(
     cases: Mapping[str, Case],
     ratios: Mapping[str, tuple[str, str]],
     samples: Mapping[str, Sequence[float]],
+    cpu: Mapping[str, Sequence[float]],
     failed: Mapping[str, str],
     limits: tuple[str, ...],
 ) -> Result:
@@ -202,9 +212,12 @@ def _result(
     return Result(
         bench,
         environment,
-        {name: Samples(tuple(samples[name]), case.unit, case.setting) for name, case in done.items()},
+        {name: Samples(tuple(samples[name]), case.unit, case.setting, tuple(cpu[name])) for name, case in done.items()},
         {
-            name: Samples(tuple(a / b for a, b in zip(samples[over], samples[under], strict=True)))
+            name: Samples(
+                tuple(a / b for a, b in zip(samples[over], samples[under], strict=True)),
+                cpu=tuple(b / a for a, b in zip(cpu[over], cpu[under], strict=True)) if all(cpu[over]) else (),
+            )
             for name, (over, under) in ratios.items()
             if over in done and under in done
         },
@@ -237,13 +250,29 @@ def reason_of(error: BaseException) -> str:
     return text[:MAX_REASON]
 
 
-def _time(case: Case, clock: Callable[[], float]) -> float:
+def _time(case: Case, clock: Callable[[], float]) -> tuple[float, float]:
+    """The seconds of a run, and the CPU seconds of this process and of those below it."""
     case.before()
-    start = clock()
+    others, own, start = cpu_of_children(), time.process_time(), clock()
     case.run()
-    seconds = clock() - start
+    seconds, own = clock() - start, time.process_time() - own
+    others = max(0.0, cpu_of_children() - others)
     case.after()
-    return seconds
+    return seconds, own + others
+
+
+def cpu_of_children() -> float:
+    """CPU seconds so far of the processes below this one: of those that run, and of those that have been waited for.
+
+    What runs is known to 10 ms. Not counted: what nobody waits for, what a service does for the bench, the kernel's own
+    threads (which write pages to a disk), a GPU.
+    """
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = ended.ru_utime + ended.ru_stime
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            spent += sum(child.cpu_times()[:4])  # its own, and those of what it has waited for
+    return spent
 
 
 NO_DEVICE = "cpu"

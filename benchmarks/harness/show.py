@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import tyro
@@ -147,7 +148,10 @@ def _table(title: str, rows: Mapping[str, Samples]) -> Table:
     with_unit = any(row.unit for row in rows.values())
     if with_unit:
         table.add_column("unit")
+    if with_cpu := any(row.cpu for row in rows.values()):
+        table.add_column("CPU ms/item" if with_unit else "by CPU time", justify="right")
     for name, row in rows.items():
         spread = f"{number(min(row.samples))} .. {number(max(row.samples))}"
-        table.add_row(name, number(row.median), spread, *([row.unit] * with_unit))
+        cpu = number(median(row.cpu) * (1e3 if with_unit else 1)) if row.cpu else ""
+        table.add_row(name, number(row.median), spread, *([row.unit] * with_unit), *([cpu] * with_cpu))
     return table

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from benchmarks.harness.measure import (
     Case,
     Result,
     Samples,
+    cpu_of_children,
     environment,
     measure,
     order_of,
@@ -109,6 +113,50 @@ def test_only_the_run_is_timed() -> None:
 
     result = measure("x", {"a": clock.case([2] * 6, before=pause, after=pause)}, {}, environment={}, clock=clock)
     assert set(result.cases["a"].samples) == {6}
+
+
+SPIN = "import time\nwhile time.process_time() < 0.2: pass\nprint(time.process_time(), flush=True)\n"
+COARSE_S = 0.03
+"""The kernel tells of processes that run in steps of 10 ms, user and system each."""
+
+
+@pytest.mark.parametrize("is_kept", [False, True], ids=["waited for", "still running"])
+def test_cpu_time_of_child_processes_counts_before_and_after_their_end(is_kept: bool) -> None:
+    before = cpu_of_children()
+    script = f"{SPIN}{'input()' if is_kept else ''}"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        own = float(process.stdout.readline())
+        running = cpu_of_children() - before
+        process.stdin.close()  # which ends input()
+    assert cpu_of_children() - before >= own - COARSE_S
+    if is_kept:
+        assert running >= own - COARSE_S
+
+
+def test_cpu_seconds_are_of_the_run_alone_and_their_ratio_is_of_the_same_round() -> None:
+    clock, spent = Clock(), list[float]()
+
+    def spin(seconds: float = 0.01) -> None:
+        begin = time.process_time()
+        while time.process_time() - begin < seconds:
+            pass
+        spent.append(time.process_time() - begin)
+
+    def lasts() -> None:
+        spin()
+        clock.now += 1
+
+    cases = {"a": Case(lasts, 4, before=lambda: spin(0.1), after=lambda: spin(0.1)), "b": clock.case([1.0] * 3)}
+    result = measure("x", cases, {"b_vs_a": ("b", "a")}, environment={}, repeats=3, warmup=0, clock=clock)
+    a, b, ratio = (one.cpu for one in (result.cases["a"], result.cases["b"], result.ratios["b_vs_a"]))
+    assert len(a) == len(b) == 3
+    for of_run, found in zip(spent[1::3], a, strict=True):
+        assert of_run <= 4 * found < 0.1  # 0.21 with what is before and after
+    assert ratio == tuple(x / y for x, y in zip(a, b, strict=True))
 
 
 def test_ratios_are_of_the_same_round() -> None:
@@ -222,6 +270,9 @@ def test_json_has_the_projects_schema() -> None:
     assert data["cases"] == {"a": {"unit": "img/s", "median": 2.0, "samples": [1.0, 3.0, 2.0]}}
     assert data["ratios"] == {"a_vs_a_peer_with_a_long_name": {"median": 2.0, "samples": [1.0, 3.0, 2.0]}}
     assert data["settings"]["a"].startswith("the setting of a")
+    told = Result("x", {}, {"a": Samples((2.0,), "img/s", cpu=(0.25,))}, {"r": Samples((3.0,), cpu=(4.0,))}).to_dict()
+    assert told["cases"]["a"] == {"unit": "img/s", "median": 2.0, "samples": [2.0], "cpu": [0.25]}
+    assert told["ratios"]["r"] == {"median": 3.0, "samples": [3.0], "cpu": [4.0]}
 
 
 def test_environment_tells_versions_and_machine() -> None:
@@ -258,6 +309,17 @@ def test_table_fits_80_columns_and_shows_everything() -> None:
     assert "98,765 .. 123,457" in text
     assert "0.0123 .. 2.50" in text
     for words in ("passthrough_header_vs_a_peer", "img/s", "the setting of cp", "A note", "2 cores", "0123456789ab"):
+        assert words in text
+
+
+def test_cpu_time_stands_beside_what_was_measured_where_it_is_known() -> None:
+    result = result_of(passthrough_header=(123456.7, 98765.4, 111111.1), cp=(0.01234, 2.5, 1.0))
+    assert "CPU" not in printed(result)
+    cases = {**result.cases, "cp": replace(result.cases["cp"], cpu=(0.001, 0.00321, 0.1))}
+    ratios = {name: replace(ratio, cpu=(1.0, 1.75, 2.0)) for name, ratio in result.ratios.items()}
+    text = printed(replace(result, cases=cases, ratios=ratios))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    for words in ("CPU ms/item", "3.21", "by CPU time", "1.75"):
         assert words in text
 
 
