@@ -52,12 +52,19 @@ class Block:
 
     line: int
     language: str
-    """As the fence tells; "bash" for an indented block."""
+    """As the fence tells; "bash" for an indented block; "cell" for one of a notebook in Python."""
     text: str
 
 
 def blocks(document: str) -> list[Block]:
-    """All blocks of code, fenced or indented."""
+    """All blocks of code, fenced or indented; of a notebook its cells, by number."""
+    if document.endswith(".ipynb"):
+        cells = json.loads((ROOT / document).read_text(encoding="utf-8"))["cells"]
+        texts = {n: "".join(cell["source"]) for n, cell in enumerate(cells, 1) if cell["cell_type"] == "code"}
+        bash = "%%bash\n"
+        return [
+            Block(n, "bash" if text.startswith(bash) else "cell", text.removeprefix(bash)) for n, text in texts.items()
+        ]
     found: list[Block] = []
     fence: tuple[int, str] | None = None
     lines: list[str] = []
@@ -81,7 +88,11 @@ def blocks(document: str) -> list[Block]:
 
 def spans(document: str) -> list[str]:
     """The pieces of code within its prose, each in one line."""
-    prose = re.sub(r"(?ms)^```.*?^```|^    .*?$", "", (ROOT / document).read_text(encoding="utf-8"))
+    prose = (ROOT / document).read_text(encoding="utf-8")
+    if document.endswith(".ipynb"):
+        cells = json.loads(prose)["cells"]
+        prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    prose = re.sub(r"(?ms)^```.*?^```|^    .*?$", "", prose)
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
 
 

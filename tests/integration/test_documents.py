@@ -16,6 +16,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 import timm
 from PIL import Image
@@ -32,15 +33,12 @@ from tests.photos import write_folder
 from tests.sources import write_archive
 from tests.waiting import LONG_S
 
-DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-ENGLISH, CHINESE = "docs/guide.md", "docs/guide_zh.md"
-PICTURES = (
-    "image folders / CIFAR-100 archive / digits / tables / shards of tar / Python objects",
-    "top-1 98.89 % (best, epoch 27), 0:31 of training",
-    "data_prep/                           images to .beton files, offline",
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for name in ("*.md", "docs/**/*.md", "docs/**/*.ipynb")
+    for path in ROOT.glob(name)
 )
-"""First lines of fenced blocks without a language that are drawings or output, not commands."""
-
+ENGLISH, CHINESE = "docs/guide.md", "docs/guide_zh.md"
 TINY_OPTIONS: dict[str, Any] = {"patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
 TINY = " ".join(f"{name}={value}" for name, value in TINY_OPTIONS.items())
 SHRINK = f"""
@@ -97,6 +95,8 @@ class Reader:
 
     def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.place, self._monkeypatch = place, monkeypatch
+        self._names: dict[str, Any] = {}
+        """Of a notebook: what its cells have defined."""
 
     def read(self, block: Block) -> None:
         """A block of any language; one of an unknown kind is an error."""
@@ -109,8 +109,10 @@ class Reader:
                 compile(block.text, f"line {block.line}", "exec")  # test_batch_jobs.py runs them
             elif "pandas" not in block.text or importlib.util.find_spec("pandas"):
                 exec(compile(block.text, f"line {block.line}", "exec"), {})
-        elif block.language == "":
-            assert block.text.splitlines()[0] in PICTURES, f"line {block.line}: what kind of block is this?"
+        elif block.language == "cell":
+            exec(compile(block.text, f"cell {block.line}", "exec"), self._names)
+        elif block.language == "text":  # a drawing, or what a command has printed
+            pass
         else:
             assert block.language == "bash", f"line {block.line}: no test knows what to do with {block.language}"
             calls = calls_of(block.text, self.place)
@@ -188,7 +190,8 @@ class Reader:
         if not is_sketch and not is_online:
             for name, value in told.items():
                 self._monkeypatch.setenv(name, value)
-            more = f"{SHRINK} {MANY_IMAGES}" if config.data.dataset == "digits" else SHRINK
+            is_of_digits = "digits" in f"{config.data.dataset} {config.data.data_dir}"
+            more = f"{SHRINK} {MANY_IMAGES}" if is_of_digits else SHRINK
             if config.lowrank.lowrank_schedule:  # at the one epoch's end that there is before the last
                 more += " --epochs 2 --lowrank-schedule 1=0.6"
             if "--resume" in arguments:
@@ -239,6 +242,9 @@ def test_commands(document, place, monkeypatch, sketched):
     latest.symlink_to("a")
     for name, value in {"WANDB_SILENT": "true", "WANDB_DIR": str(place), "COLUMNS": "100"}.items():
         monkeypatch.setenv(name, value)
+    if document.endswith(".ipynb"):
+        plt.switch_backend("agg")
+        monkeypatch.setattr("matplotlib.pyplot.show", lambda: plt.close("all"))
     if document == CHINESE:
         return  # the same blocks as the English ones, see below
     reader = Reader(place, monkeypatch)
