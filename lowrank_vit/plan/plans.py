@@ -195,7 +195,7 @@ class TrainPlan:
 
         As elsewhere in this class ids may hold the number of a repetition, see `counter_of`.
         """
-        numbers, rules = ids & LAST_ID, self.rules
+        numbers, rules = ids.astype(np.int64, copy=False) & LAST_ID, self.rules
         heights, widths = self.heights[numbers].astype(np.int64), self.widths[numbers].astype(np.int64)
         if not rules.is_cropped:
             corner = np.zeros(len(ids), np.int64)
@@ -258,7 +258,7 @@ class TrainPlan:
     def batch(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan:
         """The batch whose ids are row `step` of `ids(epoch)`. Raises `UserError` for ids that are not there."""
         check_batch(self, epoch, step, ids)
-        drawn = ids
+        drawn = ids = ids.astype(np.int64, copy=False)
         if self.rules.repeats > 1:
             if len(ids) != self.batch_size:
                 raise wrong_argument("ids", f"the {self.batch_size} of a batch, since samples are repeated", ids)

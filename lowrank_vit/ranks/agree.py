@@ -79,7 +79,8 @@ def once(world: World, topic: str, doing: str) -> Callable[[str, Callable[[], An
             notes = getattr(error, "__notes__", [])
             world.store.set(f"{call}/done/{doer}", json.dumps({"error": str(error), "notes": notes}))
             raise
-        world.store.set(f"{call}/done/{doer}", json.dumps(told))
+        with world.progress.waiting(is_said=True):  # it is then as far as those that have waited for it
+            world.store.set(f"{call}/done/{doer}", json.dumps(told))
         return told["value"]
 
     return one_of_a_place

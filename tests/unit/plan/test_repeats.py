@@ -96,6 +96,18 @@ def test_each_repetition_is_drawn_anew_and_the_first_is_that_of_no_repetition():
     assert len({tuple(key) for key in keys.tolist()}) == len(keys)
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.int32, np.uint32, np.uint64])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_ids_may_be_whole_numbers_of_any_width(dtype, repeats):
+    plan = plan_of(300, repeats, EVERYTHING)
+    ids = plan.step_ids(0, 1)
+    for expected, found in zip(
+        arrays_of(plan.batch(0, 1, ids)), arrays_of(plan.batch(0, 1, ids.astype(dtype))), strict=True
+    ):
+        assert np.array_equal(expected, found)
+    assert np.array_equal(plan.windows(0, ids), plan.windows(0, ids.astype(dtype)))
+
+
 def test_repetitions_lie_in_different_batches_and_are_hardly_mixed_with_one_another():
     rules = TrainRules(mixing=MixRules(mixup=0.8))
     plans = [plan_of(3000, 3, rules, batch_size=128, rank=r, world_size=8) for r in range(8)]

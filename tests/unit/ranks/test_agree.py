@@ -124,6 +124,18 @@ def test_of_ranks_at_one_place_the_first_does_it_for_all():
     assert all_three(World())[:2] == [["first", 0, "\udcff"], ["second", 0, "\udcff"]]
 
 
+def test_afterwards_the_one_that_did_it_is_as_far_as_those_that_waited():
+    """Else it would count as the one that all others wait for, whoever is stuck later."""
+
+    def place(world: World) -> int:
+        one_of = once(world, "sets", "finding")
+        for shared in ("one", f"node{world.rank // 2}", f"rank {world.rank}"):
+            one_of(shared, lambda: None)
+        return world.progress.place
+
+    assert len(set(on_ranks(4, place))) == 1
+
+
 def test_a_rank_that_does_not_come_is_named_with_its_host(monkeypatch, capsys):
     """While it is waited for, by the first of those that wait, and when the time is over."""
     monkeypatch.setattr(waiting, "_FIRST_LINE_S", 0.05)
