@@ -330,6 +330,9 @@ class _RepeatedPlan(TrainPlan):
     def step_ids(self, epoch: int, step: int, without: Collection[int] = ()) -> np.ndarray:
         return super().step_ids(epoch, step, without) % self.different
 
+    def ids(self, epoch: int) -> np.ndarray:
+        return super().ids(epoch) % self.different
+
 
 def plan_of(heights: np.ndarray, widths: np.ndarray, options: Options, rules: TrainRules) -> TrainPlan:
     """Of images of these sides, `options.times` over, with the bench's batch and crops."""

@@ -101,7 +101,8 @@ def _all(paths: Iterable[Path], note: Callable[[str], object]) -> Iterator[tuple
         for image in _below(str(path), others):
             is_empty = False
             yield image
-        kinds = ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in others.most_common(5))
+        most = sorted(others.items(), key=lambda item: (-item[1], item[0]))[:5]
+        kinds = ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in most)
         if is_empty:
             raise UserError(f"--input {path} holds no image{f', only other files ({kinds})' if kinds else ''}.")
         if kinds:

@@ -151,7 +151,7 @@ def test_mappings_are_private_where_they_cannot_be_shared(tmp_path, monkeypatch,
         path.write_bytes(content)
     monkeypatch.setattr(filesystem.mmap, "mmap", refusing(number, mmap.mmap, is_shared))
     monkeypatch.setattr(filesystem, "_map_at", refusing(number, filesystem._map_at, is_shared_at))
-    array, starts = map_files(paths, list(map(len, contents)))
+    array, starts, *_ = map_files(paths, list(map(len, contents)))
     assert isinstance(array, np.ndarray)
     for start, content in zip(starts, contents, strict=True):
         assert array[start : start + len(content)].tobytes() == content

@@ -281,7 +281,9 @@ def test_gradient_checkpointing_changes_no_gradient():
     for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
         assert a.grad is not None
         assert b.grad is not None
-        assert torch.equal(a.grad, b.grad), name
+        torch.testing.assert_close(
+            b.grad, a.grad, msg=lambda text, name=name: f"{name}: {text}"
+        )  # not on every CPU the same bits
     assert stored[1] < stored[0] / 2
     with pytest.raises(UserError, match="--grad-checkpointing: --model dla46_c cannot do that"):
         create_model("dla46_c", 7, grad_checkpointing=True)
