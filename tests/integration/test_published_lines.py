@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,7 @@ def test_all_that_cannot_be_taken_is_told_at_once_in_80_columns(tmp_path):
     assert text.startswith("4 options cannot be taken:\n")
     assert re.findall(r": `(\w+)`", " ".join(text.split())) == ["apex_amp", "token_label", "foo", "epochs"]
     with pytest.raises(UserError, match=r"(?s)3 options.* --model-dtype .* --input-size .* --batch-size "):
-        validate.main("--model-dtype float16 --input-size 1 2 3 --batch-size x --fuser x".split())
+        validate.main(shlex.split("--model-dtype float16 --input-size 1 2 3 --batch-size x --fuser x"))
 
 
 @pytest.mark.parametrize("name", ["data-path", "ThreeAugment", "repeated-aug", "blr", "lr-scheduler"])
