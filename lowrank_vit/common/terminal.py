@@ -312,7 +312,7 @@ def fitted_help(argv: Sequence[str] | None) -> Generator[None, None, None]:
         print(fit(captured.getvalue(), min(NARROW, shutil.get_terminal_size().columns)), end="")
 
 
-_DESCRIPTION = re.compile(r"│ {7}(\S.*?) *│")
+_DESCRIPTION = re.compile(r"([│ ] {7,})(\S.*?) *│?")  # without frames where they cannot be shown
 _NO_DEFAULT = re.compile(r" \(default: (?:None|'')?\)|\{None\}\|")
 
 
@@ -339,20 +339,42 @@ def fit(text: str, width: int) -> str:
 
 
 def _with_paragraphs(lines: list[str]) -> Generator[str]:
-    found = [_DESCRIPTION.fullmatch(_ANSI.sub("", line)) for line in lines]
-    for is_described, group in itertools.groupby(zip(lines, found, strict=True), lambda pair: pair[1] is not None):
-        pairs = list(group)
-        if not is_described:
-            for line, _ in pairs:
-                without = _NO_DEFAULT.sub("", line)
-                lost = " " * (len(line) - len(without))
-                yield f"{without[:-1]}{lost}│" if without.endswith("│") else without
-            continue
-        described = [one for _, one in pairs if one]
-        whole = " ".join(one[1] for one in described)
-        whole = _NO_DEFAULT.sub("", whole)
-        room = len(described[0][0]) - len("│       │")
-        yield from (f"│       {line:<{room}}│" for line in _wrap(whole, room - 1, ""))
+    n = 0
+    while n < len(lines):
+        bare = _ANSI.sub("", lines[n])
+        head, texts, end = _paragraph(bare, lines, n + 1)
+        if head:
+            frame = "│" if head[0] == "│" else ""
+            room = len(bare) - len(head) - 2
+            whole = _wrap(_NO_DEFAULT.sub("", " ".join(texts)), room, "")
+            first, later = _NO_DEFAULT.sub("", head).ljust(len(head)), head[0].ljust(len(head))
+            for start, text in zip(itertools.chain([first], itertools.repeat(later)), whole, strict=False):
+                yield f"{start}{text:<{room}} {frame}".rstrip()
+        else:
+            without = _NO_DEFAULT.sub("", lines[n])
+            lost = " " * (len(lines[n]) - len(without))
+            yield f"{without[:-1]}{lost}│" if without.endswith("│") else without.rstrip()
+        n = end
+
+
+def _paragraph(bare: str, lines: list[str], end: int) -> tuple[str, list[str], int]:
+    """What stands before an option's description in its first line, its lines, and the number of the line behind them.
+
+    The first part is empty where the line `bare`, behind which is the one of number `end`, begins none.
+    """
+    head, texts = "", list[str]()
+    if found := _DESCRIPTION.fullmatch(bare):
+        head, texts = found[1], [found[2]]
+    while end < len(lines) and (found := _DESCRIPTION.fullmatch(_ANSI.sub("", lines[end]))):
+        column = len(found[1])
+        is_beside = bare.startswith(("│ -", "  -")) and bare[column - 2 : column] == "  " != bare[column : column + 2]
+        if not head and is_beside:  # the option's name
+            head, texts = bare[:column], [bare[column:].rstrip("│ ")]
+        if len(head) != column:
+            break
+        texts.append(found[2])
+        end += 1
+    return head, texts, end
 
 
 def _wrap(text: str, width: int, indent: str) -> list[str]:

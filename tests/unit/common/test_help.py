@@ -11,19 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from lowrank_vit.common import program
 from lowrank_vit.common.terminal import fit
 
 ROOT = Path(__file__).parents[3]
-COMMANDS = "digits cifar100 imagefolder hfds wds torch verify info".split()
+COMMANDS = "digits cifar100 imagefolder list hfds wds torch verify info".split()
 PREP = [("data_prep.__main__", [command]) for command in COMMANDS]
-OURS = [
-    ("lowrank_vit.analyze_spectrum", []),
-    ("lowrank_vit.report.__main__", []),
-    ("lowrank_vit.augment.__main__", []),
-    ("lowrank_vit.config.completion", []),
-    ("data_prep.__main__", []),
-    *PREP,
-]
+OURS = [*((module, []) for module, *_ in program.COMMANDS.values()), *PREP]
 
 
 def help_of(module: str, arguments: list[str], monkeypatch, capsys) -> str:
@@ -81,3 +75,22 @@ def test_makes_help_fits_and_names_the_benches():
     text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert max(map(len, text.splitlines())) <= 80
     assert {"growth", "limits"} <= set(re.findall(r"\w+", text))
+
+
+def test_help_loads_no_library_that_takes_seconds(tmp_path):
+    """Of all commands, in one process; numpy's place in --help is where images are converted, which comes last."""
+    code = """
+import contextlib, importlib, io, sys
+from lowrank_vit.common.program import COMMANDS
+HEAVY = ["torch", "timm", "numba", "cv2", "ffcv", "matplotlib", "wandb", "numpy"]
+for name in sorted(COMMANDS, key="prep".__eq__):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:
+        importlib.import_module(COMMANDS[name][0]).main(["--help"])
+    assert "usage: " in shown.getvalue(), name
+    print(name, *(library for library in HEAVY if library in sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    *others, prep_line = done.stdout.splitlines()
+    assert (set(others), prep_line, done.stderr) == ({*program.COMMANDS} - {"prep"}, "prep numpy", "")

@@ -451,22 +451,3 @@ print([name for name in ("torch", "timm", "numpy") if name in sys.modules])
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
     assert (done.stdout, done.stderr) == ("[]\n", "")
-
-
-def test_help_loads_no_library_that_takes_seconds(tmp_path):
-    """Of all commands, in one process; numpy's place in --help is where images are converted, which comes last."""
-    code = """
-import contextlib, importlib, io, sys
-from lowrank_vit.common.program import COMMANDS
-HEAVY = ["torch", "timm", "numba", "cv2", "ffcv", "matplotlib", "wandb", "numpy"]
-for name in sorted(COMMANDS, key="prep".__eq__):
-    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:
-        importlib.import_module(COMMANDS[name][0]).main(["--help"])
-    assert "usage: " in shown.getvalue(), name
-    print(name, *(library for library in HEAVY if library in sys.modules))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-    )
-    *others, prep_line = done.stdout.splitlines()
-    assert (set(others), prep_line, done.stderr) == ({*program.COMMANDS} - {"prep"}, "prep numpy", "")
