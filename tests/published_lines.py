@@ -12,7 +12,7 @@ from pathlib import Path
 
 import timm
 
-from lowrank_vit.config.other_flags import OTHERS
+from lowrank_vit.config.other_flags import OTHERS, Elsewhere
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "from_timm.md"
@@ -82,7 +82,10 @@ def tables() -> dict[str, str]:
         f"| [{line.trains}]({line.url}) | {f'`{line.model}`' if line.model else ''} | {line.here()} |"
         for line in published_lines()
     ]
-    flags = [f"| `--{name}` | {other.whose} | {other.instead} |" for name, other in OTHERS.items()]
+    named: dict[Elsewhere, list[str]] = {}
+    for name, other in OTHERS.items():
+        named.setdefault(other, []).append(f"`--{name}`")
+    flags = [f"| {' '.join(names)} | {other.whose} | {other.instead} |" for other, names in named.items()]
     return {
         "flags": "\n".join(["| flag | whose | here |", "|---|---|---|", *flags]),
         "lines": "\n".join(["| line | `--model` | here |", "|---|---|---|", *lines]),

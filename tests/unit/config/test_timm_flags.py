@@ -275,10 +275,12 @@ def test_values_are_not_taken_for_flags():
 
 
 def table(title: str) -> dict[str, list[str]]:
-    """The rows below a heading of the document: the cells behind the first one by the flag in that."""
+    """The rows below a heading of the document: the cells behind the first one by each flag in that."""
     section = DOC.split(f"## {title}\n")[1].split("\n## ")[0]
     rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| `--")]
-    return {cells[0].strip(" `-"): [cell.strip() for cell in cells[1:]] for cells in rows}
+    return {
+        flag: [cell.strip() for cell in cells[1:]] for cells in rows for flag in re.findall(r"`--([\w-]+)`", cells[0])
+    }
 
 
 def listed(title: str) -> list[str]:
@@ -327,4 +329,4 @@ def test_the_document_lists_the_defaults_that_differ(monkeypatch):
 def in_words(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return str(plain(value)) if plain(value) is not None else "nothing"
+    return str(plain(value)) if plain(value) is not None else "not set"
