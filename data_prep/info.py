@@ -19,6 +19,7 @@ from data_prep.formats.sidecars import Manifest, check_index, doubt_line, emptie
 from data_prep.formats.tables import Tables, read_tables
 from data_prep.writing.workers import counts_in_words
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.files import write_whole, writing
 from lowrank_vit.common.terminal import one_line
 
 SHEET_ROWS, SHEET_COLUMNS = 4, 8
@@ -134,12 +135,13 @@ def plot_info(beton: Path, out: Path, seed: int = 0) -> None:
         axes.set_title(_short(name), fontsize=7, parse_math=False)
     for axes in cells:
         axes.set_axis_off()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box is drawn in its place
-            figure.savefig(out, dpi=120, format="png")
-    except OSError as error:
-        raise UserError(f"--plot {out} cannot be written: {error.strerror}. Check its folder.") from error
+    png = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box is drawn in its place
+        figure.savefig(png, dpi=120, format="png")
+    with writing(out, "Check its folder, or give another --plot."):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, png.getvalue())
 
 
 def _histogram(axes: Any, title: str, values: np.ndarray) -> None:
