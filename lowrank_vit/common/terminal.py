@@ -312,7 +312,7 @@ def fitted_help(argv: Sequence[str] | None) -> Generator[None, None, None]:
         print(fit(captured.getvalue(), min(NARROW, shutil.get_terminal_size().columns)), end="")
 
 
-_DESCRIPTION = re.compile(r"([│ ] {7,})(\S.*?) *│?")  # without frames where they cannot be shown
+_DESCRIPTION = re.compile(r"([│ ] {7,})([^\s│].*?) *│?")  # without frames where they cannot be shown
 _NO_DEFAULT = re.compile(r" \(default: (?:None|'')?\)|\{None\}\|")
 
 
@@ -370,7 +370,7 @@ def _paragraph(bare: str, lines: list[str], end: int) -> tuple[str, list[str], i
         is_beside = bare.startswith(("│ -", "  -")) and bare[column - 2 : column] == "  " != bare[column : column + 2]
         if not head and is_beside:  # the option's name
             head, texts = bare[:column], [bare[column:].rstrip("│ ")]
-        if len(head) != column:
+        if len(head) != column or found[2].startswith("- "):
             break
         texts.append(found[2])
         end += 1

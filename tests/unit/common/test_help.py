@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -69,6 +70,29 @@ def test_prose_is_wrapped_and_tables_are_left_alone():
         "",
         "end",
     ]
+
+
+def test_empty_lines_and_lists_of_a_framed_description_stay():
+    table = [
+        "╭─ subcommands ────────────────────────╮",
+        "│   • torch     Convert a data set.    │",
+        "│                                      │",
+        "│               - Items are pictures,  │",
+        "│               or paths.              │",
+        "│               - Labels are numbers.  │",
+        "╰──────────────────────────────────────╯",
+    ]
+    assert fit("\n".join(table), 40).splitlines() == table
+
+
+@pytest.mark.parametrize("module", ["benchmarks", "data_prep"])
+def test_help_fits_also_in_frames(module):
+    command = [sys.executable, "-m", module, "--help"]
+    told = {**os.environ, "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, encoding="utf-8", env=told)
+    assert done.returncode == 0, done.stderr
+    assert "│   • " in done.stdout
+    assert {len(line) for line in done.stdout.splitlines() if line.startswith("│")} == {80}
 
 
 def test_makes_help_fits_and_names_the_benches():
