@@ -17,6 +17,7 @@ from benchmarks.harness.aims import aims_chart
 from benchmarks.harness.measure import Result, nothing
 from benchmarks.harness.peak_memory import peak_resident_bytes
 from benchmarks.harness.show import Output, print_result
+from benchmarks.scale.chart import growth_chart
 from benchmarks.scale.exponents import print_exponents
 from benchmarks.spectra.accuracy import print_accuracy
 from benchmarks.training import end_to_end, figures
@@ -103,9 +104,10 @@ def growth_command(bench: tyro.conf.OmitArgPrefixes[growth.Options], output: tyr
     """How speed and memory grow with workers, batch, image size, samples, files, classes, ranks and the model's width.
 
     Takes about four minutes a round on 2 cores, most of it for the processes whose memory is measured, and 1 GB on the
-    disk.
+    disk. --json is written after each place; the same command goes on from a file that is not finished.
     """
-    _bench(partial(growth.run, bench), output, print_exponents, chart=growth.growth_chart)
+    run = partial(growth.run, bench, keep=output.write_json, before=output.earlier())
+    _bench(run, output, print_exponents, chart=growth_chart)
 
 
 def all_command(

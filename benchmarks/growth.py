@@ -6,16 +6,17 @@ of a refresh of the spectra with the width of the model, and what one rank pays 
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import count as counted
 from pathlib import Path
-from statistics import median
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -36,7 +37,6 @@ from benchmarks.harness.measure import (
 )
 from benchmarks.harness.peak_memory import peak_resident_bytes
 from benchmarks.harness.sets import NUM_CLASSES, ensure_photos
-from benchmarks.harness.show import where
 from benchmarks.loader import Options as LoaderBench
 from benchmarks.loader import converted, plan_of, read_epoch
 from benchmarks.scale import axes
@@ -111,17 +111,44 @@ class _Growth:
         self.cases[name] = samples
         self.lines.setdefault(sweep, {}).setdefault(line, {})[x] = name
 
+    def take_back(self, before: Result) -> None:
+        """Sweeps that an earlier run has measured in full."""
+        for sweep, lines in before.extra["growth"].items():
+            if sweep in axes.AXES or any(name.startswith(f"{sweep}=") for name in before.failed):
+                continue
+            for line, places in lines.items():
+                for x, name in places.items():
+                    self.add(sweep, line, int(x), before.cases[name])
 
-def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
-    """Measure the sweeps; the section `growth` names the case of each point: sweep, line, place. Raises `UserError`."""
+
+def run(
+    options: Options,
+    note: Callable[[str], object] = nothing,
+    keep: Callable[[Result], object] = nothing,
+    before: Result | None = None,
+) -> Result:
+    """Measure the sweeps; the section `growth` names the case of each point: sweep, line, place. Raises `UserError`.
+
+    `keep` gets what there is after each sweep, and after each place on an axis of sets and ranks. `before` is what an
+    earlier call has kept: if it was not finished, and options and commit were the same, this one goes on from there.
+    """
     _check(options)
     from lowrank_vit.common.devices import pick_device
 
     device = pick_device(options.device)
-    surroundings, growth = environment(device.type), _Growth()
+    surroundings, growth, found = environment(device.type), _Growth(), axes.Found(options)
     chosen = [*dict.fromkeys(options.sweeps)]
+    wanted = {**json.loads(json.dumps(asdict(options), default=str)), "budget": None}
+    if before and _goes_on(before, surroundings, wanted):
+        note("going on from an earlier run")
+        growth.take_back(before)
+        found.take_back(before)
+
+    def so_far() -> Result:
+        return _result(options, surroundings, growth, found, {"options": wanted})
+
     for sweep in chosen:
-        if sweep in axes.AXES:
+        if sweep in axes.AXES or sweep in growth.lines:
             continue
         note(f"{sweep}:")
         if sweep == "memory":
@@ -136,18 +163,37 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
             result = measure("growth", named, {}, environment=surroundings, repeats=options.repeats, note=note)
             for line, x in cases:
                 growth.take(sweep, line, x, result)
-    few = () if options.repeats >= DEFAULT_REPEATS else ("Fewer than 5 rounds: a smoke test, not a measurement.",)
-    found = axes.measure_axes([axis for axis in axes.AXES if axis in chosen], options, note)
+        keep(so_far())
+    on_axes: list[axes.Axis] = [axis for axis in axes.AXES if axis in chosen]
+    axes.measure_axes(on_axes, options, found, note, lambda: keep(so_far()))
+    return so_far()
+
+
+def _goes_on(before: Result, surroundings: Mapping[str, Any], options: object) -> bool:
+    same = before.environment.get("commit") == surroundings["commit"] and before.extra.get("options") == options
+    return same and before.bench == "growth" and not before.extra["finished"]
+
+
+def _result(
+    options: Options, surroundings: Mapping[str, Any], growth: _Growth, found: axes.Found, extra: dict[str, object]
+) -> Result:
+    """Of what has been measured so far."""
+    joined = _Growth(dict(growth.cases), deepcopy(growth.lines))
     for axis, costs in found.costs.items():
         for cost, places in costs.items():
             for x, samples in sorted(places.items()):
-                growth.add(axis, cost, x, samples)
-    extra: dict[str, object] = {"growth": growth.lines}
+                joined.add(axis, cost, x, samples)
+    missing = [sweep for sweep in options.sweeps if sweep not in (*axes.AXES, *growth.lines)]
+    missing += [axis for axis in axes.AXES if axis in options.sweeps and not found.is_done(axis)]
+    remarks = [f"Not finished: {', '.join(missing)}."] if missing else []
+    rounds = min([options.repeats, *found.rounds.values()])
+    remarks += [f"Only {rounds} of {DEFAULT_REPEATS} rounds."] if rounds < DEFAULT_REPEATS else []
+    extra = {"growth": joined.lines, "finished": not missing, **extra}
     if found.costs:
-        wall_s = {name: median(seconds) for name, seconds in found.wall_s.items()}
-        extra |= {"exponents": found.exponents(), "extrapolated": found.extrapolated(), "wall_s": wall_s}
+        extra |= {"exponents": found.exponents(), "extrapolated": found.extrapolated()}
+        extra |= {"wall_s": dict(found.wall_s), "rounds": dict(found.rounds)}
     failed = {**growth.failed, **found.failed}
-    return Result("growth", surroundings, growth.cases, found.ratios(), (*few, *LIMITS), extra, failed)
+    return Result("growth", surroundings, joined.cases, found.ratios(), (*remarks, *LIMITS), extra, failed)
 
 
 def _check(options: Options) -> None:
@@ -276,97 +322,6 @@ def _print_peak(kind: str, path: Path, point: Point) -> None:
         run, _ = _epoch(kind, Beton(path), point, torch.device("cpu"), stack)
         run()
     print(peak_resident_bytes())
-
-
-LABELS = {
-    "workers": "decoding threads",
-    "batch": "images a batch",
-    "size": "side of the crop, pixels",
-    "samples": "samples in the set",
-    "memory": "samples in the set",
-    "width": "width of the ViT (192 tiny, 384 small, 768 base)",
-    **axes.LABELS,
-}
-TITLES = {
-    "workers": "Loading, by threads",
-    "batch": "Loading, by batch size",
-    "size": "Loading, by image size",
-    "samples": "Loading, by number of samples",
-    "memory": "Peak memory, by number of samples",
-    "width": "Spectra, by width",
-    **axes.TITLES,
-}
-APART = ("resident",)
-"""Lines that would flatten the others of their panel: nothing is decoded there."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes."""
-
-    sweep: str
-    title: str
-    unit: str
-    lines: Mapping[str, Mapping[int, Samples]]
-    """Line -> place on the axis -> what was found."""
-
-
-def panels_of(result: Result) -> list[Panel]:
-    """In the order of the sweeps; lines of another unit, and in loading the resident set, have a panel of their own."""
-    panels = []
-    growth: Mapping[str, Mapping[str, Mapping[int, str]]] = result.extra["growth"]
-    for sweep, of_sweep in growth.items():
-        groups: dict[tuple[str, str], dict[str, dict[int, Samples]]] = {}
-        for line, places in of_sweep.items():
-            cases = {int(x): result.cases[name] for x, name in sorted(places.items(), key=lambda item: int(item[0]))}
-            unit = next(iter(cases.values())).unit
-            own = line if line in APART and unit == "img/s" else ""
-            groups.setdefault((unit, own), {})[line] = cases
-        for (unit, own), lines in groups.items():
-            title = TITLES[sweep] + (f": {unit}" if sweep in axes.AXES else "")
-            if own:
-                title = title.replace("Loading", "Resident loading")
-            elif unit == SECONDS:
-                title = title.replace("Spectra", "A whole refresh of the spectra")
-            panels.append(Panel(sweep, title, unit, lines))
-    return panels
-
-
-def growth_chart(result: Result) -> bytes:
-    """The medians, with whiskers from the lowest to the highest sample, as a PNG."""
-    from lowrank_vit.report.style import EMA, INK, MODEL, heading, log_ticks, new_figure, png, tidy
-
-    panels = panels_of(result)
-    rows = -(-len(panels) // 2)
-    figure = new_figure(9.2, 0.9 + 2.5 * rows)
-    places = figure.subplots(rows, 2, squeeze=False).flatten()
-    colours = {"ffcv": MODEL, "dali": EMA, "resident": INK, "gram64": MODEL, "refresh": MODEL}
-    for place, panel in zip(places, panels, strict=False):
-        tidy(place, panel.title, LABELS[panel.sweep], panel.unit)
-        for line, cases in panel.lines.items():
-            place.errorbar(
-                list(cases), [case.median for case in cases.values()], yerr=_whiskers(list(cases.values())), label=line,
-                marker="o", ms=4, capsize=3, color=None if panel.sweep in axes.AXES else colours.get(line, INK),
-            )  # fmt: skip
-        if panel.sweep in axes.AXES:
-            place.set_xscale("log")
-            place.set_yscale("log")
-            for axis in (place.xaxis, place.yaxis):
-                log_ticks(axis)
-        else:
-            place.set_xticks(sorted({x for cases in panel.lines.values() for x in cases}))
-            place.set_ylim(bottom=0)
-        if len(panel.lines) > 1:
-            place.legend(frameon=False, fontsize=8.5 if len(panel.lines) < 4 else 6)
-    for place in places[len(panels) :]:
-        place.set_visible(False)
-    heading(figure, "Bench: growth", where(result))
-    return png(figure)
-
-
-def _whiskers(cases: Sequence[Samples]) -> list[list[float]]:
-    low = [case.median - min(case.samples) for case in cases]
-    return [low, [max(case.samples) - case.median for case in cases]]
 
 
 if __name__ == "__main__":

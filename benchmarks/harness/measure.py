@@ -131,6 +131,23 @@ class Result:
             **self.extra,
         }
 
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Result:
+        """The inverse of `to_dict`. Raises `KeyError` and the like for what is not the JSON of a bench."""
+        rest = dict(content)
+        bench, surroundings, settings = rest.pop("bench"), rest.pop("environment"), rest.pop("settings")
+        cases, ratios = (
+            {
+                name: Samples(
+                    tuple(one["samples"]), one.get("unit", ""), settings.get(name, ""), tuple(one.get("cpu", ()))
+                )
+                for name, one in rest.pop(section).items()
+            }
+            for section in ("cases", "ratios")
+        )
+        peers, failed, limits = (rest.pop(key) for key in ("peers", "failed", "limits"))
+        return cls(bench, surroundings, cases, ratios, tuple(limits), rest, failed, frozenset(peers))
+
     def to_json(self) -> str:
         """`to_dict` as indented JSON."""
         return json.dumps(self.to_dict(), indent=2) + "\n"

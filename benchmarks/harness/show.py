@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,13 @@ class Output:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"{flag} {path}: its folder cannot be made: {error.strerror}.") from error
+
+    def earlier(self) -> Result | None:
+        """What stands in --json now, if that is the result of a bench."""
+        try:
+            return self.json and Result.of(json.loads(self.json.read_bytes()))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
 
     def write(self, result: Result, chart: Callable[[Result], bytes] | None = None) -> None:
         """Write what was asked for; `chart` draws it (default: `bar_chart`). Raises `UserError`."""

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,8 +29,8 @@ from benchmarks.harness.sets import photograph_arrays
 from data_prep.convert import library_versions
 from data_prep.formats import beton as layout
 from data_prep.formats.jpeg import REASONS, ImageOptions
-from data_prep.formats.sample_table import SampleTable, checksum, sample_table_path, write_sample_table
-from data_prep.formats.sidecars import Manifest, manifest_path, write_manifest
+from data_prep.formats.sample_table import SampleTable, checksum, sample_table_path
+from data_prep.formats.sidecars import Manifest, manifest_path, manifest_text
 from lowrank_vit.common.errors import UserError, exit_cleanly
 from lowrank_vit.common.files import writing
 from lowrank_vit.common.filesystem import map_file
@@ -125,7 +125,7 @@ class _Names:
     num_samples: int
     num_classes: int
 
-    @property
+    @cached_property
     def classes(self) -> tuple[str, ...]:
         return tuple(f"c{label:0{self._digits}d}" for label in range(self.num_classes))
 
@@ -200,7 +200,8 @@ def _write(out: Path, jpegs: _Jpegs, names: _Names, ids: range, part: tuple[int,
             file.write(layout.allocations(offsets[which], sizes[which], begin).tobytes())
     table = SampleTable(checksums, np.full(num_samples, REASONS.index("passthrough"), np.uint8), REASONS, bytes(blob))
     content = table.to_bytes()
-    write_sample_table(sample_table_path(out), content)
+    # Not `write_manifest` and `write_sample_table`: those list the folder and wait for the disk, for every file.
+    sample_table_path(out).write_bytes(content)
     options: dict[str, Any] = {"classes": None, **asdict(ImageOptions()), "on_bad": "error"}
     with closing(map_file(out)) as data:
         manifest = Manifest(
@@ -221,7 +222,7 @@ def _write(out: Path, jpegs: _Jpegs, names: _Names, ids: range, part: tuple[int,
             sample_table_sha256=hashlib.sha256(content).hexdigest(),
             shard=part,
         )
-    write_manifest(manifest_path(out), manifest)
+    manifest_path(out).write_text(manifest_text(vars(manifest)), encoding="ascii")
 
 
 def _placed(sizes: np.ndarray, start: int, page_size: int) -> tuple[np.ndarray, int]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from benchmarks.harness import simulated
-from benchmarks.harness.measure import DEFAULT_REPEATS, Samples, nothing, reason_of
+from benchmarks.harness.measure import DEFAULT_REPEATS, Result, Samples, nothing, reason_of
 from benchmarks.harness.sets import made_anew
 from benchmarks.prep import CACHE
 from benchmarks.scale.exponents import EXTRAPOLATED, growth_of, ratio_name, ratio_of
@@ -28,6 +29,8 @@ WORLD_SIZE, BATCH_SIZE = 8, 16
 CLASSES = 21_841
 """ImageNet-21k's, in all sets that are large enough."""
 IMAGES_A_SHARD = 1000
+LONGEST_S = 900.0
+"""For one process."""
 RATIOS = {
     "first_batch": "first_batch",
     "resume": "resume",
@@ -43,7 +46,7 @@ class Options:
 
     sets: Annotated[tuple[int, ...], _NUMBERS] = (100_000, 1_000_000, 14_200_000)
     """Samples of simulated sets: what opening, planning, reading and naming cost a rank of 8."""
-    files: Annotated[tuple[int, ...], _NUMBERS] = (1, 10, 100, 1000)
+    files: Annotated[tuple[int, ...], _NUMBERS] = (1, 10, 100, 1000, 10_000)
     """Files that the smallest set is divided into."""
     classes: Annotated[tuple[int, ...], _NUMBERS] = (10, 1000, 4000, CLASSES)
     """Classes of a set that is scored by class, with as many samples as the most."""
@@ -53,6 +56,8 @@ class Options:
     """Files in a folder of which one shard of 1,000 is converted."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
     """Rounds that count, after one that does not (but for memory). Fewer than 5 are a smoke test."""
+    budget: Annotated[float, tyro.conf.arg(metavar="MINUTES")] = 60
+    """Begin nothing more on these axes after so long. The same command goes on from what --json has."""
     scratch: Annotated[Path, tyro.conf.arg(metavar="DIR")] = CACHE
     """Where photographs and converted and simulated sets are kept."""
 
@@ -66,6 +71,8 @@ class Found:
     wall_s: dict[str, list[float]] = field(default_factory=dict)
     """Of the cases that are CPU seconds."""
     failed: dict[str, str] = field(default_factory=dict)
+    rounds: dict[str, int] = field(default_factory=dict)
+    """How many each place has."""
 
     def add(self, axis: str, x: int, costs: Mapping[str, Mapping[str, Any]]) -> None:
         """What a probe has told."""
@@ -75,6 +82,21 @@ class Found:
             places[x] = Samples((*before, *cost["samples"]), cost["unit"], SETTINGS[name])
             if "wall" in cost:
                 self.wall_s.setdefault(case_name(axis, name, x), []).extend(cost["wall"])
+
+    def take_back(self, before: Result) -> None:
+        """What an earlier run has measured."""
+        for axis in AXES:
+            for cost, places in before.extra["growth"].get(axis, {}).items():
+                for x, name in places.items():
+                    case = before.cases[name]
+                    wall = {"wall": before.extra["wall_s"][name]} if name in before.extra["wall_s"] else {}
+                    self.add(axis, int(x), {cost: {"unit": case.unit, "samples": case.samples, **wall}})
+        self.rounds.update(before.extra.get("rounds", {}))
+
+    def is_done(self, axis: Axis) -> bool:
+        """Whether each place has had its rounds, or has failed."""
+        names = _places(axis, self.options).values()
+        return all(name in self.failed or self.rounds.get(name, 0) >= self.options.repeats for name in names)
 
     def pieces(self, axis: str, x: int) -> float:
         """What a cost is divided by: a rank's own samples, or files or classes."""
@@ -153,26 +175,44 @@ def case_name(axis: str, cost: str, x: int) -> str:
     return f"{axis}={x}/{cost}"
 
 
-def measure_axes(axes: Sequence[Axis], options: Options, note: Callable[[str], object] = nothing) -> Found:
-    """Measure the axes, round by round, each place in processes of its own. Raises `UserError`."""
+def _places(axis: Axis, options: Options) -> dict[int, str]:
+    """Their names; all worlds are one place, which one process measures."""
+    return {0: axis} if axis == "ranks" else {x: f"{axis}={x}" for x in getattr(options, axis)}
+
+
+def measure_axes(
+    axes: Sequence[Axis],
+    options: Options,
+    found: Found,
+    note: Callable[[str], object] = nothing,
+    keep: Callable[[], object] = nothing,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Add to `found` the rounds that it lacks, each place in processes of its own; `keep` is called after each.
+
+    No place is begun after --budget. Raises `UserError` for wrong options.
+    """
     for axis in axes:
         if not getattr(options, axis) or min(getattr(options, axis)) < 1:
             raise UserError(f"--{axis} takes numbers of 1 or more.")
-    found = Found(options)
+    end = clock() + 60 * options.budget
     for n in range(options.repeats):
         for axis in axes:
-            for x in getattr(options, axis) if axis != "ranks" else (0,):
-                name = f"{axis}={x}"
-                if name in found.failed:
+            for x, name in _places(axis, options).items():
+                if name in found.failed or found.rounds.get(name, 0) > n:
                     continue
-                note(f"round {n + 1} of {options.repeats}: {name if x else axis}")
+                if clock() >= end:
+                    note(f"the budget of {options.budget:g} minutes is used up; the same command goes on from here")
+                    return
+                note(f"round {n + 1} of {options.repeats}: {name}")
                 try:
-                    for place, costs in _MEASURED[axis](x, options, note):
+                    for place, costs in [*_MEASURED[axis](x, options, note)]:
                         found.add(axis, place, costs)
+                    found.rounds[name] = n + 1
                 except RuntimeError as error:
                     found.failed[name] = reason_of(error)
                     note(f"{name} failed: {found.failed[name]}")
-    return found
+                keep()
 
 
 _Costs = Iterator[tuple[int, Mapping[str, Any]]]
@@ -272,7 +312,10 @@ def _folder(scratch: Path, count: int) -> Path:
 def probe(name: str, /, **arguments: object) -> dict[str, Any]:
     """What a process of its own tells. Raises `RuntimeError` where it fails."""
     command = [sys.executable, "-m", "benchmarks.scale.probes", name, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST_S)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"ended after {LONGEST_S:,.0f} s, the time it was given") from error
     if done.returncode != 0:
         last = done.stderr.strip().rpartition("\n")[2]
         raise RuntimeError(f"ended with code {done.returncode}: {last}")

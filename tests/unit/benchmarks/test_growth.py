@@ -14,6 +14,7 @@ from benchmarks import growth
 from benchmarks.__main__ import main
 from benchmarks.harness.measure import Result, Samples
 from benchmarks.scale import axes
+from benchmarks.scale.chart import growth_chart, panels_of
 from lowrank_vit.common.errors import UserError
 
 
@@ -114,7 +115,7 @@ def grown_everywhere() -> Result:
 
 
 def test_a_panel_has_one_unit_and_nothing_that_hides_the_others():
-    panels = growth.panels_of(grown_everywhere())
+    panels = panels_of(grown_everywhere())
     found = [(panel.sweep, panel.unit, list(panel.lines)) for panel in panels]
     assert ("samples", "img/s", ["ffcv", "dali"]) in found
     assert ("samples", "img/s", ["resident"]) in found
@@ -126,7 +127,7 @@ def test_a_panel_has_one_unit_and_nothing_that_hides_the_others():
 
 
 def test_a_picture_of_all_sweeps_is_small():
-    assert len(growth.growth_chart(grown_everywhere())) < 200_000
+    assert len(growth_chart(grown_everywhere())) < 200_000
 
 
 def test_wrong_options():

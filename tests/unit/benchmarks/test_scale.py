@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks import growth
-from benchmarks.__main__ import main
-from benchmarks.harness.measure import Samples
+from benchmarks.__main__ import main, run_command
+from benchmarks.harness.measure import Result, Samples
 from benchmarks.scale import axes, probes
 from benchmarks.scale.exponents import growth_of, ratio_name, ratio_of
 
@@ -102,3 +104,81 @@ def test_a_place_that_fails_is_told_and_the_others_are_measured(tmp_path, monkey
     assert set(result.cases) == {"classes=5/per_class_peak"}
     assert list(result.failed) == ["classes=50"]
     assert result.is_broken
+
+
+PLACES = ("--files", "1", "3", "--classes", "5", "50")
+DONE = (2, 4, 5, 6, 8, 10, 11, 12)
+"""Probes after which a place has a round more: two for a number of files, one for a number of classes."""
+
+
+def told(name: str, /, **_arguments: Any) -> dict[str, Any]:
+    """What a probe tells, without measuring."""
+    return {name: {"unit": probes.CPU_SECONDS, "samples": [1.0, 2.0], "wall": [3.0]}}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs two axes with probes that only tell; returns the JSON."""
+    monkeypatch.setattr(growth, "environment", lambda _device: {"commit": "c0ffee"})
+    monkeypatch.setattr(axes, "SETTINGS", {name: name for name in probes.PROBES})
+    monkeypatch.setattr(axes, "_simulated", lambda *_args, **_kwargs: tmp_path / "train.beton")
+
+    def run(path: Path, *more: str, probe: Callable[..., dict[str, Any]] = told) -> dict[str, Any]:
+        monkeypatch.setattr(axes, "probe", probe)
+        where = ["--scratch", str(tmp_path), "--json", str(path), "--device", "cpu"]
+        run_command(["growth", "--sweeps", "files", "classes", *PLACES, *where, "--repeats", "2", *more])
+        return json.loads(path.read_text())
+
+    return run
+
+
+class Ended:
+    """A probe that is interrupted at its `at`-th call."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __call__(self, name: str, /, **arguments: Any) -> dict[str, Any]:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return told(name, **arguments)
+
+
+def test_a_run_that_is_ended_anywhere_goes_on_to_the_result_of_a_whole_one(tmp_path, run):
+    def figures(content: dict[str, Any]) -> dict[str, Any]:
+        return {key: content.get(key) for key in ("cases", "growth", "exponents", "wall_s", "rounds", "finished")}
+
+    whole = run(tmp_path / "whole.json")
+    assert whole["finished"]
+    assert Result.of(whole).to_dict() == whole
+    for at in (1, 4, 6, 7, 12):
+        path = tmp_path / f"{at}.json"
+        with pytest.raises(KeyboardInterrupt):
+            run(path, probe=Ended(at))
+        assert path.exists() == (at > DONE[0])
+        if path.exists():
+            kept = json.loads(path.read_text())
+            assert sum(kept["rounds"].values()) == sum(done < at for done in DONE)
+            assert not kept["finished"]
+            assert kept["limits"][0].startswith("Not finished: ")
+        assert figures(run(path)) == figures(whole)
+
+
+def test_what_is_finished_or_of_other_options_is_measured_anew_and_a_budget_ends_a_run(tmp_path, run):
+    path, plot = tmp_path / "growth.json", tmp_path / "growth.png"
+    with pytest.raises(KeyboardInterrupt):
+        run(path, probe=Ended(7))
+    kept = json.loads(path.read_text())
+    drawn = run(path, "--budget", "0", "--plot", str(plot), probe=Ended(1))
+    assert drawn["rounds"] == kept["rounds"]
+    assert not drawn["finished"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(KeyboardInterrupt):
+        run(path, "--sets", "7", probe=Ended(9))  # a run of these options has nothing yet
+    assert sum(json.loads(path.read_text())["rounds"].values()) == sum(done < 9 for done in DONE)
+    assert run(path)["finished"]
+    with pytest.raises(KeyboardInterrupt):
+        run(path, probe=Ended(1))  # since it is finished, it is measured anew
+    path.write_text("[]")
+    assert run(path)["finished"]
