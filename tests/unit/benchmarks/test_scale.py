@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -119,7 +120,8 @@ def told(name: str, /, **_arguments: Any) -> dict[str, Any]:
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs two axes with probes that only tell; returns the JSON."""
-    monkeypatch.setattr(growth, "environment", lambda _device: {"commit": "c0ffee"})
+    commits = itertools.chain(["c0ffee"], itertools.repeat("c0ffee+changes"))
+    monkeypatch.setattr(growth, "environment", lambda _device: {"commit": next(commits)})
     monkeypatch.setattr(axes, "SETTINGS", {name: name for name in probes.PROBES})
     monkeypatch.setattr(axes, "_simulated", lambda *_args, **_kwargs: tmp_path / "train.beton")
 
