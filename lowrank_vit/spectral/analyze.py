@@ -46,16 +46,16 @@ _LISTED = ("sv", "sv_last")
 
 @dataclass(frozen=True)
 class Analysis:
-    """Matrices by name, in model order: what was solved and every scalar about it."""
+    """The solutions and scalars of one set of weights, by matrix in model order."""
 
     settings: SpectralSettings
     solved: dict[str, Solved]
     values: dict[str, dict[str, float]]
     weights: dict[str, Tensor] = field(repr=False)
     statistics: dict[str, dict[str, float]] = field(default_factory=dict)
-    """What the fitted numbers are worth; empty where it was not asked for."""
+    """Tests of the fitted numbers, see `statistics.statistics_of`; empty where they were not asked for."""
     circuits: dict[str, BlockCircuits] = field(default_factory=dict)
-    """By block, where they were asked for."""
+    """By block; empty where they were not asked for."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -64,7 +64,7 @@ class Analysis:
 
     @cached_property
     def far_entries(self) -> dict[str, list[FarEntry]]:
-        """Single entries far out of a matrix; only matrices that have any."""
+        """Single entries far from the rest of their matrix; only matrices that have any."""
         return far_entries_by_name(self.weights)
 
     @property
@@ -81,10 +81,10 @@ class Analysis:
 def choose_weights(
     state: Mapping[str, Tensor], targets: Targets, split_qkv: bool, device: torch.device, arch: str = ""
 ) -> tuple[dict[str, Tensor], frozenset[str]]:
-    """Name to matrix, on `device`, and which of them are known to be Q, K and V by rows.
+    """Name to matrix on `device`, and the names of those whose rows are known to be Q, K and V.
 
-    `arch`: timm's name of the model, which tells that; without it the names in `state` do where they are a plain ViT's.
-    Layers in factors count as those they stand for. Raises `UserError`, see `choose_targets`.
+    That layout follows from `arch`, timm's name of the model; without it from the names in `state`, for a plain ViT. A
+    layer in factors counts as the layer it replaces. Raises `UserError`, see `choose_targets`.
     """
     state = with_products(state)
     watched = choose_targets(state, targets, split_qkv, fused_qkv_of_state(state, arch), flags="--")
@@ -100,13 +100,15 @@ def analyze_weights(
     fused: Collection[str] = (),
     say: Callable[[str], object] | None = None,
 ) -> Analysis:
-    """Solve the matrices where they are and describe them, as the monitor does. `fused`: see `choose_weights`.
+    """Solve the matrices on their device and describe them as the monitor does.
 
-    `say` is told beforehand how long that takes, where it is long, and then how far it is.
-
-    With `bootstraps` their `statistics` are there too, of so many draws each; see `statistics.statistics_of`.
-
-    With `precision` float32 a plain float32 SVD is described instead, with its certificates: what the usual code sees.
+    Args:
+        weights: matrices by name, of any floating-point dtype.
+        settings: those of the monitor.
+        precision: "float32" describes a plain float32 SVD instead, with its certificates, as most code computes it.
+        bootstraps: draws for each matrix's `statistics`; 0 leaves these out. See `statistics.statistics_of`.
+        fused: see `choose_weights`.
+        say: gets a message about the expected time, where that is long, and then the progress.
     """
     if precision == "float64":
         solved = _solved(weights, settings, fused, say)
@@ -124,7 +126,7 @@ def _solved(
     fused: Collection[str],
     say: Callable[[str], object] | None,
 ) -> dict[str, Solved]:
-    """By pieces of one shape, of which one at a time is copied."""
+    """Solve the matrices in pieces of one shape; only one piece at a time is copied."""
 
     def stacks_of(names: Iterable[str]) -> list[MatrixStack]:
         return stack_by_shape({name: weights[name] for name in names}, fused)
@@ -143,10 +145,10 @@ def _solved(
 def compare(before: Analysis, after: Analysis) -> dict[str, dict[str, float]]:
     """By name, what the monitor would log at `after` with `before` as the refresh before it, and "update_rel".
 
-    That is |W - W'|_F / |W'|_F, W' of `before`; NaN where that is zero.
+    "update_rel" is |W - W'|_F / |W'|_F, W' of `before`; NaN where W' is zero.
 
     Raises:
-        UserError: they are not of the same matrices.
+        UserError: the two are not of the same matrices.
     """
     if before.shapes != after.shapes:
         different = sorted(set(before.shapes.items()) ^ set(after.shapes.items()))[0]
@@ -157,7 +159,7 @@ def compare(before: Analysis, after: Analysis) -> dict[str, dict[str, float]]:
     of_weights: dict[str, dict[str, float]] = {}
     threads = after.settings.cpu_threads
     for names in names_in_pieces(before.weights, threads):
-        # Files of one model may have its matrices in another type.
+        # Two files of one model may store its matrices in different dtypes.
         pair = (stack_by_shape({name: of.weights[name].double() for name in names}) for of in (before, after))
         ((old,), (new,)) = pair
         energies = block_energies(before.solved, after.solved, new, threads)
@@ -175,9 +177,9 @@ def as_json(analysis: Analysis, meta: Mapping[str, Any]) -> dict[str, Any]:
     Every float is the float64 itself (Python writes the shortest text that reads back to the same bits); a NaN or an
     infinity, which JSON does not know, is null. "sv_topk" and "sv_lastk" are the values at "indices_top" and
     "indices_last" (see `recorded_indices`); "chance" is what each principal cosine of these vectors would be
-    between random subspaces, by side (see `subspaces.chance_of_each`); "far_entries" are single entries far out of the
-    matrix, as [{"at": [row, column], "value", "deviations"}] (see `initial.far_entries`). The other names are the
-    monitor's. "circuits" has by block what `circuits.circuit_metrics` says, where the analysis has them.
+    between random subspaces, by side (see `subspaces.chance_of_each`); "far_entries" are single entries far from the
+    rest, as [{"at": [row, column], "value", "deviations"}] (see `initial.far_entries`). The other names are the
+    monitor's. "circuits" is `circuits.circuit_metrics` by block, where the analysis has circuits.
     """
     settings, layers = analysis.settings, {}
     for name, solved in analysis.solved.items():
@@ -216,9 +218,9 @@ def drift_as_json(drift: Mapping[str, Mapping[str, float]], meta: Mapping[str, A
 def arrays_of(analysis: Analysis, *, vectors: bool, full: bool) -> dict[str, np.ndarray]:
     """The arrays to save, float64, by "<name>:<what>".
 
-    "s" (K,) all values; of a fused qkv matrix "scaled" (K,), see `extremes.Thirds`.
-    With `vectors` also "top:u" (R, k), "top:v" (C, k), "last:u", "last:v" at the recorded indices;
-    or with `full` as well "u" (R, K), "v" (C, K) of all of them (a float64 SVD of its own), u diag(s) v^T = the matrix.
+    "s" (K,) all values; of a fused qkv matrix also "scaled" (K,), see `extremes.Thirds`. With `vectors` also "top:u"
+    (R, k), "top:v" (C, k), "last:u", "last:v" at the recorded indices. With `vectors` and `full` instead "u" (R, K) and
+    "v" (C, K) of all values, from a separate float64 SVD: the matrix is u diag(s) v^T.
     """
     arrays: dict[str, np.ndarray] = {}
     for name, solved in analysis.solved.items():
@@ -236,10 +238,10 @@ def arrays_of(analysis: Analysis, *, vectors: bool, full: bool) -> dict[str, np.
 
 
 def free_stem(folder: Path, meta: Mapping[str, Any]) -> str:
-    """What the names of an analysis's files begin with: the model, and more where that is another state's.
+    """The beginning of the names of an analysis's files: the model's name, and more where another state has that.
 
-    A state is a model's, a checkpoint's with its epoch, and its EMA or its raw weights. Its own earlier files, of
-    whatever settings, are replaced.
+    A state is known by its model, checkpoint and epoch, and by whether it is the EMA or the raw weights. Earlier files
+    of the same state are replaced, whatever their settings.
     """
     ema = "_ema" if meta["use_ema"] else ""
     of_file = Path(meta["checkpoint"]).name.split(".")[0]
@@ -263,7 +265,7 @@ def _is_own(path: Path, meta: Mapping[str, Any]) -> bool:
 def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     """Write to .npz or, as tensors, to .pt; atomically. Raises `UserError`.
 
-    What killed processes have left of a file of this name goes first: it may be large.
+    Leftovers of this file from killed processes are removed first, since they may be large.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

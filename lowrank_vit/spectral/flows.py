@@ -1,4 +1,4 @@
-"""Activations and attention of a model on some images: what hooks on a copy of it see, and the numbers of that."""
+"""Activations and attention of a model on some images, seen by hooks on a copy of the model, and their metrics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Entropy:
 
 @dataclass(frozen=True)
 class Flows:
-    """What was found out of one model; every dictionary is by block."""
+    """The measurements of one model; every dictionary is by block."""
 
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     """`token_metrics`, and where the attention is known "entropy", a mean over heads, tokens and images, in nats, and
@@ -40,7 +40,7 @@ class Flows:
     variances: dict[str, np.ndarray] = field(default_factory=dict)
     """(C,) `token_variances`."""
     entropies: dict[str, np.ndarray] = field(default_factory=dict)
-    """(H,) means over tokens and images, nats; of several attentions in a block one after another."""
+    """(H,) means over tokens and images, in nats; the heads of several attentions of a block follow one another."""
 
 
 def blocks_of(model: nn.Module) -> list[str]:
@@ -52,8 +52,8 @@ def blocks_of(model: nn.Module) -> list[str]:
     found = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
     if not found:
         raise UserError(
-            f"--spec-flows: {type(model).__name__} has no blocks, modules named blocks.0 and so on, whose outputs "
-            "could be looked at. Leave it out."
+            f"--spec-flows: {type(model).__name__} has no blocks (modules named blocks.0 and so on) whose outputs "
+            "could be measured. Leave --spec-flows out."
         )
     return found
 
@@ -67,7 +67,7 @@ def attentions_of(model: nn.Module, blocks: Iterable[str]) -> dict[str, list[str
 def check_flows(model: nn.Module, run: Callable[[], object]) -> None:
     """Raise `UserError` where `measure` could not tell what the tokens of a model are.
 
-    `run` calls it on an image, which may be without memory (on the device "meta"); what else fails there is not told.
+    `run` calls the model on an image, which may be on the device "meta". Other errors of the call are ignored.
     """
     with ExitStack() as stack:
         for name in blocks_of(model):
@@ -80,12 +80,12 @@ def check_flows(model: nn.Module, run: Callable[[], object]) -> None:
             run()
         except UserError:
             raise
-        except Exception:  # some models look at numbers, which are not there without data
+        except Exception:  # some models read values, which meta tensors lack
             return
 
 
 def remark_on_attention(model: nn.Module) -> str:
-    """A line about blocks whose attention's entropy is not told, and why; empty where there are none."""
+    """A line about blocks whose attention entropy is not measured, and why; empty where there are none."""
     blocks = blocks_of(model)
     known = attentions_of(model, blocks)
     missing = [block for block in blocks if block not in known]
@@ -93,11 +93,11 @@ def remark_on_attention(model: nn.Module) -> str:
         return ""
     named = [m for n, m in model.get_submodule(missing[0]).named_modules() if _NAMED_ATTENTION.fullmatch(n)]
     cls = type(named[0]) if named else None
-    whose = f"{cls.__module__}.{cls.__qualname__}" if cls else "none that is named like one"
+    whose = f"{cls.__module__}.{cls.__qualname__}" if cls else "no module is named like one"
     which = missing[0] if len(missing) == 1 else f"{missing[0]} to {missing[-1]}"
     return (
-        f"--spec-flows: no entropy of the attention of {which} ({whose}), whose probabilities are not known to be "
-        "softmax(q k) alone; activations are looked at"
+        f"--spec-flows: the attention of {which} ({whose}) is not known to be plain softmax(q k), so its entropy is "
+        "not measured; activations are"
     )
 
 
@@ -107,13 +107,13 @@ def measure(
     run: Callable[[Tensor], object],
     batches: Iterable[Tensor],
 ) -> Flows:
-    """Run a model over batches of images and describe what its blocks give and what their attention looks at.
+    """Run a model over batches of images and measure the outputs and the attention of its blocks.
 
-    The model gets hooks, which are taken off again: hand over a copy, in evaluation mode, that nothing was compiled of.
+    The model gets hooks, which are removed afterwards: pass a copy in evaluation mode that was not compiled.
 
     Args:
         model: the module whose blocks are watched.
-        run: calls the model on the images of a batch, such as under autocast.
+        run: calls the model on the images of a batch, for example under autocast.
         batches: of images, at least one.
 
     Raises:
@@ -171,10 +171,10 @@ def _described(tokens: dict[str, TokenSums], entropies: dict[str, _Entropy], att
 
 
 def _as_tokens(block: str, module: nn.Module, output: Any) -> Tensor:
-    """A block's output as (N, T, C); each place of a map is a token. Raises `UserError` where that is not clear.
+    """A block's output as (N, T, C); each position of a feature map is a token. Raises `UserError` if unclear.
 
-    Which dimension of a map has the channels its layout does not tell: it is the one as long as a vector of the block's
-    parameters, such as a norm's.
+    The channels of a feature map are the dimension that is as long as a vector among the block's parameters, such as a
+    norm's weight.
     """
     x = output[0] if isinstance(output, tuple) else output
     if isinstance(x, Tensor) and x.ndim == 3:
@@ -186,6 +186,6 @@ def _as_tokens(block: str, module: nn.Module, output: Any) -> Tensor:
             return x.flatten(1, 2) if is_last else x.flatten(2).mT
     what = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
     raise UserError(
-        f"--spec-flows: the output of {block} ({type(module).__name__}) is {what}, of which it is not clear what its "
-        "tokens and their channels are. Leave it out."
+        f"--spec-flows: the output of {block} ({type(module).__name__}) is {what}: it is not clear which dimensions "
+        "are tokens and which are channels. Leave --spec-flows out."
     )

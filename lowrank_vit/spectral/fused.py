@@ -1,7 +1,7 @@
-"""What is known of attentions by their classes: of which a layer named qkv has Q, K and V as the thirds of its rows.
+"""Known attention classes: those whose layer named qkv has Q, K and V as the thirds of its rows.
 
-Names and shapes do not tell: tiny_vit, MaxViT and EfficientFormer have the rows of head 1 first, each with its own
-three parts. So a layer counts only where the forward of the module that holds it is known.
+Names and shapes do not tell: in tiny_vit, MaxViT and EfficientFormer the three parts of head 1 come first, then those
+of head 2. So a layer counts only where the forward of the module that holds it is known.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowrank_vit.model.low_rank import LowRankLinear
 
 _BY_HEAD = "head_first"
-"""What an attention that can do both calls the other order."""
+"""The attribute of a class that supports both orders; true where the rows are head by head."""
 KNOWN = frozenset(
     """timm.layers.attention.Attention timm.layers.attention.AttentionRope timm.layers.attention2d.Attention2d
     timm.layers.attention_pool2d.AttentionPool2d timm.layers.attention_pool2d.RotAttentionPool2d
@@ -43,12 +43,12 @@ _PLAIN_VIT = ("norm1.weight", "attn.proj.weight", "norm2.weight", "mlp.fc1.weigh
 
 
 def is_named_qkv(name: str) -> bool:
-    """Whether a matrix is the layer of an attention that gives queries, keys and values at once, in some order."""
+    """Whether the name is that of a layer that computes queries, keys and values at once, in whatever order."""
     return name.rpartition(".")[2] in ("qkv", _OF_TORCH)
 
 
 def fused_qkv(model: nn.Module) -> frozenset[str]:
-    """The modules whose weight's rows are Q, K and V, a third each; of torch's own attention its parameter."""
+    """Names of the modules whose weight's rows are Q, K and V, a third each; for torch's attention the parameter's."""
     modules = dict(model.named_modules())
     found = {f"{name}.qkv".lstrip(".") for name, module in modules.items() if _is_known(module)}
     of_torch = {
@@ -60,13 +60,13 @@ def fused_qkv(model: nn.Module) -> frozenset[str]:
 
 
 def fused_qkv_of_state(state: Mapping[str, Tensor], arch: str) -> frozenset[str]:
-    """The same of a state dict: by the timm model it is of, or where `arch` is none by the names of a plain ViT."""
+    """`fused_qkv` of a state dict: from timm's model `arch`, or where timm has none, from the names of a plain ViT."""
     of_torch = frozenset(key for key, weight in state.items() if key.endswith(_OF_TORCH) and _is_of_torch(weight))
     named = [name for key in state if key not in of_torch and is_named_qkv(name := key.removesuffix(".weight"))]
     outline = _outline(arch) if named else None
     if outline is None:
         return of_torch.union(name for name in named if _is_plain(state, name))
-    # The file may be of a model of another depth.
+    # The file's model may have another depth.
     by_place = {_place(name): name in fused_qkv(outline) for name, _ in outline.named_modules() if is_named_qkv(name)}
     return of_torch.union(name for name in named if by_place.get(_place(name), False))
 
@@ -81,7 +81,7 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def forward_of(module: nn.Module) -> str:
-    """The class whose forward a module has, with its package: "timm.layers.attention.Attention"."""
+    """The class that defines a module's forward, with its package: "timm.layers.attention.Attention"."""
     owner = next((c for c in type(module).__mro__ if "forward" in vars(c)), nn.Module)
     return f"{owner.__module__}.{owner.__qualname__}"
 
@@ -95,14 +95,14 @@ def _has_weight(model: nn.Module, name: str) -> bool:
 
 
 def _outline(arch: str) -> nn.Module | None:
-    """The model without memory for its weights; None where timm does not know it or cannot make it so."""
+    """The model with its weights on the device meta; None where timm does not know it or cannot build it so."""
     import timm
     import torch
 
     try:
         with torch.device("meta"):
             return timm.create_model(arch) if timm.is_model(arch) else None
-    except Exception:  # some constructors look at numbers, which are not there
+    except Exception:  # some constructors read values, which meta tensors lack
         return None
 
 

@@ -1,8 +1,8 @@
-"""Which weights make the circuits of a model's heads, block by block.
+"""The weights that make up the circuits of a model's heads, block by block.
 
-A head's circuits are W_Q^T W_K and W_O W_V only where nothing that looks at the token or its place stands between these
-factors, and where the input is normalised before and the output is added to the stream as it is. So a model is refused
-by name unless the forward of all its attention is known to be so.
+A head's circuits are W_Q^T W_K and W_O W_V only if nothing between these factors depends on the token or its position,
+the input is normalised before attention, and the output is added to the stream as it is. So a model is refused, naming
+the layer, unless the forward of all its attention is known to be so.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lowrank_vit.spectral.select import Target
 from lowrank_vit.spectral.solving.solve import side_by_side
 
 Circuits = Literal["none", "raw", "folded"]
-"""raw: the projections themselves. folded: with the weight of the norm before them, and of LayerScale behind them."""
+"""raw: the projections themselves. folded: times the weights of the norm before and of the LayerScale after them."""
 
 _PLAIN = {
     "timm.models.vision_transformer.Block": "ls1.gamma",
@@ -34,7 +34,7 @@ _PLAIN = {
     "timm.models.beit.Block": "gamma_1",
     "timm.models.eva.EvaBlock": "gamma_1",
 }
-"""Blocks that are x + scale * attn(norm1(x)), and where their scale is."""
+"""Blocks that are x + scale * attn(norm1(x)), and the name of their scale."""
 _PLAIN_ATTENTION = frozenset(
     """timm.layers.attention.Attention timm.layers.attention.AttentionRope timm.models.beit.Attention
     timm.models.eva.EvaAttention timm.models.vision_transformer_relpos.RelPosAttention""".split()
@@ -43,15 +43,15 @@ _PLAIN_ATTENTION = frozenset(
 _NORMS = re.compile(r"(Layer|Rms|RMS|Simple)Norm(Fp32)?")
 """Classes that multiply by their weight last, and add a bias."""
 _OTHERS = {
-    r"ResPost\w*|\w*PostNorm|SwinTransformerV2\w*": "normalises what attention has written, not what it reads",
+    r"ResPost\w*|\w*PostNorm|SwinTransformerV2\w*": "normalises the output of attention, not its input",
     r"Parallel\w*|DiffParallel\w*": "has other branches beside its attention",
     r"Diff\w*": "subtracts one attention map from another",
-    r"TalkingHead\w*": "mixes the maps of its heads",
+    r"TalkingHead\w*": "mixes the attention maps of its heads",
     r"XCA|ChannelAttention\w*|CrossCovariance\w*": "compares channels, not tokens",
-    r"GPSA": "mixes its map with one of places",
+    r"GPSA": "mixes its attention map with one of positions",
     r"LinearAttention\w*|LiteMLA": "has no softmax",
 }
-"""Classes, as patterns, and what else they do."""
+"""Patterns of class names, and how these differ from plain attention."""
 _IS_ATTENTION = re.compile(r"Att(n|ention)|MHSA|MSA\b|XCA|GPSA|MLA")
 _IS_POOLING = re.compile(r"Pool")
 
@@ -90,7 +90,8 @@ def attention_blocks(model: nn.Module, circuits: Circuits, flag: str = "--spec-c
 
     def refuse(name: str, why: str) -> UserError:
         return UserError(
-            f"{flag}: {name} {why}. So the circuits of this model's heads are not W_Q^T W_K and W_O W_V; leave it out."
+            f"{flag}: {name} {why}. So the circuits of this model's heads are not W_Q^T W_K and W_O W_V; leave {flag} "
+            "out."
         )
 
     blocks: dict[str, AttentionBlock] = {}
@@ -98,7 +99,7 @@ def attention_blocks(model: nn.Module, circuits: Circuits, flag: str = "--spec-c
     for name, module in model.named_modules():
         kind = type(module).__name__
         if "Rotary" in kind:
-            raise refuse(name, "turns queries and keys by their place (rotary positions)")
+            raise refuse(name, "rotates queries and keys by their position (rotary positions)")
         if inside and name.startswith(inside):
             continue
         if forward_of(module) in _PLAIN:
@@ -109,12 +110,12 @@ def attention_blocks(model: nn.Module, circuits: Circuits, flag: str = "--spec-c
         elif name and not _IS_POOLING.search(kind) and (why := _oddity(kind)):
             raise refuse(f"{name} ({kind})", why)
     if not blocks:
-        raise refuse(type(model).__name__, "has no attention that is known here")
+        raise refuse(type(model).__name__, "has no attention of a known class")
     return blocks
 
 
 def _oddity(kind: str) -> str:
-    """What a class that is no plain block does; empty where it has nothing to do with attention."""
+    """How a class differs from plain attention; empty where it has nothing to do with attention."""
     for pattern, why in _OTHERS.items():
         if re.fullmatch(pattern, kind):
             return why
@@ -133,8 +134,8 @@ def _why_not(block: Any, circuits: Circuits) -> tuple[str, str] | None:
     for part, why in {
         "q_norm": "normalises queries and keys (qk-norm)",
         "k_norm": "normalises queries and keys (qk-norm)",
-        "norm": "normalises what the heads have gathered",
-        "gate": "multiplies what the heads have gathered by a gate of the token",
+        "norm": "normalises the outputs of the heads",
+        "gate": "multiplies the outputs of the heads by a gate that depends on the token",
     }.items():
         if has(part):
             return f"attn.{part}", why
@@ -142,16 +143,16 @@ def _why_not(block: Any, circuits: Circuits) -> tuple[str, str] | None:
     for part in parts:
         layer = getattr(attn, part)
         if not isinstance(layer, nn.Linear | LowRankLinear) and not has_adapter(layer):
-            return f"attn.{part}", f"is no plain layer, but {type(layer).__name__}"
+            return f"attn.{part}", f"is not a plain linear layer but a {type(layer).__name__}"
     if not has("qkv") and attn.q_proj.out_features != attn.k_proj.out_features:
-        return "attn.k_proj", "has fewer heads than queries have (grouped queries)"
+        return "attn.k_proj", "has fewer heads than the queries (grouped queries)"
     width = attn.proj.out_features
     if width != (attn.qkv if has("qkv") else attn.q_proj).in_features:
         return "attn.proj", f"writes {width} values to a stream of another width"
     if circuits == "folded" and not isinstance(block.norm1, nn.Identity):
         kind = type(block.norm1).__name__
         if not _NORMS.fullmatch(kind):
-            return "norm1", f"is a {kind}, whose weight is not known to be a factor (with raw it is left out)"
+            return "norm1", f"is a {kind}, whose weight is not known to be a factor (raw does without it)"
     return None
 
 
@@ -174,17 +175,17 @@ class Heads:
     """The blocks whose circuits one process computes."""
 
     blocks: dict[str, AttentionBlock]
-    """All of the model's."""
+    """All blocks of the model."""
     share: tuple[str, ...]
-    """Names of those that are this one's."""
+    """Names of the blocks that this process computes."""
 
     @classmethod
     def shared_out(cls, blocks: dict[str, AttentionBlock], ranks: int) -> list[Heads]:
-        """The share of each rank: blocks that follow one another, as many for each."""
+        """The share of each rank: consecutive blocks, about as many for each."""
         return [cls(blocks, tuple(map(str, names))) for names in np.array_split(list(blocks), ranks)]
 
     def others(self, model: nn.Module, among: Collection[str]) -> dict[str, Tensor]:
-        """The parameters needed beside the matrices whose names are `among`, all as matrices; see `matrices_of`."""
+        """The parameters needed in addition to the matrices named in `among`, all as matrices; see `matrices_of`."""
         names: dict[str, Target] = {}
         for target in self._targets:
             if target.module not in among and _matrix_name(target) not in among:
@@ -193,12 +194,12 @@ class Heads:
         return matrices | {name: model.get_parameter(name).detach()[None] for name in self._factors}
 
     def reads(self, name: str) -> bool:
-        """Whether `circuits_by_block` looks at weights of this name."""
+        """Whether `circuits_by_block` reads weights of this name."""
         return name in self._names
 
     @cached_property
     def _read(self) -> list[AttentionBlock]:
-        """Those of the share, and those before them."""
+        """The blocks of the share, and the blocks before them."""
         names = [name for one in self.share for name in (self.blocks[one].follows, one) if name]
         return [self.blocks[name] for name in dict.fromkeys(names)]
 
@@ -227,9 +228,9 @@ def circuits_by_block(
 
     Args:
         heads: which blocks.
-        weights: float32 or float64, by the names of parameters; a matrix also by its module's, or Q, K and V as
-            "<module>.q", "<module>.k" and "<module>.v". Vectors may be matrices of one row.
-        cpu_threads: blocks side by side.
+        weights: float32 or float64, by parameter name. A matrix may also be under its module's name, or its Q, K and V
+            under "<module>.q", "<module>.k" and "<module>.v". Vectors may be matrices of one row.
+        cpu_threads: how many runs of blocks are computed at once.
     """
     blocks, runs = heads.blocks, list[list[str]]()
     longest = -(-len(heads.share) // cpu_threads)
@@ -253,13 +254,13 @@ def circuits_of_state(
     """The circuits of a state dict's blocks, by name.
 
     Args:
-        model: which the state is of; its own weights are not read and may be on torch's device meta.
-        state: float32 or float64; of a layer in factors their product counts.
+        model: a model that the state fits; its own weights are not read and may be on torch's device meta.
+        state: float32 or float64; a layer in factors counts as their product.
         circuits, flag: see `attention_blocks`.
         cpu_threads: see `circuits_by_block`.
 
     Raises:
-        UserError: see `attention_blocks`; or the state is not of such a model.
+        UserError: see `attention_blocks`; or the state does not fit the model.
     """
     blocks = attention_blocks(model, circuits, flag)
     heads = Heads(blocks, tuple(blocks))
@@ -274,7 +275,7 @@ def circuits_of_state(
 
 
 def head_weights(block: AttentionBlock, weights: Mapping[str, np.ndarray]) -> HeadWeights:
-    """The projections of a block's heads, with its factors multiplied in; `weights` as for `circuits_by_block`."""
+    """The projections of a block's heads, times the weights of norm and scale; `weights` as for `circuits_by_block`."""
 
     def rows(target: Target, factor: str) -> np.ndarray:
         whole = weights.get(target.module, weights.get(f"{target.module}.weight"))

@@ -22,10 +22,10 @@ def targets_of_model(
     flags: str = "--spec-",
     rename: Rename | None = None,
 ) -> dict[str, Target]:
-    """`choose_targets` in any model, without outer wrappers. Raises `UserError`.
+    """`choose_targets` for any model, given without outer wrappers. Raises `UserError`.
 
-    Names are without what torch.compile, checkpointed activations and PEFT put into them. A layer in factors counts as
-    the one it stands for, as does one whose weight is computed otherwise (`computed`).
+    Names are without the parts that torch.compile, activation checkpointing and PEFT insert. A layer in factors counts
+    as the layer it replaces; so does a layer whose weight is computed otherwise (`model.computed`).
     """
     weights, embeddings = with_products(weights_by_path(model)), set[str]()
     paths = {plain_name(path): path for path in weights}
@@ -46,14 +46,15 @@ def targets_of_model(
 
 
 def layer_of(model: nn.Module, target: Target) -> nn.Module | None:
-    """The layer whose weight it is; None for a parameter that is no layer's `weight`."""
+    """The layer whose weight the target is; None for a parameter that is no layer's `weight`."""
     return layer_at(model, target.module)
 
 
 def matrices_of(model: nn.Module, watched: Mapping[str, Target]) -> dict[str, Tensor]:
-    """`take_targets` in a model; a float64 copy of the product of factors, and of the sum of layer and adapter.
+    """The watched matrices of a model, see `take_targets`.
 
-    Raises `UserError` for a layer of which it is not known what it computes with.
+    A layer in factors gives a float64 copy of their product, a layer with an adapter one of their sum. Raises
+    `UserError` for a layer whose effective weight is not known.
     """
 
     def weight_of(name: str) -> Tensor:
@@ -66,7 +67,7 @@ def matrices_of(model: nn.Module, watched: Mapping[str, Target]) -> dict[str, Te
 
 
 def ranks_of_factors(model: nn.Module, watched: Mapping[str, Target]) -> dict[str, int]:
-    """What the rank of each matrix of a layer in factors is at most, by name; those of others are left out."""
+    """An upper bound of the rank of each matrix of a layer in factors, by name; other matrices are left out."""
     layers = {name: layer_of(model, target) for name, target in watched.items()}
     return {
         name: layer.rank * (layer.parts if watched[name].third is None else 1)

@@ -30,8 +30,8 @@ _STATISTICS = {
     "shuffled_alpha": "shuf-\nfled α",
     "shuffled_mp_outliers": "out-\nliers",
 }
-_WORTH = "What the fits are worth (ln of likelihood over that of others; * p < 0.1)"
-_OF_HEADS = "Heads (z: standard deviations of chance by which the mean composition lies above it)"
+_WORTH = "Tests of the fits (ln likelihood ratio of the power law to others; * p < 0.1)"
+_OF_HEADS = "Heads (z: how many standard deviations the mean composition lies above chance)"
 _CIRCUITS = {
     "qk_sigma_max": "QK\nσ max",
     "qk_stable_rank_mean": "stable\nrank",
@@ -43,9 +43,9 @@ _CIRCUITS = {
     "k_composition_max": "\nmax",
 }
 _ERRORS = {"alpha": "alpha_sigma", "shuffled_alpha": "shuffled_alpha_sigma", "alpha_p": "alpha_p_error"}
-"""Where the standard error stands of a number that is shown with one."""
+"""The key of the standard error of a number that is shown with one."""
 _CHANCES = {f"lr_{rival}": f"lr_{rival}_p" for rival in ("exponential", "lognormal", "truncated")}
-"""Where the p-value stands of a ratio, which has a star if it is small."""
+"""The key of the p-value of a ratio, which gets a star if p is small."""
 _DRIFT = {
     "update_rel": "|ΔW|F\n/ |W|F",
     "update_normF": "|ΔW|F",
@@ -59,7 +59,7 @@ _DRIFT = {
 
 
 def print_analysis(analysis: Analysis, console: Console) -> None:
-    """Spectra by layer and by type; the smallest value is that of the layer, and the mean of them of a type."""
+    """Print spectra by layer and means by type; the smallest singular value is shown by layer alone."""
     minima = {name: {"sigma_min": float(one.s[-1])} for name, one in analysis.solved.items()}
     layers = {name: values | minima[name] for name, values in analysis.values.items()}
     shapes = {name: f"{rows}x{cols}" for name, (rows, cols) in analysis.shapes.items()}
@@ -75,7 +75,7 @@ def print_analysis(analysis: Analysis, console: Console) -> None:
 
 
 def print_drift(drift: Mapping[str, Mapping[str, float]], console: Console) -> None:
-    """Drift between two checkpoints by layer and by type."""
+    """Print the drift between two checkpoints by layer and by type."""
     console.print(_table("Drift by layer", "layer", _DRIFT, drift))
     console.print(_table("Drift by type, means", "type", _DRIFT, by_group("type", drift)))
 

@@ -1,4 +1,4 @@
-"""Which weight matrices are watched: name patterns to layers of any model, and qkv to its three parts."""
+"""Choose the weight matrices to watch: layers of any model by name patterns, and the three parts of qkv."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ DEFAULT_TARGETS = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
 ALL_LINEAR = "all-linear"
 """A pattern that chooses every layer with a 2-D weight, as PEFT calls it."""
 Targets = str | Sequence[str] | None
-"""Patterns, separated by commas or one by one; None: `DEFAULT_TARGETS` where each chooses layers, else `ALL_LINEAR`."""
+"""Patterns, in a text with commas or a sequence; None: `DEFAULT_TARGETS` if each matches a layer, else `ALL_LINEAR`."""
 Rename = Mapping[str, str] | Callable[[str], str]
-"""From a layer's name to the one under which its matrix is recorded; a mapping keeps those that it lacks."""
+"""From a layer's name to the one under which its matrix is recorded; names that a mapping lacks stay as they are."""
 
 WEIGHT = ".weight"
-"""How the name of a layer's weight goes on."""
+"""The ending of the name of a layer's weight."""
 _BARE = re.compile(r"(.+\.)?(\w+_weight|weight_[ih][hr]_l\d+(_reverse)?|weight)")
-"""Weights that are no layer's `weight`: of torch's MultiheadAttention and RNNs, and of a layer that is the model."""
+"""Weights that are no layer's `weight`: of torch's MultiheadAttention and RNNs, and of a model that is one layer."""
 _QKV = ("q", "k", "v")
 _SEPARATE = re.compile(r"(to_)?(q|k|v|kv|qk)(_proj)?|(query|key|value)(_proj)?|[qkv]_lin")
 """Last names of layers that give queries, keys or values."""
@@ -51,11 +51,11 @@ def select_targets(
         weights: a state dict, or the parameters by name; any dtype and device.
         patterns: endings of module names, such as "attn.qkv,mlp.fc1" or a sequence of them. A module is chosen when its
             name equals a pattern or ends with "." + pattern, and its `<name>.weight` is a 2-D tensor. A pattern that
-            chooses none so chooses convolutions, such as "patch_embed.proj": weights of three to five dimensions.
-        flag: that gives the patterns, for messages.
+            matches no such module chooses convolutions, such as "patch_embed.proj": weights of 3 to 5 dimensions.
+        flag: the flag that gives the patterns, for messages.
 
     Returns:
-        Module name ("blocks.0.attn.qkv") to the very tensor of `weights` (no copy), in the order of `weights`.
+        Module name ("blocks.0.attn.qkv") to the tensor in `weights` (no copy), in the order of `weights`.
 
     Raises:
         UserError: no pattern was given, or one matches nothing; the message lists the endings that exist.
@@ -77,7 +77,7 @@ def select_targets(
 
 
 def split_patterns(patterns: str | Sequence[str]) -> list[str]:
-    """The patterns of a text, at its commas, or those of a sequence as they are; each once."""
+    """The patterns of a text, split at commas, or of a sequence; each once."""
     return list(dict.fromkeys(p.strip() for p in _each(patterns) if p.strip()))
 
 
@@ -95,9 +95,9 @@ def choose_targets(
     embeddings: Collection[str] = (),
     rename: Rename | None = None,
 ) -> dict[str, Target]:
-    """The matrices that the patterns name, by name and in model order; one that layers share, once.
+    """The matrices that the patterns name, by name and in model order; a matrix that layers share is there once.
 
-    Beside `select_targets`, a pattern may name a 2-D weight that is no module's `weight`, such as
+    In addition to `select_targets`, a pattern may name a 2-D weight that is no module's `weight`, such as
     "self_attn.in_proj_weight", or be `ALL_LINEAR`: all 2-D weights but those of embeddings.
 
     With `split_qkv` each module of `fused` gives three, "blocks.0.attn.qkv.q", "....k" and "....v": its rows in three
@@ -108,17 +108,17 @@ def choose_targets(
         patterns: see `Targets`.
         split_qkv: see above.
         fused: modules whose rows are Q, K and V (`fused.fused_qkv`).
-        flags: how the names of flags begin, for messages; empty: they are arguments of a function.
+        flags: the beginning of flags' names, for messages; empty if they are arguments of a function.
         embeddings: modules that `ALL_LINEAR` leaves out.
         rename: see `Rename`.
 
     Raises:
-        UserError: as `select_targets`; or nothing is there to split, or a qkv is none of `fused`, or its rows do not
-            divide by 3; or a weight is no plain array of real numbers, or two get one name.
+        UserError: as `select_targets`; or there is nothing to split, a qkv layer is not in `fused`, or its rows are not
+            divisible by 3; or a weight is no plain array of real numbers, or two matrices get one name.
     """
     given = patterns if isinstance(patterns, list | tuple) else [] if patterns is None else [patterns]
     if not all(isinstance(one, str) for one in given):
-        raise UserError(f"{flags}targets takes a text, texts in a list, or None, not {patterns!r}.")
+        raise UserError(f"{flags}targets takes a string, a list of strings, or None, not {patterns!r}.")
     flag, flag_of_split = (f"{flags}{name}" if flags else name.replace("-", "_") for name in ("targets", "split-qkv"))
     weights = {f"{key}{WEIGHT}" if _is_bare(key, w) else key: w for key, w in weights.items()}
     chosen = _chosen(weights, patterns, flag, embeddings)
@@ -135,16 +135,16 @@ def choose_targets(
         elif not is_fused:
             again = f": {flag} {_quoted(patterns)}" if isinstance(patterns, str) else ""
             raise UserError(
-                f"{flag_of_split}: that the rows of {module} are Q, K and V, a third each, is not known: some have "
-                f"them head by head. Watch it whole, without {flag_of_split}{again}"
+                f"{flag_of_split}: it is not known whether the rows of {module} are Q, K and V, a third each (some "
+                f"models have them head by head). Watch it whole, without {flag_of_split}{again}"
             )
         else:
             watched |= {f"{names[module]}.{letter}": Target(module, third) for third, letter in enumerate(_QKV)}
     if split_qkv and all(target.third is None for target in watched.values()):
         types = ", ".join(dict.fromkeys(map(module_type, watched)))
         raise UserError(
-            f"{flag_of_split}: of the watched matrices ({types}) none is a qkv layer that is known to "
-            "have Q, K and V as the thirds of its rows; leave it out"
+            f"{flag_of_split}: none of the watched matrices ({types}) is a qkv layer that is known to have Q, K and V "
+            f"as the thirds of its rows; leave out {flag_of_split}"
         )
     return watched
 
@@ -152,7 +152,7 @@ def choose_targets(
 def _chosen(
     weights: Mapping[str, Tensor], patterns: Targets, flag: str, embeddings: Collection[str]
 ) -> dict[str, Tensor]:
-    """The layers that the patterns name, without those that have the weight of one before."""
+    """The layers that the patterns name, without those that share the weight of an earlier one."""
     modules = {key.removesuffix(WEIGHT): w for key, w in weights.items() if key.endswith(WEIGHT)}
     if patterns is None:
         usual = split_patterns(DEFAULT_TARGETS)
@@ -182,14 +182,14 @@ def _is_bare(key: str, weight: Tensor) -> bool:
 
 
 def _place_in_memory(weight: Tensor) -> object:
-    """The same of two tensors that are one weight."""
+    """A key that is equal for two tensors that are one weight."""
     if weight.is_meta:
         return id(weight)
     return weight.device, weight.data_ptr(), weight.shape, weight.stride()
 
 
 def _check_watchable(name: str, weight: Tensor, flag: str) -> None:
-    """Raise `UserError` for a weight that has no singular values here."""
+    """Raise `UserError` for a weight whose singular values cannot be computed."""
     if hasattr(weight, "full_tensor"):
         raise UserError(
             f"{flag}: {name} is sharded over ranks (DTensor, FSDP). Each rank needs whole weights, as in DDP."
@@ -206,7 +206,7 @@ def _check_watchable(name: str, weight: Tensor, flag: str) -> None:
 
 
 def _recorded_names(modules: Collection[str], rename: Rename | None) -> dict[str, str]:
-    """Module to name. Raises `UserError` for no name, and for one twice."""
+    """Module to recorded name. Raises `UserError` for an empty name, and for one that is given twice."""
     if rename is None:
         return dict(zip(modules, modules, strict=True))
     new = {one: rename.get(one, one) if isinstance(rename, Mapping) else rename(one) for one in modules}
@@ -295,7 +295,7 @@ def _no_match(pattern: str, wanted: list[str], matrices: list[str], others: list
 
 
 def _in_place_of(pattern: str, names: list[str]) -> list[str]:
-    """The endings of separate layers where the pattern names a joint one: of qkv those of Q, K and V, of fc1 fc1_g."""
+    """The endings of separate layers where a pattern names a joint one: those of Q, K and V for qkv, fc1_g for fc1."""
     parent, _, last = pattern.rpartition(".")
     found = dict.fromkeys(
         ending

@@ -228,5 +228,5 @@ def test_what_is_not_stored_is_told(folder, ask, message):
 def test_a_run_without_spectra_is_told(tmp_path):
     with pytest.raises(UserError, match="has no spectra: no monitor has stored any"):
         lowrank_vit.open_spectra(tmp_path)
-    with pytest.raises(UserError, match=r"is not there\. Give the directory"):
+    with pytest.raises(UserError, match=r"does not exist\. Give the directory"):
         lowrank_vit.open_spectra(tmp_path / "gone")

@@ -1,4 +1,4 @@
-"""Means of what is known of single matrices: by type of module, by depth, and over all blocks.
+"""Means of the numbers of single matrices: by type of module, by depth, and over all blocks.
 
 A key is "<kind>/<name>", see `refresh`.
 """
@@ -14,18 +14,18 @@ from lowrank_vit.spectral.measures.circuits import BlockCircuits, circuit_metric
 from lowrank_vit.spectral.select import module_depth, module_type
 
 CIRCUIT = "circuit"
-"""Between the kind and the name of a block in the key of its circuits."""
-# A number of its own for each recorded index: not averaged over layers.
+"""The part between the kind and the block's name in the key of a block's circuits."""
+# Metrics of one recorded index each: not averaged over layers.
 _ONE_OF_MANY = re.compile(r"(^sv|_[uv])(_last)?\d+$")
-# Often infinite, or far above the rest, so that a mean says nothing.
+# Metrics that are often infinite or far above the rest, so that a mean says nothing.
 _MEDIANS = ("turn_bound",)
 
 
 def aggregates(values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Means over the layers of a type and over the matrices of a depth: by "spec/type/attn.qkv", "spec/depth/3".
 
-    Only what is one number a matrix is averaged, over its finite values; NaN where there are none. Of "turn_bound"
-    it is the median, infinite ones among them.
+    Metrics of single recorded indices are left out. A mean is over the finite values, NaN where there are none. For
+    "turn_bound" it is the median, infinite values included.
     """
     groups: dict[str, list[Mapping[str, float]]] = {}
     for key, metrics in values.items():

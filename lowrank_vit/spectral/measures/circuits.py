@@ -1,4 +1,4 @@
-"""What the heads of attention compare and write: spectra of W_Q^T W_K and W_O W_V, and how blocks compose.
+"""Circuits of attention heads: spectra of W_Q^T W_K and W_O W_V, and how heads of consecutive blocks compose.
 
 A head compares its inputs x and x' by x^T W_Q^T W_K x' (its QK circuit), and adds W_O W_V x' to the stream (its OV
 circuit): Elhage et al., "A Mathematical Framework for Transformer Circuits" (2021). Biases and the factor 1 / sqrt(D)
@@ -19,12 +19,12 @@ import numpy as np
 from lowrank_vit.spectral.measures.metrics import effective_rank, stable_rank
 
 CIRCUITS = "circuits"
-"""In files of circuits: which parameters count, see `heads.Circuits`."""
+"""The key in files of circuits that tells which parameters count, see `heads.Circuits`."""
 _DRAWS = 64
 
 
 class HeadWeights(NamedTuple):
-    """The projections of one block's attention, float32 or float64, a head's rows together."""
+    """The projections of one block's attention, float32 or float64, each (H, D, n)."""
 
     q_HDn: np.ndarray
     k_HDn: np.ndarray
@@ -41,26 +41,26 @@ class BlockCircuits(NamedTuple):
     qk_HK: np.ndarray
     """Singular values of each head's W_Q^T W_K, descending."""
     ov_HK: np.ndarray
-    """Likewise of W_O W_V."""
+    """Singular values of each head's W_O W_V, descending."""
     q_HG: np.ndarray
     """Q-composition |QK^T OV|_F / (|QK|_F |OV|_F), 0-1, with each head of the block before; NaN for a zero circuit."""
     k_HG: np.ndarray
-    """K-composition, with QK in place of its transpose. Both are (H, 0) where there is no block before."""
+    """K-composition: the same with QK in place of its transpose. Both are (H, 0) where there is no block before."""
     spread_HG: np.ndarray
     """Standard deviation of the squared scores of unrelated directions, see `chance_spread`."""
     means_2: np.ndarray
-    """Likewise of the mean of all Q scores squared, and of all K scores; (0,) where there is no block before."""
+    """The same for the mean of all squared Q scores, and of all squared K scores; (0,) where no block is before."""
 
 
 def circuits_of(blocks: Iterable[HeadWeights], before: HeadWeights | None = None) -> list[BlockCircuits]:
-    """The circuits of blocks that follow one another, the first one after `before`.
+    """The circuits of consecutive blocks; `before` is the block before the first, if there is one.
 
     With thin QR factors W_Q^T = Q_1 R_1 and W_K^T = Q_2 R_2 the singular values of W_Q^T W_K are those of R_1 R_2^T, a
     K x K matrix, and the norm of a product with it is that of the product with R_1 W_K. Errors of the values: a few eps
     times |W_Q|_2 |W_K|_2.
     """
     found: list[BlockCircuits] = []
-    with np.errstate(all="ignore"):  # of zeros and of what is not finite there are NaNs
+    with np.errstate(all="ignore"):  # zeros and non-finite weights give NaN
         written = _written(before)[1] if before else None
         for weights in blocks:
             q, k = _factored(weights.q_HDn), _factored(weights.k_HDn)
@@ -82,11 +82,11 @@ def circuits_of(blocks: Iterable[HeadWeights], before: HeadWeights | None = None
 
 class _Factored(NamedTuple):
     rows: np.ndarray
-    """A projection (H, D, n) over a power of two for each head; zeros for a head that is not finite."""
+    """A projection (H, D, n), each head divided by a power of two; zeros for a head that is not finite."""
     r: np.ndarray
     """(H, K, D): R of the thin QR of its transpose."""
     scales: np.ndarray
-    """(H, 1, 1): the powers; NaN for a head that is not finite."""
+    """(H, 1, 1): these powers of two; NaN for a head that is not finite."""
 
 
 class _Written(NamedTuple):
@@ -132,7 +132,7 @@ def _concentration(s_HK: np.ndarray) -> np.ndarray:
 
 
 def _shared(rows_HKn: np.ndarray) -> float:
-    """The trace of M^2, M the mean of the heads' B^T B: `_concentration` of one, and less the less they share."""
+    """The trace of M^2, M the mean of the heads' B^T B: one head's `_concentration`, and less the less heads share."""
     return float(np.mean(np.square(_scores(rows_HKn, rows_HKn))))
 
 
@@ -145,12 +145,12 @@ def chance_spread(p_H: np.ndarray, q_G: np.ndarray, width: int) -> np.ndarray:
     orthogonal matrix, E x^2 y^2 = 1 / n(n+2) of two in one row or column and (n+1) / n(n-1)(n+2) of two in neither
     (Collins & Sniady, Comm. Math. Phys. 264 (2006)) its variance is 2 (n p - 1) (n q - 1) / n^2 (n-1) (n+2).
 
-    The mean over all pairs of heads, of which one side is turned as a whole, is tr M N with M and N the means of
-    A^T A / |A|_F^2 and of B B^T / |B|_F^2. So its variance is the same with p = tr M^2 and q = tr N^2.
+    If all heads of one side are rotated together, the mean over all pairs of heads is tr M N with M and N the means of
+    A^T A / |A|_F^2 and of B B^T / |B|_F^2. Its variance is the same formula with p = tr M^2 and q = tr N^2.
 
     Args:
         p_H, q_G: sum s^4 / (sum s^2)^2 of the circuits of either side, or tr M^2 of means.
-        width: n. 0 where that is 1, and the score always 1.
+        width: n. With n = 1 the score is always 1 and the result 0.
     """
     n = float(width)
     product = np.maximum(n * p_H - 1, 0.0)[:, None] * np.maximum(n * q_G - 1, 0.0)
@@ -158,9 +158,9 @@ def chance_spread(p_H: np.ndarray, q_G: np.ndarray, width: int) -> np.ndarray:
 
 
 def as_arrays(found: Mapping[str, BlockCircuits], circuits: str) -> dict[str, np.ndarray]:
-    """For files: by "<key>:<field>" "width", "qk" and "ov" (H, K), "q", "k" and "spread" (H, G), "means" (2,).
+    """The arrays of a file: "<key>:<field>" for "width", "qk", "ov" (H, K), "q", "k", "spread" (H, G), "means" (2,).
 
-    And as "circuits" which parameters count, see `heads.Circuits`.
+    "circuits" tells which parameters count, see `heads.Circuits`.
     """
     arrays = {
         f"{key}:{f.partition('_')[0]}": np.asarray(v) for key, one in found.items() for f, v in one._asdict().items()
@@ -169,7 +169,7 @@ def as_arrays(found: Mapping[str, BlockCircuits], circuits: str) -> dict[str, np
 
 
 def of_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, BlockCircuits], str]:
-    """What `as_arrays` was given, the blocks by key. Raises `KeyError` where an array is missing."""
+    """The inverse of `as_arrays`: the blocks by key, and which parameters count. `KeyError` if an array is missing."""
     _, *names = (field.partition("_")[0] for field in BlockCircuits._fields)
     keys = dict.fromkeys(name.rpartition(":")[0] for name in arrays if ":" in name)
     blocks = {key: BlockCircuits(int(arrays[f"{key}:width"]), *(arrays[f"{key}:{n}"] for n in names)) for key in keys}
@@ -177,15 +177,15 @@ def of_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, BlockCircuits
 
 
 def circuit_metrics(one: BlockCircuits) -> dict[str, float]:
-    """The scalars of one block. A NaN in any head's number is in those of the block.
+    """The scalars of one block. A NaN of any head makes the block's number NaN.
 
     Returns:
         For c in "qk", "ov": "<c>_sigma_max", the greatest of all heads, "<c>_stable_rank_mean" and "_max", and
         "<c>_effective_rank_mean" over the heads. Where there is a block before, "composition_chance" = 1 / n and for c
         in "q", "k", over all pairs of heads: "<c>_composition_mean_sq", the mean squared score, whose chance value that
-        is; "<c>_composition_max", the greatest score; "<c>_composition_z" and "_max_z", by how many standard deviations
-        of chance the mean and the greatest squared score lie above it (the greatest of a pair's own; see
-        `chance_spread`). NaN where chance has no spread.
+        is; "<c>_composition_max", the greatest score; "<c>_composition_z", by how many standard deviations of chance
+        the mean squared score lies above its chance value; "<c>_composition_max_z", the greatest such number of a
+        single pair of heads (see `chance_spread`). NaN where chance has no spread.
     """
     values: dict[str, float] = {}
     for name, s_HK in (("qk", one.qk_HK), ("ov", one.ov_HK)):
@@ -208,10 +208,10 @@ def circuit_metrics(one: BlockCircuits) -> dict[str, float]:
 
 @cache
 def chance_stable_rank(width: int, head_dim: int) -> float:
-    """The mean stable rank of L^T R with independent Gaussian L, R (D, n), whatever their scales; of fixed draws.
+    """The mean stable rank of L^T R with independent Gaussian L, R (D, n) of any scales, from fixed draws.
 
-    R of a Gaussian matrix's QR is drawn itself: entries above the diagonal are normal, the i-th of that is the norm of
-    n - i + 1 normal numbers (Bartlett 1933). The draws' own error is below 1 % from D = 8 on.
+    The R factors of their QR are drawn directly: entries above the diagonal are normal, the i-th on the diagonal is the
+    norm of n - i + 1 normal numbers (Bartlett 1933). The simulation's error is below 1 % from D = 8 on.
     """
     rng = np.random.Generator(np.random.Philox(key=np.array([width, head_dim], np.uint64)))
     k = min(width, head_dim)

@@ -1,4 +1,4 @@
-"""Numbers of what flows through a model: how the tokens of a block are spread, and what its attention looks at.
+"""Metrics of activations: how the tokens of a block are spread, and how concentrated its attention is.
 
 Torch, float64, on any device. Shape legend: N images of T tokens each, M = N T tokens in all, C channels, H heads of D
 channels each. `docs/spectra.md` tells how to read each number and when not to trust it.
@@ -16,16 +16,16 @@ from lowrank_vit.spectral.measures.metrics import effective_rank, stable_rank
 from lowrank_vit.spectral.solving.extremes import EPS
 
 _LOGITS_AT_ONCE = 2**22
-"""Entries of attention matrices held at a time; those of one image in any case."""
+"""Entries of attention matrices held at a time; at least those of one image."""
 _ROUNDINGS = 32.0
-"""A variance below so many times the rounding of the tokens' mean square is 0."""
+"""A variance below this many times the rounding of the tokens' mean square counts as 0."""
 
 
 @dataclass
 class TokenSums:
-    """What the covariance and the mean cosines of tokens follow from, added up part by part.
+    """Sums that give the covariance and the mean cosines of tokens, added up batch by batch.
 
-    Its memory is one (C, C) matrix, whatever the number of tokens.
+    They take the memory of one (C, C) matrix, whatever the number of tokens.
     """
 
     square_CC: Tensor
@@ -43,7 +43,7 @@ class TokenSums:
 
     @classmethod
     def like(cls, x_NTC: Tensor) -> TokenSums:
-        """Of no tokens yet, on the device of these."""
+        """Sums of no tokens, on the device of `x_NTC`."""
         c = x_NTC.shape[-1]
 
         def zeros(*shape: int) -> Tensor:
@@ -70,7 +70,7 @@ class TokenSums:
 def token_variances(sums: TokenSums) -> np.ndarray:
     """The eigenvalues (C,) of the tokens' covariance, descending: mean of (x - mean)(x - mean)^T over M tokens.
 
-    What rounding of the sums could have made of 0 is 0. All NaN with a token that is not finite.
+    Values within the rounding of the sums are set to 0. All are NaN where a token is not finite.
     """
     mean_C, square_CC = sums.sum_C / sums.tokens, sums.square_CC / sums.tokens
     covariance_CC = square_CC - torch.outer(mean_C, mean_C)
@@ -85,17 +85,17 @@ def token_metrics(sums: TokenSums, variances_C: np.ndarray) -> dict[str, float]:
     """The scalars of one block's outputs.
 
     Args:
-        sums: of its tokens.
+        sums: the sums over its tokens.
         variances_C: their `token_variances`.
 
     Returns:
-        "stable_rank" and "effective_rank" of the tokens with their mean taken off, an (M, C) matrix whose singular
-        values are the roots of M times the variances (see `metrics`); "rank_limit", min(C, M - 1), which no rank of it
-        exceeds. "cosine", the mean cosine of all pairs of different tokens: 0 where directions are isotropic, 1 where
-        all are one (Ethayarajh, "How contextual are contextualized word representations?", EMNLP 2019, where it is
-        called anisotropy, there of a sample of pairs). "cosine_image", of pairs within an image (Zhou et al., "DeepViT:
-        Towards deeper vision transformer", 2021, of tokens that grow alike with depth). A zero token has cosines of 0.
-        NaN where there is no pair, and with a token that is not finite.
+        "stable_rank" and "effective_rank" of the tokens minus their mean, an (M, C) matrix whose singular values are
+        the roots of M times the variances (see `metrics`); "rank_limit", min(C, M - 1), the greatest rank it can have.
+        "cosine", the mean cosine of all pairs of different tokens: 0 where directions are isotropic, 1 where all are
+        equal (Ethayarajh, "How contextual are contextualized word representations?", EMNLP 2019, which calls it
+        anisotropy and takes a sample of pairs). "cosine_image", the same of pairs within an image (Zhou et al.,
+        "DeepViT: Towards deeper vision transformer", 2021: tokens become alike with depth). A zero token has cosines
+        of 0. NaN where there is no pair, and where a token is not finite.
     """
     s = np.sqrt(variances_C)
     own, pairs = float(sums.non_zero), sums.tokens * (sums.tokens - 1)
@@ -110,10 +110,10 @@ def token_metrics(sums: TokenSums, variances_C: np.ndarray) -> dict[str, float]:
 
 
 def attention_entropies(q_NHTD: Tensor, k_NHTD: Tensor, scale: float) -> Tensor:
-    """The entropy of each row of softmax(scale q k^T), in nats, between 0 and ln T: summed over N and T, (H,) float64.
+    """The entropy of the rows of softmax(scale q k^T), in nats, each 0 to ln T, summed over N and T: (H,) float64.
 
-    Zhai et al., "Stabilizing transformer training by preventing attention entropy collapse", ICML 2023. It is ln T
-    where a token looks at all alike. A row with a NaN gives NaN.
+    Zhai et al., "Stabilizing transformer training by preventing attention entropy collapse", ICML 2023. A row has ln T
+    where its token attends to all tokens equally. A row with a NaN gives NaN.
     """
     n, h, t, _ = q_NHTD.shape
     images = max(1, _LOGITS_AT_ONCE // (h * t * k_NHTD.shape[2]))

@@ -1,7 +1,7 @@
-"""Single entries far out of a fresh matrix, which its spectrum then describes: found, told, and drawn anew.
+"""Find, report and redraw single outliers of fresh weights, which would dominate the matrix's spectrum.
 
 timm's truncated normal is the inverse error function of a uniform number. Where that is -1 or 1 in float32, the entry
-becomes its bound, -2 or 2: a hundred standard deviations of 0.02. About one entry in ten million is so.
+becomes its bound, -2 or 2: a hundred standard deviations of 0.02. This happens to about one entry in ten million.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 FAR = 10.0
 """How many standard deviations from the median an entry must be to count."""
 _SAMPLE = 1 << 16
-"""Entries that median and deviation are taken from."""
+"""Number of entries from which median and deviation are estimated."""
 _MIN_ENTRIES = 64
-"""A matrix of fewer tells too little of its deviation."""
+"""Fewer entries tell too little about the deviation."""
 _MAX_SHARE = 1e-3
-"""Where a greater share is far out, the law has a heavy tail, and no entry is a single one."""
+"""With a greater share far out the distribution has a heavy tail, and no entry is a single outlier."""
 _SHOWN = 4
 
 
@@ -27,7 +27,7 @@ class FarEntry(NamedTuple):
     """An entry far from its matrix's median."""
 
     at: tuple[int, ...]
-    """Its place, counted from 0: row and column, of a convolution's weight all four."""
+    """Its indices, from 0: row and column, or all four of a convolution's weight."""
     value: float
     deviations: float
     """Its distance from the median in standard deviations."""
@@ -38,7 +38,7 @@ class FarEntry(NamedTuple):
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> FarEntry:
-        """Of what `content` returned. Raises `KeyError`, `TypeError` or `ValueError` for anything else."""
+        """The inverse of `content`. Raises `KeyError`, `TypeError` or `ValueError` for anything else."""
         at = tuple(int(i) for i in content["at"])
         return cls(at, float(content["value"]), float(content["deviations"]))
 
@@ -46,8 +46,9 @@ class FarEntry(NamedTuple):
 def far_entries(weight: Tensor) -> list[FarEntry]:
     """The single entries more than `FAR` standard deviations from the median, in order of their places.
 
-    The deviation is robust: 1.4826 times the median distance from the median, that of a normal law. Empty where it is
-    0, where an entry is not finite, and for too few entries or too many far ones. Waits for the weight's device.
+    The deviation is robust: 1.4826 times the median distance from the median (exact for a normal distribution). The
+    list is empty where the deviation is 0, where an entry is not finite, and with too few entries or too many far ones.
+    Waits for the weight's device.
     """
     values = weight.detach()
     count = values.numel()
@@ -65,15 +66,15 @@ def far_entries(weight: Tensor) -> list[FarEntry]:
 
 
 def far_entries_by_name(weights: Mapping[str, Tensor]) -> dict[str, list[FarEntry]]:
-    """Those of the matrices that have any."""
+    """`far_entries` by name, of the matrices that have any."""
     return {name: found for name, weight in weights.items() if (found := far_entries(weight))}
 
 
 def redraw_far_entries(model: nn.Module, seed: int) -> dict[str, list[FarEntry]]:
-    """Draw far entries of fresh parameters anew, in place, and return what they were, by parameter.
+    """Redraw the far entries of fresh parameters in place; return the old ones by parameter.
 
-    The new ones are of the normal law with the median and deviation of the other entries, from a generator of their
-    own: the same for the same weights and seed. Vectors and scalars are left alone.
+    New entries are normal with the parameter's median and robust deviation, from a generator seeded with `seed`: the
+    same weights and seed give the same entries. Vectors and scalars are left alone.
     """
     generator = torch.Generator().manual_seed(seed)
     found = far_entries_by_name({name: p for name, p in model.named_parameters() if p.ndim > 1})
@@ -91,9 +92,9 @@ def in_words(
     one: str = "{name}[{at}] = {value:.4g} ({deviations:.0f} standard deviations)",
     more: str = " and {n} more",
 ) -> str:
-    """Which entries of which matrices, those farthest out first: "head[1, 2] = -2 (100 standard deviations)".
+    """The far entries in words, the farthest first: "head[1, 2] = -2 (100 standard deviations)".
 
-    `one` and `more` are formats of an entry and of how many are not named.
+    `one` formats an entry, `more` the number of entries that are not listed.
     """
     farthest = sorted(
         ((e, name) for name, entries in found.items() for e in entries), key=lambda pair: -pair[0].deviations
@@ -107,9 +108,10 @@ def in_words(
 
 
 def warning_of(found: Mapping[str, Sequence[FarEntry]]) -> str:
-    """What is to be said of spectra of matrices with far entries."""
+    """The warning about spectra of matrices with far entries."""
     return (
-        f"single entries stand far out: {in_words(found)}. sigma_max, stable rank and cosines there may be theirs alone"
+        f"single entries stand far out: {in_words(found)}. They alone may decide sigma_max, stable rank and cosines "
+        "of these matrices"
     )
 
 

@@ -1,7 +1,7 @@
-"""Numbers read off one spectrum, the fit to its tail, and how its values change.
+"""Metrics of one spectrum, the power-law fit to its tail, and the change of its values.
 
-Pure numpy, float64; `s` is always all K singular values, descending. k is the number of recorded vectors of an end, R
-and C the matrix's rows and columns.
+Pure numpy, float64; `s` is always all K singular values, descending. k is the number of vectors recorded at an end, R
+and C are the matrix's rows and columns.
 
 Zero matrices have defined values where a formula has none (stated below); a spectrum with a NaN gives NaN everywhere.
 `docs/spectra.md` tells how to read each number and when not to trust it.
@@ -20,7 +20,7 @@ LEAST_VALUES = 4
 """Fewer positive values than this are not fitted."""
 _ROWS_AT_ONCE = 64
 _NOTHING = -700.0
-"""Its exp is nothing beside 1; below it a processor is up to forty times as slow."""
+"""Its exp is negligible beside 1. Below it come subnormal numbers, with which a processor is up to 40 times slower."""
 
 
 class PowerLaw(NamedTuple):
@@ -83,17 +83,17 @@ def power_law(s: np.ndarray) -> PowerLaw:
 
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
 ROUNDINGS = 8.0
-"""A singular value up to so many times the norm of the entries' rounding is noise, see `numerical_rank`."""
+"""A singular value up to this many times the norm of the entries' rounding is noise, see `numerical_rank`."""
 
 FLOOR = 1e-12
-"""Of `relative_change`, as a share of the earlier sigma_1: below it a value is rounding."""
+"""The least denominator of `relative_change`, as a share of the earlier sigma_1: smaller values are rounding."""
 
 ENERGIES = (90, 95, 99)
 """Percent of the squared Frobenius norm, for `energy_rank`."""
 
 
 def recorded_indices(rank: int, topk: int, interval: int) -> Recorded:
-    """Which singular values are logged one by one, as 1-based indices into a descending spectrum of `rank` values.
+    """The 1-based indices of the singular values that are logged one by one, in a descending spectrum of `rank` values.
 
     Returns:
         (top, last): 1, 1+interval, 1+2*interval, ... and rank, rank-interval, ...; `topk` of each, fewer where the
@@ -157,13 +157,13 @@ def nuclear_norm(s: np.ndarray) -> float:
 
 
 def numerical_rank(s: np.ndarray, shape: tuple[int, int], eps: float) -> float:
-    """How many singular values are more than rounding of the weights could make of 0.
+    """How many singular values are too large to come from rounding of the weights.
 
     Rounding an entry w to a type with the relative spacing `eps` moves it by |w| eps / sqrt(12) or less, root mean
-    square; noise of deviation d has a norm of about d (sqrt(R) + sqrt(C)). `ROUNDINGS` times that counts as noise:
-    weights that are a product carry the rounding of its sums, too (up to 5 times it was seen, of float32 factors with
-    96 columns). The sums of the solver's float64 are the other floor, max(R, C) 2.2e-16 sigma_1, as in
-    `numpy.linalg.matrix_rank`. That convention with the weight's own eps would leave nothing of bfloat16 matrices.
+    square; noise of deviation d has a spectral norm of about d (sqrt(R) + sqrt(C)). Up to `ROUNDINGS` times that counts
+    as noise: weights that are a product also carry the rounding of its sums (up to 5 times was seen, with float32
+    factors of 96 columns). A second floor is the rounding of the solver's float64, max(R, C) 2.2e-16 sigma_1, as in
+    `numpy.linalg.matrix_rank`. That convention with the weights' own eps would count no value of a bfloat16 matrix.
 
     0 for a zero matrix, NaN with a NaN.
     """
@@ -199,7 +199,7 @@ def relative_gap(s: np.ndarray, indices: list[int]) -> float:
     inside[np.array(indices, dtype=int) - 1] = True
     if inside.all():
         return float("nan")
-    # In a descending spectrum the nearest value outside is the next or the one before, over a change of membership.
+    # In a descending spectrum the smallest gap is between two neighbours, one inside and one outside.
     change = np.flatnonzero(inside[1:] != inside[:-1])
     upper, lower = s[change], s[change + 1]
     with np.errstate(invalid="ignore"):
@@ -215,14 +215,14 @@ def spectrum_metrics(
     eps: float = FLOAT32_EPS,
     thirds: Thirds | None = None,
 ) -> dict[str, float]:
-    """The scalars of one matrix at one moment that follow from its spectrum alone.
+    """The scalars of one matrix that follow from its spectrum alone.
 
     Args:
         s: (K,) all singular values, descending.
         shape: (rows, columns) of the matrix.
         topk, interval: see `recorded_indices`.
-        eps: of the weights' own type, see `numerical_rank`.
-        thirds: of a fused qkv matrix, its spectrum to compare with noise.
+        eps: relative spacing of the weights' own type, see `numerical_rank`.
+        thirds: for a fused qkv matrix, the spectrum to compare with noise, see `noise.scaled_thirds`.
 
     Returns:
         "sigma_max"; "sv1".."sv<topk>", the recorded values from the top in order (sv2 is sigma_2 at interval 1,
@@ -230,8 +230,8 @@ def spectrum_metrics(
         "gap_k" and "gap_last" of the recorded indices; "stable_rank", "effective_rank", "rank90", "rank95", "rank99",
         "nuclear_norm", "condition"; "alpha", "alpha_ks", "alpha_sigma", "alpha_tail" (see `power_law`);
         "mp_sigma", "mp_edge", "mp_outliers", "mp_ks" (see `noise.marchenko_pastur`), with `thirds` also "mp_sigma_q",
-        "mp_sigma_k", "mp_sigma_v"; "numerical_rank". Fewer sv keys where the spectrum is short. "gap_last",
-        "condition", "alpha*" and "mp_*" are those of `above_rounding`.
+        "mp_sigma_k", "mp_sigma_v"; "numerical_rank". A short spectrum has fewer sv keys. "gap_last", "condition",
+        "alpha*" and "mp_*" are of the values of `above_rounding`.
 
     Raises:
         ValueError: an empty or not one-dimensional spectrum, or an argument below 1.
@@ -243,7 +243,7 @@ def spectrum_metrics(
     values |= {f"sv{k}": float(s[index - 1]) for k, index in enumerate(top, start=1)}
     values |= {f"sv_last{k}": float(s[index - 1]) for k, index in enumerate(last, start=1)}
     above, of_above = above_rounding(s, shape, eps)
-    # A zero matrix, of which nothing is above, keeps the numbers of its zeros.
+    # A zero matrix has no value above rounding; its numbers are those of its zeros.
     rest = above if above.size else s
     gap_last = relative_gap(rest, recorded_indices(rest.size, topk, interval).last)
     values |= {"gap_k": relative_gap(s, top), "gap_last": gap_last, "numerical_rank": numerical_rank(s, shape, eps)}
@@ -259,7 +259,7 @@ def spectrum_metrics(
 
 
 def ends_metrics(s: np.ndarray, topk: int, interval: int, frobenius: float) -> dict[str, float]:
-    """Those of `spectrum_metrics` that the first values alone tell, together with |W|_F.
+    """The metrics of `spectrum_metrics` that follow from the first values and |W|_F.
 
     Args:
         s: (K,) singular values, descending; NaN after the first known ones.
@@ -280,7 +280,7 @@ def ends_metrics(s: np.ndarray, topk: int, interval: int, frobenius: float) -> d
 def above_rounding(
     s: np.ndarray, shape: tuple[int, int], eps: float = FLOAT32_EPS
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """The first `numerical_rank` values, and the shape of a matrix that has no others: its long side by that rank.
+    """The first `numerical_rank` values, and the shape (long side, rank) of a matrix with only these.
 
     A spectrum with a NaN stays whole.
     """
@@ -289,7 +289,7 @@ def above_rounding(
 
 
 def _relative_to_first(s: np.ndarray) -> np.ndarray:
-    """S / sigma_1, so that squares neither overflow nor vanish; zeros for a zero matrix."""
+    """The values over sigma_1, so that squares neither overflow nor vanish; zeros for a zero matrix."""
     return s / s[0] if s[0] != 0.0 else np.zeros_like(s)
 
 

@@ -1,7 +1,7 @@
-"""The bulk of a spectrum against that of a random matrix: Marchenko and Pastur's law, and the edge that noise respects.
+"""The bulk of a spectrum compared with a random matrix: the Marchenko-Pastur law, and the edge that noise stays below.
 
-Float64. `s` is all K singular values, descending; L the long side of the matrix, K the short one, beta =
-K / L. x = s^2 / (sigma^2 L) is an eigenvalue in the units of the law, which is of entries of deviation 1.
+Float64. `s` is all K singular values, descending; L is the long side of the matrix, K the short one, beta = K / L.
+x = s^2 / (sigma^2 L) is an eigenvalue in the units of the law, whose entries have deviation 1.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lowrank_vit.spectral.solving.solve import MatrixStack, all_values
 FALSE_ALARMS = 0.01
 """The share of matrices of pure noise whose greatest singular value lies above the edge."""
 SCALE_COLUMNS = 128
-"""Of a third of a qkv matrix, for its scale; all where there are fewer than twice as many."""
+"""Columns of a third of a qkv matrix that give its scale; all columns where there are fewer than twice as many."""
 ONE_SCALE = 1.02
 """Thirds whose scales differ by no more than this factor count as equal."""
 _SPACING_VARIANCE = 0.286
-"""Of the distance of two neighbouring eigenvalues of a large real random matrix, in mean distances (Mehta 2004)."""
+"""Variance of the distance of neighbouring eigenvalues of a large real random matrix, mean distance 1 (Mehta 2004)."""
 
 
 class Noise(NamedTuple):
@@ -33,7 +33,7 @@ class Noise(NamedTuple):
     sigma: float
     """Standard deviation of that matrix's entries."""
     edge: float
-    """What its greatest singular value stays below with 99 % probability."""
+    """Its greatest singular value stays below this with 99 % probability."""
     outliers: float
     """How many singular values lie above `edge`."""
     ks: float
@@ -43,8 +43,8 @@ class Noise(NamedTuple):
 def marchenko_pastur(s: np.ndarray, shape: tuple[int, int]) -> Noise:
     """How many singular values stand out of the bulk that a matrix of independent entries would have.
 
-    The deviation of the entries is that of `deviation`, the edge that of `edge_over_sigma`, which counts the error of
-    this deviation in. `ks` compares the values up to the edge with the law below it. NaN where the deviation is.
+    The entries' deviation comes from `deviation`, the edge from `edge_over_sigma`, which allows for the error of that
+    deviation. `ks` compares the values up to the edge with the law below it. All are NaN where the deviation is.
     """
     sigma = deviation(s, shape)
     if np.isnan(sigma):
@@ -56,7 +56,7 @@ def marchenko_pastur(s: np.ndarray, shape: tuple[int, int]) -> Noise:
 
 
 def deviation(s: np.ndarray, shape: tuple[int, int]) -> float:
-    """The standard deviation of a noise's entries, from its median singular value, which a few outliers do not move.
+    """The standard deviation of noise's entries, from the median singular value, which a few outliers do not move.
 
     median(s) / sqrt(L mu), mu the median of the Marchenko-Pastur law (Gavish & Donoho, "The optimal hard threshold for
     singular values is 4/sqrt(3)", IEEE Trans. Inf. Theory 60 (2014), section III.E). NaN where the median is 0 or NaN,
@@ -68,18 +68,18 @@ def deviation(s: np.ndarray, shape: tuple[int, int]) -> float:
 
 
 def scaled_thirds(stack: MatrixStack, spectra: Mapping[str, np.ndarray], cpu_threads: int = 1) -> dict[str, Thirds]:
-    """Of fused qkv matrices of a stack, by name: the spectrum with Q, K and V brought to one scale of noise.
+    """By name, the spectra of a stack's fused qkv matrices with Q, K and V brought to one scale of noise.
 
-    The noise's deviation in a third comes from the median singular value of `SCALE_COLUMNS` of its columns, evenly
-    spaced: it costs a thirtieth of the spectrum. Its error, 0.4 % at a width of 768, hardly matters: in noise each
-    third has the same part in every direction, so wrong ratios move bulk and edge together, but for their square.
+    The noise's deviation in a third comes from the median singular value of about `SCALE_COLUMNS` of its columns,
+    evenly spaced, which costs a thirtieth of the spectrum. Its error, 0.4 % at a width of 768, hardly matters: in noise
+    each third contributes equally to every direction, so to first order wrong ratios move bulk and edge together.
     Thirds that agree within `ONE_SCALE` are left as they are, which saves the second spectrum.
 
     Args:
-        stack: matrices, of which some are fused.
-        spectra: name to (K,) values of those that are to be scaled, of full numerical rank: of another matrix the
-            median of a third would be rounding.
-        cpu_threads: matrices solved side by side.
+        stack: matrices, some of them fused.
+        spectra: name to (K,) values of the matrices to scale. They must have full numerical rank: otherwise the median
+            of a third would be rounding.
+        cpu_threads: how many matrices are solved at once on a CPU.
     """
     chosen = [i for i, name in enumerate(stack.names) if name in spectra]
     if not chosen or stack.matrices_NRC.shape[1] % 3:
@@ -114,7 +114,7 @@ def _thirds_of(stack: MatrixStack, spectra: Mapping[str, np.ndarray], cpu_thread
 
 
 def _distance(bulk: np.ndarray, edge: float, sigma: float, long: int, short: int) -> float:
-    """Kolmogorov and Smirnov's, of ascending values, from the law between 0 and the edge."""
+    """The Kolmogorov-Smirnov distance of ascending values from the law between 0 and the edge."""
     _, x, below = _law(short / long)
     ends = np.concatenate([bulk, [edge]])
     expected = np.interp((ends / sigma) ** 2 / long, x[::-1], below[::-1])
@@ -125,12 +125,12 @@ def _distance(bulk: np.ndarray, edge: float, sigma: float, long: int, short: int
 
 @lru_cache(maxsize=256)
 def edge_over_sigma(long: int, short: int) -> float:
-    """The 99 % point of a random matrix's sigma_1 over the deviation of its entries, as its own median tells that.
+    """The 99 % quantile of sigma_1 over sigma for a random matrix, sigma estimated from its own median.
 
     sigma_1^2 = m + w z, with z of the Tracy-Widom law for real matrices, m = (a + b)^2, w = (a + b) (1/a + 1/b)^(1/3),
     a = sqrt(L - 1/2), b = sqrt(K - 1/2) (Ma, "Accuracy of the Tracy-Widom limits for the extreme eigenvalues in white
-    Wishart matrices", Bernoulli 18 (2012)). What the median tells of the squared deviation is sigma^2 (1 + d), d
-    normal, see `median_error`. With d left out there are two to three times as many false alarms.
+    Wishart matrices", Bernoulli 18 (2012)). The median's estimate of the squared deviation is sigma^2 (1 + d), d
+    normal, see `median_error`. Without d there would be two to three times as many false alarms.
     """
     centre, width = _greatest_of_noise(long, short)
     z = np.linspace(-2.0, 12.0, 1401)
@@ -141,11 +141,11 @@ def edge_over_sigma(long: int, short: int) -> float:
 def chance_beyond(squares: np.ndarray, long: int, short: int) -> np.ndarray:
     """The probability that a matrix of pure noise has (sigma_1 / sigma)^2 above each of these numbers, 0-1.
 
-    sigma is the deviation from the median, so its error counts. See `edge_over_sigma`.
+    sigma is estimated from the median, and the error of that is allowed for. See `edge_over_sigma`.
     """
     centre, width = _greatest_of_noise(long, short)
     bias, variance, covariance = median_error(long, short)
-    # Of the ratio only the variance matters; so d is taken for independent of sigma_1, and smaller.
+    # Only the variance of the ratio matters, so d is treated as independent of sigma_1, with a smaller variance.
     deviation = max(variance - 2 * covariance, 0.0) ** 0.5
     nodes, weights = np.polynomial.hermite_e.hermegauss(31)
     factors = np.maximum(1 + bias + deviation * nodes, 0.0)
@@ -160,7 +160,9 @@ def _greatest_of_noise(long: int, short: int) -> tuple[float, float]:
 
 
 def median_error(long: int, short: int) -> tuple[float, float, float]:
-    """Mean and variance of d, and its covariance with sigma_1^2 over its mean; unit noise's median is L mu (1 + d).
+    """Mean and variance of d, and its covariance with sigma_1^2 over the mean of that.
+
+    The median squared singular value of unit noise is L mu (1 + d).
 
     With f the law's density at its median mu, h half its width, and cos(phi) the place of mu in it, -1 to 1:
     The number of eigenvalues below L mu has the mean K/2 + 1/4 - (pi - phi) / (2 pi) (Bai & Silverstein, Annals of
@@ -168,7 +170,7 @@ def median_error(long: int, short: int) -> tuple[float, float, float]:
     IHP 41 (2005); the constant as for the real Gaussian ensemble, Mehta 2004). An eigenvalue varies less than
     that number by 1/12 (French, Mello & Pandey, Annals of Physics 113 (1978)), the mean of two neighbours by a quarter
     of their distance's variance less. The covariance of the numbers below two places theta and phi is
-    ln |sin((theta + phi)/2) / sin((theta - phi)/2)| / pi^2 (Johansson, Duke 91 (1998)); theta = 0 is the greatest.
+    ln |sin((theta + phi)/2) / sin((theta - phi)/2)| / pi^2 (Johansson, Duke 91 (1998)); theta = 0 is the upper edge.
     """
     beta = short / long
     mu = median_of_law(beta)
@@ -185,7 +187,7 @@ def median_error(long: int, short: int) -> tuple[float, float, float]:
 
 
 def tracy_widom_beyond(z: np.ndarray) -> np.ndarray:
-    """1 - F_1(z), F_1 the Tracy-Widom law for real matrices; to about 1e-3 of itself, an upper bound above z = 16."""
+    """1 - F_1(z), F_1 the Tracy-Widom law for real matrices; relative error about 1e-3, an upper bound above z = 16."""
     at, logs = _tracy_widom_table()
     slope = (logs[-1] - logs[-2]) / (at[-1] - at[-2])
     return np.exp(np.interp(z, at, logs) + slope * np.maximum(z - at[-1], 0.0))
@@ -218,7 +220,7 @@ def median_of_law(beta: float) -> float:
 def bulk_density(values: np.ndarray, shape: tuple[int, int], sigma: float) -> np.ndarray:
     """The density of the singular values of noise with entries of deviation `sigma`, for drawing; 0 outside the bulk.
 
-    Marchenko & Pastur, Math. USSR-Sbornik 1 (1967), of sigma_i instead of sigma_i^2 / L.
+    Marchenko & Pastur, Math. USSR-Sbornik 1 (1967), transformed from sigma_i^2 / L to sigma_i.
     """
     long, short = max(shape), min(shape)
     beta = short / long

@@ -1,6 +1,6 @@
-"""What a fitted number is worth: the power law's p-value and its rivals, spikes against noise, and a shuffled twin.
+"""Tests of fitted numbers: the power law's p-value and its rivals, spikes against noise, and a shuffled twin.
 
-Offline only: a bootstrap takes seconds a matrix. Every draw comes from Philox keyed by the matrix's name, so a matrix
+Offline only: a bootstrap takes seconds per matrix. Every draw comes from Philox keyed by the matrix's name, so a matrix
 has the same numbers whatever else is analyzed, in any number of threads.
 """
 
@@ -28,19 +28,19 @@ from lowrank_vit.spectral.solving.solve import MatrixStack, all_values
 from lowrank_vit.spectral.watching.refresh import SpectralSettings
 
 BOOTSTRAPS = 100
-"""Of the power law's p-value, by default: its standard error is then 0.05 at most."""
+"""Default number of draws for the power law's p-value: its standard error is then at most 0.05."""
 OF_TWIN = ("sigma_max", "stable_rank", "alpha", "alpha_sigma", "mp_outliers", "mp_ks")
-"""What is told of the shuffled twin."""
+"""Metrics that are given of the shuffled twin."""
 _BOOTSTRAP, _TWIN = 0, 1
 
 
 class Rival(NamedTuple):
-    """The power law against another density of the same tail."""
+    """The power law compared with another density on the same tail."""
 
     ratio: float
     """ln of the likelihood of the power law over the other's, over all values of the tail: positive favours it."""
     p: float
-    """How likely a ratio so far from 0 is where both fit alike; above about 0.1 its sign means nothing."""
+    """Probability of a ratio this far from 0 if both fit equally well; above about 0.1 its sign means nothing."""
 
 
 def statistics_of(
@@ -50,13 +50,13 @@ def statistics_of(
     bootstraps: int = BOOTSTRAPS,
     fused: Collection[str] = (),
 ) -> dict[str, dict[str, float]]:
-    """By matrix: all the numbers of this module. `fused`: those whose rows are Q, K and V.
+    """All numbers of this module, by matrix. `fused`: names of the matrices whose rows are Q, K and V.
 
     Returns:
         "alpha_p", "alpha_p_error" (see `bootstrap`); "lr_exponential", "lr_exponential_p", likewise "lr_lognormal" and
         "lr_truncated" (see `rivals`); "spike_p1".. "spike_p<topk>" and "spikes" (see `spike_chances`); and
-        "shuffled_<metric>" of `OF_TWIN` (see `shuffled`). NaN where a fit or a scale is. Fits and
-        spikes are of the values above rounding, as `spectrum_metrics` has them.
+        "shuffled_<metric>" of `OF_TWIN` (see `shuffled`). NaN where a fit or a scale is NaN. Fits and spikes are of the
+        values above rounding, as in `spectrum_metrics`.
     """
 
     def one(name: str) -> dict[str, float]:
@@ -88,10 +88,11 @@ def _generator(name: str, use: int) -> np.random.Generator:
 def bootstrap(s: np.ndarray, count: int, rng: np.random.Generator) -> tuple[float, float]:
     """The p-value of the power law fitted to sigma_i^2, and its standard error.
 
-    The share of `count` drawn spectra whose own fit has a KS distance as large or larger: small (0.1 or less) says that
-    the tail is no power law. A draw has as many values: each, with the tail's share as chance, of the fitted law, else
-    one of those below x_min; x_min and alpha are fitted to it anew (Clauset, Shalizi & Newman, SIAM Review 51 (2009),
-    section 4.1). The error is that of a share after Laplace's rule. NaN where nothing can be fitted.
+    The p-value is the share of `count` drawn spectra whose own fit has a KS distance as large or larger: a small one
+    (0.1 or less) says that the tail is no power law. A drawn spectrum has as many values as `s`. Each comes from the
+    fitted law with the tail's share as probability, otherwise from the values below x_min; x_min and alpha are fitted
+    anew (Clauset, Shalizi & Newman, SIAM Review 51 (2009), section 4.1). The standard error is that of a share by
+    Laplace's rule. NaN where nothing can be fitted.
     """
     fit = power_law(s)
     if np.isnan(fit.alpha):
@@ -107,7 +108,7 @@ def bootstrap(s: np.ndarray, count: int, rng: np.random.Generator) -> tuple[floa
         if body.size:
             drawn = np.where(in_tail, drawn, body[rng.integers(body.size, size=positive.size)])
         as_far += not power_law(np.sort(drawn)[::-1]).ks < fit.ks
-    likely = (as_far + 1) / (count + 2)  # not 0 where none was as far
+    likely = (as_far + 1) / (count + 2)  # not 0 where no draw was as far
     return as_far / count, (likely * (1 - likely) / count) ** 0.5
 
 
@@ -115,9 +116,9 @@ def rivals(s: np.ndarray) -> dict[str, Rival]:
     """The power law's tail against "exponential", "lognormal" and "truncated" (x^-alpha e^(-lambda x)), by likelihood.
 
     Each is fitted by maximum likelihood to the eigenvalues x = sigma^2 >= x_min of the power law's fit, as a density on
-    x >= x_min. The ratio's p is Vuong's (Econometrica 57 (1989)); the truncated one, of which the power law is a case,
-    has the p of a likelihood ratio test (Clauset, Shalizi & Newman 2009, appendix C). NaN where nothing can be fitted,
-    or where the tail has fewer than 4 values.
+    x >= x_min. The p-value is Vuong's (Econometrica 57 (1989)); for the truncated law, of which the power law is a
+    special case, it is that of a likelihood ratio test (Clauset, Shalizi & Newman 2009, appendix C). NaN where nothing
+    can be fitted, or where the tail has fewer than 4 values.
     """
     fit = power_law(s)
     names = ("exponential", "lognormal", "truncated")
@@ -141,13 +142,13 @@ def _compared(own: np.ndarray, other: np.ndarray, nested: bool) -> Rival:
 
 
 def _exponential(x: np.ndarray) -> np.ndarray:
-    """Logarithms of lambda e^(-lambda (x - 1)), lambda = 1 / (mean - 1)."""
+    """Log densities of lambda e^(-lambda (x - 1)), lambda = 1 / (mean - 1)."""
     rate = 1 / (np.mean(x) - 1)
     return np.log(rate) - rate * (x - 1)
 
 
 def _lognormal(x: np.ndarray) -> np.ndarray:
-    """As `_exponential`, of ln x normal with mean m and deviation d, given x >= 1."""
+    """Log densities of ln x normal with mean m and deviation d, given x >= 1."""
     from scipy.special import log_ndtr
 
     logs = np.log(x)
@@ -161,7 +162,7 @@ def _lognormal(x: np.ndarray) -> np.ndarray:
 
 
 def _truncated(x: np.ndarray, alpha: float) -> np.ndarray:
-    """As `_exponential`, of x^-a e^(-b x) on x >= 1; a > 1, integrated with x = e^u."""
+    """Log densities of x^-a e^(-b x) on x >= 1 with a > 1, normalised by an integral over u, x = e^u."""
     logs = np.log(x)
     nodes, weights = np.polynomial.legendre.leggauss(64)
     nodes, weights = (nodes + 1) / 2, weights / 2
@@ -179,7 +180,7 @@ def _truncated(x: np.ndarray, alpha: float) -> np.ndarray:
 
 
 def _fitted(density: Callable[[np.ndarray], np.ndarray], start: np.ndarray) -> np.ndarray:
-    """The logarithms of a density at its parameters of greatest likelihood, sought from `start`."""
+    """Log densities at the parameters of greatest likelihood, searched from `start`."""
     from scipy.optimize import minimize
 
     def loss(parameters: np.ndarray) -> float:
@@ -193,11 +194,11 @@ def _fitted(density: Callable[[np.ndarray], np.ndarray], start: np.ndarray) -> n
 
 
 def spike_chances(s: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """(K,) how likely noise has a value as great as the i-th, once the i - 1 greater ones are taken for no noise.
+    """(K,) the probability that noise has a value as great as the i-th, if the i - 1 greater ones are not noise.
 
-    The Tracy-Widom law of noise with i - 1 rows or columns less on its short side, which the i-th value beside i - 1
-    spikes stays below (Johnstone, Annals of Statistics 29 (2001), proposition 1.2), and with the deviation that the
-    median of all of `s` tells, whose error counts. NaN where there is no deviation.
+    It is the Tracy-Widom law of noise with i - 1 fewer rows or columns on its short side, which bounds the i-th value
+    beside i - 1 spikes (Johnstone, Annals of Statistics 29 (2001), proposition 1.2). The deviation is estimated from
+    the median of all of `s`, and the error of that is allowed for. NaN where there is no deviation.
     """
     sigma = deviation(s, shape)
     long, short = max(shape), min(shape)
@@ -215,10 +216,10 @@ def spike_chances(s: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 def shuffled(
     name: str, weight: Tensor, solved: Solved, settings: SpectralSettings, *, is_fused: bool = False
 ) -> dict[str, float]:
-    """The numbers of `OF_TWIN` for a matrix of the same entries in another order; of fused qkv each third by itself.
+    """The metrics `OF_TWIN` of a matrix with the same entries in random order; thirds of fused qkv are kept apart.
 
-    What the twin has as well comes from the entries' distribution (a single huge entry, heavy tails) and their number,
-    not from how they are arranged. NaN where the matrix is not finite.
+    A property that the twin shares comes from the distribution and number of the entries (a single huge entry, heavy
+    tails), not from their arrangement. NaN where the matrix is not finite.
     """
     rng, shape = _generator(name, _TWIN), (weight.shape[0], weight.shape[1])
     entries = weight.detach().cpu()

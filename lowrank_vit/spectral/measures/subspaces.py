@@ -1,7 +1,7 @@
-"""How the singular subspaces of a matrix at two moments lie to each other, and what chance alone would give.
+"""Angles between the singular subspaces of a matrix at two moments, and what chance alone would give.
 
-Float64 numpy. R and C are the matrix's rows and columns, k recorded vectors of an end; p is the greatest index recorded
-from the top, so that 1..p is the block that has no gaps in it (p = k at interval 1).
+Float64 numpy. R and C are the matrix's rows and columns, k is the number of vectors recorded at an end, p the greatest
+index recorded from the top: the block 1..p has no gaps (p = k at interval 1).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lowrank_vit.spectral.solving.extremes import Solved, Triplets
 from lowrank_vit.spectral.solving.lapack import one_blas_thread, tridiagonal_values
 
 _VALUES, _LEAST_DRAWS, _MOST_DRAWS = 16384, 32, 2048
-"""Of the simulation of `chance_cosines`: at least so many cosines in all, and so many pairs of subspaces."""
+"""For the simulation of `chance_cosines`: about how many cosines in all, and bounds on the number of pairs."""
 
 
 def principal_cosines(a_NK: np.ndarray, b_NK: np.ndarray) -> np.ndarray:
@@ -47,16 +47,16 @@ def chance_cosines(k: int, n: int) -> tuple[float, ...]:
     """The expected principal cosines, first to k-th, between two random k-dimensional subspaces of n dimensions.
 
     Means over simulated pairs: the same ones at every call, accurate to about 1 % and in their mean square exactly k/n.
-    The squared cosines are a Jacobi ensemble (a = 0, b = n - 2k, real), whose singular values a bidiagonal matrix of
-    2k - 1 independent Beta variables has (Edelman & Sutton, "The beta-Jacobi matrix model, the CS decomposition, and
-    generalized singular value problems", Found. Comput. Math. 8 (2008)). Where 2k > n, 2k - n directions are shared,
-    and the others are those of the two complements.
+    The squared cosines are a Jacobi ensemble (a = 0, b = n - 2k, real). The cosines are distributed like the singular
+    values of a bidiagonal matrix of 2k - 1 independent Beta variables (Edelman & Sutton, "The beta-Jacobi matrix model,
+    the CS decomposition, and generalized singular value problems", Found. Comput. Math. 8 (2008)). Where 2k > n, 2k - n
+    directions are shared, and the other cosines are those of the two complements.
 
     Raises:
         ValueError: not 1 <= k <= n.
     """
     if not 1 <= k <= n:
-        raise ValueError(f"subspaces of {k} of {n} dimensions: expected 1 or more, and no more than there are")
+        raise ValueError(f"subspaces of k = {k} of n = {n} dimensions: expected 1 <= k <= n")
     if 2 * k > n:
         return (1.0,) * (2 * k - n) + (chance_cosines(n - k, n) if k < n else ())
     draws = min(_MOST_DRAWS, max(_LEAST_DRAWS, _VALUES // k))
@@ -64,7 +64,7 @@ def chance_cosines(k: int, n: int) -> tuple[float, ...]:
     down, up = np.arange(k, 0, -1), np.arange(k - 1, 0, -1)
     c2 = random.beta(down / 2, (n - 2 * k + down) / 2, (draws, k))
     d2 = random.beta(up / 2, (n - 2 * k + 1 + up) / 2, (draws, k - 1))
-    # Of the upper bidiagonal B, squared: diagonal and superdiagonal. B B^T is tridiagonal.
+    # Squares of the diagonal and superdiagonal of the upper bidiagonal B. B B^T is tridiagonal.
     diagonal2 = np.concatenate([c2[:, :1], c2[:, 1:] * (1 - d2)], axis=1)
     above2 = (1 - c2[:, :-1]) * d2
     d = diagonal2 + np.concatenate([above2, np.zeros((draws, 1))], axis=1)
@@ -75,7 +75,7 @@ def chance_cosines(k: int, n: int) -> tuple[float, ...]:
 
 
 def chance_metrics(k: int, p: int, shape: tuple[int, int]) -> dict[str, float]:
-    """What two random subspaces would give for the numbers of `cosine_metrics`, by their names with "chance" for "cos".
+    """The numbers of `cosine_metrics` for two random subspaces; "chance" stands for "cos" in their names.
 
     Returns:
         "chance_u" and "chance_v", root mean squares (see `chance_level`); "chance_u_max", "chance_u_mean",
@@ -105,7 +105,7 @@ def overlap(mean_square: float, k: int, n: int) -> float:
 
 
 def cosine_metrics(prefix: str, before: Solved, now: Solved) -> dict[str, float]:
-    """Principal cosines of the recorded vectors of the top, and of the blocks 1..p, as scalars.
+    """Principal cosines of the recorded top vectors and of the blocks 1..p, as scalars.
 
     Returns:
         "<prefix>_u1".."<prefix>_u<k>" and "..._v...", largest cosine first; "<prefix>_u_max", "<prefix>_u_mean",
@@ -122,7 +122,7 @@ def cosine_metrics(prefix: str, before: Solved, now: Solved) -> dict[str, float]
         n = getattr(now.top, side).shape[0]
         values |= _squares(f"{prefix}_{side}", top, n)
         if blocks is not None:
-            # What was read from a store may lie in memory otherwise, and a product's bits depend on that.
+            # Vectors read from a store may have another memory layout, on which a product's bits depend.
             of_block = [np.ascontiguousarray(getattr(one, side)) for one in blocks]
             cosines = top if blocks[1] is now.top else principal_cosines(*of_block)
             name = f"block_{prefix}_{side}"
@@ -144,7 +144,7 @@ def last_cosines(prefix: str, before: Solved, now: Solved) -> dict[str, float]:
 
 
 def blocks_of(before: Solved, now: Solved) -> tuple[Triplets, Triplets] | None:
-    """Both first p triplets; None where those of `before`, or as many, are not known. `now` is of this version."""
+    """The first p triplets of both; None where `before` has none, or another number. `now` is of this version."""
     if now.block is None and before.block is None:
         return before.top, now.top
     if now.block is None or before.block is None or before.block.s.size != now.block.s.size:
@@ -162,15 +162,17 @@ def block_gap(s: np.ndarray, p: int) -> float:
 
 
 def turn_bound(before: Solved, now: Solved, norm2: float) -> float:
-    """What the sine of the greatest angle between both blocks 1..p cannot exceed, of the left and of the right vectors.
+    """An upper bound of the sine of the greatest angle between both blocks 1..p, for left and right vectors alike.
 
     |W - W'|_2 / (sigma_p(before) - sigma_{p+1}(now)), infinite where the difference is not positive (Wedin,
     "Perturbation bounds in connection with singular value decomposition", BIT 12 (1972)). At 1 or more it says nothing.
-    With p = K the next value is 0, that of the null space. Where the next is not known it is what none after the block
-    exceeds, `Solved.beyond`. NaN with a NaN, or where `before` has no block.
+    With p = K the next value is 0, that of the null space. Where the next value is unknown, `Solved.beyond`, a bound of
+    all values after the block, takes its place. NaN with a NaN, or where `before` has no block.
 
     Args:
-        norm2: |W - W'|_2, the upper end of what it may be.
+        before: the solution for W'.
+        now: the solution for W.
+        norm2: an upper bound of |W - W'|_2.
     """
     blocks = blocks_of(before, now)
     if blocks is None:
@@ -184,21 +186,23 @@ def turn_bound(before: Solved, now: Solved, norm2: float) -> float:
 
 
 def block_energy(before: Solved, now: Solved, weights_RC: np.ndarray) -> float:
-    """How much of what p directions can hold of W the earlier block 1..p still holds, 0-1.
+    """How much of W the earlier block 1..p still holds, as a share of the most that p directions can hold, 0-1.
 
-    |U_p^T W|_F^2 / sum_{j<=p} sigma_j^2, U_p of `before`, W and sigma of `now`; 1 where nothing better exists (Ky Fan:
-    no p orthonormal columns give more than the sum), also for a zero matrix. It does not fall where values inside of
-    the block, or near its end, change places. NaN with a NaN, or where `before` has no block.
+    |U_p^T W|_F^2 / sum_{j<=p} sigma_j^2, U_p of `before`, W and sigma of `now`; 1 where no p directions hold more (Ky
+    Fan: no p orthonormal columns give more than the sum), also for a zero matrix. It hardly falls where values of the
+    block, or at its end, change places. NaN with a NaN, or where `before` has no block.
 
     Args:
-        weights_RC: float64.
+        before: an earlier solution, which gives U_p.
+        now: the solution for W.
+        weights_RC: W, float64.
     """
     blocks = blocks_of(before, now)
     if blocks is None or not np.isfinite(now.s[0]):
         return float("nan")
     if now.s[0] == 0.0:
         return 1.0
-    with one_blas_thread():  # and one layout: a product's bits depend on both
+    with one_blas_thread():  # a product's bits depend on the number of threads and on the memory layout
         product = np.ascontiguousarray(blocks[0].u.T) @ np.ascontiguousarray(weights_RC)
     return captured(float(np.linalg.norm(product / now.s[0])), now)
 

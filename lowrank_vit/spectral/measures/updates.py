@@ -1,6 +1,6 @@
-"""Numbers of how weights move: of their change between two refreshes, and of the optimizer's direction at one.
+"""Metrics of how weights move: of their change between two refreshes, and of the optimizer's direction at a refresh.
 
-D is such an (R, C) matrix, float64; 1..p the block of W's first singular triplets, see `subspaces`.
+D is such a matrix (R, C), float64; 1..p is the block of W's first singular triplets, see `subspaces`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from lowrank_vit.spectral.solving.solve import MatrixStack, all_values, float64_
 
 _ADAM = ("torch.optim.adam.Adam", "torch.optim.adamw.AdamW")
 _PAIRED_ON_CPU = 4
-"""Matrices that are copied at a time where they were in other stacks before."""
+"""Number of matrices copied at a time where their grouping into stacks has changed."""
 _SGD, _MUON = "torch.optim.sgd.SGD", "timm.optim.muon.Muon"
 
 
 def paired(before: Sequence[MatrixStack], now: Sequence[MatrixStack]) -> Iterator[tuple[MatrixStack, MatrixStack]]:
-    """Each stack of now that was there before, with the matrices of the same names and of now's dtype before it.
+    """Pairs (before, now) of stacks of the same matrices, in pieces of `pieces.in_pieces` and in the dtype of `now`.
 
-    By `pieces.in_pieces`. A layer that has become factors in between is in another stack, since its product is float64.
+    A piece with a matrix that was not there before is left out. A layer that has become factors in between is in
+    another stack than before, since its product is float64.
     """
     if [one.names for one in before] == [one.names for one in now]:
         for pair in zip(before, now, strict=True):
@@ -47,31 +48,34 @@ def paired(before: Sequence[MatrixStack], now: Sequence[MatrixStack]) -> Iterato
 
 
 def why_no_direction(optimizer: Optimizer, group: dict[str, Any]) -> str:
-    """Why `update_direction` knows none of this optimizer's parameters of a group, in words; empty where it does."""
-    name, of_known = _name_of(optimizer), "is not known (of Adam, AdamW, Muon and SGD it is)"
+    """Why `update_direction` cannot tell the direction of a group's parameters, in words; empty where it can."""
+    name, of_known = _name_of(optimizer), "is not known (that of Adam, AdamW, Muon and SGD is)"
     if name not in (*_ADAM, _SGD, _MUON):
         return f"that of {name} {of_known}"
     if (algorithm := group.get("algo", "muon")) != "muon":
         return f"that of {name} as {algorithm!r} {of_known}"
     if group.get("nesterov"):
-        return "Nesterov's form adds the last gradient to the momentum, which is gone when spectra are due"
+        return "Nesterov momentum includes the last gradient, which is gone when spectra are due"
     if name == _SGD and not group["momentum"]:
-        return "SGD without momentum keeps none"
+        return "SGD without momentum stores none"
     return ""
 
 
 @torch.no_grad()
 def update_direction(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Tensor | None:
-    """What the last step has moved a parameter by, but for learning rate and sign, as a new tensor; no wait for it.
+    """The direction in which the last step moved a parameter, without learning rate and sign, as a new tensor.
 
     Adam and AdamW: m / (sqrt(v) + eps), both corrected for their start as in torch, without weight decay where that is
     decoupled; so are parameters that Muon leaves to AdamW. SGD: the momentum buffer. Muon: what timm's own iteration
     makes of the momentum buffer, a nearly orthogonal matrix (as costly as that part of a step).
 
-    None where nothing was stepped yet, and where it is not known: see `why_no_direction`.
+    None where no step was taken yet, and where the direction is not known: see `why_no_direction`. Does not wait for
+    the device.
 
     Args:
-        group: the optimizer's, of the parameter.
+        optimizer: after its step.
+        group: the parameter's group of this optimizer.
+        parameter: of the group.
     """
     state = optimizer.state.get(parameter) or {}
     if why_no_direction(optimizer, group):
@@ -89,7 +93,7 @@ def update_direction(optimizer: Optimizer, group: dict[str, Any], parameter: Ten
 
 
 def _orthogonalised(momentum: Tensor, group: dict[str, Any]) -> Tensor:
-    """What timm's step moves a zero parameter by, with the momentum for a gradient, too, so that it stays as it is."""
+    """The step of timm's Muon on a zero parameter. The momentum stands for the gradient too, so it does not change."""
     from timm.optim.muon import muon
 
     moved = torch.zeros_like(momentum)
@@ -106,21 +110,21 @@ def _name_of(optimizer: Optimizer) -> str:
 def update_metrics(
     prefix: str, change_RC: Tensor, values_of_change: np.ndarray | float, block: Triplets | None
 ) -> dict[str, float]:
-    """How many directions D has, and how much of it lies in the top block of W.
+    """How many directions D has, and how much of D lies in the top block of W.
 
     Args:
-        prefix: of the names.
+        prefix: what the names begin with.
         change_RC: D, float64, on any device.
         values_of_change: its singular values (K,), descending, or the first one alone, |D|_2.
-        block: W's first p triplets; None: not known.
+        block: W's first p triplets; None where they are not known.
 
     Returns:
-        "<prefix>_stable_rank" and, of all values, "<prefix>_effective_rank", "<prefix>_rank90" (see `metrics`). With a
-        block also "<prefix>_top_u" |U_p^T D|_F^2 / |D|_F^2, "<prefix>_top_v" |D V_p|_F^2 / |D|_F^2 and "<prefix>_top"
-        |U_p^T D V_p|_F^2 / |D|_F^2, 0-1; by chance, which is exact for a D of any kind and random U_p and V_p, p/R, p/C
-        and p^2/(R C): "<prefix>_chance_u", "_chance_v" and "_chance" (E U_p U_p^T is p/R times the identity).
-        Of all values "<prefix>_most", the share of the first p of D's own, which none of the three exceeds (Ky Fan).
-        Shares of D = 0 are NaN, as all is with a NaN.
+        "<prefix>_stable_rank" and, with all values, "<prefix>_effective_rank", "<prefix>_rank90" (see `metrics`). With
+        a block also the shares, 0-1, "<prefix>_top_u" |U_p^T D|_F^2 / |D|_F^2, "<prefix>_top_v" |D V_p|_F^2 / |D|_F^2
+        and "<prefix>_top" |U_p^T D V_p|_F^2 / |D|_F^2, and their expected values for random U_p and V_p, exact for any
+        D: "<prefix>_chance_u" p/R, "_chance_v" p/C and "_chance" p^2/(R C) (E U_p U_p^T is p/R times the identity).
+        With a block and all values also "<prefix>_most", the share of D's own first p values, an upper bound of the
+        three (Ky Fan). Shares of D = 0 are NaN; with a NaN in D all numbers are.
     """
     first_alone = isinstance(values_of_change, float | int)
     s = np.atleast_1d(np.asarray(values_of_change, np.float64))
@@ -141,7 +145,7 @@ def update_metrics(
 
 
 def _squares(change_RC: Tensor, scale: float, block: Triplets | None) -> list[float]:
-    """|D|_F^2 and with a block those of U_p^T D, D V_p and both, of D over `scale`, which keeps squares in range."""
+    """|D|_F^2, and with a block those of U_p^T D, D V_p, U_p^T D V_p; D is over `scale`, to keep squares in range."""
     unit_RC = change_RC / scale if scale != 0 else torch.full_like(change_RC, float("nan"))
     parts = [unit_RC]
     if block is not None:
@@ -175,10 +179,15 @@ def update_spectra(
     norms: Sequence[float] | None = None,
     before_NRC: Tensor | None = None,
 ) -> dict[str, dict[str, float]]:
-    """By name: `update_metrics` of each matrix of a stack, which are changes or directions of weights.
+    """By name: `update_metrics` of each matrix of a stack of changes or directions of weights.
 
-    `blocks`: by name, the first triplets of the weights, where they are known. `norms`: the spectral norm of each
-    matrix, which then stands for all of its values. `before_NRC`: what is to be taken from each, in float64.
+    Args:
+        prefix: see `update_metrics`.
+        stack: the matrices.
+        blocks: the first triplets of the weights by name, where they are known.
+        cpu_threads: how many matrices are solved at once on a CPU.
+        norms: the spectral norm of each matrix, used in place of all its values.
+        before_NRC: subtracted from the matrices, in float64.
     """
     described: dict[str, dict[str, float]] = {}
     with torch.no_grad():
@@ -199,7 +208,8 @@ def block_energies(
 
     Args:
         before, now: by name, solved.
-        stack: the weights that `now` was solved of, or some of them.
+        stack: the weights whose solutions are `now`, or some of them.
+        cpu_threads: how many matrices are taken at once on a CPU.
     """
     on_host: dict[str, Tensor] = {}
     on_device: dict[str, Tensor] = {}

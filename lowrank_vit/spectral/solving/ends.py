@@ -1,9 +1,9 @@
 """The first singular triplets alone, from vectors of the same matrix a little earlier, and proof of their indices.
 
-A refresh's weights differ little from the last one's, so its first right vectors and some more (`GUARD`) span nearly
-the wanted directions. `nearby` brings them there by products with the Gram matrix. What comes out is certified as
-`solve.solve_stack` certifies it, and a Cholesky factor proves that no value was missed. That takes a fifth to a half of
-the time of a whole spectrum.
+Weights differ little from those at the last refresh, so the first right vectors of then and some more (`GUARD`) nearly
+span the wanted directions. `nearby` improves them by products with the Gram matrix. The result is certified as in
+`solve.solve_stack`, and a Cholesky factor proves that no value was missed. That takes a fifth to a half of the time of
+a whole spectrum.
 
 Shape legend: see `solve`; m triplets are wanted, J = m + 1 computed, B = m + `GUARD` columns kept.
 """
@@ -43,9 +43,9 @@ from lowrank_vit.spectral.solving.solve import (
 LOG = logging.getLogger(__name__)
 
 GUARD = 17
-"""Columns kept beyond the wanted ones: a filter tells the wanted from what lies below these."""
+"""Columns kept beyond the wanted ones: a filter separates the wanted directions from those below these."""
 _FAR = 2.0**30
-"""Float32 entries with a greatest one between 1 over this and this are taken as they are, others scaled."""
+"""A float32 matrix is scaled unless its greatest entry is between 1 over this and this."""
 
 
 def solve_ends(
@@ -66,12 +66,12 @@ def solve_ends(
         before: by name, `Solved.start` of the same matrix a little earlier.
         m: triplets wanted.
         cpu_threads, cancelled: see `solve.solve_stack`.
-        log: called with a line that says why for a matrix that has a start, but no result.
+        log: called with the reason for each matrix that has a start but no result.
 
     Returns:
-        By name, where `is_large_enough`: triplets with certificates of at most `ABSOLUTE_LIMIT` sigma_1 and proven
-        indices, not `full`, with a `start` for the next time. Of the values the first m are known, and sigma_{m+1}
-        where it is proven, too.
+        By name: triplets with certificates of at most `ABSOLUTE_LIMIT` sigma_1 and proven indices, not `full`, with a
+        `start` for the next time. The first m values are known, and sigma_{m+1} where it is proven too. None for all
+        unless `is_large_enough`.
 
     Raises:
         Cancelled: `cancelled()` was true.
@@ -97,14 +97,14 @@ def solve_ends(
     for i, (near, scale) in zip(warm, each, strict=True):
         solved = near if isinstance(near, str) else _proven(near, shape, m)
         if isinstance(solved, str):
-            log(f"spectra of {stack.names[i]}: {solved}; all of the spectrum is computed")
+            log(f"spectra of {stack.names[i]}: {solved}; the whole spectrum is computed")
         else:
             found[stack.names[i]] = replace(_scaled(solved, scale), eps=eps)
     return found
 
 
 def is_large_enough(k: int, m: int) -> bool:
-    """Whether a matrix with K values has its first m found alone: where it is smaller all of them cost no more."""
+    """Whether the first m of K values are found alone: for a smaller matrix all of them cost no more."""
     return k >= 2 * (m + GUARD)
 
 
@@ -113,7 +113,7 @@ def _is_start(start: np.ndarray, k: int, m: int) -> bool:
 
 
 def _filled(start: np.ndarray, m: int) -> np.ndarray:
-    """With random columns up to m + `GUARD`, of about unit length; what was stored has the first vectors alone."""
+    """The start with random columns of about unit length up to m + `GUARD`; a stored one has only the first vectors."""
     k, known = start.shape
     random = np.random.default_rng(0).standard_normal((k, m + GUARD - known)) / k**0.5
     return np.concatenate([start, random], axis=1, dtype=np.float32)
@@ -153,17 +153,17 @@ def _on_device(
 
 
 def _proven(near: Near, shape: tuple[int, int], m: int) -> Solved | str:
-    """The first m triplets, if all that is promised of them holds; else what does not."""
+    """The first m triplets if all their checks pass, else the check that failed, in words."""
     known, ratio = near.known, float(near.certificate.max() / near.s[0])
     if not ratio <= ABSOLUTE_LIMIT:
         return f"certificate {ratio:.0e} of sigma_1"
     if not near.orthogonality <= ORTHOGONALITY_LIMIT:
         return f"vectors are orthogonal only to {near.orthogonality:.0e}"
-    # As many values lie within this of the found ones, each near its own (Kahan; Parlett, theorem 11.5.1).
+    # That many true values lie within this distance of the found ones, each near its own (Kahan; Parlett, 11.5.1).
     together = 2 * float(np.linalg.norm(near.certificate)) + near.s.size * near.orthogonality * float(near.s[0])
     gap = float(near.s[known - 1]) - together - max(near.beyond, 0.0) ** 0.5
     if not gap > 0:
-        return f"sigma_{known} is not told from those after it"
+        return f"sigma_{known} cannot be told from those after it"
     allowed = max(ANGLE_LIMIT * gap, 16 * EPS * max(shape) ** 0.5 * float(near.s[0]))
     if not near.certificate[:known].max() <= allowed:
         return f"vectors may be off by {near.certificate[:known].max() / gap:.0e}"

@@ -1,4 +1,4 @@
-"""What a solver returns: all singular values of a matrix and, from both ends of the spectrum, certified triplets.
+"""The result of a solver: all singular values of a matrix, and certified triplets from both ends of the spectrum.
 
 Shape legend: N matrices of one shape, R rows, C columns, K = min(R, C), M = 2 m triplets (m of each end).
 """
@@ -13,19 +13,19 @@ import numpy as np
 Solver = Literal["gram64", "svd"]
 
 ENDS = "ends"
-"""As `Solved.solver`: the first values were found without the others."""
+"""The value of `Solved.solver` where the first values were found without the others."""
 
 EPS = float(np.finfo(np.float64).eps)
 RELATIVE_LIMIT, ABSOLUTE_LIMIT = 1e-6, 1e-12
 """A value is accepted when its error is proved to be at most RELATIVE_LIMIT sigma_i or ABSOLUTE_LIMIT sigma_1."""
 ANGLE_LIMIT, LEAST_GAP = 1e-6, 1e-3
-"""The angle of a vector to its end's true subspace is at most ANGLE_LIMIT, where the relative gap is LEAST_GAP or more
-(with less of a gap the subspace itself is not well defined)."""
+"""The angle of a vector to its end's true subspace is at most ANGLE_LIMIT where the relative gap is LEAST_GAP or more
+(with a smaller gap the subspace itself is not well defined)."""
 ORTHOGONALITY_LIMIT = 1e-10
 TRACE_LIMIT = 1e-12
 
 LEAST = 1 / 64
-"""sigma_{m+1} over sigma_1: where it is less there is no `Solved.start`, since float32 would tell too little."""
+"""Below this sigma_{m+1} / sigma_1 there is no `Solved.start`, since float32 would not be accurate enough."""
 
 
 class Recorded(NamedTuple):
@@ -53,10 +53,10 @@ class Triplets:
 
 
 class Thirds(NamedTuple):
-    """A fused qkv matrix whose Q, K and V have been brought to one scale of noise, for what compares it with noise."""
+    """A fused qkv matrix with Q, K and V brought to one scale of noise, for comparisons with noise."""
 
     scales: np.ndarray
-    """(3,) what Q, K and V were divided by: their noise's deviations over the root of the mean of their squares."""
+    """(3,) divisors of Q, K and V: their noise's deviations over the root mean square of the three."""
     s: np.ndarray
     """(K,) the singular values afterwards, descending."""
 
@@ -65,8 +65,8 @@ class Thirds(NamedTuple):
 class Solved:
     """One matrix: all its values (K,), descending, float64, and its first and last triplets.
 
-    From a solver `top` holds the first m triplets and `last` the last m, the smallest *first*; `recorded` picks. Where
-    it is not `full`, the values after the first known ones are NaN, and `last` has no triplets.
+    A solver returns the first m triplets in `top` and the last m in `last`, the smallest *first*; `recorded` picks
+    from these. Where it is not `full`, the values after the first known ones are NaN, and `last` has no triplets.
     """
 
     s: np.ndarray
@@ -75,31 +75,31 @@ class Solved:
     orthogonality: float
     """Greatest entry of |U^T U - I| and |V^T V - I| within each end."""
     solver: str
-    """Which solver's numbers these are: gram64, svd, or none for a matrix with a NaN or an infinity."""
+    """The solver used: gram64, svd, `ENDS`, or none for a matrix with a NaN or an infinity."""
     note: str = ""
     """Why that is not the solver asked for; empty otherwise."""
     thirds: Thirds | None = None
-    """Of a fused qkv matrix; None of others, and where its thirds have no scale (of lower rank or not finite)."""
+    """For a fused qkv matrix; None for others, and where its thirds have no scale (of lower rank or not finite)."""
     index: bool = False
-    """Whether all triplets are proven to be those of the indices they stand for, see `index.index_is_proven`."""
+    """Whether each triplet is proven to be that of its index, see `index.index_is_proven`."""
     eps: float = float(np.finfo(np.float32).eps)
-    """Relative spacing of the numbers of the weight's own type, see `metrics.numerical_rank`."""
+    """Relative spacing of the weights' own dtype, see `metrics.numerical_rank`."""
     block: Triplets | None = None
     """The first p triplets, p the greatest recorded index of the top, where the recorded ones leave some out.
 
-    None where they do not, and of what an earlier version has stored."""
+    None where they do not, and in results stored by earlier versions."""
     full: bool = True
     """Whether the whole spectrum is known, not only its first values."""
     frobenius: float = float("nan")
-    """|W|_F of what is not `full`; NaN of others, whose values tell it."""
+    """|W|_F if it is not `full`; NaN otherwise, since the values give it."""
     beyond: float = float("nan")
-    """What no value after the first known ones exceeds, where that is proven of what is not `full`."""
+    """An upper bound of the values after the first known ones, where it is not `full` and a bound is proven."""
     start: np.ndarray | None = None
-    """What `ends.solve_ends` starts from later, float32 (K, m or more): the first right vectors, of a wide matrix the
-    left ones. None where the first values lie too far apart for that, or were just sought in vain."""
+    """Where `ends.solve_ends` starts next time, float32 (K, m or more): the first right vectors, or of a wide matrix
+    the left ones. None where the first values lie too far apart for that, or a search for them has just failed."""
 
     def recorded(self, indices: Recorded) -> Solved:
-        """With only the triplets of the recorded indices, in their order, and those between them at the top."""
+        """The same with only the triplets of the recorded indices, in their order, and `block` where it is needed."""
         k, p = self.s.size, indices.top[-1]
         top = self.top.pick([i - 1 for i in indices.top])
         block = self.top.pick(list(range(p))) if p > len(indices.top) else None
@@ -107,7 +107,7 @@ class Solved:
         return replace(self, top=top, last=last, block=block)
 
     def first_alone(self) -> Solved:
-        """Of a whole result with its recorded triplets what the first values tell, up to the one after the block."""
+        """From a whole result with its recorded triplets, keep only the first values, up to the one after the block."""
         known = (self.block or self.top).s.size + 1
         greatest = float(self.s[0])
         return replace(
@@ -127,7 +127,7 @@ class Solved:
 
 
 def start_of(s: np.ndarray, top: Triplets) -> np.ndarray | None:
-    """`Solved.start` of the first triplets, and of the values, of which the one after these may be unknown."""
+    """`Solved.start` from the first triplets and the values; the value after these triplets may be unknown (NaN)."""
     m, k = top.s.size, min(len(top.u), len(top.v))
     if m >= k or not (s[m] if m < s.size and np.isfinite(s[m]) else top.s[-1]) > LEAST * top.s[0]:
         return None
@@ -135,7 +135,7 @@ def start_of(s: np.ndarray, top: Triplets) -> np.ndarray | None:
 
 
 def not_finite(shape: tuple[int, int], m: int) -> Solved:
-    """What stands for a matrix with a NaN or an infinity: everything NaN."""
+    """The result for a matrix with a NaN or an infinity: everything is NaN."""
     rows, cols = shape
     nan = Triplets(np.full(m, np.nan), np.full((rows, m), np.nan), np.full((cols, m), np.nan), np.full(m, np.nan))
     note = "the matrix holds a NaN or an infinity"
@@ -169,10 +169,10 @@ def objection(solved: Solved, squares_K: np.ndarray, frobenius_squared: float, f
     """Why a result must not be trusted, in words; empty when it may be.
 
     Args:
-        solved: what `assemble` made, m of each end.
-        squares_K: the eigenvalues of the Gram matrix, or of several after one another, descending.
+        solved: the result of `assemble`, m triplets of each end.
+        squares_K: the eigenvalues of the Gram matrix, or of several one after another, descending.
         frobenius_squared: |A|_F^2, summed from the entries.
-        floor: what the smallest of `squares_K` are exact to, absolutely.
+        floor: absolute accuracy of the smallest of `squares_K`.
     """
     s, m = solved.s, solved.top.s.size
     if s.size == 0 or s[0] == 0.0:
@@ -184,31 +184,29 @@ def objection(solved: Solved, squares_K: np.ndarray, frobenius_squared: float, f
     for end, boundary in ((solved.top, s[m]), (solved.last, s[s.size - m - 1])):
         allowed = np.maximum(RELATIVE_LIMIT * end.s, ABSOLUTE_LIMIT * s[0])
         gap = np.abs(end.s - boundary)
-        # Rayleigh-Ritz values of a block err by its residual squared over the gap to the rest (Mathias 1998).
+        # The error of a block's Rayleigh-Ritz values is its residual squared over the gap to the rest (Mathias 1998).
         quadratic = np.sum(end.certificate**2) / gap.min() if gap.min() > 0 else np.inf
         if not (np.minimum(end.certificate, quadratic) <= allowed).all():
             worst = int(np.argmax(end.certificate / allowed))
             return f"certificate {end.certificate[worst] / s[0]:.0e} at value {end.s[worst] / s[0]:.0e} (of sigma_1)"
-        # A float64 SVD leaves residuals of about that allowance, too: no solver's angles would be smaller.
+        # A float64 SVD leaves residuals of about this size too, so no solver could have smaller angles.
         within = np.maximum(ANGLE_LIMIT * gap, 16 * EPS * max(len(end.u), len(end.v)) ** 0.5 * s[0])
         if gap.min() > LEAST_GAP * boundary and not (end.certificate <= within).all():
             return f"vectors may be off by {np.max(end.certificate / gap):.0e}"
-    # Values closer than the floor may have changed places with those outside of the last ones. It matters where they
-    # differ by more than their limit.
+    # Values that differ by less than the floor may have changed places with values beside the last ones. That matters
+    # where they differ by more than their limit.
     greatest, beside = float(solved.last.s.max()), float(squares_K[s.size - m - 1])
     told = floor <= (ABSOLUTE_LIMIT * s[0]) ** 2
     if not told and beside < floor:
-        return f"values between the two ends lie below {floor**0.5 / s[0]:.0e} of sigma_1, where its Gram matrix ends"
+        return f"values between the two ends lie below {floor**0.5 / s[0]:.0e} of sigma_1, the limit of its Gram matrix"
     if (
         not told
         and greatest > ABSOLUTE_LIMIT * s[0]
         and beside - greatest**2 < floor
         and floor > 2 * RELATIVE_LIMIT * greatest**2
     ):
-        return (
-            f"the last values, {greatest / s[0]:.0e} of sigma_1 at most, lie closer together than its Gram matrix tells"
-        )
+        return f"the last values, {greatest / s[0]:.0e} of sigma_1 at most, lie too close together for its Gram matrix"
     at_ends = np.concatenate([squares_K[:m], squares_K[squares_K.size - m :][::-1]])
     if np.abs(np.concatenate([solved.top.s, solved.last.s]) ** 2 - at_ends).max() > 1e-11 * squares_K[0]:
-        return "values from both steps of the method differ"
+        return "the values from the two steps of the method differ"
     return ""

@@ -1,14 +1,14 @@
-"""Certified first triplets of a matrix, of any number up to all, at about the cost of its Gram matrix's eigenvectors.
+"""Certified first triplets of a matrix, any number up to all, at about the cost of its Gram matrix's eigenvectors.
 
-Matrix by matrix; on a CPU by LAPACK's steps in float64, for CUDA by torch's `eigh`. Shape legend: see `solve`; L is the
+Matrix by matrix; on a CPU by LAPACK's steps in float64, on CUDA by torch's `eigh`. Shape legend: see `solve`; L is the
 long side, K the short one, M the number of triplets.
 
-The other solvers refine two ends by the SVD of the matrix times their basis, which of half of a spectrum and more takes
-as long as an SVD of the whole. But the images A v_i of a Gram matrix's eigenvectors are orthogonal already, but for
-eps sigma_1^2 / (sigma_i sigma_j) relatively. Their products, taken from the images themselves, tell that small rest to
-eps sigma_i sigma_j, and one step of Jacobi's kind turns the basis so that it goes (`_turn`). Left vectors are then
-images over their lengths. Certificates are about eps sigma_1^2 / sigma_i, as with two ends; where that is not enough,
-below 3e-5 sigma_1, the matrix goes to an SVD.
+The other solvers refine two ends by the SVD of the matrix times their basis. For half of a spectrum or more this takes
+as long as an SVD of the whole. But the images A v_i of a Gram matrix's eigenvectors are already orthogonal up to a
+relative eps sigma_1^2 / (sigma_i sigma_j). Their inner products, computed from the images themselves, give that small
+rest to within eps sigma_i sigma_j, and one Jacobi-like step rotates the basis so that it vanishes (`_turn`). Left
+vectors are then images over their lengths. Certificates are about eps sigma_1^2 / sigma_i, as with two ends; where that
+is not enough, below 3e-5 sigma_1, the matrix is solved by an SVD.
 """
 
 from __future__ import annotations
@@ -35,26 +35,25 @@ from lowrank_vit.spectral.solving.index import FEW, PROBES, WRONG, index_is_prov
 from lowrank_vit.spectral.solving.lapack import all_tridiagonal_vectors, gram, is_in_blocks
 
 Count = Callable[[np.ndarray], int]
-"""How many triplets are wanted, 0 to K, of a matrix with these singular values (K,), descending."""
+"""From a matrix's singular values (K,), descending, to the number of triplets wanted, 0 to K."""
 _FEW_VECTORS = 192
-"""Of a T that is one block, inverse iteration gives so many faster than divide and conquer gives all."""
+"""Up to so many vectors of a T of one block, inverse iteration is faster than divide and conquer for all."""
 _ORTHOGONAL = 1e-12
 """Images that are orthogonal to this are left as they are."""
 _GREATEST_TURN = 1e-4
-"""The step is of second order: of more than this it would leave more than `ORTHOGONALITY_LIMIT`."""
+"""The step is of second order: a larger turn would leave an error above `ORTHOGONALITY_LIMIT`."""
 
 
 @dataclass(frozen=True)
 class First:
-    """What a matrix's Gram matrix tells: all its squares (K,), ascending, what they err by at the most, M directions.
-
-    `basis_KM` spans, on the short side, the directions of the greatest values, the greatest first.
-    """
+    """The Gram matrix's eigenvalues, a bound of their errors, and the directions of the first M values."""
 
     squares: np.ndarray
+    """(K,), ascending."""
     error: Callable[[int], float]
-    """Of so many probes, see `index.enclosure`."""
+    """The bound from a number of probes, see `index.enclosure`."""
     basis: np.ndarray | Tensor
+    """(K, M) directions on the short side, that of the greatest value first."""
 
 
 def solve_matrix(a_RC: np.ndarray, count: Count) -> tuple[Solved, str]:
@@ -62,7 +61,7 @@ def solve_matrix(a_RC: np.ndarray, count: Count) -> tuple[Solved, str]:
 
     Args:
         a_RC: finite float64, C-contiguous, greatest entry about 1; not changed. Call inside `lapack.one_blas_thread`.
-        count: how many.
+        count: tells how many triplets are wanted.
 
     Raises:
         numpy.linalg.LinAlgError: LAPACK fails.
@@ -99,7 +98,7 @@ def values_of(squares: np.ndarray) -> np.ndarray:
 
 
 def both_ends(solved: Solved, m: int) -> Solved:
-    """Of a result with all K triplets the first and last m, as other solvers have them."""
+    """The first and last m triplets of a result with all K, as the other solvers return them."""
     k = solved.s.size
     return replace(solved, top=solved.top.pick(list(range(m))), last=solved.top.pick(list(range(k - 1, k - m - 1, -1))))
 
@@ -119,7 +118,7 @@ def _solved(a_RC: Array, first: First) -> tuple[Solved, str]:
     values = values_of(first.squares)
     allowance = EPS * max(a_RC.shape) ** 0.5 * float(values[0])
     if m and not s_M.min() > allowance:
-        return _without(values), f"{np.count_nonzero(s_M <= allowance)} of the {m} first values are 0"
+        return _without(values), f"{np.count_nonzero(s_M <= allowance)} of the first {m} values are 0"
     scale = _as(s_M, a_RC)
     long_LM = image_LM / scale
     back_KM = tall_LK.T @ long_LM - basis_KM * scale
@@ -141,7 +140,7 @@ def _solved(a_RC: Array, first: First) -> tuple[Solved, str]:
     for probes in (FEW, PROBES):
         error = first.error(probes)
         if not error <= WRONG * first.squares[-1]:
-            return solved, f"its Gram matrix and the eigenvalues found differ by {error / first.squares[-1]:.0e}"
+            return solved, f"its eigenvalues do not fit its Gram matrix, by {error / first.squares[-1]:.0e}"
         low, high = (np.sqrt(np.maximum(first.squares[::-1] + side, 0.0)) for side in (-error, error))
         if index_is_proven(solved, low, high):
             return replace(solved, index=True), ""
@@ -149,11 +148,11 @@ def _solved(a_RC: Array, first: First) -> tuple[Solved, str]:
 
 
 def _turn(products_MM: np.ndarray) -> np.ndarray | None:
-    """X of basis (1 + X), so that images with these products become orthogonal; None where they are already.
+    """X such that basis (1 + X) has orthogonal images, given the images' inner products; None where they already are.
 
-    To first order X is antisymmetric and X_ij = E_ij / (d_j - d_i), d the diagonal and E what lies beside it. Half of
-    its square keeps the basis orthonormal to the fourth. Pairs too close for that, whose images are as orthogonal as
-    rounding leaves them, stay.
+    To first order X is antisymmetric with X_ij = E_ij / (d_j - d_i), d the diagonal of the products and E the rest.
+    Adding half of its square keeps the basis orthonormal up to terms of fourth order. Pairs too close for that are left
+    alone: their images are as orthogonal as rounding allows.
     """
     d = products_MM.diagonal()
     if not d.min(initial=np.inf) > 0:
@@ -169,7 +168,7 @@ def _turn(products_MM: np.ndarray) -> np.ndarray | None:
 
 
 def _objection(solved: Solved, squares_K: np.ndarray, frobenius_squared: float) -> str:
-    """Why a result must not be trusted, in words; as `extremes.objection`, whose limits these are."""
+    """Why a result must not be trusted, in words; see `extremes.objection`, which has the same limits."""
     s, top = solved.s, solved.top
     if frobenius_squared == 0.0:
         return ""
@@ -182,7 +181,7 @@ def _objection(solved: Solved, squares_K: np.ndarray, frobenius_squared: float) 
         worst = int(np.argmax(top.certificate / allowed))
         return f"certificate {top.certificate[worst] / s[0]:.0e} at value {top.s[worst] / s[0]:.0e} (of sigma_1)"
     if not np.abs(top.s**2 - squares_K[::-1][: top.s.size]).max(initial=0.0) <= 1e-11 * squares_K[-1]:
-        return "values from both steps of the method differ"
+        return "the values from the two steps of the method differ"
     return ""
 
 

@@ -1,15 +1,16 @@
 """Squared singular values and the directions of both ends of a spectrum, from Gram matrices on the short side.
 
-Matrix by matrix, on a CPU; `gram_stack` does the same of a stack at once. Shape legend: see `solve`; L is the long
-side, M = 2 m.
+Matrix by matrix, on a CPU; `gram_stack` does the same for a whole stack. Shape legend: see `solve`; L is the long side,
+M = 2 m.
 
 On the CPU one tridiagonalisation gives all values and only the wanted vectors: Gram matrix L K^2 operations,
 tridiagonal form 4/3 K^3, all eigenvalues about 30 K^2, M vectors 4 K^2 M. Call inside `lapack.one_blas_thread`.
 
-Eigenvalues of a Gram matrix are exact to about eps sigma_1^2. A matrix with values below that, one of low rank say, is
-therefore split by an orthogonal change of basis into its leading directions and a remainder, which has a Gram matrix of
-its own, and so on: each is exact relative to its own greatest value. Few leading directions are found before the
-tridiagonal form (`_leading_directions`, CPU only); otherwise the eigenvectors below `SPLIT` sigma_1 are the remainder.
+Eigenvalues of a Gram matrix are accurate to about eps sigma_1^2. A matrix with smaller ones, such as one of low rank,
+is therefore split by an orthogonal change of basis into its leading directions and a remainder. The remainder has a
+Gram matrix of its own, and so on: each is accurate relative to its own greatest value. If the leading directions are
+few, they are found before the tridiagonal form (`_leading_directions`, CPU only); otherwise the remainder is the
+eigenvectors below `SPLIT` sigma_1.
 """
 
 from __future__ import annotations
@@ -39,18 +40,18 @@ from lowrank_vit.spectral.solving.lapack import (
 )
 
 SPLIT = 1e-2
-"""Values below this share of the greatest are the remainder. Its directions, eigenvectors of the Gram matrix, lean
+"""Values below this share of the greatest are the remainder. Its directions, eigenvectors of the Gram matrix, are off
 towards that of a greater value s by about eps sigma_1^2 / s^2, which moves its values by at most eps sigma_1^2 / s."""
 _LEADING_SHARE = 4
-"""Fewer than K / this many leading directions are looked for before the tridiagonal form."""
+"""Leading directions are searched for before the tridiagonal form if they are fewer than K / this."""
 _MORE = 12
-"""Random columns beyond the rank that a block shows: it may miss some of the whole's."""
+"""Random columns beyond the rank of a block, since the whole matrix may have a higher rank."""
 _LEADING_GAP = 1e-5
-"""They are taken where the remainder is smaller than the least of their values by this factor."""
+"""Leading directions are accepted where the remainder is smaller than the least of their values by this factor."""
 _MANY = 48
-"""Of more vectors than this all are computed: inverse iteration takes the square of their number."""
+"""If more vectors than this are wanted, all are computed: inverse iteration takes the square of their number."""
 DEPTH = 8
-"""Each remainder is smaller than the last by `SPLIT`, so more of them than this come of wrong numbers only."""
+"""Limit of splits. Each remainder is smaller than the last by `SPLIT`, so only wrong numbers need more."""
 
 
 Array = TypeVar("Array", np.ndarray, Tensor)
@@ -59,37 +60,35 @@ Inverse = Callable[[np.ndarray], np.ndarray]
 
 @dataclass
 class Ends:
-    """What Gram matrices tell of a matrix.
-
-    `squares` (K,) are its squared singular values, ascending. `basis` (K, M) spans, on the short side, the directions
-    of the last m values in the order of `squares`, then those of the first m.
-    """
+    """A matrix's spectrum and the directions of its ends, as its Gram matrices give them."""
 
     squares: np.ndarray
+    """(K,) squared singular values, ascending."""
     basis: np.ndarray
+    """(K, M) directions on the short side: of the last m values in the order of `squares`, then of the first m."""
     floor: float
-    """What the smallest squares are exact to, absolutely."""
+    """Absolute accuracy of the smallest squares."""
     inverses: tuple[Inverse, ...] = ()
-    """Of a split matrix one for each part, the last part first: takes columns (K, J) to (A^T A)^-1 times them, on the
-    directions of that part (of the last part, but for the last m). Empty where nothing was split."""
+    """For a split matrix one function per part, the last part first: it maps columns (K, J) to (A^T A)^-1 times them on
+    the directions of that part (in the last part without the last m). Empty where nothing was split."""
 
 
 def gram_floor(squares: np.ndarray) -> np.ndarray:
-    """What eigenvalues (..., K), ascending, of one float64 Gram matrix are exact to, absolutely: K eps sigma_1^2."""
+    """Absolute accuracy K eps sigma_1^2 of the eigenvalues (..., K), ascending, of a float64 Gram matrix."""
     return squares.shape[-1] * EPS * squares[..., -1]
 
 
 def needs_split(squares: np.ndarray, m: int, unit: np.ndarray | float, depth: int) -> np.ndarray:
-    """Whether values between the two ends lie below the floor, and are not all next to nothing; unit = sigma_1^2.
+    """Whether values between the two ends lie below the floor and are not all negligible; unit = sigma_1^2.
 
-    Of a part (`depth` above 0), whether they lie below what they would be exact to `RELATIVE_LIMIT` at.
+    For a part (`depth` above 0): whether they are too small to be accurate to `RELATIVE_LIMIT`.
     """
     share = 2 * RELATIVE_LIMIT if depth else 1.0
     return (share * squares[..., m] < gram_floor(squares)) & (squares[..., -1] > ABSOLUTE_LIMIT**2 * unit)
 
 
 def of_small(s_K: np.ndarray, v_KK: np.ndarray, m: int, unit: float) -> Ends:
-    """The ends of a part with K <= 2 m from its whole SVD; both then hold the same directions in part."""
+    """The ends of a part with K <= 2 m from its whole SVD; some directions are then in both ends."""
     k, squares = s_K.size, s_K**2
     m = min(m, k)
     columns = np.concatenate([np.arange(k - 1, k - m - 1, -1), np.arange(m - 1, -1, -1)])
@@ -103,7 +102,7 @@ def of_small(s_K: np.ndarray, v_KK: np.ndarray, m: int, unit: float) -> Ends:
 def leans(squares: np.ndarray, unit: np.ndarray | float) -> np.ndarray:
     """Whether rounding of A v may turn the last left vectors of a part so far that their certificates show it.
 
-    By eps sigma_1 / sigma_K they turn to others of that part.
+    They turn by eps sigma_1 / sigma_K towards other vectors of that part.
     """
     return squares[..., -1] > np.maximum(1e4 * squares[..., 0], ABSOLUTE_LIMIT**2 * unit)
 
@@ -121,7 +120,7 @@ class Tridiagonal:
 
     @classmethod
     def of(cls, a_RC: np.ndarray, gram_KK: np.ndarray) -> Tridiagonal:
-        """Take the Gram matrix apart, in place."""
+        """Factorise the Gram matrix in place."""
         d, e, tau = tridiagonalize(gram_KK)
         return cls(a_RC, gram_KK, d, e, tau, tridiagonal_values(d, e))
 
@@ -130,7 +129,7 @@ class Tridiagonal:
         return self.turned(tridiagonal_vectors(self.d, self.e, self.squares, chosen))
 
     def split(self, m: int, unit: float, depth: int = 0) -> Ends:
-        """The ends, with a Gram matrix of its own for what lies below `SPLIT` sigma_1; unsplit where nothing does."""
+        """The ends, with a separate Gram matrix for the values below `SPLIT` sigma_1; unsplit where there are none."""
         k = self.squares.size
         q = int(np.count_nonzero(self.squares < SPLIT**2 * self.squares[-1]))
         others = np.concatenate([np.arange(q, m), np.arange(max(q, k - m), k)])
@@ -148,12 +147,12 @@ class Tridiagonal:
         basis_KM = np.concatenate([basis_KM[:, :least], above_KJ[:, :split], top], axis=1)
         inner = (functools.partial(inverse_within, below_KQ, one) for one in deeper.inverses)
         squares = np.concatenate([deeper.squares, self.squares[q:]])
-        # Vectors of one cluster that were computed apart are orthogonal only afterwards.
+        # Vectors of one cluster that were computed separately become orthogonal only by the QR factorisation.
         inverses = *inner, functools.partial(self.inverse, below_KQ)
         return Ends(np.sort(squares), np.linalg.qr(basis_KM)[0], deeper.floor, inverses)
 
     def inverse(self, below_KQ: np.ndarray, columns_KJ: np.ndarray) -> np.ndarray:
-        """G^-1 times the columns, but for the directions below. A shift keeps T positive definite."""
+        """G^-1 times the columns, on all directions but `below_KQ`. A shift keeps T positive definite."""
         leading_KJ = np.array(columns_KJ - below_KQ @ (below_KQ.T @ columns_KJ), order="F")
         turned_KJ = apply_reflectors(self.reflectors_KK, self.tau, leading_KJ, "T")
         found_KJ = self.turned(tridiagonal_solve(self.d + gram_floor(self.squares), self.e, turned_KJ))
@@ -163,13 +162,13 @@ class Tridiagonal:
         """Whether the first and last m + 1 eigenvalues are those of T, by Sturm's counts a little below and above."""
         k = self.d.size
         chosen = np.concatenate([np.arange(m + 1), np.arange(k - m - 1, k)])
-        margin = max(float(gram_floor(self.squares)), 1e-300)  # of a zero matrix, too
+        margin = max(float(gram_floor(self.squares)), 1e-300)  # positive for a zero matrix too
         points = np.stack([self.squares[chosen] - margin, self.squares[chosen] + margin], axis=1)
         counts = sturm_counts(self.d, self.e, points)
         return bool((counts[:, 0] <= chosen).all() and (counts[:, 1] > chosen).all())
 
     def error(self, count: int = PROBES) -> float:
-        """What |A^T A - Q T Q^T|_2 is below, see `index.enclosure`; and what its eigenvalues are exact to, hence."""
+        """A bound of |A^T A - Q T Q^T|_2, see `index.enclosure`, and so of the eigenvalues' errors."""
         z_KP = probes(self.d.size, count)
         image_KP = self.d[:, None] * z_KP
         image_KP[:-1] += self.e[:, None] * z_KP[1:]
@@ -179,16 +178,16 @@ class Tridiagonal:
         return enclosure(difference_KP) + float(gram_floor(self.squares))
 
     def turned(self, vectors_KM: np.ndarray) -> np.ndarray:
-        """Vectors of T, in place, as vectors of the Gram matrix; in Fortran order."""
+        """Turn vectors of T into vectors of the Gram matrix, in place; Fortran order."""
         return apply_reflectors(self.reflectors_KK, self.tau, vectors_KM)
 
 
 def ends_of_matrix(a_RC: np.ndarray, m: int, unit: float = 0.0, depth: int = 0) -> tuple[Ends, Tridiagonal | None]:
-    """The ends of one matrix, split where values between them need it, and its Gram matrix where that was taken apart.
+    """The ends of one matrix, split where values between them need it, and its factorised Gram matrix if there is one.
 
     Args:
         a_RC: finite float64, C-contiguous; not changed.
-        m: of each end; fewer where K is smaller.
+        m: directions of each end; fewer where K is smaller.
         unit: sigma_1^2 of the whole of which this is a part; 0 for the whole itself.
         depth: how many times the whole was split.
 
@@ -213,11 +212,11 @@ def ends_of_matrix(a_RC: np.ndarray, m: int, unit: float = 0.0, depth: int = 0) 
 
 
 def _leading_directions(a_RC: np.ndarray, unit: float) -> tuple[np.ndarray, np.ndarray] | None:
-    """The singular values (J,) and right vectors on the short side (K, J), where all others are next to nothing.
+    """The singular values (J,) and right vectors on the short side (K, J), where all other values are negligible.
 
-    None unless J < K / `_LEADING_SHARE`, as a block of K / `_LEADING_SHARE` rows tells at once: its rank is at most
-    that of the whole. The directions come from A^T A A^T times random columns, `_MORE` than that rank (Halko,
-    Martinsson & Tropp, SIAM Review 53 (2011), algorithm 4.4): the square of the ratio of values is in their accuracy.
+    None unless J < K / `_LEADING_SHARE`, which a block of K / `_LEADING_SHARE` rows shows at once: its rank is at most
+    that of the whole. The directions come from A^T A A^T times random columns, `_MORE` more than that rank (Halko,
+    Martinsson & Tropp, SIAM Review 53 (2011), algorithm 4.4), so their error has the square of the ratio of values.
     """
     tall_LK = _tall(a_RC)
     most = tall_LK.shape[1] // _LEADING_SHARE
@@ -239,7 +238,7 @@ def _leading_directions(a_RC: np.ndarray, unit: float) -> tuple[np.ndarray, np.n
 
 
 def _split_early(a_RC: np.ndarray, m: int, unit: float, depth: int) -> Ends | None:
-    """The ends from few leading directions, if there are few, and a Gram matrix of what is orthogonal to them."""
+    """The ends from the leading directions, if they are few, and the Gram matrix of the part orthogonal to them."""
     leading = _leading_directions(a_RC, unit)
     if leading is None:
         return None
@@ -287,6 +286,6 @@ def _tall(a_RC: np.ndarray) -> np.ndarray:
 
 
 def all_values(a_RC: np.ndarray) -> np.ndarray:
-    """The singular values (K,), descending, of a finite float64 matrix with entries of about 1; from its Gram."""
+    """The singular values (K,), descending, of a finite float64 matrix of entries of about 1; from its Gram matrix."""
     d, e, _ = tridiagonalize(gram(a_RC))
     return np.sqrt(np.maximum(tridiagonal_values(d, e)[::-1], 0.0))

@@ -1,7 +1,7 @@
-"""As `gram`, of a whole stack of matrices at once, for CUDA: through torch's batched routines, on any device.
+"""The same as `gram` for a whole stack of matrices at once, by torch's batched routines: for CUDA, but on any device.
 
 torch >= 2.12 has a batched `eigh` for large matrices on CUDA (cusolverDnXsyevBatched). Older versions loop over the
-matrices inside the same call: slower, and still on the side stream and in the worker thread, so still hidden.
+matrices inside the same call. That is slower, but still on the side stream and in the worker thread.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lowrank_vit.spectral.solving.index import FACTOR, probes
 class StackEnds:
     """`Ends` of N matrices: `squares` (N, K) and `floor` (N,) on the host, `basis` (N, K, M) on the device.
 
-    `inverses` are those of every matrix, of tensors.
+    `inverses` has those of each matrix, as functions of tensors.
     """
 
     squares: np.ndarray
@@ -40,7 +40,7 @@ class StackEnds:
     inverses: list[tuple[Callable[[Tensor], Tensor], ...]]
 
     def take(self, which: list[int]) -> StackEnds:
-        """Those of some matrices, copied."""
+        """The ends of some matrices, copied."""
         return StackEnds(self.squares[which], self.basis[which], self.floor[which], [self.inverses[i] for i in which])
 
 
@@ -59,7 +59,7 @@ class GramStack:
         return cls(matrices_NRC, squares_NK.cpu().numpy(), vectors_NKK)
 
     def ends(self, m: int, units: np.ndarray | None) -> StackEnds:
-        """The ends as one Gram matrix tells them; of parts (`units` given) with `inverses`."""
+        """The ends from one Gram matrix each; for parts (`units` given) with `inverses`."""
         basis = torch.cat([self.vectors_NKK[..., :m], self.vectors_NKK[..., -m:]], dim=-1).contiguous()
         inverses: list[tuple[Callable[[Tensor], Tensor], ...]] = [()] * len(self.squares)
         for i in () if units is None else np.flatnonzero(leans(self.squares, units)).tolist():
@@ -71,7 +71,7 @@ class GramStack:
         return functools.partial(inverse_on, vectors_KK[:, below:], torch.from_numpy(1 / squares).to(vectors_KK))
 
     def errors(self) -> np.ndarray:
-        """As `Tridiagonal.error`, of each (N,); how far the vectors are from orthonormal is counted in."""
+        """`Tridiagonal.error` of each matrix (N,), including the vectors' distance from orthonormal."""
         z_KP = torch.from_numpy(probes(self.squares.shape[1])).to(self.vectors_NKK)
         squares_NK1 = torch.from_numpy(self.squares.copy()).to(self.vectors_NKK)[..., None]
         found = self.vectors_NKK @ (squares_NK1 * (self.vectors_NKK.mT @ z_KP))
@@ -108,7 +108,7 @@ class GramStack:
 def ends_of_stack(
     matrices_NRC: Tensor, m: int, units: np.ndarray | None = None, depth: int = 0
 ) -> tuple[StackEnds, GramStack | None]:
-    """As `ends_of_matrix`, of every matrix of a stack of finite, scaled matrices of any float dtype."""
+    """`gram.ends_of_matrix` for a stack of finite, scaled matrices of any float dtype."""
     if 2 * m >= min(matrices_NRC.shape[1:]):
         return _ends_of_small_stack(matrices_NRC, m, units), None
     stack = GramStack.of(matrices_NRC)
@@ -141,7 +141,7 @@ def gram_stack(matrices_NRC: Tensor) -> Tensor:
     n, rows, cols = matrices_NRC.shape
     k = min(rows, cols)
     gram_NKK = matrices_NRC.new_empty((n, k, k), dtype=torch.float64)
-    # One product a matrix: a float64 copy of a whole stack would double the memory, and each is large enough alone.
+    # One product per matrix: a float64 copy of the whole stack would double the memory, and each is large enough alone.
     for matrix, out in zip(matrices_NRC, gram_NKK, strict=True):
         a = matrix.double()
         torch.mm(a, a.T, out=out) if rows < cols else torch.mm(a.T, a, out=out)

@@ -2,10 +2,10 @@
 
 A factorisation F of A^T A is known with its eigenvalues x_1 >= ... >= x_K. By Weyl's theorem the squares of A's
 singular values lie within d = |A^T A - F|_2 of them, index by index. d is not taken from an analysis of rounding, which
-holds only if a library does what it says (for a Cholesky factor Rump, "Verification of positive definiteness", BIT 46
-(2006): about K eps trace), but from products with random vectors (Freivalds, IFIP 1977): |(A^T A - F) z| >= |g| d, g
-normal. So d is below `FACTOR` times the greatest of `PROBES` such products, but for a probability of
-(0.8 / FACTOR)^PROBES = 1e-16. A factorisation that is wrong, whoever made it, has a large d.
+holds only if a library works as promised (for a Cholesky factor about K eps trace: Rump, "Verification of positive
+definiteness", BIT 46 (2006)), but from products with random vectors (Freivalds, IFIP 1977): |(A^T A - F) z| >= |g| d, g
+normal. So d is below `FACTOR` times the greatest of `PROBES` such products, except with a probability of
+(0.8 / FACTOR)^PROBES = 1e-16. A wrong factorisation, whatever its cause, has a large d.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from lowrank_vit.spectral.solving.lapack import cholesky_in_place, product_less
 
 PROBES, FACTOR = 16, 8.0
 FEW, FEW_OF_FLOAT32 = 6, 10
-"""So many probes are tried first on a CPU, where products are dear. `enclosure` makes up for the others, for which the
-rounding of float32 leaves less room."""
+"""Numbers of probes tried first on a CPU, where products are expensive. `enclosure` makes up for the missing ones by a
+larger factor, for which the rounding of float32 leaves less room."""
 _COLUMNS, _ROWS, _AT_ONCE = 64, 64, 16
-"""Of a factor and of a matrix, made float64 at a time, so that they stay in a core's cache, and columns they are taken
-times at once: small products are faster there."""
+"""Columns of a factor and rows of a matrix that are made float64 at a time, so that they stay in a core's cache, and
+columns multiplied at once: small products are faster there."""
 WRONG = 1e-9
-"""A factorisation that differs by more than this share of sigma_1^2 is no rounding, but a fault."""
+"""A factorisation that differs by more than this share of sigma_1^2 is a fault, not rounding."""
 
 
 def probes(k: int, count: int = PROBES) -> np.ndarray:
-    """The random vectors (K, count), always the same: nobody's rounding depends on them."""
+    """The random vectors (K, count), always the same: no other number's rounding depends on them."""
     return np.random.default_rng(0).standard_normal((count, k)).T
 
 
 def enclosure(differences_KP: np.ndarray) -> float:
-    """What |A^T A - F|_2 is below, of its products with `probes`, by 8 times the greatest of 16, 370 times that of 6.
+    """A bound of |A^T A - F|_2 from its products with `probes`: 8 times the greatest of 16, 370 times that of 6.
 
-    The fewer, the larger the factor that leaves the same probability.
+    Fewer products need a larger factor for the same probability.
     """
     count = differences_KP.shape[1]
     return (FACTOR / 0.8) ** (PROBES / count) * 0.8 * float(np.linalg.norm(differences_KP, axis=0).max())
 
 
 def gram_times(a_RC: np.ndarray, columns_KP: np.ndarray) -> np.ndarray:
-    """A^T A, or A A^T where that is smaller, times columns, from A itself; in the orders that BLAS is fastest in."""
+    """A^T A, or A A^T where that is smaller, times columns, from A itself; in the order that is fastest with BLAS."""
     a_LK = a_RC if a_RC.shape[0] >= a_RC.shape[1] else a_RC.T
     return ((columns_KP.T @ a_LK.T) @ a_LK).T
 
@@ -53,7 +53,7 @@ def images(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """A X (L, J), A^T A X (K, J), A from the short side to the long one, and |A|_F, in float64; A is read once.
 
-    `less_RC` is taken from A, which may be float32, block by block.
+    `less_RC` is subtracted from A block by block; both may be float32.
     """
     is_tall = a_RC.shape[0] >= a_RC.shape[1]
     tall_LK = a_RC if is_tall else a_RC.T
@@ -76,14 +76,14 @@ def images(
 
 
 def index_is_proven(solved: Solved, low_K: np.ndarray, high_K: np.ndarray) -> bool:
-    """Whether each triplet of both ends is that of the index it stands for.
+    """Whether each triplet of both ends is proven to be that of its index.
 
-    It is where no other enclosure meets [s - r, s + r], r its certificate; or else, in a cluster, where all of its own
+    It is if only its own enclosure meets [s - r, s + r], r the certificate. In a cluster it is if its own enclosure
     lies within `RELATIVE_LIMIT` s or `ABSOLUTE_LIMIT` sigma_1 of s, so that it does not matter which is which.
 
     Args:
-        solved: triplets of each end, as a solver has them, or of the top alone.
-        low_K, high_K: what sigma_1, sigma_2, ... are at least and at most.
+        solved: triplets of both ends, as a solver returns them, or of the top alone.
+        low_K, high_K: lower and upper bounds of sigma_1, sigma_2, ...
     """
     k, m = solved.s.size, solved.top.s.size
     own = np.concatenate([np.arange(m), np.arange(k - 1, k - 1 - solved.last.s.size, -1)])
@@ -96,9 +96,9 @@ def index_is_proven(solved: Solved, low_K: np.ndarray, high_K: np.ndarray) -> bo
 
 
 def nothing_beyond(matrices_NRC: Tensor, gram_NKK: Tensor, s_NM: Tensor, v_NKM: Tensor) -> Tensor:
-    """Whether sigma_{M+1} is at most the last of M found values, but for `RELATIVE_LIMIT` of it; (N,) bool.
+    """Whether sigma_{M+1} is at most the last of M found values, up to a relative `RELATIVE_LIMIT`; (N,) bool.
 
-    For a solver that knows no other values: with orthonormal triplets of small certificates it makes s_i sigma_i.
+    For a solver that knows no other values: with orthonormal triplets of small certificates it proves s_i = sigma_i.
 
     Args:
         matrices_NRC: float64.
@@ -111,11 +111,11 @@ def nothing_beyond(matrices_NRC: Tensor, gram_NKK: Tensor, s_NM: Tensor, v_NKM: 
 
 
 def square_beyond(matrices_NRC: Tensor, gram_NKK: Tensor, mu_N: Tensor, s_NM: Tensor, v_NKM: Tensor) -> Tensor:
-    """What sigma_{M+1}^2 cannot exceed, a little above mu, (N,); infinite where it is not shown to be below mu.
+    """An upper bound of sigma_{M+1}^2, (N,), a little above mu; infinite where no such bound is proven.
 
     The matrix mu I - A^T A + V diag(s^2) V^T = R R^T + E has a Cholesky factor R only if no eigenvalue of A^T A but M
-    of them exceeds mu + |E|, whatever V is (Weyl). |E| is enclosed by products with the matrix itself, so the rounding
-    of Gram matrix, deflation and factor counts, and faults in them. See `nothing_beyond` for the arguments; M may be 0.
+    of them exceeds mu + |E|, whatever V is (Weyl). |E| is enclosed by products with the matrix itself, so it includes
+    rounding and faults of Gram matrix, deflation and factor. See `nothing_beyond` for the arguments; M may be 0.
     """
     squares_NM, mu_N11 = s_NM**2, mu_N[:, None, None]
     k = gram_NKK.shape[-1]
@@ -131,10 +131,12 @@ def square_beyond(matrices_NRC: Tensor, gram_NKK: Tensor, mu_N: Tensor, s_NM: Te
 def factor_of_rest(gram_KK: np.ndarray, mu: float, found_KM: np.ndarray) -> np.ndarray | None:
     """R of R R^T, which is about mu I - A^T A + X X^T, in place of a float32 Gram matrix; None where there is none.
 
-    That its rounding is larger shows in `error_of_factor`. With mu, which float32 has to hold, this makes what
-    `square_beyond` is. The Gram matrix is as `lapack.gram` gives it.
+    The float32 twin of the factor in `square_beyond`: `error_of_factor` includes its larger rounding, and the bound is
+    mu plus that error.
 
     Args:
+        gram_KK: the Gram matrix as `lapack.gram` returns it; overwritten.
+        mu: within the range of float32.
         found_KM: X, the vectors of the short side times their values.
     """
     rest_KK = product_less(found_KM.astype(np.float32, order="F"), gram_KK)
@@ -145,9 +147,9 @@ def factor_of_rest(gram_KK: np.ndarray, mu: float, found_KM: np.ndarray) -> np.n
 def error_of_factor(
     factor_KK: np.ndarray, mu: float, found_KM: np.ndarray, z_KP: np.ndarray, image_KP: np.ndarray
 ) -> float:
-    """What R R^T differs by at most; `image_KP`: A^T A times the probes z, in float64."""
+    """A bound of the error of R R^T. `z_KP` are the probes, `image_KP` is A^T A times them; float64."""
     difference_KP = mu * z_KP - image_KP + found_KM @ (found_KM.T @ z_KP)
-    for at in range(0, len(factor_KK), _COLUMNS):  # of the triangle alone, and made float64 in a core's cache
+    for at in range(0, len(factor_KK), _COLUMNS):  # only the triangle, made float64 within a core's cache
         columns_KB = factor_KK[at:, at : at + _COLUMNS].astype(np.float64)
         difference_KP[at:] -= columns_KB @ (columns_KB.T @ z_KP[at:])
     return enclosure(difference_KP)

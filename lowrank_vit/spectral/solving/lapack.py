@@ -1,9 +1,9 @@
 """The few BLAS and LAPACK routines of a partial symmetric eigenproblem, called without holding Python's lock.
 
-torch has no eigensolver for some of the vectors, and scipy's Python wrappers hold the lock for the whole call, which
+torch has no eigensolver for only some of the vectors. scipy's Python wrappers hold the lock for the whole call, which
 would stop the training thread for tens of milliseconds at a time. scipy also exports the routines as C functions
-(`scipy.linalg.cython_lapack`, `cython_blas`), and ctypes lets go of the lock while it calls one. Names and arguments
-are LAPACK's: https://www.netlib.org/lapack/explore-html/. Arrays are float64 unless it is said.
+(`scipy.linalg.cython_lapack`, `cython_blas`), and ctypes releases the lock while it calls one. Names and arguments are
+LAPACK's: https://www.netlib.org/lapack/explore-html/. Arrays are float64 unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def gram(a_RC: np.ndarray) -> np.ndarray:
     """
     rows, cols = a_RC.shape
     k, long = min(rows, cols), max(rows, cols)
-    # To Fortran the row-major (R, C) is the column-major (C, R): so "N" gives A^T A, and "T" A A^T.
+    # Fortran reads the row-major (R, C) as a column-major (C, R): so "N" gives A^T A, and "T" A A^T.
     trans = "N" if cols <= rows else "T"
     result = np.zeros((k, k), a_RC.dtype, order="F")
     one, zero = np.ones(1, a_RC.dtype), np.zeros(1, a_RC.dtype)
@@ -80,7 +80,7 @@ def gram(a_RC: np.ndarray) -> np.ndarray:
 
 
 def symmetric_times(lower_KK: np.ndarray, vector_K: np.ndarray) -> np.ndarray:
-    """A symmetric matrix, of which the lower triangle is given, times a vector (ssymv); all float32, Fortran order."""
+    """A symmetric matrix, given by its lower triangle, times a vector (ssymv); all float32, Fortran order."""
     k, one, zero = vector_K.size, np.ones(1, np.float32), np.zeros(1, np.float32)
     result = np.empty(k, np.float32)
     _call("cython_blas", "ssymv", "L", k, one, lower_KK, k, vector_K, 1, zero, result, 1)
@@ -88,7 +88,7 @@ def symmetric_times(lower_KK: np.ndarray, vector_K: np.ndarray) -> np.ndarray:
 
 
 def product_less(columns_KM: np.ndarray, lower_KK: np.ndarray) -> np.ndarray:
-    """X X^T less a symmetric matrix, in place of its lower triangle (ssyrk), all float32, Fortran order."""
+    """X X^T minus a symmetric matrix, in place of its lower triangle (ssyrk); all float32, Fortran order."""
     k, m = columns_KM.shape
     if m == 0:
         return np.negative(lower_KK, out=lower_KK)
@@ -98,7 +98,7 @@ def product_less(columns_KM: np.ndarray, lower_KK: np.ndarray) -> np.ndarray:
 
 
 def cholesky_in_place(lower_KK: np.ndarray) -> bool:
-    """R of R R^T in place of the lower triangle of a matrix (spotrf), float32, Fortran order; False where it has none.
+    """R of R R^T in place of a matrix's lower triangle (spotrf), float32, Fortran order; False where there is none.
 
     About 1/3 K^3 operations.
     """
@@ -126,7 +126,7 @@ def tridiagonal_values(d: np.ndarray, e: np.ndarray) -> np.ndarray:
 
 
 def sturm_counts(d: np.ndarray, e: np.ndarray, points_M2: np.ndarray) -> np.ndarray:
-    """How many eigenvalues of T are at most each of these numbers (M, 2), by Sturm's sequence (dlaebz).
+    """How many eigenvalues of T are at most each of these numbers (M, 2), by Sturm sequences (dlaebz).
 
     The counts are exact for a matrix whose entries differ by rounding (Demmel, Applied Numerical Linear Algebra, 5.3).
     """
@@ -140,7 +140,7 @@ def sturm_counts(d: np.ndarray, e: np.ndarray, points_M2: np.ndarray) -> np.ndar
 
 
 def is_in_blocks(d: np.ndarray, e: np.ndarray) -> bool:
-    """Whether an off-diagonal of T is negligible, as where eigenvalues are equal, or 0."""
+    """Whether an off-diagonal of T is negligible, as with equal eigenvalues, or ones of 0."""
     tiny = np.finfo(np.float64).eps * np.sqrt(np.abs(d[:-1])) * np.sqrt(np.abs(d[1:]))
     return bool((np.abs(e) <= tiny).any())
 
@@ -148,8 +148,8 @@ def is_in_blocks(d: np.ndarray, e: np.ndarray) -> bool:
 def tridiagonal_vectors(d: np.ndarray, e: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """Eigenvectors (K, M), Fortran order, of the eigenvalues `values[chosen]`; `chosen` ascending.
 
-    Inverse iteration with Gram-Schmidt inside clusters (dstein). It needs the blocks of T where an off-diagonal is
-    negligible; such a T goes through the slower dstemr instead, which finds them itself.
+    Inverse iteration with Gram-Schmidt inside clusters (dstein). It would need to know the blocks of a T with a
+    negligible off-diagonal; such a T goes through the slower dstemr, which finds them itself.
     """
     k, m = d.size, chosen.size
     if is_in_blocks(d, e):
@@ -165,7 +165,7 @@ def tridiagonal_vectors(d: np.ndarray, e: np.ndarray, values: np.ndarray, chosen
 
 
 def _vectors_mrrr(d: np.ndarray, e: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """As `tridiagonal_vectors`, run by run of `chosen`, by relatively robust representations (dstemr)."""
+    """`tridiagonal_vectors` by relatively robust representations (dstemr), one call per run of consecutive indices."""
     k = d.size
     runs = np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1)
     parts = []
@@ -185,8 +185,8 @@ def _vectors_mrrr(d: np.ndarray, e: np.ndarray, chosen: np.ndarray) -> np.ndarra
 def all_tridiagonal_vectors(d: np.ndarray, e: np.ndarray) -> np.ndarray:
     """Eigenvectors (K, K), ascending, in Fortran order, by divide and conquer (dstedc).
 
-    About 4/3 K^3 operations, and far fewer where values are clustered. There dstein takes K m^2 for m of them, and
-    dstemr fails at times.
+    About 4/3 K^3 operations, and far fewer where values are clustered. In clusters dstein takes K m^2 for m vectors,
+    and dstemr sometimes fails.
     """
     k = d.size
     vectors, work, integers = np.empty((k, k), order="F"), np.empty(1 + 4 * k + k * k), np.empty(3 + 5 * k, np.int32)
@@ -218,7 +218,7 @@ def pivoted_rank(gram_KK: np.ndarray, share: float) -> int:
     """The rank of a symmetric positive semidefinite matrix: pivots above this share of the greatest (dpstrf)."""
     k = gram_KK.shape[0]
     factor, pivots, rank, info = gram_KK.copy(order="F"), np.empty(k, np.int32), np.zeros(1, np.int32), np.zeros(1)
-    # `info` is 1 where the rank is below K: no failure, so it is an array here.
+    # `info` is 1 where the rank is below K, which is no failure, so it is passed as an array.
     _call(
         "cython_lapack",
         "dpstrf",
@@ -254,7 +254,7 @@ def apply_householder(
 
 
 class _OneThread:
-    """Sets every BLAS library of the process to one thread while anybody is inside, and back afterwards."""
+    """Sets every BLAS library of the process to one thread while any thread is inside, and restores it afterwards."""
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
@@ -282,5 +282,5 @@ class _OneThread:
 
 
 one_blas_thread = _OneThread()
-"""`with one_blas_thread():` numpy's and scipy's BLAS use one thread a call, so that matrices can be solved side by side
-and a matrix has the same bits whatever the number of cores. (torch's own BLAS is another library and not touched.)"""
+"""Within `with one_blas_thread():` numpy's and scipy's BLAS use one thread per call, so that matrices can be solved in
+parallel and have the same bits on any number of cores. (torch's own BLAS is another library and not affected.)"""

@@ -1,14 +1,14 @@
 """The first singular triplets of matrices from directions near them; see `ends`.
 
-A Chebyshev filter of the Gram matrix makes the directions near (Zhou & Saad, SIAM J. Matrix Anal. Appl. 29 (2007)).
-On a CPU, matrix by matrix, Newton's correction of what they still err by makes them exact (Sleijpen & van der Vorst,
-SIAM Review 42 (2000)). Both take products with the Gram matrix, and neither takes them exact. So that matrix is
-float32, and only residuals are float64, from the matrix itself: each correction leaves about 1e-5 of the error. The
-Cholesky factor that proves the indices is float32, too; what it errs by is measured, see `index`.
+A Chebyshev filter of the Gram matrix brings the directions near (Zhou & Saad, SIAM J. Matrix Anal. Appl. 29 (2007)).
+On a CPU, matrix by matrix, Newton corrections then make them exact (Sleijpen & van der Vorst, SIAM Review 42 (2000)).
+Both multiply by the Gram matrix, and neither needs exact products. So the Gram matrix is float32, and only residuals
+are float64, from the matrix itself: each correction leaves about 1e-5 of the error. The Cholesky factor that proves the
+indices is float32 too; its error is measured, see `index`.
 
-For CUDA a whole stack goes through torch's batched routines at once, which take any device. All is float64, which is no
-slower there, so filters alone, with the matrix orthonormalised between them, bring the columns to their vectors. They
-are made orthonormal by Cholesky factors, since a batched QR is slow.
+On CUDA a whole stack goes through torch's batched routines at once; these run on any device. All is float64, which is
+no slower there, so filters alone, with the columns orthonormalised between them, reach the vectors. Cholesky factors
+orthonormalise, since a batched QR is slow.
 
 Shape legend: see `ends`; L is the long side. Call `of_matrix` inside `lapack.one_blas_thread`.
 """
@@ -27,31 +27,31 @@ from lowrank_vit.spectral.solving.index import error_of_factor, factor_of_rest, 
 from lowrank_vit.spectral.solving.lapack import gram
 
 DEGREE = 8
-"""Of the filter at most."""
+"""Greatest degree of the filter."""
 PASSES, CORRECTIONS = 6, 3
-"""Of the filter and of Newton at most."""
+"""Most passes of the filter, and most Newton corrections."""
 PASSES_ON_DEVICE = 10
-"""Of the filter at most, of a stack."""
+"""Most passes of the filter for a stack."""
 _NEAR, _ROUNDED = 3e-4, 1e-6
-"""The residual over sigma_J^2 from which on Newton's corrections converge, and over sigma_1^2 what float32 reaches."""
+"""Newton corrections converge from this residual over sigma_J^2 on; float32 reaches this residual over sigma_1^2."""
 _FALLEN = LEAST**2 / 4
-"""sigma_J^2 over sigma_1^2 may have become so little since the start."""
+"""Least sigma_J^2 / sigma_1^2 that is still handled, since it may have fallen after the start was taken."""
 _BESIDE = 3
-"""So many of the next columns must be about as near: the J-th may not be one of these."""
+"""So many of the next columns must be about as near, lest the true J-th direction be among them."""
 _STEPS = 40
-"""Of conjugate gradients at most."""
+"""Most steps of conjugate gradients."""
 _GAIN, _COLLAPSE = 14.0, 11.0
-"""Logarithms: by how much the filter is to lift the wanted directions over the rest, and may lift the first over the
-J-th, before all columns turn to the first."""
+"""Logarithms: by how much the filter should lift the wanted directions over the rest, and by how much it may lift the
+first over the J-th before all columns turn to the first."""
 _COLLAPSE_ON_DEVICE = 25.0
-"""Logarithm: by how much a filter of a stack may lift the first columns over the last, before all turn to the first."""
+"""Logarithm: by how much a stack's filter may lift the first columns over the last before all turn to the first."""
 _CLEAR, _CLEAR_ON_DEVICE = 2e-4, 1e-8
-"""A gap between squares, over sigma_1^2, that float32 proves, and float64."""
+"""Gaps between squares, over sigma_1^2, that float32 and float64 can prove."""
 
 
 @dataclass
 class Near:
-    """The first J triplets of a matrix, float64, as far as they were found, and what is known of the rest.
+    """The first J triplets of a matrix as found, float64, and what is known about the rest.
 
     `s` (J,), descending, unit vectors on the long and the short side, `certificate` (J,) as in `extremes.Triplets`.
     """
@@ -65,9 +65,9 @@ class Near:
     others_KB: np.ndarray
     """Float32: vectors on the short side that are nearly the next ones, `ends.GUARD` - 1."""
     known: int
-    """The first so many, m or J, are the greatest of all values but for those that `beyond` bounds."""
+    """Number of first values, m or J, of which `beyond` says whether they are the greatest of all."""
     beyond: float
-    """What the square of the value after them cannot exceed; infinite where that is not known."""
+    """An upper bound of the square of the value after the `known` ones; infinite where none is proven."""
     frobenius: float
     """|A|_F."""
 
@@ -81,12 +81,12 @@ def of_matrix(a_RC: np.ndarray, start_KB: np.ndarray, m: int) -> Near:
         m: triplets wanted.
 
     Raises:
-        numpy.linalg.LinAlgError: they are not near enough, or LAPACK fails.
+        numpy.linalg.LinAlgError: the start is not near enough, or LAPACK fails.
     """
     j = m + 1
     lower_KK = gram(a_RC.astype(np.float32, copy=False))
     gram_KK = _whole(lower_KK)
-    with np.errstate(all="ignore"):  # what does not converge overflows, and is refused below
+    with np.errstate(all="ignore"):  # without convergence numbers overflow, and the result is refused below
         squares_B, block_KB = _filtered(gram_KK, start_KB, j)
         z_KP = probes(len(start_KB))
         columns_KJ = np.linalg.qr(block_KB[:, :j].astype(np.float64))[0]
@@ -111,10 +111,12 @@ def of_matrix(a_RC: np.ndarray, start_KB: np.ndarray, m: int) -> Near:
 
 
 def boundary(squares_J: np.ndarray, others: np.ndarray, m: int, clear: float) -> tuple[int, float]:
-    """Where to prove that nothing was missed: after how many, J = m + 1 or m, and the middle of the squares' gap there.
+    """Where to prove that nothing was missed: after J = m + 1 or m values, and the middle of the squares' gap there.
 
     Args:
-        squares_J, others: squares found, and what the next ones are about.
+        squares_J: the squares found.
+        others: estimates of the next ones.
+        m: triplets wanted.
         clear: the gap over sigma_1^2 that is enough.
     """
     gaps = squares_J[m - 1] - squares_J[m], squares_J[m] - others[0]
@@ -123,7 +125,7 @@ def boundary(squares_J: np.ndarray, others: np.ndarray, m: int, clear: float) ->
 
 
 def _whole(lower_KK: np.ndarray) -> np.ndarray:
-    """A symmetric matrix of which the lower triangle is given, and 0 above it; block by block for the cache."""
+    """A symmetric matrix from its lower triangle with zeros above; block by block for the cache."""
     whole_KK = lower_KK.copy(order="F")
     for i in range(0, len(lower_KK), 48):
         whole_KK[i : i + 48, i + 48 :] = lower_KK[i + 48 :, i : i + 48].T
@@ -135,7 +137,7 @@ def _filtered(gram_KK: np.ndarray, start_KB: np.ndarray, j: int) -> tuple[np.nda
     """Ritz values (B,), descending, float64, and vectors (K, B), float32, of filtered columns.
 
     Raises:
-        numpy.linalg.LinAlgError: the first J did not come near.
+        numpy.linalg.LinAlgError: the first J columns did not converge.
     """
     block_KB = start_KB.astype(np.float32)
     image_KB = gram_KK @ block_KB
@@ -148,7 +150,7 @@ def _filtered(gram_KK: np.ndarray, start_KB: np.ndarray, j: int) -> tuple[np.nda
         image_KB = gram_KK @ block_KB
         ascending, turn_BB = np.linalg.eigh((block_KB.T @ image_KB).astype(np.float64))
         squares_B, turn_BB = ascending[::-1].copy(), turn_BB[:, ::-1].astype(np.float32)
-        if number and not squares_B[j - 1] > _FALLEN * squares_B[0]:  # the first pass may leave it too small
+        if number and not squares_B[j - 1] > _FALLEN * squares_B[0]:  # after the first pass it may still be too small
             raise np.linalg.LinAlgError("the first values lie too far apart")
         block_KB, image_KB = block_KB @ turn_BB, image_KB @ turn_BB
         n = j + _BESIDE
@@ -161,7 +163,7 @@ def _filtered(gram_KK: np.ndarray, start_KB: np.ndarray, j: int) -> tuple[np.nda
 
 
 def _strong(squares_B: np.ndarray, j: int) -> int:
-    """How many of the first columns keep the filter's degree below what the J-th one needs."""
+    """How many of the first columns limit the filter's degree to less than the J-th one needs."""
     lifts_B = np.arccosh(np.maximum(2 * squares_B / squares_B[-1] - 1, 1.0))
     degree = min(_GAIN / max(lifts_B[j - 1], 1e-3), DEGREE)
     return int(np.sum(lifts_B[: j - 1] - lifts_B[j - 1] > _COLLAPSE / degree))
@@ -177,12 +179,12 @@ def _chebyshev(
 ) -> np.ndarray:
     """T_d of the Gram matrix times the block, [0, squares_B[-1]] mapped to [-1, 1], over its value at squares_B[0].
 
-    The degree d is what is needed for the J-th column; see `_GAIN`. `strong_KH`, orthonormal columns, are left out of
-    the Gram matrix. `block_KB` is overwritten.
+    The degree d is the one that the J-th column needs, see `_GAIN`. The orthonormal columns `strong_KH` are projected
+    out. `block_KB` is overwritten.
     """
     greatest = float(squares_B[0])
     if not 0 < greatest < np.inf:
-        raise np.linalg.LinAlgError("the first vectors come to nothing")
+        raise np.linalg.LinAlgError("the first vectors vanish")
     cut = min(max(float(squares_B[-1]), _FALLEN * greatest), greatest)
     first, wanted = np.arccosh(np.maximum(2 * squares_B[[0, j - 1]] / cut - 1, 1.0)).tolist()
     degree = np.ceil(min(_GAIN / max(wanted, 1e-3), _COLLAPSE / max(first - wanted, 1e-3)))
@@ -203,13 +205,13 @@ def _chebyshev(
 
 
 def _ritz(columns_KJ: np.ndarray, back_KJ: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Squares (J,), descending, vectors (K, J) and residuals A^T A v - s^2 v of X, orthonormal, and A^T A X."""
+    """Squares (J,), descending, vectors (K, J) and residuals A^T A v - s^2 v, from orthonormal X and A^T A X."""
     if not np.isfinite(back_KJ).all():
-        raise np.linalg.LinAlgError("the first values are not told from the next ones")
+        raise np.linalg.LinAlgError("the first values cannot be told from the next ones")
     squares_J, turn_JJ = np.linalg.eigh(columns_KJ.T @ back_KJ)
     squares_J, turn_JJ = squares_J[::-1], turn_JJ[:, ::-1]
     if not squares_J[-1] > 0:
-        raise np.linalg.LinAlgError("the first vectors come to nothing")
+        raise np.linalg.LinAlgError("the first vectors vanish")
     short_KJ = columns_KJ @ turn_JJ
     return squares_J, short_KJ, back_KJ @ turn_JJ - short_KJ * squares_J
 
@@ -217,10 +219,10 @@ def _ritz(columns_KJ: np.ndarray, back_KJ: np.ndarray) -> tuple[np.ndarray, np.n
 def _triplets(
     columns_KJ: np.ndarray, image_LJ: np.ndarray, back_KJ: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Left vectors on the long side, values, vectors on the short side and certificates of X, A X and A^T A X.
+    """Vectors on the long side, values, vectors on the short side and certificates, from X, A X and A^T A X.
 
-    A^T u is A^T (A X) turned and divided by s. The rounding of that product counts by how much of which image is in u,
-    and what A^T makes of the part of A v that is not s u.
+    A^T u is computed as A^T (A X), rotated and divided by s. Its rounding is counted in: that of each image by its
+    share in u, and A^T times the part of A v that is not s u.
     """
     long_LJ, s, turn_JJ = np.linalg.svd(image_LJ, full_matrices=False)
     short_KJ = columns_KJ @ turn_JJ.T
@@ -236,11 +238,14 @@ def _correction(
 ) -> np.ndarray:
     """Newton's change (K, J), float64, of each of the first J vectors of a block, by conjugate gradients in float32.
 
-    It solves (s_i^2 - G) x = residual on what is orthogonal to the J vectors, where that is positive definite. The
-    block's other columns, nearly eigenvectors, are the preconditioner.
+    It solves (s_i^2 - G) x = residual on the complement of the J vectors, where that is positive definite. The block's
+    other columns, nearly eigenvectors, are the preconditioner.
 
     Args:
-        ratio: what the certificates are about over sigma_1; it says how exact a change is of use.
+        gram_KK: G, float32.
+        squares_B, block_KB: Ritz values and vectors.
+        residual_KJ: of the first J.
+        ratio: about the certificates over sigma_1; it sets how exact a change is worth its time.
     """
     j = residual_KJ.shape[1]
     lengths_J = np.maximum(np.linalg.norm(residual_KJ, axis=0), np.finfo(np.float64).tiny)
@@ -256,7 +261,7 @@ def _correction(
 
     change_KJ, step_KJ = np.zeros_like(left_KJ), preconditioned()
     product_J = first_J = np.einsum("kj,kj->j", left_KJ, step_KJ)
-    # A step leaves about the square of the error, so less than three times the error is not worth its time.
+    # A step leaves about the square of the error, so a tolerance below three times the error is not worth its time.
     tolerance = max(ABSOLUTE_LIMIT / 5 / ratio, min(3 * ratio, 1e-3))
     goes_on_J = product_J > 0
     for _ in range(_STEPS):
@@ -275,7 +280,7 @@ def _correction(
 
 
 def of_stack(matrices_NRC: Tensor, starts_NKB: Tensor, m: int) -> list[Near | str]:
-    """The triplets near the starts, or why there are none.
+    """The triplets near the starts of each matrix, or the reason why there are none.
 
     Args:
         matrices_NRC: finite, scaled matrices of any float dtype.
@@ -306,7 +311,7 @@ def of_stack(matrices_NRC: Tensor, starts_NKB: Tensor, m: int) -> list[Near | st
     squares, others = (s_NJ**2).cpu().numpy(), squares_NB[:, j:].cpu().numpy()
     pairs = zip(squares, others, strict=True)
     known, mu = zip(*(boundary(one, next_, m, _CLEAR_ON_DEVICE) for one, next_ in pairs), strict=True)
-    # A value of 0 takes nothing away.
+    # A value of 0 deflates nothing.
     deflated_NJ = s_NJ * (torch.arange(j) < torch.tensor(known)[:, None]).to(s_NJ)
     beyond_N = square_beyond(float64_NRC, gram_NKK, torch.tensor(mu).to(s_NJ), deflated_NJ, short_NKJ)
     frobenius_N = torch.linalg.vector_norm(float64_NRC, dim=(1, 2))
@@ -327,8 +332,8 @@ def of_stack(matrices_NRC: Tensor, starts_NKB: Tensor, m: int) -> list[Near | st
 def _orthonormal(columns_NKB: Tensor) -> Tensor:
     """Orthonormal columns of the same spans, by three Cholesky factors (Fukaya et al., SIAM J. Sci. Comput. 42 (2020)).
 
-    The first is of the columns' Gram matrix a little shifted, so that it exists however near columns are to others.
-    NaN where they are too near all the same.
+    The first is of the columns' Gram matrix with a small shift, so that it exists however near the columns are to each
+    other. NaN where they are too near all the same.
     """
     columns_NKB = columns_NKB / torch.linalg.vector_norm(columns_NKB, dim=1, keepdim=True)
     k, b = columns_NKB.shape[1:]
@@ -351,7 +356,7 @@ def _ritz_of_stack(gram_NKK: Tensor, columns_NKB: Tensor) -> tuple[Tensor, Tenso
 
 
 def _chebyshev_of_stack(gram_NKK: Tensor, block_NKB: Tensor, image_NKB: Tensor, squares_NB: Tensor) -> Tensor:
-    """T_d of the Gram matrices times the blocks, see `_chebyshev`; d is one for all, see `_COLLAPSE_ON_DEVICE`."""
+    """T_d of the Gram matrices times the blocks, see `_chebyshev`; one d for all, see `_COLLAPSE_ON_DEVICE`."""
     greatest_N11 = squares_NB[:, :1, None]
     middle_N11 = torch.maximum(squares_NB[:, -1:, None], _FALLEN * greatest_N11).minimum(greatest_N11) / 2
     first = float(torch.arccosh((greatest_N11 / middle_N11 - 1).nan_to_num(1.0)).max())

@@ -1,10 +1,10 @@
-"""The spectral norm |A|_2 = sigma_1 of a matrix and two proven ends around it, without the rest of the spectrum.
+"""The spectral norm |A|_2 = sigma_1 of a matrix with proven lower and upper bounds, without the rest of the spectrum.
 
-Lanczos steps with the Gram matrix find a unit vector v of |A v| near sigma_1, and |A v| is at most sigma_1 (Golub & Van
-Loan, section 10.1). For the upper end a Cholesky factor proves that no square of a singular value is much above
+Lanczos steps with the Gram matrix find a unit vector v with |A v| near sigma_1, and |A v| is at most sigma_1 (Golub &
+Van Loan, section 10.1). For the upper bound a Cholesky factor proves that no square of a singular value is much above
 |A v|^2, see `index.square_beyond`. That takes no tridiagonal form and no eigenvalues, which are most of the cost of a
-spectrum, and on a CPU a Gram matrix and a factor in float32 will do: what they are wrong by is measured, in float64.
-Where the two ends are not close, all values are computed. Shape legend: see `solve`; L is the long side.
+spectrum. On a CPU a Gram matrix and a factor in float32 suffice: their errors are measured in float64. Where the two
+bounds are not close, all values are computed. Shape legend: see `solve`; L is the long side.
 """
 
 from __future__ import annotations
@@ -42,37 +42,39 @@ from lowrank_vit.spectral.solving.solve import (
 )
 
 BRACKET = 1e-4
-"""The two ends differ by this share at most."""
+"""The two bounds differ by this share at most."""
 SMALL = 256
 """Matrices with a shorter short side have all their values computed, which takes no longer."""
 LIFT = 3e-5
-"""mu over |A v|^2, less 1: above what float32 and Lanczos err by, and within what `BRACKET` allows for a square."""
+"""mu over |A v|^2, minus 1: above the errors of float32 and Lanczos, and within `BRACKET` for a square."""
 STEPS = 80
-"""Of Lanczos at most, on a CPU, where every `_LOOK` it is asked whether the residual has come below `_RESIDUAL`."""
+"""Most Lanczos steps on a CPU; after every `_LOOK` steps they end if the residual is below `_RESIDUAL`."""
 STEPS_ON_DEVICE = 50
 USUAL = 2.0**40
-"""Matrices whose entries are up to that, or down to its inverse, need no scaling: float32 holds their squares' sums."""
+"""No scaling is needed if the greatest entry is between 1 over this and this: float32 holds the sums of squares."""
 _LOOK, _RESIDUAL = 10, 1e-5
 _EXHAUSTED = 1e-6
 """A residual of this share of the greatest value so far is rounding: no direction is left."""
 
 
 class Norms(NamedTuple):
-    """Of N matrices, float64 (N,), in the unit of their entries."""
+    """Spectral norms of N matrices, float64 (N,), in the unit of their entries."""
 
     value: np.ndarray
     """The best estimate."""
     low: np.ndarray
+    """A proven lower bound."""
     high: np.ndarray
+    """A proven upper bound."""
 
 
 def spectral_norms(matrices_NRC: Tensor, solver: Solver = "gram64", cpu_threads: int = 1) -> Norms:
-    """sigma_1 of each matrix and its ends, of any dtype and device; NaN where one is not finite, 0 of an empty one.
+    """sigma_1 of each matrix and its bounds, for any dtype and device; NaN if not finite, 0 for an empty matrix.
 
-    By `gram64` the ends differ by `BRACKET` at most, relatively, and by about 1e-12 where K < `SMALL` or all values
-    were computed; the estimate is |A v|, which errs by the square of the residual: relatively by about 1e-10, and by
-    1e-6 to 1e-5 where hundreds of values crowd below the first. The rounding of a result below 1e-307, where float64
-    has fewer digits, is not counted. By `svd` all is from `torch.linalg.svd` in float64.
+    With `gram64` the bounds differ by a relative `BRACKET` at most, and by about 1e-12 where K < `SMALL` or all values
+    were computed. The estimate is |A v|, whose error is the square of the residual: relatively about 1e-10, and 1e-6 to
+    1e-5 where hundreds of values crowd below the first. The rounding of results below 1e-307, where float64 has fewer
+    digits, is not counted. With `svd` all numbers come from `torch.linalg.svd` in float64.
 
     On a CPU a matrix's numbers depend neither on its neighbours nor on the number of threads or cores.
     """
@@ -98,7 +100,7 @@ def spectral_norms(matrices_NRC: Tensor, solver: Solver = "gram64", cpu_threads:
 def norms_of_changes(
     before_NRC: Tensor, now_NRC: Tensor, solver: Solver = "gram64", cpu_threads: int = 1
 ) -> tuple[Norms, np.ndarray]:
-    """`spectral_norms` of the float64 differences, and their Frobenius norms (N,); by no more copies than it takes."""
+    """`spectral_norms` of the float64 differences, and their Frobenius norms (N,), with as few copies as possible."""
     with torch.no_grad():
         if _is_by_matrix(now_NRC, solver):
 
@@ -121,11 +123,11 @@ def _is_by_matrix(matrices_NRC: Tensor, solver: Solver) -> bool:
 
 
 def _on_cpu(a_RC: np.ndarray, less_RC: np.ndarray | None = None) -> np.ndarray:
-    """Value, low, high and |A - B|_F (4,) of the float64 difference of A and B, if any; NaN where that is not finite.
+    """Value, low, high and |A - B|_F (4,) of A, or of the float64 difference A - B; NaN where that is not finite.
 
-    Of float32 matrices the float32 difference is the float64 one, rounded, so no other is made of large ones.
+    For float32 matrices the float32 difference is the rounded float64 one, so large ones get no float64 copy.
     """
-    with np.errstate(invalid="ignore", over="ignore"):  # of what is not finite the norms are NaN
+    with np.errstate(invalid="ignore", over="ignore"):  # if not finite, the norms are NaN
         rounded_RC = (a_RC if less_RC is None else a_RC - less_RC).astype(np.float32, copy=False)
     if min(a_RC.shape) >= SMALL and _is_usual(rounded_RC):
         found = _by_factor(rounded_RC, a_RC, less_RC)
@@ -149,7 +151,7 @@ def _is_usual(a_RC: np.ndarray) -> bool:
 
 
 def _by_factor(rounded_RC: np.ndarray, a_RC: np.ndarray, less_RC: np.ndarray | None) -> np.ndarray:
-    """As `_on_cpu`, by Lanczos and a Cholesky factor, of the difference in float32; the ends may lie far apart."""
+    """`_on_cpu` by Lanczos and a Cholesky factor of the float32 difference; the bounds may lie far apart."""
     gram_KK = gram(rounded_RC)
     k = len(gram_KK)
     v_K, none_K0 = _ritz_vector(gram_KK), np.empty((k, 0))
@@ -170,9 +172,9 @@ def _by_factor(rounded_RC: np.ndarray, a_RC: np.ndarray, less_RC: np.ndarray | N
 
 
 def _on_device(matrices_NRC: Tensor) -> np.ndarray:
-    """As `_on_cpu`, (N, 3), of a stack: products and Cholesky factors of all at once, in float64.
+    """Value, low and high (N, 3) of a stack: products and Cholesky factors of all at once, in float64.
 
-    Float32 would be no faster there, and TF32 may be switched on for it.
+    Float32 would be no faster there, and torch may be set to use TF32 for it.
     """
     n, k = len(matrices_NRC), min(matrices_NRC.shape[1:])
     found = np.zeros((n, 3))
@@ -205,10 +207,10 @@ def _by_svd(a_RC: Tensor) -> np.ndarray:
 
 
 def _ends(lengths_N: np.ndarray, squares_N: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """(N, 3) of |A v|, v a unit vector, and of what sigma_1^2 is below.
+    """Value, low and high (N, 3) from |A v|, v a unit vector, and upper bounds of sigma_1^2.
 
-    A sum of K products errs by K eps times the sum of their sizes at most (Higham, Accuracy and Stability, section
-    3.1), so A v by K eps |A|_F, and |A|_F is at most sqrt(K) sigma_1.
+    The error of a sum of K products is at most K eps times the sum of their sizes (Higham, Accuracy and Stability,
+    section 3.1), so that of A v is at most K eps |A|_F, and |A|_F is at most sqrt(K) sigma_1.
     """
     high_N = np.sqrt(squares_N) * (1 + 2 * EPS)
     rounding = EPS * (max(shape) + min(shape) ** 1.5 + 8)
@@ -220,13 +222,13 @@ def _is_close(ends: np.ndarray) -> np.ndarray:
 
 
 def _of_squares(squares_N: np.ndarray, errors_N: np.ndarray) -> np.ndarray:
-    """(N, 3) of sigma_1^2 and what it errs by."""
+    """Value, low and high (N, 3) from sigma_1^2 and a bound of its error."""
     around = np.stack([squares_N, squares_N - errors_N, squares_N + errors_N], axis=1)
     return np.sqrt(np.maximum(around, 0.0)) * [1, 1 - 2 * EPS, 1 + 2 * EPS]
 
 
 def _start(k: int) -> np.ndarray:
-    """The first vector, always the same, and another one than those of `index.probes`."""
+    """The first vector: always the same, and different from those of `index.probes`."""
     start_K = np.random.default_rng(1).standard_normal(k)
     return start_K / np.linalg.norm(start_K)
 
@@ -259,7 +261,7 @@ def _ritz_vector(gram_KK: np.ndarray) -> np.ndarray:
 
 
 def _ritz_vectors(gram_NKK: Tensor) -> Tensor:
-    """As `_ritz_vector`, (N, K), of whole Gram matrices, in float64 and always `STEPS_ON_DEVICE` steps."""
+    """`_ritz_vector` (N, K) of whole Gram matrices, in float64 and with `STEPS_ON_DEVICE` steps."""
     n, k = len(gram_NKK), gram_NKK.shape[-1]
     basis_NJK = gram_NKK.new_zeros(n, STEPS_ON_DEVICE, k)
     d_NJ, e_NJ = gram_NKK.new_zeros(2, n, STEPS_ON_DEVICE)
@@ -282,9 +284,9 @@ def _ritz_vectors(gram_NKK: Tensor) -> Tensor:
 
 
 def _first_of_tridiagonal(d: np.ndarray, e: np.ndarray) -> tuple[float, np.ndarray]:
-    """The greatest eigenvalue of a tridiagonal matrix, and its vector; its first unit vector should they not be found.
+    """The greatest eigenvalue of a tridiagonal matrix, and its vector; infinity and (1, 0, ...) if LAPACK fails.
 
-    A vector that is not the right one costs time only: the ends would not be close.
+    A wrong vector costs only time: the bounds would not be close.
     """
     try:
         values = tridiagonal_values(d, e)

@@ -1,4 +1,4 @@
-"""Which matrices of a group are worked on together, so that the work takes a bounded room beside the group itself."""
+"""Groups of matrices in pieces that are worked on together, so that the work needs bounded extra memory."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from lowrank_vit.common.devices import cuda_path
 from lowrank_vit.spectral.solving.solve import MatrixStack
 
 PIECE = 1 << 29
-"""Bytes in float64 of the matrices that CUDA's batched routines get at once, at most; a single one may have more.
+"""Most bytes, in float64, of the matrices that CUDA's batched routines get at once; a single one may have more.
 
-All 12 of any kind of ViT-B's, half of the 24 large ones of ViT-L's; more make a batch no faster by much (not yet run on
-a GPU).
+That is all 12 matrices of any kind in ViT-B, or half of the 24 large ones in ViT-L. Larger batches are hardly faster
+(not yet run on a GPU).
 """
 
 
 def slices_of(matrices_NRC: Tensor, on_cpu: int | None = None) -> list[slice]:
-    """Pieces of about the same size, in order: on CUDA within `PIECE`, on a CPU `on_cpu` matrices; default: all.
+    """Pieces of about the same size, in order: within `PIECE` on CUDA, up to `on_cpu` matrices (None: all) on a CPU.
 
-    On a CPU most work is matrix by matrix anyway. Where it copies several, these are to be as many as there are
-    threads.
+    On a CPU most work is matrix by matrix anyway. Where it copies several, pass the number of threads.
     """
     n, rows, cols = matrices_NRC.shape
     most = PIECE // max(1, 8 * rows * cols) if cuda_path(matrices_NRC) else on_cpu or n
@@ -32,7 +31,7 @@ def slices_of(matrices_NRC: Tensor, on_cpu: int | None = None) -> list[slice]:
 
 
 def in_pieces(stack: MatrixStack, on_cpu: int | None = None) -> list[MatrixStack]:
-    """The stack by `slices_of`, as views."""
+    """The stack's pieces by `slices_of`, as views."""
     slices = slices_of(stack.matrices_NRC, on_cpu)
     if len(slices) == 1:
         return [stack]
@@ -47,7 +46,7 @@ def some_of(stack: MatrixStack, which: list[int]) -> MatrixStack:
 
 
 def names_in_pieces(weights: Mapping[str, Tensor], on_cpu: int) -> Iterator[list[str]]:
-    """Names of one shape, type and device, by the pieces that `in_pieces` makes of a stack of all of these."""
+    """Names of matrices of one shape, dtype and device, in the pieces that `in_pieces` makes of their stack."""
     groups: dict[object, list[str]] = {}
     for name, weight in weights.items():
         groups.setdefault((weight.shape, weight.dtype, weight.device), []).append(name)

@@ -1,9 +1,9 @@
 """Certified triplets and all values of matrices from the directions that Gram matrices give (Rayleigh-Ritz).
 
-In two ways to one result, as `gram`: matrix by matrix on a CPU, and a whole stack at once for CUDA. The directions only
+There are two ways to one result: matrix by matrix on a CPU, and a whole stack at once for CUDA. The directions only
 span the two ends. Values, left and right vectors come from the SVD of the matrix times that basis, which does not
-square the condition number again, and whose left vectors are orthogonal whatever the values are. Two products with the
-matrix, 8 L K m operations.
+square the condition number again, and whose left vectors are orthogonal whatever the values are. That takes two
+products with the matrix, 8 L K m operations.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from lowrank_vit.spectral.solving.index import FEW, PROBES, WRONG, index_is_prov
 Inverses = Iterable[Callable[[Array], Array]]
 
 BLANK = EPS**2
-"""The length over |A|_F of an image that stands for 0: below all rounding."""
+"""The length over |A|_F of an image that represents 0: below all rounding."""
 
 
 def solve_matrix(a_RC: np.ndarray, m: int, guard: int = 0) -> tuple[Solved, str]:
     """All values of one matrix and the first and last m triplets; and an objection, empty where all checks passed.
 
-    What one Gram matrix is not exact enough for is tried once more, split.
+    A matrix for which one Gram matrix is not accurate enough is split and tried once more.
 
     Args:
         a_RC: finite float64, C-contiguous, greatest entry about 1; not changed. Call inside `lapack.one_blas_thread`.
         m: 1 <= m and 2 m < K.
-        guard: so many of the next columns `Solved.start` is to have, if they are cheap; 2 m + `guard` < K.
+        guard: how many of the next columns go into `Solved.start`, if they are cheap; 2 m + `guard` < K.
     """
     ends, taken_apart = ends_of_matrix(a_RC, m)
     solved, problem = _refined(a_RC, ends)
@@ -45,7 +45,7 @@ def solve_matrix(a_RC: np.ndarray, m: int, guard: int = 0) -> tuple[Solved, str]
     if taken_apart is None or ends.inverses or problem:
         return solved, problem
     if not taken_apart.has_right_values(m):
-        return solved, "its eigenvalues are not as many as Sturm's sequence counts"
+        return solved, "its eigenvalues do not agree with the counts of Sturm sequences"
     for count in (FEW, PROBES):
         solved, problem = _with_index(solved, taken_apart.squares, taken_apart.error(count))
         if solved.index:
@@ -54,7 +54,7 @@ def solve_matrix(a_RC: np.ndarray, m: int, guard: int = 0) -> tuple[Solved, str]
 
 
 def _with_start(solved: Solved, taken_apart: Tridiagonal, guard: int) -> Solved:
-    """With the vectors after the first ones in its start. They change nothing else, and may be missing."""
+    """The same with the vectors after the first ones in its start. They change nothing else, and may be missing."""
     start = start_of(solved.s, solved.top) if guard else None
     if start is None:
         return solved
@@ -66,9 +66,9 @@ def _with_start(solved: Solved, taken_apart: Tridiagonal, guard: int) -> Solved:
 
 
 def _with_index(solved: Solved, squares: np.ndarray, error: float) -> tuple[Solved, str]:
-    """With its index certificate; and an objection where the factorisation is wrong. `squares` ascending."""
+    """The same with its index certificate, and an objection if the factorisation is wrong. `squares` ascending."""
     if error > WRONG * squares[-1]:
-        return solved, f"its Gram matrix and the eigenvalues found differ by {error / squares[-1]:.0e}"
+        return solved, f"its eigenvalues do not fit its Gram matrix, by {error / squares[-1]:.0e}"
     low, high = (np.sqrt(np.maximum(squares[::-1] + side, 0.0)) for side in (-error, error))
     return replace(solved, index=index_is_proven(solved, low, high)), ""
 
@@ -100,10 +100,10 @@ def _refined(a_RC: np.ndarray, ends: Ends) -> tuple[Solved, str]:
 
 
 def _times(matrix: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The matrix times few columns, from the left, on the transposes, where BLAS is faster that way.
+    """The matrix times few columns, computed as the transposed product where BLAS is faster that way.
 
-    OpenBLAS gives the same bits both ways, but for its kernels for small products and odd rows, which add up in another
-    order. Those are left as they are.
+    OpenBLAS gives the same bits both ways, except in its kernels for small products and odd rows, which sum in another
+    order. Those products are left as they are.
     """
     if matrix.shape[0] % 8 or matrix.size * columns.shape[1] < 2**21:
         return matrix @ columns
@@ -111,10 +111,11 @@ def _times(matrix: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 
 def _upright(tall_LK: Array, basis_KM: Array, image_LM: Array, squares: Array, inverses: Inverses[Array]) -> None:
-    """Take from the last m columns of a basis and their images, in place, what leans towards greater values.
+    """Remove from a basis's last m columns and their images, in place, the components of greater values.
 
-    Rounding leaves A v leaning towards leading left vectors by eps sigma_1 / sigma_i. That is what A^T A v has beside
-    sigma_i^2 v, taken away part by part, the greatest values last: each step rounds by eps sigma_1 of what it takes.
+    Rounding leaves in A v components of leading left vectors of relative size eps sigma_1 / sigma_i. They show as
+    A^T A v - sigma_i^2 v and are removed part by part, the greatest values last: each step has a rounding error of
+    eps sigma_1 times what it removes.
     """
     last_KJ, seen_LJ = basis_KM[:, : len(squares)], image_LM[:, : len(squares)]
     for inverse in inverses:
@@ -124,7 +125,7 @@ def _upright(tall_LK: Array, basis_KM: Array, image_LM: Array, squares: Array, i
 
 
 def _null_directions(tall_LK: Array, random_LJ: Array, inverses: Inverses[Array]) -> Array:
-    """Columns of about unit length that the transpose takes next to nothing: left vectors for values of 0."""
+    """Columns of about unit length that the transpose maps nearly to 0: left vectors for values of 0."""
     for inverse in [*inverses] * 2:
         random_LJ = random_LJ - tall_LK @ inverse(tall_LK.T @ random_LJ)
     return random_LJ / len(random_LJ) ** 0.5
@@ -135,7 +136,7 @@ def _off_identity(vectors: np.ndarray) -> float:
 
 
 def solve_stack(matrices_NRC: Tensor, m: int) -> list[tuple[Solved, str]]:
-    """As `solve_matrix`, of every matrix of a stack of finite, scaled matrices of any float dtype.
+    """`solve_matrix` for every matrix of a stack of finite, scaled matrices of any float dtype.
 
     The left vectors come from a QR factorisation of the matrix times the basis, and an SVD of its small factor.
     """

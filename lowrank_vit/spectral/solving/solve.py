@@ -1,4 +1,4 @@
-"""Certified spectra of many matrices at once: the fast solver, its slow twin, and when one falls back to the other.
+"""Certified spectra of many matrices at once: the fast solver, the slow reference, and the fallback to it.
 
 Shape legend: N matrices of one shape, R rows, C columns, K = min(R, C) singular values.
 """
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 LOG = logging.getLogger(__name__)
 LARGE = 256
-"""From this K on, a matrix of which half of the triplets or more are wanted has them all by `first`."""
+"""From this K on, `first` finds all triplets of a matrix of which half or more are wanted."""
 
 
 class Cancelled(Exception):
@@ -43,9 +43,9 @@ class MatrixStack:
     names: tuple[str, ...]
     matrices_NRC: Tensor
     fused: frozenset[str] = frozenset()
-    """Those of the names whose rows are Q, K and V, a third each."""
+    """The names of the matrices whose rows are Q, K and V, a third each."""
     ranks: Mapping[str, int] = field(default_factory=dict[str, int])
-    """By name, what the rank of a product of factors is at most; of matrices of any rank nothing."""
+    """By name, an upper bound of the rank of a product of factors; other matrices are not listed."""
 
 
 def never() -> bool:
@@ -56,10 +56,10 @@ def never() -> bool:
 def stack_by_shape(
     weights: Mapping[str, Tensor], fused: Collection[str] = (), ranks: Mapping[str, int] | None = None
 ) -> list[MatrixStack]:
-    """Copy the matrices into one stack for each (shape, dtype, device): few kernels, no wait for the device.
+    """Copy the matrices into one stack per (shape, dtype, device), with few kernels and no wait for the device.
 
-    Later changes of `weights` do not reach the stacks, so this is also how a snapshot is taken. `fused`: the matrices
-    whose rows are Q, K and V. `ranks`: of products, see `MatrixStack`.
+    Later changes of `weights` do not reach the stacks, so this also takes a snapshot. `fused`: names of the matrices
+    whose rows are Q, K and V. `ranks`: see `MatrixStack`.
 
     Raises:
         ValueError: a tensor is not 2-D.
@@ -88,15 +88,16 @@ def solve_stack(
     log: Callable[[str], object] = LOG.warning,
     guard: int = 0,
 ) -> dict[str, Solved]:
-    """Solve every matrix of one stack, where the stack is; results on the host, float64.
+    """Solve every matrix of one stack on its device; results on the host, float64.
 
     `gram64`: eigenvalues of the Gram matrix on the short side, in float64; the first and last m values and vectors are
     then refined against the matrix itself (Rayleigh-Ritz). Accuracy: a triplet's certificate r = sqrt((|A v - s u|^2 +
     |A^T u - s v|^2) / 2) bounds its distance to a true singular value (Parlett, The Symmetric Eigenvalue Problem,
     theorem 4.5.1, for [[0, A], [A^T, 0]]); for sigma_i it is about eps sigma_1^2 / sigma_i (eps = 2.2e-16). Values
-    between the two ends err by about eps (sigma_1 / sigma_i)^2 relatively. Rank-deficient and ill-conditioned matrices
-    are split, see `gram`. One whose checks (`extremes.objection`) fail even so is solved again by `svd`, and `log` is
-    told. One with K <= 2 m has all its triplets found by `first` where K is `LARGE` or more, else, silently, by `svd`.
+    between the two ends have relative errors of about eps (sigma_1 / sigma_i)^2. Rank-deficient and ill-conditioned
+    matrices are split, see `gram`. A matrix whose checks (`extremes.objection`) fail even so is solved again by `svd`,
+    which `log` reports. With K <= 2 m, `first` finds all triplets if K is `LARGE` or more; otherwise `svd` does,
+    without a line in the log.
 
     `svd`: `torch.linalg.svd` in float64, errors of about eps sigma_1 everywhere.
 
@@ -106,11 +107,11 @@ def solve_stack(
         stack: any real dtype and device. A matrix with a NaN or an infinity gives NaN, and `solver` "none".
         m: triplets wanted from each end; fewer where K is smaller.
         solver: see above.
-        cpu_threads: matrices solved side by side, on a CPU only.
-        cancelled: asked before every matrix (CPU) or stack.
+        cpu_threads: how many matrices are solved at once, on a CPU only.
+        cancelled: called before every matrix (CPU) or stack; True ends the work.
         log: called with a line when a matrix is not solved as asked.
-        guard: so many vectors after the first m `Solved.start` is to have, too, where they cost little: on a CPU, with
-            gram64. No other number depends on it.
+        guard: how many vectors after the first m go into `Solved.start`, where they cost little: on a CPU, with gram64.
+            No other number depends on it.
 
     Raises:
         Cancelled: `cancelled()` was true.
@@ -158,7 +159,7 @@ def solve_stack(
 def solve(
     weights: Mapping[str, Tensor], m: int, solver: Solver = "gram64", *, cpu_threads: int = 1
 ) -> dict[str, Solved]:
-    """`solve_stack` of matrices of any shapes, in the order of `weights`. Raises `ValueError` for a tensor not 2-D."""
+    """`solve_stack` for matrices of any shapes, in the order of `weights`. Raises `ValueError` for a tensor not 2-D."""
     solved: dict[str, Solved] = {}
     for stack in stack_by_shape(weights):
         solved |= solve_stack(stack, m, solver, cpu_threads=cpu_threads)
@@ -168,19 +169,19 @@ def solve(
 def first_triplets(
     name: str, matrix_RC: Tensor, count: first.Count, *, log: Callable[[str], object] = LOG.warning
 ) -> Solved:
-    """All values of a matrix and as many of the first triplets as these call for, up to all; see `first`.
+    """All values of a matrix, and as many of the first triplets as `count` asks for, up to all; see `first`.
 
-    The result has no triplets of the last values. A matrix that fails its checks is solved by an SVD, and `log` is
-    told; on a CPU the bits depend neither on the number of cores nor on torch's threads.
+    The result has no triplets of the last values. A matrix that fails its checks is solved by an SVD, which `log`
+    reports. On a CPU the bits depend neither on the number of cores nor on torch's threads.
 
-    The first values are those of the triplets, to their certificates. Those behind are roots of the Gram matrix's
-    eigenvalues, which are exact to about 1e-16 sigma_1^2: sums of squares are so, but what is 0 may come out as
-    2e-8 sigma_1.
+    The first values are those of the triplets, accurate to their certificates. The others are roots of the Gram
+    matrix's eigenvalues, which are accurate to about 1e-16 sigma_1^2. Sums of squares keep that accuracy, but a value
+    of 0 may come out as 2e-8 sigma_1.
 
     Args:
         name: for the log.
         matrix_RC: any real dtype and device. With a NaN or an infinity the result is NaN, without triplets.
-        count: how many, 0 to K, of a matrix with these values (K,), descending. It may be asked twice.
+        count: gets the values (K,), descending, and returns how many triplets are wanted, 0 to K. May be called twice.
         log: see above.
     """
     with torch.no_grad():
@@ -199,7 +200,7 @@ def first_triplets(
 
 
 def _first_of(matrix_RC: Tensor, scale: float, count: first.Count) -> tuple[Solved, str]:
-    """The first triplets of one matrix over its scale, where it is; and an objection, empty where all checks passed."""
+    """The first triplets of one matrix over its scale, on its device; and an objection, empty if all checks passed."""
     try:
         if cuda_path(matrix_RC):
             return first.solve_on_device(as_float64(matrix_RC, scale), count)
@@ -241,14 +242,14 @@ def scales_of(matrices_NRC: Tensor) -> np.ndarray:
     if cuda_path(matrices_NRC):
         low, high = torch.aminmax(matrices_NRC.flatten(1), dim=1)
         greatest = torch.maximum(low.abs(), high.abs()).double().cpu().numpy()
-    else:  # along a dimension a CPU takes 20 times as long
+    else:  # on a CPU `aminmax` along a dimension takes 20 times as long
         ends = (torch.aminmax(matrix) for matrix in matrices_NRC)
         greatest = np.array([float(torch.maximum(low.abs(), high.abs())) for low, high in ends])
     return powers_above(greatest)
 
 
 def powers_above(greatest: np.ndarray) -> np.ndarray:
-    """A power of two above each of these numbers, whose inverse is one too; inf for what is not finite."""
+    """A power of two above each of these numbers, with an exact inverse; inf for numbers that are not finite."""
     _, exponent = np.frexp(greatest)
     scales = np.ldexp(1.0, np.clip(exponent, -1021, 1023))
     return np.where(np.isfinite(greatest), scales, np.inf)
@@ -260,10 +261,10 @@ def as_float64(matrix: Tensor, scale: float) -> Tensor:
 
 
 def divided_by(matrices_NRC: Tensor, scales: np.ndarray) -> tuple[Tensor, np.ndarray]:
-    """Every matrix over its scale, and what it was divided by, float64 (N,).
+    """Every matrix over its scale, and the divisors, float64 (N,).
 
-    One that is not finite becomes zeros, so that no solver meets a NaN. Float32 weights of usual size need no scaling,
-    hence no copy: they come back as they are, divided by 1.
+    A matrix that is not finite becomes zeros, so that no solver meets a NaN. Weights of usual size need no scaling and
+    no copy: they are returned as they are, with divisors of 1.
     """
     usable = np.isfinite(scales)
     if usable.all() and (np.abs(np.log2(scales)) < 100).all():
@@ -299,7 +300,7 @@ def _gram_on_cpu(
 
 
 def float64_numpy(matrix: Tensor, scale: float = 1.0) -> np.ndarray:
-    """As `as_float64`. By numpy, since in a thread of its own torch would start a second team of threads to copy.
+    """`as_float64` as a numpy array. In another thread torch would start a second team of threads for the copy.
 
     `scale` is a power of two, so that its inverse is exact.
     """
@@ -313,7 +314,7 @@ def as_numpy(matrix: Tensor) -> np.ndarray:
 
 
 def side_by_side(one: Callable[[S], T], items: Iterable[S], cpu_threads: int) -> list[T]:
-    """What `one` makes of each item, in their order, with one BLAS thread each."""
+    """`one` of each item, in their order, with one BLAS thread each; `cpu_threads` of them at once."""
     with one_blas_thread():
         if cpu_threads == 1:
             return [one(item) for item in items]
@@ -327,7 +328,7 @@ def _gram_on_device(matrices_NRC: Tensor, m: int, scales: np.ndarray) -> list[tu
         found = refine.solve_stack(divided, m)
     except torch.linalg.LinAlgError as error:
         return [(not_finite((divided.shape[1], divided.shape[2]), m), f"no convergence ({error})")] * len(scales)
-    # As of the matrix over its scale, whatever it was divided by: the caller multiplies the scale in.
+    # The result for the matrix over its scale, whatever the divisor was: the caller multiplies by the scale.
     factors = divisors / np.where(np.isfinite(scales), scales, 1.0)
     return [(_scaled(solved, factor), note) for (solved, note), factor in zip(found, factors, strict=True)]
 
@@ -335,7 +336,7 @@ def _gram_on_device(matrices_NRC: Tensor, m: int, scales: np.ndarray) -> list[tu
 def _all_of(
     stack: MatrixStack, scales: np.ndarray, m: int, cancelled: Callable[[], bool], i: int
 ) -> tuple[Solved, str] | None:
-    """The ends of one matrix from all its triplets; None where they fail their checks or are not proven to be those."""
+    """The ends of one matrix from all its triplets; None where checks fail or the indices are not proven."""
     if cancelled():
         raise Cancelled
     if not np.isfinite(scales[i]):
@@ -345,9 +346,9 @@ def _all_of(
 
 
 def _svd(a_RC: Tensor, m: int, turn: bool, ends: int = 2) -> Solved:
-    """The reference: a full float64 SVD, its ends, or the first end alone, certified in the same way.
+    """The reference: a full float64 SVD, its ends or the first end alone, certified in the same way.
 
-    `turn` takes the SVD of a wide matrix's transpose, which is several times faster, and other bits.
+    `turn` takes the SVD of a wide matrix's transpose, which is several times faster and gives other bits.
     """
     with one_torch_thread(a_RC):
         try:
@@ -376,7 +377,7 @@ def _svd(a_RC: Tensor, m: int, turn: bool, ends: int = 2) -> Solved:
 
 
 def svd_error(a_RC: Tensor, u_RK: Tensor, s_K: Tensor, vh_KC: Tensor) -> float:
-    """What the values of an SVD are exact to, absolutely; see `index.enclosure`."""
+    """A bound of the absolute errors of an SVD's values; see `index.enclosure`."""
     z_KP = torch.from_numpy(probes(s_K.numel())).to(a_RC)
     back_CP, image_RP = vh_KC.mT @ z_KP, u_RK @ z_KP
     off = [matrix @ image - z_KP for matrix, image in ((vh_KC, back_CP), (u_RK.mT, image_RP))]
@@ -386,7 +387,7 @@ def svd_error(a_RC: Tensor, u_RK: Tensor, s_K: Tensor, vh_KC: Tensor) -> float:
 
 @contextmanager
 def one_torch_thread(a_RC: Tensor) -> Generator[None]:
-    """On a CPU one thread: LAPACK's bits depend on their number, and the monitor's worker has one."""
+    """On a CPU, use one torch thread: LAPACK's bits depend on their number, and the monitor's worker has one."""
     threads = torch.get_num_threads()
     if cuda_path(a_RC) or threads == 1:
         yield

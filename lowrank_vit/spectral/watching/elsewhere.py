@@ -1,4 +1,4 @@
-"""What of a refresh another process may do: functions of a module, and stacks as arrays, which can be sent to it."""
+"""The parts of a refresh that another process can do: module-level functions, and stacks as arrays to be sent to it."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def flattened_circuits(circuits: Mapping[str, BlockCircuits]) -> dict[str, float
 def saved(
     store: SpectraStore, found: Refreshed, scalars: Mapping[str, float], prepare: Prepare | None
 ) -> tuple[SpectraStore, Any]:
-    """The store with one refresh more, see `SpectraStore.save`: it may be another process's copy of it.
+    """Save one refresh with `SpectraStore.save`; return the store, maybe another process's copy, and what is prepared.
 
-    And what `prepare` makes of the scalars: their way to where nobody waits is the same.
+    The latter is `prepare` of the update and the scalars, called here because nobody waits for this process.
     """
     store.save(found.update, found.solved, full=found.full, circuits=found.circuits, scalars=scalars)
     return store, prepare and prepare(found.update, scalars)
 
 
 Arrays = dict[str, list[tuple[tuple[str, ...], frozenset[str], dict[str, int], np.ndarray, torch.dtype]]]
-"""Stacks as another process gets them: names, fused ones, ranks, bytes (N, R, C x item size), and their type."""
+"""Stacks as they are sent to another process: names, fused names, ranks, bytes (N, R, C x item size), and dtype."""
 
 
 def as_arrays(stacks: Stacks) -> Arrays:
-    """Of stacks on a CPU; views of their memory."""
+    """Stacks on a CPU as `Arrays`: views of their memory."""
 
     def of(stack: MatrixStack) -> tuple[tuple[str, ...], frozenset[str], dict[str, int], np.ndarray, torch.dtype]:
         matrices = stack.matrices_NRC
@@ -56,7 +56,7 @@ def as_arrays(stacks: Stacks) -> Arrays:
 
 
 def as_stacks(arrays: Arrays) -> Stacks:
-    """What `as_arrays` was given."""
+    """The inverse of `as_arrays`."""
     return {
         kind: [
             MatrixStack(names, torch.from_numpy(array).view(dtype), fused, ranks)
@@ -74,9 +74,9 @@ def refreshed_aside(
     memory: Memory,
     settings: SpectralSettings,
 ) -> tuple[Refreshed, dict[str, Solved]]:
-    """A whole refresh in another process, which tells of log lines, and of nothing before each matrix.
+    """A refresh in another process. `tell` gets log lines, and an empty line before each matrix.
 
-    The second is the memory's `whole` where that was empty: the refresh may have solved it again.
+    The second result is the memory's `whole` where that was empty, since the refresh may have solved it again.
     """
 
     def goes_on() -> bool:

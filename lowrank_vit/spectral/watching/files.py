@@ -1,16 +1,16 @@
-"""The files that a refresh of spectra is stored in: their names, and how they are written and read.
+"""The files of a refresh of spectra: their names, and how they are written and read.
 
-`update_00000100.npz`   "update" and a float64 array (K,) per "<kind>/<name>": all singular values, descending; of a
+`update_00000100.npz`   "update" and a float64 array (K,) per "<kind>/<name>": all singular values, descending; for a
                         fused qkv matrix also "<kind>/<name>:scaled" (K,), see `extremes.Thirds`.
 `vectors_00000100.npz`  "update" and the recorded triplets, float64: per "<kind>/<name>" and end (top, last)
-                        "<key>:top:u" (R, k), ":v" (C, k), ":s" (k,) and ":certificate" (k,). Where the recorded ones
-                        leave some out at the top, those as "<key>:between:u" and so on, in the order of their values.
-                        Of a refresh of the first values alone both files hold `FIRST_ALONE`: unknown values are NaN,
-                        and the last triplets have no columns.
+                        "<key>:top:u" (R, k), ":v" (C, k), ":s" (k,) and ":certificate" (k,). Triplets between the
+                        recorded ones at the top are "<key>:between:u" and so on, in the order of their values.
+                        After a refresh of the first values alone both files hold `FIRST_ALONE`: unknown values are
+                        NaN, and the last triplets have no columns.
 `scalars_00000100.npz`  all scalars but those about the refresh itself, see `StoredScalars`: "values" (N, M) float64,
                         and "keys" and "metrics", the names of its rows and columns as JSON in bytes.
-`circuits_00000100.npz` with `--spec-circuits` what `circuits.as_arrays` says, by "<kind>/circuit/<block>".
-`flows_00000100.npz`    of a validation after that update, per "<kind>/<block>:variances" and ":entropies", see `Flows`.
+`circuits_00000100.npz` with `--spec-circuits`: the arrays of `circuits.as_arrays`, keys "<kind>/circuit/<block>".
+`flows_00000100.npz`    of a validation after that update: "<kind>/<block>:variances" and ":entropies", see `Flows`.
 
 Kinds are "spec" (the model) and "spec_ema" (its moving average). A file is there whole or not at all.
 """
@@ -36,7 +36,7 @@ from lowrank_vit.spectral.solving.extremes import Solved, Triplets
 SPECTRA, VECTORS, CIRCUITS, WEIGHTS, FLOWS = "update", "vectors", "circuits", "weights", "flows"
 SCALARS = "scalars"
 ABOUT = "refresh"
-"""The name, behind the kind, of the scalars about a refresh itself."""
+"""The name, after the kind, of the scalars about the refresh itself."""
 FIRST_ALONE = "first_values_alone"
 """In files of refreshes that did not compute the whole spectra; others do not have it."""
 _ENDS, _BETWEEN = ("top", "last"), "between"
@@ -57,19 +57,19 @@ class StoredSpectra(NamedTuple):
 class StoredVectors(NamedTuple):
     """One refresh: the update it was taken at, and "<kind>/<name>" to the recorded (top, last) triplets.
 
-    Of a refresh of the first values alone `last` has none.
+    After a refresh of the first values alone the last triplets have no columns.
     """
 
     update: int
     ends: dict[str, tuple[Triplets, Triplets]]
     blocks: dict[str, Triplets]
-    """The same key to the first p triplets, p the greatest recorded index, where the recorded ones leave some out."""
+    """By the same key the first p triplets, p the greatest recorded index, where the recorded ones leave some out."""
     full: bool
-    """Whether the last triplets are known, too."""
+    """Whether the last triplets are known too."""
 
 
 class StoredCircuits(NamedTuple):
-    """The circuits of one refresh, or of an analysis, whose `update` is -1; so is it where there are none."""
+    """The circuits of one refresh, or of an analysis; `update` is -1 for an analysis, and where there are none."""
 
     update: int
     blocks: dict[str, BlockCircuits]
@@ -83,9 +83,9 @@ class StoredScalars(NamedTuple):
 
     update: int
     keys: list[str]
-    """Of the rows: "<kind>/<name>"; the names of means begin with "type/" or "depth/", those of circuits "circuit/"."""
+    """Row keys "<kind>/<name>"; names of means begin with "type/" or "depth/", those of circuits with "circuit/"."""
     metrics: list[str]
-    """Of the columns."""
+    """Column names."""
     values_NM: np.ndarray
     """(N, M) float64; NaN where a row has no such metric, and where it is not a number."""
     full: bool = True
@@ -93,7 +93,7 @@ class StoredScalars(NamedTuple):
 
     @classmethod
     def of(cls, update: int, values: Mapping[str, float | None], *, full: bool = True) -> StoredScalars:
-        """The table of a record's values, which are by "<key>/<metric>"; those about the refresh are left out."""
+        """The table of a record's values by "<key>/<metric>", without those about the refresh."""
         split = [(name.rpartition("/"), value) for name, value in values.items()]
         split = [(key, metric, value) for (key, _, metric), value in split if key.partition("/")[2] != ABOUT]
         rows = {key: n for n, key in enumerate(dict.fromkeys(key for key, _, _ in split))}
@@ -104,7 +104,7 @@ class StoredScalars(NamedTuple):
         return cls(update, list(rows), list(columns), values_NM, full)
 
     def named(self, metrics: Collection[str] = ()) -> dict[str, float]:
-        """By "<key>/<metric>", as in a record: all that is a number, infinite or not. `metrics`: of these alone."""
+        """The values by "<key>/<metric>", as in a record, without NaN. `metrics`: only these; empty: all."""
         wanted = [m for m, name in enumerate(self.metrics) if not metrics or name in metrics]
         of_wanted = self.values_NM[:, wanted]
         rows, columns = np.nonzero(~np.isnan(of_wanted))
@@ -116,7 +116,7 @@ NO_CIRCUITS = StoredCircuits(-1, {}, "")
 
 
 def write_spectra(store_dir: Path, update: int, spectra: Mapping[str, np.ndarray], *, full: bool = True) -> Path:
-    """Write the spectra of one refresh, replacing an earlier one of the same update; return its path.
+    """Write the spectra of one refresh, replacing those of the same update; return the path.
 
     `full`: whether all values are known.
 
@@ -127,7 +127,7 @@ def write_spectra(store_dir: Path, update: int, spectra: Mapping[str, np.ndarray
 
 
 def write_refresh(store_dir: Path, update: int, solved: Mapping[str, Solved], *, full: bool = True) -> None:
-    """Write both files of one refresh. `full` and errors as of `write_spectra`."""
+    """Write the spectra and vectors of one refresh. `full` and errors: see `write_spectra`."""
     scaled = {key + _SCALED: one.thirds.s for key, one in solved.items() if one.thirds}
     write_spectra(store_dir, update, {key: one.s for key, one in solved.items()} | scaled, full=full)
     arrays: dict[str, np.ndarray] = {}
@@ -141,29 +141,29 @@ def write_refresh(store_dir: Path, update: int, solved: Mapping[str, Solved], *,
 
 
 def write_circuits(store_dir: Path, one: StoredCircuits) -> None:
-    """Write those of a refresh. Raises `UserError`."""
+    """Write the circuits of a refresh. Raises `UserError`."""
     _write(store_dir, CIRCUITS, one.update, as_arrays(one.blocks, one.circuits), full=True)
 
 
 def write_scalars(store_dir: Path, one: StoredScalars) -> None:
-    """Write those of a refresh. Raises `UserError`."""
+    """Write the scalars of a refresh. Raises `UserError`."""
     names = {name: np.frombuffer(json.dumps(of).encode(), np.uint8) for name, of in zip(_NAMES, one[1:3], strict=True)}
     _write(store_dir, SCALARS, one.update, {**names, "values": one.values_NM}, one.full)
 
 
 def write_flows(store_dir: Path, update: int, flows: Mapping[str, Flows]) -> Path:
-    """Write what was found out of the models of these kinds at a validation; return the path. Raises `UserError`."""
+    """Write the flows of a validation by kind; return the path. Raises `UserError`."""
     arrays: dict[str, np.ndarray] = {}
     for kind, found in flows.items():
         arrays |= {f"{kind}/{block}:variances": one for block, one in found.variances.items()}
         arrays |= {f"{kind}/{block}:entropies": one for block, one in found.entropies.items()}
-    with contextlib.suppress(OSError):  # writing tells of it
+    with contextlib.suppress(OSError):  # writing the file reports it
         store_dir.mkdir(exist_ok=True)
     return _write(store_dir, FLOWS, update, arrays, full=True)
 
 
 def forget_flows(store_dir: Path, update: int) -> None:
-    """Delete what validations after `update` have found out, which a run that goes on from there makes again."""
+    """Delete the flows of validations after `update`, which a run resumed from there makes again."""
     with contextlib.suppress(OSError):
         for path in files_of(store_dir, FLOWS):
             if update_of(path) > update:
@@ -186,7 +186,7 @@ def list_scalars(store_dir: Path) -> list[Path]:
 
 
 def read_scalars(path: Path) -> StoredScalars:
-    """Read those of one refresh.
+    """Read the scalars of one refresh.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -201,7 +201,7 @@ def read_scalars(path: Path) -> StoredScalars:
 
 
 def read_newest_circuits(store_dir: Path) -> StoredCircuits:
-    """Those of the newest refresh that has some; `NO_CIRCUITS` where there is none."""
+    """The circuits of the newest refresh that has some; `NO_CIRCUITS` where there is none."""
     for path in reversed(files_of(store_dir, CIRCUITS)):
         with contextlib.suppress(UserError, KeyError):
             update, arrays, _ = _read(path)
@@ -210,7 +210,7 @@ def read_newest_circuits(store_dir: Path) -> StoredCircuits:
 
 
 def read_circuits(path: Path) -> StoredCircuits:
-    """Those that an analysis has stored, as if of the model; `NO_CIRCUITS` without a readable file."""
+    """The circuits that an analysis has stored, under the kind "spec"; `NO_CIRCUITS` without a readable file."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             blocks, circuits = of_arrays(stored)
@@ -230,7 +230,7 @@ def read_spectra(path: Path) -> StoredSpectra:
 
 
 def read_scaled(path: Path) -> dict[str, np.ndarray]:
-    """Of the fused qkv matrices of a refresh, "<kind>/<name>" to what to compare with noise; see `extremes.Thirds`.
+    """The spectra to compare with noise of a refresh's fused qkv matrices, by "<kind>/<name>"; see `extremes.Thirds`.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -240,7 +240,7 @@ def read_scaled(path: Path) -> dict[str, np.ndarray]:
 
 
 def is_full(path: Path) -> bool:
-    """Whether a file of a refresh is of whole spectra; so it is of one that cannot be read."""
+    """Whether a file is of a refresh of whole spectra; True for a file that cannot be read."""
     with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as file:
         return f"{FIRST_ALONE}.npy" not in file.NameToInfo
     return True
@@ -282,12 +282,12 @@ def _block(top: Triplets, between: Triplets) -> Triplets:
 
 
 def path_of(folder: Path, prefix: str, update: int) -> Path:
-    """Of the file of this prefix, `SPECTRA` and so on, of an update."""
+    """The path of an update's file with this prefix, such as `SPECTRA`."""
     return folder / f"{prefix}_{update:08d}{_suffix(prefix)}"
 
 
 def files_of(folder: Path, prefix: str) -> list[Path]:
-    """In the order of their updates. What has another name, such as update_best.npz, is not the store's."""
+    """The store's files with this prefix, in the order of their updates; not other names such as update_best.npz."""
     name = re.compile(rf"{prefix}_[0-9]{{8,}}{re.escape(_suffix(prefix))}")
     found = (path for path in folder.glob(f"{prefix}_*") if name.fullmatch(path.name))
     return sorted(found, key=lambda path: (len(path.name), path.name))
@@ -311,7 +311,7 @@ def _write(folder: Path, prefix: str, update: int, arrays: Mapping[str, np.ndarr
     except OSError as error:
         raise UserError(
             f"cannot store the spectra of update {update} in {folder}: {error.strerror or error}. "
-            "Free some space, or make it writable."
+            "Free some space, or make the directory writable."
         ) from error
     return path
 

@@ -53,33 +53,33 @@ T = TypeVar("T")
 DEFAULT_LIMIT_GB = 2.0
 _JOIN_S, _EXIT_S = 2.0, 10.0
 _IDLE, _BUSY, _CLOSED = range(3)
-"""What a rank tells the others where a refresh is due; the greatest counts."""
+"""What a rank tells the others when a refresh is due; the greatest of all ranks counts."""
 
 
 def default_cpu_threads() -> int:
-    """A quarter of the cores that this process may use, at least 1: what the monitor takes of a CPU."""
+    """The cores that the monitor uses: a quarter of those that this process may use, at least 1."""
     return max(1, available_cores() // 4)
 
 
 class SpectralMonitor:
-    """Takes a copy of the target weights every so many updates and has one worker thread compute their spectra.
+    """Copies the target weights every `every` updates and computes their spectra in one worker thread.
 
-    It observes only: it reads raw weights, draws no random number, touches no gradient and no compiled module, so the
-    losses with it and without it are the same bits. `observe` never waits for the device. A thread is needed because
-    the eigensolver's error check waits on the host even when it runs on a side stream.
+    It only observes: it reads raw weights, draws no random number, and touches no gradient and no compiled module, so
+    the losses with it and without it are the same bits. `observe` never waits for the device. A thread is needed
+    because the eigensolver's error check waits on the host even when it runs on a side stream.
 
-    Each refresh goes to a `SpectraStore` in `store_dir` and is queued as a `SpectralRecord`. One that fails, or that
-    cannot be stored, never raises: it is counted in `failed`, and the first is said. Use it as a context manager, or
-    call `close`.
+    Each refresh goes to a `SpectraStore` in `store_dir` and is queued as a `SpectralRecord`. A refresh that fails, or
+    that cannot be stored, never raises: it is counted in `failed`, and `say` reports the first. Use the monitor as a
+    context manager, or call `close`.
 
-    Memory on the weights' device: a copy of the targets while a refresh runs, and one of the refresh before it, of the
-    model and of its EMA each. Of several ranks the first has them twice: of its share, and of all matrices.
+    Memory on the weights' device: one copy of the targets while a refresh runs, and one copy from the refresh before,
+    for the model and for its EMA. With several ranks the first has copies of its share and of all matrices.
 
-    With several ranks make one on every rank: each computes its share of the matrices, and rank 0 stores and records.
-    Where a refresh is due they ask one another, over the host's network: all of them take it, or all skip it because
-    one is busy.
+    With several ranks make one monitor on every rank: each computes its share of the matrices, and rank 0 stores and
+    records. When a refresh is due, the ranks ask one another over the host's network: either all take it, or all skip
+    it because one is busy.
 
-    A run that is resumed goes on as if it had not ended if `kept()` was written with its checkpoint.
+    A resumed run goes on as if it had not been interrupted if `kept()` was written with its checkpoint.
 
     Example:
         >>> settings = SpectralSettings(topk=2)
@@ -114,37 +114,37 @@ class SpectralMonitor:
         """Choose the targets and start the worker.
 
         Args:
-            model: any module with Linear layers, already on its device. Of DDP, DataParallel and torch.compile the
-                module inside is watched, under the names that it has there.
-            ema_model: the average of it (timm's ModelEma, torch's AveragedModel, or a module), on any device, or None.
-            store_dir: made if missing, without spectra of before; `open_spectra` reads it.
+            model: any module with Linear layers, already on its device. Inside DDP, DataParallel and torch.compile the
+                wrapped module is watched, under its own names.
+            ema_model: its average (timm's ModelEma, torch's AveragedModel, or a module), on any device, or None.
+            store_dir: made if missing; must hold no spectra of another training. `open_spectra` reads it.
             targets: endings of layers' names, separated by commas or in a sequence, such as "mlp.fc1"; "all-linear":
-                every layer with a 2-D weight but embeddings. A 2-D parameter of another name than `weight` is named
-                whole, such as "self_attn.in_proj_weight" of torch's attention. A convolution that is named is taken as
-                a matrix. A weight that layers share is watched once. None: the four matrices of a block of timm's ViT
+                every layer with a 2-D weight but embeddings. A 2-D parameter that is not called `weight` needs its
+                ending in full, such as "self_attn.in_proj_weight" of torch's attention. A convolution is taken as a
+                matrix. A weight that layers share is watched once. None: the four matrices of a block of timm's ViT
                 (attn.qkv, attn.proj, mlp.fc1, mlp.fc2) where the model has them, else "all-linear".
             every: updates between refreshes.
             settings: what is computed; default: `SpectralSettings()`.
             split_qkv: see `choose_targets`.
             circuits: see `heads.attention_blocks`.
             limit_gb: size limit of the store, in 10^9 bytes.
-            resumed_update: the update that a resumed run continues from. What the store holds of later ones is deleted,
-                and the next refresh is compared with the one of what was kept, or without that the newest left.
-            recorded_update: that of the newest record which the resumed run still has, -1 for none. A newer refresh
-                that was kept is done again, at once; so is one of `resumed_update` itself where nothing was kept, since
-                the model has its weights. None: all are there.
-            last_update: the training's last, where it is known: the last refresh due is of whole spectra, whatever
+            resumed_update: the update that a resumed run continues from. Stored spectra of later updates are deleted,
+                and the next refresh is compared with the kept snapshot, or else with the newest stored refresh.
+            recorded_update: the update of the newest record that the resumed run still has, -1 for none. A kept
+                snapshot that is newer is refreshed again at once. If nothing was kept, so is `resumed_update` itself,
+                since the model has its weights. None: no record is missing.
+            last_update: the training's last update, if known: the last refresh due is then of whole spectra, whatever
                 `settings.full_every` is.
-            ranks: the ranks that share the work (`World.channel` with `agrees`); default: this process does it all. One
-                that ends without `close` fails the others' refreshes.
-            optimizer: the model's, whose update directions are described, too, where `settings.updates` asks for that.
-            rename: from a layer's name to the one that its matrix is recorded under, a mapping or a function. Types and
-                depths are read from that: "encoder.0.ff.lin_a" -> "blocks.0.mlp.fc1" is of type "mlp.fc1", depth "0".
-            on_full: called in the worker's thread with the copies of each refresh of whole spectra, or with why there
-                are none, see `Worker`.
-            prepare: makes of an update and its record's values what `prepared_records` gives with it (None where the
-                refresh was not stored). It is called where nobody waits: be it in a process, for which it is pickled.
-            say: told of failures, from the worker's thread too.
+            ranks: the ranks that share the work (`World.channel` with `agrees`); default: this process does it all. A
+                rank that ends without `close` fails the others' refreshes.
+            optimizer: the model's optimizer, whose update directions are described if `settings.updates` is on.
+            rename: from a layer's name to the one under which its matrix is recorded, a mapping or a function. The new
+                name gives type and depth: "encoder.0.ff.lin_a" -> "blocks.0.mlp.fc1" has type "mlp.fc1", depth "0".
+            on_full: called in the worker's thread with the copies of each refresh of whole spectra, or with the error
+                if there are none, see `Worker`.
+            prepare: called with an update and its record's values, maybe in another process, so it must be picklable;
+                `prepared_records` returns its result with the record (None where the refresh was not stored).
+            say: called with messages about failures, also from the worker's thread.
 
         Raises:
             UserError: a target matches nothing, or has no real values of its own here (device meta, a shard, packed
@@ -196,23 +196,23 @@ class SpectralMonitor:
 
         devices = {p.device for one in models.values() for p in one.parameters()}
         for device in devices:
-            # torch loads its linear algebra lazily and not thread-safely, so the first call must not be the worker's.
+            # torch loads its linear algebra lazily, which is not thread-safe: the first call must not be the worker's.
             torch.linalg.eigvalsh(torch.eye(2, dtype=torch.float64, device=device))
         cuda_device = next((device for device in devices if cuda_path(device)), None)
-        # 0 is the lowest priority CUDA has, and the default stream's: the trainer's step is on one that comes first.
+        # Priority 0 is CUDA's lowest and the default stream's; the trainer's step is on a stream with a higher one.
         self._stream = None if cuda_device is None else side_stream(cuda_device)
         self.skipped = 0
-        """Refreshes that were due while the one before was still being computed, here or elsewhere."""
+        """Refreshes left out because the one before was still being computed, on this rank or another."""
         self._due_at = time.monotonic()
         self._closed, self._observed = False, (resumed_update or 0) - 1
-        # A step on a GPU waits for whoever holds Python's lock when the next operation is to be asked for.
+        # To launch its next operation, a step on a GPU needs Python's lock, so the host's work goes to another process.
         is_aside = self._stream is not None
         of_worker = (settings, store, taken_up.memory, ranks, self._watched.keys, self._stream, say)
         self._pace = Pace(every, settings, say if ranks.rank == 0 else None)
         told: dict[str, Any] = {"prepare": prepare, "pace": self._pace, "num_workers": self._watched.num_workers}
         self._worker = Worker(*of_worker, is_aside=is_aside, heads=self._watched.heads, on_full=on_full, **told)
         self.store_dir = store.path
-        """Where the spectra go, absolute."""
+        """The directory of the spectra, absolute."""
         _open.add(self)
         weakref.finalize(self, self._worker.give_up).atexit = False
         kept = taken_up.kept if ranks.rank == 0 else None
@@ -226,7 +226,7 @@ class SpectralMonitor:
 
     @property
     def failed(self) -> int:
-        """Refreshes of this process that came to nothing, or could not be stored."""
+        """Refreshes of this process that failed, or could not be stored."""
         return self._worker.failed
 
     def indices_by_type(self) -> dict[str, dict[str, list[int]]]:
@@ -238,7 +238,7 @@ class SpectralMonitor:
 
     @property
     def own(self) -> list[str]:
-        """The matrices that this rank computes, and that `on_full` is told of, by name."""
+        """The names of the matrices that this rank computes and passes to `on_full`."""
         return self._watched.own
 
     def is_due(self, num_updates: int) -> bool:
@@ -246,15 +246,14 @@ class SpectralMonitor:
         return self._schedule.is_due(num_updates)
 
     def observe(self, num_updates: int) -> None:
-        """Call after every optimizer update with the updates made so far, and once with 0 before the first.
+        """Call after every optimizer update with the number of updates so far, and once with 0 before the first.
 
-        When `num_updates` is a multiple of `every`, takes a snapshot (copies enqueued on the current stream) and hands
-        it over; when the refresh before is not finished, here or on another rank, counts it in `skipped` instead.
-        Update 0 and the last one due are never skipped: they wait for the refresh before. Several ranks wait for one
-        another there, on the host alone. Before update 0 the first rank tells of single entries far out, see
-        `initial.far_entries`.
+        If `num_updates` is a multiple of `every`, takes a snapshot (copies enqueued on the current stream) and hands it
+        over; if the refresh before is not finished, on this rank or another, counts it in `skipped` instead. Update 0
+        and the last one due are never skipped: they wait for the refresh before. Several ranks wait for one another
+        here, on the host alone. At update 0 the first rank warns of single entries far out, see `initial.far_entries`.
 
-        The same number again changes nothing. Raises `UserError` for a smaller one, and for what is no number.
+        The same number again changes nothing. Raises `UserError` for a smaller number, and if it is no whole number.
         """
         if self._closed:
             raise RuntimeError("this spectral monitor is closed; make a new one to observe further updates")
@@ -262,7 +261,7 @@ class SpectralMonitor:
         if num_updates < self._observed:
             raise UserError(
                 f"num_updates is {num_updates}, and was {self._observed} before. Count updates over all epochs; "
-                "for a training that goes on from an earlier one, make a new monitor with resumed_update."
+                "to resume an earlier training, make a new monitor with resumed_update."
             )
         if num_updates == self._observed:
             return
@@ -278,22 +277,22 @@ class SpectralMonitor:
         self._is_again = False
         if not must_be and self._is_any_busy():
             self._pace.skip(num_updates, since_s)
-            self.skipped += not self._is_lost  # else a record of before, which a resumed run keeps, would tell of it
+            self.skipped += not self._is_lost  # else an earlier record, which a resumed run keeps, would count it
             return
         full = self._schedule.take(num_updates)
         try:
             stacks, newest = self._watched.copies(num_updates)
-        except Exception as error:  # such as no memory for the copies; other ranks have theirs, and wait for this one's
+        except Exception as error:  # such as no memory for the copies; other ranks have theirs and wait for this rank
             self._worker.take(Snapshot(num_updates, {}, Mark(None), full, failure=error))
             return
         before, self._newest = self._newest, newest and newest._replace(full=full)
         self._hand_over(num_updates, stacks, full, before)
 
     def _tell_far_entries(self) -> None:
-        """On the first rank, say and store which matrices have entries that their spectra would describe."""
+        """On the first rank, report and store the entries that would dominate their matrices' spectra."""
         if found := self._watched.far_entries():
-            self._say(f"warning: {warning_of(found)}. --fix-init draws such entries of fresh weights anew.")
-            with contextlib.suppress(UserError):  # a refresh that cannot be stored either tells of that
+            self._say(f"warning: {warning_of(found)}. --fix-init redraws such entries of fresh weights.")
+            with contextlib.suppress(UserError):  # the refresh cannot be stored either, and reports it
                 self._store.note_far_entries(found)
 
     def _is_any_busy(self) -> bool:
@@ -301,7 +300,7 @@ class SpectralMonitor:
         if not self._is_over:
             try:
                 state = self._ranks.agree(_BUSY if self._worker.is_busy else _IDLE)()
-            except RuntimeError:  # another rank is gone; the training itself meets that, and tells of it
+            except RuntimeError:  # another rank is gone; the training itself will notice and report that
                 state, self._is_lost = _CLOSED, True
             self._is_over = state == _CLOSED
             return state != _IDLE
@@ -313,7 +312,7 @@ class SpectralMonitor:
         self._worker.take(Snapshot(update, stacks, Mark.of(made_on), full, before))
 
     def wait(self) -> None:
-        """Wait until the refresh that is being computed, if any, is finished."""
+        """Wait until the running refresh, if any, is finished."""
         self._worker.wait()
 
     def records(self) -> list[SpectralRecord]:
@@ -321,7 +320,7 @@ class SpectralMonitor:
         return [record for record, _ in self.prepared_records()]
 
     def prepared_records(self) -> list[tuple[SpectralRecord, Any]]:
-        """As `records`, each with what `prepare` has made of it."""
+        """As `records`, each with the result of `prepare`."""
         found = _drain(self._worker.finished)
         for record, _ in found:
             record.values["spec/refresh/skipped"] = float(self.skipped)
@@ -329,10 +328,10 @@ class SpectralMonitor:
         return found
 
     def kept(self) -> Kept | None:
-        """What to write, under `kept_name`, beside a checkpoint of now, for a run that is resumed from that.
+        """The snapshot to write, under `kept_name`, beside a checkpoint made now, for a run that is resumed from it.
 
         None before the first snapshot, and on all ranks but the first. Tensors are on the weights' device; they do not
-        change. Call it before `records`, whose refreshes must then be recorded before the checkpoint is written.
+        change. Call it before `records`, whose refreshes must be recorded before the checkpoint is written.
         """
         current = self._worker.current
         return self._newest and self._newest._replace(before=current.before if current else None)
@@ -342,7 +341,7 @@ class SpectralMonitor:
         self._stop(cancel)
 
     def give_up(self, timeout_s: float) -> None:
-        """Close at the end of a process: abandon the running refresh, and wait for so long at most."""
+        """Close at the end of a process: abandon the running refresh, and wait at most `timeout_s` seconds for it."""
         self._closed = True
         self._worker.give_up(timeout_s)
 
@@ -358,21 +357,21 @@ class SpectralMonitor:
         if cancel:
             self._worker.cancelled.set()
         if not self._closed and not self._is_over:
-            with contextlib.suppress(RuntimeError, ValueError):  # at the end the others may be gone, or their group
-                self._ranks.agree(_CLOSED)  # nobody waits for it, but those who go on
+            with contextlib.suppress(RuntimeError, ValueError):  # at the end the others, or their group, may be gone
+                self._ranks.agree(_CLOSED)  # not waited for; only ranks that go on read it
         self._closed = True
         _open.discard(self)
-        # Of several ranks one may have died, and this one's worker waits for it; that must not hold up the exit.
+        # Another rank may have died while this rank's worker waits for it; that must not hold up the exit.
         self._worker.close(_JOIN_S if cancel and self._ranks.size > 1 else None)
 
 
 _open: WeakSet[SpectralMonitor] = WeakSet()
-"""Those of this process that are not closed."""
+"""The monitors of this process that are not closed."""
 
 
 @atexit.register
 def _close_all() -> None:
-    """Give up what nobody has closed: a process that ends while a worker solves would be aborted."""
+    """Give up monitors that were not closed: a process that ends while a worker solves would be aborted."""
     for monitor in list(_open):
         with contextlib.suppress(Exception):
             monitor.give_up(_EXIT_S)
@@ -382,13 +381,13 @@ def _require_unused(store_dir: Path) -> None:
     """Raise `UserError` where a new training would mix its spectra with others."""
     if any(monitor.store_dir == store_dir for monitor in _open):
         raise UserError(
-            f"{store_dir} is written to by another monitor, which is not closed. Close that first, or give each a "
-            "store_dir of its own."
+            f"another monitor that is not closed writes to {store_dir}. Close that first, or give each its own "
+            "store_dir."
         )
     if found := list_spectra(store_dir):
         raise UserError(
             f"{store_dir} has spectra of another training, of updates {update_of(found[0])} to {update_of(found[-1])}. "
-            "Give another store_dir, delete that one, or go on from update N of it with resumed_update=N."
+            "Give another store_dir, delete this one, or resume from its update N with resumed_update=N."
         )
 
 

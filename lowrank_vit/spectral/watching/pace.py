@@ -1,4 +1,4 @@
-"""How long refreshes take: told before the first of many or large matrices, and again where it turns out otherwise."""
+"""How long refreshes take: an estimate before the first of many or large matrices, and a correction if it was off."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lowrank_vit.spectral.solving.solve import MatrixStack
 from lowrank_vit.spectral.watching.refresh import DIRECTION, FOR_HEADS, MODEL, Memory, SpectralSettings, refresh
 
 LONG = 1e10
-"""Operations of a whole refresh from which on it is timed and told; ViT-S with EMA has 3e10, some seconds of a core."""
+"""From so many operations on a whole refresh is timed and reported; ViT-S with EMA has 3e10, some seconds of a core."""
 _MOVED = 1e-3
-"""By that share a matrix that is timed differs from what it is compared with."""
+"""Relative change of the timed matrix between its two refreshes."""
 _OFF = 2.0
-"""The first refresh is told where it took so many times longer, or shorter, than was foretold."""
+"""The first refresh's time is reported if it is so many times longer or shorter than the estimate."""
 
 
 def operations(shapes: Iterable[tuple[int, int]]) -> float:
-    """Of whole spectra: Gram matrices L K^2 and tridiagonal forms 4/3 K^3, L the long side, K the short one."""
+    """Operations of whole spectra: Gram matrices L K^2, tridiagonal forms 4/3 K^3; L is the long side, K the short."""
     return sum(max(shape) * min(shape) ** 2 + 4 / 3 * min(shape) ** 3 for shape in shapes)
 
 
@@ -32,12 +32,12 @@ def operations_of(stacks: Iterable[MatrixStack]) -> float:
 
 
 def foretold_s(groups: Iterable[tuple[MatrixStack, int]], settings: SpectralSettings) -> float:
-    """About how long a whole refresh takes that has one before it: what a matrix of each shape does, added up.
+    """Estimated seconds of a whole refresh after the first: one matrix of each shape is timed and multiplied.
 
-    Of matrices on a GPU, which are solved together, it is what they take at most.
+    For matrices on a GPU, which are solved together, it is an upper bound.
 
     Args:
-        groups: a stack whose first matrix stands for so many.
+        groups: pairs of a stack, of which the first matrix is timed, and the number of such matrices.
         settings: those of the refreshes.
     """
     took_s: dict[tuple[int, int], float] = {}
@@ -46,7 +46,7 @@ def foretold_s(groups: Iterable[tuple[MatrixStack, int]], settings: SpectralSett
         shape = (stack.matrices_NRC.shape[1], stack.matrices_NRC.shape[2])
         if shape not in took_s:
             one, memory, of_one = some_of(stack, [0]), Memory(), replace(settings, cpu_threads=1)
-            # The first time is another's before it. More is made then, too, which is kept: chance values, libraries.
+            # The first pass only gives the second one a refresh to compare with, and fills caches (chance values).
             for factor in (1 + _MOVED, 1.0):
                 moved = {MODEL: [replace(one, matrices_NRC=one.matrices_NRC * factor)]}
                 start = now_s()
@@ -58,16 +58,16 @@ def foretold_s(groups: Iterable[tuple[MatrixStack, int]], settings: SpectralSett
 
 
 class Pace:
-    """What is said of a monitor's refreshes, each line once; nothing where all are short, or another rank says it."""
+    """Reports the time of a monitor's refreshes, each line once; nothing if all are short."""
 
     def __init__(self, every: int, settings: SpectralSettings, say: Callable[[str], object] | None) -> None:
-        """`say`: None for another rank."""
+        """`say`: None on all ranks but the first."""
         self._every, self._settings, self._say = every, settings, say
         self._foretold_s: float | None = None
         self._has_begun = self._is_known = self._has_skipped = False
 
     def begin(self, stacks: Mapping[str, list[MatrixStack]]) -> None:
-        """The first refresh begins, of these copies: say how long it and the others will take."""
+        """A refresh of these copies begins: before the first, report how long a whole refresh will take."""
         has_begun, self._has_begun = self._has_begun, True
         own = [one for kind, of in stacks.items() if kind != DIRECTION and not kind.endswith(FOR_HEADS) for one in of]
         if has_begun or self._say is None or operations_of(own) < LONG:
@@ -75,11 +75,11 @@ class Pace:
         self._foretold_s = foretold_s(((one, len(one.names)) for one in own), self._settings)
         self._say(
             f"spectra: a whole refresh of {sum(len(one.names) for one in own):,} matrices takes about "
-            f"{in_seconds(self._foretold_s)}, every {self._every:,} updates; training goes on meanwhile"
+            f"{in_seconds(self._foretold_s)}, every {self._every:,} updates; training goes on in the meantime"
         )
 
     def end(self, seconds: float) -> None:
-        """A whole refresh took so long: say so of the first, if it is not what was foretold."""
+        """A whole refresh took this long: report the first one's time if the estimate was off."""
         foretold_s, is_known, self._is_known = self._foretold_s, self._is_known, True
         if foretold_s is None or self._say is None or is_known:
             return
@@ -88,7 +88,7 @@ class Pace:
             self._say(f"spectra: the first refresh took {in_seconds(seconds)}, not {in_seconds(foretold_s)}")
 
     def skip(self, update: int, interval_s: float) -> None:
-        """The refresh of an update is left out, so long after the one before was due: say what would help."""
+        """The refresh of an update is skipped, `interval_s` after the one before was due: report what would help."""
         if self._foretold_s is None or self._say is None or self._has_skipped:
             return
         self._has_skipped = True
@@ -102,7 +102,7 @@ class Pace:
 
 
 def in_seconds(seconds: float) -> str:
-    """Two digits, in seconds, minutes or hours."""
+    """A duration with two digits, in seconds, minutes or hours."""
     for unit, size in (("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.2g} {unit}" if seconds < 10 * size else f"{seconds / size:,.0f} {unit}"

@@ -1,4 +1,4 @@
-"""From copies of the weights to every number about them: the monitor's work, and the offline analysis's.
+"""From copies of the weights to every number about them, for the monitor and the offline analysis.
 
 A key is "<kind>/<name>": kind "spec" (the model) or "spec_ema" (its moving average), name a matrix's.
 """
@@ -47,9 +47,9 @@ from lowrank_vit.spectral.solving.solve import (
 
 MODEL, EMA = "spec", "spec_ema"
 FOR_HEADS = ":heads"
-"""Behind a kind, in a snapshot: of the weights that circuits need, those that are not among the kind's own."""
+"""Ending of a kind in a snapshot: the weights that circuits need in addition to the kind's own matrices."""
 DIRECTION = "direction"
-"""In a snapshot, beside the kinds: the optimizer's update directions of some of the model's matrices."""
+"""A further kind in a snapshot: the optimizer's update directions of some of the model's matrices."""
 Stacks = dict[str, list[MatrixStack]]
 """Kind to the copies of its matrices."""
 
@@ -59,7 +59,7 @@ class SpectralSettings:
     """What is computed of each matrix.
 
     Example:
-        >>> SpectralSettings(topk=2, interval=10)  # records the indices 1, 11 and the last but 10, the last
+        >>> SpectralSettings(topk=2, interval=10)  # records indices 1 and 11, the last, and the tenth before it
         SpectralSettings(topk=2, interval=10, solver='gram64', on_cpu=False, cpu_threads=1, full_every=1, updates=False)
     """
 
@@ -70,16 +70,16 @@ class SpectralSettings:
     solver: Solver = "gram64"
     """gram64: float64 Gram matrix, certified; svd: the slow reference, a float64 SVD."""
     on_cpu: bool = False
-    """Move copies on a GPU to the CPU first."""
+    """Move copies from a GPU to the CPU first."""
     cpu_threads: int = 1
-    """Matrices solved side by side on a CPU; changes no bit of the result."""
+    """How many matrices are solved at once on a CPU; changes no bit of the result."""
     full_every: int = 1
-    """Refreshes of which one computes the whole spectra, the others the first values alone; the monitor's matter."""
+    """One refresh in so many computes the whole spectra, the others the first values alone; only for the monitor."""
     updates: bool = False
-    """Describe also the model's changes between refreshes and its optimizer's direction, see `update_spectra`."""
+    """Also describe the model's changes between refreshes and its optimizer's direction, see `update_spectra`."""
 
     def __post_init__(self) -> None:
-        """Raise `UserError` for what is out of range."""
+        """Raise `UserError` for a value out of range."""
         check_whole(topk=self.topk, interval=self.interval, cpu_threads=self.cpu_threads, full_every=self.full_every)
         check_choice(get_args(Solver), solver=self.solver)
         check_choice((False, True), on_cpu=self.on_cpu, updates=self.updates)
@@ -87,7 +87,7 @@ class SpectralSettings:
 
 @dataclass
 class Refreshed:
-    """What one refresh found out, or one rank's share of it; every dictionary is by key."""
+    """The results of one refresh, or one rank's share of them; every dictionary is by key."""
 
     update: int
     solved: dict[str, Solved] = field(default_factory=dict)
@@ -104,14 +104,14 @@ class Memory:
     """What the next refresh is compared with."""
 
     first: dict[str, Solved] = field(default_factory=dict)
-    """At initialisation, or the first refresh of whole spectra that there was."""
+    """The first refresh of whole spectra, usually at initialisation."""
     last: dict[str, Solved] = field(default_factory=dict)
-    """With what the first values are sought from next, see `Solved.start`."""
+    """The last refresh, with `Solved.start` for the next search of the first values."""
     last_update: int | None = None
     weights: Stacks = field(default_factory=dict)
-    """Copies of the last refresh; empty after a restart without them. With these alone, `last` is solved again."""
+    """Copies of the last refresh; empty after a restart without them. If `last` is empty, it is solved from these."""
     whole: dict[str, Solved] = field(default_factory=dict)
-    """The last refresh of whole spectra. Empty, too, where it is the one that is to be solved again."""
+    """The last refresh of whole spectra. Empty also where that is the one to be solved again."""
     whole_update: int | None = None
 
     def keep(self, found: Refreshed, stacks: Stacks) -> None:
@@ -153,12 +153,12 @@ def solve_first(
     cancelled: Callable[[], bool] = never,
     log: Callable[[str], object] = LOG.warning,
 ) -> dict[str, Solved]:
-    """As `solve_all`, of the first values alone, which are sought from `starts`, by name.
+    """As `solve_all`, but the first values alone, searched from `starts` by name.
 
-    Where they are not proven to be the first, or where there is no start, they are those of the whole spectrum; so are
-    those of a product of rank m or less, and always with the solver svd. Their `solver` is "ends" where they were found
-    without it. A start of None goes on as None until the next whole refresh. On a CPU, where trying costs about as much
-    as the whole spectrum, so do those that led to nothing.
+    The whole spectrum is computed where the values found are not proven to be the first, where there is no start, for a
+    product of rank m or less, and always with the solver svd. Otherwise the result's `solver` is "ends". A start of
+    None stays None until the next whole refresh. On a CPU, where trying costs about as much as the whole spectrum, a
+    start that failed becomes None too.
     """
     solved: dict[str, Solved] = {}
     m = reach(settings.topk, settings.interval)
@@ -166,7 +166,7 @@ def solve_first(
         found: dict[str, Solved | None] = {}
         k = min(stack.matrices_NRC.shape[1:])
         if settings.solver != "svd":
-            ranks = stack.ranks  # no value after a product's last one tells its first ones from the rest
+            ranks = stack.ranks  # a product of rank m or less has no next value to tell its first ones from
             known = {name: start for name, start in starts.items() if start is not None and ranks.get(name, k) > m}
             found = solve_ends(stack, known, m, cpu_threads=settings.cpu_threads, cancelled=cancelled, log=log)
         left = [i for i, name in enumerate(stack.names) if found.get(name) is None]
@@ -189,9 +189,9 @@ def matrix_metrics(solved: Solved, settings: SpectralSettings) -> dict[str, floa
     """All scalars of one matrix at one moment.
 
     Returns:
-        `metrics.spectrum_metrics` (of what is not `full`, `metrics.ends_metrics`), `subspaces.chance_metrics`,
-        "block_gap" (see `subspaces.block_gap`), and "certificate_max" (`Solved.certificate_max`, relative to sigma_1),
-        "certificate_index" (1 where `Solved.index`, else 0) and "orthogonality".
+        `metrics.spectrum_metrics` (`metrics.ends_metrics` if not `full`), `subspaces.chance_metrics`, "block_gap" (see
+        `subspaces.block_gap`), "certificate_max" (`Solved.certificate_max`, relative to sigma_1), "certificate_index"
+        (1 if `Solved.index`, else 0; NaN if not solved) and "orthogonality".
     """
     shape = (solved.top.u.shape[0], solved.top.v.shape[0])
     if solved.full:
@@ -208,18 +208,18 @@ def matrix_metrics(solved: Solved, settings: SpectralSettings) -> dict[str, floa
 def drift_metrics(
     before: Solved, now: Solved, of_weights: Mapping[str, float], whole: Solved | None
 ) -> dict[str, float]:
-    """What changed between two moments.
+    """The scalars of what changed in a matrix between two moments.
 
     Args:
-        before: of the earlier moment, or its first values alone.
-        now: of the later one.
-        of_weights: what `update_norms` and `block_energies` have found, as far as the weights are there.
-        whole: the whole spectrum of the earlier moment, or of one before that; None without.
+        before: the earlier spectrum, or its first values alone.
+        now: the later spectrum.
+        of_weights: results of `update_norms` and `block_energies`, where the weights are there.
+        whole: the newest whole spectrum before `now`; None without.
 
     Returns:
         "cos_*" and "block_cos_*" (`subspaces.cosine_metrics`), "delta_sv_rel" (`metrics.relative_change`), all of
-        `of_weights`, and with "update_norm2_high" among these "turn_bound" (`subspaces.turn_bound`). What is of the
-        block is absent where `before` has none. Where `now` is a whole spectrum, `subspaces.last_cosines` with `whole`.
+        `of_weights`, and if these have "update_norm2_high", "turn_bound" (`subspaces.turn_bound`). Metrics of the block
+        are absent where `before` has none. If `now` is a whole spectrum, also `subspaces.last_cosines` with `whole`.
     """
     values = cosine_metrics("cos", before, now) | dict(of_weights) | {"delta_sv_rel": relative_change(before, now)}
     if now.full and whole is not None:
@@ -240,10 +240,20 @@ def refresh(
     full: bool = True,
     describing: Callable[..., dict[str, dict[str, float]]] | None = None,
 ) -> Refreshed:
-    """Solve the copies, compare them with `memory`, and put them into it (only once everything has succeeded).
+    """Solve the copies, compare them with `memory`, and store them in it once everything has succeeded.
 
-    `full`: the whole spectra, or the first values alone. `describing`: calls `describe`, elsewhere; default: here.
-    Raises `Cancelled`.
+    Args:
+        update: number of updates so far.
+        stacks: the copies by kind.
+        settings: what is computed.
+        memory: earlier refreshes; changed in place.
+        cancelled: called before each matrix; True ends the refresh.
+        log: called with a line when a matrix is not solved as asked.
+        full: whether to compute the whole spectra or the first values alone.
+        describing: called in place of `describe`, for example to run it in another process.
+
+    Raises:
+        Cancelled: `cancelled()` was true.
     """
 
     def solved_of(kind: str, of_kind: list[MatrixStack], full: bool) -> dict[str, Solved]:
@@ -255,7 +265,7 @@ def refresh(
         return solve_first(of_kind, settings, starts, **of_log)
 
     if memory.weights and not memory.last:
-        before, memory.weights = memory.weights, {}  # if this fails, it is not tried again
+        before, memory.weights = memory.weights, {}  # if solving them fails, it is not tried again
         for kind, of_kind in before.items():
             memory.last |= {f"{kind}/{name}": one for name, one in solved_of(kind, of_kind, True).items()}
         memory.weights = before
@@ -297,9 +307,9 @@ def describe(
     memory: Memory,
     settings: SpectralSettings,
 ) -> dict[str, dict[str, float]]:
-    """All scalars of the matrices of one refresh: of each, against those that are remembered, and against the EMA.
+    """All scalars of one refresh's matrices: of each alone, compared with those in `memory`, and with the EMA's.
 
-    `of_weights`: see `drift_metrics`; by key, as all dictionaries are.
+    All dictionaries are by key. `of_weights`: see `drift_metrics`.
     """
 
     def described_by(key: str) -> dict[str, float]:

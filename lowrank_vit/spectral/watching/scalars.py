@@ -1,4 +1,4 @@
-"""The scalars of a run's refreshes, from the store's files and from the lines of `metrics.jsonl` that have all of them.
+"""The scalars of a run's refreshes, from the store's files or from lines of `metrics.jsonl` that hold all scalars.
 
 Runs of earlier versions have only such lines, and runs with `--spec-log all` have both.
 """
@@ -25,19 +25,19 @@ _FIRST_ALONE = b'"spec/refresh/full": 0.0'
 
 
 class ScalarHistory:
-    """What is there of each refresh, as it was when this was made; numbers are read when they are asked for."""
+    """The refreshes whose scalars were there when this was made; the numbers are read when they are asked for."""
 
     def __init__(self, store_dir: Path) -> None:
-        """`store_dir`: the store; where that is `spectra/` of a run, the run's `metrics.jsonl` counts as well."""
+        """`store_dir`: the store; if it is `spectra/` of a run, the run's `metrics.jsonl` is read as well."""
         self.path = store_dir
         self._files = {update_of(file): file for file in list_scalars(store_dir)}
         self._log = store_dir.parent / LOG if store_dir.name == "spectra" else None
 
     @cached_property
     def _lines(self) -> dict[int, tuple[int, bool]]:
-        """By update, of the lines that have numbers of each matrix: where one begins, and whether it is of a whole one.
+        """The lines with scalars of each matrix, by update: where the line begins, and whether its spectra are whole.
 
-        Of two of the same update the later one counts.
+        The last line of an update counts.
         """
         found: dict[int, tuple[int, bool]] = {}
         with contextlib.suppress(OSError):
@@ -53,16 +53,16 @@ class ScalarHistory:
 
     @property
     def updates(self) -> list[int]:
-        """Those whose scalars are there, ascending."""
+        """The updates whose scalars are there, ascending."""
         return sorted({*self._files, *self._lines})
 
     @property
     def full_updates(self) -> list[int]:
-        """Those of `updates` at which the whole spectra were computed, ascending."""
+        """The `updates` at which the whole spectra were computed, ascending."""
         return [u for u in self.updates if (is_full(self._files[u]) if u in self._files else self._lines[u][1])]
 
     def read(self, update: int) -> StoredScalars:
-        """Those of one refresh. Raises `UserError` if there are none of it, or they are gone or damaged."""
+        """The scalars of one refresh. Raises `UserError` if there are none, or if they are gone or damaged."""
         if update not in self._files and update not in self._lines:
             some = ", ".join(map(str, self.updates[:8])) or "none"
             raise UserError(f"{self.path} has no scalars of update {update}. There are {some}.")
@@ -92,10 +92,10 @@ def columns_of(refreshes: Iterable[StoredScalars], metrics: Collection[str] = ()
 
     Args:
         refreshes: any number of them; their rows and columns may differ.
-        metrics: those that are wanted; default: all.
+        metrics: the metrics wanted; default: all.
 
     Returns:
-        "update" int64; "ema" bool, whether it is of the moving average; "name" of the matrix, or "type/attn.qkv",
+        "update" int64; "ema" bool, whether the row is of the moving average; "name" of the matrix, or "type/attn.qkv",
         "depth/3", "circuit/blocks.0"; and each metric float64, NaN where a row has none.
     """
     found = list(refreshes)

@@ -12,23 +12,23 @@ from lowrank_vit.spectral.solving.ends import is_large_enough
 from lowrank_vit.spectral.solving.extremes import Solver
 
 FULL_EVERY, FULL_EVERY_ON_CUDA = 2, 40
-"""`SpectralSettings.full_every` at which one refresh of whole spectra costs about what the others until the next cost
-together: 1 + seconds of a whole one / seconds of one of the first values, rounded down.
+"""`SpectralSettings.full_every` at which one refresh of whole spectra costs about as much as the others until the next
+one together: 1 + seconds of a whole refresh / seconds of one of the first values, rounded down.
 
-Measured on one CPU core, ViT-B's four shapes with EMA: a whole one takes 1.5 times as long where 32 directions stand
-out, 1.1 times with initial weights. On a GPU an estimate, not yet run: batched `eigh` of ViT-B's matrices with EMA
-takes 0.77 s on an H100, products and factors of the first values about 20 ms.
+Measured on one CPU core, ViT-B's four shapes with EMA: a whole refresh takes 1.5 times as long where 32 directions
+stand out, 1.1 times with initial weights. The figure for a GPU is an estimate, not yet run: batched `eigh` of ViT-B's
+matrices with EMA takes 0.77 s on an H100, products and factors of the first values about 20 ms.
 """
 
 
 def usual_full_every(device: torch.device, solver: Solver, m: int, shapes: Iterable[Sequence[int]]) -> int:
-    """What `SpectralSettings.full_every` is where nobody chose it: `FULL_EVERY`, and 1 where that saves nothing.
+    """The default of `SpectralSettings.full_every`: `FULL_EVERY` (`_ON_CUDA`), or 1 where that saves nothing.
 
     Args:
-        device: that the spectra are computed on.
+        device: where the spectra are computed.
         solver: `SpectralSettings.solver`.
-        m: triplets that are wanted of each end.
-        shapes: of the watched matrices, but for those whose rank is m or less: no next value tells these from the rest.
+        m: triplets wanted from each end.
+        shapes: shapes of the watched matrices, without those of rank m or less, which are always solved whole.
     """
     if solver == "svd" or not any(is_large_enough(min(shape), m) for shape in shapes):
         return 1
@@ -37,16 +37,16 @@ def usual_full_every(device: torch.device, solver: Solver, m: int, shapes: Itera
 
 @dataclass
 class Schedule:
-    """Which updates a refresh is due at; both methods tell the same on every rank, and in a run that is resumed."""
+    """At which updates a refresh is due; the answers are the same on every rank, and in a resumed run."""
 
     every: int
     """Updates between refreshes."""
     full_every: int = 1
-    """Refreshes of which one computes the whole spectra: that of the update 0, `every` * `full_every`, and so on."""
+    """One refresh in so many computes the whole spectra: at update 0, `every` * `full_every`, and so on."""
     last_update: int | None = None
-    """The training's last update, where that is known."""
+    """The training's last update, if known."""
     taken: int | None = None
-    """The update of the refresh that was taken last, by this process or an earlier one."""
+    """The update of the last refresh taken, by this process or an earlier one."""
 
     def is_due(self, update: int) -> bool:
         """Whether a refresh is due after so many updates."""
@@ -57,9 +57,9 @@ class Schedule:
         return self.last_update is not None and self.last_update < update + self.every
 
     def take(self, update: int) -> bool:
-        """Whether the refresh of an update, which is taken now, is to compute the whole spectra.
+        """Take the refresh of an update; return whether it must compute the whole spectra.
 
-        The first and the last do, and those at multiples; where such a one was left out, the next one taken does.
+        The first and the last do, and those at multiples; where one of these was skipped, the next one taken does.
         """
         length, before, self.taken = self.every * self.full_every, self.taken, update
         return before is None or self.is_last(update) or update // length > before // length

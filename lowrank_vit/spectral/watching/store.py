@@ -4,10 +4,10 @@
 `vectors_*.npz`         its recorded triplets,
 `scalars_*.npz`         its scalars,
 `circuits_*.npz`        with `--spec-circuits` the circuits of heads, and
-`flows_*.npz`           what a validation has found of tokens and attention; see `files.py`.
+`flows_*.npz`           metrics of tokens and attention at a validation; see `files.py`.
 `index.json`            the recorded indices and shapes of every matrix, the options, and entries far out at the start.
-`weights_00000100.pth`  for a run that is resumed: the weights that the newest refresh was taken of, see `Kept`. Written
-                        with a checkpoint, by whoever writes that; one file, of the newest checkpoint.
+`weights_00000100.pth`  for a resumed run: the weights of the newest refresh, see `Kept`. Written with a checkpoint, by
+                        the code that writes that; only one file, for the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -48,22 +48,22 @@ from lowrank_vit.spectral.watching.files import (
 )
 
 FAR_ENTRIES = "far_entries"
-"""In the index: matrix to the entries far out of it before the first update (`initial.FarEntry`)."""
+"""In the index: matrix to its entries far out before the first update (`initial.FarEntry`)."""
 SPECTRA_SHARE, SCALARS_SHARE = 0.25, 0.1
-"""Of the size limit; the rest is for vectors."""
+"""Shares of the size limit; the rest is for vectors."""
 CIRCUITS_SHARE = 0.05
-"""Likewise, where there are circuits."""
+"""The share of circuits, if there are any."""
 
 
 class Kept(NamedTuple):
-    """What a resumed run needs, beside the store, to go on as if it had never ended."""
+    """A snapshot that a resumed run needs, beside the store, to go on as if it had not been interrupted."""
 
     update: int
-    """Of the newest snapshot."""
+    """The update of the newest snapshot."""
     weights: dict[str, Tensor]
     """Its matrices by "<kind>/<name>"."""
     before: Kept | None = None
-    """The snapshot before, while the newest is still being computed: after a kill that is done again."""
+    """The snapshot before, while the newest is still being computed: after a kill the newest is computed again."""
     full: bool = True
     """Whether its whole spectra are, or were, to be computed."""
 
@@ -74,13 +74,13 @@ class Kept(NamedTuple):
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Kept:
-        """Of what `content` returned."""
+        """The inverse of `content`."""
         before = cls.of(content["before"]) if content["before"] else None
         return cls(int(content["update"]), dict(content["weights"]), before, bool(content.get("full", True)))
 
 
 class Stored(NamedTuple):
-    """Refreshes of one store up to some update; by "<kind>/<name>", and empty where none can be read."""
+    """Refreshes of one store up to some update, by "<kind>/<name>"; empty where none can be read."""
 
     first: dict[str, Solved]
     """The first of whole spectra."""
@@ -93,20 +93,20 @@ class Stored(NamedTuple):
 
 
 def far_entries_content(found: Mapping[str, list[FarEntry]]) -> dict[str, Any]:
-    """For the index; nothing where there are none."""
+    """The index's entry about these; empty where there are none."""
     return {FAR_ENTRIES: {name: [one.content() for one in of] for name, of in found.items()}} if found else {}
 
 
 class SpectraStore:
     """Writes refreshes into one directory and keeps it below `limit_bytes`.
 
-    Where a series (spectra, vectors, scalars) would outgrow its share, every second refresh of it goes and only every
-    second one to come is kept: the series thins out evenly. The first, the newest and the newest of whole spectra
-    always stay, so the least size is that of three refreshes.
+    Where a series (spectra, vectors, scalars, circuits) would outgrow its share, every second refresh of it is deleted
+    and from then on only every second one is kept, so the series thins out evenly. The first, the newest and the newest
+    of whole spectra always stay, so the least size is that of three refreshes.
     """
 
     def __init__(self, path: Path, limit_bytes: float, index: Mapping[str, Any] | None = None) -> None:
-        """`path` and its `index.json` are made when something is written. Without an `index` it is only read."""
+        """`path` and its `index.json` are made at the first write. Without an `index` the store is only read."""
         self.path, self._index = path, index
         more = {CIRCUITS: CIRCUITS_SHARE} if CIRCUITS in (index or {}) else {}
         more |= {SPECTRA: SPECTRA_SHARE, SCALARS: SCALARS_SHARE}
@@ -126,9 +126,9 @@ class SpectraStore:
 
         `full`: whether these are whole spectra. `scalars`: as in a `SpectralRecord`.
         """
-        if not self.path.exists() and self.path.parent.exists():  # it went, but not the run with it
+        if not self.path.exists() and self.path.parent.exists():  # the directory was deleted, but the run is there
             self.begin()
-        if scalars:  # the least first, where room runs out
+        if scalars:  # the smallest file first, in case the disk runs full
             write_scalars(self.path, StoredScalars.of(update, scalars, full=full))
         write_refresh(self.path, update, solved, full=full)
         if circuits:
@@ -137,7 +137,7 @@ class SpectraStore:
             series.thin()
 
     def begin(self) -> None:
-        """Make the directory, if it is missing, and `index.json` anew. Raises `UserError`."""
+        """Make the directory if it is missing, and write `index.json` anew. Raises `UserError`."""
         path = self.path / "index.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -155,12 +155,12 @@ class SpectraStore:
             raise UserError(f"cannot write {path}: {error.strerror}; choose a directory that can be written") from error
 
     def note_far_entries(self, found: Mapping[str, list[FarEntry]]) -> None:
-        """Have `index.json` tell of these, by matrix. Raises `UserError` as `begin` does."""
+        """Add these, by matrix, to `index.json`. Raises `UserError` as `begin` does."""
         self._index = {**(self._index or {}), **far_entries_content(found)}
         self.begin()
 
     def forget_after(self, update: int) -> None:
-        """Delete what a run that was cut off has stored after the checkpoint it is resumed from."""
+        """Delete what an interrupted run has stored after the checkpoint that it is resumed from."""
         for prefix in (SPECTRA, VECTORS, SCALARS, CIRCUITS, WEIGHTS, FLOWS):
             for path in files_of(self.path, prefix):
                 if update_of(path) > update:
@@ -168,14 +168,14 @@ class SpectraStore:
         remove_leftovers(self.path)
 
     def forget(self) -> None:
-        """Delete all that was stored, and the directory where nothing else is in it, but not a link to one."""
+        """Delete all that was stored, and the directory if nothing else is in it (a link to a directory stays)."""
         self.forget_after(-1)
         (self.path / "index.json").unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
     def kept(self, until: int) -> Kept | None:
-        """What was kept with the checkpoint of the update `until` or before; None without a readable file."""
+        """The snapshot kept with the newest checkpoint up to update `until`; None without a readable file."""
         for path in reversed([path for path in files_of(self.path, WEIGHTS) if update_of(path) <= until]):
             with contextlib.suppress(Exception):  # a damaged file fails in many ways inside torch
                 if not damaged_member(path):
@@ -187,7 +187,7 @@ class SpectraStore:
         return max((update_of(path) for path in files_of(self.path, WEIGHTS) if update_of(path) <= until), default=-1)
 
     def stored(self, until: int) -> Stored:
-        """What a refresh after the update `until` is compared with."""
+        """The stored refreshes that a refresh after the update `until` is compared with."""
         paths = [path for path in files_of(self.path, VECTORS) if update_of(path) <= until]
         _, first = self._first_readable(filter(is_full, paths))
         last_update, last = self._first_readable(reversed(paths))
@@ -207,19 +207,19 @@ class _Series:
     def __init__(self, folder: Path, prefix: str, limit_bytes: float) -> None:
         self._folder, self._prefix, self._limit = folder, prefix, limit_bytes
         self._spacing = 0
-        with contextlib.suppress(OSError):  # a disk that does not answer is met, and said, when something is written
+        with contextlib.suppress(OSError):  # a disk that does not answer is reported when something is written
             paths = files_of(folder, prefix)
             self._spacing = _least_distance(_spaced(paths))
 
     def thin(self) -> None:
-        """Delete what is not to be kept beside the first file, the newest and the newest of whole spectra."""
+        """Delete files until the limit holds, except the first, the newest and the newest of whole spectra."""
         paths = self._thinned(files_of(self._folder, self._prefix))
         while paths and len(paths) > len({paths[0], *_newest(paths)}) and sum(map(_size, paths)) > self._limit:
             self._spacing = 2 * max(self._spacing, _least_distance(_spaced(paths)))
             paths = self._thinned(paths)
 
     def _thinned(self, paths: list[Path]) -> list[Path]:
-        """Delete those that are nearer than the spacing to the one before, and return the others."""
+        """Delete the files nearer than the spacing to the one before, and return the others."""
         kept: list[Path] = []
         at, newest = None, _newest(paths)
         for path in paths:
@@ -248,7 +248,7 @@ def _least_distance(paths: list[Path]) -> int:
 
 
 def read_far_entries(store_dir: Path) -> dict[str, list[FarEntry]]:
-    """Matrix to the entries far out of it before the first update; empty where the index tells of none."""
+    """Matrix to its entries far out before the first update; empty if the index lists none."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         found = json.loads((store_dir / "index.json").read_text(encoding="utf-8"))[FAR_ENTRIES]
         return {str(name): [FarEntry.of(one) for one in entries] for name, entries in found.items()}
@@ -257,7 +257,7 @@ def read_far_entries(store_dir: Path) -> dict[str, list[FarEntry]]:
 
 def _read_solved(folder: Path, vectors: Path) -> tuple[int, dict[str, Solved]]:
     update, ends, blocks, full = read_vectors(vectors)
-    # Spectra are thinned less than vectors, but on their own stride; what is compared later needs only sigma_1 of them.
+    # Spectra are thinned less than vectors, but at their own spacing; later comparisons need only sigma_1 of them.
     path = path_of(folder, SPECTRA, update)
     spectra = read_spectra(path).spectra if path.exists() else {}
     solved: dict[str, Solved] = {}
@@ -269,7 +269,7 @@ def _read_solved(folder: Path, vectors: Path) -> tuple[int, dict[str, Solved]]:
 
 
 def kept_name(update: int) -> str:
-    """The name, in the store, of what is kept of a snapshot."""
+    """The name, in the store, of the file of a kept snapshot."""
     return path_of(Path(), WEIGHTS, update).name
 
 

@@ -1,4 +1,4 @@
-"""Stored spectra, read for someone who asks by the name of a matrix and an update; `store.py` has the files' format."""
+"""Stored spectra, read by the name of a matrix and an update; `files.py` describes the files' format."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from lowrank_vit.spectral.watching.store import read_far_entries
 T = TypeVar("T")
 
 _CHECKPOINTS = (".pt", ".pth", ".tar", ".safetensors")
-"""How names of a run's files of weights end."""
+"""Endings of a run's files of weights."""
 
 
 class Spectra:
     """The spectra that a run has stored so far, read from disk when they are asked for; made by `open_spectra`.
 
-    Values are float64 and in the weights' own unit, as are certificates: a true singular value lies within its
-    certificate of the one that is given. Shapes: R rows and C columns of a matrix, K = min(R, C), k recorded triplets.
+    Values and certificates are float64, in the unit of the weights: a true singular value lies within the certificate
+    of the value given. Shapes: R rows and C columns of a matrix, K = min(R, C), k recorded triplets.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,9 +52,9 @@ class Spectra:
         self.shapes: dict[str, tuple[int, int]] = {}
         """By name of a matrix, in model order: (R, C); empty where `index.json` cannot be read."""
         self.indices: dict[str, Recorded] = {}
-        """By name: the 1-based indices, in the descending spectrum, of the recorded triplets of either end."""
+        """By name: the 1-based indices, in the descending spectrum, of the recorded triplets of both ends."""
         self.far_entries: dict[str, list[FarEntry]] = read_far_entries(path)
-        """By name: the single entries far out of it before the first update; matrices without any are left out."""
+        """By name: single entries far out before the first update; matrices without any are left out."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             matrices = json.loads((path / "index.json").read_text(encoding="utf-8"))["matrices"]
             self.shapes = {name: (int(one["shape"][0]), int(one["shape"][1])) for name, one in matrices.items()}
@@ -64,17 +64,17 @@ class Spectra:
 
     @property
     def updates(self) -> list[int]:
-        """Those whose singular values are stored, ascending."""
+        """The updates whose singular values are stored, ascending."""
         return list(self._spectra)
 
     @property
     def full_updates(self) -> list[int]:
-        """Those of `updates` whose whole spectra are stored, ascending; of the others the first values alone are."""
+        """The `updates` whose whole spectra are stored, ascending; the others have the first values alone."""
         return [update for update, file in self._spectra.items() if is_full(file)]
 
     @property
     def vector_updates(self) -> list[int]:
-        """Those whose singular vectors are stored, ascending; they are thinned out more."""
+        """The updates whose singular vectors are stored, ascending; they are thinned out more than the values."""
         return list(self._vectors)
 
     @property
@@ -86,8 +86,8 @@ class Spectra:
     def values(self, name: str, update: int | None = None, *, ema: bool = False) -> np.ndarray:
         """(K,) float64, descending: all singular values of a matrix, of the model or of its EMA.
 
-        `update`: one of `updates`; default: the newest of `full_updates`. Of another all but the first values are NaN.
-        Raises `UserError` for a name or an update that is not there.
+        `update`: one of `updates`; default: the newest of `full_updates`. At updates that are not in `full_updates` all
+        but the first values are NaN. Raises `UserError` for a name or an update that is not there.
         """
         return self._named(self.refresh(_newest(self._spectra) if update is None else update).spectra, name, ema)
 
@@ -107,8 +107,8 @@ class Spectra:
         """The recorded triplets of the greatest and of the smallest values, both in the order of `indices`.
 
         Each has `s` (k,), unit columns of `u` (R, k) and `v` (C, k), and `certificate` (k,), float64. `update`: one of
-        `vector_updates`; default: the newest with whole spectra. Of another the second has none (k = 0). Raises
-        `UserError` for a name or an update that is not there.
+        `vector_updates`; default: the newest with whole spectra. Without whole spectra the second has none (k = 0).
+        Raises `UserError` for a name or an update that is not there.
         """
         newest = _newest(self._vectors) if self._vectors else self.updates[-1]
         return self._named(self.refresh_vectors(newest if update is None else update).ends, name, ema)
@@ -120,17 +120,17 @@ class Spectra:
 
     @property
     def scalar_updates(self) -> list[int]:
-        """Those whose scalars are there, ascending; beyond the size limit of the store they are thinned out, too."""
+        """The updates whose scalars are there, ascending; beyond the store's size limit they are thinned out too."""
         return self.history.updates
 
     def scalars(self, *metrics: str, updates: Collection[int] | None = None) -> dict[str, np.ndarray]:
         """The scalars of all refreshes as the columns of one table, a row for each refresh and matrix or mean.
 
-        `metrics`: those that are wanted, such as "sigma_max"; default: all, which of a long run of ViT-B are 350 MB.
-        `updates`: some of `scalar_updates`; default: all. Refreshes that cannot be read are left out.
+        `metrics`: names such as "sigma_max"; default: all, which takes 350 MB for a long run of ViT-B. `updates`: some
+        of `scalar_updates`; default: all. Refreshes that cannot be read are left out.
 
-        Returns what `columns_of` says: "update" int64, "ema" bool, "name", and each metric float64 with NaN where there
-        is none. Raises `UserError` for a metric that no refresh has, and for an update that is not there.
+        Returns the columns "update" int64, "ema" bool, "name", and each metric float64 with NaN where there is none,
+        see `columns_of`. Raises `UserError` for a metric that no refresh has, and for an update that is not there.
         """
         for metric in metrics:
             check_type(str, "names of metrics, each an argument", metrics=metric)
@@ -146,15 +146,15 @@ class Spectra:
 
     def to_pandas(self, *metrics: str, updates: Collection[int] | None = None) -> Any:
         """`scalars` as a pandas DataFrame. Raises `UserError` where pandas is not installed."""
-        pandas = needs("pandas", extra="tables", to="to_pandas()", instead="take `scalars`, without it")
+        pandas = needs("pandas", extra="tables", to="to_pandas()", instead="use `scalars`, without it")
         return pandas.DataFrame(self.scalars(*metrics, updates=updates))
 
     def file(self, update: int) -> Path:
-        """Where the singular values of an update are stored."""
+        """The file of the singular values of an update."""
         return self._chosen(self._spectra, update)
 
     def refresh(self, update: int) -> StoredSpectra:
-        """All of one update at once; its `full` tells whether the whole spectra are known.
+        """All singular values of one update at once; `full` tells whether the whole spectra are known.
 
         Raises `UserError` if there is no such update, or its file is gone or damaged.
         """
@@ -163,7 +163,7 @@ class Spectra:
         return self._newest_read
 
     def refresh_vectors(self, update: int) -> StoredVectors:
-        """All recorded triplets of one update at once, and those between them. Raises `UserError` as `refresh` does."""
+        """All recorded triplets of one update at once, and those between. Raises `UserError` as `refresh` does."""
         if self._newest_vectors is None or self._newest_vectors.update != update:
             self._newest_vectors = read_vectors(self._chosen(self._vectors, update))
         return self._newest_vectors
@@ -185,19 +185,19 @@ class Spectra:
 
 
 def _newest(files: Mapping[int, Path]) -> int:
-    """The newest update of whole spectra, or without any the newest."""
+    """The newest update of whole spectra, or the newest of all if there is none."""
     updates = list(files)
     return next((update for update in reversed(updates) if is_full(files[update])), updates[-1])
 
 
 def store_dir_of(folder: Path) -> Path:
-    """Where the spectra of a run directory are: in its folder spectra/, unless it is a `store_dir` itself."""
+    """The directory of a run's spectra: its folder spectra/, unless `folder` is a `store_dir` itself."""
     inside = folder / "spectra"
     return folder if not inside.is_dir() and list_spectra(folder) else inside
 
 
 def open_spectra(run: str | os.PathLike[str]) -> Spectra:
-    """Open the stored spectra of a run directory, of a checkpoint's run, or a `store_dir` of `SpectralMonitor`.
+    """Open the stored spectra of a run directory, of a checkpoint's run, or of a `store_dir` of `SpectralMonitor`.
 
     Raises `UserError` where there are none.
 
@@ -214,13 +214,11 @@ def open_spectra(run: str | os.PathLike[str]) -> Spectra:
     check_path(run=run)
     path = Path(run)
     if path.is_file() and not (path.suffix in _CHECKPOINTS and (path.parent / "spectra").is_dir()):
-        raise UserError(f"{path} is a file, and no checkpoint of a run that has spectra. Give the directory.")
+        raise UserError(f"{path} is a file, but no checkpoint of a run with spectra. Give the run's directory.")
     folder = path.parent if path.is_file() else path
     store_dir = store_dir_of(folder)
     if not path.exists():
-        raise UserError(
-            f"{path} is not there. Give the directory of a run of this project's, or the store_dir of a monitor."
-        )
+        raise UserError(f"{path} does not exist. Give the directory of a run, or the store_dir of a monitor.")
     if not list_spectra(store_dir):
         raise UserError(f"{path} has no spectra: no monitor has stored any in it yet. Give another directory.")
     return Spectra(store_dir)

@@ -1,4 +1,4 @@
-"""The matrices that a monitor watches: copies of them, and what an earlier process of the run has left of them."""
+"""The matrices that a monitor watches: copies of them, and what an earlier process of the run has stored of them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from lowrank_vit.spectral.watching.refresh import DIRECTION, FOR_HEADS, MODEL, M
 from lowrank_vit.spectral.watching.store import Kept, SpectraStore
 
 _ALIKE = 1e-9
-"""Of two values of a matrix that are the same, of which one may have changed places with one as near."""
+"""Relative difference up to which two values count as the same; values this close may have changed places."""
 
 _ROUNDING = 1e-12
-"""Of the greatest value: those beyond a matrix's rank are less, and of no ratio to one another."""
+"""Share of the greatest value up to which values are rounding, as those beyond the rank: their ratios mean nothing."""
 
 
 class Watched:
-    """The target matrices of a model and of its EMA, of which several ranks copy and compute a share each."""
+    """The target matrices of a model and of its EMA; each rank copies and computes its share of them."""
 
     def __init__(
         self,
@@ -46,13 +46,13 @@ class Watched:
         optimizer: Optimizer | None = None,
         rename: Rename | None = None,
     ) -> None:
-        """Choose the matrices, and this rank's among them; `models` by kind, `circuits` of their heads.
+        """Choose the matrices and this rank's share; `models` are by kind, `circuits` are those of their heads.
 
-        Of an `optimizer` its update directions of the model's matrices are copied, too, as far as they are known.
+        With an `optimizer` its update directions of the model's matrices are copied too, where they are known.
 
         Raises:
-            UserError: a target matches nothing or has no values, the heads have no `circuits`, or model and EMA differ
-                in their targets.
+            UserError: a target matches nothing or has no values, the heads have no such `circuits`, or model and EMA
+                differ in their targets.
         """
         models = {kind: unwrapped(one) for kind, one in models.items()}
         self._models, self._optimizer = models, optimizer
@@ -65,25 +65,25 @@ class Watched:
         shapes = {name: tuple(w.shape) for name, w in weights[MODEL].items()}
         for of_kind in weights.values():
             if list(of_kind) != list(shapes) or any(tuple(w.shape) != shapes[name] for name, w in of_kind.items()):
-                raise UserError("ema_model: its targets differ from the model's; give the average of this very model")
+                raise UserError("ema_model: its targets differ from the model's; give the average of this model")
         self.matrices: dict[str, dict[str, Any]] = {
             name: {"shape": list(shape), **recorded_indices(min(shape), settings.topk, settings.interval)._asdict()}
             for name, shape in shapes.items()
         }
         """By name: "shape", and the recorded indices "top" and "last", 1-based."""
         self.keys = [f"{kind}/{name}" for kind in models for name in every]
-        """Of all ranks, in the order in which they are stored."""
+        """The keys of all ranks, in the order in which they are stored."""
         shares = share_out(shapes, ranks.size)
         self._mine = {name: every[name] for name in shares[ranks.rank]}
         self._every = every if ranks.rank == 0 else {}
         self._num_ranks = ranks.size
         if rename is not None and circuits != "none":
-            raise UserError("circuits name matrices as the model does: leave out rename, or circuits")
+            raise UserError("circuits name matrices as the model does, without rename: leave out rename, or circuits")
         blocks = attention_blocks(models[MODEL], circuits, "circuits")
         self.heads = Heads.shared_out(blocks, ranks.size)[ranks.rank] if blocks else None
         """This rank's share of the circuits."""
         self.num_workers = min(ranks.size, max(sum(map(bool, shares)), len(blocks)))
-        """So many ranks, the first, have a share of the work."""
+        """How many of the first ranks have a share of the work."""
         self._every_head = Heads(blocks, tuple(blocks)) if blocks else None
 
     @property
@@ -92,11 +92,11 @@ class Watched:
         return list(self._mine)
 
     def far_entries(self) -> dict[str, list[FarEntry]]:
-        """On the first rank, single entries far out of the model's matrices, see `initial.far_entries`."""
+        """On the first rank, single entries far out in the model's matrices, see `initial.far_entries`."""
         return far_entries_by_name(matrices_of(self._models[MODEL], self._every))
 
     def copies(self, update: int) -> tuple[Stacks, Kept | None]:
-        """This rank's share of the weights as they are; on the first rank also all of them, whoever computes them."""
+        """Copies of this rank's share of the weights as they are now, and on the first rank also of all weights."""
         stacks = self._stacks(self._mine, self.heads)
         if not self._every:
             return stacks, None
@@ -116,9 +116,9 @@ class Watched:
         return {kind: stack_by_shape(of_kind, fused, ranks.get(kind)) for kind, of_kind in weights.items()}
 
     def _weights(self, watched: dict[str, Target], heads: Heads | None) -> dict[str, dict[str, Tensor]]:
-        """What is copied, by kind and name; behind `FOR_HEADS` what circuits need beside the kind's matrices."""
+        """The weights to copy, by kind and name; kinds with `FOR_HEADS` hold what circuits need in addition."""
         weights = {kind: matrices_of(one, watched) for kind, one in self._models.items()}
-        if heads:  # of several ranks one may have other matrices than heads
+        if heads:  # with several ranks, this rank's matrices may not be those of its heads
             among = watched if self._num_ranks == 1 else ()
             weights |= {kind + FOR_HEADS: heads.others(one, among) for kind, one in self._models.items()}
         if self._optimizer is not None:
@@ -126,12 +126,12 @@ class Watched:
         return weights
 
     def stacks_of(self, kept: Kept, heads: Heads | None = None) -> Stacks:
-        """This rank's share of kept weights, as it would have copied them; empty if these are other matrices."""
+        """This rank's share of kept weights, as it would have copied them; empty if the matrices are different."""
         stacks: Stacks = {}
         for kind, own in self._weights(self._mine, heads).items():
             found = {name: kept.weights.get(f"{kind}/{name}") for name in own}
             if any(w is None or w.shape != own[name].shape for name, w in found.items()):
-                if kind == DIRECTION or kind.endswith(FOR_HEADS):  # kept by a process that had none
+                if kind == DIRECTION or kind.endswith(FOR_HEADS):  # the process that kept the weights had none
                     continue
                 return {}
             weights = {name: w.to(own[name]) for name, w in found.items() if w is not None}
@@ -139,15 +139,15 @@ class Watched:
         return stacks
 
     def left_out(self, stacks: Stacks) -> list[str]:
-        """In words, what `stacks_of` has found no weights for, of what would have been copied beside the matrices."""
+        """In words, what would have been copied beside the matrices but is missing in the result of `stacks_of`."""
         kinds = [kind for kind in self._weights(self._mine, self.heads) if kind not in stacks]
         return list(dict.fromkeys("the optimizer's direction" if kind == DIRECTION else "circuits" for kind in kinds))
 
     def remember(self, store: SpectraStore, update: int, kept: Kept | None, say: Callable[[str], object]) -> Memory:
-        """What an earlier process has stored up to `update`, as far as it recorded the same vectors, and has kept.
+        """The memory from what an earlier process stored up to `update`, if it recorded the same vectors, and kept.
 
-        Where the vectors of what was kept are others, or the store's limit has thinned them out, only the weights of
-        that are remembered. `say` is told where no first vectors are left to compare with.
+        If the kept snapshot's vectors are different, or the store's limit has thinned them out, only its weights are
+        remembered. `say` reports if no first vectors are left to compare with.
         """
         stored = store.stored(update)
         keys = {f"{kind}/{name}": name for kind in self._models for name in self._mine}
@@ -155,7 +155,7 @@ class Watched:
         def fits(key: str, found: Solved) -> bool:
             matrix = self.matrices[keys[key]]
             ends = {"top": found.top, "last": found.last} if found.full else {"top": found.top}
-            at = [i - 1 for i in matrix["top"]]  # of another interval they may be as many
+            at = [i - 1 for i in matrix["top"]]  # with another interval there may be as many
             if found.top.s.size != len(at):
                 return False
             rounding = _ROUNDING * float(found.s[0]) if found.s.size else 0.0
@@ -170,8 +170,11 @@ class Watched:
             {key: one for key, one in of.items() if key in keys and fits(key, one)}
             for of in (stored.first, stored.last, stored.whole)
         )
-        if self._every and stored.first and not first:  # the first rank says it for all
-            say("the stored spectra are of other vectors or matrices, so cos0_* are of the next whole refresh.")
+        if self._every and stored.first and not first:  # the first rank reports it for all
+            say(
+                "the stored spectra are of other vectors or matrices, so cos0_* compare with the next whole refresh "
+                "from now on."
+            )
         memory = Memory(first, whole=whole, whole_update=stored.whole_update if whole else None)
         weights = self.stacks_of(kept) if kept else {}
         weights.pop(DIRECTION, None)
@@ -196,12 +199,12 @@ def directions_of(model: nn.Module, optimizer: Optimizer, watched: Mapping[str, 
 
 
 def remark_on_directions(model: nn.Module, optimizer: Optimizer, watched: Mapping[str, Target]) -> str:
-    """Which matrices `directions_of` will have nothing of, and why, in a line for the log; empty where it has all."""
+    """A line for the log about the matrices that `directions_of` leaves out, and why; empty where it has all."""
     groups, without = _groups(optimizer), dict[str, list[str]]()
     for name, target in watched.items():
         weight = _weight(model, target)
         if weight is None:
-            why = "the layer is in factors, or has an adapter, which are stepped in place of it"
+            why = "the layer is in factors or has an adapter, and the optimizer steps those"
         else:
             why = why_no_direction(optimizer, groups[weight]) if weight in groups else "the optimizer does not step it"
         if why:
@@ -209,10 +212,11 @@ def remark_on_directions(model: nn.Module, optimizer: Optimizer, watched: Mappin
     if not without:
         return ""
     parts = (
-        why if len(names) == len(watched) else f"of {len(names)} of {len(watched)} matrices (as {names[0]}): {why}"
-        for why, names in without.items()
+        "" if len(names) == len(watched) else f" for {len(names)} of {len(watched)} matrices (such as {names[0]})"
+        for names in without.values()
     )
-    return f"--spec-updates: no spectra of the optimizer's direction, {', '.join(parts)}; those of changes are recorded"
+    of_each = ",".join(f"{which}: {why}" for which, why in zip(parts, without, strict=True))
+    return f"--spec-updates: no spectra of the optimizer's direction{of_each}; spectra of changes are recorded"
 
 
 def _groups(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
@@ -220,7 +224,7 @@ def _groups(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
 
 
 def _weight(model: nn.Module, target: Target) -> nn.Parameter | None:
-    """The parameter that it is; none of a layer in factors, with an adapter or parametrized."""
+    """The target's parameter; None for a layer that is in factors, has an adapter or is parametrized."""
     layer = layer_of(model, target)
     owner, _, name = target.module.rpartition(".")
     layer, name = (layer_of(model, Target(owner)) if owner else model, name) if layer is None else (layer, "weight")
@@ -228,10 +232,10 @@ def _weight(model: nn.Module, target: Target) -> nn.Parameter | None:
 
 
 def share_out(shapes: Mapping[str, Sequence[int]], world_size: int) -> list[list[str]]:
-    """Which names each rank computes: dearest first to the rank with the least work; the same on every rank.
+    """The names each rank computes: the costliest goes first, to the rank with the least work; the same on every rank.
 
     The cost of an (R, C) matrix is that of its Gram matrix and of the eigenvalues, L K^2 + 4/3 K^3 (L the long side, K
-    the short one). Each list is in the order of `shapes`; of more ranks than names the last have none.
+    the short one). Each list is in the order of `shapes`; if there are more ranks than names, the last have none.
     """
     costs = {name: max(shape) * min(shape) ** 2 + 4 / 3 * min(shape) ** 3 for name, shape in shapes.items()}
     loads, owner = [0.0] * world_size, dict[str, int]()
@@ -243,45 +247,45 @@ def share_out(shapes: Mapping[str, Sequence[int]], world_size: int) -> list[list
 
 @dataclass
 class TakenUp:
-    """What a resumed run has of before."""
+    """What an earlier process has left for a resumed run."""
 
     kept: Kept | None = None
     """The newest snapshot."""
     update: int = -1
     """Its update."""
     again: Stacks = field(default_factory=Stacks)
-    """This rank's copies of it where its refresh is to be done again, as on all ranks."""
+    """This rank's copies of it, if all ranks are to compute its refresh again."""
     memory: Memory = field(default_factory=Memory)
     """What the next refresh is compared with."""
     taken: int | None = None
-    """The update of the refresh that was taken last, where all ranks know of the same."""
+    """The update of the last refresh taken, if all ranks know the same one."""
 
 
 def begin_store(
     store: SpectraStore, resumed_update: int | None, circuits: str, say: Callable[[str], object], *, is_new: bool
 ) -> None:
-    """On the first rank, make the store, or go on with it; `say` is told of what is wrong with it.
+    """On the first rank, make the store or go on with it.
 
     Args:
-        store: see `SpectralMonitor`, as for all others.
-        resumed_update: of a run that goes on; None of a new one.
-        circuits: of the heads; empty without heads.
-        say: told of what is wrong.
-        is_new: that a run that goes on has no spectra of before is worth a word.
+        store: the store of the run.
+        resumed_update: see `SpectralMonitor`; None for a new run.
+        circuits: those of the heads; empty without heads.
+        say: called with warnings.
+        is_new: whether to warn if a resumed run has no earlier spectra.
     """
     try:
         store.begin()
         if resumed_update is not None:
             if is_new and not list_spectra(store.path):
-                say(f"warning: {store.path} has no spectra to go on from: they begin at {resumed_update}.")
+                say(f"warning: {store.path} has no spectra to go on from: they begin at update {resumed_update}.")
             store.forget_after(resumed_update)
             was = read_newest_circuits(store.path).circuits
             if circuits and was not in ("", circuits):
                 say(
                     f"warning: circuits are {circuits} from update {resumed_update} on and were {was} before: "
-                    "their curves hold both."
+                    "their curves mix the two."
                 )
-    except Exception as error:  # it may be mended before the next refresh
+    except Exception as error:  # the cause may be gone before the next refresh
         say(f"warning: {error}. Training goes on.")
 
 
@@ -294,7 +298,7 @@ def take_up(
     is_due: Callable[[int], bool],
     say: Callable[[str], object],
 ) -> TakenUp:
-    """What an earlier process has left for this one, which goes on from `resumed_update`; all ranks ask together.
+    """Read what an earlier process has left for this one, which resumes from `resumed_update`; all ranks call it.
 
     `recorded_update`: see `SpectralMonitor`.
     """
@@ -305,16 +309,16 @@ def take_up(
         if recorded_update is not None and found.update > recorded_update:
             if kept:
                 found.again = watched.stacks_of(kept, watched.heads)
-            elif is_due(resumed_update):  # nothing could be kept of it, but here are its weights
+            elif is_due(resumed_update):  # no snapshot could be kept, but the model has the weights
                 found.again, found.kept = watched.copies(resumed_update)
-    except Exception as error:  # whatever is wrong with the store: training matters more
+    except Exception as error:  # a broken store must not stop the training
         found, failure = TakenUp(), error
     if not _is_common(ranks, found.update if found.again else -1):
         found.again = {}
     if found.again and ranks.rank == 0 and (lost := watched.left_out(found.again)):
         say(
             f"warning: the refresh of update {found.update} is done again without {' and '.join(lost)}: "
-            "other options were on when its weights were kept."
+            "its weights were kept with other options."
         )
     until, kept = resumed_update, found.kept
     if found.again:
@@ -324,7 +328,7 @@ def take_up(
     except Exception as error:
         failure = error
     if failure is not None:
-        say(f"warning: what {store.path} holds of before cannot be read ({failure}). Training goes on without it.")
+        say(f"warning: the earlier spectra in {store.path} cannot be read ({failure}). Training goes on without them.")
     if _is_common(ranks, -1 if found.memory.last_update is None else found.memory.last_update):
         found.taken = found.memory.last_update
     return found

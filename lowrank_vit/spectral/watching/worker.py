@@ -48,7 +48,7 @@ from lowrank_vit.spectral.watching.store import Kept, SpectraStore
 
 T = TypeVar("T")
 OnFull = Callable[[int, Mapping[str, torch.Tensor] | Exception], object]
-"""Told of an update and of copies of this rank's share of the model's matrices, by name, or of why there are none."""
+"""Gets an update and copies of this rank's share of the model's matrices, by name, or the error if there are none."""
 
 
 class SpectralRecord(NamedTuple):
@@ -56,14 +56,18 @@ class SpectralRecord(NamedTuple):
 
     Metrics are those of `refresh.matrix_metrics`, `refresh.drift_metrics`, `refresh.update_norms`,
     `subspaces.cosine_metrics` and, where asked for, `updates.update_metrics` with the prefixes "dw" and "opt";
-    `aggregates.aggregates` adds "<kind>/type/..." and "<kind>/depth/...". About the refresh
-    itself: "spec/refresh/seconds", "spec/refresh/skipped" (refreshes so far that were due and left out),
-    "spec/refresh/failed" (those so far that failed or were not stored; both count from this process's start),
-    "spec/refresh/fallbacks" (matrices not solved by the solver asked for), "spec/refresh/since" (updates since the one
-    it is compared with; absent in the first), "spec/refresh/full" (1: the whole spectra; 0: the first values alone),
-    "spec/refresh/full_share" (the share of matrices whose whole spectrum was solved, 0-1: with "full" 0, of those whose
-    first values alone were not proven) and, of whole spectra but the first, "spec/refresh/since_full" (updates since
-    the whole spectra that the "cos_*_last*" compare them with).
+    `aggregates.aggregates` adds "<kind>/type/..." and "<kind>/depth/...". About the refresh itself:
+
+    - "spec/refresh/seconds";
+    - "spec/refresh/skipped": refreshes so far that were due and left out; "spec/refresh/failed": those so far that
+      failed or were not stored; both count from this process's start;
+    - "spec/refresh/fallbacks": matrices not solved by the solver asked for;
+    - "spec/refresh/since": updates since the refresh it is compared with; absent in the first;
+    - "spec/refresh/full": 1 for whole spectra, 0 for the first values alone;
+    - "spec/refresh/full_share": the share of matrices whose whole spectrum was solved, 0-1; with "full" 0 these are the
+      matrices whose first values were not proven without it;
+    - "spec/refresh/since_full", for whole spectra but the first: updates since the whole spectra with which
+      "cos_*_last*" compare.
     """
 
     update: int
@@ -77,13 +81,13 @@ class Snapshot:
     update: int
     stacks: Stacks
     ready: Mark
-    """The copies are complete once this is reached."""
+    """The copies are complete once the stream has reached this."""
     full: bool = True
     """Whether the whole spectra are to be computed."""
     before: Kept | None = None
     """On the first rank, the snapshot before."""
     failure: Exception | None = None
-    """Why there are no copies, which the other ranks have."""
+    """Why this rank has no copies; other ranks may have theirs."""
 
 
 class Worker:
@@ -105,20 +109,26 @@ class Worker:
         prepare: Prepare | None = None,
         pace: Pace | None = None,
     ) -> None:
-        """Start the thread; `keys` are those of all ranks, in the order in which they are stored.
+        """Start the thread.
 
-        `num_workers`: the first so many ranks have a share of the work, and the others tell nothing; default: all.
-
-        `heads`: this rank's share of the circuits. `on_full`: told of every refresh of whole spectra before these are
-        computed, whatever becomes of them, or of why there are no copies; it raises nothing. `prepare`: see
-        `SpectralMonitor`. `pace` is told when a refresh begins, and how long a whole one took.
-
-        `is_aside`: what a host computes is computed by another process, which changes no bit, or here where there can
-        be none.
-        `say` is told of that, of the first failure, and of the first after each success.
+        Args:
+            settings: what is computed.
+            store: where refreshes are stored.
+            memory: earlier refreshes.
+            ranks: the ranks that share the work.
+            keys: the keys of all ranks, in the order in which they are stored.
+            stream: the side stream of weights on a GPU; None for weights on a CPU.
+            say: called with the first failure, the first after each success, and if no other process can be started.
+            is_aside: whether another process computes what a host computes; this changes no bit.
+            heads: this rank's share of the circuits.
+            on_full: called with every refresh of whole spectra before these are computed, or with the error if there
+                are no copies; must not raise.
+            num_workers: how many of the first ranks have a share of the work; default: all.
+            prepare: see `SpectralMonitor`.
+            pace: told when a refresh begins, and how long a whole one took.
         """
         self._settings, self._store, self._memory, self._ranks = settings, store, memory, ranks
-        if settings.on_cpu:  # as those of a snapshot, which they are compared with
+        if settings.on_cpu:  # where a snapshot's copies are, too
             memory.weights = self._on_cpu(memory.weights)
         self._keys, self._stream, self._heads, self._on_full = keys, stream, heads, on_full
         self._num_workers = num_workers
@@ -127,15 +137,15 @@ class Worker:
         self._say, self._is_failing = say, False
         self._noted: set[str] = set()
         self.current: Snapshot | None = None
-        """The one that is being worked on, or has failed; its record is in `finished` when it is no longer here."""
+        """The snapshot in work, or the one that failed. Once it is no longer here, its record is in `finished`."""
         self.finished: queue.SimpleQueue[tuple[SpectralRecord, Any]] = queue.SimpleQueue()
-        """With what was prepared of each."""
+        """The records, each with the result of `prepare`."""
         self.failed = 0
-        """Refreshes that came to nothing, or were not stored."""
+        """Refreshes that failed, or were not stored."""
         self.cancelled = threading.Event()
         cpu_threads = torch.get_num_threads()
         self._jobs = Jobs(self._do, self._failed, "spectral-monitor", begin=_use_one_thread, end=self._end)
-        torch.set_num_threads(cpu_threads)  # the thread's own call also set the default of threads to come
+        torch.set_num_threads(cpu_threads)  # the new thread's call also changed the default for later threads
 
     @property
     def is_busy(self) -> bool:
@@ -148,15 +158,15 @@ class Worker:
         self._jobs.put(snapshot)
 
     def wait(self) -> None:
-        """Wait for the end of the refresh that is being computed."""
+        """Wait for the end of the running refresh."""
         self._jobs.wait()
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Wait for the end of the refresh and of the thread, or for so long."""
+        """Wait for the end of the refresh and of the thread, at most `timeout_s` seconds."""
         self._jobs.close(timeout_s)
 
     def give_up(self, timeout_s: float = 0.0) -> None:
-        """End at the next matrix, and wait for that for so long."""
+        """End at the next matrix, and wait at most `timeout_s` seconds for that."""
         self.cancelled.set()
         self._jobs.close(timeout_s)
 
@@ -165,7 +175,7 @@ class Worker:
         self.current = None
 
     def _failed(self, snapshot: Snapshot, error: Exception) -> None:
-        # Whatever it is: the training that is watched must not end of it.
+        # No error here may end the training.
         self.fail(snapshot.update, error)
 
     def fail(self, update: int, error: Exception) -> None:
@@ -175,8 +185,8 @@ class Worker:
         if is_news:
             of_others = f"the spectra of update {update} failed: {type(error).__name__}: {error}."
             reason = str(error) if isinstance(error, UserError) else of_others
-            with contextlib.suppress(Exception):  # a terminal that is gone is no reason to end either
-                self._say(f"warning: {reason} Training goes on, and so do later refreshes if they can.")
+            with contextlib.suppress(Exception):  # nor may a terminal that is gone
+                self._say(f"warning: {reason} Training goes on, and later refreshes are tried.")
 
     def _refresh(self, snapshot: Snapshot) -> None:
         start = time.perf_counter()
@@ -205,13 +215,13 @@ class Worker:
             pass
         except Exception as error:
             failure = error
-            if on_full:  # whoever acts on whole spectra has to know that there are none
+            if on_full:  # whoever acts on whole spectra must know that there are none
                 on_full(snapshot.update, error)
-        # Also after a failure, since the others are waiting here; an error itself may not survive the way.
+        # Also after a failure, since the others wait here. It is sent as text: an error may not be picklable.
         sent = part and replace(part, solved={key: replace(one, start=None) for key, one in part.solved.items()})
         told = sent or (f"{type(failure).__name__}: {failure}" if failure else "")
         parts = self._ranks.gather(told, of=self._num_workers)
-        if parts is None:  # the first rank tells of what failed here
+        if parts is None:  # the first rank reports what failed here
             self.failed += failure is not None
             return
         if failure is not None:
@@ -245,7 +255,7 @@ class Worker:
             of_store = self._store, replace(whole, values={}), flat, self._prepare
             self._store, prepared = self._call(saved, *of_store)
             self._is_failing = False
-        finally:  # the numbers are there, stored or not
+        finally:  # there is a record whether it could be stored or not
             self.finished.put((SpectralRecord(whole.update, flat), prepared))
 
     def _refreshed(self, snapshot: Snapshot, stacks: Stacks) -> Refreshed:
@@ -261,7 +271,7 @@ class Worker:
             self._compute_here(error)
             return refresh(snapshot.update, stacks, self._settings, memory, full=snapshot.full, **here)
         except Exception:
-            if not memory.last:  # as in `refresh`, weights that cannot be solved are not tried again
+            if not memory.last:  # as in `refresh`: weights that cannot be solved are not tried again
                 memory.weights = {}
             raise
         memory.whole = memory.whole or whole
@@ -269,7 +279,7 @@ class Worker:
         return part
 
     def _circuits(self, stacks: Stacks) -> dict[str, BlockCircuits]:
-        """Those of this rank's share, where the snapshot has their weights. Raises `Cancelled`."""
+        """The circuits of this rank's share, where the snapshot has their weights. Raises `Cancelled`."""
         found: dict[str, BlockCircuits] = {}
         if not self._heads:
             return found
@@ -293,7 +303,7 @@ class Worker:
         return self._call(describe, *of_refresh)
 
     def _call(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a function of the host's in the process aside, where there is one."""
+        """Call a function in the other process, or here if there is none."""
         if self._aside is not None:
             try:
                 return self._aside.call(function, *args)
@@ -302,13 +312,13 @@ class Worker:
         return function(*args)
 
     def _compute_here(self, error: NotStarted) -> None:
-        """From here on, in this thread."""
+        """From now on compute everything in this thread."""
         self._aside = None
         with contextlib.suppress(Exception):
-            self._say(f"warning: {error}. Spectra are computed beside the training then, which they may slow down.")
+            self._say(f"warning: {error}. Spectra are computed in the trainer's process, which may slow it down.")
 
     def _hear(self, line: str) -> None:
-        """What the process aside tells: a line for the log, or nothing where it asks whether to go on."""
+        """Hear the other process: a line for the log, or an empty line that asks whether to go on."""
         if line:
             self._note(line)
         elif self._is_cancelled():
@@ -319,12 +329,12 @@ class Worker:
             self._aside.close()
 
     def _is_cancelled(self) -> bool:
-        """Asked before each matrix."""
+        """Called before each matrix."""
         beat()
         return self.cancelled.is_set()
 
     def _note(self, line: str) -> None:
-        """Warn of a matrix once, not at every refresh; later lines of it go to the debug log."""
+        """Warn about a matrix once, not at every refresh; later lines about it go to the debug log."""
         matrix = ": ".join(line.split(": ")[:2])  # "spec: spectra of blocks.0.attn.qkv"
         whose = f"rank {self._ranks.rank}: " if self._ranks.rank else ""
         LOG.log(logging.DEBUG if matrix in self._noted else logging.WARNING, "%s%s", whose, line)
@@ -344,10 +354,10 @@ def _float_array(matrix: torch.Tensor) -> np.ndarray:
 
 
 def _use_one_thread() -> None:
-    """Have no team of OpenMP threads of the worker's own on the CPU.
+    """Let the worker have no OpenMP threads of its own on the CPU.
 
-    With more of them than cores, waiting threads sleep instead of spinning, and every small operation of the training
-    step then pays for waking them.
+    With more threads than cores, waiting threads sleep instead of spinning, and every small operation of the training
+    step then has to wake them.
     """
-    torch.get_num_threads()  # a thread's first use takes the process's default, so let that be over
+    torch.get_num_threads()  # a thread's first use would set the process's default, so make it before
     torch.set_num_threads(1)

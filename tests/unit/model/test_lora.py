@@ -107,7 +107,7 @@ def test_spectra_are_of_layer_and_adapter_together():
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad])
     chosen = targets_of_model(model, DEFAULT_TARGETS)
     assert not directions_of(model, optimizer, chosen)
-    assert "has an adapter, which are stepped in place of it" in remark_on_directions(model, optimizer, chosen)
+    assert "has an adapter, and the optimizer steps those" in remark_on_directions(model, optimizer, chosen)
 
 
 def test_a_step_is_one_graph_and_leaves_what_is_frozen(monkeypatch: pytest.MonkeyPatch):

@@ -96,9 +96,9 @@ def test_a_nan_stays_in_its_own_block_and_those_after_it():
     [
         ("swin_tiny_patch4_window7_224", 224, (96, 96, 192), "timm.models.swin_transformer.WindowAttention"),
         ("eva02_tiny_patch14_224", 224, (192,), "timm.models.eva.EvaAttention"),
-        ("tiny_vit_5m_224", 224, (64, 64, 128), "none that is named like one"),
-        ("convnext_atto", 64, (40, 40, 80), "none that is named like one"),
-        ("mixer_s32_224", 224, (512,), "none that is named like one"),
+        ("tiny_vit_5m_224", 224, (64, 64, 128), "no module is named like one"),
+        ("convnext_atto", 64, (40, 40, 80), "no module is named like one"),
+        ("mixer_s32_224", 224, (512,), "no module is named like one"),
     ],
 )
 def test_models_of_unknown_attention_have_activations_alone_and_a_line_says_so(name, side, channels, attention):
@@ -118,7 +118,7 @@ def test_models_of_unknown_attention_have_activations_alone_and_a_line_says_so(n
     assert tuple(seen.values())[: len(channels)] == channels
     assert not attentions_of(model, blocks_of(model))
     line = remark_on_attention(model)
-    assert "no entropy of the attention of" in line
+    assert "so its entropy is not measured" in line
     assert attention in line
 
 

@@ -104,28 +104,28 @@ class Nothing(nn.Module):
     ("name", "more", "expected"),
     [
         ("vit_tiny_patch16_224", {"qk_norm": True}, r"blocks\.0\.attn\.q_norm normalises queries and keys \(qk-norm\)"),
-        ("eva02_tiny_patch14_224", {}, "rope turns queries and keys by their place"),
-        ("vit_tiny_patch16_224", {"scale_attn_norm": True}, r"blocks\.0\.attn\.norm normalises what the heads"),
-        ("vit_base_patch16_rpn_224", {"depth": 1}, r"blocks\.0 \(ResPostBlock\) normalises what attention has written"),
+        ("eva02_tiny_patch14_224", {}, "rope rotates queries and keys by their position"),
+        ("vit_tiny_patch16_224", {"scale_attn_norm": True}, r"blocks\.0\.attn\.norm normalises the outputs"),
+        ("vit_base_patch16_rpn_224", {"depth": 1}, r"blocks\.0 \(ResPostBlock\) normalises the output of attention"),
         ("vit_base_patch16_xp_224", {"depth": 1}, "ParallelScalingBlock.* other branches"),
         ("vit_small_patch16_18x2_224", {"depth": 1}, "ParallelThingsBlock.* other branches"),
         ("vit_dlittle_patch16_reg1_gap_256", {"depth": 1}, "subtracts one attention map"),
-        ("cait_xxs24_224", {"depth": 1}, "mixes the maps of its heads"),
+        ("cait_xxs24_224", {"depth": 1}, "mixes the attention maps of its heads"),
         ("xcit_nano_12_p8_224", {"depth": 1}, "XCABlock"),
-        ("swinv2_tiny_window8_256", {}, "normalises what attention has written"),
+        ("swinv2_tiny_window8_256", {}, "normalises the output of attention"),
         ("tiny_vit_5m_224", {}, r"Attention\) is an attention whose forward is not known"),
-        ("resnet18", {}, "ResNet has no attention that is known here"),
+        ("resnet18", {}, "ResNet has no attention of a known class"),
         (
             "eva02_tiny_patch14_224",
             {"use_rot_pos_emb": False, "qkv_fused": False, "attn_type": "rope", "num_kv_heads": 1},
-            r"k_proj has fewer heads than queries have \(grouped queries\)",
+            r"k_proj has fewer heads than the queries \(grouped queries\)",
         ),
     ],
 )
 def test_other_attention_is_refused_by_name(name: str, more: dict[str, Any], expected: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, **more)
-    with pytest.raises(UserError, match=f"--spec-circuits: .*{expected}.* leave it out"):
+    with pytest.raises(UserError, match=f"--spec-circuits: .*{expected}.* leave --spec-circuits out"):
         attention_blocks(model, "raw")
     assert attention_blocks(model, "none") == {}
 
@@ -137,7 +137,7 @@ def test_a_norm_that_is_no_factor_and_a_layer_that_is_none_are_refused() -> None
     with pytest.raises(UserError, match=r"blocks\.1\.norm1 is a BatchNorm1d"):
         attention_blocks(model, "folded")
     model.set_submodule("blocks.0.attn.proj", nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 16)))
-    with pytest.raises(UserError, match=r"blocks\.0\.attn\.proj is no plain layer, but Sequential"):
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.proj is not a plain linear layer but a Sequential"):
         attention_blocks(model, "raw")
 
 

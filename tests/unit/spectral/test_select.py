@@ -135,7 +135,7 @@ def test_splitting_gives_what_the_attention_computes_with(vit: VisionTransformer
 
 
 def test_splitting_needs_a_qkv_that_divides_by_three(vit: VisionTransformer) -> None:
-    with pytest.raises(UserError, match=r"^--spec-split-qkv: of the watched matrices \(mlp.fc1\) none"):
+    with pytest.raises(UserError, match=r"^--spec-split-qkv: none of the watched matrices \(mlp.fc1\)"):
         choose_targets(dict(vit.named_parameters()), "mlp.fc1", split_qkv=True)
     with pytest.raises(UserError, match="16 rows, which do not divide"):
         choose_targets({"attn.qkv.weight": torch.ones(16, 4)}, "qkv", split_qkv=True)

@@ -118,9 +118,9 @@ def test_a_layer_in_place_of_another_fails_refreshes_and_not_the_loop(tmp_path: 
         ),
         (mlp().to(torch.float8_e4m3fn), {}, "0 is a tensor of float8_e4m3fn, where .* of 16 bits or more"),
         (mlp(), {"targets": "mlp.fc1"}, r"^targets: 'mlp.fc1' matches no 2-D weight"),
-        (mlp(), {"split_qkv": True}, r"^split_qkv: of the watched matrices \(0, 2\) none is a qkv layer"),
+        (mlp(), {"split_qkv": True}, r"^split_qkv: none of the watched matrices \(0, 2\) is a qkv layer"),
         (mlp().to("meta"), {}, "0 has no values yet: it is on the device meta"),
-        (mlp(), {"circuits": "raw"}, r"^circuits: Sequential has no attention that is known"),
+        (mlp(), {"circuits": "raw"}, r"^circuits: Sequential has no attention of a known class"),
         (mlp(), {"circuits": "raw", "rename": {}}, "leave out rename, or circuits"),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_model_that_is_sharded_over_ranks_is_refused(tmp_path: Path, shard: An
 
 def test_a_directory_is_one_trainings(tmp_path: Path) -> None:
     with watch(mlp(), tmp_path / "a") as first, watch(mlp(), tmp_path / "b", targets="0") as other:
-        with pytest.raises(UserError, match="written to by another monitor, which is not closed"):
+        with pytest.raises(UserError, match="another monitor that is not closed writes to"):
             watch(mlp(), tmp_path / "a")
         first.observe(0)
         other.observe(3)
@@ -219,7 +219,7 @@ def test_a_store_that_has_nothing_to_go_on_from_is_told(tmp_path: Path) -> None:
             monitor.observe(2)
         monitor.observe(4)
     assert len(said) == 1
-    assert "has no spectra to go on from: they begin at 4" in said[0]
+    assert "has no spectra to go on from: they begin at update 4" in said[0]
     assert open_spectra(tmp_path).updates == [4]
 
 
@@ -231,7 +231,7 @@ def test_what_holds_no_spectra_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     for wrong, message in (
         ("", "^run takes a path"),
         (3, "^run takes a path"),
-        ("mon.py", "is a file, and no checkpoint"),
+        ("mon.py", "is a file, but no checkpoint"),
     ):
         with pytest.raises(UserError, match=message):
             open_spectra(wrong)  # type: ignore[arg-type]

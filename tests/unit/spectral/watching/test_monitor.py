@@ -238,7 +238,7 @@ def test_wrong_options_are_user_errors(tmp_path: Path, change: dict[str, Any]) -
 
 
 def test_an_ema_of_another_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="average of this very model"):
+    with pytest.raises(UserError, match="average of this model"):
         watch(tiny_vit(), tmp_path, nn.ModuleDict({"inner": tiny_vit()}))
 
 

@@ -108,7 +108,9 @@ def test_other_circuits_than_before_are_said_and_each_file_tells_its_own(
     with watch(model, tmp_path, circuits=after, resumed_update=3, recorded_update=0, **more) as monitor:
         monitor.wait()
         records = monitor.records()
-    step_in_curves = f"warning: circuits are {after} from update 3 on and were {before} before: their curves hold both."
+    step_in_curves = (
+        f"warning: circuits are {after} from update 3 on and were {before} before: their curves mix the two."
+    )
     without = "the optimizer's direction" if done_again_has else "circuits and the optimizer's direction"
     again = f"warning: the refresh of update 2 is done again without {without}: "
     assert [line[: len(again)] for line in said] == [step_in_curves[: len(again)], again]
@@ -206,7 +208,7 @@ def test_a_store_that_cannot_be_read_ends_no_resume(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(store, "files_of", stale)
     watch(tiny_vit(), tmp_path, resumed_update=2, recorded_update=0, say=said.append).close()
     assert len(said) == 2
-    assert "holds of before cannot be read ([Errno 116] Stale file handle). Training goes on" in said[1]
+    assert "cannot be read ([Errno 116] Stale file handle). Training goes on" in said[1]
 
 
 def test_what_another_monitor_recorded_is_not_compared_with(tmp_path: Path) -> None:
@@ -230,7 +232,7 @@ def test_a_run_that_goes_on_with_other_vectors_compares_with_the_kept_weights_an
     options: dict[str, Any] = {"resumed_update": 2, "recorded_update": 2, "say": lines.append}
     with watch(model, tmp_path, model, settings=SpectralSettings(topk=3, interval=2), **options) as monitor:
         fourth, sixth = observe(monitor, model, range(4, 8, 2))
-    assert any("cos0_* are of the next whole refresh" in line for line in lines), lines
+    assert any("cos0_* compare with the next whole refresh" in line for line in lines), lines
     assert fourth["spec/refresh/since"] == 2
     found = {key.rpartition("/")[2] for key in fourth}
     assert {"update_norm2", "turn_bound", "cos_u1", "block_cos_u_mean", "delta_sv_rel"} <= found

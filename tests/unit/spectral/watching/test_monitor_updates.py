@@ -154,17 +154,17 @@ def test_which_matrices_have_no_direction_is_said_before_the_first_step():
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     line = remark_on_directions(model, optimizer, watched)
     assert line.startswith(
-        "--spec-updates: no spectra of the optimizer's direction, of 3 of 8 matrices (as blocks.0.attn."
+        "--spec-updates: no spectra of the optimizer's direction for 3 of 8 matrices (such as blocks.0.attn."
     )
-    assert "of 1 of 8 matrices (as blocks.0.mlp.fc1): Nesterov's form" in line
-    assert "of 1 of 8 matrices (as blocks.1.mlp.fc1): the optimizer does not step it" in line
+    assert "for 1 of 8 matrices (such as blocks.0.mlp.fc1): Nesterov momentum" in line
+    assert "for 1 of 8 matrices (such as blocks.1.mlp.fc1): the optimizer does not step it" in line
     for one in (*rest, others):
         one.grad = torch.ones_like(one)
     optimizer.step()
     assert set(directions_of(model, optimizer, watched)) == {f"blocks.1.attn.qkv.{part}" for part in "qkv"}
     none = remark_on_directions(model, torch.optim.NAdam(model.parameters()), {"a": Target("blocks.0.mlp.fc1")})
     assert none.startswith(
-        "--spec-updates: no spectra of the optimizer's direction, that of torch.optim.nadam.NAdam is"
+        "--spec-updates: no spectra of the optimizer's direction: that of torch.optim.nadam.NAdam is"
     )
 
 

@@ -283,7 +283,7 @@ def test_what_was_sought_in_vain_is_said_once_and_sought_again_behind_the_next_w
     assert [values["spec/refresh/full_share"] for values in found.values()] == [1.0, 0.5, 0.5, 0.5, 1.0, 0.5, 0.5]
     (line,) = (line for line in caplog.messages if "qkv" in line)
     assert line.startswith("spec: spectra of qkv: ")
-    assert line.endswith("; all of the spectrum is computed")
+    assert line.endswith("; the whole spectrum is computed")
 
 
 @pytest.mark.parametrize("solver", ["gram64", "svd"])
