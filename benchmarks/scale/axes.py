@@ -19,7 +19,7 @@ from benchmarks.harness import simulated
 from benchmarks.harness.measure import DEFAULT_REPEATS, Result, Samples, nothing, reason_of
 from benchmarks.harness.sets import made_anew
 from benchmarks.prep import CACHE
-from benchmarks.scale.exponents import EXTRAPOLATED, growth_of, ratio_name, ratio_of
+from benchmarks.scale.exponents import EXTRAPOLATED, extrapolated, growth_of, ratio_name, ratio_of
 from lowrank_vit.common.errors import UserError
 
 Axis = Literal["sets", "files", "classes", "ranks", "shards"]
@@ -116,9 +116,9 @@ class Found:
         return found
 
     def extrapolated(self) -> dict[str, dict[str, float]]:
-        """What the lines of the axis `sets` say of larger ones: by samples and cost, in the cost's unit."""
-        fits = {name: growth_of(places) for name, places in self.costs.get("sets", {}).items()}
-        return {str(EXTRAPOLATED): {name: fit.at(EXTRAPOLATED) for name, fit in fits.items() if fit is not None}}
+        """What is to be expected of a larger set: by samples and cost, in the cost's unit."""
+        found = {name: extrapolated(places, EXTRAPOLATED) for name, places in self.costs.get("sets", {}).items()}
+        return {str(EXTRAPOLATED): {name: cost for name, cost in found.items() if cost is not None}}
 
     def exponents(self) -> dict[str, dict[str, dict[str, Any]]]:
         """By axis and cost: those of `Growth`, and the unit."""

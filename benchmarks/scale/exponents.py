@@ -1,4 +1,4 @@
-"""How a cost grows along an axis: the exponent b of cost = a x^b by least squares, and what it says of larger x."""
+"""How a cost grows along an axis: the exponent b of cost = a x^b by least squares, and what to expect of larger x."""
 
 from __future__ import annotations
 
@@ -25,14 +25,8 @@ class Growth:
     low: float
     high: float
     """Ends of the 95 % interval by Student's t; infinite where there are but two samples."""
-    at_1: float
-    """Natural logarithm of the cost at x = 1."""
     per_item: float
     """Cost a piece (an own sample, a file, a class) at the largest x."""
-
-    def at(self, x: float) -> float:
-        """What the line says of an x: extrapolated where that was not measured."""
-        return math.exp(self.at_1 + self.exponent * math.log(x))
 
 
 def growth_of(cases: Mapping[int, Samples], pieces: Callable[[int], float] = float) -> Growth | None:
@@ -53,7 +47,20 @@ def growth_of(cases: Mapping[int, Samples], pieces: Callable[[int], float] = flo
         error = math.sqrt(residuals @ residuals / left / ((x - x.mean()) ** 2).sum())
         width = float(t.ppf((1 + CONFIDENCE) / 2, left)) * error
     largest = max(cases)
-    return Growth(float(slope), slope - width, slope + width, float(at_1), cases[largest].median / pieces(largest))
+    return Growth(float(slope), slope - width, slope + width, cases[largest].median / pieces(largest))
+
+
+def extrapolated(cases: Mapping[int, Samples], x: float) -> float | None:
+    """The cost at an x beyond all places: on the straight line through the medians of the smallest and the largest.
+
+    A cost has a part that does not grow, which a power of x would multiply. It is never less than at the largest place;
+    None with fewer than two places.
+    """
+    if len(cases) < 2:
+        return None
+    small, large = min(cases), max(cases)
+    rise = (cases[large].median - cases[small].median) / (large - small)
+    return cases[large].median + max(rise, 0.0) * (x - large)
 
 
 def print_exponents(result: Result, console: Console) -> None:

@@ -15,7 +15,7 @@ from benchmarks import growth
 from benchmarks.__main__ import main, run_command
 from benchmarks.harness.measure import Result, Samples
 from benchmarks.scale import axes, probes
-from benchmarks.scale.exponents import growth_of, ratio_name, ratio_of
+from benchmarks.scale.exponents import extrapolated, growth_of, ratio_name, ratio_of
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
@@ -27,7 +27,6 @@ def test_the_exponent_of_a_power_law_lies_in_its_interval(exponent):
     assert fit.low < exponent < fit.high
     assert fit.high - fit.low < 0.1
     assert fit.per_item == pytest.approx(cases[100_000].median / 100_000)
-    assert fit.at(1e6) == pytest.approx(3 * 1e6**exponent, rel=0.2)
 
 
 def test_no_exponent_of_one_place_and_an_infinite_interval_of_two_samples():
@@ -37,6 +36,13 @@ def test_no_exponent_of_one_place_and_an_infinite_interval_of_two_samples():
     assert fit is not None
     assert (fit.low, fit.high) == (-np.inf, np.inf)
     assert fit.exponent == pytest.approx(1)
+
+
+def test_a_larger_place_lies_on_the_line_through_the_outer_ones_and_not_below():
+    cases = {x: Samples((7.0, 5.0 + 2 * x, 1e9)) for x in (10, 20, 100)}
+    assert extrapolated(cases, 1000) == pytest.approx(5 + 2 * 1000)
+    assert extrapolated({10: Samples((4.0,)), 20: Samples((3.0,))}, 1000) == 3
+    assert extrapolated({10: Samples((4.0,))}, 1000) is None
 
 
 def test_ratios_are_named_after_powers_of_ten():
