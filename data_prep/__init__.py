@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-# First, before anything heavy: it makes this process a command, where it is one.
+# First, before heavy imports: if this process is a command, it sets up how Ctrl-C and a closed output end it.
 import lowrank_vit.common  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ __all__ = ["convert_dataset"]
 
 def __getattr__(name: str) -> object:
     if name == "convert_dataset":
-        from data_prep.convert_rows import convert_dataset  # what it needs takes a while to load
+        from data_prep.convert_rows import convert_dataset  # on demand, because it is slow to load
 
         return convert_dataset
     raise AttributeError(f"module data_prep has no attribute {name}")

@@ -58,8 +58,8 @@ def _run(argv: list[str] | None) -> None:
 
 @contextmanager
 def _exit_on_signals() -> Generator[None]:
-    # Batch systems stop a job with SIGTERM, a terminal that is closed with SIGHUP: leave through the same clean-up as
-    # for Ctrl-C. nohup has SIGHUP ignored.
+    # Batch systems stop a job with SIGTERM, a closing terminal sends SIGHUP: both take the same clean-up as Ctrl-C.
+    # Under nohup SIGHUP stays ignored.
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return

@@ -1,4 +1,4 @@
-"""The commands of `python -m data_prep` on folders and archives, how they store images, and what they say."""
+"""The commands of `python -m data_prep` for folders and archives: their options, and the summaries they print."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _ROLES = {
     **dict.fromkeys((*SPLIT_NAMES["val"], "test", "testing", "dev", "holdout", "heldout"), "val"),
     **dict.fromkeys(SPLIT_NAMES["train"], "train"),
 }
-"""What a word in a set's name says that it is for."""
+"""The split that a word in a set's name stands for."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Storing:
     stored as they are."""
 
     def of_sets(self) -> tuple[ImageOptions, ImageOptions]:
-        """Of a training and of a validation set. Raises `UserError`."""
+        """The options for a training set and for a validation set. Raises `UserError` if they contradict each other."""
         asked = (self.max_side, self.quality, self.raw) != (None, None, None)
         if self.lossless and (asked or self.lossy_val):
             raise UserError(
@@ -80,7 +80,7 @@ class Storing:
         return kept if self.lossless else image, image if self.lossy_val else kept
 
     def of_one(self, role: Literal["train", "val", ""]) -> tuple[ImageOptions, bool]:
-        """Of one file by its role, and whether it is stored as a training set though no name says that it is one."""
+        """The options for one file, and whether it is stored as a training set although no name says that it is one."""
         image, val_image = self.of_sets()
         asked = (self.max_side, self.quality, self.raw) != (None, None, None)
         is_kept = self.lossless or (role == "val" and not asked and not self.lossy_val)
@@ -100,7 +100,7 @@ class Doing:
     mended the same command goes on), or leave them out and list them in the manifest."""
 
     def options(self) -> dict[str, Any]:
-        """As the converters take them. Raises `UserError`."""
+        """The keyword arguments of the converters. Raises `UserError` for a malformed --shard."""
         return {
             "part": None if self.shard is None else parse_shard(self.shard),
             "workers": self.workers,
@@ -162,11 +162,11 @@ def imagefolder_command(
     - An RGB JPEG, upright and within --max-side, is stored byte for byte.
     - Every other image is converted to one, once.
     - Validation sets keep every image's own pixels and size, so that scores do not depend on the conversion.
-    - Such are val.beton in DIR, and a FILE.beton with a word such as val, test, dev or holdout in its name.
-    - Where the name of FILE.beton says neither this nor train, that of --src does.
-    - --max-side, --quality and --raw speak of the training set, or of the one FILE.beton whatever its name.
+    - Validation sets are val.beton in DIR, and a FILE.beton with a word such as val, test, dev or holdout in its name.
+    - If the name of FILE.beton has no such word and not train, the name of --src decides.
+    - --max-side, --quality and --raw apply to the training set, or to the one FILE.beton whatever its name.
     - The output depends neither on the number of workers nor on interruptions.
-    - The same command goes on with a conversion that was interrupted, and does nothing where all is finished.
+    - The same command resumes an interrupted conversion, and does nothing if all is finished.
     - An existing FILE.beton is replaced in one step, at the very end.
 
     Args:
@@ -198,9 +198,9 @@ def imagefolder_command(
 
 
 def role_by_name(src: Path, out: Path) -> Literal["train", "val", ""]:
-    """What a set is for by a word in the name of its file, else of its folder: val2017, imagenet-val, cars_testset.
+    """The split that a word in the name of a file, else of its folder, stands for: val2017, imagenet-val, cars_testset.
 
-    Empty if no word says so. Where words disagree (train_val) it is trained on.
+    An empty string if there is no such word. If words disagree (train_val) the set counts as a training set.
     """
     roles = next(filter(None, map(_roles_in, (out.stem, src.resolve().name))), set[str]())
     return "train" if "train" in roles else "val" if roles else ""
@@ -219,16 +219,16 @@ def list_command(
 ) -> None:
     """List a directory of class folders once, for `imagefolder --file-list` in many processes.
 
-    - DIR has one sub-folder of images for each class, or is that of both splits.
+    - DIR holds one sub-folder of images for each class, or the folders of both splits.
     - LIST has every image's label, name and size. Images are not read.
     - Each process of `imagefolder --shard I/N --file-list LIST` reads its own part of LIST, and no folder.
-    - What is added to DIR later is not converted; what is removed or gets another size ends a conversion.
+    - Images added to DIR later are not converted. One that is removed or changes its size ends a conversion.
 
     Args:
         src: The directory. Labels are as `imagefolder` gives them.
         out: File to write, outside DIR.
-        classes: As for imagefolder, which then needs it no more.
-        nested_classes: As for imagefolder, which then needs it no more.
+        classes: As for imagefolder, which takes it from LIST then.
+        nested_classes: As for imagefolder, which takes it from LIST then.
     """
     begun = time.monotonic()
     chosen = classes and find_bundled(classes, CLASSES)
@@ -281,11 +281,11 @@ def info_command(
 
 
 NAMES_SHOWN = 10
-"""Names of each kind in a summary; the manifest has all."""
+"""Most names of each kind in a summary; the manifest has all of them."""
 
 
 def tell(conversions: Iterable[Conversion]) -> None:
-    """Say what was written, as soon as it is."""
+    """Print a summary of each conversion as soon as it is finished."""
     output_is_in_files()
     for conversion in conversions:
         say(summary(conversion))
@@ -323,5 +323,5 @@ def _shortened(lines: list[str]) -> list[str]:
 
 
 def say_unclear(out: Path) -> None:
-    """Say that a set was stored as one to train on, and how one that is scored would be."""
-    say(f"{out.name} was converted as a training set; --lossless keeps every pixel, as for sets that are scored")
+    """Say that a set was stored as a training set, and which flag a validation set needs."""
+    say(f"{out.name} was converted as a training set; if it is for validation, --lossless keeps every pixel")

@@ -114,12 +114,12 @@ def convert_image_folder(
     progress: bool = False,
     say: Say = _silent,
 ) -> Conversion:
-    """Convert `src`/class/**/image to `out`, going on where an interrupted conversion stopped.
+    """Convert `src`/class/**/image to `out`, resuming where an interrupted conversion stopped.
 
     See `list_folder` for `classes` and `nested` (None is "leaf"), `encode_image` for `image`, `write_beton` for the
-    rest. `file_list`: what `write_list` made of `src`, which is not listed again; it tells classes and rule, too.
-    `workers` None means one thread a core. `part` (i, n) converts only part i of n, counted from 1, to
-    `part_path(out, i, n)`. `say` hears what is remarkable about the folder. Raises `UserError`.
+    rest. `file_list` is a list that `write_list` made of `src`: the folder is not listed again, and classes and rule
+    come from the list. `workers` None means one thread per core. `part` (i, n) converts only part i of n, counted from
+    1, to `part_path(out, i, n)`. `say` is called with remarks on the folder. Raises `UserError`.
     """
     if out.suffix != ".beton":
         raise UserError(
@@ -171,7 +171,7 @@ def _check(image: ImageOptions, workers: int | None, part: tuple[int, int] | Non
     if image.raw is not None and not 1 <= image.raw <= RAW_MAX_SIDE:
         raise UserError(f"--raw is {image.raw}, expected 1 to {RAW_MAX_SIDE} pixels.")
     if workers is not None and workers < 1:
-        raise UserError(f"--workers is {workers}, expected 1 or more. Leave it out for one a core.")
+        raise UserError(f"--workers is {workers}, expected 1 or more. Leave it out for one per core.")
     if part is not None and not 1 <= part[0] <= part[1]:
         raise UserError(f"--shard is {part[0]}/{part[1]}, expected i/n with i from 1 to n.")
 
@@ -190,11 +190,11 @@ def convert_folders(
     say: Say = _silent,
     trust_labels: bool = False,
 ) -> list[Conversion]:
-    """Convert {out: folder}; everything that can be wrong with the folders is found before the first is begun.
+    """Convert {out: folder}; every error in the folders is found before the first conversion begins.
 
-    See `convert_image_folder`; `image` may tell the options of each out. All have the labels of the first, the training
-    set; one with classes that the first does not have is a `UserError`, or keeps its own labels with `trust_labels`.
-    Raises `UserError`.
+    See `convert_image_folder`; `image` may hold options for each out. All use the labels of the first folder, the
+    training set. A folder with classes that the first does not have is a `UserError`, or keeps its own labels with
+    `trust_labels`. Raises `UserError`.
     """
     images = dict.fromkeys(folders, image) if isinstance(image, ImageOptions) else image
     for one in images.values():
@@ -226,7 +226,7 @@ def convert_sources(
     say: Say,
     trust_labels: bool = False,
 ) -> list[Conversion]:
-    """`convert_folders` of sources that are listed; `about`: what else their manifests tell among the options.
+    """`convert_folders` for sources that are listed already; `about` holds more options for their manifests.
 
     Raises `UserError`.
     """
@@ -251,7 +251,7 @@ def convert_sources(
         else:
             whole_list = ""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's remarks on odd metadata; what counts is whether an image decodes
+            warnings.simplefilter("ignore")  # PIL warns of odd metadata; only decoding counts
             convert = partial(
                 _convert,
                 part=part,
@@ -269,7 +269,7 @@ def convert_sources(
                     encode = partial(encode_listed, root=Path(source.name), options=image)
                     stat = partial(file_stat, source.name)
                 conversions.append(convert(source, out, encode, options, source_stat=stat))
-            except BadImagesError as error:  # those of the next split belong into the same list
+            except BadImagesError as error:  # bad images of the next split go into the same list
                 bad.append(error)
     if bad:
         raise joined(bad)
@@ -291,7 +291,7 @@ def _with_labels_of_the_first(sources: Mapping[Path, Source], say: Say, *, trust
         there = set(positions(source.classes, first.classes) or ())
         if missing := [name for label, name in enumerate(first.classes) if label not in there]:
             count = f"{len(missing):,} of the {len(first.classes):,} classes of {first.name}"
-            say(f"{source.name} has no image of {count} ({abbreviated(missing)}); its labels are those of all")
+            say(f"{source.name} has no image of {count} ({abbreviated(missing)}); its labels are those of {first.name}")
         fitting[out] = fitted
     return fitting
 
@@ -313,8 +313,7 @@ def _convert(
 ) -> Conversion:
     start = time.perf_counter()
     libraries = dict(libraries or {"numpy": np.__version__})
-    # All that decides the bytes of the images that are finished; whether a bad one stops the rest does not, nor does
-    # the list of files, which is compared one by one.
+    # Everything that decides the bytes of finished images. `on_bad` does not; the files are compared one by one.
     deciding = {key: value for key, value in options.items() if key not in ("on_bad", "classes", "nested_classes")}
     rows = source if isinstance(source, RowSource) else None
     origin = [source.name, rows.fingerprint, rows.revision] if rows else [str(Path(source.name).resolve())]
@@ -373,9 +372,9 @@ def _convert(
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what reads, resizes and writes images, of OpenCV where it is there: only resizing needs it.
+    """Versions of the libraries that read, resize and write images; OpenCV, if installed: only resizing needs it.
 
-    Raises `UserError` where libturbojpeg is missing.
+    Raises `UserError` if libturbojpeg is missing.
     """
     turbojpeg.load()
     opencv = {} if why_missing("cv2") else {"opencv": str(importlib.import_module("cv2").__version__)}

@@ -1,4 +1,4 @@
-"""Data sets that are no folders of images, to `.beton`: of Hugging Face, shards of WebDataset, objects in Python."""
+"""Convert data sets other than image folders to `.beton`: Hugging Face's, WebDataset shards, Python objects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lowrank_vit.common.errors import UserError
 
 Kind = Literal["hfds", "hfids", "wds"]
 KINDS: tuple[Kind, ...] = ("hfds", "hfids", "wds")
-"""timm's prefixes: Hugging Face's data sets, the same as streams, shards of WebDataset."""
+"""timm's prefixes: Hugging Face's data sets, the same read as streams, WebDataset shards."""
 
 
 def _silent(line: str) -> None:
@@ -33,24 +33,24 @@ class RowData:
 
     kind: Kind
     name: str
-    """Of hfds and hfids: one of the hub, or a local folder or file."""
+    """For hfds and hfids: a name on the hub, or a local folder or file."""
     root: Path | None = None
-    """Of wds the folder of the shards; of the others where `datasets` keeps its copy, and where local names lie."""
+    """For wds the folder of the shards; else where `datasets` keeps its copy, and where local names are looked up."""
     columns: Columns = NO_COLUMNS
 
     @property
     def local(self) -> Path | None:
-        """The folder or file that it is; None on the hub."""
+        """The data set's folder or file; None if it is on the hub."""
         return (self.root or Path()) if self.kind == "wds" else local_data(self.name, self.root)
 
     @property
     def title(self) -> str:
-        """How manifests call it; their `source` adds the split."""
+        """The data set's name in manifests; their `source` adds the split."""
         local = self.local
         return f"{self.kind}/{local.resolve() if local else self.name}"
 
     def fingerprint(self, split: str, flag: str) -> str:
-        """`files_fingerprint` as it is now, without reading a row; empty on the hub. Raises `UserError`."""
+        """The present `files_fingerprint`, without reading a row; empty for the hub. Raises `UserError`."""
         local = self.local
         if self.kind == "wds":
             return find_shards(self.root or Path(), split, flag).fingerprint
@@ -68,7 +68,7 @@ class RowData:
 
 
 def parse_name(kind: Kind, given: str, root: Path | None, columns: Columns = NO_COLUMNS) -> tuple[RowData, str]:
-    """The data set and the split, or an empty one, of `NAME[:SPLIT]` or of a pattern of shards. Raises `UserError`."""
+    """Split `NAME[:SPLIT]`, or a pattern of shards, into data set and split (may be empty). Raises `UserError`."""
     if kind == "wds":
         if not is_pattern(given, Path(), *([root] if root else [])):
             folder = Path(given) if given and Path(given).is_dir() else Path("data")  # timm does not look at the name
@@ -79,14 +79,14 @@ def parse_name(kind: Kind, given: str, root: Path | None, columns: Columns = NO_
         return RowData(kind, "", root or Path(), columns), given
     name, _, split = (given, "", "") if local_data(given, root) else given.partition(":")
     if not name:
-        raise UserError(f"{kind}/ needs a name behind it: {kind}/OWNER/NAME of the hub, or {kind}/ and a local folder.")
+        raise UserError(f"{kind}/ needs a name after it: {kind}/OWNER/NAME of the hub, or {kind}/ and a local folder.")
     return RowData(kind, name, root, columns), split
 
 
 def without_prefix(given: str, kinds: tuple[Kind, ...], root: Path | None) -> str:
-    """A command's NAME or PATTERN without the prefix that `--dataset` has, unless it leads to something that is there.
+    """A command's NAME or PATTERN without the prefix that `--dataset` has, unless the whole is an existing path.
 
-    A local folder may be named wds or hfds itself.
+    A local folder may itself be named wds or hfds.
     """
     prefix, _, plain = given.partition("/")
     if prefix not in kinds:
@@ -114,8 +114,8 @@ def convert_rows(
 ) -> list[Conversion]:
     """Convert {out: (split, the flag that names it)}; all have the labels of the first, the training set.
 
-    See `convert_image_folder` for the options. A stream's rows are kept until they are converted: an interrupted
-    conversion, and one that bad images have ended, reads none again. Raises `UserError`.
+    See `convert_image_folder` for the options. A stream's rows are kept until they are converted: a conversion that was
+    interrupted, or ended because of bad images, reads no row again. Raises `UserError`.
     """
     if part and data.kind == "hfids":
         raise UserError("--shard: a stream is read from its beginning. Take hfds, whose rows lie on the disk.")
@@ -164,19 +164,19 @@ def convert_dataset(
         out: The file to write, FILE.beton. It appears, or is replaced, in one step at the end.
         name: What the manifest calls the source; the object's class by default.
         fingerprint: Any text that changes with the data, such as a version. With it (or with files) an interrupted
-            conversion is gone on with, and nothing is done where all is finished; without, all is written anew.
+            conversion is resumed and a finished one is not repeated; without, everything is written anew.
         image: How images are stored; `data_prep.formats.jpeg.LOSSLESS` keeps every pixel, for sets that are scored.
         input_key: The column, or the key of a dict, that holds the pictures; "image" by default.
         target_key: The same for the labels; "label" by default.
         class_map: Text file with the names of classes, one a line, in label order.
         part: (i, n) writes part i of n, counted from 1, to FILE-i-of-n.beton.
-        workers: Threads that encode; one a core by default.
+        workers: Threads that encode; one per core by default.
         on_bad: Items that do not decode or have no label: list all and write nothing, or leave them out.
         progress: Show a bar on stderr.
-        say: Hears what is remarkable.
+        say: Called with remarks on the data, each a line.
 
     Raises:
-        UserError: with a list of the bad items, or what else is wrong.
+        UserError: if items are bad, which it lists, or if anything else is wrong with the data or the options.
 
     Example:
         >>> convert_dataset(pictures, "pictures.beton").manifest.classes

@@ -1,4 +1,4 @@
-"""What a `.beton` holds, as a table for the terminal and as a picture."""
+"""Describe the content of a `.beton`: a table for the terminal, and a picture."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ THUMBNAIL = 96
 
 
 def info_table(beton: Path) -> Table:
-    """A two-column table of a `.beton`, with what its manifest adds if one lies beside it. Raises `BetonError`."""
+    """A two-column table on a `.beton`, and on its manifest if there is one. Raises `BetonError`."""
     tables, manifest = _read(beton)
     # Names from the file system may look like rich's markup, so they are given as plain `Text`.
     table = Table(title=Text(one_line(beton.name)), show_header=False, title_justify="left")

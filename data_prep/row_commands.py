@@ -1,4 +1,4 @@
-"""The commands of `python -m data_prep` on data sets that are no folders of images."""
+"""The commands of `python -m data_prep` for data sets other than image folders."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Keys:
     input_key: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: found)")] = ""
     """The column, or the suffix of a shard's files, that holds the images; by default "image", or the only one."""
     target_key: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: found)")] = ""
-    """The column, or the key of a shard's .json, that holds the labels; by default "label" (of shards .cls before it)
-    or the only column of classes."""
+    """The column, or the key of a shard's .json, that holds the labels; by default "label" (for shards, .cls first) or
+    the only column of classes."""
     class_map: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
     """Text file with the names of classes, one a line, in label order."""
 
     def columns(self) -> Columns:
-        """The same for the converter."""
+        """The same options as the converter takes them."""
         return Columns(self.input_key, self.target_key, self.class_map)
 
 
@@ -43,14 +43,14 @@ def hfds_command(
     val_split: str = "validation",
     stream: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
-    """Convert a data set of Hugging Face: of the hub, or a local folder or file.
+    """Convert a data set of Hugging Face: from the hub, or a local folder or file.
 
     - NAME is OWNER/NAME of the hub, a folder of Parquet files or of images, one that save_to_disk wrote, or a file.
     - With --out DIR: both splits, to train.beton and val.beton; with --out FILE.beton: SPLIT.
     - An RGB JPEG, upright and within --max-side, is stored byte for byte, as by imagefolder.
     - Labels are those of the column; names of classes are kept.
     - Validation sets keep every image's own pixels and size.
-    - The same command goes on with a conversion that was interrupted, and does nothing where all is finished.
+    - The same command resumes an interrupted conversion, and does nothing if all is finished.
 
     Args:
         name: The data set, and for a single file its split.
@@ -80,12 +80,12 @@ def wds_command(
 ) -> None:
     """Convert shards of WebDataset: tar files with images and their labels.
 
-    - PATTERN is such as 'imagenet-train-{000..146}.tar'; quote it. With --out FILE.beton these shards are converted.
+    - PATTERN, such as 'imagenet-train-{000..146}.tar', needs quotes. With --out FILE.beton these shards are converted.
     - DIR holds the shards of both splits. With --out DIR they are written to train.beton and val.beton.
     - --train-split and --val-split name them: by a pattern, by timm's _info.json, or by the names of the files.
     - A sample's label is its .cls, or a key of its .json.
     - Images are stored as by imagefolder: usual JPEGs byte for byte.
-    - The same command goes on with a conversion that was interrupted, and does nothing where all is finished.
+    - The same command resumes an interrupted conversion, and does nothing if all is finished.
 
     Args:
         shards: The shards of one split, or the folder of all.
@@ -120,13 +120,13 @@ def torch_command(
     - Decoded pictures up to 64 pixels a side are stored as they are.
 
     Args:
-        factory: What returns the data set, called without arguments.
+        factory: Function that returns the data set; called without arguments.
         out: File to write. FILE.beton.json and FILE.beton.samples go beside it.
         keys: Which images and labels.
         storing: How images are stored.
         doing: How the work is done.
-        fingerprint: Any text that changes with the data: an interrupted conversion is gone on with while it is the
-            same. Sets that list their files need none.
+        fingerprint: Any text that changes with the data: an interrupted conversion is resumed while it is the same.
+            Sets that list their files need none.
     """
     if out.suffix != ".beton":
         raise UserError(f"--out {out} does not end in .beton. Give the file to write, for example {out}/train.beton.")
@@ -155,7 +155,7 @@ def _convert(
         return
     if split:
         of_one = (
-            f"{split} is no folder, so it names shards of one. Give the folder of all"
+            f"{split} is not a folder, so it names the shards of one split. Give the folder of all shards"
             if data.kind == "wds"
             else f"leave out :{split}"
         )

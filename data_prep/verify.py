@@ -41,14 +41,14 @@ class Verified:
     decoded: bool
     """Whether every sample was decoded too."""
     note: str = ""
-    """What became of a manifest of an earlier version, and what it leaves open; sentences."""
+    """Sentences on a manifest of an earlier version: whether it was completed, and which doubts remain."""
 
 
 def verify(beton: Path, *, full: bool = False, workers: int = 1, progress: bool = False) -> Verified:
     """Check tables, sidecars and the SHA-256 of `beton`; with `full` decode every sample in `workers` threads too.
 
     Any changed byte is found. A manifest of an earlier version gets the checksum of the index. Raises `BetonError`,
-    which lists every damaged sample with its source file; if none is, it says where else the damage lies.
+    which lists every damaged sample with its source file; if no sample is, it says where else the damage lies.
     """
     try:
         tables = read_tables(beton)
@@ -58,7 +58,7 @@ def verify(beton: Path, *, full: bool = False, workers: int = 1, progress: bool 
     names = _read_names(beton, manifest, len(tables.labels))
     if manifest.num_samples != len(tables.labels) or manifest.file_bytes != tables.file_bytes:
         raise BetonError(
-            f"{beton} does not belong to {manifest_path(beton).name}, which speaks of {manifest.num_samples:,} samples "
+            f"{beton} does not belong to {manifest_path(beton).name}, which describes {manifest.num_samples:,} samples "
             f"in {manifest.file_bytes:,} bytes; the file has {len(tables.labels):,} in {tables.file_bytes:,}. "
             "Copy both again, or convert the source again."
         )
@@ -85,7 +85,7 @@ def _add_index_checksum(beton: Path, index_xxh3: str) -> str:
 
 
 def _source_of(beton: Path, sample_id: int | None) -> str:
-    """Which source file a sample was made from, a sentence; nothing where that is unknown."""
+    """A sentence that names the source file of a sample; empty if it is unknown."""
     if sample_id is None:
         return ""
     with suppress(BetonError, IndexError):
@@ -100,7 +100,7 @@ def _read_names(beton: Path, manifest: Manifest, num_samples: int) -> SampleTabl
     if manifest.sample_table_sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != manifest.sample_table_sha256:
         raise BetonError(f"{path} was changed after the conversion: its SHA-256 is not the manifest's. Copy it again.")
     if len(names.names) != num_samples:
-        raise BetonError(f"{path} speaks of {len(names.names):,} samples, {beton.name} holds {num_samples:,}.")
+        raise BetonError(f"{path} lists {len(names.names):,} samples, but {beton.name} holds {num_samples:,}.")
     return names
 
 
@@ -116,8 +116,8 @@ def _describe_damage(beton: Path, tables: Tables, names: SampleTable, manifest: 
     if damaged:
         return damaged_message(beton, damaged, names, manifest)
     return (
-        f"{beton} was changed after the conversion, but no sample: the damage lies in its header, in its field "
-        "descriptors or in the padding between pages. Copy it again, or convert the source again."
+        f"{beton} was changed after the conversion, but its samples are whole: the damage lies in its header, in its "
+        "field descriptors or in the padding between pages. Copy it again, or convert the source again."
     )
 
 
@@ -142,7 +142,7 @@ def _decode_all(
     workers: int,
     progress: bool,
 ) -> None:
-    ids = np.flatnonzero(tables.modes == MODE_JPEG).tolist()  # the size of raw samples is known to be right
+    ids = np.flatnonzero(tables.modes == MODE_JPEG).tolist()  # raw samples: `read_tables` has checked their sizes
     damaged = []
     with ConversionProgress(len(ids), progress) as bar:
         bar.describe("decode")
@@ -156,7 +156,7 @@ def _decode_all(
 
 
 def _why_bad(tables: Tables, data: mmap.mmap, sample_id: int) -> str:
-    """What is wrong with a stored JPEG, or an empty string."""
+    """A description of what is wrong with a stored JPEG; empty if nothing is."""
     pointer, size = int(tables.pointers[sample_id]), int(tables.sizes[sample_id])
     stored = data[pointer : pointer + size]
     header = jpeg_segments.read_header(stored)

@@ -1,1 +1,1 @@
-"""What bytes mean: .beton, its sidecars, JPEG."""
+"""File formats: .beton, its sidecars, JPEG."""

@@ -3,7 +3,7 @@
 The writer (`write_beton`) and the reader of the tables (`read_tables`) know the format through this file alone.
 Source: FFCV 1.0.2, `ffcv/types.py`, `ffcv/writer.py` and `ffcv/fields/rgb_image.py`.
 
-    header 24 B | one 1041-B descriptor a field | one 24-B row a sample | pages of samples | allocation table to the end
+    header 24 B | 1041-B descriptor per field | 24-B row per sample | pages of samples | allocation table to the end
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def field_names(head: bytes) -> list[str]:
 
 
 def stored_names(head: bytes) -> list[bytes]:
-    """The 16 bytes each that the names of the image's and of the label's field take, likewise."""
+    """The same two names as they are stored: 16 bytes each, padded with NULs."""
     starts = (HEADER.itemsize + n * FIELD.itemsize + 1 for n in range(2))
     return [head[start : start + 16] for start in starts]
 
@@ -98,7 +98,7 @@ def part_path(out: Path, index: int, count: int) -> Path:
 def find_parts(out: Path) -> list[Path]:
     """The parts of `out` that lie beside it, in order; an empty list if there is none.
 
-    Raises `BetonError` if some are missing, or if parts of two divisions lie there.
+    Raises `BetonError` if some are missing, or if the parts are from conversions into different numbers of parts.
     """
     pattern = re.compile(re.escape(out.stem) + r"-([0-9]+)-of-([0-9]+)" + re.escape(out.suffix))
     names = [path.name for path in out.parent.iterdir()] if out.parent.is_dir() else []
@@ -108,11 +108,11 @@ def find_parts(out: Path) -> list[Path]:
     counts = sorted({count for count, _ in present})
     if len(counts) > 1:
         raise BetonError(
-            f"{out.parent} holds parts of {out.name} from divisions into {' and '.join(map(str, counts))}. "
-            "Remove those of all divisions but one."
+            f"{out.parent} holds parts of {out.name} from divisions into {' and '.join(map(str, counts))} parts. "
+            "Keep those of one division and remove the others."
         )
     count = counts[0]
-    # A name may promise any number of parts, so what is counted is what is there.
+    # A name may claim any number of parts, so the files are counted.
     num_missing = count - sum(1 <= i <= count for _, i in present)
     if num_missing or len(present) > count:
         lacking = (part_path(out, i, count).name for i in range(1, count + 1) if (count, i) not in present)
@@ -127,7 +127,7 @@ def find_parts(out: Path) -> list[Path]:
 
 
 def file_or_parts(beton: Path) -> list[Path]:
-    """`beton` itself, or its parts where it is not there and they are. Raises `BetonError`, see `find_parts`."""
+    """The parts of `beton` if only they exist, else `beton` itself. Raises `BetonError`, see `find_parts`."""
     return [beton] if beton.exists() else find_parts(beton) or [beton]
 
 

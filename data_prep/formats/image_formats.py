@@ -1,4 +1,4 @@
-"""Which files are images that Pillow decodes by itself, by their suffix, and which are a file server's own."""
+"""Tell files by their names: images that Pillow decodes by itself, and files that servers or systems leave."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _SYSTEM = frozenset(
     lost+found system_volume_information network_trash_folder temporary_items thumbs.db ehthumbs.db desktop.ini
     """.split()
 )
-"""What file servers, operating systems and archivers leave, in lower case with _ for a space; no word of plain use."""
+"""Names that file servers, operating systems and archivers leave, in lower case with _ for a space; none is a word that
+a user would choose."""
 
 
 @cache
@@ -32,7 +33,7 @@ def image_suffixes() -> frozenset[str]:
 
 
 def format_by_suffix(path: str) -> str:
-    """The format that a file's suffix speaks of; an empty string for none that is read."""
+    """Pillow's name of the format that a file's suffix stands for; empty if that format is not read."""
     name = Image.registered_extensions().get(f".{path.rpartition('.')[2].lower()}", "")
     return name if name in formats() else ""
 

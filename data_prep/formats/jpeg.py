@@ -1,6 +1,6 @@
-"""One image file in, the bytes to store out: a JPEG that will do goes in as it is, anything else is converted once.
+"""Turn an image file into the bytes to store: a suitable JPEG is stored as it is, anything else is converted once.
 
-Reasons, the first that holds (they are counted in the manifest):
+Reasons, which the manifest counts; the first that applies is given:
 
     raw           pixels were asked for
     coding        a JPEG that is not 8-bit Huffman-coded (arithmetic, lossless, 12 bits)
@@ -10,10 +10,10 @@ Reasons, the first that holds (they are counted in the manifest):
     resized       its longer side is above the limit
     bytes         an RGB JPEG with more metadata than one page of a `.beton` can hold
     baseline      a progressive JPEG, rewritten without loss because baseline was asked for
-    repaired      a JPEG that libjpeg warns of though its picture is whole: stored with the cause mended, without loss
+    repaired      a JPEG at which libjpeg warns though its picture is whole: stored with the cause mended, without loss
     passthrough   none of these: stored byte for byte
     16-bit, palette, alpha, png, bmp, gif, tiff, webp, ppm, avif, jpeg2000, other
-                  other formats, by what makes them special, else by name
+                  other formats: by a property that has to be converted, else by the name of the format
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.packages import needs
 
 # Named one by one because a file's suffix proves nothing, and PIL would hand an EPS file to Ghostscript. Formats that
-# cannot be told by their first bytes are tried only where the suffix speaks of them.
+# their first bytes do not identify are tried only where the suffix names them.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000")
 REASONS = tuple(
     """passthrough raw baseline coding gray cmyk ycck orientation resized repaired bytes
@@ -94,9 +94,9 @@ class ImageOptions:
     baseline: bool = False
     """Rewrite progressive JPEGs as baseline ones, without loss."""
     raw: int | None = None
-    """Store this many pixels square, uncompressed, instead of JPEGs."""
+    """Store squares with this many pixels a side, uncompressed, instead of JPEGs."""
     lossless: bool = False
-    """Store what is no JPEG as raw pixels where they fit a page, and encode without subsampling; see `LOSSLESS`."""
+    """Store other formats as raw pixels where they fit a page, and encode JPEGs without subsampling; see `LOSSLESS`."""
 
 
 LOSSLESS = ImageOptions(max_side=JPEG_MAX_SIDE, quality=100, lossless=True)
@@ -106,7 +106,7 @@ Usual JPEGs of any size go in byte for byte, other formats as raw pixels; JPEGs 
 turned) and images too large for a page are encoded at quality 100, which moves a pixel by about half a grey level.
 """
 JPEG_REASONS = frozenset("coding gray cmyk ycck orientation resized extraneous bytes".split())
-"""Reasons of JPEGs that are encoded again; "extraneous", for bytes too many, only by earlier converters."""
+"""Reasons of JPEGs that are encoded again; only earlier converters gave "extraneous", for surplus bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def encode_pixels(sample: Sample) -> EncodedImage:
 
 
 def encode_image(path: Path | str, options: ImageOptions) -> EncodedImage:
-    """The bytes of `path` as they are to be stored: its own if they will do, else a JPEG within the options' limits.
+    """The bytes to store for the image file `path`: its own if they meet `options`, else those of a conversion.
 
     A conversion turns the image upright, lays transparency over white, scales 16-bit grey down to 8 bits, resizes
     without aliasing and drops metadata (colour profiles are not applied, as in every training loader). PIL may warn of
@@ -149,7 +149,7 @@ def encode_image(path: Path | str, options: ImageOptions) -> EncodedImage:
     """
     bad = partial(BadImageError, str(path))
     try:
-        # Opening a pipe would wait for its writer, for ever.
+        # Without O_NONBLOCK, opening a pipe would wait forever for a writer.
         with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             stat = os.fstat(file.fileno())
             if not S_ISREG(stat.st_mode):
@@ -165,7 +165,7 @@ def encode_image(path: Path | str, options: ImageOptions) -> EncodedImage:
 
 
 def encode_bytes(data: bytes, name: str, options: ImageOptions, source_stat: tuple[int, int] = (0, 0)) -> EncodedImage:
-    """`encode_image` of an image file's content; `name` tells its format by the suffix, and goes into messages.
+    """`encode_image` of an image file's content. `name` is for messages; its suffix may tell the format.
 
     Raises `BadImageError`.
     """
@@ -201,7 +201,7 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def _encode(data: bytes, options: ImageOptions, by_suffix: str) -> tuple[int, int, int, bytes, str]:
-    """Mode, width, height, bytes and reason; `by_suffix`: the format that the file's name speaks of, or nothing.
+    """Mode, width, height, bytes and reason; `by_suffix` is the format of the file's suffix, or empty.
 
     Raises `JpegDataError` at the first warning of libjpeg.
     """
@@ -214,7 +214,7 @@ def _encode(data: bytes, options: ImageOptions, by_suffix: str) -> tuple[int, in
     reason = _why_convert(data, header, orientation, options)
     if reason != "passthrough":
         return store_pixels(_decode_jpeg(data, header, orientation, reason, options), reason, options)
-    # A file cut short lacks its end marker: even where only headers are to be parsed that much is free to see.
+    # A truncated file lacks its end marker. Looking for it costs nothing, so it is done even for headers alone.
     if options.verify == "decode" or data.rfind(jpeg_segments.END, -4096) < 0:
         turbojpeg.check(data, header.width, header.height)
     if options.baseline and header.frame == jpeg_segments.PROGRESSIVE:
@@ -265,18 +265,18 @@ def _decode_jpeg(data: bytes, header: JpegHeader, orientation: int, reason: str,
 
 
 def _shrink(width: int, height: int, options: ImageOptions) -> Literal[1, 2, 4, 8]:
-    """How much libjpeg may shrink while decoding, which is much faster, for a good resize after it."""
+    """The factor by which libjpeg shrinks while decoding, which is much faster; it leaves enough for a good resize."""
     scale = min(width, height) / options.raw if options.raw else max(width, height) / options.max_side
     return 8 if scale >= 16 else 4 if scale >= 8 else 2 if scale >= 4 else 1
 
 
 def _decode_with_pil(data: bytes, by_suffix: str = "") -> tuple[np.ndarray, str]:
     """uint8 (height, width, 3), upright, and the reason for the conversion."""
-    # A library in this process may have switched on tolerance; a cut file must never pass.
+    # Another library in this process may have switched this on; a truncated file must never pass.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     with Image.open(io.BytesIO(data), formats=(*FORMATS, by_suffix) if by_suffix else FORMATS) as image:
         _check_pixels(*image.size)
-        if image.format == "PNG":  # decoding does not look at the checksums of PNG's chunks
+        if image.format == "PNG":  # decoding does not check the checksums of PNG's chunks
             with Image.open(io.BytesIO(data), formats=("PNG",)) as again:
                 again.verify()
         reason = _pil_reason(image)
@@ -286,7 +286,7 @@ def _decode_with_pil(data: bytes, by_suffix: str = "") -> tuple[np.ndarray, str]
 
 
 def _check_odd_jpeg(data: bytes, width: int, height: int) -> None:
-    """Raise `JpegDataError` at a warning of libjpeg, which PIL keeps to itself, where libturbojpeg reads the coding."""
+    """Raise `JpegDataError` if libjpeg warns, which PIL would not report. Codings unknown to libturbojpeg pass."""
     try:
         turbojpeg.check(data, width, height)
     except turbojpeg.JpegDataError as error:
@@ -297,7 +297,7 @@ def _check_odd_jpeg(data: bytes, width: int, height: int) -> None:
 def _pil_reason(image: ImageFile.ImageFile) -> str:
     if image.format in ("JPEG", "MPO"):
         return "coding"
-    # Colours of 16 bits become 8 while they are read, but the tiles tell what the file holds.
+    # PIL reduces 16-bit colours to 8 bits while reading, but its tiles tell what the file holds.
     if image.mode.startswith("I") or ";16" in str(image.tile):
         return "16-bit"
     if image.mode in ("P", "PA"):
@@ -311,7 +311,7 @@ def _pil_reason(image: ImageFile.ImageFile) -> str:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """The image as it is converted: turned as its Exif data say, 8 bits, on white where it is transparent.
 
-    Changes `image`. Raises `ValueError` for pixel values whose white is not defined.
+    Changes `image`. Raises `ValueError` for pixel values without a defined white.
     """
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # "I;16..." and, from some formats, 16 bits in a 32-bit "I"
@@ -328,7 +328,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def store_pixels(pixels: np.ndarray, reason: str, options: ImageOptions) -> tuple[int, int, int, bytes, str]:
-    """Store uint8 (height, width, 3) as the options say."""
+    """Encode pixels, uint8 (height, width, 3), as `options` say: mode, width, height, bytes and `reason`."""
     height, width, _ = pixels.shape
     if options.raw:
         side = min(height, width)
@@ -350,7 +350,7 @@ def store_pixels(pixels: np.ndarray, reason: str, options: ImageOptions) -> tupl
 
 
 def _resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Average areas where it shrinks, which does not alias; bicubic where it grows."""
+    """Resize uint8 (height, width, 3): shrink by averaging areas, which does not alias; enlarge with bicubic."""
     if pixels.shape[:2] == (height, width):
         return pixels
     opencv = _opencv()
@@ -360,16 +360,16 @@ def _resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 class _Scratch(threading.local):
-    """Memory of one thread for an image that is needed no longer than until its next one.
+    """One thread's memory for an image that is needed only until the thread's next one.
 
-    Buffers of this size come anew from the system each time, and touching new pages costs a tenth of the whole.
+    A new buffer of this size comes from the system each time, and touching its pages takes a tenth of the whole time.
     """
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
 
     def empty(self, shape: tuple[int, int, int]) -> np.ndarray:
-        """uint8 of `shape`; it takes the place of what was given out before."""
+        """A uint8 array of `shape`, in the memory of the one returned before."""
         size = math.prod(shape)
         if size > _SCRATCH_BYTES:
             return np.empty(shape, np.uint8)

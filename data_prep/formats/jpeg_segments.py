@@ -1,11 +1,11 @@
-"""The segments of a JPEG: what they say in front of its pixels, and how they are mended without changing a pixel.
+"""The segments of a JPEG: reading the header in front of its pixels, and mending bytes without changing a pixel.
 
 A header is read without decoding (ITU T.81, annex B). Bytes are mended where libjpeg warns and the picture is whole.
 
 libjpeg goes on after a warning, so a decoder that ignores warnings shows grey or shifted blocks. What each warning
 means for the picture was measured (`tests/measure_jpeg_warnings.py`; the table is in docs/data_format.md). Four causes
-leave it whole; everything else is damage. libturbojpeg tells its first warning only, and damage may stand behind a
-harmless one: so one cause is mended at a time, and in the end the whole JPEG has been read without a warning.
+leave it whole; everything else is damage. libturbojpeg reports only its first warning, and damage may follow a harmless
+one. So one cause is mended at a time, until the whole JPEG is read without a warning.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ REPAIRS = (
 """What can be mended, in words for the manifest. Their order is part of the journal of unfinished conversions."""
 NO_END, EXTRANEOUS, REVISION, SCAN_PARAMETERS = REPAIRS
 MAX_EXTRANEOUS = 2
-"""Bytes. More of them in front of a marker are what is left of a scan that was overwritten further up."""
+"""Bytes. More than these in front of a marker are remains of a scan that was overwritten further up."""
 _PADDING = b"\0\n\r \x1a\xff"
-"""What programs append; overwriting leaves any values."""
+"""Values that programs append; overwritten data leave any values."""
 _FIRST_ARITHMETIC = 0xC9
 _SEQUENTIAL_SCAN = bytes((0, 63, 0))
 """Ss, Se, and Ah with Al (ITU T.81, B.2.3)."""
@@ -102,14 +102,14 @@ def from_bits(bits: int) -> tuple[str, ...]:
 
 
 def mended(data: bytes, error: JpegDataError) -> tuple[bytes, tuple[str, ...]]:
-    """A JPEG without the causes of its warnings, `error` being the first, and which of `REPAIRS` that took.
+    """Remove the causes of a JPEG's warnings, of which `error` is the first: the new bytes, and the `REPAIRS` made.
 
-    Raises `JpegDataError` where the picture is damaged, in libjpeg's words.
+    Raises `JpegDataError`, in libjpeg's words, if the picture is damaged.
     """
     repairs: list[str] = []
     following: JpegDataError | None = error
     while following:
-        if NO_END not in repairs:  # of a file cut short this says more than what follows from it
+        if NO_END not in repairs:  # "premature end" says more than the warnings that follow from it
             error = following
         header = read_header(data)
         found = _mend(data, header, following) if header and following.is_warning else None
@@ -122,11 +122,11 @@ def mended(data: bytes, error: JpegDataError) -> tuple[bytes, tuple[str, ...]]:
 
 
 def _mend(data: bytes, header: JpegHeader, error: JpegDataError) -> tuple[bytes, str] | None:
-    """`data` with one cause less and which of `REPAIRS` that is; None where it is damage."""
+    """Remove one cause: the new bytes, and which of `REPAIRS` that was; None if the picture is damaged."""
     message = str(error)
     if message == "Premature end of JPEG file":
         whole = data + END[data.endswith(b"\xff") :]
-        # Decoders of arithmetic coding go on with zeros, and without a word, behind the end of the data.
+        # Arithmetic decoders continue with zeros after the end of the data, without a warning.
         return (whole, NO_END) if header.frame < _FIRST_ARITHMETIC and _has_all_scans(whole, header) else None
     if found := re.search(r"(\d+) extraneous bytes before marker", message):
         shorter = _without_extraneous(data, header, error, int(found[1]))
@@ -155,11 +155,11 @@ def _first_warning(data: bytes, header: JpegHeader) -> JpegDataError | None:
 
 
 def _without_extraneous(data: bytes, header: JpegHeader, error: JpegDataError, count: int) -> bytes | None:
-    """`data` without the `count` bytes in front of a marker of which `error` speaks; None where that is damage."""
+    """Remove the `count` bytes in front of a marker that `error` reports; None if they are a sign of damage."""
     if count > MAX_EXTRANEOUS or header.frame >= _FIRST_ARITHMETIC:
         return None
-    # libjpeg does not tell where. It warns on reading the marker: the shortest beginning of the file with that warning
-    # as its first ends there, since a shorter one ends too early and has another.
+    # libjpeg does not say where. It warns when it reads the marker: the shortest prefix of the file whose first warning
+    # is this one ends at that marker, since a shorter prefix ends too early and gets another warning.
     low, high = 0, len(data)
     while low < high:
         middle = (low + high) // 2
@@ -167,7 +167,7 @@ def _without_extraneous(data: bytes, header: JpegHeader, error: JpegDataError, c
         low, high = (low, middle) if warning and str(warning) == str(error) else (middle + 1, high)
     marker = low - 2
     first_scan = next((end for _, end in _segments(data, 0xDA)), 0)
-    if first_scan < low and data[marker:low] != END:  # between scans or restarts they are left of damage
+    if first_scan < low and data[marker:low] != END:  # between scans or restarts they come from damage
         return None
     if any(value not in _PADDING for value in data[marker - count : marker]):
         return None
@@ -175,7 +175,7 @@ def _without_extraneous(data: bytes, header: JpegHeader, error: JpegDataError, c
 
 
 def _segments(data: bytes, wanted: int) -> Iterator[tuple[int, int]]:
-    """Where each segment of that marker starts, at its 0xFF, and ends; those between and behind scans too."""
+    """Start (at its 0xFF) and end of each segment with the marker `wanted`, also between and after scans."""
     offset = 2
     while 0 <= (offset := data.find(b"\xff", offset)) < len(data) - 3:
         marker = data[offset + 1]
@@ -191,7 +191,7 @@ def _segments(data: bytes, wanted: int) -> Iterator[tuple[int, int]]:
 
 
 def _has_all_scans(data: bytes, header: JpegHeader) -> bool:
-    """Whether the scans bring every coefficient to its last bit: a progressive JPEG cut between two decodes as well."""
+    """Whether the scans hold every bit of every coefficient; a progressive JPEG cut between two scans decodes, too."""
     missing: dict[int, set[int]] = {}
     for start, end in _segments(data, 0xDA):
         count = data[start + 4]

@@ -1,10 +1,10 @@
-"""The table of a `.beton`'s samples, `FILE.beton.samples` beside it: what each was made from, and its checksum.
+"""The table of a `.beton`'s samples, `FILE.beton.samples` beside it: each one's source file and checksum.
 
 It holds for each sample its checksum, why it was stored so, and its source file: a NumPy `.npz` without pickles.
 `checksums` uint64 (N,): XXH3-64 of the sample's 24-byte metadata row followed by its data; `reasons` uint8 (N,): index
 into `reason_names`; `names` uint8: the source names in sample order, as the file system spells them, each followed by a
-NUL; `name_starts` uint64: where in `names` every 256th of them begins, by which one is found without the others, since
-`names` is stored as it is. (Earlier versions compressed it, and had no `name_starts`.)
+NUL; `name_starts` uint64: the byte in `names` at which every 256th name begins. With it one name is found without the
+others, since `names` is stored uncompressed. (Earlier versions compressed `names`, and had no `name_starts`.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lowrank_vit.common.errors import BetonError
 from lowrank_vit.common.files import write_whole, writing
 
 _NAMES_STEP, _CHUNK_BYTES = 256, 1 << 15
-"""Names that have one entry of `name_starts` in common, about as many as are read at a time."""
+"""Names for each entry of `name_starts`, and bytes that are read at a time: about as many names."""
 
 
 def sample_table_path(beton: Path) -> Path:
@@ -107,7 +107,7 @@ def _check_size(archive: ZipFile, beton: Path) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Generator[None]:
-    """Make a `BetonError` of whatever a missing or damaged table leads to."""
+    """Turn any error of a missing or damaged table into a `BetonError`."""
     again = "Copy it from where the .beton came from, or convert the source again with `python -m data_prep`."
     try:
         yield
@@ -151,7 +151,7 @@ def read_sample_table(beton: Path) -> SampleTable:
 def read_sample_name(beton: Path, sample_id: int) -> str:
     """The source file of one sample, by its number in the file, without reading the others' into memory.
 
-    A table of an earlier version, in which names are compressed, is unpacked up to that one, a second for ten million.
+    A table of an earlier version, with compressed names, is unpacked up to that name: a second for ten million names.
     Raises `BetonError` if the table is missing or damaged, or has no such sample.
     """
     path = sample_table_path(beton)
@@ -162,7 +162,7 @@ def read_sample_name(beton: Path, sample_id: int) -> str:
             with archive.open("name_starts.npy") as column:
                 starts = np.lib.format.read_array(column, allow_pickle=False)
             start, skipped = int(starts.ravel()[sample_id // _NAMES_STEP]), sample_id % _NAMES_STEP
-            file.seek(member.header_offset + 26)  # behind a local header of 30 bytes, a name and what is extra
+            file.seek(member.header_offset + 26)  # after a local header of 30 bytes, a name and an extra field
             file.seek(member.header_offset + 30 + sum(struct.unpack("<2H", file.read(4))))
             return _name_from(file, start, skipped)
         with archive.open(member) as names:
@@ -170,7 +170,7 @@ def read_sample_name(beton: Path, sample_id: int) -> str:
 
 
 def _name_from(column: IO[bytes], start: int, skipped: int) -> str:
-    """The name behind `skipped` others from `start` on in a stored array of names."""
+    """The name after `skipped` others, counted from byte `start` of a stored array of names."""
     if np.lib.format.read_magic(column) != (1, 0):
         raise ValueError("its names have another form")
     (length,), _, dtype = np.lib.format.read_array_header_1_0(column)

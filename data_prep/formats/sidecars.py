@@ -1,10 +1,9 @@
 """The files beside a `.beton`: the manifest `FILE.beton.json` and the table of its samples `FILE.beton.samples`.
 
-The manifest tells what a `.beton` cannot say itself (class names, origin, checksum, what was skipped). Its order of
-writing: the new sidecars are put beside the unfinished file under hidden names, the old ones are removed, the new
-`.beton` takes its name, then the new sample table, last the new manifest. Renames cannot be one step, so a crash may
-leave a `.beton` without a manifest, but never one beside the manifest of another file; the same command then finishes
-the renames.
+The manifest holds what a `.beton` cannot (class names, origin, checksum, skipped images). A conversion first writes the
+new sidecars beside the unfinished file under hidden names and removes the old ones. Then it renames the new `.beton`,
+the new sample table and last the new manifest. The renames are not one step, so a crash may leave a `.beton` without a
+manifest, but never beside the manifest of another file; the same command then finishes the renames.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ SCHEMA_VERSION = 1
 """Goes up when the meaning of a key changes; new keys alone leave it, since readers ignore keys they do not know."""
 _NAMES_SHOWN = 10
 ADVICE = "Check the free space and the permissions of its folder, or give another --out."
-"""Where a file of a conversion cannot be written."""
+"""The next step when a conversion cannot write a file."""
 CONVERTER_VERSION = 3
 """Goes up when the same source and options give other bytes than before."""
 
@@ -41,7 +40,7 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """A source image of which not all bytes were taken over, though its picture is whole."""
+    """A source image whose bytes were mended; its picture is whole."""
 
     name: str
     repairs: tuple[str, ...]
@@ -80,7 +79,7 @@ class Manifest:
     source_stat_sha256: str = ""
     """SHA-256 of the source files' sizes and modification times; see `data_prep.writing.resuming.pack_stat`."""
     resume_key: str = ""
-    """SHA-256 of all that decides the bytes but the source files, by which a finished conversion is known."""
+    """SHA-256 of everything but the source files that decides the bytes; it identifies a finished conversion."""
     sample_table_sha256: str = ""
     """SHA-256 of the sidecar `FILE.beton.samples`."""
     shard: tuple[int, int] | None = None
@@ -91,16 +90,16 @@ class Manifest:
     empty_classes: tuple[str, ...] = ()
     """Classes of which no image is left, since all of them were bad and `--on-bad skip` was given."""
     revision: str = ""
-    """Which state of a published data set it is, such as a commit of the hub; empty where none is known."""
+    """The version of a published data set, such as a commit of the hub; empty if unknown."""
     fingerprint: str = ""
-    """SHA-256 of the names, sizes and times of the files that the source's rows lie in; empty for folders of images,
-    whose files are told one by one, and for what lies in no file."""
+    """SHA-256 of the names, sizes and times of the files that hold the source's rows; empty for folders of images,
+    whose files are compared one by one, and for data that are in no file."""
     schema_version: int = SCHEMA_VERSION
     converter_version: int = CONVERTER_VERSION
 
 
 def emptied_line(manifest: Manifest) -> str:
-    """A sentence on the classes that skipping has emptied; nothing where none was."""
+    """A sentence on the classes that skipping has emptied; an empty string if there are none."""
     names = manifest.empty_classes
     if not names:
         return ""
@@ -111,11 +110,11 @@ def emptied_line(manifest: Manifest) -> str:
 
 
 def doubt_line(reasons: Mapping[str, int]) -> str:
-    """A sentence on images that an earlier converter took though they may be damaged; nothing where there are none."""
+    """A sentence on images that an earlier converter took though they may be damaged; empty if there are none."""
     count = reasons.get("extraneous", 0)
     return (
-        f"{count:,} images had bytes too many, which may be what is left of overwritten ones, and were taken all the "
-        "same by an earlier version of the converter. Remove the file and convert again to have damage named"
+        f"{count:,} images have surplus bytes, which may be remains of overwritten data; an earlier version of the "
+        "converter took them all the same. Remove the file and convert again to find damaged images"
         if count
         else ""
     )
@@ -152,11 +151,11 @@ def add_index_checksum(beton: Path, index_xxh3: str) -> None:
 
 
 def check_index(beton: Path, index_xxh3: str, manifest: Manifest) -> None:
-    """Raise `BetonError` if the index of `beton` has another checksum than its manifest tells."""
+    """Raise `BetonError` if the checksum of the index of `beton` is not the one in its manifest."""
     if manifest.index_xxh3 and manifest.index_xxh3 != index_xxh3:
         raise BetonError(
-            f"{beton}: its index (header, sizes, labels, addresses) is not the one that was written, by the checksum "
-            f"in {manifest_path(beton).name}. `python -m data_prep verify {beton}` names the samples. Copy the file "
+            f"{beton}: its index (header, sizes, labels, addresses) was changed: it does not have the checksum in "
+            f"{manifest_path(beton).name}. `python -m data_prep verify {beton}` names the samples. Copy the file "
             "again, or convert the source again."
         )
 

@@ -36,7 +36,7 @@ from data_prep.formats.beton import (
 from lowrank_vit.common.errors import BetonError
 
 MAX_SAMPLES = 1 << 32
-"""Of a set, in all of its parts: sample ids are drawn from 32 bits."""
+"""Most samples of a set, over all of its parts: sample ids have 32 bits."""
 COLUMNS = {
     "modes": np.dtype(np.uint8),
     "heights": np.dtype(np.int32),
@@ -45,14 +45,14 @@ COLUMNS = {
     "pointers": np.dtype(np.int64),
     "sizes": np.dtype(np.int64),
 }
-"""What `Tables` tells of each sample."""
+"""The columns of `Tables`, with a value for each sample."""
 _BLOCK = 1 << 14
 """Rows that are read and checked at a time: they stay in a core's cache."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a `.beton`'s header says, found to fit the file's size."""
+    """A `.beton`'s header, checked against the file's size."""
 
     path: Path
     head: bytes
@@ -64,13 +64,13 @@ class Layout:
 
     @property
     def first_page(self) -> int:
-        """Where samples may begin, bytes."""
+        """The byte at which samples may begin."""
         return align_to_page(METADATA_START + self.num_samples * SAMPLE.itemsize, self.page_size)
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What a `.beton` says of its N samples, in sample order; every pointer is known to lie inside the file."""
+    """The tables of a `.beton` with N samples, in sample order; every pointer is known to lie inside the file."""
 
     page_size: int
     file_bytes: int
@@ -91,7 +91,7 @@ class Tables:
 
 
 def empty_columns(num_samples: int) -> dict[str, np.ndarray]:
-    """Arrays of `COLUMNS` for so many samples, to be filled."""
+    """Uninitialised arrays of `COLUMNS` for `num_samples` samples."""
     return {name: np.empty(num_samples, dtype) for name, dtype in COLUMNS.items()}
 
 
@@ -106,9 +106,9 @@ def read_tables(path: str | os.PathLike[str], into: Mapping[str, np.ndarray] | N
     """Read and check header, fields, metadata and allocation table of an image + integer label `.beton`.
 
     The columns are filled into the arrays of `into` (as `empty_columns` makes them, for as many samples as the file
-    has), or into new ones. No sample is decoded. What a converter of ours writes, samples in the order of their
-    addresses, is checked in one pass over each table, a block at a time; only another order, as FFCV's own writer
-    leaves it, is sorted.
+    has), or into new ones. No sample is decoded. Our converters write samples in the order of their addresses, which is
+    checked in one pass over each table, a block at a time; only another order, as FFCV's own writer leaves it, is
+    sorted.
     Raises `BetonError`, which names the file and the next step, whatever the bytes are.
     """
     path = Path(path)
@@ -127,7 +127,7 @@ def read_tables(path: str | os.PathLike[str], into: Mapping[str, np.ndarray] | N
 
 @contextmanager
 def _reading(path: Path) -> Generator[FileIO]:
-    """The open file. Raises `BetonError` of what is no file, and of every `OSError` inside."""
+    """Open the file. Raises `BetonError` if it is not a regular file, and for every `OSError` inside the context."""
     try:
         if not path.is_file():
             what = "is a directory, not a .beton file" if path.is_dir() else "does not exist"
@@ -156,7 +156,7 @@ def _read_layout(path: Path, file: FileIO) -> Layout:
 def _blocks(
     layout: Layout, file: FileIO, start: int, dtype: np.dtype, digest: Any
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Read a table of one row a sample from `start` on; yield which samples, and their rows, which do not last."""
+    """Read a table with a row per sample from byte `start` on; yield which samples, and their rows, until the next."""
     buffer = memoryview(bytearray(_BLOCK * dtype.itemsize))
     file.seek(start)
     for first in range(0, layout.num_samples, _BLOCK):
@@ -173,7 +173,7 @@ def _blocks(
 
 
 def _read_rows(layout: Layout, file: FileIO, columns: dict[str, np.ndarray], digest: Any) -> bool:
-    """Fill all columns but the sizes; whether no row is wrong by itself."""
+    """Fill all columns but the sizes; return whether every row is valid by itself."""
     is_sound = True
     for rows, table in _blocks(layout, file, METADATA_START, SAMPLE, digest):
         modes, heights, widths, labels, pointers = (
@@ -181,7 +181,7 @@ def _read_rows(layout: Layout, file: FileIO, columns: dict[str, np.ndarray], dig
         )
         image = table["image"]
         modes[:], heights[:], widths[:], labels[:] = image["mode"], image["height"], image["width"], table["label"]
-        pointers[:] = image["data_ptr"].view(np.int64)  # what is below zero then is beyond every file
+        pointers[:] = image["data_ptr"].view(np.int64)  # a negative one is beyond every file
         is_sound &= bool(
             modes.max() <= max(MODE_JPEG, MODE_RAW)
             and heights.min() > 0
@@ -196,9 +196,9 @@ def _read_rows(layout: Layout, file: FileIO, columns: dict[str, np.ndarray], dig
 def _read_allocations(
     layout: Layout, file: FileIO, columns: dict[str, np.ndarray], digest: Any, *, is_sound: bool
 ) -> bool:
-    """Fill the sizes; whether the table is in the order of the samples, they in that of addresses, and nothing wrong.
+    """Fill the sizes; return whether all are valid, the table in sample order and the samples in address order.
 
-    `is_sound`: whether the rows are, without which nothing is compared.
+    `is_sound`: whether the rows are valid; if not, nothing is compared.
     """
     end_before, sample_before = 0, (0, 0)
     for rows, table in _blocks(layout, file, layout.table_start, ALLOCATION, digest):
@@ -215,7 +215,7 @@ def _read_allocations(
             continue
         ends = pointers + sizes
         is_free = pointers[1:] >= ends[:-1]
-        if not is_free.all():  # neighbours that have all their bytes in common are no error
+        if not is_free.all():  # neighbours that share all their bytes are valid
             is_free |= (pointers[1:] == pointers[:-1]) & (sizes[1:] == sizes[:-1])
         sample = int(pointers[0]), int(sizes[0])
         is_sound = bool(
@@ -259,7 +259,7 @@ def _check_header(path: Path, header: np.void, head: bytes, file_bytes: int) -> 
     if (
         not all(name.isascii() for name in stored_names(head)) or names[0] == names[1]
     ):  # FFCV tells the fields apart by them
-        raise BetonError(f"{path} has fields of the names {names[0]!r} and {names[1]!r}: it is damaged. {again}")
+        raise BetonError(f"{path} has fields named {names[0]!r} and {names[1]!r}: it is damaged. {again}")
     if table_start == 0:
         raise BetonError(f"{path} is unfinished: its writer was interrupted before the end. {again}")
     if not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):
@@ -277,7 +277,7 @@ def _check_header(path: Path, header: np.void, head: bytes, file_bytes: int) -> 
 
 
 def _sort_and_check(layout: Layout, file: FileIO, columns: dict[str, np.ndarray]) -> None:
-    """Put the sizes in the order of the samples and check all of them at once, which names the first that is wrong."""
+    """Sort the sizes by sample and check all samples at once; the error names the first one that is wrong."""
     path, num_samples, page_size = layout.path, layout.num_samples, layout.page_size
 
     def fail(bad: np.ndarray, what: str) -> None:
@@ -319,9 +319,8 @@ def _sort_and_check(layout: Layout, file: FileIO, columns: dict[str, np.ndarray]
 
 
 def check_count(path: Path, num_samples: int) -> None:
-    """Raise `BetonError` for a set, or a file, of more samples than ids are drawn for."""
+    """Raise `BetonError` for a set, or a file, with more samples than there are ids."""
     if num_samples > MAX_SAMPLES:
         raise BetonError(
-            f"{path} holds {num_samples:,} samples, more than the {MAX_SAMPLES:,} of which a set may consist. Divide "
-            "the set."
+            f"{path} holds {num_samples:,} samples, more than the {MAX_SAMPLES:,} that a set may have. Divide the set."
         )

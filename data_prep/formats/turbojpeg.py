@@ -29,12 +29,12 @@ _WARNING_CODE = 0
 
 
 class JpegDataError(ValueError):
-    """What libjpeg says of a JPEG's data."""
+    """libjpeg's error or warning about a JPEG's data."""
 
     def __init__(self, message: str, is_warning: bool) -> None:
         super().__init__(message)
         self.is_warning = is_warning
-        """libjpeg could go on, with grey or shifted blocks; a decoder that ignores warnings shows those."""
+        """libjpeg could continue, with grey or shifted blocks, which a decoder that ignores warnings shows."""
 
 
 def _empty(shape: tuple[int, int, int]) -> np.ndarray:
@@ -75,7 +75,7 @@ def _decompress(data: bytes, pixels: np.ndarray, colours: str, flags: int) -> No
 
 
 def check(data: bytes, width: int, height: int, colours: Literal["grey", "cmyk"] = "grey") -> None:
-    """Read all compressed data of a JPEG without a picture as the result. Raises `JpegDataError` at the first warning.
+    """Read all compressed data of a JPEG without making a picture. Raises `JpegDataError` at the first warning.
 
     Grey at an eighth of the size spares libjpeg nearly everything but the entropy decoding, where all damage shows. A
     JPEG of four components can be read as "cmyk" only.
@@ -85,7 +85,7 @@ def check(data: bytes, width: int, height: int, colours: Literal["grey", "cmyk"]
 
 
 def size_at(address: int, num_bytes: int) -> tuple[int, int]:
-    """Height and width in pixels of the JPEG that lies in memory there, as libturbojpeg reads them; zeros if it cannot.
+    """Height and width in pixels of the JPEG in memory at `address`, as libturbojpeg reads them; zeros if it cannot.
 
     Only the segments in front of the first scan are read, in about 5 us.
     """
@@ -151,7 +151,7 @@ def _last_error(handle: ctypes.c_void_p) -> JpegDataError:
 
 @contextmanager
 def _fresh(kind: str) -> Generator[ctypes.c_void_p]:
-    """A handle for one JPEG. An older one would lend it the tables of the JPEG before where it lacks its own."""
+    """A handle for one JPEG. A used one would decode a JPEG that lacks tables with those of the JPEG before."""
     handle = ctypes.c_void_p(getattr(_library(), kind)())
     try:
         yield handle
@@ -160,7 +160,7 @@ def _fresh(kind: str) -> Generator[ctypes.c_void_p]:
 
 
 class _Handles(threading.local):
-    """This thread's handles, where nothing is left of an earlier call: one serves one call at a time."""
+    """This thread's handles for calls that leave no state behind; a handle serves one call at a time."""
 
     def __init__(self) -> None:
         self.by_kind: dict[str, ctypes.c_void_p] = {}
@@ -183,7 +183,7 @@ def _handle(kind: str) -> ctypes.c_void_p:
 def identity() -> str:
     """The library's file name and the beginning of its SHA-256; it has no function that tells its version.
 
-    Raises `UserError` where it is missing, as all do that call it.
+    Raises `UserError` if the library is missing, as do all functions here that call it.
     """
 
     class SymbolInfo(ctypes.Structure):  # Dl_info of dladdr(3)
@@ -201,12 +201,12 @@ def identity() -> str:
 
 
 def address(name: str) -> int:
-    """Where a function of the library lies, for compiled code that calls it without Python."""
+    """The address of a function of the library, for compiled code that calls it without Python."""
     return ctypes.cast(getattr(_library(), name), ctypes.c_void_p).value or 0
 
 
 def load() -> None:
-    """Load the library. Raises `UserError` where it is missing."""
+    """Load the library. Raises `UserError` if it is missing."""
     _library()
 
 
@@ -239,6 +239,6 @@ def _load() -> ctypes.CDLL:
         for extension in Path(folder).glob("_libffcv*.so"):
             return ctypes.CDLL(str(extension))
     raise UserError(
-        "libturbojpeg is missing, which reads and writes JPEGs. Install it (Debian, Ubuntu: `apt-get install "
+        "libturbojpeg, which reads and writes JPEGs, is missing. Install it (Debian, Ubuntu: `apt-get install "
         "libturbojpeg0-dev`; conda: `conda install -c conda-forge libjpeg-turbo`), or run `make setup`."
     )

@@ -38,7 +38,7 @@ def cifar100(archive: Path, split: Literal["train", "val"]) -> Source:
 
     `archive` is cifar-100-python.tar.gz, cifar-100-binary.tar.gz (or .tar), their folder, or a directory that holds one
     of these. Samples are uint8 (32, 32, 3), labels the fine ones; both forms give the same source.
-    Raises `UserError`: nothing of that kind there, damaged, or a pickle that asks for more than arrays.
+    Raises `UserError` if there is no such archive, if it is damaged, or if a pickle asks for more than arrays.
     """
     read, form = _open(archive)
     damaged = _Damaged(archive)
@@ -63,7 +63,7 @@ def cifar100(archive: Path, split: Literal["train", "val"]) -> Source:
 def download(directory: Path) -> Path:
     """Fetch the official archive (169 MB) into `directory` unless it is there, check its MD5, return its path.
 
-    What lies there under its name is whole: it is fetched beside it. Raises `UserError`.
+    A file under that name is always whole, because it is fetched under another one. Raises `UserError`.
     """
     datasets = needs("torchvision.datasets", extra="", to="--download", instead="give --src")
     official, utils = datasets.CIFAR100, datasets.utils
@@ -234,7 +234,7 @@ def _unpickle(data: bytes, member: str, damaged: _Damaged) -> dict[str, Any]:
 
 
 def _coarse_of_fine(fine: np.ndarray, coarse: np.ndarray, names: Any, damaged: _Damaged) -> tuple[int, ...]:
-    """The coarse class of each fine one, which the labels of the samples must agree on."""
+    """The coarse class of each fine class; all samples of a fine class must have the same."""
     low, high = np.full(NUM_CLASSES, NUM_COARSE), np.full(NUM_CLASSES, -1)
     np.minimum.at(low, fine, coarse)
     np.maximum.at(high, fine, coarse)

@@ -1,9 +1,9 @@
-"""Folders of images listed once, in a file, so that each of many processes reads its own stretch instead of the tree.
+"""Folders of images listed once, in a file, so that each of many processes reads its own part instead of the tree.
 
 The file: a line `list of files, lowrank-vit 1`; for each image `LABEL SIZE NAME` and a NUL, in the order of the
 samples, the name relative to its folder and spelt as the file system does, the size in bytes or -1; a line of JSON, see
 `ListFile` and `ListedFolder`; a line with the length and the XXH3-64 of that JSON, sixteen hexadecimal digits each. The
-JSON has the end and the XXH3-64 of every block of a thousand images, so a reader of some checks these alone.
+JSON has the end and the XXH3-64 of every block of a thousand images, so a reader checks only the blocks it needs.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from lowrank_vit.common.files import whole_file, writing
 
 VERSION = 1
 LINES = 1000
-"""In a block."""
+"""Images in a block."""
 _MAGIC = b"list of files, lowrank-vit "
 _END = re.compile(rb"([0-9a-f]{16}) ([0-9a-f]{16})\n")
 _END_BYTES = 34
 _SIZES_AT_ONCE = 16
-"""Threads that ask for sizes: a network file system answers each slowly, and many at a time."""
+"""Threads that ask for sizes: a network file system answers slowly, but many requests at a time."""
 _AGAIN = "List the folder again: `python -m data_prep list DIR --out LIST`."
 
 
@@ -55,7 +55,7 @@ class ListedFolder:
     source: str
     """As the user gave it."""
     place: str
-    """Where it really is."""
+    """Its path with all links resolved."""
     classes: tuple[str, ...]
     counts: tuple[int, ...]
     """Images of each class."""
@@ -63,9 +63,9 @@ class ListedFolder:
     sha256: str
     """`file_list_sha256` of all its samples."""
     begin: int
-    """Where its first line begins in the file."""
+    """The byte in the file at which its first line begins."""
     blocks: tuple[tuple[int, str], ...]
-    """For each block where it ends, and its XXH3-64 in hexadecimal."""
+    """For each block the byte at which it ends, and its XXH3-64 in hexadecimal."""
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -73,14 +73,14 @@ class ListedFolder:
 
 @dataclass(frozen=True)
 class ListFile:
-    """What a list says of itself, read and checked; its lines are read when they are needed."""
+    """A list's header, read and checked; its lines are read when they are needed."""
 
     path: Path
     nested: Nested
     classes_file: str | None
     """As the user gave it to the listing."""
     classes_sha256: str
-    """`_digest` of the classes that it names; empty without one."""
+    """`_digest` of the classes that `classes_file` names; empty without such a file."""
     folders: tuple[ListedFolder, ...]
 
 
@@ -95,11 +95,11 @@ def write_list(
 ) -> tuple[ListedFolder, ...]:
     """List the classes and images below `root`, or below each of its splits, to the file `out`, whole or not at all.
 
-    `classes_file`, `nested`: see `image_folder`, which finds the same. Names in memory take their own bytes and one
-    more. Raises `UserError`: what `image_folder` raises, and `out` that cannot be written or lies below `root`.
+    `classes_file`, `nested`: see `image_folder`, which finds the same. A name takes its length and one byte of memory.
+    Raises `UserError` as `image_folder` does, and if `out` cannot be written or lies below `root`.
     """
     if root.exists() and out.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"--out {out} lies in {root}, which is listed: it would change by that. Give another place.")
+        raise UserError(f"--out {out} lies in {root}, which is listed and would change by that. Give another place.")
     folders = split_folders(root) if set(top_folders(root)) <= NO_CLASSES else {}
     listings = [list_folder(folder, classes_file, nested) for folder in folders.values() or (root,)]
     names = sorted(chosen_classes(classes_file)) if classes_file else []
@@ -163,7 +163,7 @@ def _digest(names: Sequence[str]) -> str:
 
 
 def read_list(path: Path) -> ListFile:
-    """What a list says of itself. Raises `UserError`: no list, of another version, cut off or changed."""
+    """The header of a list. Raises `UserError` if it is no list, of another version, cut off or changed."""
     try:
         with path.open("rb") as file:
             first = file.readline(len(_MAGIC) + 20)
@@ -172,8 +172,8 @@ def read_list(path: Path) -> ListFile:
             if first != b"%s%d\n" % (_MAGIC, VERSION):
                 version = first[len(_MAGIC) :].strip().decode("ascii", "replace")
                 raise UserError(
-                    f"--file-list {path} was written by another version of this program: its form is {version}, here "
-                    f"it is {VERSION}. {_AGAIN}"
+                    f"--file-list {path} was written by another version of this program: its format is {version}, "
+                    f"expected {VERSION}. {_AGAIN}"
                 )
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _END_BYTES))
@@ -214,12 +214,12 @@ def _refuse_changed(path: Path) -> NoReturn:
 
 
 class ListedFiles(Sequence[Sample]):
-    """Samples of a list, or a stretch of them, read in blocks as they are needed, by one thread at a time."""
+    """Samples of a list, or a part of them, read in blocks as they are needed, by one thread at a time."""
 
     def __init__(
         self, path: Path, folder: ListedFolder, stretch: range | None = None, labels: Sequence[int] | None = None
     ) -> None:
-        """`labels[label]` is to be the label in place of `label`."""
+        """`stretch`: which samples of the folder; `labels`: `labels[label]` replaces `label`."""
         self._path, self._folder, self._labels = path, folder, labels
         self._stretch = range(len(folder)) if stretch is None else stretch
         self._block: tuple[int, list[bytes]] = (-1, [])
@@ -229,7 +229,7 @@ class ListedFiles(Sequence[Sample]):
 
     @property
     def sha256(self) -> str:
-        """`file_list_sha256` where it is known without reading: of all samples with the labels that are listed."""
+        """`file_list_sha256` if it is known without reading: of all samples with their listed labels. Else empty."""
         return self._folder.sha256 if len(self) == len(self._folder) and self._labels is None else ""
 
     def relabelled(self, labels: Sequence[int]) -> ListedFiles:
@@ -239,7 +239,7 @@ class ListedFiles(Sequence[Sample]):
         return ListedFiles(self._path, self._folder, self._stretch, None if is_same else labels)
 
     def __getitem__(self, index: Any) -> Any:
-        """The `Sample` at `index`, or `ListedFiles` for a slice without steps. Raises `UserError` of a changed list."""
+        """The `Sample` at `index`, or `ListedFiles` for a slice without steps. Raises `UserError` if it changed."""
         if isinstance(index, slice):
             return ListedFiles(self._path, self._folder, self._stretch[index], self._labels)
         line = self._stretch[index]
@@ -258,7 +258,7 @@ class ListedFiles(Sequence[Sample]):
         return Sample(number, os.fsdecode(name), None, -1, int(size))
 
     def _lines(self, number: int) -> list[bytes]:
-        """Of a block, without their ends."""
+        """The lines of block `number`, without their NULs."""
         if self._block[0] != number:
             blocks = self._folder.blocks
             start, (end, code) = blocks[number - 1][0] if number else self._folder.begin, blocks[number]
@@ -275,7 +275,7 @@ class ListedFiles(Sequence[Sample]):
 
 @dataclass(frozen=True)
 class ListedSource(Source):
-    """A folder of images that is not looked at again: what a list has of it."""
+    """A folder of images as a list describes it; the folder itself is not read."""
 
     def _relabelled(self, labels: list[int]) -> Sequence[Sample]:
         assert isinstance(self.samples, ListedFiles)
@@ -283,7 +283,7 @@ class ListedSource(Source):
 
 
 def listed_source(files: ListFile, root: Path) -> ListedSource:
-    """`image_folder(root)` by a list. Raises `UserError` where the list is of other folders."""
+    """`image_folder(root)` from a list. Raises `UserError` if the list is of other folders."""
     place = str(root.resolve())
     folder = next((one for one in files.folders if one.place == place), None)
     if folder is None:
@@ -293,15 +293,17 @@ def listed_source(files: ListFile, root: Path) -> ListedSource:
             "`python -m data_prep list DIR --out LIST`."
         )
     if not root.is_dir():
-        raise UserError(f"--src {root} does not exist, or is no folder. --file-list {files.path} only names its files.")
+        raise UserError(
+            f"--src {root} does not exist or is not a folder. --file-list {files.path} only names its files."
+        )
     return ListedSource(str(root), folder.classes, ListedFiles(files.path, folder), remarks=folder.remarks)
 
 
 def refuse_other_options(files: ListFile, classes_file: Path | None, nested: Nested | None) -> None:
-    """Raise `UserError` where what is asked for is not how the list was made; None for what is not asked."""
+    """Raise `UserError` if an option differs from the one the list was made with; None if it is not given."""
     if nested is not None and nested != files.nested:
         raise UserError(
-            f"--nested-classes {nested} is not how --file-list {files.path} was made: by --nested-classes "
+            f"--nested-classes {nested} does not fit --file-list {files.path}, which was made with --nested-classes "
             f"{files.nested}. Leave the flag out, or list the folder again with it."
         )
     if classes_file is not None and _digest(sorted(chosen_classes(classes_file))) != files.classes_sha256:
@@ -313,7 +315,7 @@ def refuse_other_options(files: ListFile, classes_file: Path | None, nested: Nes
 
 
 def encode_listed(sample: Sample, root: Path, options: ImageOptions) -> EncodedImage:
-    """`encode_file`; of a file that is not what a list says `UnreadableImageError`, so that it is not skipped."""
+    """`encode_file`; raises `UnreadableImageError` if a file is not as listed, so that it is not skipped."""
     try:
         image = encode_file(sample, root, options)
     except BadImageError as error:
@@ -324,19 +326,19 @@ def encode_listed(sample: Sample, root: Path, options: ImageOptions) -> EncodedI
 
 
 def _refuse_another(sample: Sample, root: Path, size: int, error: BadImageError | None = None) -> None:
-    """Raise `UnreadableImageError` where the sample's file has not the `size` that was listed, if one was."""
+    """Raise `UnreadableImageError` if a size was listed for the sample's file and it is not `size`."""
     if sample.size in (-1, size):
         return
     why = f"has {size:,} bytes, {sample.size:,} when it was listed"
     if error and not (root / sample.name).exists():
-        why = "is not there any more, though the file list names it"
+        why = "no longer exists, though the file list names it"
     raise UnreadableImageError(sample.name, f"{why}: list the folder again") from error
 
 
 def file_stat(root: str, sample: Sample) -> tuple[int, int]:
     """Size in bytes and modification time in ns of a source file below `root`; zeros if it cannot be looked at."""
     try:
-        stat = os.stat(f"{root}/{sample.name}")  # noqa: PTH116  half the time of a `Path`, a million times over
+        stat = os.stat(f"{root}/{sample.name}")  # noqa: PTH116  `Path.stat` takes twice as long, for each of a million files
     except OSError:
         return 0, 0  # reading the file will say why
     return stat.st_size, stat.st_mtime_ns

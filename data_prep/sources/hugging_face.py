@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's `datasets`: of the hub, of local files, saved ones; from the disk or as a stream."""
+"""Data sets of Hugging Face's `datasets`: from the hub, local files or saved ones; read from disk or as a stream."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ EXTRA, _TO = "hfds", "Reading data sets of Hugging Face"
 _BLOCK = 64
 """Rows that a thread takes out of the table at a time."""
 _SAVED = ("dataset_dict.json", "state.json")
-"""What `save_to_disk` leaves: for several splits, and for one set."""
+"""Files that `save_to_disk` writes: for several splits, and for a single set."""
 _SLICE = re.compile(r"(-?[\d_]+%?)?:(-?[\d_]+%?)?\](\(\w+\))?")
-"""Behind a split's name and "["."""
+"""The rest of a slice after a split's name and "["."""
 
 
 def local_data(name: str, root: Path | None) -> Path | None:
-    """The file or folder that NAME is, here or below `root`; None for a name of the hub."""
+    """The file or folder at `name`, here or below `root`; None if there is none, as for names of the hub."""
     for path in (Path(name).expanduser(), *((root / name,) if root and name else ())):
         if name and path.exists():
             return path
@@ -53,9 +53,9 @@ def hugging_face(
 ) -> RowSource:
     """The rows of a split, read from `datasets`' copy on the disk (`root`, or its own cache).
 
-    NAME is one of the hub, a folder that `datasets.load_dataset` reads, one that `save_to_disk` wrote, or a .parquet or
-    .arrow file. `split` by timm's synonyms; where there is no other, `test` is the validation set. Images are not
-    decoded. `flag`: what names the split, for messages. Raises `UserError`.
+    `name` is one of the hub, a folder that `datasets.load_dataset` reads or `save_to_disk` wrote, or a .parquet or
+    .arrow file. `split` may be any of timm's synonyms; if there is no other, `test` is the validation set. Images are
+    not decoded. `flag`: the flag that names the split, for messages. Raises `UserError`.
     """
     datasets = _datasets()
     with _in_one_line(name, root):
@@ -64,7 +64,7 @@ def hugging_face(
 
 
 def is_table(dataset: Any) -> bool:
-    """Whether it is a `datasets.Dataset` whose items are its rows: a transform, or a derived class, may change them."""
+    """Whether `dataset` is a `datasets.Dataset` whose items are its rows, unchanged by a transform or a subclass."""
     kind = getattr(sys.modules.get("datasets"), "Dataset", None)
     is_one = kind is not None and isinstance(dataset, kind) and type(dataset).__getitem__ is kind.__getitem__
     return is_one and dataset.format["type"] != "custom"
@@ -96,7 +96,7 @@ def _of_table(found: _Found, name: str, columns: Columns, source: str = "") -> R
         read=table.read,
         bad=labels.bad,
         options=columns.options(),
-        fingerprint=found.fingerprint or str(dataset._fingerprint),  # the only name of a state of rows in no file
+        fingerprint=found.fingerprint or str(dataset._fingerprint),  # the only id of rows that are in no file
         revision=found.revision,
         stat=table.stat,
     )
@@ -114,7 +114,7 @@ def streamed(
 ) -> RowSource:
     """The rows of a split, read once from a stream into the file `spool_path`, which the caller removes in the end.
 
-    Labels are known, and their classes, only when all have been read. An interrupted reading is gone on with. See
+    Labels and classes are known only when all rows have been read. An interrupted reading is resumed. See
     `hugging_face` for the rest. Raises `UserError`.
     """
     datasets = _datasets()
@@ -129,7 +129,7 @@ def streamed(
         key = json.dumps([name, found.split, found.fingerprint, found.revision, columns.options()])
         spool = Spool(spool_path, key)
         if len(spool):
-            say(f"going on with the stream of {name} behind {len(spool):,} rows that an interrupted run has read")
+            say(f"resuming the stream of {name} after {len(spool):,} rows that an interrupted run has read")
         rows = dataset.select_columns([image, label])
         with spool:
             for item in rows.skip(len(spool)) if len(spool) else rows:
@@ -152,7 +152,7 @@ def streamed(
 
 
 def _keep(spool: Spool, value: Any, label: Any, base: Path | None) -> None:
-    """Put a row of a stream into the spool, with the file that it names."""
+    """Put a row of a stream into the spool; if its image is a file, with the file's content."""
     content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, value)
     error = ""
     if isinstance(path, bytes):
@@ -186,9 +186,9 @@ class _Found:
     dataset: Any
     split: str
     base: Path | None
-    """Where paths in the table are relative to."""
+    """The folder that paths in the table are relative to."""
     fingerprint: str
-    """Of local files."""
+    """`files_fingerprint` of local files; else empty."""
     revision: str
     remarks: tuple[str, ...]
 
@@ -226,20 +226,20 @@ def _load(
 
 
 def _first_word(split: Any) -> str:
-    """The split of a saved set without others, without a slice; "train" where it has none, as for `datasets`."""
+    """The split of a set that was saved alone, without its slice; "train" if it has none, as in `datasets`."""
     found = re.match(r"\w+", str(split or ""))
     return found[0] if found else "train"
 
 
 def _split_of(file: Path) -> str:
-    """The split of a single file by its name, as `datasets` finds it in a folder."""
+    """The split of a single file, from its name as `datasets` finds it in a folder."""
     words = re.split(r"[^a-z]+", file.stem.lower())
     names = (*SPLIT_NAMES["train"], *SPLIT_NAMES["val"], "test")
     return next((name for name in names if name in words), "train")
 
 
 def _of_saved(datasets: Any, splits: Mapping[str, Any], chosen: str) -> Any:
-    """The rows of one split, or of slices and sums as `load_dataset` has them ("train[:10%]+test")."""
+    """The rows of one split, or of slices and sums in `load_dataset`'s form ("train[:10%]+test")."""
     if chosen in splits:
         return splits[chosen]
     parts = datasets.ReadInstruction.from_spec(chosen).to_absolute({name: len(one) for name, one in splits.items()})
@@ -247,7 +247,7 @@ def _of_saved(datasets: Any, splits: Mapping[str, Any], chosen: str) -> Any:
 
 
 def _split(name: str, split: str, there: Sequence[str], flag: str) -> tuple[str, tuple[str, ...]]:
-    """The split that is meant, or the sum of splits, and what is remarkable about that. Raises `UserError`."""
+    """The name of the split, or of the sum of splits, that `split` means, and remarks on it. Raises `UserError`."""
     found = [_one_split(name, one.strip(), there, flag) for one in split.split("+")]
     return "+".join(chosen for chosen, _ in found), tuple(remark for _, remark in found if remark)
 
@@ -335,7 +335,7 @@ class _Table:
 
 
 def local_file(path: str, base: Path | None, name: str) -> Path:
-    """The file that a row names, relative to the folder of the table. Raises `BadImageError`."""
+    """The file `path` that a row names, relative to `base`, the table's folder. Raises `BadImageError`."""
     if re.match(r"\w+://", path):
         raise BadImageError(name, f"its image is not in the data but at {path}; download it first")
     if base is None and not os.path.isabs(path):  # noqa: PTH117  a string, no path
@@ -345,7 +345,7 @@ def local_file(path: str, base: Path | None, name: str) -> Path:
 
 @contextmanager
 def _in_one_line(name: str, root: Path | None) -> Generator[None]:
-    """What `datasets` and the hub raise, as a `UserError` that says what to do. Their retries are not logged."""
+    """Turn errors of `datasets` and the hub into a `UserError` with the next step. Retries are not logged."""
     loggers = [logging.getLogger(one) for one in ("huggingface_hub", "datasets")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -15,30 +15,30 @@ from data_prep.sources.samples import FileList, Source, abbreviated, imagenet1k,
 from lowrank_vit.common.errors import UserError
 
 Nested = Literal["leaf", "merge", "top"]
-"""Which folders are classes: those that hold images; the same, of equal names one class; those directly in the root."""
+"""Which folders are classes: all that hold images; the same, with equal names merged; those directly in the root."""
 TIMMS_SUFFIXES = (".jpeg", ".jpg", ".png")
-"""All that timm reads by default, in lower case."""
+"""The suffixes that timm reads by default, in lower case."""
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "eval", "evaluation"),
 }
-"""timm's synonyms; where a directory has several of them, the first one here is taken."""
+"""timm's synonyms; if a directory has several of them, the first one here is taken."""
 NO_CLASSES = {"test", *(name for names in SPLIT_NAMES.values() for name in names)}
-"""Folders of these names alone are splits, not classes."""
+"""A directory whose folders all have these names holds splits, not classes."""
 _IMAGENET_1K = {"train": 1_281_167, "val": 50_000}
 """Images of its splits."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The classes below a folder, and their images, which are told one by one."""
+    """The classes below a folder, and an iterator over their images."""
 
     root: Path
     classes: tuple[str, ...]
     count: int
     """Images of all classes."""
     files: Callable[[], Iterator[tuple[int, str]]]
-    """Label and name of each, in the order of the samples; from memory."""
+    """Yields label and name of each image, in sample order, without reading the folder again."""
     remarks: tuple[str, ...]
 
 
@@ -49,16 +49,15 @@ def image_folder(root: Path, classes_file: Path | None = None, nested: Nested = 
 
 
 def list_folder(root: Path, classes_file: Path | None = None, nested: Nested = "leaf") -> Listing:
-    """List the classes and images below `root`. Classes are in timm's order (`in_timms_order`), as it has the labels.
+    """List the classes and images below `root`. Classes, and so labels, are in timm's order (`in_timms_order`).
 
-    `nested` says which folders are classes. `leaf`, as in timm: each one that holds images, by its own name, at any
-    depth; two of one name are an error. `merge`: they are one class, which timm makes of them. `top`: the folders
-    directly in `root`, with all images below them.
+    `nested` says which folders are classes. `leaf`, as in timm: each folder that holds images, by its own name, at any
+    depth; two with the same name are an error. `merge`: they are one class, as timm would treat them. `top`: the
+    folders directly in `root`, with all images below them.
 
     `classes_file` keeps only the classes it names, one a line; labels still follow timm's order. Links to folders are
     followed. Names that start with a dot, and those of file servers and archives (`@eaDir`), are ignored unless
-    `classes_file` has them. What else is left out, and where timm would read the tree otherwise, is in the source's
-    `remarks`.
+    `classes_file` has them. `remarks` tell of other files left out, and where timm would read the tree differently.
     Raises `UserError` if a folder is missing, unreadable or empty, or a link leads nowhere.
     """
     wanted = chosen_classes(classes_file) if classes_file else None
@@ -70,7 +69,7 @@ def list_folder(root: Path, classes_file: Path | None = None, nested: Nested = "
             f"--src {root} holds {', '.join(present)}: these look like splits, not classes. Convert both in one "
             f"command by giving a directory as --out, or one of them with --src {root / present[0]}."
         )
-    only = wanted if wanted and wanted <= set(present) else None  # the others need not even be looked at
+    only = wanted if wanted and wanted <= set(present) else None  # then no other folder is visited
     tree = _Tree(root)
     tree.walk(only, wanted or set())
     folders_of = _classes(tree, nested)
@@ -90,7 +89,7 @@ def list_folder(root: Path, classes_file: Path | None = None, nested: Nested = "
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """{"train": folder, "val": folder} for the splits below `root`, by timm's synonyms; only those that are there.
+    """{"train": folder, "val": folder} for the splits that exist below `root`, by timm's synonyms.
 
     Raises `UserError` if `root` cannot be listed.
     """
@@ -105,11 +104,11 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 @dataclass
 class _Tree:
-    """What lies below a root; folders by their path from it, which is empty for the root itself."""
+    """The folders and images below a root; a folder's key is its path from the root, empty for the root itself."""
 
     root: Path
     images: dict[str, bytes] = field(default_factory=dict)
-    """Names of the images directly in each folder that holds some, in order, with a NUL behind each."""
+    """Names of the images directly in each folder that holds some, in order, each followed by a NUL."""
     suffixes: dict[str, set[str]] = field(default_factory=dict)
     """Suffixes of these images, in lower case."""
     below: dict[str, list[str]] = field(default_factory=dict)
@@ -122,7 +121,7 @@ class _Tree:
     """Links to a folder above them, with that folder."""
 
     def walk(self, only: set[str] | None, wanted: set[str]) -> None:
-        """Look at everything; `only`: of the folders directly in the root; `wanted` are classes whatever their name.
+        """Visit all folders; of those directly in the root only `only`. Names in `wanted` are never ignored.
 
         Raises `UserError`.
         """
@@ -130,7 +129,7 @@ class _Tree:
         self._visit("", (), only)
 
     def _visit(self, folder: str, above: tuple[str, ...], only: set[str] | None) -> bool:
-        """Whether it was looked at: a link back to a folder above would be walked for ever."""
+        """Visit a folder; return False for a link to a folder above it, which would never end."""
         path = f"{self.root}/{folder}" if folder else str(self.root)
         real = os.path.realpath(path)
         if real in above:
@@ -144,7 +143,7 @@ class _Tree:
                     dot = name.rfind(".")
                     suffix = name[dot:].lower() if dot > 0 else ""
                     is_image = suffix in self._suffixes and name[0] != "."
-                    if is_image and entry.is_file(follow_symlinks=False):  # nearly all, so it is asked for first
+                    if is_image and entry.is_file(follow_symlinks=False):  # nearly all entries, so tested first
                         images.append(name)
                         suffixes.add(suffix)
                     elif is_of_the_system(name) and name not in self._wanted:
@@ -172,11 +171,11 @@ class _Tree:
         return self.images.get(folder, b"").count(b"\0")
 
     def names(self, folder: str) -> list[str]:
-        """Of the images directly in a folder, in order."""
+        """The names of the images directly in a folder, in order."""
         return [os.fsdecode(name) for name in self.images[folder].split(b"\0")[:-1]]
 
     def doubtful(self) -> list[str]:
-        """Folders ignored by their name that hold images in a class's place: one may be a class. None is hidden."""
+        """Folders ignored by their name, but not hidden, that hold images where classes are: one may be a class."""
         places = [(one, one.rpartition("/")[0]) for one in self.system if _name(one)[0] != "."]
         return sorted(
             one for one, above in places if (not above or above not in self.images) and _any_image(self.root / one)
@@ -187,7 +186,7 @@ class _Tree:
         return folder in self.images or any(map(self.holds_images, self.below.get(folder, ())))
 
     def refuse_empty(self, wanted: set[str] | None, nested: Nested) -> None:
-        """Raise `UserError` for a folder in a class's place without an image; in an image's place it may be empty."""
+        """Raise `UserError` for a folder without images where classes are; beside images an empty folder is allowed."""
         for loop, above in self.loops.items():
             folder = loop.rpartition("/")[0]
             is_class = not folder or (folder not in self.images and nested != "top")
@@ -224,8 +223,8 @@ def _is_folder(entry: os.DirEntry[str], is_image: bool) -> bool:
     except FileNotFoundError:
         target = Path(entry.path).readlink()
         raise UserError(
-            f"{entry.path} is a link to {target}, which is not there. If it is a class, it would be missing; mend the "
-            "link or remove it."
+            f"{entry.path} is a link to {target}, which does not exist. If it is a class, it would be missing; mend "
+            "the link or remove it."
         ) from None
     except OSError as error:
         if is_image:  # reading it will say why
@@ -243,10 +242,10 @@ def _name(folder: str) -> str:
 
 
 def _classes(tree: _Tree, nested: Nested) -> dict[str, list[str]]:
-    """The folders with the images of each class, by its name. Raises `UserError` for two classes of one name."""
+    """The folders of each class, by the class's name. Raises `UserError` for two classes with the same name."""
     found: dict[str, list[str]] = defaultdict(list)
     for folder in sorted(tree.images):
-        if folder:  # images in the root itself are of no class
+        if folder:  # images in the root itself belong to no class
             found[folder.partition("/")[0] if nested == "top" else _name(folder)].append(folder)
     same = next((folders for folders in found.values() if nested == "leaf" and len(folders) > 1), None)
     if same:
@@ -254,7 +253,7 @@ def _classes(tree: _Tree, nested: Nested) -> dict[str, list[str]]:
         tops = abbreviated(_name(top) for top in tree.below[""] if tree.holds_images(top))
         raise UserError(
             f"{tree.root / first} and {tree.root / second} are both named {_name(first)}: a class is a folder that "
-            f"holds images, as in timm, which would take the two for one. Rename them, or say which is meant: "
+            f"holds images, as in timm, which would merge the two. Rename them, or choose: "
             f"--nested-classes merge makes one class of each name, --nested-classes top takes the folders in "
             f"{tree.root} ({tops}) with all images below them."
         )
@@ -274,12 +273,12 @@ def _remarks(tree: _Tree, folders_of: Mapping[str, list[str]], nested: Nested, *
     if is_chosen and inside:
         yield (
             f"warning: left out the images in {abbreviated(inside, 3)}: a folder that holds images is a class of its "
-            "own, which the list of classes does not name; --nested-classes top counts them to the class above"
+            "own, which the list of classes does not name; --nested-classes top adds them to the class above"
         )
     for tie in ties(folders_of):
         yield (
-            f"warning: the class folders {' and '.join(tie)} are equal in timm's order, so that their labels change "
-            "there from run to run; here they are in the order of their code points"
+            f"warning: timm's order does not distinguish the class folders {' and '.join(tie)}, so timm's labels of "
+            "them change from run to run; here they are in the order of their code points"
         )
     deep = [folders[0] for folders in folders_of.values() if "/" in folders[0]]
     if deep and nested != "top":
@@ -289,8 +288,8 @@ def _remarks(tree: _Tree, folders_of: Mapping[str, list[str]], nested: Nested, *
         )
     if loose := tree.num_images(""):
         yield (
-            f"warning: left out {loose:,} images directly in {root}, outside every class folder; timm makes a first "
-            "class of them, so that all its labels are one greater"
+            f"warning: left out {loose:,} images directly in {root}, outside every class folder; timm makes them its "
+            "first class, so all its other labels are greater by one"
         )
     odd = {name: set[str]().union(*map(tree.suffixes.__getitem__, folders)) for name, folders in folders_of.items()}
     unseen = [name for name, suffixes in odd.items() if suffixes.isdisjoint(TIMMS_SUFFIXES)]
@@ -302,20 +301,16 @@ def _remarks(tree: _Tree, folders_of: Mapping[str, list[str]], nested: Nested, *
         )
     counts = sorted(tree.others.items(), key=lambda item: (-item[1], item[0]))
     left_out = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in counts]
-    parts = (
-        [f"{tree.others.total():,} files that are no images by their suffix ({', '.join(left_out)})"]
-        if left_out
-        else []
-    )
+    parts = [f"{tree.others.total():,} files without an image suffix ({', '.join(left_out)})"] if left_out else []
     doubtful = [] if is_chosen else tree.doubtful()
     if doubtful:
         yield (
             f"warning: left out {abbreviated(doubtful, 3)} with images inside, since systems and file servers make "
-            "folders of such names; if it is a class, rename it or list the classes (`python -m data_prep imagefolder "
-            "--classes`)"
+            "folders with such names; if it is a class, rename it or list the classes (`python -m data_prep "
+            "imagefolder --classes`)"
         )
     if system := sorted(set(tree.system).difference(doubtful)):
-        parts.append(f"folders of the system ({abbreviated(system, 3)})")
+        parts.append(f"system folders ({abbreviated(system, 3)})")
     if tree.loops:
         parts.append(f"links to folders above them ({abbreviated(sorted(tree.loops), 3)})")
     if parts:
@@ -323,7 +318,7 @@ def _remarks(tree: _Tree, folders_of: Mapping[str, list[str]], nested: Nested, *
 
 
 def count_remarks(what: Path, split: str, classes: Sequence[str], num_images: int) -> Iterator[str]:
-    """A warning where a set of ImageNet-1k's classes has not its number of images; `split`: its name by timm."""
+    """A warning if a set with ImageNet-1k's classes has another number of images; `split`: its name in timm."""
     if tuple(classes) != imagenet1k():
         return
     known = next((name for name, names in SPLIT_NAMES.items() if split in names), None)
@@ -344,7 +339,7 @@ def _no_classes_message(root: Path) -> str:
 
 
 def top_folders(root: Path, wanted: Collection[str] = ()) -> list[str]:
-    """The folders directly in `root`; those of the system only where they are `wanted`. Raises `UserError`."""
+    """The folders directly in `root`; system folders only if they are `wanted`. Raises `UserError`."""
     try:
         with os.scandir(root) as entries:
             image = image_suffixes()
@@ -360,7 +355,7 @@ def top_folders(root: Path, wanted: Collection[str] = ()) -> list[str]:
 def chosen_classes(classes_file: Path) -> set[str]:
     """The names in a text file, one a line. Raises `UserError`."""
     try:
-        text = classes_file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # names of folders are any bytes
+        text = classes_file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # a folder's name is any bytes
     except OSError as error:
         raise UserError(f"--classes {classes_file} cannot be read: {error.strerror}. Give a text file.") from error
     names = {line.strip() for line in text.splitlines()} - {""}
@@ -378,7 +373,7 @@ def _choose(
         raise UserError(
             f"{tree.root / group}, which {classes_file} names, holds no image itself but folders with images "
             f"({abbreviated(map(_name, tree.below[group]))}): these are the classes, as in timm. Name them instead, "
-            "or say --nested-classes top to take the folders above them."
+            "or give --nested-classes top to take the folders above them."
         )
     if any("\udc80" <= character <= "\udcff" for name in missing for character in name):
         raise UserError(f"--classes {classes_file} is not UTF-8 text. Give one folder name a line.")

@@ -28,10 +28,11 @@ def python_dataset(dataset: Any, name: str = "", columns: Columns = NO_COLUMNS, 
     An item is a pair, or a longer tuple that begins with it, or a dict with the keys "image" and "label" (or those of
     `columns`). The picture is a PIL image, a path, an image file's bytes, a NumPy array uint8 (height, width[, 1, 3 or
     4]) or a torch tensor uint8 ([1, 3 or 4,] height, width). Every item is read twice, once for its label, and one at a
-    time. Nothing is taken past a `__getitem__` of the user's own. Where it is that of torchvision's ImageFolder (or
-    DatasetFolder), labels come from its list, and without a `transform` or another loader so do the files' own bytes;
-    that of torch's `Subset` and `ConcatDataset` is followed to the sets below. Class names are the object's `classes`,
-    else `class_to_idx`. `fingerprint` stands for the data's state, see `RowSource`. Raises `UserError`.
+    time. A `__getitem__` of the user's own is always called. For the `__getitem__` of torchvision's ImageFolder (or
+    DatasetFolder), labels come from its list, and without a `transform` or another loader pictures are the files' own
+    bytes; for that of torch's `Subset` and `ConcatDataset`, the sets below are read directly. Class names are the
+    object's `classes`, else `class_to_idx`. `fingerprint` stands for the data's state, see `RowSource`. Raises
+    `UserError`.
     """
     name = name or f"{type(dataset).__module__}.{type(dataset).__qualname__}"
     items = _Items(dataset, name, columns)
@@ -77,7 +78,7 @@ def made_by(factory: str) -> Any:
 
 
 def _reads_as(dataset: Any, module: str, name: str) -> bool:
-    """Whether items are those of the library's class: a `__getitem__` of a class derived from it may do anything."""
+    """Whether the library's own `__getitem__` makes the items; that of a derived class may do anything."""
     kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(dataset, kind) and type(dataset).__getitem__ is kind.__getitem__
 
@@ -96,7 +97,7 @@ def _lists_files(dataset: Any) -> bool:
 
 
 def _takes_files(dataset: Any) -> bool:
-    """Whether a picture is what the file holds."""
+    """Whether pictures are the files' content, unchanged."""
     if not _lists_files(dataset) or dataset.transform is not None:
         return False
     folder = sys.modules["torchvision.datasets.folder"]
@@ -131,7 +132,7 @@ class _Items:
             try:
                 leaf, index, number = _below(dataset, row)
             except (IndexError, TypeError, ValueError) as error:
-                raise UserError(f"{name}: item {row} is in none of the sets below it: {in_short(error)}.") from error
+                raise UserError(f"{name}: item {row} is in none of the joined sets: {in_short(error)}.") from error
             if id(leaf) not in places:
                 places[id(leaf)] = len(self._leaves)
                 self._leaves.append(_Leaf(leaf, _lists_files(leaf), _takes_files(leaf)))
@@ -146,17 +147,17 @@ class _Items:
 
     @property
     def are_files(self) -> bool:
-        """Whether every item's own bytes are taken."""
+        """Whether every item is stored from its file's own bytes."""
         return all(leaf.takes_files for leaf in self._leaves)
 
     def class_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The names that all sets agree on, else none; and what is remarkable where there are none."""
+        """The class names that all sets agree on, else none; and remarks, if there are none."""
         names = list(dict.fromkeys(_class_names(leaf.dataset, self._name, self._keys[1]) for leaf in self._leaves))
         if len(names) > 1:
             sets = "; ".join(abbreviated(some, 3) if some else "no names" for some in names[:3])
             return (), (
                 f"warning: {self._name} joins sets of different classes ({sets}{'; ...' if len(names) > 3 else ''}): "
-                "labels are their numbers, which must mean the same in all; --class-map gives names",
+                "labels are numbers, which must mean the same in all of them; --class-map gives names",
             )
         hidden = next(
             (inner for leaf in self._leaves if _has_names(inner := getattr(leaf.dataset, "dataset", None))), None
@@ -165,21 +166,21 @@ class _Items:
             return names[0], ()
         kind, inner = type(self._leaves[0].dataset).__qualname__, type(hidden).__qualname__
         return (), (
-            f"classes have no names: {kind}, with a __getitem__ of its own, need not have the labels of its {inner}. "
-            f"Where it has, give it `classes`, or say --class-map",
+            f"classes have no names: {kind} has its own __getitem__, so its labels may differ from those of its "
+            f"{inner}. If they do not, give it `classes`, or give --class-map",
         )
 
     def remarks(self) -> Iterator[str]:
-        """Where files are not taken as they are, though there are some."""
+        """A line for each torchvision class whose files are not stored as they are."""
         for kind in dict.fromkeys(type(leaf.dataset) for leaf in self._leaves if not leaf.takes_files):
             if any(base.__module__ == "torchvision.datasets.folder" for base in kind.__mro__):
                 yield (
-                    f"pictures of {kind.__qualname__} are stored decoded and encoded anew: its __getitem__, loader or "
+                    f"pictures of {kind.__qualname__} are decoded and encoded again: its __getitem__, loader or "
                     "transform may change them"
                 )
 
     def refuse_floats(self) -> None:
-        """Raise `UserError` where the first and the last picture are tensors of floats: all are, then."""
+        """Raise `UserError` if the first and the last picture are float tensors: then all of them are."""
         kinds: list[Any] = []
         for row in (0, len(self) - 1) if len(self) else ():
             if self._leaves[self._leaf_of[row]].takes_files:
@@ -192,11 +193,11 @@ class _Items:
         if kinds and all("float" in str(kind) for kind in kinds):
             raise UserError(
                 f"{self._name}: pictures are {str(kinds[0]).removeprefix('torch.')}, expected uint8 from 0 to 255. "
-                "Leave out transforms such as ToTensor and Normalize, or take PILToTensor: training normalises them."
+                "Leave out transforms such as ToTensor and Normalize, or use PILToTensor: training normalises them."
             )
 
     def labels(self) -> Iterator[Any]:
-        """The label of every item; None where it cannot be read."""
+        """The label of every item; None if its item cannot be read. Raises `UserError`."""
         for row in range(len(self)):
             try:
                 yield self._label(row)
@@ -240,7 +241,7 @@ class _Items:
         return Path(leaf.dataset.samples[self._at[row]][0]) if leaf.takes_files else None
 
     def row_name(self, row: int) -> str:
-        """What an item is called."""
+        """An item's name in the manifest and in messages."""
         path = self._path(row)
         return f"item {self._numbers[row]}" + (f" ({path.name})" if path else "")
 
@@ -263,7 +264,7 @@ class _Items:
 
 
 def _below(dataset: Any, row: int) -> tuple[Any, int, int]:
-    """The set that item `row` comes from in the end, its number there, and its number below the outer `Subset`s."""
+    """The innermost set of item `row`, its number there, and its number in the set inside the outer `Subset`s."""
     number = None
     while True:
         if _is_subset(dataset):

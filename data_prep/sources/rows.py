@@ -29,9 +29,9 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.terminal import one_line
 
 MOST_CLASSES = 1 << 16
-"""Labels without names are below this: a greater one is an id of something else, and a head of gigabytes."""
+"""Labels without names must be below this: a greater one is another kind of id, and would need a head of gigabytes."""
 SMALL = 64
-"""Pixels a side up to which decoded pictures are stored raw: a JPEG is hardly smaller, and has other pixels."""
+"""Pixels a side up to which decoded pictures are stored raw: a JPEG is hardly smaller, and changes pixels."""
 Picture = bytes | Path | np.ndarray | Image.Image | None
 """An image file's content, an image file, or a decoded picture: uint8 (height, width), (height, width, 1, 3 or 4)."""
 
@@ -45,7 +45,7 @@ class RowSource(Source):
     """Rows with a picture and a label each; `samples` is a `FileList` of rows."""
 
     read: Callable[[Sample], Picture] = field(kw_only=True)
-    """A row's picture, for any thread. Raises `BadImageError` where there is none."""
+    """Returns a row's picture; any thread may call it. Raises `BadImageError` if there is none."""
     bad: Mapping[int, str] = field(default_factory=dict[int, str], kw_only=True)
     """Rows that cannot be samples, and why; their label is -1."""
     options: Mapping[str, str] = field(default_factory=dict[str, str], kw_only=True)
@@ -55,9 +55,9 @@ class RowSource(Source):
     revision: str = field(default="", kw_only=True)
     """See `Manifest.revision`."""
     can_resume: bool = field(default=True, kw_only=True)
-    """Whether `fingerprint`, or `stat`, would tell that the rows have changed."""
+    """Whether `fingerprint` or `stat` changes when the rows change."""
     stat: Callable[[Sample], tuple[int, int]] = field(default=_no_stat, kw_only=True)
-    """Size in bytes and modification time in ns of a file that `read` names; zeros where it names none."""
+    """Size in bytes and modification time in ns of the file that `read` returns; zeros if it returns no path."""
     in_parts: str = field(default="", kw_only=True)
     """Why the source cannot be divided; empty where it can."""
 
@@ -66,17 +66,17 @@ class RowSource(Source):
         return self.samples.relabelled(labels)
 
     def encode(self, sample: Sample, options: ImageOptions) -> EncodedImage:
-        """A row as it is stored. Raises `BadImageError`."""
+        """The bytes to store for a row. Raises `BadImageError`."""
         if reason := self.bad.get(sample.row):
             raise BadImageError(sample.name, reason)
         image = encode_picture(self.read(sample), sample.name, options)
         if image.source_stat == (0, 0):
             return image
-        return replace(image, source_stat=self.stat(sample))  # which is compared later: not all sources know it
+        return replace(image, source_stat=self.stat(sample))  # compared on resuming; not every source has it
 
 
 def encode_picture(picture: Picture, name: str, options: ImageOptions) -> EncodedImage:
-    """Store a file's content as `encode_image` does, decoded pixels by their size (`SMALL`). Raises `BadImageError`."""
+    """Encode a file as `encode_image` does, decoded pixels raw if they are `SMALL`. Raises `BadImageError`."""
     if isinstance(picture, Path):
         try:
             return encode_image(picture, options)
@@ -107,7 +107,7 @@ def _encode_decoded(image: Image.Image, options: ImageOptions) -> EncodedImage:
         raise ValueError(f"{width} x {height} pixels; 1 to {MAX_PIXELS:,} can be stored")
     reason = "16-bit" if image.mode.startswith("I") else "palette" if image.mode in ("P", "PA") else "other"
     reason = "alpha" if reason == "other" and image.has_transparency_data else reason
-    pixels = np.asarray(upright_rgb(image.copy()))  # the caller's stays as it is
+    pixels = np.asarray(upright_rgb(image.copy()))  # a copy, since `upright_rgb` changes its argument
     is_small = max(image.size) <= min(SMALL, options.max_side)
     if is_small and not options.raw:
         return EncodedImage(*store_pixels(pixels, "raw", replace(options, lossless=True)))
@@ -144,10 +144,11 @@ def read_labels(
 ) -> Labels:
     """Labels and classes from the values of column `key`.
 
-    `names`: of labels that are numbers, in order. Else numbers are labels themselves, as in timm, with the classes "0",
-    "1" and so on; words are names of classes, which get their labels in timm's order. `class_map`: a text file with one
-    name a line, whose number, from 0, is the label (timm's --class-map); where the labels are bare numbers, the names
-    of those. Raises `UserError` where no row has a label, or where rows have several.
+    `names`: the class names, in order, of labels that are numbers. Without it numbers are labels themselves, as in
+    timm, with the classes "0", "1" and so on; words are names of classes, which get their labels in timm's order.
+    `class_map`: a text file with one name a line, whose line number, from 0, is the label (timm's --class-map); if the
+    labels are numbers without names, it gives their names. Raises `UserError` if no row has a label, or if rows have
+    several.
     """
     plain = [_plain(value) for value in values]
     bad = {row: value.why for row, value in enumerate(plain) if isinstance(value, _Bad)}
@@ -162,12 +163,12 @@ def read_labels(
         labels = [place.get(value, -1) if isinstance(value, str) else -1 for value in found]
         for row, value in enumerate(found):
             if value is not None and not isinstance(value, str):
-                bad[row] = f"{key} is the number {value}, those of other rows are names"
+                bad[row] = f"{key} is the number {value}, while other rows have names"
     else:
         classes, remarks = _of_numbers(found, bad, key, tuple(names) or mapped)
         labels = [value if row not in bad and isinstance(value, int) else -1 for row, value in enumerate(found)]
         if mapped and not names:
-            mapped = ()  # they are the names already
+            mapped = ()  # its lines are the class names already
     if not any(label >= 0 for label in labels):
         _refuse_unlabelled(source, key, bad)
     result = np.array(labels, np.intc)
@@ -199,7 +200,7 @@ def _plain(value: Any) -> int | str | _Bad:
     if isinstance(value, str):
         return value if value.strip() else _Bad("its label is empty")
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # what tables make of a column with gaps
+        value = int(value)  # tables turn integers with gaps into floats
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
@@ -223,8 +224,8 @@ def _refuse_several(plain: Sequence[int | str | _Bad], source: str, key: str) ->
         value = plain[row]
         assert isinstance(value, _Bad)
         raise UserError(
-            f"{source}: {key} of row {row:,} is no single label ({value.why}). Images are trained on with one label "
-            "each; name a column with one with --target-key."
+            f"{source}: {key} of row {row:,} is not a single label ({value.why}). Training needs one label for each "
+            "image; name a column of such labels with --target-key."
         )
 
 
@@ -259,14 +260,14 @@ def _of_numbers(
     if not empty:
         return classes, []
     return classes, [
-        f"warning: {key} has no row of {len(empty):,} of its {len(classes):,} numbers ({abbreviated(empty)}); numbers "
-        "are labels as they are, as in timm"
+        f"warning: {key} has no row for {len(empty):,} of its {len(classes):,} numbers ({abbreviated(empty)}); numbers "
+        "are used as labels unchanged, as in timm"
     ]
 
 
 def _class_map(path: Path) -> tuple[str, ...]:
     if path.suffix == ".pkl":
-        raise UserError(f"--class-map {path}: give a text file with the name of one class a line, in label order.")
+        raise UserError(f"--class-map {path}: give a text file with one class name a line, in label order.")
     try:
         names = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -281,7 +282,7 @@ def _class_map(path: Path) -> tuple[str, ...]:
 def _map(
     labels: np.ndarray, classes: tuple[str, ...], mapped: tuple[str, ...], bad: dict[int, str], key: str
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels by the lines of the class map; rows of other classes are bad."""
+    """Replace labels by line numbers of the class map; rows of classes that it does not name become bad."""
     known = set(mapped)
     table = [(positions([name], mapped) or [-1])[0] if name in known else -1 for name in classes]
     result = np.array([*table, -1], np.intc)[labels]
@@ -291,7 +292,7 @@ def _map(
 
 
 def read_at(path: Path, start: int, size: int, name: str) -> bytes:
-    """Bytes of a file, fewer at its end; opened for each, since there may be more shards than a process may have open.
+    """Bytes of a file, fewer at its end. It is opened each time: a process may not have all shards open at once.
 
     Raises `UnreadableImageError`; `name` is the image's.
     """
@@ -306,9 +307,9 @@ def read_at(path: Path, start: int, size: int, name: str) -> bytes:
 
 
 def files_fingerprint(root: Path, files: Iterable[Path] | None = None) -> str:
-    """Hexadecimal SHA-256 of the names below `root`, sizes and modification times of `files`, or of all below `root`.
+    """Hexadecimal SHA-256 of name (relative to `root`), size and modification time of `files`, or all below `root`.
 
-    Hidden files, and those of file servers, do not count. Raises `UserError` where one cannot be looked at.
+    Hidden files, and those of file servers, do not count. Raises `UserError` if a file cannot be examined.
     """
     digest = hashlib.sha256()
     for path in sorted(_walk(root)) if files is None else files:

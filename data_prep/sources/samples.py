@@ -1,4 +1,4 @@
-"""What can be converted: every source lists its classes and its samples, in orders that never change."""
+"""Sources of a conversion: every source lists its classes and its samples, in orders that never change."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from lowrank_vit.common.terminal import one_line
 
 
 def natural_key(name: str) -> list[int | str]:
-    """What timm sorts names by: in lower case, runs of digits as numbers (`timm.utils.misc.natural_key`)."""
+    """The key by which timm sorts names: in lower case, runs of digits as numbers (`timm.utils.misc.natural_key`)."""
     parts = re.split(r"(\d+)", name.lower())
     return [int(part) if n % 2 else part for n, part in enumerate(parts)]  # every other part is a run of digits
 
 
 def in_timms_order(names: Iterable[str]) -> list[str]:
-    """Names as timm gives them labels; those that are equal to it ("Dog" and "dog", "1" and "01") by code point."""
+    """Names in the order of timm's labels; names with equal keys ("Dog" and "dog", "1" and "01") by code point."""
     return sorted(names, key=lambda name: (natural_key(name), name))
 
 
 def ties(names: Iterable[str]) -> list[list[str]]:
-    """The names that timm's order does not tell apart."""
+    """Groups of names that timm's order does not distinguish."""
     alike: dict[tuple[int | str, ...], list[str]] = defaultdict(list)
     for name in in_timms_order(names):
         alike[tuple(natural_key(name))].append(name)
     return [group for group in alike.values() if len(group) > 1]
 
 
-TRUST = "If label N means the same in both all the same, say --trust-labels."
+TRUST = "If label N nevertheless means the same class in both, give --trust-labels."
 """The last sentence of messages about classes that cannot be compared."""
 
 
@@ -57,9 +57,9 @@ def abbreviated(names: Iterable[str], shown: int = 6) -> str:
 
 
 def positions(names: Sequence[str], among: Sequence[str]) -> list[int] | None:
-    """Where each name stands in another list; None where one is not there, or where a list names one twice.
+    """The position of each name in `among`; None if one is missing there, or if a list has a name twice.
 
-    Letters with accents may be written as one character or as two: file systems differ in that.
+    Accented letters may be one character or two, in which file systems differ; both count as the same.
     """
     plain, plain_among = ([unicodedata.normalize("NFC", name) for name in some] for some in (names, among))
     if len(set(plain)) < len(plain) or len(set(plain_among)) < len(plain_among):
@@ -71,7 +71,7 @@ def positions(names: Sequence[str], among: Sequence[str]) -> list[int] | None:
 
 
 def spelt_as(names: Iterable[str], among: Iterable[str]) -> set[str]:
-    """The names, each as `among` spells its accents (see `positions`) if it does so in one way only."""
+    """The names, each with accents as in `among` (see `positions`) if `among` spells it in one way only."""
     spellings: dict[str, set[str]] = defaultdict(set)
     for name in among:
         spellings[unicodedata.normalize("NFC", name)].add(name)
@@ -80,14 +80,14 @@ def spelt_as(names: Iterable[str], among: Iterable[str]) -> set[str]:
 
 
 def nearest(name: str, among: Iterable[str]) -> str:
-    """The name that may have been meant: the same but for its case, else one that looks like it; empty for none."""
+    """The name that may have been meant: the same but for its case, else a similar one; empty if there is none."""
     plain = {other.casefold(): other for other in among}
     close = difflib.get_close_matches(name.casefold(), plain, 1, 0.75)
     return plain[close[0]] if close else ""
 
 
 def differences(names: Sequence[str], of: str, others: Sequence[str], of_others: str) -> str:
-    """Two lists of classes side by side, for a message: both abbreviated, and what is in one of them alone."""
+    """Two lists of classes side by side, for a message: both abbreviated, and the names in only one of them."""
     text = f"{of}: {len(names):,} classes ({abbreviated(names)}); {of_others}: {len(others):,} ({abbreviated(others)})"
     for some, rest, which in ((names, set(others), "former"), (others, set(names), "latter")):
         if alone := [name for name in some if name not in rest]:
@@ -105,13 +105,13 @@ class Sample:
     label: int
     """Position of its class in the source's `classes`."""
     name: str
-    """Where it comes from, relative to the source, with forward slashes."""
+    """Its path relative to the source, with forward slashes, or another name for it."""
     pixels: np.ndarray | None = None
     """uint8 (height, width, 3) where the source holds pixels already, None where `name` is a file to read."""
     row: int = -1
     """Its number in a source that is read by number, see `rows.RowSource`; -1 elsewhere."""
     size: int = -1
-    """Of its file in bytes as a list has it, see `file_list`; -1 where that is not known."""
+    """Bytes of its file as a list tells them, see `file_list`; -1 if unknown."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,10 @@ class Source:
     samples: Sequence[Sample]
     superclasses: Superclasses | None = None
     remarks: tuple[str, ...] = ()
-    """What people should know about it, a line each: files left out, and where timm would read it otherwise."""
+    """Lines to print about the source: files left out, and differences from how timm would read it."""
 
     def with_classes(self, classes: tuple[str, ...]) -> Source | None:
-        """The same samples with the labels of `classes`, in the order of these; None if a class is not among them."""
+        """The same samples with labels by `classes`, in label order; None if a class is missing in `classes`."""
         if classes == self.classes:
             return self
         labels = positions(self.classes, classes)
@@ -146,10 +146,10 @@ class Source:
         return replace(self, classes=classes, samples=self._relabelled(labels))
 
     def _relabelled(self, labels: list[int]) -> Sequence[Sample]:
-        """The samples with `labels[label]` for each label, in the order of the new ones, as folders are listed."""
+        """The samples with `labels[label]` for each label, ordered by the new labels, as folders are listed."""
         samples: Iterable[tuple[int, str]] = ((labels[sample.label], sample.name) for sample in self.samples)
         if labels != sorted(labels):
-            samples = sorted(samples, key=lambda sample: sample[0])  # which keeps the order within a class
+            samples = sorted(samples, key=lambda sample: sample[0])  # stable: keeps the order within a class
         return FileList.pack(samples)
 
 
@@ -158,14 +158,14 @@ _UNPACKED = 4096
 
 
 class FileList(Sequence[Sample]):
-    """Samples to convert, packed: about 12 bytes each and its name, where a list of `Sample` takes 200 more."""
+    """Samples to convert, packed: about 12 bytes and the name for each; a list of `Sample` takes 200 bytes more."""
 
     def __init__(self, labels: np.ndarray, names: bytes, ends: np.ndarray, first_row: int | None = None) -> None:
         self._labels, self._names, self._ends, self._first_row = labels, names, ends, first_row
 
     @classmethod
     def pack(cls, files: Iterable[tuple[int, str]], first_row: int | None = None) -> FileList:
-        """Pack `(label, name)` pairs, in order; `first_row`: they are rows of a source, from this number on."""
+        """Pack `(label, name)` pairs, in order; `first_row`: the first one's row, if they are rows of a source."""
         labels, names, ends = array("i"), bytearray(), array("q")
         for label, name in files:
             labels.append(label)
@@ -208,7 +208,7 @@ class FileList(Sequence[Sample]):
 def file_list_sha256(samples: Iterable[Sample]) -> str:
     """Hexadecimal SHA-256 of every sample's `label`, a space, its name and a NUL, in order.
 
-    Samples may know it (`sha256`), as those of a list do.
+    `samples` may know it already (`sha256`), as `ListedFiles` do.
     """
     if known := getattr(samples, "sha256", ""):
         return known
@@ -219,7 +219,7 @@ def file_list_sha256(samples: Iterable[Sample]) -> str:
 
 
 def sample_line(label: int, name: bytes) -> bytes:
-    """What `file_list_sha256` is of, for one sample."""
+    """The bytes of one sample in `file_list_sha256`."""
     return b"%d %s\0" % (label, name)
 
 
@@ -229,7 +229,7 @@ def shard(samples: Sequence[Sample], index: int, count: int) -> Sequence[Sample]
 
 
 DIGITS = "scikit-learn digits ({split})"
-"""What their source is called."""
+"""Name of their source."""
 
 
 def digits(split: Literal["train", "val"]) -> Source:

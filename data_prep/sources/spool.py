@@ -1,7 +1,7 @@
 """Rows of a stream, kept on the disk until they are converted: their labels must be known before the first is written.
 
-The file holds the images' bytes one behind the other; FILE.rows has a line for each. A killed run's rows are believed
-as far as their bytes are there.
+The file holds the images' bytes one after the other; FILE.rows has a line for each. After a killed run, rows count as
+far as their bytes are there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Spool:
     """The rows so far; a context that appends to them."""
 
     def __init__(self, path: Path, key: str) -> None:
-        """Go on with the spool at `path` if it has this key, a line; else begin one. Raises `OSError`."""
+        """Resume the spool at `path` if its first line is `key`; else begin a new one. Raises `OSError`."""
         self._path, self._ends = path, array("q")
         self.labels: list[Any] = []
         self.paths: list[str | None] = []
@@ -55,7 +55,7 @@ class Spool:
         self._lines.close()
 
     def append(self, content: bytes, path: str | None, label: Any, error: str) -> None:
-        """Add a row: its image's bytes, the name of its file, its label, and what keeps it from having an image."""
+        """Add a row: its image's bytes, the name of its file, its label, and why it has no image (or "")."""
         self._data.write(content)
         self._note(len(content), xxhash.xxh3_64_intdigest(content), path, label, error)
         self._lines.write(self._line(len(self) - 1) + "\n")
@@ -83,7 +83,7 @@ class Spool:
         )
 
     def _take_over(self, key: str) -> None:
-        with suppress(OSError, ValueError, TypeError):  # a line that was cut off ends it
+        with suppress(OSError, ValueError, TypeError):  # stop at a line that was cut off
             there = self._path.stat().st_size
             first, *lines = rows_path(self._path).read_text().split("\n")
             for line in lines[:-1] if first == key else ():

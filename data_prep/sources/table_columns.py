@@ -16,21 +16,21 @@ IMAGE, LABEL = "image", "label"
 """timm's default columns."""
 
 _OF_AN_IMAGE = {"bytes": ("binary", "binary_view"), "path": ("string", "string_view")}
-"""Fields of a struct that is an image, and how the names of their types end: large_binary is one, too."""
+"""Fields of a struct that is an image, and the ends of their types' names (large_binary counts, too)."""
 _PLAIN = ("string", "binary", "string_view", "binary_view")
-"""How types of columns end whose values are paths or bytes."""
+"""Ends of the names of column types whose values are paths or bytes."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns and labels; names are the flags'."""
+    """The options that choose columns and labels, named like the flags."""
 
     input_key: str = ""
     target_key: str = ""
     class_map: Path | None = None
 
     def options(self) -> dict[str, str]:
-        """Those that are given, for the manifest; a class map by its content."""
+        """The options that are set, for the manifest; a class map as the fingerprint of its file."""
         given = {"input_key": self.input_key, "target_key": self.target_key}
         if self.class_map:
             given["class_map"] = files_fingerprint(self.class_map)
@@ -38,13 +38,13 @@ class Columns:
 
 
 NO_COLUMNS = Columns()
-"""Found by their names and kinds."""
+"""All columns are to be found by their names and kinds."""
 
 
 def holds_images(feature: Any) -> bool:
-    """Whether it is what `datasets` makes of images, or the same as pyarrow, pandas or Spark write it.
+    """Whether a column's type is `datasets`' image, or an image as pyarrow, pandas or Spark write it.
 
-    The latter is struct<bytes, path>, or one of the two, without the library's own mark in the table.
+    The latter is struct<bytes, path>, or one of the two, without `datasets`' own mark in the table.
     """
     if type(feature).__name__ == "Image":
         return True
@@ -56,7 +56,7 @@ def holds_images(feature: Any) -> bool:
 
 
 def image_column(name: str, features: Any, columns: Columns) -> str:
-    """The column of the images; of several kinds, see `holds_images`. Raises `UserError` where that is not clear."""
+    """The column of the images, see `holds_images`. Raises `UserError` if it is unclear which one that is."""
     images = [key for key, feature in features.items() if holds_images(feature)]
     key = columns.input_key or (IMAGE if IMAGE in features else images[0] if len(images) == 1 else "")
     if key not in features:
@@ -73,7 +73,7 @@ def image_column(name: str, features: Any, columns: Columns) -> str:
 
 
 def label_column(name: str, features: Any, columns: Columns, image: str) -> str:
-    """The column of the labels, beside `image`. Raises `UserError` where that is not clear, or there is none."""
+    """The column of the labels, beside `image`. Raises `UserError` if it is unclear which one, or there is none."""
     labels = [key for key, feature in features.items() if type(feature).__name__ == "ClassLabel"]
     key = columns.target_key or (LABEL if LABEL in features else labels[0] if len(labels) == 1 else "")
     if "," in key:
@@ -97,6 +97,6 @@ def _described(features: Any) -> str:
 
 
 def column_remarks(image: str, label: str, columns: Columns) -> Iterator[str]:
-    """What was found by itself, where it is not timm's default."""
+    """A line on the columns that were found, if they are not timm's defaults."""
     if (not columns.input_key and image != IMAGE) or (not columns.target_key and label != LABEL):
-        yield f"images are of column {image}, labels of column {label}"
+        yield f"images are from column {image}, labels from column {label}"

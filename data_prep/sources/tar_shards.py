@@ -1,4 +1,4 @@
-"""Shards of WebDataset: tar files whose members of one key are a sample, found by pattern and read by their offsets.
+"""WebDataset shards: tar files whose members with the same key are a sample, found by pattern and read by offset.
 
 Python's own `tarfile` reads them: it tells where each member's bytes lie, so that images are read in any order by any
 thread, and nothing needs the package webdataset.
@@ -28,14 +28,14 @@ from lowrank_vit.common.terminal import one_line
 INFO = ("_info.json", "info.json")
 """timm's description of the shards: {"splits": {NAME: {"filenames": [...], "num_samples": N}}}."""
 _LABEL = "label"
-"""The key of a sample's .json that is taken where there is no .cls."""
+"""The key of a sample's .json that is taken if there is no .cls."""
 _MOST_SHARDS = 1_000_000
 _END = 512
-"""Bytes of zeros that end a tar file, at least."""
+"""A tar file ends in at least this many zero bytes."""
 
 
 def is_pattern(split: str, *folders: Path) -> bool:
-    """Whether a split's name is a pattern of shards, as in timm, and no folder, here or below one of `folders`."""
+    """Whether a split's name is a pattern of shards, as in timm, and not a folder, here or below one of `folders`."""
     looks_like_one = ".tar" in split or re.search(r"\{[^{}]*\.\.", split)
     return bool(looks_like_one) and not any((folder / split).is_dir() for folder in folders or (Path(),))
 
@@ -43,7 +43,7 @@ def is_pattern(split: str, *folders: Path) -> bool:
 def expanded(pattern: str) -> list[str]:
     """`a-{000..002}.tar` -> a-000.tar, a-001.tar, a-002.tar; also {a,b}, several patterns joined by ::, and nesting.
 
-    Raises `UserError` for a range that is none.
+    Raises `UserError` for a malformed range.
     """
     if "::" in pattern:
         return [one for part in pattern.split("::") for one in expanded(part)]
@@ -54,14 +54,14 @@ def expanded(pattern: str) -> list[str]:
     if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
         first, last = map(int, bounds.groups())
         if abs(last - first) >= _MOST_SHARDS:
-            raise UserError(f"{pattern}: {{{inner}}} would be {abs(last - first) + 1:,} shards.")
+            raise UserError(f"{pattern}: {{{inner}}} would be {abs(last - first) + 1:,} shards. Check the range.")
         width = len(bounds[1]) if bounds[1].startswith("0") or len(bounds[1]) == len(bounds[2]) else 0
         step = 1 if last >= first else -1
         choices = [f"{n:0{width}d}" for n in range(first, last + step, step)]
     elif "," in inner:
         choices = inner.split(",")
     else:
-        raise UserError(f"{pattern}: {{{inner}}} is no range, such as {{000..146}}, and no list, such as {{a,b}}.")
+        raise UserError(f"{pattern}: {{{inner}}} is neither a range such as {{000..146}} nor a list such as {{a,b}}.")
     return [one for choice in choices for one in expanded(f"{before}{choice}{behind}")]
 
 
@@ -72,22 +72,22 @@ class Shards:
     files: tuple[Path, ...]
     split: str
     label_key: str = ""
-    """timm's `alt_label`: the key of the .json that is the label."""
+    """timm's `alt_label`: the key of the label in a sample's .json."""
     expected: int = 0
-    """How many samples there should be, where that is known."""
+    """The number of samples that `_info.json` or the pattern announces; 0 if unknown."""
     remarks: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
-        """`files_fingerprint` of the shards by their names alone, wherever they lie."""
+        """`files_fingerprint` of the shards, which does not depend on the folder they are in."""
         return files_fingerprint(self.files[0].parent, self.files)
 
 
 def find_shards(root: Path, split: str, flag: str = "--split") -> Shards:
     """The shards of a split below `root`, in order: by a pattern, by `_info.json`, else by the names of files.
 
-    A pattern may have a number of samples behind it, `...tar|50000`. Without one and without `_info.json`, they are
-    SPLIT/*.tar, or SPLIT*.tar and *-SPLIT-*.tar in `root`. Raises `UserError` also for shards that are missing.
+    A number of samples may follow a pattern, `...tar|50000`. Without a pattern and `_info.json`, the shards are
+    SPLIT/*.tar, or SPLIT*.tar and *-SPLIT-*.tar in `root`. Raises `UserError` also if shards are missing.
     """
     if is_pattern(split, root):
         return _by_pattern(root, split)
@@ -118,7 +118,7 @@ def find_shards(root: Path, split: str, flag: str = "--split") -> Shards:
             return Shards(files, name, remarks=(remark,) * test)
     there = sorted(path.name for path in root.glob("*.tar")) if root.is_dir() else []
     what = f"its shards are {abbreviated(there)}" if there else "there are no .tar files in it"
-    what = what if root.is_dir() else "it is no folder"
+    what = what if root.is_dir() else "it is not a folder"
     raise UserError(
         f"{root} has neither {INFO[0]} nor shards named {split}; {what}. Give a pattern with {flag}, such as "
         f"{flag} 'imagenet-{split}-{{000..146}}.tar'."
@@ -134,7 +134,7 @@ def _by_name(root: Path, name: str) -> tuple[Path, ...]:
 def _by_pattern(root: Path, split: str) -> Shards:
     pattern, _, count = split.partition("|")
     if count and not count.isdigit():
-        raise UserError(f"{split}: behind | stands the number of samples, not {count}.")
+        raise UserError(f"{split}: a number of samples must follow |, not {count}.")
     if "://" in pattern or pattern.startswith("pipe:"):
         raise UserError(
             f"{pattern} is not on a disk: shards are read at their offsets, by several threads. Download them first."
@@ -146,7 +146,7 @@ def _by_pattern(root: Path, split: str) -> Shards:
         elif found := sorted(path.relative_to(root).as_posix() for path in root.glob(one)):
             names += found
         else:
-            raise UserError(f"{root / one} fits no file. Check the pattern and the folder.")
+            raise UserError(f"{root / one} matches no file. Check the pattern and the folder.")
     info = _info(root) or {}
     splits: Any = info.get("splits") if isinstance(info.get("splits"), Mapping) else {}
     entry = next((one for one in splits.values() if set(names) <= set(one.get("filenames") or ())), {})
@@ -183,9 +183,10 @@ def _present(root: Path, names: Sequence[str], what: str) -> tuple[Path, ...]:
 def tar_shards(root: Path, split: str, columns: Columns, flag: str = "--split") -> RowSource:
     """The samples of a split's shards (`find_shards`), in the order of the shards and of the members in them.
 
-    A sample is what has one key: a member's name up to the first dot behind its folder. Its image is the only member
-    with an image's suffix, or that of `columns.input_key` (timm's "jpg;png;webp"); its label is its .cls, or the key
-    `columns.target_key` of its .json, else the key "label". Raises `UserError`, also for a shard that is cut off.
+    The members with the same key are a sample; the key is a member's name up to the first dot after its folder. The
+    image is the only member with an image suffix, or the one with `columns.input_key` (timm's "jpg;png;webp"). The
+    label is the key `columns.target_key` of the .json if that is given, else the .cls, else the key "label" of the
+    .json. Raises `UserError`, also for a shard that is cut off.
     """
     shards = find_shards(root, split, flag)
     listed = _Listed(columns.input_key, columns.target_key or shards.label_key)
@@ -221,13 +222,13 @@ def tar_shards(root: Path, split: str, columns: Columns, flag: str = "--split") 
 
 
 def source_name(root: Path, split: str) -> str:
-    """How a set is called in its manifest."""
+    """A set's name in its manifest."""
     return f"wds/{root / split}"
 
 
 @dataclass
 class _Listed:
-    """What the shards hold, a row a sample."""
+    """The content of the shards, with a row for each sample."""
 
     input_key: str
     label_key: str
@@ -238,7 +239,7 @@ class _Listed:
     offsets: array[int] = field(default_factory=lambda: array("q"))
     sizes: array[int] = field(default_factory=lambda: array("q"))
     _suffixes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    """How many samples have each."""
+    """How many samples have each suffix."""
     _two: dict[tuple[str, ...], str] = field(default_factory=dict)
     """Suffixes of several images in one sample, and the first such sample."""
     _json_keys: set[str] = field(default_factory=set)
@@ -253,7 +254,7 @@ class _Listed:
                     continue
                 parts = samples.setdefault(key, {})
                 if suffix in parts:
-                    raise UserError(f"{path}: {member.name} is there twice. Make the shard again.")
+                    raise UserError(f"{path} contains {member.name} twice. Make the shard again.")
                 parts[suffix] = member
             for key, parts in samples.items():
                 self._add_sample(number, f"{path.name}/{key}", parts, tar)
@@ -295,9 +296,9 @@ class _Listed:
         try:
             content = json.loads(_content(tar, parts["json"]))
         except ValueError as error:
-            raise ValueError(f"its .json is none: {error}") from error
+            raise ValueError(f"its .json is not valid JSON: {error}") from error
         if not isinstance(content, dict):
-            raise ValueError("its .json is no object, so it has no label")
+            raise ValueError("its .json is not an object, so it has no label")
         found: Any = content
         self._json_keys.update(map(str, found))
         for key in (self.label_key or _LABEL).split("/"):
@@ -307,7 +308,7 @@ class _Listed:
         return found
 
     def refuse_unclear(self, what: str) -> None:
-        """Raise `UserError` where the suffixes or keys are others than asked for."""
+        """Raise `UserError` if samples have several images, or none has an image or a label as asked for."""
         there = f"Files of a sample end in {abbreviated(sorted(self._suffixes), 12)}"
         if self._two:
             images, name = next(iter(self._two.items()))
@@ -327,7 +328,7 @@ class _Listed:
             )
 
     def remarks(self, files: Sequence[Path]) -> Iterator[str]:
-        """What is remarkable."""
+        """A warning if a key is in several shards."""
         keys: dict[str, int] = {}
         again: list[str] = []
         for name, shard in zip(self.names, self.shards, strict=True):
@@ -342,7 +343,7 @@ class _Listed:
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """Key and suffix as webdataset has them: the name up to the first dot behind its folder; the rest in lower case."""
+    """Key and suffix as in webdataset: the name up to the first dot after its folder; the rest in lower case."""
     folder, slash, plain = name.removeprefix("./").rpartition("/")
     key, _, suffix = plain.partition(".")
     return f"{folder}{slash}{key}", suffix.lower() if key else ""
@@ -362,10 +363,10 @@ def _opened(path: Path) -> tarfile.TarFile:
 
 
 def _members(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
-    """The members. Raises `UserError` where the file is cut off."""
+    """The members of a shard. Raises `UserError` if the file is cut off."""
     end = 0
     size = path.stat().st_size
-    cut = f"{path} is cut off: copy it again. Images behind the cut would be missing"
+    cut = f"{path} is cut off: copy it again. Images after the cut would be missing"
     try:
         for member in tar:
             end = member.offset_data + member.size
@@ -374,7 +375,7 @@ def _members(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
             yield member
     except tarfile.TarError as error:
         raise UserError(f"{cut} ({error}).") from error
-    if tar.offset + _END > size and end:  # nothing ends it: it was cut between two members
+    if tar.offset + _END > size and end:  # no end marker: it was cut between two members
         raise UserError(f"{cut} (nothing marks its end).")
 
 

@@ -1,4 +1,4 @@
-"""The list of images that cannot be converted: on the terminal, and where it is long in a file beside the output."""
+"""The list of images that cannot be converted: on the terminal, and if it is long in a file beside the output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowrank_vit.common.files import write_whole
 from lowrank_vit.common.terminal import one_line
 
 BAD_IMAGES_SHOWN, ALL_BAD_SHOWN = 40, 10
-"""A longer list goes into a file beside the output. Where nothing at all is good, a few names say as much as all."""
+"""A longer list goes into a file beside the output. If all images are bad, a few names say as much as all."""
 
 
 class BadImagesError(UserError):
@@ -27,7 +27,7 @@ class BadImagesError(UserError):
 
 
 def joined(errors: Sequence[BadImagesError]) -> BadImagesError:
-    """One error that says what all of them say, the same advice once."""
+    """One error with the lists of all; the same advice appears once."""
     said: list[str] = []
     for number, one in enumerate(errors):
         is_said_below = any(other.advice == one.advice for other in errors[number + 1 :])
@@ -40,12 +40,12 @@ def joined(errors: Sequence[BadImagesError]) -> BadImagesError:
 
 
 def bad_list_path(out: Path) -> Path:
-    """Where a long list of bad images lies: FILE.beton.bad.txt."""
+    """The file for a long list of bad images: FILE.beton.bad.txt."""
     return out.with_name(out.name + ".bad.txt")
 
 
 def bad_images_error(out: Path, bad: list[Skipped], unreadable: int, total: int) -> BadImagesError:
-    """What keeps `out`, of `total` images, from being written; `unreadable` of the bad ones cannot even be read."""
+    """The error when `bad` of `total` images keep `out` from being written; `unreadable` of them cannot be read."""
     is_all = len(bad) == total
     lines = [
         f"  {one_line(image.name)}: {one_line(image.reason)}"
@@ -69,9 +69,9 @@ def bad_images_error(out: Path, bad: list[Skipped], unreadable: int, total: int)
 
 
 def _whole_list(out: Path, bad: list[Skipped]) -> str:
-    """Write them to `bad_list_path` and say so; nothing where that cannot be written."""
+    """Write them to `bad_list_path` and return words that say so; empty if it cannot be written."""
     path = bad_list_path(out)
     with suppress(OSError):
         write_whole(path, "".join(f"{one_line(image.name)}\t{one_line(image.reason)}\n" for image in bad))
-        return f"; all of them, one a line with the reason behind a tab: {path}"
+        return f"; all of them, one a line with the reason after a tab: {path}"
     return ""

@@ -35,10 +35,10 @@ Encode = Callable[[Sample], EncodedImage]
 
 @dataclass(frozen=True)
 class Resume:
-    """What `write_beton` needs to go on with an interrupted run."""
+    """What `write_beton` needs to resume an interrupted run."""
 
     key: str
-    """64 hexadecimal digits for all that decides the output."""
+    """64 hexadecimal digits that stand for everything that decides the output."""
     source_stat: Callable[[Sample], tuple[int, int]]
     """A sample's size in bytes and modification time in ns now, to compare with `EncodedImage.source_stat`."""
 
@@ -61,7 +61,7 @@ class Written:
     """SHA-256 of all source files' sizes and modification times, see `pack_stat`."""
     repaired: tuple[Repaired, ...] = ()
     emptied: tuple[int, ...] = ()
-    """Labels all of whose samples were bad, ascending; -1 is none."""
+    """Labels of which all samples were bad, ascending, without -1."""
     resumed: int = 0
     """How many images an interrupted run had finished."""
 
@@ -80,15 +80,15 @@ def write_beton(
 ) -> Written:
     """Encode `samples` in order and write them to `out`, which appears, or is replaced, in one step at the end.
 
-    `encode` runs in `workers` threads. Where it raises `BadImageError` the image is left out (`on_bad="skip"`), or all
-    bad images are listed, at the end, and the file does not appear ("error"); unreadable files always end so. The
+    `encode` runs in `workers` threads. If it raises `BadImageError`, the image is left out (`on_bad="skip"`), or all
+    bad images are listed at the end and the file does not appear ("error", and always for unreadable files). The
     sidecars of an older `out` are removed, since they describe another file. With `resume` an interrupted run is
-    continued, and can be; without it nothing is kept. `before_rename` is told the result when all is on the disk but
-    the name. `progress` shows a bar on stderr if that is a terminal.
+    continued, and this one can be; without it nothing is kept. `before_rename` gets the result when everything is on
+    the disk and only the rename is left. `progress` shows a bar on stderr if that is a terminal.
 
-    Memory: tables of 50 bytes a sample, its name, three pages, and the encoded images that wait for their turn (48 a
-    worker); see `map_ordered`.
-    Raises `BadImagesError`, and `UserError`: an image larger than a page, a full disk, another process at the file.
+    Memory: 50 bytes of tables and the name for each sample, three pages, and the encoded images that wait for their
+    turn (48 for each worker); see `map_ordered`.
+    Raises `BadImagesError`, and `UserError` for an image larger than a page, a full disk, or a second writer.
     """
     report = partial(_encode_or_report, encode)
     with (
@@ -112,8 +112,8 @@ def write_beton(
             raise UserError(f"{out} would hold no images. Check the source.")
         file_bytes = beton.finish()
         bar.describe("checksum")
-        # Side by side: the disk finishes while the checksum is computed. A failing disk shows here, while an older
-        # output and its sidecars are still untouched.
+        # The disk finishes writing while the checksum is computed. A failing disk shows here, while an older output and
+        # its sidecars are still untouched.
         with ThreadPoolExecutor(1) as pool:
             on_disk = pool.submit(sync, partial_file.file.fileno())
             sha256 = sha256_of(partial_file.path, partial_file.pages.kept)
@@ -148,7 +148,7 @@ def _written(samples: Sequence[Sample], work: _Work, file_bytes: int, sha256: st
 
 @dataclass
 class _Work:
-    """What the loop over the samples updates."""
+    """State that the loop over the samples updates."""
 
     beton: _BetonFile
     bar: ConversionProgress
@@ -193,11 +193,11 @@ def _replay(
     work: _Work,
     workers: int,
 ) -> int:
-    """Take over what an interrupted run finished, as long as it is still true; return how many samples that is.
+    """Take over the samples that an interrupted run finished, up to the first that is no longer valid; return how many.
 
     Every sample's data are read back, in `workers` threads, and compared with their checksum, and its source file must
-    not have changed. Of the bad images those count that are still bad, and it does not matter if they have been
-    removed. Memory as for converting: what waits for its turn, see `map_ordered`.
+    not have changed. A bad image must still be bad, or have been removed. Memory as for converting: results that wait
+    for their turn, see `map_ordered`.
     """
     beton, count = work.beton, 0
     beton.replaying = True
@@ -220,18 +220,18 @@ def _replay(
 
 
 class _Finished(NamedTuple):
-    """A sample that an interrupted run has finished, if its record is still true."""
+    """A sample that an interrupted run has finished, if its record is still valid."""
 
     number: int
-    """Of its record."""
+    """Position of its record."""
     sample: Sample
     record: np.void
     pointer: int
-    """Where its data begin, if all before it stay."""
+    """The byte at which its data begin, if all samples before it stay."""
 
 
 def _finished(records: np.ndarray, samples: Sequence[Sample], beton: _BetonFile) -> Generator[_Finished]:
-    """The samples that have records, in order, up to the first that another has in its place, or none."""
+    """The samples that have records, in order, up to the first one whose record is of another sample or missing."""
     rest = iter(samples)
     sample = next(rest, None)
     start, used = beton.page_start, beton.page_used
@@ -253,7 +253,7 @@ def _finished(records: np.ndarray, samples: Sequence[Sample], beton: _BetonFile)
 def _as_recorded(
     beton: _BetonFile, report: Callable[[Sample], EncodedImage | BadImageError], resume: Resume, one: _Finished
 ) -> tuple[_Finished, EncodedImage | BadImageError | None]:
-    """What a record says, read back or found bad again; None where it is not true any more."""
+    """A record's image, read back or found bad again; None if the record is no longer valid."""
     sample, record = one.sample, one.record
     if record["outcome"] == BAD:
         image = report(sample)
@@ -279,11 +279,11 @@ def _encode_or_report(encode: Encode, sample: Sample) -> EncodedImage | BadImage
     except BadImageError as error:
         return error
     except MemoryError as error:
-        raise UserError(f"memory ran out at {sample.name}. Try again with fewer --workers.") from error
+        raise UserError(f"out of memory at {sample.name}. Try again with fewer --workers.") from error
 
 
 class _BetonFile:
-    """The growing file: samples go into pages, the tables into memory (46 bytes a sample), the header in last."""
+    """The growing file: samples go into pages, the tables stay in memory (46 bytes a sample), the header comes last."""
 
     def __init__(self, partial_file: PartialFile, capacity: int, page_size: int) -> None:
         self.partial_file, self.file, self.page_size = partial_file, partial_file.file, page_size
@@ -294,16 +294,16 @@ class _BetonFile:
         self.reasons = np.zeros(capacity, np.uint8)
         self.stored = np.zeros(capacity, bool)
         self.num_samples = self.num_seen = 0
-        self.index_xxh3 = ""  # known when it is finished
+        self.index_xxh3 = ""  # set by `finish`
         self.unwritten: list[tuple[int, ...]] = []
         """Journal records of the page in memory."""
         self.journaled = 0
-        """How many of them are in the journal already: those of a page that is written again, with more behind them."""
+        """How many of them are in the journal already: those of a page that is filled up and written again."""
         self.replaying = False
         """The pages are on the disk already."""
         self.page = partial_file.pages.empty_page(page_size)
         self.writing: deque[tuple[Future[None], np.ndarray]] = deque()
-        """Pages under way to the disk, and their journal records."""
+        """Pages that are being written, and their journal records."""
         self.page_used = 0
         self.page_start = layout.align_to_page(layout.METADATA_START + len(self.rows), page_size)
 
@@ -347,7 +347,7 @@ class _BetonFile:
         self.unwritten.append((*stored, *image.source_stat, name_hash(sample)))
 
     def _flush_page(self) -> None:
-        # Whole pages only, as FFCV writes them: its page cache reads whole ones.
+        # Whole pages only, as FFCV writes them: its page cache reads whole pages.
         self.page[self.page_used :] = bytes(self.page_size - self.page_used)
         if not self.replaying:
             written = self.partial_file.pages.write(self.page, self.page_start)
@@ -360,7 +360,7 @@ class _BetonFile:
         self.page_used = 0
 
     def note_pages(self, *, wait: bool) -> None:
-        """Note in the journal the pages that are on the disk, or `wait` for all. Raises `OSError`."""
+        """Add the pages that are written to the journal; `wait` for all. Raises `OSError`."""
         while self.writing and (wait or self.writing[0][0].done()):
             written, records = self.writing.popleft()
             written.result()

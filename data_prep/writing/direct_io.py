@@ -1,7 +1,7 @@
-"""Large files past the page cache, where the system can do that.
+"""Write and read large files past the page cache, where the system allows it.
 
-Through the cache every byte would be copied once more, into memory that something else needs; a file of many gigabytes
-is not read again before it has left the cache anyway. Where O_DIRECT is refused, the cache is used.
+The cache would copy every byte once more, into memory that something else needs, and a file of many gigabytes has left
+it anyway before it is read again. Where O_DIRECT is refused, the cache is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lowrank_vit.common.threads import beat
 
 READ_BYTES, READS_AHEAD = 1 << 22, 4
 PAGES_KEPT = 3
-"""Pages in memory, being written or kept: 24 MiB."""
+"""Pages in memory, being written or kept: 24 MiB of default pages."""
 
 
 class PageWriter:
@@ -36,7 +36,7 @@ class PageWriter:
         self._pages: deque[tuple[int, mmap.mmap, Future[None]]] = deque()
 
     def empty_page(self, size: int) -> mmap.mmap:
-        """Memory to fill, `size` bytes with any content. Raises `OSError` of the page that was in it."""
+        """Memory of `size` bytes to fill, with any content. Raises the `OSError` of the page that was in it before."""
         if len(self._pages) < PAGES_KEPT:
             return mmap.mmap(-1, size)
         _, page, written = self._pages.popleft()
@@ -84,7 +84,7 @@ class PageWriter:
 
 
 def sha256_of(path: Path, kept: Mapping[int, mmap.mmap] = MappingProxyType({})) -> str:
-    """Hexadecimal SHA-256 of a file; what is `kept` of it in memory, by offset, is not read. Raises `OSError`."""
+    """Hexadecimal SHA-256 of a file; pages `kept` in memory, by offset, are not read again. Raises `OSError`."""
     direct = open_past_cache(path, os.O_RDONLY)
     if direct is not None:
         try:
@@ -99,7 +99,7 @@ def sha256_of(path: Path, kept: Mapping[int, mmap.mmap] = MappingProxyType({})) 
 
 
 def _sha256_of(descriptor: int, file_bytes: int, kept: Mapping[int, mmap.mmap]) -> str:
-    """Several reads are under way at a time, since one alone does not keep a fast disk busy."""
+    """`sha256_of` with several reads at a time, since one alone does not keep a fast disk busy."""
     digest = hashlib.sha256()
     parts = _parts(file_bytes, kept)
     with ExitStack() as stack:
@@ -108,7 +108,7 @@ def _sha256_of(descriptor: int, file_bytes: int, kept: Mapping[int, mmap.mmap]) 
 
         def begin(buffer: mmap.mmap, part: tuple[int, int, mmap.mmap | None]) -> tuple[mmap.mmap, Any, int]:
             offset, size, page = part
-            # The end of the file does not end with a block, and a direct read asks for whole ones.
+            # The file need not end at a block's end, but a direct read asks for whole blocks.
             return page or buffer, None if page else pool.submit(os.preadv, descriptor, [buffer], offset), size
 
         reads = deque(begin(buffer, part) for buffer, part in zip(buffers, parts, strict=False))

@@ -1,9 +1,9 @@
-"""How a conversion goes on where an earlier one ended: in a file in the making, or with nothing left to do.
+"""Resume a conversion where an earlier one ended, or find that it is finished.
 
 Beside FILE lie `.FILE.partial` (its first pages) and `.FILE.partial.journal` (one record for each sample in these
-pages). A record is written after its data, and is believed later only if the data still have its checksum, so neither
-SIGKILL nor a power failure can bring anything wrong into the finished file. A conversion's last steps are its sidecars
-under hidden names and then renames; the same command finds them done, or ends them.
+pages). A record is written after its data, and counts later only if the data still have its checksum, so neither
+SIGKILL nor a power failure can bring wrong data into the finished file. A conversion ends by writing its sidecars under
+hidden names and renaming them; the same command finishes these steps if they were cut off.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ class PartialFile:
         return np.frombuffer(data[: len(data) // RECORD.itemsize * RECORD.itemsize], RECORD)
 
     def replace_records(self, records: np.ndarray) -> None:
-        """Forget all records but these, some of the present ones."""
+        """Keep only these records, a subset of the present ones."""
         self._journal.seek(_KEY_BYTES)
         self._journal.write(records.tobytes())
         self._journal.truncate()
         self._journal.flush()
 
     def add_records(self, records: np.ndarray) -> None:
-        """Note samples whose pages have been written."""
+        """Add the records of samples whose pages have been written."""
         self._journal.write(records.tobytes())
         self._journal.flush()
 
@@ -86,16 +86,16 @@ class PartialFile:
 def resumable(path: Path, key: str | None) -> Generator[PartialFile]:
     """Yield a partial file that takes `path`'s place at the end.
 
-    `key`, 64 hexadecimal digits, stands for all that decides the content; a partial file with another key is begun
-    anew. On an exception, Ctrl-C included, the partial file stays for the next run if it has records, and a note to the
-    exception says so; with the key None nothing stays. Either way `path` itself stays as it was.
-    Raises `UserError` for every `OSError` inside (full disk, no permission), and where another process is at it.
+    `key`, 64 hexadecimal digits, stands for everything that decides the content; a partial file with another key is
+    emptied. On an exception, Ctrl-C included, the partial file stays for the next run if it has records, and a note on
+    the exception says so; with the key None nothing stays. Either way `path` itself stays as it was.
+    Raises `UserError` for every `OSError` inside (full disk, no permission), and if another process writes the file.
     """
     target, partial, journal = _names(path)
     with writing(path, ADVICE):
-        if target.is_dir():  # otherwise only the rename at the very end would find out
+        if target.is_dir():  # otherwise only the rename at the very end would fail
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not target.parent.exists():  # where the parent is a file, opening says so and `mkdir` does not
+        if not target.parent.exists():  # if the parent is a file, `open` says so, unlike `mkdir`
             target.parent.mkdir(parents=True, exist_ok=True)
         with (
             _open_locked(partial, path) as file,
@@ -114,7 +114,7 @@ def resumable(path: Path, key: str | None) -> Generator[PartialFile]:
                 file.flush()
                 sync(file.fileno())
                 rename(partial, target)
-                journal.unlink(missing_ok=True)  # another start may have taken it for what a kill has left
+                journal.unlink(missing_ok=True)  # another process may have removed it as a leftover
             except BaseException as error:
                 _keep_or_remove(opened, key, partial, journal, error)
                 raise
@@ -122,7 +122,7 @@ def resumable(path: Path, key: str | None) -> Generator[PartialFile]:
 
 
 def _names(path: Path) -> tuple[Path, Path, Path]:
-    """The file that is written, its unfinished form and the journal of that."""
+    """The file to write, its partial file and the journal of that."""
     # Write through a link rather than replace it: a link to a bigger disk is there for a reason.
     target = path.resolve()
     partial = target.with_name(f".{target.name}.partial")
@@ -130,17 +130,17 @@ def _names(path: Path) -> tuple[Path, Path, Path]:
 
 
 def remove_left_of(out: Path) -> None:
-    """Remove what killed conversions to `out` have left, but what the same command goes on from."""
+    """Remove leftovers of killed conversions to `out`, except those that the same command resumes from."""
     target, partial, journal = _names(out)
     for folder in {out.parent, target.parent}:
         remove_leftovers(folder, out.name)
-    if not partial.exists():  # it has got its name, but the kill came before the journal went
+    if not partial.exists():  # the kill came after its rename, before the journal was removed
         with suppress(OSError):
             journal.unlink(missing_ok=True)
 
 
 def _open(path: Path) -> io.BufferedRandom:
-    # Not "w+b", which would empty it, nor `tempfile`, whose files only their owner can read whatever the umask.
+    # Not "w+b", which would empty the file, nor `tempfile`, whose files only the owner can read whatever the umask.
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
 
 
@@ -150,7 +150,7 @@ def _open_locked(partial: Path, path: Path) -> io.BufferedRandom:
         is_ours = try_flock(file.fileno())
         if is_ours is False:
             file.close()
-            raise UserError(f"another process is writing {path} at this moment. Wait for it, or give another --out.")
+            raise UserError(f"another process is writing {path} now. Wait for it, or give another --out.")
         # The other process may have renamed the file between our opening and locking it.
         if is_ours is None or (partial.exists() and os.path.samestat(os.fstat(file.fileno()), partial.stat())):
             return file
@@ -158,12 +158,12 @@ def _open_locked(partial: Path, path: Path) -> io.BufferedRandom:
 
 
 def _keep_or_remove(opened: PartialFile, key: str | None, partial: Path, journal: Path, error: BaseException) -> None:
-    with suppress(OSError):  # what went wrong is already on its way to the user
+    with suppress(OSError):  # `error` is already on its way to the user
         count = len(opened.records()) if key is not None else 0
         if count:
             error.add_note(
-                f"{count:,} images are finished and kept in {partial}; the same command goes on from there. "
-                "Remove that file if you do not want to."
+                f"{count:,} images are finished and kept in {partial}; the same command resumes from there. "
+                "Remove that file if you do not want that."
             )
         else:
             partial.unlink(missing_ok=True)
@@ -171,19 +171,19 @@ def _keep_or_remove(opened: PartialFile, key: str | None, partial: Path, journal
 
 
 def _pending(out: Path) -> tuple[Path, Path]:
-    """Where the sample table and the manifest wait."""
+    """The hidden names of the sample table and the manifest before their renames."""
     return out.with_name(f".{out.name}.partial.samples"), out.with_name(f".{out.name}.partial.json")
 
 
 def write_pending(out: Path, table: bytes, manifest: Manifest) -> None:
-    """Put both sidecars of `out` on the disk, not yet under their names. Raises `UserError`."""
+    """Write both sidecars of `out` to the disk under hidden names. Raises `UserError`."""
     table_path, manifest_file = _pending(out)
     write_sample_table(table_path, table)
     write_manifest(manifest_file, manifest)
 
 
 def rename_pending(out: Path) -> None:
-    """Give both sidecars their names, the manifest last. Raises `UserError`."""
+    """Rename both sidecars to their final names, the manifest last. Raises `UserError`."""
     table_path, manifest_file = _pending(out)
     try:
         rename(table_path, sample_table_path(out))
@@ -194,7 +194,7 @@ def rename_pending(out: Path) -> None:
 
 
 def is_cut_off(out: Path) -> bool:
-    """Whether a conversion to `out` was killed between its last renames, which the same command then ends."""
+    """Whether a conversion to `out` was killed before its last rename; the same command then finishes it."""
     return _pending(out)[1].exists()
 
 
@@ -208,8 +208,8 @@ def find_finished(
 ) -> Manifest | None:
     """The manifest of `out` if the same conversion of the same source files has finished it, else None.
 
-    `key`: of all that decides the bytes; `files`: `file_list_sha256` of `samples`. Sidecars whose renaming a crash has
-    prevented are renamed.
+    `key`: stands for everything that decides the bytes; `files`: `file_list_sha256` of `samples`. Sidecars that a crash
+    left under hidden names are renamed.
     """
     _recover(out, key)
     try:
@@ -225,10 +225,10 @@ def find_finished(
 def is_current(
     out: Path, manifest: Manifest, samples: Sequence[Sample], source_stat: Callable[[Sample], tuple[int, int]]
 ) -> bool:
-    """Whether `out` is whole and was made of just these source files as they are now.
+    """Whether `out` is whole and was made from exactly these source files as they are now.
 
-    Unlike `find_finished` it does not ask where the files lie, by which versions of libraries they were converted and
-    with which options. `manifest` is that of `out`.
+    Unlike `find_finished` it ignores where the files lie, the versions of the libraries that converted them, and the
+    options. `manifest` is that of `out`.
     """
     return (
         is_whole(out, manifest)
@@ -238,7 +238,7 @@ def is_current(
 
 
 def is_whole(out: Path, manifest: Manifest) -> bool:
-    """Whether `out` has the size, and its sample table the content, that its manifest tells."""
+    """Whether the size of `out` and the content of its sample table are those in its manifest."""
     try:
         table = sample_table_path(out).read_bytes()
         return out.stat().st_size == manifest.file_bytes and _sha256(table) == manifest.sample_table_sha256
@@ -247,7 +247,7 @@ def is_whole(out: Path, manifest: Manifest) -> bool:
 
 
 def pack_stat(stat: tuple[int, int]) -> bytes:
-    """A source file's size and modification time in ns; `Written.source_stat_sha256` is of all."""
+    """A source file's size and modification time in ns as bytes, which `Written.source_stat_sha256` hashes."""
     return struct.pack("<QQ", *stat)
 
 
@@ -264,7 +264,7 @@ def _recover(out: Path, key: str) -> None:
         return
     with suppress(OSError, UserError):
         manifest = read_manifest_file(manifest_file)
-        if manifest.resume_key != key or sha256_of(out) != manifest.sha256:  # a seldom case: there is time to make sure
+        if manifest.resume_key != key or sha256_of(out) != manifest.sha256:  # rare, so a full check is affordable
             return
         if table_path.exists():
             rename_pending(out)

@@ -1,8 +1,8 @@
-"""The way through many images: threads that keep their order, with bounded memory, and the bar on the terminal.
+"""Convert many images: threads that keep their order, with bounded memory, and the bar on the terminal.
 
 Threads rather than processes, because all the work is done in C with Python's lock released (reading, libturbojpeg,
-PIL's decoders and resize): no image is copied between processes, nothing needs to pickle, and there is no worker that
-could die alone and be waited for.
+PIL's decoders and resize): no image is copied between processes, nothing is pickled, and no worker can die alone while
+others wait for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 CHUNK = 16
 """Items given to a worker at once: enough to hide the hand-over, few enough to stop quickly."""
 CHUNKS_AHEAD = 3
-"""Chunks under way for each worker, which bounds the results that wait in memory for their turn."""
+"""Chunks in progress for each worker, which bounds the results that wait in memory for their turn."""
 
 
 def map_ordered(
@@ -62,7 +62,7 @@ def _run_chunk(function: Callable[[Item], Result], chunk: list[Item]) -> list[Re
 class ConversionProgress:
     """Images done, img/s, MB/s, time left and counts by reason, on stderr; nothing unless `enabled`.
 
-    Where stderr is no terminal, a line a minute.
+    If stderr is not a terminal, a line a minute.
     """
 
     def __init__(self, total: int, enabled: bool) -> None:
@@ -100,7 +100,7 @@ class ConversionProgress:
         self._display.update(self._task, advance=1, data_bytes=self._data_bytes)
 
     def describe(self, what: str) -> None:
-        """Name the step under way."""
+        """Name the current step."""
         self._display.update(self._task, description=what)
 
 

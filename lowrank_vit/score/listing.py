@@ -106,7 +106,7 @@ def _all(paths: Iterable[Path], note: Callable[[str], object]) -> Iterator[tuple
         if is_empty:
             raise UserError(f"--input {path} holds no image{f', only other files ({kinds})' if kinds else ''}.")
         if kinds:
-            note(f"{path}: left out {others.total():,} files that are no images by their suffix ({kinds})")
+            note(f"{path}: left out {others.total():,} files without an image suffix ({kinds})")
 
 
 def _below(folder: str, others: Counter[str]) -> Iterator[tuple[str, str]]:

@@ -202,7 +202,7 @@ def test_every_format_that_pillow_reads_by_itself(photos, weights, tmp_path, cap
     assert content["skipped"][str(tmp_path / "c.jpg")] == "cannot identify image file"
     assert "floating-point pixels have no defined white" in content["skipped"][str(tmp_path / "e.tiff")]
     said = capsys.readouterr().err
-    assert f"{tmp_path}: left out 2 files that are no images by their suffix (1 .eps, 1 .txt)" in said
+    assert f"{tmp_path}: left out 2 files without an image suffix (1 .eps, 1 .txt)" in said
 
 
 @pytest.mark.parametrize("out", ["/dev/null/x.csv", "{folder}"])

@@ -93,7 +93,7 @@ def test_a_changed_label_is_named(beton: Path) -> None:
 
 def test_damage_beside_the_samples_is_told_apart(beton: Path) -> None:
     flip(beton, 900)
-    with pytest.raises(BetonError, match=r"but no sample: the damage lies in its header"):
+    with pytest.raises(BetonError, match=r"but its samples are whole: the damage lies in its header"):
         verify(beton)
 
 

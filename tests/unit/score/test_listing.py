@@ -65,7 +65,7 @@ def test_the_order_is_that_of_sorting_all(tree, tmp_path, monkeypatch, at_once, 
         assert len(images) == len(found)
         assert images.batch(len(found)) == images.batch(len(found) + 5) == []
         assert images.digest == xxhash.xxh3_64_hexdigest(b"\0".join(map(os.fsencode, found)))
-    assert notes[0].startswith(f"{tree}: left out {others.total()} files that are no images by their suffix (")
+    assert notes[0].startswith(f"{tree}: left out {others.total()} files without an image suffix (")
 
 
 def test_a_folder_without_images_and_no_room_for_names_are_told(tree, tmp_path, monkeypatch):

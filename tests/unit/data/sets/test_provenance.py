@@ -105,4 +105,4 @@ def test_what_an_earlier_converter_took_for_whole_is_said(folder, tmp_path):
     old = replace(read_manifest(beton), converter_version=2, reasons={"passthrough": 22, "extraneous": 2})
     write_manifest(manifest_path(beton), old)
     (line, _) = remarks(Beton(beton), 224, 0.875)
-    assert line.startswith("old.beton: 2 images had bytes too many")
+    assert line.startswith("old.beton: 2 images have surplus bytes")

@@ -130,7 +130,7 @@ def test_flags_of_rows_are_not_for_folders(tmp_path):
     assert "--target-key is for --dataset hfds/, hfids/ and wds/" in refused(
         DataOptions(data_dir=tmp_path, target_key="label")
     )
-    assert "needs a name behind it" in refused(DataOptions("hfds/"))
+    assert "needs a name after it" in refused(DataOptions("hfds/"))
 
 
 def test_a_name_of_the_hub_is_asked_for_once(pairs, tmp_path, monkeypatch):

@@ -190,7 +190,7 @@ def test_a_long_list_goes_into_a_file(tmp_path: Path) -> None:
         convert_image_folder(tmp_path / "src", out, workers=1)
     assert str(caught.value).count("ant/bad") == 40
     whole = out.with_name("a.beton.bad.txt")
-    assert f"... and 20 more; all of them, one a line with the reason behind a tab: {whole}\n" in str(caught.value)
+    assert f"... and 20 more; all of them, one a line with the reason after a tab: {whole}\n" in str(caught.value)
     lines = [line.split("\t") for line in whole.read_text().splitlines()]
     assert lines == [[f"ant/bad {n:02}.jpg", "not an image in a known format"] for n in range(60)]
     manifest = convert_image_folder(tmp_path / "src", out, workers=1, on_bad="skip").manifest

@@ -181,7 +181,7 @@ def test_a_list_that_was_changed_or_cut_off_is_refused(folder, listed):
 
 def test_a_list_of_another_version_says_so(folder, listed):
     listed.write_bytes(listed.read_bytes().replace(b"lowrank-vit 1\n", b"lowrank-vit 2\n", 1))
-    with pytest.raises(UserError, match="another version of this program: its form is 2, here it is 1"):
+    with pytest.raises(UserError, match="another version of this program: its format is 2, expected 1"):
         read_list(listed)
 
 
@@ -194,7 +194,7 @@ def test_files_that_changed_since_are_named(folder, listed, tmp_path, on_bad):
     with pytest.raises(UserError, match=r"^3 of 22 images cannot be converted") as caught:
         convert_image_folder(folder, tmp_path / "x.beton", file_list=listed, on_bad=on_bad)
     said = str(caught.value)
-    assert re.search(r"9/a b\.jpg: is not there any more, though the file list names it: list the folder again", said)
+    assert re.search(r"9/a b\.jpg: no longer exists, though the file list names it: list the folder again", said)
     for name in ("a b", "-"):
         assert re.search(rf"10/{name}\.jpg: has [\d,]+ bytes, [\d,]+ when it was listed: list the folder again", said)
 

@@ -257,7 +257,7 @@ def test_the_only_columns_of_their_kind_are_found(pairs, tmp_path):
     rows = table(pairs).rename_columns({"image": "img", "label": "kind"})
     found = convert_dataset(rows, tmp_path / "x.beton", say=said)
     assert found.manifest.num_samples == 24
-    assert said.about("images are of column img, labels of column kind")
+    assert said.about("images are from column img, labels from column kind")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -271,7 +271,7 @@ def test_no_labels_no_rows_no_split(pairs, tmp_path, kind):
     with pytest.raises(UserError, match=r"has no split trian; there are train, validation. Did you mean train\?"):
         convert(data, "trian", kind)
     several = datasets.Dataset.from_dict({"image": [b"x"], "label": [[0, 1]]})
-    with pytest.raises(UserError, match="label of row 0 is no single label"):
+    with pytest.raises(UserError, match="label of row 0 is not a single label"):
         convert_dataset(several, tmp_path / "x.beton")
 
 
@@ -315,7 +315,7 @@ def test_a_stream_that_is_cut_off_is_gone_on_with(pairs, tmp_path, monkeypatch):
     read.append(1)
     said = Said()
     found = convert(data, kind="hfids", out=out, say=said)
-    assert said.about("behind 10 rows that an interrupted run has read")
+    assert said.about("after 10 rows that an interrupted run has read")
     assert found.manifest.sha256 == convert(data, out=tmp_path / "other.beton").manifest.sha256
 
 
@@ -361,7 +361,7 @@ def test_names_and_splits(tmp_path):
     assert without_prefix("hfids/a/b", both, tmp_path) == "a/b"
     assert without_prefix("hfds/a:b", both, tmp_path) == "hfds/a:b"
     assert without_prefix("hfds/mine:train[:5]", both, tmp_path / "hfds") == "mine:train[:5]"
-    with pytest.raises(UserError, match="needs a name behind it"):
+    with pytest.raises(UserError, match="needs a name after it"):
         parse_name("hfds", "", None)
     with pytest.raises(UserError, match="holds no data files"):
         convert(tmp_path / "mine")

@@ -154,7 +154,7 @@ def test_names_of_joined_and_wrapped_sets_are_kept_or_missed_aloud(tmp_path):
     assert "classes have no names: Seen" in python_dataset(wrapped).remarks[0]
     vars(wrapped)["classes"] = folder.classes
     assert (python_dataset(wrapped).classes, python_dataset(wrapped).remarks) == (("flower", "temple"), ())
-    assert "pictures of Grey are stored decoded" in python_dataset(Grey(str(tmp_path / "f"))).remarks[0]
+    assert "pictures of Grey are decoded" in python_dataset(Grey(str(tmp_path / "f"))).remarks[0]
     with pytest.raises(UserError, match="the label of item 1 cannot be read"):
         python_dataset(Subset(folder, [0, 99]))
 
@@ -232,7 +232,7 @@ def test_bad_items_are_listed_or_left_out(tmp_path):
         ([pixels(0)], "item 0 is of the kind ndarray, expected a pair"),
         (iter([]), "has no length"),
         ([], "has no rows"),
-        ([(pixels(0), [0, 1])], "is no single label"),
+        ([(pixels(0), [0, 1])], "is not a single label"),
         ({"train": []}, "a dict of data sets"),
     ],
 )

@@ -49,12 +49,12 @@ def test_a_value_that_is_no_label_is_told_with_its_row(value, why):
 
 def test_an_id_is_no_label_and_words_do_not_mix_with_numbers():
     assert "below 65,536" in labels([0, 1_000_000])[2][1]
-    assert labels(["a", 3])[2] == {1: "label is the number 3, those of other rows are names"}
+    assert labels(["a", 3])[2] == {1: "label is the number 3, while other rows have names"}
 
 
 @pytest.mark.parametrize("value", [[0, 1], (1, 2), {"a": 1}, {"a": 1, "b": 2}, np.array([0.0, 1.0])])
 def test_several_labels_a_row_are_refused(value):
-    with pytest.raises(UserError, match="label of row 1 is no single label"):
+    with pytest.raises(UserError, match="label of row 1 is not a single label"):
         labels([0, value])
 
 

@@ -204,7 +204,7 @@ def test_folders_are_no_patterns_and_may_have_the_prefixs_name(pairs, tmp_path, 
     assert "wclz has neither" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["wds", "../wcls.tar.d", "--out", "out"])
-    assert "wcls.tar.d is no folder" in capsys.readouterr().err
+    assert "wcls.tar.d is not a folder" in capsys.readouterr().err
 
 
 def test_names_are_timms(tmp_path):
