@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from lowrank_vit.spectral.watching.refresh import SpectralSettings
     from lowrank_vit.spectral.watching.stored import open_spectra
 
-# OpenMP's threads spin while they wait for one another, which halts training on a CPU whose cores have anything else to
-# do (measured: up to 20 times slower). libgomp itself spins only this often where it knows of more threads than cores;
-# of other programs' threads it does not know. It reads this when torch is imported, so it stands here.
+# OpenMP's threads spin while they wait for one another, which slows training down on a CPU whose cores have other work
+# (measured: up to 20 times). libgomp itself spins only this often if it has more threads than cores, but it does not
+# know other programs' threads. It reads this variable when torch is imported, so it is set here.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-# What is imported for a command takes seconds, in which the reader of its output may go.
+# A command's imports take seconds, in which the reader of its output may go away.
 if _is_command:
     from lowrank_vit.common.terminal import begin_program
 

@@ -12,7 +12,7 @@ from lowrank_vit.common.program import COMMANDS
 
 
 def run(argv: list[str]) -> None:
-    """Hand `argv` on to the command it begins with; print the commands without one. Raises `UserError`."""
+    """Run the command that `argv` begins with; without one, list the commands. Raises `UserError`."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: lowrank-vit COMMAND ...   (COMMAND --help tells more)\n")
         for name, (_, description) in COMMANDS.items():

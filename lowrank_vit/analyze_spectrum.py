@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from lowrank_vit.spectral.analyze import Analysis
     from lowrank_vit.spectral.measures.circuits import BlockCircuits
 
-# What needs torch is imported where it is used: a wrong option is told before that.
+# Modules that load torch are imported where they are used, so that a wrong option is reported before.
 NONE = "(default: none)"
-"""Of options without a value of their own."""
+"""Shown for options without a default."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,8 @@ def _solve(options: Options, state: dict[str, Tensor], meta: dict[str, Any]) -> 
     weights, fused = choose_weights(state, targets, matrices.split_qkv, device, meta["model"])
     if unknown := [name for name in weights if is_named_qkv(name) and name not in fused]:
         say(
-            f"note: that the rows of {unknown[0]} are Q, K and V, a third each, is not known of {meta['model']}: it is "
-            "compared with noise as one matrix."
+            f"note: it is not known whether the rows of {unknown[0]} in {meta['model']} are Q, K and V, a third each: "
+            "it is compared with noise as one matrix."
         )
     threads = available_cores()
     settings = SpectralSettings(matrices.topk, matrices.interval, solving.solver, solving.svd_on_cpu, threads)
@@ -214,7 +214,7 @@ def _solve(options: Options, state: dict[str, Tensor], meta: dict[str, Any]) -> 
 def _circuits(
     options: Options, state: dict[str, Tensor], name: str, made_with: dict[str, Any]
 ) -> dict[str, BlockCircuits]:
-    """The weights do not tell how many heads there are: that is asked of the model, made as the run had made it."""
+    """The circuits of each block. The weights do not tell the number of heads: the run's model is made to know it."""
     from timm import is_model
 
     from lowrank_vit.common.resources import available_cores
@@ -228,7 +228,7 @@ def _circuits(
 
 
 def _read(options: Options, path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """The weights, what is told of them, and for --circuits what the run's model was made with."""
+    """The weights, facts about them, and for --circuits the arguments that the run's model was made with."""
     from lowrank_vit.model.hub import find_model, is_of, source_of
     from lowrank_vit.model.weights import read_checkpoint
 
@@ -240,7 +240,7 @@ def _read(options: Options, path: Path) -> tuple[dict[str, Tensor], dict[str, An
         flags = {} if is_own else find_model(given).flags()
         given = own if is_own else flags["model"]
     if own and given and own != given:
-        say(f"note: {path} is of {own}, as it tells itself, and not of --model {given}.")
+        say(f"note: {path} says that its model is {own}, not --model {given}.")
     # A bare state dict does not tell its model.
     name = own or given or path.name.split(".")[0]
     meta = {"model": name, "checkpoint": str(path), "epoch": checkpoint.epoch, "use_ema": options.source.use_ema}
@@ -252,7 +252,7 @@ def _read(options: Options, path: Path) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def _fetch(options: Options) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """The same of published weights."""
+    """As `_read`, for published weights."""
     from timm import is_model
     from timm.models import get_pretrained_cfg
 

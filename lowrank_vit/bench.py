@@ -9,10 +9,10 @@ from lowrank_vit.common.errors import UserError, exit_cleanly
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Say what the command with `argv` (default: the process's own) is called now. Raises `UserError`."""
+    """Raise `UserError` with the present form of the command line `argv` (default: the process's own)."""
     line = " ".join(["python -m benchmarks", *(sys.argv[1:] if argv is None else argv)])
     raise UserError(
-        f"The benches are no part of the installed package any more. In the repository's folder type `{line}`, or make "
+        f"The benches are no longer part of the installed package. In the repository's folder type `{line}`, or make "
         "bench WHAT=loader."
     )
 

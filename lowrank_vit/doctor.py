@@ -25,7 +25,7 @@ _NAME = 18
 class Options:
     """Print one page for a bug report: versions, machine, file systems, and what auto would choose.
 
-    It names no folder, user or host. What cannot be found out says why, in its own line.
+    It names no folder, user or host. A line whose value cannot be found out says why.
     """
 
     output: Annotated[Path, arg(metavar="DIR")] = Path("output")

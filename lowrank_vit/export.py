@@ -1,4 +1,4 @@
-"""`lowrank-vit export RUN`: a run's weights as timm and the Hugging Face hub know them, in a folder or on the hub."""
+"""`lowrank-vit export RUN`: a run's weights in timm's layout of the Hugging Face hub, in a folder or on the hub."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _export(options: ExportOptions) -> None:
     if subject.merged:
         say(f"note: {subject.merged}")
     if not options.license:
-        say("note: the card has no license yet: fill in the line at the head of its README.md, or say --license ID")
+        say("note: the card has no license yet: fill in the line at the head of its README.md, or give --license ID")
     say(f'to load it: timm.create_model("{loads}", pretrained=True)')
 
 

@@ -1,4 +1,4 @@
-"""`python -m lowrank_vit.inference`: what a checkpoint, or published weights, say of some images."""
+"""`python -m lowrank_vit.inference`: predict classes of images with a checkpoint, or with published weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowrank_vit.score.options import PredictOptions
 def main(argv: list[str] | None = None) -> None:
     """Read the command line and classify; under torchrun as one of the ranks.
 
-    Raises `UserError`, also where no image could be read.
+    Raises `UserError`, also if no image could be read.
     """
     argv = sys.argv[1:] if argv is None else argv
     options = None if "WORLD_SIZE" in os.environ else _read(argv)
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _read(argv: list[str], *, is_first: bool = True) -> PredictOptions:
-    """The options; what there is to be said of them the first rank says."""
+    """The options; only the first rank prints notes on them."""
     say = say_beside if is_first else lambda text: None
     prog = usage_name("lowrank_vit.inference")
     line = fit_flags(argv, "inference", say)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, train, and say what came of it and what to do next. Under torchrun: one of the ranks."""
+    """Parse the command line, train, and print the result and the next steps. Under torchrun: one of the ranks."""
     argv = sys.argv[1:] if argv is None else argv
     config = None if "WORLD_SIZE" in os.environ else _read(argv)  # before torch is loaded, which takes seconds
     if config and config.run.seeds:
@@ -55,7 +55,7 @@ def _read(argv: list[str]) -> Config:
 
 
 def _train_series(argv: list[str], config: Config) -> None:
-    """One run for each of --seeds, then their scores. Ends as the first of them that failed."""
+    """One run for each of --seeds, then their scores. Exits with the code of the first run that failed."""
     from lowrank_vit.report.compare.scores import read_scores, table_of_seeds
     from lowrank_vit.report.status import Step, shown
     from lowrank_vit.training.series import own_command, run_series, unused_name
@@ -83,9 +83,9 @@ def _train_series(argv: list[str], config: Config) -> None:
         again += [] if config.run.experiment else [f"--experiment {shlex.quote(name)}"]
         steps.append(Step("Go on with the series", (pasteable_command("lowrank_vit.train"), *again)))
     if done.stopped_by:
-        say(f"\nthe series was stopped by {done.stopped_by}; {len(whole)} of {len(seeds)} runs are through")
+        say(f"\nthe series was stopped by {done.stopped_by}; {len(whole)} of {len(seeds)} runs are finished")
     for run in done.failed:
-        say(f"the run under seed {run.seed} has failed (exit code {run.exit_code}): {run.path}")
+        say(f"the run with seed {run.seed} has failed (exit code {run.exit_code}): {run.path}")
     if steps:
         say("\n".join(["", "next:", *(step.command("  ") for step in steps)]))
     if done.failed:
@@ -109,11 +109,11 @@ def _train(argv: list[str], config: Config, world: World, failing: Failing) -> N
         if world.is_first:
             say(_farewell(result, config, world))
     if result.stopped_by == NO_LAUNCHER or (result.stopped_by and failing.has_lost_launcher):
-        sys.exit(1)  # where another node's torchrun is there still, it is to start the run again
-    is_own_process = multiprocessing.parent_process() is None  # else a parent of Python's waits for what we return
+        sys.exit(1)  # so that another node's torchrun, if it still runs, restarts the run
+    is_own_process = multiprocessing.parent_process() is None  # else a Python parent waits for our result
     if result.is_repeated and os.environ.get("TORCHELASTIC_RUN_ID") and is_own_process:
-        # All was done when torchrun started this again. Whatever ended the attempt before, be it at the interpreter's
-        # exit, must not fail the launch.
+        # The run was finished when torchrun restarted this. Whatever ended the earlier attempt, even at the
+        # interpreter's exit, must not fail the launch.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -165,7 +165,7 @@ _FILES = (
     ("wandb/", "wandb/run-*", "sent to Weights & Biases"),
     ("wandb/", "wandb/offline-run-*", "kept for Weights & Biases, not sent yet"),
 )
-"""What a run leaves: its name, the files that show it is there, and what it is for."""
+"""A run's files: the name, a pattern that finds them, and their use."""
 
 
 def _best(result: Result) -> str:
@@ -174,7 +174,7 @@ def _best(result: Result) -> str:
 
 
 def _whose(result: Result) -> list[str]:
-    """A line about both scores of the best epoch, where there is an EMA."""
+    """A line about both scores of the best epoch, if there is an EMA."""
     if "ema" not in result.best_scores:
         return []
     percent = "" if result.metric == "loss" else " %"

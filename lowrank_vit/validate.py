@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _read(argv: list[str], prog: str, *, is_first: bool = True) -> ValidateOptions:
-    """The options; what there is to be said of them the first rank says."""
+    """The options; only the first rank prints notes on them."""
     say = terminal.say if is_first else lambda text: None
     line = fit_flags(argv, "validate", say)
     options = read_options(ValidateOptions, line.tokens, prog, word="data", refused=line.refused)

@@ -154,9 +154,9 @@ def check_index(beton: Path, index_xxh3: str, manifest: Manifest) -> None:
     """Raise `BetonError` if the checksum of the index of `beton` is not the one in its manifest."""
     if manifest.index_xxh3 and manifest.index_xxh3 != index_xxh3:
         raise BetonError(
-            f"{beton}: its index (header, sizes, labels, addresses) was changed: it does not have the checksum in "
-            f"{manifest_path(beton).name}. `python -m data_prep verify {beton}` names the samples. Copy the file "
-            "again, or convert the source again."
+            f"{beton}: its index (header, sizes, labels, addresses) is not the one that was written: its checksum is "
+            f"not that in {manifest_path(beton).name}. `python -m data_prep verify {beton}` names the samples. Copy "
+            "the file again, or convert the source again."
         )
 
 

@@ -1,4 +1,4 @@
-"""Ranges of numbers, for flags and for arguments, and what a function says of an argument that it does not take.
+"""Ranges of numbers for flags and arguments, and checks of a function's arguments.
 
 The command line checks its flags before (`lowrank_vit.config.check`), so these messages name arguments of Python.
 """
@@ -32,7 +32,7 @@ class Range:
         return above and below
 
     def in_words(self) -> str:
-        """What a message says of it behind "a number"; nothing where every finite number is allowed."""
+        """The words for a message after "a number"; empty if every finite number is allowed."""
         if self.low == float("-inf"):
             return ""
         if self.high == float("inf"):
@@ -53,21 +53,21 @@ ABOVE_0 = Range(0, open_low=True)
 
 
 def check_whole(allowed: Range = POSITIVE, **arguments: Any) -> None:
-    """Raise `UserError` for the first argument that is no whole number of that range; numpy's count, too."""
+    """Raise `UserError` for the first argument that is not a whole number in the range; numpy's integers count, too."""
     for name, value in arguments.items():
         if not _is_number(value, Integral) or value not in allowed:
             raise wrong_argument(name, f"a whole number{allowed.in_words()}", value)
 
 
 def check_number(allowed: Range, **arguments: Any) -> None:
-    """Raise `UserError` for the first argument that is no finite number of that range."""
+    """Raise `UserError` for the first argument that is not a finite number in the range."""
     for name, value in arguments.items():
         if not _is_number(value, Real) or value not in allowed:
             raise wrong_argument(name, f"a number{allowed.in_words()}", value)
 
 
 def check_numbers(allowed: Range, count: int, **arguments: Any) -> None:
-    """Raise `UserError` for the first argument that is no tuple or list of `count` finite numbers of that range."""
+    """Raise `UserError` for the first argument that is not a tuple or list of `count` finite numbers in the range."""
     for name, value in arguments.items():
         is_list = isinstance(value, (tuple, list)) and len(value) == count  # type: ignore[arg-type]
         if not is_list or not all(_is_number(one, Real) and one in allowed for one in value):
@@ -75,7 +75,7 @@ def check_numbers(allowed: Range, count: int, **arguments: Any) -> None:
 
 
 def check_ascending(allowed: Range, **arguments: Any) -> None:
-    """Raise `UserError` for the first argument that is no pair of numbers of that range, the smaller one first."""
+    """Raise `UserError` for the first argument that is not a pair of numbers in the range, the smaller one first."""
     check_numbers(allowed, 2, **arguments)
     for name, value in arguments.items():
         if list(value) != sorted(value):
@@ -97,21 +97,21 @@ def check_type(types: type | tuple[type, ...], in_words: str, **arguments: Any) 
 
 
 def check_path(**arguments: Any) -> None:
-    """Raise `UserError` for the first argument that is no path: a text that is not empty, or a `Path`."""
+    """Raise `UserError` for the first argument that is not a path: a text that is not empty, or a `Path`."""
     for name, value in arguments.items():
         if not isinstance(value, (str, PathLike)) or not str(value).strip():  # type: ignore[reportUnknownArgumentType]
             raise wrong_argument(name, "a path", value)
 
 
 def check_function(in_words: str, others: type | tuple[type, ...] = (), **arguments: Any) -> None:
-    """Raise `UserError` for the first argument that can neither be called nor is of one of the `others`."""
+    """Raise `UserError` for the first argument that is neither callable nor of a type in `others`."""
     for name, value in arguments.items():
         if not callable(value) and not isinstance(value, others):
             raise wrong_argument(name, in_words, value)
 
 
 def wrong_argument(name: str, takes: str, value: object) -> UserError:
-    """What an argument takes, and that it is not this."""
+    """An error that says what an argument takes, and that `value` is not that."""
     shown = repr(value)
     return UserError(f"{name} takes {takes}, not {shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '...'}.")
 

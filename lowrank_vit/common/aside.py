@@ -1,8 +1,8 @@
-"""A process of one's own for work in Python that a thread could do, but not without the interpreter's lock.
+"""A separate process for Python work that would hold the interpreter's lock in a thread.
 
 A thread that computes in Python, or comes back from one numpy call after another, makes every other thread wait for the
-lock each time, so the training thread asks the device for its operations late. What is sent to the process and back is
-pickled; arrays travel beside that, through anonymous memory and in one call without the lock, whatever their number.
+lock each time, so the training thread queues the device's operations late. Calls and results are pickled; their arrays
+travel separately, through anonymous memory, in system calls for hundreds of arrays at a time, without the lock.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ T = TypeVar("T")
 
 _TOLD, _DONE, _FAILED = "told", "done", "failed"
 _ALIGNED = 64
-"""Where arrays begin, in bytes: numpy takes other ways for those that lie unaligned."""
+"""Alignment of arrays in bytes: numpy uses other code for unaligned ones."""
 _MOST_AT_ONCE = 512
 """Buffers of one system call; Linux takes up to 1,024."""
 _PROGRAM = "import json, sys; sys.path = json.loads(sys.argv[1]); from lowrank_vit.common.aside import serve; serve()"
 _PR_SET_PDEATHSIG = 1
 _NOT_FOR_IT = (
-    # A batch system tells all processes of a job; the run is to save.
+    # A batch system signals all processes of a job; only the run itself has to save.
     *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2),
-    # A terminal may stop a process in the background that writes a warning; who waits for it would wait for ever.
+    # A terminal may stop a background process that writes a warning; its caller would wait forever.
     *(signal.SIGTTOU, signal.SIGTSTP),
 )
 """Signals that the process ignores."""
 
 
 class NotStarted(RuntimeError):
-    """There is no process aside, since it cannot be started or ended before it was asked: nothing was computed."""
+    """The process cannot be started, or ended before its first call: nothing was computed."""
 
 
 class Aside:
     """Calls functions in another process, which is started with the first call and again after it was lost.
 
-    It sees no GPU. It ends by `close`, and with the thread that has started it, thus with this process however that
-    ends. Signals that are meant for the run, Ctrl-C among them, do not end it. One thread uses an object at a time.
+    The process sees no GPU. It ends by `close`, and with the thread that started it, so also with this process, however
+    that ends. Signals that are meant for the run, such as Ctrl-C, do not end it. One thread uses an object at a time.
     """
 
     def __init__(self) -> None:
@@ -59,14 +59,14 @@ class Aside:
 
     @property
     def pid(self) -> int | None:
-        """Of the process; None where there is none."""
+        """The id of the process; None if there is none."""
         return self._process.pid if self._process else None
 
     def call(self, function: Callable[..., T], *args: Any, hear: Callable[[Any], object] | None = None) -> T:
-        """Return `function(*args)`, a function of a module. With `hear` it is given another one before `args`.
+        """Return `function(*args)`, for a function of a module. With `hear` it gets a callback before `args`.
 
-        What it passes to that comes to `hear`, here, while it goes on; where `hear` raises, the process is ended.
-        Raises what the function raises, `NotStarted`, and `RuntimeError` where the process is lost.
+        Values that it passes to the callback reach `hear`, here, while it continues; if `hear` raises, the process is
+        ended. Raises the function's exceptions, `NotStarted`, and `RuntimeError` if the process is lost.
         """
         if self._process is None or self._talk is None or self._process.poll() is not None:
             self.close()
@@ -102,7 +102,7 @@ class Aside:
             with ExitStack() as opened:
                 ours, theirs = (opened.enter_context(end) for end in Pipe())
                 there, back = (_memory(name, opened) for name in ("aside-there", "aside-back"))
-                # Imports take strings alone; -P: nothing is looked for where the run was started, unless it is here.
+                # Imports take strings alone; -P: the working directory is searched only if it is among these entries.
                 entries: list[Any] = [*sys.path]
                 path = json.dumps([entry for entry in entries if isinstance(entry, str)])
                 self._process = subprocess.Popen(
@@ -132,7 +132,7 @@ class Aside:
         if process is None:
             return None
         with suppress(subprocess.TimeoutExpired):
-            return process.wait(0.2)  # one that has ended by itself tells how; one that waits ends now
+            return process.wait(0.2)  # a process that has ended tells its status; an idle one ends now
         process.kill()
         return process.wait()
 
@@ -147,7 +147,7 @@ def _memory(name: str, opened: ExitStack) -> int:
 class _Talk:
     """Objects sent to another process and back, their arrays in two pieces of anonymous memory.
 
-    One with arrays is sent in each direction at a time; others may be on their way.
+    In each direction, only one object with arrays may be on its way at a time; others are not limited.
     """
 
     def __init__(self, pipe: Connection, there: int, back: int) -> None:
@@ -188,22 +188,22 @@ class _Talk:
 
 
 def signalled_with_parent(number: signal.Signals) -> Callable[[], None]:
-    """What a process calls at its beginning to get this signal when its parent's thread ends, however that ends.
+    """A function that a new process calls first, to get this signal when its parent's thread ends, however that ends.
 
-    It can be a `preexec_fn`: what it needs is loaded here, before the fork.
+    It can be a `preexec_fn`: libraries are loaded here, before the fork.
     """
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
     def ask() -> None:
         prctl(_PR_SET_PDEATHSIG, number)
-        if os.getpid() != parent and os.getppid() != parent:  # it has ended already
+        if os.getpid() != parent and os.getppid() != parent:  # the parent has ended already
             os.kill(os.getpid(), number)
 
     return ask
 
 
 def serve() -> None:
-    """The other process: do what is asked for until nobody is there to ask; its arguments are three open files."""
+    """The main function of the other process: serve calls until the caller is gone. Arguments: three open files."""
     signalled_with_parent(signal.SIGKILL)()
     for number in _NOT_FOR_IT:
         signal.signal(number, signal.SIG_IGN)

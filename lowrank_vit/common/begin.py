@@ -1,6 +1,6 @@
 """The first moment of a command: from here on Ctrl-C ends it without a traceback, whatever is being imported.
 
-It imports only what every Python has in memory, or next to it, since a Ctrl-C that comes earlier is Python's own.
+It imports only modules that Python has loaded anyway, or small ones, since Python itself handles an earlier Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _SHOW_CURSOR = b"\x1b[?25h"
 
 
 def begin() -> bool:
-    """Have Ctrl-C end this process at once, if it was started as one of the commands; whether it was.
+    """Make Ctrl-C end this process at once, if it was started as one of the commands; return whether it was.
 
-    To be called while the first module of ours is being imported.
+    Call it while our first module is being imported.
     """
     is_command = _is_command()
     if is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored

@@ -1,8 +1,8 @@
-"""Devices: choosing one, which way work goes on it, copies to it, its streams, and waiting for it.
+"""Devices: choosing one, its code path, copies to it, its streams, and waiting for it.
 
-Work is handed over between CUDA streams so: a mark notes it, another stream waits, memory lives until it was read.
-Nothing here makes the host wait but what says so. Without CUDA there are no streams: they are None, and all is done as
-soon as it was asked for.
+Work passes between CUDA streams like this: a mark records it, the other stream waits for the mark, and memory lives
+until it was read. Nothing here makes the host wait unless it says so. Without CUDA, streams are None, and work is done
+when the call returns.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from lowrank_vit.common.errors import UserError, in_short
 T = TypeVar("T")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Types by --amp-dtype."""
+"""Dtypes by --amp-dtype."""
 FIRST = -1
-"""Priority of a stream whose kernels go before those of others, as the training step's before the spectra's."""
+"""Priority of a stream whose kernels run before those of others, as the training step's before the spectra's."""
 
 
 def pick_device(wanted: str | torch.device, local_rank: int = 0, shown: str = "--device ") -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a device; under torchrun the GPU is that of the rank, whatever N.
 
-    One that is a device already is given back as it is. Raises `UserError` where there is none. `shown`: what stands
-    before the name in that, the flag or an argument.
+    A `torch.device` is returned as it is. Raises `UserError` if there is no such device. `shown`: the text before the
+    name in the message, a flag or an argument.
     """
     name = str(wanted)
     if name == "auto":
@@ -64,14 +64,14 @@ def pick_device(wanted: str | torch.device, local_rank: int = 0, shown: str = "-
 
 
 def has_cuda() -> bool:
-    """Whether torch can use a GPU. Where it cannot, torch's own warning is kept back: `why_on_cpu` has it in words."""
+    """Whether torch can use a GPU. Torch's own warning is not shown: `why_on_cpu` says why it cannot."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="CUDA initialization")
         return torch.cuda.is_available()
 
 
 def why_on_cpu(name: str, device: torch.device) -> str:
-    """A note that says what keeps `--device auto` from a GPU; empty where nothing does, as where there is no driver."""
+    """A note on what keeps `--device auto` from a GPU; empty if nothing does, or if there is no driver."""
     if name != "auto" or cuda_path(device) or (found := why_no_cuda()) is None:
         return ""
     why, advice = found
@@ -79,13 +79,13 @@ def why_on_cpu(name: str, device: torch.device) -> str:
 
 
 def why_no_cuda() -> tuple[str, str] | None:
-    """What keeps torch from using a GPU, and what to do, in words; None without a driver, which says it all."""
+    """Why torch cannot use a GPU, and what to do, in words; None without a driver, which needs no explanation."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
         return f'CUDA_VISIBLE_DEVICES is "{visible}", which hides every GPU', "Unset it"
     try:
         torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+    except (RuntimeError, AssertionError) as error:  # the latter if torch is built without CUDA
         text, needed = str(error), torch.version.cuda
         if found := re.search(r"driver on your system is too old \(found version (\d+)\)", text):
             major, minor = divmod(int(found[1]) // 10, 100)
@@ -100,9 +100,9 @@ def why_no_cuda() -> tuple[str, str] | None:
 
 
 def cuda_path(where: Tensor | torch.device) -> bool:
-    """Whether work on a tensor or device goes the way of a GPU: kernels for whole batches, streams, pinned copies.
+    """Whether work on a tensor or device takes the GPU's path: kernels for whole batches, streams, pinned copies.
 
-    Every choice by a device's type asks this in the place where it is made. So tests can send a CPU's work that way and
+    Every branch on a device's type asks this at the branch. So tests can send a CPU's work down the GPU's path and
     compare its numbers with the CPU's own (`tests/device_path.py`).
     """
     return _type_of(where) == "cuda"
@@ -115,7 +115,7 @@ def _type_of(where: Tensor | torch.device) -> str:
 def to_device(values: np.ndarray, where: Tensor | torch.device) -> Tensor:
     """An array as a tensor on a device, or on that of a tensor; from pinned memory, so that the host does not wait.
 
-    On a CPU it shares the array's memory where that is contiguous.
+    On a CPU it shares the array's memory if that is contiguous.
     """
     on_host = torch.from_numpy(np.ascontiguousarray(values))
     if not cuda_path(where):
@@ -125,15 +125,15 @@ def to_device(values: np.ndarray, where: Tensor | torch.device) -> Tensor:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it; nothing on a CPU."""
+    """Make the host wait until the device has done all queued work; no effect on a CPU."""
     if cuda_path(device):
         torch.cuda.synchronize(device)
 
 
 def side_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream | None:
-    """A stream of one's own beside the device's default one; None without CUDA.
+    """A new stream beside the device's default one; None without CUDA.
 
-    `priority` 0 is the lowest, and the default stream's; kernels at `FIRST` go before those that wait there.
+    `priority` 0 is the lowest, and the default stream's; kernels at `FIRST` run before those that wait there.
     """
     return torch.cuda.Stream(device, priority=priority) if cuda_path(device) else None
 
@@ -144,13 +144,13 @@ def current_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    """A context in which this thread's work, and its device, are those of the stream."""
+    """A context in which this thread's work goes to the stream, on the stream's device."""
     return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 @contextmanager
 def in_turn(stream: torch.cuda.Stream | None) -> Generator[None]:
-    """As `on_stream`, in order with the stream around: behind what was asked of that, and it goes on behind this."""
+    """As `on_stream`, in order with the surrounding stream: after its earlier work, and before its later work."""
     if stream is None:
         yield
         return
@@ -164,7 +164,7 @@ def in_turn(stream: torch.cuda.Stream | None) -> Generator[None]:
 
 
 def each_in_turn(stream: torch.cuda.Stream | None, items: Generator[T]) -> Generator[T]:
-    """The items of a generator that works as `in_turn`; whoever takes them stays on the stream that is theirs."""
+    """Run a generator `in_turn` on a stream; whoever takes its items stays on their own stream."""
     try:
         while True:
             with in_turn(stream):
@@ -180,21 +180,21 @@ def each_in_turn(stream: torch.cuda.Stream | None, items: Generator[T]) -> Gener
 
 @dataclass(frozen=True)
 class Mark:
-    """A point in a stream: what had been asked of it when the mark was made."""
+    """A point in a stream, after all work that was queued when the mark was made."""
 
     event: torch.cuda.Event | None
-    """None without CUDA, where it is always reached."""
+    """None without CUDA: then the mark is always reached."""
 
     @classmethod
     def of(cls, stream: torch.cuda.Stream | None) -> Mark:
-        """Make a mark behind all that was asked of the stream so far."""
+        """Make a mark after all work queued on the stream so far."""
         event: Any = None if stream is None else stream.record_event()
         return cls(event)
 
     def hand_over(self, stream: torch.cuda.Stream | None, *tensors: Tensor) -> None:
-        """Have a stream wait for the mark before it reads `tensors`, which were made before it on another stream.
+        """Make a stream wait for the mark before it reads `tensors`, which were made before the mark on another stream.
 
-        Their memory, which is of that other stream's pool, is then not used again before this stream has read them.
+        Their memory, from that other stream's pool, is not reused before this stream has read them.
         """
         if self.event is None or stream is None:
             return
@@ -204,11 +204,11 @@ class Mark:
                 tensor.record_stream(stream)
 
     def is_reached(self) -> bool:
-        """Whether all before the mark is done; the host does not wait."""
+        """Whether all work before the mark is done; the host does not wait."""
         return self.event is None or self.event.query()
 
     def wait_on_host(self) -> None:
-        """Make the host wait until all before the mark is done."""
+        """Make the host wait until all work before the mark is done."""
         if self.event is not None:
             self.event.synchronize()
 
@@ -230,25 +230,25 @@ class TimedMark(Mark):
         return cls(event, time.perf_counter())
 
     def seconds_until(self, later: TimedMark) -> float:
-        """Seconds of the device's clock from here to a later mark, both reached; without CUDA of the host's."""
+        """Seconds from here to a later mark, both reached, by the device's clock; without CUDA by the host's."""
         if self.event is None or later.event is None:
             return later.at - self.at
         return self.event.elapsed_time(later.event) / 1e3
 
 
 class Spans:
-    """Adds up the time of a stream between two marks each, when they are reached."""
+    """Adds up a stream's time between pairs of marks, once they are reached."""
 
     def __init__(self) -> None:
         self._open, self._seconds = deque[tuple[TimedMark, TimedMark]](), 0.0
 
     def add(self, begin: TimedMark, end: TimedMark) -> None:
-        """Note a span behind those before."""
+        """Add a span that follows those before."""
         self._open.append((begin, end))
         self._count()
 
     def taken(self, *, waits: bool = False) -> float:
-        """Seconds of the spans that have ended, each told once; with `waits` the host waits until all have."""
+        """Seconds of the spans that have ended, each counted once; with `waits` the host waits until all have."""
         if waits and self._open:
             self._open[-1][1].wait_on_host()
         self._count()
@@ -262,13 +262,13 @@ class Spans:
 
 
 class KeptAlive:
-    """Objects that must live until a stream has read their memory, where that is not torch's to watch over."""
+    """Objects that must live until a stream has read their memory, if torch does not take care of that."""
 
     def __init__(self) -> None:
         self._kept: deque[tuple[Mark, object]] = deque()
 
     def keep(self, objects: object, until: Mark, *, at_least: int = 0) -> None:
-        """Keep `objects` until a mark is reached; forget older ones whose mark is, but the newest `at_least`."""
+        """Keep `objects` until a mark is reached; drop older ones whose mark is reached, except `at_least` of them."""
         self._kept.append((until, objects))
         while len(self._kept) > at_least and self._kept[0][0].is_reached():
             self._kept.popleft()

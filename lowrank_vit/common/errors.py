@@ -28,13 +28,13 @@ class BetonError(UserError):
     """A `.beton` file that is missing, foreign, unfinished, cut short or inconsistent."""
 
     sample_id: int | None = None
-    """The first sample that is wrong, where one is."""
+    """The id of the first wrong sample, if there is one."""
 
 
 def in_short(error: BaseException) -> str:
-    """The first sentence of a library's error, which a message of ours may quote.
+    """The first sentence of a library's error, for quoting in our messages.
 
-    Without the place in the library's source, and without its advice, which is meant for its own users.
+    It leaves out the place in the library's source, and the advice, which is meant for the library's own users.
     """
     first_line = str(error).strip().partition("\n")[0]
     return (
@@ -43,9 +43,9 @@ def in_short(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, among: Iterable[str], prefix: str = "") -> str:
-    """The end of a message about a name that is not among those that there are: the nearest ones, or nothing.
+    """The end of a message about an unknown name: the nearest known ones, each after `prefix`; empty if there are none.
 
-    Case does not count; a name that begins or ends with this one is near, too. They are shown behind `prefix`.
+    Case does not count; a name that begins or ends with this one is near, too.
     """
     plain = {other.casefold(): other for other in among if other}
     part = name.casefold()
@@ -62,19 +62,19 @@ _AGAIN_S = 600.0
 
 
 class Failures:
-    """Failures of one kind, which end nothing: the first is said, and the first after each success; all are counted.
+    """Failures that do not end the run: the first is reported, and the first after each success; all are counted.
 
-    The same words are said once in ten minutes: on a disk that is nearly full small files succeed between large ones.
+    A message is reported once in ten minutes at most: on a nearly full disk, small files succeed between large ones.
     """
 
     def __init__(self, what: str, say: Callable[[str], object]) -> None:
-        """`what` says in the plural what became of them, such as "checkpoints could not be written"."""
+        """`what` describes them in the plural, such as "checkpoints could not be written"."""
         self._what, self._say, self._is_failing = what, say, False
         self._said_at = dict[str, float]()
         self.count = 0
 
     def note(self, message: str, count: int = 1) -> None:
-        """One more, or so many; `message` says why, and that nothing ends of it."""
+        """Count `count` more; `message` gives the reason, and says that the run continues."""
         is_news, self._is_failing = not self._is_failing, True
         self.count += count
         now = time.monotonic()
@@ -83,22 +83,22 @@ class Failures:
             self._say(f"warning: {message}")
 
     def is_over(self) -> None:
-        """It can be written again."""
+        """Note a success."""
         self._is_failing = False
 
     def tell(self) -> None:
-        """Say how many there were, if there were any; the end of a run."""
+        """At the end of a run, say how many there were, if there were any."""
         if self.count:
-            self._say(f"{self.count:,} {self._what}, the first as was said")
+            self._say(f"{self.count:,} {self._what}; the first was reported above")
         self.count = 0
 
 
 def exit_cleanly(main: Callable[[], None]) -> None:
     """Run a command's `main`; a `UserError` becomes one paragraph on stderr and exit code 2.
 
-    Ctrl-C becomes exit code 130. Notes added to the exception are shown. A command that goes on when the reader of its
-    output is gone ends as it would have; one that raises `BrokenPipeError` then, with 141. One that makes nothing but
-    its output ends with 1 where that could not be written for another reason, such as a full disk.
+    Ctrl-C becomes exit code 130. Notes added to the exception are shown. If the reader of its output is gone, a command
+    that continues ends as usual, and one that raises `BrokenPipeError` ends with 141. A command whose only result is
+    its output ends with 1 if that could not be written for another reason, such as a full disk.
     """
     try:
         try:

@@ -1,8 +1,8 @@
-"""Files and folders that are there whole or not at all, and the removal of what killed processes have left.
+"""Files and folders that exist whole or not at all, and the removal of leftovers of killed processes.
 
 A file is written as `.NAME.XXXXXXXX.part` beside its own name, put on the disk (fsync) and renamed; a folder likewise.
-Whoever writes holds a lock (flock) on that temporary file until it has its name, so one whose lock can be had is what a
-killed process has left. (The `.NAME.partial` of a conversion is another thing: it is kept, to go on from.)
+The writer holds a lock (flock) on that temporary file until it is renamed, so one that can be locked is the leftover of
+a killed process. (The `.NAME.partial` of a conversion is different: it is kept, to resume from.)
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from lowrank_vit.common.threads import beat
 _LEFTOVER = re.compile(r"\..+\.(part|[0-9a-f]{8}\.tmp|unfinished)|(index\.json|(update|vectors)_\d+\.npz)\.partial")
 """Names of temporary files and folders; all but `.part` are those of earlier versions."""
 _IS_FOLDER = 0x10
-"""Of a member's attributes in a zip archive: it is a folder, of which torch writes none."""
+"""The attribute of a member of a zip archive that is a folder; torch writes no folders."""
 _DEAD_AFTER_S = 3600.0
-"""Where the file system has no locks, what nobody has written to for so long is left over."""
+"""On a file system without locks, a temporary file that nobody has written to for so long is a leftover."""
 
 
 @contextmanager
@@ -39,14 +39,14 @@ def whole_file(path: Path, *, through_link: bool = True, mode: int = 0o666) -> G
     """Yield a temporary file to write bytes to, which takes `path`'s place at the end, when it is on the disk.
 
     On any exception, Ctrl-C included, it is removed and `path` stays as it was. A link at `path` stays, and the file
-    that it points to is replaced; without `through_link` the link itself is. A device or a pipe is written to, and so
-    is a file in a folder where none can be made. `mode`: permissions of a new one, of which the umask takes some.
-    Raises `OSError` of every step (full disk, no permission, a folder at `path`), also where torch, while it writes,
-    makes a `RuntimeError` of it that tells no reason.
+    that it points to is replaced; without `through_link` the link itself is. A device or a pipe is written to directly,
+    and so is a file in a folder where none can be made. `mode`: permissions of a new file, before the umask. Raises the
+    `OSError` of every step (full disk, no permission, a folder at `path`), also if torch, while it writes, turns it
+    into a `RuntimeError` without a reason.
     """
     # A link to a bigger disk is there for a reason.
     target = path.resolve() if through_link else path
-    if target.is_dir():  # otherwise only the rename at the very end would find out
+    if target.is_dir():  # otherwise only the rename at the very end would fail
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if target.exists() and not (target.is_file() and os.access(target.parent, os.W_OK)):
         with target.open("wb") as file:
@@ -67,7 +67,7 @@ def whole_file(path: Path, *, through_link: bool = True, mode: int = 0o666) -> G
         file.close()
     except BaseException:
         with suppress(OSError):
-            file.raw.close()  # what is in its buffer need not go anywhere
+            file.raw.close()  # without writing its buffer
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
@@ -75,7 +75,7 @@ def whole_file(path: Path, *, through_link: bool = True, mode: int = 0o666) -> G
 
 
 class _Output(io.BufferedWriter):
-    """A file that remembers why it could not be written, and whose every block counts as progress."""
+    """A file that remembers why it could not be written, and counts every block as progress."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(io.FileIO(descriptor, "wb"))
@@ -91,7 +91,7 @@ class _Output(io.BufferedWriter):
 
 
 def write_all(files: Mapping[Path, Callable[[], str | bytes]]) -> None:
-    """Write small files, whose contents are made one by one, however many of them fail.
+    """Write small files, whose contents are made one by one, and continue after failures.
 
     Raises `UserError` that names each that could not be written, and why.
     """
@@ -101,7 +101,7 @@ def write_all(files: Mapping[Path, Callable[[], str | bytes]]) -> None:
             write_whole(path, content())
         except UserError as error:
             failures.append(str(error))
-        except Exception as error:  # also of making it, as where a library that draws fails
+        except Exception as error:  # also an error of making the content, as in a drawing library
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             failures.append(f"{path} cannot be written: {reason}.")
     if failures:
@@ -111,7 +111,7 @@ def write_all(files: Mapping[Path, Callable[[], str | bytes]]) -> None:
 def write_whole(path: Path, content: str | bytes, *, through_link: bool = True) -> None:
     """Write a small file; see `whole_file`. Text is written as by `as_bytes`.
 
-    What killed processes have left of a file of this name goes.
+    Leftovers of killed processes under this name are removed.
     """
     remove_leftovers(path.parent, path.name)
     with whole_file(path, through_link=through_link) as file:
@@ -133,7 +133,7 @@ def append_whole(path: Path, line: str) -> None:
 
 
 def link_whole(existing: Path, path: Path) -> None:
-    """Give a file a second name, `path`, at once; a copy where the file system has no links. Raises `OSError`."""
+    """Give a file a second name, `path`, at once; make a copy if the file system has no links. Raises `OSError`."""
     temporary = _temporary(path)
     with existing.open("rb") as source:
         if not hard_link(existing, temporary):
@@ -144,7 +144,7 @@ def link_whole(existing: Path, path: Path) -> None:
             rename(temporary, path)
         finally:
             with suppress(OSError):
-                temporary.unlink(missing_ok=True)  # it stays where `path` was a name of the same file already
+                temporary.unlink(missing_ok=True)  # it is still there if `path` was a name of the same file
     sync_directory(path.parent)
 
 
@@ -173,9 +173,9 @@ def whole_folder(path: Path) -> Generator[Path]:
 
 
 def remove_leftovers(folder: Path, of: str = "") -> None:
-    """Remove what killed processes have left in `folder` of names that begin with `of`; no error where that fails.
+    """Remove the leftovers of killed processes in `folder` whose names begin with `of`; errors are ignored.
 
-    What a living process writes stays: see the head of this file.
+    Files that a living process writes stay: see the head of this file.
     """
     with suppress(OSError):
         for path in list(folder.iterdir()):
@@ -209,7 +209,7 @@ def _create(target: Path, mode: int) -> tuple[Path, int]:
         temporary = _temporary(target)
         # Not `tempfile`: it makes files that only their owner can read, whatever the umask.
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
-        # Until it is locked, it passes for a leftover, and another process may just be removing it.
+        # Until it is locked it looks like a leftover, and another process may be removing it.
         if try_flock(descriptor) is not False and temporary.exists():
             return temporary, descriptor
         os.close(descriptor)
@@ -217,7 +217,7 @@ def _create(target: Path, mode: int) -> tuple[Path, int]:
 
 @contextmanager
 def writing(path: Path, advice: str) -> Generator[None]:
-    """Make a `UserError` of every `OSError` inside: `path` cannot be written, why, and `advice`. Notes go along."""
+    """Turn every `OSError` inside into a `UserError`: `path` cannot be written, why, and `advice`. Notes are kept."""
     try:
         yield
     except OSError as error:
@@ -228,16 +228,16 @@ def writing(path: Path, advice: str) -> Generator[None]:
 
 
 def damaged_member(path: Path) -> str:
-    """The name of a member of a zip archive whose bytes do not have their checksum (CRC-32); empty without one.
+    """The name of a member of a zip archive whose bytes do not match their checksum (CRC-32); empty if there is none.
 
-    So too for what is no archive, and for one that was written without checksums. A gigabyte takes about a third of a
-    second. Raises `zipfile.BadZipFile` and other errors where the archive's own directory is damaged.
+    Empty, too, for a file that is no archive, and for an archive without checksums. A gigabyte takes about a third of a
+    second. Raises `zipfile.BadZipFile` and other errors if the archive's own directory is damaged.
     """
     if not zipfile.is_zipfile(path):
         return ""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-        # torch gives memory as it finds it for a member that is marked so, and no checksum covers the mark.
+        # For a member marked as a folder torch returns uninitialised memory, and no checksum covers the mark.
         files = (member for member in members if not member.is_dir())
         marked = next((member.filename for member in files if member.external_attr & _IS_FOLDER), "")
         has_checksums = any(member.CRC for member in members)

@@ -1,4 +1,4 @@
-"""What not every file system can do, and what stands in for it: a call each, used wherever a file is written or mapped.
+"""Operations that not every file system has, with substitutes; used wherever a file is written or mapped.
 
 Network file systems (NFS, Lustre, SMB), FUSE, overlays and object stores each lack some of: links, syncing a file or
 a folder, renaming from folder to folder, mappings that are shared, and files past the page cache. (For locks see
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 LACKING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY)
-"""What a call answers that the file system does not have."""
+"""Error numbers of calls that a file system does not have."""
 _NETWORKED = frozenset(
     "nfs nfs4 lustre gpfs beegfs ceph cifs smb3 panfs wekafs pvfs2 gfs2 ocfs2 fuse.glusterfs fuse.juicefs".split()
 )
@@ -35,7 +35,7 @@ _MAP_FIXED = 0x10  # which Python does not name
 
 
 def sync(descriptor: int) -> None:
-    """Put a file on the disk (fsync), where the file system can do that. Raises `OSError` of a disk that fails."""
+    """Put a file on the disk (fsync), if the file system can do that. Raises `OSError` if the disk fails."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -44,7 +44,7 @@ def sync(descriptor: int) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Put renames and removals in `directory` on the disk, where the file system can do that."""
+    """Put renames and removals in `directory` on the disk, if the file system can do that."""
     with suppress(OSError):  # some refuse to open a directory, or to sync one
         descriptor = os.open(directory, os.O_RDONLY)
         try:
@@ -54,7 +54,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Give a file or a folder another name, at once; copy it where the file system does not (EXDEV). Raises `OSError`.
+    """Give a file or a folder another name, at once; copy it if the file system refuses (EXDEV). Raises `OSError`.
 
     A file at `target` is replaced. An overlay may refuse within one folder, too: then `target` is written in place.
     """
@@ -89,7 +89,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def hard_link(existing: Path, path: Path) -> bool:
-    """Give a file a second name; False where it cannot have one (EPERM, EOPNOTSUPP, EMLINK ...), so copy it."""
+    """Give a file a second name; False if it cannot have one (EPERM, EOPNOTSUPP, EMLINK ...): then copy it."""
     try:
         os.link(existing, path)
     except FileNotFoundError:
@@ -100,7 +100,7 @@ def hard_link(existing: Path, path: Path) -> bool:
 
 
 def symbolic_link(path: Path, target: Path | str, *, is_folder: bool = False) -> bool:
-    """Make `path` point to `target`; False where there are no such links, or `path` cannot be made."""
+    """Make `path` point to `target`; False if there are no such links, or `path` cannot be made."""
     try:
         path.symlink_to(target, target_is_directory=is_folder)
     except OSError:
@@ -109,30 +109,30 @@ def symbolic_link(path: Path, target: Path | str, *, is_folder: bool = False) ->
 
 
 def open_past_cache(path: Path, flags: int) -> int | None:
-    """Open a file past the page cache (O_DIRECT); None where that is refused, so open it as usual.
+    """Open a file past the page cache (O_DIRECT); None if that is refused: then open it as usual.
 
-    Reading and writing may still be refused, by one of `LACKING`, where the file system wants another alignment.
+    Reading and writing may still be refused, by one of `LACKING`, if the file system wants another alignment.
     """
     direct: int | None = getattr(os, "O_DIRECT", None)
-    with suppress(OSError):  # of any other reason the usual way tells more
+    with suppress(OSError):  # for any other reason, the usual way gives a better error
         return None if direct is None else os.open(path, flags | direct)
     return None
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Room on the disk; None where it does not tell."""
+    """Free bytes on the disk of `folder`; None if unknown."""
     try:
         usage = shutil.disk_usage(folder)
     except OSError:
         return None
-    return usage.free if usage.total else None  # some have nothing but zeros to tell
+    return usage.free if usage.total else None  # some file systems report only zeros
 
 
 def place_of(path: Path) -> list[object]:
-    """What is equal (as JSON has it) where processes, also on several machines, mean one folder by a path.
+    """A value that is equal (as JSON) if processes, also on several machines, mean the same folder by a path.
 
-    On a file system that machines share: its type, its source and the folder's number there; on any other the machine,
-    too. Of a path that is not there yet: the same of what is above it.
+    It holds the path, and on a file system that machines share its type, its source and the folder's inode; on any
+    other the machine, too. For a path that does not exist yet, the inode of the nearest folder above it.
     """
     there = path = Path(os.path.abspath(path))  # noqa: PTH100  not `resolve`: what is returned is this path's spelling
     while not there.exists() and there != there.parent:
@@ -144,7 +144,7 @@ def place_of(path: Path) -> list[object]:
 
 
 def _shared_by_machines(device: int) -> list[object]:
-    """Type and source of the mounted file system with a device number if it is one of a network; else nothing."""
+    """Type and source of the mounted file system with this device number if it is a network's; else empty."""
     number = f"{os.major(device)}:{os.minor(device)}"
     with suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
@@ -156,35 +156,35 @@ def _shared_by_machines(device: int) -> list[object]:
 
 
 def _machine() -> str:
-    """A name that no other machine has, nor this one after its next start."""
+    """An id that no other machine has, nor this one after its next start."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname()
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """Map a file to read. Private where the file system does not share mappings. Raises `OSError`."""
+    """Map a file for reading; privately if the file system has no shared mappings. Raises `OSError`."""
     with path.open("rb") as file:
         return map_descriptor(file.fileno())
 
 
 def map_descriptor(descriptor: int) -> mmap.mmap:
-    """`map_file` of an open file, which may be closed then."""
+    """`map_file` of an open file, which may be closed afterwards."""
     return _shared_or_private(lambda flag: mmap.mmap(descriptor, 0, flags=flag, prot=mmap.PROT_READ))
 
 
 def starts_of(sizes: Sequence[int]) -> list[int]:
-    """Where each file of `sizes` bytes begins by `map_files`, and where the last ends."""
+    """The offsets at which `map_files` puts files of `sizes` bytes, and the end of the last."""
     return [0, *accumulate(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes)]
 
 
 class MappedFiles(NamedTuple):
-    """Files that lie behind one another in memory; none of them stays open."""
+    """Files mapped one after the other in memory; none of them stays open."""
 
     bytes: np.ndarray
     """uint8 (bytes,), read-only."""
     starts: np.ndarray
-    """int64 (files,): where each begins."""
+    """int64 (files,): the offset at which each begins."""
     ids: list[tuple[int, int]]
     """Device and inode of each."""
 
@@ -194,7 +194,7 @@ def map_files(paths: Sequence[Path], sizes: Sequence[int]) -> MappedFiles:
 
     Raises `OSError`.
     """
-    import numpy as np  # a tenth of a second that most commands need not spend here
+    import numpy as np  # takes a tenth of a second, which most commands need not spend here
 
     if len(paths) == 1:
         with paths[0].open("rb") as file:
@@ -202,8 +202,8 @@ def map_files(paths: Sequence[Path], sizes: Sequence[int]) -> MappedFiles:
             array = np.frombuffer(map_descriptor(file.fileno()), np.uint8)
         return MappedFiles(array, np.zeros(1, np.int64), [(found.st_dev, found.st_ino)])
     *starts, end = starts_of(sizes)
-    # Reserve the addresses with an empty private map, then lay each file over its stretch (mmap(2), MAP_FIXED). The
-    # whole is unmapped with the reservation, when the last view of the array is gone.
+    # Reserve the addresses with an empty private map, then map each file over its part (mmap(2), MAP_FIXED). All is
+    # unmapped with the reservation, when the last view of the array is gone.
     whole = mmap.mmap(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
     array, ids = np.frombuffer(whole, np.uint8), list[tuple[int, int]]()
     for path, size, start in zip(paths, sizes, starts, strict=True):
@@ -216,10 +216,10 @@ def map_files(paths: Sequence[Path], sizes: Sequence[int]) -> MappedFiles:
 
 
 def can_be_read(byte: memoryview) -> bool:
-    """Whether a byte of a mapped file is there; where the file has lost it, reading it would kill the process (SIGBUS).
+    """Whether a byte of a mapped file can be read; if the file was cut shorter, reading kills the process (SIGBUS).
 
-    None at all, as of a place behind the map, is not there. The kernel reads it for us, and has an answer (EFAULT).
-    Raises `OSError` where no pipe can be made.
+    An empty view, as from beyond the map, cannot be read. The kernel reads the byte for us, and reports EFAULT. Raises
+    `OSError` if no pipe can be made.
     """
     reading, writing = os.pipe()
     try:
@@ -243,7 +243,7 @@ def _shared_or_private(map_with: Callable[[int], T]) -> T:
 
 
 def _map_at(address: int, size: int, flag: int, descriptor: int) -> None:
-    """Map a file over what is at an address. Raises `OSError`."""
+    """Map a file over the present mapping at an address. Raises `OSError`."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]

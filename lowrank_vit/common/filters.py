@@ -1,4 +1,4 @@
-"""The filters of resampling by all their names: numbers in the plan, timm's and torch's words, Pillow's, DALI's."""
+"""Resampling filters by all their names: numbers in the plan, timm's and torch's words, Pillow's, DALI's."""
 
 from __future__ import annotations
 

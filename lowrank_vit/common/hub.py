@@ -1,4 +1,4 @@
-"""The Hugging Face hub: why something of it cannot be had, in one line that says what to do."""
+"""The Hugging Face hub: its errors as one line that says what to do."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _NO_HUB = {
     "UnsupportedProtocol",
     "InvalidURL",
 }
-"""What is raised where something else answers."""
+"""Errors that are raised if something other than the hub answers."""
 
 
 def hub_message(name: str, error: BaseException, kind: Literal["dataset", "model"], instead: str) -> str:
-    """The line, by what `huggingface_hub`, or a library above it, raised.
+    """One line about an error that `huggingface_hub`, or a library above it, raised.
 
-    Told apart are: no network, HF_HUB_OFFLINE, a gated name, a name that is none, one that is not there or not without
-    a token, a token that is not enough, a revision that is not there, too many requests, an error of the hub's own,
-    and what answers in its place. Of anything else the first sentence is quoted.
+    It distinguishes: no network, HF_HUB_OFFLINE, a gated name, a malformed name, a name that does not exist or needs a
+    token, an insufficient token, an unknown revision, too many requests, an error of the hub's own, and something other
+    than the hub that answers. For anything else it quotes the first sentence.
 
     Args:
         name: OWNER/NAME.
         error: the exception; its causes count too, since libraries wrap one another's.
-        kind: what it should be.
+        kind: what the name should be.
         instead: what to do without the hub, as the end of a sentence.
     """
     chain = [error, *_causes(error)]
@@ -46,9 +46,9 @@ def hub_message(name: str, error: BaseException, kind: Literal["dataset", "model
     page = f"https://huggingface.co/{'datasets/' * (kind == 'dataset')}{name}"
     is_forbidden = "OfflineModeIsEnabled" in kinds or "OfflineModeIsEnabled" in text
     if is_forbidden and _asked_to_be_offline():
-        return f"{name} is not on this machine, and HF_HUB_OFFLINE forbids to ask the hub: unset it, or {instead}."
+        return f"{name} is not on this machine, and HF_HUB_OFFLINE forbids asking the hub: unset it, or {instead}."
     if "HFValidationError" in kinds:
-        return f"`{name}` is no name of the hub, which is OWNER/NAME. Check how it is spelt."
+        return f"`{name}` is not a name of the hub, which is OWNER/NAME. Check its spelling."
     if "GatedRepoError" in kinds or f"gated {kind}" in text:
         return (
             f"{name} is gated: ask for access on {page}, then `hf auth login` (or set HF_TOKEN) with a token of that "
@@ -71,7 +71,7 @@ def hub_message(name: str, error: BaseException, kind: Literal["dataset", "model
         if _has_token():
             return f"{name} is not on the hub, or your token may not read it. Check the name (OWNER/NAME)."
         return (
-            f"{name} is not on the hub, or is private and no token is there. Check the name (OWNER/NAME, or a folder "
+            f"{name} is not on the hub, or is private and you have no token. Check the name (OWNER/NAME, or a folder "
             "that exists); for a private one `hf auth login`, or set HF_TOKEN."
         )
     if kinds & _NO_HUB or (kind == "model" and "JSONDecodeError" in kinds):
@@ -89,13 +89,13 @@ def _asked_to_be_offline() -> bool:
 
 
 def status_of(error: BaseException) -> int:
-    """The HTTP status that the hub has answered with, by an error or its causes; 0 where there is none."""
+    """The HTTP status of the hub's answer in an error or its causes; 0 if there is none."""
     chain = [error, *_causes(error)]
     return next((code for one in chain if (code := getattr(getattr(one, "response", None), "status_code", None))), 0)
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """What asking the hub raises: `OSError`, and its HTTP client's errors, which are another with each version."""
+    """The errors of asking the hub: `OSError`, and its HTTP client's, which differ between versions."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return OSError, *(kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception))
@@ -103,10 +103,10 @@ def hub_errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def quick_without_network(*others: Any) -> Generator[Exception | None]:
-    """Let libraries look in their caches alone where the hub does not answer: they try again for minutes.
+    """If the hub does not answer, let libraries look only in their caches, since they would retry for minutes.
 
-    Yields why it does not; None where it does, or where HF_HUB_OFFLINE was set before. An error that leaves the block
-    has that among its causes. Of the tries within, one line tells.
+    Yields the reason; None if the hub answers, or if HF_HUB_OFFLINE was set before. An error that leaves the block has
+    the reason among its causes. Retries inside the block are reported in one line.
 
     `others`: modules besides `huggingface_hub.constants` with a HF_HUB_OFFLINE of their own.
     """
@@ -134,9 +134,9 @@ def quick_without_network(*others: Any) -> Generator[Exception | None]:
 
 
 def why_out_of_reach() -> Exception | None:
-    """Ask the hub for its first page, once: what goes wrong; None where it answers, be it that it wants a token.
+    """Ask the hub for its first page, once: return the error, or None if it answers, even if it wants a token.
 
-    It has as many seconds as HF_HUB_ETAG_TIMEOUT says.
+    The time limit is HF_HUB_ETAG_TIMEOUT seconds.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
@@ -145,18 +145,18 @@ def why_out_of_reach() -> Exception | None:
         answer: Any = get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         if answer.status_code == 429 or answer.status_code >= 500:
             answer.raise_for_status()
-    except Exception as error:  # of an HTTP client that is another with each version of the library
+    except Exception as error:  # its HTTP client differs between versions of the library
         return error
     return None
 
 
 class _Tries(logging.Filter):
-    """The library's lines about each try: the first becomes one line of ours, the others are not shown."""
+    """Hides the library's lines about retries: the first becomes one line of ours."""
 
     _why, _is_said = "no answer", False
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a line is none of these."""
+        """Whether to show a line: it is not about a retry."""
         why, is_try, _ = record.getMessage().partition(" thrown while requesting ")
         if is_try:
             self._why = why
@@ -164,7 +164,7 @@ class _Tries(logging.Filter):
             return True
         elif not self._is_said:
             self._is_said = True
-            say_beside(f"note: the Hugging Face hub: {self._why}; it is asked again, for minutes at the most")
+            say_beside(f"note: the Hugging Face hub: {self._why}; asking again, for some minutes at most")
         return False
 
 

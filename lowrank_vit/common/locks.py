@@ -1,8 +1,8 @@
-"""Locks between processes, given back by a process that dies: on a folder, to hold or to wait for, and on an open file.
+"""Locks between processes, released when a process dies: on a folder, to hold or to wait for, and on an open file.
 
-A folder's lock is flock on FOLDER/.lock, by the library filelock. Where the file system has no flock, it is filelock's
-soft lock, the file FOLDER/.lock.soft, which counts as given back when its process is gone from the same host; one that
-was left by another host has to be removed by hand.
+A folder's lock is flock on FOLDER/.lock, by the library filelock. If the file system has no flock, it is filelock's
+soft lock, the file FOLDER/.lock.soft, which counts as released when its process on this host is gone; one that another
+host has left must be removed by hand.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 Say = Callable[[str], object]
-"""Told one line for the log."""
+"""Called with one line for the log."""
 LOCK = ".lock"
 SOFT_LOCK = ".lock.soft"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
-"""What flock answers on a file system without locks."""
+"""Error numbers of flock on a file system without locks."""
 
 
 @contextmanager
 def one_process_in(folder: Path, say: Say, advice: str) -> Generator[None]:
     """Hold `folder`'s lock; wait, and say once for whom, while another process has it.
 
-    The folder is made if it is missing; `UserError` with `advice` where it cannot be written.
+    The folder is made if it is missing. Raises `UserError` with `advice` if it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def one_process_in(folder: Path, say: Say, advice: str) -> Generator[None]:
 
 
 class FolderLock:
-    """A lock on a folder that this process has, until `release` or its end."""
+    """A lock on a folder that this process holds until `release` or until it ends."""
 
     def __init__(self, lock: BaseFileLock) -> None:
         self._lock = lock
@@ -65,9 +65,9 @@ class FolderLock:
 def lock_folder(folder: Path, *, wait: bool = False) -> FolderLock | None:
     """Take `folder`'s lock; None while another process, or another holder in this one, has it, unless we `wait`.
 
-    Raises `OSError` where the folder cannot be written.
+    Raises `OSError` if the folder cannot be written.
     """
-    import filelock  # a twentieth of a second that most commands need not spend
+    import filelock  # takes a twentieth of a second, which most commands need not spend
 
     path = folder / LOCK
     lock: BaseFileLock = filelock.UnixFileLock(path, fallback_to_soft=False, thread_local=False)
@@ -108,7 +108,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def _is_gone(process: str) -> bool:
-    """Whether this host had the process, as `lock_folder` tells it, and has it no more."""
+    """Whether a process, in the words of `lock_folder`, was on this host and is gone."""
     import psutil
 
     told = re.fullmatch(rf"process (\d+) on {re.escape(socket.gethostname())}", process)
@@ -116,7 +116,7 @@ def _is_gone(process: str) -> bool:
 
 
 def try_flock(descriptor: int) -> bool | None:
-    """Lock an open file until it is closed: whether that went, or None on a file system without locks."""
+    """Lock an open file until it is closed; return whether that succeeded, None on a file system without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

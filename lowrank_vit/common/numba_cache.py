@@ -1,8 +1,8 @@
-"""Whether numba has compiled a function on this machine before: the first time takes up to a minute, and says nothing.
+"""Whether numba has compiled a function on this machine before: the first time takes up to a minute, in silence.
 
-numba keeps what it compiled beside the source, or in the user's cache directory; looking for the file there costs
-nothing, and a source that has changed since makes it worthless. (Only a function's own file counts, for numba too: who
-changes a compiled function that others call from other files removes their `__pycache__`.)
+numba keeps compiled code beside the source, or in the user's cache directory; looking for the file there costs nothing,
+and it is invalid if the source has changed since. (Only a function's own file counts, for numba too: after a change of
+a compiled function that others call from other files, remove their `__pycache__`.)
 """
 
 from __future__ import annotations

@@ -15,16 +15,16 @@ _DISTRIBUTIONS = {
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
 }
-"""How packages are called where they are installed from, where that is not how they are imported."""
+"""Names under which packages are installed, if they are imported under another."""
 
 
 def needs(module: str, *, extra: str, to: str, instead: str = "") -> Any:
     """Import a module that not every installation has.
 
-    Raises `UserError` where it is not installed, or is and cannot be imported, which is told with the cause.
+    Raises `UserError` if it is not installed, or if it cannot be imported, with the cause.
 
     Args:
-        module: the module, with dots where it is one of a package's: "pyarrow.parquet".
+        module: the module, with dots if it is inside a package: "pyarrow.parquet".
         extra: the extra of this project that brings it; empty for a package that none brings.
         to: what it is needed for, as the beginning of a sentence: "--lora", "Reading Hugging Face data sets".
         instead: what to do without it, as its end: "take csv".
@@ -48,7 +48,7 @@ def needs(module: str, *, extra: str, to: str, instead: str = "") -> Any:
 
 
 def why_missing(module: str) -> str:
-    """Why a module cannot be had, as a predicate ("is not installed"); empty where it can. It is imported for that."""
+    """Import a module and say why that fails, as a predicate ("is not installed"); empty if it does not."""
     try:
         importlib.import_module(module)
     except Exception as error:
@@ -67,7 +67,7 @@ def distribution(module: str) -> str:
 
 
 def _root(module: str) -> str:
-    """The module of a package's own that stands above: of nvidia.dali.fn it is nvidia.dali."""
+    """The top module of a module's package: nvidia.dali for nvidia.dali.fn."""
     shared = [name for name in _DISTRIBUTIONS if f"{module}.".startswith(f"{name}.")]
     return shared[0] if shared else module.partition(".")[0]
 

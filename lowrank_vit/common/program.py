@@ -14,7 +14,7 @@ from lowrank_vit.common.begin import SCRIPT
 from lowrank_vit.common.errors import UserError
 
 _DECISIVE = ("torch", "timm", "nvidia-dali", "ffcv")
-"""How the names of the libraries begin whose versions are checked at the start."""
+"""Beginnings of the names of libraries whose versions are checked at the start."""
 COMMANDS = {
     "train": ("lowrank_vit.train", "train a ViT from .beton files and watch its spectra"),
     "validate": ("lowrank_vit.validate", "score a checkpoint on a validation set"),
@@ -37,9 +37,9 @@ _FOLDERS = (_ROOT / "lowrank_vit" / "configs", _ROOT / "configs")
 
 
 def check_versions() -> None:
-    """Raise `UserError` where a library on which results depend is older than the program needs.
+    """Raise `UserError` if a library on which results depend is older than the program needs.
 
-    Of a source tree that is not installed nothing is known, and nothing is checked.
+    For a source tree that is not installed, nothing is checked.
     """
     try:
         needed = metadata.requires(SCRIPT) or []
@@ -49,7 +49,7 @@ def check_versions() -> None:
         match = re.match(r"(?P<name>[\w.-]+)>=(?P<least>[\d.]+)(?: *; *extra .*)?$", line)
         if not match or not match["name"].startswith(_DECISIVE):
             continue
-        with suppress(metadata.PackageNotFoundError):  # of an extra; or a build under a name not known here
+        with suppress(metadata.PackageNotFoundError):  # not installed, as of an extra, or under another name
             found = metadata.version(match["name"])
             if _release(found) < _release(match["least"]):
                 newer = f"{match['name']}>={match['least']}"
@@ -66,9 +66,9 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def require_one_process(module: str) -> None:
-    """End a command that several ranks of torchrun run, whose work is that of one: `UserError` on the first of them."""
+    """Refuse torchrun for a command that is the work of one process: `UserError` on rank 0, the others just end."""
     ranks, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "")
-    if ranks == "1" or not rank:  # WORLD_SIZE alone is left over
+    if ranks == "1" or not rank:  # WORLD_SIZE alone is a leftover
         return
     if rank != "0":
         sys.exit(0)
@@ -88,7 +88,7 @@ def usage_name(module: str) -> str:
 
 
 def pasteable_command(module: str) -> str:
-    """`usage_name`, ready to paste here: with the interpreter of `.venv` where the shell finds another one."""
+    """`usage_name`, ready to paste here: with the interpreter of `.venv` if the shell finds another one."""
     name = usage_name(module)
     if _is_script():
         found = shutil.which(SCRIPT)
@@ -136,7 +136,7 @@ def bundled_text(name: str) -> str:
 def find_bundled(path: Path, suffix: str) -> Path:
     """The bundled file that a bare name means, with its suffix or without (`--config quickstart`); else `path` itself.
 
-    A file of the user's own goes first.
+    A file of the user's own takes precedence.
     """
     if path.exists() or path.parent != Path() or path.suffix not in ("", suffix):
         return path

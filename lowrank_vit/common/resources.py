@@ -26,11 +26,11 @@ class Memory:
 
     total: int
     free: int
-    """What may be taken before something has to be swapped out or dies; caches of files give way."""
+    """What can be taken before something is swapped out or killed; file caches count as free."""
 
 
 def memory(root: Path | None = None) -> Memory:
-    """What this process may use, without what a group may have only by being slowed down (`memory.high`)."""
+    """Memory that this process may use; a limit that only slows a group down (`memory.high`) counts, too."""
     import psutil
 
     host = psutil.virtual_memory()
@@ -53,7 +53,7 @@ def memory(root: Path | None = None) -> Memory:
 
 
 def bytes_read() -> int:
-    """Bytes that this process has had read from storage so far; what the system kept in memory does not count."""
+    """Bytes that were read from storage for this process so far; reads from the page cache do not count."""
     return 512 * resource.getrusage(resource.RUSAGE_SELF).ru_inblock
 
 
@@ -71,7 +71,7 @@ def available_cores(root: Path | None = None) -> int:
 
 
 def cpu_name() -> str:
-    """The processor's model, in words; less where the system does not tell."""
+    """The processor's model, in words; only its architecture if the system does not tell."""
     lines = (_text(ROOT / "proc/cpuinfo") or "").splitlines()
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, "") or platform.processor() or platform.machine()

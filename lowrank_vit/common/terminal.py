@@ -1,8 +1,8 @@
-"""What a command has to do with its terminal: text for it, output that outlives it, and Ctrl-C.
+"""A command and its terminal: text that is safe to print, output that outlives its reader, and Ctrl-C.
 
 A name from a file may hold any bytes: it may move the cursor or change the terminal's title. tyro fits the tables of
-its help to the terminal, but not what stands above them. A terminal or a reader of the output may go away at any time,
-which is no reason to end for a command that writes files.
+its help to the terminal, but not the text above them. A terminal or a reader of the output may go away at any time,
+which must not end a command that writes files.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ UNREAD = 141
 """Exit code of a command whose only purpose was an output that nobody reads any more."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
-"""What writing to a stream answers whose reader is gone, whose terminal was closed, or that is not open."""
+"""Error numbers of writing to a stream whose reader is gone, whose terminal was closed, or that is not open."""
 _NO_CHARACTER = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 _IMPORTING = "<frozen importlib._bootstrap>"
 
 
 class _Program:
-    """Whether this process is a command of ours, and not one that uses the library."""
+    """State of this process as one of our commands; unused by processes that import the library."""
 
     is_begun = False
     is_in_a_hurry = False
@@ -49,7 +49,7 @@ class _Program:
 
 
 def begin_program() -> None:
-    """Have a command's output outlive whoever reads it; call it once, before anything heavy is imported.
+    """Make a command's output outlive its reader; call it once, before anything heavy is imported.
 
     Until `interruptible` Ctrl-C ends it without a traceback, see `begin`.
     """
@@ -60,7 +60,7 @@ def begin_program() -> None:
     default_hook = sys.unraisablehook
 
     def unraisable(event: Any) -> None:
-        # A Ctrl-C that came where Python could not raise it, as in a destructor: again in a moment, when that is over.
+        # Ctrl-C came where Python could not raise it, as in a destructor: send it again in a moment.
         if issubclass(event.exc_type, KeyboardInterrupt):
             _later(0.01, lambda: os.kill(os.getpid(), signal.SIGINT))
         else:
@@ -86,9 +86,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def uninterruptible() -> None:
-    """Let Ctrl-C end the process again, a command that has nothing left to do but to leave the interpreter.
+    """Let Ctrl-C end the process at once again, since the command only has to leave the interpreter.
 
-    In a hurry it is ended here: the interpreter's own end takes seconds, with all that was imported.
+    After `end_within` the process ends here: leaving the interpreter takes seconds, with all that was imported.
     """
     if _Program.is_in_a_hurry:
         end_at_once()
@@ -98,7 +98,7 @@ def uninterruptible() -> None:
 
 
 def end_within(seconds: float) -> None:
-    """Have a command end that long from now, whatever its clean-up waits for, and at once when that is done."""
+    """End a command after `seconds`, whatever its clean-up waits for, or as soon as the clean-up is done."""
     if _Program.is_begun:
         _Program.is_in_a_hurry = True
         _later(seconds, end_at_once)
@@ -117,14 +117,14 @@ def is_unread() -> bool:
 
 
 def output_is_in_files() -> None:
-    """Note that what this command is for is in files, so that its standard output is no more than talk."""
+    """Note that this command's results are in files, so that it may lose its standard output."""
     _Program.writes_files = True
 
 
 def why_output_is_lost() -> str:
-    """Why a part of the standard output could not be written, where that is all that the command makes; else "".
+    """Why a part of the standard output could not be written, if that is the command's only result; else "".
 
-    A reader that is gone is no such reason.
+    A reader that is gone does not count.
     """
     raw = _standard_output()
     if raw is None or _Program.writes_files:
@@ -140,20 +140,20 @@ def _standard_output() -> _Lasting | None:
 
 
 class _Lasting(io.FileIO):
-    """A standard stream. What cannot be written is dropped, for good if nobody is there any more to read it."""
+    """A standard stream. Output that cannot be written is dropped; so is all later output if its reader is gone."""
 
     is_gone = False
     why_lost = ""
-    """Why the first bytes were dropped that somebody may miss, such as "No space left on device"."""
+    """Why bytes that a reader may miss were first dropped, such as "No space left on device"."""
 
     def write(self, data: Any, /) -> int:
-        """Write all of it; the number of bytes, be they written or dropped."""
+        """Write all of it; return the number of bytes, written or dropped."""
         left = memoryview(data).cast("B")
         size = len(left)
         try:
             while left:
                 count: int | None = super().write(left)
-                if count is None:  # another process that has the stream, too, has made it one that does not wait
+                if count is None:  # another process with the same stream has made it non-blocking
                     select.select((), (self,), ())
                 left = left[count or 0 :]
         except OSError as error:
@@ -164,7 +164,7 @@ class _Lasting(io.FileIO):
         return size
 
     def _let_go(self) -> None:
-        """Have what else writes there, such as a process started later, write to nowhere."""
+        """Redirect the stream to nowhere, also for others that write to it, such as a process started later."""
         self.is_gone = True
         with suppress(OSError):
             nowhere = os.open(os.devnull, os.O_RDWR)
@@ -180,7 +180,7 @@ def _opened(number: int, mode: str) -> Any:
 
 
 def _lasting(stream: Any, number: int) -> TextIO:
-    """`stream`, or what takes its place where it was closed, as one that outlives its reader."""
+    """`stream`, or a substitute if it was closed, as one that outlives its reader."""
     stream = stream or _opened(number, "w")
     is_unbuffered = not isinstance(getattr(stream, "buffer", None), io.BufferedWriter)  # python -u
     with suppress(OSError, ValueError):
@@ -205,7 +205,7 @@ def one_line(name: object) -> str:
 
 
 def as_bytes(text: str) -> bytes:
-    """Text as UTF-8. Bytes of a name that were no UTF-8 are as they were; what is no character at all is escaped."""
+    """Text as UTF-8. Bytes of a name that were not UTF-8 stay as they were; other non-characters are escaped."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:  # half a pair of UTF-16, which no file name can have held
@@ -218,7 +218,7 @@ def say(text: object) -> None:
 
 
 def say_beside(text: object) -> None:
-    """`say` on stderr: what does not belong to a command's output."""
+    """`say` on stderr, for lines that do not belong to a command's output."""
     print(printable(text), file=sys.stderr, flush=True)
 
 
@@ -230,24 +230,24 @@ def duration(seconds: float) -> str:
 
 
 LINE_EVERY_S = 60.0
-"""Seconds between two lines of progress in an output that is no terminal: a longer silence means no progress."""
+"""Seconds between two lines of progress if the output is not a terminal: a longer silence means no progress."""
 
 
 class Steady:
-    """Progress where no live line can be shown: a line a minute while there is any, with the time left."""
+    """Progress if no live line can be shown: a line a minute while there is progress, with the time left."""
 
     def __init__(self, total: int, say: Callable[[str], object] | None, done: int = 0) -> None:
-        """`done` of the `total` were done before; `say` None: nothing is said."""
+        """`done` of the `total` were done before; with `say` None nothing is printed."""
         self._total, self._say, self._first = total, say, done
         self._began = self._said_at = time.monotonic()
 
     def eta(self, done: int) -> str:
-        """The time left, as that so far tells."""
+        """The time left, estimated from the speed so far."""
         left = (time.monotonic() - self._began) / max(1, done - self._first) * (self._total - done)
         return f"ETA {duration(left)}"
 
     def tell(self, done: int, what: str, figures: str = "", *, every_s: float = LINE_EVERY_S) -> bool:
-        """Say `what`, and that so many are done now, if the last line is `every_s` seconds old; whether it was said."""
+        """Say `what` and how many are done if the last line is `every_s` seconds old; return whether it was said."""
         now = time.monotonic()
         if self._say is None or now - self._said_at < every_s:
             return False
@@ -262,7 +262,7 @@ def bytes_shown(
 ) -> Generator[Callable[[int], object], None, None]:
     """Show how much of `total` bytes is done: a live line on a terminal, else a line a minute; None: nothing.
 
-    What is yielded is told of further bytes.
+    Yields a function to be called with the number of further bytes.
     """
     from rich import progress as bars
     from rich.console import Console
@@ -312,12 +312,12 @@ def fitted_help(argv: Sequence[str] | None) -> Generator[None, None, None]:
         print(fit(captured.getvalue(), min(NARROW, shutil.get_terminal_size().columns)), end="")
 
 
-_DESCRIPTION = re.compile(r"([│ ] {7,})([^\s│].*?) *│?")  # without frames where they cannot be shown
+_DESCRIPTION = re.compile(r"([│ ] {7,})([^\s│].*?) *│?")  # without frames if they cannot be shown
 _NO_DEFAULT = re.compile(r" \(default: (?:None|'')?\)|\{None\}\|")
 
 
 def fit(text: str, width: int) -> str:
-    """Wrap the lines beyond `width` that are not part of a table, and leave of several empty lines one.
+    """Wrap the lines beyond `width` that are not part of a table, and reduce several empty lines to one.
 
     In a table, the description of an option becomes one paragraph: tyro breaks it where the source does. A default of
     None or nothing is left out, and None among the values that an option takes.
@@ -358,9 +358,9 @@ def _with_paragraphs(lines: list[str]) -> Generator[str]:
 
 
 def _paragraph(bare: str, lines: list[str], end: int) -> tuple[str, list[str], int]:
-    """What stands before an option's description in its first line, its lines, and the number of the line behind them.
+    """The text before an option's description in its first line, the description's lines, and the index after them.
 
-    The first part is empty where the line `bare`, behind which is the one of number `end`, begins none.
+    `bare` is the line before index `end`; the first part is empty if no description begins there.
     """
     head, texts = "", list[str]()
     if found := _DESCRIPTION.fullmatch(bare):

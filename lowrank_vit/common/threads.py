@@ -1,6 +1,6 @@
 """Background threads that keep their errors for whoever waits for them: one that makes items, one that does jobs.
 
-And the pulse of long work: counted where it goes on, in any thread, and looked at by whoever tells slow from stuck.
+Also a counter of long work's progress, increased in any thread, by which slow work is told from stuck work.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _newest = 0
 
 
 class Ahead(Iterator[T]):
-    """Items of a generator that runs in a thread of its own, ahead of whoever takes them.
+    """Items of a generator that runs in a thread of its own, ahead of the consumer.
 
-    The generator runs, and is closed, in that thread alone: `close` ends it by a `GeneratorExit` at its `yield`. What
-    it raises is raised in place of the item that it had been asked for.
+    The generator runs, and is closed, in that thread alone: `close` ends it by a `GeneratorExit` at its `yield`. Its
+    exceptions are raised in place of the item that was asked for.
     """
 
     def __init__(self, items: Generator[T, None, None], depth: int, name: str) -> None:
@@ -73,7 +73,7 @@ class Ahead(Iterator[T]):
 
 
 class _End:
-    """The last word of a thread."""
+    """The end of a thread's items, and its error if there is one."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
@@ -82,9 +82,9 @@ class _End:
 class Jobs(Generic[T]):
     """A daemon thread that does jobs one by one, in the order in which they were put.
 
-    What a job raises is told to `failed`, in the thread, and the next job follows. What `failed` itself raises, or
-    `begin` or `end`, ends the thread, and is raised by `wait` and `close`. A job is forgotten before the thread counts
-    as idle, so that its memory is free then.
+    An exception of a job is passed to `failed`, in the thread, and the next job follows. An exception of `failed`,
+    `begin` or `end` ends the thread, and is raised by `wait` and `close`. A job is dropped before the thread counts as
+    idle, so that its memory is free then.
     """
 
     def __init__(
@@ -109,13 +109,13 @@ class Jobs(Generic[T]):
 
     @property
     def is_busy(self) -> bool:
-        """Whether a job is under way or waits."""
+        """Whether a job is running or waiting."""
         return self._jobs.unfinished_tasks > 0 and not self._is_dead
 
     def put(self, job: T) -> None:
-        """Have a job done, which may not be None, after those that were put before.
+        """Queue a job, which may not be None, after those that were put before.
 
-        Behind an error that has ended the thread it is dropped: `wait` and `close` raise that.
+        After an error that has ended the thread it is dropped: `wait` and `close` raise that error.
         """
         if not self._is_dead:
             self._jobs.put(job)
@@ -128,7 +128,7 @@ class Jobs(Generic[T]):
         self._raise()
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Wait until all jobs are done and the thread has ended, or for so long. A second call does nothing new."""
+        """Wait until all jobs are done and the thread has ended, or `timeout_s`. A second call does nothing new."""
         if not self._is_closed:
             self._is_closed = True
             self._jobs.put(None)
@@ -168,7 +168,7 @@ class Jobs(Generic[T]):
             raise
 
     def _give_up(self) -> None:
-        """Let nobody wait for jobs that will not be done."""
+        """Wake all who wait for jobs that will not be done."""
         with self._jobs.all_tasks_done:
             self._is_dead = True
             self._jobs.all_tasks_done.notify_all()

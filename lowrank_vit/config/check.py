@@ -1,4 +1,4 @@
-"""What options may be: each within its range, and which of them exclude one another."""
+"""Check options: each within its range, and none beside another that excludes it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check(config: Config) -> None:
         )
     if len(config.augment.color_jitter) not in (1, 3):
         raise UserError(
-            "--color-jitter takes one number, or three: brightness, contrast, saturation. Hue is not there."
+            "--color-jitter takes one number, or three: brightness, contrast, saturation. There is no hue jitter."
         )
     _check_mixing_and_loss(config)
     if config.model.initial_checkpoint and (config.model.pretrained or config.model.pretrained_path):
@@ -39,7 +39,7 @@ def check(config: Config) -> None:
     started_from = ("initial-checkpoint", "pretrained-path", "pretrained")
     if config.model.fix_init and (given := [n for n in started_from if getattr(config.model, n.replace("-", "_"))]):
         raise UserError(
-            f"--fix-init is about fresh weights, and --{given[0]} starts from others. Leave one of them out."
+            f"--fix-init redraws fresh weights, but --{given[0]} starts from others. Leave one of them out."
         )
     _check_lists(config)
     check_low_rank(config.lowrank, is_watched=config.spectra.spec_monitor)
@@ -55,11 +55,11 @@ def check(config: Config) -> None:
     _check_seeds(config)
     name = config.run.experiment
     if name and (Path(name).name != name or name == ".."):
-        raise UserError(f"--experiment takes a plain name, not `{name}`; --output is the folder that it lies in.")
+        raise UserError(f"--experiment takes a plain name, not `{name}`; --output is its parent folder.")
 
 
 def _check_seeds(config: Config) -> None:
-    """Raise `UserError` for a series of runs that is none, and for what one run alone can have."""
+    """Raise `UserError` for --seeds that are not a series, and for options that only a single run can have."""
     seeds = config.run.seeds or ()
     typed = " ".join(map(str, seeds))
     if not seeds:
@@ -67,18 +67,18 @@ def _check_seeds(config: Config) -> None:
     if len(seeds) == 1:
         raise UserError(f"--seeds {typed} is one run: write --seed {typed}, or give two seeds or more.")
     if (twice := next((seed for seed in seeds if seeds.count(seed) > 1), None)) is not None:
-        raise UserError(f"--seeds {typed}: {twice} stands there twice, and would be the same run again.")
+        raise UserError(f"--seeds {typed}: {twice} is given twice, which would repeat the run. Give each seed once.")
     if config.run.resume:
         raise UserError(
-            "--resume goes on with one run, and --seeds is a series. The series' own command line goes on with it "
-            "where it was interrupted: leave --resume out, and name the series by --experiment."
+            "--resume continues one run, but --seeds is a series. The series' own command line continues it where it "
+            "was interrupted: leave --resume out, and name the series with --experiment."
         )
     if config.tracking.wandb_resume_id:
-        raise UserError("--wandb-resume-id is of one run, and --seeds makes several. Leave it out.")
+        raise UserError("--wandb-resume-id names one run, but --seeds makes several. Leave it out.")
 
 
 def _check_lists(config: Config) -> None:
-    """Raise `UserError` for lists of the wrong length or order, and for texts that are no NAME=VALUE."""
+    """Raise `UserError` for lists of the wrong length or order, and for texts that are not NAME=VALUE."""
     optim = config.optim
     for name, values in (("mean", config.data.mean), ("std", config.data.std)):
         if values is not None and len(values) not in (1, 3):
@@ -88,7 +88,7 @@ def _check_lists(config: Config) -> None:
     if optim.lr_noise is not None and len(optim.lr_noise) not in (1, 2):
         raise UserError("--lr-noise takes one share of the epochs, where it begins, or two: where it begins and ends.")
     if any(a >= b for a, b in itertools.pairwise(optim.decay_milestones)):
-        raise UserError("--decay-milestones must grow: the first decay comes first.")
+        raise UserError("--decay-milestones must increase: give the first decay first.")
     parse_keywords(config.model.model_kwargs, "--model-kwargs", "patch_size=2")
     parse_keywords(optim.opt_kwargs, "--opt-kwargs", "nesterov=True")
 
@@ -97,7 +97,7 @@ def _check_mixing_and_loss(config: Config) -> None:
     augment = config.augment
     if augment.aug_repeats != int(augment.aug_repeats):
         raise UserError(
-            f"--aug-repeats {augment.aug_repeats:g}: each image comes equally often here. Give a whole number of times."
+            f"--aug-repeats {augment.aug_repeats:g}: each image is repeated equally often here. Give a whole number."
         )
     mixing = {"mixup": augment.mixup, "cutmix": augment.cutmix, "cutmix-minmax": augment.cutmix_minmax}
     mixed_by = next((name for name, value in mixing.items() if value), None)
@@ -114,7 +114,7 @@ def _check_mixing_and_loss(config: Config) -> None:
     changes = {"bce-sum": augment.bce_sum, "bce-target-thresh": augment.bce_target_thresh is not None}
     for name, is_given in changes.items():
         if is_given and not augment.bce_loss:
-            raise UserError(f"--{name} is about --bce-loss, which is not there. Add --bce-loss, or leave it out.")
+            raise UserError(f"--{name} needs --bce-loss, which is not given. Add --bce-loss, or leave it out.")
 
 
 def parse_interval(text: str) -> tuple[int | None, float | None]:

@@ -1,4 +1,4 @@
-"""Command lines by the type hints of their options: every command is read here, and errors have one form.
+"""Read command lines by the type hints of their options, for every command, with errors in one form.
 
 tyro draws the help and writes the scripts of TAB completion; it reads nothing else.
 """
@@ -36,12 +36,12 @@ _POSITIONAL = get_args(Positional[int])[1]
 _WITHOUT_NO = get_args(FlagCreatePairsOff[bool])[1]
 _FOR_TYRO = {*HELP_FLAGS, "--tyro-write-completion", "--tyro-print-completion"}
 _LONG_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
-"""What text programs and web pages make of two dashes."""
+"""Characters that text programs and web pages put in place of two hyphens."""
 LIST = "--help lists all."
-"""The end of a message about an option that there is not."""
+"""The end of a message about an unknown option."""
 DEFAULTS = (
-    "What a line of that program leaves out has other defaults in timm and here: docs/from_timm.md, Flags of other "
-    "programs."
+    "Options that its command line leaves out may have other defaults in timm and here: docs/from_timm.md, Flags of "
+    "other programs."
 )
 """The end of a message about an option of another program."""
 _WIDTH = 80
@@ -49,16 +49,16 @@ _SAID_OF_SWITCHES = ("true", "false", "yes", "no", "on", "off", "0", "1")
 
 
 class NoSuchOptionError(UserError):
-    """A flag that there is not."""
+    """An unknown flag."""
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
-    """Whether a command line asks for what tyro answers."""
+    """Whether a command line asks for help or a completion script, which tyro prints."""
     return any(token.partition("=")[0] in _FOR_TYRO for token in argv)
 
 
 def _for_tyro(argv: Sequence[str]) -> list[str]:
-    """What tyro shall see of a command line: wrong options beside --help are no matter."""
+    """The part of a command line for tyro: beside --help, wrong options do not matter."""
     return ["--help"] if HELP_FLAGS & set(argv) else list(argv)
 
 
@@ -73,8 +73,8 @@ def read_options(
 ) -> T:
     """A dataclass of options, or what a function returns, from a command line; `--help` ends the process.
 
-    Words that belong to no option are values of the option `word`, else of those that are marked `Positional`. Raises
-    `UserError` for all that cannot be taken, `refused` before it.
+    Words that belong to no option are values of the options marked `Positional`, else of the option `word`. Raises
+    `UserError` for all options that cannot be taken, those in `refused` first.
     """
     if asks_for_help(argv):
         show_help(target, argv, prog)
@@ -87,7 +87,7 @@ def read_options(
 def run_subcommand(
     commands: Mapping[str, Callable[..., object]], argv: Sequence[str], prog: str, description: str | None
 ) -> None:
-    """Call the function whose name comes first, with the options behind it. Raises `UserError`."""
+    """Call the function whose name comes first, with the options after it. Raises `UserError`."""
     if asks_for_help(argv):
         with fitted_help(argv):
             first = [name for name in argv[:1] if name in commands]
@@ -96,7 +96,7 @@ def run_subcommand(
         return
     names = ", ".join(commands)
     if not argv:
-        raise UserError(f"{prog} needs a command: {names}. With --help behind it each tells what it does.")
+        raise UserError(f"{prog} needs a command: {names}. `{prog} COMMAND --help` describes it.")
     name = argv[0].replace("_", "-")
     if name not in commands:
         near = did_you_mean(name, commands)
@@ -105,18 +105,18 @@ def run_subcommand(
 
 
 def is_flag(token: str) -> bool:
-    """Whether a token is no value: it begins with a dash, and is neither a number nor the dash alone."""
+    """Whether a token is a flag: it begins with a dash, and is neither a number nor a dash alone."""
     return token.startswith("-") and token != "-" and not is_number(token)
 
 
 def read(
     argv: Sequence[str], hints: Hints, places: Sequence[str] = (), refused: Sequence[UserError] = ()
 ) -> dict[str, Any]:
-    """The options that a command line names, with their values, the last one of each.
+    """The options that a command line names, with the last value given for each.
 
-    Words that belong to no option are values of `places`, one after the other; where that takes any number of them, of
-    which a flag may give some, it takes them all. Raises `UserError` for all flags that cannot be taken, behind what
-    was `refused` before.
+    Words that belong to no option are values of `places`, one each; if the first of these takes any number of values,
+    it gets all words, beside those after its flag. Raises `UserError` for all flags that cannot be taken, those in
+    `refused` first.
     """
     values, words, tokens, wrong = dict[str, Any](), list[str](), list(argv), [*refused]
     while tokens:
@@ -136,7 +136,7 @@ def read(
 
 
 def refuse(errors: Sequence[UserError]) -> None:
-    """Raise what is wrong with one option as it is, that of several as one error with a line for each of them."""
+    """Raise a single error as it is, and several as one error with a line for each of them."""
     if not errors:
         return
     if len(errors) == 1:
@@ -157,7 +157,7 @@ def _wrapped(text: str, first: str = "", others: str = "") -> list[str]:
 
 
 def drop_values(tokens: list[str]) -> None:
-    """Take all off the tokens that stand before the next flag."""
+    """Remove all tokens before the next flag."""
     while tokens and not is_flag(tokens[0]):
         tokens.pop(0)
 
@@ -194,7 +194,7 @@ def _gathers(hints: Hints, places: Sequence[str]) -> bool:
 
 
 def _glued(token: str, names: Mapping[str, str], hints: Hints) -> tuple[str, str, str] | None:
-    """A short flag with its value behind it in one word, such as -b32, taken apart; None where it is no such word."""
+    """Split a short flag and its value in one word, such as -b32; None if the token is no such word."""
     for short in sorted(names, key=len, reverse=True):
         value = token.removeprefix(short)
         if short.startswith("--") or value in ("", token):
@@ -215,7 +215,7 @@ def _word(token: str, hints: Hints) -> str:
 
 
 def _switch(name: str, hints: Hints) -> tuple[str, bool] | None:
-    """The switch that a flag sets, and how; None if the flag is none."""
+    """The switch that a flag sets, and its value; None if the flag is not a switch."""
     if name in hints:
         return (name, True) if kind_of(hints[name]).element is bool else None
     plain = name.removeprefix("no-")
@@ -233,9 +233,10 @@ def _check_alone(name: str, token: str, behind: list[str], has_value: bool, hint
 
 
 def _take(tokens: list[str], kind: Kind, name: str, *, others: bool) -> list[str]:
-    """Take the values of an option off the tokens behind it.
+    """Take the values of an option off the tokens after it.
 
-    An option that takes any number of values leaves those that it cannot take, if there is another use of words.
+    An option with any number of values stops at the first word that it cannot take if words have another use
+    (`others`).
     """
     texts: list[str] = []
     while tokens and (kind.num_words is None or len(texts) < kind.num_words):
@@ -259,14 +260,14 @@ def _could_be(kind: Kind, name: str, token: str) -> bool:
 
 
 def _place(values: dict[str, Any], words: list[str], hints: Hints, places: Sequence[str]) -> None:
-    """Make the words that belong to no flag values of `places`. Raises `UserError` for one too many."""
+    """Assign the words that belong to no flag to `places`. Raises `UserError` if there are too many."""
     if words and _gathers(hints, places):
         values[places[0]] = value_of(hints[places[0]], words, f"--{places[0]}")
         return
     for name, word in zip(places, words, strict=False):
         if kind_of(hints[name]).element is Path and is_number(word) and not os.path.lexists(word):
             several = _takes_several(word, values, hints)
-            raise UserError(f"`{word}` belongs to no option, and no file or folder is called so.{several}")
+            raise UserError(f"`{word}` belongs to no option, and no file or folder has that name.{several}")
         value = value_of(hints[name], [word], f"--{name}")
         if values.get(name) not in (None, value):
             raise UserError(f"{word} and --{name} {values[name]}: a word without a flag is --{name}. Give it once.")
@@ -274,13 +275,13 @@ def _place(values: dict[str, Any], words: list[str], hints: Hints, places: Seque
     if extra := words[len(places) :]:
         before = next((other for other in words if without_dashes(other) in hints), "")
         near = f" Did you mean --{before} {extra[0]}?" if before and before != extra[0] else ""
-        may = f" Without a flag stands only --{places[0]}, which is {words[0]}." if places else ""
+        may = f" Only --{places[0]} may come without its flag, and it is {words[0]}." if places else ""
         near = near or _takes_several(extra[0], values, hints) or did_you_mean(extra[0], hints, "--")
         raise UserError(f"`{extra[0]}` belongs to no option.{may}{near or f' {LIST}'}")
 
 
 def _takes_several(word: str, values: Iterable[str], hints: Hints) -> str:
-    """That several go to --budgets, where one was given to --budget and `word` is another; else nothing."""
+    """A sentence that several values go to --budgets, if --budget was given and `word` is another value; else ""."""
     for name in values:
         kind = kind_of(hints[f"{name}s"]) if f"{name}s" in hints else None
         if kind and kind.num_words is None and _could_be(kind, name, word):
@@ -289,13 +290,13 @@ def _takes_several(word: str, values: Iterable[str], hints: Hints) -> str:
 
 
 def _unknown(shown: str, names: Iterable[str], hints: Hints) -> NoSuchOptionError:
-    """That there is no such flag, with the nearest ones."""
+    """An error about an unknown flag, with the nearest known ones."""
     first, *rest = re.split(r"[\s:]+", shown, maxsplit=1)
     if rest and without_dashes(first) in hints:
         return NoSuchOptionError(f"`{shown}` is one word. Did you mean {first}={rest[0]}?")
     if without_dashes(shown).removeprefix("no-") in hints:
         return NoSuchOptionError(
-            f"{shown} is not an option: --{without_dashes(shown).removeprefix('no-')} is no switch."
+            f"{shown} is not an option: --{without_dashes(shown).removeprefix('no-')} is not a switch."
         )
     switches = [f"no-{name}" for name, hint in hints.items() if kind_of(hint).element is bool]
     near = did_you_mean(without_dashes(shown), [name for name in [*names, *switches] if len(name) > 1], "--")

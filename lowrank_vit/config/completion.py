@@ -1,7 +1,7 @@
 """`lowrank-vit completion bash`: a script with which TAB completes commands, flags and choices.
 
-Everything that it may ever propose stands in the script as words, so that no TAB starts Python. Where none of the words
-fits, the shell's own completion of file names takes over.
+The script contains every word that it may propose, so TAB never starts Python. If no word fits, the shell completes
+file names.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ In zsh say zsh and .zshrc instead.
 
 
 class _Several(tuple[str, ...]):
-    """Values of which several may stand behind one flag."""
+    """Values of which a flag takes several."""
 
 
 Words = dict[str, dict[str, tuple[str, ...]]]
-"""Command ("train", "prep digits") to its flags; each to the values it may have, none where it takes others."""
+"""Command ("train", "prep digits") to its flags; each flag to its choices, if it has any."""
 
 _SCRIPT = """# TAB completion of lowrank-vit. Made by `lowrank-vit completion`; make it anew after an update.
 _lowrank_vit() {{
@@ -81,7 +81,7 @@ _OF_ZSH = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && b
 
 
 def all_words() -> Words:
-    """What there is to complete of all commands; takes seconds, since it imports them."""
+    """All words to complete, of all commands; takes seconds, since it imports them."""
     words: Words = {}
     for command, (module, _) in COMMANDS.items():
         if command == "completion":
@@ -116,7 +116,7 @@ def script(shell: str, words: Words) -> str:
 
 
 def _parser(module: str) -> dict[str, Any]:
-    """What tyro's parser of a command knows, as tyro itself writes it into its own scripts."""
+    """The description of a command's options that tyro writes into its own scripts."""
     command = importlib.import_module(module).main
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         path = Path(folder) / "completion"

@@ -1,6 +1,6 @@
 """The run's configuration: options as timm's flat flags, a flat YAML of the same names, and their checks.
 
-What the command line says goes before what `--config FILE` says; both are judged in the same words.
+The command line overrides `--config FILE`; both are checked with the same messages.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lowrank_vit.config.timm_line import in_words, translate
 from lowrank_vit.config.yaml_files import FromFile, config_files, read_config
 
 _NO_GPU_ASKED_FOR = Step(amp=False, compile=False)
-"""Where nothing is to look for a GPU, which takes the seconds that torch needs to load."""
+"""Defaults that do not look for a GPU, since that loads torch and takes seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +80,12 @@ def parse(argv: Sequence[str], prog: str = "") -> Config:
 
 
 def _config(recipe: Mapping[str, Any], typed: Mapping[str, Any]) -> Config:
-    """The options that files and command line say, by their flags' names; those of the command line win.
+    """The options from files and command line, by flag name; the command line wins.
 
-    Raises `UserError` for data that are given beside --synthetic, and for two poolings.
+    Raises `UserError` for data that are given beside --synthetic, and for two different poolings.
     """
     config = with_options(Config(step=_NO_GPU_ASKED_FOR), _one_of_seeds({**recipe, **typed}, recipe, typed))
-    # A recipe's file names its data; to measure it with --synthetic beside it is no contradiction.
+    # A recipe's file names its data; measuring the recipe with --synthetic is no contradiction.
     unread = next((name for name in ("data-dir", "dataset") if typed.get(name)), "")
     if config.data.synthetic and unread:
         raise UserError(f"--synthetic reads no data, so --{unread} would go unused. Leave one of the two out.")
@@ -98,7 +98,7 @@ def _config(recipe: Mapping[str, Any], typed: Mapping[str, Any]) -> Config:
 
 
 def _one_of_seeds(values: dict[str, Any], recipe: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without --seeds where --seed is typed beside a file's. Raises `UserError` for both in one place."""
+    """The options, without a file's --seeds if --seed is typed. Raises `UserError` for both in one place."""
     place = typed if {"seed", "seeds"} & typed.keys() else recipe
     if place.get("seeds") and "seed" in place:
         raise UserError(f"--seed {place['seed']} and --seeds both say which seeds. Give one of them.")
@@ -106,7 +106,7 @@ def _one_of_seeds(values: dict[str, Any], recipe: Mapping[str, Any], typed: Mapp
 
 
 def _with_pooling(model: Model, pooling: str, own: set[str], in_files: set[str]) -> Model:
-    """The model options with `--gp`; of it and `global_pool` in --model-kwargs the one typed wins over a file's."""
+    """The model options with `--gp`; if --model-kwargs has `global_pool` too, the typed one wins over a file's."""
     rest, other = take_keyword(model.model_kwargs, "global_pool")
     if other not in (None, pooling):
         origins = [("gp" in names, "model-kwargs" in names) for names in (own, in_files)]
@@ -125,16 +125,16 @@ def _without_augmentation(config: Config) -> Config:
 
 
 def _origin(message: str, files: Mapping[Path, FromFile], typed: Mapping[str, Any]) -> str:
-    """Which file says what an error is about, where that is not typed."""
+    """A sentence that names the file whose option an error is about; empty if the option was typed."""
     names = [name for name in re.findall(r"--([a-z][a-z0-9-]*)", message) if name not in typed]
     for path, file in reversed(list(files.items())):
         if named := next((name for name in names if file.values.get(name, UNSET) is not UNSET), ""):
-            return f" `{named}` stands in --config {path}."
+            return f" `{named}` is set in --config {path}."
     return ""
 
 
 def _merged(files: Mapping[Path, FromFile]) -> dict[str, Any]:
-    """The values by option; of several files the last that names an option counts."""
+    """The values by option; the last file that names an option counts."""
     merged = {name: value for file in files.values() for name, value in file.values.items()}
     return {name: value for name, value in merged.items() if value is not UNSET}
 
@@ -151,14 +151,15 @@ def _with_img_size(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _say(line: str) -> None:
-    """Of the processes of one run the first speaks."""
+    """Print a note, in the first process of a run only."""
     if os.environ.get("RANK", "") in ("", "0"):
         say(f"note: {line}")
 
 
 def _tell_of_timms(files: Mapping[Path, FromFile], held: list[str], typed: Mapping[str, Any]) -> None:
-    """Say what files are taken to mean, and which of timm's options change nothing here: one line a file, and one for
-    what was asked for. What the `typed` flags or a later file overrule is not said.
+    """Say how older runs' files are read, and which of timm's options change nothing here.
+
+    Options that the `typed` flags or a later file override are not mentioned.
     """
     for n, (path, file) in enumerate(files.items(), 1):
         overruled = {*typed, *(name for later in list(files.values())[n:] for name in later.values)}
@@ -167,7 +168,7 @@ def _tell_of_timms(files: Mapping[Path, FromFile], held: list[str], typed: Mappi
             if counts or not as_then:
                 _say(" ".join([words, *counts]))
         if file.num_skipped:
-            _say(f"{file.num_skipped} options of timm's that are not here stand at neutral values in {path}: skipped")
+            _say(f"{path}: ignored {file.num_skipped} timm options that do not exist here and are set to no-op values")
     held = [*(one for file in files.values() for one in file.held), *held]
     if held:
         _say(in_words(held))
@@ -183,21 +184,21 @@ def _tell_what_resuming_overrides(config: Config) -> None:
 
 
 def _tell_of_odd_batches(config: Config) -> None:
-    """They are refused by timm; here they are only less even."""
+    """Note an odd batch size, which timm refuses to mix."""
     augment, batch_size = config.augment, config.data.batch_size
     is_given = config.optim.global_batch_size is None  # else --batch-size is an upper limit
     if is_given and batch_size % 2 and (augment.mixup or augment.cutmix or augment.cutmix_minmax):
         _say(
-            f"--batch-size {batch_size} is odd: mixing pairs images within a batch, so one of them stays as it is, and "
-            "who is mixed with whom depends on ranks and accumulation"
+            f"--batch-size {batch_size} is odd: mixing pairs images within a batch, so one of them stays unmixed, and "
+            "the pairs depend on ranks and accumulation"
         )
 
 
 def _tell_of_idle_spectra(config: Config, in_files: set[str], own: set[str]) -> None:
-    """Say which options of spectra change nothing, since what they are about is off.
+    """Say which options of spectra change nothing, since their switch is off.
 
-    Not where that was turned off beside them: --no-spec-monitor leaves a recipe's options as they are, and a file that
-    turns the monitor off may keep its options.
+    Nothing is said if the switch was turned off on purpose: --no-spec-monitor leaves a recipe's options as they are,
+    and a file that turns the monitor off may keep its options.
     """
     changed = [
         name
@@ -214,7 +215,7 @@ def _tell_of_idle_spectra(config: Config, in_files: set[str], own: set[str]) -> 
 
 
 def _fit_defaults(config: Config, own: set[str]) -> Config:
-    """Let values that the user did not type follow from those given: a small `--epochs`, no workers."""
+    """Fit values to those that the user typed: a default warm-up to a small `--epochs`, 0 workers to 1."""
     data, optim = config.data, config.optim
     if optim.warmup_epochs >= optim.epochs and not optim.warmup_prefix and "warmup-epochs" not in own:
         optim = dataclasses.replace(optim, warmup_epochs=optim.epochs - 1)
@@ -226,7 +227,7 @@ def _fit_defaults(config: Config, own: set[str]) -> Config:
 
 
 def _with_defaults_of_device(config: Config, given: set[str]) -> Config:
-    """--amp and --compile, where neither is given, as the device has it: on with CUDA."""
+    """Set --amp and --compile, each unless it is given, by the device: on with CUDA."""
     open_ones = {"amp", "compile"} - given
     is_on = bool(open_ones) and config.step.device != "cpu" and has_cuda()
     return dataclasses.replace(config, step=dataclasses.replace(config.step, **dict.fromkeys(open_ones, is_on)))
@@ -247,9 +248,9 @@ def without_seeds(argv: Sequence[str]) -> list[str]:
 
 
 def to_yaml(config: Config) -> str:
-    """A flat YAML of every option, defaults included, and of what they mean; `--config` on it repeats the run.
+    """A flat YAML of every option, defaults included, and of their meaning; `--config` on it repeats the run.
 
-    Left out are the run's own name and what it was resumed from: a repetition is a run of its own.
+    The run's name and --resume are left out: a repetition is a run of its own.
     """
     flat: dict[str, Any] = {meaning.KEY: meaning.now()}
     for name, _, value in leaves(config):

@@ -1,4 +1,4 @@
-"""Options of training that becomes low-rank, and what of them contradicts before anything is opened."""
+"""Options of low-rank training, and the check that they do not contradict one another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHARE_BELOW_1 = Range(0, 1, open_low=True, open_high=True)
 _EXAMPLE = "8=0.15 20=0.08"
 
 RankRule = Literal["none", "energy", "mp", "kfac"]
-"""How the number of directions is chosen that a layer keeps; none: training stays as it is."""
+"""How the rank of a layer is chosen; none: no layer is factorised during training."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class LowRank:
 
 
 def parse_schedule(texts: tuple[str, ...]) -> dict[int, float]:
-    """--lowrank-schedule as shares of the targets' parameters by the number of epochs before; in order.
+    """--lowrank-schedule as {epochs before the switch: share of the targets' parameters}, in order.
 
-    Raises `UserError` for a text of another form, a share that is none, and epochs out of order.
+    Raises `UserError` for a malformed text or share, and for epochs out of order.
     """
     pairs: list[tuple[int, float]] = []
     for text in texts:
@@ -102,15 +102,15 @@ def parse_schedule(texts: tuple[str, ...]) -> dict[int, float]:
     for (epoch, budget), (later, smaller) in itertools.pairwise(pairs):
         if later <= epoch:
             raise UserError(
-                f"--lowrank-schedule: epoch {later} stands behind epoch {epoch}. Give each epoch once, the first first."
+                f"--lowrank-schedule: epoch {later} follows epoch {epoch}. Give each epoch once, in ascending order."
             )
         if smaller >= budget:
             raise UserError(
-                f"--lowrank-schedule: ranks never grow, so {later}={smaller:g} does nothing behind {epoch}={budget:g}. "
+                f"--lowrank-schedule: ranks never grow, so {later}={smaller:g} does nothing after {epoch}={budget:g}. "
                 "Each budget must be smaller than the one before."
             )
     if pairs and pairs[0][0] == 0:
-        raise UserError("--lowrank-schedule: the first epoch that can end is 1. Give the number of epochs before.")
+        raise UserError("--lowrank-schedule: the smallest EPOCH is 1. It is the number of epochs before the switch.")
     return dict(pairs)
 
 
@@ -123,7 +123,7 @@ def _acts_on_weights(options: LowRank) -> bool:
 
 
 class _Need(NamedTuple):
-    """What a flag needs in order to do anything."""
+    """A condition without which a flag does nothing."""
 
     is_met: Callable[[LowRank], bool]
     why: str
@@ -132,47 +132,47 @@ class _Need(NamedTuple):
 
 _LORA = _Need(
     lambda options: options.lora is not None,
-    "is about --lora, which is not there. Add --lora RANK, or leave it out.",
+    "needs --lora, which is not given. Add --lora RANK, or leave it out.",
 )
 _TRAIN = _Need(
     lambda options: options.lowrank_train != "none",
-    "is about --lowrank-train, which is not there. Add --lowrank-train kfac (or energy, mp), or leave it out.",
+    "needs --lowrank-train, which is not given. Add --lowrank-train kfac (or energy, mp), or leave it out.",
 )
 _KFAC = _Need(
     lambda options: options.lowrank_train == "kfac",
-    "is about --lowrank-train kfac, which is not there. Give that rule, or leave it out.",
+    "needs --lowrank-train kfac, which is not given. Give that rule, or leave it out.",
 )
-_ENERGY = _Need(  # beside kfac's schedule it says what refreshes would keep
+_ENERGY = _Need(  # beside kfac's schedule it sets the ranks that refreshes log
     lambda options: (
         options.lowrank_train == "energy" or bool(options.lowrank_train == "kfac" and options.lowrank_schedule)
     ),
-    "is about --lowrank-train energy, which is not there. Give that rule, or leave it out.",
+    "needs --lowrank-train energy, which is not given. Give that rule, or leave it out.",
 )
 _NO_SCHEDULE = _Need(
     lambda options: not options.lowrank_schedule,
-    "is about switches of layers that have settled; --lowrank-schedule says when to switch and with which budget. "
+    "applies when layers are factorised once they settle, but --lowrank-schedule sets the epochs and their budgets. "
     "Leave one of them out.",
 )
 _FACTORS = _Need(
     lambda options: options.lowrank_train != "none" or options.lowrank_init is not None,
-    "is about layers in factors, of --lowrank-train or --lowrank-init, which are not there. Add one of them, or leave "
+    "needs layers that --lowrank-train or --lowrank-init factorises, and neither is given. Add one of them, or leave "
     "it out.",
 )
 _TARGETS = _Need(
     lambda options: (
         _FACTORS.is_met(options) or _LORA.is_met(options) or (_acts_on_weights(options) and options.reg_targets is None)
     ),
-    "names the layers of --lowrank-train, --lowrank-init, --lora, or of regularisers without --reg-targets, none of "
-    "which is there. Add one of them, or leave it out.",
+    "names the layers of --lowrank-train, --lowrank-init, --lora, or of regularisers without --reg-targets, but none "
+    "of these is given. Add one of them, or leave it out.",
 )
 _PENALTY = _Need(
     _regularises,
-    "is about --reg-nuclear and --reg-stable-rank, which are not there. Add one of them with its weight, e.g. "
+    "needs --reg-nuclear or --reg-stable-rank, and neither is given. Add one of them with its weight, e.g. "
     "--reg-nuclear 0.05, or leave it out.",
 )
 _ACTING = _Need(
     _acts_on_weights,
-    "is about --reg-nuclear, --reg-stable-rank and --spectral-clip, which are not there. Add one of them, e.g. "
+    "needs --reg-nuclear, --reg-stable-rank or --spectral-clip, and none is given. Add one of them, e.g. "
     "--reg-nuclear 0.05, or leave it out.",
 )
 _NEEDS: dict[str, tuple[_Need, ...]] = {
@@ -194,7 +194,7 @@ _NEEDS: dict[str, tuple[_Need, ...]] = {
     "reg_targets": (_ACTING,),
     "reg_coupled": (_PENALTY,),
 }
-"""By field all that it needs. The others do something by themselves."""
+"""Conditions by field; fields that are not here work by themselves."""
 
 
 def check_low_rank(options: LowRank, *, is_watched: bool) -> None:
@@ -205,8 +205,8 @@ def check_low_rank(options: LowRank, *, is_watched: bool) -> None:
         return
     if options.lowrank_init is not None:
         raise UserError(
-            "--lowrank-init puts the targets in factors from the first update, and --lowrank-train whole ones later. "
-            "Leave one of them out."
+            "--lowrank-init factorises the targets from the start, and --lowrank-train during training. Leave one of "
+            "them out."
         )
     schedule, most = parse_schedule(options.lowrank_schedule), options.lowrank_switches
     if len(schedule) > most:
@@ -216,13 +216,13 @@ def check_low_rank(options: LowRank, *, is_watched: bool) -> None:
         )
     if not is_watched:
         raise UserError(
-            f"--lowrank-train {options.lowrank_train} rests on the refreshes of --spec-monitor, which is off. Add "
+            f"--lowrank-train {options.lowrank_train} needs the refreshes of --spec-monitor, which is off. Add "
             "--spec-monitor."
         )
 
 
 def _check_idle(options: LowRank) -> None:
-    """Raise `UserError` for the first option that would do nothing as the others are; defaults may always stand."""
+    """Raise `UserError` for the first option, not at its default, that does nothing beside the others."""
     defaults = LowRank()
     for name, needs in _NEEDS.items():
         if getattr(options, name) == getattr(defaults, name):
@@ -232,7 +232,7 @@ def _check_idle(options: LowRank) -> None:
 
 
 def _check_lora(options: LowRank) -> None:
-    """Raise `UserError` for options beside adapters that change the targets' own weights."""
+    """Raise `UserError` for options beside --lora that change the targets' own weights."""
     if options.lora is None:
         return
     changing = {

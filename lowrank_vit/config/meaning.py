@@ -1,8 +1,8 @@
-"""What a seed or a flag means has a number, so that an older run never goes on with another meaning in silence.
+"""Number the meaning of seeds and flags, so that an older run never silently continues with another meaning.
 
-A run's checkpoints and its args.yaml hold the number under `KEY`; a file without one is of the time before there were
-numbers, `FIRST`. `CHANGES` lists what has changed since, the first of them making number 2, and so on. To change what a
-seed or a flag means, append a `Change`: never remove or reorder one.
+A run's checkpoints and its args.yaml hold the number under `KEY`; a file without one is from before there were numbers,
+`FIRST`. `CHANGES` lists the changes since: the first makes number 2, and so on. To change the meaning of a seed or a
+flag, append a `Change`; never remove or reorder one.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Change:
     """One change of meaning."""
 
     what: str
-    """For people: what is now, and what was before; without a full stop."""
+    """For people: the new behaviour and the old one; without a full stop."""
     before: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Options by name, without dashes in front, with the values that give the old meaning; they may be new ones."""
     cannot: str = ""
-    """Why a run of before cannot go on; empty where `before` suffices, or where the data tell what was meant."""
+    """Why an older run cannot be resumed; empty if `before` suffices, or if the data tell what was meant."""
     concerns: Callable[[Mapping[str, Any]], bool] = lambda args: True
-    """Whether it matters to a run of these options, by name; one that is missing stands at its default."""
+    """Whether it affects a run with these options, by name; a missing option is at its default."""
 
 
 def _is_mixed(args: Mapping[str, Any]) -> bool:
@@ -54,7 +54,7 @@ def _may_decode_on_a_gpu(args: Mapping[str, Any]) -> bool:
 
 CHANGES: tuple[Change, ...] = (
     Change(
-        "mixup and cutmix are drawn for each --mix-block images, before once for a global batch",
+        "mixup and cutmix are drawn for each --mix-block images; before, once for a global batch",
         {"mix-block": 0},
         concerns=_is_mixed,
     ),
@@ -65,37 +65,37 @@ CHANGES: tuple[Change, ...] = (
     ),
     Change(
         "an EMA without --model-ema-warmup or --no-model-ema-warmup has a warm-up in runs of fewer than "
-        "10 / (1 - decay) updates, before it had none",
+        "10 / (1 - decay) updates; before, it had none",
         {"model-ema-warmup": False},
         concerns=lambda args: args.get("model-ema", True),
     ),
     Change(
-        "random erasing comes after mixup and cutmix, before ahead of them",
+        "random erasing comes after mixup and cutmix; before, it came ahead of them",
         {"erase-first": True},
         concerns=lambda args: _is_mixed(args) and bool(args.get("reprob")),
     ),
     Change(
-        "DALI interpolates the colours of JPEGs on a GPU as it does on a CPU, before it repeated them",
+        "DALI interpolates the colours of JPEGs on a GPU as it does on a CPU; before, it repeated them",
         {"jpeg-fancy-upsampling": False},
         concerns=_may_decode_on_a_gpu,
     ),
     Change(
-        "Muon leaves first layer, embeddings and classifier to its AdamW, before it orthogonalised their updates, too",
+        "Muon leaves first layer, embeddings and classifier to its AdamW; before, it orthogonalised their updates, too",
         {"muon-fallback": False},
         concerns=lambda args: "muon" in str(args.get("opt")).lower(),
     ),
     Change(
-        "one in --spec-full-every refreshes computes whole spectra, the others first values alone, before all did",
+        "one in --spec-full-every refreshes computes whole spectra, the others only first values; before, all did",
         {"spec-full-every": 1},
         concerns=lambda args: bool(args.get("spec-monitor")),
     ),
     Change(
-        "metrics.jsonl and trackers get means of the spectra and spectra/ has every number, before they got all",
+        "metrics.jsonl and trackers get means of the spectra and spectra/ has every number; before, they got all",
         {"spec-log": "all", "wandb-spec": "all"},
         concerns=lambda args: bool(args.get("spec-monitor")),
     ),
     Change(
-        "sets above 65,536 images are shuffled by a keyed permutation, before they were sorted by random numbers",
+        "sets above 65,536 images are shuffled by a keyed permutation; before, they were sorted by random numbers",
         {"epoch-order": "sorted"},
         concerns=_may_be_large,
     ),
@@ -103,12 +103,12 @@ CHANGES: tuple[Change, ...] = (
 
 
 def now() -> int:
-    """The number of what seeds and flags mean in this program."""
+    """The number of the meaning that seeds and flags have in this program."""
     return FIRST + len(CHANGES)
 
 
 def number_in(content: Mapping[str, Any], source: str) -> int | None:
-    """The number that a file's content holds, None without one. Raises `UserError` for one that is not known here."""
+    """The number in a file's content; None without one. Raises `UserError` for a number that is not known here."""
     number = content.get(KEY)
     if number is None:
         return None
@@ -116,20 +116,20 @@ def number_in(content: Mapping[str, Any], source: str) -> int | None:
         raise UserError(f"{source}: `{KEY}: {number}` must be a whole number, {FIRST} to {now()}. Remove that line.")
     if number > now():
         raise UserError(
-            f"{source} was written by a newer lowrank-vit: what its seeds and flags mean has the number {number}, and "
-            f"this program knows up to {now()}. Update lowrank-vit to go on with it, or begin anew with options of "
-            "your own."
+            f"{source} was written by a newer lowrank-vit: the meaning of its seeds and flags has the number {number}, "
+            f"and this program knows up to {now()}. Update lowrank-vit to continue it, or begin a new run with options "
+            "of your own."
         )
     return number
 
 
 def changes_since(number: int, args: Mapping[str, Any]) -> list[Change]:
-    """What a run of that number and of these options, by name, knows nothing of."""
+    """The changes after `number` that affect a run with the options `args`, by name."""
     return [change for change in CHANGES[number - FIRST :] if change.concerns(args)]
 
 
 def values_before(number: int, args: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, by name, with the values that give the meaning of a run of that number and of these options."""
+    """The options, by name, that restore the meaning of `number` for a run with the options `args`."""
     values: dict[str, Any] = {}
     for change in reversed(changes_since(number, args)):  # of two about one option the older one counts
         values |= change.before
@@ -137,10 +137,10 @@ def values_before(number: int, args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_can_go_on(number: int, args: Mapping[str, Any], source: str) -> None:
-    """Raise `UserError` where this program can no longer do what a run of that number meant."""
+    """Raise `UserError` if this program can no longer do what a run of that number meant."""
     for change in changes_since(number, args):
         if change.cannot:
             raise UserError(
-                f"{source} is of an older run, and {change.what}. It cannot go on: {change.cannot}. Begin a run of its "
-                "own from its weights with --initial-checkpoint, or resume it with the version that began it."
+                f"{source} is of an older run, and {change.what}. It cannot be resumed: {change.cannot}. Begin a new "
+                "run from its weights with --initial-checkpoint, or resume it with the version that began it."
             )

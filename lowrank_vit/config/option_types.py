@@ -1,4 +1,4 @@
-"""What an option's type hint says about its values: texts become values, or one sentence about what is wrong.
+"""Read an option's values by its type hint: texts become values, or one sentence about what is wrong.
 
 A hint may carry a `Range`, `MAY_CHANGE`, a `NotHere` and other names of the option.
 """
@@ -25,12 +25,12 @@ D = TypeVar("D", bound="DataclassInstance")
 
 MAY_CHANGE = "may change on resume"
 """Beside an option's type: a resumed run may be given another value, which does not change what an update does to the
-weights. (Of batch size and accumulation the global batch must stay, see `Loader.load_state_dict`.)"""
+weights. (Batch size and accumulation may change, but the global batch must stay, see `Loader.load_state_dict`.)"""
 
 
 PER_RANK = "may differ between ranks"
 """Beside an option's type: each rank may have its own value, such as a path on its node's disk, since none of them
-changes what an update does to the weights. What lies at such a path is compared instead."""
+changes what an update does to the weights. The data at such a path are compared instead."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class NotHere:
 
 @dataclass(frozen=True)
 class WordForNone:
-    """Beside an option's type: the word that is typed where the program is to choose, which is None and the default.
+    """Beside an option's type: the word that lets the program choose, which is None and the default.
 
     A resumed run keeps what was chosen for it.
     """
@@ -57,7 +57,7 @@ AUTO = WordForNone("auto")
 
 @dataclass(frozen=True)
 class Alone:
-    """Beside the type of an option with choices: the one that its flag means where none stands behind it."""
+    """Beside the type of an option with choices: the choice that its flag means without a value."""
 
     choice: str
 
@@ -71,7 +71,7 @@ _NAMES: dict[Any, tuple[str, str]] = {
     Path: ("a path", "paths"),
     bool: ("true or false", ""),
 }
-"""Of types, singular and plural."""
+"""Names of types, singular and plural."""
 UNSET: Final = object()
 """The value of an option that is named, but left at its default."""
 
@@ -85,7 +85,7 @@ class Kind:
     may_be_none: bool
     is_tuple: bool = False
     count: int | None = None
-    """Of a tuple's values; None: any number."""
+    """Number of a tuple's values; None: any number."""
 
     @property
     def is_numeric(self) -> bool:
@@ -99,14 +99,14 @@ class Kind:
 
     @property
     def num_words(self) -> int | None:
-        """How many words stand behind its flag on a command line; None: any number."""
+        """How many words follow its flag on a command line; None: any number."""
         if self.element is bool:
             return 0
         return self.count if self.is_tuple else 1
 
 
 def kind_of(hint: Any) -> Kind:
-    """What a hint such as `Annotated[tuple[float, float] | None, Range(0)]` says."""
+    """The `Kind` that a hint such as `Annotated[tuple[float, float] | None, Range(0)]` describes."""
     plain = hint.__origin__ if hasattr(hint, "__metadata__") else hint
     may_be_none = type(None) in get_args(plain)
     if may_be_none:
@@ -119,7 +119,7 @@ def kind_of(hint: Any) -> Kind:
 
 @cache
 def _hints(options: type) -> dict[str, Any]:
-    """Hints of a dataclass's fields; evaluating their text takes longer than all that is done with them."""
+    """Hints of a dataclass's fields; cached, since evaluating them takes longer than all that is done with them."""
     return get_type_hints(options, include_extras=True)
 
 
@@ -169,7 +169,7 @@ def aliases(hints: Hints) -> dict[str, str]:
 
 
 def without_dashes(flag: str) -> str:
-    """The name of an option, as in `Hints`, that a flag or a key is: without dashes in front, with dashes inside."""
+    """The option name, as in `Hints`, of a flag or a key: without dashes in front, with dashes inside."""
     return flag.lstrip("-").replace("_", "-")
 
 
@@ -198,11 +198,11 @@ def is_number(text: str) -> bool:
 
 
 def value_of(hint: Any, texts: Sequence[str], shown: str) -> Any:
-    """The value of an option whose values are typed so, on a command line or in a file.
+    """The value of an option from its `texts`, on a command line or in a file.
 
-    `None` is nothing where there may be nothing. An empty text for a path means that none is given, also among others;
-    where there must be one it is `UNSET`. Raises `UserError`, which calls the option `shown`, for values that it does
-    not take.
+    The text `None` is None if the option may be None. Empty texts for a path are dropped; if none is left, the value is
+    None, or `UNSET` if the option may not be None. Raises `UserError`, which calls the option `shown`, for values that
+    it does not take.
     """
     kind = kind_of(hint)
     texts = texts or [note.choice for note in getattr(hint, "__metadata__", ()) if isinstance(note, Alone)]
@@ -216,7 +216,7 @@ def value_of(hint: Any, texts: Sequence[str], shown: str) -> Any:
             return None if kind.may_be_none else UNSET
     for note in getattr(hint, "__metadata__", ()):
         if isinstance(note, NotHere) and texts and note.value == texts[0]:
-            raise UserError(f"{shown}: {note.value} is not here: {note.why}.")
+            raise UserError(f"{shown}: {note.value} is not supported: {note.why}.")
     try:
         values = tuple(_element(hint, text, shown) for text in texts)
     except ValueError as error:
@@ -230,7 +230,7 @@ def value_of(hint: Any, texts: Sequence[str], shown: str) -> Any:
 
 
 def wrong_value(hint: Any, texts: Sequence[str], shown: str) -> UserError:
-    """What an option takes, and that it is not these."""
+    """An error that says what an option takes, and that `texts` are not that."""
     kind = kind_of(hint)
     if not texts:
         return UserError(f"{shown} takes {_takes(hint, shown)}, and none is given.")
@@ -262,7 +262,7 @@ def _takes(hint: Any, shown: str) -> str:
 
 
 def _least(shown: str) -> int:
-    """How many numbers an option takes at least that takes any number of them."""
+    """The least number of values of an option that takes any number of them."""
     return 2 if shown.rstrip("`").replace("_", "-").endswith("opt-betas") else 1
 
 
@@ -275,7 +275,7 @@ def _is_element(hint: Any, text: str) -> bool:
 
 
 def _element(hint: Any, text: str, shown: str) -> Any:
-    """One value of an option. Raises `ValueError` if it is none, `UserError` for a path that cannot be made out."""
+    """One value of an option. Raises `ValueError` for a wrong text, `UserError` for a path that does not expand."""
     kind, limits = kind_of(hint), range_of(hint)
     if kind.choices:
         by_text = {str(choice): choice for choice in kind.choices}
@@ -294,9 +294,9 @@ _VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{(\w+)\})", re.ASCII)
 
 
 def expanded(text: str, shown: str) -> Path:
-    """A path with `~` and environment variables filled in, unless a file is called so; `$$` is the character `$`.
+    """A path with `~` and environment variables filled in, unless a file has that very name; `$$` is a plain `$`.
 
-    Raises `UserError`, which calls the option `shown`, for a variable or a user that is not there.
+    Raises `UserError`, which calls the option `shown`, for a variable or a user that does not exist.
     """
     if (not text.startswith("~") and "$" not in text) or os.path.lexists(text):
         return Path(text)
@@ -335,7 +335,7 @@ def parse_keywords(pairs: Iterable[str], flag: str, example: str) -> dict[str, A
 
 
 def literal(text: str) -> Any:
-    """The Python literal that a text is, else the text."""
+    """A text as a Python literal; the text itself if it is none."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -343,7 +343,7 @@ def literal(text: str) -> Any:
 
 
 def take_keyword(pairs: Iterable[str], name: str) -> tuple[tuple[str, ...], str | None]:
-    """The pairs but for those of `name`, and the last value of that as a text; None where there is none."""
+    """The pairs without those of `name`, and the last value of `name` as a text; None if there is none."""
     kept, value = list[str](), None
     for pair in pairs:
         if pair.partition("=")[0] == name and "=" in pair:

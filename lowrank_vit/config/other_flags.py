@@ -1,7 +1,7 @@
 """Flags of programs that are built on timm or look like it: DeiT, MAE, BEiT, Swin, torchvision, models' own copies.
 
-Their lines are refused, with what says the same here for each such flag. They are not translated, since what such
-a line leaves out has another default there than in timm: DeiT's optimizer is adamw, timm's is sgd.
+Their command lines are refused with the equivalent for each such flag. They are not translated, since options that such
+a line leaves out have other defaults there than in timm: DeiT's optimizer is adamw, timm's is sgd.
 `docs/from_timm.md` has the same table.
 """
 
@@ -16,7 +16,7 @@ class Elsewhere(NamedTuple):
     whose: str
     """The programs that have it, in the genitive."""
     instead: str
-    """What says the same here, as a part of the message."""
+    """The equivalent here, as a part of the message."""
 
 
 _DEIT, _MAE, _BEIT, _SWIN, _TORCHVISION = "DeiT's", "MAE's", "BEiT's", "Swin's", "torchvision's"

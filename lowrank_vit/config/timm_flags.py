@@ -1,7 +1,7 @@
-"""The one table of timm's flags: those that train, validate and inference do not have, and what becomes of each there.
+"""The one table of timm's flags that train, validate and inference do not have, and how each command treats them.
 
 `docs/from_timm.md` tells the same as tables, which the tests compare with these, together with what differs about the
-flags that are shared. What is done with a command line is `timm_line.py`'s business.
+flags that are shared. `timm_line.py` applies the table to a command line.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class Instead(str):
 
 
 class Holds(str):
-    """Taken, since its effect is there without it: why."""
+    """Taken, since the program always does this: why."""
 
     __slots__ = ()
 
 
 class Renamed(str):
-    """Taken for flags of ours; where one flag stands for it, with the same value, that is the first in backquotes."""
+    """Translated into flags of ours; the first in backquotes is the one that takes the same value, if there is one."""
 
     __slots__ = ()
 
@@ -47,27 +47,27 @@ class Flag:
 
     train: Answer | None = None
     scores: Answer | None = None
-    """Of validate and inference, where both say the same."""
+    """The answer of validate and inference, if both give the same."""
     validate: Answer | None = None
     inference: Answer | None = None
     values: int | None = 1
-    """How many stand behind it on a command line; None: any number of numbers."""
+    """How many values follow it on a command line; None: any number of numbers."""
     choices: tuple[str, ...] = ()
-    """What its value can be, where that may be left out."""
+    """The values that it can have, if its value may be left out."""
     same: tuple[str, ...] = ()
-    """Values, beside those that say "none", with which it changes nothing here: timm's default, and what is so here."""
+    """Values, beside those that mean "off", that change nothing here: timm's default, and the behaviour here."""
     means_something_at_0: bool = False
-    """Its 0 says something; that of all others says that a thing is off."""
+    """Its 0 is a value like others; for all other flags 0 means off."""
     has_switch: bool = False
-    """A setting of what has a switch of its own (--sched plateau, --naflex-loader, --kd-model-name): timm writes its
+    """It belongs to a feature with its own switch (--sched plateau, --naflex-loader, --kd-model-name): timm writes its
     default into args.yaml, where it means nothing while the switch is off."""
     written: str = ""
-    """Default of timm's, as in its args.yaml, that is neither null, false, 0 nor empty."""
+    """timm's default in its args.yaml, if that is not null, false, 0 or empty."""
     hint: Any = None
     """Its type, if it needs the whole configuration: train's parser knows it, `--help` does not show it."""
 
     def answer(self, command: Command) -> Answer | None:
-        """What a command makes of it; None where the command has it, or timm's has not."""
+        """A command's answer to the flag; None if the command has it, or timm's command does not."""
         return getattr(self, command) or (None if command == "train" else self.scores)
 
 
@@ -231,9 +231,9 @@ FLAGS: dict[str, Flag] = {
 }
 """By name, without dashes in front."""
 HIDDEN = {name: flag.hint for name, flag in FLAGS.items() if flag.hint}
-"""Those that train's parser knows without showing them, and their types."""
+"""Flags that train's parser knows but --help does not show, and their types."""
 SHORT = {"-c": "--config", "-d": "--dataset"}
-"""timm's short forms of flags that are here under their long name only."""
+"""timm's short forms of flags that have only a long name here."""
 
 
 def answers(command: Command, kind: type[A]) -> dict[str, A]:

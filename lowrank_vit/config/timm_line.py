@@ -1,4 +1,4 @@
-"""A command line of timm's in the flags that are here; what of it changes nothing is noted, what would is refused."""
+"""Translate timm's command lines into our flags; flags that change nothing are noted, others without a twin refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Line:
 
 
 def translate(argv: Iterable[str], command: Command = "train") -> Line:
-    """The tokens in a command's own flags, without those flags of timm's or of `OTHERS` that are not here."""
+    """Translate a command line into the command's own flags; others, of timm or of `OTHERS`, are held or refused."""
     line, tokens = Line(), list(argv)
     while tokens:
         token = tokens.pop(0)
@@ -32,7 +32,7 @@ def translate(argv: Iterable[str], command: Command = "train") -> Line:
         name = without_dashes(shown)
         if shown.startswith("--") and command == "train" and name in OTHERS:
             line.refused.append(of_other(name, shown))
-            drop_values(tokens)  # how many it has is not known
+            drop_values(tokens)  # the number of its values is unknown
             continue
         if not shown.startswith("--") or not is_foreign(name, command):
             line.tokens.append(token)
@@ -51,7 +51,7 @@ def translate(argv: Iterable[str], command: Command = "train") -> Line:
 
 
 def fit_flags(argv: Iterable[str], command: Command, say: Callable[[str], object]) -> Line:
-    """The command line of validate or inference in our own flags; one note is said of those that change nothing."""
+    """The command line of validate or inference in our own flags; one note names those that change nothing."""
     line = translate(argv, command)
     if line.held and not line.refused:
         verb = "changes" if len(line.held) == 1 else "change"
@@ -60,7 +60,7 @@ def fit_flags(argv: Iterable[str], command: Command, say: Callable[[str], object
 
 
 def of_other(name: str, shown: str) -> UserError:
-    """That a flag is another program's, one of `OTHERS`, with what says the same here."""
+    """An error about a flag of another program, one of `OTHERS`, which names the equivalent here."""
     return UserError(f"{shown} is {OTHERS[name].whose}; here: {OTHERS[name].instead}. {DEFAULTS}")
 
 
@@ -88,7 +88,7 @@ def foreign(name: str, values: list[str], shown: str, command: Command = "train"
     if flag.values and not values:
         raise UserError(f"{shown} needs a value, or leave it out: {answer}.")
     if flag.same:
-        raise UserError(f"{shown} {' '.join(values)} is not here: {answer}.")
+        raise UserError(f"{shown} {' '.join(values)} is not supported: {answer}.")
     return []
 
 
@@ -106,7 +106,7 @@ def is_neutral(flag: Flag, values: list[str]) -> bool:
 
 def in_words(held: Sequence[str]) -> str:
     """A note about flags that change nothing."""
-    return f"nothing to do for {', '.join(held)}: so it is here without"
+    return f"nothing to do for {', '.join(held)}: this is always so here"
 
 
 def _renamed(name: str, answer: Renamed, flag: Flag, values: list[str], shown: str) -> list[str]:
@@ -137,7 +137,7 @@ def _img_size(values: list[str], shown: str) -> list[str]:
 
 
 def _take(count: int | None, tokens: list[str]) -> list[str]:
-    """Take up to so many values, or all numbers, off the tokens behind a flag."""
+    """Take up to `count` values, or all numbers if it is None, off the tokens after a flag."""
     values: list[str] = []
     while tokens and (is_number(tokens[0]) if count is None else len(values) < count and not is_flag(tokens[0])):
         values.append(tokens.pop(0))
@@ -145,6 +145,6 @@ def _take(count: int | None, tokens: list[str]) -> list[str]:
 
 
 def _take_foreign(flag: Flag, tokens: list[str], command: Command) -> list[str]:
-    """Take the values of a flag of timm's off the tokens behind it."""
+    """Take the values of a flag of timm's off the tokens after it."""
     may_be_left_out = flag.choices and isinstance(flag.answer(command), Unused)
     return [] if may_be_left_out and tokens[:1] and tokens[0] not in flag.choices else _take(flag.values, tokens)

@@ -1,4 +1,4 @@
-"""Options of what follows a run's numbers beside its files."""
+"""Options of trackers, which get a run's numbers beside its files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Tracking:
 
 
 def trackers(options: Tracking) -> tuple[str, ...]:
-    """The chosen trackers, each once. Raises `UserError` where two options choose differently."""
+    """The chosen trackers, each once. Raises `UserError` if two options choose differently."""
     chosen = tuple(dict.fromkeys(options.tracker))
     typed, sent = " ".join(chosen), tuple(name for name in chosen if name != "none")
     if options.log_wandb and chosen and "wandb" not in chosen:

@@ -1,4 +1,4 @@
-"""Flat YAML files whose keys are the flags; their values are judged as those of a command line are."""
+"""Flat YAML files whose keys are the flags; their values are checked like those of a command line."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from lowrank_vit.config.timm_line import foreign, is_foreign, of_other
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML would take the last one without a word."""
+    """Refuses a key that is given twice, of which YAML would silently take the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(problem=f"`{twice}` is there twice", problem_mark=node.start_mark)
+            raise yaml.constructor.ConstructorError(problem=f"`{twice}` is given twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -61,20 +61,20 @@ def config_files(argv: Iterable[str]) -> tuple[list[Path], list[str]]:
 
 @dataclass
 class FromFile:
-    """What a flat YAML file says."""
+    """The options in a flat YAML file."""
 
     values: dict[str, Any] = field(default_factory=dict)
     """By option; `UNSET` for one whose value is null, which means its default."""
     held: list[str] = field(default_factory=list)
-    """Options of timm's whose effect is there without them."""
+    """timm's options for things that this program always does."""
     num_skipped: int = 0
-    """Options of timm's that are not here, at values that change nothing."""
+    """How many of timm's options do not exist here and have values that change nothing."""
     notes: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    """What an older run's file is taken to mean, in words, and the values of that by option; none for what is lost."""
+    """For each change since an older run's file: words, and the option values that keep its meaning, if any can."""
 
 
 def read_config(path: Path, hints: Hints) -> FromFile:
-    """The options that a flat YAML file names; `hints` are all that there are.
+    """The options that a flat YAML file names; `hints` has all known options.
 
     timm's own args.yaml is such a file. Raises `UserError` naming file and all keys that cannot be taken.
     """
@@ -121,7 +121,7 @@ def read_config(path: Path, hints: Hints) -> FromFile:
 
 
 def _others(path: Path) -> str:
-    """The files that may be meant by the name of one that is not there."""
+    """A sentence that lists the files that a missing file's name may mean."""
     bundled = bundled_names(CONFIGS)
     if path.parent == Path() and (near := did_you_mean(path.name.removesuffix(CONFIGS), bundled)):
         return near
@@ -130,12 +130,12 @@ def _others(path: Path) -> str:
 
 
 def _is_whole(found: FromFile, hints: Hints) -> bool:
-    """Whether these are all options of a run of ours, as in its args.yaml, and not those that someone has chosen."""
+    """Whether a file has a run's whole options, as its args.yaml does, and not only some that a user chose."""
     return "spec-every" in found.values and len(found.values) > len(hints) / 2
 
 
 def _take_as_meant(found: FromFile, number: int, args: Mapping[str, Any], hints: Hints, source: str) -> None:
-    """Give options that an older run knew nothing of the values with which everything is as it was then."""
+    """Set options that are newer than a run's file to the values that keep the run's old behaviour."""
     before = meaning.values_before(number, args)
     for change in meaning.changes_since(number, args):
         new = [name for name in change.before if found.values.get(name, UNSET) is UNSET]
@@ -143,14 +143,14 @@ def _take_as_meant(found: FromFile, number: int, args: Mapping[str, Any], hints:
             found.values[name] = _value(f"{source}: `{name}`", name, hints[name], before[name])
         if new:
             as_then = {name: found.values[name] for name in new}
-            found.notes.append((f"{source} is an older run's: {change.what}. It is taken as it was meant:", as_then))
+            found.notes.append((f"{source} is of an older run: {change.what}. Its old meaning is kept:", as_then))
         elif change.cannot:
-            lost = f"{source} is an older run's: {change.what}. A new run does as now: {change.cannot}"
+            lost = f"{source} is of an older run: {change.what}. A new run has the new meaning: {change.cannot}"
             found.notes.append((lost, {}))
 
 
 def _foreign(found: FromFile, name: str, value: Any, shown: str, hints: Hints) -> None:
-    """An option of timm's under a name that the parser does not know."""
+    """Take an option of timm's that the parser does not know. Raises `UserError`."""
     flag = FLAGS[name]
     if (not value and not flag.means_something_at_0) or value is None or flag.has_switch:
         found.num_skipped += 1
@@ -166,7 +166,7 @@ def _foreign(found: FromFile, name: str, value: Any, shown: str, hints: Hints) -
 
 
 def _value(shown: str, name: str, hint: Any, value: Any) -> Any:
-    """The value of an option whose value in YAML is this. Raises `UserError`, which calls the option `shown`."""
+    """The value of an option from its value in YAML. Raises `UserError`, which calls the option `shown`."""
     kind = kind_of(hint)
     if isinstance(value, bool) and kind.element is bool:
         return value

@@ -92,7 +92,7 @@ def _told(typed: str, repository: str) -> Generator[Any]:
             if unreached:
                 raise unreached
             if constants.HF_HUB_OFFLINE:
-                raise UserError(f"{said}: HF_HUB_OFFLINE forbids to ask the hub. Unset it, or {way}.")
+                raise UserError(f"{said}: HF_HUB_OFFLINE forbids asking the hub. Unset it, or {way}.")
             yield HfApi(library_name="lowrank-vit")
     except UserError:
         raise

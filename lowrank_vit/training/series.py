@@ -76,7 +76,7 @@ def run_series(config: Config, command: Sequence[str], series: str, is_done: Cal
             if code == _TO_MEND:
                 return Series(runs)
             if code:
-                say(f"warning: the run under seed {seed} has failed (exit code {code}); the next one begins")
+                say(f"warning: the run with seed {seed} has failed (exit code {code}); the next one begins")
     return Series(runs)
 
 

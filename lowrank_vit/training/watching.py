@@ -128,4 +128,4 @@ def finish_spectra(monitor: SpectralMonitor, outputs: Outputs) -> None:
             "greater --spec-every avoids that"
         )
     if monitor.failed:
-        say(f"{monitor.failed} spectral refreshes failed, the first as was said; training missed nothing")
+        say(f"{monitor.failed} spectral refreshes failed; the first was reported above. Training missed nothing")

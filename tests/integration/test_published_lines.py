@@ -92,7 +92,7 @@ def test_all_that_cannot_be_taken_is_told_at_once_in_80_columns(tmp_path):
     assert max(map(len, lines)) <= 80
     told = [one.split()[0] for one in lines if re.match("  [^ ]", one)]
     assert told == "--apex-amp --token-label --data-path --foo --sched --amp --experiment -q".split()
-    assert " ".join(lines[-2:]).startswith("What a line of that program leaves out")
+    assert " ".join(lines[-2:]).startswith("Options that its command line leaves out")
     assert lines[-1].endswith(" --help lists all.")
     path = tmp_path / "recipe.yaml"
     path.write_text("apex_amp: true\ntoken_label: true\nfoo: 1\nepochs: many\nlr: 0.1\n")

@@ -28,14 +28,14 @@ def wrapped(cause: Exception, message: str = "Couldn't reach it") -> Exception:
     ("error", "said"),
     [
         (http(errors.GatedRepoError, 403), "is gated: ask for access on https://huggingface.co/datasets/a/b"),
-        (http(errors.RepositoryNotFoundError, 404), "is not on the hub, or is private and no token is there"),
+        (http(errors.RepositoryNotFoundError, 404), "is not on the hub, or is private and you have no token"),
         (http(errors.RevisionNotFoundError, 404), "not in that revision"),
-        (http(errors.HfHubHTTPError, 401), "no token is there"),
-        (http(errors.HfHubHTTPError, 403), "is private and no token is there"),
+        (http(errors.HfHubHTTPError, 401), "you have no token"),
+        (http(errors.HfHubHTTPError, 403), "is private and you have no token"),
         (http(errors.HfHubHTTPError, 429), "asked too often from here (429). Wait some minutes, log in"),
         (wrapped(http(errors.HfHubHTTPError, 503)), "an error of its own (503). Try again later, or take a copy"),
         (wrapped(errors.FileMetadataError("x")), "what answers is not the Hugging Face hub"),
-        (errors.HFValidationError("x"), "`a/b` is no name of the hub"),
+        (errors.HFValidationError("x"), "`a/b` is not a name of the hub"),
         (wrapped(errors.LocalEntryNotFoundError("x")), "the Hugging Face hub cannot be reached"),
         (httpx.ConnectError("x"), "the Hugging Face hub cannot be reached"),
         (wrapped(errors.OfflineModeIsEnabled("x")), "the Hugging Face hub cannot be reached"),
@@ -57,7 +57,7 @@ def test_a_token_and_offline_mode_change_the_advice(monkeypatch):
     assert "your token may not read it" in hub_message("a/b", missing, "model", "x")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     message = hub_message("a/b", wrapped(errors.OfflineModeIsEnabled("x")), "dataset", "take a copy")
-    assert "HF_HUB_OFFLINE forbids to ask the hub: unset it, or take a copy" in message
+    assert "HF_HUB_OFFLINE forbids asking the hub: unset it, or take a copy" in message
 
 
 def test_where_the_hub_does_not_answer_only_the_cache_is_asked(monkeypatch):
@@ -85,5 +85,5 @@ def test_of_the_tries_one_line_tells(monkeypatch, capsys):
             logger.warning("HTTP Error 503 thrown while requesting HEAD https://host/x")
             logger.warning(f"Retrying in 1s [Retry {number}/5].")
     assert capsys.readouterr().err.splitlines() == [
-        "note: the Hugging Face hub: HTTP Error 503; it is asked again, for minutes at the most"
+        "note: the Hugging Face hub: HTTP Error 503; asking again, for some minutes at most"
     ]

@@ -48,10 +48,10 @@ def test_what_is_no_schedule_is_shown_one(texts: str):
 @pytest.mark.parametrize(
     ("texts", "why"),
     [
-        ("20=0.15 8=0.08", "epoch 8 stands behind epoch 20"),
-        ("8=0.15 8=0.08", "epoch 8 stands behind epoch 8"),
-        ("8=0.08 20=0.15", "ranks never grow, so 20=0.15 does nothing behind 8=0.08"),
-        ("0=0.15", "the first epoch that can end is 1"),
+        ("20=0.15 8=0.08", "epoch 8 follows epoch 20"),
+        ("8=0.15 8=0.08", "epoch 8 follows epoch 8"),
+        ("8=0.08 20=0.15", "ranks never grow, so 20=0.15 does nothing after 8=0.08"),
+        ("0=0.15", "the smallest EPOCH is 1"),
     ],
 )
 def test_a_schedule_goes_forward_and_down(texts: str, why: str):
@@ -62,10 +62,13 @@ def test_a_schedule_goes_forward_and_down(texts: str, why: str):
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("--lowrank-train kfac", "rests on the refreshes of --spec-monitor, which is off. Add --spec-monitor"),
+        ("--lowrank-train kfac", "needs the refreshes of --spec-monitor, which is off. Add --spec-monitor"),
         ("--spec-monitor --lowrank-train kfac --lowrank-schedule 8", "takes EPOCH=BUDGET"),
         ("--spec-monitor --lowrank-train svd", "--lowrank-train takes one of none, energy, mp, kfac, not `svd`"),
-        ("--spec-monitor --lowrank-train mp --lowrank-init 0.2", "--lowrank-init puts the targets in factors from the"),
+        (
+            "--spec-monitor --lowrank-train mp --lowrank-init 0.2",
+            "--lowrank-init factorises the targets from the start",
+        ),
         (
             "--lora 4 --lowrank-init 0.2",
             "--lora keeps the targets' own weights .*, and --lowrank-init changes them",
@@ -139,7 +142,7 @@ BY_THEMSELVES = {"lowrank-train", "lowrank-init", "lora", "reg-nuclear", "reg-st
 @pytest.mark.parametrize("option", WITH)
 def test_an_option_that_would_do_nothing_is_refused(option: str):
     name = option.split()[0]
-    with pytest.raises(UserError, match=rf"^{name} (is about|names) .* Add .*, or leave it out\.$"):
+    with pytest.raises(UserError, match=rf"^{name} (needs|names) .* Add .*, or leave it out\.$"):
         parse(option.split())
     for others in WITH[option]:
         parse(f"{option} {others}".split())
@@ -148,15 +151,15 @@ def test_an_option_that_would_do_nothing_is_refused(option: str):
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        (f"{TRAIN} mp --lowrank-energy 0.8", "--lowrank-energy is about --lowrank-train energy"),
-        (f"{TRAIN} kfac --lowrank-energy 0.8", "--lowrank-energy is about --lowrank-train energy"),
-        (f"{TRAIN} energy --lowrank-budget 0.3", "--lowrank-budget is about --lowrank-train kfac"),
-        (f"{TRAIN} kfac --lowrank-schedule 8=0.15 --lowrank-budget 0.3", "--lowrank-schedule says .* which budget"),
-        ("--lowrank-init 0.2 --lowrank-moments restart", "--lowrank-moments is about --lowrank-train"),
-        ("--lora 4 --lowrank-decay product", "--lowrank-decay is about layers in factors"),
+        (f"{TRAIN} mp --lowrank-energy 0.8", "--lowrank-energy needs --lowrank-train energy"),
+        (f"{TRAIN} kfac --lowrank-energy 0.8", "--lowrank-energy needs --lowrank-train energy"),
+        (f"{TRAIN} energy --lowrank-budget 0.3", "--lowrank-budget needs --lowrank-train kfac"),
+        (f"{TRAIN} kfac --lowrank-schedule 8=0.15 --lowrank-budget 0.3", "--lowrank-schedule sets the epochs"),
+        ("--lowrank-init 0.2 --lowrank-moments restart", "--lowrank-moments needs --lowrank-train"),
+        ("--lora 4 --lowrank-decay product", "--lowrank-decay needs layers that"),
         ("--spectral-clip 2 --reg-targets fc1 --lowrank-targets fc1", "regularisers without --reg-targets"),
-        ("--reg-targets fc1", "--reg-nuclear, --reg-stable-rank and --spectral-clip, which are not there"),
-        ("--spectral-clip 2 --reg-coupled", "--reg-nuclear and --reg-stable-rank, which are not there"),
+        ("--reg-targets fc1", "needs --reg-nuclear, --reg-stable-rank or --spectral-clip, and none"),
+        ("--spectral-clip 2 --reg-coupled", "needs --reg-nuclear or --reg-stable-rank, and neither"),
     ],
 )
 def test_an_option_that_the_others_leave_nothing_to_do_is_refused(line: str, why: str):

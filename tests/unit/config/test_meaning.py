@@ -124,7 +124,7 @@ def test_a_newer_number_is_refused(tmp_path):
 def test_a_new_run_of_an_older_file_means_what_that_meant(tmp_path, capsys):
     config = configured(tmp_path, of_a_run(reprob=0.5))
     assert (config.data.vflip, config.augment.recount) == (0.75, 1)
-    assert "is an older run's: boxes come in threes, before singly. It is taken as it was meant: --recount=1" in (
+    assert "is of an older run: boxes come in threes, before singly. Its old meaning is kept: --recount=1" in (
         " ".join(capsys.readouterr().out.split())
     )
     assert configured(tmp_path, of_a_run(reprob=0.5), "--vflip", "0.3").data.vflip == 0.3

@@ -129,7 +129,7 @@ def test_flags_whose_effect_is_there_change_nothing_but_a_note(line: str, capsys
     assert parse([*argv, "DIR"]) == parse(["--epochs", "300", *argv, "--data-dir", "DIR"])
     assert parse([*argv]) == Config()
     assert capsys.readouterr().out.splitlines()[-1] == (
-        f"note: nothing to do for {' '.join(argv).replace('=', ' ')}: so it is here without"
+        f"note: nothing to do for {' '.join(argv).replace('=', ' ')}: this is always so here"
     )
 
 
@@ -221,7 +221,7 @@ def test_timms_own_args_yaml_is_a_config(tmp_path, capsys):
     data, optim = dataclasses.replace(ours.data, workers=4), dataclasses.replace(ours.optim, decay_epochs=90)
     assert config == dataclasses.replace(ours, data=data, model=model, optim=optim)
     (note,) = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"note: \d+ options of timm's .* neutral values in {path}: skipped", note)
+    assert re.fullmatch(rf"note: {path}: ignored \d+ timm options .* no-op values", note)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_an_option_of_timms_that_means_something_stays_an_error(key, value, tmp_
 def test_what_timms_args_yaml_asks_for_and_is_there_is_noted(tmp_path, capsys):
     parse(["--config", str(timms_yaml(tmp_path, pin_mem=True, channels_last=True)), "--no-ddp-bb"])
     said = capsys.readouterr().out
-    assert "nothing to do for channels-last, pin-mem, --no-ddp-bb: so it is here without" in said
+    assert "nothing to do for channels-last, pin-mem, --no-ddp-bb: this is always so here" in said
 
 
 def test_timms_names_for_the_data_in_its_args_yaml(tmp_path):

@@ -287,8 +287,8 @@ OF_THE_HUB = "ETag: 0123", f"X-Repo-Commit: {COMMIT}"
         (http(200, body=b"<html>log in</html>"), "what answers is not the Hugging Face hub"),
         (http(200, *OF_THE_HUB, body=b"<!DOCTYPE html>"), r"its config\.json is a web page.* It is not kept"),
         (http(302, "Location: /login"), "what answers is not the Hugging Face hub"),
-        (http(401), "is private and no token is there"),
-        (http(403), "is private and no token is there"),
+        (http(401), "is private and you have no token"),
+        (http(403), "is private and you have no token"),
         (http(429), r"asked too often from here \(429\). Wait some minutes, log in"),
         (http(500), r"an error of its own \(500\)"),
         (b"", "cannot be reached"),
@@ -319,5 +319,5 @@ def test_what_is_not_in_the_cache_needs_the_network(cached):
     (cached / WEIGHTS).unlink()
     with pytest.raises(UserError, match="cannot be reached"):
         find_model("hf-hub:me/tiny").weights()
-    with pytest.raises(UserError, match="`a/b/c` is no name of the hub"):
+    with pytest.raises(UserError, match="`a/b/c` is not a name of the hub"):
         find_model("hf-hub:a/b/c")

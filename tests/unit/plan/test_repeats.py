@@ -133,7 +133,7 @@ def test_what_cannot_be_repeated_is_an_error():
         plan_of(300, 3, batch_size=290)
     with pytest.raises(UserError, match=r"^ids takes the 8 of a batch"):
         plan_of(300, 3).batch(0, 0, np.arange(5))
-    with pytest.raises(UserError, match=r"--aug-repeats 2.5: each image comes equally often"):
+    with pytest.raises(UserError, match=r"--aug-repeats 2.5: each image is repeated equally often"):
         parse(["--aug-repeats", "2.5"])
     typed = {flag: train_rules(parse(["--aug-repeats", flag])).repeats for flag in ("0", "1", "3", "3.0")}
     assert typed == {"0": 1, "1": 1, "3": 3, "3.0": 3}

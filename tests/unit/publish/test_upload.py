@@ -124,7 +124,11 @@ def test_what_the_hub_refuses_becomes_a_line(hub, run, method, error, said):
 
 def test_what_is_wrong_is_told_before_weights_are_read(hub, monkeypatch, tmp_path):
     (tmp_path / "last.pth.tar").write_text("no checkpoint")
-    for name, said in (("a/b/c", "is no name of the hub"), ("a b", "is no name of the hub"), ("x-/y", "is no name")):
+    for name, said in (
+        ("a/b/c", "is not a name of the hub"),
+        ("a b", "is not a name of the hub"),
+        ("x-/y", "is not a name"),
+    ):
         with pytest.raises(UserError, match=said):
             export.main([str(tmp_path), "--hub", name])
     hub.repositories["me/vit"] = {}
@@ -136,5 +140,5 @@ def test_what_is_wrong_is_told_before_weights_are_read(hub, monkeypatch, tmp_pat
         export.main([str(tmp_path), "--hub", "me/vit"])
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE forbids to ask the hub\. Unset it, or export to a folder"):
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE forbids asking the hub\. Unset it, or export to a folder"):
         export.main([str(tmp_path), "--hub", "me/vit"])

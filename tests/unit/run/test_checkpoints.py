@@ -131,7 +131,7 @@ def test_what_cannot_be_written_is_said_and_tried_again(tmp_path, monkeypatch):
     assert value(tmp_path / LAST) == 2.0  # and nothing is deleted for one that failed
     assert writer.settle() == [LAST, LAST]
     assert len(said) == 2
-    assert said[-1] == "2 checkpoints could not be written, the first as was said"
+    assert said[-1] == "2 checkpoints could not be written; the first was reported above"
     assert said[0].startswith("warning: Checkpoint")
 
 

@@ -208,7 +208,7 @@ def test_a_full_disk_is_said_once_and_counted_at_the_end(tmp_path):
         (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
         log.log("train", 4, {"loss": 1.0})
     lost = "warning: metrics.jsonl cannot be written (No space left on device); its numbers are lost until it can be."
-    assert said == [lost, "4 lines of metrics.jsonl were lost, the first as was said"]
+    assert said == [lost, "4 lines of metrics.jsonl were lost; the first was reported above"]
     assert (tmp_path / "kept").read_text() == '{"kind": "train", "update": 3, "loss": 1.0}\n'
 
 

@@ -76,7 +76,7 @@ def test_a_run_that_fails_leaves_the_others_to_go_on(train: Train, capfd: pytest
     done = train(_1=7)
     assert [run.exit_code for run in done.runs] == [0, 7, 0]
     assert [run.seed for run in done.failed] == [1]
-    assert "under seed 1 has failed (exit code 7); the next one begins" in capfd.readouterr().out
+    assert "with seed 1 has failed (exit code 7); the next one begins" in capfd.readouterr().out
 
 
 def test_what_the_user_has_to_mend_ends_the_series(train: Train) -> None:
@@ -134,8 +134,8 @@ def test_what_a_later_run_cannot_have_is_said_before_the_first_begins(train: Tra
     ("line", "words"),
     [
         ("--seeds 0", "write --seed 0, or give two"),
-        ("--seeds 3 1 3", "3 stands there twice"),
-        ("--seeds 0 0", "0 stands there twice"),
+        ("--seeds 3 1 3", "3 is given twice"),
+        ("--seeds 0 0", "0 is given twice"),
         ("--seeds 0 1 --seed 3", "--seed 3 and --seeds both say"),
         ("--seed=3 --seeds=0", "--seed 3 and --seeds both say"),
         ("--seeds", "none is given"),

@@ -211,7 +211,10 @@ def refused(tmp_path: Path, folder: Path, listed: Path) -> Iterator[tuple[str, s
     yield f"{convert} {tmp_path}/nothing", r"^--file-list .*nothing cannot be read: No such file"
     yield f"{convert} {folder}", r"cannot be read: Is a directory"
     yield f"{convert} {tmp_path}/some.txt", r"some.txt is no list of files\."
-    yield f"{convert} {listed} --nested-classes top", r"^--nested-classes top is not how .* by --nested-classes leaf"
+    yield (
+        f"{convert} {listed} --nested-classes top",
+        r"^--nested-classes top does not fit .* --nested-classes leaf",
+    )
     yield f"{convert} {listed} --classes {tmp_path}/some.txt", r"names other classes than .* made of all classes"
     yield f"{convert} {listed} --shard 4/3", r"^--shard "
     yield f"{convert} {listed} --shard 1/23", r"^--shard 1/23: there are only 22 images"

@@ -24,7 +24,7 @@ def test_words_get_labels_in_timms_order_and_numbers_keep_theirs():
     assert labels([2, 0, np.int64(1), 2.0, True]) == ([2, 0, 1, 2, 1], ("0", "1", "2"), {})
     assert labels([1, 0], names=["<b>", "ü\n"]) == ([1, 0], ("<b>", "ü\n"), {})
     remark = read_labels([1, 3], "SET", "label").remarks[0]
-    assert "no row of 2 of its 4 numbers (0, 2)" in remark
+    assert "no row for 2 of its 4 numbers (0, 2)" in remark
 
 
 @pytest.mark.parametrize(

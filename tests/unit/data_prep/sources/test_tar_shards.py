@@ -40,7 +40,7 @@ def test_patterns_are_expanded_as_braceexpand_does():
     assert expanded("{a,b}-{1..2}::c") == ["a-1", "a-2", "b-1", "b-2", "c"]
     assert expanded("x{2..0}") == ["x2", "x1", "x0"]
     for wrong in ("x{a..}.tar", "x{1}.tar"):
-        with pytest.raises(UserError, match="is no range"):
+        with pytest.raises(UserError, match="is neither a range"):
             expanded(wrong)
 
 
@@ -177,7 +177,7 @@ def test_keys_in_several_shards_are_told(pairs, tmp_path):
     assert len(source.samples) == 2
     assert "1 keys are in several shards (same.jpg)" in source.remarks[0]
     write_tar(tmp_path / "t.tar", [*members("a", *pairs[0]), *members("a", *pairs[1])])
-    with pytest.raises(UserError, match=r"a\.jpg is there twice"):
+    with pytest.raises(UserError, match=r"contains .*a\.jpg twice"):
         tar_shards(tmp_path, "t.tar", Columns())
 
 

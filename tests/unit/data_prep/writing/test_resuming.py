@@ -280,7 +280,7 @@ def test_after_a_full_disk_it_goes_on(folder: Folder) -> None:
             folder.write()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "the same command goes on from there" in caught.value.__notes__[0]
+    assert "the same command resumes from there" in caught.value.__notes__[0]
     assert folder.write().resumed > 5
     assert folder.out.read_bytes() == expected
 

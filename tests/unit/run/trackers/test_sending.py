@@ -83,7 +83,7 @@ def test_a_failure_is_said_once_and_the_run_goes_on(library, where, error, tmp_p
     if (library.name, where) == ("wandb", "start"):
         assert "W&B's server does not answer" in said.pop(0)
     assert said[0].startswith(f"warning: {first}")
-    assert said[1:] == [f"3 lines were not sent to {title}, the first as was said"] * (where == "log")
+    assert said[1:] == [f"3 lines were not sent to {title}; the first was reported above"] * (where == "log")
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -125,7 +125,7 @@ def test_a_slow_one_does_not_fill_the_memory(library, tmp_path, monkeypatch):
     assert "is slower than the numbers are made" in said[0]
     hangs.set()
     trackers.finish()
-    assert said[1:] == [f"7 lines were not sent to {TITLES[library.name]}, the first as was said"]
+    assert said[1:] == [f"7 lines were not sent to {TITLES[library.name]}; the first was reported above"]
     assert len(library.rows) == 5
 
 
@@ -200,7 +200,7 @@ def test_several_at_once_and_one_that_fails_alone(tmp_path, monkeypatch):
     trackers.finish()
     assert said == [
         "warning: TensorBoard failed (RuntimeError); logging to files goes on without it.",
-        "1 lines were not sent to TensorBoard, the first as was said",
+        "1 lines were not sent to TensorBoard; the first was reported above",
     ]
     assert [len(library.rows) for library in libraries] == [1, 0, 1, 1]
 

@@ -129,5 +129,5 @@ def test_a_fresh_model_is_mended_where_that_is_asked_for(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("start", [["--pretrained"], ["--initial-checkpoint", "a"], ["--pretrained-path", "a"]])
 def test_weights_that_are_not_fresh_are_not_redrawn(start: list[str]) -> None:
-    with pytest.raises(UserError, match=f"--fix-init is about fresh weights, and {start[0]} starts"):
+    with pytest.raises(UserError, match=f"--fix-init redraws fresh weights, but {start[0]} starts"):
         parse(["--fix-init", *start])
