@@ -1,4 +1,4 @@
-"""`python -m lowrank_vit.augment --preview FILE.png`: what the training flags beside it do to images."""
+"""`python -m lowrank_vit.augment --preview FILE.png`: draw what the other training flags do to images."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _take_preview(argv: list[str]) -> tuple[Path | None, list[str]]:
-    """The picture's path, None where none is given, and what is left of the command line."""
+    """The picture's path (None if not given), and the rest of the command line."""
     for n, token in enumerate(argv):
         if token.startswith("--preview="):
             return expanded(token.removeprefix("--preview="), "--preview"), argv[:n] + argv[n + 1 :]

@@ -1,4 +1,4 @@
-"""Where the pixels of a batch are: what normalising, mixing and erasing ask, in whatever order the pixels lie.
+"""Places of a batch's pixels, in whatever order these lie, for normalising, mixing and erasing.
 
 A patch embedding reads pixels patch by patch. If they are computed in that order, torch.compile makes the embedding's
 input of uint8 images in one pass; else it writes whole images first, in float32, and reads them again.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """The axes of a batch of images behind the first: (C, H, W), or (h, w, P * Q * C) for h x w patches of P x Q."""
+    """The axes of a batch of images after the first: (C, H, W), or (h, w, P * Q * C) for h x w patches of P x Q."""
 
     rows: Tensor
     columns: Tensor
@@ -26,7 +26,7 @@ class Grid:
 
     @classmethod
     def of(cls, images: Tensor, patch: tuple[int, int] | None = None) -> Grid:
-        """The grid of (B, C, H, W) images; by patches of (P, Q) where these fill them."""
+        """The grid of (B, C, H, W) images; by patches of (P, Q) if these fill the images exactly."""
         _, C, H, W = images.shape
         rows, columns, channels = (torch.arange(n, device=images.device) for n in (H, W, C))
         if patch is None or H % patch[0] or W % patch[1]:

@@ -1,8 +1,8 @@
 """The image operations as tensor code for any device, a group of samples at a time: the slow twin.
 
-On a CPU `ops_cpu.py` is faster, on a GPU `ops_triton.py`. Which sample gets which operation is known on the host, so
-grouping them costs no synchronisation. Pixels come out as in `ops_cpu.py`, and as PIL makes them, where the sources of
-the formulas are named.
+On a CPU `ops_cpu.py` is faster, on a GPU `ops_triton.py`. The host knows which sample gets which operation, so grouping
+them costs no synchronisation. Pixels are the same as those of `ops_cpu.py`, which names the sources of the formulas,
+and as PIL's.
 
 Shape legend: B batch, G group, H, W pixels, C = 3 channels; images are NHWC.
 """
@@ -39,7 +39,7 @@ def apply_ops(images_BHWC: Tensor, ops: ImageOps, fill: Tensor) -> None:
             if family is _TABLES:
                 changed = _look_up(images, kinds[rows], args[rows])
             elif family is GEOMETRIC:
-                # Where every sample is bilinear the outer taps have no weight.
+                # If no sample is bicubic the outer taps have no weight.
                 wide = bool((interpolations[rows] == BICUBIC).any())
                 maps = _Affine(images, kinds[rows], args[rows], interpolations[rows])
                 changed = _resample(images, maps.matrices, maps.fixed, maps.is_filter, fill, wide)
@@ -75,7 +75,7 @@ def _look_up(images: Tensor, kinds: np.ndarray, args: np.ndarray) -> Tensor:
 
 
 def _tables(images: Tensor, kinds: np.ndarray, args: np.ndarray) -> Tensor:
-    """uint8 (G, 3, 256): what each level of each channel of each sample becomes."""
+    """uint8 (G, 3, 256): the new value of each level of each channel of each sample."""
     levels = torch.arange(256, device=images.device, dtype=torch.float32)
     kind, arg = to_device(kinds, images).view(-1, 1), to_device(args, images).view(-1, 1)
     # bits 0-8; 2 ** (8 - bits) levels fall together, all of them at 0 bits
@@ -172,7 +172,7 @@ def blur(images: Tensor, sigmas: np.ndarray) -> Tensor:
 
 
 class _Affine:
-    """Where each output pixel of a group comes from."""
+    """The source of each output pixel of a group."""
 
     def __init__(self, images: Tensor, kinds: np.ndarray, args: np.ndarray, interpolations: np.ndarray) -> None:
         height, width = images.shape[1:3]
@@ -181,7 +181,7 @@ class _Affine:
         """float64 (6, G), see `affine`."""
         is_nearest = interpolations == NEAREST
         self.fixed = to_device(fixed_point(matrices, kinds), images) if is_nearest.any() else None
-        """int64 (6, G), see `fixed_point`; None where no sample is nearest."""
+        """int64 (6, G), see `fixed_point`; None if no sample uses nearest."""
         self.is_filter = to_device(np.stack([interpolations == BICUBIC, is_nearest]), images)
         """bool (2, G): bicubic, nearest."""
 
@@ -234,13 +234,13 @@ def fixed_point(matrices: np.ndarray, kinds: np.ndarray) -> np.ndarray:
     """int64 (6, G): `affine` for pixel numbers, in the 16.16 fixed point of PIL's nearest resampling."""
     a, b, c, d, e, f = matrices
     starts = [c + a * 0.5 + b * 0.5, f + d * 0.5 + e * 0.5]
-    exact = np.isin(kinds, (Kind.TRANSLATE_X, Kind.TRANSLATE_Y))  # PIL reckons these in float64
+    exact = np.isin(kinds, (Kind.TRANSLATE_X, Kind.TRANSLATE_Y))  # PIL computes these in float64
     c, f = (np.where(exact, np.floor(start) + 0.5, start) for start in starts)
     return np.floor(np.stack([a, b, c, d, e, f]) * 65536.0 + 0.5).astype(np.int64)
 
 
 def _weights(d: Tensor, cubic: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights of the four pixels around a point that lies `d` (0-1) behind the second."""
+    """Weights of the four pixels around a point that is `d` (0-1) past the second."""
     return (
         torch.where(cubic, d * (d * (2 - d) - 1), 0.0),
         torch.where(cubic, 1 + d * d * (d - 2), 1 - d),

@@ -1,7 +1,7 @@
-"""What happens to a decoded batch before the model sees it, in timm's order and in two halves.
+"""Augment a decoded batch, in timm's order and in two halves.
 
-The loader's half, `apply_operations`, takes uint8 pixels to uint8 pixels: vertical flip, image operations. The step's
-half, `Augment`, makes the model's input of them, compiled with the model: normalisation, mixup or cutmix, erasing.
+The loader's half, `apply_operations`, turns uint8 pixels into uint8 pixels: vertical flip, image operations. The step's
+half, `Augment`, turns them into the model's input, compiled with the model: normalisation, mixup or cutmix, erasing.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from lowrank_vit.plan.plans import BatchPlan
 def apply_operations(images: Tensor, plan: BatchPlan, fill: Tensor) -> Tensor:
     """Apply the plan's vertical flips and operations to uint8 (B, 3, S, S) channels_last images; changes them.
 
-    `fill`: uint8 (3,) on their device, the colour of what comes in from outside the image. Returns uint8 images, the
-    same or new ones; a plan with nothing of the kind costs nothing. The host does not wait for the device.
+    `fill`: uint8 (3,) on their device, the colour outside the image. Returns uint8 images, the same or new ones; a plan
+    without flips and operations costs nothing. The host does not wait for the device.
     Raises `UserError` for another dtype or layout.
     """
     _check_images(images)
@@ -58,7 +58,7 @@ def apply_operations(images: Tensor, plan: BatchPlan, fill: Tensor) -> Tensor:
 
 
 def _check_images(images: Tensor) -> None:
-    """Raise `UserError` for other images than those of a loader."""
+    """Raise `UserError` for images that are not as a loader makes them."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise UserError(f"augmentation takes uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
     if not images.is_contiguous(memory_format=torch.channels_last):
@@ -69,16 +69,16 @@ def _check_pixels(images: Tensor) -> None:
     """Raise `UserError` for images that have been normalised already."""
     if images.dtype != torch.uint8:
         raise UserError(
-            f"images to augment are {images.dtype}, expected torch.uint8 of 0 to 255, as a loader gives them. "
-            "Normalising is done here, too."
+            f"images to augment are {images.dtype}, expected torch.uint8 from 0 to 255, as a loader gives them. "
+            "`Augment` normalises them itself."
         )
 
 
 class Augment(nn.Module):
     """uint8 images and labels to normalised float images and soft targets; `prepare` is the loader's half.
 
-    A step calls `begin`, which is not to be compiled, and hands on what it gives: `augment(images, targets, *drawn)`.
-    `inputs` does both for a loop without such a step.
+    A step calls `begin`, which must not be compiled, and passes its results on: `augment(images, targets, *drawn)`.
+    `inputs` does both for a loop that compiles nothing.
 
     Example:
         >>> beton = Beton("train.beton")
@@ -104,8 +104,8 @@ class Augment(nn.Module):
     ) -> None:
         """`mean`, `std`: of RGB in 0-1, the model's own; `smoothing`: label smoothing in [0, 1).
 
-        `remode`: what erased boxes are filled with, const (zeros), rand or pixel. `erase_first`: erase before mixing.
-        Raises `UserError` for what is outside its range.
+        `remode`: the content of erased boxes, const (zeros), rand (one random colour) or pixel (noise). `erase_first`:
+        erase before mixing. Raises `UserError` for a value outside its range.
         """
         check_numbers(SHARE, 3, mean=mean)
         check_numbers(Range(0, 1, open_low=True), 3, std=std)
@@ -124,7 +124,7 @@ class Augment(nn.Module):
         self.register_buffer("quantiles", NORMAL.clone(), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
-        # timm's colour of what an operation brings in from outside the image
+        # timm's colour outside the image
         fill = [min(255, round(255 * value)) for value in mean]
         self.register_buffer("fill", torch.tensor(fill, dtype=torch.uint8), persistent=False)
 
@@ -136,11 +136,11 @@ class Augment(nn.Module):
     def begin(
         self, images: Tensor, plan: BatchPlan, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """What `forward` takes beside the targets: images, and as tensors beside them mix, boxes and keys of the plan.
+        """The arguments of `forward` except the targets: images, and the plan's mix, boxes and keys as tensors.
 
-        On a CPU images to be erased are normalised, mixed (unless erasing comes first) and erased here, in one pass of
-        compiled numba code, into float32 `out` where that has their shape; boxes and keys are then None. Else images
-        stay as they are, and boxes and keys are None where nothing is erased. The host does not wait for the device.
+        On a CPU, images to be erased are normalised, mixed (unless erasing comes first) and erased here, in one pass of
+        compiled numba code, into float32 `out` if that has their shape; boxes and keys are then None. Else images are
+        returned unchanged, and boxes and keys are None if nothing is erased. The host does not wait for the device.
         """
         _check_pixels(images)
         mix = mix_to_tensor(plan.mix)
@@ -168,9 +168,9 @@ class Augment(nn.Module):
         return out, mix, None, None
 
     def inputs(self, images: Tensor, targets: Tensor, plan: BatchPlan) -> tuple[Tensor, Tensor]:
-        """Float32 (B, 3, S, S) input of the model and soft targets (B, num_classes) of what `prepare` gave.
+        """Float32 (B, 3, S, S) input of the model and soft targets (B, num_classes), from images that `prepare` made.
 
-        Raises `UserError` for images and labels that are not those of a batch of the plan.
+        Raises `UserError` for images and labels that do not belong to a batch of the plan.
         """
         _check_pixels(images)
         _check_images(images)
@@ -179,7 +179,7 @@ class Augment(nn.Module):
         try:
             return self(images, targets, *drawn)
         except RuntimeError as error:
-            if "Class values must be" not in str(error):  # what torch says on a CPU, where it looks at labels
+            if "Class values must be" not in str(error):  # torch's words on a CPU, where it checks labels
                 raise
             raise UserError(
                 f"targets are labels from {int(targets.min())} to {int(targets.max())}, but num_classes is "
@@ -189,13 +189,13 @@ class Augment(nn.Module):
     def _check_targets(self, images: Tensor, targets: Tensor, plan: BatchPlan) -> None:
         if targets.dtype != torch.int64 or targets.ndim != 1:
             raise UserError(
-                f"targets are int64 labels (B,), got {targets.dtype} {tuple(targets.shape)}. Smoothing and mixing make "
-                "shares of classes of them here."
+                f"targets are int64 labels (B,), got {targets.dtype} {tuple(targets.shape)}. `Augment` smooths and "
+                "mixes them itself."
             )
         if not len(images) == len(targets) == len(plan.ids):
             raise UserError(
-                f"images, targets and plan are of {len(images)}, {len(targets)} and {len(plan.ids)} samples. All are "
-                "to be of one batch of the loader."
+                f"images, targets and plan have {len(images)}, {len(targets)} and {len(plan.ids)} samples. All must "
+                "be of one batch of the loader."
             )
         if not images.device == targets.device == self.mean.device:
             raise UserError(
@@ -223,9 +223,9 @@ class Augment(nn.Module):
         *,
         patch: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Float32 (B, 3, S, S) input of the model and soft targets (B, num_classes), from what `begin` gave.
+        """Float32 (B, 3, S, S) input of the model and soft targets (B, num_classes), from the results of `begin`.
 
-        `patch`: compute it by patches of so many rows and columns, for a compiled model that takes it apart into them.
+        `patch`: compute it in patches of so many rows and columns, for a compiled model that embeds such patches.
         """
         soft = mix_targets(targets, self.num_classes, self.smoothing, mix)
         if images.dtype != torch.uint8:  # erased by `begin`

@@ -15,7 +15,7 @@ _INTERPOLATIONS = {"random": None, **FILTERS}
 
 
 def train_rules(config: Config) -> TrainRules:
-    """What the plan may draw in training. Raises `UserError` for a policy that is not there."""
+    """The plan's rules for training. Raises `UserError` for an unknown policy."""
     data, augment = config.data, config.augment
     return TrainRules(
         is_cropped=data.train_crop_mode == "rrc",
@@ -46,9 +46,9 @@ def train_rules(config: Config) -> TrainRules:
 
 
 def batches_of_update(config: Config, ranks: int) -> tuple[int, int]:
-    """Images in a batch, and batches to an update on each rank. Raises `UserError` where the flags do not fit `ranks`.
+    """Images per batch, and batches per update on each rank. Raises `UserError` if the flags do not fit `ranks`.
 
-    With --global-batch-size the second is the smallest with which no batch is larger than --batch-size.
+    With --global-batch-size the second is the smallest for which no batch is larger than --batch-size.
     """
     optim, batch_size = config.optim, config.data.batch_size
     if optim.global_batch_size is None:
@@ -58,7 +58,7 @@ def batches_of_update(config: Config, ranks: int) -> tuple[int, int]:
 
 
 def _own(model: str) -> str:
-    """The interpolation with which timm's weights of a model were trained; bicubic where timm does not say."""
+    """The interpolation with which timm's weights of a model were trained; bicubic if timm does not say."""
     config = timm.get_pretrained_cfg(model)
     return config.interpolation if config else "bicubic"
 

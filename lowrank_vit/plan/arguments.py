@@ -1,4 +1,4 @@
-"""What the plans' arguments may be: sizes of images, shares of ranks, epochs, steps and ids."""
+"""Checks of the plans' arguments: sizes of images, shares of ranks, epochs, steps and ids."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from lowrank_vit.common.arguments import NOT_NEGATIVE, Range, check_whole, wrong_argument
 
 SEEDS, EPOCHS = Range(0, 2**64 - 1), Range(0, 2**32 - 1)
-"""What Philox's key and a word of its counter hold."""
+"""Ranges of Philox's key and of a word of its counter."""
 
 
 class Sizes(Protocol):
-    """What a plan knows of a set of N images, such as a `Beton`."""
+    """A set of N images as a plan needs it, such as a `Beton`."""
 
     heights: np.ndarray
     widths: np.ndarray
@@ -21,18 +21,18 @@ class Sizes(Protocol):
 
 
 class Steps(Protocol):
-    """What a plan says of its length."""
+    """A plan's length."""
 
     num_samples: int
     steps_per_epoch: int
 
 
 def sides_of(images: Sizes) -> tuple[np.ndarray, np.ndarray]:
-    """Heights and widths, for `of`; they may be lists. Raises `UserError` for what has none, such as a path."""
+    """Heights and widths as arrays, from arrays or lists. Raises `UserError` for an object without, such as a path."""
     try:
         heights, widths = np.asarray(images.heights), np.asarray(images.widths)
     except AttributeError:
-        takes = "a Beton, or what has heights and widths"
+        takes = "a Beton, or an object with heights and widths"
         raise wrong_argument("images", takes, images) from None
     for name, sides in {"images.heights": heights, "images.widths": widths}.items():
         is_whole = sides.ndim == 1 and np.issubdtype(sides.dtype, np.integer)
@@ -42,7 +42,7 @@ def sides_of(images: Sizes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_share(img_size: int, batch_size: int, rank: int, world_size: int) -> None:
-    """Raise `UserError` for arguments, which both plans have, outside their range."""
+    """Raise `UserError` for arguments, common to both plans, outside their range."""
     check_whole(img_size=img_size, batch_size=batch_size, world_size=world_size)
     check_whole(NOT_NEGATIVE, rank=rank)
     if rank >= world_size:
@@ -57,7 +57,7 @@ def check_step(plan: Steps, epoch: int, step: Any) -> None:
 
 
 def check_batch(plan: Steps, epoch: int, step: Any, ids: Any) -> None:
-    """Raise `UserError` for a batch that a plan does not have; some microseconds."""
+    """Raise `UserError` for a batch that a plan does not have; takes some microseconds."""
     check_step(plan, epoch, step)
     is_whole = isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu"
     if not is_whole or (len(ids) and not 0 <= ids.min() <= ids.max() < plan.num_samples):

@@ -1,4 +1,4 @@
-"""Who gets which samples of an update: a global batch dealt out to ranks and accumulation steps."""
+"""Deal the samples of an update, a global batch, out to ranks and accumulation steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lowrank_vit.common.errors import UserError
 
 _ROUND = 256
 _MANY_RANKS = 8
-"""An error names sizes up to this, or to twice the one that there is."""
+"""An error names numbers of ranks up to this, or up to twice the present one."""
 
 
 @dataclass(frozen=True)
@@ -18,21 +18,21 @@ class Dealing:
     """Which samples of a global batch of G make up which batch, S batches of B; the same for every update."""
 
     positions: np.ndarray
-    """int64 (S, B), each of 0 to G - 1 once: places in the epoch's order, counted from the update's first."""
+    """int64 (S, B), each number from 0 to G - 1 once: places in the epoch's order, counted from the update's first."""
     blocks: np.ndarray
     """int64 (S, B): the mixing block that each sample belongs to."""
     num_blocks: int
     is_alone: np.ndarray
-    """bool (S, B): samples that mirror another one in their batch, but have no partner."""
+    """bool (S, B): samples that have no partner, though they mirror another one in their batch."""
 
 
 def deal(global_batch: int, batch_size: int, block: int) -> Dealing:
     """Deal G samples out to batches so that partners share a batch and mirror each other in it.
 
-    Each `block` of consecutive samples (0: all) is mirrored in itself: of one with M samples, i and M - 1 - i are
-    partners. The last block may be shorter; the middle sample of an odd one is alone. Who is whose partner does not
-    depend on `batch_size` as long as that is even or every batch gets the middle of a block into its own; else batches
-    are consecutive samples, each mirrored in itself.
+    Each `block` of consecutive samples (0: all) is mirrored in itself: in a block of M samples, i and M - 1 - i are
+    partners. The last block may be shorter; the middle sample of an odd block is alone. Partners do not depend on
+    `batch_size` as long as that is even, or as every batch can have the middle of a block in its own middle; else
+    batches are consecutive samples, each batch mirrored in itself.
     """
     slots, half = global_batch // batch_size, batch_size // 2
     sides = _sides(global_batch, block)
@@ -50,11 +50,11 @@ def deal(global_batch: int, batch_size: int, block: int) -> Dealing:
 
 
 def dealt_repeats(update: int, global_batch: int, positions: np.ndarray, repeats: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where samples of an update stand in the epoch's order, and the repetition, from 0, that each is: int64 (B,) each.
+    """Places of an update's samples in the epoch's order, and each one's repetition, from 0: int64 (B,) each.
 
-    Each sample of the order comes `repeats` times in turn (Hoffer et al., "Augment your batch", CVPR 2020), and an
-    update takes the next G of these. Its first positions have the first repetitions, and so on: those of one sample lie
-    in different batches as far as there are, as timm deals them to different processes.
+    Each sample of the order comes `repeats` times in a row (Hoffer et al., "Augment your batch", CVPR 2020), and an
+    update takes the next G of these. Its first positions have the first repetitions, and so on: repetitions of a sample
+    are in different batches if there are enough, as timm deals them to different processes.
     """
     begin, each = update * global_batch, np.arange(repeats)
     first = begin + (each - begin) % repeats
@@ -65,7 +65,7 @@ def dealt_repeats(update: int, global_batch: int, positions: np.ndarray, repeats
 
 
 def length_of_epoch(num_samples: int, repeats: int) -> int:
-    """Samples in an epoch: all; where they are repeated whole 256s, as timm's `RepeatAugSampler` has it."""
+    """Samples in an epoch: all, or if they are repeated a multiple of 256, as in timm's `RepeatAugSampler`."""
     return num_samples if repeats == 1 else num_samples // _ROUND * _ROUND or num_samples
 
 
@@ -76,7 +76,7 @@ def check_global_batch(
     accum_steps: int,
     names: tuple[str, str] = ("batch_size=", "accum_steps"),
 ) -> None:
-    """Raise `UserError` where a set has no whole global batch. `names`: of the arguments, or of their flags."""
+    """Raise `UserError` if a set is smaller than a global batch. `names`: those of the arguments, or of their flags."""
     if (global_batch := batch_size * world_size * accum_steps) <= num_samples:
         return
     most = num_samples // (world_size * accum_steps)
@@ -90,8 +90,8 @@ def check_global_batch(
 def split(global_batch: int, largest: int, ranks: int, block: int | None) -> tuple[int, int]:
     """Batch size and accumulation steps of `ranks` that make up an update of G samples, with the fewest steps.
 
-    Batches have at most `largest` samples. `block`: as for `deal`, where samples are mixed, so that each keeps its
-    partner whatever the ranks; None: nothing is mixed. Raises `UserError` naming the numbers of ranks that fit.
+    Batches have at most `largest` samples. `block`: as for `deal`, if samples are mixed, so that each keeps its partner
+    whatever the ranks; None: nothing is mixed. Raises `UserError` that names the numbers of ranks that fit.
     """
     if steps := _fewest_steps(global_batch, largest, ranks, block):
         return global_batch // (ranks * steps), steps
@@ -99,14 +99,14 @@ def split(global_batch: int, largest: int, ranks: int, block: int | None) -> tup
     fitting = [str(n) for n in range(1, most + 1) if _fewest_steps(global_batch, largest, n, block)]
     of_what = "" if block is None else " of whole pairs, since images are mixed two by two,"
     raise UserError(
-        f"--global-batch-size {global_batch} does not fit {ranks} rank{'s' if ranks > 1 else ''}: an update is the "
+        f"--global-batch-size {global_batch} does not fit {ranks} rank{'s' if ranks > 1 else ''}: an update needs the "
         f"same number of equal batches{of_what} on each, of at most --batch-size {largest} images. It fits "
         f"{', '.join(fitting) or 'no number of'} ranks (of 1 to {most})."
     )
 
 
 def _fewest_steps(global_batch: int, largest: int, ranks: int, block: int | None) -> int:
-    """0 where no number of steps fits."""
+    """The fewest accumulation steps of `split`; 0 if no number fits."""
     own, rest = divmod(global_batch, ranks)
     if rest:
         return 0
@@ -118,12 +118,12 @@ def _fewest_steps(global_batch: int, largest: int, ranks: int, block: int | None
 
 
 def _keeps_partners(batch_size: int, slots: int, num_middles: int) -> bool:
-    """Whether partners in a block can share a batch; else each batch is mirrored in itself."""
+    """Whether partners of a block can share a batch; else each batch is mirrored in itself."""
     return batch_size % 2 == 0 or num_middles >= slots
 
 
 def _sides(global_batch: int, block: int) -> list[tuple[int, int]]:
-    """The first sample of each block, and the one behind its last."""
+    """For each block, its first sample and the one after its last."""
     block = min(block or global_batch, global_batch)
     return [(start, min(start + block, global_batch)) for start in range(0, global_batch, block)]
 

@@ -29,7 +29,7 @@ from lowrank_vit.plan.rules import TrainRules
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What one rank's batch of B samples consists of."""
+    """One rank's batch of B samples: which they are, and how they are cropped and augmented."""
 
     epoch: int
     step: int
@@ -40,9 +40,9 @@ class BatchPlan:
     flips: np.ndarray
     """bool (B,): mirror left and right after resizing."""
     interpolations: np.ndarray
-    """int8 (B,): NEAREST, BILINEAR or BICUBIC resizing, where the decoder has the choice."""
+    """int8 (B,): NEAREST, BILINEAR or BICUBIC resizing."""
     mix: tuple[Mix, ...]
-    """One for the whole batch, or one for each sample, of which a block's are one object."""
+    """One for the whole batch, or one for each sample; samples of a block share one object."""
     vflips: np.ndarray | None = None
     """bool (B,): turn upside down; None: nothing to turn."""
     ops: ImageOps | None = None
@@ -50,15 +50,15 @@ class BatchPlan:
     erase: Erase | None = None
     """Rectangles to erase after normalising; None: nothing to erase."""
     center: CenterCrops | None = None
-    """Evaluation: what `windows` says to the fraction of a pixel; None: stretch `windows` to the size."""
+    """Evaluation: the crops of `windows`, exact to fractions of a pixel; None: stretch `windows` to the size."""
 
 
 class TrainPlan:
     """The shuffled, cropped, flipped and mixed training stream; whole global batches only (the tail is dropped).
 
-    A global batch is dealt out to S slots, one for each of `accum_steps` batches of each rank, so that two samples that
-    mirror each other in their mixing block lie in one slot and mirror each other there (`deal`). Mixing a batch with
-    its own reverse then pairs the same samples whatever the ranks and the accumulation, if the batch size is even.
+    A global batch is dealt out to S slots, one for each of the `accum_steps` batches of each rank. Two samples that
+    mirror each other in their mixing block are in one slot and mirror each other there (`deal`). So mixing a batch with
+    its own reverse pairs the same samples whatever the ranks and the accumulation, if the batch size is even.
 
     Example:
         >>> plan = TrainPlan.of(Beton("train.beton"), img_size=32, batch_size=8, aa="rand-m9-mstd0.5-inc1", mixup=0.8)
@@ -80,9 +80,9 @@ class TrainPlan:
         world_size: int = 1,
         accum_steps: int = 1,
     ) -> None:
-        """`heights`, `widths`: int (N,), pixels; `batch_size`: samples a step of this rank; raises `UserError`.
+        """`heights`, `widths`: int (N,), pixels; `batch_size`: samples per step and rank. Raises `UserError`.
 
-        `accum_steps`: steps to an update. See `of` for a `Beton`.
+        `accum_steps`: steps per update. See `of` for a `Beton`.
         """
         check_whole(SEEDS, seed=seed)
         check_whole(accum_steps=accum_steps)
@@ -128,7 +128,7 @@ class TrainPlan:
         order: OrderName = "keyed",
         repeats: int = 1,
     ) -> TrainPlan:
-        """The plan for a `Beton`, by timm's names of what is drawn; `TrainRules` has them all. Raises `UserError`.
+        """The plan for a `Beton`, with timm's names for random choices; `TrainRules` has all. Raises `UserError`.
 
         `aa`: timm's policy, e.g. "rand-m9-mstd0.5-inc1"; `scale`, `ratio`: of random resized crops; `hflip`, `reprob`:
         probabilities; `mixup`, `cutmix`: alpha, 0 for none; `order`: sorted for the stream of earlier versions, which
@@ -160,25 +160,25 @@ class TrainPlan:
         return self._order(epoch).at(np.arange(self.num_samples))
 
     def ids(self, epoch: int) -> np.ndarray:
-        """int64 (steps, batch_size): this rank's share of the epoch's order, `accum_steps` rows to an update."""
+        """int64 (steps, batch_size): this rank's share of the epoch's order, `accum_steps` rows per update."""
         check_whole(EPOCHS, epoch=epoch)
         order, slots, repeats = self._order(epoch), self._positions_AB, self.rules.repeats
-        if repeats == 1:  # what `dealt_repeats` says then, of all updates at once
+        if repeats == 1:  # the same as `dealt_repeats`, for all updates at once
             firsts = np.arange(self.updates_per_epoch)[:, None, None] * self.global_batch
             return order.at(firsts + slots).reshape(-1, self.batch_size)
         return np.stack([order.at(self._dealt(step)[0]) for step in range(self.steps_per_epoch)])
 
     def step_ids(self, epoch: int, step: int, without: Collection[int] = ()) -> np.ndarray:
-        """int64 (batch_size,): row `step` of `ids(epoch)`, in the time that one batch takes whatever the set's size.
+        """int64 (batch_size,): row `step` of `ids(epoch)`, in a time that does not depend on the set's size.
 
-        `without`: samples to do without. For each the one that follows in the epoch's order, of all ranks, stands in,
-        so that it depends on neither ranks nor batches. Raises `UserError` for a step that is not there.
+        `without`: samples to leave out. Each is replaced by the next one in the epoch's order, of all ranks, so the
+        result depends on neither ranks nor batches. Raises `UserError` for a step that does not exist.
         """
         check_step(self, epoch, step)
         return self._order(epoch).without(without, self._dealt(step)[0])
 
     def _order(self, epoch: int) -> Order:
-        """Kept for the epoch: an order that is sorted takes all samples to make."""
+        """The epoch's order, which is kept, since sorting takes all samples."""
         kept = self._order_of_epoch
         if kept is None or kept[0] != epoch:
             order = Order.of(self._key, self.num_samples, epoch, Stream.ORDER, self.rules.order)
@@ -186,14 +186,14 @@ class TrainPlan:
         return kept[1]
 
     def _dealt(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """int64 (B,) each: where a batch's samples stand in the epoch's order, and the repetition that each is."""
+        """int64 (B,) each: places of a batch's samples in the epoch's order, and each one's repetition."""
         update, slot = divmod(step, self.accum_steps)
         return dealt_repeats(update, self.global_batch, self._positions_AB[slot], self.rules.repeats)
 
     def windows(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         """int32 (B, 4), top, left, height, width: RandomResizedCrop of torchvision and timm for each id.
 
-        As elsewhere in this class ids may hold the number of a repetition, see `counter_of`.
+        As elsewhere in this class, ids may contain the number of a repetition, see `counter_of`.
         """
         numbers, rules = ids.astype(np.int64, copy=False) & LAST_ID, self.rules
         heights, widths = self.heights[numbers].astype(np.int64), self.widths[numbers].astype(np.int64)
@@ -215,8 +215,8 @@ class TrainPlan:
     def mix(self, epoch: int, step: int, ids: np.ndarray) -> tuple[Mix, ...]:
         """Mixup or cutmix in timm's `batch` mode (a draw for each block of the global batch), `pair` or `elem` mode.
 
-        A sample's partner is its mirror image in its block; in `pair` mode both share one draw. One of them for the
-        whole batch where in `batch` mode each batch of this rank lies in one block, else one a sample: in every step.
+        A sample's partner mirrors it in its block; in `pair` mode both share one draw. Returns one for the whole batch
+        if in `batch` mode each batch of this rank is in one block, else one per sample, the same way in every step.
         """
         rules, key, slot = self.rules.mixing, self._key, step % self.accum_steps
         is_off = self.rules.mixup_off_epoch and epoch >= self.rules.mixup_off_epoch
@@ -256,7 +256,7 @@ class TrainPlan:
         return Erase(*draw_erase_boxes(self._key, epoch, ids, Stream.ERASE, rules.reprob, rules.recount, size, size))
 
     def batch(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan:
-        """The batch whose ids are row `step` of `ids(epoch)`. Raises `UserError` for ids that are not there."""
+        """The batch whose ids are row `step` of `ids(epoch)`. Raises `UserError` for ids that do not exist."""
         check_batch(self, epoch, step, ids)
         drawn = ids = ids.astype(np.int64, copy=False)
         if self.rules.repeats > 1:
@@ -308,7 +308,7 @@ class EvalPlan:
         each, rest = divmod(len(heights) if samples is None else len(samples), world_size)
         self._first = rank * each + min(rank, rest)
         self._end = self._first + each + (rank < rest)
-        """Of this rank's share, in the order of the file."""
+        """First and end of this rank's share, in the order of the file."""
         self.steps_per_epoch = -(-(self._end - self._first) // batch_size)
 
     @classmethod
@@ -338,7 +338,7 @@ class EvalPlan:
         return [self.step_ids(epoch, step) for step in range(self.steps_per_epoch)]
 
     def step_ids(self, epoch: int, step: int, without: Collection[int] = ()) -> np.ndarray:
-        """One of the batches of `ids(epoch)`, int64 (B,), where samples to do `without` are left out."""
+        """Batch `step` of `ids(epoch)`, int64 (B,), without the samples in `without`."""
         check_step(self, epoch, step)
         first = self._first + step * self.batch_size
         end = min(first + self.batch_size, self._end)
@@ -346,7 +346,7 @@ class EvalPlan:
         return ids[~np.isin(ids, np.fromiter(without, np.int64, len(without)))] if len(without) else ids
 
     def batch(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan:
-        """The centre crops of `ids`, unmirrored and unmixed. Raises `UserError` for ids that are not there."""
+        """The centre crops of `ids`, unmirrored and unmixed. Raises `UserError` for ids that do not exist."""
         check_batch(self, epoch, step, ids)
         heights, widths = self.heights[ids], self.widths[ids]
         resized, corners = center_crops(heights, widths, self.img_size, self._crop_pct)

@@ -1,4 +1,4 @@
-"""What the training plan may draw."""
+"""The ranges of the training plan's random choices."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TrainRules:
     """Ranges of the random choices; names and meanings are timm's flags."""
 
     is_cropped: bool = True
-    """By `scale` and `ratio`; else whole images are stretched to a square."""
+    """Random resized crops by `scale` and `ratio`; else whole images are stretched to a square."""
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
@@ -35,18 +35,18 @@ class TrainRules:
     color_jitter: tuple[float, ...] | None = None
     """Strength of brightness, contrast and saturation."""
     interpolation: int | None = None
-    """Of the crop and of geometric operations, NEAREST, BILINEAR or BICUBIC; None: one of the last two for each."""
+    """For crops and geometric operations: NEAREST, BILINEAR or BICUBIC; None: one of the last two, drawn for each."""
     reprob: float = 0.0
     recount: int = 1
     mixing: MixRules = field(default_factory=MixRules)
     mixup_off_epoch: int = 0
     order: OrderName = "keyed"
-    """Of sets of more than 65,536 samples: keyed, or sorted as in earlier versions."""
+    """For sets of more than 65,536 samples: keyed, or sorted as in earlier versions."""
     repeats: int = 1
     """How often a sample comes in an epoch, each time drawn anew; see `dealt_repeats`."""
 
     def __post_init__(self) -> None:
-        """Raise `UserError` for what is outside its range."""
+        """Raise `UserError` for a value outside its range."""
         check_ascending(Range(0, 1, open_low=True), scale=self.scale)
         check_ascending(ABOVE_0, ratio=self.ratio)
         check_number(SHARE, hflip=self.hflip, vflip=self.vflip, reprob=self.reprob)

@@ -1,6 +1,6 @@
-"""The model card, README.md: what the model is, its scores, how it was trained, in Markdown with the hub's header.
+"""The model card, README.md: the model, its scores and its training, in Markdown with the hub's header.
 
-Nothing of the machine goes into it but versions and hardware: of paths the last name, no trackers, no tokens.
+Of the machine it shows only versions and hardware: only the last names of paths, no trackers, no tokens.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ _SURROUNDINGS = (
     *("lowrank_vit", "commit", "python", "torch", "timm", "numpy", "platform", "cpu", "cpu_cores"),
     *("gpu", "gpu_memory_gib", "cuda", "driver", "device"),
 )
-"""Of environment.json what is shown, in this order."""
+"""Entries of environment.json that are shown, in this order."""
 _ROUNDING = (
-    "Images were resized along columns first, and Pillow resizes along rows first; both round and clip in between. So "
-    "timm may score a few images otherwise, above all small ones with hard edges that are enlarged."
+    "Images were resized along columns first, while Pillow resizes along rows first; both round and clip in between. "
+    "So timm may score a few images differently, mostly small ones with hard edges that are enlarged."
 )
 _SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$>])")
 _PATH = re.compile(r"(?<![\w./])(?:~|/(?!/))[^\s,;'\"]*/")
-"""A path up to its last name; no address."""
+"""A path up to its last name, but not an address."""
 _SWITCH = r"['\"]?(?:true|false|none|-?\d{1,2}(?:\.\d*)?)(?![\w.+/=-])"
-"""A value that is no secret: a model's `class_token=False` is an argument."""
+"""A value that is not a secret: a model's `class_token=False` is an argument."""
 _SECRETS = (
     (re.compile(r"\b(?:hf|sk|ghp|gho|glpat)[_-][A-Za-z0-9_-]{12,}"), "***"),
     (re.compile(r"://[^\s/@]+@"), "://***@"),
     (re.compile(r"(?i)\b((?:\w*[_-])?(?:secret|passwd|password))=\S+"), r"\1=***"),
     (re.compile(rf"(?i)\b((?:\w*[_-])?(?:token|key))=(?!{_SWITCH})\S+"), r"\1=***"),
 )
-"""What tokens and passwords look like, and what is shown for them."""
+"""Patterns of tokens and passwords, and the text that replaces them."""
 
 
 def card(subject: Subject, name: str, reference: str, license_id: str = "") -> str:
     """README.md of the export.
 
     Args:
-        subject: what is exported.
-        name: the model's, for the title.
-        reference: what timm makes it by, such as hf-hub:OWNER/NAME.
-        license_id: of the weights; without one a line says to fill it in.
+        subject: the exported model.
+        name: the model's name, for the title.
+        reference: the name by which timm loads it, such as hf-hub:OWNER/NAME.
+        license_id: license of the weights; if empty, a line says to fill it in.
     """
     lines = [*_header(license_id), f"# {plain(name)}", "", *_description(subject), *_scores(subject)]
     lines += ["## Use", "", *fenced(_usage(subject, reference), "python"), ""]
@@ -107,16 +107,16 @@ def _scores(subject: Subject) -> list[str]:
         lines.append(f"| {score.name} | {score.percent:.2f} | {known} |")
     lines += [""]
     if subject.scores[0].interval:
-        lines += ["The interval tells of other images of the same kind (Wilson's), not of another training.", ""]
+        lines += ["The interval (Wilson's) is for other images of the same kind, not for another training run.", ""]
     lines += [_ROUNDING, ""]
     if subject.scored_at is not None and subject.updates not in (None, subject.scored_at):
         behind = (subject.updates or 0) - subject.scored_at
-        lines += [f"They are of the newest validation, {behind:,} updates before these weights.", ""]
+        lines += [f"The scores are from the latest validation, {behind:,} updates before these weights.", ""]
     return lines
 
 
 def _usage(subject: Subject, reference: str) -> str:
-    where = ["# from the folder that this one lies in; from elsewhere with the path to it"]
+    where = ["# run this in the parent of this folder; elsewhere, give the path to the folder"]
     return "\n".join(
         (
             "import timm",
@@ -133,7 +133,7 @@ def _training(subject: Subject) -> list[str]:
     about: Any = subject.checkpoint.content.get(COMPRESSION)
     if isinstance(about, dict):
         told = (f"{name} {about[name]}" for name in ("method", "budget") if name in about)
-        lines += [f"Its layers were compressed after training: {plain(', '.join(told)) or 'how is not told'}.", ""]
+        lines += [f"Its layers were compressed after training: {plain(', '.join(told)) or 'method unknown'}.", ""]
     if subject.updates is None and meaning.KEY not in subject.checkpoint.content:
         return [*lines, "The checkpoint does not tell how it was trained.", ""]
     data = private(str(args.get("dataset") or "")), Path(str(args.get("data-dir") or "")).name
@@ -147,7 +147,7 @@ def _training(subject: Subject) -> list[str]:
 
 
 def command(args: dict[str, Any]) -> str:
-    """The line that trains so again: the options that are not at their defaults, of paths the last name alone."""
+    """The command line that repeats the training: options that are not at their defaults, paths as their last names."""
     words = ["lowrank-vit train"]
     for name, hint, usual in leaves(Config()):
         value = args.get(name, usual)
@@ -173,7 +173,7 @@ def _environment(subject: Subject) -> list[str]:
 
 
 def private(text: str) -> str:
-    """A text without what is the user's alone: of paths the last name stays, tokens and passwords become `***`."""
+    """A text without private parts: paths become their last names, tokens and passwords become `***`."""
     for secret, instead in _SECRETS:
         text = secret.sub(instead, text)
     return _PATH.sub("", text)

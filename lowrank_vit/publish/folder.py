@@ -1,4 +1,4 @@
-"""An export as a folder: what timm's own writer makes of a model, with its card, read back before it gets its name."""
+"""An export as a folder: a model written by timm's own writer, with its card, and read back before it is renamed."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from lowrank_vit.publish.card import PICTURE, card
 from lowrank_vit.publish.subject import Subject
 
 CARD, MARK = "README.md", "lowrank_vit"
-"""The card's file; the key of config.json that tells an export of ours."""
+"""The card's file; the key of config.json that marks our exports."""
 FILES = (CARD, PICTURE, WEIGHTS, CONFIG)
-"""What an export consists of, in the order in which files get their names: without the last timm loads none of it."""
+"""The files of an export, in the order of their renames: without the last one timm loads nothing."""
 _OF_A_RUN = ("args.yaml", "metrics.jsonl", "summary.csv", "environment.json")
 _ADVICE = "Choose another folder with --local-dir."
 _NOT_OF_THESE_WEIGHTS = ("tag", "license", "origin_url", "paper_name", "paper_ids", "description", "notes")
-"""What timm tells of the weights that it publishes for an architecture."""
+"""timm's keys about the weights that it publishes for an architecture."""
 
 
 def fill(folder: Path, subject: Subject, name: str, reference: str, license_id: str) -> None:
     """Write config.json, model.safetensors, the card and the picture into an empty folder, and read them back.
 
-    Raises `UserError` for a model that timm cannot write or make again, `OSError`.
+    Raises `UserError` for a model that timm cannot write or load again, and `OSError`.
     """
     model: Any = subject.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     spec, own = subject.spec, model.pretrained_cfg
@@ -61,7 +61,7 @@ def fill(folder: Path, subject: Subject, name: str, reference: str, license_id: 
             f"timm cannot write {subject.name} in its hub layout: {' '.join(str(error).split())}"
         ) from error
     (folder / CARD).write_text(text, encoding="utf-8")
-    (folder / WEIGHTS).chmod((folder / CARD).stat().st_mode)  # safetensors lets nobody else read it
+    (folder / WEIGHTS).chmod((folder / CARD).stat().st_mode)  # safetensors makes it readable only by its owner
     if subject.picture:
         (folder / PICTURE).write_bytes(subject.picture)
     for path in folder.iterdir():
@@ -71,7 +71,7 @@ def fill(folder: Path, subject: Subject, name: str, reference: str, license_id: 
 
 
 def _read_back(folder: Path, subject: Subject) -> None:
-    """Raise `UserError` where timm does not make the same model of the folder."""
+    """Raise `UserError` if timm does not load the same model from the folder."""
     try:
         again = timm.create_model(f"{LOCAL}:{folder}", pretrained=True).state_dict()
     except Exception as error:  # a constructor or a filter of weights of any model
@@ -82,16 +82,16 @@ def _read_back(folder: Path, subject: Subject) -> None:
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> str:
-    """What will become of what is in `folder`, in words; empty for one that is new or empty.
+    """A line on what happens to the content of `folder`; empty for a folder that is new or empty.
 
-    Raises `UserError` where it is a run's, no folder, or holds other things than an export as it was written.
+    Raises `UserError` if it is a run's directory, not a folder, or holds anything but an unchanged export.
     """
     if folder.is_symlink() and not folder.exists():
         raise UserError(f"--local-dir {folder} is a link to nothing. Remove it, or choose another folder.")
     if not folder.exists():
         there = next((parent for parent in folder.absolute().parents if parent.exists()), folder)
         if there.is_file():
-            raise UserError(f"--local-dir {folder}: {there} is a file, and no folder. {_ADVICE}")
+            raise UserError(f"--local-dir {folder}: {there} is a file, not a folder. {_ADVICE}")
         return ""
     if not folder.is_dir():
         raise UserError(f"--local-dir {folder} is a file. Choose another folder.")
@@ -100,21 +100,19 @@ def check_folder(folder: Path, *, overwrite: bool) -> str:
     if names & set(_OF_A_RUN) or any(name.endswith(".pth.tar") for name in names):
         raise UserError(f"--local-dir {folder} is the directory of a run. Choose another folder.")
     if folders := [name for name in FILES if (folder / name).is_dir()]:
-        raise UserError(
-            f"--local-dir {folder} has a folder {folders[0]}, where a file is to be. Choose another folder."
-        )
+        raise UserError(f"--local-dir {folder} has a folder {folders[0]} in place of a file. Choose another folder.")
     if not names:
         return ""
     if _is_untouched(folder, names):
-        return f"{folder} held an export of earlier: it is replaced"
+        return f"{folder} holds an earlier export, which is replaced"
     if overwrite:
         replaced = ", ".join(name for name in FILES if name in names) or "nothing"
         return f"{folder} holds other files, which stay; replaced: {replaced}"
     others = sorted(names - set(FILES)) or [CARD]
     why = f"{CARD} was edited" if others == [CARD] else f"it holds {', '.join(others[:3])}"
     raise UserError(
-        f"--local-dir {folder} is in use and no export as it was written: {why}. Choose another folder, or replace "
-        f"files of the names {', '.join(FILES)} there with --overwrite."
+        f"--local-dir {folder} is in use and does not hold an unchanged export: {why}. Choose another folder, or "
+        f"replace {', '.join(FILES)} there with --overwrite."
     )
 
 
@@ -128,9 +126,9 @@ def _is_untouched(folder: Path, names: set[str]) -> bool:
 
 
 def write_folder(folder: Path, make: Callable[[Path], None], *, overwrite: bool, say: Say) -> None:
-    """Have `make` fill a hidden folder, whose files then get their places in `folder`; on an error nothing changes.
+    """Let `make` fill a hidden folder, and move its files into `folder`; on an error nothing changes.
 
-    Raises `UserError`, also where another export is writing there.
+    Raises `UserError`, also if another export is writing there.
     """
     folder = folder.resolve()  # a link to a bigger disk is there for a reason
     with writing(folder, _ADVICE):
@@ -163,7 +161,7 @@ def write_folder(folder: Path, make: Callable[[Path], None], *, overwrite: bool,
 
 
 def _replace(folder: Path, made: Path) -> None:
-    """Give the files of `made` their places; whoever is killed amid this leaves no config.json, so nothing to load."""
+    """Move the files of `made` into `folder`; a process killed meanwhile leaves no config.json, so nothing to load."""
     (folder / CONFIG).unlink(missing_ok=True)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What is exported: the model of a checkpoint, as it was validated, and what its run tells of it."""
+"""The exported model: that of a checkpoint, as it was validated, and the facts that its run tells of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lowrank_vit.score.results import interval
 from lowrank_vit.score.scorer import load_scorer
 
 CHECKPOINTS = ("model_best.pth.tar", "last.pth.tar")
-"""Of a run's directory the first that is there is exported."""
+"""The first of these in a run's directory is exported."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Score:
     name: str
     percent: float
     interval: tuple[float, float] | None
-    """95 %; None where the number of images is not known."""
+    """95 % confidence, in percent; None if the number of images is unknown."""
 
 
 @dataclass(frozen=True)
@@ -47,29 +47,29 @@ class Subject:
     name: str
     """timm's name of the model."""
     model: nn.Module
-    """With plain layers, on the CPU."""
+    """The model with plain layers, on the CPU."""
     spec: InputSpec
     interpolation: str
     class_names: list[str] | None
-    """One for each output; None where the checkpoint does not name them."""
+    """One for each output; None if the checkpoint does not name them."""
     is_ema: bool
     checkpoint: Checkpoint
     args: dict[str, Any]
     """The run's flags by name; empty for a file of another program."""
     merged: str = ""
-    """What was merged, in words."""
+    """A sentence on the layers that were merged; empty if none were."""
     run: Run | None = None
     scores: list[Score] = field(default_factory=list)
     num_images: int | None = None
-    """In the validation set."""
+    """Images in the validation set."""
     scored_at: int | None = None
-    """Updates of the weights that the scores are of; None without scores."""
+    """Updates of the weights that were scored; None without scores."""
     picture: bytes | None = None
-    """Its spectra while it was trained, as PNG."""
+    """A plot of its spectra during training, as PNG."""
 
     @property
     def updates(self) -> int | None:
-        """How many updates the weights have seen, where the checkpoint tells."""
+        """How many updates the weights have had; None if the checkpoint does not tell."""
         step: Any = self.checkpoint.content.get("step")
         return int(step["num_updates"]) if isinstance(step, dict) and "num_updates" in step else None
 
@@ -88,30 +88,30 @@ def find_checkpoint(run: Path) -> Path:
     found = next((path for name in CHECKPOINTS if (path := run / name).is_file()), None)
     if found is None:
         raise UserError(
-            f"{run} has neither {' nor '.join(CHECKPOINTS)}: nothing was saved there yet, or it is no run. Give a "
+            f"{run} has neither {' nor '.join(CHECKPOINTS)}: nothing was saved there yet, or it is not a run. Give a "
             "run's directory, or a checkpoint."
         )
     return found
 
 
 def read_subject(options: ExportOptions, say: Say = terminal.say) -> Subject:
-    """Read the model, the run that it is of, and its scores.
+    """Read the model, its run and its scores.
 
     Raises:
-        UserError: no file of weights, of no model that timm knows, without the wanted weights, or not finite; layers in
-            factors where --no-merge was said.
+        UserError: the file has no weights, not the wanted ones, or some that are not finite; timm does not know the
+            model; or it has factors or adapters and --no-merge was given.
     """
     path = find_checkpoint(options.run)
     checkpoint = read_checkpoint(path)
     if not checkpoint.arch:
         raise UserError(
-            f"{path} does not name its model, so that it cannot be made. Export a checkpoint that a run has saved, "
+            f"{path} does not name its model, so it cannot be built. Export a checkpoint that a run has saved, "
             f"such as {CHECKPOINTS[0]}."
         )
     is_ema = checkpoint.starts_from_ema if options.weights == "auto" else options.weights == "ema"
     if ("state_dict_ema" if is_ema else "state_dict") not in checkpoint.content:
         other = "raw" if is_ema else "ema"
-        raise UserError(f"--weights {options.weights}: {path} has no such weights. Say --weights {other}.")
+        raise UserError(f"--weights {options.weights}: {path} has no such weights. Give --weights {other}.")
     scorer = load_scorer(ModelOptions(checkpoint=path, use_ema=is_ema), torch.device("cpu"), say, checkpoint)
     model, ranks, lora = scorer.model, ranks_of(scorer.model), checkpoint.lora
     if (ranks or lora) and not options.merge:
@@ -124,8 +124,8 @@ def read_subject(options: ExportOptions, say: Say = terminal.say) -> Subject:
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise UserError(
-                f"{path} is not exported: its {name} has values that are no finite numbers, so that the model is worth "
-                "nothing. Give an older checkpoint of the run."
+                f"{path} is not exported: its {name} has values that are not finite, so the model is worthless. Give "
+                "an older checkpoint of the run."
             )
     run = _run_of(path)
     scores, num_images, scored_at = _scores(checkpoint, run, is_ema=is_ema)
@@ -148,7 +148,7 @@ def read_subject(options: ExportOptions, say: Say = terminal.say) -> Subject:
 
 
 def _run_of(path: Path) -> Run | None:
-    """The run whose directory a checkpoint lies in; None for a file by itself."""
+    """The run whose directory holds a checkpoint; None for a file by itself."""
     try:
         return read_run(path.parent) if (path.parent / "args.yaml").exists() else None
     except UserError:
@@ -160,9 +160,9 @@ def _merged_in_words(ranks: Mapping[str, int], adapters: int, rank: int) -> str:
         low, high = min(ranks.values()), max(ranks.values())
         of = f"rank {low}" if low == high else f"ranks {low} to {high}"
         return (
-            f"{len(ranks)} layers were products of two factors ({of}). Here each is the matrix that they stand for, in "
-            "its original shape, since timm has no such layers: the numbers are the same, the file is as large as that "
-            "of the whole model."
+            f"{len(ranks)} layers were products of two factors ({of}). Here each is that product, in its original "
+            "shape, since timm has no factorised layers: the numbers are the same, the file is as large as that of "
+            "the whole model."
         )
     if adapters:
         return f"It was tuned with LoRA: adapters of rank {rank} at {adapters} layers, merged into these here."
@@ -170,7 +170,7 @@ def _merged_in_words(ranks: Mapping[str, int], adapters: int, rank: int) -> str:
 
 
 def _scores(checkpoint: Checkpoint, run: Run | None, *, is_ema: bool) -> tuple[list[Score], int | None, int | None]:
-    """The scores of the newest validation up to these weights, the number of images, and the updates it was at."""
+    """The scores of the latest validation up to these weights, the number of images, and the updates before it."""
     content, prefix = checkpoint.content, "eval_ema_" if is_ema else "eval_"
     told: Any = content.get("val_samples")
     count = told if isinstance(told, int) and told > 0 else None

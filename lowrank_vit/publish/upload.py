@@ -1,4 +1,4 @@
-"""An export on its way to the Hugging Face hub: one commit, which is there whole or not at all."""
+"""Send an export to the Hugging Face hub as one commit, which exists whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from lowrank_vit.publish.options import ExportOptions
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository of the hub that may be written to, as far as that is known before."""
+    """A repository of the hub that may be written to, as far as can be known before."""
 
     name: str
     """OWNER/NAME."""
     files: tuple[str, ...] | None
-    """What it holds; None where it is not there yet."""
+    """Names of its files; None if it does not exist yet."""
 
 
 def find_repository(options: ExportOptions) -> Repository:
-    """Ask the hub who is writing, and what there is. Raises `UserError`: no token, no network, no such name."""
+    """Ask the hub for the user and the repository. Raises `UserError`: no token, no network, no such name."""
     with _told(options.hub, options.hub) as api:
         owner, _, name = options.hub.rpartition("/")
         repository = f"{owner or api.whoami()['name']}/{name}"
         if owner:
-            api.whoami()  # a token that nobody takes is told before anything is made
+            api.whoami()  # reports an invalid token before anything is made
         is_there = api.repo_exists(repository)
         files = api.list_repo_files(repository, revision=options.revision or None) if is_there else None
     return Repository(repository, None if files is None else tuple(files))
 
 
 def upload(options: ExportOptions, repository: Repository, make: Callable[[Path], None], say: Say) -> str:
-    """Have `make` fill a folder, and commit that; returns the commit's address. Raises `UserError`.
+    """Let `make` fill a folder, and commit that; returns the commit's address. Raises `UserError`.
 
-    A card that is there stays, unless --overwrite was said: its owner may have filled it in.
+    An existing card stays, unless --overwrite is given: its owner may have filled it in.
     """
     name, is_new = repository.name, repository.files is None
     keeps_card = CARD in (repository.files or ()) and not options.overwrite
     if not is_new:
-        say(f"note: {name} is there: a commit replaces its model" + (f"; its {CARD} stays" if keeps_card else ""))
+        say(f"note: {name} exists: a commit replaces its model" + (f"; its {CARD} stays" if keeps_card else ""))
         if options.private:
-            say("note: --private is not looked at: who may see a repository is settled when it is made")
+            say("note: --private has no effect: who may see a repository is settled when it is created")
     with tempfile.TemporaryDirectory(prefix="lowrank-vit-export-") as folder:
         make(Path(folder))
         with _told(options.hub, name) as api:
@@ -68,7 +68,7 @@ def upload(options: ExportOptions, repository: Repository, make: Callable[[Path]
                 )
             except Exception as error:
                 if is_new:
-                    error.add_note(f"The repository {name} was made, and is empty.")
+                    error.add_note(f"The repository {name} was created, and is empty.")
                 raise
     return str(getattr(done, "commit_url", "") or f"https://huggingface.co/{name}")
 
@@ -85,8 +85,8 @@ def _told(typed: str, repository: str) -> Generator[Any]:
         validate_repo_id(repository)
         if not get_token():
             raise UserError(
-                f"{said}: there is no token of the hub here. Log in with `hf auth login`, or set HF_TOKEN to one "
-                "that may write."
+                f"{said}: you have no token of the hub. Log in with `hf auth login`, or set HF_TOKEN to one that may "
+                "write."
             )
         with quick_without_network() as unreached:
             if unreached:
@@ -99,10 +99,10 @@ def _told(typed: str, repository: str) -> Generator[Any]:
     except Exception as error:  # of the library and its HTTP client, without a common kind
         status = status_of(error)
         if status == 401:
-            message = UserError(f"{said}: the hub does not take the token that is here. Log in with `hf auth login`.")
+            message = UserError(f"{said}: the hub rejects your token. Log in with `hf auth login`.")
         elif status == 403:
             message = UserError(
-                f"{said}: the token here may not write to {repository}. Make one with the right to write at "
+                f"{said}: your token may not write to {repository}. Make one with the right to write at "
                 "https://huggingface.co/settings/tokens, and log in with `hf auth login`; or give a name of your own."
             )
         elif status in (0, 200, 404, 429) or status >= 500:

@@ -66,7 +66,7 @@ def test_the_card_tells_of_the_run_and_nothing_of_its_owner(run, tmp_path):
     assert "| on 360 images |" in text
     low, high = interval(60, 360)
     assert f"| top-1 | 60.00 | {low:.2f} to {high:.2f} |" in text
-    assert "timm may score a few images otherwise" in text
+    assert "timm may score a few images differently" in text
     assert "after 2 epochs, 22 updates" in text
     assert "--data-dir digits" in text
     assert "--img-size 16" in text
@@ -86,7 +86,7 @@ def test_without_a_license_there_is_a_line_to_fill_in(run, tmp_path, capsys):
     ("changed", "said"),
     [
         ({"val_samples": None}, "| top-1 | 60.00 | not known |"),
-        ({"step": {"num_updates": 30}}, "newest validation, 8 updates before these weights"),
+        ({"step": {"num_updates": 30}}, "latest validation, 8 updates before these weights"),
         ({"step": {"num_updates": 5}}, "were not scored"),
         ({"class_names": None}, "Classes: 3, without names"),
     ],
@@ -162,9 +162,9 @@ def damaged(**of: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "more", "said"),
     [
-        (damaged(head__weight=float("nan")), (), r"its head\.weight has values that are no finite numbers"),
+        (damaged(head__weight=float("nan")), (), r"its head\.weight has values that are not finite"),
         (damaged(norm__bias=float("inf")), (), r"its norm\.bias has values"),
-        (content_of(state_dict_ema=None), ("--weights", "ema"), "has no such weights. Say --weights raw"),
+        (content_of(state_dict_ema=None), ("--weights", "ema"), "has no such weights. Give --weights raw"),
         (content_of(arch="vit_of_nobody"), (), "not a timm model"),
         (content_of(arch=""), (), "does not name its model"),
     ],
@@ -200,9 +200,9 @@ def test_a_run_that_has_saved_nothing_says_so(run, tmp_path):
     [
         ((), "Give one of --local-dir DIR"),
         (("--local-dir", "x", "--hub", "me/x"), "Give one of --local-dir DIR"),
-        (("--local-dir", "x", "--private"), "--private is about --hub"),
-        (("--local-dir", "x", "--revision", "dev"), "--revision is about --hub"),
-        (("--local-dir", "x", "--license", "a: b"), "is no identifier of a license"),
+        (("--local-dir", "x", "--private"), "--private needs --hub"),
+        (("--local-dir", "x", "--revision", "dev"), "--revision needs --hub"),
+        (("--local-dir", "x", "--license", "a: b"), "is not a license identifier"),
     ],
 )
 def test_options_that_contradict(run, argv, said):
@@ -215,7 +215,7 @@ def test_an_earlier_export_is_replaced_and_said(run, tmp_path, capsys):
     first = (tmp_path / "out" / "model.safetensors").read_bytes()
     (tmp_path / "out" / ".export.0000.part").mkdir()  # of a killed one
     put(run, tmp_path / "out", "--weights", "raw")
-    assert "held an export of earlier: it is replaced" in capsys.readouterr().out
+    assert "holds an earlier export, which is replaced" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != first
     assert {path.name for path in (tmp_path / "out").iterdir()} < set(FILES)
 
@@ -234,7 +234,7 @@ def test_what_is_no_untouched_export_stays_unless_told(run, tmp_path, kind):
         case _:
             (out / "config.json").unlink()
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(UserError, match=r"is in use and no export as it was written.*--overwrite"):
+    with pytest.raises(UserError, match=r"is in use and does not hold an unchanged export.*--overwrite"):
         put(run, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     put(run, out, "--overwrite")
@@ -248,7 +248,7 @@ def test_a_run_and_what_is_no_folder_are_never_written_to(run, tmp_path):
     (tmp_path / "odd" / "config.json").mkdir(parents=True)
     said = {"run": "directory of a run", "file": "is a file", "link": "a link to nothing", "odd": "has a folder config"}
     before = sorted(tmp_path.rglob("*"))
-    for name, words in {**said, "file/out": "file is a file, and no folder"}.items():
+    for name, words in {**said, "file/out": "file is a file, not a folder"}.items():
         for more in ((), ("--overwrite",)):
             with pytest.raises(UserError, match=words):
                 put(run, tmp_path / name, *more)

@@ -87,7 +87,7 @@ def test_a_repository_that_is_there_keeps_its_card(hub, run, capsys):
     export.main([str(run), "--hub", "ann/vit", "--overwrite", "--private"])
     assert b"## Scores" in hub.repositories["ann/vit"]["README.md"]
     assert "create_repo" not in dict(hub.asked)
-    assert "--private is not looked at" in capsys.readouterr().out
+    assert "--private has no effect" in capsys.readouterr().out
 
 
 def test_a_branch_is_made_in_a_new_repository(hub, run):
@@ -99,7 +99,7 @@ def test_a_branch_is_made_in_a_new_repository(hub, run):
 @pytest.mark.parametrize(
     ("method", "error", "said"),
     [
-        ("whoami", answer("HfHubHTTPError", 401), "does not take the token that is here"),
+        ("whoami", answer("HfHubHTTPError", 401), "rejects your token"),
         (
             "create_repo",
             answer("HfHubHTTPError", 403),
@@ -119,7 +119,7 @@ def test_what_the_hub_refuses_becomes_a_line(hub, run, method, error, said):
     assert "\n" not in str(caught.value)
     made = "me/vit" in hub.repositories
     assert made == (method == "upload_folder")
-    assert getattr(caught.value, "__notes__", []) == ["The repository me/vit was made, and is empty."] * made
+    assert getattr(caught.value, "__notes__", []) == ["The repository me/vit was created, and is empty."] * made
 
 
 def test_what_is_wrong_is_told_before_weights_are_read(hub, monkeypatch, tmp_path):
@@ -136,7 +136,7 @@ def test_what_is_wrong_is_told_before_weights_are_read(hub, monkeypatch, tmp_pat
     with pytest.raises(UserError, match="me/vit is on the hub, but not in that revision"):
         export.main([str(tmp_path), "--hub", "me/vit", "--revision", "dev"])
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(UserError, match=r"there is no token of the hub here. Log in with `hf auth login`"):
+    with pytest.raises(UserError, match=r"you have no token of the hub. Log in with `hf auth login`"):
         export.main([str(tmp_path), "--hub", "me/vit"])
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
