@@ -1,4 +1,4 @@
-"""The one type by which the stages of the data path know each other."""
+"""The one type that the stages of the data path exchange."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Batch:
     targets: Tensor
     """int64 (B,), labels."""
     plan: BatchPlan
-    """Where the images come from and what is still to be done to them (on the host)."""
+    """The samples that the images come from, and the augmentation still to be done (arrays on the host)."""
 
     def __len__(self) -> int:
         return len(self.plan.ids)

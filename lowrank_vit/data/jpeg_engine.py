@@ -1,8 +1,8 @@
-"""How much of a batch a GPU's JPEG engine decodes, `--hw-decoder-load auto`: as much as leaves the step no wait.
+"""Choose how much of a batch a GPU's JPEG engine decodes (`--hw-decoder-load auto`) so that the step never waits.
 
-What the engine does not take the CPU's threads and the GPU's cores decode beside the step. So the largest share is
-wanted whose speed is `ENOUGH` times the step's own; where none has it, the fastest. Nobody promises that the engine and
-the GPU's cores give the same bits, so a run keeps the share that it began with.
+The CPU's threads and the GPU's cores decode the rest beside the step. So the largest share is chosen whose speed is
+`ENOUGH` times the step's own; if none is, the fastest. The engine and the GPU's cores need not give the same bits, so a
+run keeps the share that it began with.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lowrank_vit.plan.plans import EvalPlan, TrainPlan
 SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
 """Shares that are measured."""
 ENOUGH = 1.2
-"""A loader this many times as fast as the step starves it at no time."""
+"""A loader this many times as fast as the step never lets it wait."""
 WAITING = 0.05
-"""Share of the time waited for data from which on the loader counts as too slow."""
+"""If a run waits for data for more than this share of the time, the loader counts as too slow."""
 FROM_STORAGE = 0.1
-"""Share of the data read from storage from which on a loader's slowness may be the storage's."""
+"""If more than this share of the data is read from storage, the storage may be what is slow."""
 _HARDWARE = 3  # nvjpegBackend_t NVJPEG_BACKEND_HARDWARE, nvjpeg.h
 _NO_ENGINE = (7, 9)  # nvjpegStatus_t ARCH_MISMATCH and IMPLEMENTATION_NOT_SUPPORTED
 _STEP = "step"
@@ -36,28 +36,28 @@ _STEP = "step"
 
 @dataclass(frozen=True)
 class EngineShare:
-    """A share that was chosen, and what it was chosen by."""
+    """The chosen share, and the measurements behind the choice."""
 
     share: float
     why: str
-    """In words."""
+    """The reason in words."""
     speeds: Mapping[float, float]
-    """Images a second by share, of the slowest rank."""
+    """Images per second by share, on the slowest rank."""
     beton: Beton
     key: Key
-    """Under which the speeds are kept."""
+    """The key under which the speeds are kept."""
     step: FedStep | None
 
     def recheck(self, img_per_s: float, waited: float, read_bytes: float = 0.0) -> str:
-        """Keep what the first updates of a run show for the runs to come; a line where the loader is too slow, else "".
+        """Keep the speeds of a run's first updates for later runs; return a line if the loader is too slow, else "".
 
-        Of shares that is kept by which another one is better; nothing where storage may have been too slow, which it is
-        for all of them and once only. The run itself keeps its share, on which its pixels depend.
+        A share's speed is kept only if another share is better, and not if storage may have been too slow, since that
+        slows all shares down, and only once. The run itself keeps its share, on which its pixels depend.
 
         Args:
-            img_per_s: images a second of one GPU.
+            img_per_s: images per second of one GPU.
             waited: share of the time that it waited for data, 0-1.
-            read_bytes: bytes read from storage for an image, on average.
+            read_bytes: bytes read from storage per image, on average.
         """
         step_speed, speeds, is_kept = img_per_s / max(1 - waited, 0.01), dict(self.speeds), True
         if self.step:
@@ -68,10 +68,10 @@ class EngineShare:
         line += f"--hw-decoder-load {self.share:g}"
         if (from_storage := read_bytes / max(self.beton.stored_bytes / self.beton.num_samples, 1.0)) > FROM_STORAGE:
             return (
-                f"{line}, and {min(from_storage, 1.0):.0%} of the data came from storage, which may be what it waits "
-                "for. --stage-dir may help, see the guide"
+                f"{line}, and {min(from_storage, 1.0):.0%} of the data came from storage, which may be the slow part. "
+                "--stage-dir may help, see the guide"
             )
-        if speeds.get(self.share, 0.0) > img_per_s:  # alone it decodes more than beside a step
+        if speeds.get(self.share, 0.0) > img_per_s:  # it decodes faster alone than beside a step
             speeds[self.share] = img_per_s
         better = pick(speeds, step_speed) if speeds else self.share
         if better == self.share or speeds[better] <= img_per_s:
@@ -92,19 +92,19 @@ def choose_share(
     gpu: str | None = None,
     has_engine: bool | None = None,
 ) -> EngineShare | None:
-    """The share for DALI on a GPU, the same on all ranks that leave it open; None where the options have one.
+    """The share for DALI on a GPU, the same on all ranks that leave it open; None if the options set one.
 
-    Evaluation, whose scores must not follow from a measurement of speed, has `USUAL_SHARE`, and so has a set whose
-    first samples do not decode.
+    It is `USUAL_SHARE` in evaluation, whose scores must not depend on a measurement of speed, and for a set whose first
+    samples do not decode.
 
     Args:
         beton: the images.
         plan: which of them are wanted, and how they are cut.
         device: the GPU.
-        options: how to decode. Their `hw_decoder_load` is None where it is to be chosen.
-        measured: measures images a second by share, see `measure_shares`.
-        gpu: its name, that of its MIG slice where it is one; default: torch's.
-        has_engine: whether it has a JPEG engine; default: what nvJPEG says.
+        options: how to decode. Their `hw_decoder_load` is None if it is to be chosen.
+        measured: measures images per second by share, see `measure_shares`.
+        gpu: the GPU's name, or that of its MIG slice; default: torch's.
+        has_engine: whether it has a JPEG engine; default: nvJPEG's answer.
     """
     if isinstance(plan, EvalPlan) or not beton.num_jpeg:
         return None if options.hw_decoder_load is not None else _fixed(USUAL_SHARE, "", beton)
@@ -135,15 +135,15 @@ def choose_share(
 
 
 def pick(speeds: Mapping[float, float], step_speed: float | None) -> float:
-    """The largest share with `ENOUGH` times the step's images a second, else, or where that is None, the fastest."""
+    """The largest share with `ENOUGH` times the step's images per second; the fastest if there is none, or no speed."""
     enough = [share for share, speed in speeds.items() if step_speed and speed >= ENOUGH * step_speed]
     return max(enough) if enough else max(speeds, key=lambda share: (speeds[share], share))
 
 
 def measure_shares(open_with: Callable[[float], Backend], plan: TrainPlan, device: torch.device) -> dict[str, float]:
-    """Images a second by share; 0 where one fails. One after the other, so that one pipeline at a time takes memory.
+    """Images per second by share; 0 for one that fails. One after the other, so that only one pipeline takes memory.
 
-    Raises the last error where all fail.
+    Raises the last error if all fail.
     """
     speeds: dict[str, float] = {}
     for share in SHARES:
@@ -157,17 +157,16 @@ def measure_shares(open_with: Callable[[float], Backend], plan: TrainPlan, devic
 
 
 def has_jpeg_engine(device: torch.device, nvjpeg: Any = None) -> bool:
-    """Whether a GPU, or a MIG slice of it, has one that nvJPEG can use; True where nvJPEG does not say.
+    """Whether a GPU, or a MIG slice of it, has a JPEG engine that nvJPEG can use; True if nvJPEG does not say.
 
-    It is not there to be asked, or fails for another reason, such as memory: a measurement then tells what is fast.
-
-    `nvjpeg`: the library, default: that of DALI and torch.
+    That is so if nvJPEG is missing, or fails for another reason, such as memory: then a measurement shows what is fast.
+    `nvjpeg`: the library; default: that of DALI and torch.
     """
     try:
         nvjpeg = nvjpeg or ctypes.CDLL(_nvjpeg_path())
     except OSError:
         return True
-    torch.empty(1, device=device)  # its context is now this thread's, which nvJPEG goes by
+    torch.empty(1, device=device)  # makes its context this thread's, which nvJPEG uses
     handle = ctypes.c_void_p()
     status = nvjpeg.nvjpegCreateEx(_HARDWARE, None, None, 0, ctypes.byref(handle))
     if status == 0:
@@ -184,7 +183,7 @@ def _nvjpeg_path() -> str:
 
 
 def _speed_of(step: FedStep | None, beton: Beton) -> tuple[float | None, str]:
-    """Images a second of the step, as it was measured on this set or is estimated, and in words where that is from."""
+    """Images per second of the step, measured on this set or estimated, and the origin of that in words."""
     if step is None:
         return None, ""
     if speed := kept(beton, step.key).get(_STEP):

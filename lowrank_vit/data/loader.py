@@ -1,4 +1,4 @@
-"""The loader: a backend driven through the plan, batch by batch, with its position, its faults and its figures."""
+"""The loader: it drives a backend through the plan, and keeps its position, damaged samples and figures."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ OnBadSample = Literal["error", "skip"]
 
 @dataclass(frozen=True)
 class LoaderStats:
-    """What a loader did since it was last asked."""
+    """Figures of a loader since the last call of `stats`."""
 
     queue_depth: float
-    """Mean number of decoded batches that waited when one was asked for; 0: the trainer waits for the decoder."""
+    """Mean number of decoded batches that were ready when one was asked for; 0: the trainer waits for the decoder."""
     decode_ms_p50: float
     """Milliseconds to decode a batch, median of the last ones; see the backend for what is counted."""
     decode_ms_p90: float
     bad_samples: int
     """Different samples found damaged and left out so far."""
     device_wait_s: float = 0.0
-    """Seconds for which a GPU had nothing to do but wait for its next batch; beside the host's own waiting."""
+    """Seconds for which a GPU only waited for its next batch; the host's own waiting is separate."""
 
 
 class Loader:
@@ -59,11 +59,11 @@ class Loader:
         prepare: Prepare | None = None,
         say: Callable[[str], object] = terminal.say,
     ) -> None:
-        """`prepare` applies the plan's operations to uint8 images; `say` is told of samples left out."""
+        """`prepare` applies the plan's operations to uint8 images; `say` is called with lines on samples left out."""
         self.name, self._backend, self._beton, self.plan = backend.name, backend, beton, plan
         self._on_bad_sample, self._prepare, self._say = on_bad_sample, prepare, say
         self.engine_share: EngineShare | None = None
-        """Where it was chosen for this loader."""
+        """The JPEG engine's share, if it was chosen for this loader."""
         self._hand_over = _OwnStream(device) if cuda_path(device) else _SameThread()
         self._bad: set[int] = set()
         self._depths: list[int] = []
@@ -73,7 +73,7 @@ class Loader:
 
     @property
     def resident_bytes(self) -> int:
-        """Memory of the device that decoded images take for as long as the loader is open."""
+        """Bytes of the device's memory that decoded images take while the loader is open."""
         return self._beton.decoded_bytes if self.name == "resident" else 0
 
     @property
@@ -87,9 +87,9 @@ class Loader:
         Without it from the beginning, or, in the first call after `load_state_dict`, from the loaded position.
 
         Only one epoch runs at a time: a second call, like `close` and `load_state_dict`, ends the first, which raises
-        `UserError` if it is asked for another batch. `UserError` also of a closed loader, and of a step that the epoch
-        does not have. Raises `BetonError` naming file, sample and source for a damaged sample (unless those are
-        skipped) and for a file that changed meanwhile.
+        `UserError` if it is asked for another batch. Raises `UserError` also if the loader is closed, and for a step
+        that the epoch does not have. Raises `BetonError` naming file, sample and source for a damaged sample (unless
+        those are skipped) and for a file that changed meanwhile.
         """
         if self._is_closed:
             raise UserError(self._why_ended())
@@ -113,7 +113,7 @@ class Loader:
                 batch = next(batches, None)
                 if batch is None:
                     break
-                # What was handed out counts as done: the next is asked for when the trainer has finished with it.
+                # A batch that was handed out counts as done: the trainer asks for the next when it has finished it.
                 self._step = batch.plan.step + 1
                 beat()
                 yield batch
@@ -160,11 +160,11 @@ class Loader:
 
     @property
     def waiting(self) -> int:
-        """How many decoded batches wait now; on CUDA one more may be prepared already."""
+        """How many decoded batches are ready; on CUDA one more may be prepared already."""
         return self._backend.ready()
 
     def stats(self) -> LoaderStats:
-        """Figures since the last call; decode times reach further back where there are few."""
+        """Figures since the last call; decode times reach further back if there are few."""
         depths, self._depths = self._depths, []
         times = list(self._backend.decode_ms)
         p50, p90 = np.percentile(times, [50, 90]).tolist() if times else (0.0, 0.0)
@@ -172,11 +172,11 @@ class Loader:
         return LoaderStats(depth, p50, p90, len(self.bad), self._hand_over.device_wait_s())
 
     def state_dict(self) -> dict[str, int]:
-        """The position behind the last update whose batches were handed out; batches decoded ahead do not count."""
+        """The position after the last update whose batches were handed out; batches decoded ahead do not count."""
         return {**self._stream_id(), "epoch": self._epoch, "update": self._step // self._accum_steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to a position: `batches(state["epoch"])` then begins there. Any number of ranks may go on from it.
+        """Go to a position: `batches(state["epoch"])` then begins there. Any number of ranks may continue from it.
 
         Raises `UserError` if the position belongs to another seed, data set or global batch.
         """
@@ -236,12 +236,12 @@ class _OwnStream:
     """Makes batches on a stream of their own, one ahead, and hands them over to the trainer's stream by an event."""
 
     def __init__(self, device: torch.device) -> None:
-        # The step waits for its batches, so they are not made behind what has time, such as spectra.
+        # The step waits for its batches, so they go before work that has time, such as spectra.
         self._device, self._stream = device, torch.cuda.Stream(device, priority=FIRST)
-        # DALI's memory is not torch's to watch over: a batch is kept until the step that reads it is done.
+        # Torch does not manage DALI's memory: a batch is kept until the step that reads it is done.
         self._in_use = KeptAlive()
         self._waits = Spans()
-        """Of the trainer's stream, each while it waits for a batch."""
+        """Times at which the trainer's stream waits for a batch."""
 
     def run(self, batches: Iterator[Batch], prepare: Prepare | None) -> Iterator[Batch]:
         ahead = None

@@ -1,6 +1,6 @@
-"""Decoding speeds of a set: measured on its first samples, kept beside it, used again while they hold.
+"""Decoding speeds of a set: measured on its first samples, kept beside it, used again while they are valid.
 
-Each entry of FILE.beton.speed.json is what was measured, images a second by name, under a key that says of what.
+Each entry of FILE.beton.speed.json holds measured images per second by name, under a key that says what was measured.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.plan.plans import TrainPlan
 
 _SAMPLES, _GPU_BATCHES = 256, 8
-"""Decoded for one timing of a backend on a CPU, which takes them in a fraction of a second; and on a GPU."""
+"""Samples that one timing of a backend decodes on a CPU, in a fraction of a second; and batches on a GPU."""
 _ROUND_S, _LEAST_BATCHES = 0.5, 2
-"""On a GPU a timing ends after so many seconds, with so many batches at least: batches may be large, GPUs slow."""
+"""On a GPU a timing ends after so many seconds, but not before so many batches: batches may be large, GPUs slow."""
 _ROUNDS = 3
 
 Key = Mapping[str, Any]
-"""All that an entry's figures depend on; plain values."""
+"""Everything that an entry's figures depend on; plain values."""
 
 
 def speed_path(beton: Beton) -> Path:
@@ -41,7 +41,7 @@ def speed_path(beton: Beton) -> Path:
 
 
 def key_of(beton: Beton, plan: TrainPlan, workers: int, **more: Any) -> dict[str, Any]:
-    """What every speed of decoding depends on: CPU, cores, threads, image size and the set; and `more`."""
+    """The key for a speed of decoding: CPU, cores, threads, image size and the set; and `more`."""
     return {
         "cpu": cpu_name(),
         "cores": available_cores(),
@@ -54,7 +54,7 @@ def key_of(beton: Beton, plan: TrainPlan, workers: int, **more: Any) -> dict[str
 
 
 def dali_version() -> str:
-    """DALI's, also of one that is copied into place, or installed under another distribution's name."""
+    """DALI's version, also if it is copied into place, or installed under another distribution's name."""
     try:
         return metadata.version("nvidia-dali-cuda130")
     except metadata.PackageNotFoundError:
@@ -64,12 +64,12 @@ def dali_version() -> str:
 
 
 def kept(beton: Beton, key: Key) -> dict[str, float]:
-    """The speeds that are kept under a key; none where there are none."""
+    """The speeds that are kept under a key; empty if there are none."""
     return _read(speed_path(beton)).get(json.dumps(key), {})
 
 
 def keep(beton: Beton, key: Key, speeds: Mapping[str, float]) -> bool:
-    """Keep speeds under a key; whether that could be written."""
+    """Keep speeds under a key; return whether they could be written."""
     path = speed_path(beton)
     try:
         write_whole(path, json.dumps({**_read(path), json.dumps(key): speeds}, indent=1) + "\n")
@@ -81,9 +81,9 @@ def keep(beton: Beton, key: Key, speeds: Mapping[str, float]) -> bool:
 def kept_or_measured(
     beton: Beton, key: Key, names: Iterable[str], measured: Callable[[], dict[str, float]]
 ) -> tuple[dict[str, float], str]:
-    """Images a second by name, and in words where that comes from.
+    """Images per second by name, and their origin in words.
 
-    Kept speeds count if the key is the same and the names are. No speeds where the first samples do not decode.
+    Kept speeds count if key and names are the same. There are no speeds if the first samples do not decode.
     """
     speeds = kept(beton, key)
     if set(speeds) == set(names):
@@ -97,7 +97,7 @@ def kept_or_measured(
 
 
 def measure(backends: Mapping[str, Backend], plan: TrainPlan, device: torch.device) -> dict[str, float]:
-    """Measure each backend in turn on the same batches: its median images a second. Closes the backends."""
+    """Measure each backend in turn on the same batches: its median images per second. Closes the backends."""
     taken: dict[str, list[float]] = {kind: [] for kind in backends}
     few, limit_s = max(_LEAST_BATCHES, _SAMPLES // plan.batch_size), math.inf
     if cuda_path(device):
@@ -115,7 +115,7 @@ def measure(backends: Mapping[str, Backend], plan: TrainPlan, device: torch.devi
 
 
 def _timed(backend: Backend, schedule: Schedule, device: torch.device, limit_s: float) -> float:
-    """Images a second until the schedule, or the time, is over."""
+    """Images per second until the schedule, or the time, is over."""
     begun, count = time.perf_counter(), 0
     with closing(backend.decode(schedule)) as batches:
         for n, batch in enumerate(batches, 1):
@@ -123,13 +123,13 @@ def _timed(backend: Backend, schedule: Schedule, device: torch.device, limit_s: 
             beat()
             if n >= _LEAST_BATCHES and time.perf_counter() - begun > limit_s:
                 break
-        # The host may be ahead of the device, of which what is decoded ahead is not waited for.
+        # The host may be ahead of the device: wait for the batches that were counted, not for those decoded ahead.
         Mark.of(current_stream(device)).wait_on_host()
         return count / (time.perf_counter() - begun)
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
-    """The entries of a file; none of one that is damaged, nor those that are not speeds."""
+    """The entries of a file that are speeds; empty if the file is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

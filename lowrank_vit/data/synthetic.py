@@ -24,9 +24,9 @@ def synthetic_plan(
 
 
 class SyntheticLoader:
-    """What the trainer uses of `Loader`. Every batch has the same images; nothing is decoded, augmented or mixed.
+    """The part of `Loader` that the trainer uses. Every batch has the same images; nothing is decoded or augmented.
 
-    (The step's mixing arithmetic runs all the same, with a weight of one.)
+    (The step's mixing arithmetic still runs, with a weight of one.)
     """
 
     name = "synthetic"
@@ -57,7 +57,7 @@ class SyntheticLoader:
         return LoaderStats(0.0, 0.0, 0.0, 0)
 
     def state_dict(self) -> dict[str, int]:
-        """The position behind the last update, as `Loader.state_dict`."""
+        """The position after the last update, as `Loader.state_dict`."""
         return {"epoch": self._epoch, "update": self._step // self.plan.accum_steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -13,11 +13,11 @@ from lowrank_vit.common.locks import Say, one_process_in
 from lowrank_vit.data.sets.made_once import manifest_of
 
 FOLDER = "cifar100.lowrank_vit"
-"""Below the data root: the converted files."""
+"""Folder of the converted files below the data root."""
 TORCH_DATASETS = Path("~/.cache/torch/datasets")
 HERE = Path("data")
 _ARCHIVES = ("cifar-100-python", "cifar-100-python.tar.gz", "cifar-100-binary", "cifar-100-binary.tar.gz")
-"""As torchvision leaves them, unpacked or packed."""
+"""torchvision's names of the archive, unpacked or packed."""
 _NAMES = "train.beton", "val.beton"
 
 
@@ -36,12 +36,12 @@ def cifar100(
     say: Say,
     flag: str = "--data-dir",
 ) -> tuple[Path, Path]:
-    """train.beton and val.beton of CIFAR-100: those that are there, or converted now from the archive in the data root.
+    """train.beton and val.beton of CIFAR-100, which are converted now from the archive in the data root if need be.
 
     The data root is `data_dir`, else `~/.cache/torch/datasets` or ./data: the first that holds CIFAR-100, or else the
-    first that can be written. `download` fetches the archive where it is missing or damaged. `splits` are the names of
-    the training and the validation split, which must be that (`test` is the validation set). `flag` is what the command
-    calls `data_dir`. Raises `UserError`.
+    first that can be written. `download` fetches the archive if it is missing or damaged. `splits` names the training
+    and the validation split and must be CIFAR-100's own (`test` is the validation set). `flag` is the command's name
+    for `data_dir`. Raises `UserError`.
     """
     _check_splits(*splits)
     root = _root(data_dir, beton_dir, flag)
@@ -57,7 +57,7 @@ def cifar100(
         )
     with one_process_in(out_dir, say, f"Give a folder that can be written with {flag} or --beton-dir."):
         if not _is_converted(out_dir, root.path):  # by another process meanwhile
-            # Only now: until we have the lock, a file without a manifest may be what another process is writing.
+            # Only now: before we hold the lock, another process may be writing a file without a manifest.
             if any((out_dir / name).exists() and not _is_cifar100(out_dir / name) for name in _NAMES):
                 raise UserError(f"{out_dir} holds a train.beton or val.beton of other data. Give another --beton-dir.")
             _convert(root.path, out_dir, download, say)
@@ -92,7 +92,7 @@ def _root(data_dir: Path | None, beton_dir: Path | None, flag: str) -> _Root:
 
 
 def _can_be_written(folder: Path) -> bool:
-    """Whether `folder` can be, or be made and, written; nothing is made."""
+    """Whether `folder` could be written, or be made and written; nothing is made."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
@@ -103,7 +103,7 @@ def _is_cifar100(beton: Path) -> bool:
 
 
 def _is_converted(folder: Path, root: Path) -> bool:
-    """Whether both files are there, of CIFAR-100, whole, and no older than an archive in `root`."""
+    """Whether both files exist, are CIFAR-100's, whole, and not older than an archive in `root`."""
     betons = [folder / name for name in _NAMES]
     if not all(_is_cifar100(beton) for beton in betons):
         return False

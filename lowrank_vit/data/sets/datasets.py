@@ -1,4 +1,4 @@
-"""From the data flags to a run's two sets: found, made where only their source is there, opened, and seen to fit."""
+"""From the data flags to a run's two sets: find them, or convert their source; open them; check that they fit."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from lowrank_vit.data.sets.staging import stage_all
 
 Split = Literal["train", "val"]
 OneOf = Callable[[str, Callable[[], Any]], Any]
-"""Of all processes that name one place, lets one do what is given (its value as JSON has it) and tells the others."""
+"""Lets one of all processes that name the same place call a function; all get its result, which must be JSON."""
 FOLDERS = ("", "folder", "imagefolder", "image_folder", "torch/folder", "torch/image_folder")
 """timm's names for a folder of images."""
 FINDING = "opening the data, or converting or staging them"
-"""What a command is at while it calls what is here."""
+"""A command's current step while it calls this module, for messages."""
 DEFAULT_DIR = Path("data")
 _ADVICE = (
     "Give a folder with train/ and val/, one folder a class in each, or with files that `python -m data_prep` wrote, "
@@ -41,7 +41,7 @@ _ADVICE = (
 
 
 def by_itself(place: str, do: Callable[[], Any]) -> Any:
-    """The `OneOf` of a process that is alone, or that asks nobody."""
+    """The `OneOf` of a process that is alone."""
     return do()
 
 
@@ -56,29 +56,29 @@ class DataOptions:
     train_split: str = "train"
     val_split: str = "validation"
     on_bad: Literal["error", "skip"] = "error"
-    """What a conversion does about an image that does not decode."""
+    """What a conversion does with an image that does not decode."""
     nested: Nested = "leaf"
     """Which folders are classes, see `data_prep.sources.image_folder`."""
     trust_labels: bool = False
-    """Two sets may have different classes: label N is label N."""
+    """Two sets may have different classes: label N of one is label N of the other."""
     input_key: str = ""
     target_key: str = ""
     class_map: Path | None = None
-    """Of data sets that are no folders, see `data_prep.sources.table_columns.Columns`."""
+    """For data sets other than image folders, see `data_prep.sources.table_columns.Columns`."""
     flag: str = "--data-dir"
-    """What the command calls `data_dir`, for messages."""
+    """The command's name for `data_dir`, for messages."""
 
     @property
     def columns(self) -> Columns:
-        """Which images and labels of the rows."""
+        """Which columns of the rows hold images and labels."""
         return Columns(self.input_key, self.target_key, self.class_map)
 
 
 def locate(options: DataOptions, say: Say = terminal.say, one_of: OneOf = by_itself) -> tuple[Path, Path]:
     """The training and the validation `.beton` (either may stand for its parts), converted now if need be.
 
-    `one_of`: see `OneOf`; with it one process looks at the images and converts them, for all that share the folders.
-    Raises `UserError`: a data set that is not known, nothing there, no split, not writable, images that do not decode.
+    `one_of`: see `OneOf`; with it one process examines the images and converts them, for all that share the folders.
+    Raises `UserError`: unknown data set, no data, no such split, folder not writable, images that do not decode.
     """
     train, val = _by_one(one_of, _places(options), lambda: _locate(options, ("train", "val"), say))
     return train, val
@@ -91,9 +91,9 @@ def locate_validation(
     stage_dir: Path | None = None,
     one_of: OneOf = by_itself,
 ) -> Path:
-    """The validation `.beton` alone: `path` itself, or what `options` mean with it as `data_dir`.
+    """The validation `.beton` alone: `path` itself, or that of `options` with `path` as `data_dir`.
 
-    `path` may also be a folder of class folders without splits. `stage_dir`: its copy there. Raises `UserError`.
+    `path` may also be a folder of class folders without splits. `stage_dir`: return a copy there. Raises `UserError`.
     """
     places = _places(options if path is None else replace(options, data_dir=path))
     found = _by_one(one_of, places, lambda: [_locate_validation(path, options, say)])
@@ -101,7 +101,7 @@ def locate_validation(
 
 
 def staged(betons: Sequence[Path], stage_dir: Path | None, say: Say, one_of: OneOf = by_itself) -> list[Path]:
-    """`betons` themselves, or with `stage_dir` their copies there (`stage_all`), made by one of those that share it."""
+    """`betons` themselves, or with `stage_dir` their copies there (`stage_all`), made by one process of those there."""
     if stage_dir is None:
         return list(betons)
     return _by_one(one_of, [stage_dir, *betons], lambda: stage_all(betons, stage_dir, say))
@@ -113,7 +113,7 @@ def _by_one(one_of: OneOf, places: Sequence[Path], find: Callable[[], Sequence[P
 
 
 def _places(options: DataOptions) -> list[Path]:
-    """All folders and files that decide what is found, and whether it has to be made; where some are not there, too."""
+    """All folders and files that decide what is found and whether it is converted; some may not exist."""
     kind = kind_of(options.dataset, options.flag)
     places = [options.data_dir or DEFAULT_DIR, *filter(None, (options.beton_dir, options.class_map))]
     if kind == "cifar100" and options.data_dir is None:
@@ -142,9 +142,9 @@ def _locate_validation(path: Path | None, options: DataOptions, say: Say) -> Pat
 
 
 def _is_single(root: Path, options: DataOptions) -> bool:
-    """Whether a folder holds classes, not splits; a class may be named test or val: it holds images, a split folders.
+    """Whether a folder holds classes, not splits. A class may be named test or val: it holds images, a split folders.
 
-    A folder that a person named with --val-split is a split.
+    A folder that is named by --val-split is a split.
     """
     splits = [name for name in (*names_of(options.val_split), "test") if (root / name).is_dir()]
     if not splits:
@@ -160,7 +160,7 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _rules(options: DataOptions) -> dict[str, Any]:
-    """How folders are converted."""
+    """The arguments of `converted` that follow from the options."""
     return {
         "is_own": options.beton_dir is None,
         "on_bad": options.on_bad,
@@ -219,14 +219,14 @@ def _locate_rows(kind: Kind, options: DataOptions, wanted: tuple[Split, ...], sa
 
 
 def columns_of(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Which images and labels a run has read, by its flags' names without dashes in front; for `DataOptions`."""
+    """The columns that a run has read, from its options `args` by flag name; arguments of `DataOptions`."""
     class_map = args.get("class-map")
     keys: dict[str, Any] = {key: str(args.get(key.replace("_", "-")) or "") for key in ("input_key", "target_key")}
     return {**keys, "class_map": Path(class_map) if class_map else None}
 
 
 def without_split(dataset: str, data_dir: Path | None, flag: str = DataOptions.flag) -> tuple[str, Path | None]:
-    """--dataset and --data-dir without the split that the former may name: that of a training is not scored.
+    """--dataset and --data-dir without the split that the former may name, since that is the training split.
 
     Raises `UserError`.
     """
@@ -238,9 +238,9 @@ def without_split(dataset: str, data_dir: Path | None, flag: str = DataOptions.f
 
 
 def _lacks_digits(options: DataOptions) -> bool:
-    """Whether they are to be written: never over a file of the user's, but behind a first set of ours, if that is all.
+    """Whether the digits must be written: never over a file of the user's, but also if only our training set exists.
 
-    An attempt that was killed leaves it.
+    A killed attempt leaves that.
     """
     there = _betons(options, ("train", "val"))
     if not there or "val" in there:
@@ -252,7 +252,7 @@ def _lacks_digits(options: DataOptions) -> bool:
 
 
 def kind_of(dataset: str, flag: str = DataOptions.flag) -> Literal["", "digits", "cifar100"] | Kind:
-    """What --dataset means; an empty string for a folder. Raises `UserError` for what is not there.
+    """The kind of --dataset; an empty string for a folder. Raises `UserError` for an unknown one.
 
     `flag`: see `DataOptions`.
     """
@@ -281,7 +281,7 @@ def kind_of(dataset: str, flag: str = DataOptions.flag) -> Literal["", "digits",
 
 
 def _betons(options: DataOptions, wanted: tuple[Split, ...], folder: Path | None = None) -> dict[Split, Path]:
-    """Those of the wanted sets that lie in `folder`, by default the data directory, by timm's names of splits."""
+    """The wanted sets that are in `folder`, by default the data directory, by timm's split names."""
     root = folder or options.data_dir or DEFAULT_DIR
     names = {"train": options.train_split, "val": options.val_split}
     found: dict[Split, Path] = {}
@@ -302,7 +302,7 @@ def _from_images(root: Path, options: DataOptions, wanted: tuple[Split, ...], sa
         return converted(folders, place, say, **_rules(options))
     done = _betons(options, wanted, place)
     if not folders and len(done) == len(wanted):
-        say(f"the images of {root} are gone: what was converted in {place} is used")
+        say(f"the images of {root} are gone: using the converted ones in {place}")
         return [done[split] for split in wanted]
     missing: dict[Split, str] = {split: names[split] for split in wanted if not found[split]}
     raise UserError(
@@ -356,7 +356,7 @@ def open_datasets(
         # Listing the folder first has a network file system ask its server for what another machine has just written.
         if not find_parts(path) and not path.exists():
             raise UserError(
-                f"{path.parent}: {path.name} is not there. Write it with `python -m data_prep imagefolder "
+                f"{path.parent}: {path.name} does not exist. Write it with `python -m data_prep imagefolder "
                 f"--src DIR --out {path}`."
             )
     train, val = (Beton(path) for path in staged(paths, stage_dir, say, one_of))

@@ -1,4 +1,4 @@
-"""Folders of images as training data: found by timm's names of splits, converted once, and again when they change."""
+"""Folders of images as training data: found by timm's split names, converted once, and again when they change."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from lowrank_vit.data.sets.made_once import (
 
 Role = Literal["train", "val"]
 FOLDER = ".lowrank_vit"
-"""Converted images lie below their folder in this one."""
+"""The folder of converted images, inside the folder of images."""
 IMAGE_OPTIONS: dict[Role, ImageOptions] = {"train": DEFAULT_IMAGE_OPTIONS, "val": LOSSLESS}
-"""How images are converted: for training small and fast to decode, for scores with their own pixels."""
+"""How images are converted: for training, small and fast to decode; for validation, with their own pixels."""
 _TEST = "test"
 
 
@@ -40,7 +40,7 @@ def names_of(split: str) -> tuple[str, ...]:
 
 
 def split_folder(root: Path, split: str, say: Say) -> Path | None:
-    """The folder of a split by timm's names; where no other validation set is there, `test` is taken, and said."""
+    """The folder of a split by timm's names; if there is no other validation set, `test` is used, and reported."""
     found = next((root / name for name in names_of(split) if (root / name).is_dir()), None)
     if found is None and split in SPLIT_NAMES["val"] and (root / _TEST).is_dir():
         say(f"{root} has no folder named {split}: validating on {_TEST}/ (--val-split chooses)")
@@ -59,16 +59,16 @@ def converted(
     trust_labels: bool = False,
     flag: str = "--data-dir",
 ) -> list[Path]:
-    """`place`/NAME.beton of each folder NAME of class folders, converted now unless that is done and still true.
+    """`place`/NAME.beton of each folder NAME of class folders, converted now unless that is done and up to date.
 
-    A role says what the folder is for, and so how it is converted: see `IMAGE_OPTIONS`. Options that a person chose,
-    other than the converter's defaults, are kept, and so is an order of the classes that is not timm's. `nested`: which
-    folders are classes, see `image_folder`; `trust_labels`: see `convert_folders`. `flag` names data in messages.
+    A folder's role decides how it is converted: see `IMAGE_OPTIONS`. Options that a person chose, other than the
+    converter's defaults, are kept, and so is an order of the classes that is not timm's. `nested`: which folders are
+    classes, see `image_folder`; `trust_labels`: see `convert_folders`. `flag` names the data in messages.
 
     Every image's name, size and time is compared with those that were converted (0.7 s for 100,000 on a local disk).
-    Parts, NAME-1-of-2.beton and so on, are taken as they are. `is_own`: nothing of the user's lies in `place`;
-    elsewhere only a conversion of the same folder is replaced. An interrupted conversion is gone on with; other
-    processes wait. Raises `UserError`.
+    Parts, NAME-1-of-2.beton and so on, are used as they are. `is_own`: `place` holds nothing of the user's; elsewhere
+    only a conversion of the same folder is replaced. An interrupted conversion is resumed; other processes wait. Raises
+    `UserError`.
     """
     asked = [place / _file_name(folder, role) for folder, role in folders]
     outs = {out: folder for out, (folder, _) in zip(asked, folders, strict=True)}
@@ -76,7 +76,7 @@ def converted(
 
     def convert(stale: Sequence[Path]) -> list[Conversion]:
         images = {out: chosen_by_hand(manifest_of(out)) or wanted[out] for out in stale}
-        # Where they really are: a manifest's relative path would mean nothing from another working directory.
+        # Resolved: a relative path in a manifest would mean nothing from another working directory.
         really = {out: outs[out].resolve() for out in stale}
         how: dict[str, Any] = {"nested": nested, "on_bad": on_bad, "trust_labels": trust_labels, "say": say}
         try:
@@ -96,20 +96,20 @@ def converted(
 
 
 def _file_name(folder: Path, role: Role) -> str:
-    """A training set that is also scored is converted twice, so that scoring it does not change it."""
+    """The file's name; a training set that is also scored has a second one, so that scoring does not change it."""
     is_train = role == "val" and folder.name in SPLIT_NAMES["train"]
     return f"{folder.name}.lossless.beton" if is_train else f"{folder.name}.beton"
 
 
 def _why_stale(out: Path, manifest: Manifest, folder: Path, wanted: ImageOptions, nested: Nested, flag: str) -> str:
-    """Why `out` is not what `folder` holds now, or not as it is wanted; an empty string if it is."""
-    if manifest.options.get("classes"):  # chosen by hand, and the list of them may be gone
+    """Why `out` does not match `folder` or the options now; an empty string if it does."""
+    if manifest.options.get("classes"):  # chosen by hand, and the file that lists them may be gone
         return ""
     try:
         source = image_folder(folder, nested=nested)
     except UserError as error:
         raise _in_the_trainers_words(error, {out: folder}, flag) from error
-    fitted = source.with_classes(manifest.classes)  # in another order than a new set's they mean the same
+    fitted = source.with_classes(manifest.classes)  # another order of the classes is fine
     if fitted is None:
         return "again, since the classes have changed"
     if not is_current(out, manifest, fitted.samples, partial(file_stat, source.name)):
@@ -120,20 +120,20 @@ def _why_stale(out: Path, manifest: Manifest, folder: Path, wanted: ImageOptions
 
 
 def _refuse_foreign(out: Path, folder: Path) -> None:
-    """Raise `UserError` if `out` is there and was not converted from `folder`."""
-    if not out.exists() or is_cut_off(out):  # which the converter ends
+    """Raise `UserError` if `out` exists and was not converted from `folder`."""
+    if not out.exists() or is_cut_off(out):  # the converter finishes it
         return
     manifest = manifest_of(out)
     if manifest is None or Path(manifest.source).resolve() != folder.resolve():
         origin = f"made from {manifest.source}" if manifest else "not a finished conversion"
         raise UserError(
-            f"--beton-dir {out.parent}: {out.name} is there already, and is {origin}, not from {folder}. "
+            f"--beton-dir {out.parent}: {out.name} exists already, and is {origin}, not from {folder}. "
             "Give another --beton-dir, or remove that file."
         )
 
 
 def _in_the_trainers_words(error: UserError, outs: dict[Path, Path], flag: str) -> UserError:
-    """The converter's message without its own flags, but with the command that has them."""
+    """The converter's message without its own flags, and with the command that has them."""
 
     def command(text: str) -> str:
         if not any(one in text for one in ("--classes ", "--classes.", "--max-side", "--quality", "--workers")):

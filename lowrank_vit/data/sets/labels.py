@@ -1,4 +1,4 @@
-"""Two sets under one numbering of the classes: by the names of these, where they have some."""
+"""Give two sets the same numbering of the classes: by the names of the classes, if they have names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ MEND = "Convert both from folders with the same class names."
 
 
 def give_labels_of(train: Beton, val: Beton, say: Say, *, trust_labels: bool, larger_head: bool) -> None:
-    """Relabel `val` by the names of `train`, or name `train` by those of `val`. Raises `UserError` where that fails."""
+    """Relabel `val` by the names of `train`, or name `train` by those of `val`. Raises `UserError` if that fails."""
     if train.classes and val.classes:
         _match_names(train, val, train.classes, val.classes, say, trust_labels=trust_labels)
         return
-    if val.classes:  # all of them are known, of `train` only the greatest label
+    if val.classes:  # all its classes are known, but only the greatest label of `train`
         fits, may_differ = val.num_classes == train.num_classes, trust_labels
     else:
         fits = val.num_classes <= train.num_classes

@@ -1,4 +1,4 @@
-"""What is converted for training: once, by one process, again when its source has changed, and told of in few lines."""
+"""Convert a set for training: once, by one process, and again when its source has changed; report it in few lines."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def make_once(
     place: Path,
     say: Say,
 ) -> None:
-    """Convert those files in `place` that are stale, and say what there is to say of all.
+    """Convert the files in `place` that are stale, and print remarks on all of them.
 
-    `sources`: what each is made from, for messages. `why_stale`: a phrase, or nothing for a file that is as it should
-    be; it is asked of files that are there and whole. `refuse_foreign` raises `UserError` where a file of somebody
+    `sources`: the source of each file, for messages. `why_stale`: returns a phrase, empty for a file that is up to
+    date; it is called for files that exist and are whole. `refuse_foreign` raises `UserError` if a file of somebody
     else would be replaced. Other processes wait for the one that converts. Raises `UserError`.
     """
     seen = {out: _identity(out) for out in sources}
@@ -44,7 +44,7 @@ def make_once(
         refuse_foreign(out)
     if stale:
         with one_process_in(place, say, "Give a folder that can be written with --beton-dir."):
-            # Where another process has converted meanwhile, that is as new as what we would do.
+            # If another process has converted a file meanwhile, that one is as new as ours would be.
             stale = {out: why for out, why in stale.items() if _identity(out) == seen[out]}
             if stale:
                 why = ", ".join(dict.fromkeys(stale.values()))
@@ -80,14 +80,14 @@ def _tell(conversions: Sequence[Conversion], say: Say) -> None:
 
 
 def manifest_of(out: Path) -> Manifest | None:
-    """The manifest of a finished file; None where the file or a readable manifest is missing."""
+    """The manifest of a finished file; None if the file or a readable manifest is missing."""
     with suppress(BetonError):
         return read_manifest(out) if out.exists() else None
     return None
 
 
 def chosen_by_hand(manifest: Manifest | None) -> ImageOptions | None:
-    """The options by which a set was converted, unless they are the defaults: a person's choice outlives changes."""
+    """The options that a set was converted with, None for the defaults: a person's choice outlives changes."""
     if manifest is None:
         return None
     known: dict[str, Any] = {
@@ -98,12 +98,12 @@ def chosen_by_hand(manifest: Manifest | None) -> ImageOptions | None:
 
 
 def has_own_pixels(manifest: Manifest) -> bool:
-    """Whether images are stored with their own pixels, or as somebody chose by hand."""
+    """Whether images are stored with their own pixels, or with options that somebody chose by hand."""
     return bool(chosen_by_hand(manifest)) or not set(manifest.reasons) - {"passthrough", "repaired"}
 
 
 def _identity(out: Path) -> tuple[int, int] | None:
-    """Changes with every conversion."""
+    """A value that changes with every conversion."""
     try:
         stat = manifest_path(out).stat()
     except OSError:
@@ -116,7 +116,7 @@ def _names(sources: Any) -> str:
 
 
 def in_the_trainers_words(error: UserError, trust: str, more: Callable[[str], str] = lambda text: "") -> UserError:
-    """The converter's message without its own flags; `more`: what to add to a text. `trust` follows `MEND`."""
+    """The converter's message without its own flags; `more` returns words to append; `trust` is put after `MEND`."""
     text = str(error).replace("--src ", "").replace("another --out", "another --beton-dir")
     text = text.replace("--on-bad skip", "--on-bad-sample skip").replace(MEND, f"{MEND} {trust}")
     message = UserError(text + more(text))

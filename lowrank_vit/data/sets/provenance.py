@@ -1,4 +1,4 @@
-"""Whether a set still holds its images' own pixels: what a reader of scores must know about how it was converted."""
+"""Whether a set still holds its images' own pixels: remarks on its conversion for a reader of scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNCHANGED = ("passthrough", "repaired", "baseline")
 def remarks(beton: Beton, img_size: int, crop_pct: float) -> list[str]:
     """A line for each way in which scores on this set differ from scores on the images that it was made from.
 
-    Nothing is said of a set without a manifest, or of pixels that were raw from the start.
+    There are none for a set without a manifest, or for pixels that were raw from the start.
     """
     if not beton.manifest:
         return []

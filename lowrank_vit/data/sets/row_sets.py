@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face and shards of WebDataset as training data: converted once, and again when they change."""
+"""Hugging Face data sets and WebDataset shards as training data: converted once, and again when they change."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def converted_rows(
     on_bad: Literal["error", "skip"],
     trust_labels: bool = False,
 ) -> list[Path]:
-    """The `.beton` of each split, with what it is for and the flag that names it, converted now if need be.
+    """The `.beton` of each of `splits` (name, role, flag that names it), converted now if need be.
 
-    They lie in `beton_dir`, else in the folder of the data (`RowData.local`), else below `default_dir`. They are made
-    anew if names, sizes or times of the data's files have changed, or if other columns or classes are meant. The hub is
-    not asked for a newer revision. Raises `UserError`.
+    They are in `beton_dir`, else in the folder of the data (`RowData.local`), else below `default_dir`. They are
+    converted again if names, sizes or times of the data's files have changed, or if other columns or classes are asked
+    for. The hub is not asked for a newer revision. Raises `UserError`.
     """
     place = beton_dir or _place(data, default_dir)
     asked: dict[Path, tuple[str, Role, str]] = {
@@ -85,21 +85,21 @@ def _file_name(split: str, role: Role) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name for a file; where characters have to go, others tell it from similar ones."""
+    """A file name; if characters have to be replaced, a hash tells it from similar names."""
     name = name.partition("|")[0]
     short = re.sub(r"[^\w.,-]+", "-", re.sub(r"\.tar\b", "", name)).strip("-.")[:_LONGEST]
     return short if short == name else f"{short}-{xxhash.xxh3_64_hexdigest(name.encode())[:6]}"
 
 
 def _why_stale(out: Path, manifest: Manifest, data: RowData, split: str, role: Role, flag: str, say: Say) -> str:
-    """Why `out` is not what the data hold now, or not as it is wanted; an empty string if it is."""
+    """Why `out` does not match the data or the options now; an empty string if it does."""
     if not _is_of(manifest.source, data):
-        return "again, since it was made of other data"
+        return "again, since it was made from other data"
     options = data.columns.options()
     if {name: manifest.options.get(name) for name in ("input_key", "target_key", "class_map")} != {
         name: options.get(name) for name in ("input_key", "target_key", "class_map")
     }:
-        return "again, since other columns or classes are meant"
+        return "again, since other columns or classes are asked for"
     try:
         now = data.fingerprint(split, flag)
     except UserError as error:
@@ -109,7 +109,7 @@ def _why_stale(out: Path, manifest: Manifest, data: RowData, split: str, role: R
         return "again, since the data have changed"
     if not now:
         revision = f"revision {manifest.revision[:12]} of " if manifest.revision else ""
-        say(f"{out} is used: {revision}{data.title}, as it was converted; without that file it is converted anew")
+        say(f"using {out}: {revision}{data.title}, as it was converted; remove that file to convert it again")
     is_lossy = IMAGE_OPTIONS[role].lossless and not has_own_pixels(manifest)
     return "again, since scores are of the images' own pixels" if is_lossy else ""
 
@@ -122,12 +122,12 @@ def _is_of(source: str, data: RowData) -> bool:
 
 def _refuse_foreign(out: Path, data: RowData) -> None:
     """Raise `UserError` if `out` is there and was not converted from the data."""
-    if not out.exists() or is_cut_off(out):  # which the converter ends
+    if not out.exists() or is_cut_off(out):  # the converter finishes it
         return
     manifest = manifest_of(out)
     if manifest is None or not _is_of(manifest.source, data):
         origin = f"made from {manifest.source}" if manifest else "not a finished conversion"
         raise UserError(
-            f"--beton-dir {out.parent}: {out.name} is there already, and is {origin}, not from {data.title}. "
+            f"--beton-dir {out.parent}: {out.name} exists already, and is {origin}, not from {data.title}. "
             "Give another --beton-dir, or remove that file."
         )

@@ -177,7 +177,7 @@ def test_storage_that_is_slow_says_nothing_of_shares(beton):
     line = first.recheck(5000.0, 0.5, 0.8 * size)
     assert line == (
         "the run waits for the loader 50% of the time: 5,000 img/s a GPU with --hw-decoder-load 1, and 80% of the data "
-        "came from storage, which may be what it waits for. --stage-dir may help, see the guide"
+        "came from storage, which may be the slow part. --stage-dir may help, see the guide"
     )
     assert chosen(beton, options).speeds == first.speeds
     assert kept(beton, STEP.key) == {"step": pytest.approx(10000)}

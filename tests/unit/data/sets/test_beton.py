@@ -78,7 +78,7 @@ def test_datasets_must_agree(digits_dir, tmp_path):
 def test_digits_are_never_written_over_a_file_of_the_users(digits_dir, tmp_path):
     shutil.copy(digits_dir / "val.beton", tmp_path / "train.beton")
     before = (tmp_path / "train.beton").read_bytes()
-    with pytest.raises(UserError, match=r"val.beton is not there"):
+    with pytest.raises(UserError, match=r"val.beton does not exist"):
         open_datasets(DataOptions("digits", tmp_path), None)
     assert (tmp_path / "train.beton").read_bytes() == before
 

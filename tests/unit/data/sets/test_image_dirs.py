@@ -147,7 +147,7 @@ def test_images_that_are_gone_leave_what_was_converted(done):
         shutil.rmtree(done / split)
     said = Said()
     assert Beton(locate(DataOptions(data_dir=done), said)[0]).num_samples == NUM_PHOTOS
-    assert said == [f"the images of {done} are gone: what was converted in {done}/.lowrank_vit is used"]
+    assert said == [f"the images of {done} are gone: using the converted ones in {done}/.lowrank_vit"]
 
 
 def test_options_chosen_by_hand_are_kept_when_the_images_change(folder):
@@ -194,7 +194,7 @@ def test_nothing_of_the_users_is_replaced_in_another_place(folder, images, digit
         options = replace(options, data_dir=images)
         os.utime(images / "val" / "temple" / "03.jpg")
     before = (tmp_path / "place" / "val.beton").read_bytes()
-    with pytest.raises(UserError, match=r"--beton-dir .*/place: val\.beton is there already.*another --beton-dir"):
+    with pytest.raises(UserError, match=r"--beton-dir .*/place: val\.beton exists already.*another --beton-dir"):
         locate(options, Said())
     assert (tmp_path / "place" / "val.beton").read_bytes() == before
 

@@ -150,7 +150,7 @@ def test_what_is_missing_is_named(folder, tmp_path):
 
 def test_half_a_set_of_betons_is_named(digits_dir, tmp_path):
     shutil.copy(digits_dir / "train.beton", tmp_path)
-    with pytest.raises(UserError, match=r"val\.beton is not there\. Write it with `python -m data_prep"):
+    with pytest.raises(UserError, match=r"val\.beton does not exist\. Write it with `python -m data_prep"):
         open_datasets(DataOptions(data_dir=tmp_path), None, say=Said())
 
 

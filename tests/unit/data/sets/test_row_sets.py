@@ -81,12 +81,12 @@ def test_other_columns_and_other_data_are_seen(options, pairs, tmp_path):
     lines.write_text("temple\nflower\n")
     mapped = replace(options, class_map=lines)
     assert read_manifest(locate(mapped, said)[0]).classes == ("temple", "flower")
-    assert said.about("again, since other columns or classes are meant")
+    assert said.about("again, since other columns or classes are asked for")
     own = replace(options, beton_dir=tmp_path / "b")
     locate(own, Said())
     write_parquet(write_parquet(tmp_path / "e", pairs[:4]), pairs[:4], "test")
     message = refused(replace(own, dataset=f"hfds/{tmp_path / 'e'}"))
-    assert "is there already, and is made from hfds/" in message
+    assert "exists already, and is made from hfds/" in message
     assert "Give another --beton-dir" in message
 
 
@@ -152,7 +152,7 @@ def test_a_name_of_the_hub_is_asked_for_once(pairs, tmp_path, monkeypatch):
     assert asked == ["owner/name"] * 2
     shutil.rmtree(rows)
     assert locate(options, said)[0] == train
-    assert said.about("train.beton is used: revision 0123456789ab of hfds/owner/name, as it was converted")
+    assert said.about("train.beton: revision 0123456789ab of hfds/owner/name, as it was converted")
 
 
 class _Nothing:
