@@ -1,4 +1,4 @@
-"""Which classes are taken for which: counts of the pairs that occur, at most one a sample, and never C x C cells."""
+"""Confusions of classes: counts of the pairs that occur, at most one per sample, and never C x C cells."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 Counts = tuple[np.ndarray, np.ndarray]
-"""int64 (P,) pairs, each true class * C + predicted class, ascending and each once; int64 (P,) how often each came."""
+"""int64 (P,) pairs, each true class * C + predicted class, ascending and unique; int64 (P,) how often each occurred."""
 _BUFFER = 1 << 20
 """Samples that are counted at once."""
 _PIECE, _STRIDE = 1 << 19, 1 << 12
-"""Pairs that are merged at once, about, and of how many one is looked at to find such pieces."""
+"""About how many pairs are merged at once, and the stride of the pairs that are sampled to find such pieces."""
 
 
 @dataclass(frozen=True)
 class Confusions:
-    """How many samples of one class were taken for another."""
+    """How many samples of each class were predicted as each other class."""
 
     num_classes: int
     pairs_P: np.ndarray
@@ -28,16 +28,16 @@ class Confusions:
     counts_P: np.ndarray
     """int64 (P,): how many samples each pair has, at least 1."""
     top5_C: np.ndarray
-    """int64 (C,): how many samples of each class had it among the likeliest five."""
+    """int64 (C,): how many samples of each class had their class among the likeliest five."""
 
     @cached_property
     def _bounds(self) -> np.ndarray:
-        """int64 (C + 1,): where in the pairs those of each true class begin, and their end."""
+        """int64 (C + 1,): the place in the pairs at which each true class begins, and the end."""
         return np.searchsorted(self.pairs_P, self.num_classes * np.arange(self.num_classes + 1))
 
     @cached_property
     def _right(self) -> np.ndarray:
-        """Where in the pairs those of a class with itself are, of the classes that have one."""
+        """Places of the pairs of a class with itself, for the classes that have one."""
         right = (self.num_classes + 1) * np.arange(self.num_classes)
         places = np.searchsorted(self.pairs_P, right)
         is_there = places < len(self.pairs_P)
@@ -49,7 +49,7 @@ class Confusions:
         return np.diff(np.concatenate([[0], np.cumsum(self.counts_P)])[self._bounds])
 
     def hits_C(self) -> np.ndarray:
-        """int64 (C,): those of them that were taken for it."""
+        """int64 (C,): the samples of each class that were predicted right."""
         hits_C = np.zeros(self.num_classes, np.int64)
         hits_C[self.pairs_P[self._right] % self.num_classes] = self.counts_P[self._right]
         return hits_C
@@ -61,9 +61,9 @@ class Confusions:
         return mistakes_P
 
     def most_frequent_mistake_C(self) -> tuple[np.ndarray, np.ndarray]:
-        """int64 (C,) the class that each one was taken for most often, and int64 (C,) how often, 0 for never.
+        """int64 (C,): the class that each one was wrongly taken for most often; int64 (C,): how often, 0 for never.
 
-        Of several that came as often it is the first one.
+        The first of several with the same count.
         """
         mistakes_P, bounds = self._mistakes_P(), self._bounds
         there = np.flatnonzero(np.diff(bounds))
@@ -76,7 +76,7 @@ class Confusions:
         return other_C, count_C
 
     def most_frequent_mistakes(self, count: int) -> Counts:
-        """The pairs of two classes that came most often, most often first, at most `count`; of equal the first ones."""
+        """The `count` most frequent pairs of different classes, most frequent first; of equal ones the first."""
         mistakes_P = self._mistakes_P()
         least = max(1, int(np.partition(mistakes_P, -count)[-count])) if len(mistakes_P) > count else 1
         more, as_often = np.flatnonzero(mistakes_P > least), np.flatnonzero(mistakes_P == least)
@@ -85,7 +85,7 @@ class Confusions:
         return self.pairs_P[chosen], mistakes_P[chosen]
 
     def binned(self, together: int) -> np.ndarray:
-        """int64 (B, B): the counts by bins of so many neighbouring classes, rows true; 1: the confusion matrix."""
+        """int64 (B, B): counts in bins of `together` neighbouring classes, rows true; 1: the confusion matrix."""
         starts = self._bounds[:-1:together].tolist()
         counts_BB = np.zeros((len(starts), len(starts)), np.int64)
         for counts_B, first, end in zip(counts_BB, starts, [*starts[1:], None], strict=True):
@@ -94,9 +94,9 @@ class Confusions:
 
 
 class ConfusionCounter:
-    """Counts pairs as batches come; the device is waited for once in a million samples.
+    """Counts pairs batch by batch; the host waits for the device once in a million samples.
 
-    It keeps 16 bytes for each pair that occurs on the host, twice that while it merges, and 8 MiB on the device.
+    It keeps 16 bytes on the host for each pair that occurs, twice that while it merges, and 8 MiB on the device.
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
@@ -107,7 +107,7 @@ class ConfusionCounter:
         self._runs: list[Counts] = []
 
     def add(self, targets: Tensor, predictions: Tensor, is_in_top5: Tensor) -> None:
-        """Count a batch: int64 (B,) labels and predicted classes, bool (B,) whether it was among the likeliest five."""
+        """Count a batch: int64 (B,) labels and predicted classes, bool (B,) whether it is in the top five."""
         pairs = targets * self._num_classes + predictions
         while len(pairs):
             part = pairs[: _BUFFER - self._num_waiting]
@@ -135,9 +135,9 @@ class ConfusionCounter:
         reduce: Callable[[Tensor], None] | None = None,
         gather: Callable[[Counts], Sequence[Counts] | None] | None = None,
     ) -> Confusions | None:
-        """All that was counted, by all ranks where these are given; None on a rank that `gather` gives None.
+        """All counts, of all ranks if `reduce` and `gather` are given; None on a rank for which `gather` returns None.
 
-        `reduce` adds a tensor up over the ranks, in place; `gather` gives every rank's part on one of them.
+        `reduce` adds a tensor up over the ranks, in place; `gather` returns every rank's part on one of them.
         """
         self._take_in()
         if reduce:
@@ -154,7 +154,7 @@ class ConfusionCounter:
 def merged(runs: Sequence[Counts]) -> Counts:
     """The sum of several counts.
 
-    It goes by stretches of pairs, so that what it needs beside them and their sum is small.
+    It merges piece by piece, so that it needs little memory beside the counts and their sum.
     """
     if len(runs) < 2:
         return runs[0] if runs else (np.empty(0, np.int64), np.empty(0, np.int64))
@@ -182,5 +182,5 @@ def merged(runs: Sequence[Counts]) -> Counts:
 
 
 def _starts(pairs: np.ndarray) -> np.ndarray:
-    """Where each pair of some comes first; they are sorted and not none."""
+    """The place of each pair's first occurrence; `pairs` are sorted and not empty."""
     return np.flatnonzero(np.diff(pairs, prepend=pairs[0] - 1))

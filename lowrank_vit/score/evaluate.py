@@ -17,10 +17,10 @@ from lowrank_vit.score.confusions import ConfusionCounter, Confusions, Counts
 
 
 class Batches(Protocol):
-    """A loader, as far as it matters here."""
+    """The part of a loader that is used here."""
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """Give the batches of one pass over the samples."""
+        """Yield the batches of one pass over the samples."""
         ...
 
 
@@ -35,11 +35,11 @@ class Scores:
     top5: float
     """Percent, 0-100."""
     confusions: Confusions | None = None
-    """None: not counted, or on a rank that does not have the parts of all."""
+    """None: not counted, or on a rank that has only its own part."""
 
 
 class Evaluator:
-    """Scores a model on a loader; compiled once where `compile` is set, since every batch has one shape."""
+    """Scores a model on a loader; with `compile` compiled once, since all batches have the same shape."""
 
     def __init__(
         self,
@@ -51,9 +51,9 @@ class Evaluator:
         amp_dtype: torch.dtype = torch.bfloat16,
         tta: int = 0,
     ) -> None:
-        """`tta` 2: score the mean of the logits of each image and of its mirror image.
+        """`tta` 2: score the mean of the logits of each image and its mirror image.
 
-        (timm's `--tta` takes the mean over neighbouring images instead, since its loader does not repeat them.)
+        (timm's `--tta` averages neighbouring images instead, since its loader does not repeat images.)
         """
         self._model, self._augment, self._is_mirrored = model, augment, tta == 2
         device = next(model.parameters()).device
@@ -61,7 +61,7 @@ class Evaluator:
         self._logits_of: Callable[[Tensor], Tensor] = torch.compile(self.logits) if compile else self.logits
 
     def apart(self) -> tuple[nn.Module, Evaluator]:
-        """A copy of the model, in evaluation mode, and what scores that, uncompiled: hooks on it change nothing else.
+        """A copy of the model in evaluation mode, and its evaluator, uncompiled: hooks on it affect nothing else.
 
         Images are not mirrored.
         """
@@ -69,7 +69,7 @@ class Evaluator:
         return model, Evaluator(model, self._augment, amp=self._amp, compile=False, amp_dtype=self._amp_dtype)
 
     def logits(self, images: Tensor) -> Tensor:
-        """The model's logits of uint8 images on its device, as they are scored."""
+        """Float32 (B, num_classes) logits that are scored, from uint8 (B, 3, S, S) images on the model's device."""
         normalized = self._augment.normalize(images)
         with torch.autocast(self._device.type, dtype=self._amp_dtype, enabled=self._amp):
             logits = self._model(normalized).float()
@@ -90,9 +90,9 @@ class Evaluator:
         """Score all of `loader`; a short last batch is padded to `batch_size` and the padding left out of the sums.
 
         Puts the model into evaluation mode. The sums stay on the device until the end. `reduce` adds a tensor up over
-        the ranks, in place, where each has a share of the samples; every rank calls it equally often, also one whose
-        share is empty. `by_class`: count the confusions, too; of several ranks the one that `gather` gives the parts of
-        all has them. Raises `UserError` if there is no sample at all.
+        the ranks, in place, if each has a share of the samples; every rank calls it equally often, also one whose share
+        is empty. `by_class`: count the confusions, too; of several ranks, the one for which `gather` returns all parts
+        has them. Raises `UserError` if there is no sample at all.
         """
         self._model.eval()
         device = next(self._model.parameters()).device

@@ -1,8 +1,8 @@
-"""Predictions in the making: they lie beside the file that they will be, and a command that was killed goes on.
+"""Unfinished predictions, kept beside their output file, so that a command that was killed can continue.
 
-`.NAME.partial` is a folder beside NAME with `rows.csv` and `rows.json` (what these files will have of each image),
-`skipped`, `key` (all that decides a row) and `journal`. A line of the journal is written after its rows and believed
-only if they still have its checksum, so neither SIGKILL nor a power failure brings anything wrong into the end's file.
+`.NAME.partial` is a folder beside NAME with `rows.csv` and `rows.json` (the rows of these files so far), `skipped`,
+`key` (everything that decides a row) and `journal`. A line of the journal is written after its rows and counts only if
+they still have its checksum, so neither SIGKILL nor a power failure brings wrong rows into the finished file.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from lowrank_vit.ranks.agree import Record, differences
 from lowrank_vit.score.results import csv_header
 
 _SKIPPED, _JOURNAL, _KEY = "skipped", "journal", "key"
-_GO_ON = "Make room or mend it, and give the same command again: it goes on with what is kept there."
+_GO_ON = "Make room or mend it, and give the same command again: it continues from the rows that are kept there."
 
 
 @dataclass
 class Part:
-    """What one batch adds."""
+    """The rows and counts that one batch adds."""
 
     num_images: int = 0
     num_found: int = 0
     rows: dict[str, bytes] = field(default_factory=dict)
-    """By suffix: rows of a table, or items of a JSON list, each behind a comma."""
+    """By suffix: rows of a table, or items of a JSON list, each after a comma."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    """Files that are no images, with the reason."""
+    """Files that are not images, with the reason."""
     stats: str = ""
     """See `listing.digest_of_stats`."""
     shown: list[str] = field(default_factory=list)
@@ -60,9 +60,9 @@ class Kept:
             file.close()
 
     def go_on(self, is_same: Callable[[int, list[str]], bool]) -> None:
-        """Take over what is whole, and cut off the rest.
+        """Take over the rows that are whole, and cut off the rest.
 
-        `is_same`: whether the batches from the given image on still have these `Part.stats`.
+        `is_same`: tells whether the batches from the given image on still have these `Part.stats`.
         """
         journal = self._files[_JOURNAL]
         journal.seek(0)
@@ -83,7 +83,7 @@ class Kept:
             self._files[name].seek(size)
 
     def add(self, parts: Sequence[Part]) -> None:
-        """Append some batches, in order. Raises `UserError` where that fails; what is there already stays."""
+        """Append some batches, in order. Raises `UserError` if that fails; earlier rows stay."""
         skipped = "".join(json.dumps(one) + "\n" for part in parts for one in part.skipped)
         contents = [b"".join(part.rows.get(name.removeprefix("rows"), b"") for part in parts) for name in self._names]
         contents[-1] = skipped.encode()
@@ -99,7 +99,7 @@ class Kept:
         self.num_images, self.num_found = num_images, num_found
 
     def finish(self, outputs: Sequence[Path], columns: Sequence[str]) -> None:
-        """Write the files. `columns`: of the table, without images `file` alone. Raises `UserError`."""
+        """Write the files. `columns`: the table's; without images only `file` is written. Raises `UserError`."""
         failures = list[str]()
         for path in outputs:
             remove_leftovers(path.parent, path.name)
@@ -130,7 +130,7 @@ class Kept:
         file.write(b"}\n}\n" if before == b"\n  " else b"\n }\n}\n")
 
     def _skipped(self) -> Iterator[tuple[str, str]]:
-        """Each skipped file once, in the order of its first time, with its last reason."""
+        """Each skipped file once, ordered by first occurrence, with its last reason."""
 
         def lines() -> Iterator[tuple[int, str, str]]:
             with (self.folder / _SKIPPED).open("rb") as file:
@@ -158,11 +158,11 @@ def _write(file: Any, content: bytes) -> None:
 def keeping(
     outputs: Sequence[Path], key: Record, is_same: Callable[[int, list[str]], bool], note: Callable[[str], object]
 ) -> Generator[Kept]:
-    """Yield what is kept of the first of the outputs, which goes when all went well, and else stays for the next start.
+    """Yield the rows kept for the first of the outputs; they are removed on success, and else stay for the next start.
 
-    `key`: all that decides the rows; what is there with another one is begun anew, and `note` is told why. Where there
-    can be nothing beside the output (a pipe, a folder that cannot be written) it is a temporary folder, from which
-    nothing can go on. Raises `UserError`.
+    `key`: everything that decides the rows; rows with another key are dropped, and `note` is called with the reason. If
+    nothing can be written beside the output (a pipe, a read-only folder) a temporary folder is used, from which nothing
+    can be continued. Raises `UserError`.
     """
     target = outputs[0].resolve()
     can_stay = os.access(target.parent, os.W_OK) and (target.is_file() or not target.exists())
@@ -179,14 +179,14 @@ def keeping(
         with writing(folder, _GO_ON):
             kept.go_on(is_same)
         if kept.num_images:
-            note(f"{kept.num_images:,} images were done before; it goes on from there ({folder})")
+            note(f"{kept.num_images:,} images were done before; continuing from there ({folder})")
         yield kept
         is_done = True
     except BaseException as error:
         if can_stay and kept.num_images:
             error.add_note(
-                f"{kept.num_images:,} images are done and kept in {folder}; the same command goes on from there. "
-                "Remove that folder if you do not want to."
+                f"{kept.num_images:,} images are done and kept in {folder}; the same command continues from there. "
+                "Remove that folder if you do not want that."
             )
         raise
     finally:
@@ -197,7 +197,7 @@ def keeping(
 
 
 def _begin_anew_where_changed(folder: Path, key: Record, output: Path, note: Callable[[str], object]) -> None:
-    """Leave what is kept with the same key, and note the key of what begins now."""
+    """Keep rows with the same key, remove others, and write the key of the rows that begin now."""
     ours: Mapping[str, list[str]] = {name: list(texts) for name, texts in key.items()}
     there: Any = None
     with suppress(OSError, ValueError):
@@ -208,7 +208,7 @@ def _begin_anew_where_changed(folder: Path, key: Record, output: Path, note: Cal
         (folder / name).unlink(missing_ok=True)
     if isinstance(there, dict):
         note(
-            f"what an earlier start has left of {output} is of something else, so it begins anew: "
+            f"the rows of {output} that an earlier start left are of other inputs, so it begins anew: "
             f"{differences(ours, there)}"
         )
     write_whole(folder / _KEY, json.dumps(ours))

@@ -1,4 +1,4 @@
-"""The images that a command is given, as files and folders: listed once, on the disk, whatever their number."""
+"""List the images among a command's files and folders once, on the disk, however many they are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data_prep.formats.image_formats import image_suffixes, is_of_the_system
 from lowrank_vit.common.errors import UserError
 
 _SORTED_AT_ONCE = 1 << 16
-"""Names of one folder; of more the parts are sorted, and merged from the disk."""
+"""Names of one folder that are sorted in memory; more are sorted in parts and merged from the disk."""
 _BLOCK = 1 << 16
 """Bytes that are read at once."""
 
@@ -31,9 +31,9 @@ class ImageList:
     """
 
     def __init__(self, paths: Iterable[Path], batch_size: int, note: Callable[[str], object]) -> None:
-        """List everything. `note` is told how many files of a folder are no images.
+        """List everything. `note` is called with the number of files in a folder that are not images.
 
-        Raises `UserError` for a folder without any, and where the names find no room.
+        Raises `UserError` for a folder without images, and if there is no room for the names.
         """
         self._batch_size, self._size, self._starts = batch_size, 0, array("q")
         digest = xxhash.xxh3_64()
@@ -59,10 +59,10 @@ class ImageList:
             raise UserError(
                 f"the images cannot be listed: {error.strerror or error}"
                 f"{f' ({error.filename})' if error.filename else ''}. Their names need room in "
-                f"{tempfile.gettempdir()}; another folder is taken with TMPDIR=DIR."
+                f"{tempfile.gettempdir()}; TMPDIR=DIR chooses another folder."
             ) from error
         self.digest = digest.hexdigest()
-        """Of all names, in order."""
+        """XXH3-64 of all names, in order."""
 
     def __len__(self) -> int:
         return self._size
@@ -74,7 +74,7 @@ class ImageList:
         self._open.close()
 
     def batch(self, number: int) -> list[Path]:
-        """The images of one batch, of which there may be none at or behind the end."""
+        """The images of one batch; empty past the end."""
         if number >= len(self._starts) - 1:
             return []
         start, end = self._starts[number], self._starts[number + 1]
@@ -112,7 +112,7 @@ def _all(paths: Iterable[Path], note: Callable[[str], object]) -> Iterator[tuple
 def _below(folder: str, others: Counter[str]) -> Iterator[tuple[str, str]]:
     """Folders and names of the images below a folder; `others` counts other files by suffix.
 
-    What is hidden or a file server's own is neither, and links to folders are not followed.
+    Hidden files and those of file servers are neither, and links to folders are not followed.
     """
     for name, is_folder in _sorted(_entries(folder, others)):
         if is_folder:
@@ -149,7 +149,7 @@ def _entries(folder: str, others: Counter[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _sorted(entries: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-    """The same, sorted; millions of them by way of the disk."""
+    """The entries, sorted; millions of them through a temporary file."""
     few = _some(entries)
     if len(few) < _SORTED_AT_ONCE:
         yield from few

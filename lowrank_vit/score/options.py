@@ -1,4 +1,4 @@
-"""The options of `validate` and `inference`; nothing heavy is imported, so that a wrong one is told at once."""
+"""The options of `validate` and `inference`; nothing heavy is imported, so that a wrong one is reported at once."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ModelOptions:
     """Interpolation for resizing; default: bicubic for a run of this program, else the model's own."""
 
     def check(self) -> None:
-        """Raise `UserError` for a number out of its range, or where nothing says which weights."""
+        """Raise `UserError` for a number out of its range, or if no option names the weights."""
         check_ranges(self)
         if not (self.checkpoint or self.model):
             raise UserError("Give --checkpoint FILE, or --model NAME --pretrained for the weights that timm publishes.")
@@ -147,7 +147,7 @@ class PredictOptions(ModelOptions):
     """Number type of --amp."""
 
     def check(self) -> None:
-        """Raise `UserError` for the same, or for images that are not there."""
+        """Raise `UserError` for the same, or for images that do not exist."""
         if not self.input:
             raise UserError("Give images or folders, with --input or without a flag.")
         if missing := next((path for path in self.input if not path.exists()), None):

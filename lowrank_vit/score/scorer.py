@@ -1,4 +1,4 @@
-"""A model made ready to score images, from a file of weights or published ones, and what its classes are called."""
+"""Load a model to score images, from a file of weights or published ones, and name its classes."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from lowrank_vit.model.weights import Checkpoint, read_checkpoint
 from lowrank_vit.score.options import LabelType, ModelOptions
 
 _ARGS = tuple("dataset data-dir beton-dir val-split nested-classes img-size crop-pct mean std model-kwargs".split())
-"""What a checkpoint's run is asked for where the flags do not tell."""
+"""Options that come from a checkpoint's run if the flags do not set them."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model with its weights on a device, and how its images must look."""
+    """A model with its weights on a device, and how its images must be prepared."""
 
     name: str
     """timm's name of the model."""
     origin: str
-    """Where its weights are from, for people."""
+    """The origin of its weights, for people."""
     model: nn.Module
     """The model in evaluation mode."""
     spec: InputSpec
     interpolation: str
     """A key of `FILTERS`."""
     augment: Augment
-    """The owner of `normalize`, which all that the model sees goes through."""
+    """Its `normalize` makes all inputs of the model."""
     num_classes: int
     trained_names: list[str] = field(default_factory=list)
-    """Names of the training set's classes in label order, where the file tells."""
+    """Names of the training set's classes in label order; empty if the file does not tell."""
     args: dict[str, Any] = field(default_factory=dict)
     """The flags of the checkpoint's run."""
     half_precision: str = ""
-    """The type of the file's weights where that is of half precision, which the model's are not."""
+    """The type of the file's weights if that has half precision; the model's weights are float32."""
     is_published: bool = False
     """True for weights that timm publishes, whose classes are known by their number."""
 
@@ -62,7 +62,7 @@ class Scorer:
         return Classes(f"the model ({self.origin})", self.num_classes, names)
 
     def class_names(self, of_data: list[str] | None = None) -> list[str]:
-        """One for each class: those of training, else those of the data that are scored, else the labels' numbers."""
+        """A name for each class: from training, else from the data that are scored, else the label's number."""
         names = self.trained_names or list(of_data or ())
         return names + [str(label) for label in range(len(names), self.num_classes)]  # --num-classes may exceed them
 
@@ -70,9 +70,9 @@ class Scorer:
 def load_scorer(
     options: ModelOptions, device: torch.device, say: Say = terminal.say, checkpoint: Checkpoint | None = None
 ) -> Scorer:
-    """Load weights; what is not given is taken from the checkpoint, else from timm. Raises `UserError`.
+    """Load weights; options that are not given come from the checkpoint, else from timm. Raises `UserError`.
 
-    `checkpoint`: what --checkpoint holds, where it was read already.
+    `checkpoint`: the content of --checkpoint, if it was read already.
     """
     if options.checkpoint is None:
         return _published(options, device, say)
@@ -92,14 +92,14 @@ def load_scorer(
         )
     _check_number(options, num_classes, f"--checkpoint {options.checkpoint}")
     kwargs = options.model_kwargs or tuple(args.get("model-kwargs", ()))
-    if options.img_size and not options.model_kwargs:  # the flag goes before the run's own size
+    if options.img_size and not options.model_kwargs:  # the flag overrides the run's own size
         kwargs = tuple(pair for pair in kwargs if not pair.startswith("img_size="))
     img_size = options.img_size or parse_model_kwargs(kwargs).get("img_size") or args.get("img-size")
     made = create_model(name, num_classes, img_size=img_size, model_kwargs=kwargs, say=say)
     load_weights(made, checkpoint, resized(made, weights, checkpoint.path, say), name)
     is_ours = "class_names" in checkpoint.content
     scorer = _scorer(made, name, options, device, say, img_size, args, num_classes, is_ours=is_ours)
-    if is_ours:  # what the run knew nothing of yet
+    if is_ours:  # options that are newer than the run
         args = {**meaning.values_before(checkpoint.meaning, args), **args}
     origin = f"{options.checkpoint} ({_kind(is_ema=options.use_ema)})"
     half, names = _half_precision(checkpoint, use_ema=options.use_ema), checkpoint.class_names or []
@@ -107,11 +107,11 @@ def load_scorer(
 
 
 def _for_file(options: ModelOptions, checkpoint: Checkpoint) -> ModelOptions:
-    """The options, where a --model of the hub tells what the file and the flags do not."""
+    """The options, completed by a --model of the hub where neither the file nor the flags set them."""
     if not source_of(options.model):
         return options
     if is_of(options.model, str(checkpoint.args.get("model-from", ""))):
-        return replace(options, model="")  # the run's own, which its checkpoint tells better
+        return replace(options, model="")  # the run's own model, which its checkpoint describes better
     flags = find_model(options.model).flags(for_tests=True)
     if "class_names" in checkpoint.content:
         return replace(options, model=flags["model"])
@@ -123,7 +123,7 @@ def _kind(*, is_ema: bool) -> str:
 
 
 def _half_precision(file: Checkpoint, *, use_ema: bool) -> str:
-    """The type, such as "bfloat16", that `Checkpoint.weights` makes float32 of; empty where there is none."""
+    """The type, such as "bfloat16", that `Checkpoint.weights` turns into float32; empty if there is none."""
     found: dict[str, Any] = file.content.get("state_dict_ema" if use_ema else "state_dict", {})
     kinds = (str(one.dtype) for one in found.values() if isinstance(one, torch.Tensor) and one.is_floating_point())
     return next((kind.removeprefix("torch.") for kind in kinds if kind not in ("torch.float32", "torch.float64")), "")
@@ -132,7 +132,7 @@ def _half_precision(file: Checkpoint, *, use_ema: bool) -> str:
 def _published(options: ModelOptions, device: torch.device, say: Say) -> Scorer:
     name, path = options.model, options.pretrained_path
     if options.use_ema:
-        raise UserError("--use-ema is about a --checkpoint, which is not there. Leave it out.")
+        raise UserError("--use-ema needs --checkpoint, which is not given. Leave it out.")
     found = find_model(name) if source_of(name) else None
     if found:
         options = with_source(options, found.flags(for_tests=True))
@@ -174,9 +174,10 @@ def _scorer(
     *,
     is_ours: bool,
 ) -> Scorer:
-    """`args`: the flags of the run that made the weights.
+    """Make a `Scorer`. `args`: the flags of the run that made the weights.
 
-    `is_ours`: of a run of this program, which validates in one way; else timm's configuration for tests counts.
+    `is_ours`: the weights are from a run of this program, which always validates alike; else timm's test configuration
+    counts.
     """
     crop_pct, interpolation = options.crop_pct or args.get("crop-pct"), options.interpolation
     if not is_ours:
@@ -198,10 +199,10 @@ def _scorer(
 def labels_of(scorer: Scorer, label_type: LabelType) -> list[str]:
     """A text for each class, in label order.
 
-    `auto`: the training set's names, else ImageNet's descriptions where the number of classes is that of one of its
-    sets (as timm tells them), else numbers. `none`: numbers. `name`: the training set's names, else ImageNet's synsets.
-    `description` and `detail`: ImageNet's, found by the synset where the training set's names are such. Raises
-    `UserError` where there is no description.
+    `auto`: the training set's names, else ImageNet's descriptions if the number of classes is that of one of its sets
+    (as timm tells them), else numbers. `none`: numbers. `name`: the training set's names, else ImageNet's synsets.
+    `description` and `detail`: ImageNet's, by the synset if the training set's names are synsets. Raises `UserError` if
+    there is no description.
     """
     numbers = [str(label) for label in range(scorer.num_classes)]
     trained = scorer.class_names() if scorer.trained_names else []
@@ -222,7 +223,7 @@ def labels_of(scorer: Scorer, label_type: LabelType) -> list[str]:
         if label_type in ("auto", "name"):
             return numbers
         raise UserError(
-            f"--label-type {label_type}: nothing tells what the {scorer.num_classes} classes are. Leave it out."
+            f"--label-type {label_type}: the {scorer.num_classes} classes have no known names. Leave it out."
         )
     info = ImageNetInfo(subset)
     if label_type == "name":
@@ -239,7 +240,7 @@ def _describe(name: str, label_type: str) -> str | None:
 
 @cache
 def _imagenet() -> ImageNetInfo:
-    """Give timm's table of words; it is the same for all sets of ImageNet."""
+    """The table of descriptions in timm, the same for all sets of ImageNet."""
     return ImageNetInfo("imagenet-1k")
 
 

@@ -100,7 +100,7 @@ def test_weights_without_a_checkpoint(photos, weights, tmp_path, capsys):
         score(f"{line} --pretrained-path {weights} --num-classes 9", tmp_path)
     with pytest.raises(UserError, match="Give --checkpoint FILE, or --model NAME --pretrained"):
         score(f"--data {photos}", tmp_path)
-    with pytest.raises(UserError, match="--use-ema is about a --checkpoint"):
+    with pytest.raises(UserError, match="--use-ema needs --checkpoint"):
         score(f"{line} --pretrained --use-ema", tmp_path)
 
 
@@ -174,7 +174,7 @@ def test_predictions_in_timms_words(photos, weights, tmp_path, capsys):
     assert float(rows[0]["probability_1"]) == pytest.approx(1 / (1 + 2.718281828**-gap), abs=1e-4)
     inference.main(shlex.split(f"{line} --exclude-output --output {tmp_path / 'e.csv'}"))
     assert (tmp_path / "e.csv").read_text().splitlines()[0] == "file,class_1,class_2"
-    with pytest.raises(UserError, match="nothing tells what the 2 classes are"):
+    with pytest.raises(UserError, match="the 2 classes have no known names"):
         inference.main(shlex.split(line.replace("none", "description")))
 
 

@@ -1,4 +1,4 @@
-"""DALI's graph, and the arrays that go into it: the only place that speaks DALI's language."""
+"""DALI's graph, and the arrays that go into it: the only module that uses DALI's API."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lowrank_vit.plan.mixing import NO_MIX
 from lowrank_vit.plan.plans import BatchPlan
 from lowrank_vit.plan.rectangles import CenterCrops
 
-_SEED = 1  # of nothing: no operator here draws random numbers
+_SEED = 1  # unused: no operator here draws random numbers
 
 
 @dataclass(frozen=True)
 class PipelineShape:
-    """All that decides the graph."""
+    """Everything that decides the graph."""
 
     img_size: int
     batch_size: int
-    """The largest; smaller batches may be fed."""
+    """The largest batch; smaller ones may be fed."""
     has_jpeg: bool
     has_raw: bool
     is_evaluation: bool
@@ -33,27 +33,27 @@ class PipelineShape:
     device_id: int | None
     """CUDA device, or None: decode on CPU threads."""
     resize: bool
-    """Whether DALI resizes and mirrors, too. It does so on a GPU; on the CPU `resize_cpu` takes a fifth of the time."""
+    """Whether DALI also resizes and mirrors. It does on a GPU; on the CPU `resize_cpu` takes a fifth of the time."""
     num_threads: int
     prefetch: int
     hw_decoder_load: float
     fancy_upsampling: bool = True
     """On a GPU: interpolate chroma as libjpeg does, on the CPU too, instead of repeating it."""
     large: tuple[int, int] = (0, 0)
-    """Height and width that hardly any JPEG of the set exceeds, pixels: memory for such is taken at the start."""
+    """Height and width, pixels, that hardly any JPEG of the set exceeds: memory for them is taken at the start."""
 
 
 _DEVICE_PADDING, _HOST_PADDING = 1 << 24, 1 << 23
-"""DALI's own, bytes a thread."""
+"""DALI's own defaults, in bytes per thread."""
 _MOST_PADDING, _MOST_OF_ENGINE = 1 << 26, 1 << 31
-"""The most that is taken ahead, in bytes a thread and for a batch."""
+"""The most memory that is taken ahead, in bytes per thread and per batch."""
 
 
 def memory_hints(shape: PipelineShape) -> dict[str, int]:
-    """DALI's arguments by which nvJPEG takes its memory at the start, not when it meets a larger image.
+    """DALI's arguments that make nvJPEG take its memory at the start, not when it meets a larger image.
 
-    A thread's buffers hold an image's coefficients, 16 bits each, and its pixels; the engine's a batch of pixels. An
-    image larger than foreseen costs a reallocation.
+    A thread's buffers hold an image's coefficients, 16 bits each, and its pixels; the engine's hold a batch of pixels.
+    A larger image than expected costs a reallocation.
     """
     height, width = shape.large
     coefficients, pixels = 2 * 3 * height * width, 3 * height * width
@@ -71,7 +71,7 @@ def memory_hints(shape: PipelineShape) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Sources:
-    """One batch as it goes in. DALI copies nothing, so this must live until the batch has come out."""
+    """The inputs of one batch. DALI copies nothing, so this must live until the batch has come out."""
 
     data: list[np.ndarray]
     """uint8 (bytes,) each: JPEG files or raw pixels."""
@@ -89,7 +89,7 @@ class Sources:
 
     @cached_property
     def arrays(self) -> dict[str, Any]:
-        """What each external source gets; kept with the batch, for DALI reads it in place."""
+        """The input of each external source; kept with the batch, since DALI reads it in place."""
         plan, shape = self.plan, self.shape
         arrays: dict[str, Any] = {"data": self.data}
         if not shape.is_evaluation:
@@ -110,14 +110,14 @@ class Sources:
 def define(shape: PipelineShape) -> Any:
     """The built pipeline.
 
-    With `shape.resize` uint8 (B, img_size, img_size, 3) comes out of it, on the CUDA device or in host memory. Without,
-    decoded windows (in evaluation whole images) do, uint8 (height, width, 3) each.
+    With `shape.resize` it returns uint8 (B, img_size, img_size, 3), on the CUDA device or in host memory; without,
+    decoded windows (in evaluation whole images), uint8 (height, width, 3) each.
     """
     fn, types, pipeline_def = _dali()
 
     on_gpu = shape.device_id is not None
     decoding: dict[str, Any] = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB}
-    # The index and the plan speak of stored pixels, so an orientation tag is not to be obeyed.
+    # Index and plan refer to stored pixels, so orientation tags must be ignored.
     decoding["adjust_orientation"] = False
     if on_gpu:
         decoding["hw_decoder_load"] = shape.hw_decoder_load
@@ -175,7 +175,7 @@ def define(shape: PipelineShape) -> Any:
 
 
 def start_pipeline(shape: PipelineShape) -> Any:
-    """The built pipeline, run dry once: the first `schedule_run` starts `prefetch` runs, each later one."""
+    """The built pipeline, run once: the first `schedule_run` starts `prefetch` runs, each later one."""
     pipeline, sources = define(shape), tiny_batch(shape)
     for _ in range(shape.prefetch):
         sources.feed(pipeline)
@@ -186,7 +186,7 @@ def start_pipeline(shape: PipelineShape) -> Any:
 
 
 def release_memory() -> None:
-    """Give what DALI's pools keep of a GPU, and of pinned memory, without need to others."""
+    """Release GPU memory and pinned memory that DALI's pools keep without need."""
     from nvidia.dali import backend  # heavy; and not typed
 
     pools: Any = backend
