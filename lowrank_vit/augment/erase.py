@@ -28,7 +28,7 @@ NORMAL = torch.special.ndtri((torch.arange(1 << 16, dtype=torch.float64) + 0.5) 
 def erase(images: Tensor, boxes: Tensor, keys: Tensor, mode: Mode, normal: Tensor, grid: Grid | None = None) -> Tensor:
     """Erase rectangles of float images; `boxes` int32 (B, K, 4), `keys` int64 (B, 2), `normal`: `NORMAL`.
 
-    All on the images' device. Their axes are (B, C, H, W), or as `grid` says.
+    All are on the images' device. The images' axes are (B, C, H, W), or as `grid` says.
     """
     grid = grid or Grid.of(images)
     key0, key1 = (grid.spread(words) for words in keys.unbind(1))
@@ -57,7 +57,7 @@ def _hash(x: Tensor) -> Tensor:
 
 @njit(cache=True)
 def erase_cpu(image_HWC: np.ndarray, boxes: np.ndarray, key: np.ndarray, mode: int, normal: np.ndarray) -> None:
-    """Erase rectangles of one float32 image in place, as `erase`; `mode`: its place in `MODES`."""
+    """Erase rectangles of one float32 image in place, as `erase`; `mode`: the mode's index in `MODES`."""
     H, W, C = image_HWC.shape
     key0, key1 = np.uint32(key[0]), np.uint32(key[1])
     for k in range(boxes.shape[0]):

@@ -19,7 +19,7 @@ from lowrank_vit.plan.mixing import Mix
 def mix_to_tensor(mixes: Sequence[Mix]) -> Tensor:
     """float32 (M, 6) on the host: lam, is_cutmix (0 or 1), top, bottom, left, right; M is 1 or the batch size.
 
-    A tensor, so that nothing recompiles. A draw that many samples share as one object is looked at once.
+    A tensor, so that nothing recompiles. A draw that many samples share as one object is converted once.
     """
     draws = {id(mix): mix for mix in mixes}
     rows = {key: [mix.lam, float(mix.is_cutmix), *mix.box] for key, mix in draws.items()}
@@ -29,7 +29,7 @@ def mix_to_tensor(mixes: Sequence[Mix]) -> Tensor:
 def mix_images(images: Tensor, mix: Tensor, grid: Grid | None = None) -> Tensor:
     """Mix float images with the reversed batch: everywhere by lam (mixup), or only inside the box (cutmix).
 
-    Their axes are (B, C, H, W), or as `grid` says.
+    The images' axes are (B, C, H, W), or as `grid` says.
     """
     grid = grid or Grid.of(images)
     lam, is_cutmix, *box = (grid.spread(values) for values in mix.to(images.dtype).unbind(1))

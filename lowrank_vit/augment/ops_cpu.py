@@ -1,4 +1,4 @@
-"""The image operations on a CPU: one image a thread, each pixel touched once an operation; compiled by numba.
+"""The image operations on a CPU: one image per thread, each pixel touched once per operation; compiled by numba.
 
 Twins: PIL's own operations, and the batched tensor version in `ops.py`. Sources: `src/libImaging/{Blend,Filter,
 BoxBlur}.c` and `src/PIL/{ImageOps,ImageEnhance}.py` of Pillow 13.
@@ -34,7 +34,7 @@ def apply_ops(
 ) -> None:
     """Apply int8 `kinds` (N, L) with float64 `args` and `interpolations`, in order, to uint8 (N, H, W, 3) in place.
 
-    `fill` is uint8 (3,), the colour of what comes from outside the image.
+    `fill` is uint8 (3,), the colour outside the image.
     """
     N, L = kinds.shape
     for n in prange(N):
@@ -64,7 +64,7 @@ def apply_ops(
 
 @njit(cache=True)
 def _copy(source: np.ndarray, target: np.ndarray) -> None:
-    """`target[:] = source` without numba's words for a wrong shape, whose compilation takes seconds."""
+    """`target[:] = source` without numba's check of the shapes, whose compilation takes seconds."""
     H, W, _ = source.shape
     rows, target_rows = source.reshape(H, W * 3), target.reshape(H, W * 3)
     for y in range(H):
@@ -84,7 +84,7 @@ def _look_up(image: np.ndarray, table: np.ndarray) -> None:
 
 @njit(cache=True)
 def _table(image: np.ndarray, kind: int, arg: float) -> np.ndarray:
-    """uint8 (3, 256): what each level of each channel becomes."""
+    """uint8 (3, 256): the new value of each level of each channel."""
     table = np.empty((3, 256), np.uint8)
     if kind in (_AUTOCONTRAST, _EQUALIZE):
         counts = _histogram(image)

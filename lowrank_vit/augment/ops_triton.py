@@ -1,7 +1,7 @@
 """The image operations on a GPU: for each layer one kernel that makes tables and one that applies any operation.
 
-A program takes one image (or a stretch of its pixels) and branches by the image's operation, so that a batch takes two
-launches a layer however its operations are mixed. The arithmetic is that of `ops.py`, its twin, which runs everywhere.
+A program takes one image (or a block of its pixels) and branches by the image's operation, so that a batch takes two
+launches per layer however its operations are mixed. The arithmetic is that of `ops.py`, its twin, which runs anywhere.
 
 Shape legend: B batch, L layers, H, W pixels; images are uint8 (B, H, W, 3).
 """
@@ -24,9 +24,9 @@ from lowrank_vit.common.filters import BICUBIC, NEAREST
 from lowrank_vit.plan.operations import GEOMETRIC, ImageOps, Kind
 
 _PIXELS = 256
-"""Of one program."""
+"""Pixels of one program."""
 _COLUMNS = tl.constexpr(9)
-"""Numbers of an image and layer: kind, argument, interpolation and the six of its affine map, float64."""
+"""Numbers per image and layer: kind, argument, interpolation and the six of its affine map, float64."""
 _AUTOCONTRAST, _EQUALIZE = tl.constexpr(int(Kind.AUTOCONTRAST)), tl.constexpr(int(Kind.EQUALIZE))
 _INVERT, _POSTERIZE = tl.constexpr(int(Kind.INVERT)), tl.constexpr(int(Kind.POSTERIZE))
 _SOLARIZE, _SOLARIZE_ADD = tl.constexpr(int(Kind.SOLARIZE)), tl.constexpr(int(Kind.SOLARIZE_ADD))
@@ -63,7 +63,7 @@ def apply_ops(images_BHWC: Tensor, ops: ImageOps, fill: Tensor) -> Tensor:
 
 
 def _numbers(ops: ImageOps, height: int, width: int) -> np.ndarray:
-    """float64 (L, B, 9): what the kernels read of each layer and image, see `_COLUMNS`."""
+    """float64 (L, B, 9): the kernels' input for each layer and image, see `_COLUMNS`."""
     B, L = ops.kinds.shape
     numbers = np.zeros((L, B, _COLUMNS.value))
     for layer in range(L):
@@ -87,7 +87,7 @@ def _numbers(ops: ImageOps, height: int, width: int) -> np.ndarray:
 
 @triton.jit
 def _make_tables(images, numbers, tables, num_pixels, BLOCK: tl.constexpr):
-    """For one image and channel: what each level becomes, if the operation is of that kind."""
+    """For one image and channel: the new value of each level, if the operation is a table."""
     n, c = tl.program_id(0), tl.program_id(1)
     kind = tl.load(numbers + n * _COLUMNS).to(tl.int32)
     if kind == 0 or kind >= _COLOR:
@@ -160,7 +160,7 @@ def _blend(degenerate, original, factor):
 
 @triton.jit
 def _apply(source, target, numbers, tables, fill, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
-    """For a stretch of one image's pixels: the operation, whichever it is; none and blur copy."""
+    """For a block of one image's pixels: apply the operation, whichever it is; no operation and blur copy."""
     n = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < H * W
@@ -248,7 +248,7 @@ def _smooth(image, out, numbers, fill, at, inside, H, W, BICUBIC: tl.constexpr):
 
 @triton.jit
 def _weight(d, tap: tl.constexpr, BICUBIC: tl.constexpr):
-    """Weight of one of the four pixels around a point that lies `d` (0-1) behind the second."""
+    """Weight of one of the four pixels around a point that is `d` (0-1) past the second."""
     if not BICUBIC:
         return 1 - d if tap == 1 else d
     if tap == 0:

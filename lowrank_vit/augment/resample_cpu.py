@@ -1,6 +1,6 @@
 """Shears, translations and rotations on a CPU, as PIL resamples: nearest, bilinear, or bicubic with a = -1.
 
-Pixels past an edge repeat it, what lies outside the image is filled. Source: `src/libImaging/Geometry.c` of Pillow 13.
+Taps past an edge repeat it, pixels from outside the image are filled. Source: `src/libImaging/Geometry.c` of Pillow 13.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _row(
 
 @njit(cache=True, inline="always")
 def _weights(d: np.float32, interpolation: int) -> tuple[np.float32, np.float32, np.float32, np.float32]:
-    """Weights of the four pixels around a point that lies `d` (0-1) behind the second: PIL's BICUBIC (Keys, a = -1)."""
+    """Weights of the four pixels around a point that is `d` (0-1) past the second: PIL's BICUBIC (Keys, a = -1)."""
     one, two = np.float32(1), np.float32(2)
     if interpolation == BICUBIC:
         return d * (d * (two - d) - one), one + d * d * (d - two), d * (one + d * (one - d)), d * d * (d - one)
@@ -219,7 +219,7 @@ def _put(out: np.ndarray, y: int, x: int, color: np.ndarray) -> None:
 
 @njit(cache=True, inline="always")
 def _fixed(value: float) -> np.int64:
-    """PIL's 16.16 fixed point, in which it reckons where the nearest pixel lies."""
+    """PIL's 16.16 fixed point, in which it computes the place of the nearest pixel."""
     return np.int64(math.floor(value * 65536.0 + 0.5))
 
 

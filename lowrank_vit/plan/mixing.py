@@ -1,4 +1,4 @@
-"""What the plan draws for mixing: mixup or cutmix, how much, and where.
+"""Draw the mixing of samples: mixup or cutmix, how much, and where.
 
 Zhang et al., "mixup", ICLR 2018; Yun et al., "CutMix", ICCV 2019; in the variant of timm's `Mixup`.
 """
@@ -46,7 +46,7 @@ class MixRules:
     mixup: float = 0.0
     """Alpha of the Beta distribution that lam comes from; 0: no mixup."""
     cutmix: float = 0.0
-    """The same of cutmix."""
+    """The same for cutmix."""
     minmax: tuple[float, float] | None = None
     """Least and greatest side of cutmix's box as a share of the image; replaces `cutmix`."""
     prob: float = 1.0
@@ -55,11 +55,11 @@ class MixRules:
     block: int = 128
     """Samples of the global batch that share a draw in `batch` mode and have their partners among themselves; 0: all.
 
-    With as many as a process of timm's has in its batches, an update is mixed as timm mixes it.
+    With the batch size of a process of timm's, an update is mixed as timm mixes it.
     """
 
     def __post_init__(self) -> None:
-        """Raise `UserError` for what is outside its range."""
+        """Raise `UserError` for a value outside its range."""
         check_number(NOT_NEGATIVE, mixup=self.mixup, cutmix=self.cutmix)
         check_number(SHARE, prob=self.prob, switch_prob=self.switch_prob)
         check_choice(("batch", "pair", "elem"), mode=self.mode)
@@ -105,7 +105,7 @@ def _draw_mixes(
     prob: float,
     switch_prob: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Float64 (M,) lam, bool (M,) is_cutmix and int64 (M, 4) box; `low` is negative where cutmix has no least side."""
+    """Float64 (M,) lam, bool (M,) is_cutmix and int64 (M, 4) box; `low` is negative if cutmix has no least side."""
     lams, is_cutmix, boxes = (
         np.ones(len(indices)),
         np.zeros(len(indices), np.bool_),

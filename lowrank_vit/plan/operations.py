@@ -1,4 +1,4 @@
-"""What the plan draws for image operations: which, how strong, in which direction, with which interpolation.
+"""Draw the image operations: which, how strong, in which direction, with which interpolation.
 
 A `Policy` is RandAugment (each layer picks any choice), AutoAugment (one draw picks a row of operations) or colour
 jitter. Meanings of levels are timm's (`timm/data/auto_augment.py`), and timm itself reads the policies' names.
@@ -85,7 +85,7 @@ def argument_of(formula: int, factor: float, level: float, sign: float, u: float
 
 
 class Kind(IntEnum):
-    """What is done to the pixels; the argument's meaning in brackets."""
+    """The operation on pixels; the meaning of its argument in brackets."""
 
     NONE = 0
     AUTOCONTRAST = 1
@@ -155,7 +155,7 @@ class OpSpec:
     name: str
     """A key of `NAMES`."""
     prob: float
-    """Chance that it is applied when it was picked."""
+    """Probability that it is applied once it is picked."""
     level: float
     """timm's magnitude."""
 
@@ -167,7 +167,7 @@ class Policy:
     rows: tuple[tuple[OpSpec, ...], ...]
     """AutoAugment: one row is picked and applied in order. RandAugment: rows of one, picked anew for each layer."""
     layers: int
-    """Operations an image gets (RandAugment), or the length of the rows."""
+    """Number of operations per image (RandAugment), or the length of the rows."""
     picks_each_layer: bool
     weights: tuple[float, ...] | None = None
     """Chance of each row; with weights RandAugment picks without replacement, as timm."""
@@ -175,7 +175,7 @@ class Policy:
     """Standard deviation of the level's normal noise; infinite for a level uniform in [0, level]."""
     level_max: float = LEVELS
     translate: float = 0.45
-    """Share of the side that level 10 translates by."""
+    """Distance of a translation at level 10, as a share of the side."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def draw_ops(
 
 @cache
 def _tables(policy: Policy) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of all operations, row by row: probability, level, kind, formula and factor."""
+    """Probability, level, kind, formula and factor of all operations, row by row."""
     specs = [op for row in policy.rows for op in row]
     kinds, formulas, factors = zip(*(NAMES[op.name] for op in specs), strict=True)
     codes = np.array(kinds, np.int8), np.array(formulas, np.int8), np.array(factors, np.float64)
@@ -311,9 +311,9 @@ _TABLES = ("original", "originalr", "v0", "v0r", "3a")
 
 
 def parse_policy(text: str, shown: str = "--aa ") -> Policy | None:
-    """The policy of timm's `--aa`; None for "" and "none". Raises `UserError` that lists what there is.
+    """The policy of timm's `--aa`; None for "" and "none". Raises `UserError` that lists the known policies.
 
-    `shown`: what stands before the text in that, the flag or an argument.
+    `shown`: the flag or argument before the text in messages.
     """
     if text in ("", "none"):
         return None

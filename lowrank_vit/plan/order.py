@@ -1,13 +1,13 @@
-"""The order of an epoch: a permutation of all samples, of which any part is known at once.
+"""The order of an epoch: a permutation of all samples, of which any part can be computed at once.
 
-Up to `MOST_SORTED` samples are sorted by a random number each, which takes all of them. In a larger set a keyed
-permutation of numbers says which sample stands at a place: any part, of any epoch, in the time that this part takes.
+Up to `MOST_SORTED` samples are sorted by random numbers, which always takes all of them. In a larger set a keyed
+permutation tells which sample is at a place: any part of any epoch, in a time that depends only on this part's size.
 
 It is a Feistel network (Luby and Rackoff, "How to construct pseudorandom permutations", SIAM J. Comput. 17, 1988) over
 the R rows and C columns of a grid instead of two words of bits; both are near the square root of N, and R * C is below
-N + R. So a number outside the set, which is put in again until one comes out that lies inside, is rare (Black and
-Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002: generalised Feistel cipher, cycle-walking). Philox keys
-the rounds. A chi-square test of pairs tells four or six rounds from random permutations, but not eight (tested).
+N + R. So results outside the set, which are permuted again until one is inside, are rare (Black and Rogaway, "Ciphers
+with arbitrary finite domains", CT-RSA 2002: generalised Feistel cipher, cycle-walking). Philox keys the rounds. A
+chi-square test of pairs tells four or six rounds from random permutations, but not eight (tested).
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Order:
 
     num_samples: int
     keys: np.ndarray
-    """uint64 (ROUNDS,), of a keyed permutation."""
+    """uint64 (ROUNDS,): the keys of a keyed permutation."""
     all: np.ndarray | None = None
-    """uint32 (N,), of one that was made by sorting: the number at each place."""
+    """uint32 (N,): the number at each place, in a permutation made by sorting."""
 
     @classmethod
     def of(cls, key: np.uint64, num_samples: int, epoch: int, stream: int, name: OrderName) -> Order:
@@ -52,13 +52,13 @@ class Order:
         return cls(num_samples, np.empty(0, np.uint64), sorted_ids.astype(np.uint32))
 
     def at(self, places: np.ndarray) -> np.ndarray:
-        """int64, of the shape of `places`, int64 below N: the numbers that stand there."""
+        """The numbers at `places` (int64, below N): int64, of the same shape."""
         if self.all is not None:
             return self.all[places].astype(np.int64)
         return permuted(self.keys, self.num_samples, np.ascontiguousarray(places).ravel()).reshape(places.shape)
 
     def without(self, bad: Collection[int], places: np.ndarray) -> np.ndarray:
-        """As `at`; the next number in the order that is none of the `bad` stands in for one."""
+        """As `at`, but each of the `bad` is replaced by the next number in the order that is not bad."""
         ids = self.at(places)
         if not len(bad) or len(bad) >= self.num_samples:
             return ids
@@ -71,9 +71,9 @@ class Order:
 
 
 def subset(seed: int, num_samples: int, count: int, order: OrderName = "keyed") -> np.ndarray:
-    """Which `count` of the samples stand for all: int64, ascending; all of them where there are no more.
+    """The ids of `count` samples that stand for all: int64, ascending; all of them if there are not more.
 
-    A smaller number gives a part of the same samples.
+    A smaller count gives a part of the same samples.
     """
     places = np.arange(min(count, num_samples))
     return np.sort(Order.of(np.uint64(seed), num_samples, 0, Stream.SUBSET, order).at(places))
@@ -104,7 +104,7 @@ def permuted(keys: np.ndarray, num_samples: int, places: np.ndarray) -> np.ndarr
 
 @njit(cache=True)
 def grid(num_samples: int) -> tuple[int, int]:
-    """Rows and columns: at least N places, fewer than N + rows."""
+    """Rows and columns of a grid with at least N places, and fewer than N + rows."""
     rows = int(math.sqrt(num_samples))
     while rows * rows < num_samples:
         rows += 1
@@ -121,7 +121,7 @@ def _scrambled(half: np.uint64, key: np.uint64) -> np.uint64:
 
 @njit(cache=True)
 def round_keys(key: np.uint64, rounds: int, epoch: int, stream: int) -> np.ndarray:
-    """uint64 (rounds,), an even number."""
+    """uint64 (rounds,): the keys of the rounds, an even number of them."""
     keys = np.empty(rounds, np.uint64)
     for draw in range(rounds // 2):
         w0, w1, w2, w3 = philox(key, draw, 0, epoch, stream)

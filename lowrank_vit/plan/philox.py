@@ -17,7 +17,7 @@ _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 _TO_UNIT = 2.0**-32
 Word = int | np.uint64
-"""Of a counter."""
+"""A word of a counter."""
 
 
 class Stream:
@@ -59,15 +59,15 @@ def philox(key: Word, c0: Word, c1: Word, c2: Word, c3: Word) -> tuple[np.uint64
 
 
 LAST_ID = 2**32 - 1
-"""The greatest number that a sample can have."""
+"""The greatest id of a sample."""
 
 
 @njit(cache=True, inline="always")
 def counter_of(sample: np.int64, stream: int) -> tuple[np.uint64, np.uint64]:
     """The counter's words for a sample's number, and for the use of a draw.
 
-    Where a sample comes several times in an epoch, the number of the repetition, 0 first, stands above its own's 32
-    bits; it goes above the stream's.
+    If a sample comes several times in an epoch, `sample` has the number of the repetition, from 0, above the lower 32
+    bits; it is moved above the stream's bits.
     """
     return np.uint64(sample) & _LOW, np.uint64(stream) + (np.uint64(sample) >> _32 << np.uint64(8))
 

@@ -1,4 +1,4 @@
-"""Rectangles of random area and aspect ratio: crop windows, of torchvision's and timm's arithmetic, and boxes to erase.
+"""Rectangles of random area and aspect ratio: crop windows, as in torchvision and timm, and boxes to erase.
 
 In evaluation the window is the centre. Erasing: Zhong et al., "Random erasing data augmentation", AAAI 2020, in the
 variant of timm's `RandomErasing`: area uniform in [0.02, 1/3] of the image (shared among the boxes), aspect ratio
@@ -16,7 +16,7 @@ from numba import njit
 from lowrank_vit.plan.philox import counter_of, philox, to_below, to_unit
 
 ATTEMPTS = 10
-"""For each window and box, as timm's and torchvision's."""
+"""Attempts for each window and box, as in timm and torchvision."""
 MIN_AREA, MAX_AREA, MIN_ASPECT = 0.02, 1 / 3, 0.3
 
 
@@ -100,7 +100,7 @@ class Erase:
     """Rectangles to erase in each of B images, later ones over earlier ones."""
 
     boxes: np.ndarray
-    """int32 (B, K, 4): top, bottom, left, right in pixels of the model's input; empty where there is none."""
+    """int32 (B, K, 4): top, bottom, left, right in pixels of the model's input; a box of no pixels if there is none."""
     keys: np.ndarray
     """uint32 (B, 2): key of each sample's noise, see `lowrank_vit.augment.erase`."""
 

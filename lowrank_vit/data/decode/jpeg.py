@@ -17,9 +17,9 @@ _VOID, _INT = types.uintp, types.int32
 
 
 def _function(name: str, result: types.Type, *arguments: types.Type) -> Any:
-    """A function of the library, found by name rather than by address, so that numba may keep what calls it.
+    """A function of the library, found by name rather than by address, so that numba can cache code that calls it.
 
-    Where the library is missing another one stands for it, which is not called: `open_loader` opens no JPEGs there.
+    If the library is missing, a placeholder is used, which is never called: `open_loader` then opens no JPEGs.
     """
     symbol = f"lowrank_vit_{name}"
     try:
@@ -37,18 +37,18 @@ _destroy = _function("tjDestroy", _INT, _VOID)
 EXACT = 0
 """Flags of libturbojpeg for the slow, exact integer DCT, Pillow's default."""
 FAST = 2048
-"""For the fast integer DCT, as FFCV's own C function asks for it: the same pixels as FFCV's.
+"""Flags for the fast integer DCT, as in FFCV's own C function: the same pixels as FFCV's.
 
-It is biased: means of red and blue are about one grey level too low on photographs, which is nothing to training and
-too much for published accuracies.
+It is biased: means of red and blue are about one grey level too low on photographs, which does not matter in training
+but does for published accuracies.
 """
 MAX_SCANS = 500
-"""Of a progressive JPEG, libturbojpeg's own limit; decoders take the whole picture up once a scan, for minutes."""
+"""Most scans of a progressive JPEG, libturbojpeg's own limit; each scan takes a pass over the picture: minutes."""
 
 
 @numba.njit(nogil=True, cache=True)
 def has_too_many_scans(data: np.ndarray) -> bool:
-    """Whether the bytes are a progressive JPEG of more than `MAX_SCANS` scans; of others only the head is looked at."""
+    """Whether the bytes are a progressive JPEG with more than `MAX_SCANS` scans; of others only the head is read."""
     at, end = 2, len(data)
     while at + 4 <= end and data[at] == 0xFF and data[at + 1] not in (0xC0, 0xC1, 0xC2, 0xDA):
         at += 1 if data[at + 1] == 0xFF else 2 + max(2, 256 * int(data[at + 2]) + int(data[at + 3]))
@@ -62,10 +62,10 @@ def has_too_many_scans(data: np.ndarray) -> bool:
 
 @numba.njit(nogil=True, cache=True)
 def is_of_size(data: np.ndarray, height: int, width: int) -> bool:
-    """Whether the bytes of a JPEG say that it has this size in pixels, by libturbojpeg's own reading of them.
+    """Whether the header of a JPEG gives this size in pixels, as libturbojpeg reads it.
 
-    Asked before decoding, since libturbojpeg writes a smaller image into a buffer meant for a larger one and calls it
-    success: the rest of the buffer is then whatever it was.
+    Call this before decoding, since libturbojpeg writes a smaller image into a buffer meant for a larger one and
+    reports success: the rest of the buffer then keeps its old content.
     """
     decoder = _init()
     found = np.zeros(4, np.int32)  # width, height, subsampling, colour space; zeros stay where no header was read
@@ -77,7 +77,7 @@ def is_of_size(data: np.ndarray, height: int, width: int) -> bool:
 
 @numba.njit(nogil=True, cache=True)
 def decode_jpeg(data: np.ndarray, pixels: np.ndarray, height: int, width: int, flags: int) -> bool:
-    """Decode the bytes of a JPEG into `pixels`, flat uint8; whether libjpeg had neither an error nor a warning.
+    """Decode the bytes of a JPEG into `pixels`, flat uint8; return whether libjpeg had neither error nor warning.
 
     `flags`: `EXACT` or `FAST`. A decoder is made for each image, which takes microseconds and keeps no state between
     threads and loaders, nor the tables of one JPEG for another that lacks its own.

@@ -2,8 +2,8 @@
 
 Filter, support and normalisation are those of `Pillow/src/libImaging/Resample.c` (`precompute_coeffs`), including its
 rounding to uint8 between the two passes. Rows are always resized before columns; Pillow takes the other order, or (13)
-the cheaper one. Where both take the same order they differ by at most one level (float32 sums against fixed point),
-elsewhere by a few levels on few pixels. `resize_triton.py` is the same for a GPU.
+the cheaper one. With the same order they differ by at most one level (float32 sums against fixed point), else by a few
+levels on few pixels. `resize_triton.py` does the same on a GPU.
 
 DALI's resize takes 1.0 ms of a core for a 224-pixel crop and OpenCV's area filter 0.4; this takes less, and its filters
 are PIL's.
@@ -36,7 +36,7 @@ def _cubic(x: float) -> float:
 
 @numba.njit(nogil=True, cache=True)
 def _taps(span: np.ndarray, interpolation: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each output pixel: the first input pixel, how many, and their weights (which add up to 1)."""
+    """For each output pixel: the first input pixel, the number of them, and their weights (which add up to 1)."""
     scale, low, length = span[SCALE], span[LOW], span[LENGTH]
     stretch = max(scale, 1.0)
     support = (2.0 if interpolation == BICUBIC else 1.0) * stretch
@@ -81,7 +81,7 @@ def resize_into(
 ) -> bool:
     """Resample one image into `out`, uint8 (S, S, 3); False, and nothing is written, if a span leaves the image.
 
-    `pixels`: uint8 (bytes,), RGB rows of `row_bytes`; `spans`: float64 (2, 4), see `geometry`; `flip`: mirror.
+    `pixels`: uint8 (bytes,), RGB rows of `row_bytes`; `spans`: float64 (2, 4), see `backend.spans`; `flip`: mirror.
     """
     size, columns, rows = out.shape[0], row_bytes // 3, len(pixels) // max(row_bytes, 1)
     if not (0.0 < spans[1, SCALE] <= columns and 0.0 < spans[0, SCALE] <= rows):  # their taps would take any memory
@@ -120,7 +120,7 @@ def resize_into(
 
 @intrinsic
 def _as_pointer(typing_context: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
-    """An integer address as a pointer to bytes, which numba has no name for."""
+    """An integer address as a pointer to bytes, which numba itself does not offer."""
     signature = types.CPointer(types.uint8)(types.int64)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -141,8 +141,8 @@ def resize_batch(
 ) -> np.ndarray:
     """`resize_into` for B images that lie at `addresses`, on numba's threads: bool (B,), what it returned.
 
-    `addresses`, `num_bytes`, `row_bytes`: int64 (B,), of the memory as it is, whatever an index says of it; `spans`:
-    float64 (B, 2, 4); `out`: uint8 (B, S, S, 3).
+    `addresses`, `num_bytes`, `row_bytes`: int64 (B,), those of the actual memory, not the index's; `spans`: float64
+    (B, 2, 4); `out`: uint8 (B, S, S, 3).
     """
     is_written = np.zeros(len(out), np.bool_)
     for n in numba.prange(len(out)):

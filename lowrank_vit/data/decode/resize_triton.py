@@ -1,4 +1,4 @@
-"""Crop, antialiased resize and flip on a GPU, straight from images of any sizes that lie one behind the other.
+"""Crop, antialiased resize and flip on a GPU, directly from images of any sizes that lie one after the other.
 
 Two kernels, first down the columns, then along the rows, with bytes between them as in `resize_cpu.py`, their twin.
 Each output pixel sums up only the pixels that its filter reaches, so nothing is gathered, padded or multiplied by
@@ -22,7 +22,7 @@ from lowrank_vit.common.filters import BICUBIC, NEAREST
 
 _NEAREST, _BICUBIC = tl.constexpr(NEAREST), tl.constexpr(BICUBIC)
 _BYTES, _PIXELS = 512, 256
-"""Of one program of the first and of the second kernel."""
+"""Bytes of one program of the first kernel, pixels of one of the second."""
 _COLUMNS = tl.constexpr(13)
 
 
@@ -30,9 +30,9 @@ def resize(flat: Tensor, table_BN: Tensor, width: int, size: int) -> Tensor:
     """Resample and mirror: uint8 (B, size, size, 3).
 
     Args:
-        flat: uint8 (bytes,), images of three channels one behind the other.
+        flat: uint8 (bytes,), images of three channels one after the other.
         table_BN: float64 (B, 13), on the same device: flip, filter, first byte, pixels a row, the span along rows and
-            the span along columns (see `geometry`), and a last number that is not read here.
+            the span along columns (see `backend.spans`), and a last number that is not read here.
         width: columns of the widest region.
         size: side of the output, pixels.
     """
@@ -74,7 +74,7 @@ def _resize_columns(flat, table, out, width, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _resize_rows(rows, table, out, width, size, BLOCK: tl.constexpr):
-    """A stretch of one image's output pixels."""
+    """A block of one image's output pixels."""
     n = tl.program_id(0)
     table += n * _COLUMNS
     flip, interpolation = tl.load(table) != 0, tl.load(table + 1).to(tl.int32)
@@ -107,7 +107,7 @@ def _resize_rows(rows, table, out, width, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _reach(center, scale, length, interpolation):
-    """First pixel that the filter around `center` sums up, and the one behind the last, within the region."""
+    """First pixel that the filter around `center` sums up, and the one after the last, within the region."""
     stretch = tl.maximum(scale, 1.0)
     support = tl.where(interpolation == _BICUBIC, 2.0, 1.0) * stretch
     first = tl.maximum(tl.floor(center - support + 0.5), 0.0)
@@ -124,7 +124,7 @@ def _reach(center, scale, length, interpolation):
 def _weight(x, interpolation):
     """Weight of a pixel, not yet normalised: PIL's triangle and bicubic (Keys 1981, a = -0.5) filters, in float64.
 
-    `x`: how far it is from the output pixel's centre, in pixels of the coarser of the two.
+    `x`: its distance from the output pixel's centre, in pixels of the coarser of the two images.
     """
     x = tl.abs(x)
     linear = tl.maximum(1.0 - x, 0.0)
