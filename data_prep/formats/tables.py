@@ -106,9 +106,9 @@ def read_tables(path: str | os.PathLike[str], into: Mapping[str, np.ndarray] | N
     """Read and check header, fields, metadata and allocation table of an image + integer label `.beton`.
 
     The columns are filled into the arrays of `into` (as `empty_columns` makes them, for as many samples as the file
-    has), or into new ones. No sample is decoded. Our converters write samples in the order of their addresses, which is
-    checked in one pass over each table, a block at a time; only another order, as FFCV's own writer leaves it, is
-    sorted.
+    has), or into new ones. No sample is decoded. What a converter of ours writes, samples in the order of their
+    addresses, is checked in one pass over each table, a block at a time; only another order, as FFCV's own writer
+    leaves it, is sorted.
     Raises `BetonError`, which names the file and the next step, whatever the bytes are.
     """
     path = Path(path)
@@ -156,7 +156,7 @@ def _read_layout(path: Path, file: FileIO) -> Layout:
 def _blocks(
     layout: Layout, file: FileIO, start: int, dtype: np.dtype, digest: Any
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Read a table with a row per sample from byte `start` on; yield which samples, and their rows, until the next."""
+    """Read a table of one row a sample from `start` on; yield which samples, and their rows, which do not last."""
     buffer = memoryview(bytearray(_BLOCK * dtype.itemsize))
     file.seek(start)
     for first in range(0, layout.num_samples, _BLOCK):
@@ -173,7 +173,7 @@ def _blocks(
 
 
 def _read_rows(layout: Layout, file: FileIO, columns: dict[str, np.ndarray], digest: Any) -> bool:
-    """Fill all columns but the sizes; return whether every row is valid by itself."""
+    """Fill all columns but the sizes; whether no row is wrong by itself."""
     is_sound = True
     for rows, table in _blocks(layout, file, METADATA_START, SAMPLE, digest):
         modes, heights, widths, labels, pointers = (
@@ -181,7 +181,7 @@ def _read_rows(layout: Layout, file: FileIO, columns: dict[str, np.ndarray], dig
         )
         image = table["image"]
         modes[:], heights[:], widths[:], labels[:] = image["mode"], image["height"], image["width"], table["label"]
-        pointers[:] = image["data_ptr"].view(np.int64)  # a negative one is beyond every file
+        pointers[:] = image["data_ptr"].view(np.int64)  # what is below zero then is beyond every file
         is_sound &= bool(
             modes.max() <= max(MODE_JPEG, MODE_RAW)
             and heights.min() > 0
@@ -196,9 +196,9 @@ def _read_rows(layout: Layout, file: FileIO, columns: dict[str, np.ndarray], dig
 def _read_allocations(
     layout: Layout, file: FileIO, columns: dict[str, np.ndarray], digest: Any, *, is_sound: bool
 ) -> bool:
-    """Fill the sizes; return whether all are valid, the table in sample order and the samples in address order.
+    """Fill the sizes; whether the table is in the order of the samples, they in that of addresses, and nothing wrong.
 
-    `is_sound`: whether the rows are valid; if not, nothing is compared.
+    `is_sound`: whether the rows are, without which nothing is compared.
     """
     end_before, sample_before = 0, (0, 0)
     for rows, table in _blocks(layout, file, layout.table_start, ALLOCATION, digest):
@@ -215,7 +215,7 @@ def _read_allocations(
             continue
         ends = pointers + sizes
         is_free = pointers[1:] >= ends[:-1]
-        if not is_free.all():  # neighbours that share all their bytes are valid
+        if not is_free.all():  # neighbours that have all their bytes in common are no error
             is_free |= (pointers[1:] == pointers[:-1]) & (sizes[1:] == sizes[:-1])
         sample = int(pointers[0]), int(sizes[0])
         is_sound = bool(

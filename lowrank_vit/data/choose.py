@@ -1,4 +1,4 @@
-"""Choose the decode backend for a set and a device, by a kept measurement where two would do, and open the loader."""
+"""Choose the decode backend for a set and a device, by a kept measurement if two are possible; open the loader."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lowrank_vit.data.speeds import dali_version, kept_or_measured, key_of, meas
 from lowrank_vit.plan.plans import EvalPlan, TrainPlan
 
 RESIDENT_SHARE = 0.25
-"""A set may take at most this share of the device's memory where `auto` chooses."""
+"""A set may take at most this share of the device's memory to be made resident by `auto`."""
 _AS_BEFORE = "as the run has decoded so far"
 
 
@@ -44,16 +44,16 @@ def open_loader(
     """Open a loader; returns it and one line that says which backend it has and why. Raises `UserError`.
 
     Its `batches(epoch)` yields a `Batch` for each step: uint8 `images` (B, 3, S, S), RGB, channels_last, and int64
-    `targets` (B,), on the device, and the `plan` of what is still to be done to them, see `Augment`.
+    `targets` (B,), on the device, and the `plan` of the augmentation still to be done, see `Augment`.
 
     Args:
         beton: the images.
-        plan: which of them are wanted, and how they are cut.
-        device: where batches are wanted; or auto, cpu, cuda or cuda:N.
+        plan: which of them to load, and how to crop them.
+        device: the device of the batches: a `torch.device`, or auto, cpu, cuda or cuda:N.
         options: how to decode; default: the backend that suits set and device, with `workers` threads.
         workers: threads that decode, if there are no `options`.
-        prepare: applied to the images of each batch beside the step before, see `Augment.prepare`.
-        say: told of samples left out.
+        prepare: applied to the images of each batch during the previous step, see `Augment.prepare`.
+        say: called with lines on samples left out.
 
     Example:
         >>> beton = Beton("val.beton")
@@ -87,7 +87,7 @@ def open_loader(
 
 
 def _check_plan(beton: Beton, plan: TrainPlan | EvalPlan) -> None:
-    """Raise `UserError` for a plan of other images, whose samples or pixels this set would not have."""
+    """Raise `UserError` for a plan of other images, with samples or pixels that this set does not have."""
     if len(plan.heights) != beton.num_samples:
         other = f"{len(plan.heights):,} samples, and this set has {beton.num_samples:,}"
     elif not all(  # most are of the very arrays, which need not be walked through
@@ -105,9 +105,9 @@ def _check_plan(beton: Beton, plan: TrainPlan | EvalPlan) -> None:
 def _open_backend(
     beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions
 ) -> tuple[Backend, str, EngineShare | None]:
-    """The backend that is asked for, or with `auto` the one that is chosen, and why; and the share that was chosen.
+    """The given backend, or with `auto` the chosen one, and the reason; and the JPEG engine's share if it was chosen.
 
-    Where memory for a resident set cannot be had on one rank after all, all ranks take another backend.
+    If one rank cannot get the memory for a resident set after all, all ranks take another backend.
     """
     kind, reason, share = options.loader, f"--loader {options.loader}", None
     if kind == "auto":
@@ -148,7 +148,7 @@ def _engine_share(
 def make_backend(
     kind: str, beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions
 ) -> Backend:
-    """The backend of that name. Raises `UserError` where it cannot be had."""
+    """Open the backend of that name. Raises `UserError` if that is not possible."""
     try:
         open_backend = import_module(f"lowrank_vit.data.decode.{kind}").open_backend
     except (ModuleNotFoundError, AttributeError):
@@ -161,14 +161,13 @@ def choose_backend(
 ) -> tuple[str, str]:
     """`("resident" | "dali" | "ffcv", the reason in words)` for `--loader auto`, the same on all ranks.
 
-    Resident if the decoded set takes at most `RESIDENT_SHARE` of the device's memory, and at most half of what is free
-    there now, so that training has room beside it; else DALI with a GPU or for evaluation, whose scores must not
-    follow from a measurement of speed; else whichever of FFCV and DALI decodes this set faster on this CPU, or of
-    several ranks on the one where it is slowest. That measurement is kept beside the set. What does not fit one rank is
-    not taken.
+    Resident if the decoded set takes at most `RESIDENT_SHARE` of the device's memory, and at most half of the memory
+    that is free now, so that training has room beside it; else DALI with a GPU or for evaluation, whose scores must not
+    depend on a measurement of speed; else whichever of FFCV and DALI decodes this set faster on this CPU, with several
+    ranks by the speed of the slowest. That measurement is kept beside the set. A backend must suit all ranks.
 
-    A run that goes on keeps what its pixels depend on: it stays resident while the set fits at all, and does not become
-    resident because of what is free by now; but a GPU is not left to what decoded on a CPU alone.
+    A resumed run keeps the backend, on which its pixels depend: it stays resident while the set fits at all, and does
+    not become resident because more memory is free; but with a GPU it does not stay with a backend of a CPU alone.
     """
     size, before = beton.decoded_bytes, options.before
     if before == "dali" or (before == "ffcv" and not cuda_path(device)):
@@ -184,9 +183,9 @@ def choose_backend(
 
 
 def why_not_resident(size: int, total: int, free: int, device: torch.device, *, is_kept: bool = False) -> str:
-    """Why `auto` does not keep `size` bytes on a device with that much memory, in words; empty where it does.
+    """Why `auto` does not keep `size` bytes on a device with that much memory, in words; empty if it does.
 
-    What `is_kept`, since the run had it there before, may take all that is free.
+    With `is_kept` the run had the set there before, and it may take all free memory.
     """
     in_words, left = f"{size_in_words(size)} decoded", f"{device} has {size_in_words(free)} free"
     if is_kept:
@@ -202,7 +201,7 @@ def why_not_resident(size: int, total: int, free: int, device: torch.device, *, 
 def _choose_decoder(
     beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions, too_big: str
 ) -> tuple[str, str]:
-    """`choose_backend` for a set that is not to be resident, since it is `too_big` or for another reason, in words."""
+    """`choose_backend` for a set that is not resident; `too_big` is the reason in words."""
     if missing := _first(options.of_all_ranks(why_no_dali(device))):
         return "ffcv", f"{too_big}; {missing}"
     if cuda_path(device):
@@ -229,7 +228,7 @@ def _choose_decoder(
 def _versions() -> dict[str, str]:
     try:
         jpeg = turbojpeg.identity()
-    except UserError:  # raw images alone can have come so far
+    except UserError:  # then all images are raw
         jpeg = "no libturbojpeg"
     return {
         "ffcv": f"numba {metadata.version('numba')}, {jpeg}",
@@ -246,7 +245,7 @@ def _first(reasons: list[str]) -> str:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Total memory of the device, or for `cpu` what this process may use of the host's, in bytes."""
+    """Total memory of the device in bytes; for `cpu` the part of the host's that this process may use."""
     if cuda_path(device):
         return torch.cuda.get_device_properties(device).total_memory
     return resources.memory().total

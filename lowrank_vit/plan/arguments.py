@@ -28,7 +28,7 @@ class Steps(Protocol):
 
 
 def sides_of(images: Sizes) -> tuple[np.ndarray, np.ndarray]:
-    """Heights and widths as arrays, from arrays or lists. Raises `UserError` for an object without, such as a path."""
+    """Heights and widths, for `of`; they may be lists. Raises `UserError` for what has none, such as a path."""
     try:
         heights, widths = np.asarray(images.heights), np.asarray(images.widths)
     except AttributeError:

@@ -1,4 +1,4 @@
-"""What a checkpoint, or published weights, say of some images."""
+"""Predict the classes of images with a checkpoint, or with published weights."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ SHOWN = 3
 Note = Callable[[str], object]
 _DECIDE_NO_ROW = ("--output", "--results-dir", "--results-file", "--results-format", "--no-console-results")
 _FOREVER = timedelta(days=365)
-"""Of a rank that makes no progress the threads that watch the ranks tell."""
+"""The threads that watch the ranks report one that makes no progress."""
 
 
 def classify(options: PredictOptions, note: Note, world: World, failing: Failing) -> None:
     """Classify on the ranks of `world`, not yet joined; the first prints and writes files.
 
     Memory does not grow with the number of images: rows are appended as batches finish, see `score.kept`. Raises
-    `UserError`, also where no image could be read.
+    `UserError`, also if no image could be read.
     """
     device = pick_device(options.device, world.local_rank)
     with joined(world, device, lambda: run_record(options, device)), failing.watched():
@@ -157,12 +157,12 @@ class _Job:
         self._stack.close()
 
     def _record(self) -> Record:
-        """What the ranks must have in common: the images, by their names, and the weights."""
+        """The record on which the ranks must agree: the names of the images, and the weights."""
         shown = f"{len(self.files):,} files"
         return {**data_record({}, self._scorer.model), "other images": (self.files.digest, shown)}
 
     def key(self) -> Record:
-        """All that decides a row, but what `is_same` looks at."""
+        """Everything that decides a row, except what `is_same` checks."""
         scorer, labels = self._scorer, "\0".join(self._labels).encode(errors="surrogateescape")
         look = f"{scorer.spec} {scorer.interpolation} {scorer.name}"
         of_run = {k: v for k, v in run_record(self._options, self._device).items() if k not in _DECIDE_NO_ROW}
@@ -170,12 +170,12 @@ class _Job:
         return {**of_run, **self._record(), **own}
 
     def is_same(self, first: int, stats: list[str]) -> bool:
-        """Whether the images of the batches from that image on still have these sizes and times."""
+        """Whether the images from number `first` on still have the sizes and times in `stats`, one for each batch."""
         numbers = range(first // self._options.batch_size, first // self._options.batch_size + len(stats))
         return stats == list(self._pool.map(digest_of_stats, map(self.files.batch, numbers)))
 
     def parts(self, first: int, suffixes: Collection[str]) -> Iterator[Part]:
-        """What each of this rank's batches adds, as many on each rank; the last may be empty."""
+        """The part that each of this rank's batches adds, equally many on each rank; the last may be empty."""
         columns = _columns_of(self._options)
         writers = {suffix: json_items if suffix == ".json" else csv_rows for suffix in suffixes}
         is_shown = not self._options.no_console_results
@@ -187,7 +187,7 @@ class _Job:
             yield Part(len(files), len(found), rows, named, stats, shown)
 
     def batches(self, first: int) -> Iterator[tuple[list[Path], list[tuple[Path, str]], list[Prediction]]]:
-        """This rank's batches from that image on: files, those that are no images with the reason, predictions."""
+        """This rank's batches from image `first` on: files, files that are not images with the reason, predictions."""
         for batch in self._decoded(first):
             skipped = [(file, crop) for file, crop in batch if isinstance(crop, str)]
             crops = [(file, crop) for file, crop in batch if not isinstance(crop, str)]
@@ -209,7 +209,7 @@ class _Job:
 
 
 def _crop(file: Path, scorer: Scorer) -> np.ndarray | str:
-    """uint8 (S, S, 3), cropped as in validation; the reason where there is no image in the file."""
+    """uint8 (S, S, 3), cropped as in validation; a string with the reason if the file has no image."""
     pixels = read_image(file)
     if isinstance(pixels, str):
         return pixels
@@ -259,9 +259,9 @@ def _line(p: Prediction, output_type: str) -> str:
 
 
 def read_image(file: Path) -> np.ndarray | str:
-    """uint8 (H, W, 3) as the converter makes it: upright, 8 bits, on white; the reason where that cannot be had.
+    """uint8 (H, W, 3) as the converter makes it: upright, 8 bits, on white; a string with the reason if that fails.
 
-    Of an animation the first picture. A suffix proves nothing, so only `formats` are tried, whatever it is.
+    Of an animation, the first picture. A suffix proves nothing: all of `formats` are tried, and no others.
     """
     try:
         with Image.open(file, formats=formats()) as image:

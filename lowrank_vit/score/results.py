@@ -1,4 +1,4 @@
-"""What `validate` and `inference` show and write: a live line, then scores, classes and predictions as JSON and CSV."""
+"""Output of `validate` and `inference`: a live line, then scores, classes and predictions as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from lowrank_vit.score.evaluate import Batches, Scores
 
 
 class ScoringProgress:
-    """Counts images, on stderr: a live line, or a line a minute where that is no terminal. Use as a context."""
+    """Counts images, on stderr: a live line, or a line a minute if that is not a terminal. Use as a context."""
 
     def __init__(self, total: int, doing: str = "", unit: str = "images", done: int = 0) -> None:
-        """`doing`: what is done, before the bar; `unit`: what is counted, in the plural; `done` of them were before."""
+        """`doing`: words before the bar; `unit`: what is counted, in the plural; `done`: how many are done already."""
         self._bar = Progress(
             *([TextColumn(doing, markup=False)] if doing else ()),
             BarColumn(bar_width=None),
@@ -58,21 +58,21 @@ class ScoringProgress:
 
 
 class Counted:
-    """A loader whose batches are counted when the next one is asked for, so when they were scored."""
+    """A loader whose batches are counted when the next one is asked for, that is, once they are scored."""
 
     def __init__(self, loader: Batches, advance: Callable[[int], object]) -> None:
-        """`advance` is told how many images were scored."""
+        """`advance` is called with the number of images that were scored."""
         self._loader, self._advance = loader, advance
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """Give the loader's batches."""
+        """Yield the loader's batches."""
         for batch in self._loader.batches(epoch):
             yield batch
             self._advance(len(batch))
 
 
 class _Speed(ProgressColumn):
-    """Images a second, averaged since the start."""
+    """Images per second, averaged since the start."""
 
     def render(self, task: Task) -> Text:
         done = task.completed - task.fields["before"]
@@ -85,7 +85,7 @@ CONFIDENCE = 0.95
 def interval(percent: float, num_samples: int) -> tuple[float, float]:
     """The 95 % interval of a share of `num_samples`, in percent: Wilson's score interval (E. B. Wilson, JASA 1927).
 
-    It says how far the figure would move on other samples of the same kind, not how another training would come out.
+    It tells how much the figure varies with other samples of the same kind, not with another training run.
     """
     from scipy.stats import binomtest
 
@@ -119,7 +119,7 @@ def timm_columns(scores: Scores) -> dict[str, Any]:
 
 
 def with_suffix_of(path: Path, results_format: str) -> Path:
-    """A --results-file with the suffix of its --results-format where it has none of its own."""
+    """A --results-file with the suffix of its --results-format if it has none of its own."""
     return path if path.suffix in (".csv", ".json") else path.with_name(f"{path.name}.{results_format}")
 
 
@@ -134,9 +134,9 @@ def make_folder_of(path: Path) -> None:
 
 
 def class_rows(scores: Scores, class_names: list[str]) -> list[dict[str, Any]]:
-    """A row a class, in label order: how many samples, top-1 and top-5 in percent, what it is most often taken for.
+    """A row for each class, in label order: samples, top-1 and top-5 in percent, the class it is most often taken for.
 
-    Shares of a class without samples are None. Needs scores that were counted by class.
+    Percentages of a class without samples are None. Needs scores that were counted by class.
     """
     confusions = scores.confusions
     assert confusions is not None
@@ -170,18 +170,18 @@ def rows_to_csv(rows: list[dict[str, Any]]) -> str:
 
 
 def picture_beside(path: Path) -> Path:
-    """Where the confusions of a table of classes are drawn."""
+    """The path of the picture of confusions for a table of classes."""
     return path.with_suffix(".png")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one image, likeliest class first."""
+    """The model's prediction for one image, likeliest class first."""
 
     file: Path
     classes: list[str]
     probabilities: list[float]
-    """0-1, as the classes."""
+    """0-1, in the order of `classes`."""
     labels: list[int]
     """The classes' numbers."""
     logits: list[float]
@@ -223,7 +223,7 @@ def csv_header(columns: Sequence[str]) -> bytes:
 
 
 def csv_rows(predictions: Iterable[Prediction], *, index: bool, value: str) -> bytes:
-    """A row an image, see `csv_columns`."""
+    """A row for each image, see `csv_columns`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for p in predictions:
@@ -233,7 +233,7 @@ def csv_rows(predictions: Iterable[Prediction], *, index: bool, value: str) -> b
 
 
 def json_items(predictions: Iterable[Prediction], *, index: bool, value: str) -> bytes:
-    """{"file", "classes", "probabilities"} of each image, more as in the table: items, each behind a comma."""
+    """{"file", "classes", "probabilities"} of each image, and more as in the table: items, each after a comma."""
     plural = {"class": "classes", "index": "indices", "probability": "probabilities", "logit": "logits"}
     items = [
         {"file": str(p.file), **{plural[k]: v for k, v in _columns(p, index=index, value=value).items()}}

@@ -1,4 +1,4 @@
-"""Scoring a checkpoint, or published weights, on a validation set; the files that are written about it."""
+"""Score a checkpoint, or published weights, on a validation set, and write files with the scores."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def _print_and_write(options: ValidateOptions, scores: Scores, scorer: Scorer, b
         print(f"  {name}  {percent:6.2f} %   95 % interval {low:.2f} to {high:.2f}")
     print(f"  loss   {scores.loss:.4f}")
     if not math.isfinite(scores.loss):
-        print("note: the loss is not finite, so some outputs are not either, and no score of them means anything")
+        print("note: the loss is not finite, so some outputs are not either, and the scores mean nothing")
     sys.stdout.flush()
-    if files := _files(options, scores, scorer, beton):  # behind the scores, which a full disk must not cost
+    if files := _files(options, scores, scorer, beton):  # after the scores, which a full disk must not cost
         write_all(files)
         terminal.output_is_in_files()
         terminal.say(f"written: {', '.join(map(str, files))}")
@@ -170,7 +170,7 @@ def _written(options: ValidateOptions) -> dict[Path, str]:
 def _files(
     options: ValidateOptions, scores: Scores, scorer: Scorer, beton: Beton
 ) -> dict[Path, Callable[[], str | bytes]]:
-    """The files that are asked for, and what makes the content of each."""
+    """The files to write, each with a function that makes its content."""
     look = {"img_size": scorer.spec.img_size, "crop_pct": scorer.spec.crop_pct, "interpolation": scorer.interpolation}
     content: dict[str, Any] = {
         "checkpoint": str(options.checkpoint) if options.checkpoint else None,
@@ -199,7 +199,7 @@ def _files(
 
 
 def _confusions(scores: Scores, names: list[str], subtitle: str) -> bytes:
-    from lowrank_vit.report import confusion_plot as plot  # draws: only where asked for
+    from lowrank_vit.report import confusion_plot as plot  # loads matplotlib
 
     confusions = scores.confusions
     assert confusions is not None
@@ -219,7 +219,7 @@ def follow_model(scorer: Scorer, beton: Beton, trust: Trust, say: Callable[[str]
     for remark in found.remarks:
         say(f"note: {remark}")
     if len(found.outputs) < scorer.num_classes:
-        say(f"note: all {scorer.num_classes:,} outputs of the model can win, also those whose class the data lack")
+        say(f"note: all {scorer.num_classes:,} outputs of the model compete, also those of classes not in the data")
     beton.relabel(found.outputs, found.names)
 
 

@@ -1,4 +1,4 @@
-"""What the decode backends have in common: what they are to decode, from where its pixels come, what they report."""
+"""Common parts of the decode backends: their options, the schedule they decode, source pixels, and errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 
 _KEPT_TIMES = 256
 USUAL_SHARE = 0.35
-"""`--hw-decoder-load` where nothing is measured: the fastest on an H100 with 14 to 16 threads."""
+"""`--hw-decoder-load` if nothing is measured: the fastest on an H100 with 14 to 16 threads."""
 
 
 def _alone(said: Any) -> list[Any]:
@@ -31,9 +31,9 @@ class FedStep:
     """The training step that a loader feeds, on one GPU."""
 
     key: Mapping[str, Any]
-    """All that its speed depends on; plain values."""
+    """Everything that its speed depends on; plain values."""
     estimate: float | None
-    """Images a second that it makes at most, where that was not measured yet; None: not known."""
+    """Upper bound of its images per second, until they are measured; None: unknown."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,20 @@ class LoaderOptions:
     workers: int = 4
     prefetch: int = 2
     hw_decoder_load: float | None = USUAL_SHARE
-    """None: the one that was measured to suit, see `jpeg_engine.py`."""
+    """None: a measured one, see `jpeg_engine.py`."""
     on_bad_sample: Literal["error", "skip"] = "error"
     of_all_ranks: Callable[[Any], list[Any]] = _alone
-    """Makes of what one rank says a list of what all say, by rank, so that `auto` is the same choice on all of them."""
+    """Turns a rank's value into the list of all ranks' values, so that `auto` chooses the same on all of them."""
     say: Callable[[str], object] | None = None
-    """Told of the progress of what takes long; None: nothing is shown, as of ranks that do not speak."""
+    """Called with the progress of long work; None, as on all ranks but one: nothing is shown."""
     jpeg_fancy_upsampling: bool = True
     step: FedStep | None = None
-    """By which a share is chosen."""
+    """The step for which the JPEG engine's share is chosen."""
     before: str = ""
-    """The loader that a run has decoded with so far, which `auto` takes again where it can; empty: a new run."""
+    """The loader that a run has decoded with so far, which `auto` takes again if it can; empty: a new run."""
 
     def __post_init__(self) -> None:
-        """Raise `UserError` for what is outside its range."""
+        """Raise `UserError` for a value outside its range."""
         check_whole(workers=self.workers, prefetch=self.prefetch)
         check_choice(("error", "skip"), on_bad_sample=self.on_bad_sample)
         if self.hw_decoder_load is not None:
@@ -66,7 +66,7 @@ class LoaderOptions:
 
 
 def usual_workers(device: torch.device, sharing: int = 1) -> int:
-    """Threads that decode, where none are asked for: 4, or with a GPU, which decodes too, all cores but 2.
+    """Default number of threads that decode: 4, or with a GPU, which decodes too, all cores but 2.
 
     Those 2 launch the step's work and feed the decoder. `sharing`: processes that share this machine's cores.
     """
@@ -74,7 +74,7 @@ def usual_workers(device: torch.device, sharing: int = 1) -> int:
 
 
 class Schedule:
-    """The rest of an epoch: each batch is planned, its ids too, when it is asked for, so none waits for the others.
+    """The rest of an epoch: each batch, with its ids, is planned when it is asked for, so none waits for the others.
 
     Backends ask for plans in threads of their own, so that drawing them costs the trainer nothing.
     """
@@ -89,9 +89,9 @@ class Schedule:
         *,
         most: int | None = None,
     ) -> None:
-        """`bad`: samples to do without, see `step_ids`; `check` is given each batch's ids and may raise.
+        """`bad`: samples to leave out, see `step_ids`; `check` is called with each batch's ids and may raise.
 
-        `most`: steps, where not the whole rest is wanted.
+        `most`: the number of steps, if not the whole rest.
         """
         self._plan, self._check, self.epoch, self._bad = plan, check, epoch, np.array(sorted(bad), np.int64)
         rest = range(first_step, plan.steps_per_epoch)
@@ -100,7 +100,7 @@ class Schedule:
     def __iter__(self) -> Iterator[BatchPlan]:
         for step in self._steps:
             ids = self._plan.step_ids(self.epoch, step, self._bad)
-            if len(ids):  # in evaluation bad samples may be all that there were
+            if len(ids):  # in evaluation all samples of a batch may be bad
                 self._check(ids)
                 yield self._plan.batch(self.epoch, step, ids)
 
@@ -115,13 +115,13 @@ class Backend(Protocol):
     def decode(self, schedule: Schedule) -> Generator[Batch]:
         """Yield the schedule's batches; closing the generator early ends all threads of it.
 
-        Device work goes to the CUDA stream that is current when a batch is asked for. Raises `DamagedSamples` in the
-        place of the first batch that holds one.
+        Device work goes to the CUDA stream that is current when a batch is asked for. Raises `DamagedSamples` in place
+        of the first batch that holds damaged samples.
         """
         ...
 
     def ready(self) -> int:
-        """How many decoded batches wait to be asked for."""
+        """How many decoded batches are ready."""
         ...
 
     def close(self) -> None:
@@ -139,15 +139,15 @@ class DamagedSamples(Exception):
 
 
 def new_meter() -> deque[float]:
-    """Where a backend notes its decode times, newest last. Written by its thread, read by the trainer's."""
+    """A list of a backend's decode times, newest last. Written by its thread, read by the trainer's."""
     return deque(maxlen=_KEPT_TIMES)
 
 
 ORIGIN, SCALE, LOW, LENGTH = range(4)
 """Columns of a span, all in stored pixels along one axis.
 
-Output pixel i covers `SCALE` pixels from `ORIGIN + i * SCALE`. Pixels outside `[LOW, LOW + LENGTH)` count for nothing,
-as if the image had been cropped to them first.
+Output pixel i covers `SCALE` pixels from `ORIGIN + i * SCALE`. Pixels outside `[LOW, LOW + LENGTH)` do not count, as if
+the image had been cropped to that range first.
 """
 
 
@@ -168,7 +168,7 @@ Spans = TypeVar("Spans", np.ndarray, Tensor)
 
 
 def cropped(spans: Spans) -> Spans:
-    """Spans, array or tensor, as they lie in an image that has been cropped to them already."""
+    """Spans, array or tensor, relative to images that have been cropped to them already."""
     moved = spans.clone() if isinstance(spans, Tensor) else spans.copy()
     moved[:, :, ORIGIN] -= spans[:, :, LOW]  # type: ignore[operator]
     moved[:, :, LOW] = 0

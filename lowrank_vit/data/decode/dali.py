@@ -1,8 +1,8 @@
 """The DALI backend: NVIDIA DALI decodes, cuts, resizes and mirrors, on the GPU or on CPU threads.
 
-DALI only ever computes. Which sample comes when, its window and flip, where an epoch ends and what a short batch is,
-all come from the plan, by way of external sources that one thread here fills with views of the mapped file. So there
-are no worker processes, no copies of JPEG bytes, no random numbers of DALI's and none of its epochs.
+DALI only computes. The order of the samples, their windows and flips, the end of an epoch and short batches all come
+from the plan, through external sources that one thread here fills with views of the mapped file. So there are no worker
+processes, no copies of JPEG bytes, and none of DALI's random numbers or epochs.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 from lowrank_vit.plan.rectangles import CenterCrops
 
 HOST_PART_BYTES, DEVICE_PART_BYTES = 1 << 27, 1 << 31
-"""Decoded pixels that DALI makes at a time, in bytes: a batch of larger images is decoded in parts."""
+"""Bytes of decoded pixels that DALI makes at a time: a batch of larger images is decoded in parts."""
 BYTES_A_THREAD = 1 << 24
-"""On the CPU at least so many, in bytes for each thread, that none of many is idle."""
+"""On the CPU at least so many bytes for each thread, so that none of many is idle."""
 
 
 _NO_GPU = "Update the NVIDIA driver, install a DALI that is built for it, or decode on the CPU with --loader ffcv."
@@ -65,7 +65,7 @@ class _Part(NamedTuple):
 
     sources: Sources
     whole: BatchPlan | None
-    """The whole batch's plan, where this is its last part."""
+    """The whole batch's plan if this is its last part, else None."""
 
 
 class DaliBackend:
@@ -84,7 +84,7 @@ class DaliBackend:
         hw_decoder_load: float = USUAL_SHARE,
         fancy_upsampling: bool = True,
     ) -> None:
-        """`workers`: DALI's CPU threads; `prefetch`: batches that DALI works on at a time, and as many may wait.
+        """`workers`: DALI's CPU threads; `prefetch`: batches that DALI works on at a time; as many may be ready.
 
         `hw_decoder_load`: share of a batch for the GPU's JPEG engine, 0-1; `fancy_upsampling`: see `PipelineShape`.
         Raises `RuntimeError`, in DALI's words.
@@ -111,7 +111,7 @@ class DaliBackend:
         self._part_bytes = DEVICE_PART_BYTES if self._shape.resize else max(HOST_PART_BYTES, workers * BYTES_A_THREAD)
         self._made: list[torch.Tensor] = []
         self._made_ms = 0.0
-        """The parts of the next batch that have come out, and how long they took."""
+        """The finished parts of the next batch, and the time they took."""
         self.decode_ms = new_meter()
         self._decoding: Ahead[tuple[Batch, Mark]] | None = None
         self._being_read = KeptAlive()
@@ -137,7 +137,7 @@ class DaliBackend:
         with on_stream(self._stream):
             try:
                 for plan in schedule:
-                    # DALI believes the sizes that it is fed, and reads beyond a smaller image where they are wrong.
+                    # DALI trusts the sizes that it is fed: if they are wrong it reads beyond a smaller image.
                     if reasons := find_damage(self._beton, self._beton.contradicting(plan.ids)):
                         while in_flight:
                             yield from self._collect(in_flight, time.perf_counter())
@@ -154,7 +154,7 @@ class DaliBackend:
             except RuntimeError as error:  # all of DALI's errors; the pipeline is of no more use
                 self._pipeline = None
                 raise self._explain(error, [part.sources.plan for part in in_flight]) from error
-            finally:  # also where the epoch is left, a sample is damaged, or the file has changed
+            finally:  # also if the epoch is left, a sample is damaged, or the file has changed
                 self._drain(in_flight)
 
     def _parts(self, plan: BatchPlan) -> Iterator[_Part]:
@@ -175,8 +175,8 @@ class DaliBackend:
             yield _Part(self._sources(part), plan if end == len(plan.ids) else None)
 
     def _collect(self, in_flight: deque[_Part], begun: float) -> Iterator[tuple[Batch, Mark]]:
-        """Yield the batch, and what marks its end on the stream, if the part that is made next is its last."""
-        # With a stream DALI makes that one wait for the GPU, else the host.
+        """Take the next part out of DALI; if it is its batch's last, yield the batch and a mark of its end."""
+        # With a stream, DALI makes the stream wait for the GPU, else the host.
         (made,) = self._pipeline.outputs(self._stream)
         sources, plan = in_flight.popleft()
         part = torch.from_dlpack(made.as_tensor()) if self._shape.resize else self._resized(made, sources.plan)
@@ -216,7 +216,7 @@ class DaliBackend:
         return torch.from_numpy(images_NHWC)
 
     def _drain(self, in_flight: deque[_Part]) -> None:
-        """Take what DALI still makes out of it, so that the next epoch begins with an empty pipeline."""
+        """Take all remaining outputs out of DALI, so that the next epoch begins with an empty pipeline."""
         try:
             while in_flight and self._pipeline is not None:
                 self._pipeline.outputs()
@@ -246,18 +246,18 @@ class DaliBackend:
         )
 
     def ready(self) -> int:
-        """How many decoded batches wait."""
+        """How many decoded batches are ready."""
         return self._decoding.waiting if self._decoding else 0
 
     def close(self) -> None:
-        """Give DALI's threads and memory back, the memory to others on the device, too."""
+        """Release DALI's threads and memory, the memory also for other processes on the device."""
         self._pipeline = None
         if cuda_path(self._device):
             release_memory()
 
 
 def rows_of(plan: BatchPlan, rows: slice) -> BatchPlan:
-    """DALI's inputs for some samples of a batch: which they are, and their crops."""
+    """A plan for some samples of a batch: only what DALI needs, ids and crops."""
     center = plan.center and CenterCrops(plan.center.resized[rows], plan.center.corners[rows])
     arrays = (plan.ids[rows], plan.windows[rows], plan.flips[rows], plan.interpolations[rows])
     return BatchPlan(plan.epoch, plan.step, *arrays, mix=(NO_MIX,), center=center)
@@ -265,7 +265,7 @@ def rows_of(plan: BatchPlan, rows: slice) -> BatchPlan:
 
 @cache
 def why_no_dali(device: torch.device) -> str:
-    """The reason why DALI cannot decode for a device, or an empty string. On a GPU an image is decoded to find out."""
+    """Why DALI cannot decode for a device, or an empty string. On a GPU this decodes an image to find out."""
     if why := why_missing("nvidia.dali"):
         which = f", which may decode faster ({install_line('dali')})" if why == NOT_INSTALLED else ""
         return f"NVIDIA DALI {why}{which}"
@@ -292,7 +292,7 @@ def why_no_dali(device: torch.device) -> str:
 
 
 def open_backend(beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions) -> DaliBackend:
-    """Decode with DALI. Raises `UserError` where it cannot be used."""
+    """Decode with DALI. Raises `UserError` if it cannot be used."""
     needs("nvidia.dali", extra="dali", to="--loader dali", instead="decode on the CPU with --loader ffcv")
     if reason := why_no_dali(device):
         raise UserError(f"--loader dali: {reason}. {_NO_GPU}")

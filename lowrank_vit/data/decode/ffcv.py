@@ -1,8 +1,8 @@
 """The FFCV backend: a thread that decodes batches on CPU threads by one compiled function, as FFCV's `Loader` does.
 
-JPEGs come out with the pixels of FFCV's own decoder in training, and with Pillow's, which take longer, in evaluation,
-so that scores do not depend on the backend. What FFCV leaves open is closed here: sizes and return codes are checked,
-damage is named, no JPEG borrows the tables of the one before, and each batch has memory of its own.
+JPEGs get the pixels of FFCV's own decoder in training, and Pillow's, which take longer, in evaluation, so that scores
+do not depend on the backend. Unlike FFCV, this backend checks sizes and return codes, names damaged samples, decodes no
+JPEG with the tables of the one before, and gives each batch memory of its own.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def decode_batch(
     num_threads: int,
     images: np.ndarray,
 ) -> np.ndarray:
-    """Decode B samples, then cut, resize and mirror each as planned: bool (B,), whether `images` holds it.
+    """Decode B samples, then crop, resize and mirror each as planned: bool (B,), whether `images` has it.
 
     `starts`, `sizes`, `heights`, `widths`: int64 (B,), of the samples in `file_bytes`; `spans`: float64 (B, 2, 4), see
     `spans`; `flags`: see `decode_jpeg`; `images`: uint8 (B, S, S, 3). Numba's `num_threads` threads hold one decoded
@@ -51,7 +51,7 @@ def decode_batch(
     """
     num_pixel_bytes = 3 * heights * widths
     is_good = np.zeros(len(images), np.bool_)
-    # What a JPEG says of itself is compared with the index first: whatever does not fit is never decoded.
+    # The header of a JPEG is compared with the index first: a JPEG that does not fit is never decoded.
     for n in numba.prange(len(images)):
         data = file_bytes[starts[n] : starts[n] + sizes[n]]
         if modes[n] != MODE_JPEG:
@@ -66,7 +66,7 @@ def decode_batch(
         if modes[n] == MODE_JPEG:
             data, pixels = pixels, scratch[numba.get_thread_id()][: num_pixel_bytes[n]]
             is_good[n] = decode_jpeg(data, pixels, heights[n], widths[n], flags)
-        # After an error the scratch memory holds what was there before.
+        # After an error the scratch memory holds old content.
         if is_good[n]:
             is_good[n] = resize_into(pixels, 3 * widths[n], spans[n], interpolations[n], flips[n], images[n])
     return is_good
@@ -83,7 +83,7 @@ class FfcvBackend:
     def __init__(
         self, beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, workers: int, *, prefetch: int = 3
     ) -> None:
-        """`prefetch`: decoded batches that may wait."""
+        """`prefetch`: decoded batches to keep ready."""
         self._beton, self._device, self._img_size, self._prefetch = beton, device, plan.img_size, prefetch
         self._flags = EXACT if isinstance(plan, EvalPlan) else FAST
         self._threads = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
@@ -103,7 +103,7 @@ class FfcvBackend:
             self._decoding = None
 
     def _decoded(self, schedule: Schedule) -> Generator[tuple[Tensor, BatchPlan], None, None]:
-        """Yield the batches as they lie on the host; runs in a thread of its own."""
+        """Yield the batches on the host; runs in a thread of its own."""
         numba.set_num_threads(self._threads)  # a thread's own setting
         for plan in schedule:
             begun = time.perf_counter()
@@ -120,9 +120,9 @@ class FfcvBackend:
     def _fill(self, images: np.ndarray, plan: BatchPlan) -> None:
         """Decode a batch into `images`, uint8 (B, S, S, 3). Raises `DamagedSamples`.
 
-        libjpeg-turbo returns one code for errors and for warnings, some of which leave the picture whole (a byte or two
-        too many before a marker, as in some images of ImageNet). So Pillow decodes what failed, and which warnings are
-        damage is decided as when converting.
+        libjpeg-turbo returns the same code for errors and for warnings, some of which leave the picture whole (one or
+        two surplus bytes before a marker, as in some images of ImageNet). So Pillow decodes samples that failed, and
+        warnings are judged as when converting.
         """
         beton, ids, size = self._beton, plan.ids, self._img_size
         heights, widths = beton.heights[ids].astype(np.int64), beton.widths[ids].astype(np.int64)
@@ -140,11 +140,11 @@ class FfcvBackend:
             raise DamagedSamples(reasons)
 
     def ready(self) -> int:
-        """How many decoded batches wait."""
+        """How many decoded batches are ready."""
         return self._decoding.waiting if self._decoding else 0
 
     def close(self) -> None:
-        """Nothing to give back: every epoch ends its own thread."""
+        """Nothing to release: every epoch ends its own thread."""
 
 
 def open_backend(beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions) -> FfcvBackend:

@@ -1,4 +1,4 @@
-"""One sample by Pillow: the judge of what is damaged, and the slow twin of every backend."""
+"""Decode one sample with Pillow: it decides which samples are damaged, and is the slow twin of every backend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def decode(beton: Beton, sample_id: int) -> np.ndarray:
         return stored.reshape(height, width, 3)
     if has_too_many_scans(stored):
         raise ValueError(f"a progressive JPEG of more than {MAX_SCANS} scans, which would decode for minutes")
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # a library in this process may have switched on tolerance
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library in this process may have switched it on
     try:
         # Named, because the bytes may be anything: Pillow would hand an EPS file to Ghostscript.
         with Image.open(io.BytesIO(stored.tobytes()), formats=("JPEG",)) as image:
@@ -40,9 +40,9 @@ def decode(beton: Beton, sample_id: int) -> np.ndarray:
 
 
 def decode_sound(beton: Beton, sample_id: int) -> np.ndarray:
-    """`decode`, but what libjpeg warns of, which Pillow keeps to itself, is damage as it is when converting.
+    """`decode`, but libjpeg's warnings, which Pillow does not report, count as damage as they do when converting.
 
-    Raises `ValueError` with the words of either.
+    Raises `ValueError` with the words of Pillow or libjpeg.
     """
     pixels = decode(beton, sample_id)
     if beton.modes[sample_id] != MODE_RAW:
@@ -72,7 +72,7 @@ def find_damage(beton: Beton, ids: np.ndarray) -> dict[int, str]:
 
 
 def crop_and_resize(pixels: np.ndarray, plan: BatchPlan, n: int, size: int) -> np.ndarray:
-    """What sample `n` of the plan becomes, uint8 (size, size, 3), from its whole image."""
+    """Crop, resize and flip the whole image of sample `n` as planned: uint8 (size, size, 3)."""
     image, interpolation = Image.fromarray(pixels), Image.Resampling[PIL_NAMES[plan.interpolations[n]]]
     if plan.center is not None:
         (height, width), (top, left) = plan.center.resized[n].tolist(), plan.center.corners[n].tolist()

@@ -20,7 +20,7 @@ from lowrank_vit.plan.plans import BatchPlan, EvalPlan, TrainPlan
 
 
 class ResidentBackend:
-    """Batches of any `.beton` that fits; the host sends only ids, windows, flips and filters.
+    """Batches of any `.beton` that fits into memory; the host sends only ids, windows, flips and filters.
 
     The set is loaded once, at the start. Two kernels resize a batch on CUDA, `workers` threads on a CPU.
     """
@@ -35,7 +35,7 @@ class ResidentBackend:
         workers: int,
         say: Callable[[str], object] | None = None,
     ) -> None:
-        """Load the set with `workers` threads; `say` is told of the progress. Raises `NoRoom`, see `ResidentSet`."""
+        """Load the set with `workers` threads; `say` gets lines on the progress. Raises `NoRoom`, see `ResidentSet`."""
         self._img_size, self._device = plan.img_size, device
         self._workers = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         self._beton = beton
@@ -44,7 +44,7 @@ class ResidentBackend:
         self.decode_ms = new_meter()
 
     def decode(self, schedule: Schedule) -> Generator[Batch]:
-        """Yield the schedule's batches. Times are the host's: on CUDA, of queueing the work."""
+        """Yield the schedule's batches. Decode times are the host's: on CUDA, those of queueing the work."""
         for plan in schedule:
             begun = time.perf_counter()
             if damaged := {int(i): self._set.damaged[int(i)] for i in plan.ids if int(i) in self._set.damaged}:
@@ -92,18 +92,18 @@ class ResidentBackend:
         return Batch(images_NHWC.permute(0, 3, 1, 2), self._set.labels[table[:, -1].long()], plan)
 
     def ready(self) -> int:
-        """None: a batch is made when it is asked for."""
+        """0: a batch is made when it is asked for."""
         return 0
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         self._set.release()
 
 
 def open_backend(
     beton: Beton, plan: TrainPlan | EvalPlan, device: torch.device, options: LoaderOptions
 ) -> ResidentBackend:
-    """Decode a set into memory. Raises `UserError` where there is no room for it."""
+    """Decode a set into memory. Raises `UserError` if there is no room for it."""
     try:
         return ResidentBackend(beton, plan, device, options.workers, options.say)
     except NoRoom as error:

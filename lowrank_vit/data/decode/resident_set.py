@@ -25,32 +25,32 @@ from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.index import decoded_bytes
 
 _PART_BYTES = 64 << 20
-"""Decoded, and copied to a GPU, at a time; of the host's memory two such pieces are taken."""
+"""Bytes that are decoded, and copied to a GPU, at a time; the host has memory for two such pieces."""
 _READ_BYTES = 8 << 20
-"""Read from the file at a time, a page as converters write it; a larger image is read in one."""
+"""Bytes that are read from the file at a time, a page as converters write it; a larger image is read whole."""
 _SHOWN_BYTES = 1 << 30
-"""Of fewer bytes no progress is shown: they take seconds."""
+"""No progress is shown for fewer bytes: they take seconds."""
 
 
 class NoRoom(UserError):
-    """A device has no memory for a set: how much that takes, and what is free where, in words without its name."""
+    """A device has no memory for a set; the message tells the needed and the free memory, not the set's name."""
 
 
 class ResidentSet:
-    """Images as uint8 RGB one behind the other in a device's memory, in the order in which the file has them.
+    """Images as uint8 RGB one after the other in a device's memory, in the order of the file.
 
-    Raw samples are read from the file many at a time, JPEGs are decoded to Pillow's pixels, by CPU threads. To a GPU
-    they go through two pinned pieces of the host's memory: one is filled while the other is copied.
+    CPU threads read raw samples from the file many at a time, and decode JPEGs to Pillow's pixels. To a GPU they go
+    through two pinned pieces of the host's memory: one is filled while the other is copied.
     """
 
     def __init__(self, beton: Beton, device: torch.device) -> None:
-        """Take all memory that `load` needs. Raises `NoRoom`, and then has taken none."""
+        """Allocate all memory that `load` needs. Raises `NoRoom`, and then has allocated none."""
         self._beton, self._device = beton, device
         total = beton.decoded_bytes
         if crowded := place_without_room(total, device):
             raise NoRoom(f"{size_in_words(total)} decoded, but {crowded} free")
         self._bounds = _bounds(beton)
-        """int64 (N + 1,): first byte of each image, by its place in the file, and what is behind the last."""
+        """int64 (N + 1,): first byte of each image, in the order of the file, and the end of the last."""
         self.starts = self._bounds[:-1]
         """int64 (N,): first byte of each image."""
         self._order = None if beton.is_ascending else np.argsort(beton.pointers, kind="stable")
@@ -60,24 +60,24 @@ class ResidentSet:
             self.starts = np.empty_like(sizes)
             self.starts[self._order] = self._bounds[:-1]
         self.damaged: dict[int, str] = {}
-        """Why samples do not decode, by their ids; complete when all is loaded."""
+        """The reason for each sample that does not decode, by id; complete when all is loaded."""
         try:
             self.pixels = _empty(total, device)
             """uint8 (bytes,)."""
             self.labels = _tensor(beton.labels).to(device)
             """int64 (N,)."""
             self._pieces = [_pinned(min(_PART_BYTES, total), device) for _ in range(2 if cuda_path(device) else 0)]
-        except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError, or what CUDA says of pinned memory
+        except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError, or CUDA's error for pinned memory
             reason = _reason(error)
         else:
             return
-        raise self._no_room(reason)  # not above, where the error keeps what was taken
+        raise self._no_room(reason)  # not above, where the error keeps the memory alive
 
     def load(self, workers: int, say: Callable[[str], object] | None = None) -> None:
-        """Fill the memory with `workers` threads; `say` is told of the progress where it takes long.
+        """Fill the memory with `workers` threads; `say` gets lines on the progress if that takes long.
 
         Raises `NoRoom`, and `BetonError` for a file that changed or cannot be read; damaged samples are noted. After an
-        error, or Ctrl-C, all is released and no thread is left.
+        error, or Ctrl-C, all memory is released and no thread is left.
         """
         total, begun = int(self._bounds[-1]), time.monotonic()
         say = say if total >= _SHOWN_BYTES else None
@@ -103,7 +103,7 @@ class ResidentSet:
 
     def _fill(self, pool: ThreadPoolExecutor, advance: Callable[[int], object]) -> None:
         marks = [Mark(None), Mark(None)]
-        """Behind the copies of what lies in the pieces."""
+        """Reached when the copies of the two pieces are done."""
         for n, (first, last) in enumerate(_parts(self._bounds[1:], _PART_BYTES)):
             self._beton.check_unchanged(self._ids(first, last))
             begin, end = int(self._bounds[first]), int(self._bounds[last])
@@ -123,11 +123,11 @@ class ResidentSet:
             mark.wait_on_host()
 
     def _ids(self, first: int, last: int) -> np.ndarray:
-        """Of the samples from one place in the file to another."""
+        """Ids of the samples from one place in the file to another."""
         return np.arange(first, last) if self._order is None else self._order[first:last]
 
     def _tasks(self, first: int, last: int, host: np.ndarray) -> Iterator[Callable[[], None]]:
-        """What fills `host` with the images from one place in the file to another: reads and decodings."""
+        """Functions that fill `host` with the images from one place in the file to another, by reading or decoding."""
         beton, ids, offset = self._beton, self._ids(first, last), int(self._bounds[first])
         is_raw, pointers, sizes = beton.modes[ids] == MODE_RAW, beton.pointers[ids], beton.sizes[ids]
         begins, ends = self.starts[ids] - offset, self._bounds[first + 1 : last + 1] - offset
@@ -154,7 +154,7 @@ class ResidentSet:
         self._beton.read_into(pointer, pixels)
 
     def _decode(self, sample_id: int, pixels: np.ndarray) -> None:
-        """As ffcv does in evaluation: Pillow is asked where libjpeg-turbo has as much as a warning."""
+        """Decode as ffcv does in evaluation: with Pillow if libjpeg-turbo has an error or a warning."""
         beat()
         beton, height, width = self._beton, int(self._beton.heights[sample_id]), int(self._beton.widths[sample_id])
         is_wrong = beton.contradicts(sample_id)
@@ -168,20 +168,20 @@ class ResidentSet:
             self.damaged[sample_id] = str(error)
 
     def _no_room(self, reason: str) -> NoRoom:
-        """The error that says so, when all is released."""
+        """Release all memory, and return the error."""
         self.release()
         taken, free = size_in_words(self._beton.decoded_bytes), size_in_words(free_bytes(self._device))
         return NoRoom(f"{taken} decoded, but {self._device}, where {free} are free, has no room ({reason})")
 
     def release(self) -> None:
-        """Give the memory back, to others on the device, too."""
+        """Release the memory, also for other processes on the device."""
         self.pixels, self._pieces = torch.empty(0, dtype=torch.uint8), list[Tensor]()
         if cuda_path(self._device):
             torch.cuda.empty_cache()
 
 
 def _bounds(beton: Beton) -> np.ndarray:
-    """int64 (N + 1,): where each image would begin if they lay in the order of their ids, and the end."""
+    """int64 (N + 1,): the first byte of each image if they were in the order of their ids, and the end."""
     bounds, at = np.zeros(beton.num_samples + 1, np.int64), 1
     for block in beton.blocks():
         sizes = decoded_bytes(block)
@@ -191,20 +191,20 @@ def _bounds(beton: Beton) -> np.ndarray:
 
 
 def _tensor(read_only: np.ndarray) -> Tensor:
-    """A tensor of an array that is not to be written to, of which torch would warn; it must not be, either."""
+    """A tensor of a read-only array, without torch's warning; it must not be written to, either."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(read_only)
 
 
 def place_without_room(size: int, device: torch.device) -> str:
-    """In words, "cpu has 1.5 GB", where `size` bytes do not fit; nothing if they do."""
+    """Words such as "cpu has 1.5 GB" if `size` bytes do not fit; empty if they do."""
     free = free_bytes(device)
     return f"{device} has {size_in_words(free)}" if size > free else ""
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that may be taken on a device now: on a GPU the driver's, and what torch keeps of it without need."""
+    """Bytes that can be allocated on a device now: on a GPU the driver's free memory and torch's unused cache."""
     if cuda_path(device):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -218,7 +218,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _empty(size: int, device: torch.device) -> Tensor:
-    """Memory for pixels; on a CPU none is taken before it is written, so that damaged samples cost nothing."""
+    """Memory for pixels; on a CPU pages are taken only when written, so that damaged samples cost nothing."""
     if cuda_path(device):
         return torch.empty(size, dtype=torch.uint8, device=device)
     return torch.from_numpy(np.zeros(size, np.uint8))
@@ -229,7 +229,7 @@ def _pinned(size: int, device: torch.device) -> Tensor:
 
 
 def _parts(ends: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
-    """Stretches of images that take at most `limit` bytes together, or one image alone; `ends` are behind each."""
+    """Ranges of images of at most `limit` bytes together, or a single larger image; `ends`: the end of each image."""
     first = 0
     while first < len(ends):
         begin = ends[first - 1] if first else 0

@@ -26,7 +26,7 @@ from lowrank_vit.common.terminal import as_bytes, bytes_shown
 from lowrank_vit.common.threads import beat
 
 STAMP = "staged.json"
-"""Beside the files of a finished copy: what they were when they had been checked."""
+"""Beside the files of a finished copy: their sizes, times and inodes when they had been checked."""
 _CHUNK_BYTES = 1 << 24
 
 
@@ -39,10 +39,11 @@ def stage_all(betons: Sequence[Path], stage_dir: Path, say: Say = terminal.say) 
     """Copy each of `betons` (or its parts) and its sidecars below `stage_dir`; returns the copies, to be opened.
 
     One process of a node copies, the others wait. Each copied file is read back and compared with the manifest's
-    SHA-256, or with that of its source where no manifest tells. A finished copy is used again as long as the source
+    SHA-256, or with that of its source if no manifest tells one. A finished copy is used again as long as the source
     has the same manifest (without one: the same size and time) and the copy's files are untouched, by size, time and
-    inode; neither is read for that.
-    Raises `UserError`: no room, not writable; `BetonError`: a source that is missing or not its manifest's.
+    inode; this reads neither.
+
+    Raises `UserError`: no room, not writable; `BetonError`: a source is missing or does not match its manifest.
     """
     sets = [_Set.of(beton, stage_dir) for beton in betons]
     lacking = list({one.folder: one for one in sets if not one.is_copied()}.values())
@@ -71,12 +72,12 @@ class _Set:
 
     beton: Path
     sha256: dict[Path, str]
-    """Of every file; empty where no manifest tells."""
+    """SHA-256 of every file; empty if no manifest tells it."""
     num_bytes: int
     folder: Path
-    """Where the copy lies when it is whole."""
+    """The folder of the finished copy."""
     origin: str
-    """How the names of this source's folders begin."""
+    """The beginning of the names of this source's folders."""
 
     @classmethod
     def of(cls, beton: Path, stage_dir: Path) -> _Set:
@@ -89,10 +90,10 @@ class _Set:
             stat = part.stat()
             if manifest and manifest.file_bytes != stat.st_size:
                 raise BetonError(
-                    f"{part} has {stat.st_size:,} bytes, {manifest_path(part).name} speaks of {manifest.file_bytes:,}. "
+                    f"{part} has {stat.st_size:,} bytes, but {manifest_path(part).name} says {manifest.file_bytes:,}. "
                     "Convert it again, or copy it again with its sidecars."
                 )
-            # A manifest is the last file that a conversion writes, and it tells all bytes of the other two.
+            # A manifest is the last file that a conversion writes, and it has the checksums of the other two.
             sha256 |= {part: manifest.sha256 if manifest else ""}
             table_sha256 = manifest.sample_table_sha256 if manifest else ""
             sidecars = {manifest_path(part): "", sample_table_path(part): table_sha256}
@@ -143,7 +144,7 @@ def _check_room(sets: list[_Set], stage_dir: Path) -> None:
     needed, free = sum(one.num_bytes for one in sets), free_bytes(stage_dir)
     if free is not None and needed > free:
         raise UserError(
-            f"--stage-dir {stage_dir}: {_names(sets)} and what belongs to them take {size_in_words(needed)}, but only "
+            f"--stage-dir {stage_dir}: {_names(sets)} with sidecars take {size_in_words(needed)}, but only "
             f"{size_in_words(free)} are free there. Make room, give a folder on another disk, or leave the flag out."
         )
 
@@ -163,7 +164,7 @@ def _copy_sets(sets: list[_Set], stage_dir: Path, say: Say) -> None:
 
 
 def _copy_set(one: _Set, advance: Callable[[int], object]) -> None:
-    """Copy into a hidden folder, which gets its name when all is on the disk and checked."""
+    """Copy into a hidden folder, which is renamed when all is on the disk and checked."""
     with whole_folder(one.folder) as folder:
         copies = [folder / path.name for path in one.sha256]
         for (path, told), copy in zip(one.sha256.items(), copies, strict=True):
@@ -189,4 +190,4 @@ def _copy(source: Path, target: Path, told: str, advance: Callable[[int], object
             f"{beton} --full`."
         )
     if sha256_of(target) != digest.hexdigest():
-        raise BetonError(f"{target}: what was copied reads back differently. The disk may be failing.")
+        raise BetonError(f"{target}: the copy reads back differently. The disk may be failing.")

@@ -106,7 +106,7 @@ def test_both_sets_of_a_run_are_staged(digits_dir, tmp_path, monkeypatch):
     assert asked == [tmp_path / "fast"]  # room for both, once
     shutil.rmtree(tmp_path / "fast")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(needed - 1))
-    with pytest.raises(UserError, match=r"train\.beton and val\.beton and what belongs to them take"):
+    with pytest.raises(UserError, match=r"train\.beton and val\.beton with sidecars take"):
         open_datasets(DataOptions(data_dir=digits_dir), None, tmp_path / "fast", Said())
     assert not list((tmp_path / "fast").glob("*.beton"))
 
@@ -163,7 +163,7 @@ def test_a_set_that_is_not_its_manifests_is_not_used(source, tmp_path):
 
 def test_a_disk_that_garbles_is_noticed(source, tmp_path, monkeypatch):
     monkeypatch.setattr(staging, "sha256_of", lambda path: "0" * 64)
-    with pytest.raises(BetonError, match="what was copied reads back differently"):
+    with pytest.raises(BetonError, match="the copy reads back differently"):
         stage(source, tmp_path / "fast", Said())
     assert not list((tmp_path / "fast").glob("*jpeg*"))
 
@@ -174,7 +174,7 @@ def test_room_is_looked_for_first(source, tmp_path, monkeypatch):
         stage(source, tmp_path / "fast", Said())
     needed = filesize.decimal(sum(path.stat().st_size for path in source.parent.iterdir()))
     said = (
-        f"--stage-dir {tmp_path / 'fast'}: jpeg.beton and what belongs to them take {needed}, but only 12.3 kB are free"
+        f"--stage-dir {tmp_path / 'fast'}: jpeg.beton with sidecars take {needed}, but only 12.3 kB are free"
     )
     assert said in str(caught.value)
     assert not list((tmp_path / "fast").glob("*jpeg*"))
@@ -216,7 +216,7 @@ def test_a_folder_that_cannot_be_made(source, tmp_path):
 
 def test_a_source_of_another_size_than_its_manifest_is_refused_before_it_is_copied(source, tmp_path):
     os.truncate(source, source.stat().st_size - 1)
-    with pytest.raises(BetonError, match=r"jpeg\.beton has .* bytes, jpeg\.beton\.json speaks of"):
+    with pytest.raises(BetonError, match=r"jpeg\.beton has .* bytes, but jpeg\.beton\.json says"):
         stage(source, tmp_path / "fast", Said())
     assert not (tmp_path / "fast").exists()
 
