@@ -59,8 +59,8 @@ class Storing:
     lossy_val: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Convert validation sets like training sets."""
     verify: Literal["decode", "header"] = "decode"
-    """"decode" decodes every image completely, so that damage shows now; "header" only parses those JPEGs that are
-    stored as they are."""
+    """decode: decode every image completely, so that damage shows now. header: only parse the JPEGs that are stored as
+    they are."""
 
     def of_sets(self) -> tuple[ImageOptions, ImageOptions]:
         """The options for a training set and for a validation set. Raises `UserError` if they contradict each other."""
@@ -96,8 +96,8 @@ class Doing:
     shard: Annotated[str | None, tyro.conf.arg(metavar="I/N", help_behavior_hint="(default: everything)")] = None
     """Convert only part I of N, to FILE-I-of-N.beton, so that N machines can share the work."""
     on_bad: Literal["error", "skip"] = "error"
-    """What to do about images that are damaged: go through all, list the bad ones and finish nothing (after they are
-    mended the same command goes on), or leave them out and list them in the manifest."""
+    """What to do about damaged images. error: check all images, list the bad ones and write no file; once they are
+    mended, the same command continues. skip: leave them out and list them in the manifest."""
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the converters. Raises `UserError` for a malformed --shard."""

@@ -60,7 +60,7 @@ def hfds_command(
         doing: How the work is done.
         data_dir: Where the library keeps its copy of the data; local names may lie in it.
         train_split: Name of the training split, for --out DIR; timm's synonyms count.
-        val_split: Name of the validation split, for --out DIR; timm's synonyms count, and test where there is no other.
+        val_split: Name of the validation split, for --out DIR; timm's synonyms count, and test if there is no other.
         stream: Read the rows once from a stream (timm's hfids) rather than from the library's copy on the disk.
     """
     kind = "hfids" if stream else "hfds"

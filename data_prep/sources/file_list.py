@@ -168,7 +168,7 @@ def read_list(path: Path) -> ListFile:
         with path.open("rb") as file:
             first = file.readline(len(_MAGIC) + 20)
             if not first.startswith(_MAGIC):
-                raise UserError(f"--file-list {path} is no list of files. {_AGAIN}")
+                raise UserError(f"--file-list {path} is not a list of files. {_AGAIN}")
             if first != b"%s%d\n" % (_MAGIC, VERSION):
                 version = first[len(_MAGIC) :].strip().decode("ascii", "replace")
                 raise UserError(

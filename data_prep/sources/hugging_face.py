@@ -257,7 +257,7 @@ def _one_split(name: str, split: str, there: Sequence[str], flag: str) -> tuple[
     synonyms = next((names for names in SPLIT_NAMES.values() if plain in names), ())
     chosen = next((one for one in (plain, *synonyms) if one in there), "")
     if rest and not _SLICE.fullmatch(rest):
-        raise UserError(f"{name}: {split} is no slice, such as {chosen or plain}[:10%] or {chosen or plain}[100:].")
+        raise UserError(f"{name}: {split} is not a slice, such as {chosen or plain}[:10%] or {chosen or plain}[100:].")
     if chosen or not there:
         return (chosen or plain) + (f"[{rest}" if rest else ""), ""
     if synonyms == SPLIT_NAMES["val"] and "test" in there and not rest:

@@ -60,14 +60,14 @@ def image_column(name: str, features: Any, columns: Columns) -> str:
     images = [key for key, feature in features.items() if holds_images(feature)]
     key = columns.input_key or (IMAGE if IMAGE in features else images[0] if len(images) == 1 else "")
     if key not in features:
-        what = f"--input-key {key} is no column" if key else "which column holds the images is not clear"
+        what = f"--input-key {key} is not a column" if key else "it is not clear which column holds the images"
         of_them = f"; images are {', '.join(images)}" if images else "; none holds images"
-        raise UserError(f"{name}: {what}. Its columns are {_described(features)}{of_them}. Say --input-key NAME.")
+        raise UserError(f"{name}: {what}. Its columns are {_described(features)}{of_them}. Give --input-key NAME.")
     dtype = str(getattr(features[key], "dtype", ""))
     if not holds_images(features[key]) and not dtype.endswith(_PLAIN):
         raise UserError(
             f"{name}: column {key} is {one_line(str(features[key]))[:80]}, not images, their bytes or paths. Its "
-            f"columns are {_described(features)}. Say --input-key NAME."
+            f"columns are {_described(features)}. Give --input-key NAME."
         )
     return key
 
@@ -83,10 +83,10 @@ def label_column(name: str, features: Any, columns: Columns, image: str) -> str:
         of_them = f"Its {'columns are' if len(features) > 1 else 'only column is'} {_described(features)}"
         raise UserError(f"{name} has no labels. {of_them}; {unlabelled}")
     if key not in features:
-        what = f"--target-key {key} is no column" if key else "which column holds the labels is not clear"
+        what = f"--target-key {key} is not a column" if key else "it is not clear which column holds the labels"
         of_them = f"; classes are {', '.join(labels)}" if labels else "; none holds classes"
         raise UserError(
-            f"{name}: {what}. Its columns are {_described(features)}{of_them}. Say --target-key NAME; {unlabelled}"
+            f"{name}: {what}. Its columns are {_described(features)}{of_them}. Give --target-key NAME; {unlabelled}"
         )
     return key
 

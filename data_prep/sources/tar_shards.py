@@ -318,12 +318,12 @@ class _Listed:
             )
         if not any(self.sizes):
             asked = f"--input-key {self.input_key}" if self.input_key else "images"
-            raise UserError(f"{what} has no {asked}. {there}. Say --input-key.")
+            raise UserError(f"{what} has no {asked}. {there}. Give --input-key.")
         if all(label is None for label in self.labels):
             keys = f"; keys of the .json are {abbreviated(sorted(self._json_keys), 12)}" if self._json_keys else ""
             asked = f"--target-key {self.label_key}" if self.label_key else "labels"
             raise UserError(
-                f"{what} has no {asked}. {there}{keys}. Say --target-key with a key of the .json; to predict without "
+                f"{what} has no {asked}. {there}{keys}. Give --target-key with a key of the .json; to predict without "
                 "labels give `python -m lowrank_vit.inference` a folder of the images."
             )
 
@@ -357,7 +357,7 @@ def _opened(path: Path) -> tarfile.TarFile:
             raise UserError(
                 f"{path} is compressed, so it cannot be read at offsets. Unpack it to a plain .tar."
             ) from error
-        raise UserError(f"{path} is no tar file, or is damaged: {error}. Copy it again.") from error
+        raise UserError(f"{path} is not a tar file, or is damaged: {error}. Copy it again.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
 

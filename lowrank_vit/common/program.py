@@ -18,7 +18,7 @@ _DECISIVE = ("torch", "timm", "nvidia-dali", "ffcv")
 COMMANDS = {
     "train": ("lowrank_vit.train", "train a ViT from .beton files and watch its spectra"),
     "validate": ("lowrank_vit.validate", "score a checkpoint on a validation set"),
-    "inference": ("lowrank_vit.inference", "what a checkpoint says of some images"),
+    "inference": ("lowrank_vit.inference", "predict the classes of images with a checkpoint"),
     "analyze-spectrum": ("lowrank_vit.analyze_spectrum", "singular values of a checkpoint's weights"),
     "compress": ("lowrank_vit.compress", "accuracy against rank, and a checkpoint that has only the ranks it needs"),
     "export": ("lowrank_vit.export", "a run's weights for timm and the Hugging Face hub, with a model card"),

@@ -173,9 +173,7 @@ def test_room_is_looked_for_first(source, tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         stage(source, tmp_path / "fast", Said())
     needed = filesize.decimal(sum(path.stat().st_size for path in source.parent.iterdir()))
-    said = (
-        f"--stage-dir {tmp_path / 'fast'}: jpeg.beton with sidecars take {needed}, but only 12.3 kB are free"
-    )
+    said = f"--stage-dir {tmp_path / 'fast'}: jpeg.beton with sidecars take {needed}, but only 12.3 kB are free"
     assert said in str(caught.value)
     assert not list((tmp_path / "fast").glob("*jpeg*"))
 

@@ -210,7 +210,7 @@ def refused(tmp_path: Path, folder: Path, listed: Path) -> Iterator[tuple[str, s
     convert = f"imagefolder --src {folder} {out} --file-list"
     yield f"{convert} {tmp_path}/nothing", r"^--file-list .*nothing cannot be read: No such file"
     yield f"{convert} {folder}", r"cannot be read: Is a directory"
-    yield f"{convert} {tmp_path}/some.txt", r"some.txt is no list of files\."
+    yield f"{convert} {tmp_path}/some.txt", r"some.txt is not a list of files\."
     yield (
         f"{convert} {listed} --nested-classes top",
         r"^--nested-classes top does not fit .* --nested-classes leaf",

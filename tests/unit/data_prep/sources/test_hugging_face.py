@@ -165,7 +165,7 @@ def test_splits_are_sliced_and_added(pairs, tmp_path, form, split, rows):
         ("train+test", "has no split test; there are train, validation"),
         ("nope[:3]", "has no split nope"),
         ("train+", r"has no split \(an empty name\)"),
-        ("train[:10", r"train\[:10 is no slice, such as train\[:10%\]"),
+        ("train[:10", r"train\[:10 is not a slice, such as train\[:10%\]"),
     ):
         with pytest.raises(UserError, match=said):
             convert(tmp_path / "t", wrong)
@@ -235,12 +235,12 @@ def test_splits_have_one_order_of_classes(pairs, tmp_path):
 @pytest.mark.parametrize(
     ("columns", "rename", "said"),
     [
-        (Columns(target_key="nope"), {}, r"--target-key nope is no column. Its columns are image \(PIL"),
-        (Columns(input_key="nope"), {}, "--input-key nope is no column"),
+        (Columns(target_key="nope"), {}, r"--target-key nope is not a column. Its columns are image \(PIL"),
+        (Columns(input_key="nope"), {}, "--input-key nope is not a column"),
         (Columns(input_key="label"), {}, "not images, their bytes or paths"),
         (Columns(target_key="a,b"), {}, "several labels"),
-        (NO_COLUMNS, {"label": "fine", "other": "coarse"}, "classes are fine, coarse. Say --target-key"),
-        (NO_COLUMNS, {"image": "left", "second": "right"}, "images are left, right. Say --input-key"),
+        (NO_COLUMNS, {"label": "fine", "other": "coarse"}, "classes are fine, coarse. Give --target-key"),
+        (NO_COLUMNS, {"image": "left", "second": "right"}, "images are left, right. Give --input-key"),
     ],
 )
 def test_a_column_that_is_not_clear_is_asked_for(pairs, tmp_path, columns, rename, said):

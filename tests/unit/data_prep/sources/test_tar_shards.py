@@ -160,7 +160,7 @@ def test_a_shard_that_is_cut_off_is_refused_whatever_is_skipped(pairs, tmp_path,
 
 def test_what_is_no_tar_or_is_compressed_is_refused(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"rubbish" * 200)
-    with pytest.raises(UserError, match=r"a\.tar is no tar file"):
+    with pytest.raises(UserError, match=r"a\.tar is not a tar file"):
         tar_shards(tmp_path, "a.tar", Columns())
     (tmp_path / "a.tar.gz").write_bytes(b"\x1f\x8b" + bytes(600))
     with pytest.raises(UserError, match="compressed"):
